@@ -1,0 +1,35 @@
+"""gprune: generalization-aware structured pruning of large language models.
+
+import gprune
+
+result = gprune.prune(gprune.RunConfig())      # SmolLM2-135M, half of its FFN neurons
+result = gprune.load_run("runs/<name>")        # brings it back
+small = gprune.apply_masks(model, result.masks)  # the same masks on another copy of the model
+"""
+
+from gprune.config import RunConfig
+from gprune.corpora import CORPORA
+from gprune.errors import UserError
+from gprune.export.hf import register as _register
+from gprune.importance import IMPORTANCE, metric
+from gprune.masks import Masks, masked
+from gprune.pipeline import prune
+from gprune.results import PruningResult, load_run
+from gprune.surgery import prune as apply_masks
+
+_register()  # AutoModelForCausalLM then loads what we export without trust_remote_code
+
+__version__ = "0.1.0"
+__all__ = [
+    "CORPORA",
+    "IMPORTANCE",
+    "Masks",
+    "PruningResult",
+    "RunConfig",
+    "UserError",
+    "apply_masks",
+    "load_run",
+    "masked",
+    "metric",
+    "prune",
+]

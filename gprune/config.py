@@ -1,0 +1,331 @@
+"""RunConfig: every flag of `python train.py`, as typed dataclasses whose attribute docstrings are the help.
+
+There is one name per thing: `--sparsity.target` on the command line is `sparsity: {target: ...}` in YAML,
+`RunConfig(sparsity=SparsityConfig(target=...))` in Python, and `sparsity.target` in W&B.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from gprune.corpora import check_corpus
+from gprune.errors import UserError
+from gprune.importance import IMPORTANCE
+from gprune.masks import SCOPES
+from gprune.recovery import RECOVERY
+
+PartitionMethod = Literal["refined", "initial", "random", "drift_only"]
+
+
+def _choose(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"--{flag}: expected one of {', '.join(allowed)}, got '{value}'.")
+
+
+def _at_least(flag: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise UserError(f"--{flag}: expected {least} or more, got {value}.")
+
+
+@dataclass
+class ModelConfig:
+    """Which model is pruned."""
+
+    name: str = "smollm2-135m"
+    """Embedded name (smollm2-135m), local Hugging Face folder, or hub id such as meta-llama/Llama-3.2-1B."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the frozen weights. Statistics are summed in float64 whatever it is."""
+    device_map: str | None = None
+    """Handed to transformers, e.g. auto. Without it the model goes where the trainer's device is."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose code you have read."""
+
+
+@dataclass
+class CorporaConfig:
+    """Which text is used for what. A corpus is an embedded name, a hub name, a name in $GPRUNE_DATA_DIR, or a path
+    to a .txt, .jsonl, .parquet or folder."""
+
+    score: str = "wiki"
+    """The one corpus whose activations give the importance scores."""
+    drift: list[str] = field(default_factory=lambda: ["wiki", "web", "python_code"])
+    """Two or more corpora between which rank drift is measured. One corpus turns drift and the switch off."""
+    learn: list[str] = field(default_factory=lambda: ["wiki", "web", "python_code"])
+    """Corpora on which thresholds are learned (train split). [score] is our reading of the paper."""
+    recover: list[str] = field(default_factory=lambda: ["wiki", "web", "python_code"])
+    """Corpora whose statistics recovery uses."""
+    evaluate: list[str] = field(default_factory=lambda: ["wiki", "web", "stories", "technical", "python_docs"])
+    """Corpora on whose test split perplexity is reported, seen and unseen apart."""
+    num_samples: int = 16
+    """Calibration windows per corpus."""
+    seq_len: int = 256
+    """Tokens per window, in calibration and learning."""
+    batch_size: int = 4
+    """Windows per step, over all devices together."""
+
+    def __post_init__(self) -> None:
+        for flag in ("num_samples", "batch_size"):
+            _at_least(f"corpora.{flag}", getattr(self, flag), 1)
+        _at_least("corpora.num_samples", self.num_samples, 2)  # two halves, for the noise floor
+        _at_least("corpora.seq_len", self.seq_len, 8)
+        for role in ("drift", "learn", "recover", "evaluate"):
+            names = getattr(self, role)
+            if not names:
+                raise UserError(f"--corpora.{role}: expected at least one corpus, got an empty list.")
+            if len(set(names)) != len(names):
+                raise UserError(f"--corpora.{role}: a corpus is named twice in {names}; name each once.")
+
+    @property
+    def calibration(self) -> list[str]:
+        """Every corpus that statistics are collected on, each once, in a fixed order."""
+        return list(dict.fromkeys([self.score, *self.drift, *self.recover]))
+
+    @property
+    def used(self) -> set[str]:
+        """Corpora whose train text the run reads: evaluated, they count as seen."""
+        return {self.score, *self.drift, *self.learn, *self.recover}
+
+
+@dataclass
+class PartitionConfig:
+    """How each block's neurons are divided into modules."""
+
+    num_modules: int = 8
+    """Modules per block to start from; modules below max(32, N / 4K) neurons are merged."""
+    method: PartitionMethod = "refined"
+    """refined: k-means, then differentiable refinement. Ablations: initial (no refinement), random (the refined
+    sizes, random members), drift_only (the refined sizes, by drift alone)."""
+    subtract_noise: bool = False
+    """Subtract the split-half noise floor from rank drift."""
+    embedding_dim: int = 8
+    """Principal directions of the parameter embedding."""
+    steps: int = 120
+    """Optimizer steps of the refinement."""
+    learning_rate: float = 0.05
+    """Adam step size of the refinement."""
+    similarity_weight: float = 1.0
+    """Weight of within-module parameter dispersion, in the start and in the refinement."""
+    drift_weight: float = 1.0
+    """Weight of within-module variance of drift, in the start and in the refinement."""
+    consistency_weight: float = 2.0
+    """Weight of the reward for rank consistency between corpora inside a module."""
+    balance_weight: float = 0.1
+    """Weight of equal module sizes."""
+    entropy_weight: float = 0.1
+    """Weight of decided assignments."""
+
+    def __post_init__(self) -> None:
+        _choose("partition.method", self.method, ("refined", "initial", "random", "drift_only"))
+        _at_least("partition.num_modules", self.num_modules, 1)
+        _at_least("partition.embedding_dim", self.embedding_dim, 1)
+        _at_least("partition.steps", self.steps, 1)
+        for name in ("similarity", "drift", "consistency", "balance", "entropy"):
+            _at_least(f"partition.{name}_weight", getattr(self, f"{name}_weight"), 0)
+
+
+@dataclass
+class ReliabilityConfig:
+    """When a module's own ranking gives way to an activation-free metric."""
+
+    switch: bool = True
+    """Let sensitive, weakly activated modules switch. False: every module keeps the base metric."""
+    metric: str = "magnitude"
+    """Activation-free metric to switch to."""
+    sensitivity_quantile: float = 0.75
+    """Modules above this quantile of standardised sensitivity count as sensitive."""
+    score_quantile: float = 0.5
+    """Modules below this quantile of mean importance rank count as weakly activated."""
+
+    def __post_init__(self) -> None:
+        for name in ("sensitivity_quantile", "score_quantile"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise UserError(f"--reliability.{name}: expected a quantile in [0, 1], got {value}.")
+        if not IMPORTANCE[self.metric].activation_free:
+            free = [name for name in IMPORTANCE if IMPORTANCE[name].activation_free]
+            raise UserError(
+                f"--reliability.metric: expected an activation-free metric ({', '.join(free)}), got '{self.metric}'."
+            )
+
+
+@dataclass
+class SparsityConfig:
+    """How much goes, from where, and how the sparsity of each module is found."""
+
+    target: float = 0.5
+    """Fraction of the scope's parameters to remove, inside (0, 1)."""
+    scope: str = "ffn"
+    """ffn: whole FFN neurons. attention+ffn: whole KV groups too, in the same budget."""
+    allocation: str = "learned"
+    """learned: one threshold per module, trained around the frozen model. uniform: every module alike."""
+    width_multiple: int = 1
+    """Widths end up on multiples of this: 64 or 128 suit matrix-multiply tiles and serving kernels."""
+    epochs: int = 2
+    """Passes over the learning windows."""
+    learning_rate: float = 0.1
+    """Adam step size of the thresholds, in logits."""
+
+    def __post_init__(self) -> None:
+        _choose("sparsity.scope", self.scope, SCOPES)
+        _choose("sparsity.allocation", self.allocation, ("learned", "uniform"))
+        _at_least("sparsity.epochs", self.epochs, 1)
+        _at_least("sparsity.width_multiple", self.width_multiple, 1)
+        if not self.learning_rate > 0:
+            raise UserError(f"--sparsity.learning_rate: expected a positive number, got {self.learning_rate}.")
+        if not 0 < self.target < 1:
+            raise UserError(
+                f"--sparsity.target: expected a fraction of parameters removed inside (0, 1), got {self.target}; "
+                f"half the parameters is 0.5."
+            )
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured at the end."""
+
+    num_samples: int = 6
+    """Test windows per evaluated corpus; the first ones of the test split."""
+    seq_len: int = 256
+    """Tokens per test window. Windows do not overlap (stride = seq_len) and start without BOS."""
+    development_samples: int = 2
+    """Development windows per learning corpus, for the curves: perplexity against epoch and against sparsity."""
+    curve: list[float] = field(default_factory=lambda: [0.2, 0.35])
+    """Sparsities, besides 0 and the target, at which gprune's masks are measured on development text."""
+    controls: list[Literal["base", "base_averaged"]] = field(default_factory=lambda: ["base", "base_averaged"])
+    """Controls beside gprune. base: the metric alone, uniform. base_averaged: the same, scored on all drift corpora."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "development_samples"):
+            _at_least(f"evaluation.{name}", getattr(self, name), 1)
+        _at_least("evaluation.seq_len", self.seq_len, 8)
+        for value in self.curve:
+            if not 0 < value < 1:
+                raise UserError(f"--evaluation.curve: expected sparsities inside (0, 1), got {value}.")
+
+
+@dataclass
+class LoggingConfig:
+    """Weights & Biases, with a CSV file beside it."""
+
+    mode: Literal["offline", "online", "disabled"] | None = None
+    """Default: $WANDB_MODE, else offline (files in the run folder, no account needed)."""
+    project: str = "gprune"
+    """W&B project."""
+    group: str | None = None
+    """W&B group; by default the model's name, so that ablations of one model stand together."""
+    tags: list[str] = field(default_factory=list)
+    """Further W&B tags; metric, scope and allocation are always there."""
+
+    def __post_init__(self) -> None:
+        if self.resolved_mode not in ("offline", "online", "disabled"):
+            raise UserError(
+                f"WANDB_MODE: expected offline, online or disabled, got '{self.resolved_mode}'; or use --logging.mode."
+            )
+
+    @property
+    def resolved_mode(self) -> str:
+        return self.mode or os.environ.get("WANDB_MODE") or "offline"
+
+
+@dataclass
+class TrainerConfig:
+    """Lightning's own flags."""
+
+    accelerator: str = "auto"
+    """cpu, gpu, or auto."""
+    devices: int = 1
+    """Processes per node; statistics and thresholds agree with one process."""
+    num_nodes: int = 1
+    """Nodes."""
+    strategy: str = "auto"
+    """auto or ddp."""
+
+    def __post_init__(self) -> None:
+        _at_least("trainer.devices", self.devices, 1)
+        _at_least("trainer.num_nodes", self.num_nodes, 1)
+
+
+@dataclass
+class RunFolderConfig:
+    """Where results go."""
+
+    dir: str = "runs"
+    """Folder of all runs."""
+    name: str | None = None
+    """Folder of this run inside it. Default: model, metric, sparsity and a hash of all settings."""
+    seed: int = 0
+    """Seed of everything drawn: windows, partition, order of learning."""
+
+
+@dataclass
+class RunConfig:
+    """Generalization-aware structured pruning of a large language model.
+
+    Prunes FFN neurons (and attention KV groups) of a frozen model: measures how each neuron's importance rank drifts
+    between text distributions, divides neurons into modules that behave alike, ranks inside them, learns how sparse
+    each module should be, prunes, and reports perplexity on text that was used and on text never seen.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    corpora: CorporaConfig = field(default_factory=CorporaConfig)
+    importance: str = "wanda_sp"
+    """Base importance metric: wanda_sp, wifv, act_norm, magnitude, random, or one you registered."""
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    recovery: str = "none"
+    """Recovery without training. none is the paper's method; bias and least_squares go beyond it."""
+    ridge: float = 0.01
+    """Ridge of least_squares, relative to the mean diagonal of the Gram matrix."""
+    gprune: bool = True
+    """False: the base metric alone, with uniform sparsity."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    run: RunFolderConfig = field(default_factory=RunFolderConfig)
+    dry_run: bool = False
+    """Say tokens, passes, expected memory and resulting widths, and stop before anything is computed."""
+
+    def __post_init__(self) -> None:
+        IMPORTANCE[self.importance]
+        RECOVERY[self.recovery]
+        _at_least("ridge", self.ridge, 0)
+        if self.gprune and len(self.corpora.drift) < 2 and self.partition.method == "drift_only":
+            raise UserError(
+                f"--partition.method drift_only: expected two or more --corpora.drift, got {self.corpora.drift}."
+            )
+
+    def check_names(self) -> None:
+        """Look every corpus name up, without reading text.
+
+        Raises:
+            UserError: listing the corpora there are.
+        """
+        for name in [*self.corpora.calibration, *self.corpora.learn, *self.corpora.evaluate]:
+            check_corpus(name)
+
+    def settings(self) -> dict:
+        """Everything that can change a result, as plain data: what two runs must share to share a folder.
+
+        Left out: where results go and how they are logged.
+        """
+        plain = asdict(self)
+        for group in ("logging", "dry_run"):
+            plain.pop(group)
+        plain["run"] = {"seed": self.run.seed}
+        plain["trainer"] = {"world_size": self.trainer.devices * self.trainer.num_nodes}
+        return plain
+
+    @property
+    def run_name(self) -> str:
+        """`--run.name`, or a name that equal settings share and different settings do not."""
+        if self.run.name:
+            return self.run.name
+        digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:8]
+        model = os.path.basename(os.path.normpath(self.model.name))
+        kind = "gprune" if self.gprune else "base"
+        return f"{model}-{kind}-{self.importance}-{self.sparsity.target:g}-{digest}"

@@ -1,0 +1,126 @@
+"""Perplexity with its protocol: per-window negative log-likelihoods, geometric means, the generalisation gap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchmetrics.text
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from gprune.data import Windows
+from gprune.errors import UserError
+from gprune.losses import iter_logits
+
+
+class Perplexity(torchmetrics.text.Perplexity):
+    """torchmetrics' Perplexity with a float32 cross-entropy.
+
+    The stock update goes through softmax().log() in the logits' dtype, where one underflow gives infinity. Keeps the
+    negative log-likelihood of each window too, for paired comparisons.
+    """
+
+    window_nll: list[Tensor]
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.add_state("window_nll", default=[], dist_reduce_fx="cat")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add logits (B, T, V) that predict target (B, T) int64.
+
+        Raises:
+            UserError: for a non-finite loss. It is never skipped: a mean without it would look like a good model.
+        """
+        nll = F.cross_entropy(preds.float().flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
+        if not bool(torch.isfinite(nll).all()):
+            raise UserError(
+                "A non-finite loss came up in evaluation; expected finite numbers. Check the model's weights, or use "
+                "--model.dtype float32 instead of a 16-bit type."
+            )
+        self.total_log_probs += nll.double().sum()
+        self.count += target.numel()
+        self.window_nll.append(nll.double().sum(1).cpu())
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Perplexity of one model on the windows of one corpus."""
+
+    perplexity: float
+    nll: float  # mean, nats per predicted token
+    tokens: int  # predicted tokens: windows x (seq_len - 1)
+    window_nll: list[float]  # sum over the window's predicted tokens, nats
+
+
+def perplexity(
+    model: PreTrainedModel, windows: Windows, *, batch_size: int = 4, progress: str | None = None
+) -> PerplexityResult:
+    """exp of the mean next-token cross-entropy over non-overlapping windows, each scored from its second token.
+
+    Args:
+        model: eval mode; masks, if any, are the caller's context.
+        windows: tokens (n, seq_len) int64.
+        batch_size: windows per forward pass.
+        progress: label of a progress bar, or None for none.
+    """
+    metric = Perplexity()
+    device = next(model.parameters()).device
+    batches: Iterable[Tensor] = windows.tokens.split(batch_size)
+    for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None, leave=False):
+        for logits, targets in iter_logits(model, batch.to(device)):
+            metric.update(logits.cpu(), targets.cpu())
+    window_nll = torch.cat(metric.window_nll)  # float64; torchmetrics' own sum is float32
+    nll = float(window_nll.sum()) / int(metric.count)
+    return PerplexityResult(math.exp(nll), nll, int(metric.count), window_nll.tolist())
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """exp of the mean logarithm; NaN for no values."""
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else float("nan")
+
+
+def generalisation_gap(pruned: dict[str, float], dense: dict[str, float], seen: dict[str, bool]) -> float:
+    """(geometric mean of pruned/dense perplexity over unseen corpora) / (the same over seen ones).
+
+    Above 1, pruning cost more where nothing was looked at. NaN without corpora of both kinds.
+    """
+    ratios = {corpus: pruned[corpus] / dense[corpus] for corpus in pruned}
+    unseen = geometric_mean(ratio for corpus, ratio in ratios.items() if not seen[corpus])
+    return unseen / geometric_mean(ratio for corpus, ratio in ratios.items() if seen[corpus])
+
+
+def paired_bootstrap_ratio(
+    a: dict[str, list[float]],
+    b: dict[str, list[float]],
+    tokens_per_window: int,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Geometric-mean perplexity of model a over that of model b, with a 95 % interval over windows.
+
+    Args:
+        a, b: corpus -> summed nll per window, for the same windows of both models.
+        tokens_per_window: predicted tokens per window.
+
+    Returns:
+        (ratio, lower, upper); windows are resampled within each corpus, jointly for both models.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(draws, dtype=torch.float64)
+    point = 0.0
+    for corpus in a:
+        difference = torch.tensor(a[corpus], dtype=torch.float64) - torch.tensor(b[corpus], dtype=torch.float64)
+        pick = torch.randint(len(difference), (draws, len(difference)), generator=generator)
+        total += difference[pick].mean(1) / tokens_per_window
+        point += float(difference.mean()) / tokens_per_window
+    low, high = torch.quantile(total / len(a), torch.tensor([0.025, 0.975], dtype=torch.float64)).exp().tolist()
+    return math.exp(point / len(a)), low, high

@@ -1,0 +1,35 @@
+"""Logits of an exported folder, computed by a process that knows nothing of gprune.
+
+Run by path, `python -P reload.py REQUEST.json`, never imported by gprune: what it proves is that the folder
+stands on its own, with its modelling file, on transformers alone. REQUEST.json holds `folder`, `tokens` and
+`logits` (safetensors files to read and to write), `device`, `attention`, and `threads`: as many as the
+caller has, since the order of a sum decides its last bits.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+
+def main(request_file: str) -> None:
+    request = json.loads(Path(request_file).read_text(encoding="utf-8"))
+    torch.set_num_threads(request["threads"])
+    model = AutoModelForCausalLM.from_pretrained(
+        request["folder"], dtype="auto", trust_remote_code=True, attn_implementation=request["attention"]
+    )
+    model = model.eval().to(request["device"])
+    tokens = load_file(request["tokens"])["input_ids"].to(request["device"])
+    with torch.inference_mode():
+        logits = model(tokens, use_cache=False).logits
+    assert "gprune" not in sys.modules, "the folder needs gprune to load"
+    save_file({"logits": logits.cpu().contiguous()}, request["logits"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,254 @@
+"""From margins to keep masks that meet the budget exactly; straight-through gates; masks on a running model.
+
+A unit's *margin* is logit(p_i) - t_m: its rank inside its module against the module's threshold. Units go in order
+of margin, smallest first, over the whole model, until the counted parameters reach the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gprune.architectures import Block, blocks_of
+from gprune.errors import UserError
+
+SCOPES = ("ffn", "attention+ffn")
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Keep masks, True = keep, one tensor per block."""
+
+    ffn: list[Tensor]  # (neurons,) bool
+    attention: list[Tensor]  # (kv_groups,) bool; all True when attention is out of scope
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Flat names to tensors, as saved in safetensors."""
+        return {f"{kind}.{i}": m for kind in ("ffn", "attention") for i, m in enumerate(getattr(self, kind))}
+
+    @classmethod
+    def from_tensors(cls, flat: dict[str, Tensor]) -> Masks:
+        depth = len(flat) // 2
+        return cls(*([flat[f"{kind}.{i}"].bool() for i in range(depth)] for kind in ("ffn", "attention")))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Masks) or len(self.ffn) != len(other.ffn):
+            return False
+        pairs = zip([*self.ffn, *self.attention], [*other.ffn, *other.attention], strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
+
+    __hash__ = None
+
+
+@dataclass(frozen=True)
+class UnitCosts:
+    """Parameters per unit and the size of the scope. Integers: budgets are counted, not estimated."""
+
+    neuron: list[int]  # per block
+    group: list[int]  # per block
+    neurons: list[int]
+    groups: list[int]
+    attention: bool  # whether KV groups may go
+
+    @property
+    def total(self) -> int:
+        """Parameters in the scope that units account for (shared biases of down/o projections stay out)."""
+        ffn = sum(c * n for c, n in zip(self.neuron, self.neurons, strict=True))
+        attention = sum(c * n for c, n in zip(self.group, self.groups, strict=True))
+        return ffn + attention * self.attention
+
+    def removed(self, masks: Masks) -> int:
+        """Parameters of the scope that the masks remove."""
+        ffn = sum(c * int((~m).sum()) for c, m in zip(self.neuron, masks.ffn, strict=True))
+        return ffn + sum(c * int((~m).sum()) for c, m in zip(self.group, masks.attention, strict=True))
+
+
+def unit_costs(blocks: Sequence[Block], *, scope: str) -> UnitCosts:
+    """Costs of the units of a model for a scope of `SCOPES`."""
+    return UnitCosts(
+        neuron=[b.neuron_cost for b in blocks],
+        group=[b.group_cost for b in blocks],
+        neurons=[b.neurons for b in blocks],
+        groups=[b.kv_groups for b in blocks],
+        attention=scope == "attention+ffn",
+    )
+
+
+def check_budget(costs: UnitCosts, sparsity: float, *, width_multiple: int = 1) -> int:
+    """Parameters to remove for `sparsity`, rounded up.
+
+    Raises:
+        UserError: for a sparsity outside (0, 1), a width multiple that does not fit, or a target that the rule of
+            one unit per block (one `width_multiple` of neurons, one KV group) makes impossible.
+    """
+    if not 0 < sparsity < 1:
+        raise UserError(
+            f"--sparsity.target: expected a fraction of parameters removed inside (0, 1), got {sparsity}; "
+            f"half the parameters is 0.5."
+        )
+    narrow = min(costs.neurons)
+    if not 1 <= width_multiple <= narrow:
+        raise UserError(
+            f"--sparsity.width_multiple: expected 1 to {narrow} (the narrowest block's neurons), got {width_multiple}."
+        )
+    # exact: 0.1 of 30 is 3, where float multiplication and ceil would say 4
+    target = -(-Fraction(str(sparsity)) * costs.total // 1)
+    removable = sum(c * (n - width_multiple) for c, n in zip(costs.neuron, costs.neurons, strict=True))
+    if costs.attention:
+        removable += sum(c * (n - 1) for c, n in zip(costs.group, costs.groups, strict=True))
+    if target > removable:
+        kept = f"{width_multiple} neuron{'s' * (width_multiple > 1)}" + " and one KV group" * costs.attention
+        raise UserError(
+            f"--sparsity.target: {sparsity} cannot be reached: every block keeps {kept}, so at most "
+            f"{removable / costs.total:.4f} of the parameters can go; ask for less."
+        )
+    return int(target)
+
+
+def margins(p: Tensor, thresholds: Tensor, labels: Tensor) -> Tensor:
+    """logit(p_i) - t_m for p (N,) in (0, 1), thresholds t (K,), labels (N,) in [0, K) -> (N,)."""
+    return torch.logit(p) - thresholds[labels].to(p.dtype)
+
+
+def _chunks(margin: Tensor, width_multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut one block's neurons, in order of (margin, index), into the steps in which they may go.
+
+    Returns the order (N,), and per step its size and its key, the largest margin in it, so that a step never goes
+    before the last of its neurons would. The last `width_multiple` neurons are in no step: they stay.
+    """
+    N = len(margin)
+    order = margin.argsort(stable=True)
+    removable = N - width_multiple
+    first = removable % width_multiple or width_multiple  # brings an odd width onto the grid
+    ends = torch.arange(first, removable + 1, width_multiple)
+    sizes = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.long))
+    return order, sizes, margin[order][ends - 1]
+
+
+def _take_until(keys: Tensor, cost: Tensor, target: int) -> Tensor:
+    """Bool (S,): the steps with the smallest keys (ties by position) whose cost together first reaches `target`."""
+    taken = torch.zeros(len(keys), dtype=torch.bool)
+    if target > 0:
+        order = keys.argsort(stable=True)
+        before = cost[order].cumsum(0) - cost[order]
+        taken[order] = before < target
+    return taken
+
+
+def keep_masks(
+    costs: UnitCosts,
+    neuron_margins: Sequence[Tensor],
+    group_margins: Sequence[Tensor] | None = None,
+    *,
+    target: int,
+    width_multiple: int = 1,
+) -> Masks:
+    """Remove units in order of margin (ties by block, then index) until `target` parameters are gone.
+
+    With attention in scope, KV groups fall first: those that the common order of all units would remove. Neurons
+    fill the rest, so the overshoot is less than one neuron (one step of `width_multiple` neurons), and no group is
+    removed only to land far beyond the target. Each block keeps `width_multiple` neurons and one KV group.
+
+    Args:
+        costs: parameters per unit.
+        neuron_margins: per block (N,), any float dtype; smallest goes first.
+        group_margins: per block (G,); needed when `costs.attention`.
+        target: parameters to remove, from `check_budget`.
+        width_multiple: widths end up on multiples of it.
+
+    Returns:
+        Masks that remove at least `target`, and less than one more step.
+    """
+    cut = [_chunks(m.detach().cpu().double(), width_multiple) for m in neuron_margins]
+    keys = torch.cat([key for _, _, key in cut])
+    cost = torch.cat([size * c for (_, size, _), c in zip(cut, costs.neuron, strict=True)])
+    attention = [torch.ones(n, dtype=torch.bool) for n in costs.groups]
+    if costs.attention:
+        assert group_margins is not None
+        orders = [m.detach().cpu().double().argsort(stable=True)[:-1] for m in group_margins]  # the best one stays
+        group_keys = torch.cat([m.detach().cpu().double()[o] for m, o in zip(group_margins, orders, strict=True)])
+        group_cost = torch.cat([torch.full((len(o),), c) for o, c in zip(orders, costs.group, strict=True)])
+        taken = _take_until(torch.cat([group_keys, keys]), torch.cat([group_cost, cost]), target)[: len(group_keys)]
+        # The common order may end on a group that overshoots by far more than a neuron: leave that one in, if
+        # neurons can fill the gap instead.
+        while bool(taken.any()) and int(group_cost[taken].sum()) > target:
+            taken[taken.nonzero()[group_keys[taken].argmax()]] = False
+        for mask, order, gone in zip(attention, orders, taken.split([len(o) for o in orders]), strict=True):
+            mask[order[gone]] = False
+        target -= int(group_cost[taken].sum())
+    gone_steps = _take_until(keys, cost, target).split([len(size) for _, size, _ in cut])
+    ffn = []
+    for (order, size, _), gone in zip(cut, gone_steps, strict=True):
+        mask = torch.ones(len(order), dtype=torch.bool)
+        # Steps of one block go in order, since keys grow with the step and ties go by position.
+        mask[order[: int(size[gone].sum())]] = False
+        ffn.append(mask)
+    return Masks(ffn, attention)
+
+
+def cut_margin(masks: Masks, neuron_margins: Sequence[Tensor]) -> float:
+    """The largest margin among removed neurons: where the budget cuts the common order. 0 if none is removed."""
+    removed = torch.cat([m[~keep] for m, keep in zip(neuron_margins, masks.ffn, strict=True)])
+    return float(removed.max()) if len(removed) else 0.0
+
+
+def soft_gate(p: Tensor, thresholds: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
+    """sigmoid((p_i - sigmoid(t_m)) / T_m) with T_m = max(0.05, 1 / n_m), (N,): the gradient's view of the mask.
+
+    Args:
+        p: (N,) within-module ranks in (0, 1).
+        thresholds: t, (K,) in logit space; sigmoid(t_m) is the fraction of the module removed.
+        labels: (N,) modules in [0, K).
+        sizes: n, (K,) units per module.
+    """
+    temperature = (1 / sizes.to(p.dtype)).clamp_min(0.05)
+    return torch.sigmoid((p - torch.sigmoid(thresholds)[labels]) / temperature[labels])
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """The value of `hard` with the gradient of `soft` (Bengio et al., arXiv 1308.3432)."""
+    return (soft - soft.detach()) + hard.to(soft.dtype)  # in this order the value is exactly 0 or 1
+
+
+@contextmanager
+def gated(
+    model: PreTrainedModel, ffn: Sequence[Tensor] | None, attention: Sequence[Tensor] | None = None
+) -> Iterator[PreTrainedModel]:
+    """Multiply what enters each `down_proj` by its block's gate (N,), each KV group's channels by its gate (G,).
+
+    The lists are read at every forward pass, so gates may be replaced in place between steps. Weights are never
+    touched: leaving (also by an exception) restores the model bit for bit.
+    """
+    handles = []
+
+    def watch(linear: torch.nn.Linear, gates: Sequence[Tensor], index: int, repeats: int) -> None:
+        def hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            gate = gates[index].to(inputs[0])
+            return (inputs[0] * (gate.repeat_interleave(repeats) if repeats > 1 else gate), *inputs[1:])
+
+        handles.append(linear.register_forward_pre_hook(hook))
+
+    try:
+        for block in blocks_of(model):
+            if ffn is not None:
+                watch(block.down, ffn, block.index, 1)
+            if attention is not None:
+                watch(block.output, attention, block.index, block.channels_per_group)
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
+    """The model as if pruned, for as long as the context lasts."""
+    whole = all(bool(m.all()) for m in masks.attention)
+    with gated(model, masks.ffn, None if whole else masks.attention):
+        yield model

@@ -1,0 +1,274 @@
+"""Steps 9 and 10: from keep masks to a smaller model that reloads, and to numbers with their protocol."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gprune import report, tracking
+from gprune.architectures import blocks_of
+from gprune.artifacts import key_of, read_json, read_tensors, write_json, write_tensors
+from gprune.assets import cache_dir
+from gprune.config import RunConfig
+from gprune.data import Windows
+from gprune.errors import UserError
+from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share
+from gprune.evaluation.perplexity import PerplexityResult, generalisation_gap, geometric_mean, perplexity
+from gprune.export.hf import check_reload, save_pruned
+from gprune.masks import Masks, UnitCosts, masked
+from gprune.preparation import JOIN, Run, Text, check_tokens, evaluated_stages
+from gprune.recovery import recover_projection
+from gprune.results import Modules
+from gprune.statistics import CorpusStatistics, pooled
+from gprune.surgery import count_parameters, prune, widths
+
+log = logging.getLogger("gprune")
+
+
+@torch.no_grad()
+def shrink(
+    cfg: RunConfig,
+    model: PreTrainedModel,
+    masks: Masks,
+    statistics: Mapping[str, CorpusStatistics],
+    *,
+    recovery: str,
+) -> PreTrainedModel:
+    """Step 9: a copy of the model with smaller weights, its output projections recovered as asked."""
+    small = prune(model, masks)
+    if recovery == "none":
+        return small
+    text = pooled(statistics[c] for c in cfg.corpora.recover)
+    for dense, block in zip(blocks_of(model), blocks_of(small), strict=True):
+        groups = masks.attention[block.index].repeat_interleave(dense.channels_per_group)
+        for projection, new, keep, channel in (
+            (dense.down, block.down, masks.ffn[block.index], text.ffn[block.index]),
+            (dense.output, block.output, groups, text.attention[block.index]),
+        ):
+            if bool(keep.all()):
+                continue
+            weight, added = recover_projection(projection.weight.cpu(), keep, channel, method=recovery, ridge=cfg.ridge)
+            new.weight.copy_(weight)
+            if added is not None:
+                old = 0 if projection.bias is None else projection.bias
+                new.bias = nn.Parameter((added.to(new.weight.device) + old), requires_grad=False)
+    return small
+
+
+@torch.no_grad()
+def save_and_check(
+    cfg: RunConfig,
+    run: Run,
+    model: PreTrainedModel,
+    pruned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    candidates: Mapping[str, Masks],
+    final: str,
+    text: Text,
+) -> None:
+    """Write masks and `model/`, and compare masked, sliced and reloaded logits before anything is called finished.
+
+    Raises:
+        UserError: if they differ by more than float rounding; the model folder is then removed.
+    """
+    for name, masks in candidates.items():
+        path = run.folder / f"masks/{name}.safetensors"
+        if (found := read_tensors(path)) is None:
+            write_tensors(path, masks.tensors())
+        elif Masks.from_tensors(found) != masks:
+            raise UserError(
+                f"{path} holds other masks than these settings give now: another machine, thread count or version "
+                f"wrote it. Choose another --run.name, or remove the folder."
+            )
+    if "logits" in run.folder.manifest and (run.folder / "model/config.json").is_file():
+        return
+    log.info("Saving the pruned model and checking that it reloads")
+    with run.folder.step("save_and_check"):
+        ids = text.test[0].tokens[:1, : check_tokens(cfg)]
+        device = next(model.parameters()).device
+        sliced = pruned(input_ids=ids.to(device), use_cache=False).logits.float()
+        checks: dict[str, float] = {"tokens": ids.numel(), "std": float(sliced.std())}
+        if cfg.recovery == "none":
+            with masked(model, candidates[final]):
+                reference = model(input_ids=ids.to(device), use_cache=False).logits.float()
+            checks["masked_minus_sliced"] = float((reference - sliced).abs().max())
+            if not checks["masked_minus_sliced"] <= 1e-3 * float(reference.std()) * (
+                1 if cfg.model.dtype == "float32" else 100
+            ):
+                raise UserError(
+                    f"The sliced model's logits differ from the masked model's by {checks['masked_minus_sliced']:.2e}, "
+                    f"beyond rounding; expected at most 1e-3 of their standard deviation. Please report this model."
+                )
+        folder = save_pruned(pruned, tokenizer, run.folder / "model", model_card=report.model_card(cfg), overwrite=True)
+        checks["sliced_minus_reloaded"] = check_reload(pruned, folder, ids)
+        run.folder.update_manifest(logits=checks)
+
+
+def evaluate(
+    cfg: RunConfig,
+    run: Run,
+    model: PreTrainedModel,
+    candidates: Mapping[str, Masks],
+    statistics: Mapping[str, CorpusStatistics],
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    ready: Mapping[tuple[str, str], PreTrainedModel],
+) -> list[dict[str, Any]]:
+    """Step 10: perplexity of the dense model, the controls and gprune on every evaluated corpus.
+
+    Finished stages are taken from `metrics.json`; the dense model's numbers are shared between runs.
+
+    Args:
+        ready: pruned models there are already, by (stage, recovery).
+
+    Returns:
+        Flat records, one per number, as in `metrics.json`.
+    """
+    path = run.folder / "metrics.json"
+    content = read_json(path) or {}
+    records: list[dict[str, Any]] = content.get("records", [])
+    done = {(r["stage"], r["recovery"]) for r in records}
+    seen = leaks(cfg, text, tokenizer)
+    with run.folder.step("evaluate"):
+        if ("dense", "none") not in done:
+            results = [dense_perplexity(cfg, run, model, w) for w in text.test]
+            records += [record(cfg, "dense", "none", r, w, seen) for r, w in zip(results, text.test, strict=True)]
+        for stage, recovery in evaluated_stages(cfg):
+            if (stage, recovery) in done:
+                continue
+            small = ready.get((stage, recovery))
+            if small is None:
+                small = shrink(cfg, model, candidates[stage], statistics, recovery=recovery)
+            name = stage if recovery == "none" else f"{stage} + {recovery}"
+            run.meter.watch(small)
+            for w in text.test:
+                r = perplexity(small, w, batch_size=cfg.corpora.batch_size, progress=f"Evaluating {name} on {w.corpus}")
+                records.append(record(cfg, stage, recovery, r, w, seen))
+            write_json(path, {"records": records})
+    return records
+
+
+def leaks(cfg: RunConfig, text: Text, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[bool, float]]:
+    """(seen, share of leaked 13-grams) by evaluated corpus."""
+    used = [tokenizer.decode(row) for w in text.used for row in w.tokens]
+    found = {}
+    for w in text.test:
+        share = leaked_share([tokenizer.decode(row) for row in w.tokens], used)
+        found[w.corpus] = (w.corpus in cfg.corpora.used or share > SEEN_ABOVE, share)
+        if share > SEEN_ABOVE and w.corpus not in cfg.corpora.used:
+            log.warning(
+                "%s shares %.1f%% of its 13-grams with text the run used: counted as seen.",
+                w.corpus,
+                100 * share,
+            )
+    return found
+
+
+def dense_perplexity(cfg: RunConfig, run: Run, model: PreTrainedModel, windows: Windows) -> PerplexityResult:
+    """The dense model's perplexity, shared between runs of the same model and text."""
+    key = key_of(model=run.folder.manifest["model"]["fingerprint"], text=windows.content_hash, dtype=cfg.model.dtype)
+    path = cache_dir() / "evaluations" / f"{key}.json"
+    try:
+        return PerplexityResult(**read_json(path))
+    except TypeError:  # missing, not whole, or foreign
+        result = perplexity(
+            model,
+            windows,
+            batch_size=cfg.corpora.batch_size,
+            progress=f"Evaluating dense on {windows.corpus}",
+        )
+        write_json(path, vars(result))
+        return result
+
+
+def record(
+    cfg: RunConfig,
+    stage: str,
+    recovery: str,
+    result: PerplexityResult,
+    w: Windows,
+    seen: Mapping[str, tuple[bool, float]],
+) -> dict[str, Any]:
+    """One number with everything needed to repeat it."""
+    dense = stage == "dense"
+    return {
+        "stage": stage,
+        "importance": None if dense else cfg.importance,
+        "allocation": None if dense else cfg.sparsity.allocation if stage == "gprune" else "uniform",
+        "partition": cfg.partition.method if stage == "gprune" else None,
+        "switch": cfg.reliability.switch if stage == "gprune" else None,
+        "recovery": recovery,
+        "sparsity": 0.0 if dense else cfg.sparsity.target,
+        "scope": cfg.sparsity.scope,
+        "model": report.model_label(cfg.model.name),
+        "corpora": {role: getattr(cfg.corpora, role) for role in ("score", "drift", "learn", "recover")},
+        "corpus": w.corpus,
+        "split": w.split,
+        "seen": seen[w.corpus][0],
+        "leaked_13grams": seen[w.corpus][1],
+        "perplexity": result.perplexity,
+        "nll": result.nll,
+        "tokens": result.tokens,
+        "window_nll": result.window_nll,
+        "seq_len": w.tokens.shape[1],
+        "stride": w.tokens.shape[1],
+        "bos": False,
+        "join": JOIN,
+        "seed": cfg.run.seed,
+        "dtype": cfg.model.dtype,
+        "content_hash": w.content_hash,
+    }
+
+
+def summarise(
+    cfg: RunConfig,
+    run: Run,
+    records: Sequence[dict[str, Any]],
+    candidates: Mapping[str, Masks],
+    costs: UnitCosts,
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    modules: Modules | None,
+) -> dict[str, Any]:
+    """The run's headline: sparsities reached, means, gaps and ratios; into manifest, metrics.json, W&B and figures."""
+    final = "gprune" if cfg.gprune else "base"
+    before, after = count_parameters(dense, "all"), count_parameters(pruned, "all")
+    table = report.by_stage(records)
+    dense_ppl, seen = table[("dense", "none")], {r["corpus"]: r["seen"] for r in records}
+    rows = {}
+    for (stage, recovery), values in table.items():
+        rows[stage if recovery == "none" else f"{stage} + {recovery}"] = {
+            "seen": _number(geometric_mean(v for c, v in values.items() if seen[c])),
+            "unseen": _number(geometric_mean(v for c, v in values.items() if not seen[c])),
+            "gap": None if stage == "dense" else _number(generalisation_gap(values, dense_ppl, seen)),
+        }
+    summary = {
+        "sparsity_of_scope": costs.removed(candidates[final]) / costs.total,
+        "sparsity_of_model": 1 - after / before,
+        "parameters_before": before,
+        "parameters_after": after,
+        "geometric_means": rows,
+        "unseen_over_base": report.unseen_ratios(records),
+        **run.folder.total_tokens(),
+    }
+    run.folder.update_manifest(summary=summary, widths=widths(pruned))
+    write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)})
+    figures = report.write_figures(run.folder / "figures", records, modules, candidates[final])
+    tracking.log_images(run.loggers, figures)
+    columns = ["stage", "recovery", "corpus", "seen", "perplexity", "nll", "tokens"]
+    tracking.log_table(run.loggers, "perplexity", [{c: r[c] for c in columns} for r in records])
+    flat = {f"summary/{row}/{name}": v for row, values in rows.items() for name, v in values.items() if v is not None}
+    tracking.log_scalars(run.loggers, flat, step=0)
+    return summary
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN: what is undefined is null."""
+    return value if math.isfinite(value) else None

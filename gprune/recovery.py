@@ -1,0 +1,71 @@
+"""Recovery without training: what the removed units contributed, given back by the units that stay.
+
+`none` is the paper's method; the others go beyond it and are named in every table. All work on the dense model's
+statistics: `bias` on means (FLAP, arXiv 2312.11983, eq. 8), `least_squares` on Gram matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gprune.registry import Registry
+from gprune.statistics import ChannelStatistics
+
+Recovery = Callable[[Tensor, Tensor, ChannelStatistics, float], tuple[Tensor, Tensor | None]]
+RECOVERY: Registry[Recovery] = Registry("recovery")
+
+
+@RECOVERY.register("none")
+def none(weight: Tensor, keep: Tensor, statistics: ChannelStatistics, ridge: float) -> tuple[Tensor, Tensor | None]:
+    """W' = W_K: the kept columns as they are."""
+    return weight[:, keep], None
+
+
+@RECOVERY.register("bias")
+def bias(weight: Tensor, keep: Tensor, statistics: ChannelStatistics, ridge: float) -> tuple[Tensor, Tensor | None]:
+    """W' = W_K, b = W_R mean(x_R): removed channels R give their mean over tokens (FLAP's compensation)."""
+    mean = statistics.total.mean.to(weight)
+    return weight[:, keep], weight[:, ~keep] @ mean[~keep]
+
+
+@RECOVERY.register("least_squares")
+def least_squares(
+    weight: Tensor, keep: Tensor, statistics: ChannelStatistics, ridge: float
+) -> tuple[Tensor, Tensor | None]:
+    """W' = argmin_V E ||W x - V x_K||^2 + lambda ||V - W_K||^2 = W_K + W_R G_RK (G_KK + lambda I)^-1.
+
+    G = sum over tokens of x x^T on dense activations, lambda = ridge * mean diagonal of G_KK. Written as a correction
+    of W_K, a large lambda leads back to `none` and not to zero. Solved in float64 by Cholesky.
+    """
+    assert statistics.gram is not None, "least_squares needs Gram matrices"
+    G = statistics.gram.double()
+    G_kk, G_rk = G[keep][:, keep], G[~keep][:, keep]
+    damping = max(ridge * float(G_kk.diagonal().mean()), 1e-12)
+    factor = torch.linalg.cholesky(G_kk + damping * torch.eye(len(G_kk), dtype=torch.float64))
+    correction = torch.cholesky_solve((weight[:, ~keep].double() @ G_rk).T, factor).T
+    return (weight[:, keep].double() + correction).to(weight.dtype), None
+
+
+NEEDS_GRAM = frozenset({"least_squares"})
+
+
+def recover_projection(
+    weight: Tensor, keep: Tensor, statistics: ChannelStatistics, *, method: str = "none", ridge: float = 0.01
+) -> tuple[Tensor, Tensor | None]:
+    """New weight and added bias of an output projection whose channels are cut down to `keep`.
+
+    Args:
+        weight: (H, C) dense projection, any float dtype; computed in float32 or better, returned in its dtype.
+        keep: (C,) bool, True = keep.
+        statistics: of the dense input channels over `corpora.recover`.
+        method: name in `RECOVERY`.
+        ridge: lambda of `least_squares`, relative to the mean diagonal.
+
+    Returns:
+        (H, kept) weight and (H,) bias to add, or None.
+    """
+    new, added = RECOVERY[method](weight.float(), keep, statistics, ridge)
+    return new.to(weight.dtype), None if added is None else added.to(weight.dtype)

@@ -1,0 +1,152 @@
+"""What a run gives back: plain records that a notebook can hold, and that a run folder can bring back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from gprune.artifacts import RunFolder, key_of, read_json, read_tensors
+from gprune.config import RunConfig
+from gprune.errors import UserError
+from gprune.masks import Masks
+from gprune.reliability import ModuleReliability
+from gprune.statistics import CorpusStatistics
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Rank drift of one block's N neurons over D drift corpora."""
+
+    scores: Tensor  # (D, N) importance per corpus
+    ranks: Tensor  # (D, N) in (0, 1)
+    drift: Tensor  # (N,) population standard deviation of ranks, the noise floor subtracted if asked for
+    floor: Tensor  # (N,) what sampling alone would show
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The partition of every block and what is known of its modules; one entry per block."""
+
+    labels: list[Tensor]  # (N,) int64 in [0, K)
+    drift: list[Drift]
+    reliability: list[ModuleReliability]
+    agreement: list[Tensor]  # (K,) Kendall tau inside modules, NaN where undefined
+    block_agreement: list[float]  # Kendall tau over the whole block
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Flat names to tensors, as saved in safetensors."""
+        flat = {"block_agreement": torch.tensor(self.block_agreement, dtype=torch.float64)}
+        for b, labels in enumerate(self.labels):
+            flat |= {f"{b}.labels": labels, f"{b}.agreement": self.agreement[b]}
+            flat |= {f"{b}.drift.{name}": value for name, value in vars(self.drift[b]).items()}
+            flat |= {f"{b}.reliability.{name}": value for name, value in vars(self.reliability[b]).items()}
+        return flat
+
+    @classmethod
+    def from_tensors(cls, flat: dict[str, Tensor]) -> Modules:
+        def part(record: type, b: int, name: str) -> Any:
+            return record(**{field: flat[f"{b}.{name}.{field}"] for field in record.__dataclass_fields__})
+
+        depth = range(len(flat["block_agreement"]))
+        return cls(
+            labels=[flat[f"{b}.labels"] for b in depth],
+            drift=[part(Drift, b, "drift") for b in depth],
+            reliability=[part(ModuleReliability, b, "reliability") for b in depth],
+            agreement=[flat[f"{b}.agreement"] for b in depth],
+            block_agreement=flat["block_agreement"].tolist(),
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat row per module, for tables and figures; undefined agreement is None."""
+        rows = []
+        for index, (record, agreement) in enumerate(zip(self.reliability, self.agreement, strict=True)):
+            for k in range(len(record.size)):
+                tau = float(agreement[k])
+                rows.append(
+                    {
+                        "block": index,
+                        "module": k,
+                        "neurons": int(record.size[k]),
+                        "score": float(record.score[k]),
+                        "sensitivity": float(record.sensitivity[k]),
+                        "noise_floor": float(record.noise[k]),
+                        "agreement": None if tau != tau else tau,
+                        "switched": bool(record.switched[k]),
+                    }
+                )
+        return rows
+
+
+@dataclass
+class PruningResult:
+    """Everything a run found. `model` is the pruned model, really smaller."""
+
+    path: Path
+    config: RunConfig
+    masks: Masks
+    modules: Modules | None  # None for a base run
+    thresholds: tuple[list[Tensor], list[Tensor]] | None  # logits per module, per block: neurons, KV groups
+    statistics: Mapping[str, CorpusStatistics]  # by corpus
+    records: list[dict[str, Any]]  # metrics.json
+    summary: dict[str, Any]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_run(path: Path | str) -> PruningResult:
+    """A finished run, from its folder alone: the dense model is not needed.
+
+    Statistics come without Gram matrices, which stay in the cache.
+
+    Raises:
+        UserError: for a folder that holds no finished run, or a file in it that is not whole.
+    """
+    from gprune.cli import parse  # here, because the command line imports the pipeline
+
+    folder = RunFolder(path)
+    manifest, metrics = folder.manifest, read_json(folder / "metrics.json") or {}
+    if "settings" not in manifest or "summary" not in metrics:
+        raise UserError(f"{folder.path} holds no finished run; expected manifest.json and metrics.json with a summary.")
+    cfg = parse(["--config", str(folder / "config.yaml")])
+
+    def tensors(name: str) -> dict[str, Tensor]:
+        found = read_tensors(folder / f"{name}.safetensors")
+        if found is None:
+            raise UserError(f"{folder / name}.safetensors is missing or not whole; run the same command again.")
+        return found
+
+    modules = Modules.from_tensors(tensors("modules")) if cfg.gprune else None
+    thresholds = None
+    if cfg.gprune:
+        flat = tensors("thresholds")
+        depth = range(len(flat) // 2)
+        thresholds = tuple([flat[f"{kind}.{b}"] for b in depth] for kind in ("ffn", "attention"))
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto")
+    return PruningResult(
+        path=folder.path,
+        config=cfg,
+        masks=Masks.from_tensors(tensors(f"masks/{'gprune' if cfg.gprune else 'base'}")),
+        modules=modules,
+        thresholds=thresholds,
+        statistics={
+            corpus: CorpusStatistics.from_tensors(tensors(f"statistics/{corpus_file(corpus)}"))
+            for corpus in cfg.corpora.calibration
+        },
+        records=metrics["records"],
+        summary=metrics["summary"],
+        model=model.eval().requires_grad_(False),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "model"),
+    )
+
+
+def corpus_file(corpus: str) -> str:
+    """A file name for a corpus, which may be a path."""
+    plain = os.path.basename(os.path.normpath(corpus))
+    return plain if plain == corpus else f"{plain}-{key_of(corpus=corpus)[:6]}"

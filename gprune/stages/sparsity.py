@@ -1,0 +1,177 @@
+"""Threshold learning: one sparsity threshold per module, trained around the frozen language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gprune.losses import next_token_loss
+from gprune.masks import Masks, UnitCosts, cut_margin, keep_masks, margins, soft_gate, straight_through
+from gprune.stages.base import FrozenLMStage
+
+
+@dataclass(frozen=True)
+class ModuleRanks:
+    """Where units stand inside their modules: what thresholds act on. One entry per block.
+
+    A block's KV groups form one module of their own.
+    """
+
+    ffn: list[Tensor]  # p, (N,) float64 in (0, 1)
+    labels: list[Tensor]  # (N,) int64 in [0, K)
+    attention: list[Tensor]  # p of KV groups, (G,) float64
+
+    @property
+    def modules(self) -> list[int]:
+        return [int(y.max()) + 1 for y in self.labels]
+
+
+def start_thresholds(masks: Masks, ranks: ModuleRanks) -> tuple[list[Tensor], list[Tensor]]:
+    """Thresholds under which each module keeps as many units as the masks keep of it.
+
+    t_m = logit(removed fraction), moved a quarter of a rank inside (0, 1) where it would be infinite. Where modules
+    rank by the base metric itself, the mask at the start is the base mask, unit for unit.
+
+    Returns:
+        Per block (K,) float64 for neurons and (1,) float64 for KV groups.
+    """
+
+    def thresholds(keep: Tensor, labels: Tensor, K: int) -> Tensor:
+        n = torch.bincount(labels, minlength=K).double()
+        removed = torch.bincount(labels[~keep], minlength=K).double()
+        return torch.logit(removed.clamp(min=torch.tensor(0.25), max=n - 0.25) / n)
+
+    ffn = [thresholds(m, y, k) for m, y, k in zip(masks.ffn, ranks.labels, ranks.modules, strict=True)]
+    attention = [thresholds(m, torch.zeros(len(m), dtype=torch.long), 1) for m in masks.attention]
+    return ffn, attention
+
+
+def masks_from_thresholds(
+    ranks: ModuleRanks,
+    thresholds: tuple[list[Tensor], list[Tensor]],
+    costs: UnitCosts,
+    *,
+    target: int,
+    width_multiple: int = 1,
+) -> Masks:
+    """Keep masks that meet the budget, from thresholds per module."""
+    ffn, attention = thresholds
+    neuron = [margins(p, t.detach().cpu(), y) for p, t, y in zip(ranks.ffn, ffn, ranks.labels, strict=True)]
+    group = [torch.logit(p) - t.detach().cpu().double() for p, t in zip(ranks.attention, attention, strict=True)]
+    return keep_masks(costs, neuron, group, target=target, width_multiple=width_multiple)
+
+
+class ThresholdLearning(FrozenLMStage):
+    """Learns t, one threshold per module (and one per block for its KV groups, when they are in scope).
+
+    Loss: L(t) = mean over windows of the next-token cross-entropy, in nats per token, of the frozen model whose
+    units are multiplied by g_i = h_i + s_i - stop(s_i), where
+        h_i in {0, 1}  the hard keep mask that meets the budget (`masks.keep_masks` on logit p_i - t_m),
+        s_i = sigmoid((p_i - sigmoid(t_m)) / T_m)  the soft gate, T_m = max(0.05, 1/n_m),
+        p_i in (0, 1)  the unit's rank inside its module, n_m the module's size, stop the gradient stop.
+    So the forward pass is the pruned model at exactly the target sparsity, and the backward pass is the soft gate's
+    (straight-through). Shifting every t_m by the same amount changes no hard mask, only how far the soft gates lie
+    from it. That direction is taken out of every update: thresholds are shifted until the budget cuts at margin 0,
+    where s_i crosses 1/2, so the gradient is always taken at the units that are about to change sides.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ranks: ModuleRanks,
+        start: tuple[list[Tensor], list[Tensor]],
+        costs: UnitCosts,
+        *,
+        target: int,
+        width_multiple: int = 1,
+        learning_rate: float = 0.1,
+    ):
+        super().__init__(model)
+        self.ranks, self.costs, self.target, self.width_multiple = ranks, costs, target, width_multiple
+        self.learning_rate = learning_rate
+        ffn, attention = start
+        self.ffn_thresholds = nn.ParameterList(nn.Parameter(t.float()) for t in ffn)
+        # In scope or not, the thresholds exist; only in scope are they learned.
+        self.attention_thresholds = nn.ParameterList(
+            nn.Parameter(t.float(), requires_grad=costs.attention) for t in attention
+        )
+        self.ffn_gates: list[Tensor] = []
+        self.attention_gates: list[Tensor] | None = [] if costs.attention else None
+        self.tokens = 0
+        self.refresh_gates()
+
+    @property
+    def thresholds(self) -> tuple[list[Tensor], list[Tensor]]:
+        return list(self.ffn_thresholds), list(self.attention_thresholds)
+
+    def masks(self, *, target: int | None = None) -> Masks:
+        """The hard masks of the current thresholds, for this stage's budget or another one."""
+        return masks_from_thresholds(
+            self.ranks,
+            self.thresholds,
+            self.costs,
+            target=self.target if target is None else target,
+            width_multiple=self.width_multiple,
+        )
+
+    def refresh_gates(self) -> Masks:
+        """Recompute the gates, in place in the lists that `masks.gated` reads. Returns the hard masks."""
+        hard = self.masks()
+        self.ffn_gates[:] = [
+            self._gate(h, p, t, y)
+            for h, p, t, y in zip(hard.ffn, self.ranks.ffn, self.ffn_thresholds, self.ranks.labels, strict=True)
+        ]
+        if self.attention_gates is not None:
+            self.attention_gates[:] = [
+                self._gate(h, p, t, torch.zeros(len(p), dtype=torch.long))
+                for h, p, t in zip(hard.attention, self.ranks.attention, self.attention_thresholds, strict=True)
+            ]
+        return hard
+
+    def _gate(self, hard: Tensor, p: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        hard, p, labels = hard.to(t.device), p.to(t.device, torch.float32), labels.to(t.device)
+        sizes = torch.bincount(labels, minlength=len(t))
+        return straight_through(hard, soft_gate(p, t, labels, sizes))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=self.learning_rate)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.refresh_gates()  # a fresh graph: the one of the last step has been used
+        # Weighted so that the mean over processes is the mean over the global batch, whatever each one's share.
+        total = self.trainer.strategy.reduce(batch["weight"].sum(), reduce_op="sum")
+        weight = batch["weight"] * self.trainer.world_size / total
+        loss = next_token_loss(self.lm, batch["input_ids"], weight)
+        self.tokens += batch["input_ids"].numel()
+        value = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
+        self.require_finite(float(value), "The loss of threshold learning")
+        self.log("learn/loss", value, prog_bar=True)
+        return loss
+
+    def optimizer_step(self, *args: object, **kwargs: object) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self._recentre(self.masks())
+
+    @torch.no_grad()
+    def _recentre(self, hard: Masks) -> None:
+        """Shift all thresholds alike until the budget cuts at margin 0; no hard mask changes."""
+        pairs = zip(self.ranks.ffn, self.ffn_thresholds, self.ranks.labels, strict=True)
+        shift = cut_margin(hard, [margins(p, t.cpu(), y) for p, t, y in pairs])
+        for t in (*self.ffn_thresholds, *self.attention_thresholds):
+            t += shift
+
+    def module_sparsity(self) -> list[Tensor]:
+        """Fraction of each module's neurons removed by the current masks, per block (K,)."""
+        return [
+            torch.stack([(~m[y == k]).double().mean() for k in range(int(y.max()) + 1)])
+            for m, y in zip(self.masks().ffn, self.ranks.labels, strict=True)
+        ]
+
+    @torch.no_grad()
+    def regularity(self) -> float:
+        """Standard deviation of the thresholds: how far learning has gone from uniform sparsity."""
+        return float(torch.cat([F.logsigmoid(t).exp() for t in self.ffn_thresholds]).std())

@@ -1,0 +1,286 @@
+"""Steps 1 to 8: from statistics to keep masks. Each wires pure functions and a stage to the run folder."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gprune import tracking
+from gprune.architectures import Block
+from gprune.artifacts import key_of, read_tensors, write_tensors
+from gprune.assets import cache_dir
+from gprune.callbacks import ApplyMasks, ModuleReport, PerplexityCurve
+from gprune.config import RunConfig
+from gprune.data import CorpusDataModule
+from gprune.drift import (
+    above_noise,
+    fractional_ranks,
+    kendall_agreement,
+    module_agreements,
+    noise_floor,
+    rank_drift,
+)
+from gprune.importance import IMPORTANCE, Scores, ffn_weights, score_units
+from gprune.masks import Masks, UnitCosts, keep_masks
+from gprune.partition import (
+    ObjectiveWeights,
+    initial_partition,
+    parameter_embedding,
+    refinement_inputs,
+    same_sizes_by_drift,
+    shuffled_partition,
+)
+from gprune.preparation import Run, Text
+from gprune.recovery import NEEDS_GRAM
+from gprune.reliability import assess_reliability, switched_share, within_module_ranks
+from gprune.results import Drift, Modules, corpus_file
+from gprune.stages.assignment import AssignmentRefinement
+from gprune.stages.calibration import CalibrationStage
+from gprune.stages.sparsity import ModuleRanks, ThresholdLearning, masks_from_thresholds, start_thresholds
+from gprune.statistics import CorpusStatistics
+
+log = logging.getLogger("gprune")
+
+
+def calibrate(cfg: RunConfig, run: Run, model: PreTrainedModel, text: Text) -> dict[str, CorpusStatistics]:
+    """Step 1: statistics by corpus, from the cache where model, text and kind of statistics are the same."""
+    gram = cfg.recovery in NEEDS_GRAM
+    fingerprint = run.folder.manifest["model"]["fingerprint"]
+    paths, found = {}, {}
+    for corpus in cfg.corpora.calibration:
+        key = key_of(model=fingerprint, text=text.train[corpus].content_hash, dtype=cfg.model.dtype, gram=gram)
+        paths[corpus] = cache_dir() / "statistics" / f"{key}.safetensors"
+        if (tensors := read_tensors(paths[corpus])) is not None:
+            found[corpus] = CorpusStatistics.from_tensors(tensors)
+    missing = [corpus for corpus in cfg.corpora.calibration if corpus not in found]
+    if missing:
+        with run.folder.step("calibrate"):
+            stage = CalibrationStage(model, missing, gram=gram)
+            data = CorpusDataModule(
+                test=[text.train[c] for c in missing], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
+            )
+            run.trainer(f"Calibrating on {', '.join(missing)}").test(stage, data, verbose=False)
+        for corpus in missing:
+            tracking.on_process_zero(write_tensors)(paths[corpus], stage.statistics[corpus].tensors())
+        found |= stage.statistics
+    else:
+        log.info("Statistics of %s are in the cache", ", ".join(found))
+    for corpus in cfg.corpora.calibration:
+        copy = run.folder / f"statistics/{corpus_file(corpus)}.safetensors"
+        if not copy.exists():  # without Gram matrices, which are hundreds of megabytes and stay in the cache
+            small = {name: t for name, t in found[corpus].tensors().items() if not name.endswith("gram")}
+            tracking.on_process_zero(write_tensors)(copy, small, {"corpus": corpus})
+    return {corpus: found[corpus] for corpus in cfg.corpora.calibration}
+
+
+def uniform_masks(cfg: RunConfig, scores: Scores, costs: UnitCosts, target: int) -> Masks:
+    """The base metric alone: every block loses the same fraction, its lowest ranks first."""
+    return keep_masks(
+        costs,
+        [fractional_ranks(s) for s in scores.ffn],
+        [fractional_ranks(s) for s in scores.attention],
+        target=target,
+        width_multiple=cfg.sparsity.width_multiple,
+    )
+
+
+def measure_drift(cfg: RunConfig, blocks: Sequence[Block], statistics: Mapping[str, CorpusStatistics]) -> list[Drift]:
+    """Step 3: rank drift of every neuron and its split-half noise floor, per block.
+
+    A metric that ignores activations has no drift of its own; `act_norm` stands in. One corpus has none at all.
+    """
+    corpora = cfg.corpora.drift
+    name = "act_norm" if IMPORTANCE[cfg.importance].activation_free else cfg.importance
+    whole = [score_units(name, blocks, statistics[c], seed=cfg.run.seed).ffn for c in corpora]
+    halves = [
+        [score_units(name, blocks, statistics[c], seed=cfg.run.seed, half=h).ffn for h in (0, 1)] for c in corpora
+    ]
+    found = []
+    for b in range(len(blocks)):
+        scores = torch.stack([s[b] for s in whole])
+        half_scores = torch.stack([torch.stack([h[b] for h in pair]) for pair in halves])
+        ranks = fractional_ranks(scores)
+        floor = noise_floor(fractional_ranks(half_scores))
+        drift = rank_drift(ranks)
+        found.append(Drift(scores, ranks, above_noise(drift, floor) if cfg.partition.subtract_noise else drift, floor))
+    if len(corpora) < 2:
+        log.warning("One drift corpus (%s): rank drift and the metric switch are off.", corpora[0])
+    else:
+        mean = float(torch.cat([d.drift for d in found]).mean())
+        noise = float(torch.cat([d.floor for d in found]).mean())
+        log.info("Rank drift %.3f on average, of which sampling alone would show %.3f", mean, noise)
+    return found
+
+
+def partition_neurons(cfg: RunConfig, run: Run, blocks: Sequence[Block], drift: Sequence[Drift]) -> list[Tensor]:
+    """Steps 4 and 5: module labels per block, by the method of `--partition.method`."""
+
+    def compute() -> dict[str, Tensor]:
+        labels = initial_and_refined(cfg, run, blocks, drift)
+        return {f"labels.{b}": y for b, y in enumerate(labels)}
+
+    tensors = run.folder.tensors("assignment", compute)
+    return [tensors[f"labels.{b}"] for b in range(len(blocks))]
+
+
+def initial_and_refined(cfg: RunConfig, run: Run, blocks: Sequence[Block], drift: Sequence[Drift]) -> list[Tensor]:
+    """The partition, computed; the controls take the refined sizes."""
+    p = cfg.partition
+    log.info("Partitioning %d blocks into modules", len(blocks))
+    embeddings = [parameter_embedding(ffn_weights(b), dim=p.embedding_dim, seed=cfg.run.seed) for b in blocks]
+    labels = [
+        initial_partition(
+            e, d.drift, num_modules=p.num_modules, similarity_weight=p.similarity_weight,
+            drift_weight=p.drift_weight, seed=cfg.run.seed,
+        )
+        for e, d in zip(embeddings, drift, strict=True)
+    ]  # fmt: skip
+    if p.method == "initial":
+        return labels
+    stage = AssignmentRefinement(
+        refinement_inputs(embeddings, [d.drift for d in drift], [d.ranks for d in drift]),
+        labels,
+        weights=ObjectiveWeights(
+            p.similarity_weight, p.drift_weight, p.consistency_weight, p.balance_weight, p.entropy_weight
+        ),
+        steps=p.steps,
+        learning_rate=p.learning_rate,
+    )
+    run.trainer("Refining modules", max_epochs=1, log_every_n_steps=10).fit(stage)
+    refined = stage.labels()
+    run.folder.update_manifest(
+        refinement={
+            "moved": stage.moved(),
+            "neurons": sum(map(len, labels)),
+            "terms_at_start": stage.history[0],
+            "terms_at_end": stage.history[-1],
+        }
+    )
+    log.info("Refinement moved %d of %d neurons", stage.moved(), sum(map(len, labels)))
+    if p.method == "random":
+        return [shuffled_partition(y, seed=cfg.run.seed + 7919 * b) for b, y in enumerate(refined)]
+    if p.method == "drift_only":
+        return [same_sizes_by_drift(y, d.drift) for y, d in zip(refined, drift, strict=True)]
+    return refined
+
+
+def rank_inside_modules(
+    cfg: RunConfig,
+    run: Run,
+    blocks: Sequence[Block],
+    statistics: Mapping[str, CorpusStatistics],
+    scores: Scores,
+    drift: list[Drift],
+    labels: list[Tensor],
+) -> tuple[Modules, ModuleRanks]:
+    """Step 6: which modules switch to the activation-free metric, and every unit's rank inside its module."""
+    r = cfg.reliability
+    block_ranks = [fractional_ranks(s) for s in scores.ffn]
+    switch = r.switch and len(cfg.corpora.drift) > 1
+    reliability = assess_reliability(
+        labels, block_ranks, [d.drift for d in drift], [d.floor for d in drift],
+        sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=switch,
+    )  # fmt: skip
+    fallback = score_units(r.metric, blocks, statistics[cfg.corpora.score], seed=cfg.run.seed)
+    ranks = ModuleRanks(
+        ffn=[
+            within_module_ranks(s, f, y, record.switched)
+            for s, f, y, record in zip(scores.ffn, fallback.ffn, labels, reliability, strict=True)
+        ],
+        labels=labels,
+        attention=[fractional_ranks(s) for s in scores.attention],
+    )
+    modules = Modules(
+        labels, drift, reliability,
+        agreement=[module_agreements(d.scores, y) for d, y in zip(drift, labels, strict=True)],
+        block_agreement=[kendall_agreement(d.scores) for d in drift],
+    )  # fmt: skip
+    tracking.on_process_zero(write_tensors)(run.folder / "modules.safetensors", modules.tensors())
+    if switch:
+        share = switched_share(reliability)
+        count = sum(int(record.switched.sum()) for record in reliability)
+        if count == 0:
+            log.warning("No module switches to %s: the switch does nothing at these quantiles.", r.metric)
+        else:
+            log.info("%d modules with %.1f%% of the neurons switch to %s", count, 100 * share, r.metric)
+    return modules, ranks
+
+
+def learn_sparsity(
+    cfg: RunConfig,
+    run: Run,
+    model: PreTrainedModel,
+    text: Text,
+    modules: Modules,
+    ranks: ModuleRanks,
+    base: Masks,
+    costs: UnitCosts,
+    target: int,
+) -> tuple[tuple[list[Tensor], list[Tensor]], Masks]:
+    """Steps 7 and 8: thresholds per module, and the masks that meet the budget with them.
+
+    Uniform allocation gives every module of the model the same threshold, so each loses the same fraction.
+    """
+    s = cfg.sparsity
+    if s.allocation == "uniform":
+        compute = functools.partial(equal_thresholds, ranks)
+    else:
+        compute = functools.partial(fit_thresholds, cfg, run, model, text, modules, ranks, base, costs, target)
+    tensors = run.folder.tensors("thresholds", compute)
+    thresholds = tuple([tensors[f"{kind}.{b}"] for b in range(len(ranks.ffn))] for kind in ("ffn", "attention"))
+    masks = masks_from_thresholds(ranks, thresholds, costs, target=target, width_multiple=s.width_multiple)
+    return thresholds, masks
+
+
+def equal_thresholds(ranks: ModuleRanks) -> dict[str, Tensor]:
+    """The same threshold everywhere: uniform sparsity over modules."""
+    return {f"ffn.{b}": torch.zeros(k, dtype=torch.float64) for b, k in enumerate(ranks.modules)} | {
+        f"attention.{b}": torch.zeros(1, dtype=torch.float64) for b in range(len(ranks.attention))
+    }
+
+
+def fit_thresholds(
+    cfg: RunConfig,
+    run: Run,
+    model: PreTrainedModel,
+    text: Text,
+    modules: Modules,
+    ranks: ModuleRanks,
+    base: Masks,
+    costs: UnitCosts,
+    target: int,
+) -> dict[str, Tensor]:
+    """Step 7, computed: fit ThresholdLearning under the callbacks that mask, measure and report."""
+    s = cfg.sparsity
+    stage = ThresholdLearning(
+        model, ranks, start_thresholds(base, ranks), costs,
+        target=target, width_multiple=s.width_multiple, learning_rate=s.learning_rate,
+    )  # fmt: skip
+    budgets = {value: round(value * costs.total) for value in cfg.evaluation.curve} | {s.target: target}
+    curve = PerplexityCurve(text.development, targets=budgets, batch_size=cfg.corpora.batch_size)
+    report = ModuleReport(modules.rows())
+    data = CorpusDataModule(
+        train=[text.train[c] for c in cfg.corpora.learn], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
+    )
+    trainer = run.trainer(
+        f"Learning {sum(ranks.modules)} thresholds",
+        max_epochs=s.epochs, log_every_n_steps=1, callbacks=[ApplyMasks(), curve, report],
+    )  # fmt: skip
+    trainer.fit(stage, data)
+    run.folder.update_manifest(
+        learning={
+            "steps": trainer.global_step,
+            "development_perplexity_by_epoch": curve.by_epoch,
+            "development_perplexity_by_sparsity": {f"{k:g}": v for k, v in sorted(curve.by_sparsity.items())},
+        }
+    )
+    return {
+        f"{kind}.{b}": t.detach().cpu()
+        for kind, group in zip(("ffn", "attention"), stage.thresholds, strict=True)
+        for b, t in enumerate(group)
+    }

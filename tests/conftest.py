@@ -1,0 +1,39 @@
+"""Tiny models from configs: no download, no weights, milliseconds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def make_tiny_llama(**overrides) -> LlamaForCausalLM:
+    """A random Llama with grouped-query attention (4 query heads, 2 KV groups), in float32, frozen."""
+    settings = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        # Large weights: with the usual 0.02 a random model's logits hardly depend on the FFN at all.
+        "initializer_range": 0.25,
+    } | overrides
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**settings)).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tiny_model() -> LlamaForCausalLM:
+    return make_tiny_llama()
+
+
+@pytest.fixture
+def token_batch() -> torch.Tensor:
+    """(6, 32) int64 token ids."""
+    return torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(1))
