@@ -1,6 +1,11 @@
 """Prune a language model: `python train.py --help` lists every flag."""
 
-from gprune.cli import main
+import sys
 
 if __name__ == "__main__":
+    try:
+        from gprune.cli import main
+    except KeyboardInterrupt:  # importing takes seconds
+        sys.stderr.write("train.py: Interrupted before anything began.\n")
+        raise SystemExit(130) from None
     raise SystemExit(main())

@@ -1,5 +1,6 @@
 """The run folder and the statistics cache: safetensors and JSON, written whole or not at all, checked when read.
 
+Of several processes only the first writes; all of them read.
 Nothing is ever unpickled. Every file is written under a temporary name and renamed; each safetensors file carries the
 hash of its content, so that a truncated or altered file is noticed and computed again, never silently used.
 """
@@ -15,7 +16,7 @@ import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,11 @@ def replacing(path: Path) -> Iterator[Path]:
             f"or $GPRUNE_CACHE (caches); what was finished is kept."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing could be written there is nothing to remove
+            temporary.unlink(missing_ok=True)
 
 
+@rank_zero_only
 def write_json(path: Path, content: Any) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, sort_keys=False, allow_nan=False) + "\n", encoding="utf-8")
@@ -78,6 +81,7 @@ def content_hash(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+@rank_zero_only
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Save tensors with their content hash in the file's metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -138,24 +142,28 @@ class RunFolder:
         manifest = read_json(self / "manifest.json")
         if manifest is not None:
             changed = differences(manifest.get("settings"), settings)
-            if changed:
+            if not changed:
+                return
+            if self.has_results():
                 more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
                 raise UserError(
                     f"{self.path} holds a run with other settings: {'; '.join(changed[:3])}{more}. "
                     f"Choose another --run.name, or remove the folder."
                 )
-            return
-        if self.path.exists() and (not self.path.is_dir() or any(p.name[0] != "." for p in self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or any(p.name[0] != "." for p in self.path.iterdir())):
             raise UserError(f"{self.path} exists and is no gprune run; choose another --run.name or --run.dir.")
         with replacing(self / "config.yaml") as temporary:
             temporary.write_text(config_yaml, encoding="utf-8")
-        self.update_manifest(settings=settings, environment=environment(), steps={})
+        write_json(self / "manifest.json", {"settings": settings, "environment": environment(), "steps": {}})
+
+    def has_results(self) -> bool:
+        """Whether any step has left something: until then, corrected settings may take the folder over."""
+        return (self / "metrics.json").exists() or any(self.path.rglob("*.safetensors"))
 
     @property
     def manifest(self) -> dict[str, Any]:
         return read_json(self / "manifest.json") or {}
 
-    @rank_zero_only
     def update_manifest(self, **entries: Any) -> None:
         """Merge entries into the manifest, dictionaries one level deep."""
         manifest = self.manifest
@@ -182,13 +190,13 @@ class RunFolder:
         return {kind: int(sum(step.get(kind, 0) for step in steps)) for kind in self.count_tokens()}
 
     def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors of a finished step, or those of `compute()`, saved by process 0."""
+        """The tensors of a finished step, or those of `compute()`, saved."""
         path = self / f"{name}.safetensors"
         found = read_tensors(path)
         if found is None:
             with self.step(name):
                 found = compute()
-            rank_zero_only(write_tensors)(path, found)
+            write_tensors(path, found)
         return found
 
 

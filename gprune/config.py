@@ -36,7 +36,7 @@ class ModelConfig:
     """Which model is pruned."""
 
     name: str = "smollm2-135m"
-    """Embedded name (smollm2-135m), local Hugging Face folder, or hub id such as meta-llama/Llama-3.2-1B."""
+    """Embedded name (smollm2-135m, or tiny-random to try the machinery), local Hugging Face folder, or hub id such as meta-llama/Llama-3.2-1B."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the frozen weights. Statistics are summed in float64 whatever it is."""
     device_map: str | None = None
@@ -161,7 +161,8 @@ class SparsityConfig:
     scope: str = "ffn"
     """ffn: whole FFN neurons. attention+ffn: whole KV groups too, in the same budget."""
     allocation: str = "learned"
-    """learned: one threshold per module, trained around the frozen model. uniform: every module alike."""
+    """learned: one threshold per module, trained around the frozen model. base: every module keeps as much as the base
+    metric keeps of it (where learning starts). uniform: every module of the model loses the same fraction."""
     width_multiple: int = 1
     """Widths end up on multiples of this: 64 or 128 suit matrix-multiply tiles and serving kernels."""
     epochs: int = 2
@@ -171,7 +172,7 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         _choose("sparsity.scope", self.scope, SCOPES)
-        _choose("sparsity.allocation", self.allocation, ("learned", "uniform"))
+        _choose("sparsity.allocation", self.allocation, ("learned", "base", "uniform"))
         _at_least("sparsity.epochs", self.epochs, 1)
         _at_least("sparsity.width_multiple", self.width_multiple, 1)
         if not self.learning_rate > 0:

@@ -38,10 +38,10 @@ class Masks:
         return cls(*([flat[f"{kind}.{i}"].bool() for i in range(depth)] for kind in ("ffn", "attention")))
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Masks) or len(self.ffn) != len(other.ffn):
+        if not isinstance(other, Masks):
             return False
-        pairs = zip([*self.ffn, *self.attention], [*other.ffn, *other.attention], strict=True)
-        return all(torch.equal(a, b) for a, b in pairs)
+        mine, theirs = self.tensors(), other.tensors()
+        return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
     __hash__ = None
 
@@ -125,6 +125,8 @@ def _chunks(margin: Tensor, width_multiple: int) -> tuple[Tensor, Tensor, Tensor
     N = len(margin)
     order = margin.argsort(stable=True)
     removable = N - width_multiple
+    if removable == 0:  # as narrow as a block may be
+        return order, order[:0], margin[:0]
     first = removable % width_multiple or width_multiple  # brings an odd width onto the grid
     ends = torch.arange(first, removable + 1, width_multiple)
     sizes = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.long))
@@ -163,7 +165,8 @@ def keep_masks(
         width_multiple: widths end up on multiples of it.
 
     Returns:
-        Masks that remove at least `target`, and less than one more step.
+        Masks that remove at least `target`, and less than one more step. Blocks that lose neurons end up on a
+        multiple of `width_multiple`; one that loses none keeps its width.
     """
     cut = [_chunks(m.detach().cpu().double(), width_multiple) for m in neuron_margins]
     keys = torch.cat([key for _, _, key in cut])
@@ -175,19 +178,24 @@ def keep_masks(
         group_keys = torch.cat([m.detach().cpu().double()[o] for m, o in zip(group_margins, orders, strict=True)])
         group_cost = torch.cat([torch.full((len(o),), c) for o, c in zip(orders, costs.group, strict=True)])
         taken = _take_until(torch.cat([group_keys, keys]), torch.cat([group_cost, cost]), target)[: len(group_keys)]
-        # The common order may end on a group that overshoots by far more than a neuron: leave that one in, if
-        # neurons can fill the gap instead.
-        while bool(taken.any()) and int(group_cost[taken].sum()) > target:
-            taken[taken.nonzero()[group_keys[taken].argmax()]] = False
-        for mask, order, gone in zip(attention, orders, taken.split([len(o) for o in orders]), strict=True):
-            mask[order[gone]] = False
-        target -= int(group_cost[taken].sum())
-    gone_steps = _take_until(keys, cost, target).split([len(size) for _, size, _ in cut])
+        # The common order may end on groups that overshoot by far more than a neuron: they stay, last ones first, as
+        # long as neurons can fill the gap.
+        fillable, gone = int(cost.sum()), int(group_cost[taken].sum())
+        for last in group_keys.argsort(stable=True).flip(0).tolist():
+            without = gone - int(group_cost[last])
+            if taken[last] and gone > target:
+                if target - without > fillable:
+                    break
+                taken[last], gone = False, without
+        for mask, order, falls in zip(attention, orders, taken.split([len(o) for o in orders]), strict=True):
+            mask[order[falls]] = False
+        target -= gone
+    steps = _take_until(keys, cost, target).split([len(size) for _, size, _ in cut])
     ffn = []
-    for (order, size, _), gone in zip(cut, gone_steps, strict=True):
+    for (order, size, _), falls in zip(cut, steps, strict=True):
         mask = torch.ones(len(order), dtype=torch.bool)
         # Steps of one block go in order, since keys grow with the step and ties go by position.
-        mask[order[: int(size[gone].sum())]] = False
+        mask[order[: int(size[falls].sum())]] = False
         ffn.append(mask)
     return Masks(ffn, attention)
 

@@ -61,6 +61,7 @@ def shrink(
     return small
 
 
+@tracking.on_process_zero
 @torch.no_grad()
 def save_and_check(
     cfg: RunConfig,
@@ -260,7 +261,8 @@ def summarise(
     }
     run.folder.update_manifest(summary=summary, widths=widths(pruned))
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)})
-    figures = report.write_figures(run.folder / "figures", records, modules, candidates[final])
+    draw = tracking.on_process_zero(report.write_figures)
+    figures = draw(run.folder / "figures", records, modules, candidates[final])
     tracking.log_images(run.loggers, figures)
     columns = ["stage", "recovery", "corpus", "seen", "perplexity", "nll", "tokens"]
     tracking.log_table(run.loggers, "perplexity", [{c: r[c] for c in columns} for r in records])

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import logging
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from gprune.architectures import blocks_of
 from gprune.config import RunConfig
 from gprune.importance import score_units
@@ -78,11 +80,13 @@ def prune(cfg: RunConfig) -> PruningResult:
         # 9
         final = "gprune" if cfg.gprune else "base"
         pruned = shrink(cfg, model, candidates[final], statistics, recovery=cfg.recovery)
-        save_and_check(cfg, run, model, pruned, tokenizer, candidates, final, text)
-        # 10
-        ready = {(final, cfg.recovery): pruned}
-        records = evaluate(cfg, run, model, candidates, statistics, text, tokenizer, ready=ready)
-        summary = summarise(cfg, run, records, candidates, costs, model, pruned, modules)
+        records, summary = [], {}
+        if rank_zero_only.rank == 0:  # perplexity from one process is exact; the others are done
+            save_and_check(cfg, run, model, pruned, tokenizer, candidates, final, text)
+            # 10
+            ready = {(final, cfg.recovery): pruned}
+            records = evaluate(cfg, run, model, candidates, statistics, text, tokenizer, ready=ready)
+            summary = summarise(cfg, run, records, candidates, costs, model, pruned, modules)
     return PruningResult(
         path=run.folder.path,
         config=cfg,

@@ -26,6 +26,7 @@ from gprune.masks import UnitCosts, check_budget, unit_costs
 from gprune.recovery import NEEDS_GRAM
 from gprune.surgery import count_parameters
 from gprune.tracking import tracking
+from gprune.trainer import check_trainer, plain_interrupts
 
 log = logging.getLogger("gprune")
 JOIN = "\n\n"  # between documents
@@ -86,6 +87,7 @@ def check(cfg: RunConfig) -> Plan:
         UserError: for an unknown corpus, an unsupported model, or an impossible budget.
     """
     cfg.check_names()
+    check_trainer(**asdict(cfg.trainer))
     check_family(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
     config = AutoConfig.from_pretrained(locate_model(cfg.model.name), trust_remote_code=cfg.model.trust_remote_code)
     with torch.device("meta"):
@@ -202,22 +204,25 @@ def opened(cfg: RunConfig) -> Iterator[Run]:
     folder = RunFolder(os.path.join(cfg.run.dir, cfg.run_name), meter.counts)
     rank_zero_only(folder.open)(cfg.settings(), to_yaml(asdict(cfg)))
     variant = "gprune" if cfg.gprune else "base"
-    with tracking(
-        folder.path,
-        mode=cfg.logging.resolved_mode,
-        name=cfg.run_name,
-        project=cfg.logging.project,
-        group=cfg.logging.group or os.path.basename(cfg.model.name),
-        job_type=variant,
-        tags=[
-            cfg.importance,
-            cfg.sparsity.scope,
-            cfg.sparsity.allocation,
-            cfg.partition.method,
-            *cfg.logging.tags,
-        ],
-        config=asdict(cfg),
-    ) as loggers:
+    with (
+        plain_interrupts(),
+        tracking(
+            folder.path,
+            mode=cfg.logging.resolved_mode,
+            name=cfg.run_name,
+            project=cfg.logging.project,
+            group=cfg.logging.group or os.path.basename(cfg.model.name),
+            job_type=variant,
+            tags=[
+                cfg.importance,
+                cfg.sparsity.scope,
+                cfg.sparsity.allocation,
+                cfg.partition.method,
+                *cfg.logging.tags,
+            ],
+            config=asdict(cfg),
+        ) as loggers,
+    ):
         run = Run(cfg, folder, loggers, meter)
         try:
             yield run

@@ -43,7 +43,8 @@ def least_squares(
     assert statistics.gram is not None, "least_squares needs Gram matrices"
     G = statistics.gram.double()
     G_kk, G_rk = G[keep][:, keep], G[~keep][:, keep]
-    damping = max(ridge * float(G_kk.diagonal().mean()), 1e-12)
+    # A float32 Gram of few tokens is not quite positive semidefinite: never below its own rounding.
+    damping = max(max(ridge, 1e-6) * float(G_kk.diagonal().mean()), 1e-12)
     factor = torch.linalg.cholesky(G_kk + damping * torch.eye(len(G_kk), dtype=torch.float64))
     correction = torch.cholesky_solve((weight[:, ~keep].double() @ G_rk).T, factor).T
     return (weight[:, keep].double() + correction).to(weight.dtype), None

@@ -35,7 +35,7 @@ class Registry(Generic[T]):
 
         def file(entry: T) -> T:
             taken = self._entries.get(name)
-            if taken is not None and getattr(taken, "__qualname__", None) != getattr(entry, "__qualname__", ""):
+            if taken is not None and _origin(taken) != _origin(entry):
                 raise ValueError(f"{self.kind} '{name}' is registered already, as {taken!r}; choose another name.")
             self._entries[name] = entry
             return entry
@@ -54,3 +54,7 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
+
+
+def _origin(entry: object) -> tuple[str, str]:
+    return getattr(entry, "__module__", ""), getattr(entry, "__qualname__", repr(entry))

@@ -67,10 +67,11 @@ def result_table(records: Sequence[Record]) -> str:
     for (stage, recovery), values in table.items():
         name = stage if recovery == "none" else f"{stage} + {recovery}"
         means = [geometric_mean(v for c, v in values.items() if seen[c] == flag) for flag in (True, False)]
-        gap = "" if stage == "dense" else f"{generalisation_gap(values, dense, seen):.3f}"
+        gap = float("nan") if stage == "dense" else generalisation_gap(values, dense, seen)
         r = ratios.get(name)
         ratio = f"{r['ratio']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" if r else ""
-        rows.append([name, *(f"{values[c]:.2f}" for c in corpora), *(f"{m:.2f}" for m in means), gap, ratio])
+        cells = [*(f"{values[c]:.2f}" for c in corpora), *(f"{m:.2f}" for m in means), f"{gap:.3f}"]
+        rows.append([name, *("" if cell == "nan" else cell for cell in cells), ratio])
     return (
         markdown(rows) + "\n\\* seen: the corpus, in other documents, was used by the run. Perplexity, lower is better."
     )
@@ -91,7 +92,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 def model_card(cfg: RunConfig) -> str:
     """README.md of the exported folder: what it is, how it was made, how to load it."""
     embedded = EMBEDDED_MODELS.get(cfg.model.name)
-    licence = embedded.wheel.license if embedded else "that of the base model"
+    licence = embedded.license if embedded else "that of the base model"
     recovery = "" if cfg.recovery == "none" else f", recovery `{cfg.recovery}`"
     method = "gprune" if cfg.gprune else "base metric alone"
     return f"""# {model_label(cfg.model.name)}, structurally pruned

@@ -224,11 +224,13 @@ def learn_sparsity(
 ) -> tuple[tuple[list[Tensor], list[Tensor]], Masks]:
     """Steps 7 and 8: thresholds per module, and the masks that meet the budget with them.
 
-    Uniform allocation gives every module of the model the same threshold, so each loses the same fraction.
+    Without learning, thresholds are equal everywhere (`uniform`) or those that learning would start from (`base`).
     """
     s = cfg.sparsity
     if s.allocation == "uniform":
         compute = functools.partial(equal_thresholds, ranks)
+    elif s.allocation == "base":
+        compute = functools.partial(named_thresholds, start_thresholds(base, ranks))
     else:
         compute = functools.partial(fit_thresholds, cfg, run, model, text, modules, ranks, base, costs, target)
     tensors = run.folder.tensors("thresholds", compute)
@@ -238,10 +240,15 @@ def learn_sparsity(
 
 
 def equal_thresholds(ranks: ModuleRanks) -> dict[str, Tensor]:
-    """The same threshold everywhere: uniform sparsity over modules."""
-    return {f"ffn.{b}": torch.zeros(k, dtype=torch.float64) for b, k in enumerate(ranks.modules)} | {
-        f"attention.{b}": torch.zeros(1, dtype=torch.float64) for b in range(len(ranks.attention))
-    }
+    """The same threshold everywhere: every module loses the same fraction."""
+    ffn = [torch.zeros(k, dtype=torch.float64) for k in ranks.modules]
+    return named_thresholds((ffn, [torch.zeros(1, dtype=torch.float64) for _ in ranks.attention]))
+
+
+def named_thresholds(thresholds: tuple[Sequence[Tensor], Sequence[Tensor]]) -> dict[str, Tensor]:
+    """Thresholds per block of neurons and of KV groups, as saved in safetensors."""
+    pairs = zip(("ffn", "attention"), thresholds, strict=True)
+    return {f"{kind}.{b}": t.detach().cpu() for kind, group in pairs for b, t in enumerate(group)}
 
 
 def fit_thresholds(
@@ -279,8 +286,4 @@ def fit_thresholds(
             "development_perplexity_by_sparsity": {f"{k:g}": v for k, v in sorted(curve.by_sparsity.items())},
         }
     )
-    return {
-        f"{kind}.{b}": t.detach().cpu()
-        for kind, group in zip(("ffn", "attention"), stage.thresholds, strict=True)
-        for b, t in enumerate(group)
-    }
+    return named_thresholds(stage.thresholds)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from wandb.proto import wandb_internal_pb2
+
+from gprune.errors import UserError
 
 log = logging.getLogger("gprune")
 on_process_zero = rank_zero_only
@@ -42,24 +49,40 @@ def tracking(
         mode: offline (no account, `wandb sync` later), online or disabled.
         config: the resolved configuration, which becomes the W&B run's.
     """
-    loggers: list[Logger] = [CSVLogger(folder, name="csv", version="")]
+    # Without a version of its own, a run taken up again would delete the curves of its earlier sittings.
+    loggers: list[Logger] = [CSVLogger(folder, name="csv")]
     if mode != "disabled":
         # A run of our own: WandbLogger would pass wandb.init an option that wandb 0.31 warns about on stderr. And
         # mode=, not offline=True, which leaves WANDB_MODE set in the process for whoever comes next.
-        start = rank_zero_only(wandb.init, default=None)
         experiment = start(
             name=name, dir=folder, project=project, mode=mode, group=group, job_type=job_type, tags=list(tags),
             config=config, settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
         loggers.append(WandbLogger(save_dir=folder, project=project, experiment=experiment))
         define_axes(loggers[-1])
+    exit_code = 1
     try:
         yield loggers
-    except BaseException:
-        finish(exit_code=1)
-        raise
-    else:
-        finish(exit_code=0)
+        exit_code = 0
+    finally:
+        loggers[0].save()  # what was logged after the last Trainer is still in memory
+        finish(exit_code)
+
+
+@rank_zero_only
+def start(**settings: Any) -> Any:
+    """`wandb.init`, or the one line that says why it could not be.
+
+    Raises:
+        UserError: online without an account or without network.
+    """
+    try:
+        return wandb.init(**settings)
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"W&B could not start a run ({str(error).strip().splitlines()[0]}); log in with `wandb login`, or use "
+            f"--logging.mode offline."
+        ) from error
 
 
 @rank_zero_only
@@ -96,3 +119,95 @@ def log_images(loggers: Sequence[Logger], paths: Sequence[Path]) -> None:
 def log_scalars(loggers: Sequence[Logger], values: dict[str, float], *, step: int) -> None:
     for logger in loggers:
         logger.log_metrics(values, step=step)
+
+
+@dataclass(frozen=True)
+class OfflineRun:
+    """What W&B keeps of a run. Values are plain JSON; images and tables are dictionaries with `_type` and `path`."""
+
+    config: dict[str, Any]
+    history: list[dict[str, Any]]  # one row per call of log
+    axes: dict[str, str]  # metric name or pattern -> its x axis
+    group: str
+    job_type: str
+    tags: list[str]
+    exit_code: int | None  # None while the run goes on, or after it was killed
+
+    def curve(self, metric: str) -> list[tuple[float, float]]:
+        """(x, y) of a metric over its own axis, in the order in which it was logged."""
+        axis = next(x for pattern, x in self.axes.items() if metric.startswith(pattern.removesuffix("*")))
+        return [(row[axis], row[metric]) for row in self.history if metric in row]
+
+
+def read_offline(path: Path | str) -> OfflineRun:
+    """Read a `.wandb` file, without an account and without W&B's servers: curves for a notebook.
+
+    Args:
+        path: the file itself, or a run folder with one offline run in `wandb/`; of several sittings the last is read.
+
+    Raises:
+        UserError: for a folder without a `.wandb` file, or a file that is none or damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(path.glob("wandb/*run-*/*.wandb"))  # their names begin with the time
+        if not found:
+            raise UserError(f"{path} holds no wandb/*/*.wandb file; run with --logging.mode offline.")
+        path = found[-1]
+    config, history, axes, exit_code, run = {}, [], {}, None, wandb_internal_pb2.RunRecord()
+    for data in _log_entries(path):
+        record = wandb_internal_pb2.Record.FromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            run = record.run
+            config |= _items(run.config.update)
+        elif kind == "config":
+            config |= _items(record.config.update)
+        elif kind == "history":
+            history.append(_items(record.history.item))
+        elif kind == "metric" and record.metric.step_metric:
+            axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+        elif kind == "exit":
+            exit_code = record.exit.exit_code
+    return OfflineRun(config, history, axes, run.run_group, run.job_type, list(run.tags), exit_code)
+
+
+def _items(items: Sequence[Any]) -> dict[str, Any]:
+    """Key-value records to a dictionary; W&B flattens images and tables, with nested keys that are a path."""
+    content: dict[str, Any] = {}
+    for item in items:
+        *path, last = item.nested_key or [item.key]
+        place = content
+        for name in path:
+            place = place.setdefault(name, {})
+        place[last] = json.loads(item.value_json)
+    return content
+
+
+def _log_entries(path: Path) -> Iterator[bytes]:
+    """The entries of a `.wandb` file: LevelDB's log format behind a header of 7 bytes.
+
+    Blocks of 32 KiB hold chunks of (CRC-32 of kind and data, length, kind), and an entry that does not fit into a
+    block is spread over several: kind 1 is whole, 2 first, 3 middle, 4 last. A run that was killed may end in the
+    middle of an entry, which is then left out.
+    """
+    content, block, head = path.read_bytes(), 32 * 1024, struct.Struct("<IHB")
+    if content[:4] != b":W&B":
+        raise UserError(f"{path} is no .wandb file; expected one from the folder wandb/ of a run.")
+    position, entry = 7, b""
+    while position + head.size <= len(content):
+        room = block - position % block
+        if room < head.size:  # a chunk's head never straddles blocks
+            position += room
+            continue
+        checksum, length, kind = head.unpack_from(content, position)
+        position += head.size
+        data = content[position : position + length]
+        position += length
+        if len(data) < length:
+            return
+        if zlib.crc32(data, zlib.crc32(bytes([kind]))) != checksum:
+            raise UserError(f"{path} is damaged near byte {position}; its curves cannot be read.")
+        entry = data if kind in (1, 2) else entry + data
+        if kind in (1, 4):
+            yield entry

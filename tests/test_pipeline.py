@@ -1,0 +1,379 @@
+"""Whole runs of the command line on a tiny model: what they leave behind, that they resume, and every switch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import gprune
+from gprune import outcome, steps
+from gprune.architectures import blocks_of
+from gprune.masks import masked, unit_costs
+from gprune.stages.sparsity import ThresholdLearning
+from tests import tiny_run
+
+FIELDS = {
+    "stage", "importance", "allocation", "recovery", "sparsity", "scope", "corpus", "split", "seen", "perplexity",
+    "nll", "tokens", "seq_len", "stride", "bos", "join", "seed", "dtype", "content_hash", "corpora",
+}  # fmt: skip
+METRICS = ["wanda_sp", "wifv", "act_norm", "magnitude", "random"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny_run.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """One cache for the module: calibration is paid for once per kind of statistics."""
+    folder = tmp_path_factory.mktemp("cache")
+    with tiny_run.isolated(folder):
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory, cache):
+    """An undisturbed run with the default method, its export checked in a fresh process."""
+    return world.run(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs after the first spare the fresh process."""
+    tiny_run.reload_in_process(monkeypatch)
+
+
+@pytest.fixture
+def dense(world):
+    return AutoModelForCausalLM.from_pretrained(world.model).eval()
+
+
+def digests(folder, *patterns):
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    assert files
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+RESULTS = ("masks/*.safetensors", "thresholds.safetensors", "assignment.safetensors", "modules.safetensors")
+
+
+@contextmanager
+def counted_forwards():
+    """Tokens that go through any language model, by its class's forward."""
+    seen = []
+
+    def hook(module, args, kwargs, output):
+        if isinstance(module, PreTrainedModel) and "input_ids" in kwargs:
+            seen.append(kwargs["input_ids"].numel())
+
+    handle = torch.nn.modules.module.register_module_forward_hook(hook, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def test_run_folder_is_complete(finished):
+    path = finished.path
+    for name in ("config.yaml", "manifest.json", "assignment.safetensors", "thresholds.safetensors", "metrics.json"):
+        assert (path / name).is_file(), name
+    for stage in ("base", "base_averaged", "gprune"):
+        assert (path / f"masks/{stage}.safetensors").is_file()
+    assert len(list((path / "statistics").glob("*.safetensors"))) == 3
+    assert len(list((path / "figures").glob("*.png"))) >= 2
+    assert (path / "model/config.json").is_file()
+    assert not [file for file in path.rglob("*") if file.name.endswith(".tmp") or file.name.startswith(".")]
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["environment"]["packages"]["torch"]
+    assert {"calibrate", "assignment", "thresholds", "save_and_check", "evaluate"} <= set(manifest["steps"])
+    assert all(step["peak_memory_mib"] > 0 and step["seconds"] >= 0 for step in manifest["steps"].values())
+    assert manifest["logits"]["sliced_minus_reloaded"] == 0.0
+    assert manifest["logits"]["masked_minus_sliced"] <= 1e-4
+
+
+def test_config_is_resolved_and_repeats_the_run(finished):
+    content = yaml.safe_load((finished.path / "config.yaml").read_text())
+    assert content["sparsity"]["learning_rate"] == 0.1  # a default, written out
+    assert gprune.cli.parse(["--config", str(finished.path / "config.yaml")]) == finished.config
+
+
+def test_records_say_everything_about_each_number(finished, world):
+    records = json.loads((finished.path / "metrics.json").read_text())["records"]
+    assert all(set(r) >= FIELDS for r in records)
+    table = {(r["stage"], r["corpus"]): r for r in records}
+    corpora = [str(world.corpora[c]) for c in ("alpha", *tiny_run.UNSEEN)]
+    assert set(table) == {(s, c) for s in ("dense", "base", "base_averaged", "gprune") for c in corpora}
+    assert len(records) == len(table)
+    for r in records:
+        assert r["seen"] == (r["corpus"] == corpora[0])
+        assert r["split"] == "test"
+        assert r["tokens"] == 2 * 31
+        assert r["perplexity"] == pytest.approx(torch.tensor(r["nll"]).double().exp().item(), rel=1e-6)
+        assert r["sparsity"] == (0.0 if r["stage"] == "dense" else 0.5)
+
+
+def test_sparsity_is_reached_and_counted(finished, dense):
+    costs = unit_costs(blocks_of(dense), scope="ffn")
+    removed = costs.removed(finished.masks)
+    assert 0 <= removed - costs.total / 2 < max(costs.neuron)
+    assert finished.summary["sparsity_of_scope"] == removed / costs.total
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, finished.model))
+    assert before - after == removed
+    assert finished.summary["sparsity_of_model"] == pytest.approx(removed / before)
+
+
+def test_masks_applied_to_another_copy_are_the_pruned_model(finished, dense, token_batch):
+    with torch.inference_mode(), masked(dense, finished.masks):
+        assert torch.allclose(dense(token_batch).logits, finished.model(token_batch).logits, atol=1e-4)
+
+
+def test_load_run_brings_back_what_prune_returned(finished, quick, token_batch):
+    found = gprune.prune(finished.config)  # every step is finished: this reads
+    back = gprune.load_run(finished.path)
+    assert back.masks == found.masks
+    assert all(torch.equal(a, b) for a, b in zip(back.modules.labels, found.modules.labels, strict=True))
+    assert back.modules.rows() == found.modules.rows()
+    for mine, theirs in zip(back.thresholds, found.thresholds, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert back.records == found.records
+    assert back.summary == found.summary
+    assert back.config == found.config
+    assert set(back.statistics) == set(found.statistics)
+    with torch.inference_mode():
+        assert torch.equal(back.model(token_batch).logits, found.model(token_batch).logits)
+
+
+def test_running_again_computes_nothing_and_changes_nothing(finished, world):
+    before = digests(finished.path, *RESULTS, "metrics.json", "model/*", "statistics/*")
+    with counted_forwards() as forwards:
+        again = world.run(finished.path.parent)
+    assert not forwards
+    assert digests(finished.path, *RESULTS, "metrics.json", "model/*", "statistics/*") == before
+    assert again.masks == finished.masks
+
+
+def test_same_seed_same_bits_elsewhere_and_another_seed_differs(finished, world, tmp_path, quick, monkeypatch):
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    again = world.run(tmp_path, name="elsewhere")
+    assert digests(again.path, *RESULTS) == digests(finished.path, *RESULTS)
+    assert [r["nll"] for r in again.records] == [r["nll"] for r in finished.records]
+    other = world.run(tmp_path, "--run.seed=1", name="other")
+    assert other.masks != finished.masks
+    assert [r["content_hash"] for r in other.records] == [r["content_hash"] for r in finished.records]  # same test
+
+
+class KilledError(Exception):
+    """Stands for a kill at this point."""
+
+
+def killed_in_fit(monkeypatch):
+    monkeypatch.setattr(ThresholdLearning, "training_step", _die)
+
+
+def killed_in_calibration(monkeypatch):
+    monkeypatch.setattr("gprune.stages.calibration.Collector.observe", _die)
+
+
+def killed_in_evaluation(monkeypatch):
+    real, calls = outcome.perplexity, []
+
+    def perplexity(*args, **kwargs):
+        calls.append(1)
+        return _die() if len(calls) == 8 else real(*args, **kwargs)  # the dense model and the base are done
+
+    monkeypatch.setattr(outcome, "perplexity", perplexity)
+
+
+def killed_after_learning(monkeypatch):
+    monkeypatch.setattr("gprune.pipeline.save_and_check", _die)
+
+
+def killed_in_check(monkeypatch):
+    monkeypatch.setattr(outcome, "check_reload", _die)
+
+
+def killed_in_partition(monkeypatch):
+    monkeypatch.setattr(steps, "refinement_inputs", _die)
+
+
+def _die(*args, **kwargs):
+    raise KilledError
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [
+        killed_in_calibration, killed_in_partition, killed_in_fit, killed_after_learning, killed_in_check,
+        killed_in_evaluation,
+    ],
+)  # fmt: skip
+def test_killed_and_started_again_gives_the_same_bits(kill, finished, world, tmp_path, quick, monkeypatch):
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        kill(patch)
+        with pytest.raises(KilledError):
+            tiny_run.main(world.args(tmp_path))
+    assert not list(tmp_path.rglob("*.tmp"))
+    again = world.run(tmp_path)
+    assert digests(again.path, *RESULTS) == digests(finished.path, *RESULTS)
+    assert [r["nll"] for r in again.records] == [r["nll"] for r in finished.records]
+
+
+def test_a_damaged_step_is_computed_again(finished, world, tmp_path, quick):
+    first = world.run(tmp_path)
+    file = first.path / "thresholds.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    world.run(tmp_path)
+    assert digests(first.path, *RESULTS) == digests(finished.path, *RESULTS)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("with_gprune", [True, False])
+def test_every_metric_runs_with_and_without_gprune(metric, with_gprune, world, tmp_path, quick, dense):
+    result = world.run(tmp_path, f"--importance={metric}", f"--gprune={str(with_gprune).lower()}")
+    check_budget(result, dense)
+    stages = {r["stage"] for r in result.records}
+    assert stages == ({"dense", "base", "base_averaged", "gprune"} if with_gprune else {"dense", "base"})
+    assert (result.modules is None) != with_gprune
+    assert {r["importance"] for r in result.records} == {None, metric}
+
+
+SWITCHES = {
+    "initial": "--partition.method=initial",
+    "random": "--partition.method=random",
+    "drift_only": "--partition.method=drift_only",
+    "no_switch": "--reliability.switch=false",
+    "uniform": "--sparsity.allocation=uniform",
+    "attention": "--sparsity.scope=attention+ffn",
+    "bias": "--recovery=bias",
+    "least_squares": "--recovery=least_squares",
+    "width_multiple": "--sparsity.width_multiple=4",
+    "odd_target": "--sparsity.target=0.333",
+    "noise_subtracted": "--partition.subtract_noise=true",
+}
+
+
+@pytest.fixture(scope="module")
+def switched(world, tmp_path_factory, cache):
+    """The result of a switch, run once."""
+    runs, found = tmp_path_factory.mktemp("switched"), {}
+
+    def run(name):
+        if name not in found:
+            with pytest.MonkeyPatch.context() as patch:
+                tiny_run.reload_in_process(patch)
+                found[name] = world.run(runs, SWITCHES[name], name=name)
+        return found[name]
+
+    return run
+
+
+def check_budget(result, dense, slack=1):
+    costs = unit_costs(blocks_of(dense), scope=result.config.sparsity.scope)
+    over = costs.removed(result.masks) - result.config.sparsity.target * costs.total
+    assert 0 <= over < slack * max(costs.neuron)
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, result.model))
+    added = sum(b.down.bias is not None for b in blocks_of(result.model)) * dense.config.hidden_size
+    assert before - after == costs.removed(result.masks) - added
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_switch_runs_and_meets_the_budget(name, switched, dense):
+    check_budget(switched(name), dense, slack=4 if name == "width_multiple" else 1)
+
+
+def test_partition_controls_keep_the_refined_sizes(switched, finished):
+    for name in ("random", "drift_only"):
+        for mine, refined in zip(switched(name).modules.labels, finished.modules.labels, strict=True):
+            assert torch.equal(mine.bincount(), refined.bincount())
+            assert not torch.equal(mine, refined)
+
+
+def test_no_switch_switches_nothing(switched, finished):
+    assert not any(row["switched"] for row in switched("no_switch").modules.rows())
+    assert any(row["switched"] for row in finished.modules.rows())
+
+
+def test_uniform_removes_alike_from_every_module(switched, dense):
+    result = switched("uniform")
+    for labels, mask in zip(result.modules.labels, result.masks.ffn, strict=True):
+        for k in range(int(labels.max()) + 1):
+            assert (~mask[labels == k]).float().mean() == pytest.approx(0.5, abs=1 / int((labels == k).sum()))
+
+
+def test_attention_in_scope_removes_groups_in_the_base_too(switched):
+    result = switched("attention")
+    base = gprune.artifacts.read_tensors(result.path / "masks/base.safetensors")
+    assert not all(bool(m.all()) for m in result.masks.attention)
+    assert not all(bool(m.all()) for name, m in base.items() if name.startswith("attention"))
+    assert all(bool(m.any()) for m in (*result.masks.attention, *result.masks.ffn))
+
+
+def test_width_multiple_is_met(switched):
+    assert all(int(m.sum()) % 4 == 0 for m in switched("width_multiple").masks.ffn)
+
+
+@pytest.mark.parametrize("recovery", ["bias", "least_squares"])
+def test_recovery_stands_beside_the_same_without_and_the_base_with_it(recovery, switched, finished):
+    result = switched(recovery)
+    rows = {(r["stage"], r["recovery"]): r["nll"] for r in result.records}
+    assert set(rows) == {("dense", "none")} | {
+        (stage, r) for stage in ("base", "base_averaged", "gprune") for r in ("none", recovery)
+    }
+    assert result.masks == finished.masks  # recovery comes after the masks
+    plain = {(r["stage"], r["corpus"]): r["nll"] for r in finished.records}
+    for r in result.records:
+        same = r["nll"] == plain[r["stage"], r["corpus"]]
+        assert same == (r["recovery"] == "none"), r["stage"]
+
+
+def test_one_drift_corpus_turns_drift_and_the_switch_off(world, tmp_path, quick, dense):
+    result = world.run(tmp_path, f"--corpora.drift={world.names('alpha')}")
+    check_budget(result, dense)
+    assert not any(row["switched"] for row in result.modules.rows())
+    assert all(bool((d.drift == 0).all()) for d in result.modules.drift)
+
+
+def test_dry_run_computes_and_writes_nothing(world, tmp_path, capsys):
+    with counted_forwards() as forwards:
+        assert tiny_run.main(world.args(tmp_path / "runs", "--dry_run=true")) == 0
+    out = capsys.readouterr().out
+    assert not forwards
+    assert not (tmp_path / "runs").exists()
+    for word in ("forward", "backward", "memory", "widths", "80 to 80"):
+        assert word in out
+
+
+def test_dry_run_bounds_the_tokens_of_the_run(finished):
+    plan = gprune.preparation.check(finished.config)
+    assert finished.summary["forward_backward_tokens"] == plan.forward_backward_tokens == 2 * 4 * 32
+    assert finished.summary["forward_tokens"] <= plan.forward_tokens
+
+
+def test_yaml_files_merge_left_to_right_and_flags_win(tmp_path):
+    for name, content in (
+        ("a", "sparsity: {target: 0.2, epochs: 5}\nimportance: wifv"),
+        ("b", "sparsity: {target: 0.3}"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(content)
+    files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
+    cfg = gprune.cli.parse([*files, "--sparsity.epochs", "7"])
+    assert (cfg.sparsity.target, cfg.sparsity.epochs, cfg.importance) == (0.3, 7, "wifv")
+
+
+def test_the_same_command_line_table_is_printed(finished, world, capsys):
+    assert tiny_run.main(world.args(finished.path.parent)) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "gprune" in out
+    assert "Removed 50.00% of ffn" in out
+    assert str(finished.path / "model") in out

@@ -1,0 +1,402 @@
+"""Threshold learning: its start, its invariances, its gradient, and what a fit leaves behind."""
+
+from __future__ import annotations
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from gprune.architectures import blocks_of
+from gprune.callbacks import ApplyMasks
+from gprune.data import CorpusDataModule, Windows
+from gprune.drift import fractional_ranks
+from gprune.errors import UserError
+from gprune.losses import next_token_loss
+from gprune.masks import Masks, UnitCosts, check_budget, gated, keep_masks, masked, soft_gate, unit_costs
+from gprune.reliability import within_module_ranks
+from gprune.stages.sparsity import ModuleRanks, ThresholdLearning, masks_from_thresholds, start_thresholds
+from tests.conftest import make_tiny_llama
+
+K = 4
+
+
+def generator_of(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_problem(neurons: list[int], groups: list[int], seed: int, ties: bool = False):
+    """Scores, labels with all K modules present, and the ranks when no module is switched."""
+    generator = generator_of(seed)
+    scores = [torch.rand(n, generator=generator, dtype=torch.float64) for n in neurons]
+    if ties:
+        scores = [(s * 5).round() for s in scores]
+    group_scores = [torch.rand(n, generator=generator, dtype=torch.float64) for n in groups]
+    labels = [(torch.arange(n) % K)[torch.randperm(n, generator=generator)] for n in neurons]
+    keep_own = torch.zeros(K, dtype=torch.bool)
+    ranks = ModuleRanks(
+        ffn=[within_module_ranks(s, torch.zeros_like(s), y, keep_own) for s, y in zip(scores, labels, strict=True)],
+        labels=labels,
+        attention=[fractional_ranks(s) for s in group_scores],
+    )
+    return scores, group_scores, ranks
+
+
+def base_masks(costs: UnitCosts, scores, group_scores, target: int, width_multiple: int = 1) -> Masks:
+    return keep_masks(
+        costs, [fractional_ranks(s) for s in scores], [fractional_ranks(s) for s in group_scores],
+        target=target, width_multiple=width_multiple,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.333, 0.5, 0.9])
+@pytest.mark.parametrize(("attention", "width_multiple"), [(False, 1), (True, 1), (False, 4), (True, 8)])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_start_is_the_base_mask_unit_for_unit(seed, attention, width_multiple, sparsity):
+    neurons, groups = [50, 64, 33], [4, 2, 3]
+    scores, group_scores, ranks = random_problem(neurons, groups, seed, ties=seed % 2 == 1)
+    costs = UnitCosts(neuron=[7] * 3, group=[90] * 3, neurons=neurons, groups=groups, attention=attention)
+    possible = sum(7 * (n - width_multiple) for n in neurons) / costs.total
+    target = check_budget(costs, min(sparsity, round(possible - 0.01, 3)), width_multiple=width_multiple)
+    base = base_masks(costs, scores, group_scores, target, width_multiple)
+    start = start_thresholds(base, ranks)
+    again = masks_from_thresholds(ranks, start, costs, target=target, width_multiple=width_multiple)
+    assert again == base
+    assert costs.removed(base) >= target
+    # in float32 too, which is what the stage learns in
+    low = tuple([t.float() for t in kind] for kind in start)
+    assert masks_from_thresholds(ranks, low, costs, target=target, width_multiple=width_multiple) == base
+
+
+def test_start_thresholds_of_modules_kept_or_removed_entirely():
+    labels = torch.arange(40) % 4
+    _, _, ranks = random_problem([40], [2], seed=0)
+    ranks = ModuleRanks(ranks.ffn, [labels], ranks.attention)
+    keep = torch.ones(40, dtype=torch.bool)
+    keep[labels == 1] = False  # all ten
+    members = (labels == 2).nonzero()[:, 0]
+    keep[members[:3]] = False
+    (ffn,), (attention,) = start_thresholds(Masks([keep], [torch.tensor([True, False])]), ranks)
+    fractions = np.array([0.25 / 10, 9.75 / 10, 3 / 10, 0.25 / 10])
+    np.testing.assert_allclose(ffn.numpy(), np.log(fractions / (1 - fractions)), rtol=1e-12)
+    assert float(attention) == 0  # one of two
+    assert bool(torch.isfinite(ffn).all())
+
+
+def test_a_start_with_whole_modules_gone_is_reproduced():
+    # Scores that follow the module: the base mask removes modules 0 and 1 and keeps 3 whole.
+    neurons = [40, 40]
+    scores = [torch.arange(40.0).double(), torch.arange(40.0).double()]
+    labels = [torch.arange(40) // 10] * 2
+    own = torch.zeros(4, dtype=torch.bool)
+    ranks = ModuleRanks(
+        [within_module_ranks(s, s, y, own) for s, y in zip(scores, labels, strict=True)], labels,
+        [torch.tensor([0.5], dtype=torch.float64)] * 2,
+    )  # fmt: skip
+    costs = UnitCosts([3, 3], [1, 1], neurons, [1, 1], attention=False)
+    for sparsity in (0.5, 0.6, 0.95):
+        target = check_budget(costs, sparsity)
+        base = base_masks(costs, scores, [torch.ones(1)] * 2, target)
+        assert masks_from_thresholds(ranks, start_thresholds(base, ranks), costs, target=target) == base
+
+
+@pytest.mark.parametrize("shift", [-3.0, 0.25, 8.0])
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_common_shift_of_all_thresholds_changes_no_mask(seed, attention, shift):
+    neurons, groups = [50, 64, 33], [4, 2, 3]
+    _, _, ranks = random_problem(neurons, groups, seed)
+    costs = UnitCosts([7] * 3, [90] * 3, neurons, groups, attention)
+    generator = generator_of(seed + 10)
+    ffn = [torch.randn(K, generator=generator, dtype=torch.float64) for _ in neurons]
+    heads = [torch.randn(1, generator=generator, dtype=torch.float64) for _ in neurons]
+    target = check_budget(costs, 0.4)
+    masks = masks_from_thresholds(ranks, (ffn, heads), costs, target=target)
+    moved = ([t + shift for t in ffn], [t + shift for t in heads])
+    assert masks_from_thresholds(ranks, moved, costs, target=target) == masks
+    ffn[0][0] += 2.0  # a single threshold does change them: that module loses more
+    other = masks_from_thresholds(ranks, (ffn, heads), costs, target=target)
+    inside = ranks.labels[0] == 0
+    assert int(other.ffn[0][inside].sum()) < int(masks.ffn[0][inside].sum())
+
+
+# --- a fit on the tiny model ------------------------------------------------------------------------------------
+
+
+def make_stage(
+    model, *, sparsity: float = 0.5, scope: str = "ffn", seed: int = 0, width_multiple: int = 1, lr: float = 0.1
+) -> ThresholdLearning:
+    costs = unit_costs(blocks_of(model), scope=scope)
+    scores, group_scores, ranks = random_problem([48] * 3, [2] * 3, seed)
+    target = check_budget(costs, sparsity, width_multiple=width_multiple)
+    base = base_masks(costs, scores, group_scores, target, width_multiple)
+    return ThresholdLearning(
+        model, ranks, start_thresholds(base, ranks), costs,
+        target=target, width_multiple=width_multiple, learning_rate=lr,
+    )  # fmt: skip
+
+
+def sampled_tokens(model, windows: int = 8, length: int = 24, seed: int = 0) -> torch.Tensor:
+    """Text in the dense model's own words, so that there is something to keep."""
+    generator = generator_of(seed)
+    tokens = torch.randint(3, 128, (windows, 1), generator=generator)
+    with torch.no_grad():
+        while tokens.shape[1] < length:
+            p = (2 * model(tokens).logits[:, -1]).softmax(-1)
+            tokens = torch.cat([tokens, torch.multinomial(p, 1, generator=generator)], 1)
+    return tokens
+
+
+def data_of(tokens: torch.Tensor, batch_size: int = 4) -> CorpusDataModule:
+    return CorpusDataModule(train=[Windows("demo", "train", tokens)], batch_size=batch_size, seed=0)
+
+
+def trainer_of(*callbacks: L.Callback, epochs: int = 1) -> L.Trainer:
+    return L.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def hooks_of(model) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+@torch.no_grad()
+def pruned_loss(model, masks: Masks, tokens: torch.Tensor) -> float:
+    with masked(model, masks):
+        return float(model(tokens, labels=tokens).loss)
+
+
+@pytest.mark.parametrize("scope", ["ffn", "attention+ffn"])
+@pytest.mark.parametrize("width_multiple", [1, 8])
+def test_a_fit(scope, width_multiple, tiny_model):
+    tokens = sampled_tokens(tiny_model)
+    stage = make_stage(tiny_model, scope=scope, width_multiple=width_multiple)
+    before = {name: t.clone() for name, t in tiny_model.state_dict().items()}
+    start = [t.detach().clone() for t in stage.ffn_thresholds]
+    first, dense = stage.masks(), tiny_model(tokens).logits
+    trainer_of(ApplyMasks(), epochs=6).fit(stage, data_of(tokens))
+    # the model is what it was, bit for bit
+    assert all(torch.equal(before[name], t) for name, t in tiny_model.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in tiny_model.parameters())
+    assert hooks_of(tiny_model) == 0
+    assert torch.equal(tiny_model(tokens).logits, dense)
+    # thresholds moved, and not all alike
+    moved = torch.cat([a.detach() - b for a, b in zip(stage.ffn_thresholds, start, strict=True)])
+    assert moved.std() > 0.05
+    # the budget is met exactly
+    masks = stage.masks()
+    assert masks != first
+    excess = stage.costs.removed(masks) - stage.target
+    assert 0 <= excess < width_multiple * stage.costs.neuron[0]
+    assert all(int(m.sum()) % width_multiple == 0 and bool(m.any()) for m in masks.ffn)
+    if scope == "ffn":
+        assert all(bool(m.all()) for m in masks.attention)
+        assert all(not t.requires_grad for t in stage.attention_thresholds)
+    # learning is good for something on the text it learned from
+    assert pruned_loss(tiny_model, masks, tokens) < pruned_loss(tiny_model, first, tokens)
+    # a checkpoint holds thresholds and nothing else
+    names = set(stage.state_dict())
+    assert names == {f"{kind}_thresholds.{b}" for kind in ("ffn", "attention") for b in range(3)}
+    assert sum(t.numel() for t in stage.state_dict().values()) == 3 * (K + 1)
+    assert stage.tokens == 6 * tokens.numel()
+
+
+def test_same_seed_same_bits(tiny_model):
+    tokens = sampled_tokens(tiny_model)
+    fitted = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        stage = make_stage(tiny_model)
+        trainer_of(ApplyMasks(), epochs=2).fit(stage, data_of(tokens))
+        fitted.append(stage.state_dict())
+    assert all(torch.equal(fitted[0][name], fitted[1][name]) for name in fitted[0])
+
+
+def test_the_logged_loss_is_that_of_the_hard_masks(tiny_model):
+    tokens = sampled_tokens(tiny_model, windows=4)
+    stage = make_stage(tiny_model)
+    expected = pruned_loss(tiny_model, stage.masks(), tokens)
+    trainer = trainer_of(ApplyMasks())
+    trainer.fit(stage, data_of(tokens, batch_size=4))
+    assert float(trainer.callback_metrics["learn/loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_windows_of_weight_zero_do_not_count(tiny_model):
+    tokens = sampled_tokens(tiny_model, windows=4)
+    stage = make_stage(tiny_model)
+    losses = {}
+
+    class Probe(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            weight = torch.tensor([1.0, 0.0, 1.0, 0.0])
+            losses["weighted"] = pl_module.training_step({"input_ids": tokens, "weight": weight}, 0).item()
+            two = {"input_ids": tokens[[0, 2]], "weight": torch.ones(2)}
+            losses["two"] = pl_module.training_step(two, 0).item()
+
+    trainer_of(ApplyMasks(), Probe()).fit(stage, data_of(tokens))
+    assert losses["weighted"] == pytest.approx(losses["two"], rel=1e-6)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, UserError])
+@pytest.mark.parametrize("hook", ["on_train_start", "on_before_backward", "on_train_epoch_end"])
+def test_an_exception_inside_fit_leaves_no_hooks(hook, error, tiny_model, token_batch):
+    dense = tiny_model(token_batch).logits
+    seen = []
+
+    def fail(*_args):
+        seen.append(hooks_of(tiny_model))
+        raise error("stop")
+
+    failing = type("Failing", (L.Callback,), {hook: fail})()
+    stage = make_stage(tiny_model)
+    with pytest.raises(error, match="stop"):
+        trainer_of(ApplyMasks(), failing).fit(stage, data_of(sampled_tokens(tiny_model)))
+    assert seen == [3]  # the gates were on
+    assert hooks_of(tiny_model) == 0
+    assert torch.equal(tiny_model(token_batch).logits, dense)
+
+
+def test_apply_masks_can_be_used_again_after_an_exception(tiny_model):
+    tokens, callback = sampled_tokens(tiny_model), ApplyMasks()
+
+    class Once(L.Callback):
+        def on_before_backward(self, *_args):
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer_of(callback, Once()).fit(make_stage(tiny_model), data_of(tokens))
+    stage = make_stage(tiny_model)
+    start = stage.ffn_thresholds[0].detach().clone()
+    trainer_of(callback).fit(stage, data_of(tokens))
+    assert not torch.equal(stage.ffn_thresholds[0], start)
+    assert hooks_of(tiny_model) == 0
+
+
+def test_a_loss_that_is_not_a_number_is_an_error_for_the_user(tiny_model):
+    tokens = sampled_tokens(tiny_model)
+    tiny_model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match=r"loss of threshold learning is nan.*float32"):
+        trainer_of(ApplyMasks()).fit(make_stage(tiny_model), data_of(tokens))
+    assert hooks_of(tiny_model) == 0
+
+
+def test_a_model_that_is_not_frozen_is_refused(tiny_model):
+    tiny_model.requires_grad_(True)
+    with pytest.raises(AssertionError, match="frozen"):
+        make_stage(tiny_model)
+
+
+@pytest.mark.parametrize("scope", ["ffn", "attention+ffn"])
+def test_recentring_changes_no_mask_and_cuts_at_zero(scope, tiny_model):
+    stage = make_stage(tiny_model, scope=scope)
+    with torch.no_grad():
+        for t in stage.ffn_thresholds:
+            t += torch.randn(K, generator=generator_of(5)) + 3
+    masks = stage.masks()
+    before = torch.cat([t.detach().clone() for t in stage.ffn_thresholds])
+    stage._recentre(masks)
+    assert stage.masks() == masks
+    shift = torch.cat([t.detach() for t in stage.ffn_thresholds]) - before
+    assert shift.max() - shift.min() < 1e-5  # all alike
+    margin = [
+        torch.logit(p) - t.detach().double()[y]
+        for p, t, y in zip(stage.ranks.ffn, stage.ffn_thresholds, stage.ranks.labels, strict=True)
+    ]
+    removed = torch.cat([m[~keep] for m, keep in zip(margin, masks.ffn, strict=True)])
+    assert abs(float(removed.max())) < 1e-5
+
+
+def test_module_sparsity_and_other_budgets(tiny_model):
+    stage = make_stage(tiny_model)
+    masks = stage.masks()
+    for mask, labels, shares in zip(masks.ffn, stage.ranks.labels, stage.module_sparsity(), strict=True):
+        expected = [1 - mask.numpy()[labels.numpy() == k].mean() for k in range(K)]
+        np.testing.assert_allclose(shares.numpy(), expected)
+    total = sum(float(s.sum()) * 12 for s in stage.module_sparsity())  # twelve neurons per module
+    assert round(total) == sum(int((~m).sum()) for m in masks.ffn)
+    less = stage.masks(target=stage.target // 2)
+    assert 0 <= stage.costs.removed(less) - stage.target // 2 < stage.costs.neuron[0]
+    # nested: what a smaller budget removes, the larger one removes too
+    assert all(bool((a | ~b).all()) for a, b in zip(less.ffn, masks.ffn, strict=True))
+
+
+# --- the gradient -----------------------------------------------------------------------------------------------
+
+
+def soft_loss(model, ranks: ModuleRanks, flat: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Float64 cross-entropy through all logits with soft gates alone, as a function of all thresholds."""
+    gates = [
+        soft_gate(p, t, y, torch.bincount(y)) for p, t, y in zip(ranks.ffn, flat.split(K), ranks.labels, strict=True)
+    ]
+    with gated(model, gates):
+        log_p = model(tokens).logits[:, :-1].log_softmax(-1)
+    return -log_p.gather(-1, tokens[:, 1:, None]).mean()
+
+
+@torch.no_grad()
+def finite_differences(model, ranks: ModuleRanks, flat: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Central, of fourth order: transformers' RMSNorm rounds to float32 in float64 models too, so steps are wide."""
+    h = 0.02
+
+    def f(at: torch.Tensor) -> torch.Tensor:
+        return soft_loss(model, ranks, at, tokens)
+
+    return torch.stack(
+        [
+            (8 * (f(flat + e) - f(flat - e)) - (f(flat + 2 * e) - f(flat - 2 * e))) / (12 * h)
+            for e in h * torch.eye(len(flat), dtype=torch.float64)
+        ]
+    )
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
+
+
+def gradients(seed: int, sparsity: float = 0.3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of all thresholds: finite differences of the soft loss, our loss with soft gates, the straight-through one."""
+    model = make_tiny_llama()
+    tokens = sampled_tokens(model, windows=16, seed=seed)
+    stage = make_stage(model, sparsity=sparsity, seed=seed)
+    ranks, double = stage.ranks, make_tiny_llama().double()
+    flat = torch.cat([t.detach().double() for t in stage.ffn_thresholds])
+    numeric = finite_differences(double, ranks, flat, tokens)
+
+    flat.requires_grad_()
+    gates = [
+        soft_gate(p, t, y, torch.bincount(y)) for p, t, y in zip(ranks.ffn, flat.split(K), ranks.labels, strict=True)
+    ]
+    with gated(double, gates):
+        next_token_loss(double, tokens).backward()
+
+    stage.refresh_gates()
+    with gated(model, stage.ffn_gates):
+        next_token_loss(model, tokens).backward()
+    return numeric, flat.grad, torch.cat([t.grad for t in stage.ffn_thresholds])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_against_finite_differences_of_the_soft_loss(seed, record_property):
+    numeric, soft, straight = gradients(seed)
+    assert numeric.norm() > 1e-3
+    record_property("cosines", (cosine(soft, numeric), cosine(straight, numeric)))
+    # soft gates: the same function, so the same gradient
+    assert cosine(soft, numeric) > 0.999
+    torch.testing.assert_close(soft, numeric, atol=1e-3 * float(numeric.norm()), rtol=1e-2)
+    # hard masks forward, soft gates backward: another point, yet downhill for the soft loss too
+    assert cosine(straight, numeric) > 0.8
+
+
+def test_the_stages_gates_have_hard_values_and_soft_gradients(tiny_model):
+    stage = make_stage(tiny_model, scope="attention+ffn")
+    hard = stage.refresh_gates()
+    for gate, mask in zip([*stage.ffn_gates, *stage.attention_gates], [*hard.ffn, *hard.attention], strict=True):
+        assert torch.equal(gate.detach(), mask.float())
+    sum(g.sum() for g in [*stage.ffn_gates, *stage.attention_gates]).backward()
+    for p, t, y in zip(stage.ranks.ffn, stage.ffn_thresholds, stage.ranks.labels, strict=True):
+        copy = t.detach().double().requires_grad_()
+        soft_gate(p, copy, y, torch.bincount(y)).sum().backward()
+        torch.testing.assert_close(t.grad.double(), copy.grad, rtol=1e-4, atol=1e-6)
+    assert all(t.grad is not None and t.grad.item() < 0 for t in stage.attention_thresholds)
