@@ -1,4 +1,4 @@
-"""What the main job must have left: counted tokens within budget, exact sparsity, a model that is smaller, a better table.
+"""What the main job must have left: counted tokens within budget, exact sparsity, a smaller model, a better table.
 
 python .ci/check_main.py runs [--run NAME] [--cached]
 """

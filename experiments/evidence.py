@@ -29,8 +29,9 @@ from gprune.importance import score_units
 from gprune.losses import next_token_loss
 from gprune.masks import gated, margins, masked, soft_gate
 from gprune.partition import same_sizes_by_drift, shuffled_partition
-from gprune.preparation import check, load, opened, prepare_text
+from gprune.preparation import check, load, prepare_text
 from gprune.report import markdown
+from gprune.session import opened
 from gprune.stages.sparsity import masks_from_thresholds, start_thresholds
 from gprune.statistics import collect
 
@@ -58,9 +59,9 @@ def main() -> None:
 def one_seed(cfg: gprune.RunConfig, *, gradients: bool):
     """Rows of the three tables for one seed."""
     plan = check(cfg)
-    with opened(cfg) as run:
-        model, tokenizer = load(cfg, run)
-        text = prepare_text(cfg, tokenizer)
+    model, tokenizer = load(cfg)
+    text = prepare_text(cfg, tokenizer)
+    with opened(cfg, model) as run:
         blocks = blocks_of(model)
         # 32 windows, of which the first half makes the modules and the second half judges them
         windows = {
@@ -86,7 +87,7 @@ def one_seed(cfg: gprune.RunConfig, *, gradients: bool):
         base = steps.uniform_masks(cfg, scores, plan.costs, plan.target)
         modules, ranks = steps.rank_inside_modules(cfg, run, blocks, statistics, scores, drift, labels["refined"])
         start = start_thresholds(base, ranks)
-        learned, masks = steps.learn_sparsity(cfg, run, model, text, modules, ranks, base, plan.costs, plan.target)
+        _, masks = steps.learn_sparsity(cfg, run, model, text, modules, ranks, base, plan.costs, plan.target)
         losses = []
         first = masks_from_thresholds(ranks, start, plan.costs, target=plan.target)
         for name, windows_list in (

@@ -36,7 +36,8 @@ class ModelConfig:
     """Which model is pruned."""
 
     name: str = "smollm2-135m"
-    """Embedded name (smollm2-135m, or tiny-random to try the machinery), local Hugging Face folder, or hub id such as meta-llama/Llama-3.2-1B."""
+    """Embedded name (smollm2-135m, or tiny-random to try the machinery),
+    local Hugging Face folder, or hub id such as meta-llama/Llama-3.2-1B."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the frozen weights. Statistics are summed in float64 whatever it is."""
     device_map: str | None = None

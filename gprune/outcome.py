@@ -22,9 +22,10 @@ from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share
 from gprune.evaluation.perplexity import PerplexityResult, generalisation_gap, geometric_mean, perplexity
 from gprune.export.hf import check_reload, save_pruned
 from gprune.masks import Masks, UnitCosts, masked
-from gprune.preparation import JOIN, Run, Text, check_tokens, evaluated_stages
+from gprune.preparation import JOIN, Text, check_tokens, evaluated_stages
 from gprune.recovery import recover_projection
 from gprune.results import Modules
+from gprune.session import Run
 from gprune.statistics import CorpusStatistics, pooled
 from gprune.surgery import count_parameters, prune, widths
 
@@ -144,6 +145,7 @@ def evaluate(
         for stage, recovery in evaluated_stages(cfg):
             if (stage, recovery) in done:
                 continue
+            log.info("Evaluating %s", stage if recovery == "none" else f"{stage} + {recovery}")
             small = ready.get((stage, recovery))
             if small is None:
                 small = shrink(cfg, model, candidates[stage], statistics, recovery=recovery)

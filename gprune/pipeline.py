@@ -22,8 +22,9 @@ from gprune.architectures import blocks_of
 from gprune.config import RunConfig
 from gprune.importance import score_units
 from gprune.outcome import evaluate, save_and_check, shrink, summarise
-from gprune.preparation import check, load, opened, prepare_text
+from gprune.preparation import check, load, prepare_text
 from gprune.results import PruningResult
+from gprune.session import opened
 from gprune.statistics import pooled
 from gprune.steps import (
     calibrate,
@@ -51,9 +52,9 @@ def prune(cfg: RunConfig) -> PruningResult:
     """
     plan = check(cfg)
     costs, target = plan.costs, plan.target
-    with opened(cfg) as run:
-        model, tokenizer = load(cfg, run)
-        text = prepare_text(cfg, tokenizer)
+    model, tokenizer = load(cfg)
+    text = prepare_text(cfg, tokenizer)
+    with opened(cfg, model) as run:
         blocks = blocks_of(model)
 
         # 1, 2

@@ -1,32 +1,23 @@
-"""Before the method: refuse what cannot work, plan what it will cost, open the run, fetch model and text."""
+"""Before the method: refuse what cannot work, plan what it will cost, fetch model and text."""
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.architectures import blocks_of, check_family, fingerprint, load_model, locate_model
-from gprune.artifacts import RunFolder, to_yaml
+from gprune.architectures import blocks_of, check_family, load_model, locate_model
 from gprune.config import RunConfig
 from gprune.corpora import load_corpus
 from gprune.data import Windows, make_windows
 from gprune.masks import UnitCosts, check_budget, unit_costs
 from gprune.recovery import NEEDS_GRAM
 from gprune.surgery import count_parameters
-from gprune.tracking import tracking
-from gprune.trainer import check_trainer, plain_interrupts
+from gprune.trainer import check_trainer
 
 log = logging.getLogger("gprune")
 JOIN = "\n\n"  # between documents
@@ -125,123 +116,15 @@ def check_tokens(cfg: RunConfig) -> int:
     return min(cfg.evaluation.seq_len, 128)
 
 
-class TokenMeter:
-    """Counts the tokens that go through the model's decoder, with and without gradients. Never estimated."""
-
-    def __init__(self) -> None:
-        self.forward = self.forward_backward = 0
-        self._handles: list[Any] = []
-
-    def watch(self, model: PreTrainedModel) -> None:
-        self._handles.append(model.get_decoder().register_forward_pre_hook(self._count, with_kwargs=True))
-
-    def _count(self, _module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        if torch.is_grad_enabled():
-            self.forward_backward += input_ids.numel()
-        else:
-            self.forward += input_ids.numel()
-
-    def counts(self) -> dict[str, int]:
-        return {"forward_tokens": self.forward, "forward_backward_tokens": self.forward_backward}
-
-    def close(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-
-
-@dataclass
-class Run:
-    """An open run: its folder, loggers and meter, and how to make a Trainer."""
-
-    cfg: RunConfig
-    folder: RunFolder
-    loggers: list[Logger]
-    meter: TokenMeter
-
-    def trainer(self, what: str, **kwargs: Any) -> L.Trainer:
-        """A fresh Trainer for one stage; `what` is said in the progress bar and the log."""
-        log.info("%s", what)
-        t = self.cfg.trainer
-        callbacks = [*kwargs.pop("callbacks", []), NamedProgressBar(what)]
-        return L.Trainer(
-            accelerator=t.accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=t.strategy,
-            logger=self.loggers, callbacks=callbacks, default_root_dir=self.folder.path,
-            # Our samplers shard exactly; Lightning's would repeat windows to fill up the last batch.
-            use_distributed_sampler=False,
-            enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
-            **kwargs,
-        )  # fmt: skip
-
-
-class NamedProgressBar(TQDMProgressBar):
-    """Lightning's progress bar, saying what is going on."""
-
-    def __init__(self, what: str):
-        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 0)
-        self.what = what
-
-    def init_train_tqdm(self) -> Any:
-        bar = super().init_train_tqdm()
-        bar.set_description(self.what)
-        return bar
-
-    def init_test_tqdm(self) -> Any:
-        bar = super().init_test_tqdm()
-        bar.set_description(self.what)
-        return bar
-
-
-@contextmanager
-def opened(cfg: RunConfig) -> Iterator[Run]:
-    """Open (or take up) the run folder and the loggers; seed everything.
-
-    Raises:
-        UserError: if the folder holds a run with other settings or cannot be written.
-    """
-    L.seed_everything(cfg.run.seed, verbose=False)
-    meter = TokenMeter()
-    folder = RunFolder(os.path.join(cfg.run.dir, cfg.run_name), meter.counts)
-    rank_zero_only(folder.open)(cfg.settings(), to_yaml(asdict(cfg)))
-    variant = "gprune" if cfg.gprune else "base"
-    with (
-        plain_interrupts(),
-        tracking(
-            folder.path,
-            mode=cfg.logging.resolved_mode,
-            name=cfg.run_name,
-            project=cfg.logging.project,
-            group=cfg.logging.group or os.path.basename(cfg.model.name),
-            job_type=variant,
-            tags=[
-                cfg.importance,
-                cfg.sparsity.scope,
-                cfg.sparsity.allocation,
-                cfg.partition.method,
-                *cfg.logging.tags,
-            ],
-            config=asdict(cfg),
-        ) as loggers,
-    ):
-        run = Run(cfg, folder, loggers, meter)
-        try:
-            yield run
-        finally:
-            run.meter.close()
-
-
-def load(cfg: RunConfig, run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen model and its tokenizer, watched by the run's token meter."""
+def load(cfg: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen model and its tokenizer."""
     log.info("Loading %s", cfg.model.name)
-    model, tokenizer = load_model(
+    return load_model(
         cfg.model.name,
         dtype=getattr(torch, cfg.model.dtype),
         device_map=cfg.model.device_map,
         trust_remote_code=cfg.model.trust_remote_code,
     )
-    run.meter.watch(model)
-    run.folder.update_manifest(model={"name": cfg.model.name, "fingerprint": fingerprint(model)})
-    return model, tokenizer
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,11 @@ from gprune.partition import (
     same_sizes_by_drift,
     shuffled_partition,
 )
-from gprune.preparation import Run, Text
+from gprune.preparation import Text
 from gprune.recovery import NEEDS_GRAM
 from gprune.reliability import assess_reliability, switched_share, within_module_ranks
 from gprune.results import Drift, Modules, corpus_file
+from gprune.session import Run
 from gprune.stages.assignment import AssignmentRefinement
 from gprune.stages.calibration import CalibrationStage
 from gprune.stages.sparsity import ModuleRanks, ThresholdLearning, masks_from_thresholds, start_thresholds

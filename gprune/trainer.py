@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import TQDMProgressBar
 
 from gprune.errors import UserError
 
@@ -54,3 +57,21 @@ def plain_interrupts() -> Iterator[None]:
             raise
         signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
+
+
+class NamedProgressBar(TQDMProgressBar):
+    """Lightning's progress bar, saying what is going on."""
+
+    def __init__(self, what: str):
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 0)
+        self.what = what
+
+    def init_train_tqdm(self) -> Any:
+        bar = super().init_train_tqdm()
+        bar.set_description(self.what)
+        return bar
+
+    def init_test_tqdm(self) -> Any:
+        bar = super().init_test_tqdm()
+        bar.set_description(self.what)
+        return bar
