@@ -1,6 +1,6 @@
 """Evidence that the two learned parts do what their names say, on the embedded model.
 
-    python experiments/evidence.py --seeds 0 1 2          # about ten minutes on two cores; prints Markdown
+    python -m experiments.evidence --seeds 0 1 2          # about ten minutes on two cores; prints Markdown
 
 1. Refinement. Modules are made from drift measured on 16 windows per corpus and judged on 16 other windows: Kendall
    agreement inside modules (pair-weighted), the same beyond what the spread of ranks gives away (range-matched), for

@@ -108,7 +108,7 @@ Base model: {model_label(cfg.model.name)}. Licence: {licence}.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=True)
 ```
 
 `modeling_pruned_llama.py` is the code that is run: one short file. Where `gprune` is installed, `import gprune`

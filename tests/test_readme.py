@@ -1,0 +1,94 @@
+"""README, --help and the tree tell the same story."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import gprune
+from gprune.architectures import FAMILIES
+from gprune.importance import UnitWeights
+from gprune.statistics import Moments
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def python_block(word: str) -> str:
+    """The Python block of the README that contains `word`."""
+    (block,) = [b for b in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S) if word in b]
+    return block
+
+
+def all_flags(config: object, prefix: str = "--") -> set[str]:
+    names = set()
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            names |= all_flags(value, f"{prefix}{field.name}.")
+        else:
+            names.add(prefix + field.name)
+    return names
+
+
+def test_flags_named_in_the_readme_exist():
+    known = all_flags(gprune.RunConfig()) | {"--config", "--print_config", "--help"}
+    named = {f.rstrip(".") for f in re.findall(r"--[a-z_]+(?:\.[a-z_]+)?", README)}
+    assert len(named) > 15
+    assert named <= known, named - known
+
+
+def test_the_tree_in_the_readme_is_the_tree():
+    (tree,) = re.findall(r"^train\.py  .*?(?=^```)", README, re.M | re.S)
+    named = set(re.findall(r"\b[a-z_]+\.py\b", tree))
+    there = {p.name for p in (ROOT / "gprune").glob("*.py")} - {"__init__.py", "errors.py", "registry.py"}
+    assert there <= named, there - named
+    missing = [n for n in named - {"train.py", "evidence.py"} if not list((ROOT / "gprune").rglob(n))]
+    assert not missing
+
+
+def test_the_recipe_for_a_metric_registers_and_scores(monkeypatch):
+    monkeypatch.setattr(gprune.IMPORTANCE, "_entries", dict(gprune.IMPORTANCE._entries))
+    exec(python_block("@gprune.metric"), {"__name__": "readme"})
+    ones = torch.ones(3, dtype=torch.float64)
+    scores = gprune.IMPORTANCE["down_norm"](
+        UnitWeights((), torch.tensor([[3.0, 0, 1], [4.0, 0, 0]])), Moments(ones[0], ones, ones, ones), torch.Generator()
+    )
+    assert scores.tolist() == [5.0, 0.0, 1.0]
+    assert gprune.IMPORTANCE["down_norm"].activation_free
+    assert gprune.RunConfig(importance="down_norm").importance == "down_norm"
+
+
+def test_the_recipe_for_a_corpus_registers_and_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(gprune.CORPORA, "_entries", dict(gprune.CORPORA._entries))
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / f"poems.{split}.txt").write_text("\n\n".join(f"{split} poem {i}" for i in range(20)))
+    exec(python_block("@gprune.CORPORA"), {"__name__": "readme"})
+    train, development = (gprune.corpora.load_corpus("poems", split) for split in ("train", "development"))
+    assert len(train) == 18
+    assert len(development) == 2
+    assert not set(train) & set(development)
+
+
+def test_the_recipe_for_a_family_is_one_record(monkeypatch):
+    monkeypatch.setattr("gprune.architectures.FAMILIES", FAMILIES)
+    before = dict(FAMILIES)
+    try:
+        exec(python_block("FAMILIES["), {"__name__": "readme"})
+        assert gprune.architectures.family_of("mymodel").down == "ffn.w2"
+    finally:
+        FAMILIES.clear()
+        FAMILIES.update(before)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_quick_start_commands_are_one_line_each(number):
+    (quick,) = [part for part in re.split(r"^## ", README, flags=re.M) if part.startswith("Quick start")]
+    blocks = re.findall(r"^```bash\n(.*?)^```", quick, re.M | re.S)
+    assert len(blocks) == 2
+    assert len(blocks[number - 1].strip().splitlines()) == 1
