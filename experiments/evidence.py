@@ -59,9 +59,9 @@ def main() -> None:
 def one_seed(cfg: gprune.RunConfig, *, gradients: bool):
     """Rows of the three tables for one seed."""
     plan = check(cfg)
-    model, tokenizer = load(cfg)
+    model, tokenizer = load(cfg, plan.device)
     text = prepare_text(cfg, tokenizer)
-    with opened(cfg, model) as run:
+    with opened(cfg, model, text) as run:
         blocks = blocks_of(model)
         # 32 windows, of which the first half makes the modules and the second half judges them
         windows = {

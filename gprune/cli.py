@@ -40,6 +40,8 @@ def main(args: Sequence[str] | None = None) -> int:
         reason = error.strerror or error
         return _fail(f"The system refused to work on{where}: {reason}. What was finished is kept.", alone=True)
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
+            return _fail("Out of memory; lower --corpora.batch_size or --corpora.seq_len.", alone=True)
         if _process() == 0 or ("by peer" not in str(error) and type(error).__name__ != "DistBackendError"):
             raise
         return 2  # the first process has left, and has said why

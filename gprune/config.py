@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 from gprune.corpora import check_corpus
@@ -69,8 +69,7 @@ class CorporaConfig:
     """Windows per step, over all devices together."""
 
     def __post_init__(self) -> None:
-        for flag in ("num_samples", "batch_size"):
-            _at_least(f"corpora.{flag}", getattr(self, flag), 1)
+        _at_least("corpora.batch_size", self.batch_size, 1)
         _at_least("corpora.num_samples", self.num_samples, 2)  # two halves, for the noise floor
         _at_least("corpora.seq_len", self.seq_len, 8)
         for role in ("drift", "learn", "recover", "evaluate"):
@@ -79,16 +78,6 @@ class CorporaConfig:
                 raise UserError(f"--corpora.{role}: expected at least one corpus, got an empty list.")
             if len(set(names)) != len(names):
                 raise UserError(f"--corpora.{role}: a corpus is named twice in {names}; name each once.")
-
-    @property
-    def calibration(self) -> list[str]:
-        """Every corpus that statistics are collected on, each once, in a fixed order."""
-        return list(dict.fromkeys([self.score, *self.drift, *self.recover]))
-
-    @property
-    def used(self) -> set[str]:
-        """Corpora whose train text the run reads: evaluated, they count as seen."""
-        return {self.score, *self.drift, *self.learn, *self.recover}
 
 
 @dataclass
@@ -124,6 +113,8 @@ class PartitionConfig:
         _at_least("partition.num_modules", self.num_modules, 1)
         _at_least("partition.embedding_dim", self.embedding_dim, 1)
         _at_least("partition.steps", self.steps, 1)
+        if not self.learning_rate > 0:
+            raise UserError(f"--partition.learning_rate: expected a positive number, got {self.learning_rate}.")
         for name in ("similarity", "drift", "consistency", "balance", "entropy"):
             _at_least(f"partition.{name}_weight", getattr(self, f"{name}_weight"), 0)
 
@@ -190,7 +181,7 @@ class EvaluationConfig:
     """What is measured at the end."""
 
     num_samples: int = 6
-    """Test windows per evaluated corpus; the first ones of the test split."""
+    """Test windows per evaluated corpus: a sample of the test split that is the same for every seed."""
     seq_len: int = 256
     """Tokens per test window. Windows do not overlap (stride = seq_len) and start without BOS."""
     development_samples: int = 2
@@ -249,6 +240,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         _at_least("trainer.devices", self.devices, 1)
         _at_least("trainer.num_nodes", self.num_nodes, 1)
+        _choose("trainer.strategy", self.strategy, ("auto", "ddp"))
 
 
 @dataclass
@@ -301,13 +293,68 @@ class RunConfig:
                 f"--partition.method drift_only: expected two or more --corpora.drift, got {self.corpora.drift}."
             )
 
+    @property
+    def learns(self) -> bool:
+        """Whether thresholds are learned."""
+        return self.gprune and self.sparsity.allocation == "learned"
+
+    @property
+    def stages(self) -> list[tuple[str, str]]:
+        """(stage, recovery) of every row of the result table after `dense`; recovered rows have plain ones beside."""
+        names = ["base"]
+        if self.gprune:
+            names = [name for name in ("base", "base_averaged") if name in self.evaluation.controls] + ["gprune"]
+        recoveries = ["none"] if self.recovery == "none" else ["none", self.recovery]
+        return [(name, recovery) for recovery in recoveries for name in names]
+
+    @property
+    def roles(self) -> dict[str, list[str]]:
+        """Corpora whose train text this run reads, by what it reads them for; roles it does not play are empty."""
+        c = self.corpora
+        return {
+            "score": [c.score],
+            "drift": c.drift if self.gprune else [],
+            "learn": c.learn if self.learns else [],
+            "recover": c.recover if self.recovery != "none" else [],
+        }
+
+    @property
+    def calibration(self) -> list[str]:
+        """Every corpus that statistics are collected on, each once, in a fixed order."""
+        roles = self.roles
+        return list(dict.fromkeys([*roles["score"], *roles["drift"], *roles["recover"]]))
+
+    @property
+    def used(self) -> list[str]:
+        """Corpora whose train text the run reads, each once: evaluated, they count as seen."""
+        return list(dict.fromkeys(name for names in self.roles.values() for name in names))
+
+    def validate(self) -> None:
+        """Check every value again: attributes may have been set after the object was made.
+
+        Raises:
+            UserError: as when the object was made with such a value.
+        """
+        for field_ in fields(self):
+            check = getattr(getattr(self, field_.name), "__post_init__", None)
+            if check is not None:
+                check()
+        self.__post_init__()
+
+    def resolved(self) -> dict:
+        """All settings as plain data, with the defaults that depend on others filled in."""
+        plain = asdict(self)
+        plain["logging"]["mode"] = self.logging.resolved_mode
+        plain["run"]["name"] = self.run_name
+        return plain
+
     def check_names(self) -> None:
         """Look every corpus name up, without reading text.
 
         Raises:
             UserError: listing the corpora there are.
         """
-        for name in [*self.corpora.calibration, *self.corpora.learn, *self.corpora.evaluate]:
+        for name in dict.fromkeys([*self.used, *self.corpora.evaluate]):
             check_corpus(name)
 
     def settings(self) -> dict:

@@ -108,6 +108,16 @@ def _mirror_roots() -> list[Path]:
     return [Path(root).expanduser() / "corpora", Path(root).expanduser()] if root else []
 
 
+def identity(name: str) -> str:
+    """What a name stands for: two spellings of one path, or a mirror and its path, are the same corpus."""
+    if _looks_like_path(name):
+        return os.path.realpath(os.path.expanduser(name))
+    for root in _mirror_roots():
+        if (root / name).exists():
+            return os.path.realpath(root / name)
+    return name
+
+
 def _cut_development(train: list[str], split: str) -> list[str]:
     """Set every tenth train document apart; a text that occurs twice stays on one side."""
     development = train[DEVELOPMENT_EVERY - 1 :: DEVELOPMENT_EVERY]

@@ -30,7 +30,7 @@ class Windows:
         corpus: name of the corpus.
         split: "train", "development" or "test".
         tokens: (n, seq_len) int64.
-        content_hash: 16 hex digits of the SHA-256 over the tokens; the key under which results are stored.
+        content_hash: 16 hex digits of the SHA-256 over shape and tokens; the key under which results are stored.
     """
 
     corpus: str
@@ -41,7 +41,9 @@ class Windows:
     def __post_init__(self) -> None:
         assert self.tokens.ndim == 2, self.tokens.shape
         assert self.tokens.dtype == torch.int64, self.tokens.dtype
-        digest = hashlib.sha256(self.tokens.numpy().astype("<i8").tobytes()).hexdigest()
+        # The shape counts: the same tokens cut otherwise are other windows, with other statistics.
+        content = f"{tuple(self.tokens.shape)};".encode() + self.tokens.numpy().astype("<i8").tobytes()
+        digest = hashlib.sha256(content).hexdigest()
         object.__setattr__(self, "content_hash", digest[:16])
 
     @property

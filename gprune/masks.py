@@ -80,7 +80,7 @@ def unit_costs(blocks: Sequence[Block], *, scope: str) -> UnitCosts:
     )
 
 
-def check_budget(costs: UnitCosts, sparsity: float, *, width_multiple: int = 1) -> int:
+def check_budget(costs: UnitCosts, sparsity: float, *, width_multiple: int = 1, flag: str = "sparsity.target") -> int:
     """Parameters to remove for `sparsity`, rounded up.
 
     Raises:
@@ -89,7 +89,7 @@ def check_budget(costs: UnitCosts, sparsity: float, *, width_multiple: int = 1) 
     """
     if not 0 < sparsity < 1:
         raise UserError(
-            f"--sparsity.target: expected a fraction of parameters removed inside (0, 1), got {sparsity}; "
+            f"--{flag}: expected a fraction of parameters removed inside (0, 1), got {sparsity}; "
             f"half the parameters is 0.5."
         )
     narrow = min(costs.neurons)
@@ -105,7 +105,7 @@ def check_budget(costs: UnitCosts, sparsity: float, *, width_multiple: int = 1) 
     if target > removable:
         kept = f"{width_multiple} neuron{'s' * (width_multiple > 1)}" + " and one KV group" * costs.attention
         raise UserError(
-            f"--sparsity.target: {sparsity} cannot be reached: every block keeps {kept}, so at most "
+            f"--{flag}: {sparsity} cannot be reached: every block keeps {kept}, so at most "
             f"{removable / costs.total:.4f} of the parameters can go; ask for less."
         )
     return int(target)

@@ -135,7 +135,7 @@ class ObjectiveWeights:
 
     similarity: float = 1.0
     drift: float = 1.0
-    consistency: float = 1.0
+    consistency: float = 2.0
     balance: float = 0.1
     entropy: float = 0.1
 
@@ -172,8 +172,8 @@ def partition_objective(
     V in [0, 1]: the same for rank drift.
     C <= 1: rank consistency. delta_i^(d) = r_i^(d) - mean_d r_i^(d); neurons whose ranks move together between
         corpora keep their order. C = 1 - dispersion(P, delta) - (n_eff - 1)/(N - 1): what modules explain of the
-        shifts beyond a random partition, for which the expectation is (K - 1)/(N - 1). Because the mean rank is
-        taken out, mixing weak and strong neurons earns nothing.
+        shifts beyond what a random partition would, with n_eff = exp(entropy of the module sizes), K for equal ones.
+        Because the mean rank is taken out, mixing weak and strong neurons earns nothing. 0 when no rank shifts.
     B in [0, 1]: 1 - entropy of the module sizes / log K; 0 when all are equally large.
     H in [0, 1]: mean entropy of P_i / log K; 0 when every neuron has made up its mind.
 
@@ -187,10 +187,11 @@ def partition_objective(
     log_k = torch.tensor(float(max(K, 2))).log()
     size = reduce(P, "b n k -> b k", "sum") / rearrange(N, "b -> b 1")
     size_entropy = entropy(size).sum(-1)
+    shifting = inputs.shifts.square().sum((1, 2)) > 0  # one corpus: nothing shifts, nothing to reward
     terms = {
         "similarity": dispersion(P, inputs.embedding),
         "drift": dispersion(P, inputs.drift),
-        "consistency": 1 - dispersion(P, inputs.shifts) - (size_entropy.exp() - 1) / (N - 1).clamp_min(1),
+        "consistency": shifting * (1 - dispersion(P, inputs.shifts) - (size_entropy.exp() - 1) / (N - 1).clamp_min(1)),
         "balance": 1 - size_entropy / log_k,
         "entropy": entropy(P).sum((1, 2)) / (N * log_k),
     }

@@ -52,18 +52,20 @@ def prune(cfg: RunConfig) -> PruningResult:
     """
     plan = check(cfg)
     costs, target = plan.costs, plan.target
-    model, tokenizer = load(cfg)
+    model, tokenizer = load(cfg, plan.device)
     text = prepare_text(cfg, tokenizer)
-    with opened(cfg, model) as run:
+    with opened(cfg, model, text) as run:
         blocks = blocks_of(model)
 
         # 1, 2
         statistics = calibrate(cfg, run, model, text)
         scores = score_units(cfg.importance, blocks, statistics[cfg.corpora.score], seed=cfg.run.seed)
-        pool = pooled(statistics[corpus] for corpus in cfg.corpora.drift)
-        averaged = score_units(cfg.importance, blocks, pool, seed=cfg.run.seed)
         base = uniform_masks(cfg, scores, costs, target)
-        candidates = {"base": base, "base_averaged": uniform_masks(cfg, averaged, costs, target)}
+        candidates = {"base": base}
+        if ("base_averaged", "none") in cfg.stages:
+            pool = pooled((statistics[corpus] for corpus in cfg.corpora.drift), gram=False)
+            averaged = score_units(cfg.importance, blocks, pool, seed=cfg.run.seed)
+            candidates["base_averaged"] = uniform_masks(cfg, averaged, costs, target)
 
         modules = thresholds = None
         if cfg.gprune:

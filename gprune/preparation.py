@@ -14,7 +14,7 @@ from gprune.architectures import blocks_of, check_family, load_model, locate_mod
 from gprune.config import RunConfig
 from gprune.corpora import load_corpus
 from gprune.data import Windows, make_windows
-from gprune.masks import UnitCosts, check_budget, unit_costs
+from gprune.masks import Masks, UnitCosts, check_budget, keep_masks, unit_costs
 from gprune.recovery import NEEDS_GRAM
 from gprune.surgery import count_parameters
 from gprune.trainer import check_trainer
@@ -33,14 +33,15 @@ class Plan:
     scope_parameters: int
     forward_tokens: int
     forward_backward_tokens: int
-    uniform_widths: list[int]  # neurons per block under uniform sparsity
+    uniform: Masks  # under uniform sparsity: the widths to expect
+    device: torch.device
     memory_gib: float
 
     def describe(self, cfg: RunConfig) -> str:
         """The dry run, for people."""
-        widths = self.uniform_widths
+        widths = [int(mask.sum()) for mask in self.uniform.ffn]
+        groups = [int(mask.sum()) for mask in self.uniform.attention]
         share = self.target / self.parameters
-        learned = cfg.gprune and cfg.sparsity.allocation == "learned"
         return "\n".join(
             [
                 f"model        {cfg.model.name}: {self.parameters:,} parameters, {len(widths)} blocks",
@@ -48,25 +49,19 @@ class Plan:
                 f"removes      {self.target:,} parameters: {cfg.sparsity.target:.1%} of the scope, "
                 f"{share:.1%} of the model",
                 f"widths       {min(widths)} to {max(widths)} of {max(self.costs.neurons)} neurons per block if uniform"
-                + ("; learned thresholds move them" if learned else ""),
-                f"forward      at most {self.forward_tokens:,} tokens: calibration on {len(cfg.corpora.calibration)} "
-                f"corpora (fewer if cached), evaluation on {len(cfg.corpora.evaluate)}",
+                + (f", {min(groups)} to {max(groups)} KV groups" if self.costs.attention else "")
+                + ("; learned thresholds move them" if cfg.learns else ""),
+                f"forward      at most {self.forward_tokens:,} tokens: {len(cfg.calibration)} calibration passes "
+                f"(fewer if cached), "
+                f"{1 + len(cfg.stages)} models evaluated on {len(cfg.corpora.evaluate)} corpora",
                 f"and backward {self.forward_backward_tokens:,} tokens: {cfg.sparsity.epochs} epochs over "
                 f"{len(cfg.corpora.learn)} corpora"
-                if learned
+                if cfg.learns
                 else "and backward none: nothing is learned",
                 f"memory       about {self.memory_gib:.1f} GiB",
                 f"results      {os.path.join(cfg.run.dir, cfg.run_name)}",
             ]
         )
-
-
-def evaluated_stages(cfg: RunConfig) -> list[tuple[str, str]]:
-    """(stage, recovery) of every row of the result table after `dense`; each stage without recovery too."""
-    stages = [name for name in ("base", "base_averaged") if name in cfg.evaluation.controls or not cfg.gprune]
-    stages = [*stages, "gprune"] if cfg.gprune else [s for s in stages if s != "base_averaged"]
-    recoveries = ["none"] if cfg.recovery == "none" else ["none", cfg.recovery]
-    return [(stage, recovery) for recovery in recoveries for stage in stages]
 
 
 def check(cfg: RunConfig) -> Plan:
@@ -77,37 +72,44 @@ def check(cfg: RunConfig) -> Plan:
     Raises:
         UserError: for an unknown corpus, an unsupported model, or an impossible budget.
     """
+    cfg.validate()
     cfg.check_names()
-    check_trainer(**asdict(cfg.trainer))
+    device = check_trainer(**asdict(cfg.trainer))
     check_family(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
     config = AutoConfig.from_pretrained(locate_model(cfg.model.name), trust_remote_code=cfg.model.trust_remote_code)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.model.trust_remote_code)
     costs = unit_costs(blocks_of(skeleton), scope=cfg.sparsity.scope)
     target = check_budget(costs, cfg.sparsity.target, width_multiple=cfg.sparsity.width_multiple)
-    for sparsity in cfg.evaluation.curve:
-        check_budget(costs, sparsity, width_multiple=cfg.sparsity.width_multiple)
+    for sparsity in cfg.evaluation.curve if cfg.learns else []:
+        check_budget(costs, sparsity, width_multiple=cfg.sparsity.width_multiple, flag="evaluation.curve")
     parameters = count_parameters(skeleton, "all")
     c, e = cfg.corpora, cfg.evaluation
-    learned = cfg.gprune and cfg.sparsity.allocation == "learned"
     development = len(c.learn) * e.development_samples * c.seq_len
-    points = (cfg.sparsity.epochs + 1) + 2 + len(e.curve) if learned else 0
-    evaluations = 1 + len(evaluated_stages(cfg))
+    points = (cfg.sparsity.epochs + 1) + 2 + len(e.curve) if cfg.learns else 0
+    evaluations = 1 + len(cfg.stages)
     gram = sum(n * n for n in costs.neurons) if cfg.recovery in NEEDS_GRAM else 0
+    grams = (len(cfg.calibration) + 1) * gram
     weight_bytes = 4 if cfg.model.dtype == "float32" else 2
-    activations = c.batch_size * c.seq_len * max(costs.neurons) * len(costs.neurons) * 10 if learned else 0
+    activations = c.batch_size * c.seq_len * max(costs.neurons) * len(costs.neurons) * 10 if cfg.learns else 0
     return Plan(
         costs=costs,
         target=target,
+        device=device,
         parameters=parameters,
         scope_parameters=costs.total,
-        forward_tokens=len(c.calibration) * c.num_samples * c.seq_len
+        forward_tokens=len(cfg.calibration) * c.num_samples * c.seq_len
         + len(c.evaluate) * e.num_samples * e.seq_len * evaluations
         + points * development
         + 3 * check_tokens(cfg),
-        forward_backward_tokens=learned * cfg.sparsity.epochs * len(c.learn) * c.num_samples * c.seq_len,
-        uniform_widths=[n - round(n * target / costs.total) for n in costs.neurons],
-        memory_gib=1 + (2 * parameters * weight_bytes + 4 * (len(c.calibration) + 1) * gram + 4 * activations) / 2**30,
+        forward_backward_tokens=cfg.learns * cfg.sparsity.epochs * len(c.learn) * c.num_samples * c.seq_len,
+        uniform=keep_masks(
+            costs,
+            *([(torch.arange(n) + 0.5) / n for n in sizes] for sizes in (costs.neurons, costs.groups)),
+            target=target,
+            width_multiple=cfg.sparsity.width_multiple,
+        ),
+        memory_gib=1 + (2 * parameters * weight_bytes + 4 * grams + 4 * activations) / 2**30,
     )
 
 
@@ -116,15 +118,16 @@ def check_tokens(cfg: RunConfig) -> int:
     return min(cfg.evaluation.seq_len, 128)
 
 
-def load(cfg: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen model and its tokenizer."""
+def load(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen model, on the trainer's device unless `device_map` places it, and its tokenizer."""
     log.info("Loading %s", cfg.model.name)
-    return load_model(
+    model, tokenizer = load_model(
         cfg.model.name,
         dtype=getattr(torch, cfg.model.dtype),
         device_map=cfg.model.device_map,
         trust_remote_code=cfg.model.trust_remote_code,
     )
+    return model if cfg.model.device_map else model.to(device), tokenizer
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,10 @@ class Text:
     @property
     def used(self) -> list[Windows]:
         return [*self.train.values(), *self.development]
+
+    def hashes(self) -> dict[str, str]:
+        """Content hash by corpus and split: what two sittings at one run must share."""
+        return {f"{w.corpus} {w.split}": w.content_hash for w in [*self.used, *self.test]}
 
 
 def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -156,10 +163,9 @@ def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
             texts, tokenizer, corpus=corpus, split=split, num_samples=samples, seq_len=seq_len, seed=seed, join=JOIN
         )
 
-    log.info("Reading %d corpora", len({*c.calibration, *c.learn, *c.evaluate}))
-    train = dict.fromkeys([*c.calibration, *c.learn])
+    log.info("Reading %d corpora", len({*cfg.used, *c.evaluate}))
     return Text(
-        train={name: windows(name, "train", c.num_samples, c.seq_len) for name in train},
-        development=[windows(name, "development", e.development_samples, c.seq_len) for name in c.learn],
+        train={name: windows(name, "train", c.num_samples, c.seq_len) for name in cfg.used},
+        development=[windows(name, "development", e.development_samples, c.seq_len) for name in cfg.roles["learn"]],
         test=[windows(name, "test", e.num_samples, e.seq_len) for name in c.evaluate],
     )

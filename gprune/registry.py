@@ -1,4 +1,4 @@
-"""One small registry, used for metrics, corpora, recoveries and allocations.
+"""One small registry, used for metrics, corpora and recoveries.
 
 IMPORTANCE = Registry("importance metric")
 

@@ -7,15 +7,12 @@ Our reading of GPrune-LLM (arXiv 2603.13418).
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gprune.drift import fractional_ranks
-
-log = logging.getLogger("gprune")
 
 
 @dataclass(frozen=True)
@@ -48,9 +45,9 @@ def assess_reliability(
 ) -> list[ModuleReliability]:
     """Mark the modules whose activations cannot be trusted.
 
-    A module switches if its sensitivity, standardised over the neurons of its block, is above the
-    `sensitivity_quantile` of all modules of the model, its score below the `score_quantile`, and its mean drift
-    above its mean noise floor.
+    A module switches if its sensitivity, standardised over the neurons of its block, reaches the
+    `sensitivity_quantile` of all modules of the model, its score does not exceed the `score_quantile`, and its mean
+    drift is above its mean noise floor.
 
     Args:
         labels: per block (N,) module of each neuron.
@@ -76,7 +73,7 @@ def assess_reliability(
 
 
 def switched_share(records: list[ModuleReliability]) -> float:
-    """Fraction of neurons that rank by the activation-free metric; warns at 0, when the switch does nothing."""
+    """Fraction of neurons that rank by the activation-free metric."""
     switched = sum(int(r.size[r.switched].sum()) for r in records)
     return switched / sum(int(r.size.sum()) for r in records)
 

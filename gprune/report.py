@@ -28,6 +28,10 @@ def model_label(name: str) -> str:
     return EMBEDDED_MODELS[name].description if name in EMBEDDED_MODELS else name
 
 
+def row_name(stage: str, recovery: str) -> str:
+    return stage if recovery == "none" else f"{stage} + {recovery}"
+
+
 def by_stage(records: Sequence[Record]) -> dict[tuple[str, str], dict[str, float]]:
     """(stage, recovery) -> corpus -> perplexity, in the order of the records."""
     table: dict[tuple[str, str], dict[str, float]] = {}
@@ -48,7 +52,7 @@ def unseen_ratios(records: Sequence[Record]) -> dict[str, dict[str, float]]:
         if stage in ("dense", "base") or base is None:
             continue
         ratio, low, high = paired_bootstrap_ratio(values, base, unseen[0]["seq_len"] - 1)
-        ratios[stage if recovery == "none" else f"{stage} + {recovery}"] = {
+        ratios[row_name(stage, recovery)] = {
             "ratio": ratio,
             "low": low,
             "high": high,
@@ -65,7 +69,7 @@ def result_table(records: Sequence[Record]) -> str:
     ratios = unseen_ratios(records)
     rows = [["", *(f"{c}*" if seen[c] else c for c in corpora), "seen", "unseen", "gap", "unseen / base"]]
     for (stage, recovery), values in table.items():
-        name = stage if recovery == "none" else f"{stage} + {recovery}"
+        name = row_name(stage, recovery)
         means = [geometric_mean(v for c, v in values.items() if seen[c] == flag) for flag in (True, False)]
         gap = float("nan") if stage == "dense" else generalisation_gap(values, dense, seen)
         r = ratios.get(name)
@@ -127,7 +131,7 @@ def perplexity_figure(records: Sequence[Record]) -> Figure:
     for i, (stage, recovery) in enumerate(stages):
         ratio = [table[(stage, recovery)][c] / table[("dense", "none")][c] for c in corpora]
         x = np.arange(len(corpora)) + (i - (len(stages) - 1) / 2) * 0.8 / len(stages)
-        label = stage if recovery == "none" else f"{stage} + {recovery}"
+        label = row_name(stage, recovery)
         hatch = None if recovery == "none" else "//"
         axes.bar(x, ratio, 0.8 / len(stages), label=label, color=COLOURS.get(stage, "#CC79A7"), hatch=hatch)
     axes.set_yscale("log")

@@ -137,7 +137,7 @@ def load_run(path: Path | str) -> PruningResult:
         thresholds=thresholds,
         statistics={
             corpus: CorpusStatistics.from_tensors(tensors(f"statistics/{corpus_file(corpus)}"))
-            for corpus in cfg.corpora.calibration
+            for corpus in cfg.calibration
         },
         records=metrics["records"],
         summary=metrics["summary"],

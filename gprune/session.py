@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from gprune.architectures import fingerprint
 from gprune.artifacts import RunFolder, to_yaml
 from gprune.config import RunConfig
+from gprune.preparation import Text
 from gprune.tracking import tracking
 from gprune.trainer import NamedProgressBar, plain_interrupts
 
@@ -60,6 +61,7 @@ class Run:
     folder: RunFolder
     loggers: list[Logger]
     meter: TokenMeter
+    fingerprint: str  # of the dense model
 
     def trainer(self, what: str, **kwargs: Any) -> L.Trainer:
         """A fresh Trainer for one stage; `what` is said in the progress bar and the log."""
@@ -77,7 +79,7 @@ class Run:
 
 
 @contextmanager
-def opened(cfg: RunConfig, model: PreTrainedModel) -> Iterator[Run]:
+def opened(cfg: RunConfig, model: PreTrainedModel, text: Text) -> Iterator[Run]:
     """Open (or take up) the run folder and the loggers; seed everything; count the model's tokens.
 
     Raises:
@@ -86,9 +88,9 @@ def opened(cfg: RunConfig, model: PreTrainedModel) -> Iterator[Run]:
     L.seed_everything(cfg.run.seed, verbose=False)
     meter = TokenMeter()
     meter.watch(model)
-    folder = RunFolder(os.path.join(cfg.run.dir, cfg.run_name), meter.counts)
-    rank_zero_only(folder.open)(cfg.settings(), to_yaml(asdict(cfg)))
-    folder.update_manifest(model={"name": cfg.model.name, "fingerprint": fingerprint(model)})
+    folder = RunFolder(os.path.join(os.path.expanduser(cfg.run.dir), cfg.run_name), meter.counts)
+    inputs = {"model": fingerprint(model), "text": text.hashes()}
+    rank_zero_only(folder.open)(cfg.settings() | {"inputs": inputs}, to_yaml(cfg.resolved()))
     variant = "gprune" if cfg.gprune else "base"
     with (
         plain_interrupts(),
@@ -97,7 +99,7 @@ def opened(cfg: RunConfig, model: PreTrainedModel) -> Iterator[Run]:
             mode=cfg.logging.resolved_mode,
             name=cfg.run_name,
             project=cfg.logging.project,
-            group=cfg.logging.group or os.path.basename(cfg.model.name),
+            group=cfg.logging.group or os.path.basename(os.path.normpath(cfg.model.name)),
             job_type=variant,
             tags=[
                 cfg.importance,
@@ -106,10 +108,10 @@ def opened(cfg: RunConfig, model: PreTrainedModel) -> Iterator[Run]:
                 cfg.partition.method,
                 *cfg.logging.tags,
             ],
-            config=asdict(cfg),
+            config=cfg.resolved(),
         ) as loggers,
     ):
-        run = Run(cfg, folder, loggers, meter)
+        run = Run(cfg, folder, loggers, meter, inputs["model"])
         try:
             yield run
         finally:

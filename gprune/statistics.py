@@ -98,13 +98,16 @@ class CorpusStatistics:
         return cls(*([channel(kind, index) for index in range(depth)] for kind in ("ffn", "attention")))
 
 
-def pooled(statistics: Iterable[CorpusStatistics]) -> CorpusStatistics:
-    """The statistics of several corpora read as one text (equal tokens each: the corpora averaged)."""
+def pooled(statistics: Iterable[CorpusStatistics], *, gram: bool = True) -> CorpusStatistics:
+    """The statistics of several corpora read as one text (equal tokens each: the corpora averaged).
+
+    `gram=False` leaves Gram matrices out, which only recovery reads.
+    """
 
     def pool(parts: list[ChannelStatistics]) -> ChannelStatistics:
         halves = tuple(sum((part.halves[h] for part in parts[1:]), start=parts[0].halves[h]) for h in (0, 1))
-        grams = [part.gram for part in parts]
-        return ChannelStatistics(halves, None if any(g is None for g in grams) else torch.stack(grams).sum(0))
+        grams = [part.gram for part in parts if gram and part.gram is not None]
+        return ChannelStatistics(halves, sum(grams[1:], start=grams[0]) if len(grams) == len(parts) else None)
 
     statistics = list(statistics)
     return CorpusStatistics(

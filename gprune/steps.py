@@ -14,7 +14,7 @@ from gprune import tracking
 from gprune.architectures import Block
 from gprune.artifacts import key_of, read_tensors, write_tensors
 from gprune.assets import cache_dir
-from gprune.callbacks import ApplyMasks, ModuleReport, PerplexityCurve
+from gprune.callbacks import ApplyMasks, ModuleReport, PerplexityCurve, log_modules
 from gprune.config import RunConfig
 from gprune.data import CorpusDataModule
 from gprune.drift import (
@@ -26,7 +26,7 @@ from gprune.drift import (
     rank_drift,
 )
 from gprune.importance import IMPORTANCE, Scores, ffn_weights, score_units
-from gprune.masks import Masks, UnitCosts, keep_masks
+from gprune.masks import Masks, UnitCosts, check_budget, keep_masks
 from gprune.partition import (
     ObjectiveWeights,
     initial_partition,
@@ -51,14 +51,18 @@ log = logging.getLogger("gprune")
 def calibrate(cfg: RunConfig, run: Run, model: PreTrainedModel, text: Text) -> dict[str, CorpusStatistics]:
     """Step 1: statistics by corpus, from the cache where model, text and kind of statistics are the same."""
     gram = cfg.recovery in NEEDS_GRAM
-    fingerprint = run.folder.manifest["model"]["fingerprint"]
+    world = cfg.trainer.devices * cfg.trainer.num_nodes
     paths, found = {}, {}
-    for corpus in cfg.corpora.calibration:
-        key = key_of(model=fingerprint, text=text.train[corpus].content_hash, dtype=cfg.model.dtype, gram=gram)
+    for corpus in cfg.calibration:
+        key = key_of(
+            model=run.fingerprint, text=text.train[corpus].content_hash, dtype=cfg.model.dtype, gram=gram,
+            # what may move the last bits: the same run finds the same bits whatever the cache saw before
+            device=model.device.type, batch_size=cfg.corpora.batch_size, world_size=world,
+        )  # fmt: skip
         paths[corpus] = cache_dir() / "statistics" / f"{key}.safetensors"
         if (tensors := read_tensors(paths[corpus])) is not None:
             found[corpus] = CorpusStatistics.from_tensors(tensors)
-    missing = [corpus for corpus in cfg.corpora.calibration if corpus not in found]
+    missing = [corpus for corpus in cfg.calibration if corpus not in found]
     if missing:
         with run.folder.step("calibrate"):
             stage = CalibrationStage(model, missing, gram=gram)
@@ -67,16 +71,16 @@ def calibrate(cfg: RunConfig, run: Run, model: PreTrainedModel, text: Text) -> d
             )
             run.trainer(f"Calibrating on {', '.join(missing)}").test(stage, data, verbose=False)
         for corpus in missing:
-            tracking.on_process_zero(write_tensors)(paths[corpus], stage.statistics[corpus].tensors())
+            write_tensors(paths[corpus], stage.statistics[corpus].tensors())
         found |= stage.statistics
     else:
         log.info("Statistics of %s are in the cache", ", ".join(found))
-    for corpus in cfg.corpora.calibration:
+    for corpus in cfg.calibration:
         copy = run.folder / f"statistics/{corpus_file(corpus)}.safetensors"
-        if not copy.exists():  # without Gram matrices, which are hundreds of megabytes and stay in the cache
+        if read_tensors(copy) is None:  # without Gram matrices, which are hundreds of megabytes and stay in the cache
             small = {name: t for name, t in found[corpus].tensors().items() if not name.endswith("gram")}
-            tracking.on_process_zero(write_tensors)(copy, small, {"corpus": corpus})
-    return {corpus: found[corpus] for corpus in cfg.corpora.calibration}
+            write_tensors(copy, small, {"corpus": corpus})
+    return {corpus: found[corpus] for corpus in cfg.calibration}
 
 
 def uniform_masks(cfg: RunConfig, scores: Scores, costs: UnitCosts, target: int) -> Masks:
@@ -184,7 +188,9 @@ def rank_inside_modules(
     block_ranks = [fractional_ranks(s) for s in scores.ffn]
     switch = r.switch and len(cfg.corpora.drift) > 1
     reliability = assess_reliability(
-        labels, block_ranks, [d.drift for d in drift], [d.floor for d in drift],
+        labels, block_ranks, [d.drift for d in drift], 
+        # Drift from which the floor is subtracted is above it wherever it is above 0.
+        [torch.zeros_like(d.floor) if cfg.partition.subtract_noise else d.floor for d in drift],
         sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=switch,
     )  # fmt: skip
     fallback = score_units(r.metric, blocks, statistics[cfg.corpora.score], seed=cfg.run.seed)
@@ -201,14 +207,14 @@ def rank_inside_modules(
         agreement=[module_agreements(d.scores, y) for d, y in zip(drift, labels, strict=True)],
         block_agreement=[kendall_agreement(d.scores) for d in drift],
     )  # fmt: skip
-    tracking.on_process_zero(write_tensors)(run.folder / "modules.safetensors", modules.tensors())
-    if switch:
-        share = switched_share(reliability)
-        count = sum(int(record.switched.sum()) for record in reliability)
-        if count == 0:
-            log.warning("No module switches to %s: the switch does nothing at these quantiles.", r.metric)
-        else:
-            log.info("%d modules with %.1f%% of the neurons switch to %s", count, 100 * share, r.metric)
+    write_tensors(run.folder / "modules.safetensors", modules.tensors())
+    share, count = switched_share(reliability), sum(int(record.switched.sum()) for record in reliability)
+    run.folder.update_manifest(switch={"modules": count, "share_of_neurons": share})
+    tracking.log_scalars(run.loggers, {"partition/switched_share": share}, step=0)
+    if switch and count == 0:
+        log.warning("No module switches to %s: the switch does nothing at these quantiles.", r.metric)
+    elif switch:
+        log.info("%d modules with %.1f%% of the neurons switch to %s", count, 100 * share, r.metric)
     return modules, ranks
 
 
@@ -234,9 +240,12 @@ def learn_sparsity(
         compute = functools.partial(named_thresholds, start_thresholds(base, ranks))
     else:
         compute = functools.partial(fit_thresholds, cfg, run, model, text, modules, ranks, base, costs, target)
+    taken_up = read_tensors(run.folder / "thresholds.safetensors") is not None
     tensors = run.folder.tensors("thresholds", compute)
     thresholds = tuple([tensors[f"{kind}.{b}"] for b in range(len(ranks.ffn))] for kind in ("ffn", "attention"))
     masks = masks_from_thresholds(ranks, thresholds, costs, target=target, width_multiple=s.width_multiple)
+    if taken_up or not cfg.learns:  # else the ModuleReport of the fit has done it
+        log_modules(run.loggers, modules.rows(), masks, modules.labels)
     return thresholds, masks
 
 
@@ -269,7 +278,11 @@ def fit_thresholds(
         model, ranks, start_thresholds(base, ranks), costs,
         target=target, width_multiple=s.width_multiple, learning_rate=s.learning_rate,
     )  # fmt: skip
-    budgets = {value: round(value * costs.total) for value in cfg.evaluation.curve} | {s.target: target}
+    multiple = s.width_multiple
+    budgets = {
+        v: check_budget(costs, v, width_multiple=multiple, flag="evaluation.curve") for v in cfg.evaluation.curve
+    }
+    budgets[s.target] = target
     curve = PerplexityCurve(text.development, targets=budgets, batch_size=cfg.corpora.batch_size)
     report = ModuleReport(modules.rows())
     data = CorpusDataModule(

@@ -11,14 +11,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from gprune.errors import UserError
 
 
-def check_trainer(*, accelerator: str, devices: int, num_nodes: int, strategy: str) -> None:
+def check_trainer(*, accelerator: str, devices: int, num_nodes: int, strategy: str) -> torch.device:
     """Build a Trainer and throw it away: whether this machine can do what is asked for, Lightning knows best.
+
+    Returns:
+        The device of this process.
 
     Raises:
         UserError: for an accelerator that is not there, too many devices, or an unknown strategy.
@@ -28,7 +32,7 @@ def check_trainer(*, accelerator: str, devices: int, num_nodes: int, strategy: s
     info.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(action="ignore"):
-            L.Trainer(
+            trainer = L.Trainer(
                 accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy,
                 logger=False, enable_checkpointing=False, enable_model_summary=False,
                 enable_progress_bar=False,
@@ -41,6 +45,13 @@ def check_trainer(*, accelerator: str, devices: int, num_nodes: int, strategy: s
         ) from error
     finally:
         info.setLevel(level)
+    device = trainer.strategy.root_device
+    if device.type == "mps":
+        raise UserError(
+            "--trainer.accelerator: Apple's GPU has no float64, which statistics are summed in; use "
+            "--trainer.accelerator cpu."
+        )
+    return device
 
 
 @contextmanager

@@ -71,13 +71,13 @@ def perplexity(
         batch_size: windows per forward pass.
         progress: label of a progress bar, or None for none.
     """
-    metric = Perplexity()
     device = next(model.parameters()).device
+    metric = Perplexity().to(device)
     batches: Iterable[Tensor] = windows.tokens.split(batch_size)
     bar = {"desc": progress, "unit": "batch", "leave": False, "mininterval": 1.0, "file": sys.stdout}
     for batch in tqdm(batches, disable=True if progress is None else None, **bar):  # None: off where no one watches
         for logits, targets in iter_logits(model, batch.to(device)):
-            metric.update(logits.cpu(), targets.cpu())
+            metric.update(logits, targets.to(logits.device))
     window_nll = torch.cat(metric.window_nll)  # float64; torchmetrics' own sum is float32
     nll = float(window_nll.sum()) / int(metric.count)
     if nll > 700:  # exp would overflow

@@ -66,7 +66,7 @@ def pruned_config(model: PreTrainedModel) -> PrunedLlamaConfig:
     """
     if model.config.model_type not in EXPORTABLE:
         raise UserError(
-            f"--export: expected model_type {' or '.join(EXPORTABLE)} for a Hugging Face folder, "
+            f"Export: expected model_type {' or '.join(EXPORTABLE)} for a Hugging Face folder, "
             f"got '{model.config.model_type}'."
         )
     blocks = blocks_of(model)
@@ -144,9 +144,9 @@ def save_pruned(
     """
     folder = Path(folder).expanduser().resolve()
     if folder.exists() and not overwrite:
-        raise UserError(f"--export: '{folder}' exists already. Choose another folder, or ask for overwriting.")
+        raise UserError(f"Export: '{folder}' exists already. Choose another folder, or ask for overwriting.")
     if folder.exists() and not (folder / "config.json").is_file():
-        raise UserError(f"--export: '{folder}' is no model folder (no config.json), so it is not overwritten.")
+        raise UserError(f"Export: '{folder}' is no model folder (no config.json), so it is not overwritten.")
     exportable = to_exportable(model)
     mark = uuid.uuid4().hex[:8]
     new, old = (folder.with_name(f".{folder.name}.{mark}.{suffix}") for suffix in ("new", "old"))
@@ -160,7 +160,7 @@ def save_pruned(
             os.replace(folder, old)
         os.replace(new, folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--export: cannot write '{folder}': {error}") from error
+        raise UserError(f"Export: cannot write '{folder}': {error}") from error
     finally:
         if old.exists() and not folder.exists():
             os.replace(old, folder)
@@ -200,7 +200,7 @@ def reloaded_logits(
         done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise UserError(f"--export: '{folder}' does not load in a fresh process: {last}")
+            raise UserError(f"Export: '{folder}' does not load in a fresh process: {last}")
         return load_file(logits)["logits"]
 
 
@@ -236,7 +236,7 @@ def check_reload(model: PreTrainedModel, folder: str | Path, input_ids: Tensor, 
         difference = max_logit_difference(expected, got)
         if not difference <= atol:  # also true of NaN
             raise UserError(
-                f"--export: expected reloaded logits within {atol} of the pruned model's, got {difference}; "
+                f"Export: expected reloaded logits within {atol} of the pruned model's, got {difference}; "
                 f"'{folder}' was removed. Check the disk and export again."
             )
     except BaseException:

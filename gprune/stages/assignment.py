@@ -15,6 +15,7 @@ from gprune.partition import (
     minimum_size,
     partition_objective,
 )
+from gprune.stages.base import require_finite
 
 
 class AssignmentRefinement(L.LightningModule):
@@ -72,6 +73,7 @@ class AssignmentRefinement(L.LightningModule):
             for name, value in partition_objective(self.logits, self.tau, self.inputs, self.weights).items()
         }
         self.history.append({name: float(value.detach()) for name, value in terms.items()})
+        require_finite(self.history[-1]["total"], "The objective of the refinement")
         self.log_dict({f"partition/{name}": value for name, value in self.history[-1].items()})
         return terms["total"]
 

@@ -30,9 +30,10 @@ class FrozenLMStage(L.LightningModule):
         if getattr(self.lm, "hf_device_map", None) is None:
             self.lm.to(self.trainer.strategy.root_device)
 
-    def require_finite(self, value: float, what: str) -> None:
-        """Raise a UserError for NaN or infinity: a number that is not one is never averaged away."""
-        if not abs(value) < float("inf"):
-            raise UserError(
-                f"{what} is {value}; expected a finite number. Lower the learning rate, or use --model.dtype float32."
-            )
+
+def require_finite(value: float, what: str) -> None:
+    """Raise a UserError for NaN or infinity: a number that is not one is never averaged away."""
+    if not abs(value) < float("inf"):
+        raise UserError(
+            f"{what} is {value}; expected a finite number. Lower the learning rate, or use --model.dtype float32."
+        )

@@ -17,7 +17,6 @@ class CalibrationStage(FrozenLMStage):
         self.corpora = corpora
         self.gram = gram
         self.statistics: dict[str, CorpusStatistics] = {}
-        self.tokens = 0
         self._collector: Collector | None = None
         self._current: str | None = None
 
@@ -27,7 +26,6 @@ class CalibrationStage(FrozenLMStage):
             self._current = self.corpora[dataloader_idx]
             self._collector = Collector(self.lm, gram=self.gram).__enter__()
         self._collector.observe(batch["input_ids"], batch["index"] % 2, batch["weight"])
-        self.tokens += batch["input_ids"].numel()
 
     def on_test_epoch_end(self) -> None:
         self._close()

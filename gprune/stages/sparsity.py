@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gprune.losses import next_token_loss
 from gprune.masks import Masks, UnitCosts, cut_margin, keep_masks, margins, soft_gate, straight_through
-from gprune.stages.base import FrozenLMStage
+from gprune.stages.base import FrozenLMStage, require_finite
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,6 @@ class ThresholdLearning(FrozenLMStage):
         )
         self.ffn_gates: list[Tensor] = []
         self.attention_gates: list[Tensor] | None = [] if costs.attention else None
-        self.tokens = 0
         self.refresh_gates()
 
     @property
@@ -146,9 +144,8 @@ class ThresholdLearning(FrozenLMStage):
         total = self.trainer.strategy.reduce(batch["weight"].sum(), reduce_op="sum")
         weight = batch["weight"] * self.trainer.world_size / total
         loss = next_token_loss(self.lm, batch["input_ids"], weight)
-        self.tokens += batch["input_ids"].numel()
         value = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
-        self.require_finite(float(value), "The loss of threshold learning")
+        require_finite(float(value), "The loss of threshold learning")
         self.log("learn/loss", value, prog_bar=True)
         return loss
 
@@ -163,15 +160,3 @@ class ThresholdLearning(FrozenLMStage):
         shift = cut_margin(hard, [margins(p, t.cpu(), y) for p, t, y in pairs])
         for t in (*self.ffn_thresholds, *self.attention_thresholds):
             t += shift
-
-    def module_sparsity(self) -> list[Tensor]:
-        """Fraction of each module's neurons removed by the current masks, per block (K,)."""
-        return [
-            torch.stack([(~m[y == k]).double().mean() for k in range(int(y.max()) + 1)])
-            for m, y in zip(self.masks().ffn, self.ranks.labels, strict=True)
-        ]
-
-    @torch.no_grad()
-    def regularity(self) -> float:
-        """Standard deviation of the thresholds: how far learning has gone from uniform sparsity."""
-        return float(torch.cat([F.logsigmoid(t).exp() for t in self.ffn_thresholds]).std())
