@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# One thread per test process, and per process a test starts: tiny models gain nothing from two, and `-n auto` has
+# one process per core already.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
