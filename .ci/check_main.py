@@ -31,6 +31,18 @@ assert summary["forward_backward_tokens"] <= 25_000
 if arguments.cached:
     assert "calibrate" not in manifest["steps"], "calibration was paid for twice"
 
+if not arguments.cached:  # the learned parts have learned
+    nats = [
+        sum(map(math.log, point.values())) / len(point)
+        for point in manifest["learning"]["development_perplexity_by_epoch"]
+    ]
+    print("development cross-entropy by epoch, nats:", [round(value, 3) for value in nats])
+    assert nats[-1] <= nats[0] - 0.05
+    refinement = manifest["refinement"]
+    print("refinement moved", refinement["moved"], "of", refinement["neurons"], "neurons")
+    assert refinement["moved"] > 0
+    assert refinement["terms_at_end"]["total"] < refinement["terms_at_start"]["total"]
+
 assert 0.5 <= summary["sparsity_of_scope"] < 0.5001
 assert summary["parameters_after"] < 0.71 * summary["parameters_before"]
 unseen = {r["corpus"] for r in records if not r["seen"]}

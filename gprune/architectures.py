@@ -8,6 +8,7 @@ a model that is pruned already can be pruned again.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -137,7 +138,10 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     Two models with the same fingerprint give the same statistics; caches are keyed by it.
     """
-    digest = hashlib.sha256(repr(sorted(model.config.to_diff_dict().items(), key=lambda kv: kv[0])).encode())
+    settings = model.config.to_diff_dict()
+    for place in ("_name_or_path", "transformers_version"):  # where a model lies does not change what it computes
+        settings.pop(place, None)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(as_bytes(parameter))

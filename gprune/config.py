@@ -267,7 +267,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     corpora: CorporaConfig = field(default_factory=CorporaConfig)
     importance: str = "wanda_sp"
-    """Base importance metric: wanda_sp, wifv, act_norm, magnitude, random, or one you registered."""
+    """Base importance metric: wanda_sp, wifv, act_norm, magnitude, random, or one registered from Python."""
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)

@@ -14,6 +14,8 @@ from gprune.architectures import blocks_of, check_family, load_model, locate_mod
 from gprune.config import RunConfig
 from gprune.corpora import load_corpus
 from gprune.data import Windows, make_windows
+from gprune.errors import UserError
+from gprune.export.hf import EXPORTABLE
 from gprune.masks import Masks, UnitCosts, check_budget, keep_masks, unit_costs
 from gprune.recovery import NEEDS_GRAM
 from gprune.surgery import count_parameters
@@ -75,7 +77,12 @@ def check(cfg: RunConfig) -> Plan:
     cfg.validate()
     cfg.check_names()
     device = check_trainer(**asdict(cfg.trainer))
-    check_family(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
+    model_type = check_family(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
+    if model_type not in EXPORTABLE:
+        raise UserError(
+            f"--model.name: a pruned '{model_type}' model could not be saved; expected {' or '.join(EXPORTABLE)}. "
+            f"Its masks can be found and applied from Python."
+        )
     config = AutoConfig.from_pretrained(locate_model(cfg.model.name), trust_remote_code=cfg.model.trust_remote_code)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.model.trust_remote_code)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import gprune
-from gprune.architectures import FAMILIES
 from gprune.importance import UnitWeights
-from gprune.statistics import Moments
+from gprune.recovery import RECOVERY, recover_projection
+from gprune.statistics import ChannelStatistics, Moments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -75,15 +75,17 @@ def test_the_recipe_for_a_corpus_registers_and_reads(tmp_path, monkeypatch):
     assert not set(train) & set(development)
 
 
-def test_the_recipe_for_a_family_is_one_record(monkeypatch):
-    monkeypatch.setattr("gprune.architectures.FAMILIES", FAMILIES)
-    before = dict(FAMILIES)
-    try:
-        exec(python_block("FAMILIES["), {"__name__": "readme"})
-        assert gprune.architectures.family_of("mymodel").down == "ffn.w2"
-    finally:
-        FAMILIES.clear()
-        FAMILIES.update(before)
+def test_the_recipe_for_a_recovery_registers_and_recovers(monkeypatch):
+    monkeypatch.setattr(RECOVERY, "_entries", dict(RECOVERY._entries))
+    exec(python_block("RECOVERY.register"), {"__name__": "readme"})
+    assert gprune.RunConfig(recovery="rescale").recovery == "rescale"
+    four = torch.full((4,), 4.0, dtype=torch.float64)
+    half = Moments(four[0], four, four, four)
+    weight, bias = recover_projection(
+        torch.ones(2, 4), torch.tensor([True, False, False, False]), ChannelStatistics((half, half)), method="rescale"
+    )
+    assert weight.tolist() == [[2.0], [2.0]]  # a quarter of the energy is kept
+    assert bias is None
 
 
 @pytest.mark.parametrize("number", [1, 2])
