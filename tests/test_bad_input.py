@@ -366,6 +366,8 @@ def test_a_real_signal_while_fit_is_running(signum, code, world, tmp_path, cache
             [sys.executable, "train.py", *world.args(tmp_path, "--sparsity.epochs=100000", "--logging.mode=offline")],
             cwd=ROOT, env=tiny_run.environment(cache), stdout=out, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
+            # A job in the background of a script inherits SIGINT as ignored, and Python then leaves it so.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         try:
             end = time.monotonic() + 90
