@@ -17,8 +17,8 @@ from gprune.report import by_stage, generalisation_gap, geometric_mean, markdown
 
 HERE = Path(__file__).parent
 ROWS = (
-    "no_refinement", "random_partition", "drift_only", "no_switch", "base_allocation", "uniform_sparsity",
-    "single_drift_corpus", "learn_on_score_corpus", "recovery_bias", "recovery_least_squares",
+    "recovery_least_squares", "random_partition", "no_switch", "no_refinement", "base_allocation", "uniform_sparsity",
+    "drift_only", "learn_on_score_corpus", "single_drift_corpus", "recovery_bias",
 )  # fmt: skip
 
 
