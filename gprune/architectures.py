@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -27,8 +25,6 @@ from transformers import (
 
 from gprune import assets
 from gprune.errors import UserError
-
-log = logging.getLogger("gprune")
 
 
 @dataclass(frozen=True)
@@ -115,21 +111,19 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def iter_blocks(model: PreTrainedModel) -> Iterator[Block]:
+def blocks_of(model: PreTrainedModel) -> list[Block]:
     """The blocks of a supported model, first layer first."""
     family = family_of(model.config.model_type)
     config = model.config  # lazily: reading a global head count is an error where layers differ in heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    blocks = []
     for index, layer in enumerate(model.get_decoder().layers):
         parts = {
             part: attrgetter(getattr(family, part))(layer)
             for part in ("gate", "up", "down", "attention", "query", "key", "value", "output")
         }
-        yield Block(index=index, head_dim=head_dim, **parts)
-
-
-def blocks_of(model: PreTrainedModel) -> list[Block]:
-    return list(iter_blocks(model))
+        blocks.append(Block(index=index, head_dim=head_dim, **parts))
+    return blocks
 
 
 @torch.no_grad()

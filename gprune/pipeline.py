@@ -14,8 +14,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from lightning.pytorch.utilities import rank_zero_only
 
 from gprune.architectures import blocks_of
@@ -34,8 +32,6 @@ from gprune.steps import (
     rank_inside_modules,
     uniform_masks,
 )
-
-log = logging.getLogger("gprune")
 
 
 def prune(cfg: RunConfig) -> PruningResult:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,6 @@ from wandb.proto import wandb_internal_pb2
 
 from gprune.errors import UserError
 
-log = logging.getLogger("gprune")
 on_process_zero = rank_zero_only
 
 # metric pattern -> its x axis. Lightning restarts its step in every stage, so each stage has an axis of its own.
