@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
 
@@ -40,6 +40,9 @@ class Family:
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
     output: str = "self_attn.o_proj"
+    ffn_norm: str = "post_attention_layernorm"
+    attention_norm: str = "input_layernorm"
+    activation: str = "mlp.act_fn"
 
 
 FAMILIES: dict[str, Family] = {
@@ -60,6 +63,7 @@ class Block:
     """
 
     index: int
+    layer: nn.Module
     gate: nn.Linear
     up: nn.Linear
     down: nn.Linear
@@ -68,6 +72,9 @@ class Block:
     key: nn.Linear
     value: nn.Linear
     output: nn.Linear
+    ffn_norm: nn.Module
+    attention_norm: nn.Module
+    activation: nn.Module
     head_dim: int
 
     @property
@@ -82,6 +89,11 @@ class Block:
     def channels_per_group(self) -> int:
         """Columns of the output projection (= query heads x head_dim) that belong to one KV group."""
         return self.output.in_features // self.kv_groups
+
+    @property
+    def cost(self) -> int:
+        """Parameters that go when the whole block goes."""
+        return sum(parameter.numel() for parameter in self.layer.parameters())
 
     @property
     def neuron_cost(self) -> int:
@@ -119,10 +131,11 @@ def blocks_of(model: PreTrainedModel) -> list[Block]:
     blocks = []
     for index, layer in enumerate(model.get_decoder().layers):
         parts = {
-            part: attrgetter(getattr(family, part))(layer)
-            for part in ("gate", "up", "down", "attention", "query", "key", "value", "output")
+            place.name: attrgetter(getattr(family, place.name))(layer)
+            for place in fields(family)
+            if place.name != "model_type"
         }
-        blocks.append(Block(index=index, head_dim=head_dim, **parts))
+        blocks.append(Block(index=index, layer=layer, head_dim=head_dim, **parts))
     return blocks
 
 

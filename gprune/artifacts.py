@@ -32,7 +32,7 @@ from gprune.architectures import as_bytes
 from gprune.errors import UserError
 
 log = logging.getLogger("gprune")
-FORMAT_VERSION = 2  # part of every cache key: raise it when what is stored changes meaning
+FORMAT_VERSION = 3  # part of every cache key: raise it when what is stored changes meaning
 
 
 @contextmanager

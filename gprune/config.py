@@ -12,11 +12,12 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
+from gprune.allocation import ALLOCATION
 from gprune.corpora import check_corpus
 from gprune.errors import UserError
 from gprune.importance import IMPORTANCE
 from gprune.masks import SCOPES
-from gprune.recovery import RECOVERY
+from gprune.recovery import NEEDS_GRAM, RECOVERY
 
 PartitionMethod = Literal["refined", "initial", "random", "drift_only"]
 
@@ -67,6 +68,9 @@ class CorporaConfig:
     """Tokens per window, in calibration and learning."""
     batch_size: int = 4
     """Windows per step, over all devices together."""
+    collect: list[Literal["gram", "saliency"]] = field(default_factory=list)
+    """Collect these in a calibration pass although this run does not need them, so that later runs (obs,
+    least_squares: gram; taylor: saliency) find them in the cache."""
 
     def __post_init__(self) -> None:
         _at_least("corpora.batch_size", self.batch_size, 1)
@@ -153,8 +157,18 @@ class SparsityConfig:
     scope: str = "ffn"
     """ffn: whole FFN neurons. attention+ffn: whole KV groups too, in the same budget."""
     allocation: str = "learned"
-    """learned: one threshold per module, trained around the frozen model. base: every module keeps as much as the base
-    metric keeps of it (where learning starts). uniform: every module of the model loses the same fraction."""
+    """How sparsity is spread. learned: one threshold per module, trained around the frozen model. Without learning:
+    uniform (every block alike), global (scores standardised per block, one threshold: FLAP), owl (blocks with more
+    outliers lose less), depth (whole blocks by influence: ShortGPT; with --gprune false). Under these every module
+    keeps as much as the base metric keeps of it. equal: every module of the model loses the same fraction."""
+    start: str = "uniform"
+    """The base metric's allocation where thresholds are learned or equal, and where learning starts."""
+    protect: list[int] = field(default_factory=list)
+    """Blocks that keep everything, -1 being the last one. LLM-Pruner keeps [0,1,2,-1]."""
+    owl_multiple: float = 5.0
+    """owl: an element above this multiple of its block's mean is an outlier."""
+    owl_spread: float = 0.08
+    """owl: how far a block's sparsity may lie from the target."""
     width_multiple: int = 1
     """Widths end up on multiples of this: 64 or 128 suit matrix-multiply tiles and serving kernels."""
     epochs: int = 2
@@ -164,11 +178,15 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         _choose("sparsity.scope", self.scope, SCOPES)
-        _choose("sparsity.allocation", self.allocation, ("learned", "base", "uniform"))
+        if self.allocation not in ("learned", "depth", "equal"):
+            ALLOCATION[self.allocation]
+        ALLOCATION[self.start]
         _at_least("sparsity.epochs", self.epochs, 1)
         _at_least("sparsity.width_multiple", self.width_multiple, 1)
         if not self.learning_rate > 0:
             raise UserError(f"--sparsity.learning_rate: expected a positive number, got {self.learning_rate}.")
+        _at_least("sparsity.owl_multiple", self.owl_multiple, 1)
+        _at_least("sparsity.owl_spread", self.owl_spread, 0)
         if not 0 < self.target < 1:
             raise UserError(
                 f"--sparsity.target: expected a fraction of parameters removed inside (0, 1), got {self.target}; "
@@ -267,7 +285,9 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     corpora: CorporaConfig = field(default_factory=CorporaConfig)
     importance: str = "wanda_sp"
-    """Base importance metric: wanda_sp, wifv, act_norm, magnitude, random, or one registered from Python."""
+    """Base importance metric, or one registered from Python. From activations: wanda_sp, wifn, wifv, ifv, act_norm,
+    obs; from gradients: taylor, taylor_second, taylor_vector; from weights alone: magnitude, magnitude_l1,
+    magnitude_down, magnitude_down_l1, gaussian_sp; random as a control."""
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
@@ -276,7 +296,7 @@ class RunConfig:
     ridge: float = 0.01
     """Ridge of least_squares, relative to the mean diagonal of the Gram matrix."""
     gprune: bool = True
-    """False: the base metric alone, with uniform sparsity."""
+    """False: the base metric alone; --sparsity.allocation learned then means uniform."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -288,6 +308,8 @@ class RunConfig:
         IMPORTANCE[self.importance]
         RECOVERY[self.recovery]
         _at_least("ridge", self.ridge, 0)
+        if self.gprune and self.sparsity.allocation == "depth":
+            raise UserError("--sparsity.allocation depth: a baseline without modules; expected --gprune false with it.")
         if self.gprune and len(self.corpora.drift) < 2 and self.partition.method == "drift_only":
             raise UserError(
                 f"--partition.method drift_only: expected two or more --corpora.drift, got {self.corpora.drift}."
@@ -297,6 +319,17 @@ class RunConfig:
     def learns(self) -> bool:
         """Whether thresholds are learned."""
         return self.gprune and self.sparsity.allocation == "learned"
+
+    @property
+    def base_allocation(self) -> str:
+        """How the base metric's sparsity is spread over blocks: in its own rows, and where learning starts."""
+        return self.sparsity.start if self.sparsity.allocation in ("learned", "equal") else self.sparsity.allocation
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What of `statistics.EXTRAS` the run reads."""
+        gram = {"gram"} if self.recovery in NEEDS_GRAM else set()
+        return IMPORTANCE[self.importance].needs | gram
 
     @property
     def stages(self) -> list[tuple[str, str]]:
@@ -360,11 +393,12 @@ class RunConfig:
     def settings(self) -> dict:
         """Everything that can change a result, as plain data: what two runs must share to share a folder.
 
-        Left out: where results go and how they are logged.
+        Left out: where results go, how they are logged, and what is collected for others.
         """
         plain = asdict(self)
         for group in ("logging", "dry_run"):
             plain.pop(group)
+        plain["corpora"].pop("collect")
         plain["run"] = {"seed": self.run.seed}
         plain["trainer"] = {"world_size": self.trainer.devices * self.trainer.num_nodes}
         return plain

@@ -2,25 +2,33 @@
 
 A metric sees the *channels* that enter an output projection (`down_proj` for neurons, `o_proj` for attention),
 their weights and their moments over a corpus, and returns one score per channel. A KV group's score is the sum
-over its channels (its query heads x head_dim), so every metric means the same thing in both scopes.
+over its channels (its query heads x head_dim), so every metric means the same thing in both scopes; a metric that
+can do better than a sum returns one score per group.
 
     @metric("my_metric")
     def my_metric(weights, moments, generator):
         return moments.mean_sq.sqrt()
+
+Symbols in the docstrings: W (H, C) the output projection, W_:j its column of channel j; V_j the rows that feed the
+channel (gate and up; value); X_j its activations over all n tokens, of which ||X_j||_2^2 / n is the mean square. Scores
+are >= 0 but where a docstring says otherwise, and only their order counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from gprune.architectures import Block
+from gprune.errors import UserError
 from gprune.registry import Registry
-from gprune.statistics import CorpusStatistics, Moments
+from gprune.statistics import EXTRAS, CorpusStatistics, Moments
 
 IMPORTANCE: Registry[Callable[..., Tensor]] = Registry("importance metric")
 
@@ -35,61 +43,209 @@ class UnitWeights:
 
     inputs: tuple[Tensor, ...]  # each (C, H)
     output: Tensor  # (H, C)
+    scale: Tensor  # (H,), of the normalisation before the inputs
+    activation: Callable[[Tensor], Tensor] | None = None  # of the gate; None where nothing stands between
+    per_unit: int = 1  # channels per unit, consecutive: 1 for neurons
 
 
-def metric(name: str, *, activation_free: bool = False) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def metric(
+    name: str,
+    *,
+    activation_free: bool = False,
+    needs: Collection[str] = (),
+    drift: str | None = None,
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register `function(weights, moments, generator) -> (C,) scores` under `name`.
 
     Args:
         name: what `--importance` takes.
-        activation_free: whether the score ignores `moments`. Its drift then comes from `act_norm`, and it may
-            serve as the metric that unreliable modules switch to.
+        activation_free: whether the score ignores `moments`. It may then serve as the metric that unreliable modules
+            switch to, and its drift comes from `act_norm`.
+        needs: of `gram` and `saliency`, what of `moments` is read that is collected on demand only.
+        drift: the metric that gives rank drift in its place, where it cannot score half a corpus (as with `gram`).
     """
+    unknown = set(needs) - set(EXTRAS)
+    if unknown:
+        raise ValueError(f"metric '{name}': needs expected to be of {', '.join(EXTRAS)}, got {sorted(unknown)}.")
 
     def file(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         function.activation_free = activation_free
+        function.needs = frozenset(needs)
+        function.drift = drift or ("act_norm" if activation_free else "wanda_sp" if "gram" in needs else name)
         return IMPORTANCE.register(name)(function)
 
     return file
 
 
+# Activations
+
+
 @metric("wanda_sp")
 def wanda_sp(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = ||X_j||_2 * sum_i |W_ij|, Wanda's |W| ||X|| (arXiv 2306.11695, eq. 1) summed over a column.
+    """s_j = ||X_j||_2 * sum_i |W_ij|: Wanda's |W| ||X|| (arXiv 2306.11695, eq. 1) summed over a column.
 
-    W (H, C) is the output projection, X_j the channel's activations over all tokens; s_j >= 0. The structured
-    form is the baseline of FLAP (arXiv 2312.11983), whose code averages over rows and thus ranks alike.
+    The norm is divided by sqrt(n), which ranks alike. The structured form is a baseline of FLAP (arXiv 2312.11983).
+    Its repository averages over rows in place of the sum, which ranks alike; calibrates it on C4 while FLAP itself has
+    WikiText-2; and prunes each block before the next one is calibrated. Ours has the same text and the same dense
+    activations as every other metric.
     """
     return moments.mean_sq.sqrt() * weights.output.abs().sum(0)
 
 
+@metric("wifn")
+def wifn(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = (||X_j||_2 * mean_i |W_ij|)^2, FLAP's weighted input feature norm (arXiv 2312.11983).
+
+    As the authors' repository has it, which squares the scores of attention channels before it sums them over a head.
+    Squared or not, neurons rank exactly as by `wanda_sp`; KV groups do not.
+    """
+    return (moments.mean_sq.sqrt() * weights.output.abs().mean(0)).square()
+
+
 @metric("wifv")
 def wifv(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = Var(X_j) * ||W_:j||_2^2, FLAP's weighted input feature variance (arXiv 2312.11983, eq. 5); s_j >= 0.
+    """s_j = Var(X_j) * ||W_:j||_2^2, FLAP's weighted input feature variance (arXiv 2312.11983, eq. 5).
 
     The variance is over tokens. The authors' code updates a running variance with the new mean in place of the
-    old one; ours is the population variance that the paper describes.
+    old one, skips the first window, and squares the scores of attention alone; ours is the population variance that
+    the paper describes, the same for both.
     """
     return moments.variance * weights.output.square().sum(0)
 
 
+@metric("ifv")
+def ifv(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = Var(X_j), FLAP's input feature variance (arXiv 2312.11983): `wifv` without weights, same remarks."""
+    return moments.variance
+
+
 @metric("act_norm")
 def act_norm(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = sqrt(mean over tokens of X_j^2): root mean square activation, weights ignored; s_j >= 0."""
+    """s_j = ||X_j||_2 / sqrt(n): root mean square activation, weights ignored."""
     return moments.mean_sq.sqrt()
+
+
+@metric("obs", needs=("gram",))
+def obs(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_S = tr(W_S ([G^-1]_SS)^-1 W_S^T): what the projection's output error rises by when the channels S go.
+
+    Optimal brain surgeon (Hassibi and Stork, 1993) at the level of a unit, for the squared error of a linear layer
+    whose other weights are free to make up for the loss, as `least_squares` recovery lets them. G = X^T X / n +
+    lambda I, lambda = 0.01 x mean diagonal; for a neuron it is ||W_:j||_2^2 / [G^-1]_jj, for a KV group all its
+    channels go at once. With G's diagonal in place of G, s_j = ||X_j||_2^2 ||W_:j||_2^2 / n. Drift comes from
+    `wanda_sp`, since halves of a corpus have no Gram matrix of their own. Our reading.
+    """
+    G = moments.gram.double() / moments.count
+    dead = G.diagonal() == 0
+    damping = max(0.01 * float(G.diagonal().mean()), 1e-30)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(G + damping * torch.eye(len(G), dtype=torch.float64)))
+    W = weights.output.double()
+    if weights.per_unit == 1:
+        return torch.where(dead, 0.0, W.square().sum(0) / inverse.diagonal())
+    scores = []
+    for S in torch.arange(len(G)).split(weights.per_unit):
+        S = S[~dead[S]]
+        scores.append((torch.linalg.solve(inverse[S][:, S], W[:, S].T) * W[:, S].T).sum())
+    return torch.stack(scores)
+
+
+# Gradients
+
+
+@metric("taylor", needs=("saliency",))
+def taylor(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = sum_k |w_k g_k|, LLM-Pruner's element-wise first order (arXiv 2305.11627, eq. 5 without its second term).
+
+    k runs over all weights of the channel, gate and up rows and down column (query, key and value rows and the column
+    of the output projection); g is the gradient of the mean next-token cross-entropy over the calibration windows. A
+    KV group counts its key and value rows once. The authors' repository calls it `param_first` and takes ten samples
+    of 64 tokens from BookCorpus; ours has the same text as every other metric.
+    """
+    return moments.saliency.first
+
+
+@metric("taylor_second", needs=("saliency",))
+def taylor_second(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = sum_k |w_k g_k - 1/2 w_k^2 mean_b(g_bk^2)|, LLM-Pruner's second order (arXiv 2305.11627, eq. 5).
+
+    The Hessian's diagonal is approximated by the mean square of the windows' gradients g_b (Fisher). The paper sums
+    over samples; the mean is that sum for the mean loss, as in the authors' repository (`param_mix`; its `param_second`
+    leaves the first term out).
+    """
+    return moments.saliency.second
+
+
+@metric("taylor_vector", needs=("saliency",))
+def taylor_vector(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = sum over rows and columns v of channel j of |sum_k in v w_k g_k|, LLM-Pruner's vector-wise first order
+    (arXiv 2305.11627, eq. 3 without its second term; `vectorize` in the authors' repository).
+    """
+    return moments.saliency.vector
+
+
+# Weights alone
 
 
 @metric("magnitude", activation_free=True)
 def magnitude(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = ||W_:j||_2 * prod over input rows of ||V_j||_2: the norms along the channel's path multiplied; s_j >= 0.
+    """s_j = ||W_:j||_2 * prod over V_j of ||V_j||_2: the L2 norms along the channel's path multiplied.
 
-    W is the output projection, V the gate and up rows (or the value row). Scaling a row up and the column down by
-    the same factor leaves the model, and this score, unchanged; a sum of norms would not survive that.
+    Scaling a row up and the column down by the same factor leaves the model, and this score, unchanged; a sum of
+    norms would not survive that.
     """
-    score = weights.output.norm(dim=0)
-    for rows in weights.inputs:
-        score = score * rows.norm(dim=1)
-    return score
+    return weights.output.norm(dim=0) * _product([rows.norm(dim=1) for rows in weights.inputs])
+
+
+@metric("magnitude_l1", activation_free=True)
+def magnitude_l1(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = ||W_:j||_1 * prod over V_j of ||V_j||_1: `magnitude` with L1 norms."""
+    return weights.output.norm(p=1, dim=0) * _product([rows.norm(p=1, dim=1) for rows in weights.inputs])
+
+
+@metric("magnitude_down", activation_free=True)
+def magnitude_down(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = ||W_:j||_2, the L2 norm of the output projection's column alone: FLAP's magnitude baseline (`mag_sp`)."""
+    return weights.output.norm(dim=0)
+
+
+@metric("magnitude_down_l1", activation_free=True)
+def magnitude_down_l1(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = ||W_:j||_1, the L1 norm of the output projection's column alone."""
+    return weights.output.norm(p=1, dim=0)
+
+
+@metric("gaussian_sp", activation_free=True)
+def gaussian_sp(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = sqrt(E X_j^2) * sum_i |W_ij| for hidden states x ~ N(0, I): `wanda_sp` on text of no distribution at all.
+
+    What enters the FFN is normalised to a root mean square of 1 and scaled by gamma. With Gaussian x, gate a and up b
+    of a neuron are jointly Gaussian with variances ||gamma V||^2 and the covariance of their rows, so
+    E X^2 = E[f(a)^2 b^2] = E_a[f(a)^2 ((c a / v_a)^2 + v_b - c^2 / v_a)], one integral over a (Gauss-Hermite, 64
+    nodes). Unlike a product of norms it knows whether gate and up look the same way and how much of a the activation f
+    lets pass. For an attention channel X is linear: E X^2 = ||gamma V||^2. Our own.
+    """
+    return _expected_square(weights).sqrt() * weights.output.abs().sum(0)
+
+
+def _expected_square(weights: UnitWeights) -> Tensor:
+    """E X^2 per channel, (C,) float64, for x ~ N(0, I)."""
+    rows = [r.double() * weights.scale.double() for r in weights.inputs]
+    if weights.activation is None or len(rows) == 1:
+        return _product([r.square().sum(1) for r in rows])
+    gate, up = rows
+    v_a, v_b, c = gate.square().sum(1), up.square().sum(1), (gate * up).sum(1)
+    slope = c / v_a.clamp_min(1e-300)
+    nodes, mass = (torch.from_numpy(part) for part in np.polynomial.hermite.hermgauss(64))
+    a = (2 * v_a).sqrt()[:, None] * nodes  # (C, nodes)
+    given_a = (slope[:, None] * a).square() + (v_b - slope * c).clamp_min(0)[:, None]
+    return (weights.activation(a).square() * given_a) @ mass / math.sqrt(math.pi)
+
+
+def _product(factors: Sequence[Tensor]) -> Tensor:
+    product = factors[0]
+    for factor in factors[1:]:
+        product = product * factor
+    return product
 
 
 @metric("random", activation_free=True)
@@ -100,23 +256,54 @@ def random(weights: UnitWeights, moments: Moments, generator: torch.Generator) -
 
 def ffn_weights(block: Block) -> UnitWeights:
     """(neurons,) channels of one block's FFN."""
-    gate, up, down = (m.weight.detach().float().cpu() for m in (block.gate, block.up, block.down))
-    return UnitWeights((gate, up), down)
+    gate, up, down, scale = (
+        m.weight.detach().float().cpu() for m in (block.gate, block.up, block.down, block.ffn_norm)
+    )
+    return UnitWeights((gate, up), down, scale, activation=block.activation)
 
 
 def attention_weights(block: Block) -> UnitWeights:
     """(query heads x head_dim,) channels of one block's attention."""
-    value = rearrange(block.value.weight.detach().float().cpu(), "(g d) h -> g d h", d=block.head_dim)
+    value, output, scale = (m.weight.detach().float().cpu() for m in (block.value, block.output, block.attention_norm))
     heads = block.channels_per_group // block.head_dim
-    return UnitWeights((repeat(value, "g d h -> (g q d) h", q=heads),), block.output.weight.detach().float().cpu())
+    rows = repeat(rearrange(value, "(g d) h -> g d h", d=block.head_dim), "g d h -> (g q d) h", q=heads)
+    return UnitWeights((rows,), output, scale, per_unit=block.channels_per_group)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance per block: neurons (N,) and KV groups (G,), float64."""
+    """Importance per block, float64: neurons (N,), KV groups (G,), and what groups are the sums of, channels (C,).
+
+    A metric that scores whole groups has those groups for channels.
+    """
 
     ffn: list[Tensor]
     attention: list[Tensor]
+    channels: list[Tensor]
+
+
+def score_channels(name: str, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """What the metric `name` says: (C,) float64, or one score per unit.
+
+    Raises:
+        UserError: if it returns another shape, or a number that is not one.
+    """
+    scores = IMPORTANCE[name](weights, moments, generator)
+    C = weights.output.shape[1]
+    if not isinstance(scores, Tensor) or tuple(scores.shape) not in ((C,), (C // weights.per_unit,)):
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise UserError(f"Importance metric '{name}': expected a tensor of shape ({C},), got {got}.")
+    if not bool(torch.isfinite(scores).all()):
+        bad = int((~torch.isfinite(scores)).sum())
+        raise UserError(
+            f"Importance metric '{name}': expected finite scores, got {bad} of {C} that are NaN or infinite."
+        )
+    return scores.detach().cpu().double()
+
+
+def generator_for(seed: int, block: int, kind: str) -> torch.Generator:
+    """A stream of its own for every block and scope."""
+    return torch.Generator().manual_seed(seed * 100_003 + 2 * block + (kind == "attention"))
 
 
 def score_units(
@@ -126,28 +313,28 @@ def score_units(
     *,
     seed: int = 0,
     half: int | None = None,
+    attention: bool = True,
 ) -> Scores:
     """Importance of every unit by the metric `name`, from all tokens of a corpus or from one half of them.
 
     Args:
         name: a registered metric.
         blocks: the model's blocks; their weights are read, not changed.
-        statistics: of one corpus, or of several pooled.
+        statistics: of one corpus, or of several pooled, with what the metric needs.
         seed: for metrics that draw numbers; blocks and scopes draw from separate streams.
         half: 0 or 1 for half of the tokens, None for all.
+        attention: False where KV groups are out of scope; their scores are then 0.
     """
-    function = IMPORTANCE[name]
 
     def scores(kind: str, block: Block, weights: UnitWeights) -> Tensor:
         channel = getattr(statistics, kind)[block.index]
-        moments = channel.total if half is None else channel.halves[half]
-        generator = torch.Generator().manual_seed(seed * 100_003 + 2 * block.index + (kind == "attention"))
-        return function(weights, moments, generator).double()
+        moments = channel.total if half is None else channel.half(half)
+        return score_channels(name, weights, moments, generator_for(seed, block.index, kind))
 
-    return Scores(
-        [scores("ffn", block, ffn_weights(block)) for block in blocks],
-        [
-            reduce(scores("attention", b, attention_weights(b)), "(g c) -> g", "sum", c=b.channels_per_group)
-            for b in blocks
-        ],
-    )
+    ffn, channels = [], []
+    for b in blocks:
+        ffn.append(scores("ffn", b, ffn_weights(b)))
+        nothing = torch.zeros(b.kv_groups, dtype=torch.float64)
+        channels.append(scores("attention", b, attention_weights(b)) if attention else nothing)
+    groups = [reduce(c, "(g c) -> g", "sum", g=b.kv_groups) for c, b in zip(channels, blocks, strict=True)]
+    return Scores(ffn, groups, channels)

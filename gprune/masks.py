@@ -28,6 +28,11 @@ class Masks:
     ffn: list[Tensor]  # (neurons,) bool
     attention: list[Tensor]  # (kv_groups,) bool; all True when attention is out of scope
 
+    @property
+    def blocks(self) -> list[bool]:
+        """Whether each block stays. One without a neuron and without a KV group goes as a whole, norms included."""
+        return [bool(f.any() or a.any()) for f, a in zip(self.ffn, self.attention, strict=True)]
+
     def tensors(self) -> dict[str, Tensor]:
         """Flat names to tensors, as saved in safetensors."""
         return {f"{kind}.{i}": m for kind in ("ffn", "attention") for i, m in enumerate(getattr(self, kind))}
@@ -55,6 +60,7 @@ class UnitCosts:
     neurons: list[int]
     groups: list[int]
     attention: bool  # whether KV groups may go
+    protected: frozenset[int] = frozenset()  # blocks that keep everything
 
     @property
     def total(self) -> int:
@@ -69,14 +75,25 @@ class UnitCosts:
         return ffn + sum(c * int((~m).sum()) for c, m in zip(self.group, masks.attention, strict=True))
 
 
-def unit_costs(blocks: Sequence[Block], *, scope: str) -> UnitCosts:
-    """Costs of the units of a model for a scope of `SCOPES`."""
+def unit_costs(blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = ()) -> UnitCosts:
+    """Costs of the units of a model for a scope of `SCOPES`; blocks to `protect` may be counted from the end (-1).
+
+    Raises:
+        UserError: for a block that there is not.
+    """
+    depth = len(blocks)
+    for index in protect:
+        if not -depth <= index < depth:
+            raise UserError(
+                f"--sparsity.protect: expected blocks from {-depth} to {depth - 1}, got {index}; the model has {depth}."
+            )
     return UnitCosts(
         neuron=[b.neuron_cost for b in blocks],
         group=[b.group_cost for b in blocks],
         neurons=[b.neurons for b in blocks],
         groups=[b.kv_groups for b in blocks],
         attention=scope == "attention+ffn",
+        protected=frozenset(index % depth for index in protect),
     )
 
 
@@ -99,14 +116,16 @@ def check_budget(costs: UnitCosts, sparsity: float, *, width_multiple: int = 1, 
         )
     # exact: 0.1 of 30 is 3, where float multiplication and ceil would say 4
     target = -(-Fraction(str(sparsity)) * costs.total // 1)
-    removable = sum(c * (n - width_multiple) for c, n in zip(costs.neuron, costs.neurons, strict=True))
+    open_blocks = [b for b in range(len(costs.neurons)) if b not in costs.protected]
+    removable = sum(costs.neuron[b] * (costs.neurons[b] - width_multiple) for b in open_blocks)
     if costs.attention:
-        removable += sum(c * (n - 1) for c, n in zip(costs.group, costs.groups, strict=True))
+        removable += sum(costs.group[b] * (costs.groups[b] - 1) for b in open_blocks)
     if target > removable:
         kept = f"{width_multiple} neuron{'s' * (width_multiple > 1)}" + " and one KV group" * costs.attention
         raise UserError(
-            f"--{flag}: {sparsity} cannot be reached: every block keeps {kept}, so at most "
-            f"{removable / costs.total:.4f} of the parameters can go; ask for less."
+            f"--{flag}: {sparsity} cannot be reached: every block keeps {kept}"
+            + f" and {len(costs.protected)} keep everything" * bool(costs.protected)
+            + f", so at most {removable / costs.total:.4f} of the parameters can go; ask for less."
         )
     return int(target)
 
@@ -164,17 +183,23 @@ def keep_masks(
         target: parameters to remove, from `check_budget`.
         width_multiple: widths end up on multiples of it.
 
+    Protected blocks lose nothing.
+
     Returns:
         Masks that remove at least `target`, and less than one more step. Blocks that lose neurons end up on a
         multiple of `width_multiple`; one that loses none keeps its width.
     """
-    cut = [_chunks(m.detach().cpu().double(), width_multiple) for m in neuron_margins]
+    cut = [
+        _chunks(m.detach().cpu().double(), len(m) if b in costs.protected else width_multiple)
+        for b, m in enumerate(neuron_margins)
+    ]
     keys = torch.cat([key for _, _, key in cut])
     cost = torch.cat([size * c for (_, size, _), c in zip(cut, costs.neuron, strict=True)])
     attention = [torch.ones(n, dtype=torch.bool) for n in costs.groups]
     if costs.attention:
         assert group_margins is not None
         orders = [m.detach().cpu().double().argsort(stable=True)[:-1] for m in group_margins]  # the best one stays
+        orders = [order[:0] if b in costs.protected else order for b, order in enumerate(orders)]
         group_keys = torch.cat([m.detach().cpu().double()[o] for m, o in zip(group_margins, orders, strict=True)])
         group_cost = torch.cat([torch.full((len(o),), c) for o, c in zip(orders, costs.group, strict=True)])
         taken = _take_until(torch.cat([group_keys, keys]), torch.cat([group_cost, cost]), target)[: len(group_keys)]
@@ -256,7 +281,17 @@ def gated(
 
 @contextmanager
 def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
-    """The model as if pruned, for as long as the context lasts."""
+    """The model as if pruned, for as long as the context lasts. A block that keeps no unit hands its input on."""
     whole = all(bool(m.all()) for m in masks.attention)
-    with gated(model, masks.ffn, None if whole else masks.attention):
-        yield model
+    gone = [block for block, kept in zip(blocks_of(model), masks.blocks, strict=True) if not kept]
+
+    def skip(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        return args[0] if args else kwargs["hidden_states"]
+
+    handles = [block.layer.register_forward_hook(skip, with_kwargs=True) for block in gone]
+    try:
+        with gated(model, masks.ffn, None if whole else masks.attention):
+            yield model
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -49,11 +49,12 @@ def shrink(
     if recovery == "none":
         return small
     text = pooled(statistics[c] for c in cfg.corpora.recover)
-    for dense, block in zip(blocks_of(model), blocks_of(small), strict=True):
-        groups = masks.attention[block.index].repeat_interleave(dense.channels_per_group)
+    stay = [dense for dense, kept in zip(blocks_of(model), masks.blocks, strict=True) if kept]
+    for dense, block in zip(stay, blocks_of(small), strict=True):
+        groups = masks.attention[dense.index].repeat_interleave(dense.channels_per_group)
         for projection, new, keep, channel in (
-            (dense.down, block.down, masks.ffn[block.index], text.ffn[block.index]),
-            (dense.output, block.output, groups, text.attention[block.index]),
+            (dense.down, block.down, masks.ffn[dense.index], text.ffn[dense.index]),
+            (dense.output, block.output, groups, text.attention[dense.index]),
         ):
             if bool(keep.all()):
                 continue
@@ -209,7 +210,7 @@ def record(
     return {
         "stage": stage,
         "importance": None if dense else cfg.importance,
-        "allocation": None if dense else cfg.sparsity.allocation if stage == "gprune" else "uniform",
+        "allocation": None if dense else cfg.sparsity.allocation if stage == "gprune" else cfg.base_allocation,
         "partition": cfg.partition.method if stage == "gprune" else None,
         "switch": cfg.reliability.switch and len(cfg.corpora.drift) > 1 if stage == "gprune" else None,
         "recovery": recovery,
@@ -257,8 +258,10 @@ def summarise(
             "unseen": _number(geometric_mean(v for c, v in values.items() if not seen[c])),
             "gap": None if stage == "dense" else _number(generalisation_gap(values, dense_ppl, seen)),
         }
+    # A whole block takes its norms, and its attention, along, which are no units of the scope.
+    removed = costs.removed(candidates[final]) if all(candidates[final].blocks) else before - after
     summary = {
-        "sparsity_of_scope": costs.removed(candidates[final]) / costs.total,
+        "sparsity_of_scope": removed / costs.total,
         "sparsity_of_model": 1 - after / before,
         "parameters_before": before,
         "parameters_after": after,

@@ -25,12 +25,12 @@ from gprune.results import PruningResult
 from gprune.session import opened
 from gprune.statistics import pooled
 from gprune.steps import (
+    base_masks,
     calibrate,
     learn_sparsity,
     measure_drift,
     partition_neurons,
     rank_inside_modules,
-    uniform_masks,
 )
 
 
@@ -55,13 +55,14 @@ def prune(cfg: RunConfig) -> PruningResult:
 
         # 1, 2
         statistics = calibrate(cfg, run, model, text)
-        scores = score_units(cfg.importance, blocks, statistics[cfg.corpora.score], seed=cfg.run.seed)
-        base = uniform_masks(cfg, scores, costs, target)
+        source = statistics[cfg.corpora.score]
+        scores = score_units(cfg.importance, blocks, source, seed=cfg.run.seed, attention=costs.attention)
+        base = base_masks(cfg, blocks, scores, source, costs, target)
         candidates = {"base": base}
         if ("base_averaged", "none") in cfg.stages:
-            pool = pooled((statistics[corpus] for corpus in cfg.corpora.drift), gram=False)
-            averaged = score_units(cfg.importance, blocks, pool, seed=cfg.run.seed)
-            candidates["base_averaged"] = uniform_masks(cfg, averaged, costs, target)
+            pool = pooled(statistics[corpus] for corpus in cfg.corpora.drift)
+            averaged = score_units(cfg.importance, blocks, pool, seed=cfg.run.seed, attention=costs.attention)
+            candidates["base_averaged"] = base_masks(cfg, blocks, averaged, pool, costs, target)
 
         modules = thresholds = None
         if cfg.gprune:

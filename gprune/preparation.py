@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.architectures import blocks_of, check_family, load_model, locate_model
+from gprune.architectures import Block, blocks_of, check_family, load_model, locate_model
 from gprune.config import RunConfig
 from gprune.corpora import load_corpus
 from gprune.data import Windows, make_windows
 from gprune.errors import UserError
 from gprune.export.hf import EXPORTABLE
 from gprune.masks import Masks, UnitCosts, check_budget, keep_masks, unit_costs
-from gprune.recovery import NEEDS_GRAM
 from gprune.surgery import count_parameters
 from gprune.trainer import check_trainer
 
@@ -44,6 +43,8 @@ class Plan:
         widths = [int(mask.sum()) for mask in self.uniform.ffn]
         groups = [int(mask.sum()) for mask in self.uniform.attention]
         share = self.target / self.parameters
+        backward = [f"{cfg.sparsity.epochs} epochs over {len(cfg.corpora.learn)} corpora"] * cfg.learns
+        backward += ["saliency in the calibration passes"] * ("saliency" in cfg.needs | set(cfg.corpora.collect))
         return "\n".join(
             [
                 f"model        {cfg.model.name}: {self.parameters:,} parameters, {len(widths)} blocks",
@@ -56,9 +57,8 @@ class Plan:
                 f"forward      at most {self.forward_tokens:,} tokens: {len(cfg.calibration)} calibration passes "
                 f"(fewer if cached), "
                 f"{1 + len(cfg.stages)} models evaluated on {len(cfg.corpora.evaluate)} corpora",
-                f"and backward {self.forward_backward_tokens:,} tokens: {cfg.sparsity.epochs} epochs over "
-                f"{len(cfg.corpora.learn)} corpora"
-                if cfg.learns
+                f"and backward {self.forward_backward_tokens:,} tokens: {' and '.join(backward)}"
+                if backward
                 else "and backward none: nothing is learned",
                 f"memory       about {self.memory_gib:.1f} GiB",
                 f"results      {os.path.join(cfg.run.dir, cfg.run_name)}",
@@ -86,8 +86,11 @@ def check(cfg: RunConfig) -> Plan:
     config = AutoConfig.from_pretrained(locate_model(cfg.model.name), trust_remote_code=cfg.model.trust_remote_code)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.model.trust_remote_code)
-    costs = unit_costs(blocks_of(skeleton), scope=cfg.sparsity.scope)
+    blocks = blocks_of(skeleton)
+    costs = unit_costs(blocks, scope=cfg.sparsity.scope, protect=cfg.sparsity.protect)
     target = check_budget(costs, cfg.sparsity.target, width_multiple=cfg.sparsity.width_multiple)
+    if cfg.base_allocation == "depth":
+        check_depth(blocks, costs, target)
     for sparsity in cfg.evaluation.curve if cfg.learns else []:
         check_budget(costs, sparsity, width_multiple=cfg.sparsity.width_multiple, flag="evaluation.curve")
     parameters = count_parameters(skeleton, "all")
@@ -95,8 +98,13 @@ def check(cfg: RunConfig) -> Plan:
     development = len(c.learn) * e.development_samples * c.seq_len
     points = (cfg.sparsity.epochs + 1) + 2 + len(e.curve) if cfg.learns else 0
     evaluations = 1 + len(cfg.stages)
-    gram = sum(n * n for n in costs.neurons) if cfg.recovery in NEEDS_GRAM else 0
+    kinds = cfg.needs | set(cfg.corpora.collect)
+    gram = sum(n * n for n in costs.neurons) if "gram" in kinds else 0
     grams = (len(cfg.calibration) + 1) * gram
+    calibration = len(cfg.calibration) * c.num_samples * c.seq_len
+    backward = calibration if "saliency" in kinds else 0
+    # gradients and their squares, for two halves of the corpus
+    gradients = 4 * count_parameters(skeleton, cfg.sparsity.scope) if backward else 0
     weight_bytes = 4 if cfg.model.dtype == "float32" else 2
     activations = c.batch_size * c.seq_len * max(costs.neurons) * len(costs.neurons) * 10 if cfg.learns else 0
     return Plan(
@@ -105,19 +113,31 @@ def check(cfg: RunConfig) -> Plan:
         device=device,
         parameters=parameters,
         scope_parameters=costs.total,
-        forward_tokens=len(cfg.calibration) * c.num_samples * c.seq_len
+        forward_tokens=calibration
+        - backward
         + len(c.evaluate) * e.num_samples * e.seq_len * evaluations
         + points * development
         + 3 * check_tokens(cfg),
-        forward_backward_tokens=cfg.learns * cfg.sparsity.epochs * len(c.learn) * c.num_samples * c.seq_len,
+        forward_backward_tokens=backward + cfg.learns * cfg.sparsity.epochs * len(c.learn) * c.num_samples * c.seq_len,
         uniform=keep_masks(
             costs,
             *([(torch.arange(n) + 0.5) / n for n in sizes] for sizes in (costs.neurons, costs.groups)),
             target=target,
             width_multiple=cfg.sparsity.width_multiple,
         ),
-        memory_gib=1 + (2 * parameters * weight_bytes + 4 * grams + 4 * activations) / 2**30,
+        memory_gib=1 + (2 * parameters * weight_bytes + 4 * (grams + gradients + activations)) / 2**30,
     )
+
+
+def check_depth(blocks: Sequence[Block], costs: UnitCosts, target: int) -> None:
+    """Raise UserError unless whole blocks can make up for the target and one is left, whichever they are."""
+    gone = [block.cost for block in blocks if block.index not in costs.protected]
+    removable = sum(gone) - (0 if costs.protected else max(gone))
+    if target > removable:
+        raise UserError(
+            f"--sparsity.target: {target:,} parameters cannot go as whole blocks (--sparsity.allocation depth): "
+            f"at most {removable:,} can while one block stays; ask for less."
+        )
 
 
 def check_tokens(cfg: RunConfig) -> int:

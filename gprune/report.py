@@ -103,7 +103,7 @@ def model_card(cfg: RunConfig) -> str:
 
 {cfg.sparsity.target:.0%} of the parameters in scope `{cfg.sparsity.scope}` removed by {method}: importance
 `{cfg.importance}` scored on `{cfg.corpora.score}`, drift measured on {", ".join(f"`{c}`" for c in cfg.corpora.drift)},
-allocation `{cfg.sparsity.allocation if cfg.gprune else "uniform"}`{recovery}, seed {cfg.run.seed}.
+allocation `{cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation}`{recovery}, seed {cfg.run.seed}.
 The method is our reading of GPrune-LLM (arXiv 2603.13418).
 
 Base model: {model_label(cfg.model.name)}. Licence: {licence}.

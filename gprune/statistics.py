@@ -2,7 +2,8 @@
 
 One pass per corpus over the frozen decoder, without the language-model head. Per channel and for each of two
 halves of the corpus (windows with an even and with an odd index): count, sum, sum of squares and sum of absolute
-values, in float64. The halves give rank drift its noise floor. Optionally the Gram matrix, for recovery.
+values, in float64. The halves give rank drift its noise floor. Per block: how far it turns the hidden state.
+Optionally the Gram matrix, for recovery and output-aware metrics, and the Taylor saliency, which takes a backward pass.
 
     with Collector(model) as collector:
         for batch in loader:
@@ -12,26 +13,39 @@ values, in float64. The halves give rank drift its noise floor. Optionally the G
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from gprune.architectures import blocks_of
 from gprune.errors import UserError
+from gprune.losses import next_token_loss
+from gprune.saliency import PARTS, Saliency, StreamingGradients, channel_saliency
+
+SUMS = ("count", "sum", "sum_sq", "sum_abs")
+KINDS = (("ffn", "down"), ("attention", "output"))
+EXTRAS = ("gram", "saliency")  # what is collected only where something needs it
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over tokens for C channels. All float64; `count` is a 0-d tensor (tokens)."""
+    """Sums over tokens for C channels. All float64; `count` is a 0-d tensor (tokens).
+
+    `gram` and `saliency` are there where a metric says that it needs them.
+    """
 
     count: Tensor  # ()
     sum: Tensor  # (C,)
     sum_sq: Tensor  # (C,)
     sum_abs: Tensor  # (C,)
+    gram: Tensor | None = None  # sum over tokens of x x^T, (C, C) float32; of the whole corpus only
+    saliency: Saliency | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -47,24 +61,49 @@ class Moments:
         return (self.mean_sq - self.mean.square()).clamp_min(0)
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            self.count + other.count,
-            self.sum + other.sum,
-            self.sum_sq + other.sum_sq,
-            self.sum_abs + other.sum_abs,
-        )
+        return Moments(*(getattr(self, name) + getattr(other, name) for name in SUMS))
 
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Moments of the two halves of a corpus, and the Gram matrix sum over tokens of x x^T, (C, C) float32, or None."""
+    """Moments of the two halves of a corpus; where collected, the Gram matrix and the saliency of halves and whole.
+
+    Saliency does not add up over halves, since it takes absolute values of sums over windows.
+    """
 
     halves: tuple[Moments, Moments]
     gram: Tensor | None = None
+    saliency: tuple[Saliency, Saliency, Saliency] | None = None
 
     @property
     def total(self) -> Moments:
-        return self.halves[0] + self.halves[1]
+        return replace(
+            self.halves[0] + self.halves[1],
+            gram=self.gram,
+            saliency=None if self.saliency is None else self.saliency[2],
+        )
+
+    def half(self, index: int) -> Moments:
+        """Moments of half 0 or 1 of the corpus, without a Gram matrix."""
+        return replace(self.halves[index], saliency=None if self.saliency is None else self.saliency[index])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Flat names to tensors."""
+        flat = {f"{half}.{name}": getattr(m, name) for half, m in enumerate(self.halves) for name in SUMS}
+        if self.gram is not None:
+            flat["gram"] = self.gram
+        for part, saliency in enumerate(self.saliency or ()):
+            flat |= {f"saliency.{part}.{name}": value for name, value in vars(saliency).items()}
+        return flat
+
+    @classmethod
+    def from_tensors(cls, flat: dict[str, Tensor]) -> ChannelStatistics:
+        halves = tuple(Moments(*(flat[f"{half}.{name}"] for name in SUMS)) for half in (0, 1))
+        saliency = None
+        if "saliency.0.first" in flat:
+            names = Saliency.__dataclass_fields__
+            saliency = tuple(Saliency(*(flat[f"saliency.{part}.{name}"] for name in names)) for part in range(3))
+        return cls(halves, flat.get("gram"), saliency)
 
 
 @dataclass(frozen=True)
@@ -73,48 +112,61 @@ class CorpusStatistics:
 
     ffn: list[ChannelStatistics]
     attention: list[ChannelStatistics]
+    influence: Tensor  # (blocks,) float64: mean over tokens of 1 - cos(what enters a block, what leaves it)
 
     def tensors(self) -> dict[str, Tensor]:
         """Flat names to tensors, as saved in safetensors."""
-        flat = {}
-        for kind in ("ffn", "attention"):
+        flat = {"influence": self.influence}
+        for kind, _ in KINDS:
             for index, channel in enumerate(getattr(self, kind)):
-                for half, moments in enumerate(channel.halves):
-                    flat |= {f"{kind}.{index}.{half}.{name}": value for name, value in vars(moments).items()}
-                if channel.gram is not None:
-                    flat[f"{kind}.{index}.gram"] = channel.gram
+                flat |= {f"{kind}.{index}.{name}": value for name, value in channel.tensors().items()}
         return flat
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> CorpusStatistics:
-        def channel(kind: str, index: int) -> ChannelStatistics:
-            halves = tuple(
-                Moments(*(flat[f"{kind}.{index}.{half}.{name}"] for name in Moments.__dataclass_fields__))
-                for half in (0, 1)
-            )
-            return ChannelStatistics(halves, flat.get(f"{kind}.{index}.gram"))
+        nested: dict[tuple[str, int], dict[str, Tensor]] = {}
+        for name, value in flat.items():
+            if name != "influence":
+                kind, index, rest = name.split(".", 2)
+                nested.setdefault((kind, int(index)), {})[rest] = value
+        depth = len(flat["influence"])
+        return cls(
+            *([ChannelStatistics.from_tensors(nested[kind, b]) for b in range(depth)] for kind, _ in KINDS),
+            influence=flat["influence"],
+        )
 
-        depth = 1 + max(int(name.split(".")[1]) for name in flat)
-        return cls(*([channel(kind, index) for index in range(depth)] for kind in ("ffn", "attention")))
+
+def kind_of(name: str) -> str:
+    """Which of `moments` and `EXTRAS` a tensor of `CorpusStatistics.tensors` belongs to: each is cached by itself."""
+    return next((extra for extra in EXTRAS if f".{extra}" in name), "moments")
 
 
 def pooled(statistics: Iterable[CorpusStatistics], *, gram: bool = True) -> CorpusStatistics:
     """The statistics of several corpora read as one text (equal tokens each: the corpora averaged).
 
-    `gram=False` leaves Gram matrices out, which only recovery reads.
+    Moments and Gram matrices are exactly those of the joined text. Saliency is the mean of the corpora's, since it
+    takes absolute values after each one's sum. `gram=False` leaves Gram matrices out.
     """
 
     def pool(parts: list[ChannelStatistics]) -> ChannelStatistics:
         halves = tuple(sum((part.halves[h] for part in parts[1:]), start=parts[0].halves[h]) for h in (0, 1))
         grams = [part.gram for part in parts if gram and part.gram is not None]
-        return ChannelStatistics(halves, sum(grams[1:], start=grams[0]) if len(grams) == len(parts) else None)
+        salient = [part.saliency for part in parts if part.saliency is not None]
+        return ChannelStatistics(
+            halves,
+            sum(grams[1:], start=grams[0]) if len(grams) == len(parts) else None,
+            tuple(sum(same[1:], start=same[0]) / len(parts) for same in zip(*salient, strict=True))
+            if len(salient) == len(parts)
+            else None,
+        )
 
     statistics = list(statistics)
     return CorpusStatistics(
         *(
             [pool(list(parts)) for parts in zip(*(getattr(s, kind) for s in statistics), strict=True)]
-            for kind in ("ffn", "attention")
-        )
+            for kind, _ in KINDS
+        ),
+        influence=torch.stack([s.influence for s in statistics]).mean(0),
     )
 
 
@@ -148,8 +200,29 @@ class StreamingMoments(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The accumulated sums by name: `count` (2,), the others (2, C), and `gram` (C, C) if asked for."""
-        names = (*Moments.__dataclass_fields__, *(("gram",) if self.with_gram else ()))
+        names = (*SUMS, *(("gram",) if self.with_gram else ()))
         return {name: getattr(self, name) for name in names}
+
+
+class StreamingInfluence(Metric):
+    """torchmetrics state of one block: the sum over tokens of 1 - cos(what enters it, what leaves it)."""
+
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        for name in ("count", "sum"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, before: Tensor, after: Tensor, weight: Tensor) -> None:
+        """Add hidden states (B, T, H); `weight` (B,), 0 leaves a window out."""
+        turned = 1 - F.cosine_similarity(before.float(), after.float(), dim=-1)
+        self.sum += (turned.sum(1).double() * weight).sum()
+        self.count += weight.double().sum() * before.shape[1]
+
+    def compute(self) -> Tensor:
+        """() float64, in [0, 2]; 0 before any token came."""
+        return self.sum / self.count.clamp_min(1)
 
 
 def channel_statistics(sums: dict[str, Tensor]) -> ChannelStatistics:
@@ -163,54 +236,110 @@ def channel_statistics(sums: dict[str, Tensor]) -> ChannelStatistics:
             "A non-finite activation came up during calibration; expected finite numbers. Check the model's "
             "weights, or use --model.dtype float32 instead of a 16-bit type."
         )
-    halves = tuple(Moments(*(sums[name][h].cpu().clone() for name in Moments.__dataclass_fields__)) for h in (0, 1))
+    halves = tuple(Moments(*(sums[name][h].cpu().clone() for name in SUMS)) for h in (0, 1))
     return ChannelStatistics(halves, sums["gram"].cpu().clone() if "gram" in sums else None)
 
 
 class Collector:
-    """Context manager that watches the inputs of every `down_proj` and `o_proj`; leaving removes the hooks."""
+    """Context manager that watches the inputs of every `down_proj` and `o_proj`; leaving removes the hooks.
 
-    def __init__(self, model: PreTrainedModel, *, gram: bool = False):
+    Args:
+        model: frozen.
+        gram: sum Gram matrices too.
+        saliency: scopes (`ffn`, `attention`) whose weights' Taylor saliency is collected too, by a backward pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, gram: bool = False, saliency: Collection[str] = ()):
         self.model = model
         self.blocks = blocks_of(model)
         device = next(model.parameters()).device
         self.metrics = {
             kind: [StreamingMoments(getattr(b, part).in_features, gram=gram).to(device) for b in self.blocks]
-            for kind, part in (("ffn", "down"), ("attention", "output"))
+            for kind, part in KINDS
+        }
+        self.influence = [StreamingInfluence().to(device) for _ in self.blocks]
+        self.gradients = {
+            kind: [
+                {part: StreamingGradients(tuple(getattr(b, part).weight.shape)).to(device) for part in PARTS[kind]}
+                for b in self.blocks
+            ]
+            for kind in saliency
         }
         self._half = self._weight = torch.empty(0)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Collector:
-        for kind, part in (("ffn", "down"), ("attention", "output")):
+        for kind, part in KINDS:
             for block, metric in zip(self.blocks, self.metrics[kind], strict=True):
-                self._handles.append(getattr(block, part).register_forward_pre_hook(self._hook(metric)))
+                self._handles.append(getattr(block, part).register_forward_pre_hook(self._moments_hook(metric)))
+        for block, metric in zip(self.blocks, self.influence, strict=True):
+            hook = self._influence_hook(metric)
+            self._handles.append(block.layer.register_forward_hook(hook, with_kwargs=True))
+        for found in self.gradients.values():
+            for block, metrics in zip(self.blocks, found, strict=True):
+                for part, metric in metrics.items():
+                    self._handles.append(getattr(block, part).register_forward_hook(self._gradient_hook(metric)))
+        if self.gradients:  # something must ask for a gradient, and no weight may
+            embedding = self.model.get_input_embeddings()
+            self._handles.append(embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_()))
         return self
 
     def __exit__(self, *exception: object) -> None:
         while self._handles:
             self._handles.pop().remove()
 
-    def _hook(self, metric: StreamingMoments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: metric.update(inputs[0], self._half, self._weight)
+    def _moments_hook(self, metric: StreamingMoments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, inputs: metric.update(inputs[0].detach(), self._half, self._weight)
 
-    @torch.no_grad()
+    def _influence_hook(self, metric: StreamingInfluence) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output if isinstance(output, Tensor) else output[0]
+            metric.update(before.detach(), after.detach(), self._weight)
+
+        return hook
+
+    def _gradient_hook(self, metric: StreamingGradients) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x, half, weight = inputs[0].detach(), self._half, self._weight
+            output.register_hook(lambda gradient: metric.update(x, gradient, half, weight))
+
+        return hook
+
     def observe(self, input_ids: Tensor, half: Tensor, weight: Tensor | None = None) -> None:
         """Run the decoder on (B, T) token ids; `half` (B,) in {0, 1}; `weight` (B,), 0 leaves a window out."""
         self._half = half
         self._weight = torch.ones(len(half), device=half.device) if weight is None else weight
-        self.model.get_decoder()(input_ids=input_ids, use_cache=False)
+        if self.gradients:
+            with torch.inference_mode(False), torch.enable_grad():
+                # Each window's loss is its own mean over tokens, whatever the batch.
+                ones = torch.ones(len(half), device=half.device)
+                next_token_loss(self.model, input_ids.clone(), ones).backward()
+        else:
+            with torch.no_grad():
+                self.model.get_decoder()(input_ids=input_ids, use_cache=False)
 
     def compute(self) -> CorpusStatistics:
         """Statistics so far, summed over devices when distributed."""
-        return CorpusStatistics(
-            *([channel_statistics(metric.compute()) for metric in self.metrics[kind]] for kind in ("ffn", "attention"))
-        )
+        found = {kind: [channel_statistics(m.compute()) for m in self.metrics[kind]] for kind, _ in KINDS}
+        for kind, gradients in self.gradients.items():
+            for block, metrics in zip(self.blocks, gradients, strict=True):
+                sums = {part: metric.compute() for part, metric in metrics.items()}
+                saliency = channel_saliency(block, kind, sums)
+                found[kind][block.index] = replace(found[kind][block.index], saliency=saliency)
+        influence = torch.stack([metric.compute().cpu() for metric in self.influence])
+        return CorpusStatistics(**found, influence=influence)
 
 
-def collect(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *, gram: bool = False) -> CorpusStatistics:
+def collect(
+    model: PreTrainedModel,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    gram: bool = False,
+    saliency: Collection[str] = (),
+) -> CorpusStatistics:
     """One pass over batches with `input_ids` (B, T) and `index` (B,), the windows' positions in the corpus."""
-    with Collector(model, gram=gram) as collector:
+    with Collector(model, gram=gram, saliency=saliency) as collector:
         for batch in batches:
             collector.observe(batch["input_ids"], batch["index"] % 2, batch.get("weight"))
     return collector.compute()

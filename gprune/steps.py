@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gprune import tracking
+from gprune.allocation import ALLOCATION, depth_masks
 from gprune.architectures import Block
 from gprune.artifacts import key_of, read_tensors, write_tensors
 from gprune.assets import cache_dir
@@ -25,7 +27,15 @@ from gprune.drift import (
     noise_floor,
     rank_drift,
 )
-from gprune.importance import IMPORTANCE, Scores, ffn_weights, score_units
+from gprune.importance import (
+    IMPORTANCE,
+    Scores,
+    UnitWeights,
+    ffn_weights,
+    generator_for,
+    score_channels,
+    score_units,
+)
 from gprune.masks import Masks, UnitCosts, check_budget, keep_masks
 from gprune.partition import (
     ObjectiveWeights,
@@ -36,79 +46,103 @@ from gprune.partition import (
     shuffled_partition,
 )
 from gprune.preparation import Text
-from gprune.recovery import NEEDS_GRAM
 from gprune.reliability import assess_reliability, switched_share, within_module_ranks
 from gprune.results import Drift, Modules, corpus_file
 from gprune.session import Run
 from gprune.stages.assignment import AssignmentRefinement
 from gprune.stages.calibration import CalibrationStage
 from gprune.stages.sparsity import ModuleRanks, ThresholdLearning, masks_from_thresholds, start_thresholds
-from gprune.statistics import CorpusStatistics
+from gprune.statistics import CorpusStatistics, Moments, kind_of
 
 log = logging.getLogger("gprune")
 
 
 def calibrate(cfg: RunConfig, run: Run, model: PreTrainedModel, text: Text) -> dict[str, CorpusStatistics]:
     """Step 1: statistics by corpus, from the cache where model, text and kind of statistics are the same."""
-    gram = cfg.recovery in NEEDS_GRAM
-    world = cfg.trainer.devices * cfg.trainer.num_nodes
-    paths, found = {}, {}
-    for corpus in cfg.calibration:
+    scopes = ("ffn", "attention") if cfg.sparsity.scope == "attention+ffn" else ("ffn",)
+    kinds = ["moments", *sorted(cfg.needs)]
+
+    def path(corpus: str, kind: str) -> Path:
+        # Each kind by itself: moments are the same bits whatever else was collected in their pass.
         key = key_of(
-            model=run.fingerprint, text=text.train[corpus].content_hash, dtype=cfg.model.dtype, gram=gram,
+            model=run.fingerprint, text=text.train[corpus].content_hash, dtype=cfg.model.dtype,
+            kind=[kind, *scopes] if kind == "saliency" else kind,
             # what may move the last bits: the same run finds the same bits whatever the cache saw before
-            device=model.device.type, batch_size=cfg.corpora.batch_size, world_size=world,
+            device=model.device.type, batch_size=cfg.corpora.batch_size,
+            world_size=cfg.trainer.devices * cfg.trainer.num_nodes,
         )  # fmt: skip
-        paths[corpus] = cache_dir() / "statistics" / f"{key}.safetensors"
-        if (tensors := read_tensors(paths[corpus])) is not None:
-            found[corpus] = CorpusStatistics.from_tensors(tensors)
+        return cache_dir() / "statistics" / f"{key}.safetensors"
+
+    found = {}
+    for corpus in cfg.calibration:
+        parts = [read_tensors(path(corpus, kind)) for kind in kinds]
+        if all(part is not None for part in parts):
+            found[corpus] = CorpusStatistics.from_tensors({name: t for part in parts for name, t in part.items()})
     missing = [corpus for corpus in cfg.calibration if corpus not in found]
     if missing:
+        kinds = ["moments", *sorted(cfg.needs | set(cfg.corpora.collect))]
         with run.folder.step("calibrate"):
-            stage = CalibrationStage(model, missing, gram=gram)
+            saliency = scopes if "saliency" in kinds else ()
+            stage = CalibrationStage(model, missing, gram="gram" in kinds, saliency=saliency)
             data = CorpusDataModule(
                 test=[text.train[c] for c in missing], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
             )
-            run.trainer(f"Calibrating on {', '.join(missing)}").test(stage, data, verbose=False)
+            trainer = run.trainer(f"Calibrating on {', '.join(missing)}", inference_mode=not saliency)
+            trainer.test(stage, data, verbose=False)
         for corpus in missing:
-            write_tensors(paths[corpus], stage.statistics[corpus].tensors())
+            tensors = stage.statistics[corpus].tensors()
+            for kind in kinds:
+                write_tensors(path(corpus, kind), {n: t for n, t in tensors.items() if kind_of(n) == kind})
         found |= stage.statistics
     else:
         log.info("Statistics of %s are in the cache", ", ".join(found))
     for corpus in cfg.calibration:
         copy = run.folder / f"statistics/{corpus_file(corpus)}.safetensors"
         if read_tensors(copy) is None:  # without Gram matrices, which are hundreds of megabytes and stay in the cache
-            small = {name: t for name, t in found[corpus].tensors().items() if not name.endswith("gram")}
+            small = {name: t for name, t in found[corpus].tensors().items() if kind_of(name) != "gram"}
             write_tensors(copy, small, {"corpus": corpus})
     return {corpus: found[corpus] for corpus in cfg.calibration}
 
 
-def uniform_masks(cfg: RunConfig, scores: Scores, costs: UnitCosts, target: int) -> Masks:
-    """The base metric alone: every block loses the same fraction, its lowest ranks first."""
-    return keep_masks(
-        costs,
-        [fractional_ranks(s) for s in scores.ffn],
-        [fractional_ranks(s) for s in scores.attention],
-        target=target,
-        width_multiple=cfg.sparsity.width_multiple,
-    )
+def base_masks(
+    cfg: RunConfig,
+    blocks: Sequence[Block],
+    scores: Scores,
+    statistics: CorpusStatistics,
+    costs: UnitCosts,
+    target: int,
+) -> Masks:
+    """The base metric alone, its sparsity spread over blocks by `--sparsity.allocation` (or `.start`).
+
+    Args:
+        scores: of the metric; statistics: of the text they come from.
+    """
+    s, name = cfg.sparsity, cfg.base_allocation
+    if name == "depth":
+        return depth_masks(scores, statistics, blocks, target=target, protected=costs.protected)
+    options = {"multiple": s.owl_multiple, "spread": s.owl_spread} if name == "owl" else {}
+    neurons, groups = ALLOCATION[name](scores, statistics, blocks, s.target, **options)
+    return keep_masks(costs, neurons, groups, target=target, width_multiple=s.width_multiple)
 
 
 def measure_drift(cfg: RunConfig, blocks: Sequence[Block], statistics: Mapping[str, CorpusStatistics]) -> list[Drift]:
     """Step 3: rank drift of every neuron and its split-half noise floor, per block.
 
-    A metric that ignores activations has no drift of its own; `act_norm` stands in. One corpus has none at all.
+    A metric that ignores activations has no drift of its own, and one that needs a Gram matrix cannot score half a
+    corpus; another one stands in (`IMPORTANCE[name].drift`). One corpus has no drift at all.
     """
     corpora = cfg.corpora.drift
-    name = "act_norm" if IMPORTANCE[cfg.importance].activation_free else cfg.importance
-    whole = [score_units(name, blocks, statistics[c], seed=cfg.run.seed).ffn for c in corpora]
-    halves = [
-        [score_units(name, blocks, statistics[c], seed=cfg.run.seed, half=h).ffn for h in (0, 1)] for c in corpora
-    ]
+    name = IMPORTANCE[cfg.importance].drift
     found = []
-    for b in range(len(blocks)):
-        scores = torch.stack([s[b] for s in whole])
-        half_scores = torch.stack([torch.stack([h[b] for h in pair]) for pair in halves])
+    for block in blocks:
+        weights = ffn_weights(block)
+        channels = [statistics[c].ffn[block.index] for c in corpora]
+
+        def scored(moments: Moments, weights: UnitWeights = weights, block: Block = block) -> Tensor:
+            return score_channels(name, weights, moments, generator_for(cfg.run.seed, block.index, "ffn"))
+
+        scores = torch.stack([scored(c.total) for c in channels])
+        half_scores = torch.stack([torch.stack([scored(c.half(h)) for h in (0, 1)]) for c in channels])
         ranks = fractional_ranks(scores)
         floor = noise_floor(fractional_ranks(half_scores))
         drift = rank_drift(ranks)
@@ -193,7 +227,7 @@ def rank_inside_modules(
         [torch.zeros_like(d.floor) if cfg.partition.subtract_noise else d.floor for d in drift],
         sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=switch,
     )  # fmt: skip
-    fallback = score_units(r.metric, blocks, statistics[cfg.corpora.score], seed=cfg.run.seed)
+    fallback = score_units(r.metric, blocks, statistics[cfg.corpora.score], seed=cfg.run.seed, attention=False)
     ranks = ModuleRanks(
         ffn=[
             within_module_ranks(s, f, y, record.switched)
@@ -231,15 +265,16 @@ def learn_sparsity(
 ) -> tuple[tuple[list[Tensor], list[Tensor]], Masks]:
     """Steps 7 and 8: thresholds per module, and the masks that meet the budget with them.
 
-    Without learning, thresholds are equal everywhere (`uniform`) or those that learning would start from (`base`).
+    Without learning, thresholds are equal everywhere (`equal`) or those that learning would start from: every module
+    keeps as much as the base metric keeps of it under its own allocation.
     """
     s = cfg.sparsity
-    if s.allocation == "uniform":
-        compute = functools.partial(equal_thresholds, ranks)
-    elif s.allocation == "base":
-        compute = functools.partial(named_thresholds, start_thresholds(base, ranks))
-    else:
+    if s.allocation == "learned":
         compute = functools.partial(fit_thresholds, cfg, run, model, text, modules, ranks, base, costs, target)
+    elif s.allocation == "equal":
+        compute = functools.partial(equal_thresholds, ranks)
+    else:
+        compute = functools.partial(named_thresholds, start_thresholds(base, ranks))
     taken_up = read_tensors(run.folder / "thresholds.safetensors") is not None
     tensors = run.folder.tensors("thresholds", compute)
     thresholds = tuple([tensors[f"{kind}.{b}"] for b in range(len(ranks.ffn))] for kind in ("ffn", "attention"))

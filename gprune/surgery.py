@@ -6,6 +6,8 @@ the ratio of query to key/value heads stays what it was, and stock attention cod
 heads from the shapes, runs on. The model's config keeps the dense numbers: the true widths are those of the
 weights (see `gprune.architectures.blocks_of`), and `gprune.export` writes them where another program can read
 them. Plain `save_pretrained` of a pruned stock model would write a folder that cannot be loaded.
+
+A block whose masks keep nothing goes as a whole, norms included: the decoder has a layer fewer.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
         The pruned model, of the same class.
 
     Raises:
-        ValueError: a mask of the wrong length or dtype, or one that keeps nothing in some block.
+        ValueError: a mask of the wrong length or dtype, or one that keeps nothing where the other keeps something.
     """
     check_masks(model, masks)
     if not inplace:
@@ -55,13 +57,34 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
         for module in model.modules():
             memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
         model = copy.deepcopy(model, memo)
-    for block, neurons, groups in zip(blocks_of(model), masks.ffn, masks.attention, strict=True):
-        _slice_block(block, neurons, groups)
+    for block, neurons, groups, stays in zip(blocks_of(model), masks.ffn, masks.attention, masks.blocks, strict=True):
+        if stays:
+            _slice_block(block, neurons, groups)
+    if not all(masks.blocks):
+        _drop_blocks(model, masks.blocks)
     return model
 
 
+def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
+    decoder, config = model.get_decoder(), model.config
+    left = [layer for layer, keep in zip(decoder.layers, stays, strict=True) if keep]
+    decoder.layers = nn.ModuleList(left)
+    for index, layer in enumerate(left):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # where the KV cache keeps a layer's states
+                module.layer_idx = index
+    table = getattr(config, "per_layer_config", None)
+    kept = [index for index, keep in enumerate(stays) if keep]
+    config.num_hidden_layers = len(left)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in kept]
+    if isinstance(table, dict):  # pruned before: each layer's own values move along
+        values = {int(index): value for index, value in table.items()}
+        config.per_layer_config = {str(new): values[old] for new, old in enumerate(kept) if old in values}
+
+
 def check_masks(model: PreTrainedModel, masks: Masks) -> None:
-    """Raise ValueError unless the masks are bool, fit the present widths, and keep a unit of each kind."""
+    """Raise ValueError unless the masks are bool, fit the present widths, and keep units of both kinds or of none."""
     blocks = blocks_of(model)
     for kind, given, sizes in (
         ("ffn", masks.ffn, [block.neurons for block in blocks]),
@@ -73,8 +96,10 @@ def check_masks(model: PreTrainedModel, masks: Masks) -> None:
             if mask.dtype != torch.bool or tuple(mask.shape) != (size,):
                 got = f"{mask.dtype} of shape {tuple(mask.shape)}"
                 raise ValueError(f"masks.{kind}[{index}]: expected torch.bool of shape ({size},), got {got}.")
-            if not mask.any():
+            if not mask.any() and masks.blocks[index]:
                 raise ValueError(f"masks.{kind}[{index}]: expected at least 1 of {size} units kept, got 0.")
+    if not any(masks.blocks):
+        raise ValueError(f"masks: expected at least 1 of {len(blocks)} blocks kept, got 0.")
 
 
 def widths(model: PreTrainedModel) -> dict[str, list[int]]:

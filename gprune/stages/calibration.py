@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -10,12 +12,17 @@ from gprune.statistics import Collector, CorpusStatistics
 
 
 class CalibrationStage(FrozenLMStage):
-    """`trainer.test(stage, loaders)` with one loader per corpus; `statistics` then holds one entry per loader."""
+    """`trainer.test(stage, loaders)` with one loader per corpus; `statistics` then holds one entry per loader.
 
-    def __init__(self, model: PreTrainedModel, corpora: list[str], *, gram: bool = False):
+    With `saliency` the pass goes backward too: the trainer must not be in inference mode.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, corpora: list[str], *, gram: bool = False, saliency: Collection[str] = ()
+    ):
         super().__init__(model)
         self.corpora = corpora
-        self.gram = gram
+        self.gram, self.saliency = gram, saliency
         self.statistics: dict[str, CorpusStatistics] = {}
         self._collector: Collector | None = None
         self._current: str | None = None
@@ -24,7 +31,7 @@ class CalibrationStage(FrozenLMStage):
         if self.corpora[dataloader_idx] != self._current:
             self._close()
             self._current = self.corpora[dataloader_idx]
-            self._collector = Collector(self.lm, gram=self.gram).__enter__()
+            self._collector = Collector(self.lm, gram=self.gram, saliency=self.saliency).__enter__()
         self._collector.observe(batch["input_ids"], batch["index"] % 2, batch["weight"])
 
     def on_test_epoch_end(self) -> None:
