@@ -178,9 +178,8 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         _choose("sparsity.scope", self.scope, SCOPES)
-        if self.allocation not in ("learned", "depth", "equal"):
-            ALLOCATION[self.allocation]
-        ALLOCATION[self.start]
+        _choose("sparsity.allocation", self.allocation, ("learned", *ALLOCATION, "depth", "equal"))
+        _choose("sparsity.start", self.start, tuple(ALLOCATION))
         _at_least("sparsity.epochs", self.epochs, 1)
         _at_least("sparsity.width_multiple", self.width_multiple, 1)
         if not self.learning_rate > 0:

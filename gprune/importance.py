@@ -43,7 +43,7 @@ class UnitWeights:
 
     inputs: tuple[Tensor, ...]  # each (C, H)
     output: Tensor  # (H, C)
-    scale: Tensor  # (H,), of the normalisation before the inputs
+    scale: Tensor | None = None  # (H,), of the normalisation before the inputs; None: 1
     activation: Callable[[Tensor], Tensor] | None = None  # of the gate; None where nothing stands between
     per_unit: int = 1  # channels per unit, consecutive: 1 for neurons
 
@@ -229,7 +229,8 @@ def gaussian_sp(weights: UnitWeights, moments: Moments, generator: torch.Generat
 
 def _expected_square(weights: UnitWeights) -> Tensor:
     """E X^2 per channel, (C,) float64, for x ~ N(0, I)."""
-    rows = [r.double() * weights.scale.double() for r in weights.inputs]
+    scale = 1.0 if weights.scale is None else weights.scale.double()
+    rows = [r.double() * scale for r in weights.inputs]
     if weights.activation is None or len(rows) == 1:
         return _product([r.square().sum(1) for r in rows])
     gate, up = rows

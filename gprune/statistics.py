@@ -112,11 +112,16 @@ class CorpusStatistics:
 
     ffn: list[ChannelStatistics]
     attention: list[ChannelStatistics]
-    influence: Tensor  # (blocks,) float64: mean over tokens of 1 - cos(what enters a block, what leaves it)
+    turned: Tensor  # (blocks,) float64: sum over tokens of 1 - cos(what enters a block, what leaves it)
+
+    @property
+    def influence(self) -> Tensor:
+        """(blocks,) float64 in [0, 2]: mean over tokens of 1 - cos(x_b, x_b+1), the block influence of ShortGPT."""
+        return self.turned / self.ffn[0].total.count
 
     def tensors(self) -> dict[str, Tensor]:
         """Flat names to tensors, as saved in safetensors."""
-        flat = {"influence": self.influence}
+        flat = {"turned": self.turned}
         for kind, _ in KINDS:
             for index, channel in enumerate(getattr(self, kind)):
                 flat |= {f"{kind}.{index}.{name}": value for name, value in channel.tensors().items()}
@@ -126,13 +131,13 @@ class CorpusStatistics:
     def from_tensors(cls, flat: dict[str, Tensor]) -> CorpusStatistics:
         nested: dict[tuple[str, int], dict[str, Tensor]] = {}
         for name, value in flat.items():
-            if name != "influence":
+            if name != "turned":
                 kind, index, rest = name.split(".", 2)
                 nested.setdefault((kind, int(index)), {})[rest] = value
-        depth = len(flat["influence"])
+        depth = len(flat["turned"])
         return cls(
             *([ChannelStatistics.from_tensors(nested[kind, b]) for b in range(depth)] for kind, _ in KINDS),
-            influence=flat["influence"],
+            turned=flat["turned"],
         )
 
 
@@ -166,7 +171,7 @@ def pooled(statistics: Iterable[CorpusStatistics], *, gram: bool = True) -> Corp
             [pool(list(parts)) for parts in zip(*(getattr(s, kind) for s in statistics), strict=True)]
             for kind, _ in KINDS
         ),
-        influence=torch.stack([s.influence for s in statistics]).mean(0),
+        turned=torch.stack([s.turned for s in statistics]).sum(0),
     )
 
 
@@ -204,25 +209,23 @@ class StreamingMoments(Metric):
         return {name: getattr(self, name) for name in names}
 
 
-class StreamingInfluence(Metric):
+class StreamingTurn(Metric):
     """torchmetrics state of one block: the sum over tokens of 1 - cos(what enters it, what leaves it)."""
 
     full_state_update = False
 
     def __init__(self):
         super().__init__()
-        for name in ("count", "sum"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, before: Tensor, after: Tensor, weight: Tensor) -> None:
         """Add hidden states (B, T, H); `weight` (B,), 0 leaves a window out."""
         turned = 1 - F.cosine_similarity(before.float(), after.float(), dim=-1)
         self.sum += (turned.sum(1).double() * weight).sum()
-        self.count += weight.double().sum() * before.shape[1]
 
     def compute(self) -> Tensor:
-        """() float64, in [0, 2]; 0 before any token came."""
-        return self.sum / self.count.clamp_min(1)
+        """() float64."""
+        return self.sum
 
 
 def channel_statistics(sums: dict[str, Tensor]) -> ChannelStatistics:
@@ -257,7 +260,7 @@ class Collector:
             kind: [StreamingMoments(getattr(b, part).in_features, gram=gram).to(device) for b in self.blocks]
             for kind, part in KINDS
         }
-        self.influence = [StreamingInfluence().to(device) for _ in self.blocks]
+        self.turns = [StreamingTurn().to(device) for _ in self.blocks]
         self.gradients = {
             kind: [
                 {part: StreamingGradients(tuple(getattr(b, part).weight.shape)).to(device) for part in PARTS[kind]}
@@ -272,9 +275,8 @@ class Collector:
         for kind, part in KINDS:
             for block, metric in zip(self.blocks, self.metrics[kind], strict=True):
                 self._handles.append(getattr(block, part).register_forward_pre_hook(self._moments_hook(metric)))
-        for block, metric in zip(self.blocks, self.influence, strict=True):
-            hook = self._influence_hook(metric)
-            self._handles.append(block.layer.register_forward_hook(hook, with_kwargs=True))
+        for block, metric in zip(self.blocks, self.turns, strict=True):
+            self._handles.append(block.layer.register_forward_hook(self._turn_hook(metric), with_kwargs=True))
         for found in self.gradients.values():
             for block, metrics in zip(self.blocks, found, strict=True):
                 for part, metric in metrics.items():
@@ -291,7 +293,7 @@ class Collector:
     def _moments_hook(self, metric: StreamingMoments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _module, inputs: metric.update(inputs[0].detach(), self._half, self._weight)
 
-    def _influence_hook(self, metric: StreamingInfluence) -> Callable[..., None]:
+    def _turn_hook(self, metric: StreamingTurn) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output if isinstance(output, Tensor) else output[0]
@@ -327,8 +329,8 @@ class Collector:
                 sums = {part: metric.compute() for part, metric in metrics.items()}
                 saliency = channel_saliency(block, kind, sums)
                 found[kind][block.index] = replace(found[kind][block.index], saliency=saliency)
-        influence = torch.stack([metric.compute().cpu() for metric in self.influence])
-        return CorpusStatistics(**found, influence=influence)
+        turned = torch.stack([metric.compute().cpu().clone() for metric in self.turns])
+        return CorpusStatistics(**found, turned=turned)
 
 
 def collect(

@@ -66,7 +66,7 @@ def test_sliced_equals_zeroed(overrides, token_batch):
     masks = random_masks([1, 7, 47], [1, groups, groups // 2], of_groups=groups)
     pruned = prune(model, masks)
     assert widths(pruned) == {"neurons": [1, 7, 47], "kv_groups": [1, groups, groups // 2]}
-    torch.testing.assert_close(pruned(token_batch).logits, zeroed(model, masks)(token_batch).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pruned(token_batch).logits, zeroed(model, masks)(token_batch).logits, atol=1e-4, rtol=0)
     # The masks are not idle: the dense logits are far away.
     assert (pruned(token_batch).logits - model(token_batch).logits).abs().max() > 0.1
 
