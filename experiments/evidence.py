@@ -84,7 +84,8 @@ def one_seed(cfg: gprune.RunConfig, *, gradients: bool):
         # Learning, as in a run
         statistics = made
         scores = score_units(cfg.importance, blocks, statistics[cfg.corpora.score], seed=cfg.run.seed)
-        base = steps.uniform_masks(cfg, scores, plan.costs, plan.target)
+        source = statistics[cfg.corpora.score]
+        base = steps.base_masks(cfg, blocks, scores, source, plan.costs, plan.target)
         modules, ranks = steps.rank_inside_modules(cfg, run, blocks, statistics, scores, drift, labels["refined"])
         start = start_thresholds(base, ranks)
         _, masks = steps.learn_sparsity(cfg, run, model, text, modules, ranks, base, plan.costs, plan.target)

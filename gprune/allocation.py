@@ -43,7 +43,8 @@ def standardised(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[
 
     def z(s: Tensor) -> Tensor:
         std = s.std(correction=0)
-        return (s - s.mean()) / std if std > 0 else torch.zeros_like(s)
+        # rounding gives equal numbers a standard deviation above 0
+        return (s - s.mean()) / std if std > 0 and s.min() < s.max() else torch.zeros_like(s)
 
     groups = [z(c).view(len(g), -1).mean(1) for c, g in zip(scores.channels, scores.attention, strict=True)]
     return [z(s) for s in scores.ffn], groups

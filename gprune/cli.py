@@ -106,7 +106,9 @@ def _run(args: Sequence[str] | None) -> None:
             f"Removed {s['sparsity_of_scope']:.2%} of {cfg.sparsity.scope}, {s['sparsity_of_model']:.2%} of the model: "
             f"{s['parameters_before']:,} -> {s['parameters_after']:,} parameters.\n"
             f"Tokens: {s['forward_tokens']:,} forward, {s['forward_backward_tokens']:,} forward and backward.\n"
-            f"Everything is in {result.path}; the model in {result.path / 'model'}.\n"
+            f"Everything is in {result.path}"
+            + ("" if cfg.export == "none" else f"; the model in {result.path / 'model'}")
+            + ".\n"
         )
 
 

@@ -18,6 +18,7 @@ from gprune.errors import UserError
 from gprune.importance import IMPORTANCE
 from gprune.masks import SCOPES
 from gprune.recovery import NEEDS_GRAM, RECOVERY
+from gprune.statistics import EXTRAS
 
 PartitionMethod = Literal["refined", "initial", "random", "drift_only"]
 
@@ -76,6 +77,8 @@ class CorporaConfig:
         _at_least("corpora.batch_size", self.batch_size, 1)
         _at_least("corpora.num_samples", self.num_samples, 2)  # two halves, for the noise floor
         _at_least("corpora.seq_len", self.seq_len, 8)
+        for kind in self.collect:
+            _choose("corpora.collect", kind, EXTRAS)
         for role in ("drift", "learn", "recover", "evaluate"):
             names = getattr(self, role)
             if not names:
@@ -300,10 +303,14 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     run: RunFolderConfig = field(default_factory=RunFolderConfig)
+    export: Literal["hf", "none"] = "hf"
+    """What is left of the pruned model. hf: a Hugging Face folder, checked in a fresh process. none: nothing but its
+    masks, for sweeps."""
     dry_run: bool = False
     """Say tokens, passes, expected memory and resulting widths, and stop before anything is computed."""
 
     def __post_init__(self) -> None:
+        _choose("export", self.export, ("hf", "none"))
         IMPORTANCE[self.importance]
         RECOVERY[self.recovery]
         _at_least("ridge", self.ridge, 0)
@@ -392,10 +399,10 @@ class RunConfig:
     def settings(self) -> dict:
         """Everything that can change a result, as plain data: what two runs must share to share a folder.
 
-        Left out: where results go, how they are logged, and what is collected for others.
+        Left out: where results go, how they are logged, what is exported, and what is collected for others.
         """
         plain = asdict(self)
-        for group in ("logging", "dry_run"):
+        for group in ("logging", "export", "dry_run"):
             plain.pop(group)
         plain["corpora"].pop("collect")
         plain["run"] = {"seed": self.run.seed}

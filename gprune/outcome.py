@@ -31,8 +31,9 @@ from gprune.statistics import CorpusStatistics, pooled
 from gprune.surgery import count_parameters, prune, widths
 
 log = logging.getLogger("gprune")
-# masked against sliced logits, in standard deviations: sums of the same terms in another order
-LOGIT_LIMIT = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
+# masked against sliced logits, in standard deviations: sums of the same terms in another order. The largest of millions of
+# logits: bfloat16, which rounds to 8 bits at every step of every block, was seen at 0.17 on 30 blocks.
+LOGIT_LIMIT = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.3}
 
 
 @torch.no_grad()
@@ -92,9 +93,10 @@ def save_and_check(
                 f"{path} holds other masks than these settings give now: another machine, thread count or version "
                 f"wrote it. Choose another --run.name, or remove the folder."
             )
-    if "logits" in run.folder.manifest and is_complete(run.folder / "model"):
+    export = cfg.export != "none"
+    if "logits" in run.folder.manifest and (is_complete(run.folder / "model") or not export):
         return
-    log.info("Saving the pruned model and checking that it reloads")
+    log.info("Saving the pruned model and checking that it reloads" if export else "Checking the pruned model")
     with run.folder.step("save_and_check"):
         ids = text.test[0].tokens[:1, : check_tokens(cfg)]
         device = next(model.parameters()).device
@@ -114,8 +116,10 @@ def save_and_check(
                 f"The sliced model's logits differ from the masked model's by {checks['masked_minus_sliced']:.2e}; "
                 f"expected at most {limit:.2e}, which is rounding. Please report this model."
             )
-        folder = save_pruned(pruned, tokenizer, run.folder / "model", model_card=report.model_card(cfg), overwrite=True)
-        checks["sliced_minus_reloaded"] = check_reload(pruned, folder, ids)
+        if export:
+            card = report.model_card(cfg)
+            folder = save_pruned(pruned, tokenizer, run.folder / "model", model_card=card, overwrite=True)
+            checks["sliced_minus_reloaded"] = check_reload(pruned, folder, ids)
         run.folder.update_manifest(logits=checks)
 
 

@@ -96,14 +96,15 @@ class PruningResult:
     statistics: Mapping[str, CorpusStatistics]  # by corpus
     records: list[dict[str, Any]]  # metrics.json
     summary: dict[str, Any]
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel | None  # None, as the tokenizer, where a run with `--export none` is loaded
+    tokenizer: PreTrainedTokenizerBase | None
 
 
 def load_run(path: Path | str) -> PruningResult:
     """A finished run, from its folder alone: the dense model is not needed.
 
-    Statistics come without Gram matrices, which stay in the cache.
+    Statistics come without Gram matrices, which stay in the cache; `model` and `tokenizer` are None after
+    `--export none` (`gprune.apply_masks(dense, result.masks)` makes the model again, but for recovery).
 
     Raises:
         UserError: for a folder that holds no finished run, or a file in it that is not whole.
@@ -128,7 +129,10 @@ def load_run(path: Path | str) -> PruningResult:
         flat = tensors("thresholds")
         depth = range(len(flat) // 2)
         thresholds = tuple([flat[f"{kind}.{b}"] for b in depth] for kind in ("ffn", "attention"))
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto")
+    model = tokenizer = None
+    if (folder / "model").is_dir():
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto").eval().requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     return PruningResult(
         path=folder.path,
         config=cfg,
@@ -141,8 +145,8 @@ def load_run(path: Path | str) -> PruningResult:
         },
         records=metrics["records"],
         summary=metrics["summary"],
-        model=model.eval().requires_grad_(False),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "model"),
+        model=model,
+        tokenizer=tokenizer,
     )
 
 

@@ -73,12 +73,12 @@ def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):  # where the KV cache keeps a layer's states
                 module.layer_idx = index
-    table = getattr(config, "per_layer_config", None)
+    table = config.to_dict().get("per_layer_config")  # plain here, whatever transformers makes of the attribute
     kept = [index for index, keep in enumerate(stays) if keep]
     config.num_hidden_layers = len(left)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[index] for index in kept]
-    if isinstance(table, dict):  # pruned before: each layer's own values move along
+    if table:  # pruned before: each layer's own values move along
         values = {int(index): value for index, value in table.items()}
         config.per_layer_config = {str(new): values[old] for new, old in enumerate(kept) if old in values}
 

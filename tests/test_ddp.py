@@ -16,6 +16,7 @@ from gprune.importance import score_units
 from gprune.masks import margins
 from gprune.reliability import within_module_ranks
 from gprune.results import load_run
+from gprune.statistics import kind_of
 from tests import tiny_run
 from tests.test_bad_input import poison
 
@@ -127,6 +128,42 @@ def module_ranks(world, run):
         within_module_ranks(s, f, y, r.switched)
         for s, f, y, r in zip(scores, fallback, m.labels, m.reliability, strict=True)
     ]
+
+
+@pytest.fixture(scope="module")
+def taylor(world, tmp_path_factory):
+    """A run from gradients by one process and by two, nothing learned."""
+    flags = ["--importance=taylor", "--gprune=false", "--export=none", "--sparsity.scope=attention+ffn"]
+    folders = {}
+    for name, more in (("one", []), ("two", TWO)):
+        folder = tmp_path_factory.mktemp(f"taylor-{name}")
+        done = train(world, folder, folder / "cache", "--corpora.num_samples=5", *flags, *more)
+        assert done.returncode == 0, done.stderr
+        folders[name] = folder / "run"
+    return folders
+
+
+def test_saliency_scores_and_masks_agree(world, taylor):
+    one, two = (load_run(taylor[n]) for n in ("one", "two"))
+    steps = [read_json(taylor[n] / "manifest.json")["steps"]["calibrate"] for n in ("one", "two")]
+    assert [step["forward_backward_tokens"] for step in steps] == [5 * 32, 3 * 32]  # the work was shared
+    mine, theirs = (r.statistics[r.config.corpora.score].tensors() for r in (one, two))
+    assert mine.keys() == theirs.keys()
+    assert sum(kind_of(name) == "saliency" for name in mine) == 3 * 2 * 3 * 3
+    for name, value in mine.items():  # an absolute value of a signed sum may nearly vanish
+        assert (theirs[name] - value).abs().max() <= 1e-6 * value.abs().max(), name
+    blocks = blocks_of(AutoModelForCausalLM.from_pretrained(world.model))
+    scores = [score_units("taylor", blocks, r.statistics[r.config.corpora.score]) for r in (one, two)]
+    for kind in ("ffn", "attention"):
+        for b in range(len(blocks)):
+            a, c = (getattr(s, kind)[b] for s in scores)
+            noise = 1e-6 * float(a.max())
+            assert float((a - c).abs().max()) <= noise
+            kept, other = getattr(one.masks, kind)[b], getattr(two.masks, kind)[b]
+            assert 0 < int(kept.sum()) < len(kept)
+            assert a[kept].min() >= a[~kept].max()  # these are the scores that decided
+            changed = a[kept != other]
+            assert bool(((changed - a[kept].min()).abs() <= 2 * noise).all())
 
 
 def test_the_numbers_agree(runs):

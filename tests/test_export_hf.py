@@ -23,10 +23,10 @@ from gprune.export.modeling_pruned_llama import (
     PrunedLlamaModel,
     layer_configs,
 )
-from gprune.masks import Masks
+from gprune.masks import Masks, masked
 from gprune.surgery import prune, widths
 from tests.conftest import make_tiny_llama
-from tests.test_surgery import random_masks, randomise_biases
+from tests.test_surgery import GREEDY, depth, random_masks, randomise_biases
 
 NEURONS, GROUPS = [1, 7, 47], [1, 2, 1]
 LLAMA3_ROPE = {
@@ -185,6 +185,49 @@ def test_a_reloaded_model_can_be_pruned_and_exported_again(tmp_path, token_batch
     assert hf.max_logit_difference(reloaded(token_batch).logits, again(token_batch).logits) == 0.0
 
 
+def test_whole_blocks_of_a_reloaded_model_go_too_and_its_table_moves_along(tmp_path, token_batch):
+    loaded = load(hf.save_pruned(make_pruned(recovered=True), None, tmp_path / "model"))
+    masks = depth(loaded, 0)
+    shallow = prune(loaded, masks)
+    # both configs describe their own layers, first layer first
+    for model, neurons, groups in ((loaded, NEURONS, GROUPS), (shallow, NEURONS[1:], GROUPS[1:])):
+        assert widths(model) == {"neurons": neurons, "kv_groups": groups}
+        layers = layer_configs(model.config)
+        assert [layer.intermediate_size for layer in layers] == neurons
+        assert [layer.num_key_value_heads for layer in layers] == groups
+        biases = [layer.mlp.down_proj.bias is not None for layer in model.model.layers]
+        assert [layer.down_proj_bias for layer in layers] == biases
+    # narrower, then shallower still, and each time through the disk
+    narrow = prune(shallow, depth(shallow, narrow=True))
+    again = load(hf.save_pruned(narrow, None, tmp_path / "narrow"))
+    last_masks = depth(again, 0)
+    last = prune(again, last_masks)
+    assert last.config.num_hidden_layers == len(last.model.layers) == 1
+    folder = hf.save_pruned(last, None, tmp_path / "last")
+    assert set(json.loads((folder / "config.json").read_text()).get("per_layer_config", {})) <= {"0"}
+    for before, cut, after in ((loaded, masks, shallow), (again, last_masks, last), (again, last_masks, load(folder))):
+        with masked(before, cut):
+            logits = before(token_batch).logits
+            continued = before.generate(token_batch[:2, :9], **GREEDY)
+        assert hf.max_logit_difference(after(token_batch).logits, logits) <= 1e-4
+        assert torch.equal(after.generate(token_batch[:2, :9], **GREEDY), continued)
+    assert hf.max_logit_difference(load(folder)(token_batch).logits, last(token_batch).logits) == 0.0
+
+
+def test_what_lost_whole_blocks_alone_needs_no_export(tmp_path, token_batch, tiny_model):
+    # Layers of equal width are what a stock config can say; save_pretrained of transformers is enough.
+    shallow = prune(tiny_model, depth(tiny_model, 1))
+    shallow.save_pretrained(tmp_path / "stock")
+    again = load(tmp_path / "stock")
+    assert type(again) is type(tiny_model)
+    assert hf.max_logit_difference(again(token_batch).logits, shallow(token_batch).logits) == 0.0
+    # also for a model of ours, whose table holds the widths
+    loaded = load(hf.save_pruned(make_pruned(), None, tmp_path / "model"))
+    shallow = prune(loaded, depth(loaded, 0))
+    shallow.save_pretrained(tmp_path / "ours")
+    assert hf.max_logit_difference(load(tmp_path / "ours")(token_batch).logits, shallow(token_batch).logits) == 0.0
+
+
 def test_tokenizer_and_model_card_come_along(tmp_path):
     words = {"<unk>": 0, "hello": 5, "world": 6}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -283,8 +326,9 @@ def test_fresh_process_without_gprune_gives_the_same_bits(tmp_path, token_batch,
     assert folder.is_dir()
 
 
-def test_fresh_process_reads_a_folder_saved_twice_with_all_kinds_of_bias(tmp_path, token_batch):
+def test_fresh_process_reads_a_shallower_folder_saved_twice_with_all_kinds_of_bias(tmp_path, token_batch):
     model = make_pruned(recovered=True, **VARIANTS["biases"])
+    model = prune(model, depth(model, 0))  # one layer fewer, too
     load(hf.save_pruned(model, None, tmp_path / "model")).save_pretrained(tmp_path / "again")
     assert hf.check_reload(model, tmp_path / "again", token_batch) == 0.0
 

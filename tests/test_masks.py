@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -76,6 +77,33 @@ def test_width_multiples_that_do_not_fit_are_refused(width_multiple):
         check_budget(costs_of([1, 1], [30, 10]), 0.1, width_multiple=width_multiple)
 
 
+@pytest.mark.parametrize("attention", [False, True])
+def test_a_budget_that_protection_makes_impossible_says_so(attention):
+    costs = costs_of([2, 2, 2], [10, 10, 10], *([[5, 5, 5], [2, 2, 2]] if attention else []))
+    costs = dataclasses.replace(costs, protected=frozenset({0, 2}))
+    most = (18 + 5 * attention, 60 + 30 * attention)
+    assert check_budget(costs, most[0] / most[1] - 1e-6) == most[0]
+    with pytest.raises(UserError) as caught:
+        check_budget(costs, 0.4)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert "--sparsity.target: 0.4 cannot be reached" in line
+    assert "2 keep everything" in line
+    assert f"at most {most[0] / most[1]:.4f}" in line
+
+
+@pytest.mark.parametrize("index", [3, -4, 99])
+def test_protecting_a_block_that_there_is_not_is_refused(index, tiny_model):
+    with pytest.raises(UserError, match=rf"--sparsity\.protect: expected blocks from -3 to 2, got {index}; .* has 3"):
+        unit_costs(blocks_of(tiny_model), scope="ffn", protect=[0, index])
+
+
+def test_protected_blocks_may_be_counted_from_the_end(tiny_model):
+    blocks = blocks_of(tiny_model)
+    assert unit_costs(blocks, scope="ffn", protect=[0, -1, 2, -3]).protected == {0, 2}
+    assert unit_costs(blocks, scope="ffn").protected == frozenset()
+
+
 def test_costs_of_a_model_are_its_parameters(tiny_model):
     costs = unit_costs(blocks_of(tiny_model), scope="ffn")
     layer = tiny_model.model.layers[0]
@@ -112,12 +140,14 @@ def problems(draw, width_multiples=(1, 4, 8), scopes=(False, True), smallest=1, 
     costs = UnitCosts(
         neuron=draw(lists(st.integers(1, 9))), group=draw(lists(st.integers(1, 60))), neurons=neurons,
         groups=draw(lists(st.integers(1, 4))), attention=attention,
+        protected=draw(st.just(frozenset()) | st.frozensets(st.integers(0, depth - 1), max_size=depth - 1)),
     )  # fmt: skip
     return costs, width_multiple, draw(sparsities)
 
 
 def removable_neurons(costs: UnitCosts, width_multiple: int) -> int:
-    return sum(c * (n - width_multiple) for c, n in zip(costs.neuron, costs.neurons, strict=True))
+    open_blocks = [b for b in range(len(costs.neuron)) if b not in costs.protected]
+    return sum(costs.neuron[b] * (costs.neurons[b] - width_multiple) for b in open_blocks)
 
 
 def solve(problem, data):
@@ -125,7 +155,8 @@ def solve(problem, data):
     try:
         target = check_budget(costs, sparsity, width_multiple=width_multiple)
     except UserError:
-        groups = sum(c * (n - 1) for c, n in zip(costs.group, costs.groups, strict=True)) * costs.attention
+        open_blocks = [b for b in range(len(costs.neuron)) if b not in costs.protected]
+        groups = sum(costs.group[b] * (costs.groups[b] - 1) for b in open_blocks) * costs.attention
         assert Fraction(str(sparsity)) * costs.total > removable_neurons(costs, width_multiple) + groups
         assume(False)
     neuron = draw_margins(data, costs.neurons)
@@ -167,6 +198,9 @@ def test_every_block_keeps_something_and_widths_are_on_the_grid(problem, data):
         assert len(mask) == n
         if not costs.attention:
             assert bool(mask.all())
+    for b in costs.protected:
+        assert bool(masks.ffn[b].all())
+        assert bool(masks.attention[b].all())
 
 
 @settings(max_examples=80, deadline=None)
@@ -183,11 +217,12 @@ def test_inside_a_block_the_smaller_margin_goes_first(problem, data):
 @given(problem=problems(width_multiples=(1,), scopes=(False,)), data=st.data())
 def test_in_the_whole_model_no_removed_neuron_has_a_larger_margin_than_a_kept_one(problem, data):
     masks, neuron, _, _ = solve(problem, data)
-    removed = [float(m[~keep].max()) for m, keep in zip(neuron, masks.ffn, strict=True) if not keep.all()]
-    # the best neuron of each block is protected, so it says nothing
-    kept = [
-        sorted(m[keep].tolist())[0] for m, keep in zip(neuron, masks.ffn, strict=True) if int(keep.sum()) > 1
-    ]  # fmt: skip
+    free = [
+        (m, keep) for b, (m, keep) in enumerate(zip(neuron, masks.ffn, strict=True)) if b not in problem[0].protected
+    ]
+    removed = [float(m[~keep].max()) for m, keep in free if not keep.all()]
+    # the best neuron of each block has to stay, so it says nothing
+    kept = [sorted(m[keep].tolist())[0] for m, keep in free if int(keep.sum()) > 1]
     if removed and kept:
         assert max(removed) <= min(kept)
 
@@ -196,7 +231,9 @@ def reference_masks(costs, neuron, group, target, width_multiple) -> Masks:
     """The rule as it is written down, one step at a time, on Python lists."""
     ordered = [sorted(range(len(m)), key=lambda i, m=m: (float(m[i]), i)) for m in neuron]
     steps = []  # (margin, kind, block, position, members, cost)
-    for b, order in enumerate(ordered):
+    open_blocks = [b for b in range(len(neuron)) if b not in costs.protected]
+    for b in open_blocks:
+        order = ordered[b]
         removable = order[: len(order) - width_multiple]
         odd = len(removable) % width_multiple
         cuts = [removable[:odd]] * (odd > 0)
@@ -205,7 +242,8 @@ def reference_masks(costs, neuron, group, target, width_multiple) -> Masks:
             steps.append((float(neuron[b][members[-1]]), 1, b, position, members, costs.neuron[b] * len(members)))
     groups = []
     if costs.attention:
-        for b, m in enumerate(group):
+        for b in open_blocks:
+            m = group[b]
             order = sorted(range(len(m)), key=lambda i, m=m: (float(m[i]), i))[:-1]
             groups += [(float(m[i]), 0, b, position, [i], costs.group[b]) for position, i in enumerate(order)]
     taken, removed = [], 0
@@ -312,6 +350,11 @@ def test_masks_round_trip(depth):
     assert Masks.from_tensors({name: mask.to(torch.uint8) for name, mask in flat.items()}) == masks
 
 
+def test_a_block_goes_when_its_masks_keep_neither_neuron_nor_group():
+    yes, no = torch.tensor([False, True]), torch.zeros(2, dtype=torch.bool)
+    assert Masks([yes, no, yes, no], [yes, yes, no, no]).blocks == [True, True, True, False]
+
+
 def test_masks_are_equal_when_every_bit_is():
     masks = some_masks()
     assert masks == some_masks()
@@ -406,6 +449,39 @@ def test_masks_that_keep_everything_change_nothing(tiny_model, token_batch):
     dense = tiny_model(token_batch).logits
     with masked(tiny_model, everything):
         assert torch.equal(tiny_model(token_batch).logits, dense)
+
+
+def without_blocks(masks: Masks, *gone: int) -> Masks:
+    """The masks, but for these blocks, which go whole."""
+    none = {"ffn": torch.zeros(48, dtype=torch.bool), "attention": torch.zeros(2, dtype=torch.bool)}
+    kept = ([none[k] if b in gone else m for b, m in enumerate(getattr(masks, k))] for k in ("ffn", "attention"))
+    return Masks(*kept)
+
+
+@pytest.mark.parametrize("gone", [(0,), (1,), (2,), (0, 2)])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_masked_equals_a_model_without_the_layer(gone, narrow, tiny_model, token_batch):
+    everything = Masks([torch.ones(48, dtype=torch.bool)] * 3, [torch.ones(2, dtype=torch.bool)] * 3)
+    masks = without_blocks(some_masks() if narrow else everything, *gone)
+    before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    dense = tiny_model(token_batch).logits
+    reference = zeroed(tiny_model, masks)
+    for index in reversed(gone):
+        del reference.model.layers[index]
+    expected = reference(token_batch, use_cache=False).logits
+    with masked(tiny_model, masks):
+        logits = tiny_model(token_batch).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert (logits - dense).abs().max() > 0.1
+    assert hooks_of(tiny_model) == 0
+    assert torch.equal(tiny_model(token_batch).logits, dense)
+    assert all(torch.equal(before[name], tensor) for name, tensor in tiny_model.state_dict().items())
+
+
+def test_hooks_of_gone_blocks_are_removed_after_a_pass_that_fails(tiny_model):
+    with pytest.raises(IndexError), masked(tiny_model, without_blocks(some_masks(), 1)):
+        tiny_model(torch.full((1, 4), 999))
+    assert hooks_of(tiny_model) == 0
 
 
 def test_attention_gates_alone(tiny_model, token_batch):

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import gprune
 from gprune import outcome, steps
 from gprune.architectures import blocks_of
-from gprune.masks import masked, unit_costs
+from gprune.importance import IMPORTANCE
+from gprune.masks import Masks, masked, unit_costs
 from gprune.stages.sparsity import ThresholdLearning
 from tests import tiny_run
 
@@ -22,7 +23,9 @@ FIELDS = {
     "stage", "importance", "allocation", "recovery", "sparsity", "scope", "corpus", "split", "seen", "perplexity",
     "nll", "tokens", "seq_len", "stride", "bos", "join", "seed", "dtype", "content_hash", "corpora",
 }  # fmt: skip
-METRICS = ["wanda_sp", "wifv", "act_norm", "magnitude", "random"]
+METRICS = [name for name in IMPORTANCE if IMPORTANCE[name].__module__ == "gprune.importance"]
+# One metric for each way in which modules may meet it: by what is collected for it, and by where its drift comes from.
+IN_MODULES = ["wanda_sp", "obs", "taylor", "magnitude", "random"]
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +239,9 @@ def test_a_damaged_step_is_computed_again(finished, world, tmp_path, quick):
     assert digests(first.path, *RESULTS) == digests(finished.path, *RESULTS)
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("with_gprune", [True, False])
+@pytest.mark.parametrize(
+    ("metric", "with_gprune"), [*((name, False) for name in METRICS), *((name, True) for name in IN_MODULES)]
+)
 def test_every_metric_runs_with_and_without_gprune(metric, with_gprune, world, tmp_path, quick, dense):
     result = world.run(tmp_path, f"--importance={metric}", f"--gprune={str(with_gprune).lower()}")
     check_budget(result, dense)
@@ -252,7 +256,12 @@ SWITCHES = {
     "random": "--partition.method=random",
     "drift_only": "--partition.method=drift_only",
     "no_switch": "--reliability.switch=false",
+    "equal": "--sparsity.allocation=equal",
     "uniform": "--sparsity.allocation=uniform",
+    "global": "--sparsity.allocation=global",
+    "owl": "--sparsity.allocation=owl",
+    "started": "--sparsity.start=global",
+    "protected": "--sparsity.protect=[0]",
     "attention": "--sparsity.scope=attention+ffn",
     "bias": "--recovery=bias",
     "least_squares": "--recovery=least_squares",
@@ -282,8 +291,13 @@ def check_budget(result, dense, slack=1):
     over = costs.removed(result.masks) - result.config.sparsity.target * costs.total
     assert 0 <= over < slack * max(costs.neuron)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, result.model))
-    added = sum(b.down.bias is not None for b in blocks_of(result.model)) * dense.config.hidden_size
+    biases = [p.bias is not None for b in blocks_of(result.model) for p in (b.down, b.output)]
+    added = sum(biases) * dense.config.hidden_size
     assert before - after == costs.removed(result.masks) - added
+
+
+def masks_of(result, stage):
+    return Masks.from_tensors(gprune.artifacts.read_tensors(result.path / f"masks/{stage}.safetensors"))
 
 
 @pytest.mark.parametrize("name", SWITCHES)
@@ -303,18 +317,52 @@ def test_no_switch_switches_nothing(switched, finished):
     assert any(row["switched"] for row in finished.modules.rows())
 
 
-def test_uniform_removes_alike_from_every_module(switched, dense):
-    result = switched("uniform")
+def test_equal_removes_alike_from_every_module(switched):
+    result = switched("equal")
     for labels, mask in zip(result.modules.labels, result.masks.ffn, strict=True):
         for k in range(int(labels.max()) + 1):
             assert (~mask[labels == k]).float().mean() == pytest.approx(0.5, abs=1 / int((labels == k).sum()))
 
 
+@pytest.mark.parametrize("name", ["uniform", "global", "owl"])
+def test_under_a_named_allocation_modules_keep_as_much_as_the_base_metric_keeps_of_them(name, switched):
+    result = switched(name)
+    base = masks_of(result, "base")
+    for labels, mine, theirs in zip(result.modules.labels, result.masks.ffn, base.ffn, strict=True):
+        assert torch.equal(labels[mine].bincount(), labels[theirs].bincount())
+    assert {(r["stage"], r["allocation"]) for r in result.records if r["stage"] in ("base", "gprune")} == {
+        ("base", name), ("gprune", name),
+    }  # fmt: skip
+
+
+def test_allocations_differ_between_blocks(switched):
+    widths = {
+        name: [int(m.sum()) for m in masks_of(switched(name), "base").ffn] for name in ("uniform", "global", "owl")
+    }
+    assert widths["uniform"] == [80, 80, 80]
+    assert all(sum(w) == 240 for w in widths.values())
+    assert len({tuple(w) for w in widths.values()}) == 3
+
+
+def test_learning_starts_where_it_is_told_to(switched):
+    result = switched("started")
+    assert masks_of(result, "base") == masks_of(switched("global"), "base")
+    assert {r["allocation"] for r in result.records if r["stage"] == "base"} == {"global"}
+    assert {r["allocation"] for r in result.records if r["stage"] == "gprune"} == {"learned"}
+
+
+def test_a_protected_block_loses_nothing_in_learning_or_in_the_controls(switched):
+    result = switched("protected")
+    for stage in ("base", "base_averaged", "gprune"):
+        masks = masks_of(result, stage)
+        assert bool(masks.ffn[0].all())
+        assert sum(int(m.sum()) for m in masks.ffn[1:]) == 80
+
+
 def test_attention_in_scope_removes_groups_in_the_base_too(switched):
     result = switched("attention")
-    base = gprune.artifacts.read_tensors(result.path / "masks/base.safetensors")
     assert not all(bool(m.all()) for m in result.masks.attention)
-    assert not all(bool(m.all()) for name, m in base.items() if name.startswith("attention"))
+    assert not all(bool(m.all()) for m in masks_of(result, "base").attention)
     assert all(bool(m.any()) for m in (*result.masks.attention, *result.masks.ffn))
 
 
@@ -341,6 +389,161 @@ def test_one_drift_corpus_turns_drift_and_the_switch_off(world, tmp_path, quick,
     check_budget(result, dense)
     assert not any(row["switched"] for row in result.modules.rows())
     assert all(bool((d.drift == 0).all()) for d in result.modules.drift)
+
+
+# Methods of others, each one line of flags.
+PRESETS = {
+    "FLAP": (
+        "--importance=wifv", "--sparsity.allocation=global", "--recovery=bias", "--sparsity.scope=attention+ffn",
+    ),
+    "Wanda-sp": ("--importance=wanda_sp", "--sparsity.scope=attention+ffn"),
+    "LLM-Pruner": ("--importance=taylor", "--sparsity.scope=attention+ffn", "--sparsity.protect=[0]"),
+    "OWL": ("--sparsity.allocation=owl",),
+    "ShortGPT": ("--sparsity.allocation=depth",),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def preset(world, tmp_path_factory, cache):
+    """The result of a preset, run once."""
+    runs, found = tmp_path_factory.mktemp("presets"), {}
+
+    def run(name):
+        if name not in found:
+            with pytest.MonkeyPatch.context() as patch:
+                tiny_run.reload_in_process(patch)
+                found[name] = world.run(runs, "--gprune=false", *PRESETS[name], name=name)
+        return found[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "ShortGPT"])
+def test_presets_run_and_meet_the_budget(name, preset, dense, token_batch):
+    result = preset(name)
+    check_budget(result, dense)
+    recoveries = {"none", "bias"} if name == "FLAP" else {"none"}
+    assert {(r["stage"], r["recovery"]) for r in result.records} == {("dense", "none")} | {
+        ("base", r) for r in recoveries
+    }
+    with masked(dense, result.masks), torch.inference_mode():
+        difference = (dense(token_batch).logits - result.model(token_batch).logits).abs().max()
+    assert (difference <= 1e-4) == (name != "FLAP")  # whose biases make up for what is gone
+
+
+def test_flap_adds_a_bias_where_units_are_gone(preset):
+    result = preset("FLAP")
+    for block, neurons, groups in zip(blocks_of(result.model), result.masks.ffn, result.masks.attention, strict=True):
+        assert (block.down.bias is not None) == (not neurons.all())
+        assert (block.output.bias is not None) == (not groups.all())
+    assert not all(bool(m.all()) for m in result.masks.ffn)
+
+
+def test_llm_pruner_leaves_protected_blocks_and_pays_backward_passes(preset, dense):
+    result = preset("LLM-Pruner")
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(result.model.model.layers[0].parameters(), dense.model.layers[0].parameters(), strict=True)
+    )
+    assert not all(bool(m.all()) for m in result.masks.ffn[1:])
+    step = json.loads((result.path / "manifest.json").read_text())["steps"]["calibrate"]
+    assert (step["forward_tokens"], step["forward_backward_tokens"]) == (0, 4 * 32)
+
+
+def test_shortgpt_drops_blocks_and_narrows_one_to_the_same_number_of_parameters(preset, dense, token_batch):
+    result = preset("ShortGPT")
+    costs, blocks = unit_costs(blocks_of(dense), scope="ffn"), blocks_of(dense)
+    influence = next(iter(result.statistics.values())).influence
+    first, second, third = influence.argsort().tolist()
+    assert [b for b, stays in enumerate(result.masks.blocks) if not stays] == [first]
+    narrowed = -(-(costs.total // 2 - blocks[first].cost) // costs.neuron[0])
+    assert int(result.masks.ffn[second].sum()) == tiny_run.NEURONS - narrowed
+    assert bool(result.masks.ffn[third].all())
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, result.model))
+    assert before - after == blocks[first].cost + narrowed * costs.neuron[0]
+    assert result.summary["sparsity_of_scope"] == (before - after) / costs.total >= 0.5
+    assert result.model.config.num_hidden_layers == len(result.model.model.layers) == 2
+    assert {r["allocation"] for r in result.records} == {None, "depth"}
+    with masked(dense, result.masks), torch.inference_mode():
+        assert torch.allclose(dense(token_batch).logits, result.model(token_batch).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [("--importance=obs",), ("--recovery=least_squares", "--gprune=false")])
+def test_a_gram_matrix_of_one_corpus_is_enough(flags, world, tmp_path, quick, dense):
+    alpha = world.names("alpha")
+    check_budget(world.run(tmp_path, f"--corpora.drift={alpha}", f"--corpora.recover={alpha}", *flags), dense)
+
+
+# --- one calibration pass for many runs -------------------------------------------------------------------------
+
+
+def calibration_tokens(result):
+    """(forward, forward and backward) that this run paid for its statistics."""
+    step = json.loads((result.path / "manifest.json").read_text())["steps"].get("calibrate", {})
+    return step.get("forward_tokens", 0), step.get("forward_backward_tokens", 0)
+
+
+def test_several_metrics_share_one_pass_and_have_the_bits_of_their_own(world, tmp_path, quick, monkeypatch):
+    corpus = 4 * 32
+    shared = tmp_path / "shared"
+    monkeypatch.setenv("GPRUNE_CACHE", str(shared))
+    first = world.run(tmp_path, "--corpora.collect=[gram,saliency]", "--sparsity.allocation=uniform", name="first")
+    assert calibration_tokens(first) == (0, 3 * corpus)
+    later = {
+        "wanda_sp": ("--recovery=least_squares",), "obs": (), "taylor": ("--recovery=least_squares",), "taylor_second": (),
+    }  # fmt: skip
+    collected = digests(shared / "statistics", "*.safetensors")
+    assert len(collected) == 3 * 3  # corpora, kinds
+    for metric, flags in later.items():
+        flags = ("--gprune=false", f"--importance={metric}", *flags)
+        with counted_forwards() as forwards:
+            mine = world.run(tmp_path, *flags, name=metric)
+        assert calibration_tokens(mine) == (0, 0)
+        assert forwards  # it evaluates
+        alone = tmp_path / f"{metric}-alone"
+        with monkeypatch.context() as patch:
+            patch.setenv("GPRUNE_CACHE", str(alone))
+            other = world.run(tmp_path, *flags, name=f"{metric}-alone")
+        corpora = 3 if "--recovery=least_squares" in flags else 1
+        assert sum(calibration_tokens(other)) == corpora * corpus
+        own = digests(alone / "statistics", "*.safetensors")
+        assert own.items() <= collected.items()
+        copies = [digests(r.path, "statistics/*", "masks/*") for r in (mine, other)]
+        assert copies[0] == copies[1]
+        assert [r["nll"] for r in mine.records] == [r["nll"] for r in other.records]
+    assert digests(shared / "statistics", "*.safetensors") == collected  # nothing was written again
+
+
+def test_what_is_missing_takes_one_more_pass_and_leaves_the_moments_their_bits(world, tmp_path, quick, monkeypatch):
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache/statistics"
+    assert calibration_tokens(world.run(tmp_path, "--gprune=false", name="wanda")) == (4 * 32, 0)
+    moments = digests(folder, "*.safetensors")
+    assert len(moments) == 1
+    taylor = world.run(tmp_path, "--gprune=false", "--importance=taylor", name="taylor")
+    assert calibration_tokens(taylor) == (0, 4 * 32)
+    assert len(digests(folder, "*.safetensors")) == 2
+    assert digests(folder, "*.safetensors").items() >= moments.items()
+    again = world.run(tmp_path, "--gprune=false", "--importance=taylor_vector", name="vector")
+    assert calibration_tokens(again) == (0, 0)
+
+
+@pytest.mark.parametrize("with_gprune", [True, False])
+def test_dry_run_bounds_the_tokens_of_a_gradient_metric(with_gprune, world, tmp_path, quick, monkeypatch, capsys):
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    flags = ("--importance=taylor", f"--gprune={str(with_gprune).lower()}")
+    result = world.run(tmp_path, *flags)
+    plan = gprune.preparation.check(result.config)
+    calibrated = (3 if with_gprune else 1) * 4 * 32
+    assert calibration_tokens(result) == (0, calibrated)
+    learned = 2 * 4 * 32 if with_gprune else 0
+    assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == calibrated + learned
+    assert result.summary["forward_tokens"] <= plan.forward_tokens
+    capsys.readouterr()
+    assert tiny_run.main(world.args(tmp_path, *flags, "--dry_run=true")) == 0
+    assert f"and backward {calibrated + learned:,} tokens" in capsys.readouterr().out
+    cached = world.run(tmp_path, *flags, "--sparsity.target=0.4", name="cached")
+    assert cached.summary["forward_backward_tokens"] == learned <= plan.forward_backward_tokens
 
 
 def test_dry_run_computes_and_writes_nothing(world, tmp_path, capsys):

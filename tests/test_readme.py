@@ -10,12 +10,23 @@ import pytest
 import torch
 
 import gprune
+from gprune.architectures import load_model
 from gprune.importance import UnitWeights
 from gprune.recovery import RECOVERY, recover_projection
 from gprune.statistics import ChannelStatistics, Moments
+from tests import tiny_run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A tiny model and tiny corpora, and a run whose export is checked in this process."""
+    tiny_run.reload_in_process(monkeypatch)
+    (tmp_path / "world").mkdir()
+    with tiny_run.isolated(tmp_path / "cache"):
+        yield tiny_run.make_world(tmp_path / "world")
 
 
 def python_block(word: str) -> str:
@@ -61,6 +72,18 @@ def test_the_recipe_for_a_metric_registers_and_scores(monkeypatch):
     assert scores.tolist() == [5.0, 0.0, 1.0]
     assert gprune.IMPORTANCE["down_norm"].activation_free
     assert gprune.RunConfig(importance="down_norm").importance == "down_norm"
+
+
+def test_the_recipe_for_a_metric_runs_through_the_command_line(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(gprune.IMPORTANCE, "_entries", dict(gprune.IMPORTANCE._entries))
+    exec(python_block("@gprune.metric"), {"__name__": "readme"})
+    run = world.run(tmp_path, "--importance=down_norm", "--gprune=false")
+    assert run.config.importance == "down_norm"
+    for layer, mask in zip(load_model(str(world.model))[0].model.layers, run.masks.ffn, strict=True):
+        norms = layer.mlp.down_proj.weight.double().square().sum(0).sqrt()  # one per neuron
+        kept = torch.zeros(tiny_run.NEURONS, dtype=torch.bool)
+        kept[norms.argsort(descending=True)[: tiny_run.NEURONS // 2]] = True
+        assert torch.equal(mask, kept)
 
 
 def test_the_recipe_for_a_corpus_registers_and_reads(tmp_path, monkeypatch):

@@ -134,7 +134,7 @@ def test_settings_leave_out_where_results_go_and_how_they_are_logged():
     plain = RunConfig()
     elsewhere = RunConfig(
         run=RunFolderConfig(dir="/somewhere", name="mine"), logging=LoggingConfig(mode="disabled", tags=["x"]),
-        dry_run=True,
+        corpora=CorporaConfig(collect=["gram", "saliency"]), export="none", dry_run=True,
     )  # fmt: skip
     assert "logging" not in plain.settings()
     assert plain.settings() == elsewhere.settings()
@@ -149,6 +149,11 @@ CHANGES = {
     "epochs": {"sparsity": SparsityConfig(epochs=5)},
     "width": {"sparsity": SparsityConfig(width_multiple=8)},
     "scope": {"sparsity": SparsityConfig(scope="attention+ffn")},
+    "allocation": {"sparsity": SparsityConfig(allocation="owl")},
+    "start": {"sparsity": SparsityConfig(start="owl")},
+    "protect": {"sparsity": SparsityConfig(protect=[0])},
+    "owl_multiple": {"sparsity": SparsityConfig(owl_multiple=7.0)},
+    "owl_spread": {"sparsity": SparsityConfig(owl_spread=0.1)},
     "metric": {"importance": "wifv"},
     "base": {"gprune": False},
     "seed": {"run": RunFolderConfig(seed=1)},
@@ -171,6 +176,39 @@ def test_equal_settings_share_a_name_and_different_ones_do_not():
     assert RunConfig(**CHANGES["base"]).run_name.startswith("smollm2-135m-base-")
 
 
+@pytest.mark.parametrize(
+    ("allocation", "gprune", "learns", "base"),
+    [
+        ("learned", True, True, "owl"), ("learned", False, False, "owl"), ("equal", True, False, "owl"),
+        ("uniform", True, False, "uniform"), ("global", True, False, "global"), ("owl", False, False, "owl"),
+        ("depth", False, False, "depth"),
+    ],
+)  # fmt: skip
+def test_the_base_metric_has_the_named_allocation_or_the_start(allocation, gprune, learns, base):
+    config = RunConfig(gprune=gprune, sparsity=SparsityConfig(allocation=allocation, start="owl"))
+    assert config.learns == learns
+    assert config.base_allocation == base
+
+
+@pytest.mark.parametrize(
+    ("importance", "recovery", "needs"),
+    [
+        ("wanda_sp", "none", set()), ("wanda_sp", "bias", set()), ("wanda_sp", "least_squares", {"gram"}),
+        ("obs", "none", {"gram"}), ("taylor", "none", {"saliency"}), ("taylor", "least_squares", {"gram", "saliency"}),
+    ],
+)  # fmt: skip
+def test_a_run_needs_what_its_metric_and_its_recovery_need(importance, recovery, needs):
+    collected = RunConfig(
+        importance=importance, recovery=recovery, corpora=CorporaConfig(collect=["gram", "saliency"])
+    )  # fmt: skip
+    assert collected.needs == RunConfig(importance=importance, recovery=recovery).needs == needs
+
+
+def test_lists_of_blocks_reach_protect():
+    assert parse(["--sparsity.protect=[0,1,2,-1]"]).sparsity.protect == [0, 1, 2, -1]
+    assert parse(["--corpora.collect=[gram,saliency]"]).corpora.collect == ["gram", "saliency"]
+
+
 def test_two_nodes_of_one_device_and_one_of_two_are_the_same_run():
     one, two = (RunConfig(trainer=t) for t in (TrainerConfig(devices=2), TrainerConfig(num_nodes=2)))
     assert one.settings() == two.settings()
@@ -188,9 +226,20 @@ def test_two_nodes_of_one_device_and_one_of_two_are_the_same_run():
         (lambda: SparsityConfig(target=float("nan")), r"--sparsity\.target.*got nan"),
         (lambda: SparsityConfig(scope="mlp"), r"--sparsity\.scope: expected one of ffn, attention\+ffn, got 'mlp'"),
         (
-            lambda: SparsityConfig(allocation="owl"),
-            r"--sparsity\.allocation: .* learned, .*got 'owl'",
+            lambda: SparsityConfig(allocation="base"),
+            r"--sparsity\.allocation: expected one of learned, uniform, global, owl, depth, equal, got 'base'",
         ),
+        (
+            lambda: SparsityConfig(start="depth"),
+            r"--sparsity\.start: expected one of uniform, global, owl, got 'depth'",
+        ),
+        (lambda: SparsityConfig(owl_spread=-0.1), r"--sparsity\.owl_spread: expected 0 or more, got -0.1"),
+        (lambda: SparsityConfig(owl_multiple=0.5), r"--sparsity\.owl_multiple: expected 1 or more, got 0.5"),
+        (
+            lambda: RunConfig(sparsity=SparsityConfig(allocation="depth")),
+            r"--sparsity\.allocation depth: .* expected --gprune false",
+        ),
+        (lambda: CorporaConfig(collect=["grams"]), r"--corpora\.collect: expected one of gram, saliency, got 'grams'"),
         (lambda: SparsityConfig(width_multiple=0), r"--sparsity\.width_multiple: expected 1 or more, got 0"),
         (lambda: SparsityConfig(epochs=0), r"--sparsity\.epochs"),
         (lambda: SparsityConfig(learning_rate=0.0), r"--sparsity\.learning_rate: expected a positive"),
@@ -201,7 +250,7 @@ def test_two_nodes_of_one_device_and_one_of_two_are_the_same_run():
         (lambda: PartitionConfig(method="kmeans"), r"--partition\.method: expected one of refined"),
         (lambda: PartitionConfig(num_modules=0), r"--partition\.num_modules"),
         (lambda: PartitionConfig(balance_weight=-0.1), r"--partition\.balance_weight: expected 0 or more"),
-        (lambda: ReliabilityConfig(metric="wifv"), r"--reliability\.metric.*magnitude, random.*got 'wifv'"),
+        (lambda: ReliabilityConfig(metric="wifv"), r"--reliability\.metric.*magnitude, .*random.*got 'wifv'"),
         (lambda: ReliabilityConfig(score_quantile=1.5), r"--reliability\.score_quantile.*\[0, 1\], got 1.5"),
         (lambda: EvaluationConfig(curve=[0.2, 1.0]), r"--evaluation\.curve.*got 1.0"),
         (lambda: TrainerConfig(devices=0), r"--trainer\.devices"),

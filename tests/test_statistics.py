@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from gprune.errors import UserError
-from gprune.statistics import Collector, CorpusStatistics, Moments, StreamingMoments, collect, pooled
+from gprune.statistics import (
+    EXTRAS,
+    Collector,
+    CorpusStatistics,
+    Moments,
+    StreamingMoments,
+    StreamingTurn,
+    collect,
+    kind_of,
+    pooled,
+)
 from tests.conftest import make_tiny_llama
 
 KINDS = {"ffn": lambda layer: layer.mlp.down_proj, "attention": lambda layer: layer.self_attn.o_proj}
@@ -33,6 +43,24 @@ def recorded(model, tokens: torch.Tensor) -> dict[str, list[np.ndarray]]:
     for handle in handles:
         handle.remove()
     return found
+
+
+def turned(model, tokens: torch.Tensor) -> np.ndarray:
+    """1 - cos(what enters a decoder layer, what leaves it), float64 (blocks, windows, T), by hooks of our own."""
+    found = []
+
+    def hook(_module, args, kwargs, output):
+        before = (args[0] if args else kwargs["hidden_states"]).double().numpy()
+        after = (output if isinstance(output, torch.Tensor) else output[0]).double().numpy()
+        cos = (before * after).sum(-1) / np.sqrt((before**2).sum(-1) * (after**2).sum(-1))
+        found.append(1 - cos)
+
+    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in model.model.layers]
+    with torch.no_grad():
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    return np.stack(found)
 
 
 def batches(tokens: torch.Tensor, size: int, start: int = 0):
@@ -124,10 +152,51 @@ def test_pooled_has_no_gram_unless_all_have(tiny_model, token_batch):
     assert all(channel.gram is None for channel in pooled(parts).ffn)
 
 
+def test_influence_equals_raw_hidden_states(tiny_model, token_batch):
+    statistics = collect(tiny_model, batches(token_batch, 4))
+    expected = turned(tiny_model, token_batch)
+    np.testing.assert_allclose(statistics.influence.numpy(), expected.mean((1, 2)), rtol=1e-6)
+    assert statistics.influence.dtype == torch.float64
+    assert len(set(statistics.influence.tolist())) == 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_influence_does_not_depend_on_batches_nor_on_halves(tiny_model, token_batch, size):
+    one = collect(tiny_model, batches(token_batch, 6)).influence
+    torch.testing.assert_close(collect(tiny_model, batches(token_batch, size)).influence, one, rtol=1e-6, atol=0)
+    shifted = collect(tiny_model, batches(token_batch, size, start=1))  # every window in the other half
+    torch.testing.assert_close(shifted.influence, one, rtol=1e-6, atol=0)
+    together = collect(tiny_model, [{"input_ids": token_batch, "index": torch.zeros(6, dtype=torch.long)}])
+    torch.testing.assert_close(together.influence, one, rtol=1e-6, atol=0)
+
+
+def test_influence_counts_windows_by_weight_and_pools_by_token(tiny_model, token_batch):
+    raw = turned(tiny_model, token_batch)
+    weight = torch.tensor([1.0, 0, 0, 1, 1, 0])
+    weighed = collect(tiny_model, [{"input_ids": token_batch, "index": torch.arange(6), "weight": weight}])
+    np.testing.assert_allclose(weighed.influence.numpy(), raw[:, [0, 3, 4]].mean((1, 2)), rtol=1e-6)
+    parts = [collect(tiny_model, batches(tokens, 3)) for tokens in (token_batch[:2], token_batch[2:])]
+    np.testing.assert_allclose(pooled(parts).influence.numpy(), raw.mean((1, 2)), rtol=1e-6)
+
+
+def test_a_block_that_does_nothing_has_no_influence_and_one_that_turns_back_has_two(tiny_model, token_batch):
+    idle = tiny_model.model.layers[1]
+    idle.mlp.down_proj.weight.data.zero_()
+    idle.self_attn.o_proj.weight.data.zero_()
+    influence = collect(tiny_model, batches(token_batch, 6)).influence
+    assert abs(float(influence[1])) < 1e-6
+    assert influence[[0, 2]].min() > 0.01
+    turn, x = StreamingTurn(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    turn.update(x, -3 * x, torch.ones(2))
+    assert float(turn.compute()) == pytest.approx(2 * 10, rel=1e-6)  # the length of a vector does not matter
+    turn.update(torch.zeros(1, 5, 8), x[:1], torch.ones(1))
+    assert float(turn.compute()) == pytest.approx(2 * 10 + 5, rel=1e-6)  # no direction at all: at right angles
+
+
 def test_hooks_live_only_inside_the_context(tiny_model, token_batch):
     before = tiny_model(token_batch).logits
     with Collector(tiny_model) as collector:
-        assert hooks_of(tiny_model) == 6
+        assert hooks_of(tiny_model) == 9  # two projections and the layer itself, of three blocks
         collector.observe(token_batch, torch.zeros(6, dtype=torch.long))
     assert hooks_of(tiny_model) == 0
     with pytest.raises(RuntimeError, match="stop"), Collector(tiny_model):
@@ -148,13 +217,35 @@ def test_the_head_is_not_run(tiny_model, token_batch):
 
 
 @pytest.mark.parametrize("gram", [True, False])
-def test_tensors_round_trip(tiny_model, token_batch, gram):
-    statistics = collect(tiny_model, batches(token_batch, 6), gram=gram)
+@pytest.mark.parametrize("saliency", [(), ("ffn",), ("ffn", "attention")])
+def test_tensors_round_trip(tiny_model, token_batch, gram, saliency):
+    statistics = collect(tiny_model, batches(token_batch, 6), gram=gram, saliency=saliency)
     flat = statistics.tensors()
-    assert len(flat) == 2 * 3 * (2 * 4 + gram)
-    again = CorpusStatistics.from_tensors({name: flat[name].clone() for name in sorted(flat)}).tensors()
-    assert flat.keys() == again.keys()
-    assert all(torch.equal(flat[name], again[name]) for name in flat)
+    assert len(flat) == 1 + 2 * 3 * (2 * 4 + gram) + len(saliency) * 3 * 3 * 3
+    again = CorpusStatistics.from_tensors({name: flat[name].clone() for name in sorted(flat)})
+    assert flat.keys() == again.tensors().keys()
+    assert all(torch.equal(flat[name], again.tensors()[name]) for name in flat)
+    assert (again.attention[1].total.gram is not None) == gram
+    for part in (again.attention[1].total, again.attention[1].half(1)):
+        assert (part.saliency is not None) == ("attention" in saliency)
+
+
+def test_kinds_partition_the_tensors_and_moments_stand_alone(tiny_model, token_batch):
+    full = collect(tiny_model, batches(token_batch, 6), gram=True, saliency=("ffn", "attention")).tensors()
+    by_kind = {kind: {n: t for n, t in full.items() if kind_of(n) == kind} for kind in ("moments", *EXTRAS)}
+    assert sum(map(len, by_kind.values())) == len(full)
+    plain = collect(tiny_model, batches(token_batch, 6)).tensors()
+    assert by_kind["moments"].keys() == plain.keys()  # what a pass that collects nothing else would have cached
+    for extra in EXTRAS:
+        alone = collect(
+            tiny_model,
+            batches(token_batch, 6),
+            **{extra: {"gram": True, "saliency": ("ffn", "attention")}[extra]},
+        ).tensors()
+        assert by_kind[extra].keys() == alone.keys() - plain.keys()
+        together = CorpusStatistics.from_tensors(by_kind["moments"] | by_kind[extra]).tensors()
+        assert all(torch.equal(together[name], alone[name]) for name in alone)
+        assert together.keys() == alone.keys()
 
 
 def test_tensors_round_trip_beyond_ten_blocks():

@@ -1,0 +1,272 @@
+"""Metrics and baselines in the standard protocol: each metric alone and with gprune, on seen and unseen text.
+
+    GPRUNE_DATA_DIR=mirrors python -m experiments.metrics            # resumes; prints token-hours, then Markdown
+    python -m experiments.metrics --table                            # the tables again, from the records that are kept
+    python -m experiments.metrics --metrics wanda_sp wifv --sparsities 0.5 --baselines -- --corpora.num_samples=8
+
+One calibration pass (moments, Gram matrices, gradients) serves all rows. After each configuration its records are
+written to `experiments/records/metrics/`; a configuration whose settings stand there is not run again. Flags of
+train.py come after `--`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gprune
+from gprune import cli
+from gprune.architectures import load_model
+from gprune.artifacts import key_of, read_json, write_json
+from gprune.evaluation.perplexity import generalisation_gap, geometric_mean, paired_bootstrap_ratio
+from gprune.losses import next_token_loss
+from gprune.masks import gated
+from gprune.preparation import check
+from gprune.report import by_stage, markdown
+
+HERE = Path(__file__).parent
+RECORDS = HERE / "records" / "metrics"
+METRICS = (
+    "wanda_sp", "wifv", "ifv", "act_norm", "taylor", "taylor_second", "taylor_vector", "obs",
+    "gaussian_sp", "magnitude", "magnitude_l1", "magnitude_down", "magnitude_down_l1", "random",
+)  # fmt: skip
+SPREAD = ("wanda_sp", "wifv", "ifv", "act_norm", "taylor")  # metrics anyone might have chosen
+AT_OTHER_SPARSITIES = ("wanda_sp", "wifv", "act_norm", "taylor")
+# As many parameters as 50 % of SmolLM2-135M's FFN, out of attention and FFN together.
+BOTH = ["--sparsity.scope=attention+ffn", "--sparsity.target=0.375"]
+BASELINES = {
+    "wanda_sp, same cost (376 windows)": ["--corpora.num_samples=376"],
+    "wanda_sp, global": ["--sparsity.allocation=global"],
+    "wanda_sp, owl": ["--sparsity.allocation=owl"],
+    "depth (ShortGPT)": ["--sparsity.allocation=depth"],
+    "wifv, global": ["--importance=wifv", "--sparsity.allocation=global"],
+    "wifv, global, bias (FLAP, FFN only)": [
+        "--importance=wifv", "--sparsity.allocation=global", "--recovery=bias", "--corpora.recover=[wikitext2]",
+    ],
+    "FLAP": [
+        "--importance=wifv", "--sparsity.allocation=global", "--recovery=bias", "--corpora.recover=[wikitext2]", *BOTH,
+    ],
+    "Wanda-sp": [*BOTH],
+    "LLM-Pruner, no tuning": ["--importance=taylor", "--sparsity.protect=[0,1,2,-1]", *BOTH],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One run and the name of its record."""
+
+    name: str
+    metric: str | None  # None for a baseline
+    sparsity: float
+    flags: tuple[str, ...]
+
+    @property
+    def config(self) -> gprune.RunConfig:
+        return cli.parse(["--config", str(HERE / "protocol.yaml"), *self.flags])
+
+    @property
+    def path(self) -> Path:
+        slug = "".join(c if c.isalnum() else "-" for c in self.name.lower())
+        return RECORDS / f"{slug}.json"
+
+
+def configurations(
+    metrics: Sequence[str], sparsities: Sequence[float], baselines: Iterable[str], flags: Sequence[str]
+) -> Iterator[Configuration]:
+    """50 % of all metrics first, then the baselines, then the other sparsities."""
+    common = ["--corpora.collect=[gram,saliency]", "--export=none", "--logging.mode=disabled", "--run.dir=runs/metrics"]
+
+    def of_metric(metric: str, sparsity: float) -> Configuration:
+        # The control with the same corpora costs nothing but its evaluation; one metric shows what it does.
+        controls = "[base,base_averaged]" if metric == METRICS[0] else "[base]"
+        own = [f"--importance={metric}", f"--sparsity.target={sparsity}", f"--evaluation.controls={controls}"]
+        return Configuration(f"{metric} {sparsity:g}", metric, sparsity, (*common, *own, *flags))
+
+    first, *others = sparsities
+    for metric in metrics:
+        yield of_metric(metric, first)
+    for name in baselines:
+        yield Configuration(name, None, 0.5, (*common, "--gprune=false", *BASELINES[name], *flags))
+    for sparsity in others:
+        for metric in metrics:
+            if metric in AT_OTHER_SPARSITIES:
+                yield of_metric(metric, sparsity)
+
+
+def token_hours(pending: Sequence[Configuration]) -> str:
+    """What is still to be computed, at most, and how long it takes at the speed of this machine right now."""
+    forward = backward = 0
+    for c in pending:
+        plan = check(c.config)
+        forward, backward = forward + plan.forward_tokens, backward + plan.forward_backward_tokens
+    cfg = pending[0].config
+    model, _ = load_model(cfg.model.name, dtype=getattr(torch, cfg.model.dtype))
+    ids = torch.randint(model.config.vocab_size, (cfg.corpora.batch_size, cfg.corpora.seq_len))
+    with torch.no_grad():
+        next_token_loss(model, ids[:, :64])  # warm
+        forward_speed = ids.numel() / seconds(lambda: next_token_loss(model, ids))
+    gates = [torch.ones(layer.mlp.down_proj.in_features, requires_grad=True) for layer in model.get_decoder().layers]
+    with gated(model, gates):
+        backward_speed = ids.numel() / seconds(lambda: next_token_loss(model, ids).backward())
+    hours = (forward / forward_speed + backward / backward_speed) / 3600
+    return (
+        f"{len(pending)} configurations: at most {forward:,} tokens forward ({forward_speed:.0f}/s here) and "
+        f"{backward:,} forward and backward ({backward_speed:.0f}/s), shared passes counted for each: {hours:.1f} hours"
+    )
+
+
+def seconds(call: Any) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def run(c: Configuration) -> dict[str, Any]:
+    """Run one configuration and keep its records."""
+    cfg = c.config
+    result = gprune.prune(cfg)
+    kept = {
+        "name": c.name,
+        "flags": [flag for flag in c.flags if not flag.startswith(("--run.", "--logging.", "--corpora.collect"))],
+        "key": key_of(settings=cfg.settings()),
+        "summary": {k: v for k, v in result.summary.items() if k not in ("geometric_means", "unseen_over_base")},
+        "records": [r | {"window_nll": [round(v, 4) for v in r["window_nll"]]} for r in result.records],
+    }
+    write_json(c.path, kept)
+    return kept
+
+
+def found(c: Configuration) -> dict[str, Any] | None:
+    """The records of an earlier run with the same settings."""
+    kept = read_json(c.path)
+    return kept if kept is not None and kept["key"] == key_of(settings=c.config.settings()) else None
+
+
+def rows_of(kept: dict[str, Any], reference: dict[str, list[float]] | None, seen: set[str]) -> list[list[str]]:
+    """A row per stage but dense: perplexity by corpus, means, gap, and the unseen mean over two references.
+
+    Args:
+        kept: records of one configuration.
+        reference: unseen window nll of the row that all are compared with; None: no such column.
+        seen: the corpora that gprune uses; one division for all rows, also for those that use fewer.
+    """
+    table = by_stage(kept["records"])
+    dense = table[("dense", "none")]
+    nll = {
+        key: {r["corpus"]: r["window_nll"] for r in kept["records"] if (r["stage"], r["recovery"]) == key}
+        for key in table
+    }
+    tokens = kept["records"][0]["seq_len"] - 1
+    flags = {corpus: corpus in seen for corpus in dense}
+    order = sorted(dense, key=lambda corpus: corpus not in seen)
+    rows = []
+    for (stage, recovery), values in table.items():
+        if stage == "dense":
+            continue
+        unseen = {corpus: nll[stage, recovery][corpus] for corpus in order if corpus not in seen}
+        cells = [
+            *(f"{values[corpus]:.1f}" for corpus in order),
+            f"{geometric_mean(v for c, v in values.items() if c in seen):.1f}",
+            f"{geometric_mean(v for c, v in values.items() if c not in seen):.1f}",
+            f"{generalisation_gap(values, dense, flags):.2f}",
+            _ratio(unseen, nll["base", recovery], tokens) if stage != "base" else "",
+            "" if reference is None or unseen == reference else _ratio(unseen, reference, tokens),
+        ]
+        rows.append([kept["name"], {"base": "alone"}.get(stage, stage), *cells])
+    return rows
+
+
+def _ratio(a: dict[str, list[float]], b: dict[str, list[float]], tokens: int) -> str:
+    ratio, low, high = paired_bootstrap_ratio(a, {corpus: b[corpus] for corpus in a}, tokens)
+    return f"{ratio:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def tables(done: Sequence[tuple[Configuration, dict[str, Any]]]) -> str:
+    """Markdown: dense, the metrics by sparsity, the baselines, and what the choice of a metric is worth."""
+    by_name = {c.name: (c, kept) for c, kept in done}
+    _, first = done[0]
+    seen = set(first["records"][0]["corpora"]["drift"])
+    dense = by_stage(first["records"])[("dense", "none")]
+    order = sorted(dense, key=lambda corpus: corpus not in seen)
+    head = [
+        "",
+        "",
+        *(f"{c}*" if c in seen else c for c in order),
+        "seen",
+        "unseen",
+        "gap",
+        "/ alone",
+        "/ wanda_sp alone",
+    ]
+    parts = ["dense: " + ", ".join(f"{corpus} {dense[corpus]:.2f}" for corpus in order)]
+    for sparsity in dict.fromkeys(c.sparsity for c, _ in done):
+        _, anchor = by_name.get(f"wanda_sp {sparsity:g}", done[0])
+        reference = {
+            r["corpus"]: r["window_nll"]
+            for r in anchor["records"]
+            if (r["stage"], r["recovery"]) == ("base", "none") and r["corpus"] not in seen
+        }
+        for title, chosen in (
+            (f"{sparsity:.0%} of the FFN", [kept for c, kept in done if c.sparsity == sparsity and c.metric]),
+            (f"Baselines, {sparsity:.0%}", [kept for c, kept in done if c.sparsity == sparsity and not c.metric]),
+        ):
+            rows = [row for kept in chosen for row in rows_of(kept, reference, seen)]
+            if rows:
+                parts.append(f"**{title}**\n\n" + markdown([head, *rows]))
+        spread = metric_spread([(c, kept) for c, kept in done if c.sparsity == sparsity], seen)
+        if spread:
+            parts.append(spread)
+    return "\n\n".join(parts)
+
+
+def metric_spread(done: Sequence[tuple[Configuration, dict[str, Any]]], seen: set[str]) -> str:
+    """log(max / min) of the unseen mean over `SPREAD`, alone and with gprune; empty where one of them is missing."""
+    means: dict[str, list[float]] = {"base": [], "gprune": []}
+    for c, kept in done:
+        if c.metric in SPREAD:
+            table = by_stage(kept["records"])
+            for stage, values in means.items():
+                values.append(geometric_mean(v for corpus, v in table[(stage, "none")].items() if corpus not in seen))
+    if not means["base"] or len(means["base"]) < len(set(SPREAD) & set(METRICS)):
+        return ""
+    alone, ours = (math.log(max(v) / min(v)) for v in means.values())
+    return (
+        f"log(max / min) of the unseen mean over {', '.join(SPREAD)}: alone {alone:.3f}, with gprune {ours:.3f}, "
+        f"ratio {ours / alone:.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m experiments.metrics"
+    )
+    parser.add_argument("--metrics", nargs="+", default=METRICS, help="default: all")
+    parser.add_argument("--sparsities", nargs="+", type=float, default=(0.5, 0.2, 0.3), help="all metrics at the first")
+    parser.add_argument("--baselines", nargs="*", default=tuple(BASELINES), choices=tuple(BASELINES), metavar="NAME")
+    parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
+    parser.add_argument("flags", nargs="*", help="further flags of train.py, after --")
+    options = parser.parse_args()
+    cli.quiet()
+    wanted = list(configurations(options.metrics, options.sparsities, options.baselines, options.flags))
+    pending = [c for c in wanted if found(c) is None]
+    if pending and not options.table:
+        sys.stdout.write(token_hours(pending) + "\n")
+        for c in pending:
+            kept, started = None, time.perf_counter()
+            kept = run(c)
+            sys.stdout.write(f"{c.name}: {time.perf_counter() - started:.0f} s, {len(kept['records'])} records kept\n")
+            sys.stdout.flush()
+    done = [(c, kept) for c in wanted if (kept := found(c)) is not None]
+    sys.stdout.write("\n" + (tables(done) if done else "No records yet.") + "\n")
+
+
+if __name__ == "__main__":
+    main()
