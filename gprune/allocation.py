@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gprune.architectures import Block
 from gprune.drift import fractional_ranks
+from gprune.errors import UserError
 from gprune.importance import Scores
 from gprune.masks import Masks
 from gprune.registry import Registry
@@ -24,6 +25,26 @@ from gprune.statistics import CorpusStatistics
 
 Margins = tuple[list[Tensor], list[Tensor]]  # neurons (N,) and KV groups (G,) per block, float64; smallest goes first
 ALLOCATION: Registry[Callable[..., Margins]] = Registry("allocation")
+
+
+def allocate(name: str, scores: Scores, *args: object, **options: object) -> Margins:
+    """Margins by the rule `name`, checked: what a user registers must not end in masks of chance.
+
+    Raises:
+        UserError: for margins of another shape than the scores, or that are no numbers.
+    """
+    neurons, groups = ALLOCATION[name](scores, *args, **options)
+    expected = [tuple(s.shape) for s in (*scores.ffn, *scores.attention)]
+    got = [tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__ for m in (*neurons, *groups)]
+    if got != expected:
+        wrong = next((g for g, e in zip(got, expected, strict=False) if g != e), f"{len(got)} of them")
+        raise UserError(
+            f"Allocation '{name}': expected margins of {len(scores.ffn)} blocks' neurons and KV groups, shaped as "
+            f"the scores are, got {wrong}."
+        )
+    if any(bool(torch.isnan(m).any()) for m in (*neurons, *groups)):
+        raise UserError(f"Allocation '{name}': expected margins that are numbers, got NaN.")
+    return neurons, groups
 
 
 @ALLOCATION.register("uniform")
@@ -91,13 +112,15 @@ def depth_masks(
     blocks: Sequence[Block],
     *,
     target: int,
+    width_multiple: int = 1,
     protected: frozenset[int] = frozenset(),
 ) -> Masks:
     """Whole blocks go, the least influential first: ShortGPT (arXiv 2403.03853), BI_b = 1 - E cos(x_b, x_b+1).
 
     Blocks go until the next one would remove more than `target` parameters. That one stays, but loses its neurons of
     lowest score until the target is met, so that the baseline is matched on total parameters; if its FFN is not enough
-    it goes as well, attention and norms included. Attention goes with its block whatever the scope.
+    it goes as well, attention and norms included. Attention goes with its block whatever the scope. A width that is
+    changed ends up on a multiple of `width_multiple`.
 
     Raises:
         ValueError: if the target leaves no block.
@@ -113,13 +136,13 @@ def depth_masks(
         if index in protected:
             break
         block = blocks[index]
-        neurons = -(-left // block.neuron_cost)
-        if left >= block.cost or neurons >= block.neurons:
+        kept = max(block.neurons + -left // block.neuron_cost, 0) // width_multiple * width_multiple
+        if left >= block.cost or kept == 0:
             masks.ffn[index][:] = False
             masks.attention[index][:] = False
             left -= block.cost
         else:
-            masks.ffn[index][scores.ffn[index].argsort(stable=True)[:neurons]] = False
+            masks.ffn[index][scores.ffn[index].argsort(stable=True)[: block.neurons - kept]] = False
             return masks
     if left > 0 or not any(masks.blocks):
         raise ValueError(f"depth: {target} parameters would leave no block")

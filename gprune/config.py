@@ -212,6 +212,8 @@ class EvaluationConfig:
     """Controls beside gprune. base: the metric alone, uniform. base_averaged: the same, scored on all drift corpora."""
 
     def __post_init__(self) -> None:
+        for name in self.controls:
+            _choose("evaluation.controls", name, ("base", "base_averaged"))
         for name in ("num_samples", "development_samples"):
             _at_least(f"evaluation.{name}", getattr(self, name), 1)
         _at_least("evaluation.seq_len", self.seq_len, 8)
@@ -334,8 +336,10 @@ class RunConfig:
     @property
     def needs(self) -> frozenset[str]:
         """What of `statistics.EXTRAS` the run reads."""
-        gram = {"gram"} if self.recovery in NEEDS_GRAM else set()
-        return IMPORTANCE[self.importance].needs | gram
+        gram = frozenset({"gram"} if self.recovery in NEEDS_GRAM else ())
+        # gprune also scores by what stands in for drift and by what modules switch to
+        names = [self.importance, *([IMPORTANCE[self.importance].drift, self.reliability.metric] * self.gprune)]
+        return gram.union(*(IMPORTANCE[name].needs for name in names))
 
     @property
     def stages(self) -> list[tuple[str, str]]:

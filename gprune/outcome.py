@@ -28,11 +28,11 @@ from gprune.recovery import recover_projection
 from gprune.results import Modules
 from gprune.session import Run
 from gprune.statistics import CorpusStatistics, pooled
-from gprune.surgery import count_parameters, prune, widths
+from gprune.surgery import count_parameters, prune, removed_parameters, widths
 
 log = logging.getLogger("gprune")
-# masked against sliced logits, in standard deviations: sums of the same terms in another order. The largest of millions of
-# logits: bfloat16, which rounds to 8 bits at every step of every block, was seen at 0.17 on 30 blocks.
+# masked against sliced logits, in standard deviations: sums of the same terms in another order. The largest of
+# millions of logits: bfloat16, which rounds to 8 bits at every step of every block, was seen at 0.17 on 30 blocks.
 LOGIT_LIMIT = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.3}
 
 
@@ -262,10 +262,8 @@ def summarise(
             "unseen": _number(geometric_mean(v for c, v in values.items() if not seen[c])),
             "gap": None if stage == "dense" else _number(generalisation_gap(values, dense_ppl, seen)),
         }
-    # A whole block takes its norms, and its attention, along, which are no units of the scope.
-    removed = costs.removed(candidates[final]) if all(candidates[final].blocks) else before - after
     summary = {
-        "sparsity_of_scope": removed / costs.total,
+        "sparsity_of_scope": removed_parameters(dense, candidates[final]) / costs.total,
         "sparsity_of_model": 1 - after / before,
         "parameters_before": before,
         "parameters_after": after,

@@ -45,15 +45,16 @@ class Plan:
         share = self.target / self.parameters
         backward = [f"{cfg.sparsity.epochs} epochs over {len(cfg.corpora.learn)} corpora"] * cfg.learns
         backward += ["saliency in the calibration passes"] * ("saliency" in cfg.needs | set(cfg.corpora.collect))
+        uniform = f"{min(widths)} to {max(widths)} of {max(self.costs.neurons)} neurons per block if uniform"
+        uniform += f", {min(groups)} to {max(groups)} KV groups" * self.costs.attention
+        uniform += "; learned thresholds move them" * cfg.learns
         return "\n".join(
             [
                 f"model        {cfg.model.name}: {self.parameters:,} parameters, {len(widths)} blocks",
                 f"scope        {cfg.sparsity.scope}: {self.scope_parameters:,} parameters in units",
                 f"removes      {self.target:,} parameters: {cfg.sparsity.target:.1%} of the scope, "
                 f"{share:.1%} of the model",
-                f"widths       {min(widths)} to {max(widths)} of {max(self.costs.neurons)} neurons per block if uniform"
-                + (f", {min(groups)} to {max(groups)} KV groups" if self.costs.attention else "")
-                + ("; learned thresholds move them" if cfg.learns else ""),
+                f"widths       {'whole blocks go, and part of one' if cfg.base_allocation == 'depth' else uniform}",
                 f"forward      at most {self.forward_tokens:,} tokens: {len(cfg.calibration)} calibration passes "
                 f"(fewer if cached), "
                 f"{1 + len(cfg.stages)} models evaluated on {len(cfg.corpora.evaluate)} corpora",

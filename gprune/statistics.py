@@ -256,18 +256,19 @@ class Collector:
         self.model = model
         self.blocks = blocks_of(model)
         device = next(model.parameters()).device
-        self.metrics = {
-            kind: [StreamingMoments(getattr(b, part).in_features, gram=gram).to(device) for b in self.blocks]
-            for kind, part in KINDS
-        }
-        self.turns = [StreamingTurn().to(device) for _ in self.blocks]
-        self.gradients = {
-            kind: [
-                {part: StreamingGradients(tuple(getattr(b, part).weight.shape)).to(device) for part in PARTS[kind]}
-                for b in self.blocks
-            ]
-            for kind in saliency
-        }
+        with torch.inference_mode(False):  # a backward pass writes into them, wherever they were made
+            self.metrics = {
+                kind: [StreamingMoments(getattr(b, part).in_features, gram=gram).to(device) for b in self.blocks]
+                for kind, part in KINDS
+            }
+            self.turns = [StreamingTurn().to(device) for _ in self.blocks]
+            self.gradients = {
+                kind: [
+                    {part: StreamingGradients(tuple(getattr(b, part).weight.shape)).to(device) for part in PARTS[kind]}
+                    for b in self.blocks
+                ]
+                for kind in saliency
+            }
         self._half = self._weight = torch.empty(0)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 

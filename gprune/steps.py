@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gprune import tracking
-from gprune.allocation import ALLOCATION, depth_masks
+from gprune.allocation import allocate, depth_masks
 from gprune.architectures import Block
 from gprune.artifacts import key_of, read_tensors, write_tensors
 from gprune.assets import cache_dir
@@ -119,9 +119,11 @@ def base_masks(
     """
     s, name = cfg.sparsity, cfg.base_allocation
     if name == "depth":
-        return depth_masks(scores, statistics, blocks, target=target, protected=costs.protected)
+        return depth_masks(
+            scores, statistics, blocks, target=target, width_multiple=s.width_multiple, protected=costs.protected
+        )
     options = {"multiple": s.owl_multiple, "spread": s.owl_spread} if name == "owl" else {}
-    neurons, groups = ALLOCATION[name](scores, statistics, blocks, s.target, **options)
+    neurons, groups = allocate(name, scores, statistics, blocks, s.target, **options)
     return keep_masks(costs, neurons, groups, target=target, width_multiple=s.width_multiple)
 
 

@@ -131,6 +131,16 @@ def count_parameters(model: PreTrainedModel, scope: str) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
+def removed_parameters(model: PreTrainedModel, masks: Masks) -> int:
+    """Parameters that `prune` takes out of `model`: units where a block stays, and whole blocks, norms included."""
+    return sum(
+        int((~neurons).sum()) * block.neuron_cost + int((~groups).sum()) * block.group_cost if stays else block.cost
+        for block, neurons, groups, stays in zip(
+            blocks_of(model), masks.ffn, masks.attention, masks.blocks, strict=True
+        )
+    )
+
+
 def _sliced_parameters(block: Block) -> list[nn.Parameter]:
     """What `_slice_block` replaces: all weights, and the biases where rows go."""
     by_rows = (block.gate, block.up, block.query, block.key, block.value)

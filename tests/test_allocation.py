@@ -10,12 +10,13 @@ import pytest
 import torch
 from scipy.stats import rankdata
 
-from gprune.allocation import ALLOCATION, depth_masks
+from gprune.allocation import ALLOCATION, allocate, depth_masks
 from gprune.architectures import blocks_of
+from gprune.errors import UserError
 from gprune.importance import Scores, score_units
 from gprune.masks import Masks, check_budget, keep_masks, unit_costs
 from gprune.statistics import collect
-from gprune.surgery import count_parameters, prune
+from gprune.surgery import count_parameters, prune, removed_parameters
 from tests import tiny_run
 from tests.conftest import make_tiny_llama
 from tests.test_statistics import batches, recorded
@@ -292,3 +293,32 @@ def test_depth_refuses_to_leave_no_block(protected, uneven):
     most = sum(b.cost for b in blocks if b.index not in protected)
     with pytest.raises(ValueError, match="would leave no block"):
         depth_masks(scores, statistics, blocks, target=most + bool(protected), protected=protected)
+
+
+@pytest.mark.parametrize(
+    ("broken", "got"),
+    [
+        (lambda s: (s.ffn[:-1], s.attention), r"got \(2,\)"),
+        (lambda s: ([m[:-1] for m in s.ffn], s.attention), r"got \(47,\)"),
+        (lambda s: (s.ffn, [1.0] * 3), "got float"),
+        (lambda s: ([m * float("nan") for m in s.ffn], s.attention), "got NaN"),
+    ],
+)
+def test_margins_of_a_users_own_rule_are_checked(broken, got, monkeypatch):
+    monkeypatch.setattr(ALLOCATION, "_entries", dict(ALLOCATION._entries))
+    ALLOCATION.register("broken")(lambda scores, *_: broken(scores))
+    scores = Scores([torch.rand(48)] * 3, [torch.rand(2)] * 3, [torch.rand(2)] * 3)
+    with pytest.raises(UserError, match=rf"^Allocation 'broken': expected .*{got}\.$"):
+        allocate("broken", scores, None, [], 0.5)
+
+
+def test_depth_narrows_its_last_block_to_a_multiple(tiny_model, token_batch):
+    blocks = blocks_of(tiny_model)
+    statistics = collect(tiny_model, batches(token_batch, 6))
+    scores = score_units("wanda_sp", blocks, statistics)
+    cost, neuron = blocks[0].cost, blocks[0].neuron_cost
+    masks = depth_masks(scores, statistics, blocks, target=cost + 5 * neuron, width_multiple=16)
+    assert sorted(int(m.sum()) for m in masks.ffn) == [0, 32, 48]
+    assert removed_parameters(tiny_model, masks) == cost + 16 * neuron
+    small = prune(tiny_model, masks)
+    assert count_parameters(tiny_model, "all") - count_parameters(small, "all") == cost + 16 * neuron

@@ -548,6 +548,17 @@ def test_a_users_own_metric_from_gradients_and_gram_of_whole_groups(tiny_model, 
         assert torch.equal(scores.channels[index], scores.attention[index])
 
 
+@pytest.mark.usefixtures("scratch_registry")
+def test_what_stands_in_for_a_metric_is_collected_for_too():
+    gprune.metric("mine", needs=("gram",), drift="taylor")(lambda w, m, g: m.gram.diagonal())
+    gprune.metric("instead", activation_free=True, needs=("saliency",))(lambda w, m, g: m.saliency.first)
+    assert gprune.RunConfig(importance="mine").needs == {"gram", "saliency"}
+    assert gprune.RunConfig(importance="mine", gprune=False).needs == {"gram"}  # no drift is measured
+    reliability = gprune.config.ReliabilityConfig(metric="instead")
+    assert gprune.RunConfig(reliability=reliability).needs == {"saliency"}
+    assert gprune.RunConfig(reliability=reliability, gprune=False).needs == frozenset()
+
+
 WRONG = {
     "a matrix": (lambda w, m, g: w.output, r"expected a tensor of shape \(48,\), got \(32, 48\)"),
     "a number": (lambda w, m, g: 1.0, r"expected a tensor of shape \(48,\), got float"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Collection
 
 from torch import Tensor
@@ -47,3 +48,4 @@ class CalibrationStage(FrozenLMStage):
             self._collector.__exit__()
             self.statistics[self._current] = self._collector.compute()
             self._collector = None
+            gc.collect()  # torchmetrics refer to themselves: gigabytes of sums would wait for the collector's next turn
