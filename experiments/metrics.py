@@ -192,8 +192,8 @@ def _ratio(a: dict[str, list[float]], b: dict[str, list[float]], tokens: int) ->
 def tables(done: Sequence[tuple[Configuration, dict[str, Any]]]) -> str:
     """Markdown: dense, the metrics by sparsity, the baselines, and what the choice of a metric is worth."""
     by_name = {c.name: (c, kept) for c, kept in done}
-    _, first = done[0]
-    seen = set(first["records"][0]["corpora"]["drift"])
+    start, first = done[0]
+    seen = set(start.config.corpora.drift)
     dense = by_stage(first["records"])[("dense", "none")]
     order = sorted(dense, key=lambda corpus: corpus not in seen)
     head = [
@@ -260,7 +260,7 @@ def main() -> None:
     if pending and not options.table:
         sys.stdout.write(token_hours(pending) + "\n")
         for c in pending:
-            kept, started = None, time.perf_counter()
+            started = time.perf_counter()
             kept = run(c)
             sys.stdout.write(f"{c.name}: {time.perf_counter() - started:.0f} s, {len(kept['records'])} records kept\n")
             sys.stdout.flush()
