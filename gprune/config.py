@@ -174,6 +174,9 @@ class SparsityConfig:
     """owl: how far a block's sparsity may lie from the target."""
     width_multiple: int = 1
     """Widths end up on multiples of this: 64 or 128 suit matrix-multiply tiles and serving kernels."""
+    uniform_width: bool = False
+    """Every block ends up with the same width (and as many KV groups): the widest one that removes the target. The
+    result is a stock model that needs nobody's code; what sparsity it reaches is printed."""
     epochs: int = 2
     """Passes over the learning windows."""
     learning_rate: float = 0.1
@@ -189,6 +192,11 @@ class SparsityConfig:
             raise UserError(f"--sparsity.learning_rate: expected a positive number, got {self.learning_rate}.")
         _at_least("sparsity.owl_multiple", self.owl_multiple, 1)
         _at_least("sparsity.owl_spread", self.owl_spread, 0)
+        if self.uniform_width and (self.protect or self.allocation == "depth"):
+            raise UserError(
+                "--sparsity.uniform_width: blocks cannot be equally wide where some keep everything or go as a whole; "
+                "expected it without --sparsity.protect and --sparsity.allocation depth."
+            )
         if not 0 < self.target < 1:
             raise UserError(
                 f"--sparsity.target: expected a fraction of parameters removed inside (0, 1), got {self.target}; "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -61,6 +61,7 @@ class UnitCosts:
     groups: list[int]
     attention: bool  # whether KV groups may go
     protected: frozenset[int] = frozenset()  # blocks that keep everything
+    uniform: bool = False  # all blocks end up equally wide
 
     @property
     def total(self) -> int:
@@ -75,7 +76,7 @@ class UnitCosts:
         return ffn + sum(c * int((~m).sum()) for c, m in zip(self.group, masks.attention, strict=True))
 
 
-def unit_costs(blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = ()) -> UnitCosts:
+def unit_costs(blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = (), uniform: bool = False) -> UnitCosts:
     """Costs of the units of a model for a scope of `SCOPES`; blocks to `protect` may be counted from the end (-1).
 
     Raises:
@@ -94,6 +95,7 @@ def unit_costs(blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = 
         groups=[b.kv_groups for b in blocks],
         attention=scope == "attention+ffn",
         protected=frozenset(index % depth for index in protect),
+        uniform=uniform,
     )
 
 
@@ -183,12 +185,15 @@ def keep_masks(
         target: parameters to remove, from `check_budget`.
         width_multiple: widths end up on multiples of it.
 
-    Protected blocks lose nothing.
+    Protected blocks lose nothing. Where all blocks are to be equally wide, each keeps its own largest margins
+    (`equal_widths`), and the overshoot is less than one step in every block.
 
     Returns:
         Masks that remove at least `target`, and less than one more step. Blocks that lose neurons end up on a
         multiple of `width_multiple`; one that loses none keeps its width.
     """
+    if costs.uniform:
+        return equal_widths(costs, neuron_margins, group_margins, target=target, width_multiple=width_multiple)
     cut = [
         _chunks(m.detach().cpu().double(), len(m) if b in costs.protected else width_multiple)
         for b, m in enumerate(neuron_margins)
@@ -223,6 +228,50 @@ def keep_masks(
         mask[order[: int(size[falls].sum())]] = False
         ffn.append(mask)
     return Masks(ffn, attention)
+
+
+def equal_widths(
+    costs: UnitCosts,
+    neuron_margins: Sequence[Tensor],
+    group_margins: Sequence[Tensor] | None = None,
+    *,
+    target: int,
+    width_multiple: int = 1,
+) -> Masks:
+    """Masks that make every block the same shape: the widest one that removes at least `target` parameters.
+
+    With attention in scope every block keeps as many KV groups as blocks would keep on average if they were free, and
+    the width of the FFN makes up the rest. Arguments as for `keep_masks`.
+    """
+
+    def top(margin: Tensor, kept: int) -> Tensor:
+        mask = torch.zeros(len(margin), dtype=torch.bool)
+        # the last ones in order of (margin, index), as everywhere
+        mask[margin.detach().cpu().double().argsort(stable=True)[len(margin) - kept :]] = True
+        return mask
+
+    def widest(left: int) -> int:
+        """Of the FFN, to remove `left` parameters: every neuron of width costs the sum over blocks."""
+        whole = sum(c * n for c, n in zip(costs.neuron, costs.neurons, strict=True))
+        width = min((whole - max(left, 0)) // sum(costs.neuron), *costs.neurons)
+        # a width that nothing asks to change need not lie on the grid
+        return width if width == max(costs.neurons) else width // width_multiple * width_multiple
+
+    attention = [torch.ones(n, dtype=torch.bool) for n in costs.groups]
+    if costs.attention:
+        free = replace(costs, uniform=False)
+        freely = keep_masks(free, neuron_margins, group_margins, target=target, width_multiple=width_multiple)
+        kept = [int(m.sum()) for m in freely.attention]
+        groups = max(1, min(round(sum(kept) / len(kept)), *costs.groups))
+
+        def gone(groups: int) -> int:
+            return sum(c * (n - groups) for c, n in zip(costs.group, costs.groups, strict=True))
+
+        while groups > 1 and widest(target - gone(groups)) < width_multiple:  # more than the FFN can make up for
+            groups -= 1
+        attention = [top(m, groups) for m in group_margins]
+        target -= gone(groups)
+    return Masks([top(m, widest(target)) for m in neuron_margins], attention)
 
 
 def cut_margin(masks: Masks, neuron_margins: Sequence[Tensor]) -> float:

@@ -88,7 +88,9 @@ def check(cfg: RunConfig) -> Plan:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.model.trust_remote_code)
     blocks = blocks_of(skeleton)
-    costs = unit_costs(blocks, scope=cfg.sparsity.scope, protect=cfg.sparsity.protect)
+    costs = unit_costs(
+        blocks, scope=cfg.sparsity.scope, protect=cfg.sparsity.protect, uniform=cfg.sparsity.uniform_width
+    )
     target = check_budget(costs, cfg.sparsity.target, width_multiple=cfg.sparsity.width_multiple)
     if cfg.base_allocation == "depth":
         check_depth(blocks, costs, target)

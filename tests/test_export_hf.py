@@ -128,6 +128,32 @@ def test_an_unpruned_model_needs_no_table(tmp_path, tiny_model, token_batch):
     assert hf.max_logit_difference(load(folder)(token_batch).logits, tiny_model(token_batch).logits) == 0.0
 
 
+@pytest.mark.parametrize("overrides", [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}])
+def test_blocks_of_one_shape_are_a_stock_model(overrides, tmp_path, token_batch):
+    model = prune(make_tiny_llama(num_key_value_heads=4, **overrides), random_masks([20] * 3, [2] * 3, of_groups=4))
+    randomise_biases(model)
+    folder = hf.save_pruned(model, None, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)  # no code of ours, and none is trusted
+    assert type(loaded).__name__ == "LlamaForCausalLM"
+    assert loaded.config.intermediate_size == 20
+    assert not list(folder.glob("*.py"))
+    assert torch.equal(loaded.eval()(token_batch).logits, model(token_batch).logits)
+    assert widths(prune(loaded, random_masks([9] * 3, [1] * 3, of_neurons=20, of_groups=2)))["neurons"] == [9] * 3
+
+
+def test_equal_shapes_that_llama_cannot_describe_keep_the_table(tmp_path, token_batch):
+    """A bias on one projection alone, or heads that do not divide the hidden size."""
+    biased = prune(make_tiny_llama(), random_masks([20] * 3, [2] * 3))
+    biased.model.layers[0].mlp.down_proj.bias = nn.Parameter(torch.randn(32), requires_grad=False)
+    uneven = prune(
+        make_tiny_llama(num_attention_heads=4, num_key_value_heads=4), random_masks([20] * 3, [3] * 3, of_groups=4)
+    )
+    for name, model in (("biased", biased), ("uneven", uneven)):
+        loaded = load(hf.save_pruned(model, None, tmp_path / name))
+        assert loaded.config.model_type == "pruned_llama"
+        assert torch.equal(loaded(token_batch).logits, model(token_batch).logits)
+
+
 @pytest.mark.parametrize("rope", [None, LLAMA3_ROPE], ids=["default", "llama3"])
 def test_caches_agree_with_no_cache(rope, tmp_path, token_batch):
     model = make_pruned(recovered=True, rope_parameters=rope)

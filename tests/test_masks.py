@@ -534,3 +534,34 @@ def test_gates_are_read_at_every_pass_and_carry_gradients(tiny_model, token_batc
     torch.testing.assert_close(logits, zeroed(tiny_model, masks)(token_batch).logits, atol=1e-5, rtol=0)
     assert all(bool((g.grad != 0).all()) for g in gates)  # removed units have gradients too
     assert all(p.grad is None for p in tiny_model.parameters())
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("sparsity", [0.02, 0.3, 0.5, 0.8])
+def test_equal_widths_are_the_widest_that_meet_the_budget(sparsity, multiple, attention):
+    costs = dataclasses.replace(
+        unit_costs(blocks_of(make_tiny_llama(num_key_value_heads=4)), scope="attention+ffn" if attention else "ffn"),
+        uniform=True,
+    )
+    generator = torch.Generator().manual_seed(0)
+    neurons = [torch.rand(48, generator=generator) for _ in range(3)]
+    groups = [torch.rand(4, generator=generator) for _ in range(3)]
+    target = check_budget(costs, sparsity, width_multiple=multiple)
+    masks = keep_masks(costs, neurons, groups, target=target, width_multiple=multiple)
+    (width,), (kept,) = ({int(m.sum()) for m in part} for part in (masks.ffn, masks.attention))
+    assert width == 48 or width % multiple == 0
+    assert costs.removed(masks) >= target
+    if width < 48:  # one step wider would not do
+        step = width % multiple or multiple
+        assert costs.removed(masks) - step * sum(costs.neuron) < target
+    assert kept == 4 or attention
+    for margin, mask in zip([*neurons, *groups], [*masks.ffn, *masks.attention], strict=True):
+        assert mask.all() or margin[~mask].max() < margin[mask].min()
+
+
+def test_equal_widths_after_blocks_that_differ():
+    """Pruned before: the common width is no wider than the narrowest block, whatever little is asked."""
+    costs = UnitCosts([6, 6], [8, 8], [10, 7], [2, 2], attention=False, uniform=True)
+    masks = keep_masks(costs, [torch.arange(10.0), torch.arange(7.0)], target=1)
+    assert [int(m.sum()) for m in masks.ffn] == [7, 7]

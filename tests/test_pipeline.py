@@ -266,6 +266,7 @@ SWITCHES = {
     "bias": "--recovery=bias",
     "least_squares": "--recovery=least_squares",
     "width_multiple": "--sparsity.width_multiple=4",
+    "uniform_width": "--sparsity.uniform_width=true",
     "odd_target": "--sparsity.target=0.333",
     "noise_subtracted": "--partition.subtract_noise=true",
 }
@@ -302,7 +303,7 @@ def masks_of(result, stage):
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_every_switch_runs_and_meets_the_budget(name, switched, dense):
-    check_budget(switched(name), dense, slack=4 if name == "width_multiple" else 1)
+    check_budget(switched(name), dense, slack={"width_multiple": 4, "uniform_width": 3}.get(name, 1))
 
 
 def test_partition_controls_keep_the_refined_sizes(switched, finished):
@@ -368,6 +369,16 @@ def test_attention_in_scope_removes_groups_in_the_base_too(switched):
 
 def test_width_multiple_is_met(switched):
     assert all(int(m.sum()) % 4 == 0 for m in switched("width_multiple").masks.ffn)
+
+
+def test_uniform_width_is_a_stock_model(switched):
+    """One shape for all blocks: a folder that loads without anybody's code."""
+    result = switched("uniform_width")
+    assert {int(m.sum()) for m in result.masks.ffn} == {80}
+    config = json.loads((result.path / "model" / "config.json").read_text())
+    assert (config["model_type"], config["intermediate_size"]) == ("llama", 80)
+    assert "auto_map" not in config
+    assert not list((result.path / "model").glob("*.py"))
 
 
 @pytest.mark.parametrize("recovery", ["bias", "least_squares"])

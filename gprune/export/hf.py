@@ -1,9 +1,10 @@
 """A pruned Llama as a Hugging Face folder that loads in one line, with or without gprune.
 
-The folder holds safetensors, a config.json with the table `per_layer_config`, and the modelling file
-`modeling_pruned_llama.py`, so `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works
-wherever transformers does; after `register()`, which `import gprune` calls, it works without remote code. An
-export counts only after `check_reload`: a fresh process must get the logits of the model in memory out of it.
+Where all blocks have the same shape the folder is a stock Llama and needs nobody's code. Else it holds safetensors, a
+config.json with the table `per_layer_config`, and the modelling file `modeling_pruned_llama.py`, so
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works wherever transformers does; after
+`register()`, which `import gprune` calls, it works without remote code. An export counts only after `check_reload`: a
+fresh process must get the logits of the model in memory out of it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from gprune.architectures import blocks_of
 from gprune.errors import UserError
@@ -94,7 +103,24 @@ def pruned_config(model: PreTrainedModel) -> PrunedLlamaConfig:
     )
 
 
-def to_exportable(model: PreTrainedModel) -> PrunedLlamaForCausalLM:
+def stock_config(model: PreTrainedModel) -> LlamaConfig | None:
+    """The config of a stock Llama in the shapes of the model; None where blocks differ or Llama cannot say how."""
+    blocks = blocks_of(model)
+    shapes = {(b.neurons, b.output.in_features // b.head_dim, b.kv_groups) for b in blocks}
+    attention = {part.bias is not None for b in blocks for part in (b.query, b.key, b.value, b.output)}
+    ffn = {part.bias is not None for b in blocks for part in (b.gate, b.up, b.down)}
+    neurons, heads, groups = next(iter(shapes))
+    if len(shapes) > 1 or len(attention) > 1 or len(ffn) > 1 or model.config.hidden_size % heads:
+        return None
+    own = {"o_proj_bias", "down_proj_bias"}
+    shared = {key: value for key, value in model.config.to_dict().items() if key not in NOT_CARRIED | own}
+    shared |= {"intermediate_size": neurons, "num_attention_heads": heads, "num_key_value_heads": groups}
+    shared |= {"attention_bias": attention.pop(), "mlp_bias": ffn.pop()}
+    shared |= {"head_dim": blocks[0].head_dim, "dtype": model.dtype, "architectures": ["LlamaForCausalLM"]}
+    return LlamaConfig(**shared, attn_implementation=model.config._attn_implementation)
+
+
+def to_exportable(model: PreTrainedModel) -> LlamaForCausalLM:
     """The same network as the class that is saved. Weights are shared with `model`, not copied.
 
     Args:
@@ -103,9 +129,10 @@ def to_exportable(model: PreTrainedModel) -> PrunedLlamaForCausalLM:
     Raises:
         UserError: for another family.
     """
-    config = pruned_config(model)
+    pruned = pruned_config(model)  # also refuses other families
+    stock = stock_config(model)
     with torch.device("meta"):
-        exportable = PrunedLlamaForCausalLM(config)
+        exportable = PrunedLlamaForCausalLM(pruned) if stock is None else LlamaForCausalLM(stock)
     exportable.load_state_dict(model.state_dict(), strict=True, assign=True)
     exportable.tie_weights()
     # Rotary frequencies are not in the state dict; theirs is the config without per-layer values.

@@ -155,8 +155,13 @@ class ThresholdLearning(FrozenLMStage):
 
     @torch.no_grad()
     def _recentre(self, hard: Masks) -> None:
-        """Shift all thresholds alike until the budget cuts at margin 0; no hard mask changes."""
+        """Shift all thresholds alike until the budget cuts at margin 0; no hard mask changes.
+
+        Where all blocks are to be equally wide, each has a cut of its own, and its thresholds move by themselves.
+        """
         pairs = zip(self.ranks.ffn, self.ffn_thresholds, self.ranks.labels, strict=True)
-        shift = cut_margin(hard, [margins(p, t.cpu(), y) for p, t, y in pairs])
-        for t in (*self.ffn_thresholds, *self.attention_thresholds):
-            t += shift
+        found = [margins(p, t.cpu(), y) for p, t, y in pairs]
+        shift = cut_margin(hard, found)
+        for b, (t, u) in enumerate(zip(self.ffn_thresholds, self.attention_thresholds, strict=True)):
+            t += cut_margin(Masks(hard.ffn[b : b + 1], []), found[b : b + 1]) if self.costs.uniform else shift
+            u += shift
