@@ -25,7 +25,7 @@ import torch
 import gprune
 from gprune import cli
 from gprune.architectures import load_model
-from gprune.artifacts import key_of, read_json, write_json
+from gprune.artifacts import read_json, write_json
 from gprune.evaluation.perplexity import generalisation_gap, geometric_mean, paired_bootstrap_ratio
 from gprune.losses import next_token_loss
 from gprune.masks import gated
@@ -136,7 +136,7 @@ def run(c: Configuration) -> dict[str, Any]:
     kept = {
         "name": c.name,
         "flags": [flag for flag in c.flags if not flag.startswith(("--run.", "--logging.", "--corpora.collect"))],
-        "key": key_of(settings=cfg.settings()),
+        "settings": cfg.settings(),
         "summary": {k: v for k, v in result.summary.items() if k not in ("geometric_means", "unseen_over_base")},
         "records": [r | {"window_nll": [round(v, 4) for v in r["window_nll"]]} for r in result.records],
     }
@@ -145,9 +145,20 @@ def run(c: Configuration) -> dict[str, Any]:
 
 
 def found(c: Configuration) -> dict[str, Any] | None:
-    """The records of an earlier run with the same settings."""
+    """The records of an earlier run with the same settings. One that did not exist then had its default's effect."""
     kept = read_json(c.path)
-    return kept if kept is not None and kept["key"] == key_of(settings=c.config.settings()) else None
+    if kept is None:
+        return None
+    before, now, default = (flat(s) for s in (kept["settings"], c.config.settings(), gprune.RunConfig().settings()))
+    return kept if default | before == now else None
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def rows_of(kept: dict[str, Any], reference: dict[str, list[float]] | None, seen: set[str]) -> list[list[str]]:
@@ -269,4 +280,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except gprune.UserError as error:
+        sys.exit(f"experiments.metrics: {error}")

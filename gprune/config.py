@@ -177,6 +177,11 @@ class SparsityConfig:
     uniform_width: bool = False
     """Every block ends up with the same width (and as many KV groups): the widest one that removes the target. The
     result is a stock model that needs nobody's code; what sparsity it reaches is printed."""
+    learn: Literal["thresholds", "offsets", "both"] = "thresholds"
+    """What is learned. thresholds: one number per module. offsets: one per neuron, which moves its rank; a free gate
+    for every neuron, for which modules only matter as a start. both: the two together."""
+    loss: Literal["cross_entropy", "kl"] = "cross_entropy"
+    """cross_entropy: of the next token. kl: divergence from the dense model, one more forward pass per step."""
     epochs: int = 2
     """Passes over the learning windows."""
     learning_rate: float = 0.1
@@ -184,6 +189,8 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         _choose("sparsity.scope", self.scope, SCOPES)
+        _choose("sparsity.learn", self.learn, ("thresholds", "offsets", "both"))
+        _choose("sparsity.loss", self.loss, ("cross_entropy", "kl"))
         _choose("sparsity.allocation", self.allocation, ("learned", *ALLOCATION, "depth", "equal"))
         _choose("sparsity.start", self.start, tuple(ALLOCATION))
         _at_least("sparsity.epochs", self.epochs, 1)

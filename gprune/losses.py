@@ -17,8 +17,12 @@ from transformers import PreTrainedModel
 CHUNK = 256  # tokens; large enough for the matrix product, small enough for the cache
 
 
-class _FrozenHeadCrossEntropy(torch.autograd.Function):
-    """Sum over tokens of weight * cross-entropy, with d/d hidden computed chunk by chunk in the forward pass."""
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Sum over tokens of weight * loss, with d/d hidden computed chunk by chunk in the forward pass.
+
+    The loss is the cross-entropy with token ids `targets` (n,), or, for `targets` (n, H) that are another model's final
+    hidden states, KL(that model's distribution || ours). Of either the gradient by the logits is ours - target.
+    """
 
     @staticmethod
     def forward(
@@ -29,11 +33,16 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             logits = F.linear(hidden[part], head, bias).float()
-            log_z = logits.logsumexp(-1)
-            picked = logits.gather(-1, targets[part, None])[:, 0]
-            loss += ((log_z - picked) * weights[part]).sum()
-            error = logits.sub_(log_z[:, None]).exp_()  # softmax
-            error[torch.arange(len(error), device=error.device), targets[part]] -= 1
+            log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
+            if targets.dim() == 1:
+                loss -= (log_p.gather(-1, targets[part, None])[:, 0] * weights[part]).sum()
+                error = log_p.exp_()
+                error[torch.arange(len(error), device=error.device), targets[part]] -= 1
+            else:
+                log_q = F.linear(targets[part], head, bias).float().log_softmax(-1)
+                q = log_q.exp()
+                loss += (F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1) * weights[part]).sum()
+                error = log_p.exp_().sub_(q)
             gradient[part] = (error.mul_(weights[part, None]).to(head.dtype) @ head).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         return loss
@@ -52,37 +61,50 @@ def frozen_head_cross_entropy(
     Args:
         hidden: (n, H) final hidden states.
         head: (V, H) frozen output embedding; bias: (V,) or None.
-        targets: (n,) int64 token ids.
+        targets: (n,) int64 token ids, or (n, H) hidden states of a teacher with the same head: then the sum is of
+            KL(teacher || ours).
         weights: (n,) float32 weight of each token's loss.
 
     Returns:
         () float32.
     """
-    return _FrozenHeadCrossEntropy.apply(hidden, head, bias, targets, weights)
+    return _FrozenHeadLoss.apply(hidden, head, bias, targets, weights)
 
 
-def next_token_loss(model: PreTrainedModel, input_ids: Tensor, weight: Tensor | None = None) -> Tensor:
+def next_token_loss(
+    model: PreTrainedModel, input_ids: Tensor, weight: Tensor | None = None, *, teacher: Tensor | None = None
+) -> Tensor:
     """Sum over windows of weight * (mean cross-entropy of the window's tokens 2..T), in nats: () float32.
 
     Args:
         model: frozen; gates on its blocks get gradients, its weights do not.
         input_ids: (B, T) int64.
         weight: (B,), by default 1/B each, which makes the result the batch's mean loss.
+        teacher: what `final_hidden` gave for these tokens without gates; the loss is then KL(teacher || model).
     """
     B, T = input_ids.shape
     weight = input_ids.new_full((B,), 1 / B, dtype=torch.float32) if weight is None else weight
-    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+    hidden = final_hidden(model, input_ids)
     head = model.get_output_embeddings()
     per_token = (weight / (T - 1)).repeat_interleave(T - 1)
     return frozen_head_cross_entropy(
-        hidden.flatten(0, 1), head.weight, head.bias, input_ids[:, 1:].flatten(), per_token
+        hidden.flatten(0, 1),
+        head.weight,
+        head.bias,
+        input_ids[:, 1:].flatten() if teacher is None else teacher.flatten(0, 1),
+        per_token,
     )
+
+
+def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """What predicts tokens 2..T of each window: (B, T - 1, H) in the model's dtype."""
+    return model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
 
 
 @torch.no_grad()
 def iter_logits(model: PreTrainedModel, input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits and targets of a batch, one window at a time: (1, T - 1, V) in the model's dtype, (1, T - 1) int64."""
-    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+    hidden = final_hidden(model, input_ids)
     head = model.get_output_embeddings()
     for row, ids in zip(hidden, input_ids, strict=True):
         yield head(row[None]), ids[None, 1:]

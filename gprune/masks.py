@@ -300,17 +300,19 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
 @contextmanager
 def gated(
-    model: PreTrainedModel, ffn: Sequence[Tensor] | None, attention: Sequence[Tensor] | None = None
+    model: PreTrainedModel, ffn: Sequence[Tensor | None] | None, attention: Sequence[Tensor | None] | None = None
 ) -> Iterator[PreTrainedModel]:
     """Multiply what enters each `down_proj` by its block's gate (N,), each KV group's channels by its gate (G,).
 
-    The lists are read at every forward pass, so gates may be replaced in place between steps. Weights are never
-    touched: leaving (also by an exception) restores the model bit for bit.
+    The lists are read at every forward pass, so gates may be replaced in place between steps; None lets everything
+    through. Weights are never touched: leaving (also by an exception) restores the model bit for bit.
     """
     handles = []
 
-    def watch(linear: torch.nn.Linear, gates: Sequence[Tensor], index: int, repeats: int) -> None:
+    def watch(linear: torch.nn.Linear, gates: Sequence[Tensor | None], index: int, repeats: int) -> None:
         def hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if gates[index] is None:
+                return inputs
             gate = gates[index].to(inputs[0])
             return (inputs[0] * (gate.repeat_interleave(repeats) if repeats > 1 else gate), *inputs[1:])
 

@@ -31,9 +31,10 @@ from gprune.statistics import CorpusStatistics, pooled
 from gprune.surgery import count_parameters, prune, removed_parameters, widths
 
 log = logging.getLogger("gprune")
-# masked against sliced logits, in standard deviations: sums of the same terms in another order. The largest of
-# millions of logits: bfloat16, which rounds to 8 bits at every step of every block, was seen at 0.17 on 30 blocks.
-LOGIT_LIMIT = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.3}
+# Masked against sliced logits, in standard deviations: sums of the same terms in another order. float32: the largest
+# difference. 16-bit types, which round at every step of every block, more so in a model that pruning has spoiled: the
+# root mean square. A wrong slice is off by a standard deviation or so.
+LOGIT_LIMIT = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.2}
 
 
 @torch.no_grad()
@@ -109,11 +110,13 @@ def save_and_check(
             "tokens": ids.numel(),
             "std": float(reference.std()),
             "masked_minus_sliced": float((reference - sliced).abs().max()),
+            "masked_minus_sliced_rms": float((reference - sliced).square().mean().sqrt()),
         }
         limit = LOGIT_LIMIT[cfg.model.dtype] * checks["std"]
-        if not checks["masked_minus_sliced"] <= limit:
+        found = checks["masked_minus_sliced" if cfg.model.dtype == "float32" else "masked_minus_sliced_rms"]
+        if not found <= limit:
             raise UserError(
-                f"The sliced model's logits differ from the masked model's by {checks['masked_minus_sliced']:.2e}; "
+                f"The sliced model's logits differ from the masked model's by {found:.2e}; "
                 f"expected at most {limit:.2e}, which is rounding. Please report this model."
             )
         if export:

@@ -110,6 +110,7 @@ def check(cfg: RunConfig) -> Plan:
     gradients = 4 * count_parameters(skeleton, cfg.sparsity.scope) if backward else 0
     weight_bytes = 4 if cfg.model.dtype == "float32" else 2
     activations = c.batch_size * c.seq_len * max(costs.neurons) * len(costs.neurons) * 10 if cfg.learns else 0
+    learning = cfg.learns * cfg.sparsity.epochs * len(c.learn) * c.num_samples * c.seq_len
     return Plan(
         costs=costs,
         target=target,
@@ -120,8 +121,9 @@ def check(cfg: RunConfig) -> Plan:
         - backward
         + len(c.evaluate) * e.num_samples * e.seq_len * evaluations
         + points * development
+        + learning * (cfg.sparsity.loss == "kl")
         + 3 * check_tokens(cfg),
-        forward_backward_tokens=backward + cfg.learns * cfg.sparsity.epochs * len(c.learn) * c.num_samples * c.seq_len,
+        forward_backward_tokens=backward + learning,
         uniform=keep_masks(
             costs,
             *([(torch.arange(n) + 0.5) / n for n in sizes] for sizes in (costs.neurons, costs.groups)),

@@ -127,7 +127,7 @@ def load_run(path: Path | str) -> PruningResult:
     thresholds = None
     if cfg.gprune:
         flat = tensors("thresholds")
-        depth = range(len(flat) // 2)
+        depth = range(sum(name.startswith("ffn.") for name in flat))
         thresholds = tuple([flat[f"{kind}.{b}"] for b in depth] for kind in ("ffn", "attention"))
     model = tokenizer = None
     if (folder / "model").is_dir():

@@ -280,6 +280,8 @@ def learn_sparsity(
     taken_up = read_tensors(run.folder / "thresholds.safetensors") is not None
     tensors = run.folder.tensors("thresholds", compute)
     thresholds = tuple([tensors[f"{kind}.{b}"] for b in range(len(ranks.ffn))] for kind in ("ffn", "attention"))
+    if "offsets.0" in tensors:
+        ranks = ranks.moved([tensors[f"offsets.{b}"] for b in range(len(ranks.ffn))])
     masks = masks_from_thresholds(ranks, thresholds, costs, target=target, width_multiple=s.width_multiple)
     if taken_up or not cfg.learns:  # else the ModuleReport of the fit has done it
         log_modules(run.loggers, modules.rows(), masks, modules.labels)
@@ -313,7 +315,7 @@ def fit_thresholds(
     s = cfg.sparsity
     stage = ThresholdLearning(
         model, ranks, start_thresholds(base, ranks), costs,
-        target=target, width_multiple=s.width_multiple, learning_rate=s.learning_rate,
+        target=target, width_multiple=s.width_multiple, learning_rate=s.learning_rate, learn=s.learn, loss=s.loss,
     )  # fmt: skip
     multiple = s.width_multiple
     budgets = {
@@ -325,8 +327,9 @@ def fit_thresholds(
     data = CorpusDataModule(
         train=[text.train[c] for c in cfg.corpora.learn], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
     )
+    numbers = sum(p.numel() for p in stage.parameters() if p.requires_grad)
     trainer = run.trainer(
-        f"Learning {sum(ranks.modules)} thresholds",
+        f"Learning {numbers} thresholds" if s.learn == "thresholds" else f"Learning {numbers} numbers",
         max_epochs=s.epochs, log_every_n_steps=1, callbacks=[ApplyMasks(), curve, report],
     )  # fmt: skip
     trainer.fit(stage, data)
@@ -337,4 +340,5 @@ def fit_thresholds(
             "development_perplexity_by_sparsity": {f"{k:g}": v for k, v in sorted(curve.by_sparsity.items())},
         }
     )
-    return named_thresholds(stage.thresholds)
+    offsets = {f"offsets.{b}": o.detach().cpu() for b, o in enumerate(stage.offsets or ())}
+    return named_thresholds(stage.thresholds) | offsets

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gprune.losses import CHUNK, frozen_head_cross_entropy, iter_logits, next_token_loss
+from gprune.losses import CHUNK, final_hidden, frozen_head_cross_entropy, iter_logits, next_token_loss
 from gprune.masks import gated
 from tests.conftest import make_tiny_llama
 
@@ -127,3 +127,30 @@ def test_bfloat16_models_have_a_float32_loss(token_batch):
     with gated(make_tiny_llama(), random_gates(torch.float32)):
         assert float(loss) == pytest.approx(float(next_token_loss(make_tiny_llama(), token_batch)), rel=0.2)
     assert all(g.grad.dtype == torch.float32 and bool(torch.isfinite(g.grad).all()) for g in gates)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_divergence_from_a_teacher_and_its_gradient_equal_autograd_through_all_logits(dtype, tokens):
+    model = make_tiny_llama().to(dtype)
+    with torch.no_grad():
+        teacher = final_hidden(model, tokens)
+        log_q = model(tokens).logits[:, :-1].double().log_softmax(-1)
+
+    def reference() -> torch.Tensor:
+        log_p = model(tokens).logits[:, :-1].double().log_softmax(-1)
+        return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+
+    def gradient(loss_of) -> tuple[float, torch.Tensor]:
+        gates = random_gates(dtype)
+        with gated(model, gates):
+            loss = loss_of()
+            loss.backward()
+        return float(loss.detach()), torch.cat([g.grad for g in gates])
+
+    mine, by_gate = gradient(lambda: next_token_loss(model, tokens, teacher=teacher))
+    theirs, expected = gradient(reference)
+    assert theirs > 1e-3
+    assert mine == pytest.approx(theirs, rel=1e-4)
+    assert (by_gate - expected).abs().max() <= (1e-5 if dtype == torch.float64 else 1e-3) * expected.abs().max()
+    with torch.no_grad():  # nothing diverges from itself
+        assert abs(float(next_token_loss(model, tokens, teacher=teacher))) < 1e-6

@@ -267,6 +267,9 @@ SWITCHES = {
     "least_squares": "--recovery=least_squares",
     "width_multiple": "--sparsity.width_multiple=4",
     "uniform_width": "--sparsity.uniform_width=true",
+    "offsets": "--sparsity.learn=offsets",
+    "offsets_and_thresholds": "--sparsity.learn=both",
+    "kl": "--sparsity.loss=kl",
     "odd_target": "--sparsity.target=0.333",
     "noise_subtracted": "--partition.subtract_noise=true",
 }
@@ -369,6 +372,13 @@ def test_attention_in_scope_removes_groups_in_the_base_too(switched):
 
 def test_width_multiple_is_met(switched):
     assert all(int(m.sum()) % 4 == 0 for m in switched("width_multiple").masks.ffn)
+
+
+def test_offsets_are_taken_up_like_thresholds(switched, world):
+    """The same command again finds what was learned, and its masks."""
+    result = switched("offsets_and_thresholds")
+    again = world.run(result.path.parent, SWITCHES["offsets_and_thresholds"], name="offsets_and_thresholds")
+    assert again.masks == result.masks != switched("kl").masks
 
 
 def test_uniform_width_is_a_stock_model(switched):

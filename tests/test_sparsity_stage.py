@@ -124,15 +124,16 @@ def test_a_common_shift_of_all_thresholds_changes_no_mask(seed, attention, shift
 
 
 def make_stage(
-    model, *, sparsity: float = 0.5, scope: str = "ffn", seed: int = 0, width_multiple: int = 1, lr: float = 0.1
-) -> ThresholdLearning:
-    costs = unit_costs(blocks_of(model), scope=scope)
+    model, *, sparsity: float = 0.5, scope: str = "ffn", seed: int = 0, width_multiple: int = 1, lr: float = 0.1,
+    uniform: bool = False, **options,
+) -> ThresholdLearning:  # fmt: skip
+    costs = unit_costs(blocks_of(model), scope=scope, uniform=uniform)
     scores, group_scores, ranks = random_problem([48] * 3, [2] * 3, seed)
     target = check_budget(costs, sparsity, width_multiple=width_multiple)
     base = base_masks(costs, scores, group_scores, target, width_multiple)
     return ThresholdLearning(
         model, ranks, start_thresholds(base, ranks), costs,
-        target=target, width_multiple=width_multiple, learning_rate=lr,
+        target=target, width_multiple=width_multiple, learning_rate=lr, **options,
     )  # fmt: skip
 
 
@@ -200,6 +201,68 @@ def test_a_fit(scope, width_multiple, tiny_model):
     names = set(stage.state_dict())
     assert names == {f"{kind}_thresholds.{b}" for kind in ("ffn", "attention") for b in range(3)}
     assert sum(t.numel() for t in stage.state_dict().values()) == 3 * (K + 1)
+
+
+@pytest.mark.parametrize("learn", ["offsets", "both"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+def test_a_fit_of_every_neurons_own_gate(loss, learn, tiny_model):
+    tokens = sampled_tokens(tiny_model)
+    stage, plain = make_stage(tiny_model, learn=learn, loss=loss), make_stage(tiny_model)
+    first = stage.masks()
+    assert first == plain.masks()  # offsets start at nothing
+    before = [t.detach().clone() for t in stage.ffn_thresholds]
+    trainer_of(ApplyMasks(), epochs=6).fit(stage, data_of(tokens))
+    assert torch.cat(stage.offsets).std() > 0.05
+    shifts = torch.cat([a.detach() - b for a, b in zip(stage.ffn_thresholds, before, strict=True)])
+    if learn == "offsets":  # thresholds follow the cut, all alike, and learn nothing
+        torch.testing.assert_close(shifts, shifts[:1].expand_as(shifts), atol=1e-5, rtol=0)
+    else:
+        assert shifts.std() > 0.05
+    masks = stage.masks()
+    assert 0 <= stage.costs.removed(masks) - stage.target < stage.costs.neuron[0]
+    assert pruned_loss(tiny_model, masks, tokens) < pruned_loss(tiny_model, first, tokens)
+    # neurons change places inside their modules, which thresholds alone cannot do
+    crossed = [
+        bool(p[~m & (y == k)].max() > p[m & (y == k)].min())
+        for p, m, y in zip(stage.ranks.ffn, masks.ffn, stage.ranks.labels, strict=True)
+        for k in range(K)
+        if (m & (y == k)).any() and (~m & (y == k)).any()
+    ]
+    assert any(crossed)
+    # what is kept for resuming gives the masks again
+    again = masks_from_thresholds(
+        stage.ranks.moved([o.detach() for o in stage.offsets]), stage.thresholds, stage.costs, target=stage.target
+    )
+    assert again == masks
+
+
+def test_the_divergence_from_the_dense_model_is_what_is_learned_from(tiny_model):
+    """The logged loss of the first step is KL(dense || pruned), from logits of stock transformers in float64."""
+    tokens = sampled_tokens(tiny_model, windows=4)
+    stage = make_stage(tiny_model, loss="kl", lr=1e-9)
+    trainer = trainer_of(ApplyMasks())
+    trainer.fit(stage, data_of(tokens))
+    with torch.no_grad():
+        dense = tiny_model(tokens).logits[:, :-1].double().log_softmax(-1)
+        with masked(tiny_model, stage.masks()):
+            pruned = tiny_model(tokens).logits[:, :-1].double().log_softmax(-1)
+    expected = (dense.exp() * (dense - pruned)).sum(-1).mean()
+    assert float(expected) > 1e-3
+    assert float(trainer.callback_metrics["learn/loss"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_equal_widths_stay_equal_while_learning(tiny_model):
+    tokens = sampled_tokens(tiny_model)
+    stage = make_stage(tiny_model, uniform=True)
+    first = stage.masks()
+    trainer_of(ApplyMasks(), epochs=4).fit(stage, data_of(tokens))
+    masks = stage.masks()
+    assert masks != first
+    assert {int(m.sum()) for m in masks.ffn} == {int(first.ffn[0].sum())}
+    for t, p, y, m in zip(stage.ffn_thresholds, stage.ranks.ffn, stage.ranks.labels, masks.ffn, strict=True):
+        # every block is cut at margin 0, where its soft gates are steepest
+        removed = (torch.logit(p) - t.detach()[y].double())[~m].max()
+        assert abs(float(removed)) < 1e-5
 
 
 def test_same_seed_same_bits(tiny_model):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gprune.losses import next_token_loss
+from gprune.losses import final_hidden, next_token_loss
 from gprune.masks import Masks, UnitCosts, cut_margin, keep_masks, margins, soft_gate, straight_through
 from gprune.stages.base import FrozenLMStage, require_finite
 
@@ -27,6 +28,11 @@ class ModuleRanks:
     @property
     def modules(self) -> list[int]:
         return [int(y.max()) + 1 for y in self.labels]
+
+    def moved(self, offsets: list[Tensor]) -> ModuleRanks:
+        """Every neuron's rank moved by its offset, (N,) in logits: p_i' = sigmoid(logit p_i + o_i)."""
+        ffn = [torch.sigmoid(torch.logit(p) + o.cpu()) for p, o in zip(self.ffn, offsets, strict=True)]
+        return replace(self, ffn=ffn)
 
 
 def start_thresholds(masks: Masks, ranks: ModuleRanks) -> tuple[list[Tensor], list[Tensor]]:
@@ -67,6 +73,11 @@ def masks_from_thresholds(
 class ThresholdLearning(FrozenLMStage):
     """Learns t, one threshold per module (and one per block for its KV groups, when they are in scope).
 
+    With `learn="offsets"` it learns o, one number per neuron that moves its rank, p_i' = sigmoid(logit p_i + o_i), in
+    place of t: a free gate for every neuron, as in GRASPrune (arXiv 2604.19398), warm-started from the margins. With
+    `both` it learns both. With `loss="kl"` the cross-entropy below gives way to KL(dense || pruned), at the price of
+    one more forward pass per step.
+
     Loss: L(t) = mean over windows of the next-token cross-entropy, in nats per token, of the frozen model whose
     units are multiplied by g_i = h_i + s_i - stop(s_i), where
         h_i in {0, 1}  the hard keep mask that meets the budget (`masks.keep_masks` on logit p_i - t_m),
@@ -88,28 +99,46 @@ class ThresholdLearning(FrozenLMStage):
         target: int,
         width_multiple: int = 1,
         learning_rate: float = 0.1,
+        learn: Literal["thresholds", "offsets", "both"] = "thresholds",
+        loss: Literal["cross_entropy", "kl"] = "cross_entropy",
     ):
         super().__init__(model)
+        self.loss = loss
         self.ranks, self.costs, self.target, self.width_multiple = ranks, costs, target, width_multiple
         self.learning_rate = learning_rate
         ffn, attention = start
-        self.ffn_thresholds = nn.ParameterList(nn.Parameter(t.float()) for t in ffn)
+        thresholds_move = learn != "offsets"
+        self.ffn_thresholds = nn.ParameterList(nn.Parameter(t.float(), requires_grad=thresholds_move) for t in ffn)
+        self.ffn_offsets = nn.ParameterList(
+            nn.Parameter(torch.zeros(len(p))) for p in (ranks.ffn if learn != "thresholds" else ())
+        )
         # In scope or not, the thresholds exist; only in scope are they learned.
         self.attention_thresholds = nn.ParameterList(
             nn.Parameter(t.float(), requires_grad=costs.attention) for t in attention
         )
-        self.ffn_gates: list[Tensor] = []
-        self.attention_gates: list[Tensor] | None = [] if costs.attention else None
+        self.ffn_gates: list[Tensor | None] = []
+        self.attention_gates: list[Tensor | None] | None = [] if costs.attention else None
         self.refresh_gates()
 
     @property
     def thresholds(self) -> tuple[list[Tensor], list[Tensor]]:
         return list(self.ffn_thresholds), list(self.attention_thresholds)
 
+    @property
+    def offsets(self) -> list[Tensor] | None:
+        """(N,) per block, or None where none are learned."""
+        return list(self.ffn_offsets) or None
+
+    @property
+    def moved_ranks(self) -> ModuleRanks:
+        """The ranks after offsets, differentiable in them."""
+        return self.ranks if self.offsets is None else self.ranks.moved(self.offsets)
+
+    @torch.no_grad()
     def masks(self, *, target: int | None = None) -> Masks:
         """The hard masks of the current thresholds, for this stage's budget or another one."""
         return masks_from_thresholds(
-            self.ranks,
+            self.moved_ranks,
             self.thresholds,
             self.costs,
             target=self.target if target is None else target,
@@ -121,7 +150,7 @@ class ThresholdLearning(FrozenLMStage):
         hard = self.masks()
         self.ffn_gates[:] = [
             self._gate(h, p, t, y)
-            for h, p, t, y in zip(hard.ffn, self.ranks.ffn, self.ffn_thresholds, self.ranks.labels, strict=True)
+            for h, p, t, y in zip(hard.ffn, self.moved_ranks.ffn, self.ffn_thresholds, self.ranks.labels, strict=True)
         ]
         if self.attention_gates is not None:
             self.attention_gates[:] = [
@@ -139,15 +168,23 @@ class ThresholdLearning(FrozenLMStage):
         return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=self.learning_rate)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        teacher = self._dense_hidden(batch["input_ids"]) if self.loss == "kl" else None
         self.refresh_gates()  # a fresh graph: the one of the last step has been used
         # Weighted so that the mean over processes is the mean over the global batch, whatever each one's share.
         total = self.trainer.strategy.reduce(batch["weight"].sum(), reduce_op="sum")
         weight = batch["weight"] * self.trainer.world_size / total
-        loss = next_token_loss(self.lm, batch["input_ids"], weight)
+        loss = next_token_loss(self.lm, batch["input_ids"], weight, teacher=teacher)
         value = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
         require_finite(float(value), "The loss of threshold learning")
         self.log("learn/loss", value, prog_bar=True)
         return loss
+
+    @torch.no_grad()
+    def _dense_hidden(self, input_ids: Tensor) -> Tensor:
+        """Final hidden states of the dense model: the gates that a context has put on it let everything through."""
+        for gates in (self.ffn_gates, self.attention_gates or []):
+            gates[:] = [None] * len(gates)
+        return final_hidden(self.lm, input_ids)
 
     def optimizer_step(self, *args: object, **kwargs: object) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -159,7 +196,7 @@ class ThresholdLearning(FrozenLMStage):
 
         Where all blocks are to be equally wide, each has a cut of its own, and its thresholds move by themselves.
         """
-        pairs = zip(self.ranks.ffn, self.ffn_thresholds, self.ranks.labels, strict=True)
+        pairs = zip(self.moved_ranks.ffn, self.ffn_thresholds, self.ranks.labels, strict=True)
         found = [margins(p, t.cpu(), y) for p, t, y in pairs]
         shift = cut_margin(hard, found)
         for b, (t, u) in enumerate(zip(self.ffn_thresholds, self.attention_thresholds, strict=True)):
