@@ -46,6 +46,8 @@ BASELINES = {
     "wanda_sp, same cost (376 windows)": ["--corpora.num_samples=376"],
     "wanda_sp, global": ["--sparsity.allocation=global"],
     "wanda_sp, owl": ["--sparsity.allocation=owl"],
+    "wanda_sp, least squares": ["--recovery=least_squares"],
+    "obs, least squares": ["--importance=obs", "--recovery=least_squares"],
     "depth (ShortGPT)": ["--sparsity.allocation=depth"],
     "wifv, global": ["--importance=wifv", "--sparsity.allocation=global"],
     "wifv, global, bias (FLAP, FFN only)": [
@@ -259,7 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m experiments.metrics"
     )
-    parser.add_argument("--metrics", nargs="+", default=METRICS, help="default: all")
+    parser.add_argument("--metrics", nargs="*", default=METRICS, help="default: all")
     parser.add_argument("--sparsities", nargs="+", type=float, default=(0.5, 0.2, 0.3), help="all metrics at the first")
     parser.add_argument("--baselines", nargs="*", default=tuple(BASELINES), choices=tuple(BASELINES), metavar="NAME")
     parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
@@ -283,4 +285,5 @@ if __name__ == "__main__":
     try:
         main()
     except gprune.UserError as error:
-        sys.exit(f"experiments.metrics: {error}")
+        sys.stderr.write(f"experiments.metrics: {error}\n")
+        sys.exit(2)

@@ -1,10 +1,11 @@
-"""Which activation-free metric should unreliable modules switch to? In the standard protocol, on text never reported.
+"""What should unreliable modules switch to? In the standard protocol, on text never reported.
 
     GPRUNE_DATA_DIR=mirrors python -m experiments.switch             # a few minutes; prints Markdown
 
 1. Order inside modules: Kendall tau, weighted by pairs, between each activation-free metric and the importance that
    `wanda_sp` and `taylor` give on text that nothing else here reads, over all modules and over the switched ones.
-   `random` is the zero; the scoring corpus' own `wanda_sp` is what the switch gives up.
+   `random` is the zero; the scoring corpus' own `wanda_sp` is what the switch gives up. `consensus`, the mean rank
+   over the drift corpora, is no activation-free metric: it averages the distributions where the others ignore them.
 2. Perplexity over dense, geometric means, of masks at 50 % of the FFN under the base metric's allocation: with the
    switched modules, and with all modules, ranked by the metric.
 """
@@ -87,6 +88,7 @@ def compare(cfg, run, plan, model, tokenizer, text):
         for corpus, s in judged.items()
     }
     fallback = {name: score_units(name, blocks, source, attention=False).ffn for name in free}
+    fallback["consensus"] = [d.ranks.mean(0) for d in drift]
 
     order = [
         ["rank inside modules by", *(f"{n}, {which}" for n in ("wanda_sp", "taylor") for which in ("all", "switched"))]

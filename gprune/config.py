@@ -20,6 +20,7 @@ from gprune.masks import SCOPES
 from gprune.recovery import NEEDS_GRAM, RECOVERY
 from gprune.statistics import EXTRAS
 
+CONSENSUS = "consensus"
 PartitionMethod = Literal["refined", "initial", "random", "drift_only"]
 
 
@@ -133,7 +134,8 @@ class ReliabilityConfig:
     switch: bool = True
     """Let sensitive, weakly activated modules switch. False: every module keeps the base metric."""
     metric: str = "magnitude"
-    """Activation-free metric to switch to."""
+    """What to switch to: an activation-free metric, or consensus: the base metric's mean rank over the drift
+    corpora."""
     sensitivity_quantile: float = 0.75
     """Modules above this quantile of standardised sensitivity count as sensitive."""
     score_quantile: float = 0.5
@@ -144,10 +146,11 @@ class ReliabilityConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise UserError(f"--reliability.{name}: expected a quantile in [0, 1], got {value}.")
-        if not IMPORTANCE[self.metric].activation_free:
+        if self.metric != CONSENSUS and not IMPORTANCE[self.metric].activation_free:
             free = [name for name in IMPORTANCE if IMPORTANCE[name].activation_free]
             raise UserError(
-                f"--reliability.metric: expected an activation-free metric ({', '.join(free)}), got '{self.metric}'."
+                f"--reliability.metric: expected an activation-free metric ({', '.join(free)}) or {CONSENSUS}, "
+                f"got '{self.metric}'."
             )
 
 
@@ -354,6 +357,7 @@ class RunConfig:
         gram = frozenset({"gram"} if self.recovery in NEEDS_GRAM else ())
         # gprune also scores by what stands in for drift and by what modules switch to
         names = [self.importance, *([IMPORTANCE[self.importance].drift, self.reliability.metric] * self.gprune)]
+        names = [name for name in names if name != CONSENSUS]
         return gram.union(*(IMPORTANCE[name].needs for name in names))
 
     @property

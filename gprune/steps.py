@@ -17,7 +17,7 @@ from gprune.architectures import Block
 from gprune.artifacts import key_of, read_tensors, write_tensors
 from gprune.assets import cache_dir
 from gprune.callbacks import ApplyMasks, ModuleReport, PerplexityCurve, log_modules
-from gprune.config import RunConfig
+from gprune.config import CONSENSUS, RunConfig
 from gprune.data import CorpusDataModule
 from gprune.drift import (
     above_noise,
@@ -219,7 +219,9 @@ def rank_inside_modules(
     drift: list[Drift],
     labels: list[Tensor],
 ) -> tuple[Modules, ModuleRanks]:
-    """Step 6: which modules switch to the activation-free metric, and every unit's rank inside its module."""
+    """Step 6: which modules switch to the activation-free metric (or to the consensus of the drift corpora), and
+    every unit's rank inside its module.
+    """
     r = cfg.reliability
     block_ranks = [fractional_ranks(s) for s in scores.ffn]
     switch = r.switch and len(cfg.corpora.drift) > 1
@@ -229,11 +231,15 @@ def rank_inside_modules(
         [torch.zeros_like(d.floor) if cfg.partition.subtract_noise else d.floor for d in drift],
         sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=switch,
     )  # fmt: skip
-    fallback = score_units(r.metric, blocks, statistics[cfg.corpora.score], seed=cfg.run.seed, attention=False)
+    if r.metric == CONSENSUS:
+        fallback = [d.ranks.mean(0) for d in drift]
+    else:
+        source = statistics[cfg.corpora.score]
+        fallback = score_units(r.metric, blocks, source, seed=cfg.run.seed, attention=False).ffn
     ranks = ModuleRanks(
         ffn=[
             within_module_ranks(s, f, y, record.switched)
-            for s, f, y, record in zip(scores.ffn, fallback.ffn, labels, reliability, strict=True)
+            for s, f, y, record in zip(scores.ffn, fallback, labels, reliability, strict=True)
         ],
         labels=labels,
         attention=[fractional_ranks(s) for s in scores.attention],

@@ -271,6 +271,7 @@ SWITCHES = {
     "offsets_and_thresholds": "--sparsity.learn=both",
     "kl": "--sparsity.loss=kl",
     "odd_target": "--sparsity.target=0.333",
+    "consensus": "--reliability.metric=consensus",
     "noise_subtracted": "--partition.subtract_noise=true",
 }
 
@@ -605,3 +606,17 @@ def test_the_same_command_line_table_is_printed(finished, world, capsys):
     assert "gprune" in out
     assert "Removed 50.00% of ffn" in out
     assert str(finished.path / "model") in out
+
+
+def test_switched_modules_may_rank_by_the_consensus_of_the_drift_corpora(world, tmp_path, quick):
+    """With every module switched and the same fraction kept of each, the mean rank over corpora decides."""
+    everywhere = ["--reliability.sensitivity_quantile=0", "--reliability.score_quantile=1"]
+    result = world.run(tmp_path, "--reliability.metric=consensus", "--sparsity.allocation=equal", *everywhere)
+    assert result.modules.reliability[0].switched.any()
+    for drift, labels, record, mask in zip(
+        result.modules.drift, result.modules.labels, result.modules.reliability, result.masks.ffn, strict=True
+    ):
+        consensus = drift.ranks.mean(0)
+        for k in record.switched.nonzero()[:, 0].tolist():
+            kept, gone = consensus[mask & (labels == k)], consensus[~mask & (labels == k)]
+            assert len(kept) == 0 or len(gone) == 0 or kept.min() >= gone.max()
