@@ -1,0 +1,474 @@
+"""A pruned Llama as one GGUF file, which llama.cpp and what is built on it run.
+
+Blocks of different widths are architecture `deci`: its graph is that of `llama`, with sizes per layer. The loader of
+`llama` takes the first layer's sizes for all. A model whose blocks are equal is architecture `llama`, which older
+programs know too. Nothing here converts a checkpoint: tensors come from the model in memory, block by block.
+
+`check_gguf` has a llama.cpp build compute what was written, in a process of its own, and compares log-probabilities
+and tokens with the model and its tokenizer. It is the only proof that counts: a wrong order of rows or a missing key
+gives a file that loads and talks nonsense.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
+from gguf.quants import quantize
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gprune.architectures import blocks_of
+from gprune.errors import UserError
+from gprune.export.hf import EXPORTABLE
+
+log = logging.getLogger("gprune")
+
+FILE_TYPES = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+Q8_BLOCK = 32
+
+# How a byte-level BPE cuts text into words, by llama.cpp's name for it (`tokenizer.ggml.pre`).
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+WORDS = {
+    ("bytes of words",): "gpt-2",
+    ("digits", "bytes of words"): "smollm",
+    (LLAMA3_WORDS, "bytes"): "llama-bpe",
+}
+# transformers drops the digits when it makes SmolLM2's tokenizer from a GGUF file; recognised by its vocabulary.
+SMOLLM2 = "4c00ae5b1c191a9e"
+
+# Text with what tokenizers differ in: digits, blanks, other scripts, code, contractions.
+CHECK_TEXT = """\
+The lighthouse at the end of the harbour was built in 1872, and for almost ninety years somebody climbed its 147
+steps every evening to light the lamp. When the keeper retired, the town didn't look for another one: an electric
+motor turned the lens, and a clock switched it on. People said they'd miss the old man's stories more than his light.
+He told them to anyone who'd listen - about the storm of '09, the whale that followed a ferry, and the winter in which
+the sea froze   so hard that   children walked to the island.
+
+def mean(values: list[float]) -> float:
+\tif not values:
+\t\treturn 0.0
+    total = sum(v ** 2 for v in values)  # 3.14159 and 1,000,000
+    return total / len(values)
+
+Prices rose by 12.5% (from $1,024 to $1,152) between 2019 and 2023;  100 of them fell.   7 did not change at all.
+Äpfel und Öl, naïve café, Привет мир, 漢字とかな, x² + y² = z², 🙂 done!!! See https://example.org/a_b?c=d&e=5 ...
+
+Water boils at a lower temperature on a mountain than it does at the shore, because the air above presses on it less.
+A cook who moves from the coast to the hills has to learn this again with every pot of beans. The same law lets an
+engineer boil sea water with little heat: she lowers the pressure, catches the steam, and what condenses is sweet
+enough to drink. In both cases nothing about the water itself has changed; what has changed is how hard it is for a
+molecule to leave the others behind.
+"""
+CHECK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far llama.cpp may be from the model: at least so much agreement, at most so much divergence."""
+
+    top1: float  # share of positions with the same most likely token
+    kl: float  # mean KL(model || file), nats per token
+    logprob: float = math.inf  # max |difference of log-probabilities|
+
+
+# SmolLM2-135M, dense and pruned, was seen at a mean KL of at most 5e-9 (f32), 7e-5 (f16) and 1e-2 (q8_0), with 1.0,
+# 0.99 and 0.92 of the first choices. With the rows of one k_proj of 30 in the wrong order: 0.2, and 0.75.
+LIMITS = {
+    "f32": Limits(top1=0.999, kl=1e-6, logprob=0.01),
+    "f16": Limits(top1=0.98, kl=1e-3),
+    "q8_0": Limits(top1=0.85, kl=5e-2),
+}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The model against the file, on the tokens of `CHECK_TEXT`."""
+
+    positions: int
+    perplexity: float
+    perplexity_of_file: float
+    top1: float
+    kl: float
+    logprob: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.positions} tokens: perplexity {self.perplexity:.4f}, in llama.cpp {self.perplexity_of_file:.4f}; "
+            f"max |difference of log-probabilities| {self.logprob:.1e}, KL {self.kl:.1e}, "
+            f"same first choice {self.top1:.4f}"
+        )
+
+
+def architecture(model: PreTrainedModel) -> str:
+    """`llama` where all blocks have the same shape, else `deci`."""
+    shapes = {(b.neurons, b.query.out_features, b.key.out_features) for b in blocks_of(model)}
+    return "llama" if len(shapes) == 1 else "deci"
+
+
+def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """GGUF names and tensors; matrices in PyTorch's (out, in), rows of q and k in llama.cpp's order."""
+    decoder = model.get_decoder()
+    yield "token_embd.weight", decoder.embed_tokens.weight
+    yield "output_norm.weight", decoder.norm.weight
+    if not model.config.tie_word_embeddings:
+        yield "output.weight", model.lm_head.weight
+    if (factors := rope_factors(model)) is not None:
+        yield "rope_freqs.weight", factors
+    for block in blocks_of(model):
+        here = f"blk.{block.index}"
+        yield f"{here}.attn_norm.weight", block.attention_norm.weight
+        yield f"{here}.ffn_norm.weight", block.ffn_norm.weight
+        for name, linear in (
+            ("attn_q", block.query),
+            ("attn_k", block.key),
+            ("attn_v", block.value),
+            ("attn_output", block.output),
+            ("ffn_gate", block.gate),
+            ("ffn_up", block.up),
+            ("ffn_down", block.down),
+        ):
+            for kind, parameter in linear.named_parameters():
+                rotated = name in ("attn_q", "attn_k")
+                yield f"{here}.{name}.{kind}", interleave(parameter, block.head_dim) if rotated else parameter
+
+
+def interleave(rows: Tensor, head_dim: int) -> Tensor:
+    """From rotary pairs (i, i + head_dim / 2), as transformers has them, to neighbours, as llama.cpp has them.
+
+    Args:
+        rows: (heads * head_dim, ...) weight or bias; heads are this block's, whose number the rows tell.
+    """
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def rope_factors(model: PreTrainedModel) -> Tensor | None:
+    """(head_dim / 2,) divisors of the plain rotary frequencies; None where they are plain.
+
+    Raises:
+        UserError: for a scaling that is more than other frequencies.
+    """
+    rope = model.config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"Export: GGUF takes rope_type default, linear or llama3 over the whole head; got {rope}.")
+    if kind == "default":
+        return None
+    actual = model.get_decoder().rotary_emb.inv_freq.double()
+    exponents = torch.arange(len(actual), dtype=torch.float64, device=actual.device) / len(actual)
+    return (rope["rope_theta"] ** -exponents / actual).float()
+
+
+def restored(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer as its model was trained with it: SmolLM2's cuts numbers into digits."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or _vocabulary_hash(json.loads(backend.to_str())["model"]) != SMOLLM2:
+        return tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return tokenizer
+
+
+def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, Any]:
+    """`tokenizer.*` of a byte-level BPE.
+
+    Args:
+        tokenizer: fast tokenizer.
+        size: rows of the embedding; rows beyond the vocabulary become unused tokens.
+
+    Raises:
+        UserError: for another kind of tokenizer, or a way of cutting words that llama.cpp has no name for.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {"type": "slow"}}
+    model, pre = content["model"], _words(content)
+    if pre is None:
+        raise UserError(
+            f"Export: GGUF takes a byte-level BPE tokenizer that cuts words as {', '.join(WORDS.values())} do; this "
+            f"one ({model['type']}) does otherwise. Export to hf instead, or convert with llama.cpp's own script."
+        )
+    tokens = {index: token for token, index in model["vocab"].items()}
+    types = dict.fromkeys(tokens, TokenType.NORMAL)
+    for added in content["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    if max(tokens) >= size:
+        raise UserError(f"Export: the tokenizer has token {max(tokens)}, but the model has {size} embeddings.")
+    special = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "unknown": tokenizer.unk_token_id,
+        "padding": tokenizer.pad_token_id,
+    }
+    bare, full = (tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
+    # llama.cpp wants to see merges; one that no text can ask for stands in for none.
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    keys = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [tokens.get(i, f"[PAD{i}]") for i in range(size)],
+        "tokenizer.ggml.token_type": [int(types.get(i, TokenType.UNUSED)) for i in range(size)],
+        "tokenizer.ggml.merges": merges or [f"{tokens[0]} {tokens[0]}"],
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.add_bos_token": len(full) > len(bare) and full[0] == special["bos"],
+        **{f"tokenizer.ggml.{name}_token_id": index for name, index in special.items() if index is not None},
+    }
+    if len(full) > len(bare) and full[-1] == special["eos"]:
+        keys["tokenizer.ggml.add_eos_token"] = True
+    if isinstance(tokenizer.chat_template, str):
+        keys["tokenizer.chat_template"] = tokenizer.chat_template
+    return keys
+
+
+def _words(content: dict[str, Any]) -> str | None:
+    """llama.cpp's name for how the tokenizer cuts words; None if it has none, or the tokenizer is of another kind."""
+    model, steps = content["model"], content.get("pre_tokenizer") or {}
+    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if model["type"] != "BPE" or model["byte_fallback"] or affixes or content["normalizer"]:
+        return None
+    if any(added["lstrip"] or added["rstrip"] or added["single_word"] for added in content["added_tokens"]):
+        return None
+    signature = []
+    for step in steps.get("pretokenizers", [steps]):
+        match step:
+            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}:
+                signature.append("bytes of words" if use_regex else "bytes")
+            case {"type": "Digits", "individual_digits": True}:
+                signature.append("digits")
+            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+                signature.append(pattern)
+            case _:
+                return None
+    name = WORDS.get(tuple(signature))
+    # Taking a whole word that is a token before any merge is bound to llama.cpp's name too.
+    return name if bool(model.get("ignore_merges")) == (name == "llama-bpe") else None
+
+
+def _vocabulary_hash(model: dict[str, Any]) -> str:
+    what = json.dumps([model.get("vocab"), model.get("merges")], sort_keys=True)
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
+    """`general.*` and the architecture's keys; sizes are one number for `llama`, one per layer for `deci`."""
+    config, blocks, arch = model.config, blocks_of(model), architecture(model)
+    sizes = {
+        "feed_forward_length": [b.neurons for b in blocks],
+        "attention.head_count": [b.query.out_features // b.head_dim for b in blocks],
+        "attention.head_count_kv": [b.kv_groups for b in blocks],
+    }
+    head_dim = blocks[0].head_dim
+    own = {
+        "block_count": len(blocks),
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        **{key: values if arch == "deci" else values[0] for key, values in sizes.items()},
+        # Without these llama.cpp divides the embedding length by the first layer's heads.
+        **dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), head_dim),
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "vocab_size": model.get_decoder().embed_tokens.num_embeddings,
+    }
+    general = {"general.type": "model", "general.name": name, "general.file_type": int(FILE_TYPES[type][1])}
+    if type == "q8_0":
+        general["general.quantization_version"] = 2
+    return general | {f"{arch}.{key}": value for key, value in own.items()}
+
+
+def check_expressible(model: PreTrainedModel) -> None:
+    """Refuse what llama.cpp's graphs of `llama` and `deci` compute differently."""
+    config = model.config
+    if config.model_type not in EXPORTABLE:
+        raise UserError(
+            f"Export: GGUF takes model_type {' or '.join(EXPORTABLE)}; llama.cpp has no graph with layers of different "
+            f"widths for '{config.model_type}'."
+        )
+    if config.hidden_act not in ("silu", "swish"):
+        raise UserError(f"Export: GGUF takes a Llama with hidden_act silu, got '{config.hidden_act}'.")
+    for block in blocks_of(model):
+        # llama.cpp takes a size of 0 for a layer without FFN or attention, and then skips more than that.
+        if not block.neurons or not block.kv_groups:
+            raise UserError(f"Export: GGUF takes no layer without FFN or attention, such as layer {block.index}.")
+
+
+@torch.no_grad()
+def write_gguf(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, type: str = "f16", name: str = "pruned"
+) -> list[str]:
+    """Write the file. Matrices in `type`, vectors in float32.
+
+    Args:
+        model: Llama, sliced or not.
+        tokenizer: fast byte-level BPE.
+        path: file to write; what is there is overwritten.
+        type: f32, f16 or q8_0.
+        name: `general.name`.
+
+    Returns:
+        Names of tensors whose rows q8_0 cannot divide into blocks of 32; they are float16.
+
+    Raises:
+        UserError: for a model or tokenizer that GGUF or llama.cpp has no words for, or weights beyond float16.
+    """
+    check_expressible(model)
+    keys = model_keys(model, name, type)
+    keys |= tokenizer_keys(tokenizer, model.get_decoder().embed_tokens.num_embeddings)
+    writer = GGUFWriter(path, architecture(model))
+    try:
+        for key, value in keys.items():
+            _add(writer, key, value)
+        chosen, odd = {}, []
+        for tensor_name, tensor in tensors(model):
+            chosen[tensor_name] = FILE_TYPES[type][0] if tensor.ndim == 2 else GGMLQuantizationType.F32
+            if chosen[tensor_name] == GGMLQuantizationType.Q8_0 and tensor.shape[-1] % Q8_BLOCK:
+                chosen[tensor_name] = GGMLQuantizationType.F16
+                odd.append(tensor_name)
+            data = _stored(torch.zeros(1, tensor.shape[-1]), chosen[tensor_name])
+            shape = (*tensor.shape[:-1], data.shape[-1])
+            writer.add_tensor_info(
+                tensor_name, shape, data.dtype, math.prod(shape) * data.itemsize, raw_dtype=chosen[tensor_name]
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor_name, tensor in tensors(model):  # one at a time: no second copy of the model in memory
+            data = _stored(tensor, chosen[tensor_name])
+            if data.dtype == np.float16 and not np.isfinite(data).all():
+                raise UserError(f"Export: '{tensor_name}' holds numbers beyond float16; choose --type f32.")
+            writer.write_tensor_data(data)
+    finally:
+        writer.close()
+    if odd:
+        log.info("q8_0 needs rows of a multiple of %d numbers; float16 instead: %s", Q8_BLOCK, _listed(odd))
+    return odd
+
+
+def _listed(names: list[str]) -> str:
+    """'ffn_down.weight of blocks 0, 1' for what may be one tensor of each of many blocks."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        *block, kind, suffix = name.split(".")
+        kinds.setdefault(f"{kind}.{suffix}", []).extend(block[1:])
+    return "; ".join(f"{kind} of blocks {', '.join(of)}" if of else kind for kind, of in kinds.items())
+
+
+def _stored(tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
+    with np.errstate(over="ignore"):  # found and named by the caller
+        return quantize(np.ascontiguousarray(tensor.detach().float().cpu().numpy()), kind)
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case list():
+            writer.add_array(key, value)
+
+
+@torch.no_grad()
+def check_gguf(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, type: str, build: str
+) -> Agreement:
+    """Compare what llama.cpp makes of the file with the model: tokens of text, and log-probabilities.
+
+    Args:
+        model: what was written.
+        tokenizer: what was written.
+        path: the file.
+        type: chooses the limits.
+        build: module of the llama.cpp build, see `gprune.export.LLAMA_CPP`.
+
+    Raises:
+        UserError: where they differ by more than `LIMITS[type]`, or the file does not load.
+    """
+    size = model.get_decoder().embed_tokens.num_embeddings
+    special = "".join(token for token in (tokenizer.bos_token, tokenizer.eos_token) if token)
+    texts = [CHECK_TEXT, f"{special}user\n{CHECK_TEXT[:80]}{special}"]
+    ids = tokenizer(CHECK_TEXT).input_ids[: min(CHECK_TOKENS, model.config.max_position_embeddings)]
+    logprobs, made = _in_llama_cpp(path, build, ids, texts, size)
+    for text, there in zip(texts, made, strict=True):
+        here = tokenizer(text).input_ids
+        if there is not None and there != (here if isinstance(there, list) else len(here)):
+            raise UserError("Export: llama.cpp cuts text into other tokens than the tokenizer does; please report it.")
+    logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, : len(logprobs)]
+    agreement = compare(logits.double().log_softmax(-1).cpu(), logprobs, torch.tensor(ids))
+    limits = LIMITS[type]
+    # written so that NaN fails
+    if not (agreement.top1 >= limits.top1 and agreement.kl <= limits.kl and agreement.logprob <= limits.logprob):
+        raise UserError(
+            f"Export: llama.cpp computes something else than the model, and the file was removed. On {agreement}; "
+            f"expected at least {limits.top1} and at most KL {limits.kl}, difference {limits.logprob}. "
+            + ("Please report it." if type == "f32" else "If --type f32 passes, the model does not bear this type.")
+        )
+    log.info("Checked with %s on %s", build, agreement)
+    return agreement
+
+
+def compare(expected: Tensor, got: Tensor, ids: Tensor) -> Agreement:
+    """Figures of two sequences of log-probabilities.
+
+    Args:
+        expected: (T, vocabulary) float64.
+        got: (T, vocabulary) float64.
+        ids: (T or more,) tokens they continue; the last one that is known is predicted at T - 2 or T - 1.
+    """
+    following = ids[1 : len(expected) + 1]
+    at = torch.arange(len(following))
+
+    def perplexity(logprobs: Tensor) -> float:
+        return float(logprobs[at, following].mean().neg().exp())
+
+    return Agreement(
+        positions=len(expected),
+        perplexity=perplexity(expected),
+        perplexity_of_file=perplexity(got),
+        top1=float((expected.argmax(-1) == got.argmax(-1)).double().mean()),
+        kl=float((expected.exp() * (expected - got)).sum(-1).mean()),
+        logprob=float((expected - got).abs().max()),
+    )
+
+
+def _in_llama_cpp(path: Path, build: str, ids: list[int], texts: list[str], size: int) -> tuple[Tensor, list]:
+    """Log-probabilities (positions, vocabulary), and for every text its tokens, or their number, or None."""
+    script = Path(__file__).with_name("llamacpp.py")
+    with tempfile.TemporaryDirectory(prefix="gprune-llamacpp-") as scratch:
+        request, answer, logprobs = (Path(scratch) / name for name in ("request.json", "answer.json", "logprobs.npy"))
+        settings = {"build": build, "model": str(path.absolute()), "ids": ids, "texts": texts, "vocabulary": size}
+        settings |= {"answer": str(answer), "logprobs": str(logprobs), "threads": torch.get_num_threads()}
+        request.write_text(json.dumps(settings), encoding="utf-8")
+        command = [sys.executable, "-P", str(script), str(request)]
+        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode != 0 or not answer.exists():
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+            said = next((line for line in lines if "GGML_ASSERT" in line or "error" in line), lines[-1])
+            raise UserError(f"Export: llama.cpp ({build}) does not run the file: {said}")
+        found = torch.from_numpy(np.load(logprobs)).double()
+        if found.shape[1] != size:
+            raise UserError(f"Export: llama.cpp sees {found.shape[1]} tokens in the file, expected {size}.")
+        return found, json.loads(answer.read_text(encoding="utf-8"))
