@@ -30,7 +30,7 @@ from gprune.evaluation.perplexity import generalisation_gap, geometric_mean, pai
 from gprune.losses import next_token_loss
 from gprune.masks import gated
 from gprune.preparation import check
-from gprune.report import by_stage, markdown
+from gprune.report import by_stage, markdown, row_name
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "records" / "metrics"
@@ -52,6 +52,11 @@ BASELINES = {
     "wifv, global": ["--importance=wifv", "--sparsity.allocation=global"],
     "wifv, global, bias (FLAP, FFN only)": [
         "--importance=wifv", "--sparsity.allocation=global", "--recovery=bias", "--corpora.recover=[wikitext2]",
+    ],
+    "gprune, consensus switch": ["--gprune=true", "--reliability.metric=consensus", "--evaluation.controls=[]"],
+    "gprune, consensus everywhere": [
+        "--gprune=true", "--reliability.metric=consensus", "--evaluation.controls=[]",
+        "--reliability.sensitivity_quantile=0", "--reliability.score_quantile=1",
     ],
     "FLAP": [
         "--importance=wifv", "--sparsity.allocation=global", "--recovery=bias", "--corpora.recover=[wikitext2]", *BOTH,
@@ -191,10 +196,10 @@ def rows_of(kept: dict[str, Any], reference: dict[str, list[float]] | None, seen
             f"{geometric_mean(v for c, v in values.items() if c in seen):.1f}",
             f"{geometric_mean(v for c, v in values.items() if c not in seen):.1f}",
             f"{generalisation_gap(values, dense, flags):.2f}",
-            _ratio(unseen, nll["base", recovery], tokens) if stage != "base" else "",
+            _ratio(unseen, nll["base", recovery], tokens) if stage != "base" and ("base", recovery) in nll else "",
             "" if reference is None or unseen == reference else _ratio(unseen, reference, tokens),
         ]
-        rows.append([kept["name"], {"base": "alone"}.get(stage, stage), *cells])
+        rows.append([kept["name"], row_name({"base": "alone"}.get(stage, stage), recovery), *cells])
     return rows
 
 
