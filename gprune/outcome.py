@@ -32,9 +32,9 @@ from gprune.surgery import count_parameters, prune, removed_parameters, widths
 
 log = logging.getLogger("gprune")
 # Masked against sliced logits, in standard deviations: sums of the same terms in another order. float32: the largest
-# difference. 16-bit types, which round at every step of every block, more so in a model that pruning has spoiled: the
-# root mean square. A wrong slice is off by a standard deviation or so.
-LOGIT_LIMIT = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.2}
+# difference. 16-bit types, which round at every step of every block: the root mean square. bfloat16 was seen at 0.02 to
+# 0.2 (most where pruning has spoiled the model; the same masks in float32: 1.5e-5); a wrong slice is off by 1 or so.
+LOGIT_LIMIT = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.5}
 
 
 @torch.no_grad()
