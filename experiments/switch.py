@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from experiments.evidence import batches
 from gprune import cli, steps
 from gprune.architectures import blocks_of
 from gprune.corpora import load_corpus
@@ -34,7 +35,7 @@ from gprune.stages.sparsity import ModuleRanks, masks_from_thresholds, start_thr
 from gprune.statistics import collect
 
 PROTOCOL = Path(__file__).parent / "protocol.yaml"
-JUDGES = ("technical", "multilingual")  # embedded; neither calibrates nor is reported anywhere
+JUDGES = ("code", "multilingual")  # embedded; neither calibrates nor is reported in any table
 
 
 def main() -> None:
@@ -76,12 +77,10 @@ def compare(cfg, run, plan, model, tokenizer, text):
             seq_len=cfg.corpora.seq_len, seed=seed, join=JOIN,
         )  # fmt: skip
 
-    n = cfg.corpora.batch_size
     judged = {}
     for corpus in JUDGES:
-        tokens = windows(corpus, "train", 16, 0).tokens.split(n)
-        batches = [{"input_ids": t, "index": torch.arange(len(t)) + i * n} for i, t in enumerate(tokens)]
-        judged[corpus] = collect(model, batches, saliency=("ffn",))
+        tokens = windows(corpus, "train", 16, 0).tokens
+        judged[corpus] = collect(model, batches(tokens, cfg.corpora.batch_size), saliency=("ffn",))
     truth = {
         (name, corpus): score_units(name, blocks, s, attention=False).ffn
         for name in ("wanda_sp", "taylor")

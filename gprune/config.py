@@ -356,9 +356,13 @@ class RunConfig:
         """What of `statistics.EXTRAS` the run reads."""
         gram = frozenset({"gram"} if self.recovery in NEEDS_GRAM else ())
         # gprune also scores by what stands in for drift and by what modules switch to
-        names = [self.importance, *([IMPORTANCE[self.importance].drift, self.reliability.metric] * self.gprune)]
-        names = [name for name in names if name != CONSENSUS]
-        return gram.union(*(IMPORTANCE[name].needs for name in names))
+        names = {self.importance, *([IMPORTANCE[self.importance].drift, self.reliability.metric] * self.gprune)}
+        return gram.union(*(IMPORTANCE[name].needs for name in names - {CONSENSUS}))
+
+    @property
+    def collects(self) -> frozenset[str]:
+        """What of `statistics.EXTRAS` a calibration pass of this run collects: what it reads, and for later runs."""
+        return self.needs | set(self.corpora.collect)
 
     @property
     def stages(self) -> list[tuple[str, str]]:

@@ -193,13 +193,13 @@ def magnitude(weights: UnitWeights, moments: Moments, generator: torch.Generator
     Scaling a row up and the column down by the same factor leaves the model, and this score, unchanged; a sum of
     norms would not survive that.
     """
-    return weights.output.norm(dim=0) * _product([rows.norm(dim=1) for rows in weights.inputs])
+    return weights.output.norm(dim=0) * math.prod([rows.norm(dim=1) for rows in weights.inputs])
 
 
 @metric("magnitude_l1", activation_free=True)
 def magnitude_l1(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
     """s_j = ||W_:j||_1 * prod over V_j of ||V_j||_1: `magnitude` with L1 norms."""
-    return weights.output.norm(p=1, dim=0) * _product([rows.norm(p=1, dim=1) for rows in weights.inputs])
+    return weights.output.norm(p=1, dim=0) * math.prod([rows.norm(p=1, dim=1) for rows in weights.inputs])
 
 
 @metric("magnitude_down", activation_free=True)
@@ -232,7 +232,7 @@ def _expected_square(weights: UnitWeights) -> Tensor:
     scale = 1.0 if weights.scale is None else weights.scale.double()
     rows = [r.double() * scale for r in weights.inputs]
     if weights.activation is None or len(rows) == 1:
-        return _product([r.square().sum(1) for r in rows])
+        return math.prod([r.square().sum(1) for r in rows])
     gate, up = rows
     v_a, v_b, c = gate.square().sum(1), up.square().sum(1), (gate * up).sum(1)
     slope = c / v_a.clamp_min(1e-300)
@@ -240,13 +240,6 @@ def _expected_square(weights: UnitWeights) -> Tensor:
     a = (2 * v_a).sqrt()[:, None] * nodes  # (C, nodes)
     given_a = (slope[:, None] * a).square() + (v_b - slope * c).clamp_min(0)[:, None]
     return (weights.activation(a).square() * given_a) @ mass / math.sqrt(math.pi)
-
-
-def _product(factors: Sequence[Tensor]) -> Tensor:
-    product = factors[0]
-    for factor in factors[1:]:
-        product = product * factor
-    return product
 
 
 @metric("random", activation_free=True)

@@ -164,6 +164,30 @@ def _take_until(keys: Tensor, cost: Tensor, target: int) -> Tensor:
     return taken
 
 
+def _keep_groups(
+    costs: UnitCosts, group_margins: Sequence[Tensor], keys: Tensor, cost: Tensor, target: int
+) -> list[Tensor]:
+    """Masks of KV groups: the common order of groups and of the neurons' steps (keys, cost) says which fall."""
+    attention = [torch.ones(n, dtype=torch.bool) for n in costs.groups]
+    orders = [m.detach().cpu().double().argsort(stable=True)[:-1] for m in group_margins]  # the best one stays
+    orders = [order[:0] if b in costs.protected else order for b, order in enumerate(orders)]
+    group_keys = torch.cat([m.detach().cpu().double()[o] for m, o in zip(group_margins, orders, strict=True)])
+    group_cost = torch.cat([torch.full((len(o),), c) for o, c in zip(orders, costs.group, strict=True)])
+    taken = _take_until(torch.cat([group_keys, keys]), torch.cat([group_cost, cost]), target)[: len(group_keys)]
+    # The common order may end on groups that overshoot by far more than a neuron: they stay, last ones first, as
+    # long as neurons can fill the gap.
+    fillable, gone = int(cost.sum()), int(group_cost[taken].sum())
+    for last in group_keys.argsort(stable=True).flip(0).tolist():
+        without = gone - int(group_cost[last])
+        if taken[last] and gone > target:
+            if target - without > fillable:
+                break
+            taken[last], gone = False, without
+    for mask, order, falls in zip(attention, orders, taken.split([len(o) for o in orders]), strict=True):
+        mask[order[falls]] = False
+    return attention
+
+
 def keep_masks(
     costs: UnitCosts,
     neuron_margins: Sequence[Tensor],
@@ -178,15 +202,15 @@ def keep_masks(
     fill the rest, so the overshoot is less than one neuron (one step of `width_multiple` neurons), and no group is
     removed only to land far beyond the target. Each block keeps `width_multiple` neurons and one KV group.
 
+    Protected blocks lose nothing. Where all blocks are to be equally wide, each keeps its own largest margins
+    (`equal_widths`), and the overshoot is less than one step in every block.
+
     Args:
         costs: parameters per unit.
         neuron_margins: per block (N,), any float dtype; smallest goes first.
         group_margins: per block (G,); needed when `costs.attention`.
         target: parameters to remove, from `check_budget`.
         width_multiple: widths end up on multiples of it.
-
-    Protected blocks lose nothing. Where all blocks are to be equally wide, each keeps its own largest margins
-    (`equal_widths`), and the overshoot is less than one step in every block.
 
     Returns:
         Masks that remove at least `target`, and less than one more step. Blocks that lose neurons end up on a
@@ -203,23 +227,8 @@ def keep_masks(
     attention = [torch.ones(n, dtype=torch.bool) for n in costs.groups]
     if costs.attention:
         assert group_margins is not None
-        orders = [m.detach().cpu().double().argsort(stable=True)[:-1] for m in group_margins]  # the best one stays
-        orders = [order[:0] if b in costs.protected else order for b, order in enumerate(orders)]
-        group_keys = torch.cat([m.detach().cpu().double()[o] for m, o in zip(group_margins, orders, strict=True)])
-        group_cost = torch.cat([torch.full((len(o),), c) for o, c in zip(orders, costs.group, strict=True)])
-        taken = _take_until(torch.cat([group_keys, keys]), torch.cat([group_cost, cost]), target)[: len(group_keys)]
-        # The common order may end on groups that overshoot by far more than a neuron: they stay, last ones first, as
-        # long as neurons can fill the gap.
-        fillable, gone = int(cost.sum()), int(group_cost[taken].sum())
-        for last in group_keys.argsort(stable=True).flip(0).tolist():
-            without = gone - int(group_cost[last])
-            if taken[last] and gone > target:
-                if target - without > fillable:
-                    break
-                taken[last], gone = False, without
-        for mask, order, falls in zip(attention, orders, taken.split([len(o) for o in orders]), strict=True):
-            mask[order[falls]] = False
-        target -= gone
+        attention = _keep_groups(costs, group_margins, keys, cost, target)
+        target -= sum(c * int((~m).sum()) for c, m in zip(costs.group, attention, strict=True))
     steps = _take_until(keys, cost, target).split([len(size) for _, size, _ in cut])
     ffn = []
     for (order, size, _), falls in zip(cut, steps, strict=True):

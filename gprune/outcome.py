@@ -21,7 +21,7 @@ from gprune.data import Windows
 from gprune.errors import UserError
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import PerplexityResult, generalisation_gap, geometric_mean, perplexity
-from gprune.export.hf import check_reload, save_pruned
+from gprune.export.hf import check_reload, save_pruned, stock_config
 from gprune.masks import Masks, UnitCosts, masked
 from gprune.preparation import JOIN, Text, check_tokens
 from gprune.recovery import recover_projection
@@ -120,7 +120,7 @@ def save_and_check(
                 f"expected at most {limit:.2e}, which is rounding. Please report this model."
             )
         if export:
-            card = report.model_card(cfg)
+            card = report.model_card(cfg, stock=stock_config(pruned) is not None)
             folder = save_pruned(pruned, tokenizer, run.folder / "model", model_card=card, overwrite=True)
             checks["sliced_minus_reloaded"] = check_reload(pruned, folder, ids)
         run.folder.update_manifest(logits=checks)

@@ -15,7 +15,7 @@ from gprune.config import RunConfig
 from gprune.corpora import load_corpus
 from gprune.data import Windows, make_windows
 from gprune.errors import UserError
-from gprune.export.hf import EXPORTABLE
+from gprune.export import EXPORTABLE
 from gprune.masks import Masks, UnitCosts, check_budget, keep_masks, unit_costs
 from gprune.surgery import count_parameters
 from gprune.trainer import check_trainer
@@ -44,7 +44,7 @@ class Plan:
         groups = [int(mask.sum()) for mask in self.uniform.attention]
         share = self.target / self.parameters
         backward = [f"{cfg.sparsity.epochs} epochs over {len(cfg.corpora.learn)} corpora"] * cfg.learns
-        backward += ["saliency in the calibration passes"] * ("saliency" in cfg.needs | set(cfg.corpora.collect))
+        backward += ["saliency in the calibration passes"] * ("saliency" in cfg.collects)
         uniform = f"{min(widths)} to {max(widths)} of {max(self.costs.neurons)} neurons per block if uniform"
         uniform += f", {min(groups)} to {max(groups)} KV groups" * self.costs.attention
         uniform += "; learned thresholds move them" * cfg.learns
@@ -101,11 +101,10 @@ def check(cfg: RunConfig) -> Plan:
     development = len(c.learn) * e.development_samples * c.seq_len
     points = (cfg.sparsity.epochs + 1) + 2 + len(e.curve) if cfg.learns else 0
     evaluations = 1 + len(cfg.stages)
-    kinds = cfg.needs | set(cfg.corpora.collect)
-    gram = sum(n * n for n in costs.neurons) if "gram" in kinds else 0
+    gram = sum(n * n for n in costs.neurons) if "gram" in cfg.collects else 0
     grams = (len(cfg.calibration) + 1) * gram
     calibration = len(cfg.calibration) * c.num_samples * c.seq_len
-    backward = calibration if "saliency" in kinds else 0
+    backward = calibration if "saliency" in cfg.collects else 0
     # gradients and their squares, for two halves of the corpus
     gradients = 4 * count_parameters(skeleton, cfg.sparsity.scope) if backward else 0
     weight_bytes = 4 if cfg.model.dtype == "float32" else 2

@@ -93,8 +93,19 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(rows[0]), rule, *(line(row) for row in rows[1:])])
 
 
-def model_card(cfg: RunConfig) -> str:
-    """README.md of the exported folder: what it is, how it was made, how to load it."""
+def model_card(cfg: RunConfig, *, stock: bool = False) -> str:
+    """README.md of the exported folder: what it is, how it was made, how to load it.
+
+    Args:
+        stock: whether the folder is a stock model, without code of its own.
+    """
+    trust = "" if stock else ", trust_remote_code=True"
+    code = (
+        "All blocks have the same shape: a stock Llama, which needs no code of its own."
+        if stock
+        else "`modeling_pruned_llama.py` is the code that is run: one short file. Where `gprune` is installed, "
+        "`import gprune`\nmakes `trust_remote_code` unnecessary."
+    )
     embedded = EMBEDDED_MODELS.get(cfg.model.name)
     licence = embedded.license if embedded else "that of the base model"
     recovery = "" if cfg.recovery == "none" else f", recovery `{cfg.recovery}`"
@@ -111,12 +122,11 @@ Base model: {model_label(cfg.model.name)}. Licence: {licence}.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})
 ```
 
-`modeling_pruned_llama.py` is the code that is run: one short file. Where `gprune` is installed, `import gprune`
-makes `trust_remote_code` unnecessary.
+{code}
 """
 
 

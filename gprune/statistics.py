@@ -98,6 +98,7 @@ class ChannelStatistics:
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> ChannelStatistics:
+        """What `tensors` gave."""
         halves = tuple(Moments(*(flat[f"{half}.{name}"] for name in SUMS)) for half in (0, 1))
         saliency = None
         if "saliency.0.first" in flat:
@@ -129,6 +130,7 @@ class CorpusStatistics:
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> CorpusStatistics:
+        """What `tensors` gave, in any order; extras may be left out."""
         nested: dict[tuple[str, int], dict[str, Tensor]] = {}
         for name, value in flat.items():
             if name != "turned":

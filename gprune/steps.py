@@ -80,7 +80,7 @@ def calibrate(cfg: RunConfig, run: Run, model: PreTrainedModel, text: Text) -> d
             found[corpus] = CorpusStatistics.from_tensors({name: t for part in parts for name, t in part.items()})
     missing = [corpus for corpus in cfg.calibration if corpus not in found]
     if missing:
-        kinds = ["moments", *sorted(cfg.needs | set(cfg.corpora.collect))]
+        kinds = ["moments", *sorted(cfg.collects)]
         with run.folder.step("calibrate"):
             saliency = scopes if "saliency" in kinds else ()
             stage = CalibrationStage(model, missing, gram="gram" in kinds, saliency=saliency)

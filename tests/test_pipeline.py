@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from contextlib import contextmanager
@@ -276,19 +277,22 @@ SWITCHES = {
 }
 
 
+def run_once(world, runs, flags_of):
+    """name -> the result of the run with the flags of that name, which is made when it is first asked for."""
+
+    @functools.cache
+    def run(name):
+        with pytest.MonkeyPatch.context() as patch:
+            tiny_run.reload_in_process(patch)
+            return world.run(runs, *flags_of(name), name=name)
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def switched(world, tmp_path_factory, cache):
     """The result of a switch, run once."""
-    runs, found = tmp_path_factory.mktemp("switched"), {}
-
-    def run(name):
-        if name not in found:
-            with pytest.MonkeyPatch.context() as patch:
-                tiny_run.reload_in_process(patch)
-                found[name] = world.run(runs, SWITCHES[name], name=name)
-        return found[name]
-
-    return run
+    return run_once(world, tmp_path_factory.mktemp("switched"), lambda name: [SWITCHES[name]])
 
 
 def check_budget(result, dense, slack=1):
@@ -390,6 +394,12 @@ def test_uniform_width_is_a_stock_model(switched):
     assert (config["model_type"], config["intermediate_size"]) == ("llama", 80)
     assert "auto_map" not in config
     assert not list((result.path / "model").glob("*.py"))
+    card = (result.path / "model" / "README.md").read_text()
+    assert "trust_remote_code" not in card
+    assert "modeling_" not in card
+    ordinary = (switched("kl").path / "model" / "README.md").read_text()
+    assert ordinary.count("trust_remote_code=True") == 2
+    assert "modeling_pruned_llama.py" in ordinary
 
 
 @pytest.mark.parametrize("recovery", ["bias", "least_squares"])
@@ -428,16 +438,7 @@ PRESETS = {
 @pytest.fixture(scope="module")
 def preset(world, tmp_path_factory, cache):
     """The result of a preset, run once."""
-    runs, found = tmp_path_factory.mktemp("presets"), {}
-
-    def run(name):
-        if name not in found:
-            with pytest.MonkeyPatch.context() as patch:
-                tiny_run.reload_in_process(patch)
-                found[name] = world.run(runs, "--gprune=false", *PRESETS[name], name=name)
-        return found[name]
-
-    return run
+    return run_once(world, tmp_path_factory.mktemp("presets"), lambda name: ["--gprune=false", *PRESETS[name]])
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "ShortGPT"])

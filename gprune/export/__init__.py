@@ -19,9 +19,11 @@ import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gprune.errors import UserError
 from gprune.registry import Registry
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+EXPORTABLE = ("llama", "pruned_llama")  # by model_type
 TYPES = ("f32", "f16", "q8_0")
 # Ready-built llama.cpp on the package index, best first: the module that is imported, and what pip calls it.
 LLAMA_CPP = {"llama_cpp_py_sync": "llama-cpp-py-sync", "xllamacpp": "xllamacpp"}
@@ -167,21 +170,20 @@ class Job:
     format: Format
     output: Path
 
-    FAMILIES: ClassVar = ("llama", "pruned_llama")
-
     @classmethod
     def of(
         cls, run_or_folder: str | Path, to: str, output: str | Path | None, *, overwrite: bool, **options: Any
     ) -> Job:
+        """The job for these arguments, as `export` takes them; a UserError for any that cannot be."""
         made = EXPORTS[to]
         for name in options:
             if name not in {field.name for field in fields(made)}:
                 raise UserError(f"Export: format '{to}' has no option --{name}.")
         source = find(run_or_folder)
         family = _json(source.folder / "config.json").get("model_type")
-        if family not in cls.FAMILIES:
+        if family not in EXPORTABLE:
             raise UserError(
-                f"Export: expected model_type {' or '.join(cls.FAMILIES)} in '{source.folder}', got '{family}'."
+                f"Export: expected model_type {' or '.join(EXPORTABLE)} in '{source.folder}', got '{family}'."
             )
         chosen = made(**options)
         path = (chosen.default(source) if output is None else Path(output)).expanduser().absolute()
@@ -197,21 +199,32 @@ class Job:
 
     def run(self) -> Path:
         """Write under a temporary name, check, rename."""
-        output = self.output
-        new, old = (output.with_name(f".{output.name}.{os.getpid()}.{suffix}") for suffix in ("unchecked", "old"))
         try:
-            self.format.write(self.source, new)
-            if output.exists():
-                os.replace(output, old)
-            os.replace(new, output)
+            with swapping(self.output, mark=f"{os.getpid()}.unchecked") as new:
+                self.format.write(self.source, new)
         except OSError as error:
-            raise UserError(f"Export: cannot write '{output}': {error.strerror or error}.") from error
-        finally:
-            if old.exists() and not output.exists():
-                os.replace(old, output)
-            for path in (new, old):
-                _remove(path)
-        return output
+            raise UserError(f"Export: cannot write '{self.output}': {error.strerror or error}.") from error
+        return self.output
+
+
+@contextmanager
+def swapping(path: Path, *, mark: str) -> Iterator[Path]:
+    """Yield a hidden sibling to write, a file or a folder; it takes the place of `path` when the context ends well.
+
+    What stood there before stays until then, and comes back if the exchange itself fails. `mark` is part of the
+    sibling's name, and keeps those who write at once apart.
+    """
+    new, old = (path.with_name(f".{path.name}.{mark}{suffix}") for suffix in ("", ".old"))
+    try:
+        yield new
+        if path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        for left in (new, old):
+            _remove(left)
 
 
 def find(run_or_folder: str | Path) -> Source:

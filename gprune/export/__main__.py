@@ -18,6 +18,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line; what it knows of formats comes from `EXPORTS`."""
     formats = "\n".join(f"  {name:6}{(EXPORTS[name].__doc__ or '').splitlines()[0]}" for name in EXPORTS)
     made = Parser(
         "python -m gprune.export", description="Write a pruned model in another format.",

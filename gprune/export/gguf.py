@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.architectures import blocks_of
 from gprune.errors import UserError
-from gprune.export.hf import EXPORTABLE
+from gprune.export import EXPORTABLE
 
 log = logging.getLogger("gprune")
 

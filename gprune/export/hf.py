@@ -36,11 +36,11 @@ from transformers import (
 
 from gprune.architectures import blocks_of
 from gprune.errors import UserError
+from gprune.export import EXPORTABLE, swapping
 from gprune.export.modeling_pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM, PrunedLlamaModel
 
 log = logging.getLogger("gprune")
 
-EXPORTABLE = ("llama", "pruned_llama")
 # Set anew by the exported class, or of no meaning for it (a de-quantised GGUF still names its quantiser).
 NOT_CARRIED = {
     *("model_type", "architectures", "auto_map", "per_layer_config", "quantization_config"),
@@ -51,7 +51,7 @@ library_name: transformers
 pipeline_tag: text-generation
 tags: [pruned, gprune]
 ---
-A structurally pruned language model: its layers differ in width, see `per_layer_config` in config.json.
+A structurally pruned language model. Where its layers differ in width, config.json has a table `per_layer_config`.
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -175,24 +175,15 @@ def save_pruned(
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"Export: '{folder}' is no model folder (no config.json), so it is not overwritten.")
     exportable = to_exportable(model)
-    mark = uuid.uuid4().hex[:8]
-    new, old = (folder.with_name(f".{folder.name}.{mark}.{suffix}") for suffix in ("new", "old"))
     try:
-        new.mkdir(parents=True)
-        exportable.save_pretrained(new)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(new)
-        (new / "README.md").write_text(DEFAULT_CARD if model_card is None else model_card, encoding="utf-8")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
+        with swapping(folder, mark=f"{uuid.uuid4().hex[:8]}.new") as new:
+            new.mkdir(parents=True)
+            exportable.save_pretrained(new)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(new)
+            (new / "README.md").write_text(DEFAULT_CARD if model_card is None else model_card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise UserError(f"Export: cannot write '{folder}': {error}") from error
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     log.info("wrote %s", folder)
     return folder
 
