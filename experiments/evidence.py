@@ -25,9 +25,10 @@ from gprune.corpora import load_corpus
 from gprune.data import make_windows
 from gprune.drift import module_agreements, pair_weighted_mean, range_matched_agreement
 from gprune.evaluation.perplexity import perplexity
+from gprune.gates import gated, masked, soft_gate
 from gprune.importance import score_units
 from gprune.losses import next_token_loss
-from gprune.masks import gated, margins, masked, soft_gate
+from gprune.masks import margins
 from gprune.partition import same_sizes_by_drift, shuffled_partition
 from gprune.preparation import check, load, prepare_text
 from gprune.report import markdown

@@ -24,11 +24,11 @@ import torch
 
 import gprune
 from gprune import cli
-from gprune.architectures import load_model
 from gprune.artifacts import read_json, write_json
 from gprune.evaluation.perplexity import generalisation_gap, geometric_mean, paired_bootstrap_ratio
+from gprune.gates import gated
+from gprune.loading import load_model
 from gprune.losses import next_token_loss
-from gprune.masks import gated
 from gprune.preparation import check
 from gprune.report import by_stage, markdown, row_name
 

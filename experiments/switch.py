@@ -25,8 +25,8 @@ from gprune.corpora import load_corpus
 from gprune.data import make_windows
 from gprune.drift import fractional_ranks, module_agreements, pair_weighted_mean
 from gprune.evaluation.perplexity import geometric_mean, perplexity
+from gprune.gates import masked
 from gprune.importance import IMPORTANCE, score_units
-from gprune.masks import masked
 from gprune.preparation import JOIN, check, load, prepare_text
 from gprune.reliability import assess_reliability, within_module_ranks
 from gprune.report import markdown

@@ -10,9 +10,10 @@ small = gprune.apply_masks(model, result.masks)  # the same masks on another cop
 from gprune.config import RunConfig
 from gprune.corpora import CORPORA
 from gprune.errors import UserError
-from gprune.export.hf import register as _register
+from gprune.gates import masked
 from gprune.importance import IMPORTANCE, metric
-from gprune.masks import Masks, masked
+from gprune.loading import register as _register
+from gprune.masks import Masks
 from gprune.pipeline import prune
 from gprune.results import PruningResult, load_run
 from gprune.surgery import prune as apply_masks

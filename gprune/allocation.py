@@ -19,7 +19,7 @@ from gprune.architectures import Block
 from gprune.drift import fractional_ranks
 from gprune.errors import UserError
 from gprune.importance import Scores
-from gprune.masks import Masks
+from gprune.masks import Masks, top_of_experts
 from gprune.registry import Registry
 from gprune.statistics import CorpusStatistics
 
@@ -50,7 +50,12 @@ def allocate(name: str, scores: Scores, *args: object, **options: object) -> Mar
 @ALLOCATION.register("uniform")
 def uniform(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], sparsity: float) -> Margins:
     """m_i = r_i, the rank inside the block in (0, 1): every block loses the same fraction."""
-    return [fractional_ranks(s) for s in scores.ffn], [fractional_ranks(s) for s in scores.attention]
+    return _ranks(scores, blocks), [fractional_ranks(s) for s in scores.attention]
+
+
+def _ranks(scores: Scores, blocks: Sequence[Block]) -> list[Tensor]:
+    """Of every neuron inside its block, or its expert."""
+    return [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, blocks, strict=True)]
 
 
 @ALLOCATION.register("global")
@@ -101,7 +106,7 @@ def outlier_weighted(
 
     ffn, attention = sparsities("ffn", "down"), sparsities("attention", "output")
     return (
-        [fractional_ranks(s) - S for s, S in zip(scores.ffn, ffn, strict=True)],
+        [r - S for r, S in zip(_ranks(scores, blocks), ffn, strict=True)],
         [fractional_ranks(s) - S for s, S in zip(scores.attention, attention, strict=True)],
     )
 
@@ -125,7 +130,7 @@ def depth_masks(
     Raises:
         ValueError: if the target leaves no block.
     """
-    masks = Masks([torch.ones(b.neurons, dtype=torch.bool) for b in blocks],
+    masks = Masks([torch.ones(b.experts * b.neurons, dtype=torch.bool) for b in blocks],
                   [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip
     influence = statistics.influence.clone()
     influence[list(protected)] = float("inf")
@@ -142,7 +147,7 @@ def depth_masks(
             masks.attention[index][:] = False
             left -= block.cost
         else:
-            masks.ffn[index][scores.ffn[index].argsort(stable=True)[: block.neurons - kept]] = False
+            masks.ffn[index] = top_of_experts(scores.ffn[index], kept, experts=block.experts)
             return masks
     if left > 0 or not any(masks.blocks):
         raise ValueError(f"depth: {target} parameters would leave no block")

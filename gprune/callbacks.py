@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from gprune.data import Windows
 from gprune.evaluation.perplexity import perplexity
-from gprune.masks import Masks, gated, masked
+from gprune.gates import gated, masked
+from gprune.masks import Masks
 from gprune.reliability import module_means
 from gprune.stages.sparsity import ThresholdLearning
 from gprune.tracking import log_scalars, log_table

@@ -12,17 +12,19 @@ from torch import Tensor
 MIN_AGREEMENT_SIZE = 16  # below this, Kendall's tau says more about chance than about the module
 
 
-def fractional_ranks(scores: Tensor) -> Tensor:
+def fractional_ranks(scores: Tensor, *, groups: int = 1) -> Tensor:
     """r_i = (average rank of s_i + 0.5) / N, ties averaged, ranks from 0; strictly inside (0, 1).
 
     Args:
-        scores: (..., N), ranked along the last dimension.
+        scores: (..., groups x N), ranked along the last dimension.
+        groups: consecutive stretches that are ranked by themselves: the experts of a block.
 
     Returns:
-        (..., N) float64.
+        (..., groups x N) float64.
     """
-    ranks = rankdata(scores.detach().cpu().double().numpy(), method="average", axis=-1)  # from 1
-    return torch.from_numpy((ranks - 0.5) / scores.shape[-1])
+    scores = scores.detach().cpu().double().unflatten(-1, (groups, -1))
+    ranks = rankdata(scores.numpy(), method="average", axis=-1)  # from 1
+    return torch.from_numpy((ranks - 0.5) / scores.shape[-1]).flatten(-2)
 
 
 def rank_drift(ranks: Tensor) -> Tensor:

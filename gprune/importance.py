@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from einops import rearrange, reduce, repeat
-from torch import Tensor
+from torch import Tensor, nn
 
-from gprune.architectures import Block
+from gprune.architectures import Block, ExpertPart, Part
 from gprune.errors import UserError
 from gprune.registry import Registry
 from gprune.statistics import EXTRAS, CorpusStatistics, Moments
@@ -37,15 +37,23 @@ IMPORTANCE: Registry[Callable[..., Tensor]] = Registry("importance metric")
 class UnitWeights:
     """The weights of C channels with H hidden dimensions, float32.
 
-    For neurons `inputs` are the gate and up rows; for attention the value rows, repeated for the query heads that
-    share them (a channel of `o_proj` is a weighted mean over tokens of that value row's output).
+    For neurons `inputs` are the gate and up rows, or those of up where there is no gate; for attention the value rows,
+    repeated for the query heads that share them (a channel of `o_proj` is a weighted mean over tokens of that value
+    row's output).
     """
 
     inputs: tuple[Tensor, ...]  # each (C, H)
     output: Tensor  # (H, C)
     scale: Tensor | None = None  # (H,), of the normalisation before the inputs; None: 1
-    activation: Callable[[Tensor], Tensor] | None = None  # of the gate; None where nothing stands between
+    activation: Callable[[Tensor], Tensor] | None = None  # after the first input; None where nothing stands between
     per_unit: int = 1  # channels per unit, consecutive: 1 for neurons
+    means: tuple[Tensor, ...] | None = None  # (C,) each: of the inputs, from biases; None: 0
+
+    def of_expert(self, index: int, experts: int) -> UnitWeights:
+        """The channels of one expert, (C / experts,)."""
+        own = slice(*(self.output.shape[1] // experts * i for i in (index, index + 1)))
+        means = None if self.means is None else tuple(m[own] for m in self.means)
+        return replace(self, inputs=tuple(r[own] for r in self.inputs), output=self.output[:, own], means=means)
 
 
 def metric(
@@ -218,11 +226,13 @@ def magnitude_down_l1(weights: UnitWeights, moments: Moments, generator: torch.G
 def gaussian_sp(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
     """s_j = sqrt(E X_j^2) * sum_i |W_ij| for hidden states x ~ N(0, I): `wanda_sp` on text of no distribution at all.
 
-    What enters the FFN is normalised to a root mean square of 1 and scaled by gamma. With Gaussian x, gate a and up b
-    of a neuron are jointly Gaussian with variances ||gamma V||^2 and the covariance of their rows, so
-    E X^2 = E[f(a)^2 b^2] = E_a[f(a)^2 ((c a / v_a)^2 + v_b - c^2 / v_a)], one integral over a (Gauss-Hermite, 64
-    nodes). Unlike a product of norms it knows whether gate and up look the same way and how much of a the activation f
-    lets pass. For an attention channel X is linear: E X^2 = ||gamma V||^2. Our own.
+    What enters the FFN is normalised to a root mean square of 1, scaled by gamma, and moved by beta where the norm has
+    a bias. With Gaussian x, gate a and up b of a neuron are jointly Gaussian with variances ||gamma V||^2, the
+    covariance c of their rows, and means from biases, so E X^2 = E[f(a)^2 b^2] =
+    E_a[f(a)^2 ((m_b + c (a - m_a) / v_a)^2 + v_b - c^2 / v_a)], one integral over a (Gauss-Hermite, 64 nodes); without
+    a gate it is E_a[f(a)^2]. Unlike a product of norms it knows whether gate and up look the same way and how much of
+    a the activation f lets pass. For an attention channel X is linear: E X^2 = ||gamma V||^2 + m^2. Where a block has
+    no norm before the projection, hidden states count as normalised. Our own.
     """
     return _expected_square(weights).sqrt() * weights.output.abs().sum(0)
 
@@ -231,15 +241,21 @@ def _expected_square(weights: UnitWeights) -> Tensor:
     """E X^2 per channel, (C,) float64, for x ~ N(0, I)."""
     scale = 1.0 if weights.scale is None else weights.scale.double()
     rows = [r.double() * scale for r in weights.inputs]
-    if weights.activation is None or len(rows) == 1:
-        return math.prod([r.square().sum(1) for r in rows])
-    gate, up = rows
-    v_a, v_b, c = gate.square().sum(1), up.square().sum(1), (gate * up).sum(1)
-    slope = c / v_a.clamp_min(1e-300)
+    means = [torch.zeros(len(r), dtype=torch.float64) for r in rows]
+    if weights.means is not None:
+        means = [m.double() for m in weights.means]
+    v_a, m_a = rows[0].square().sum(1), means[0]
+    if weights.activation is None and len(rows) == 1:
+        return v_a + m_a.square()
+    activation = weights.activation or nn.Identity()
     nodes, mass = (torch.from_numpy(part) for part in np.polynomial.hermite.hermgauss(64))
-    a = (2 * v_a).sqrt()[:, None] * nodes  # (C, nodes)
-    given_a = (slope[:, None] * a).square() + (v_b - slope * c).clamp_min(0)[:, None]
-    return (weights.activation(a).square() * given_a) @ mass / math.sqrt(math.pi)
+    centred = (2 * v_a).sqrt()[:, None] * nodes  # (C, nodes)
+    passed = activation(m_a[:, None] + centred).square()
+    if len(rows) > 1:
+        v_b, m_b, c = rows[1].square().sum(1), means[1], (rows[0] * rows[1]).sum(1)
+        slope = c / v_a.clamp_min(1e-300)
+        passed = passed * ((m_b[:, None] + slope[:, None] * centred).square() + (v_b - slope * c).clamp_min(0)[:, None])
+    return passed @ mass / math.sqrt(math.pi)
 
 
 @metric("random", activation_free=True)
@@ -249,24 +265,58 @@ def random(weights: UnitWeights, moments: Moments, generator: torch.Generator) -
 
 
 def ffn_weights(block: Block) -> UnitWeights:
-    """(neurons,) channels of one block's FFN."""
-    gate, up, down, scale = (
-        m.weight.detach().float().cpu() for m in (block.gate, block.up, block.down, block.ffn_norm)
+    """(experts x neurons,) channels of one block's FFN."""
+    rows = [part for part in (block.gate, block.up) if part is not None]
+    scale, shift = _norm(block.ffn_norm, block.family.norm_offset)
+    return UnitWeights(
+        tuple(_weight(part) for part in rows),
+        _weight(block.down),
+        scale,
+        activation=block.activation,
+        means=tuple(_means(part, shift) for part in rows),
     )
-    return UnitWeights((gate, up), down, scale, activation=block.activation)
 
 
 def attention_weights(block: Block) -> UnitWeights:
     """(query heads x head_dim,) channels of one block's attention."""
-    value, output, scale = (m.weight.detach().float().cpu() for m in (block.value, block.output, block.attention_norm))
+    scale, shift = _norm(block.attention_norm, block.family.norm_offset)
     heads = block.channels_per_group // block.head_dim
-    rows = repeat(rearrange(value, "(g d) h -> g d h", d=block.head_dim), "g d h -> (g q d) h", q=heads)
-    return UnitWeights((rows,), output, scale, per_unit=block.channels_per_group)
+
+    def shared(per_group: Tensor) -> Tensor:
+        by_group = rearrange(per_group, "(g d) ... -> g d ...", d=block.head_dim)
+        return repeat(by_group, "g d ... -> (g q d) ...", q=heads)
+
+    return UnitWeights(
+        (shared(_weight(block.value)),),
+        _weight(block.output),
+        scale,
+        per_unit=block.channels_per_group,
+        means=(shared(_means(block.value, shift)),),
+    )
+
+
+def _weight(part: Part | ExpertPart) -> Tensor:
+    return part.weight.detach().float().cpu()
+
+
+def _norm(norm: nn.Module | None, offset: float) -> tuple[Tensor | None, Tensor | None]:
+    """What the norm before a projection multiplies by and adds, (H,) each; None: nothing."""
+    if norm is None or norm.weight is None:
+        return None, None
+    bias = getattr(norm, "bias", None)
+    scale = norm.weight.detach().float().cpu() + offset
+    return scale, None if bias is None else bias.detach().float().cpu()
+
+
+def _means(part: Part | ExpertPart, shift: Tensor | None) -> Tensor:
+    """The output of each row for what the norm gives on average, (C,)."""
+    own = torch.zeros(part.out_features) if part.bias is None else part.bias.detach().float().cpu()
+    return own if shift is None else own + _weight(part) @ shift
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance per block, float64: neurons (N,), KV groups (G,), and what groups are the sums of, channels (C,).
+    """Importance per block, float64: neurons (N,) or (E x N,), KV groups (G,), and what those sum up, channels (C,).
 
     A metric that scores whole groups has those groups for channels.
     """
@@ -295,6 +345,26 @@ def score_channels(name: str, weights: UnitWeights, moments: Moments, generator:
     return scores.detach().cpu().double()
 
 
+def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """Scores of a block's neurons, (experts x neurons,) float64, expert by expert; as `score_channels`.
+
+    An expert that no token of the text was routed to has no activations to judge: it has the ranks of `magnitude`,
+    on the scale of the others (the score at rank j is the mean of theirs at rank j). Our reading.
+    """
+    E = block.experts
+    if not block.has_experts:
+        return score_channels(name, weights, moments, generator)
+    scores = torch.stack(
+        [score_channels(name, weights.of_expert(e, E), moments.of_expert(e, E), generator) for e in range(E)]
+    )
+    idle = moments.count.view(E, -1)[:, 0] == 0
+    if not IMPORTANCE[name].activation_free and idle.any() and not idle.all():
+        scale = scores[~idle].sort(1).values.mean(0)
+        free = rearrange(magnitude(weights, moments, generator), "(e n) -> e n", e=E)
+        scores[idle] = scale[free[idle].argsort(dim=1, stable=True).argsort(dim=1)]
+    return scores.flatten()
+
+
 def generator_for(seed: int, block: int, kind: str) -> torch.Generator:
     """A stream of its own for every block and scope."""
     return torch.Generator().manual_seed(seed * 100_003 + 2 * block + (kind == "attention"))
@@ -320,15 +390,17 @@ def score_units(
         attention: False where KV groups are out of scope; their scores are then 0.
     """
 
-    def scores(kind: str, block: Block, weights: UnitWeights) -> Tensor:
+    def moments(kind: str, block: Block) -> Moments:
         channel = getattr(statistics, kind)[block.index]
-        moments = channel.total if half is None else channel.half(half)
-        return score_channels(name, weights, moments, generator_for(seed, block.index, kind))
+        return channel.total if half is None else channel.half(half)
 
     ffn, channels = [], []
     for b in blocks:
-        ffn.append(scores("ffn", b, ffn_weights(b)))
-        nothing = torch.zeros(b.kv_groups, dtype=torch.float64)
-        channels.append(scores("attention", b, attention_weights(b)) if attention else nothing)
+        ffn.append(score_ffn(name, b, ffn_weights(b), moments("ffn", b), generator_for(seed, b.index, "ffn")))
+        if attention:
+            own = generator_for(seed, b.index, "attention")
+            channels.append(score_channels(name, attention_weights(b), moments("attention", b), own))
+        else:
+            channels.append(torch.zeros(b.kv_groups, dtype=torch.float64))
     groups = [reduce(c, "(g c) -> g", "sum", g=b.kv_groups) for c, b in zip(channels, blocks, strict=True)]
     return Scores(ffn, groups, channels)

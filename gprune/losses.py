@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gprune.families import family_of
+
 CHUNK = 256  # tokens; large enough for the matrix product, small enough for the cache
 
 
@@ -26,23 +28,32 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        softcap: float | None,
     ) -> Tensor:
         gradient = torch.empty_like(hidden)
         loss = hidden.new_zeros((), dtype=torch.float32)
         for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
-            logits = F.linear(hidden[part], head, bias).float()
+            logits = capped(F.linear(hidden[part], head, bias), softcap).float()
+            slope = None if softcap is None else 1 - (logits / softcap).square()
             log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
             if targets.dim() == 1:
                 loss -= (log_p.gather(-1, targets[part, None])[:, 0] * weights[part]).sum()
                 error = log_p.exp_()
                 error[torch.arange(len(error), device=error.device), targets[part]] -= 1
             else:
-                log_q = F.linear(targets[part], head, bias).float().log_softmax(-1)
+                log_q = capped(F.linear(targets[part], head, bias), softcap).float().log_softmax(-1)
                 q = log_q.exp()
                 loss += (F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1) * weights[part]).sum()
                 error = log_p.exp_().sub_(q)
+            if slope is not None:
+                error.mul_(slope)
             gradient[part] = (error.mul_(weights[part, None]).to(head.dtype) @ head).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         return loss
@@ -50,11 +61,28 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_output.to(gradient.dtype), None, None, None, None
+        return gradient * grad_output.to(gradient.dtype), None, None, None, None, None
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """c tanh(logits / c), in the dtype of the logits; None: as they are."""
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+def softcap_of(model: PreTrainedModel) -> float | None:
+    """The limit that a model puts on its logits, if its family has one."""
+    key = family_of(model.config.model_type).softcap
+    return None if key is None else getattr(model.config, key)
 
 
 def frozen_head_cross_entropy(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    softcap: float | None = None,
 ) -> Tensor:
     """Weighted sum of next-token cross-entropies, in nats, differentiable in `hidden` alone.
 
@@ -64,11 +92,12 @@ def frozen_head_cross_entropy(
         targets: (n,) int64 token ids, or (n, H) hidden states of a teacher with the same head: then the sum is of
             KL(teacher || ours).
         weights: (n,) float32 weight of each token's loss.
+        softcap: the limit c of logits that are c tanh(logits / c).
 
     Returns:
         () float32.
     """
-    return _FrozenHeadLoss.apply(hidden, head, bias, targets, weights)
+    return _FrozenHeadLoss.apply(hidden, head, bias, targets, weights, softcap)
 
 
 def next_token_loss(
@@ -93,6 +122,7 @@ def next_token_loss(
         head.bias,
         input_ids[:, 1:].flatten() if teacher is None else teacher.flatten(0, 1),
         per_token,
+        softcap=softcap_of(model),
     )
 
 
@@ -105,6 +135,6 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 def iter_logits(model: PreTrainedModel, input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits and targets of a batch, one window at a time: (1, T - 1, V) in the model's dtype, (1, T - 1) int64."""
     hidden = final_hidden(model, input_ids)
-    head = model.get_output_embeddings()
+    head, softcap = model.get_output_embeddings(), softcap_of(model)
     for row, ids in zip(hidden, input_ids, strict=True):
-        yield head(row[None]), ids[None, 1:]
+        yield capped(head(row[None]), softcap), ids[None, 1:]

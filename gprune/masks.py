@@ -1,4 +1,4 @@
-"""From margins to keep masks that meet the budget exactly; straight-through gates; masks on a running model.
+"""From margins to keep masks that meet the budget exactly.
 
 A unit's *margin* is logit(p_i) - t_m: its rank inside its module against the module's threshold. Units go in order
 of margin, smallest first, over the whole model, until the counted parameters reach the target.
@@ -6,16 +6,14 @@ of margin, smallest first, over the whole model, until the counted parameters re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from gprune.architectures import Block, blocks_of
+from gprune.architectures import Block
 from gprune.errors import UserError
 
 SCOPES = ("ffn", "attention+ffn")
@@ -25,7 +23,7 @@ SCOPES = ("ffn", "attention+ffn")
 class Masks:
     """Keep masks, True = keep, one tensor per block."""
 
-    ffn: list[Tensor]  # (neurons,) bool
+    ffn: list[Tensor]  # (neurons,) bool; (experts x neurons,), as many kept in every expert, where there are experts
     attention: list[Tensor]  # (kv_groups,) bool; all True when attention is out of scope
 
     @property
@@ -53,15 +51,25 @@ class Masks:
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """Parameters per unit and the size of the scope. Integers: budgets are counted, not estimated."""
+    """Parameters per unit and the size of the scope. Integers: budgets are counted, not estimated.
 
-    neuron: list[int]  # per block
+    Where a block has experts, its neurons go in *slots*: slot j is the j-th neuron of every expert, in the order of
+    each one's own margins, so that experts stay equally wide. A slot counts all its neurons' parameters.
+    """
+
+    neuron: list[int]  # per block; of a slot
     group: list[int]  # per block
-    neurons: list[int]
+    neurons: list[int]  # per block; slots
     groups: list[int]
     attention: bool  # whether KV groups may go
+    experts: tuple[int, ...] = ()  # per block; empty: one each
     protected: frozenset[int] = frozenset()  # blocks that keep everything
     uniform: bool = False  # all blocks end up equally wide
+
+    @property
+    def of_experts(self) -> tuple[int, ...]:
+        """Experts per block."""
+        return self.experts or (1,) * len(self.neuron)
 
     @property
     def total(self) -> int:
@@ -72,7 +80,8 @@ class UnitCosts:
 
     def removed(self, masks: Masks) -> int:
         """Parameters of the scope that the masks remove."""
-        ffn = sum(c * int((~m).sum()) for c, m in zip(self.neuron, masks.ffn, strict=True))
+        slots = [int((~m).sum()) // e for m, e in zip(masks.ffn, self.of_experts, strict=True)]
+        ffn = sum(c * n for c, n in zip(self.neuron, slots, strict=True))
         return ffn + sum(c * int((~m).sum()) for c, m in zip(self.group, masks.attention, strict=True))
 
 
@@ -94,6 +103,7 @@ def unit_costs(blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = 
         neurons=[b.neurons for b in blocks],
         groups=[b.kv_groups for b in blocks],
         attention=scope == "attention+ffn",
+        experts=tuple(b.experts for b in blocks),
         protected=frozenset(index % depth for index in protect),
         uniform=uniform,
     )
@@ -135,6 +145,18 @@ def check_budget(costs: UnitCosts, sparsity: float, *, width_multiple: int = 1, 
 def margins(p: Tensor, thresholds: Tensor, labels: Tensor) -> Tensor:
     """logit(p_i) - t_m for p (N,) in (0, 1), thresholds t (K,), labels (N,) in [0, K) -> (N,)."""
     return torch.logit(p) - thresholds[labels].to(p.dtype)
+
+
+def slot_margins(margin: Tensor, experts: int) -> Tensor:
+    """Margin of slot j: the mean over experts of their j-th smallest margin. (E x N,) -> (N,), as it is for one."""
+    return margin if experts == 1 else margin.view(experts, -1).sort(1).values.mean(0)
+
+
+def top_of_experts(margin: Tensor, kept: int, *, experts: int = 1) -> Tensor:
+    """Bool (E x N,): of each expert the `kept` last neurons in order of (margin, index)."""
+    order = margin.detach().cpu().double().view(experts, -1).argsort(dim=1, stable=True)
+    mask = torch.zeros(order.shape, dtype=torch.bool)
+    return mask.scatter(1, order[:, order.shape[1] - kept :], True).flatten()
 
 
 def _chunks(margin: Tensor, width_multiple: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +229,7 @@ def keep_masks(
 
     Args:
         costs: parameters per unit.
-        neuron_margins: per block (N,), any float dtype; smallest goes first.
+        neuron_margins: per block (N,) or (E x N,), any float dtype; smallest goes first.
         group_margins: per block (G,); needed when `costs.attention`.
         target: parameters to remove, from `check_budget`.
         width_multiple: widths end up on multiples of it.
@@ -218,10 +240,8 @@ def keep_masks(
     """
     if costs.uniform:
         return equal_widths(costs, neuron_margins, group_margins, target=target, width_multiple=width_multiple)
-    cut = [
-        _chunks(m.detach().cpu().double(), len(m) if b in costs.protected else width_multiple)
-        for b, m in enumerate(neuron_margins)
-    ]
+    slots = [slot_margins(m.detach().cpu().double(), e) for m, e in zip(neuron_margins, costs.of_experts, strict=True)]
+    cut = [_chunks(m, len(m) if b in costs.protected else width_multiple) for b, m in enumerate(slots)]
     keys = torch.cat([key for _, _, key in cut])
     cost = torch.cat([size * c for (_, size, _), c in zip(cut, costs.neuron, strict=True)])
     attention = [torch.ones(n, dtype=torch.bool) for n in costs.groups]
@@ -231,11 +251,9 @@ def keep_masks(
         target -= sum(c * int((~m).sum()) for c, m in zip(costs.group, attention, strict=True))
     steps = _take_until(keys, cost, target).split([len(size) for _, size, _ in cut])
     ffn = []
-    for (order, size, _), falls in zip(cut, steps, strict=True):
-        mask = torch.ones(len(order), dtype=torch.bool)
+    for margin, e, (order, size, _), falls in zip(neuron_margins, costs.of_experts, cut, steps, strict=True):
         # Steps of one block go in order, since keys grow with the step and ties go by position.
-        mask[order[: int(size[falls].sum())]] = False
-        ffn.append(mask)
+        ffn.append(top_of_experts(margin, len(order) - int(size[falls].sum()), experts=e))
     return Masks(ffn, attention)
 
 
@@ -252,12 +270,6 @@ def equal_widths(
     With attention in scope every block keeps as many KV groups as blocks would keep on average if they were free, and
     the width of the FFN makes up the rest. Arguments as for `keep_masks`.
     """
-
-    def top(margin: Tensor, kept: int) -> Tensor:
-        mask = torch.zeros(len(margin), dtype=torch.bool)
-        # the last ones in order of (margin, index), as everywhere
-        mask[margin.detach().cpu().double().argsort(stable=True)[len(margin) - kept :]] = True
-        return mask
 
     def widest(left: int) -> int:
         """Of the FFN, to remove `left` parameters: every neuron of width costs the sum over blocks."""
@@ -278,80 +290,14 @@ def equal_widths(
 
         while groups > 1 and widest(target - gone(groups)) < width_multiple:  # more than the FFN can make up for
             groups -= 1
-        attention = [top(m, groups) for m in group_margins]
+        attention = [top_of_experts(m, groups) for m in group_margins]
         target -= gone(groups)
-    return Masks([top(m, widest(target)) for m in neuron_margins], attention)
+    width = widest(target)
+    ffn = [top_of_experts(m, width, experts=e) for m, e in zip(neuron_margins, costs.of_experts, strict=True)]
+    return Masks(ffn, attention)
 
 
 def cut_margin(masks: Masks, neuron_margins: Sequence[Tensor]) -> float:
     """The largest margin among removed neurons: where the budget cuts the common order. 0 if none is removed."""
     removed = torch.cat([m[~keep] for m, keep in zip(neuron_margins, masks.ffn, strict=True)])
     return float(removed.max()) if len(removed) else 0.0
-
-
-def soft_gate(p: Tensor, thresholds: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
-    """sigmoid((p_i - sigmoid(t_m)) / T_m) with T_m = max(0.05, 1 / n_m), (N,): the gradient's view of the mask.
-
-    Args:
-        p: (N,) within-module ranks in (0, 1).
-        thresholds: t, (K,) in logit space; sigmoid(t_m) is the fraction of the module removed.
-        labels: (N,) modules in [0, K).
-        sizes: n, (K,) units per module.
-    """
-    temperature = (1 / sizes.to(p.dtype)).clamp_min(0.05)
-    return torch.sigmoid((p - torch.sigmoid(thresholds)[labels]) / temperature[labels])
-
-
-def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """The value of `hard` with the gradient of `soft` (Bengio et al., arXiv 1308.3432)."""
-    return (soft - soft.detach()) + hard.to(soft.dtype)  # in this order the value is exactly 0 or 1
-
-
-@contextmanager
-def gated(
-    model: PreTrainedModel, ffn: Sequence[Tensor | None] | None, attention: Sequence[Tensor | None] | None = None
-) -> Iterator[PreTrainedModel]:
-    """Multiply what enters each `down_proj` by its block's gate (N,), each KV group's channels by its gate (G,).
-
-    The lists are read at every forward pass, so gates may be replaced in place between steps; None lets everything
-    through. Weights are never touched: leaving (also by an exception) restores the model bit for bit.
-    """
-    handles = []
-
-    def watch(linear: torch.nn.Linear, gates: Sequence[Tensor | None], index: int, repeats: int) -> None:
-        def hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            if gates[index] is None:
-                return inputs
-            gate = gates[index].to(inputs[0])
-            return (inputs[0] * (gate.repeat_interleave(repeats) if repeats > 1 else gate), *inputs[1:])
-
-        handles.append(linear.register_forward_pre_hook(hook))
-
-    try:
-        for block in blocks_of(model):
-            if ffn is not None:
-                watch(block.down, ffn, block.index, 1)
-            if attention is not None:
-                watch(block.output, attention, block.index, block.channels_per_group)
-        yield model
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
-    """The model as if pruned, for as long as the context lasts. A block that keeps no unit hands its input on."""
-    whole = all(bool(m.all()) for m in masks.attention)
-    gone = [block for block, kept in zip(blocks_of(model), masks.blocks, strict=True) if not kept]
-
-    def skip(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        return args[0] if args else kwargs["hidden_states"]
-
-    handles = [block.layer.register_forward_hook(skip, with_kwargs=True) for block in gone]
-    try:
-        with gated(model, masks.ffn, None if whole else masks.attention):
-            yield model
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune import report, tracking
@@ -21,8 +20,9 @@ from gprune.data import Windows
 from gprune.errors import UserError
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import PerplexityResult, generalisation_gap, geometric_mean, perplexity
-from gprune.export.hf import check_reload, save_pruned, stock_config
-from gprune.masks import Masks, UnitCosts, masked
+from gprune.export.hf import check_reload, save_pruned, stock_skeleton
+from gprune.gates import masked
+from gprune.masks import Masks, UnitCosts
 from gprune.preparation import JOIN, Text, check_tokens
 from gprune.recovery import recover_projection
 from gprune.results import Modules
@@ -54,17 +54,14 @@ def shrink(
     stay = [dense for dense, kept in zip(blocks_of(model), masks.blocks, strict=True) if kept]
     for dense, block in zip(stay, blocks_of(small), strict=True):
         groups = masks.attention[dense.index].repeat_interleave(dense.channels_per_group)
-        for projection, new, keep, channel in (
-            (dense.down, block.down, masks.ffn[dense.index], text.ffn[dense.index]),
-            (dense.output, block.output, groups, text.attention[dense.index]),
+        for old, new, keep, channel, experts in (
+            (dense.down, block.down, masks.ffn[dense.index], text.ffn[dense.index], dense.experts),
+            (dense.output, block.output, groups, text.attention[dense.index], 1),
         ):
-            if bool(keep.all()):
-                continue
-            weight, added = recover_projection(projection.weight.cpu(), keep, channel, method=recovery, ridge=cfg.ridge)
-            new.weight.copy_(weight)
-            if added is not None:
-                old = 0 if projection.bias is None else projection.bias
-                new.bias = nn.Parameter((added.to(new.weight.device) + old), requires_grad=False)
+            if not bool(keep.all()):
+                new.set(*recover_projection(
+                    old.weight.cpu(), keep, channel.total, experts=experts, method=recovery, ridge=cfg.ridge
+                ))  # fmt: skip
     return small
 
 
@@ -120,7 +117,7 @@ def save_and_check(
                 f"expected at most {limit:.2e}, which is rounding. Please report this model."
             )
         if export:
-            card = report.model_card(cfg, stock=stock_config(pruned) is not None)
+            card = report.model_card(cfg, stock=stock_skeleton(pruned) is not None)
             folder = save_pruned(pruned, tokenizer, run.folder / "model", model_card=card, overwrite=True)
             checks["sliced_minus_reloaded"] = check_reload(pruned, folder, ids)
         run.folder.update_manifest(logits=checks)

@@ -8,15 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from gprune.architectures import Block, blocks_of, check_family, load_model, locate_model
+from gprune.architectures import Block, blocks_of
 from gprune.config import RunConfig
 from gprune.corpora import load_corpus
 from gprune.data import Windows, make_windows
 from gprune.errors import UserError
-from gprune.export import EXPORTABLE
+from gprune.loading import check_family, load_model, locate_model
 from gprune.masks import Masks, UnitCosts, check_budget, keep_masks, unit_costs
+from gprune.recovery import ADDS_BIAS
+from gprune.saliency import salient_parts
 from gprune.surgery import count_parameters
 from gprune.trainer import check_trainer
 
@@ -78,12 +86,7 @@ def check(cfg: RunConfig) -> Plan:
     cfg.validate()
     cfg.check_names()
     device = check_trainer(**asdict(cfg.trainer))
-    model_type = check_family(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
-    if model_type not in EXPORTABLE:
-        raise UserError(
-            f"--model.name: a pruned '{model_type}' model could not be saved; expected {' or '.join(EXPORTABLE)}. "
-            f"Its masks can be found and applied from Python."
-        )
+    check_family(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
     config = AutoConfig.from_pretrained(locate_model(cfg.model.name), trust_remote_code=cfg.model.trust_remote_code)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.model.trust_remote_code)
@@ -96,12 +99,13 @@ def check(cfg: RunConfig) -> Plan:
         check_depth(blocks, costs, target)
     for sparsity in cfg.evaluation.curve if cfg.learns else []:
         check_budget(costs, sparsity, width_multiple=cfg.sparsity.width_multiple, flag="evaluation.curve")
+    check_blocks(cfg, blocks, config)
     parameters = count_parameters(skeleton, "all")
     c, e = cfg.corpora, cfg.evaluation
     development = len(c.learn) * e.development_samples * c.seq_len
     points = (cfg.sparsity.epochs + 1) + 2 + len(e.curve) if cfg.learns else 0
     evaluations = 1 + len(cfg.stages)
-    gram = sum(n * n for n in costs.neurons) if "gram" in cfg.collects else 0
+    gram = sum(e * n * n for n, e in zip(costs.neurons, costs.of_experts, strict=True)) if "gram" in cfg.collects else 0
     grams = (len(cfg.calibration) + 1) * gram
     calibration = len(cfg.calibration) * c.num_samples * c.seq_len
     backward = calibration if "saliency" in cfg.collects else 0
@@ -125,12 +129,33 @@ def check(cfg: RunConfig) -> Plan:
         forward_backward_tokens=backward + learning,
         uniform=keep_masks(
             costs,
-            *([(torch.arange(n) + 0.5) / n for n in sizes] for sizes in (costs.neurons, costs.groups)),
+            [((torch.arange(n) + 0.5) / n).repeat(e) for n, e in zip(costs.neurons, costs.of_experts, strict=True)],
+            [(torch.arange(n) + 0.5) / n for n in costs.groups],
             target=target,
             width_multiple=cfg.sparsity.width_multiple,
         ),
         memory_gib=1 + (2 * parameters * weight_bytes + 4 * (grams + gradients + activations)) / 2**30,
     )
+
+
+def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
+    """Raise UserError where this model's blocks or positions cannot do what the flags ask for."""
+    name = f"model_type '{config.model_type}'"
+    if any(block.has_experts for block in blocks):
+        if cfg.recovery in ADDS_BIAS:
+            raise UserError(
+                f"--recovery: '{cfg.recovery}' adds biases, and the experts of {name} have none; expected none or "
+                f"least_squares."
+            )
+        if "saliency" in cfg.collects:
+            for block in blocks:
+                salient_parts(block, "ffn")
+    longest = max(cfg.corpora.seq_len, cfg.evaluation.seq_len)
+    if blocks[0].family.learned_positions and longest > config.max_position_embeddings:
+        raise UserError(
+            f"--corpora.seq_len, --evaluation.seq_len: expected at most {config.max_position_embeddings} tokens, the "
+            f"positions that {name} has learned, got {longest}."
+        )
 
 
 def check_depth(blocks: Sequence[Block], costs: UnitCosts, target: int) -> None:

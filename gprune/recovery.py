@@ -12,36 +12,34 @@ import torch
 from torch import Tensor
 
 from gprune.registry import Registry
-from gprune.statistics import ChannelStatistics
+from gprune.statistics import Moments
 
-Recovery = Callable[[Tensor, Tensor, ChannelStatistics, float], tuple[Tensor, Tensor | None]]
+Recovery = Callable[[Tensor, Tensor, Moments, float], tuple[Tensor, Tensor | None]]
 RECOVERY: Registry[Recovery] = Registry("recovery")
 
 
 @RECOVERY.register("none")
-def none(weight: Tensor, keep: Tensor, statistics: ChannelStatistics, ridge: float) -> tuple[Tensor, Tensor | None]:
+def none(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
     """W' = W_K: the kept columns as they are."""
     return weight[:, keep], None
 
 
 @RECOVERY.register("bias")
-def bias(weight: Tensor, keep: Tensor, statistics: ChannelStatistics, ridge: float) -> tuple[Tensor, Tensor | None]:
+def bias(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
     """W' = W_K, b = W_R mean(x_R): removed channels R give their mean over tokens (FLAP's compensation)."""
-    mean = statistics.total.mean.to(weight)
+    mean = moments.mean.to(weight)
     return weight[:, keep], weight[:, ~keep] @ mean[~keep]
 
 
 @RECOVERY.register("least_squares")
-def least_squares(
-    weight: Tensor, keep: Tensor, statistics: ChannelStatistics, ridge: float
-) -> tuple[Tensor, Tensor | None]:
+def least_squares(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
     """W' = argmin_V E ||W x - V x_K||^2 + lambda ||V - W_K||^2 = W_K + W_R G_RK (G_KK + lambda I)^-1.
 
     G = sum over tokens of x x^T on dense activations, lambda = ridge * mean diagonal of G_KK. Written as a correction
     of W_K, a large lambda leads back to `none` and not to zero. Solved in float64 by Cholesky.
     """
-    assert statistics.gram is not None, "least_squares needs Gram matrices"
-    G = statistics.gram.double()
+    assert moments.gram is not None, "least_squares needs Gram matrices"
+    G = moments.gram.double()
     G_kk, G_rk = G[keep][:, keep], G[~keep][:, keep]
     # A float32 Gram of few tokens is not quite positive semidefinite: never below its own rounding.
     damping = max(max(ridge, 1e-6) * float(G_kk.diagonal().mean()), 1e-12)
@@ -51,22 +49,29 @@ def least_squares(
 
 
 NEEDS_GRAM = frozenset({"least_squares"})
+ADDS_BIAS = frozenset({"bias"})
 
 
 def recover_projection(
-    weight: Tensor, keep: Tensor, statistics: ChannelStatistics, *, method: str = "none", ridge: float = 0.01
+    weight: Tensor, keep: Tensor, moments: Moments, *, experts: int = 1, method: str = "none", ridge: float = 0.01
 ) -> tuple[Tensor, Tensor | None]:
     """New weight and added bias of an output projection whose channels are cut down to `keep`.
 
     Args:
         weight: (H, C) dense projection, any float dtype; computed in float32 or better, returned in its dtype.
         keep: (C,) bool, True = keep.
-        statistics: of the dense input channels over `corpora.recover`.
+        moments: of the dense input channels over `corpora.recover`.
+        experts: E whose columns lie side by side; each is recovered by itself.
         method: name in `RECOVERY`.
         ridge: lambda of `least_squares`, relative to the mean diagonal.
 
     Returns:
         (H, kept) weight and (H,) bias to add, or None.
     """
-    new, added = RECOVERY[method](weight.float(), keep, statistics, ridge)
-    return new.to(weight.dtype), None if added is None else added.to(weight.dtype)
+    function, dtype = RECOVERY[method], weight.dtype
+    if moments.count.dim():  # of each expert by itself
+        parts = zip(weight.float().chunk(experts, 1), keep.chunk(experts), range(experts), strict=True)
+        news = [function(w, k, moments.of_expert(e, experts), ridge)[0] for w, k, e in parts]
+        return torch.cat(news, 1).to(dtype), None
+    new, added = function(weight.float(), keep, moments, ridge)
+    return new.to(dtype), None if added is None else added.to(dtype)

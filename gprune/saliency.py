@@ -17,10 +17,10 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torchmetrics import Metric
 
-from gprune.architectures import Block
+from gprune.architectures import ATTENTION, FFN, Block, Part
 from gprune.errors import UserError
 
-PARTS = {"ffn": ("gate", "up", "down"), "attention": ("query", "key", "value", "output")}
+PARTS = {"ffn": FFN, "attention": ATTENTION}
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,20 @@ class Saliency:
 
     def __truediv__(self, number: float) -> Saliency:
         return Saliency(*(getattr(self, f.name) / number for f in fields(self)))
+
+
+def salient_parts(block: Block, kind: str) -> dict[str, Part]:
+    """The parts of a block whose weights have a share in the terms of its neurons or attention channels.
+
+    Raises:
+        UserError: for experts, whose stacked tensors no hook sees one by one.
+    """
+    if kind == "ffn" and block.has_experts:
+        raise UserError(
+            f"Taylor saliency cannot be collected for experts (model_type '{block.family.model_type}'); expected dense "
+            f"blocks. Choose an --importance that needs no gradients, such as wanda_sp."
+        )
+    return {name: block.parts[name] for name in PARTS[kind] if name in block.parts}
 
 
 class StreamingGradients(Metric):
@@ -111,8 +125,8 @@ def channel_saliency(block: Block, kind: str, sums: dict[str, dict[str, Tensor]]
     """
     heads = block.channels_per_group // block.head_dim
     found = None
-    for part in PARTS[kind]:
-        weight = getattr(block, part).weight
+    for part, where in salient_parts(block, kind).items():
+        weight = where.weight
         terms = window_saliency(weight, sums[part], columns=part in ("down", "output"))
         if part in ("key", "value"):  # one row for the query heads of its group
             terms = tuple(

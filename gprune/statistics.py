@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from gprune.architectures import blocks_of
+from gprune.architectures import Block, blocks_of
 from gprune.errors import UserError
+from gprune.experts import watch_experts
 from gprune.losses import next_token_loss
-from gprune.saliency import PARTS, Saliency, StreamingGradients, channel_saliency
+from gprune.saliency import Saliency, StreamingGradients, channel_saliency, salient_parts
 
 SUMS = ("count", "sum", "sum_sq", "sum_abs")
 KINDS = (("ffn", "down"), ("attention", "output"))
@@ -35,30 +36,37 @@ EXTRAS = ("gram", "saliency")  # what is collected only where something needs it
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over tokens for C channels. All float64; `count` is a 0-d tensor (tokens).
+    """Sums over tokens for C channels. All float64; `count` is a 0-d tensor, or (C,) for experts, each of which sees
+    tokens of its own.
 
     `gram` and `saliency` are there where a metric says that it needs them.
     """
 
-    count: Tensor  # ()
+    count: Tensor  # () or (C,), tokens
     sum: Tensor  # (C,)
     sum_sq: Tensor  # (C,)
     sum_abs: Tensor  # (C,)
-    gram: Tensor | None = None  # sum over tokens of x x^T, (C, C) float32; of the whole corpus only
+    # Sum over tokens of x x^T, (C, C) float32, or (E, C / E, C / E) of E experts; of the whole corpus only.
+    gram: Tensor | None = None
     saliency: Saliency | None = None
 
     @property
     def mean(self) -> Tensor:
-        return self.sum / self.count
+        return self.sum / self.count.clamp_min(1)  # 0 where no token came by
 
     @property
     def mean_sq(self) -> Tensor:
-        return self.sum_sq / self.count
+        return self.sum_sq / self.count.clamp_min(1)
 
     @property
     def variance(self) -> Tensor:
         """Population variance over tokens, (C,); clamped at 0, where float rounding would leave -1e-20."""
         return (self.mean_sq - self.mean.square()).clamp_min(0)
+
+    def of_expert(self, index: int, experts: int) -> Moments:
+        """The channels of one of E experts."""
+        sums = (getattr(self, name).view(experts, -1)[index] for name in SUMS)
+        return Moments(*sums, gram=None if self.gram is None else self.gram[index])
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(getattr(self, name) + getattr(other, name) for name in SUMS))
@@ -118,7 +126,7 @@ class CorpusStatistics:
     @property
     def influence(self) -> Tensor:
         """(blocks,) float64 in [0, 2]: mean over tokens of 1 - cos(x_b, x_b+1), the block influence of ShortGPT."""
-        return self.turned / self.ffn[0].total.count
+        return self.turned / self.attention[0].total.count
 
     def tensors(self) -> dict[str, Tensor]:
         """Flat names to tensors, as saved in safetensors."""
@@ -211,6 +219,39 @@ class StreamingMoments(Metric):
         return {name: getattr(self, name) for name in names}
 
 
+class StreamingExpertMoments(Metric):
+    """torchmetrics state of what enters the down projections of E experts with N neurons each."""
+
+    full_state_update = False
+
+    def __init__(self, experts: int, neurons: int, *, gram: bool = False):
+        super().__init__()
+        self.add_state("count", torch.zeros(2, experts, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("sum", "sum_sq", "sum_abs"):
+            self.add_state(name, torch.zeros(2, experts, neurons, dtype=torch.float64), dist_reduce_fx="sum")
+        self.with_gram = gram
+        if gram:
+            self.add_state("gram", torch.zeros(experts, neurons, neurons), dist_reduce_fx="sum")
+
+    def update(self, x: Tensor, expert: int, half: Tensor, weight: Tensor) -> None:
+        """Add activations x (n, N) of tokens that are routed to `expert` and belong to `half` (n,) in {0, 1}."""
+        x = x.float()
+        assign = torch.stack([(half == h) * weight for h in (0, 1)]).double()  # (half, token)
+        self.count[:, expert] += assign.sum(1)
+        self.sum[:, expert] += assign @ x.double()
+        self.sum_sq[:, expert] += assign @ x.square().double()
+        self.sum_abs[:, expert] += assign @ x.abs().double()
+        if self.with_gram:
+            weighted = x * weight[:, None]
+            self.gram[expert].addmm_(weighted.T, weighted)
+
+    def compute(self) -> dict[str, Tensor]:
+        """As `StreamingMoments.compute`, expert by expert: all (2, E x N), and `gram` (E, N, N) if asked for."""
+        count = self.count[..., None].expand_as(self.sum)
+        sums = {"count": count} | {name: getattr(self, name) for name in SUMS[1:]}
+        return {n: t.flatten(1) for n, t in sums.items()} | ({"gram": self.gram} if self.with_gram else {})
+
+
 class StreamingTurn(Metric):
     """torchmetrics state of one block: the sum over tokens of 1 - cos(what enters it, what leaves it)."""
 
@@ -245,6 +286,13 @@ def channel_statistics(sums: dict[str, Tensor]) -> ChannelStatistics:
     return ChannelStatistics(halves, sums["gram"].cpu().clone() if "gram" in sums else None)
 
 
+def _moments_of(block: Block, part: str, *, gram: bool) -> Metric:
+    channels = getattr(block, part).in_features
+    if part == "down" and block.has_experts:
+        return StreamingExpertMoments(block.experts, block.neurons, gram=gram)
+    return StreamingMoments(channels, gram=gram)
+
+
 class Collector:
     """Context manager that watches the inputs of every `down_proj` and `o_proj`; leaving removes the hooks.
 
@@ -260,30 +308,38 @@ class Collector:
         device = next(model.parameters()).device
         with torch.inference_mode(False):  # a backward pass writes into them, wherever they were made
             self.metrics = {
-                kind: [StreamingMoments(getattr(b, part).in_features, gram=gram).to(device) for b in self.blocks]
-                for kind, part in KINDS
+                kind: [_moments_of(b, part, gram=gram).to(device) for b in self.blocks] for kind, part in KINDS
             }
             self.turns = [StreamingTurn().to(device) for _ in self.blocks]
             self.gradients = {
                 kind: [
-                    {part: StreamingGradients(tuple(getattr(b, part).weight.shape)).to(device) for part in PARTS[kind]}
+                    {
+                        name: StreamingGradients((part.out_features, part.in_features)).to(device)
+                        for name, part in salient_parts(b, kind).items()
+                    }
                     for b in self.blocks
                 ]
                 for kind in saliency
             }
         self._half = self._weight = torch.empty(0)
+        self._length = 0  # tokens per window
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Collector:
         for kind, part in KINDS:
             for block, metric in zip(self.blocks, self.metrics[kind], strict=True):
-                self._handles.append(getattr(block, part).register_forward_pre_hook(self._moments_hook(metric)))
+                host = getattr(block, part).host
+                if isinstance(metric, StreamingExpertMoments):
+                    self._handles.append(watch_experts(host, self._expert_hook(metric)))
+                else:
+                    self._handles.append(host.register_forward_pre_hook(self._moments_hook(metric)))
         for block, metric in zip(self.blocks, self.turns, strict=True):
             self._handles.append(block.layer.register_forward_hook(self._turn_hook(metric), with_kwargs=True))
         for found in self.gradients.values():
             for block, metrics in zip(self.blocks, found, strict=True):
-                for part, metric in metrics.items():
-                    self._handles.append(getattr(block, part).register_forward_hook(self._gradient_hook(metric)))
+                for name, metric in metrics.items():
+                    part = block.parts[name]
+                    self._handles.append(part.host.register_forward_hook(self._gradient_hook(metric, part.rows)))
         if self.gradients:  # something must ask for a gradient, and no weight may
             embedding = self.model.get_input_embeddings()
             self._handles.append(embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_()))
@@ -294,7 +350,18 @@ class Collector:
             self._handles.pop().remove()
 
     def _moments_hook(self, metric: StreamingMoments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: metric.update(inputs[0].detach(), self._half, self._weight)
+        return lambda _module, inputs: metric.update(self._by_window(inputs[0].detach()), self._half, self._weight)
+
+    def _expert_hook(self, metric: StreamingExpertMoments) -> Callable[[Tensor, int, Tensor], None]:
+        def watch(x: Tensor, expert: int, tokens: Tensor) -> None:
+            window = tokens // self._length
+            metric.update(x.detach(), expert, self._half[window], self._weight[window])
+
+        return watch
+
+    def _by_window(self, x: Tensor) -> Tensor:
+        """(B, T, C), also of layers that flatten the batch."""
+        return x.view(len(self._half), -1, x.shape[-1])
 
     def _turn_hook(self, metric: StreamingTurn) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -304,16 +371,21 @@ class Collector:
 
         return hook
 
-    def _gradient_hook(self, metric: StreamingGradients) -> Callable[..., None]:
+    def _gradient_hook(self, metric: StreamingGradients, rows: Tensor | None) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x, half, weight = inputs[0].detach(), self._half, self._weight
-            output.register_hook(lambda gradient: metric.update(x, gradient, half, weight))
+            x, half, weight = self._by_window(inputs[0].detach()), self._half, self._weight
+
+            def add(gradient: Tensor) -> None:
+                gradient = self._by_window(gradient)
+                metric.update(x, gradient if rows is None else gradient[..., rows], half, weight)
+
+            output.register_hook(add)
 
         return hook
 
     def observe(self, input_ids: Tensor, half: Tensor, weight: Tensor | None = None) -> None:
         """Run the decoder on (B, T) token ids; `half` (B,) in {0, 1}; `weight` (B,), 0 leaves a window out."""
-        self._half = half
+        self._half, self._length = half, input_ids.shape[1]
         self._weight = torch.ones(len(half), device=half.device) if weight is None else weight
         if self.gradients:
             with torch.inference_mode(False), torch.enable_grad():

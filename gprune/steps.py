@@ -33,7 +33,7 @@ from gprune.importance import (
     UnitWeights,
     ffn_weights,
     generator_for,
-    score_channels,
+    score_ffn,
     score_units,
 )
 from gprune.masks import Masks, UnitCosts, check_budget, keep_masks
@@ -141,12 +141,14 @@ def measure_drift(cfg: RunConfig, blocks: Sequence[Block], statistics: Mapping[s
         channels = [statistics[c].ffn[block.index] for c in corpora]
 
         def scored(moments: Moments, weights: UnitWeights = weights, block: Block = block) -> Tensor:
-            return score_channels(name, weights, moments, generator_for(cfg.run.seed, block.index, "ffn"))
+            return score_ffn(name, block, weights, moments, generator_for(cfg.run.seed, block.index, "ffn"))
 
         scores = torch.stack([scored(c.total) for c in channels])
         half_scores = torch.stack([torch.stack([scored(c.half(h)) for h in (0, 1)]) for c in channels])
-        ranks = fractional_ranks(scores)
-        floor = noise_floor(fractional_ranks(half_scores))
+        ranks = fractional_ranks(scores, groups=block.experts)
+        floor = noise_floor(fractional_ranks(half_scores, groups=block.experts))
+        if block.has_experts:  # scores of different experts are on different scales
+            scores = ranks.clone()
         drift = rank_drift(ranks)
         found.append(Drift(scores, ranks, above_noise(drift, floor) if cfg.partition.subtract_noise else drift, floor))
     if len(corpora) < 2:
@@ -223,7 +225,7 @@ def rank_inside_modules(
     every unit's rank inside its module.
     """
     r = cfg.reliability
-    block_ranks = [fractional_ranks(s) for s in scores.ffn]
+    block_ranks = [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, blocks, strict=True)]
     switch = r.switch and len(cfg.corpora.drift) > 1
     reliability = assess_reliability(
         labels, block_ranks, [d.drift for d in drift], 
@@ -235,11 +237,12 @@ def rank_inside_modules(
         fallback = [d.ranks.mean(0) for d in drift]
     else:
         source = statistics[cfg.corpora.score]
-        fallback = score_units(r.metric, blocks, source, seed=cfg.run.seed, attention=False).ffn
+        free = score_units(r.metric, blocks, source, seed=cfg.run.seed, attention=False).ffn
+        fallback = [fractional_ranks(s, groups=b.experts) for s, b in zip(free, blocks, strict=True)]
     ranks = ModuleRanks(
         ffn=[
             within_module_ranks(s, f, y, record.switched)
-            for s, f, y, record in zip(scores.ffn, fallback, labels, reliability, strict=True)
+            for s, f, y, record in zip(block_ranks, fallback, labels, reliability, strict=True)
         ],
         labels=labels,
         attention=[fractional_ranks(s) for s in scores.attention],

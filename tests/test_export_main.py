@@ -188,8 +188,8 @@ def test_places_that_hold_no_finished_model(run, tmp_path, capsys):
 
 def test_other_families_and_broken_weights_are_named(run, capsys):
     config = json.loads((run / "model" / "config.json").read_text())
-    (run / "model" / "config.json").write_text(json.dumps(config | {"model_type": "qwen3"}))
-    assert "expected model_type llama or pruned_llama" in refused(capsys, run, "--to", "gguf", "--unchecked")
+    (run / "model" / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    assert "Model family 'bert' is not supported" in refused(capsys, run, "--to", "gguf", "--unchecked")
     (run / "model" / "config.json").write_text(json.dumps(config))
     weights = run / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

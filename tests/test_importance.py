@@ -337,7 +337,7 @@ def test_gaussian_sp_is_wanda_sp_on_gaussian_hidden_states():
     x = torch.randn(100_000, 32, generator=torch.Generator().manual_seed(0))
     for block in blocks_of(model)[1:]:
         normal = x * block.ffn_norm.weight
-        X = block.activation(block.gate(normal)) * block.up(normal)
+        X = block.activation(block.gate.host(normal)) * block.up.host(normal)
         expected = X.double().square().mean(0).sqrt() * block.down.weight.double().abs().sum(0)
         mine = IMPORTANCE["gaussian_sp"](ffn_weights(block), None, None)
         np.testing.assert_allclose(mine.numpy(), expected.numpy(), rtol=0.03)

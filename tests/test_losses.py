@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from gprune.gates import gated
 from gprune.losses import CHUNK, final_hidden, frozen_head_cross_entropy, iter_logits, next_token_loss
-from gprune.masks import gated
 from tests.conftest import make_tiny_llama
 
 

@@ -15,17 +15,14 @@ from hypothesis import strategies as st
 
 from gprune.architectures import blocks_of
 from gprune.errors import UserError
+from gprune.gates import gated, masked, soft_gate, straight_through
 from gprune.masks import (
     Masks,
     UnitCosts,
     check_budget,
     cut_margin,
-    gated,
     keep_masks,
     margins,
-    masked,
-    soft_gate,
-    straight_through,
     unit_costs,
 )
 from tests.conftest import make_tiny_llama

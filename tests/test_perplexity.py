@@ -18,7 +18,8 @@ from gprune.evaluation.perplexity import (
     paired_bootstrap_ratio,
     perplexity,
 )
-from gprune.masks import Masks, masked
+from gprune.gates import masked
+from gprune.masks import Masks
 from tests.conftest import make_tiny_llama
 
 

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import gprune
 from gprune import outcome, steps
 from gprune.architectures import blocks_of
+from gprune.gates import masked
 from gprune.importance import IMPORTANCE
-from gprune.masks import Masks, masked, unit_costs
+from gprune.masks import Masks, unit_costs
 from gprune.stages.sparsity import ThresholdLearning
 from tests import tiny_run
 
@@ -399,7 +400,7 @@ def test_uniform_width_is_a_stock_model(switched):
     assert "modeling_" not in card
     ordinary = (switched("kl").path / "model" / "README.md").read_text()
     assert ordinary.count("trust_remote_code=True") == 2
-    assert "modeling_pruned_llama.py" in ordinary
+    assert "modeling_pruned.py" in ordinary
 
 
 @pytest.mark.parametrize("recovery", ["bias", "least_squares"])

@@ -8,14 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import gprune
-from gprune.architectures import load_model
 from gprune.export.__main__ import parser as export_parser
+from gprune.export.hf import save_pruned
+from gprune.families import FAMILIES
+from gprune.gates import masked
 from gprune.importance import UnitWeights
+from gprune.loading import load_model
 from gprune.recovery import RECOVERY, recover_projection
-from gprune.statistics import ChannelStatistics, Moments
+from gprune.statistics import Moments
+from gprune.surgery import prune
 from tests import tiny_run
+from tests.tiny_families import make_tiny, some_masks
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -105,12 +111,27 @@ def test_the_recipe_for_a_recovery_registers_and_recovers(monkeypatch):
     exec(python_block("RECOVERY.register"), {"__name__": "readme"})
     assert gprune.RunConfig(recovery="rescale").recovery == "rescale"
     four = torch.full((4,), 4.0, dtype=torch.float64)
-    half = Moments(four[0], four, four, four)
+    moments = Moments(four[0], four, four, four)
     weight, bias = recover_projection(
-        torch.ones(2, 4), torch.tensor([True, False, False, False]), ChannelStatistics((half, half)), method="rescale"
+        torch.ones(2, 4), torch.tensor([True, False, False, False]), moments, method="rescale"
     )
     assert weight.tolist() == [[2.0], [2.0]]  # a quarter of the energy is kept
     assert bias is None
+
+
+def test_the_recipe_for_a_family_prunes_and_reloads(tmp_path, monkeypatch):
+    for family in ("smollm3", "starcoder2"):
+        monkeypatch.setitem(FAMILIES, family, None)  # taken out again afterwards
+    exec(python_block("FAMILIES[record.model_type]"), {"__name__": "readme"})
+    ids = torch.arange(3, 35).view(2, 16)
+    for family in ("smollm3", "starcoder2"):
+        model = make_tiny(family)
+        masks = some_masks(model, attention=True)
+        pruned = prune(model, masks)
+        with masked(model, masks):
+            torch.testing.assert_close(pruned(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
+        again = AutoModelForCausalLM.from_pretrained(save_pruned(pruned, None, tmp_path / family))
+        assert torch.equal(again(ids).logits, pruned(ids).logits)
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -46,7 +46,7 @@ def ridge_by_lstsq(x: np.ndarray, weight: np.ndarray, keep: np.ndarray, ridge: f
 @pytest.mark.parametrize("ridge", [1e-4, 0.01, 0.3, 10.0])
 def test_least_squares_against_numpy(problem, ridge):
     x, weight, keep = problem
-    new, bias = recover_projection(weight, keep, statistics_of(x), method="least_squares", ridge=ridge)
+    new, bias = recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=ridge)
     expected = ridge_by_lstsq(x, weight.double().numpy(), keep.numpy(), ridge)
     assert bias is None
     assert new.dtype == weight.dtype
@@ -57,7 +57,7 @@ def test_least_squares_lowers_the_error_on_its_own_text(problem):
     x, weight, keep = problem
     error = {}
     for method in ("none", "least_squares"):
-        new, _ = recover_projection(weight, keep, statistics_of(x), method=method, ridge=1e-3)
+        new, _ = recover_projection(weight, keep, statistics_of(x).total, method=method, ridge=1e-3)
         error[method] = np.square(x @ weight.double().numpy().T - x[:, keep] @ new.double().numpy().T).sum()
     assert error["least_squares"] < 0.5 * error["none"]
 
@@ -69,17 +69,17 @@ def test_least_squares_is_exact_where_removed_channels_are_combinations_of_kept_
     x[:, keep] = rng.normal(size=(TOKENS, 16))
     x[:, ~keep] = x[:, keep] @ rng.normal(size=(16, 8))
     weight = torch.from_numpy(rng.normal(size=(H, C))).float()
-    new, _ = recover_projection(weight, keep, statistics_of(x), method="least_squares", ridge=1e-7)
+    new, _ = recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=1e-7)
     dense = x @ weight.double().numpy().T
     np.testing.assert_allclose(x[:, keep] @ new.double().numpy().T, dense, atol=1e-4 * np.abs(dense).max())
 
 
 def test_a_large_ridge_leads_back_to_none_and_not_to_zero(problem):
     x, weight, keep = problem
-    new, _ = recover_projection(weight, keep, statistics_of(x), method="least_squares", ridge=1e9)
+    new, _ = recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=1e9)
     torch.testing.assert_close(new, weight[:, keep], atol=1e-6, rtol=0)
     nearer = [
-        float((recover_projection(weight, keep, statistics_of(x), method="least_squares", ridge=r)[0]
+        float((recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=r)[0]
                - weight[:, keep]).norm())
         for r in (1e-3, 1e-1, 10.0, 1e3)
     ]  # fmt: skip
@@ -89,11 +89,11 @@ def test_a_large_ridge_leads_back_to_none_and_not_to_zero(problem):
 def test_dead_kept_channels_do_not_break_the_solution(problem):
     x, weight, keep = problem
     x[:, keep.nonzero()[:3, 0]] = 0.0
-    new, _ = recover_projection(weight, keep, statistics_of(x), method="least_squares", ridge=0.01)
+    new, _ = recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=0.01)
     assert bool(torch.isfinite(new).all())
     torch.testing.assert_close(new[:, :3], weight[:, keep][:, :3])  # nothing is known about them: they stay
     everything_dead = np.zeros_like(x)
-    new, _ = recover_projection(weight, keep, statistics_of(everything_dead), method="least_squares")
+    new, _ = recover_projection(weight, keep, statistics_of(everything_dead).total, method="least_squares")
     torch.testing.assert_close(new, weight[:, keep])
 
 
@@ -102,7 +102,7 @@ def test_fewer_tokens_than_channels_without_a_ridge(problem, tokens):
     # --ridge 0 is allowed, and a float32 Gram matrix of low rank has slightly negative eigenvalues.
     x, weight, keep = problem
     x = x[:tokens]
-    new, _ = recover_projection(weight, keep, statistics_of(x), method="least_squares", ridge=0.0)
+    new, _ = recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=0.0)
     dense = x @ weight.double().numpy().T
     np.testing.assert_allclose(x[:, keep] @ new.double().numpy().T, dense, atol=0.01 * np.abs(dense).max())
 
@@ -111,21 +111,21 @@ def test_keeping_everything_changes_nothing(problem):
     x, weight, _ = problem
     everything = torch.ones(C, dtype=torch.bool)
     for method in RECOVERY:
-        new, bias = recover_projection(weight, everything, statistics_of(x), method=method)
+        new, bias = recover_projection(weight, everything, statistics_of(x).total, method=method)
         assert torch.equal(new, weight)
         assert bias is None or not bool(bias.any())
 
 
 def test_none_keeps_columns_as_they_are(problem):
     x, weight, keep = problem
-    new, bias = recover_projection(weight, keep, statistics_of(x, gram=False))
+    new, bias = recover_projection(weight, keep, statistics_of(x, gram=False).total)
     assert torch.equal(new, weight[:, keep])
     assert bias is None
 
 
 def test_bias_against_numpy(problem):
     x, weight, keep = problem
-    new, bias = recover_projection(weight, keep, statistics_of(x, gram=False), method="bias")
+    new, bias = recover_projection(weight, keep, statistics_of(x, gram=False).total, method="bias")
     assert torch.equal(new, weight[:, keep])
     removed = ~keep.numpy()
     expected = weight.double().numpy()[:, removed] @ x.mean(0)[removed]
@@ -138,7 +138,7 @@ def test_bias_against_numpy(problem):
 @pytest.mark.parametrize("method", list(RECOVERY))
 def test_the_weights_dtype_is_kept(problem, method):
     x, weight, keep = problem
-    new, bias = recover_projection(weight.bfloat16(), keep, statistics_of(x), method=method)
+    new, bias = recover_projection(weight.bfloat16(), keep, statistics_of(x).total, method=method)
     assert new.dtype == torch.bfloat16
     assert new.shape == (H, int(keep.sum()))
     assert bias is None or (bias.dtype == torch.bfloat16 and bias.shape == (H,))
@@ -147,7 +147,7 @@ def test_the_weights_dtype_is_kept(problem, method):
 def test_an_unknown_recovery_lists_what_there_is(problem):
     x, weight, keep = problem
     with pytest.raises(UserError, match=r"Unknown recovery 'lsq'.*none, bias, least_squares"):
-        recover_projection(weight, keep, statistics_of(x), method="lsq")
+        recover_projection(weight, keep, statistics_of(x).total, method="lsq")
     assert set(RECOVERY) >= NEEDS_GRAM
 
 
@@ -161,7 +161,7 @@ def test_on_a_model_with_neurons_and_with_whole_kv_groups(tiny_model, token_batc
     if part == "output":
         keep = torch.tensor([False, True]).repeat_interleave(block.channels_per_group)
     weight = getattr(block, part).weight
-    new, _ = recover_projection(weight, keep, getattr(statistics, kind)[1], method="least_squares", ridge=0.01)
+    new, _ = recover_projection(weight, keep, getattr(statistics, kind)[1].total, method="least_squares", ridge=0.01)
     x = raw[1].reshape(-1, len(keep))
     expected = ridge_by_lstsq(x, weight.double().numpy(), keep.numpy(), 0.01)
     assert new.shape == (32, int(keep.sum()))

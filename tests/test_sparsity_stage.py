@@ -12,8 +12,9 @@ from gprune.callbacks import ApplyMasks
 from gprune.data import CorpusDataModule, Windows
 from gprune.drift import fractional_ranks
 from gprune.errors import UserError
+from gprune.gates import gated, masked, soft_gate
 from gprune.losses import next_token_loss
-from gprune.masks import Masks, UnitCosts, check_budget, gated, keep_masks, masked, soft_gate, unit_costs
+from gprune.masks import Masks, UnitCosts, check_budget, keep_masks, unit_costs
 from gprune.reliability import module_means, within_module_ranks
 from gprune.stages.sparsity import ModuleRanks, ThresholdLearning, masks_from_thresholds, start_thresholds
 from tests.conftest import make_tiny_llama

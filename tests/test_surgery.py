@@ -12,7 +12,8 @@ from torch import nn
 
 from gprune.architectures import blocks_of
 from gprune.errors import UserError
-from gprune.masks import Masks, masked
+from gprune.gates import masked
+from gprune.masks import Masks
 from gprune.surgery import count_parameters, prune, widths
 from tests.conftest import make_tiny_llama
 
@@ -138,8 +139,8 @@ def test_parameters_keep_their_nature(tiny_model):
 
 def test_a_recovery_bias_is_carried_whole(tiny_model, token_batch):
     for block in blocks_of(tiny_model)[:2]:
-        block.down.bias = nn.Parameter(torch.linspace(-1, 1, 32), requires_grad=False)
-        block.output.bias = nn.Parameter(torch.linspace(2, -2, 32), requires_grad=False)
+        block.down.host.bias = nn.Parameter(torch.linspace(-1, 1, 32), requires_grad=False)
+        block.output.host.bias = nn.Parameter(torch.linspace(2, -2, 32), requires_grad=False)
     masks = random_masks([5, 7, 9], [1, 2, 1])
     pruned = prune(tiny_model, masks)
     expected = zeroed(tiny_model, masks)(token_batch).logits

@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gprune.errors import UserError
+from gprune.families import family_of
 from gprune.registry import Registry
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-EXPORTABLE = ("llama", "pruned_llama")  # by model_type
 TYPES = ("f32", "f16", "q8_0")
 # Ready-built llama.cpp on the package index, best first: the module that is imported, and what pip calls it.
 LLAMA_CPP = {"llama_cpp_py_sync": "llama-cpp-py-sync", "xllamacpp": "xllamacpp"}
@@ -121,10 +121,9 @@ class Gguf:
         return path.is_file()
 
     def write(self, source: Source, output: Path) -> None:
-        from gprune.export.gguf import check_gguf, restored, write_gguf
+        from gprune.export.gguf import check_gguf, write_gguf
 
         model, tokenizer = load_folder(source.folder, upcast=True)
-        tokenizer = restored(tokenizer)
         write_gguf(model, tokenizer, output, type=self.type, name=source.name)
         if not self.unchecked:
             check_gguf(model, tokenizer, output, type=self.type, build=llama_cpp())
@@ -180,11 +179,7 @@ class Job:
             if name not in {field.name for field in fields(made)}:
                 raise UserError(f"Export: format '{to}' has no option --{name}.")
         source = find(run_or_folder)
-        family = _json(source.folder / "config.json").get("model_type")
-        if family not in EXPORTABLE:
-            raise UserError(
-                f"Export: expected model_type {' or '.join(EXPORTABLE)} in '{source.folder}', got '{family}'."
-            )
+        family_of(str(_json(source.folder / "config.json").get("model_type")))  # refuses one without a record
         chosen = made(**options)
         path = (chosen.default(source) if output is None else Path(output)).expanduser().absolute()
         if path.exists() and not overwrite:
@@ -252,7 +247,7 @@ def load_folder(folder: Path, *, upcast: bool = False) -> tuple[PreTrainedModel,
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from gprune.export.hf import register
+    from gprune.loading import register
 
     register()
     dtype: torch.dtype | str = torch.float32 if upcast else "auto"

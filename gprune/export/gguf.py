@@ -1,4 +1,4 @@
-"""A pruned Llama as one GGUF file, which llama.cpp and what is built on it run.
+"""A pruned model as one GGUF file, which llama.cpp and what is built on it run: Llama, and what computes as Llama does.
 
 Blocks of different widths are architecture `deci`: its graph is that of `llama`, with sizes per layer. The loader of
 `llama` takes the first layer's sizes for all. A model whose blocks are equal is architecture `llama`, which older
@@ -7,11 +7,14 @@ programs know too. Nothing here converts a checkpoint: tensors come from the mod
 `check_gguf` has a llama.cpp build compute what was written, in a process of its own, and compares log-probabilities
 and tokens with the model and its tokenizer. It is the only proof that counts: a wrong order of rows or a missing key
 gives a file that loads and talks nonsense.
+
+The tokenizer is written as the model's folder has it, so the file takes the tokens that the run was measured with. A
+folder made by an older gprune, whose SmolLM2 did not cut numbers into digits, says `gpt-2` in its file; prune anew to
+mend it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -27,13 +30,12 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
 from gguf.quants import quantize
-from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.architectures import blocks_of
+from gprune.architectures import Block, blocks_of
+from gprune.assets import WHOLE_WORDS, WORDS
 from gprune.errors import UserError
-from gprune.export import EXPORTABLE
 
 log = logging.getLogger("gprune")
 
@@ -43,19 +45,6 @@ FILE_TYPES = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 Q8_BLOCK = 32
-
-# How a byte-level BPE cuts text into words, by llama.cpp's name for it (`tokenizer.ggml.pre`).
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-WORDS = {
-    ("bytes of words",): "gpt-2",
-    ("digits", "bytes of words"): "smollm",
-    (LLAMA3_WORDS, "bytes"): "llama-bpe",
-}
-# transformers drops the digits when it makes SmolLM2's tokenizer from a GGUF file; recognised by its vocabulary.
-SMOLLM2 = "4c00ae5b1c191a9e"
 
 # Text with what tokenizers differ in: digits, blanks, other scripts, code, contractions.
 CHECK_TEXT = """\
@@ -139,7 +128,7 @@ def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         here = f"blk.{block.index}"
         yield f"{here}.attn_norm.weight", block.attention_norm.weight
         yield f"{here}.ffn_norm.weight", block.ffn_norm.weight
-        for name, linear in (
+        for name, part in (
             ("attn_q", block.query),
             ("attn_k", block.key),
             ("attn_v", block.value),
@@ -148,9 +137,10 @@ def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             ("ffn_up", block.up),
             ("ffn_down", block.down),
         ):
-            for kind, parameter in linear.named_parameters():
-                rotated = name in ("attn_q", "attn_k")
-                yield f"{here}.{name}.{kind}", interleave(parameter, block.head_dim) if rotated else parameter
+            for kind, parameter in (("weight", part.weight), ("bias", part.bias)):
+                if parameter is not None:
+                    rotated = name in ("attn_q", "attn_k")
+                    yield f"{here}.{name}.{kind}", interleave(parameter, block.head_dim) if rotated else parameter
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
@@ -179,17 +169,6 @@ def rope_factors(model: PreTrainedModel) -> Tensor | None:
     return (rope["rope_theta"] ** -exponents / actual).float()
 
 
-def restored(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer as its model was trained with it: SmolLM2's cuts numbers into digits."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or _vocabulary_hash(json.loads(backend.to_str())["model"]) != SMOLLM2:
-        return tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    return tokenizer
-
-
 def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, Any]:
     """`tokenizer.*` of a byte-level BPE.
 
@@ -204,7 +183,7 @@ def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, A
     model, pre = content["model"], _words(content)
     if pre is None:
         raise UserError(
-            f"Export: GGUF takes a byte-level BPE tokenizer that cuts words as {', '.join(WORDS.values())} do; this "
+            f"Export: GGUF takes a byte-level BPE tokenizer that cuts words as {', '.join(WORDS)} do; this "
             f"one ({model['type']}) does otherwise. Export to hf instead, or convert with llama.cpp's own script."
         )
     tokens = {index: token for token, index in model["vocab"].items()}
@@ -242,31 +221,20 @@ def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, A
 
 def _words(content: dict[str, Any]) -> str | None:
     """llama.cpp's name for how the tokenizer cuts words; None if it has none, or the tokenizer is of another kind."""
-    model, steps = content["model"], content.get("pre_tokenizer") or {}
+    model, cut = content["model"], content.get("pre_tokenizer") or {}
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if model["type"] != "BPE" or model["byte_fallback"] or affixes or content["normalizer"]:
         return None
     if any(added["lstrip"] or added["rstrip"] or added["single_word"] for added in content["added_tokens"]):
         return None
-    signature = []
-    for step in steps.get("pretokenizers", [steps]):
-        match step:
-            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}:
-                signature.append("bytes of words" if use_regex else "bytes")
-            case {"type": "Digits", "individual_digits": True}:
-                signature.append("digits")
-            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
-                signature.append(pattern)
-            case _:
-                return None
-    name = WORDS.get(tuple(signature))
+    name = next((name for name in WORDS if _steps(json.loads(WORDS[name].__getstate__())) == _steps(cut)), None)
     # Taking a whole word that is a token before any merge is bound to llama.cpp's name too.
-    return name if bool(model.get("ignore_merges")) == (name == "llama-bpe") else None
+    return name if bool(model.get("ignore_merges")) == (name in WHOLE_WORDS) else None
 
 
-def _vocabulary_hash(model: dict[str, Any]) -> str:
-    what = json.dumps([model.get("vocab"), model.get("merges")], sort_keys=True)
-    return hashlib.sha256(what.encode()).hexdigest()[:16]
+def _steps(cut: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a pre-tokenizer does, step by step, without what only moves the offsets it reports."""
+    return [{k: v for k, v in step.items() if k != "trim_offsets"} for step in cut.get("pretokenizers", [cut])]
 
 
 def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
@@ -296,19 +264,42 @@ def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
 
 
 def check_expressible(model: PreTrainedModel) -> None:
-    """Refuse what llama.cpp's graphs of `llama` and `deci` compute differently."""
-    config = model.config
-    if config.model_type not in EXPORTABLE:
-        raise UserError(
-            f"Export: GGUF takes model_type {' or '.join(EXPORTABLE)}; llama.cpp has no graph with layers of different "
-            f"widths for '{config.model_type}'."
-        )
-    if config.hidden_act not in ("silu", "swish"):
-        raise UserError(f"Export: GGUF takes a Llama with hidden_act silu, got '{config.hidden_act}'.")
+    """Refuse what llama.cpp's graphs of `llama` and `deci` compute differently.
+
+    Raises:
+        UserError: naming the family, why, and what would work.
+    """
     for block in blocks_of(model):
+        if (reason := unlike_llama(model.config, block)) is not None:
+            raise UserError(
+                f"Export: llama.cpp's graph for layers of different widths computes as Llama does, but this "
+                f"'{model.config.model_type}' {reason}. Export to hf, or prune with --sparsity.uniform_width true and "
+                f"--sparsity.scope ffn, which leaves a stock model for llama.cpp's own converter."
+            )
         # llama.cpp takes a size of 0 for a layer without FFN or attention, and then skips more than that.
         if not block.neurons or not block.kv_groups:
             raise UserError(f"Export: GGUF takes no layer without FFN or attention, such as layer {block.index}.")
+
+
+def unlike_llama(config: PreTrainedConfig, block: Block) -> str | None:
+    """What a block has that Llama has not, or the other way round; read off the record and the weights."""
+    family = block.family
+    if block.has_experts or block.gate is None:
+        return "has experts" if block.has_experts else "has no gate"
+    if block.ffn_norm is None or block.attention_norm is None or family.norm_offset:
+        return "normalises elsewhere or otherwise"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"has hidden_act {config.hidden_act} instead of silu"
+    modules = [block.ffn_norm, block.attention_norm, *(part.host for part in block.parts.values())]
+    written = {id(parameter) for module in modules for parameter in module.parameters()}
+    other = [name for name, parameter in block.layer.named_parameters() if id(parameter) not in written]
+    if other:
+        return f"has weights beside Llama's ({other[0]})"
+    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+        return f"attends to a window of {config.sliding_window} tokens"
+    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        return "rotates a part of each head"
+    return None
 
 
 @torch.no_grad()
@@ -318,7 +309,7 @@ def write_gguf(
     """Write the file. Matrices in `type`, vectors in float32.
 
     Args:
-        model: Llama, sliced or not.
+        model: of a family that computes as Llama does, sliced or not.
         tokenizer: fast byte-level BPE.
         path: file to write; what is there is overwritten.
         type: f32, f16 or q8_0.

@@ -1,7 +1,8 @@
-"""A pruned Llama as a Hugging Face folder that loads in one line, with or without gprune.
+"""A pruned model as a Hugging Face folder that loads in one line, with or without gprune.
 
-Where all blocks have the same shape the folder is a stock Llama and needs nobody's code. Else it holds safetensors, a
-config.json with the table `per_layer_config`, and the modelling file `modeling_pruned_llama.py`, so
+Where all blocks have the same shape, and the family's stock config can say it, the folder is a stock model and needs
+nobody's code. Else it holds safetensors, a config.json with the table `per_layer_config`, and the modelling file
+`modeling_pruned.py`, one for all families, so
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works wherever transformers does; after
 `register()`, which `import gprune` calls, it works without remote code. An export counts only after `check_reload`: a
 fresh process must get the logits of the model in memory out of it.
@@ -18,32 +19,35 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
-    AutoConfig,
-    AutoModel,
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from gprune import modeling_pruned
 from gprune.architectures import blocks_of
 from gprune.errors import UserError
-from gprune.export import EXPORTABLE, swapping
-from gprune.export.modeling_pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM, PrunedLlamaModel
+from gprune.export import swapping
+from gprune.loading import pruned_classes, register
 
 log = logging.getLogger("gprune")
 
 # Set anew by the exported class, or of no meaning for it (a de-quantised GGUF still names its quantiser).
 NOT_CARRIED = {
-    *("model_type", "architectures", "auto_map", "per_layer_config", "quantization_config"),
+    *("model_type", "architectures", "auto_map", "quantization_config"),
+    *("per_layer_config", "pruned_layout", "added_biases"),
     *("rope_theta", "rope_scaling", "transformers_version", "_name_or_path"),
 }
 DEFAULT_CARD = """---
@@ -60,85 +64,79 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote
 """
 
 
-def register() -> None:
-    """Let the Auto classes load `pruned_llama` without remote code. Calling it again changes nothing."""
-    AutoConfig.register("pruned_llama", PrunedLlamaConfig, exist_ok=True)
-    AutoModel.register(PrunedLlamaConfig, PrunedLlamaModel, exist_ok=True)
-    AutoModelForCausalLM.register(PrunedLlamaConfig, PrunedLlamaForCausalLM, exist_ok=True)
+def stock_values(model: PreTrainedModel) -> dict[str, Any]:
+    """What the config of the dense stock model says, with the size of a head and the dtype spelled out."""
+    (first, *_) = blocks_of(model)
+    kept = {key: value for key, value in model.config.to_dict().items() if key not in NOT_CARRIED}
+    return kept | {"head_dim": first.head_dim, "dtype": model.dtype}
 
 
-def pruned_config(model: PreTrainedModel) -> PrunedLlamaConfig:
-    """The model's config with the true widths of its weights, as `per_layer_config` where they differ.
+def skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """A model of this config without weights, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config) if model_class is None else model_class(config)
 
-    Raises:
-        UserError: for a model that is no Llama.
-    """
-    if model.config.model_type not in EXPORTABLE:
-        raise UserError(
-            f"Export: expected model_type {' or '.join(EXPORTABLE)} for a Hugging Face folder, "
-            f"got '{model.config.model_type}'."
-        )
+
+def stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
+    """A stock model in the shapes of `model`, without weights; None where blocks differ or no config can say how."""
     blocks = blocks_of(model)
-    table = {
-        str(block.index): {
-            "intermediate_size": block.neurons,
-            "num_attention_heads": block.output.in_features // block.head_dim,
-            "num_key_value_heads": block.kv_groups,
-            "o_proj_bias": block.output.bias is not None,
-            "down_proj_bias": block.down.bias is not None,
-        }
-        for block in blocks
-    }
-    shared = {key: value for key, value in model.config.to_dict().items() if key not in NOT_CARRIED}
-    shared |= {name: table["0"][name] for name in ("o_proj_bias", "down_proj_bias")}
-    shared |= {"head_dim": blocks[0].head_dim, "dtype": model.dtype}
-    for values in table.values():  # only what differs
-        for name in [name for name, value in values.items() if value == shared[name]]:
-            del values[name]
-    return PrunedLlamaConfig(
-        **shared,
-        per_layer_config={index: values for index, values in table.items() if values},
-        architectures=["PrunedLlamaForCausalLM"],
-        attn_implementation=model.config._attn_implementation,
-    )
-
-
-def stock_config(model: PreTrainedModel) -> LlamaConfig | None:
-    """The config of a stock Llama in the shapes of the model; None where blocks differ or Llama cannot say how."""
-    blocks = blocks_of(model)
-    shapes = {(b.neurons, b.output.in_features // b.head_dim, b.kv_groups) for b in blocks}
-    attention = {part.bias is not None for b in blocks for part in (b.query, b.key, b.value, b.output)}
-    ffn = {part.bias is not None for b in blocks for part in (b.gate, b.up, b.down)}
-    neurons, heads, groups = next(iter(shapes))
-    if len(shapes) > 1 or len(attention) > 1 or len(ffn) > 1 or model.config.hidden_size % heads:
+    family, sizes = blocks[0].family, blocks[0].config_values
+    if any(block.config_values != sizes for block in blocks) or not modeling_pruned.experts_aligned(model):
         return None
-    own = {"o_proj_bias", "down_proj_bias"}
-    shared = {key: value for key, value in model.config.to_dict().items() if key not in NOT_CARRIED | own}
-    shared |= {"intermediate_size": neurons, "num_attention_heads": heads, "num_key_value_heads": groups}
-    shared |= {"attention_bias": attention.pop(), "mlp_bias": ffn.pop()}
-    shared |= {"head_dim": blocks[0].head_dim, "dtype": model.dtype, "architectures": ["LlamaForCausalLM"]}
-    return LlamaConfig(**shared, attn_implementation=model.config._attn_implementation)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for model_type, settings in {family.model_type: {}, **family.same_as}.items():
+        with suppress(ValueError, StrictDataclassError):  # a config may refuse these sizes
+            found = skeleton(CONFIG_MAPPING[model_type](**stock_values(model) | sizes | settings))
+            if {name: tensor.shape for name, tensor in found.state_dict().items()} == shapes:
+                return found
+    return None
 
 
-def to_exportable(model: PreTrainedModel) -> LlamaForCausalLM:
-    """The same network as the class that is saved. Weights are shared with `model`, not copied.
+def pruned_skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """The pruned class of the model's family in the shapes of `model`, without weights."""
+    blocks, values = blocks_of(model), stock_values(model)
+    family = blocks[0].family
+    dense = blocks_of(skeleton(CONFIG_MAPPING[family.model_type](**values)))
+    layout: dict[str, Any] = {"layers": family.layers, "sizes": {}, "attributes": {}}
+    table = {}
+    for block, stock in zip(blocks, dense, strict=True):
+        layout["sizes"] |= {place.path: [place.dim, block.config_terms(place.sizes)] for place in block.slices}
+        layout["attributes"] |= block.attributes
+        biases = [path for path, own, old in ((family.down, block.down, stock.down),
+                                              (family.output, block.output, stock.output))
+                  if own.bias is not None and old.bias is None]  # fmt: skip
+        own = block.config_values | {"added_biases": biases}
+        table[str(block.index)] = {key: value for key, value in own.items() if value != values.get(key, [])}
+    config_class, _, model_class = pruned_classes(family.model_type)
+    config = config_class(
+        **values,
+        added_biases=[],
+        pruned_layout=layout,
+        per_layer_config={index: own for index, own in table.items() if own},
+    )
+    return skeleton(config, model_class)
+
+
+def to_exportable(model: PreTrainedModel) -> PreTrainedModel:
+    """The same network as the class that is saved: a stock one where that can be. Weights are shared, not copied.
 
     Args:
-        model: LlamaForCausalLM with sliced blocks, or a PrunedLlamaForCausalLM, pruned again or not.
+        model: of a supported family, pruned or not, once or twice.
 
     Raises:
-        UserError: for another family.
+        UserError: for a family without a record.
     """
-    pruned = pruned_config(model)  # also refuses other families
-    stock = stock_config(model)
-    with torch.device("meta"):
-        exportable = PrunedLlamaForCausalLM(pruned) if stock is None else LlamaForCausalLM(stock)
+    register()  # for a family whose record came after the import
+    exportable = stock_skeleton(model) or pruned_skeleton(model)
+    exportable.config._attn_implementation = model.config._attn_implementation
+    exportable.config.architectures = [type(exportable).__name__]
     exportable.load_state_dict(model.state_dict(), strict=True, assign=True)
     exportable.tie_weights()
-    # Rotary frequencies are not in the state dict; theirs is the config without per-layer values.
-    rotary, source = exportable.get_decoder().rotary_emb, model.get_decoder().rotary_emb
-    exportable.get_decoder().rotary_emb = copy.deepcopy(source)
-    exportable.get_decoder().rotary_emb.config = rotary.config
+    persistent = exportable.state_dict().keys()
+    for name, buffer in model.named_buffers():  # such as rotary frequencies, which are in no state dict
+        if name not in persistent:
+            owner, _, own_name = name.rpartition(".")
+            exportable.get_submodule(owner)._buffers[own_name] = buffer.clone()
     needs_gradient = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in exportable.named_parameters():
         parameter.requires_grad_(needs_gradient[name])

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gprune.gates import soft_gate, straight_through
 from gprune.losses import final_hidden, next_token_loss
-from gprune.masks import Masks, UnitCosts, cut_margin, keep_masks, margins, soft_gate, straight_through
+from gprune.masks import Masks, UnitCosts, cut_margin, keep_masks, margins
 from gprune.stages.base import FrozenLMStage, require_finite
 
 

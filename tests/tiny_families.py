@@ -1,0 +1,62 @@
+"""A tiny random model of every family that has a record, from the configuration class that transformers has for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from gprune.architectures import blocks_of
+from gprune.families import FAMILIES
+from gprune.masks import Masks, top_of_experts
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "sliding_window": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "word_embed_proj_dim": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def make_tiny(family: str, *, neurons: int = 48, **overrides: Any) -> PreTrainedModel:
+    """A random model in float32, frozen; random biases and norms too, so that forgetting one shows."""
+    config_class, record = CONFIG_MAPPING[family], FAMILIES[family]
+    known = config_class()
+    settings = {name: value for name, value in SIZES.items() if hasattr(known, name)}
+    settings |= {"intermediate_size": neurons, record.width: neurons}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_class(**settings | overrides)).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        # Large weights: with the usual 0.02 a random model's logits hardly depend on the FFN at all.
+        scale, centre = (0.25, 0.0) if parameter.dim() > 1 or name.endswith("bias") else (0.3, 1 - record.norm_offset)
+        parameter.copy_(centre + scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def some_masks(model: nn.Module, kept: tuple[int, ...] = (17, 48, 33), *, attention: bool, seed: int = 3) -> Masks:
+    """That many neurons of each block (of each expert), at random; with attention all groups but one, where there are
+    two or more, in the first and the last block."""
+    generator = torch.Generator().manual_seed(seed)
+    ffn, groups = [], []
+    for block, n in zip(blocks_of(model), kept, strict=True):
+        noise = torch.rand(block.experts * block.neurons, generator=generator)
+        ffn.append(top_of_experts(noise, n, experts=block.experts))
+        keep = torch.ones(block.kv_groups, dtype=torch.bool)
+        if attention and block.kv_groups > 1 and block.index != 1:
+            keep[block.index % block.kv_groups] = False
+        groups.append(keep)
+    return Masks(ffn, groups)
