@@ -28,8 +28,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gprune.architectures import as_bytes
 from gprune.errors import UserError
+from gprune.loading import as_bytes
 
 log = logging.getLogger("gprune")
 FORMAT_VERSION = 3  # part of every cache key: raise it when what is stored changes meaning

@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel
 
-from gprune.architectures import fingerprint
 from gprune.artifacts import RunFolder, to_yaml
 from gprune.config import RunConfig
+from gprune.loading import fingerprint
 from gprune.preparation import Text
 from gprune.tracking import tracking
 from gprune.trainer import NamedProgressBar, plain_interrupts
