@@ -176,7 +176,8 @@ class SparsityConfig:
     owl_spread: float = 0.08
     """owl: how far a block's sparsity may lie from the target."""
     width_multiple: int = 1
-    """Widths end up on multiples of this: 64 or 128 suit matrix-multiply tiles and serving kernels."""
+    """Widths end up on multiples of this: 64 or 128 suit matrix-multiply tiles and serving kernels (quantised ones want
+    128), 32 the blocks of q8_0, 8 the grouped kernels of experts. The overshoot is less than one step."""
     uniform_width: bool = False
     """Every block ends up with the same width (and as many KV groups): the widest one that removes the target. The
     result is a stock model that needs nobody's code; what sparsity it reaches is printed."""
@@ -323,14 +324,14 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     run: RunFolderConfig = field(default_factory=RunFolderConfig)
-    export: Literal["hf", "none"] = "hf"
-    """What is left of the pruned model. hf: a Hugging Face folder, checked in a fresh process. none: nothing but its
-    masks, for sweeps."""
+    export: Literal["hf", "gguf", "none"] = "hf"
+    """hf: the pruned model as a Hugging Face folder, reloaded and compared. gguf: that, and a GGUF file beside it, run
+    in a llama.cpp build and compared (`python -m gprune.export` has its types). none: masks and numbers only."""
     dry_run: bool = False
     """Say tokens, passes, expected memory and resulting widths, and stop before anything is computed."""
 
     def __post_init__(self) -> None:
-        _choose("export", self.export, ("hf", "none"))
+        _choose("export", self.export, ("hf", "gguf", "none"))
         IMPORTANCE[self.importance]
         RECOVERY[self.recovery]
         _at_least("ridge", self.ridge, 0)

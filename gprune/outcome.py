@@ -20,6 +20,7 @@ from gprune.data import Windows
 from gprune.errors import UserError
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import PerplexityResult, generalisation_gap, geometric_mean, perplexity
+from gprune.export import export as write_as
 from gprune.export.hf import check_reload, save_pruned, stock_skeleton
 from gprune.gates import masked
 from gprune.masks import Masks, UnitCosts
@@ -93,6 +94,7 @@ def save_and_check(
             )
     export = cfg.export != "none"
     if "logits" in run.folder.manifest and (is_complete(run.folder / "model") or not export):
+        also_gguf(cfg, run)
         return
     log.info("Saving the pruned model and checking that it reloads" if export else "Checking the pruned model")
     with run.folder.step("save_and_check"):
@@ -121,6 +123,16 @@ def save_and_check(
             folder = save_pruned(pruned, tokenizer, run.folder / "model", model_card=card, overwrite=True)
             checks["sliced_minus_reloaded"] = check_reload(pruned, folder, ids)
         run.folder.update_manifest(logits=checks)
+    also_gguf(cfg, run)
+
+
+def also_gguf(cfg: RunConfig, run: Run) -> None:
+    """The file of `--export gguf`, from the folder that has been checked; one that is there already stays."""
+    path = run.folder / "model-f16.gguf"
+    if cfg.export == "gguf" and not path.exists():
+        log.info("Writing %s and checking that llama.cpp computes the same", path)
+        with run.folder.step("export_gguf"):
+            write_as(run.folder / "model", to="gguf", output=path)
 
 
 def evaluate(

@@ -21,6 +21,8 @@ from gprune.config import RunConfig
 from gprune.corpora import load_corpus
 from gprune.data import Windows, make_windows
 from gprune.errors import UserError
+from gprune.export import Gguf
+from gprune.export.gguf import check_expressible, tokenizer_keys
 from gprune.loading import check_family, load_model, locate_model
 from gprune.masks import Masks, UnitCosts, check_budget, keep_masks, unit_costs
 from gprune.recovery import ADDS_BIAS
@@ -100,6 +102,8 @@ def check(cfg: RunConfig) -> Plan:
     for sparsity in cfg.evaluation.curve if cfg.learns else []:
         check_budget(costs, sparsity, width_multiple=cfg.sparsity.width_multiple, flag="evaluation.curve")
     check_blocks(cfg, blocks, config)
+    if cfg.export == "gguf":
+        check_gguf_possible(skeleton)
     parameters = count_parameters(skeleton, "all")
     c, e = cfg.corpora, cfg.evaluation
     development = len(c.learn) * e.development_samples * c.seq_len
@@ -158,6 +162,12 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
         )
 
 
+def check_gguf_possible(skeleton: PreTrainedModel) -> None:
+    """Raise UserError now, not after hours, where the model or this machine allows no GGUF file."""
+    Gguf()  # refuses where no llama.cpp build is installed
+    check_expressible(skeleton)
+
+
 def check_depth(blocks: Sequence[Block], costs: UnitCosts, target: int) -> None:
     """Raise UserError unless whole blocks can make up for the target and one is left, whichever they are."""
     gone = [block.cost for block in blocks if block.index not in costs.protected]
@@ -183,6 +193,8 @@ def load(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrai
         device_map=cfg.model.device_map,
         trust_remote_code=cfg.model.trust_remote_code,
     )
+    if cfg.export == "gguf":
+        tokenizer_keys(tokenizer, model.get_input_embeddings().num_embeddings)  # refuses what GGUF has no words for
     return model if cfg.model.device_map else model.to(device), tokenizer
 
 

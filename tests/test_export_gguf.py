@@ -17,11 +17,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gprune import assets
 from gprune.architectures import blocks_of
+from gprune.cli import main
 from gprune.errors import UserError
 from gprune.export import EXPORTS, LLAMA_CPP, TYPES, export, llama_cpp
 from gprune.export import gguf as ours
 from gprune.export.hf import save_pruned
 from gprune.surgery import prune
+from tests import tiny_run
 from tests.conftest import make_tiny_llama
 from tests.test_export_hf import LLAMA3_ROPE
 from tests.test_surgery import random_masks, randomise_biases
@@ -283,6 +285,48 @@ def test_families_that_compute_as_llama_run_in_llama_cpp(family, tmp_path):
     model = prune(model, some_masks(model, (17, 96, 33), attention=True))
     ours.write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
     ours.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32", build=llama_cpp())
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A tiny world whose model is of one family, with bytes for tokens."""
+    with tiny_run.isolated(tmp_path / "cache"):
+        yield lambda family, **overrides: _world(tmp_path, family, overrides)
+
+
+def _world(folder, family, overrides):
+    (folder / "world").mkdir()
+    world = tiny_run.make_world(folder / "world")
+    settings = {"head_dim": 32, "hidden_size": 128, "neurons": tiny_run.NEURONS, "vocab_size": 512} | overrides
+    make_tiny(family, **settings).save_pretrained(world.model)
+    byte_tokenizer().save_pretrained(world.model)
+    return world
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+def test_a_run_writes_a_gguf_file_too(world, tmp_path):
+    flags = ("--export=gguf", "--sparsity.scope=attention+ffn")
+    made = world("llama")
+    run = made.run(tmp_path / "runs", *flags)
+    assert {"model", "model-f16.gguf"} <= {path.name for path in run.path.iterdir()}
+    (run.path / "model-f16.gguf").unlink()  # lost: the same command writes it again, and nothing else
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    made.run(tmp_path / "runs", *flags)
+    assert (run.path / "model-f16.gguf").is_file()
+    assert json.loads((run.path / "manifest.json").read_text())["logits"] == manifest["logits"]
+
+
+def test_a_run_that_could_write_no_gguf_file_is_refused_before_it_starts(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("gprune.export.llama_cpp", lambda: "some")
+    made = world("qwen3")
+    monkeypatch.setattr("gprune.preparation.load_model", lambda *_, **__: pytest.fail("loaded"))
+    assert main(made.args(tmp_path / "runs", "--export=gguf")) == 2
+    assert "this 'qwen3' has weights beside Llama's" in capsys.readouterr().err
+    monkeypatch.setattr("gprune.export.llama_cpp", lambda: None)
+    assert main(made.args(tmp_path / "runs", "--export=gguf")) == 2
+    assert "no llama.cpp build is installed" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 # The tokenizer
