@@ -58,6 +58,9 @@ BASELINES = {
         "--gprune=true", "--reliability.metric=consensus", "--evaluation.controls=[]",
         "--reliability.sensitivity_quantile=0", "--reliability.score_quantile=1",
     ],
+    # What serving asks for: widths on a grid, and one width for all blocks (exactly half of them at 50 %)
+    "gprune, width multiple 64": ["--gprune=true", "--sparsity.width_multiple=64", "--evaluation.controls=[]"],
+    "gprune, uniform width": ["--gprune=true", "--sparsity.uniform_width=true", "--evaluation.controls=[]"],
     "FLAP": [
         "--importance=wifv", "--sparsity.allocation=global", "--recovery=bias", "--corpora.recover=[wikitext2]", *BOTH,
     ],

@@ -164,6 +164,9 @@ def test_masked_sliced_and_reloaded_agree(family, overrides, attention, ids, tmp
     assert (reference - dense).abs().max() > 0.1  # the masks are not idle
     pruned = prune(model, masks)
     assert widths(pruned)["neurons"] == [17, 48, 33]
+    for before, after in zip(blocks_of(model), blocks_of(pruned), strict=True):  # KV groups go whole
+        assert after.heads * before.kv_groups == before.heads * after.kv_groups
+        assert after.head_dim == before.head_dim
     assert count_parameters(model, "all") - count_parameters(pruned, "all") == removed_parameters(model, masks)
     sliced = pruned(ids).logits
     torch.testing.assert_close(sliced, reference, atol=1e-4, rtol=0)
