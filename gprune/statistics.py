@@ -361,7 +361,7 @@ class Collector:
 
     def _by_window(self, x: Tensor) -> Tensor:
         """(B, T, C), also of layers that flatten the batch."""
-        return x.view(len(self._half), -1, x.shape[-1])
+        return x.reshape(len(self._half), -1, x.shape[-1])
 
     def _turn_hook(self, metric: StreamingTurn) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

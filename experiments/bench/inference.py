@@ -1,0 +1,117 @@
+"""Dense and pruned side by side: prefill, decoding with the cache, peak memory, file size."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_model
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from gprune.errors import UserError
+from gprune.loading import load_model
+
+from .measure import MIB, Table, alternated, flops, peak_above
+from .models import Settings, pair_of, tokens
+
+GOAL = 0.9  # speed-up over bound: prefill at the largest batch
+
+
+def inference(settings: Settings) -> list[Table]:
+    """Tokens/s and peak memory of both models, and how much of the bound the speed-up reaches."""
+    if settings.gguf is not None:
+        return through_llama_cpp(settings)
+    pair = pair_of(settings)
+    models = pair.models
+    weights = {key: parameter_bytes(model) for key, model in models.items()}
+    speed, memory = [], [["weights", *(weights[key] / MIB for key in models), weights["pruned"] / weights["dense"]]]
+    for kind, make in (("prefill", prefill), ("decode", decode)):
+        for batch in settings.batch_sizes:
+            calls = {key: make(model, settings, batch) for key, model in models.items()}
+            count = batch * (settings.seq_len if kind == "prefill" else settings.new_tokens)
+            timing = alternated(calls, settings.repeats, settings.watch)
+            bound = flops(calls["dense"]) / flops(calls["pruned"])
+            up = timing.ratio("dense", "pruned")
+            goal = GOAL if kind == "prefill" and batch == max(settings.batch_sizes) else None
+            speed.append(
+                [
+                    f"{kind}, batch {batch}", *(count / timing.median(key) for key in models), up,
+                    timing.spread("dense", "pruned"), bound, up / bound, goal, goal and up / bound >= goal,
+                ]
+            )  # fmt: skip
+            peaks = [weights[key] + peak_above(calls[key], settings.device) for key in models]
+            memory.append([f"peak, {kind}, batch {batch}", *(p / MIB for p in peaks), peaks[1] / peaks[0]])
+    sizes = [file_bytes(model) for model in models.values()]
+    memory.append(["file", *(s / MIB for s in sizes), sizes[1] / sizes[0]])
+    protocol = settings.protocol(models["dense"], pair.how)
+    shape = f"Prefill of {settings.seq_len} tokens, all logits; {settings.new_tokens} new tokens after as many."
+    return [
+        Table(
+            "Inference, speed", f"{protocol} {shape}",
+            ["", "dense, tokens/s", "pruned, tokens/s", "speed-up", "rounds", "FLOP bound", "reached", "goal", "met"],
+            speed,
+        ),
+        Table(
+            "Inference, memory", f"{protocol} A peak is the weights and what the call takes above them.",
+            ["", "dense, MiB", "pruned, MiB", "pruned / dense"], memory,
+        ),
+    ]  # fmt: skip
+
+
+def through_llama_cpp(settings: Settings) -> list[Table]:
+    """The same models as GGUF files, in a llama.cpp build of the package index."""
+    from .gguf import check_build, gguf_tables
+
+    check_build(settings.gguf)
+    if settings.model == "tiny":
+        raise UserError("--gguf: the tiny model has no tokenizer to write; expected --model with one, and not --small.")
+    pair = pair_of(settings)
+    _, tokenizer = load_model(pair.dense)
+    return gguf_tables(pair, tokenizer, settings)
+
+
+def prefill(model: PreTrainedModel, settings: Settings, batch: int) -> Callable[[], Tensor]:
+    """A call that gives the logits of all positions, (batch, seq_len, vocabulary)."""
+    ids = tokens(model, batch, settings.seq_len, settings.seed)
+
+    @torch.inference_mode()
+    def call() -> Tensor:
+        return model(input_ids=ids, use_cache=False).logits
+
+    return call
+
+
+def decode(model: PreTrainedModel, settings: Settings, batch: int) -> Callable[[], Tensor]:
+    """A call that feeds `new_tokens` tokens, one by one, after a prompt of `seq_len` in the key/value cache."""
+    ids = tokens(model, batch, settings.seq_len + settings.new_tokens, settings.seed)
+    cache = DynamicCache()
+    # transformers 5.2x renames the argument
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    with torch.inference_mode():
+        model(input_ids=ids[:, : settings.seq_len], use_cache=True, logits_to_keep=1, **{name: cache})
+
+    @torch.inference_mode()
+    def call() -> Tensor:
+        for at in range(settings.seq_len, ids.shape[1]):
+            logits = model(input_ids=ids[:, at : at + 1], use_cache=True, **{name: cache}).logits
+        cache.crop(-settings.new_tokens)  # the next call starts after the prompt again
+        return logits
+
+    return call
+
+
+def parameter_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights, tied ones once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def file_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the model as a safetensors file, written and thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_model(model, str(path))
+        return path.stat().st_size

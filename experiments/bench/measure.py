@@ -1,0 +1,251 @@
+"""What the benchmarks share: calls timed in turn, the memory a call takes, FLOPs, growth, and tables that say how.
+
+Whoever else uses the machine slows down what runs at the same moment. So the calls that are compared run in turn,
+round after round, and a ratio is the median over rounds of the ratio inside a round.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gprune.report import markdown
+
+MIB = 2**20
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call, by name, one entry per round."""
+
+    seconds: Mapping[str, list[float]]
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+    def ratios(self, over: str, under: str) -> list[float]:
+        """Seconds of `over` divided by seconds of `under`, round by round."""
+        return [a / b for a, b in zip(self.seconds[over], self.seconds[under], strict=True)]
+
+    def ratio(self, over: str, under: str) -> float:
+        """The median over rounds."""
+        return statistics.median(self.ratios(over, under))
+
+    def spread(self, over: str, under: str) -> str:
+        """The smallest and the largest ratio of a round."""
+        found = self.ratios(over, under)
+        return f"{show(min(found))} to {show(max(found))}"
+
+
+@contextmanager
+def only_new_garbage() -> Iterator[None]:
+    """Python's collector passes over what lies there already, which takes it half a second in a process like this."""
+    if gc.get_freeze_count():  # someone further out does it
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def in_turn(measures: Mapping[str, Callable[[], float]], repeats: int) -> Timing:
+    """Call functions that return seconds, in turn, every second round backwards, after one round that does not count.
+
+    Raises:
+        ValueError: for less than one repeat.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats: expected at least 1, got {repeats}.")
+    names = list(measures)
+    for name in names:
+        measures[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(repeats):
+        for name in names[:: -1 if turn % 2 else 1]:
+            gc.collect()
+            seconds[name].append(measures[name]())
+    return Timing(seconds)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What time it is on a device: on the wall, or in processor seconds of this process.
+
+    The second does not see that others use the machine, as long as this process has one thread.
+    """
+
+    device: torch.device
+    kind: str = "wall"  # or `process`
+
+    def now(self) -> float:
+        """Seconds, when all that was asked for is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() if self.kind == "wall" else time.process_time()
+
+
+def alternated(
+    calls: Mapping[str, Callable[[], object]], repeats: int, clock: Clock, *, at_least: float = 0.05
+) -> Timing:
+    """Time calls in turn; each is repeated inside a round until `at_least` seconds have gone by."""
+
+    def timed(call: Callable[[], object]) -> float:
+        start, count = clock.now(), 0
+        while count == 0 or clock.now() - start < at_least:
+            call()
+            count += 1
+        return (clock.now() - start) / count
+
+    return in_turn({name: lambda call=call: timed(call) for name, call in calls.items()}, repeats)
+
+
+def flops(call: Callable[[], object]) -> int:
+    """FLOPs of a call: matrix products and attention, 2 per multiply-add, as FlopCounterMode counts them.
+
+    On the CPU it does not know fused attention, which is counted here as it counts a GPU's: all T x T products.
+    """
+
+    def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
+        batch, heads, length, width = query
+        return 2 * batch * heads * length * key[-2] * (width + value[-1])
+
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={fused: attention}) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def peak_above(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes of memory that a call takes at its peak above what was taken before; at least one page.
+
+    On a GPU of its allocator; else of the whole process (resident), which must have made such a call before: weights
+    that were mapped and never touched would count.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return max(torch.cuda.max_memory_allocated(device) - before, 4096)
+    _give_back_free_memory()
+    with _watched() as peak:
+        call()
+    return max(peak(), 4096)
+
+
+def _give_back_free_memory() -> None:
+    """What malloc keeps for later use would hide what the next call takes."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
+
+
+@contextmanager
+def _watched() -> Iterator[Callable[[], int]]:
+    """Yields a function that says, after the context, how far resident memory rose above its start, in bytes."""
+    if not STATUS.exists():
+        yield lambda: 0  # no such file: no figure, rather than a wrong one
+        return
+    try:
+        RESET.write_text("5", encoding="ascii")  # the kernel forgets the peak so far
+        forgets = True
+    except OSError:
+        forgets = False
+    start, highest, stop = _resident("VmRSS"), 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal highest
+        while not stop.wait(0.002):
+            highest = max(highest, _resident("VmRSS"))
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    if not forgets:
+        sampler.start()
+    try:
+        yield lambda: highest - start
+    finally:
+        highest = max(highest, _resident("VmHWM") if forgets else _resident("VmRSS"))
+        stop.set()
+
+
+def _resident(name: str) -> int:
+    lines = STATUS.read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """b of the least-squares fit log value = a + b log size: 1 is linear growth, 0 none."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers with the protocol they were measured under."""
+
+    title: str
+    protocol: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]  # str, bool, int, float, or None for an empty cell
+
+    def __str__(self) -> str:
+        cells = [[str(cell) for cell in self.header], *([show(cell) for cell in row] for row in self.rows)]
+        return f"**{self.title}.** {self.protocol}\n\n{markdown(cells)}\n"
+
+    def column(self, name: str) -> list[Any]:
+        return [row[list(self.header).index(name)] for row in self.rows]
+
+
+def show(cell: Any) -> str:
+    """A cell of a table: numbers to four digits."""
+    match cell:
+        case None:
+            return ""
+        case bool():
+            return "yes" if cell else "no"
+        case int():
+            return f"{cell:,}"
+        case float():
+            return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.4g}"
+        case _:
+            return str(cell)
+
+
+def machine(device: torch.device) -> str:
+    """Processor, threads and torch, for a protocol."""
+    threads = torch.get_num_threads()
+    on = f"{processor()}, {threads} thread{'s' * (threads > 1)}"
+    if device.type == "cuda":
+        on = f"{torch.cuda.get_device_name(device)} ({on})"
+    return f"{on}, torch {torch.__version__}"
+
+
+def processor() -> str:
+    """What the processor calls itself, and whether it multiplies bfloat16."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    known = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
+    name = known.get("model name", platform.machine()).strip()
+    flags = {*known.get("flags", "").split(), *known.get("Features", "").split()}
+    extensions = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16") if flag in flags]
+    return f"{name} ({' '.join(extensions)})" if extensions else name
