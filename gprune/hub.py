@@ -88,7 +88,7 @@ def load_hub(record: HubCorpus, split: str) -> list[str]:
     files = {wanted: record.files.format(split=wanted)} if record.files else None
     reachable = True
     try:
-        with _offline_if_unreachable() as reachable:
+        with offline_if_unreachable() as reachable:
             rows = datasets.load_dataset(
                 record.path, record.config, data_files=files, split=wanted, streaming=record.limit is not None
             )
@@ -106,7 +106,7 @@ def load_hub(record: HubCorpus, split: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _offline_if_unreachable() -> Iterator[bool]:
+def offline_if_unreachable() -> Iterator[bool]:
     """Ask the hub once, with a short timeout; without an answer use cached copies only.
 
     Yields whether the hub answered.

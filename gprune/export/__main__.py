@@ -6,15 +6,9 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from gprune.errors import UserError
 from gprune.export import EXPORTS, TYPES, Job
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help.")
+from gprune.verbs import Parser, run_verb
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,8 +31,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for something the caller can put right, 130 for Ctrl-C, 143 for SIGTERM."""
-    try:
+    """Returns the exit code, as `run_verb`; 143 for SIGTERM."""
+
+    def work() -> str:
         options = vars(parser().parse_args(args))
         job = Job.of(options.pop("run"), **options)
         from gprune.cli import quiet  # imports transformers
@@ -46,23 +41,16 @@ def main(args: Sequence[str] | None = None) -> int:
         quiet()
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing is left behind
         try:
-            path = job.run()
+            return f"Wrote {job.run()}\n"
         finally:
             signal.signal(signal.SIGTERM, previous)
-    except UserError as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        return _fail("Interrupted; nothing was written.", 130)
-    except MemoryError:
-        return _fail("Out of memory; the model is loaded whole.")
-    sys.stdout.write(f"Wrote {path}\n")
-    return 0
 
-
-def _fail(message: str, code: int = 2) -> int:
-    sys.stdout.flush()
-    sys.stderr.write(f"gprune.export: {' '.join(message.split())}\n")
-    return code
+    return run_verb(
+        "gprune.export",
+        work,
+        interrupted="Interrupted; nothing was written.",
+        memory="Out of memory; the model is loaded whole.",
+    )
 
 
 if __name__ == "__main__":

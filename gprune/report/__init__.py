@@ -1,0 +1,134 @@
+"""Tables and figures from run folders.
+
+python -m gprune.report runs/NAME [runs/NAME ...] [--output FOLDER] [--base runs/NAME]
+
+or from Python:
+
+from gprune import report
+made = report.make(["runs/a", "runs/b"])
+made.to_markdown(), made.tables[0].rows, made.figures()["ratios"]
+made.write("report")
+
+Runs that differ in seed alone become one row: mean and interval over seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from gprune.artifacts import replacing
+from gprune.evaluation.perplexity import generalisation_gap, geometric_mean
+from gprune.report.across import means_figure, ratio_figure, sparsity_lines, stability_figure
+from gprune.report.card import model_card, model_label
+from gprune.report.evaluated import evaluation_table
+from gprune.report.figures import (
+    heterogeneity_figure,
+    perplexity_figure,
+    save,
+    sparsity_figure,
+    style,
+    write_figures,
+)
+from gprune.report.masks import pairs, sparsity_table, stability_table
+from gprune.report.runs import FinishedRun, Group, groups, read_run, read_runs, short_names
+from gprune.report.summary import over_seeds, perplexity_table, ratio_to, records_table, summary_table
+from gprune.report.tables import (
+    Estimate,
+    Table,
+    by_stage,
+    markdown,
+    result_table,
+    row_name,
+    unseen_ratios,
+)
+
+__all__ = [
+    "Estimate", "FinishedRun", "Group", "Report", "Table", "by_stage", "evaluation_table",
+    "generalisation_gap", "geometric_mean", "groups",
+    "heterogeneity_figure", "make", "markdown", "means_figure", "model_card", "model_label", "over_seeds", "pairs",
+    "perplexity_figure", "perplexity_table", "ratio_figure", "ratio_to", "read_run", "read_runs", "records_table",
+    "result_table", "row_name", "save", "short_names", "sparsity_figure", "sparsity_lines", "sparsity_table",
+    "stability_figure", "stability_table", "style", "summary_table", "unseen_ratios", "write_figures",
+]  # fmt: skip
+FORMATS = ("png", "svg")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The tables of some runs, and what their figures are drawn from."""
+
+    runs: list[FinishedRun]
+    groups: list[Group]
+    tables: list[Table]
+    base: FinishedRun | None
+
+    def to_markdown(self, *, long: bool = True) -> str:
+        """The tables with titles and notes, then the protocols; every number and, if not `long`, blocks are in CSV."""
+        left_out = {"records"} | (set() if long else {"sparsity"})
+        shown = [t for t in self.tables if t.name not in left_out and t.rows]
+        parts = [f"## {t.title}\n\n{t.to_markdown()}\n" + (f"\n{t.note}\n" if t.note else "") for t in shown]
+        protocols = {
+            f"Protocol: {r['model']}; windows of {r['seq_len']} tokens, stride {r['stride']}, "
+            f"{'with' if r['bos'] else 'no'} BOS, {r['dtype']}, {r['split']} text, scope {r['scope']}.\n"
+            for run in self.runs for r in run.records
+        }  # fmt: skip
+        return "\n".join([*parts, *sorted(protocols)])
+
+    def figures(self) -> dict[str, Figure]:
+        """Figures over all runs, by name."""
+        names = [
+            *(run.name for run in self.runs),
+            *(g.name for g in self.groups),
+            *([self.base.name] if self.base else []),
+        ]
+        short = short_names(names)
+        dense, *rows = [("dense" if row[1] == "dense" else f"{short[row[0]]}: {row[1]}", row)
+                        for i, row in enumerate(self.tables[0].rows) if i == 0 or row[1] != "dense"]  # fmt: skip
+        found = {"means": means_figure([(label, row[3], row[4]) for label, row in (dense, *rows)])}
+        if ratios := [(label, row[7]) for label, row in rows if row[7] is not None]:
+            found["ratios"] = ratio_figure(ratios, base=f"{short[self.base.name]}: base" if self.base else "base")
+        if len(self.runs) > 1:
+            found["sparsity"] = sparsity_lines({short[run.name]: run.masks for run in self.runs})
+            known = {(short[a], short[b]): kinds["ffn"] for (a, b), kinds in pairs(self.runs).items()}
+            if jaccard := {pair: (s.jaccard, s.chance) for pair, s in known.items() if s.jaccard is not None}:
+                found["stability"] = stability_figure([short[run.name] for run in self.runs], jaccard)
+        return found
+
+    def write(self, folder: Path | str, formats: Sequence[str] = FORMATS) -> list[Path]:
+        """`report.md`, `tables/*.csv` and `figures/*`; what was written, the Markdown file first."""
+        folder = Path(folder).expanduser()
+        texts = {folder / "report.md": f"# {', '.join(g.name for g in self.groups)}\n\n{self.to_markdown()}"}
+        texts |= {folder / "tables" / f"{t.name}.csv": t.to_csv() for t in self.tables if t.rows}
+        for path, text in texts.items():
+            with replacing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        with style():
+            figures = self.figures()
+        drawn = [path for name, figure in figures.items() for path in save(figure, folder / "figures", name, formats)]
+        for run in self.runs:
+            own = folder / "figures" / ("" if len(self.runs) == 1 else run.name.replace("/", "-"))
+            drawn += write_figures(own, run.records, run.modules, run.masks, formats)
+        return [*texts, *drawn]
+
+
+def make(paths: Sequence[Path | str], *, base: Path | str | None = None) -> Report:
+    """Read the runs and make all tables.
+
+    Args:
+        base: a run whose stage `base` all others are divided by; None for each run's own.
+
+    Raises:
+        UserError: for a folder that is no finished run.
+    """
+    runs = read_runs(paths)
+    found, reference = groups(runs), None if base is None else read_run(base)
+    tables = [summary_table(found, reference), perplexity_table(found), records_table(runs), sparsity_table(runs)]
+    if len(runs) > 1:
+        tables.append(stability_table(found))
+    if evaluated := [r | {"run": run.name} for run in runs for r in run.evaluation]:
+        tables.append(evaluation_table(evaluated))
+    return Report(runs, found, tables, reference)

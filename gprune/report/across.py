@@ -1,0 +1,118 @@
+"""Figures over several runs: means, ratios, sparsity per block, mask stability."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gprune.masks import Masks
+from gprune.report.figures import plain_ticks
+from gprune.report.tables import Estimate
+
+# lightness falls along the list, and with the dashes and markers a line is known in grey print
+LINES = (
+    ("#0072B2", "-", "o"), ("#E69F00", "--", "s"), ("#009E73", "-.", "^"), ("#D55E00", ":", "D"),
+    ("#56B4E9", (0, (5, 1)), "v"), ("#CC79A7", (0, (3, 1, 1, 1)), "P"), ("#000000", (0, (1, 3)), "X"),
+)  # fmt: skip
+
+
+def means_figure(rows: Sequence[tuple[str, Estimate | None, Estimate | None]]) -> Figure:
+    """Geometric-mean perplexity over seen (hollow square) and unseen (disc) text with intervals, a line per row."""
+    figure = Figure(figsize=(_width(rows), 1.2 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for which, (label, colour, marker, face, shift) in enumerate(
+        (("seen text", "#E69F00", "s", "white", -0.13), ("unseen text", "#0072B2", "o", "#0072B2", 0.13))
+    ):
+        points = [(y + shift, row[1 + which]) for y, row in enumerate(rows) if row[1 + which] is not None]
+        _intervals(axes, points, label=label, color=colour, marker=marker, mfc=face)
+    axes.set_xscale("log")
+    axes.set_xlabel("perplexity, geometric mean, 95 % interval")
+    _row_labels(axes, [row[0] for row in rows])
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def ratio_figure(rows: Sequence[tuple[str, Estimate]], *, base: str) -> Figure:
+    """Perplexity on unseen text over that of the base metric, with paired intervals; left of the line is better."""
+    figure = Figure(figsize=(_width(rows), 1.2 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    _intervals(axes, list(enumerate(found for _, found in rows)), color="#0072B2", marker="o", mfc="#0072B2")
+    for y, (_, found) in enumerate(rows):
+        axes.annotate(
+            f"{found.value:.2f}", (found.value, y), (0, 5), textcoords="offset points", ha="center", fontsize=7
+        )
+    axes.axvline(1, color="black", lw=0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel(f"unseen perplexity / {base}, 95 % interval")
+    plain_ticks(axes.xaxis)
+    _row_labels(axes, [row[0] for row in rows])
+    return figure
+
+
+def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
+    """Fraction of neurons removed per block, a line per run."""
+    figure = Figure(figsize=(7, 3.2 + 0.16 * len(masks)), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, found) in enumerate(masks.items()):
+        colour, dashes, marker = LINES[i % len(LINES)]
+        removed = [float((~m).float().mean()) for m in found.ffn]
+        axes.plot(removed, color=colour, ls=dashes, marker=marker, ms=4, lw=1.3, mec="black", mew=0.4, label=name)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("block")
+    axes.set_ylabel("fraction of neurons removed")
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def stability_figure(names: Sequence[str], jaccard: Mapping[tuple[str, str], tuple[float, float]]) -> Figure:
+    """Jaccard index of kept neurons for every pair of runs, with chance in brackets.
+
+    Args:
+        names: of the runs, in order.
+        jaccard: (run, run) -> index and chance.
+    """
+    size = 2.4 + 0.75 * len(names)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    values = np.full((len(names), len(names)), np.nan)
+    for (a, b), (value, chance) in jaccard.items():
+        i, j = names.index(a), names.index(b)
+        values[max(i, j), min(i, j)] = value
+        axes.text(
+            min(i, j), max(i, j), f"{value:.2f}\n({chance:.2f})", ha="center", va="center", fontsize=8,
+            color="black" if value > 0.5 else "white",
+        )  # fmt: skip
+    image = axes.imshow(values, cmap="cividis", vmin=0, vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_title("kept neurons: Jaccard index (chance)", fontsize=9)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="Jaccard index", shrink=0.7)
+    return figure
+
+
+def _width(rows: Sequence[tuple[Any, ...]]) -> float:
+    """Inches, with room for the longest label."""
+    return 4.5 + 0.07 * max(len(row[0]) for row in rows)
+
+
+def _intervals(axes: Axes, points: Sequence[tuple[float, Estimate]], **style: Any) -> None:
+    """Points (y, estimate) with horizontal intervals where there are some."""
+    x = np.array([found.value for _, found in points])
+    bounds = [(found.value if found.low is None else found.low, found.value if found.high is None else found.high)
+              for _, found in points]  # fmt: skip
+    low, high = np.array(bounds).reshape(-1, 2).T
+    axes.errorbar(x, [y for y, _ in points], xerr=[x - low, high - x], ls="none", ms=5, capsize=2.5, lw=1.2, **style)
+
+
+def _row_labels(axes: Axes, labels: Sequence[str]) -> None:
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.grid(axis="x", color="#DDDDDD", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,48 @@
+"""What a model is called in tables, and the README.md of an exported folder."""
+
+from __future__ import annotations
+
+from gprune.assets import EMBEDDED_MODELS
+from gprune.config import RunConfig
+
+
+def model_label(name: str) -> str:
+    """How a model is named in tables: an embedded one with what was done to it, any other as it was asked for."""
+    return EMBEDDED_MODELS[name].description if name in EMBEDDED_MODELS else name
+
+
+def model_card(cfg: RunConfig, *, stock: bool = False) -> str:
+    """README.md of the exported folder: what it is, how it was made, how to load it.
+
+    Args:
+        stock: whether the folder is a stock model, without code of its own.
+    """
+    trust = "" if stock else ", trust_remote_code=True"
+    code = (
+        "All blocks have the same shape: a stock Llama, which needs no code of its own."
+        if stock
+        else "`modeling_pruned.py` is the code that is run: one short file. Where `gprune` is installed, "
+        "`import gprune`\nmakes `trust_remote_code` unnecessary."
+    )
+    embedded = EMBEDDED_MODELS.get(cfg.model.name)
+    licence = embedded.license if embedded else "that of the base model"
+    recovery = "" if cfg.recovery == "none" else f", recovery `{cfg.recovery}`"
+    method = "gprune" if cfg.gprune else "base metric alone"
+    return f"""# {model_label(cfg.model.name)}, structurally pruned
+
+{cfg.sparsity.target:.0%} of the parameters in scope `{cfg.sparsity.scope}` removed by {method}: importance
+`{cfg.importance}` scored on `{cfg.corpora.score}`, drift measured on {", ".join(f"`{c}`" for c in cfg.corpora.drift)},
+allocation `{cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation}`{recovery}, seed {cfg.run.seed}.
+The method is our reading of GPrune-LLM (arXiv 2603.13418).
+
+Base model: {model_label(cfg.model.name)}. Licence: {licence}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})
+```
+
+{code}
+"""

@@ -1,0 +1,72 @@
+"""The table of `evaluation.json`: zero-shot accuracy and WikiText-2 perplexity, against the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gprune.evaluation.accuracy import paired_difference
+from gprune.evaluation.perplexity import paired_bootstrap_ratio
+from gprune.report.tables import Cell, Record, Table, row_name
+
+
+def evaluation_table(records: Sequence[Record]) -> Table:
+    """Zero-shot accuracies and WikiText-2 perplexity; differences to the dense model are paired, where it is there.
+
+    Args:
+        records: as in `evaluation.json`, with `run` and `stage` in each.
+    """
+    dense = {(r["task"], r["content_hash"]): r for r in records if r["stage"] == "dense"}
+    rows: list[list[Cell]] = []
+    for r in sorted(records, key=lambda r: (r["kind"] != "zero_shot", r["task"], r["stage"] != "dense")):
+        reference = dense.get((r["task"], r["content_hash"])) if r["stage"] != "dense" else None
+        where = [r["task"], r["run"], row_name(r["stage"], r.get("recovery") or "none")]
+        rows.append([*where, *(_accuracy if r["kind"] == "zero_shot" else _perplexity)(r, reference)])
+    return Table(
+        "evaluation",
+        "Zero-shot accuracy and WikiText-2",
+        [
+            "task",
+            "run",
+            "stage",
+            "split",
+            "n",
+            "acc or perplexity",
+            "acc_norm",
+            "against dense",
+            "standard protocol",
+            "note",
+        ],
+        rows,
+        note="Accuracy +- standard error; perplexity with a 95 % interval. n: questions, or predicted tokens. Against "
+        "dense, paired over questions or windows: accuracy minus the dense model's +- standard error; perplexity over "
+        "the dense model's with a 95 % interval. Standard protocol: all questions of the split with lm_eval's own "
+        "prompts, or all windows; other numbers are never to be set beside published figures, nor is any number of a "
+        "de-quantised model.",
+    )
+
+
+def _accuracy(r: Record, dense: Record | None) -> list[Cell]:
+    def with_error(value: float | None, error: float | None) -> str | None:
+        return None if value is None else f"{value:.3f}" + ("" if error is None else f" +- {error:.3f}")
+
+    difference = None
+    if dense is not None:
+        digits = ([c == "1" for c in record["correct"]] for record in (r, dense))
+        value, error = paired_difference(*digits)
+        difference = f"{value:+.3f}" + ("" if error is None else f" +- {error:.3f}")
+    numbers = (with_error(r[m], r[f"{m}_stderr"]) for m in ("acc", "acc_norm"))
+    return [r["split"], r["questions"], *numbers, difference, *_standing(r)]
+
+
+def _perplexity(r: Record, dense: Record | None) -> list[Cell]:
+    ratio = None
+    if dense is not None:
+        nll = ({"": record["window_nll"]} for record in (r, dense))
+        ratio = "x {:.3f} [{:.3f}, {:.3f}]".format(*paired_bootstrap_ratio(*nll, r["seq_len"] - 1))
+    value = f"{r['perplexity']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+    return [r["split"], r["tokens"], value, None, ratio, *_standing(r, f"windows of {r['seq_len']} tokens, ")]
+
+
+def _standing(r: Record, protocol: str = "") -> list[Cell]:
+    source = f"{r['source']}, " if "source" in r else ""
+    return ["yes" if r["standard_protocol"] else "no", f"{source}{protocol}{r['dtype']}: {r['note']}"]

@@ -1,0 +1,68 @@
+"""Tables of masks: sparsity per block, and how far several runs keep the same units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from gprune.evaluation.stability import Stability, pairwise_stability
+from gprune.report.runs import FinishedRun, Group
+from gprune.report.tables import Cell, Table
+
+
+def sparsity_table(runs: Sequence[FinishedRun]) -> Table:
+    """Fraction of units removed in every block of the runs' final masks: a row per block and kind, a column per run."""
+    rows: list[list[Cell]] = []
+    for kind, unit in (("ffn", "neurons"), ("attention", "KV groups")):
+        depth = max(len(getattr(run.masks, kind)) for run in runs)
+        columns = [[float((~m).float().mean()) for m in getattr(run.masks, kind)] for run in runs]
+        if any(value for column in columns for value in column):
+            rows += [[unit, b, *(c[b] if b < len(c) else None for c in columns)] for b in range(depth)]
+    return Table(
+        "sparsity",
+        "Sparsity per block",
+        ["unit", "block", *(run.name for run in runs)],
+        rows,
+        {run.name: 3 for run in runs},
+        "Fraction of the block's units that the final masks remove.",
+    )
+
+
+def stability_table(found: Sequence[Group]) -> Table:
+    """Jaccard index of kept units for every pair of runs of one model, and the mean over pairs within each group."""
+    rows: list[list[Cell]] = []
+    for (a, b), by_kind in pairs(run for group in found for run in group.runs).items():
+        rows += _stability_rows(a, b, by_kind)
+    for group in found:
+        inside = list(pairs(group.runs).values())
+        for kind in ("ffn", "attention"):
+            known = [s for s in (by_kind[kind] for by_kind in inside) if s.jaccard is not None]
+            if known:
+                means = [float(np.mean([getattr(s, n) for s in known])) for n in ("jaccard", "chance", "beyond_chance")]
+                rows.append([group.name, "mean over pairs", kind, *means])
+    return Table(
+        "stability",
+        "Mask stability",
+        ["run", "and", "unit", "Jaccard", "chance", "beyond chance"],
+        rows,
+        {"Jaccard": 3, "chance": 3, "beyond chance": 3},
+        "Jaccard index of kept units, mean over blocks; chance: its expectation for independent masks of the same "
+        "widths; beyond chance: (Jaccard - chance) / (1 - chance).",
+    )
+
+
+def pairs(runs: Iterable[FinishedRun]) -> dict[tuple[str, str], dict[str, Stability]]:
+    """`pairwise_stability` of the final masks of runs of the same dense model."""
+    models: dict[str, dict[str, FinishedRun]] = {}
+    for run in runs:
+        models.setdefault(run.model, {})[run.name] = run
+    return {
+        pair: by_kind
+        for same in models.values()
+        for pair, by_kind in pairwise_stability({name: run.masks for name, run in same.items()}).items()
+    }
+
+
+def _stability_rows(a: str, b: str, by_kind: dict[str, Stability]) -> list[list[Cell]]:
+    return [[a, b, kind, s.jaccard, s.chance, s.beyond_chance] for kind, s in by_kind.items() if s.jaccard is not None]

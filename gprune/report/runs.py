@@ -1,0 +1,135 @@
+"""Run folders as a report reads them: settings, numbers and masks, without the model and without its corpora."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gprune.artifacts import read_json, read_tensors
+from gprune.errors import UserError
+from gprune.masks import Masks
+from gprune.report.tables import Record
+from gprune.results import Modules
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run folder says about a run."""
+
+    path: Path
+    name: str  # of the folder; longer where two folders have the same one
+    settings: dict[str, Any]
+    records: list[Record]
+    summary: dict[str, Any]
+    masks: Masks  # of the final stage
+    modules: Modules | None
+    evaluation: list[Record]  # of `python -m gprune.evaluation`; empty where nobody ran it
+
+    @property
+    def seed(self) -> int:
+        return self.settings["run"]["seed"]
+
+    @property
+    def final(self) -> str:
+        """The stage the run was about."""
+        return "gprune" if self.settings["gprune"] else "base"
+
+    @property
+    def model(self) -> str:
+        """Fingerprint of the dense model."""
+        return self.settings["inputs"]["model"]
+
+    @property
+    def but_for_seed(self) -> str:
+        """Equal for runs that differ in seed alone: settings, dense model and the text they are evaluated on."""
+        plain = json.loads(json.dumps(self.settings))
+        plain["run"].pop("seed")
+        plain["inputs"].pop("text", None)  # the sample of calibration text goes with the seed
+        text = sorted({(r["corpus"], r["content_hash"]) for r in self.records})
+        return json.dumps([plain, text], sort_keys=True)
+
+
+def read_run(path: Path | str) -> FinishedRun:
+    """A finished run, from its folder.
+
+    Raises:
+        UserError: for a folder that is no run of gprune's, one that is not finished, or a file that is not whole.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"Report: expected a run folder, but there is no folder '{path}'.")
+    manifest, metrics = (read_json(folder / f"{name}.json") for name in ("manifest", "metrics"))
+    settings = manifest.get("settings") if isinstance(manifest, dict) else None
+    if not isinstance(settings, dict) or "inputs" not in settings:
+        raise UserError(
+            f"Report: '{path}' is no run of gprune's (manifest.json with settings); expected e.g. runs/NAME."
+        )
+    if not isinstance(metrics, dict) or "summary" not in metrics:
+        raise UserError(f"Report: the run '{path}' is not finished; run the same command again, then report.")
+    final = "gprune" if settings["gprune"] else "base"
+    masks = read_tensors(folder / "masks" / f"{final}.safetensors")
+    modules = read_tensors(folder / "modules.safetensors") if settings["gprune"] else None
+    if masks is None or (settings["gprune"] and modules is None):
+        raise UserError(f"Report: masks or modules of '{path}' are missing or not whole; run the same command again.")
+    return FinishedRun(
+        path=folder,
+        name=folder.resolve().name,
+        settings=settings,
+        records=metrics["records"],
+        summary=metrics["summary"],
+        masks=Masks.from_tensors(masks),
+        modules=None if modules is None else Modules.from_tensors(modules),
+        evaluation=(read_json(folder / "evaluation.json") or {}).get("records", []),
+    )
+
+
+def read_runs(paths: Sequence[Path | str]) -> list[FinishedRun]:
+    """Several finished runs, each once, under names that tell them apart."""
+    runs = [read_run(path) for path in {Path(p).expanduser().resolve(): p for p in paths}.values()]
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        top = os.path.commonpath([run.path.resolve().parent for run in runs])
+        names = [os.path.relpath(run.path.resolve(), top) for run in runs]
+    return [FinishedRun(**{**vars(run), "name": name}) for run, name in zip(runs, names, strict=True)]
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Names for figures: without the model that all begin with and the hash at the end, where they stay different."""
+    heads = {name.split("-gprune-")[0].split("-base-")[0] for name in names}
+    cut = len(next(iter(heads))) + 1 if len(heads) == 1 and not heads & set(names) else 0
+    short = {name: re.sub(r"-[0-9a-f]{8}(?= \(|$)", "", name[cut:]) for name in names}
+    return short if len(set(short.values())) == len(short) else {name: name for name in names}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in seed alone; most often one."""
+
+    runs: list[FinishedRun]
+
+    @property
+    def name(self) -> str:
+        """The run's name, or what the names of several begin with."""
+        names = [run.name for run in self.runs]
+        if len(names) == 1:
+            return names[0]
+        common = os.path.commonprefix(names).rstrip("-_. ")  # noqa: RUF071 (names, not paths)
+        common = common.removesuffix("seed").rstrip("-_. ") or names[0]
+        return f"{common} ({len(names)} seeds)"
+
+
+def groups(runs: Sequence[FinishedRun]) -> list[Group]:
+    """Runs that differ in seed alone together, in the order given; the same seed twice is two groups."""
+    found: dict[tuple[str, int], list[FinishedRun]] = defaultdict(list)
+    times: dict[tuple[str, int], int] = defaultdict(int)
+    for run in runs:
+        key = run.but_for_seed
+        times[key, run.seed] += 1
+        found[key, times[key, run.seed]].append(run)
+    return [Group(members) for members in found.values()]

@@ -1,0 +1,180 @@
+"""Tables of perplexity: by corpus, geometric means over seen and unseen text, gap, ratios, and every number.
+
+Intervals of one run are bootstraps over its windows; those of runs that differ in seed alone are Student's t over
+seeds, of logarithms, since all of these numbers are ratios or are averaged geometrically.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from scipy.stats import t as student
+
+from gprune.evaluation.perplexity import (
+    bootstrap_perplexity,
+    generalisation_gap,
+    paired_bootstrap_ratio,
+)
+from gprune.report.runs import FinishedRun, Group
+from gprune.report.tables import Cell, Estimate, Record, Table, by_stage, row_name
+
+Stage = tuple[str, str]  # stage, recovery
+Nll = dict[str, list[float]]  # corpus -> summed nll per window
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """Geometric mean over seeds with a 95 % interval: exp of mean(log) +- t(0.975, n - 1) sd(log) / sqrt(n).
+
+    One value has no interval. All values positive.
+    """
+    logs = np.log(values)
+    mean = float(logs.mean())
+    if len(logs) == 1:
+        return Estimate(math.exp(mean))
+    half = float(student.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs)))
+    return Estimate(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
+
+
+def stages(run: FinishedRun) -> list[Stage]:
+    """Rows of the run's own table, `dense` first."""
+    return list(by_stage(run.records))
+
+
+def mean_perplexity(run: FinishedRun, stage: Stage, *, seen: bool) -> Estimate | None:
+    """Geometric mean over seen or unseen corpora, with an interval over windows; None without such corpora."""
+    nll = _nll(_records(run, stage, seen=seen))
+    return Estimate(*bootstrap_perplexity(nll, _predicted(run))) if nll else None
+
+
+def ratio_to(run: FinishedRun, stage: Stage, other: FinishedRun, reference: Stage) -> Estimate | None:
+    """Geometric mean over text unseen by `run` over that of `reference` in `other`, paired over windows.
+
+    None where `other` was not evaluated on the same windows, and for a stage with itself.
+    """
+    if run.path.resolve() == other.path.resolve() and stage == reference:
+        return None
+    a = _records(run, stage, seen=False)
+    b = {c: r for c, r in _records(other, reference).items() if c in a}
+    if not a or {c: r["content_hash"] for c, r in a.items()} != {c: r["content_hash"] for c, r in b.items()}:
+        return None
+    return Estimate(*paired_bootstrap_ratio(_nll(a), {c: b[c]["window_nll"] for c in a}, _predicted(run)))
+
+
+def gap(run: FinishedRun, stage: Stage) -> Estimate | None:
+    """Generalisation gap of one stage; None for dense, and without corpora of both kinds."""
+    table = by_stage(run.records)
+    value = generalisation_gap(table[stage], table["dense", "none"], {r["corpus"]: r["seen"] for r in run.records})
+    return None if stage[0] == "dense" or not math.isfinite(value) else Estimate(value)
+
+
+def summary_table(found: Sequence[Group], base: FinishedRun | None = None) -> Table:
+    """A row per group and stage: geometric means over seen and unseen corpora, gap, unseen over dense and over base.
+
+    Args:
+        base: the run whose `base` stage all others are divided by; None for each run's own, with the same recovery.
+    """
+    rows = [[*named, *_numbers(group, stage, base)] for named, group, stage in _rows(found)]
+    return Table(
+        "summary",
+        "Geometric means, gap and ratios",
+        ["run", "stage", "seeds", "seen", "unseen", "gap", "unseen / dense", "unseen / base"],
+        rows,
+        {"gap": 3, "unseen / dense": 3, "unseen / base": 3},
+        "Perplexity, lower is better. In brackets 95 % intervals: bootstrap over windows (paired, for ratios) of a "
+        "single run; Student's t over seeds, which have the same windows, where there are several. gap: (unseen pruned "
+        "/ dense) / (seen pruned / dense). Seen and unseen are each run's own."
+        + (f" base: the stage `base` of {base.name}." if base else ""),
+    )
+
+
+def perplexity_table(found: Sequence[Group]) -> Table:
+    """A row per group and stage, a column per corpus; seen corpora are starred."""
+    seen = {r["corpus"]: r["seen"] for g in found for run in g.runs for r in run.records}
+    mixed = {c for g in found for run in g.runs for r in run.records if seen[c := r["corpus"]] != r["seen"]}
+    corpora = sorted(seen, key=lambda c: (c not in mixed and not seen[c], c in mixed))
+    rows = [[*named, *(_corpus(group, stage, c) for c in corpora)] for named, group, stage in _rows(found)]
+    stars = ["(*)" if c in mixed else "*" if seen[c] else "" for c in corpora]
+    return Table(
+        "perplexity",
+        "Perplexity by corpus",
+        ["run", "stage", "seeds", *(c + star for c, star in zip(corpora, stars, strict=True))],
+        rows,
+        note="\\* seen: the corpus, in other documents, was used by the run; (\\*) by some of the runs.",
+    )
+
+
+def records_table(runs: Sequence[FinishedRun]) -> Table:
+    """Every perplexity of every run with an interval over windows and its protocol: one row per number."""
+    columns = ["run", "seed", "stage", "recovery", "corpus", "seen", "perplexity", "over dense"]
+    stamps = ["tokens", "seq_len", "bos", "dtype", "split", "content_hash", "model", "scope", "sparsity", "importance"]
+    rows: list[list[Cell]] = []
+    for run in runs:
+        dense = by_stage(run.records)["dense", "none"]
+        for r in run.records:
+            found = Estimate(*bootstrap_perplexity({"": r["window_nll"]}, r["seq_len"] - 1))
+            named = [run.name, run.seed, *(r[c] for c in columns[2:6])]
+            rows.append([*named, found, r["perplexity"] / dense[r["corpus"]], *(r[s] for s in stamps)])
+    return Table("records", "All perplexities", [*columns, *stamps], rows)
+
+
+def _numbers(group: Group, stage: Stage, base: FinishedRun | None) -> list[Cell]:
+    """seen, unseen, gap, unseen / dense, unseen / base of one row."""
+
+    def to_base(run: FinishedRun) -> Estimate | None:
+        reference = ("base", "none") if base else ("base", stage[1])
+        return None if stage[0] == "dense" else ratio_to(run, stage, base or run, reference)
+
+    return [
+        _across(group, lambda run: mean_perplexity(run, stage, seen=True)),
+        _across(group, lambda run: mean_perplexity(run, stage, seen=False)),
+        _across(group, lambda run: gap(run, stage)),
+        _across(group, lambda run: ratio_to(run, stage, run, ("dense", "none"))),
+        _across(group, to_base),
+    ]
+
+
+def _corpus(group: Group, stage: Stage, corpus: str) -> Estimate | None:
+    def of(run: FinishedRun) -> Estimate | None:
+        value = by_stage(run.records)[stage].get(corpus)
+        return None if value is None else Estimate(value)
+
+    return _across(group, of)
+
+
+def _across(group: Group, of: Callable[[FinishedRun], Estimate | None]) -> Estimate | None:
+    found = [of(run) for run in group.runs]
+    if any(value is None for value in found):
+        return None
+    return found[0] if len(found) == 1 else over_seeds([value.value for value in found])
+
+
+def _records(run: FinishedRun, stage: Stage, *, seen: bool | None = None) -> dict[str, Record]:
+    """By corpus; of seen or unseen ones only, unless `seen` is None."""
+    found = [r for r in run.records if (r["stage"], r["recovery"]) == stage]
+    return {r["corpus"]: r for r in found if seen is None or r["seen"] == seen}
+
+
+def _nll(records: dict[str, Record]) -> Nll:
+    return {corpus: r["window_nll"] for corpus, r in records.items()}
+
+
+def _predicted(run: FinishedRun) -> int:
+    return run.records[0]["seq_len"] - 1
+
+
+def _rows(found: Sequence[Group]) -> Iterator[tuple[list[Cell], Group, Stage]]:
+    """Name, stage and seeds of every row, with the runs it is made of. A dense model has one row under its own name."""
+    dense = set()
+    for group in found:
+        for stage in stages(group.runs[0]):
+            if stage[0] != "dense":
+                yield [group.name, row_name(*stage), len(group.runs)], group, stage
+                continue
+            first = group.runs[0]
+            values = ((r["corpus"], r["seen"], r["perplexity"]) for r in _records(first, stage).values())
+            if (same := (first.model, *values)) not in dense:
+                label = first.records[0]["model"]
+                yield [f"{label} (of {group.name})" if dense else label, "dense", None], Group([first]), stage
+                dense.add(same)
