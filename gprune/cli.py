@@ -74,10 +74,20 @@ def parse(args: Sequence[str] | None = None):
 
 
 def _check_yaml(path: Path) -> None:
-    """Refuse what is no mapping here, where the file's name is known; jsonargparse checks the keys."""
+    """Refuse what is no mapping here, where the file's name is known; jsonargparse checks the keys.
+
+    Aliases are refused, since a few lines of them stand for gigabytes, and depth, which is a RecursionError elsewhere.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text, depth = path.read_text(encoding="utf-8"), 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > 20:
+                raise UserError(f"--config: expected settings without aliases (*name), at most 20 deep, in {path}.")
+        content = yaml.safe_load(text)
+    except UserError:
+        raise
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()).replace(' in "<unicode string>",', "")
         raise UserError(f"--config: expected a YAML file of flags, got {path}: {reason}") from error
     if not isinstance(content, dict | type(None)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from argparse import ArgumentError
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.artifacts import RunFolder, key_of, read_json, read_tensors
+from gprune.artifacts import RunFolder, differences, file_hashes, key_of, read_json
 from gprune.config import RunConfig
 from gprune.errors import UserError
 from gprune.masks import Masks
@@ -107,18 +108,33 @@ def load_run(path: Path | str) -> PruningResult:
     `--export none` (`gprune.apply_masks(dense, result.masks)` makes the model again, but for recovery).
 
     Raises:
-        UserError: for a folder that holds no finished run, or a file in it that is not whole.
+        UserError: for a folder that holds no finished run, or a file in it that is not whole, or not this run's.
     """
     from gprune.cli import parse  # here, because the command line imports the pipeline
 
-    folder = RunFolder(path)
-    manifest, metrics = folder.manifest, read_json(folder / "metrics.json") or {}
-    if "settings" not in manifest or "summary" not in metrics:
+    manifest = RunFolder(path).manifest
+    settings = manifest.get("settings", {})
+    folder = RunFolder(path, key=key_of(settings=settings))
+    metrics = read_json(folder / "metrics.json", run=folder.key)
+    if not manifest or not isinstance(metrics, dict) or not {"summary", "records"} <= metrics.keys():
         raise UserError(f"{folder.path} holds no finished run; expected manifest.json and metrics.json with a summary.")
-    cfg = parse(["--config", str(folder / "config.yaml")])
+    try:
+        cfg = parse(["--config", str(folder / "config.yaml")])
+    except ArgumentError as error:
+        raise UserError(f"{folder / 'config.yaml'} was altered: {error}. Run the same command again.") from error
+    if changed := differences({name: settings.get(name) for name in cfg.settings()}, cfg.settings()):
+        raise UserError(f"{folder / 'config.yaml'} was altered: {changed[0]}. Run the same command again.")
+    try:
+        return _read_run(folder, cfg, metrics)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder.path} lacks what a run of its settings leaves ({error}); run the same command again."
+        ) from error
 
+
+def _read_run(folder: RunFolder, cfg: RunConfig, metrics: dict[str, Any]) -> PruningResult:
     def tensors(name: str) -> dict[str, Tensor]:
-        found = read_tensors(folder / f"{name}.safetensors")
+        found = folder.read(name)
         if found is None:
             raise UserError(f"{folder / name}.safetensors is missing or not whole; run the same command again.")
         return found
@@ -131,8 +147,15 @@ def load_run(path: Path | str) -> PruningResult:
         thresholds = tuple([flat[f"{kind}.{b}"] for b in depth] for kind in ("ffn", "attention"))
     model = tokenizer = None
     if (folder / "model").is_dir():
-        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto").eval().requires_grad_(False)
-        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        if folder.manifest.get("model", file_hashes(folder / "model")) != file_hashes(folder / "model"):
+            raise UserError(f"{folder / 'model'} is not what the run left there; run the same command again.")
+        try:  # False, not None: transformers would ask whether to run code that lies in the folder
+            model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto", trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)
+        except Exception as error:  # safetensors, tokenizers and transformers each raise their own
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{folder / 'model'} cannot be loaded: {first} Run the same command again.") from error
+        model = model.eval().requires_grad_(False)
     return PruningResult(
         path=folder.path,
         config=cfg,

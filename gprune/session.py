@@ -12,10 +12,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel
 
-from gprune.artifacts import RunFolder, to_yaml
+from gprune.artifacts import RunFolder, key_of, to_yaml
 from gprune.config import RunConfig
 from gprune.loading import fingerprint
 from gprune.preparation import Text
@@ -83,16 +82,19 @@ def opened(cfg: RunConfig, model: PreTrainedModel, text: Text) -> Iterator[Run]:
     """Open (or take up) the run folder and the loggers; seed everything; count the model's tokens.
 
     Raises:
-        UserError: if the folder holds a run with other settings or cannot be written.
+        UserError: if the folder holds a run with other settings, is in use by another process, or cannot be written.
     """
     L.seed_everything(cfg.run.seed, verbose=False)
     meter = TokenMeter()
     meter.watch(model)
-    folder = RunFolder(os.path.join(os.path.expanduser(cfg.run.dir), cfg.run_name), meter.counts)
     inputs = {"model": fingerprint(model), "text": text.hashes()}
-    rank_zero_only(folder.open)(cfg.settings() | {"inputs": inputs}, to_yaml(cfg.resolved()))
+    settings = cfg.settings() | {"inputs": inputs}
+    folder = RunFolder(
+        os.path.join(os.path.expanduser(cfg.run.dir), cfg.run_name), meter.counts, key=key_of(settings=settings)
+    )
     variant = "gprune" if cfg.gprune else "base"
     with (
+        folder.opened(settings, to_yaml(cfg.resolved())),
         plain_interrupts(),
         tracking(
             folder.path,

@@ -47,13 +47,18 @@ def contiguous_split(documents: Iterable[str], split: str) -> list[str]:
 
 def text_files(path: Path) -> list[Path]:
     """A file itself, or the files of a folder that can be read, by name."""
-    candidates = sorted(path.iterdir()) if path.is_dir() else [path]
+    try:
+        candidates = sorted(path.iterdir()) if path.is_dir() else [path]
+    except OSError:  # gone since the line before, or closed to us
+        candidates = []
     return [file for file in candidates if file.suffix.lower() in SUFFIXES and file.is_file()]
 
 
 def load_files(path: Path, split: str) -> list[str]:
     """Documents of a file or folder; `<split>.*` files are splits, and whatever is one piece is cut 70/30."""
     files = text_files(path)
+    if not files:  # there were some when the name was looked up
+        raise UserError(f"Corpus '{path}' has vanished: expected {', '.join(SUFFIXES)} files, found none.")
     named = {
         name: [file for file in files if re.match(rf"{name}([.-]|$)", file.name)]
         for name in ("train", "validation", "test")
@@ -65,10 +70,10 @@ def load_files(path: Path, split: str) -> list[str]:
     return _read_all(train if split == "train" else test)
 
 
-def _read_all(files: Iterable[Path]) -> list[str]:
+def _read_all(files: list[Path]) -> list[str]:
     documents = [document for file in files for document in _read(file) if document.strip()]
     if not documents:
-        raise UserError(f"Corpus file '{next(iter(files))}' holds no text; expected at least one document.")
+        raise UserError(f"Corpus file '{files[0]}' holds no text; expected at least one document.")
     return documents
 
 
@@ -81,7 +86,9 @@ def _read(path: Path) -> list[str]:
             return _read_parquet(path)
         with path.open(encoding="utf-8") as lines:
             return [_text_of(json.loads(line), f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"Corpus file '{path}' cannot be read as {path.suffix[1:]} in UTF-8: {error}.") from error
 
 
@@ -89,6 +96,7 @@ def _text_of(row: object, where: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         got = f"the fields {', '.join(map(str, row))}" if isinstance(row, dict) else type(row).__name__
         raise UserError(f"{where}: expected an object with a string field 'text', got {got or 'none'}.")
+    row["text"].encode()  # JSON can escape half a surrogate pair, which is no character: a ValueError
     return row["text"]
 
 
@@ -101,6 +109,6 @@ def _read_parquet(path: Path) -> list[str]:
         if "text" not in columns:
             raise UserError(f"{path}: expected a column 'text', got {', '.join(columns) or 'none'}.")
         rows = parquet.read_table(path, columns=["text"]).column("text").to_pylist()
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         raise UserError(f"Corpus file '{path}' cannot be read as parquet: {error}.") from error
     return [_text_of({"text": row}, str(path)) for row in rows if row is not None]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import wandb
+from google.protobuf.message import DecodeError
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from wandb.proto import wandb_internal_pb2
@@ -148,10 +149,31 @@ def read_offline(path: Path | str) -> OfflineRun:
     """
     path = Path(path)
     if path.is_dir():
-        found = sorted(path.glob("wandb/*run-*/*.wandb"))  # their names begin with the time
-        if not found:
-            raise UserError(f"{path} holds no wandb/*/*.wandb file; run with --logging.mode offline.")
-        path = found[-1]
+        path = _last_sitting(path)
+    try:
+        return _read(path)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (DecodeError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is damaged ({reason}); its curves cannot be read.") from error
+
+
+def _last_sitting(folder: Path) -> Path:
+    """The `.wandb` file to which W&B's own link `latest-run` leads; without it, the last by name.
+
+    Names begin with the time, and clocks are put back.
+    """
+    found = sorted(folder.glob("wandb/*run-*/*.wandb"))
+    if not found:
+        raise UserError(f"{folder} holds no wandb/*/*.wandb file; run with --logging.mode offline.")
+    latest = (folder / "wandb/latest-run").resolve().name
+    return ([file for file in found if file.parent.name == latest] or found)[-1]
+
+
+def _read(path: Path) -> OfflineRun:
     config, history, axes, exit_code, run = {}, [], {}, None, wandb_internal_pb2.RunRecord()
     for data in _log_entries(path):
         record = wandb_internal_pb2.Record.FromString(data)
@@ -192,7 +214,7 @@ def _log_entries(path: Path) -> Iterator[bytes]:
     content, block, head = path.read_bytes(), 32 * 1024, struct.Struct("<IHB")
     if content[:4] != b":W&B":
         raise UserError(f"{path} is no .wandb file; expected one from the folder wandb/ of a run.")
-    position, entry = 7, b""
+    position, entry = 7, bytearray()
     while position + head.size <= len(content):
         room = block - position % block
         if room < head.size:  # a chunk's head never straddles blocks
@@ -206,6 +228,8 @@ def _log_entries(path: Path) -> Iterator[bytes]:
             return
         if zlib.crc32(data, zlib.crc32(bytes([kind]))) != checksum:
             raise UserError(f"{path} is damaged near byte {position}; its curves cannot be read.")
-        entry = data if kind in (1, 2) else entry + data
+        if kind in (1, 2):
+            entry.clear()
+        entry += data
         if kind in (1, 4):
-            yield entry
+            yield bytes(entry)

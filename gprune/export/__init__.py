@@ -263,7 +263,7 @@ def load_folder(folder: Path, *, upcast: bool = False) -> tuple[PreTrainedModel,
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
