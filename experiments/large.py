@@ -1,0 +1,233 @@
+"""A model larger than the memory it is given: calibration, recovery and pruning block by block.
+
+    python -m experiments.large                    # a random Llama of 1.04B parameters in bfloat16; minutes
+    python -m experiments.large --small            # a tiny one, and the same run in memory: the masks must be equal
+
+Writes a random Llama to disk, one shard per block and never whole in memory, and prunes it with the flags of `train.py`
+in a child process whose private memory the kernel limits (RLIMIT_DATA) to less than the weights take. Prints seconds
+and the peak of resident memory (VmHWM: with files that are mapped) and of private memory (RssAnon, sampled ten times a
+second) beside the sizes of weights and Gram matrices. Text is the interpreter's own: nothing is downloaded.
+
+transformers maps all shards at once while it loads a model. That takes no memory, but the limit counts it, so in the
+child they are read instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from gprune.architectures import blocks_of
+from gprune.offload import bytes_of
+from gprune.results import load_run
+from gprune.statistics import gram_bytes
+
+MB = 1e6
+TEXT = [
+    "--corpora.score=python_docs", "--corpora.drift=[python_docs,python_code]", "--corpora.recover=[python_docs]",
+    "--corpora.evaluate=[python_docs]", "--evaluation.controls=[base]", "--logging.mode=disabled",
+    "--trainer.accelerator=cpu", "--sparsity.allocation=uniform",
+]  # fmt: skip
+RUNS = {
+    "wanda_sp + least_squares": ["--gprune=false", "--recovery=least_squares"],
+    "gprune, thresholds not learned": ["--gprune=true", "--partition.steps=40"],
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, what of it may be resident, what its process may have, and the text."""
+
+    config: LlamaConfig
+    dtype: torch.dtype
+    max_memory: str
+    limit: str | None  # private memory of the child: RLIMIT_DATA
+    windows: int
+    length: int
+
+
+def shape(hidden: int, neurons: int, layers: int, heads: int, groups: int, vocabulary: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=neurons, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=groups, head_dim=hidden // heads, vocab_size=vocabulary, tie_word_embeddings=True,
+        max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+LARGE = Size(shape(2048, 8192, 16, 32, 8, 32_000), torch.bfloat16, "300MB", "1900MB", 4, 128)
+SMALL = Size(shape(64, 160, 6, 4, 2, 300), torch.float32, "420kB", None, 4, 32)
+
+
+def skeleton(size: Size) -> LlamaForCausalLM:
+    """Shapes without weights."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(size.config).to(size.dtype)
+
+
+def write_model(size: Size, folder: Path) -> None:
+    """Config, tokenizer and random weights, one shard per block."""
+    folder.mkdir(parents=True)
+    model = skeleton(size)
+    size.config.dtype, size.config.architectures = size.dtype, ["LlamaForCausalLM"]
+    size.config.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    shards = list(_shards(model, size.dtype))
+    places, total = {}, 0
+    for index, names in enumerate(shards, start=1):
+        file = f"model-{index:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: _random(name, model.get_parameter(name), index) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+        total += sum(t.numel() * t.element_size() for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _shards(model: LlamaForCausalLM, dtype: torch.dtype) -> Iterator[list[str]]:
+    """Names of the embeddings and the last norm, then of each block."""
+    names = [name for name, _ in model.named_parameters()]  # tied ones once
+    yield [name for name in names if ".layers." not in name]
+    for index in range(len(model.model.layers)):
+        yield [name for name in names if f".layers.{index}." in name]
+
+
+def _random(name: str, like: Tensor, seed: int) -> Tensor:
+    """N(0, 1 / inputs) for matrices, so that activations keep their size; norms 1."""
+    if like.dim() == 1:
+        return torch.ones(like.shape, dtype=like.dtype)
+    generator = torch.Generator().manual_seed(1000 * seed + sum(name.encode()))
+    return (torch.randn(like.shape, generator=generator) * like.shape[1] ** -0.5).to(like.dtype)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per byte."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+@dataclass
+class Peak:
+    """What one run took."""
+
+    seconds: float
+    resident: float = 0.0  # VmHWM, bytes
+    private: float = 0.0  # RssAnon, bytes
+
+
+def train(flags: list[str], cache: Path, limit: str | None) -> Peak:
+    """A run in a process of its own, watched.
+
+    Raises:
+        SystemExit: with what it wrote to stderr, if it fails.
+    """
+    # One arena: each thread's own would count against the limit without being used.
+    environment = os.environ | {"GPRUNE_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "MALLOC_ARENA_MAX": "1"}
+    started, peak = time.monotonic(), Peak(0.0)
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "experiments.large", "--child", limit or "none", *flags],
+            cwd=Path(__file__).parents[1], env=environment, stdout=subprocess.DEVNULL, stderr=errors,
+        )  # fmt: skip
+        while child.poll() is None:
+            with suppress(OSError, KeyError, ValueError):
+                found = _status(child.pid)
+                peak.resident = max(peak.resident, found["VmHWM"])
+                peak.private = max(peak.private, found["RssAnon"])
+            time.sleep(0.1)
+        peak.seconds = time.monotonic() - started
+        errors.seek(0)
+        if child.returncode:
+            raise SystemExit(f"The run ended with {child.returncode}:\n{errors.read().decode()[-3000:]}")
+    return peak
+
+
+def child(limit: str, flags: list[str]) -> int:
+    """What `train.py` does, with little memory."""
+    from transformers import modeling_utils
+
+    from gprune.cli import main as run
+
+    def read(file: str, *args: Any, backend: str = "pread", **more: Any) -> safe_open:
+        return safe_open(file, *args, backend="pread", **more)
+
+    if limit != "none":
+        modeling_utils.safe_open = read
+        resource.setrlimit(resource.RLIMIT_DATA, (bytes_of(limit),) * 2)
+    return run(flags)
+
+
+def _status(pid: int) -> dict[str, float]:
+    """Bytes by name, from /proc."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    pairs = (line.split(":", 1) for line in lines if line.endswith(" kB"))
+    return {name: 1024.0 * int(value.split()[0]) for name, value in pairs}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["--child"]:
+        raise SystemExit(child(arguments[1], arguments[2:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--folder", help="where model, cache and runs go; a temporary folder otherwise")
+    args = parser.parse_args(arguments)
+    size = SMALL if args.small else LARGE
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.folder or temporary)
+        if not (folder / "model").exists():
+            write_model(size, folder / "model")
+        measure(size, folder, compare=args.small)
+
+
+def measure(size: Size, folder: Path, *, compare: bool) -> None:
+    """Run everything and print a table; with `compare` also in memory, and the masks must be the same bits."""
+    model = skeleton(size)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    print(f"weights {weights / MB:,.1f} MB ({sum(p.numel() for p in model.parameters()):,} parameters, {size.dtype}), ")
+    print(f"Gram matrices {gram_bytes(blocks_of(model)) / MB:,.1f} MB per corpus; max_memory cpu: {size.max_memory}, ")
+    print(f"RLIMIT_DATA {size.limit or 'none'}; {size.windows} windows of {size.length} tokens per corpus\n")
+    print("| run | seconds | peak resident (VmHWM), MB | peak private (RssAnon), MB |")
+    print("|---|---:|---:|---:|")
+    for number, (name, flags) in enumerate(list(RUNS.items())[: 1 if compare else None]):
+        flags = [
+            f"--model.name={folder / 'model'}", f"--model.dtype={str(size.dtype).removeprefix('torch.')}", *TEXT,
+            f"--corpora.num_samples={size.windows}", f"--corpora.seq_len={size.length}",
+            "--evaluation.num_samples=2", f"--evaluation.seq_len={size.length}", f"--run.dir={folder / 'runs'}", *flags,
+        ]  # fmt: skip
+        offload = ["--model.device_map=auto", f"--model.max_memory={{cpu: {size.max_memory}}}"]
+        peak = train([*flags, *offload, f"--run.name={number}"], folder / "cache", size.limit)
+        print(f"| {name} | {peak.seconds:.0f} | {peak.resident / MB:,.0f} | {peak.private / MB:,.0f} |", flush=True)
+        if compare:
+            peak = train([*flags, "--export=none", f"--run.name={number}-in-memory"], folder / "other-cache", None)
+            print(f"| the same in memory | {peak.seconds:.0f} | {peak.resident / MB:,.0f} | {peak.private / MB:,.0f} |")
+            one, two = (load_run(folder / "runs" / f"{number}{end}") for end in ("", "-in-memory"))
+            assert one.masks == two.masks, "masks differ"
+            assert [r["nll"] for r in one.records] == [r["nll"] for r in two.records], "perplexities differ"
+
+
+if __name__ == "__main__":
+    main()
