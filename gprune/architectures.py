@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gprune.families import Family, family_of
+from gprune.offload import stored
 
 FFN, ATTENTION = ("gate", "up", "down"), ("query", "key", "value", "output")
 HEADS = "num_attention_heads"
@@ -34,14 +35,15 @@ class Part:
 
     @property
     def weight(self) -> Tensor:
-        """(out, in), in the model's dtype; a view where the part is stored alone."""
-        weight = self.host.weight.T if self.transposed else self.host.weight
+        """(out, in), in the model's dtype; a view where the part is stored alone, fetched where it is offloaded."""
+        weight = stored(self.host, "weight")
+        weight = weight.T if self.transposed else weight
         return weight if self.rows is None else weight[self.rows.to(weight.device)]
 
     @property
     def bias(self) -> Tensor | None:
         """(out,)"""
-        bias = self.host.bias
+        bias = stored(self.host, "bias")
         return bias if bias is None or self.rows is None else bias[self.rows.to(bias.device)]
 
     @property
@@ -73,14 +75,14 @@ class ExpertPart:
     def stacked(self) -> Tensor:
         """(E, N, H) of gate or up, (E, H, N) of down."""
         if self.name == "down":
-            return self.host.down_proj
-        return self.host.gate_up_proj.chunk(2, dim=1)[self.name == "up"]
+            return stored(self.host, "down_proj")
+        return stored(self.host, "gate_up_proj").chunk(2, dim=1)[self.name == "up"]
 
     @property
     def weight(self) -> Tensor:
         """Rows of gate and up (E x N, H), columns of down (H, E x N): expert by expert."""
         if self.name == "down":
-            return rearrange(self.host.down_proj, "e h n -> h (e n)")
+            return rearrange(self.stacked, "e h n -> h (e n)")
         return rearrange(self.stacked, "e n h -> (e n) h")
 
     @property

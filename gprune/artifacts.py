@@ -37,7 +37,7 @@ from gprune.errors import UserError
 from gprune.loading import as_bytes
 
 log = logging.getLogger("gprune")
-FORMAT_VERSION = 3  # part of every cache key: raise it when what is stored changes meaning
+FORMAT_VERSION = 4  # part of every cache key: raise it when what is stored changes meaning
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from gprune.corpora import check_corpus
 from gprune.errors import UserError
 from gprune.importance import IMPORTANCE
 from gprune.masks import SCOPES
+from gprune.offload import memory_limits
 from gprune.recovery import NEEDS_GRAM, RECOVERY
 from gprune.statistics import EXTRAS
 
@@ -45,8 +46,20 @@ class ModelConfig:
     """Dtype of the frozen weights. Statistics are summed in float64 whatever it is."""
     device_map: str | None = None
     """Handed to transformers, e.g. auto. Without it the model goes where the trainer's device is."""
+    max_memory: dict[str, str] | None = None
+    """What weights may take, e.g. {0: 20GiB, cpu: 60GiB}, by device number or cpu; with device_map. The rest stays on
+    disk and is fetched block by block: such a model can be calibrated, pruned and recovered, but nothing learned."""
+    shard: bool = False
+    """Spread the layers of the frozen model over all processes (PyTorch's fully_shard) while statistics are collected
+    and thresholds learned, for models that do not fit one device. Needs two or more --trainer.devices or .num_nodes."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
+
+    def __post_init__(self) -> None:
+        if self.max_memory is not None:
+            memory_limits(self.max_memory)
+            if self.device_map is None:
+                raise UserError("--model.max_memory: expected --model.device_map auto with it, got no device_map.")
 
 
 @dataclass
@@ -295,6 +308,12 @@ class RunFolderConfig:
     seed: int = 0
     """Seed of everything drawn: windows, partition, order of learning."""
 
+    def __post_init__(self) -> None:
+        if self.name and (self.name in (".", "..") or self.name != os.path.basename(self.name) or "\0" in self.name):
+            raise UserError(f"--run.name: expected the name of a folder inside --run.dir, got {self.name!r}.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--run.seed: expected 0 to {2**32 - 1}, got {self.seed}.")
+
 
 @dataclass
 class RunConfig:
@@ -335,6 +354,11 @@ class RunConfig:
         IMPORTANCE[self.importance]
         RECOVERY[self.recovery]
         _at_least("ridge", self.ridge, 0)
+        if self.model.shard and self.trainer.devices * self.trainer.num_nodes < 2:
+            raise UserError(
+                "--model.shard: expected two or more processes (--trainer.devices, .num_nodes) to spread the model "
+                "over, got one; --model.device_map auto spreads it over the devices of one process."
+            )
         if self.gprune and self.sparsity.allocation == "depth":
             raise UserError("--sparsity.allocation depth: a baseline without modules; expected --gprune false with it.")
         if self.gprune and len(self.corpora.drift) < 2 and self.partition.method == "drift_only":
@@ -427,9 +451,12 @@ class RunConfig:
     def settings(self) -> dict:
         """Everything that can change a result, as plain data: what two runs must share to share a folder.
 
-        Left out: where results go, how they are logged, what is exported, and what is collected for others.
+        Left out: where results go, how they are logged, what is exported, what is collected for others, and where
+        weights lie meanwhile.
         """
         plain = asdict(self)
+        for place in ("max_memory", "shard"):
+            plain["model"].pop(place)
         for group in ("logging", "export", "dry_run"):
             plain.pop(group)
         plain["corpora"].pop("collect")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from gprune.architectures import Block, ExpertPart, Part
 from gprune.errors import UserError
+from gprune.offload import stored
 from gprune.registry import Registry
 from gprune.statistics import EXTRAS, CorpusStatistics, Moments
 
@@ -146,7 +147,8 @@ def obs(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> T
     G = moments.gram.double() / moments.count
     dead = G.diagonal() == 0
     damping = max(0.01 * float(G.diagonal().mean()), 1e-30)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(G + damping * torch.eye(len(G), dtype=torch.float64)))
+    G.diagonal().add_(damping)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(G))
     W = weights.output.double()
     if weights.per_unit == 1:
         return torch.where(dead, 0.0, W.square().sum(0) / inverse.diagonal())
@@ -303,8 +305,8 @@ def _norm(norm: nn.Module | None, offset: float) -> tuple[Tensor | None, Tensor 
     """What the norm before a projection multiplies by and adds, (H,) each; None: nothing."""
     if norm is None or norm.weight is None:
         return None, None
-    bias = getattr(norm, "bias", None)
-    scale = norm.weight.detach().float().cpu() + offset
+    bias = stored(norm, "bias") if hasattr(norm, "bias") else None
+    scale = stored(norm, "weight").detach().float().cpu() + offset
     return scale, None if bias is None else bias.detach().float().cpu()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,7 +23,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from gprune import assets, modeling_pruned
 from gprune.errors import UserError
-from gprune.families import FAMILIES, Family, family_of
+from gprune.families import FAMILIES, family_of
+from gprune.offload import StoredWeights, keep_until_gone, memory_limits, quiet_accelerate, scratch_folder
+
+# Far beyond any model there is: a config.json of a few bytes must not ask for more than this machine has.
+LARGEST = {
+    "num_hidden_layers": 10_000,
+    "num_experts": 100_000,
+    "num_local_experts": 100_000,
+    **dict.fromkeys(
+        ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+        2**24,
+    ),
+}
 
 
 def register() -> None:
@@ -50,7 +63,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     for place in ("_name_or_path", "transformers_version"):  # where a model lies does not change what it computes
         settings.pop(place, None)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.state_dict().items()):
+    weights = StoredWeights(model)  # one at a time where they are offloaded
+    for name in sorted(weights):
+        parameter = weights[name]
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(as_bytes(parameter))
     return digest.hexdigest()[:16]
@@ -84,22 +99,52 @@ def locate_model(name: str) -> str:
     return name
 
 
-def check_family(name: str, *, trust_remote_code: bool = False) -> Family:
-    """Read the configuration alone, refuse what is not supported, and return the family's record.
+def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Read the configuration alone, and refuse what is not supported.
 
     Raises:
-        UserError: for an unsupported family, or a configuration that cannot be had.
+        UserError: for an unsupported family, a configuration that cannot be had, or sizes that no model has.
     """
     location = locate_model(name)
     register()  # for a family whose record came after the import
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        family, values = family_of(config.model_type), config.to_dict()
+    except UserError:
+        raise
+    except Exception as error:  # a stranger's JSON: anything may come of it
         raise UserError(
-            f"--model.name: no usable configuration for '{name}': {str(error).splitlines()[0]} "
+            f"--model.name: no usable configuration for '{name}': {_first_line(error)} "
             f"Expected a Hugging Face causal language model; without network use an embedded model or a local folder."
         ) from error
-    return family_of(config.model_type)
+    for key, largest in {**LARGEST, family.width: LARGEST["intermediate_size"]}.items():
+        value = values.get(key)
+        if value is not None and not (type(value) is int and 0 < value <= largest):
+            raise UserError(
+                f"--model.name: config.json of '{name}' says {key} {str(value)[:40]}; expected 1 to {largest:,}."
+            )
+    return config
+
+
+def skeleton(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A model of this config without weights, on the meta device; of its own class unless another one is given.
+
+    Raises:
+        UserError: for a configuration that describes none.
+    """
+    try:
+        with torch.device("meta"):
+            if model_class is not None:
+                return model_class(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(f"--model.name: the configuration describes no model: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def load_model(
@@ -107,6 +152,7 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device_map: str | None = None,
+    max_memory: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a frozen causal language model and its tokenizer.
@@ -115,6 +161,7 @@ def load_model(
         name: embedded name, local folder or hub id.
         dtype: dtype of the weights.
         device_map: handed to transformers as it is.
+        max_memory: sizes by `cpu` or device number; weights beyond them stay on disk.
         trust_remote_code: run code that comes with the model; off unless asked for.
 
     Returns:
@@ -123,14 +170,43 @@ def load_model(
     Raises:
         UserError: before any weight is read, for an unsupported family; later, for weights that cannot be read.
     """
-    check_family(name, trust_remote_code=trust_remote_code)
+    read_config(name, trust_remote_code=trust_remote_code)
     location = locate_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            location, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        model = load_weights(
+            location, dtype=dtype, device_map=device_map, max_memory=max_memory, trust_remote_code=trust_remote_code
         )
+    except UserError:
+        raise
     except Exception as error:  # safetensors, tokenizers and the hub each raise their own
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--model.name: '{name}' cannot be loaded: {first}") from error
-    return model.eval().requires_grad_(False), tokenizer
+    return model, tokenizer
+
+
+def load_weights(
+    location: str | Path,
+    *,
+    dtype: torch.dtype,
+    device_map: str | None = None,
+    max_memory: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A frozen causal language model from a folder or the hub, placed as asked for, in eval mode without gradients.
+
+    What is offloaded is read from where it lies; what is stored in another form than it computes in is written below
+    the cache, and removed with the model.
+    """
+    settings = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if device_map is None:
+        return AutoModelForCausalLM.from_pretrained(location, **settings).eval().requires_grad_(False)
+    folder, removal = scratch_folder()
+    with removal:
+        limits = None if max_memory is None else memory_limits(max_memory)
+        with quiet_accelerate():
+            model = AutoModelForCausalLM.from_pretrained(
+                location, device_map=device_map, max_memory=limits, offload_folder=folder, **settings
+            )
+        keep_until_gone(model, removal.pop_all())
+    return model.eval().requires_grad_(False)

@@ -38,13 +38,9 @@ class PrunedConfig:
                 )
 
     def to_dict(self):
-        """Adds what older transformers read: without `rope_theta` they silently use 10000."""
+        """Adds what older transformers read, and where this file lies."""
         output = super().to_dict()
-        rope = output.get("rope_parameters") or {}
-        if "rope_theta" in rope:
-            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-            output["rope_theta"] = rope["rope_theta"]
-            output["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else scaling
+        output |= rope_of_older(output)
         # Written whole each time: saving a model by itself records only the class that is being saved.
         module, family = __name__.rsplit(".", 1)[-1], self.model_type.removeprefix(PREFIX)
         output["auto_map"] = {
@@ -53,6 +49,16 @@ class PrunedConfig:
             "AutoModelForCausalLM": f"{module}.Pruned{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]}",
         }
         return output
+
+
+def rope_of_older(settings):
+    """What transformers before 5 read in place of `rope_parameters`: without `rope_theta` they silently use 10000."""
+    rope = settings.get("rope_parameters") or {}
+    if "rope_theta" not in rope:
+        return {}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    plain = rope.get("rope_type", "default") == "default"
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
 
 
 class PrunedModel:
@@ -70,11 +76,24 @@ class PrunedModel:
         for module in self.modules():
             if getattr(module, "config", None) is dense:
                 module.config = config
-        layers = getattr(self.get_decoder(), config.pruned_layout["layers"])
+        decoder, place = self.get_decoder(), config.pruned_layout["layers"]
+        layers = getattr(decoder if hasattr(decoder, place) else self.base_model, place)  # the latter before 5
         for layer, own in zip(layers, layer_configs(config), strict=True):
             cut(layer, config, own)
         if not experts_aligned(self):
             config._experts_implementation = "eager"
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        """Refuses what transformers only warns of: weights that the folder has under other names would be random."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"no weights in the folder for {len(missing)} parameters of {cls.__name__}, such as '{missing[0]}', as "
+                f"transformers {transformers.__version__} names them; expected a newer transformers, or a whole folder."
+            )
+        return (model, info) if output_loading_info else model
 
 
 def experts_aligned(model):

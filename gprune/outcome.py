@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune import report, tracking
-from gprune.architectures import blocks_of
-from gprune.artifacts import key_of, read_json, read_tensors, write_json, write_tensors
-from gprune.assets import cache_dir, is_complete
+from gprune.architectures import Block, blocks_of
+from gprune.artifacts import file_hashes, key_of, read_json, write_json
+from gprune.assets import cache_dir
 from gprune.config import RunConfig
 from gprune.corpora import identity
 from gprune.data import Windows
@@ -23,13 +25,16 @@ from gprune.evaluation.perplexity import PerplexityResult, generalisation_gap, g
 from gprune.export import export as write_as
 from gprune.export.hf import check_reload, save_pruned, stock_skeleton
 from gprune.gates import masked
+from gprune.loading import load_weights
 from gprune.masks import Masks, UnitCosts
+from gprune.offload import device_of, forwards_kept, is_offloaded, keep_until_gone, scratch_folder
 from gprune.preparation import JOIN, Text, check_tokens
 from gprune.recovery import recover_projection
 from gprune.results import Modules
 from gprune.session import Run
 from gprune.statistics import CorpusStatistics, pooled
-from gprune.surgery import count_parameters, prune, removed_parameters, widths
+from gprune.surgery import count_parameters, prune, prune_to_files, removed_parameters, widths
+from gprune.walk import Walk
 
 log = logging.getLogger("gprune")
 # Masked against sliced logits, in standard deviations: sums of the same terms in another order. float32: the largest
@@ -47,13 +52,13 @@ def shrink(
     *,
     recovery: str,
 ) -> PreTrainedModel:
-    """Step 9: a copy of the model with smaller weights, its output projections recovered as asked."""
-    small = prune(model, masks)
-    if recovery == "none":
-        return small
-    text = pooled(statistics[c] for c in cfg.corpora.recover)
-    stay = [dense for dense, kept in zip(blocks_of(model), masks.blocks, strict=True) if kept]
-    for dense, block in zip(stay, blocks_of(small), strict=True):
+    """Step 9: a copy of the model with smaller weights, its output projections recovered as asked.
+
+    That of an offloaded model is written block by block below the cache, and loaded as the model was.
+    """
+    text = None if recovery == "none" else pooled(statistics[c] for c in cfg.corpora.recover)
+
+    def recover(dense: Block, block: Block) -> None:
         groups = masks.attention[dense.index].repeat_interleave(dense.channels_per_group)
         for old, new, keep, channel, experts in (
             (dense.down, block.down, masks.ffn[dense.index], text.ffn[dense.index], dense.experts),
@@ -63,7 +68,43 @@ def shrink(
                 new.set(*recover_projection(
                     old.weight.cpu(), keep, channel.total, experts=experts, method=recovery, ridge=cfg.ridge
                 ))  # fmt: skip
+
+    if is_offloaded(model):
+        return _shrink_offloaded(cfg, model, masks, None if text is None else recover)
+    small = prune(model, masks)
+    if text is not None:
+        stay = [dense for dense, kept in zip(blocks_of(model), masks.blocks, strict=True) if kept]
+        for dense, block in zip(stay, blocks_of(small), strict=True):
+            recover(dense, block)
     return small
+
+
+def _shrink_offloaded(
+    cfg: RunConfig, model: PreTrainedModel, masks: Masks, recover: Callable[[Block, Block], None] | None
+) -> PreTrainedModel:
+    folder, removal = scratch_folder()
+    with removal:
+        save_pruned(prune_to_files(model, masks, folder / "blocks", recover), None, folder / "model")
+        shutil.rmtree(folder / "blocks")
+        small = load_weights(folder / "model", dtype=getattr(torch, cfg.model.dtype), **placement(cfg))
+        keep_until_gone(small, removal.pop_all())
+    return small
+
+
+def placement(cfg: RunConfig) -> dict[str, Any]:
+    """Where weights go, for what loads a model; nothing where the trainer's device says it all."""
+    m = cfg.model
+    return {} if m.device_map is None else {"device_map": m.device_map, "max_memory": m.max_memory}
+
+
+def masked_logits(model: PreTrainedModel, masks: Masks, input_ids: Tensor) -> Tensor:
+    """(B, T, V) float32 logits of the model as if pruned."""
+    with forwards_kept(model), masked(model, masks):
+        if not is_offloaded(model):
+            return model(input_ids=input_ids, use_cache=False).logits.float()
+        walk = Walk(model)  # masks on experts need the weights there
+        walk.add(input_ids)
+        return next(walk.logits()).float()
 
 
 @tracking.on_process_zero
@@ -85,26 +126,26 @@ def save_and_check(
     """
     for name, masks in candidates.items():
         path = run.folder / f"masks/{name}.safetensors"
-        if (found := read_tensors(path)) is None:
-            write_tensors(path, masks.tensors())
+        if (found := run.folder.read(f"masks/{name}")) is None:
+            run.folder.write(f"masks/{name}", masks.tensors())
         elif Masks.from_tensors(found) != masks:
             raise UserError(
                 f"{path} holds other masks than these settings give now: another machine, thread count or version "
                 f"wrote it. Choose another --run.name, or remove the folder."
             )
     export = cfg.export != "none"
-    if "logits" in run.folder.manifest and (is_complete(run.folder / "model") or not export):
+    manifest = run.folder.manifest
+    if "logits" in manifest and (not export or manifest.get("model") == file_hashes(run.folder / "model")):
         also_gguf(cfg, run)
         return
     log.info("Saving the pruned model and checking that it reloads" if export else "Checking the pruned model")
     with run.folder.step("save_and_check"):
         ids = text.test[0].tokens[:1, : check_tokens(cfg)]
-        device = next(model.parameters()).device
+        device = device_of(model)
         # Recovery changes weights on purpose: what a mask and its slice must agree on comes before it.
-        plain = pruned if cfg.recovery == "none" else prune(model, candidates[final])
-        sliced = plain(input_ids=ids.to(device), use_cache=False).logits.float()
-        with masked(model, candidates[final]):
-            reference = model(input_ids=ids.to(device), use_cache=False).logits.float()
+        plain = pruned if cfg.recovery == "none" else shrink(cfg, model, candidates[final], {}, recovery="none")
+        sliced = plain(input_ids=ids.to(device), use_cache=False).logits.float().to(device)
+        reference = masked_logits(model, candidates[final], ids.to(device)).to(device)
         checks = {
             "tokens": ids.numel(),
             "std": float(reference.std()),
@@ -121,7 +162,8 @@ def save_and_check(
         if export:
             card = report.model_card(cfg, stock=stock_skeleton(pruned) is not None)
             folder = save_pruned(pruned, tokenizer, run.folder / "model", model_card=card, overwrite=True)
-            checks["sliced_minus_reloaded"] = check_reload(pruned, folder, ids)
+            checks["sliced_minus_reloaded"] = check_reload(pruned, folder, ids, **placement(cfg))
+            run.folder.update_manifest(model=file_hashes(folder))
         run.folder.update_manifest(logits=checks)
     also_gguf(cfg, run)
 
@@ -157,7 +199,7 @@ def evaluate(
         Flat records, one per number, as in `metrics.json`.
     """
     path = run.folder / "metrics.json"
-    content = read_json(path) or {}
+    content = read_json(path, run=run.folder.key) or {}
     records: list[dict[str, Any]] = content.get("records", [])
     done = {(r["stage"], r["recovery"]) for r in records}
     seen = leaks(cfg, text, tokenizer)
@@ -177,7 +219,7 @@ def evaluate(
             for w in text.test:
                 r = perplexity(small, w, batch_size=cfg.corpora.batch_size, progress=f"Evaluating {name} on {w.corpus}")
                 records.append(record(cfg, stage, recovery, r, w, seen))
-            write_json(path, {"records": records})
+            write_json(path, {"records": records}, run=run.folder.key)
     return records
 
 
@@ -197,7 +239,7 @@ def dense_perplexity(cfg: RunConfig, run: Run, model: PreTrainedModel, windows: 
     """The dense model's perplexity, shared between runs of the same model and text."""
     key = key_of(
         model=run.fingerprint, text=windows.content_hash, dtype=cfg.model.dtype,
-        device=model.device.type, batch_size=cfg.corpora.batch_size,
+        device=device_of(model).type, batch_size=cfg.corpora.batch_size,
     )  # fmt: skip
     path = cache_dir() / "evaluations" / f"{key}.json"
     try:
@@ -284,7 +326,7 @@ def summarise(
         **run.folder.total_tokens(),
     }
     run.folder.update_manifest(summary=summary, widths=widths(pruned))
-    write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)})
+    write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
     draw = tracking.on_process_zero(report.write_figures)
     figures = draw(run.folder / "figures", records, modules, candidates[final])
     tracking.log_images(run.loggers, figures)

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,12 +21,15 @@ from gprune.data import Windows, make_windows
 from gprune.errors import UserError
 from gprune.export import Gguf
 from gprune.export.gguf import check_expressible, tokenizer_keys
-from gprune.loading import check_family, load_model, locate_model
+from gprune.loading import load_model, read_config, skeleton
 from gprune.masks import Masks, UnitCosts, check_budget, keep_masks, unit_costs
+from gprune.offload import is_offloaded, memory_limits
 from gprune.recovery import ADDS_BIAS
 from gprune.saliency import salient_parts
+from gprune.statistics import gram_bytes
 from gprune.surgery import count_parameters
 from gprune.trainer import check_trainer
+from gprune.walk import exceed_memory
 
 log = logging.getLogger("gprune")
 JOIN = "\n\n"  # between documents
@@ -88,11 +89,9 @@ def check(cfg: RunConfig) -> Plan:
     cfg.validate()
     cfg.check_names()
     device = check_trainer(**asdict(cfg.trainer))
-    check_family(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
-    config = AutoConfig.from_pretrained(locate_model(cfg.model.name), trust_remote_code=cfg.model.trust_remote_code)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.model.trust_remote_code)
-    blocks = blocks_of(skeleton)
+    config = read_config(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
+    dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
+    blocks = blocks_of(dense)
     costs = unit_costs(
         blocks, scope=cfg.sparsity.scope, protect=cfg.sparsity.protect, uniform=cfg.sparsity.uniform_width
     )
@@ -103,20 +102,14 @@ def check(cfg: RunConfig) -> Plan:
         check_budget(costs, sparsity, width_multiple=cfg.sparsity.width_multiple, flag="evaluation.curve")
     check_blocks(cfg, blocks, config)
     if cfg.export == "gguf":
-        check_gguf_possible(skeleton)
-    parameters = count_parameters(skeleton, "all")
+        check_gguf_possible(dense)
+    parameters = count_parameters(dense, "all")
     c, e = cfg.corpora, cfg.evaluation
     development = len(c.learn) * e.development_samples * c.seq_len
     points = (cfg.sparsity.epochs + 1) + 2 + len(e.curve) if cfg.learns else 0
     evaluations = 1 + len(cfg.stages)
-    gram = sum(e * n * n for n, e in zip(costs.neurons, costs.of_experts, strict=True)) if "gram" in cfg.collects else 0
-    grams = (len(cfg.calibration) + 1) * gram
     calibration = len(cfg.calibration) * c.num_samples * c.seq_len
     backward = calibration if "saliency" in cfg.collects else 0
-    # gradients and their squares, for two halves of the corpus
-    gradients = 4 * count_parameters(skeleton, cfg.sparsity.scope) if backward else 0
-    weight_bytes = 4 if cfg.model.dtype == "float32" else 2
-    activations = c.batch_size * c.seq_len * max(costs.neurons) * len(costs.neurons) * 10 if cfg.learns else 0
     learning = cfg.learns * cfg.sparsity.epochs * len(c.learn) * c.num_samples * c.seq_len
     return Plan(
         costs=costs,
@@ -138,8 +131,34 @@ def check(cfg: RunConfig) -> Plan:
             target=target,
             width_multiple=cfg.sparsity.width_multiple,
         ),
-        memory_gib=1 + (2 * parameters * weight_bytes + 4 * (grams + gradients + activations)) / 2**30,
+        memory_gib=1 + memory_bytes(cfg, dense) / 2**30,
     )
+
+
+def memory_bytes(cfg: RunConfig, dense: PreTrainedModel) -> int:
+    """What a run needs at its peak beside the interpreter, roughly: bytes of weights, sums and activations.
+
+    Weights count twice, dense and pruned, but what goes beyond `--model.max_memory` once, for the block at work. Gram
+    matrices count for every corpus and once more pooled; where they go to files, as those of the block at work in
+    float32 and once more in the float64 of the solver, and the hidden states of one corpus beside them.
+    """
+    c, blocks = cfg.corpora, blocks_of(dense)
+    width = 4 if cfg.model.dtype == "float32" else 2
+    weights = count_parameters(dense, "all") * width
+    largest = max(block.cost for block in blocks) * width
+    limit = sum(memory_limits(cfg.model.max_memory or {}).values())
+    offloaded = 0 < limit < weights
+    grams = hidden = 0
+    if "gram" in cfg.collects:
+        grams = (len(cfg.calibration) + 1) * gram_bytes(blocks)
+    if offloaded or (grams and "saliency" not in cfg.collects and exceed_memory(blocks, corpora=len(cfg.calibration))):
+        grams = 4 * max(gram_bytes([block]) for block in blocks) if grams else 0
+        hidden = c.num_samples * c.seq_len * dense.config.hidden_size * width
+    # gradients and their squares, for two halves of the corpus
+    gradients = 16 * count_parameters(dense, cfg.sparsity.scope) if "saliency" in cfg.collects else 0
+    widest = max(block.neurons for block in blocks)
+    activations = 40 * c.batch_size * c.seq_len * widest * len(blocks) if cfg.learns else 0
+    return (2 * limit + largest if offloaded else 2 * weights) + grams + hidden + gradients + activations
 
 
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
@@ -162,10 +181,10 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
         )
 
 
-def check_gguf_possible(skeleton: PreTrainedModel) -> None:
+def check_gguf_possible(dense: PreTrainedModel) -> None:
     """Raise UserError now, not after hours, where the model or this machine allows no GGUF file."""
     Gguf()  # refuses where no llama.cpp build is installed
-    check_expressible(skeleton)
+    check_expressible(dense)
 
 
 def check_depth(blocks: Sequence[Block], costs: UnitCosts, target: int) -> None:
@@ -176,6 +195,23 @@ def check_depth(blocks: Sequence[Block], costs: UnitCosts, target: int) -> None:
         raise UserError(
             f"--sparsity.target: {target:,} parameters cannot go as whole blocks (--sparsity.allocation depth): "
             f"at most {removable:,} can while one block stays; ask for less."
+        )
+
+
+def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
+    """Raise UserError where a gradient is asked of a model whose weights come and go."""
+    if cfg.model.shard or not is_offloaded(model):
+        return
+    why = "weights that do not fit --model.max_memory are fetched for each forward pass, and no gradient goes through"
+    if cfg.learns:
+        raise UserError(
+            f"--sparsity.allocation learned: {why}; give the model more devices or memory, or add "
+            f"--sparsity.allocation uniform (or global, owl, equal), which learns nothing."
+        )
+    if "saliency" in cfg.collects:
+        raise UserError(
+            f"--importance {cfg.importance}: {why}; give the model more devices or memory, or choose a metric without "
+            f"gradients, such as wanda_sp."
         )
 
 
@@ -191,11 +227,14 @@ def load(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrai
         cfg.model.name,
         dtype=getattr(torch, cfg.model.dtype),
         device_map=cfg.model.device_map,
+        max_memory=cfg.model.max_memory,
         trust_remote_code=cfg.model.trust_remote_code,
     )
+    check_backward(cfg, model)
     if cfg.export == "gguf":
         tokenizer_keys(tokenizer, model.get_input_embeddings().num_embeddings)  # refuses what GGUF has no words for
-    return model if cfg.model.device_map else model.to(device), tokenizer
+    # To be sharded it stays on the CPU: each process takes its part from there.
+    return model if cfg.model.device_map or cfg.model.shard else model.to(device), tokenizer
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,15 @@ def least_squares(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) 
     G = sum over tokens of x x^T on dense activations, lambda = ridge * mean diagonal of G_KK. Written as a correction
     of W_K, a large lambda leads back to `none` and not to zero. Solved in float64 by Cholesky.
     """
-    assert moments.gram is not None, "least_squares needs Gram matrices"
-    G = moments.gram.double()
-    G_kk, G_rk = G[keep][:, keep], G[~keep][:, keep]
+    gram = moments.gram  # looked at once: it may lie in a file
+    assert gram is not None, "least_squares needs Gram matrices"
+    # The parts that are needed before float64: all of it would be twice the matrix, which is half a gigabyte at 7B.
+    G_kk, G_rk = gram[keep][:, keep].double(), gram[~keep][:, keep].double()
+    del gram
     # A float32 Gram of few tokens is not quite positive semidefinite: never below its own rounding.
     damping = max(max(ridge, 1e-6) * float(G_kk.diagonal().mean()), 1e-12)
-    factor = torch.linalg.cholesky(G_kk + damping * torch.eye(len(G_kk), dtype=torch.float64))
+    G_kk.diagonal().add_(damping)
+    factor = torch.linalg.cholesky(G_kk)
     correction = torch.cholesky_solve((weight[:, ~keep].double() @ G_rk).T, factor).T
     return (weight[:, keep].double() + correction).to(weight.dtype), None
 

@@ -13,8 +13,9 @@ Optionally the Gram matrix, for recovery and output-aware metrics, and the Taylo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +28,58 @@ from gprune.architectures import Block, blocks_of
 from gprune.errors import UserError
 from gprune.experts import watch_experts
 from gprune.losses import next_token_loss
+from gprune.offload import device_of
 from gprune.saliency import Saliency, StreamingGradients, channel_saliency, salient_parts
 
 SUMS = ("count", "sum", "sum_sq", "sum_abs")
 KINDS = (("ffn", "down"), ("attention", "output"))
 EXTRAS = ("gram", "saliency")  # what is collected only where something needs it
+
+
+@dataclass(frozen=True)
+class StoredGram:
+    """A Gram matrix that lies in files: read when it is looked at, and never kept.
+
+    With several sources it is their sum, in that order.
+    """
+
+    sources: tuple[tuple[Path, str], ...]  # file and tensor
+    expert: int | None = None  # of stacked ones
+
+    def read(self) -> Tensor:
+        """(C, C) float32, or (E, C / E, C / E) of E experts.
+
+        Raises:
+            UserError: if a file has gone, or is damaged.
+        """
+        total: Tensor | None = None
+        for path, name in self.sources:
+            gram = _stored_tensor(path, name)
+            total = gram if total is None else total.add_(gram)
+        return total if self.expert is None else total[self.expert]
+
+
+def _stored_tensor(path: Path, name: str) -> Tensor:
+    from gprune.artifacts import read_tensors  # here, because it imports half of gprune
+
+    found = read_tensors(path)
+    if found is None or name not in found:
+        raise UserError(
+            f"{path} is missing or not whole: a Gram matrix that a calibration pass left there. Start again to have it "
+            f"computed anew; processes on several machines need one $GPRUNE_CACHE between them."
+        )
+    return found[name]
+
+
+class _Looked:
+    """A field of `Moments` that reads a `StoredGram` whenever it is looked at."""
+
+    def __get__(self, moments: Moments | None, owner: type) -> Tensor | None:
+        value = None if moments is None else moments.__dict__["gram"]
+        return value.read() if isinstance(value, StoredGram) else value
+
+    def __set__(self, moments: Moments, value: Tensor | StoredGram | None) -> None:
+        moments.__dict__["gram"] = value
 
 
 @dataclass(frozen=True)
@@ -47,7 +95,8 @@ class Moments:
     sum_sq: Tensor  # (C,)
     sum_abs: Tensor  # (C,)
     # Sum over tokens of x x^T, (C, C) float32, or (E, C / E, C / E) of E experts; of the whole corpus only.
-    gram: Tensor | None = None
+    # In a file (`StoredGram`) it is read anew each time that it is looked at.
+    gram: Tensor | None = _Looked()
     saliency: Saliency | None = None
 
     @property
@@ -66,7 +115,10 @@ class Moments:
     def of_expert(self, index: int, experts: int) -> Moments:
         """The channels of one of E experts."""
         sums = (getattr(self, name).view(experts, -1)[index] for name in SUMS)
-        return Moments(*sums, gram=None if self.gram is None else self.gram[index])
+        gram = self.__dict__["gram"]
+        if isinstance(gram, StoredGram):
+            return Moments(*sums, gram=replace(gram, expert=index))
+        return Moments(*sums, gram=None if gram is None else gram[index])
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(getattr(self, name) + getattr(other, name) for name in SUMS))
@@ -80,7 +132,7 @@ class ChannelStatistics:
     """
 
     halves: tuple[Moments, Moments]
-    gram: Tensor | None = None
+    gram: Tensor | StoredGram | None = None
     saliency: tuple[Saliency, Saliency, Saliency] | None = None
 
     @property
@@ -169,7 +221,7 @@ def pooled(statistics: Iterable[CorpusStatistics], *, gram: bool = True) -> Corp
         salient = [part.saliency for part in parts if part.saliency is not None]
         return ChannelStatistics(
             halves,
-            sum(grams[1:], start=grams[0]) if len(grams) == len(parts) else None,
+            _sum(grams) if len(grams) == len(parts) else None,
             tuple(sum(same[1:], start=same[0]) / len(parts) for same in zip(*salient, strict=True))
             if len(salient) == len(parts)
             else None,
@@ -185,20 +237,39 @@ def pooled(statistics: Iterable[CorpusStatistics], *, gram: bool = True) -> Corp
     )
 
 
+def _sum(grams: Sequence[Tensor | StoredGram]) -> Tensor | StoredGram:
+    if isinstance(grams[0], StoredGram):
+        return StoredGram(tuple(source for gram in grams for source in gram.sources))
+    return sum(grams[1:], start=grams[0])
+
+
+def gram_bytes(blocks: Sequence[Block]) -> int:
+    """Bytes of the Gram matrices of one corpus: 4 (E N^2 + C^2) per block of E experts of N neurons (E = 1 if dense)
+    and C attention channels; 485 MB + 67 MB for a block of Llama-2-7B.
+    """
+    return sum(4 * (b.experts * b.neurons**2 + b.output.in_features**2) for b in blocks)
+
+
+def _add_gram(metric: Metric, *shape: int) -> None:
+    """Give a metric the state `gram`; of the zeros to reset it with, which torchmetrics keeps, there is one number."""
+    metric.add_state("gram", torch.zeros(()), dist_reduce_fx="sum")
+    metric.gram, metric._defaults["gram"] = torch.zeros(shape), torch.zeros(()).expand(shape)
+
+
 class StreamingMoments(Metric):
     """torchmetrics state of one projection's input; sums over devices are sums over tokens."""
 
     full_state_update = False
 
-    def __init__(self, channels: int, *, gram: bool = False):
-        super().__init__()
+    def __init__(self, channels: int, *, gram: bool = False, **options: Any):
+        super().__init__(**options)
         # float64: a corpus has some 10^6 tokens, and sum_sq - sum^2/n loses half the digits
         self.add_state("count", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("sum", "sum_sq", "sum_abs"):
             self.add_state(name, torch.zeros(2, channels, dtype=torch.float64), dist_reduce_fx="sum")
         self.with_gram = gram
         if gram:
-            self.add_state("gram", torch.zeros(channels, channels), dist_reduce_fx="sum")
+            _add_gram(self, channels, channels)
 
     def update(self, x: Tensor, half: Tensor, weight: Tensor) -> None:
         """Add activations x (B, T, C) of windows that belong to `half` (B,) in {0, 1}; `weight` (B,) in {0, 1}."""
@@ -207,8 +278,9 @@ class StreamingMoments(Metric):
         assign[half, torch.arange(len(x), device=x.device)] = weight.double()
         self.count += assign.sum(1) * x.shape[1]
         self.sum += assign @ x.sum(1).double()
-        self.sum_sq += assign @ torch.einsum("btc,btc->bc", x, x).double()
-        self.sum_abs += assign @ torch.linalg.vector_norm(x, ord=1, dim=1).double()
+        # Plain sums: an einsum or a vector norm over the middle dimension takes ten times as long on a CPU.
+        self.sum_sq += assign @ x.square().sum(1).double()
+        self.sum_abs += assign @ x.abs().sum(1).double()
         if self.with_gram:
             flat = (x * weight[:, None, None]).flatten(0, 1)
             self.gram.addmm_(flat.T, flat)
@@ -224,14 +296,14 @@ class StreamingExpertMoments(Metric):
 
     full_state_update = False
 
-    def __init__(self, experts: int, neurons: int, *, gram: bool = False):
-        super().__init__()
+    def __init__(self, experts: int, neurons: int, *, gram: bool = False, **options: Any):
+        super().__init__(**options)
         self.add_state("count", torch.zeros(2, experts, dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("sum", "sum_sq", "sum_abs"):
             self.add_state(name, torch.zeros(2, experts, neurons, dtype=torch.float64), dist_reduce_fx="sum")
         self.with_gram = gram
         if gram:
-            self.add_state("gram", torch.zeros(experts, neurons, neurons), dist_reduce_fx="sum")
+            _add_gram(self, experts, neurons, neurons)
 
     def update(self, x: Tensor, expert: int, half: Tensor, weight: Tensor) -> None:
         """Add activations x (n, N) of tokens that are routed to `expert` and belong to `half` (n,) in {0, 1}."""
@@ -271,8 +343,8 @@ class StreamingTurn(Metric):
         return self.sum
 
 
-def channel_statistics(sums: dict[str, Tensor]) -> ChannelStatistics:
-    """What `StreamingMoments.compute` returned, on the CPU, halves apart.
+def channel_statistics(sums: dict[str, Tensor], *, copy: bool = True) -> ChannelStatistics:
+    """What `StreamingMoments.compute` returned, on the CPU, halves apart; without `copy` the Gram matrix is the sum's.
 
     Raises:
         UserError: if an activation was not finite.
@@ -283,14 +355,22 @@ def channel_statistics(sums: dict[str, Tensor]) -> ChannelStatistics:
             "weights, or use --model.dtype float32 instead of a 16-bit type."
         )
     halves = tuple(Moments(*(sums[name][h].cpu().clone() for name in SUMS)) for h in (0, 1))
-    return ChannelStatistics(halves, sums["gram"].cpu().clone() if "gram" in sums else None)
+    gram = sums["gram"].cpu() if "gram" in sums else None
+    return ChannelStatistics(halves, gram.clone() if copy and gram is not None else gram)
 
 
-def _moments_of(block: Block, part: str, *, gram: bool) -> Metric:
+def _moments_of(block: Block, part: str, *, gram: bool, **options: Any) -> Metric:
     channels = getattr(block, part).in_features
     if part == "down" and block.has_experts:
-        return StreamingExpertMoments(block.experts, block.neurons, gram=gram)
-    return StreamingMoments(channels, gram=gram)
+        return StreamingExpertMoments(block.experts, block.neurons, gram=gram, **options)
+    return StreamingMoments(channels, gram=gram, **options)
+
+
+def _sum_of_processes(tensor: Tensor, group: Any = None) -> list[Tensor]:
+    """For torchmetrics, which would gather a copy from every process and add them up: one copy, added up already."""
+    total = tensor.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return [total]
 
 
 class Collector:
@@ -300,24 +380,37 @@ class Collector:
         model: frozen.
         gram: sum Gram matrices too.
         saliency: scopes (`ffn`, `attention`) whose weights' Taylor saliency is collected too, by a backward pass.
+        blocks: those to watch, whose sums are then added up over processes with little memory; None for all.
     """
 
-    def __init__(self, model: PreTrainedModel, *, gram: bool = False, saliency: Collection[str] = ()):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        gram: bool = False,
+        saliency: Collection[str] = (),
+        blocks: Sequence[Block] | None = None,
+    ):
         self.model = model
-        self.blocks = blocks_of(model)
-        device = next(model.parameters()).device
+        self.blocks = blocks_of(model) if blocks is None else list(blocks)
+        devices = [device_of(b.layer) for b in self.blocks]
+        options = {} if blocks is None else {"dist_sync_fn": _sum_of_processes}
         with torch.inference_mode(False):  # a backward pass writes into them, wherever they were made
             self.metrics = {
-                kind: [_moments_of(b, part, gram=gram).to(device) for b in self.blocks] for kind, part in KINDS
+                kind: [
+                    _moments_of(b, part, gram=gram, **options).to(device)
+                    for b, device in zip(self.blocks, devices, strict=True)
+                ]
+                for kind, part in KINDS
             }
-            self.turns = [StreamingTurn().to(device) for _ in self.blocks]
+            self.turns = [StreamingTurn().to(device) for device in devices]
             self.gradients = {
                 kind: [
                     {
                         name: StreamingGradients((part.out_features, part.in_features)).to(device)
                         for name, part in salient_parts(b, kind).items()
                     }
-                    for b in self.blocks
+                    for b, device in zip(self.blocks, devices, strict=True)
                 ]
                 for kind in saliency
             }
@@ -350,12 +443,16 @@ class Collector:
             self._handles.pop().remove()
 
     def _moments_hook(self, metric: StreamingMoments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: metric.update(self._by_window(inputs[0].detach()), self._half, self._weight)
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = self._by_window(inputs[0].detach())
+            metric.update(x, self._half.to(x.device), self._weight.to(x.device))
+
+        return hook
 
     def _expert_hook(self, metric: StreamingExpertMoments) -> Callable[[Tensor, int, Tensor], None]:
         def watch(x: Tensor, expert: int, tokens: Tensor) -> None:
             window = tokens // self._length
-            metric.update(x.detach(), expert, self._half[window], self._weight[window])
+            metric.update(x.detach(), expert, self._half.to(x.device)[window], self._weight.to(x.device)[window])
 
         return watch
 
@@ -367,13 +464,15 @@ class Collector:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output if isinstance(output, Tensor) else output[0]
-            metric.update(before.detach(), after.detach(), self._weight)
+            # A layer on another device than the last one is handed what it sees from there.
+            metric.update(before.detach().to(after.device), after.detach(), self._weight.to(after.device))
 
         return hook
 
     def _gradient_hook(self, metric: StreamingGradients, rows: Tensor | None) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x, half, weight = self._by_window(inputs[0].detach()), self._half, self._weight
+            x = self._by_window(inputs[0].detach())
+            half, weight = self._half.to(x.device), self._weight.to(x.device)
 
             def add(gradient: Tensor) -> None:
                 gradient = self._by_window(gradient)
@@ -383,10 +482,14 @@ class Collector:
 
         return hook
 
+    def expect(self, length: int, half: Tensor, weight: Tensor | None = None) -> None:
+        """What comes next are windows of `length` tokens; `half` (B,) in {0, 1}; `weight` (B,), 0 leaves one out."""
+        self._half, self._length = half, length
+        self._weight = torch.ones(len(half), device=half.device) if weight is None else weight
+
     def observe(self, input_ids: Tensor, half: Tensor, weight: Tensor | None = None) -> None:
         """Run the decoder on (B, T) token ids; `half` (B,) in {0, 1}; `weight` (B,), 0 leaves a window out."""
-        self._half, self._length = half, input_ids.shape[1]
-        self._weight = torch.ones(len(half), device=half.device) if weight is None else weight
+        self.expect(input_ids.shape[1], half, weight)
         if self.gradients:
             with torch.inference_mode(False), torch.enable_grad():
                 # Each window's loss is its own mean over tokens, whatever the batch.
@@ -396,16 +499,21 @@ class Collector:
             with torch.no_grad():
                 self.model.get_decoder()(input_ids=input_ids, use_cache=False)
 
-    def compute(self) -> CorpusStatistics:
-        """Statistics so far, summed over devices when distributed."""
-        found = {kind: [channel_statistics(m.compute()) for m in self.metrics[kind]] for kind, _ in KINDS}
+    def compute(self, *, copy: bool = True) -> CorpusStatistics:
+        """Statistics so far, summed over devices when distributed; without `copy` no batch may be observed after it."""
+        found = {kind: [channel_statistics(m.compute(), copy=copy) for m in self.metrics[kind]] for kind, _ in KINDS}
         for kind, gradients in self.gradients.items():
-            for block, metrics in zip(self.blocks, gradients, strict=True):
+            for i, (block, metrics) in enumerate(zip(self.blocks, gradients, strict=True)):
                 sums = {part: metric.compute() for part, metric in metrics.items()}
                 saliency = channel_saliency(block, kind, sums)
-                found[kind][block.index] = replace(found[kind][block.index], saliency=saliency)
+                found[kind][i] = replace(found[kind][i], saliency=saliency)
         turned = torch.stack([metric.compute().cpu().clone() for metric in self.turns])
         return CorpusStatistics(**found, turned=turned)
+
+    def release(self) -> None:
+        """Let go of all sums at once: torchmetrics refer to themselves, and would keep theirs until Python looks."""
+        for metric in [*self.turns, *(m for metrics in self.metrics.values() for m in metrics)]:
+            metric.__dict__.clear()
 
 
 def collect(

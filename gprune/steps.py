@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from gprune import tracking
 from gprune.allocation import allocate, depth_masks
-from gprune.architectures import Block
+from gprune.architectures import Block, decoder_layers
 from gprune.artifacts import key_of, read_tensors, write_tensors
 from gprune.assets import cache_dir
 from gprune.callbacks import ApplyMasks, ModuleReport, PerplexityCurve, log_modules
@@ -37,6 +38,7 @@ from gprune.importance import (
     score_units,
 )
 from gprune.masks import Masks, UnitCosts, check_budget, keep_masks
+from gprune.offload import device_of
 from gprune.partition import (
     ObjectiveWeights,
     initial_partition,
@@ -52,7 +54,9 @@ from gprune.session import Run
 from gprune.stages.assignment import AssignmentRefinement
 from gprune.stages.calibration import CalibrationStage
 from gprune.stages.sparsity import ModuleRanks, ThresholdLearning, masks_from_thresholds, start_thresholds
-from gprune.statistics import CorpusStatistics, Moments, kind_of
+from gprune.statistics import KINDS, CorpusStatistics, Moments, StoredGram, kind_of
+from gprune.trainer import check_trainer
+from gprune.walk import walks
 
 log = logging.getLogger("gprune")
 
@@ -61,21 +65,43 @@ def calibrate(cfg: RunConfig, run: Run, model: PreTrainedModel, text: Text) -> d
     """Step 1: statistics by corpus, from the cache where model, text and kind of statistics are the same."""
     scopes = ("ffn", "attention") if cfg.sparsity.scope == "attention+ffn" else ("ffn",)
     kinds = ["moments", *sorted(cfg.needs)]
+    by_block = "saliency" not in cfg.collects and walks(
+        model, corpora=len(cfg.calibration), gram="gram" in cfg.collects, sharded=cfg.model.shard
+    )
 
-    def path(corpus: str, kind: str) -> Path:
+    # A sharded model computes where the trainer is, whatever device it is taken from.
+    device = check_trainer(**asdict(cfg.trainer)) if cfg.model.shard else device_of(model)
+
+    def path(corpus: str, kind: str | list[str | int]) -> Path:
         # Each kind by itself: moments are the same bits whatever else was collected in their pass.
         key = key_of(
             model=run.fingerprint, text=text.train[corpus].content_hash, dtype=cfg.model.dtype,
             kind=[kind, *scopes] if kind == "saliency" else kind,
             # what may move the last bits: the same run finds the same bits whatever the cache saw before
-            device=model.device.type, batch_size=cfg.corpora.batch_size,
+            device=device.type, batch_size=cfg.corpora.batch_size,
             world_size=cfg.trainer.devices * cfg.trainer.num_nodes,
         )  # fmt: skip
         return cache_dir() / "statistics" / f"{key}.safetensors"
 
+    def file_of(corpus: str, block: int, kind: str) -> StoredGram:
+        return StoredGram(((path(corpus, ["gram", kind, block]), "gram"),))
+
+    def store(corpus: str, block: Block, grams: dict[str, Tensor]) -> dict[str, StoredGram]:
+        for kind, gram in grams.items():
+            write_tensors(path(corpus, ["gram", kind, block.index]), {"gram": gram})
+        return {kind: file_of(corpus, block.index, kind) for kind in grams}
+
+    def cached(corpus: str, kind: str) -> dict[str, Tensor | StoredGram] | None:
+        if kind != "gram" or not by_block:
+            return read_tensors(path(corpus, kind))
+        places = [(k, b) for b in range(len(decoder_layers(model))) for k, _ in KINDS]
+        if any(read_tensors(path(corpus, ["gram", k, b])) is None for k, b in places):  # whole? each read and let go
+            return None
+        return {f"{k}.{b}.gram": file_of(corpus, b, k) for k, b in places}
+
     found = {}
     for corpus in cfg.calibration:
-        parts = [read_tensors(path(corpus, kind)) for kind in kinds]
+        parts = [cached(corpus, kind) for kind in kinds]
         if all(part is not None for part in parts):
             found[corpus] = CorpusStatistics.from_tensors({name: t for part in parts for name, t in part.items()})
     missing = [corpus for corpus in cfg.calibration if corpus not in found]
@@ -83,7 +109,10 @@ def calibrate(cfg: RunConfig, run: Run, model: PreTrainedModel, text: Text) -> d
         kinds = ["moments", *sorted(cfg.collects)]
         with run.folder.step("calibrate"):
             saliency = scopes if "saliency" in kinds else ()
-            stage = CalibrationStage(model, missing, gram="gram" in kinds, saliency=saliency)
+            stage = CalibrationStage(
+                model, missing, gram="gram" in kinds, saliency=saliency, walk=by_block, store=store,
+                shard=cfg.model.shard,
+            )  # fmt: skip
             data = CorpusDataModule(
                 test=[text.train[c] for c in missing], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
             )
@@ -92,15 +121,18 @@ def calibrate(cfg: RunConfig, run: Run, model: PreTrainedModel, text: Text) -> d
         for corpus in missing:
             tensors = stage.statistics[corpus].tensors()
             for kind in kinds:
+                if kind == "gram" and by_block:
+                    continue  # the stage has left them in files
                 write_tensors(path(corpus, kind), {n: t for n, t in tensors.items() if kind_of(n) == kind})
         found |= stage.statistics
     else:
         log.info("Statistics of %s are in the cache", ", ".join(found))
     for corpus in cfg.calibration:
-        copy = run.folder / f"statistics/{corpus_file(corpus)}.safetensors"
-        if read_tensors(copy) is None:  # without Gram matrices, which are hundreds of megabytes and stay in the cache
+        copy = f"statistics/{corpus_file(corpus)}"
+        if run.folder.read(copy) is None:
+            # without Gram matrices, which are hundreds of megabytes and stay in the cache
             small = {name: t for name, t in found[corpus].tensors().items() if kind_of(name) != "gram"}
-            write_tensors(copy, small, {"corpus": corpus})
+            run.folder.write(copy, small, {"corpus": corpus})
     return {corpus: found[corpus] for corpus in cfg.calibration}
 
 
@@ -252,7 +284,7 @@ def rank_inside_modules(
         agreement=[module_agreements(d.scores, y) for d, y in zip(drift, labels, strict=True)],
         block_agreement=[kendall_agreement(d.scores) for d in drift],
     )  # fmt: skip
-    write_tensors(run.folder / "modules.safetensors", modules.tensors())
+    run.folder.write("modules", modules.tensors())
     share, count = switched_share(reliability), sum(int(record.switched.sum()) for record in reliability)
     run.folder.update_manifest(switch={"modules": count, "share_of_neurons": share})
     tracking.log_scalars(run.loggers, {"partition/switched_share": share}, step=0)
@@ -286,7 +318,7 @@ def learn_sparsity(
         compute = functools.partial(equal_thresholds, ranks)
     else:
         compute = functools.partial(named_thresholds, start_thresholds(base, ranks))
-    taken_up = read_tensors(run.folder / "thresholds.safetensors") is not None
+    taken_up = run.folder.read("thresholds") is not None
     tensors = run.folder.tensors("thresholds", compute)
     thresholds = tuple([tensors[f"{kind}.{b}"] for b in range(len(ranks.ffn))] for kind in ("ffn", "attention"))
     if "offsets.0" in tensors:
@@ -325,13 +357,16 @@ def fit_thresholds(
     stage = ThresholdLearning(
         model, ranks, start_thresholds(base, ranks), costs,
         target=target, width_multiple=s.width_multiple, learning_rate=s.learning_rate, learn=s.learn, loss=s.loss,
+        shard=cfg.model.shard,
     )  # fmt: skip
     multiple = s.width_multiple
     budgets = {
         v: check_budget(costs, v, width_multiple=multiple, flag="evaluation.curve") for v in cfg.evaluation.curve
     }
     budgets[s.target] = target
-    curve = PerplexityCurve(text.development, targets=budgets, batch_size=cfg.corpora.batch_size)
+    # Only the first process computes these, and a sharded model needs all.
+    development = [] if cfg.model.shard else text.development
+    curve = PerplexityCurve(development, targets=budgets, batch_size=cfg.corpora.batch_size)
     report = ModuleReport(modules.rows())
     data = CorpusDataModule(
         train=[text.train[c] for c in cfg.corpora.learn], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed

@@ -17,17 +17,21 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gprune.architectures import Block, block_of, blocks_of, decoder_layers
+from gprune.architectures import Block, Slice, block_of, blocks_of, decoder_layers
 from gprune.errors import UserError
 from gprune.families import family_of
 from gprune.modeling_pruned import experts_aligned, tell_layer, tell_sizes
+from gprune.offload import InFile, lend, lend_all, stored
 
 if TYPE_CHECKING:
     from gprune.masks import Masks
@@ -71,6 +75,71 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
     if not experts_aligned(model):
         model.config._experts_implementation = "eager"  # grouped kernels would refuse these widths
     return model
+
+
+@torch.no_grad()
+def prune_to_files(
+    model: PreTrainedModel, masks: Masks, folder: Path, revise: Callable[[Block, Block], None] | None = None
+) -> PreTrainedModel:
+    """`prune` for an offloaded model: block by block, each into a file of its own, with one block in memory.
+
+    Args:
+        model: loaded from a folder, so that its config tells its shapes.
+        masks: as for `prune`.
+        folder: where the files go; they stay for as long as the result is read.
+        revise: changes a sliced block, given the dense one and it, before it is written.
+
+    Returns:
+        The pruned model with every parameter on the meta device: `gprune.offload.stored` fetches those of blocks from
+        the files and the others from `model`. To be saved and loaded again, not to be run.
+
+    Raises:
+        ValueError: as `prune`.
+    """
+    check_masks(model, masks)
+    with torch.device("meta"):
+        small = type(model)(copy.deepcopy(model.config)).eval().requires_grad_(False)
+    for name, parameter in small.named_parameters():
+        parameter.data = parameter.data.to(model.get_parameter(name).dtype)
+    small.generation_config = model.generation_config
+    prune(small, masks, inplace=True)
+    lend_all(small, model)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = [
+        parts
+        for parts in zip(blocks_of(model), masks.ffn, masks.attention, strict=True)
+        if masks.blocks[parts[0].index]
+    ]
+    for (dense, neurons, groups), block in zip(kept, blocks_of(small), strict=True):
+        _write_block(dense, block, neurons, groups, folder / f"{block.index}.safetensors", revise)
+    return small
+
+
+def _write_block(
+    dense: Block,
+    block: Block,
+    neurons: Tensor,
+    groups: Tensor,
+    path: Path,
+    revise: Callable[[Block, Block], None] | None,
+) -> None:
+    """Fill a block without weights, revise it, write it, and leave it without weights again."""
+    places = {place.path: place for place in dense.slices}
+    for name, _ in list(dense.layer.named_parameters()):
+        place, (owner, _, own) = places.get(name), name.rpartition(".")
+        if place is None:
+            value = stored(dense.layer.get_submodule(owner), own).detach().clone()
+        else:
+            value = sliced(dense, place, neurons, groups)
+        setattr(block.layer.get_submodule(owner), own, nn.Parameter(value.cpu().contiguous(), requires_grad=False))
+    if revise is not None:
+        revise(dense, block)
+    save_file({name: parameter.detach() for name, parameter in block.layer.named_parameters()}, path)
+    for owner, module in block.layer.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+        if next(module.parameters(recurse=False), None) is not None:
+            lend(module, InFile(path, owner))
 
 
 def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
@@ -159,18 +228,24 @@ def removed_parameters(model: PreTrainedModel, masks: Masks) -> int:
 
 def _slice_block(block: Block, config: PreTrainedConfig, neurons: Tensor, groups: Tensor) -> None:
     for place in block.slices:
-        keep = groups if place.kind == "attention" else neurons
         path, _, name = place.path.rpartition(".")
         module, parameter = block.module(path), block.parameter(place)
-        if place.kind == "ffn" and block.has_experts:
-            kept = rearrange(keep, "(e n) -> e n", e=block.experts)[:, place.units]
-            smaller = torch.stack([_take(p, place.dim - 1, k) for p, k in zip(parameter.detach(), kept, strict=True)])
-        else:
-            smaller = _take(parameter.detach(), place.dim, keep[place.units])
+        smaller = sliced(block, place, neurons, groups)
         setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
         tell_sizes(module)
     smaller = block_of(block.layer, block.family, block.head_dim)
     tell_layer(block.layer, config, smaller.config_values, smaller.attributes)
+
+
+def sliced(block: Block, place: Slice, neurons: Tensor, groups: Tensor) -> Tensor:
+    """What is left of one parameter of a block when the units go that `neurons` and `groups` (bool) do not keep."""
+    keep = groups if place.kind == "attention" else neurons
+    path, _, name = place.path.rpartition(".")
+    parameter = stored(block.module(path), name).detach()
+    if place.kind == "ffn" and block.has_experts:
+        kept = rearrange(keep, "(e n) -> e n", e=block.experts)[:, place.units]
+        return torch.stack([_take(p, place.dim - 1, k) for p, k in zip(parameter, kept, strict=True)])
+    return _take(parameter, place.dim, keep[place.units])
 
 
 def _take(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:

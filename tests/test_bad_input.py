@@ -199,7 +199,15 @@ def truncate(folder):
 MODELS = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config"),
-    "other family": (lambda f: edit_json(f / "config.json", model_type="gpt2"), "'gpt2'"),
+    "other family": (lambda f: edit_json(f / "config.json", model_type="bert"), "'bert'"),
+    "endless layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=10**9), "expected 1 to 10,000"),
+    "endless width": (lambda f: edit_json(f / "config.json", intermediate_size=10**14), "expected 1 to 16,777,216"),
+    "no width": (lambda f: edit_json(f / "config.json", intermediate_size=0), "says intermediate_size 0"),
+    "negative heads": (lambda f: edit_json(f / "config.json", num_attention_heads=-4), "num_attention_heads"),
+    "a size in words": (lambda f: edit_json(f / "config.json", hidden_size="large"), "hidden_size"),
+    "half a layer": (lambda f: edit_json(f / "config.json", num_hidden_layers=2.5), "num_hidden_layers"),
+    "config is deep": (lambda f: (f / "config.json").write_text("[" * 10**5), "config"),
+    "heads that do not fit": (lambda f: edit_json(f / "config.json", num_key_value_heads=3), "--model.name"),
     "unheard-of family": (lambda f: edit_json(f / "config.json", model_type="quantum"), "quantum"),
     "truncated weights": (truncate, "cannot be loaded"),
     "weights are text": (lambda f: (f / "model.safetensors").write_text("text"), "cannot be loaded"),
@@ -213,8 +221,8 @@ MODELS = {
 @pytest.mark.parametrize("row", MODELS)
 def test_model_folders(row, refused, world, tmp_path):
     damage, expected = MODELS[row]
-    early = row in ("no config", "config is no JSON", "other family", "unheard-of family")
-    assert expected in refused(damaged_model(world, tmp_path, damage), begun=not early)
+    late = "weights" in row or row == "no tokenizer"
+    assert expected in refused(damaged_model(world, tmp_path, damage), begun=late)
 
 
 def test_a_non_finite_activation(refused, world, tmp_path):
@@ -356,7 +364,7 @@ def interrupt(*args, **kwargs):
 @pytest.mark.parametrize(
     "place",
     [
-        "gprune.preparation.check_family",  # before anything
+        "gprune.preparation.read_config",  # before anything
         "gprune.stages.calibration.CalibrationStage.test_step",  # inside test
         "gprune.stages.sparsity.ThresholdLearning.training_step",  # inside fit
         "gprune.outcome.shrink",  # after learning
@@ -369,7 +377,7 @@ def test_ctrl_c(place, refused, world, tmp_path, monkeypatch):
         patch.setattr(place, interrupt)
         if place == "gprune.outcome.shrink":
             patch.setattr("gprune.pipeline.shrink", interrupt)
-        line = refused(code=130, begun="check_family" not in place)
+        line = refused(code=130, begun="read_config" not in place)
     assert "Interrupted" in line
     assert signal.getsignal(signal.SIGINT) is handler  # a second Ctrl-C, in a notebook, still works
     assert world.run(tmp_path / "runs").summary["sparsity_of_scope"] >= 0.5

@@ -27,7 +27,7 @@ from gprune.export.hf import save_pruned
 from gprune.families import FAMILIES, table
 from gprune.gates import gated, masked
 from gprune.importance import score_units
-from gprune.loading import check_family
+from gprune.loading import read_config
 from gprune.losses import iter_logits, next_token_loss
 from gprune.masks import Masks, UnitCosts, check_budget, keep_masks, unit_costs
 from gprune.results import load_run
@@ -493,7 +493,7 @@ def test_an_unsupported_model_is_refused_before_anything_is_loaded(tmp_path, mon
     BertConfig().save_pretrained(tmp_path)  # no weights at all
     monkeypatch.setattr("gprune.loading.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"Model family 'bert' is not supported\. Available: llama, .*Family record"):
-        check_family(str(tmp_path))
+        read_config(str(tmp_path))
 
 
 def test_the_readme_has_the_table_of_the_records():

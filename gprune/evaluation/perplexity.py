@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from gprune.data import Windows
 from gprune.errors import UserError
 from gprune.losses import iter_logits
+from gprune.offload import device_of
 
 
 class Perplexity(torchmetrics.text.Perplexity):
@@ -71,7 +72,7 @@ def perplexity(
         batch_size: windows per forward pass.
         progress: label of a progress bar, or None for none.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     metric = Perplexity().to(device)
     batches: Iterable[Tensor] = windows.tokens.split(batch_size)
     bar = {"desc": progress, "unit": "batch", "leave": False, "mininterval": 1.0, "file": sys.stdout}

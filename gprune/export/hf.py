@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import uuid
+import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -40,7 +40,8 @@ from gprune import modeling_pruned
 from gprune.architectures import blocks_of
 from gprune.errors import UserError
 from gprune.export import swapping
-from gprune.loading import pruned_classes, register
+from gprune.loading import pruned_classes, register, skeleton
+from gprune.offload import device_of, is_offloaded, lend_all, memory_limits
 
 log = logging.getLogger("gprune")
 
@@ -50,6 +51,7 @@ NOT_CARRIED = {
     *("per_layer_config", "pruned_layout", "added_biases"),
     *("rope_theta", "rope_scaling", "transformers_version", "_name_or_path"),
 }
+SHARD = 5 * 10**9  # bytes; larger models are written in several files
 DEFAULT_CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -69,12 +71,6 @@ def stock_values(model: PreTrainedModel) -> dict[str, Any]:
     (first, *_) = blocks_of(model)
     kept = {key: value for key, value in model.config.to_dict().items() if key not in NOT_CARRIED}
     return kept | {"head_dim": first.head_dim, "dtype": model.dtype}
-
-
-def skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """A model of this config without weights, on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config) if model_class is None else model_class(config)
 
 
 def stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
@@ -141,6 +137,8 @@ def to_exportable(model: PreTrainedModel) -> PreTrainedModel:
     for name, parameter in exportable.named_parameters():
         parameter.requires_grad_(needs_gradient[name])
     exportable.generation_config = copy.deepcopy(model.generation_config)
+    if is_offloaded(model):
+        lend_all(exportable, model)
     return exportable.train(model.training)
 
 
@@ -176,7 +174,9 @@ def save_pruned(
     try:
         with swapping(folder, mark=f"{uuid.uuid4().hex[:8]}.new") as new:
             new.mkdir(parents=True)
-            exportable.save_pretrained(new)
+            with warnings.catch_warnings(action="ignore"):  # that shards must fit in memory, which is seen to
+                exportable.save_pretrained(new, max_shard_size=shard_size(exportable))
+            tell_older(new / "config.json")
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)
             (new / "README.md").write_text(DEFAULT_CARD if model_card is None else model_card, encoding="utf-8")
@@ -186,8 +186,29 @@ def save_pruned(
     return folder
 
 
+def tell_older(config_file: Path) -> None:
+    """Write the rotary frequencies where transformers before 5 looks for them: stock configs of today do not."""
+    settings = json.loads(config_file.read_text(encoding="utf-8"))
+    settings |= modeling_pruned.rope_of_older(settings)
+    config_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def shard_size(model: PreTrainedModel) -> int:
+    """Bytes of a shard of weights: `SHARD`, or about a block of an offloaded model, as it has little in memory."""
+    if not is_offloaded(model):
+        return SHARD
+    layers = [sum(p.numel() * p.element_size() for p in block.layer.parameters()) for block in blocks_of(model)]
+    return min(SHARD, max(*layers, *(p.numel() * p.element_size() for p in model.parameters())))
+
+
 def reloaded_logits(
-    folder: str | Path, input_ids: Tensor, *, device: str = "cpu", attention: str | None = None
+    folder: str | Path,
+    input_ids: Tensor,
+    *,
+    device: str = "cpu",
+    attention: str | None = None,
+    device_map: str | None = None,
+    max_memory: Mapping[str, str] | None = None,
 ) -> Tensor:
     """Logits of the folder's model, computed in a fresh process without gprune and without network.
 
@@ -196,6 +217,7 @@ def reloaded_logits(
         input_ids: (B, T) int64.
         device: where the fresh process computes.
         attention: attention implementation of transformers; None for its default.
+        device_map, max_memory: as for `gprune.loading.load_model`.
 
     Returns:
         (B, T, vocabulary) logits on the CPU, in the dtype of the weights.
@@ -209,6 +231,8 @@ def reloaded_logits(
         save_file({"input_ids": input_ids.detach().cpu().contiguous()}, tokens)
         settings = {"folder": str(Path(folder).absolute()), "tokens": str(tokens), "logits": str(logits)}
         settings |= {"device": device, "attention": attention, "threads": torch.get_num_threads()}
+        limits = None if max_memory is None else list(memory_limits(max_memory).items())  # pairs: keys may be numbers
+        settings |= {"device_map": device_map, "max_memory": limits, "offload": f"{scratch}/offload"}
         request.write_text(json.dumps(settings), encoding="utf-8")
         # A cache of its own for the copied modelling file: two checks at once must not share one.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
@@ -227,7 +251,9 @@ def max_logit_difference(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def check_reload(model: PreTrainedModel, folder: str | Path, input_ids: Tensor, atol: float = 0.0) -> float:
+def check_reload(
+    model: PreTrainedModel, folder: str | Path, input_ids: Tensor, atol: float = 0.0, **placement: Any
+) -> float:
     """Compare the model in memory with what a fresh process reads from the folder.
 
     An export that fails, or that was interrupted before it was compared, is removed: no folder is left that
@@ -238,6 +264,7 @@ def check_reload(model: PreTrainedModel, folder: str | Path, input_ids: Tensor, 
         folder: where it was saved.
         input_ids: (B, T) int64.
         atol: largest |difference of logits| allowed; 0.0 asks for the same bits.
+        placement: `device_map` and `max_memory`, where the model was loaded with them.
 
     Returns:
         max |difference of logits|.
@@ -247,8 +274,10 @@ def check_reload(model: PreTrainedModel, folder: str | Path, input_ids: Tensor, 
     """
     training = model.training
     try:
-        expected = model.eval()(input_ids.to(model.device), use_cache=False).logits
-        got = reloaded_logits(folder, input_ids, device=str(model.device), attention=model.config._attn_implementation)
+        device = device_of(model)
+        expected = model.eval()(input_ids.to(device), use_cache=False).logits
+        attention = model.config._attn_implementation
+        got = reloaded_logits(folder, input_ids, device=str(device), attention=attention, **placement)
         difference = max_logit_difference(expected, got)
         if not difference <= atol:  # also true of NaN
             raise UserError(

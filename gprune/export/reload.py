@@ -2,8 +2,9 @@
 
 Run by path, `python -P reload.py REQUEST.json`, never imported by gprune: what it proves is that the folder
 stands on its own, with its modelling file, on transformers alone. REQUEST.json holds `folder`, `tokens` and
-`logits` (safetensors files to read and to write), `device`, `attention`, and `threads`: as many as the
-caller has, since the order of a sum decides its last bits.
+`logits` (safetensors files to read and to write), `device`, `attention`, where weights go (`device_map`, `max_memory`
+as pairs, and the folder `offload`), and `threads`: as many as the caller has, since the order of a sum decides its last
+bits.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from transformers import AutoModelForCausalLM
 def main(request_file: str) -> None:
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     torch.set_num_threads(request["threads"])
-    model = AutoModelForCausalLM.from_pretrained(
-        request["folder"], dtype="auto", trust_remote_code=True, attn_implementation=request["attention"]
-    )
-    model = model.eval().to(request["device"])
+    settings = {"dtype": "auto", "trust_remote_code": True, "attn_implementation": request["attention"]}
+    if request["device_map"] is None:
+        model = AutoModelForCausalLM.from_pretrained(request["folder"], **settings).to(request["device"])
+    else:
+        limits = None if request["max_memory"] is None else dict(request["max_memory"])
+        settings |= {"device_map": request["device_map"], "max_memory": limits, "offload_folder": request["offload"]}
+        model = AutoModelForCausalLM.from_pretrained(request["folder"], **settings)
+    model = model.eval()
     tokens = load_file(request["tokens"])["input_ids"].to(request["device"])
     with torch.inference_mode():
         logits = model(tokens, use_cache=False).logits

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import lightning as L
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from gprune.architectures import decoder_layers
 from gprune.errors import UserError
+from gprune.offload import stored
 
 
 class FrozenLMStage(L.LightningModule):
@@ -14,21 +20,78 @@ class FrozenLMStage(L.LightningModule):
     The model sits in a tuple, which `nn.Module` does not register as a child. So checkpoints hold the learned
     tensors only, DDP neither broadcasts nor reduces hundreds of millions of frozen parameters, and `train()` does
     not wake the model's dropout. The price: Lightning does not move it, hence the two hooks.
+
+    With `shard`, and two or more processes, it runs a copy whose layers are spread over all of them while the stage
+    lasts. Lightning's own FSDP would do that to the thresholds only, for the same reason.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, *, shard: bool = False):
         super().__init__()
         assert not any(p.requires_grad for p in model.parameters()), "the language model must be frozen"
         self._frozen = (model,)
+        self._shard = shard
+        self._spread: tuple[PreTrainedModel, ...] = ()
 
     @property
     def lm(self) -> PreTrainedModel:
-        return self._frozen[0]
+        return (*self._spread, *self._frozen)[0]
 
     def setup(self, stage: str) -> None:
+        device = self.trainer.strategy.root_device
+        if self._shard and self.trainer.world_size > 1:
+            self._spread = (spread(self._frozen[0], device, self.trainer.world_size),)
         # An offloaded or sharded model has a place for every layer already.
-        if getattr(self.lm, "hf_device_map", None) is None:
-            self.lm.to(self.trainer.strategy.root_device)
+        elif not self._shard and getattr(self.lm, "hf_device_map", None) is None:
+            self.lm.to(device)
+
+    def teardown(self, stage: str) -> None:
+        self._spread = ()
+
+
+@torch.no_grad()
+def spread(model: PreTrainedModel, device: torch.device, processes: int) -> PreTrainedModel:
+    """A copy of a frozen model whose decoder layers are sharded over all processes: PyTorch's `fully_shard`.
+
+    Each process holds its part of every layer, and a layer is gathered while it computes, forward and backward. What is
+    no layer (embeddings, norm, head) is on each. All processes have to call it, and to run the copy equally often.
+
+    Args:
+        model: in the memory of each process, or offloaded; loaded from a folder, so that its config tells its shapes.
+        device: of this process.
+        processes: how many there are.
+    """
+    # Here, because not every build of torch has them.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (processes,))
+    with torch.device("meta"):
+        copied = type(model)(copy.deepcopy(model.config)).eval()
+    layers = list(decoder_layers(copied))
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    paths = {id(module): path for path, module in copied.named_modules()}
+    for module in copied.modules():
+        if id(module) not in inside:
+            _fill(module, model.get_submodule(paths[id(module)]), device)
+    for layer in layers:
+        for module in layer.modules():
+            _fill(module, model.get_submodule(paths[id(module)]), device)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    copied.tie_weights()
+    # Who counts the tokens of the one counts those of the other.
+    ours, theirs = copied.get_decoder(), model.get_decoder()
+    for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        setattr(ours, hooks, getattr(theirs, hooks))
+    return copied.requires_grad_(False)
+
+
+def _fill(module: nn.Module, source: nn.Module, device: torch.device) -> None:
+    """Give a module without weights the parameters and buffers of another one."""
+    for name, _ in list(module.named_parameters(recurse=False)):
+        value = stored(source, name).detach().to(device, copy=True)
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    for name, buffer in source.named_buffers(recurse=False):
+        module._buffers[name] = buffer.to(device, copy=True)
 
 
 def require_finite(value: float, what: str) -> None:

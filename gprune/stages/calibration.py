@@ -3,37 +3,61 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gprune.architectures import Block
 from gprune.stages.base import FrozenLMStage
-from gprune.statistics import Collector, CorpusStatistics
+from gprune.statistics import Collector, CorpusStatistics, StoredGram
+from gprune.walk import Walk
+
+Store = Callable[[str, Block, dict[str, Tensor]], dict[str, StoredGram]]
 
 
 class CalibrationStage(FrozenLMStage):
     """`trainer.test(stage, loaders)` with one loader per corpus; `statistics` then holds one entry per loader.
 
-    With `saliency` the pass goes backward too: the trainer must not be in inference mode.
+    With `saliency` the pass goes backward too: the trainer must not be in inference mode. With `walk` a corpus goes
+    through the model block by block (`gprune.walk`), to the same bits, once its last batch has come; `store` then takes
+    each block's Gram matrices, of the corpus it is told, by kind.
     """
 
     def __init__(
-        self, model: PreTrainedModel, corpora: list[str], *, gram: bool = False, saliency: Collection[str] = ()
+        self,
+        model: PreTrainedModel,
+        corpora: list[str],
+        *,
+        gram: bool = False,
+        saliency: Collection[str] = (),
+        walk: bool = False,
+        store: Store | None = None,
+        shard: bool = False,
     ):
-        super().__init__(model)
+        super().__init__(model, shard=shard)
+        assert not (walk and saliency), "no gradient goes block by block"
         self.corpora = corpora
         self.gram, self.saliency = gram, saliency
+        self.walk, self.store = walk, store
         self.statistics: dict[str, CorpusStatistics] = {}
         self._collector: Collector | None = None
+        self._walk: Walk | None = None
         self._current: str | None = None
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.corpora[dataloader_idx] != self._current:
             self._close()
             self._current = self.corpora[dataloader_idx]
-            self._collector = Collector(self.lm, gram=self.gram, saliency=self.saliency).__enter__()
-        self._collector.observe(batch["input_ids"], batch["index"] % 2, batch["weight"])
+            if self.walk:
+                self._walk = Walk(self.lm)
+            else:
+                self._collector = Collector(self.lm, gram=self.gram, saliency=self.saliency).__enter__()
+        windows = batch["input_ids"], batch["index"] % 2, batch["weight"]
+        if self._walk is not None:
+            self._walk.add(*windows)
+        else:
+            self._collector.observe(*windows)
 
     def on_test_epoch_end(self) -> None:
         self._close()
@@ -42,8 +66,14 @@ class CalibrationStage(FrozenLMStage):
         if self._collector is not None:  # an exception came by
             self._collector.__exit__()
             self._collector = None
+        super().teardown(stage)
 
     def _close(self) -> None:
+        if self._walk is not None:
+            walk, corpus, self._walk = self._walk, self._current, None
+            store = None if self.store is None else lambda block, grams: self.store(corpus, block, grams)
+            self.statistics[corpus] = walk.statistics(gram=self.gram, store=store)
+            self.trainer.strategy.barrier()  # the first process writes what all will read
         if self._collector is not None:
             self._collector.__exit__()
             self.statistics[self._current] = self._collector.compute()

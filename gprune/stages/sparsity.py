@@ -102,8 +102,9 @@ class ThresholdLearning(FrozenLMStage):
         learning_rate: float = 0.1,
         learn: Literal["thresholds", "offsets", "both"] = "thresholds",
         loss: Literal["cross_entropy", "kl"] = "cross_entropy",
+        shard: bool = False,
     ):
-        super().__init__(model)
+        super().__init__(model, shard=shard)
         self.loss = loss
         self.ranks, self.costs, self.target, self.width_multiple = ranks, costs, target, width_multiple
         self.learning_rate = learning_rate
