@@ -2,6 +2,7 @@
 
     python -m experiments.large                    # a random Llama of 1.04B parameters in bfloat16; minutes
     python -m experiments.large --small            # a tiny one, and the same run in memory: the masks must be equal
+    python -m experiments.large --whole 7b         # a random Llama 2 7B in bfloat16, everything learned, on a GPU
 
 Writes a random Llama to disk, one shard per block and never whole in memory, and prunes it with the flags of `train.py`
 in a child process whose private memory the kernel limits (RLIMIT_DATA) to less than the weights take. Prints seconds
@@ -74,6 +75,12 @@ def shape(hidden: int, neurons: int, layers: int, heads: int, groups: int, vocab
 
 LARGE = Size(shape(2048, 8192, 16, 32, 8, 32_000), torch.bfloat16, "300MB", "1900MB", 4, 128)
 SMALL = Size(shape(64, 160, 6, 4, 2, 300), torch.float32, "420kB", None, 4, 32)
+# The whole pipeline in memory, thresholds learned, by shape: Llama 2 7B's with FLAP's amount of text, 1B's, a tiny one
+WHOLE = {
+    "7b": Size(shape(4096, 11_008, 32, 32, 32, 32_000), torch.bfloat16, "", None, 128, 2048),
+    "1b": Size(shape(2048, 8192, 16, 32, 8, 32_000), torch.bfloat16, "", None, 16, 512),
+    "tiny": SMALL,
+}
 
 
 def skeleton(size: Size) -> LlamaForCausalLM:
@@ -193,14 +200,38 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(child(arguments[1], arguments[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--whole", choices=WHOLE, help="the default pipeline, learning included, without limits")
     parser.add_argument("--folder", help="where model, cache and runs go; a temporary folder otherwise")
     args = parser.parse_args(arguments)
-    size = SMALL if args.small else LARGE
+    size = WHOLE[args.whole] if args.whole else SMALL if args.small else LARGE
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.folder or temporary)
         if not (folder / "model").exists():
             write_model(size, folder / "model")
-        measure(size, folder, compare=args.small)
+        if args.whole:
+            whole(size, folder)
+        else:
+            measure(size, folder, compare=args.small)
+
+
+def whole(size: Size, folder: Path) -> None:
+    """Run the default pipeline on whatever accelerator there is; print seconds and peak memory of each step."""
+    flags = [
+        f"--model.name={folder / 'model'}", f"--model.dtype={str(size.dtype).removeprefix('torch.')}",
+        "--corpora.score=python_docs", "--corpora.drift=[python_docs,python_code]", "--corpora.learn=[python_docs]",
+        "--corpora.recover=[python_docs]", "--corpora.evaluate=[python_docs]", "--evaluation.controls=[base]",
+        "--corpora.batch_size=1", f"--corpora.num_samples={size.windows}", f"--corpora.seq_len={size.length}",
+        "--evaluation.num_samples=2", f"--evaluation.seq_len={size.length}", "--logging.mode=disabled",
+        f"--run.dir={folder / 'runs'}", "--run.name=whole",
+    ]  # fmt: skip
+    peak = train(flags, folder / "cache", None)
+    manifest = json.loads((folder / "runs" / "whole" / "manifest.json").read_text())
+    print("| step | seconds | peak resident, MiB | peak on the GPU, MiB |")
+    print("|---|---:|---:|---:|")
+    for name, step in manifest["steps"].items():
+        gpu = step.get("peak_gpu_memory_mib", "")
+        print(f"| {name} | {step['seconds']:.1f} | {step['peak_memory_mib']:,} | {gpu} |")
+    print(f"\n{peak.seconds:.0f} seconds in all, start and loading included; resident {peak.resident / MB:,.0f} MB")
 
 
 def measure(size: Size, folder: Path, *, compare: bool) -> None:

@@ -333,7 +333,7 @@ class RunFolder:
             used = {"seconds": time.monotonic() - started}
             used |= {kind: count - before[kind] for kind, count in self.count_tokens().items()}
             total = {kind: round(value + earlier.get(kind, 0), 2) for kind, value in used.items()}
-            self.update_manifest(steps={name: total | {"peak_memory_mib": peak_memory_mib()}})
+            self.update_manifest(steps={name: total | peak_memory()})
 
     def total_tokens(self) -> dict[str, int]:
         """Tokens of all steps so far, also of earlier sittings at this run."""
@@ -369,10 +369,14 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return found
 
 
-def peak_memory_mib() -> int:
-    """Peak resident memory of this process so far, MiB."""
+def peak_memory() -> dict[str, int]:
+    """Peak memory of this process so far, MiB: resident, and where there are GPUs allocated on the fullest of them."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1024 * 1024 if platform.system() == "Darwin" else 1024))
+    found = {"peak_memory_mib": round(peak / (1024 * 1024 if platform.system() == "Darwin" else 1024))}
+    if torch.cuda.is_initialized():
+        devices = range(torch.cuda.device_count())
+        found["peak_gpu_memory_mib"] = round(max(torch.cuda.max_memory_allocated(d) for d in devices) / 2**20)
+    return found
 
 
 def environment() -> dict[str, Any]:

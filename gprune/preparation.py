@@ -19,7 +19,7 @@ from gprune.config import RunConfig
 from gprune.corpora import load_corpus
 from gprune.data import Windows, make_windows
 from gprune.errors import UserError
-from gprune.export import Gguf
+from gprune.export import LLAMA_CPP, llama_cpp
 from gprune.export.gguf import check_expressible, tokenizer_keys
 from gprune.loading import load_model, read_config, skeleton
 from gprune.masks import Masks, UnitCosts, check_budget, keep_masks, unit_costs
@@ -183,7 +183,11 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
 
 def check_gguf_possible(dense: PreTrainedModel) -> None:
     """Raise UserError now, not after hours, where the model or this machine allows no GGUF file."""
-    Gguf()  # refuses where no llama.cpp build is installed
+    if llama_cpp() is None:
+        raise UserError(
+            f"--export gguf: expected a llama.cpp build to check the file with; got none. Run `pip install "
+            f"{next(iter(LLAMA_CPP.values()))}`, or take --export hf and `python -m gprune.export` with --unchecked."
+        )
     check_expressible(dense)
 
 

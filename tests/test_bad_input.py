@@ -97,7 +97,7 @@ FLAGS = {
     ),
     "protect a name": (["--sparsity.protect=[first]"], ["sparsity.protect", "first"]),
     "collect": (["--corpora.collect=[grams]"], ["corpora.collect", "gram", "saliency", "grams"]),
-    "export": (["--export=gguf"], ["export", "hf", "gguf"]),
+    "export": (["--export=onnx"], ["export", "hf", "gguf", "onnx"]),
     "recovery": (["--recovery=lora"], ["least_squares", "'lora'"]),
     "ridge": (["--ridge=-1"], ["--ridge", "-1"]),
     "learning rate": (["--sparsity.learning_rate=0"], ["--sparsity.learning_rate", "got 0"]),

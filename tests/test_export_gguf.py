@@ -318,14 +318,14 @@ def test_a_run_writes_a_gguf_file_too(world, tmp_path):
 
 
 def test_a_run_that_could_write_no_gguf_file_is_refused_before_it_starts(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("gprune.export.llama_cpp", lambda: "some")
+    monkeypatch.setattr("gprune.preparation.llama_cpp", lambda: "some")
     made = world("qwen3")
     monkeypatch.setattr("gprune.preparation.load_model", lambda *_, **__: pytest.fail("loaded"))
     assert main(made.args(tmp_path / "runs", "--export=gguf")) == 2
     assert "this 'qwen3' has weights beside Llama's" in capsys.readouterr().err
-    monkeypatch.setattr("gprune.export.llama_cpp", lambda: None)
+    monkeypatch.setattr("gprune.preparation.llama_cpp", lambda: None)
     assert main(made.args(tmp_path / "runs", "--export=gguf")) == 2
-    assert "no llama.cpp build is installed" in capsys.readouterr().err
+    assert "--export gguf: expected a llama.cpp build" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

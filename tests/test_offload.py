@@ -338,6 +338,17 @@ def test_the_experiment_of_a_large_model():
     assert done.stdout.count("| the same in memory |") == 1
 
 
+@pytest.mark.slow
+def test_the_whole_pipeline_on_a_random_model_is_timed_step_by_step():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.large", "--whole", "tiny"], cwd=ROOT, capture_output=True, text=True,
+        check=False, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for step in ("calibrate", "assignment", "thresholds", "save_and_check", "evaluate"):
+        assert f"| {step} | " in done.stdout
+
+
 GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs, or one process has all of the model")
 
 

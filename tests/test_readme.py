@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gprune
+from gprune.evaluation.__main__ import parser as evaluation_parser
 from gprune.export.__main__ import parser as export_parser
 from gprune.export.hf import save_pruned
 from gprune.families import FAMILIES
@@ -18,6 +19,7 @@ from gprune.gates import masked
 from gprune.importance import UnitWeights
 from gprune.loading import load_model
 from gprune.recovery import RECOVERY, recover_projection
+from gprune.report.__main__ import parser as report_parser
 from gprune.statistics import Moments
 from gprune.surgery import prune
 from tests import tiny_run
@@ -57,7 +59,8 @@ def test_flags_named_in_the_readme_exist():
     known = all_flags(gprune.RunConfig()) | {"--config", "--print_config", "--help"}
     named = {f.rstrip(".") for f in re.findall(r"--[a-z_]+(?:\.[a-z_]+)?", README)}
     assert len(named) > 15
-    verbs = {flag for action in export_parser()._actions for flag in action.option_strings}
+    parsers = (export_parser(), evaluation_parser(), report_parser())
+    verbs = {flag for made in parsers for action in made._actions for flag in action.option_strings}
     assert named <= known | verbs, named - known - verbs
 
 

@@ -13,6 +13,7 @@ learning     a step of threshold learning over forward and activation-backward o
 partition    one block of Llama-2-7B's size into modules
 scaling      seconds and memory against tokens, corpora, neurons, blocks
 bfloat16     calibration in bfloat16 against float32, and the masks that come out
+threads      what the number of threads does to statistics and masks
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from gprune.errors import UserError
 from .inference import inference
 from .measure import Table, only_new_garbage
 from .models import DTYPES, Settings
-from .pipeline import bfloat16, calibration, learning, partition
+from .pipeline import bfloat16, calibration, learning, partition, threads
 from .scaling import scaling
 
 BENCHMARKS: dict[str, Callable[[Settings], list[Table]]] = {
     "inference": inference, "calibration": calibration, "learning": learning, "partition": partition,
-    "scaling": scaling, "bfloat16": bfloat16,
+    "scaling": scaling, "bfloat16": bfloat16, "threads": threads,
 }  # fmt: skip
 
 

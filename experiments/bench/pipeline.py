@@ -261,6 +261,32 @@ def bfloat16(settings: Settings) -> list[Table]:
     ]  # fmt: skip
 
 
+def threads(settings: Settings) -> list[Table]:
+    """What the number of threads does to statistics and masks: sums of the same terms in another order."""
+    model = model_of(settings, settings.dtype)
+    ids, before = text_of(settings, model), torch.get_num_threads()
+    data, blocks = batches(ids, settings.batch_size), blocks_of(model)
+    found, counts = {}, (1, 2, 4)
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            found[count] = collect(model, data)
+    finally:
+        torch.set_num_threads(before)
+    masks = {count: masks_at_half(blocks, statistics) for count, statistics in found.items()}
+    rows = []
+    for count in counts[1:]:
+        pairs = [(a.total.mean_sq, b.total.mean_sq) for a, b in zip(found[count].ffn, found[1].ffn, strict=True)]
+        relative = max(float(((a - b).abs() / b.clamp_min(1e-300)).max()) for a, b in pairs)
+        rows.append([f"{count} and 1 threads", relative, *differing(masks[count], masks[1])])
+    return [
+        Table(
+            "Threads", settings.protocol(model) + f" {len(ids)} windows of {ids.shape[1]} tokens of {settings.corpus}.",
+            ["between", "largest relative difference of a mean square", "units that differ", "of", "share"], rows,
+        )
+    ]  # fmt: skip
+
+
 def masks_at_half(blocks: Sequence[Block], statistics: CorpusStatistics, half: int | None = None) -> Masks:
     """`wanda_sp`, the same half of every block."""
     scores = score_units("wanda_sp", blocks, statistics, half=half, attention=False)
