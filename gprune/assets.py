@@ -248,7 +248,7 @@ def is_complete(folder: Path) -> bool:
         places = json.loads(index.read_text())["weight_map"]
         shards = {name: {key for key, place in places.items() if place == name} for name in places.values()}
         return bool(shards) and all(_is_whole(folder / Path(name).name, keys) for name, keys in shards.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # JSON of any other shape
         return False
 
 
@@ -256,6 +256,8 @@ def _is_whole(weights: Path, names: Collection[str] = ()) -> bool:
     """Whether a safetensors file ends where its header says, and has tensors of these names."""
     with weights.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > min(weights.stat().st_size, HEADER_LIMIT):
+            return False
         header = json.loads(file.read(length))
     ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
     return weights.stat().st_size == 8 + length + max(ends) and header.keys() >= set(names)
