@@ -256,6 +256,11 @@ def _add_gram(metric: Metric, *shape: int) -> None:
     metric.gram, metric._defaults["gram"] = torch.zeros(shape), torch.zeros(()).expand(shape)
 
 
+def _panels(channels: int, width: int = 192) -> list[slice]:
+    """Stretches of channels, small enough that what lies below the diagonal of each costs little."""
+    return [slice(start, min(start + width, channels)) for start in range(0, channels, width)]
+
+
 class StreamingMoments(Metric):
     """torchmetrics state of one projection's input; sums over devices are sums over tokens."""
 
@@ -283,10 +288,13 @@ class StreamingMoments(Metric):
         self.sum_abs += assign @ x.abs().sum(1).double()
         if self.with_gram:
             flat = (x * weight[:, None, None]).flatten(0, 1)
-            self.gram.addmm_(flat.T, flat)
+            for rows in _panels(flat.shape[1]):  # the upper triangle: two thirds of the time
+                self.gram[rows, rows.start :].addmm_(flat[:, rows].T, flat[:, rows.start :])
 
     def compute(self) -> dict[str, Tensor]:
         """The accumulated sums by name: `count` (2,), the others (2, C), and `gram` (C, C) if asked for."""
+        for rows in _panels(self.sum.shape[1]) if self.with_gram else ():
+            self.gram[rows.stop :, rows] = self.gram[rows, rows.stop :].T
         names = (*SUMS, *(("gram",) if self.with_gram else ()))
         return {name: getattr(self, name) for name in names}
 
