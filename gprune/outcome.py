@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune import report, tracking
 from gprune.architectures import Block, blocks_of
-from gprune.artifacts import file_hashes, key_of, read_json, write_json
+from gprune.artifacts import file_hashes, key_of, read_json, replacing, write_json
 from gprune.assets import cache_dir
 from gprune.config import RunConfig
 from gprune.corpora import identity
@@ -327,6 +327,11 @@ def summarise(
     }
     run.folder.update_manifest(summary=summary, widths=widths(pruned))
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
+    if cfg.export != "none":  # the card, now that there is something to say
+        card = report.model_card(cfg, stock=stock_skeleton(pruned) is not None, records=records)
+        with replacing(run.folder / "model" / "README.md") as new:
+            new.write_text(card, encoding="utf-8")
+        run.folder.update_manifest(model=file_hashes(run.folder / "model"))
     draw = tracking.on_process_zero(report.write_figures)
     figures = draw(run.folder / "figures", records, modules, candidates[final])
     tracking.log_images(run.loggers, figures)

@@ -457,6 +457,9 @@ def test_a_run_from_the_command_line(family, worlds, tmp_path, monkeypatch):
     costs = unit_costs(blocks_of(make_tiny(family, neurons=tiny_run.NEURONS)), scope="attention+ffn")
     target = check_budget(costs, 0.5)
     assert target <= costs.removed(result.masks) < target + 8 * max(costs.neuron)
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert "| gprune + least_squares |" in " ".join(card.split())
     rows = {(r["stage"], r["recovery"]) for r in result.records}
     assert {("dense", "none"), ("base", "none"), ("gprune", "least_squares")} <= rows
     assert all(np.isfinite(r["perplexity"]) for r in result.records)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from gprune.assets import EMBEDDED_MODELS
 from gprune.config import RunConfig
+from gprune.report.tables import result_table
 
 
 def model_label(name: str) -> str:
@@ -11,15 +15,16 @@ def model_label(name: str) -> str:
     return EMBEDDED_MODELS[name].description if name in EMBEDDED_MODELS else name
 
 
-def model_card(cfg: RunConfig, *, stock: bool = False) -> str:
-    """README.md of the exported folder: what it is, how it was made, how to load it.
+def model_card(cfg: RunConfig, *, stock: bool = False, records: Sequence[dict[str, Any]] = ()) -> str:
+    """README.md of the exported folder: what it is, how it was made, what it scores, how to load it.
 
     Args:
         stock: whether the folder is a stock model, without code of its own.
+        records: of `metrics.json`; none before anything is evaluated.
     """
     trust = "" if stock else ", trust_remote_code=True"
     code = (
-        "All blocks have the same shape: a stock Llama, which needs no code of its own."
+        "All blocks have the same shape: a stock model, which needs no code of its own."
         if stock
         else "`modeling_pruned.py` is the code that is run: one short file. Where `gprune` is installed, "
         "`import gprune`\nmakes `trust_remote_code` unnecessary."
@@ -28,7 +33,12 @@ def model_card(cfg: RunConfig, *, stock: bool = False) -> str:
     licence = embedded.license if embedded else "that of the base model"
     recovery = "" if cfg.recovery == "none" else f", recovery `{cfg.recovery}`"
     method = "gprune" if cfg.gprune else "base metric alone"
-    return f"""# {model_label(cfg.model.name)}, structurally pruned
+    tags = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [pruned, gprune]"]
+    tags += [f"license: {embedded.license.lower()}"] if embedded else []
+    front = "\n".join(["---", *tags, "---"])
+    return f"""{front}
+
+# {model_label(cfg.model.name)}, structurally pruned
 
 {cfg.sparsity.target:.0%} of the parameters in scope `{cfg.sparsity.scope}` removed by {method}: importance
 `{cfg.importance}` scored on `{cfg.corpora.score}`, drift measured on {", ".join(f"`{c}`" for c in cfg.corpora.drift)},
@@ -45,4 +55,18 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})
 ```
 
 {code}
+{_results(cfg, records)}"""
+
+
+def _results(cfg: RunConfig, records: Sequence[dict[str, Any]]) -> str:
+    if not records:
+        return ""
+    e = cfg.evaluation
+    return f"""
+## Perplexity
+
+{result_table(records)}
+
+{e.num_samples} windows of {e.seq_len} tokens of test text per corpus (stride {e.seq_len}, no BOS), computed in
+{cfg.model.dtype}. `base` is the metric alone. Seen corpora served the pruning, with other documents.
 """
