@@ -21,6 +21,7 @@ import torch
 import gprune
 from gprune import cli, steps
 from gprune.architectures import blocks_of
+from gprune.collector import collect
 from gprune.corpora import load_corpus
 from gprune.data import make_windows
 from gprune.drift import module_agreements, pair_weighted_mean, range_matched_agreement
@@ -34,7 +35,6 @@ from gprune.preparation import check, load, prepare_text
 from gprune.report import markdown
 from gprune.session import opened
 from gprune.stages.sparsity import masks_from_thresholds, start_thresholds
-from gprune.statistics import collect
 
 
 def main() -> None:

@@ -153,9 +153,9 @@ def pruned(dense, ids, uniform: bool, groups: bool):
 
     import gprune
     from gprune.architectures import blocks_of
+    from gprune.collector import collect
     from gprune.importance import score_units
     from gprune.masks import Masks, check_budget, keep_masks, unit_costs
-    from gprune.statistics import collect
 
     half = ids[:, : ids.shape[1] // 2 * 2].view(2, -1)
     blocks, generator = blocks_of(dense), torch.Generator().manual_seed(0)

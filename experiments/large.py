@@ -37,6 +37,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gprune.architectures import blocks_of
+from gprune.loading import skeleton
 from gprune.offload import bytes_of
 from gprune.results import load_run
 from gprune.statistics import gram_bytes
@@ -83,16 +84,10 @@ WHOLE = {
 }
 
 
-def skeleton(size: Size) -> LlamaForCausalLM:
-    """Shapes without weights."""
-    with torch.device("meta"):
-        return LlamaForCausalLM(size.config).to(size.dtype)
-
-
 def write_model(size: Size, folder: Path) -> None:
     """Config, tokenizer and random weights, one shard per block."""
     folder.mkdir(parents=True)
-    model = skeleton(size)
+    model = skeleton(size.config).to(size.dtype)
     size.config.dtype, size.config.architectures = size.dtype, ["LlamaForCausalLM"]
     size.config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -236,7 +231,7 @@ def whole(size: Size, folder: Path) -> None:
 
 def measure(size: Size, folder: Path, *, compare: bool) -> None:
     """Run everything and print a table; with `compare` also in memory, and the masks must be the same bits."""
-    model = skeleton(size)
+    model = skeleton(size.config).to(size.dtype)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     print(f"weights {weights / MB:,.1f} MB ({sum(p.numel() for p in model.parameters()):,} parameters, {size.dtype}), ")
     print(f"Gram matrices {gram_bytes(blocks_of(model)) / MB:,.1f} MB per corpus; max_memory cpu: {size.max_memory}, ")

@@ -21,6 +21,7 @@ import torch
 from experiments.evidence import batches
 from gprune import cli, steps
 from gprune.architectures import blocks_of
+from gprune.collector import collect
 from gprune.corpora import load_corpus
 from gprune.data import make_windows
 from gprune.drift import fractional_ranks, module_agreements, pair_weighted_mean
@@ -32,7 +33,6 @@ from gprune.reliability import assess_reliability, within_module_ranks
 from gprune.report import markdown
 from gprune.session import opened
 from gprune.stages.sparsity import ModuleRanks, masks_from_thresholds, start_thresholds
-from gprune.statistics import collect
 
 PROTOCOL = Path(__file__).parent / "protocol.yaml"
 JUDGES = ("code", "multilingual")  # embedded; neither calibrates nor is reported in any table

@@ -33,7 +33,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gprune.errors import UserError
+from gprune.errors import UserError, first_line
 from gprune.loading import as_bytes
 
 log = logging.getLogger("gprune")
@@ -180,7 +180,7 @@ def read_tensors(path: Path, *, run: str | None = None) -> dict[str, Tensor] | N
         elif run is not None and marks.get("run", run) != run:
             reason = "it belongs to another run"
     except Exception as error:  # safetensors and torch each raise their own, down to KeyError for an unknown dtype
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
     return tensors if reason is None else _unusable(path, reason)
 
 
@@ -359,10 +359,10 @@ class RunFolder:
         write_tensors(self / f"{name}.safetensors", tensors, {**(metadata or {}), **marks})
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 (16 hex digits) of every file directly in a folder, by name; empty where there is none."""
+def file_hashes(folder: Path, pattern: str = "*") -> dict[str, str]:
+    """SHA-256 (16 hex digits) of the files in a folder whose names match, by name; empty where there is none."""
     found = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    for path in sorted(folder.glob(pattern)):
         if path.is_file():
             with path.open("rb") as file:
                 found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -10,3 +10,8 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+def first_line(error: Exception) -> str:
+    """What an error of somebody else's says, as much of it as fits one of ours; its name if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

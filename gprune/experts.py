@@ -26,7 +26,7 @@ class Watch:
         if self.watcher in watchers:
             watchers.remove(self.watcher)
         if not watchers:
-            close(self.experts)
+            _close(self.experts)
 
 
 def watch_experts(experts: nn.Module, watcher: Watcher) -> Watch:
@@ -37,16 +37,21 @@ def watch_experts(experts: nn.Module, watcher: Watcher) -> Watch:
     """
     if "watchers" not in experts.__dict__:
         experts.__dict__["watchers"] = []
-        # Beside the class's own forward, which may compute all experts at once, and comes back when this goes.
+        # In place of the class's own forward, which may compute all experts at once, and of one that accelerate has put
+        # on the instance; it comes back when this goes. What such a one fetches has to be there meanwhile.
+        experts.__dict__["forward_before"] = experts.__dict__.get("forward")
         experts.__dict__["forward"] = lambda *inputs: _run(experts, *inputs)
     experts.__dict__["watchers"].append(watcher)
     return Watch(experts, watcher)
 
 
-def close(experts: nn.Module) -> None:
-    """Take all watchers off."""
-    for place in ("watchers", "forward"):
-        experts.__dict__.pop(place, None)
+def _close(experts: nn.Module) -> None:
+    """Put back what was there before the first watcher."""
+    experts.__dict__.pop("watchers", None)
+    before = experts.__dict__.pop("forward_before", None)
+    experts.__dict__.pop("forward", None)
+    if before is not None:
+        experts.__dict__["forward"] = before
 
 
 def _run(experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from gprune import assets, modeling_pruned
-from gprune.errors import UserError
+from gprune.errors import UserError, first_line
 from gprune.families import FAMILIES, family_of
 from gprune.offload import StoredWeights, keep_until_gone, memory_limits, quiet_accelerate, scratch_folder
 
@@ -114,7 +114,7 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
         raise
     except Exception as error:  # a stranger's JSON: anything may come of it
         raise UserError(
-            f"--model.name: no usable configuration for '{name}': {_first_line(error)} "
+            f"--model.name: no usable configuration for '{name}': {first_line(error)} "
             f"Expected a Hugging Face causal language model; without network use an embedded model or a local folder."
         ) from error
     for key, largest in {**LARGEST, family.width: LARGEST["intermediate_size"]}.items():
@@ -140,11 +140,7 @@ def skeleton(
                 return model_class(config)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise UserError(f"--model.name: the configuration describes no model: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--model.name: the configuration describes no model: {first_line(error)}") from error
 
 
 def load_model(
@@ -180,8 +176,7 @@ def load_model(
     except UserError:
         raise
     except Exception as error:  # safetensors, tokenizers and the hub each raise their own
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--model.name: '{name}' cannot be loaded: {first}") from error
+        raise UserError(f"--model.name: '{name}' cannot be loaded: {first_line(error)}") from error
     return model, tokenizer
 
 

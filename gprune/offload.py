@@ -148,17 +148,6 @@ def resident(module: nn.Module) -> Iterator[None]:
             hook.offload = True
 
 
-@contextmanager
-def forwards_kept(model: nn.Module) -> Iterator[None]:
-    """Leave every module the `forward` that accelerate gave it, whatever is put in its place meanwhile."""
-    before = {m: m.__dict__["forward"] for m in model.modules() if hasattr(m, "_hf_hook") and "forward" in m.__dict__}
-    try:
-        yield
-    finally:
-        for module, forward in before.items():
-            module.__dict__["forward"] = forward
-
-
 def scratch_folder() -> tuple[Path, ExitStack]:
     """A folder of our own below the cache, and what removes it; those that killed processes left are removed now.
 

@@ -27,7 +27,7 @@ from gprune.export.hf import check_reload, save_pruned, stock_skeleton
 from gprune.gates import masked
 from gprune.loading import load_weights
 from gprune.masks import Masks, UnitCosts
-from gprune.offload import device_of, forwards_kept, is_offloaded, keep_until_gone, scratch_folder
+from gprune.offload import device_of, is_offloaded, keep_until_gone, scratch_folder
 from gprune.preparation import JOIN, Text, check_tokens
 from gprune.recovery import recover_projection
 from gprune.results import Modules
@@ -99,7 +99,7 @@ def placement(cfg: RunConfig) -> dict[str, Any]:
 
 def masked_logits(model: PreTrainedModel, masks: Masks, input_ids: Tensor) -> Tensor:
     """(B, T, V) float32 logits of the model as if pruned."""
-    with forwards_kept(model), masked(model, masks):
+    with masked(model, masks):
         if not is_offloaded(model):
             return model(input_ids=input_ids, use_cache=False).logits.float()
         walk = Walk(model)  # masks on experts need the weights there
@@ -331,7 +331,7 @@ def summarise(
         card = report.model_card(cfg, stock=stock_skeleton(pruned) is not None, records=records)
         with replacing(run.folder / "model" / "README.md") as new:
             new.write_text(card, encoding="utf-8")
-        run.folder.update_manifest(model=file_hashes(run.folder / "model"))
+        run.folder.update_manifest(model=file_hashes(run.folder / "model", "README.md"))
     draw = tracking.on_process_zero(report.write_figures)
     figures = draw(run.folder / "figures", records, modules, candidates[final])
     tracking.log_images(run.loggers, figures)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from gprune.artifacts import RunFolder, differences, file_hashes, key_of, read_json
 from gprune.config import RunConfig
-from gprune.errors import UserError
+from gprune.errors import UserError, first_line
 from gprune.masks import Masks
 from gprune.reliability import ModuleReliability
 from gprune.statistics import CorpusStatistics
@@ -147,14 +147,16 @@ def _read_run(folder: RunFolder, cfg: RunConfig, metrics: dict[str, Any]) -> Pru
         thresholds = tuple([flat[f"{kind}.{b}"] for b in depth] for kind in ("ffn", "attention"))
     model = tokenizer = None
     if (folder / "model").is_dir():
-        if folder.manifest.get("model", file_hashes(folder / "model")) != file_hashes(folder / "model"):
+        expected = folder.manifest.get("model")
+        if expected is not None and expected != file_hashes(folder / "model"):
             raise UserError(f"{folder / 'model'} is not what the run left there; run the same command again.")
         try:  # False, not None: transformers would ask whether to run code that lies in the folder
             model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto", trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)
         except Exception as error:  # safetensors, tokenizers and transformers each raise their own
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{folder / 'model'} cannot be loaded: {first} Run the same command again.") from error
+            raise UserError(
+                f"{folder / 'model'} cannot be loaded: {first_line(error)} Run the same command again."
+            ) from error
         model = model.eval().requires_grad_(False)
     return PruningResult(
         path=folder.path,

@@ -6,7 +6,6 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,8 +14,6 @@ from transformers import PreTrainedModel
 from gprune import tracking
 from gprune.allocation import allocate, depth_masks
 from gprune.architectures import Block, decoder_layers
-from gprune.artifacts import key_of, read_tensors, write_tensors
-from gprune.assets import cache_dir
 from gprune.callbacks import ApplyMasks, ModuleReport, PerplexityCurve, log_modules
 from gprune.config import CONSENSUS, RunConfig
 from gprune.data import CorpusDataModule
@@ -54,7 +51,8 @@ from gprune.session import Run
 from gprune.stages.assignment import AssignmentRefinement
 from gprune.stages.calibration import CalibrationStage
 from gprune.stages.sparsity import ModuleRanks, ThresholdLearning, masks_from_thresholds, start_thresholds
-from gprune.statistics import KINDS, CorpusStatistics, Moments, StoredGram, kind_of
+from gprune.statistics import CorpusStatistics, Moments, kind_of
+from gprune.statistics_cache import StatisticsCache
 from gprune.trainer import check_trainer
 from gprune.walk import walks
 
@@ -64,67 +62,26 @@ log = logging.getLogger("gprune")
 def calibrate(cfg: RunConfig, run: Run, model: PreTrainedModel, text: Text) -> dict[str, CorpusStatistics]:
     """Step 1: statistics by corpus, from the cache where model, text and kind of statistics are the same."""
     scopes = ("ffn", "attention") if cfg.sparsity.scope == "attention+ffn" else ("ffn",)
-    kinds = ["moments", *sorted(cfg.needs)]
     by_block = "saliency" not in cfg.collects and walks(
         model, corpora=len(cfg.calibration), gram="gram" in cfg.collects, sharded=cfg.model.shard
     )
 
     # A sharded model computes where the trainer is, whatever device it is taken from.
     device = check_trainer(**asdict(cfg.trainer)) if cfg.model.shard else device_of(model)
-
-    def path(corpus: str, kind: str | list[str | int]) -> Path:
-        # Each kind by itself: moments are the same bits whatever else was collected in their pass.
-        key = key_of(
-            model=run.fingerprint, text=text.train[corpus].content_hash, dtype=cfg.model.dtype,
-            kind=[kind, *scopes] if kind == "saliency" else kind,
-            # what may move the last bits: the same run finds the same bits whatever the cache saw before
-            device=device.type, batch_size=cfg.corpora.batch_size,
-            world_size=cfg.trainer.devices * cfg.trainer.num_nodes,
-        )  # fmt: skip
-        return cache_dir() / "statistics" / f"{key}.safetensors"
-
-    def file_of(corpus: str, block: int, kind: str) -> StoredGram:
-        return StoredGram(((path(corpus, ["gram", kind, block]), "gram"),))
-
-    def store(corpus: str, block: Block, grams: dict[str, Tensor]) -> dict[str, StoredGram]:
-        for kind, gram in grams.items():
-            write_tensors(path(corpus, ["gram", kind, block.index]), {"gram": gram})
-        return {kind: file_of(corpus, block.index, kind) for kind in grams}
-
-    def cached(corpus: str, kind: str) -> dict[str, Tensor | StoredGram] | None:
-        if kind != "gram" or not by_block:
-            return read_tensors(path(corpus, kind))
-        places = [(k, b) for b in range(len(decoder_layers(model))) for k, _ in KINDS]
-        if any(read_tensors(path(corpus, ["gram", k, b])) is None for k, b in places):  # whole? each read and let go
-            return None
-        return {f"{k}.{b}.gram": file_of(corpus, b, k) for k, b in places}
-
-    found = {}
-    for corpus in cfg.calibration:
-        parts = [cached(corpus, kind) for kind in kinds]
-        if all(part is not None for part in parts):
-            found[corpus] = CorpusStatistics.from_tensors({name: t for part in parts for name, t in part.items()})
-    missing = [corpus for corpus in cfg.calibration if corpus not in found]
+    cache = StatisticsCache(
+        texts={corpus: text.train[corpus].content_hash for corpus in cfg.calibration},
+        # What may move the last bits too: the same run finds the same bits whatever the cache saw before.
+        bits={
+            "model": run.fingerprint, "dtype": cfg.model.dtype, "device": device.type,
+            "batch_size": cfg.corpora.batch_size, "world_size": cfg.trainer.devices * cfg.trainer.num_nodes,
+        },
+        scopes=scopes,
+        walked_blocks=len(decoder_layers(model)) if by_block else None,
+    )  # fmt: skip
+    found = {corpus: cache.read(corpus, ["moments", *sorted(cfg.needs)]) for corpus in cfg.calibration}
+    missing = [corpus for corpus, statistics in found.items() if statistics is None]
     if missing:
-        kinds = ["moments", *sorted(cfg.collects)]
-        with run.folder.step("calibrate"):
-            saliency = scopes if "saliency" in kinds else ()
-            stage = CalibrationStage(
-                model, missing, gram="gram" in kinds, saliency=saliency, walk=by_block, store=store,
-                shard=cfg.model.shard,
-            )  # fmt: skip
-            data = CorpusDataModule(
-                test=[text.train[c] for c in missing], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
-            )
-            trainer = run.trainer(f"Calibrating on {', '.join(missing)}", inference_mode=not saliency)
-            trainer.test(stage, data, verbose=False)
-        for corpus in missing:
-            tensors = stage.statistics[corpus].tensors()
-            for kind in kinds:
-                if kind == "gram" and by_block:
-                    continue  # the stage has left them in files
-                write_tensors(path(corpus, kind), {n: t for n, t in tensors.items() if kind_of(n) == kind})
-        found |= stage.statistics
+        found |= collect_missing(cfg, run, model, text, missing, cache, saliency=scopes)
     else:
         log.info("Statistics of %s are in the cache", ", ".join(found))
     for corpus in cfg.calibration:
@@ -133,7 +90,39 @@ def calibrate(cfg: RunConfig, run: Run, model: PreTrainedModel, text: Text) -> d
             # without Gram matrices, which are hundreds of megabytes and stay in the cache
             small = {name: t for name, t in found[corpus].tensors().items() if kind_of(name) != "gram"}
             run.folder.write(copy, small, {"corpus": corpus})
-    return {corpus: found[corpus] for corpus in cfg.calibration}
+    return found
+
+
+def collect_missing(
+    cfg: RunConfig,
+    run: Run,
+    model: PreTrainedModel,
+    text: Text,
+    corpora: list[str],
+    cache: StatisticsCache,
+    *,
+    saliency: tuple[str, ...],
+) -> dict[str, CorpusStatistics]:
+    """Step 1, computed: one pass over each corpus, for this run and for those that find it in the cache.
+
+    Args:
+        saliency: the scopes of it, if any is collected.
+    """
+    kinds = ["moments", *sorted(cfg.collects)]
+    saliency = saliency if "saliency" in kinds else ()
+    with run.folder.step("calibrate"):
+        stage = CalibrationStage(
+            model, corpora, gram="gram" in kinds, saliency=saliency, walk=cache.walked_blocks is not None,
+            store=cache.store, shard=cfg.model.shard,
+        )  # fmt: skip
+        data = CorpusDataModule(
+            test=[text.train[c] for c in corpora], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
+        )
+        trainer = run.trainer(f"Calibrating on {', '.join(corpora)}", inference_mode=not saliency)
+        trainer.test(stage, data, verbose=False)
+    for corpus in corpora:
+        cache.write(corpus, stage.statistics[corpus], kinds)
+    return stage.statistics
 
 
 def base_masks(

@@ -30,6 +30,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gprune.architectures import Block, Slice, block_of, blocks_of, decoder_layers
 from gprune.errors import UserError
 from gprune.families import family_of
+from gprune.loading import skeleton
 from gprune.modeling_pruned import experts_aligned, tell_layer, tell_sizes
 from gprune.offload import InFile, lend, lend_all, stored
 
@@ -97,8 +98,7 @@ def prune_to_files(
         ValueError: as `prune`.
     """
     check_masks(model, masks)
-    with torch.device("meta"):
-        small = type(model)(copy.deepcopy(model.config)).eval().requires_grad_(False)
+    small = skeleton(copy.deepcopy(model.config), type(model)).eval().requires_grad_(False)
     for name, parameter in small.named_parameters():
         parameter.data = parameter.data.to(model.get_parameter(name).dtype)
     small.generation_config = model.generation_config

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from wandb.proto import wandb_internal_pb2
 
-from gprune.errors import UserError
+from gprune.errors import UserError, first_line
 
 on_process_zero = rank_zero_only
 
@@ -157,8 +157,7 @@ def read_offline(path: Path | str) -> OfflineRun:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (DecodeError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is damaged ({reason}); its curves cannot be read.") from error
+        raise UserError(f"{path} is damaged ({first_line(error)}); its curves cannot be read.") from error
 
 
 def _last_sitting(folder: Path) -> Path:

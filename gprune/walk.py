@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gprune.architectures import Block, blocks_of, decoder_layers
+from gprune.collector import Collector
 from gprune.losses import capped, softcap_of
-from gprune.offload import device_of, forwards_kept, is_offloaded, resident
-from gprune.statistics import KINDS, Collector, CorpusStatistics, StoredGram, gram_bytes
+from gprune.offload import device_of, is_offloaded, resident
+from gprune.statistics import KINDS, CorpusStatistics, StoredGram, gram_bytes
 
 GRAMS_IN_MEMORY = 4 * 2**30  # bytes that all Gram matrices of a run may take; above, they go to files block by block
 Store = Callable[[Block, dict[str, Tensor]], dict[str, StoredGram]]
@@ -102,7 +103,7 @@ class Walk:
             enter: called with each block when its weights are there; what it returns is told of each batch that comes.
         """
         for block in blocks_of(self.model):
-            with resident(block.layer), forwards_kept(block.layer):
+            with resident(block.layer):
                 announce = enter(block) if enter is not None else None
                 device = device_of(block.layer)
                 for call in self.calls:

@@ -12,10 +12,10 @@ from scipy.stats import rankdata
 
 from gprune.allocation import ALLOCATION, allocate, depth_masks
 from gprune.architectures import blocks_of
+from gprune.collector import collect
 from gprune.errors import UserError
 from gprune.importance import Scores, score_units
 from gprune.masks import Masks, check_budget, keep_masks, unit_costs
-from gprune.statistics import collect
 from gprune.surgery import count_parameters, prune, removed_parameters
 from tests import tiny_run
 from tests.conftest import make_tiny_llama

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gprune.architectures import blocks_of, decoder_layers
 from gprune.cli import main
+from gprune.collector import collect
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.families import FAMILIES, table
@@ -31,7 +32,6 @@ from gprune.loading import read_config
 from gprune.losses import iter_logits, next_token_loss
 from gprune.masks import Masks, UnitCosts, check_budget, keep_masks, unit_costs
 from gprune.results import load_run
-from gprune.statistics import collect
 from gprune.surgery import count_parameters, prune, removed_parameters, widths
 from tests import tiny_run
 from tests.tiny_families import SIZES, make_tiny, some_masks

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 
 import gprune
 from gprune.architectures import blocks_of
+from gprune.collector import collect
 from gprune.drift import fractional_ranks, rank_drift
 from gprune.errors import UserError
 from gprune.importance import IMPORTANCE, UnitWeights, ffn_weights, score_units
-from gprune.statistics import EXTRAS, CorpusStatistics, collect
+from gprune.statistics import EXTRAS, CorpusStatistics
 from tests.conftest import make_tiny_llama
 from tests.test_statistics import batches, recorded
 

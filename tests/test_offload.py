@@ -17,7 +17,9 @@ from gprune.architectures import blocks_of, decoder_layers
 from gprune.artifacts import locked, read_json
 from gprune.assets import is_complete
 from gprune.cli import main, parse
+from gprune.collector import collect
 from gprune.config import ModelConfig, RunConfig
+from gprune.experts import watch_experts
 from gprune.export import hf
 from gprune.export.hf import save_pruned
 from gprune.families import FAMILIES
@@ -27,7 +29,6 @@ from gprune.offload import (
     StoredWeights,
     bytes_of,
     device_of,
-    forwards_kept,
     is_offloaded,
     memory_limits,
     resident,
@@ -37,7 +38,7 @@ from gprune.offload import (
 from gprune.outcome import masked_logits
 from gprune.preparation import memory_bytes
 from gprune.results import load_run
-from gprune.statistics import CorpusStatistics, collect
+from gprune.statistics import CorpusStatistics
 from gprune.surgery import count_parameters, prune, prune_to_files
 from gprune.walk import Walk
 from tests import tiny_run
@@ -181,8 +182,10 @@ def test_forwards_are_put_back(placed, ids):
     for _ in range(2):
         masked_logits(away, masks, ids)
         assert torch.equal(away(ids).logits, whole(ids).logits)
-    with forwards_kept(away):
-        decoder_layers(away)[2].mlp.experts.__dict__.pop("forward")
+    experts = decoder_layers(away)[2].mlp.experts
+    own = experts.__dict__["forward"]
+    watch_experts(experts, lambda *_: None).remove()
+    assert experts.__dict__["forward"] is own
     assert torch.equal(away(ids).logits, whole(ids).logits)
 
 

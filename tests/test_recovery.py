@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from gprune.architectures import blocks_of
+from gprune.collector import collect
 from gprune.errors import UserError
 from gprune.recovery import NEEDS_GRAM, RECOVERY, recover_projection
-from gprune.statistics import ChannelStatistics, Moments, collect
+from gprune.statistics import ChannelStatistics, Moments
 from tests.test_statistics import batches, recorded
 
 H, C, TOKENS = 10, 24, 400

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from gprune.architectures import blocks_of
+from gprune.collector import Collector, collect
 from gprune.errors import UserError
 from gprune.saliency import PARTS, Saliency, StreamingGradients, channel_saliency, window_saliency
-from gprune.statistics import Collector, collect, kind_of, pooled
+from gprune.statistics import kind_of, pooled
 from tests.conftest import make_tiny_llama
 from tests.test_statistics import batches, hooks_of, recorded
 

@@ -6,18 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from gprune.collector import Collector, StreamingMoments, StreamingTurn, collect
 from gprune.errors import UserError
-from gprune.statistics import (
-    EXTRAS,
-    Collector,
-    CorpusStatistics,
-    Moments,
-    StreamingMoments,
-    StreamingTurn,
-    collect,
-    kind_of,
-    pooled,
-)
+from gprune.statistics import EXTRAS, CorpusStatistics, Moments, kind_of, pooled
 from tests.conftest import make_tiny_llama
 
 KINDS = {"ffn": lambda layer: layer.mlp.down_proj, "attention": lambda layer: layer.self_attn.o_proj}

@@ -10,11 +10,12 @@ import torch
 from gprune import walk as walking
 from gprune.architectures import blocks_of
 from gprune.artifacts import read_tensors, write_tensors
+from gprune.collector import collect
 from gprune.errors import UserError
 from gprune.families import FAMILIES
 from gprune.gates import masked
 from gprune.importance import score_units
-from gprune.statistics import KINDS, CorpusStatistics, StoredGram, collect, gram_bytes, pooled
+from gprune.statistics import KINDS, CorpusStatistics, StoredGram, gram_bytes, pooled
 from gprune.walk import Walk
 from tests import tiny_run
 from tests.tiny_families import make_tiny, some_masks

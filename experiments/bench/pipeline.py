@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 import gprune
 from gprune.architectures import Block, blocks_of
+from gprune.collector import collect
 from gprune.corpora import load_corpus
 from gprune.data import make_windows
 from gprune.drift import rank_drift
@@ -26,7 +27,7 @@ from gprune.partition import initial_partition, parameter_embedding, refinement_
 from gprune.reliability import within_module_ranks
 from gprune.stages.assignment import AssignmentRefinement
 from gprune.stages.sparsity import ModuleRanks, ThresholdLearning, start_thresholds
-from gprune.statistics import CorpusStatistics, collect
+from gprune.statistics import CorpusStatistics
 
 from .measure import MIB, Clock, Table, Timing, alternated, in_turn, peak_above
 from .models import Settings, batches, model_of, random_llama, tokens

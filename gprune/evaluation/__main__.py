@@ -20,6 +20,7 @@ WIKITEXT = "wikitext2"
 
 
 def parser() -> Parser:
+    """The command line."""
     made = Parser(
         "python -m gprune.evaluation", description=(__doc__ or "").split("\n\n")[0],
         epilog=(__doc__ or "").split("\n\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter,

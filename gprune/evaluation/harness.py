@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from gprune.errors import UserError
+from gprune.errors import UserError, first_line
 from gprune.evaluation.tasks import Questions, load_questions, local_file, local_tasks
 from gprune.hub import offline_if_unreachable
 
@@ -73,7 +73,7 @@ def load_tasks(name: str, source: str) -> list[LoadedTask]:
         try:
             found = manager.load([name])["tasks"].values()
         except Exception as error:  # datasets, the hub and the http client each raise their own
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             if source == "auto" and path is not None:
                 log.warning("Task %s comes from local files: the hub did not give it (%s)", name, reason)
                 return [local_task(load_questions(path))]

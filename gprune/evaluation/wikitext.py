@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.data import Windows, make_windows
-from gprune.errors import UserError
+from gprune.errors import UserError, first_line
 from gprune.evaluation.perplexity import bootstrap_perplexity, perplexity
 from gprune.hub import offline_if_unreachable
 
@@ -46,7 +46,7 @@ def wikitext2() -> str:
         with offline_if_unreachable():
             rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
     except Exception as error:  # datasets, the hub and the http client each raise their own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"WikiText-2 could not be had from the Hugging Face hub ({reason}). Without network put the raw test file "
             f"into $GPRUNE_DATA_DIR/{MIRROR.as_posix()}."

@@ -25,7 +25,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gprune.errors import UserError
+from gprune.errors import UserError, first_line
 from gprune.families import family_of
 from gprune.registry import Registry
 
@@ -255,8 +255,7 @@ def load_folder(folder: Path, *, upcast: bool = False) -> tuple[PreTrainedModel,
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except Exception as error:  # safetensors, tokenizers and transformers each raise their own
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"Export: '{folder}' cannot be loaded: {first}") from error
+        raise UserError(f"Export: '{folder}' cannot be loaded: {first_line(error)}") from error
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -11,6 +11,7 @@ from gprune.verbs import Parser, run_verb
 
 
 def parser() -> Parser:
+    """The command line."""
     made = Parser(
         "python -m gprune.report",
         description="Tables (Markdown, CSV) and figures (PNG, SVG) from finished runs. Runs that differ in seed alone "

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from gprune.architectures import decoder_layers
 from gprune.errors import UserError
+from gprune.loading import skeleton
 from gprune.offload import stored
 
 
@@ -65,8 +66,7 @@ def spread(model: PreTrainedModel, device: torch.device, processes: int) -> PreT
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (processes,))
-    with torch.device("meta"):
-        copied = type(model)(copy.deepcopy(model.config)).eval()
+    copied = skeleton(copy.deepcopy(model.config), type(model)).eval()
     layers = list(decoder_layers(copied))
     inside = {id(module) for layer in layers for module in layer.modules()}
     paths = {id(module): path for path, module in copied.named_modules()}

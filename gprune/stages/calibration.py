@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gprune.architectures import Block
+from gprune.collector import Collector
 from gprune.stages.base import FrozenLMStage
-from gprune.statistics import Collector, CorpusStatistics, StoredGram
+from gprune.statistics import CorpusStatistics, StoredGram
 from gprune.walk import Walk
 
 Store = Callable[[str, Block, dict[str, Tensor]], dict[str, StoredGram]]
