@@ -93,7 +93,7 @@ def one_seed(cfg: gprune.RunConfig, *, gradients: bool):
         losses = []
         first = masks_from_thresholds(ranks, start, plan.costs, target=plan.target)
         for name, windows_list in (
-            ("calibration", [text.train[c] for c in cfg.corpora.learn]), ("development", text.development)
+            ("calibration", text.learn), ("development", text.development)
         ):  # fmt: skip
             values = {}
             for label, m in (("base", base), ("start", first), ("learned", masks)):

@@ -21,7 +21,10 @@ from gprune.offload import memory_limits
 from gprune.recovery import NEEDS_GRAM, RECOVERY
 from gprune.statistics import EXTRAS
 
-CONSENSUS = "consensus"
+# What modules may switch to besides activation-free metrics: the base metric seen through all drift corpora, as the
+# mean of its ranks or scored on their pooled statistics.
+CONSENSUS, AVERAGED = SEVERAL = ("consensus", "averaged")
+CONTROLS = ("base", "base_averaged", "unrecovered")
 PartitionMethod = Literal["refined", "initial", "random", "drift_only"]
 
 
@@ -81,6 +84,9 @@ class CorporaConfig:
     """Calibration windows per corpus."""
     seq_len: int = 256
     """Tokens per window, in calibration and learning."""
+    learn_samples: int | None = None
+    """Windows per learning corpus; default: num_samples. More of them is fresh text for learning, in place of epochs
+    over the same."""
     batch_size: int = 4
     """Windows per step, over all devices together."""
     collect: list[Literal["gram", "saliency"]] = field(default_factory=list)
@@ -91,6 +97,8 @@ class CorporaConfig:
         _at_least("corpora.batch_size", self.batch_size, 1)
         _at_least("corpora.num_samples", self.num_samples, 2)  # two halves, for the noise floor
         _at_least("corpora.seq_len", self.seq_len, 8)
+        if self.learn_samples is not None:
+            _at_least("corpora.learn_samples", self.learn_samples, 1)
         for kind in self.collect:
             _choose("corpora.collect", kind, EXTRAS)
         for role in ("drift", "learn", "recover", "evaluate"):
@@ -146,9 +154,11 @@ class ReliabilityConfig:
 
     switch: bool = True
     """Let sensitive, weakly activated modules switch. False: every module keeps the base metric."""
+    everywhere: bool = False
+    """Let all modules switch, reliable or not: the switch's own control."""
     metric: str = "magnitude"
-    """What to switch to: an activation-free metric, or consensus: the base metric's mean rank over the drift
-    corpora."""
+    """What to switch to: an activation-free metric; or consensus, the base metric's mean rank over the drift corpora;
+    or averaged, the base metric scored on all of them together."""
     sensitivity_quantile: float = 0.75
     """Modules above this quantile of standardised sensitivity count as sensitive."""
     score_quantile: float = 0.5
@@ -159,12 +169,14 @@ class ReliabilityConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise UserError(f"--reliability.{name}: expected a quantile in [0, 1], got {value}.")
-        if self.metric != CONSENSUS and not IMPORTANCE[self.metric].activation_free:
+        if self.metric not in SEVERAL and not IMPORTANCE[self.metric].activation_free:
             free = [name for name in IMPORTANCE if IMPORTANCE[name].activation_free]
             raise UserError(
-                f"--reliability.metric: expected an activation-free metric ({', '.join(free)}) or {CONSENSUS}, "
-                f"got '{self.metric}'."
+                f"--reliability.metric: expected an activation-free metric ({', '.join(free)}) or one of "
+                f"{', '.join(SEVERAL)}, got '{self.metric}'."
             )
+        if self.everywhere and not self.switch:
+            raise UserError("--reliability.everywhere: expected it without --reliability.switch false.")
 
 
 @dataclass
@@ -199,6 +211,11 @@ class SparsityConfig:
     for every neuron, for which modules only matter as a start. both: the two together."""
     loss: Literal["cross_entropy", "kl"] = "cross_entropy"
     """cross_entropy: of the next token. kl: divergence from the dense model, one more forward pass per step."""
+    objective: Literal["mean", "worst"] = "mean"
+    """Over the learning corpora. mean: of their losses. worst: corpora whose loss is farthest above the dense model's
+    gain weight as learning goes on (group DRO, arXiv 1911.08731); with cross_entropy one more forward pass per step."""
+    worst_step: float = 0.1
+    """worst: how fast weights move, per nat and step."""
     epochs: int = 2
     """Passes over the learning windows."""
     learning_rate: float = 0.1
@@ -208,6 +225,8 @@ class SparsityConfig:
         _choose("sparsity.scope", self.scope, SCOPES)
         _choose("sparsity.learn", self.learn, ("thresholds", "offsets", "both"))
         _choose("sparsity.loss", self.loss, ("cross_entropy", "kl"))
+        _choose("sparsity.objective", self.objective, ("mean", "worst"))
+        _at_least("sparsity.worst_step", self.worst_step, 0)
         _choose("sparsity.allocation", self.allocation, ("learned", *ALLOCATION, "depth", "equal"))
         _choose("sparsity.start", self.start, tuple(ALLOCATION))
         _at_least("sparsity.epochs", self.epochs, 1)
@@ -232,20 +251,24 @@ class SparsityConfig:
 class EvaluationConfig:
     """What is measured at the end."""
 
+    split: Literal["test", "development"] = "test"
+    """Which text is measured on. development: text for choosing settings by, so that test text stays unseen."""
     num_samples: int = 6
-    """Test windows per evaluated corpus: a sample of the test split that is the same for every seed."""
+    """Windows per evaluated corpus: a sample of its split that is the same for every seed."""
     seq_len: int = 256
-    """Tokens per test window. Windows do not overlap (stride = seq_len) and start without BOS."""
+    """Tokens per window. Windows do not overlap (stride = seq_len) and start without BOS."""
     development_samples: int = 2
     """Development windows per learning corpus, for the curves: perplexity against epoch and against sparsity."""
     curve: list[float] = field(default_factory=lambda: [0.2, 0.35])
     """Sparsities, besides 0 and the target, at which gprune's masks are measured on development text."""
-    controls: list[Literal["base", "base_averaged"]] = field(default_factory=lambda: ["base", "base_averaged"])
-    """Controls beside gprune. base: the metric alone, uniform. base_averaged: the same, scored on all drift corpora."""
+    controls: list[Literal["base", "base_averaged", "unrecovered"]] = field(default_factory=lambda: list(CONTROLS))
+    """Rows beside the run's own. base: the metric alone, uniform. base_averaged: the same, scored on all drift corpora.
+    unrecovered: all rows without recovery as well, where there is one."""
 
     def __post_init__(self) -> None:
         for name in self.controls:
-            _choose("evaluation.controls", name, ("base", "base_averaged"))
+            _choose("evaluation.controls", name, CONTROLS)
+        _choose("evaluation.split", self.split, ("test", "development"))
         for name in ("num_samples", "development_samples"):
             _at_least(f"evaluation.{name}", getattr(self, name), 1)
         _at_least("evaluation.seq_len", self.seq_len, 8)
@@ -382,7 +405,7 @@ class RunConfig:
         gram = frozenset({"gram"} if self.recovery in NEEDS_GRAM else ())
         # gprune also scores by what stands in for drift and by what modules switch to
         names = {self.importance, *([IMPORTANCE[self.importance].drift, self.reliability.metric] * self.gprune)}
-        return gram.union(*(IMPORTANCE[name].needs for name in names - {CONSENSUS}))
+        return gram.union(*(IMPORTANCE[name].needs for name in names - set(SEVERAL)))
 
     @property
     def collects(self) -> frozenset[str]:
@@ -391,11 +414,13 @@ class RunConfig:
 
     @property
     def stages(self) -> list[tuple[str, str]]:
-        """(stage, recovery) of every row of the result table after `dense`; recovered rows have plain ones beside."""
-        names = ["base"]
+        """(stage, recovery) of every row of the result table after `dense`."""
+        names, controls = ["base"], self.evaluation.controls
         if self.gprune:
-            names = [name for name in ("base", "base_averaged") if name in self.evaluation.controls] + ["gprune"]
-        recoveries = ["none"] if self.recovery == "none" else ["none", self.recovery]
+            names = [name for name in ("base", "base_averaged") if name in controls] + ["gprune"]
+        recoveries = [self.recovery]
+        if self.recovery != "none" and "unrecovered" in controls:
+            recoveries = ["none", self.recovery]
         return [(name, recovery) for recovery in recoveries for name in names]
 
     @property

@@ -131,14 +131,23 @@ class TokenDataset(Dataset):
 
     def __init__(self, windows: Sequence[Windows]):
         self.tokens = torch.cat([w.tokens for w in windows])
+        self.corpus = [i for i, w in enumerate(windows) for _ in w.tokens]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, item: tuple[int, float]) -> dict[str, Tensor | int]:
-        """`input_ids` (seq_len,) int64, `index` in the concatenation, `weight` () float32: 0 for padding."""
+        """One window.
+
+        Returns:
+            `input_ids` (seq_len,) int64, `index` in the concatenation, number of the `corpus`, and `weight` () float32,
+            0 for padding.
+        """
         index, weight = item
-        return {"input_ids": self.tokens[index], "index": index, "weight": torch.tensor(weight)}
+        return {
+            "input_ids": self.tokens[index], "index": index, "corpus": self.corpus[index],
+            "weight": torch.tensor(weight),
+        }  # fmt: skip
 
 
 class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):

@@ -19,8 +19,8 @@ from gprune.families import family_of
 CHUNK = 256  # tokens; large enough for the matrix product, small enough for the cache
 
 
-class _FrozenHeadLoss(torch.autograd.Function):
-    """Sum over tokens of weight * loss, with d/d hidden computed chunk by chunk in the forward pass.
+class _FrozenHeadLosses(torch.autograd.Function):
+    """Loss of each token, with d/d hidden computed chunk by chunk in the forward pass.
 
     The loss is the cross-entropy with token ids `targets` (n,), or, for `targets` (n, H) that are another model's final
     hidden states, KL(that model's distribution || ours). Of either the gradient by the logits is ours - target.
@@ -28,40 +28,34 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        weights: Tensor,
-        softcap: float | None,
+        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None
     ) -> Tensor:
         gradient = torch.empty_like(hidden)
-        loss = hidden.new_zeros((), dtype=torch.float32)
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             logits = capped(F.linear(hidden[part], head, bias), softcap).float()
             slope = None if softcap is None else 1 - (logits / softcap).square()
-            log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
+            log_p = logits.log_softmax(-1)  # one fused pass, where logsumexp takes four over 49,152 columns
             if targets.dim() == 1:
-                loss -= (log_p.gather(-1, targets[part, None])[:, 0] * weights[part]).sum()
+                losses[part] = -log_p.gather(-1, targets[part, None])[:, 0]
                 error = log_p.exp_()
                 error[torch.arange(len(error), device=error.device), targets[part]] -= 1
             else:
                 log_q = capped(F.linear(targets[part], head, bias), softcap).float().log_softmax(-1)
                 q = log_q.exp()
-                loss += (F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1) * weights[part]).sum()
+                losses[part] = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
                 error = log_p.exp_().sub_(q)
             if slope is not None:
                 error.mul_(slope)
-            gradient[part] = (error.mul_(weights[part, None]).to(head.dtype) @ head).to(gradient.dtype)
+            gradient[part] = (error.to(head.dtype) @ head).to(gradient.dtype)
         ctx.save_for_backward(gradient)
-        return loss
+        return losses
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_output.to(gradient.dtype), None, None, None, None, None
+        return gradient * grad_output[:, None].to(gradient.dtype), None, None, None, None
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -75,55 +69,45 @@ def softcap_of(model: PreTrainedModel) -> float | None:
     return None if key is None else getattr(model.config, key)
 
 
-def frozen_head_cross_entropy(
-    hidden: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    weights: Tensor,
-    *,
-    softcap: float | None = None,
+def frozen_head_losses(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, *, softcap: float | None = None
 ) -> Tensor:
-    """Weighted sum of next-token cross-entropies, in nats, differentiable in `hidden` alone.
+    """Next-token loss of each token in nats, differentiable in `hidden` alone.
 
     Args:
         hidden: (n, H) final hidden states.
         head: (V, H) frozen output embedding; bias: (V,) or None.
-        targets: (n,) int64 token ids, or (n, H) hidden states of a teacher with the same head: then the sum is of
-            KL(teacher || ours).
-        weights: (n,) float32 weight of each token's loss.
+        targets: (n,) int64 token ids, for the cross-entropy; or (n, H) hidden states of a teacher with the same head,
+            for KL(teacher || ours).
         softcap: the limit c of logits that are c tanh(logits / c).
 
     Returns:
-        () float32.
+        (n,) float32.
     """
-    return _FrozenHeadLoss.apply(hidden, head, bias, targets, weights, softcap)
+    return _FrozenHeadLosses.apply(hidden, head, bias, targets, softcap)
+
+
+def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of each window's tokens 2..T, in nats: (B,) float32.
+
+    Args:
+        model: frozen; gates on its blocks get gradients, its weights do not.
+        input_ids: (B, T) int64.
+        teacher: what `final_hidden` gave for these tokens without gates; the loss is then KL(teacher || model).
+    """
+    hidden, head = final_hidden(model, input_ids), model.get_output_embeddings()
+    targets = input_ids[:, 1:].flatten() if teacher is None else teacher.flatten(0, 1)
+    softcap = softcap_of(model)
+    losses = frozen_head_losses(hidden.flatten(0, 1), head.weight, head.bias, targets, softcap=softcap)
+    return losses.view(len(input_ids), -1).mean(1)
 
 
 def next_token_loss(
     model: PreTrainedModel, input_ids: Tensor, weight: Tensor | None = None, *, teacher: Tensor | None = None
 ) -> Tensor:
-    """Sum over windows of weight * (mean cross-entropy of the window's tokens 2..T), in nats: () float32.
-
-    Args:
-        model: frozen; gates on its blocks get gradients, its weights do not.
-        input_ids: (B, T) int64.
-        weight: (B,), by default 1/B each, which makes the result the batch's mean loss.
-        teacher: what `final_hidden` gave for these tokens without gates; the loss is then KL(teacher || model).
-    """
-    B, T = input_ids.shape
-    weight = input_ids.new_full((B,), 1 / B, dtype=torch.float32) if weight is None else weight
-    hidden = final_hidden(model, input_ids)
-    head = model.get_output_embeddings()
-    per_token = (weight / (T - 1)).repeat_interleave(T - 1)
-    return frozen_head_cross_entropy(
-        hidden.flatten(0, 1),
-        head.weight,
-        head.bias,
-        input_ids[:, 1:].flatten() if teacher is None else teacher.flatten(0, 1),
-        per_token,
-        softcap=softcap_of(model),
-    )
+    """Sum over windows of weight * `next_token_losses`, () float32; `weight` (B,), by default 1/B: the batch's mean."""
+    losses = next_token_losses(model, input_ids, teacher=teacher)
+    return losses.mean() if weight is None else (losses * weight.to(losses)).sum()
 
 
 def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:

@@ -110,7 +110,8 @@ def check(cfg: RunConfig) -> Plan:
     evaluations = 1 + len(cfg.stages)
     calibration = len(cfg.calibration) * c.num_samples * c.seq_len
     backward = calibration if "saliency" in cfg.collects else 0
-    learning = cfg.learns * cfg.sparsity.epochs * len(c.learn) * c.num_samples * c.seq_len
+    learning = cfg.learns * cfg.sparsity.epochs * len(c.learn) * (c.learn_samples or c.num_samples) * c.seq_len
+    teacher = cfg.sparsity.loss == "kl" or cfg.sparsity.objective == "worst"
     return Plan(
         costs=costs,
         target=target,
@@ -121,7 +122,7 @@ def check(cfg: RunConfig) -> Plan:
         - backward
         + len(c.evaluate) * e.num_samples * e.seq_len * evaluations
         + points * development
-        + learning * (cfg.sparsity.loss == "kl")
+        + learning * teacher
         + 3 * check_tokens(cfg),
         forward_backward_tokens=backward + learning,
         uniform=keep_masks(
@@ -245,17 +246,21 @@ def load(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrai
 class Text:
     """Windows by role; the same corpus in two roles has the same windows."""
 
-    train: Mapping[str, Windows]  # score, drift, learn and recover, by corpus
+    train: Mapping[str, Windows]  # score, drift and recover, by corpus
+    learn: list[Windows]  # one per learning corpus, also train text: those above and more, or fewer
     development: list[Windows]  # one per learning corpus
-    test: list[Windows]  # one per evaluated corpus
+    test: list[Windows]  # one per evaluated corpus, of `evaluation.split`
 
     @property
     def used(self) -> list[Windows]:
-        return [*self.train.values(), *self.development]
+        """What no evaluated text may share; curves on development text do not use it, they show it."""
+        shown = {w.split for w in self.test}
+        return [*self.train.values(), *self.learn, *(w for w in self.development if w.split not in shown)]
 
     def hashes(self) -> dict[str, str]:
-        """Content hash by corpus and split: what two sittings at one run must share."""
-        return {f"{w.corpus} {w.split}": w.content_hash for w in [*self.used, *self.test]}
+        """Content hash by corpus, split and role: what two sittings at one run must share."""
+        roles = {"": self.train.values(), " learned": self.learn, " curve": self.development, " evaluated": self.test}
+        return {f"{w.corpus} {w.split}{role}": w.content_hash for role, found in roles.items() for w in found}
 
 
 def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -276,7 +281,8 @@ def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
 
     log.info("Reading %d corpora", len({*cfg.used, *c.evaluate}))
     return Text(
-        train={name: windows(name, "train", c.num_samples, c.seq_len) for name in cfg.used},
+        train={name: windows(name, "train", c.num_samples, c.seq_len) for name in cfg.calibration},
+        learn=[windows(n, "train", c.learn_samples or c.num_samples, c.seq_len) for n in cfg.roles["learn"]],
         development=[windows(name, "development", e.development_samples, c.seq_len) for name in cfg.roles["learn"]],
-        test=[windows(name, "test", e.num_samples, e.seq_len) for name in c.evaluate],
+        test=[windows(name, e.split, e.num_samples, e.seq_len) for name in c.evaluate],
     )

@@ -42,6 +42,7 @@ def assess_reliability(
     sensitivity_quantile: float = 0.75,
     score_quantile: float = 0.5,
     switch: bool = True,
+    everywhere: bool = False,
 ) -> list[ModuleReliability]:
     """Mark the modules whose activations cannot be trusted.
 
@@ -55,6 +56,7 @@ def assess_reliability(
         drifts, floors: per block (N,) rank drift and its noise floor.
         sensitivity_quantile, score_quantile: in [0, 1].
         switch: False leaves every module with its own metric.
+        everywhere: mark all modules instead, the control of the switch.
 
     Returns:
         One record per block.
@@ -67,7 +69,8 @@ def assess_reliability(
     low = torch.cat(scores).quantile(score_quantile)
     records = []
     for y, score, s, z, floor in zip(labels, scores, sensitivity, standard, noise, strict=True):
-        switched = (z >= high) & (score <= low) & (s > floor) if switch else torch.zeros_like(score, dtype=torch.bool)
+        unreliable = torch.ones_like(z, dtype=torch.bool) if everywhere else (z >= high) & (score <= low) & (s > floor)
+        switched = unreliable & switch
         records.append(ModuleReliability(torch.bincount(y), score, s, floor, switched))
     return records
 

@@ -15,7 +15,7 @@ from gprune import tracking
 from gprune.allocation import allocate, depth_masks
 from gprune.architectures import Block, decoder_layers
 from gprune.callbacks import ApplyMasks, ModuleReport, PerplexityCurve, log_modules
-from gprune.config import CONSENSUS, RunConfig
+from gprune.config import AVERAGED, CONSENSUS, RunConfig
 from gprune.data import CorpusDataModule
 from gprune.drift import (
     above_noise,
@@ -51,7 +51,7 @@ from gprune.session import Run
 from gprune.stages.assignment import AssignmentRefinement
 from gprune.stages.calibration import CalibrationStage
 from gprune.stages.sparsity import ModuleRanks, ThresholdLearning, masks_from_thresholds, start_thresholds
-from gprune.statistics import CorpusStatistics, Moments, kind_of
+from gprune.statistics import CorpusStatistics, Moments, kind_of, pooled
 from gprune.statistics_cache import StatisticsCache
 from gprune.trainer import check_trainer
 from gprune.walk import walks
@@ -253,12 +253,15 @@ def rank_inside_modules(
         # Drift from which the floor is subtracted is above it wherever it is above 0.
         [torch.zeros_like(d.floor) if cfg.partition.subtract_noise else d.floor for d in drift],
         sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=switch,
+        everywhere=r.everywhere,
     )  # fmt: skip
     if r.metric == CONSENSUS:
         fallback = [d.ranks.mean(0) for d in drift]
     else:
-        source = statistics[cfg.corpora.score]
-        free = score_units(r.metric, blocks, source, seed=cfg.run.seed, attention=False).ffn
+        source, name = statistics[cfg.corpora.score], r.metric
+        if r.metric == AVERAGED:
+            source, name = pooled(statistics[corpus] for corpus in cfg.corpora.drift), cfg.importance
+        free = score_units(name, blocks, source, seed=cfg.run.seed, attention=False).ffn
         fallback = [fractional_ranks(s, groups=b.experts) for s, b in zip(free, blocks, strict=True)]
     ranks = ModuleRanks(
         ffn=[
@@ -346,7 +349,7 @@ def fit_thresholds(
     stage = ThresholdLearning(
         model, ranks, start_thresholds(base, ranks), costs,
         target=target, width_multiple=s.width_multiple, learning_rate=s.learning_rate, learn=s.learn, loss=s.loss,
-        shard=cfg.model.shard,
+        objective=s.objective, worst_step=s.worst_step, corpora=cfg.corpora.learn, shard=cfg.model.shard,
     )  # fmt: skip
     multiple = s.width_multiple
     budgets = {
@@ -357,9 +360,7 @@ def fit_thresholds(
     development = [] if cfg.model.shard else text.development
     curve = PerplexityCurve(development, targets=budgets, batch_size=cfg.corpora.batch_size)
     report = ModuleReport(modules.rows())
-    data = CorpusDataModule(
-        train=[text.train[c] for c in cfg.corpora.learn], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
-    )
+    data = CorpusDataModule(train=text.learn, batch_size=cfg.corpora.batch_size, seed=cfg.run.seed)
     numbers = sum(p.numel() for p in stage.parameters() if p.requires_grad)
     trainer = run.trainer(
         f"Learning {numbers} thresholds" if s.learn == "thresholds" else f"Learning {numbers} numbers",

@@ -49,7 +49,8 @@ from gprune.report.tables import (
 __all__ = [
     "Estimate", "FinishedRun", "Group", "Report", "Table", "by_stage", "evaluation_table",
     "generalisation_gap", "geometric_mean", "groups",
-    "heterogeneity_figure", "make", "markdown", "means_figure", "model_card", "model_label", "over_seeds", "pairs",
+    "heterogeneity_figure", "make", "markdown", "means_figure", "model_card", "model_label", "of_runs",
+    "over_seeds", "pairs",
     "perplexity_figure", "perplexity_table", "ratio_figure", "ratio_to", "read_run", "read_runs", "records_table",
     "result_table", "row_name", "save", "short_names", "sparsity_figure", "sparsity_lines", "sparsity_table",
     "stability_figure", "stability_table", "style", "summary_table", "unseen_ratios", "write_figures",
@@ -71,12 +72,16 @@ class Report:
         left_out = {"records"} | (set() if long else {"sparsity"})
         shown = [t for t in self.tables if t.name not in left_out and t.rows]
         parts = [f"## {t.title}\n\n{t.to_markdown()}\n" + (f"\n{t.note}\n" if t.note else "") for t in shown]
-        protocols = {
+        return "\n".join([*parts, *(f"{line}\n" for line in self.protocols())])
+
+    def protocols(self) -> list[str]:
+        """One line per protocol that the numbers were measured by."""
+        found = {
             f"Protocol: {r['model']}; windows of {r['seq_len']} tokens, stride {r['stride']}, "
-            f"{'with' if r['bos'] else 'no'} BOS, {r['dtype']}, {r['split']} text, scope {r['scope']}.\n"
+            f"{'with' if r['bos'] else 'no'} BOS, {r['dtype']}, {r['split']} text, scope {r['scope']}."
             for run in self.runs for r in run.records
         }  # fmt: skip
-        return "\n".join([*parts, *sorted(protocols)])
+        return sorted(found)
 
     def figures(self) -> dict[str, Figure]:
         """Figures over all runs, by name."""
@@ -106,13 +111,17 @@ class Report:
         for path, text in texts.items():
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-        with style():
-            figures = self.figures()
-        drawn = [path for name, figure in figures.items() for path in save(figure, folder / "figures", name, formats)]
+        drawn = self.draw(folder / "figures", formats)
         for run in self.runs:
             own = folder / "figures" / ("" if len(self.runs) == 1 else run.name.replace("/", "-"))
             drawn += write_figures(own, run.records, run.modules, run.masks, formats)
         return [*texts, *drawn]
+
+    def draw(self, folder: Path, formats: Sequence[str] = FORMATS, *, prefix: str = "") -> list[Path]:
+        """Files of the figures over all runs."""
+        with style():
+            figures = self.figures()
+        return [path for name, figure in figures.items() for path in save(figure, folder, prefix + name, formats)]
 
 
 def make(paths: Sequence[Path | str], *, base: Path | str | None = None) -> Report:
@@ -124,11 +133,15 @@ def make(paths: Sequence[Path | str], *, base: Path | str | None = None) -> Repo
     Raises:
         UserError: for a folder that is no finished run.
     """
-    runs = read_runs(paths)
-    found, reference = groups(runs), None if base is None else read_run(base)
-    tables = [summary_table(found, reference), perplexity_table(found), records_table(runs), sparsity_table(runs)]
+    return of_runs(read_runs(paths), base=None if base is None else read_run(base))
+
+
+def of_runs(runs: list[FinishedRun], *, base: FinishedRun | None = None) -> Report:
+    """All tables of runs that have been read, wherever from; `base` as for `make`."""
+    found = groups(runs)
+    tables = [summary_table(found, base), perplexity_table(found), records_table(runs), sparsity_table(runs)]
     if len(runs) > 1:
         tables.append(stability_table(found))
     if evaluated := [r | {"run": run.name} for run in runs for r in run.evaluation]:
         tables.append(evaluation_table(evaluated))
-    return Report(runs, found, tables, reference)
+    return Report(runs, found, tables, base)

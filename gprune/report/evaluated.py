@@ -17,7 +17,13 @@ def evaluation_table(records: Sequence[Record]) -> Table:
     """
     dense = {(r["task"], r["content_hash"]): r for r in records if r["stage"] == "dense"}
     rows: list[list[Cell]] = []
+    shown = set()
     for r in sorted(records, key=lambda r: (r["kind"] != "zero_shot", r["task"], r["stage"] != "dense")):
+        if r["stage"] == "dense":  # which several runs may share
+            same = tuple(r.get(name) for name in ("task", "content_hash", "dtype", "model"))
+            if same in shown:
+                continue
+            shown.add(same)
         reference = dense.get((r["task"], r["content_hash"])) if r["stage"] != "dense" else None
         where = [r["task"], r["run"], row_name(r["stage"], r.get("recovery") or "none")]
         rows.append([*where, *(_accuracy if r["kind"] == "zero_shot" else _perplexity)(r, reference)])

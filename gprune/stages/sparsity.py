@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gprune.gates import soft_gate, straight_through
-from gprune.losses import final_hidden, next_token_loss
+from gprune.losses import final_hidden, next_token_losses
 from gprune.masks import Masks, UnitCosts, cut_margin, keep_masks, margins
 from gprune.stages.base import FrozenLMStage, require_finite
 
@@ -77,7 +78,9 @@ class ThresholdLearning(FrozenLMStage):
     With `learn="offsets"` it learns o, one number per neuron that moves its rank, p_i' = sigmoid(logit p_i + o_i), in
     place of t: a free gate for every neuron, as in GRASPrune (arXiv 2604.19398), warm-started from the margins. With
     `both` it learns both. With `loss="kl"` the cross-entropy below gives way to KL(dense || pruned), at the price of
-    one more forward pass per step.
+    one more forward pass per step. With `objective="worst"` the mean over windows gives way to sum_c q_c L_c over the
+    learning corpora c, q_c growing with exp(`worst_step` x excess of c's loss over the dense model's) from step to step
+    (group DRO, Sagawa et al., arXiv 1911.08731, algorithm 1, on excess losses, since corpora differ in entropy).
 
     Loss: L(t) = mean over windows of the next-token cross-entropy, in nats per token, of the frozen model whose
     units are multiplied by g_i = h_i + s_i - stop(s_i), where
@@ -102,10 +105,24 @@ class ThresholdLearning(FrozenLMStage):
         learning_rate: float = 0.1,
         learn: Literal["thresholds", "offsets", "both"] = "thresholds",
         loss: Literal["cross_entropy", "kl"] = "cross_entropy",
+        objective: Literal["mean", "worst"] = "mean",
+        worst_step: float = 0.1,
+        corpora: Sequence[str] = (),
         shard: bool = False,
     ):
+        """
+        Args:
+            model: frozen.
+            ranks: where units stand inside their modules.
+            start: thresholds to begin with, as `start_thresholds` gives them.
+            costs: of the units; `target` parameters are removed, to widths that are multiples of `width_multiple`.
+            learning_rate: of Adam, in logits.
+            corpora: names of the learning corpora, in the order of the batches' `corpus`; needed for `worst`.
+            shard: spread the model over processes while it learns.
+        """
         super().__init__(model, shard=shard)
-        self.loss = loss
+        self.loss, self.objective, self.worst_step, self.corpora = loss, objective, worst_step, tuple(corpora)
+        self.register_buffer("corpus_logits", torch.zeros(len(self.corpora)), persistent=False)
         self.ranks, self.costs, self.target, self.width_multiple = ranks, costs, target, width_multiple
         self.learning_rate = learning_rate
         ffn, attention = start
@@ -170,23 +187,41 @@ class ThresholdLearning(FrozenLMStage):
         return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=self.learning_rate)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        teacher = self._dense_hidden(batch["input_ids"]) if self.loss == "kl" else None
+        ids, teacher, dense = batch["input_ids"], None, 0.0
+        with torch.no_grad():
+            self._open_gates()
+            if self.loss == "kl":  # the dense model's divergence from itself is 0
+                teacher = final_hidden(self.lm, ids)
+            elif self.objective == "worst":
+                dense = next_token_losses(self.lm, ids)
         self.refresh_gates()  # a fresh graph: the one of the last step has been used
         # Weighted so that the mean over processes is the mean over the global batch, whatever each one's share.
         total = self.trainer.strategy.reduce(batch["weight"].sum(), reduce_op="sum")
         weight = batch["weight"] * self.trainer.world_size / total
-        loss = next_token_loss(self.lm, batch["input_ids"], weight, teacher=teacher)
-        value = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
+        losses = next_token_losses(self.lm, ids, teacher=teacher)
+        weight = weight.to(losses)
+        value = self.trainer.strategy.reduce((losses.detach() * weight).sum(), reduce_op="mean")
         require_finite(float(value), "The loss of threshold learning")
         self.log("learn/loss", value, prog_bar=True)
-        return loss
+        if self.objective == "worst":
+            shares = self._move_to_the_worst(losses.detach() - dense, batch["corpus"], batch["weight"].to(losses))
+            weight = weight * len(shares) * shares[batch["corpus"]]
+        return (losses * weight).sum()
 
-    @torch.no_grad()
-    def _dense_hidden(self, input_ids: Tensor) -> Tensor:
-        """Final hidden states of the dense model: the gates that a context has put on it let everything through."""
+    def _move_to_the_worst(self, excess: Tensor, corpus: Tensor, weight: Tensor) -> Tensor:
+        """q (C,), after the corpora of this batch have gained by their excess losses (B,), over all processes."""
+        sums = torch.zeros(2, len(self.corpora), device=excess.device)
+        sums.index_add_(1, corpus, torch.stack([excess * weight, weight]))
+        total, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        self.corpus_logits += self.worst_step * total / count.clamp_min(1)  # 0 for corpora that are not in the batch
+        shares = self.corpus_logits.softmax(0)
+        self.log_dict({f"learn/share/{name}": q for name, q in zip(self.corpora, shares, strict=True)})
+        return shares
+
+    def _open_gates(self) -> None:
+        """Let the gates that a context has put on the model let everything through, until they are refreshed."""
         for gates in (self.ffn_gates, self.attention_gates or []):
             gates[:] = [None] * len(gates)
-        return final_hidden(self.lm, input_ids)
 
     def optimizer_step(self, *args: object, **kwargs: object) -> None:
         super().optimizer_step(*args, **kwargs)
