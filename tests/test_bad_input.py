@@ -233,7 +233,7 @@ def test_a_non_finite_activation(refused, world, tmp_path):
 
 def test_a_non_finite_loss_in_learning_leaves_the_finished_steps(refused, world, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(sparsity, "next_token_loss", lambda *a, **k: torch.tensor(float("nan"), requires_grad=True))
+        patch.setattr(sparsity, "next_token_losses", lambda *a, **k: torch.full((4,), torch.nan, requires_grad=True))
         assert "loss of threshold learning is nan" in refused(begun=True)
     folder = tmp_path / "runs/run"
     assert (folder / "assignment.safetensors").is_file()
