@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gprune.architectures import Block, blocks_of, decoder_layers
@@ -51,6 +51,15 @@ class Call:
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]  # of each layer, but for the hidden states
     half: Tensor | None = None  # (B,) in {0, 1}
     weight: Tensor | None = None  # (B,)
+
+    def through(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """What a layer, the decoder's `index`-th or what has become of that one, makes of hidden states (B, T, H).
+
+        Its weights have to be there; what it gives is where it computes.
+        """
+        args, kwargs = self.arguments[index]
+        output = layer(hidden.to(device_of(layer)), *args, **kwargs)
+        return output if isinstance(output, Tensor) else output[0]
 
 
 @dataclass
@@ -105,13 +114,10 @@ class Walk:
         for block in blocks_of(self.model):
             with resident(block.layer):
                 announce = enter(block) if enter is not None else None
-                device = device_of(block.layer)
                 for call in self.calls:
                     if announce is not None:
                         announce(call)
-                    args, kwargs = call.arguments[block.index]
-                    output = block.layer(call.hidden.to(device), *args, **kwargs)
-                    call.hidden = (output if isinstance(output, Tensor) else output[0]).cpu()
+                    call.hidden = call.through(block.layer, block.index, call.hidden).cpu()
                 yield block
 
     def statistics(self, *, gram: bool = False, store: Store | None = None) -> CorpusStatistics:
