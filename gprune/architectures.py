@@ -148,6 +148,12 @@ class Block:
         """Before query, key and value."""
         return self.module(self.family.attention_norm)
 
+    def joins_residual(self, part: str) -> bool:
+        """Whether what `down` or `output` gives is added to the residual as it is, with no norm on the way."""
+        norm = self.family.after_ffn if part == "down" else self.family.after_attention
+        flag = self.family.norms_before
+        return norm is None and (flag is None or getattr(self.layer, flag))
+
     @property
     def has_experts(self) -> bool:
         return isinstance(self.down, ExpertPart)

@@ -48,6 +48,7 @@ class Family:
     after_ffn: str | None = None
     after_attention: str | None = None
     norm_offset: float = 0.0  # the norm multiplies by this + weight
+    norms_before: str | None = None  # the layer's attribute that is False where norms take the sum with the residual
     # Configuration
     width: str = "intermediate_size"  # the key that says how wide the FFN, or an expert, is
     kv_heads: str | None = "num_key_value_heads"  # None: one key/value head per query head
@@ -109,6 +110,7 @@ FAMILIES: dict[str, Family] = {
             output="self_attn.out_proj",
             ffn_norm="final_layer_norm",
             attention_norm="self_attn_layer_norm",
+            norms_before="do_layer_norm_before",
             width="ffn_dim",
             kv_heads=None,
             learned_positions=True,
