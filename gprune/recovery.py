@@ -1,7 +1,8 @@
 """Recovery without training: what the removed units contributed, given back by the units that stay.
 
-`none` is the paper's method; the others go beyond it and are named in every table. All work on the dense model's
-statistics: `bias` on means (FLAP, arXiv 2312.11983, eq. 8), `least_squares` on Gram matrices.
+`none` is the paper's method; the others go beyond it and are named in every table. Each is a function of one projection
+and of the dense model's activations: `bias` of their means (FLAP, arXiv 2312.11983, eq. 8), `least_squares` of their
+Gram matrices. But `least_squares_sequential` takes the pruned model's own, block after block: `gprune.sequential`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gprune.errors import UserError
 from gprune.registry import Registry
 from gprune.statistics import Moments
 
@@ -43,16 +45,47 @@ def least_squares(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) 
     # The parts that are needed before float64: all of it would be twice the matrix, which is half a gigabyte at 7B.
     G_kk, G_rk = gram[keep][:, keep].double(), gram[~keep][:, keep].double()
     del gram
-    # A float32 Gram of few tokens is not quite positive semidefinite: never below its own rounding.
-    damping = max(max(ridge, 1e-6) * float(G_kk.diagonal().mean()), 1e-12)
-    G_kk.diagonal().add_(damping)
-    factor = torch.linalg.cholesky(G_kk)
-    correction = torch.cholesky_solve((weight[:, ~keep].double() @ G_rk).T, factor).T
+    correction = ridge_correction(G_kk, weight[:, ~keep].double() @ G_rk, ridge)
     return (weight[:, keep].double() + correction).to(weight.dtype), None
+
+
+@RECOVERY.register("least_squares_sequential")
+def least_squares_sequential(
+    weight: Tensor, keep: Tensor, moments: Moments, ridge: float
+) -> tuple[Tensor, Tensor | None]:
+    """W' = `least_squares` on what the pruned model itself computes: not a function of one projection's moments.
+
+    Raises:
+        UserError: always; it has its name here, and `gprune.sequential.recover_sequentially` goes through both models.
+    """
+    raise UserError(
+        "Recovery 'least_squares_sequential' needs the models and their text, not one projection's moments; call "
+        "gprune.sequential.recover_sequentially."
+    )
+
+
+def ridge_correction(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """D = E (G + lambda I)^-1: what to add to W so that sum ||(W + D) x - y||^2 + lambda ||D||^2 is least.
+
+    Args:
+        gram: G = sum x x^T, (K, K) float64; its diagonal is changed.
+        cross: E = sum (y - W x) x^T, (H, K) float64.
+        ridge: lambda over the mean diagonal of G.
+
+    Returns:
+        (H, K) float64, by Cholesky.
+    """
+    # A float32 Gram of few tokens is not quite positive semidefinite: never below its own rounding.
+    damping = max(max(ridge, 1e-6) * float(gram.diagonal().mean()), 1e-12)
+    gram.diagonal().add_(damping)
+    return torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T
 
 
 NEEDS_GRAM = frozenset({"least_squares"})
 ADDS_BIAS = frozenset({"bias"})
+SEQUENTIAL = frozenset(
+    {"least_squares_sequential"}
+)  # of whole models, by `gprune.sequential`; the others by projection
 
 
 def recover_projection(
@@ -65,7 +98,7 @@ def recover_projection(
         keep: (C,) bool, True = keep.
         moments: of the dense input channels over `corpora.recover`.
         experts: E whose columns lie side by side; each is recovered by itself.
-        method: name in `RECOVERY`.
+        method: name in `RECOVERY`, but for those in `SEQUENTIAL`.
         ridge: lambda of `least_squares`, relative to the mean diagonal.
 
     Returns:
