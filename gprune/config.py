@@ -18,7 +18,7 @@ from gprune.errors import UserError
 from gprune.importance import IMPORTANCE
 from gprune.masks import SCOPES
 from gprune.offload import memory_limits
-from gprune.recovery import NEEDS_GRAM, RECOVERY
+from gprune.recovery import NEEDS_GRAM, RECOVERY, SEQUENTIAL
 from gprune.statistics import EXTRAS
 
 # What modules may switch to besides activation-free metrics: the base metric seen through all drift corpora, as the
@@ -77,7 +77,7 @@ class CorporaConfig:
     learn: list[str] = field(default_factory=lambda: ["wiki", "web", "python_code"])
     """Corpora on which thresholds are learned (train split). [score] is our reading of the paper."""
     recover: list[str] = field(default_factory=lambda: ["wiki", "web", "python_code"])
-    """Corpora whose statistics recovery uses."""
+    """Corpora whose statistics, or for least_squares_sequential whose text, recovery uses."""
     evaluate: list[str] = field(default_factory=lambda: ["wiki", "web", "stories", "technical", "python_docs"])
     """Corpora on whose test split perplexity is reported, seen and unseen apart."""
     num_samples: int = 16
@@ -357,9 +357,12 @@ class RunConfig:
     reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     recovery: str = "none"
-    """Recovery without training. none is the paper's method; bias and least_squares go beyond it."""
+    """Recovery without training. none is the paper's method; what goes beyond it: bias (means of what was removed),
+    least_squares (output projections solved again on the dense model's activations), least_squares_sequential (block
+    by block, on those of the pruned and recovered model so far; costs some three forward passes for each pruned
+    model), or one registered from Python."""
     ridge: float = 0.01
-    """Ridge of least_squares, relative to the mean diagonal of the Gram matrix."""
+    """Ridge of least_squares and least_squares_sequential, relative to the mean diagonal of the Gram matrix."""
     gprune: bool = True
     """False: the base metric alone; --sparsity.allocation learned then means uniform."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -438,7 +441,8 @@ class RunConfig:
     def calibration(self) -> list[str]:
         """Every corpus that statistics are collected on, each once, in a fixed order."""
         roles = self.roles
-        return list(dict.fromkeys([*roles["score"], *roles["drift"], *roles["recover"]]))
+        recover = [] if self.recovery in SEQUENTIAL else roles["recover"]  # of which it reads the text alone
+        return list(dict.fromkeys([*roles["score"], *roles["drift"], *recover]))
 
     @property
     def used(self) -> list[str]:

@@ -29,8 +29,9 @@ from gprune.loading import load_weights
 from gprune.masks import Masks, UnitCosts
 from gprune.offload import device_of, is_offloaded, keep_until_gone, scratch_folder
 from gprune.preparation import JOIN, Text, check_tokens
-from gprune.recovery import recover_projection
+from gprune.recovery import SEQUENTIAL, recover_projection
 from gprune.results import Modules
+from gprune.sequential import PrunedPrefix
 from gprune.session import Run
 from gprune.statistics import CorpusStatistics, pooled
 from gprune.surgery import count_parameters, prune, prune_to_files, removed_parameters, widths
@@ -46,7 +47,9 @@ LOGIT_LIMIT = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.5}
 @torch.no_grad()
 def shrink(
     cfg: RunConfig,
+    run: Run,
     model: PreTrainedModel,
+    text: Text,
     masks: Masks,
     statistics: Mapping[str, CorpusStatistics],
     *,
@@ -54,25 +57,45 @@ def shrink(
 ) -> PreTrainedModel:
     """Step 9: a copy of the model with smaller weights, its output projections recovered as asked.
 
-    That of an offloaded model is written block by block below the cache, and loaded as the model was.
+    That of an offloaded model is written block by block below the cache, and loaded as the model was. Under ddp every
+    process computes all of it, to the same bits.
     """
-    text = None if recovery == "none" else pooled(statistics[c] for c in cfg.corpora.recover)
+    if recovery in SEQUENTIAL:
+        batches = [ids for c in cfg.corpora.recover for ids in text.train[c].tokens.split(cfg.corpora.batch_size)]
+        prefix = PrunedPrefix(model, masks, batches, ridge=cfg.ridge)
+        small = _shrink(cfg, model, masks, prefix.recover)
+        run.meter.add(prefix.tokens // len(masks.ffn))
+        return small
+    return _shrink(cfg, model, masks, None if recovery == "none" else by_projection(cfg, masks, statistics, recovery))
+
+
+def by_projection(
+    cfg: RunConfig, masks: Masks, statistics: Mapping[str, CorpusStatistics], recovery: str
+) -> Callable[[Block, Block], None]:
+    """What recovers a sliced block, given the dense one and it, by each projection's statistics."""
+    pool = pooled(statistics[c] for c in cfg.corpora.recover)
 
     def recover(dense: Block, block: Block) -> None:
         groups = masks.attention[dense.index].repeat_interleave(dense.channels_per_group)
         for old, new, keep, channel, experts in (
-            (dense.down, block.down, masks.ffn[dense.index], text.ffn[dense.index], dense.experts),
-            (dense.output, block.output, groups, text.attention[dense.index], 1),
+            (dense.down, block.down, masks.ffn[dense.index], pool.ffn[dense.index], dense.experts),
+            (dense.output, block.output, groups, pool.attention[dense.index], 1),
         ):
             if not bool(keep.all()):
                 new.set(*recover_projection(
                     old.weight.cpu(), keep, channel.total, experts=experts, method=recovery, ridge=cfg.ridge
                 ))  # fmt: skip
 
+    return recover
+
+
+def _shrink(
+    cfg: RunConfig, model: PreTrainedModel, masks: Masks, recover: Callable[[Block, Block], None] | None
+) -> PreTrainedModel:
     if is_offloaded(model):
-        return _shrink_offloaded(cfg, model, masks, None if text is None else recover)
+        return _shrink_offloaded(cfg, model, masks, recover)
     small = prune(model, masks)
-    if text is not None:
+    if recover is not None:
         stay = [dense for dense, kept in zip(blocks_of(model), masks.blocks, strict=True) if kept]
         for dense, block in zip(stay, blocks_of(small), strict=True):
             recover(dense, block)
@@ -143,7 +166,9 @@ def save_and_check(
         ids = text.test[0].tokens[:1, : check_tokens(cfg)]
         device = device_of(model)
         # Recovery changes weights on purpose: what a mask and its slice must agree on comes before it.
-        plain = pruned if cfg.recovery == "none" else shrink(cfg, model, candidates[final], {}, recovery="none")
+        plain = pruned
+        if cfg.recovery != "none":
+            plain = shrink(cfg, run, model, text, candidates[final], {}, recovery="none")
         sliced = plain(input_ids=ids.to(device), use_cache=False).logits.float().to(device)
         reference = masked_logits(model, candidates[final], ids.to(device)).to(device)
         checks = {
@@ -214,7 +239,7 @@ def evaluate(
             log.info("Evaluating %s", name)
             small = ready.get((stage, recovery))
             if small is None:
-                small = shrink(cfg, model, candidates[stage], statistics, recovery=recovery)
+                small = shrink(cfg, run, model, text, candidates[stage], statistics, recovery=recovery)
             run.meter.watch(small)
             for w in text.test:
                 r = perplexity(small, w, batch_size=cfg.corpora.batch_size, progress=f"Evaluating {name} on {w.corpus}")

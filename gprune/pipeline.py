@@ -79,7 +79,8 @@ def prune(cfg: RunConfig) -> PruningResult:
 
         # 9
         final = "gprune" if cfg.gprune else "base"
-        pruned = shrink(cfg, model, candidates[final], statistics, recovery=cfg.recovery)
+        with run.folder.step("shrink"):
+            pruned = shrink(cfg, run, model, text, candidates[final], statistics, recovery=cfg.recovery)
         records, summary = [], {}
         if rank_zero_only.rank == 0:  # perplexity from one process is exact; the others are done
             save_and_check(cfg, run, model, pruned, tokenizer, candidates, final, text)

@@ -24,7 +24,7 @@ from gprune.export.gguf import check_expressible, tokenizer_keys
 from gprune.loading import load_model, read_config, skeleton
 from gprune.masks import Masks, UnitCosts, check_budget, keep_masks, unit_costs
 from gprune.offload import is_offloaded, memory_limits
-from gprune.recovery import ADDS_BIAS
+from gprune.recovery import ADDS_BIAS, SEQUENTIAL
 from gprune.saliency import salient_parts
 from gprune.statistics import gram_bytes
 from gprune.surgery import count_parameters
@@ -54,6 +54,8 @@ class Plan:
         widths = [int(mask.sum()) for mask in self.uniform.ffn]
         groups = [int(mask.sum()) for mask in self.uniform.attention]
         share = self.target / self.parameters
+        recovered = len(sequential_stages(cfg))
+        recovery = f", {recovered} recovered block by block" * bool(recovered)
         backward = [f"{cfg.sparsity.epochs} epochs over {len(cfg.corpora.learn)} corpora"] * cfg.learns
         backward += ["saliency in the calibration passes"] * ("saliency" in cfg.collects)
         uniform = f"{min(widths)} to {max(widths)} of {max(self.costs.neurons)} neurons per block if uniform"
@@ -68,7 +70,7 @@ class Plan:
                 f"widths       {'whole blocks go, and part of one' if cfg.base_allocation == 'depth' else uniform}",
                 f"forward      at most {self.forward_tokens:,} tokens: {len(cfg.calibration)} calibration passes "
                 f"(fewer if cached), "
-                f"{1 + len(cfg.stages)} models evaluated on {len(cfg.corpora.evaluate)} corpora",
+                f"{1 + len(cfg.stages)} models evaluated on {len(cfg.corpora.evaluate)} corpora{recovery}",
                 f"and backward {self.forward_backward_tokens:,} tokens: {' and '.join(backward)}"
                 if backward
                 else "and backward none: nothing is learned",
@@ -123,6 +125,7 @@ def check(cfg: RunConfig) -> Plan:
         + len(c.evaluate) * e.num_samples * e.seq_len * evaluations
         + points * development
         + learning * teacher
+        + sequential_tokens(cfg)
         + 3 * check_tokens(cfg),
         forward_backward_tokens=backward + learning,
         uniform=keep_masks(
@@ -136,12 +139,28 @@ def check(cfg: RunConfig) -> Plan:
     )
 
 
+def sequential_stages(cfg: RunConfig) -> list[str]:
+    """The models of the result table that are recovered along their pruned prefix."""
+    return [stage for stage, recovery in cfg.stages if recovery in SEQUENTIAL]
+
+
+def sequential_tokens(cfg: RunConfig) -> int:
+    """Tokens that `gprune.sequential` takes through decoder layers, at most: for each model through the dense ones,
+    through the pruned ones, and through these again for each projection that is solved.
+    """
+    passes = 2 + (2 if cfg.sparsity.scope == "attention+ffn" else 1)
+    return (
+        len(sequential_stages(cfg)) * passes * len(cfg.corpora.recover) * cfg.corpora.num_samples * cfg.corpora.seq_len
+    )
+
+
 def memory_bytes(cfg: RunConfig, dense: PreTrainedModel) -> int:
     """What a run needs at its peak beside the interpreter, roughly: bytes of weights, sums and activations.
 
     Weights count twice, dense and pruned, but what goes beyond `--model.max_memory` once, for the block at work. Gram
     matrices count for every corpus and once more pooled; where they go to files, as those of the block at work in
-    float32 and once more in the float64 of the solver, and the hidden states of one corpus beside them.
+    float32 and once more in the float64 of the solver, and the hidden states of one corpus beside them. Recovery along
+    the pruned prefix has hidden states of all its text: dense, pruned, and what is wanted behind a projection.
     """
     c, blocks = cfg.corpora, blocks_of(dense)
     width = 4 if cfg.model.dtype == "float32" else 2
@@ -155,6 +174,10 @@ def memory_bytes(cfg: RunConfig, dense: PreTrainedModel) -> int:
     if offloaded or (grams and "saliency" not in cfg.collects and exceed_memory(blocks, corpora=len(cfg.calibration))):
         grams = 4 * max(gram_bytes([block]) for block in blocks) if grams else 0
         hidden = c.num_samples * c.seq_len * dense.config.hidden_size * width
+    if cfg.recovery in SEQUENTIAL:  # after calibration, whose sums of a block at work are as large
+        grams = max(grams, 4 * max(gram_bytes([block]) for block in blocks))
+        streams = 4 if cfg.sparsity.scope == "attention+ffn" else 3
+        hidden = max(hidden, streams * len(c.recover) * c.num_samples * c.seq_len * dense.config.hidden_size * width)
     # gradients and their squares, for two halves of the corpus
     gradients = 16 * count_parameters(dense, cfg.sparsity.scope) if "saliency" in cfg.collects else 0
     widest = max(block.neurons for block in blocks)
@@ -165,7 +188,17 @@ def memory_bytes(cfg: RunConfig, dense: PreTrainedModel) -> int:
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
     """Raise UserError where this model's blocks or positions cannot do what the flags ask for."""
     name = f"model_type '{config.model_type}'"
+    if cfg.recovery in SEQUENTIAL and cfg.model.shard:
+        raise UserError(
+            f"--recovery {cfg.recovery}: every process would take the text through all layers, on its own and from its "
+            f"CPU; expected it without --model.shard true, or least_squares."
+        )
     if any(block.has_experts for block in blocks):
+        if cfg.recovery in SEQUENTIAL:
+            raise UserError(
+                f"--recovery: '{cfg.recovery}' does not see what enters each of the experts of {name}; expected none "
+                f"or least_squares."
+            )
         if cfg.recovery in ADDS_BIAS:
             raise UserError(
                 f"--recovery: '{cfg.recovery}' adds biases, and the experts of {name} have none; expected none or "

@@ -44,6 +44,10 @@ class TokenMeter:
         else:
             self.forward += input_ids.numel()
 
+    def add(self, forward: int) -> None:
+        """Count tokens that went through as many layers as the decoder has, though not by way of it."""
+        self.forward += forward
+
     def counts(self) -> dict[str, int]:
         return {"forward_tokens": self.forward, "forward_backward_tokens": self.forward_backward}
 

@@ -194,6 +194,7 @@ def test_the_base_metric_has_the_named_allocation_or_the_start(allocation, gprun
     ("importance", "recovery", "needs"),
     [
         ("wanda_sp", "none", set()), ("wanda_sp", "bias", set()), ("wanda_sp", "least_squares", {"gram"}),
+        ("wanda_sp", "least_squares_sequential", set()), ("obs", "least_squares_sequential", {"gram"}),
         ("obs", "none", {"gram"}), ("taylor", "none", {"saliency"}), ("taylor", "least_squares", {"gram", "saliency"}),
     ],
 )  # fmt: skip
