@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from gprune.data import Windows
 from gprune.evaluation.perplexity import perplexity
-from gprune.gates import gated, masked
+from gprune.gates import corrected, gated
 from gprune.masks import Masks
 from gprune.reliability import module_means
 from gprune.stages.sparsity import ThresholdLearning
@@ -32,6 +32,8 @@ class ApplyMasks(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
         self._context.enter_context(gated(pl_module.lm, pl_module.ffn_gates, pl_module.attention_gates))
+        if pl_module.recover is not None:
+            self._context.enter_context(corrected(pl_module.lm, *pl_module.corrections))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
         self._context.close()
@@ -70,7 +72,7 @@ class PerplexityCurve(L.Callback):
     def _epoch_point(self, trainer: L.Trainer, pl_module: ThresholdLearning, epoch: int) -> None:
         if not trainer.is_global_zero:
             return
-        pl_module.refresh_gates()
+        pl_module.refresh_corrections(pl_module.refresh_gates())
         values = corpus_perplexities(pl_module.lm, self.windows, batch_size=self.batch_size)
         self.by_epoch.append(values)
         self._log(trainer, "learn", {"learn/epoch": float(epoch)}, values, trainer.global_step)
@@ -82,8 +84,8 @@ class PerplexityCurve(L.Callback):
             return
         self.by_sparsity[0.0] = corpus_perplexities(pl_module.lm, self.windows, batch_size=self.batch_size)
         for sparsity, target in self.targets.items():
-            with masked(pl_module.lm, pl_module.masks(target=target)):
-                self.by_sparsity[sparsity] = corpus_perplexities(pl_module.lm, self.windows, batch_size=self.batch_size)
+            with pl_module.pruned(pl_module.masks(target=target)) as lm:
+                self.by_sparsity[sparsity] = corpus_perplexities(lm, self.windows, batch_size=self.batch_size)
         for step, (sparsity, values) in enumerate(sorted(self.by_sparsity.items())):
             self._log(trainer, "curve", {"curve/sparsity": sparsity}, values, step)
 

@@ -211,6 +211,10 @@ class SparsityConfig:
     for every neuron, for which modules only matter as a start. both: the two together."""
     loss: Literal["cross_entropy", "kl"] = "cross_entropy"
     """cross_entropy: of the next token. kl: divergence from the dense model, one more forward pass per step."""
+    through: Literal["none", "least_squares"] = "none"
+    """What stands between masks and loss while they are learned. none: removed units are gone, as in the paper.
+    least_squares: those that stay make up for them, as --recovery would have it on --corpora.recover; for runs that
+    end in recovery. Solved anew every few steps."""
     objective: Literal["mean", "worst"] = "mean"
     """Over the learning corpora. mean: of their losses. worst: corpora whose loss is farthest above the dense model's
     gain weight as learning goes on (group DRO, arXiv 1911.08731); with cross_entropy one more forward pass per step."""
@@ -220,19 +224,23 @@ class SparsityConfig:
     """Passes over the learning windows."""
     learning_rate: float = 0.1
     """Adam step size of the thresholds, in logits."""
+    offset_learning_rate: float = 0.05
+    """Adam step size of the offsets, in logits."""
 
     def __post_init__(self) -> None:
         _choose("sparsity.scope", self.scope, SCOPES)
         _choose("sparsity.learn", self.learn, ("thresholds", "offsets", "both"))
         _choose("sparsity.loss", self.loss, ("cross_entropy", "kl"))
         _choose("sparsity.objective", self.objective, ("mean", "worst"))
+        _choose("sparsity.through", self.through, ("none", "least_squares"))
         _at_least("sparsity.worst_step", self.worst_step, 0)
         _choose("sparsity.allocation", self.allocation, ("learned", *ALLOCATION, "depth", "equal"))
         _choose("sparsity.start", self.start, tuple(ALLOCATION))
         _at_least("sparsity.epochs", self.epochs, 1)
         _at_least("sparsity.width_multiple", self.width_multiple, 1)
-        if not self.learning_rate > 0:
-            raise UserError(f"--sparsity.learning_rate: expected a positive number, got {self.learning_rate}.")
+        for name in ("learning_rate", "offset_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--sparsity.{name}: expected a positive number, got {getattr(self, name)}.")
         _at_least("sparsity.owl_multiple", self.owl_multiple, 1)
         _at_least("sparsity.owl_spread", self.owl_spread, 0)
         if self.uniform_width and (self.protect or self.allocation == "depth"):
@@ -398,6 +406,11 @@ class RunConfig:
         return self.gprune and self.sparsity.allocation == "learned"
 
     @property
+    def learns_recovered(self) -> bool:
+        """Whether thresholds are learned around the recovered model."""
+        return self.learns and self.sparsity.through != "none"
+
+    @property
     def base_allocation(self) -> str:
         """How the base metric's sparsity is spread over blocks: in its own rows, and where learning starts."""
         return self.sparsity.start if self.sparsity.allocation in ("learned", "equal") else self.sparsity.allocation
@@ -405,7 +418,7 @@ class RunConfig:
     @property
     def needs(self) -> frozenset[str]:
         """What of `statistics.EXTRAS` the run reads."""
-        gram = frozenset({"gram"} if self.recovery in NEEDS_GRAM else ())
+        gram = frozenset({"gram"} if self.recovery in NEEDS_GRAM or self.learns_recovered else ())
         # gprune also scores by what stands in for drift and by what modules switch to
         names = {self.importance, *([IMPORTANCE[self.importance].drift, self.reliability.metric] * self.gprune)}
         return gram.union(*(IMPORTANCE[name].needs for name in names - set(SEVERAL)))
@@ -434,14 +447,15 @@ class RunConfig:
             "score": [c.score],
             "drift": c.drift if self.gprune else [],
             "learn": c.learn if self.learns else [],
-            "recover": c.recover if self.recovery != "none" else [],
+            "recover": c.recover if self.recovery != "none" or self.learns_recovered else [],
         }
 
     @property
     def calibration(self) -> list[str]:
         """Every corpus that statistics are collected on, each once, in a fixed order."""
         roles = self.roles
-        recover = [] if self.recovery in SEQUENTIAL else roles["recover"]  # of which it reads the text alone
+        text_alone = self.recovery in SEQUENTIAL and not self.learns_recovered
+        recover = [] if text_alone else roles["recover"]
         return list(dict.fromkeys([*roles["score"], *roles["drift"], *recover]))
 
     @property

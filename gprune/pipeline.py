@@ -59,7 +59,7 @@ def prune(cfg: RunConfig) -> PruningResult:
         scores = score_units(cfg.importance, blocks, source, seed=cfg.run.seed, attention=costs.attention)
         base = base_masks(cfg, blocks, scores, source, costs, target)
         candidates = {"base": base}
-        if ("base_averaged", "none") in cfg.stages:
+        if "base_averaged" in dict(cfg.stages):
             pool = pooled(statistics[corpus] for corpus in cfg.corpora.drift)
             averaged = score_units(cfg.importance, blocks, pool, seed=cfg.run.seed, attention=costs.attention)
             candidates["base_averaged"] = base_masks(cfg, blocks, averaged, pool, costs, target)
@@ -74,7 +74,7 @@ def prune(cfg: RunConfig) -> PruningResult:
             modules, ranks = rank_inside_modules(cfg, run, blocks, statistics, scores, drift, labels)
             # 7, 8
             thresholds, candidates["gprune"] = learn_sparsity(
-                cfg, run, model, text, modules, ranks, base, costs, target
+                cfg, run, model, text, statistics, modules, ranks, base, costs, target
             )
 
         # 9

@@ -193,6 +193,11 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
             f"--recovery {cfg.recovery}: every process would take the text through all layers, on its own and from its "
             f"CPU; expected it without --model.shard true, or least_squares."
         )
+    if cfg.learns_recovered and (cfg.model.shard or any(block.has_experts for block in blocks)):
+        raise UserError(
+            f"--sparsity.through {cfg.sparsity.through}: expected a model without experts that each process holds "
+            f"whole, got {'--model.shard true' if cfg.model.shard else name}; learn with --sparsity.through none."
+        )
     if any(block.has_experts for block in blocks):
         if cfg.recovery in SEQUENTIAL:
             raise UserError(
@@ -312,9 +317,10 @@ def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
             texts, tokenizer, corpus=corpus, split=split, num_samples=samples, seq_len=seq_len, seed=seed, join=JOIN
         )
 
+    calibrated = dict.fromkeys([*cfg.calibration, *cfg.roles["recover"]])
     log.info("Reading %d corpora", len({*cfg.used, *c.evaluate}))
     return Text(
-        train={name: windows(name, "train", c.num_samples, c.seq_len) for name in cfg.calibration},
+        train={name: windows(name, "train", c.num_samples, c.seq_len) for name in calibrated},
         learn=[windows(n, "train", c.learn_samples or c.num_samples, c.seq_len) for n in cfg.roles["learn"]],
         development=[windows(name, "development", e.development_samples, c.seq_len) for name in cfg.roles["learn"]],
         test=[windows(name, e.split, e.num_samples, e.seq_len) for name in c.evaluate],

@@ -81,6 +81,17 @@ def ridge_correction(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     return torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T
 
 
+def least_squares_correction(weight: Tensor, keep: Tensor, moments: Moments, *, ridge: float = 0.01) -> Tensor:
+    """What `least_squares` adds to the kept columns of a projection, (H, C) in the weight's dtype; removed ones: 0.
+
+    Arguments as for `recover_projection`, of a projection without experts.
+    """
+    new, _ = least_squares(weight.float(), keep, moments, ridge)
+    correction = torch.zeros_like(weight)
+    correction[:, keep] = (new - weight[:, keep].float()).to(weight.dtype)
+    return correction
+
+
 NEEDS_GRAM = frozenset({"least_squares"})
 ADDS_BIAS = frozenset({"bias"})
 SEQUENTIAL = frozenset(

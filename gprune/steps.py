@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from gprune import tracking
 from gprune.allocation import allocate, depth_masks
-from gprune.architectures import Block, decoder_layers
+from gprune.architectures import Block, blocks_of, decoder_layers
 from gprune.callbacks import ApplyMasks, ModuleReport, PerplexityCurve, log_modules
 from gprune.config import AVERAGED, CONSENSUS, RunConfig
 from gprune.data import CorpusDataModule
@@ -45,13 +45,21 @@ from gprune.partition import (
     shuffled_partition,
 )
 from gprune.preparation import Text
+from gprune.recovery import least_squares_correction
 from gprune.reliability import assess_reliability, switched_share, within_module_ranks
 from gprune.results import Drift, Modules, corpus_file
 from gprune.session import Run
 from gprune.stages.assignment import AssignmentRefinement
 from gprune.stages.calibration import CalibrationStage
-from gprune.stages.sparsity import ModuleRanks, ThresholdLearning, masks_from_thresholds, start_thresholds
-from gprune.statistics import CorpusStatistics, Moments, kind_of, pooled
+from gprune.stages.sparsity import (
+    Corrections,
+    ModuleRanks,
+    Recover,
+    ThresholdLearning,
+    masks_from_thresholds,
+    start_thresholds,
+)
+from gprune.statistics import KINDS, CorpusStatistics, Moments, kind_of, pooled
 from gprune.statistics_cache import StatisticsCache
 from gprune.trainer import check_trainer
 from gprune.walk import walks
@@ -292,6 +300,7 @@ def learn_sparsity(
     run: Run,
     model: PreTrainedModel,
     text: Text,
+    statistics: Mapping[str, CorpusStatistics],
     modules: Modules,
     ranks: ModuleRanks,
     base: Masks,
@@ -305,7 +314,9 @@ def learn_sparsity(
     """
     s = cfg.sparsity
     if s.allocation == "learned":
-        compute = functools.partial(fit_thresholds, cfg, run, model, text, modules, ranks, base, costs, target)
+        compute = functools.partial(
+            fit_thresholds, cfg, run, model, text, statistics, modules, ranks, base, costs, target
+        )
     elif s.allocation == "equal":
         compute = functools.partial(equal_thresholds, ranks)
     else:
@@ -319,6 +330,25 @@ def learn_sparsity(
     if taken_up or not cfg.learns:  # else the ModuleReport of the fit has done it
         log_modules(run.loggers, modules.rows(), masks, modules.labels)
     return thresholds, masks
+
+
+def make_corrections(cfg: RunConfig, model: PreTrainedModel, statistics: Mapping[str, CorpusStatistics]) -> Recover:
+    """A function of masks: what `least_squares` on the recovery corpora adds to the frozen model's projections."""
+    pool = pooled(statistics[c] for c in cfg.corpora.recover)
+
+    def corrections(masks: Masks) -> Corrections:
+        found: Corrections = ([], [])
+        for b, block in enumerate(blocks_of(model)):
+            groups = masks.attention[b].repeat_interleave(block.channels_per_group)
+            for added, (kind, part), keep in zip(found, KINDS, (masks.ffn[b], groups), strict=True):
+                if bool(keep.all()):
+                    added.append(None)
+                    continue
+                weight, moments = getattr(block, part).weight.detach().cpu(), getattr(pool, kind)[b].total
+                added.append(least_squares_correction(weight, keep, moments, ridge=cfg.ridge))
+        return found
+
+    return corrections
 
 
 def equal_thresholds(ranks: ModuleRanks) -> dict[str, Tensor]:
@@ -338,6 +368,7 @@ def fit_thresholds(
     run: Run,
     model: PreTrainedModel,
     text: Text,
+    statistics: Mapping[str, CorpusStatistics],
     modules: Modules,
     ranks: ModuleRanks,
     base: Masks,
@@ -350,6 +381,8 @@ def fit_thresholds(
         model, ranks, start_thresholds(base, ranks), costs,
         target=target, width_multiple=s.width_multiple, learning_rate=s.learning_rate, learn=s.learn, loss=s.loss,
         objective=s.objective, worst_step=s.worst_step, corpora=cfg.corpora.learn, shard=cfg.model.shard,
+        offset_learning_rate=s.offset_learning_rate,
+        recover=make_corrections(cfg, model, statistics) if cfg.learns_recovered else None,
     )  # fmt: skip
     multiple = s.width_multiple
     budgets = {

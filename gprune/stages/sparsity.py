@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gprune.gates import soft_gate, straight_through
+from gprune.gates import corrected, masked, soft_gate, straight_through
 from gprune.losses import final_hidden, next_token_losses
 from gprune.masks import Masks, UnitCosts, cut_margin, keep_masks, margins
 from gprune.stages.base import FrozenLMStage, require_finite
+
+Corrections = tuple[list[Tensor | None], list[Tensor | None]]  # of down and output projections, one per block
+Recover = Callable[[Masks], Corrections]
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,11 @@ class ThresholdLearning(FrozenLMStage):
     learning corpora c, q_c growing with exp(`worst_step` x excess of c's loss over the dense model's) from step to step
     (group DRO, Sagawa et al., arXiv 1911.08731, algorithm 1, on excess losses, since corpora differ in entropy).
 
+    With `recover` the model around which they learn is the one that recovery would leave: the units that stay make up
+    for those that go, W_K x_K becomes (W_K + C) x_K, C solved anew for the current masks every `recover_every` steps. C
+    is a constant to the gradient. For a unit that would come back this is still the right gradient on average: what it
+    adds beyond C differs by a combination of x_K, to which the remaining error is orthogonal.
+
     Loss: L(t) = mean over windows of the next-token cross-entropy, in nats per token, of the frozen model whose
     units are multiplied by g_i = h_i + s_i - stop(s_i), where
         h_i in {0, 1}  the hard keep mask that meets the budget (`masks.keep_masks` on logit p_i - t_m),
@@ -108,6 +117,9 @@ class ThresholdLearning(FrozenLMStage):
         objective: Literal["mean", "worst"] = "mean",
         worst_step: float = 0.1,
         corpora: Sequence[str] = (),
+        recover: Recover | None = None,
+        recover_every: int = 4,
+        offset_learning_rate: float | None = None,
         shard: bool = False,
     ):
         """
@@ -118,10 +130,16 @@ class ThresholdLearning(FrozenLMStage):
             costs: of the units; `target` parameters are removed, to widths that are multiples of `width_multiple`.
             learning_rate: of Adam, in logits.
             corpora: names of the learning corpora, in the order of the batches' `corpus`; needed for `worst`.
+            recover: gives per block what recovery adds to the down and output projections under masks, as
+                `gates.corrected` takes it.
+            offset_learning_rate: of Adam for offsets, in logits; None: as for thresholds.
             shard: spread the model over processes while it learns.
         """
         super().__init__(model, shard=shard)
         self.loss, self.objective, self.worst_step, self.corpora = loss, objective, worst_step, tuple(corpora)
+        self.recover, self.recover_every = recover, recover_every
+        self.corrections: Corrections = tuple([None] * len(ranks.ffn) for _ in range(2))
+        self.offset_learning_rate = learning_rate if offset_learning_rate is None else offset_learning_rate
         self.register_buffer("corpus_logits", torch.zeros(len(self.corpora)), persistent=False)
         self.ranks, self.costs, self.target, self.width_multiple = ranks, costs, target, width_multiple
         self.learning_rate = learning_rate
@@ -178,23 +196,43 @@ class ThresholdLearning(FrozenLMStage):
             ]
         return hard
 
+    @torch.no_grad()
+    def refresh_corrections(self, masks: Masks) -> None:
+        """Solve again what recovery adds under these masks, in place in the lists that `gates.corrected` reads."""
+        if self.recover is not None:
+            for ours, new in zip(self.corrections, self.recover(masks), strict=True):
+                ours[:] = new
+
+    @contextmanager
+    def pruned(self, masks: Masks) -> Iterator[PreTrainedModel]:
+        """The model as if pruned by these masks, and recovered where this stage learns so."""
+        corrections = self.recover(masks) if self.recover is not None else (None, None)
+        with masked(self.lm, masks), corrected(self.lm, *corrections):
+            yield self.lm
+
     def _gate(self, hard: Tensor, p: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         hard, p, labels = hard.to(t.device), p.to(t.device, torch.float32), labels.to(t.device)
         sizes = torch.bincount(labels, minlength=len(t))
         return straight_through(hard, soft_gate(p, t, labels, sizes))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=self.learning_rate)
+        thresholds = [p for p in (*self.ffn_thresholds, *self.attention_thresholds) if p.requires_grad]
+        groups = [
+            {"params": thresholds, "lr": self.learning_rate},
+            {"params": list(self.ffn_offsets), "lr": self.offset_learning_rate},
+        ]
+        return torch.optim.Adam([group for group in groups if group["params"]])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         ids, teacher, dense = batch["input_ids"], None, 0.0
-        with torch.no_grad():
-            self._open_gates()
+        with torch.no_grad(), self._dense():
             if self.loss == "kl":  # the dense model's divergence from itself is 0
                 teacher = final_hidden(self.lm, ids)
             elif self.objective == "worst":
                 dense = next_token_losses(self.lm, ids)
-        self.refresh_gates()  # a fresh graph: the one of the last step has been used
+        masks = self.refresh_gates()  # a fresh graph: the one of the last step has been used
+        if batch_idx % self.recover_every == 0:
+            self.refresh_corrections(masks)
         # Weighted so that the mean over processes is the mean over the global batch, whatever each one's share.
         total = self.trainer.strategy.reduce(batch["weight"].sum(), reduce_op="sum")
         weight = batch["weight"] * self.trainer.world_size / total
@@ -218,10 +256,17 @@ class ThresholdLearning(FrozenLMStage):
         self.log_dict({f"learn/share/{name}": q for name, q in zip(self.corpora, shares, strict=True)})
         return shares
 
-    def _open_gates(self) -> None:
-        """Let the gates that a context has put on the model let everything through, until they are refreshed."""
-        for gates in (self.ffn_gates, self.attention_gates or []):
+    @contextmanager
+    def _dense(self) -> Iterator[None]:
+        """The dense model: what contexts have put on it lets everything through. Gates are refreshed for each step, and
+        corrections are back afterwards.
+        """
+        before = [list(added) for added in self.corrections]
+        for gates in (self.ffn_gates, self.attention_gates or [], *self.corrections):
             gates[:] = [None] * len(gates)
+        yield
+        for added, kept in zip(self.corrections, before, strict=True):
+            added[:] = kept
 
     def optimizer_step(self, *args: object, **kwargs: object) -> None:
         super().optimizer_step(*args, **kwargs)
