@@ -20,16 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import gprune
+from experiments.run import token_hours
 from gprune import cli
 from gprune.artifacts import read_json, write_json
 from gprune.evaluation.perplexity import generalisation_gap, geometric_mean, paired_bootstrap_ratio
-from gprune.gates import gated
-from gprune.loading import load_model
-from gprune.losses import next_token_loss
-from gprune.preparation import check
 from gprune.report import by_stage, markdown, row_name
 
 HERE = Path(__file__).parent
@@ -110,34 +105,6 @@ def configurations(
         for metric in metrics:
             if metric in AT_OTHER_SPARSITIES:
                 yield of_metric(metric, sparsity)
-
-
-def token_hours(pending: Sequence[Configuration]) -> str:
-    """What is still to be computed, at most, and how long it takes at the speed of this machine right now."""
-    forward = backward = 0
-    for c in pending:
-        plan = check(c.config)
-        forward, backward = forward + plan.forward_tokens, backward + plan.forward_backward_tokens
-    cfg = pending[0].config
-    model, _ = load_model(cfg.model.name, dtype=getattr(torch, cfg.model.dtype))
-    ids = torch.randint(model.config.vocab_size, (cfg.corpora.batch_size, cfg.corpora.seq_len))
-    with torch.no_grad():
-        next_token_loss(model, ids[:, :64])  # warm
-        forward_speed = ids.numel() / seconds(lambda: next_token_loss(model, ids))
-    gates = [torch.ones(layer.mlp.down_proj.in_features, requires_grad=True) for layer in model.get_decoder().layers]
-    with gated(model, gates):
-        backward_speed = ids.numel() / seconds(lambda: next_token_loss(model, ids).backward())
-    hours = (forward / forward_speed + backward / backward_speed) / 3600
-    return (
-        f"{len(pending)} configurations: at most {forward:,} tokens forward ({forward_speed:.0f}/s here) and "
-        f"{backward:,} forward and backward ({backward_speed:.0f}/s), shared passes counted for each: {hours:.1f} hours"
-    )
-
-
-def seconds(call: Any) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def run(c: Configuration) -> dict[str, Any]:

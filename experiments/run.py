@@ -30,7 +30,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,23 @@ class Row:
 
     @cached_property
     def config(self) -> gprune.RunConfig:
-        return cli.parse(list(self.flags))
+        """Raises UserError, with the row's name, for what train.py would refuse."""
+        try:
+            return cli.parse(list(self.flags))
+        except (UserError, argparse.ArgumentError) as error:
+            raise UserError(f"Row '{self.name}': {error}") from error
 
-    @property
+    @cached_property
     def path(self) -> Path:
-        """Named for people, told apart by settings: another list with the same row finds it."""
-        return RECORDS / f"{self.config.run_name}.json"
+        """Where its record is, under whatever name another list gave the row; or where it will be.
+
+        Told apart by the settings that are not the defaults, so that a setting that is new today, at its default,
+        leaves yesterday's records what they were.
+        """
+        default, settings = (flat(plain(cfg.settings())) for cfg in (gprune.RunConfig(), self.config))
+        key = key_of(settings={name: value for name, value in settings.items() if value != default.get(name)})[:10]
+        slug = "-".join("".join(c if c.isalnum() else " " for c in self.name.lower()).split())
+        return next(iter(sorted(RECORDS.glob(f"*-{key}.json"))), RECORDS / f"{slug}-seed{self.seed}-{key}.json")
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ class Listing:
         """Parse a list; `flags` come last in every row.
 
         Raises:
-            UserError: for a file that is none, an unknown key, or a row that train.py would refuse.
+            UserError: for a file that is none, an unknown key, a row that is no mapping or that there is not.
         """
         path = Path(path)
         try:
@@ -106,6 +117,7 @@ class Listing:
                 f"List '{path}': expected a mapping with 'rows' and of {', '.join(sorted(KEYS))}"
                 + (f"; got {', '.join(map(str, unknown))}." if unknown else ".")
             )
+        _check_rows(path, content)
         common = [*_configs(path, content.get("protocol")), *flags_of(OWN), *flags_of(content.get("common") or {})]
         rows = []
         for seed in content.get("seeds", [0]) if seeds is None else seeds:
@@ -117,6 +129,19 @@ class Listing:
                 )
         compare = [(str(a), str(b)) for a, b in content.get("compare", [])]
         return cls(path, content.get("about", path.stem), rows, content.get("reference"), compare, content.get("seen"))
+
+
+def _check_rows(path: Path, content: dict[str, Any]) -> None:
+    names = {str(name) for name in content["rows"]}
+    for name, settings in content["rows"].items():
+        if not isinstance(settings, dict | None):
+            raise UserError(f"List '{path}', row '{name}': expected settings by name, got {settings!r}.")
+    for key, wanted in (
+        ("reference", [content["reference"]] if "reference" in content else []),
+        ("compare", [stage.partition(": ")[0] for pair in content.get("compare", []) for stage in pair]),
+    ):
+        if unknown := [name for name in wanted if name not in names]:
+            raise UserError(f"List '{path}', {key}: expected rows ({', '.join(names)}), got '{unknown[0]}'.")
 
 
 def _configs(path: Path, names: str | list[str] | None) -> list[str]:
@@ -135,23 +160,36 @@ def flags_of(settings: dict[str, Any], prefix: str = "") -> list[str]:
     return flags
 
 
+def plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
 def found(row: Row) -> dict[str, Any] | None:
-    """The record of an earlier run with the same settings on the same text, with the tasks this list asks for."""
+    """The record of an earlier run with the same settings, with the tasks this list asks for."""
     kept = read_json(row.path)
-    if kept is None or kept["settings"] != json.loads(json.dumps(row.config.settings())):
-        return None
-    return kept if not _tasks_of(row) or "evaluation" in kept else None
+    return kept if kept is not None and _tasks_of(row) in ({}, kept.get("tasks")) else None
 
 
 def run(row: Row) -> dict[str, Any]:
     """Run one configuration, and its tasks, and keep what came out."""
-    cfg = row.config
+    cfg, tasks = row.config, _tasks_of(row)
+    if tasks and cfg.recovery != "none":  # masks do not hold what recovery changed
+        cfg = replace(cfg, export="hf")
     result = gprune.prune(cfg)
     manifest = read_json(result.path / "manifest.json")
     kept = {
         "name": row.name,
         "flags": [f for f in row.flags if not f.startswith(("--run.", "--logging.", "--export", "--corpora.collect"))],
-        "settings": json.loads(json.dumps(cfg.settings())),
+        "settings": plain(cfg.settings()),
         "inputs": manifest["settings"]["inputs"],
         "environment": manifest["environment"],
         "steps": manifest["steps"],
@@ -160,18 +198,19 @@ def run(row: Row) -> dict[str, Any]:
         "masks": packed(result.masks),
         "records": [r | {"window_nll": [round(v, 4) for v in r["window_nll"]]} for r in result.records],
     }
-    if tasks := _tasks_of(row):
-        kept["evaluation"] = evaluated(result.path, tasks)
+    if tasks:
+        kept |= {"tasks": tasks, "evaluation": evaluated(result.path, cfg, tasks)}
     write_json(row.path, kept)
     return kept
 
 
 def _tasks_of(row: Row) -> dict[str, Any]:
     """The tasks of the list, unless it asks for them with other seeds only."""
-    return row.tasks if row.tasks and row.seed in row.tasks.get("seeds", [row.seed]) else {}
+    wanted = row.seed in row.tasks.get("seeds", [row.seed])
+    return {name: value for name, value in row.tasks.items() if name != "seeds"} if wanted else {}
 
 
-def evaluated(folder: Path, tasks: dict[str, Any]) -> list[dict[str, Any]]:
+def evaluated(folder: Path, cfg: gprune.RunConfig, tasks: dict[str, Any]) -> list[dict[str, Any]]:
     """Records of `python -m gprune.evaluation` on a finished run, the dense model's first."""
     from gprune.evaluation import __main__ as evaluation
 
@@ -179,7 +218,7 @@ def evaluated(folder: Path, tasks: dict[str, Any]) -> list[dict[str, Any]]:
         "--tasks": ",".join(tasks["names"]),
         **{f"--{k}": str(tasks[k]) for k in ("limit", "seq_len", "dtype") if k in tasks},
     }
-    shared = RECORDS.parent / "dense" / f"{key_of(tasks={k: v for k, v in tasks.items() if k != 'seeds'})}.json"
+    shared = RECORDS.parent / "dense" / f"{key_of(model=[cfg.model.name, cfg.model.dtype], tasks=tasks)}.json"
     dense = (read_json(shared) or {}).get("records")
     arguments = [str(folder), *(part for pair in options.items() for part in pair), *(["--dense"] if not dense else [])]
     _, path = evaluation.run(evaluation.parser().parse_args(arguments))
@@ -223,7 +262,7 @@ def as_run(row: Row, kept: dict[str, Any], seen: Sequence[str] | None) -> Finish
         summary=kept["summary"],
         masks=unpacked(kept["masks"]),
         modules=None,
-        evaluation=[r | {"run": row.name} for r in kept.get("evaluation", [])],
+        evaluation=[r | {"run": row.name} for r in kept.get("evaluation", []) if _tasks_of(row)],
     )
 
 
@@ -285,8 +324,12 @@ def costs_of(done: Sequence[tuple[Row, dict[str, Any]]]) -> str:
     return report.markdown(rows)
 
 
-def token_hours(pending: Sequence[Row]) -> str:
-    """What is still to be computed, at most, and how long it takes at the speed of this machine right now."""
+def token_hours(pending: Sequence[Any]) -> str:
+    """What is still to be computed, at most, and how long it takes at the speed of this machine right now.
+
+    Args:
+        pending: rows, or whatever else has a `config`.
+    """
     forward = backward = 0
     for row in pending:
         plan = check(row.config)
@@ -315,7 +358,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def parts_of(rows: Sequence[Row], part: str | None) -> list[Row]:
-    """Every n-th row from the i-th on, for `part` i/n."""
+    """Every n-th row from the i-th on, for `part` i/n; of all rows, so that shares do not depend on what is done."""
     if part is None:
         return list(rows)
     try:
@@ -338,8 +381,9 @@ def commands(path: str, rows: Sequence[Row], flags: Sequence[str]) -> Iterator[s
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m experiments.run"
-    )
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m experiments.run",
+        epilog="Flags of train.py come after --, and last in every row.",
+    )  # fmt: skip
     made.add_argument("lists", nargs="+", metavar="LIST", help="YAML files, such as experiments/questions/parts.yaml")
     made.add_argument("--seeds", nargs="+", type=int, help="of all rows; default: the list's own")
     made.add_argument("--only", nargs="+", metavar="ROW", help="run and print these rows only")
@@ -348,8 +392,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--costs", action="store_true", help="print seconds, tokens and memory of each step as well")
     made.add_argument("--commands", action="store_true", help="print one command per pending row; run nothing")
     made.add_argument("--figures", metavar="FOLDER", help="draw means, ratios and mask stability into this folder")
-    made.add_argument("flags", nargs="*", help="further flags of train.py, after --")
     return made
+
+
+def arguments(given: Sequence[str]) -> Namespace:
+    """Options, and as `flags` what comes after `--` (argparse gives that to LIST, or refuses it behind options)."""
+    own, flags = (given, []) if "--" not in given else (given[: given.index("--")], given[given.index("--") + 1 :])
+    return Namespace(**vars(parser().parse_args(own)), flags=list(flags))
 
 
 def work(options: Namespace) -> None:
@@ -359,14 +408,14 @@ def work(options: Namespace) -> None:
         names = dict.fromkeys(row.name for row in listing.rows)
         if unknown := [name for name in options.only or () if name not in names]:
             raise UserError(f"--only: expected rows of {path} ({', '.join(names)}), got '{unknown[0]}'.")
-        chosen = [row for row in listing.rows if row.name in (options.only or names)]
+        chosen = parts_of([row for row in listing.rows if row.name in (options.only or names)], options.part)
         pending = [row for row in chosen if found(row) is None]
         if options.commands:
             sys.stdout.writelines(f"{line}\n" for line in commands(path, pending, options.flags))
             continue
         if pending and not options.table:
             sys.stdout.write(token_hours(pending) + "\n")
-            for row in parts_of(pending, options.part):
+            for row in pending:
                 started = time.perf_counter()
                 run(row)
                 sys.stdout.write(f"{row.name}, seed {row.seed}: {time.perf_counter() - started:.0f} s, kept\n")
@@ -382,7 +431,7 @@ def work(options: Namespace) -> None:
 
 def main() -> None:
     """Exit code 2 and one line for what a user can mend."""
-    options = parser().parse_args()
+    options = arguments(sys.argv[1:])
     cli.quiet()
     try:
         work(options)

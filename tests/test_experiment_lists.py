@@ -1,0 +1,476 @@
+"""Lists of configurations: each one that ships parses; a tiny one runs, resumes, and prints what its records say."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gprune
+from experiments import run as lists
+from gprune.errors import UserError
+from gprune.evaluation.perplexity import paired_bootstrap_ratio
+from gprune.masks import Masks
+from gprune.report import Estimate, over_seeds
+from tests import tiny_run
+
+EXPERIMENTS = Path(lists.__file__).parent
+LISTS = [p for p in sorted(EXPERIMENTS.rglob("*.yaml")) if "rows" in yaml.safe_load(p.read_text(encoding="utf-8"))]
+ROWS = {"plain": {"gprune": False}, "ours": {}, "other": {"sparsity": {"epochs": 2}, "reliability.switch": False}}
+
+
+@pytest.mark.parametrize("path", LISTS, ids=lambda path: str(path.relative_to(EXPERIMENTS)))
+def test_every_list_that_ships_parses(path):
+    listing = lists.Listing.read(path)
+    settings = [json.dumps(row.config.settings(), sort_keys=True) for row in listing.rows]
+    assert len(set(settings)) == len(settings) == len({(row.name, row.seed) for row in listing.rows})
+    for row in listing.rows:
+        row.config.check_names()
+        assert row.config.run.seed == row.seed
+        assert (row.config.export, row.config.logging.mode) == ("none", "disabled")
+
+
+def test_all_ablations_are_rows_of_their_list():
+    (listing,) = (lists.Listing.read(path) for path in LISTS if path.name == "ablations.yaml")
+    files = {path.stem for path in (EXPERIMENTS / "ablations").glob("*.yaml")}
+    assert {row.name for row in listing.rows} == files - {"base"} | {"base", "default"}
+    default = gprune.cli.parse(["--config", str(EXPERIMENTS / "default.yaml"), "--evaluation.controls=[base_averaged]"])
+    assert listing.rows[1].config.settings() == default.settings()
+
+
+# --- a tiny list ------------------------------------------------------------------------------------------------
+
+
+class Workbench:
+    """Writes lists on the tiny world and runs the command line on them."""
+
+    def __init__(self, world: tiny_run.World, folder: Path):
+        self.world, self.folder = world, folder
+        flags = [f for f in world.args(folder / "runs") if not f.startswith(("--run.name", "--logging"))]
+        self.common = {name: yaml.safe_load(value) for name, value in (f[2:].split("=", 1) for f in flags)}
+
+    def write(self, name: str, rows: dict, **content) -> Path:
+        common = self.common | content.pop("common", {})
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({"common": common, "rows": rows, **content}, sort_keys=False))
+        return path
+
+    def __call__(self, capsys, *arguments) -> str:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["run", *map(str, arguments)])
+            lists.main()
+        return capsys.readouterr().out
+
+    def refused(self, capsys, *arguments) -> str:
+        """What the one line on stderr says."""
+        with pytest.raises(SystemExit) as stop:
+            self(capsys, *arguments)
+        assert stop.value.code == 2
+        err = capsys.readouterr().err
+        assert err.startswith("experiments.run: ")
+        assert err.count("\n") == 1
+        return err
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    world = tiny_run.make_world(tmp_path_factory.mktemp("world"))
+    folder = tmp_path_factory.mktemp("lists")
+    with tiny_run.isolated(folder / "cache"), pytest.MonkeyPatch.context() as patch:
+        tiny_run.reload_in_process(patch)
+        patch.setattr(lists, "RECORDS", folder / "records" / "runs")
+        yield Workbench(world, folder)
+
+
+COMPARE = [["ours: gprune", "ours: base_averaged"], ["ours: gprune", "plain: base"]]
+
+
+@pytest.fixture(scope="module")
+def first(bench):
+    """A list of three rows, and what its first run printed."""
+    path = bench.write("first", ROWS, about="Three rows", reference="plain", compare=COMPARE)
+    with pytest.MonkeyPatch.context() as patch:
+        written = []
+        patch.setattr(sys, "argv", ["run", str(path)])
+        patch.setattr(sys.stdout, "write", written.append)
+        lists.main()
+    return path, "".join(written)
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    monkeypatch.setattr(gprune, "prune", lambda cfg: pytest.fail("it ran"))
+
+
+def test_it_runs_keeps_records_and_prints(bench, first):
+    path, out = first
+    assert out.startswith("3 configurations: at most")
+    for row in lists.Listing.read(path).rows:
+        assert f"{row.name}, seed 0: " in out
+        kept = lists.found(row)
+        result = gprune.load_run(Path(row.config.run.dir) / row.config.run_name)
+        assert lists.unpacked(kept["masks"]) == result.masks
+        assert kept["settings"] == row.config.settings()
+        assert [r["perplexity"] for r in kept["records"]] == [r["perplexity"] for r in result.records]
+        assert {"name", "flags", "inputs", "environment", "steps", "summary"} <= set(kept)
+        assert not [f for f in kept["flags"] if f.startswith(("--run.", "--logging.", "--export"))]
+        assert (kept["learning"] is None) == (row.name == "plain")
+    table = [line for line in out.splitlines() if line.startswith("| ")]
+    for name in ROWS:
+        assert any(line.startswith(f"| {name}") for line in table)
+    assert "**Three rows**" in out
+    assert "Protocol: " in out
+
+
+def test_it_resumes_without_running_anything_and_prints_the_same(bench, first, nothing_runs, capsys):
+    path, out = first
+    again = bench(capsys, path)
+    assert "configurations" not in again
+    assert again == out[out.index("\n**Three rows") :]
+    assert bench(capsys, path, "--table") == again
+
+
+def test_an_equal_row_of_another_list_is_not_run_again(bench, first, nothing_runs, capsys):
+    rows = {"same by another name": {"sparsity.epochs": 2, "reliability": {"switch": False}, "logging.tags": ["x"]}}
+    out = bench(capsys, bench.write("second", rows))
+    assert "| same by another name" in out
+    assert "configurations" not in out
+
+
+def test_other_settings_and_seeds_run_again(bench, first, capsys, monkeypatch):
+    path, _ = first
+    ran = []
+    monkeypatch.setattr(lists, "run", lambda row: ran.append((row.name, row.seed, row.config.sparsity.target)))
+    monkeypatch.setattr(lists, "token_hours", lambda pending: f"{len(pending)} pending")
+    assert "3 pending" in bench(capsys, path, "--", "--sparsity.target=0.4")
+    assert ran == [(name, 0, 0.4) for name in ROWS]
+    ran.clear()
+    out = bench(capsys, path, "--seeds", "0", "7", "--only", "ours", "plain")
+    assert "2 pending" in out
+    assert ran == [("plain", 7, 0.5), ("ours", 7, 0.5)]
+    ran.clear()
+    assert "no records yet" in bench(capsys, path, "--table", "--seeds", "7")
+    assert not ran
+
+
+def test_a_record_with_other_settings_than_its_name_says_does_not_count(bench, first, monkeypatch):
+    row = lists.Listing.read(first[0]).rows[1]
+    kept = lists.found(row)
+    changed = kept | {"settings": kept["settings"] | {"ridge": 0.5}}
+    monkeypatch.setattr(lists, "read_json", lambda path: changed)
+    assert lists.found(row) is None
+
+
+def test_only_some_rows_and_the_reference_are_printed(bench, first, nothing_runs, capsys):
+    out = bench(capsys, first[0], "--only", "ours")
+    rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")]
+    assert "ours" in rows
+    assert "plain" in rows  # the reference
+    assert "other" not in rows
+
+
+# --- shares of the work -----------------------------------------------------------------------------------------
+
+
+def shares(bench, capsys, monkeypatch, path, count: int) -> list[str]:
+    """What each of so many machines runs, one after the other has finished."""
+    ran, done = [], set()
+    monkeypatch.setattr(lists, "run", lambda row: (ran.append(f"{row.name}/{row.seed}"), done.add(row.path)))
+    monkeypatch.setattr(lists, "token_hours", lambda pending: "")
+    monkeypatch.setattr(lists, "text_of", lambda listing, rows: "")
+    monkeypatch.setattr(lists, "found", lambda row: {} if row.path in done else None)
+    for i in range(count):
+        bench(capsys, path, "--seeds", "0", "1", "--part", f"{i + 1}/{count}")
+    return ran
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 9])
+def test_parts_cover_all_rows_once_whenever_each_of_them_starts(count, bench, first, capsys, monkeypatch):
+    """A later one finds records of an earlier one, and must still take its own share."""
+    ran = shares(bench, capsys, monkeypatch, first[0], count)
+    assert sorted(ran) == sorted(f"{name}/{seed}" for name in ROWS for seed in (0, 1))
+
+
+def test_command_lines_cover_all_pending_rows_once(bench, first, nothing_runs, capsys):
+    more = ["--", "--corpora.num_samples=6", "--sparsity.target=0.4"]
+    assert bench(capsys, first[0], "--commands") == ""  # all done
+    ours = bench(capsys, first[0], "--seeds", "0", "3", "--commands").splitlines()
+    assert len(ours) == 3  # those of seed 3
+    rows = {"a, b (50 %)": {}, "it's $HOME": {"gprune": False}}
+    path = bench.write("with spaces", rows)
+    found = []
+    for line in bench(capsys, path, "--seeds", "0", "1", "--commands", *more).splitlines():
+        python, m, module, *arguments = shlex.split(line)
+        assert (python, m, module) == ("python", "-m", "experiments.run")
+        options = lists.arguments(arguments)
+        assert options.lists == [str(path)]
+        assert options.flags == more[1:]
+        listing = lists.Listing.read(path, seeds=options.seeds, flags=options.flags)
+        found += [row for row in listing.rows if row.name in options.only]
+    assert [(row.name, row.seed) for row in found] == [(name, seed) for seed in (0, 1) for name in rows]
+    assert {(row.config.corpora.num_samples, row.config.sparsity.target) for row in found} == {(6, 0.4)}
+
+
+def test_flags_of_train_py_come_after_two_dashes():
+    options = lists.arguments(["a.yaml", "b.yaml", "--seeds", "1", "2", "--only", "x", "--", "--ridge=1", "--", "z"])
+    assert (options.lists, options.seeds, options.only) == (["a.yaml", "b.yaml"], [1, 2], ["x"])
+    assert options.flags == ["--ridge=1", "--", "z"]
+    assert lists.arguments(["a.yaml", "--table"]).flags == []
+
+
+def test_settings_nested_dotted_and_of_every_type_reach_the_configuration(bench):
+    rows = {
+        "x": {
+            "sparsity": {"target": 0.3, "protect": [0, -1]}, "corpora.learn_samples": None, "gprune": False,
+            "importance": "wifv", "logging.group": "a b",
+        }
+    }  # fmt: skip
+    (row,) = lists.Listing.read(bench.write("types", rows, common={"corpora.learn_samples": 7}), seeds=[5]).rows
+    cfg = row.config
+    assert (cfg.sparsity.target, cfg.sparsity.protect, cfg.corpora.learn_samples) == (0.3, [0, -1], None)
+    assert (cfg.gprune, cfg.importance, cfg.logging.group, cfg.run.seed) == (False, "wifv", "a b", 5)
+
+
+def test_later_settings_win_protocol_common_row_and_command_line(bench):
+    (bench.folder / "p.yaml").write_text("ridge: 0.1\nsparsity: {epochs: 3, target: 0.1}\n")
+    (bench.folder / "r.yaml").write_text("sparsity: {target: 0.3}\n")
+    path = bench.write(
+        "order", {"x": {"config": "r.yaml", "importance": "wifv"}}, protocol=["p.yaml"],
+        common={"ridge": 0.2, "sparsity.target": 0.2, "sparsity.epochs": 3},
+    )  # fmt: skip
+    (row,) = lists.Listing.read(path, flags=["--importance=wifn"]).rows
+    assert (row.config.ridge, row.config.sparsity.target, row.config.importance) == (0.2, 0.3, "wifn")
+    assert row.config.sparsity.epochs == 3
+
+
+# --- tables -----------------------------------------------------------------------------------------------------
+
+
+def done_of(path: Path, **options) -> tuple[lists.Listing, list]:
+    listing = lists.Listing.read(path, **options)
+    return listing, [(row, lists.found(row)) for row in listing.rows]
+
+
+def unseen(kept: dict, stage: str, seen: set[str]) -> dict[str, list[float]]:
+    return {r["corpus"]: r["window_nll"] for r in kept["records"] if r["stage"] == stage and r["corpus"] not in seen}
+
+
+def test_comparisons_are_paired_over_windows(bench, first):
+    listing, done = done_of(first[0])
+    kept = {row.name: k for row, k in done}
+    made = lists.reported(listing, done)
+    by_name = {r.name: [r] for r in made.runs}
+    alpha = {str(bench.world.corpora["alpha"])}
+    assert listing.compare == [tuple(pair) for pair in COMPARE]
+    for (a, b), other in zip(listing.compare, (("ours", "base_averaged"), ("plain", "base")), strict=True):
+        expected = paired_bootstrap_ratio(
+            unseen(kept["ours"], "gprune", alpha), unseen(kept[other[0]], other[1], alpha), 31
+        )
+        assert lists.compared(by_name, a, b) == Estimate(*expected)
+        assert expected[0] != 1
+        assert f"| {a} / {b} | {expected[0]:.3f} [{expected[1]:.3f}, {expected[2]:.3f}] |" in [
+            " ".join(line.split()) for line in first[1].splitlines()
+        ]
+
+
+def test_rows_are_divided_by_the_reference(first):
+    listing, done = done_of(first[0])
+    table = lists.reported(listing, done).tables[0]
+    column = table.columns.index("unseen / base")
+    ratios = {tuple(row[:2]): row[column] for row in table.rows}
+    kept = {row.name: k for row, k in done}
+    seen = {r["corpus"] for r in kept["plain"]["records"] if r["seen"]}
+    expected = paired_bootstrap_ratio(unseen(kept["other"], "gprune", seen), unseen(kept["plain"], "base", seen), 31)
+    assert ratios["other", "gprune"] == Estimate(*expected)
+    assert ratios["plain", "base"] is None
+
+
+def test_one_division_into_seen_and_unseen_for_all_rows(bench, first):
+    """`seen` replaces what each row has used; unseen means are over the other corpora."""
+    delta, alpha = (str(bench.world.corpora[c]) for c in ("delta", "alpha"))
+    path = bench.write("divided", ROWS, seen=[delta], reference="plain")
+    listing, done = done_of(path)
+    runs = lists.reported(listing, done).runs
+    assert {r["corpus"] for run in runs for r in run.records if r["seen"]} == {delta}
+    assert alpha in {r["corpus"] for run in runs for r in run.records if not r["seen"]}
+    kept = {row.name: k for row, k in done}
+    expected = paired_bootstrap_ratio(
+        unseen(kept["ours"], "gprune", {delta}), unseen(kept["plain"], "base", {delta}), 31
+    )
+    table = lists.reported(listing, done).tables[0]
+    found = {tuple(row[:2]): row[table.columns.index("unseen / base")] for row in table.rows}
+    assert found["ours", "gprune"] == Estimate(*expected)
+    assert f"In every row {delta} count as seen" in lists.text_of(listing, done)
+
+
+def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
+    rows = {"plain": {"gprune": False}, "wifv": {"gprune": False, "importance": "wifv"}}
+    path = bench.write("seeds", rows, seeds=[0, 1, 2], compare=[["wifv: base", "plain: base"]])
+    out = bench(capsys, path)
+    assert out.startswith("5 configurations") or out.startswith("6 configurations")  # one is there already
+    listing, done = done_of(path)
+    assert [(row.name, row.seed) for row, _ in done] == [(name, seed) for seed in (0, 1, 2) for name in rows]
+    table = lists.reported(listing, done).tables[0]
+    by_stage = {(row[0], row[1]): row for row in table.rows}
+    assert by_stage["plain (3 seeds)", "base"][2] == by_stage["wifv (3 seeds)", "base"][2] == 3
+    seen = {str(bench.world.corpora["alpha"])}
+    pairs = [[k for row, k in done if row.seed == seed] for seed in (0, 1, 2)]
+    ratios = [paired_bootstrap_ratio(unseen(b, "base", seen), unseen(a, "base", seen), 31)[0] for a, b in pairs]
+    by_name = {name: [lists.as_run(row, k, None) for row, k in done if row.name == name] for name in rows}
+    assert lists.compared(by_name, "wifv: base", "plain: base") == over_seeds(ratios)
+    assert len(set(ratios)) == 3
+
+
+def test_costs_of_every_step_are_printed(first, bench, capsys, nothing_runs):
+    out = bench(capsys, first[0], "--table", "--costs")
+    _, done = done_of(first[0])
+    cells = [tuple(cell.strip() for cell in line.split("|")[1:7]) for line in out.splitlines() if line.startswith("| ")]
+    for row, kept in done:
+        assert {"evaluate", "save_and_check"} <= set(kept["steps"])
+        for step, used in kept["steps"].items():
+            (line,) = [c for c in cells if c[:2] == (row.name, step)]
+            assert line[2] == f"{used['seconds']:.1f}"
+            assert line[3:5] == tuple(f"{used[f'forward{kind}_tokens']:,}" for kind in ("", "_backward"))
+            assert line[5] == f"{used['peak_memory_mib']:,}"
+
+
+def test_figures_are_drawn_from_records(first, bench, capsys, tmp_path, nothing_runs):
+    bench(capsys, first[0], "--table", "--figures", tmp_path / "figures")
+    assert {"first-means.png", "first-ratios.png", "first-stability.png"} <= {
+        p.name for p in (tmp_path / "figures").iterdir()
+    }
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch, bench):
+    """Rows run with `python -m gprune.evaluation` replaced; the arguments and the configurations that it saw."""
+    from gprune.evaluation import __main__ as evaluation
+
+    calls, configs, real = [], [], gprune.prune
+    (bench.folder / "evaluation.json").unlink(missing_ok=True)
+
+    def run(options):
+        calls.append(options)
+        stages = ["dense", "base"] if options.dense else ["base"]
+        about = {"kind": "zero_shot", "correct": "0110", "recovery": "none", "content_hash": "c"}
+        records = [about | {"stage": s, "task": t} for s in stages for t in options.tasks.split(",")]
+        path = bench.folder / "evaluation.json"
+        path.write_text(json.dumps({"records": records}))
+        return "", path
+
+    monkeypatch.setattr(evaluation, "run", run)
+    monkeypatch.setattr(gprune, "prune", lambda cfg: configs.append(cfg) or real(cfg))
+    return calls, configs
+
+
+def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
+    calls, configs = measured
+    rows = {"plain": {"gprune": False}, "mended": {"gprune": False, "recovery": "bias"}}
+    tasks = {"names": ["piqa", "arc_easy"], "limit": 4, "seeds": [0]}
+    own = {"common": {"ridge": 0.3}}  # records of their own
+    path = bench.write("tasks", rows, tasks=tasks, **own)
+    listing = lists.Listing.read(path)
+    kept = [lists.run(row) for row in listing.rows]
+    assert [(c.tasks, c.limit, c.dense) for c in calls] == [("piqa,arc_easy", 4, True), ("piqa,arc_easy", 4, False)]
+    assert [cfg.export for cfg in configs] == ["none", "hf"]  # masks do not hold what recovery changed
+    for k in kept:
+        assert [r["stage"] for r in k["evaluation"]] == ["dense"] * 2 + ["base"] * 2
+    assert all(lists.found(row) for row in listing.rows)
+    # a list without tasks is content with that, and prints none; one with others, or of another model, is not
+    assert lists.as_run(lists.Listing.read(bench.write("none", rows, **own)).rows[0], kept[0], None).evaluation == []
+    assert all(lists.found(row) for row in lists.Listing.read(bench.write("none", rows, **own)).rows)
+    more = lists.Listing.read(bench.write("more", rows, tasks=tasks | {"limit": 9}, **own))
+    assert not any(map(lists.found, more.rows))
+    assert not any(map(lists.found, lists.Listing.read(path, flags=["--model.dtype=bfloat16"]).rows))
+    low = lists.Listing.read(path, flags=["--model.dtype=bfloat16"]).rows[0]
+    lists.run(low)
+    assert calls[-1].dense  # of its own
+    # with a seed that the tasks do not name, there are none
+    assert "evaluation" not in lists.run(lists.Listing.read(path, seeds=[1]).rows[0])
+
+
+# --- masks ------------------------------------------------------------------------------------------------------
+
+
+@given(data=st.data(), depth=st.integers(1, 4))
+def test_packed_masks_come_back(data, depth):
+    def drawn() -> list[torch.Tensor]:
+        sizes = [data.draw(st.integers(1, 37)) for _ in range(depth)]
+        return [torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in sizes]
+
+    masks = Masks(drawn(), drawn())
+    kept = json.loads(json.dumps(lists.packed(masks)))
+    again = lists.unpacked(kept)
+    assert again == masks
+    assert all(m.dtype == torch.bool for m in (*again.ffn, *again.attention))
+
+
+# --- what is refused --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("rows: {a: {}}\nrow: 1\n", ["row", "compare"]),
+        ("about: nothing\n", ["'rows'"]),
+        ("- rows\n", ["mapping"]),
+        ("rows: [", ["YAML", "ParserError"]),
+        ("rows: {a: 3}\n", ["row 'a'", "got 3"]),
+        ("rows: {a: {sparsity.target: 2}}\n", ["Row 'a'", "--sparsity.target", "got 2"]),
+        ("rows: {a: {sparsity.aim: 0.2}}\n", ["Row 'a'", "sparsity.aim"]),
+        ("rows: {a: {importance: wanda}}\n", ["Row 'a'", "'wanda'"]),
+        ("rows: {a: {config: nowhere.yaml}}\n", ["Row 'a'", "nowhere.yaml"]),
+        ("protocol: nowhere.yaml\nrows: {a: {}}\n", ["Row 'a'", "nowhere.yaml"]),
+        ("rows: {a: {}}\nreference: b\n", ["reference", "(a)", "'b'"]),
+        ("rows: {a: {}}\ncompare: [['a: gprune', 'b: base']]\n", ["compare", "(a)", "'b'"]),
+    ],
+)
+def test_a_bad_list_is_one_line(content, words, bench, capsys, nothing_runs):
+    path = bench.folder / "bad.yaml"
+    path.write_text(content)
+    line = bench.refused(capsys, path)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only", "ours", "nobody"], ["--only", "plain, ours, other", "'nobody'"]),
+        (["--part", "0/2"], ["--part", "'0/2'"]), (["--part", "3/2"], ["--part", "'3/2'"]),
+        (["--part", "half"], ["--part", "'half'"]), (["--part", "1/2/3"], ["--part", "'1/2/3'"]),
+        (["--", "--sparsity.target=0"], ["Row 'plain'", "--sparsity.target"]),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_one_line(arguments, words, bench, first, capsys, nothing_runs):
+    line = bench.refused(capsys, first[0], *arguments)
+    assert all(word in line for word in words), line
+
+
+def test_a_list_that_is_not_there_is_one_line(bench, capsys):
+    assert "nowhere.yaml" in bench.refused(capsys, bench.folder / "nowhere.yaml")
+
+
+def test_a_stage_that_is_not_there_is_named(bench, first, capsys, nothing_runs):
+    path = bench.write("stages", ROWS, compare=[["ours: best", "plain: base"]])
+    line = bench.refused(capsys, path)
+    assert "expected a stage of 'ours' (dense, base, base_averaged, gprune), got 'best'" in line
+
+
+def test_compare_waits_for_rows_that_have_not_run(bench, first):
+    path = bench.write("waiting", ROWS | {"later": {"sparsity.target": 0.1}}, compare=[["later: gprune", "ours: base"]])
+    listing = lists.Listing.read(path)
+    done = [(row, kept) for row in listing.rows if (kept := lists.found(row)) is not None]
+    assert len(done) == 3
+    assert "Comparisons" not in lists.text_of(listing, done)
+    with pytest.raises(UserError, match="expected a stage"):
+        lists.compared({r.name: [r] for r in lists.reported(listing, done).runs}, "ours", "ours: base")
