@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from gprune.gates import gated
-from gprune.losses import CHUNK, final_hidden, frozen_head_losses, iter_logits, next_token_loss
+from gprune.losses import (
+    CHUNK,
+    final_hidden,
+    frozen_head_losses,
+    iter_logits,
+    next_token_loss,
+    next_token_losses,
+)
 from tests.conftest import make_tiny_llama
 
 
@@ -36,6 +43,15 @@ def test_loss_equals_transformers(tiny_model, tokens):
     assert loss.dtype == torch.float32
     assert loss.shape == ()
     assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+def test_losses_of_windows_equal_transformers(tiny_model, tokens):
+    losses = next_token_losses(tiny_model, tokens)
+    assert losses.dtype == torch.float32
+    assert losses.shape == (len(tokens),)
+    expected = [float(tiny_model(row[None], labels=row[None]).loss) for row in tokens]
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=2e-6)
+    assert len({round(v, 3) for v in expected}) == len(expected)  # no two windows alike
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -154,3 +170,33 @@ def test_the_divergence_from_a_teacher_and_its_gradient_equal_autograd_through_a
     assert (by_gate - expected).abs().max() <= (1e-5 if dtype == torch.float64 else 1e-3) * expected.abs().max()
     with torch.no_grad():  # nothing diverges from itself
         assert abs(float(next_token_loss(model, tokens, teacher=teacher))) < 1e-6
+
+
+@pytest.mark.parametrize("divergence", [False, True], ids=["cross_entropy", "kl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_windows_are_weighted_after_their_losses_too(dtype, divergence, tokens):
+    """Per window, and the gradient under weights of both signs, as by autograd through all logits in float64."""
+    model, double = make_tiny_llama().to(dtype), make_tiny_llama().double()
+    weight = torch.linspace(-0.5, 1, len(tokens), dtype=torch.float64)
+    with torch.no_grad():
+        teacher = final_hidden(model, tokens) if divergence else None
+        log_q = double(tokens).logits[:, :-1].log_softmax(-1)
+
+    def reference() -> torch.Tensor:
+        log_p = double(tokens).logits[:, :-1].log_softmax(-1)
+        if divergence:
+            return (log_q.exp() * (log_q - log_p)).sum(-1).mean(1)
+        return -log_p.gather(-1, tokens[:, 1:, None])[..., 0].mean(1)
+
+    def found(lm, losses_of) -> tuple[torch.Tensor, torch.Tensor]:
+        gates = random_gates(next(lm.parameters()).dtype)
+        with gated(lm, gates):
+            losses = losses_of()
+            (losses * weight.to(losses)).sum().backward()
+        return losses.detach().double(), torch.cat([g.grad for g in gates]).double()
+
+    mine, gradient = found(model, lambda: next_token_losses(model, tokens, teacher=teacher))
+    theirs, expected = found(double, reference)
+    torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=1e-6)
+    assert expected.abs().max() > 1e-3
+    assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -9,7 +9,7 @@ import torch
 from gprune.architectures import blocks_of
 from gprune.collector import collect
 from gprune.errors import UserError
-from gprune.recovery import NEEDS_GRAM, RECOVERY, SEQUENTIAL, recover_projection
+from gprune.recovery import NEEDS_GRAM, RECOVERY, SEQUENTIAL, least_squares_correction, recover_projection
 from gprune.statistics import ChannelStatistics, Moments
 from tests.test_statistics import batches, recorded
 
@@ -53,6 +53,22 @@ def test_least_squares_against_numpy(problem, ridge):
     assert bias is None
     assert new.dtype == weight.dtype
     np.testing.assert_allclose(new.numpy(), expected, atol=1e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ridge", [0.01, 0.3])
+def test_what_least_squares_adds_to_the_kept_columns(ridge, dtype, problem):
+    x, weight, keep = problem
+    weight, moments = weight.to(dtype), statistics_of(x).total
+    correction = least_squares_correction(weight, keep, moments, ridge=ridge)
+    assert (correction.shape, correction.dtype) == (weight.shape, dtype)
+    assert not correction[:, ~keep].any()
+    expected = ridge_by_lstsq(x, weight.double().numpy(), keep.numpy(), ridge) - weight[:, keep].double().numpy()
+    rounding = 1e-3 if dtype == torch.float32 else 2**-8
+    np.testing.assert_allclose(correction[:, keep].double().numpy(), expected, atol=rounding * np.abs(expected).max())
+    if dtype == torch.float32:  # and the sum is what slicing would write
+        new, _ = recover_projection(weight, keep, moments, method="least_squares", ridge=ridge)
+        torch.testing.assert_close(weight[:, keep] + correction[:, keep], new, atol=1e-6, rtol=1e-6)
 
 
 def test_least_squares_lowers_the_error_on_its_own_text(problem):
