@@ -1,0 +1,277 @@
+"""Are neurons heterogeneous? What a finished run with three or more drift corpora says, block by block.
+
+    python -m experiments.heterogeneity runs/NAME                            # Markdown: every third block, the mean
+    python -m experiments.heterogeneity runs/NAME --all --figure drift.svg   # all blocks; drift.png and drift.svg
+
+Per block of N neurons, K modules and D drift corpora; drift and its noise floor as in `gprune/drift.py`:
+
+drift         mean rank drift: standard deviation of a neuron's importance rank over the corpora, ranks in (0, 1)
+floor         mean split-half noise floor: the drift that sampling alone would show
+ratio         drift / floor
+above floor   share of neurons whose drift exceeds the 95th percentile of the block's N floors. With sampling noise
+              alone it would be somewhat above 0.05: a drift has D - 1 degrees of freedom, a floor D
+tau           Kendall's tau-b averaged over pairs of corpora, over the whole block
+tau inside    the same inside modules, mean weighted by pairs of neurons. It falls by itself where a module holds
+              neurons of like importance, and rises where it mixes weak and strong ones, so that a difference from tau
+              proves nothing (`gprune.drift.range_matched_agreement` is the control)
+least, most   smallest and largest sensitivity (mean drift) of a module
+switched      modules that rank by the metric switched to
+
+The test is of eta squared, the share of the variance of drift that lies between modules, against random partitions of
+the same sizes. For the run's own modules it is circular: they were made to hold neurons of equal drift. So modules are
+made again from the parameters alone (k-means on the embedding of gate, up and down, with no weight on drift), which
+never saw an activation; for this the dense model is loaded (`--no-data-free` does without). And a neuron ranked at
+either end has no room to drift, so that modules which differ in importance differ in drift: `given rank` is eta squared
+of what is left of drift when the mean of neurons ranked alike (32 quantiles of mean rank) is taken out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from gprune import cli, report
+from gprune.architectures import blocks_of
+from gprune.drift import pair_weighted_mean, rank_drift
+from gprune.errors import UserError
+from gprune.importance import ffn_weights
+from gprune.loading import fingerprint, load_model
+from gprune.partition import initial_partition, parameter_embedding, shuffled_partition
+from gprune.reliability import module_means
+from gprune.report import FinishedRun, Table
+from gprune.report.tables import Cell
+from gprune.results import Modules
+from gprune.verbs import Parser, run_verb
+
+FORMATS = ("png", "svg")
+EVERY = 3  # blocks of the short table
+RANK_BINS = 32
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """One block; the columns of the first table."""
+
+    drift: float
+    floor: float
+    above_floor: float  # share of neurons
+    tau: float
+    tau_inside: float
+    least: float
+    most: float
+    modules: int
+    switched: int
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How much of something differs between the modules of one block: eta squared, and of random partitions."""
+
+    eta_squared: float
+    random: Tensor  # (permutations,)
+
+
+def block_rows(modules: Modules) -> list[BlockRow]:
+    """One row per block, first block first."""
+    rows = []
+    for d, y, reliability, agreement, tau in zip(
+        modules.drift, modules.labels, modules.reliability, modules.agreement, modules.block_agreement, strict=True
+    ):
+        # Not `d.drift`, from which a run may have subtracted the floor.
+        drift, floor = rank_drift(d.ranks), d.floor
+        sensitivity = module_means(drift, y)
+        rows.append(
+            BlockRow(
+                drift=float(drift.mean()), floor=float(floor.mean()), above_floor=share_above(drift, floor), tau=tau,
+                tau_inside=pair_weighted_mean(agreement, reliability.size), least=float(sensitivity.min()),
+                most=float(sensitivity.max()), modules=len(sensitivity), switched=int(reliability.switched.sum()),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def share_above(drift: Tensor, floor: Tensor) -> float:
+    """Share of neurons whose drift exceeds the 95th percentile of the floors: (N,), (N,) -> [0, 1]."""
+    return float((drift > floor.quantile(0.95)).double().mean())
+
+
+def eta_squared(values: Tensor, labels: Tensor) -> float:
+    """Variance of the modules' means, weighted by size, over the variance of values (N,): in [0, 1], 0 if constant."""
+    values = values.double()
+    total = float((values - values.mean()).square().sum())
+    between = float((module_means(values, labels)[labels] - values.mean()).square().sum())
+    return between / total if total > 0 else 0.0
+
+
+def given_rank(drift: Tensor, ranks: Tensor) -> Tensor:
+    """Drift (N,) less its mean among neurons ranked alike; ranks (D, N): quantiles of the mean over corpora."""
+    order = ranks.mean(0).argsort(stable=True)
+    bins = torch.empty_like(order)
+    bins[order] = torch.arange(len(order)) * min(RANK_BINS, len(order)) // len(order)
+    return drift - module_means(drift, bins)[bins]
+
+
+def separation(values: Tensor, labels: Tensor, *, permutations: int, seed: int) -> Separation:
+    """Eta squared of the partition, and of `permutations` random ones with its sizes."""
+    shuffled = (shuffled_partition(labels, seed=seed + i) for i in range(permutations))
+    random = torch.tensor([eta_squared(values, y) for y in shuffled], dtype=torch.float64)
+    return Separation(eta_squared(values, labels), random)
+
+
+def data_free_modules(run: FinishedRun) -> list[Tensor]:
+    """Module labels per block from the dense model's parameters alone, with the run's own settings otherwise.
+
+    Raises:
+        UserError: where the model cannot be had, or is another one than the run's.
+    """
+    model_settings, p = run.settings["model"], run.settings["partition"]
+    model, _ = load_model(
+        model_settings["name"], dtype=getattr(torch, model_settings["dtype"]),
+        trust_remote_code=model_settings["trust_remote_code"],
+    )  # fmt: skip
+    if fingerprint(model) != run.model:
+        raise UserError(
+            f"The model '{model_settings['name']}' has other weights than the one '{run.path}' pruned; expected the "
+            f"same. --no-data-free does without it."
+        )
+    found = []
+    for block in blocks_of(model):
+        embedding = parameter_embedding(ffn_weights(block), dim=p["embedding_dim"], seed=run.seed)
+        found.append(
+            initial_partition(
+                embedding, torch.zeros(len(embedding)), num_modules=p["num_modules"], drift_weight=0.0, seed=run.seed
+            )
+        )
+    return found
+
+
+def block_table(rows: Sequence[BlockRow], *, every: int) -> Table:
+    """Every `every`-th block, and the mean over all of them (over those where it is defined); counts are summed."""
+    columns = ["block", "drift", "floor", "ratio", "above floor", "tau", "tau inside", "least", "most", "switched"]
+    # (blocks, 9), in the order of BlockRow
+    values = torch.tensor([list(vars(row).values()) for row in rows], dtype=torch.float64)
+
+    def cells(name: str, numbers: Tensor, counts: Tensor) -> list[Cell]:
+        drift, floor, *rest = numbers.tolist()
+        found = [drift, floor, drift / floor if floor else None, *rest]
+        switched = f"{int(counts[1])} of {int(counts[0])}"
+        return [name, *(None if v is None or math.isnan(v) else v for v in found), switched]
+
+    shown = [cells(str(b), v[:-2], v[-2:]) for b, v in enumerate(values) if b % every == 0]
+    shown.append(cells("mean", values[:, :-2].nanmean(0), values[:, -2:].sum(0)))
+    digits = dict.fromkeys(("drift", "floor", "above floor", "tau", "tau inside", "least", "most"), 3)
+    return Table("blocks", "Drift and agreement per block", columns, shown, digits)
+
+
+def separation_table(
+    ranks: Sequence[Tensor], partitions: dict[str, list[Tensor]], *, permutations: int, seed: int
+) -> Table:
+    """A row per partition and quantity: means over blocks, and how many blocks lie above all their random ones."""
+    drifts = [rank_drift(r) for r in ranks]
+    quantities = {"drift": drifts, "drift given rank": list(map(given_rank, drifts, ranks))}
+    rows: list[list[Cell]] = []
+    for name, labels in partitions.items():
+        for what, values in quantities.items():
+            found = [
+                separation(v, y, permutations=permutations, seed=seed + permutations * b)
+                for b, (v, y) in enumerate(zip(values, labels, strict=True))
+            ]
+            numbers = torch.tensor([[s.eta_squared, float(s.random.mean()), float(s.random.max())] for s in found])
+            above = int((numbers[:, 0] > numbers[:, 2]).sum())
+            rows.append([f"{name}: {what}", *numbers.mean(0).tolist(), f"{above} of {len(found)}"])
+    columns = ["modules: quantity", "eta squared", "random, mean", "random, largest", "blocks above their largest"]
+    digits = dict.fromkeys(columns[1:4], 3)
+    return Table("separation", "Between modules", columns, rows, digits)
+
+
+def text_of(run: FinishedRun, *, every: int, data_free: bool, permutations: int, seed: int) -> str:
+    """Both tables with what they say, as Markdown.
+
+    Raises:
+        UserError: for a run without modules or with fewer than three drift corpora.
+    """
+    modules, corpora = run.modules, run.settings["corpora"]["drift"]
+    if modules is None:
+        raise UserError(f"'{run.path}' is a run of the base metric, which has no modules; expected one with --gprune.")
+    if len(corpora) < 3:
+        raise UserError(
+            f"'{run.path}' has {len(corpora)} drift corpora ({', '.join(corpora)}); expected three or more."
+        )
+    partitions = {"the run's (circular)": modules.labels}
+    if data_free:
+        partitions["data-free"] = data_free_modules(run)
+    blocks = block_table(block_rows(modules), every=every)
+    between = separation_table([d.ranks for d in modules.drift], partitions, permutations=permutations, seed=seed)
+    c, label = run.settings["corpora"], report.model_label(run.settings["model"]["name"])
+    about = (
+        f"**{run.name}**: {label}, importance `{run.settings['importance']}`, drift over {', '.join(corpora)}, "
+        f"{c['num_samples']} windows of {c['seq_len']} tokens each, seed {run.seed}."
+    )
+    note = (
+        f"Random: {permutations} random partitions of the same sizes per block. The run's own modules were made with "
+        f"drift in view, so their eta squared proves nothing; data-free modules come from the parameters alone."
+    )
+    return "\n\n".join([about, blocks.to_markdown(), between.to_markdown(), note])
+
+
+def draw(run: FinishedRun, file: Path) -> list[Path]:
+    """Drift and Kendall tau of every module in every block, as PNG and SVG under the file's name."""
+    with report.style():
+        figure = report.heterogeneity_figure(run.modules)
+    for axes in figure.axes:
+        if axes.get_xlabel() == "block":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    name = file.stem if file.suffix.removeprefix(".") in FORMATS else file.name
+    return report.save(figure, file.parent, name, FORMATS)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m experiments.heterogeneity",
+    )
+    made.add_argument("run", metavar="RUN", help="folder of a finished run, such as runs/NAME")
+    made.add_argument("--all", action="store_true", help=f"print all blocks, not every {EVERY}rd")
+    made.add_argument("--figure", type=Path, metavar="FILE", help="draw into FILE, as .png and as .svg")
+    made.add_argument("--permutations", type=int, default=20, help="random partitions per block; default 20")
+    made.add_argument("--seed", type=int, default=0, help="of the random partitions")
+    made.add_argument(
+        "--data-free", action=argparse.BooleanOptionalAction, default=True,
+        help="load the dense model, and make modules from its parameters alone (default)",
+    )  # fmt: skip
+    return made
+
+
+def work(arguments: Sequence[str] | None = None) -> str:
+    """What the command prints."""
+    options = parser().parse_args(arguments)
+    if options.permutations < 1:
+        raise UserError(f"--permutations: expected 1 or more, got {options.permutations}.")
+    cli.quiet()
+    run = report.read_run(options.run)
+    text = text_of(
+        run, every=1 if options.all else EVERY, data_free=options.data_free, permutations=options.permutations,
+        seed=options.seed,
+    )  # fmt: skip
+    if options.figure is not None:
+        text += f"\n\nDrawn: {', '.join(map(str, draw(run, options.figure)))}."
+    return text + "\n"
+
+
+def main() -> int:
+    """Exit code 2 and one line for what a user can mend."""
+    return run_verb("experiments.heterogeneity", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
