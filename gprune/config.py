@@ -226,6 +226,9 @@ class SparsityConfig:
     """Adam step size of the thresholds, in logits."""
     offset_learning_rate: float = 0.05
     """Adam step size of the offsets, in logits."""
+    offset_limit: float = 1.2
+    """How far an offset may move a neuron's rank, in logits. A gradient does not see what removing a neuron that
+    carries most of its block would do; a limit keeps what the metric ranks highest."""
 
     def __post_init__(self) -> None:
         _choose("sparsity.scope", self.scope, SCOPES)
@@ -238,7 +241,7 @@ class SparsityConfig:
         _choose("sparsity.start", self.start, tuple(ALLOCATION))
         _at_least("sparsity.epochs", self.epochs, 1)
         _at_least("sparsity.width_multiple", self.width_multiple, 1)
-        for name in ("learning_rate", "offset_learning_rate"):
+        for name in ("learning_rate", "offset_learning_rate", "offset_limit"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--sparsity.{name}: expected a positive number, got {getattr(self, name)}.")
         _at_least("sparsity.owl_multiple", self.owl_multiple, 1)
@@ -259,8 +262,9 @@ class SparsityConfig:
 class EvaluationConfig:
     """What is measured at the end."""
 
-    split: Literal["test", "development"] = "test"
-    """Which text is measured on. development: text for choosing settings by, so that test text stays unseen."""
+    split: Literal["test", "development", "train"] = "test"
+    """Which text is measured on. Settings are chosen on development text, so that test text stays unseen; or on the
+    longer train text of corpora that neither the run nor any report uses."""
     num_samples: int = 6
     """Windows per evaluated corpus: a sample of its split that is the same for every seed."""
     seq_len: int = 256
@@ -276,7 +280,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for name in self.controls:
             _choose("evaluation.controls", name, CONTROLS)
-        _choose("evaluation.split", self.split, ("test", "development"))
+        _choose("evaluation.split", self.split, ("test", "development", "train"))
         for name in ("num_samples", "development_samples"):
             _at_least(f"evaluation.{name}", getattr(self, name), 1)
         _at_least("evaluation.seq_len", self.seq_len, 8)

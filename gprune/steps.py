@@ -381,7 +381,7 @@ def fit_thresholds(
         model, ranks, start_thresholds(base, ranks), costs,
         target=target, width_multiple=s.width_multiple, learning_rate=s.learning_rate, learn=s.learn, loss=s.loss,
         objective=s.objective, worst_step=s.worst_step, corpora=cfg.corpora.learn, shard=cfg.model.shard,
-        offset_learning_rate=s.offset_learning_rate,
+        offset_learning_rate=s.offset_learning_rate, offset_limit=s.offset_limit,
         recover=make_corrections(cfg, model, statistics) if cfg.learns_recovered else None,
     )  # fmt: skip
     multiple = s.width_multiple

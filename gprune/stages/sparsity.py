@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -120,6 +121,7 @@ class ThresholdLearning(FrozenLMStage):
         recover: Recover | None = None,
         recover_every: int = 4,
         offset_learning_rate: float | None = None,
+        offset_limit: float = math.inf,
         shard: bool = False,
     ):
         """
@@ -133,12 +135,15 @@ class ThresholdLearning(FrozenLMStage):
             recover: gives per block what recovery adds to the down and output projections under masks, as
                 `gates.corrected` takes it.
             offset_learning_rate: of Adam for offsets, in logits; None: as for thresholds.
+            offset_limit: offsets stay within +- this many logits. Adam moves a neuron that carries nearly all of its
+                block as fast as any other, and no gradient of a gate sees the cliff behind it.
             shard: spread the model over processes while it learns.
         """
         super().__init__(model, shard=shard)
         self.loss, self.objective, self.worst_step, self.corpora = loss, objective, worst_step, tuple(corpora)
         self.recover, self.recover_every = recover, recover_every
         self.corrections: Corrections = tuple([None] * len(ranks.ffn) for _ in range(2))
+        self.offset_limit = offset_limit
         self.offset_learning_rate = learning_rate if offset_learning_rate is None else offset_learning_rate
         self.register_buffer("corpus_logits", torch.zeros(len(self.corpora)), persistent=False)
         self.ranks, self.costs, self.target, self.width_multiple = ranks, costs, target, width_multiple
@@ -243,7 +248,7 @@ class ThresholdLearning(FrozenLMStage):
         self.log("learn/loss", value, prog_bar=True)
         if self.objective == "worst":
             shares = self._move_to_the_worst(losses.detach() - dense, batch["corpus"], batch["weight"].to(losses))
-            weight = weight * len(shares) * shares[batch["corpus"]]
+            weight = weight * (len(shares) * shares)[batch["corpus"]]
         return (losses * weight).sum()
 
     def _move_to_the_worst(self, excess: Tensor, corpus: Tensor, weight: Tensor) -> Tensor:
@@ -264,12 +269,17 @@ class ThresholdLearning(FrozenLMStage):
         before = [list(added) for added in self.corrections]
         for gates in (self.ffn_gates, self.attention_gates or [], *self.corrections):
             gates[:] = [None] * len(gates)
-        yield
-        for added, kept in zip(self.corrections, before, strict=True):
-            added[:] = kept
+        try:
+            yield
+        finally:
+            for added, kept in zip(self.corrections, before, strict=True):
+                added[:] = kept
 
     def optimizer_step(self, *args: object, **kwargs: object) -> None:
         super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            for offsets in self.ffn_offsets:
+                offsets.clamp_(-self.offset_limit, self.offset_limit)
         self._recentre(self.masks())
 
     @torch.no_grad()
