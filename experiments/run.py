@@ -7,8 +7,8 @@
 
 A list is YAML: `protocol` (files under all rows), `common` settings, `rows` by name (settings of `train.py`, nested or
 dotted, and `config`, files to start from), `reference` (the row whose stage `base` all others are divided by),
-`compare` (pairs of stages), `seen` (corpora that count as seen in every row), `seeds`, and `tasks` for `python -m
-gprune.evaluation`. Files are named from the list's own folder.
+`compare` (pairs of stages), `spread` (groups of rows that are to lie close together), `seen` (corpora that count as
+seen in every row), `seeds`, and `tasks` for `python -m gprune.evaluation`. Files are named from the list's own folder.
 
 After each configuration its numbers, masks and costs are written to `experiments/records/runs/`; whichever list asks, a
 configuration whose settings stand there is not run again. Run folders share calibration through the cache.
@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import math
 import os
 import shlex
 import sys
@@ -55,7 +56,7 @@ HERE = Path(__file__).parent
 RECORDS = HERE / "records" / "runs"
 # Numbers do not depend on these: a row is the same row with and without them.
 OWN = {"export": "none", "logging.mode": "disabled", "run.dir": "runs/experiments"}
-KEYS = {"about", "protocol", "common", "rows", "reference", "compare", "seeds", "tasks", "seen"}
+KEYS = {"about", "protocol", "common", "rows", "reference", "compare", "spread", "seeds", "tasks", "seen"}
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Listing:
     rows: list[Row]
     reference: str | None
     compare: list[tuple[str, str]]
+    spread: dict[str, list[str]]
     seen: list[str] | None  # corpora that count as seen in every row; None: each row's own
 
     @classmethod
@@ -128,7 +130,10 @@ class Listing:
                     Row(str(name), seed, (*common, *own, f"--run.seed={seed}", *flags), content.get("tasks") or {})
                 )
         compare = [(str(a), str(b)) for a, b in content.get("compare", [])]
-        return cls(path, content.get("about", path.stem), rows, content.get("reference"), compare, content.get("seen"))
+        return cls(
+            path, content.get("about", path.stem), rows, content.get("reference"), compare,
+            content.get("spread", {}), content.get("seen"),
+        )  # fmt: skip
 
 
 def _check_rows(path: Path, content: dict[str, Any]) -> None:
@@ -139,6 +144,7 @@ def _check_rows(path: Path, content: dict[str, Any]) -> None:
     for key, wanted in (
         ("reference", [content["reference"]] if "reference" in content else []),
         ("compare", [stage.partition(": ")[0] for pair in content.get("compare", []) for stage in pair]),
+        ("spread", [name for group in content.get("spread", {}).values() for name in group]),
     ):
         if unknown := [name for name in wanted if name not in names]:
             raise UserError(f"List '{path}', {key}: expected rows ({', '.join(names)}), got '{unknown[0]}'.")
@@ -288,9 +294,26 @@ def text_of(listing: Listing, done: Sequence[tuple[Row, dict[str, Any]]]) -> str
     if rows:
         columns = ["unseen perplexity of", "ratio"]
         parts.append(report.Table("compare", "Comparisons", columns, rows, {"ratio": 3}).to_markdown())
+    if spread := spreads(listing, made.runs):
+        parts.append(report.markdown(spread))
     if listing.seen is not None:
         parts.append(f"In every row {', '.join(listing.seen)} count as seen, and all other text as unseen.")
     return "\n\n".join([*parts, *made.protocols()])
+
+
+def spreads(listing: Listing, runs: Sequence[FinishedRun]) -> list[list[str]]:
+    """log(max / min) of the unseen geometric mean over the rows of each group, of their own base and their result."""
+    rows = [["unseen, log(max / min) over", "base", "gprune", "gprune / base"]]
+    for group, names in listing.spread.items():
+        chosen = [r for r in runs if r.name in names]
+        if len({r.name for r in chosen}) < len(names):
+            continue  # some are not there yet
+        found = []
+        for stage in ("base", "gprune"):
+            means = [report.mean_perplexity(r, (stage, r.settings["recovery"]), seen=False).value for r in chosen]
+            found.append(math.log(max(means) / min(means)))
+        rows.append([f"{group}: {', '.join(names)}", *(f"{v:.3f}" for v in (*found, found[1] / found[0]))])
+    return rows if len(rows) > 1 else []
 
 
 def compared(runs: dict[str, list[FinishedRun]], a: str, b: str) -> report.Estimate | None:

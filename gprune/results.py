@@ -101,6 +101,12 @@ class PruningResult:
     tokenizer: PreTrainedTokenizerBase | None
 
 
+def with_defaults(settings: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier version: one that did not exist then had its default's effect."""
+    nested = {k: with_defaults(settings.get(k) or {}, v) for k, v in default.items() if isinstance(v, dict)}
+    return {**default, **settings, **nested}
+
+
 def load_run(path: Path | str) -> PruningResult:
     """A finished run, from its folder alone: the dense model is not needed.
 
@@ -122,7 +128,8 @@ def load_run(path: Path | str) -> PruningResult:
         cfg = parse(["--config", str(folder / "config.yaml")])
     except ArgumentError as error:
         raise UserError(f"{folder / 'config.yaml'} was altered: {error}. Run the same command again.") from error
-    if changed := differences({name: settings.get(name) for name in cfg.settings()}, cfg.settings()):
+    before = with_defaults(settings, type(cfg)().settings())
+    if changed := differences({name: before.get(name) for name in cfg.settings()}, cfg.settings()):
         raise UserError(f"{folder / 'config.yaml'} was altered: {changed[0]}. Run the same command again.")
     try:
         return _read_run(folder, cfg, metrics)

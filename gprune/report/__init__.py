@@ -35,7 +35,7 @@ from gprune.report.figures import (
 )
 from gprune.report.masks import pairs, sparsity_table, stability_table
 from gprune.report.runs import FinishedRun, Group, groups, read_run, read_runs, short_names
-from gprune.report.summary import over_seeds, perplexity_table, ratio_to, records_table, summary_table
+from gprune.report.summary import mean_perplexity, over_seeds, perplexity_table, ratio_to, records_table, summary_table
 from gprune.report.tables import (
     Estimate,
     Table,
@@ -49,8 +49,8 @@ from gprune.report.tables import (
 __all__ = [
     "Estimate", "FinishedRun", "Group", "Report", "Table", "by_stage", "evaluation_table",
     "generalisation_gap", "geometric_mean", "groups",
-    "heterogeneity_figure", "make", "markdown", "means_figure", "model_card", "model_label", "of_runs",
-    "over_seeds", "pairs",
+    "heterogeneity_figure", "make", "markdown", "mean_perplexity", "means_figure", "model_card",
+    "model_label", "of_runs", "over_seeds", "pairs",
     "perplexity_figure", "perplexity_table", "ratio_figure", "ratio_to", "read_run", "read_runs", "records_table",
     "result_table", "row_name", "save", "short_names", "sparsity_figure", "sparsity_lines", "sparsity_table",
     "stability_figure", "stability_table", "style", "summary_table", "unseen_ratios", "write_figures",
