@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import gprune
-from experiments.run import token_hours
+from experiments.run import flat, token_hours
 from gprune import cli
 from gprune.artifacts import read_json, write_json
 from gprune.evaluation.perplexity import generalisation_gap, geometric_mean, paired_bootstrap_ratio
@@ -129,14 +129,6 @@ def found(c: Configuration) -> dict[str, Any] | None:
         return None
     before, now, default = (flat(s) for s in (kept["settings"], c.config.settings(), gprune.RunConfig().settings()))
     return kept if default | before == now else None
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
 
 
 def rows_of(kept: dict[str, Any], reference: dict[str, list[float]] | None, seen: set[str]) -> list[list[str]]:

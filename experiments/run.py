@@ -180,9 +180,17 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def found(row: Row) -> dict[str, Any] | None:
-    """The record of an earlier run with the same settings, with the tasks this list asks for."""
+    """The record of an earlier run with the same settings, with the tasks this list asks for.
+
+    A setting that did not exist then had its default's effect; one whose default has changed since had the old one's.
+    """
     kept = read_json(row.path)
-    return kept if kept is not None and _tasks_of(row) in ({}, kept.get("tasks")) else None
+    if kept is None or _tasks_of(row) not in ({}, kept.get("tasks")):
+        return None
+    default, then, now = (
+        flat(plain(s)) for s in (gprune.RunConfig().settings(), kept["settings"], row.config.settings())
+    )
+    return kept if default | then == now else None
 
 
 def run(row: Row) -> dict[str, Any]:
@@ -275,8 +283,8 @@ def as_run(row: Row, kept: dict[str, Any], seen: Sequence[str] | None) -> Finish
 def reported(listing: Listing, done: Sequence[tuple[Row, dict[str, Any]]]) -> Report:
     """The report of finished rows; rows that differ in seed alone are one."""
     runs = [as_run(row, kept, listing.seen) for row, kept in done]
-    base = next((r for r in runs if r.name == listing.reference), None)
-    return report.of_runs(runs, base=base)
+    by_seed = [r for r in runs if r.name == listing.reference]
+    return report.of_runs(runs, base=by_seed[0] if by_seed else None, by_seed=by_seed)
 
 
 def text_of(listing: Listing, done: Sequence[tuple[Row, dict[str, Any]]]) -> str:

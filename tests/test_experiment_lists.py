@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -32,7 +33,6 @@ def test_every_list_that_ships_parses(path):
     settings = [json.dumps(row.config.settings(), sort_keys=True) for row in listing.rows]
     assert len(set(settings)) == len(settings) == len({(row.name, row.seed) for row in listing.rows})
     for row in listing.rows:
-        row.config.check_names()
         assert row.config.run.seed == row.seed
         assert (row.config.export, row.config.logging.mode) == ("none", "disabled")
 
@@ -160,12 +160,31 @@ def test_other_settings_and_seeds_run_again(bench, first, capsys, monkeypatch):
     assert not ran
 
 
-def test_a_record_with_other_settings_than_its_name_says_does_not_count(bench, first, monkeypatch):
+def test_new_settings_at_their_default_leave_records_what_they_were(first, monkeypatch):
+    """And a default that has changed since does not: its record was made with the old one."""
     row = lists.Listing.read(first[0]).rows[1]
     kept = lists.found(row)
-    changed = kept | {"settings": kept["settings"] | {"ridge": 0.5}}
-    monkeypatch.setattr(lists, "read_json", lambda path: changed)
-    assert lists.found(row) is None
+
+    def content(**settings) -> dict:
+        return kept | {"settings": kept["settings"] | settings}
+
+    older = content()
+    older["settings"].pop("ridge")
+    for there, counts in ((older, True), (content(ridge=0.5), False), (content(gone=1), False)):
+        monkeypatch.setattr(lists, "read_json", lambda path, there=there: there)
+        assert (lists.found(row) is not None) == counts
+
+
+def test_records_are_named_for_people_and_told_apart_by_settings(bench, first):
+    (a, b, c), (d,) = (
+        lists.Listing.read(path).rows
+        for path in (first[0], bench.write("named", {"It's another, 50 %": {}}, common={"sparsity.target": 0.4}))
+    )
+    assert len({row.path for row in (a, b, c, d)}) == 4
+    assert d.path.name.startswith("it-s-another-50-seed0-")
+    assert a.path.name.startswith("plain-seed0-")
+    same = lists.Listing.read(bench.write("same", {"x": {"gprune": False, "ridge": 0.01}})).rows[0]
+    assert same.path == a.path  # by another name, with a default written out
 
 
 def test_only_some_rows_and_the_reference_are_printed(bench, first, nothing_runs, capsys):
@@ -312,7 +331,7 @@ def test_one_division_into_seen_and_unseen_for_all_rows(bench, first):
 
 def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
     rows = {"plain": {"gprune": False}, "wifv": {"gprune": False, "importance": "wifv"}}
-    path = bench.write("seeds", rows, seeds=[0, 1, 2], compare=[["wifv: base", "plain: base"]])
+    path = bench.write("seeds", rows, seeds=[0, 1, 2], compare=[["wifv: base", "plain: base"]], reference="plain")
     out = bench(capsys, path)
     assert out.startswith("5 configurations") or out.startswith("6 configurations")  # one is there already
     listing, done = done_of(path)
@@ -326,6 +345,12 @@ def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
     by_name = {name: [lists.as_run(row, k, None) for row, k in done if row.name == name] for name in rows}
     assert lists.compared(by_name, "wifv: base", "plain: base") == over_seeds(ratios)
     assert len(set(ratios)) == 3
+    # each seed is divided by the reference's run of that seed
+    column = table.columns.index("unseen / base")
+    assert by_stage["wifv (3 seeds)", "base"][column] == over_seeds(ratios)
+    assert by_stage["plain (3 seeds)", "base"][column] is None
+    fewer = lists.reported(listing, [(row, k) for row, k in done if (row.name, row.seed) != ("plain", 2)]).tables[0]
+    assert {row[column] for row in fewer.rows if row[0].startswith("wifv")} == {None}  # nothing to divide by
 
 
 def test_costs_of_every_step_are_printed(first, bench, capsys, nothing_runs):
@@ -346,6 +371,29 @@ def test_figures_are_drawn_from_records(first, bench, capsys, tmp_path, nothing_
     assert {"first-means.png", "first-ratios.png", "first-stability.png"} <= {
         p.name for p in (tmp_path / "figures").iterdir()
     }
+
+
+def test_spreads_over_rows_of_their_base_and_of_the_result(bench, capsys):
+    """log(max / min) of unseen geometric means, by hand from the records."""
+    rows = {"a": {}, "b": {"importance": "wifv"}, "c": {"importance": "wifv", "recovery": "bias"}}
+    spread = {"metrics": ["a", "b"], "all": ["a", "b", "c"]}
+    path = bench.write("spread", rows, spread=spread)
+    listing = lists.Listing.read(path)
+    assert lists.spreads(listing, []) == []  # none is there yet
+    out = bench(capsys, path)
+    listing, done = done_of(path)
+    alpha = str(bench.world.corpora["alpha"])
+    logs = {
+        (row.name, stage): np.mean([
+            np.log(r["perplexity"]) for r in kept["records"]
+            if (r["stage"], r["recovery"]) == (stage, row.config.recovery) and r["corpus"] != alpha
+        ])
+        for row, kept in done for stage in ("base", "gprune")
+    }  # fmt: skip
+    for group, names in spread.items():
+        base, ours = (np.ptp([logs[name, stage] for name in names]) for stage in ("base", "gprune"))
+        cells = [f"{group}: {', '.join(names)}", *(f"{v:.3f}" for v in (base, ours, ours / base))]
+        assert cells in [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------
@@ -432,6 +480,7 @@ def test_packed_masks_come_back(data, depth):
         ("rows: {a: {config: nowhere.yaml}}\n", ["Row 'a'", "nowhere.yaml"]),
         ("protocol: nowhere.yaml\nrows: {a: {}}\n", ["Row 'a'", "nowhere.yaml"]),
         ("rows: {a: {}}\nreference: b\n", ["reference", "(a)", "'b'"]),
+        ("rows: {a: {}}\nspread: {all: [a, b]}\n", ["spread", "(a)", "'b'"]),
         ("rows: {a: {}}\ncompare: [['a: gprune', 'b: base']]\n", ["compare", "(a)", "'b'"]),
     ],
 )

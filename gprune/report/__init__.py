@@ -136,10 +136,15 @@ def make(paths: Sequence[Path | str], *, base: Path | str | None = None) -> Repo
     return of_runs(read_runs(paths), base=None if base is None else read_run(base))
 
 
-def of_runs(runs: list[FinishedRun], *, base: FinishedRun | None = None) -> Report:
-    """All tables of runs that have been read, wherever from; `base` as for `make`."""
+def of_runs(runs: list[FinishedRun], *, base: FinishedRun | None = None, by_seed: Sequence[FinishedRun] = ()) -> Report:
+    """All tables of runs that have been read, wherever from; `base` and `by_seed` as for `summary_table`."""
     found = groups(runs)
-    tables = [summary_table(found, base), perplexity_table(found), records_table(runs), sparsity_table(runs)]
+    tables = [
+        summary_table(found, base, by_seed=by_seed),
+        perplexity_table(found),
+        records_table(runs),
+        sparsity_table(runs),
+    ]
     if len(runs) > 1:
         tables.append(stability_table(found))
     if evaluated := [r | {"run": run.name} for run in runs for r in run.evaluation]:

@@ -7,7 +7,7 @@ seeds, of logarithms, since all of these numbers are ratios or are averaged geom
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from scipy.stats import t as student
@@ -69,13 +69,18 @@ def gap(run: FinishedRun, stage: Stage) -> Estimate | None:
     return None if stage[0] == "dense" or not math.isfinite(value) else Estimate(value)
 
 
-def summary_table(found: Sequence[Group], base: FinishedRun | None = None) -> Table:
+def summary_table(
+    found: Sequence[Group], base: FinishedRun | None = None, *, by_seed: Sequence[FinishedRun] = ()
+) -> Table:
     """A row per group and stage: geometric means over seen and unseen corpora, gap, unseen over dense and over base.
 
     Args:
         base: the run whose `base` stage all others are divided by; None for each run's own, with the same recovery.
+        by_seed: that run with several seeds; each run is then divided by the one of its own seed.
     """
-    rows = [[*named, *_numbers(group, stage, base)] for named, group, stage in _rows(found)]
+    rows = [
+        [*named, *_numbers(group, stage, base, {r.seed: r for r in by_seed})] for named, group, stage in _rows(found)
+    ]
     return Table(
         "summary",
         "Geometric means, gap and ratios",
@@ -119,12 +124,13 @@ def records_table(runs: Sequence[FinishedRun]) -> Table:
     return Table("records", "All perplexities", [*columns, *stamps], rows)
 
 
-def _numbers(group: Group, stage: Stage, base: FinishedRun | None) -> list[Cell]:
+def _numbers(group: Group, stage: Stage, base: FinishedRun | None, by_seed: Mapping[int, FinishedRun]) -> list[Cell]:
     """seen, unseen, gap, unseen / dense, unseen / base of one row."""
 
     def to_base(run: FinishedRun) -> Estimate | None:
         reference = ("base", "none") if base else ("base", stage[1])
-        return None if stage[0] == "dense" else ratio_to(run, stage, base or run, reference)
+        other = by_seed.get(run.seed) if by_seed else base or run
+        return None if stage[0] == "dense" or other is None else ratio_to(run, stage, other, reference)
 
     return [
         _across(group, lambda run: mean_perplexity(run, stage, seen=True)),
