@@ -224,3 +224,20 @@ def test_when_the_first_process_alone_fails_the_second_leaves_quietly(world, tmp
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert "Cannot write" in done.stderr
+
+
+def test_shares_of_the_worst_corpus_agree(world, tmp_path):
+    """Excess losses are averaged over all processes.
+
+    Two corpora of five windows in batches of four: in the last batch each process has one.
+    """
+    worst = ["--sparsity.objective=worst", "--sparsity.worst_step=2"]
+    common = ["--corpora.num_samples=5", "--sparsity.epochs=2", "--export=none", "--evaluation.controls=[]"]
+    found = {}
+    for name, flags in (("one", worst), ("two", [*worst, *TWO])):
+        folder = tmp_path / name
+        done = train(world, folder, tmp_path / f"{name}-cache", *common, *flags)
+        assert done.returncode == 0, done.stderr
+        tensors = read_tensors(folder / "run" / "thresholds.safetensors")
+        found[name] = torch.cat([tensors[key] for key in sorted(tensors)])
+    assert (found["one"] - found["two"]).abs().max() <= 1e-3

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import gprune
 from gprune import outcome, steps
 from gprune.architectures import blocks_of
+from gprune.data import Windows
+from gprune.evaluation.perplexity import perplexity
 from gprune.gates import masked
-from gprune.importance import IMPORTANCE
+from gprune.importance import IMPORTANCE, score_units
 from gprune.masks import Masks, unit_costs
 from gprune.stages.sparsity import ThresholdLearning
+from gprune.statistics import pooled
 from tests import tiny_run
 
 FIELDS = {
@@ -275,6 +279,11 @@ SWITCHES = {
     "odd_target": "--sparsity.target=0.333",
     "consensus": "--reliability.metric=consensus",
     "noise_subtracted": "--partition.subtract_noise=true",
+    "worst": "--sparsity.objective=worst",
+    "through": "--sparsity.through=least_squares",
+    "averaged": "--reliability.metric=averaged",
+    "development": "--evaluation.split=development",
+    "fresh_text": "--corpora.learn_samples=7",
 }
 
 
@@ -415,6 +424,35 @@ def test_recovery_stands_beside_the_same_without_and_the_base_with_it(recovery, 
     for r in result.records:
         same = r["nll"] == plain[r["stage"], r["corpus"]]
         assert same == (r["recovery"] == "none"), r["stage"]
+
+
+@pytest.mark.parametrize("controls", ["[base,base_averaged]", "[base_averaged]", "[]"])
+def test_rows_without_recovery_are_left_out_where_nobody_asks(controls, world, tmp_path, quick, switched):
+    """Also where base_averaged, which then comes with recovery alone, is still to be scored."""
+    result = world.run(tmp_path, "--recovery=bias", f"--evaluation.controls={controls}")
+    stages = [*yaml.safe_load(controls), "gprune"]
+    assert {(r["stage"], r["recovery"]) for r in result.records} == {
+        ("dense", "none"), *((stage, "bias") for stage in stages)
+    }  # fmt: skip
+    full = {(r["stage"], r["recovery"], r["corpus"]): r["nll"] for r in switched("bias").records}
+    assert all(r["nll"] == full[r["stage"], r["recovery"], r["corpus"]] for r in result.records)
+
+
+def test_learning_through_recovery_shows_the_curve_of_the_model_it_ends_in(world, tmp_path, quick):
+    """Development perplexity at the target is that of the saved model, sliced and recovered."""
+    result = world.run(tmp_path, "--sparsity.through=least_squares", "--recovery=least_squares")
+    text = gprune.preparation.prepare_text(result.config, result.tokenizer)
+    learning = json.loads((result.path / "manifest.json").read_text())["learning"]
+    curve = learning["development_perplexity_by_sparsity"]["0.5"]
+    assert set(curve) == {w.corpus for w in text.development}
+    for w in text.development:
+        assert curve[w.corpus] == pytest.approx(perplexity(result.model, w).perplexity, rel=1e-4)
+
+
+def test_learning_through_recovery_takes_other_masks_and_needs_no_recovery_behind_it(switched, finished):
+    result = switched("through")
+    assert result.masks != finished.masks
+    assert {r["recovery"] for r in result.records} == {"none"}
 
 
 def test_one_drift_corpus_turns_drift_and_the_switch_off(world, tmp_path, quick, dense):
@@ -622,3 +660,119 @@ def test_switched_modules_may_rank_by_the_consensus_of_the_drift_corpora(world, 
         for k in record.switched.nonzero()[:, 0].tolist():
             kept, gone = consensus[mask & (labels == k)], consensus[~mask & (labels == k)]
             assert len(kept) == 0 or len(gone) == 0 or kept.min() >= gone.max()
+
+
+def test_all_modules_may_rank_as_the_base_metric_scores_the_averaged_corpora(world, tmp_path, quick, dense):
+    """With the same fraction kept of each, units go in the order of `base_averaged`'s scores inside every module."""
+    flags = ("--reliability.metric=averaged", "--reliability.everywhere=true", "--sparsity.allocation=equal")
+    result = world.run(tmp_path, *flags)
+    pool = pooled(result.statistics[corpus] for corpus in result.config.corpora.drift)
+    scores = score_units(result.config.importance, blocks_of(dense), pool, seed=0).ffn
+    own = score_units(
+        result.config.importance, blocks_of(dense), result.statistics[result.config.corpora.score], seed=0
+    )
+    ordered = []
+    for b, (labels, mask) in enumerate(zip(result.modules.labels, result.masks.ffn, strict=True)):
+        assert bool(result.modules.reliability[b].switched.all())
+        for k in range(int(labels.max()) + 1):
+            kept, gone = mask & (labels == k), ~mask & (labels == k)
+            assert scores[b][kept].min() >= scores[b][gone].max()
+            ordered.append(bool(own.ffn[b][kept].min() >= own.ffn[b][gone].max()))
+    assert not all(ordered)  # the scoring corpus alone has another order
+    # what base_averaged itself keeps is the best of the same scores, block by block
+    for s, mask in zip(scores, masks_of(result, "base_averaged").ffn, strict=True):
+        assert s[mask].min() >= s[~mask].max()
+
+
+# --- which text -------------------------------------------------------------------------------------------------
+
+
+def text_of(world, *flags):
+    cfg = gprune.cli.parse([*world.args(world.model.parent), *flags])
+    tokenizer = tiny_run.tiny_tokenizer()
+    return cfg, gprune.preparation.prepare_text(cfg, tokenizer), tokenizer
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_learning_goes_on_from_calibration_text_to_fresh_text(seed, world):
+    _, text, _ = text_of(world, "--corpora.learn_samples=11", f"--run.seed={seed}")
+    _, plain, _ = text_of(world, f"--run.seed={seed}")
+    _, few, _ = text_of(world, "--corpora.learn_samples=3", f"--run.seed={seed}")
+    assert [w.corpus for w in text.learn] == [str(world.corpora[c]) for c in ("alpha", "beta")]
+    for more, same, less in zip(text.learn, plain.learn, few.learn, strict=True):
+        calibrated = plain.train[more.corpus]
+        assert text.train[more.corpus].content_hash == calibrated.content_hash == same.content_hash
+        assert more.tokens.shape == (11, 32)
+        assert torch.equal(more.tokens[:4], calibrated.tokens)
+        assert torch.equal(less.tokens, calibrated.tokens[:3])
+        assert len({tuple(row.tolist()) for row in more.tokens}) == 11
+    assert text.hashes().keys() == plain.hashes().keys()
+    assert {name for name, found in text.hashes().items() if found != plain.hashes()[name]} == {
+        f"{w.corpus} train learned" for w in text.learn
+    }
+
+
+def test_fresh_text_is_counted_exactly(switched):
+    result = switched("fresh_text")
+    plan = gprune.preparation.check(result.config)
+    assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == 2 * 7 * 32
+    assert result.summary["forward_tokens"] <= plan.forward_tokens
+    worst = gprune.cli.parse(["--config", str(result.path / "config.yaml"), "--sparsity.objective=worst"])
+    assert (
+        gprune.preparation.check(worst).forward_tokens == plan.forward_tokens + 2 * 7 * 32
+    )  # the dense model's losses
+
+
+def test_text_that_was_only_learned_from_counts_as_seen_where_it_is_evaluated(world):
+    """The leak check covers fresh windows, which no calibration reads."""
+    cfg, text, tokenizer = text_of(world, "--corpora.learn_samples=11")
+    copied = Windows(str(world.corpora["delta"]), "test", text.learn[1].tokens[6:8])
+    for found, leaked in ((text, True), (text_of(world)[1], False)):
+        ((seen, share),) = outcome.leaks(cfg, replace(found, test=[copied]), tokenizer).values()
+        assert seen == leaked
+        assert share > 0.9 if leaked else share < 0.1
+
+
+def test_development_text_to_choose_by_is_other_text_and_says_so(switched, finished, world):
+    result = switched("development")
+    assert {r["split"] for r in result.records} == {"development"}
+    assert result.masks == finished.masks  # it is only measured on
+    there, here = ({r["corpus"]: r["content_hash"] for r in run.records} for run in (finished, result))
+    assert there.keys() == here.keys()
+    assert not set(there.values()) & set(here.values())
+    for file, corpus in ((w.corpus, w) for w in text_of(world, "--evaluation.split=development")[1].test):
+        assert corpus.content_hash == here[file]
+    assert {r["split"] for r in finished.records} == {"test"}
+    seen = {r["corpus"] for r in result.records if r["seen"]}
+    assert seen == {str(world.corpora["alpha"])}
+
+
+@pytest.mark.parametrize("split", ["test", "development", "train"])
+def test_text_that_is_measured_on_is_the_same_for_every_seed(split, world):
+    (_, one, _), (_, two, _) = (text_of(world, f"--evaluation.split={split}", f"--run.seed={s}") for s in (0, 1))
+    for role, alike in (("test", True), ("development", True), ("learn", False)):
+        for a, b in zip(getattr(one, role), getattr(two, role), strict=True):
+            assert (a.content_hash == b.content_hash) == alike
+    assert {w.split for w in one.test} == {split}
+
+
+@pytest.mark.parametrize("split", ["development", "test"])
+def test_windows_of_curves_are_used_text_only_beside_test_text(split, world):
+    """On development text they would make every learning corpus's own windows leak."""
+    flags = (
+        f"--evaluation.split={split}",
+        "--evaluation.development_samples=2",
+        "--corpora.score=" + world.names("beta")[1:-1],
+    )
+    cfg, text, tokenizer = text_of(world, *flags)
+    used = {(w.split, w.content_hash) for w in text.used}
+    assert {(w.split, w.content_hash) for w in (*text.learn, *text.train.values())} <= used
+    curve = {(w.split, w.content_hash) for w in text.development}
+    assert len(curve) == 2
+    assert (curve <= used) == (split == "test")
+    shares = {corpus: share for corpus, (_, share) in outcome.leaks(cfg, text, tokenizer).items()}
+    assert max(shares.values()) < 0.1
+    # the windows of a curve are the first ones of those that are evaluated
+    if split == "development":
+        alpha = next(w for w in text.test if w.corpus == str(world.corpora["alpha"]))
+        assert torch.equal(text.development[0].tokens, alpha.tokens)

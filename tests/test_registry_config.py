@@ -163,6 +163,12 @@ CHANGES = {
     "switch": {"reliability": ReliabilityConfig(switch=False)},
     "recovery": {"recovery": "least_squares"},
     "ridge": {"ridge": 0.1},
+    "through": {"sparsity": SparsityConfig(through="least_squares")},
+    "objective": {"sparsity": SparsityConfig(objective="worst")},
+    "offset_rate": {"sparsity": SparsityConfig(offset_learning_rate=0.2)},
+    "learn_samples": {"corpora": CorporaConfig(learn_samples=16)},
+    "everywhere": {"reliability": ReliabilityConfig(everywhere=True)},
+    "split": {"evaluation": EvaluationConfig(split="development")},
     "evaluation": {"evaluation": EvaluationConfig(num_samples=9)},
     "devices": {"trainer": TrainerConfig(devices=2)},
 }

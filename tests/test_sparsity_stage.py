@@ -252,6 +252,93 @@ def test_the_divergence_from_the_dense_model_is_what_is_learned_from(tiny_model)
     assert float(trainer.callback_metrics["learn/loss"]) == pytest.approx(float(expected), rel=1e-4)
 
 
+# --- the worst corpus -------------------------------------------------------------------------------------------
+
+
+def corpora_of(model, sizes: dict[str, int], batch_size: int) -> CorpusDataModule:
+    """Text of the model's own, so many windows of each corpus, each from another seed."""
+    train = [
+        Windows(name, "train", sampled_tokens(model, windows=n, seed=i)) for i, (name, n) in enumerate(sizes.items())
+    ]
+    return CorpusDataModule(train=train, batch_size=batch_size, seed=0)
+
+
+class ByHand(L.Callback):
+    """Calls a function with the stage when a fit begins, and keeps what it gives; shares are then as they were."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def on_train_start(self, trainer, pl_module):
+        self.found = self.call(pl_module)
+        pl_module.corpus_logits.zero_()
+
+
+def test_shares_grow_with_the_exponential_of_excess_losses(tiny_model):
+    """By hand: three corpora, two batches, the second without the third corpus; a window of weight 0 does not count."""
+    excess = [torch.tensor([1.0, 3.0, 0.5, 9.0]), torch.tensor([4.0, -2.0])]
+    corpus, weight = [torch.tensor([0, 0, 2, 1]), torch.tensor([1, 0])], [torch.tensor([1.0, 1, 1, 0]), torch.ones(2)]
+    means = np.array([[2.0, 0.0, 0.5], [-2.0, 4.0, 0.0]])
+
+    def steps(stage):
+        return [stage._move_to_the_worst(*batch) for batch in zip(excess, corpus, weight, strict=True)]
+
+    stage = make_stage(tiny_model, objective="worst", worst_step=0.3, corpora=("a", "b", "c"))
+    callback = ByHand(steps)
+    trainer_of(ApplyMasks(), callback).fit(stage, corpora_of(tiny_model, {"a": 2, "b": 2, "c": 2}, 6))
+    for shares, total in zip(callback.found, means.cumsum(0), strict=True):
+        expected = np.exp(0.3 * total) / np.exp(0.3 * total).sum()
+        np.testing.assert_allclose(shares.numpy(), expected, rtol=1e-6)
+        assert float(shares.sum()) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+def test_the_worst_corpus_is_what_is_learned_from(loss, tiny_model):
+    """The loss is sum_c q_c L_c, q after the step, with L and the dense model's from stock transformers."""
+    data = corpora_of(tiny_model, {"a": 4, "b": 4}, 8)
+    options = {"objective": "worst", "worst_step": 0.5, "corpora": ("a", "b"), "loss": loss}
+    stage = make_stage(tiny_model, **options)
+    texts = [w.tokens for w in data.train]
+    batch = {"input_ids": torch.cat(texts), "weight": torch.ones(8), "corpus": torch.tensor([0] * 4 + [1] * 4)}
+    if loss == "kl":
+        with torch.no_grad():
+            dense = [tiny_model(t).logits[:, :-1].double().log_softmax(-1) for t in texts]
+            with masked(tiny_model, stage.masks()):
+                ours = [tiny_model(t).logits[:, :-1].double().log_softmax(-1) for t in texts]
+        losses = np.array([float((q.exp() * (q - p)).sum(-1).mean()) for q, p in zip(dense, ours, strict=True)])
+        excess = losses
+    else:
+        losses = np.array([pruned_loss(tiny_model, stage.masks(), t) for t in texts])
+        with torch.no_grad():
+            excess = losses - [float(tiny_model(t, labels=t).loss) for t in texts]
+    assert abs(excess[0] - excess[1]) > 0.01
+    callback = ByHand(lambda pl_module: [pl_module.training_step(batch, i).item() for i in range(2)])
+    trainer_of(ApplyMasks(), callback).fit(stage, data)
+    for step, value in enumerate(callback.found, 1):
+        shares = np.exp(0.5 * step * excess) / np.exp(0.5 * step * excess).sum()
+        assert value == pytest.approx(float(shares @ losses), rel=1e-4)
+    # what is logged at an only step: shares, and the plain mean as under other objectives
+    trainer = trainer_of(ApplyMasks())
+    trainer.fit(make_stage(tiny_model, **options), data)
+    shares = np.exp(0.5 * excess) / np.exp(0.5 * excess).sum()
+    assert [float(trainer.callback_metrics[f"learn/share/{c}"]) for c in "ab"] == pytest.approx(list(shares), rel=1e-4)
+    assert float(trainer.callback_metrics["learn/loss"]) == pytest.approx(losses.mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_size"),
+    [({"a": 8}, 4), ({"a": 4, "b": 4}, 3), ({"a": 3, "b": 3, "c": 3}, 4), ({"a": 3, "b": 3, "c": 3}, 7)],
+)
+def test_weights_that_do_not_move_are_the_mean_bit_for_bit(sizes, batch_size, tiny_model):
+    fitted = {}
+    for objective, step in (("mean", 0.1), ("worst", 0.0), ("worst", 3.0)):
+        stage = make_stage(tiny_model, objective=objective, worst_step=step, corpora=tuple(sizes))
+        trainer_of(ApplyMasks(), epochs=2).fit(stage, corpora_of(tiny_model, sizes, batch_size))
+        fitted[step] = torch.cat([t.detach() for t in stage.ffn_thresholds])
+    assert torch.equal(fitted[0.1], fitted[0.0])
+    assert torch.equal(fitted[0.1], fitted[3.0]) == (len(sizes) == 1)  # where there is a worst one, it matters
+
+
 def test_equal_widths_stay_equal_while_learning(tiny_model):
     tokens = sampled_tokens(tiny_model)
     stage = make_stage(tiny_model, uniform=True)
