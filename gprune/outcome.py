@@ -363,6 +363,7 @@ def summarise(
     columns = ["stage", "recovery", "corpus", "seen", "perplexity", "nll", "tokens"]
     tracking.log_table(run.loggers, "perplexity", [{c: r[c] for c in columns} for r in records])
     flat = {f"summary/{row}/{name}": v for row, values in rows.items() for name, v in values.items() if v is not None}
+    flat |= {f"summary/{row}/unseen_over_base": v["ratio"] for row, v in summary["unseen_over_base"].items()}
     tracking.log_scalars(run.loggers, flat, step=0)
     return summary
 
