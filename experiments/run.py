@@ -8,7 +8,8 @@
 A list is YAML: `protocol` (files under all rows), `common` settings, `rows` by name (settings of `train.py`, nested or
 dotted, and `config`, files to start from), `reference` (the row whose stage `base` all others are divided by),
 `compare` (pairs of stages), `spread` (groups of rows that are to lie close together), `seen` (corpora that count as
-seen in every row), `seeds`, and `tasks` for `python -m gprune.evaluation`. Files are named from the list's own folder.
+seen in every row), `seeds`, `tables` (of `gprune.report`, those to print), and `tasks` for `python -m
+gprune.evaluation`. Files are named from the list's own folder.
 
 After each configuration its numbers, masks and costs are written to `experiments/records/runs/`; whichever list asks, a
 configuration whose settings stand there is not run again. Run folders share calibration through the cache.
@@ -56,7 +57,8 @@ HERE = Path(__file__).parent
 RECORDS = HERE / "records" / "runs"
 # Numbers do not depend on these: a row is the same row with and without them.
 OWN = {"export": "none", "logging.mode": "disabled", "run.dir": "runs/experiments"}
-KEYS = {"about", "protocol", "common", "rows", "reference", "compare", "spread", "seeds", "tasks", "seen"}
+KEYS = {"about", "protocol", "common", "rows", "reference", "compare", "spread", "seeds", "tasks", "seen", "tables"}
+TABLES = ("summary", "perplexity", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Listing:
     reference: str | None
     compare: list[tuple[str, str]]
     spread: dict[str, list[str]]
+    tables: tuple[str, ...]  # of the report's, those that are printed
     seen: list[str] | None  # corpora that count as seen in every row; None: each row's own
 
     @classmethod
@@ -132,7 +135,7 @@ class Listing:
         compare = [(str(a), str(b)) for a, b in content.get("compare", [])]
         return cls(
             path, content.get("about", path.stem), rows, content.get("reference"), compare,
-            content.get("spread", {}), content.get("seen"),
+            content.get("spread", {}), tuple(content.get("tables", TABLES)), content.get("seen"),
         )  # fmt: skip
 
 
@@ -290,11 +293,12 @@ def reported(listing: Listing, done: Sequence[tuple[Row, dict[str, Any]]]) -> Re
 def text_of(listing: Listing, done: Sequence[tuple[Row, dict[str, Any]]]) -> str:
     """Markdown: means and ratios, perplexities, comparisons, tasks; then the protocol."""
     made = reported(listing, done)
-    names = ("summary", "perplexity", "evaluation")
-    parts = [
-        f"**{listing.about}**",
-        *(t.to_markdown() + f"\n\n{t.note}" for t in made.tables if t.name in names and t.rows),
-    ]
+    tables = [t for t in made.tables if t.name in listing.tables and t.name != "stability"]
+    if "stability" in listing.tables:  # every seed by itself
+        tables.append(
+            report.stability_table([report.Group([replace(r, name=f"{r.name}, seed {r.seed}")]) for r in made.runs])
+        )
+    parts = [f"**{listing.about}**", *(t.to_markdown() + f"\n\n{t.note}" for t in tables if t.rows)]
     by_name: dict[str, list[FinishedRun]] = {}
     for r in made.runs:
         by_name.setdefault(r.name, []).append(r)

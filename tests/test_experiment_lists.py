@@ -373,6 +373,18 @@ def test_figures_are_drawn_from_records(first, bench, capsys, tmp_path, nothing_
     }
 
 
+def test_a_list_says_which_tables_it_wants_and_masks_of_seeds_are_compared(bench, first, capsys):
+    path = bench.write("masks", {"plain": ROWS["plain"]}, seeds=[0, 1], tables=["stability"])
+    out = bench(capsys, path)
+    assert "| seen" not in out
+    (line,) = [line for line in out.splitlines() if line.startswith("| plain, seed 0")]
+    assert [cell.strip() for cell in line.split("|")[1:4]] == ["plain, seed 0", "plain, seed 1", "ffn"]
+    masks = [lists.unpacked(kept["masks"]).ffn for _, kept in done_of(path)[1]]
+    jaccard = np.mean([float((a & b).sum() / (a | b).sum()) for a, b in zip(*masks, strict=True)])
+    assert float(line.split("|")[4]) == pytest.approx(jaccard, abs=5e-4)
+    assert jaccard < 1
+
+
 def test_spreads_over_rows_of_their_base_and_of_the_result(bench, capsys):
     """log(max / min) of unseen geometric means, by hand from the records."""
     rows = {"a": {}, "b": {"importance": "wifv"}, "c": {"importance": "wifv", "recovery": "bias"}}
