@@ -52,6 +52,7 @@ from gprune.losses import next_token_loss
 from gprune.masks import Masks
 from gprune.preparation import check
 from gprune.report import FinishedRun, Report, row_name
+from gprune.verbs import Parser, run_verb
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "records" / "runs"
@@ -59,6 +60,7 @@ RECORDS = HERE / "records" / "runs"
 OWN = {"export": "none", "logging.mode": "disabled", "run.dir": "runs/experiments"}
 KEYS = {"about", "protocol", "common", "rows", "reference", "compare", "spread", "seeds", "tasks", "seen", "tables"}
 TABLES = ("summary", "perplexity", "evaluation")
+ALL_TABLES = {*TABLES, "records", "sparsity", "stability"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,23 @@ class Row:
         default, settings = (flat(plain(cfg.settings())) for cfg in (gprune.RunConfig(), self.config))
         key = key_of(settings={name: value for name, value in settings.items() if value != default.get(name)})[:10]
         slug = "-".join("".join(c if c.isalnum() else " " for c in self.name.lower()).split())
-        return next(iter(sorted(RECORDS.glob(f"*-{key}.json"))), RECORDS / f"{slug}-seed{self.seed}-{key}.json")
+        there = sorted(RECORDS.glob(f"*-{key}*.json"))
+        # A record under this key may be of other settings, those of a default that has changed since: it stays.
+        again = f"-{len(there)}" if there else ""
+        fresh = RECORDS / f"{slug}-seed{self.seed}-{key}{again}.json"
+        return next((path for path in there if self.is_of(read_json(path))), fresh)
+
+    def is_of(self, kept: dict[str, Any] | None) -> bool:
+        """Whether a record is this row's.
+
+        A setting that did not exist then had its default's effect; one whose default has changed since had the old
+        one's.
+        """
+        if kept is None:
+            return False
+        default = gprune.RunConfig().settings()
+        then, now = (flat(plain(s)) for s in (kept["settings"], self.config.settings()))
+        return flat(plain(default)) | then == now
 
 
 @dataclass(frozen=True)
@@ -123,15 +141,15 @@ class Listing:
                 + (f"; got {', '.join(map(str, unknown))}." if unknown else ".")
             )
         _check_rows(path, content)
-        common = [*_configs(path, content.get("protocol")), *flags_of(OWN), *flags_of(content.get("common") or {})]
+        protocol = _configs(path, content.get("protocol"))
+        common = [*flags_of(OWN), *flags_of(content.get("common") or {})]
         rows = []
         for seed in content.get("seeds", [0]) if seeds is None else seeds:
             for name, settings in content["rows"].items():
                 settings = dict(settings or {})
-                own = [*_configs(path, settings.pop("config", None)), *flags_of(settings)]
-                rows.append(
-                    Row(str(name), seed, (*common, *own, f"--run.seed={seed}", *flags), content.get("tasks") or {})
-                )
+                files = [*protocol, *_configs(path, settings.pop("config", None))]
+                given = (*files, *common, *flags_of(settings), f"--run.seed={seed}", *flags)
+                rows.append(Row(str(name), seed, given, content.get("tasks") or {}))
         compare = [(str(a), str(b)) for a, b in content.get("compare", [])]
         return cls(
             path, content.get("about", path.stem), rows, content.get("reference"), compare,
@@ -140,6 +158,13 @@ class Listing:
 
 
 def _check_rows(path: Path, content: dict[str, Any]) -> None:
+    lists = [content.get("compare", []), content.get("seeds", []), content.get("tables", []), content.get("seen") or []]
+    if not all(isinstance(part, list) for part in lists) or not all(len(pair) == 2 for pair in lists[0]):
+        raise UserError(f"List '{path}': expected lists in compare (of pairs), seeds, tables and seen; see --help.")
+    if unknown := sorted(set(lists[2]) - ALL_TABLES):
+        raise UserError(f"List '{path}', tables: expected of {', '.join(sorted(ALL_TABLES))}, got '{unknown[0]}'.")
+    if content.get("tasks") and not content["tasks"].get("names"):
+        raise UserError(f"List '{path}', tasks: expected names, such as [piqa, arc_easy], got none.")
     names = {str(name) for name in content["rows"]}
     for name, settings in content["rows"].items():
         if not isinstance(settings, dict | None):
@@ -183,17 +208,9 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def found(row: Row) -> dict[str, Any] | None:
-    """The record of an earlier run with the same settings, with the tasks this list asks for.
-
-    A setting that did not exist then had its default's effect; one whose default has changed since had the old one's.
-    """
+    """The record of an earlier run with the same settings, with the tasks this list asks for."""
     kept = read_json(row.path)
-    if kept is None or _tasks_of(row) not in ({}, kept.get("tasks")):
-        return None
-    default, then, now = (
-        flat(plain(s)) for s in (gprune.RunConfig().settings(), kept["settings"], row.config.settings())
-    )
-    return kept if default | then == now else None
+    return kept if row.is_of(kept) and _tasks_of(row) in ({}, kept.get("tasks")) else None
 
 
 def run(row: Row) -> dict[str, Any]:
@@ -216,7 +233,7 @@ def run(row: Row) -> dict[str, Any]:
         "records": [r | {"window_nll": [round(v, 4) for v in r["window_nll"]]} for r in result.records],
     }
     if tasks:
-        kept |= {"tasks": tasks, "evaluation": evaluated(result.path, cfg, tasks)}
+        kept |= {"tasks": tasks, "evaluation": evaluated(result.path, cfg, tasks, kept["inputs"]["model"])}
     write_json(row.path, kept)
     return kept
 
@@ -227,15 +244,15 @@ def _tasks_of(row: Row) -> dict[str, Any]:
     return {name: value for name, value in row.tasks.items() if name != "seeds"} if wanted else {}
 
 
-def evaluated(folder: Path, cfg: gprune.RunConfig, tasks: dict[str, Any]) -> list[dict[str, Any]]:
-    """Records of `python -m gprune.evaluation` on a finished run, the dense model's first."""
+def evaluated(folder: Path, cfg: gprune.RunConfig, tasks: dict[str, Any], dense_model: str) -> list[dict[str, Any]]:
+    """Records of `python -m gprune.evaluation` on a finished run, the dense model's (by its fingerprint) first."""
     from gprune.evaluation import __main__ as evaluation
 
     options = {
         "--tasks": ",".join(tasks["names"]),
         **{f"--{k}": str(tasks[k]) for k in ("limit", "seq_len", "dtype") if k in tasks},
     }
-    shared = RECORDS.parent / "dense" / f"{key_of(model=[cfg.model.name, cfg.model.dtype], tasks=tasks)}.json"
+    shared = RECORDS.parent / "dense" / f"{key_of(model=[dense_model, cfg.model.dtype], tasks=tasks)}.json"
     dense = (read_json(shared) or {}).get("records")
     arguments = [str(folder), *(part for pair in options.items() for part in pair), *(["--dense"] if not dense else [])]
     _, path = evaluation.run(evaluation.parser().parse_args(arguments))
@@ -270,6 +287,11 @@ def as_run(row: Row, kept: dict[str, Any], seen: Sequence[str] | None) -> Finish
     """A record as reports read runs; with `seen`, one division into seen and unseen for all rows."""
     records = kept["records"]
     if seen is not None:
+        if extra := sorted({r["corpus"] for r in records if r["seen"]} - set(seen)):
+            raise UserError(
+                f"Row '{row.name}': expected text that the list calls unseen, got {extra[0]}, which the run used, or "
+                f"which shares text with what it used; add it to `seen` ({', '.join(seen)})."
+            )
         records = [r | {"seen": r["corpus"] in seen} for r in records]
     return FinishedRun(
         path=row.path,
@@ -286,8 +308,24 @@ def as_run(row: Row, kept: dict[str, Any], seen: Sequence[str] | None) -> Finish
 def reported(listing: Listing, done: Sequence[tuple[Row, dict[str, Any]]]) -> Report:
     """The report of finished rows; rows that differ in seed alone are one."""
     runs = [as_run(row, kept, listing.seen) for row, kept in done]
+    _check_text(done)
     by_seed = [r for r in runs if r.name == listing.reference]
     return report.of_runs(runs, base=by_seed[0] if by_seed else None, by_seed=by_seed)
+
+
+def _check_text(done: Sequence[tuple[Row, dict[str, Any]]]) -> None:
+    """Rows that ask for the same text have had the same: mirrors and the interpreter's own text differ by machine."""
+    known: dict[tuple[Any, ...], tuple[str, str]] = {}
+    for row, kept in done:
+        amount = [kept["settings"]["corpora"].get(n) for n in ("num_samples", "learn_samples", "seq_len")]
+        amount += [kept["settings"]["evaluation"].get(n) for n in ("num_samples", "seq_len", "split")]
+        for role, digest in kept["inputs"]["text"].items():
+            name, before = known.setdefault((row.seed, role, *amount), (row.name, digest))
+            if before != digest:
+                raise UserError(
+                    f"Rows '{name}' and '{row.name}' have read other text as {role}: expected one set of mirrors and "
+                    f"one version of Python; remove the record {row.path.name} and run the row again."
+                )
 
 
 def text_of(listing: Listing, done: Sequence[tuple[Row, dict[str, Any]]]) -> str:
@@ -317,14 +355,19 @@ def spreads(listing: Listing, runs: Sequence[FinishedRun]) -> list[list[str]]:
     """log(max / min) of the unseen geometric mean over the rows of each group, of their own base and their result."""
     rows = [["unseen, log(max / min) over", "base", "gprune", "gprune / base"]]
     for group, names in listing.spread.items():
-        chosen = [r for r in runs if r.name in names]
-        if len({r.name for r in chosen}) < len(names):
-            continue  # some are not there yet
         found = []
         for stage in ("base", "gprune"):
-            means = [report.mean_perplexity(r, (stage, r.settings["recovery"]), seen=False).value for r in chosen]
-            found.append(math.log(max(means) / min(means)))
-        rows.append([f"{group}: {', '.join(names)}", *(f"{v:.3f}" for v in (*found, found[1] / found[0]))])
+            means = []
+            for name in names:  # each its geometric mean over seeds
+                of = [
+                    report.mean_perplexity(r, (stage, r.settings["recovery"]), seen=False)
+                    for r in runs
+                    if r.name == name and (stage, r.settings["recovery"]) in report.by_stage(r.records)
+                ]
+                means += [report.over_seeds([e.value for e in of]).value] if of and None not in of else []
+            found.append(math.log(max(means) / min(means)) if len(means) == len(names) > 1 else 0.0)
+        if min(found) > 0:  # else some are not there yet
+            rows.append([f"{group}: {', '.join(names)}", *(f"{v:.3f}" for v in (*found, found[1] / found[0]))])
     return rows if len(rows) > 1 else []
 
 
@@ -355,7 +398,15 @@ def costs_of(done: Sequence[tuple[Row, dict[str, Any]]]) -> str:
     for row, kept in done:
         for step, used in kept["steps"].items():
             tokens = (f"{used.get(kind, 0):,.0f}" for kind in ("forward_tokens", "forward_backward_tokens"))
-            rows.append([row.name, step, f"{used['seconds']:.1f}", *tokens, f"{used['peak_memory_mib']:,}"])
+            rows.append(
+                [
+                    f"{row.name}, seed {row.seed}",
+                    step,
+                    f"{used['seconds']:.1f}",
+                    *tokens,
+                    f"{used['peak_memory_mib']:,}",
+                ]
+            )
     return report.markdown(rows)
 
 
@@ -370,7 +421,8 @@ def token_hours(pending: Sequence[Any]) -> str:
         plan = check(row.config)
         forward, backward = forward + plan.forward_tokens, backward + plan.forward_backward_tokens
     cfg = pending[0].config
-    model, _ = load_model(cfg.model.name, dtype=getattr(torch, cfg.model.dtype))
+    m = cfg.model
+    model, _ = load_model(m.name, dtype=getattr(torch, m.dtype), trust_remote_code=m.trust_remote_code)
     ids = torch.randint(model.config.vocab_size, (cfg.corpora.batch_size, cfg.corpora.seq_len))
     with torch.no_grad():
         next_token_loss(model, ids[:, :64])  # warm
@@ -413,10 +465,10 @@ def commands(path: str, rows: Sequence[Row], flags: Sequence[str]) -> Iterator[s
         yield shlex.join(command)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m experiments.run",
+    made = Parser(
+        "python -m experiments.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Flags of train.py come after --, and last in every row.",
     )  # fmt: skip
     made.add_argument("lists", nargs="+", metavar="LIST", help="YAML files, such as experiments/questions/parts.yaml")
@@ -465,14 +517,17 @@ def work(options: Namespace) -> None:
 
 
 def main() -> None:
-    """Exit code 2 and one line for what a user can mend."""
-    options = arguments(sys.argv[1:])
-    cli.quiet()
-    try:
+    """Exit code 2 and one line for what a user can mend, 130 for Ctrl-C."""
+
+    def listed() -> str:
+        options = arguments(sys.argv[1:])
+        cli.quiet()
         work(options)
-    except UserError as error:
-        sys.stderr.write(f"experiments.run: {error}\n")
-        sys.exit(2)
+        return ""
+
+    code = run_verb("experiments.run", listed, interrupted="Interrupted. Rows that were finished are kept.")
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 from gprune.allocation import ALLOCATION
-from gprune.corpora import check_corpus
+from gprune.corpora import check_corpus, identity
 from gprune.errors import UserError
 from gprune.importance import IMPORTANCE
 from gprune.masks import SCOPES
@@ -79,7 +79,7 @@ class CorporaConfig:
     recover: list[str] = field(default_factory=lambda: ["wiki", "web", "python_code"])
     """Corpora whose statistics, or for least_squares_sequential whose text, recovery uses."""
     evaluate: list[str] = field(default_factory=lambda: ["wiki", "web", "stories", "technical", "python_docs"])
-    """Corpora on whose test split perplexity is reported, seen and unseen apart."""
+    """Corpora on which perplexity is reported (--evaluation.split), seen and unseen apart."""
     num_samples: int = 16
     """Calibration windows per corpus."""
     seq_len: int = 256
@@ -176,7 +176,10 @@ class ReliabilityConfig:
                 f"{', '.join(SEVERAL)}, got '{self.metric}'."
             )
         if self.everywhere and not self.switch:
-            raise UserError("--reliability.everywhere: expected it without --reliability.switch false.")
+            raise UserError(
+                "--reliability.everywhere: expected a switch that all modules take, got --reliability.switch false; "
+                "give one of them."
+            )
 
 
 @dataclass
@@ -213,8 +216,8 @@ class SparsityConfig:
     """cross_entropy: of the next token. kl: divergence from the dense model, one more forward pass per step."""
     through: Literal["none", "least_squares"] = "none"
     """What stands between masks and loss while they are learned. none: removed units are gone, as in the paper.
-    least_squares: those that stay make up for them, as --recovery would have it on --corpora.recover; for runs that
-    end in recovery. Solved anew every few steps."""
+    least_squares: those that stay make up for them, as --recovery least_squares would have it; for runs that end in
+    recovery. Solved anew every few steps, which costs a float64 Cholesky factor per block each time."""
     objective: Literal["mean", "worst"] = "mean"
     """Over the learning corpora. mean: of their losses. worst: corpora whose loss is farthest above the dense model's
     gain weight as learning goes on (group DRO, arXiv 1911.08731); with cross_entropy one more forward pass per step."""
@@ -374,7 +377,8 @@ class RunConfig:
     by block, on those of the pruned and recovered model so far; costs some three forward passes for each pruned
     model), or one registered from Python."""
     ridge: float = 0.01
-    """Ridge of least_squares and least_squares_sequential, relative to the mean diagonal of the Gram matrix."""
+    """Ridge of least_squares, of least_squares_sequential and of --sparsity.through, relative to the mean diagonal of
+    the Gram matrix."""
     gprune: bool = True
     """False: the base metric alone; --sparsity.allocation learned then means uniform."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -399,9 +403,16 @@ class RunConfig:
             )
         if self.gprune and self.sparsity.allocation == "depth":
             raise UserError("--sparsity.allocation depth: a baseline without modules; expected --gprune false with it.")
-        if self.gprune and len(self.corpora.drift) < 2 and self.partition.method == "drift_only":
+        for flag, given in (
+            ("--partition.method drift_only", self.partition.method == "drift_only"),
+            ("--reliability.everywhere true", self.reliability.everywhere),
+        ):
+            if self.gprune and given and len(self.corpora.drift) < 2:
+                raise UserError(f"{flag}: expected two or more --corpora.drift, got {self.corpora.drift}.")
+        if self.learns_recovered and self.recovery not in NEEDS_GRAM | SEQUENTIAL:
             raise UserError(
-                f"--partition.method drift_only: expected two or more --corpora.drift, got {self.corpora.drift}."
+                f"--sparsity.through {self.sparsity.through}: expected a run that ends in least squares, got "
+                f"--recovery {self.recovery}; add --recovery least_squares, or learn with --sparsity.through none."
             )
 
     @property
@@ -490,10 +501,18 @@ class RunConfig:
         """Look every corpus name up, without reading text.
 
         Raises:
-            UserError: listing the corpora there are.
+            UserError: listing the corpora there are; or naming one that would be measured on the text it calibrates.
         """
         for name in dict.fromkeys([*self.used, *self.corpora.evaluate]):
             check_corpus(name)
+        used = {identity(name) for name in self.used}
+        if self.evaluation.split == "train" and (
+            both := [name for name in self.corpora.evaluate if identity(name) in used]
+        ):
+            raise UserError(
+                f"--evaluation.split train: expected corpora that the run does not read, got '{both[0]}'; leave it out "
+                f"of --corpora.evaluate, or measure on development text."
+            )
 
     def settings(self) -> dict:
         """Everything that can change a result, as plain data: what two runs must share to share a folder.

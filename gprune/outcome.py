@@ -289,14 +289,19 @@ def record(
     seen: Mapping[str, tuple[bool, float]],
 ) -> dict[str, Any]:
     """One number with everything needed to repeat it."""
-    dense = stage == "dense"
+    dense, learned = stage == "dense", (stage == "gprune" and cfg.learns) or None
     return {
         "stage": stage,
         "importance": None if dense else cfg.importance,
         "allocation": None if dense else cfg.sparsity.allocation if stage == "gprune" else cfg.base_allocation,
         "partition": cfg.partition.method if stage == "gprune" else None,
         "switch": cfg.reliability.switch and len(cfg.corpora.drift) > 1 if stage == "gprune" else None,
+        "switch_to": cfg.reliability.metric if stage == "gprune" else None,
+        "switch_everywhere": cfg.reliability.everywhere if stage == "gprune" else None,
+        "learn": learned and {n: getattr(cfg.sparsity, n) for n in ("learn", "loss", "objective", "through", "epochs")},
+        "learn_samples": learned and (cfg.corpora.learn_samples or cfg.corpora.num_samples),
         "recovery": recovery,
+        "ridge": None if recovery == "none" else cfg.ridge,
         "sparsity": 0.0 if dense else cfg.sparsity.target,
         "scope": cfg.sparsity.scope,
         "model": report.model_label(cfg.model.name),

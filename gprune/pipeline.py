@@ -23,9 +23,8 @@ from gprune.outcome import evaluate, save_and_check, shrink, summarise
 from gprune.preparation import check, load, prepare_text
 from gprune.results import PruningResult
 from gprune.session import opened
-from gprune.statistics import pooled
 from gprune.steps import (
-    base_masks,
+    base_candidates,
     calibrate,
     learn_sparsity,
     measure_drift,
@@ -57,12 +56,7 @@ def prune(cfg: RunConfig) -> PruningResult:
         statistics = calibrate(cfg, run, model, text)
         source = statistics[cfg.corpora.score]
         scores = score_units(cfg.importance, blocks, source, seed=cfg.run.seed, attention=costs.attention)
-        base = base_masks(cfg, blocks, scores, source, costs, target)
-        candidates = {"base": base}
-        if "base_averaged" in dict(cfg.stages):
-            pool = pooled(statistics[corpus] for corpus in cfg.corpora.drift)
-            averaged = score_units(cfg.importance, blocks, pool, seed=cfg.run.seed, attention=costs.attention)
-            candidates["base_averaged"] = base_masks(cfg, blocks, averaged, pool, costs, target)
+        candidates = base_candidates(cfg, blocks, statistics, scores, costs, target)
 
         modules = thresholds = None
         if cfg.gprune:
@@ -74,7 +68,7 @@ def prune(cfg: RunConfig) -> PruningResult:
             modules, ranks = rank_inside_modules(cfg, run, blocks, statistics, scores, drift, labels)
             # 7, 8
             thresholds, candidates["gprune"] = learn_sparsity(
-                cfg, run, model, text, statistics, modules, ranks, base, costs, target
+                cfg, run, model, text, statistics, modules, ranks, candidates["base"], costs, target
             )
 
         # 9

@@ -182,7 +182,8 @@ def memory_bytes(cfg: RunConfig, dense: PreTrainedModel) -> int:
     gradients = 16 * count_parameters(dense, cfg.sparsity.scope) if "saliency" in cfg.collects else 0
     widest = max(block.neurons for block in blocks)
     activations = 40 * c.batch_size * c.seq_len * widest * len(blocks) if cfg.learns else 0
-    return (2 * limit + largest if offloaded else 2 * weights) + grams + hidden + gradients + activations
+    corrections = sum(b.down.weight.numel() for b in blocks) * width if cfg.learns_recovered else 0
+    return (2 * limit + largest if offloaded else 2 * weights) + grams + hidden + gradients + activations + corrections
 
 
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
@@ -282,7 +283,7 @@ def load(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrai
 
 @dataclass(frozen=True)
 class Text:
-    """Windows by role; the same corpus in two roles has the same windows."""
+    """Windows by role. What calibrates and what is learned on begins with the same windows of a corpus."""
 
     train: Mapping[str, Windows]  # score, drift and recover, by corpus
     learn: list[Windows]  # one per learning corpus, also train text: those above and more, or fewer

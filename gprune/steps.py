@@ -156,6 +156,25 @@ def base_masks(
     return keep_masks(costs, neurons, groups, target=target, width_multiple=s.width_multiple)
 
 
+def base_candidates(
+    cfg: RunConfig,
+    blocks: Sequence[Block],
+    statistics: Mapping[str, CorpusStatistics],
+    scores: Scores,
+    costs: UnitCosts,
+    target: int,
+) -> dict[str, Masks]:
+    """Masks of the base metric: `base` by `scores`, those of `corpora.score`; `base_averaged`, where it is a row of the
+    table, by the same metric on all drift corpora together.
+    """
+    found = {"base": base_masks(cfg, blocks, scores, statistics[cfg.corpora.score], costs, target)}
+    if "base_averaged" in dict(cfg.stages):
+        pool = pooled(statistics[corpus] for corpus in cfg.corpora.drift)
+        averaged = score_units(cfg.importance, blocks, pool, seed=cfg.run.seed, attention=costs.attention)
+        found["base_averaged"] = base_masks(cfg, blocks, averaged, pool, costs, target)
+    return found
+
+
 def measure_drift(cfg: RunConfig, blocks: Sequence[Block], statistics: Mapping[str, CorpusStatistics]) -> list[Drift]:
     """Step 3: rank drift of every neuron and its split-half noise floor, per block.
 
@@ -250,7 +269,7 @@ def rank_inside_modules(
     drift: list[Drift],
     labels: list[Tensor],
 ) -> tuple[Modules, ModuleRanks]:
-    """Step 6: which modules switch to the activation-free metric (or to the consensus of the drift corpora), and
+    """Step 6: which modules switch to the activation-free metric (or to what all drift corpora say together), and
     every unit's rank inside its module.
     """
     r = cfg.reliability
@@ -344,8 +363,9 @@ def make_corrections(cfg: RunConfig, model: PreTrainedModel, statistics: Mapping
                 if bool(keep.all()):
                     added.append(None)
                     continue
-                weight, moments = getattr(block, part).weight.detach().cpu(), getattr(pool, kind)[b].total
-                added.append(least_squares_correction(weight, keep, moments, ridge=cfg.ridge))
+                weight, moments = getattr(block, part).weight.detach(), getattr(pool, kind)[b].total
+                correction = least_squares_correction(weight.cpu(), keep, moments, ridge=cfg.ridge)
+                added.append(correction.to(weight.device))  # once, and not at each forward pass
         return found
 
     return corrections

@@ -265,7 +265,7 @@ def test_later_settings_win_protocol_common_row_and_command_line(bench):
         common={"ridge": 0.2, "sparsity.target": 0.2, "sparsity.epochs": 3},
     )  # fmt: skip
     (row,) = lists.Listing.read(path, flags=["--importance=wifn"]).rows
-    assert (row.config.ridge, row.config.sparsity.target, row.config.importance) == (0.2, 0.3, "wifn")
+    assert (row.config.ridge, row.config.sparsity.target, row.config.importance) == (0.2, 0.2, "wifn")
     assert row.config.sparsity.epochs == 3
 
 
@@ -314,19 +314,20 @@ def test_rows_are_divided_by_the_reference(first):
 def test_one_division_into_seen_and_unseen_for_all_rows(bench, first):
     """`seen` replaces what each row has used; unseen means are over the other corpora."""
     delta, alpha = (str(bench.world.corpora[c]) for c in ("delta", "alpha"))
-    path = bench.write("divided", ROWS, seen=[delta], reference="plain")
+    seen = {alpha, delta}
+    path = bench.write("divided", ROWS, seen=[alpha, delta], reference="plain")
     listing, done = done_of(path)
     runs = lists.reported(listing, done).runs
-    assert {r["corpus"] for run in runs for r in run.records if r["seen"]} == {delta}
-    assert alpha in {r["corpus"] for run in runs for r in run.records if not r["seen"]}
+    assert {r["corpus"] for run in runs for r in run.records if r["seen"]} == seen
+    assert not seen & {r["corpus"] for run in runs for r in run.records if not r["seen"]}
     kept = {row.name: k for row, k in done}
-    expected = paired_bootstrap_ratio(
-        unseen(kept["ours"], "gprune", {delta}), unseen(kept["plain"], "base", {delta}), 31
-    )
+    expected = paired_bootstrap_ratio(unseen(kept["ours"], "gprune", seen), unseen(kept["plain"], "base", seen), 31)
     table = lists.reported(listing, done).tables[0]
     found = {tuple(row[:2]): row[table.columns.index("unseen / base")] for row in table.rows}
     assert found["ours", "gprune"] == Estimate(*expected)
-    assert f"In every row {delta} count as seen" in lists.text_of(listing, done)
+    assert f"In every row {alpha}, {delta} count as seen" in lists.text_of(listing, done)
+    with pytest.raises(UserError, match=r"Row 'plain': expected text that the list calls unseen, got .*alpha"):
+        lists.reported(*done_of(bench.write("hidden", ROWS, seen=[delta])))
 
 
 def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
@@ -360,7 +361,7 @@ def test_costs_of_every_step_are_printed(first, bench, capsys, nothing_runs):
     for row, kept in done:
         assert {"evaluate", "save_and_check"} <= set(kept["steps"])
         for step, used in kept["steps"].items():
-            (line,) = [c for c in cells if c[:2] == (row.name, step)]
+            (line,) = [c for c in cells if c[:2] == (f"{row.name}, seed {row.seed}", step)]
             assert line[2] == f"{used['seconds']:.1f}"
             assert line[3:5] == tuple(f"{used[f'forward{kind}_tokens']:,}" for kind in ("", "_backward"))
             assert line[5] == f"{used['peak_memory_mib']:,}"

@@ -163,7 +163,7 @@ CHANGES = {
     "switch": {"reliability": ReliabilityConfig(switch=False)},
     "recovery": {"recovery": "least_squares"},
     "ridge": {"ridge": 0.1},
-    "through": {"sparsity": SparsityConfig(through="least_squares")},
+    "through": {"sparsity": SparsityConfig(through="least_squares"), "recovery": "least_squares"},
     "objective": {"sparsity": SparsityConfig(objective="worst")},
     "offset_rate": {"sparsity": SparsityConfig(offset_learning_rate=0.2)},
     "learn_samples": {"corpora": CorporaConfig(learn_samples=16)},
@@ -226,6 +226,10 @@ def test_two_nodes_of_one_device_and_one_of_two_are_the_same_run():
     [
         (lambda: RunConfig(importance="wandasp"), "Did you mean 'wanda_sp'.*Available"),
         (lambda: RunConfig(recovery="leastsquares"), "Unknown recovery.*Did you mean 'least_squares'"),
+        (
+            lambda: RunConfig(corpora=CorporaConfig(drift=["wiki"]), reliability=ReliabilityConfig(everywhere=True)),
+            r"--reliability\.everywhere true: expected two or more --corpora\.drift, got \['wiki'\]",
+        ),
         (lambda: RunConfig(ridge=-1), r"--ridge: expected 0 or more, got -1"),
         (lambda: RunConfig(ridge=float("nan")), r"--ridge: expected 0 or more, got nan"),
         (lambda: SparsityConfig(target=0), r"--sparsity\.target.*\(0, 1\), got 0"),
@@ -296,3 +300,12 @@ def test_every_yaml_that_ships_parses(path):
     config = parse(["--config", str(path)])
     assert isinstance(config, RunConfig)
     assert config.settings() != {}
+
+
+def test_train_text_that_calibrates_is_not_measured_on():
+    cfg = RunConfig()
+    cfg.evaluation.split, cfg.corpora.evaluate = "train", ["stories", "web"]
+    with pytest.raises(UserError, match=r"--evaluation\.split train: .* does not read, got 'web'"):
+        cfg.check_names()
+    cfg.corpora.evaluate = ["stories"]
+    cfg.check_names()

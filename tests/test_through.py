@@ -329,9 +329,9 @@ def test_experts_and_sharded_models_are_refused():
     through = SparsityConfig(through="least_squares")
     model = make_tiny("mixtral")
     with pytest.raises(UserError, match=r"--sparsity\.through least_squares: expected a model without experts"):
-        check_blocks(RunConfig(sparsity=through), blocks_of(model), model.config)
+        check_blocks(RunConfig(sparsity=through, recovery="least_squares"), blocks_of(model), model.config)
     check_blocks(RunConfig(sparsity=SparsityConfig()), blocks_of(model), model.config)
-    cfg = RunConfig(sparsity=through)
+    cfg = RunConfig(sparsity=through, recovery="least_squares")
     cfg.model.shard = True
     with pytest.raises(UserError, match=r"each process holds whole, got --model\.shard true"):
         check_blocks(cfg, blocks_of(make_tiny_llama()), make_tiny_llama().config)
@@ -345,10 +345,15 @@ def test_experts_and_sharded_models_are_refused():
     ],
 )  # fmt: skip
 def test_only_learning_needs_gram_matrices_and_the_text_for_them(settings, needs, calibrates):
-    cfg = RunConfig(sparsity=SparsityConfig(**settings))
+    # sequential recovery by itself reads its text alone
+    cfg = RunConfig(sparsity=SparsityConfig(**settings), recovery="least_squares_sequential")
     cfg.corpora.recover = ["stories"]
     assert cfg.needs == needs
-    assert ("stories" in cfg.calibration) == ("stories" in cfg.used) == calibrates
-    cfg.recovery = "least_squares_sequential"  # which reads its text alone
     assert ("stories" in cfg.calibration) == calibrates
     assert "stories" in cfg.used
+
+
+@pytest.mark.parametrize("recovery", ["none", "bias"])
+def test_learning_through_what_does_not_follow_is_refused(recovery):
+    with pytest.raises(UserError, match=rf"--sparsity\.through least_squares: .* got --recovery {recovery}; add"):
+        RunConfig(sparsity=SparsityConfig(through="least_squares"), recovery=recovery)

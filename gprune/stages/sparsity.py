@@ -89,8 +89,8 @@ class ThresholdLearning(FrozenLMStage):
 
     With `recover` the model around which they learn is the one that recovery would leave: the units that stay make up
     for those that go, W_K x_K becomes (W_K + C) x_K, C solved anew for the current masks every `recover_every` steps. C
-    is a constant to the gradient. For a unit that would come back this is still the right gradient on average: what it
-    adds beyond C differs by a combination of x_K, to which the remaining error is orthogonal.
+    is a constant to the gradient, which is then right to first order only as far as the loss is the squared error that
+    C minimises: what a unit that comes back adds beyond C differs by a combination of x_K, orthogonal to that error.
 
     Loss: L(t) = mean over windows of the next-token cross-entropy, in nats per token, of the frozen model whose
     units are multiplied by g_i = h_i + s_i - stop(s_i), where
@@ -188,7 +188,7 @@ class ThresholdLearning(FrozenLMStage):
         )
 
     def refresh_gates(self) -> Masks:
-        """Recompute the gates, in place in the lists that `masks.gated` reads. Returns the hard masks."""
+        """Recompute the gates, in place in the lists that `gates.gated` reads. Returns the hard masks."""
         hard = self.masks()
         self.ffn_gates[:] = [
             self._gate(h, p, t, y)
