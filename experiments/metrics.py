@@ -17,15 +17,17 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import gprune
-from experiments.run import flat, token_hours
+from experiments.run import Row, flat, plain, token_hours
 from gprune import cli
 from gprune.artifacts import read_json, write_json
 from gprune.evaluation.perplexity import generalisation_gap, geometric_mean, paired_bootstrap_ratio
 from gprune.report import by_stage, markdown, row_name
+from gprune.verbs import Parser, run_verb
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "records" / "metrics"
@@ -73,9 +75,10 @@ class Configuration:
     sparsity: float
     flags: tuple[str, ...]
 
-    @property
+    @cached_property
     def config(self) -> gprune.RunConfig:
-        return cli.parse(["--config", str(HERE / "protocol.yaml"), *self.flags])
+        """Raises UserError, with the name, for what train.py would refuse."""
+        return Row(self.name, 0, ("--config", str(HERE / "protocol.yaml"), *self.flags), {}).config
 
     @property
     def path(self) -> Path:
@@ -123,12 +126,20 @@ def run(c: Configuration) -> dict[str, Any]:
 
 
 def found(c: Configuration) -> dict[str, Any] | None:
-    """The records of an earlier run with the same settings. One that did not exist then had its default's effect."""
+    """The records of an earlier run with the same settings that hold every row asked for.
+
+    A setting that did not exist then had its default's effect. Controls are compared by the rows they left: what they
+    are called, and which of them come by default, has changed.
+    """
     kept = read_json(c.path)
     if kept is None:
         return None
-    before, now, default = (flat(s) for s in (kept["settings"], c.config.settings(), gprune.RunConfig().settings()))
-    return kept if default | before == now else None
+    default, before, now = (
+        flat(plain(s)) for s in (gprune.RunConfig().settings(), kept["settings"], c.config.settings())
+    )
+    controls = {"evaluation.controls": None}
+    held = {(r["stage"], r["recovery"]) for r in kept["records"]}
+    return kept if default | before | controls == now | controls and held.issuperset(c.config.stages) else None
 
 
 def rows_of(kept: dict[str, Any], reference: dict[str, list[float]] | None, seen: set[str]) -> list[list[str]]:
@@ -172,7 +183,7 @@ def _ratio(a: dict[str, list[float]], b: dict[str, list[float]], tokens: int) ->
 
 def tables(done: Sequence[tuple[Configuration, dict[str, Any]]]) -> str:
     """Markdown: dense, the metrics by sparsity, the baselines, and what the choice of a metric is worth."""
-    by_name = {c.name: (c, kept) for c, kept in done}
+    by_name = {c.name: kept for c, kept in done}
     start, first = done[0]
     seen = set(start.config.corpora.drift)
     dense = by_stage(first["records"])[("dense", "none")]
@@ -189,8 +200,8 @@ def tables(done: Sequence[tuple[Configuration, dict[str, Any]]]) -> str:
     ]
     parts = ["dense: " + ", ".join(f"{corpus} {dense[corpus]:.2f}" for corpus in order)]
     for sparsity in dict.fromkeys(c.sparsity for c, _ in done):
-        _, anchor = by_name.get(f"wanda_sp {sparsity:g}", done[0])
-        reference = {
+        anchor = by_name.get(f"wanda_sp {sparsity:g}")
+        reference = anchor and {
             r["corpus"]: r["window_nll"]
             for r in anchor["records"]
             if (r["stage"], r["recovery"]) == ("base", "none") and r["corpus"] not in seen
@@ -225,18 +236,29 @@ def metric_spread(done: Sequence[tuple[Configuration, dict[str, Any]]], seen: se
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m experiments.metrics"
+def parser() -> Parser:
+    """The command line."""
+    made = Parser(
+        "python -m experiments.metrics",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Flags of train.py come after --, and last in every configuration.",
     )
-    parser.add_argument("--metrics", nargs="*", default=METRICS, help="default: all")
-    parser.add_argument("--sparsities", nargs="+", type=float, default=(0.5, 0.2, 0.3), help="all metrics at the first")
-    parser.add_argument("--baselines", nargs="*", default=tuple(BASELINES), choices=tuple(BASELINES), metavar="NAME")
-    parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
-    parser.add_argument("flags", nargs="*", help="further flags of train.py, after --")
-    options = parser.parse_args()
+    made.add_argument("--metrics", nargs="*", default=METRICS, help="default: all")
+    made.add_argument("--sparsities", nargs="+", type=float, default=(0.5, 0.2, 0.3), help="all metrics at the first")
+    made.add_argument("--baselines", nargs="*", default=tuple(BASELINES), choices=tuple(BASELINES), metavar="NAME")
+    made.add_argument("--table", action="store_true", help="print what is there; run nothing")
+    return made
+
+
+def work(arguments: Sequence[str]) -> str:
+    """Run what is missing; returns the tables."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    options, flags = parser().parse_args(arguments[:cut]), arguments[cut + 1 :]
     cli.quiet()
-    wanted = list(configurations(options.metrics, options.sparsities, options.baselines, options.flags))
+    for name in options.metrics:
+        gprune.IMPORTANCE[name]  # or UserError
+    wanted = list(configurations(options.metrics, options.sparsities, options.baselines, flags))
     pending = [c for c in wanted if found(c) is None]
     if pending and not options.table:
         sys.stdout.write(token_hours(pending) + "\n")
@@ -246,12 +268,15 @@ def main() -> None:
             sys.stdout.write(f"{c.name}: {time.perf_counter() - started:.0f} s, {len(kept['records'])} records kept\n")
             sys.stdout.flush()
     done = [(c, kept) for c in wanted if (kept := found(c)) is not None]
-    sys.stdout.write("\n" + (tables(done) if done else "No records yet.") + "\n")
+    return "\n" + (tables(done) if done else "No records yet.") + "\n"
+
+
+def main() -> int:
+    """Exit code 2 and one line for what a user can mend."""
+    return run_verb(
+        "experiments.metrics", lambda: work(sys.argv[1:]), interrupted="Interrupted. What was finished is kept."
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except gprune.UserError as error:
-        sys.stderr.write(f"experiments.metrics: {error}\n")
-        sys.exit(2)
+    sys.exit(main())

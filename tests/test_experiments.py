@@ -10,6 +10,7 @@ import pytest
 import gprune
 from experiments import metrics
 from gprune import cli
+from gprune.artifacts import read_json, write_json
 from tests import tiny_run
 
 
@@ -25,10 +26,11 @@ def table(tmp_path_factory):
         def main(capsys, *arguments, flags=()):
             own = [f for f in world.args(folder / "runs") if not f.startswith("--run.name")]
             patch.setattr(sys, "argv", ["metrics", *arguments, "--", *own, *flags])
-            metrics.main()
+            assert metrics.main() == 0
             return capsys.readouterr().out
 
         main.records = folder / "records"
+        main.recover = str(world.corpora["alpha"])
         yield main
 
 
@@ -92,6 +94,67 @@ def test_rows_are_divided_into_seen_and_unseen_by_what_gprune_uses(table, capsys
     assert row[:2] == ["depth (ShortGPT)", "alone"]
     assert float(row[-5]) == pytest.approx((values[corpora[0]] * values[corpora[1]]) ** 0.5, abs=0.06)
     assert float(row[-4]) == pytest.approx(values[corpora[2]], abs=0.06)
+
+
+def test_records_of_before_controls_had_these_names_are_found(table, capsys, monkeypatch):
+    """What `unrecovered` asks for, runs of then left without being asked; a row that is not there is not made up."""
+    arguments = ["--metrics", "--baselines", "depth (ShortGPT)", "wifv, global, bias (FLAP, FFN only)"]
+    flags = ["--corpora.recover=[" + table.recover + "]"]
+    out = table(capsys, *arguments, flags=flags)
+    monkeypatch.setattr(gprune, "prune", lambda cfg: pytest.fail("it ran again"))
+    for path in table.records.glob("*.json"):
+        kept = read_json(path)
+        if not kept["settings"]["gprune"]:
+            kept["settings"]["evaluation"]["controls"] = ["base", "base_averaged"]
+            write_json(path, kept)
+    again = table(capsys, *arguments, flags=flags)
+    assert again[again.index("dense:") :] == out[out.index("dense:") :]
+    path = table.records / "wifv--global--bias--flap--ffn-only-.json"
+    kept = read_json(path)
+    kept["records"] = [r for r in kept["records"] if (r["stage"], r["recovery"]) != ("base", "none")]
+    write_json(path, kept)
+    assert "wifv, global, bias" not in table(capsys, "--table", *arguments, flags=flags)
+
+
+def test_the_records_that_are_kept_here_are_those_of_todays_configurations(monkeypatch):
+    """experiments/README.md quotes them."""
+    monkeypatch.setattr(metrics, "RECORDS", metrics.HERE / "records" / "metrics")
+    wanted = list(metrics.configurations(metrics.METRICS, (0.5, 0.2, 0.3), metrics.BASELINES, []))
+    there = [c.name for c in wanted if c.path.exists()]
+    assert len(there) >= 32
+    assert [c.name for c in wanted if metrics.found(c) is not None] == there
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--tabel"], ["--baselines", "nothing"], ["--metrics", "nothing"], ["--table", "--", "--nothing=1"], ["stray"]],
+)
+def test_arguments_that_cannot_be_are_one_line(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["metrics", *arguments])
+    monkeypatch.setattr(gprune, "prune", lambda cfg: pytest.fail("it ran"))
+    assert metrics.main() == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("experiments.metrics: ")
+    assert err.count("\n") == 1
+
+
+def test_interrupted_is_130(capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["metrics", "--table"])
+    monkeypatch.setattr(metrics, "found", interrupt)
+    assert metrics.main() == 130
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_without_the_reference_metric_nothing_is_divided_by_another(table, capsys):
+    table(capsys, *ARGUMENTS)
+    out = table(capsys, "--table", "--metrics", "random", "--baselines")
+    rows = [line for line in out.splitlines() if line.startswith("| random 0.5")]
+    assert len(rows) == 2
+    assert all(line.split("|")[-2].strip() == "" for line in rows)
 
 
 def test_help_says_how_to_run(capsys, monkeypatch):
