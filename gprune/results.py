@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentError
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class PruningResult:
 
 
 def with_defaults(settings: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an earlier version: one that did not exist then had its default's effect."""
+    """Settings of an earlier version with all that came since: what did not exist then had its default's effect."""
     nested = {k: with_defaults(settings.get(k) or {}, v) for k, v in default.items() if isinstance(v, dict)}
     return {**default, **settings, **nested}
 
@@ -139,6 +139,16 @@ def load_run(path: Path | str) -> PruningResult:
         ) from error
 
 
+def name_controls(cfg: RunConfig, records: Sequence[Mapping[str, Any]]) -> None:
+    """Put `unrecovered` among the controls of a run whose records have such rows.
+
+    Before this control had a name, every run with recovery was evaluated without it as well.
+    """
+    there = any(r["stage"] != "dense" and r["recovery"] == "none" for r in records)
+    if there and cfg.recovery != "none" and "unrecovered" not in cfg.evaluation.controls:
+        cfg.evaluation.controls = [*cfg.evaluation.controls, "unrecovered"]
+
+
 def _read_run(folder: RunFolder, cfg: RunConfig, metrics: dict[str, Any]) -> PruningResult:
     def tensors(name: str) -> dict[str, Tensor]:
         found = folder.read(name)
@@ -146,6 +156,7 @@ def _read_run(folder: RunFolder, cfg: RunConfig, metrics: dict[str, Any]) -> Pru
             raise UserError(f"{folder / name}.safetensors is missing or not whole; run the same command again.")
         return found
 
+    name_controls(cfg, metrics["records"])
     modules = Modules.from_tensors(tensors("modules")) if cfg.gprune else None
     thresholds = None
     if cfg.gprune:
