@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.colors
@@ -21,6 +22,7 @@ from scipy import stats
 
 from gprune import report
 from gprune.artifacts import read_tensors, write_tensors
+from gprune.config import EvaluationConfig, RunConfig
 from gprune.errors import UserError
 from gprune.evaluation.accuracy import paired_difference
 from gprune.evaluation.perplexity import paired_bootstrap_ratio
@@ -239,6 +241,48 @@ def test_another_run_can_be_the_base(run):
     assert row(report.make([other], base=run).tables[0], "other", "gprune")["unseen / base"] is None
 
 
+def test_a_reference_that_is_not_there_yet_leaves_the_ratios_blank(run):
+    runs = report.read_runs([run, another(run, "two", seed=1)])
+    own = report.of_runs(runs).tables[0]
+    blank = report.of_runs(runs, by_seed=[]).tables[0]
+    assert any(cells[-1] is not None for cells in own.rows)
+    assert "base:" not in own.note
+    assert [cells[:-1] for cells in blank.rows] == [cells[:-1] for cells in own.rows]
+    assert all(cells[-1] is None for cells in blank.rows)
+    assert "not there yet" in blank.note
+    assert "ratios" not in report.of_runs(runs, by_seed=[]).figures()
+    half = report.of_runs(report.read_runs([run]), by_seed=runs[1:]).tables[0]
+    assert all(cells[-1] is None for cells in half.rows)  # of another seed
+
+
+def test_one_division_into_seen_and_unseen_for_all_rows(run):
+    runs = report.read_runs([run])
+    delta = runs[0].records[-1]["corpus"]
+    alpha = runs[0].records[0]["corpus"]
+    made = report.of_runs(runs, seen=[delta])
+    summary, perplexities = made.tables[:2]
+    found = row(summary, "one", "gprune")
+    values = {r["corpus"]: r["perplexity"] for r in records_of(run, "gprune")}
+    assert found["seen"].value == pytest.approx(values.pop(delta))
+    assert found["unseen"].value == pytest.approx(np.exp(np.mean(np.log(list(values.values())))))
+    assert [c for c in perplexities.columns if c.endswith("*")] == [f"{delta}*"]
+    for table in (summary, perplexities):
+        assert f"In every row {delta} count as seen" in table.note
+        assert "each run's own" not in table.note
+        assert "by the run" not in table.note
+    plain = report.of_runs(runs)
+    assert plain.tables[0].note.endswith("Seen and unseen are each run's own.")
+    assert "was used by the run" in plain.tables[1].note
+    assert f"{alpha}*" in plain.tables[1].columns
+
+
+@pytest.mark.parametrize("split", ["test", "development"])
+def test_a_model_card_says_whose_text_it_was_evaluated_on(run, split):
+    records = json.loads((run / "metrics.json").read_text())["records"]
+    cfg = RunConfig(evaluation=EvaluationConfig(split=split))
+    assert f"tokens of {split} text per corpus" in report.model_card(cfg, records=records)
+
+
 def test_mask_stability_over_the_runs_given(run):
     same, other = Path(shutil.copytree(run, run.parent / "same")), another(run, "two", seed=1)
     made = report.make([run, same, other])
@@ -254,6 +298,47 @@ def test_mask_stability_over_the_runs_given(run):
     assert [cells[:2] for t in report.make([run, same, other]).tables if t.name == "stability" for cells in t.rows] == [
         ["one", "same"]
     ]
+
+
+def seeds_of_one_name(run: Path) -> list[report.FinishedRun]:
+    """Four seeds under one name, as lists of configurations have them; of the masks only the last two are equal."""
+    runs = report.read_runs([run, *(another(run, f"seed{i}", seed=i) for i in (1, 2, 3))])
+    return [replace(r, name="same", masks=runs[min(i, 2)].masks) for i, r in enumerate(runs)]
+
+
+def test_seeds_that_share_a_name_stay_apart(run):
+    runs = seeds_of_one_name(run)
+    made = report.of_runs(runs)
+    names = [f"same, seed {i}" for i in range(4)]
+    tables = {t.name: t for t in made.tables}
+    assert tables["sparsity"].columns[2:] == names
+    for r, name in zip(runs, names, strict=True):
+        assert row(tables["sparsity"], "neurons", 0)[name] == float((~r.masks.ffn[0]).float().mean())
+    stability = [cells for cells in tables["stability"].rows if cells[2] == "ffn"]
+    assert [cells[:2] for cells in stability[:-1]] == [[a, b] for i, a in enumerate(names) for b in names[i + 1 :]]
+    assert row(tables["stability"], "same, seed 2", "same, seed 3")["Jaccard"] == 1
+    assert stability[-1][:2] == ["same (4 seeds)", "mean over pairs"]
+    assert stability[-1][3] == pytest.approx(np.mean([cells[3] for cells in stability[:-1]]))
+    figures = made.figures()
+    assert [line.get_label() for line in figures["sparsity"].axes[0].get_lines()] == names
+    axes = figures["stability"].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == names
+    assert len(axes.texts) == 6
+
+
+def test_one_name_and_one_seed_twice_are_two_runs_still(run):
+    runs = [replace(r, name="same") for r in report.read_runs([run, another(run, "more", setting=0.5)])]
+    assert list(report.pairs(runs)) == [("same, seed 0", "same, seed 0 (2)")]
+    other = replace(runs[1], name="other")
+    assert list(report.pairs([runs[0], other])) == [("same", "other")]
+
+
+def test_what_many_seeds_write_is_one_folder_of_figures_each(run):
+    report.of_runs(seeds_of_one_name(run)[:2]).write(run.parent / "out", ("png",))
+    assert {p.name for p in (run.parent / "out" / "figures").iterdir() if p.is_dir()} == {
+        "same, seed 0",
+        "same, seed 1",
+    }
 
 
 def test_zero_shot_records_are_taken_up(run):

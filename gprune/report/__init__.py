@@ -34,7 +34,17 @@ from gprune.report.figures import (
     write_figures,
 )
 from gprune.report.masks import pairs, sparsity_table, stability_table
-from gprune.report.runs import FinishedRun, Group, groups, read_run, read_runs, short_names
+from gprune.report.runs import (
+    FinishedRun,
+    Group,
+    divided,
+    groups,
+    read_run,
+    read_runs,
+    run_names,
+    short_names,
+    told_apart,
+)
 from gprune.report.summary import mean_perplexity, over_seeds, perplexity_table, ratio_to, records_table, summary_table
 from gprune.report.tables import (
     Estimate,
@@ -52,8 +62,8 @@ __all__ = [
     "heterogeneity_figure", "make", "markdown", "mean_perplexity", "means_figure", "model_card",
     "model_label", "of_runs", "over_seeds", "pairs",
     "perplexity_figure", "perplexity_table", "ratio_figure", "ratio_to", "read_run", "read_runs", "records_table",
-    "result_table", "row_name", "save", "short_names", "sparsity_figure", "sparsity_lines", "sparsity_table",
-    "stability_figure", "stability_table", "style", "summary_table", "unseen_ratios", "write_figures",
+    "result_table", "row_name", "run_names", "save", "short_names", "sparsity_figure", "sparsity_lines",
+    "sparsity_table", "stability_figure", "stability_table", "style", "summary_table", "unseen_ratios", "write_figures",
 ]  # fmt: skip
 FORMATS = ("png", "svg")
 
@@ -85,8 +95,9 @@ class Report:
 
     def figures(self) -> dict[str, Figure]:
         """Figures over all runs, by name."""
+        runs = told_apart(self.runs)
         names = [
-            *(run.name for run in self.runs),
+            *(run.name for run in runs),
             *(g.name for g in self.groups),
             *([self.base.name] if self.base else []),
         ]
@@ -96,11 +107,11 @@ class Report:
         found = {"means": means_figure([(label, row[3], row[4]) for label, row in (dense, *rows)])}
         if ratios := [(label, row[7]) for label, row in rows if row[7] is not None]:
             found["ratios"] = ratio_figure(ratios, base=f"{short[self.base.name]}: base" if self.base else "base")
-        if len(self.runs) > 1:
-            found["sparsity"] = sparsity_lines({short[run.name]: run.masks for run in self.runs})
-            known = {(short[a], short[b]): kinds["ffn"] for (a, b), kinds in pairs(self.runs).items()}
+        if len(runs) > 1:
+            found["sparsity"] = sparsity_lines({short[run.name]: run.masks for run in runs})
+            known = {(short[a], short[b]): kinds["ffn"] for (a, b), kinds in pairs(runs).items()}
             if jaccard := {pair: (s.jaccard, s.chance) for pair, s in known.items() if s.jaccard is not None}:
-                found["stability"] = stability_figure([short[run.name] for run in self.runs], jaccard)
+                found["stability"] = stability_figure([short[run.name] for run in runs], jaccard)
         return found
 
     def write(self, folder: Path | str, formats: Sequence[str] = FORMATS) -> list[Path]:
@@ -112,7 +123,7 @@ class Report:
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         drawn = self.draw(folder / "figures", formats)
-        for run in self.runs:
+        for run in told_apart(self.runs):
             own = folder / "figures" / ("" if len(self.runs) == 1 else run.name.replace("/", "-"))
             drawn += write_figures(own, run.records, run.modules, run.masks, formats)
         return [*texts, *drawn]
@@ -136,17 +147,24 @@ def make(paths: Sequence[Path | str], *, base: Path | str | None = None) -> Repo
     return of_runs(read_runs(paths), base=None if base is None else read_run(base))
 
 
-def of_runs(runs: list[FinishedRun], *, base: FinishedRun | None = None, by_seed: Sequence[FinishedRun] = ()) -> Report:
-    """All tables of runs that have been read, wherever from; `base` and `by_seed` as for `summary_table`."""
+def of_runs(
+    runs: Sequence[FinishedRun],
+    *,
+    base: FinishedRun | None = None,
+    by_seed: Sequence[FinishedRun] | None = None,
+    seen: Sequence[str] | None = None,
+) -> Report:
+    """All tables of runs that have been read, wherever from; `base`, `by_seed` and `seen` as for `summary_table`."""
+    runs = divided(runs, seen)
     found = groups(runs)
     tables = [
-        summary_table(found, base, by_seed=by_seed),
-        perplexity_table(found),
+        summary_table(found, base, by_seed=by_seed, seen=seen),
+        perplexity_table(found, seen=seen),
         records_table(runs),
         sparsity_table(runs),
     ]
     if len(runs) > 1:
         tables.append(stability_table(found))
-    if evaluated := [r | {"run": run.name} for run in runs for r in run.evaluation]:
+    if evaluated := [r | {"run": run.name} for run in told_apart(runs) for r in run.evaluation]:
         tables.append(evaluation_table(evaluated))
     return Report(runs, found, tables, base)

@@ -67,6 +67,6 @@ def _results(cfg: RunConfig, records: Sequence[dict[str, Any]]) -> str:
 
 {result_table(records)}
 
-{e.num_samples} windows of {e.seq_len} tokens of test text per corpus (stride {e.seq_len}, no BOS), computed in
+{e.num_samples} windows of {e.seq_len} tokens of {e.split} text per corpus (stride {e.seq_len}, no BOS), computed in
 {cfg.model.dtype}. `base` is the metric alone. Seen corpora served the pruning, with other documents.
 """

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from gprune.evaluation.stability import Stability, pairwise_stability
-from gprune.report.runs import FinishedRun, Group
+from gprune.report.runs import FinishedRun, Group, told_apart
 from gprune.report.tables import Cell, Table
 
 
 def sparsity_table(runs: Sequence[FinishedRun]) -> Table:
     """Fraction of units removed in every block of the runs' final masks: a row per block and kind, a column per run."""
     rows: list[list[Cell]] = []
+    names = [run.name for run in told_apart(runs)]
     for kind, unit in (("ffn", "neurons"), ("attention", "KV groups")):
         depth = max(len(getattr(run.masks, kind)) for run in runs)
         columns = [[float((~m).float().mean()) for m in getattr(run.masks, kind)] for run in runs]
@@ -22,9 +23,9 @@ def sparsity_table(runs: Sequence[FinishedRun]) -> Table:
     return Table(
         "sparsity",
         "Sparsity per block",
-        ["unit", "block", *(run.name for run in runs)],
+        ["unit", "block", *names],
         rows,
-        {run.name: 3 for run in runs},
+        dict.fromkeys(names, 3),
         "Fraction of the block's units that the final masks remove.",
     )
 
@@ -53,9 +54,9 @@ def stability_table(found: Sequence[Group]) -> Table:
 
 
 def pairs(runs: Iterable[FinishedRun]) -> dict[tuple[str, str], dict[str, Stability]]:
-    """`pairwise_stability` of the final masks of runs of the same dense model."""
+    """`pairwise_stability` of the final masks of runs of the same dense model, by names that tell runs apart."""
     models: dict[str, dict[str, FinishedRun]] = {}
-    for run in runs:
+    for run in told_apart(runs):
         models.setdefault(run.model, {})[run.name] = run
     return {
         pair: by_kind

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,19 +91,47 @@ def read_run(path: Path | str) -> FinishedRun:
 
 def read_runs(paths: Sequence[Path | str]) -> list[FinishedRun]:
     """Several finished runs, each once, under names that tell them apart."""
-    runs = [read_run(path) for path in {Path(p).expanduser().resolve(): p for p in paths}.values()]
-    names = [run.name for run in runs]
+    return [replace(read_run(path), name=name) for name, path in run_names(paths).items()]
+
+
+def run_names(paths: Sequence[Path | str]) -> dict[str, Path | str]:
+    """The names that `read_runs` gives to folders, each once; nothing is read.
+
+    A name is the folder's own; where two folders share theirs, all are named from the folder they have in common.
+    """
+    folders = {Path(path).expanduser().resolve(): path for path in paths}
+    names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
-        top = os.path.commonpath([run.path.resolve().parent for run in runs])
-        names = [os.path.relpath(run.path.resolve(), top) for run in runs]
-    return [FinishedRun(**{**vars(run), "name": name}) for run, name in zip(runs, names, strict=True)]
+        top = os.path.commonpath([folder.parent for folder in folders])
+        names = [os.path.relpath(folder, top) for folder in folders]
+    return dict(zip(names, folders.values(), strict=True))
+
+
+def told_apart(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
+    """The runs under names of their own: 'NAME, seed S' where several share one, and numbered where that is shared."""
+    runs = list(runs)
+    shared = Counter(run.name for run in runs)
+    named = [f"{run.name}, seed {run.seed}" if shared[run.name] > 1 else run.name for run in runs]
+    times: Counter[str] = Counter()
+    found = []
+    for run, name in zip(runs, named, strict=True):
+        times[name] += 1
+        found.append(replace(run, name=name if times[name] == 1 else f"{name} ({times[name]})"))
+    return found
+
+
+def divided(runs: Iterable[FinishedRun], seen: Sequence[str] | None) -> list[FinishedRun]:
+    """The runs with `seen` as the corpora that count as seen in all of them; None: each run's own."""
+    if seen is None:
+        return list(runs)
+    return [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Names for figures: without the model that all begin with and the hash at the end, where they stay different."""
     heads = {name.split("-gprune-")[0].split("-base-")[0] for name in names}
     cut = len(next(iter(heads))) + 1 if len(heads) == 1 and not heads & set(names) else 0
-    short = {name: re.sub(r"-[0-9a-f]{8}(?= \(|$)", "", name[cut:]) for name in names}
+    short = {name: re.sub(r"-[0-9a-f]{8}(?= \(|, seed |$)", "", name[cut:]) for name in names}
     return short if len(set(short.values())) == len(short) else {name: name for name in names}
 
 

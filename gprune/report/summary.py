@@ -17,7 +17,7 @@ from gprune.evaluation.perplexity import (
     generalisation_gap,
     paired_bootstrap_ratio,
 )
-from gprune.report.runs import FinishedRun, Group
+from gprune.report.runs import FinishedRun, Group, divided
 from gprune.report.tables import Cell, Estimate, Record, Table, by_stage, row_name
 
 Stage = tuple[str, str]  # stage, recovery
@@ -70,17 +70,27 @@ def gap(run: FinishedRun, stage: Stage) -> Estimate | None:
 
 
 def summary_table(
-    found: Sequence[Group], base: FinishedRun | None = None, *, by_seed: Sequence[FinishedRun] = ()
+    found: Sequence[Group],
+    base: FinishedRun | None = None,
+    *,
+    by_seed: Sequence[FinishedRun] | None = None,
+    seen: Sequence[str] | None = None,
 ) -> Table:
     """A row per group and stage: geometric means over seen and unseen corpora, gap, unseen over dense and over base.
 
     Args:
         base: the run whose `base` stage all others are divided by; None for each run's own, with the same recovery.
-        by_seed: that run with several seeds; each run is then divided by the one of its own seed.
+        by_seed: that run with several seeds; each run is then divided by the one of its own seed, and by none where
+            that is missing, as all are while there is none (empty). None: `base` for every seed.
+        seen: the corpora that count as seen in every row; None: each run's own.
     """
-    rows = [
-        [*named, *_numbers(group, stage, base, {r.seed: r for r in by_seed})] for named, group, stage in _rows(found)
-    ]
+    references = None if by_seed is None else {r.seed: r for r in by_seed}
+    named_base = base or next(iter(by_seed or ()), None)
+    rows = [[*named, *_numbers(group, stage, base, references)] for named, group, stage in _rows(_divided(found, seen))]
+    if named_base is not None:
+        about_base = f" base: the stage `base` of {named_base.name}."
+    else:
+        about_base = "" if by_seed is None else " base: the run that rows are divided by is not there yet."
     return Table(
         "summary",
         "Geometric means, gap and ratios",
@@ -89,25 +99,37 @@ def summary_table(
         {"gap": 3, "unseen / dense": 3, "unseen / base": 3},
         "Perplexity, lower is better. In brackets 95 % intervals: bootstrap over windows (paired, for ratios) of a "
         "single run; Student's t over seeds, which have the same windows, where there are several. gap: (unseen pruned "
-        "/ dense) / (seen pruned / dense). Seen and unseen are each run's own."
-        + (f" base: the stage `base` of {base.name}." if base else ""),
+        "/ dense) / (seen pruned / dense). " + _division(seen) + about_base,
     )
 
 
-def perplexity_table(found: Sequence[Group]) -> Table:
-    """A row per group and stage, a column per corpus; seen corpora are starred."""
-    seen = {r["corpus"]: r["seen"] for g in found for run in g.runs for r in run.records}
-    mixed = {c for g in found for run in g.runs for r in run.records if seen[c := r["corpus"]] != r["seen"]}
-    corpora = sorted(seen, key=lambda c: (c not in mixed and not seen[c], c in mixed))
+def perplexity_table(found: Sequence[Group], *, seen: Sequence[str] | None = None) -> Table:
+    """A row per group and stage, a column per corpus; seen corpora are starred. `seen` as for `summary_table`."""
+    found = _divided(found, seen)
+    used = {r["corpus"]: r["seen"] for g in found for run in g.runs for r in run.records}
+    mixed = {c for g in found for run in g.runs for r in run.records if used[c := r["corpus"]] != r["seen"]}
+    corpora = sorted(used, key=lambda c: (c not in mixed and not used[c], c in mixed))
     rows = [[*named, *(_corpus(group, stage, c) for c in corpora)] for named, group, stage in _rows(found)]
-    stars = ["(*)" if c in mixed else "*" if seen[c] else "" for c in corpora]
+    stars = ["(*)" if c in mixed else "*" if used[c] else "" for c in corpora]
     return Table(
         "perplexity",
         "Perplexity by corpus",
         ["run", "stage", "seeds", *(c + star for c, star in zip(corpora, stars, strict=True))],
         rows,
-        note="\\* seen: the corpus, in other documents, was used by the run; (\\*) by some of the runs.",
+        note="\\* seen: the corpus, in other documents, was used by the run; (\\*) by some of the runs."
+        if seen is None
+        else f"\\* seen. {_division(seen)}",
     )
+
+
+def _divided(found: Sequence[Group], seen: Sequence[str] | None) -> list[Group]:
+    return [Group(divided(group.runs, seen)) for group in found]
+
+
+def _division(seen: Sequence[str] | None) -> str:
+    if seen is None:
+        return "Seen and unseen are each run's own."
+    return f"In every row {', '.join(seen) or 'no corpora'} count as seen, and all other text as unseen."
 
 
 def records_table(runs: Sequence[FinishedRun]) -> Table:
@@ -124,12 +146,14 @@ def records_table(runs: Sequence[FinishedRun]) -> Table:
     return Table("records", "All perplexities", [*columns, *stamps], rows)
 
 
-def _numbers(group: Group, stage: Stage, base: FinishedRun | None, by_seed: Mapping[int, FinishedRun]) -> list[Cell]:
+def _numbers(
+    group: Group, stage: Stage, base: FinishedRun | None, by_seed: Mapping[int, FinishedRun] | None
+) -> list[Cell]:
     """seen, unseen, gap, unseen / dense, unseen / base of one row."""
 
     def to_base(run: FinishedRun) -> Estimate | None:
-        reference = ("base", "none") if base else ("base", stage[1])
-        other = by_seed.get(run.seed) if by_seed else base or run
+        reference = ("base", stage[1]) if base is None and by_seed is None else ("base", "none")
+        other = base or run if by_seed is None else by_seed.get(run.seed)
         return None if stage[0] == "dense" or other is None else ratio_to(run, stage, other, reference)
 
     return [
