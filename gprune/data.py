@@ -62,6 +62,7 @@ def make_windows(
     seed: int,
     join: str = "\n\n",
     shuffle: bool = True,
+    flags: tuple[str, str] = ("--corpora.num_samples", "--corpora.seq_len"),
 ) -> Windows:
     """Windows without overlap from the documents joined by `join`; no BOS or EOS is added.
 
@@ -74,6 +75,7 @@ def make_windows(
         join: text between two documents.
         shuffle: True cuts long documents into pieces of about two windows and shuffles the pieces, so that a
             few windows come from many documents; False takes the first windows in document order.
+        flags: what the caller's users set `num_samples` and `seq_len` with, for the error.
 
     Raises:
         UserError: when there is too little text.
@@ -93,7 +95,7 @@ def make_windows(
     if there < wanted:
         raise UserError(
             f"Corpus '{corpus}' ({split}) has {there} windows of {seq_len} tokens, but {wanted} were asked "
-            f"for. Lower --corpora.num_samples or --corpora.seq_len, or name a larger corpus."
+            f"for. Lower {flags[0]} or {flags[1]}, or name a larger corpus."
         )
     return Windows(corpus, split, torch.tensor(tokens[: wanted * seq_len]).view(wanted, seq_len))
 

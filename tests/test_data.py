@@ -67,6 +67,8 @@ def test_too_little_text_says_how_much_there_is():
         windows_of(TEXTS[:1], num_samples=None, seq_len=101)
     with pytest.raises(UserError, match="has 0 windows"):
         windows_of([])
+    with pytest.raises(UserError, match=r"Lower --evaluation\.num_samples or --evaluation\.seq_len, or"):
+        windows_of([], flags=("--evaluation.num_samples", "--evaluation.seq_len"))
 
 
 @given(st.text(alphabet="ab \n", max_size=300), st.integers(2, 40))
