@@ -25,7 +25,7 @@ from tests.conftest import make_tiny_llama
 from tests.tiny_families import make_tiny, some_masks
 
 pytest.importorskip("peft", reason="LoRA needs peft, which the extra `test` brings")
-from experiments import finetune
+from experiments import finetune, lora
 
 
 class Lab:
@@ -56,7 +56,7 @@ def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetune")
     with tiny_run.isolated(folder / "cache"), pytest.MonkeyPatch.context() as patch:
         tiny_run.reload_in_process(patch)
-        patch.setattr(finetune, "RECORDS", folder / "records")
+        patch.setattr(lora, "RECORDS", folder / "records")
         runs = folder / "runs"
         quick = ("--sparsity.allocation=uniform", "--evaluation.curve=[]")
         world.run(runs, *quick, name="small")
@@ -66,21 +66,21 @@ def lab(tmp_path_factory):
         world.run(runs, *base, "--evaluation.num_samples=3", name="more-text")
         made = Lab(world, runs, folder / "records", patch)
         made.batches = []
-        step = finetune.LoraTuning.training_step
+        step = lora.LoraTuning.training_step
 
         def watched(self, batch, batch_idx):
             made.batches[-1].append(batch["input_ids"])
             return step(self, batch, batch_idx)
 
-        tune = finetune.tune
+        tune = lora.tune
 
         def counted(*arguments, **options):
             made.batches.append([])
             return tune(*arguments, **options)
 
         with pytest.MonkeyPatch.context() as watch:
-            watch.setattr(finetune.LoraTuning, "training_step", watched)
-            watch.setattr(finetune, "tune", counted)
+            watch.setattr(lora.LoraTuning, "training_step", watched)
+            watch.setattr(lora, "tune", counted)
             assert made.main("small", "unequal", "--dense", *made.flags()) == 0
         yield made
 
@@ -99,9 +99,9 @@ def test_all_rows_read_the_same_batches_in_the_same_order(lab):
 
 def test_the_sample_is_train_text_and_not_that_of_calibration(lab):
     (row, *_) = finetune.rows_of(finetune.parser().parse_args([str(lab.runs / "small"), *lab.flags()]))
-    _, tokenizer = finetune.load(row)
+    _, tokenizer = lora.load(row)
     calibrated = prepare_text(row.config, tokenizer)
-    windows = finetune.training_text(row.settings, tokenizer)
+    windows = lora.training_text(row.settings, tokenizer)
     assert [(w.split, w.tokens.shape) for w in windows] == [("train", (10, 32))] * 2
     drawn = {tuple(ids) for w in windows for ids in w.tokens.tolist()}
     assert not drawn & {tuple(ids) for w in calibrated.used for ids in w.tokens.tolist()}
@@ -146,8 +146,8 @@ def test_the_table_is_about_text_that_no_row_has_seen_and_divides_window_by_wind
 
 
 def test_finished_rows_are_not_run_again_and_the_table_needs_no_runs(lab, capsys, monkeypatch):
-    monkeypatch.setattr(finetune, "run", lambda *a, **k: pytest.fail("it ran"))
-    monkeypatch.setattr(finetune, "load_model", lambda *a, **k: pytest.fail("it loaded a model"))
+    monkeypatch.setattr(lora, "run", lambda *a, **k: pytest.fail("it ran"))
+    monkeypatch.setattr(lora, "load_model", lambda *a, **k: pytest.fail("it loaded a model"))
     capsys.readouterr()
     assert lab.main("small", "unequal", "--dense", *lab.flags()) == 0
     out = capsys.readouterr().out
@@ -164,7 +164,7 @@ def test_finished_rows_are_not_run_again_and_the_table_needs_no_runs(lab, capsys
 @pytest.mark.parametrize("flag", ["--rank=2", "--seed=1", "--tokens=704", "--dtype=bfloat16", "--learning-rate=1e-4"])
 def test_other_settings_are_other_rows(lab, monkeypatch, flag):
     ran = []
-    monkeypatch.setattr(finetune, "run", lambda row, **_: ran.append(row) or pytest.skip("far enough"))
+    monkeypatch.setattr(lora, "run", lambda row, **_: ran.append(row) or pytest.skip("far enough"))
     with pytest.raises(pytest.skip.Exception):
         lab.main("small", *lab.flags(flag))
     assert ran[0].path not in set(lab.records.iterdir())
@@ -172,14 +172,14 @@ def test_other_settings_are_other_rows(lab, monkeypatch, flag):
 
 def test_lora_leaves_the_weights_untouched_and_registers_the_adapters_alone(lab):
     (row, *_) = finetune.rows_of(finetune.parser().parse_args([str(lab.runs / "unequal"), *lab.flags()]))
-    model, tokenizer = finetune.load(row)
+    model, tokenizer = lora.load(row)
     blocks = blocks_of(model)
     assert len({b.neurons for b in blocks}) > 1
     assert len({b.kv_groups for b in blocks}) > 1
     before, names = fingerprint(model), set(model.state_dict())
-    windows = finetune.training_text(row.settings, tokenizer)
+    windows = lora.training_text(row.settings, tokenizer)
     start = [perplexity(model, w).nll for w in windows]
-    stage = finetune.tune(model, windows, row.settings, accelerator="cpu")
+    stage = lora.tune(model, windows, row.settings, accelerator="cpu")
     after = [perplexity(stage.lm, w).nll for w in windows]
     assert all(b < a for a, b in zip(start, after, strict=True))  # its own text
     assert all(name.startswith("adapters.") for name in stage.state_dict())
@@ -192,8 +192,8 @@ def test_lora_leaves_the_weights_untouched_and_registers_the_adapters_alone(lab)
 def test_more_steps_on_the_same_text_lower_its_loss():
     tokens = torch.randint(3, 128, (4, 32), generator=torch.Generator().manual_seed(0)).repeat(30, 1)
     windows = [Windows("own", "train", tokens)]
-    settings = finetune.Settings(["own"], 3840, 32, 4, 4, 8.0, 2e-2, "float32", 0)
-    stage = finetune.tune(make_tiny_llama(), windows, settings, accelerator="cpu")
+    settings = lora.Settings(["own"], 3840, 32, 4, 4, 8.0, 2e-2, "float32", 0)
+    stage = lora.tune(make_tiny_llama(), windows, settings, accelerator="cpu")
     assert len(stage.losses) == 30
     assert sum(stage.losses[-3:]) < 0.8 * sum(stage.losses[:3])
 
@@ -202,8 +202,8 @@ def test_the_same_seed_gives_the_same_bits():
     windows = [Windows("own", "train", torch.randint(3, 128, (8, 16), generator=torch.Generator().manual_seed(0)))]
 
     def losses(seed):
-        settings = finetune.Settings(["own"], 128, 16, 4, 4, 8.0, 1e-2, "float32", seed)
-        stage = finetune.tune(make_tiny_llama(), windows, settings, accelerator="cpu")
+        settings = lora.Settings(["own"], 128, 16, 4, 4, 8.0, 1e-2, "float32", seed)
+        stage = lora.tune(make_tiny_llama(), windows, settings, accelerator="cpu")
         return stage.losses, stage.read
 
     assert losses(0) == losses(0)
@@ -214,12 +214,12 @@ def test_the_same_seed_gives_the_same_bits():
 def test_adapters_sit_on_every_linear_layer_of_every_family_and_learn_the_models_own_loss(family):
     model = make_tiny(family)
     model = prune(model, some_masks(model, attention=True))
-    names = finetune.linear_layers(model)
+    names = lora.linear_layers(model)
     layers = model.get_submodule(names[0].rpartition(FAMILIES[family].layers)[0] + FAMILIES[family].layers)
     everything = {m for m in layers.modules() if isinstance(m, nn.Linear | Conv1D)}
     assert {model.get_submodule(name) for name in names} == everything
     ids = torch.randint(3, 128, (3, 24), generator=torch.Generator().manual_seed(2))
-    stage = finetune.LoraTuning(model, rank=2, alpha=4.0, learning_rate=1e-2, steps=1)
+    stage = lora.LoraTuning(model, rank=2, alpha=4.0, learning_rate=1e-2, steps=1)
     loss = stage.training_step({"input_ids": ids}, 0)
     loss.backward()
     mine = [p.grad.clone() for p in stage.adapters]
@@ -231,6 +231,55 @@ def test_adapters_sit_on_every_linear_layer_of_every_family_and_learn_the_models
     torch.testing.assert_close(loss, own, atol=1e-5, rtol=1e-5)
     for a, p in zip(mine, stage.adapters, strict=True):
         torch.testing.assert_close(a, p.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_the_table_knows_rows_by_the_names_that_tell_runs_apart(lab, tmp_path, capsys, monkeypatch):
+    """Two folders of one name are `a-small` and `b-small`, as rows and for --table."""
+    monkeypatch.setattr(lora, "RECORDS", tmp_path / "records")
+    folders = [shutil.copytree(lab.runs / "small", tmp_path / where / "small") for where in "ab"]
+    assert lab.main(*map(str, folders), *lab.flags(tokens=128)) == 0
+    assert [r["name"] for r in map(read_json, sorted(lora.RECORDS.iterdir()))] == ["a-small", "b-small"]
+    capsys.readouterr()
+    assert lab.main("--table", *map(str, folders)) == 0
+    out = capsys.readouterr().out
+    assert "| a-small " in out
+    assert "| b-small " in out
+
+
+def test_two_records_for_one_row_of_a_table_are_named(lab, tmp_path, capsys, monkeypatch):
+    """A model that was pruned again under the same name leaves a second record."""
+    monkeypatch.setattr(lora, "RECORDS", tmp_path)
+    (path,) = lab.records.glob("small-*.json")
+    for name, weights in (("small-1.json", {"model.safetensors": "1"}), ("small-2.json", {"model.safetensors": "2"})):
+        kept = read_json(path)
+        kept["identity"]["weights"] = weights
+        write_json(tmp_path / name, kept)
+    assert lab.main("--table") == 2
+    err = capsys.readouterr().err
+    assert str(tmp_path / "small-1.json") in err
+    assert str(tmp_path / "small-2.json") in err
+    (tmp_path / "small-1.json").unlink()
+    assert lab.main("--table") == 0
+
+
+def test_tokens_that_went_astray_are_noticed_before_they_are_evaluated(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "RECORDS", tmp_path)
+    monkeypatch.setattr(lora, "tune", lambda *a, **k: None)
+    with pytest.raises(AssertionError):
+        lab.main("small", *lab.flags())
+
+
+def test_speeds_are_measured_when_the_device_is_done(lab, monkeypatch):
+    (row, *_) = finetune.rows_of(finetune.parser().parse_args([str(lab.runs / "small"), *lab.flags()]))
+    waited = []
+    monkeypatch.setattr(lora, "wait_for", waited.append)
+    assert all(speed > 0 for speed in lora.speeds(row, accelerator="cpu"))
+    assert len(waited) == 8  # before and after each of two, and of two that warm up
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    lora.wait_for(torch.device("cuda"))
+    lora.wait_for(torch.device("cpu"))
+    assert waited[8:] == [torch.device("cuda")]
 
 
 def test_text_that_lora_reads_counts_as_seen(lab, capsys):
@@ -251,7 +300,7 @@ def test_text_that_lora_reads_counts_as_seen(lab, capsys):
 
 
 def test_bfloat16_stays_within_rounding_of_the_run(lab, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune, "RECORDS", tmp_path)
+    monkeypatch.setattr(lora, "RECORDS", tmp_path)
     assert lab.main("unequal", *lab.flags("--dtype=bfloat16", tokens=256)) == 0
     (kept,) = map(read_json, tmp_path.iterdir())
     assert {r["dtype"] for r in kept["records"]} == {"bfloat16"}
@@ -276,7 +325,7 @@ def test_bfloat16_stays_within_rounding_of_the_run(lab, tmp_path, monkeypatch):
     ],
 )
 def test_refused_with_one_line(lab, capsys, monkeypatch, arguments, said):
-    monkeypatch.setattr(finetune, "run", lambda *a, **k: pytest.fail("it ran"))
+    monkeypatch.setattr(lora, "run", lambda *a, **k: pytest.fail("it ran"))
     capsys.readouterr()
     names = [a for a in arguments if not a.startswith("-")]
     assert lab.main(*names, *lab.flags(), *arguments[len(names) :]) == 2
