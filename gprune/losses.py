@@ -88,7 +88,7 @@ def frozen_head_losses(
 
 
 def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of each window's tokens 2..T, in nats: (B,) float32.
+    """Mean loss of each window's tokens 2..T, in nats: (B,) float32; cross-entropy, or with a teacher KL.
 
     Args:
         model: frozen; gates on its blocks get gradients, its weights do not.

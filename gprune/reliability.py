@@ -1,8 +1,9 @@
 """Which modules cannot trust activations, and how neurons rank inside modules.
 
 A module that is sensitive to the distribution *and* weakly activated has an importance order that says more about
-the calibration text than about the neuron. Inside such a module the order comes from an activation-free metric.
-Our reading of GPrune-LLM (arXiv 2603.13418).
+the calibration text than about the neuron. Inside such a module the order comes from a fallback: a metric that needs no
+activations, or, beyond the paper, the base metric seen through all drift corpora (`consensus`, `averaged`). Our reading
+of GPrune-LLM (arXiv 2603.13418).
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def assess_reliability(
 
 
 def switched_share(records: list[ModuleReliability]) -> float:
-    """Fraction of neurons that rank by the activation-free metric."""
+    """Fraction of neurons that rank by the fallback (`--reliability.metric`)."""
     switched = sum(int(r.size[r.switched].sum()) for r in records)
     return switched / sum(int(r.size.sum()) for r in records)
 
@@ -86,7 +87,7 @@ def within_module_ranks(scores: Tensor, fallback: Tensor, labels: Tensor, switch
 
     Args:
         scores: (N,) importance on `corpora.score`.
-        fallback: (N,) activation-free importance, used where the module is switched.
+        fallback: (N,) importance by what modules switch to (`--reliability.metric`), used where the module is switched.
         labels: (N,) modules in [0, K).
         switched: (K,) bool.
 
