@@ -309,6 +309,6 @@ def text_of(settings: Settings, model: PreTrainedModel) -> Tensor:
     _, tokenizer = load_model(settings.model)
     windows = make_windows(
         load_corpus(settings.corpus, "train"), tokenizer, corpus=settings.corpus, split="train",
-        num_samples=settings.windows, seq_len=settings.window, seed=settings.seed,
+        num_samples=settings.windows, seq_len=settings.window, seed=settings.seed, flags=("--windows", "--window"),
     )  # fmt: skip
     return windows.tokens.to(settings.device)

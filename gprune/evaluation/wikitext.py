@@ -61,8 +61,9 @@ def literature_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, seq_len
         UserError: where the text is shorter than one window.
     """
     return make_windows(
-        [text], tokenizer, corpus="wikitext2", split="test", num_samples=None, seq_len=seq_len, seed=0, shuffle=False
-    )
+        [text], tokenizer, corpus="wikitext2", split="test", num_samples=None, seq_len=seq_len, seed=0, shuffle=False,
+        flags=("--limit", "--seq_len"),
+    )  # fmt: skip
 
 
 def wikitext2_perplexity(
