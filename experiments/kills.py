@@ -42,7 +42,15 @@ from gprune.report import markdown
 ROOT = Path(__file__).parent.parent
 STEPS = (
     *("load", "prepare_text", "opened", "calibrate", "score_units", "base_candidates", "measure_drift"),
-    *("partition_neurons", "rank_inside_modules", "learn_sparsity", "shrink", "save_and_check", "evaluate", "summarise"),
+    *(
+        "partition_neurons",
+        "rank_inside_modules",
+        "learn_sparsity",
+        "shrink",
+        "save_and_check",
+        "evaluate",
+        "summarise",
+    ),
 )
 BATCHES = (
     (stages.calibration.CalibrationStage, "test_step"),

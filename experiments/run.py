@@ -284,15 +284,13 @@ def unpacked(kept: dict[str, dict[str, Any]]) -> Masks:
 
 
 def as_run(row: Row, kept: dict[str, Any], seen: Sequence[str] | None) -> FinishedRun:
-    """A record as reports read runs; with `seen`, one division into seen and unseen for all rows."""
+    """A record as reports read runs, unless it has seen what the list calls unseen."""
     records = kept["records"]
-    if seen is not None:
-        if extra := sorted({r["corpus"] for r in records if r["seen"]} - set(seen)):
-            raise UserError(
-                f"Row '{row.name}': expected text that the list calls unseen, got {extra[0]}, which the run used, or "
-                f"which shares text with what it used; add it to `seen` ({', '.join(seen)})."
-            )
-        records = [r | {"seen": r["corpus"] in seen} for r in records]
+    if seen is not None and (extra := sorted({r["corpus"] for r in records if r["seen"]} - set(seen))):
+        raise UserError(
+            f"Row '{row.name}': expected text that the list calls unseen, got {extra[0]}, which the run used, or "
+            f"which shares text with what it used; add it to `seen` ({', '.join(seen)})."
+        )
     return FinishedRun(
         path=row.path,
         name=row.name,
@@ -309,8 +307,8 @@ def reported(listing: Listing, done: Sequence[tuple[Row, dict[str, Any]]]) -> Re
     """The report of finished rows; rows that differ in seed alone are one."""
     runs = [as_run(row, kept, listing.seen) for row, kept in done]
     _check_text(done)
-    by_seed = [r for r in runs if r.name == listing.reference]
-    return report.of_runs(runs, base=by_seed[0] if by_seed else None, by_seed=by_seed)
+    by_seed = [r for r in runs if r.name == listing.reference] if listing.reference else None
+    return report.of_runs(runs, base=by_seed[0] if by_seed else None, by_seed=by_seed, seen=listing.seen)
 
 
 def _check_text(done: Sequence[tuple[Row, dict[str, Any]]]) -> None:
@@ -331,11 +329,7 @@ def _check_text(done: Sequence[tuple[Row, dict[str, Any]]]) -> None:
 def text_of(listing: Listing, done: Sequence[tuple[Row, dict[str, Any]]]) -> str:
     """Markdown: means and ratios, perplexities, comparisons, tasks; then the protocol."""
     made = reported(listing, done)
-    tables = [t for t in made.tables if t.name in listing.tables and t.name != "stability"]
-    if "stability" in listing.tables:  # every seed by itself
-        tables.append(
-            report.stability_table([report.Group([replace(r, name=f"{r.name}, seed {r.seed}")]) for r in made.runs])
-        )
+    tables = [t for t in made.tables if t.name in listing.tables]
     parts = [f"**{listing.about}**", *(t.to_markdown() + f"\n\n{t.note}" for t in tables if t.rows)]
     by_name: dict[str, list[FinishedRun]] = {}
     for r in made.runs:
@@ -346,8 +340,6 @@ def text_of(listing: Listing, done: Sequence[tuple[Row, dict[str, Any]]]) -> str
         parts.append(report.Table("compare", "Comparisons", columns, rows, {"ratio": 3}).to_markdown())
     if spread := spreads(listing, made.runs):
         parts.append(report.markdown(spread))
-    if listing.seen is not None:
-        parts.append(f"In every row {', '.join(listing.seen)} count as seen, and all other text as unseen.")
     return "\n\n".join([*parts, *made.protocols()])
 
 

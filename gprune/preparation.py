@@ -310,21 +310,47 @@ def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
     """
     c, e = cfg.corpora, cfg.evaluation
 
-    def windows(corpus: str, split: str, samples: int, seq_len: int, *, seed: int = 0) -> Windows:
+    def windows(corpus: str, split: str, samples: int, seq_len: int, *flags: str, seed: int = 0) -> Windows:
         # Text that is measured on stays the same for every --run.seed: seeds compare methods, not test sets.
-        texts = load_corpus(corpus, split)
         return make_windows(
-            texts, tokenizer, corpus=corpus, split=split, num_samples=samples, seq_len=seq_len, seed=seed, join=JOIN
-        )
+            load_corpus(corpus, split), tokenizer, corpus=corpus, split=split, num_samples=samples, seq_len=seq_len,
+            seed=seed, join=JOIN, flags=flags,
+        )  # fmt: skip
 
     calibrated = dict.fromkeys([*cfg.calibration, *cfg.roles["recover"]])
     log.info("Reading %d corpora", len({*cfg.used, *c.evaluate}))
     return Text(
-        train={name: windows(name, "train", c.num_samples, c.seq_len, seed=cfg.run.seed) for name in calibrated},
+        train={
+            name: windows(
+                name, "train", c.num_samples, c.seq_len, "--corpora.num_samples", "--corpora.seq_len", seed=cfg.run.seed
+            )
+            for name in calibrated
+        },
         learn=[
-            windows(name, "train", c.learn_samples or c.num_samples, c.seq_len, seed=cfg.run.seed)
+            windows(
+                name,
+                "train",
+                c.learn_samples or c.num_samples,
+                c.seq_len,
+                f"--corpora.{'learn' if c.learn_samples else 'num'}_samples",
+                "--corpora.seq_len",
+                seed=cfg.run.seed,
+            )
             for name in cfg.roles["learn"]
         ],
-        development=[windows(name, "development", e.development_samples, c.seq_len) for name in cfg.roles["learn"]],
-        test=[windows(name, e.split, e.num_samples, e.seq_len) for name in c.evaluate],
+        development=[
+            windows(
+                name,
+                "development",
+                e.development_samples,
+                c.seq_len,
+                "--evaluation.development_samples",
+                "--corpora.seq_len",
+            )
+            for name in cfg.roles["learn"]
+        ],
+        test=[
+            windows(name, e.split, e.num_samples, e.seq_len, "--evaluation.num_samples", "--evaluation.seq_len")
+            for name in c.evaluate
+        ],
     )
