@@ -106,7 +106,7 @@ FLAGS = {
     "quantile": (["--reliability.score_quantile=1.2"], ["--reliability.score_quantile", "[0, 1]", "1.2"]),
     "everywhere without switch": (
         ["--reliability.everywhere=true", "--reliability.switch=false"],
-        ["--reliability.everywhere", "without --reliability.switch false"],
+        ["--reliability.everywhere", "got --reliability.switch false"],
     ),
     "through": (["--sparsity.through=bias"], ["sparsity.through", "least_squares", "bias"]),
     "objective": (["--sparsity.objective=best"], ["sparsity.objective", "worst", "best"]),

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gprune
+from experiments.run import parser as lists_parser
 from gprune.evaluation.__main__ import parser as evaluation_parser
 from gprune.export.__main__ import parser as export_parser
 from gprune.export.hf import save_pruned
@@ -59,7 +60,7 @@ def test_flags_named_in_the_readme_exist():
     known = all_flags(gprune.RunConfig()) | {"--config", "--print_config", "--help"}
     named = {f.rstrip(".") for f in re.findall(r"--[a-z_]+(?:\.[a-z_]+)?", README)}
     assert len(named) > 15
-    parsers = (export_parser(), evaluation_parser(), report_parser())
+    parsers = (export_parser(), evaluation_parser(), report_parser(), lists_parser())
     verbs = {flag for made in parsers for action in made._actions for flag in action.option_strings}
     assert named <= known | verbs, named - known - verbs
 
