@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import gprune
-from experiments.run import Row, flat, plain, token_hours
+from experiments.lists import Row, flat, plain
+from experiments.run import token_hours
 from gprune import cli
 from gprune.artifacts import read_json, write_json
 from gprune.evaluation.perplexity import generalisation_gap, geometric_mean, paired_bootstrap_ratio

@@ -31,6 +31,11 @@ class Masks:
         """Whether each block stays. One without a neuron and without a KV group goes as a whole, norms included."""
         return [bool(f.any() or a.any()) for f, a in zip(self.ffn, self.attention, strict=True)]
 
+    def channels(self, block: Block) -> dict[str, Tensor]:
+        """Columns of its two output projections that stay, by kind: (experts x neurons,) and (heads x dim,) bool."""
+        groups = self.attention[block.index].repeat_interleave(block.channels_per_group)
+        return {"ffn": self.ffn[block.index], "attention": groups}
+
     def tensors(self) -> dict[str, Tensor]:
         """Flat names to tensors, as saved in safetensors."""
         return {f"{kind}.{i}": m for kind in ("ffn", "attention") for i, m in enumerate(getattr(self, kind))}

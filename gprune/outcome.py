@@ -33,7 +33,7 @@ from gprune.recovery import SEQUENTIAL, recover_projection
 from gprune.results import Modules
 from gprune.sequential import PrunedPrefix
 from gprune.session import Run
-from gprune.statistics import CorpusStatistics, pooled
+from gprune.statistics import KINDS, CorpusStatistics, pooled
 from gprune.surgery import count_parameters, prune, prune_to_files, removed_parameters, widths
 from gprune.walk import Walk
 
@@ -76,14 +76,13 @@ def by_projection(
     pool = pooled(statistics[c] for c in cfg.corpora.recover)
 
     def recover(dense: Block, block: Block) -> None:
-        groups = masks.attention[dense.index].repeat_interleave(dense.channels_per_group)
-        for old, new, keep, channel, experts in (
-            (dense.down, block.down, masks.ffn[dense.index], pool.ffn[dense.index], dense.experts),
-            (dense.output, block.output, groups, pool.attention[dense.index], 1),
-        ):
-            if not bool(keep.all()):
-                new.set(*recover_projection(
-                    old.weight.cpu(), keep, channel.total, experts=experts, method=recovery, ridge=cfg.ridge
+        keeps = masks.channels(dense)
+        for kind, part in KINDS:
+            if not bool(keeps[kind].all()):
+                moments = getattr(pool, kind)[dense.index].total
+                block.parts[part].set(*recover_projection(
+                    dense.parts[part].weight.cpu(), keeps[kind], moments,
+                    experts=dense.experts if kind == "ffn" else 1, method=recovery, ridge=cfg.ridge,
                 ))  # fmt: skip
 
     return recover

@@ -357,13 +357,13 @@ def make_corrections(cfg: RunConfig, model: PreTrainedModel, statistics: Mapping
 
     def corrections(masks: Masks) -> Corrections:
         found: Corrections = ([], [])
-        for b, block in enumerate(blocks_of(model)):
-            groups = masks.attention[b].repeat_interleave(block.channels_per_group)
-            for added, (kind, part), keep in zip(found, KINDS, (masks.ffn[b], groups), strict=True):
-                if bool(keep.all()):
+        for block in blocks_of(model):
+            keeps = masks.channels(block)
+            for added, (kind, part) in zip(found, KINDS, strict=True):
+                if bool((keep := keeps[kind]).all()):
                     added.append(None)
                     continue
-                weight, moments = getattr(block, part).weight.detach(), getattr(pool, kind)[b].total
+                weight, moments = block.parts[part].weight.detach(), getattr(pool, kind)[block.index].total
                 correction = least_squares_correction(weight.cpu(), keep, moments, ridge=cfg.ridge)
                 added.append(correction.to(weight.device))  # once, and not at each forward pass
         return found

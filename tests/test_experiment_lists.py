@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gprune
-from experiments import run as lists
+from experiments import lists, results
+from experiments import run as runner
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import paired_bootstrap_ratio
 from gprune.masks import Masks
@@ -65,7 +66,7 @@ class Workbench:
     def __call__(self, capsys, *arguments) -> str:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["run", *map(str, arguments)])
-            lists.main()
+            runner.main()
         return capsys.readouterr().out
 
     def refused(self, capsys, *arguments) -> str:
@@ -100,7 +101,7 @@ def first(bench):
         written = []
         patch.setattr(sys, "argv", ["run", str(path)])
         patch.setattr(sys.stdout, "write", written.append)
-        lists.main()
+        runner.main()
     return path, "".join(written)
 
 
@@ -114,9 +115,9 @@ def test_it_runs_keeps_records_and_prints(bench, first):
     assert out.startswith("3 configurations: at most")
     for row in lists.Listing.read(path).rows:
         assert f"{row.name}, seed 0: " in out
-        kept = lists.found(row)
+        kept = runner.found(row)
         result = gprune.load_run(Path(row.config.run.dir) / row.config.run_name)
-        assert lists.unpacked(kept["masks"]) == result.masks
+        assert results.unpacked(kept["masks"]) == result.masks
         assert kept["settings"] == row.config.settings()
         assert [r["perplexity"] for r in kept["records"]] == [r["perplexity"] for r in result.records]
         assert {"name", "flags", "inputs", "environment", "steps", "summary"} <= set(kept)
@@ -147,8 +148,8 @@ def test_an_equal_row_of_another_list_is_not_run_again(bench, first, nothing_run
 def test_other_settings_and_seeds_run_again(bench, first, capsys, monkeypatch):
     path, _ = first
     ran = []
-    monkeypatch.setattr(lists, "run", lambda row: ran.append((row.name, row.seed, row.config.sparsity.target)))
-    monkeypatch.setattr(lists, "token_hours", lambda pending: f"{len(pending)} pending")
+    monkeypatch.setattr(runner, "run", lambda row: ran.append((row.name, row.seed, row.config.sparsity.target)))
+    monkeypatch.setattr(runner, "token_hours", lambda pending: f"{len(pending)} pending")
     assert "3 pending" in bench(capsys, path, "--", "--sparsity.target=0.4")
     assert ran == [(name, 0, 0.4) for name in ROWS]
     ran.clear()
@@ -163,7 +164,7 @@ def test_other_settings_and_seeds_run_again(bench, first, capsys, monkeypatch):
 def test_new_settings_at_their_default_leave_records_what_they_were(first, monkeypatch):
     """And a default that has changed since does not: its record was made with the old one."""
     row = lists.Listing.read(first[0]).rows[1]
-    kept = lists.found(row)
+    kept = runner.found(row)
 
     def content(**settings) -> dict:
         return kept | {"settings": kept["settings"] | settings}
@@ -171,8 +172,8 @@ def test_new_settings_at_their_default_leave_records_what_they_were(first, monke
     older = content()
     older["settings"].pop("ridge")
     for there, counts in ((older, True), (content(ridge=0.5), False), (content(gone=1), False)):
-        monkeypatch.setattr(lists, "read_json", lambda path, there=there: there)
-        assert (lists.found(row) is not None) == counts
+        monkeypatch.setattr(runner, "read_json", lambda path, there=there: there)
+        assert (runner.found(row) is not None) == counts
 
 
 def test_records_are_named_for_people_and_told_apart_by_settings(bench, first):
@@ -201,10 +202,10 @@ def test_only_some_rows_and_the_reference_are_printed(bench, first, nothing_runs
 def shares(bench, capsys, monkeypatch, path, count: int) -> list[str]:
     """What each of so many machines runs, one after the other has finished."""
     ran, done = [], set()
-    monkeypatch.setattr(lists, "run", lambda row: (ran.append(f"{row.name}/{row.seed}"), done.add(row.path)))
-    monkeypatch.setattr(lists, "token_hours", lambda pending: "")
-    monkeypatch.setattr(lists, "text_of", lambda listing, rows: "")
-    monkeypatch.setattr(lists, "found", lambda row: {} if row.path in done else None)
+    monkeypatch.setattr(runner, "run", lambda row: (ran.append(f"{row.name}/{row.seed}"), done.add(row.path)))
+    monkeypatch.setattr(runner, "token_hours", lambda pending: "")
+    monkeypatch.setattr(runner, "text_of", lambda listing, rows: "")
+    monkeypatch.setattr(runner, "found", lambda row: {} if row.path in done else None)
     for i in range(count):
         bench(capsys, path, "--seeds", "0", "1", "--part", f"{i + 1}/{count}")
     return ran
@@ -228,7 +229,7 @@ def test_command_lines_cover_all_pending_rows_once(bench, first, nothing_runs, c
     for line in bench(capsys, path, "--seeds", "0", "1", "--commands", *more).splitlines():
         python, m, module, *arguments = shlex.split(line)
         assert (python, m, module) == ("python", "-m", "experiments.run")
-        options = lists.arguments(arguments)
+        options = runner.arguments(arguments)
         assert options.lists == [str(path)]
         assert options.flags == more[1:]
         listing = lists.Listing.read(path, seeds=options.seeds, flags=options.flags)
@@ -238,10 +239,10 @@ def test_command_lines_cover_all_pending_rows_once(bench, first, nothing_runs, c
 
 
 def test_flags_of_train_py_come_after_two_dashes():
-    options = lists.arguments(["a.yaml", "b.yaml", "--seeds", "1", "2", "--only", "x", "--", "--ridge=1", "--", "z"])
+    options = runner.arguments(["a.yaml", "b.yaml", "--seeds", "1", "2", "--only", "x", "--", "--ridge=1", "--", "z"])
     assert (options.lists, options.seeds, options.only) == (["a.yaml", "b.yaml"], [1, 2], ["x"])
     assert options.flags == ["--ridge=1", "--", "z"]
-    assert lists.arguments(["a.yaml", "--table"]).flags == []
+    assert runner.arguments(["a.yaml", "--table"]).flags == []
 
 
 def test_settings_nested_dotted_and_of_every_type_reach_the_configuration(bench):
@@ -274,7 +275,7 @@ def test_later_settings_win_protocol_common_row_and_command_line(bench):
 
 def done_of(path: Path, **options) -> tuple[lists.Listing, list]:
     listing = lists.Listing.read(path, **options)
-    return listing, [(row, lists.found(row)) for row in listing.rows]
+    return listing, [(row, runner.found(row)) for row in listing.rows]
 
 
 def unseen(kept: dict, stage: str, seen: set[str]) -> dict[str, list[float]]:
@@ -284,7 +285,7 @@ def unseen(kept: dict, stage: str, seen: set[str]) -> dict[str, list[float]]:
 def test_comparisons_are_paired_over_windows(bench, first):
     listing, done = done_of(first[0])
     kept = {row.name: k for row, k in done}
-    made = lists.reported(listing, done)
+    made = results.reported(listing, done)
     by_name = {r.name: [r] for r in made.runs}
     alpha = {str(bench.world.corpora["alpha"])}
     assert listing.compare == [tuple(pair) for pair in COMPARE]
@@ -292,7 +293,7 @@ def test_comparisons_are_paired_over_windows(bench, first):
         expected = paired_bootstrap_ratio(
             unseen(kept["ours"], "gprune", alpha), unseen(kept[other[0]], other[1], alpha), 31
         )
-        assert lists.compared(by_name, a, b) == Estimate(*expected)
+        assert results.compared(by_name, a, b) == Estimate(*expected)
         assert expected[0] != 1
         assert f"| {a} / {b} | {expected[0]:.3f} [{expected[1]:.3f}, {expected[2]:.3f}] |" in [
             " ".join(line.split()) for line in first[1].splitlines()
@@ -301,7 +302,7 @@ def test_comparisons_are_paired_over_windows(bench, first):
 
 def test_rows_are_divided_by_the_reference(first):
     listing, done = done_of(first[0])
-    table = lists.reported(listing, done).tables[0]
+    table = results.reported(listing, done).tables[0]
     column = table.columns.index("unseen / base")
     ratios = {tuple(row[:2]): row[column] for row in table.rows}
     kept = {row.name: k for row, k in done}
@@ -317,17 +318,17 @@ def test_one_division_into_seen_and_unseen_for_all_rows(bench, first):
     seen = {alpha, delta}
     path = bench.write("divided", ROWS, seen=[alpha, delta], reference="plain")
     listing, done = done_of(path)
-    runs = lists.reported(listing, done).runs
+    runs = results.reported(listing, done).runs
     assert {r["corpus"] for run in runs for r in run.records if r["seen"]} == seen
     assert not seen & {r["corpus"] for run in runs for r in run.records if not r["seen"]}
     kept = {row.name: k for row, k in done}
     expected = paired_bootstrap_ratio(unseen(kept["ours"], "gprune", seen), unseen(kept["plain"], "base", seen), 31)
-    table = lists.reported(listing, done).tables[0]
+    table = results.reported(listing, done).tables[0]
     found = {tuple(row[:2]): row[table.columns.index("unseen / base")] for row in table.rows}
     assert found["ours", "gprune"] == Estimate(*expected)
-    assert f"In every row {alpha}, {delta} count as seen" in lists.text_of(listing, done)
+    assert f"In every row {alpha}, {delta} count as seen" in results.text_of(listing, done)
     with pytest.raises(UserError, match=r"Row 'plain': expected text that the list calls unseen, got .*alpha"):
-        lists.reported(*done_of(bench.write("hidden", ROWS, seen=[delta])))
+        results.reported(*done_of(bench.write("hidden", ROWS, seen=[delta])))
 
 
 def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
@@ -337,20 +338,20 @@ def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
     assert out.startswith("5 configurations") or out.startswith("6 configurations")  # one is there already
     listing, done = done_of(path)
     assert [(row.name, row.seed) for row, _ in done] == [(name, seed) for seed in (0, 1, 2) for name in rows]
-    table = lists.reported(listing, done).tables[0]
+    table = results.reported(listing, done).tables[0]
     by_stage = {(row[0], row[1]): row for row in table.rows}
     assert by_stage["plain (3 seeds)", "base"][2] == by_stage["wifv (3 seeds)", "base"][2] == 3
     seen = {str(bench.world.corpora["alpha"])}
     pairs = [[k for row, k in done if row.seed == seed] for seed in (0, 1, 2)]
     ratios = [paired_bootstrap_ratio(unseen(b, "base", seen), unseen(a, "base", seen), 31)[0] for a, b in pairs]
-    by_name = {name: [lists.as_run(row, k, None) for row, k in done if row.name == name] for name in rows}
-    assert lists.compared(by_name, "wifv: base", "plain: base") == over_seeds(ratios)
+    by_name = {name: [results.as_run(row, k, None) for row, k in done if row.name == name] for name in rows}
+    assert results.compared(by_name, "wifv: base", "plain: base") == over_seeds(ratios)
     assert len(set(ratios)) == 3
     # each seed is divided by the reference's run of that seed
     column = table.columns.index("unseen / base")
     assert by_stage["wifv (3 seeds)", "base"][column] == over_seeds(ratios)
     assert by_stage["plain (3 seeds)", "base"][column] is None
-    fewer = lists.reported(listing, [(row, k) for row, k in done if (row.name, row.seed) != ("plain", 2)]).tables[0]
+    fewer = results.reported(listing, [(row, k) for row, k in done if (row.name, row.seed) != ("plain", 2)]).tables[0]
     assert {row[column] for row in fewer.rows if row[0].startswith("wifv")} == {None}  # nothing to divide by
 
 
@@ -380,7 +381,7 @@ def test_a_list_says_which_tables_it_wants_and_masks_of_seeds_are_compared(bench
     assert "| seen" not in out
     (line,) = [line for line in out.splitlines() if line.startswith("| plain, seed 0")]
     assert [cell.strip() for cell in line.split("|")[1:4]] == ["plain, seed 0", "plain, seed 1", "ffn"]
-    masks = [lists.unpacked(kept["masks"]).ffn for _, kept in done_of(path)[1]]
+    masks = [results.unpacked(kept["masks"]).ffn for _, kept in done_of(path)[1]]
     jaccard = np.mean([float((a & b).sum() / (a | b).sum()) for a, b in zip(*masks, strict=True)])
     assert float(line.split("|")[4]) == pytest.approx(jaccard, abs=5e-4)
     assert jaccard < 1
@@ -392,7 +393,7 @@ def test_spreads_over_rows_of_their_base_and_of_the_result(bench, capsys):
     spread = {"metrics": ["a", "b"], "all": ["a", "b", "c"]}
     path = bench.write("spread", rows, spread=spread)
     listing = lists.Listing.read(path)
-    assert lists.spreads(listing, []) == []  # none is there yet
+    assert results.spreads(listing, []) == []  # none is there yet
     out = bench(capsys, path)
     listing, done = done_of(path)
     alpha = str(bench.world.corpora["alpha"])
@@ -441,23 +442,23 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     own = {"common": {"ridge": 0.3}}  # records of their own
     path = bench.write("tasks", rows, tasks=tasks, **own)
     listing = lists.Listing.read(path)
-    kept = [lists.run(row) for row in listing.rows]
+    kept = [runner.run(row) for row in listing.rows]
     assert [(c.tasks, c.limit, c.dense) for c in calls] == [("piqa,arc_easy", 4, True), ("piqa,arc_easy", 4, False)]
     assert [cfg.export for cfg in configs] == ["none", "hf"]  # masks do not hold what recovery changed
     for k in kept:
         assert [r["stage"] for r in k["evaluation"]] == ["dense"] * 2 + ["base"] * 2
-    assert all(lists.found(row) for row in listing.rows)
+    assert all(runner.found(row) for row in listing.rows)
     # a list without tasks is content with that, and prints none; one with others, or of another model, is not
-    assert lists.as_run(lists.Listing.read(bench.write("none", rows, **own)).rows[0], kept[0], None).evaluation == []
-    assert all(lists.found(row) for row in lists.Listing.read(bench.write("none", rows, **own)).rows)
+    assert results.as_run(lists.Listing.read(bench.write("none", rows, **own)).rows[0], kept[0], None).evaluation == []
+    assert all(runner.found(row) for row in lists.Listing.read(bench.write("none", rows, **own)).rows)
     more = lists.Listing.read(bench.write("more", rows, tasks=tasks | {"limit": 9}, **own))
-    assert not any(map(lists.found, more.rows))
-    assert not any(map(lists.found, lists.Listing.read(path, flags=["--model.dtype=bfloat16"]).rows))
+    assert not any(map(runner.found, more.rows))
+    assert not any(map(runner.found, lists.Listing.read(path, flags=["--model.dtype=bfloat16"]).rows))
     low = lists.Listing.read(path, flags=["--model.dtype=bfloat16"]).rows[0]
-    lists.run(low)
+    runner.run(low)
     assert calls[-1].dense  # of its own
     # with a seed that the tasks do not name, there are none
-    assert "evaluation" not in lists.run(lists.Listing.read(path, seeds=[1]).rows[0])
+    assert "evaluation" not in runner.run(lists.Listing.read(path, seeds=[1]).rows[0])
 
 
 # --- masks ------------------------------------------------------------------------------------------------------
@@ -470,8 +471,8 @@ def test_packed_masks_come_back(data, depth):
         return [torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in sizes]
 
     masks = Masks(drawn(), drawn())
-    kept = json.loads(json.dumps(lists.packed(masks)))
-    again = lists.unpacked(kept)
+    kept = json.loads(json.dumps(results.packed(masks)))
+    again = results.unpacked(kept)
     assert again == masks
     assert all(m.dtype == torch.bool for m in (*again.ffn, *again.attention))
 
@@ -531,8 +532,8 @@ def test_a_stage_that_is_not_there_is_named(bench, first, capsys, nothing_runs):
 def test_compare_waits_for_rows_that_have_not_run(bench, first):
     path = bench.write("waiting", ROWS | {"later": {"sparsity.target": 0.1}}, compare=[["later: gprune", "ours: base"]])
     listing = lists.Listing.read(path)
-    done = [(row, kept) for row in listing.rows if (kept := lists.found(row)) is not None]
+    done = [(row, kept) for row in listing.rows if (kept := runner.found(row)) is not None]
     assert len(done) == 3
-    assert "Comparisons" not in lists.text_of(listing, done)
+    assert "Comparisons" not in results.text_of(listing, done)
     with pytest.raises(UserError, match="expected a stage"):
-        lists.compared({r.name: [r] for r in lists.reported(listing, done).runs}, "ours", "ours: base")
+        results.compared({r.name: [r] for r in results.reported(listing, done).runs}, "ours", "ours: base")

@@ -267,7 +267,7 @@ def test_one_division_into_seen_and_unseen_for_all_rows(run):
     assert found["unseen"].value == pytest.approx(np.exp(np.mean(np.log(list(values.values())))))
     assert [c for c in perplexities.columns if c.endswith("*")] == [f"{delta}*"]
     for table in (summary, perplexities):
-        assert f"In every row {delta} count as seen" in table.note
+        assert f"In every row {delta} counts as seen" in table.note
         assert "each run's own" not in table.note
         assert "by the run" not in table.note
     plain = report.of_runs(runs)

@@ -129,7 +129,10 @@ def _divided(found: Sequence[Group], seen: Sequence[str] | None) -> list[Group]:
 def _division(seen: Sequence[str] | None) -> str:
     if seen is None:
         return "Seen and unseen are each run's own."
-    return f"In every row {', '.join(seen) or 'no corpora'} count as seen, and all other text as unseen."
+    if not seen:
+        return "All text is unseen in every row."
+    verb = "counts" if len(seen) == 1 else "count"
+    return f"In every row {', '.join(seen)} {verb} as seen, and all other text as unseen."
 
 
 def records_table(runs: Sequence[FinishedRun]) -> Table:

@@ -1,0 +1,204 @@
+"""List files: rows of settings by name, with the protocol they share. `experiments.run` runs them.
+
+A list is YAML: `protocol` (files under all rows), `common` settings, `rows` by name (settings of `train.py`, nested or
+dotted, and `config`, files to start from), `reference` (the row whose stage `base` all others are divided by),
+`compare` (pairs of stages), `spread` (groups of rows that are to lie close together), `seen` (corpora that count as
+seen in every row), `seeds`, `tables` (of `gprune.report`, those to print), and `tasks` for `python -m
+gprune.evaluation`. Files are named from the list's own folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import gprune
+from gprune import cli
+from gprune.artifacts import key_of, read_json
+from gprune.errors import UserError
+
+RECORDS = Path(__file__).parent / "records" / "runs"
+# Numbers do not depend on these: a row is the same row with and without them.
+OWN = {"export": "none", "logging.mode": "disabled", "run.dir": "runs/experiments"}
+KEYS = {"about", "protocol", "common", "rows", "reference", "compare", "spread", "seeds", "tasks", "seen", "tables"}
+TABLES = ("summary", "perplexity", "evaluation")
+ALL_TABLES = {*TABLES, "records", "sparsity", "stability"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration with one seed."""
+
+    name: str
+    seed: int
+    flags: tuple[str, ...]
+    tasks: dict[str, Any]
+
+    @cached_property
+    def config(self) -> gprune.RunConfig:
+        """Raises UserError, with the row's name, for what train.py would refuse."""
+        try:
+            return cli.parse(list(self.flags))
+        except (UserError, argparse.ArgumentError) as error:
+            raise UserError(f"Row '{self.name}': {error}") from error
+
+    @property
+    def wanted_tasks(self) -> dict[str, Any]:
+        """The tasks of the list, unless it asks for them with other seeds only."""
+        wanted = self.seed in self.tasks.get("seeds", [self.seed])
+        return {name: value for name, value in self.tasks.items() if name != "seeds"} if wanted else {}
+
+    @cached_property
+    def path(self) -> Path:
+        """Where its record is, under whatever name another list gave the row; or where it will be.
+
+        Told apart by the settings that are not the defaults, so that a setting that is new today, at its default,
+        leaves yesterday's records what they were.
+        """
+        default, settings = (flat(plain(cfg.settings())) for cfg in (gprune.RunConfig(), self.config))
+        key = key_of(settings={name: value for name, value in settings.items() if value != default.get(name)})[:10]
+        slug = "-".join("".join(c if c.isalnum() else " " for c in self.name.lower()).split())
+        there = sorted(RECORDS.glob(f"*-{key}*.json"))
+        # A record under this key may be of other settings, those of a default that has changed since: it stays.
+        again = f"-{len(there)}" if there else ""
+        fresh = RECORDS / f"{slug}-seed{self.seed}-{key}{again}.json"
+        return next((path for path in there if self.is_of(read_json(path))), fresh)
+
+    def is_of(self, kept: dict[str, Any] | None) -> bool:
+        """Whether a record is this row's.
+
+        A setting that did not exist then had its default's effect; one whose default has changed since had the old
+        one's.
+        """
+        if kept is None:
+            return False
+        default = gprune.RunConfig().settings()
+        then, now = (flat(plain(s)) for s in (kept["settings"], self.config.settings()))
+        return flat(plain(default)) | then == now
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A list file."""
+
+    path: Path
+    about: str
+    rows: list[Row]
+    reference: str | None
+    compare: list[tuple[str, str]]
+    spread: dict[str, list[str]]
+    tables: tuple[str, ...]  # of the report's, those that are printed
+    seen: list[str] | None  # corpora that count as seen in every row; None: each row's own
+
+    @classmethod
+    def read(cls, path: Path | str, *, seeds: Sequence[int] | None = None, flags: Sequence[str] = ()) -> Listing:
+        """Parse a list; `flags` come last in every row.
+
+        Raises:
+            UserError: for a file that is none, an unknown key, a row that is no mapping or that there is not.
+        """
+        path = Path(path)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"List '{path}': expected a YAML file, but {type(error).__name__} came up.") from error
+        if not isinstance(content, dict) or not isinstance(content.get("rows"), dict) or set(content) - KEYS:
+            unknown = sorted(set(content) - KEYS) if isinstance(content, dict) else []
+            raise UserError(
+                f"List '{path}': expected a mapping with 'rows' and of {', '.join(sorted(KEYS))}"
+                + (f"; got {', '.join(map(str, unknown))}." if unknown else ".")
+            )
+        _check_rows(path, content)
+        protocol = _configs(path, content.get("protocol"))
+        common = [*flags_of(OWN), *flags_of(content.get("common") or {})]
+        rows = []
+        for seed in content.get("seeds", [0]) if seeds is None else seeds:
+            for name, settings in content["rows"].items():
+                settings = dict(settings or {})
+                files = [*protocol, *_configs(path, settings.pop("config", None))]
+                given = (*files, *common, *flags_of(settings), f"--run.seed={seed}", *flags)
+                rows.append(Row(str(name), seed, given, content.get("tasks") or {}))
+        compare = [(str(a), str(b)) for a, b in content.get("compare", [])]
+        return cls(
+            path, content.get("about", path.stem), rows, content.get("reference"), compare,
+            content.get("spread", {}), tuple(content.get("tables", TABLES)), content.get("seen"),
+        )  # fmt: skip
+
+
+def _check_rows(path: Path, content: dict[str, Any]) -> None:
+    lists = [content.get("compare", []), content.get("seeds", []), content.get("tables", []), content.get("seen") or []]
+    if not all(isinstance(part, list) for part in lists) or not all(len(pair) == 2 for pair in lists[0]):
+        raise UserError(f"List '{path}': expected lists in compare (of pairs), seeds, tables and seen; see --help.")
+    if unknown := sorted(set(lists[2]) - ALL_TABLES):
+        raise UserError(f"List '{path}', tables: expected of {', '.join(sorted(ALL_TABLES))}, got '{unknown[0]}'.")
+    if content.get("tasks") and not content["tasks"].get("names"):
+        raise UserError(f"List '{path}', tasks: expected names, such as [piqa, arc_easy], got none.")
+    names = {str(name) for name in content["rows"]}
+    for name, settings in content["rows"].items():
+        if not isinstance(settings, dict | None):
+            raise UserError(f"List '{path}', row '{name}': expected settings by name, got {settings!r}.")
+    for key, wanted in (
+        ("reference", [content["reference"]] if "reference" in content else []),
+        ("compare", [stage.partition(": ")[0] for pair in content.get("compare", []) for stage in pair]),
+        ("spread", [name for group in content.get("spread", {}).values() for name in group]),
+    ):
+        if unknown := [name for name in wanted if name not in names]:
+            raise UserError(f"List '{path}', {key}: expected rows ({', '.join(names)}), got '{unknown[0]}'.")
+
+
+def _configs(path: Path, names: str | list[str] | None) -> list[str]:
+    names = [names] if isinstance(names, str) else names or []
+    return [flag for name in names for flag in ("--config", str(path.parent / name))]
+
+
+def flags_of(settings: dict[str, Any], prefix: str = "") -> list[str]:
+    """Nested or dotted settings as flags of train.py."""
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flags += flags_of(value, f"{prefix}{name}.")
+        else:
+            flags.append(f"--{prefix}{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return flags
+
+
+def plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def parts_of(rows: Sequence[Row], part: str | None) -> list[Row]:
+    """Every n-th row from the i-th on, for `part` i/n; of all rows, so that shares do not depend on what is done."""
+    if part is None:
+        return list(rows)
+    try:
+        index, count = map(int, part.split("/"))
+        if not 1 <= index <= count:
+            raise ValueError
+    except ValueError as error:
+        raise UserError(f"--part: expected I/N with 1 <= I <= N, such as 1/4, got '{part}'.") from error
+    return list(rows[index - 1 :: count])
+
+
+def commands(path: str, rows: Sequence[Row], flags: Sequence[str]) -> Iterator[str]:
+    """One command line per row."""
+    for row in rows:
+        more = ["--", *flags] if flags else []
+        command = ["python", "-m", "experiments.run", path, "--only", row.name, "--seeds", str(row.seed), *more]
+        yield shlex.join(command)

@@ -1,0 +1,158 @@
+"""From records of rows to tables: means, ratios, comparisons, spreads, costs."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.lists import Listing, Row
+from gprune import report
+from gprune.errors import UserError
+from gprune.masks import Masks
+from gprune.report import FinishedRun, Report, row_name
+
+Done = Sequence[tuple[Row, dict[str, Any]]]  # rows with their records
+
+
+def packed(masks: Masks) -> dict[str, dict[str, Any]]:
+    """Keep masks as base64 of their bits: 8 kB for 46,080 neurons."""
+    return {
+        kind: {
+            "sizes": [len(m) for m in found],
+            "bits": base64.b64encode(np.packbits(torch.cat(found).numpy())).decode(),
+        }
+        for kind, found in (("ffn", masks.ffn), ("attention", masks.attention))
+    }
+
+
+def unpacked(kept: dict[str, dict[str, Any]]) -> Masks:
+    """What `packed` was given."""
+    parts = {}
+    for kind, value in kept.items():
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(value["bits"]), dtype=np.uint8), count=sum(value["sizes"]))
+        parts[kind] = list(torch.from_numpy(bits.astype(bool)).split(value["sizes"]))
+    return Masks(**parts)
+
+
+def as_run(row: Row, kept: dict[str, Any], seen: Sequence[str] | None) -> FinishedRun:
+    """A record as reports read runs, unless it has seen what the list calls unseen."""
+    records = kept["records"]
+    if seen is not None and (extra := sorted({r["corpus"] for r in records if r["seen"]} - set(seen))):
+        raise UserError(
+            f"Row '{row.name}': expected text that the list calls unseen, got {extra[0]}, which the run used, or "
+            f"which shares text with what it used; add it to `seen` ({', '.join(seen)})."
+        )
+    return FinishedRun(
+        path=row.path,
+        name=row.name,
+        settings=kept["settings"] | {"inputs": kept["inputs"]},
+        records=records,
+        summary=kept["summary"],
+        masks=unpacked(kept["masks"]),
+        modules=None,
+        evaluation=[r | {"run": row.name} for r in kept.get("evaluation", []) if row.wanted_tasks],
+    )
+
+
+def reported(listing: Listing, done: Done) -> Report:
+    """The report of finished rows; rows that differ in seed alone are one."""
+    runs = [as_run(row, kept, listing.seen) for row, kept in done]
+    _check_text(done)
+    by_seed = [r for r in runs if r.name == listing.reference] if listing.reference else None
+    return report.of_runs(runs, base=by_seed[0] if by_seed else None, by_seed=by_seed, seen=listing.seen)
+
+
+def _check_text(done: Done) -> None:
+    """Rows that ask for the same text have had the same: mirrors and the interpreter's own text differ by machine."""
+    known: dict[tuple[Any, ...], tuple[str, str]] = {}
+    for row, kept in done:
+        amount = [kept["settings"]["corpora"].get(n) for n in ("num_samples", "learn_samples", "seq_len")]
+        amount += [kept["settings"]["evaluation"].get(n) for n in ("num_samples", "seq_len", "split")]
+        for role, digest in kept["inputs"]["text"].items():
+            name, before = known.setdefault((row.seed, role, *amount), (row.name, digest))
+            if before != digest:
+                raise UserError(
+                    f"Rows '{name}' and '{row.name}' have read other text as {role}: expected one set of mirrors and "
+                    f"one version of Python; remove the record {row.path.name} and run the row again."
+                )
+
+
+def text_of(listing: Listing, done: Done) -> str:
+    """Markdown: means and ratios, perplexities, comparisons, tasks; then the protocol."""
+    made = reported(listing, done)
+    tables = [t for t in made.tables if t.name in listing.tables]
+    parts = [f"**{listing.about}**", *(t.to_markdown() + f"\n\n{t.note}" for t in tables if t.rows)]
+    by_name: dict[str, list[FinishedRun]] = {}
+    for r in made.runs:
+        by_name.setdefault(r.name, []).append(r)
+    rows = [[f"{a} / {b}", ratio] for a, b in listing.compare if (ratio := compared(by_name, a, b)) is not None]
+    if rows:
+        columns = ["unseen perplexity of", "ratio"]
+        parts.append(report.Table("compare", "Comparisons", columns, rows, {"ratio": 3}).to_markdown())
+    if spread := spreads(listing, made.runs):
+        parts.append(report.markdown(spread))
+    return "\n\n".join([*parts, *made.protocols()])
+
+
+def spreads(listing: Listing, runs: Sequence[FinishedRun]) -> list[list[str]]:
+    """log(max / min) of the unseen geometric mean over the rows of each group, of their own base and their result."""
+    rows = [["unseen, log(max / min) over", "base", "gprune", "gprune / base"]]
+    for group, names in listing.spread.items():
+        found = []
+        for stage in ("base", "gprune"):
+            means = []
+            for name in names:  # each its geometric mean over seeds
+                of = [
+                    report.mean_perplexity(r, (stage, r.settings["recovery"]), seen=False)
+                    for r in runs
+                    if r.name == name and (stage, r.settings["recovery"]) in report.by_stage(r.records)
+                ]
+                means += [report.over_seeds([e.value for e in of]).value] if of and None not in of else []
+            found.append(math.log(max(means) / min(means)) if len(means) == len(names) > 1 else 0.0)
+        if min(found) > 0:  # else some are not there yet
+            rows.append([f"{group}: {', '.join(names)}", *(f"{v:.3f}" for v in (*found, found[1] / found[0]))])
+    return rows if len(rows) > 1 else []
+
+
+def compared(runs: dict[str, list[FinishedRun]], a: str, b: str) -> report.Estimate | None:
+    """Unseen geometric mean of one stage over another's, `row: stage` each: over windows, or over seeds if several."""
+    (a_runs, a_stage), (b_runs, b_stage) = (_stage(runs, name) for name in (a, b))
+    if not a_runs or not b_runs:
+        return None
+    by_seed = {r.seed: r for r in b_runs}
+    ratios = [report.ratio_to(r, a_stage, by_seed[r.seed], b_stage) for r in a_runs if r.seed in by_seed]
+    if not ratios or any(ratio is None for ratio in ratios):
+        return None
+    return ratios[0] if len(ratios) == 1 else report.over_seeds([ratio.value for ratio in ratios])
+
+
+def _stage(runs: dict[str, list[FinishedRun]], name: str) -> tuple[list[FinishedRun], tuple[str, str]]:
+    row, _, stage = name.partition(": ")
+    members = runs.get(row, [])
+    stages = {row_name(*key): key for r in members for key in report.by_stage(r.records)}
+    if members and stage not in stages:
+        raise UserError(f"compare: expected a stage of '{row}' ({', '.join(stages)}), got '{stage}'.")
+    return members, stages.get(stage, ("", ""))
+
+
+def costs_of(done: Done) -> str:
+    """Markdown: seconds, tokens and peak memory of each step of each row; what the cache had already costs nothing."""
+    rows = [["run", "step", "seconds", "tokens forward", "and backward", "peak MiB"]]
+    for row, kept in done:
+        for step, used in kept["steps"].items():
+            tokens = (f"{used.get(kind, 0):,.0f}" for kind in ("forward_tokens", "forward_backward_tokens"))
+            rows.append(
+                [
+                    f"{row.name}, seed {row.seed}",
+                    step,
+                    f"{used['seconds']:.1f}",
+                    *tokens,
+                    f"{used['peak_memory_mib']:,}",
+                ]
+            )
+    return report.markdown(rows)
