@@ -2,7 +2,8 @@
 
 A list is YAML: `protocol` (files under all rows), `common` settings, `rows` by name (settings of `train.py`, nested or
 dotted, and `config`, files to start from), `reference` (the row whose stage `base` all others are divided by),
-`compare` (pairs of stages), `spread` (groups of rows that are to lie close together), `seen` (corpora that count as
+`compare` (pairs of stages), `spread` (groups of rows that are to lie close together), `curve` (`over` which setting, a
+line for each value `of` another: each row's stages over its own base), `seen` (corpora that count as
 seen in every row), `seeds`, `tables` (of `gprune.report`, those to print), and `tasks` for `python -m
 gprune.evaluation`. Files are named from the list's own folder.
 """
@@ -28,7 +29,10 @@ from gprune.errors import UserError
 RECORDS = Path(__file__).parent / "records" / "runs"
 # Numbers do not depend on these: a row is the same row with and without them.
 OWN = {"export": "none", "logging.mode": "disabled", "run.dir": "runs/experiments"}
-KEYS = {"about", "protocol", "common", "rows", "reference", "compare", "spread", "seeds", "tasks", "seen", "tables"}
+KEYS = {
+    "about", "protocol", "common", "rows", "reference", "compare", "spread", "curve", "seeds", "tasks", "seen",
+    "tables",
+}  # fmt: skip
 TABLES = ("summary", "perplexity", "evaluation")
 ALL_TABLES = {*TABLES, "records", "sparsity", "stability"}
 
@@ -95,6 +99,7 @@ class Listing:
     reference: str | None
     compare: list[tuple[str, str]]
     spread: dict[str, list[str]]
+    curve: dict[str, str] | None  # dotted names of settings: `over` one, a line for each value `of` the other
     tables: tuple[str, ...]  # of the report's, those that are printed
     seen: list[str] | None  # corpora that count as seen in every row; None: each row's own
 
@@ -129,7 +134,7 @@ class Listing:
         compare = [(str(a), str(b)) for a, b in content.get("compare", [])]
         return cls(
             path, content.get("about", path.stem), rows, content.get("reference"), compare,
-            content.get("spread", {}), tuple(content.get("tables", TABLES)), content.get("seen"),
+            content.get("spread", {}), content.get("curve"), tuple(content.get("tables", TABLES)), content.get("seen"),
         )  # fmt: skip
 
 
@@ -141,6 +146,9 @@ def _check_rows(path: Path, content: dict[str, Any]) -> None:
         raise UserError(f"List '{path}', tables: expected of {', '.join(sorted(ALL_TABLES))}, got '{unknown[0]}'.")
     if content.get("tasks") and not content["tasks"].get("names"):
         raise UserError(f"List '{path}', tasks: expected names, such as [piqa, arc_easy], got none.")
+    curve, known = content.get("curve", {"over": "run.seed", "of": "importance"}), flat(gprune.RunConfig().settings())
+    if not isinstance(curve, dict) or set(curve) != {"over", "of"} or not all(str(v) in known for v in curve.values()):
+        raise UserError(f"List '{path}', curve: expected settings as `over` and `of`, such as importance; got {curve}.")
     names = {str(name) for name in content["rows"]}
     for name, settings in content["rows"].items():
         if not isinstance(settings, dict | None):

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
-from experiments.lists import Listing, Row
+from experiments.lists import Listing, Row, flat
 from gprune import report
 from gprune.errors import UserError
 from gprune.masks import Masks
@@ -100,23 +101,55 @@ def text_of(listing: Listing, done: Done) -> str:
 
 
 def spreads(listing: Listing, runs: Sequence[FinishedRun]) -> list[list[str]]:
-    """log(max / min) of the unseen geometric mean over the rows of each group, of their own base and their result."""
-    rows = [["unseen, log(max / min) over", "base", "gprune", "gprune / base"]]
+    """log(max / min) of the unseen geometric mean over the rows of each group: of their own base, of its average over
+    corpora where all of them have it, and of their result.
+    """
+    stages = ("base", "base_averaged", "gprune")
+    rows = [["unseen, log(max / min) over", *stages, "gprune / base"]]
     for group, names in listing.spread.items():
-        found = []
-        for stage in ("base", "gprune"):
-            means = []
-            for name in names:  # each its geometric mean over seeds
-                of = [
-                    report.mean_perplexity(r, (stage, r.settings["recovery"]), seen=False)
-                    for r in runs
-                    if r.name == name and (stage, r.settings["recovery"]) in report.by_stage(r.records)
-                ]
-                means += [report.over_seeds([e.value for e in of]).value] if of and None not in of else []
-            found.append(math.log(max(means) / min(means)) if len(means) == len(names) > 1 else 0.0)
-        if min(found) > 0:  # else some are not there yet
-            rows.append([f"{group}: {', '.join(names)}", *(f"{v:.3f}" for v in (*found, found[1] / found[0]))])
+        found = [_spread(runs, names, stage) for stage in stages]
+        base, _, result = found
+        if base and result is not None:  # else some are not there yet
+            cells = ["" if value is None else f"{value:.3f}" for value in found]
+            rows.append([f"{group}: {', '.join(names)}", *cells, f"{result / base:.3f}"])
     return rows if len(rows) > 1 else []
+
+
+def _spread(runs: Sequence[FinishedRun], names: Sequence[str], stage: str) -> float | None:
+    """Of one stage, recovered as the row is; None unless all rows, and more than one, have it."""
+    means = []
+    for name in names:  # each its geometric mean over seeds
+        found = [
+            report.mean_perplexity(r, key, seen=False)
+            for r in runs
+            if r.name == name and (key := (stage, r.settings["recovery"])) in report.by_stage(r.records)
+        ]
+        if not found or None in found:
+            return None
+        means.append(report.over_seeds([e.value for e in found]).value)
+    return math.log(max(means) / min(means)) if len(means) > 1 else None
+
+
+def curve(listing: Listing, runs: Sequence[FinishedRun]) -> Figure | None:
+    """The rows' stages over their own base against a setting; None where the list asks for none or has no such rows."""
+    if listing.curve is None:
+        return None
+    over, of = listing.curve["over"], listing.curve["of"]
+    ratios: dict[tuple[str, str], dict[float, list[report.Estimate]]] = {}
+    for r in runs:
+        settings, key = flat(r.settings), r.settings["recovery"]
+        for stage, recovery in report.by_stage(r.records):
+            if stage not in ("dense", "base") and recovery == key:
+                found = report.ratio_to(r, (stage, key), r, ("base", key))
+                ratios.setdefault((str(settings[of]), stage), {}).setdefault(settings[over], []).append(found)
+    lines = {
+        name: [
+            (x, found[0] if len(found) == 1 else report.over_seeds([e.value for e in found]))
+            for x, found in sorted(points.items())
+        ]
+        for name, points in ratios.items()
+    }
+    return report.curve_figure(lines, over=over, percent=over == "sparsity.target") if lines else None
 
 
 def compared(runs: dict[str, list[FinishedRun]], a: str, b: str) -> report.Estimate | None:

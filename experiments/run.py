@@ -33,8 +33,8 @@ import torch
 import gprune
 from experiments import lists
 from experiments.lists import Listing, Row, commands, parts_of, plain
-from experiments.results import costs_of, packed, reported, text_of
-from gprune import cli
+from experiments.results import Done, costs_of, curve, packed, reported, text_of
+from gprune import cli, report
 from gprune.architectures import blocks_of
 from gprune.artifacts import key_of, read_json, write_json
 from gprune.errors import UserError
@@ -142,7 +142,7 @@ def parser() -> Parser:
     made.add_argument("--table", action="store_true", help="print what is there; run nothing")
     made.add_argument("--costs", action="store_true", help="print seconds, tokens and memory of each step as well")
     made.add_argument("--commands", action="store_true", help="print one command per pending row; run nothing")
-    made.add_argument("--figures", metavar="FOLDER", help="draw means, ratios and mask stability into this folder")
+    made.add_argument("--figures", metavar="FOLDER", help="draw means, ratios, mask stability, curve into this folder")
     return made
 
 
@@ -177,7 +177,16 @@ def work(options: Namespace) -> None:
         if done and options.costs:
             sys.stdout.write("\n" + costs_of(done) + "\n")
         if done and options.figures:
-            reported(listing, done).draw(Path(options.figures), prefix=f"{listing.path.stem}-")
+            draw(listing, done, Path(options.figures))
+
+
+def draw(listing: Listing, done: Done, folder: Path) -> None:
+    """The report's figures over all rows, and the list's curve."""
+    made = reported(listing, done)
+    made.draw(folder, prefix=f"{listing.path.stem}-")
+    with report.style():
+        if (figure := curve(listing, made.runs)) is not None:
+            report.save(figure, folder, f"{listing.path.stem}-curve", report.FORMATS)
 
 
 def main() -> None:

@@ -397,17 +397,41 @@ def test_spreads_over_rows_of_their_base_and_of_the_result(bench, capsys):
     out = bench(capsys, path)
     listing, done = done_of(path)
     alpha = str(bench.world.corpora["alpha"])
+    stages = ("base", "base_averaged", "gprune")
     logs = {
         (row.name, stage): np.mean([
             np.log(r["perplexity"]) for r in kept["records"]
             if (r["stage"], r["recovery"]) == (stage, row.config.recovery) and r["corpus"] != alpha
         ])
-        for row, kept in done for stage in ("base", "gprune")
+        for row, kept in done for stage in stages
     }  # fmt: skip
     for group, names in spread.items():
-        base, ours = (np.ptp([logs[name, stage] for name in names]) for stage in ("base", "gprune"))
-        cells = [f"{group}: {', '.join(names)}", *(f"{v:.3f}" for v in (base, ours, ours / base))]
+        base, averaged, ours = (np.ptp([logs[name, stage] for name in names]) for stage in stages)
+        cells = [f"{group}: {', '.join(names)}", *(f"{v:.3f}" for v in (base, averaged, ours, ours / base))]
         assert cells in [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+
+
+def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_path):
+    """A line per metric and stage over budgets, with the averaged control beside gprune."""
+    common = {"evaluation.controls": ["base", "base_averaged"]}
+    rows = {f"{m} {t}": {"importance": m, "sparsity.target": t} for m in ("wifv", "wanda_sp") for t in (0.5, 0.3)}
+    path = bench.write("budgets", rows, common=common, curve={"over": "sparsity.target", "of": "importance"})
+    bench(capsys, path, "--figures", tmp_path)
+    assert {"budgets-curve.png", "budgets-curve.svg"} <= {p.name for p in tmp_path.iterdir()}
+    listing, done = done_of(path)
+    axes = results.curve(listing, results.reported(listing, done).runs).axes[0]
+    drawn = {c.get_label(): c.lines[0].get_xydata() for c in axes.containers}
+    assert set(drawn) == {f"{m}, {s}" for m in ("wifv", "wanda_sp") for s in ("gprune", "base_averaged")}
+    used = {str(bench.world.corpora["alpha"])} | {r["corpus"] for _, k in done for r in k["records"] if r["seen"]}
+    for row, kept in done:
+        for stage in ("gprune", "base_averaged"):
+            ratio = paired_bootstrap_ratio(unseen(kept, stage, used), unseen(kept, "base", used), 31)[0]
+            at = dict(drawn[f"{row.config.importance}, {stage}"])
+            assert at[row.config.sparsity.target] == pytest.approx(ratio)
+    assert axes.get_xlabel() == "sparsity.target"
+    plain = lists.Listing.read(bench.write("plain", rows, common=common))
+    assert results.curve(plain, []) is None
+    assert "curve: expected settings" in bench.refused(capsys, bench.write("bad", rows, curve={"over": "x", "of": "y"}))
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from gprune.artifacts import replacing
 from gprune.evaluation.perplexity import generalisation_gap, geometric_mean
-from gprune.report.across import means_figure, ratio_figure, sparsity_lines, stability_figure
+from gprune.report.across import curve_figure, means_figure, ratio_figure, sparsity_lines, stability_figure
 from gprune.report.card import model_card, model_label
 from gprune.report.evaluated import evaluation_table
 from gprune.report.figures import (
@@ -57,7 +57,7 @@ from gprune.report.tables import (
 )
 
 __all__ = [
-    "Estimate", "FinishedRun", "Group", "Report", "Table", "by_stage", "evaluation_table",
+    "Estimate", "FinishedRun", "Group", "Report", "Table", "by_stage", "curve_figure", "evaluation_table",
     "generalisation_gap", "geometric_mean", "groups",
     "heterogeneity_figure", "make", "markdown", "mean_perplexity", "means_figure", "model_card",
     "model_label", "of_runs", "over_seeds", "pairs",

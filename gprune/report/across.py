@@ -53,6 +53,43 @@ def ratio_figure(rows: Sequence[tuple[str, Estimate]], *, base: str) -> Figure:
     return figure
 
 
+def curve_figure(
+    lines: Mapping[tuple[str, str], Sequence[tuple[float, Estimate]]], *, over: str, percent: bool = False
+) -> Figure:
+    """Unseen perplexity over that of the base metric against a setting, with paired intervals; below 1 is better.
+
+    Args:
+        lines: (what it is of, stage) -> (value of the setting, ratio); what it is of has a colour and a marker, the
+            stage `gprune` full ones and any other hollow ones with dashes.
+        over: name of the setting.
+        percent: whether its values are shares.
+    """
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    subjects = list(dict.fromkeys(subject for subject, _ in lines))
+    for (subject, stage), points in lines.items():
+        colour, _, marker = LINES[subjects.index(subject) % len(LINES)]
+        full = stage == "gprune"
+        values, found = zip(*points, strict=True)
+        axes.errorbar(
+            values, [f.value for f in found], yerr=_distances(found), color=colour, marker=marker,
+            mfc=colour if full else "white", ms=5, ls="-" if full else "--", lw=1.3, capsize=2.5,
+            label=f"{subject}, {stage}",
+        )  # fmt: skip
+    axes.axhline(1, color="black", lw=0.8)
+    axes.set_yscale("log")
+    plain_ticks(axes.yaxis)
+    axes.set_xlabel(over)
+    if percent:
+        axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.set_ylabel("unseen perplexity / base metric alone")
+    axes.grid(axis="y", color="#DDDDDD", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=8, loc="outside right center")
+    return figure
+
+
 def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
     """Fraction of neurons removed per block, a line per run."""
     figure = Figure(figsize=(7, 3.2 + 0.16 * len(masks)), layout="constrained")
@@ -103,11 +140,18 @@ def _width(rows: Sequence[tuple[Any, ...]]) -> float:
 
 def _intervals(axes: Axes, points: Sequence[tuple[float, Estimate]], **style: Any) -> None:
     """Points (y, estimate) with horizontal intervals where there are some."""
-    x = np.array([found.value for _, found in points])
-    bounds = [(found.value if found.low is None else found.low, found.value if found.high is None else found.high)
-              for _, found in points]  # fmt: skip
-    low, high = np.array(bounds).reshape(-1, 2).T
-    axes.errorbar(x, [y for y, _ in points], xerr=[x - low, high - x], ls="none", ms=5, capsize=2.5, lw=1.2, **style)
+    found = [estimate for _, estimate in points]
+    heights = [y for y, _ in points]
+    axes.errorbar(
+        [f.value for f in found], heights, xerr=_distances(found), ls="none", ms=5, capsize=2.5, lw=1.2, **style
+    )
+
+
+def _distances(found: Sequence[Estimate]) -> np.ndarray:
+    """(2, n): how far intervals reach below and above; 0 where there is none."""
+    low = [0.0 if f.low is None else f.value - f.low for f in found]
+    high = [0.0 if f.high is None else f.high - f.value for f in found]
+    return np.array([low, high])
 
 
 def _row_labels(axes: Axes, labels: Sequence[str]) -> None:
