@@ -11,9 +11,11 @@ ratio         drift / floor
 above floor   share of neurons whose drift exceeds the 95th percentile of the block's N floors. With sampling noise
               alone it would be somewhat above 0.05: a drift has D - 1 degrees of freedom, a floor D
 tau           Kendall's tau-b averaged over pairs of corpora, over the whole block
-tau inside    the same inside modules, mean weighted by pairs of neurons. It falls by itself where a module holds
-              neurons of like importance, and rises where it mixes weak and strong ones, so that a difference from tau
-              proves nothing (`gprune.drift.range_matched_agreement` is the control)
+tau halves    the same between the two halves of one corpus, mean over corpora: what sampling alone leaves of agreement
+              (somewhat too low, since half the tokens rank with twice the sampling variance)
+tau inside    that between corpora inside modules, mean weighted by pairs of neurons. It falls by itself where a module
+              holds neurons of like importance, and rises where it mixes weak and strong ones, so that a difference from
+              tau proves nothing (`gprune.drift.range_matched_agreement` is the control)
 least, most   smallest and largest sensitivity (mean drift) of a module
 switched      modules that rank by the metric switched to
 
@@ -64,6 +66,7 @@ class BlockRow:
     floor: float
     above_floor: float  # share of neurons
     tau: float
+    tau_halves: float
     tau_inside: float
     least: float
     most: float
@@ -90,9 +93,10 @@ def block_rows(modules: Modules) -> list[BlockRow]:
         sensitivity = module_means(drift, y)
         rows.append(
             BlockRow(
-                drift=float(drift.mean()), floor=float(floor.mean()), above_floor=share_above(drift, floor), tau=tau,
-                tau_inside=pair_weighted_mean(agreement, reliability.size), least=float(sensitivity.min()),
-                most=float(sensitivity.max()), modules=len(sensitivity), switched=int(reliability.switched.sum()),
+                drift=float(drift.mean()), floor=float(floor.mean()), above_floor=share_above(drift, floor),
+                tau=tau, tau_halves=float(d.halves), tau_inside=pair_weighted_mean(agreement, reliability.size),
+                least=float(sensitivity.min()), most=float(sensitivity.max()), modules=len(sensitivity),
+                switched=int(reliability.switched.sum()),
             )
         )  # fmt: skip
     return rows
@@ -155,8 +159,9 @@ def data_free_modules(run: FinishedRun) -> list[Tensor]:
 
 def block_table(rows: Sequence[BlockRow], *, every: int) -> Table:
     """Every `every`-th block, and the mean over all of them (over those where it is defined); counts are summed."""
-    columns = ["block", "drift", "floor", "ratio", "above floor", "tau", "tau inside", "least", "most", "switched"]
-    # (blocks, 9), in the order of BlockRow
+    columns = ["block", "drift", "floor", "ratio", "above floor", "tau", "tau halves", "tau inside", "least", "most"]
+    columns += ["switched"]
+    # (blocks, 10), in the order of BlockRow
     values = torch.tensor([list(vars(row).values()) for row in rows], dtype=torch.float64)
 
     def cells(name: str, numbers: Tensor, counts: Tensor) -> list[Cell]:
@@ -167,7 +172,7 @@ def block_table(rows: Sequence[BlockRow], *, every: int) -> Table:
 
     shown = [cells(str(b), v[:-2], v[-2:]) for b, v in enumerate(values) if b % every == 0]
     shown.append(cells("mean", values[:, :-2].nanmean(0), values[:, -2:].sum(0)))
-    digits = dict.fromkeys(("drift", "floor", "above floor", "tau", "tau inside", "least", "most"), 3)
+    digits = dict.fromkeys(("drift", "floor", *columns[4:-1]), 3)
     return Table("blocks", "Drift and agreement per block", columns, shown, digits)
 
 

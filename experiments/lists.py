@@ -3,7 +3,8 @@
 A list is YAML: `protocol` (files under all rows), `common` settings, `rows` by name (settings of `train.py`, nested or
 dotted, and `config`, files to start from), `reference` (the row whose stage `base` all others are divided by),
 `compare` (pairs of stages), `spread` (groups of rows that are to lie close together), `curve` (`over` which setting, a
-line for each value `of` another: each row's stages over its own base), `seen` (corpora that count as
+line for each value `of` another: each row's stages over its own base), `controls` (rows whose result is not gprune's),
+`seen` (corpora that count as
 seen in every row), `seeds`, `tables` (of `gprune.report`, those to print), and `tasks` for `python -m
 gprune.evaluation`. Files are named from the list's own folder.
 """
@@ -30,11 +31,11 @@ RECORDS = Path(__file__).parent / "records" / "runs"
 # Numbers do not depend on these: a row is the same row with and without them.
 OWN = {"export": "none", "logging.mode": "disabled", "run.dir": "runs/experiments"}
 KEYS = {
-    "about", "protocol", "common", "rows", "reference", "compare", "spread", "curve", "seeds", "tasks", "seen",
-    "tables",
+    "about", "protocol", "common", "rows", "reference", "compare", "spread", "curve", "controls", "seeds", "tasks",
+    "seen", "tables",
 }  # fmt: skip
 TABLES = ("summary", "perplexity", "evaluation")
-ALL_TABLES = {*TABLES, "records", "sparsity", "stability"}
+ALL_TABLES = {*TABLES, "records", "sparsity", "stability", "repeatability"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Row:
     seed: int
     flags: tuple[str, ...]
     tasks: dict[str, Any]
+    control: bool = False  # gprune's machinery with nothing learned: no result of the method's
 
     @cached_property
     def config(self) -> gprune.RunConfig:
@@ -130,7 +132,8 @@ class Listing:
                 settings = dict(settings or {})
                 files = [*protocol, *_configs(path, settings.pop("config", None))]
                 given = (*files, *common, *flags_of(settings), f"--run.seed={seed}", *flags)
-                rows.append(Row(str(name), seed, given, content.get("tasks") or {}))
+                control = name in (content.get("controls") or [])
+                rows.append(Row(str(name), seed, given, content.get("tasks") or {}, control))
         compare = [(str(a), str(b)) for a, b in content.get("compare", [])]
         return cls(
             path, content.get("about", path.stem), rows, content.get("reference"), compare,
@@ -139,10 +142,10 @@ class Listing:
 
 
 def _check_rows(path: Path, content: dict[str, Any]) -> None:
-    lists = [content.get("compare", []), content.get("seeds", []), content.get("tables", []), content.get("seen") or []]
-    if not all(isinstance(part, list) for part in lists) or not all(len(pair) == 2 for pair in lists[0]):
-        raise UserError(f"List '{path}': expected lists in compare (of pairs), seeds, tables and seen; see --help.")
-    if unknown := sorted(set(lists[2]) - ALL_TABLES):
+    lists = {key: content.get(key) or [] for key in ("compare", "controls", "seeds", "tables", "seen")}
+    if not all(isinstance(part, list) for part in lists.values()) or any(len(pair) != 2 for pair in lists["compare"]):
+        raise UserError(f"List '{path}': expected lists in {', '.join(lists)} (compare: of pairs); see --help.")
+    if unknown := sorted(set(lists["tables"]) - ALL_TABLES):
         raise UserError(f"List '{path}', tables: expected of {', '.join(sorted(ALL_TABLES))}, got '{unknown[0]}'.")
     if content.get("tasks") and not content["tasks"].get("names"):
         raise UserError(f"List '{path}', tasks: expected names, such as [piqa, arc_easy], got none.")
@@ -155,7 +158,8 @@ def _check_rows(path: Path, content: dict[str, Any]) -> None:
             raise UserError(f"List '{path}', row '{name}': expected settings by name, got {settings!r}.")
     for key, wanted in (
         ("reference", [content["reference"]] if "reference" in content else []),
-        ("compare", [stage.partition(": ")[0] for pair in content.get("compare", []) for stage in pair]),
+        ("compare", [stage.partition(": ")[0] for pair in lists["compare"] for stage in pair]),
+        ("controls", lists["controls"]),
         ("spread", [name for group in content.get("spread", {}).values() for name in group]),
     ):
         if unknown := [name for name in wanted if name not in names]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from experiments.lists import Listing, Row, flat
 from gprune import report
@@ -17,6 +17,7 @@ from gprune.errors import UserError
 from gprune.masks import Masks
 from gprune.report import FinishedRun, Report, row_name
 
+CONTROL = "control"  # what tables call the result of a row that the list names as a control
 Done = Sequence[tuple[Row, dict[str, Any]]]  # rows with their records
 
 
@@ -42,7 +43,7 @@ def unpacked(kept: dict[str, dict[str, Any]]) -> Masks:
 
 def as_run(row: Row, kept: dict[str, Any], seen: Sequence[str] | None) -> FinishedRun:
     """A record as reports read runs, unless it has seen what the list calls unseen."""
-    records = kept["records"]
+    records, evaluation = (_named(row, kept.get(name, [])) for name in ("records", "evaluation"))
     if seen is not None and (extra := sorted({r["corpus"] for r in records if r["seen"]} - set(seen))):
         raise UserError(
             f"Row '{row.name}': expected text that the list calls unseen, got {extra[0]}, which the run used, or "
@@ -56,8 +57,13 @@ def as_run(row: Row, kept: dict[str, Any], seen: Sequence[str] | None) -> Finish
         summary=kept["summary"],
         masks=unpacked(kept["masks"]),
         modules=None,
-        evaluation=[r | {"run": row.name} for r in kept.get("evaluation", []) if row.wanted_tasks],
+        evaluation=[r | {"run": row.name} for r in evaluation if row.wanted_tasks],
     )
+
+
+def _named(row: Row, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records, with the result of a control called what it is."""
+    return [r | {"stage": CONTROL} if row.control and r["stage"] == "gprune" else r for r in records]
 
 
 def reported(listing: Listing, done: Done) -> Report:
@@ -102,32 +108,48 @@ def text_of(listing: Listing, done: Done) -> str:
 
 def spreads(listing: Listing, runs: Sequence[FinishedRun]) -> list[list[str]]:
     """log(max / min) of the unseen geometric mean over the rows of each group: of their own base, of its average over
-    corpora where all of them have it, and of their result.
+    corpora where all of them have it, and of their result; with 95 % intervals, windows resampled for all rows alike.
     """
     stages = ("base", "base_averaged", "gprune")
     rows = [["unseen, log(max / min) over", *stages, "gprune / base"]]
     for group, names in listing.spread.items():
         found = [_spread(runs, names, stage) for stage in stages]
         base, _, result = found
-        if base and result is not None:  # else some are not there yet
-            cells = ["" if value is None else f"{value:.3f}" for value in found]
-            rows.append([f"{group}: {', '.join(names)}", *cells, f"{result / base:.3f}"])
+        if base is not None and base[0] > 0 and result is not None:  # else some are not there yet
+            cells = ["" if draws is None else _with_interval(draws) for draws in (*found, result / base)]
+            rows.append([f"{group}: {', '.join(names)}", *cells])
     return rows if len(rows) > 1 else []
 
 
-def _spread(runs: Sequence[FinishedRun], names: Sequence[str], stage: str) -> float | None:
-    """Of one stage, recovered as the row is; None unless all rows, and more than one, have it."""
+def _spread(runs: Sequence[FinishedRun], names: Sequence[str], stage: str) -> Tensor | None:
+    """Of one stage, recovered as the row is: (1 + draws,), the value first; None unless all rows, two or more, have it.
+
+    The same windows are drawn for every stage and row that was evaluated on as many.
+    """
     means = []
-    for name in names:  # each its geometric mean over seeds
-        found = [
-            report.mean_perplexity(r, key, seen=False)
-            for r in runs
-            if r.name == name and (key := (stage, r.settings["recovery"])) in report.by_stage(r.records)
-        ]
-        if not found or None in found:
+    for name in names:
+        nll = [_unseen(r, (stage, r.settings["recovery"])) for r in runs if r.name == name]
+        if not nll or not all(nll):
             return None
-        means.append(report.over_seeds([e.value for e in found]).value)
-    return math.log(max(means) / min(means)) if len(means) > 1 else None
+        generator, logs = torch.Generator().manual_seed(0), []
+        for corpus in nll[0]:
+            windows = torch.tensor([of_seed[corpus] for of_seed in nll], dtype=torch.float64).mean(0)
+            pick = torch.randint(len(windows), (2000, len(windows)), generator=generator)
+            predicted = next(r for r in runs if r.name == name).records[0]["seq_len"] - 1
+            logs.append(torch.cat([windows.mean()[None], windows[pick].mean(1)]) / predicted)
+        means.append(torch.stack(logs).mean(0))
+    logs = torch.stack(means)
+    return logs.amax(0) - logs.amin(0) if len(logs) > 1 else None
+
+
+def _unseen(run: FinishedRun, stage: tuple[str, str]) -> dict[str, list[float]]:
+    found = [r for r in run.records if (r["stage"], r["recovery"]) == stage and not r["seen"]]
+    return {r["corpus"]: r["window_nll"] for r in found}
+
+
+def _with_interval(draws: Tensor) -> str:
+    low, high = torch.quantile(draws[1:], torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
+    return f"{float(draws[0]):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def curve(listing: Listing, runs: Sequence[FinishedRun]) -> Figure | None:
@@ -135,21 +157,30 @@ def curve(listing: Listing, runs: Sequence[FinishedRun]) -> Figure | None:
     if listing.curve is None:
         return None
     over, of = listing.curve["over"], listing.curve["of"]
-    ratios: dict[tuple[str, str], dict[float, list[report.Estimate]]] = {}
+    ratios: dict[tuple[str, str], dict[float, dict[int, report.Estimate]]] = {}
     for r in runs:
         settings, key = flat(r.settings), r.settings["recovery"]
         for stage, recovery in report.by_stage(r.records):
-            if stage not in ("dense", "base") and recovery == key:
+            if stage not in ("dense", "base") and recovery == key and ("base", key) in report.by_stage(r.records):
                 found = report.ratio_to(r, (stage, key), r, ("base", key))
-                ratios.setdefault((str(settings[of]), stage), {}).setdefault(settings[over], []).append(found)
+                points = ratios.setdefault((str(settings[of]), stage), {}).setdefault(settings[over], {})
+                if r.seed in points:
+                    raise UserError(
+                        f"curve: expected one row for each {over} and {of}, got two of {settings[over]} and "
+                        f"{settings[of]}."
+                    )
+                points[r.seed] = found
     lines = {
         name: [
-            (x, found[0] if len(found) == 1 else report.over_seeds([e.value for e in found]))
+            (x, next(iter(found.values())) if len(found) == 1 else report.over_seeds([e.value for e in found.values()]))
             for x, found in sorted(points.items())
         ]
         for name, points in ratios.items()
     }
-    return report.curve_figure(lines, over=over, percent=over == "sparsity.target") if lines else None
+    if not lines:
+        return None
+    budget = over == "sparsity.target"
+    return report.curve_figure(lines, over="parameters of the scope removed" if budget else over, percent=budget)
 
 
 def compared(runs: dict[str, list[FinishedRun]], a: str, b: str) -> report.Estimate | None:
@@ -188,4 +219,5 @@ def costs_of(done: Done) -> str:
                     f"{used['peak_memory_mib']:,}",
                 ]
             )
-    return report.markdown(rows)
+    note = "peak MiB: the process's highest so far, so that a row may show that of one before it."
+    return f"{report.markdown(rows)}\n\n{note}"

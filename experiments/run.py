@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import gprune
 from experiments import lists
@@ -88,7 +89,12 @@ def evaluated(folder: Path, cfg: gprune.RunConfig, tasks: dict[str, Any], dense_
     dense = (read_json(shared) or {}).get("records")
     arguments = [str(folder), *(part for pair in options.items() for part in pair), *(["--dense"] if not dense else [])]
     _, path = evaluation.run(evaluation.parser().parse_args(arguments))
-    records = read_json(path)["records"]
+    limit = tasks.get("limit")
+    # The run's file may hold those of other tasks, and of other limits, as well.
+    records = [
+        r for r in read_json(path)["records"]
+        if r["task"] in tasks["names"] and (r["kind"] != "zero_shot" or r["limit"] == limit)
+    ]  # fmt: skip
     if dense:  # measured with an earlier row: the same model, text and settings
         return [*dense, *(r for r in records if r["stage"] != "dense")]
     write_json(shared, {"records": [r for r in records if r["stage"] == "dense"]})
@@ -96,7 +102,7 @@ def evaluated(folder: Path, cfg: gprune.RunConfig, tasks: dict[str, Any], dense_
 
 
 def token_hours(pending: Sequence[Any]) -> str:
-    """What is still to be computed, at most, and how long it takes at the speed of this machine right now.
+    """What is still to be computed, at most, and how long it takes at the speed of this machine right now; tasks apart.
 
     Args:
         pending: rows, or whatever else has a `config`.
@@ -107,19 +113,30 @@ def token_hours(pending: Sequence[Any]) -> str:
         forward, backward = forward + plan.forward_tokens, backward + plan.forward_backward_tokens
     cfg = pending[0].config
     m = cfg.model
+    device = check(cfg).device
     model, _ = load_model(m.name, dtype=getattr(torch, m.dtype), trust_remote_code=m.trust_remote_code)
-    ids = torch.randint(model.config.vocab_size, (cfg.corpora.batch_size, cfg.corpora.seq_len))
+    model = model.to(device)
+    ids = torch.randint(model.config.vocab_size, (cfg.corpora.batch_size, cfg.corpora.seq_len), device=device)
     with torch.no_grad():
         next_token_loss(model, ids[:, :64])  # warm
-        forward_speed = ids.numel() / seconds(lambda: next_token_loss(model, ids))
-    gates = [torch.ones(b.experts * b.neurons, requires_grad=True) for b in blocks_of(model)]
+        forward_speed = ids.numel() / seconds(lambda: next_token_loss(model, ids).item())  # the number: a GPU is done
+    gates = [torch.ones(b.experts * b.neurons, requires_grad=True, device=device) for b in blocks_of(model)]
     with gated(model, gates):
-        backward_speed = ids.numel() / seconds(lambda: next_token_loss(model, ids).backward())
+        backward_speed = ids.numel() / seconds(
+            lambda: (next_token_loss(model, ids).backward(), gates[0].grad.sum().item())
+        )
     hours = (forward / forward_speed + backward / backward_speed) / 3600
     return (
         f"{len(pending)} configurations: at most {forward:,} tokens forward ({forward_speed:.0f}/s here) and "
-        f"{backward:,} forward and backward ({backward_speed:.0f}/s), shared passes counted for each: {hours:.1f} hours"
+        f"{backward:,} forward and backward ({backward_speed:.0f}/s), shared passes counted for each"
+        f"{', tasks not counted' * any(getattr(row, 'wanted_tasks', None) for row in pending)}: {hours:.1f} hours"
     )
+
+
+def backward_of(loss: Tensor, gate: Tensor) -> None:
+    """Backward, waited for."""
+    loss.backward()
+    gate.grad.sum().item()
 
 
 def seconds(call: Callable[[], Any]) -> float:

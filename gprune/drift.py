@@ -66,6 +66,15 @@ def kendall_agreement(scores: Tensor) -> float:
     return float(np.mean([kendalltau(values[a], values[b]).statistic for a, b in combinations(range(D), 2)]))
 
 
+def half_agreement(half_ranks: Tensor) -> Tensor:
+    """Kendall's tau-b between the two halves of a corpus, mean over corpora: half_ranks (D, 2, N) -> () float64.
+
+    What sampling alone leaves of the agreement between corpora. Below it: a half has twice the sampling variance of the
+    whole. NaN where `kendall_agreement` is.
+    """
+    return torch.tensor([kendall_agreement(pair) for pair in half_ranks], dtype=torch.float64).mean()
+
+
 def module_agreements(scores: Tensor, labels: Tensor) -> Tensor:
     """Kendall agreement inside each module: scores (D, N), labels (N,) in [0, K) -> (K,) float64, NaN if undefined."""
     return torch.tensor(

@@ -20,6 +20,8 @@ from gprune.masks import Masks
 from gprune.reliability import ModuleReliability
 from gprune.statistics import CorpusStatistics
 
+UNKNOWN = torch.tensor(float("nan"), dtype=torch.float64)
+
 
 @dataclass(frozen=True)
 class Drift:
@@ -29,6 +31,7 @@ class Drift:
     ranks: Tensor  # (D, N) in (0, 1)
     drift: Tensor  # (N,) population standard deviation of ranks, the noise floor subtracted if asked for
     floor: Tensor  # (N,) what sampling alone would show
+    halves: Tensor = UNKNOWN  # () Kendall tau between halves of a corpus, mean over corpora; NaN in earlier runs
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class Modules:
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> Modules:
         def part(record: type, b: int, name: str) -> Any:
-            return record(**{field: flat[f"{b}.{name}.{field}"] for field in record.__dataclass_fields__})
+            named = {field: f"{b}.{name}.{field}" for field in record.__dataclass_fields__}
+            # What a later version added is missing in a run of an earlier one, and has a default.
+            return record(**{field: flat[key] for field, key in named.items() if key in flat})
 
         depth = range(len(flat["block_agreement"]))
         return cls(

@@ -20,6 +20,7 @@ from gprune.data import CorpusDataModule
 from gprune.drift import (
     above_noise,
     fractional_ranks,
+    half_agreement,
     kendall_agreement,
     module_agreements,
     noise_floor,
@@ -194,11 +195,13 @@ def measure_drift(cfg: RunConfig, blocks: Sequence[Block], statistics: Mapping[s
         scores = torch.stack([scored(c.total) for c in channels])
         half_scores = torch.stack([torch.stack([scored(c.half(h)) for h in (0, 1)]) for c in channels])
         ranks = fractional_ranks(scores, groups=block.experts)
-        floor = noise_floor(fractional_ranks(half_scores, groups=block.experts))
+        half_ranks = fractional_ranks(half_scores, groups=block.experts)
+        floor, halves = noise_floor(half_ranks), half_agreement(half_ranks)
         if block.has_experts:  # scores of different experts are on different scales
             scores = ranks.clone()
         drift = rank_drift(ranks)
-        found.append(Drift(scores, ranks, above_noise(drift, floor) if cfg.partition.subtract_noise else drift, floor))
+        drift = above_noise(drift, floor) if cfg.partition.subtract_noise else drift
+        found.append(Drift(scores, ranks, drift, floor, halves))
     if len(corpora) < 2:
         log.warning("One drift corpus (%s): rank drift and the metric switch are off.", corpora[0])
     else:

@@ -13,6 +13,7 @@ from scipy.stats import kendalltau, rankdata
 from gprune.drift import (
     above_noise,
     fractional_ranks,
+    half_agreement,
     kendall_agreement,
     module_agreements,
     noise_floor,
@@ -210,3 +211,16 @@ def test_range_alone_misleads_plain_tau_but_not_the_matched_one():
     assert abs(range_matched_agreement(scores, similar)) < 0.08
     for labels in (mixed, random):
         assert abs(range_matched_agreement(scores, labels)) < 0.02
+
+
+def test_agreement_of_halves_is_the_mean_over_corpora():
+    halves = torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    halves[:, 1] += halves[:, 0]
+    expected = np.mean([kendalltau(a, b).statistic for a, b in halves.numpy()])
+    found = half_agreement(fractional_ranks(halves))
+    assert found.dtype == torch.float64
+    assert float(found) == pytest.approx(expected, rel=1e-12)
+    assert 0.3 < expected < 0.9
+    assert float(half_agreement(fractional_ranks(halves[:1, :, :]))) == pytest.approx(
+        kendalltau(*halves[0].numpy()).statistic, rel=1e-12
+    )  # one corpus has halves, if no drift

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from experiments import run as runner
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import paired_bootstrap_ratio
 from gprune.masks import Masks
-from gprune.report import Estimate, over_seeds
+from gprune.report import Estimate, FinishedRun, over_seeds
 from tests import tiny_run
 
 EXPERIMENTS = Path(lists.__file__).parent
@@ -407,8 +409,32 @@ def test_spreads_over_rows_of_their_base_and_of_the_result(bench, capsys):
     }  # fmt: skip
     for group, names in spread.items():
         base, averaged, ours = (np.ptp([logs[name, stage] for name in names]) for stage in stages)
-        cells = [f"{group}: {', '.join(names)}", *(f"{v:.3f}" for v in (base, averaged, ours, ours / base))]
-        assert cells in [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+        (cells,) = [cells for cells in lines if cells and cells[0] == f"{group}: {', '.join(names)}"]
+        for cell, expected in zip(cells[1:], (base, averaged, ours, ours / base), strict=True):
+            value, low, high = map(float, re.findall(r"[\d.]+", cell))
+            assert value == pytest.approx(expected, abs=6e-4)
+            assert low <= high
+            assert low < value * 1.5 and high > value / 1.5  # noqa: PT018
+
+
+def test_an_interval_of_a_spread_covers_it():
+    """Rows whose windows differ by a constant have a spread without noise; with noise it is near the truth."""
+    generator = np.random.default_rng(0)
+    windows = generator.normal(100, 10, 400)
+
+    def run(name: str, shift: np.ndarray | float) -> FinishedRun:
+        records = [{"stage": "gprune", "recovery": "none", "seen": False, "corpus": c, "seq_len": 11,
+                    "window_nll": list(windows + shift)} for c in "ab"]  # fmt: skip
+        return FinishedRun(Path(name), name, {"recovery": "none"}, records, {}, Masks([], []), None, [])
+
+    exact = results._spread([run("x", 0.0), run("y", 5.0)], ["x", "y"], "gprune")
+    assert torch.allclose(exact, torch.full_like(exact, 0.5))
+    noisy = results._spread([run("x", 0.0), run("y", 5 + generator.normal(0, 4, 400))], ["x", "y"], "gprune")
+    low, high = torch.quantile(noisy[1:], torch.tensor([0.025, 0.975], dtype=noisy.dtype)).tolist()
+    assert low < 0.5 < high
+    assert high - low == pytest.approx(2 * 1.96 * 4 / np.sqrt(400) / 10 / np.sqrt(2), rel=0.25)  # two corpora
+    assert results._spread([run("x", 0.0)], ["x", "y"], "gprune") is None
 
 
 def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_path):
@@ -428,7 +454,16 @@ def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_pa
             ratio = paired_bootstrap_ratio(unseen(kept, stage, used), unseen(kept, "base", used), 31)[0]
             at = dict(drawn[f"{row.config.importance}, {stage}"])
             assert at[row.config.sparsity.target] == pytest.approx(ratio)
-    assert axes.get_xlabel() == "sparsity.target"
+    assert axes.get_xlabel() == "parameters of the scope removed"
+    twice = bench.write("twice", rows | {"again": {"importance": "wifv", "sparsity.target": 0.3, "ridge": 0.2}},
+                        common=common, curve={"over": "sparsity.target", "of": "importance"})  # fmt: skip
+    bench(capsys, twice)
+    with pytest.raises(UserError, match=r"one row for each sparsity.target and importance, got two of 0.3 and wifv"):
+        results.curve(listing, results.reported(*done_of(twice)).runs)
+    bare = [
+        replace(r, records=[k for k in r.records if k["stage"] != "base"]) for r in results.reported(listing, done).runs
+    ]
+    assert results.curve(listing, bare) is None
     plain = lists.Listing.read(bench.write("plain", rows, common=common))
     assert results.curve(plain, []) is None
     assert "curve: expected settings" in bench.refused(capsys, bench.write("bad", rows, curve={"over": "x", "of": "y"}))
@@ -448,8 +483,15 @@ def measured(monkeypatch, bench):
     def run(options):
         calls.append(options)
         stages = ["dense", "base"] if options.dense else ["base"]
-        about = {"kind": "zero_shot", "correct": "0110", "recovery": "none", "content_hash": "c"}
+        about = {
+            "kind": "zero_shot",
+            "limit": options.limit,
+            "correct": "0110",
+            "recovery": "none",
+            "content_hash": "c",
+        }
         records = [about | {"stage": s, "task": t} for s in stages for t in options.tasks.split(",")]
+        records += [about | {"stage": "base", "task": "piqa", "limit": 77}]  # of an earlier evaluation
         path = bench.folder / "evaluation.json"
         path.write_text(json.dumps({"records": records}))
         return "", path

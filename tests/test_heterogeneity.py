@@ -66,11 +66,12 @@ def test_numbers_are_those_of_an_independent_computation(finished, runs, capsys,
         tau = np.mean([kendalltau(d.scores[i], d.scores[j]).statistic for i, j in combinations(range(3), 2)])
         above = (drift > np.quantile(d.floor.numpy(), 0.95)).mean()
         expected = [drift.mean(), float(d.floor.mean()), above, tau, min(inside), max(inside)]
-        cells = [shown[str(b)][c] for c in (0, 1, 3, 4, 6, 7)]
+        expected.insert(4, float(d.halves))
+        cells = [shown[str(b)][c] for c in (0, 1, 3, 4, 5, 7, 8)]
         assert list(map(float, cells)) == pytest.approx(expected, abs=6e-4)
         assert float(shown[str(b)][2]) == pytest.approx(drift.mean() / float(d.floor.mean()), abs=6e-3)
         switched = finished.modules.reliability[b].switched
-        assert shown[str(b)][8] == f"{int(switched.sum())} of {len(switched)}"
+        assert shown[str(b)][9] == f"{int(switched.sum())} of {len(switched)}"
 
 
 def test_eta_squared_is_what_an_f_test_is_made_of():

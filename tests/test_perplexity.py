@@ -13,6 +13,7 @@ from gprune.data import Windows
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import (
     Perplexity,
+    bootstrap_gap,
     generalisation_gap,
     geometric_mean,
     paired_bootstrap_ratio,
@@ -106,6 +107,21 @@ def test_geometric_mean():
     assert geometric_mean([7.0]) == pytest.approx(7)
     assert math.isnan(geometric_mean([]))
     assert geometric_mean([1e200, 1e200]) == pytest.approx(1e200)  # no overflow on the way
+
+
+def test_the_interval_of_a_gap_is_that_of_two_independent_ratios():
+    generator = np.random.default_rng(0)
+    dense = {c: generator.normal(90, 9, 300).tolist() for c in "abcd"}
+    pruned = {c: (np.array(v) + generator.normal(12 if c in "ab" else 6, 5, 300)).tolist() for c, v in dense.items()}
+    seen = {c: c == "d" for c in dense}
+    gap, low, high = bootstrap_gap(pruned, dense, seen, 31, draws=20_000)
+    means = {kind: {c: math.exp(np.mean(nll[c]) / 31) for c in nll} for kind, nll in (("p", pruned), ("d", dense))}
+    assert gap == pytest.approx(generalisation_gap(means["p"], means["d"], seen), rel=1e-12)
+    differences = {c: (np.array(pruned[c]) - np.array(dense[c])) / 31 for c in dense}
+    variance = {c: d.var(ddof=1) / len(d) for c, d in differences.items()}
+    spread = 1.96 * math.sqrt((variance["a"] + variance["b"] + variance["c"]) / 9 + variance["d"])
+    assert math.log(high / low) / 2 == pytest.approx(spread, rel=0.05)
+    assert math.isnan(bootstrap_gap(pruned, dense, dict.fromkeys(dense, True), 31)[0])
 
 
 def test_generalisation_gap_by_hand():

@@ -292,12 +292,28 @@ def test_mask_stability_over_the_runs_given(run):
     apart = row(table, "one", "two", "ffn")
     assert abs(apart["beyond chance"]) < 0.15  # shuffled: independent
     assert apart["Jaccard"] - apart["chance"] == pytest.approx(apart["beyond chance"] * (1 - apart["chance"]))
-    inside = [cells for cells in table.rows if cells[1] == "mean over pairs"]
-    assert [cells[3] for cells in inside] == [pytest.approx(apart["Jaccard"])]  # of the two seeds
+    inside = next(t for t in made.tables if t.name == "repeatability")
+    assert [cells[2] for cells in inside.rows] == [pytest.approx(apart["Jaccard"])]  # of the two seeds
     edit(other / "manifest.json", lambda m: m["settings"]["inputs"].update(model="another model"))
     assert [cells[:2] for t in report.make([run, same, other]).tables if t.name == "stability" for cells in t.rows] == [
         ["one", "same"]
     ]
+
+
+def test_pruned_models_are_compared_pair_by_pair(run):
+    other = another(run, "two", setting=0.5)
+
+    def one_nat_more(metrics: dict) -> None:
+        for r in metrics["records"]:
+            r["window_nll"] = [v + 1 for v in r["window_nll"]]
+
+    edit(other / "metrics.json", one_nat_more)
+    (table,) = [t for t in report.make([run, other]).tables if t.name == "comparison"]
+    (found,) = table.rows
+    assert found[:3] == ["one: gprune + bias", "two: gprune + bias", 1]
+    predicted = report.read_run(run).records[0]["seq_len"] - 1
+    assert found[3].value == pytest.approx(np.exp(-1 / predicted))
+    assert found[3].low == pytest.approx(found[3].high)
 
 
 def seeds_of_one_name(run: Path) -> list[report.FinishedRun]:
@@ -315,10 +331,11 @@ def test_seeds_that_share_a_name_stay_apart(run):
     for r, name in zip(runs, names, strict=True):
         assert row(tables["sparsity"], "neurons", 0)[name] == float((~r.masks.ffn[0]).float().mean())
     stability = [cells for cells in tables["stability"].rows if cells[2] == "ffn"]
-    assert [cells[:2] for cells in stability[:-1]] == [[a, b] for i, a in enumerate(names) for b in names[i + 1 :]]
+    assert [cells[:2] for cells in stability] == [[a, b] for i, a in enumerate(names) for b in names[i + 1 :]]
     assert row(tables["stability"], "same, seed 2", "same, seed 3")["Jaccard"] == 1
-    assert stability[-1][:2] == ["same (4 seeds)", "mean over pairs"]
-    assert stability[-1][3] == pytest.approx(np.mean([cells[3] for cells in stability[:-1]]))
+    (inside,) = tables["repeatability"].rows
+    assert inside[:2] == ["same (4 seeds)", "ffn"]
+    assert inside[2] == pytest.approx(np.mean([cells[3] for cells in stability]))
     figures = made.figures()
     assert [line.get_label() for line in figures["sparsity"].axes[0].get_lines()] == names
     axes = figures["stability"].axes[0]
@@ -339,6 +356,22 @@ def test_what_many_seeds_write_is_one_folder_of_figures_each(run):
         "same, seed 0",
         "same, seed 1",
     }
+
+
+def test_accuracy_stands_beside_the_dense_model_of_its_own_name_and_dtype():
+    """Questions and labels are the same for all models: their hash alone does not say whose dense numbers these are."""
+    common = {"kind": "zero_shot", "task": "piqa", "split": "validation", "source": "local", "questions": 4,
+              "acc_norm": None, "acc_norm_stderr": None, "standard_protocol": False, "note": "", "recovery": "none",
+              "content_hash": "h", "acc": 0.5, "acc_stderr": 0.2}  # fmt: skip
+    records = [
+        common | {"run": model, "model": model, "dtype": dtype, "stage": stage, "correct": correct}
+        for model, dtype, correct in (("a", "float32", "1111"), ("b", "float32", "0000"), ("a", "bfloat16", "0011"))
+        for stage in ("gprune", "dense")
+    ]
+    table = report.evaluation_table(records)
+    against = table.columns.index("against dense")
+    assert [cells[against] for cells in table.rows if cells[2] == "gprune"] == ["+0.000 +- 0.000"] * 3
+    assert sum(cells[2] == "dense" for cells in table.rows) == 3
 
 
 def test_zero_shot_records_are_taken_up(run):

@@ -119,6 +119,14 @@ def paired_bootstrap_ratio(
     Returns:
         (ratio, lower, upper); windows are resampled within each corpus, jointly for both models.
     """
+    point, total = _bootstrap_log_ratio(a, b, tokens_per_window, draws=draws, seed=seed)
+    return math.exp(point), *_interval(total)
+
+
+def _bootstrap_log_ratio(
+    a: dict[str, list[float]], b: dict[str, list[float]], tokens_per_window: int, *, draws: int, seed: int
+) -> tuple[float, Tensor]:
+    """Log of the ratio of geometric means, and its (draws,) float64 bootstrap replicates."""
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(draws, dtype=torch.float64)
     point = 0.0
@@ -127,8 +135,36 @@ def paired_bootstrap_ratio(
         pick = torch.randint(len(difference), (draws, len(difference)), generator=generator)
         total += difference[pick].mean(1) / tokens_per_window
         point += float(difference.mean()) / tokens_per_window
-    low, high = torch.quantile(total / len(a), torch.tensor([0.025, 0.975], dtype=torch.float64)).exp().tolist()
-    return math.exp(point / len(a)), low, high
+    return point / len(a), total / len(a)
+
+
+def _interval(logs: Tensor) -> tuple[float, float]:
+    low, high = torch.quantile(logs, torch.tensor([0.025, 0.975], dtype=torch.float64)).exp().tolist()
+    return low, high
+
+
+def bootstrap_gap(
+    pruned: dict[str, list[float]],
+    dense: dict[str, list[float]],
+    seen: dict[str, bool],
+    tokens_per_window: int,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """`generalisation_gap` with a 95 % interval over windows; arguments as there and for `paired_bootstrap_ratio`.
+
+    Returns:
+        (gap, lower, upper); NaN without corpora of both kinds. Seen and unseen text are resampled apart.
+    """
+    found = []
+    for kind in (False, True):
+        a, b = ({c: nll[c] for c in nll if seen[c] == kind} for nll in (pruned, dense))
+        if not a:
+            return (math.nan,) * 3
+        found.append(_bootstrap_log_ratio(a, b, tokens_per_window, draws=draws, seed=seed + kind))
+    (unseen, unseen_draws), (known, known_draws) = found
+    return math.exp(unseen - known), *_interval(unseen_draws - known_draws)
 
 
 def bootstrap_perplexity(

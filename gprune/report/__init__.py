@@ -33,7 +33,7 @@ from gprune.report.figures import (
     style,
     write_figures,
 )
-from gprune.report.masks import pairs, sparsity_table, stability_table
+from gprune.report.masks import pairs, repeatability_table, sparsity_table, stability_table
 from gprune.report.runs import (
     FinishedRun,
     Group,
@@ -45,7 +45,15 @@ from gprune.report.runs import (
     short_names,
     told_apart,
 )
-from gprune.report.summary import mean_perplexity, over_seeds, perplexity_table, ratio_to, records_table, summary_table
+from gprune.report.summary import (
+    comparison_table,
+    mean_perplexity,
+    over_seeds,
+    perplexity_table,
+    ratio_to,
+    records_table,
+    summary_table,
+)
 from gprune.report.tables import (
     Estimate,
     Table,
@@ -57,13 +65,13 @@ from gprune.report.tables import (
 )
 
 __all__ = [
-    "Estimate", "FinishedRun", "Group", "Report", "Table", "by_stage", "curve_figure", "evaluation_table",
-    "generalisation_gap", "geometric_mean", "groups",
-    "heterogeneity_figure", "make", "markdown", "mean_perplexity", "means_figure", "model_card",
-    "model_label", "of_runs", "over_seeds", "pairs",
+    "Estimate", "FinishedRun", "Group", "Report", "Table", "by_stage", "comparison_table", "curve_figure",
+    "evaluation_table", "generalisation_gap", "geometric_mean", "groups", "heterogeneity_figure", "make",
+    "markdown", "mean_perplexity", "means_figure", "model_card", "model_label", "of_runs", "over_seeds", "pairs",
     "perplexity_figure", "perplexity_table", "ratio_figure", "ratio_to", "read_run", "read_runs", "records_table",
-    "result_table", "row_name", "run_names", "save", "short_names", "sparsity_figure", "sparsity_lines",
-    "sparsity_table", "stability_figure", "stability_table", "style", "summary_table", "unseen_ratios", "write_figures",
+    "repeatability_table", "result_table", "row_name", "run_names", "save", "short_names", "sparsity_figure",
+    "sparsity_lines", "sparsity_table", "stability_figure", "stability_table", "style", "summary_table",
+    "unseen_ratios", "write_figures",
 ]  # fmt: skip
 FORMATS = ("png", "svg")
 
@@ -102,11 +110,11 @@ class Report:
             *([self.base.name] if self.base else []),
         ]
         short = short_names(names)
-        dense, *rows = [("dense" if row[1] == "dense" else f"{short[row[0]]}: {row[1]}", row)
+        dense, *rows = [("dense" if row[1] == "dense" else _label(short[row[0]], row[1]), row)
                         for i, row in enumerate(self.tables[0].rows) if i == 0 or row[1] != "dense"]  # fmt: skip
         found = {"means": means_figure([(label, row[3], row[4]) for label, row in (dense, *rows)])}
         if ratios := [(label, row[7]) for label, row in rows if row[7] is not None]:
-            found["ratios"] = ratio_figure(ratios, base=f"{short[self.base.name]}: base" if self.base else "base")
+            found["ratios"] = ratio_figure(ratios, base=_label(short[self.base.name], "base") if self.base else "base")
         if len(runs) > 1:
             found["sparsity"] = sparsity_lines({short[run.name]: run.masks for run in runs})
             known = {(short[a], short[b]): kinds["ffn"] for (a, b), kinds in pairs(runs).items()}
@@ -133,6 +141,11 @@ class Report:
         with style():
             figures = self.figures()
         return [path for name, figure in figures.items() for path in save(figure, folder, prefix + name, formats)]
+
+
+def _label(run: str, stage: str) -> str:
+    """Of a row in a figure: short where a run is named for its stage."""
+    return run if run == stage else f"{run}: {stage}"
 
 
 def make(paths: Sequence[Path | str], *, base: Path | str | None = None) -> Report:
@@ -164,7 +177,7 @@ def of_runs(
         sparsity_table(runs),
     ]
     if len(runs) > 1:
-        tables.append(stability_table(found))
+        tables += [comparison_table(found), stability_table(found), repeatability_table(found)]
     if evaluated := [r | {"run": run.name} for run in told_apart(runs) for r in run.evaluation]:
         tables.append(evaluation_table(evaluated))
     return Report(runs, found, tables, base)

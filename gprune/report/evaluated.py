@@ -15,16 +15,15 @@ def evaluation_table(records: Sequence[Record]) -> Table:
     Args:
         records: as in `evaluation.json`, with `run` and `stage` in each.
     """
-    dense = {(r["task"], r["content_hash"]): r for r in records if r["stage"] == "dense"}
+    dense = {_identity(r): r for r in records if r["stage"] == "dense"}
     rows: list[list[Cell]] = []
     shown = set()
     for r in sorted(records, key=lambda r: (r["kind"] != "zero_shot", r["task"], r["stage"] != "dense")):
         if r["stage"] == "dense":  # which several runs may share
-            same = tuple(r.get(name) for name in ("task", "content_hash", "dtype", "model"))
-            if same in shown:
+            if _identity(r) in shown:
                 continue
-            shown.add(same)
-        reference = dense.get((r["task"], r["content_hash"])) if r["stage"] != "dense" else None
+            shown.add(_identity(r))
+        reference = dense.get(_identity(r)) if r["stage"] != "dense" else None
         where = [r["task"], r["run"], row_name(r["stage"], r.get("recovery") or "none")]
         rows.append([*where, *(_accuracy if r["kind"] == "zero_shot" else _perplexity)(r, reference)])
     return Table(
@@ -49,6 +48,11 @@ def evaluation_table(records: Sequence[Record]) -> Table:
         "prompts, or all windows; other numbers are never to be set beside published figures, nor is any number of a "
         "de-quantised model.",
     )
+
+
+def _identity(r: Record) -> tuple[Cell, ...]:
+    """What a number must share with that of the dense model to stand beside it."""
+    return tuple(r.get(name) for name in ("task", "content_hash", "dtype", "model"))
 
 
 def _accuracy(r: Record, dense: Record | None) -> list[Cell]:

@@ -80,6 +80,9 @@ def heterogeneity_figure(modules: Modules) -> Figure:
     depth = range(len(modules.drift))
     left.plot(depth, [float(d.floor.mean()) for d in modules.drift], "--", color="black", lw=1, label="noise floor")
     right.plot(depth, modules.block_agreement, "-", color="black", lw=1, label="whole block")
+    halves = [float(d.halves) for d in modules.drift]
+    if np.isfinite(halves).any():
+        right.plot(depth, halves, "--", color="black", lw=1, label="whole block, halves of one corpus")
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=8)
     figure.colorbar(points, ax=right, label="mean importance rank")

@@ -10,6 +10,13 @@ from gprune.evaluation.stability import Stability, pairwise_stability
 from gprune.report.runs import FinishedRun, Group, told_apart
 from gprune.report.tables import Cell, Table
 
+COLUMNS = ["unit", "Jaccard", "chance", "beyond chance"]
+DIGITS = dict.fromkeys(COLUMNS[1:], 3)
+NOTE = (
+    "Jaccard index of kept units, mean over blocks; chance: its expectation for independent masks of the same widths; "
+    "beyond chance: (Jaccard - chance) / (1 - chance)."
+)
+
 
 def sparsity_table(runs: Sequence[FinishedRun]) -> Table:
     """Fraction of units removed in every block of the runs' final masks: a row per block and kind, a column per run."""
@@ -31,26 +38,24 @@ def sparsity_table(runs: Sequence[FinishedRun]) -> Table:
 
 
 def stability_table(found: Sequence[Group]) -> Table:
-    """Jaccard index of kept units for every pair of runs of one model, and the mean over pairs within each group."""
+    """Jaccard index of kept units for every pair of runs of one model."""
     rows: list[list[Cell]] = []
     for (a, b), by_kind in pairs(run for group in found for run in group.runs).items():
         rows += _stability_rows(a, b, by_kind)
+    return Table("stability", "Mask stability", ["run", "and", *COLUMNS], rows, DIGITS, NOTE)
+
+
+def repeatability_table(found: Sequence[Group]) -> Table:
+    """The same between runs that differ in seed alone: a row per group of several, means over its pairs."""
+    rows: list[list[Cell]] = []
     for group in found:
         inside = list(pairs(group.runs).values())
         for kind in ("ffn", "attention"):
             known = [s for s in (by_kind[kind] for by_kind in inside) if s.jaccard is not None]
             if known:
                 means = [float(np.mean([getattr(s, n) for s in known])) for n in ("jaccard", "chance", "beyond_chance")]
-                rows.append([group.name, "mean over pairs", kind, *means])
-    return Table(
-        "stability",
-        "Mask stability",
-        ["run", "and", "unit", "Jaccard", "chance", "beyond chance"],
-        rows,
-        {"Jaccard": 3, "chance": 3, "beyond chance": 3},
-        "Jaccard index of kept units, mean over blocks; chance: its expectation for independent masks of the same "
-        "widths; beyond chance: (Jaccard - chance) / (1 - chance).",
-    )
+                rows.append([group.name, kind, *means])
+    return Table("repeatability", "Mask stability across seeds, mean over pairs", ["run", *COLUMNS], rows, DIGITS, NOTE)
 
 
 def pairs(runs: Iterable[FinishedRun]) -> dict[tuple[str, str], dict[str, Stability]]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 from scipy.stats import t as student
 
 from gprune.evaluation.perplexity import (
+    bootstrap_gap,
     bootstrap_perplexity,
-    generalisation_gap,
     paired_bootstrap_ratio,
 )
 from gprune.report.runs import FinishedRun, Group, divided
@@ -63,10 +64,13 @@ def ratio_to(run: FinishedRun, stage: Stage, other: FinishedRun, reference: Stag
 
 
 def gap(run: FinishedRun, stage: Stage) -> Estimate | None:
-    """Generalisation gap of one stage; None for dense, and without corpora of both kinds."""
-    table = by_stage(run.records)
-    value = generalisation_gap(table[stage], table["dense", "none"], {r["corpus"]: r["seen"] for r in run.records})
-    return None if stage[0] == "dense" or not math.isfinite(value) else Estimate(value)
+    """Generalisation gap of one stage with an interval over windows; None for dense, and without both kinds of text."""
+    if stage[0] == "dense":
+        return None
+    pruned, dense = (_nll(_records(run, key)) for key in (stage, ("dense", "none")))
+    seen = {r["corpus"]: r["seen"] for r in run.records}
+    found = Estimate(*bootstrap_gap(pruned, dense, seen, _predicted(run)))
+    return found if math.isfinite(found.value) else None
 
 
 def summary_table(
@@ -100,6 +104,30 @@ def summary_table(
         "Perplexity, lower is better. In brackets 95 % intervals: bootstrap over windows (paired, for ratios) of a "
         "single run; Student's t over seeds, which have the same windows, where there are several. gap: (unseen pruned "
         "/ dense) / (seen pruned / dense). " + _division(seen) + about_base,
+    )
+
+
+def comparison_table(found: Sequence[Group]) -> Table:
+    """What pairs of pruned models have of each other's perplexity: a row for every two groups' last stages.
+
+    Over text unseen by the first of the two; pairs that were not evaluated on the same windows have no row.
+    """
+    rows: list[list[Cell]] = []
+    for a, b in combinations(found, 2):
+        by_seed = {run.seed: run for run in b.runs}
+        pairs = [(run, by_seed[run.seed]) for run in a.runs if run.seed in by_seed] or [(a.runs[0], b.runs[0])]
+        ratios = [ratio_to(run, stages(run)[-1], other, stages(other)[-1]) for run, other in pairs]
+        if None not in ratios:
+            ratio = ratios[0] if len(ratios) == 1 else over_seeds([found.value for found in ratios])
+            names = (f"{g.name}: {row_name(*stages(g.runs[0])[-1])}" for g in (a, b))
+            rows.append([*names, len(ratios), ratio])
+    return Table(
+        "comparison",
+        "Pruned models, pair by pair",
+        ["unseen perplexity of", "over that of", "seeds", "ratio"],
+        rows,
+        {"ratio": 3},
+        "In brackets 95 % intervals: paired bootstrap over windows of a single pair; Student's t over several seeds.",
     )
 
 
