@@ -12,9 +12,10 @@ gprune.evaluation`. Files are named from the list's own folder.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,12 +31,9 @@ from gprune.errors import UserError
 RECORDS = Path(__file__).parent / "records" / "runs"
 # Numbers do not depend on these: a row is the same row with and without them.
 OWN = {"export": "none", "logging.mode": "disabled", "run.dir": "runs/experiments"}
-KEYS = {
-    "about", "protocol", "common", "rows", "reference", "compare", "spread", "curve", "controls", "seeds", "tasks",
-    "seen", "tables",
-}  # fmt: skip
 TABLES = ("summary", "perplexity", "evaluation")
-ALL_TABLES = {*TABLES, "records", "sparsity", "stability", "repeatability"}
+Name = str | int | float
+ALL_TABLES = {*TABLES, "records", "comparison", "sparsity", "stability", "repeatability"}
 
 
 @dataclass(frozen=True)
@@ -74,9 +72,10 @@ class Row:
         slug = "-".join("".join(c if c.isalnum() else " " for c in self.name.lower()).split())
         there = sorted(RECORDS.glob(f"*-{key}*.json"))
         # A record under this key may be of other settings, those of a default that has changed since: it stays.
-        again = f"-{len(there)}" if there else ""
-        fresh = RECORDS / f"{slug}-seed{self.seed}-{key}{again}.json"
-        return next((path for path in there if self.is_of(read_json(path))), fresh)
+        numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
+        names = (RECORDS / f"{slug}-seed{self.seed}-{key}{number}.json" for number in numbers)
+        fresh = (path for path in names if not path.exists())
+        return next((path for path in there if self.is_of(read_json(path))), None) or next(fresh)
 
     def is_of(self, kept: dict[str, Any] | None) -> bool:
         """Whether a record is this row's.
@@ -117,53 +116,96 @@ class Listing:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"List '{path}': expected a YAML file, but {type(error).__name__} came up.") from error
-        if not isinstance(content, dict) or not isinstance(content.get("rows"), dict) or set(content) - KEYS:
-            unknown = sorted(set(content) - KEYS) if isinstance(content, dict) else []
+        if not isinstance(content, dict) or not isinstance(content.get("rows"), dict) or set(content) - set(SHAPES):
+            unknown = sorted(set(content) - set(SHAPES), key=str) if isinstance(content, dict) else []
             raise UserError(
-                f"List '{path}': expected a mapping with 'rows' and of {', '.join(sorted(KEYS))}"
+                f"List '{path}': expected a mapping with 'rows' and of {', '.join(sorted(SHAPES))}"
                 + (f"; got {', '.join(map(str, unknown))}." if unknown else ".")
             )
-        _check_rows(path, content)
+        content = _checked(path, {key: value for key, value in content.items() if value is not None})
         protocol = _configs(path, content.get("protocol"))
-        common = [*flags_of(OWN), *flags_of(content.get("common") or {})]
+        common = [*flags_of(OWN), *flags_of(content.get("common", {}))]
         rows = []
-        for seed in content.get("seeds", [0]) if seeds is None else seeds:
+        for seed in dict.fromkeys(content.get("seeds", [0]) if seeds is None else seeds):
             for name, settings in content["rows"].items():
-                settings = dict(settings or {})
+                settings = dict(settings)
                 files = [*protocol, *_configs(path, settings.pop("config", None))]
                 given = (*files, *common, *flags_of(settings), f"--run.seed={seed}", *flags)
-                control = name in (content.get("controls") or [])
-                rows.append(Row(str(name), seed, given, content.get("tasks") or {}, control))
-        compare = [(str(a), str(b)) for a, b in content.get("compare", [])]
+                rows.append(Row(name, seed, given, content.get("tasks", {}), name in content.get("controls", [])))
         return cls(
-            path, content.get("about", path.stem), rows, content.get("reference"), compare,
-            content.get("spread", {}), content.get("curve"), tuple(content.get("tables", TABLES)), content.get("seen"),
+            path, content.get("about", path.stem), rows, content.get("reference"),
+            [(a, b) for a, b in content.get("compare", [])], content.get("spread", {}), content.get("curve"),
+            tuple(content.get("tables", TABLES)), content.get("seen"),
         )  # fmt: skip
 
 
-def _check_rows(path: Path, content: dict[str, Any]) -> None:
-    lists = {key: content.get(key) or [] for key in ("compare", "controls", "seeds", "tables", "seen")}
-    if not all(isinstance(part, list) for part in lists.values()) or any(len(pair) != 2 for pair in lists["compare"]):
-        raise UserError(f"List '{path}': expected lists in {', '.join(lists)} (compare: of pairs); see --help.")
-    if unknown := sorted(set(lists["tables"]) - ALL_TABLES):
-        raise UserError(f"List '{path}', tables: expected of {', '.join(sorted(ALL_TABLES))}, got '{unknown[0]}'.")
-    if content.get("tasks") and not content["tasks"].get("names"):
-        raise UserError(f"List '{path}', tasks: expected names, such as [piqa, arc_easy], got none.")
-    curve, known = content.get("curve", {"over": "run.seed", "of": "importance"}), flat(gprune.RunConfig().settings())
-    if not isinstance(curve, dict) or set(curve) != {"over", "of"} or not all(str(v) in known for v in curve.values()):
-        raise UserError(f"List '{path}', curve: expected settings as `over` and `of`, such as importance; got {curve}.")
-    names = {str(name) for name in content["rows"]}
-    for name, settings in content["rows"].items():
-        if not isinstance(settings, dict | None):
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, Name) for name in value)
+
+
+def _curve(value: Any) -> bool:
+    known = flat(gprune.RunConfig().settings())
+    return isinstance(value, dict) and set(value) == {"over", "of"} and all(str(v) in known for v in value.values())
+
+
+# What each key holds, for people, and whether a value does.
+SHAPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "about": ("text", lambda v: isinstance(v, str)),
+    "protocol": ("a file or files", lambda v: isinstance(v, str) or _names(v)),
+    "common": ("settings by name", lambda v: isinstance(v, dict)),
+    "rows": ("settings by name for each row", lambda v: isinstance(v, dict)),
+    "reference": ("a row", lambda v: isinstance(v, Name)),
+    "compare": (
+        "pairs of stages, such as ['a: gprune', 'b: base']",
+        lambda v: isinstance(v, list) and all(_names(pair) and len(pair) == 2 for pair in v),
+    ),
+    "spread": ("lists of rows by name", lambda v: isinstance(v, dict) and all(map(_names, v.values()))),
+    "curve": ("settings as `over` and `of`, such as importance", _curve),
+    "controls": ("rows", _names),
+    "seeds": ("whole numbers", lambda v: _names(v) and all(type(seed) is int for seed in v)),
+    "tables": (f"of {', '.join(sorted(ALL_TABLES))}", lambda v: _names(v) and set(v) <= ALL_TABLES),
+    "tasks": (
+        "names, such as names: [piqa, arc_easy]",
+        lambda v: isinstance(v, dict) and _names(v.get("names")) and bool(v["names"]),
+    ),
+    "seen": ("corpora", _names),
+}
+
+
+def _checked(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """The content with all names as text, which YAML may have read as numbers.
+
+    Raises:
+        UserError: for a value of another shape, and for a row that there is not.
+    """
+    for key, value in content.items():
+        expected, fits = SHAPES[key]
+        if not fits(value):
+            raise UserError(f"List '{path}', {key}: expected {expected}; got {json.dumps(value, default=str)}.")
+    rows = {str(name): {} if settings is None else settings for name, settings in content["rows"].items()}
+    for name, settings in rows.items():
+        if not isinstance(settings, dict):
             raise UserError(f"List '{path}', row '{name}': expected settings by name, got {settings!r}.")
-    for key, wanted in (
-        ("reference", [content["reference"]] if "reference" in content else []),
-        ("compare", [stage.partition(": ")[0] for pair in lists["compare"] for stage in pair]),
-        ("controls", lists["controls"]),
-        ("spread", [name for group in content.get("spread", {}).values() for name in group]),
-    ):
-        if unknown := [name for name in wanted if name not in names]:
-            raise UserError(f"List '{path}', {key}: expected rows ({', '.join(names)}), got '{unknown[0]}'.")
+    content = content | {"rows": rows}
+    for key in {"controls", "seen"} & content.keys():
+        content[key] = [str(name) for name in content[key]]
+    if "reference" in content:
+        content["reference"] = str(content["reference"])
+    content["compare"] = [[str(stage) for stage in pair] for pair in content.get("compare", [])]
+    content["spread"] = {str(k): [str(name) for name in group] for k, group in content.get("spread", {}).items()}
+    controls = content.get("controls", [])
+    for key, known, wanted in (
+        ("reference", rows, [content["reference"]] if "reference" in content else []),
+        ("compare", rows, [stage.partition(": ")[0] for pair in content["compare"] for stage in pair]),
+        ("controls", rows, controls),
+        (
+            "spread", [name for name in rows if name not in controls],  # gprune's results are what it is about
+            [name for group in content["spread"].values() for name in group],
+        ),
+    ):  # fmt: skip
+        if unknown := [name for name in wanted if name not in known]:
+            raise UserError(f"List '{path}', {key}: expected rows ({', '.join(known)}), got '{unknown[0]}'.")
+    return content
 
 
 def _configs(path: Path, names: str | list[str] | None) -> list[str]:

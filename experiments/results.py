@@ -11,11 +11,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.lists import Listing, Row, flat
+import gprune
+from experiments.lists import Listing, Row, flat, plain
 from gprune import report
 from gprune.errors import UserError
 from gprune.masks import Masks
 from gprune.report import FinishedRun, Report, row_name
+from gprune.results import with_defaults
 
 CONTROL = "control"  # what tables call the result of a row that the list names as a control
 Done = Sequence[tuple[Row, dict[str, Any]]]  # rows with their records
@@ -52,7 +54,7 @@ def as_run(row: Row, kept: dict[str, Any], seen: Sequence[str] | None) -> Finish
     return FinishedRun(
         path=row.path,
         name=row.name,
-        settings=kept["settings"] | {"inputs": kept["inputs"]},
+        settings=with_defaults(kept["settings"], plain(gprune.RunConfig().settings())) | {"inputs": kept["inputs"]},
         records=records,
         summary=kept["summary"],
         masks=unpacked(kept["masks"]),
@@ -97,26 +99,35 @@ def text_of(listing: Listing, done: Done) -> str:
     by_name: dict[str, list[FinishedRun]] = {}
     for r in made.runs:
         by_name.setdefault(r.name, []).append(r)
-    rows = [[f"{a} / {b}", ratio] for a, b in listing.compare if (ratio := compared(by_name, a, b)) is not None]
+    pairs = [(f"{a} / {b}", ratios_of(by_name, a, b)) for a, b in listing.compare]
+    rows = [[name, len(ratios), _mean(ratios)] for name, ratios in pairs if ratios is not None]
     if rows:
-        columns = ["unseen perplexity of", "ratio"]
+        columns = ["unseen perplexity of", "seeds", "ratio"]
         parts.append(report.Table("compare", "Comparisons", columns, rows, {"ratio": 3}).to_markdown())
+    if any(not ratios for _, ratios in pairs if ratios is not None):
+        parts.append("No ratio: the two have no seed in common, or were evaluated on other windows.")
     if spread := spreads(listing, made.runs):
         parts.append(report.markdown(spread))
+        parts.append(
+            "In brackets 95 % intervals over windows for the two rows that are furthest apart. That the data picked "
+            "these two is not in them, so that rows that are alike do not spread by 0."
+        )
     return "\n\n".join([*parts, *made.protocols()])
 
 
 def spreads(listing: Listing, runs: Sequence[FinishedRun]) -> list[list[str]]:
     """log(max / min) of the unseen geometric mean over the rows of each group: of their own base, of its average over
-    corpora where all of them have it, and of their result; with 95 % intervals, windows resampled for all rows alike.
+    corpora, and of their result, each blank unless all rows have it; with 95 % intervals, windows resampled for all
+    rows alike.
     """
     stages = ("base", "base_averaged", "gprune")
     rows = [["unseen, log(max / min) over", *stages, "gprune / base"]]
     for group, names in listing.spread.items():
         found = [_spread(runs, names, stage) for stage in stages]
         base, _, result = found
-        if base is not None and base[0] > 0 and result is not None:  # else some are not there yet
-            cells = ["" if draws is None else _with_interval(draws) for draws in (*found, result / base)]
+        ratio = None if base is None or result is None or base[0] == 0 else result / base
+        if any(draws is not None for draws in found):
+            cells = ["" if draws is None else _with_interval(draws) for draws in (*found, ratio)]
             rows.append([f"{group}: {', '.join(names)}", *cells])
     return rows if len(rows) > 1 else []
 
@@ -124,27 +135,35 @@ def spreads(listing: Listing, runs: Sequence[FinishedRun]) -> list[list[str]]:
 def _spread(runs: Sequence[FinishedRun], names: Sequence[str], stage: str) -> Tensor | None:
     """Of one stage, recovered as the row is: (1 + draws,), the value first; None unless all rows, two or more, have it.
 
-    The same windows are drawn for every stage and row that was evaluated on as many.
+    The two rows that are furthest apart stay the two in every draw: a range of resampled rows would lie above the range
+    that is resampled. The same windows are drawn for every stage and row.
+
+    Raises:
+        UserError: where rows were evaluated on other windows.
     """
-    means = []
-    for name in names:
-        nll = [_unseen(r, (stage, r.settings["recovery"])) for r in runs if r.name == name]
-        if not nll or not all(nll):
-            return None
-        generator, logs = torch.Generator().manual_seed(0), []
-        for corpus in nll[0]:
-            windows = torch.tensor([of_seed[corpus] for of_seed in nll], dtype=torch.float64).mean(0)
-            pick = torch.randint(len(windows), (2000, len(windows)), generator=generator)
-            predicted = next(r for r in runs if r.name == name).records[0]["seq_len"] - 1
-            logs.append(torch.cat([windows.mean()[None], windows[pick].mean(1)]) / predicted)
-        means.append(torch.stack(logs).mean(0))
-    logs = torch.stack(means)
-    return logs.amax(0) - logs.amin(0) if len(logs) > 1 else None
+    by_seed = [{r.seed: _unseen(r, (stage, r.settings["recovery"])) for r in runs if r.name == name} for name in names]
+    seeds = sorted(set.intersection(*(set(found) for found in by_seed))) if by_seed else []
+    rows = [[found[seed] for seed in seeds] for found in by_seed]  # name, seed -> corpus -> record
+    if len(names) < 2 or not seeds or not all(records for row in rows for records in row):
+        return None
+    if len({tuple(sorted((c, r["content_hash"]) for c, r in records.items())) for row in rows for records in row}) > 1:
+        raise UserError(
+            f"spread: expected rows that were evaluated on the same unseen text, but {', '.join(names)} were not; name "
+            f"the corpora that count as seen in all of them with `seen`."
+        )
+    generator, logs = torch.Generator().manual_seed(0), []
+    for corpus in sorted(rows[0][0]):
+        # (names, windows), the mean over seeds
+        nll = torch.tensor([[r[corpus]["window_nll"] for r in row] for row in rows], dtype=torch.float64).mean(1)
+        pick = torch.randint(nll.shape[1], (2000, nll.shape[1]), generator=generator)
+        means = torch.cat([nll.mean(1)[:, None], nll[:, pick].mean(2)], dim=1)
+        logs.append(means / (rows[0][0][corpus]["seq_len"] - 1))
+    means = torch.stack(logs).mean(0)  # (names, 1 + draws)
+    return means[means[:, 0].argmax()] - means[means[:, 0].argmin()]
 
 
-def _unseen(run: FinishedRun, stage: tuple[str, str]) -> dict[str, list[float]]:
-    found = [r for r in run.records if (r["stage"], r["recovery"]) == stage and not r["seen"]]
-    return {r["corpus"]: r["window_nll"] for r in found}
+def _unseen(run: FinishedRun, stage: tuple[str, str]) -> dict[str, dict[str, Any]]:
+    return {r["corpus"]: r for r in run.records if (r["stage"], r["recovery"]) == stage and not r["seen"]}
 
 
 def _with_interval(draws: Tensor) -> str:
@@ -163,6 +182,10 @@ def curve(listing: Listing, runs: Sequence[FinishedRun]) -> Figure | None:
         for stage, recovery in report.by_stage(r.records):
             if stage not in ("dense", "base") and recovery == key and ("base", key) in report.by_stage(r.records):
                 found = report.ratio_to(r, (stage, key), r, ("base", key))
+                if found is None:  # no unseen text
+                    continue
+                if isinstance(settings[over], bool) or not isinstance(settings[over], int | float):
+                    raise UserError(f"curve: expected a setting that is a number, but {over} is {settings[over]!r}.")
                 points = ratios.setdefault((str(settings[of]), stage), {}).setdefault(settings[over], {})
                 if r.seed in points:
                     raise UserError(
@@ -171,10 +194,7 @@ def curve(listing: Listing, runs: Sequence[FinishedRun]) -> Figure | None:
                     )
                 points[r.seed] = found
     lines = {
-        name: [
-            (x, next(iter(found.values())) if len(found) == 1 else report.over_seeds([e.value for e in found.values()]))
-            for x, found in sorted(points.items())
-        ]
+        name: [(x, _mean(list(found.values()))) for x, found in sorted(points.items())]
         for name, points in ratios.items()
     }
     if not lines:
@@ -185,12 +205,21 @@ def curve(listing: Listing, runs: Sequence[FinishedRun]) -> Figure | None:
 
 def compared(runs: dict[str, list[FinishedRun]], a: str, b: str) -> report.Estimate | None:
     """Unseen geometric mean of one stage over another's, `row: stage` each: over windows, or over seeds if several."""
+    return _mean(ratios_of(runs, a, b) or [])
+
+
+def ratios_of(runs: dict[str, list[FinishedRun]], a: str, b: str) -> list[report.Estimate] | None:
+    """A ratio for every seed that both have; none unless all are of the same windows. None where a row has not run."""
     (a_runs, a_stage), (b_runs, b_stage) = (_stage(runs, name) for name in (a, b))
     if not a_runs or not b_runs:
         return None
     by_seed = {r.seed: r for r in b_runs}
     ratios = [report.ratio_to(r, a_stage, by_seed[r.seed], b_stage) for r in a_runs if r.seed in by_seed]
-    if not ratios or any(ratio is None for ratio in ratios):
+    return [] if any(ratio is None for ratio in ratios) else ratios
+
+
+def _mean(ratios: Sequence[report.Estimate]) -> report.Estimate | None:
+    if not ratios:
         return None
     return ratios[0] if len(ratios) == 1 else report.over_seeds([ratio.value for ratio in ratios])
 

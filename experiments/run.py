@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import gprune
 from experiments import lists
@@ -131,12 +130,6 @@ def token_hours(pending: Sequence[Any]) -> str:
         f"{backward:,} forward and backward ({backward_speed:.0f}/s), shared passes counted for each"
         f"{', tasks not counted' * any(getattr(row, 'wanted_tasks', None) for row in pending)}: {hours:.1f} hours"
     )
-
-
-def backward_of(loss: Tensor, gate: Tensor) -> None:
-    """Backward, waited for."""
-    loss.backward()
-    gate.grad.sum().item()
 
 
 def seconds(call: Callable[[], Any]) -> float:

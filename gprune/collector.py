@@ -4,7 +4,7 @@
 
     with Collector(model) as collector:
         for batch in loader:
-            collector.observe(batch["input_ids"], batch["index"] % 2)
+            collector.observe(batch["input_ids"], batch["half"])
     statistics = collector.compute()        # CorpusStatistics
 """
 
@@ -315,8 +315,12 @@ def collect(
     gram: bool = False,
     saliency: Collection[str] = (),
 ) -> CorpusStatistics:
-    """One pass over batches with `input_ids` (B, T) and `index` (B,), the windows' positions in the corpus."""
+    """One pass over batches with `input_ids` (B, T) and `index` (B,), the windows' positions in the corpus.
+
+    `half` (B,) in {0, 1} says which half of the corpus a window counts for; without it windows take turns.
+    """
     with Collector(model, gram=gram, saliency=saliency) as collector:
         for batch in batches:
-            collector.observe(batch["input_ids"], batch["index"] % 2, batch.get("weight"))
+            half = batch["half"] if "half" in batch else batch["index"] % 2
+            collector.observe(batch["input_ids"], half, batch.get("weight"))
     return collector.compute()

@@ -134,6 +134,9 @@ class TokenDataset(Dataset):
     def __init__(self, windows: Sequence[Windows]):
         self.tokens = torch.cat([w.tokens for w in windows])
         self.corpus = [i for i, w in enumerate(windows) for _ in w.tokens]
+        # Not in turn: neighbouring windows often come from one piece of text, and halves that share their pieces would
+        # agree better than two samples of the corpus do.
+        self.half = [int(2 * i >= len(w.tokens)) for w in windows for i in range(len(w.tokens))]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -142,12 +145,12 @@ class TokenDataset(Dataset):
         """One window.
 
         Returns:
-            `input_ids` (seq_len,) int64, `index` in the concatenation, number of the `corpus`, and `weight` () float32,
-            0 for padding.
+            `input_ids` (seq_len,) int64, `index` in the concatenation, number of the `corpus`, which `half` of it, 0 or
+            1, and `weight` () float32, 0 for padding.
         """
         index, weight = item
         return {
-            "input_ids": self.tokens[index], "index": index, "corpus": self.corpus[index],
+            "input_ids": self.tokens[index], "index": index, "corpus": self.corpus[index], "half": self.half[index],
             "weight": torch.tensor(weight),
         }  # fmt: skip
 

@@ -70,7 +70,8 @@ def half_agreement(half_ranks: Tensor) -> Tensor:
     """Kendall's tau-b between the two halves of a corpus, mean over corpora: half_ranks (D, 2, N) -> () float64.
 
     What sampling alone leaves of the agreement between corpora. Below it: a half has twice the sampling variance of the
-    whole. NaN where `kendall_agreement` is.
+    whole. The halves are the earlier and the later windows of a shuffled sample: they have at most one piece of text in
+    common. NaN where `kendall_agreement` is.
     """
     return torch.tensor([kendall_agreement(pair) for pair in half_ranks], dtype=torch.float64).mean()
 

@@ -83,6 +83,7 @@ def calibrate(cfg: RunConfig, run: Run, model: PreTrainedModel, text: Text) -> d
         bits={
             "model": run.fingerprint, "dtype": cfg.model.dtype, "device": device.type,
             "batch_size": cfg.corpora.batch_size, "world_size": cfg.trainer.devices * cfg.trainer.num_nodes,
+            "halves": "first and second",
         },
         scopes=scopes,
         walked_blocks=len(decoder_layers(model)) if by_block else None,

@@ -68,7 +68,7 @@ class Walk:
 
     walk = Walk(model)
     for batch in loader:
-        walk.add(batch["input_ids"], batch["index"] % 2)
+        walk.add(batch["input_ids"], batch["half"])
     statistics = walk.statistics(gram=True)
     """
 

@@ -131,6 +131,26 @@ def test_dataset_concatenates_corpora():
     assert item["weight"].dtype == torch.float32
 
 
+def test_halves_of_a_corpus_are_its_earlier_and_later_windows():
+    dataset = TokenDataset([demo_windows(0, 3), demo_windows(3, 4), demo_windows(7, 1)])
+    assert [dataset[(i, 1.0)]["half"] for i in range(8)] == [0, 0, 1, 0, 0, 1, 1, 0]
+
+
+def test_halves_have_at_most_one_piece_of_text_in_common():
+    """Windows that take turns would have most of theirs in common, and agree better than two samples of a corpus do."""
+    texts = [" ".join(WORDS[start : start + 40]) for start in range(0, 3000, 40)]  # none longer than a piece
+    windows = windows_of(texts, num_samples=20)
+    piece = (windows.tokens - 1) // 40
+    half = torch.tensor([TokenDataset([windows])[(i, 1.0)]["half"] for i in range(20)])
+
+    def in_common(half):
+        one, two = (set(piece[half == h].flatten().tolist()) for h in (0, 1))
+        return len(one & two)
+
+    assert in_common(half) <= 1
+    assert in_common(torch.arange(20) % 2) >= 8
+
+
 class Recorder(pl.LightningModule):
     """Learns nothing, and writes down what it is given."""
 

@@ -297,7 +297,7 @@ def test_comparisons_are_paired_over_windows(bench, first):
         )
         assert results.compared(by_name, a, b) == Estimate(*expected)
         assert expected[0] != 1
-        assert f"| {a} / {b} | {expected[0]:.3f} [{expected[1]:.3f}, {expected[2]:.3f}] |" in [
+        assert f"| {a} / {b} | 1 | {expected[0]:.3f} [{expected[1]:.3f}, {expected[2]:.3f}] |" in [
             " ".join(line.split()) for line in first[1].splitlines()
         ]
 
@@ -418,23 +418,98 @@ def test_spreads_over_rows_of_their_base_and_of_the_result(bench, capsys):
             assert low < value * 1.5 and high > value / 1.5  # noqa: PT018
 
 
+def spread_run(name: str, windows: dict[str, np.ndarray], *, seed: int = 0, stage: str = "gprune") -> FinishedRun:
+    """A run of which nothing is known but the losses of windows of unseen text."""
+    records = [{"stage": stage, "recovery": "none", "seen": False, "corpus": c, "seq_len": 11, "content_hash": c,
+                "window_nll": list(nll)} for c, nll in windows.items()]  # fmt: skip
+    settings = {"recovery": "none", "run": {"seed": seed}}
+    return FinishedRun(Path(name), name, settings, records, {}, Masks([], []), None, [])
+
+
 def test_an_interval_of_a_spread_covers_it():
     """Rows whose windows differ by a constant have a spread without noise; with noise it is near the truth."""
     generator = np.random.default_rng(0)
-    windows = generator.normal(100, 10, 400)
+    windows = {c: generator.normal(100, 10, n) for c, n in (("a", 400), ("b", 399))}
 
-    def run(name: str, shift: np.ndarray | float) -> FinishedRun:
-        records = [{"stage": "gprune", "recovery": "none", "seen": False, "corpus": c, "seq_len": 11,
-                    "window_nll": list(windows + shift)} for c in "ab"]  # fmt: skip
-        return FinishedRun(Path(name), name, {"recovery": "none"}, records, {}, Masks([], []), None, [])
+    def run(name: str, shift: float, noise: float = 0.0, **more) -> FinishedRun:
+        moved = {c: nll + shift + noise * generator.normal(0, 1, len(nll)) for c, nll in windows.items()}
+        return spread_run(name, moved, **more)
 
-    exact = results._spread([run("x", 0.0), run("y", 5.0)], ["x", "y"], "gprune")
+    turned = spread_run("y", {c: windows[c] + 5 for c in "ba"})  # the order in which corpora are listed is nothing
+    exact = results._spread([run("x", 0.0), turned], ["x", "y"], "gprune")
     assert torch.allclose(exact, torch.full_like(exact, 0.5))
-    noisy = results._spread([run("x", 0.0), run("y", 5 + generator.normal(0, 4, 400))], ["x", "y"], "gprune")
+    noisy = results._spread([run("x", 0.0), run("y", 5.0, 4.0)], ["x", "y"], "gprune")
     low, high = torch.quantile(noisy[1:], torch.tensor([0.025, 0.975], dtype=noisy.dtype)).tolist()
     assert low < 0.5 < high
+    assert low < float(noisy[0]) < high
     assert high - low == pytest.approx(2 * 1.96 * 4 / np.sqrt(400) / 10 / np.sqrt(2), rel=0.25)  # two corpora
+    # what is drawn is centred on what was found, also where many rows are alike
+    alike = [run(name, 0.0, 4.0) for name in "uvwxyz"]
+    drawn = results._spread(alike, list("uvwxyz"), "gprune")
+    assert float(drawn[1:].mean()) == pytest.approx(float(drawn[0]), abs=1e-3)
     assert results._spread([run("x", 0.0)], ["x", "y"], "gprune") is None
+    assert results._spread([run("x", 0.0)], ["x"], "gprune") is None
+
+
+def test_a_spread_is_over_seeds_that_all_rows_have_and_over_the_same_windows():
+    windows = {"a": np.arange(10.0)}
+    runs = [spread_run("x", windows), spread_run("x", {"a": windows["a"] + 90}, seed=1)]
+    runs.append(spread_run("y", {"a": windows["a"] + 10}))
+    assert float(results._spread(runs, ["x", "y"], "gprune")[0]) == pytest.approx(1)  # seed 0 alone
+    assert results._spread(runs[1:], ["x", "y"], "gprune") is None  # no seed in common
+    with pytest.raises(UserError, match="the same unseen text, but x, y were not"):
+        results._spread([runs[0], spread_run("y", {"b": windows["a"]})], ["x", "y"], "gprune")
+
+
+def test_a_pair_without_common_windows_is_said_to_have_no_ratio(bench, first):
+    path = bench.write("apart", ROWS, compare=[["ours: gprune", "plain: base"]], reference="plain")
+    listing, done = done_of(path)
+    other = [(row, kept if row.name == "ours" else elsewhere(kept)) for row, kept in done]
+    assert "No ratio" not in results.text_of(listing, done)
+    text = results.text_of(listing, other)
+    assert "No ratio: the two have no seed in common, or were evaluated on other windows." in text
+    assert re.search(r"\| ours: gprune / plain: base +\| +0 \| +\|", text)
+
+
+def elsewhere(kept: dict) -> dict:
+    return kept | {"records": [r | {"content_hash": "elsewhere"} for r in kept["records"]]}
+
+
+def test_rows_that_have_read_other_text_are_refused(bench, first):
+    listing, done = done_of(first[0])
+    (row, kept), *others = done
+    role = next(iter(kept["inputs"]["text"]))
+    inputs = kept["inputs"] | {"text": kept["inputs"]["text"] | {role: "other"}}
+    with pytest.raises(UserError, match=rf"have read other text as {role}: expected one set of mirrors"):
+        results.reported(listing, [*others, (row, kept | {"inputs": inputs})])
+
+
+def test_a_record_from_before_a_setting_is_a_seed_like_the_others(bench, capsys):
+    """What did not exist then had its default's effect."""
+    path = bench.write("seeds", {"plain": {"gprune": False}}, seeds=[0, 1])
+    bench(capsys, path)
+    listing, ((row, kept), other) = done_of(path)
+    before = {name: value for name, value in kept["settings"].items() if name != "ridge"}
+    sparsity = {name: value for name, value in kept["settings"]["sparsity"].items() if name != "through"}
+    done = [(row, kept | {"settings": before | {"sparsity": sparsity}}), other]
+    assert row.is_of(done[0][1])
+    names = [cells[0] for cells in results.reported(listing, done).tables[0].rows]
+    assert "plain (2 seeds)" in names
+    assert "plain" not in names
+
+
+def test_a_record_of_other_settings_is_never_the_place_of_a_new_one(bench, capsys):
+    path = bench.write("one", {"x": {"gprune": False, "ridge": 0.5}})
+    (row,) = lists.Listing.read(path).rows
+    there = row.path.with_stem(row.path.stem + "-1")
+    there.write_text(json.dumps({"settings": {"ridge": 0.7}}))
+    (row,) = lists.Listing.read(path).rows
+    assert row.path == there.with_stem(there.stem.removesuffix("-1"))
+    row.path.write_text(there.read_text())
+    (row,) = lists.Listing.read(path).rows
+    assert row.path == there.with_stem(there.stem.removesuffix("-1") + "-2")
+    for file in lists.RECORDS.glob("x-seed0-*"):
+        file.unlink()
 
 
 def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_path):
@@ -464,6 +539,13 @@ def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_pa
         replace(r, records=[k for k in r.records if k["stage"] != "base"]) for r in results.reported(listing, done).runs
     ]
     assert results.curve(listing, bare) is None
+    all_seen = [
+        replace(r, records=[k | {"seen": True} for k in r.records]) for r in results.reported(listing, done).runs
+    ]
+    assert results.curve(listing, all_seen) is None
+    words = replace(listing, curve={"over": "recovery", "of": "importance"})
+    with pytest.raises(UserError, match="a setting that is a number, but recovery is 'none'"):
+        results.curve(words, results.reported(listing, done).runs)
     plain = lists.Listing.read(bench.write("plain", rows, common=common))
     assert results.curve(plain, []) is None
     assert "curve: expected settings" in bench.refused(capsys, bench.write("bad", rows, curve={"over": "x", "of": "y"}))
@@ -562,6 +644,20 @@ def test_packed_masks_come_back(data, depth):
         ("rows: {a: {}}\nreference: b\n", ["reference", "(a)", "'b'"]),
         ("rows: {a: {}}\nspread: {all: [a, b]}\n", ["spread", "(a)", "'b'"]),
         ("rows: {a: {}}\ncompare: [['a: gprune', 'b: base']]\n", ["compare", "(a)", "'b'"]),
+        ("rows: {a: {}, b: {}}\ncontrols: [b]\nspread: {all: [a, b]}\n", ["spread", "(a)", "'b'"]),
+        ("rows: {a: {}}\ntasks: [piqa]\n", ["tasks", "names: [piqa", '["piqa"]']),
+        ("rows: {a: {}}\ntasks: {limit: 3}\n", ["tasks", "names: [piqa"]),
+        ("rows: {a: {}}\nspread: [a]\n", ["spread", "lists of rows by name"]),
+        ("rows: {a: {}}\nspread: {all: a}\n", ["spread", "lists of rows by name"]),
+        ("rows: {a: {}}\ncompare: [3]\n", ["compare", "pairs of stages", "[3]"]),
+        ("rows: {a: {}}\ncommon: [x]\n", ["common", "settings by name"]),
+        ("rows: {a: {}}\nseeds: [a]\n", ["seeds", "whole numbers"]),
+        ("rows: {a: {}}\ntables: [[x]]\n", ["tables", "comparison"]),
+        ("rows: {a: {}}\ntables: [perplexities]\n", ["tables", "comparison", "perplexities"]),
+        ("rows: {a: {}}\nprotocol: 3\n", ["protocol", "a file or files"]),
+        ("rows: {a: {}}\ncurve: {over: ridge}\n", ["curve", "`over` and `of`"]),
+        ("rows: {a: {}}\nseen: wiki\n", ["seen", "corpora"]),
+        ("rows: {a: {}}\n1: {}\n", ["mapping", "got 1"]),
     ],
 )
 def test_a_bad_list_is_one_line(content, words, bench, capsys, nothing_runs):
@@ -569,6 +665,22 @@ def test_a_bad_list_is_one_line(content, words, bench, capsys, nothing_runs):
     path.write_text(content)
     line = bench.refused(capsys, path)
     assert all(word in line for word in words), line
+
+
+def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
+    path = bench.folder / "empty.yaml"
+    empty = ("common", "compare", "spread", "controls", "seeds", "tables", "tasks", "seen", "protocol", "reference")
+    path.write_text("".join(f"{key}:\n" for key in empty) + "rows: {a: , b: {}}\n")
+    bare = bench.folder / "bare.yaml"
+    bare.write_text("rows: {a: {}, b: {}}\n")
+    found, expected = lists.Listing.read(path), lists.Listing.read(bare)
+    assert replace(found, path=bare, about="bare") == expected
+    path.write_text("rows: {1: {}, 0.5: {}}\ncontrols: [1]\nreference: 0.5\nspread: {2: [0.5]}\nseeds: [4, 4, 5]\n")
+    found = lists.Listing.read(path)
+    assert [(row.name, row.seed, row.control) for row in found.rows] == [
+        ("1", 4, True), ("0.5", 4, False), ("1", 5, True), ("0.5", 5, False)
+    ]  # fmt: skip
+    assert (found.reference, found.spread) == ("0.5", {"2": ["0.5"]})
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from gprune.config import EvaluationConfig, RunConfig
 from gprune.errors import UserError
 from gprune.evaluation.accuracy import paired_difference
 from gprune.evaluation.perplexity import paired_bootstrap_ratio
+from gprune.masks import Masks
 from gprune.report.__main__ import main
 from gprune.report.across import LINES
 from gprune.report.figures import COLOURS, HATCHES
@@ -451,10 +452,20 @@ def test_nothing_is_told_by_colour_alone(run):
     assert len(set(HATCHES.values())) == len(HATCHES)
     assert len({marker for _, _, marker in LINES}) == len({str(dash) for _, dash, _ in LINES}) == len(LINES)
     assert abs(grey(COLOURS["base"]) - grey(COLOURS["gprune"])) > 0.2
+    masks = {str(i): Masks([torch.tensor([True, False])], []) for i in range(3 * len(LINES))}
+    drawn = report.sparsity_lines(masks).axes[0].lines[: len(masks)]
+    assert len({(line.get_color(), line.get_marker()) for line in drawn}) == len(masks)  # also beyond the first seven
     records = json.loads((run / "metrics.json").read_text())["records"]
     bars = [c[0] for c in report.perplexity_figure(records).axes[0].containers]
     looks = {(bar.get_hatch(), bar.get_alpha()) for bar in bars}
     assert len(looks) == len(bars) == 6
+
+
+def test_an_estimate_just_outside_its_interval_is_drawn():
+    """One window per corpus has an interval without width, and rounding may put the value outside of it."""
+    low = np.nextafter(0.7, 1)
+    figure = report.curve_figure({("a", "gprune"): [(0.5, Estimate(0.7, low, low))]}, over="x")
+    assert figure.axes[0].containers[0].lines[0].get_ydata().tolist() == [0.7]
 
 
 def test_every_axis_is_labelled(run):

@@ -95,7 +95,8 @@ def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
     figure = Figure(figsize=(7, 3.2 + 0.16 * len(masks)), layout="constrained")
     axes = figure.subplots()
     for i, (name, found) in enumerate(masks.items()):
-        colour, dashes, marker = LINES[i % len(LINES)]
+        colour, dashes, _ = LINES[i % len(LINES)]
+        marker = LINES[(i + i // len(LINES)) % len(LINES)][2]  # the eighth line has another one than the first
         removed = [float((~m).float().mean()) for m in found.ffn]
         axes.plot(removed, color=colour, ls=dashes, marker=marker, ms=4, lw=1.3, mec="black", mew=0.4, label=name)
     axes.set_ylim(-0.02, 1.02)
@@ -149,8 +150,9 @@ def _intervals(axes: Axes, points: Sequence[tuple[float, Estimate]], **style: An
 
 def _distances(found: Sequence[Estimate]) -> np.ndarray:
     """(2, n): how far intervals reach below and above; 0 where there is none."""
-    low = [0.0 if f.low is None else f.value - f.low for f in found]
-    high = [0.0 if f.high is None else f.high - f.value for f in found]
+    # One window has an interval without width, and rounding may put the value outside of it.
+    low = [0.0 if f.low is None else max(f.value - f.low, 0.0) for f in found]
+    high = [0.0 if f.high is None else max(f.high - f.value, 0.0) for f in found]
     return np.array([low, high])
 
 

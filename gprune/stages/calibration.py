@@ -54,7 +54,7 @@ class CalibrationStage(FrozenLMStage):
                 self._walk = Walk(self.lm)
             else:
                 self._collector = Collector(self.lm, gram=self.gram, saliency=self.saliency).__enter__()
-        windows = batch["input_ids"], batch["index"] % 2, batch["weight"]
+        windows = batch["input_ids"], batch["half"], batch["weight"]
         if self._walk is not None:
             self._walk.add(*windows)
         else:
