@@ -116,8 +116,9 @@ class Listing:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"List '{path}': expected a YAML file, but {type(error).__name__} came up.") from error
-        if not isinstance(content, dict) or not isinstance(content.get("rows"), dict) or set(content) - set(SHAPES):
-            unknown = sorted(set(content) - set(SHAPES), key=str) if isinstance(content, dict) else []
+        content = content if isinstance(content, dict) else {}
+        if content.get("rows") is None or set(content) - set(SHAPES):
+            unknown = sorted(set(content) - set(SHAPES), key=str)
             raise UserError(
                 f"List '{path}': expected a mapping with 'rows' and of {', '.join(sorted(SHAPES))}"
                 + (f"; got {', '.join(map(str, unknown))}." if unknown else ".")

@@ -317,7 +317,8 @@ def collect(
 ) -> CorpusStatistics:
     """One pass over batches with `input_ids` (B, T) and `index` (B,), the windows' positions in the corpus.
 
-    `half` (B,) in {0, 1} says which half of the corpus a window counts for; without it windows take turns.
+    `half` (B,) in {0, 1} says which half of the corpus a window counts for; without it windows take turns, which
+    makes halves too much alike where neighbouring windows share a text.
     """
     with Collector(model, gram=gram, saliency=saliency) as collector:
         for batch in batches:
