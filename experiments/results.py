@@ -20,6 +20,7 @@ from gprune.report import FinishedRun, Report, row_name
 from gprune.results import with_defaults
 
 CONTROL = "control"  # what tables call the result of a row that the list names as a control
+BUDGET = "sparsity.target"  # what curves call parameters removed, in percent
 Done = Sequence[tuple[Row, dict[str, Any]]]  # rows with their records
 
 
@@ -186,7 +187,8 @@ def curve(listing: Listing, runs: Sequence[FinishedRun]) -> Figure | None:
                     continue
                 if isinstance(settings[over], bool) or not isinstance(settings[over], int | float):
                     raise UserError(f"curve: expected a setting that is a number, but {over} is {settings[over]!r}.")
-                points = ratios.setdefault((str(settings[of]), stage), {}).setdefault(settings[over], {})
+                subject = f"{settings[of]:.0%} removed" if of == BUDGET else str(settings[of])
+                points = ratios.setdefault((subject, stage), {}).setdefault(settings[over], {})
                 if r.seed in points:
                     raise UserError(
                         f"curve: expected one row for each {over} and {of}, got two of {settings[over]} and "
@@ -199,7 +201,7 @@ def curve(listing: Listing, runs: Sequence[FinishedRun]) -> Figure | None:
     }
     if not lines:
         return None
-    budget = over == "sparsity.target"
+    budget = over == BUDGET
     return report.curve_figure(lines, over="parameters of the scope removed" if budget else over, percent=budget)
 
 

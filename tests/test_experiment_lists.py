@@ -530,6 +530,13 @@ def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_pa
             at = dict(drawn[f"{row.config.importance}, {stage}"])
             assert at[row.config.sparsity.target] == pytest.approx(ratio)
     assert axes.get_xlabel() == "parameters of the scope removed"
+    turned = replace(listing, curve={"over": "sparsity.width_multiple", "of": "sparsity.target"})
+    halves = results.reported(listing, [d for d in done if d[0].config.importance == "wifv"]).runs
+    axes = results.curve(turned, halves).axes[0]
+    assert {c.get_label() for c in axes.containers} == {
+        f"{t} removed, {s}" for t in ("30%", "50%") for s in ("gprune", "base_averaged")
+    }
+    assert (axes.get_xlabel(), axes.get_xticks().tolist()) == ("sparsity.width_multiple", [1])
     twice = bench.write("twice", rows | {"again": {"importance": "wifv", "sparsity.target": 0.3, "ridge": 0.2}},
                         common=common, curve={"over": "sparsity.target", "of": "importance"})  # fmt: skip
     bench(capsys, twice)

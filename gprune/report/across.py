@@ -80,8 +80,8 @@ def curve_figure(
     axes.set_yscale("log")
     plain_ticks(axes.yaxis)
     axes.set_xlabel(over)
-    if percent:
-        axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.set_xticks(sorted({value for points in lines.values() for value, _ in points}))
+    axes.xaxis.set_major_formatter("{x:.0%}" if percent else "{x:g}")
     axes.set_ylabel("unseen perplexity / base metric alone")
     axes.grid(axis="y", color="#DDDDDD", lw=0.6)
     axes.set_axisbelow(True)
