@@ -74,6 +74,9 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
             raise UserError(f"Rows '{rows[0].name}' and '{row.name}' were evaluated on different text of {differ[0]}.")
         if missing := rows[0].measured.keys() - row.measured.keys():
             raise UserError(f"Row '{row.name}' was not evaluated on {min(missing)}, as row '{rows[0].name}' was.")
+    seen = {c for row in rows for c, r in row.measured.items() if r["seen"]} | set(settings.corpora)
+    if not rows[0].measured.keys() - seen:
+        raise UserError(f"Every evaluated corpus ({', '.join(rows[0].measured)}) is seen by one row or another.")
     return rows
 
 
@@ -164,6 +167,9 @@ def tables_of_records(options: argparse.Namespace) -> str:
             by_settings.setdefault(key, {})[path] = kept
     if not by_settings:
         raise UserError(f"--table: there are no records of these rows in {lora.RECORDS}; run them first.")
+    all_names = sorted({row["name"] for files in by_settings.values() for row in files.values()})
+    if options.reference not in (None, *all_names):
+        raise UserError(f"--reference: expected a row ({', '.join(all_names)}), got '{options.reference}'.")
     tables = []
     for files in by_settings.values():
         found = list(files.values())

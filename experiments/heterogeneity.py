@@ -262,6 +262,8 @@ def work(arguments: Sequence[str] | None = None) -> str:
     options = parser().parse_args(arguments)
     if options.permutations < 1:
         raise UserError(f"--permutations: expected 1 or more, got {options.permutations}.")
+    if not 0 <= options.seed < 2**63:
+        raise UserError(f"--seed: expected 0 or more and less than 2^63, got {options.seed}.")
     cli.quiet()
     run = report.read_run(options.run)
     text = text_of(

@@ -75,7 +75,11 @@ class Row:
         numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
         names = (RECORDS / f"{slug}-seed{self.seed}-{key}{number}.json" for number in numbers)
         fresh = (path for path in names if not path.exists())
-        return next((path for path in there if self.is_of(read_json(path))), None) or next(fresh)
+        return next((path for path in there if self.may_use(read_json(path))), None) or next(fresh)
+
+    def may_use(self, kept: dict[str, Any] | None) -> bool:
+        """Whether a record is this row's, and has its tasks or none: those of other lists are not written over."""
+        return self.is_of(kept) and (self.wanted_tasks in ({}, kept.get("tasks", self.wanted_tasks)))
 
     def is_of(self, kept: dict[str, Any] | None) -> bool:
         """Whether a record is this row's.
@@ -131,7 +135,12 @@ class Listing:
             for name, settings in content["rows"].items():
                 settings = dict(settings)
                 files = [*protocol, *_configs(path, settings.pop("config", None))]
-                given = (*files, *common, *flags_of(settings), f"--run.seed={seed}", *flags)
+                own = (*common, *flags_of(settings), *flags)
+                if any(flag.partition("=")[0] == "--run.seed" for flag in own):
+                    raise UserError(
+                        f"List '{path}', row '{name}': expected seeds as `seeds` or --seeds, got --run.seed."
+                    )
+                given = (*files, f"--run.seed={seed}", *own)
                 rows.append(Row(name, seed, given, content.get("tasks", {}), name in content.get("controls", [])))
         return cls(
             path, content.get("about", path.stem), rows, content.get("reference"),
@@ -149,6 +158,13 @@ def _curve(value: Any) -> bool:
     return isinstance(value, dict) and set(value) == {"over", "of"} and all(str(v) in known for v in value.values())
 
 
+TASKS: dict[str, Callable[[Any], bool]] = {
+    "names": _names,
+    "limit": lambda v: type(v) is int,
+    "seq_len": lambda v: type(v) is int,
+    "dtype": lambda v: isinstance(v, str),
+    "seeds": lambda v: _names(v) and all(type(seed) is int for seed in v),
+}
 # What each key holds, for people, and whether a value does.
 SHAPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "about": ("text", lambda v: isinstance(v, str)),
@@ -166,8 +182,12 @@ SHAPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "seeds": ("whole numbers", lambda v: _names(v) and all(type(seed) is int for seed in v)),
     "tables": (f"of {', '.join(sorted(ALL_TABLES))}", lambda v: _names(v) and set(v) <= ALL_TABLES),
     "tasks": (
-        "names, such as names: [piqa, arc_easy]",
-        lambda v: isinstance(v, dict) and _names(v.get("names")) and bool(v["names"]),
+        "names, such as names: [piqa, arc_easy], and of limit, seq_len, dtype and seeds",
+        lambda v: (
+            isinstance(v, dict)
+            and all(name in TASKS and TASKS[name](value) for name, value in v.items())
+            and bool(v.get("names"))
+        ),
     ),
     "seen": ("corpora", _names),
 }
@@ -187,6 +207,10 @@ def _checked(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     for name, settings in rows.items():
         if not isinstance(settings, dict):
             raise UserError(f"List '{path}', row '{name}': expected settings by name, got {settings!r}.")
+        if not SHAPES["protocol"][1](settings.get("config") or []):
+            raise UserError(
+                f"List '{path}', row '{name}', config: expected a file or files, got {settings['config']!r}."
+            )
     content = content | {"rows": rows}
     for key in {"controls", "seen"} & content.keys():
         content[key] = [str(name) for name in content[key]]
@@ -221,7 +245,7 @@ def flags_of(settings: dict[str, Any], prefix: str = "") -> list[str]:
         if isinstance(value, dict):
             flags += flags_of(value, f"{prefix}{name}.")
         else:
-            flags.append(f"--{prefix}{name}={value if isinstance(value, str) else json.dumps(value)}")
+            flags.append(f"--{prefix}{name}={value if isinstance(value, str) else json.dumps(value, default=str)}")
     return flags
 
 

@@ -25,7 +25,8 @@ from gprune.data import CorpusDataModule, Windows, make_windows
 from gprune.errors import UserError
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import PerplexityResult, perplexity
-from gprune.loading import fingerprint, load_model
+from gprune.evaluation.subjects import check_exported, load_dense
+from gprune.loading import load_model
 from gprune.losses import next_token_loss
 from gprune.preparation import JOIN, prepare_text
 from gprune.report import FinishedRun, row_name
@@ -66,7 +67,11 @@ class Settings:
         for name in ("seq_len", "batch_size", "rank", "alpha", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')}: expected more than 0, got {getattr(self, name)}.")
-        if not self.windows:
+        if self.seq_len < 2:
+            raise UserError(f"--seq-len: expected 2 or more, a token and the next, got {self.seq_len}.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed: expected 0 or more and less than 2^32, got {self.seed}.")
+        if self.windows < 1:
             least = self.seq_len * len(self.corpora)
             raise UserError(
                 f"--tokens: expected at least one window per corpus ({least:,} tokens), got {self.tokens:,}."
@@ -216,19 +221,10 @@ def load(row: Row) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         UserError: for a model that is not the one the run left, or began with.
     """
-    m, folder, dtype = row.config.model, row.run.path / "model", getattr(torch, row.settings.dtype)
-    if not row.dense:
-        left = (read_json(row.run.path / "manifest.json") or {}).get("model")
-        if left is not None and left != file_hashes(folder):
-            raise UserError(f"{folder} is not what the run left there; run its command again.")
-        return load_model(str(folder), dtype=dtype)
-    model, tokenizer = load_model(m.name, dtype=getattr(torch, m.dtype), trust_remote_code=m.trust_remote_code)
-    if fingerprint(model) != row.run.model:
-        raise UserError(f"--dense: '{m.name}' has other weights than the model that '{row.run.path}' pruned.")
-    if model.dtype != dtype:
-        # Loaded again, since `.to` would round the frequencies of the rotary embedding as well.
-        model, _ = load_model(m.name, dtype=dtype, trust_remote_code=m.trust_remote_code)
-    return model, tokenizer
+    dtype = getattr(torch, row.settings.dtype)
+    if row.dense:
+        return load_dense(row.run.path, row.run.settings, dtype)
+    return load_model(str(check_exported(row.run.path)), dtype=dtype)
 
 
 def run(row: Row, *, accelerator: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import gprune
 from experiments.lists import Row, flat, plain
 from experiments.run import token_hours
 from gprune import cli
-from gprune.artifacts import read_json, write_json
+from gprune.artifacts import key_of, read_json, write_json
 from gprune.evaluation.perplexity import generalisation_gap, geometric_mean, paired_bootstrap_ratio
 from gprune.report import by_stage, markdown, row_name
 from gprune.verbs import Parser, run_verb
@@ -83,8 +83,25 @@ class Configuration:
 
     @property
     def path(self) -> Path:
+        """Where its record is or will be: never in the place of one with other settings."""
         slug = "".join(c if c.isalnum() else "-" for c in self.name.lower())
-        return RECORDS / f"{slug}.json"
+        own = RECORDS / f"{slug}-{key_of(settings=plain(self.config.settings()))[:8]}.json"
+        plainly = RECORDS / f"{slug}.json"
+        return plainly if not plainly.exists() or self.is_of(read_json(plainly)) else own
+
+    def is_of(self, kept: dict[str, Any] | None) -> bool:
+        """Whether a record has its settings.
+
+        A setting that did not exist then had its default's effect. Controls are compared by the rows they left: what
+        they are called, and which of them come by default, has changed.
+        """
+        if kept is None:
+            return False
+        default, before, now = (
+            flat(plain(s)) for s in (gprune.RunConfig().settings(), kept["settings"], self.config.settings())
+        )
+        controls = {"evaluation.controls": None}
+        return default | before | controls == now | controls
 
 
 def configurations(
@@ -127,20 +144,12 @@ def run(c: Configuration) -> dict[str, Any]:
 
 
 def found(c: Configuration) -> dict[str, Any] | None:
-    """The records of an earlier run with the same settings that hold every row asked for.
-
-    A setting that did not exist then had its default's effect. Controls are compared by the rows they left: what they
-    are called, and which of them come by default, has changed.
-    """
+    """The records of an earlier run with the same settings that hold every row asked for."""
     kept = read_json(c.path)
-    if kept is None:
+    if kept is None or not c.is_of(kept):
         return None
-    default, before, now = (
-        flat(plain(s)) for s in (gprune.RunConfig().settings(), kept["settings"], c.config.settings())
-    )
-    controls = {"evaluation.controls": None}
     held = {(r["stage"], r["recovery"]) for r in kept["records"]}
-    return kept if default | before | controls == now | controls and held.issuperset(c.config.stages) else None
+    return kept if held.issuperset(c.config.stages) else None
 
 
 def rows_of(kept: dict[str, Any], reference: dict[str, list[float]] | None, seen: set[str]) -> list[list[str]]:

@@ -84,7 +84,7 @@ def _check_text(done: Done) -> None:
         amount = [kept["settings"]["corpora"].get(n) for n in ("num_samples", "learn_samples", "seq_len")]
         amount += [kept["settings"]["evaluation"].get(n) for n in ("num_samples", "seq_len", "split")]
         for role, digest in kept["inputs"]["text"].items():
-            name, before = known.setdefault((row.seed, role, *amount), (row.name, digest))
+            name, before = known.setdefault((kept["inputs"]["model"], row.seed, role, *amount), (row.name, digest))
             if before != digest:
                 raise UserError(
                     f"Rows '{name}' and '{row.name}' have read other text as {role}: expected one set of mirrors and "

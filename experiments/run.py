@@ -87,13 +87,7 @@ def evaluated(folder: Path, cfg: gprune.RunConfig, tasks: dict[str, Any], dense_
     shared = lists.RECORDS.parent / "dense" / f"{key_of(model=[dense_model, cfg.model.dtype], tasks=tasks)}.json"
     dense = (read_json(shared) or {}).get("records")
     arguments = [str(folder), *(part for pair in options.items() for part in pair), *(["--dense"] if not dense else [])]
-    _, path = evaluation.run(evaluation.parser().parse_args(arguments))
-    limit = tasks.get("limit")
-    # The run's file may hold those of other tasks, and of other limits, as well.
-    records = [
-        r for r in read_json(path)["records"]
-        if r["task"] in tasks["names"] and (r["kind"] != "zero_shot" or r["limit"] == limit)
-    ]  # fmt: skip
+    records, _ = evaluation.run(evaluation.parser().parse_args(arguments))
     if dense:  # measured with an earlier row: the same model, text and settings
         return [*dense, *(r for r in records if r["stage"] != "dense")]
     write_json(shared, {"records": [r for r in records if r["stage"] == "dense"]})

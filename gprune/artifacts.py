@@ -59,8 +59,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def _cannot_write(path: Path, error: Exception) -> UserError:
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     return UserError(
-        f"Cannot write {path}: {reason}. Free space or choose another place with --run.dir (results) "
-        f"or $GPRUNE_CACHE (caches); what was finished is kept."
+        f"Cannot write {path}: {reason}. Free space or choose another place (a run's results: --run.dir; caches: "
+        f"$GPRUNE_CACHE); what was finished is kept."
     )
 
 

@@ -185,7 +185,7 @@ def measure_drift(cfg: RunConfig, blocks: Sequence[Block], statistics: Mapping[s
     """
     corpora = cfg.corpora.drift
     name = IMPORTANCE[cfg.importance].drift
-    found = []
+    found, raw = [], []
     for block in blocks:
         weights = ffn_weights(block)
         channels = [statistics[c].ffn[block.index] for c in corpora]
@@ -201,12 +201,13 @@ def measure_drift(cfg: RunConfig, blocks: Sequence[Block], statistics: Mapping[s
         if block.has_experts:  # scores of different experts are on different scales
             scores = ranks.clone()
         drift = rank_drift(ranks)
+        raw.append(drift)
         drift = above_noise(drift, floor) if cfg.partition.subtract_noise else drift
         found.append(Drift(scores, ranks, drift, floor, halves))
     if len(corpora) < 2:
         log.warning("One drift corpus (%s): rank drift and the metric switch are off.", corpora[0])
     else:
-        mean = float(torch.cat([d.drift for d in found]).mean())
+        mean = float(torch.cat(raw).mean())
         noise = float(torch.cat([d.floor for d in found]).mean())
         log.info("Rank drift %.3f on average, of which sampling alone would show %.3f", mean, noise)
     return found

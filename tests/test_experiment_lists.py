@@ -580,10 +580,7 @@ def measured(monkeypatch, bench):
             "content_hash": "c",
         }
         records = [about | {"stage": s, "task": t} for s in stages for t in options.tasks.split(",")]
-        records += [about | {"stage": "base", "task": "piqa", "limit": 77}]  # of an earlier evaluation
-        path = bench.folder / "evaluation.json"
-        path.write_text(json.dumps({"records": records}))
-        return "", path
+        return records, bench.folder / "evaluation.json"
 
     monkeypatch.setattr(evaluation, "run", run)
     monkeypatch.setattr(gprune, "prune", lambda cfg: configs.append(cfg) or real(cfg))
@@ -612,6 +609,12 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     low = lists.Listing.read(path, flags=["--model.dtype=bfloat16"]).rows[0]
     runner.run(low)
     assert calls[-1].dense  # of its own
+    # other tasks lie beside these, not in their place
+    other = {row.name: (row.path, runner.run(row)) for row in more.rows}
+    assert all(kept["tasks"]["limit"] == 9 for _, kept in other.values())
+    for row in lists.Listing.read(path).rows:
+        assert row.path != other[row.name][0]
+        assert runner.found(row)["tasks"]["limit"] == 4
     # with a seed that the tasks do not name, there are none
     assert "evaluation" not in runner.run(lists.Listing.read(path, seeds=[1]).rows[0])
 

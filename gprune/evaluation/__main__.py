@@ -50,8 +50,12 @@ def main(args: Sequence[str] | None = None) -> int:
     """Returns the exit code, as `run_verb`."""
 
     def work() -> str:
-        table, output = run(parser().parse_args(args))
-        return f"\n{table}\n" + (f"\nRecords are in {output}.\n" if output else "")
+        records, output = run(parser().parse_args(args))
+        from gprune.report import evaluation_table
+
+        table = evaluation_table(records)
+        where = f"\nRecords are in {output}.\n" if output else ""
+        return f"\n{table.to_markdown()}\n\n{table.note}\n" + where
 
     return run_verb(
         "gprune.evaluation",
@@ -61,12 +65,12 @@ def main(args: Sequence[str] | None = None) -> int:
     )
 
 
-def run(options: argparse.Namespace) -> tuple[str, Path | None]:
-    """Evaluate what the options ask for: the Markdown table, and the file the records went into."""
+def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Path | None]:
+    """Evaluate what the options ask for: the records, and the file they went into beside those that are there."""
     _check(options)
     from gprune.cli import quiet
     from gprune.evaluation.subjects import subjects_of
-    from gprune.report import evaluation_table
+    from gprune.report import read_evaluation
 
     tasks = list(dict.fromkeys(name.strip() for name in options.tasks.split(",") if name.strip()))
     if any(name != WIKITEXT for name in tasks):
@@ -76,16 +80,17 @@ def run(options: argparse.Namespace) -> tuple[str, Path | None]:
     quiet()
     subjects, output = subjects_of(options.model, dense=options.dense, dtype=options.dtype)
     output = Path(options.output).expanduser() if options.output else output
+    if output is not None:
+        read_evaluation(output)  # what is no such file is not written over
     name = Path(options.model).name
-    records = []
+    records: list[dict[str, Any]] = []
     for subject in subjects:
         model, tokenizer = subject.load()
         for task in tasks:
-            records += [r | subject.about for r in evaluate(model, tokenizer, task, options)]
+            records += [r | subject.about | {"run": name} for r in evaluate(model, tokenizer, task, options)]
             if output is not None:
                 keep(output, records)
-    table = evaluation_table([r | {"run": name} for r in records])
-    return f"{table.to_markdown()}\n\n{table.note}", output
+    return records, output
 
 
 def evaluate(model: Any, tokenizer: Any, task: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -106,15 +111,15 @@ def evaluate(model: Any, tokenizer: Any, task: str, options: argparse.Namespace)
 
 def keep(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Write records beside those that are there, in the place of former ones of the same model and protocol."""
-    from gprune.artifacts import read_json, write_json
+    from gprune.artifacts import write_json
+    from gprune.report import read_evaluation
 
     def key(r: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(r.get(name) for name in ("model", "stage", "recovery", "task", "content_hash", "dtype"))
+        run = r.get("run", records[0]["run"])  # records of earlier versions, in the run's own file, do not name it
+        return run, *(r.get(name) for name in ("model", "stage", "recovery", "task", "content_hash", "dtype"))
 
     new = {key(r) for r in records}
-    found = read_json(path) or {}
-    old = found.get("records", []) if isinstance(found, dict) else []
-    write_json(path, {"records": [*(r for r in old if key(r) not in new), *records]})
+    write_json(path, {"records": [*(r for r in read_evaluation(path) if key(r) not in new), *records]})
 
 
 def _check(options: argparse.Namespace) -> None:

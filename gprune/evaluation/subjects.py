@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.artifacts import read_json, read_tensors
+from gprune.artifacts import file_hashes, read_json, read_tensors
 from gprune.errors import UserError
-from gprune.loading import load_model
+from gprune.loading import fingerprint, load_model
 from gprune.masks import Masks
 from gprune.report.card import model_label
 from gprune.surgery import prune
@@ -49,7 +49,38 @@ def subjects_of(name: str, *, dense: bool = False, dtype: str | None = None) -> 
         return [Subject(about, _loader(name, dtype or "float32"))], None
     settings = _settings(path)
     chosen = dtype or settings["model"]["dtype"]
-    return [*([_dense(settings, chosen)] * dense), _pruned(path, settings, chosen)], path / "evaluation.json"
+    return [*([_dense(path, settings, chosen)] * dense), _pruned(path, settings, chosen)], path / "evaluation.json"
+
+
+def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype) -> Loaded:
+    """The model that a run pruned, in any dtype, frozen, and its tokenizer.
+
+    Raises:
+        UserError: where what lies under its name today has other weights.
+    """
+    m = settings["model"]
+    trusted = m.get("trust_remote_code", False)
+    model, tokenizer = load_model(m["name"], dtype=getattr(torch, m["dtype"]), trust_remote_code=trusted)
+    if fingerprint(model) != settings["inputs"]["model"]:
+        raise UserError(
+            f"'{m['name']}' has other weights than the model that '{run}' pruned; put those back, or repeat the run."
+        )
+    if model.dtype != dtype:
+        # Loaded again, since `.to` would round the frequencies of the rotary embedding as well.
+        model, _ = load_model(m["name"], dtype=dtype, trust_remote_code=trusted)
+    return model, tokenizer
+
+
+def check_exported(run: Path) -> Path:
+    """The folder of the model that a run exported.
+
+    Raises:
+        UserError: where it is not what the run left there.
+    """
+    left = (read_json(run / "manifest.json") or {}).get("model")
+    if left is not None and left != file_hashes(run / "model"):
+        raise UserError(f"{run / 'model'} is not what the run left there; run its command again.")
+    return run / "model"
 
 
 def _settings(run: Path) -> dict[str, Any]:
@@ -59,10 +90,10 @@ def _settings(run: Path) -> dict[str, Any]:
     return manifest["settings"]
 
 
-def _dense(settings: dict[str, Any], dtype: str) -> Subject:
-    name = settings["model"]["name"]
-    about = {"model": model_label(name), "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
-    return Subject(about, _loader(name, dtype))
+def _dense(run: Path, settings: dict[str, Any], dtype: str) -> Subject:
+    label = model_label(settings["model"]["name"])
+    about = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
+    return Subject(about, lambda: _placed(load_dense(run, settings, getattr(torch, dtype))))
 
 
 def _pruned(run: Path, settings: dict[str, Any], dtype: str) -> Subject:
@@ -77,7 +108,7 @@ def _pruned(run: Path, settings: dict[str, Any], dtype: str) -> Subject:
         "scope": sparsity["scope"],
     }
     if (run / "model" / "config.json").is_file():
-        return Subject(about, _loader(str(run / "model"), dtype))
+        return Subject(about, lambda: _loader(str(check_exported(run)), dtype)())
     masks = read_tensors(run / "masks" / f"{stage}.safetensors")
     if settings["recovery"] != "none" or masks is None:
         raise UserError(
@@ -86,16 +117,16 @@ def _pruned(run: Path, settings: dict[str, Any], dtype: str) -> Subject:
         )
 
     def load() -> Loaded:
-        model, tokenizer = _loader(settings["model"]["name"], dtype)()
+        model, tokenizer = _placed(load_dense(run, settings, getattr(torch, dtype)))
         return prune(model, Masks.from_tensors(masks)), tokenizer
 
     return Subject(about, load)
 
 
 def _loader(name: str, dtype: str) -> Callable[[], Loaded]:
-    def load() -> Loaded:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer = load_model(name, dtype=getattr(torch, dtype))
-        return model.to(device), tokenizer
+    return lambda: _placed(load_model(name, dtype=getattr(torch, dtype)))
 
-    return load
+
+def _placed(loaded: Loaded) -> Loaded:
+    model, tokenizer = loaded
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

@@ -84,10 +84,12 @@ def record(loaded: LoadedTask, outcome: dict[str, Any], stamp: dict[str, Any]) -
     samples = outcome["samples"][name]
     samples = sorted(samples, key=lambda sample: sample["doc_id"])
     choices = [task.doc_to_choice(s["doc"]) for s in samples]
-    labels = [_label(s["target"], c, name) for s, c in zip(samples, choices, strict=True)]
+    # Where the choices come before the question (winogrande), lm_eval's target is the end of the text.
+    targets = [task.doc_to_text(s["doc"]) if task.multiple_input else s["target"] for s in samples]
+    labels = [_label(target, c, name) for target, c in zip(targets, choices, strict=True)]
     lls = [[float(ll) for ll, _ in s["filtered_resps"]] for s in samples]
     lengths = [[len(c) for c in row] for row in choices]
-    numbers: dict[str, Any] = {"acc_norm": None, "acc_norm_stderr": None}
+    numbers: dict[str, Any] = dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"))
     digits = {}
     theirs = outcome["results"][name]
     for metric, size in (("acc", None), ("acc_norm", lengths)):
@@ -106,7 +108,7 @@ def record(loaded: LoadedTask, outcome: dict[str, Any], stamp: dict[str, Any]) -
         "split": loaded.split,
         "source": loaded.source,
         "questions": len(samples),
-        **{k: numbers[k] for k in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")},
+        **numbers,
         "chance": chance([len(c) for c in choices]),
         "standard_protocol": loaded.complete and not partial,
         "note": f"only the first {len(samples)} questions; " * partial + loaded.note,

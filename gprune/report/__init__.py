@@ -39,6 +39,7 @@ from gprune.report.runs import (
     Group,
     divided,
     groups,
+    read_evaluation,
     read_run,
     read_runs,
     run_names,
@@ -68,10 +69,10 @@ __all__ = [
     "Estimate", "FinishedRun", "Group", "Report", "Table", "by_stage", "comparison_table", "curve_figure",
     "evaluation_table", "generalisation_gap", "geometric_mean", "groups", "heterogeneity_figure", "make",
     "markdown", "mean_perplexity", "means_figure", "model_card", "model_label", "of_runs", "over_seeds", "pairs",
-    "perplexity_figure", "perplexity_table", "ratio_figure", "ratio_to", "read_run", "read_runs", "records_table",
-    "repeatability_table", "result_table", "row_name", "run_names", "save", "short_names", "sparsity_figure",
-    "sparsity_lines", "sparsity_table", "stability_figure", "stability_table", "style", "summary_table",
-    "unseen_ratios", "write_figures",
+    "perplexity_figure", "perplexity_table", "ratio_figure", "ratio_to", "read_evaluation", "read_run", "read_runs",
+    "records_table", "repeatability_table", "result_table", "row_name", "run_names", "save", "short_names",
+    "sparsity_figure", "sparsity_lines", "sparsity_table", "stability_figure", "stability_table", "style",
+    "summary_table", "unseen_ratios", "write_figures",
 ]  # fmt: skip
 FORMATS = ("png", "svg")
 

@@ -85,8 +85,27 @@ def read_run(path: Path | str) -> FinishedRun:
         summary=metrics["summary"],
         masks=Masks.from_tensors(masks),
         modules=None if modules is None else Modules.from_tensors(modules),
-        evaluation=(read_json(folder / "evaluation.json") or {}).get("records", []),
+        evaluation=read_evaluation(folder / "evaluation.json"),
     )
+
+
+def read_evaluation(path: Path) -> list[dict[str, Any]]:
+    """Records of `python -m gprune.evaluation`, none where there is no file.
+
+    Raises:
+        UserError: for a file that holds something else.
+    """
+    found = read_json(path)
+    if found is None and not path.exists():
+        return []
+    records = found.get("records") if isinstance(found, dict) else None
+    if not isinstance(records, list) or not all(
+        isinstance(r, dict) and {"kind", "stage", "task"} <= r.keys() for r in records
+    ):
+        raise UserError(
+            f"'{path}' holds no records of python -m gprune.evaluation; move it away, or name another file."
+        )
+    return records
 
 
 def read_runs(paths: Sequence[Path | str]) -> list[FinishedRun]:

@@ -13,6 +13,7 @@ from itertools import combinations
 import numpy as np
 from scipy.stats import t as student
 
+from gprune.errors import UserError
 from gprune.evaluation.perplexity import (
     bootstrap_gap,
     bootstrap_perplexity,
@@ -50,14 +51,15 @@ def mean_perplexity(run: FinishedRun, stage: Stage, *, seen: bool) -> Estimate |
 
 
 def ratio_to(run: FinishedRun, stage: Stage, other: FinishedRun, reference: Stage) -> Estimate | None:
-    """Geometric mean over text unseen by `run` over that of `reference` in `other`, paired over windows.
+    """Geometric mean over text unseen by both runs over that of `reference` in `other`, paired over windows.
 
     None where `other` was not evaluated on the same windows, and for a stage with itself.
     """
     if run.path.resolve() == other.path.resolve() and stage == reference:
         return None
-    a = _records(run, stage, seen=False)
-    b = {c: r for c, r in _records(other, reference).items() if c in a}
+    there = _records(other, reference)
+    a = {c: r for c, r in _records(run, stage, seen=False).items() if c not in there or not there[c]["seen"]}
+    b = {c: r for c, r in there.items() if c in a}
     if not a or {c: r["content_hash"] for c, r in a.items()} != {c: r["content_hash"] for c, r in b.items()}:
         return None
     return Estimate(*paired_bootstrap_ratio(_nll(a), {c: b[c]["window_nll"] for c in a}, _predicted(run)))
@@ -90,6 +92,11 @@ def summary_table(
     """
     references = None if by_seed is None else {r.seed: r for r in by_seed}
     named_base = base or next(iter(by_seed or ()), None)
+    if named_base is not None and ("base", "none") not in stages(named_base):
+        raise UserError(
+            f"The run '{named_base.name}' has no stage 'base' to divide by; expected one with --gprune false, or with "
+            f"base among --evaluation.controls."
+        )
     rows = [[*named, *_numbers(group, stage, base, references)] for named, group, stage in _rows(_divided(found, seen))]
     if named_base is not None:
         about_base = f" base: the stage `base` of {named_base.name}."
@@ -110,7 +117,7 @@ def summary_table(
 def comparison_table(found: Sequence[Group]) -> Table:
     """What pairs of pruned models have of each other's perplexity: a row for every two groups' last stages.
 
-    Over text unseen by the first of the two; pairs that were not evaluated on the same windows have no row.
+    Over text unseen by both; pairs that were not evaluated on the same windows have no row.
     """
     rows: list[list[Cell]] = []
     for a, b in combinations(found, 2):
@@ -127,7 +134,8 @@ def comparison_table(found: Sequence[Group]) -> Table:
         ["unseen perplexity of", "over that of", "seeds", "ratio"],
         rows,
         {"ratio": 3},
-        "In brackets 95 % intervals: paired bootstrap over windows of a single pair; Student's t over several seeds.",
+        "Over text unseen by both. In brackets 95 % intervals: paired bootstrap over windows of a single pair; "
+        "Student's t over several seeds.",
     )
 
 
