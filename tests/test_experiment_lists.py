@@ -542,6 +542,9 @@ def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_pa
     bench(capsys, twice)
     with pytest.raises(UserError, match=r"one row for each sparsity.target and importance, got two of 0.3 and wifv"):
         results.curve(listing, results.reported(*done_of(twice)).runs)
+    (row, kept), *others = done
+    moved = [(row, kept | {"inputs": kept["inputs"] | {"model": "another", "text": {"score": "of its tokenizer"}}})]
+    assert len(results.reported(listing, [*moved, *others]).runs) == len(done)  # two models cut text in two ways
     bare = [
         replace(r, records=[k for k in r.records if k["stage"] != "base"]) for r in results.reported(listing, done).runs
     ]
@@ -668,6 +671,14 @@ def test_packed_masks_come_back(data, depth):
         ("rows: {a: {}}\ncurve: {over: ridge}\n", ["curve", "`over` and `of`"]),
         ("rows: {a: {}}\nseen: wiki\n", ["seen", "corpora"]),
         ("rows: {a: {}}\n1: {}\n", ["mapping", "got 1"]),
+        ("rows: {a: {run.seed: 5}}\n", ["row 'a'", "--seeds", "got --run.seed"]),
+        ("rows: {a: {}}\ncommon: {run: {seed: 5}}\n", ["--seeds", "got --run.seed"]),
+        ("rows: {a: {config: 5}}\n", ["row 'a', config", "got 5"]),
+        ("rows: {a: {config: {x: 1}}}\n", ["row 'a', config", "got {'x': 1}"]),
+        ("rows: {a: {importance: 2020-01-01}}\n", ["Row 'a'", "2020-01-01"]),
+        ("rows: {a: {}}\ntasks: {names: [piqa], limt: 100}\n", ["tasks", "limit", "limt"]),
+        ("rows: {a: {}}\ntasks: {names: [piqa], seeds: 0}\n", ["tasks", "seeds"]),
+        ("rows: {a: {}}\ntasks: {names: [piqa], limit: many}\n", ["tasks", "limit", "many"]),
     ],
 )
 def test_a_bad_list_is_one_line(content, words, bench, capsys, nothing_runs):
@@ -700,6 +711,7 @@ def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
         (["--part", "0/2"], ["--part", "'0/2'"]), (["--part", "3/2"], ["--part", "'3/2'"]),
         (["--part", "half"], ["--part", "'half'"]), (["--part", "1/2/3"], ["--part", "'1/2/3'"]),
         (["--", "--sparsity.target=0"], ["Row 'plain'", "--sparsity.target"]),
+        (["--", "--run.seed=1"], ["row 'plain'", "--seeds", "got --run.seed"]),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_one_line(arguments, words, bench, first, capsys, nothing_runs):

@@ -83,6 +83,18 @@ def test_other_settings_are_run_again_and_the_table_runs_nothing(table, capsys, 
     assert ran == [1]
 
 
+def test_other_settings_never_take_the_place_of_a_record(table, capsys):
+    table(capsys, *ARGUMENTS)
+    before = (table.records / "random-0-5.json").read_text()
+    table(capsys, "--metrics", "random", "--baselines", flags=["--ridge=0.5"])
+    assert (table.records / "random-0-5.json").read_text() == before
+    (other,) = table.records.glob("random-0-5-*.json")
+    assert read_json(other)["settings"]["ridge"] == 0.5
+    out = table(capsys, "--table", "--metrics", "random", "--baselines", flags=["--ridge=0.5"])
+    assert "| random 0.5 " in out
+    other.unlink()
+
+
 def test_rows_are_divided_into_seen_and_unseen_by_what_gprune_uses(table, capsys):
     """A base run has seen one corpus only; its row still stands beside gprune's on the same division."""
     table(capsys, *ARGUMENTS)

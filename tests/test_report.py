@@ -242,6 +242,47 @@ def test_another_run_can_be_the_base(run):
     assert row(report.make([other], base=run).tables[0], "other", "gprune")["unseen / base"] is None
 
 
+def test_pairs_are_compared_on_text_that_both_have_not_seen(run):
+    """Whichever of the two comes first."""
+    other = another(run, "other", setting=0.5, shift=0.3)
+    (*_, unseen) = [r["corpus"] for r in records_of(run, "gprune", seen=False)]
+
+    def seen_there(metrics):
+        for r in metrics["records"]:
+            if r["corpus"] == unseen:
+                r["seen"] = True
+                r["window_nll"] = [2 * v for v in r["window_nll"]]
+
+    rest = [r["corpus"] for r in records_of(run, "gprune", seen=False) if r["corpus"] != unseen]
+    edit(other / "metrics.json", seen_there)
+    for order in ([run, other], [other, run]):
+        tables = {table.name: table for table in report.make(order).tables}
+        if rest:
+            ((*_, ratio),) = tables["comparison"].rows
+            assert abs(math.log(ratio.value)) == pytest.approx(0.3)
+        else:
+            assert tables["comparison"].rows == []
+
+
+def test_a_base_without_the_stage_is_refused(run, capsys):
+    bare = another(run, "bare")
+
+    def without(metrics):
+        metrics["records"] = [r for r in metrics["records"] if r["stage"] != "base"]
+
+    edit(bare / "metrics.json", without)
+    assert main([str(run), "--base", str(bare)]) == 2
+    assert "'bare' has no stage 'base' to divide by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"records": [{"task": "piqa"}]}', '{"a": 1}', "{"])
+def test_a_foreign_evaluation_is_one_line(run, capsys, content):
+    (run / "evaluation.json").write_text(content)
+    assert main([str(run)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "evaluation.json' holds no records" in line
+
+
 def test_a_reference_that_is_not_there_yet_leaves_the_ratios_blank(run):
     runs = report.read_runs([run, another(run, "two", seed=1)])
     own = report.of_runs(runs).tables[0]

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gprune.errors import UserError
 from gprune.evaluation import harness, tasks, zero_shot
@@ -22,6 +23,7 @@ from gprune.evaluation.__main__ import main
 from gprune.evaluation.accuracy import accuracy, chance, is_correct, paired_difference
 from gprune.gates import masked
 from gprune.masks import Masks
+from gprune.report import evaluation_table
 from gprune.surgery import prune
 from tests import tiny_run
 from tests.conftest import make_tiny_llama
@@ -286,6 +288,33 @@ def test_accuracies_are_those_of_our_own_loglikelihoods(task, data):
     assert record["chance"] == pytest.approx(np.mean([1 / len(r["choices"]) for r in rows]))
 
 
+@pytest.mark.parametrize("metric", ["acc", "acc_norm"])
+def test_choices_before_the_question_and_one_metric_alone(metric):
+    """As in winogrande, where lm_eval's target is the end of the sentence and the label is its `doc_to_text`."""
+    needs_lm_eval()
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
+    rows = [{"options": ["the dog", "a cat", "one bird"], "end": "is warm.", "label": i % 3} for i in range(7)]
+    config = {
+        "task": "before", "output_type": "multiple_choice", "test_split": "test",
+        "doc_to_text": lambda doc: doc["label"], "doc_to_target": lambda doc: doc["end"],
+        "doc_to_choice": lambda doc: doc["options"], "metric_list": [{"metric": metric}],
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
+    }  # fmt: skip
+    loaded = harness.LoadedTask(ConfigurableTask(config=config), "local", "test", "1", True, "")
+    model, tokenizer = make_tiny_llama(), tiny_tokenizer()
+    outcome = zero_shot._run(model, tokenizer, [loaded], limit=None, batch_size=2)
+    found = zero_shot.record(loaded, outcome, {"dtype": "float32", "run": "r", "stage": "gprune", "model": "tiny"})
+    lls = [float(ll) for ll, _ in outcome["samples"]["before"][0]["filtered_resps"]]
+    if metric == "acc":
+        assert found["correct"] == "".join(str(int(np.argmax(lls) == row["label"])) for row in rows)
+    missing = {"acc": "acc_norm", "acc_norm": "acc"}[metric]
+    assert (found[metric] is None, found[missing]) == (False, None)
+    table = evaluation_table([found | {"stage": "dense"}, found])
+    assert "+0.000" in table.to_markdown()
+
+
 @pytest.mark.parametrize(("task", "rows"), [("piqa", piqa_rows()), ("arc_easy", arc_rows())])
 def test_local_files_give_what_lm_evals_own_task_gives(task, rows, data):
     config = own_yaml(task)
@@ -520,6 +549,33 @@ def test_a_folder_prints_and_writes_only_where_asked(quiet_world, capsys, tmp_pa
     output = tmp_path / "out.json"
     assert main([str(folder), "--tasks", "wikitext2", "--seq_len", "32", "--output", str(output)]) == 0
     assert records_in(output)[0]["stage"] == "model"
+
+
+def test_one_file_holds_several_runs_and_never_takes_the_place_of_another(quiet_world, capsys, tmp_path):
+    output = tmp_path / "out.json"
+    more = ["--tasks", "wikitext2", "--seq_len", "32", "--output", str(output)]
+    for name in ("kept", "masks", "kept"):
+        assert main([str(quiet_world.runs / name), *more]) == 0
+    assert sorted(r["run"] for r in records_in(output)) == ["kept", "masks"]
+    output.write_text('{"a": 1}')
+    assert main([str(quiet_world.runs / "kept"), *more]) == 2
+    assert "holds no records" in capsys.readouterr().err
+    assert output.read_text() == '{"a": 1}'
+
+
+def test_a_model_that_is_not_the_runs_is_refused(quiet_world, capsys, tmp_path):
+    changed = Path(shutil.copytree(quiet_world.runs / "kept", tmp_path / "changed"))
+    weights = changed / "model" / "model.safetensors"
+    save_file({n: 1.5 * t for n, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    assert main([str(changed), "--tasks", "wikitext2", "--seq_len", "32"]) == 2
+    assert "is not what the run left there" in capsys.readouterr().err
+    manifest = json.loads((changed / "manifest.json").read_text())
+    manifest.pop("checksum", None)
+    manifest["settings"]["inputs"]["model"] = "another"
+    (changed / "manifest.json").write_text(json.dumps(manifest))
+    assert main([str(changed), "--tasks", "wikitext2", "--seq_len", "32", "--dense"]) == 2
+    assert "has other weights than the model that" in capsys.readouterr().err
+    assert not (changed / "evaluation.json").exists()
 
 
 @pytest.mark.parametrize(

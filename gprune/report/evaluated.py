@@ -61,7 +61,8 @@ def _accuracy(r: Record, dense: Record | None) -> list[Cell]:
 
     difference = None
     if dense is not None:
-        digits = ([c == "1" for c in record["correct"]] for record in (r, dense))
+        scored = "correct" if "correct" in r else "correct_norm"  # some of lm_eval's tasks have acc_norm alone
+        digits = ([c == "1" for c in record[scored]] for record in (r, dense))
         value, error = paired_difference(*digits)
         difference = f"{value:+.3f}" + ("" if error is None else f" +- {error:.3f}")
     numbers = (with_error(r[m], r[f"{m}_stderr"]) for m in ("acc", "acc_norm"))
