@@ -178,8 +178,7 @@ def tables_of_records(options: argparse.Namespace) -> str:
             raise UserError(
                 f"--table: expected one record per row, got {', '.join(twice)}; remove what is out of date."
             )
-        known = options.reference in [row["name"] for row in found]
-        tables.append(table_of(found, options.reference if known or len(by_settings) == 1 else None))
+        tables.append(table_of(found, options.reference if options.reference in names else None))
     return "\n\n".join(tables) + "\n"
 
 

@@ -158,12 +158,16 @@ def _curve(value: Any) -> bool:
     return isinstance(value, dict) and set(value) == {"over", "of"} and all(str(v) in known for v in value.values())
 
 
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int for number in value)
+
+
 TASKS: dict[str, Callable[[Any], bool]] = {
     "names": _names,
     "limit": lambda v: type(v) is int,
     "seq_len": lambda v: type(v) is int,
     "dtype": lambda v: isinstance(v, str),
-    "seeds": lambda v: _names(v) and all(type(seed) is int for seed in v),
+    "seeds": _whole_numbers,
 }
 # What each key holds, for people, and whether a value does.
 SHAPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -179,7 +183,7 @@ SHAPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "spread": ("lists of rows by name", lambda v: isinstance(v, dict) and all(map(_names, v.values()))),
     "curve": ("settings as `over` and `of`, such as importance", _curve),
     "controls": ("rows", _names),
-    "seeds": ("whole numbers", lambda v: _names(v) and all(type(seed) is int for seed in v)),
+    "seeds": ("whole numbers", _whole_numbers),
     "tables": (f"of {', '.join(sorted(ALL_TABLES))}", lambda v: _names(v) and set(v) <= ALL_TABLES),
     "tasks": (
         "names, such as names: [piqa, arc_easy], and of limit, seq_len, dtype and seeds",

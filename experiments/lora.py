@@ -18,14 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune import cli, report
 from gprune.architectures import Part, blocks_of
-from gprune.artifacts import environment, file_hashes, key_of, read_json, write_json
+from gprune.artifacts import environment, exported_model, file_hashes, key_of, read_json, write_json
 from gprune.config import RunConfig
 from gprune.corpora import identity, load_corpus
 from gprune.data import CorpusDataModule, Windows, make_windows
 from gprune.errors import UserError
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import PerplexityResult, perplexity
-from gprune.evaluation.subjects import check_exported, load_dense
+from gprune.evaluation.subjects import load_dense
 from gprune.loading import load_model
 from gprune.losses import next_token_loss
 from gprune.preparation import JOIN, prepare_text
@@ -224,7 +224,7 @@ def load(row: Row) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     dtype = getattr(torch, row.settings.dtype)
     if row.dense:
         return load_dense(row.run.path, row.run.settings, dtype)
-    return load_model(str(check_exported(row.run.path)), dtype=dtype)
+    return load_model(str(exported_model(row.run.path)), dtype=dtype)
 
 
 def run(row: Row, *, accelerator: str) -> dict[str, Any]:

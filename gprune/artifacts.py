@@ -369,6 +369,18 @@ def file_hashes(folder: Path, pattern: str = "*") -> dict[str, str]:
     return found
 
 
+def exported_model(run: Path) -> Path:
+    """The folder of the model that a run exported.
+
+    Raises:
+        UserError: where it is not what the run left there.
+    """
+    left = (read_json(run / "manifest.json") or {}).get("model")
+    if left is not None and left != file_hashes(run / "model"):
+        raise UserError(f"{run / 'model'} is not what the run left there; run the same command again.")
+    return run / "model"
+
+
 def peak_memory() -> dict[str, int]:
     """Peak memory of this process so far, MiB: resident, and where there are GPUs allocated on the fullest of them."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.artifacts import RunFolder, differences, file_hashes, key_of, read_json
+from gprune.artifacts import RunFolder, differences, exported_model, key_of, read_json
 from gprune.config import RunConfig
 from gprune.errors import UserError, first_line
 from gprune.masks import Masks
@@ -170,9 +170,7 @@ def _read_run(folder: RunFolder, cfg: RunConfig, metrics: dict[str, Any]) -> Pru
         thresholds = tuple([flat[f"{kind}.{b}"] for b in depth] for kind in ("ffn", "attention"))
     model = tokenizer = None
     if (folder / "model").is_dir():
-        expected = folder.manifest.get("model")
-        if expected is not None and expected != file_hashes(folder / "model"):
-            raise UserError(f"{folder / 'model'} is not what the run left there; run the same command again.")
+        exported_model(folder.path)
         try:  # False, not None: transformers would ask whether to run code that lies in the folder
             model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto", trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)

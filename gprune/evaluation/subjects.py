@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.artifacts import file_hashes, read_json, read_tensors
+from gprune.artifacts import exported_model, read_json, read_tensors
 from gprune.errors import UserError
 from gprune.loading import fingerprint, load_model
 from gprune.masks import Masks
@@ -71,18 +71,6 @@ def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype) -> Lo
     return model, tokenizer
 
 
-def check_exported(run: Path) -> Path:
-    """The folder of the model that a run exported.
-
-    Raises:
-        UserError: where it is not what the run left there.
-    """
-    left = (read_json(run / "manifest.json") or {}).get("model")
-    if left is not None and left != file_hashes(run / "model"):
-        raise UserError(f"{run / 'model'} is not what the run left there; run its command again.")
-    return run / "model"
-
-
 def _settings(run: Path) -> dict[str, Any]:
     manifest, metrics = (read_json(run / f"{name}.json") for name in ("manifest", "metrics"))
     if not isinstance(manifest, dict) or "settings" not in manifest or "summary" not in (metrics or {}):
@@ -108,7 +96,7 @@ def _pruned(run: Path, settings: dict[str, Any], dtype: str) -> Subject:
         "scope": sparsity["scope"],
     }
     if (run / "model" / "config.json").is_file():
-        return Subject(about, lambda: _loader(str(check_exported(run)), dtype)())
+        return Subject(about, lambda: _loader(str(exported_model(run)), dtype)())
     masks = read_tensors(run / "masks" / f"{stage}.safetensors")
     if settings["recovery"] != "none" or masks is None:
         raise UserError(
