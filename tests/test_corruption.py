@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -70,9 +71,12 @@ def emptied(file: Path) -> None:
 
 
 def one_bit(file: Path) -> None:
-    """The lowest bit of a byte in the payload: in JSON of the last digit of a number, so that it still parses."""
+    """The lowest bit of a byte in the payload: in JSON of the first digit of a number, so that it still parses.
+
+    Of the last digit it may change nothing: a float of 17 digits is the same with 8 and with 9 at its end.
+    """
     content = bytearray(file.read_bytes())
-    digits = [i for i, byte in enumerate(content) if byte in b"2468"]
+    digits = [found.start() for found in re.finditer(rb"(?<![\w.+-])[2468]", content)]
     place = len(content) - 3 if file.suffix == ".safetensors" else digits[len(digits) // 2]
     content[place] ^= 1
     file.write_bytes(content)
