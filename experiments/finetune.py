@@ -31,13 +31,14 @@ from typing import Any
 
 from experiments import lora
 from experiments.lora import DENSE, DTYPES, Row, Settings
-from gprune import cli, report
-from gprune.artifacts import key_of, read_json
-from gprune.corpora import check_corpus
+from gprune import cli
+from gprune.console import Parser, run_verb
+from gprune.corpora.load import check_corpus
 from gprune.errors import UserError
-from gprune.evaluation.perplexity import bootstrap_perplexity, paired_bootstrap_ratio
-from gprune.report import Estimate, Table
-from gprune.verbs import Parser, run_verb
+from gprune.evaluation.intervals import bootstrap_perplexity, paired_bootstrap_ratio
+from gprune.report import report
+from gprune.report.tables import Estimate, Table
+from gprune.storage.files import key_of, read_json
 
 
 def rows_of(options: argparse.Namespace) -> list[Row]:

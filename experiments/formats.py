@@ -115,7 +115,7 @@ def make(work: Path, *, small: bool) -> None:
 def embedded():
     """SmolLM2-135M, its tokenizer, and (1, T) tokens of the text that GGUF files are checked with."""
     from gprune.export.gguf import CHECK_TEXT
-    from gprune.loading import load_model
+    from gprune.models.loading import load_model
 
     model, tokenizer = load_model("smollm2-135m")
     return model, tokenizer, tokenizer(CHECK_TEXT, return_tensors="pt").input_ids[:, :TOKENS]
@@ -152,10 +152,12 @@ def pruned(dense, ids, uniform: bool, groups: bool):
     import torch
 
     import gprune
-    from gprune.architectures import blocks_of
-    from gprune.collector import collect
-    from gprune.importance import score_units
-    from gprune.masks import Masks, check_budget, keep_masks, unit_costs
+    from gprune.calibration.collector import collect
+    from gprune.importance.scores import score_units
+    from gprune.models.blocks import blocks_of
+    from gprune.models.masks import Masks
+    from gprune.sparsity.budget import check_budget, unit_costs
+    from gprune.sparsity.masks import keep_masks
 
     half = ids[:, : ids.shape[1] // 2 * 2].view(2, -1)
     blocks, generator = blocks_of(dense), torch.Generator().manual_seed(0)
@@ -336,7 +338,7 @@ def child(command: list[str], overlay: Path | None, cwd: str, *, own_code: bool 
 
 def cases(work: Path, python: Path) -> Iterator[Case]:
     """All rows of the table; `python` is that of an environment with vLLM."""
-    from gprune.export import LLAMA_CPP, TYPES
+    from gprune.export.job import LLAMA_CPP, TYPES
 
     installed = importlib.metadata.version("transformers")
     versions = {version: work / "packages" / f"transformers-{version}" for version in OLDER} | {installed: None}
@@ -381,7 +383,7 @@ def named(package: str, overlay: Path | None) -> str:
 
 def write(case: Case) -> None:
     """Write the file of a case, if nobody has yet; folders are there already."""
-    from gprune.export import export
+    from gprune.export.job import export
 
     folder, (format, *type) = case.file.with_name("hf"), case.format.split()
     if case.file.exists():
@@ -389,7 +391,7 @@ def write(case: Case) -> None:
     if format == "gguf":
         export(folder, "gguf", case.file, type=type[0], unchecked=True)  # what checks it here is the row itself
     else:
-        command = [sys.executable, "-m", "experiments.onnx_recipe", str(folder), str(case.file)]
+        command = [sys.executable, "-m", "gprune.export.onnx", str(folder), str(case.file)]
         child(command, case.overlay, str(ROOT), own_code=True)
 
 
@@ -421,7 +423,7 @@ def size_of(path: Path) -> int:
 
 def fetch(work: Path) -> None:
     """Get what is not there yet; a failure is told, and leaves rows that say `not installed`."""
-    from gprune.export import LLAMA_CPP
+    from gprune.export.job import LLAMA_CPP
 
     wanted = {f"transformers-{version}": partial(lay_over, lambda v=version: built_on(v)) for version in OLDER}
     wanted |= {package: partial(lay_over, lambda p=package: [p, *BUILT_WITH]) for package in LLAMA_CPP.values()}

@@ -15,7 +15,7 @@ tau halves    the same between the two halves of one corpus, mean over corpora: 
               (somewhat too low, since half the tokens rank with twice the sampling variance)
 tau inside    that between corpora inside modules, mean weighted by pairs of neurons. It falls by itself where a module
               holds neurons of like importance, and rises where it mixes weak and strong ones, so that a difference from
-              tau proves nothing (`gprune.drift.range_matched_agreement` is the control)
+              tau proves nothing (`gprune.partition.drift.range_matched_agreement` is the control)
 least, most   smallest and largest sensitivity (mean drift) of a module
 switched      modules that rank by the metric switched to
 
@@ -40,18 +40,19 @@ import torch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from gprune import cli, report
-from gprune.architectures import blocks_of
-from gprune.drift import pair_weighted_mean, rank_drift
+from gprune import cli
+from gprune.console import Parser, run_verb
 from gprune.errors import UserError
-from gprune.importance import ffn_weights
-from gprune.loading import fingerprint, load_model
-from gprune.partition import initial_partition, parameter_embedding, shuffled_partition
-from gprune.reliability import module_means
-from gprune.report import FinishedRun, Table
-from gprune.report.tables import Cell
-from gprune.results import Modules
-from gprune.verbs import Parser, run_verb
+from gprune.importance.weights import ffn_weights
+from gprune.models.blocks import blocks_of
+from gprune.models.loading import fingerprint, load_model
+from gprune.partition.drift import pair_weighted_mean, rank_drift
+from gprune.partition.initial import initial_partition, parameter_embedding, shuffled_partition
+from gprune.partition.record import Modules
+from gprune.partition.reliability import module_means
+from gprune.report import report
+from gprune.report.runs import FinishedRun
+from gprune.report.tables import Cell, Table
 
 FORMATS = ("png", "svg")
 EVERY = 3  # blocks of the short table

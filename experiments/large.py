@@ -36,11 +36,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gprune.architectures import blocks_of
-from gprune.loading import skeleton
-from gprune.offload import bytes_of
-from gprune.results import load_run
-from gprune.statistics import gram_bytes
+from gprune.calibration.statistics import gram_bytes
+from gprune.models.blocks import blocks_of
+from gprune.models.loading import skeleton
+from gprune.models.offload import bytes_of
+from gprune.runs.results import load_run
 
 MB = 1e6
 TEXT = [

@@ -16,23 +16,28 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune import cli, report
-from gprune.architectures import Part, blocks_of
-from gprune.artifacts import environment, exported_model, file_hashes, key_of, read_json, write_json
+from gprune import cli
+from gprune.benchmarks.subjects import load_dense
 from gprune.config import RunConfig
-from gprune.corpora import identity, load_corpus
-from gprune.data import CorpusDataModule, Windows, make_windows
+from gprune.corpora.load import identity, load_corpus
+from gprune.corpora.loaders import CorpusDataModule
+from gprune.corpora.windows import Windows, make_windows
 from gprune.errors import UserError
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import PerplexityResult, perplexity
-from gprune.evaluation.subjects import load_dense
-from gprune.loading import load_model
-from gprune.losses import next_token_loss
-from gprune.preparation import JOIN, prepare_text
-from gprune.report import FinishedRun, row_name
-from gprune.session import TokenMeter
+from gprune.models.blocks import Part, blocks_of
+from gprune.models.loading import load_model
+from gprune.models.losses import next_token_loss
+from gprune.pipeline.inputs import JOIN, prepare_text
+from gprune.pipeline.run import TokenMeter
+from gprune.report import report
+from gprune.report.runs import FinishedRun
+from gprune.report.tables import row_name
+from gprune.runs.folder import exported_model
+from gprune.runs.trainer import NamedProgressBar, check_trainer, plain_interrupts
 from gprune.stages.base import FrozenLMStage, require_finite
-from gprune.trainer import NamedProgressBar, check_trainer, plain_interrupts
+from gprune.storage.environment import environment
+from gprune.storage.files import file_hashes, key_of, read_json, write_json
 
 RECORDS = Path(__file__).parent / "records" / "finetune"
 DENSE = "dense"

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import gprune
-from experiments.lists import Row, flat, plain
-from experiments.run import token_hours
 from gprune import cli
-from gprune.artifacts import key_of, read_json, write_json
-from gprune.evaluation.perplexity import generalisation_gap, geometric_mean, paired_bootstrap_ratio
-from gprune.report import by_stage, markdown, row_name
-from gprune.verbs import Parser, run_verb
+from gprune.console import Parser, run_verb
+from gprune.evaluation.intervals import generalisation_gap, geometric_mean, paired_bootstrap_ratio
+from gprune.report.tables import by_stage, markdown, row_name
+from gprune.storage.files import key_of, read_json, write_json
+from gprune.studies.job import token_hours
+from gprune.studies.listing import Row, flat, plain
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "records" / "metrics"

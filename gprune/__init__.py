@@ -8,15 +8,15 @@ small = gprune.apply_masks(model, result.masks)  # the same masks on another cop
 """
 
 from gprune.config import RunConfig
-from gprune.corpora import CORPORA
+from gprune.corpora.load import CORPORA
 from gprune.errors import UserError
-from gprune.gates import masked
-from gprune.importance import IMPORTANCE, metric
-from gprune.loading import register as _register
-from gprune.masks import Masks
-from gprune.pipeline import prune
-from gprune.results import PruningResult, load_run
-from gprune.surgery import prune as apply_masks
+from gprune.importance.metrics import IMPORTANCE, metric
+from gprune.models.loading import register as _register
+from gprune.models.masks import Masks
+from gprune.models.surgery import prune as apply_masks
+from gprune.pipeline.prune import prune
+from gprune.runs.results import PruningResult, load_run
+from gprune.sparsity.gates import masked
 
 _register()  # AutoModelForCausalLM then loads what we export without trust_remote_code
 

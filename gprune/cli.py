@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import re
 import sys
-import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
-from pathlib import Path
 
-import yaml
-
+from gprune.console import process_index, quiet
 from gprune.errors import UserError
+from gprune.parse import parse
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -42,56 +38,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
             return _fail("Out of memory; lower --corpora.batch_size or --corpora.seq_len.", alone=True)
-        if _process() == 0 or ("by peer" not in str(error) and type(error).__name__ != "DistBackendError"):
+        if process_index() == 0 or ("by peer" not in str(error) and type(error).__name__ != "DistBackendError"):
             raise
         return 2  # the first process has left, and has said why
     return 0
-
-
-def parse(args: Sequence[str] | None = None):
-    """Flags, and YAML files that merge left to right, to a RunConfig."""
-    from jsonargparse import auto_cli, set_parsing_settings
-
-    from gprune.config import RunConfig
-
-    args = sys.argv[1:] if args is None else list(args)
-    for flag, value in zip(args, [*args[1:], ""], strict=False):
-        if flag == "--config" or flag.startswith("--config="):
-            _check_yaml(Path(value if flag == "--config" else flag.removeprefix("--config=")))
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    try:
-        return auto_cli(
-            RunConfig, args=args, as_positional=False, return_instance=True, exit_on_error=False, prog="train.py",
-            config_help="A YAML file of flags; several merge left to right.",
-        )  # fmt: skip
-    except TypeError as error:  # jsonargparse does not check that a group, such as sparsity, is a mapping
-        if "must be a mapping" not in str(error):
-            raise
-        raise UserError(
-            "A group of settings got a plain value: expected e.g. --sparsity.target 0.5, or in YAML "
-            "`sparsity: {target: 0.5}`; see --help."
-        ) from error
-
-
-def _check_yaml(path: Path) -> None:
-    """Refuse what is no mapping here, where the file's name is known; jsonargparse checks the keys.
-
-    Aliases are refused, since a few lines of them stand for gigabytes, and depth, which is a RecursionError elsewhere.
-    """
-    try:
-        text, depth = path.read_text(encoding="utf-8"), 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > 20:
-                raise UserError(f"--config: expected settings without aliases (*name), at most 20 deep, in {path}.")
-        content = yaml.safe_load(text)
-    except UserError:
-        raise
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()).replace(' in "<unicode string>",', "")
-        raise UserError(f"--config: expected a YAML file of flags, got {path}: {reason}") from error
-    if not isinstance(content, dict | type(None)):
-        raise UserError(f"--config: expected settings such as `sparsity: {{target: 0.5}}` in {path}, got {content!r}.")
 
 
 def _in_our_words(message: str) -> str:
@@ -102,14 +52,15 @@ def _in_our_words(message: str) -> str:
 def _run(args: Sequence[str] | None) -> None:
     cfg = parse(args)
     quiet()
-    from gprune.pipeline import check, prune
-    from gprune.report import result_table
+    from gprune.pipeline.plan import check
+    from gprune.pipeline.prune import prune
+    from gprune.report.tables import result_table
 
     if cfg.dry_run:
         sys.stdout.write(check(cfg).describe(cfg) + "\n")
         return
     result = prune(cfg)
-    if _process() == 0:
+    if process_index() == 0:
         s = result.summary
         sys.stdout.write(
             f"\n{result_table(result.records)}\n\n"
@@ -122,31 +73,9 @@ def _run(args: Sequence[str] | None) -> None:
         )
 
 
-def quiet() -> None:
-    """Our own progress on stdout; of the libraries', warnings that matter. stderr is for the one line of an error."""
-    import transformers
-
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    ours = logging.getLogger("gprune")
-    ours.handlers, ours.propagate = [handler], False
-    ours.setLevel(logging.INFO if _process() == 0 else logging.ERROR)
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-
-
-def _process() -> int:
-    """Which of several processes on this machine this is; Lightning starts the others and numbers them."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 def _fail(message: str, code: int = 2, *, alone: bool = False) -> int:
     """Say it, unless it went wrong in all processes alike (not `alone`) and the first one says it."""
     sys.stdout.flush()
-    if alone or _process() == 0:
+    if alone or process_index() == 0:
         sys.stderr.write(f"train.py: {' '.join(message.split())}\n")
     return code

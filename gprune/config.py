@@ -12,14 +12,14 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
-from gprune.allocation import ALLOCATION
-from gprune.corpora import check_corpus, identity
+from gprune.calibration.statistics import EXTRAS
+from gprune.corpora.load import check_corpus, identity
 from gprune.errors import UserError
-from gprune.importance import IMPORTANCE
-from gprune.masks import SCOPES
-from gprune.offload import memory_limits
-from gprune.recovery import NEEDS_GRAM, RECOVERY, SEQUENTIAL
-from gprune.statistics import EXTRAS
+from gprune.importance.metrics import IMPORTANCE
+from gprune.models.offload import memory_limits
+from gprune.recovery.projection import NEEDS_GRAM, RECOVERY, SEQUENTIAL
+from gprune.sparsity.allocation import ALLOCATION
+from gprune.sparsity.budget import SCOPES
 
 # What modules may switch to besides activation-free metrics: the base metric seen through all drift corpora, as the
 # mean of its ranks or scored on their pooled statistics.
@@ -387,7 +387,7 @@ class RunConfig:
     run: RunFolderConfig = field(default_factory=RunFolderConfig)
     export: Literal["hf", "gguf", "none"] = "hf"
     """hf: the pruned model as a Hugging Face folder, reloaded and compared. gguf: that, and a GGUF file beside it, run
-    in a llama.cpp build and compared (`python -m gprune.export` has its types). none: masks and numbers only."""
+    in a llama.cpp build and compared (`python -m gprune.export.job` has its types). none: masks and numbers only."""
     dry_run: bool = False
     """Say tokens, passes, expected memory and resulting widths, and stop before anything is computed."""
 

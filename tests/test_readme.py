@@ -11,18 +11,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gprune
-from experiments.run import parser as lists_parser
-from gprune.evaluation.__main__ import parser as evaluation_parser
+from gprune.benchmarks.job import parser as evaluation_parser
+from gprune.calibration.statistics import Moments
 from gprune.export.__main__ import parser as export_parser
 from gprune.export.hf import save_pruned
-from gprune.families import FAMILIES
-from gprune.gates import masked
-from gprune.importance import UnitWeights
-from gprune.loading import load_model
-from gprune.recovery import RECOVERY, recover_projection
+from gprune.importance.weights import UnitWeights
+from gprune.models.families import FAMILIES
+from gprune.models.loading import load_model
+from gprune.models.surgery import prune
+from gprune.recovery.projection import RECOVERY, recover_projection
 from gprune.report.__main__ import parser as report_parser
-from gprune.statistics import Moments
-from gprune.surgery import prune
+from gprune.sparsity.gates import masked
+from gprune.studies.job import parser as lists_parser
 from tests import tiny_run
 from tests.tiny_families import make_tiny, some_masks
 
@@ -104,7 +104,7 @@ def test_the_recipe_for_a_corpus_registers_and_reads(tmp_path, monkeypatch):
     for split in ("train", "test"):
         (tmp_path / f"poems.{split}.txt").write_text("\n\n".join(f"{split} poem {i}" for i in range(20)))
     exec(python_block("@gprune.CORPORA"), {"__name__": "readme"})
-    train, development = (gprune.corpora.load_corpus("poems", split) for split in ("train", "development"))
+    train, development = (gprune.corpora.load.load_corpus("poems", split) for split in ("train", "development"))
     assert len(train) == 18
     assert len(development) == 2
     assert not set(train) & set(development)

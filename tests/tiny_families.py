@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from gprune.architectures import blocks_of
-from gprune.families import FAMILIES
-from gprune.masks import Masks, top_of_experts
+from gprune.models.blocks import blocks_of
+from gprune.models.families import FAMILIES
+from gprune.models.masks import Masks
+from gprune.sparsity.masks import top_of_experts
 
 SIZES = {
     "vocab_size": 128,

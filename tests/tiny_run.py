@@ -23,10 +23,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gprune import outcome
 from gprune.cli import main
 from gprune.export.hf import max_logit_difference
-from gprune.results import PruningResult, load_run
+from gprune.pipeline import save
+from gprune.runs.results import PruningResult, load_run
 from tests.conftest import make_tiny_llama
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in "nrst"][:124]
@@ -134,7 +134,7 @@ def reload_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.inference_mode():
             return max_logit_difference(model(input_ids).logits, again(input_ids).logits)
 
-    monkeypatch.setattr(outcome, "check_reload", check)
+    monkeypatch.setattr(save, "check_reload", check)
 
 
 def environment(cache: Path, **more: str) -> dict[str, str]:

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gprune.errors import UserError
-from gprune.export import LLAMA_CPP, TYPES
 from gprune.export.gguf import write_gguf
+from gprune.export.job import LLAMA_CPP, TYPES
 
 from .inference import decode, prefill
 from .measure import MIB, Table, Timing, flops

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from gprune.errors import UserError
-from gprune.loading import load_model
+from gprune.models.loading import load_model
 
 from .measure import MIB, Table, alternated, flops, peak_above
 from .models import Settings, pair_of, tokens

@@ -10,11 +10,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import gprune
-from gprune.architectures import blocks_of
 from gprune.errors import UserError
-from gprune.loading import load_model
-from gprune.masks import Masks, check_budget, keep_masks, unit_costs
-from gprune.report import model_label
+from gprune.models.blocks import blocks_of
+from gprune.models.loading import load_model
+from gprune.models.masks import Masks
+from gprune.report.card import model_label
+from gprune.sparsity.budget import check_budget, unit_costs
+from gprune.sparsity.masks import keep_masks
 
 from .measure import Clock, machine
 

@@ -13,21 +13,26 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 import gprune
-from gprune.architectures import Block, blocks_of
-from gprune.collector import collect
-from gprune.corpora import load_corpus
-from gprune.data import make_windows
-from gprune.drift import rank_drift
-from gprune.gates import gated
-from gprune.importance import UnitWeights, ffn_weights, score_units
-from gprune.loading import load_model
-from gprune.losses import final_hidden, next_token_loss
-from gprune.masks import Masks, check_budget, keep_masks, unit_costs
-from gprune.partition import initial_partition, parameter_embedding, refinement_inputs
-from gprune.reliability import within_module_ranks
-from gprune.stages.assignment import AssignmentRefinement
-from gprune.stages.sparsity import ModuleRanks, ThresholdLearning, start_thresholds
-from gprune.statistics import CorpusStatistics
+from gprune.calibration.collector import collect
+from gprune.calibration.statistics import CorpusStatistics
+from gprune.corpora.load import load_corpus
+from gprune.corpora.windows import make_windows
+from gprune.importance.scores import score_units
+from gprune.importance.weights import UnitWeights, ffn_weights
+from gprune.models.blocks import Block, blocks_of
+from gprune.models.loading import load_model
+from gprune.models.losses import final_hidden, next_token_loss
+from gprune.models.masks import Masks
+from gprune.partition.drift import rank_drift
+from gprune.partition.initial import initial_partition, parameter_embedding
+from gprune.partition.objective import refinement_inputs
+from gprune.partition.reliability import within_module_ranks
+from gprune.sparsity.budget import check_budget, unit_costs
+from gprune.sparsity.gates import gated
+from gprune.sparsity.masks import keep_masks
+from gprune.sparsity.thresholds import ModuleRanks, start_thresholds
+from gprune.stages.refinement import AssignmentRefinement
+from gprune.stages.thresholds import ThresholdLearning
 
 from .measure import MIB, Clock, Table, Timing, alternated, in_turn, peak_above
 from .models import Settings, batches, model_of, random_llama, tokens

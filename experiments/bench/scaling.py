@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from gprune.architectures import blocks_of
-from gprune.collector import collect
-from gprune.importance import ffn_weights
+from gprune.calibration.collector import collect
+from gprune.importance.weights import ffn_weights
+from gprune.models.blocks import blocks_of
 
 from .measure import MIB, Clock, Table, exponent, in_turn, peak_above, show
 from .models import Settings, batches, random_llama, tokens

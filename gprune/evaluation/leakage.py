@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from gprune.data import Windows
+from gprune.corpora.windows import Windows
 
 SEEN_ABOVE = 0.01
 

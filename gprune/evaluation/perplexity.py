@@ -15,10 +15,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from gprune.data import Windows
+from gprune.corpora.windows import Windows
 from gprune.errors import UserError
-from gprune.losses import iter_logits
-from gprune.offload import device_of
+from gprune.models.losses import iter_logits
+from gprune.models.offload import device_of
 
 
 class Perplexity(torchmetrics.text.Perplexity):
@@ -84,117 +84,3 @@ def perplexity(
     if nll > 700:  # exp would overflow
         raise UserError(f"The mean loss on {windows.corpus} is {nll:.0f} nats per token; the model is broken.")
     return PerplexityResult(math.exp(nll), nll, int(metric.count), window_nll.tolist())
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    """exp of the mean logarithm; NaN for no values."""
-    logs = [math.log(v) for v in values]
-    return math.exp(sum(logs) / len(logs)) if logs else float("nan")
-
-
-def generalisation_gap(pruned: dict[str, float], dense: dict[str, float], seen: dict[str, bool]) -> float:
-    """(geometric mean of pruned/dense perplexity over unseen corpora) / (the same over seen ones).
-
-    Above 1, pruning cost more where nothing was looked at. NaN without corpora of both kinds.
-    """
-    ratios = {corpus: pruned[corpus] / dense[corpus] for corpus in pruned}
-    unseen = geometric_mean(ratio for corpus, ratio in ratios.items() if not seen[corpus])
-    return unseen / geometric_mean(ratio for corpus, ratio in ratios.items() if seen[corpus])
-
-
-def paired_bootstrap_ratio(
-    a: dict[str, list[float]],
-    b: dict[str, list[float]],
-    tokens_per_window: int,
-    *,
-    draws: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Geometric-mean perplexity of model a over that of model b, with a 95 % interval over windows.
-
-    Args:
-        a, b: corpus -> summed nll per window, for the same windows of both models.
-        tokens_per_window: predicted tokens per window.
-
-    Returns:
-        (ratio, lower, upper); windows are resampled within each corpus, jointly for both models.
-    """
-    point, total = _bootstrap_log_ratio(a, b, tokens_per_window, draws=draws, seed=seed)
-    return math.exp(point), *_interval(total)
-
-
-def _bootstrap_log_ratio(
-    a: dict[str, list[float]], b: dict[str, list[float]], tokens_per_window: int, *, draws: int, seed: int
-) -> tuple[float, Tensor]:
-    """Log of the ratio of geometric means, and its (draws,) float64 bootstrap replicates."""
-    generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros(draws, dtype=torch.float64)
-    point = 0.0
-    for corpus in a:
-        difference = torch.tensor(a[corpus], dtype=torch.float64) - torch.tensor(b[corpus], dtype=torch.float64)
-        pick = torch.randint(len(difference), (draws, len(difference)), generator=generator)
-        total += difference[pick].mean(1) / tokens_per_window
-        point += float(difference.mean()) / tokens_per_window
-    return point / len(a), total / len(a)
-
-
-def _interval(logs: Tensor) -> tuple[float, float]:
-    low, high = torch.quantile(logs, torch.tensor([0.025, 0.975], dtype=torch.float64)).exp().tolist()
-    return low, high
-
-
-def bootstrap_gap(
-    pruned: dict[str, list[float]],
-    dense: dict[str, list[float]],
-    seen: dict[str, bool],
-    tokens_per_window: int,
-    *,
-    draws: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """`generalisation_gap` with a 95 % interval over windows; arguments as there and for `paired_bootstrap_ratio`.
-
-    Returns:
-        (gap, lower, upper); NaN without corpora of both kinds. Seen and unseen text are resampled apart.
-    """
-    found = []
-    for kind in (False, True):
-        a, b = ({c: nll[c] for c in nll if seen[c] == kind} for nll in (pruned, dense))
-        if not a:
-            return (math.nan,) * 3
-        found.append(_bootstrap_log_ratio(a, b, tokens_per_window, draws=draws, seed=seed + kind))
-    (unseen, unseen_draws), (known, known_draws) = found
-    return math.exp(unseen - known), *_interval(unseen_draws - known_draws)
-
-
-def bootstrap_perplexity(
-    nll: dict[str, list[float]], tokens_per_window: int, *, draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Geometric-mean perplexity of one model over corpora, with a 95 % interval over windows.
-
-    Args:
-        nll: corpus -> summed nll per window, nats.
-        tokens_per_window: predicted tokens per window.
-
-    Returns:
-        (perplexity, lower, upper)
-    """
-    certain = {corpus: [0.0] * len(values) for corpus, values in nll.items()}  # perplexity 1, without noise
-    return paired_bootstrap_ratio(nll, certain, tokens_per_window, draws=draws, seed=seed)
-
-
-def paired_bootstrap_difference(
-    a: dict[str, list[float]],
-    b: dict[str, list[float]],
-    tokens_per_window: int,
-    *,
-    draws: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Mean negative log-likelihood of model a minus that of model b, in nats per token, with a 95 % interval.
-
-    The logarithm of `paired_bootstrap_ratio`: what an additive comparison of two pruned models should be made in,
-    since differences of perplexities grow with the perplexity. Arguments as there; below 0, model a is better.
-    """
-    ratio, low, high = paired_bootstrap_ratio(a, b, tokens_per_window, draws=draws, seed=seed)
-    return math.log(ratio), math.log(low), math.log(high)

@@ -11,7 +11,7 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from gprune.errors import UserError
-from gprune.masks import Masks
+from gprune.models.masks import Masks
 
 
 def jaccard(a: Tensor, b: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""`python -m gprune.export RUN --to FORMAT`: see gprune/export/__init__.py."""
+"""`python -m gprune.export.job RUN --to FORMAT`: see gprune/export/__init__.py."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from gprune.export import EXPORTS, TYPES, Job
-from gprune.verbs import Parser, run_verb
+from gprune.console import Parser, run_verb
+from gprune.export.job import EXPORTS, TYPES, Job
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; what it knows of formats comes from `EXPORTS`."""
     formats = "\n".join(f"  {name:6}{(EXPORTS[name].__doc__ or '').splitlines()[0]}" for name in EXPORTS)
     made = Parser(
-        "python -m gprune.export", description="Write a pruned model in another format.",
+        "python -m gprune.export.job", description="Write a pruned model in another format.",
         epilog=f"formats:\n{formats}", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     made.add_argument("run", metavar="RUN", help="a finished run, or a model folder")
@@ -36,7 +36,7 @@ def main(args: Sequence[str] | None = None) -> int:
     def work() -> str:
         options = vars(parser().parse_args(args))
         job = Job.of(options.pop("run"), **options)
-        from gprune.cli import quiet  # imports transformers
+        from gprune.console import quiet
 
         quiet()
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing is left behind
@@ -46,7 +46,7 @@ def main(args: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, previous)
 
     return run_verb(
-        "gprune.export",
+        "gprune.export.job",
         work,
         interrupted="Interrupted; nothing was written.",
         memory="Out of memory; the model is loaded whole.",

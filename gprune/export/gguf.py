@@ -33,9 +33,9 @@ from gguf.quants import quantize
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.architectures import Block, blocks_of
-from gprune.assets import WHOLE_WORDS, WORDS
 from gprune.errors import UserError
+from gprune.models.blocks import Block, blocks_of
+from gprune.models.embedded import WHOLE_WORDS, WORDS
 
 log = logging.getLogger("gprune")
 
@@ -393,7 +393,7 @@ def check_gguf(
         tokenizer: what was written.
         path: the file.
         type: chooses the limits.
-        build: module of the llama.cpp build, see `gprune.export.LLAMA_CPP`.
+        build: module of the llama.cpp build, see `gprune.export.job.LLAMA_CPP`.
 
     Raises:
         UserError: where they differ by more than `LIMITS[type]`, or the file does not load.

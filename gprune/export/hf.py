@@ -36,12 +36,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gprune import modeling_pruned
-from gprune.architectures import blocks_of
 from gprune.errors import UserError
-from gprune.export import swapping
-from gprune.loading import pruned_classes, register, skeleton
-from gprune.offload import device_of, is_offloaded, lend_all, memory_limits
+from gprune.export.job import swapping
+from gprune.models import modeling_pruned
+from gprune.models.blocks import blocks_of
+from gprune.models.loading import pruned_classes, register, skeleton
+from gprune.models.offload import device_of, is_offloaded, lend_all, memory_limits
 
 log = logging.getLogger("gprune")
 
@@ -217,7 +217,7 @@ def reloaded_logits(
         input_ids: (B, T) int64.
         device: where the fresh process computes.
         attention: attention implementation of transformers; None for its default.
-        device_map, max_memory: as for `gprune.loading.load_model`.
+        device_map, max_memory: as for `gprune.models.loading.load_model`.
 
     Returns:
         (B, T, vocabulary) logits on the CPU, in the dtype of the weights.

@@ -1,4 +1,4 @@
-"""`python -m gprune.report RUN [RUN ...]`: see gprune/report/__init__.py."""
+"""`python -m gprune.report.report RUN [RUN ...]`: see gprune/report/__init__.py."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from gprune.verbs import Parser, run_verb
+from gprune.console import Parser, run_verb
 
 
 def parser() -> Parser:
     """The command line."""
     made = Parser(
-        "python -m gprune.report",
+        "python -m gprune.report.report",
         description="Tables (Markdown, CSV) and figures (PNG, SVG) from finished runs. Runs that differ in seed alone "
         "are summarised as mean and interval over seeds.",
         allow_abbrev=False,
@@ -26,13 +26,13 @@ def parser() -> Parser:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Returns the exit code, as `run_verb`."""
-    return run_verb("gprune.report", lambda: write(parser().parse_args(args)))
+    return run_verb("gprune.report.report", lambda: write(parser().parse_args(args)))
 
 
 def write(options: argparse.Namespace) -> str:
     """Write tables and figures; the short tables come back."""
-    from gprune import report
-    from gprune.cli import quiet
+    from gprune.console import quiet
+    from gprune.report import report
 
     quiet()  # warnings go to stdout
     made = report.make(options.runs, base=options.base)

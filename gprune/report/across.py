@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gprune.masks import Masks
+from gprune.models.masks import Masks
 from gprune.report.figures import plain_ticks
 from gprune.report.tables import Estimate
 

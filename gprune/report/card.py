@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gprune.assets import EMBEDDED_MODELS
 from gprune.config import RunConfig
+from gprune.models.embedded import EMBEDDED_MODELS
 from gprune.report.tables import result_table
 
 

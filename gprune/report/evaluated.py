@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gprune.evaluation.accuracy import paired_difference
-from gprune.evaluation.perplexity import paired_bootstrap_ratio
+from gprune.evaluation.intervals import paired_bootstrap_ratio
 from gprune.report.tables import Cell, Record, Table, row_name
 
 

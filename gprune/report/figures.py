@@ -13,10 +13,10 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from gprune.artifacts import replacing
-from gprune.masks import Masks
+from gprune.models.masks import Masks
+from gprune.partition.record import Modules
 from gprune.report.tables import Record, by_stage, row_name
-from gprune.results import Modules
+from gprune.storage.files import replacing
 
 # Okabe and Ito's palette by stage; base and base_averaged are equally light, so every stage has its own hatching too.
 COLOURS = {"dense": "#999999", "base": "#E69F00", "base_averaged": "#56B4E9", "gprune": "#0072B2"}

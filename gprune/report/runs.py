@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gprune.artifacts import read_json, read_tensors
 from gprune.errors import UserError
-from gprune.masks import Masks
+from gprune.models.masks import Masks
+from gprune.partition.record import Modules
 from gprune.report.tables import Record
-from gprune.results import Modules
+from gprune.storage.files import read_json, read_tensors
 
 
 @dataclass(frozen=True)

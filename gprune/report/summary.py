@@ -14,11 +14,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from gprune.errors import UserError
-from gprune.evaluation.perplexity import (
-    bootstrap_gap,
-    bootstrap_perplexity,
-    paired_bootstrap_ratio,
-)
+from gprune.evaluation.intervals import bootstrap_gap, bootstrap_perplexity, paired_bootstrap_ratio
 from gprune.report.runs import FinishedRun, Group, divided
 from gprune.report.tables import Cell, Estimate, Record, Table, by_stage, row_name
 

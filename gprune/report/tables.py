@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from gprune.evaluation.perplexity import generalisation_gap, geometric_mean, paired_bootstrap_ratio
+from gprune.evaluation.intervals import generalisation_gap, geometric_mean, paired_bootstrap_ratio
 
 Record = dict[str, Any]
 

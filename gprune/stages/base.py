@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gprune.architectures import decoder_layers
 from gprune.errors import UserError
-from gprune.loading import skeleton
-from gprune.offload import stored
+from gprune.models.blocks import decoder_layers
+from gprune.models.loading import skeleton
+from gprune.models.offload import stored
 
 
 class FrozenLMStage(L.LightningModule):

@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gprune.architectures import Block
-from gprune.collector import Collector
+from gprune.calibration.collector import Collector
+from gprune.calibration.layerwise import Walk
+from gprune.calibration.statistics import CorpusStatistics, StoredGram
+from gprune.models.blocks import Block
 from gprune.stages.base import FrozenLMStage
-from gprune.statistics import CorpusStatistics, StoredGram
-from gprune.walk import Walk
 
 Store = Callable[[str, Block, dict[str, Tensor]], dict[str, StoredGram]]
 
@@ -21,7 +21,7 @@ class CalibrationStage(FrozenLMStage):
     """`trainer.test(stage, loaders)` with one loader per corpus; `statistics` then holds one entry per loader.
 
     With `saliency` the pass goes backward too: the trainer must not be in inference mode. With `walk` a corpus goes
-    through the model block by block (`gprune.walk`), to the same bits, once its last batch has come; `store` then takes
+    through the model block by block (`gprune.calibration.layerwise`), to the same bits, once its last batch has come; `store` then takes
     each block's Gram matrices, of the corpus it is told, by kind.
     """
 

@@ -1,0 +1,121 @@
+"""What can be evaluated by name: the pruned model of a run, its dense model, a model folder, any model by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gprune.errors import UserError
+from gprune.models.loading import fingerprint, load_model
+from gprune.models.masks import Masks
+from gprune.models.surgery import prune
+from gprune.report.card import model_label
+from gprune.runs.folder import exported_model
+from gprune.storage.files import read_json, read_tensors
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate and what its records say of it."""
+
+    about: dict[str, Any]  # model, stage, recovery, sparsity, scope
+    load: Callable[[], Loaded]
+
+
+def subjects_of(name: str, *, dense: bool = False, dtype: str | None = None) -> tuple[list[Subject], Path | None]:
+    """The models that `name` stands for, and where their records belong: `evaluation.json` in the run.
+
+    Args:
+        name: a run's folder, a model folder, an embedded model or a hub id.
+        dense: of a run, its dense model as well, first.
+        dtype: of the weights; None for the run's own, float32 for other models.
+
+    Raises:
+        UserError: for a run that is not finished, one that left no model, and a folder that is neither.
+    """
+    path = Path(name).expanduser()
+    if not (path / "manifest.json").is_file():
+        if dense:
+            raise UserError(f"--dense: expected a run's folder, which says what its dense model is; got '{name}'.")
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise UserError(f"'{name}' is neither a run (manifest.json) nor a model folder (config.json).")
+        about = {"model": model_label(name), "stage": "model", "recovery": None, "sparsity": None, "scope": None}
+        return [Subject(about, _loader(name, dtype or "float32"))], None
+    settings = _settings(path)
+    chosen = dtype or settings["model"]["dtype"]
+    return [*([_dense(path, settings, chosen)] * dense), _pruned(path, settings, chosen)], path / "evaluation.json"
+
+
+def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype) -> Loaded:
+    """The model that a run pruned, in any dtype, frozen, and its tokenizer.
+
+    Raises:
+        UserError: where what lies under its name today has other weights.
+    """
+    m = settings["model"]
+    trusted = m.get("trust_remote_code", False)
+    model, tokenizer = load_model(m["name"], dtype=getattr(torch, m["dtype"]), trust_remote_code=trusted)
+    if fingerprint(model) != settings["inputs"]["model"]:
+        raise UserError(
+            f"'{m['name']}' has other weights than the model that '{run}' pruned; put those back, or repeat the run."
+        )
+    if model.dtype != dtype:
+        # Loaded again, since `.to` would round the frequencies of the rotary embedding as well.
+        model, _ = load_model(m["name"], dtype=dtype, trust_remote_code=trusted)
+    return model, tokenizer
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    manifest, metrics = (read_json(run / f"{name}.json") for name in ("manifest", "metrics"))
+    if not isinstance(manifest, dict) or "settings" not in manifest or "summary" not in (metrics or {}):
+        raise UserError(f"The run '{run}' is not finished; run the same command again, then evaluate.")
+    return manifest["settings"]
+
+
+def _dense(run: Path, settings: dict[str, Any], dtype: str) -> Subject:
+    label = model_label(settings["model"]["name"])
+    about = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
+    return Subject(about, lambda: _placed(load_dense(run, settings, getattr(torch, dtype))))
+
+
+def _pruned(run: Path, settings: dict[str, Any], dtype: str) -> Subject:
+    """The exported folder; without one, the dense model under the run's masks, which is the same but for recovery."""
+    stage = "gprune" if settings["gprune"] else "base"
+    sparsity = settings["sparsity"]
+    about = {
+        "model": model_label(settings["model"]["name"]),
+        "stage": stage,
+        "recovery": settings["recovery"],
+        "sparsity": sparsity["target"],
+        "scope": sparsity["scope"],
+    }
+    if (run / "model" / "config.json").is_file():
+        return Subject(about, lambda: _loader(str(exported_model(run)), dtype)())
+    masks = read_tensors(run / "masks" / f"{stage}.safetensors")
+    if settings["recovery"] != "none" or masks is None:
+        raise UserError(
+            f"The run '{run}' kept no model (--export none), and masks do not hold what recovery changed; repeat it "
+            f"with --export hf."
+        )
+
+    def load() -> Loaded:
+        model, tokenizer = _placed(load_dense(run, settings, getattr(torch, dtype)))
+        return prune(model, Masks.from_tensors(masks)), tokenizer
+
+    return Subject(about, load)
+
+
+def _loader(name: str, dtype: str) -> Callable[[], Loaded]:
+    return lambda: _placed(load_model(name, dtype=getattr(torch, dtype)))
+
+
+def _placed(loaded: Loaded) -> Loaded:
+    model, tokenizer = loaded
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

@@ -1,0 +1,123 @@
+"""WikiText-2 perplexity in the convention of the pruning and quantisation literature.
+
+The raw test file line by line, each line with its line end, a blank line as the empty string, joined by two line ends;
+tokenised as one string; windows of 2048 tokens (128 in old tables) that do not overlap and start without BOS; the last
+partial window dropped. (With GPT-2's vocabulary the text is 287,644 tokens.) Scripts that let a Llama tokenizer put a
+BOS before the whole text differ by that one token.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gprune.corpora.hub import offline_if_unreachable
+from gprune.corpora.windows import Windows, make_windows
+from gprune.errors import UserError, first_line
+from gprune.evaluation.intervals import bootstrap_perplexity
+from gprune.evaluation.perplexity import perplexity
+
+JOIN = "\n\n"
+MIRROR = Path("corpora") / "wikitext2" / "wiki.test.raw"
+
+
+def join_lines(raw: str) -> str:
+    """The text that is scored, from the content of `wiki.test.raw`."""
+    # Not splitlines(), which also cuts at characters that are no line ends here.
+    lines = re.findall(r"[^\n]*\n|[^\n]+", raw)
+    return JOIN.join(line if line.strip() else "" for line in lines)
+
+
+def wikitext2() -> str:
+    """The text that is scored, from `$GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw` or the hub.
+
+    Raises:
+        UserError: where neither has it.
+    """
+    root = os.environ.get("GPRUNE_DATA_DIR")
+    if root and (path := Path(root).expanduser() / MIRROR).is_file():
+        return join_lines(path.read_text(encoding="utf-8"))
+    import datasets
+
+    try:
+        with offline_if_unreachable():
+            rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
+    except Exception as error:  # datasets, the hub and the http client each raise their own
+        reason = first_line(error)
+        raise UserError(
+            f"WikiText-2 could not be had from the Hugging Face hub ({reason}). Without network put the raw test file "
+            f"into $GPRUNE_DATA_DIR/{MIRROR.as_posix()}."
+        ) from error
+    return JOIN.join(rows)
+
+
+def literature_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, seq_len: int) -> Windows:
+    """(n, seq_len) tokens: all whole windows in order.
+
+    Raises:
+        UserError: where the text is shorter than one window.
+    """
+    return make_windows(
+        [text], tokenizer, corpus="wikitext2", split="test", num_samples=None, seq_len=seq_len, seed=0, shuffle=False,
+        flags=("--limit", "--seq_len"),
+    )  # fmt: skip
+
+
+def wikitext2_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int = 2048,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    progress: str | None = None,
+) -> dict[str, Any]:
+    """One record: perplexity on WikiText-2's test text with a 95 % interval over windows, and its protocol.
+
+    Args:
+        model: eval mode; masks, if any, are the caller's context.
+        seq_len: tokens per window.
+        limit: the first so many windows; None for all. With a limit the number stands beside nobody's.
+        batch_size: windows per forward pass; by default about 2048 tokens.
+        progress: label of a progress bar, or None for none.
+
+    Raises:
+        UserError: for windows longer than the model's positions, and for text that cannot be had.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or seq_len
+    if not 2 <= seq_len <= positions:
+        raise UserError(f"--seq_len: expected 2 to {positions} tokens (the model's positions), got {seq_len}.")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit: expected 1 or more windows, got {limit}.")
+    windows = literature_windows(wikitext2(), tokenizer, seq_len=seq_len)
+    there = len(windows.tokens)
+    windows = Windows(windows.corpus, windows.split, windows.tokens[:limit])
+    batch = batch_size or max(1, 2048 // seq_len)
+    result = perplexity(model, windows, batch_size=batch, progress=progress)
+    _, low, high = bootstrap_perplexity({"wikitext2": result.window_nll}, seq_len - 1)
+    partial = len(windows.tokens) < there
+    return {
+        "kind": "perplexity",
+        "task": "wikitext2",
+        "split": "test",
+        "perplexity": result.perplexity,
+        "low": low,
+        "high": high,
+        "nll": result.nll,
+        "tokens": result.tokens,
+        "windows": len(windows.tokens),
+        "window_nll": result.window_nll,
+        "seq_len": seq_len,
+        "stride": seq_len,
+        "bos": False,
+        "join": JOIN,
+        "limit": limit,
+        "standard_protocol": not partial,
+        "note": f"only the first {len(windows.tokens)} windows; " * partial + "the convention of the literature",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "content_hash": windows.content_hash,
+    }

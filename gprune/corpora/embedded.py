@@ -1,0 +1,109 @@
+"""Corpora that need no hub: text files inside a wheel, and what the interpreter itself brings."""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+from gprune.corpora.files import contiguous_split, split_text
+from gprune.corpora.load import CORPORA
+from gprune.errors import UserError
+from gprune.storage.wheels import Wheel, read_member
+
+EXLLAMAV2 = Wheel("exllamav2", "0.3.2", "7cd61ae4bf1d8d12034595ab9731f0f43bac415d6394fbb273d4383293d6079e", "MIT")
+WHEEL_FOLDER = "exllamav2/conversion/standard_cal_data"
+
+
+@dataclass(frozen=True)
+class EmbeddedCorpus:
+    """One text file in a wheel, and how it falls into documents."""
+
+    name: str
+    file: str
+    documents: Callable[[str], list[str]] = split_text
+
+
+def _split_articles(text: str) -> list[str]:
+    """`<doc ...> article </doc>`, without the tags; stubs that are little more than a title are left out."""
+    articles = (article.strip() for article in re.findall(r"<doc [^>]*>\n(.*?)\n</doc>", text, flags=re.DOTALL))
+    return [article for article in articles if len(article) >= 200]
+
+
+def _split_stories(text: str) -> list[str]:
+    # The separator is a special token of many tokenizers, and must not reach them as text.
+    return [story.strip() for story in text.split("<|endoftext|>") if story.strip()]
+
+
+EMBEDDED_CORPORA = (
+    EmbeddedCorpus("wiki", "wiki.utf8", _split_articles),
+    EmbeddedCorpus("web", "c4.utf8", lambda text: [line.strip() for line in text.split("\n") if line.strip()]),
+    EmbeddedCorpus("stories", "tiny.utf8", _split_stories),
+    EmbeddedCorpus("technical", "technical.utf8"),
+    EmbeddedCorpus("code", "code.utf8"),
+    EmbeddedCorpus("multilingual", "multilingual.utf8"),
+)
+
+
+@lru_cache(maxsize=16)
+def _wheel_documents(corpus: EmbeddedCorpus) -> tuple[str, ...]:
+    text = read_member(EXLLAMAV2, f"{WHEEL_FOLDER}/{corpus.file}").decode("utf-8")
+    return tuple(corpus.documents(text.replace("\r\n", "\n")))
+
+
+def _load_embedded(corpus: EmbeddedCorpus, split: str) -> list[str]:
+    return contiguous_split(_wheel_documents(corpus), split)
+
+
+for _corpus in EMBEDDED_CORPORA:
+    CORPORA.register(_corpus.name)(partial(_load_embedded, _corpus))
+
+# Long, and present in every supported Python. A list by hand: "all of it" is 50 MB and changes more.
+# fmt: off
+PYTHON_MODULES = (
+    "_collections_abc", "_pydecimal", "_pyio", "argparse", "ast", "base64", "bdb", "calendar", "codecs",
+    "configparser", "contextlib", "csv", "dataclasses", "difflib", "dis", "doctest", "enum",
+    "fractions", "ftplib", "functools", "gettext", "gzip", "heapq", "imaplib", "inspect", "ipaddress",
+    "locale", "mailbox", "mimetypes", "ntpath", "optparse", "os", "pdb", "pickle", "pickletools",
+    "pkgutil", "platform", "plistlib", "posixpath", "pprint", "pstats", "pydoc", "random", "selectors",
+    "shutil", "smtplib", "socket", "socketserver", "ssl", "statistics", "subprocess", "tarfile",
+    "tempfile", "textwrap", "threading", "tokenize", "trace", "traceback", "turtle", "typing", "uuid",
+    "weakref", "zipimport",
+)
+# fmt: on
+
+
+@CORPORA.register("python_code")
+def python_code(split: str) -> list[str]:
+    """Sources of the running interpreter's standard library, one document per module."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = [folder / f"{module}.py" for module in PYTHON_MODULES]
+    documents = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    if not documents:
+        raise UserError(f"Corpus 'python_code' needs the standard library's sources, and {folder} has none.")
+    return contiguous_split(documents, split)
+
+
+@CORPORA.register("python_docs")
+def python_docs(split: str) -> list[str]:
+    """The language reference that comes with the interpreter (`help("TOPIC")`), one document per topic.
+
+    Topics quote each other (a chapter holds its sections), so a paragraph is kept in the longest topic that
+    has it and nowhere else; train and test would overlap otherwise.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UserError(
+            "Corpus 'python_docs' needs pydoc_data, which this Python lacks. Use another corpus."
+        ) from error
+    seen: set[str] = set()
+    kept: dict[str, str] = {}
+    for name, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
+        paragraphs = [p for p in re.split(r"\n\s*?\n", text) if p.strip() and " ".join(p.split()) not in seen]
+        seen.update(" ".join(p.split()) for p in paragraphs)
+        kept[name] = "\n\n".join(paragraphs).strip("\n")
+    return contiguous_split([kept[name] for name in sorted(kept) if len(kept[name]) >= 200], split)

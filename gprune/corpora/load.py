@@ -1,0 +1,123 @@
+"""Corpora by name: `load_corpus(name, split)` gives a list of documents.
+
+A name is, in this order: a path (`.txt`, `.jsonl`, `.parquet`, or a folder of them), a local mirror under
+`$GPRUNE_DATA_DIR`, or an entry of `CORPORA`, which holds embedded corpora (no hub needed) and hub data sets.
+To add one, register a function that delivers "train" and "test"; development text is cut from train here,
+once for all:
+
+    @CORPORA.register("my_corpus")
+    def my_corpus(split: str) -> list[str]: ...
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from gprune.corpora.files import SUFFIXES, load_files, text_files
+from gprune.errors import UserError
+from gprune.registry import Registry
+
+SPLITS = ("train", "development", "test")
+DEVELOPMENT_EVERY = 10
+
+Corpus = Callable[[str], list[str]]
+CORPORA: Registry[Corpus] = Registry("corpus")
+
+
+def load_corpus(name: str, split: str) -> list[str]:
+    """The documents of one split, in a fixed order.
+
+    "development" is every tenth train document and is never part of "train"; settings are chosen on it.
+
+    Args:
+        name: a path, the name of a mirror under `$GPRUNE_DATA_DIR`, or a registered name.
+        split: "train", "development" or "test".
+
+    Raises:
+        UserError: for an unknown name or split, text that cannot be read or had, and an empty split.
+    """
+    if split not in SPLITS:
+        raise UserError(f"Unknown split '{split}' of corpus '{name}'. Available: {', '.join(SPLITS)}.")
+    source = _source(name)
+    raw = source("test" if split == "test" else "train")
+    documents = raw if split == "test" else _cut_development(raw, split)
+    if not documents:
+        raise UserError(
+            f"Corpus '{name}' has no {split} documents: too few of them. Text without a test split is cut "
+            f"70/30, and every {DEVELOPMENT_EVERY}th train document is development text. Give it more."
+        )
+    return documents
+
+
+def check_corpus(name: str) -> None:
+    """Refuse a name that `load_corpus` could not resolve, without reading text.
+
+    Raises:
+        UserError: listing the registered names and the mirrors.
+    """
+    _source(name)
+
+
+def mirrors() -> list[str]:
+    """Names of the local mirrors under `$GPRUNE_DATA_DIR`."""
+    names: set[str] = set()
+    for root in _mirror_roots():
+        if root.is_dir():
+            names.update(folder.name for folder in root.iterdir() if folder.is_dir() and text_files(folder))
+    return sorted(names)
+
+
+def _source(name: str) -> Corpus:
+    """What delivers the raw "train" and "test" documents of `name`."""
+    if _looks_like_path(name):
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise UserError(f"Corpus '{name}' looks like a path, but there is no such file or folder.")
+        if not text_files(path):
+            raise UserError(f"Corpus '{name}': expected {', '.join(SUFFIXES)} files, found none.")
+        return partial(load_files, path)
+    # A plain name only: with separators or dots in front it could lead out of GPRUNE_DATA_DIR.
+    if re.fullmatch(r"\w[\w.-]*", name):
+        for root in _mirror_roots():
+            if text_files(root / name):
+                return partial(load_files, root / name)
+    if name in CORPORA:
+        return CORPORA[name]
+    if Path(name).is_dir() and text_files(Path(name)):
+        return partial(load_files, Path(name))
+    raise UserError(
+        f"Unknown corpus '{name}'. Available: {', '.join(CORPORA)}; mirrors under GPRUNE_DATA_DIR: "
+        f"{', '.join(mirrors()) or 'none'}; or a path to {', '.join(SUFFIXES)} files."
+    )
+
+
+def _looks_like_path(name: str) -> bool:
+    return "/" in name or os.sep in name or name in ("", ".", "..") or name.lower().endswith(SUFFIXES)
+
+
+def _mirror_roots() -> list[Path]:
+    root = os.environ.get("GPRUNE_DATA_DIR")
+    return [Path(root).expanduser() / "corpora", Path(root).expanduser()] if root else []
+
+
+def identity(name: str) -> str:
+    """What a name stands for: two spellings of one path, or a mirror and its path, are the same corpus."""
+    if _looks_like_path(name):
+        return os.path.realpath(os.path.expanduser(name))
+    for root in _mirror_roots():
+        if (root / name).exists():
+            return os.path.realpath(root / name)
+    return name
+
+
+def _cut_development(train: list[str], split: str) -> list[str]:
+    """Set every tenth train document apart; a text that occurs twice stays on one side."""
+    development = train[DEVELOPMENT_EVERY - 1 :: DEVELOPMENT_EVERY]
+    if split == "development":
+        return development
+    apart = set(development)
+    return [document for document in train if document not in apart]

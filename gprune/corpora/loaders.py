@@ -1,0 +1,126 @@
+"""From windows to batches: one loader per corpus, seeded, and sharded exactly.
+
+Every window is seen once, whatever the number of processes, where `DistributedSampler` would repeat some."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from gprune.corpora.windows import Windows
+
+
+class TokenDataset(Dataset):
+    """All windows of several corpora, one after the other. Indexed by (index, weight)."""
+
+    def __init__(self, windows: Sequence[Windows]):
+        self.tokens = torch.cat([w.tokens for w in windows])
+        self.corpus = [i for i, w in enumerate(windows) for _ in w.tokens]
+        # Not in turn: neighbouring windows often come from one piece of text, and halves that share their pieces would
+        # agree better than two samples of the corpus do.
+        self.half = [int(2 * i >= len(w.tokens)) for w in windows for i in range(len(w.tokens))]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, item: tuple[int, float]) -> dict[str, Tensor | int]:
+        """One window.
+
+        Returns:
+            `input_ids` (seq_len,) int64, `index` in the concatenation, number of the `corpus`, which `half` of it, 0 or
+            1, and `weight` () float32, 0 for padding.
+        """
+        index, weight = item
+        return {
+            "input_ids": self.tokens[index], "index": index, "corpus": self.corpus[index], "half": self.half[index],
+            "weight": torch.tensor(weight),
+        }  # fmt: skip
+
+
+class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
+    """Batches of (index, weight); the same global batches whatever the number of processes.
+
+    Rank r takes `batch[r::world_size]` of each global batch. A rank that would get nothing gets the batch's
+    first window with weight 0, so that all ranks take the same number of steps (collectives would hang
+    otherwise) and weighted sums count every window once.
+    """
+
+    def __init__(
+        self,
+        num_windows: int,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+    ):
+        assert batch_size > 0, batch_size
+        assert 0 <= rank < world_size, (rank, world_size)
+        self.num_windows, self.batch_size = num_windows, batch_size
+        self.rank, self.world_size = rank, world_size
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The order is a function of (seed, epoch) alone, so a resumed run sees the same one."""
+        self.epoch = epoch
+
+    @property
+    def sampler(self) -> ShardedBatchSampler:
+        """Lightning calls `set_epoch` on `batch_sampler.sampler`, never on the batch sampler itself."""
+        return self
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_windows / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, float]]]:
+        order = np.arange(self.num_windows)
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_windows)
+        for start in range(0, self.num_windows, self.batch_size):
+            batch = order[start : start + self.batch_size].tolist()
+            share = batch[self.rank :: self.world_size]
+            yield [(index, 1.0) for index in share] or [(batch[0], 0.0)]
+
+
+class CorpusDataModule(LightningDataModule):
+    """One shuffled loader over all training windows; for validation and test one per corpus, in order.
+
+    Use it with `Trainer(use_distributed_sampler=False)`: it shards by itself.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: Sequence[Windows] = (),
+        val: Sequence[Windows] = (),
+        test: Sequence[Windows] = (),
+        batch_size: int,
+        seed: int,
+    ):
+        super().__init__()
+        self.train, self.val, self.test = tuple(train), tuple(val), tuple(test)
+        self.batch_size, self.seed = batch_size, seed
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.train, shuffle=True)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        return [self._loader([windows], shuffle=False) for windows in self.val]
+
+    def test_dataloader(self) -> list[DataLoader]:
+        return [self._loader([windows], shuffle=False) for windows in self.test]
+
+    def _loader(self, windows: Sequence[Windows], *, shuffle: bool) -> DataLoader:
+        dataset = TokenDataset(windows)
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = ShardedBatchSampler(
+            len(dataset), self.batch_size, rank=rank, world_size=world_size, shuffle=shuffle, seed=self.seed
+        )
+        return DataLoader(dataset, batch_sampler=sampler, num_workers=0)

@@ -1,0 +1,239 @@
+"""Importance of units: one pure function per metric, larger = keep.
+
+A metric sees the *channels* that enter an output projection (`down_proj` for neurons, `o_proj` for attention),
+their weights and their moments over a corpus, and returns one score per channel. A KV group's score is the sum
+over its channels (its query heads x head_dim), so every metric means the same thing in both scopes; a metric that
+can do better than a sum returns one score per group.
+
+    @metric("my_metric")
+    def my_metric(weights, moments, generator):
+        return moments.mean_sq.sqrt()
+
+Symbols in the docstrings: W (H, C) the output projection, W_:j its column of channel j; V_j the rows that feed the
+channel (gate and up; value); X_j its activations over all n tokens, of which ||X_j||_2^2 / n is the mean square. Scores
+are >= 0 but where a docstring says otherwise, and only their order counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gprune.calibration.statistics import EXTRAS, Moments
+from gprune.importance.weights import UnitWeights
+from gprune.registry import Registry
+
+IMPORTANCE: Registry[Callable[..., Tensor]] = Registry("importance metric")
+
+
+def metric(
+    name: str,
+    *,
+    activation_free: bool = False,
+    needs: Collection[str] = (),
+    drift: str | None = None,
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register `function(weights, moments, generator) -> (C,) scores` under `name`.
+
+    Args:
+        name: what `--importance` takes.
+        activation_free: whether the score ignores `moments`. It may then serve as the metric that unreliable modules
+            switch to, and its drift comes from `act_norm`.
+        needs: of `gram` and `saliency`, what of `moments` is read that is collected on demand only.
+        drift: the metric that gives rank drift in its place, where it cannot score half a corpus (as with `gram`).
+    """
+    unknown = set(needs) - set(EXTRAS)
+    if unknown:
+        raise ValueError(f"metric '{name}': needs expected to be of {', '.join(EXTRAS)}, got {sorted(unknown)}.")
+
+    def file(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        function.activation_free = activation_free
+        function.needs = frozenset(needs)
+        function.drift = drift or ("act_norm" if activation_free else "wanda_sp" if "gram" in needs else name)
+        return IMPORTANCE.register(name)(function)
+
+    return file
+
+
+# Activations
+
+
+@metric("wanda_sp")
+def wanda_sp(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = ||X_j||_2 * sum_i |W_ij|: Wanda's |W| ||X|| (arXiv 2306.11695, eq. 1) summed over a column.
+
+    The norm is divided by sqrt(n), which ranks alike. The structured form is a baseline of FLAP (arXiv 2312.11983).
+    Its repository averages over rows in place of the sum, which ranks alike; calibrates it on C4 while FLAP itself has
+    WikiText-2; and prunes each block before the next one is calibrated. Ours has the same text and the same dense
+    activations as every other metric.
+    """
+    return moments.mean_sq.sqrt() * weights.output.abs().sum(0)
+
+
+@metric("wifn")
+def wifn(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = (||X_j||_2 * mean_i |W_ij|)^2, FLAP's weighted input feature norm (arXiv 2312.11983).
+
+    As the authors' repository has it, which squares the scores of attention channels before it sums them over a head.
+    Squared or not, neurons rank exactly as by `wanda_sp`; KV groups do not.
+    """
+    return (moments.mean_sq.sqrt() * weights.output.abs().mean(0)).square()
+
+
+@metric("wifv")
+def wifv(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = Var(X_j) * ||W_:j||_2^2, FLAP's weighted input feature variance (arXiv 2312.11983, eq. 5).
+
+    The variance is over tokens. The authors' code updates a running variance with the new mean in place of the
+    old one, skips the first window, and squares the scores of attention alone; ours is the population variance that
+    the paper describes, the same for both.
+    """
+    return moments.variance * weights.output.square().sum(0)
+
+
+@metric("ifv")
+def ifv(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = Var(X_j), FLAP's input feature variance (arXiv 2312.11983): `wifv` without weights, same remarks."""
+    return moments.variance
+
+
+@metric("act_norm")
+def act_norm(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = ||X_j||_2 / sqrt(n): root mean square activation, weights ignored."""
+    return moments.mean_sq.sqrt()
+
+
+@metric("obs", needs=("gram",))
+def obs(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_S = tr(W_S ([G^-1]_SS)^-1 W_S^T): what the projection's output error rises by when the channels S go.
+
+    Optimal brain surgeon (Hassibi and Stork, 1993) at the level of a unit, for the squared error of a linear layer
+    whose other weights are free to make up for the loss, as `least_squares` recovery lets them. G = X^T X / n +
+    lambda I, lambda = 0.01 x mean diagonal; for a neuron it is ||W_:j||_2^2 / [G^-1]_jj, for a KV group all its
+    channels go at once. With G's diagonal in place of G, s_j = ||X_j||_2^2 ||W_:j||_2^2 / n. Drift comes from
+    `wanda_sp`, since halves of a corpus have no Gram matrix of their own. Our reading.
+    """
+    G = moments.gram.double() / moments.count
+    dead = G.diagonal() == 0
+    damping = max(0.01 * float(G.diagonal().mean()), 1e-30)
+    G.diagonal().add_(damping)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(G))
+    W = weights.output.double()
+    if weights.per_unit == 1:
+        return torch.where(dead, 0.0, W.square().sum(0) / inverse.diagonal())
+    scores = []
+    for S in torch.arange(len(G)).split(weights.per_unit):
+        S = S[~dead[S]]
+        scores.append((torch.linalg.solve(inverse[S][:, S], W[:, S].T) * W[:, S].T).sum())
+    return torch.stack(scores)
+
+
+# Gradients
+
+
+@metric("taylor", needs=("saliency",))
+def taylor(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = sum_k |w_k g_k|, LLM-Pruner's element-wise first order (arXiv 2305.11627, eq. 5 without its second term).
+
+    k runs over all weights of the channel, gate and up rows and down column (query, key and value rows and the column
+    of the output projection); g is the gradient of the mean next-token cross-entropy over the calibration windows. A
+    KV group counts its key and value rows once. The authors' repository calls it `param_first` and takes ten samples
+    of 64 tokens from BookCorpus; ours has the same text as every other metric.
+    """
+    return moments.saliency.first
+
+
+@metric("taylor_second", needs=("saliency",))
+def taylor_second(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = sum_k |w_k g_k - 1/2 w_k^2 mean_b(g_bk^2)|, LLM-Pruner's second order (arXiv 2305.11627, eq. 5).
+
+    The Hessian's diagonal is approximated by the mean square of the windows' gradients g_b (Fisher). The paper sums
+    over samples; the mean is that sum for the mean loss, as in the authors' repository (`param_mix`; its `param_second`
+    leaves the first term out).
+    """
+    return moments.saliency.second
+
+
+@metric("taylor_vector", needs=("saliency",))
+def taylor_vector(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = sum over rows and columns v of channel j of |sum_k in v w_k g_k|, LLM-Pruner's vector-wise first order
+    (arXiv 2305.11627, eq. 3 without its second term; `vectorize` in the authors' repository).
+    """
+    return moments.saliency.vector
+
+
+# Weights alone
+
+
+@metric("magnitude", activation_free=True)
+def magnitude(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = ||W_:j||_2 * prod over V_j of ||V_j||_2: the L2 norms along the channel's path multiplied.
+
+    Scaling a row up and the column down by the same factor leaves the model, and this score, unchanged; a sum of
+    norms would not survive that.
+    """
+    return weights.output.norm(dim=0) * math.prod([rows.norm(dim=1) for rows in weights.inputs])
+
+
+@metric("magnitude_l1", activation_free=True)
+def magnitude_l1(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = ||W_:j||_1 * prod over V_j of ||V_j||_1: `magnitude` with L1 norms."""
+    return weights.output.norm(p=1, dim=0) * math.prod([rows.norm(p=1, dim=1) for rows in weights.inputs])
+
+
+@metric("magnitude_down", activation_free=True)
+def magnitude_down(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = ||W_:j||_2, the L2 norm of the output projection's column alone: FLAP's magnitude baseline (`mag_sp`)."""
+    return weights.output.norm(dim=0)
+
+
+@metric("magnitude_down_l1", activation_free=True)
+def magnitude_down_l1(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = ||W_:j||_1, the L1 norm of the output projection's column alone."""
+    return weights.output.norm(p=1, dim=0)
+
+
+@metric("gaussian_sp", activation_free=True)
+def gaussian_sp(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = sqrt(E X_j^2) * sum_i |W_ij| for hidden states x ~ N(0, I): `wanda_sp` on text of no distribution at all.
+
+    What enters the FFN is normalised to a root mean square of 1, scaled by gamma, and moved by beta where the norm has
+    a bias. With Gaussian x, gate a and up b of a neuron are jointly Gaussian with variances ||gamma V||^2, the
+    covariance c of their rows, and means from biases, so E X^2 = E[f(a)^2 b^2] =
+    E_a[f(a)^2 ((m_b + c (a - m_a) / v_a)^2 + v_b - c^2 / v_a)], one integral over a (Gauss-Hermite, 64 nodes); without
+    a gate it is E_a[f(a)^2]. Unlike a product of norms it knows whether gate and up look the same way and how much of
+    a the activation f lets pass. For an attention channel X is linear: E X^2 = ||gamma V||^2 + m^2. Where a block has
+    no norm before the projection, hidden states count as normalised. Our own.
+    """
+    return _expected_square(weights).sqrt() * weights.output.abs().sum(0)
+
+
+def _expected_square(weights: UnitWeights) -> Tensor:
+    """E X^2 per channel, (C,) float64, for x ~ N(0, I)."""
+    scale = 1.0 if weights.scale is None else weights.scale.double()
+    rows = [r.double() * scale for r in weights.inputs]
+    means = [torch.zeros(len(r), dtype=torch.float64) for r in rows]
+    if weights.means is not None:
+        means = [m.double() for m in weights.means]
+    v_a, m_a = rows[0].square().sum(1), means[0]
+    if weights.activation is None and len(rows) == 1:
+        return v_a + m_a.square()
+    activation = weights.activation or nn.Identity()
+    nodes, mass = (torch.from_numpy(part) for part in np.polynomial.hermite.hermgauss(64))
+    centred = (2 * v_a).sqrt()[:, None] * nodes  # (C, nodes)
+    passed = activation(m_a[:, None] + centred).square()
+    if len(rows) > 1:
+        v_b, m_b, c = rows[1].square().sum(1), means[1], (rows[0] * rows[1]).sum(1)
+        slope = c / v_a.clamp_min(1e-300)
+        passed = passed * ((m_b[:, None] + slope[:, None] * centred).square() + (v_b - slope * c).clamp_min(0)[:, None])
+    return passed @ mass / math.sqrt(math.pi)
+
+
+@metric("random", activation_free=True)
+def random(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j ~ Uniform(0, 1) from the seeded generator: the control that every metric has to beat."""
+    return torch.rand(weights.output.shape[1], generator=generator)

@@ -1,0 +1,108 @@
+"""Scores of every unit by a metric's name: checked, per expert where there are experts, summed over a KV group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+from gprune.calibration.statistics import CorpusStatistics, Moments
+from gprune.errors import UserError
+from gprune.importance.metrics import IMPORTANCE, magnitude
+from gprune.importance.weights import UnitWeights, attention_weights, ffn_weights
+from gprune.models.blocks import Block
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Importance per block, float64: neurons (N,) or (E x N,), KV groups (G,), and what those sum up, channels (C,).
+
+    A metric that scores whole groups has those groups for channels.
+    """
+
+    ffn: list[Tensor]
+    attention: list[Tensor]
+    channels: list[Tensor]
+
+
+def score_channels(name: str, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """What the metric `name` says: (C,) float64, or one score per unit.
+
+    Raises:
+        UserError: if it returns another shape, or a number that is not one.
+    """
+    scores = IMPORTANCE[name](weights, moments, generator)
+    C = weights.output.shape[1]
+    if not isinstance(scores, Tensor) or tuple(scores.shape) not in ((C,), (C // weights.per_unit,)):
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise UserError(f"Importance metric '{name}': expected a tensor of shape ({C},), got {got}.")
+    if not bool(torch.isfinite(scores).all()):
+        bad = int((~torch.isfinite(scores)).sum())
+        raise UserError(
+            f"Importance metric '{name}': expected finite scores, got {bad} of {C} that are NaN or infinite."
+        )
+    return scores.detach().cpu().double()
+
+
+def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """Scores of a block's neurons, (experts x neurons,) float64, expert by expert; as `score_channels`.
+
+    An expert that no token of the text was routed to has no activations to judge: it has the ranks of `magnitude`,
+    on the scale of the others (the score at rank j is the mean of theirs at rank j). Our reading.
+    """
+    E = block.experts
+    if not block.has_experts:
+        return score_channels(name, weights, moments, generator)
+    scores = torch.stack(
+        [score_channels(name, weights.of_expert(e, E), moments.of_expert(e, E), generator) for e in range(E)]
+    )
+    idle = moments.count.view(E, -1)[:, 0] == 0
+    if not IMPORTANCE[name].activation_free and idle.any() and not idle.all():
+        scale = scores[~idle].sort(1).values.mean(0)
+        free = rearrange(magnitude(weights, moments, generator), "(e n) -> e n", e=E)
+        scores[idle] = scale[free[idle].argsort(dim=1, stable=True).argsort(dim=1)]
+    return scores.flatten()
+
+
+def generator_for(seed: int, block: int, kind: str) -> torch.Generator:
+    """A stream of its own for every block and scope."""
+    return torch.Generator().manual_seed(seed * 100_003 + 2 * block + (kind == "attention"))
+
+
+def score_units(
+    name: str,
+    blocks: Sequence[Block],
+    statistics: CorpusStatistics,
+    *,
+    seed: int = 0,
+    half: int | None = None,
+    attention: bool = True,
+) -> Scores:
+    """Importance of every unit by the metric `name`, from all tokens of a corpus or from one half of them.
+
+    Args:
+        name: a registered metric.
+        blocks: the model's blocks; their weights are read, not changed.
+        statistics: of one corpus, or of several pooled, with what the metric needs.
+        seed: for metrics that draw numbers; blocks and scopes draw from separate streams.
+        half: 0 or 1 for half of the tokens, None for all.
+        attention: False where KV groups are out of scope; their scores are then 0.
+    """
+
+    def moments(kind: str, block: Block) -> Moments:
+        channel = getattr(statistics, kind)[block.index]
+        return channel.total if half is None else channel.half(half)
+
+    ffn, channels = [], []
+    for b in blocks:
+        ffn.append(score_ffn(name, b, ffn_weights(b), moments("ffn", b), generator_for(seed, b.index, "ffn")))
+        if attention:
+            own = generator_for(seed, b.index, "attention")
+            channels.append(score_channels(name, attention_weights(b), moments("attention", b), own))
+        else:
+            channels.append(torch.zeros(b.kv_groups, dtype=torch.float64))
+    groups = [reduce(c, "(g c) -> g", "sum", g=b.kv_groups) for c, b in zip(channels, blocks, strict=True)]
+    return Scores(ffn, groups, channels)

@@ -1,0 +1,208 @@
+"""Models by name: found, refused before anything is loaded, loaded frozen, and told apart by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+from gprune.errors import UserError, first_line
+from gprune.models import embedded as assets
+from gprune.models import modeling_pruned
+from gprune.models.families import FAMILIES, family_of
+from gprune.models.offload import StoredWeights, keep_until_gone, memory_limits, quiet_accelerate, scratch_folder
+
+# Far beyond any model there is: a config.json of a few bytes must not ask for more than this machine has.
+LARGEST = {
+    "num_hidden_layers": 10_000,
+    "num_experts": 100_000,
+    "num_local_experts": 100_000,
+    **dict.fromkeys(
+        ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+        2**24,
+    ),
+}
+
+
+def register() -> None:
+    """Let the Auto classes load what we export without remote code. Calling it again changes nothing."""
+    for family in FAMILIES:
+        config, base, causal = pruned_classes(family)
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, base, exist_ok=True)
+        AutoModelForCausalLM.register(config, causal, exist_ok=True)
+
+
+def pruned_classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]:
+    """The pruned config, base model and causal language model of a family."""
+    stock = CONFIG_MAPPING[family].__name__, MODEL_MAPPING_NAMES[family], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
+    return tuple(getattr(modeling_pruned, f"Pruned{name}") for name in stock)
+
+
+@torch.no_grad()
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 (16 hex digits) over names, shapes, dtypes and bytes of all parameters, and the configuration.
+
+    Two models with the same fingerprint give the same statistics; caches are keyed by it.
+    """
+    settings = model.config.to_diff_dict()
+    for place in ("_name_or_path", "transformers_version"):  # where a model lies does not change what it computes
+        settings.pop(place, None)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    weights = StoredWeights(model)  # one at a time where they are offloaded
+    for name in sorted(weights):
+        parameter = weights[name]
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(as_bytes(parameter))
+    return digest.hexdigest()[:16]
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The raw bytes of a tensor, of any dtype, without a copy where it is contiguous on the CPU."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def locate_model(name: str) -> str:
+    """An embedded name becomes the folder it is cached in; a folder or a hub id stays what it is.
+
+    Raises:
+        UserError: for a folder without `config.json`, or a name that is neither embedded, a folder nor `owner/name`.
+    """
+    if name in assets.EMBEDDED_MODELS:
+        return str(assets.embedded_model_dir(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"--model.name: folder '{name}' holds no config.json; expected a Hugging Face model folder."
+            )
+        return str(path)
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"--model.name: '{name}' is neither an embedded model ({', '.join(assets.EMBEDDED_MODELS)}), "
+            f"nor a model folder, nor a hub id 'owner/name'."
+        )
+    return name
+
+
+def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Read the configuration alone, and refuse what is not supported.
+
+    Raises:
+        UserError: for an unsupported family, a configuration that cannot be had, or sizes that no model has.
+    """
+    location = locate_model(name)
+    register()  # for a family whose record came after the import
+    try:
+        config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+        family, values = family_of(config.model_type), config.to_dict()
+    except UserError:
+        raise
+    except Exception as error:  # a stranger's JSON: anything may come of it
+        raise UserError(
+            f"--model.name: no usable configuration for '{name}': {first_line(error)} "
+            f"Expected a Hugging Face causal language model; without network use an embedded model or a local folder."
+        ) from error
+    for key, largest in {**LARGEST, family.width: LARGEST["intermediate_size"]}.items():
+        value = values.get(key)
+        if value is not None and not (type(value) is int and 0 < value <= largest):
+            raise UserError(
+                f"--model.name: config.json of '{name}' says {key} {str(value)[:40]}; expected 1 to {largest:,}."
+            )
+    return config
+
+
+def skeleton(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A model of this config without weights, on the meta device; of its own class unless another one is given.
+
+    Raises:
+        UserError: for a configuration that describes none.
+    """
+    try:
+        with torch.device("meta"):
+            if model_class is not None:
+                return model_class(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(f"--model.name: the configuration describes no model: {first_line(error)}") from error
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device_map: str | None = None,
+    max_memory: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a frozen causal language model and its tokenizer.
+
+    Args:
+        name: embedded name, local folder or hub id.
+        dtype: dtype of the weights.
+        device_map: handed to transformers as it is.
+        max_memory: sizes by `cpu` or device number; weights beyond them stay on disk.
+        trust_remote_code: run code that comes with the model; off unless asked for.
+
+    Returns:
+        The model in eval mode without gradients, and the tokenizer.
+
+    Raises:
+        UserError: before any weight is read, for an unsupported family; later, for weights that cannot be read.
+    """
+    read_config(name, trust_remote_code=trust_remote_code)
+    location = locate_model(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
+        model = load_weights(
+            location, dtype=dtype, device_map=device_map, max_memory=max_memory, trust_remote_code=trust_remote_code
+        )
+    except UserError:
+        raise
+    except Exception as error:  # safetensors, tokenizers and the hub each raise their own
+        raise UserError(f"--model.name: '{name}' cannot be loaded: {first_line(error)}") from error
+    return model, tokenizer
+
+
+def load_weights(
+    location: str | Path,
+    *,
+    dtype: torch.dtype,
+    device_map: str | None = None,
+    max_memory: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A frozen causal language model from a folder or the hub, placed as asked for, in eval mode without gradients.
+
+    What is offloaded is read from where it lies; what is stored in another form than it computes in is written below
+    the cache, and removed with the model.
+    """
+    settings = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if device_map is None:
+        return AutoModelForCausalLM.from_pretrained(location, **settings).eval().requires_grad_(False)
+    folder, removal = scratch_folder()
+    with removal:
+        limits = None if max_memory is None else memory_limits(max_memory)
+        with quiet_accelerate():
+            model = AutoModelForCausalLM.from_pretrained(
+                location, device_map=device_map, max_memory=limits, offload_folder=folder, **settings
+            )
+        keep_until_gone(model, removal.pop_all())
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,124 @@
+"""Next-token losses that never hold the logits of a whole batch, nor a gradient for a frozen head.
+
+The logits of 1,024 tokens over 49,152 words are 200 MB in float32; the head is frozen, so all that learning needs
+of them is d loss / d hidden, which each chunk of tokens yields in the forward pass already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gprune.models.families import family_of
+
+CHUNK = 256  # tokens; large enough for the matrix product, small enough for the cache
+
+
+class _FrozenHeadLosses(torch.autograd.Function):
+    """Loss of each token, with d/d hidden computed chunk by chunk in the forward pass.
+
+    The loss is the cross-entropy with token ids `targets` (n,), or, for `targets` (n, H) that are another model's final
+    hidden states, KL(that model's distribution || ours). Of either the gradient by the logits is ours - target.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None
+    ) -> Tensor:
+        gradient = torch.empty_like(hidden)
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+        for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            logits = capped(F.linear(hidden[part], head, bias), softcap).float()
+            slope = None if softcap is None else 1 - (logits / softcap).square()
+            log_p = logits.log_softmax(-1)  # one fused pass, where logsumexp takes four over 49,152 columns
+            if targets.dim() == 1:
+                losses[part] = -log_p.gather(-1, targets[part, None])[:, 0]
+                error = log_p.exp_()
+                error[torch.arange(len(error), device=error.device), targets[part]] -= 1
+            else:
+                log_q = capped(F.linear(targets[part], head, bias), softcap).float().log_softmax(-1)
+                q = log_q.exp()
+                losses[part] = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+                error = log_p.exp_().sub_(q)
+            if slope is not None:
+                error.mul_(slope)
+            gradient[part] = (error.to(head.dtype) @ head).to(gradient.dtype)
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_output[:, None].to(gradient.dtype), None, None, None, None
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """c tanh(logits / c), in the dtype of the logits; None: as they are."""
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+def softcap_of(model: PreTrainedModel) -> float | None:
+    """The limit that a model puts on its logits, if its family has one."""
+    key = family_of(model.config.model_type).softcap
+    return None if key is None else getattr(model.config, key)
+
+
+def frozen_head_losses(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, *, softcap: float | None = None
+) -> Tensor:
+    """Next-token loss of each token in nats, differentiable in `hidden` alone.
+
+    Args:
+        hidden: (n, H) final hidden states.
+        head: (V, H) frozen output embedding; bias: (V,) or None.
+        targets: (n,) int64 token ids, for the cross-entropy; or (n, H) hidden states of a teacher with the same head,
+            for KL(teacher || ours).
+        softcap: the limit c of logits that are c tanh(logits / c).
+
+    Returns:
+        (n,) float32.
+    """
+    return _FrozenHeadLosses.apply(hidden, head, bias, targets, softcap)
+
+
+def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Tensor | None = None) -> Tensor:
+    """Mean loss of each window's tokens 2..T, in nats: (B,) float32; cross-entropy, or with a teacher KL.
+
+    Args:
+        model: frozen; gates on its blocks get gradients, its weights do not.
+        input_ids: (B, T) int64.
+        teacher: what `final_hidden` gave for these tokens without gates; the loss is then KL(teacher || model).
+    """
+    hidden, head = final_hidden(model, input_ids), model.get_output_embeddings()
+    targets = input_ids[:, 1:].flatten() if teacher is None else teacher.flatten(0, 1)
+    softcap = softcap_of(model)
+    losses = frozen_head_losses(hidden.flatten(0, 1), head.weight, head.bias, targets, softcap=softcap)
+    return losses.view(len(input_ids), -1).mean(1)
+
+
+def next_token_loss(
+    model: PreTrainedModel, input_ids: Tensor, weight: Tensor | None = None, *, teacher: Tensor | None = None
+) -> Tensor:
+    """Sum over windows of weight * `next_token_losses`, () float32; `weight` (B,), by default 1/B: the batch's mean."""
+    losses = next_token_losses(model, input_ids, teacher=teacher)
+    return losses.mean() if weight is None else (losses * weight.to(losses)).sum()
+
+
+def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """What predicts tokens 2..T of each window: (B, T - 1, H) in the model's dtype."""
+    return model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+
+
+@torch.no_grad()
+def iter_logits(model: PreTrainedModel, input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and targets of a batch, one window at a time: (1, T - 1, V) in the model's dtype, (1, T - 1) int64."""
+    hidden = final_hidden(model, input_ids)
+    head, softcap = model.get_output_embeddings(), softcap_of(model)
+    for row, ids in zip(hidden, input_ids, strict=True):
+        yield capped(head(row[None]), softcap), ids[None, 1:]

@@ -1,0 +1,250 @@
+"""Keep masks -> smaller weights: real pruning, on the stock modules of transformers, without patching them.
+
+A removed neuron takes its gate row, up row and down column with it; a removed KV group takes its key and
+value head, the query heads that share it, their columns of the output projection, and what a norm over all heads has
+for them. Since whole groups go, the ratio of query to key/value heads stays what it was. Stock attention code infers
+the number of heads from the shapes, or finds it in the attributes that the family's record names, which are set. The
+model's config keeps the dense numbers: the true widths are those of the weights (see
+`gprune.models.blocks.blocks_of`), and `gprune.export.job` writes them where another program can read them. Plain
+`save_pretrained` of a pruned stock model would write a folder that cannot be loaded.
+
+Experts of one block end up equally wide, each with its own neurons, so that their tensors stay stacked.
+
+A block whose masks keep nothing goes as a whole, norms included: the decoder has a layer fewer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from gprune.errors import UserError
+from gprune.models.blocks import Block, Slice, block_of, blocks_of, decoder_layers
+from gprune.models.families import family_of
+from gprune.models.loading import skeleton
+from gprune.models.masks import Masks
+from gprune.models.modeling_pruned import experts_aligned, tell_layer, tell_sizes
+from gprune.models.offload import InFile, lend, lend_all, stored
+
+COUNT_SCOPES = ("ffn", "attention+ffn", "all")
+
+
+@torch.no_grad()
+def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> PreTrainedModel:
+    """Slice the weights of every block down to the kept units.
+
+    Biases go with their rows; a bias of the down or output projection stays whole. Parameters keep dtype,
+    device and `requires_grad`. A pruned model can be pruned again, with masks as long as its present widths.
+
+    Args:
+        model: model of a supported family.
+        masks: per block (neurons,) and (kv_groups,) bool, True = keep.
+        inplace: slice `model` itself; otherwise it is left bit for bit as it was, and memory peaks at the
+            dense model plus the smaller one, never two dense ones.
+
+    Returns:
+        The pruned model, of the same class.
+
+    Raises:
+        ValueError: a mask of the wrong length or dtype, or one that keeps nothing where the other keeps something.
+    """
+    check_masks(model, masks)
+    if not inplace:
+        # Weights that are sliced anyway are shared by the copy until their smaller version replaces them.
+        sliced = [block.parameter(place) for block in blocks_of(model) for place in block.slices]
+        memo: dict[int, object] = {id(parameter): parameter for parameter in sliced}
+        # Whoever watches the original watches the original: hooks are not copied.
+        for module in model.modules():
+            memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
+        model = copy.deepcopy(model, memo)
+    for block, neurons, groups, stays in zip(blocks_of(model), masks.ffn, masks.attention, masks.blocks, strict=True):
+        if stays:
+            _slice_block(block, model.config, neurons, groups)
+    if not all(masks.blocks):
+        _drop_blocks(model, masks.blocks)
+    if not experts_aligned(model):
+        model.config._experts_implementation = "eager"  # grouped kernels would refuse these widths
+    return model
+
+
+@torch.no_grad()
+def prune_to_files(
+    model: PreTrainedModel, masks: Masks, folder: Path, revise: Callable[[Block, Block], None] | None = None
+) -> PreTrainedModel:
+    """`prune` for an offloaded model: block by block, each into a file of its own, with one block in memory.
+
+    Args:
+        model: loaded from a folder, so that its config tells its shapes.
+        masks: as for `prune`.
+        folder: where the files go; they stay for as long as the result is read.
+        revise: changes a sliced block, given the dense one and it, before it is written.
+
+    Returns:
+        The pruned model with every parameter on the meta device: `gprune.models.offload.stored` fetches those of blocks from
+        the files and the others from `model`. To be saved and loaded again, not to be run.
+
+    Raises:
+        ValueError: as `prune`.
+    """
+    check_masks(model, masks)
+    small = skeleton(copy.deepcopy(model.config), type(model)).eval().requires_grad_(False)
+    for name, parameter in small.named_parameters():
+        parameter.data = parameter.data.to(model.get_parameter(name).dtype)
+    small.generation_config = model.generation_config
+    prune(small, masks, inplace=True)
+    lend_all(small, model)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = [
+        parts
+        for parts in zip(blocks_of(model), masks.ffn, masks.attention, strict=True)
+        if masks.blocks[parts[0].index]
+    ]
+    for (dense, neurons, groups), block in zip(kept, blocks_of(small), strict=True):
+        _write_block(dense, block, neurons, groups, folder / f"{block.index}.safetensors", revise)
+    return small
+
+
+def _write_block(
+    dense: Block,
+    block: Block,
+    neurons: Tensor,
+    groups: Tensor,
+    path: Path,
+    revise: Callable[[Block, Block], None] | None,
+) -> None:
+    """Fill a block without weights, revise it, write it, and leave it without weights again."""
+    places = {place.path: place for place in dense.slices}
+    for name, _ in list(dense.layer.named_parameters()):
+        place, (owner, _, own) = places.get(name), name.rpartition(".")
+        if place is None:
+            value = stored(dense.layer.get_submodule(owner), own).detach().clone()
+        else:
+            value = sliced(dense, place, neurons, groups)
+        setattr(block.layer.get_submodule(owner), own, nn.Parameter(value.cpu().contiguous(), requires_grad=False))
+    if revise is not None:
+        revise(dense, block)
+    save_file({name: parameter.detach() for name, parameter in block.layer.named_parameters()}, path)
+    for owner, module in block.layer.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+        if next(module.parameters(recurse=False), None) is not None:
+            lend(module, InFile(path, owner))
+
+
+def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
+    config, name = model.config, family_of(model.config.model_type).layers
+    left = [layer for layer, keep in zip(decoder_layers(model), stays, strict=True) if keep]
+    setattr(model.get_decoder(), name, nn.ModuleList(left))
+    for index, layer in enumerate(left):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # where the KV cache keeps a layer's states
+                module.layer_idx = index
+    table = config.to_dict().get("per_layer_config")  # plain here, whatever transformers makes of the attribute
+    kept = [index for index, keep in enumerate(stays) if keep]
+    config.num_hidden_layers = len(left)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in kept]
+    if table:  # pruned before: each layer's own values move along
+        values = {int(index): value for index, value in table.items()}
+        config.per_layer_config = {str(new): values[old] for new, old in enumerate(kept) if old in values}
+
+
+def check_masks(model: PreTrainedModel, masks: Masks) -> None:
+    """Raise ValueError unless the masks are bool, fit the present widths, and keep units of both kinds or of none."""
+    blocks = blocks_of(model)
+    for kind, given, sizes in (
+        ("ffn", masks.ffn, [block.experts * block.neurons for block in blocks]),
+        ("attention", masks.attention, [block.kv_groups for block in blocks]),
+    ):
+        if len(given) != len(blocks):
+            raise ValueError(f"masks.{kind}: expected {len(blocks)} blocks, got {len(given)}.")
+        for index, (mask, size) in enumerate(zip(given, sizes, strict=True)):
+            if mask.dtype != torch.bool or tuple(mask.shape) != (size,):
+                got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+                raise ValueError(f"masks.{kind}[{index}]: expected torch.bool of shape ({size},), got {got}.")
+            if not mask.any() and masks.blocks[index]:
+                raise ValueError(f"masks.{kind}[{index}]: expected at least 1 of {size} units kept, got 0.")
+    for block, mask in zip(blocks, masks.ffn, strict=True):
+        widths = {int(kept.sum()) for kept in mask.view(block.experts, -1)}
+        if len(widths) > 1:
+            raise ValueError(f"masks.ffn[{block.index}]: expected as many neurons in every expert, got {widths}.")
+    if not any(masks.blocks):
+        raise ValueError(f"masks: expected at least 1 of {len(blocks)} blocks kept, got 0.")
+
+
+def widths(model: PreTrainedModel) -> dict[str, list[int]]:
+    """`{"neurons": [...], "kv_groups": [...]}`, one entry per block, read off the weights."""
+    blocks = blocks_of(model)
+    return {"neurons": [b.neurons for b in blocks], "kv_groups": [b.kv_groups for b in blocks]}
+
+
+def count_parameters(model: PreTrainedModel, scope: str) -> int:
+    """Parameters (weights and biases) in a scope.
+
+    Args:
+        model: model of a supported family.
+        scope: `ffn` (gate, up, down), `attention+ffn` (also query, key, value, output and norms over all heads) or
+            `all` (the whole model, tied embeddings once).
+
+    Raises:
+        UserError: unknown scope.
+    """
+    if scope not in COUNT_SCOPES:
+        raise UserError(f"Unknown scope '{scope}'. Available: {', '.join(COUNT_SCOPES)}.")
+    if scope == "all":
+        return sum(parameter.numel() for parameter in model.parameters())
+    kinds = scope.split("+")
+    modules = {
+        block.module(place.path.rpartition(".")[0]): None
+        for block in blocks_of(model)
+        for place in block.slices
+        if place.kind in kinds
+    }
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def removed_parameters(model: PreTrainedModel, masks: Masks) -> int:
+    """Parameters that `prune` takes out of `model`: units where a block stays, and whole blocks, norms included."""
+    return sum(
+        int((~neurons).sum()) // block.experts * block.neuron_cost + int((~groups).sum()) * block.group_cost
+        if stays
+        else block.cost
+        for block, neurons, groups, stays in zip(
+            blocks_of(model), masks.ffn, masks.attention, masks.blocks, strict=True
+        )
+    )
+
+
+def _slice_block(block: Block, config: PreTrainedConfig, neurons: Tensor, groups: Tensor) -> None:
+    for place in block.slices:
+        path, _, name = place.path.rpartition(".")
+        module, parameter = block.module(path), block.parameter(place)
+        smaller = sliced(block, place, neurons, groups)
+        setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
+        tell_sizes(module)
+    smaller = block_of(block.layer, block.family, block.head_dim)
+    tell_layer(block.layer, config, smaller.config_values, smaller.attributes)
+
+
+def sliced(block: Block, place: Slice, neurons: Tensor, groups: Tensor) -> Tensor:
+    """What is left of one parameter of a block when the units go that `neurons` and `groups` (bool) do not keep."""
+    keep = groups if place.kind == "attention" else neurons
+    path, _, name = place.path.rpartition(".")
+    parameter = stored(block.module(path), name).detach()
+    if place.kind == "ffn" and block.has_experts:
+        kept = rearrange(keep, "(e n) -> e n", e=block.experts)[:, place.units]
+        return torch.stack([_take(p, place.dim - 1, k) for p, k in zip(parameter, kept, strict=True)])
+    return _take(parameter, place.dim, keep[place.units])
+
+
+def _take(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
+    """A new contiguous tensor; `index_select` copies even when everything is kept."""
+    return tensor.index_select(dim, keep.nonzero().squeeze(1).to(tensor.device))

@@ -1,0 +1,57 @@
+"""Flags, and YAML files that merge left to right, to a RunConfig."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from gprune.errors import UserError
+
+
+def parse(args: Sequence[str] | None = None):
+    """Flags, and YAML files that merge left to right, to a RunConfig."""
+    from jsonargparse import auto_cli, set_parsing_settings
+
+    from gprune.config import RunConfig
+
+    args = sys.argv[1:] if args is None else list(args)
+    for flag, value in zip(args, [*args[1:], ""], strict=False):
+        if flag == "--config" or flag.startswith("--config="):
+            _check_yaml(Path(value if flag == "--config" else flag.removeprefix("--config=")))
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    try:
+        return auto_cli(
+            RunConfig, args=args, as_positional=False, return_instance=True, exit_on_error=False, prog="train.py",
+            config_help="A YAML file of flags; several merge left to right.",
+        )  # fmt: skip
+    except TypeError as error:  # jsonargparse does not check that a group, such as sparsity, is a mapping
+        if "must be a mapping" not in str(error):
+            raise
+        raise UserError(
+            "A group of settings got a plain value: expected e.g. --sparsity.target 0.5, or in YAML "
+            "`sparsity: {target: 0.5}`; see --help."
+        ) from error
+
+
+def _check_yaml(path: Path) -> None:
+    """Refuse what is no mapping here, where the file's name is known; jsonargparse checks the keys.
+
+    Aliases are refused, since a few lines of them stand for gigabytes, and depth, which is a RecursionError elsewhere.
+    """
+    try:
+        text, depth = path.read_text(encoding="utf-8"), 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > 20:
+                raise UserError(f"--config: expected settings without aliases (*name), at most 20 deep, in {path}.")
+        content = yaml.safe_load(text)
+    except UserError:
+        raise
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()).replace(' in "<unicode string>",', "")
+        raise UserError(f"--config: expected a YAML file of flags, got {path}: {reason}") from error
+    if not isinstance(content, dict | type(None)):
+        raise UserError(f"--config: expected settings such as `sparsity: {{target: 0.5}}` in {path}, got {content!r}.")

@@ -1,0 +1,108 @@
+"""The first partition of a block's neurons into modules, and the partitions that are its controls.
+
+A *module* is a set of neurons of one block that behave alike; neurons compete for survival only inside it. The start is
+k-means on a joint view of data-free parameter similarity and rank drift. Our reading of GPrune-LLM (arXiv 2603.13418)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from gprune.importance.weights import UnitWeights
+
+
+def parameter_embedding(weights: UnitWeights, *, dim: int = 8, seed: int = 0) -> Tensor:
+    """A few dimensions of data-free parameter similarity: (N, dim) float32, mean 0, total variance 1.
+
+    Each neuron's gate row, up row and down column are normalised to length 1 (direction only: size is importance,
+    not likeness), concatenated to 3H numbers and projected onto the leading principal directions (randomised SVD).
+    """
+    parts = [F.normalize(rows, dim=1) for rows in (*weights.inputs, weights.output.T)]
+    features = torch.cat(parts, dim=1)
+    features = features - features.mean(0)
+    dim = min(dim, *features.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        U, S, _ = torch.svd_lowrank(features, q=min(dim + 8, *features.shape), niter=2)
+    embedding = U[:, :dim] * S[:dim]
+    return embedding / embedding.square().sum(1).mean().sqrt().clamp_min(1e-12)
+
+
+def standardised(x: Tensor) -> Tensor:
+    """Centre columns and scale so that the total variance is 1; constant input becomes 0. (N, d) -> (N, d)."""
+    x = x - x.mean(0)
+    return x / x.square().sum(1).mean().sqrt().clamp_min(1e-12)
+
+
+def minimum_size(neurons: int, num_modules: int) -> int:
+    """max(32, N / 4K): smaller modules give ranks too coarse to compare."""
+    return max(32, neurons // (4 * num_modules))
+
+
+def merge_small(labels: Tensor, features: Tensor, *, min_size: int) -> Tensor:
+    """Merge modules below `min_size`, smallest first, into the module with the nearest centroid.
+
+    Args:
+        labels: (N,) int64, any labels.
+        features: (N, d), the space of the centroids.
+
+    Returns:
+        (N,) int64 labels 0..K'-1 in order of first appearance, so that equal partitions have equal labels.
+    """
+    labels = labels.clone()
+    while True:
+        names, sizes = labels.unique(return_counts=True)
+        if len(names) == 1 or int(sizes.min()) >= min_size:
+            break
+        small = names[sizes.argmin()]
+        centroids = torch.stack([features[labels == name].mean(0) for name in names])
+        distance = (centroids - centroids[sizes.argmin()]).norm(dim=1)
+        distance[sizes.argmin()] = torch.inf
+        labels[labels == small] = names[distance.argmin()]
+    order: dict[int, int] = {}
+    return torch.tensor([order.setdefault(int(label), len(order)) for label in labels])
+
+
+def initial_partition(
+    embedding: Tensor,
+    drift: Tensor,
+    *,
+    num_modules: int = 8,
+    similarity_weight: float = 1.0,
+    drift_weight: float = 1.0,
+    seed: int = 0,
+) -> Tensor:
+    """k-means on [similarity_weight * embedding, drift_weight * standardised drift] -> (N,) labels.
+
+    Args:
+        embedding: (N, d) from `parameter_embedding`.
+        drift: (N,) rank drift.
+        num_modules: modules to start from; fewer remain if some fall below `minimum_size`.
+    """
+    N = len(drift)
+    num_modules = max(1, min(num_modules, N // 2))
+    joint = torch.cat(
+        [
+            similarity_weight * standardised(embedding.double()),
+            drift_weight * standardised(drift[:, None].double()),
+        ],
+        1,
+    )
+    if num_modules == 1:
+        return torch.zeros(N, dtype=torch.long)
+    found = KMeans(num_modules, n_init=4, random_state=seed).fit_predict(joint.numpy())
+    return merge_small(torch.from_numpy(found).long(), joint, min_size=min(minimum_size(N, num_modules), N))
+
+
+def shuffled_partition(labels: Tensor, *, seed: int) -> Tensor:
+    """The same module sizes with random members: the control for every claim about modules."""
+    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+
+
+def same_sizes_by_drift(labels: Tensor, drift: Tensor) -> Tensor:
+    """A drift-only partition with the sizes of `labels`: neurons sorted by drift, cut into runs of those sizes."""
+    out = torch.empty_like(labels)
+    out[drift.argsort(stable=True)] = labels.sort().values
+    return out

@@ -1,0 +1,117 @@
+"""What refinement minimises: a differentiable objective over soft assignments of neurons to modules.
+
+`stages/refinement.py` drives it. Formulas are our reading of GPrune-LLM (arXiv 2603.13418)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor
+
+from gprune.partition.initial import standardised
+
+
+def behaviour_features(ranks: Tensor) -> Tensor:
+    """Rank shifts per corpus, (D, N) -> (N, D): the rank of a neuron on each corpus, its own mean taken out."""
+    return (ranks - ranks.mean(0)).T.contiguous()
+
+
+@dataclass(frozen=True)
+class RefinementInputs:
+    """What the objective sees of B blocks, padded to N neurons; float32."""
+
+    embedding: Tensor  # (B, N, E) parameter similarity, total variance 1
+    drift: Tensor  # (B, N, 1) standardised rank drift
+    shifts: Tensor  # (B, N, D) rank per corpus with the neuron's own mean rank taken out
+    valid: Tensor  # (B, N) 1 for a neuron, 0 for padding
+
+
+@dataclass(frozen=True)
+class ObjectiveWeights:
+    """Weights of the terms of `partition_objective`, all >= 0."""
+
+    similarity: float = 1.0
+    drift: float = 1.0
+    consistency: float = 2.0
+    balance: float = 0.1
+    entropy: float = 0.1
+
+
+def dispersion(P: Tensor, x: Tensor) -> Tensor:
+    """Share of the total variance of x that lies inside modules: P (B, N, K), x (B, N, d) -> (B,) in [0, 1].
+
+    sum_ik P_ik ||x_i - c_k||^2 / sum_i ||x_i - c||^2 with c_k the P-weighted mean; since sum_k P_ik = 1 the
+    numerator is sum_i ||x_i||^2 - sum_k n_k ||c_k||^2, which needs no (N, K, d) tensor. x must be centred and 0
+    where padded. 0/0 (nothing varies) counts as 0.
+    """
+    n = reduce(P, "b n k -> b k", "sum").clamp_min(1e-6)
+    c = torch.einsum("bnk,bnd->bkd", P, x) / rearrange(n, "b k -> b k 1")
+    total = reduce(x.square(), "b n d -> b", "sum")
+    inside = total - torch.einsum("bk,bkd->b", n, c.square())
+    return inside / total.clamp_min(1e-12)
+
+
+def entropy(p: Tensor) -> Tensor:
+    """-p log p, elementwise, with a finite gradient at 0 (torch.special.entr's is infinite, and 0 * inf is NaN)."""
+    return -p * p.clamp_min(1e-9).log()
+
+
+def partition_objective(
+    logits: Tensor, tau: float, inputs: RefinementInputs, weights: ObjectiveWeights
+) -> dict[str, Tensor]:
+    """The refinement objective, each term (B,), and their weighted sum under `total`.
+
+    P = softmax(A / tau) over K modules, and
+
+        L = w_s S(P) + w_d V(P) - w_c C(P) + w_b B(P) + w_e H(P)
+
+    S in [0, 1]: within-module share of the parameter embedding's variance (`dispersion`).
+    V in [0, 1]: the same for rank drift.
+    C <= 1: rank consistency. delta_i^(d) = r_i^(d) - mean_d r_i^(d); neurons whose ranks move together between
+        corpora keep their order. C = 1 - dispersion(P, delta) - (n_eff - 1)/(N - 1): what modules explain of the
+        shifts beyond what a random partition would, with n_eff = exp(entropy of the module sizes), K for equal ones.
+        Because the mean rank is taken out, mixing weak and strong neurons earns nothing. 0 when no rank shifts.
+    B in [0, 1]: 1 - entropy of the module sizes / log K; 0 when all are equally large.
+    H in [0, 1]: mean entropy of P_i / log K; 0 when every neuron has made up its mind.
+
+    Args:
+        logits: A, (B, N, K).
+        tau: temperature > 0, annealed by the caller.
+    """
+    K = logits.shape[-1]
+    P = (logits / tau).softmax(-1) * rearrange(inputs.valid, "b n -> b n 1")
+    N = inputs.valid.sum(1)
+    log_k = torch.tensor(float(max(K, 2))).log()
+    size = reduce(P, "b n k -> b k", "sum") / rearrange(N, "b -> b 1")
+    size_entropy = entropy(size).sum(-1)
+    shifting = inputs.shifts.square().sum((1, 2)) > 0  # one corpus: nothing shifts, nothing to reward
+    terms = {
+        "similarity": dispersion(P, inputs.embedding),
+        "drift": dispersion(P, inputs.drift),
+        "consistency": shifting * (1 - dispersion(P, inputs.shifts) - (size_entropy.exp() - 1) / (N - 1).clamp_min(1)),
+        "balance": 1 - size_entropy / log_k,
+        "entropy": entropy(P).sum((1, 2)) / (N * log_k),
+    }
+    sign = {"consistency": -1.0}
+    terms["total"] = sum(getattr(weights, name) * sign.get(name, 1.0) * value for name, value in terms.items())
+    return terms
+
+
+def pad_blocks(features: list[Tensor], width: int) -> Tensor:
+    """(N_b, d) per block -> (B, width, d) float32, zeros where padded."""
+    return torch.stack([F.pad(x.float(), (0, 0, 0, width - len(x))) for x in features])
+
+
+def refinement_inputs(embeddings: list[Tensor], drifts: list[Tensor], ranks: list[Tensor]) -> RefinementInputs:
+    """Stack blocks of possibly unequal width: embeddings (N, E), drifts (N,), ranks (D, N) each."""
+    width = max(len(d) for d in drifts)
+    shifts = [standardised(behaviour_features(r)) for r in ranks]
+    return RefinementInputs(
+        embedding=pad_blocks([standardised(e) for e in embeddings], width),
+        drift=pad_blocks([standardised(d[:, None]) for d in drifts], width),
+        shifts=pad_blocks(shifts, width),
+        valid=pad_blocks([torch.ones(len(d), 1) for d in drifts], width)[..., 0],
+    )

@@ -1,0 +1,80 @@
+"""What is known of a partition: drift per block, modules, their reliability and agreement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gprune.partition.reliability import ModuleReliability
+
+UNKNOWN = torch.tensor(float("nan"), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Rank drift of one block's N neurons over D drift corpora."""
+
+    scores: Tensor  # (D, N) importance per corpus
+    ranks: Tensor  # (D, N) in (0, 1)
+    drift: Tensor  # (N,) population standard deviation of ranks, the noise floor subtracted if asked for
+    floor: Tensor  # (N,) what sampling alone would show
+    halves: Tensor = UNKNOWN  # () Kendall tau between halves of a corpus, mean over corpora; NaN in earlier runs
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The partition of every block and what is known of its modules; one entry per block."""
+
+    labels: list[Tensor]  # (N,) int64 in [0, K)
+    drift: list[Drift]
+    reliability: list[ModuleReliability]
+    agreement: list[Tensor]  # (K,) Kendall tau inside modules, NaN where undefined
+    block_agreement: list[float]  # Kendall tau over the whole block
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Flat names to tensors, as saved in safetensors."""
+        flat = {"block_agreement": torch.tensor(self.block_agreement, dtype=torch.float64)}
+        for b, labels in enumerate(self.labels):
+            flat |= {f"{b}.labels": labels, f"{b}.agreement": self.agreement[b]}
+            flat |= {f"{b}.drift.{name}": value for name, value in vars(self.drift[b]).items()}
+            flat |= {f"{b}.reliability.{name}": value for name, value in vars(self.reliability[b]).items()}
+        return flat
+
+    @classmethod
+    def from_tensors(cls, flat: dict[str, Tensor]) -> Modules:
+        def part(record: type, b: int, name: str) -> Any:
+            named = {field: f"{b}.{name}.{field}" for field in record.__dataclass_fields__}
+            # What a later version added is missing in a run of an earlier one, and has a default.
+            return record(**{field: flat[key] for field, key in named.items() if key in flat})
+
+        depth = range(len(flat["block_agreement"]))
+        return cls(
+            labels=[flat[f"{b}.labels"] for b in depth],
+            drift=[part(Drift, b, "drift") for b in depth],
+            reliability=[part(ModuleReliability, b, "reliability") for b in depth],
+            agreement=[flat[f"{b}.agreement"] for b in depth],
+            block_agreement=flat["block_agreement"].tolist(),
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat row per module, for tables and figures; undefined agreement is None."""
+        rows = []
+        for index, (record, agreement) in enumerate(zip(self.reliability, self.agreement, strict=True)):
+            for k in range(len(record.size)):
+                tau = float(agreement[k])
+                rows.append(
+                    {
+                        "block": index,
+                        "module": k,
+                        "neurons": int(record.size[k]),
+                        "score": float(record.score[k]),
+                        "sensitivity": float(record.sensitivity[k]),
+                        "noise_floor": float(record.noise[k]),
+                        "agreement": None if tau != tau else tau,
+                        "switched": bool(record.switched[k]),
+                    }
+                )
+        return rows

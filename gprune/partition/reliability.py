@@ -1,0 +1,102 @@
+"""Which modules cannot trust activations, and how neurons rank inside modules.
+
+A module that is sensitive to the distribution *and* weakly activated has an importance order that says more about
+the calibration text than about the neuron. Inside such a module the order comes from a fallback: a metric that needs no
+activations, or, beyond the paper, the base metric seen through all drift corpora (`consensus`, `averaged`). Our reading
+of GPrune-LLM (arXiv 2603.13418).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gprune.partition.drift import fractional_ranks
+
+
+@dataclass(frozen=True)
+class ModuleReliability:
+    """Per module of one block, K entries each."""
+
+    size: Tensor  # (K,) neurons
+    score: Tensor  # (K,) mean within-block rank on corpora.score, (0, 1)
+    sensitivity: Tensor  # (K,) mean rank drift
+    noise: Tensor  # (K,) mean noise floor
+    switched: Tensor  # (K,) bool
+
+
+def module_means(values: Tensor, labels: Tensor) -> Tensor:
+    """Mean of values (N,) inside each module, (K,) float64; labels (N,) in [0, K)."""
+    K = int(labels.max()) + 1
+    total = torch.zeros(K, dtype=torch.float64).index_add_(0, labels, values.double())
+    return total / torch.bincount(labels, minlength=K)
+
+
+def assess_reliability(
+    labels: list[Tensor],
+    ranks: list[Tensor],
+    drifts: list[Tensor],
+    floors: list[Tensor],
+    *,
+    sensitivity_quantile: float = 0.75,
+    score_quantile: float = 0.5,
+    switch: bool = True,
+    everywhere: bool = False,
+) -> list[ModuleReliability]:
+    """Mark the modules whose activations cannot be trusted.
+
+    A module switches if its sensitivity, standardised over the neurons of its block, reaches the
+    `sensitivity_quantile` of all modules of the model, its score does not exceed the `score_quantile`, and its mean
+    drift is above its mean noise floor.
+
+    Args:
+        labels: per block (N,) module of each neuron.
+        ranks: per block (N,) fractional ranks on `corpora.score`.
+        drifts, floors: per block (N,) rank drift and its noise floor.
+        sensitivity_quantile, score_quantile: in [0, 1].
+        switch: False leaves every module with its own metric.
+        everywhere: mark all modules instead, the control of the switch.
+
+    Returns:
+        One record per block.
+    """
+    scores = [module_means(r, y) for r, y in zip(ranks, labels, strict=True)]
+    sensitivity = [module_means(d, y) for d, y in zip(drifts, labels, strict=True)]
+    noise = [module_means(f, y) for f, y in zip(floors, labels, strict=True)]
+    standard = [(s - d.mean()) / d.std().clamp_min(1e-12) for s, d in zip(sensitivity, drifts, strict=True)]
+    high = torch.cat(standard).quantile(sensitivity_quantile)
+    low = torch.cat(scores).quantile(score_quantile)
+    records = []
+    for y, score, s, z, floor in zip(labels, scores, sensitivity, standard, noise, strict=True):
+        unreliable = torch.ones_like(z, dtype=torch.bool) if everywhere else (z >= high) & (score <= low) & (s > floor)
+        switched = unreliable & switch
+        records.append(ModuleReliability(torch.bincount(y), score, s, floor, switched))
+    return records
+
+
+def switched_share(records: list[ModuleReliability]) -> float:
+    """Fraction of neurons that rank by the fallback (`--reliability.metric`)."""
+    switched = sum(int(r.size[r.switched].sum()) for r in records)
+    return switched / sum(int(r.size.sum()) for r in records)
+
+
+def within_module_ranks(scores: Tensor, fallback: Tensor, labels: Tensor, switched: Tensor) -> Tensor:
+    """p_i = (rank of i inside its module + 0.5) / n_m, in (0, 1), (N,) float64; every rank once, larger = keep.
+
+    Args:
+        scores: (N,) importance on `corpora.score`.
+        fallback: (N,) importance by what modules switch to (`--reliability.metric`), used where the module is switched.
+        labels: (N,) modules in [0, K).
+        switched: (K,) bool.
+
+    Ties go by index, so that the ranks inside a module are always 0..n_m - 1: a budget needs an order.
+    """
+    chosen = torch.where(switched[labels], fractional_ranks(fallback), fractional_ranks(scores))
+    p = torch.empty(len(scores), dtype=torch.float64)
+    for k in range(int(labels.max()) + 1):
+        members = (labels == k).nonzero()[:, 0]
+        order = chosen[members].argsort(stable=True)
+        p[members[order]] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+    return p

@@ -1,0 +1,1 @@
+"""The method, one call per step: start with `prune.py`."""

@@ -1,0 +1,133 @@
+"""What a run reads: the frozen model and its tokenizer, and text by role."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from gprune.config import RunConfig
+from gprune.corpora.load import load_corpus
+from gprune.corpora.windows import Windows, make_windows
+from gprune.errors import UserError
+from gprune.export.gguf import tokenizer_keys
+from gprune.models.loading import load_model
+from gprune.models.offload import is_offloaded
+
+log = logging.getLogger("gprune")
+JOIN = "\n\n"  # between documents
+
+
+def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
+    """Raise UserError where a gradient is asked of a model whose weights come and go."""
+    if cfg.model.shard or not is_offloaded(model):
+        return
+    why = "weights that do not fit --model.max_memory are fetched for each forward pass, and no gradient goes through"
+    if cfg.learns:
+        raise UserError(
+            f"--sparsity.allocation learned: {why}; give the model more devices or memory, or add "
+            f"--sparsity.allocation uniform (or global, owl, equal), which learns nothing."
+        )
+    if "saliency" in cfg.collects:
+        raise UserError(
+            f"--importance {cfg.importance}: {why}; give the model more devices or memory, or choose a metric without "
+            f"gradients, such as wanda_sp."
+        )
+
+
+def load(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen model, on the trainer's device unless `device_map` places it, and its tokenizer."""
+    log.info("Loading %s", cfg.model.name)
+    model, tokenizer = load_model(
+        cfg.model.name,
+        dtype=getattr(torch, cfg.model.dtype),
+        device_map=cfg.model.device_map,
+        max_memory=cfg.model.max_memory,
+        trust_remote_code=cfg.model.trust_remote_code,
+    )
+    check_backward(cfg, model)
+    if cfg.export == "gguf":
+        tokenizer_keys(tokenizer, model.get_input_embeddings().num_embeddings)  # refuses what GGUF has no words for
+    # To be sharded it stays on the CPU: each process takes its part from there.
+    return model if cfg.model.device_map or cfg.model.shard else model.to(device), tokenizer
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows by role. What calibrates and what is learned on begins with the same windows of a corpus."""
+
+    train: Mapping[str, Windows]  # score, drift and recover, by corpus
+    learn: list[Windows]  # one per learning corpus, also train text: those above and more, or fewer
+    development: list[Windows]  # one per learning corpus
+    test: list[Windows]  # one per evaluated corpus, of `evaluation.split`
+
+    @property
+    def used(self) -> list[Windows]:
+        """What no evaluated text may share; curves on development text do not use it, they show it."""
+        shown = {w.split for w in self.test}
+        return [*self.train.values(), *self.learn, *(w for w in self.development if w.split not in shown)]
+
+    def hashes(self) -> dict[str, str]:
+        """Content hash by corpus, split and role: what two sittings at one run must share."""
+        roles = {"": self.train.values(), " learned": self.learn, " curve": self.development, " evaluated": self.test}
+        return {f"{w.corpus} {w.split}{role}": w.content_hash for role, found in roles.items() for w in found}
+
+
+def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Read, tokenise and cut every corpus for its roles.
+
+    Raises:
+        UserError: for a corpus with too little text for the samples asked for.
+    """
+    c, e = cfg.corpora, cfg.evaluation
+
+    def windows(corpus: str, split: str, samples: int, seq_len: int, *flags: str, seed: int = 0) -> Windows:
+        # Text that is measured on stays the same for every --run.seed: seeds compare methods, not test sets.
+        return make_windows(
+            load_corpus(corpus, split), tokenizer, corpus=corpus, split=split, num_samples=samples, seq_len=seq_len,
+            seed=seed, join=JOIN, flags=flags,
+        )  # fmt: skip
+
+    calibrated = dict.fromkeys([*cfg.calibration, *cfg.roles["recover"]])
+    log.info("Reading %d corpora", len({*cfg.used, *c.evaluate}))
+    return Text(
+        train={
+            name: windows(
+                name, "train", c.num_samples, c.seq_len, "--corpora.num_samples", "--corpora.seq_len", seed=cfg.run.seed
+            )
+            for name in calibrated
+        },
+        learn=[
+            windows(
+                name,
+                "train",
+                c.learn_samples or c.num_samples,
+                c.seq_len,
+                f"--corpora.{'learn' if c.learn_samples else 'num'}_samples",
+                "--corpora.seq_len",
+                seed=cfg.run.seed,
+            )
+            for name in cfg.roles["learn"]
+        ],
+        development=[
+            windows(
+                name,
+                "development",
+                e.development_samples,
+                c.seq_len,
+                "--evaluation.development_samples",
+                "--corpora.seq_len",
+            )
+            for name in cfg.roles["learn"]
+        ],
+        test=[
+            windows(name, e.split, e.num_samples, e.seq_len, "--evaluation.num_samples", "--evaluation.seq_len")
+            for name in c.evaluate
+        ],
+    )

@@ -1,0 +1,184 @@
+"""Tables and figures from run folders.
+
+python -m gprune.report.report runs/NAME [runs/NAME ...] [--output FOLDER] [--base runs/NAME]
+
+or from Python:
+
+from gprune.report import report
+made = report.make(["runs/a", "runs/b"])
+made.to_markdown(), made.tables[0].rows, made.figures()["ratios"]
+made.write("report")
+
+Runs that differ in seed alone become one row: mean and interval over seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from gprune.evaluation.intervals import generalisation_gap, geometric_mean
+from gprune.report.across import curve_figure, means_figure, ratio_figure, sparsity_lines, stability_figure
+from gprune.report.card import model_card, model_label
+from gprune.report.evaluated import evaluation_table
+from gprune.report.figures import (
+    heterogeneity_figure,
+    perplexity_figure,
+    save,
+    sparsity_figure,
+    style,
+    write_figures,
+)
+from gprune.report.masks import pairs, repeatability_table, sparsity_table, stability_table
+from gprune.report.runs import (
+    FinishedRun,
+    Group,
+    divided,
+    groups,
+    read_evaluation,
+    read_run,
+    read_runs,
+    run_names,
+    short_names,
+    told_apart,
+)
+from gprune.report.summary import (
+    comparison_table,
+    mean_perplexity,
+    over_seeds,
+    perplexity_table,
+    ratio_to,
+    records_table,
+    summary_table,
+)
+from gprune.report.tables import (
+    Estimate,
+    Table,
+    by_stage,
+    markdown,
+    result_table,
+    row_name,
+    unseen_ratios,
+)
+from gprune.storage.files import replacing
+
+__all__ = [
+    "Estimate", "FinishedRun", "Group", "Report", "Table", "by_stage", "comparison_table", "curve_figure",
+    "evaluation_table", "generalisation_gap", "geometric_mean", "groups", "heterogeneity_figure", "make",
+    "markdown", "mean_perplexity", "means_figure", "model_card", "model_label", "of_runs", "over_seeds", "pairs",
+    "perplexity_figure", "perplexity_table", "ratio_figure", "ratio_to", "read_evaluation", "read_run", "read_runs",
+    "records_table", "repeatability_table", "result_table", "row_name", "run_names", "save", "short_names",
+    "sparsity_figure", "sparsity_lines", "sparsity_table", "stability_figure", "stability_table", "style",
+    "summary_table", "unseen_ratios", "write_figures",
+]  # fmt: skip
+FORMATS = ("png", "svg")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The tables of some runs, and what their figures are drawn from."""
+
+    runs: list[FinishedRun]
+    groups: list[Group]
+    tables: list[Table]
+    base: FinishedRun | None
+
+    def to_markdown(self, *, long: bool = True) -> str:
+        """The tables with titles and notes, then the protocols; every number and, if not `long`, blocks are in CSV."""
+        left_out = {"records"} | (set() if long else {"sparsity"})
+        shown = [t for t in self.tables if t.name not in left_out and t.rows]
+        parts = [f"## {t.title}\n\n{t.to_markdown()}\n" + (f"\n{t.note}\n" if t.note else "") for t in shown]
+        return "\n".join([*parts, *(f"{line}\n" for line in self.protocols())])
+
+    def protocols(self) -> list[str]:
+        """One line per protocol that the numbers were measured by."""
+        found = {
+            f"Protocol: {r['model']}; windows of {r['seq_len']} tokens, stride {r['stride']}, "
+            f"{'with' if r['bos'] else 'no'} BOS, {r['dtype']}, {r['split']} text, scope {r['scope']}."
+            for run in self.runs for r in run.records
+        }  # fmt: skip
+        return sorted(found)
+
+    def figures(self) -> dict[str, Figure]:
+        """Figures over all runs, by name."""
+        runs = told_apart(self.runs)
+        names = [
+            *(run.name for run in runs),
+            *(g.name for g in self.groups),
+            *([self.base.name] if self.base else []),
+        ]
+        short = short_names(names)
+        dense, *rows = [("dense" if row[1] == "dense" else _label(short[row[0]], row[1]), row)
+                        for i, row in enumerate(self.tables[0].rows) if i == 0 or row[1] != "dense"]  # fmt: skip
+        found = {"means": means_figure([(label, row[3], row[4]) for label, row in (dense, *rows)])}
+        if ratios := [(label, row[7]) for label, row in rows if row[7] is not None]:
+            found["ratios"] = ratio_figure(ratios, base=_label(short[self.base.name], "base") if self.base else "base")
+        if len(runs) > 1:
+            found["sparsity"] = sparsity_lines({short[run.name]: run.masks for run in runs})
+            known = {(short[a], short[b]): kinds["ffn"] for (a, b), kinds in pairs(runs).items()}
+            if jaccard := {pair: (s.jaccard, s.chance) for pair, s in known.items() if s.jaccard is not None}:
+                found["stability"] = stability_figure([short[run.name] for run in runs], jaccard)
+        return found
+
+    def write(self, folder: Path | str, formats: Sequence[str] = FORMATS) -> list[Path]:
+        """`report.md`, `tables/*.csv` and `figures/*`; what was written, the Markdown file first."""
+        folder = Path(folder).expanduser()
+        texts = {folder / "report.md": f"# {', '.join(g.name for g in self.groups)}\n\n{self.to_markdown()}"}
+        texts |= {folder / "tables" / f"{t.name}.csv": t.to_csv() for t in self.tables if t.rows}
+        for path, text in texts.items():
+            with replacing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        drawn = self.draw(folder / "figures", formats)
+        for run in told_apart(self.runs):
+            own = folder / "figures" / ("" if len(self.runs) == 1 else run.name.replace("/", "-"))
+            drawn += write_figures(own, run.records, run.modules, run.masks, formats)
+        return [*texts, *drawn]
+
+    def draw(self, folder: Path, formats: Sequence[str] = FORMATS, *, prefix: str = "") -> list[Path]:
+        """Files of the figures over all runs."""
+        with style():
+            figures = self.figures()
+        return [path for name, figure in figures.items() for path in save(figure, folder, prefix + name, formats)]
+
+
+def _label(run: str, stage: str) -> str:
+    """Of a row in a figure: short where a run is named for its stage."""
+    return run if run == stage else f"{run}: {stage}"
+
+
+def make(paths: Sequence[Path | str], *, base: Path | str | None = None) -> Report:
+    """Read the runs and make all tables.
+
+    Args:
+        base: a run whose stage `base` all others are divided by; None for each run's own.
+
+    Raises:
+        UserError: for a folder that is no finished run.
+    """
+    return of_runs(read_runs(paths), base=None if base is None else read_run(base))
+
+
+def of_runs(
+    runs: Sequence[FinishedRun],
+    *,
+    base: FinishedRun | None = None,
+    by_seed: Sequence[FinishedRun] | None = None,
+    seen: Sequence[str] | None = None,
+) -> Report:
+    """All tables of runs that have been read, wherever from; `base`, `by_seed` and `seen` as for `summary_table`."""
+    runs = divided(runs, seen)
+    found = groups(runs)
+    tables = [
+        summary_table(found, base, by_seed=by_seed, seen=seen),
+        perplexity_table(found, seen=seen),
+        records_table(runs),
+        sparsity_table(runs),
+    ]
+    if len(runs) > 1:
+        tables += [comparison_table(found), stability_table(found), repeatability_table(found)]
+    if evaluated := [r | {"run": run.name} for run in told_apart(runs) for r in run.evaluation]:
+        tables.append(evaluation_table(evaluated))
+    return Report(runs, found, tables, base)

@@ -1,0 +1,218 @@
+"""The run folder: settings, manifest, and the result of every finished step, so that a run resumes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from gprune.errors import UserError
+from gprune.storage.environment import environment, peak_memory
+from gprune.storage.files import (
+    _cannot_write,
+    file_hashes,
+    key_of,
+    locked,
+    read_json,
+    read_tensors,
+    replacing,
+    write_json,
+    write_tensors,
+)
+
+log = logging.getLogger("gprune")
+
+
+def _holds(path: Path, text: str) -> bool:
+    """Whether a text file has exactly this content."""
+    with suppress(OSError, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8") == text
+    return False
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """'sparsity.target: 0.5 there, 0.3 here' for every leaf in which two nested dictionaries differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for name in sorted({*old, *new})
+            for line in differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
+        ]
+    return [] if old == new else [f"{prefix}: {old} there, {new} here"]
+
+
+class RunFolder:
+    """`runs/<name>/`: settings, manifest, and the result of every finished step.
+
+    Args:
+        path: the folder.
+        count_tokens: tokens so far, by kind.
+        key: of everything that determines the run's results: its files bear it, and others are not taken for its own.
+    """
+
+    def __init__(self, path: Path | str, count_tokens: Callable[[], dict[str, int]] = dict, *, key: str | None = None):
+        self.path = Path(path)
+        self.count_tokens = count_tokens
+        self.key = key
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @contextmanager
+    def opened(self, settings: dict[str, Any], config_yaml: str) -> Iterator[None]:
+        """Create the folder or take up the run in it, and keep other processes out of it meanwhile.
+
+        Raises:
+            UserError: if the folder holds a run with other settings, something that is no run, or links that lead out
+                of it; if another process works in it, or it cannot be written.
+        """
+        if rank_zero_only.rank != 0:
+            yield
+            return
+        if self.path.exists() and not self.path.is_dir():
+            raise self._no_run()
+        with ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.path.resolve()))
+            except BlockingIOError as error:
+                raise UserError(
+                    f"Another process is working in {self.path}; wait for it, or choose another --run.name."
+                ) from error
+            except OSError as error:
+                raise _cannot_write(self.path, error) from error
+            self._take_up(settings, config_yaml)
+            yield
+
+    def _no_run(self) -> UserError:
+        return UserError(f"{self.path} exists and is no gprune run; choose another --run.name or --run.dir.")
+
+    def _take_up(self, settings: dict[str, Any], config_yaml: str) -> None:
+        self._refuse_links()
+        for left in [*self.path.rglob(".*.tmp"), *self.path.glob(".model.*")]:  # by killed sittings: the folder is ours
+            shutil.rmtree(left, ignore_errors=True)
+        manifest = self.manifest
+        changed = differences(manifest.get("settings"), settings) if manifest else []
+        if changed and self.has_results():
+            more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+            raise UserError(
+                f"{self.path} holds a run with other settings: {'; '.join(changed[:3])}{more}. "
+                f"Choose another --run.name, or remove the folder."
+            )
+        if not manifest and (self / "manifest.json").exists():
+            raise UserError(
+                f"{self / 'manifest.json'} is damaged, so nobody knows which run this is; "
+                f"choose another --run.name, or remove the folder."
+            )
+        if not manifest and any(p.name[0] != "." for p in self.path.iterdir()):
+            raise self._no_run()
+        # The manifest comes first: it makes the folder a run, which may be killed at any moment.
+        if changed or not manifest:
+            write_json(self / "manifest.json", {"settings": settings, "environment": environment(), "steps": {}})
+        if not _holds(self / "config.yaml", config_yaml):
+            with replacing(self / "config.yaml") as temporary:
+                temporary.write_text(config_yaml, encoding="utf-8")
+
+    def _refuse_links(self) -> None:
+        """A folder from elsewhere may hold links through which a run would write outside of it.
+
+        Inside `wandb/` W&B makes such links itself, and writes into folders that are new each time.
+        """
+        root = os.path.realpath(self.path)
+        for folder, names, files in os.walk(root):
+            if os.path.dirname(folder) == root and os.path.basename(folder) == "wandb":
+                names.clear()
+                continue
+            for path in (os.path.join(folder, name) for name in (*names, *files)):
+                if os.path.islink(path) and not os.path.realpath(path).startswith(root + os.sep):
+                    raise UserError(f"{path} is a link out of the run folder; remove it, or choose another --run.name.")
+
+    def has_results(self) -> bool:
+        """Whether any step has left something: until then, corrected settings may take the folder over."""
+        return (self / "metrics.json").exists() or any(self.path.rglob("*.safetensors"))
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest, or nothing where there is none that is whole and has the shape of one."""
+        found = read_json(self / "manifest.json")
+        parts = [found.get("settings"), found.get("steps")] if isinstance(found, dict) else [None]
+        steps = parts[-1].values() if all(isinstance(part, dict) for part in parts) else [None]
+        numbers = (value for step in steps if isinstance(step, dict) for value in step.values())
+        sound = all(isinstance(step, dict) for step in steps) and all(isinstance(n, int | float) for n in numbers)
+        return found if sound else {}
+
+    @rank_zero_only
+    def update_manifest(self, **entries: Any) -> None:
+        """Merge entries into the manifest, dictionaries one level deep.
+
+        Raises:
+            UserError: if it has gone, or was damaged, while the run went on.
+        """
+        manifest = self.manifest
+        if not manifest:
+            raise UserError(f"{self / 'manifest.json'} vanished or was altered while the run went on.")
+        for name, value in entries.items():
+            manifest[name] = {**manifest.get(name, {}), **value} if isinstance(value, dict) else value
+        write_json(self / "manifest.json", manifest)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Note a step's wall seconds, tokens and peak memory, also when it fails; a step taken up again adds up."""
+        started, before = time.monotonic(), self.count_tokens()
+        try:
+            yield
+        finally:
+            earlier = self.manifest.get("steps", {}).get(name, {})
+            used = {"seconds": time.monotonic() - started}
+            used |= {kind: count - before[kind] for kind, count in self.count_tokens().items()}
+            total = {kind: round(value + earlier.get(kind, 0), 2) for kind, value in used.items()}
+            self.update_manifest(steps={name: total | peak_memory()})
+
+    def total_tokens(self) -> dict[str, int]:
+        """Tokens of all steps so far, also of earlier sittings at this run."""
+        steps = self.manifest.get("steps", {}).values()
+        return {kind: int(sum(step.get(kind, 0) for step in steps)) for kind in self.count_tokens()}
+
+    def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of a finished step, or those of `compute()`, saved."""
+        found = self.read(name)
+        if found is None:
+            with self.step(name):
+                found = compute()
+            self.write(name, found)
+        return found
+
+    def read(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors of `<name>.safetensors`, or None if it is missing, not whole, or another run's."""
+        return read_tensors(self / f"{name}.safetensors", run=self.key)
+
+    def write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        """Save tensors as this run's."""
+        marks = {"run": self.key} if self.key else {}
+        write_tensors(self / f"{name}.safetensors", tensors, {**(metadata or {}), **marks})
+
+
+def exported_model(run: Path) -> Path:
+    """The folder of the model that a run exported.
+
+    Raises:
+        UserError: where it is not what the run left there.
+    """
+    left = (read_json(run / "manifest.json") or {}).get("model")
+    if left is not None and left != file_hashes(run / "model"):
+        raise UserError(f"{run / 'model'} is not what the run left there; run the same command again.")
+    return run / "model"
+
+
+def corpus_file(corpus: str) -> str:
+    """A file name for a corpus, which may be a path."""
+    plain = os.path.basename(os.path.normpath(corpus))
+    return plain if plain == corpus else f"{plain}-{key_of(corpus=corpus)[:6]}"

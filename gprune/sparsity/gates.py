@@ -1,0 +1,162 @@
+"""Gates on a running model: the soft ones that thresholds learn by, and masks as if the model were pruned.
+
+Hooks exist only inside context managers; weights are never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from gprune.models.blocks import Block, blocks_of
+from gprune.models.experts import Watch, watch_experts
+from gprune.models.masks import Masks
+
+Gates = Sequence[Tensor | None] | None  # one per block; None lets everything through
+
+
+def soft_gate(p: Tensor, thresholds: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
+    """sigmoid((p_i - sigmoid(t_m)) / T_m) with T_m = max(0.05, 1 / n_m), (N,): the gradient's view of the mask.
+
+    Args:
+        p: (N,) within-module ranks in (0, 1).
+        thresholds: t, (K,) in logit space; sigmoid(t_m) is the fraction of the module removed.
+        labels: (N,) modules in [0, K).
+        sizes: n, (K,) units per module.
+    """
+    temperature = (1 / sizes.to(p.dtype)).clamp_min(0.05)
+    return torch.sigmoid((p - torch.sigmoid(thresholds)[labels]) / temperature[labels])
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """The value of `hard` with the gradient of `soft` (Bengio et al., arXiv 1308.3432)."""
+    return (soft - soft.detach()) + hard.to(soft.dtype)  # in this order the value is exactly 0 or 1
+
+
+@contextmanager
+def gated(model: PreTrainedModel, ffn: Gates, attention: Gates = None) -> Iterator[PreTrainedModel]:
+    """Multiply what enters each `down_proj` by its block's gate (N,), each KV group's channels by its gate (G,).
+
+    With experts the gate is (E x N,). Where a norm takes all heads at once, it takes those that the gate lets through.
+    The lists are read at every forward pass, so gates may be replaced in place between steps. Leaving (also by an
+    exception) restores the model bit for bit.
+    """
+    with ExitStack() as taken_off:
+        for block in blocks_of(model):
+            for handle in (*_ffn_gate(block, ffn), *_attention_gates(block, attention)):
+                taken_off.callback(handle.remove)
+        yield model
+
+
+@contextmanager
+def corrected(model: PreTrainedModel, ffn: Gates, attention: Gates = None) -> Iterator[PreTrainedModel]:
+    """Add C x to what each `down_proj` and `o_proj` makes of its (gated) input x: weights that recovery would change.
+
+    Args:
+        ffn, attention: per block C (H, channels), or None where nothing is added. As with `gated` the lists are read at
+            every forward pass, and leaving restores the model bit for bit. Not for blocks with experts.
+    """
+    with ExitStack() as taken_off:
+        for block in blocks_of(model):
+            for part, added in ((block.down, ffn), (block.output, attention)):
+                if added is not None:
+                    taken_off.callback(part.host.register_forward_hook(_add(added, block.index)).remove)
+        yield model
+
+
+def _add(added: Sequence[Tensor | None], index: int) -> Callable[..., Tensor | None]:
+    def after(_module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        correction = added[index]
+        return None if correction is None else output + F.linear(inputs[0], correction.to(inputs[0]))
+
+    return after
+
+
+def _ffn_gate(block: Block, gates: Gates) -> Iterator[RemovableHandle | Watch]:
+    if gates is None:
+        return
+
+    def expert_gate(x: Tensor, expert: int, tokens: Tensor) -> Tensor | None:
+        gate = gates[block.index]
+        return None if gate is None else x * gate.view(block.experts, -1)[expert].to(x)
+
+    if block.has_experts:
+        yield watch_experts(block.down.host, expert_gate)
+    else:
+        yield _multiply(block.down.host, _channels(gates, block.index))
+
+
+def _attention_gates(block: Block, gates: Gates) -> Iterator[RemovableHandle]:
+    if gates is None:
+        return
+    query = _channels(gates, block.index, repeats=block.channels_per_group)
+    yield _multiply(block.output.host, query)
+    if block.family.query_norm is not None:
+        yield from _renormalise(block.module(block.family.query_norm), query)
+    if block.family.key_norm is not None:
+        key = _channels(gates, block.index, repeats=block.head_dim)
+        yield from _renormalise(block.module(block.family.key_norm), key)
+
+
+def _channels(gates: Sequence[Tensor | None], index: int, *, repeats: int = 1) -> Callable[[Tensor], Tensor | None]:
+    """A function that gives the gate of each of x's channels as it is at the moment, in x's dtype and place."""
+
+    def gate_for(x: Tensor) -> Tensor | None:
+        gate = gates[index]
+        return None if gate is None else gate.to(x).repeat_interleave(repeats) if repeats > 1 else gate.to(x)
+
+    return gate_for
+
+
+def _multiply(module: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    def before(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        gate = gate_for(inputs[0])
+        return inputs if gate is None else (inputs[0] * gate, *inputs[1:])
+
+    return module.register_forward_pre_hook(before)
+
+
+def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | None]) -> Iterator[RemovableHandle]:
+    """A root-mean-square norm over all heads at once becomes the norm over the heads that stay.
+
+    With n channels of which the gate g lets m = sum g through, rms(x_kept) = rms(c g x) with c = sqrt(n / m): the norm
+    of c g x is c x_kept / rms(x_kept), and is divided by c.
+    """
+
+    def scale(gate: Tensor) -> Tensor:
+        return (len(gate) / gate.sum().clamp_min(1)).sqrt()
+
+    def before(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        gate = gate_for(inputs[0])
+        return inputs if gate is None else (inputs[0] * gate * scale(gate), *inputs[1:])
+
+    def after(_module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        gate = gate_for(output)
+        return output if gate is None else output / scale(gate)
+
+    yield norm.register_forward_pre_hook(before)
+    yield norm.register_forward_hook(after)
+
+
+@contextmanager
+def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
+    """The model as if pruned, for as long as the context lasts. A block that keeps no unit hands its input on."""
+    whole = all(bool(m.all()) for m in masks.attention)
+    gone = [block for block, kept in zip(blocks_of(model), masks.blocks, strict=True) if not kept]
+
+    def skip(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        return args[0] if args else kwargs["hidden_states"]
+
+    handles = [block.layer.register_forward_hook(skip, with_kwargs=True) for block in gone]
+    try:
+        with gated(model, masks.ffn, None if whole else masks.attention):
+            yield model
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,126 @@
+"""Lightning callbacks: masks on the frozen model while a stage runs, and perplexity curves for the loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gprune.corpora.windows import Windows
+from gprune.evaluation.perplexity import perplexity
+from gprune.models.masks import Masks
+from gprune.partition.reliability import module_means
+from gprune.runs.tracking import log_scalars, log_table
+from gprune.sparsity.gates import corrected, gated
+from gprune.stages.thresholds import ThresholdLearning
+
+
+class ApplyMasks(L.Callback):
+    """Applies a stage's gates to its frozen model for as long as `fit` lasts, and takes them off again.
+
+    Also after an exception: a notebook that interrupts learning gets its model back bit for bit.
+    """
+
+    def __init__(self) -> None:
+        self._context = ExitStack()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
+        self._context.enter_context(gated(pl_module.lm, pl_module.ffn_gates, pl_module.attention_gates))
+        if pl_module.recover is not None:
+            self._context.enter_context(corrected(pl_module.lm, *pl_module.corrections))
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
+        self._context.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: ThresholdLearning, exception: BaseException) -> None:
+        self._context.close()
+
+    def teardown(self, trainer: L.Trainer, pl_module: ThresholdLearning, stage: str) -> None:
+        self._context.close()  # an exception before the first hook; closing twice is harmless
+
+
+def corpus_perplexities(model: PreTrainedModel, windows: Sequence[Windows], *, batch_size: int = 4) -> dict[str, float]:
+    """Perplexity by corpus name."""
+    return {w.corpus: perplexity(model, w, batch_size=batch_size).perplexity for w in windows}
+
+
+class PerplexityCurve(L.Callback):
+    """Development perplexity per corpus as curves: against the epoch of learning, and against sparsity.
+
+    Against the epoch: at the start and after each epoch, at the target sparsity. Against sparsity: at the end, the
+    learned thresholds at every budget of `targets`, and the dense model at 0. Only process 0 computes.
+    """
+
+    def __init__(self, windows: Sequence[Windows], *, targets: dict[float, int], batch_size: int = 4):
+        self.windows, self.targets, self.batch_size = windows, targets, batch_size
+        self.by_epoch: list[dict[str, float]] = []
+        self.by_sparsity: dict[float, dict[str, float]] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
+        self._epoch_point(trainer, pl_module, 0)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
+        self._epoch_point(trainer, pl_module, trainer.current_epoch + 1)
+
+    @torch.no_grad()
+    def _epoch_point(self, trainer: L.Trainer, pl_module: ThresholdLearning, epoch: int) -> None:
+        if not trainer.is_global_zero:
+            return
+        pl_module.refresh_corrections(pl_module.refresh_gates())
+        values = corpus_perplexities(pl_module.lm, self.windows, batch_size=self.batch_size)
+        self.by_epoch.append(values)
+        self._log(trainer, "learn", {"learn/epoch": float(epoch)}, values, trainer.global_step)
+
+    @torch.no_grad()
+    def on_fit_end(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
+        """Runs after ApplyMasks has taken its gates off: callbacks are called in order."""
+        if not trainer.is_global_zero:
+            return
+        self.by_sparsity[0.0] = corpus_perplexities(pl_module.lm, self.windows, batch_size=self.batch_size)
+        for sparsity, target in self.targets.items():
+            with pl_module.pruned(pl_module.masks(target=target)) as lm:
+                self.by_sparsity[sparsity] = corpus_perplexities(lm, self.windows, batch_size=self.batch_size)
+        for step, (sparsity, values) in enumerate(sorted(self.by_sparsity.items())):
+            self._log(trainer, "curve", {"curve/sparsity": sparsity}, values, step)
+
+    @staticmethod
+    def _log(trainer: L.Trainer, stage: str, axis: dict[str, float], values: dict[str, float], step: int) -> None:
+        points = axis | {f"{stage}/perplexity/{corpus}": value for corpus, value in values.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(points, step=step)
+
+
+class ModuleReport(L.Callback):
+    """Logs sensitivity, agreement and learned sparsity of every module when learning ends: a W&B table, CSV means."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]]):
+        self.rows = rows
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
+        log_modules(trainer.loggers, self.rows, pl_module.masks(), pl_module.ranks.labels)
+
+
+def log_modules(
+    loggers: Sequence[Logger], rows: Sequence[dict[str, Any]], masks: Masks, labels: Sequence[Tensor]
+) -> None:
+    """The table `modules`, and per module the scalars `modules/sensitivity`, `/agreement`, `/sparsity`.
+
+    A module's sparsity is the fraction of its neurons that the masks remove.
+    """
+    removed = [module_means(~keep, y) for keep, y in zip(masks.ffn, labels, strict=True)]
+    rows = [row | {"sparsity": float(removed[row["block"]][row["module"]])} for row in rows]
+    log_table(loggers, "modules", rows)
+    names = ("sensitivity", "noise_floor", "agreement", "sparsity")
+    for step, row in enumerate(rows):
+        log_scalars(
+            loggers,
+            {"modules/index": float(step)}
+            | {f"modules/{name}": float(row[name]) for name in names if row.get(name) is not None},
+            step=step,
+        )

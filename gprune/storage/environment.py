@@ -1,0 +1,65 @@
+"""What a reader needs to know to repeat a run: revision, versions, device, memory."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import resource
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger("gprune")
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak memory of this process so far, MiB: resident, and where there are GPUs allocated on the fullest of them."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = {"peak_memory_mib": round(peak / (1024 * 1024 if platform.system() == "Darwin" else 1024))}
+    if torch.cuda.is_initialized():
+        devices = range(torch.cuda.device_count())
+        found["peak_gpu_memory_mib"] = round(max(torch.cuda.max_memory_allocated(d) for d in devices) / 2**20)
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to know to repeat a run: revision, versions, device."""
+    packages = {}
+    for name in (
+        "torch",
+        "lightning",
+        "transformers",
+        "datasets",
+        "torchmetrics",
+        "wandb",
+        "scikit-learn",
+        "scipy",
+    ):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "git_revision": git_revision(),
+        "python": platform.python_version(),
+        "packages": packages,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def git_revision() -> str | None:
+    """Revision of the checkout that gprune runs from, with '-dirty' for uncommitted changes; None outside git."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None

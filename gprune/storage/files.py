@@ -1,0 +1,197 @@
+"""Files written whole or not at all, and checked when they are read: safetensors and JSON. Nothing is ever unpickled.
+
+Of several processes only the first writes; all of them read. Every file is written in a scratch folder beside its place
+and renamed. It carries the hash of its content, its name and, where it belongs to one run, that run's key, so that a
+truncated, altered or foreign file is noticed and computed again, never silently used. Files without these marks (by
+hand, or by an earlier version) are taken as they are."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from glob import escape as glob_escape
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import yaml
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gprune.errors import UserError, first_line
+from gprune.models.loading import as_bytes
+
+log = logging.getLogger("gprune")
+FORMAT_VERSION = 4  # part of every cache key: raise it when what is stored changes meaning
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a file to write, in a scratch folder beside `path`; on success rename it to `path`, on failure remove it.
+
+    Raises:
+        UserError: when the folder cannot be written or the disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _scratch(path) as folder:
+            yield folder / path.name
+            os.replace(folder / path.name, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return UserError(
+        f"Cannot write {path}: {reason}. Free space or choose another place (a run's results: --run.dir; caches: "
+        f"$GPRUNE_CACHE); what was finished is kept."
+    )
+
+
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A folder for what will become `path`; those that killed processes left there are removed.
+
+    A folder, because libraries put temporary files of their own beside the one they write. Its random name cannot be
+    guessed by whoever hands us a run folder with links in it. Its lock ends with the process, however that ends, so
+    one that can be locked belongs to nobody.
+    """
+    for left in path.parent.glob(f".{glob_escape(path.name)}.*.tmp"):
+        with suppress(OSError), locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+    mine = False
+    with ExitStack() as stack:
+        while not mine:
+            folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            # Somebody may have taken it for abandoned in the moment before it was locked.
+            with suppress(BlockingIOError, FileNotFoundError):
+                stack.enter_context(locked(folder))
+                mine = folder.exists()
+        yield folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder, or go without one where the file system has none.
+
+    Raises:
+        BlockingIOError: if another process holds it.
+        OSError: if there is no such folder.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            log.debug("%s: the file system has no locks", folder)
+        yield
+    finally:
+        os.close(handle)
+
+
+@rank_zero_only
+def write_json(path: Path, content: Any, *, run: str | None = None) -> None:
+    """Write JSON, an object with its checksum as the last entry; `run` is the key of the run it belongs to, if any."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    if isinstance(content, dict):
+        plain = json.loads(text) | ({"run": run} if run else {})
+        text = json.dumps(plain | {"checksum": json_hash(plain, path.name)}, indent=1)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, *, run: str | None = None) -> Any:
+    """The content, or None (with one warning unless it is missing) if it is not whole, altered or foreign."""
+    try:
+        content, reason = json.loads(path.read_text(encoding="utf-8")), None
+        if isinstance(content, dict) and "checksum" in content:
+            if content.pop("checksum") != json_hash(content, path.name):
+                reason = "its content does not match its checksum"
+            elif content.pop("run", run) != run and run is not None:
+                reason = "it belongs to another run"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+    return content if reason is None else _unusable(path, reason)
+
+
+def json_hash(content: dict[str, Any], name: str) -> str:
+    """SHA-256 (16 hex digits) over a file's name and plain content, however it is laid out."""
+    return hashlib.sha256(f"{name} {json.dumps(content, sort_keys=True)}".encode()).hexdigest()[:16]
+
+
+def _unusable(path: Path, reason: str) -> None:
+    log.warning("%s is not usable (%s); going on without it.", path, reason)
+
+
+def content_hash(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        digest.update(as_bytes(tensor))
+    return digest.hexdigest()
+
+
+@rank_zero_only
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Save tensors with their content hash and the file's name in its metadata."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    marks = {**(metadata or {}), "content_hash": content_hash(tensors), "file": path.name}
+    with replacing(path) as temporary:
+        # As one entry: safetensors writes several in another order each time, and equal files should be equal bytes.
+        save_file(tensors, temporary, metadata={"marks": json.dumps(marks, sort_keys=True)})
+
+
+def read_tensors(path: Path, *, run: str | None = None) -> dict[str, Tensor] | None:
+    """The tensors, or None (with one warning unless it is missing) if the file is truncated, altered or foreign."""
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            marks = json.loads(metadata["marks"]) if "marks" in metadata else metadata
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        reason = None
+        if marks.get("content_hash") != content_hash(tensors):
+            reason = "its content does not match its hash"
+        elif marks.get("file", path.name) != path.name:
+            reason = f"it was written as {marks['file']}"
+        elif run is not None and marks.get("run", run) != run:
+            reason = "it belongs to another run"
+    except Exception as error:  # safetensors and torch each raise their own, down to KeyError for an unknown dtype
+        reason = first_line(error)
+    return tensors if reason is None else _unusable(path, reason)
+
+
+def key_of(**what: Any) -> str:
+    """A 16-digit key of plain values that determine a result."""
+    text = json.dumps({"format": FORMAT_VERSION, **what}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_hashes(folder: Path, pattern: str = "*") -> dict[str, str]:
+    """SHA-256 (16 hex digits) of the files in a folder whose names match, by name; empty where there is none."""
+    found = {}
+    for path in sorted(folder.glob(pattern)):
+        if path.is_file():
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return found
+
+
+def to_yaml(content: dict[str, Any]) -> str:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,213 @@
+"""A list of configurations, run on one machine or spread over many: resumes, keeps records, prints tables.
+
+    export GPRUNE_DATA_DIR=mirrors
+    python -m gprune.studies.job experiments/questions/parts.yaml            # prints token-hours, runs, prints tables
+    python -m gprune.studies.job experiments/questions/parts.yaml --table    # from the records that are kept
+    python -m gprune.studies.job LIST --seeds 0 1 2 --only paper best -- --corpora.num_samples=8
+
+What a list is: `experiments/lists.py`.
+
+After each configuration its numbers, masks and costs are written to `experiments/records/runs/`; whichever list asks, a
+configuration whose settings stand there is not run again. Run folders share calibration through the cache.
+
+On a cluster each line of `--commands` is a job of its own, in any order, on any node with the same checkout:
+
+    python -m gprune.studies.job LIST --commands | parallel -j 8                             # GNU parallel
+    sbatch --array=1-8 --wrap 'python -m gprune.studies.job LIST --part $SLURM_ARRAY_TASK_ID/8'
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gprune
+from gprune import cli
+from gprune.console import Parser, run_verb
+from gprune.errors import UserError
+from gprune.models.blocks import blocks_of
+from gprune.models.loading import load_model
+from gprune.models.losses import next_token_loss
+from gprune.pipeline.plan import check
+from gprune.report import report
+from gprune.sparsity.gates import gated
+from gprune.storage.files import key_of, read_json, write_json
+from gprune.studies import listing as lists
+from gprune.studies.listing import Listing, Row, commands, parts_of, plain
+from gprune.studies.tables import Done, costs_of, curve, packed, reported, text_of
+
+
+def found(row: Row) -> dict[str, Any] | None:
+    """The record of an earlier run with the same settings, with the tasks this list asks for."""
+    kept = read_json(row.path)
+    return kept if row.is_of(kept) and row.wanted_tasks in ({}, kept.get("tasks")) else None
+
+
+def run(row: Row) -> dict[str, Any]:
+    """Run one configuration, and its tasks, and keep what came out."""
+    cfg, tasks = row.config, row.wanted_tasks
+    if tasks and cfg.recovery != "none":  # masks do not hold what recovery changed
+        cfg = replace(cfg, export="hf")
+    result = gprune.prune(cfg)
+    manifest = read_json(result.path / "manifest.json")
+    kept = {
+        "name": row.name,
+        "flags": [f for f in row.flags if not f.startswith(("--run.", "--logging.", "--export", "--corpora.collect"))],
+        "settings": plain(cfg.settings()),
+        "inputs": manifest["settings"]["inputs"],
+        "environment": manifest["environment"],
+        "steps": manifest["steps"],
+        "summary": {k: v for k, v in result.summary.items() if k not in ("geometric_means", "unseen_over_base")},
+        "learning": manifest.get("learning"),
+        "masks": packed(result.masks),
+        "records": [r | {"window_nll": [round(v, 4) for v in r["window_nll"]]} for r in result.records],
+    }
+    if tasks:
+        kept |= {"tasks": tasks, "evaluation": evaluated(result.path, cfg, tasks, kept["inputs"]["model"])}
+    write_json(row.path, kept)
+    return kept
+
+
+def evaluated(folder: Path, cfg: gprune.RunConfig, tasks: dict[str, Any], dense_model: str) -> list[dict[str, Any]]:
+    """Records of `python -m gprune.evaluation` on a finished run, the dense model's (by its fingerprint) first."""
+    from gprune.benchmarks import job as evaluation
+
+    options = {
+        "--tasks": ",".join(tasks["names"]),
+        **{f"--{k}": str(tasks[k]) for k in ("limit", "seq_len", "dtype") if k in tasks},
+    }
+    shared = lists.RECORDS.parent / "dense" / f"{key_of(model=[dense_model, cfg.model.dtype], tasks=tasks)}.json"
+    dense = (read_json(shared) or {}).get("records")
+    arguments = [str(folder), *(part for pair in options.items() for part in pair), *(["--dense"] if not dense else [])]
+    records, _ = evaluation.run(evaluation.parser().parse_args(arguments))
+    if dense:  # measured with an earlier row: the same model, text and settings
+        return [*dense, *(r for r in records if r["stage"] != "dense")]
+    write_json(shared, {"records": [r for r in records if r["stage"] == "dense"]})
+    return records
+
+
+def token_hours(pending: Sequence[Any]) -> str:
+    """What is still to be computed, at most, and how long it takes at the speed of this machine right now; tasks apart.
+
+    Args:
+        pending: rows, or whatever else has a `config`.
+    """
+    forward = backward = 0
+    for row in pending:
+        plan = check(row.config)
+        forward, backward = forward + plan.forward_tokens, backward + plan.forward_backward_tokens
+    cfg = pending[0].config
+    m = cfg.model
+    device = check(cfg).device
+    model, _ = load_model(m.name, dtype=getattr(torch, m.dtype), trust_remote_code=m.trust_remote_code)
+    model = model.to(device)
+    ids = torch.randint(model.config.vocab_size, (cfg.corpora.batch_size, cfg.corpora.seq_len), device=device)
+    with torch.no_grad():
+        next_token_loss(model, ids[:, :64])  # warm
+        forward_speed = ids.numel() / seconds(lambda: next_token_loss(model, ids).item())  # the number: a GPU is done
+    gates = [torch.ones(b.experts * b.neurons, requires_grad=True, device=device) for b in blocks_of(model)]
+    with gated(model, gates):
+        backward_speed = ids.numel() / seconds(
+            lambda: (next_token_loss(model, ids).backward(), gates[0].grad.sum().item())
+        )
+    hours = (forward / forward_speed + backward / backward_speed) / 3600
+    return (
+        f"{len(pending)} configurations: at most {forward:,} tokens forward ({forward_speed:.0f}/s here) and "
+        f"{backward:,} forward and backward ({backward_speed:.0f}/s), shared passes counted for each"
+        f"{', tasks not counted' * any(getattr(row, 'wanted_tasks', None) for row in pending)}: {hours:.1f} hours"
+    )
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Wall seconds of one call."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def parser() -> Parser:
+    """The command line."""
+    made = Parser(
+        "python -m gprune.studies.job", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Flags of train.py come after --, and last in every row.",
+    )  # fmt: skip
+    made.add_argument("lists", nargs="+", metavar="LIST", help="YAML files, such as experiments/questions/parts.yaml")
+    made.add_argument("--seeds", nargs="+", type=int, help="of all rows; default: the list's own")
+    made.add_argument("--only", nargs="+", metavar="ROW", help="run and print these rows only")
+    made.add_argument("--part", metavar="I/N", help="run every N-th row from the I-th on: one machine's share")
+    made.add_argument("--table", action="store_true", help="print what is there; run nothing")
+    made.add_argument("--costs", action="store_true", help="print seconds, tokens and memory of each step as well")
+    made.add_argument("--commands", action="store_true", help="print one command per pending row; run nothing")
+    made.add_argument("--figures", metavar="FOLDER", help="draw means, ratios, mask stability, curve into this folder")
+    return made
+
+
+def arguments(given: Sequence[str]) -> Namespace:
+    """Options, and as `flags` what comes after `--` (argparse gives that to LIST, or refuses it behind options)."""
+    own, flags = (given, []) if "--" not in given else (given[: given.index("--")], given[given.index("--") + 1 :])
+    return Namespace(**vars(parser().parse_args(own)), flags=list(flags))
+
+
+def work(options: Namespace) -> None:
+    """Run, then print."""
+    for path in options.lists:
+        listing = Listing.read(path, seeds=options.seeds, flags=options.flags)
+        names = dict.fromkeys(row.name for row in listing.rows)
+        if unknown := [name for name in options.only or () if name not in names]:
+            raise UserError(f"--only: expected rows of {path} ({', '.join(names)}), got '{unknown[0]}'.")
+        chosen = parts_of([row for row in listing.rows if row.name in (options.only or names)], options.part)
+        pending = [row for row in chosen if found(row) is None]
+        if options.commands:
+            sys.stdout.writelines(f"{line}\n" for line in commands(path, pending, options.flags))
+            continue
+        if pending and not options.table:
+            sys.stdout.write(token_hours(pending) + "\n")
+            for row in pending:
+                started = time.perf_counter()
+                run(row)
+                sys.stdout.write(f"{row.name}, seed {row.seed}: {time.perf_counter() - started:.0f} s, kept\n")
+                sys.stdout.flush()
+        wanted = [row for row in listing.rows if row in chosen or row.name == listing.reference]
+        done = [(row, kept) for row in wanted if (kept := found(row)) is not None]
+        sys.stdout.write("\n" + (text_of(listing, done) if done else f"{path}: no records yet.") + "\n")
+        if done and options.costs:
+            sys.stdout.write("\n" + costs_of(done) + "\n")
+        if done and options.figures:
+            draw(listing, done, Path(options.figures))
+
+
+def draw(listing: Listing, done: Done, folder: Path) -> None:
+    """The report's figures over all rows, and the list's curve."""
+    made = reported(listing, done)
+    made.draw(folder, prefix=f"{listing.path.stem}-")
+    with report.style():
+        if (figure := curve(listing, made.runs)) is not None:
+            report.save(figure, folder, f"{listing.path.stem}-curve", report.FORMATS)
+
+
+def main() -> None:
+    """Exit code 2 and one line for what a user can mend, 130 for Ctrl-C."""
+
+    def listed() -> str:
+        options = arguments(sys.argv[1:])
+        cli.quiet()
+        work(options)
+        return ""
+
+    code = run_verb("gprune.studies.job", listed, interrupted="Interrupted. Rows that were finished are kept.")
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("WANDB_MODE", "disabled")
+    main()

@@ -1,0 +1,195 @@
+"""WikiText-2 in the convention of the literature, against the usual script written out, and the bootstraps on it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers.processors import TemplateProcessing
+
+from gprune.benchmarks import wikitext2 as wikitext
+from gprune.benchmarks.wikitext2 import join_lines, literature_windows, wikitext2_perplexity
+from gprune.errors import UserError
+from gprune.evaluation.intervals import (
+    bootstrap_perplexity,
+    geometric_mean,
+    paired_bootstrap_difference,
+    paired_bootstrap_ratio,
+)
+from tests.conftest import make_tiny_llama
+from tests.tiny_run import WORDS, tiny_tokenizer
+
+
+@contextmanager
+def no_hub():
+    yield False
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch):
+    """A file of 30 lines in the place where the mirror has it."""
+    rng = np.random.default_rng(0)
+    lines = [" \n" if i % 4 == 0 else " " + " ".join(rng.choice(WORDS, 20)) + " \n" for i in range(30)]
+    path = tmp_path / "corpora" / "wikitext2" / "wiki.test.raw"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(lines), encoding="utf-8")
+    monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(wikitext, "offline_if_unreachable", no_hub)
+    return path
+
+
+def rows_of_the_data_set(raw: str) -> list[str]:
+    """As the data set on the hub was made: a row per line of the file, blank ones emptied."""
+    return [line if line.strip() else "" for line in io.StringIO(raw, newline="\n")]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        " \n = Title = \n \n Text of a line . \n Another . \n", "a\n\n\nb\n", "no line end", "a \x0c b\n c \u2028 d \n",
+        "\n", "a\n \t \nb",
+    ],
+)  # fmt: skip
+def test_lines_keep_their_end_and_blank_ones_are_empty(raw):
+    assert join_lines(raw) == "\n\n".join(rows_of_the_data_set(raw))
+
+
+def test_lines_by_hand():
+    assert join_lines(" \n = T = \n b \n") == "\n\n = T = \n\n\n b \n"
+
+
+def test_the_mirror_has_the_rows_of_the_data_set():
+    import os
+
+    path = Path(os.environ.get("GPRUNE_DATA_DIR", "")) / wikitext.MIRROR
+    if not os.environ.get("GPRUNE_DATA_DIR") or not path.is_file():
+        pytest.skip("no $GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw")
+    raw = path.read_text(encoding="utf-8")
+    assert len(rows_of_the_data_set(raw)) == 4358
+    assert join_lines(raw) == "\n\n".join(rows_of_the_data_set(raw))
+    assert wikitext.wikitext2() == join_lines(raw)
+
+
+def test_windows_are_whole_in_order_and_without_bos():
+    text = " ".join(np.random.default_rng(1).choice(WORDS, 100))
+    tokenizer = tiny_tokenizer()
+    plain = tokenizer(text).input_ids
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert tokenizer(text).input_ids[0] == 1
+    windows = literature_windows(text, tokenizer, seq_len=16)
+    assert windows.tokens.tolist() == [plain[i : i + 16] for i in range(0, 96, 16)]
+
+
+def usual_script(model, tokenizer, text: str, seq_len: int) -> float:
+    """The loop of the pruning and quantisation literature, in float64."""
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+    samples = ids.numel() // seq_len
+    total = 0.0
+    for i in range(samples):
+        window = ids[:, i * seq_len : (i + 1) * seq_len]
+        logits = model(window).logits.double()
+        mean = F.cross_entropy(logits[0, :-1], window[0, 1:])
+        total += float(mean) * seq_len
+    return math.exp(total / (samples * seq_len))
+
+
+@pytest.mark.parametrize("seq_len", [16, 128])
+def test_perplexity_is_that_of_the_usual_script(seq_len, raw):
+    model, tokenizer = make_tiny_llama(), tiny_tokenizer()
+    record = wikitext2_perplexity(model, tokenizer, seq_len=seq_len)
+    expected = usual_script(model, tokenizer, join_lines(raw.read_text()), seq_len)
+    assert record["perplexity"] == pytest.approx(expected, rel=1e-6)
+    assert record["low"] < record["perplexity"] < record["high"]
+    assert record["windows"] * (seq_len - 1) == record["tokens"]
+    assert math.exp(sum(record["window_nll"]) / record["tokens"]) == pytest.approx(record["perplexity"])
+    json.dumps(record, allow_nan=False)
+
+
+def test_the_protocol_is_in_the_record(raw):
+    whole = wikitext2_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32)
+    stamp = {"seq_len": 32, "stride": 32, "bos": False, "join": "\n\n", "split": "test", "dtype": "float32"}
+    assert stamp.items() <= whole.items()
+    assert whole["standard_protocol"]
+    part = wikitext2_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32, limit=3)
+    assert not part["standard_protocol"]
+    assert "only the first 3 windows" in part["note"]
+    assert part["window_nll"] == pytest.approx(whole["window_nll"][:3], rel=1e-6)
+    assert part["content_hash"] != whole["content_hash"]
+    assert wikitext2_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32, limit=10**6)["standard_protocol"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [({"seq_len": 257}, "expected 2 to 256 tokens"), ({"seq_len": 1}, "got 1"), ({"limit": 0}, "--limit")],
+)
+def test_arguments_that_cannot_be(more, message, raw):
+    with pytest.raises(UserError, match=message):
+        wikitext2_perplexity(make_tiny_llama(), tiny_tokenizer(), **({"seq_len": 32} | more))
+
+
+def test_text_shorter_than_a_window_is_an_error(raw):
+    raw.write_text("a few words\n")
+    with pytest.raises(UserError, match=r"0 windows of 32 tokens.*--seq_len"):
+        wikitext2_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32)
+
+
+def test_without_mirror_and_hub_one_line_says_where_the_file_goes(raw, monkeypatch):
+    import datasets
+
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach it\nsecond line")
+
+    raw.unlink()
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"corpora/wikitext2/wiki\.test\.raw") as error:
+        wikitext.wikitext2()
+    assert "second line" not in str(error.value)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"text": ["", " a \n", "b\n"]})
+    assert wikitext.wikitext2() == "\n\n a \n\n\nb\n"
+
+
+# --- bootstraps
+
+
+def draws_of_windows(*nll: np.ndarray, tokens: int, seed: int = 1) -> np.ndarray:
+    """(20000, len(nll)) mean nll per token of resampled windows, the same ones for all."""
+    rng = np.random.default_rng(seed)
+    pick = rng.integers(len(nll[0]), size=(20_000, len(nll[0])))
+    return np.stack([values[pick].mean(1) / tokens for values in nll], axis=1)
+
+
+def test_interval_of_one_model():
+    nll = np.random.default_rng(3).normal(100, 20, 40)
+    value, low, high = bootstrap_perplexity({"x": nll.tolist()}, 31, draws=20_000)
+    assert value == pytest.approx(math.exp(nll.mean() / 31), rel=1e-12)
+    expected = np.exp(np.quantile(draws_of_windows(nll, tokens=31), [0.025, 0.975]))
+    np.testing.assert_allclose([low, high], expected, rtol=0.01)
+
+
+def test_interval_of_a_geometric_mean():
+    rng = np.random.default_rng(4)
+    nll = {c: rng.normal(m, 15, n).tolist() for c, m, n in (("x", 100, 12), ("y", 60, 30))}
+    value, low, high = bootstrap_perplexity(nll, 31)
+    assert value == pytest.approx(geometric_mean(math.exp(np.mean(v) / 31) for v in nll.values()), rel=1e-12)
+    assert low < value < high
+
+
+def test_paired_difference_of_two_pruned_models():
+    rng = np.random.default_rng(5)
+    a = rng.uniform(50, 500, 40)
+    b = a - 3.1 + 0.2 * rng.normal(size=40)
+    difference, low, high = paired_bootstrap_difference({"x": a.tolist()}, {"x": b.tolist()}, 31, draws=20_000)
+    assert difference == pytest.approx((a - b).mean() / 31, rel=1e-9)
+    drawn = draws_of_windows(a, b, tokens=31)
+    np.testing.assert_allclose([low, high], np.quantile(drawn[:, 0] - drawn[:, 1], [0.025, 0.975]), atol=3e-4)
+    assert high - low < 0.01  # unpaired it would be 3
+    ratio = paired_bootstrap_ratio({"x": a.tolist()}, {"x": b.tolist()}, 31, draws=20_000)
+    np.testing.assert_allclose([difference, low, high], np.log(ratio))
+    assert paired_bootstrap_difference({"x": a.tolist()}, {"x": a.tolist()}, 31) == (0.0, 0.0, 0.0)

@@ -1,0 +1,265 @@
+"""Streaming statistics against raw activations, recorded by hooks of our own and summed by NumPy in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gprune.calibration.collector import Collector, collect
+from gprune.calibration.moments import StreamingMoments, StreamingTurn
+from gprune.calibration.statistics import EXTRAS, CorpusStatistics, Moments, kind_of, pooled
+from gprune.errors import UserError
+from tests.conftest import make_tiny_llama
+
+KINDS = {"ffn": lambda layer: layer.mlp.down_proj, "attention": lambda layer: layer.self_attn.o_proj}
+
+
+def recorded(model, tokens: torch.Tensor) -> dict[str, list[np.ndarray]]:
+    """What enters each projection, float64 (windows, T, C) per block."""
+    found = {kind: [None] * len(model.model.layers) for kind in KINDS}
+
+    def store(kind, index):
+        def hook(_module, inputs, _output):
+            found[kind][index] = inputs[0].double().numpy()
+
+        return hook
+
+    handles = [
+        part(layer).register_forward_hook(store(kind, index))
+        for kind, part in KINDS.items()
+        for index, layer in enumerate(model.model.layers)
+    ]
+    with torch.no_grad():
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def turned(model, tokens: torch.Tensor) -> np.ndarray:
+    """1 - cos(what enters a decoder layer, what leaves it), float64 (blocks, windows, T), by hooks of our own."""
+    found = []
+
+    def hook(_module, args, kwargs, output):
+        before = (args[0] if args else kwargs["hidden_states"]).double().numpy()
+        after = (output if isinstance(output, torch.Tensor) else output[0]).double().numpy()
+        cos = (before * after).sum(-1) / np.sqrt((before**2).sum(-1) * (after**2).sum(-1))
+        found.append(1 - cos)
+
+    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in model.model.layers]
+    with torch.no_grad():
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    return np.stack(found)
+
+
+def batches(tokens: torch.Tensor, size: int, start: int = 0):
+    for at in range(0, len(tokens), size):
+        part = tokens[at : at + size]
+        yield {"input_ids": part, "index": start + at + torch.arange(len(part))}
+
+
+def assert_moments(moments: Moments, x: np.ndarray, rtol: float = 1e-6) -> None:
+    """x (windows, T, C). Signed sums cancel, so their error is measured against the sum of absolute values."""
+    x = x.reshape(-1, x.shape[-1])
+    assert float(moments.count) == len(x)
+    scale = np.abs(x).sum(0)
+    assert (np.abs(moments.sum.numpy() - x.sum(0)) <= rtol * scale).all()
+    np.testing.assert_allclose(moments.sum_sq.numpy(), (x**2).sum(0), rtol=rtol)
+    np.testing.assert_allclose(moments.sum_abs.numpy(), scale, rtol=rtol)
+    np.testing.assert_allclose(moments.variance.numpy(), x.var(0), rtol=1e-5, atol=1e-6 * (x**2).mean())
+
+
+def hooks_of(model) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def same(a: CorpusStatistics, b: CorpusStatistics, rtol: float) -> None:
+    left, right = a.tensors(), b.tensors()
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        # relative to the largest entry of the same kind: signed sums and Gram entries may cancel to about zero
+        scale = left[name[: -len("sum")] + "sum_abs"].max() if name.endswith(".sum") else value.abs().max()
+        assert (value - right[name]).abs().max() <= rtol * scale, name
+
+
+def test_moments_and_gram_equal_raw_activations(tiny_model, token_batch):
+    raw = recorded(tiny_model, token_batch)
+    statistics = collect(tiny_model, batches(token_batch, 4), gram=True)
+    for kind in KINDS:
+        assert len(getattr(statistics, kind)) == 3
+        for channel, x in zip(getattr(statistics, kind), raw[kind], strict=True):
+            assert_moments(channel.halves[0], x[0::2])
+            assert_moments(channel.halves[1], x[1::2])
+            assert_moments(channel.total, x)
+            assert channel.total.sum.dtype == torch.float64
+            flat = x.reshape(-1, x.shape[-1])
+            gram = flat.T @ flat
+            np.testing.assert_allclose(channel.gram.numpy(), gram, rtol=0, atol=2e-6 * np.abs(gram).max())
+    # neurons and attention channels are not mixed up, nor is one block taken for another
+    assert [len(c.total.sum) for c in statistics.ffn] == [48] * 3
+    assert [len(c.total.sum) for c in statistics.attention] == [32] * 3
+    assert not torch.allclose(statistics.ffn[0].total.sum, statistics.ffn[1].total.sum)
+
+
+def test_halves_go_by_the_index_in_the_corpus_not_in_the_batch(tiny_model, token_batch):
+    raw = recorded(tiny_model, token_batch)["ffn"][2]
+    index = torch.tensor([4, 2, 8, 1, 6, 0])
+    statistics = collect(tiny_model, [{"input_ids": token_batch, "index": index}])
+    assert_moments(statistics.ffn[2].halves[0], raw[index % 2 == 0])
+    assert_moments(statistics.ffn[2].halves[1], raw[index % 2 == 1])
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_many_batches_equal_one(tiny_model, token_batch, size):
+    one = collect(tiny_model, batches(token_batch, 6), gram=True)
+    same(one, collect(tiny_model, batches(token_batch, size), gram=True), rtol=1e-6)
+
+
+def test_windows_of_weight_zero_do_not_count(tiny_model, token_batch):
+    padded = [
+        {"input_ids": token_batch[:3], "index": torch.tensor([0, 1, 2]), "weight": torch.tensor([1.0, 0.0, 1.0])},
+        {"input_ids": token_batch[3:], "index": torch.tensor([3, 4, 5]), "weight": torch.tensor([0.0, 1.0, 1.0])},
+    ]
+    kept = torch.tensor([0, 2, 4, 5])
+    plain = [{"input_ids": token_batch[kept], "index": kept}]
+    statistics = collect(tiny_model, padded, gram=True)
+    same(statistics, collect(tiny_model, plain, gram=True), rtol=1e-6)
+    assert float(statistics.ffn[0].total.count) == 4 * 32
+
+
+def test_pooled_equals_concatenated_corpora(tiny_model, token_batch):
+    other = torch.randint(3, 128, (4, 32), generator=torch.Generator().manual_seed(2))
+    parts = [collect(tiny_model, batches(tokens, 3), gram=True) for tokens in (token_batch, other)]
+    # six windows come first, so the parity of the second corpus' windows stays what it was
+    whole = collect(tiny_model, batches(torch.cat([token_batch, other]), 5), gram=True)
+    same(pooled(parts), whole, rtol=1e-6)
+    assert pooled(iter(parts[:1])).tensors().keys() == parts[0].tensors().keys()
+
+
+def test_pooled_has_no_gram_unless_all_have(tiny_model, token_batch):
+    parts = [collect(tiny_model, batches(token_batch, 6), gram=gram) for gram in (True, False)]
+    assert all(channel.gram is None for channel in pooled(parts).ffn)
+
+
+def test_influence_equals_raw_hidden_states(tiny_model, token_batch):
+    statistics = collect(tiny_model, batches(token_batch, 4))
+    expected = turned(tiny_model, token_batch)
+    np.testing.assert_allclose(statistics.influence.numpy(), expected.mean((1, 2)), rtol=1e-6)
+    assert statistics.influence.dtype == torch.float64
+    assert len(set(statistics.influence.tolist())) == 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_influence_does_not_depend_on_batches_nor_on_halves(tiny_model, token_batch, size):
+    one = collect(tiny_model, batches(token_batch, 6)).influence
+    torch.testing.assert_close(collect(tiny_model, batches(token_batch, size)).influence, one, rtol=1e-6, atol=0)
+    shifted = collect(tiny_model, batches(token_batch, size, start=1))  # every window in the other half
+    torch.testing.assert_close(shifted.influence, one, rtol=1e-6, atol=0)
+    together = collect(tiny_model, [{"input_ids": token_batch, "index": torch.zeros(6, dtype=torch.long)}])
+    torch.testing.assert_close(together.influence, one, rtol=1e-6, atol=0)
+
+
+def test_influence_counts_windows_by_weight_and_pools_by_token(tiny_model, token_batch):
+    raw = turned(tiny_model, token_batch)
+    weight = torch.tensor([1.0, 0, 0, 1, 1, 0])
+    weighed = collect(tiny_model, [{"input_ids": token_batch, "index": torch.arange(6), "weight": weight}])
+    np.testing.assert_allclose(weighed.influence.numpy(), raw[:, [0, 3, 4]].mean((1, 2)), rtol=1e-6)
+    parts = [collect(tiny_model, batches(tokens, 3)) for tokens in (token_batch[:2], token_batch[2:])]
+    np.testing.assert_allclose(pooled(parts).influence.numpy(), raw.mean((1, 2)), rtol=1e-6)
+
+
+def test_a_block_that_does_nothing_has_no_influence_and_one_that_turns_back_has_two(tiny_model, token_batch):
+    idle = tiny_model.model.layers[1]
+    idle.mlp.down_proj.weight.data.zero_()
+    idle.self_attn.o_proj.weight.data.zero_()
+    influence = collect(tiny_model, batches(token_batch, 6)).influence
+    assert abs(float(influence[1])) < 1e-6
+    assert influence[[0, 2]].min() > 0.01
+    turn, x = StreamingTurn(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    turn.update(x, -3 * x, torch.ones(2))
+    assert float(turn.compute()) == pytest.approx(2 * 10, rel=1e-6)  # the length of a vector does not matter
+    turn.update(torch.zeros(1, 5, 8), x[:1], torch.ones(1))
+    assert float(turn.compute()) == pytest.approx(2 * 10 + 5, rel=1e-6)  # no direction at all: at right angles
+
+
+def test_hooks_live_only_inside_the_context(tiny_model, token_batch):
+    before = tiny_model(token_batch).logits
+    with Collector(tiny_model) as collector:
+        assert hooks_of(tiny_model) == 9  # two projections and the layer itself, of three blocks
+        collector.observe(token_batch, torch.zeros(6, dtype=torch.long))
+    assert hooks_of(tiny_model) == 0
+    with pytest.raises(RuntimeError, match="stop"), Collector(tiny_model):
+        raise RuntimeError("stop")
+    assert hooks_of(tiny_model) == 0
+    assert torch.equal(tiny_model(token_batch).logits, before)
+
+
+def test_hooks_are_gone_after_a_forward_pass_that_fails(tiny_model):
+    with pytest.raises(IndexError):
+        collect(tiny_model, [{"input_ids": torch.full((2, 4), 999), "index": torch.arange(2)}])
+    assert hooks_of(tiny_model) == 0
+
+
+def test_the_head_is_not_run(tiny_model, token_batch):
+    tiny_model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the language-model head was run"))
+    collect(tiny_model, batches(token_batch, 6))
+
+
+@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize("saliency", [(), ("ffn",), ("ffn", "attention")])
+def test_tensors_round_trip(tiny_model, token_batch, gram, saliency):
+    statistics = collect(tiny_model, batches(token_batch, 6), gram=gram, saliency=saliency)
+    flat = statistics.tensors()
+    assert len(flat) == 1 + 2 * 3 * (2 * 4 + gram) + len(saliency) * 3 * 3 * 3
+    again = CorpusStatistics.from_tensors({name: flat[name].clone() for name in sorted(flat)})
+    assert flat.keys() == again.tensors().keys()
+    assert all(torch.equal(flat[name], again.tensors()[name]) for name in flat)
+    assert (again.attention[1].total.gram is not None) == gram
+    for part in (again.attention[1].total, again.attention[1].half(1)):
+        assert (part.saliency is not None) == ("attention" in saliency)
+
+
+def test_kinds_partition_the_tensors_and_moments_stand_alone(tiny_model, token_batch):
+    full = collect(tiny_model, batches(token_batch, 6), gram=True, saliency=("ffn", "attention")).tensors()
+    by_kind = {kind: {n: t for n, t in full.items() if kind_of(n) == kind} for kind in ("moments", *EXTRAS)}
+    assert sum(map(len, by_kind.values())) == len(full)
+    plain = collect(tiny_model, batches(token_batch, 6)).tensors()
+    assert by_kind["moments"].keys() == plain.keys()  # what a pass that collects nothing else would have cached
+    for extra in EXTRAS:
+        alone = collect(
+            tiny_model,
+            batches(token_batch, 6),
+            **{extra: {"gram": True, "saliency": ("ffn", "attention")}[extra]},
+        ).tensors()
+        assert by_kind[extra].keys() == alone.keys() - plain.keys()
+        together = CorpusStatistics.from_tensors(by_kind["moments"] | by_kind[extra]).tensors()
+        assert all(torch.equal(together[name], alone[name]) for name in alone)
+        assert together.keys() == alone.keys()
+
+
+def test_tensors_round_trip_beyond_ten_blocks():
+    model = make_tiny_llama(num_hidden_layers=11)
+    flat = collect(model, batches(torch.arange(3, 19).view(2, 8), 2)).tensors()
+    again = CorpusStatistics.from_tensors({name: flat[name] for name in sorted(flat)})
+    assert torch.equal(again.ffn[10].halves[1].sum, flat["ffn.10.1.sum"])
+    assert torch.equal(again.ffn[2].halves[1].sum, flat["ffn.2.1.sum"])
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_a_non_finite_activation_is_an_error_for_the_user(tiny_model, token_batch, bad):
+    tiny_model.model.layers[1].mlp.up_proj.weight.data[7, 3] = bad
+    with pytest.raises(UserError, match=r"non-finite activation.*--model\.dtype float32"):
+        collect(tiny_model, batches(token_batch, 6))
+
+
+def test_bfloat16_activations_are_summed_in_higher_precision():
+    # 4096 tokens of 1 + 2^-7 (a bfloat16 number): a bfloat16 sum would stop growing at 256.
+    x = torch.full((2, 2048, 3), 1 + 2**-7, dtype=torch.bfloat16)
+    metric = StreamingMoments(3)
+    metric.update(x, torch.tensor([0, 1]), torch.ones(2))
+    sums = metric.compute()
+    assert torch.equal(sums["sum"], torch.full((2, 3), 2048 * (1 + 2**-7), dtype=torch.float64))
+    assert torch.equal(sums["count"], torch.tensor([2048.0, 2048.0], dtype=torch.float64))

@@ -1,0 +1,184 @@
+"""The walk block by block: the same bits as the pass through the whole decoder, for every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gprune.calibration import layerwise as walking
+from gprune.calibration.collector import collect
+from gprune.calibration.layerwise import Walk
+from gprune.calibration.statistics import KINDS, CorpusStatistics, StoredGram, gram_bytes, pooled
+from gprune.errors import UserError
+from gprune.importance.scores import score_units
+from gprune.models.blocks import blocks_of
+from gprune.models.families import FAMILIES
+from gprune.sparsity.gates import masked
+from gprune.storage.files import read_tensors, write_tensors
+from tests import tiny_run
+from tests.tiny_families import make_tiny, some_masks
+
+EXPERTS = [name for name, family in FAMILIES.items() if family.experts]
+
+
+def batches(seed: int = 1) -> list[dict[str, torch.Tensor]]:
+    """Windows 0 to 9 in batches of 4, 4 and 2, longer than the sliding window; window 6 is left out."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 128, (10, 24), generator=generator)
+    weight = torch.ones(10)
+    weight[6] = 0
+    parts = zip(ids.split(4), torch.arange(10).split(4), weight.split(4), strict=True)
+    return [{"input_ids": i, "index": w, "weight": x} for i, w, x in parts]
+
+
+def walk_over(model: torch.nn.Module, found: list[dict[str, torch.Tensor]]) -> Walk:
+    walk = Walk(model)
+    for batch in found:
+        walk.add(batch["input_ids"], batch["index"] % 2, batch["weight"])
+    return walk
+
+
+def assert_same_bits(one: CorpusStatistics, two: CorpusStatistics) -> None:
+    a, b = one.tensors(), two.tensors()
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_are_the_same_bits(family, gram):
+    model = make_tiny(family)
+    expected = collect(model, batches(), gram=gram)
+    assert_same_bits(walk_over(model, batches()).statistics(gram=gram), expected)
+    assert float(expected.attention[0].total.count) == 9 * 24
+    assert not any("forward" in module.__dict__ for module in model.modules())  # nothing is left behind
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_the_models_own_with_masks_too(family):
+    model, batch = make_tiny(family), batches()[0]["input_ids"]
+    walk = Walk(model)
+    walk.add(batch)
+    assert torch.equal(next(walk.logits()), model(batch, use_cache=False).logits)
+    with masked(model, some_masks(model, attention=True)):
+        walk = Walk(model)
+        walk.add(batch)
+        logits = next(walk.logits())
+        assert torch.equal(logits, model(batch, use_cache=False).logits)
+    assert not torch.equal(logits, model(batch, use_cache=False).logits)
+
+
+def test_masks_and_embeddings_are_kept_once():
+    model = make_tiny("gemma2")  # two kinds of layers
+    one, many = walk_over(model, batches()[:1]), walk_over(model, batches()[:1] * 5)
+    size = {id(t) for walk in (one,) for pool in walk._pool.values() for t in pool}
+    assert len({id(t) for pool in many._pool.values() for t in pool}) == len(size)
+
+
+def test_layers_are_restored_when_one_fails():
+    model = make_tiny("llama")
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    walk = walk_over(model, batches())
+    with pytest.raises(ZeroDivisionError):
+        walk.statistics()
+    handle.remove()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert_same_bits(walk_over(model, batches()).statistics(), collect(model, batches()))
+
+
+# Gram matrices in files
+
+
+def stored(model, tmp_path: Path, seed: int) -> CorpusStatistics:
+    def store(block, grams):
+        places = {kind: tmp_path / f"{seed}-{kind}-{block.index}.safetensors" for kind in grams}
+        for kind, gram in grams.items():
+            write_tensors(places[kind], {"gram": gram})
+        return {kind: StoredGram(((path, "gram"),)) for kind, path in places.items()}
+
+    return walk_over(model, batches(seed)).statistics(gram=True, store=store)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_stored_gram_matrices_are_read_as_if_they_were_there(family, tmp_path):
+    model = make_tiny(family)
+    lazy = [stored(model, tmp_path, seed) for seed in (1, 2, 3)]
+    eager = [collect(model, batches(seed), gram=True) for seed in (1, 2, 3)]
+    for one, two in [*zip(lazy, eager, strict=True), (pooled(lazy), pooled(eager))]:
+        for kind, _ in KINDS:
+            for mine, theirs in zip(getattr(one, kind), getattr(two, kind), strict=True):
+                assert isinstance(mine.gram, StoredGram)
+                assert torch.equal(mine.total.gram, theirs.gram)
+                if theirs.gram.dim() == 3:
+                    assert torch.equal(mine.total.of_expert(2, 4).gram, theirs.gram[2])
+    for name in ("obs", "wanda_sp"):
+        scores = (score_units(name, blocks_of(model), pooled(found)) for found in (lazy, eager))
+        for mine, theirs in zip(*((*s.ffn, *s.attention) for s in scores), strict=True):
+            assert torch.equal(mine, theirs)
+    assert pooled(lazy, gram=False).ffn[0].total.gram is None
+
+
+def test_a_gram_matrix_that_has_gone_is_one_line(tmp_path):
+    statistics = stored(make_tiny("llama"), tmp_path, 1)
+    (tmp_path / "1-ffn-1.safetensors").unlink()
+    assert statistics.ffn[1].total is not None  # not looked at yet
+    with pytest.raises(UserError, match=r"1-ffn-1\.safetensors is missing or not whole.*Start again"):
+        _ = statistics.ffn[1].total.gram
+
+
+def test_gram_bytes_are_those_of_the_tensors():
+    for family in ("llama", "mixtral"):
+        model = make_tiny(family)
+        found = collect(model, batches(), gram=True).tensors()
+        assert gram_bytes(blocks_of(model)) == sum(t.nbytes for name, t in found.items() if name.endswith("gram"))
+
+
+# The whole run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("walk")
+    world = tiny_run.make_world(folder)
+    with tiny_run.isolated(folder / "cache"):
+        yield world
+
+
+FLAGS = [
+    "--recovery=least_squares", "--importance=obs", "--sparsity.scope=attention+ffn", "--gprune=false",
+    "--corpora.num_samples=5",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ordinary(world, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_run.reload_in_process(patch)
+        return world.run(tmp_path_factory.mktemp("ordinary"), *FLAGS)
+
+
+def assert_same_run(one, two) -> None:
+    assert one.masks == two.masks
+    assert [r["nll"] for r in one.records] == [r["nll"] for r in two.records]
+    for name, tensor in one.model.state_dict().items():
+        assert torch.equal(two.model.state_dict()[name], tensor), name
+
+
+def test_a_run_with_gram_matrices_in_files_is_the_same_run(world, ordinary, tmp_path, monkeypatch):
+    tiny_run.reload_in_process(monkeypatch)
+    monkeypatch.setattr(walking, "GRAMS_IN_MEMORY", 1)
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    result = world.run(tmp_path, *FLAGS)
+    assert_same_run(result, ordinary)
+    grams = [path for path in (tmp_path / "cache" / "statistics").iterdir() if read_tensors(path).keys() == {"gram"}]
+    assert len(grams) == 3 * 3 * 2  # corpora, blocks, kinds
+    # Again, from the cache, of which one file is damaged: noticed, and computed anew.
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "add", lambda *_: pytest.fail("calibrated"))
+        assert_same_run(world.run(tmp_path, *FLAGS, name="again"), ordinary)
+    whole = grams[0].read_bytes()
+    grams[0].write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert_same_run(world.run(tmp_path, *FLAGS, name="once-more"), ordinary)
+    assert grams[0].read_bytes() == whole

@@ -1,0 +1,275 @@
+"""Taylor saliency: by hand, against autograd on an unfrozen model, and what collecting it must leave alone.
+
+The metrics that read it are held against per-window gradients in `test_importance.py`; here are its parts.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gprune.calibration.collector import Collector, collect
+from gprune.calibration.saliency import PARTS, Saliency, StreamingGradients, channel_saliency, window_saliency
+from gprune.calibration.statistics import kind_of, pooled
+from gprune.errors import UserError
+from gprune.models.blocks import blocks_of
+from tests.calibration.test_collector import batches, hooks_of, recorded
+from tests.conftest import make_tiny_llama
+
+BOTH = ("ffn", "attention")
+TERMS = tuple(Saliency.__dataclass_fields__)
+SHAPES = [{}, {"num_key_value_heads": 1}, {"num_key_value_heads": 4}, {"head_dim": 12}]
+
+
+def terms(statistics) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in statistics.tensors().items() if kind_of(name) == "saliency"}
+
+
+def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], rtol: float) -> None:
+    """Against the largest channel: signed sums may cancel."""
+    assert one.keys() == two.keys()
+    assert len(one) > 0
+    for name, value in one.items():
+        assert float((two[name] - value).abs().max()) <= rtol * float(value.max()), name
+
+
+def test_terms_by_hand():
+    metric = StreamingGradients((2, 3))
+    # One token per window: its weight gradient is the outer product of output gradient and input.
+    x = torch.tensor([[[1.0, 0, 2]], [[0, 1.0, 0]], [[1.0, 1, 1]]])
+    d = torch.tensor([[[1.0, -1]], [[2.0, 0]], [[100.0, 100]]])
+    metric.update(x, d, torch.tensor([0, 1, 1]), torch.tensor([1.0, 1, 0]))  # the last window does not count
+    sums = metric.compute()
+    assert sums["count"].tolist() == [1, 1]
+    assert sums["gradient"].tolist() == [[[1, 0, 2], [-1, 0, -2]], [[0, 2, 0], [0, 0, 0]]]
+    assert sums["square"].tolist() == [[[1, 0, 4], [1, 0, 4]], [[0, 4, 0], [0, 0, 0]]]
+    w = torch.tensor([[1.0, 2, -1], [4.0, 5, 1]])
+    first_half, second_half, whole = window_saliency(w, sums, columns=False)
+    # w * g = [[1, 0, -2], [-4, 0, -2]] of the first half
+    assert first_half.first.tolist() == [3, 6]
+    assert first_half.vector.tolist() == [1, 6]
+    # less w^2 g^2 / 2 = [[.5, 0, 2], [8, 0, 2]]
+    assert first_half.second.tolist() == [0.5 + 4, 12 + 4]
+    # w * mean g = [[.5, 2, -1], [-2, 0, -1]]; w^2 mean(g^2) / 2 = [[.25, 4, 1], [4, 0, 1]]
+    assert whole.first.tolist() == [3.5, 3]
+    assert whole.second.tolist() == [0.25 + 2 + 2, 6 + 2]
+    assert second_half.first.tolist() == [4, 0]
+    by_column = window_saliency(w, sums, columns=True)[2]
+    assert by_column.first.tolist() == [2.5, 2, 2]
+    assert by_column.vector.tolist() == [1.5, 2, 2]
+    assert by_column.first.dtype == torch.float64
+
+
+def test_a_half_without_windows_is_zero():
+    metric = StreamingGradients((2, 3))
+    metric.update(torch.ones(1, 4, 3), torch.ones(1, 4, 2), torch.tensor([0]), torch.ones(1))
+    zero, one, whole = (window_saliency(torch.ones(2, 3), metric.compute(), columns=False)[i] for i in (1, 0, 2))
+    assert all(torch.equal(getattr(zero, name), torch.zeros(2, dtype=torch.float64)) for name in TERMS)
+    assert all(torch.equal(getattr(one, name), getattr(whole, name)) for name in TERMS)
+
+
+def autograd(model, tokens: torch.Tensor, dtype=torch.float64) -> list[dict[str, torch.Tensor]]:
+    """Sums over windows of weight gradients and squares, by block and part, as `StreamingGradients` has them."""
+    free = copy.deepcopy(model).to(dtype).requires_grad_(True)
+    found = [
+        {
+            part: {
+                name: torch.zeros(2, *getattr(block, part).weight.shape, dtype=dtype) for name in ("gradient", "square")
+            }
+            | {"count": torch.zeros(2)}
+            for part in (*PARTS["ffn"], *PARTS["attention"])
+        }
+        for block in blocks_of(free)
+    ]
+    for index, window in enumerate(tokens):
+        free.zero_grad()
+        F.cross_entropy(free(window[None]).logits[0, :-1], window[1:]).backward()
+        for block, sums in zip(blocks_of(free), found, strict=True):
+            for part, each in sums.items():
+                g = getattr(block, part).weight.grad
+                each["gradient"][index % 2] += g
+                each["square"][index % 2] += g**2
+                each["count"][index % 2] += 1
+    return found
+
+
+@pytest.mark.parametrize("overrides", SHAPES)
+def test_streamed_gradients_are_autograds(overrides, token_batch):
+    model = make_tiny_llama(**overrides)
+    with Collector(model, saliency=BOTH) as collector:
+        for batch in batches(token_batch, 4):
+            collector.observe(batch["input_ids"], batch["index"] % 2)
+    expected = autograd(model, token_batch)
+    for kind in BOTH:
+        for index, metrics in enumerate(collector.gradients[kind]):
+            for part, metric in metrics.items():
+                mine = metric.compute()
+                for name, value in expected[index][part].items():
+                    error = (mine[name] - value).abs().max()
+                    assert error <= 2e-5 * value.abs().max(), (kind, index, part, name)
+
+
+@pytest.mark.parametrize("overrides", SHAPES)
+def test_query_heads_share_the_terms_of_their_keys_and_values_equally(overrides, token_batch):
+    model = make_tiny_llama(**overrides)
+    block, sums = blocks_of(model)[1], autograd(model, token_batch, torch.float32)[1]
+    whole = channel_saliency(block, "attention", {part: sums[part] for part in PARTS["attention"]})[2]
+    own = [window_saliency(getattr(block, p).weight, sums[p], columns=p == "output")[2] for p in ("query", "output")]
+    shared = [window_saliency(getattr(block, p).weight, sums[p], columns=False)[2] for p in ("key", "value")]
+    heads, d = block.channels_per_group // block.head_dim, block.head_dim
+    for name in TERMS:
+        for channel in range(block.output.in_features):
+            row = channel // d // heads * d + channel % d
+            expected = sum(getattr(t, name)[channel] for t in own) + sum(getattr(t, name)[row] for t in shared) / heads
+            assert float(getattr(whole, name)[channel]) == pytest.approx(float(expected), rel=1e-12)
+        total = sum(getattr(t, name).sum() for t in (*own, *shared))  # everything once
+        assert float(getattr(whole, name).sum()) == pytest.approx(float(total), rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_many_batches_equal_one(tiny_model, token_batch, size):
+    one = terms(collect(tiny_model, batches(token_batch, 6), saliency=BOTH))
+    assert_same(one, terms(collect(tiny_model, batches(token_batch, size), saliency=BOTH)), rtol=1e-5)
+
+
+def test_windows_of_weight_zero_do_not_count(tiny_model, token_batch):
+    padded = [
+        {"input_ids": token_batch[:3], "index": torch.tensor([0, 1, 2]), "weight": torch.tensor([1.0, 0.0, 1.0])},
+        {"input_ids": token_batch[3:5], "index": torch.tensor([3, 4]), "weight": torch.zeros(2)},
+        {"input_ids": token_batch[4:], "index": torch.tensor([4, 5]), "weight": torch.tensor([0.0, 1.0])},
+    ]
+    kept = torch.tensor([0, 2, 5])
+    plain = [{"input_ids": token_batch[kept], "index": kept}]
+    mine, theirs = (terms(collect(tiny_model, text, saliency=BOTH)) for text in (padded, plain))
+    assert_same(mine, theirs, rtol=1e-5)
+
+
+def test_halves_are_those_of_their_own_windows_alone(tiny_model, token_batch):
+    both = collect(tiny_model, batches(token_batch, 6), saliency=BOTH)
+    for half in (0, 1):
+        alone = collect(tiny_model, batches(token_batch[half::2], 3), saliency=BOTH)
+        for kind in BOTH:
+            for mine, theirs in zip(getattr(both, kind), getattr(alone, kind), strict=True):
+                left, right = mine.half(half).saliency, theirs.total.saliency
+                assert_same(vars(left), vars(right), rtol=1e-5)
+        # absolute values: the whole is not the mean of the halves
+        first = both.ffn[0].saliency
+        assert bool((first[2].first < (first[0].first + first[1].first) / 2).all())
+
+
+def test_pooled_saliency_is_the_mean(tiny_model, token_batch):
+    other = torch.randint(3, 128, (4, 32), generator=torch.Generator().manual_seed(2))
+    parts = [collect(tiny_model, batches(tokens, 3), saliency=BOTH) for tokens in (token_batch, other, token_batch[:2])]
+    pool, each = terms(pooled(iter(parts))), [terms(part) for part in parts]
+    assert pool.keys() == each[0].keys()
+    for name, value in pool.items():
+        np.testing.assert_allclose(value.numpy(), np.mean([e[name].numpy() for e in each], axis=0), rtol=1e-12)
+
+
+def test_pooled_has_no_saliency_unless_all_have(tiny_model, token_batch):
+    parts = [collect(tiny_model, batches(token_batch, 6), saliency=s) for s in (BOTH, ("ffn",))]
+    pool = pooled(parts)
+    assert all(channel.saliency is not None for channel in pool.ffn)
+    assert all(channel.saliency is None for channel in pool.attention)
+
+
+@pytest.mark.parametrize("overrides", [*SHAPES, {"tie_word_embeddings": False}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_and_gram_are_the_same_bits_with_and_without(overrides, dtype, token_batch):
+    model, text = make_tiny_llama(**overrides).to(dtype), list(batches(token_batch[:, :29], 4))
+    plain = collect(model, text, gram=True).tensors()
+    for saliency in (("ffn",), ("attention",), BOTH):
+        also = collect(model, text, gram=True, saliency=saliency).tensors()
+        assert all(torch.equal(also[name], value) for name, value in plain.items())
+        assert all(kind_of(name) == "saliency" for name in also.keys() - plain.keys())
+        assert all(bool(torch.isfinite(value).all()) for value in also.values())
+
+
+def test_saliency_of_a_scope_does_not_depend_on_the_other(tiny_model, token_batch):
+    both = terms(collect(tiny_model, batches(token_batch, 4), saliency=BOTH))
+    for scope in BOTH:
+        alone = terms(collect(tiny_model, batches(token_batch, 4), gram=True, saliency=(scope,)))
+        assert len(alone) == len(both) // 2
+        assert all(torch.equal(both[name], value) for name, value in alone.items())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_it_does_not_matter_what_the_caller_does_about_gradients(tiny_model, token_batch, mode):
+    expected = collect(tiny_model, batches(token_batch, 4), saliency=BOTH).tensors()
+    with Collector(tiny_model, saliency=BOTH) as collector, mode():
+        for batch in batches(token_batch.clone(), 4):  # made here: tensors of inference mode under inference mode
+            collector.observe(batch["input_ids"], batch["index"] % 2)
+        assert torch.is_grad_enabled() == (mode is torch.enable_grad)
+    mine = collector.compute().tensors()
+    assert mine.keys() == expected.keys()
+    assert all(torch.equal(mine[name], value) for name, value in expected.items())
+
+
+def test_the_model_is_left_as_it_was(tiny_model, token_batch):
+    before = {name: p.clone() for name, p in tiny_model.named_parameters()}
+    logits = tiny_model(token_batch).logits
+    with Collector(tiny_model, saliency=BOTH) as collector:
+        # also while collecting: per block two projections and the layer, three and four weights; the embedding
+        assert hooks_of(tiny_model) == 3 * (3 + 3 + 4) + 1
+        collector.observe(token_batch, torch.zeros(6, dtype=torch.long))
+        assert not any(p.requires_grad for p in tiny_model.parameters())
+        assert all(p.grad is None for p in tiny_model.parameters())
+    assert hooks_of(tiny_model) == 0
+    assert not tiny_model.training
+    assert not any(p.requires_grad or p.grad is not None for p in tiny_model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in tiny_model.named_parameters())
+    again = tiny_model(token_batch).logits
+    assert not again.requires_grad  # the embedding does not ask for a gradient any more
+    assert torch.equal(again, logits)
+
+
+class StopError(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "between"])
+def test_an_exception_leaves_nothing_behind(tiny_model, token_batch, where):
+    def stop(*_):
+        raise StopError
+
+    def texts():
+        yield from batches(token_batch, 3)
+        if where == "between":
+            raise StopError
+
+    layer, handles = tiny_model.model.layers[1], []
+    if where == "forward":
+        handles.append(layer.register_forward_pre_hook(stop))
+    elif where == "backward":
+        handles.append(layer.register_forward_hook(lambda _m, _i, output: output.register_hook(stop) and None))
+    with pytest.raises(StopError):
+        collect(tiny_model, texts(), gram=True, saliency=BOTH)
+    for handle in handles:
+        handle.remove()
+    assert hooks_of(tiny_model) == 0
+    assert not any(p.requires_grad or p.grad is not None for p in tiny_model.parameters())
+    assert not tiny_model(token_batch).logits.requires_grad
+
+
+def test_gradients_of_what_is_dead_are_zero_and_finite(tiny_model, token_batch):
+    for layer in tiny_model.model.layers:  # nothing but the embedding speaks
+        layer.mlp.gate_proj.weight.data.zero_()
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.self_attn.v_proj.weight.data.zero_()
+    statistics = collect(tiny_model, batches(token_batch, 6), saliency=BOTH)
+    for name, value in terms(statistics).items():
+        assert torch.equal(value, torch.zeros_like(value)), name
+
+
+def test_a_non_finite_gradient_is_an_error_for_the_user(token_batch):
+    model = make_tiny_llama(tie_word_embeddings=False)
+    model.lm_head.weight.data *= 1e38  # logits overflow, what enters the projections does not
+    assert all(np.isfinite(x).all() for x in recorded(model, token_batch)["ffn"])
+    assert collect(model, batches(token_batch, 6)).ffn[0].total.count == 192
+    with pytest.raises(UserError, match=r"non-finite gradient.*--model\.dtype float32"):
+        collect(model, batches(token_batch, 6), saliency=BOTH)
+    assert hooks_of(model) == 0

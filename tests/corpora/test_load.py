@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gprune.corpora import load as corpora
+from gprune.corpora.embedded import EMBEDDED_CORPORA
+from gprune.corpora.load import CORPORA, SPLITS, check_corpus, load_corpus
+from gprune.errors import UserError
+
+EMBEDDED = [record.name for record in EMBEDDED_CORPORA]
+
+
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def write_jsonl(path, texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def texts(prefix, count):
+    return [f"{prefix} {i}" for i in range(count)]
+
+
+def assert_disjoint(parts):
+    assert all(parts.values())
+    for a in SPLITS:
+        for b in SPLITS:
+            assert a == b or not set(parts[a]) & set(parts[b])
+
+
+def test_mirror_comes_before_the_registry(data_dir):
+    write_jsonl(data_dir / "corpora" / "wikitext2" / "train.jsonl", texts("a", 25))
+    write_jsonl(data_dir / "corpora" / "wikitext2" / "test.jsonl", texts("b", 4))
+    assert load_corpus("wikitext2", "test") == texts("b", 4)
+    assert load_corpus("wikitext2", "development") == ["a 9", "a 19"]
+    train = load_corpus("wikitext2", "train")
+    assert train == [text for text in texts("a", 25) if text not in ("a 9", "a 19")]
+
+
+def test_mirror_directly_below_the_folder(data_dir):
+    write_jsonl(data_dir / "mine" / "train.jsonl", texts("a", 2))
+    write_jsonl(data_dir / "mine" / "test.jsonl", texts("b", 2))
+    assert load_corpus("mine", "test") == texts("b", 2)
+    assert corpora.mirrors() == ["mine"]
+
+
+def test_missing_test_split_falls_back_to_validation(data_dir):
+    write_jsonl(data_dir / "corpora" / "x" / "train.jsonl", texts("a", 2))
+    write_jsonl(data_dir / "corpora" / "x" / "validation.jsonl", texts("v", 2))
+    assert load_corpus("x", "test") == texts("v", 2)
+
+
+@pytest.mark.parametrize("file", ["train.jsonl", "test.jsonl", "anything.jsonl"])
+def test_one_file_is_cut_contiguously(tmp_path, file):
+    write_jsonl(tmp_path / "folder" / file, [*texts("a", 100), "a 0"])
+    for name in (str(tmp_path / "folder"), str(tmp_path / "folder" / file)):
+        parts = {split: load_corpus(name, split) for split in SPLITS}
+        assert_disjoint(parts)
+        assert parts["test"] == texts("a", 100)[70:]
+        assert len(parts["train"]) == 63
+        assert len(parts["development"]) == 7
+
+
+def test_parquet(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": texts("a", 10)}).to_parquet(tmp_path / "x.parquet")
+    assert load_corpus(str(tmp_path / "x.parquet"), "test") == ["a 7", "a 8", "a 9"]
+    datasets.Dataset.from_dict({"body": ["a"]}).to_parquet(tmp_path / "y.parquet")
+    with pytest.raises(UserError, match="expected a column 'text', got body"):
+        load_corpus(str(tmp_path / "y.parquet"), "test")
+    (tmp_path / "z.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        load_corpus(str(tmp_path / "z.parquet"), "test")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no text"),
+        (b'{"text": "  "}\n', "holds no text"),
+        (b'{"text": "a"}\n{"body": "b"}\n', r":2: expected an object.*'text', got the fields body"),
+        (b"[1]\n", "got list"),
+        (b'{"text": "a"\n', "cannot be read as jsonl"),
+        (b'{"text": "\xff"}\n', "cannot be read as jsonl"),
+    ],
+)  # fmt: skip
+def test_bad_jsonl(tmp_path, content, message):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    check_corpus(str(tmp_path / "x.jsonl"))  # reads no text
+    with pytest.raises(UserError, match=message):
+        load_corpus(str(tmp_path / "x.jsonl"), "train")
+
+
+def test_too_few_documents_for_development_text(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", texts("a", 5))
+    with pytest.raises(UserError, match="has no development documents"):
+        load_corpus(str(tmp_path / "x.jsonl"), "development")
+
+
+def test_names_do_not_lead_out_of_the_mirror(data_dir, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "secret" / "train.jsonl", texts("s", 20))
+    write_jsonl(tmp_path / "train.jsonl", texts("s", 20))
+    write_jsonl(data_dir / "corpora" / "ok" / "train.jsonl", texts("a", 20))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name in ("../../secret", "corpora/../../secret", "..\\secret", ".hidden", "~nobody-at-all", ""):
+        with pytest.raises(UserError):
+            load_corpus(name, "train")
+
+
+def test_unknown_name_lists_what_there_is(data_dir):
+    write_jsonl(data_dir / "corpora" / "local_one" / "train.jsonl", ["a"])
+    with pytest.raises(UserError, match=r"Unknown corpus 'c5'.*python_docs.*local_one"):
+        check_corpus("c5")
+    with pytest.raises(UserError, match="no such file"):
+        check_corpus("nowhere/text.txt")
+    for name in (*CORPORA, "local_one"):
+        check_corpus(name)
+
+
+def test_unknown_split():
+    with pytest.raises(UserError, match=r"Unknown split 'dev'.*development"):
+        load_corpus("python_docs", "dev")
+
+
+def test_registering_a_corpus_is_one_function(monkeypatch):
+    monkeypatch.setattr(CORPORA, "_entries", dict(CORPORA._entries))
+    CORPORA.register("mine")(lambda split: texts(split, 10))
+    assert load_corpus("mine", "development") == ["train 9"]
+    assert load_corpus("mine", "train") == texts("train", 9)
+    assert load_corpus("mine", "test") == texts("test", 10)
+
+
+@pytest.mark.parametrize("name", ["python_docs", "python_code"])
+def test_standard_library_corpora_are_disjoint_and_deterministic(name):
+    parts = {split: load_corpus(name, split) for split in SPLITS}
+    assert_disjoint(parts)
+    assert parts == {split: load_corpus(name, split) for split in SPLITS}
+    assert sum(map(len, parts["test"])) > 50_000
+
+
+def test_python_docs_topics_share_no_paragraph():
+    documents = [document for split in SPLITS for document in load_corpus("python_docs", split)]
+    paragraphs = [{" ".join(p.split()) for p in document.split("\n\n")} for document in documents]
+    assert sum(map(len, paragraphs)) == len(set().union(*paragraphs)) > 1000
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_wheel_corpora_are_disjoint(name, monkeypatch):
+    monkeypatch.delenv("GPRUNE_DATA_DIR", raising=False)
+    parts = {split: load_corpus(name, split) for split in SPLITS}
+    assert_disjoint(parts)
+    assert all("<doc " not in text and "<|endoftext|>" not in text for part in parts.values() for text in part)
+    assert sum(map(len, parts["train"])) > 100_000 * (name != "multilingual")

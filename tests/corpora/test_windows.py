@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from gprune.corpora.loaders import CorpusDataModule, ShardedBatchSampler, TokenDataset
+from gprune.corpora.windows import Windows, _cut, make_windows
+from gprune.errors import UserError
+
+
+def word_tokenizer(words):
+    """One id a word (its position + 1; 0 is unknown), with a BOS that must never appear."""
+    vocabulary = {"[UNK]": 0} | {word: i for i, word in enumerate(words, 1)} | {"<s>": len(words) + 1}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="[UNK]")
+
+
+WORDS = [f"w{i}" for i in range(3000)]
+TEXTS = [" ".join(WORDS[start : start + 100]) for start in range(0, 3000, 100)]  # 30 documents of 100 words
+
+
+def windows_of(texts=TEXTS, **overrides):
+    settings = {"corpus": "demo", "split": "train", "num_samples": 10, "seq_len": 32, "seed": 0} | overrides
+    return make_windows(texts, word_tokenizer(WORDS), **settings)
+
+
+def test_first_windows_are_the_start_of_the_text():
+    windows = windows_of(shuffle=False)
+    assert torch.equal(windows.tokens, torch.arange(1, 321).view(10, 32))
+    assert windows.num_tokens == 320
+    assert (windows.corpus, windows.split) == ("demo", "train")
+
+
+def test_sample_is_without_overlap_spread_and_without_bos():
+    windows = windows_of()
+    assert windows.tokens.shape == (10, 32)
+    tokens = windows.tokens.flatten()
+    assert len(tokens.unique()) == 320  # every word of the corpus is different
+    assert tokens.min() > 0
+    assert tokens.max() <= 3000
+    assert len(((tokens - 1) // 100).unique()) >= 5  # of 30 documents; the first windows see 4
+
+
+def test_all_windows():
+    windows = windows_of(num_samples=None)
+    assert len(windows.tokens) == 3000 // 32
+    assert len(windows.tokens.unique()) == 93 * 32
+
+
+def test_windows_are_the_same_in_every_run():
+    # Written down once: results are stored under these hashes, so a change here throws caches away.
+    assert windows_of().content_hash == "00fa0c0647dce3c3"
+    assert windows_of(shuffle=False).content_hash == "5b7c7dfd054da562"
+    assert windows_of(seed=1).content_hash != windows_of().content_hash
+    assert windows_of(shuffle=False, seed=1).content_hash == windows_of(shuffle=False).content_hash
+
+
+def test_too_little_text_says_how_much_there_is():
+    with pytest.raises(UserError, match=r"'demo' \(test\) has 3 windows of 32 tokens, but 4 were asked.*num_samp"):
+        windows_of(TEXTS[:1], num_samples=4, split="test")
+    with pytest.raises(UserError, match=r"has 0 windows.*--corpora\.seq_len"):
+        windows_of(TEXTS[:1], num_samples=None, seq_len=101)
+    with pytest.raises(UserError, match="has 0 windows"):
+        windows_of([])
+    with pytest.raises(UserError, match=r"Lower --evaluation\.num_samples or --evaluation\.seq_len, or"):
+        windows_of([], flags=("--evaluation.num_samples", "--evaluation.seq_len"))
+
+
+@given(st.text(alphabet="ab \n", max_size=300), st.integers(2, 40))
+def test_cut_loses_only_one_separator_per_cut(text, limit):
+    pieces = list(_cut(text, limit))
+    assert all(len(piece) <= limit for piece in pieces)
+    assert "".join(pieces).replace(" ", "").replace("\n", "") == text.replace(" ", "").replace("\n", "")
+    assert len(text) - sum(map(len, pieces)) < len(pieces)
+
+
+@given(
+    num_windows=st.integers(0, 50),
+    batch_size=st.integers(1, 12),
+    world_size=st.integers(1, 6),
+    shuffle=st.booleans(),
+    epoch=st.integers(0, 3),
+)
+def test_shards_are_the_one_process_batches(num_windows, batch_size, world_size, shuffle, epoch):
+    def batches(rank, world_size):
+        sampler = ShardedBatchSampler(
+            num_windows, batch_size, rank=rank, world_size=world_size, shuffle=shuffle, seed=5
+        )
+        sampler.set_epoch(epoch)
+        result = list(sampler)
+        assert len(result) == len(sampler)
+        return result
+
+    whole = batches(0, 1)
+    shards = [batches(rank, world_size) for rank in range(world_size)]
+    assert sorted(index for batch in whole for index, _ in batch) == list(range(num_windows))
+    assert all(len(shard) == len(whole) for shard in shards)
+    for step, batch in enumerate(whole):
+        parts = [shard[step] for shard in shards]
+        assert all(parts)  # no rank has an empty batch
+        real = [item for part in parts for item in part if item[1] == 1.0]
+        assert real == [item for rank in range(world_size) for item in batch[rank::world_size]]
+        assert all(weight in (0.0, 1.0) for part in parts for _, weight in part)
+
+
+def test_epochs_differ_and_repeat():
+    sampler = ShardedBatchSampler(20, 4, shuffle=True, seed=3)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[2] != orders[1]
+
+
+def demo_windows(start, count, seq_len=4):
+    tokens = torch.arange(start * seq_len, (start + count) * seq_len).view(count, seq_len)
+    return Windows(f"corpus{start}", "train", tokens)
+
+
+def test_dataset_concatenates_corpora():
+    dataset = TokenDataset([demo_windows(0, 3), demo_windows(3, 2)])
+    assert len(dataset) == 5
+    item = dataset[(4, 0.0)]
+    assert item["input_ids"].tolist() == [16, 17, 18, 19]
+    assert item["index"] == 4
+    assert item["weight"].dtype == torch.float32
+
+
+def test_halves_of_a_corpus_are_its_earlier_and_later_windows():
+    dataset = TokenDataset([demo_windows(0, 3), demo_windows(3, 4), demo_windows(7, 1)])
+    assert [dataset[(i, 1.0)]["half"] for i in range(8)] == [0, 0, 1, 0, 0, 1, 1, 0]
+
+
+def test_halves_have_at_most_one_piece_of_text_in_common():
+    """Windows that take turns would have most of theirs in common, and agree better than two samples of a corpus do."""
+    texts = [" ".join(WORDS[start : start + 40]) for start in range(0, 3000, 40)]  # none longer than a piece
+    windows = windows_of(texts, num_samples=20)
+    piece = (windows.tokens - 1) // 40
+    half = torch.tensor([TokenDataset([windows])[(i, 1.0)]["half"] for i in range(20)])
+
+    def in_common(half):
+        one, two = (set(piece[half == h].flatten().tolist()) for h in (0, 1))
+        return len(one & two)
+
+    assert in_common(half) <= 1
+    assert in_common(torch.arange(20) % 2) >= 8
+
+
+class Recorder(pl.LightningModule):
+    """Learns nothing, and writes down what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.train_indices, self.val_ids = [], {}
+
+    def training_step(self, batch, _):
+        assert torch.equal(batch["input_ids"][:, 0], 4 * batch["index"])
+        self.train_indices.append((self.current_epoch, batch["index"].tolist()))
+        return self.weight * batch["weight"].sum()
+
+    def validation_step(self, batch, _, dataloader_idx=0):
+        self.val_ids.setdefault(dataloader_idx, []).extend(batch["input_ids"][:, 0].tolist())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_loaders_under_a_trainer(tmp_path):
+    module = Recorder()
+    data = CorpusDataModule(
+        train=[demo_windows(0, 3), demo_windows(3, 4)],
+        val=[demo_windows(0, 3), demo_windows(3, 4)],
+        test=[demo_windows(0, 3)],
+        batch_size=3,
+        seed=0,
+    )
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, data)
+    epochs = [[i for at, batch in module.train_indices if at == epoch for i in batch] for epoch in (0, 1)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(7))
+    assert epochs[0] != epochs[1]  # Lightning reaches set_epoch
+    assert module.val_ids == {0: [0, 4, 8] * 2, 1: [12, 16, 20, 24] * 2}
+    assert len(data.test_dataloader()) == 1
+
+
+def test_the_hash_tells_how_the_tokens_are_cut():
+    # Statistics and perplexities are stored under it: 4 x 8 and 8 x 4 windows of the same tokens differ in both.
+    tokens = torch.arange(32)
+    hashes = {Windows("c", "train", tokens.reshape(shape)).content_hash for shape in ((4, 8), (8, 4), (2, 16))}
+    assert len(hashes) == 3

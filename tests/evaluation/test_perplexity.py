@@ -1,0 +1,179 @@
+"""Perplexity against a float64 cross-entropy in NumPy, and the statistics built on it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics.text
+
+from gprune.corpora.windows import Windows
+from gprune.errors import UserError
+from gprune.evaluation.intervals import bootstrap_gap, generalisation_gap, geometric_mean, paired_bootstrap_ratio
+from gprune.evaluation.perplexity import Perplexity, perplexity
+from gprune.models.masks import Masks
+from gprune.sparsity.gates import masked
+from tests.conftest import make_tiny_llama
+
+
+def nll_in_float64(logits: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
+    """(B, T) nats."""
+    z = logits.double().numpy()
+    top = z.max(-1, keepdims=True)
+    log_z = top[..., 0] + np.log(np.exp(z - top).sum(-1))
+    return log_z - np.take_along_axis(z, targets.numpy()[..., None], -1)[..., 0]
+
+
+def windows_of(tokens: torch.Tensor) -> Windows:
+    return Windows("demo", "test", tokens)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_perplexity_is_exp_of_the_float64_cross_entropy(tiny_model, token_batch, batch_size):
+    nll = nll_in_float64(tiny_model(token_batch).logits[:, :-1], token_batch[:, 1:])
+    result = perplexity(tiny_model, windows_of(token_batch), batch_size=batch_size)
+    assert result.tokens == 6 * 31
+    assert result.nll == pytest.approx(nll.mean(), rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(nll.mean()), rel=1e-5)
+    np.testing.assert_allclose(result.window_nll, nll.sum(1), rtol=1e-6)
+
+
+def test_extreme_logits_where_the_stock_metric_gives_infinity(token_batch):
+    model = make_tiny_llama(tie_word_embeddings=False)
+    model.lm_head.weight.data *= 15
+    logits, targets = model(token_batch).logits[:, :-1], token_batch[:, 1:]
+    nll = nll_in_float64(logits, targets)
+    assert nll.max() > 100
+    assert nll.mean() < 700
+    stock = torchmetrics.text.Perplexity()
+    stock.update(logits, targets)
+    assert math.isinf(float(stock.compute()))
+    result = perplexity(model, windows_of(token_batch))
+    assert result.nll == pytest.approx(nll.mean(), rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(nll.mean()), rel=1e-3)
+
+
+def test_the_metric_alone_agrees_with_the_stock_one_where_that_works(tiny_model, token_batch):
+    logits, targets = tiny_model(token_batch).logits[:, :-1], token_batch[:, 1:]
+    ours, stock = Perplexity(), torchmetrics.text.Perplexity()
+    for metric in (ours, stock):
+        metric.update(logits[:4], targets[:4])
+        metric.update(logits[4:], targets[4:])
+    assert float(ours.compute()) == pytest.approx(float(stock.compute()), rel=1e-4)
+
+
+def test_bfloat16_logits_are_not_summed_in_bfloat16(token_batch):
+    model = make_tiny_llama().bfloat16()
+    nll = nll_in_float64(model(token_batch).logits[:, :-1].float(), token_batch[:, 1:])
+    assert perplexity(model, windows_of(token_batch)).nll == pytest.approx(nll.mean(), rel=5e-3)
+    logits = model(token_batch).logits[:, :-1]
+    metric = Perplexity()
+    metric.update(logits, token_batch[:, 1:])
+    assert float(metric.compute()) == pytest.approx(math.exp(nll.mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_loss_is_an_error_and_never_skipped(tiny_model, token_batch, bad):
+    tiny_model.model.norm.weight.data[3] = bad
+    with pytest.raises(UserError, match="non-finite loss"):
+        perplexity(tiny_model, windows_of(token_batch))
+
+
+def test_a_perplexity_beyond_float64_is_an_error_for_the_user(token_batch):
+    model = make_tiny_llama(tie_word_embeddings=False)
+    model.lm_head.weight.data *= 1e4  # thousands of nats per token: exp overflows
+    with pytest.raises(UserError):
+        perplexity(model, windows_of(token_batch))
+
+
+def test_masks_are_the_callers(tiny_model, token_batch):
+    masks = Masks([torch.arange(48) < 10] * 3, [torch.ones(2, dtype=torch.bool)] * 3)
+    dense = perplexity(tiny_model, windows_of(token_batch)).nll
+    with masked(tiny_model, masks):
+        assert abs(perplexity(tiny_model, windows_of(token_batch)).nll - dense) > 1e-3
+    assert perplexity(tiny_model, windows_of(token_batch)).nll == dense
+
+
+def test_geometric_mean():
+    assert geometric_mean([2.0, 8.0]) == pytest.approx(4)
+    assert geometric_mean([7.0]) == pytest.approx(7)
+    assert math.isnan(geometric_mean([]))
+    assert geometric_mean([1e200, 1e200]) == pytest.approx(1e200)  # no overflow on the way
+
+
+def test_the_interval_of_a_gap_is_that_of_two_independent_ratios():
+    generator = np.random.default_rng(0)
+    dense = {c: generator.normal(90, 9, 300).tolist() for c in "abcd"}
+    pruned = {c: (np.array(v) + generator.normal(12 if c in "ab" else 6, 5, 300)).tolist() for c, v in dense.items()}
+    seen = {c: c == "d" for c in dense}
+    gap, low, high = bootstrap_gap(pruned, dense, seen, 31, draws=20_000)
+    means = {kind: {c: math.exp(np.mean(nll[c]) / 31) for c in nll} for kind, nll in (("p", pruned), ("d", dense))}
+    assert gap == pytest.approx(generalisation_gap(means["p"], means["d"], seen), rel=1e-12)
+    differences = {c: (np.array(pruned[c]) - np.array(dense[c])) / 31 for c in dense}
+    variance = {c: d.var(ddof=1) / len(d) for c, d in differences.items()}
+    spread = 1.96 * math.sqrt((variance["a"] + variance["b"] + variance["c"]) / 9 + variance["d"])
+    assert math.log(high / low) / 2 == pytest.approx(spread, rel=0.05)
+    assert math.isnan(bootstrap_gap(pruned, dense, dict.fromkeys(dense, True), 31)[0])
+
+
+def test_generalisation_gap_by_hand():
+    dense = {"a": 10.0, "b": 20.0, "c": 5.0, "d": 8.0}
+    pruned = {"a": 20.0, "b": 40.0, "c": 20.0, "d": 72.0}  # ratios 2, 2 | 4, 9
+    seen = {"a": True, "b": True, "c": False, "d": False}
+    assert generalisation_gap(pruned, dense, seen) == pytest.approx(6 / 2)
+    assert generalisation_gap(dense, dense, seen) == pytest.approx(1)
+    assert math.isnan(generalisation_gap(pruned, dense, dict.fromkeys(dense, True)))
+    assert math.isnan(generalisation_gap(pruned, dense, dict.fromkeys(dense, False)))
+
+
+def test_bootstrap_of_identical_models_is_one():
+    nll = {"a": [90.0, 110.0, 70.0], "b": [30.0, 45.0]}
+    assert paired_bootstrap_ratio(nll, nll, 31) == (1.0, 1.0, 1.0)
+
+
+def test_bootstrap_point_is_the_ratio_of_geometric_means():
+    rng = np.random.default_rng(0)
+    a, b = ({c: rng.uniform(50, 150, n).tolist() for c, n in (("x", 12), ("y", 5))} for _ in range(2))
+
+    def geometric(nll):
+        return geometric_mean(math.exp(np.mean(v) / 31) for v in nll.values())
+
+    ratio, low, high = paired_bootstrap_ratio(a, b, 31)
+    assert ratio == pytest.approx(geometric(a) / geometric(b), rel=1e-12)
+    assert low < ratio < high
+    assert paired_bootstrap_ratio(a, b, 31) == (ratio, low, high)  # seeded
+    # swapping the models turns the ratio over
+    assert paired_bootstrap_ratio(b, a, 31)[0] == pytest.approx(1 / ratio, rel=1e-12)
+
+
+def test_bootstrap_is_paired():
+    # Windows differ widely, the models by nearly the same amount on each: a paired interval is narrow.
+    rng = np.random.default_rng(1)
+    base = rng.uniform(50, 500, 40)
+    a, b = {"x": (base + 3.1 + 0.05 * rng.normal(size=40)).tolist()}, {"x": base.tolist()}
+    ratio, low, high = paired_bootstrap_ratio(a, b, 31)
+    assert ratio == pytest.approx(math.exp(0.1), rel=2e-3)
+    assert high - low < 0.003
+
+
+def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(2)
+    truth, covered = 0.05, 0
+    for _ in range(200):
+        difference = {c: (31 * (truth + 0.2 * rng.normal(size=40))).tolist() for c in ("x", "y")}
+        zero = {c: [0.0] * 40 for c in difference}
+        _, low, high = paired_bootstrap_ratio(difference, zero, 31, draws=300, seed=int(rng.integers(1 << 30)))
+        covered += low <= math.exp(truth) <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_bootstrap_against_numpy():
+    rng = np.random.default_rng(3)
+    a = {"x": rng.normal(100, 20, 30).tolist()}
+    b = {"x": rng.normal(95, 20, 30).tolist()}
+    _, low, high = paired_bootstrap_ratio(a, b, 31, draws=20_000)
+    difference = np.array(a["x"]) - np.array(b["x"])
+    draws = difference[rng.integers(30, size=(20_000, 30))].mean(1) / 31
+    np.testing.assert_allclose(np.log([low, high]), np.quantile(draws, [0.025, 0.975]), atol=0.02)

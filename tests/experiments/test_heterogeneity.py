@@ -1,0 +1,203 @@
+"""The script behind question 1, on tiny runs and on planted numbers."""
+
+from __future__ import annotations
+
+import sys
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import f_oneway, kendalltau
+
+import gprune
+from experiments import heterogeneity
+from gprune.importance.scores import score_units
+from gprune.models.blocks import blocks_of
+from gprune.models.loading import load_model
+from gprune.partition.drift import fractional_ranks, noise_floor, rank_drift
+from gprune.report import report
+from tests import tiny_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder of finished runs: `run` with three drift corpora, `two` with two, `base` without modules."""
+    world = tiny_run.make_world(tmp_path_factory.mktemp("world"))
+    folder = tmp_path_factory.mktemp("runs")
+    with tiny_run.isolated(folder / "cache"):
+        quick = ("--export=none", "--sparsity.allocation=uniform", "--evaluation.curve=[]")
+        world.run(folder, *quick, name="run")
+        world.run(folder, *quick, f"--corpora.drift={world.names('alpha', 'beta')}", name="two")
+        world.run(folder, *quick, "--gprune=false", name="base")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def finished(runs):
+    return report.read_run(runs / "run")
+
+
+def main(capsys, monkeypatch, *arguments):
+    """Exit code, stdout and stderr of the command."""
+    monkeypatch.setattr(sys, "argv", ["heterogeneity", *map(str, arguments)])
+    code = heterogeneity.main()
+    return code, *capsys.readouterr()
+
+
+def rows(text):
+    """First cell -> other cells, of all tables."""
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_a_row_per_third_block_or_per_block_and_the_mean(runs, capsys, monkeypatch):
+    code, short, _ = main(capsys, monkeypatch, runs / "run")
+    assert code == 0
+    assert [name for name in rows(short) if name.isdigit() or name == "mean"] == ["0", "mean"]
+    _, full, _ = main(capsys, monkeypatch, runs / "run", "--all", "--no-data-free")
+    assert [name for name in rows(full) if name.isdigit() or name == "mean"] == ["0", "1", "2", "mean"]
+    assert rows(full)["mean"] == rows(short)["mean"]  # over all blocks, whichever are shown
+
+
+def agreement_of_halves(folder) -> list[float]:
+    """Kendall's tau between halves of a corpus, mean over corpora, by block: from the statistics that the run kept."""
+    result = gprune.load_run(folder)
+    model, _ = load_model(result.config.model.name)
+    found = []
+    for statistics in result.statistics.values():
+        one, two = (score_units("wanda_sp", blocks_of(model), statistics, half=half).ffn for half in (0, 1))
+        found.append([kendalltau(a, b).statistic for a, b in zip(one, two, strict=True)])
+    return np.mean(found, axis=0).tolist()
+
+
+def test_numbers_are_those_of_an_independent_computation(finished, runs, capsys, monkeypatch):
+    _, text, _ = main(capsys, monkeypatch, runs / "run", "--all", "--no-data-free")
+    shown = rows(text)
+    halves = agreement_of_halves(runs / "run")
+    for b, (d, y) in enumerate(zip(finished.modules.drift, finished.modules.labels, strict=True)):
+        ranks, labels = d.ranks.numpy(), y.numpy()
+        drift = ranks.std(0)
+        inside = [drift[labels == k].mean() for k in range(labels.max() + 1)]
+        tau = np.mean([kendalltau(d.scores[i], d.scores[j]).statistic for i, j in combinations(range(3), 2)])
+        above = (drift > np.quantile(d.floor.numpy(), 0.95)).mean()
+        expected = [drift.mean(), float(d.floor.mean()), above, tau, min(inside), max(inside)]
+        expected.insert(4, halves[b])
+        cells = [shown[str(b)][c] for c in (0, 1, 3, 4, 5, 7, 8)]
+        assert list(map(float, cells)) == pytest.approx(expected, abs=6e-4)
+        assert float(shown[str(b)][2]) == pytest.approx(drift.mean() / float(d.floor.mean()), abs=6e-3)
+        switched = finished.modules.reliability[b].switched
+        assert shown[str(b)][9] == f"{int(switched.sum())} of {len(switched)}"
+
+
+def test_eta_squared_is_what_an_f_test_is_made_of():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(4, (200,), generator=generator)
+    values = torch.randn(200, generator=generator).double() + 0.3 * labels
+    eta, (N, K) = heterogeneity.eta_squared(values, labels), (200, 4)
+    f = (eta / (K - 1)) / ((1 - eta) / (N - K))
+    assert f == pytest.approx(f_oneway(*(values[labels == k].numpy() for k in range(K))).statistic)
+    assert heterogeneity.eta_squared(labels.double(), labels) == pytest.approx(1)
+    assert heterogeneity.eta_squared(torch.ones(200), labels) == 0
+
+
+def test_random_partitions_have_the_expectation_of_chance_and_follow_the_seed():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(400) % 8
+    found = heterogeneity.separation(values, labels, permutations=200, seed=0)
+    assert float(found.random.mean()) == pytest.approx(7 / 399, rel=0.15)
+    again = heterogeneity.separation(values, labels, permutations=200, seed=0)
+    assert torch.equal(found.random, again.random)
+    assert not torch.equal(found.random, heterogeneity.separation(values, labels, permutations=200, seed=9).random)
+
+
+@pytest.mark.parametrize(("planted", "low", "high"), [(0.0, 0.05, 0.15), (2.0, 0.5, 1.0)])
+def test_share_above_the_floor_is_small_for_noise_alone(planted, low, high):
+    """Scores of two halves of three corpora: one importance, sampling noise, and what corpora differ by."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    N = 2000
+    halves = normal(N) + planted * normal(3, 1, N) + 0.3 * normal(3, 2, N)
+    drift = rank_drift(fractional_ranks(halves.mean(1)))
+    share = heterogeneity.share_above(drift, noise_floor(fractional_ranks(halves)))
+    assert low < share < high
+
+
+def test_given_rank_takes_out_what_ranks_alone_give():
+    ranks = fractional_ranks(torch.rand(3, 640, generator=torch.Generator().manual_seed(0)))
+    mean = ranks.mean(0)
+    by_rank = mean * (1 - mean)
+    labels = (mean > mean.median()).long() + (mean > mean.quantile(0.9)).long()
+    assert heterogeneity.eta_squared(by_rank, labels) > 0.2
+    left = heterogeneity.given_rank(by_rank, ranks)
+    assert float(left.var()) < 0.05 * float(by_rank.var())
+    own = torch.randn(640, generator=torch.Generator().manual_seed(1)).double()  # has nothing to do with rank
+    assert float(heterogeneity.given_rank(own, ranks).var()) > 0.9 * float(own.var())
+
+
+def test_the_runs_own_modules_look_separate_even_in_a_random_model_and_data_free_ones_do_not(
+    runs, capsys, monkeypatch
+):  # fmt: skip
+    """Why eta squared of the run's modules is called circular."""
+    _, text, _ = main(capsys, monkeypatch, runs / "run")
+    shown = rows(text)
+    own, _, largest, blocks = shown["the run's (circular): drift"]
+    assert float(own) > 5 * float(largest)
+    assert blocks == "3 of 3"
+    free, _, largest, _ = shown["data-free: drift"]
+    assert float(free) < 2 * float(largest)
+
+
+def test_data_free_modules_are_made_without_any_statistics(finished):
+    labels = heterogeneity.data_free_modules(finished)
+    assert [len(y) for y in labels] == [tiny_run.NEURONS] * 3
+    assert all(int(torch.bincount(y).min()) >= 32 for y in labels)
+    again = heterogeneity.data_free_modules(finished)
+    assert all(torch.equal(a, b) for a, b in zip(labels, again, strict=True))
+
+
+def test_figures_in_both_formats_and_the_same_bytes_again(runs, tmp_path, capsys, monkeypatch):
+    for name in ("a", "b"):
+        file = tmp_path / name / "drift.svg"
+        code, out, _ = main(capsys, monkeypatch, runs / "run", "--no-data-free", "--figure", file)
+        assert code == 0
+        assert str(file.with_suffix(".png")) in out
+    assert (tmp_path / "a" / "drift.png").read_bytes().startswith(b"\x89PNG")
+    svg = (tmp_path / "a" / "drift.svg").read_bytes()
+    assert b"<svg" in svg
+    assert (tmp_path / "b" / "drift.svg").read_bytes() == svg
+
+
+def test_without_data_free_modules_no_model_is_loaded(runs, capsys, monkeypatch):
+    monkeypatch.setattr(heterogeneity, "load_model", lambda *a, **k: pytest.fail("it loaded one"))
+    code, out, _ = main(capsys, monkeypatch, runs / "run", "--no-data-free")
+    assert code == 0
+    assert "data-free: drift" not in out
+
+
+def test_another_model_under_the_same_name_is_refused(runs, capsys, monkeypatch):
+    monkeypatch.setattr(heterogeneity, "fingerprint", lambda model: "0" * 16)
+    code, _, err = main(capsys, monkeypatch, runs / "run")
+    assert code == 2
+    assert "other weights" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("base", (), "no modules"),
+        ("two", (), "2 drift corpora"),
+        ("nowhere", (), "no folder"),
+        ("run", ("--permutations", "0"), "--permutations"),
+        ("run", ("--seed", "99999999999999999999"), "--seed: expected 0 or more"),
+        ("run", ("--what",), "--help"),
+    ],
+)
+def test_refused_with_one_line(runs, capsys, monkeypatch, name, arguments, said):
+    code, out, err = main(capsys, monkeypatch, runs / name, *arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1

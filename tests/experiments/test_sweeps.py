@@ -1,0 +1,177 @@
+"""Sweeps of W&B: the command lines its agent would start, all of their runs apart, on one calibration."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gprune.cli import main
+from gprune.parse import parse
+from tests import tiny_run
+from tests.runs.test_tracking import read_finished
+
+ROOT = Path(__file__).parents[2]
+SWEEPS = sorted((ROOT / "experiments/sweeps").glob("*.yaml"))
+every_sweep = pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> dict:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def points(sweep: dict) -> list[dict]:
+    """The grid: parameter -> value, one dictionary per run."""
+    choices = [p["values"] if "values" in p else [p["value"]] for p in sweep["parameters"].values()]
+    return [dict(zip(sweep["parameters"], values, strict=True)) for values in itertools.product(*choices)]
+
+
+def command_line(sweep: dict, point: dict) -> list[str]:
+    """What an agent starts for a point: values as Python writes them, such as `True` and `['a', 'b']`."""
+    macros = {
+        "${env}": ["/usr/bin/env"],
+        "${interpreter}": ["python"],
+        "${program}": [sweep["program"]],
+        "${args}": [f"--{name}={value}" for name, value in point.items()],
+    }
+    return [word for part in sweep["command"] for word in macros.get(part, [part])]
+
+
+def flags(sweep: dict, point: dict) -> list[str]:
+    """What of a command line `train.py` sees."""
+    line = command_line(sweep, point)
+    assert line[:3] == ["/usr/bin/env", "python", "train.py"]
+    assert not [word for word in line if "${" in word]
+    return line[3:]
+
+
+@functools.cache  # parsing is most of what these tests take
+def configs(path: Path) -> list:
+    """One per point of the grid. Called in the repository's folder, where agents are started."""
+    sweep = read(path)
+    return [parse(flags(sweep, point)) for point in points(sweep)]
+
+
+def calibration(cfg) -> str:
+    """Everything on which statistics in the cache depend, for a given machine."""
+    c = cfg.corpora
+    text = (sorted(cfg.calibration), c.num_samples, c.seq_len, cfg.run.seed)
+    bits = (cfg.model.name, cfg.model.dtype, c.batch_size, cfg.trainer.devices * cfg.trainer.num_nodes)
+    return repr((text, bits, sorted(cfg.collects), cfg.sparsity.scope))
+
+
+def test_there_are_sweeps():
+    assert {path.stem for path in SWEEPS} >= {"budgets", "ablations"}
+    budgets = points(read(ROOT / "experiments/sweeps/budgets.yaml"))
+    assert len({point["sparsity.target"] for point in budgets}) == len(budgets) == 10
+
+
+@every_sweep
+def test_every_command_line_is_one_of_ours_and_no_two_runs_collide(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WANDB_MODE", "offline")  # which an agent's runs must not heed
+    sweep, found = read(path), configs(path)
+    assert sweep["method"] == "grid"
+    assert len({cfg.run_name for cfg in found}) == len(found) > 1
+    for cfg in found:
+        cfg.check_names()
+        assert cfg.run.name is None
+        assert cfg.logging.resolved_mode == "online"
+        assert cfg.logging.project == sweep["project"]  # W&B takes the sweep's
+        assert cfg.export == "none"
+
+
+@every_sweep
+def test_the_order_of_parameters_does_not_matter(path, monkeypatch):
+    """W&B promises none, and later flags win."""
+    monkeypatch.chdir(ROOT)
+    sweep = read(path)
+    turned = [dict(reversed(point.items())) for point in points(sweep)[-8:]]
+    assert [parse(flags(sweep, point)) for point in turned] == configs(path)[-8:]
+
+
+@every_sweep
+def test_runs_of_one_seed_share_their_calibration(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    seeds = {cfg.run.seed for cfg in configs(path)}
+    assert len({calibration(cfg) for cfg in configs(path)}) == len(seeds)
+
+
+@every_sweep
+def test_wandb_expands_the_parameters_as_we_do(path):
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    sweep = read(path)
+    for point in points(sweep):
+        theirs = utils.create_sweep_command_args({"args": {name: {"value": value} for name, value in point.items()}})
+        assert flags(sweep, point)[-len(point) :] == theirs["args"]
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [("reliability", "switch", False), ("corpora", "drift", ["wiki", "web"]), ("sparsity", "protect", [0, -1])],
+)
+def test_truth_values_and_lists_arrive(group, name, value):
+    """For sweeps of one's own: what `${args}` makes of them is understood."""
+    sweep = {"program": "train.py", "command": ["${env}", "${interpreter}", "${program}", "${args}"]}
+    cfg = parse(flags(sweep, {f"{group}.{name}": value}))
+    assert getattr(getattr(cfg, group), name) == value
+
+
+@pytest.fixture(scope="module")
+def two_budgets(tmp_path_factory):
+    """Run folders of the first two points of the sweep on tiny models, one cache; the first as an agent starts it."""
+    folder = tmp_path_factory.mktemp("sweep")
+    world = tiny_run.make_world(tmp_path_factory.mktemp("world"))
+    sweep = read(ROOT / "experiments/sweeps/budgets.yaml")
+    first, second = (
+        world.args(folder / "runs", *flags(sweep, point), f"--logging.mode={mode}", "--run.name=null")
+        for point, mode in zip(points(sweep), ("offline", "disabled"), strict=False)
+    )
+    (folder / "point.yaml").write_text(
+        "wandb_version: 1\n" + yaml.safe_dump({name: {"value": value} for name, value in points(sweep)[0].items()})
+    )
+    agent = {
+        "WANDB_SWEEP_ID": "sweep", "WANDB_RUN_ID": "given", "WANDB_DIR": str(folder),
+        "WANDB_SWEEP_PARAM_PATH": str(folder / "point.yaml"),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "train.py", *first], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        env=tiny_run.environment(folder / "cache", **agent), check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    with tiny_run.isolated(folder / "cache"):
+        assert main(second) == 0
+        return [folder / "runs" / parse(line).run_name for line in (first, second)]
+
+
+def calibration_tokens(run: Path) -> int:
+    return json.loads((run / "manifest.json").read_text())["steps"].get("calibrate", {}).get("forward_tokens", 0)
+
+
+def test_a_second_budget_pays_for_no_calibration(two_budgets):
+    assert [calibration_tokens(run) for run in two_budgets] == [3 * 4 * 32, 0]
+    assert sorted(os.listdir(two_budgets[0].parent)) == sorted(run.name for run in two_budgets)
+    assert not (two_budgets[0] / "model").exists()
+
+
+def test_a_run_that_an_agent_starts_bears_the_agents_id_and_both_settings(two_budgets):
+    (file,) = two_budgets[0].glob("wandb/offline-run-*/*.wandb")
+    assert file.stem == "run-given"
+    config = read_finished(two_budgets[0]).config
+    assert config["sparsity.target"] == config["sparsity"]["target"]  # the sweep's entry stands beside ours
+
+
+@every_sweep
+def test_what_is_optimised_is_logged(path, two_budgets):
+    metric = read(path)["metric"]
+    assert metric["goal"] == "minimize"  # perplexity over that of the base metric
+    (value,) = [row[metric["name"]] for row in read_finished(two_budgets[0]).history if metric["name"] in row]
+    ratios = json.loads((two_budgets[0] / "metrics.json").read_text())["summary"]["unseen_over_base"]
+    assert value == pytest.approx(ratios["gprune"]["ratio"])

@@ -1,0 +1,579 @@
+"""A GGUF file holds the model's numbers in llama.cpp's order and words, and llama.cpp computes what the model does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pydoc_data.topics import topics
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from gprune.cli import main
+from gprune.errors import UserError
+from gprune.export import gguf as ours
+from gprune.export.hf import save_pruned
+from gprune.export.job import EXPORTS, LLAMA_CPP, TYPES, export, llama_cpp
+from gprune.models import embedded as assets
+from gprune.models.blocks import blocks_of
+from gprune.models.surgery import prune
+from gprune.storage import wheels
+from tests import tiny_run
+from tests.conftest import make_tiny_llama
+from tests.export.test_hf import LLAMA3_ROPE
+from tests.models.test_surgery import random_masks, randomise_biases
+from tests.tiny_families import make_tiny, some_masks
+from tests.tiny_run import tiny_tokenizer
+
+SIZE = 288  # embeddings: more than the tokens of `byte_tokenizer`
+EQUAL, UNEQUAL = ([32, 32, 32], [2, 2, 2]), ([1, 32, 47], [1, 2, 1])
+VARIANTS = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "llama3": {"rope_parameters": LLAMA3_ROPE},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+}
+CUTS = {
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "llama-bpe": [
+        pre_tokenizers.Split(Regex(assets.LLAMA3_WORDS), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+}
+needs_llama_cpp = pytest.mark.skipif(
+    llama_cpp() is None, reason=f"no llama.cpp build is installed; pip install {' or '.join(LLAMA_CPP.values())}"
+)
+
+
+def byte_tokenizer(cut="gpt-2", *, bos=False, merges=(("t", "h"), ("th", "e"), ("Ġ", "Ġ"), ("1", "2"), ("e", "r"))):
+    """A token per byte and per merge, three special ones and one that was added by a user."""
+    alphabet = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(m) for m in merges)]
+    vocabulary = {token: i for i, token in enumerate(alphabet)}
+    model = models.BPE(vocabulary, list(merges), ignore_merges=cut == "llama-bpe")
+    backend = Tokenizer(model)
+    steps = CUTS[cut]
+    backend.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
+    if bos:
+        backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    backend.add_tokens(["<mine>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def make_pruned(shape=UNEQUAL, recovered=False, **overrides):
+    model = prune(make_tiny_llama(vocab_size=SIZE, **overrides), random_masks(*shape))
+    if recovered:
+        blocks = blocks_of(model)
+        for linear in (blocks[0].down, blocks[2].down, blocks[1].output):
+            linear.host.bias = nn.Parameter(torch.zeros(32), requires_grad=False)
+    randomise_biases(model)
+    return model
+
+
+def read(path):
+    """Keys and tensors of a file, tensors as they are stored, in NumPy's order of dimensions."""
+    reader = gguf.GGUFReader(path)
+    keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    return keys, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def written(model, tmp_path, **options):
+    ours.write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", **options)
+    return read(tmp_path / "m.gguf")
+
+
+def in_order_of_transformers(rows, head_dim):
+    """Row by row: neighbours 2i and 2i + 1 of a head become i and i + head_dim / 2."""
+    out = np.empty_like(rows)
+    for head in range(len(rows) // head_dim):
+        for i in range(head_dim // 2):
+            out[head * head_dim + i] = rows[head * head_dim + 2 * i]
+            out[head * head_dim + i + head_dim // 2] = rows[head * head_dim + 2 * i + 1]
+    return out
+
+
+NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def expected_tensors(model):
+    """GGUF name to (name in the state dict, whether rows are rotated), for everything a Llama has."""
+    names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    state = model.state_dict()
+    if not model.config.tie_word_embeddings:
+        names["output.weight"] = "lm_head.weight"
+    for b in range(len(model.model.layers)):
+        for there, here in NAMES.items():
+            for kind in ("weight", "bias"):
+                if f"model.layers.{b}.{here}.{kind}" in state:
+                    names[f"blk.{b}.{there}.{kind}"] = f"model.layers.{b}.{here}.{kind}"
+    return names, state
+
+
+@pytest.mark.parametrize("recovered", [False, True])
+@pytest.mark.parametrize("shape", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_number_is_there_once_in_the_right_order(variant, shape, recovered, tmp_path):
+    model = make_pruned(shape, recovered, **VARIANTS[variant])
+    _, tensors = written(model, tmp_path, type="f32")
+    names, state = expected_tensors(model)
+    extra = {"rope_freqs.weight"} if "rope_parameters" in VARIANTS[variant] else set()
+    assert set(tensors) == set(names) | extra
+    for there, here in names.items():
+        assert tensors[there].tensor_type == gguf.GGMLQuantizationType.F32
+        got = tensors[there].data
+        if "attn_q" in there or "attn_k" in there:
+            got = in_order_of_transformers(got, model.config.head_dim)
+        np.testing.assert_array_equal(got, state[here].numpy())
+
+
+def test_rotating_neighbours_of_interleaved_rows_is_rotating_halves():
+    heads, d = 3, 8
+    x = np.random.default_rng(0).normal(size=heads * d)
+    angles = np.random.default_rng(1).normal(size=d // 2)
+    theirs = ours.interleave(torch.from_numpy(x), d).numpy().reshape(heads, d // 2, 2)
+    theirs = (theirs[..., 0] + 1j * theirs[..., 1]) * np.exp(1j * angles)
+    halves = x.reshape(heads, 2, d // 2)
+    halves = (halves[:, 0] + 1j * halves[:, 1]) * np.exp(1j * angles)
+    np.testing.assert_allclose(theirs, halves, atol=1e-12)
+
+
+def test_keys_of_unequal_blocks_are_per_layer(tmp_path):
+    keys, _ = written(make_pruned(rope_parameters=LLAMA3_ROPE, rms_norm_eps=1e-5), tmp_path, name="mine")
+    expected = {
+        "general.architecture": "deci",
+        "general.type": "model",
+        "general.name": "mine",
+        "general.file_type": 1,
+        "deci.block_count": 3,
+        "deci.context_length": 256,
+        "deci.embedding_length": 32,
+        "deci.feed_forward_length": [1, 32, 47],
+        "deci.attention.head_count": [2, 4, 2],
+        "deci.attention.head_count_kv": [1, 2, 1],
+        "deci.attention.key_length": 8,
+        "deci.attention.value_length": 8,
+        "deci.rope.dimension_count": 8,
+        "deci.rope.freq_base": 50000.0,
+        "deci.attention.layer_norm_rms_epsilon": float(np.float32(1e-5)),
+        "deci.vocab_size": SIZE,
+    }
+    assert {name: value for name, value in keys.items() if not name.startswith("tokenizer.")} == expected
+
+
+def test_equal_blocks_are_an_ordinary_llama(tmp_path):
+    keys, _ = written(make_pruned(EQUAL), tmp_path, type="q8_0")
+    assert keys["general.architecture"] == "llama"
+    assert keys["general.file_type"] == 7
+    assert keys["general.quantization_version"] == 2
+    sizes = ("feed_forward_length", "attention.head_count", "attention.head_count_kv", "attention.key_length")
+    assert [keys[f"llama.{size}"] for size in sizes] == [32, 4, 2, 8]
+    assert not any(name.startswith("deci.") for name in keys)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_fewer_heads_everywhere_are_still_a_llama(heads, tmp_path):
+    keys, _ = written(make_pruned(([48] * 3, [heads] * 3)), tmp_path)
+    assert [keys[f"llama.attention.{key}"] for key in ("head_count", "key_length")] == [2 * heads, 8]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_matrices_have_the_type_and_vectors_stay_float32(kind, tmp_path, caplog):
+    model = make_pruned(recovered=True, dtype=torch.bfloat16)
+    with caplog.at_level(logging.INFO, "gprune"):
+        odd = ours.write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type=kind)
+    _, tensors = read(tmp_path / "m.gguf")
+    names, state = expected_tensors(model)
+    # rows of 8 (1 head pair), 16, 1 and 47 numbers are no blocks of 32
+    too_short = {f"blk.{b}.{name}.weight" for b in (0, 2) for name in ("ffn_down", "attn_output")}
+    assert set(odd) == (too_short if kind == "q8_0" else set())
+    assert ("ffn_down.weight of blocks 0, 2" in caplog.text) == (kind == "q8_0")
+    for there, here in names.items():
+        stored, want = tensors[there], state[here].float().numpy()
+        kept = "f32" if want.ndim == 1 else "f16" if there in odd else kind
+        assert stored.tensor_type.name.lower() == kept
+        got = gguf.dequantize(stored.data, stored.tensor_type)
+        if "attn_q" in there or "attn_k" in there:
+            got = in_order_of_transformers(got, 8)
+        if kept == "q8_0":  # half a step of each block of 32, and the step itself is a float16
+            step = np.abs(want.reshape(-1, 32)).max(1, keepdims=True) / 127
+            assert (np.abs((got - want).reshape(-1, 32)) <= step * (0.5 + 127 * 2**-11) + 1e-12).all()
+        else:
+            np.testing.assert_array_equal(got, want if kept == "f32" else want.astype(np.float16))
+
+
+def test_numbers_beyond_float16_are_refused(tmp_path):
+    model = make_pruned()
+    model.model.layers[1].mlp.up_proj.weight[3, 4] = 7e4
+    with pytest.raises(UserError, match=r"'blk.1.ffn_up.weight' holds numbers beyond float16; choose --type f32"):
+        ours.write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f16")
+    ours.write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
+
+
+def test_rope_factors_are_llama3s():
+    factors = ours.rope_factors(make_tiny_llama(rope_parameters=LLAMA3_ROPE)).numpy()
+    expected = []
+    for i in range(4):  # the published rule: long waves are stretched, short ones kept, smooth between
+        wave = 2 * np.pi * 50000.0 ** (2 * i / 8)
+        low, high = 16 / 1.0, 16 / 4.0
+        smooth = (16 / wave - 1.0) / (4.0 - 1.0)
+        expected.append(1.0 if wave < high else 4.0 if wave > low else 1 / ((1 - smooth) / 4.0 + smooth))
+    assert len(set(np.round(expected, 3))) > 1
+    np.testing.assert_allclose(factors, expected, rtol=1e-5)
+    linear = make_tiny_llama(**VARIANTS["linear"])
+    np.testing.assert_allclose(ours.rope_factors(linear).numpy(), [2.0] * 4, rtol=1e-6)
+    assert ours.rope_factors(make_tiny_llama()) is None
+
+
+def test_what_llama_cpp_computes_differently_is_refused(tmp_path):
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    empty = make_pruned()
+    empty.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 0), requires_grad=False)
+    for model, message in (
+        (make_pruned(rope_parameters=dynamic), "rope_type default, linear or llama3 .*'dynamic'"),
+        (make_pruned(hidden_act="gelu"), "this 'llama' has hidden_act gelu instead of silu"),
+        (empty, "no layer without FFN or attention, such as layer 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ours.write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf")
+
+
+REFUSED = {
+    "mistral": "attends to a window of 16 tokens",
+    "qwen3": r"has weights beside Llama's \(self_attn.q_norm.weight\)",
+    "gemma2": "normalises elsewhere",
+    "gemma3_text": "normalises elsewhere",
+    "olmo2": "normalises elsewhere",
+    "phi3": "attends to a window of 16 tokens",
+    "opt": "has no gate",
+    "gpt_neox": "has no gate",
+    "gpt2": "has no gate",
+    "mixtral": "has experts",
+    "qwen3_moe": "has experts",
+    "olmoe": "has experts",
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_that_do_not_compute_as_llama_are_refused_by_name(family, tmp_path):
+    with pytest.raises(UserError, match=f"this '{family}' {REFUSED[family]}.* Export to hf, or prune with"):
+        ours.write_gguf(make_tiny(family), byte_tokenizer(), tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "phi3"])
+def test_families_that_compute_as_llama_run_in_llama_cpp(family, tmp_path):
+    """Head sizes of 32 and more, which llama.cpp's kernels want."""
+    model = make_tiny(family, sliding_window=None, head_dim=32, hidden_size=128, neurons=96, vocab_size=512)
+    model = prune(model, some_masks(model, (17, 96, 33), attention=True))
+    ours.write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
+    ours.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32", build=llama_cpp())
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A tiny world whose model is of one family, with bytes for tokens."""
+    with tiny_run.isolated(tmp_path / "cache"):
+        yield lambda family, **overrides: _world(tmp_path, family, overrides)
+
+
+def _world(folder, family, overrides):
+    (folder / "world").mkdir()
+    world = tiny_run.make_world(folder / "world")
+    settings = {"head_dim": 32, "hidden_size": 128, "neurons": tiny_run.NEURONS, "vocab_size": 512} | overrides
+    make_tiny(family, **settings).save_pretrained(world.model)
+    byte_tokenizer().save_pretrained(world.model)
+    return world
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+def test_a_run_writes_a_gguf_file_too(world, tmp_path):
+    flags = ("--export=gguf", "--sparsity.scope=attention+ffn")
+    made = world("llama")
+    run = made.run(tmp_path / "runs", *flags)
+    assert {"model", "model-f16.gguf"} <= {path.name for path in run.path.iterdir()}
+    (run.path / "model-f16.gguf").unlink()  # lost: the same command writes it again, and nothing else
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    made.run(tmp_path / "runs", *flags)
+    assert (run.path / "model-f16.gguf").is_file()
+    assert json.loads((run.path / "manifest.json").read_text())["logits"] == manifest["logits"]
+
+
+def test_a_run_that_could_write_no_gguf_file_is_refused_before_it_starts(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("gprune.pipeline.plan.llama_cpp", lambda: "some")
+    made = world("qwen3")
+    monkeypatch.setattr("gprune.pipeline.inputs.load_model", lambda *_, **__: pytest.fail("loaded"))
+    assert main(made.args(tmp_path / "runs", "--export=gguf")) == 2
+    assert "this 'qwen3' has weights beside Llama's" in capsys.readouterr().err
+    monkeypatch.setattr("gprune.pipeline.plan.llama_cpp", lambda: None)
+    assert main(made.args(tmp_path / "runs", "--export=gguf")) == 2
+    assert "--export gguf: expected a llama.cpp build" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+# The tokenizer
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_tokenizer_keys(cut, tmp_path):
+    tokenizer = byte_tokenizer(cut, bos=cut == "llama-bpe")
+    tokenizer.chat_template = "{{ messages }}"
+    ours.write_gguf(make_pruned(), tokenizer, tmp_path / "m.gguf")
+    keys, _ = read(tmp_path / "m.gguf")
+    keys = {name.removeprefix("tokenizer.ggml."): v for name, v in keys.items() if name.startswith("tokenizer.")}
+    tokens, types = keys.pop("tokens"), keys.pop("token_type")
+    assert keys == {
+        "model": "gpt2",
+        "pre": cut,
+        "merges": ["t h", "th e", "Ġ Ġ", "1 2", "e r"],
+        "add_space_prefix": False,
+        "add_bos_token": cut == "llama-bpe",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+    assert tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    assert tokens[len(tokenizer) :] == [f"[PAD{i}]" for i in range(len(tokenizer), SIZE)]
+    added = tokenizer.convert_tokens_to_ids("<mine>")
+    expected = {0: 3, 1: 3, 2: 3, added: 4} | dict.fromkeys(range(len(tokenizer), SIZE), 5)
+    assert types == [expected.get(i, 1) for i in range(SIZE)]
+
+
+def test_a_tokenizer_without_merges_gets_one_that_no_text_can_use():
+    tokenizer = byte_tokenizer(merges=())
+    assert ours.tokenizer_keys(tokenizer, SIZE)["tokenizer.ggml.merges"] == ["<unk> <unk>"]
+    assert "<unk>" not in pre_tokenizers.ByteLevel.alphabet()
+
+
+def test_tokenizers_that_gguf_has_no_words_for_are_refused():
+    def changed(**parts):
+        tokenizer = byte_tokenizer()
+        for name, part in parts.items():
+            setattr(tokenizer.backend_tokenizer, name, part)
+        return tokenizer
+
+    stripping = byte_tokenizer()
+    stripping.add_special_tokens({"mask_token": AddedToken("<mask>", lstrip=True)})
+    unusual = models.BPE({"a": 0}, [], byte_fallback=True)
+    for tokenizer in (
+        tiny_tokenizer(),  # whole words
+        changed(normalizer=normalizers.NFC()),
+        changed(pre_tokenizer=pre_tokenizers.Whitespace()),
+        changed(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        changed(pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Digits(), *CUTS["gpt-2"]])),
+        changed(model=models.BPE({"a": 0}, [], ignore_merges=True)),
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(unusual)),
+        stripping,
+    ):
+        with pytest.raises(UserError, match="byte-level BPE tokenizer that cuts words as gpt-2, smollm, llama-bpe do"):
+            ours.tokenizer_keys(tokenizer, SIZE)
+    with pytest.raises(UserError, match="has token 264, but the model has 200 embeddings"):
+        ours.tokenizer_keys(byte_tokenizer(), 200)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_tokenizer_comes_back_from_a_file_as_it_was(cut, tmp_path):
+    tokenizer, texts = byte_tokenizer(cut), ["   1212 the\n\n12", "the   the12 Ġ ½ ٣", ours.CHECK_TEXT]
+    ours.write_gguf(make_pruned(EQUAL), tokenizer, tmp_path / "m.gguf", type="f32")
+    assets._convert_gguf(tmp_path / "m.gguf", tmp_path / "made", "m")
+    made = AutoTokenizer.from_pretrained(tmp_path / "made")
+    made.save_pretrained(tmp_path / "again")
+    for loaded in (made, AutoTokenizer.from_pretrained(tmp_path / "again")):
+        assert loaded(texts).input_ids == tokenizer(texts).input_ids
+        # one more, as transformers adds <|endoftext|> where there is none
+        assert ours.tokenizer_keys(loaded, SIZE + 1)["tokenizer.ggml.pre"] == cut
+    others = [byte_tokenizer(other)(texts).input_ids for other in CUTS if other != cut]
+    assert tokenizer(texts).input_ids not in others  # the texts tell the ways of cutting apart
+
+
+@pytest.mark.parametrize("said", ["qwen2", None])
+def test_a_way_of_cutting_words_that_is_not_known_is_refused(said, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    if said:
+        writer.add_tokenizer_pre(said)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    message = rf"m.gguf: .* as gpt-2, smollm, llama-bpe do \(tokenizer.ggml.pre\), got {said!r}; add that to"
+    with pytest.raises(UserError, match=message):
+        assets.load_gguf_tokenizer(tmp_path / "m.gguf")
+
+
+# The check
+
+
+def as_in_llama_cpp(model, tokenizer, change=lambda logprobs: logprobs):
+    """What `_in_llama_cpp` would bring of a perfect file, changed as a test needs it."""
+
+    def answer(path, build, ids, texts, size):
+        logits = model(torch.tensor([ids])).logits[0].double()
+        return change(logits.log_softmax(-1)), [tokenizer(text).input_ids for text in texts]
+
+    return answer
+
+
+def test_figures_are_those_of_the_definitions():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(5, 7, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    ids = torch.tensor([0, 3, 1, 6, 2])
+    found = ours.compare(a, b, ids)
+    p, q = a.exp().numpy(), b.exp().numpy()
+    assert found.kl == pytest.approx(np.mean([sum(p[t] * np.log(p[t] / q[t])) for t in range(5)]))
+    assert found.perplexity == pytest.approx(np.exp(-np.mean([np.log(p[t, ids[t + 1]]) for t in range(4)])))
+    assert found.perplexity_of_file == pytest.approx(np.exp(-np.mean([np.log(q[t, ids[t + 1]]) for t in range(4)])))
+    assert found.top1 == np.mean(p.argmax(1) == q.argmax(1))
+    assert found.logprob == pytest.approx(np.abs(np.log(p) - np.log(q)).max())
+    # A build that gives three positions: their successors are known.
+    part = ours.compare(a[:3], b[:3], ids)
+    assert part.positions == 3
+    assert part.perplexity == pytest.approx(np.exp(-np.mean([np.log(p[t, ids[t + 1]]) for t in range(3)])))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_check_tells_noise_from_another_model(kind, tmp_path, monkeypatch):
+    model, tokenizer = make_pruned(), byte_tokenizer()
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(size):
+        return lambda x: (x + size * torch.randn(x.shape, generator=generator).double()).log_softmax(-1)
+
+    def check(change):
+        monkeypatch.setattr(ours, "_in_llama_cpp", as_in_llama_cpp(model, tokenizer, change))
+        return ours.check_gguf(model, tokenizer, tmp_path / "m.gguf", type=kind, build="none")
+
+    assert check(noise({"f32": 1e-5, "f16": 1e-3, "q8_0": 0.05}[kind])).positions == 256  # the model's context
+    for change in (noise({"f32": 0.01, "f16": 0.1, "q8_0": 1.0}[kind]), lambda x: x.roll(1, 0), lambda x: x * np.nan):
+        with pytest.raises(UserError, match="computes something else than the model, and the file was removed"):
+            check(change)
+
+
+def test_the_check_refuses_other_tokens(tmp_path, monkeypatch):
+    model = make_pruned()
+    monkeypatch.setattr(ours, "_in_llama_cpp", as_in_llama_cpp(model, byte_tokenizer("smollm")))
+    with pytest.raises(UserError, match="cuts text into other tokens"):
+        ours.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32", build="none")
+
+
+@pytest.mark.parametrize("said", ["llama_model_load: error loading model: wrong shape", "boom"])
+def test_a_process_that_ends_is_reported_by_one_line(said, tmp_path, monkeypatch):
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\necho starting >&2\necho '{said}' >&2\nexit 134\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    with pytest.raises(UserError, match=rf"llama.cpp \(some\) does not run the file: {said}$"):
+        ours.check_gguf(make_pruned(), byte_tokenizer(), tmp_path / "m.gguf", type="f32", build="some")
+
+
+def test_types_are_the_same_everywhere():
+    assert set(TYPES) == set(ours.FILE_TYPES) == set(ours.LIMITS)
+    assert set(EXPORTS) == {"hf", "gguf"}
+    assert set(assets.WORDS) == set(CUTS)
+
+
+# In llama.cpp
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("recovered", [False, True])
+@pytest.mark.parametrize("shape", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_llama_cpp_computes_the_model(variant, shape, recovered, tmp_path):
+    model = make_pruned(shape, recovered, initializer_range=0.1, **VARIANTS[variant])
+    ours.write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
+    found = ours.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32", build=llama_cpp())
+    assert found.positions in (256, 64)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("cut", CUTS)
+def test_llama_cpp_cuts_text_as_the_tokenizer_does(cut, bos, tmp_path):
+    model, tokenizer = make_pruned(), byte_tokenizer(cut, bos=bos)
+    ours.write_gguf(model, tokenizer, tmp_path / "m.gguf", type="f32")
+    ours.check_gguf(model, tokenizer, tmp_path / "m.gguf", type="f32", build=llama_cpp())
+
+
+@needs_llama_cpp
+def test_llama_cpp_finds_rows_in_the_wrong_order(tmp_path, monkeypatch):
+    model = make_pruned()
+    monkeypatch.setattr(ours, "interleave", lambda rows, head_dim: rows)
+    ours.write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
+    with pytest.raises(UserError, match="computes something else"):
+        ours.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32", build=llama_cpp())
+
+
+# The embedded model
+
+
+@pytest.mark.real
+def test_smollm2s_tokenizer_keys_are_those_of_the_file_it_came_from(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(wheels.read_member(assets.SMOLLM2_WHEEL, assets.SMOLLM2_MEMBER))
+    theirs, _ = read(tmp_path / "m.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(assets.embedded_model_dir("smollm2-135m"))
+    keys = ours.tokenizer_keys(tokenizer, 49152)
+    assert keys == {name: value for name, value in theirs.items() if name.startswith("tokenizer.")}
+    assert len(keys) == 12
+    # As a folder of an older gprune has it: written as it is, not mended behind the back of what was measured.
+    tokenizer.backend_tokenizer.pre_tokenizer = assets.WORDS["gpt-2"]
+    assert ours.tokenizer_keys(tokenizer, 49152) == keys | {"tokenizer.ggml.pre": "gpt-2"}
+
+
+@pytest.mark.real
+@pytest.mark.skipif(llama_cpp() != "llama_cpp_py_sync", reason="only llama-cpp-py-sync tells the tokens of long text")
+def test_llama_cpp_cuts_text_by_the_original_file_as_the_embedded_tokenizer_does(tmp_path):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(wheels.read_member(assets.SMOLLM2_WHEEL, assets.SMOLLM2_MEMBER))
+    tokenizer = AutoTokenizer.from_pretrained(assets.embedded_model_dir("smollm2-135m"))
+    numbers = [
+        f"{before}{number}"
+        for before in ("", "x", " ", "  ", "\n\n", "\t ", "-")
+        for number in ("7", "1,024.5", "½", "٣४")
+    ]
+    pages = [page[:2000] for page in topics.values()]  # prose, code and tables of the standard library
+    lines = [line for page in topics.values() for line in page.splitlines(True) if any(map(str.isdigit, line))]
+    texts = [*numbers, *pages, *lines, ours.CHECK_TEXT]
+    assert len(texts) > 300
+    _, made = ours._in_llama_cpp(file, llama_cpp(), tokenizer("Hello").input_ids * 2, texts, 49152)
+    for text, there in zip(texts, made, strict=True):
+        assert there == tokenizer(text).input_ids, text
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_pruned_smollm2_is_the_same_in_llama_cpp(kind, tmp_path):
+    from gprune.export.job import load_folder
+
+    model, tokenizer = load_folder(assets.embedded_model_dir("smollm2-135m"))
+    generator = torch.Generator().manual_seed(0)
+    neurons = torch.randint(1300, 1500, (30,), generator=generator).tolist()
+    groups = [2 if index in (4, 11, 20) else 3 for index in range(30)]
+    small = prune(model, random_masks(neurons, groups, of_neurons=1536, of_groups=3))
+    folder = save_pruned(small, tokenizer, tmp_path / "model")
+    path = export(folder, to="gguf", type=kind)
+    keys, _ = read(path)
+    assert keys["deci.feed_forward_length"] == neurons
+    assert keys["deci.attention.head_count"] == [3 * g for g in groups]
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == len(keys["tokenizer.ggml.tokens"])

@@ -1,0 +1,371 @@
+"""What is written is what was in memory: same logits here, in a fresh process, with and without caches."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from gprune.errors import UserError
+from gprune.export import hf
+from gprune.models.blocks import blocks_of
+from gprune.models.masks import Masks
+from gprune.models.modeling_pruned import PrunedLlamaConfig, PrunedLlamaForCausalLM, PrunedLlamaModel, layer_configs
+from gprune.models.surgery import prune, widths
+from gprune.sparsity.gates import masked
+from tests.conftest import make_tiny_llama
+from tests.models.test_surgery import GREEDY, depth, random_masks, randomise_biases
+
+NEURONS, GROUPS = [1, 7, 47], [1, 2, 1]
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 50000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+VARIANTS = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    "rope": {"rope_parameters": LLAMA3_ROPE},
+    "eager": {"attn_implementation": "eager"},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+
+
+def make_pruned(recovered: bool = False, **overrides):
+    """A tiny Llama with odd widths; if `recovered`, with biases in some down and output projections."""
+    model = make_tiny_llama(**overrides)
+    model = prune(model, random_masks(NEURONS, GROUPS))
+    if recovered:
+        blocks = blocks_of(model)
+        for linear in (blocks[0].down, blocks[2].down, blocks[1].output):
+            linear.host.bias = nn.Parameter(torch.zeros(32), requires_grad=False)
+    randomise_biases(model)
+    for parameter in model.parameters():  # `model.to` would round the rotary frequencies too; loading does not
+        parameter.data = parameter.data.to(overrides.get("dtype", torch.float32))
+    return model
+
+
+def load(folder, auto=AutoModelForCausalLM, **options):
+    return auto.from_pretrained(folder, dtype="auto", **options).eval()
+
+
+@pytest.mark.parametrize("recovered", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reloads_with_the_same_bits(variant, recovered, tmp_path, token_batch):
+    model = make_pruned(recovered, **VARIANTS[variant])
+    attention = {"attn_implementation": model.config._attn_implementation}
+    expected = model(token_batch).logits
+    assert hf.max_logit_difference(hf.to_exportable(model)(token_batch).logits, expected) == 0.0
+    loaded = load(hf.save_pruned(model, None, tmp_path / "model"), **attention)
+    assert type(loaded) is PrunedLlamaForCausalLM
+    assert loaded.dtype == model.dtype
+    assert hf.max_logit_difference(loaded(token_batch).logits, expected) == 0.0
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == model.config.tie_word_embeddings
+    # Saved again by transformers itself, and loaded as the bare decoder.
+    loaded.save_pretrained(tmp_path / "again")
+    assert hf.max_logit_difference(load(tmp_path / "again", **attention)(token_batch).logits, expected) == 0.0
+    decoder = load(tmp_path / "again", AutoModel, **attention)
+    assert type(decoder) is PrunedLlamaModel
+    reference = model.model(token_batch).last_hidden_state
+    assert hf.max_logit_difference(decoder(token_batch).last_hidden_state, reference) == 0.0
+
+
+def test_config_holds_the_widths_and_what_older_transformers_read(tmp_path):
+    model = make_pruned(recovered=True, rope_parameters=LLAMA3_ROPE)
+    model.config.quantization_config = {"quant_method": "gguf"}  # as a de-quantised GGUF leaves it
+    folder = hf.save_pruned(model, None, tmp_path / "model")
+    load(folder).save_pretrained(tmp_path / "again")
+    for path in (folder, tmp_path / "again"):
+        config = json.loads((path / "config.json").read_text())
+        assert config["added_biases"] == []
+        assert config["per_layer_config"] == {
+            "0": {
+                "intermediate_size": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "added_biases": ["mlp.down_proj"],
+            },
+            "1": {"intermediate_size": 7, "added_biases": ["self_attn.o_proj"]},
+            "2": {
+                "intermediate_size": 47,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "added_biases": ["mlp.down_proj"],
+            },
+        }
+        assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+        assert config["model_type"] == "pruned_llama"
+        assert config["head_dim"] == 8
+        assert config["intermediate_size"] == 48
+        assert config["rope_theta"] == 50000.0
+        assert config["rope_scaling"] == {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
+        assert "quantization_config" not in config
+        assert (path / "modeling_pruned.py").is_file()
+    assert model.config.rope_parameters == AutoConfig.from_pretrained(folder).rope_parameters
+
+
+def test_default_rope_is_written_for_older_transformers(tmp_path):
+    model = make_pruned(rope_parameters={"rope_type": "default", "rope_theta": 1234.0})
+    config = json.loads((hf.save_pruned(model, None, tmp_path / "m") / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_scaling"]) == (1234.0, None)
+
+
+def test_an_unpruned_model_needs_no_table(tmp_path, tiny_model, token_batch):
+    folder = hf.save_pruned(tiny_model, None, tmp_path / "model")
+    assert not json.loads((folder / "config.json").read_text()).get("per_layer_config")
+    assert hf.max_logit_difference(load(folder)(token_batch).logits, tiny_model(token_batch).logits) == 0.0
+
+
+@pytest.mark.parametrize("overrides", [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}])
+def test_blocks_of_one_shape_are_a_stock_model(overrides, tmp_path, token_batch):
+    model = prune(make_tiny_llama(num_key_value_heads=4, **overrides), random_masks([20] * 3, [2] * 3, of_groups=4))
+    randomise_biases(model)
+    folder = hf.save_pruned(model, None, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)  # no code of ours, and none is trusted
+    assert type(loaded).__name__ == "LlamaForCausalLM"
+    assert loaded.config.intermediate_size == 20
+    assert not list(folder.glob("*.py"))
+    assert torch.equal(loaded.eval()(token_batch).logits, model(token_batch).logits)
+    assert widths(prune(loaded, random_masks([9] * 3, [1] * 3, of_neurons=20, of_groups=2)))["neurons"] == [9] * 3
+
+
+def test_equal_shapes_that_llama_cannot_describe(tmp_path, token_batch):
+    """A bias on one projection alone, or heads that do not divide the hidden size."""
+    biased = prune(make_tiny_llama(), random_masks([20] * 3, [2] * 3))
+    biased.model.layers[0].mlp.down_proj.bias = nn.Parameter(torch.randn(32), requires_grad=False)
+    uneven = prune(
+        make_tiny_llama(num_attention_heads=4, num_key_value_heads=4), random_masks([20] * 3, [3] * 3, of_groups=4)
+    )
+    for model_type, model in (("pruned_llama", biased), ("mistral", uneven)):  # Mistral computes the same
+        loaded = load(hf.save_pruned(model, None, tmp_path / model_type))
+        assert loaded.config.model_type == model_type
+        assert torch.equal(loaded(token_batch).logits, model(token_batch).logits)
+
+
+@pytest.mark.parametrize("rope", [None, LLAMA3_ROPE], ids=["default", "llama3"])
+def test_caches_agree_with_no_cache(rope, tmp_path, token_batch):
+    model = make_pruned(recovered=True, rope_parameters=rope)
+    loaded = load(hf.save_pruned(model, None, tmp_path / "model"))
+    prompt = token_batch[:2, :10]
+    # Greedy by hand on the model in memory: no cache, no generate().
+    by_hand = prompt
+    for _ in range(16):
+        by_hand = torch.cat([by_hand, model(by_hand, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(loaded.generate(prompt, use_cache=False, **options), by_hand)
+    assert torch.equal(loaded.generate(prompt, **options), by_hand)
+    assert torch.equal(loaded.generate(prompt, cache_implementation="static", **options), by_hand)
+
+
+def test_attention_implementation_reaches_every_layer(tmp_path, token_batch):
+    loaded = load(hf.save_pruned(make_pruned(), None, tmp_path / "model"))
+    expected = loaded(token_batch).logits
+    assert not loaded(token_batch, output_attentions=True).attentions  # sdpa has none to give
+    loaded.set_attn_implementation("eager")
+    output = loaded(token_batch, output_attentions=True)
+    assert [a.shape[1] for a in output.attentions] == [2, 4, 2]
+    torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=0)
+
+
+def test_older_transformers_give_a_plain_dict():
+    """Before 5.15 `config.per_layer_config` is the table as it stands in the JSON."""
+    config = SimpleNamespace(
+        num_hidden_layers=3, intermediate_size=48, per_layer_config={"01": {"intermediate_size": 7}}
+    )
+    assert [layer.intermediate_size for layer in layer_configs(config)] == [48, 7, 48]
+    assert config.intermediate_size == 48
+
+
+def test_exportable_shares_weights_and_keeps_the_rest():
+    model = make_pruned()
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
+    model.generation_config.max_length = 33
+    exportable = hf.to_exportable(model)
+    pointers = [{n: p.data_ptr() for n, p in m.named_parameters()} for m in (model, exportable)]
+    assert pointers[0] == pointers[1]
+    needs_gradient = [{n: p.requires_grad for n, p in m.named_parameters()} for m in (model, exportable)]
+    assert needs_gradient[0] == needs_gradient[1]
+    assert exportable.generation_config.max_length == 33
+    assert not exportable.training
+
+
+def test_a_reloaded_model_can_be_pruned_and_exported_again(tmp_path, token_batch):
+    loaded = load(hf.save_pruned(make_pruned(recovered=True), None, tmp_path / "model"))
+    assert widths(loaded) == {"neurons": NEURONS, "kv_groups": GROUPS}
+    masks = Masks([torch.arange(n) < 5 for n in NEURONS], [torch.arange(g) == 0 for g in GROUPS])
+    again = prune(loaded, masks)
+    assert widths(again) == {"neurons": [1, 5, 5], "kv_groups": [1, 1, 1]}
+    reloaded = load(hf.save_pruned(again, None, tmp_path / "again"))
+    assert hf.max_logit_difference(reloaded(token_batch).logits, again(token_batch).logits) == 0.0
+
+
+def test_whole_blocks_of_a_reloaded_model_go_too_and_its_table_moves_along(tmp_path, token_batch):
+    loaded = load(hf.save_pruned(make_pruned(recovered=True), None, tmp_path / "model"))
+    masks = depth(loaded, 0)
+    shallow = prune(loaded, masks)
+    # both configs describe their own layers, first layer first
+    for model, neurons, groups in ((loaded, NEURONS, GROUPS), (shallow, NEURONS[1:], GROUPS[1:])):
+        assert widths(model) == {"neurons": neurons, "kv_groups": groups}
+        layers = layer_configs(model.config)
+        assert [layer.intermediate_size for layer in layers] == neurons
+        assert [layer.num_key_value_heads for layer in layers] == groups
+        biases = [layer.mlp.down_proj.bias is not None for layer in model.model.layers]
+        assert ["mlp.down_proj" in layer.added_biases for layer in layers] == biases
+    # narrower, then shallower still, and each time through the disk
+    narrow = prune(shallow, depth(shallow, narrow=True))
+    again = load(hf.save_pruned(narrow, None, tmp_path / "narrow"))
+    last_masks = depth(again, 0)
+    last = prune(again, last_masks)
+    assert last.config.num_hidden_layers == len(last.model.layers) == 1
+    folder = hf.save_pruned(last, None, tmp_path / "last")
+    assert set(json.loads((folder / "config.json").read_text()).get("per_layer_config", {})) <= {"0"}
+    for before, cut, after in ((loaded, masks, shallow), (again, last_masks, last), (again, last_masks, load(folder))):
+        with masked(before, cut):
+            logits = before(token_batch).logits
+            continued = before.generate(token_batch[:2, :9], **GREEDY)
+        assert hf.max_logit_difference(after(token_batch).logits, logits) <= 1e-4
+        assert torch.equal(after.generate(token_batch[:2, :9], **GREEDY), continued)
+    assert hf.max_logit_difference(load(folder)(token_batch).logits, last(token_batch).logits) == 0.0
+
+
+def test_what_lost_whole_blocks_alone_needs_no_export(tmp_path, token_batch, tiny_model):
+    # Layers of equal width are what a stock config can say; save_pretrained of transformers is enough.
+    shallow = prune(tiny_model, depth(tiny_model, 1))
+    shallow.save_pretrained(tmp_path / "stock")
+    again = load(tmp_path / "stock")
+    assert type(again) is type(tiny_model)
+    assert hf.max_logit_difference(again(token_batch).logits, shallow(token_batch).logits) == 0.0
+    # also for a model of ours, whose table holds the widths
+    loaded = load(hf.save_pruned(make_pruned(), None, tmp_path / "model"))
+    shallow = prune(loaded, depth(loaded, 0))
+    shallow.save_pretrained(tmp_path / "ours")
+    assert hf.max_logit_difference(load(tmp_path / "ours")(token_batch).logits, shallow(token_batch).logits) == 0.0
+
+
+def test_tokenizer_and_model_card_come_along(tmp_path):
+    words = {"<unk>": 0, "hello": 5, "world": 6}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    folder = hf.save_pruned(make_pruned(), tokenizer, tmp_path / "model", model_card="# Mine\n")
+    assert AutoTokenizer.from_pretrained(folder)("world hello")["input_ids"] == [6, 5]
+    assert (folder / "README.md").read_text() == "# Mine\n"
+    assert (folder / "generation_config.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]  # no temporary folder left
+
+
+def test_a_taken_folder_is_kept_unless_overwriting_is_asked_for(tmp_path, token_batch):
+    first, second = make_pruned(), make_pruned(recovered=True)
+    folder = hf.save_pruned(first, None, tmp_path / "model")
+    with pytest.raises(UserError, match="exists already"):
+        hf.save_pruned(second, None, folder)
+    assert hf.max_logit_difference(load(folder)(token_batch).logits, first(token_batch).logits) == 0.0
+    hf.save_pruned(second, None, folder, overwrite=True)
+    assert hf.max_logit_difference(load(folder)(token_batch).logits, second(token_batch).logits) == 0.0
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_overwriting_never_removes_what_is_no_model(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("dear")
+    with pytest.raises(UserError, match="no model folder"):
+        hf.save_pruned(make_pruned(), None, tmp_path / "notes", overwrite=True)
+    assert (tmp_path / "notes" / "diary.txt").read_text() == "dear"
+
+
+@pytest.mark.parametrize("failing", ["write_text", "replace"])
+def test_a_failed_write_leaves_the_old_folder_and_nothing_else(failing, tmp_path, token_batch, monkeypatch):
+    first = make_pruned()
+    folder = hf.save_pruned(first, None, tmp_path / "model")
+
+    real_replace = os.replace
+
+    def full(*args, **_):
+        if failing == "replace" and not str(args[0]).endswith(".new"):
+            return real_replace(*args)
+        raise OSError(28, "No space left on device")
+
+    owner = {"write_text": "pathlib.Path.write_text", "replace": "gprune.export.hf.os.replace"}
+    monkeypatch.setattr(owner[failing], full)
+    with pytest.raises(UserError, match=r"cannot write .*No space left"):
+        hf.save_pruned(make_pruned(recovered=True), None, folder, overwrite=True)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert hf.max_logit_difference(load(folder)(token_batch).logits, first(token_batch).logits) == 0.0
+
+
+def test_unwritable_places_and_other_families_are_named(tmp_path, tiny_model):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        hf.save_pruned(tiny_model, None, tmp_path / "file" / "model")
+    tiny_model.config.model_type = "bert"
+    with pytest.raises(UserError, match=r"Model family 'bert' is not supported\. Available: llama"):
+        hf.save_pruned(tiny_model, None, tmp_path / "model")
+
+
+def test_config_refuses_heads_that_do_not_divide():
+    config = PrunedLlamaConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        per_layer_config={"1": {"num_key_value_heads": 3}},
+    )
+    with pytest.raises(ValueError, match=r"layer 1: num_attention_heads \(4\) is no multiple .*\(3\)"):
+        config.validate()
+
+
+def test_logit_difference_is_taken_in_float32_and_shows_nan():
+    a = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
+    assert hf.max_logit_difference(a, torch.tensor([1.0, 1.75])) == 0.25
+    assert torch.tensor(hf.max_logit_difference(a, torch.tensor([1.0, float("nan")]))).isnan()
+
+
+def test_a_failing_process_is_reported_by_its_last_line(tmp_path, monkeypatch):
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho Traceback >&2\necho 'OSError: weights are gone' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    folder = hf.save_pruned(make_pruned(), None, tmp_path / "model")
+    with pytest.raises(UserError, match=r"does not load in a fresh process: OSError: weights are gone$"):
+        hf.check_reload(make_pruned(), folder, torch.ones(1, 4, dtype=torch.long))
+    assert not folder.exists()
+
+
+def test_fresh_process_without_gprune_gives_the_same_bits(tmp_path, token_batch, caplog):
+    model = make_pruned()
+    with caplog.at_level(logging.INFO, "gprune"):
+        folder = hf.save_pruned(model, None, tmp_path / "model")
+    assert str(folder) in caplog.text
+    assert hf.check_reload(model, folder, token_batch) == 0.0
+    assert folder.is_dir()
+
+
+def test_fresh_process_reads_a_shallower_folder_saved_twice_with_all_kinds_of_bias(tmp_path, token_batch):
+    model = make_pruned(recovered=True, **VARIANTS["biases"])
+    model = prune(model, depth(model, 0))  # one layer fewer, too
+    load(hf.save_pruned(model, None, tmp_path / "model")).save_pretrained(tmp_path / "again")
+    assert hf.check_reload(model, tmp_path / "again", token_batch) == 0.0
+
+
+def test_a_corrupted_export_is_found_and_removed(tmp_path, token_batch):
+    model = make_pruned()
+    folder = hf.save_pruned(model, None, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-4 * 32 :] = bytes(byte ^ 0x15 for byte in content[-4 * 32 :])  # the last 32 numbers: the final norm
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"expected reloaded logits within 0.0 .* got .* removed"):
+        hf.check_reload(model, folder, token_batch)
+    assert not folder.exists()

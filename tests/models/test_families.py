@@ -1,0 +1,513 @@
+"""Every family that has a record: statistics, masks, slices, saved form and the whole run, on tiny random models.
+
+A new record in `gprune.models.families.FAMILIES` is covered by all of this by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
+
+from gprune.calibration.collector import collect
+from gprune.cli import main
+from gprune.errors import UserError
+from gprune.export.hf import save_pruned
+from gprune.importance.scores import score_units
+from gprune.models.blocks import blocks_of, decoder_layers
+from gprune.models.families import FAMILIES, table
+from gprune.models.loading import read_config
+from gprune.models.losses import iter_logits, next_token_loss
+from gprune.models.masks import Masks
+from gprune.models.surgery import count_parameters, prune, removed_parameters, widths
+from gprune.runs.results import load_run
+from gprune.sparsity.budget import UnitCosts, check_budget, unit_costs
+from gprune.sparsity.gates import gated, masked
+from gprune.sparsity.masks import keep_masks
+from tests import tiny_run
+from tests.tiny_families import SIZES, make_tiny, some_masks
+
+EXPERTS = [name for name, family in FAMILIES.items() if family.experts]
+NEURONS = 48  # no other size of the tiny models is this one
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "use_parallel_residual")
+
+
+def variants() -> list[tuple[str, dict]]:
+    """Every family as it is; with each flag of its config turned over; with other numbers of key/value heads."""
+    found = []
+    for name, family in FAMILIES.items():
+        known = CONFIG_MAPPING[name]()
+        found.append((name, {}))
+        found += [
+            (name, {flag: not getattr(known, flag)}) for flag in FLAGS if isinstance(getattr(known, flag, 0), bool)
+        ]
+        if family.kv_heads:
+            found += [(name, {family.kv_heads: heads}) for heads in (1, 4)]
+    return found
+
+
+def name_of(value: object) -> str:
+    if isinstance(value, dict):
+        return "-".join(f"{k}={v}" for k, v in value.items()) or "plain"
+    return str(value)
+
+
+def down_modules(layer: nn.Module) -> list[nn.Module]:
+    """Found by shape alone, without a record: what takes as many inputs as there are neurons."""
+    return [
+        m
+        for m in layer.modules()
+        if (isinstance(m, nn.Linear) and m.weight.shape[1] == NEURONS)
+        or (isinstance(m, Conv1D) and m.weight.shape[0] == NEURONS)
+    ]
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """(4, 24), longer than the sliding window."""
+    return torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(1))
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in EXPERTS])
+def test_statistics_equal_those_of_a_forward_hook(family, ids):
+    model, seen = make_tiny(family), {"ffn": [], "attention": []}
+    record, handles = FAMILIES[family], []
+    for layer in decoder_layers(model):
+        (down,) = down_modules(layer)
+        output = layer.get_submodule(record.output)
+        for kind, module in (("ffn", down), ("attention", output)):
+            x = []
+            seen[kind].append(x)
+            handles.append(module.register_forward_pre_hook(lambda _m, inputs, x=x: x.append(inputs[0].clone())))
+    model(ids)
+    for handle in handles:
+        handle.remove()
+    found = collect(model, [{"input_ids": ids, "index": torch.arange(4)}], gram=True)
+    for kind, channels in (("ffn", found.ffn), ("attention", found.attention)):
+        for (x,), channel in zip(seen[kind], channels, strict=True):
+            x = x.double().view(4, 24, -1)
+            for half in (0, 1):
+                own, sums = x[half::2].flatten(0, 1).numpy(), channel.halves[half]
+                assert int(sums.count) == 48
+                np.testing.assert_allclose(sums.sum, own.sum(0), rtol=1e-5, atol=1e-4)
+                np.testing.assert_allclose(sums.sum_sq, (own**2).sum(0), rtol=1e-5)
+                np.testing.assert_allclose(sums.sum_abs, np.abs(own).sum(0), rtol=1e-5)
+            flat = x.flatten(0, 1).numpy()
+            np.testing.assert_allclose(channel.gram, flat.T @ flat, rtol=1e-4, atol=1e-3)
+
+
+def expert_activations(model: nn.Module, ids: torch.Tensor) -> list[dict[int, tuple[np.ndarray, np.ndarray]]]:
+    """Per block and expert: windows (n,) and float64 activations (n, N) of its tokens, from a hook on the experts."""
+    calls = []
+    handles = [
+        layer.mlp.experts.register_forward_pre_hook(lambda m, inputs: calls.append((m, *(i.clone() for i in inputs))))
+        for layer in decoder_layers(model)
+    ]
+    model(ids)
+    for handle in handles:
+        handle.remove()
+    found = []
+    for module, hidden, index, _ in calls:
+        own = {}
+        gate_up = module.gate_up_proj.double()
+        for expert in range(len(gate_up)):
+            tokens = (index == expert).any(1).nonzero()[:, 0]
+            gate, up = (hidden[tokens].double() @ gate_up[expert].T).chunk(2, -1)
+            own[expert] = (tokens // ids.shape[1]).numpy(), (module.act_fn(gate) * up).numpy()
+        found.append(own)
+    return found
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_statistics_of_experts_equal_those_of_a_forward_hook(family, ids):
+    model = make_tiny(family)
+    expected = expert_activations(model, ids)
+    found = collect(model, [{"input_ids": ids, "index": torch.arange(4)}], gram=True)
+    for channel, experts in zip(found.ffn, expected, strict=True):
+        for half in (0, 1):
+            sums = channel.halves[half]
+            for expert, (window, x) in experts.items():
+                own, mine = x[window % 2 == half], sums.of_expert(expert, 4)
+                assert (mine.count == len(own)).all()
+                np.testing.assert_allclose(mine.sum, own.sum(0), rtol=1e-4, atol=1e-4)
+                np.testing.assert_allclose(mine.sum_sq, (own**2).sum(0), rtol=1e-4, atol=1e-9)
+                np.testing.assert_allclose(mine.sum_abs, np.abs(own).sum(0), rtol=1e-4, atol=1e-9)
+        for expert, (_, x) in experts.items():
+            np.testing.assert_allclose(channel.gram[expert], x.T @ x, rtol=1e-3, atol=1e-3)
+    assert sum(len(w) for w, _ in expected[0].values()) == 2 * ids.numel()  # two experts a token
+
+
+# Masked, sliced, reloaded
+
+
+@pytest.mark.parametrize("attention", [False, True], ids=["ffn", "attention+ffn"])
+@pytest.mark.parametrize(("family", "overrides"), variants(), ids=name_of)
+def test_masked_sliced_and_reloaded_agree(family, overrides, attention, ids, tmp_path):
+    model = make_tiny(family, **overrides)
+    dense = model(ids).logits
+    masks = some_masks(model, attention=attention)
+    with masked(model, masks):
+        reference = model(ids).logits
+    assert torch.equal(model(ids).logits, dense)
+    assert (reference - dense).abs().max() > 0.1  # the masks are not idle
+    pruned = prune(model, masks)
+    assert widths(pruned)["neurons"] == [17, 48, 33]
+    for before, after in zip(blocks_of(model), blocks_of(pruned), strict=True):  # KV groups go whole
+        assert after.heads * before.kv_groups == before.heads * after.kv_groups
+        assert after.head_dim == before.head_dim
+    assert count_parameters(model, "all") - count_parameters(pruned, "all") == removed_parameters(model, masks)
+    sliced = pruned(ids).logits
+    torch.testing.assert_close(sliced, reference, atol=1e-4, rtol=0)
+    save_pruned(pruned, None, tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert type(again).__name__.startswith("Pruned")
+    assert widths(again) == widths(pruned)
+    assert torch.equal(again(ids).logits, sliced)
+    # Generation, with a KV cache and without
+    prompt = ids[:2, :9]
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cached = pruned.generate(prompt, **settings)
+    assert torch.equal(cached, pruned.generate(prompt, use_cache=False, **settings))
+    assert torch.equal(cached, again.generate(prompt, **settings))
+    assert torch.equal(cached, again.generate(prompt, cache_implementation="static", **settings))
+    with masked(model, masks):
+        assert torch.equal(cached, model.generate(prompt, **settings))
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in EXPERTS])
+def test_a_removed_neuron_is_one_whose_column_is_zero(family, ids):
+    """The reference knows no record: it zeroes the columns of what takes as many inputs as there are neurons."""
+    model = make_tiny(family)
+    masks, zeroed = some_masks(model, attention=False), copy.deepcopy(model)
+    for layer, keep in zip(decoder_layers(zeroed), masks.ffn, strict=True):
+        (down,) = down_modules(layer)
+        weight = down.weight.T if isinstance(down, Conv1D) else down.weight
+        weight[:, ~keep] = 0
+    torch.testing.assert_close(prune(model, masks)(ids).logits, zeroed(ids).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_blocks_make_a_stock_model(family, ids, tmp_path):
+    model = make_tiny(family)
+    pruned = prune(model, some_masks(model, (24, 24, 24), attention=False))
+    folder = save_pruned(pruned, None, tmp_path / "model")
+    content = json.loads((folder / "config.json").read_text())
+    assert content["model_type"] == family
+    assert "auto_map" not in content
+    assert not list(folder.glob("*.py"))
+    again = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(again) is type(model)
+    assert torch.equal(again(ids).logits, pruned(ids).logits)
+
+
+def test_heads_that_llama_refuses_are_saved_as_mistral(ids, tmp_path):
+    """Three of four heads in a hidden size of 32: LlamaConfig wants a multiple, MistralConfig does not."""
+    model = make_tiny("llama", num_key_value_heads=4)
+    masks = some_masks(model, (24, 24, 24), attention=False)
+    pruned = prune(model, Masks(masks.ffn, [torch.tensor([True, False, True, True])] * 3))
+    folder = save_pruned(pruned, None, tmp_path / "model")
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "mistral"
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits, pruned(ids).logits)
+
+
+@pytest.mark.slow
+def test_folders_load_without_gprune(ids, tmp_path):
+    """All families in one fresh process that cannot import gprune."""
+    for family in FAMILIES:
+        model = make_tiny(family)
+        pruned = prune(model, some_masks(model, attention=True))
+        folder = save_pruned(pruned, None, tmp_path / family)
+        assert sorted(path.name for path in folder.glob("*.py")) == ["modeling_pruned.py"]
+        save_file(
+            {"logits": pruned(ids, use_cache=False).logits.contiguous(), "ids": ids}, folder / "expected.safetensors"
+        )
+    script = tmp_path / "load.py"
+    script.write_text(
+        "import sys, torch\nfrom pathlib import Path\nfrom safetensors.torch import load_file\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "for folder in sorted(p for p in Path(sys.argv[1]).iterdir() if p.is_dir()):\n"
+        "    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()\n"
+        "    want = load_file(folder / 'expected.safetensors')\n"
+        "    got = model(want['ids'], use_cache=False).logits\n"
+        "    print(folder.name, (got - want['logits']).abs().max().item())\n"
+        "assert 'gprune' not in sys.modules\n"
+    )
+    environment = tiny_run.environment(tmp_path / "cache", HF_MODULES_CACHE=str(tmp_path / "modules"))
+    done = subprocess.run(
+        [sys.executable, "-P", str(script), str(tmp_path)], cwd=tmp_path, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = dict(line.split() for line in done.stdout.splitlines() if line)
+    assert rows.keys() == FAMILIES.keys()
+    assert {name: float(value) for name, value in rows.items()} == dict.fromkeys(FAMILIES, 0.0)
+
+
+# What comes after pruning
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_model_is_pruned_again_trained_and_adapted(family, ids, tmp_path):
+    peft = pytest.importorskip("peft", reason="LoRA needs peft, which the extra `test` brings")
+    model = make_tiny(family)
+    once = prune(model, some_masks(model, attention=True))
+    folder = save_pruned(once, None, tmp_path / "once")
+    again = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    second = some_masks(again, (8, 8, 8), attention=False)
+    twice = prune(again, second)
+    assert torch.equal(twice(ids).logits, prune(once, second)(ids).logits)
+    assert widths(twice)["neurons"] == [8, 8, 8]
+    # One step of fine-tuning
+    again.requires_grad_(True)  # without dropout, so that the two losses can be compared
+    optimizer = torch.optim.SGD(again.parameters(), lr=1e-3)
+    before = again(input_ids=ids, labels=ids).loss
+    before.backward()
+    optimizer.step()
+    assert again(input_ids=ids, labels=ids).loss < before
+    # LoRA on every linear layer of attention and FFN, which must have the sizes they say
+    again.requires_grad_(False)
+    record = FAMILIES[family]
+    targets = {path.rpartition(".")[2] for path in (record.query, record.key, record.value, record.output)}
+    if not record.experts:
+        targets |= {path.rpartition(".")[2] for path in (record.gate, record.up, record.down) if path}
+    config = peft.LoraConfig(
+        r=2, target_modules=sorted(targets), task_type="CAUSAL_LM", init_lora_weights=False,
+        fan_in_fan_out=record.transposed,
+    )  # fmt: skip
+    adapted = peft.get_peft_model(again.eval(), config).eval()
+    with_adapter = adapted(ids).logits
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, with_adapter, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_the_models_own(family, ids):
+    """Through the head chunk by chunk, with whatever the family does to its logits."""
+    model = make_tiny(family)
+    own = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(next_token_loss(model, ids), own, atol=1e-5, rtol=1e-5)
+    logits = torch.cat([row for row, _ in iter_logits(model, ids)])
+    torch.testing.assert_close(logits, model(ids).logits[:, :-1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gemma2"])
+def test_the_gradient_goes_through_the_cap_of_the_logits(family, ids):
+    model = make_tiny(family, final_logit_softcapping=3.0)
+    for loss in (lambda: next_token_loss(model, ids), lambda: model(input_ids=ids, labels=ids).loss):
+        gates = [torch.full((NEURONS,), 0.7, requires_grad=True) for _ in range(3)]
+        with gated(model, gates):
+            loss().backward()
+        if "expected" in locals():
+            for mine, theirs in zip(expected, gates, strict=True):  # noqa: F821
+                torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-6, rtol=1e-3)
+        expected = gates
+    assert max(float(g.grad.abs().max()) for g in expected) > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_units_cost_what_pruning_removes(family):
+    model = make_tiny(family)
+    costs = unit_costs(blocks_of(model), scope="attention+ffn")
+    target = check_budget(costs, 0.4)
+    generator = torch.Generator().manual_seed(0)
+    margins = [torch.randn(b.experts * b.neurons, generator=generator) for b in blocks_of(model)]
+    groups = [torch.randn(b.kv_groups, generator=generator) for b in blocks_of(model)]
+    masks = keep_masks(costs, margins, groups, target=target)
+    removed = count_parameters(model, "all") - count_parameters(prune(model, masks), "all")
+    assert removed == costs.removed(masks) == removed_parameters(model, masks)
+    assert target <= removed < target + max(costs.neuron)
+
+
+# Experts
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_each_expert_keeps_its_own_best_and_all_are_equally_wide(family):
+    model = make_tiny(family)
+    costs = unit_costs(blocks_of(model), scope="ffn")
+    assert costs.neuron == [4 * 3 * 32] * 3
+    generator = torch.Generator().manual_seed(0)
+    margins = [torch.randn(4 * NEURONS, generator=generator) for _ in range(3)]
+    masks = keep_masks(costs, margins, target=check_budget(costs, 0.5))
+    for margin, mask in zip(margins, masks.ffn, strict=True):
+        rows, kept = margin.view(4, -1), mask.view(4, -1)
+        assert len({int(k.sum()) for k in kept}) == 1
+        for row, keep in zip(rows, kept, strict=True):
+            assert row[keep].min() > row[~keep].max()
+    # The slots that went are those with the smallest means over experts, over all blocks.
+    slots = [margin.view(4, -1).sort(1).values.mean(0) for margin in margins]
+    gone = torch.cat([s[: NEURONS - int(m.sum()) // 4] for s, m in zip(slots, masks.ffn, strict=True)])
+    stay = torch.cat([s[NEURONS - int(m.sum()) // 4 :] for s, m in zip(slots, masks.ffn, strict=True)])
+    assert gone.max() < stay.min()
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_the_router_is_untouched(family, ids):
+    model = make_tiny(family)
+    pruned = prune(model, some_masks(model, attention=True))
+    routers = [name for name, _ in model.named_parameters() if name.endswith("mlp.gate.weight")]
+    assert len(routers) == 3
+    for name in routers:
+        assert torch.equal(pruned.get_parameter(name), model.get_parameter(name))
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_an_expert_that_no_token_reaches_has_activation_free_ranks(family, ids):
+    model = make_tiny(family)
+    experts = decoder_layers(model)[0].mlp
+    experts.gate.weight[3] = 0.0
+    experts.gate.weight[:3] = 0.0
+    experts.gate.weight[0, 0], experts.gate.weight[3, 0] = 1e-3, 0.0
+    bias = torch.tensor([2.0, 1.0, 0.0, -9.0])
+    handle = experts.gate.register_forward_hook(lambda _m, _i, out: _routed(bias, out))
+    statistics = collect(model, [{"input_ids": ids, "index": torch.arange(4)}])
+    handle.remove()
+    count = statistics.ffn[0].total.count.view(4, -1)[:, 0]
+    assert count.tolist() == [ids.numel(), ids.numel(), 0, 0]
+    blocks = blocks_of(model)
+    scores = score_units("wanda_sp", blocks, statistics, attention=False).ffn[0].view(4, -1)
+    free = score_units("magnitude", blocks, statistics, attention=False).ffn[0].view(4, -1)
+    busy = scores[:2].sort(1).values.mean(0)
+    for expert in (2, 3):
+        assert torch.equal(scores[expert].argsort(), free[expert].argsort())
+        torch.testing.assert_close(scores[expert].sort().values, busy)
+    assert not torch.equal(scores[0].argsort(), free[0].argsort())
+
+
+def _routed(bias: torch.Tensor, out: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """What a router returns when it sends every token to the two experts of the largest bias."""
+    logits, weights, index = out
+    return logits, weights, bias.topk(2).indices.expand_as(index)
+
+
+def test_dense_layers_between_experts_are_pruned_as_such(ids, tmp_path):
+    model = make_tiny("qwen3_moe", mlp_only_layers=[1])
+    assert [block.experts for block in blocks_of(model)] == [4, 1, 4]
+    pruned = prune(model, some_masks(model, attention=True))
+    with masked(model, some_masks(model, attention=True)):
+        torch.testing.assert_close(pruned(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
+    save_pruned(pruned, None, tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(again(ids).logits, pruned(ids).logits)
+
+
+def test_masks_with_unequal_experts_are_refused():
+    model = make_tiny("mixtral")
+    masks = some_masks(model, attention=False)
+    masks.ffn[0][:] = True
+    masks.ffn[0][0] = False
+    with pytest.raises(ValueError, match=r"masks\.ffn\[0\]: expected as many neurons in every expert"):
+        prune(model, masks)
+
+
+# The whole run
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE without a merge."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*tiny_run.SPECIAL, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """A world whose model is of any family."""
+    folder = tmp_path_factory.mktemp("families")
+    world = tiny_run.make_world(folder)
+
+    def of(family: str, **overrides) -> tiny_run.World:
+        path = folder / "-".join([family, *overrides])
+        if not path.exists():
+            # Bytes for tokens: some families' tokenizer classes rebuild whatever they are given as byte-level BPE.
+            make_tiny(family, neurons=tiny_run.NEURONS, vocab_size=264, **overrides).save_pretrained(path)
+            byte_tokenizer().save_pretrained(path)
+        return tiny_run.World(path, world.corpora)
+
+    with tiny_run.isolated(folder / "cache"):
+        yield of
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_from_the_command_line(family, worlds, tmp_path, monkeypatch):
+    tiny_run.reload_in_process(monkeypatch)
+    result = worlds(family).run(
+        tmp_path, "--sparsity.scope=attention+ffn", "--recovery=least_squares", "--sparsity.width_multiple=8"
+    )
+    checks = json.loads((tmp_path / "run" / "manifest.json").read_text())["logits"]
+    assert checks["sliced_minus_reloaded"] == 0.0
+    assert checks["masked_minus_sliced"] <= 1e-4
+    costs = unit_costs(blocks_of(make_tiny(family, neurons=tiny_run.NEURONS)), scope="attention+ffn")
+    target = check_budget(costs, 0.5)
+    assert target <= costs.removed(result.masks) < target + 8 * max(costs.neuron)
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert "| gprune + least_squares |" in " ".join(card.split())
+    rows = {(r["stage"], r["recovery"]) for r in result.records}
+    assert {("dense", "none"), ("base", "none"), ("gprune", "least_squares")} <= rows
+    assert all(np.isfinite(r["perplexity"]) for r in result.records)
+    # The exported folder is a model like any other: prune it again
+    again = tiny_run.World(tmp_path / "run" / "model", worlds(family).corpora)
+    once, twice = (load_run(tmp_path / "run"), again.run(tmp_path, "--sparsity.target=0.2", name="again"))
+    assert twice.summary["parameters_before"] == once.summary["parameters_after"]
+    assert twice.summary["parameters_after"] < once.summary["parameters_after"]
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--recovery=bias"], "adds biases, and the experts of model_type"),
+        (["--importance=taylor"], "Taylor saliency cannot be collected for experts"),
+    ],
+)
+def test_what_experts_cannot_do_is_refused_at_once(family, flags, reason, worlds, tmp_path, capsys):
+    assert main(worlds(family).args(tmp_path, *flags)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", [name for name, record in FAMILIES.items() if record.learned_positions])
+def test_text_longer_than_the_learned_positions_is_refused(family, worlds, tmp_path, capsys):
+    assert main(worlds(family).args(tmp_path, f"--corpora.seq_len={SIZES['max_position_embeddings'] + 1}")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "expected at most 256 tokens" in line
+
+
+def test_an_unsupported_model_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    BertConfig().save_pretrained(tmp_path)  # no weights at all
+    monkeypatch.setattr(
+        "gprune.models.loading.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded")
+    )
+    with pytest.raises(UserError, match=r"Model family 'bert' is not supported\. Available: llama, .*Family record"):
+        read_config(str(tmp_path))
+
+
+def test_the_readme_has_the_table_of_the_records():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert table() in readme
+
+
+def test_costs_of_one_expert_each_are_those_of_dense_blocks():
+    dense = UnitCosts([3], [5], [7], [2], attention=False)
+    assert dense.of_experts == (1,)

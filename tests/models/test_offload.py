@@ -1,0 +1,444 @@
+"""Models whose weights are fetched when they are needed: nothing but memory may differ from the model in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from gprune.calibration.collector import collect
+from gprune.calibration.layerwise import Walk
+from gprune.calibration.statistics import CorpusStatistics
+from gprune.cli import main
+from gprune.config import ModelConfig, RunConfig
+from gprune.export import hf
+from gprune.export.hf import save_pruned
+from gprune.importance.scores import score_units
+from gprune.models import offload
+from gprune.models.blocks import blocks_of, decoder_layers
+from gprune.models.embedded import is_complete
+from gprune.models.experts import watch_experts
+from gprune.models.families import FAMILIES
+from gprune.models.loading import fingerprint, load_weights
+from gprune.models.offload import (
+    StoredWeights,
+    bytes_of,
+    device_of,
+    is_offloaded,
+    memory_limits,
+    resident,
+    scratch_folder,
+    stored,
+)
+from gprune.models.surgery import count_parameters, prune, prune_to_files
+from gprune.parse import parse
+from gprune.pipeline.plan import memory_bytes
+from gprune.pipeline.save import masked_logits
+from gprune.runs.results import load_run
+from gprune.storage.files import locked, read_json
+from tests import tiny_run
+from tests.calibration.test_layerwise import assert_same_bits, assert_same_run, batches, walk_over
+from tests.models.test_families import EXPERTS, byte_tokenizer
+from tests.tiny_families import make_tiny, some_masks
+
+ROOT = Path(__file__).parents[2]
+AUTO = "--model.device_map=auto"
+
+
+def bytes_in(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def limit_for(model: torch.nn.Module) -> str:
+    """Everything but the layers, the largest layer (which accelerate keeps room for) and half of another one."""
+    layers = [bytes_in(layer) for layer in decoder_layers(model)]
+    return f"{bytes_in(model) - sum(layers) + int(1.5 * max(layers))}B"
+
+
+@pytest.fixture(scope="module")
+def placed(tmp_path_factory):
+    """A family's tiny model in memory, and the same with most layers left on disk, from a sharded folder."""
+    folder = tmp_path_factory.mktemp("offload")
+
+    def of(family: str, **overrides):
+        path = folder / "-".join([family, *overrides])
+        model = make_tiny(family, **overrides)
+        if not path.exists():
+            model.save_pretrained(path, max_shard_size="20KB")
+        place = {"device_map": "auto", "max_memory": {"cpu": limit_for(model)}}
+        return load_weights(path, dtype=torch.float32), load_weights(path, dtype=torch.float32, **place)
+
+    with tiny_run.isolated(folder / "cache"):
+        yield of
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+# What lies where
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_offloaded_model_is_the_same_model(family, placed, ids):
+    whole, away = placed(family)
+    assert is_offloaded(away)
+    assert not is_offloaded(whole)
+    assert sum(p.is_meta for p in away.parameters()) > sum(not p.is_meta for p in away.parameters())
+    assert fingerprint(away) == fingerprint(whole)
+    assert device_of(away) == device_of(blocks_of(away)[2].layer) == torch.device("cpu")
+    for mine, theirs in zip(blocks_of(away), blocks_of(whole), strict=True):
+        for name, part in theirs.parts.items():
+            assert torch.equal(mine.parts[name].weight, part.weight)
+            assert (mine.parts[name].bias is None) == (part.bias is None)
+            assert part.bias is None or torch.equal(mine.parts[name].bias, part.bias)
+    # Statistics in one walk, and every metric that reads weights, norms and their biases
+    expected = collect(whole, batches(), gram=True)
+    found = walk_over(away, batches()).statistics(gram=True)
+    assert_same_bits(found, expected)
+    for metric in ("obs", "gaussian_sp", "magnitude"):
+        scores = (score_units(metric, blocks_of(m), expected) for m in (away, whole))
+        for one, two in zip(*((*s.ffn, *s.attention) for s in scores), strict=True):
+            assert torch.equal(one, two)
+    # Nothing has been moved or unhooked
+    assert sum(p.is_meta for p in away.parameters()) > sum(not p.is_meta for p in away.parameters())
+    assert torch.equal(away(ids).logits, whole(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_offloaded_model_is_pruned_into_the_same_folder(family, placed, ids, tmp_path):
+    whole, away = placed(family)
+    masks = some_masks(whole, attention=True)
+    assert torch.equal(masked_logits(away, masks, ids), masked_logits(whole, masks, ids))
+    one = prune(whole, masks)
+    two = prune_to_files(away, masks, tmp_path / "blocks")
+    assert all(p.is_meta for p in two.parameters())
+    assert count_parameters(two, "all") == count_parameters(one, "all")
+    folders = [save_pruned(small, None, tmp_path / name) for name, small in (("one", one), ("two", two))]
+    assert len(list(folders[1].glob("*.safetensors"))) >= 3
+    configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
+    assert configs[0] == configs[1]
+    names = [{path.name for path in folder.iterdir() if "safetensors" not in path.name} for folder in folders]
+    assert names[0] == names[1]
+    again = AutoModelForCausalLM.from_pretrained(folders[1]).eval()
+    assert {n: t.dtype for n, t in again.state_dict().items()} == {n: t.dtype for n, t in one.state_dict().items()}
+    assert torch.equal(again(ids).logits, one(ids).logits)
+    # Loaded as the dense one was, and saved once more from there
+    place = {"device_map": "auto", "max_memory": {"cpu": limit_for(again)}}
+    small = load_weights(folders[1], dtype=torch.float32, **place)
+    assert is_offloaded(small)
+    assert torch.equal(small(ids).logits, one(ids).logits)
+    third = AutoModelForCausalLM.from_pretrained(save_pruned(small, None, tmp_path / "three")).eval()
+    assert torch.equal(third(ids).logits, one(ids).logits)
+    assert torch.equal(away(ids).logits, whole(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_whole_blocks_and_added_biases(family, placed, ids, tmp_path):
+    whole, away = placed(family)
+    masks = some_masks(whole, attention=False)
+    masks.ffn[1][:] = False
+    masks.attention[1][:] = False
+
+    def revise(dense, block):
+        keep = masks.ffn[dense.index]
+        block.down.set(2 * dense.down.weight[:, keep], dense.down.weight[:, ~keep].sum(1))
+
+    one = prune(whole, masks)
+    for dense, block in zip([b for b in blocks_of(whole) if b.index != 1], blocks_of(one), strict=True):
+        revise(dense, block)
+    two = prune_to_files(away, masks, tmp_path / "blocks", revise)
+    again = AutoModelForCausalLM.from_pretrained(save_pruned(two, None, tmp_path / "model")).eval()
+    assert len(blocks_of(again)) == 2
+    assert torch.equal(again(ids).logits, one(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", *EXPERTS[:1]])
+def test_resident_weights_are_there_and_go_again(family, placed):
+    whole, away = placed(family)
+    layer, own = decoder_layers(away)[2], decoder_layers(whole)[2]
+    with resident(layer):
+        for name, parameter in own.named_parameters():
+            assert torch.equal(layer.get_parameter(name), parameter)
+    assert all(p.is_meta for p in layer.parameters())
+    with pytest.raises(ZeroDivisionError), resident(layer):
+        _ = 1 / 0
+    assert all(p.is_meta for p in layer.parameters())
+    weights = StoredWeights(away)
+    assert weights.keys() == whole.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in whole.state_dict().items())
+
+
+def test_forwards_are_put_back(placed, ids):
+    """Whoever watches experts takes the place of accelerate's own forward, and leaves none."""
+    whole, away = placed("mixtral")
+    masks = some_masks(whole, attention=False)
+    for _ in range(2):
+        masked_logits(away, masks, ids)
+        assert torch.equal(away(ids).logits, whole(ids).logits)
+    experts = decoder_layers(away)[2].mlp.experts
+    own = experts.__dict__["forward"]
+    watch_experts(experts, lambda *_: None).remove()
+    assert experts.__dict__["forward"] is own
+    assert torch.equal(away(ids).logits, whole(ids).logits)
+
+
+def test_what_has_no_hook_stays_without_weights():
+    with torch.device("meta"):
+        linear = torch.nn.Linear(2, 3, bias=False)
+    assert stored(linear, "weight").is_meta
+    assert stored(linear, "bias") is None
+    assert not is_offloaded(linear)
+
+
+def test_a_model_spread_over_devices_is_pruned_and_collected_as_ever(ids):
+    """Hooks on every module, as with several devices, but nothing offloaded."""
+    model, spread = make_tiny("llama"), make_tiny("llama")
+    dispatch_model(spread, {"": "cpu"}, force_hooks=True)
+    masks = some_masks(model, attention=True)
+    assert torch.equal(prune(spread, masks)(ids).logits, prune(model, masks)(ids).logits)
+    assert torch.equal(masked_logits(spread, masks, ids), masked_logits(model, masks, ids))
+    assert_same_bits(collect(spread, batches()), collect(model, batches()))
+    assert torch.equal(spread(ids).logits, model(ids).logits)
+
+
+# Folders and flags
+
+
+def test_the_scratch_folder_goes_with_its_model_and_after_a_kill(tmp_path):
+    with tiny_run.isolated(tmp_path):
+        folder, stack = scratch_folder()
+        other, other_stack = scratch_folder()  # takes no folder that is in use
+        assert folder.exists()
+        model = torch.nn.Linear(1, 1)
+        offload.keep_until_gone(model, stack)
+        del model
+        assert not folder.exists()
+        left = tmp_path / "offload" / "left"
+        left.mkdir()
+        scratch_folder()[1].close()
+        assert not left.exists()
+        with pytest.raises(BlockingIOError), locked(other):
+            pass
+        other_stack.close()
+        assert list((tmp_path / "offload").iterdir()) == []
+
+
+def test_sizes():
+    assert [bytes_of(s) for s in ("2GiB", "500MB", "1.5 kib", "10", "3B")] == [2**31, 5 * 10**8, 1536, 10, 3]
+    assert memory_limits({"cpu": "1KB", "0": "1MiB"}) == {"cpu": 1000, 0: 2**20}
+    flags = ["--model.device_map=auto", "--model.max_memory={cpu: 2GiB, 0: 1GB}"]
+    assert memory_limits(parse(flags).model.max_memory) == {"cpu": 2**31, 0: 10**9}
+    assert parse(flags).settings() == parse(flags[:1]).settings()  # memory changes no result
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--model.max_memory={cpu: 2GiB}"], "--model.max_memory: expected --model.device_map auto with it"),
+        ([AUTO, "--model.max_memory={cpu: lots}"], "expected sizes such as 2GiB or 500MB, got 'lots'"),
+        ([AUTO, "--model.max_memory={cpu: 0GB}"], "expected sizes such as 2GiB or 500MB, got '0GB'"),
+        ([AUTO, "--model.max_memory={disk: 2GB}"], "expected cpu or a device number such as 0"),
+    ],
+)
+def test_bad_limits_are_one_line(flags, line, capsys):
+    assert main(flags) == 2
+    (found,) = capsys.readouterr().err.splitlines()
+    assert line in found
+
+
+def test_shards(tmp_path, monkeypatch, ids):
+    """An ordinary model in several files above a size; a folder that lacks some of it is not whole."""
+    monkeypatch.setattr(hf, "SHARD", 20_000)
+    model = make_tiny("llama")
+    folder = save_pruned(prune(model, some_masks(model, attention=True)), byte_tokenizer(), tmp_path / "model")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    assert is_complete(folder)
+    index = folder / "model.safetensors.index.json"
+    for path in (shards[1], index):
+        content = path.read_bytes()
+        for broken in (content[:-9], b""):
+            path.write_bytes(broken)
+            assert not is_complete(folder)
+        path.unlink()
+        assert not is_complete(folder)
+        path.write_bytes(content)
+    # A shard of another model: all of it there, but not what is looked for
+    shards[1].write_bytes(shards[0].read_bytes())
+    assert not is_complete(folder)
+
+
+# The whole run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    world = tiny_run.make_world(folder)
+    with tiny_run.isolated(folder / "cache"):
+        yield world
+
+
+FLAGS = [
+    "--recovery=least_squares", "--sparsity.scope=attention+ffn", "--sparsity.allocation=uniform",
+    "--evaluation.controls=[base]",
+]  # fmt: skip
+
+
+def placement(model: torch.nn.Module) -> list[str]:
+    return [AUTO, f"--model.max_memory={{cpu: {limit_for(model)}}}"]
+
+
+def test_a_run_with_most_of_the_model_on_disk_is_the_same_run(world, tmp_path, monkeypatch):
+    tiny_run.reload_in_process(monkeypatch)
+    monkeypatch.setattr(hf, "check_reload", lambda *_, **__: 0.0)
+    whole = world.run(tmp_path, *FLAGS)
+    model = AutoModelForCausalLM.from_pretrained(world.model)
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("gprune.pipeline.save.check_reload", lambda *_, device_map, max_memory: 0.0)
+    away = world.run(tmp_path, *FLAGS, *placement(model), name="away")
+    assert_same_run(away, whole)
+    assert away.summary["parameters_before"] == whole.summary["parameters_before"]
+    assert (tmp_path / "away" / "model" / "model.safetensors.index.json").exists()
+    checks = read_json(tmp_path / "away" / "manifest.json")["logits"]
+    assert checks["masked_minus_sliced"] <= 1e-4
+    tokens = [read_json(tmp_path / name / "manifest.json")["steps"]["calibrate"] for name in ("run", "away")]
+    assert tokens[0]["forward_tokens"] == tokens[1]["forward_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--sparsity.allocation=learned"], "--sparsity.allocation learned: weights that do not fit"),
+        (["--importance=taylor", "--gprune=false"], "--importance taylor: weights that do not fit"),
+    ],
+)
+def test_no_gradient_is_asked_of_an_offloaded_model(flags, line, world, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(world.model)
+    assert main(world.args(tmp_path, *flags, *placement(model))) == 2
+    (found,) = [text for text in capsys.readouterr().err.splitlines() if "--" in text]
+    assert line in found
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_experiment_of_a_large_model():
+    """It asserts by itself that masks and perplexities are those of the run in memory; the pruned model is reloaded, to
+    the same bits, by a fresh process that has as little memory.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.large", "--small"], cwd=ROOT, capture_output=True, text=True, check=False,
+        timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| the same in memory |") == 1
+
+
+@pytest.mark.slow
+def test_the_whole_pipeline_on_a_random_model_is_timed_step_by_step():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.large", "--whole", "tiny"], cwd=ROOT, capture_output=True, text=True,
+        check=False, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for step in ("calibrate", "assignment", "thresholds", "save_and_check", "evaluate"):
+        assert f"| {step} | " in done.stdout
+
+
+GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs, or one process has all of the model")
+
+
+# A run that notes how many numbers a sharded copy has on this process, and sends all Gram matrices through files.
+SHARDED = """
+import sys
+from pathlib import Path
+import gprune.walk
+from gprune.cli import main
+from gprune.stages import base
+
+def noted(*args):
+    copy = spread(*args)
+    here = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in copy.parameters())
+    Path(sys.argv[1], f"{args[1]}.{base.torch.distributed.get_rank()}").write_text(str(here))
+    return copy
+
+spread, base.spread, gprune.calibration.layerwise.GRAMS_IN_MEMORY = base.spread, noted, 1
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=GPUS)])
+def test_a_model_sharded_over_two_processes_learns_the_same(accelerator, world, tmp_path):
+    """Block by block, against whole models and the ordinary pass: windows 0 to 4 in batches of 4 and 1, so that in the
+    second one a process has nothing to do.
+    """
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    found = {}
+    for name, command in (("whole", ["train.py"]), ("sharded", [str(tmp_path / "sharded.py"), str(tmp_path)])):
+        flags = ["--corpora.num_samples=5", "--recovery=least_squares", "--export=none"]
+        flags += ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.accelerator={accelerator}"]
+        flags += ["--model.shard=true"] * (name == "sharded")
+        done = subprocess.run(
+            [sys.executable, *command, *world.args(tmp_path, *flags, name=name)],
+            cwd=ROOT, env=tiny_run.environment(tmp_path / name, PYTHONPATH=str(ROOT)), capture_output=True, text=True,
+            check=False, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found[name] = load_run(tmp_path / name)
+    whole, sharded = found["whole"], found["sharded"]
+    for corpus, statistics in whole.statistics.items():
+        assert_same_bits(sharded.statistics[corpus], statistics)
+    for mine, theirs in zip(sharded.thresholds, whole.thresholds, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert sharded.masks == whole.masks
+    assert [r["nll"] for r in sharded.records] == [r["nll"] for r in whole.records]  # recovered from files, too
+    counts = [read_json(tmp_path / name / "manifest.json")["steps"]["thresholds"] for name in found]
+    assert counts[0]["forward_backward_tokens"] == counts[1]["forward_backward_tokens"]
+    model = AutoModelForCausalLM.from_pretrained(world.model)
+    inside = sum(p.numel() for layer in decoder_layers(model) for p in layer.parameters())
+    here = [int(path.read_text()) for path in tmp_path.glob("c*.[01]")]
+    assert len(here) == 2
+    assert all(number <= count_parameters(model, "all") - 0.4 * inside for number in here)
+
+
+def test_the_plan_counts_what_is_resident():
+    """Of Gram matrices one block's, and of weights beyond the limit one block's, however many blocks there are."""
+
+    def planned(blocks: int, **model: object) -> int:
+        cfg = RunConfig(gprune=False, recovery="least_squares", model=ModelConfig(dtype="bfloat16", **model))
+        with torch.device("meta"):
+            config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=blocks)
+            return memory_bytes(cfg, AutoModelForCausalLM.from_config(config))
+
+    block = 2 * (3 * 4096 * 11008 + 4 * 4096**2 + 2 * 4096)
+    assert planned(8) - planned(4) == 2 * 4 * block  # dense and pruned
+    place = {"device_map": "auto", "max_memory": {"cpu": "1GB"}}
+    assert planned(8, **place) == planned(4, **place)
+    embeddings = 2 * (2 * 32000 * 4096 + 4096)
+    assert planned(4) - planned(4, **place) == 2 * (4 * block + embeddings) - (2 * 10**9 + block)
+    plenty = {"device_map": "auto", "max_memory": {"cpu": "64GiB"}}
+    assert planned(4, **plenty) == planned(4)
+
+
+def test_one_process_has_nobody_to_share_a_model_with(capsys):
+    assert main(["--model.shard=true"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--model.shard: expected two or more processes" in line
+
+
+def test_types(placed):
+    """What a walk over an offloaded model gives is what everything else takes."""
+    _, away = placed("llama")
+    walk = Walk(away)
+    walk.add(torch.arange(3, 27)[None], torch.zeros(1, dtype=torch.long))
+    assert isinstance(walk.statistics(), CorpusStatistics)

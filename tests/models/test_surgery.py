@@ -1,0 +1,306 @@
+"""Slicing must equal zeroing; the original must not move; parameters are counted by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from gprune.errors import UserError
+from gprune.models.blocks import blocks_of
+from gprune.models.masks import Masks
+from gprune.models.surgery import count_parameters, prune, widths
+from gprune.sparsity.gates import masked
+from tests.conftest import make_tiny_llama
+
+
+def random_masks(neurons: list[int], groups: list[int], of_neurons=48, of_groups=2, seed: int = 0) -> Masks:
+    """Masks that keep these many units per block, at random places."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def keep(count: int, total: int) -> torch.Tensor:
+        mask = torch.zeros(total, dtype=torch.bool)
+        mask[torch.randperm(total, generator=generator)[:count]] = True
+        return mask
+
+    return Masks([keep(n, of_neurons) for n in neurons], [keep(g, of_groups) for g in groups])
+
+
+def randomise_biases(model: nn.Module) -> None:
+    """Random values in place of the zeros that biases start from."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+
+
+def zeroed(model: nn.Module, masks: Masks) -> nn.Module:
+    """The independent reference: full widths, what removed units send onwards set to zero."""
+    model = copy.deepcopy(model)
+    for layer, neurons, groups in zip(model.model.layers, masks.ffn, masks.attention, strict=True):
+        layer.mlp.down_proj.weight.data[:, ~neurons] = 0.0
+        heads = layer.self_attn.o_proj.weight.data.view(32, len(groups), -1)
+        heads[:, ~groups] = 0.0
+    return model
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"attention_bias": True, "mlp_bias": True},
+        {"num_key_value_heads": 4},
+        {"head_dim": 12},
+        {"attn_implementation": "eager"},
+    ],
+    ids=lambda overrides: "-".join(overrides) or "plain",
+)
+def test_sliced_equals_zeroed(overrides, token_batch):
+    model = make_tiny_llama(**overrides)
+    randomise_biases(model)
+    groups = model.config.num_key_value_heads
+    masks = random_masks([1, 7, 47], [1, groups, groups // 2], of_groups=groups)
+    pruned = prune(model, masks)
+    assert widths(pruned) == {"neurons": [1, 7, 47], "kv_groups": [1, groups, groups // 2]}
+    torch.testing.assert_close(pruned(token_batch).logits, zeroed(model, masks)(token_batch).logits, atol=1e-4, rtol=0)
+    # The masks are not idle: the dense logits are far away.
+    assert (pruned(token_batch).logits - model(token_batch).logits).abs().max() > 0.1
+
+
+kept_neurons = st.lists(st.booleans(), min_size=48, max_size=48).filter(any)
+kept_groups = st.lists(st.booleans(), min_size=2, max_size=2).filter(any)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    ffn=st.lists(kept_neurons, min_size=3, max_size=3),
+    attention=st.lists(kept_groups, min_size=3, max_size=3),
+)
+def test_any_masks_slice_like_zeroing(ffn, attention):
+    model = make_tiny_llama()
+    masks = Masks([torch.tensor(m) for m in ffn], [torch.tensor(m) for m in attention])
+    tokens = torch.arange(3, 19).view(2, 8)
+    difference = prune(model, masks)(tokens).logits - zeroed(model, masks)(tokens).logits
+    assert difference.abs().max() <= 1e-4  # sums of the same terms in another order
+
+
+def test_pruning_twice_equals_pruning_once(tiny_model):
+    first = random_masks([30, 7, 47], [2, 1, 2])
+    kept = [int(m.sum()) for m in first.ffn]
+    second = Masks(
+        [torch.arange(n) % 3 != 1 for n in kept],
+        [torch.tensor([False, True]), torch.tensor([True]), torch.tensor([True, True])],
+    )
+    combined = Masks([m.clone() for m in first.ffn], [m.clone() for m in first.attention])
+    for all_kind, second_kind in ((combined.ffn, second.ffn), (combined.attention, second.attention)):
+        for whole, part in zip(all_kind, second_kind, strict=True):
+            whole[whole.clone()] = part
+    twice, once = prune(prune(tiny_model, first), second), prune(tiny_model, combined)
+    assert widths(twice) == {"neurons": [20, 5, 31], "kv_groups": [1, 1, 2]}
+    for (name, a), (_, b) in zip(twice.named_parameters(), once.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_original_is_untouched_and_nothing_is_shared(tiny_model):
+    before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    pruned = prune(tiny_model, random_masks([48, 7, 48], [2, 2, 1]))
+    for parameter in pruned.parameters():
+        parameter.data.fill_(7.0)
+    assert widths(tiny_model) == {"neurons": [48] * 3, "kv_groups": [2] * 3}
+    assert all(torch.equal(before[name], tensor) for name, tensor in tiny_model.state_dict().items())
+
+
+def test_inplace_gives_the_same_object_and_the_same_bits(tiny_model):
+    masks = random_masks([5, 7, 9], [1, 2, 1])
+    other = prune(tiny_model, masks)
+    same = prune(tiny_model, masks, inplace=True)
+    assert same is tiny_model
+    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), other.parameters(), strict=True))
+
+
+def test_parameters_keep_their_nature(tiny_model):
+    tiny_model.to(torch.bfloat16)
+    blocks_of(tiny_model)[1].gate.weight.requires_grad_(True)
+    pruned = prune(tiny_model, random_masks([5, 7, 9], [1, 2, 1]))
+    assert [name for name, p in pruned.named_parameters() if p.requires_grad] == ["model.layers.1.mlp.gate_proj.weight"]
+    for block in blocks_of(pruned):
+        for linear in (block.gate, block.up, block.down, block.query, block.key, block.value, block.output):
+            assert isinstance(linear.weight, nn.Parameter)
+            assert linear.weight.is_contiguous()
+            assert linear.weight.dtype == torch.bfloat16
+            assert tuple(linear.weight.shape) == (linear.out_features, linear.in_features)
+    assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
+
+
+def test_a_recovery_bias_is_carried_whole(tiny_model, token_batch):
+    for block in blocks_of(tiny_model)[:2]:
+        block.down.host.bias = nn.Parameter(torch.linspace(-1, 1, 32), requires_grad=False)
+        block.output.host.bias = nn.Parameter(torch.linspace(2, -2, 32), requires_grad=False)
+    masks = random_masks([5, 7, 9], [1, 2, 1])
+    pruned = prune(tiny_model, masks)
+    expected = zeroed(tiny_model, masks)(token_batch).logits
+    torch.testing.assert_close(pruned(token_batch).logits, expected, atol=1e-5, rtol=0)
+    assert pruned.model.layers[0].mlp.down_proj.bias is not tiny_model.model.layers[0].mlp.down_proj.bias
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_counts_equal_counts_by_hand(biases, tied):
+    model = make_tiny_llama(attention_bias=biases, mlp_bias=biases, tie_word_embeddings=tied)
+    blocks = blocks_of(model)
+    ffn = 3 * (48 * (3 * 32 + 2 * biases) + 32 * biases)
+    attention = 3 * (32 * 2 * (32 + 16) + biases * (32 + 2 * 16 + 32))
+    assert count_parameters(model, "ffn") == ffn
+    assert count_parameters(model, "attention+ffn") == ffn + attention
+    assert count_parameters(model, "all") == ffn + attention + 7 * 32 + 128 * 32 * (2 - tied)
+    masks = random_masks([1, 7, 47], [1, 2, 1])
+    pruned = prune(model, masks)
+    gone_ffn = sum(b.neuron_cost * int((~m).sum()) for b, m in zip(blocks, masks.ffn, strict=True))
+    gone_attention = sum(b.group_cost * int((~m).sum()) for b, m in zip(blocks, masks.attention, strict=True))
+    assert count_parameters(model, "ffn") - count_parameters(pruned, "ffn") == gone_ffn
+    for scope in ("attention+ffn", "all"):
+        assert count_parameters(model, scope) - count_parameters(pruned, scope) == gone_ffn + gone_attention
+
+
+def test_unknown_scope_is_named(tiny_model):
+    with pytest.raises(UserError, match=r"Unknown scope 'mlp'. Available: ffn, attention\+ffn, all"):
+        count_parameters(tiny_model, "mlp")
+
+
+def keep_all() -> Masks:
+    return Masks([torch.ones(48, dtype=torch.bool) for _ in range(3)], [torch.ones(2, dtype=torch.bool)] * 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "index", "mask", "message"),
+    [
+        (
+            "ffn",
+            1,
+            torch.ones(47, dtype=torch.bool),
+            r"masks.ffn\[1\]: expected torch.bool of shape \(48,\), got .*47",
+        ),
+        ("ffn", 0, torch.ones(48), r"expected torch.bool of shape \(48,\), got torch.float32"),
+        ("ffn", 2, torch.zeros(48, dtype=torch.bool), r"masks.ffn\[2\]: expected at least 1 of 48 units"),
+        (
+            "attention",
+            2,
+            torch.zeros(2, dtype=torch.bool),
+            r"masks.attention\[2\]: expected at least 1 of 2 units",
+        ),
+        ("attention", 0, torch.ones(4, dtype=torch.bool), r"masks.attention\[0\]: .* \(2,\), got .*\(4,\)"),
+    ],
+)
+def test_bad_masks_are_refused_before_anything_is_cut(tiny_model, kind, index, mask, message):
+    masks = keep_all()
+    masks.ffn[1 if kind == "attention" else 0] = torch.arange(48) < 3  # would be cut first
+    getattr(masks, kind)[index] = mask
+    with pytest.raises(ValueError, match=message):
+        prune(tiny_model, masks, inplace=True)
+    assert widths(tiny_model) == {"neurons": [48] * 3, "kv_groups": [2] * 3}
+
+
+def test_number_of_blocks_must_agree(tiny_model):
+    masks = keep_all()
+    with pytest.raises(ValueError, match=r"masks\.attention: expected 3 blocks, got 2"):
+        prune(tiny_model, Masks(masks.ffn, masks.attention[:2]))
+
+
+# --- whole blocks -----------------------------------------------------------------------------------------------
+
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def depth(model: nn.Module, *gone: int, narrow: bool = False) -> Masks:
+    """Masks for the present widths without these blocks; `narrow` drops units of the others too."""
+
+    def keep(count: int, stays: bool) -> torch.Tensor:
+        return torch.tensor([stays and not (narrow and i % 3 == 1) for i in range(count)])
+
+    sizes = [(b.index not in gone, b.neurons, b.kv_groups) for b in blocks_of(model)]
+    return Masks([keep(n, stays) for stays, n, _ in sizes], [keep(g, stays) for stays, _, g in sizes])
+
+
+def layer_indices(model: nn.Module) -> list[int]:
+    return [layer.self_attn.layer_idx for layer in model.model.layers]
+
+
+@pytest.mark.parametrize("gone", [(0,), (1, 2), (3,), (0, 1, 3)])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_sliced_equals_masked_without_whole_blocks(gone, narrow, token_batch):
+    model = make_tiny_llama(num_hidden_layers=4)
+    masks = depth(model, *gone, narrow=narrow)
+    pruned = prune(model, masks)
+    assert len(pruned.model.layers) == 4 - len(gone)
+    prompt = token_batch[:2, :9]
+    with masked(model, masks):
+        logits = model(token_batch).logits
+        continued = model.generate(prompt, **GREEDY)
+    assert (pruned(token_batch).logits - logits).abs().max() <= 1e-4
+    assert torch.equal(pruned.generate(prompt, **GREEDY), continued)
+    # the KV cache of fewer layers is not idle, and changes nothing
+    assert len(pruned(prompt, use_cache=True).past_key_values.layers) == 4 - len(gone)
+    assert torch.equal(pruned.generate(prompt, use_cache=False, **GREEDY), continued)
+
+
+def test_layers_that_stay_are_numbered_anew_and_keep_their_type():
+    model = make_tiny_llama(num_hidden_layers=4)
+    model.config.layer_types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pruned = prune(model, depth(model, 0, 2))
+    assert pruned.config.num_hidden_layers == 2
+    assert pruned.config.layer_types == ["sliding_attention"] * 2
+    assert layer_indices(pruned) == [0, 1]
+    assert pruned.model.config is pruned.config
+    # the original is as it was
+    assert model.config.num_hidden_layers == 4
+    assert len(model.config.layer_types) == 4
+    assert layer_indices(model) == [0, 1, 2, 3]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    for new, old in enumerate((1, 3)):
+        for name, parameter in pruned.model.layers[new].named_parameters():
+            assert torch.equal(parameter, before[f"model.layers.{old}.{name}"])
+
+
+def test_whole_blocks_go_in_place_too(token_batch):
+    model = make_tiny_llama()
+    masks = depth(model, 1, narrow=True)
+    other = prune(model, masks)
+    assert prune(model, masks, inplace=True) is model
+    assert model.config.num_hidden_layers == 2
+    assert torch.equal(model(token_batch).logits, other(token_batch).logits)
+
+
+def test_counts_of_a_model_without_a_block(tiny_model):
+    cost = blocks_of(tiny_model)[1].cost
+    assert cost == 3 * 32 * 48 + 32 * 2 * (32 + 16) + 2 * 32  # FFN, attention, two norms
+    pruned = prune(tiny_model, depth(tiny_model, 1))
+    assert count_parameters(tiny_model, "all") - count_parameters(pruned, "all") == cost
+    assert count_parameters(pruned, "ffn") == 2 * 3 * 32 * 48
+
+
+def test_pruned_without_a_block_and_then_again_equals_pruned_once(token_batch):
+    model = make_tiny_llama(num_hidden_layers=5)
+    first = prune(model, depth(model, 1))  # 0 2 3 4 stay
+    second = prune(first, depth(first, narrow=True))
+    third_masks = depth(second, 2)  # 0 2 4 stay
+    third = prune(second, third_masks)
+    once = prune(model, depth(model, 1, 3, narrow=True))
+    assert widths(third) == widths(once) == {"neurons": [32] * 3, "kv_groups": [1] * 3}
+    assert layer_indices(third) == [0, 1, 2]
+    for (name, a), (_, b) in zip(third.named_parameters(), once.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert torch.equal(third(token_batch).logits, once(token_batch).logits)
+    with masked(second, third_masks):
+        continued = second.generate(token_batch[:2, :9], **GREEDY)
+    assert torch.equal(third.generate(token_batch[:2, :9], **GREEDY), continued)
+
+
+def test_masks_that_keep_no_block_are_refused(tiny_model):
+    with pytest.raises(ValueError, match="expected at least 1 of 3 blocks kept, got 0"):
+        prune(tiny_model, depth(tiny_model, 0, 1, 2))

@@ -1,0 +1,318 @@
+"""Partition: embeddings, first modules, controls, and the objective against NumPy loops and stated ranges."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import adjusted_rand_score
+
+from gprune.importance.weights import UnitWeights
+from gprune.partition.initial import (
+    initial_partition,
+    merge_small,
+    minimum_size,
+    parameter_embedding,
+    same_sizes_by_drift,
+    shuffled_partition,
+    standardised,
+)
+from gprune.partition.objective import (
+    ObjectiveWeights,
+    RefinementInputs,
+    behaviour_features,
+    dispersion,
+    partition_objective,
+    refinement_inputs,
+)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weights(N: int = 120, H: int = 16, seed: int = 0) -> UnitWeights:
+    gate, up, down = normal(3, N, H, seed=seed)
+    return UnitWeights((gate, up), down.T.contiguous())
+
+
+def test_embedding_shape_and_scale():
+    embedding = parameter_embedding(weights(), dim=8)
+    assert embedding.shape == (120, 8)
+    assert embedding.dtype == torch.float32
+    assert embedding.mean(0).abs().max() < 1e-5
+    assert float(embedding.square().sum(1).mean()) == pytest.approx(1, rel=1e-5)
+    assert parameter_embedding(weights(N=5), dim=8).shape == (5, 5)  # no more directions than neurons
+
+
+def test_embedding_is_deterministic_and_leaves_the_global_stream_alone():
+    torch.manual_seed(1)
+    first, state = parameter_embedding(weights(), seed=3), torch.random.get_rng_state()
+    torch.manual_seed(99)
+    assert torch.equal(parameter_embedding(weights(), seed=3), first)
+    torch.manual_seed(1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_embedding_sees_direction_and_not_size():
+    w = weights()
+    scale = normal(4, 120, seed=5).exp()
+    scaled = UnitWeights((w.inputs[0] * scale[0][:, None], w.inputs[1] * scale[1][:, None]), w.output * scale[2])
+    torch.testing.assert_close(parameter_embedding(scaled), parameter_embedding(w), atol=1e-4, rtol=0)
+    changed = UnitWeights((w.inputs[0].flip(1), w.inputs[1]), w.output)
+    assert (parameter_embedding(changed) - parameter_embedding(w)).abs().max() > 0.01
+
+
+def planted_weights() -> tuple[UnitWeights, torch.Tensor]:
+    """Rows and columns around three directions, and which one each neuron belongs to."""
+    w, truth = weights(), torch.arange(120) % 3
+    centres = 2 * normal(3, 3, 16, seed=8)
+    gate, up = w.inputs
+    return UnitWeights((gate + centres[0, truth], up + centres[1, truth]), w.output + centres[2, truth].T), truth
+
+
+def test_embedding_keeps_the_leading_directions():
+    # Against an exact SVD in float64: inner products in the embedding, which do not depend on signs.
+    w, _ = planted_weights()
+    parts = [t.double().numpy() for t in (*w.inputs, w.output.T)]
+    features = np.concatenate([p / np.linalg.norm(p, axis=1, keepdims=True) for p in parts], axis=1)
+    features -= features.mean(0)
+    U, S, _ = np.linalg.svd(features, full_matrices=False)
+    exact = U[:, :2] * S[:2]
+    exact /= np.sqrt((exact**2).sum(1).mean())
+    mine = parameter_embedding(w, dim=2).double().numpy()
+    np.testing.assert_allclose(mine @ mine.T, exact @ exact.T, atol=2e-3)
+
+
+def test_embedding_tells_planted_directions_apart():
+    w, truth = planted_weights()
+    labels = initial_partition(parameter_embedding(w), torch.zeros(120), num_modules=3)
+    assert adjusted_rand_score(truth, labels) == 1
+
+
+def test_behaviour_features_take_the_mean_rank_out():
+    ranks = torch.rand(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    features = behaviour_features(ranks)
+    np.testing.assert_allclose(features.numpy(), (ranks.numpy() - ranks.numpy().mean(0)).T, rtol=1e-12)
+    torch.testing.assert_close(behaviour_features(ranks + torch.rand(50)), features)
+
+
+def test_standardised_has_variance_one_or_is_zero():
+    x = standardised(3 * normal(40, 5) + 7)
+    assert float(x.square().sum(1).mean()) == pytest.approx(1, rel=1e-5)
+    assert torch.equal(standardised(torch.full((10, 2), 3.0)), torch.zeros(10, 2))
+
+
+@pytest.mark.parametrize(("neurons", "modules", "expected"), [(1536, 8, 48), (11008, 8, 344), (48, 8, 32), (0, 1, 32)])
+def test_minimum_size(neurons, modules, expected):
+    assert minimum_size(neurons, modules) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_first_modules_are_deterministic_large_enough_and_numbered_by_appearance(seed):
+    N, K = 640, 8
+    embedding, drift = normal(N, 8, seed=seed), normal(N, seed=seed + 100).abs()
+    embedding[:5] += 100  # outliers that k-means makes a module of
+    labels = initial_partition(embedding, drift, num_modules=K, seed=seed)
+    torch.manual_seed(seed + 1)
+    np.random.seed(seed + 1)
+    assert torch.equal(initial_partition(embedding, drift, num_modules=K, seed=seed), labels)
+    sizes = torch.bincount(labels)
+    assert 1 < len(sizes) <= K
+    assert int(sizes.min()) >= minimum_size(N, K) == 32
+    first = [int((labels == k).nonzero()[0]) for k in range(len(sizes))]
+    assert first == sorted(first)
+
+
+def test_weights_of_the_first_partition_choose_the_view():
+    truth_similar, truth_drift = torch.arange(200) % 2, (torch.arange(200) >= 100).long()
+    embedding = normal(2, 4, seed=1)[truth_similar] * 5 + 0.1 * normal(200, 4)
+    drift = truth_drift + 0.05 * normal(200, seed=2)
+    by_parameters = initial_partition(embedding, drift, num_modules=2, drift_weight=0.0)
+    by_drift = initial_partition(embedding, drift, num_modules=2, similarity_weight=0.0)
+    assert adjusted_rand_score(truth_similar, by_parameters) == 1
+    assert adjusted_rand_score(truth_drift, by_drift) == 1
+
+
+@pytest.mark.parametrize("N", [1, 2, 3, 48])
+def test_few_neurons_form_one_module(N):
+    assert torch.equal(initial_partition(normal(N, 4), normal(N, seed=1), num_modules=8), torch.zeros(N).long())
+
+
+def test_merge_small_goes_to_the_nearest_smallest_first():
+    #          a: 40 at 0      b: 35 at 10      c: 5 at 7 (nearest b)     d: 2 at 3.6 (nearest c before c is merged)
+    places = [0.0] * 40 + [10.0] * 35 + [7.0] * 5 + [3.6] * 2
+    labels = torch.tensor([9] * 40 + [4] * 35 + [7] * 5 + [2] * 2)
+    features = torch.tensor(places)[:, None]
+    merged = merge_small(labels, features, min_size=6)
+    # d goes to c (distance 3.4 against 3.6), which then has 7 neurons and stays
+    assert torch.equal(merged, torch.tensor([0] * 40 + [1] * 35 + [2] * 7))
+    # with a larger minimum c, by then with a centre of 6.03, goes on to b
+    assert torch.equal(merge_small(labels, features, min_size=8), torch.tensor([0] * 40 + [1] * 42))
+    assert torch.equal(merge_small(labels, features, min_size=1), torch.tensor([0] * 40 + [1] * 35 + [2] * 5 + [3] * 2))
+    assert torch.equal(merge_small(labels, features, min_size=1000), torch.zeros(82).long())
+    assert torch.equal(labels[:3], torch.tensor([9, 9, 9]))  # the argument is left alone
+
+
+def test_shuffled_keeps_sizes_and_moves_members():
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
+    shuffled = shuffled_partition(labels, seed=1)
+    assert torch.bincount(shuffled).tolist() == [50, 30, 20]
+    assert torch.equal(shuffled, shuffled_partition(labels, seed=1))
+    assert not torch.equal(shuffled, shuffled_partition(labels, seed=2))
+    assert abs(adjusted_rand_score(labels, shuffled)) < 0.1
+
+
+def test_same_sizes_by_drift_cuts_the_order_of_drift():
+    labels, drift = torch.randint(3, (60,), generator=torch.Generator().manual_seed(0)), normal(60).abs()
+    cut = same_sizes_by_drift(labels, drift)
+    assert torch.equal(torch.bincount(cut), torch.bincount(labels))
+    assert (cut[drift.argsort()].diff() >= 0).all()
+
+
+def naive_dispersion(P: np.ndarray, x: np.ndarray) -> float:
+    """sum_ik P_ik ||x_i - c_k||^2 / sum_i ||x_i - mean||^2 by loops in float64."""
+    N, K = P.shape
+    inside = 0.0
+    for k in range(K):
+        centre = sum(P[i, k] * x[i] for i in range(N)) / sum(P[i, k] for i in range(N))
+        inside += sum(P[i, k] * ((x[i] - centre) ** 2).sum() for i in range(N))
+    mean = x.mean(0)
+    return inside / sum(((x[i] - mean) ** 2).sum() for i in range(N))
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0])
+def test_dispersion_against_loops(sharpness):
+    P = (sharpness * normal(2, 40, 3)).softmax(-1)
+    x = normal(2, 40, 5, seed=1)
+    x = x - x.mean(1, keepdim=True)
+    expected = [naive_dispersion(p, v) for p, v in zip(P.double().numpy(), x.double().numpy(), strict=True)]
+    np.testing.assert_allclose(dispersion(P, x).numpy(), expected, atol=1e-5)
+
+
+def test_dispersion_at_its_ends():
+    labels = torch.arange(40) % 4
+    P = torch.nn.functional.one_hot(labels, 4).float()[None]
+    x = standardised(normal(4, 3)[labels])[None]
+    assert float(dispersion(P, x)) == pytest.approx(0, abs=1e-5)  # modules explain everything
+    assert float(dispersion(torch.full_like(P, 0.25), x)) == pytest.approx(1, abs=1e-5)  # nothing
+    assert float(dispersion(P, torch.zeros_like(x))) == 0  # nothing varies
+
+
+def random_inputs(sizes: list[int], seed: int = 0) -> RefinementInputs:
+    return refinement_inputs(
+        [normal(n, 6, seed=seed + i) for i, n in enumerate(sizes)],
+        [normal(n, seed=seed + 50 + i).abs() for i, n in enumerate(sizes)],
+        [torch.rand(3, n, generator=torch.Generator().manual_seed(seed + 90 + i)) for i, n in enumerate(sizes)],
+    )
+
+
+@pytest.mark.parametrize("sharpness", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("K", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_terms_lie_in_their_stated_ranges(sharpness, K, seed):
+    terms = partition_objective(
+        sharpness * normal(2, 90, K, seed=seed), 0.7, random_inputs([90, 70], seed), ObjectiveWeights()
+    )
+    for name in ("similarity", "drift", "balance", "entropy"):
+        assert (terms[name] >= -1e-5).all(), name
+        assert (terms[name] <= 1 + 1e-5).all(), name
+    assert (terms["consistency"] <= 1).all()
+    w = ObjectiveWeights()
+    total = sum(
+        getattr(w, name) * (-1 if name == "consistency" else 1) * terms[name] for name in terms if name != "total"
+    )
+    torch.testing.assert_close(terms["total"], total)
+
+
+def test_terms_at_their_ends():
+    K, N = 4, 80
+    labels = torch.arange(N) % K
+    shifts = normal(3, K, seed=4)
+    inputs = refinement_inputs(
+        [normal(K, 6)[labels]], [torch.arange(K).float()[labels]], [0.5 + 0.1 * shifts[:, labels]]
+    )
+    decided = 50 * torch.nn.functional.one_hot(labels, K).float()[None]
+    terms = partition_objective(decided, 1.0, inputs, ObjectiveWeights())
+    for name, value in {"similarity": 0, "drift": 0, "balance": 0, "entropy": 0}.items():
+        assert float(terms[name]) == pytest.approx(value, abs=1e-4), name
+    assert float(terms["consistency"]) == pytest.approx(1 - (K - 1) / (N - 1), abs=1e-4)
+    undecided = partition_objective(torch.zeros(1, N, K), 1.0, inputs, ObjectiveWeights())
+    for name, value in {"similarity": 1, "drift": 1, "balance": 0, "entropy": 1}.items():
+        assert float(undecided[name]) == pytest.approx(value, abs=1e-4), name
+    one = 50 * torch.nn.functional.one_hot(torch.zeros(N, dtype=torch.long), K).float()[None]
+    assert float(partition_objective(one, 1.0, inputs, ObjectiveWeights())["balance"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_objective_against_float64_loops():
+    logits, inputs, tau = normal(1, 50, 3), random_inputs([50]), 0.6
+    terms = partition_objective(logits, tau, inputs, ObjectiveWeights())
+    A = logits[0].double().numpy() / tau
+    P = np.exp(A - A.max(1, keepdims=True))
+    P /= P.sum(1, keepdims=True)
+    size = P.sum(0) / 50
+    size_entropy = -(size * np.log(size)).sum()
+    expected = {
+        "similarity": naive_dispersion(P, inputs.embedding[0].double().numpy()),
+        "drift": naive_dispersion(P, inputs.drift[0].double().numpy()),
+        "consistency": 1 - naive_dispersion(P, inputs.shifts[0].double().numpy()) - (np.exp(size_entropy) - 1) / 49,
+        "balance": 1 - size_entropy / np.log(3),
+        "entropy": -(P * np.log(P)).sum() / (50 * np.log(3)),
+    }
+    for name, value in expected.items():
+        assert float(terms[name]) == pytest.approx(value, abs=2e-5), name
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.2])
+def test_gradient_is_finite_where_probabilities_underflow_and_zero_at_padding(tau):
+    logits = 3 * normal(2, 90, 4)
+    logits[:, :, 3] = -20.0  # how AssignmentRefinement closes a module
+    logits[0, :10, 0] = 200.0  # the others underflow to 0
+    logits.requires_grad_()
+    partition_objective(logits, tau, random_inputs([90, 61]), ObjectiveWeights())["total"].sum().backward()
+    assert bool(torch.isfinite(logits.grad).all())
+    assert torch.equal(logits.grad[1, 61:], torch.zeros(29, 4))
+    assert logits.grad[1, :61].abs().sum() > 0
+
+
+def test_gradient_against_finite_differences():
+    inputs = RefinementInputs(**{name: v.double() for name, v in vars(random_inputs([40, 30])).items()})
+    logits = normal(2, 40, 3).double().requires_grad_()
+    weights_ = ObjectiveWeights()
+    assert torch.autograd.gradcheck(
+        lambda A: partition_objective(A, 0.5, inputs, weights_)["total"], (logits,), atol=1e-6, rtol=1e-4
+    )
+
+
+def test_padding_changes_nothing():
+    wide, narrow = random_inputs([90, 61]), random_inputs([90, 61])
+    alone = RefinementInputs(
+        narrow.embedding[1:, :61], narrow.drift[1:, :61], narrow.shifts[1:, :61], narrow.valid[1:, :61]
+    )
+    logits = normal(2, 90, 4)
+    batched = partition_objective(logits, 0.5, wide, ObjectiveWeights())
+    single = partition_objective(logits[1:, :61], 0.5, alone, ObjectiveWeights())
+    for name in batched:
+        assert float(batched[name][1]) == pytest.approx(float(single[name][0]), abs=1e-6), name
+
+
+def test_consistency_of_random_partitions_is_zero():
+    inputs = random_inputs([400])
+    values = []
+    for seed in range(30):
+        labels = torch.randint(5, (400,), generator=torch.Generator().manual_seed(seed))
+        logits = 60 * torch.nn.functional.one_hot(labels, 5).float()[None]
+        values.append(float(partition_objective(logits, 1.0, inputs, ObjectiveWeights())["consistency"]))
+    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(30) + 1e-4
+    assert max(map(abs, values)) < 0.02
+
+
+def test_mixing_weak_and_strong_neurons_earns_nothing():
+    # Levels and independent noise: modules of extremes have a high plain tau, and no consistency.
+    level = torch.rand(600, generator=torch.Generator().manual_seed(0))
+    ranks = level + 0.05 * normal(3, 600)
+    quarter = (level.argsort().argsort() * 8 // 600).long()
+    labels = torch.minimum(quarter, 7 - quarter)
+    inputs = refinement_inputs([normal(600, 4)], [normal(600)], [ranks])
+    logits = 60 * torch.nn.functional.one_hot(labels, 4).float()[None]
+    assert abs(float(partition_objective(logits, 1.0, inputs, ObjectiveWeights())["consistency"])) < 0.02

@@ -1,0 +1,243 @@
+"""Two processes on CPU (ddp, gloo) agree with one: statistics, thresholds, masks; the last batch is uneven."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gprune.calibration.statistics import kind_of
+from gprune.importance.scores import score_units
+from gprune.models.blocks import blocks_of
+from gprune.partition.reliability import within_module_ranks
+from gprune.runs.results import load_run
+from gprune.sparsity.masks import margins
+from gprune.storage.files import read_json, read_tensors
+from tests import tiny_run
+from tests.pipeline.test_bad_input import poison
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+UNEVEN = [
+    "--corpora.num_samples=5",  # batches of 4 and 1: in the second one a process has nothing to do, nor in learning
+    "--sparsity.epochs=2",
+    "--sparsity.scope=attention+ffn",
+    "--recovery=least_squares",
+    "--logging.mode=offline",
+]
+
+
+def uneven(world):
+    return [*UNEVEN, f"--corpora.learn={world.names('alpha')}"]
+
+
+TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+
+
+def train(world, runs, cache, *flags):
+    return subprocess.run(
+        [sys.executable, "train.py", *world.args(runs, *flags)],
+        cwd=ROOT, env=tiny_run.environment(cache), capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny_run.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    """The same run by one process and by two, each with its own cache."""
+    folders = {}
+    for name, flags in (("one", []), ("two", TWO)):
+        folder = tmp_path_factory.mktemp(name)
+        done = train(world, folder, folder / "cache", *uneven(world), *flags)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        assert done.stdout.count("Removed ") == 1  # only the first process speaks
+        folders[name] = folder / "run"
+    return folders
+
+
+def test_the_work_was_shared(runs):
+    """Of windows 0 to 3 and 4 the first process has two and one, in each of two epochs of learning."""
+    one, two = (read_json(runs[n] / "manifest.json")["steps"] for n in ("one", "two"))
+    assert one["thresholds"]["forward_backward_tokens"] == 2 * 5 * 32
+    assert two["thresholds"]["forward_backward_tokens"] == 2 * 3 * 32
+    assert two["calibrate"]["forward_tokens"] == one["calibrate"]["forward_tokens"] * 3 // 5
+
+
+def test_statistics_agree(runs):
+    worst = 0.0
+    for file in sorted((runs["one"] / "statistics").iterdir()):
+        one, two = read_tensors(file), read_tensors(runs["two"] / "statistics" / file.name)
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert two[name].dtype == value.dtype
+            if name.endswith("count"):
+                assert torch.equal(two[name], value), name  # every window counted once
+            scale = value.abs().max()  # a sum of both signs may nearly vanish
+            worst = max(worst, float((two[name] - value).abs().max() / scale))
+    print(f"statistics differ by at most {worst:.1e} of their largest value")
+    assert worst <= 1e-6
+
+
+def test_modules_and_thresholds_agree(runs):
+    one, two = (read_tensors(runs[n] / "assignment.safetensors") for n in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    one, two = (read_tensors(runs[n] / "thresholds.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-3
+    start = {float(t) for value in one.values() for t in value}
+    assert len(start) > 6  # they were learned, not left where they began
+
+
+def test_masks_agree_but_for_units_inside_the_noise(world, runs):
+    one, two = (load_run(runs[n]) for n in ("one", "two"))
+    differing = sum(int((a != b).sum()) for a, b in zip(one.masks.ffn, two.masks.ffn, strict=True))
+    differing += sum(int((a != b).sum()) for a, b in zip(one.masks.attention, two.masks.attention, strict=True))
+    noise = max(
+        float((a - b).abs().max())
+        for mine, theirs in zip(one.thresholds, two.thresholds, strict=True)
+        for a, b in zip(mine, theirs, strict=True)
+    )
+    print(f"{differing} units differ; thresholds differ by at most {noise:.1e}")
+    ranks = module_ranks(world, one)
+    for b, p in enumerate(ranks):
+        labels = one.modules.labels[b]
+        mine, theirs = (margins(p, r.thresholds[0][b], labels) for r in (one, two))
+        kept = one.masks.ffn[b]
+        assert mine[kept].min() > mine[~kept].max()  # these are the margins that decided
+        assert float((mine - theirs).abs().max()) <= noise + 1e-6
+        changed = mine[kept != two.masks.ffn[b]]
+        assert bool(((changed - mine[kept].min()).abs() <= 2 * noise + 1e-6).all())
+
+
+def module_ranks(world, run):
+    """Ranks inside modules, per block, recomputed from the run folder and the dense model."""
+    blocks = blocks_of(AutoModelForCausalLM.from_pretrained(world.model))
+    statistics = run.statistics[run.config.corpora.score]
+    scores, fallback = (score_units(name, blocks, statistics, seed=0).ffn for name in ("wanda_sp", "magnitude"))
+    m = run.modules
+    return [
+        within_module_ranks(s, f, y, r.switched)
+        for s, f, y, r in zip(scores, fallback, m.labels, m.reliability, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def taylor(world, tmp_path_factory):
+    """A run from gradients by one process and by two, nothing learned."""
+    flags = ["--importance=taylor", "--gprune=false", "--export=none", "--sparsity.scope=attention+ffn"]
+    folders = {}
+    for name, more in (("one", []), ("two", TWO)):
+        folder = tmp_path_factory.mktemp(f"taylor-{name}")
+        done = train(world, folder, folder / "cache", "--corpora.num_samples=5", *flags, *more)
+        assert done.returncode == 0, done.stderr
+        folders[name] = folder / "run"
+    return folders
+
+
+def test_saliency_scores_and_masks_agree(world, taylor):
+    one, two = (load_run(taylor[n]) for n in ("one", "two"))
+    steps = [read_json(taylor[n] / "manifest.json")["steps"]["calibrate"] for n in ("one", "two")]
+    assert [step["forward_backward_tokens"] for step in steps] == [5 * 32, 3 * 32]  # the work was shared
+    mine, theirs = (r.statistics[r.config.corpora.score].tensors() for r in (one, two))
+    assert mine.keys() == theirs.keys()
+    assert sum(kind_of(name) == "saliency" for name in mine) == 3 * 2 * 3 * 3
+    for name, value in mine.items():  # an absolute value of a signed sum may nearly vanish
+        assert (theirs[name] - value).abs().max() <= 1e-6 * value.abs().max(), name
+    blocks = blocks_of(AutoModelForCausalLM.from_pretrained(world.model))
+    scores = [score_units("taylor", blocks, r.statistics[r.config.corpora.score]) for r in (one, two)]
+    for kind in ("ffn", "attention"):
+        for b in range(len(blocks)):
+            a, c = (getattr(s, kind)[b] for s in scores)
+            noise = 1e-6 * float(a.max())
+            assert float((a - c).abs().max()) <= noise
+            kept, other = getattr(one.masks, kind)[b], getattr(two.masks, kind)[b]
+            assert 0 < int(kept.sum()) < len(kept)
+            assert a[kept].min() >= a[~kept].max()  # these are the scores that decided
+            changed = a[kept != other]
+            assert bool(((changed - a[kept].min()).abs() <= 2 * noise).all())
+
+
+def test_the_numbers_agree(runs):
+    one, two = (read_json(runs[n] / "metrics.json")["records"] for n in ("one", "two"))
+    assert [(r["stage"], r["recovery"], r["corpus"]) for r in one] == [
+        (r["stage"], r["recovery"], r["corpus"]) for r in two
+    ]
+    for a, b in zip(one, two, strict=True):
+        assert a["content_hash"] == b["content_hash"]
+        assert a["nll"] == pytest.approx(b["nll"], rel=1e-4)
+
+
+def test_only_the_first_process_wrote(runs):
+    one, two = (
+        {str(f.relative_to(runs[n])) for f in runs[n].rglob("*") if f.is_file() and "wandb" not in f.parts}
+        for n in ("one", "two")
+    )
+    assert one == two
+    assert len(list((runs["two"] / "wandb").glob("offline-run-*"))) == 1
+
+
+def test_started_again_two_processes_compute_nothing(world, runs):
+    folder = runs["two"].parent
+    before = {f: f.read_bytes() for f in runs["two"].rglob("*.safetensors")}
+    done = train(world, folder, folder / "cache", *uneven(world), *TWO)
+    assert done.returncode == 0, done.stderr
+    assert {f: f.read_bytes() for f in runs["two"].rglob("*.safetensors")} == before
+
+
+def test_same_world_size_same_bits_also_after_a_part_is_lost(world, runs):
+    folder = runs["two"].parent
+    before = {f: f.read_bytes() for f in (runs["two"] / "masks").iterdir()} | {
+        f: f.read_bytes() for f in [runs["two"] / "thresholds.safetensors"]
+    }
+    for file in before:
+        file.unlink()
+    done = train(world, folder, folder / "cache", *uneven(world), *TWO)
+    assert done.returncode == 0, done.stderr
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_an_error_in_two_processes_is_still_one_line(world, tmp_path):
+    broken = tmp_path / "model"
+    broken.mkdir()
+    for file in world.model.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    poison(broken)
+    done = train(world, tmp_path, tmp_path / "cache", f"--model.name={broken}", *TWO)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "non-finite activation" in done.stderr
+
+
+def test_when_the_first_process_alone_fails_the_second_leaves_quietly(world, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/statistics").write_text("in the way")
+    done = train(world, tmp_path, tmp_path / "cache", *TWO)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "Cannot write" in done.stderr
+
+
+def test_shares_of_the_worst_corpus_agree(world, tmp_path):
+    """Excess losses are averaged over all processes.
+
+    Two corpora of five windows in batches of four: in the last batch each process has one.
+    """
+    worst = ["--sparsity.objective=worst", "--sparsity.worst_step=2"]
+    common = ["--corpora.num_samples=5", "--sparsity.epochs=2", "--export=none", "--evaluation.controls=[]"]
+    found = {}
+    for name, flags in (("one", worst), ("two", [*worst, *TWO])):
+        folder = tmp_path / name
+        done = train(world, folder, tmp_path / f"{name}-cache", *common, *flags)
+        assert done.returncode == 0, done.stderr
+        tensors = read_tensors(folder / "run" / "thresholds.safetensors")
+        found[name] = torch.cat([tensors[key] for key in sorted(tensors)])
+    assert (found["one"] - found["two"]).abs().max() <= 1e-3

@@ -1,0 +1,163 @@
+"""The same bits, whatever happens: five SIGKILLs, another hash order, another order of files.
+
+`experiments/kills.py` kills fifty times and more.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gprune.storage import files as artifacts
+from tests import tiny_run
+from tests.conftest import make_tiny_llama
+from tests.pipeline import kills
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """Runs that spare themselves the fresh process of the export's check."""
+    with tiny_run.isolated(tmp_path / "none"):
+        yield kills.Bench(
+            tmp_path, kills.tiny(tmp_path), prepare=lambda: tiny_run.reload_in_process(pytest.MonkeyPatch())
+        )
+
+
+@pytest.mark.slow
+def test_killed_five_times_a_run_ends_with_the_same_bits(bench):
+    tally = kills.torture(bench, count=5, at_random=0, length=5, seed=0)
+    assert tally.differing == []
+    assert sum(tally.kills.values()) == 5
+    assert {kind for _, kind in tally.kills} == set(kills.KINDS)  # one of each
+    assert len({step for step, _ in tally.kills}) == 5
+
+
+@pytest.mark.slow
+def test_the_comparison_sees_a_run_that_is_not_taken_up_as_it_was(bench, monkeypatch):
+    """With a check that lets damaged files through, a file that was cut in half and renamed shows."""
+    life, cache = bench.folder / "life", bench.folder / "cache"
+    expected = bench.end(life, cache)
+    assert kills.left_behind(life) == []
+    modules = artifacts.read_tensors(life / "run/masks/base.safetensors")
+    modules["ffn.0"][0] ^= True
+    artifacts.write_tensors(life / "run/masks/base.safetensors", modules)
+    tally = kills.Tally()
+    tally.compare(life, kills.digests(life / "run"), expected)
+    assert tally.differing == ["life: masks/base.safetensors"]
+    with pytest.raises(SystemExit, match="holds other masks"):
+        bench.end(life, cache)
+
+
+def test_points_are_drawn_from_every_kind_and_step():
+    points = [
+        kills.Point(step, kind, "", n)
+        for step in kills.STEPS for kind in kills.KINDS for n in range(4)
+    ]  # fmt: skip
+    drawn = kills.drawn(points, 50, random.Random(0))
+    assert len(drawn) == len(set(drawn)) == 50
+    assert drawn == sorted(drawn, key=points.index)
+    for kind in kills.KINDS:
+        assert sum(point.kind == kind for point in drawn) == 10
+    assert {point.step for point in drawn} == set(kills.STEPS)
+    dealt = list(kills.chains(drawn, 6))
+    assert sorted((point for chain in dealt for point in chain), key=points.index) == drawn
+    assert all(len(chain) <= 6 and chain == sorted(chain, key=points.index) for chain in dealt)
+
+
+def test_a_child_that_is_not_reached_is_no_kill(bench):
+    """The wait status tells a kill from an end; here the point is one that never comes."""
+    target = kills.Point("evaluate", "batch", "nothing", 1)
+    bench.flags = ["--sparsity.target=2"]
+    status = bench.start(bench.folder / "life", bench.folder / "cache", target)
+    assert os.WIFEXITED(status)
+    assert os.WEXITSTATUS(status) == 2
+    assert "--sparsity.target" in (bench.folder / "life/output.txt").read_text()
+
+
+# --- order that nobody has promised ---------------------------------------------------------------------------------
+
+FRESH = """
+import sys
+import pytest
+from tests import tiny_run
+tiny_run.reload_in_process(pytest.MonkeyPatch())
+print(hash("gprune"))
+sys.exit(tiny_run.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_results_do_not_depend_on_the_order_of_hashes(tmp_path, monkeypatch):
+    """A fresh process with a hash seed of its own, and this one with another."""
+    world = tiny_run.make_world(tmp_path)
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    scope = "--sparsity.scope=attention+ffn"
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, *world.args(tmp_path / "there", scope)],
+        cwd=kills.ROOT, env=tiny_run.environment(tmp_path / "cache", PYTHONHASHSEED=seed),
+        capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    assert int(done.stdout.splitlines()[0]) != hash("gprune")
+    tiny_run.reload_in_process(monkeypatch)
+    with tiny_run.isolated(tmp_path / "other-cache"):
+        assert tiny_run.main(world.args(tmp_path / "here", scope)) == 0
+    assert kills.digests(tmp_path / "there/run") == kills.digests(tmp_path / "here/run")
+
+
+class Listing:
+    """`os.scandir` in an order of our own."""
+
+    real = os.scandir
+
+    def __init__(self, *place, backwards: bool):
+        with Listing.real(*place) as entries:
+            self.entries = iter(sorted(entries, key=lambda entry: entry.name, reverse=backwards))
+
+    def __enter__(self):
+        return self.entries
+
+    def __exit__(self, *error):
+        pass
+
+    def __iter__(self):
+        return self.entries
+
+    def __next__(self):
+        return next(self.entries)
+
+    def close(self):
+        pass
+
+
+def test_results_do_not_depend_on_the_order_of_files(tmp_path, monkeypatch):
+    """Corpora that are folders of several files, a model in several files, a cache and a folder that are taken up."""
+    world = tiny_run.make_world(tmp_path)
+    shards = tmp_path / "shards"
+    make_tiny_llama(intermediate_size=tiny_run.NEURONS).save_pretrained(shards, max_shard_size="40KB")
+    tiny_run.tiny_tokenizer().save_pretrained(shards)
+    assert len(list(shards.glob("*.safetensors"))) > 2
+    for name, path in world.corpora.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for part, text in enumerate(path.read_text().split("\n\n")):
+            (folder / f"part-{part:02}.txt").write_text(text)
+        world.corpora[name] = folder
+    tiny_run.reload_in_process(monkeypatch)
+    real, found, orders = os.listdir, [], []
+    for backwards in (False, True):
+        runs = tmp_path / f"runs-{backwards}"
+        with monkeypatch.context() as patch, tiny_run.isolated(runs / "cache"):
+            patch.setattr(os, "listdir", lambda *a, b=backwards: sorted(real(*a), reverse=b))
+            patch.setattr(os, "scandir", lambda *a, b=backwards: Listing(*a, backwards=b))
+            orders.append([file.name for file in Path(world.corpora["alpha"]).iterdir()])
+            for name in ("run", "shares-the-cache"):
+                assert tiny_run.main(world.args(runs, f"--model.name={shards}", name=name)) == 0
+        found.append(kills.digests(runs / "run"))
+        assert kills.digests(runs / "shares-the-cache") == found[-1]
+    assert orders[0] == orders[1][::-1] != orders[1]
+    assert found[0] == found[1]

@@ -1,0 +1,781 @@
+"""Whole runs of the command line on a tiny model: what they leave behind, that they resume, and every switch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import gprune
+from gprune.calibration.statistics import pooled
+from gprune.corpora.windows import Windows
+from gprune.evaluation.perplexity import perplexity
+from gprune.importance.metrics import IMPORTANCE
+from gprune.importance.scores import score_units
+from gprune.models.blocks import blocks_of
+from gprune.models.masks import Masks
+from gprune.pipeline import evaluate as outcome
+from gprune.pipeline import sparsity as steps
+from gprune.sparsity.budget import unit_costs
+from gprune.sparsity.gates import masked
+from gprune.stages.thresholds import ThresholdLearning
+from tests import tiny_run
+
+FIELDS = {
+    "stage", "importance", "allocation", "recovery", "sparsity", "scope", "corpus", "split", "seen", "perplexity",
+    "nll", "tokens", "seq_len", "stride", "bos", "join", "seed", "dtype", "content_hash", "corpora",
+}  # fmt: skip
+METRICS = [name for name in IMPORTANCE if IMPORTANCE[name].__module__ == "gprune.importance.metrics"]
+# One metric for each way in which modules may meet it: by what is collected for it, and by where its drift comes from.
+IN_MODULES = ["wanda_sp", "obs", "taylor", "magnitude", "random"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny_run.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """One cache for the module: calibration is paid for once per kind of statistics."""
+    folder = tmp_path_factory.mktemp("cache")
+    with tiny_run.isolated(folder):
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory, cache):
+    """An undisturbed run with the default method, its export checked in a fresh process."""
+    return world.run(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs after the first spare the fresh process."""
+    tiny_run.reload_in_process(monkeypatch)
+
+
+@pytest.fixture
+def dense(world):
+    return AutoModelForCausalLM.from_pretrained(world.model).eval()
+
+
+def digests(folder, *patterns):
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    assert files
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+RESULTS = ("masks/*.safetensors", "thresholds.safetensors", "assignment.safetensors", "modules.safetensors")
+
+
+@contextmanager
+def counted_forwards():
+    """Tokens that go through any language model, by its class's forward."""
+    seen = []
+
+    def hook(module, args, kwargs, output):
+        if isinstance(module, PreTrainedModel) and "input_ids" in kwargs:
+            seen.append(kwargs["input_ids"].numel())
+
+    handle = torch.nn.modules.module.register_module_forward_hook(hook, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def test_run_folder_is_complete(finished):
+    path = finished.path
+    for name in ("config.yaml", "manifest.json", "assignment.safetensors", "thresholds.safetensors", "metrics.json"):
+        assert (path / name).is_file(), name
+    for stage in ("base", "base_averaged", "gprune"):
+        assert (path / f"masks/{stage}.safetensors").is_file()
+    assert len(list((path / "statistics").glob("*.safetensors"))) == 3
+    assert len(list((path / "figures").glob("*.png"))) >= 2
+    assert (path / "model/config.json").is_file()
+    assert not [file for file in path.rglob("*") if file.name.endswith(".tmp") or file.name.startswith(".")]
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["environment"]["packages"]["torch"]
+    assert {"calibrate", "assignment", "thresholds", "save_and_check", "evaluate"} <= set(manifest["steps"])
+    assert all(step["peak_memory_mib"] > 0 and step["seconds"] >= 0 for step in manifest["steps"].values())
+    assert manifest["logits"]["sliced_minus_reloaded"] == 0.0
+    assert manifest["logits"]["masked_minus_sliced"] <= 1e-4
+
+
+def test_config_is_resolved_and_repeats_the_run(finished):
+    content = yaml.safe_load((finished.path / "config.yaml").read_text())
+    assert content["sparsity"]["learning_rate"] == 0.1  # a default, written out
+    assert gprune.parse.parse(["--config", str(finished.path / "config.yaml")]) == finished.config
+
+
+def test_records_say_everything_about_each_number(finished, world):
+    records = json.loads((finished.path / "metrics.json").read_text())["records"]
+    assert all(set(r) >= FIELDS for r in records)
+    table = {(r["stage"], r["corpus"]): r for r in records}
+    corpora = [str(world.corpora[c]) for c in ("alpha", *tiny_run.UNSEEN)]
+    assert set(table) == {(s, c) for s in ("dense", "base", "base_averaged", "gprune") for c in corpora}
+    assert len(records) == len(table)
+    for r in records:
+        assert r["seen"] == (r["corpus"] == corpora[0])
+        assert r["split"] == "test"
+        assert r["tokens"] == 2 * 31
+        assert r["perplexity"] == pytest.approx(torch.tensor(r["nll"]).double().exp().item(), rel=1e-6)
+        assert r["sparsity"] == (0.0 if r["stage"] == "dense" else 0.5)
+
+
+def test_sparsity_is_reached_and_counted(finished, dense):
+    costs = unit_costs(blocks_of(dense), scope="ffn")
+    removed = costs.removed(finished.masks)
+    assert 0 <= removed - costs.total / 2 < max(costs.neuron)
+    assert finished.summary["sparsity_of_scope"] == removed / costs.total
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, finished.model))
+    assert before - after == removed
+    assert finished.summary["sparsity_of_model"] == pytest.approx(removed / before)
+
+
+def test_masks_applied_to_another_copy_are_the_pruned_model(finished, dense, token_batch):
+    with torch.inference_mode(), masked(dense, finished.masks):
+        assert torch.allclose(dense(token_batch).logits, finished.model(token_batch).logits, atol=1e-4)
+
+
+def test_load_run_brings_back_what_prune_returned(finished, quick, token_batch):
+    found = gprune.prune(finished.config)  # every step is finished: this reads
+    back = gprune.load_run(finished.path)
+    assert back.masks == found.masks
+    assert all(torch.equal(a, b) for a, b in zip(back.modules.labels, found.modules.labels, strict=True))
+    assert back.modules.rows() == found.modules.rows()
+    for mine, theirs in zip(back.thresholds, found.thresholds, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert back.records == found.records
+    assert back.summary == found.summary
+    assert back.config == found.config
+    assert set(back.statistics) == set(found.statistics)
+    with torch.inference_mode():
+        assert torch.equal(back.model(token_batch).logits, found.model(token_batch).logits)
+
+
+def test_running_again_computes_nothing_and_changes_nothing(finished, world):
+    before = digests(finished.path, *RESULTS, "metrics.json", "model/*", "statistics/*")
+    with counted_forwards() as forwards:
+        again = world.run(finished.path.parent)
+    assert not forwards
+    assert digests(finished.path, *RESULTS, "metrics.json", "model/*", "statistics/*") == before
+    assert again.masks == finished.masks
+
+
+def test_same_seed_same_bits_elsewhere_and_another_seed_differs(finished, world, tmp_path, quick, monkeypatch):
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    again = world.run(tmp_path, name="elsewhere")
+    assert digests(again.path, *RESULTS) == digests(finished.path, *RESULTS)
+    assert [r["nll"] for r in again.records] == [r["nll"] for r in finished.records]
+    other = world.run(tmp_path, "--run.seed=1", name="other")
+    assert other.masks != finished.masks
+    assert [r["content_hash"] for r in other.records] == [r["content_hash"] for r in finished.records]  # same test
+
+
+class KilledError(Exception):
+    """Stands for a kill at this point."""
+
+
+def killed_in_fit(monkeypatch):
+    monkeypatch.setattr(ThresholdLearning, "training_step", _die)
+
+
+def killed_in_calibration(monkeypatch):
+    monkeypatch.setattr("gprune.stages.calibration.Collector.observe", _die)
+
+
+def killed_in_evaluation(monkeypatch):
+    real, calls = outcome.perplexity, []
+
+    def perplexity(*args, **kwargs):
+        calls.append(1)
+        return _die() if len(calls) == 8 else real(*args, **kwargs)  # the dense model and the base are done
+
+    monkeypatch.setattr(outcome, "perplexity", perplexity)
+
+
+def killed_after_learning(monkeypatch):
+    monkeypatch.setattr("gprune.pipeline.prune.save_and_check", _die)
+
+
+def killed_in_check(monkeypatch):
+    monkeypatch.setattr("gprune.pipeline.save.check_reload", _die)
+
+
+def killed_in_partition(monkeypatch):
+    monkeypatch.setattr(steps, "refinement_inputs", _die)
+
+
+def _die(*args, **kwargs):
+    raise KilledError
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [
+        killed_in_calibration, killed_in_partition, killed_in_fit, killed_after_learning, killed_in_check,
+        killed_in_evaluation,
+    ],
+)  # fmt: skip
+def test_killed_and_started_again_gives_the_same_bits(kill, finished, world, tmp_path, quick, monkeypatch):
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        kill(patch)
+        with pytest.raises(KilledError):
+            tiny_run.main(world.args(tmp_path))
+    assert not list(tmp_path.rglob("*.tmp"))
+    again = world.run(tmp_path)
+    assert digests(again.path, *RESULTS) == digests(finished.path, *RESULTS)
+    assert [r["nll"] for r in again.records] == [r["nll"] for r in finished.records]
+
+
+def test_a_damaged_step_is_computed_again(finished, world, tmp_path, quick):
+    first = world.run(tmp_path)
+    file = first.path / "thresholds.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    world.run(tmp_path)
+    assert digests(first.path, *RESULTS) == digests(finished.path, *RESULTS)
+
+
+@pytest.mark.parametrize(
+    ("metric", "with_gprune"), [*((name, False) for name in METRICS), *((name, True) for name in IN_MODULES)]
+)
+def test_every_metric_runs_with_and_without_gprune(metric, with_gprune, world, tmp_path, quick, dense):
+    result = world.run(tmp_path, f"--importance={metric}", f"--gprune={str(with_gprune).lower()}")
+    check_budget(result, dense)
+    stages = {r["stage"] for r in result.records}
+    assert stages == ({"dense", "base", "base_averaged", "gprune"} if with_gprune else {"dense", "base"})
+    assert (result.modules is None) != with_gprune
+    assert {r["importance"] for r in result.records} == {None, metric}
+
+
+SWITCHES = {
+    "initial": "--partition.method=initial",
+    "random": "--partition.method=random",
+    "drift_only": "--partition.method=drift_only",
+    "no_switch": "--reliability.switch=false",
+    "equal": "--sparsity.allocation=equal",
+    "uniform": "--sparsity.allocation=uniform",
+    "global": "--sparsity.allocation=global",
+    "owl": "--sparsity.allocation=owl",
+    "started": "--sparsity.start=global",
+    "protected": "--sparsity.protect=[0]",
+    "attention": "--sparsity.scope=attention+ffn",
+    "bias": "--recovery=bias",
+    "least_squares": "--recovery=least_squares",
+    "width_multiple": "--sparsity.width_multiple=4",
+    "uniform_width": "--sparsity.uniform_width=true",
+    "offsets": "--sparsity.learn=offsets",
+    "offsets_and_thresholds": "--sparsity.learn=both",
+    "kl": "--sparsity.loss=kl",
+    "odd_target": "--sparsity.target=0.333",
+    "consensus": "--reliability.metric=consensus",
+    "noise_subtracted": "--partition.subtract_noise=true",
+    "worst": "--sparsity.objective=worst",
+    "through": "--sparsity.through=least_squares --recovery=least_squares",
+    "averaged": "--reliability.metric=averaged",
+    "development": "--evaluation.split=development",
+    "fresh_text": "--corpora.learn_samples=7",
+}
+
+
+def run_once(world, runs, flags_of):
+    """name -> the result of the run with the flags of that name, which is made when it is first asked for."""
+
+    @functools.cache
+    def run(name):
+        with pytest.MonkeyPatch.context() as patch:
+            tiny_run.reload_in_process(patch)
+            return world.run(runs, *flags_of(name), name=name)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def switched(world, tmp_path_factory, cache):
+    """The result of a switch, run once."""
+    return run_once(world, tmp_path_factory.mktemp("switched"), lambda name: SWITCHES[name].split())
+
+
+def check_budget(result, dense, slack=1):
+    costs = unit_costs(blocks_of(dense), scope=result.config.sparsity.scope)
+    over = costs.removed(result.masks) - result.config.sparsity.target * costs.total
+    assert 0 <= over < slack * max(costs.neuron)
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, result.model))
+    biases = [p.bias is not None for b in blocks_of(result.model) for p in (b.down, b.output)]
+    added = sum(biases) * dense.config.hidden_size
+    assert before - after == costs.removed(result.masks) - added
+
+
+def masks_of(result, stage):
+    return Masks.from_tensors(gprune.storage.files.read_tensors(result.path / f"masks/{stage}.safetensors"))
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_switch_runs_and_meets_the_budget(name, switched, dense):
+    check_budget(switched(name), dense, slack={"width_multiple": 4, "uniform_width": 3}.get(name, 1))
+
+
+def test_partition_controls_keep_the_refined_sizes(switched, finished):
+    for name in ("random", "drift_only"):
+        for mine, refined in zip(switched(name).modules.labels, finished.modules.labels, strict=True):
+            assert torch.equal(mine.bincount(), refined.bincount())
+            assert not torch.equal(mine, refined)
+
+
+def test_no_switch_switches_nothing(switched, finished):
+    assert not any(row["switched"] for row in switched("no_switch").modules.rows())
+    assert any(row["switched"] for row in finished.modules.rows())
+
+
+def test_equal_removes_alike_from_every_module(switched):
+    result = switched("equal")
+    for labels, mask in zip(result.modules.labels, result.masks.ffn, strict=True):
+        for k in range(int(labels.max()) + 1):
+            assert (~mask[labels == k]).float().mean() == pytest.approx(0.5, abs=1 / int((labels == k).sum()))
+
+
+@pytest.mark.parametrize("name", ["uniform", "global", "owl"])
+def test_under_a_named_allocation_modules_keep_as_much_as_the_base_metric_keeps_of_them(name, switched):
+    result = switched(name)
+    base = masks_of(result, "base")
+    for labels, mine, theirs in zip(result.modules.labels, result.masks.ffn, base.ffn, strict=True):
+        assert torch.equal(labels[mine].bincount(), labels[theirs].bincount())
+    assert {(r["stage"], r["allocation"]) for r in result.records if r["stage"] in ("base", "gprune")} == {
+        ("base", name), ("gprune", name),
+    }  # fmt: skip
+
+
+def test_allocations_differ_between_blocks(switched):
+    widths = {
+        name: [int(m.sum()) for m in masks_of(switched(name), "base").ffn] for name in ("uniform", "global", "owl")
+    }
+    assert widths["uniform"] == [80, 80, 80]
+    assert all(sum(w) == 240 for w in widths.values())
+    assert len({tuple(w) for w in widths.values()}) == 3
+
+
+def test_learning_starts_where_it_is_told_to(switched):
+    result = switched("started")
+    assert masks_of(result, "base") == masks_of(switched("global"), "base")
+    assert {r["allocation"] for r in result.records if r["stage"] == "base"} == {"global"}
+    assert {r["allocation"] for r in result.records if r["stage"] == "gprune"} == {"learned"}
+
+
+def test_a_protected_block_loses_nothing_in_learning_or_in_the_controls(switched):
+    result = switched("protected")
+    for stage in ("base", "base_averaged", "gprune"):
+        masks = masks_of(result, stage)
+        assert bool(masks.ffn[0].all())
+        assert sum(int(m.sum()) for m in masks.ffn[1:]) == 80
+
+
+def test_attention_in_scope_removes_groups_in_the_base_too(switched):
+    result = switched("attention")
+    assert not all(bool(m.all()) for m in result.masks.attention)
+    assert not all(bool(m.all()) for m in masks_of(result, "base").attention)
+    assert all(bool(m.any()) for m in (*result.masks.attention, *result.masks.ffn))
+
+
+def test_width_multiple_is_met(switched):
+    assert all(int(m.sum()) % 4 == 0 for m in switched("width_multiple").masks.ffn)
+
+
+def test_offsets_are_taken_up_like_thresholds(switched, world):
+    """The same command again finds what was learned, and its masks."""
+    result = switched("offsets_and_thresholds")
+    again = world.run(result.path.parent, SWITCHES["offsets_and_thresholds"], name="offsets_and_thresholds")
+    assert again.masks == result.masks != switched("kl").masks
+
+
+def test_uniform_width_is_a_stock_model(switched):
+    """One shape for all blocks: a folder that loads without anybody's code."""
+    result = switched("uniform_width")
+    assert {int(m.sum()) for m in result.masks.ffn} == {80}
+    config = json.loads((result.path / "model" / "config.json").read_text())
+    assert (config["model_type"], config["intermediate_size"]) == ("llama", 80)
+    assert "auto_map" not in config
+    assert not list((result.path / "model").glob("*.py"))
+    card = (result.path / "model" / "README.md").read_text()
+    assert "trust_remote_code" not in card
+    assert "modeling_" not in card
+    ordinary = (switched("kl").path / "model" / "README.md").read_text()
+    assert ordinary.count("trust_remote_code=True") == 2
+    assert "modeling_pruned.py" in ordinary
+
+
+@pytest.mark.parametrize("recovery", ["bias", "least_squares"])
+def test_recovery_stands_beside_the_same_without_and_the_base_with_it(recovery, switched, finished):
+    result = switched(recovery)
+    rows = {(r["stage"], r["recovery"]): r["nll"] for r in result.records}
+    assert set(rows) == {("dense", "none")} | {
+        (stage, r) for stage in ("base", "base_averaged", "gprune") for r in ("none", recovery)
+    }
+    assert result.masks == finished.masks  # recovery comes after the masks
+    plain = {(r["stage"], r["corpus"]): r["nll"] for r in finished.records}
+    for r in result.records:
+        same = r["nll"] == plain[r["stage"], r["corpus"]]
+        assert same == (r["recovery"] == "none"), r["stage"]
+
+
+@pytest.mark.parametrize("controls", ["[base,base_averaged]", "[base_averaged]", "[]"])
+def test_rows_without_recovery_are_left_out_where_nobody_asks(controls, world, tmp_path, quick, switched):
+    """Also where base_averaged, which then comes with recovery alone, is still to be scored."""
+    result = world.run(tmp_path, "--recovery=bias", f"--evaluation.controls={controls}")
+    stages = [*yaml.safe_load(controls), "gprune"]
+    assert {(r["stage"], r["recovery"]) for r in result.records} == {
+        ("dense", "none"), *((stage, "bias") for stage in stages)
+    }  # fmt: skip
+    full = {(r["stage"], r["recovery"], r["corpus"]): r["nll"] for r in switched("bias").records}
+    assert all(r["nll"] == full[r["stage"], r["recovery"], r["corpus"]] for r in result.records)
+
+
+def test_learning_through_recovery_shows_the_curve_of_the_model_it_ends_in(world, tmp_path, quick):
+    """Development perplexity at the target is that of the saved model, sliced and recovered."""
+    result = world.run(tmp_path, "--sparsity.through=least_squares", "--recovery=least_squares")
+    text = gprune.pipeline.inputs.prepare_text(result.config, result.tokenizer)
+    learning = json.loads((result.path / "manifest.json").read_text())["learning"]
+    curve = learning["development_perplexity_by_sparsity"]["0.5"]
+    assert set(curve) == {w.corpus for w in text.development}
+    for w in text.development:
+        assert curve[w.corpus] == pytest.approx(perplexity(result.model, w).perplexity, rel=1e-4)
+
+
+def test_learning_through_recovery_takes_other_masks_than_recovery_afterwards(switched, finished):
+    result = switched("through")
+    assert result.masks != finished.masks
+    assert {r["recovery"] for r in result.records} == {"none", "least_squares"}
+
+
+def test_one_drift_corpus_turns_drift_and_the_switch_off(world, tmp_path, quick, dense):
+    result = world.run(tmp_path, f"--corpora.drift={world.names('alpha')}")
+    check_budget(result, dense)
+    assert not any(row["switched"] for row in result.modules.rows())
+    assert all(bool((d.drift == 0).all()) for d in result.modules.drift)
+
+
+# Methods of others, each one line of flags.
+PRESETS = {
+    "FLAP": (
+        "--importance=wifv", "--sparsity.allocation=global", "--recovery=bias", "--sparsity.scope=attention+ffn",
+    ),
+    "Wanda-sp": ("--importance=wanda_sp", "--sparsity.scope=attention+ffn"),
+    "LLM-Pruner": ("--importance=taylor", "--sparsity.scope=attention+ffn", "--sparsity.protect=[0]"),
+    "OWL": ("--sparsity.allocation=owl",),
+    "ShortGPT": ("--sparsity.allocation=depth",),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def preset(world, tmp_path_factory, cache):
+    """The result of a preset, run once."""
+    return run_once(world, tmp_path_factory.mktemp("presets"), lambda name: ["--gprune=false", *PRESETS[name]])
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "ShortGPT"])
+def test_presets_run_and_meet_the_budget(name, preset, dense, token_batch):
+    result = preset(name)
+    check_budget(result, dense)
+    recoveries = {"none", "bias"} if name == "FLAP" else {"none"}
+    assert {(r["stage"], r["recovery"]) for r in result.records} == {("dense", "none")} | {
+        ("base", r) for r in recoveries
+    }
+    with masked(dense, result.masks), torch.inference_mode():
+        difference = (dense(token_batch).logits - result.model(token_batch).logits).abs().max()
+    assert (difference <= 1e-4) == (name != "FLAP")  # whose biases make up for what is gone
+
+
+def test_flap_adds_a_bias_where_units_are_gone(preset):
+    result = preset("FLAP")
+    for block, neurons, groups in zip(blocks_of(result.model), result.masks.ffn, result.masks.attention, strict=True):
+        assert (block.down.bias is not None) == (not neurons.all())
+        assert (block.output.bias is not None) == (not groups.all())
+    assert not all(bool(m.all()) for m in result.masks.ffn)
+
+
+def test_llm_pruner_leaves_protected_blocks_and_pays_backward_passes(preset, dense):
+    result = preset("LLM-Pruner")
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(result.model.model.layers[0].parameters(), dense.model.layers[0].parameters(), strict=True)
+    )
+    assert not all(bool(m.all()) for m in result.masks.ffn[1:])
+    step = json.loads((result.path / "manifest.json").read_text())["steps"]["calibrate"]
+    assert (step["forward_tokens"], step["forward_backward_tokens"]) == (0, 4 * 32)
+
+
+def test_shortgpt_drops_blocks_and_narrows_one_to_the_same_number_of_parameters(preset, dense, token_batch):
+    result = preset("ShortGPT")
+    costs, blocks = unit_costs(blocks_of(dense), scope="ffn"), blocks_of(dense)
+    influence = next(iter(result.statistics.values())).influence
+    first, second, third = influence.argsort().tolist()
+    assert [b for b, stays in enumerate(result.masks.blocks) if not stays] == [first]
+    narrowed = -(-(costs.total // 2 - blocks[first].cost) // costs.neuron[0])
+    assert int(result.masks.ffn[second].sum()) == tiny_run.NEURONS - narrowed
+    assert bool(result.masks.ffn[third].all())
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, result.model))
+    assert before - after == blocks[first].cost + narrowed * costs.neuron[0]
+    assert result.summary["sparsity_of_scope"] == (before - after) / costs.total >= 0.5
+    assert result.model.config.num_hidden_layers == len(result.model.model.layers) == 2
+    assert {r["allocation"] for r in result.records} == {None, "depth"}
+    with masked(dense, result.masks), torch.inference_mode():
+        assert torch.allclose(dense(token_batch).logits, result.model(token_batch).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [("--importance=obs",), ("--recovery=least_squares", "--gprune=false")])
+def test_a_gram_matrix_of_one_corpus_is_enough(flags, world, tmp_path, quick, dense):
+    alpha = world.names("alpha")
+    check_budget(world.run(tmp_path, f"--corpora.drift={alpha}", f"--corpora.recover={alpha}", *flags), dense)
+
+
+# --- one calibration pass for many runs -------------------------------------------------------------------------
+
+
+def calibration_tokens(result):
+    """(forward, forward and backward) that this run paid for its statistics."""
+    step = json.loads((result.path / "manifest.json").read_text())["steps"].get("calibrate", {})
+    return step.get("forward_tokens", 0), step.get("forward_backward_tokens", 0)
+
+
+def test_several_metrics_share_one_pass_and_have_the_bits_of_their_own(world, tmp_path, quick, monkeypatch):
+    tokens = 4 * 32  # of one corpus
+    shared = tmp_path / "shared"
+    monkeypatch.setenv("GPRUNE_CACHE", str(shared))
+    first = world.run(tmp_path, "--corpora.collect=[gram,saliency]", "--export=none", name="first")
+    assert calibration_tokens(first) == (0, 3 * tokens)  # three corpora, each once
+    later = {"wanda_sp": (), "obs": (), "taylor": ("--recovery=least_squares",)}
+    collected = digests(shared / "statistics", "*.safetensors")
+    assert len(collected) == 3 * 3  # corpora, kinds
+    for metric, flags in later.items():
+        flags = ("--gprune=false", "--export=none", f"--importance={metric}", *flags)
+        with counted_forwards() as forwards:
+            mine = world.run(tmp_path, *flags, name=metric)
+        assert calibration_tokens(mine) == (0, 0)
+        assert forwards  # it evaluates
+        alone = tmp_path / f"{metric}-cache"
+        with monkeypatch.context() as patch:
+            patch.setenv("GPRUNE_CACHE", str(alone))
+            other = world.run(tmp_path, *flags, name=f"{metric}-alone")
+        corpora = 3 if "--recovery=least_squares" in flags else 1
+        assert sum(calibration_tokens(other)) == corpora * tokens
+        own = digests(alone / "statistics", "*.safetensors")
+        assert own.items() <= collected.items()
+        assert mine.masks == other.masks
+        for corpus, found in mine.statistics.items():
+            tensors, theirs = found.tensors(), other.statistics[corpus].tensors()
+            assert tensors.keys() == theirs.keys()
+            assert all(torch.equal(tensors[name], theirs[name]) for name in tensors)
+        assert [r["nll"] for r in mine.records] == [r["nll"] for r in other.records]
+    assert digests(shared / "statistics", "*.safetensors") == collected  # nothing was written again
+
+
+def test_what_is_missing_takes_one_more_pass_and_leaves_the_moments_their_bits(world, tmp_path, quick, monkeypatch):
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache/statistics"
+    assert calibration_tokens(world.run(tmp_path, "--gprune=false", name="wanda")) == (4 * 32, 0)
+    moments = digests(folder, "*.safetensors")
+    assert len(moments) == 1
+    taylor = world.run(tmp_path, "--gprune=false", "--importance=taylor", name="taylor")
+    assert calibration_tokens(taylor) == (0, 4 * 32)
+    assert len(digests(folder, "*.safetensors")) == 2
+    assert digests(folder, "*.safetensors").items() >= moments.items()
+    again = world.run(tmp_path, "--gprune=false", "--importance=taylor_vector", name="vector")
+    assert calibration_tokens(again) == (0, 0)
+
+
+@pytest.mark.parametrize("with_gprune", [True, False])
+def test_dry_run_bounds_the_tokens_of_a_gradient_metric(with_gprune, world, tmp_path, quick, monkeypatch, capsys):
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    flags = ("--importance=taylor", f"--gprune={str(with_gprune).lower()}")
+    result = world.run(tmp_path, *flags)
+    plan = gprune.pipeline.plan.check(result.config)
+    calibrated = (3 if with_gprune else 1) * 4 * 32
+    assert calibration_tokens(result) == (0, calibrated)
+    learned = 2 * 4 * 32 if with_gprune else 0
+    assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == calibrated + learned
+    # a bound that does not count the calibration twice
+    assert 0 <= plan.forward_tokens - result.summary["forward_tokens"] < calibrated
+    capsys.readouterr()
+    assert tiny_run.main(world.args(tmp_path, *flags, "--dry_run=true")) == 0
+    assert f"and backward {calibrated + learned:,} tokens" in capsys.readouterr().out
+    cached = world.run(tmp_path, *flags, "--gprune=false", "--sparsity.target=0.4", name="cached")
+    bound = gprune.pipeline.plan.check(cached.config)
+    assert cached.summary["forward_backward_tokens"] == 0 < bound.forward_backward_tokens
+    assert cached.summary["forward_tokens"] <= bound.forward_tokens
+
+
+def test_dry_run_computes_and_writes_nothing(world, tmp_path, capsys):
+    with counted_forwards() as forwards:
+        assert tiny_run.main(world.args(tmp_path / "runs", "--dry_run=true")) == 0
+    out = capsys.readouterr().out
+    assert not forwards
+    assert not (tmp_path / "runs").exists()
+    for word in ("forward", "backward", "memory", "widths", "80 to 80"):
+        assert word in out
+
+
+def test_dry_run_bounds_the_tokens_of_the_run(finished):
+    plan = gprune.pipeline.plan.check(finished.config)
+    assert finished.summary["forward_backward_tokens"] == plan.forward_backward_tokens == 2 * 4 * 32
+    assert finished.summary["forward_tokens"] <= plan.forward_tokens
+
+
+def test_yaml_files_merge_left_to_right_and_flags_win(tmp_path):
+    for name, content in (
+        ("a", "sparsity: {target: 0.2, epochs: 5}\nimportance: wifv"),
+        ("b", "sparsity: {target: 0.3}"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(content)
+    files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
+    cfg = gprune.parse.parse([*files, "--sparsity.epochs", "7"])
+    assert (cfg.sparsity.target, cfg.sparsity.epochs, cfg.importance) == (0.3, 7, "wifv")
+
+
+def test_the_same_command_line_table_is_printed(finished, world, capsys):
+    assert tiny_run.main(world.args(finished.path.parent)) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "gprune" in out
+    assert "Removed 50.00% of ffn" in out
+    assert str(finished.path / "model") in out
+
+
+def test_switched_modules_may_rank_by_the_consensus_of_the_drift_corpora(world, tmp_path, quick):
+    """With every module switched and the same fraction kept of each, the mean rank over corpora decides."""
+    everywhere = ["--reliability.sensitivity_quantile=0", "--reliability.score_quantile=1"]
+    result = world.run(tmp_path, "--reliability.metric=consensus", "--sparsity.allocation=equal", *everywhere)
+    assert result.modules.reliability[0].switched.any()
+    for drift, labels, record, mask in zip(
+        result.modules.drift, result.modules.labels, result.modules.reliability, result.masks.ffn, strict=True
+    ):
+        consensus = drift.ranks.mean(0)
+        for k in record.switched.nonzero()[:, 0].tolist():
+            kept, gone = consensus[mask & (labels == k)], consensus[~mask & (labels == k)]
+            assert len(kept) == 0 or len(gone) == 0 or kept.min() >= gone.max()
+
+
+def test_all_modules_may_rank_as_the_base_metric_scores_the_averaged_corpora(world, tmp_path, quick, dense):
+    """With the same fraction kept of each, units go in the order of `base_averaged`'s scores inside every module."""
+    flags = ("--reliability.metric=averaged", "--reliability.everywhere=true", "--sparsity.allocation=equal")
+    result = world.run(tmp_path, *flags)
+    pool = pooled(result.statistics[corpus] for corpus in result.config.corpora.drift)
+    scores = score_units(result.config.importance, blocks_of(dense), pool, seed=0).ffn
+    own = score_units(
+        result.config.importance, blocks_of(dense), result.statistics[result.config.corpora.score], seed=0
+    )
+    ordered = []
+    for b, (labels, mask) in enumerate(zip(result.modules.labels, result.masks.ffn, strict=True)):
+        assert bool(result.modules.reliability[b].switched.all())
+        for k in range(int(labels.max()) + 1):
+            kept, gone = mask & (labels == k), ~mask & (labels == k)
+            assert scores[b][kept].min() >= scores[b][gone].max()
+            ordered.append(bool(own.ffn[b][kept].min() >= own.ffn[b][gone].max()))
+    assert not all(ordered)  # the scoring corpus alone has another order
+    # what base_averaged itself keeps is the best of the same scores, block by block
+    for s, mask in zip(scores, masks_of(result, "base_averaged").ffn, strict=True):
+        assert s[mask].min() >= s[~mask].max()
+
+
+# --- which text -------------------------------------------------------------------------------------------------
+
+
+def text_of(world, *flags):
+    cfg = gprune.parse.parse([*world.args(world.model.parent), *flags])
+    tokenizer = tiny_run.tiny_tokenizer()
+    return cfg, gprune.pipeline.inputs.prepare_text(cfg, tokenizer), tokenizer
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_learning_goes_on_from_calibration_text_to_fresh_text(seed, world):
+    _, text, _ = text_of(world, "--corpora.learn_samples=11", f"--run.seed={seed}")
+    _, plain, _ = text_of(world, f"--run.seed={seed}")
+    _, few, _ = text_of(world, "--corpora.learn_samples=3", f"--run.seed={seed}")
+    assert [w.corpus for w in text.learn] == [str(world.corpora[c]) for c in ("alpha", "beta")]
+    for more, same, less in zip(text.learn, plain.learn, few.learn, strict=True):
+        calibrated = plain.train[more.corpus]
+        assert text.train[more.corpus].content_hash == calibrated.content_hash == same.content_hash
+        assert more.tokens.shape == (11, 32)
+        assert torch.equal(more.tokens[:4], calibrated.tokens)
+        assert torch.equal(less.tokens, calibrated.tokens[:3])
+        assert len({tuple(row.tolist()) for row in more.tokens}) == 11
+    assert text.hashes().keys() == plain.hashes().keys()
+    assert {name for name, found in text.hashes().items() if found != plain.hashes()[name]} == {
+        f"{w.corpus} train learned" for w in text.learn
+    }
+
+
+def test_fresh_text_is_counted_exactly(switched):
+    result = switched("fresh_text")
+    plan = gprune.pipeline.plan.check(result.config)
+    assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == 2 * 7 * 32
+    assert result.summary["forward_tokens"] <= plan.forward_tokens
+    worst = gprune.parse.parse(["--config", str(result.path / "config.yaml"), "--sparsity.objective=worst"])
+    assert (
+        gprune.pipeline.plan.check(worst).forward_tokens == plan.forward_tokens + 2 * 7 * 32
+    )  # the dense model's losses
+
+
+def test_text_that_was_only_learned_from_counts_as_seen_where_it_is_evaluated(world):
+    """The leak check covers fresh windows, which no calibration reads."""
+    cfg, text, tokenizer = text_of(world, "--corpora.learn_samples=11")
+    copied = Windows(str(world.corpora["delta"]), "test", text.learn[1].tokens[6:8])
+    for found, leaked in ((text, True), (text_of(world)[1], False)):
+        ((seen, share),) = outcome.leaks(cfg, replace(found, test=[copied]), tokenizer).values()
+        assert seen == leaked
+        assert share > 0.9 if leaked else share < 0.1
+
+
+def test_development_text_to_choose_by_is_other_text_and_says_so(switched, finished, world):
+    result = switched("development")
+    assert {r["split"] for r in result.records} == {"development"}
+    assert result.masks == finished.masks  # it is only measured on
+    there, here = ({r["corpus"]: r["content_hash"] for r in run.records} for run in (finished, result))
+    assert there.keys() == here.keys()
+    assert not set(there.values()) & set(here.values())
+    for file, corpus in ((w.corpus, w) for w in text_of(world, "--evaluation.split=development")[1].test):
+        assert corpus.content_hash == here[file]
+    assert {r["split"] for r in finished.records} == {"test"}
+    seen = {r["corpus"] for r in result.records if r["seen"]}
+    assert seen == {str(world.corpora["alpha"])}
+
+
+@pytest.mark.parametrize("split", ["test", "development", "train"])
+def test_text_that_is_measured_on_is_the_same_for_every_seed(split, world):
+    (_, one, _), (_, two, _) = (text_of(world, f"--evaluation.split={split}", f"--run.seed={s}") for s in (0, 1))
+    for role, alike in (("test", True), ("development", True), ("learn", False)):
+        for a, b in zip(getattr(one, role), getattr(two, role), strict=True):
+            assert (a.content_hash == b.content_hash) == alike
+    assert {w.split for w in one.test} == {split}
+
+
+@pytest.mark.parametrize("split", ["development", "test"])
+def test_windows_of_curves_are_used_text_only_beside_test_text(split, world):
+    """On development text they would make every learning corpus's own windows leak."""
+    flags = (
+        f"--evaluation.split={split}",
+        "--evaluation.development_samples=2",
+        "--corpora.score=" + world.names("beta")[1:-1],
+    )
+    cfg, text, tokenizer = text_of(world, *flags)
+    used = {(w.split, w.content_hash) for w in text.used}
+    assert {(w.split, w.content_hash) for w in (*text.learn, *text.train.values())} <= used
+    curve = {(w.split, w.content_hash) for w in text.development}
+    assert len(curve) == 2
+    assert (curve <= used) == (split == "test")
+    shares = {corpus: share for corpus, (_, share) in outcome.leaks(cfg, text, tokenizer).items()}
+    assert max(shares.values()) < 0.1
+    # the windows of a curve are the first ones of those that are evaluated
+    if split == "development":
+        alpha = next(w for w in text.test if w.corpus == str(world.corpora["alpha"]))
+        assert torch.equal(text.development[0].tokens, alpha.tokens)

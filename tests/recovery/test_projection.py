@@ -1,0 +1,186 @@
+"""Recovery against NumPy: ridge regression as one stacked least-squares problem, means by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gprune.calibration.collector import collect
+from gprune.calibration.statistics import ChannelStatistics, Moments
+from gprune.errors import UserError
+from gprune.models.blocks import blocks_of
+from gprune.recovery.projection import NEEDS_GRAM, RECOVERY, SEQUENTIAL, least_squares_correction, recover_projection
+from tests.calibration.test_collector import batches, recorded
+
+H, C, TOKENS = 10, 24, 400
+BY_PROJECTION = [name for name in RECOVERY if name not in SEQUENTIAL]
+
+
+def statistics_of(x: np.ndarray, *, gram: bool = True) -> ChannelStatistics:
+    """Statistics of activations x (tokens, C), built without the collector."""
+
+    def moments(part: np.ndarray) -> Moments:
+        sums = (part.sum(0), (part**2).sum(0), np.abs(part).sum(0))
+        return Moments(torch.tensor(float(len(part)), dtype=torch.float64), *map(torch.from_numpy, sums))
+
+    G = torch.from_numpy(x.T @ x).float() if gram else None
+    return ChannelStatistics((moments(x[::2]), moments(x[1::2])), G)
+
+
+@pytest.fixture
+def problem():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(TOKENS, C)) @ rng.normal(size=(C, C)) + 0.5  # correlated, with means
+    weight = torch.from_numpy(rng.normal(size=(H, C))).float()
+    keep = torch.from_numpy(rng.random(C) < 0.6)
+    return x, weight, keep
+
+
+def ridge_by_lstsq(x: np.ndarray, weight: np.ndarray, keep: np.ndarray, ridge: float) -> np.ndarray:
+    """argmin_V ||X W^T - X_K V^T||^2 + lambda ||V - W_K||^2, as lstsq of the stacked rows [X_K; sqrt(lambda) I]."""
+    lam = ridge * (x[:, keep] ** 2).sum(0).mean()  # mean diagonal of the Gram matrix of kept channels
+    A = np.vstack([x[:, keep], np.sqrt(lam) * np.eye(keep.sum())])
+    b = np.vstack([x @ weight.T, np.sqrt(lam) * weight[:, keep].T])
+    return np.linalg.lstsq(A, b, rcond=None)[0].T
+
+
+@pytest.mark.parametrize("ridge", [1e-4, 0.01, 0.3, 10.0])
+def test_least_squares_against_numpy(problem, ridge):
+    x, weight, keep = problem
+    new, bias = recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=ridge)
+    expected = ridge_by_lstsq(x, weight.double().numpy(), keep.numpy(), ridge)
+    assert bias is None
+    assert new.dtype == weight.dtype
+    np.testing.assert_allclose(new.numpy(), expected, atol=1e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ridge", [0.01, 0.3])
+def test_what_least_squares_adds_to_the_kept_columns(ridge, dtype, problem):
+    x, weight, keep = problem
+    weight, moments = weight.to(dtype), statistics_of(x).total
+    correction = least_squares_correction(weight, keep, moments, ridge=ridge)
+    assert (correction.shape, correction.dtype) == (weight.shape, dtype)
+    assert not correction[:, ~keep].any()
+    expected = ridge_by_lstsq(x, weight.double().numpy(), keep.numpy(), ridge) - weight[:, keep].double().numpy()
+    rounding = 1e-3 if dtype == torch.float32 else 2**-8
+    np.testing.assert_allclose(correction[:, keep].double().numpy(), expected, atol=rounding * np.abs(expected).max())
+    if dtype == torch.float32:  # and the sum is what slicing would write
+        new, _ = recover_projection(weight, keep, moments, method="least_squares", ridge=ridge)
+        torch.testing.assert_close(weight[:, keep] + correction[:, keep], new, atol=1e-6, rtol=1e-6)
+
+
+def test_least_squares_lowers_the_error_on_its_own_text(problem):
+    x, weight, keep = problem
+    error = {}
+    for method in ("none", "least_squares"):
+        new, _ = recover_projection(weight, keep, statistics_of(x).total, method=method, ridge=1e-3)
+        error[method] = np.square(x @ weight.double().numpy().T - x[:, keep] @ new.double().numpy().T).sum()
+    assert error["least_squares"] < 0.5 * error["none"]
+
+
+def test_least_squares_is_exact_where_removed_channels_are_combinations_of_kept_ones():
+    rng = np.random.default_rng(1)
+    keep = torch.arange(C) % 3 != 0
+    x = np.zeros((TOKENS, C))
+    x[:, keep] = rng.normal(size=(TOKENS, 16))
+    x[:, ~keep] = x[:, keep] @ rng.normal(size=(16, 8))
+    weight = torch.from_numpy(rng.normal(size=(H, C))).float()
+    new, _ = recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=1e-7)
+    dense = x @ weight.double().numpy().T
+    np.testing.assert_allclose(x[:, keep] @ new.double().numpy().T, dense, atol=1e-4 * np.abs(dense).max())
+
+
+def test_a_large_ridge_leads_back_to_none_and_not_to_zero(problem):
+    x, weight, keep = problem
+    new, _ = recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=1e9)
+    torch.testing.assert_close(new, weight[:, keep], atol=1e-6, rtol=0)
+    nearer = [
+        float((recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=r)[0]
+               - weight[:, keep]).norm())
+        for r in (1e-3, 1e-1, 10.0, 1e3)
+    ]  # fmt: skip
+    assert nearer == sorted(nearer, reverse=True)
+
+
+def test_dead_kept_channels_do_not_break_the_solution(problem):
+    x, weight, keep = problem
+    x[:, keep.nonzero()[:3, 0]] = 0.0
+    new, _ = recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=0.01)
+    assert bool(torch.isfinite(new).all())
+    torch.testing.assert_close(new[:, :3], weight[:, keep][:, :3])  # nothing is known about them: they stay
+    everything_dead = np.zeros_like(x)
+    new, _ = recover_projection(weight, keep, statistics_of(everything_dead).total, method="least_squares")
+    torch.testing.assert_close(new, weight[:, keep])
+
+
+@pytest.mark.parametrize("tokens", [2, 6, 10])
+def test_fewer_tokens_than_channels_without_a_ridge(problem, tokens):
+    # --ridge 0 is allowed, and a float32 Gram matrix of low rank has slightly negative eigenvalues.
+    x, weight, keep = problem
+    x = x[:tokens]
+    new, _ = recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=0.0)
+    dense = x @ weight.double().numpy().T
+    np.testing.assert_allclose(x[:, keep] @ new.double().numpy().T, dense, atol=0.01 * np.abs(dense).max())
+
+
+def test_keeping_everything_changes_nothing(problem):
+    x, weight, _ = problem
+    everything = torch.ones(C, dtype=torch.bool)
+    for method in BY_PROJECTION:
+        new, bias = recover_projection(weight, everything, statistics_of(x).total, method=method)
+        assert torch.equal(new, weight)
+        assert bias is None or not bool(bias.any())
+
+
+def test_none_keeps_columns_as_they_are(problem):
+    x, weight, keep = problem
+    new, bias = recover_projection(weight, keep, statistics_of(x, gram=False).total)
+    assert torch.equal(new, weight[:, keep])
+    assert bias is None
+
+
+def test_bias_against_numpy(problem):
+    x, weight, keep = problem
+    new, bias = recover_projection(weight, keep, statistics_of(x, gram=False).total, method="bias")
+    assert torch.equal(new, weight[:, keep])
+    removed = ~keep.numpy()
+    expected = weight.double().numpy()[:, removed] @ x.mean(0)[removed]
+    np.testing.assert_allclose(bias.numpy(), expected, atol=1e-4 * np.abs(expected).max())
+    # so the mean output is the dense one
+    output = x[:, keep] @ new.double().numpy().T + bias.double().numpy()
+    np.testing.assert_allclose(output.mean(0), (x @ weight.double().numpy().T).mean(0), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", BY_PROJECTION)
+def test_the_weights_dtype_is_kept(problem, method):
+    x, weight, keep = problem
+    new, bias = recover_projection(weight.bfloat16(), keep, statistics_of(x).total, method=method)
+    assert new.dtype == torch.bfloat16
+    assert new.shape == (H, int(keep.sum()))
+    assert bias is None or (bias.dtype == torch.bfloat16 and bias.shape == (H,))
+
+
+def test_an_unknown_recovery_lists_what_there_is(problem):
+    x, weight, keep = problem
+    with pytest.raises(UserError, match=r"Unknown recovery 'lsq'.*none, bias, least_squares, least_squares_sequential"):
+        recover_projection(weight, keep, statistics_of(x).total, method="lsq")
+    assert set(RECOVERY) >= NEEDS_GRAM | SEQUENTIAL
+
+
+@pytest.mark.parametrize("part", ["down", "output"])
+def test_on_a_model_with_neurons_and_with_whole_kv_groups(tiny_model, token_batch, part):
+    kind = {"down": "ffn", "output": "attention"}[part]
+    statistics = collect(tiny_model, batches(token_batch, 6), gram=True)
+    raw = recorded(tiny_model, token_batch)[kind]
+    block = blocks_of(tiny_model)[1]
+    keep = torch.arange(48) % 2 == 0
+    if part == "output":
+        keep = torch.tensor([False, True]).repeat_interleave(block.channels_per_group)
+    weight = getattr(block, part).weight
+    new, _ = recover_projection(weight, keep, getattr(statistics, kind)[1].total, method="least_squares", ridge=0.01)
+    x = raw[1].reshape(-1, len(keep))
+    expected = ridge_by_lstsq(x, weight.double().numpy(), keep.numpy(), 0.01)
+    assert new.shape == (32, int(keep.sum()))
+    np.testing.assert_allclose(new.numpy(), expected, atol=1e-4 * np.abs(expected).max())

@@ -1,0 +1,408 @@
+"""Recovery along the pruned prefix, against an independent float64 reference, and on every family with plain blocks."""
+
+from __future__ import annotations
+
+import json
+from operator import attrgetter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from gprune.calibration.collector import collect
+from gprune.calibration.statistics import Moments
+from gprune.cli import main
+from gprune.config import CorporaConfig, RunConfig
+from gprune.errors import UserError
+from gprune.models.blocks import blocks_of, decoder_layers
+from gprune.models.families import FAMILIES
+from gprune.models.masks import Masks
+from gprune.models.offload import is_offloaded
+from gprune.models.surgery import prune, prune_to_files
+from gprune.parse import parse
+from gprune.pipeline import plan as preparation
+from gprune.recovery.projection import SEQUENTIAL, recover_projection
+from gprune.recovery.sequential import PrunedPrefix, lost, recover_sequentially
+from gprune.storage.files import read_json
+from tests import tiny_run
+from tests.calibration.test_layerwise import assert_same_run
+from tests.conftest import make_tiny_llama
+from tests.tiny_families import make_tiny, some_masks
+
+DENSE = [name for name, family in FAMILIES.items() if not family.experts]
+TARGETS = ("residual", "output")
+RIDGE = 0.01
+
+
+def windows(batches: tuple[int, ...] = (4, 4, 2), *, seed: int = 1) -> list[torch.Tensor]:
+    """Token ids (B, 24) each, longer than the sliding window of the tiny models."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 128, (n, 24), generator=generator) for n in batches]
+
+
+def recovered(model, masks, ids=None, **settings):
+    small = prune(model, masks)
+    recover_sequentially(model, small, masks, windows() if ids is None else ids, **settings)
+    return small
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# The reference: whole forward passes for every projection, residuals written out, one stacked least-squares problem
+
+
+def trace(model, layer, paths: dict[str, str], ids: list[torch.Tensor]) -> dict[str, np.ndarray]:
+    """What enters a layer (`before`), and what enters (`x`) and leaves (`y`) its projections, in float64 by tokens."""
+    rows: dict[str, list[torch.Tensor]] = {}
+
+    def keep(name, tensor):
+        rows.setdefault(name, []).append(tensor.reshape(-1, tensor.shape[-1]).double())
+
+    def entering(_module, args, kwargs):
+        keep("before", args[0] if args else kwargs["hidden_states"])
+
+    def projection(part):
+        def hook(_module, inputs, output):
+            keep(f"x {part}", inputs[0])
+            keep(f"y {part}", output)
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(entering, with_kwargs=True)]
+    handles += [attrgetter(path)(layer).register_forward_hook(projection(part)) for part, path in paths.items()]
+    for batch in ids:
+        model(batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts).numpy() for name, parts in rows.items()}
+
+
+def solved_by_lstsq(model, masks: Masks, ids: list[torch.Tensor], target: str, ridge: float = RIDGE):
+    """The pruned model in float64, its projections solved one after the other."""
+    family = FAMILIES[model.config.model_type]
+    dense = prune(model, Masks(*([torch.ones_like(m) for m in kind] for kind in (masks.ffn, masks.attention)))).double()
+    small = prune(model, masks).double()
+    paths = {"output": family.output, "down": family.down}
+    normed = {"output": family.after_attention, "down": family.after_ffn}
+    left = [i for i, stays in enumerate(masks.blocks) if stays]
+    for index, layer in zip(left, decoder_layers(small), strict=True):
+        for part, mask in (("output", masks.attention[index]), ("down", masks.ffn[index])):
+            if mask.all():
+                continue
+            there = trace(small, layer, paths, ids)
+            wanted = trace(dense, decoder_layers(dense)[index], paths, ids)
+            host = attrgetter(paths[part])(layer)
+            W = (host.weight.T if family.transposed else host.weight).numpy()
+            y = wanted[f"y {part}"]
+            if target == "residual" and normed[part] is None:
+                r_d, r_p = wanted["before"], there["before"]
+                if part == "down":
+                    r_d, r_p = r_d + wanted["y output"], r_p + there["y output"]
+                y = (r_d + y) - r_p
+            if host.bias is not None:
+                y = y - host.bias.numpy()
+            x = there[f"x {part}"]
+            lam = ridge * np.square(x).sum(0).mean()
+            A = np.vstack([x, np.sqrt(lam) * np.eye(x.shape[1])])
+            V = np.linalg.lstsq(A, np.vstack([y, np.sqrt(lam) * W.T]), rcond=None)[0].T
+            host.weight.copy_(torch.from_numpy(V.T if family.transposed else V))
+    return small
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", DENSE)
+def test_against_stacked_rows_and_whole_forward_passes(family, target):
+    model, ids = make_tiny(family), windows()
+    masks = some_masks(model, attention=True)
+    expected = weights(solved_by_lstsq(model, masks, ids, target))
+    plain, found = weights(prune(model, masks)), weights(recovered(model, masks, ids, ridge=RIDGE, target=target))
+    assert found.keys() == expected.keys() == plain.keys()
+    record = FAMILIES[family]
+    solved = set()
+    for name, tensor in found.items():
+        assert bool(torch.isfinite(tensor).all())
+        scale = float(expected[name].abs().max())
+        assert float((tensor.double() - expected[name]).abs().max()) <= 1e-3 * scale, name
+        if not torch.equal(tensor, plain[name]):
+            solved.add(name)
+    # Of the second block every neuron stays, and every group: it keeps its weights.
+    prefix = f"{model.base_model_prefix}.{'decoder.' * (family == 'opt')}{record.layers}."
+    assert solved == {f"{prefix}{i}.{path}.weight" for i in (0, 2) for path in (record.down, record.output)}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_dropped_blocks_are_made_up_for_by_later_ones(target):
+    model, ids = make_tiny("llama"), windows()
+    masks = some_masks(model, (17, 33, 24), attention=False)
+    masks.ffn[0][:], masks.attention[0][:] = False, False
+    assert lost(masks) == [(), ("down",), ("down",)]
+    expected, found = solved_by_lstsq(model, masks, ids, target), recovered(model, masks, ids, target=target)
+    for name, tensor in weights(expected).items():
+        assert torch.allclose(weights(found)[name].double(), tensor, atol=1e-3 * float(tensor.abs().max())), name
+
+
+def test_gram_matrices_that_are_summed_in_several_panels():
+    model, ids = make_tiny("llama", neurons=600), windows((10,) * 8)
+    masks = some_masks(model, (400, 600, 300), attention=True)
+    expected, found = weights(solved_by_lstsq(model, masks, ids, "residual")), weights(recovered(model, masks, ids))
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name].double(), tensor, atol=1e-3 * float(tensor.abs().max())), name
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_norm_behind_the_sum_is_no_residual_to_meet(flag):
+    model = make_tiny("opt", do_layer_norm_before=flag)
+    masks = some_masks(model, attention=True)
+    found = {target: weights(recovered(model, masks, target=target)) for target in TARGETS}
+    same = [torch.equal(tensor, found["output"][name]) for name, tensor in found["residual"].items()]
+    assert all(same) == (not flag)
+
+
+# What must hold
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_behind_the_dense_prefix_it_is_least_squares(target):
+    """One block alone is pruned: nothing but its own channels is wrong."""
+    model, ids = make_tiny_llama(), windows()
+    for index, other in ((0, 2), (2, 0)):
+        masks = some_masks(model, (48, 48, 48), attention=False)
+        masks.ffn[index][::3] = False
+        statistics = collect(model, [{"input_ids": i, "index": torch.arange(len(i))} for i in ids], gram=True)
+        block, keep = blocks_of(model)[index], masks.ffn[index]
+        for ridge in (1e-5, 0.01):
+            small = blocks_of(recovered(model, masks, ids, ridge=ridge, target=target))
+            expected, _ = recover_projection(
+                block.down.weight, keep, statistics.ffn[index].total, method="least_squares", ridge=ridge
+            )
+            torch.testing.assert_close(small[index].down.weight, expected, atol=1e-3, rtol=0)
+            assert torch.equal(small[other].down.weight, blocks_of(model)[other].down.weight)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
+def test_a_large_ridge_leads_back_to_the_weights(family):
+    model = make_tiny(family)
+    masks = some_masks(model, attention=True)
+    plain = weights(prune(model, masks))
+
+    def moved(ridge: float) -> float:
+        found = weights(recovered(model, masks, ridge=ridge))
+        return sum(float((found[name] - tensor).norm()) for name, tensor in plain.items())
+
+    distances = [moved(ridge) for ridge in (0.01, 1.0, 100.0, 1e9)]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 1e-4 < distances[0]
+
+
+def errors(model, small, ids) -> tuple[float, float]:
+    """Mean square error of the last hidden states and mean KL divergence of the next token, in nats."""
+    square, kl, tokens = 0.0, 0.0, 0
+    for batch in ids:
+        want, got = (m(batch, output_hidden_states=True, use_cache=False) for m in (model, small))
+        square += float((want.hidden_states[-1] - got.hidden_states[-1]).square().mean(-1).sum())
+        logs = [F.log_softmax(out.logits.double(), -1) for out in (got, want)]
+        kl += float(F.kl_div(*logs, log_target=True, reduction="sum"))
+        tokens += batch.numel()
+    return square / tokens, kl / tokens
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_it_ends_nearer_to_the_dense_model_than_projection_by_projection(attention):
+    model, ids = make_tiny("llama", num_hidden_layers=4), windows((10,) * 4)
+    masks = some_masks(model, (24, 30, 24, 30), attention=attention)
+    small = {name: prune(model, masks) for name in ("none", "least_squares", "output", "residual")}
+    statistics = collect(model, [{"input_ids": i, "index": torch.arange(len(i))} for i in ids], gram=True)
+    for old, new in zip(blocks_of(model), blocks_of(small["least_squares"]), strict=True):
+        keep = masks.ffn[old.index]
+        new.down.set(*recover_projection(
+            old.down.weight, keep, statistics.ffn[old.index].total, method="least_squares", ridge=1e-3
+        ))  # fmt: skip
+        keep = masks.attention[old.index].repeat_interleave(old.channels_per_group)
+        new.output.set(*recover_projection(
+            old.output.weight, keep, statistics.attention[old.index].total, method="least_squares", ridge=1e-3
+        ))  # fmt: skip
+    for target in TARGETS:
+        recover_sequentially(model, small[target], masks, ids, ridge=1e-3, target=target)
+    found = {name: errors(model, m, ids) for name, m in small.items()}
+    for measure in range(2):
+        none, parallel, output, residual = (found[name][measure] for name in found)
+        assert residual < parallel < none
+        assert residual < output
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits(dtype):
+    """The same weights as in float32 but for the rounding of activations; G and E are summed in float32."""
+    model, ids = make_tiny("llama"), windows((10,) * 6)
+    masks = some_masks(model, attention=True)
+    exact = weights(recovered(model, masks, ids, ridge=0.1))
+    small = recovered(make_tiny("llama").to(dtype), masks, ids, ridge=0.1)
+    plain = weights(prune(model, masks))
+    for name, tensor in weights(small).items():
+        assert tensor.dtype == dtype
+        correction = float((exact[name] - plain[name]).norm())
+        assert float((tensor.float() - exact[name]).norm()) <= 0.1 * correction + 0.01 * float(exact[name].norm()), name
+
+
+def test_the_same_bits_twice_and_the_dense_model_as_it_was():
+    model = make_tiny("llama")
+    masks, before = some_masks(model, attention=True), weights(model)
+    one, two = weights(recovered(model, masks)), weights(recovered(model, masks))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    # The batches that the text is cut into are rounding.
+    other = weights(recovered(model, masks, [torch.cat(windows())]))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, atol=1e-3 * float(tensor.abs().max()), rtol=0)
+
+
+def test_keeping_everything_changes_nothing_and_costs_nothing():
+    model = make_tiny("llama")
+    masks = some_masks(model, (48, 48, 48), attention=False)
+    prefix = PrunedPrefix(model, masks, windows())
+    for old, new in zip(blocks_of(model), blocks_of(prune(model, masks)), strict=True):
+        prefix.recover(old, new)
+    assert prefix.tokens == 0
+    assert all(torch.equal(t, weights(model)[name]) for name, t in weights(recovered(model, masks)).items())
+
+
+def test_only_what_is_needed_goes_through_the_pruned_layers():
+    model, tokens = make_tiny("llama", num_hidden_layers=5), 10 * 24
+    masks = some_masks(model, (48, 30, 48, 20, 48), attention=False)
+    masks.attention[1][0] = False
+    prefix = PrunedPrefix(model, masks, windows())
+    for old, new in zip(blocks_of(model), blocks_of(prune(model, masks)), strict=True):
+        prefix.recover(old, new)
+    # block 1 for attention, for the FFN and on; 2 on; 3, the last one, for the FFN
+    assert prefix.tokens == (3 + 1 + 1) * tokens
+
+
+def test_what_is_not_finite_is_one_line():
+    model = make_tiny("llama")
+    model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    masks = some_masks(model, (48, 24, 24), attention=False)
+    masks.ffn[1][0] = True
+    with pytest.raises(UserError, match="non-finite activation came up in block 1 of the pruned model"):
+        recovered(model, masks)
+
+
+def test_by_name_it_is_refused_for_a_single_projection():
+    assert {"least_squares_sequential"} == SEQUENTIAL
+    with pytest.raises(UserError, match="recover_sequentially"):
+        recover_projection(
+            torch.ones(2, 4), torch.ones(4).bool(), Moments(*torch.zeros(4, 1)), method="least_squares_sequential"
+        )
+
+
+# The whole run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sequential")
+    world = tiny_run.make_world(folder)
+    with tiny_run.isolated(folder / "cache"):
+        yield world
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    tiny_run.reload_in_process(monkeypatch)
+
+
+FLAGS = ["--recovery=least_squares_sequential", "--sparsity.scope=attention+ffn"]
+
+
+def test_a_run_recovers_its_controls_too_and_stays_below_its_plan(world, tmp_path, quick, capsys):
+    result = world.run(tmp_path, *FLAGS)
+    stages = ("base", "base_averaged", "gprune")
+    assert {(r["stage"], r["recovery"]) for r in result.records} == {("dense", "none")} | {
+        (stage, recovery) for stage in stages for recovery in ("none", *SEQUENTIAL)
+    }
+    dense = AutoModelForCausalLM.from_pretrained(world.model).eval().requires_grad_(False)
+    plain = weights(prune(dense, result.masks))
+    moved = {name for name, tensor in weights(result.model).items() if not torch.equal(tensor, plain[name])}
+    parts = {"output": "self_attn.o_proj", "down": "mlp.down_proj"}
+    assert moved == {f"model.layers.{i}.{parts[p]}.weight" for i, found in enumerate(lost(result.masks)) for p in found}
+    assert "recovery `least_squares_sequential`" in (tmp_path / "run/model/README.md").read_text()
+    # Tokens: what went through the layers was counted, and foreseen.
+    plan = preparation.check(result.config)
+    step = read_json(tmp_path / "run/manifest.json")["steps"]["shrink"]
+    tokens = 3 * 4 * 32
+    solved = [len(found) for found in lost(result.masks)]
+    assert step["forward_tokens"] == tokens + tokens * (sum(solved) + 2) // 3  # the last block's output nobody needs
+    none = preparation.check(parse(world.args(tmp_path, FLAGS[1])))
+    assert plan.forward_tokens == none.forward_tokens + 3 * (4 * tokens + 3 * 2 * 32)
+    assert result.summary["forward_tokens"] <= plan.forward_tokens
+    capsys.readouterr()
+    assert main(world.args(tmp_path, *FLAGS, "--dry_run=true")) == 0
+    assert "7 models evaluated on 3 corpora, 3 recovered block by block" in capsys.readouterr().out
+
+
+def test_a_run_taken_up_has_the_same_bits(world, tmp_path, quick):
+    flags = [*FLAGS, "--gprune=false", f"--corpora.recover={world.names('beta')}"]
+    first = world.run(tmp_path, *flags)
+    assert list(first.statistics) == [str(world.corpora["alpha"])]  # no statistics of what is only recovered on
+    model = (tmp_path / "run/model/model.safetensors").read_bytes()
+    other = world.run(tmp_path, *flags, name="other")
+    assert_same_run(other, first)
+    (tmp_path / "other/metrics.json").unlink()
+    manifest = tmp_path / "other/manifest.json"
+    manifest.write_text(json.dumps({k: v for k, v in read_json(manifest).items() if k not in ("logits", "model")}))
+    assert_same_run(world.run(tmp_path, *flags, name="other"), first)
+    assert (tmp_path / "other/model/model.safetensors").read_bytes() == model
+
+
+def test_whole_blocks_that_go_are_made_up_for(world, tmp_path, quick):
+    flags = ["--gprune=false", "--sparsity.allocation=depth", "--recovery=least_squares_sequential"]
+    result = world.run(tmp_path, *flags, "--model.dtype=bfloat16")
+    assert result.model.config.num_hidden_layers == 2
+    assert {r["recovery"] for r in result.records} == {"none", *SEQUENTIAL}
+
+
+def test_an_offloaded_model_is_recovered_to_the_same_bits(world, tmp_path, quick, monkeypatch):
+    monkeypatch.setattr("gprune.pipeline.save.check_reload", lambda *_, **__: 0.0)
+    flags = [*FLAGS, "--gprune=false"]
+    whole = world.run(tmp_path, *flags)
+    model = AutoModelForCausalLM.from_pretrained(world.model)
+    layers = [sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(model)]
+    limit = sum(p.nbytes for p in model.parameters()) - sum(layers) + int(1.5 * max(layers))
+    seen = []
+    monkeypatch.setattr(
+        "gprune.pipeline.recover.prune_to_files",
+        lambda model, *args: seen.append(model) or prune_to_files(model, *args),
+    )
+    place = ["--model.device_map=auto", f"--model.max_memory={{cpu: {limit}B}}"]
+    assert_same_run(world.run(tmp_path, *flags, *place, name="away"), whole)
+    assert seen
+    assert all(is_offloaded(model) for model in seen)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_refused_at_once(family, world, tmp_path, capsys):
+    folder = tmp_path / "model"
+    make_tiny(family).save_pretrained(folder)
+    assert main(world.args(tmp_path / "runs", *FLAGS, f"--model.name={folder}")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"does not see what enters each of the experts of model_type '{family}'" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sharded_model_is_refused_at_once(world, tmp_path, capsys):
+    flags = ["--model.shard=true", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    assert main(world.args(tmp_path / "runs", *FLAGS, *flags)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--recovery least_squares_sequential: every process would take the text" in line
+    assert "--model.shard" in line
+
+
+def test_it_needs_no_gram_matrix_and_no_statistics_of_its_own_text():
+    cfg = RunConfig(recovery="least_squares_sequential", gprune=False, corpora=CorporaConfig(recover=["web", "wiki"]))
+    assert cfg.needs == frozenset()
+    assert cfg.calibration == ["wiki"]
+    assert cfg.used == ["wiki", "web"]

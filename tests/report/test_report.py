@@ -1,0 +1,644 @@
+"""Reports against numbers computed from the records by hand; folders that cannot be reported on; what is written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.colors
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+from gprune.config import EvaluationConfig, RunConfig
+from gprune.errors import UserError
+from gprune.evaluation.accuracy import paired_difference
+from gprune.evaluation.intervals import paired_bootstrap_ratio
+from gprune.models.masks import Masks
+from gprune.report import report
+from gprune.report.__main__ import main
+from gprune.report.across import LINES
+from gprune.report.figures import COLOURS, HATCHES
+from gprune.report.runs import short_names
+from gprune.report.tables import Estimate, Table
+from gprune.storage.files import read_tensors, write_tensors
+from tests import tiny_run
+from tests.tiny_run import environment, isolated
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    """A run of gprune with both controls and with recovery."""
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch, isolated(folder / "cache"):
+        tiny_run.reload_in_process(patch)
+        world = tiny_run.make_world(folder)
+        flags = ("--export=none", "--recovery=bias", "--sparsity.allocation=uniform", "--evaluation.num_samples=4")
+        return world.run(folder / "runs", *flags, name="tiny-gprune-wanda_sp-0.5-0123abcd").path
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path_factory):
+    with isolated(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+@pytest.fixture
+def run(pristine, tmp_path):
+    return Path(shutil.copytree(pristine, tmp_path / "runs" / "one"))
+
+
+def edit(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    content.pop("checksum", None)  # by hand: files without one are taken as they are
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def another(run: Path, name: str, *, seed: int | None = None, setting: float | None = None, shift: float = 0.0) -> Path:
+    """A copy of a run with another seed or setting, other masks, and pruned losses that are `shift` nats higher."""
+    copy = Path(shutil.copytree(run, run.parent / name))
+
+    def settings(manifest):
+        if seed is not None:
+            manifest["settings"]["run"]["seed"] = seed
+            manifest["settings"]["inputs"]["text"] = {"alpha": f"sample {seed}"}
+        if setting is not None:
+            manifest["settings"]["ridge"] = setting
+
+    def losses(metrics):
+        for r in metrics["records"]:
+            if r["stage"] != "dense":
+                r["perplexity"] *= math.exp(shift)
+                r["nll"] += shift
+                r["window_nll"] = [v + shift * (r["seq_len"] - 1) for v in r["window_nll"]]
+
+    edit(copy / "manifest.json", settings)
+    edit(copy / "metrics.json", losses)
+    masks = read_tensors(copy / "masks" / "gprune.safetensors")
+    generator = torch.Generator().manual_seed(seed or 0)
+    shuffled = {n: m[torch.randperm(len(m), generator=generator)] for n, m in masks.items()}
+    write_tensors(copy / "masks" / "gprune.safetensors", shuffled)
+    return copy
+
+
+def records_of(run: Path, stage: str, recovery: str = "none", *, seen: bool | None = None) -> list[dict]:
+    found = json.loads((run / "metrics.json").read_text())["records"]
+    return [
+        r for r in found if (r["stage"], r["recovery"]) == (stage, recovery) and (seen is None or r["seen"] == seen)
+    ]
+
+
+def geometric(records: list[dict]) -> float:
+    return float(np.exp(np.mean(np.log([r["perplexity"] for r in records]))))
+
+
+def row(table: report.Table, *named: str) -> dict:
+    (found,) = [cells for cells in table.rows if tuple(cells[: len(named)]) == named]
+    return dict(zip(table.columns, found, strict=True))
+
+
+# --- one run
+
+
+def test_numbers_of_one_run_are_those_of_its_records(run):
+    table = report.make([run]).tables[0]
+    assert [cells[1] for cells in table.rows] == [
+        "dense", "base", "base_averaged", "gprune", "base + bias", "base_averaged + bias", "gprune + bias",
+    ]  # fmt: skip
+    for recovery, stage in (("none", "gprune"), ("bias", "gprune + bias")):
+        found = row(table, "one", stage)
+        seen, unseen = (geometric(records_of(run, "gprune", recovery, seen=s)) for s in (True, False))
+        dense_seen, dense_unseen = (geometric(records_of(run, "dense", seen=s)) for s in (True, False))
+        assert found["seen"].value == pytest.approx(seen, rel=1e-9)
+        assert found["unseen"].value == pytest.approx(unseen, rel=1e-9)
+        assert found["unseen"].low < unseen < found["unseen"].high
+        assert found["unseen / dense"].value == pytest.approx(unseen / dense_unseen, rel=1e-9)
+        assert found["gap"].value == pytest.approx((unseen / dense_unseen) / (seen / dense_seen), rel=1e-9)
+        base = geometric(records_of(run, "base", recovery, seen=False))
+        assert found["unseen / base"].value == pytest.approx(unseen / base, rel=1e-9)
+        nll = (
+            {r["corpus"]: r["window_nll"] for r in records_of(run, s, recovery, seen=False)} for s in ("gprune", "base")
+        )
+        assert found["unseen / base"] == Estimate(*paired_bootstrap_ratio(*nll, 31))
+    assert row(table, "one", "base")["unseen / base"] is None
+    dense = table.rows[0]
+    assert dense[0] == records_of(run, "dense")[0]["model"]
+    assert dense[5:] == [None, None, None]
+
+
+def test_perplexity_by_corpus_marks_what_was_seen(run):
+    table = report.make([run]).tables[1]
+    assert table.columns[3].endswith("alpha.txt*")
+    assert [c.endswith("*") for c in table.columns[3:]] == [True, False, False]
+    for r in records_of(run, "base_averaged"):
+        name = r["corpus"] + "*" * r["seen"]
+        assert row(table, "one", "base_averaged")[name] == Estimate(r["perplexity"])
+
+
+def test_sparsity_is_counted_from_the_masks(run):
+    table = report.make([run]).tables[3]
+    masks = read_tensors(run / "masks" / "gprune.safetensors")
+    for b in range(3):
+        assert row(table, "neurons", b)["one"] == pytest.approx(float((~masks[f"ffn.{b}"].bool()).float().mean()))
+    assert len(table.rows) == 3  # attention was out of scope
+
+
+def test_the_run_s_own_table_is_as_it_was(run):
+    records = json.loads((run / "metrics.json").read_text())["records"]
+    text = report.result_table(records)
+    assert text.splitlines()[0].endswith("unseen / base |")
+    value = row(report.make([run]).tables[0], "one", "gprune")["unseen / base"].value
+    assert f"{value:.3f} [" in text
+    assert report.unseen_ratios(records)["gprune"]["ratio"] == pytest.approx(value)
+
+
+# --- several runs
+
+
+def test_seeds_become_mean_and_interval(run):
+    shifts = [0.0, 0.2, 0.5]
+    runs = [run, *(another(run, f"one-seed{i}", seed=i, shift=s) for i, s in enumerate(shifts) if i)]
+    made = report.make(runs)
+    (group,) = made.groups
+    assert group.name == "one (3 seeds)"
+    found = row(made.tables[0], "one (3 seeds)", "gprune")
+    logs = np.log(geometric(records_of(run, "gprune", seen=False))) + np.array(shifts)
+    low, high = stats.t.interval(0.95, 2, loc=logs.mean(), scale=stats.sem(logs))
+    assert found["seeds"] == 3
+    np.testing.assert_allclose(found["unseen"], np.exp([logs.mean(), low, high]), rtol=1e-9)
+    # base moves with gprune here, so the ratio does not vary
+    ratio = report.unseen_ratios(json.loads((run / "metrics.json").read_text())["records"])["gprune"]["ratio"]
+    np.testing.assert_allclose(found["unseen / base"], [ratio] * 3, rtol=1e-9)
+    dense = made.tables[0].rows[0]
+    assert (dense[1], dense[2]) == ("dense", None)
+    assert dense[4].low < dense[4].value < dense[4].high  # the same windows for every seed: an interval over windows
+    corpus = records_of(run, "gprune")[0]
+    cell = row(made.tables[1], "one (3 seeds)", "gprune")[corpus["corpus"] + "*"]
+    assert cell.value == pytest.approx(corpus["perplexity"] * math.exp(np.mean(shifts)))
+
+
+def test_only_runs_that_differ_in_seed_alone_are_one_row(run):
+    again, other = another(run, "again"), another(run, "other", seed=1, setting=0.5)
+    second = another(run, "second", seed=1)
+    names = [g.name for g in report.make([run, again, other, second]).groups]
+    assert len(names) == 3
+    assert names[1:] == ["again", "other"]
+    assert names[0].endswith("(2 seeds)")
+    elsewhere = another(run, "elsewhere", seed=2)
+    edit(elsewhere / "metrics.json", lambda m: [r.update(content_hash="0") for r in m["records"]])
+    assert len(report.make([run, elsewhere]).groups) == 2  # evaluated on other text
+
+
+def test_a_run_named_twice_counts_once(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    assert [r.name for r in report.read_runs([run, "one", "./one/"])] == ["one"]
+    copy = shutil.copytree(run, run.parent / "more" / "one")
+    assert [r.name for r in report.read_runs([run, copy])] == ["one", "more/one"]
+
+
+def test_the_dense_row_is_there_once(run):
+    made = report.make([run, another(run, "other", setting=0.5)])
+    assert [cells[1] for cells in made.tables[0].rows].count("dense") == 1
+    third = another(run, "third", setting=0.7)
+
+    def seen_all(metrics):
+        for r in metrics["records"]:
+            r["seen"] = True
+
+    edit(third / "metrics.json", seen_all)
+    table = report.make([run, third])
+    assert [cells[1] for cells in table.tables[0].rows].count("dense") == 2  # means over other sets of corpora
+    assert [c.rstrip("*)").endswith("(") for c in table.tables[1].columns[3:]] == [False, True, True]
+    assert row(table.tables[0], "third", "gprune")["unseen"] is None
+    labels = [text.get_text() for text in table.figures()["means"].axes[0].get_yticklabels()]
+    assert labels.count("dense") == 1  # a figure has one, that of the first run
+
+
+def test_another_run_can_be_the_base(run):
+    other = another(run, "other", setting=0.5, shift=0.3)
+    found = row(report.make([other], base=run).tables[0], "other", "gprune")["unseen / base"]
+    ratio = geometric(records_of(other, "gprune", seen=False)) / geometric(records_of(run, "base", seen=False))
+    assert found.value == pytest.approx(ratio, rel=1e-9)
+    assert row(report.make([run], base=run).tables[0], "one", "base")["unseen / base"] is None
+    unseen = records_of(run, "base", seen=False)[0]["corpus"]
+
+    def elsewhere(metrics):
+        for r in metrics["records"]:
+            if r["corpus"] == unseen:
+                r["content_hash"] = "other windows"
+
+    edit(run / "metrics.json", elsewhere)
+    assert row(report.make([other], base=run).tables[0], "other", "gprune")["unseen / base"] is None
+
+
+def test_pairs_are_compared_on_text_that_both_have_not_seen(run):
+    """Whichever of the two comes first."""
+    other = another(run, "other", setting=0.5, shift=0.3)
+    (*_, unseen) = [r["corpus"] for r in records_of(run, "gprune", seen=False)]
+
+    def seen_there(metrics):
+        for r in metrics["records"]:
+            if r["corpus"] == unseen:
+                r["seen"] = True
+                r["window_nll"] = [2 * v for v in r["window_nll"]]
+
+    rest = [r["corpus"] for r in records_of(run, "gprune", seen=False) if r["corpus"] != unseen]
+    edit(other / "metrics.json", seen_there)
+    for order in ([run, other], [other, run]):
+        tables = {table.name: table for table in report.make(order).tables}
+        if rest:
+            ((*_, ratio),) = tables["comparison"].rows
+            assert abs(math.log(ratio.value)) == pytest.approx(0.3)
+        else:
+            assert tables["comparison"].rows == []
+
+
+def test_a_base_without_the_stage_is_refused(run, capsys):
+    bare = another(run, "bare")
+
+    def without(metrics):
+        metrics["records"] = [r for r in metrics["records"] if r["stage"] != "base"]
+
+    edit(bare / "metrics.json", without)
+    assert main([str(run), "--base", str(bare)]) == 2
+    assert "'bare' has no stage 'base' to divide by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"records": [{"task": "piqa"}]}', '{"a": 1}', "{"])
+def test_a_foreign_evaluation_is_one_line(run, capsys, content):
+    (run / "evaluation.json").write_text(content)
+    assert main([str(run)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "evaluation.json' holds no records" in line
+
+
+def test_a_reference_that_is_not_there_yet_leaves_the_ratios_blank(run):
+    runs = report.read_runs([run, another(run, "two", seed=1)])
+    own = report.of_runs(runs).tables[0]
+    blank = report.of_runs(runs, by_seed=[]).tables[0]
+    assert any(cells[-1] is not None for cells in own.rows)
+    assert "base:" not in own.note
+    assert [cells[:-1] for cells in blank.rows] == [cells[:-1] for cells in own.rows]
+    assert all(cells[-1] is None for cells in blank.rows)
+    assert "not there yet" in blank.note
+    assert "ratios" not in report.of_runs(runs, by_seed=[]).figures()
+    half = report.of_runs(report.read_runs([run]), by_seed=runs[1:]).tables[0]
+    assert all(cells[-1] is None for cells in half.rows)  # of another seed
+
+
+def test_one_division_into_seen_and_unseen_for_all_rows(run):
+    runs = report.read_runs([run])
+    delta = runs[0].records[-1]["corpus"]
+    alpha = runs[0].records[0]["corpus"]
+    made = report.of_runs(runs, seen=[delta])
+    summary, perplexities = made.tables[:2]
+    found = row(summary, "one", "gprune")
+    values = {r["corpus"]: r["perplexity"] for r in records_of(run, "gprune")}
+    assert found["seen"].value == pytest.approx(values.pop(delta))
+    assert found["unseen"].value == pytest.approx(np.exp(np.mean(np.log(list(values.values())))))
+    assert [c for c in perplexities.columns if c.endswith("*")] == [f"{delta}*"]
+    for table in (summary, perplexities):
+        assert f"In every row {delta} counts as seen" in table.note
+        assert "each run's own" not in table.note
+        assert "by the run" not in table.note
+    plain = report.of_runs(runs)
+    assert plain.tables[0].note.endswith("Seen and unseen are each run's own.")
+    assert "was used by the run" in plain.tables[1].note
+    assert f"{alpha}*" in plain.tables[1].columns
+
+
+@pytest.mark.parametrize("split", ["test", "development"])
+def test_a_model_card_says_whose_text_it_was_evaluated_on(run, split):
+    records = json.loads((run / "metrics.json").read_text())["records"]
+    cfg = RunConfig(evaluation=EvaluationConfig(split=split))
+    assert f"tokens of {split} text per corpus" in report.model_card(cfg, records=records)
+
+
+def test_mask_stability_over_the_runs_given(run):
+    same, other = Path(shutil.copytree(run, run.parent / "same")), another(run, "two", seed=1)
+    made = report.make([run, same, other])
+    table = next(t for t in made.tables if t.name == "stability")
+    assert row(table, "one", "same", "ffn")["Jaccard"] == 1
+    assert row(table, "one", "same", "ffn")["beyond chance"] == pytest.approx(1)
+    apart = row(table, "one", "two", "ffn")
+    assert abs(apart["beyond chance"]) < 0.15  # shuffled: independent
+    assert apart["Jaccard"] - apart["chance"] == pytest.approx(apart["beyond chance"] * (1 - apart["chance"]))
+    inside = next(t for t in made.tables if t.name == "repeatability")
+    assert [cells[2] for cells in inside.rows] == [pytest.approx(apart["Jaccard"])]  # of the two seeds
+    edit(other / "manifest.json", lambda m: m["settings"]["inputs"].update(model="another model"))
+    assert [cells[:2] for t in report.make([run, same, other]).tables if t.name == "stability" for cells in t.rows] == [
+        ["one", "same"]
+    ]
+
+
+def test_pruned_models_are_compared_pair_by_pair(run):
+    other = another(run, "two", setting=0.5)
+
+    def one_nat_more(metrics: dict) -> None:
+        for r in metrics["records"]:
+            r["window_nll"] = [v + 1 for v in r["window_nll"]]
+
+    edit(other / "metrics.json", one_nat_more)
+    (table,) = [t for t in report.make([run, other]).tables if t.name == "comparison"]
+    (found,) = table.rows
+    assert found[:3] == ["one: gprune + bias", "two: gprune + bias", 1]
+    predicted = report.read_run(run).records[0]["seq_len"] - 1
+    assert found[3].value == pytest.approx(np.exp(-1 / predicted))
+    assert found[3].low == pytest.approx(found[3].high)
+
+
+def seeds_of_one_name(run: Path) -> list[report.FinishedRun]:
+    """Four seeds under one name, as lists of configurations have them; of the masks only the last two are equal."""
+    runs = report.read_runs([run, *(another(run, f"seed{i}", seed=i) for i in (1, 2, 3))])
+    return [replace(r, name="same", masks=runs[min(i, 2)].masks) for i, r in enumerate(runs)]
+
+
+def test_seeds_that_share_a_name_stay_apart(run):
+    runs = seeds_of_one_name(run)
+    made = report.of_runs(runs)
+    names = [f"same, seed {i}" for i in range(4)]
+    tables = {t.name: t for t in made.tables}
+    assert tables["sparsity"].columns[2:] == names
+    for r, name in zip(runs, names, strict=True):
+        assert row(tables["sparsity"], "neurons", 0)[name] == float((~r.masks.ffn[0]).float().mean())
+    stability = [cells for cells in tables["stability"].rows if cells[2] == "ffn"]
+    assert [cells[:2] for cells in stability] == [[a, b] for i, a in enumerate(names) for b in names[i + 1 :]]
+    assert row(tables["stability"], "same, seed 2", "same, seed 3")["Jaccard"] == 1
+    (inside,) = tables["repeatability"].rows
+    assert inside[:2] == ["same (4 seeds)", "ffn"]
+    assert inside[2] == pytest.approx(np.mean([cells[3] for cells in stability]))
+    figures = made.figures()
+    assert [line.get_label() for line in figures["sparsity"].axes[0].get_lines()] == names
+    axes = figures["stability"].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == names
+    assert len(axes.texts) == 6
+
+
+def test_one_name_and_one_seed_twice_are_two_runs_still(run):
+    runs = [replace(r, name="same") for r in report.read_runs([run, another(run, "more", setting=0.5)])]
+    assert list(report.pairs(runs)) == [("same, seed 0", "same, seed 0 (2)")]
+    other = replace(runs[1], name="other")
+    assert list(report.pairs([runs[0], other])) == [("same", "other")]
+
+
+def test_what_many_seeds_write_is_one_folder_of_figures_each(run):
+    report.of_runs(seeds_of_one_name(run)[:2]).write(run.parent / "out", ("png",))
+    assert {p.name for p in (run.parent / "out" / "figures").iterdir() if p.is_dir()} == {
+        "same, seed 0",
+        "same, seed 1",
+    }
+
+
+def test_accuracy_stands_beside_the_dense_model_of_its_own_name_and_dtype():
+    """Questions and labels are the same for all models: their hash alone does not say whose dense numbers these are."""
+    common = {"kind": "zero_shot", "task": "piqa", "split": "validation", "source": "local", "questions": 4,
+              "acc_norm": None, "acc_norm_stderr": None, "standard_protocol": False, "note": "", "recovery": "none",
+              "content_hash": "h", "acc": 0.5, "acc_stderr": 0.2}  # fmt: skip
+    records = [
+        common | {"run": model, "model": model, "dtype": dtype, "stage": stage, "correct": correct}
+        for model, dtype, correct in (("a", "float32", "1111"), ("b", "float32", "0000"), ("a", "bfloat16", "0011"))
+        for stage in ("gprune", "dense")
+    ]
+    table = report.evaluation_table(records)
+    against = table.columns.index("against dense")
+    assert [cells[against] for cells in table.rows if cells[2] == "gprune"] == ["+0.000 +- 0.000"] * 3
+    assert sum(cells[2] == "dense" for cells in table.rows) == 3
+
+
+def test_zero_shot_records_are_taken_up(run):
+    common = {"kind": "zero_shot", "task": "piqa", "split": "validation", "source": "local", "questions": 6}
+    common |= {
+        "acc_norm": None,
+        "acc_norm_stderr": None,
+        "standard_protocol": False,
+        "note": "a note",
+        "dtype": "float32",
+    }
+    common |= {"recovery": "none", "content_hash": "h"}
+    dense = {**common, "stage": "dense", "correct": "110110", "acc": 4 / 6, "acc_stderr": 0.2}
+    pruned = {**common, "stage": "gprune", "correct": "100110", "acc": 3 / 6, "acc_stderr": 0.2}
+    (run / "evaluation.json").write_text(json.dumps({"records": [pruned, dense]}))
+    made = report.make([run])
+    found = row(made.tables[-1], "piqa", "one", "gprune")
+    difference, error = paired_difference(
+        [True, False, False, True, True, False], [True, True, False, True, True, False]
+    )
+    assert found["against dense"] == f"{difference:+.3f} +- {error:.3f}"
+    assert found["acc or perplexity"] == "0.500 +- 0.200"
+    assert found["standard protocol"] == "no"
+    assert row(made.tables[-1], "piqa", "one", "dense")["against dense"] is None
+    pruned["content_hash"] = "other questions"
+    (run / "evaluation.json").write_text(json.dumps({"records": [pruned, dense]}))
+    assert row(report.make([run]).tables[-1], "piqa", "one", "gprune")["against dense"] is None
+    assert "a note" in made.to_markdown()
+
+
+# --- tables
+
+
+def test_csv_and_markdown_say_the_same():
+    table = Table(
+        "t", "T", ["", "n", "x", "y"],
+        [["a, b", 3, Estimate(1 / 3, 0.25, 0.5), 0.125], ["c", None, None, Estimate(2.0)]], {"x": 3},
+    )  # fmt: skip
+    assert table.to_markdown().splitlines()[2:] == [
+        "| a, b | 3 | 0.333 [0.250, 0.500] | 0.12 |",
+        "| c    |   |                      | 2.00 |",
+    ]
+    header, first, second = csv.reader(io.StringIO(table.to_csv()))
+    assert header == ["row", "n", "x", "x_low", "x_high", "y", "y_low", "y_high"]
+    assert first == ["a, b", "3", str(1 / 3), "0.25", "0.5", "0.125", "", ""]
+    assert second == ["c", "", "", "", "", "2.0", "", ""]
+
+
+def test_interval_over_seeds_is_students():
+    values = [1.2, 1.5, 1.1, 1.3]
+    logs = np.log(values)
+    low, high = stats.t.interval(0.95, 3, loc=logs.mean(), scale=stats.sem(logs))
+    np.testing.assert_allclose(report.over_seeds(values), np.exp([logs.mean(), low, high]), rtol=1e-12)
+    assert report.over_seeds([2.0]) == Estimate(pytest.approx(2.0))
+
+
+def test_short_names_stay_apart():
+    names = ["m-gprune-wifv-0.5-48e06596", "m-gprune-obs-0.5-4988edf0"]
+    assert list(short_names(names).values()) == ["gprune-wifv-0.5", "gprune-obs-0.5"]
+    twice = ["m-gprune-wifv-0.5-48e06596", "m-gprune-wifv-0.5-00000000"]
+    assert short_names(twice) == {name: name for name in twice}
+    assert short_names(["one"]) == {"one": "one"}
+
+
+# --- figures and files
+
+
+def grey(colour: str) -> float:
+    """Relative luminance (Rec. 709) of an sRGB colour."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_nothing_is_told_by_colour_alone(run):
+    for stages in (COLOURS, HATCHES):
+        assert {"base", "base_averaged", "gprune"} <= stages.keys()
+    assert len(set(HATCHES.values())) == len(HATCHES)
+    assert len({marker for _, _, marker in LINES}) == len({str(dash) for _, dash, _ in LINES}) == len(LINES)
+    assert abs(grey(COLOURS["base"]) - grey(COLOURS["gprune"])) > 0.2
+    masks = {str(i): Masks([torch.tensor([True, False])], []) for i in range(3 * len(LINES))}
+    drawn = report.sparsity_lines(masks).axes[0].lines[: len(masks)]
+    assert len({(line.get_color(), line.get_marker()) for line in drawn}) == len(masks)  # also beyond the first seven
+    records = json.loads((run / "metrics.json").read_text())["records"]
+    bars = [c[0] for c in report.perplexity_figure(records).axes[0].containers]
+    looks = {(bar.get_hatch(), bar.get_alpha()) for bar in bars}
+    assert len(looks) == len(bars) == 6
+
+
+def test_an_estimate_just_outside_its_interval_is_drawn():
+    """One window per corpus has an interval without width, and rounding may put the value outside of it."""
+    low = np.nextafter(0.7, 1)
+    figure = report.curve_figure({("a", "gprune"): [(0.5, Estimate(0.7, low, low))]}, over="x")
+    assert figure.axes[0].containers[0].lines[0].get_ydata().tolist() == [0.7]
+
+
+def test_every_axis_is_labelled(run):
+    made = report.make([run, another(run, "two", seed=1), another(run, "three", setting=0.5)])
+    figures = made.figures()
+    assert set(figures) == {"means", "ratios", "sparsity", "stability"}
+    assert figures["means"].axes[0].get_xlabel().startswith("perplexity")
+    assert figures["ratios"].axes[0].get_xlabel() == "unseen perplexity / base, 95 % interval"
+    assert (figures["sparsity"].axes[0].get_xlabel(), figures["sparsity"].axes[0].get_ylabel()) == (
+        "block", "fraction of neurons removed",
+    )  # fmt: skip
+    assert len(figures["sparsity"].axes[0].lines) == 3
+    assert len(figures["stability"].axes[0].texts) == 3
+    labels = [text.get_text() for text in figures["ratios"].axes[0].get_yticklabels()]
+    assert len(labels) == len([cells for cells in made.tables[0].rows if cells[7] is not None])
+
+
+def written(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_what_the_command_writes(run, capsys, tmp_path):
+    assert main([str(run)]) == 0
+    out = capsys.readouterr().out
+    names = ("means", "ratios", "perplexity", "sparsity", "heterogeneity")
+    assert written(run / "report") == (
+        {"report.md"}
+        | {f"tables/{t}.csv" for t in ("summary", "perplexity", "records", "sparsity")}
+        | {f"figures/{n}.{kind}" for n in names for kind in ("png", "svg")}
+    )
+    summary = report.make([run]).tables[0]
+    assert summary.to_markdown() in out
+    assert summary.to_markdown() in (run / "report" / "report.md").read_text()
+    assert "windows of 32 tokens, stride 32, no BOS, float32, test text, scope ffn" in out
+    assert (run / "report" / "tables" / "summary.csv").read_text() == summary.to_csv()
+    for path in (run / "report" / "figures").iterdir():
+        if path.suffix == ".svg":
+            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+        else:
+            with Image.open(path) as image:
+                assert image.width > 400
+    before = {p: p.read_bytes() for p in (run / "report").rglob("*") if p.is_file()}
+    assert main([str(run)]) == 0
+    assert {p: p.read_bytes() for p in before} == before  # the same bytes, so that they can be kept in a repository
+
+
+def test_several_runs_are_reported_beside_them(run):
+    second = another(run, "two", seed=1)
+    assert main([str(run), str(second)]) == 0
+    found = written(run.parent / "report")
+    assert {
+        "figures/stability.svg",
+        "figures/sparsity.png",
+        "figures/one/perplexity.png",
+        "tables/stability.csv",
+    } <= found
+    assert {"figures/two/heterogeneity.svg"} <= found
+
+
+def test_output_and_base(run, tmp_path, capsys):
+    other = another(run, "other", setting=0.5)
+    assert main([str(other), "--base", str(run), "--output", str(tmp_path / "here")]) == 0
+    assert "the stage `base` of one" in capsys.readouterr().out
+    assert (tmp_path / "here" / "report.md").is_file()
+    assert not (other / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda r: edit(r / "metrics.json", lambda m: m.pop("summary")), "is not finished; run the same command again"),
+        (lambda r: (r / "metrics.json").unlink(), "is not finished"),
+        (lambda r: (r / "manifest.json").unlink(), "is no run of gprune's"),
+        (lambda r: (r / "manifest.json").write_text("[1, 2]"), "is no run of gprune's"),
+        (lambda r: (r / "manifest.json").write_text('{"settings": {"a": 1}}'), "is no run of gprune's"),
+        (lambda r: (r / "manifest.json").write_text("{half"), "is no run of gprune's"),
+        (lambda r: (r / "masks" / "gprune.safetensors").unlink(), "missing or not whole"),
+        (lambda r: (r / "modules.safetensors").write_bytes(b"x"), "missing or not whole"),
+        (shutil.rmtree, "there is no folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_reported_on_is_one_line(spoil, message, run, capsys):
+    good = Path(shutil.copytree(run, run.parent / "good"))
+    spoil(run)
+    before = written(run.parent)
+    for args in ([str(run)], [str(good), str(run)], [str(good), "--base", str(run)]):
+        assert main(args) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("gprune.report.report: ")
+        assert message in line
+    assert written(run.parent) == before
+
+
+def test_a_damaged_file_is_one_line_on_stderr_in_a_process_of_its_own(run, tmp_path):
+    (run / "modules.safetensors").write_bytes(b"x")
+    command = [sys.executable, "-m", "gprune.report.report", str(run)]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "missing or not whole" in line
+
+
+def test_arguments_that_cannot_be(capsys, run):
+    for args in ([], [str(run), "--colour", "red"]):
+        assert main(args) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "see --help" in line
+
+
+def test_an_output_that_cannot_be_written_is_one_line(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert main([str(run), "--output", str(tmp_path / "file")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Cannot write" in line
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_reading_needs_neither_the_model_nor_the_corpora(run, monkeypatch):
+    for name in (
+        "transformers.AutoModelForCausalLM.from_pretrained",
+        "gprune.corpora.load.load_corpus",
+        "gprune.parse.parse",
+    ):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("read more than the run's folder"))
+    (run / "config.yaml").unlink()
+    assert report.make([run]).runs[0].seed == 0
+
+
+def test_a_foreign_mask_is_an_error(run):
+    masks = read_tensors(run / "masks" / "gprune.safetensors")
+    other = another(run, "other", setting=0.5)
+    masks["ffn.0"] = masks["ffn.0"][:-1]
+    write_tensors(other / "masks" / "gprune.safetensors", masks)
+    with pytest.raises(UserError, match="different shapes"):
+        report.make([run, other])

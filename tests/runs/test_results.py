@@ -1,0 +1,55 @@
+"""Runs of earlier versions, brought back as what they were."""
+
+from __future__ import annotations
+
+import pytest
+
+import gprune
+from gprune.runs.folder import RunFolder
+from gprune.runs.results import with_defaults
+from gprune.storage.files import read_json, read_tensors, write_json, write_tensors
+from tests import tiny_run
+
+
+@pytest.fixture(scope="module")
+def recovered(tmp_path_factory):
+    """A run with recovery, of which the model and all rows are there."""
+    folder = tmp_path_factory.mktemp("results")
+    with tiny_run.isolated(folder / "cache"), pytest.MonkeyPatch.context() as patch:
+        tiny_run.reload_in_process(patch)
+        world = tiny_run.make_world(folder)
+        yield world.run(folder / "runs", "--sparsity.allocation=uniform", "--recovery=bias", "--export=none")
+
+
+def as_of_before(folder: RunFolder, controls: list[str]) -> None:
+    """Settings with these controls, and files without the marks of the run they would not fit any more."""
+    manifest, metrics = read_json(folder / "manifest.json"), read_json(folder / "metrics.json")
+    manifest["settings"]["evaluation"]["controls"] = controls
+    write_json(folder / "manifest.json", manifest)
+    write_json(folder / "metrics.json", metrics)
+    for path in folder.path.rglob("*.safetensors"):
+        write_tensors(path, read_tensors(path))
+    config = (folder / "config.yaml").read_text()
+    block = "  controls:\n" + "".join(f"  - {name}\n" for name in ("base", "base_averaged", "unrecovered"))
+    assert block in config
+    (folder / "config.yaml").write_text(config.replace(block, f"  controls: [{', '.join(controls)}]\n"))
+
+
+def test_a_run_of_before_unrecovered_had_a_name_asks_for_the_rows_it_holds(recovered):
+    assert gprune.load_run(recovered.path).config == recovered.config
+    as_of_before(RunFolder(recovered.path), ["base", "base_averaged"])
+    back = gprune.load_run(recovered.path)
+    held = list(dict.fromkeys((r["stage"], r["recovery"]) for r in back.records))
+    assert held == [("dense", "none"), *back.config.stages]
+    assert back.config == recovered.config
+    metrics = read_json(recovered.path / "metrics.json")
+    metrics["records"] = [r for r in metrics["records"] if r["stage"] == "dense" or r["recovery"] == "bias"]
+    write_json(recovered.path / "metrics.json", metrics)
+    assert gprune.load_run(recovered.path).config.evaluation.controls == ["base", "base_averaged"]  # never asked for
+
+
+def test_settings_that_did_not_exist_then_are_at_their_defaults():
+    default = {"a": 1, "group": {"b": 2, "c": [3]}, "new": {"d": 4}}
+    assert with_defaults({"a": 5, "group": {"c": [6]}}, default) == {
+        "a": 5, "group": {"b": 2, "c": [6]}, "new": {"d": 4},
+    }  # fmt: skip

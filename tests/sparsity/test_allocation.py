@@ -1,0 +1,326 @@
+"""Allocations against formulas in NumPy, the budget behind every one of them, and whole blocks by influence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import rankdata
+
+from gprune.calibration.collector import collect
+from gprune.errors import UserError
+from gprune.importance.scores import Scores, score_units
+from gprune.models.blocks import blocks_of
+from gprune.models.masks import Masks
+from gprune.models.surgery import count_parameters, prune, removed_parameters
+from gprune.sparsity.allocation import ALLOCATION, allocate, depth_masks
+from gprune.sparsity.budget import check_budget, unit_costs
+from gprune.sparsity.masks import keep_masks
+from tests import tiny_run
+from tests.calibration.test_collector import batches, recorded
+from tests.conftest import make_tiny_llama
+
+BUILT_IN = [name for name in ALLOCATION if ALLOCATION[name].__module__ == "gprune.sparsity.allocation"]
+
+
+def spiky_model(**overrides):
+    """Blocks that differ in outliers: block b has b large columns in its output projections."""
+    model = make_tiny_llama(**overrides)
+    for index, layer in enumerate(model.model.layers):
+        for linear in (layer.mlp.down_proj, layer.self_attn.o_proj):
+            linear.weight.data[:, : 2 * index] *= 12
+    return model
+
+
+@pytest.fixture(scope="module")
+def spiky():
+    """Model, tokens, statistics and wanda_sp scores."""
+    model = spiky_model()
+    tokens = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(1))
+    statistics = collect(model, batches(tokens, 6))
+    return model, tokens, statistics, score_units("wanda_sp", blocks_of(model), statistics)
+
+
+def margins_of(name: str, spiky, scores: Scores | None = None, **options):
+    model, _, statistics, own = spiky
+    return ALLOCATION[name](own if scores is None else scores, statistics, blocks_of(model), 0.5, **options)
+
+
+def equal_numbers(mine: list[torch.Tensor], theirs: list[np.ndarray], rtol: float = 1e-12) -> None:
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == torch.float64
+        np.testing.assert_allclose(a.numpy(), b, rtol=rtol, atol=1e-14)
+
+
+def ranks(s: torch.Tensor) -> np.ndarray:
+    return (rankdata(s.numpy()) - 0.5) / len(s)
+
+
+def test_every_built_in_allocation_is_tested_here():
+    assert set(BUILT_IN) == {"uniform", "global", "owl"}
+
+
+def test_uniform_is_the_rank_inside_the_block(spiky):
+    scores = spiky[3]
+    neurons, groups = margins_of("uniform", spiky)
+    equal_numbers(neurons, [ranks(s) for s in scores.ffn])
+    equal_numbers(groups, [ranks(s) for s in scores.attention])
+
+
+def test_global_is_the_z_score_inside_the_block_and_its_mean_over_a_groups_channels(spiky):
+    scores = spiky[3]
+    assert [len(c) for c in scores.channels] == [32] * 3
+    z = [(c.numpy() - c.numpy().mean()) / c.numpy().std() for c in [*scores.ffn, *scores.channels]]
+    neurons, groups = margins_of("global", spiky)
+    equal_numbers(neurons, z[:3])
+    equal_numbers(groups, [np.array([c[:16].mean(), c[16:].mean()]) for c in z[3:]])  # 2 heads of 8 channels each
+
+
+def test_global_standardises_the_groups_of_a_metric_that_scores_groups(spiky):
+    groups = [torch.tensor([3.0, 1.0]).double(), torch.tensor([0.0, 5.0]).double(), torch.tensor([2.0, 2.0]).double()]
+    _, found = margins_of("global", spiky, replace(spiky[3], attention=groups, channels=groups))
+    equal_numbers(found, [np.array([1.0, -1.0]), np.array([-1.0, 1.0]), np.zeros(2)])
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 1e-200, 1e200])
+def test_global_gives_constant_scores_no_margin(value, spiky):
+    ffn, channels = [*spiky[3].ffn], [*spiky[3].channels]
+    ffn[1] = torch.full_like(ffn[1], value)
+    channels[2] = torch.full_like(channels[2], value)
+    neurons, groups = margins_of("global", spiky, replace(spiky[3], ffn=ffn, channels=channels))
+    assert bool((neurons[1] == 0).all())
+    assert bool((groups[2] == 0).all())
+    assert bool((neurons[0] != 0).any())
+
+
+def test_a_global_allocation_does_not_care_for_the_scale_of_a_block(spiky):
+    model, _, _, scores = spiky
+    costs = unit_costs(blocks_of(model), scope="attention+ffn")
+    target = check_budget(costs, 0.5)
+    larger = Scores(*([1000 * s if b == 1 else s for b, s in enumerate(part)] for part in vars(scores).values()))
+    plain, scaled = (keep_masks(costs, *margins_of("global", spiky, s), target=target) for s in (scores, larger))
+    assert scaled == plain
+    raw = [keep_masks(costs, s.ffn, s.attention, target=target) for s in (scores, larger)]
+    assert raw[0] != raw[1]  # scores compared as they are do care
+
+
+def outlier_share(model, tokens, multiple: float) -> dict[str, np.ndarray]:
+    """D per block from raw activations: the share of |W_ij| rms_j above `multiple` times their mean."""
+    raw, found = recorded(model, tokens), {}
+    for kind, part in (("ffn", lambda x: x.mlp.down_proj), ("attention", lambda x: x.self_attn.o_proj)):
+        shares = []
+        for index, layer in enumerate(model.model.layers):
+            x = raw[kind][index].reshape(-1, raw[kind][index].shape[-1])
+            A = np.abs(part(layer).weight.double().numpy()) * np.sqrt((x**2).mean(0))
+            shares.append((multiple * A.mean() < A).mean())
+        found[kind] = np.array(shares)
+    return found
+
+
+@pytest.mark.parametrize(("multiple", "spread"), [(5.0, 0.08), (3.0, 0.2)])
+def test_owl_takes_less_from_blocks_with_more_outliers(multiple, spread, spiky):
+    model, tokens, _, scores = spiky
+    shares = outlier_share(model, tokens, multiple)
+    found = margins_of("owl", spiky, multiple=multiple, spread=spread)
+    for kind, margins in zip(("ffn", "attention"), found, strict=True):
+        D = shares[kind]
+        assert len(set(D)) == 3  # the model was made so
+        S = 0.5 - (2 * spread * (D - D.min()) / (D.max() - D.min()) - (2 * spread * (D - D.min()) / np.ptp(D)).mean())
+        equal_numbers(margins, [ranks(s) - x for s, x in zip(getattr(scores, kind), S, strict=True)])
+        # the same, as the rule is told: read off the margins
+        taken = np.array([(ranks(s) - m.numpy()).mean() for s, m in zip(getattr(scores, kind), margins, strict=True)])
+        assert taken.mean() == pytest.approx(0.5)
+        assert np.ptp(taken) == pytest.approx(2 * spread)
+        order = D.argsort()
+        assert all(taken[a] > taken[b] for a, b in pairwise(order))
+
+
+def test_owl_defaults_are_the_papers(spiky):
+    for mine, theirs in zip(margins_of("owl", spiky), margins_of("owl", spiky, multiple=5.0, spread=0.08), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"multiple": 1e9}, {"spread": 0.0}], ids=["no outlier at all", "no spread"])
+def test_owl_without_a_difference_is_uniform(options, spiky):
+    costs = unit_costs(blocks_of(spiky[0]), scope="attention+ffn")
+    owl, uniform = (
+        keep_masks(costs, *margins_of(name, spiky, **more), target=check_budget(costs, 0.4))
+        for name, more in (("owl", options), ("uniform", {}))
+    )
+    assert owl == uniform
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_dead_block_leaves_every_margin_finite(name, token_batch):
+    model = spiky_model()
+    model.model.layers[1].mlp.gate_proj.weight.data.zero_()
+    model.model.layers[1].self_attn.v_proj.weight.data.zero_()
+    statistics = collect(model, batches(token_batch, 6))
+    scores = score_units("wanda_sp", blocks_of(model), statistics)
+    assert bool((scores.ffn[1] == 0).all())
+    neurons, groups = ALLOCATION[name](scores, statistics, blocks_of(model), 0.5)
+    assert all(bool(torch.isfinite(m).all()) for m in [*neurons, *groups])
+    assert [len(m) for m in neurons] == [48] * 3
+    assert [len(m) for m in groups] == [2] * 3
+
+
+@pytest.mark.parametrize("protect", [[], [0, -1]], ids=["open", "protected"])
+@pytest.mark.parametrize("width_multiple", [1, 4])
+@pytest.mark.parametrize("scope", ["ffn", "attention+ffn"])
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_masks_of_every_allocation_meet_the_budget(name, scope, width_multiple, protect, spiky):
+    model = spiky[0]
+    costs = unit_costs(blocks_of(model), scope=scope, protect=protect)
+    target = check_budget(costs, 0.23, width_multiple=width_multiple)
+    masks = keep_masks(costs, *margins_of(name, spiky), target=target, width_multiple=width_multiple)
+    removed = count_parameters(model, "all") - count_parameters(prune(model, masks), "all")
+    assert removed == costs.removed(masks)
+    assert 0 <= removed - target < width_multiple * 3 * 32
+    for b in costs.protected:
+        assert bool(masks.ffn[b].all())
+        assert bool(masks.attention[b].all())
+    assert all(int(m.sum()) % width_multiple == 0 for m in masks.ffn)
+
+
+# --- a user's own -----------------------------------------------------------------------------------------------
+
+
+def test_a_users_own_allocation_works_through_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ALLOCATION, "_entries", dict(ALLOCATION._entries))
+    tiny_run.reload_in_process(monkeypatch)
+    world, seen = tiny_run.make_world(tmp_path), []
+    with tiny_run.isolated(tmp_path / "cache"):
+        args = world.args(tmp_path / "runs", "--gprune=false", "--sparsity.allocation=mine")
+        assert tiny_run.main(args) == 2
+        assert "got 'mine'" in capsys.readouterr().err
+
+        @ALLOCATION.register("mine")
+        def mine(scores, statistics, blocks, sparsity):
+            seen.append(sparsity)
+            return [torch.full_like(s, float(b)) for b, s in enumerate(scores.ffn)], scores.attention
+
+        result = world.run(tmp_path / "runs", "--gprune=false", "--sparsity.allocation=mine")
+        # from the first block on, as its margins say: all but one neuron there, the rest from the second
+        assert [int(m.sum()) for m in result.masks.ffn] == [1, 79, 160]
+        assert {r["allocation"] for r in result.records if r["stage"] == "base"} == {"mine"}
+        learned = world.run(tmp_path / "runs", "--sparsity.start=mine", name="learned")
+        assert {r["allocation"] for r in learned.records if r["stage"] == "base"} == {"mine"}
+    assert seen == [0.5] * 3  # base; base and base_averaged
+
+
+# --- whole blocks -----------------------------------------------------------------------------------------------
+
+
+def with_influence(statistics, influence: list[float]):
+    """The statistics as if the blocks turned the hidden state this much."""
+    tokens = float(statistics.ffn[0].total.count)
+    return replace(statistics, turned=torch.tensor(influence, dtype=torch.float64) * tokens)
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    """A model of four blocks of different cost, statistics and scores; the order by influence is 2, 0, 3, 1."""
+    model = make_tiny_llama(num_hidden_layers=4, attention_bias=True, mlp_bias=True)
+    keep = [torch.arange(48) < n for n in (48, 20, 48, 7)]
+    model = prune(model, Masks(keep, [torch.arange(2) < n for n in (2, 2, 1, 2)]))
+    tokens = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
+    statistics = with_influence(collect(model, batches(tokens, 4)), [0.2, 0.9, 0.1, 0.5])
+    return model, statistics, score_units("wanda_sp", blocks_of(model), statistics, attention=False)
+
+
+def removed_by(model, masks: Masks) -> int:
+    return count_parameters(model, "all") - count_parameters(prune(model, masks), "all")
+
+
+@pytest.mark.parametrize("protected", [frozenset(), frozenset({0}), frozenset({2, 1})])
+def test_depth_removes_blocks_by_influence_and_meets_the_budget(protected, uneven):
+    model, statistics, scores = uneven
+    blocks = blocks_of(model)
+    order = [b for b in (2, 0, 3, 1) if b not in protected]
+    most = sum(blocks[b].cost for b in order) - (0 if protected else blocks[1].cost)
+    kinds = set()
+    for target in range(1, most + 1, 97):
+        masks = depth_masks(scores, statistics, blocks, target=target, protected=protected)
+        gone = [b for b, stays in enumerate(masks.blocks) if not stays]
+        assert gone == sorted(order[: len(gone)])
+        narrowed = [b for b in range(4) if masks.blocks[b] and not (masks.ffn[b].all() and masks.attention[b].all())]
+        over = removed_by(model, masks) - target
+        assert over >= 0
+        if narrowed:
+            (b,) = narrowed
+            assert b == order[len(gone)]
+            assert over < blocks[b].neuron_cost
+            assert bool(masks.attention[b].all())
+            dropped, kept = scores.ffn[b][~masks.ffn[b]], scores.ffn[b][masks.ffn[b]]
+            assert dropped.max() <= kept.min()
+        else:  # short of the last block by more than its FFN has to give while one neuron stays
+            last = blocks[order[len(gone) - 1]]
+            assert over < last.cost - last.neuron_cost * (last.neurons - 1)
+        for b in protected:
+            assert bool(masks.ffn[b].all())
+            assert bool(masks.attention[b].all())
+        kinds.add((len(gone), bool(narrowed)))
+    assert {len(order) - (not protected)} <= {count for count, _ in kinds}
+    assert {True, False} <= {narrow for _, narrow in kinds}
+
+
+def test_depth_removes_exactly_whole_blocks_where_they_are_the_target(uneven):
+    model, statistics, scores = uneven
+    blocks = blocks_of(model)
+    masks = depth_masks(scores, statistics, blocks, target=blocks[2].cost + blocks[0].cost)
+    assert masks.blocks == [False, True, False, True]
+    assert all(bool(masks.ffn[b].all()) for b in (1, 3))
+
+
+def test_depth_breaks_ties_of_influence_by_position(uneven):
+    model, statistics, scores = uneven
+    even = with_influence(statistics, [0.5] * 4)
+    masks = depth_masks(scores, even, blocks_of(model), target=blocks_of(model)[0].cost)
+    assert masks.blocks == [False, True, True, True]
+
+
+def test_depth_of_nothing_keeps_everything(uneven):
+    model, statistics, scores = uneven
+    masks = depth_masks(scores, statistics, blocks_of(model), target=0)
+    assert removed_by(model, masks) == 0
+
+
+@pytest.mark.parametrize("protected", [frozenset(), frozenset({1}), frozenset(range(4))])
+def test_depth_refuses_to_leave_no_block(protected, uneven):
+    model, statistics, scores = uneven
+    blocks = blocks_of(model)
+    most = sum(b.cost for b in blocks if b.index not in protected)
+    with pytest.raises(ValueError, match="would leave no block"):
+        depth_masks(scores, statistics, blocks, target=most + bool(protected), protected=protected)
+
+
+@pytest.mark.parametrize(
+    ("broken", "got"),
+    [
+        (lambda s: (s.ffn[:-1], s.attention), r"got \(2,\)"),
+        (lambda s: ([m[:-1] for m in s.ffn], s.attention), r"got \(47,\)"),
+        (lambda s: (s.ffn, [1.0] * 3), "got float"),
+        (lambda s: ([m * float("nan") for m in s.ffn], s.attention), "got NaN"),
+    ],
+)
+def test_margins_of_a_users_own_rule_are_checked(broken, got, monkeypatch):
+    monkeypatch.setattr(ALLOCATION, "_entries", dict(ALLOCATION._entries))
+    ALLOCATION.register("broken")(lambda scores, *_: broken(scores))
+    scores = Scores([torch.rand(48)] * 3, [torch.rand(2)] * 3, [torch.rand(2)] * 3)
+    with pytest.raises(UserError, match=rf"^Allocation 'broken': expected .*{got}\.$"):
+        allocate("broken", scores, None, [], 0.5)
+
+
+def test_depth_narrows_its_last_block_to_a_multiple(tiny_model, token_batch):
+    blocks = blocks_of(tiny_model)
+    statistics = collect(tiny_model, batches(token_batch, 6))
+    scores = score_units("wanda_sp", blocks, statistics)
+    cost, neuron = blocks[0].cost, blocks[0].neuron_cost
+    masks = depth_masks(scores, statistics, blocks, target=cost + 5 * neuron, width_multiple=16)
+    assert sorted(int(m.sum()) for m in masks.ffn) == [0, 32, 48]
+    assert removed_parameters(tiny_model, masks) == cost + 16 * neuron
+    small = prune(tiny_model, masks)
+    assert count_parameters(tiny_model, "all") - count_parameters(small, "all") == cost + 16 * neuron

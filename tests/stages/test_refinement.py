@@ -1,0 +1,146 @@
+"""Assignment refinement on planted modules: found from a poor start, the same bits for the same seed."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import lightning as L
+import pytest
+import torch
+from sklearn.metrics import adjusted_rand_score
+
+from gprune.partition.initial import minimum_size
+from gprune.partition.objective import ObjectiveWeights, refinement_inputs
+from gprune.stages.refinement import AssignmentRefinement
+
+WEIGHTINGS = {
+    "default": ObjectiveWeights(),
+    "more_consistency": ObjectiveWeights(similarity=1.0, drift=1.0, consistency=2.0, balance=0.1, entropy=0.1),
+}
+
+
+def planted_block(N: int, K: int, generator: torch.Generator, noise: float = 0.5):
+    """Neurons around K centres of embedding, drift and rank shift, in random order: what the stage is given."""
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    truth = (torch.arange(N) % K)[torch.randperm(N, generator=generator)]
+    embedding = normal(K, 8)[truth] + noise * normal(N, 8)
+    drift = torch.linspace(0.05, 0.25, K)[truth] + noise * 0.05 * normal(N)
+    # Shifts of three corpora that sum to 0 lie in a plane: the centres stand on a circle in it.
+    angle = 2 * torch.pi * (torch.arange(K) + torch.rand(1, generator=generator)) / K
+    plane = torch.tensor([[1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]) / torch.tensor([[2.0], [6.0]]).sqrt()
+    centres = 0.15 * torch.stack([angle.cos(), angle.sin()], 1) @ plane
+    shifts = centres[truth].T + noise * 0.1 * normal(3, N)
+    ranks = torch.rand(N, generator=generator) + shifts - shifts.mean(0)  # the mean rank says nothing about modules
+    return truth, embedding, drift.abs(), ranks
+
+
+def planted(sizes: list[int], modules: list[int], seed: int, wrong: float = 0.3):
+    """Inputs, true labels and a start in which a fraction `wrong` of labels is drawn among the other modules."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = [planted_block(N, K, generator) for N, K in zip(sizes, modules, strict=True)]
+    start = []
+    for (truth, *_), K in zip(blocks, modules, strict=True):
+        bad = torch.randperm(len(truth), generator=generator)[: round(wrong * len(truth))]
+        y = truth.clone()
+        y[bad] = (y[bad] + torch.randint(1, K, (len(bad),), generator=generator)) % K
+        start.append(y)
+    return refinement_inputs(*map(list, list(zip(*blocks, strict=True))[1:])), [b[0] for b in blocks], start
+
+
+def refine(inputs, start, **options) -> AssignmentRefinement:
+    stage = AssignmentRefinement(inputs, start, **options)
+    L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(stage)  # fmt: skip
+    return stage
+
+
+@pytest.mark.parametrize("weights", WEIGHTINGS.values(), ids=WEIGHTINGS)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_planted_modules_are_recovered(seed, weights, record_property):
+    inputs, truth, start = planted([240, 200], [4, 4], seed)
+    at_start = [adjusted_rand_score(t, y) for t, y in zip(truth, start, strict=True)]
+    assert max(at_start) < 0.6
+    stage = refine(inputs, start, weights=weights)
+    found = [adjusted_rand_score(t, y) for t, y in zip(truth, stage.labels(), strict=True)]
+    record_property("ari", found)
+    assert min(found) >= 0.9, found
+    wrong = sum(int((t != y).sum()) for t, y in zip(truth, start, strict=True))
+    assert abs(stage.moved() - wrong) <= 0.1 * wrong  # the wrong ones moved, the others stayed
+
+
+def test_the_consistency_term_alone_finds_modules_that_move_together():
+    inputs, truth, start = planted([240], [4], seed=3)
+    stage = refine(inputs, start, weights=ObjectiveWeights(similarity=0.0, drift=0.0, consistency=1.0))
+    assert adjusted_rand_score(truth[0], stage.labels()[0]) >= 0.9
+
+
+def test_same_inputs_same_bits():
+    inputs, _, start = planted([120, 90], [3, 2], seed=0)
+    torch.manual_seed(1)
+    first = refine(inputs, start, steps=30)
+    torch.manual_seed(2)
+    second = refine(inputs, start, steps=30)
+    assert torch.equal(first.logits, second.logits)
+    assert first.history == second.history
+    assert all(torch.equal(a, b) for a, b in zip(first.labels(), second.labels(), strict=True))
+
+
+def test_the_objective_falls_and_every_step_is_recorded():
+    inputs, _, start = planted([240, 200], [4, 4], seed=1)
+    stage = refine(inputs, start, steps=80)
+    assert len(stage.history) == 80
+    assert stage.history[-1]["total"] < stage.history[0]["total"] - 0.1
+    # and at a fixed temperature, step by step but for Adam's jitter
+    fixed = refine(inputs, start, steps=80, final_tau=1.0)
+    totals = [h["total"] for h in fixed.history]
+    assert all(b < a + 1e-3 for a, b in pairwise(totals))
+    assert totals[-1] < totals[0] - 0.1
+
+
+def test_temperature_falls_from_one_to_its_end():
+    seen = []
+
+    class Watched(AssignmentRefinement):
+        def training_step(self, batch, batch_idx):
+            seen.append(self.tau)
+            return super().training_step(batch, batch_idx)
+
+    inputs, _, start = planted([100], [2], seed=0)
+    L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(Watched(inputs, start, steps=11, final_tau=0.1))  # fmt: skip
+    assert seen[0] == 1.0
+    assert seen[-1] == pytest.approx(0.1)
+    assert seen[5] == pytest.approx(0.1**0.5)  # geometrically
+
+
+def test_a_block_with_fewer_modules_opens_no_new_ones():
+    inputs, _, start = planted([240, 150], [5, 2], seed=0)
+    stage = refine(inputs, start)
+    assert int(stage.labels()[1].max()) <= 1
+    assert int(stage.logits[1, :150].argmax(-1).max()) <= 1
+    assert len(stage.labels()[1]) == 150
+
+
+def test_small_modules_are_merged_as_in_the_start():
+    inputs, _, start = planted([160], [4], seed=0)
+    start[0][:] = 0
+    start[0][:3] = 1  # a module of three neurons
+    (labels,) = refine(inputs, start, steps=2).labels()
+    sizes = torch.bincount(labels)
+    assert int(sizes.min()) >= min(minimum_size(160, 2), 160)
+
+
+def test_the_start_is_left_alone_and_only_logits_are_learned():
+    inputs, _, start = planted([120], [3], seed=0)
+    before, drift = start[0].clone(), inputs.drift.clone()
+    stage = refine(inputs, start, steps=5)
+    assert torch.equal(start[0], before)
+    assert torch.equal(inputs.drift, drift)
+    assert list(stage.state_dict()) == ["logits"]

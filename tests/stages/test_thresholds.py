@@ -1,0 +1,561 @@
+"""Threshold learning: its start, its invariances, its gradient, and what a fit leaves behind."""
+
+from __future__ import annotations
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from gprune.corpora.loaders import CorpusDataModule
+from gprune.corpora.windows import Windows
+from gprune.errors import UserError
+from gprune.models.blocks import blocks_of
+from gprune.models.losses import next_token_loss
+from gprune.models.masks import Masks
+from gprune.partition.drift import fractional_ranks
+from gprune.partition.reliability import module_means, within_module_ranks
+from gprune.sparsity.budget import UnitCosts, check_budget, unit_costs
+from gprune.sparsity.gates import gated, masked, soft_gate
+from gprune.sparsity.masks import keep_masks
+from gprune.sparsity.thresholds import ModuleRanks, masks_from_thresholds, start_thresholds
+from gprune.stages.callbacks import ApplyMasks
+from gprune.stages.thresholds import ThresholdLearning
+from tests.conftest import make_tiny_llama
+
+K = 4
+
+
+def generator_of(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_problem(neurons: list[int], groups: list[int], seed: int, ties: bool = False):
+    """Scores, labels with all K modules present, and the ranks when no module is switched."""
+    generator = generator_of(seed)
+    scores = [torch.rand(n, generator=generator, dtype=torch.float64) for n in neurons]
+    if ties:
+        scores = [(s * 5).round() for s in scores]
+    group_scores = [torch.rand(n, generator=generator, dtype=torch.float64) for n in groups]
+    labels = [(torch.arange(n) % K)[torch.randperm(n, generator=generator)] for n in neurons]
+    keep_own = torch.zeros(K, dtype=torch.bool)
+    ranks = ModuleRanks(
+        ffn=[within_module_ranks(s, torch.zeros_like(s), y, keep_own) for s, y in zip(scores, labels, strict=True)],
+        labels=labels,
+        attention=[fractional_ranks(s) for s in group_scores],
+    )
+    return scores, group_scores, ranks
+
+
+def base_masks(costs: UnitCosts, scores, group_scores, target: int, width_multiple: int = 1) -> Masks:
+    return keep_masks(
+        costs, [fractional_ranks(s) for s in scores], [fractional_ranks(s) for s in group_scores],
+        target=target, width_multiple=width_multiple,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.333, 0.5, 0.9])
+@pytest.mark.parametrize(("attention", "width_multiple"), [(False, 1), (True, 1), (False, 4), (True, 8)])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_start_is_the_base_mask_unit_for_unit(seed, attention, width_multiple, sparsity):
+    neurons, groups = [50, 64, 33], [4, 2, 3]
+    scores, group_scores, ranks = random_problem(neurons, groups, seed, ties=seed % 2 == 1)
+    costs = UnitCosts(neuron=[7] * 3, group=[90] * 3, neurons=neurons, groups=groups, attention=attention)
+    possible = sum(7 * (n - width_multiple) for n in neurons) / costs.total
+    target = check_budget(costs, min(sparsity, round(possible - 0.01, 3)), width_multiple=width_multiple)
+    base = base_masks(costs, scores, group_scores, target, width_multiple)
+    start = start_thresholds(base, ranks)
+    again = masks_from_thresholds(ranks, start, costs, target=target, width_multiple=width_multiple)
+    assert again == base
+    assert costs.removed(base) >= target
+    # in float32 too, which is what the stage learns in
+    low = tuple([t.float() for t in kind] for kind in start)
+    assert masks_from_thresholds(ranks, low, costs, target=target, width_multiple=width_multiple) == base
+
+
+def test_start_thresholds_of_modules_kept_or_removed_entirely():
+    labels = torch.arange(40) % 4
+    _, _, ranks = random_problem([40], [2], seed=0)
+    ranks = ModuleRanks(ranks.ffn, [labels], ranks.attention)
+    keep = torch.ones(40, dtype=torch.bool)
+    keep[labels == 1] = False  # all ten
+    members = (labels == 2).nonzero()[:, 0]
+    keep[members[:3]] = False
+    (ffn,), (attention,) = start_thresholds(Masks([keep], [torch.tensor([True, False])]), ranks)
+    fractions = np.array([0.25 / 10, 9.75 / 10, 3 / 10, 0.25 / 10])
+    np.testing.assert_allclose(ffn.numpy(), np.log(fractions / (1 - fractions)), rtol=1e-12)
+    assert float(attention) == 0  # one of two
+    assert bool(torch.isfinite(ffn).all())
+
+
+def test_a_start_with_whole_modules_gone_is_reproduced():
+    # Scores that follow the module: the base mask removes modules 0 and 1 and keeps 3 whole.
+    neurons = [40, 40]
+    scores = [torch.arange(40.0).double(), torch.arange(40.0).double()]
+    labels = [torch.arange(40) // 10] * 2
+    own = torch.zeros(4, dtype=torch.bool)
+    ranks = ModuleRanks(
+        [within_module_ranks(s, s, y, own) for s, y in zip(scores, labels, strict=True)], labels,
+        [torch.tensor([0.5], dtype=torch.float64)] * 2,
+    )  # fmt: skip
+    costs = UnitCosts([3, 3], [1, 1], neurons, [1, 1], attention=False)
+    for sparsity in (0.5, 0.6, 0.95):
+        target = check_budget(costs, sparsity)
+        base = base_masks(costs, scores, [torch.ones(1)] * 2, target)
+        assert masks_from_thresholds(ranks, start_thresholds(base, ranks), costs, target=target) == base
+
+
+@pytest.mark.parametrize("shift", [-3.0, 0.25, 8.0])
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_common_shift_of_all_thresholds_changes_no_mask(seed, attention, shift):
+    neurons, groups = [50, 64, 33], [4, 2, 3]
+    _, _, ranks = random_problem(neurons, groups, seed)
+    costs = UnitCosts([7] * 3, [90] * 3, neurons, groups, attention)
+    generator = generator_of(seed + 10)
+    ffn = [torch.randn(K, generator=generator, dtype=torch.float64) for _ in neurons]
+    heads = [torch.randn(1, generator=generator, dtype=torch.float64) for _ in neurons]
+    target = check_budget(costs, 0.4)
+    masks = masks_from_thresholds(ranks, (ffn, heads), costs, target=target)
+    moved = ([t + shift for t in ffn], [t + shift for t in heads])
+    assert masks_from_thresholds(ranks, moved, costs, target=target) == masks
+    ffn[0][0] += 2.0  # a single threshold does change them: that module loses more
+    other = masks_from_thresholds(ranks, (ffn, heads), costs, target=target)
+    inside = ranks.labels[0] == 0
+    assert int(other.ffn[0][inside].sum()) < int(masks.ffn[0][inside].sum())
+
+
+# --- a fit on the tiny model ------------------------------------------------------------------------------------
+
+
+def make_stage(
+    model, *, sparsity: float = 0.5, scope: str = "ffn", seed: int = 0, width_multiple: int = 1, lr: float = 0.1,
+    uniform: bool = False, **options,
+) -> ThresholdLearning:  # fmt: skip
+    costs = unit_costs(blocks_of(model), scope=scope, uniform=uniform)
+    scores, group_scores, ranks = random_problem([48] * 3, [2] * 3, seed)
+    target = check_budget(costs, sparsity, width_multiple=width_multiple)
+    base = base_masks(costs, scores, group_scores, target, width_multiple)
+    return ThresholdLearning(
+        model, ranks, start_thresholds(base, ranks), costs,
+        target=target, width_multiple=width_multiple, learning_rate=lr, **options,
+    )  # fmt: skip
+
+
+def sampled_tokens(model, windows: int = 8, length: int = 24, seed: int = 0) -> torch.Tensor:
+    """Text in the dense model's own words, so that there is something to keep."""
+    generator = generator_of(seed)
+    tokens = torch.randint(3, 128, (windows, 1), generator=generator)
+    with torch.no_grad():
+        while tokens.shape[1] < length:
+            p = (2 * model(tokens).logits[:, -1]).softmax(-1)
+            tokens = torch.cat([tokens, torch.multinomial(p, 1, generator=generator)], 1)
+    return tokens
+
+
+def data_of(tokens: torch.Tensor, batch_size: int = 4) -> CorpusDataModule:
+    return CorpusDataModule(train=[Windows("demo", "train", tokens)], batch_size=batch_size, seed=0)
+
+
+def trainer_of(*callbacks: L.Callback, epochs: int = 1) -> L.Trainer:
+    return L.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def hooks_of(model) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+@torch.no_grad()
+def pruned_loss(model, masks: Masks, tokens: torch.Tensor) -> float:
+    with masked(model, masks):
+        return float(model(tokens, labels=tokens).loss)
+
+
+@pytest.mark.parametrize("scope", ["ffn", "attention+ffn"])
+@pytest.mark.parametrize("width_multiple", [1, 8])
+def test_a_fit(scope, width_multiple, tiny_model):
+    tokens = sampled_tokens(tiny_model)
+    stage = make_stage(tiny_model, scope=scope, width_multiple=width_multiple)
+    before = {name: t.clone() for name, t in tiny_model.state_dict().items()}
+    start = [t.detach().clone() for t in stage.ffn_thresholds]
+    first, dense = stage.masks(), tiny_model(tokens).logits
+    trainer_of(ApplyMasks(), epochs=6).fit(stage, data_of(tokens))
+    # the model is what it was, bit for bit
+    assert all(torch.equal(before[name], t) for name, t in tiny_model.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in tiny_model.parameters())
+    assert hooks_of(tiny_model) == 0
+    assert torch.equal(tiny_model(tokens).logits, dense)
+    # thresholds moved, and not all alike
+    moved = torch.cat([a.detach() - b for a, b in zip(stage.ffn_thresholds, start, strict=True)])
+    assert moved.std() > 0.05
+    # the budget is met exactly
+    masks = stage.masks()
+    assert masks != first
+    excess = stage.costs.removed(masks) - stage.target
+    assert 0 <= excess < width_multiple * stage.costs.neuron[0]
+    assert all(int(m.sum()) % width_multiple == 0 and bool(m.any()) for m in masks.ffn)
+    if scope == "ffn":
+        assert all(bool(m.all()) for m in masks.attention)
+        assert all(not t.requires_grad for t in stage.attention_thresholds)
+    # learning is good for something on the text it learned from
+    assert pruned_loss(tiny_model, masks, tokens) < pruned_loss(tiny_model, first, tokens)
+    # a checkpoint holds thresholds and nothing else
+    names = set(stage.state_dict())
+    assert names == {f"{kind}_thresholds.{b}" for kind in ("ffn", "attention") for b in range(3)}
+    assert sum(t.numel() for t in stage.state_dict().values()) == 3 * (K + 1)
+
+
+@pytest.mark.parametrize("learn", ["offsets", "both"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+def test_a_fit_of_every_neurons_own_gate(loss, learn, tiny_model):
+    tokens = sampled_tokens(tiny_model)
+    stage, plain = make_stage(tiny_model, learn=learn, loss=loss), make_stage(tiny_model)
+    first = stage.masks()
+    assert first == plain.masks()  # offsets start at nothing
+    before = [t.detach().clone() for t in stage.ffn_thresholds]
+    trainer_of(ApplyMasks(), epochs=6).fit(stage, data_of(tokens))
+    assert torch.cat(stage.offsets).std() > 0.05
+    shifts = torch.cat([a.detach() - b for a, b in zip(stage.ffn_thresholds, before, strict=True)])
+    if learn == "offsets":  # thresholds follow the cut, all alike, and learn nothing
+        torch.testing.assert_close(shifts, shifts[:1].expand_as(shifts), atol=1e-5, rtol=0)
+    else:
+        assert shifts.std() > 0.05
+    masks = stage.masks()
+    assert 0 <= stage.costs.removed(masks) - stage.target < stage.costs.neuron[0]
+    assert pruned_loss(tiny_model, masks, tokens) < pruned_loss(tiny_model, first, tokens)
+    # neurons change places inside their modules, which thresholds alone cannot do
+    crossed = [
+        bool(p[~m & (y == k)].max() > p[m & (y == k)].min())
+        for p, m, y in zip(stage.ranks.ffn, masks.ffn, stage.ranks.labels, strict=True)
+        for k in range(K)
+        if (m & (y == k)).any() and (~m & (y == k)).any()
+    ]
+    assert any(crossed)
+    # what is kept for resuming gives the masks again
+    again = masks_from_thresholds(
+        stage.ranks.moved([o.detach() for o in stage.offsets]), stage.thresholds, stage.costs, target=stage.target
+    )
+    assert again == masks
+
+
+def test_the_divergence_from_the_dense_model_is_what_is_learned_from(tiny_model):
+    """The logged loss of the first step is KL(dense || pruned), from logits of stock transformers in float64."""
+    tokens = sampled_tokens(tiny_model, windows=4)
+    stage = make_stage(tiny_model, loss="kl", lr=1e-9)
+    trainer = trainer_of(ApplyMasks())
+    trainer.fit(stage, data_of(tokens))
+    with torch.no_grad():
+        dense = tiny_model(tokens).logits[:, :-1].double().log_softmax(-1)
+        with masked(tiny_model, stage.masks()):
+            pruned = tiny_model(tokens).logits[:, :-1].double().log_softmax(-1)
+    expected = (dense.exp() * (dense - pruned)).sum(-1).mean()
+    assert float(expected) > 1e-3
+    assert float(trainer.callback_metrics["learn/loss"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+# --- the worst corpus -------------------------------------------------------------------------------------------
+
+
+def corpora_of(model, sizes: dict[str, int], batch_size: int) -> CorpusDataModule:
+    """Text of the model's own, so many windows of each corpus, each from another seed."""
+    train = [
+        Windows(name, "train", sampled_tokens(model, windows=n, seed=i)) for i, (name, n) in enumerate(sizes.items())
+    ]
+    return CorpusDataModule(train=train, batch_size=batch_size, seed=0)
+
+
+class ByHand(L.Callback):
+    """Calls a function with the stage when a fit begins, and keeps what it gives; shares are then as they were."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def on_train_start(self, trainer, pl_module):
+        self.found = self.call(pl_module)
+        pl_module.corpus_logits.zero_()
+
+
+def test_shares_grow_with_the_exponential_of_excess_losses(tiny_model):
+    """By hand: three corpora, two batches, the second without the third corpus; a window of weight 0 does not count."""
+    excess = [torch.tensor([1.0, 3.0, 0.5, 9.0]), torch.tensor([4.0, -2.0])]
+    corpus, weight = [torch.tensor([0, 0, 2, 1]), torch.tensor([1, 0])], [torch.tensor([1.0, 1, 1, 0]), torch.ones(2)]
+    means = np.array([[2.0, 0.0, 0.5], [-2.0, 4.0, 0.0]])
+
+    def steps(stage):
+        return [stage._move_to_the_worst(*batch) for batch in zip(excess, corpus, weight, strict=True)]
+
+    stage = make_stage(tiny_model, objective="worst", worst_step=0.3, corpora=("a", "b", "c"))
+    callback = ByHand(steps)
+    trainer_of(ApplyMasks(), callback).fit(stage, corpora_of(tiny_model, {"a": 2, "b": 2, "c": 2}, 6))
+    for shares, total in zip(callback.found, means.cumsum(0), strict=True):
+        expected = np.exp(0.3 * total) / np.exp(0.3 * total).sum()
+        np.testing.assert_allclose(shares.numpy(), expected, rtol=1e-6)
+        assert float(shares.sum()) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+def test_the_worst_corpus_is_what_is_learned_from(loss, tiny_model):
+    """The loss is sum_c q_c L_c, q after the step, with L and the dense model's from stock transformers."""
+    data = corpora_of(tiny_model, {"a": 4, "b": 4}, 8)
+    options = {"objective": "worst", "worst_step": 0.5, "corpora": ("a", "b"), "loss": loss}
+    stage = make_stage(tiny_model, **options)
+    texts = [w.tokens for w in data.train]
+    batch = {"input_ids": torch.cat(texts), "weight": torch.ones(8), "corpus": torch.tensor([0] * 4 + [1] * 4)}
+    if loss == "kl":
+        with torch.no_grad():
+            dense = [tiny_model(t).logits[:, :-1].double().log_softmax(-1) for t in texts]
+            with masked(tiny_model, stage.masks()):
+                ours = [tiny_model(t).logits[:, :-1].double().log_softmax(-1) for t in texts]
+        losses = np.array([float((q.exp() * (q - p)).sum(-1).mean()) for q, p in zip(dense, ours, strict=True)])
+        excess = losses
+    else:
+        losses = np.array([pruned_loss(tiny_model, stage.masks(), t) for t in texts])
+        with torch.no_grad():
+            excess = losses - [float(tiny_model(t, labels=t).loss) for t in texts]
+    assert abs(excess[0] - excess[1]) > 0.01
+    callback = ByHand(lambda pl_module: [pl_module.training_step(batch, i).item() for i in range(2)])
+    trainer_of(ApplyMasks(), callback).fit(stage, data)
+    for step, value in enumerate(callback.found, 1):
+        shares = np.exp(0.5 * step * excess) / np.exp(0.5 * step * excess).sum()
+        assert value == pytest.approx(float(shares @ losses), rel=1e-4)
+    # what is logged at an only step: shares, and the plain mean as under other objectives
+    trainer = trainer_of(ApplyMasks())
+    trainer.fit(make_stage(tiny_model, **options), data)
+    shares = np.exp(0.5 * excess) / np.exp(0.5 * excess).sum()
+    assert [float(trainer.callback_metrics[f"learn/share/{c}"]) for c in "ab"] == pytest.approx(list(shares), rel=1e-4)
+    assert float(trainer.callback_metrics["learn/loss"]) == pytest.approx(losses.mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_size"),
+    [({"a": 8}, 4), ({"a": 4, "b": 4}, 3), ({"a": 3, "b": 3, "c": 3}, 4), ({"a": 3, "b": 3, "c": 3}, 7)],
+)
+def test_weights_that_do_not_move_are_the_mean_bit_for_bit(sizes, batch_size, tiny_model):
+    fitted = {}
+    for objective, step in (("mean", 0.1), ("worst", 0.0), ("worst", 3.0)):
+        stage = make_stage(tiny_model, objective=objective, worst_step=step, corpora=tuple(sizes))
+        trainer_of(ApplyMasks(), epochs=2).fit(stage, corpora_of(tiny_model, sizes, batch_size))
+        fitted[step] = torch.cat([t.detach() for t in stage.ffn_thresholds])
+    assert torch.equal(fitted[0.1], fitted[0.0])
+    assert torch.equal(fitted[0.1], fitted[3.0]) == (len(sizes) == 1)  # where there is a worst one, it matters
+
+
+def test_equal_widths_stay_equal_while_learning(tiny_model):
+    tokens = sampled_tokens(tiny_model)
+    stage = make_stage(tiny_model, uniform=True)
+    first = stage.masks()
+    trainer_of(ApplyMasks(), epochs=4).fit(stage, data_of(tokens))
+    masks = stage.masks()
+    assert masks != first
+    assert {int(m.sum()) for m in masks.ffn} == {int(first.ffn[0].sum())}
+    for t, p, y, m in zip(stage.ffn_thresholds, stage.ranks.ffn, stage.ranks.labels, masks.ffn, strict=True):
+        # every block is cut at margin 0, where its soft gates are steepest
+        removed = (torch.logit(p) - t.detach()[y].double())[~m].max()
+        assert abs(float(removed)) < 1e-5
+
+
+def test_same_seed_same_bits(tiny_model):
+    tokens = sampled_tokens(tiny_model)
+    fitted = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        stage = make_stage(tiny_model)
+        trainer_of(ApplyMasks(), epochs=2).fit(stage, data_of(tokens))
+        fitted.append(stage.state_dict())
+    assert all(torch.equal(fitted[0][name], fitted[1][name]) for name in fitted[0])
+
+
+def test_the_logged_loss_is_that_of_the_hard_masks(tiny_model):
+    tokens = sampled_tokens(tiny_model, windows=4)
+    stage = make_stage(tiny_model)
+    expected = pruned_loss(tiny_model, stage.masks(), tokens)
+    trainer = trainer_of(ApplyMasks())
+    trainer.fit(stage, data_of(tokens, batch_size=4))
+    assert float(trainer.callback_metrics["learn/loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_windows_of_weight_zero_do_not_count(tiny_model):
+    tokens = sampled_tokens(tiny_model, windows=4)
+    stage = make_stage(tiny_model)
+    losses = {}
+
+    class Probe(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            weight = torch.tensor([1.0, 0.0, 1.0, 0.0])
+            losses["weighted"] = pl_module.training_step({"input_ids": tokens, "weight": weight}, 0).item()
+            two = {"input_ids": tokens[[0, 2]], "weight": torch.ones(2)}
+            losses["two"] = pl_module.training_step(two, 0).item()
+
+    trainer_of(ApplyMasks(), Probe()).fit(stage, data_of(tokens))
+    assert losses["weighted"] == pytest.approx(losses["two"], rel=1e-6)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, UserError])
+@pytest.mark.parametrize("hook", ["on_train_start", "on_before_backward", "on_train_epoch_end"])
+def test_an_exception_inside_fit_leaves_no_hooks(hook, error, tiny_model, token_batch):
+    dense = tiny_model(token_batch).logits
+    seen = []
+
+    def fail(*_args):
+        seen.append(hooks_of(tiny_model))
+        raise error("stop")
+
+    failing = type("Failing", (L.Callback,), {hook: fail})()
+    stage = make_stage(tiny_model)
+    with pytest.raises(error, match="stop"):
+        trainer_of(ApplyMasks(), failing).fit(stage, data_of(sampled_tokens(tiny_model)))
+    assert seen == [3]  # the gates were on
+    assert hooks_of(tiny_model) == 0
+    assert torch.equal(tiny_model(token_batch).logits, dense)
+
+
+def test_apply_masks_can_be_used_again_after_an_exception(tiny_model):
+    tokens, callback = sampled_tokens(tiny_model), ApplyMasks()
+
+    class Once(L.Callback):
+        def on_before_backward(self, *_args):
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer_of(callback, Once()).fit(make_stage(tiny_model), data_of(tokens))
+    stage = make_stage(tiny_model)
+    start = stage.ffn_thresholds[0].detach().clone()
+    trainer_of(callback).fit(stage, data_of(tokens))
+    assert not torch.equal(stage.ffn_thresholds[0], start)
+    assert hooks_of(tiny_model) == 0
+
+
+def test_a_loss_that_is_not_a_number_is_an_error_for_the_user(tiny_model):
+    tokens = sampled_tokens(tiny_model)
+    tiny_model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match=r"loss of threshold learning is nan.*float32"):
+        trainer_of(ApplyMasks()).fit(make_stage(tiny_model), data_of(tokens))
+    assert hooks_of(tiny_model) == 0
+
+
+def test_a_model_that_is_not_frozen_is_refused(tiny_model):
+    tiny_model.requires_grad_(True)
+    with pytest.raises(AssertionError, match="frozen"):
+        make_stage(tiny_model)
+
+
+@pytest.mark.parametrize("scope", ["ffn", "attention+ffn"])
+def test_recentring_changes_no_mask_and_cuts_at_zero(scope, tiny_model):
+    stage = make_stage(tiny_model, scope=scope)
+    with torch.no_grad():
+        for t in stage.ffn_thresholds:
+            t += torch.randn(K, generator=generator_of(5)) + 3
+    masks = stage.masks()
+    before = torch.cat([t.detach().clone() for t in stage.ffn_thresholds])
+    stage._recentre(masks)
+    assert stage.masks() == masks
+    shift = torch.cat([t.detach() for t in stage.ffn_thresholds]) - before
+    assert shift.max() - shift.min() < 1e-5  # all alike
+    margin = [
+        torch.logit(p) - t.detach().double()[y]
+        for p, t, y in zip(stage.ranks.ffn, stage.ffn_thresholds, stage.ranks.labels, strict=True)
+    ]
+    removed = torch.cat([m[~keep] for m, keep in zip(margin, masks.ffn, strict=True)])
+    assert abs(float(removed.max())) < 1e-5
+
+
+def removed_shares(stage) -> list[torch.Tensor]:
+    """Fraction of each module's neurons removed, as the module report logs it."""
+    return [module_means(~m, y) for m, y in zip(stage.masks().ffn, stage.ranks.labels, strict=True)]
+
+
+def test_module_sparsity_and_other_budgets(tiny_model):
+    stage = make_stage(tiny_model)
+    masks = stage.masks()
+    for mask, labels, shares in zip(masks.ffn, stage.ranks.labels, removed_shares(stage), strict=True):
+        expected = [1 - mask.numpy()[labels.numpy() == k].mean() for k in range(K)]
+        np.testing.assert_allclose(shares.numpy(), expected)
+    total = sum(float(s.sum()) * 12 for s in removed_shares(stage))  # twelve neurons per module
+    assert round(total) == sum(int((~m).sum()) for m in masks.ffn)
+    less = stage.masks(target=stage.target // 2)
+    assert 0 <= stage.costs.removed(less) - stage.target // 2 < stage.costs.neuron[0]
+    # nested: what a smaller budget removes, the larger one removes too
+    assert all(bool((a | ~b).all()) for a, b in zip(less.ffn, masks.ffn, strict=True))
+
+
+# --- the gradient -----------------------------------------------------------------------------------------------
+
+
+def soft_loss(model, ranks: ModuleRanks, flat: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Float64 cross-entropy through all logits with soft gates alone, as a function of all thresholds."""
+    gates = [
+        soft_gate(p, t, y, torch.bincount(y)) for p, t, y in zip(ranks.ffn, flat.split(K), ranks.labels, strict=True)
+    ]
+    with gated(model, gates):
+        log_p = model(tokens).logits[:, :-1].log_softmax(-1)
+    return -log_p.gather(-1, tokens[:, 1:, None]).mean()
+
+
+@torch.no_grad()
+def finite_differences(model, ranks: ModuleRanks, flat: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Central, of fourth order: transformers' RMSNorm rounds to float32 in float64 models too, so steps are wide."""
+    h = 0.02
+
+    def f(at: torch.Tensor) -> torch.Tensor:
+        return soft_loss(model, ranks, at, tokens)
+
+    return torch.stack(
+        [
+            (8 * (f(flat + e) - f(flat - e)) - (f(flat + 2 * e) - f(flat - 2 * e))) / (12 * h)
+            for e in h * torch.eye(len(flat), dtype=torch.float64)
+        ]
+    )
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
+
+
+def gradients(seed: int, sparsity: float = 0.3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of all thresholds: finite differences of the soft loss, our loss with soft gates, the straight-through one."""
+    model = make_tiny_llama()
+    tokens = sampled_tokens(model, windows=16, seed=seed)
+    stage = make_stage(model, sparsity=sparsity, seed=seed)
+    ranks, double = stage.ranks, make_tiny_llama().double()
+    flat = torch.cat([t.detach().double() for t in stage.ffn_thresholds])
+    numeric = finite_differences(double, ranks, flat, tokens)
+
+    flat.requires_grad_()
+    gates = [
+        soft_gate(p, t, y, torch.bincount(y)) for p, t, y in zip(ranks.ffn, flat.split(K), ranks.labels, strict=True)
+    ]
+    with gated(double, gates):
+        next_token_loss(double, tokens).backward()
+
+    stage.refresh_gates()
+    with gated(model, stage.ffn_gates):
+        next_token_loss(model, tokens).backward()
+    return numeric, flat.grad, torch.cat([t.grad for t in stage.ffn_thresholds])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_against_finite_differences_of_the_soft_loss(seed, record_property):
+    numeric, soft, straight = gradients(seed)
+    assert numeric.norm() > 1e-3
+    record_property("cosines", (cosine(soft, numeric), cosine(straight, numeric)))
+    # soft gates: the same function, so the same gradient
+    assert cosine(soft, numeric) > 0.999
+    torch.testing.assert_close(soft, numeric, atol=1e-3 * float(numeric.norm()), rtol=1e-2)
+    # hard masks forward, soft gates backward: another point, yet downhill for the soft loss too
+    assert cosine(straight, numeric) > 0.8
+
+
+def test_the_stages_gates_have_hard_values_and_soft_gradients(tiny_model):
+    stage = make_stage(tiny_model, scope="attention+ffn")
+    hard = stage.refresh_gates()
+    for gate, mask in zip([*stage.ffn_gates, *stage.attention_gates], [*hard.ffn, *hard.attention], strict=True):
+        assert torch.equal(gate.detach(), mask.float())
+    sum(g.sum() for g in [*stage.ffn_gates, *stage.attention_gates]).backward()
+    for p, t, y in zip(stage.ranks.ffn, stage.ffn_thresholds, stage.ranks.labels, strict=True):
+        copy = t.detach().double().requires_grad_()
+        soft_gate(p, copy, y, torch.bincount(y)).sum().backward()
+        torch.testing.assert_close(t.grad.double(), copy.grad, rtol=1e-4, atol=1e-6)
+    assert all(t.grad is not None and t.grad.item() < 0 for t in stage.attention_thresholds)
