@@ -51,8 +51,8 @@ from gprune.partition.initial import initial_partition, parameter_embedding, shu
 from gprune.partition.record import Modules
 from gprune.partition.reliability import module_means
 from gprune.report import report
-from gprune.report.runs import FinishedRun
 from gprune.report.tables import Cell, Table
+from gprune.runs.results import FinishedRun
 
 FORMATS = ("png", "svg")
 EVERY = 3  # blocks of the short table

@@ -31,9 +31,9 @@ from gprune.models.losses import next_token_loss
 from gprune.pipeline.inputs import JOIN, prepare_text
 from gprune.pipeline.run import TokenMeter
 from gprune.report import report
-from gprune.report.runs import FinishedRun
 from gprune.report.tables import row_name
 from gprune.runs.folder import exported_model
+from gprune.runs.results import FinishedRun
 from gprune.runs.trainer import NamedProgressBar, check_trainer, plain_interrupts
 from gprune.stages.base import FrozenLMStage, require_finite
 from gprune.storage.environment import environment

@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import gprune
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
+from gprune.models.embedded import model_label
 from gprune.models.loading import load_model
 from gprune.models.masks import Masks
-from gprune.report.card import model_label
 from gprune.sparsity.budget import check_budget, unit_costs
 from gprune.sparsity.masks import keep_masks
 

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Path | None]
     _check(options)
     from gprune.benchmarks.subjects import subjects_of
     from gprune.console import quiet
-    from gprune.report.runs import read_evaluation
+    from gprune.runs.results import read_evaluation
 
     tasks = list(dict.fromkeys(name.strip() for name in options.tasks.split(",") if name.strip()))
     if any(name != WIKITEXT for name in tasks):
@@ -111,7 +111,7 @@ def evaluate(model: Any, tokenizer: Any, task: str, options: argparse.Namespace)
 
 def keep(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Write records beside those that are there, in the place of former ones of the same model and protocol."""
-    from gprune.report.runs import read_evaluation
+    from gprune.runs.results import read_evaluation
     from gprune.storage.files import write_json
 
     def key(r: dict[str, Any]) -> tuple[Any, ...]:

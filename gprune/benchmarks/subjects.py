@@ -11,12 +11,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.errors import UserError
+from gprune.models.embedded import model_label
 from gprune.models.loading import fingerprint, load_model
-from gprune.models.masks import Masks
 from gprune.models.surgery import prune
-from gprune.report.card import model_label
 from gprune.runs.folder import exported_model
-from gprune.storage.files import read_json, read_tensors
+from gprune.runs.results import finished, read_run
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -48,7 +47,7 @@ def subjects_of(name: str, *, dense: bool = False, dtype: str | None = None) -> 
             raise UserError(f"'{name}' is neither a run (manifest.json) nor a model folder (config.json).")
         about = {"model": model_label(name), "stage": "model", "recovery": None, "sparsity": None, "scope": None}
         return [Subject(about, _loader(name, dtype or "float32"))], None
-    settings = _settings(path)
+    settings = finished(path).settings
     chosen = dtype or settings["model"]["dtype"]
     return [*([_dense(path, settings, chosen)] * dense), _pruned(path, settings, chosen)], path / "evaluation.json"
 
@@ -72,13 +71,6 @@ def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype) -> Lo
     return model, tokenizer
 
 
-def _settings(run: Path) -> dict[str, Any]:
-    manifest, metrics = (read_json(run / f"{name}.json") for name in ("manifest", "metrics"))
-    if not isinstance(manifest, dict) or "settings" not in manifest or "summary" not in (metrics or {}):
-        raise UserError(f"The run '{run}' is not finished; run the same command again, then evaluate.")
-    return manifest["settings"]
-
-
 def _dense(run: Path, settings: dict[str, Any], dtype: str) -> Subject:
     label = model_label(settings["model"]["name"])
     about = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
@@ -98,16 +90,17 @@ def _pruned(run: Path, settings: dict[str, Any], dtype: str) -> Subject:
     }
     if (run / "model" / "config.json").is_file():
         return Subject(about, lambda: _loader(str(exported_model(run)), dtype)())
-    masks = read_tensors(run / "masks" / f"{stage}.safetensors")
-    if settings["recovery"] != "none" or masks is None:
+    if settings["recovery"] != "none":
         raise UserError(
             f"The run '{run}' kept no model (--export none), and masks do not hold what recovery changed; repeat it "
             f"with --export hf."
         )
 
+    masks = read_run(run).masks
+
     def load() -> Loaded:
         model, tokenizer = _placed(load_dense(run, settings, getattr(torch, dtype)))
-        return prune(model, Masks.from_tensors(masks)), tokenizer
+        return prune(model, masks), tokenizer
 
     return Subject(about, load)
 

@@ -255,3 +255,8 @@ EMBEDDED_MODELS: dict[str, EmbeddedModel] = {
     "smollm2-135m": from_gguf(SMOLLM2_WHEEL, SMOLLM2_MEMBER, "SmolLM2-135M-Instruct, de-quantised from Q4_1"),
     "tiny-random": EmbeddedModel("random Llama, 0.3 M parameters", "CC0-1.0", "1", _make_tiny_random),
 }
+
+
+def model_label(name: str) -> str:
+    """How a model is named in tables: an embedded one with what was done to it, any other as it was asked for."""
+    return EMBEDDED_MODELS[name].description if name in EMBEDDED_MODELS else name

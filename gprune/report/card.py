@@ -1,4 +1,4 @@
-"""What a model is called in tables, and the README.md of an exported folder."""
+"""The model card: README.md of an exported folder."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from gprune.config import RunConfig
-from gprune.models.embedded import EMBEDDED_MODELS
+from gprune.models.embedded import EMBEDDED_MODELS, model_label
 from gprune.report.tables import result_table
-
-
-def model_label(name: str) -> str:
-    """How a model is named in tables: an embedded one with what was done to it, any other as it was asked for."""
-    return EMBEDDED_MODELS[name].description if name in EMBEDDED_MODELS else name
 
 
 def model_card(cfg: RunConfig, *, stock: bool = False, records: Sequence[dict[str, Any]] = ()) -> str:

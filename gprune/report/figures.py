@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gprune.models.masks import Masks
 from gprune.partition.record import Modules
-from gprune.report.tables import Record, by_stage, row_name
+from gprune.report.tables import by_stage, row_name
+from gprune.runs.results import Record
 from gprune.storage.files import replacing
 
 # Okabe and Ito's palette by stage; base and base_averaged are equally light, so every stage has its own hatching too.

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from gprune.evaluation.stability import Stability, pairwise_stability
-from gprune.report.runs import FinishedRun, Group, told_apart
+from gprune.report.runs import Group, told_apart
 from gprune.report.tables import Cell, Table
+from gprune.runs.results import FinishedRun
 
 COLUMNS = ["unit", "Jaccard", "chance", "beyond chance"]
 DIGITS = dict.fromkeys(COLUMNS[1:], 3)

@@ -21,8 +21,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from gprune.evaluation.intervals import generalisation_gap, geometric_mean
+from gprune.models.embedded import model_label
 from gprune.report.across import curve_figure, means_figure, ratio_figure, sparsity_lines, stability_figure
-from gprune.report.card import model_card, model_label
+from gprune.report.card import model_card
 from gprune.report.evaluated import evaluation_table
 from gprune.report.figures import (
     heterogeneity_figure,
@@ -34,12 +35,9 @@ from gprune.report.figures import (
 )
 from gprune.report.masks import pairs, repeatability_table, sparsity_table, stability_table
 from gprune.report.runs import (
-    FinishedRun,
     Group,
     divided,
     groups,
-    read_evaluation,
-    read_run,
     read_runs,
     run_names,
     short_names,
@@ -63,6 +61,7 @@ from gprune.report.tables import (
     row_name,
     unseen_ratios,
 )
+from gprune.runs.results import FinishedRun, read_evaluation, read_run
 from gprune.storage.files import replacing
 
 __all__ = [

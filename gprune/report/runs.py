@@ -1,111 +1,15 @@
-"""Run folders as a report reads them: settings, numbers and masks, without the model and without its corpora."""
+"""Runs under names that tell them apart, and in groups that differ in seed alone."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from gprune.errors import UserError
-from gprune.models.masks import Masks
-from gprune.partition.record import Modules
-from gprune.report.tables import Record
-from gprune.storage.files import read_json, read_tensors
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """What a run folder says about a run."""
-
-    path: Path
-    name: str  # of the folder; longer where two folders have the same one
-    settings: dict[str, Any]
-    records: list[Record]
-    summary: dict[str, Any]
-    masks: Masks  # of the final stage
-    modules: Modules | None
-    evaluation: list[Record]  # of `python -m gprune.evaluation`; empty where nobody ran it
-
-    @property
-    def seed(self) -> int:
-        return self.settings["run"]["seed"]
-
-    @property
-    def final(self) -> str:
-        """The stage the run was about."""
-        return "gprune" if self.settings["gprune"] else "base"
-
-    @property
-    def model(self) -> str:
-        """Fingerprint of the dense model."""
-        return self.settings["inputs"]["model"]
-
-    @property
-    def but_for_seed(self) -> str:
-        """Equal for runs that differ in seed alone: settings, dense model and the text they are evaluated on."""
-        plain = json.loads(json.dumps(self.settings))
-        plain["run"].pop("seed")
-        plain["inputs"].pop("text", None)  # the sample of calibration text goes with the seed
-        text = sorted({(r["corpus"], r["content_hash"]) for r in self.records})
-        return json.dumps([plain, text], sort_keys=True)
-
-
-def read_run(path: Path | str) -> FinishedRun:
-    """A finished run, from its folder.
-
-    Raises:
-        UserError: for a folder that is no run of gprune's, one that is not finished, or a file that is not whole.
-    """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"Report: expected a run folder, but there is no folder '{path}'.")
-    manifest, metrics = (read_json(folder / f"{name}.json") for name in ("manifest", "metrics"))
-    settings = manifest.get("settings") if isinstance(manifest, dict) else None
-    if not isinstance(settings, dict) or "inputs" not in settings:
-        raise UserError(
-            f"Report: '{path}' is no run of gprune's (manifest.json with settings); expected e.g. runs/NAME."
-        )
-    if not isinstance(metrics, dict) or "summary" not in metrics:
-        raise UserError(f"Report: the run '{path}' is not finished; run the same command again, then report.")
-    final = "gprune" if settings["gprune"] else "base"
-    masks = read_tensors(folder / "masks" / f"{final}.safetensors")
-    modules = read_tensors(folder / "modules.safetensors") if settings["gprune"] else None
-    if masks is None or (settings["gprune"] and modules is None):
-        raise UserError(f"Report: masks or modules of '{path}' are missing or not whole; run the same command again.")
-    return FinishedRun(
-        path=folder,
-        name=folder.resolve().name,
-        settings=settings,
-        records=metrics["records"],
-        summary=metrics["summary"],
-        masks=Masks.from_tensors(masks),
-        modules=None if modules is None else Modules.from_tensors(modules),
-        evaluation=read_evaluation(folder / "evaluation.json"),
-    )
-
-
-def read_evaluation(path: Path) -> list[dict[str, Any]]:
-    """Records of `python -m gprune.evaluation`, none where there is no file.
-
-    Raises:
-        UserError: for a file that holds something else.
-    """
-    found = read_json(path)
-    if found is None and not path.exists():
-        return []
-    records = found.get("records") if isinstance(found, dict) else None
-    if not isinstance(records, list) or not all(
-        isinstance(r, dict) and {"kind", "stage", "task"} <= r.keys() for r in records
-    ):
-        raise UserError(
-            f"'{path}' holds no records of python -m gprune.evaluation; move it away, or name another file."
-        )
-    return records
+from gprune.runs.results import FinishedRun, read_run
 
 
 def read_runs(paths: Sequence[Path | str]) -> list[FinishedRun]:

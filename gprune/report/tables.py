@@ -6,11 +6,10 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gprune.evaluation.intervals import generalisation_gap, geometric_mean, paired_bootstrap_ratio
-
-Record = dict[str, Any]
+from gprune.runs.results import Record
 
 
 def row_name(stage: str, recovery: str) -> str:

@@ -1,10 +1,18 @@
-"""What a run gives back: plain records that a notebook can hold, and that a run folder can bring back."""
+"""What a run gives back, and the one reader of run folders.
+
+`finished` reads settings and numbers, `read_run` masks, modules and evaluation too, `load_run` everything down to the
+pruned model. All of them check that the files belong to the run whose manifest stands beside them.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+import tempfile
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +26,47 @@ from gprune.models.masks import Masks
 from gprune.partition.record import Modules
 from gprune.runs.folder import RunFolder, corpus_file, differences, exported_model
 from gprune.storage.files import key_of, read_json
+
+Record = dict[str, Any]  # one number with its protocol, as in metrics.json
+# Settings of earlier versions that are gone, by group, with the value at which they had no effect.
+RETIRED = {"sparsity": {"through": "none", "objective": "mean", "worst_step": 0.1}}
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a finished run says of itself: settings and numbers and, where they were read, masks and modules."""
+
+    path: Path
+    name: str  # of the folder; longer where two folders have the same one
+    settings: dict[str, Any]
+    records: list[Record]
+    summary: dict[str, Any]
+    masks: Masks | None  # of the final stage; None where they were not read, or nobody kept them
+    modules: Modules | None  # None for a base run as well
+    evaluation: list[Record]  # of `gprune evaluate`; empty where nobody ran it
+
+    @property
+    def seed(self) -> int:
+        return self.settings["run"]["seed"]
+
+    @property
+    def final(self) -> str:
+        """The stage the run was about."""
+        return "gprune" if self.settings["gprune"] else "base"
+
+    @property
+    def model(self) -> str:
+        """Fingerprint of the dense model."""
+        return self.settings["inputs"]["model"]
+
+    @property
+    def but_for_seed(self) -> str:
+        """Equal for runs that differ in seed alone: settings, dense model and the text they are evaluated on."""
+        plain = json.loads(json.dumps(with_defaults(self.settings, RunConfig().settings())))
+        plain["run"].pop("seed")
+        plain["inputs"].pop("text", None)  # the sample of calibration text goes with the seed
+        text = sorted({(r["corpus"], r["content_hash"]) for r in self.records})
+        return json.dumps([plain, text], sort_keys=True)
 
 
 @dataclass
@@ -37,9 +86,100 @@ class PruningResult:
 
 
 def with_defaults(settings: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an earlier version with all that came since: what did not exist then had its default's effect."""
-    nested = {k: with_defaults(settings.get(k) or {}, v) for k, v in default.items() if isinstance(v, dict)}
-    return {**default, **settings, **nested}
+    """Settings of an earlier version as they would be given today.
+
+    What did not exist then had its default's effect. What is gone since (`RETIRED`) is left out where it had no effect.
+    """
+    kept = dict(settings)
+    for group, gone in RETIRED.items():
+        if isinstance(kept.get(group), Mapping):
+            kept[group] = {k: v for k, v in kept[group].items() if k not in gone or gone[k] != v}
+    nested = {k: with_defaults(kept.get(k) or {}, v) for k, v in default.items() if isinstance(v, dict)}
+    return {**default, **kept, **nested}
+
+
+def finished(path: Path | str) -> FinishedRun:
+    """What a finished run says of itself, from its manifest and its metrics alone: no masks, modules, evaluation.
+
+    Raises:
+        UserError: for a folder that is no run of gprune's, one that is not finished, or a file that is another run's.
+    """
+    return _finished(path)[1]
+
+
+def _finished(path: Path | str) -> tuple[RunFolder, FinishedRun]:
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        raise UserError(f"Expected a run folder, but there is no folder '{path}'.")
+    settings = RunFolder(place).manifest.get("settings", {})
+    if "inputs" not in settings:
+        raise UserError(f"'{path}' is no run of gprune's (manifest.json with settings); expected e.g. runs/NAME.")
+    folder = RunFolder(place, key=key_of(settings=settings))
+    metrics = read_json(folder / "metrics.json", run=folder.key)
+    if not isinstance(metrics, dict) or not {"summary", "records"} <= metrics.keys():
+        raise UserError(f"The run '{path}' is not finished; run the same command again.")
+    return folder, FinishedRun(
+        path=place,
+        name=place.resolve().name,
+        settings=settings,
+        records=metrics["records"],
+        summary=metrics["summary"],
+        masks=None,
+        modules=None,
+        evaluation=[],
+    )
+
+
+def read_run(path: Path | str) -> FinishedRun:
+    """A finished run with its masks, modules and evaluation, without the model and without its corpora.
+
+    Raises:
+        UserError: as `finished`, and for masks or modules that are missing, not whole, or another run's.
+    """
+    folder, run = _finished(path)
+    return replace(_with_tensors(folder, run), evaluation=read_evaluation(folder / "evaluation.json"))
+
+
+def _with_tensors(folder: RunFolder, run: FinishedRun) -> FinishedRun:
+    with _complete(folder):
+        masks = Masks.from_tensors(_tensors(folder, f"masks/{run.final}"))
+        modules = Modules.from_tensors(_tensors(folder, "modules")) if run.final == "gprune" else None
+    return replace(run, masks=masks, modules=modules)
+
+
+def _tensors(folder: RunFolder, name: str) -> dict[str, Tensor]:
+    found = folder.read(name)
+    if found is None:
+        raise UserError(f"{folder / name}.safetensors is missing or not whole; run the same command again.")
+    return found
+
+
+@contextmanager
+def _complete(folder: RunFolder) -> Iterator[None]:
+    """What the files of a run do not hold, although they are sound, is the folder's fault."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder.path} lacks what a run of its settings leaves ({error}); run the same command again."
+        ) from error
+
+
+def read_evaluation(path: Path) -> list[Record]:
+    """Records of `gprune evaluate`, none where there is no file.
+
+    Raises:
+        UserError: for a file that holds something else.
+    """
+    found = read_json(path)
+    if found is None and not path.exists():
+        return []
+    records = found.get("records") if isinstance(found, dict) else None
+    if not isinstance(records, list) or not all(
+        isinstance(r, dict) and {"kind", "stage", "task"} <= r.keys() for r in records
+    ):
+        raise UserError(f"'{path}' holds no records of gprune evaluate; move it away, or name another file.")
+    return records
 
 
 def load_run(path: Path | str) -> PruningResult:
@@ -49,29 +189,57 @@ def load_run(path: Path | str) -> PruningResult:
     `--export none` (`gprune.apply_masks(dense, result.masks)` makes the model again, but for recovery).
 
     Raises:
-        UserError: for a folder that holds no finished run, or a file in it that is not whole, or not this run's.
+        UserError: as `read_run`, and for settings, statistics, thresholds or a model that are not the run's.
     """
-    from gprune.parse import parse
+    folder, run = _finished(path)
+    cfg = _config(folder, run.settings)
+    run = _with_tensors(folder, run)
+    with _complete(folder):
+        name_controls(cfg, run.records)
+        statistics = {
+            corpus: CorpusStatistics.from_tensors(_tensors(folder, f"statistics/{corpus_file(corpus)}"))
+            for corpus in cfg.calibration
+        }
+        thresholds = None
+        if cfg.gprune:
+            flat = _tensors(folder, "thresholds")
+            depth = range(sum(name.startswith("ffn.") for name in flat))
+            thresholds = tuple([flat[f"{kind}.{b}"] for b in depth] for kind in ("ffn", "attention"))
+        model, tokenizer = _exported(folder)
+    return PruningResult(
+        run.path, cfg, run.masks, run.modules, thresholds, statistics, run.records, run.summary, model, tokenizer
+    )
 
-    manifest = RunFolder(path).manifest
-    settings = manifest.get("settings", {})
-    folder = RunFolder(path, key=key_of(settings=settings))
-    metrics = read_json(folder / "metrics.json", run=folder.key)
-    if not manifest or not isinstance(metrics, dict) or not {"summary", "records"} <= metrics.keys():
-        raise UserError(f"{folder.path} holds no finished run; expected manifest.json and metrics.json with a summary.")
+
+def _config(folder: RunFolder, settings: Mapping[str, Any]) -> RunConfig:
+    """The run's configuration from config.yaml, refused where it is not the one that the manifest holds."""
+    from gprune.config.parse import parse
+
+    file = folder / "config.yaml"
     try:
-        cfg = parse(["--config", str(folder / "config.yaml")])
+        with _without_retired(file) as readable:
+            cfg = parse(["--config", str(readable)])
     except ArgumentError as error:
-        raise UserError(f"{folder / 'config.yaml'} was altered: {error}. Run the same command again.") from error
-    before = with_defaults(settings, type(cfg)().settings())
+        raise UserError(f"{file} was altered: {error}. Run the same command again.") from error
+    before = with_defaults(settings, RunConfig().settings())
     if changed := differences({name: before.get(name) for name in cfg.settings()}, cfg.settings()):
-        raise UserError(f"{folder / 'config.yaml'} was altered: {changed[0]}. Run the same command again.")
-    try:
-        return _read_run(folder, cfg, metrics)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder.path} lacks what a run of its settings leaves ({error}); run the same command again."
-        ) from error
+        raise UserError(f"{file} was altered: {changed[0]}. Run the same command again.")
+    return cfg
+
+
+@contextmanager
+def _without_retired(file: Path) -> Iterator[Path]:
+    """A YAML file as we write them, without the lines of `RETIRED`: itself, where it has none."""
+    lines = "|".join(f"{name}: {value}" for gone in RETIRED.values() for name, value in gone.items())
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    shorter = re.sub(rf"^  ({lines})\n", "", text, flags=re.MULTILINE)
+    if shorter == text:
+        yield file
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / file.name
+        copy.write_text(shorter, encoding="utf-8")
+        yield copy
 
 
 def name_controls(cfg: RunConfig, records: Sequence[Mapping[str, Any]]) -> None:
@@ -84,43 +252,16 @@ def name_controls(cfg: RunConfig, records: Sequence[Mapping[str, Any]]) -> None:
         cfg.evaluation.controls = [*cfg.evaluation.controls, "unrecovered"]
 
 
-def _read_run(folder: RunFolder, cfg: RunConfig, metrics: dict[str, Any]) -> PruningResult:
-    def tensors(name: str) -> dict[str, Tensor]:
-        found = folder.read(name)
-        if found is None:
-            raise UserError(f"{folder / name}.safetensors is missing or not whole; run the same command again.")
-        return found
-
-    name_controls(cfg, metrics["records"])
-    modules = Modules.from_tensors(tensors("modules")) if cfg.gprune else None
-    thresholds = None
-    if cfg.gprune:
-        flat = tensors("thresholds")
-        depth = range(sum(name.startswith("ffn.") for name in flat))
-        thresholds = tuple([flat[f"{kind}.{b}"] for b in depth] for kind in ("ffn", "attention"))
-    model = tokenizer = None
-    if (folder / "model").is_dir():
-        exported_model(folder.path)
-        try:  # False, not None: transformers would ask whether to run code that lies in the folder
-            model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto", trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)
-        except Exception as error:  # safetensors, tokenizers and transformers each raise their own
-            raise UserError(
-                f"{folder / 'model'} cannot be loaded: {first_line(error)} Run the same command again."
-            ) from error
-        model = model.eval().requires_grad_(False)
-    return PruningResult(
-        path=folder.path,
-        config=cfg,
-        masks=Masks.from_tensors(tensors(f"masks/{'gprune' if cfg.gprune else 'base'}")),
-        modules=modules,
-        thresholds=thresholds,
-        statistics={
-            corpus: CorpusStatistics.from_tensors(tensors(f"statistics/{corpus_file(corpus)}"))
-            for corpus in cfg.calibration
-        },
-        records=metrics["records"],
-        summary=metrics["summary"],
-        model=model,
-        tokenizer=tokenizer,
-    )
+def _exported(folder: RunFolder) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
+    """The pruned model, frozen, and its tokenizer; None where the run exported none."""
+    if not (folder / "model").is_dir():
+        return None, None
+    exported_model(folder.path)
+    try:  # False, not None: transformers would ask whether to run code that lies in the folder
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)
+    except Exception as error:  # safetensors, tokenizers and transformers each raise their own
+        raise UserError(
+            f"{folder / 'model'} cannot be loaded: {first_line(error)} Run the same command again."
+        ) from error
+    return model.eval().requires_grad_(False), tokenizer

@@ -16,9 +16,8 @@ from gprune.errors import UserError
 from gprune.models.masks import Masks
 from gprune.report import report
 from gprune.report.report import Report
-from gprune.report.runs import FinishedRun
 from gprune.report.tables import row_name
-from gprune.runs.results import with_defaults
+from gprune.runs.results import FinishedRun, with_defaults
 from gprune.studies.listing import Listing, Row, flat, plain
 
 CONTROL = "control"  # what tables call the result of a row that the list names as a control

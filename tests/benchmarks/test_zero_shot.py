@@ -529,13 +529,19 @@ def test_a_run_without_a_model_is_evaluated_under_its_masks(quiet_world):
     assert first["window_nll"] == pytest.approx(second["window_nll"], rel=1e-6)
 
 
+def by_hand(run: Path, change) -> None:
+    """Change the settings in a manifest; files without a checksum are taken as they are."""
+    for name in ("manifest", "metrics"):
+        content = json.loads((run / f"{name}.json").read_text())
+        content.pop("checksum", None)
+        if name == "manifest":
+            change(content["settings"])
+        (run / f"{name}.json").write_text(json.dumps(content))
+
+
 def test_masks_do_not_hold_what_recovery_changed(quiet_world, tmp_path, capsys):
     run = Path(shutil.copytree(quiet_world.runs / "masks", tmp_path / "recovered"))
-    manifest = run / "manifest.json"
-    content = json.loads(manifest.read_text())
-    content.pop("checksum", None)  # by hand: files without one are taken as they are
-    content["settings"]["recovery"] = "bias"
-    manifest.write_text(json.dumps(content))
+    by_hand(run, lambda settings: settings.update(recovery="bias"))
     assert main([str(run), "--tasks", "wikitext2", "--seq_len", "32"]) == 2
     assert "repeat it with --export hf" in capsys.readouterr().err
 
@@ -569,10 +575,7 @@ def test_a_model_that_is_not_the_runs_is_refused(quiet_world, capsys, tmp_path):
     save_file({n: 1.5 * t for n, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
     assert main([str(changed), "--tasks", "wikitext2", "--seq_len", "32"]) == 2
     assert "is not what the run left there" in capsys.readouterr().err
-    manifest = json.loads((changed / "manifest.json").read_text())
-    manifest.pop("checksum", None)
-    manifest["settings"]["inputs"]["model"] = "another"
-    (changed / "manifest.json").write_text(json.dumps(manifest))
+    by_hand(changed, lambda settings: settings["inputs"].update(model="another"))
     assert main([str(changed), "--tasks", "wikitext2", "--seq_len", "32", "--dense"]) == 2
     assert "has other weights than the model that" in capsys.readouterr().err
     assert not (changed / "evaluation.json").exists()
@@ -601,7 +604,7 @@ def test_places_that_are_no_model(quiet_world, capsys, tmp_path):
     (tmp_path / "manifest.json").write_text('{"settings": {}}')
     (tmp_path / "empty").mkdir()
     for place, more, message in (
-        (tmp_path, [], "is not finished"),
+        (tmp_path, [], "is no run of gprune's"),
         (tmp_path / "empty", [], "neither a run"),
         (quiet_world.runs / "kept" / "model", ["--dense"], "--dense: expected a run's folder"),
         (tmp_path / "nowhere", [], "neither an embedded model"),

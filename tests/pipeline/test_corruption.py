@@ -175,7 +175,7 @@ def test_a_damaged_manifest_is_refused_in_one_line(damage, copied, world, capsys
     assert "manifest.json is damaged" in line
     assert "--run.name" in line
     assert file.read_bytes() == before
-    with pytest.raises(UserError, match="no finished run"):
+    with pytest.raises(UserError, match="is no run of gprune's"):
         load_run(copied / "runs/run")
 
 
@@ -219,7 +219,7 @@ def test_files_of_another_run_are_not_taken_for_this_ones(copied, world, whole, 
     for name in ("assignment.safetensors", "thresholds.safetensors", "modules.safetensors", "metrics.json"):
         assert (own / name).read_bytes() != (other / name).read_bytes()
         shutil.copy(other / name, own / name)
-    with pytest.raises(UserError, match="no finished run"):
+    with pytest.raises(UserError, match="is not finished"):
         load_run(own)
     capsys.readouterr()
     assert again(world, copied) == 0

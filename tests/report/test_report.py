@@ -85,6 +85,8 @@ def another(run: Path, name: str, *, seed: int | None = None, setting: float | N
 
     edit(copy / "manifest.json", settings)
     edit(copy / "metrics.json", losses)
+    modules = copy / "modules.safetensors"
+    write_tensors(modules, read_tensors(modules))  # without the mark of the run whose settings these were
     masks = read_tensors(copy / "masks" / "gprune.safetensors")
     generator = torch.Generator().manual_seed(seed or 0)
     shuffled = {n: m[torch.randperm(len(m), generator=generator)] for n, m in masks.items()}
@@ -602,11 +604,11 @@ def test_a_folder_that_cannot_be_reported_on_is_one_line(spoil, message, run, ca
 
 def test_a_damaged_file_is_one_line_on_stderr_in_a_process_of_its_own(run, tmp_path):
     (run / "modules.safetensors").write_bytes(b"x")
-    command = [sys.executable, "-m", "gprune.report.report", str(run)]
+    command = [sys.executable, "-m", "gprune.report", str(run)]
     done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "missing or not whole" in line
+    assert "is missing or not whole" in line
 
 
 def test_arguments_that_cannot_be(capsys, run):
@@ -628,7 +630,7 @@ def test_reading_needs_neither_the_model_nor_the_corpora(run, monkeypatch):
     for name in (
         "transformers.AutoModelForCausalLM.from_pretrained",
         "gprune.corpora.load.load_corpus",
-        "gprune.parse.parse",
+        "gprune.config.parse.parse",
     ):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("read more than the run's folder"))
     (run / "config.yaml").unlink()

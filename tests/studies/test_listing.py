@@ -20,9 +20,9 @@ import gprune
 from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_bootstrap_ratio
 from gprune.models.masks import Masks
-from gprune.report.runs import FinishedRun
 from gprune.report.summary import over_seeds
 from gprune.report.tables import Estimate
+from gprune.runs.results import FinishedRun
 from gprune.studies import job as runner
 from gprune.studies import listing as lists
 from gprune.studies import tables as results
@@ -47,7 +47,7 @@ def test_all_ablations_are_rows_of_their_list():
     (listing,) = (lists.Listing.read(path) for path in LISTS if path.name == "ablations.yaml")
     files = {path.stem for path in (EXPERIMENTS / "ablations").glob("*.yaml")}
     assert {row.name for row in listing.rows} == files - {"base"} | {"base", "default"}
-    default = gprune.parse.parse(
+    default = gprune.config.parse.parse(
         ["--config", str(EXPERIMENTS / "default.yaml"), "--evaluation.controls=[base_averaged]"]
     )
     assert listing.rows[1].config.settings() == default.settings()
