@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,34 +25,70 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class ModuleRanks:
+    """Where units stand inside their modules: what thresholds act on. One entry per block.
+
+    A block's KV groups form one module of their own.
+    """
+
+    ffn: list[Tensor]  # p, (N,) float64 in (0, 1)
+    labels: list[Tensor]  # (N,) int64 in [0, K)
+    attention: list[Tensor]  # p of KV groups, (G,) float64
+
+    @property
+    def modules(self) -> list[int]:
+        """K, the number of modules of each block."""
+        return [int(y.max()) + 1 for y in self.labels]
+
+    def moved(self, offsets: list[Tensor]) -> ModuleRanks:
+        """Every neuron's rank moved by its offset, (N,) in logits: p_i' = sigmoid(logit p_i + o_i)."""
+        ffn = [torch.sigmoid(torch.logit(p) + o.cpu()) for p, o in zip(self.ffn, offsets, strict=True)]
+        return replace(self, ffn=ffn)
+
+
+@dataclass(frozen=True)
 class Modules:
     """The partition of every block and what is known of its modules; one entry per block."""
 
-    labels: list[Tensor]  # (N,) int64 in [0, K)
+    ranks: ModuleRanks  # NaN in runs of before ranks were kept
     drift: list[Drift]
     reliability: list[ModuleReliability]
     agreement: list[Tensor]  # (K,) Kendall tau inside modules, NaN where undefined
     block_agreement: list[float]  # Kendall tau over the whole block
+
+    @property
+    def labels(self) -> list[Tensor]:
+        """(N,) int64 in [0, K): the module of each neuron."""
+        return self.ranks.labels
 
     def tensors(self) -> dict[str, Tensor]:
         """Flat names to tensors, as saved in safetensors."""
         flat = {"block_agreement": torch.tensor(self.block_agreement, dtype=torch.float64)}
         for b, labels in enumerate(self.labels):
             flat |= {f"{b}.labels": labels, f"{b}.agreement": self.agreement[b]}
+            flat |= {f"{b}.rank": self.ranks.ffn[b], f"{b}.group_rank": self.ranks.attention[b]}
             flat |= {f"{b}.drift.{name}": value for name, value in vars(self.drift[b]).items()}
             flat |= {f"{b}.reliability.{name}": value for name, value in vars(self.reliability[b]).items()}
         return flat
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> Modules:
+        """What `tensors` gave."""
+
         def part(record: type, b: int, name: str) -> Any:
             named = {field: f"{b}.{name}.{field}" for field in record.__dataclass_fields__}
             # What a later version added is missing in a run of an earlier one, and has a default.
             return record(**{field: flat[key] for field, key in named.items() if key in flat})
 
         depth = range(len(flat["block_agreement"]))
+        labels = [flat[f"{b}.labels"] for b in depth]
+        ranks = ModuleRanks(
+            [flat.get(f"{b}.rank", UNKNOWN.expand(len(labels[b]))) for b in depth],
+            labels,
+            [flat.get(f"{b}.group_rank", UNKNOWN.expand(1)) for b in depth],
+        )
         return cls(
-            labels=[flat[f"{b}.labels"] for b in depth],
+            ranks=ranks,
             drift=[part(Drift, b, "drift") for b in depth],
             reliability=[part(ModuleReliability, b, "reliability") for b in depth],
             agreement=[flat[f"{b}.agreement"] for b in depth],

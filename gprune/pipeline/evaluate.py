@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RunConfig
@@ -17,16 +17,19 @@ from gprune.evaluation.intervals import generalisation_gap, geometric_mean
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import PerplexityResult, perplexity
 from gprune.export.hf import stock_skeleton
+from gprune.models.embedded import model_label
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
 from gprune.models.surgery import count_parameters, removed_parameters, widths
 from gprune.partition.record import Modules
-from gprune.pipeline.inputs import JOIN, Text
+from gprune.pipeline.inputs import JOIN
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
-from gprune.report import report
+from gprune.recovery import RECOVERY
+from gprune.report.model_card import model_card
+from gprune.report.records import by_stage, row_name, unseen_ratios
+from gprune.report.run_figures import write_figures
 from gprune.runs import tracking
-from gprune.sparsity.budget import UnitCosts
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import file_hashes, key_of, read_json, replacing, write_json
 
@@ -34,92 +37,85 @@ log = logging.getLogger("gprune")
 
 
 def evaluate(
-    cfg: RunConfig,
-    run: Run,
-    model: PreTrainedModel,
-    candidates: Mapping[str, Masks],
-    statistics: Mapping[str, CorpusStatistics],
-    text: Text,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    ready: Mapping[tuple[str, str], PreTrainedModel],
+    run: Run, statistics: Mapping[str, CorpusStatistics], masks: Mapping[str, Masks], pruned: PreTrainedModel
 ) -> list[dict[str, Any]]:
     """Step 10: perplexity of the dense model, the controls and gprune on every evaluated corpus.
 
     Finished stages are taken from `metrics.json`; the dense model's numbers are shared between runs.
 
     Args:
-        ready: pruned models there are already, by (stage, recovery).
+        masks: by stage.
+        pruned: the final stage's model, recovered as asked; the others are made here.
 
     Returns:
         Flat records, one per number, as in `metrics.json`.
     """
-    path = run.folder / "metrics.json"
+    cfg, path = run.cfg, run.folder / "metrics.json"
     content = read_json(path, run=run.folder.key) or {}
     records: list[dict[str, Any]] = content.get("records", [])
     done = {(r["stage"], r["recovery"]) for r in records}
-    seen = leaks(cfg, text, tokenizer)
+    leaked = leaks(run)
     with run.folder.step("evaluate"):
         if ("dense", "none") not in done:
-            results = [dense_perplexity(cfg, run, model, w) for w in text.test]
-            records += [record(cfg, "dense", "none", r, w, seen) for r, w in zip(results, text.test, strict=True)]
+            results = [dense_perplexity(run, w) for w in run.text.test]
+            pairs = zip(results, run.text.test, strict=True)
+            records += [record(cfg, ("dense", "none"), r, w, leaked[w.corpus]) for r, w in pairs]
         for stage, recovery in cfg.stages:
             if (stage, recovery) in done:
                 continue
-            name = report.row_name(stage, recovery)
+            name = row_name(stage, recovery)
             log.info("Evaluating %s", name)
-            small = ready.get((stage, recovery))
-            if small is None:
-                small = shrink(cfg, run, model, text, candidates[stage], statistics, recovery=recovery)
+            small = pruned
+            if (stage, recovery) != (cfg.final, cfg.recovery):
+                small = shrink(run, masks[stage], statistics, recovery=recovery)
             run.meter.watch(small)
-            for w in text.test:
-                r = perplexity(small, w, batch_size=cfg.corpora.batch_size, progress=f"Evaluating {name} on {w.corpus}")
-                records.append(record(cfg, stage, recovery, r, w, seen))
+            for w in run.text.test:
+                said = f"Evaluating {name} on {w.corpus}"
+                r = perplexity(small, w, batch_size=cfg.corpora.batch_size, progress=said)
+                records.append(record(cfg, (stage, recovery), r, w, leaked[w.corpus]))
             write_json(path, {"records": records}, run=run.folder.key)
     return records
 
 
-def leaks(cfg: RunConfig, text: Text, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[bool, float]]:
+def leaks(run: Run) -> dict[str, tuple[bool, float]]:
     """(seen, share of leaked 13-grams) by evaluated corpus."""
-    used = {identity(name) for name in cfg.used}
+    used = {identity(name) for name in run.cfg.used}
     found = {}
-    for w in text.test:
-        share, named = leaked_share_of_windows([w], text.used, tokenizer), identity(w.corpus) in used
+    for w in run.text.test:
+        share, named = leaked_share_of_windows([w], run.text.used, run.tokenizer), identity(w.corpus) in used
         found[w.corpus] = (named or share > SEEN_ABOVE, share)
         if share > SEEN_ABOVE and not named:
             log.warning("%s shares %.1f%% of its 13-grams with used text: counted as seen.", w.corpus, 100 * share)
     return found
 
 
-def dense_perplexity(cfg: RunConfig, run: Run, model: PreTrainedModel, windows: Windows) -> PerplexityResult:
+def dense_perplexity(run: Run, windows: Windows) -> PerplexityResult:
     """The dense model's perplexity, shared between runs of the same model and text."""
+    batch_size = run.cfg.corpora.batch_size
     key = key_of(
-        model=run.fingerprint, text=windows.content_hash, dtype=cfg.model.dtype,
-        device=device_of(model).type, batch_size=cfg.corpora.batch_size,
+        model=run.fingerprint, text=windows.content_hash, dtype=run.cfg.model.dtype,
+        device=device_of(run.model).type, batch_size=batch_size,
     )  # fmt: skip
     path = cache_dir() / "evaluations" / f"{key}.json"
     try:
         return PerplexityResult(**read_json(path))
     except TypeError:  # missing, not whole, or foreign
-        result = perplexity(
-            model,
-            windows,
-            batch_size=cfg.corpora.batch_size,
-            progress=f"Evaluating dense on {windows.corpus}",
-        )
+        said = f"Evaluating dense on {windows.corpus}"
+        result = perplexity(run.model, windows, batch_size=batch_size, progress=said)
         write_json(path, vars(result))
         return result
 
 
 def record(
-    cfg: RunConfig,
-    stage: str,
-    recovery: str,
-    result: PerplexityResult,
-    w: Windows,
-    seen: Mapping[str, tuple[bool, float]],
+    cfg: RunConfig, row: tuple[str, str], result: PerplexityResult, w: Windows, leak: tuple[bool, float]
 ) -> dict[str, Any]:
-    """One number with everything needed to repeat it."""
+    """One number with everything needed to repeat it.
+
+    Args:
+        row: stage and recovery.
+        leak: whether the corpus counts as seen, and its share of leaked 13-grams.
+    """
+    stage, recovery = row
     dense, learned = stage == "dense", (stage == "gprune" and cfg.learns) or None
     return {
         "stage": stage,
@@ -129,18 +125,18 @@ def record(
         "switch": cfg.reliability.switch and len(cfg.corpora.drift) > 1 if stage == "gprune" else None,
         "switch_to": cfg.reliability.metric if stage == "gprune" else None,
         "switch_everywhere": cfg.reliability.everywhere if stage == "gprune" else None,
-        "learn": learned and {n: getattr(cfg.sparsity, n) for n in ("learn", "loss", "objective", "through", "epochs")},
+        "learn": learned and {n: getattr(cfg.sparsity, n) for n in ("learn", "loss", "epochs")},
         "learn_samples": learned and (cfg.corpora.learn_samples or cfg.corpora.num_samples),
         "recovery": recovery,
-        "ridge": None if recovery == "none" else cfg.ridge,
+        "ridge": cfg.ridge if RECOVERY[recovery].needs else None,
         "sparsity": 0.0 if dense else cfg.sparsity.target,
         "scope": cfg.sparsity.scope,
-        "model": report.model_label(cfg.model.name),
+        "model": model_label(cfg.model.name),
         "corpora": cfg.roles,
         "corpus": w.corpus,
         "split": w.split,
-        "seen": seen[w.corpus][0],
-        "leaked_13grams": seen[w.corpus][1],
+        "seen": leak[0],
+        "leaked_13grams": leak[1],
         "perplexity": result.perplexity,
         "nll": result.nll,
         "tokens": result.tokens,
@@ -156,52 +152,53 @@ def record(
 
 
 def summarise(
-    cfg: RunConfig,
-    run: Run,
-    records: Sequence[dict[str, Any]],
-    candidates: Mapping[str, Masks],
-    costs: UnitCosts,
-    dense: PreTrainedModel,
-    pruned: PreTrainedModel,
-    modules: Modules | None,
+    run: Run, records: Sequence[dict[str, Any]], masks: Masks, pruned: PreTrainedModel, modules: Modules | None
 ) -> dict[str, Any]:
-    """The run's headline: sparsities reached, means, gaps and ratios; into manifest, metrics.json, W&B and figures."""
-    final = "gprune" if cfg.gprune else "base"
-    before, after = count_parameters(dense, "all"), count_parameters(pruned, "all")
-    table = report.by_stage(records)
-    dense_ppl, seen = table[("dense", "none")], {r["corpus"]: r["seen"] for r in records}
-    rows = {}
-    for (stage, recovery), values in table.items():
-        rows[report.row_name(stage, recovery)] = {
-            "seen": _number(geometric_mean(v for c, v in values.items() if seen[c])),
-            "unseen": _number(geometric_mean(v for c, v in values.items() if not seen[c])),
-            "gap": None if stage == "dense" else _number(generalisation_gap(values, dense_ppl, seen)),
-        }
+    """The run's headline: sparsities reached, means, gaps and ratios; into manifest, metrics.json, W&B and figures.
+
+    Args:
+        masks: of the final stage, and `pruned` its model.
+    """
+    before, after = count_parameters(run.model, "all"), count_parameters(pruned, "all")
     summary = {
-        "sparsity_of_scope": removed_parameters(dense, candidates[final]) / costs.total,
+        "sparsity_of_scope": removed_parameters(run.model, masks) / run.budget.costs.total,
         "sparsity_of_model": 1 - after / before,
         "parameters_before": before,
         "parameters_after": after,
-        "geometric_means": rows,
-        "unseen_over_base": report.unseen_ratios(records),
+        "geometric_means": geometric_means(records),
+        "unseen_over_base": unseen_ratios(records),
         **run.folder.total_tokens(),
     }
     run.folder.update_manifest(summary=summary, widths=widths(pruned))
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
-    if cfg.export != "none":  # the card, now that there is something to say
-        card = report.model_card(cfg, stock=stock_skeleton(pruned) is not None, records=records)
+    if run.cfg.export != "none":  # the card, now that there is something to say
+        card = model_card(run.cfg, stock=stock_skeleton(pruned) is not None, records=records)
         with replacing(run.folder / "model" / "README.md") as new:
             new.write_text(card, encoding="utf-8")
         run.folder.update_manifest(model=file_hashes(run.folder / "model", "README.md"))
-    draw = tracking.on_process_zero(report.write_figures)
-    figures = draw(run.folder / "figures", records, modules, candidates[final])
-    tracking.log_images(run.loggers, figures)
+    draw = tracking.on_process_zero(write_figures)
+    tracking.log_images(run.loggers, draw(run.folder / "figures", records, modules, masks))
     columns = ["stage", "recovery", "corpus", "seen", "perplexity", "nll", "tokens"]
     tracking.log_table(run.loggers, "perplexity", [{c: r[c] for c in columns} for r in records])
-    flat = {f"summary/{row}/{name}": v for row, values in rows.items() for name, v in values.items() if v is not None}
+    means = summary["geometric_means"].items()
+    flat = {f"summary/{row}/{name}": v for row, found in means for name, v in found.items() if v is not None}
     flat |= {f"summary/{row}/unseen_over_base": v["ratio"] for row, v in summary["unseen_over_base"].items()}
     tracking.log_scalars(run.loggers, flat, step=0)
     return summary
+
+
+def geometric_means(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Geometric means over seen and unseen corpora and the generalisation gap, by row of the table."""
+    table = by_stage(records)
+    dense, seen = table[("dense", "none")], {r["corpus"]: r["seen"] for r in records}
+    rows = {}
+    for (stage, recovery), values in table.items():
+        rows[row_name(stage, recovery)] = {
+            "seen": _number(geometric_mean(v for c, v in values.items() if seen[c])),
+            "unseen": _number(geometric_mean(v for c, v in values.items() if not seen[c])),
+            "gap": None if stage == "dense" else _number(generalisation_gap(values, dense, seen)),
+        }
+    return rows
 
 
 def _number(value: float) -> float | None:

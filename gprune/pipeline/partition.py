@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from gprune.calibration.statistics import CorpusStatistics, Moments, pooled
-from gprune.config import AVERAGED, CONSENSUS, RunConfig
+from gprune.config.groups import AVERAGED, CONSENSUS
 from gprune.importance.metrics import IMPORTANCE
 from gprune.importance.scores import Scores, generator_for, score_ffn, score_units
-from gprune.importance.weights import UnitWeights, ffn_weights
+from gprune.importance.weights import ffn_weights
 from gprune.models.blocks import Block
 from gprune.partition.drift import (
     above_noise,
@@ -25,86 +25,92 @@ from gprune.partition.drift import (
 )
 from gprune.partition.initial import initial_partition, parameter_embedding, same_sizes_by_drift, shuffled_partition
 from gprune.partition.objective import ObjectiveWeights, refinement_inputs
-from gprune.partition.record import Drift, Modules
+from gprune.partition.record import Drift, ModuleRanks, Modules
 from gprune.partition.reliability import assess_reliability, switched_share, within_module_ranks
 from gprune.pipeline.run import Run
 from gprune.runs import tracking
-from gprune.sparsity.thresholds import ModuleRanks
 from gprune.stages.refinement import AssignmentRefinement
 
 log = logging.getLogger("gprune")
 
 
-def measure_drift(cfg: RunConfig, blocks: Sequence[Block], statistics: Mapping[str, CorpusStatistics]) -> list[Drift]:
+def measure_drift(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[Drift]:
     """Step 3: rank drift of every neuron and its split-half noise floor, per block.
 
     A metric that ignores activations has no drift of its own, and one that needs a Gram matrix cannot score half a
     corpus; another one stands in (`IMPORTANCE[name].drift`). One corpus has no drift at all.
     """
-    corpora = cfg.corpora.drift
-    name = IMPORTANCE[cfg.importance].drift
-    found, raw = [], []
-    for block in blocks:
-        weights = ffn_weights(block)
-        channels = [statistics[c].ffn[block.index] for c in corpora]
-
-        def scored(moments: Moments, weights: UnitWeights = weights, block: Block = block) -> Tensor:
-            return score_ffn(name, block, weights, moments, generator_for(cfg.run.seed, block.index, "ffn"))
-
-        scores = torch.stack([scored(c.total) for c in channels])
-        half_scores = torch.stack([torch.stack([scored(c.half(h)) for h in (0, 1)]) for c in channels])
-        ranks = fractional_ranks(scores, groups=block.experts)
-        half_ranks = fractional_ranks(half_scores, groups=block.experts)
-        floor, halves = noise_floor(half_ranks), half_agreement(half_ranks)
-        if block.has_experts:  # scores of different experts are on different scales
-            scores = ranks.clone()
-        drift = rank_drift(ranks)
-        raw.append(drift)
-        drift = above_noise(drift, floor) if cfg.partition.subtract_noise else drift
-        found.append(Drift(scores, ranks, drift, floor, halves))
+    corpora = run.cfg.corpora.drift
+    found = [_drift_of(run, block, [statistics[corpus] for corpus in corpora]) for block in run.blocks]
     if len(corpora) < 2:
         log.warning("One drift corpus (%s): rank drift and the metric switch are off.", corpora[0])
     else:
-        mean = float(torch.cat(raw).mean())
+        mean = float(torch.cat([rank_drift(d.ranks) for d in found]).mean())
         noise = float(torch.cat([d.floor for d in found]).mean())
         log.info("Rank drift %.3f on average, of which sampling alone would show %.3f", mean, noise)
     return found
 
 
-def partition_neurons(cfg: RunConfig, run: Run, blocks: Sequence[Block], drift: Sequence[Drift]) -> list[Tensor]:
-    """Steps 4 and 5: module labels per block, by the method of `--partition.method`."""
+def _drift_of(run: Run, block: Block, statistics: Sequence[CorpusStatistics]) -> Drift:
+    """Of one block's neurons, between corpora."""
+    name, weights = IMPORTANCE[run.cfg.importance].drift, ffn_weights(block)
+    channels = [s.ffn[block.index] for s in statistics]
+
+    def scored(moments: Moments) -> Tensor:
+        return score_ffn(name, block, weights, moments, generator_for(run.cfg.run.seed, block.index, "ffn"))
+
+    scores = torch.stack([scored(c.total) for c in channels])
+    half_scores = torch.stack([torch.stack([scored(c.half(h)) for h in (0, 1)]) for c in channels])
+    ranks = fractional_ranks(scores, groups=block.experts)
+    half_ranks = fractional_ranks(half_scores, groups=block.experts)
+    floor = noise_floor(half_ranks)
+    if block.has_experts:  # scores of different experts are on different scales
+        scores = ranks.clone()
+    drift = rank_drift(ranks)
+    drift = above_noise(drift, floor) if run.cfg.partition.subtract_noise else drift
+    return Drift(scores, ranks, drift, floor, half_agreement(half_ranks))
+
+
+def partition(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
+    """Steps 4 and 5: module labels per block, (N,) int64, by the method of `--partition.method`."""
 
     def compute() -> dict[str, Tensor]:
-        labels = initial_and_refined(cfg, run, blocks, drift)
-        return {f"labels.{b}": y for b, y in enumerate(labels)}
+        return {f"labels.{b}": y for b, y in enumerate(partitioned(run, drift))}
 
     tensors = run.folder.tensors("assignment", compute)
-    return [tensors[f"labels.{b}"] for b in range(len(blocks))]
+    return [tensors[f"labels.{b}"] for b in range(len(run.blocks))]
 
 
-def initial_and_refined(cfg: RunConfig, run: Run, blocks: Sequence[Block], drift: Sequence[Drift]) -> list[Tensor]:
+def partitioned(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
     """The partition, computed; the controls take the refined sizes."""
-    p = cfg.partition
-    log.info("Partitioning %d blocks into modules", len(blocks))
-    embeddings = [parameter_embedding(ffn_weights(b), dim=p.embedding_dim, seed=cfg.run.seed) for b in blocks]
+    p, seed = run.cfg.partition, run.cfg.run.seed
+    log.info("Partitioning %d blocks into modules", len(run.blocks))
+    embeddings = [parameter_embedding(ffn_weights(b), dim=p.embedding_dim, seed=seed) for b in run.blocks]
     labels = [
         initial_partition(
             e, d.drift, num_modules=p.num_modules, similarity_weight=p.similarity_weight,
-            drift_weight=p.drift_weight, seed=cfg.run.seed,
+            drift_weight=p.drift_weight, seed=seed,
         )
         for e, d in zip(embeddings, drift, strict=True)
     ]  # fmt: skip
     if p.method == "initial":
         return labels
-    stage = AssignmentRefinement(
-        refinement_inputs(embeddings, [d.drift for d in drift], [d.ranks for d in drift]),
-        labels,
-        weights=ObjectiveWeights(
-            p.similarity_weight, p.drift_weight, p.consistency_weight, p.balance_weight, p.entropy_weight
-        ),
-        steps=p.steps,
-        learning_rate=p.learning_rate,
+    refined = refine(run, embeddings, drift, labels)
+    if p.method == "random":
+        return [shuffled_partition(y, seed=seed + 7919 * b) for b, y in enumerate(refined)]
+    if p.method == "drift_only":
+        return [same_sizes_by_drift(y, d.drift) for y, d in zip(refined, drift, strict=True)]
+    return refined
+
+
+def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: list[Tensor]) -> list[Tensor]:
+    """Step 5: fit AssignmentRefinement, and note how far it went."""
+    p = run.cfg.partition
+    weights = ObjectiveWeights(
+        p.similarity_weight, p.drift_weight, p.consistency_weight, p.balance_weight, p.entropy_weight
     )
+    inputs = refinement_inputs(embeddings, [d.drift for d in drift], [d.ranks for d in drift])
+    stage = AssignmentRefinement(inputs, labels, weights=weights, steps=p.steps, learning_rate=p.learning_rate)
     run.trainer("Refining modules", max_epochs=1, log_every_n_steps=10).fit(stage)
     refined = stage.labels()
     run.folder.update_manifest(
@@ -116,43 +122,30 @@ def initial_and_refined(cfg: RunConfig, run: Run, blocks: Sequence[Block], drift
         }
     )
     log.info("Refinement moved %d of %d neurons", stage.moved(), sum(map(len, labels)))
-    if p.method == "random":
-        return [shuffled_partition(y, seed=cfg.run.seed + 7919 * b) for b, y in enumerate(refined)]
-    if p.method == "drift_only":
-        return [same_sizes_by_drift(y, d.drift) for y, d in zip(refined, drift, strict=True)]
     return refined
 
 
-def rank_inside_modules(
-    cfg: RunConfig,
+def assess(
     run: Run,
-    blocks: Sequence[Block],
     statistics: Mapping[str, CorpusStatistics],
     scores: Scores,
     drift: list[Drift],
     labels: list[Tensor],
-) -> tuple[Modules, ModuleRanks]:
+) -> Modules:
     """Step 6: which modules switch to the activation-free metric (or to what all drift corpora say together), and
     every unit's rank inside its module.
     """
-    r = cfg.reliability
-    block_ranks = [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, blocks, strict=True)]
-    switch = r.switch and len(cfg.corpora.drift) > 1
+    r, noise_gone = run.cfg.reliability, run.cfg.partition.subtract_noise
+    block_ranks = [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, run.blocks, strict=True)]
+    switch = r.switch and len(run.cfg.corpora.drift) > 1
     reliability = assess_reliability(
-        labels, block_ranks, [d.drift for d in drift], 
+        labels, block_ranks, [d.drift for d in drift],
         # Drift from which the floor is subtracted is above it wherever it is above 0.
-        [torch.zeros_like(d.floor) if cfg.partition.subtract_noise else d.floor for d in drift],
+        [torch.zeros_like(d.floor) if noise_gone else d.floor for d in drift],
         sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=switch,
         everywhere=r.everywhere,
     )  # fmt: skip
-    if r.metric == CONSENSUS:
-        fallback = [d.ranks.mean(0) for d in drift]
-    else:
-        source, name = statistics[cfg.corpora.score], r.metric
-        if r.metric == AVERAGED:
-            source, name = pooled(statistics[corpus] for corpus in cfg.corpora.drift), cfg.importance
-        free = score_units(name, blocks, source, seed=cfg.run.seed, attention=False).ffn
-        fallback = [fractional_ranks(s, groups=b.experts) for s, b in zip(free, blocks, strict=True)]
+    fallback = fallback_ranks(run, statistics, drift)
     ranks = ModuleRanks(
         ffn=[
             within_module_ranks(s, f, y, record.switched)
@@ -162,7 +155,7 @@ def rank_inside_modules(
         attention=[fractional_ranks(s) for s in scores.attention],
     )
     modules = Modules(
-        labels, drift, reliability,
+        ranks, drift, reliability,
         agreement=[module_agreements(d.scores, y) for d, y in zip(drift, labels, strict=True)],
         block_agreement=[kendall_agreement(d.scores) for d in drift],
     )  # fmt: skip
@@ -174,4 +167,16 @@ def rank_inside_modules(
         log.warning("No module switches to %s: the switch does nothing at these quantiles.", r.metric)
     elif switch:
         log.info("%d modules with %.1f%% of the neurons switch to %s", count, 100 * share, r.metric)
-    return modules, ranks
+    return modules
+
+
+def fallback_ranks(run: Run, statistics: Mapping[str, CorpusStatistics], drift: Sequence[Drift]) -> list[Tensor]:
+    """Ranks inside blocks by what unreliable modules switch to, `--reliability.metric`: (N,) per block."""
+    cfg = run.cfg
+    if cfg.reliability.metric == CONSENSUS:
+        return [d.ranks.mean(0) for d in drift]
+    source, name = statistics[cfg.corpora.score], cfg.reliability.metric
+    if name == AVERAGED:
+        source, name = pooled(statistics[corpus] for corpus in cfg.corpora.drift), cfg.importance
+    free = score_units(name, run.blocks, source, seed=cfg.run.seed, attention=False).ffn
+    return [fractional_ranks(s, groups=b.experts) for s, b in zip(free, run.blocks, strict=True)]

@@ -14,21 +14,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lightning.pytorch.utilities import rank_zero_only
 
+from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RunConfig
-from gprune.importance.scores import score_units
-from gprune.models.blocks import blocks_of
+from gprune.models.masks import Masks
+from gprune.partition.record import Modules
 from gprune.pipeline.calibrate import calibrate
 from gprune.pipeline.evaluate import evaluate, summarise
-from gprune.pipeline.inputs import load, prepare_text
-from gprune.pipeline.partition import measure_drift, partition_neurons, rank_inside_modules
-from gprune.pipeline.plan import check
+from gprune.pipeline.partition import assess, measure_drift, partition
 from gprune.pipeline.recover import shrink
-from gprune.pipeline.run import opened
-from gprune.pipeline.save import save_and_check
-from gprune.pipeline.sparsity import base_candidates, learn_sparsity
+from gprune.pipeline.run import Run, opened
+from gprune.pipeline.save import save
+from gprune.pipeline.sparsity import base_masks, learn_sparsity, score
 from gprune.runs.results import PruningResult
+from gprune.sparsity.thresholds import Thresholds
 
 
 def prune(cfg: RunConfig) -> PruningResult:
@@ -43,52 +45,48 @@ def prune(cfg: RunConfig) -> PruningResult:
     Raises:
         UserError: one line that says what was expected, what came and what to do.
     """
-    plan = check(cfg)
-    costs, target = plan.costs, plan.target
-    model, tokenizer = load(cfg, plan.device)
-    text = prepare_text(cfg, tokenizer)
-    with opened(cfg, model, text) as run:
-        blocks = blocks_of(model)
-
-        # 1, 2
-        statistics = calibrate(cfg, run, model, text)
-        source = statistics[cfg.corpora.score]
-        scores = score_units(cfg.importance, blocks, source, seed=cfg.run.seed, attention=costs.attention)
-        candidates = base_candidates(cfg, blocks, statistics, scores, costs, target)
-
+    with opened(cfg) as run:  # plan, model, tokenizer, text, blocks, budget
+        statistics = calibrate(run)  # 1
+        scores = score(run, statistics)  # 2
+        masks = base_masks(run, statistics, scores)
         modules = thresholds = None
         if cfg.gprune:
-            # 3
-            drift = measure_drift(cfg, blocks, statistics)
-            # 4, 5
-            labels = partition_neurons(cfg, run, blocks, drift)
-            # 6
-            modules, ranks = rank_inside_modules(cfg, run, blocks, statistics, scores, drift, labels)
-            # 7, 8
-            thresholds, candidates["gprune"] = learn_sparsity(
-                cfg, run, model, text, statistics, modules, ranks, candidates["base"], costs, target
-            )
+            drift = measure_drift(run, statistics)  # 3
+            labels = partition(run, drift)  # 4, 5
+            modules = assess(run, statistics, scores, drift, labels)  # 6
+            thresholds, masks["gprune"] = learn_sparsity(run, modules, masks["base"])  # 7, 8
+        return finish(run, statistics, masks, modules, thresholds)  # 9, 10
 
-        # 9
-        final = "gprune" if cfg.gprune else "base"
-        with run.folder.step("shrink"):
-            pruned = shrink(cfg, run, model, text, candidates[final], statistics, recovery=cfg.recovery)
-        records, summary = [], {}
-        if rank_zero_only.rank == 0:  # perplexity from one process is exact; the others are done
-            save_and_check(cfg, run, model, pruned, tokenizer, candidates, final, text)
-            # 10
-            ready = {(final, cfg.recovery): pruned}
-            records = evaluate(cfg, run, model, candidates, statistics, text, tokenizer, ready=ready)
-            summary = summarise(cfg, run, records, candidates, costs, model, pruned, modules)
+
+def finish(
+    run: Run,
+    statistics: Mapping[str, CorpusStatistics],
+    masks: Mapping[str, Masks],
+    modules: Modules | None,
+    thresholds: Thresholds | None,
+) -> PruningResult:
+    """Steps 9 and 10: prune, recover, check, save and evaluate.
+
+    Args:
+        masks: by stage: `base`, `base_averaged` and `gprune`.
+    """
+    final = masks[run.cfg.final]
+    with run.folder.step("shrink"):
+        pruned = shrink(run, final, statistics)
+    records, summary = [], {}
+    if rank_zero_only.rank == 0:  # perplexity from one process is exact; the others are done
+        save(run, pruned, masks)
+        records = evaluate(run, statistics, masks, pruned)
+        summary = summarise(run, records, final, pruned, modules)
     return PruningResult(
         path=run.folder.path,
-        config=cfg,
-        masks=candidates[final],
+        config=run.cfg,
+        masks=final,
         modules=modules,
         thresholds=thresholds,
         statistics=statistics,
         records=records,
         summary=summary,
         model=pruned,
-        tokenizer=tokenizer,
+        tokenizer=run.tokenizer,
     )

@@ -1,25 +1,34 @@
-"""An open run: its folder, loggers, token counts, and a Trainer for each stage."""
+"""An open run: its plan, the model, the text, its folder, loggers, token counts, and a Trainer for each stage."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gprune.calibration.statistics import CorpusStatistics, pooled
 from gprune.config import RunConfig
+from gprune.corpora.loaders import CorpusDataModule
+from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
-from gprune.pipeline.inputs import Text
+from gprune.models.masks import Masks
+from gprune.pipeline.inputs import Text, load, prepare_text
+from gprune.pipeline.plan import Plan, check
+from gprune.recovery import RECOVERY, Material
 from gprune.runs.folder import RunFolder
 from gprune.runs.tracking import tracking
 from gprune.runs.trainer import NamedProgressBar, plain_interrupts
+from gprune.sparsity.budget import Budget
 from gprune.storage.files import key_of, to_yaml
 
 log = logging.getLogger("gprune")
@@ -34,9 +43,14 @@ class TokenMeter:
     def __init__(self) -> None:
         self.forward = self.forward_backward = 0
         self._handles: list[Any] = []
+        self._watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def watch(self, model: PreTrainedModel) -> None:
-        self._handles.append(model.get_decoder().register_forward_pre_hook(self._count, with_kwargs=True))
+        """Count what goes through this model's decoder from now on; a second time changes nothing."""
+        decoder = model.get_decoder()
+        if decoder not in self._watched:
+            self._watched.add(decoder)
+            self._handles.append(decoder.register_forward_pre_hook(self._count, with_kwargs=True))
 
     def _count(self, _module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
@@ -57,15 +71,31 @@ class TokenMeter:
             self._handles.pop().remove()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """An open run: its folder, loggers and meter, and how to make a Trainer."""
+    """What every step of the method works with."""
 
-    cfg: RunConfig
+    plan: Plan
+    model: PreTrainedModel  # dense, frozen
+    tokenizer: PreTrainedTokenizerBase
+    text: Text
     folder: RunFolder
     loggers: list[Logger]
     meter: TokenMeter
     fingerprint: str  # of the dense model
+
+    @property
+    def cfg(self) -> RunConfig:
+        return self.plan.cfg
+
+    @property
+    def budget(self) -> Budget:
+        return self.plan.budget
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The dense model's."""
+        return blocks_of(self.model)
 
     def trainer(self, what: str, **kwargs: Any) -> L.Trainer:
         """A fresh Trainer for one stage; `what` is said in the progress bar and the log."""
@@ -81,23 +111,45 @@ class Run:
             **kwargs,
         )  # fmt: skip
 
+    def material(self, masks: Masks, statistics: Mapping[str, CorpusStatistics], recovery: str) -> Material:
+        """What a recovery by this name works with: the statistics and the text of `corpora.recover` that it needs."""
+        c, needs = self.cfg.corpora, RECOVERY[recovery].needs
+        return Material(
+            self.model,
+            masks,
+            self.cfg.ridge,
+            pooled(statistics[corpus] for corpus in c.recover) if needs - {"text"} else None,
+            [self.text.train[corpus] for corpus in c.recover] if "text" in needs else (),
+            c.batch_size,
+            self.meter.add,
+            self._fit,
+        )
+
+    def _fit(self, what: str, stage: L.LightningModule) -> None:
+        """Train a recovery's stage on the text of `corpora.recover`, once through."""
+        text = [self.text.train[corpus] for corpus in self.cfg.corpora.recover]
+        data = CorpusDataModule(train=text, batch_size=self.cfg.corpora.batch_size, seed=self.cfg.run.seed)
+        self.trainer(what, max_epochs=1, log_every_n_steps=1).fit(stage, data)
+
 
 @contextmanager
-def opened(cfg: RunConfig, model: PreTrainedModel, text: Text) -> Iterator[Run]:
-    """Open (or take up) the run folder and the loggers; seed everything; count the model's tokens.
+def opened(cfg: RunConfig) -> Iterator[Run]:
+    """Plan, load model and text, open (or take up) the run folder and the loggers, seed everything, count tokens.
 
     Raises:
-        UserError: if the folder holds a run with other settings, is in use by another process, or cannot be written.
+        UserError: for settings, a model or text that cannot be; if the folder holds a run with other settings, is in
+            use by another process, or cannot be written.
     """
+    plan = check(cfg)
+    model, tokenizer = load(cfg, plan.device)
+    text = prepare_text(cfg, tokenizer)
     L.seed_everything(cfg.run.seed, verbose=False)
     meter = TokenMeter()
     meter.watch(model)
     inputs = {"model": fingerprint(model), "text": text.hashes()}
     settings = cfg.settings() | {"inputs": inputs}
-    folder = RunFolder(
-        os.path.join(os.path.expanduser(cfg.run.dir), cfg.run_name), meter.counts, key=key_of(settings=settings)
-    )
-    variant = "gprune" if cfg.gprune else "base"
+    path = os.path.join(os.path.expanduser(cfg.run.dir), cfg.run_name)
+    folder = RunFolder(path, meter.counts, key=key_of(settings=settings))
     with (
         folder.opened(settings, to_yaml(cfg.resolved())),
         plain_interrupts(),
@@ -107,7 +159,7 @@ def opened(cfg: RunConfig, model: PreTrainedModel, text: Text) -> Iterator[Run]:
             name=cfg.run_name,
             project=cfg.logging.project,
             group=cfg.logging.group or os.path.basename(os.path.normpath(cfg.model.name)),
-            job_type=variant,
+            job_type=cfg.final,
             tags=[
                 cfg.importance,
                 cfg.sparsity.scope,
@@ -118,8 +170,7 @@ def opened(cfg: RunConfig, model: PreTrainedModel, text: Text) -> Iterator[Run]:
             config=cfg.resolved(),
         ) as loggers,
     ):
-        run = Run(cfg, folder, loggers, meter, inputs["model"])
         try:
-            yield run
+            yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"])
         finally:
-            run.meter.close()
+            meter.close()

@@ -7,20 +7,17 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from gprune.calibration.layerwise import Walk
-from gprune.config import RunConfig
 from gprune.errors import UserError
 from gprune.export.hf import check_reload, save_pruned, stock_skeleton
-from gprune.export.job import export as write_as
+from gprune.export.job import export
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, is_offloaded
-from gprune.pipeline.inputs import Text
-from gprune.pipeline.plan import check_tokens
 from gprune.pipeline.recover import placement, shrink
 from gprune.pipeline.run import Run
-from gprune.report import report
+from gprune.report.model_card import model_card
 from gprune.runs import tracking
 from gprune.sparsity.gates import masked
 from gprune.storage.files import file_hashes
@@ -44,71 +41,87 @@ def masked_logits(model: PreTrainedModel, masks: Masks, input_ids: Tensor) -> Te
 
 @tracking.on_process_zero
 @torch.no_grad()
-def save_and_check(
-    cfg: RunConfig,
-    run: Run,
-    model: PreTrainedModel,
-    pruned: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    candidates: Mapping[str, Masks],
-    final: str,
-    text: Text,
-) -> None:
+def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
     """Write masks and `model/`, and compare masked, sliced and reloaded logits before anything is called finished.
 
+    Args:
+        pruned: the result, recovered as asked.
+        masks: by stage.
+
     Raises:
-        UserError: if they differ by more than float rounding; the model folder is then removed.
+        UserError: if logits differ by more than float rounding; the model folder is then removed.
     """
-    for name, masks in candidates.items():
-        path = run.folder / f"masks/{name}.safetensors"
-        if (found := run.folder.read(f"masks/{name}")) is None:
-            run.folder.write(f"masks/{name}", masks.tensors())
-        elif Masks.from_tensors(found) != masks:
-            raise UserError(
-                f"{path} holds other masks than these settings give now: another machine, thread count or version "
-                f"wrote it. Choose another --run.name, or remove the folder."
-            )
-    export = cfg.export != "none"
-    manifest = run.folder.manifest
-    if "logits" in manifest and (not export or manifest.get("model") == file_hashes(run.folder / "model")):
-        also_gguf(cfg, run)
-        return
-    log.info("Saving the pruned model and checking that it reloads" if export else "Checking the pruned model")
-    with run.folder.step("save_and_check"):
-        ids = text.test[0].tokens[:1, : check_tokens(cfg)]
-        device = device_of(model)
-        # Recovery changes weights on purpose: what a mask and its slice must agree on comes before it.
-        plain = pruned
-        if cfg.recovery != "none":
-            plain = shrink(cfg, run, model, text, candidates[final], {}, recovery="none")
-        sliced = plain(input_ids=ids.to(device), use_cache=False).logits.float().to(device)
-        reference = masked_logits(model, candidates[final], ids.to(device)).to(device)
-        checks = {
-            "tokens": ids.numel(),
-            "std": float(reference.std()),
-            "masked_minus_sliced": float((reference - sliced).abs().max()),
-            "masked_minus_sliced_rms": float((reference - sliced).square().mean().sqrt()),
-        }
-        limit = LOGIT_LIMIT[cfg.model.dtype] * checks["std"]
-        found = checks["masked_minus_sliced" if cfg.model.dtype == "float32" else "masked_minus_sliced_rms"]
-        if not found <= limit:
-            raise UserError(
-                f"The sliced model's logits differ from the masked model's by {found:.2e}; "
-                f"expected at most {limit:.2e}, which is rounding. Please report this model."
-            )
-        if export:
-            card = report.model_card(cfg, stock=stock_skeleton(pruned) is not None)
-            folder = save_pruned(pruned, tokenizer, run.folder / "model", model_card=card, overwrite=True)
-            checks["sliced_minus_reloaded"] = check_reload(pruned, folder, ids, **placement(cfg))
-            run.folder.update_manifest(model=file_hashes(folder))
-        run.folder.update_manifest(logits=checks)
-    also_gguf(cfg, run)
+    save_masks(run, masks)
+    export, manifest = run.cfg.export != "none", run.folder.manifest
+    if "logits" not in manifest or (export and manifest.get("model") != file_hashes(run.folder / "model")):
+        log.info("Saving the pruned model and checking that it reloads" if export else "Checking the pruned model")
+        with run.folder.step("save_and_check"):
+            checks = check_slices(run, pruned, masks[run.cfg.final])
+            if export:
+                checks["sliced_minus_reloaded"] = save_model(run, pruned)
+            run.folder.update_manifest(logits=checks)
+    if run.cfg.export == "gguf":
+        save_gguf(run)
 
 
-def also_gguf(cfg: RunConfig, run: Run) -> None:
+def save_masks(run: Run, masks: Mapping[str, Masks]) -> None:
+    """Write the masks of every stage; those of an earlier sitting must be the same."""
+    for name, found in masks.items():
+        if (before := run.folder.read(f"masks/{name}")) is None:
+            run.folder.write(f"masks/{name}", found.tensors())
+        elif Masks.from_tensors(before) != found:
+            raise UserError(
+                f"{run.folder / f'masks/{name}.safetensors'} holds other masks than these settings give now: another "
+                f"machine, thread count or version wrote it. Choose another --run.name, or remove the folder."
+            )
+
+
+def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, float]:
+    """Logits of the sliced model against those of the dense model under masks, on the first evaluated window.
+
+    Raises:
+        UserError: if they differ by more than rounding.
+    """
+    cfg, ids = run.cfg, checked_tokens(run)
+    device = device_of(run.model)
+    # Recovery changes weights on purpose: what a mask and its slice must agree on comes before it.
+    plain = pruned if cfg.recovery == "none" else shrink(run, masks, {}, recovery="none")
+    sliced = plain(input_ids=ids.to(device), use_cache=False).logits.float().to(device)
+    reference = masked_logits(run.model, masks, ids.to(device)).to(device)
+    checks = {
+        "tokens": ids.numel(),
+        "std": float(reference.std()),
+        "masked_minus_sliced": float((reference - sliced).abs().max()),
+        "masked_minus_sliced_rms": float((reference - sliced).square().mean().sqrt()),
+    }
+    limit = LOGIT_LIMIT[cfg.model.dtype] * checks["std"]
+    found = checks["masked_minus_sliced" if cfg.model.dtype == "float32" else "masked_minus_sliced_rms"]
+    if not found <= limit:
+        raise UserError(
+            f"The sliced model's logits differ from the masked model's by {found:.2e}; "
+            f"expected at most {limit:.2e}, which is rounding. Please report this model."
+        )
+    return checks
+
+
+def save_model(run: Run, pruned: PreTrainedModel) -> float:
+    """Write `model/`, and compare its logits with those of a fresh process: max |difference|, which has to be 0."""
+    card = model_card(run.cfg, stock=stock_skeleton(pruned) is not None)
+    folder = save_pruned(pruned, run.tokenizer, run.folder / "model", model_card=card, overwrite=True)
+    difference = check_reload(pruned, folder, checked_tokens(run), **placement(run))
+    run.folder.update_manifest(model=file_hashes(folder))
+    return difference
+
+
+def save_gguf(run: Run) -> None:
     """The file of `--export gguf`, from the folder that has been checked; one that is there already stays."""
     path = run.folder / "model-f16.gguf"
-    if cfg.export == "gguf" and not path.exists():
+    if not path.exists():
         log.info("Writing %s and checking that llama.cpp computes the same", path)
         with run.folder.step("export_gguf"):
-            write_as(run.folder / "model", to="gguf", output=path)
+            export(run.folder / "model", to="gguf", output=path)
+
+
+def checked_tokens(run: Run) -> Tensor:
+    """(1, T) token ids on which logits are compared."""
+    return run.text.test[0].tokens[:1, : run.plan.check_tokens]

@@ -18,7 +18,7 @@ pass through the dense layers, one through the pruned ones, and one more through
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -28,13 +28,42 @@ from transformers import PreTrainedModel
 
 from gprune.calibration.layerwise import Walk
 from gprune.calibration.moments import add_gram, fill_gram
+from gprune.calibration.statistics import gram_bytes
 from gprune.errors import UserError
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, resident
-from gprune.recovery.projection import ridge_correction
+from gprune.recovery.contract import Material, Recovery, Revise, recovery
+from gprune.recovery.least_squares import ridge_correction
 
 Target = Literal["residual", "output"]
+
+
+@recovery("least_squares_sequential")
+class SequentialLeastSquares(Recovery):
+    """`PrunedPrefix` as a link of a run: reads the text of `corpora.recover`, and no statistics."""
+
+    needs = frozenset({"text"})
+    experts = sharded = False
+    why_not_experts = "does not see what enters each of"
+
+    def revise(self, material: Material) -> Revise:
+        prefix = PrunedPrefix(material.dense, material.masks, material.batches, ridge=material.ridge)
+
+        def revise(dense: Block, block: Block) -> None:
+            prefix.recover(dense, block)
+            if dense.index == prefix.last:
+                material.count(prefix.tokens // len(material.masks.ffn))
+
+        return revise
+
+    def tokens(self, text: int, *, attention: bool) -> tuple[int, int]:
+        """Through the dense layers, through the pruned ones, and through these again for each projection."""
+        return (3 + attention) * text, 0
+
+    def memory(self, blocks: Sequence[Block], hidden: int, *, attention: bool) -> tuple[int, int]:
+        """The block at work twice in float32 and float64; hidden states dense, pruned, and wanted by projection."""
+        return 4 * max(gram_bytes([block]) for block in blocks), (3 + attention) * hidden
 
 
 def lost(masks: Masks) -> list[tuple[str, ...]]:

@@ -1,18 +1,22 @@
-"""How sparse each block becomes before anything is learned: margins for `masks.keep_masks`, one function per rule.
+"""How sparse each block, or module, becomes: one function per rule.
 
 A rule sees scores and statistics and says how far every unit lies above the line; the budget then removes the lowest
-margins over the whole model, to the parameter. `learned` thresholds (gprune) start from one of these rules.
+margins over the whole model, to the parameter. A rule may return keep masks in place of margins (`depth`). A rule
+for modules (`learned`, `equal`) sees those masks and the ranks inside modules and gives a threshold to each.
 
-    @ALLOCATION.register("mine")
-    def mine(scores, statistics, blocks, sparsity):
-        return scores.ffn, scores.attention         # raw scores compared across blocks
+    @allocation("mine")
+    def mine(scores, statistics, blocks, budget, *, power=1.0):      # --sparsity.options.power 2
+        return [s**power for s in scores.ffn], scores.attention      # scores compared across blocks
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+import typing
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from jsonargparse.typing import NonNegativeFloat, restricted_number_type
 from torch import Tensor
 
 from gprune.calibration.statistics import CorpusStatistics
@@ -22,19 +26,69 @@ from gprune.models.blocks import Block
 from gprune.models.masks import Masks
 from gprune.partition.drift import fractional_ranks
 from gprune.registry import Registry
-from gprune.sparsity.masks import top_of_experts
+from gprune.sparsity.budget import Budget
+from gprune.sparsity.masks import keep_masks, top_of_experts
+from gprune.sparsity.thresholds import equal_thresholds, start_thresholds
 
 Margins = tuple[list[Tensor], list[Tensor]]  # neurons (N,) and KV groups (G,) per block, float64; smallest goes first
-ALLOCATION: Registry[Callable[..., Margins]] = Registry("allocation")
+AtLeastOne = restricted_number_type("AtLeastOne", float, (">=", 1))
+ALLOCATION: Registry[Callable[..., typing.Any]] = Registry("allocation")
 
 
-def allocate(name: str, scores: Scores, *args: object, **options: object) -> Margins:
-    """Margins by the rule `name`, checked: what a user registers must not end in masks of chance.
+def allocation(
+    name: str, *, modules: bool = False, learned: bool = False, whole_blocks: bool = False
+) -> Callable[[Callable[..., typing.Any]], Callable[..., typing.Any]]:
+    """Register `function(scores, statistics, blocks, budget, **options)` under `name`; it returns margins or masks.
+
+    Options are the function's keyword-only parameters; `--sparsity.options` sets them.
+
+    Args:
+        name: what `--sparsity.allocation` takes.
+        modules: the rule is a `function(masks, ranks)` that gives thresholds to modules, given the masks of
+            `--sparsity.start`.
+        learned: those thresholds are where learning starts.
+        whole_blocks: the rule removes whole blocks, so that there are no modules to speak of.
+    """
+
+    def file(function: Callable[..., typing.Any]) -> Callable[..., typing.Any]:
+        function.modules, function.learned, function.whole_blocks = modules, learned, whole_blocks
+        return ALLOCATION.register(name)(function)
+
+    return file
+
+
+def check_options(name: str, options: Mapping[str, float]) -> None:
+    """Refuse options that the allocation `name` does not take, and values that an option cannot have.
+
+    Raises:
+        UserError: naming the option, what was expected and what came.
+    """
+    function = ALLOCATION[name]
+    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for option, value in options.items():
+        if option not in known:
+            raise UserError(
+                f"--sparsity.options: expected options of '{name}' ({', '.join(known) or 'none'}), got '{option}'."
+            )
+        wanted = typing.get_type_hints(function).get(option, float)
+        try:
+            wanted(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--sparsity.options.{option}: {error}.") from error
+
+
+def allocate(
+    name: str, scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget, **options: float
+) -> Masks:
+    """Keep masks by the rule `name`. Its margins are checked: what a user registers must not end in masks of chance.
 
     Raises:
         UserError: for margins of another shape than the scores, or that are no numbers.
     """
-    neurons, groups = ALLOCATION[name](scores, *args, **options)
+    found = ALLOCATION[name](scores, statistics, blocks, budget, **options)
+    if isinstance(found, Masks):
+        return found
+    neurons, groups = found
     expected = [tuple(s.shape) for s in (*scores.ffn, *scores.attention)]
     got = [tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__ for m in (*neurons, *groups)]
     if got != expected:
@@ -45,11 +99,15 @@ def allocate(name: str, scores: Scores, *args: object, **options: object) -> Mar
         )
     if any(bool(torch.isnan(m).any()) for m in (*neurons, *groups)):
         raise UserError(f"Allocation '{name}': expected margins that are numbers, got NaN.")
-    return neurons, groups
+    return keep_masks(budget, neurons, groups)
 
 
-@ALLOCATION.register("uniform")
-def uniform(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], sparsity: float) -> Margins:
+allocation("learned", modules=True, learned=True)(start_thresholds)
+allocation("equal", modules=True)(equal_thresholds)
+
+
+@allocation("uniform")
+def uniform(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget) -> Margins:
     """m_i = r_i, the rank inside the block in (0, 1): every block loses the same fraction."""
     return _ranks(scores, blocks), [fractional_ranks(s) for s in scores.attention]
 
@@ -59,8 +117,8 @@ def _ranks(scores: Scores, blocks: Sequence[Block]) -> list[Tensor]:
     return [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, blocks, strict=True)]
 
 
-@ALLOCATION.register("global")
-def standardised(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], sparsity: float) -> Margins:
+@allocation("global")
+def standardised(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget) -> Margins:
     """m_i = (s_i - mean s) / std s inside the block, then one threshold: FLAP's adaptive search (arXiv 2312.11983).
 
     Attention channels are standardised before a KV group averages its own, as in the authors' repository. Constant
@@ -77,15 +135,15 @@ def standardised(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[
     return [z(s) for s in scores.ffn], groups
 
 
-@ALLOCATION.register("owl")
+@allocation("owl")
 def outlier_weighted(
     scores: Scores,
     statistics: CorpusStatistics,
     blocks: Sequence[Block],
-    sparsity: float,
+    budget: Budget,
     *,
-    multiple: float = 5.0,
-    spread: float = 0.08,
+    multiple: AtLeastOne = 5.0,
+    spread: NonNegativeFloat = 0.08,
 ) -> Margins:
     """m_i = r_i - S_b: block b loses S_b, less where it has more outliers (OWL, arXiv 2310.05175).
 
@@ -103,7 +161,7 @@ def outlier_weighted(
         D = torch.stack(shares)
         width = D.max() - D.min()
         D = (D - D.min()) / width * 2 * spread if width > 0 else torch.zeros_like(D)
-        return sparsity - (D - D.mean())
+        return budget.sparsity - (D - D.mean())
 
     ffn, attention = sparsities("ffn", "down"), sparsities("attention", "output")
     return (
@@ -112,21 +170,14 @@ def outlier_weighted(
     )
 
 
-def depth_masks(
-    scores: Scores,
-    statistics: CorpusStatistics,
-    blocks: Sequence[Block],
-    *,
-    target: int,
-    width_multiple: int = 1,
-    protected: frozenset[int] = frozenset(),
-) -> Masks:
+@allocation("depth", whole_blocks=True)
+def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget) -> Masks:
     """Whole blocks go, the least influential first: ShortGPT (arXiv 2403.03853), BI_b = 1 - E cos(x_b, x_b+1).
 
-    Blocks go until the next one would remove more than `target` parameters. That one stays, but loses its neurons of
-    lowest score until the target is met, so that the baseline is matched on total parameters; if its FFN is not enough
-    it goes as well, attention and norms included. Attention goes with its block whatever the scope. A width that is
-    changed ends up on a multiple of `width_multiple`.
+    Blocks go until the next one would remove more than the target. That one stays, but loses its neurons of lowest
+    score until the target is met, so that the baseline is matched on total parameters; if its FFN is not enough it
+    goes as well, attention and norms included. Attention goes with its block whatever the scope. A width that is
+    changed ends up on a multiple of the budget's.
 
     Raises:
         ValueError: if the target leaves no block.
@@ -134,15 +185,15 @@ def depth_masks(
     masks = Masks([torch.ones(b.experts * b.neurons, dtype=torch.bool) for b in blocks],
                   [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip
     influence = statistics.influence.clone()
-    influence[list(protected)] = float("inf")
-    left = target
+    influence[list(budget.costs.protected)] = float("inf")
+    left = budget.target
     for index in influence.argsort(stable=True).tolist():
         if left <= 0:
             return masks
-        if index in protected:
+        if index in budget.costs.protected:
             break
         block = blocks[index]
-        kept = max(block.neurons + -left // block.neuron_cost, 0) // width_multiple * width_multiple
+        kept = max(block.neurons + -left // block.neuron_cost, 0) // budget.width_multiple * budget.width_multiple
         if left >= block.cost or kept == 0:
             masks.ffn[index][:] = False
             masks.attention[index][:] = False
@@ -151,5 +202,5 @@ def depth_masks(
             masks.ffn[index] = top_of_experts(scores.ffn[index], kept, experts=block.experts)
             return masks
     if left > 0 or not any(masks.blocks):
-        raise ValueError(f"depth: {target} parameters would leave no block")
+        raise ValueError(f"depth: {budget.target} parameters would leave no block")
     return masks

@@ -42,6 +42,12 @@ class UnitCosts:
         attention = sum(c * n for c, n in zip(self.group, self.groups, strict=True))
         return ffn + attention * self.attention
 
+    def removable(self, width_multiple: int) -> int:
+        """Parameters that can go while each open block keeps `width_multiple` neurons and one KV group."""
+        open_blocks = [b for b in range(len(self.neurons)) if b not in self.protected]
+        ffn = sum(self.neuron[b] * (self.neurons[b] - width_multiple) for b in open_blocks)
+        return ffn + self.attention * sum(self.group[b] * (self.groups[b] - 1) for b in open_blocks)
+
     def removed(self, masks: Masks) -> int:
         """Parameters of the scope that the masks remove."""
         slots = [int((~m).sum()) // e for m, e in zip(masks.ffn, self.of_experts, strict=True)]
@@ -73,34 +79,51 @@ def unit_costs(blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = 
     )
 
 
-def check_budget(costs: UnitCosts, sparsity: float, *, width_multiple: int = 1, flag: str = "sparsity.target") -> int:
-    """Parameters to remove for `sparsity`, rounded up.
+@dataclass(frozen=True)
+class Budget:
+    """How many parameters have to go, out of which units, and on which grid of widths."""
 
-    Raises:
-        UserError: for a sparsity outside (0, 1), a width multiple that does not fit, or a target that the rule of
-            one unit per block (one `width_multiple` of neurons, one KV group) makes impossible.
-    """
-    if not 0 < sparsity < 1:
-        raise UserError(
-            f"--{flag}: expected a fraction of parameters removed inside (0, 1), got {sparsity}; "
-            f"half the parameters is 0.5."
-        )
-    narrow = min(costs.neurons)
-    if not 1 <= width_multiple <= narrow:
-        raise UserError(
-            f"--sparsity.width_multiple: expected 1 to {narrow} (the narrowest block's neurons), got {width_multiple}."
-        )
-    # exact: 0.1 of 30 is 3, where float multiplication and ceil would say 4
-    target = -(-Fraction(str(sparsity)) * costs.total // 1)
-    open_blocks = [b for b in range(len(costs.neurons)) if b not in costs.protected]
-    removable = sum(costs.neuron[b] * (costs.neurons[b] - width_multiple) for b in open_blocks)
-    if costs.attention:
-        removable += sum(costs.group[b] * (costs.groups[b] - 1) for b in open_blocks)
-    if target > removable:
-        kept = f"{width_multiple} neuron{'s' * (width_multiple > 1)}" + " and one KV group" * costs.attention
-        raise UserError(
-            f"--{flag}: {sparsity} cannot be reached: every block keeps {kept}"
-            + f" and {len(costs.protected)} keep everything" * bool(costs.protected)
-            + f", so at most {removable / costs.total:.4f} of the parameters can go; ask for less."
-        )
-    return int(target)
+    costs: UnitCosts
+    target: int  # parameters to remove
+    width_multiple: int = 1  # widths end up on multiples of it
+    asked: float | None = None  # the sparsity that `target` was rounded up from
+
+    @classmethod
+    def of(cls, costs: UnitCosts, sparsity: float, width_multiple: int = 1, *, flag: str = "sparsity.target") -> Budget:
+        """The budget for a `sparsity` in (0, 1), in parameters of the scope, rounded up.
+
+        Raises:
+            UserError: naming `--flag`, for a sparsity outside (0, 1), a width multiple that does not fit, or a target
+                that the rule of one unit per block (one `width_multiple` of neurons, one KV group) makes impossible.
+        """
+        if not 0 < sparsity < 1:
+            raise UserError(
+                f"--{flag}: expected a fraction of parameters removed inside (0, 1), got {sparsity}; "
+                f"half the parameters is 0.5."
+            )
+        narrow = min(costs.neurons)
+        if not 1 <= width_multiple <= narrow:
+            raise UserError(
+                f"--sparsity.width_multiple: expected 1 to {narrow} (the narrowest block's neurons), got "
+                f"{width_multiple}."
+            )
+        # exact: 0.1 of 30 is 3, where float multiplication and ceil would say 4
+        target = -(-Fraction(str(sparsity)) * costs.total // 1)
+        removable = costs.removable(width_multiple)
+        if target > removable:
+            kept = f"{width_multiple} neuron{'s' * (width_multiple > 1)}" + " and one KV group" * costs.attention
+            raise UserError(
+                f"--{flag}: {sparsity} cannot be reached: every block keeps {kept}"
+                + f" and {len(costs.protected)} keep everything" * bool(costs.protected)
+                + f", so at most {removable / costs.total:.4f} of the parameters can go; ask for less."
+            )
+        return cls(costs, int(target), width_multiple, sparsity)
+
+    def at(self, sparsity: float) -> Budget:
+        """The same units and grid at another sparsity of `--evaluation.curve`."""
+        return Budget.of(self.costs, sparsity, self.width_multiple, flag="evaluation.curve")
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the scope's parameters that has to go."""
+        return self.target / self.costs.total if self.asked is None else self.asked

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -52,30 +51,6 @@ def gated(model: PreTrainedModel, ffn: Gates, attention: Gates = None) -> Iterat
             for handle in (*_ffn_gate(block, ffn), *_attention_gates(block, attention)):
                 taken_off.callback(handle.remove)
         yield model
-
-
-@contextmanager
-def corrected(model: PreTrainedModel, ffn: Gates, attention: Gates = None) -> Iterator[PreTrainedModel]:
-    """Add C x to what each `down_proj` and `o_proj` makes of its (gated) input x: weights that recovery would change.
-
-    Args:
-        ffn, attention: per block C (H, channels), or None where nothing is added. As with `gated` the lists are read at
-            every forward pass, and leaving restores the model bit for bit. Not for blocks with experts.
-    """
-    with ExitStack() as taken_off:
-        for block in blocks_of(model):
-            for part, added in ((block.down, ffn), (block.output, attention)):
-                if added is not None:
-                    taken_off.callback(part.host.register_forward_hook(_add(added, block.index)).remove)
-        yield model
-
-
-def _add(added: Sequence[Tensor | None], index: int) -> Callable[..., Tensor | None]:
-    def after(_module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        correction = added[index]
-        return None if correction is None else output + F.linear(inputs[0], correction.to(inputs[0]))
-
-    return after
 
 
 def _ffn_gate(block: Block, gates: Gates) -> Iterator[RemovableHandle | Watch]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gprune.models.masks import Masks
-from gprune.sparsity.budget import UnitCosts
+from gprune.sparsity.budget import Budget, UnitCosts
 
 
 def margins(p: Tensor, thresholds: Tensor, labels: Tensor) -> Tensor:
@@ -85,14 +85,9 @@ def _keep_groups(
 
 
 def keep_masks(
-    costs: UnitCosts,
-    neuron_margins: Sequence[Tensor],
-    group_margins: Sequence[Tensor] | None = None,
-    *,
-    target: int,
-    width_multiple: int = 1,
+    budget: Budget, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None
 ) -> Masks:
-    """Remove units in order of margin (ties by block, then index) until `target` parameters are gone.
+    """Remove units in order of margin (ties by block, then index) until `budget.target` parameters are gone.
 
     With attention in scope, KV groups fall first: those that the common order of all units would remove. Neurons
     fill the rest, so the overshoot is less than one neuron (one step of `width_multiple` neurons), and no group is
@@ -102,20 +97,19 @@ def keep_masks(
     (`equal_widths`), and the overshoot is less than one step in every block.
 
     Args:
-        costs: parameters per unit.
+        budget: costs of the units, the target and the grid of widths.
         neuron_margins: per block (N,) or (E x N,), any float dtype; smallest goes first.
-        group_margins: per block (G,); needed when `costs.attention`.
-        target: parameters to remove, from `check_budget`.
-        width_multiple: widths end up on multiples of it.
+        group_margins: per block (G,); needed where the budget has attention in scope.
 
     Returns:
-        Masks that remove at least `target`, and less than one more step. Blocks that lose neurons end up on a
+        Masks that remove at least the target, and less than one more step. Blocks that lose neurons end up on a
         multiple of `width_multiple`; one that loses none keeps its width.
     """
+    costs, target = budget.costs, budget.target
     if costs.uniform:
-        return equal_widths(costs, neuron_margins, group_margins, target=target, width_multiple=width_multiple)
+        return equal_widths(budget, neuron_margins, group_margins)
     slots = [slot_margins(m.detach().cpu().double(), e) for m, e in zip(neuron_margins, costs.of_experts, strict=True)]
-    cut = [_chunks(m, len(m) if b in costs.protected else width_multiple) for b, m in enumerate(slots)]
+    cut = [_chunks(m, len(m) if b in costs.protected else budget.width_multiple) for b, m in enumerate(slots)]
     keys = torch.cat([key for _, _, key in cut])
     cost = torch.cat([size * c for (_, size, _), c in zip(cut, costs.neuron, strict=True)])
     attention = [torch.ones(n, dtype=torch.bool) for n in costs.groups]
@@ -132,18 +126,14 @@ def keep_masks(
 
 
 def equal_widths(
-    costs: UnitCosts,
-    neuron_margins: Sequence[Tensor],
-    group_margins: Sequence[Tensor] | None = None,
-    *,
-    target: int,
-    width_multiple: int = 1,
+    budget: Budget, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None
 ) -> Masks:
-    """Masks that make every block the same shape: the widest one that removes at least `target` parameters.
+    """Masks that make every block the same shape: the widest one that removes at least the target.
 
     With attention in scope every block keeps as many KV groups as blocks would keep on average if they were free, and
     the width of the FFN makes up the rest. Arguments as for `keep_masks`.
     """
+    costs, target, width_multiple = budget.costs, budget.target, budget.width_multiple
 
     def widest(left: int) -> int:
         """Of the FFN, to remove `left` parameters: every neuron of width costs the sum over blocks."""
@@ -154,9 +144,8 @@ def equal_widths(
 
     attention = [torch.ones(n, dtype=torch.bool) for n in costs.groups]
     if costs.attention:
-        free = replace(costs, uniform=False)
-        freely = keep_masks(free, neuron_margins, group_margins, target=target, width_multiple=width_multiple)
-        kept = [int(m.sum()) for m in freely.attention]
+        free = replace(budget, costs=replace(costs, uniform=False))
+        kept = [int(m.sum()) for m in keep_masks(free, neuron_margins, group_margins).attention]
         groups = max(1, min(round(sum(kept) / len(kept)), *costs.groups))
 
         def gone(groups: int) -> int:

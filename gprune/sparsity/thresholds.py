@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
 from gprune.models.masks import Masks
-from gprune.sparsity.budget import UnitCosts
+from gprune.partition.record import ModuleRanks
+from gprune.sparsity.budget import Budget
 from gprune.sparsity.masks import keep_masks, margins
 
-
-@dataclass(frozen=True)
-class ModuleRanks:
-    """Where units stand inside their modules: what thresholds act on. One entry per block.
-
-    A block's KV groups form one module of their own.
-    """
-
-    ffn: list[Tensor]  # p, (N,) float64 in (0, 1)
-    labels: list[Tensor]  # (N,) int64 in [0, K)
-    attention: list[Tensor]  # p of KV groups, (G,) float64
-
-    @property
-    def modules(self) -> list[int]:
-        return [int(y.max()) + 1 for y in self.labels]
-
-    def moved(self, offsets: list[Tensor]) -> ModuleRanks:
-        """Every neuron's rank moved by its offset, (N,) in logits: p_i' = sigmoid(logit p_i + o_i)."""
-        ffn = [torch.sigmoid(torch.logit(p) + o.cpu()) for p, o in zip(self.ffn, offsets, strict=True)]
-        return replace(self, ffn=ffn)
+# Logits per module of every block: (K,) for neurons, and (1,) for the block's KV groups, which are one module.
+Thresholds = tuple[list[Tensor], list[Tensor]]
 
 
-def start_thresholds(masks: Masks, ranks: ModuleRanks) -> tuple[list[Tensor], list[Tensor]]:
+def start_thresholds(masks: Masks, ranks: ModuleRanks) -> Thresholds:
     """Thresholds under which each module keeps as many units as the masks keep of it.
 
     t_m = logit(removed fraction), moved a quarter of a rank inside (0, 1) where it would be infinite. Where modules
@@ -53,16 +34,27 @@ def start_thresholds(masks: Masks, ranks: ModuleRanks) -> tuple[list[Tensor], li
     return ffn, attention
 
 
-def masks_from_thresholds(
-    ranks: ModuleRanks,
-    thresholds: tuple[list[Tensor], list[Tensor]],
-    costs: UnitCosts,
-    *,
-    target: int,
-    width_multiple: int = 1,
-) -> Masks:
+def equal_thresholds(masks: Masks, ranks: ModuleRanks) -> Thresholds:
+    """The same threshold everywhere: every module loses the same fraction, whatever the masks keep of it."""
+    ffn = [torch.zeros(k, dtype=torch.float64) for k in ranks.modules]
+    return ffn, [torch.zeros(1, dtype=torch.float64) for _ in ranks.attention]
+
+
+def masks_from_thresholds(ranks: ModuleRanks, thresholds: Thresholds, budget: Budget) -> Masks:
     """Keep masks that meet the budget, from thresholds per module."""
     ffn, attention = thresholds
     neuron = [margins(p, t.detach().cpu(), y) for p, t, y in zip(ranks.ffn, ffn, ranks.labels, strict=True)]
     group = [torch.logit(p) - t.detach().cpu().double() for p, t in zip(ranks.attention, attention, strict=True)]
-    return keep_masks(costs, neuron, group, target=target, width_multiple=width_multiple)
+    return keep_masks(budget, neuron, group)
+
+
+def named_thresholds(thresholds: Thresholds) -> dict[str, Tensor]:
+    """Thresholds by the names under which safetensors hold them: `ffn.<block>` and `attention.<block>`."""
+    pairs = zip(("ffn", "attention"), thresholds, strict=True)
+    return {f"{kind}.{b}": t.detach().cpu() for kind, group in pairs for b, t in enumerate(group)}
+
+
+def thresholds_from_named(tensors: dict[str, Tensor]) -> Thresholds:
+    """What `named_thresholds` was given; other names are passed over."""
+    depth = sum(name.startswith("ffn.") for name in tensors)
+    return tuple([tensors[f"{kind}.{b}"] for b in range(depth)] for kind in ("ffn", "attention"))

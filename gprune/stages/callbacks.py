@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from gprune.corpora.windows import Windows
 from gprune.evaluation.perplexity import perplexity
 from gprune.models.masks import Masks
+from gprune.partition.record import Modules
 from gprune.partition.reliability import module_means
 from gprune.runs.tracking import log_scalars, log_table
-from gprune.sparsity.gates import corrected, gated
+from gprune.sparsity.budget import Budget
+from gprune.sparsity.gates import gated, masked
 from gprune.stages.thresholds import ThresholdLearning
 
 
@@ -32,8 +32,6 @@ class ApplyMasks(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
         self._context.enter_context(gated(pl_module.lm, pl_module.ffn_gates, pl_module.attention_gates))
-        if pl_module.recover is not None:
-            self._context.enter_context(corrected(pl_module.lm, *pl_module.corrections))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
         self._context.close()
@@ -54,11 +52,11 @@ class PerplexityCurve(L.Callback):
     """Development perplexity per corpus as curves: against the epoch of learning, and against sparsity.
 
     Against the epoch: at the start and after each epoch, at the target sparsity. Against sparsity: at the end, the
-    learned thresholds at every budget of `targets`, and the dense model at 0. Only process 0 computes.
+    learned thresholds at every one of `budgets`, and the dense model at 0. Only process 0 computes.
     """
 
-    def __init__(self, windows: Sequence[Windows], *, targets: dict[float, int], batch_size: int = 4):
-        self.windows, self.targets, self.batch_size = windows, targets, batch_size
+    def __init__(self, windows: Sequence[Windows], *, budgets: dict[float, Budget], batch_size: int = 4):
+        self.windows, self.budgets, self.batch_size = windows, budgets, batch_size
         self.by_epoch: list[dict[str, float]] = []
         self.by_sparsity: dict[float, dict[str, float]] = {}
 
@@ -72,7 +70,7 @@ class PerplexityCurve(L.Callback):
     def _epoch_point(self, trainer: L.Trainer, pl_module: ThresholdLearning, epoch: int) -> None:
         if not trainer.is_global_zero:
             return
-        pl_module.refresh_corrections(pl_module.refresh_gates())
+        pl_module.refresh_gates()
         values = corpus_perplexities(pl_module.lm, self.windows, batch_size=self.batch_size)
         self.by_epoch.append(values)
         self._log(trainer, "learn", {"learn/epoch": float(epoch)}, values, trainer.global_step)
@@ -83,8 +81,8 @@ class PerplexityCurve(L.Callback):
         if not trainer.is_global_zero:
             return
         self.by_sparsity[0.0] = corpus_perplexities(pl_module.lm, self.windows, batch_size=self.batch_size)
-        for sparsity, target in self.targets.items():
-            with pl_module.pruned(pl_module.masks(target=target)) as lm:
+        for sparsity, budget in self.budgets.items():
+            with masked(pl_module.lm, pl_module.masks(budget)) as lm:
                 self.by_sparsity[sparsity] = corpus_perplexities(lm, self.windows, batch_size=self.batch_size)
         for step, (sparsity, values) in enumerate(sorted(self.by_sparsity.items())):
             self._log(trainer, "curve", {"curve/sparsity": sparsity}, values, step)
@@ -96,25 +94,13 @@ class PerplexityCurve(L.Callback):
             logger.log_metrics(points, step=step)
 
 
-class ModuleReport(L.Callback):
-    """Logs sensitivity, agreement and learned sparsity of every module when learning ends: a W&B table, CSV means."""
-
-    def __init__(self, rows: Sequence[dict[str, Any]]):
-        self.rows = rows
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
-        log_modules(trainer.loggers, self.rows, pl_module.masks(), pl_module.ranks.labels)
-
-
-def log_modules(
-    loggers: Sequence[Logger], rows: Sequence[dict[str, Any]], masks: Masks, labels: Sequence[Tensor]
-) -> None:
+def log_modules(loggers: Sequence[Logger], modules: Modules, masks: Masks) -> None:
     """The table `modules`, and per module the scalars `modules/sensitivity`, `/agreement`, `/sparsity`.
 
     A module's sparsity is the fraction of its neurons that the masks remove.
     """
-    removed = [module_means(~keep, y) for keep, y in zip(masks.ffn, labels, strict=True)]
-    rows = [row | {"sparsity": float(removed[row["block"]][row["module"]])} for row in rows]
+    removed = [module_means(~keep, y) for keep, y in zip(masks.ffn, modules.labels, strict=True)]
+    rows = [row | {"sparsity": float(removed[row["block"]][row["module"]])} for row in modules.rows()]
     log_table(loggers, "modules", rows)
     names = ("sensitivity", "noise_floor", "agreement", "sparsity")
     for step, row in enumerate(rows):

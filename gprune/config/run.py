@@ -1,0 +1,216 @@
+"""RunConfig: every flag of `python train.py`, and what follows from the flags together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from gprune.config.groups import (
+    SEVERAL,
+    CorporaConfig,
+    EvaluationConfig,
+    Group,
+    LoggingConfig,
+    ModelConfig,
+    PartitionConfig,
+    ReliabilityConfig,
+    RunFolderConfig,
+    SparsityConfig,
+    TrainerConfig,
+)
+from gprune.config.types import NonNegative
+from gprune.corpora.load import check_corpus, identity
+from gprune.errors import UserError
+from gprune.importance.metrics import IMPORTANCE
+from gprune.recovery import RECOVERY
+from gprune.sparsity.allocation import ALLOCATION
+
+
+@dataclass
+class RunConfig(Group):
+    """Generalization-aware structured pruning of a large language model.
+
+    Prunes FFN neurons (and attention KV groups) of a frozen model: measures how each neuron's importance rank drifts
+    between text distributions, divides neurons into modules that behave alike, ranks inside them, learns how sparse
+    each module should be, prunes, and reports perplexity on text that was used and on text never seen.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    corpora: CorporaConfig = field(default_factory=CorporaConfig)
+    importance: str = "wanda_sp"
+    """Base importance metric, or one registered from Python. From activations: wanda_sp, wifn, wifv, ifv, act_norm,
+    obs; from gradients: taylor, taylor_second, taylor_vector; from weights alone: magnitude, magnitude_l1,
+    magnitude_down, magnitude_down_l1, gaussian_sp; random as a control."""
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    recovery: str = "none"
+    """What gives back what pruning took. none is the paper's method; beyond it: bias (means of what was removed),
+    least_squares (output projections solved again on the dense model's activations), least_squares_sequential (block
+    by block, on the activations of the pruned and recovered model so far; costs some three forward passes for each
+    pruned model), or one registered from Python."""
+    ridge: NonNegative = 0.01
+    """Ridge of least_squares and of least_squares_sequential, relative to the mean diagonal of the Gram matrix."""
+    gprune: bool = True
+    """False: the base metric alone; --sparsity.allocation learned then means uniform."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    run: RunFolderConfig = field(default_factory=RunFolderConfig)
+    export: Literal["hf", "gguf", "none"] = "hf"
+    """hf: the pruned model as a Hugging Face folder, reloaded and compared. gguf: that, and a GGUF file beside it, run
+    in a llama.cpp build and compared (`gprune export` has its types). none: masks and numbers only."""
+    dry_run: bool = False
+    """Say tokens, passes, expected memory and resulting widths, and stop before anything is computed."""
+
+    def check(self) -> None:
+        IMPORTANCE[self.importance]
+        RECOVERY[self.recovery]
+        if self.model.shard and self.trainer.devices * self.trainer.num_nodes < 2:
+            raise UserError(
+                "--model.shard: expected two or more processes (--trainer.devices, .num_nodes) to spread the model "
+                "over, got one; --model.device_map auto spreads it over the devices of one process."
+            )
+        if self.gprune and ALLOCATION[self.sparsity.allocation].whole_blocks:
+            raise UserError(
+                f"--sparsity.allocation {self.sparsity.allocation}: a baseline without modules; expected --gprune "
+                f"false with it."
+            )
+        for flag, given in (
+            ("--partition.method drift_only", self.partition.method == "drift_only"),
+            ("--reliability.everywhere true", self.reliability.everywhere),
+        ):
+            if self.gprune and given and len(self.corpora.drift) < 2:
+                raise UserError(f"{flag}: expected two or more --corpora.drift, got {self.corpora.drift}.")
+
+    @property
+    def final(self) -> str:
+        """The stage that the run is about: `gprune`, or `base` where the base metric is alone."""
+        return "gprune" if self.gprune else "base"
+
+    @property
+    def learns(self) -> bool:
+        """Whether thresholds are learned."""
+        return self.gprune and ALLOCATION[self.sparsity.allocation].learned
+
+    @property
+    def base_allocation(self) -> str:
+        """How the base metric's sparsity is spread over blocks: in its own rows, and where learning starts."""
+        s = self.sparsity
+        return s.start if ALLOCATION[s.allocation].modules else s.allocation
+
+    @property
+    def attention(self) -> bool:
+        """Whether KV groups are in scope."""
+        return self.sparsity.scope == "attention+ffn"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What of `calibration.statistics.EXTRAS` the run reads."""
+        # gprune also scores by what stands in for drift and by what modules switch to
+        names = {self.importance, *([IMPORTANCE[self.importance].drift, self.reliability.metric] * self.gprune)}
+        gram = RECOVERY[self.recovery].needs & {"gram"}
+        return gram.union(*(IMPORTANCE[name].needs for name in names - set(SEVERAL)))
+
+    @property
+    def collects(self) -> frozenset[str]:
+        """What of `calibration.statistics.EXTRAS` a calibration pass collects: for this run, and for later ones."""
+        return self.needs | set(self.corpora.collect)
+
+    @property
+    def stages(self) -> list[tuple[str, str]]:
+        """(stage, recovery) of every row of the result table after `dense`."""
+        names, controls = ["base"], self.evaluation.controls
+        if self.gprune:
+            names = [name for name in ("base", "base_averaged") if name in controls] + ["gprune"]
+        recoveries = [self.recovery]
+        if self.recovery != "none" and "unrecovered" in controls:
+            recoveries = ["none", self.recovery]
+        return [(name, recovery) for recovery in recoveries for name in names]
+
+    @property
+    def roles(self) -> dict[str, list[str]]:
+        """Corpora whose train text this run reads, by what it reads them for; roles it does not play are empty."""
+        c = self.corpora
+        return {
+            "score": [c.score],
+            "drift": c.drift if self.gprune else [],
+            "learn": c.learn if self.learns else [],
+            "recover": c.recover if RECOVERY[self.recovery].needs else [],
+        }
+
+    @property
+    def calibration(self) -> list[str]:
+        """Every corpus that statistics are collected on, each once, in a fixed order."""
+        roles = self.roles
+        recover = roles["recover"] if RECOVERY[self.recovery].needs - {"text"} else []
+        return list(dict.fromkeys([*roles["score"], *roles["drift"], *recover]))
+
+    @property
+    def used(self) -> list[str]:
+        """Corpora whose train text the run reads, each once: evaluated, they count as seen."""
+        return list(dict.fromkeys(name for names in self.roles.values() for name in names))
+
+    def validate(self) -> None:
+        """Check every value again: attributes may have been set after the object was made.
+
+        Raises:
+            UserError: as when the object was made with such a value.
+        """
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Group):
+                value.__post_init__()
+        self.__post_init__()
+
+    def check_names(self) -> None:
+        """Look every corpus name up, without reading text.
+
+        Raises:
+            UserError: listing the corpora there are; or naming one that would be measured on the text it calibrates.
+        """
+        for name in dict.fromkeys([*self.used, *self.corpora.evaluate]):
+            check_corpus(name)
+        used = {identity(name) for name in self.used}
+        if self.evaluation.split == "train" and (
+            both := [name for name in self.corpora.evaluate if identity(name) in used]
+        ):
+            raise UserError(
+                f"--evaluation.split train: expected corpora that the run does not read, got '{both[0]}'; leave it out "
+                f"of --corpora.evaluate, or measure on development text."
+            )
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings as plain data, with the defaults that depend on others filled in."""
+        plain = asdict(self)
+        plain["logging"]["mode"] = self.logging.resolved_mode
+        plain["run"]["name"] = self.run_name
+        return plain
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that can change a result, as plain data: what two runs must share to share a folder.
+
+        Left out: where results go, how they are logged, what is exported, what is collected for others, and where
+        weights lie meanwhile.
+        """
+        plain = asdict(self)
+        for place in ("max_memory", "shard"):
+            plain["model"].pop(place)
+        for group in ("logging", "export", "dry_run"):
+            plain.pop(group)
+        plain["corpora"].pop("collect")
+        plain["run"] = {"seed": self.run.seed}
+        plain["trainer"] = {"world_size": self.trainer.devices * self.trainer.num_nodes}
+        return plain
+
+    @property
+    def run_name(self) -> str:
+        """`--run.name`, or a name that equal settings share and different settings do not."""
+        if self.run.name:
+            return self.run.name
+        digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:8]
+        model = os.path.basename(os.path.normpath(self.model.name))
+        return f"{model}-{self.final}-{self.importance}-{self.sparsity.target:g}-{digest}"

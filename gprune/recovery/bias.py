@@ -1,0 +1,15 @@
+"""Bias: the mean of what the removed units contributed, as FLAP compensates (arXiv 2312.11983, eq. 8)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gprune.calibration.statistics import Moments
+from gprune.recovery.contract import recovery
+
+
+@recovery("bias", experts=False)
+def bias(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
+    """W' = W_K, b = W_R mean(x_R): removed channels R give their mean over tokens (FLAP's compensation)."""
+    mean = moments.mean.to(weight)
+    return weight[:, keep], weight[:, ~keep] @ mean[~keep]

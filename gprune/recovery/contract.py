@@ -1,0 +1,194 @@
+"""What a recovery is: one contract for those of a projection and those of a whole model.
+
+A recovery gives back to a pruned model what pruning took. It says what it needs, what it costs and what it refuses;
+the pipeline asks, and knows no recovery by its name. Most are a function of one output projection:
+
+    @recovery("rescale")
+    def rescale(weight, keep, moments, ridge):
+        energy = moments.mean_sq.to(weight)
+        return weight[:, keep] * (energy.sum() / energy[keep].sum()).sqrt(), None
+
+Others are a class: `revise` goes block by block, `tune` takes the whole pruned model, for instance through a
+LightningModule:
+
+    @recovery("distil")
+    class Distil(Recovery):
+        needs = frozenset({"text"})
+
+        def tune(self, material, pruned):
+            material.fit("Distilling", MyStage(material.dense, pruned))
+            return pruned
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gprune.calibration.statistics import KINDS, CorpusStatistics, Moments
+from gprune.corpora.windows import Windows
+from gprune.errors import UserError
+from gprune.models.blocks import Block
+from gprune.models.masks import Masks
+from gprune.registry import Registry
+
+NEEDS = ("moments", "gram", "text")
+Revise = Callable[[Block, Block], None]  # changes a sliced block in place, given the dense one and it
+Solver = Callable[[Tensor, Tensor, Moments, float], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a recovery works with, beside the pruned model."""
+
+    dense: PreTrainedModel  # frozen
+    masks: Masks
+    ridge: float = 0.01
+    statistics: CorpusStatistics | None = None  # of the dense model, `corpora.recover` pooled; where needed
+    text: Sequence[Windows] = ()  # of `corpora.recover`; where needed
+    batch_size: int = 4
+    count: Callable[[int], None] = lambda tokens: None  # told of tokens that no decoder saw as a whole
+    fit: Callable[[str, LightningModule], None] | None = None  # trains a stage on `text`; None outside of a run
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """The text as (B, T) int64 token ids, corpus by corpus."""
+        return [ids for windows in self.text for ids in windows.tokens.split(self.batch_size)]
+
+
+class Recovery:
+    """A recovery that does nothing: `none`, the paper's method. Others inherit it and override what they change."""
+
+    name = ""  # set when it is registered
+    needs: frozenset[str] = frozenset()  # of `NEEDS`: statistics of the dense model, or text itself
+    experts = True  # whether it can recover experts
+    sharded = True  # whether it works while the dense model is spread over processes
+    why_not_experts = "cannot recover"  # ends in: the experts of a model
+
+    def revise(self, material: Material) -> Revise | None:
+        """What changes each sliced block, first block first; None: blocks stay as they were sliced."""
+        return None
+
+    def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
+        """The pruned model, recovered as a whole, in place or not."""
+        return pruned
+
+    def tokens(self, text: int, *, attention: bool) -> tuple[int, int]:
+        """(forward, forward and backward) tokens at most, for one pruned model and `text` tokens of recovery text."""
+        return 0, 0
+
+    def memory(self, blocks: Sequence[Block], hidden: int, *, attention: bool) -> tuple[int, int]:
+        """Bytes at most of (Gram matrices, hidden states) beside statistics; `hidden`: states of all recovery text."""
+        return 0, 0
+
+    def refuse(self, blocks: Sequence[Block], *, shard: bool) -> None:
+        """Raise UserError where this recovery cannot work, before anything is loaded.
+
+        Args:
+            blocks: of the dense model, without weights.
+            shard: whether the dense model is spread over processes.
+        """
+        others = [n for n in RECOVERY if RECOVERY[n].experts and RECOVERY[n].sharded]
+        if shard and not self.sharded:
+            raise UserError(
+                f"--recovery {self.name}: every process would take the text through all layers, on its own and from "
+                f"its CPU; expected it without --model.shard true, or one of {', '.join(others)}."
+            )
+        if not self.experts and any(block.has_experts for block in blocks):
+            raise UserError(
+                f"--recovery: '{self.name}' {self.why_not_experts} the experts of model_type "
+                f"'{blocks[0].family.model_type}'; expected one of {', '.join(others)}."
+            )
+
+
+RECOVERY: Registry[Recovery] = Registry("recovery")
+
+
+class Projection(Recovery):
+    """A recovery of each output projection that lost channels, by itself, from the dense model's statistics."""
+
+    why_not_experts = "adds biases, and there are none in"
+
+    def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool):
+        self.solver, self.needs, self.experts = solver, frozenset(needs), experts
+
+    def revise(self, material: Material) -> Revise:
+        def revise(dense: Block, block: Block) -> None:
+            keeps = material.masks.channels(dense)
+            for kind, part in KINDS:
+                if not bool(keeps[kind].all()):
+                    moments = getattr(material.statistics, kind)[dense.index].total
+                    weight, experts = dense.parts[part].weight.cpu(), dense.experts if kind == "ffn" else 1
+                    block.parts[part].set(
+                        *self.solve(weight, keeps[kind], moments, experts=experts, ridge=material.ridge)
+                    )
+
+        return revise
+
+    @torch.no_grad()
+    def solve(
+        self, weight: Tensor, keep: Tensor, moments: Moments, *, experts: int = 1, ridge: float = 0.01
+    ) -> tuple[Tensor, Tensor | None]:
+        """New weight and added bias of an output projection whose channels are cut down to `keep`.
+
+        Args:
+            weight: (H, C) dense projection, any float dtype; computed in float32 or better, returned in its dtype.
+            keep: (C,) bool, True = keep.
+            moments: of the dense input channels over `corpora.recover`.
+            experts: E whose columns lie side by side; each is recovered by itself.
+            ridge: lambda over the mean diagonal of the Gram matrix.
+
+        Returns:
+            (H, kept) weight and (H,) bias to add, or None.
+
+        Raises:
+            UserError: where a solver of the user's returns something else.
+        """
+        dtype = weight.dtype
+        if moments.count.dim():  # of each expert by itself
+            parts = zip(weight.float().chunk(experts, 1), keep.chunk(experts), range(experts), strict=True)
+            news = [self._solved(w, k, moments.of_expert(e, experts), ridge)[0] for w, k, e in parts]
+            return torch.cat(news, 1).to(dtype), None
+        new, added = self._solved(weight.float(), keep, moments, ridge)
+        return new.to(dtype), None if added is None else added.to(dtype)
+
+    def _solved(self, weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
+        found = self.solver(weight, keep, moments, ridge)
+        H, kept = len(weight), int(keep.sum())
+        new, bias = found if isinstance(found, tuple) and len(found) == 2 else (None, None)
+        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (new, bias)]
+        if shapes[0] != (H, kept) or (bias is not None and shapes[1] != (H,)):
+            raise UserError(
+                f"Recovery '{self.name}': expected a weight of shape ({H}, {kept}) and a bias of shape ({H},) or None, "
+                f"got {shapes[0]} and {shapes[1]}."
+            )
+        return new, bias
+
+
+def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool = True) -> Callable[[Any], Any]:
+    """Register a class of `Recovery`, or a function of one projection `(weight, keep, moments, ridge)`.
+
+    Args:
+        name: what `--recovery` takes.
+        needs: of `NEEDS`, what a function's `moments` have to hold. A class says so itself.
+        experts: whether a function can recover experts, which have no biases.
+    """
+    if unknown := set(needs) - set(NEEDS):
+        raise ValueError(f"recovery '{name}': needs expected to be of {', '.join(NEEDS)}, got {sorted(unknown)}.")
+
+    def file(entry: Any) -> Any:
+        made = entry() if isinstance(entry, type) else Projection(entry, needs=needs, experts=experts)
+        made.name, made.__module__, made.__qualname__ = name, entry.__module__, entry.__qualname__
+        RECOVERY.register(name)(made)
+        return entry
+
+    return file
+
+
+recovery("none")(Recovery)
