@@ -29,16 +29,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import lora
-from experiments.lora import DENSE, DTYPES, Row, Settings
-from gprune import cli
 from gprune.console import Parser, run_verb
 from gprune.corpora.load import check_corpus
 from gprune.errors import UserError
 from gprune.evaluation.intervals import bootstrap_perplexity, paired_bootstrap_ratio
-from gprune.report import report
-from gprune.report.tables import Estimate, Table
+from gprune.report.grouping import read_runs, run_names
+from gprune.report.table import Estimate, Table
 from gprune.storage.files import key_of, read_json
+
+from experiments import lora
+from experiments.lora import DENSE, DTYPES, Row, Settings
+from gprune import cli
 
 
 def rows_of(options: argparse.Namespace) -> list[Row]:
@@ -47,7 +48,7 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
     Raises:
         UserError: for no such run, one that is not finished or exported no model, and runs that cannot be compared.
     """
-    runs = report.read_runs(options.runs)
+    runs = read_runs(options.runs)
     for finished in runs:
         if not (finished.path / "model" / "config.json").is_file():
             raise UserError(
@@ -159,7 +160,7 @@ def tables_of_records(options: argparse.Namespace) -> str:
     Raises:
         UserError: where there are no such records, or two for one row of a table.
     """
-    wanted = {lora.row_of(name) for name in report.run_names(options.runs)} | ({DENSE} if options.dense else set())
+    wanted = {lora.row_of(name) for name in run_names(options.runs)} | ({DENSE} if options.dense else set())
     by_settings: dict[str, dict[Path, dict[str, Any]]] = {}
     for path in sorted(lora.RECORDS.glob("*.json"), key=lambda p: (not p.name.startswith(DENSE), p.name)):
         kept = read_json(path)

@@ -3,7 +3,7 @@
     python -m experiments.heterogeneity runs/NAME                            # Markdown: every third block, the mean
     python -m experiments.heterogeneity runs/NAME --all --figure drift.svg   # all blocks; drift.png and drift.svg
 
-Per block of N neurons, K modules and D drift corpora; drift and its noise floor as in `gprune/drift.py`:
+Per block of N neurons, K modules and D drift corpora; drift and its noise floor as in `gprune/partition/drift.py`:
 
 drift         mean rank drift: standard deviation of a neuron's importance rank over the corpora, ranks in (0, 1)
 floor         mean split-half noise floor: the drift that sampling alone would show
@@ -15,7 +15,7 @@ tau halves    the same between the two halves of one corpus, mean over corpora: 
               (somewhat too low, since half the tokens rank with twice the sampling variance)
 tau inside    that between corpora inside modules, mean weighted by pairs of neurons. It falls by itself where a module
               holds neurons of like importance, and rises where it mixes weak and strong ones, so that a difference from
-              tau proves nothing (`gprune.partition.drift.range_matched_agreement` is the control)
+              tau proves nothing
 least, most   smallest and largest sensitivity (mean drift) of a module
 switched      modules that rank by the metric switched to
 
@@ -37,24 +37,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.ticker import MaxNLocator
-from torch import Tensor
-
-from gprune import cli
 from gprune.console import Parser, run_verb
 from gprune.errors import UserError
 from gprune.importance.weights import ffn_weights
 from gprune.models.blocks import blocks_of
+from gprune.models.embedded import model_label
 from gprune.models.loading import fingerprint, load_model
 from gprune.partition.drift import pair_weighted_mean, rank_drift
 from gprune.partition.initial import initial_partition, parameter_embedding, shuffled_partition
 from gprune.partition.record import Modules
 from gprune.partition.reliability import module_means
-from gprune.report import report
-from gprune.report.tables import Cell, Table
-from gprune.runs.results import FinishedRun
+from gprune.report.run_figures import heterogeneity_figure
+from gprune.report.style import FORMATS, save
+from gprune.report.table import Cell, Table
+from gprune.runs.results import FinishedRun, read_run
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
-FORMATS = ("png", "svg")
+from gprune import cli
+
 EVERY = 3  # blocks of the short table
 RANK_BINS = 32
 
@@ -216,7 +217,7 @@ def text_of(run: FinishedRun, *, every: int, data_free: bool, permutations: int,
         partitions["data-free"] = data_free_modules(run)
     blocks = block_table(block_rows(modules), every=every)
     between = separation_table([d.ranks for d in modules.drift], partitions, permutations=permutations, seed=seed)
-    c, label = run.settings["corpora"], report.model_label(run.settings["model"]["name"])
+    c, label = run.settings["corpora"], model_label(run.settings["model"]["name"])
     about = (
         f"**{run.name}**: {label}, importance `{run.settings['importance']}`, drift over {', '.join(corpora)}, "
         f"{c['num_samples']} windows of {c['seq_len']} tokens each, seed {run.seed}."
@@ -230,13 +231,12 @@ def text_of(run: FinishedRun, *, every: int, data_free: bool, permutations: int,
 
 def draw(run: FinishedRun, file: Path) -> list[Path]:
     """Drift and Kendall tau of every module in every block, as PNG and SVG under the file's name."""
-    with report.style():
-        figure = report.heterogeneity_figure(run.modules)
+    figure = heterogeneity_figure(run.modules)
     for axes in figure.axes:
         if axes.get_xlabel() == "block":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     name = file.stem if file.suffix.removeprefix(".") in FORMATS else file.name
-    return report.save(figure, file.parent, name, FORMATS)
+    return save(figure, file.parent, name, FORMATS)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -266,7 +266,7 @@ def work(arguments: Sequence[str] | None = None) -> str:
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed: expected 0 or more and less than 2^63, got {options.seed}.")
     cli.quiet()
-    run = report.read_run(options.run)
+    run = read_run(options.run)
     text = text_of(
         run, every=1 if options.all else EVERY, data_free=options.data_free, permutations=options.permutations,
         seed=options.seed,

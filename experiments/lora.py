@@ -13,10 +13,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from gprune import cli
 from gprune.benchmarks.subjects import load_dense
 from gprune.config import RunConfig
 from gprune.corpora.load import identity, load_corpus
@@ -26,18 +22,22 @@ from gprune.errors import UserError
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import PerplexityResult, perplexity
 from gprune.models.blocks import Part, blocks_of
+from gprune.models.embedded import model_label
 from gprune.models.loading import load_model
 from gprune.models.losses import next_token_loss
 from gprune.pipeline.inputs import JOIN, prepare_text
 from gprune.pipeline.run import TokenMeter
-from gprune.report import report
-from gprune.report.tables import row_name
+from gprune.report.records import row_name
 from gprune.runs.folder import exported_model
 from gprune.runs.results import FinishedRun
 from gprune.runs.trainer import NamedProgressBar, check_trainer, plain_interrupts
 from gprune.stages.base import FrozenLMStage, require_finite
 from gprune.storage.environment import environment
 from gprune.storage.files import file_hashes, key_of, read_json, write_json
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gprune import cli
 
 RECORDS = Path(__file__).parent / "records" / "finetune"
 DENSE = "dense"
@@ -257,7 +257,7 @@ def run(row: Row, *, accelerator: str) -> dict[str, Any]:
     kept = {
         "name": row.name,
         "identity": row.identity,
-        "model": report.model_label(cfg.model.name),
+        "model": model_label(cfg.model.name),
         "stage": DENSE if row.dense else row_name(row.run.final, cfg.recovery),
         "importance": None if row.dense else cfg.importance,
         "sparsity": 0.0 if row.dense else cfg.sparsity.target,

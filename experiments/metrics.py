@@ -25,7 +25,8 @@ import gprune
 from gprune import cli
 from gprune.console import Parser, run_verb
 from gprune.evaluation.intervals import generalisation_gap, geometric_mean, paired_bootstrap_ratio
-from gprune.report.tables import by_stage, markdown, row_name
+from gprune.report.records import by_stage, row_name
+from gprune.report.table import markdown
 from gprune.storage.files import key_of, read_json, write_json
 from gprune.studies.job import token_hours
 from gprune.studies.listing import Row, flat, plain

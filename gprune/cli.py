@@ -54,7 +54,7 @@ def _run(args: Sequence[str] | None) -> None:
     quiet()
     from gprune.pipeline.plan import check
     from gprune.pipeline.prune import prune
-    from gprune.report.tables import result_table
+    from gprune.report.records import result_table
 
     if cfg.dry_run:
         sys.stdout.write(check(cfg).describe(cfg) + "\n")

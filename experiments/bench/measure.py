@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gprune.report.tables import markdown
+from gprune.report.table import markdown
 
 MIB = 2**20
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

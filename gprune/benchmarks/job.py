@@ -3,7 +3,7 @@
 python -m gprune.evaluation runs/NAME --tasks piqa,arc_easy,wikitext2 --dense
 python -m gprune.evaluation smollm2-135m --tasks piqa --limit 200
 
-Records go into `evaluation.json` in the run, where `python -m gprune.report.report` finds them, each as soon as it is there.
+Records go into `evaluation.json` in the run, where `gprune report` finds them, each as soon as it is there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def work() -> str:
         records, output = run(parser().parse_args(args))
-        from gprune.report.evaluated import evaluation_table
+        from gprune.report.benchmark_table import evaluation_table
 
         table = evaluation_table(records)
         where = f"\nRecords are in {output}.\n" if output else ""

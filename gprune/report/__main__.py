@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def write(options: argparse.Namespace) -> str:
     """Write tables and figures; the short tables come back."""
     from gprune.console import quiet
-    from gprune.report import report
+    from gprune import report
 
     quiet()  # warnings go to stdout
     made = report.make(options.runs, base=options.base)

@@ -29,20 +29,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-import gprune
-from gprune import cli
 from gprune.console import Parser, run_verb
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
 from gprune.models.losses import next_token_loss
 from gprune.pipeline.plan import check
-from gprune.report import report
+from gprune.report.style import FORMATS, save
 from gprune.sparsity.gates import gated
 from gprune.storage.files import key_of, read_json, write_json
-from gprune.studies import listing as lists
 from gprune.studies.listing import Listing, Row, commands, parts_of, plain
+
+import gprune
+from gprune import cli
+from gprune.studies import listing as lists
 from gprune.studies.tables import Done, costs_of, curve, packed, reported, text_of
 
 
@@ -189,9 +189,8 @@ def draw(listing: Listing, done: Done, folder: Path) -> None:
     """The report's figures over all rows, and the list's curve."""
     made = reported(listing, done)
     made.draw(folder, prefix=f"{listing.path.stem}-")
-    with report.style():
-        if (figure := curve(listing, made.runs)) is not None:
-            report.save(figure, folder, f"{listing.path.stem}-curve", report.FORMATS)
+    if (figure := curve(listing, made.runs)) is not None:
+        save(figure, folder, f"{listing.path.stem}-curve", FORMATS)
 
 
 def main() -> None:

@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from gprune.errors import UserError
+from gprune.models.masks import Masks
+from gprune.report.comparison_figures import curve_figure
+from gprune.report.perplexity_tables import over_seeds, ratio_to
+from gprune.report.records import by_stage, row_name
+from gprune.report.table import Estimate, Table, markdown
+from gprune.runs.results import FinishedRun, with_defaults
+from gprune.studies.listing import Listing, Row, flat, plain
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import gprune
-from gprune.errors import UserError
-from gprune.models.masks import Masks
-from gprune.report import report
-from gprune.report.report import Report
-from gprune.report.tables import row_name
-from gprune.runs.results import FinishedRun, with_defaults
-from gprune.studies.listing import Listing, Row, flat, plain
+from gprune import report
 
 CONTROL = "control"  # what tables call the result of a row that the list names as a control
 BUDGET = "sparsity.target"  # what curves call parameters removed, in percent
@@ -70,7 +72,7 @@ def _named(row: Row, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [r | {"stage": CONTROL} if row.control and r["stage"] == "gprune" else r for r in records]
 
 
-def reported(listing: Listing, done: Done) -> Report:
+def reported(listing: Listing, done: Done) -> report.Report:
     """The report of finished rows; rows that differ in seed alone are one."""
     runs = [as_run(row, kept, listing.seen) for row, kept in done]
     _check_text(done)
@@ -105,11 +107,11 @@ def text_of(listing: Listing, done: Done) -> str:
     rows = [[name, len(ratios), _mean(ratios)] for name, ratios in pairs if ratios is not None]
     if rows:
         columns = ["unseen perplexity of", "seeds", "ratio"]
-        parts.append(report.Table("compare", "Comparisons", columns, rows, {"ratio": 3}).to_markdown())
+        parts.append(Table("compare", "Comparisons", columns, rows, {"ratio": 3}).to_markdown())
     if any(not ratios for _, ratios in pairs if ratios is not None):
         parts.append("No ratio: the two have no seed in common, or were evaluated on other windows.")
     if spread := spreads(listing, made.runs):
-        parts.append(report.markdown(spread))
+        parts.append(markdown(spread))
         parts.append(
             "In brackets 95 % intervals over windows for the two rows that are furthest apart. That the data picked "
             "these two is not in them, so that rows that are alike do not spread by 0."
@@ -178,12 +180,12 @@ def curve(listing: Listing, runs: Sequence[FinishedRun]) -> Figure | None:
     if listing.curve is None:
         return None
     over, of = listing.curve["over"], listing.curve["of"]
-    ratios: dict[tuple[str, str], dict[float, dict[int, report.Estimate]]] = {}
+    ratios: dict[tuple[str, str], dict[float, dict[int, Estimate]]] = {}
     for r in runs:
         settings, key = flat(r.settings), r.settings["recovery"]
-        for stage, recovery in report.by_stage(r.records):
-            if stage not in ("dense", "base") and recovery == key and ("base", key) in report.by_stage(r.records):
-                found = report.ratio_to(r, (stage, key), r, ("base", key))
+        for stage, recovery in by_stage(r.records):
+            if stage not in ("dense", "base") and recovery == key and ("base", key) in by_stage(r.records):
+                found = ratio_to(r, (stage, key), r, ("base", key))
                 if found is None:  # no unseen text
                     continue
                 if isinstance(settings[over], bool) or not isinstance(settings[over], int | float):
@@ -203,34 +205,34 @@ def curve(listing: Listing, runs: Sequence[FinishedRun]) -> Figure | None:
     if not lines:
         return None
     budget = over == BUDGET
-    return report.curve_figure(lines, over="parameters of the scope removed" if budget else over, percent=budget)
+    return curve_figure(lines, over="parameters of the scope removed" if budget else over, percent=budget)
 
 
-def compared(runs: dict[str, list[FinishedRun]], a: str, b: str) -> report.Estimate | None:
+def compared(runs: dict[str, list[FinishedRun]], a: str, b: str) -> Estimate | None:
     """Unseen geometric mean of one stage over another's, `row: stage` each: over windows, or over seeds if several."""
     return _mean(ratios_of(runs, a, b) or [])
 
 
-def ratios_of(runs: dict[str, list[FinishedRun]], a: str, b: str) -> list[report.Estimate] | None:
+def ratios_of(runs: dict[str, list[FinishedRun]], a: str, b: str) -> list[Estimate] | None:
     """A ratio for every seed that both have; none unless all are of the same windows. None where a row has not run."""
     (a_runs, a_stage), (b_runs, b_stage) = (_stage(runs, name) for name in (a, b))
     if not a_runs or not b_runs:
         return None
     by_seed = {r.seed: r for r in b_runs}
-    ratios = [report.ratio_to(r, a_stage, by_seed[r.seed], b_stage) for r in a_runs if r.seed in by_seed]
+    ratios = [ratio_to(r, a_stage, by_seed[r.seed], b_stage) for r in a_runs if r.seed in by_seed]
     return [] if any(ratio is None for ratio in ratios) else ratios
 
 
-def _mean(ratios: Sequence[report.Estimate]) -> report.Estimate | None:
+def _mean(ratios: Sequence[Estimate]) -> Estimate | None:
     if not ratios:
         return None
-    return ratios[0] if len(ratios) == 1 else report.over_seeds([ratio.value for ratio in ratios])
+    return ratios[0] if len(ratios) == 1 else over_seeds([ratio.value for ratio in ratios])
 
 
 def _stage(runs: dict[str, list[FinishedRun]], name: str) -> tuple[list[FinishedRun], tuple[str, str]]:
     row, _, stage = name.partition(": ")
     members = runs.get(row, [])
-    stages = {row_name(*key): key for r in members for key in report.by_stage(r.records)}
+    stages = {row_name(*key): key for r in members for key in by_stage(r.records)}
     if members and stage not in stages:
         raise UserError(f"compare: expected a stage of '{row}' ({', '.join(stages)}), got '{stage}'.")
     return members, stages.get(stage, ("", ""))
@@ -252,4 +254,4 @@ def costs_of(done: Done) -> str:
                 ]
             )
     note = "peak MiB: the process's highest so far, so that a row may show that of one before it."
-    return f"{report.markdown(rows)}\n\n{note}"
+    return f"{markdown(rows)}\n\n{note}"

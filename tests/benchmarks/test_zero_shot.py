@@ -23,7 +23,7 @@ from gprune.errors import UserError
 from gprune.evaluation.accuracy import accuracy, chance, is_correct, paired_difference
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
-from gprune.report.evaluated import evaluation_table
+from gprune.report.benchmark_table import evaluation_table
 from gprune.sparsity.gates import masked
 from tests import tiny_run
 from tests.conftest import make_tiny_llama

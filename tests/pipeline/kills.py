@@ -38,7 +38,7 @@ from transformers import LlamaForCausalLM
 from gprune.models.embedded import embedded_model_dir
 from gprune.pipeline import evaluate as outcome
 from gprune.pipeline import prune as pipeline
-from gprune.report.tables import markdown
+from gprune.report.table import markdown
 from gprune.stages.calibration import CalibrationStage
 from gprune.stages.refinement import AssignmentRefinement
 from gprune.stages.thresholds import ThresholdLearning

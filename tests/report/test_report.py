@@ -17,20 +17,27 @@ import matplotlib.colors
 import numpy as np
 import pytest
 import torch
+from gprune.report.__main__ import main
 from PIL import Image
 from scipy import stats
 
+from gprune import report
 from gprune.config import EvaluationConfig, RunConfig
 from gprune.errors import UserError
 from gprune.evaluation.accuracy import paired_difference
 from gprune.evaluation.intervals import paired_bootstrap_ratio
 from gprune.models.masks import Masks
-from gprune.report import report
-from gprune.report.__main__ import main
-from gprune.report.across import LINES
-from gprune.report.figures import COLOURS, HATCHES
-from gprune.report.runs import short_names
-from gprune.report.tables import Estimate, Table
+from gprune.report.benchmark_table import evaluation_table
+from gprune.report.comparison_figures import curve_figure, sparsity_lines
+from gprune.report.grouping import read_runs, short_names
+from gprune.report.mask_tables import pairs
+from gprune.report.model_card import model_card
+from gprune.report.perplexity_tables import over_seeds
+from gprune.report.records import result_table, unseen_ratios
+from gprune.report.run_figures import perplexity_figure
+from gprune.report.style import COLOURS, HATCHES, LINES
+from gprune.report.table import Estimate, Table
+from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.files import read_tensors, write_tensors
 from tests import tiny_run
 from tests.tiny_run import environment, isolated
@@ -158,11 +165,11 @@ def test_sparsity_is_counted_from_the_masks(run):
 
 def test_the_run_s_own_table_is_as_it_was(run):
     records = json.loads((run / "metrics.json").read_text())["records"]
-    text = report.result_table(records)
+    text = result_table(records)
     assert text.splitlines()[0].endswith("unseen / base |")
     value = row(report.make([run]).tables[0], "one", "gprune")["unseen / base"].value
     assert f"{value:.3f} [" in text
-    assert report.unseen_ratios(records)["gprune"]["ratio"] == pytest.approx(value)
+    assert unseen_ratios(records)["gprune"]["ratio"] == pytest.approx(value)
 
 
 # --- several runs
@@ -180,7 +187,7 @@ def test_seeds_become_mean_and_interval(run):
     assert found["seeds"] == 3
     np.testing.assert_allclose(found["unseen"], np.exp([logs.mean(), low, high]), rtol=1e-9)
     # base moves with gprune here, so the ratio does not vary
-    ratio = report.unseen_ratios(json.loads((run / "metrics.json").read_text())["records"])["gprune"]["ratio"]
+    ratio = unseen_ratios(json.loads((run / "metrics.json").read_text())["records"])["gprune"]["ratio"]
     np.testing.assert_allclose(found["unseen / base"], [ratio] * 3, rtol=1e-9)
     dense = made.tables[0].rows[0]
     assert (dense[1], dense[2]) == ("dense", None)
@@ -204,9 +211,9 @@ def test_only_runs_that_differ_in_seed_alone_are_one_row(run):
 
 def test_a_run_named_twice_counts_once(run, monkeypatch):
     monkeypatch.chdir(run.parent)
-    assert [r.name for r in report.read_runs([run, "one", "./one/"])] == ["one"]
+    assert [r.name for r in read_runs([run, "one", "./one/"])] == ["one"]
     copy = shutil.copytree(run, run.parent / "more" / "one")
-    assert [r.name for r in report.read_runs([run, copy])] == ["one", "more/one"]
+    assert [r.name for r in read_runs([run, copy])] == ["one", "more/one"]
 
 
 def test_the_dense_row_is_there_once(run):
@@ -286,7 +293,7 @@ def test_a_foreign_evaluation_is_one_line(run, capsys, content):
 
 
 def test_a_reference_that_is_not_there_yet_leaves_the_ratios_blank(run):
-    runs = report.read_runs([run, another(run, "two", seed=1)])
+    runs = read_runs([run, another(run, "two", seed=1)])
     own = report.of_runs(runs).tables[0]
     blank = report.of_runs(runs, by_seed=[]).tables[0]
     assert any(cells[-1] is not None for cells in own.rows)
@@ -295,12 +302,12 @@ def test_a_reference_that_is_not_there_yet_leaves_the_ratios_blank(run):
     assert all(cells[-1] is None for cells in blank.rows)
     assert "not there yet" in blank.note
     assert "ratios" not in report.of_runs(runs, by_seed=[]).figures()
-    half = report.of_runs(report.read_runs([run]), by_seed=runs[1:]).tables[0]
+    half = report.of_runs(read_runs([run]), by_seed=runs[1:]).tables[0]
     assert all(cells[-1] is None for cells in half.rows)  # of another seed
 
 
 def test_one_division_into_seen_and_unseen_for_all_rows(run):
-    runs = report.read_runs([run])
+    runs = read_runs([run])
     delta = runs[0].records[-1]["corpus"]
     alpha = runs[0].records[0]["corpus"]
     made = report.of_runs(runs, seen=[delta])
@@ -324,7 +331,7 @@ def test_one_division_into_seen_and_unseen_for_all_rows(run):
 def test_a_model_card_says_whose_text_it_was_evaluated_on(run, split):
     records = json.loads((run / "metrics.json").read_text())["records"]
     cfg = RunConfig(evaluation=EvaluationConfig(split=split))
-    assert f"tokens of {split} text per corpus" in report.model_card(cfg, records=records)
+    assert f"tokens of {split} text per corpus" in model_card(cfg, records=records)
 
 
 def test_mask_stability_over_the_runs_given(run):
@@ -355,14 +362,14 @@ def test_pruned_models_are_compared_pair_by_pair(run):
     (table,) = [t for t in report.make([run, other]).tables if t.name == "comparison"]
     (found,) = table.rows
     assert found[:3] == ["one: gprune + bias", "two: gprune + bias", 1]
-    predicted = report.read_run(run).records[0]["seq_len"] - 1
+    predicted = read_run(run).records[0]["seq_len"] - 1
     assert found[3].value == pytest.approx(np.exp(-1 / predicted))
     assert found[3].low == pytest.approx(found[3].high)
 
 
-def seeds_of_one_name(run: Path) -> list[report.FinishedRun]:
+def seeds_of_one_name(run: Path) -> list[FinishedRun]:
     """Four seeds under one name, as lists of configurations have them; of the masks only the last two are equal."""
-    runs = report.read_runs([run, *(another(run, f"seed{i}", seed=i) for i in (1, 2, 3))])
+    runs = read_runs([run, *(another(run, f"seed{i}", seed=i) for i in (1, 2, 3))])
     return [replace(r, name="same", masks=runs[min(i, 2)].masks) for i, r in enumerate(runs)]
 
 
@@ -388,10 +395,10 @@ def test_seeds_that_share_a_name_stay_apart(run):
 
 
 def test_one_name_and_one_seed_twice_are_two_runs_still(run):
-    runs = [replace(r, name="same") for r in report.read_runs([run, another(run, "more", setting=0.5)])]
-    assert list(report.pairs(runs)) == [("same, seed 0", "same, seed 0 (2)")]
+    runs = [replace(r, name="same") for r in read_runs([run, another(run, "more", setting=0.5)])]
+    assert list(pairs(runs)) == [("same, seed 0", "same, seed 0 (2)")]
     other = replace(runs[1], name="other")
-    assert list(report.pairs([runs[0], other])) == [("same", "other")]
+    assert list(pairs([runs[0], other])) == [("same", "other")]
 
 
 def test_what_many_seeds_write_is_one_folder_of_figures_each(run):
@@ -412,7 +419,7 @@ def test_accuracy_stands_beside_the_dense_model_of_its_own_name_and_dtype():
         for model, dtype, correct in (("a", "float32", "1111"), ("b", "float32", "0000"), ("a", "bfloat16", "0011"))
         for stage in ("gprune", "dense")
     ]
-    table = report.evaluation_table(records)
+    table = evaluation_table(records)
     against = table.columns.index("against dense")
     assert [cells[against] for cells in table.rows if cells[2] == "gprune"] == ["+0.000 +- 0.000"] * 3
     assert sum(cells[2] == "dense" for cells in table.rows) == 3
@@ -468,8 +475,8 @@ def test_interval_over_seeds_is_students():
     values = [1.2, 1.5, 1.1, 1.3]
     logs = np.log(values)
     low, high = stats.t.interval(0.95, 3, loc=logs.mean(), scale=stats.sem(logs))
-    np.testing.assert_allclose(report.over_seeds(values), np.exp([logs.mean(), low, high]), rtol=1e-12)
-    assert report.over_seeds([2.0]) == Estimate(pytest.approx(2.0))
+    np.testing.assert_allclose(over_seeds(values), np.exp([logs.mean(), low, high]), rtol=1e-12)
+    assert over_seeds([2.0]) == Estimate(pytest.approx(2.0))
 
 
 def test_short_names_stay_apart():
@@ -496,10 +503,10 @@ def test_nothing_is_told_by_colour_alone(run):
     assert len({marker for _, _, marker in LINES}) == len({str(dash) for _, dash, _ in LINES}) == len(LINES)
     assert abs(grey(COLOURS["base"]) - grey(COLOURS["gprune"])) > 0.2
     masks = {str(i): Masks([torch.tensor([True, False])], []) for i in range(3 * len(LINES))}
-    drawn = report.sparsity_lines(masks).axes[0].lines[: len(masks)]
+    drawn = sparsity_lines(masks).axes[0].lines[: len(masks)]
     assert len({(line.get_color(), line.get_marker()) for line in drawn}) == len(masks)  # also beyond the first seven
     records = json.loads((run / "metrics.json").read_text())["records"]
-    bars = [c[0] for c in report.perplexity_figure(records).axes[0].containers]
+    bars = [c[0] for c in perplexity_figure(records).axes[0].containers]
     looks = {(bar.get_hatch(), bar.get_alpha()) for bar in bars}
     assert len(looks) == len(bars) == 6
 
@@ -507,7 +514,7 @@ def test_nothing_is_told_by_colour_alone(run):
 def test_an_estimate_just_outside_its_interval_is_drawn():
     """One window per corpus has an interval without width, and rounding may put the value outside of it."""
     low = np.nextafter(0.7, 1)
-    figure = report.curve_figure({("a", "gprune"): [(0.5, Estimate(0.7, low, low))]}, over="x")
+    figure = curve_figure({("a", "gprune"): [(0.5, Estimate(0.7, low, low))]}, over="x")
     assert figure.axes[0].containers[0].lines[0].get_ydata().tolist() == [0.7]
 
 

@@ -20,15 +20,15 @@ import gprune
 from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_bootstrap_ratio
 from gprune.models.masks import Masks
-from gprune.report.summary import over_seeds
-from gprune.report.tables import Estimate
+from gprune.report.perplexity_tables import over_seeds
+from gprune.report.table import Estimate
 from gprune.runs.results import FinishedRun
 from gprune.studies import job as runner
 from gprune.studies import listing as lists
 from gprune.studies import tables as results
 from tests import tiny_run
 
-EXPERIMENTS = Path(lists.__file__).parent
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 LISTS = [p for p in sorted(EXPERIMENTS.rglob("*.yaml")) if "rows" in yaml.safe_load(p.read_text(encoding="utf-8"))]
 ROWS = {"plain": {"gprune": False}, "ours": {}, "other": {"sparsity": {"epochs": 2}, "reliability.switch": False}}
 

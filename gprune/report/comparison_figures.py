@@ -10,20 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gprune.models.masks import Masks
-from gprune.report.figures import plain_ticks
-from gprune.report.tables import Estimate
-
-# lightness falls along the list, and with the dashes and markers a line is known in grey print
-LINES = (
-    ("#0072B2", "-", "o"), ("#E69F00", "--", "s"), ("#009E73", "-.", "^"), ("#D55E00", ":", "D"),
-    ("#56B4E9", (0, (5, 1)), "v"), ("#CC79A7", (0, (3, 1, 1, 1)), "P"), ("#000000", (0, (1, 3)), "X"),
-)  # fmt: skip
+from gprune.report.style import LINES, canvas, plain_ticks, style
+from gprune.report.table import Estimate
 
 
+@style()
 def means_figure(rows: Sequence[tuple[str, Estimate | None, Estimate | None]]) -> Figure:
     """Geometric-mean perplexity over seen (hollow square) and unseen (disc) text with intervals, a line per row."""
-    figure = Figure(figsize=(_width(rows), 1.2 + 0.32 * len(rows)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = canvas(_width(rows), 1.2 + 0.32 * len(rows))
     for which, (label, colour, marker, face, shift) in enumerate(
         (("seen text", "#E69F00", "s", "white", -0.13), ("unseen text", "#0072B2", "o", "#0072B2", 0.13))
     ):
@@ -32,14 +26,14 @@ def means_figure(rows: Sequence[tuple[str, Estimate | None, Estimate | None]]) -
     axes.set_xscale("log")
     axes.set_xlabel("perplexity, geometric mean, 95 % interval")
     _row_labels(axes, [row[0] for row in rows])
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend()
     return figure
 
 
+@style()
 def ratio_figure(rows: Sequence[tuple[str, Estimate]], *, base: str) -> Figure:
     """Perplexity on unseen text over that of the base metric, with paired intervals; left of the line is better."""
-    figure = Figure(figsize=(_width(rows), 1.2 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = canvas(_width(rows), 1.2 + 0.3 * len(rows))
     _intervals(axes, list(enumerate(found for _, found in rows)), color="#0072B2", marker="o", mfc="#0072B2")
     for y, (_, found) in enumerate(rows):
         axes.annotate(
@@ -53,6 +47,7 @@ def ratio_figure(rows: Sequence[tuple[str, Estimate]], *, base: str) -> Figure:
     return figure
 
 
+@style()
 def curve_figure(
     lines: Mapping[tuple[str, str], Sequence[tuple[float, Estimate]]], *, over: str, percent: bool = False
 ) -> Figure:
@@ -64,8 +59,7 @@ def curve_figure(
         over: name of the setting.
         percent: whether its values are shares.
     """
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = canvas(6, 3.8)
     subjects = list(dict.fromkeys(subject for subject, _ in lines))
     for (subject, stage), points in lines.items():
         colour, _, marker = LINES[subjects.index(subject) % len(LINES)]
@@ -83,17 +77,15 @@ def curve_figure(
     axes.set_xticks(sorted({value for points in lines.values() for value, _ in points}))
     axes.xaxis.set_major_formatter("{x:.0%}" if percent else "{x:g}")
     axes.set_ylabel("unseen perplexity / base metric alone")
-    axes.grid(axis="y", color="#DDDDDD", lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize=8, loc="outside right center")
+    axes.grid(axis="y")
+    figure.legend(loc="outside right center")
     return figure
 
 
+@style()
 def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
     """Fraction of neurons removed per block, a line per run."""
-    figure = Figure(figsize=(7, 3.2 + 0.16 * len(masks)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = canvas(7, 3.2 + 0.16 * len(masks))
     for i, (name, found) in enumerate(masks.items()):
         colour, dashes, _ = LINES[i % len(LINES)]
         marker = LINES[(i + i // len(LINES)) % len(LINES)][2]  # the eighth line has another one than the first
@@ -102,11 +94,11 @@ def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("block")
     axes.set_ylabel("fraction of neurons removed")
-    figure.legend(frameon=False, fontsize=8, loc="outside upper center")
-    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center")
     return figure
 
 
+@style()
 def stability_figure(names: Sequence[str], jaccard: Mapping[tuple[str, str], tuple[float, float]]) -> Figure:
     """Jaccard index of kept neurons for every pair of runs, with chance in brackets.
 
@@ -115,8 +107,7 @@ def stability_figure(names: Sequence[str], jaccard: Mapping[tuple[str, str], tup
         jaccard: (run, run) -> index and chance.
     """
     size = 2.4 + 0.75 * len(names)
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = canvas(size + 1, size)
     values = np.full((len(names), len(names)), np.nan)
     for (a, b), (value, chance) in jaccard.items():
         i, j = names.index(a), names.index(b)
@@ -159,6 +150,4 @@ def _distances(found: Sequence[Estimate]) -> np.ndarray:
 def _row_labels(axes: Axes, labels: Sequence[str]) -> None:
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.grid(axis="x", color="#DDDDDD", lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x")

@@ -7,7 +7,7 @@ from typing import Any
 
 from gprune.config import RunConfig
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
-from gprune.report.tables import result_table
+from gprune.report.records import result_table
 
 
 def model_card(cfg: RunConfig, *, stock: bool = False, records: Sequence[dict[str, Any]] = ()) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 import numpy as np
 
 from gprune.evaluation.stability import Stability, pairwise_stability
-from gprune.report.runs import Group, told_apart
-from gprune.report.tables import Cell, Table
+from gprune.models.masks import Masks
+from gprune.report.grouping import Group, told_apart
+from gprune.report.table import Cell, Table
 from gprune.runs.results import FinishedRun
 
 COLUMNS = ["unit", "Jaccard", "chance", "beyond chance"]
@@ -19,21 +21,25 @@ NOTE = (
 )
 
 
+def masks_of(runs: Iterable[FinishedRun]) -> dict[str, Masks]:
+    """Final masks by names that tell runs apart, of the runs whose masks were kept."""
+    return {run.name: run.masks for run in told_apart(runs) if run.masks is not None}
+
+
 def sparsity_table(runs: Sequence[FinishedRun]) -> Table:
     """Fraction of units removed in every block of the runs' final masks: a row per block and kind, a column per run."""
     rows: list[list[Cell]] = []
-    names = [run.name for run in told_apart(runs)]
+    masks = masks_of(runs)
     for kind, unit in (("ffn", "neurons"), ("attention", "KV groups")):
-        depth = max(len(getattr(run.masks, kind)) for run in runs)
-        columns = [[float((~m).float().mean()) for m in getattr(run.masks, kind)] for run in runs]
+        columns = [[float((~m).float().mean()) for m in getattr(found, kind)] for found in masks.values()]
         if any(value for column in columns for value in column):
-            rows += [[unit, b, *(c[b] if b < len(c) else None for c in columns)] for b in range(depth)]
+            rows += [[unit, b, *cells] for b, cells in enumerate(zip_longest(*columns))]
     return Table(
         "sparsity",
         "Sparsity per block",
-        ["unit", "block", *names],
+        ["unit", "block", *masks],
         rows,
-        dict.fromkeys(names, 3),
+        dict.fromkeys(masks, 3),
         "Fraction of the block's units that the final masks remove.",
     )
 
@@ -61,14 +67,11 @@ def repeatability_table(found: Sequence[Group]) -> Table:
 
 def pairs(runs: Iterable[FinishedRun]) -> dict[tuple[str, str], dict[str, Stability]]:
     """`pairwise_stability` of the final masks of runs of the same dense model, by names that tell runs apart."""
-    models: dict[str, dict[str, FinishedRun]] = {}
+    models: dict[str, dict[str, Masks]] = {}
     for run in told_apart(runs):
-        models.setdefault(run.model, {})[run.name] = run
-    return {
-        pair: by_kind
-        for same in models.values()
-        for pair, by_kind in pairwise_stability({name: run.masks for name, run in same.items()}).items()
-    }
+        if run.masks is not None:
+            models.setdefault(run.model, {})[run.name] = run.masks
+    return {pair: by_kind for same in models.values() for pair, by_kind in pairwise_stability(same).items()}
 
 
 def _stability_rows(a: str, b: str, by_kind: dict[str, Stability]) -> list[list[Cell]]:

@@ -1,10 +1,10 @@
-"""Tables and figures from run folders.
+"""The report of one run or several: its tables, its figures, and the page that holds them.
 
-python -m gprune.report.report runs/NAME [runs/NAME ...] [--output FOLDER] [--base runs/NAME]
+gprune report runs/NAME [runs/NAME ...] [--output FOLDER] [--base runs/NAME]
 
 or from Python:
 
-from gprune.report import report
+from gprune import report
 made = report.make(["runs/a", "runs/b"])
 made.to_markdown(), made.tables[0].rows, made.figures()["ratios"]
 made.write("report")
@@ -20,60 +20,16 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from gprune.evaluation.intervals import generalisation_gap, geometric_mean
-from gprune.models.embedded import model_label
-from gprune.report.across import curve_figure, means_figure, ratio_figure, sparsity_lines, stability_figure
-from gprune.report.card import model_card
-from gprune.report.evaluated import evaluation_table
-from gprune.report.figures import (
-    heterogeneity_figure,
-    perplexity_figure,
-    save,
-    sparsity_figure,
-    style,
-    write_figures,
-)
-from gprune.report.masks import pairs, repeatability_table, sparsity_table, stability_table
-from gprune.report.runs import (
-    Group,
-    divided,
-    groups,
-    read_runs,
-    run_names,
-    short_names,
-    told_apart,
-)
-from gprune.report.summary import (
-    comparison_table,
-    mean_perplexity,
-    over_seeds,
-    perplexity_table,
-    ratio_to,
-    records_table,
-    summary_table,
-)
-from gprune.report.tables import (
-    Estimate,
-    Table,
-    by_stage,
-    markdown,
-    result_table,
-    row_name,
-    unseen_ratios,
-)
-from gprune.runs.results import FinishedRun, read_evaluation, read_run
+from gprune.report.benchmark_table import evaluation_table
+from gprune.report.comparison_figures import means_figure, ratio_figure, sparsity_lines, stability_figure
+from gprune.report.grouping import Group, divided, groups, read_runs, short_names, told_apart
+from gprune.report.mask_tables import masks_of, pairs, repeatability_table, sparsity_table, stability_table
+from gprune.report.perplexity_tables import comparison_table, perplexity_table, records_table, summary_table
+from gprune.report.run_figures import write_figures
+from gprune.report.style import FORMATS, save
+from gprune.report.table import Table
+from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.files import replacing
-
-__all__ = [
-    "Estimate", "FinishedRun", "Group", "Report", "Table", "by_stage", "comparison_table", "curve_figure",
-    "evaluation_table", "generalisation_gap", "geometric_mean", "groups", "heterogeneity_figure", "make",
-    "markdown", "mean_perplexity", "means_figure", "model_card", "model_label", "of_runs", "over_seeds", "pairs",
-    "perplexity_figure", "perplexity_table", "ratio_figure", "ratio_to", "read_evaluation", "read_run", "read_runs",
-    "records_table", "repeatability_table", "result_table", "row_name", "run_names", "save", "short_names",
-    "sparsity_figure", "sparsity_lines", "sparsity_table", "stability_figure", "stability_table", "style",
-    "summary_table", "unseen_ratios", "write_figures",
-]  # fmt: skip
-FORMATS = ("png", "svg")
 
 
 @dataclass(frozen=True)
@@ -89,11 +45,11 @@ class Report:
         """The tables with titles and notes, then the protocols; every number and, if not `long`, blocks are in CSV."""
         left_out = {"records"} | (set() if long else {"sparsity"})
         shown = [t for t in self.tables if t.name not in left_out and t.rows]
-        parts = [f"## {t.title}\n\n{t.to_markdown()}\n" + (f"\n{t.note}\n" if t.note else "") for t in shown]
+        parts = [f"## {t.title}\n\n{t.to_text()}\n" for t in shown]
         return "\n".join([*parts, *(f"{line}\n" for line in self.protocols())])
 
     def protocols(self) -> list[str]:
-        """One line per protocol that the numbers were measured by."""
+        """One line per protocol by which the numbers were measured."""
         found = {
             f"Protocol: {r['model']}; windows of {r['seq_len']} tokens, stride {r['stride']}, "
             f"{'with' if r['bos'] else 'no'} BOS, {r['dtype']}, {r['split']} text, scope {r['scope']}."
@@ -116,10 +72,11 @@ class Report:
         if ratios := [(label, row[7]) for label, row in rows if row[7] is not None]:
             found["ratios"] = ratio_figure(ratios, base=_label(short[self.base.name], "base") if self.base else "base")
         if len(runs) > 1:
-            found["sparsity"] = sparsity_lines({short[run.name]: run.masks for run in runs})
+            if masks := masks_of(runs):
+                found["sparsity"] = sparsity_lines({short[name]: found for name, found in masks.items()})
             known = {(short[a], short[b]): kinds["ffn"] for (a, b), kinds in pairs(runs).items()}
             if jaccard := {pair: (s.jaccard, s.chance) for pair, s in known.items() if s.jaccard is not None}:
-                found["stability"] = stability_figure([short[run.name] for run in runs], jaccard)
+                found["stability"] = stability_figure([short[name] for name in masks], jaccard)
         return found
 
     def write(self, folder: Path | str, formats: Sequence[str] = FORMATS) -> list[Path]:
@@ -133,14 +90,13 @@ class Report:
         drawn = self.draw(folder / "figures", formats)
         for run in told_apart(self.runs):
             own = folder / "figures" / ("" if len(self.runs) == 1 else run.name.replace("/", "-"))
-            drawn += write_figures(own, run.records, run.modules, run.masks, formats)
+            if run.masks is not None:
+                drawn += write_figures(own, run.records, run.modules, run.masks, formats)
         return [*texts, *drawn]
 
     def draw(self, folder: Path, formats: Sequence[str] = FORMATS, *, prefix: str = "") -> list[Path]:
         """Files of the figures over all runs."""
-        with style():
-            figures = self.figures()
-        return [path for name, figure in figures.items() for path in save(figure, folder, prefix + name, formats)]
+        return [path for name, made in self.figures().items() for path in save(made, folder, prefix + name, formats)]
 
 
 def _label(run: str, stage: str) -> str:

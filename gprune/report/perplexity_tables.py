@@ -15,8 +15,9 @@ from scipy.stats import t as student
 
 from gprune.errors import UserError
 from gprune.evaluation.intervals import bootstrap_gap, bootstrap_perplexity, paired_bootstrap_ratio
-from gprune.report.runs import Group, divided
-from gprune.report.tables import Cell, Estimate, Table, by_stage, row_name
+from gprune.report.grouping import Group, divided
+from gprune.report.records import by_stage, row_name
+from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.results import FinishedRun, Record
 
 Stage = tuple[str, str]  # stage, recovery

@@ -1,0 +1,66 @@
+"""How figures look, and how they are written. Okabe and Ito's colours, and never by colour alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import matplotlib
+import matplotlib.ticker
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+
+from gprune.storage.files import replacing
+
+FORMATS = ("png", "svg")
+STYLE = {
+    "font.size": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "grid.color": "#DDDDDD", "grid.linewidth": 0.6, "figure.constrained_layout.use": True, "savefig.dpi": 160,
+}  # fmt: skip
+# By stage; base and base_averaged are equally light, so every stage has its own hatching too.
+COLOURS = {"dense": "#999999", "base": "#E69F00", "base_averaged": "#56B4E9", "gprune": "#0072B2"}
+HATCHES = {"base": "", "base_averaged": "....", "gprune": "////"}
+OTHER = "#CC79A7"
+# lightness falls along the list, and with the dashes and markers a line is known in grey print
+LINES = (
+    ("#0072B2", "-", "o"), ("#E69F00", "--", "s"), ("#009E73", "-.", "^"), ("#D55E00", ":", "D"),
+    ("#56B4E9", (0, (5, 1)), "v"), ("#CC79A7", (0, (3, 1, 1, 1)), "P"), ("#000000", (0, (1, 3)), "X"),
+)  # fmt: skip
+
+
+def style() -> AbstractContextManager[None]:
+    """`STYLE`, for as long as a figure is made or saved; also a decorator of functions that make one."""
+    return matplotlib.rc_context(STYLE)
+
+
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of so many inches with one pair of axes."""
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots()
+
+
+def plain_ticks(axis: Axis) -> None:
+    """0.5 and 200 on a logarithmic axis, not powers of ten; more ticks where it is short."""
+    axis.set_major_locator(matplotlib.ticker.LogLocator(base=10, subs=(1, 2, 5)))
+    axis.set_minor_locator(matplotlib.ticker.LogLocator(base=10, subs=(0.5, 0.6, 0.7, 0.8, 0.9, 1.2, 1.5, 3)))
+    axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    low, high = sorted(axis.get_view_interval())
+    axis.set_minor_formatter(
+        matplotlib.ticker.FormatStrFormatter("%g") if high / low < 5 else matplotlib.ticker.NullFormatter()
+    )
+
+
+@style()
+def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Write a figure whole or not at all, in each format; the same figure gives the same bytes."""
+    paths = []
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        for kind in formats:
+            path = folder / f"{name}.{kind}"
+            with replacing(path) as temporary:
+                figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
+            paths.append(path)
+    return paths
