@@ -39,9 +39,11 @@ def shrink(
     material = run.material(masks, statistics, name)
     revise = RECOVERY[name].revise(material)
     small = (_sliced_to_files if is_offloaded(run.model) else _sliced)(run, masks, revise)
-    run.meter.watch(small)
+    counted = run.meter.watch(small)
     with torch.enable_grad():  # a recovery of the whole model may learn
-        return RECOVERY[name].tune(material, small)
+        tuned = RECOVERY[name].tune(material, small)
+    counted.remove()
+    return tuned
 
 
 def _sliced(run: Run, masks: Masks, revise: Revise | None) -> PreTrainedModel:

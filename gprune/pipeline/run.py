@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.calibration.statistics import CorpusStatistics, pooled
@@ -42,15 +42,13 @@ class TokenMeter:
 
     def __init__(self) -> None:
         self.forward = self.forward_backward = 0
-        self._handles: list[Any] = []
-        self._watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._handles: list[RemovableHandle] = []
 
-    def watch(self, model: PreTrainedModel) -> None:
-        """Count what goes through this model's decoder from now on; a second time changes nothing."""
-        decoder = model.get_decoder()
-        if decoder not in self._watched:
-            self._watched.add(decoder)
-            self._handles.append(decoder.register_forward_pre_hook(self._count, with_kwargs=True))
+    def watch(self, model: PreTrainedModel) -> RemovableHandle:
+        """Count what goes through this model's decoder from now on, until the handle is removed or the run ends."""
+        handle = model.get_decoder().register_forward_pre_hook(self._count, with_kwargs=True)
+        self._handles.append(handle)
+        return handle
 
     def _count(self, _module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
