@@ -208,10 +208,11 @@ class SparsityConfig(Group):
     carries most of its block would do; a limit keeps what the metric ranks highest."""
 
     def check(self) -> None:
-        rule, start = ALLOCATION[self.allocation], ALLOCATION[self.start]
-        if start.modules or start.whole_blocks:
-            known = [n for n in ALLOCATION if not (ALLOCATION[n].modules or ALLOCATION[n].whole_blocks)]
-            raise UserError(f"--sparsity.start: expected one of {', '.join(known)}, got '{self.start}'.")
+        starts = [name for name in ALLOCATION if not (ALLOCATION[name].modules or ALLOCATION[name].whole_blocks)]
+        for flag, name, known in (("allocation", self.allocation, list(ALLOCATION)), ("start", self.start, starts)):
+            if name not in known:
+                raise UserError(f"--sparsity.{flag}: expected one of {', '.join(known)}, got '{name}'.")
+        rule = ALLOCATION[self.allocation]
         check_options(self.start if rule.modules else self.allocation, self.options)
         if self.uniform_width and (self.protect or rule.whole_blocks):
             raise UserError(

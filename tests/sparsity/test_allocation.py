@@ -16,14 +16,14 @@ from gprune.importance.scores import Scores, score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import count_parameters, prune, removed_parameters
-from gprune.sparsity.allocation import ALLOCATION, allocate, depth_masks
-from gprune.sparsity.budget import check_budget, unit_costs
+from gprune.sparsity.allocation import ALLOCATION, allocate, allocation
+from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.masks import keep_masks
 from tests import tiny_run
 from tests.calibration.test_collector import batches, recorded
 from tests.conftest import make_tiny_llama
 
-BUILT_IN = [name for name in ALLOCATION if ALLOCATION[name].__module__ == "gprune.sparsity.allocation"]
+BUILT_IN = [name for name in ALLOCATION if not ALLOCATION[name].modules and name != "depth"]
 
 
 def spiky_model(**overrides):
@@ -44,9 +44,13 @@ def spiky():
     return model, tokens, statistics, score_units("wanda_sp", blocks_of(model), statistics)
 
 
+def half(model) -> Budget:
+    return Budget.of(unit_costs(blocks_of(model), scope="attention+ffn"), 0.5)
+
+
 def margins_of(name: str, spiky, scores: Scores | None = None, **options):
     model, _, statistics, own = spiky
-    return ALLOCATION[name](own if scores is None else scores, statistics, blocks_of(model), 0.5, **options)
+    return ALLOCATION[name](own if scores is None else scores, statistics, blocks_of(model), half(model), **options)
 
 
 def equal_numbers(mine: list[torch.Tensor], theirs: list[np.ndarray], rtol: float = 1e-12) -> None:
@@ -99,11 +103,11 @@ def test_global_gives_constant_scores_no_margin(value, spiky):
 def test_a_global_allocation_does_not_care_for_the_scale_of_a_block(spiky):
     model, _, _, scores = spiky
     costs = unit_costs(blocks_of(model), scope="attention+ffn")
-    target = check_budget(costs, 0.5)
+    budget = Budget.of(costs, 0.5)
     larger = Scores(*([1000 * s if b == 1 else s for b, s in enumerate(part)] for part in vars(scores).values()))
-    plain, scaled = (keep_masks(costs, *margins_of("global", spiky, s), target=target) for s in (scores, larger))
+    plain, scaled = (keep_masks(budget, *margins_of("global", spiky, s)) for s in (scores, larger))
     assert scaled == plain
-    raw = [keep_masks(costs, s.ffn, s.attention, target=target) for s in (scores, larger)]
+    raw = [keep_masks(budget, s.ffn, s.attention) for s in (scores, larger)]
     assert raw[0] != raw[1]  # scores compared as they are do care
 
 
@@ -147,7 +151,7 @@ def test_owl_defaults_are_the_papers(spiky):
 def test_owl_without_a_difference_is_uniform(options, spiky):
     costs = unit_costs(blocks_of(spiky[0]), scope="attention+ffn")
     owl, uniform = (
-        keep_masks(costs, *margins_of(name, spiky, **more), target=check_budget(costs, 0.4))
+        keep_masks(Budget.of(costs, 0.4), *margins_of(name, spiky, **more))
         for name, more in (("owl", options), ("uniform", {}))
     )
     assert owl == uniform
@@ -161,7 +165,7 @@ def test_a_dead_block_leaves_every_margin_finite(name, token_batch):
     statistics = collect(model, batches(token_batch, 6))
     scores = score_units("wanda_sp", blocks_of(model), statistics)
     assert bool((scores.ffn[1] == 0).all())
-    neurons, groups = ALLOCATION[name](scores, statistics, blocks_of(model), 0.5)
+    neurons, groups = ALLOCATION[name](scores, statistics, blocks_of(model), half(model))
     assert all(bool(torch.isfinite(m).all()) for m in [*neurons, *groups])
     assert [len(m) for m in neurons] == [48] * 3
     assert [len(m) for m in groups] == [2] * 3
@@ -174,11 +178,11 @@ def test_a_dead_block_leaves_every_margin_finite(name, token_batch):
 def test_masks_of_every_allocation_meet_the_budget(name, scope, width_multiple, protect, spiky):
     model = spiky[0]
     costs = unit_costs(blocks_of(model), scope=scope, protect=protect)
-    target = check_budget(costs, 0.23, width_multiple=width_multiple)
-    masks = keep_masks(costs, *margins_of(name, spiky), target=target, width_multiple=width_multiple)
+    budget = Budget.of(costs, 0.23, width_multiple)
+    masks = keep_masks(budget, *margins_of(name, spiky))
     removed = count_parameters(model, "all") - count_parameters(prune(model, masks), "all")
     assert removed == costs.removed(masks)
-    assert 0 <= removed - target < width_multiple * 3 * 32
+    assert 0 <= removed - budget.target < width_multiple * 3 * 32
     for b in costs.protected:
         assert bool(masks.ffn[b].all())
         assert bool(masks.attention[b].all())
@@ -197,18 +201,18 @@ def test_a_users_own_allocation_works_through_the_command_line(tmp_path, monkeyp
         assert tiny_run.main(args) == 2
         assert "got 'mine'" in capsys.readouterr().err
 
-        @ALLOCATION.register("mine")
-        def mine(scores, statistics, blocks, sparsity):
-            seen.append(sparsity)
+        @allocation("mine")
+        def mine(scores, statistics, blocks, budget, *, offset=0.0):
+            seen.append((budget.sparsity, offset))
             return [torch.full_like(s, float(b)) for b, s in enumerate(scores.ffn)], scores.attention
 
         result = world.run(tmp_path / "runs", "--gprune=false", "--sparsity.allocation=mine")
         # from the first block on, as its margins say: all but one neuron there, the rest from the second
         assert [int(m.sum()) for m in result.masks.ffn] == [1, 79, 160]
         assert {r["allocation"] for r in result.records if r["stage"] == "base"} == {"mine"}
-        learned = world.run(tmp_path / "runs", "--sparsity.start=mine", name="learned")
+        learned = world.run(tmp_path / "runs", "--sparsity.start=mine", "--sparsity.options.offset=2", name="learned")
         assert {r["allocation"] for r in learned.records if r["stage"] == "base"} == {"mine"}
-    assert seen == [0.5] * 3  # base; base and base_averaged
+    assert seen == [(0.5, 0.0), (0.5, 2.0), (0.5, 2.0)]  # base; base and base_averaged
 
 
 # --- whole blocks -----------------------------------------------------------------------------------------------
@@ -231,6 +235,12 @@ def uneven():
     return model, statistics, score_units("wanda_sp", blocks_of(model), statistics, attention=False)
 
 
+def depth(model, scores, statistics, target: int, protected=frozenset(), width_multiple: int = 1) -> Masks:
+    blocks = blocks_of(model)
+    costs = replace(unit_costs(blocks, scope="ffn"), protected=protected)
+    return allocate("depth", scores, statistics, blocks, Budget(costs, target, width_multiple))
+
+
 def removed_by(model, masks: Masks) -> int:
     return count_parameters(model, "all") - count_parameters(prune(model, masks), "all")
 
@@ -243,7 +253,7 @@ def test_depth_removes_blocks_by_influence_and_meets_the_budget(protected, uneve
     most = sum(blocks[b].cost for b in order) - (0 if protected else blocks[1].cost)
     kinds = set()
     for target in range(1, most + 1, 97):
-        masks = depth_masks(scores, statistics, blocks, target=target, protected=protected)
+        masks = depth(model, scores, statistics, target, protected)
         gone = [b for b, stays in enumerate(masks.blocks) if not stays]
         assert gone == sorted(order[: len(gone)])
         narrowed = [b for b in range(4) if masks.blocks[b] and not (masks.ffn[b].all() and masks.attention[b].all())]
@@ -270,7 +280,7 @@ def test_depth_removes_blocks_by_influence_and_meets_the_budget(protected, uneve
 def test_depth_removes_exactly_whole_blocks_where_they_are_the_target(uneven):
     model, statistics, scores = uneven
     blocks = blocks_of(model)
-    masks = depth_masks(scores, statistics, blocks, target=blocks[2].cost + blocks[0].cost)
+    masks = depth(model, scores, statistics, blocks[2].cost + blocks[0].cost)
     assert masks.blocks == [False, True, False, True]
     assert all(bool(masks.ffn[b].all()) for b in (1, 3))
 
@@ -278,13 +288,13 @@ def test_depth_removes_exactly_whole_blocks_where_they_are_the_target(uneven):
 def test_depth_breaks_ties_of_influence_by_position(uneven):
     model, statistics, scores = uneven
     even = with_influence(statistics, [0.5] * 4)
-    masks = depth_masks(scores, even, blocks_of(model), target=blocks_of(model)[0].cost)
+    masks = depth(model, scores, even, blocks_of(model)[0].cost)
     assert masks.blocks == [False, True, True, True]
 
 
 def test_depth_of_nothing_keeps_everything(uneven):
     model, statistics, scores = uneven
-    masks = depth_masks(scores, statistics, blocks_of(model), target=0)
+    masks = depth(model, scores, statistics, 0)
     assert removed_by(model, masks) == 0
 
 
@@ -294,7 +304,7 @@ def test_depth_refuses_to_leave_no_block(protected, uneven):
     blocks = blocks_of(model)
     most = sum(b.cost for b in blocks if b.index not in protected)
     with pytest.raises(ValueError, match="would leave no block"):
-        depth_masks(scores, statistics, blocks, target=most + bool(protected), protected=protected)
+        depth(model, scores, statistics, most + bool(protected), protected)
 
 
 @pytest.mark.parametrize(
@@ -308,10 +318,10 @@ def test_depth_refuses_to_leave_no_block(protected, uneven):
 )
 def test_margins_of_a_users_own_rule_are_checked(broken, got, monkeypatch):
     monkeypatch.setattr(ALLOCATION, "_entries", dict(ALLOCATION._entries))
-    ALLOCATION.register("broken")(lambda scores, *_: broken(scores))
+    allocation("broken")(lambda scores, *_: broken(scores))
     scores = Scores([torch.rand(48)] * 3, [torch.rand(2)] * 3, [torch.rand(2)] * 3)
     with pytest.raises(UserError, match=rf"^Allocation 'broken': expected .*{got}\.$"):
-        allocate("broken", scores, None, [], 0.5)
+        allocate("broken", scores, None, [], None)
 
 
 def test_depth_narrows_its_last_block_to_a_multiple(tiny_model, token_batch):
@@ -319,7 +329,7 @@ def test_depth_narrows_its_last_block_to_a_multiple(tiny_model, token_batch):
     statistics = collect(tiny_model, batches(token_batch, 6))
     scores = score_units("wanda_sp", blocks, statistics)
     cost, neuron = blocks[0].cost, blocks[0].neuron_cost
-    masks = depth_masks(scores, statistics, blocks, target=cost + 5 * neuron, width_multiple=16)
+    masks = depth(tiny_model, scores, statistics, cost + 5 * neuron, width_multiple=16)
     assert sorted(int(m.sum()) for m in masks.ffn) == [0, 32, 48]
     assert removed_parameters(tiny_model, masks) == cost + 16 * neuron
     small = prune(tiny_model, masks)

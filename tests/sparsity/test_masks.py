@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
-from gprune.sparsity.budget import UnitCosts, check_budget, unit_costs
+from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
 from gprune.sparsity.gates import gated, masked, soft_gate, straight_through
 from gprune.sparsity.masks import cut_margin, keep_masks, margins
 from tests.conftest import make_tiny_llama
@@ -36,36 +36,36 @@ def costs_of(neuron, neurons, group=None, groups=None) -> UnitCosts:
     [(30, 0.1, 3), (30, 0.101, 4), (10, 0.7, 7), (1000, 0.29, 290), (3, 0.333, 1), (100, 1e-9, 1), (1100, 0.07, 77)],
 )
 def test_the_target_is_counted_exactly(neurons, sparsity, target):
-    assert check_budget(costs_of([1], [neurons]), sparsity) == target
+    assert Budget.of(costs_of([1], [neurons]), sparsity).target == target
 
 
 def test_the_target_of_a_large_model_is_exact():
     total = 3 * 4096 * 11008 * 32
-    assert check_budget(costs_of([3 * 4096] * 32, [11008] * 32), 0.3) == math.ceil(Fraction(3, 10) * total)
+    assert Budget.of(costs_of([3 * 4096] * 32, [11008] * 32), 0.3).target == math.ceil(Fraction(3, 10) * total)
 
 
 @pytest.mark.parametrize("sparsity", [0, 1, -1, 1.5, float("nan"), float("inf")])
 def test_a_sparsity_outside_the_unit_interval_is_refused(sparsity):
     with pytest.raises(UserError, match=r"--sparsity\.target: .*inside \(0, 1\), got"):
-        check_budget(costs_of([1], [30]), sparsity)
+        Budget.of(costs_of([1], [30]), sparsity)
 
 
 def test_impossible_budgets_say_what_is_possible():
     costs = costs_of([2, 2], [10, 10])
-    assert check_budget(costs, 0.9) == 36
+    assert Budget.of(costs, 0.9).target == 36
     with pytest.raises(UserError, match=r"0\.91 cannot be reached: every block keeps 1 neuron, .*0\.9000"):
-        check_budget(costs, 0.91)
+        Budget.of(costs, 0.91)
     with pytest.raises(UserError, match=r"keeps 4 neurons, .*0\.6000"):
-        check_budget(costs, 0.7, width_multiple=4)
+        Budget.of(costs, 0.7, 4)
     with pytest.raises(UserError, match="1 neuron and one KV group"):
-        check_budget(costs_of([2], [10], [30], [2]), 0.7)
-    assert check_budget(costs_of([2], [10], [30], [2]), 0.6) == 48
+        Budget.of(costs_of([2], [10], [30], [2]), 0.7)
+    assert Budget.of(costs_of([2], [10], [30], [2]), 0.6).target == 48
 
 
 @pytest.mark.parametrize("width_multiple", [0, -1, 11])
 def test_width_multiples_that_do_not_fit_are_refused(width_multiple):
     with pytest.raises(UserError, match=r"--sparsity\.width_multiple: expected 1 to 10"):
-        check_budget(costs_of([1, 1], [30, 10]), 0.1, width_multiple=width_multiple)
+        Budget.of(costs_of([1, 1], [30, 10]), 0.1, width_multiple)
 
 
 @pytest.mark.parametrize("attention", [False, True])
@@ -73,9 +73,9 @@ def test_a_budget_that_protection_makes_impossible_says_so(attention):
     costs = costs_of([2, 2, 2], [10, 10, 10], *([[5, 5, 5], [2, 2, 2]] if attention else []))
     costs = dataclasses.replace(costs, protected=frozenset({0, 2}))
     most = (18 + 5 * attention, 60 + 30 * attention)
-    assert check_budget(costs, most[0] / most[1] - 1e-6) == most[0]
+    assert Budget.of(costs, most[0] / most[1] - 1e-6).target == most[0]
     with pytest.raises(UserError) as caught:
-        check_budget(costs, 0.4)
+        Budget.of(costs, 0.4)
     line = str(caught.value)
     assert "\n" not in line
     assert "--sparsity.target: 0.4 cannot be reached" in line
@@ -144,7 +144,7 @@ def removable_neurons(costs: UnitCosts, width_multiple: int) -> int:
 def solve(problem, data):
     costs, width_multiple, sparsity = problem
     try:
-        target = check_budget(costs, sparsity, width_multiple=width_multiple)
+        budget = Budget.of(costs, sparsity, width_multiple)
     except UserError:
         open_blocks = [b for b in range(len(costs.neuron)) if b not in costs.protected]
         groups = sum(costs.group[b] * (costs.groups[b] - 1) for b in open_blocks) * costs.attention
@@ -152,8 +152,7 @@ def solve(problem, data):
         assume(False)
     neuron = draw_margins(data, costs.neurons)
     group = draw_margins(data, costs.groups) if costs.attention else None
-    masks = keep_masks(costs, neuron, group, target=target, width_multiple=width_multiple)
-    return masks, neuron, group, target
+    return keep_masks(budget, neuron, group), neuron, group, budget.target
 
 
 @settings(max_examples=120, deadline=None)
@@ -270,15 +269,14 @@ def test_small_cases_against_the_rule_step_by_step(problem, data):
 
 def test_a_block_as_wide_as_the_width_multiple_stays_whole():
     costs = costs_of([1, 1], [8, 32])
-    target = check_budget(costs, 0.4, width_multiple=8)
-    masks = keep_masks(costs, [torch.zeros(8), torch.arange(32.0)], target=target, width_multiple=8)
+    masks = keep_masks(Budget.of(costs, 0.4, 8), [torch.zeros(8), torch.arange(32.0)])
     assert [int(m.sum()) for m in masks.ffn] == [8, 16]
 
 
 def test_groups_go_where_neurons_cannot_fill_the_gap():
     # One removable neuron of cost 1 and two removable groups of cost 100: 150 needs both groups.
     costs = costs_of([1], [2], [100], [3])
-    masks = keep_masks(costs, [torch.zeros(2)], [torch.zeros(3)], target=150)
+    masks = keep_masks(Budget(costs, 150), [torch.zeros(2)], [torch.zeros(3)])
     assert costs.removed(masks) >= 150
     assert int(masks.attention[0].sum()) == 1
 
@@ -286,24 +284,24 @@ def test_groups_go_where_neurons_cannot_fill_the_gap():
 def test_of_tied_groups_the_last_in_order_is_left_in():
     costs = costs_of([1, 1], [40, 40], [30, 30], [2, 2])
     # both removable groups come first and together overshoot 50; ties go by block, so block 1 keeps its own
-    masks = keep_masks(costs, [torch.ones(40), torch.ones(40)], [torch.zeros(2), torch.zeros(2)], target=50)
+    masks = keep_masks(Budget(costs, 50), [torch.ones(40), torch.ones(40)], [torch.zeros(2), torch.zeros(2)])
     assert [m.tolist() for m in masks.attention] == [[False, True], [True, True]]
     assert costs.removed(masks) == 50
 
 
 def test_no_target_removes_nothing(tiny_model):
     costs = unit_costs(blocks_of(tiny_model), scope="ffn")
-    masks = keep_masks(costs, [torch.rand(48)] * 3, target=0)
+    masks = keep_masks(Budget(costs, 0), [torch.rand(48)] * 3)
     assert all(bool(m.all()) for m in masks.ffn)
 
 
 def test_masks_do_not_depend_on_the_dtype_or_gradient_of_margins():
     margin = [torch.tensor([0.5, -1.0, 2.0, 0.0])]
     costs = costs_of([1], [4])
-    expected = keep_masks(costs, margin, target=2)
+    expected = keep_masks(Budget(costs, 2), margin)
     assert expected.ffn[0].tolist() == [True, False, True, False]
     for dtype in (torch.float64, torch.bfloat16):
-        assert keep_masks(costs, [margin[0].to(dtype).requires_grad_()], target=2) == expected
+        assert keep_masks(Budget(costs, 2), [margin[0].to(dtype).requires_grad_()]) == expected
 
 
 def test_cut_margin():
@@ -538,8 +536,8 @@ def test_equal_widths_are_the_widest_that_meet_the_budget(sparsity, multiple, at
     generator = torch.Generator().manual_seed(0)
     neurons = [torch.rand(48, generator=generator) for _ in range(3)]
     groups = [torch.rand(4, generator=generator) for _ in range(3)]
-    target = check_budget(costs, sparsity, width_multiple=multiple)
-    masks = keep_masks(costs, neurons, groups, target=target, width_multiple=multiple)
+    budget = Budget.of(costs, sparsity, multiple)
+    target, masks = budget.target, keep_masks(budget, neurons, groups)
     (width,), (kept,) = ({int(m.sum()) for m in part} for part in (masks.ffn, masks.attention))
     assert width == 48 or width % multiple == 0
     assert costs.removed(masks) >= target
@@ -554,5 +552,5 @@ def test_equal_widths_are_the_widest_that_meet_the_budget(sparsity, multiple, at
 def test_equal_widths_after_blocks_that_differ():
     """Pruned before: the common width is no wider than the narrowest block, whatever little is asked."""
     costs = UnitCosts([6, 6], [8, 8], [10, 7], [2, 2], attention=False, uniform=True)
-    masks = keep_masks(costs, [torch.arange(10.0), torch.arange(7.0)], target=1)
+    masks = keep_masks(Budget(costs, 1), [torch.arange(10.0), torch.arange(7.0)])
     assert [int(m.sum()) for m in masks.ffn] == [7, 7]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import lightning as L
 import numpy as np
 import pytest
@@ -14,13 +16,14 @@ from gprune.models.blocks import blocks_of
 from gprune.models.losses import next_token_loss
 from gprune.models.masks import Masks
 from gprune.partition.drift import fractional_ranks
+from gprune.partition.record import ModuleRanks
 from gprune.partition.reliability import module_means, within_module_ranks
-from gprune.sparsity.budget import UnitCosts, check_budget, unit_costs
+from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
 from gprune.sparsity.gates import gated, masked, soft_gate
 from gprune.sparsity.masks import keep_masks
-from gprune.sparsity.thresholds import ModuleRanks, masks_from_thresholds, start_thresholds
+from gprune.sparsity.thresholds import masks_from_thresholds, start_thresholds
 from gprune.stages.callbacks import ApplyMasks
-from gprune.stages.thresholds import ThresholdLearning
+from gprune.stages.thresholds import Learning, ThresholdLearning
 from tests.conftest import make_tiny_llama
 
 K = 4
@@ -47,11 +50,8 @@ def random_problem(neurons: list[int], groups: list[int], seed: int, ties: bool 
     return scores, group_scores, ranks
 
 
-def base_masks(costs: UnitCosts, scores, group_scores, target: int, width_multiple: int = 1) -> Masks:
-    return keep_masks(
-        costs, [fractional_ranks(s) for s in scores], [fractional_ranks(s) for s in group_scores],
-        target=target, width_multiple=width_multiple,
-    )  # fmt: skip
+def base_masks(budget: Budget, scores, group_scores) -> Masks:
+    return keep_masks(budget, [fractional_ranks(s) for s in scores], [fractional_ranks(s) for s in group_scores])
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.333, 0.5, 0.9])
@@ -62,15 +62,15 @@ def test_the_start_is_the_base_mask_unit_for_unit(seed, attention, width_multipl
     scores, group_scores, ranks = random_problem(neurons, groups, seed, ties=seed % 2 == 1)
     costs = UnitCosts(neuron=[7] * 3, group=[90] * 3, neurons=neurons, groups=groups, attention=attention)
     possible = sum(7 * (n - width_multiple) for n in neurons) / costs.total
-    target = check_budget(costs, min(sparsity, round(possible - 0.01, 3)), width_multiple=width_multiple)
-    base = base_masks(costs, scores, group_scores, target, width_multiple)
+    budget = Budget.of(costs, min(sparsity, round(possible - 0.01, 3)), width_multiple)
+    base = base_masks(budget, scores, group_scores)
     start = start_thresholds(base, ranks)
-    again = masks_from_thresholds(ranks, start, costs, target=target, width_multiple=width_multiple)
+    again = masks_from_thresholds(ranks, start, budget)
     assert again == base
-    assert costs.removed(base) >= target
+    assert costs.removed(base) >= budget.target
     # in float32 too, which is what the stage learns in
     low = tuple([t.float() for t in kind] for kind in start)
-    assert masks_from_thresholds(ranks, low, costs, target=target, width_multiple=width_multiple) == base
+    assert masks_from_thresholds(ranks, low, budget) == base
 
 
 def test_start_thresholds_of_modules_kept_or_removed_entirely():
@@ -100,9 +100,9 @@ def test_a_start_with_whole_modules_gone_is_reproduced():
     )  # fmt: skip
     costs = UnitCosts([3, 3], [1, 1], neurons, [1, 1], attention=False)
     for sparsity in (0.5, 0.6, 0.95):
-        target = check_budget(costs, sparsity)
-        base = base_masks(costs, scores, [torch.ones(1)] * 2, target)
-        assert masks_from_thresholds(ranks, start_thresholds(base, ranks), costs, target=target) == base
+        budget = Budget.of(costs, sparsity)
+        base = base_masks(budget, scores, [torch.ones(1)] * 2)
+        assert masks_from_thresholds(ranks, start_thresholds(base, ranks), budget) == base
 
 
 @pytest.mark.parametrize("shift", [-3.0, 0.25, 8.0])
@@ -115,12 +115,12 @@ def test_a_common_shift_of_all_thresholds_changes_no_mask(seed, attention, shift
     generator = generator_of(seed + 10)
     ffn = [torch.randn(K, generator=generator, dtype=torch.float64) for _ in neurons]
     heads = [torch.randn(1, generator=generator, dtype=torch.float64) for _ in neurons]
-    target = check_budget(costs, 0.4)
-    masks = masks_from_thresholds(ranks, (ffn, heads), costs, target=target)
+    budget = Budget.of(costs, 0.4)
+    masks = masks_from_thresholds(ranks, (ffn, heads), budget)
     moved = ([t + shift for t in ffn], [t + shift for t in heads])
-    assert masks_from_thresholds(ranks, moved, costs, target=target) == masks
+    assert masks_from_thresholds(ranks, moved, budget) == masks
     ffn[0][0] += 2.0  # a single threshold does change them: that module loses more
-    other = masks_from_thresholds(ranks, (ffn, heads), costs, target=target)
+    other = masks_from_thresholds(ranks, (ffn, heads), budget)
     inside = ranks.labels[0] == 0
     assert int(other.ffn[0][inside].sum()) < int(masks.ffn[0][inside].sum())
 
@@ -134,12 +134,9 @@ def make_stage(
 ) -> ThresholdLearning:  # fmt: skip
     costs = unit_costs(blocks_of(model), scope=scope, uniform=uniform)
     scores, group_scores, ranks = random_problem([48] * 3, [2] * 3, seed)
-    target = check_budget(costs, sparsity, width_multiple=width_multiple)
-    base = base_masks(costs, scores, group_scores, target, width_multiple)
-    return ThresholdLearning(
-        model, ranks, start_thresholds(base, ranks), costs,
-        target=target, width_multiple=width_multiple, learning_rate=lr, **options,
-    )  # fmt: skip
+    budget = Budget.of(costs, sparsity, width_multiple)
+    start = start_thresholds(base_masks(budget, scores, group_scores), ranks)
+    return ThresholdLearning(model, ranks, start, budget, Learning(learning_rate=lr, **options))
 
 
 def sampled_tokens(model, windows: int = 8, length: int = 24, seed: int = 0) -> torch.Tensor:
@@ -194,8 +191,8 @@ def test_a_fit(scope, width_multiple, tiny_model):
     # the budget is met exactly
     masks = stage.masks()
     assert masks != first
-    excess = stage.costs.removed(masks) - stage.target
-    assert 0 <= excess < width_multiple * stage.costs.neuron[0]
+    excess = stage.budget.costs.removed(masks) - stage.budget.target
+    assert 0 <= excess < width_multiple * stage.budget.costs.neuron[0]
     assert all(int(m.sum()) % width_multiple == 0 and bool(m.any()) for m in masks.ffn)
     if scope == "ffn":
         assert all(bool(m.all()) for m in masks.attention)
@@ -224,7 +221,7 @@ def test_a_fit_of_every_neurons_own_gate(loss, learn, tiny_model):
     else:
         assert shifts.std() > 0.05
     masks = stage.masks()
-    assert 0 <= stage.costs.removed(masks) - stage.target < stage.costs.neuron[0]
+    assert 0 <= stage.budget.costs.removed(masks) - stage.budget.target < stage.budget.costs.neuron[0]
     assert pruned_loss(tiny_model, masks, tokens) < pruned_loss(tiny_model, first, tokens)
     # neurons change places inside their modules, which thresholds alone cannot do
     crossed = [
@@ -236,7 +233,7 @@ def test_a_fit_of_every_neurons_own_gate(loss, learn, tiny_model):
     assert any(crossed)
     # what is kept for resuming gives the masks again
     again = masks_from_thresholds(
-        stage.ranks.moved([o.detach() for o in stage.offsets]), stage.thresholds, stage.costs, target=stage.target
+        stage.ranks.moved([o.detach() for o in stage.offsets]), stage.thresholds, stage.budget
     )
     assert again == masks
 
@@ -254,93 +251,6 @@ def test_the_divergence_from_the_dense_model_is_what_is_learned_from(tiny_model)
     expected = (dense.exp() * (dense - pruned)).sum(-1).mean()
     assert float(expected) > 1e-3
     assert float(trainer.callback_metrics["learn/loss"]) == pytest.approx(float(expected), rel=1e-4)
-
-
-# --- the worst corpus -------------------------------------------------------------------------------------------
-
-
-def corpora_of(model, sizes: dict[str, int], batch_size: int) -> CorpusDataModule:
-    """Text of the model's own, so many windows of each corpus, each from another seed."""
-    train = [
-        Windows(name, "train", sampled_tokens(model, windows=n, seed=i)) for i, (name, n) in enumerate(sizes.items())
-    ]
-    return CorpusDataModule(train=train, batch_size=batch_size, seed=0)
-
-
-class ByHand(L.Callback):
-    """Calls a function with the stage when a fit begins, and keeps what it gives; shares are then as they were."""
-
-    def __init__(self, call):
-        self.call = call
-
-    def on_train_start(self, trainer, pl_module):
-        self.found = self.call(pl_module)
-        pl_module.corpus_logits.zero_()
-
-
-def test_shares_grow_with_the_exponential_of_excess_losses(tiny_model):
-    """By hand: three corpora, two batches, the second without the third corpus; a window of weight 0 does not count."""
-    excess = [torch.tensor([1.0, 3.0, 0.5, 9.0]), torch.tensor([4.0, -2.0])]
-    corpus, weight = [torch.tensor([0, 0, 2, 1]), torch.tensor([1, 0])], [torch.tensor([1.0, 1, 1, 0]), torch.ones(2)]
-    means = np.array([[2.0, 0.0, 0.5], [-2.0, 4.0, 0.0]])
-
-    def steps(stage):
-        return [stage._move_to_the_worst(*batch) for batch in zip(excess, corpus, weight, strict=True)]
-
-    stage = make_stage(tiny_model, objective="worst", worst_step=0.3, corpora=("a", "b", "c"))
-    callback = ByHand(steps)
-    trainer_of(ApplyMasks(), callback).fit(stage, corpora_of(tiny_model, {"a": 2, "b": 2, "c": 2}, 6))
-    for shares, total in zip(callback.found, means.cumsum(0), strict=True):
-        expected = np.exp(0.3 * total) / np.exp(0.3 * total).sum()
-        np.testing.assert_allclose(shares.numpy(), expected, rtol=1e-6)
-        assert float(shares.sum()) == pytest.approx(1, abs=1e-6)
-
-
-@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
-def test_the_worst_corpus_is_what_is_learned_from(loss, tiny_model):
-    """The loss is sum_c q_c L_c, q after the step, with L and the dense model's from stock transformers."""
-    data = corpora_of(tiny_model, {"a": 4, "b": 4}, 8)
-    options = {"objective": "worst", "worst_step": 0.5, "corpora": ("a", "b"), "loss": loss}
-    stage = make_stage(tiny_model, **options)
-    texts = [w.tokens for w in data.train]
-    batch = {"input_ids": torch.cat(texts), "weight": torch.ones(8), "corpus": torch.tensor([0] * 4 + [1] * 4)}
-    if loss == "kl":
-        with torch.no_grad():
-            dense = [tiny_model(t).logits[:, :-1].double().log_softmax(-1) for t in texts]
-            with masked(tiny_model, stage.masks()):
-                ours = [tiny_model(t).logits[:, :-1].double().log_softmax(-1) for t in texts]
-        losses = np.array([float((q.exp() * (q - p)).sum(-1).mean()) for q, p in zip(dense, ours, strict=True)])
-        excess = losses
-    else:
-        losses = np.array([pruned_loss(tiny_model, stage.masks(), t) for t in texts])
-        with torch.no_grad():
-            excess = losses - [float(tiny_model(t, labels=t).loss) for t in texts]
-    assert abs(excess[0] - excess[1]) > 0.01
-    callback = ByHand(lambda pl_module: [pl_module.training_step(batch, i).item() for i in range(2)])
-    trainer_of(ApplyMasks(), callback).fit(stage, data)
-    for step, value in enumerate(callback.found, 1):
-        shares = np.exp(0.5 * step * excess) / np.exp(0.5 * step * excess).sum()
-        assert value == pytest.approx(float(shares @ losses), rel=1e-4)
-    # what is logged at an only step: shares, and the plain mean as under other objectives
-    trainer = trainer_of(ApplyMasks())
-    trainer.fit(make_stage(tiny_model, **options), data)
-    shares = np.exp(0.5 * excess) / np.exp(0.5 * excess).sum()
-    assert [float(trainer.callback_metrics[f"learn/share/{c}"]) for c in "ab"] == pytest.approx(list(shares), rel=1e-4)
-    assert float(trainer.callback_metrics["learn/loss"]) == pytest.approx(losses.mean(), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "batch_size"),
-    [({"a": 8}, 4), ({"a": 4, "b": 4}, 3), ({"a": 3, "b": 3, "c": 3}, 4), ({"a": 3, "b": 3, "c": 3}, 7)],
-)
-def test_weights_that_do_not_move_are_the_mean_bit_for_bit(sizes, batch_size, tiny_model):
-    fitted = {}
-    for objective, step in (("mean", 0.1), ("worst", 0.0), ("worst", 3.0)):
-        stage = make_stage(tiny_model, objective=objective, worst_step=step, corpora=tuple(sizes))
-        trainer_of(ApplyMasks(), epochs=2).fit(stage, corpora_of(tiny_model, sizes, batch_size))
-        fitted[step] = torch.cat([t.detach() for t in stage.ffn_thresholds])
-    assert torch.equal(fitted[0.1], fitted[0.0])
-    assert torch.equal(fitted[0.1], fitted[3.0]) == (len(sizes) == 1)  # where there is a worst one, it matters
 
 
 def test_equal_widths_stay_equal_while_learning(tiny_model):
@@ -475,8 +385,9 @@ def test_module_sparsity_and_other_budgets(tiny_model):
         np.testing.assert_allclose(shares.numpy(), expected)
     total = sum(float(s.sum()) * 12 for s in removed_shares(stage))  # twelve neurons per module
     assert round(total) == sum(int((~m).sum()) for m in masks.ffn)
-    less = stage.masks(target=stage.target // 2)
-    assert 0 <= stage.costs.removed(less) - stage.target // 2 < stage.costs.neuron[0]
+    half = replace(stage.budget, target=stage.budget.target // 2)
+    less = stage.masks(half)
+    assert 0 <= stage.budget.costs.removed(less) - half.target < stage.budget.costs.neuron[0]
     # nested: what a smaller budget removes, the larger one removes too
     assert all(bool((a | ~b).all()) for a, b in zip(less.ffn, masks.ffn, strict=True))
 
@@ -550,7 +461,8 @@ def test_gradients_against_finite_differences_of_the_soft_loss(seed, record_prop
 
 def test_the_stages_gates_have_hard_values_and_soft_gradients(tiny_model):
     stage = make_stage(tiny_model, scope="attention+ffn")
-    hard = stage.refresh_gates()
+    hard = stage.masks()
+    stage.refresh_gates()
     for gate, mask in zip([*stage.ffn_gates, *stage.attention_gates], [*hard.ffn, *hard.attention], strict=True):
         assert torch.equal(gate.detach(), mask.float())
     sum(g.sum() for g in [*stage.ffn_gates, *stage.attention_gates]).backward()
