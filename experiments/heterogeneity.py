@@ -37,7 +37,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gprune.console import Parser, run_verb
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from gprune.console import Parser, guarded, quiet
 from gprune.errors import UserError
 from gprune.importance.weights import ffn_weights
 from gprune.models.blocks import blocks_of
@@ -51,10 +54,6 @@ from gprune.report.run_figures import heterogeneity_figure
 from gprune.report.style import FORMATS, save
 from gprune.report.table import Cell, Table
 from gprune.runs.results import FinishedRun, read_run
-from matplotlib.ticker import MaxNLocator
-from torch import Tensor
-
-from gprune import cli
 
 EVERY = 3  # blocks of the short table
 RANK_BINS = 32
@@ -265,7 +264,7 @@ def work(arguments: Sequence[str] | None = None) -> str:
         raise UserError(f"--permutations: expected 1 or more, got {options.permutations}.")
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed: expected 0 or more and less than 2^63, got {options.seed}.")
-    cli.quiet()
+    quiet()
     run = read_run(options.run)
     text = text_of(
         run, every=1 if options.all else EVERY, data_free=options.data_free, permutations=options.permutations,
@@ -278,7 +277,7 @@ def work(arguments: Sequence[str] | None = None) -> str:
 
 def main() -> int:
     """Exit code 2 and one line for what a user can mend."""
-    return run_verb("experiments.heterogeneity", work)
+    return guarded("experiments.heterogeneity", work)
 
 
 if __name__ == "__main__":

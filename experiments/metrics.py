@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import gprune
-from gprune import cli
-from gprune.console import Parser, run_verb
+from gprune.console import Parser, guarded, quiet
 from gprune.evaluation.intervals import generalisation_gap, geometric_mean, paired_bootstrap_ratio
 from gprune.report.records import by_stage, row_name
 from gprune.report.table import markdown
@@ -266,7 +265,7 @@ def work(arguments: Sequence[str]) -> str:
     """Run what is missing; returns the tables."""
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     options, flags = parser().parse_args(arguments[:cut]), arguments[cut + 1 :]
-    cli.quiet()
+    quiet()
     for name in options.metrics:
         gprune.IMPORTANCE[name]  # or UserError
     wanted = list(configurations(options.metrics, options.sparsities, options.baselines, flags))
@@ -284,9 +283,7 @@ def work(arguments: Sequence[str]) -> str:
 
 def main() -> int:
     """Exit code 2 and one line for what a user can mend."""
-    return run_verb(
-        "experiments.metrics", lambda: work(sys.argv[1:]), interrupted="Interrupted. What was finished is kept."
-    )
+    return guarded("experiments.metrics", lambda: work(sys.argv[1:]), stopped=". What was finished is kept.")
 
 
 if __name__ == "__main__":

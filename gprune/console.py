@@ -1,57 +1,84 @@
-"""What the commands beside train.py share: a parser, and errors that are one line on stderr with an exit code."""
+"""What every command line here shares: a parser, one boundary for errors, and libraries that keep quiet."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from gprune.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage and leave."""
+    """Raises UserError where argparse would print its usage and leave; prints help as it was written."""
+
+    def __init__(self, prog: str, **options: object):
+        as_written = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(prog, **as_written | options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help.")
 
 
-def run_verb(
-    verb: str,
-    work: Callable[[], str],
-    *,
-    interrupted: str = "Interrupted.",
-    memory: str = "Out of memory.",
-) -> int:
-    """Do the work of `python -m <verb>` and print what it returns.
+def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory: str = ".") -> int:
+    """Do the work of a command and print the text it returns.
+
+    Whatever goes wrong for a reason outside the code is one line on stderr: UserError, a flag that jsonargparse
+    refuses, Ctrl-C, SIGTERM while Lightning trains, no memory, a disk that fills up somewhere inside a library.
 
     Args:
-        verb: such as `gprune.export.job`, before every message.
-        interrupted, memory: what to say of Ctrl-C and of a lack of memory.
+        command: such as `gprune export`; it begins the line.
+        stopped: continues "Interrupted" and "Terminated": what becomes of what was done.
+        memory: continues "Out of memory": what to do.
 
     Returns:
-        The exit code: 0, 2 for something the caller can put right, 130 for Ctrl-C.
+        The exit code: 0, 2 for something the caller can put right, 130 for Ctrl-C, 143 for SIGTERM.
     """
+
+    def fail(message: str, code: int = 2, *, alone: bool = False) -> int:
+        """Say it, unless it went wrong in all processes alike (not `alone`) and the first one says it."""
+        sys.stdout.flush()
+        if alone or process_index() == 0:
+            sys.stderr.write(f"{command}: {' '.join(message.split())}\n")
+        return code
+
     try:
-        said = work()
+        sys.stdout.write(work())
     except UserError as error:
-        return _fail(verb, str(error))
+        return fail(str(error))
+    except argparse.ArgumentError as error:
+        return fail(f"{_in_our_words(str(error))}; see --help.")
     except KeyboardInterrupt:
-        return _fail(verb, interrupted, 130)
+        return fail(f"Interrupted{stopped}", 130)
+    except SystemExit as error:
+        if type(error).__name__ != "SIGTERMException":  # Lightning's, by name: importing it takes seconds
+            raise
+        return fail(f"Terminated{stopped}", 143)
     except MemoryError:
-        return _fail(verb, memory)
-    sys.stdout.write(said)
+        return fail(f"Out of memory{memory}", alone=True)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        reason = error.strerror or error
+        return fail(f"The system refused to work on{where}: {reason}. What was finished is kept.", alone=True)
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
+            return fail(f"Out of memory{memory}", alone=True)
+        if process_index() == 0 or ("by peer" not in str(error) and type(error).__name__ != "DistBackendError"):
+            raise
+        return 2  # the first process has left, and has said why
     return 0
 
 
-def _fail(verb: str, message: str, code: int = 2) -> int:
-    sys.stdout.flush()
-    sys.stderr.write(f"{verb}: {' '.join(message.split())}\n")
-    return code
+def _in_our_words(message: str) -> str:
+    """jsonargparse's `Parser key "a.b": Expected a <class 'float'>. Got value: x`, without the Python in it."""
+    return re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"--\1:", message))
 
 
 def quiet() -> None:
@@ -69,6 +96,20 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+@contextlib.contextmanager
+def quieted(*loggers: str, stderr: bool = False) -> Iterator[None]:
+    """For as long as the context lasts, loggers of libraries say errors only; with `stderr`, nothing reaches stderr."""
+    before = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) if stderr else contextlib.nullcontext():
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def process_index() -> int:

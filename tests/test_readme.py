@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from gprune.recovery.projection import RECOVERY, recover_projection
 from transformers import AutoModelForCausalLM
 
 import gprune
-from gprune.benchmarks.job import parser as evaluation_parser
+from gprune.benchmarks.command import parser as evaluation_parser
 from gprune.calibration.statistics import Moments
-from gprune.export.__main__ import parser as export_parser
+from gprune.export.command import parser as export_parser
 from gprune.export.hf import save_pruned
 from gprune.importance.weights import UnitWeights
 from gprune.models.families import FAMILIES
 from gprune.models.loading import load_model
 from gprune.models.surgery import prune
-from gprune.recovery.projection import RECOVERY, recover_projection
-from gprune.report.__main__ import parser as report_parser
+from gprune.report.command import parser as report_parser
 from gprune.sparsity.gates import masked
-from gprune.studies.job import parser as lists_parser
+from gprune.studies.command import parser as lists_parser
 from tests import tiny_run
 from tests.tiny_families import make_tiny, some_masks
 

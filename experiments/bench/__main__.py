@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from gprune import cli
+from gprune.console import Parser, guarded, quiet
 from gprune.errors import UserError
 
 from .inference import inference
@@ -39,12 +39,9 @@ BENCHMARKS: dict[str, Callable[[Settings], list[Table]]] = {
 }  # fmt: skip
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     default = Settings()
-    made = argparse.ArgumentParser(
-        prog="python -m experiments.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
+    made = Parser("python -m experiments.bench", description=__doc__)
     made.add_argument("what", choices=[*BENCHMARKS, "all"])
     made.add_argument("--small", action="store_true", help="tiny shapes, on which figures mean nothing")
     made.add_argument("--model", default=default.model, help="embedded name, folder or hub id, or `tiny`")
@@ -112,20 +109,20 @@ def tables(what: str, settings: Settings) -> Iterator[Table]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print Markdown; the exit code is 0, or 2 for something the caller can put right."""
-    args = parser().parse_args(arguments)
-    try:
+    """Print Markdown; returns the exit code, as `guarded`."""
+
+    def work() -> str:
+        args = parser().parse_args(arguments)
         settings = settings_of(args)
-        cli.quiet()
+        quiet()
         if args.threads:
             torch.set_num_threads(args.threads)
         for table in tables(args.what, settings):
             print(table, flush=True)
-    except UserError as error:
-        print(f"experiments.bench: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return ""
+
+    return guarded("experiments.bench", work)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -4,25 +4,23 @@ from gprune.benchmarks.zero_shot import zero_shot
 records = zero_shot(model, tokenizer, ["piqa", "arc_easy"], limit=200)
 
 lm_eval builds the requests and measures log-likelihoods; the accuracies are computed here, from what it measured, and
-compared with its own. Where tasks come from: gprune/evaluation/harness.py.
+compared with its own. Where tasks come from: gprune/benchmarks/harness.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-import io
 import json
-import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.benchmarks.harness import LoadedTask, load_tasks, require_lm_eval
+from gprune.console import quieted
 from gprune.errors import UserError
 from gprune.evaluation.accuracy import accuracy, chance, is_correct
 
@@ -59,7 +57,8 @@ def zero_shot(
         raise UserError(f"--source: expected one of {', '.join(SOURCES)}, got '{source}'.")
     if limit is not None and limit < 1:
         raise UserError(f"--limit: expected 1 or more questions, got {limit}.")
-    with _calm():
+    # lm_eval's warnings and progress bars only where someone watches: stderr is for the one line of an error.
+    with quieted("lm_eval", stderr=not sys.stderr.isatty()):
         every = [found for name in tasks for found in load_tasks(name, source)]
         loaded = list({found.task.task_name: found for found in every}.values())  # groups may overlap
         outcome = _run(model, tokenizer, loaded, limit=limit, batch_size=batch_size)
@@ -156,17 +155,3 @@ def _label(target: Any, choices: Sequence[str], name: str) -> int:
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     ids = tokenizer("a")["input_ids"]
     return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
-
-
-@contextlib.contextmanager
-def _calm() -> Iterator[None]:
-    """lm_eval's warnings and progress bars only where someone watches: stderr is for the one line of an error."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    watched = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    try:
-        with watched:
-            yield
-    finally:
-        logger.setLevel(level)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import huggingface_hub
 
+from gprune.console import quieted
 from gprune.corpora.files import contiguous_split
 from gprune.corpora.load import CORPORA
 from gprune.errors import UserError
@@ -126,16 +126,11 @@ def offline_if_unreachable() -> Iterator[bool]:
         except Exception:  # whatever the http client in use calls it
             reachable = False
             constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
-        yield reachable
+        with quieted("datasets", "huggingface_hub"):
+            yield reachable
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _load(record: HubCorpus, split: str) -> list[str]:

@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import uuid
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,21 +26,16 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import (
-    CONFIG_MAPPING,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.errors import UserError
-from gprune.export.job import swapping
 from gprune.models import modeling_pruned
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import pruned_classes, register, skeleton
 from gprune.models.offload import device_of, is_offloaded, lend_all, memory_limits
+from gprune.storage.files import replacing
 
 log = logging.getLogger("gprune")
 
@@ -171,17 +165,14 @@ def save_pruned(
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"Export: '{folder}' is no model folder (no config.json), so it is not overwritten.")
     exportable = to_exportable(model)
-    try:
-        with swapping(folder, mark=f"{uuid.uuid4().hex[:8]}.new") as new:
-            new.mkdir(parents=True)
-            with warnings.catch_warnings(action="ignore"):  # that shards must fit in memory, which is seen to
-                exportable.save_pretrained(new, max_shard_size=shard_size(exportable))
-            tell_older(new / "config.json")
-            if tokenizer is not None:
-                tokenizer.save_pretrained(new)
-            (new / "README.md").write_text(DEFAULT_CARD if model_card is None else model_card, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"Export: cannot write '{folder}': {error}") from error
+    with replacing(folder) as new:
+        new.mkdir()
+        with warnings.catch_warnings(action="ignore"):  # that shards must fit in memory, which is seen to
+            exportable.save_pretrained(new, max_shard_size=shard_size(exportable))
+        tell_older(new / "config.json")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        (new / "README.md").write_text(DEFAULT_CARD if model_card is None else model_card, encoding="utf-8")
     log.info("wrote %s", folder)
     return folder
 

@@ -1,12 +1,7 @@
-"""A pruned model in the format another program reads.
+"""A pruned model in the format another program reads, checked, all or nothing.
 
-python -m gprune.export.job runs/NAME --to gguf --type q8_0
-python -m gprune.export.job runs/NAME/model --to hf --output /elsewhere/model
-
-or from Python, where the path of what was written comes back:
-
-from gprune.export.job import export
-export("runs/NAME", to="gguf", type="q8_0")
+from gprune.export import export
+export("runs/NAME", type="q8_0")      # the path of what was written comes back
 
 A format is one class in `EXPORTS`: its fields are its options, its docstring is its line in `--help`. Whatever it
 writes lies under a temporary name until it has been checked; then it is renamed. Only light modules are imported
@@ -17,10 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,13 +21,12 @@ from gprune.models.families import family_of
 from gprune.registry import Registry
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 TYPES = ("f32", "f16", "q8_0")
-# Ready-built llama.cpp on the package index, best first: the module that is imported, and what pip calls it.
-LLAMA_CPP = {"llama_cpp_py_sync": "llama-cpp-py-sync", "xllamacpp": "xllamacpp"}
+LLAMA_CPP = "llama-cpp-py-sync"  # a ready-built llama.cpp, as pip calls it
+ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -71,27 +61,6 @@ class Format(Protocol):
 EXPORTS: Registry[type[Format]] = Registry("export format")
 
 
-@EXPORTS.register("hf")
-@dataclass(frozen=True)
-class HuggingFace:
-    """A Hugging Face folder that loads in one line; checked in a fresh process, bit for bit."""
-
-    def default(self, source: Source) -> Path:
-        return source.run / "hf" if source.run else source.beside("-hf")
-
-    def replaceable(self, path: Path) -> bool:
-        return (path / "config.json").is_file()
-
-    def write(self, source: Source, output: Path) -> None:
-        from gprune.export.gguf import CHECK_TEXT
-        from gprune.export.hf import check_reload, save_pruned
-
-        model, tokenizer = load_folder(source.folder)
-        card = source.folder / "README.md"
-        save_pruned(model, tokenizer, output, model_card=card.read_text(encoding="utf-8") if card.is_file() else None)
-        check_reload(model, output, tokenizer(CHECK_TEXT, return_tensors="pt").input_ids[:, :256])
-
-
 @EXPORTS.register("gguf")
 @dataclass(frozen=True)
 class Gguf:
@@ -108,10 +77,9 @@ class Gguf:
     def __post_init__(self) -> None:
         if self.type not in TYPES:
             raise UserError(f"Unknown GGUF type '{self.type}'. Available: {', '.join(TYPES)}.")
-        if not self.unchecked and llama_cpp() is None:
-            names = " or ".join(f"`pip install {name}`" for name in LLAMA_CPP.values())
+        if not self.unchecked and not has_llama_cpp():
             raise UserError(
-                f"Export: no llama.cpp build is installed to check a GGUF file with: {names}, "
+                f"Export: no llama.cpp build is installed to check a GGUF file with: `pip install {LLAMA_CPP}`, "
                 f"or pass --unchecked to write it unchecked. Nothing was written."
             )
 
@@ -122,17 +90,45 @@ class Gguf:
         return path.is_file()
 
     def write(self, source: Source, output: Path) -> None:
-        from gprune.export.gguf import check_gguf, write_gguf
+        from gprune.export.gguf import write_gguf
+        from gprune.export.gguf_check import check_gguf
 
-        model, tokenizer = load_folder(source.folder, upcast=True)
+        model, tokenizer = load_folder(source.folder)
         write_gguf(model, tokenizer, output, type=self.type, name=source.name)
         if not self.unchecked:
-            check_gguf(model, tokenizer, output, type=self.type, build=llama_cpp())
+            check_gguf(model, tokenizer, output, type=self.type)
 
 
-def llama_cpp() -> str | None:
-    """The module of the llama.cpp build that is installed, if there is one."""
-    return next((module for module in LLAMA_CPP if importlib.util.find_spec(module)), None)
+@EXPORTS.register("onnx")
+@dataclass(frozen=True)
+class Onnx:
+    """A folder with a graph that scores text in onnxruntime; checked there, on another batch than was traced."""
+
+    def __post_init__(self) -> None:
+        if missing := [name for name in ONNX if not importlib.util.find_spec(name)]:
+            raise UserError(
+                f"Export: ONNX needs {', '.join(ONNX)}, but {', '.join(missing)} is missing: `pip install "
+                f"{' '.join(ONNX)}`. Nothing was written."
+            )
+
+    def default(self, source: Source) -> Path:
+        return source.beside("-onnx")
+
+    def replaceable(self, path: Path) -> bool:
+        return (path / "model.onnx").is_file()
+
+    def write(self, source: Source, output: Path) -> None:
+        from gprune.export.onnx import check_onnx, write_onnx
+
+        model, _ = load_folder(source.folder)
+        output.mkdir()
+        write_onnx(model, output / "model.onnx")
+        check_onnx(model, output / "model.onnx")
+
+
+def has_llama_cpp() -> bool:
+    """Whether the build that GGUF files are checked with is installed."""
+    return importlib.util.find_spec(LLAMA_CPP.replace("-", "_")) is not None
 
 
 def export(
@@ -180,7 +176,7 @@ class Job:
             if name not in {field.name for field in fields(made)}:
                 raise UserError(f"Export: format '{to}' has no option --{name}.")
         source = find(run_or_folder)
-        family_of(str(_json(source.folder / "config.json").get("model_type")))  # refuses one without a record
+        family_of(model_type(source.folder))  # refuses one without a record
         chosen = made(**options)
         path = (chosen.default(source) if output is None else Path(output)).expanduser().absolute()
         if path.exists() and not overwrite:
@@ -195,32 +191,11 @@ class Job:
 
     def run(self) -> Path:
         """Write under a temporary name, check, rename."""
-        try:
-            with swapping(self.output, mark=f"{os.getpid()}.unchecked") as new:
-                self.format.write(self.source, new)
-        except OSError as error:
-            raise UserError(f"Export: cannot write '{self.output}': {error.strerror or error}.") from error
+        from gprune.storage.files import replacing
+
+        with replacing(self.output) as new:
+            self.format.write(self.source, new)
         return self.output
-
-
-@contextmanager
-def swapping(path: Path, *, mark: str) -> Iterator[Path]:
-    """Yield a hidden sibling to write, a file or a folder; it takes the place of `path` when the context ends well.
-
-    What stood there before stays until then, and comes back if the exchange itself fails. `mark` is part of the
-    sibling's name, and keeps those who write at once apart.
-    """
-    new, old = (path.with_name(f".{path.name}.{mark}{suffix}") for suffix in ("", ".old"))
-    try:
-        yield new
-        if path.exists():
-            os.replace(path, old)
-        os.replace(new, path)
-    finally:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        for left in (new, old):
-            _remove(left)
 
 
 def find(run_or_folder: str | Path) -> Source:
@@ -236,40 +211,38 @@ def find(run_or_folder: str | Path) -> Source:
         raise UserError(f"Export: expected a run folder or a model folder, but there is no '{path}'.")
     if not (path / "manifest.json").is_file():
         raise UserError(f"Export: '{path}' is neither a run (manifest.json) nor a model folder (config.json).")
-    if "summary" not in _json(path / "metrics.json"):
-        raise UserError(f"Export: the run '{path}' is not finished; run the same command again, then export.")
+    from gprune.runs.results import finished
+
+    finished(path)  # or says why it is not
     if not (path / "model" / "config.json").is_file():
         raise UserError(f"Export: the run '{path}' kept no model (--export none); repeat it with --export hf.")
     return Source(path.resolve() / "model", path.resolve())
 
 
-def load_folder(folder: Path, *, upcast: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer, in the dtype of the weights or in float32."""
+def model_type(folder: Path) -> str:
+    """What config.json says the model is; nothing where it is not readable."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    return str(content.get("model_type")) if isinstance(content, dict) else ""
+
+
+def load_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model, in float32, and tokenizer.
+
+    Raises:
+        UserError: where the folder is not whole.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from gprune.models.loading import register
 
     register()
-    dtype: torch.dtype | str = torch.float32 if upcast else "auto"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except Exception as error:  # safetensors, tokenizers and transformers each raise their own
         raise UserError(f"Export: '{folder}' cannot be loaded: {first_line(error)}") from error
     return model.eval().requires_grad_(False), tokenizer
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

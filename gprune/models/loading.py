@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -21,11 +20,13 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
+from gprune.console import quieted
 from gprune.errors import UserError, first_line
 from gprune.models import embedded as assets
 from gprune.models import modeling_pruned
 from gprune.models.families import FAMILIES, family_of
-from gprune.models.offload import StoredWeights, keep_until_gone, memory_limits, quiet_accelerate, scratch_folder
+from gprune.models.offload import StoredWeights, keep_until_gone, memory_limits, scratch_folder
+from gprune.storage.files import as_bytes
 
 # Far beyond any model there is: a config.json of a few bytes must not ask for more than this machine has.
 LARGEST = {
@@ -70,11 +71,6 @@ def fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(as_bytes(parameter))
     return digest.hexdigest()[:16]
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The raw bytes of a tensor, of any dtype, without a copy where it is contiguous on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def locate_model(name: str) -> str:
@@ -200,7 +196,7 @@ def load_weights(
     folder, removal = scratch_folder()
     with removal:
         limits = None if max_memory is None else memory_limits(max_memory)
-        with quiet_accelerate():
+        with quieted("accelerate.big_modeling"):  # that parameters are offloaded, which was asked for
             model = AutoModelForCausalLM.from_pretrained(
                 location, device_map=device_map, max_memory=limits, offload_folder=folder, **settings
             )

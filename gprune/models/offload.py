@@ -6,7 +6,6 @@ and drops it afterwards. Everything here asks that hook; nothing else in gprune 
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 import tempfile
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 
 from gprune.errors import UserError
 from gprune.storage.cache import cache_dir
+from gprune.storage.files import locked
 
 UNITS = {"": 1, "b": 1} | {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}
 UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
@@ -153,8 +153,6 @@ def scratch_folder() -> tuple[Path, ExitStack]:
 
     The folder is locked for as long as it is there, so that one which can be locked belongs to nobody.
     """
-    from gprune.storage.files import locked
-
     root = cache_dir() / "offload"
     root.mkdir(exist_ok=True)
     for left in root.iterdir():
@@ -170,18 +168,6 @@ def scratch_folder() -> tuple[Path, ExitStack]:
 def keep_until_gone(model: nn.Module, stack: ExitStack) -> None:
     """Close a stack, such as that of a folder that the model reads from, once nobody has the model any more."""
     weakref.finalize(model, stack.close)
-
-
-@contextmanager
-def quiet_accelerate() -> Iterator[None]:
-    """It would warn that parameters are offloaded, which is what was asked for."""
-    logger = logging.getLogger("accelerate.big_modeling")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def bytes_of(size: str) -> int:

@@ -5,7 +5,7 @@ value head, the query heads that share it, their columns of the output projectio
 for them. Since whole groups go, the ratio of query to key/value heads stays what it was. Stock attention code infers
 the number of heads from the shapes, or finds it in the attributes that the family's record names, which are set. The
 model's config keeps the dense numbers: the true widths are those of the weights (see
-`gprune.models.blocks.blocks_of`), and `gprune.export.job` writes them where another program can read them. Plain
+`gprune.models.blocks.blocks_of`), and `gprune.export` writes them where another program can read them. Plain
 `save_pretrained` of a pruned stock model would write a folder that cannot be loaded.
 
 Experts of one block end up equally wide, each with its own neurons, so that their tensors stay stacked.

@@ -17,7 +17,7 @@ from torch import Tensor
 from gprune.errors import UserError
 from gprune.storage.environment import environment, peak_memory
 from gprune.storage.files import (
-    _cannot_write,
+    cannot_write,
     file_hashes,
     key_of,
     locked,
@@ -88,7 +88,7 @@ class RunFolder:
                     f"Another process is working in {self.path}; wait for it, or choose another --run.name."
                 ) from error
             except OSError as error:
-                raise _cannot_write(self.path, error) from error
+                raise cannot_write(self.path, error) from error
             self._take_up(settings, config_yaml)
             yield
 

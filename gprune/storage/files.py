@@ -1,9 +1,10 @@
-"""Files written whole or not at all, and checked when they are read: safetensors and JSON. Nothing is ever unpickled.
+"""Files and folders written whole or not at all; safetensors and JSON, checked when they are read.
 
-Of several processes only the first writes; all of them read. Every file is written in a scratch folder beside its place
-and renamed. It carries the hash of its content, its name and, where it belongs to one run, that run's key, so that a
-truncated, altered or foreign file is noticed and computed again, never silently used. Files without these marks (by
-hand, or by an earlier version) are taken as they are."""
+Nothing is ever unpickled. Of several processes only the first writes; all of them read. Whatever is written lies in a
+scratch folder beside its place until it is whole, and is renamed then. A file carries the hash of its content, its name
+and, where it belongs to one run, that run's key, so that a truncated, altered or foreign file is noticed and computed
+again, never silently used. Files without these marks (by hand, or by an earlier version) are taken as they are.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +22,25 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gprune.errors import UserError, first_line
-from gprune.models.loading import as_bytes
 
 log = logging.getLogger("gprune")
 FORMAT_VERSION = 4  # part of every cache key: raise it when what is stored changes meaning
+OLD = "former"  # in a scratch folder: what stood in the place of a new folder, until that has taken it
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a file to write, in a scratch folder beside `path`; on success rename it to `path`, on failure remove it.
+    """Yield a place to write a file or a folder; on success it becomes `path`, on failure it is removed.
+
+    What stood at `path` stays until the new one is whole, and comes back if the exchange itself fails. The place lies
+    in a scratch folder beside `path` and has the name of `path`, so that what is written may name itself.
 
     Raises:
         UserError: when the folder cannot be written or the disk is full.
@@ -44,17 +49,42 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _scratch(path) as folder:
             yield folder / path.name
-            os.replace(folder / path.name, path)
+            _exchange(folder / path.name, path, folder / OLD)
     except (OSError, safetensors.SafetensorError) as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
-def _cannot_write(path: Path, error: Exception) -> UserError:
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """The UserError for a place that the system refuses to write."""
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     return UserError(
-        f"Cannot write {path}: {reason}. Free space or choose another place (a run's results: --run.dir; caches: "
-        f"$GPRUNE_CACHE); what was finished is kept."
+        f"Cannot write {path}: {reason}. Free space or choose another place (a run's results: --run.dir; an export: "
+        f"--output; caches: $GPRUNE_CACHE); what was finished is kept."
     )
+
+
+def _exchange(new: Path, path: Path, old: Path) -> None:
+    """Rename `new` to `path`; a folder cannot take the place of another, which goes to `old` for that moment."""
+    if not (new.is_dir() and path.is_dir()):
+        os.replace(new, path)
+        return
+    try:
+        os.replace(path, old)
+        os.replace(new, path)
+    finally:
+        _put_back(old, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, path: Path) -> None:
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+
+
+def _remove(scratch: Path) -> None:
+    """Remove a scratch folder, unless it holds what could not be put back."""
+    if not (scratch / OLD).exists():
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
@@ -67,12 +97,13 @@ def _scratch(path: Path) -> Iterator[Path]:
     """
     for left in path.parent.glob(f".{glob_escape(path.name)}.*.tmp"):
         with suppress(OSError), locked(left):
+            _put_back(left / OLD, path)
             shutil.rmtree(left, ignore_errors=True)
     mine = False
     with ExitStack() as stack:
         while not mine:
             folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.callback(_remove, folder)
             # Somebody may have taken it for abandoned in the moment before it was locked.
             with suppress(BlockingIOError, FileNotFoundError):
                 stack.enter_context(locked(folder))
@@ -135,6 +166,11 @@ def json_hash(content: dict[str, Any], name: str) -> str:
 
 def _unusable(path: Path, reason: str) -> None:
     log.warning("%s is not usable (%s); going on without it.", path, reason)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The raw bytes of a tensor, of any dtype, without a copy where it is contiguous on the CPU."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def content_hash(tensors: dict[str, Tensor]) -> str:

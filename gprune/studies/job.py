@@ -1,25 +1,11 @@
-"""A list of configurations, run on one machine or spread over many: resumes, keeps records, prints tables.
+"""A list of configurations, run and tabulated: the work of `gprune study`.
 
-    export GPRUNE_DATA_DIR=mirrors
-    python -m gprune.studies.job experiments/questions/parts.yaml            # prints token-hours, runs, prints tables
-    python -m gprune.studies.job experiments/questions/parts.yaml --table    # from the records that are kept
-    python -m gprune.studies.job LIST --seeds 0 1 2 --only paper best -- --corpora.num_samples=8
-
-What a list is: `experiments/lists.py`.
-
-After each configuration its numbers, masks and costs are written to `experiments/records/runs/`; whichever list asks, a
-configuration whose settings stand there is not run again. Run folders share calibration through the cache.
-
-On a cluster each line of `--commands` is a job of its own, in any order, on any node with the same checkout:
-
-    python -m gprune.studies.job LIST --commands | parallel -j 8                             # GNU parallel
-    sbatch --array=1-8 --wrap 'python -m gprune.studies.job LIST --part $SLURM_ARRAY_TASK_ID/8'
+After each configuration its numbers, masks and costs are written to `RECORDS`; whichever list asks, a configuration
+whose settings stand there is not run again.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import time
 from argparse import Namespace
@@ -29,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gprune.console import Parser, run_verb
+
+import gprune
+from gprune.benchmarks import job as benchmarks
+from gprune.benchmarks.settings import Benchmarks
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
@@ -38,11 +27,8 @@ from gprune.pipeline.plan import check
 from gprune.report.style import FORMATS, save
 from gprune.sparsity.gates import gated
 from gprune.storage.files import key_of, read_json, write_json
-from gprune.studies.listing import Listing, Row, commands, parts_of, plain
-
-import gprune
-from gprune import cli
 from gprune.studies import listing as lists
+from gprune.studies.listing import Listing, Row, commands, parts_of, plain
 from gprune.studies.tables import Done, costs_of, curve, packed, reported, text_of
 
 
@@ -78,17 +64,11 @@ def run(row: Row) -> dict[str, Any]:
 
 
 def evaluated(folder: Path, cfg: gprune.RunConfig, tasks: dict[str, Any], dense_model: str) -> list[dict[str, Any]]:
-    """Records of `python -m gprune.evaluation` on a finished run, the dense model's (by its fingerprint) first."""
-    from gprune.benchmarks import job as evaluation
-
-    options = {
-        "--tasks": ",".join(tasks["names"]),
-        **{f"--{k}": str(tasks[k]) for k in ("limit", "seq_len", "dtype") if k in tasks},
-    }
+    """Records of `gprune evaluate` on a finished run, the dense model's (by its fingerprint) first."""
+    asked = Benchmarks(tuple(tasks["names"]), **{k: tasks[k] for k in ("limit", "seq_len", "dtype") if k in tasks})
     shared = lists.RECORDS.parent / "dense" / f"{key_of(model=[dense_model, cfg.model.dtype], tasks=tasks)}.json"
     dense = (read_json(shared) or {}).get("records")
-    arguments = [str(folder), *(part for pair in options.items() for part in pair), *(["--dense"] if not dense else [])]
-    records, _ = evaluation.run(evaluation.parser().parse_args(arguments))
+    records, _ = benchmarks.evaluate(str(folder), asked, dense=not dense)
     if dense:  # measured with an earlier row: the same model, text and settings
         return [*dense, *(r for r in records if r["stage"] != "dense")]
     write_json(shared, {"records": [r for r in records if r["stage"] == "dense"]})
@@ -134,29 +114,6 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def parser() -> Parser:
-    """The command line."""
-    made = Parser(
-        "python -m gprune.studies.job", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Flags of train.py come after --, and last in every row.",
-    )  # fmt: skip
-    made.add_argument("lists", nargs="+", metavar="LIST", help="YAML files, such as experiments/questions/parts.yaml")
-    made.add_argument("--seeds", nargs="+", type=int, help="of all rows; default: the list's own")
-    made.add_argument("--only", nargs="+", metavar="ROW", help="run and print these rows only")
-    made.add_argument("--part", metavar="I/N", help="run every N-th row from the I-th on: one machine's share")
-    made.add_argument("--table", action="store_true", help="print what is there; run nothing")
-    made.add_argument("--costs", action="store_true", help="print seconds, tokens and memory of each step as well")
-    made.add_argument("--commands", action="store_true", help="print one command per pending row; run nothing")
-    made.add_argument("--figures", metavar="FOLDER", help="draw means, ratios, mask stability, curve into this folder")
-    return made
-
-
-def arguments(given: Sequence[str]) -> Namespace:
-    """Options, and as `flags` what comes after `--` (argparse gives that to LIST, or refuses it behind options)."""
-    own, flags = (given, []) if "--" not in given else (given[: given.index("--")], given[given.index("--") + 1 :])
-    return Namespace(**vars(parser().parse_args(own)), flags=list(flags))
-
-
 def work(options: Namespace) -> None:
     """Run, then print."""
     for path in options.lists:
@@ -191,22 +148,3 @@ def draw(listing: Listing, done: Done, folder: Path) -> None:
     made.draw(folder, prefix=f"{listing.path.stem}-")
     if (figure := curve(listing, made.runs)) is not None:
         save(figure, folder, f"{listing.path.stem}-curve", FORMATS)
-
-
-def main() -> None:
-    """Exit code 2 and one line for what a user can mend, 130 for Ctrl-C."""
-
-    def listed() -> str:
-        options = arguments(sys.argv[1:])
-        cli.quiet()
-        work(options)
-        return ""
-
-    code = run_verb("gprune.studies.job", listed, interrupted="Interrupted. Rows that were finished are kept.")
-    if code:
-        sys.exit(code)
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("WANDB_MODE", "disabled")
-    main()

@@ -1,12 +1,11 @@
-"""List files: rows of settings by name, with the protocol they share. `gprune.studies.job` runs them.
+"""List files: rows of settings by name, with the protocol they share. `gprune study` runs them.
 
 A list is YAML: `protocol` (files under all rows), `common` settings, `rows` by name (settings of `train.py`, nested or
 dotted, and `config`, files to start from), `reference` (the row whose stage `base` all others are divided by),
 `compare` (pairs of stages), `spread` (groups of rows that are to lie close together), `curve` (`over` which setting, a
 line for each value `of` another: each row's stages over its own base), `controls` (rows whose result is not gprune's),
-`seen` (corpora that count as
-seen in every row), `seeds`, `tables` (of `gprune.report.report`, those to print), and `tasks` for `python -m
-gprune.evaluation`. Files are named from the list's own folder.
+`seen` (corpora that count as seen in every row), `seeds`, `tables` (of `gprune report`, those to print), and `tasks`
+for `gprune evaluate`. Files are named from the list's own folder.
 """
 
 from __future__ import annotations
@@ -283,5 +282,5 @@ def commands(path: str, rows: Sequence[Row], flags: Sequence[str]) -> Iterator[s
     """One command line per row."""
     for row in rows:
         more = ["--", *flags] if flags else []
-        command = ["python", "-m", "gprune.studies.job", path, "--only", row.name, "--seeds", str(row.seed), *more]
+        command = ["python", "-m", "gprune", "study", path, "--only", row.name, "--seeds", str(row.seed), *more]
         yield shlex.join(command)

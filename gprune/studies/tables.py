@@ -8,6 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import gprune
+from gprune import report
 from gprune.errors import UserError
 from gprune.models.masks import Masks
 from gprune.report.comparison_figures import curve_figure
@@ -16,11 +21,6 @@ from gprune.report.records import by_stage, row_name
 from gprune.report.table import Estimate, Table, markdown
 from gprune.runs.results import FinishedRun, with_defaults
 from gprune.studies.listing import Listing, Row, flat, plain
-from matplotlib.figure import Figure
-from torch import Tensor
-
-import gprune
-from gprune import report
 
 CONTROL = "control"  # what tables call the result of a row that the list names as a control
 BUDGET = "sparsity.target"  # what curves call parameters removed, in percent

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gprune.benchmarks import harness, tasks, zero_shot
-from gprune.benchmarks.job import main
+from gprune.benchmarks.command import main
 from gprune.errors import UserError
 from gprune.evaluation.accuracy import accuracy, chance, is_correct, paired_difference
 from gprune.models.masks import Masks

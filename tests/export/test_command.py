@@ -12,23 +12,22 @@ from pathlib import Path
 
 import gguf
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gprune.errors import UserError
-from gprune.export import gguf as to_gguf
-from gprune.export import hf
+from gprune.export import EXPORTS, export, gguf_check, hf
 from gprune.export import job as verb
-from gprune.export.__main__ import main
-from gprune.export.job import EXPORTS, LLAMA_CPP, export, find
+from gprune.export.command import main
+from gprune.export.job import LLAMA_CPP, find
 from tests.export.test_gguf import as_in_llama_cpp, byte_tokenizer, make_pruned
 from tests.tiny_run import environment, isolated, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path_factory, monkeypatch):
     """Logging as it was, and no llama.cpp build unless a test pretends there is one."""
-    monkeypatch.setattr(verb, "llama_cpp", lambda: None)
+    monkeypatch.setattr(verb, "has_llama_cpp", lambda: False)
     with isolated(tmp_path_factory.mktemp("cache")):
         yield
 
@@ -38,7 +37,7 @@ def pristine(tmp_path_factory):
     """A finished run, as far as an export reads it."""
     run = tmp_path_factory.mktemp("runs") / "mine"
     run.mkdir()
-    (run / "manifest.json").write_text(json.dumps({"settings": {}}))
+    (run / "manifest.json").write_text(json.dumps({"settings": {"inputs": {}}, "steps": {}}))
     (run / "metrics.json").write_text(json.dumps({"summary": {}, "records": []}))
     hf.save_pruned(make_pruned(), byte_tokenizer(), run / "model", model_card="# Mine\n")
     return run
@@ -65,7 +64,7 @@ def refused(capsys, *args):
 
 def test_gguf_of_a_run_lies_in_the_run(run, capsys):
     before = listing(run)
-    assert main([str(run), "--to", "gguf", "--unchecked"]) == 0
+    assert main([str(run), "--unchecked"]) == 0
     output = capsys.readouterr()
     assert output.out.splitlines()[-1] == f"Wrote {run / 'model-f16.gguf'}"
     assert not output.err
@@ -84,44 +83,34 @@ def test_a_model_folder_is_exported_beside_itself(run, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"mine", "other", "other-q8_0.gguf", "a name.bin"}
 
 
-def test_hf_is_a_copy_that_reloads_with_the_same_bits(run, token_batch):
-    before = listing(run)
-    folder = export(run, to="hf")
-    assert folder == run / "hf"
-    assert listing(run) == before | {"hf"} | {f"hf/{p.relative_to(run / 'model')}" for p in (run / "model").iterdir()}
-    models = [AutoModelForCausalLM.from_pretrained(run / name, dtype="auto") for name in ("model", "hf")]
-    assert torch.equal(*(model(token_batch).logits for model in models))
-    assert (folder / "README.md").read_text() == "# Mine\n"
-    tokenizers = [AutoTokenizer.from_pretrained(run / name) for name in ("model", "hf")]
-    assert len({tuple(tokenizer("the 12").input_ids) for tokenizer in tokenizers}) == 1
-
-
 def test_a_build_that_agrees_lets_the_file_through(run, monkeypatch, caplog):
-    model, tokenizer = verb.load_folder(run / "model", upcast=True)
-    monkeypatch.setattr(verb, "llama_cpp", lambda: "some_build")
-    monkeypatch.setattr(to_gguf, "_in_llama_cpp", as_in_llama_cpp(model, tokenizer))
+    model, tokenizer = verb.load_folder(run / "model")
+    monkeypatch.setattr(verb, "has_llama_cpp", lambda: True)
+    monkeypatch.setattr(gguf_check, "in_llama_cpp", as_in_llama_cpp(model, tokenizer))
     with caplog.at_level("INFO", "gprune"):
         assert export(run, type="f32").is_file()
-    assert "Checked with some_build on 256 tokens" in caplog.text
+    assert "Checked with llama-cpp-py-sync on 256 tokens" in caplog.text
 
 
 def test_a_build_that_disagrees_leaves_what_was_there(run, monkeypatch, capsys):
-    model, tokenizer = verb.load_folder(run / "model", upcast=True)
-    monkeypatch.setattr(verb, "llama_cpp", lambda: "some_build")
-    monkeypatch.setattr(to_gguf, "_in_llama_cpp", as_in_llama_cpp(model, tokenizer, lambda logprobs: logprobs.roll(1)))
+    model, tokenizer = verb.load_folder(run / "model")
+    monkeypatch.setattr(verb, "has_llama_cpp", lambda: True)
+    monkeypatch.setattr(
+        gguf_check, "in_llama_cpp", as_in_llama_cpp(model, tokenizer, lambda logprobs: logprobs.roll(1))
+    )
     before = listing(run)
-    assert "computes something else than the model" in refused(capsys, run, "--to", "gguf")
+    assert "computes something else than the model" in refused(capsys, run)
     assert listing(run) == before
     (run / "model-f16.gguf").write_text("the old one")
-    refused(capsys, run, "--to", "gguf", "--overwrite")
+    refused(capsys, run, "--overwrite")
     assert (run / "model-f16.gguf").read_text() == "the old one"
     assert listing(run) == before | {"model-f16.gguf"}
 
 
 def test_without_a_build_nothing_is_written(run, capsys):
     before = listing(run)
-    line = refused(capsys, run, "--to", "gguf")
-    assert all(f"pip install {name}" in line for name in LLAMA_CPP.values())
+    line = refused(capsys, run)
+    assert f"pip install {LLAMA_CPP}" in line
     assert "--unchecked" in line
     assert listing(run) == before
 
@@ -129,27 +118,22 @@ def test_without_a_build_nothing_is_written(run, capsys):
 def test_an_existing_output_is_kept_unless_overwriting_is_asked_for(run, capsys):
     path = export(run, unchecked=True)
     path.write_text("old")
-    line = refused(capsys, run, "--to", "gguf", "--unchecked")
+    line = refused(capsys, run, "--unchecked")
     assert f"'{path}' exists already" in line
     assert path.read_text() == "old"
-    assert main([str(run), "--to", "gguf", "--unchecked", "--overwrite"]) == 0
+    assert main([str(run), "--unchecked", "--overwrite"]) == 0
     assert path.read_bytes()[:4] == b"GGUF"
-    folder = export(run, "hf")
-    (folder / "config.json").write_text('{"model_type": "llama", "mark": 1}')
-    export(run, "hf", overwrite=True)
-    assert "mark" not in json.loads((folder / "config.json").read_text())
 
 
 @pytest.mark.parametrize("to", EXPORTS)
-def test_overwriting_never_removes_what_is_no_export(to, run, tmp_path, capsys):
+def test_overwriting_never_removes_what_is_no_export(to, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(verb, "ONNX", ())
     diary = tmp_path / "notes" / "diary.txt"
     diary.parent.mkdir()
     diary.write_text("dear")
-    more = ["--unchecked"] if to == "gguf" else []
-    assert "no former export" in refused(capsys, run, "--to", to, "--output", diary.parent, "--overwrite", *more)
-    assert "not the model itself" in refused(
-        capsys, run / "model", "--to", "hf", "--output", run / "model", "--overwrite"
-    )
+    more = ["--overwrite", *(["--unchecked"] if to == "gguf" else [])]
+    assert "no former export" in refused(capsys, run, "--to", to, "--output", diary.parent, *more)
+    assert "no former export" in refused(capsys, run / "model", "--to", to, "--output", run / "model", *more)
     assert diary.read_text() == "dear"
     assert (run / "model" / "config.json").is_file()
 
@@ -157,14 +141,13 @@ def test_overwriting_never_removes_what_is_no_export(to, run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--to", "onnx"], r"Unknown export format 'onnx'. Available: hf, gguf."),
+        (["--to", "hf"], r"Unknown export format 'hf'. Available: gguf, onnx."),
         (["--to", "ggu"], r"Did you mean 'gguf'\?"),
-        (["--to", "gguf", "--unchecked", "--type", "q4"], "Unknown GGUF type 'q4'. Available: f32, f16, q8_0."),
-        (["--to", "hf", "--type", "f16"], "format 'hf' has no option --type"),
-        (["--to", "hf", "--unchecked"], "format 'hf' has no option --unchecked"),
-        (["--to", "hf", "--output", "no/such/folder/x"], "in a folder that exists"),
-        ([], "required: --to; see --help"),
-        (["--to", "hf", "--colour", "red"], "unrecognized arguments: --colour red"),
+        (["--unchecked", "--type", "q4"], "Unknown GGUF type 'q4'. Available: f32, f16, q8_0."),
+        (["--to", "onnx", "--type", "f16"], "format 'onnx' has no option --type"),
+        (["--to", "onnx", "--unchecked"], "format 'onnx' has no option --unchecked"),
+        (["--unchecked", "--output", "no/such/folder/x"], "in a folder that exists"),
+        (["--colour", "red"], "unrecognized arguments: --colour red; see --help"),
     ],
 )
 def test_arguments_that_cannot_be(args, message, run, capsys, monkeypatch):
@@ -172,36 +155,45 @@ def test_arguments_that_cannot_be(args, message, run, capsys, monkeypatch):
     before = listing(run)
     line = refused(capsys, run, *args)
     assert re.search(message, line), line
+    assert line.startswith("gprune export: ")
+    assert listing(run) == before
+
+
+def test_without_the_packages_of_onnx_nothing_is_written(run, capsys, monkeypatch):
+    monkeypatch.setattr(verb, "ONNX", ("onnx_of_tomorrow", "json"))
+    before = listing(run)
+    line = refused(capsys, run, "--to", "onnx")
+    assert "onnx_of_tomorrow is missing: `pip install onnx_of_tomorrow json`" in line
     assert listing(run) == before
 
 
 def test_places_that_hold_no_finished_model(run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert f"there is no '{tmp_path / 'nothing'}'" in refused(capsys, tmp_path / "nothing", "--to", "hf")
-    assert "neither a run" in refused(capsys, tmp_path / "empty", "--to", "hf")
+    assert f"there is no '{tmp_path / 'nothing'}'" in refused(capsys, tmp_path / "nothing")
+    assert "neither a run" in refused(capsys, tmp_path / "empty")
     shutil.rmtree(run / "model")
-    assert "kept no model (--export none)" in refused(capsys, run, "--to", "hf")
+    assert "kept no model (--export none)" in refused(capsys, run)
     (run / "metrics.json").write_text(json.dumps({"records": []}))
-    assert "is not finished" in refused(capsys, run, "--to", "hf")
+    assert "is not finished" in refused(capsys, run)
     (run / "metrics.json").write_text("{broken")
-    assert "is not finished" in refused(capsys, run, "--to", "hf")
+    assert "is not finished" in refused(capsys, run)
 
 
 def test_other_families_and_broken_weights_are_named(run, capsys):
     config = json.loads((run / "model" / "config.json").read_text())
     (run / "model" / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
-    assert "Model family 'bert' is not supported" in refused(capsys, run, "--to", "gguf", "--unchecked")
+    assert "Model family 'bert' is not supported" in refused(capsys, run, "--unchecked")
     (run / "model" / "config.json").write_text(json.dumps(config))
     weights = run / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     before = listing(run)
-    assert "cannot be loaded" in refused(capsys, run, "--to", "gguf", "--unchecked")
+    assert "cannot be loaded" in refused(capsys, run, "--unchecked")
     assert listing(run) == before
 
 
 def test_a_tokenizer_that_gguf_cannot_hold_leaves_nothing(tmp_path, capsys):
     hf.save_pruned(make_pruned(), tiny_tokenizer(), tmp_path / "model")
-    line = refused(capsys, tmp_path / "model", "--to", "gguf", "--unchecked")
+    line = refused(capsys, tmp_path / "model", "--unchecked")
     assert "byte-level BPE" in line
     assert "(WordLevel)" in line
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -211,7 +203,7 @@ def test_a_tokenizer_that_gguf_cannot_hold_leaves_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (OSError(28, "No space left on device"), 2, "cannot write .*No space left on device"),
+        (OSError(28, "No space left on device"), 2, "Cannot write .*No space left on device"),
         (KeyboardInterrupt(), 130, "Interrupted; nothing was written"),
         (MemoryError(), 2, "Out of memory"),
     ],
@@ -226,12 +218,12 @@ def test_a_failure_in_the_middle_leaves_nothing(error, code, message, overwrite,
     def failing(*args, **options):
         calls.append(1)
         if len(calls) == 5:
-            assert len(listing(run)) == len(before) + 1  # something is being written
+            assert len(listing(run)) == len(before) + 2  # a file is being written, in a scratch folder
             raise error
         return write(*args, **options)
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", failing)
-    assert main([str(run), "--to", "gguf", "--unchecked", *(["--overwrite"] if overwrite else [])]) == code
+    assert main([str(run), "--unchecked", *(["--overwrite"] if overwrite else [])]) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert re.search(message, lines[0])
@@ -241,23 +233,34 @@ def test_a_failure_in_the_middle_leaves_nothing(error, code, message, overwrite,
 
 @pytest.mark.parametrize("to", EXPORTS)
 def test_an_interrupted_last_step_puts_the_old_export_back(to, run, monkeypatch):
+    """A file and a folder; what they hold does not matter here."""
+
+    def write(self, source, output):
+        place = output if to == "gguf" else output / "model.onnx"
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("new")
+
     options = {"unchecked": True} if to == "gguf" else {}
+    monkeypatch.setattr(verb, "ONNX", ())
+    monkeypatch.setattr(EXPORTS[to], "write", write)
     output = export(run, to, **options)
-    mark = output if to == "gguf" else output / "README.md"
+    mark = output if to == "gguf" else output / "model.onnx"
     mark.write_text("old")
     before, replace = listing(run), os.replace
 
     def failing(source, target):
-        if str(source).endswith(".unchecked"):
+        if Path(source).name == output.name and Path(source).parent.suffix == ".tmp":
             raise PermissionError(1, "not now")
         replace(source, target)
 
-    monkeypatch.setattr(verb.os, "replace", failing)
-    if to == "hf":  # its own renames, and its check, are tested elsewhere
-        monkeypatch.setattr(EXPORTS[to], "write", lambda self, source, output: output.mkdir())
-    with pytest.raises(UserError, match=r"cannot write .* not now"):
-        export(run, to, overwrite=True, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(UserError, match=r"Cannot write .* not now"):
+            export(run, to, overwrite=True, **options)
     assert mark.read_text() == "old"
+    assert listing(run) == before
+    export(run, to, overwrite=True, **options)
+    assert mark.read_text() == "new"
     assert listing(run) == before
 
 
@@ -276,22 +279,21 @@ def test_help_names_every_format(capsys):
 
 
 def test_the_command_as_it_is_typed(run, tmp_path):
-    command = [sys.executable, "-m", "gprune.export.job", str(run), "--to", "gguf", "--type", "q5"]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, cwd=root, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "gprune", "export", str(run), "--type", "q5"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "gprune.export.job: Unknown GGUF type 'q5'. Available: f32, f16, q8_0.\n"
+    assert done.stderr == "gprune export: Unknown GGUF type 'q5'. Available: f32, f16, q8_0.\n"
     assert not done.stdout
 
 
-@pytest.mark.parametrize("module", ["torch", "transformers", "gguf", "numpy"])
-def test_the_verb_itself_imports_nothing_heavy(module):
-    """So that a wrong argument need not wait, as far as that is up to this package."""
+def test_a_wrong_flag_does_not_wait_for_heavy_modules():
+    """As far as that is up to the command: the package `gprune` itself imports them."""
     code = (
-        "import sys, types, importlib; g = types.ModuleType('gprune'); g.__path__ = ['gprune'];"
-        "sys.modules['gprune'] = g;"
-        f"importlib.import_module('gprune.export.job.__main__'); assert {module!r} not in sys.modules"
+        "import sys, types; g = types.ModuleType('gprune'); g.__path__ = ['gprune']; sys.modules['gprune'] = g\n"
+        "from gprune.__main__ import main\n"
+        "assert main(['export', 'x', '--colour', 'red']) == main(['export', 'no/such/run']) == 2\n"
+        "print(*{'torch', 'transformers', 'gguf', 'numpy'} & sys.modules.keys())"
     )
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "", done.stderr
+    assert done.stderr.count("gprune export: ") == done.stderr.count("\n") == 2

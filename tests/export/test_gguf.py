@@ -17,10 +17,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gprune.cli import main
 from gprune.errors import UserError
+from gprune.export import EXPORTS, export, gguf_check
 from gprune.export import gguf as ours
 from gprune.export.hf import save_pruned
-from gprune.export.job import EXPORTS, LLAMA_CPP, TYPES, export, llama_cpp
+from gprune.export.job import LLAMA_CPP, TYPES, has_llama_cpp
 from gprune.models import embedded as assets
+from gprune.models import gguf as reading
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
 from gprune.storage import wheels
@@ -44,12 +46,12 @@ CUTS = {
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "llama-bpe": [
-        pre_tokenizers.Split(Regex(assets.LLAMA3_WORDS), "isolated"),
+        pre_tokenizers.Split(Regex(reading.LLAMA3_WORDS), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ],
 }
 needs_llama_cpp = pytest.mark.skipif(
-    llama_cpp() is None, reason=f"no llama.cpp build is installed; pip install {' or '.join(LLAMA_CPP.values())}"
+    not has_llama_cpp(), reason=f"no llama.cpp build is installed; pip install {LLAMA_CPP}"
 )
 
 
@@ -285,7 +287,7 @@ def test_families_that_compute_as_llama_run_in_llama_cpp(family, tmp_path):
     model = make_tiny(family, sliding_window=None, head_dim=32, hidden_size=128, neurons=96, vocab_size=512)
     model = prune(model, some_masks(model, (17, 96, 33), attention=True))
     ours.write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
-    ours.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32", build=llama_cpp())
+    gguf_check.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
 
 
 @pytest.fixture
@@ -319,12 +321,12 @@ def test_a_run_writes_a_gguf_file_too(world, tmp_path):
 
 
 def test_a_run_that_could_write_no_gguf_file_is_refused_before_it_starts(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("gprune.pipeline.plan.llama_cpp", lambda: "some")
+    monkeypatch.setattr("gprune.pipeline.plan.has_llama_cpp", lambda: True)
     made = world("qwen3")
     monkeypatch.setattr("gprune.pipeline.inputs.load_model", lambda *_, **__: pytest.fail("loaded"))
     assert main(made.args(tmp_path / "runs", "--export=gguf")) == 2
     assert "this 'qwen3' has weights beside Llama's" in capsys.readouterr().err
-    monkeypatch.setattr("gprune.pipeline.plan.llama_cpp", lambda: None)
+    monkeypatch.setattr("gprune.pipeline.plan.has_llama_cpp", lambda: False)
     assert main(made.args(tmp_path / "runs", "--export=gguf")) == 2
     assert "--export gguf: expected a llama.cpp build" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
@@ -393,9 +395,9 @@ def test_tokenizers_that_gguf_has_no_words_for_are_refused():
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_tokenizer_comes_back_from_a_file_as_it_was(cut, tmp_path):
-    tokenizer, texts = byte_tokenizer(cut), ["   1212 the\n\n12", "the   the12 Ġ ½ ٣", ours.CHECK_TEXT]
+    tokenizer, texts = byte_tokenizer(cut), ["   1212 the\n\n12", "the   the12 Ġ ½ ٣", gguf_check.CHECK_TEXT]
     ours.write_gguf(make_pruned(EQUAL), tokenizer, tmp_path / "m.gguf", type="f32")
-    assets._convert_gguf(tmp_path / "m.gguf", tmp_path / "made", "m")
+    reading.convert_gguf(tmp_path / "m.gguf", tmp_path / "made", "m")
     made = AutoTokenizer.from_pretrained(tmp_path / "made")
     made.save_pretrained(tmp_path / "again")
     for loaded in (made, AutoTokenizer.from_pretrained(tmp_path / "again")):
@@ -417,16 +419,16 @@ def test_a_way_of_cutting_words_that_is_not_known_is_refused(said, tmp_path):
     writer.close()
     message = rf"m.gguf: .* as gpt-2, smollm, llama-bpe do \(tokenizer.ggml.pre\), got {said!r}; add that to"
     with pytest.raises(UserError, match=message):
-        assets.load_gguf_tokenizer(tmp_path / "m.gguf")
+        reading.load_gguf_tokenizer(tmp_path / "m.gguf")
 
 
 # The check
 
 
 def as_in_llama_cpp(model, tokenizer, change=lambda logprobs: logprobs):
-    """What `_in_llama_cpp` would bring of a perfect file, changed as a test needs it."""
+    """What `in_llama_cpp` would bring of a perfect file, changed as a test needs it."""
 
-    def answer(path, build, ids, texts, size):
+    def answer(path, ids, texts, size):
         logits = model(torch.tensor([ids])).logits[0].double()
         return change(logits.log_softmax(-1)), [tokenizer(text).input_ids for text in texts]
 
@@ -437,17 +439,13 @@ def test_figures_are_those_of_the_definitions():
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(5, 7, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
     ids = torch.tensor([0, 3, 1, 6, 2])
-    found = ours.compare(a, b, ids)
+    found = gguf_check.compare(a, b, ids)
     p, q = a.exp().numpy(), b.exp().numpy()
     assert found.kl == pytest.approx(np.mean([sum(p[t] * np.log(p[t] / q[t])) for t in range(5)]))
     assert found.perplexity == pytest.approx(np.exp(-np.mean([np.log(p[t, ids[t + 1]]) for t in range(4)])))
     assert found.perplexity_of_file == pytest.approx(np.exp(-np.mean([np.log(q[t, ids[t + 1]]) for t in range(4)])))
     assert found.top1 == np.mean(p.argmax(1) == q.argmax(1))
     assert found.logprob == pytest.approx(np.abs(np.log(p) - np.log(q)).max())
-    # A build that gives three positions: their successors are known.
-    part = ours.compare(a[:3], b[:3], ids)
-    assert part.positions == 3
-    assert part.perplexity == pytest.approx(np.exp(-np.mean([np.log(p[t, ids[t + 1]]) for t in range(3)])))
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -459,8 +457,8 @@ def test_the_check_tells_noise_from_another_model(kind, tmp_path, monkeypatch):
         return lambda x: (x + size * torch.randn(x.shape, generator=generator).double()).log_softmax(-1)
 
     def check(change):
-        monkeypatch.setattr(ours, "_in_llama_cpp", as_in_llama_cpp(model, tokenizer, change))
-        return ours.check_gguf(model, tokenizer, tmp_path / "m.gguf", type=kind, build="none")
+        monkeypatch.setattr(gguf_check, "in_llama_cpp", as_in_llama_cpp(model, tokenizer, change))
+        return gguf_check.check_gguf(model, tokenizer, tmp_path / "m.gguf", type=kind)
 
     assert check(noise({"f32": 1e-5, "f16": 1e-3, "q8_0": 0.05}[kind])).positions == 256  # the model's context
     for change in (noise({"f32": 0.01, "f16": 0.1, "q8_0": 1.0}[kind]), lambda x: x.roll(1, 0), lambda x: x * np.nan):
@@ -470,9 +468,9 @@ def test_the_check_tells_noise_from_another_model(kind, tmp_path, monkeypatch):
 
 def test_the_check_refuses_other_tokens(tmp_path, monkeypatch):
     model = make_pruned()
-    monkeypatch.setattr(ours, "_in_llama_cpp", as_in_llama_cpp(model, byte_tokenizer("smollm")))
+    monkeypatch.setattr(gguf_check, "in_llama_cpp", as_in_llama_cpp(model, byte_tokenizer("smollm")))
     with pytest.raises(UserError, match="cuts text into other tokens"):
-        ours.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32", build="none")
+        gguf_check.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
 
 
 @pytest.mark.parametrize("said", ["llama_model_load: error loading model: wrong shape", "boom"])
@@ -481,14 +479,14 @@ def test_a_process_that_ends_is_reported_by_one_line(said, tmp_path, monkeypatch
     fake.write_text(f"#!/bin/sh\necho starting >&2\necho '{said}' >&2\nexit 134\n")
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
-    with pytest.raises(UserError, match=rf"llama.cpp \(some\) does not run the file: {said}$"):
-        ours.check_gguf(make_pruned(), byte_tokenizer(), tmp_path / "m.gguf", type="f32", build="some")
+    with pytest.raises(UserError, match=rf"llama.cpp \(llama-cpp-py-sync\) does not run the file: {said}$"):
+        gguf_check.check_gguf(make_pruned(), byte_tokenizer(), tmp_path / "m.gguf", type="f32")
 
 
 def test_types_are_the_same_everywhere():
-    assert set(TYPES) == set(ours.FILE_TYPES) == set(ours.LIMITS)
-    assert set(EXPORTS) == {"hf", "gguf"}
-    assert set(assets.WORDS) == set(CUTS)
+    assert set(TYPES) == set(ours.FILE_TYPES) == set(gguf_check.LIMITS)
+    assert set(EXPORTS) == {"gguf", "onnx"}
+    assert set(reading.WORDS) == set(CUTS)
 
 
 # In llama.cpp
@@ -501,8 +499,8 @@ def test_types_are_the_same_everywhere():
 def test_llama_cpp_computes_the_model(variant, shape, recovered, tmp_path):
     model = make_pruned(shape, recovered, initializer_range=0.1, **VARIANTS[variant])
     ours.write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
-    found = ours.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32", build=llama_cpp())
-    assert found.positions in (256, 64)
+    found = gguf_check.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
+    assert found.positions == 256
 
 
 @needs_llama_cpp
@@ -511,7 +509,7 @@ def test_llama_cpp_computes_the_model(variant, shape, recovered, tmp_path):
 def test_llama_cpp_cuts_text_as_the_tokenizer_does(cut, bos, tmp_path):
     model, tokenizer = make_pruned(), byte_tokenizer(cut, bos=bos)
     ours.write_gguf(model, tokenizer, tmp_path / "m.gguf", type="f32")
-    ours.check_gguf(model, tokenizer, tmp_path / "m.gguf", type="f32", build=llama_cpp())
+    gguf_check.check_gguf(model, tokenizer, tmp_path / "m.gguf", type="f32")
 
 
 @needs_llama_cpp
@@ -520,7 +518,7 @@ def test_llama_cpp_finds_rows_in_the_wrong_order(tmp_path, monkeypatch):
     monkeypatch.setattr(ours, "interleave", lambda rows, head_dim: rows)
     ours.write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
     with pytest.raises(UserError, match="computes something else"):
-        ours.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32", build=llama_cpp())
+        gguf_check.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
 
 
 # The embedded model
@@ -535,12 +533,12 @@ def test_smollm2s_tokenizer_keys_are_those_of_the_file_it_came_from(tmp_path):
     assert keys == {name: value for name, value in theirs.items() if name.startswith("tokenizer.")}
     assert len(keys) == 12
     # As a folder of an older gprune has it: written as it is, not mended behind the back of what was measured.
-    tokenizer.backend_tokenizer.pre_tokenizer = assets.WORDS["gpt-2"]
+    tokenizer.backend_tokenizer.pre_tokenizer = reading.WORDS["gpt-2"]
     assert ours.tokenizer_keys(tokenizer, 49152) == keys | {"tokenizer.ggml.pre": "gpt-2"}
 
 
 @pytest.mark.real
-@pytest.mark.skipif(llama_cpp() != "llama_cpp_py_sync", reason="only llama-cpp-py-sync tells the tokens of long text")
+@needs_llama_cpp
 def test_llama_cpp_cuts_text_by_the_original_file_as_the_embedded_tokenizer_does(tmp_path):
     file = tmp_path / "m.gguf"
     file.write_bytes(wheels.read_member(assets.SMOLLM2_WHEEL, assets.SMOLLM2_MEMBER))
@@ -552,9 +550,9 @@ def test_llama_cpp_cuts_text_by_the_original_file_as_the_embedded_tokenizer_does
     ]
     pages = [page[:2000] for page in topics.values()]  # prose, code and tables of the standard library
     lines = [line for page in topics.values() for line in page.splitlines(True) if any(map(str.isdigit, line))]
-    texts = [*numbers, *pages, *lines, ours.CHECK_TEXT]
+    texts = [*numbers, *pages, *lines, gguf_check.CHECK_TEXT]
     assert len(texts) > 300
-    _, made = ours._in_llama_cpp(file, llama_cpp(), tokenizer("Hello").input_ids * 2, texts, 49152)
+    _, made = gguf_check.in_llama_cpp(file, tokenizer("Hello").input_ids * 2, texts, 49152)
     for text, there in zip(texts, made, strict=True):
         assert there == tokenizer(text).input_ids, text
 
@@ -572,7 +570,7 @@ def test_a_pruned_smollm2_is_the_same_in_llama_cpp(kind, tmp_path):
     groups = [2 if index in (4, 11, 20) else 3 for index in range(30)]
     small = prune(model, random_masks(neurons, groups, of_neurons=1536, of_groups=3))
     folder = save_pruned(small, tokenizer, tmp_path / "model")
-    path = export(folder, to="gguf", type=kind)
+    path = export(folder, type=kind)
     keys, _ = read(path)
     assert keys["deci.feed_forward_length"] == neurons
     assert keys["deci.attention.head_count"] == [3 * g for g in groups]

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -293,13 +294,13 @@ def test_a_failed_write_leaves_the_old_folder_and_nothing_else(failing, tmp_path
     real_replace = os.replace
 
     def full(*args, **_):
-        if failing == "replace" and not str(args[0]).endswith(".new"):
+        if failing == "replace" and Path(args[0]).parent.suffix + Path(args[0]).name != ".tmpmodel":
             return real_replace(*args)
         raise OSError(28, "No space left on device")
 
-    owner = {"write_text": "pathlib.Path.write_text", "replace": "gprune.export.hf.os.replace"}
+    owner = {"write_text": "pathlib.Path.write_text", "replace": "gprune.storage.files.os.replace"}
     monkeypatch.setattr(owner[failing], full)
-    with pytest.raises(UserError, match=r"cannot write .*No space left"):
+    with pytest.raises(UserError, match=r"Cannot write .*No space left"):
         hf.save_pruned(make_pruned(recovered=True), None, folder, overwrite=True)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -308,7 +309,7 @@ def test_a_failed_write_leaves_the_old_folder_and_nothing_else(failing, tmp_path
 
 def test_unwritable_places_and_other_families_are_named(tmp_path, tiny_model):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="Cannot write"):
         hf.save_pruned(tiny_model, None, tmp_path / "file" / "model")
     tiny_model.config.model_type = "bert"
     with pytest.raises(UserError, match=r"Model family 'bert' is not supported\. Available: llama"):

@@ -132,7 +132,7 @@ def tiny_embedded(cache, tmp_path, tiny_model, monkeypatch):
     model = assets.from_gguf(wheels.Wheel("demo", "1", "ab" * 32, "MIT"), "demo/model.gguf", "demo")
     monkeypatch.setitem(assets.EMBEDDED_MODELS, "demo", model)
     monkeypatch.setattr(assets, "fetch_wheel", lambda wheel: file)
-    monkeypatch.setattr(assets, "_convert_gguf", convert)
+    monkeypatch.setattr(assets, "convert_gguf", convert)
     return made
 
 

@@ -17,7 +17,6 @@ import matplotlib.colors
 import numpy as np
 import pytest
 import torch
-from gprune.report.__main__ import main
 from PIL import Image
 from scipy import stats
 
@@ -28,6 +27,7 @@ from gprune.evaluation.accuracy import paired_difference
 from gprune.evaluation.intervals import paired_bootstrap_ratio
 from gprune.models.masks import Masks
 from gprune.report.benchmark_table import evaluation_table
+from gprune.report.command import main
 from gprune.report.comparison_figures import curve_figure, sparsity_lines
 from gprune.report.grouping import read_runs, short_names
 from gprune.report.mask_tables import pairs
@@ -604,14 +604,14 @@ def test_a_folder_that_cannot_be_reported_on_is_one_line(spoil, message, run, ca
     for args in ([str(run)], [str(good), str(run)], [str(good), "--base", str(run)]):
         assert main(args) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("gprune.report.report: ")
+        assert line.startswith("gprune report: ")
         assert message in line
     assert written(run.parent) == before
 
 
 def test_a_damaged_file_is_one_line_on_stderr_in_a_process_of_its_own(run, tmp_path):
     (run / "modules.safetensors").write_bytes(b"x")
-    command = [sys.executable, "-m", "gprune.report", str(run)]
+    command = [sys.executable, "-m", "gprune", "report", str(run)]
     done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()

@@ -23,6 +23,7 @@ from gprune.models.masks import Masks
 from gprune.report.perplexity_tables import over_seeds
 from gprune.report.table import Estimate
 from gprune.runs.results import FinishedRun
+from gprune.studies import command
 from gprune.studies import job as runner
 from gprune.studies import listing as lists
 from gprune.studies import tables as results
@@ -71,9 +72,8 @@ class Workbench:
         return path
 
     def __call__(self, capsys, *arguments) -> str:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["run", *map(str, arguments)])
-            runner.main()
+        if code := command.main([*map(str, arguments)]):
+            raise SystemExit(code)
         return capsys.readouterr().out
 
     def refused(self, capsys, *arguments) -> str:
@@ -82,7 +82,7 @@ class Workbench:
             self(capsys, *arguments)
         assert stop.value.code == 2
         err = capsys.readouterr().err
-        assert err.startswith("gprune.studies.job: ")
+        assert err.startswith("gprune study: ")
         assert err.count("\n") == 1
         return err
 
@@ -106,9 +106,8 @@ def first(bench):
     path = bench.write("first", ROWS, about="Three rows", reference="plain", compare=COMPARE)
     with pytest.MonkeyPatch.context() as patch:
         written = []
-        patch.setattr(sys, "argv", ["run", str(path)])
         patch.setattr(sys.stdout, "write", written.append)
-        runner.main()
+        assert command.main([str(path)]) == 0
     return path, "".join(written)
 
 
@@ -234,9 +233,9 @@ def test_command_lines_cover_all_pending_rows_once(bench, first, nothing_runs, c
     path = bench.write("with spaces", rows)
     found = []
     for line in bench(capsys, path, "--seeds", "0", "1", "--commands", *more).splitlines():
-        python, m, module, *arguments = shlex.split(line)
-        assert (python, m, module) == ("python", "-m", "gprune.studies.job")
-        options = runner.arguments(arguments)
+        python, m, module, verb, *arguments = shlex.split(line)
+        assert (python, m, module, verb) == ("python", "-m", "gprune", "study")
+        options = command.arguments(arguments)
         assert options.lists == [str(path)]
         assert options.flags == more[1:]
         listing = lists.Listing.read(path, seeds=options.seeds, flags=options.flags)
@@ -246,10 +245,10 @@ def test_command_lines_cover_all_pending_rows_once(bench, first, nothing_runs, c
 
 
 def test_flags_of_train_py_come_after_two_dashes():
-    options = runner.arguments(["a.yaml", "b.yaml", "--seeds", "1", "2", "--only", "x", "--", "--ridge=1", "--", "z"])
+    options = command.arguments(["a.yaml", "b.yaml", "--seeds", "1", "2", "--only", "x", "--", "--ridge=1", "--", "z"])
     assert (options.lists, options.seeds, options.only) == (["a.yaml", "b.yaml"], [1, 2], ["x"])
     assert options.flags == ["--ridge=1", "--", "z"]
-    assert runner.arguments(["a.yaml", "--table"]).flags == []
+    assert command.arguments(["a.yaml", "--table"]).flags == []
 
 
 def test_settings_nested_dotted_and_of_every_type_reach_the_configuration(bench):
@@ -571,26 +570,26 @@ def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_pa
 
 @pytest.fixture
 def measured(monkeypatch, bench):
-    """Rows run with `python -m gprune.evaluation` replaced; the arguments and the configurations that it saw."""
+    """Rows run with `gprune evaluate` replaced; the arguments and the configurations that it saw."""
     from gprune.benchmarks import job as evaluation
 
     calls, configs, real = [], [], gprune.prune
     (bench.folder / "evaluation.json").unlink(missing_ok=True)
 
-    def run(options):
-        calls.append(options)
-        stages = ["dense", "base"] if options.dense else ["base"]
+    def evaluate(model, asked, *, dense):
+        calls.append((asked.tasks, asked.limit, dense))
+        stages = ["dense", "base"] if dense else ["base"]
         about = {
             "kind": "zero_shot",
-            "limit": options.limit,
+            "limit": asked.limit,
             "correct": "0110",
             "recovery": "none",
             "content_hash": "c",
         }
-        records = [about | {"stage": s, "task": t} for s in stages for t in options.tasks.split(",")]
+        records = [about | {"stage": s, "task": t} for s in stages for t in asked.tasks]
         return records, bench.folder / "evaluation.json"
 
-    monkeypatch.setattr(evaluation, "run", run)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     monkeypatch.setattr(gprune, "prune", lambda cfg: configs.append(cfg) or real(cfg))
     return calls, configs
 
@@ -603,7 +602,7 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     path = bench.write("tasks", rows, tasks=tasks, **own)
     listing = lists.Listing.read(path)
     kept = [runner.run(row) for row in listing.rows]
-    assert [(c.tasks, c.limit, c.dense) for c in calls] == [("piqa,arc_easy", 4, True), ("piqa,arc_easy", 4, False)]
+    assert calls == [(("piqa", "arc_easy"), 4, True), (("piqa", "arc_easy"), 4, False)]
     assert [cfg.export for cfg in configs] == ["none", "hf"]  # masks do not hold what recovery changed
     for k in kept:
         assert [r["stage"] for r in k["evaluation"]] == ["dense"] * 2 + ["base"] * 2
@@ -616,7 +615,7 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     assert not any(map(runner.found, lists.Listing.read(path, flags=["--model.dtype=bfloat16"]).rows))
     low = lists.Listing.read(path, flags=["--model.dtype=bfloat16"]).rows[0]
     runner.run(low)
-    assert calls[-1].dense  # of its own
+    assert calls[-1][2]  # a dense model of its own
     # other tasks lie beside these, not in their place
     other = {row.name: (row.path, runner.run(row)) for row in more.rows}
     assert all(kept["tasks"]["limit"] == 9 for _, kept in other.values())

@@ -1,0 +1,41 @@
+"""What is measured, and how; light, so that a wrong flag need not wait for PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gprune.errors import UserError
+
+WIKITEXT = "wikitext2"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """What is measured, and how. Refuses values that cannot be.
+
+    Attributes:
+        tasks: multiple-choice tasks by name, and `wikitext2`.
+        limit: the first so many questions or windows of each task; None for all.
+        seq_len: tokens per window of `wikitext2`.
+        batch_size: choices per forward pass.
+        source: of tasks: hub, local, or auto: the hub if it answers.
+        dtype: of the weights; None for the run's own, float32 for other models.
+    """
+
+    tasks: tuple[str, ...] = ("piqa", "arc_easy")
+    limit: int | None = None
+    seq_len: int = 2048
+    batch_size: int = 8
+    source: str = "auto"
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit: expected 1 or more, got {self.limit}.")
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size: expected 1 or more, got {self.batch_size}.")
+        if self.dtype not in (None, *DTYPES):
+            raise UserError(f"--dtype: expected float32, bfloat16 or float16, got '{self.dtype}'.")
+        if not self.tasks:
+            raise UserError("--tasks: expected at least one task, such as piqa,arc_easy.")

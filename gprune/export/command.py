@@ -1,0 +1,56 @@
+"""`gprune export`: write a pruned model in the format another program reads."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+from gprune.console import Parser, guarded, quiet
+from gprune.export.job import EXPORTS, TYPES, Job
+
+ABOUT = """Write the model of a finished run in the format another program reads.
+
+Whatever is written is checked in that program and takes its place only then; a former export stays until a new one has
+passed. The model folder of a run is a Hugging Face model already: it needs no export."""
+
+MORE = """
+examples:
+  gprune export runs/NAME                              runs/NAME/model-f16.gguf
+  gprune export runs/NAME --type q8_0 --overwrite      8-bit matrices, in the place of a former export
+  gprune export runs/NAME/model --output small.gguf    a model folder, written where you say
+  gprune export runs/NAME --to onnx                    runs/NAME/model-onnx/model.onnx"""
+
+
+def parser() -> Parser:
+    """The command line; what it knows of formats comes from `EXPORTS`."""
+    formats = "\n".join(f"  {name:6}{(EXPORTS[name].__doc__ or '').splitlines()[0]}" for name in EXPORTS)
+    made = Parser("gprune export", description=ABOUT, epilog=f"formats:\n{formats}\n{MORE}")
+    made.add_argument("run", metavar="RUN", help="a finished run, or a model folder")
+    made.add_argument("--to", default="gguf", metavar="FORMAT", help=f"{' or '.join(EXPORTS)} (default: %(default)s)")
+    made.add_argument("--output", metavar="PATH", help="the file or folder to write (default: beside the model)")
+    made.add_argument("--overwrite", action="store_true", help="replace a former export")
+    # Options of one format: absent unless given, so that another format can refuse them.
+    absent = {"default": argparse.SUPPRESS}
+    made.add_argument("--type", **absent, help=f"gguf: of the matrices, {', '.join(TYPES)} (default: f16)")
+    made.add_argument("--unchecked", action="store_true", **absent, help="gguf: do not ask for a llama.cpp build")
+    return made
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code, as `guarded`."""
+    return guarded("gprune export", lambda: run(args), stopped="; nothing was written.",
+                   memory="; the model is loaded whole.")  # fmt: skip
+
+
+def run(args: Sequence[str]) -> str:
+    """Write what the arguments ask for; returns the line that says where it is."""
+    options = vars(parser().parse_args(args))
+    job = Job.of(options.pop("run"), **options)
+    quiet()
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing is left behind
+    try:
+        return f"Wrote {job.run()}\n"
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,173 @@
+"""Does llama.cpp compute what was written? A build of it runs the file, in a process of its own.
+
+What it makes of `CHECK_TEXT`, log-probabilities and tokens, is compared with the model and its tokenizer. It is the
+only proof that counts: a wrong order of rows or a missing key gives a file that loads and talks nonsense.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gprune.errors import UserError
+from gprune.export.job import LLAMA_CPP
+
+log = logging.getLogger("gprune")
+
+# Text with what tokenizers differ in: digits, blanks, other scripts, code, contractions.
+CHECK_TEXT = """\
+The lighthouse at the end of the harbour was built in 1872, and for almost ninety years somebody climbed its 147
+steps every evening to light the lamp. When the keeper retired, the town didn't look for another one: an electric
+motor turned the lens, and a clock switched it on. People said they'd miss the old man's stories more than his light.
+He told them to anyone who'd listen - about the storm of '09, the whale that followed a ferry, and the winter in which
+the sea froze   so hard that   children walked to the island.
+
+def mean(values: list[float]) -> float:
+\tif not values:
+\t\treturn 0.0
+    total = sum(v ** 2 for v in values)  # 3.14159 and 1,000,000
+    return total / len(values)
+
+Prices rose by 12.5% (from $1,024 to $1,152) between 2019 and 2023;  100 of them fell.   7 did not change at all.
+Äpfel und Öl, naïve café, Привет мир, 漢字とかな, x² + y² = z², 🙂 done!!! See https://example.org/a_b?c=d&e=5 ...
+
+Water boils at a lower temperature on a mountain than it does at the shore, because the air above presses on it less.
+A cook who moves from the coast to the hills has to learn this again with every pot of beans. The same law lets an
+engineer boil sea water with little heat: she lowers the pressure, catches the steam, and what condenses is sweet
+enough to drink. In both cases nothing about the water itself has changed; what has changed is how hard it is for a
+molecule to leave the others behind.
+"""
+CHECK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far llama.cpp may be from the model: at least so much agreement, at most so much divergence."""
+
+    top1: float  # share of positions with the same most likely token
+    kl: float  # mean KL(model || file), nats per token
+    logprob: float = math.inf  # max |difference of log-probabilities|
+
+
+# SmolLM2-135M, dense and pruned, was seen at a mean KL of at most 5e-9 (f32), 7e-5 (f16) and 1e-2 (q8_0), with 1.0,
+# 0.99 and 0.92 of the first choices. With the rows of one k_proj of 30 in the wrong order: 0.2, and 0.75.
+LIMITS = {
+    "f32": Limits(top1=0.999, kl=1e-6, logprob=0.01),
+    "f16": Limits(top1=0.98, kl=1e-3),
+    "q8_0": Limits(top1=0.85, kl=5e-2),
+}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The model against the file, on the tokens of `CHECK_TEXT`."""
+
+    positions: int
+    perplexity: float
+    perplexity_of_file: float
+    top1: float
+    kl: float
+    logprob: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.positions} tokens: perplexity {self.perplexity:.4f}, in llama.cpp {self.perplexity_of_file:.4f}; "
+            f"max |difference of log-probabilities| {self.logprob:.1e}, KL {self.kl:.1e}, "
+            f"same first choice {self.top1:.4f}"
+        )
+
+
+@torch.no_grad()
+def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, type: str) -> Agreement:
+    """Compare what llama.cpp makes of the file with the model: tokens of text, and log-probabilities.
+
+    Args:
+        model: what was written.
+        tokenizer: what was written.
+        path: the file.
+        type: chooses the limits.
+
+    Raises:
+        UserError: where they differ by more than `LIMITS[type]`, or the file does not load.
+    """
+    special = "".join(token for token in (tokenizer.bos_token, tokenizer.eos_token) if token)
+    texts = [CHECK_TEXT, f"{special}user\n{CHECK_TEXT[:80]}{special}"]
+    ids = tokenizer(CHECK_TEXT).input_ids[: min(CHECK_TOKENS, model.config.max_position_embeddings)]
+    logprobs, made = in_llama_cpp(path, ids, texts, model.get_decoder().embed_tokens.num_embeddings)
+    if made != [tokenizer(text).input_ids for text in texts]:
+        raise UserError("Export: llama.cpp cuts text into other tokens than the tokenizer does; please report it.")
+    logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
+    agreement = compare(logits.double().log_softmax(-1).cpu(), logprobs, torch.tensor(ids))
+    limits = LIMITS[type]
+    # written so that NaN fails
+    if not (agreement.top1 >= limits.top1 and agreement.kl <= limits.kl and agreement.logprob <= limits.logprob):
+        raise UserError(
+            f"Export: llama.cpp computes something else than the model, and the file was removed. On {agreement}; "
+            f"expected at least {limits.top1} and at most KL {limits.kl}, difference {limits.logprob}. "
+            + ("Please report it." if type == "f32" else "If --type f32 passes, the model does not bear this type.")
+        )
+    log.info("Checked with %s on %s", LLAMA_CPP, agreement)
+    return agreement
+
+
+def compare(expected: Tensor, got: Tensor, ids: Tensor) -> Agreement:
+    """Figures of two sequences of log-probabilities.
+
+    Args:
+        expected: (T, vocabulary) float64.
+        got: (T, vocabulary) float64.
+        ids: (T,) tokens they continue; each but the first is predicted by the row before it.
+    """
+
+    def perplexity(logprobs: Tensor) -> float:
+        return float(logprobs[torch.arange(len(ids) - 1), ids[1:]].mean().neg().exp())
+
+    return Agreement(
+        positions=len(expected),
+        perplexity=perplexity(expected),
+        perplexity_of_file=perplexity(got),
+        top1=float((expected.argmax(-1) == got.argmax(-1)).double().mean()),
+        kl=float((expected.exp() * (expected - got)).sum(-1).mean()),
+        logprob=float((expected - got).abs().max()),
+    )
+
+
+def in_llama_cpp(path: Path, ids: list[int], texts: list[str], size: int) -> tuple[Tensor, list[list[int]]]:
+    """Log-probabilities, (T, vocabulary) float64, after each of the tokens `ids`; and the tokens of every text."""
+    with tempfile.TemporaryDirectory(prefix="gprune-llamacpp-") as scratch:
+        logprobs = Path(scratch) / "logprobs.npy"
+        request = {"work": "score", "model": str(path.absolute()), "ids": ids, "texts": texts}
+        made = ask_llama_cpp(request | {"logprobs": str(logprobs)}, Path(scratch))
+        found = torch.from_numpy(np.load(logprobs)).double()
+    if found.shape[1] != size:
+        raise UserError(f"Export: llama.cpp sees {found.shape[1]} tokens in the file, expected {size}.")
+    return found, made
+
+
+def ask_llama_cpp(request: dict[str, Any], scratch: Path) -> Any:
+    """What `llamacpp.py` answers to a request; `threads` and `answer` are added to the request here.
+
+    Raises:
+        UserError: with what llama.cpp said, where it ends the process.
+    """
+    asked, answer = scratch / "request.json", scratch / "answer.json"
+    asked.write_text(json.dumps(request | {"threads": torch.get_num_threads(), "answer": str(answer)}), "utf-8")
+    command = [sys.executable, "-P", str(Path(__file__).with_name("llamacpp.py")), str(asked)]
+    done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode != 0 or not answer.exists():
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        said = next((line for line in lines if "GGML_ASSERT" in line or "error" in line), lines[-1])
+        raise UserError(f"llama.cpp ({LLAMA_CPP}) does not run the file: {said}")
+    return json.loads(answer.read_text(encoding="utf-8"))

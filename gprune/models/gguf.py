@@ -1,0 +1,111 @@
+"""A GGUF file as a plain model and tokenizer, ready to be saved as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from gprune.console import quieted
+from gprune.errors import UserError
+
+# How a byte-level BPE cuts text into words before it merges, by llama.cpp's name for it (`tokenizer.ggml.pre`).
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+WORDS: dict[str, pre_tokenizers.PreTokenizer] = {
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "llama-bpe": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+}
+# The names under which a whole word that is a token is taken before any merge.
+WHOLE_WORDS = ("llama-bpe",)
+
+
+def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
+    """Write the file `gguf` as a Hugging Face folder.
+
+    Raises:
+        UserError: where a package that reads GGUF files is missing, or the tokenizer cuts words in an unknown way.
+    """
+    try:
+        model, tokenizer = load_gguf(gguf), load_gguf_tokenizer(gguf)
+    except ImportError as error:
+        raise UserError(
+            f"Embedded model '{name}' is a GGUF file, which needs packages that are missing: {error} "
+            f"Install them with: pip install gguf accelerate."
+        ) from error
+    model.config.name_or_path = name
+    model.config.architectures = [type(model).__name__]
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def load_gguf(path: Path) -> PreTrainedModel:
+    """A GGUF file as a plain float32 model: no quantiser, no `quantization_config`, ready to be saved.
+
+    transformers refuses to save what it de-quantised, so the weights move to a freshly built model.
+    """
+    with quiet_transformers():
+        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    settings = loaded.config.to_dict()
+    for left_by_gguf in ("quantization_config", "_model_name_or_path"):
+        settings.pop(left_by_gguf, None)
+    clean = type(loaded)(type(loaded.config).from_dict(settings)).to(torch.float32)
+    clean.load_state_dict(loaded.state_dict())
+    clean.generation_config = loaded.generation_config
+    return clean.eval()
+
+
+def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """A GGUF file's tokenizer; a byte-level BPE cuts text into words as the file says.
+
+    The file only names the way of cutting. transformers knows some of the names and silently takes GPT-2's way for
+    the others, SmolLM2's among them: blanks before a digit then become other tokens than the model was trained on.
+
+    Raises:
+        UserError: for a byte-level BPE whose way of cutting is not in `WORDS`.
+    """
+    from gguf import GGUFReader, Keys
+
+    keys = GGUFReader(path).fields
+    kind, name = (keys[key].contents() if key in keys else None for key in (Keys.Tokenizer.MODEL, Keys.Tokenizer.PRE))
+    byte_level = kind == "gpt2"
+    if byte_level and name not in WORDS:
+        raise UserError(
+            f"{path.name}: its tokenizer must cut words as {', '.join(WORDS)} do ({Keys.Tokenizer.PRE}), got {name!r}; "
+            f"add that to gprune.models.gguf.WORDS, or convert the model elsewhere and use its folder."
+        )
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if byte_level:
+        tokenizer.backend_tokenizer.pre_tokenizer = WORDS[name]
+        tokenizer.backend_tokenizer.model.ignore_merges = name in WHOLE_WORDS
+    return tokenizer
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bars and no warnings of transformers; the bar of GGUF heeds no setting, so stderr is silent too."""
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with quieted("transformers", stderr=True):
+            yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()

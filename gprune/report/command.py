@@ -1,0 +1,53 @@
+"""`gprune report`: tables and figures from finished runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from gprune.console import Parser, guarded, quiet
+
+ABOUT = """Tables (Markdown, CSV) and figures (PNG, SVG) from finished runs.
+
+Runs that differ in seed alone are summarised as mean and interval over seeds."""
+
+EXAMPLES = """examples:
+  gprune report runs/NAME                                        into runs/NAME/report
+  gprune report runs/a runs/b runs/c --output compared           three runs side by side
+  gprune report runs/ours runs/theirs --base runs/theirs         all divided by one base metric"""
+
+
+def parser() -> Parser:
+    """The command line."""
+    made = Parser("gprune report", description=ABOUT, epilog=EXAMPLES)
+    made.add_argument("runs", metavar="RUN", nargs="+", help="a finished run's folder")
+    made.add_argument(
+        "--output", metavar="FOLDER", help="(default: report/ in the run, or beside the runs if there are several)"
+    )
+    made.add_argument(
+        "--base", metavar="RUN", help="divide by this run's base metric (default: each run's own base metric)"
+    )
+    return made
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code, as `guarded`."""
+    return guarded("gprune report", lambda: run(args))
+
+
+def run(args: Sequence[str]) -> str:
+    """Write tables and figures; the short tables come back."""
+    options = parser().parse_args(args)
+    quiet()  # warnings go to stdout
+    from gprune.report import page
+
+    made = page.make(options.runs, base=options.base)
+    paths = made.write(options.output or default_output(options.runs))
+    return f"{made.to_markdown(long=False)}\nWrote {paths[0]} with {len(paths) - 1} tables and figures beside it.\n"
+
+
+def default_output(runs: Sequence[str]) -> Path:
+    """`report` in the run, or in the folder that several runs have in common."""
+    resolved = [Path(run).expanduser().resolve() for run in dict.fromkeys(runs)]
+    return (resolved[0] if len(resolved) == 1 else Path(os.path.commonpath([p.parent for p in resolved]))) / "report"

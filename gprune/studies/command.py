@@ -1,0 +1,62 @@
+"""`gprune study`: a list of configurations, run on one machine or spread over many."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+
+from gprune.console import Parser, guarded, quiet
+
+ABOUT = """Run a list of configurations, keep what came out, print tables. What a list is: gprune/studies/listing.py.
+
+After each configuration its numbers, masks and costs are written to the folder of records; whichever list asks, a
+configuration whose settings stand there is not run again. Run folders share calibration through the cache."""
+
+EXAMPLES = """Flags of train.py come after --, and last in every row.
+
+examples:
+  export GPRUNE_DATA_DIR=mirrors
+  gprune study experiments/questions/parts.yaml             prints token-hours, runs, prints tables
+  gprune study experiments/questions/parts.yaml --table     from the records that are kept
+  gprune study LIST --seeds 0 1 2 --only paper best -- --corpora.num_samples=8
+
+On a cluster each line of --commands is a job of its own, in any order, on any node with the same checkout:
+  gprune study LIST --commands | parallel -j 8                              GNU parallel
+  sbatch --array=1-8 --wrap 'gprune study LIST --part $SLURM_ARRAY_TASK_ID/8'"""
+
+
+def parser() -> Parser:
+    """The command line, without the flags after `--`."""
+    made = Parser("gprune study", description=ABOUT, epilog=EXAMPLES)
+    made.add_argument("lists", nargs="+", metavar="LIST", help="YAML files, such as experiments/questions/parts.yaml")
+    made.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of all rows (default: the list's own)")
+    made.add_argument("--only", nargs="+", metavar="ROW", help="run and print these rows only (default: all)")
+    made.add_argument("--part", metavar="I/N", help="run every N-th row from the I-th on: one machine's share")
+    made.add_argument("--table", action="store_true", help="print what is there; run nothing")
+    made.add_argument("--costs", action="store_true", help="print seconds, tokens and memory of each step as well")
+    made.add_argument("--commands", action="store_true", help="print one command per pending row; run nothing")
+    made.add_argument("--figures", metavar="FOLDER", help="draw means, ratios, mask stability, curve into this folder")
+    return made
+
+
+def arguments(given: Sequence[str]) -> Namespace:
+    """Options, and as `flags` what comes after `--` (argparse gives that to LIST, or refuses it behind options)."""
+    own, flags = (given, []) if "--" not in given else (given[: given.index("--")], given[given.index("--") + 1 :])
+    return Namespace(**vars(parser().parse_args(own)), flags=list(flags))
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code, as `guarded`."""
+    return guarded("gprune study", lambda: run(args), stopped=". Rows that were finished are kept.")
+
+
+def run(args: Sequence[str]) -> str:
+    """Do what the arguments ask for; tables are printed as they become ready, so nothing comes back."""
+    options = arguments(args)
+    os.environ.setdefault("WANDB_MODE", "disabled")
+    quiet()
+    from gprune.studies.job import work
+
+    work(options)
+    return ""
