@@ -156,16 +156,15 @@ def pruned(dense, ids, uniform: bool, groups: bool):
     from gprune.importance.scores import score_units
     from gprune.models.blocks import blocks_of
     from gprune.models.masks import Masks
-    from gprune.sparsity.budget import check_budget, unit_costs
+    from gprune.sparsity.budget import Budget, unit_costs
     from gprune.sparsity.masks import keep_masks
 
     half = ids[:, : ids.shape[1] // 2 * 2].view(2, -1)
     blocks, generator = blocks_of(dense), torch.Generator().manual_seed(0)
     scores = score_units("wanda_sp", blocks, collect(dense, [{"input_ids": half, "index": torch.arange(2)}]))
-    costs = unit_costs(blocks, scope="ffn", uniform=uniform)
-    target = check_budget(costs, SPARSITY, width_multiple=WIDTH_MULTIPLE)
+    budget = Budget.of(unit_costs(blocks, scope="ffn", uniform=uniform), SPARSITY, WIDTH_MULTIPLE)
     margins = [(s / s.mean()).log() + torch.randn(1, generator=generator) / 4 for s in scores.ffn]
-    masks = keep_masks(costs, margins, target=target, width_multiple=WIDTH_MULTIPLE)
+    masks = keep_masks(budget, margins)
     if groups:
         lost = [int(s.argmin()) if b.index % 3 == 1 else -1 for b, s in zip(blocks, scores.attention, strict=True)]
         masks = Masks(masks.ffn, [torch.arange(b.kv_groups) != gone for b, gone in zip(blocks, lost, strict=True)])

@@ -15,7 +15,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.embedded import model_label
 from gprune.models.loading import load_model
 from gprune.models.masks import Masks
-from gprune.sparsity.budget import check_budget, unit_costs
+from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.masks import keep_masks
 
 from .measure import Clock, machine
@@ -101,10 +101,10 @@ def random_masks(model: PreTrainedModel, settings: Settings) -> Masks:
     """Masks that remove `sparsity` of the FFN, drawn at random: `uniform` widths, or widths that differ by block."""
     blocks = blocks_of(model)
     costs = unit_costs(blocks, scope="ffn", uniform=settings.widths == "uniform")
-    target = check_budget(costs, settings.sparsity, width_multiple=settings.width_multiple)
+    budget = Budget.of(costs, settings.sparsity, settings.width_multiple)
     generator = torch.Generator().manual_seed(settings.seed)
     margins = [torch.randn(b.neurons, generator=generator) + torch.randn(1, generator=generator) / 2 for b in blocks]
-    return keep_masks(costs, margins, target=target, width_multiple=settings.width_multiple)
+    return keep_masks(budget, margins)
 
 
 @dataclass(frozen=True)

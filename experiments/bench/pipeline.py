@@ -26,13 +26,14 @@ from gprune.models.masks import Masks
 from gprune.partition.drift import rank_drift
 from gprune.partition.initial import initial_partition, parameter_embedding
 from gprune.partition.objective import refinement_inputs
+from gprune.partition.record import ModuleRanks
 from gprune.partition.reliability import within_module_ranks
-from gprune.sparsity.budget import check_budget, unit_costs
+from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.gates import gated
 from gprune.sparsity.masks import keep_masks
-from gprune.sparsity.thresholds import ModuleRanks, start_thresholds
+from gprune.sparsity.thresholds import start_thresholds
 from gprune.stages.refinement import AssignmentRefinement
-from gprune.stages.thresholds import ThresholdLearning
+from gprune.stages.thresholds import Learning, ThresholdLearning
 
 from .measure import MIB, Clock, Table, Timing, alternated, in_turn, peak_above
 from .models import Settings, batches, model_of, random_llama, tokens
@@ -117,16 +118,15 @@ def threshold_stage(
 ) -> ThresholdLearning:
     """The stage with modules, ranks and a start drawn at random, which cost what real ones cost."""
     blocks, generator = blocks_of(model), torch.Generator().manual_seed(settings.seed)
-    costs = unit_costs(blocks, scope="ffn")
-    target = check_budget(costs, settings.sparsity)
+    budget = Budget.of(unit_costs(blocks, scope="ffn"), settings.sparsity)
     K = gprune.RunConfig().partition.num_modules
     labels = [torch.arange(b.neurons) % K for b in blocks]
     scores = [torch.rand(b.neurons, generator=generator, dtype=torch.float64) for b in blocks]
     never = torch.zeros(K, dtype=torch.bool)
     p = [within_module_ranks(s, s, y, never) for s, y in zip(scores, labels, strict=True)]
     ranks = ModuleRanks(p, labels, [torch.full((b.kv_groups,), 0.5, dtype=torch.float64) for b in blocks])
-    start = start_thresholds(keep_masks(costs, scores, target=target), ranks)
-    return ThresholdLearning(model, ranks, start, costs, target=target, loss=loss)
+    start = start_thresholds(keep_masks(budget, scores), ranks)
+    return ThresholdLearning(model, ranks, start, budget, Learning(loss=loss))
 
 
 class _Stopwatch(L.Callback):
@@ -296,8 +296,7 @@ def threads(settings: Settings) -> list[Table]:
 def masks_at_half(blocks: Sequence[Block], statistics: CorpusStatistics, half: int | None = None) -> Masks:
     """`wanda_sp`, the same half of every block."""
     scores = score_units("wanda_sp", blocks, statistics, half=half, attention=False)
-    costs = unit_costs(blocks, scope="ffn", uniform=True)
-    return keep_masks(costs, scores.ffn, target=check_budget(costs, 0.5))
+    return keep_masks(Budget.of(unit_costs(blocks, scope="ffn", uniform=True), 0.5), scores.ffn)
 
 
 def differing(a: Masks, b: Masks) -> tuple[int, int, float]:
