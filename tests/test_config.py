@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from gprune.config import (
+from gprune.config import RunConfig
+from gprune.config.groups import (
     CorporaConfig,
     EvaluationConfig,
     LoggingConfig,
     PartitionConfig,
     ReliabilityConfig,
-    RunConfig,
     RunFolderConfig,
     SparsityConfig,
     TrainerConfig,
 )
+from gprune.config.parse import parse
 from gprune.errors import UserError
-from gprune.parse import parse
 from gprune.registry import Registry
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -152,8 +152,8 @@ CHANGES = {
     "allocation": {"sparsity": SparsityConfig(allocation="owl")},
     "start": {"sparsity": SparsityConfig(start="owl")},
     "protect": {"sparsity": SparsityConfig(protect=[0])},
-    "owl_multiple": {"sparsity": SparsityConfig(owl_multiple=7.0)},
-    "owl_spread": {"sparsity": SparsityConfig(owl_spread=0.1)},
+    "owl_multiple": {"sparsity": SparsityConfig(allocation="owl", options={"multiple": 7.0})},
+    "owl_spread": {"sparsity": SparsityConfig(allocation="owl", options={"spread": 0.1})},
     "metric": {"importance": "wifv"},
     "base": {"gprune": False},
     "seed": {"run": RunFolderConfig(seed=1)},
@@ -163,8 +163,7 @@ CHANGES = {
     "switch": {"reliability": ReliabilityConfig(switch=False)},
     "recovery": {"recovery": "least_squares"},
     "ridge": {"ridge": 0.1},
-    "through": {"sparsity": SparsityConfig(through="least_squares"), "recovery": "least_squares"},
-    "objective": {"sparsity": SparsityConfig(objective="worst")},
+    "loss": {"sparsity": SparsityConfig(loss="kl")},
     "offset_rate": {"sparsity": SparsityConfig(offset_learning_rate=0.2)},
     "learn_samples": {"corpora": CorporaConfig(learn_samples=16)},
     "everywhere": {"reliability": ReliabilityConfig(everywhere=True)},
@@ -238,14 +237,28 @@ def test_two_nodes_of_one_device_and_one_of_two_are_the_same_run():
         (lambda: SparsityConfig(scope="mlp"), r"--sparsity\.scope: expected one of ffn, attention\+ffn, got 'mlp'"),
         (
             lambda: SparsityConfig(allocation="base"),
-            r"--sparsity\.allocation: expected one of learned, uniform, global, owl, depth, equal, got 'base'",
+            r"--sparsity\.allocation: expected one of learned, equal, uniform, global, owl, depth, got 'base'",
         ),
         (
             lambda: SparsityConfig(start="depth"),
             r"--sparsity\.start: expected one of uniform, global, owl, got 'depth'",
         ),
-        (lambda: SparsityConfig(owl_spread=-0.1), r"--sparsity\.owl_spread: expected 0 or more, got -0.1"),
-        (lambda: SparsityConfig(owl_multiple=0.5), r"--sparsity\.owl_multiple: expected 1 or more, got 0.5"),
+        (
+            lambda: SparsityConfig(allocation="owl", options={"spread": -0.1}),
+            r"--sparsity\.options\.spread: expected 0 or more, got -0.1",
+        ),
+        (
+            lambda: SparsityConfig(start="owl", options={"multiple": 0.5}),
+            r"--sparsity\.options\.multiple: expected 1 or more, got 0.5",
+        ),
+        (
+            lambda: SparsityConfig(allocation="owl", options={"multiples": 5}),
+            r"--sparsity\.options: expected options of 'owl' \(multiple, spread\), got 'multiples'",
+        ),
+        (
+            lambda: SparsityConfig(options={"spread": 0.1}),
+            r"--sparsity\.options: expected options of 'uniform' \(none\), got 'spread'",
+        ),
         (
             lambda: RunConfig(sparsity=SparsityConfig(allocation="depth")),
             r"--sparsity\.allocation depth: .* expected --gprune false",

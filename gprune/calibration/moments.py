@@ -63,7 +63,6 @@ class StreamingMoments(_Sums):
         self.sum += assign @ x.sum(1).double()
         # Plain sums: an einsum or a vector norm over the middle dimension takes ten times as long on a CPU.
         self.sum_sq += assign @ x.square().sum(1).double()
-        self.sum_abs += assign @ x.abs().sum(1).double()
         if self.with_gram:
             add_gram(self.gram, (x * weight[:, None, None]).flatten(0, 1))
 
@@ -88,7 +87,6 @@ class StreamingExpertMoments(_Sums):
         self.count[:, expert] += assign.sum(1)
         self.sum[:, expert] += assign @ x.double()
         self.sum_sq[:, expert] += assign @ x.square().double()
-        self.sum_abs[:, expert] += assign @ x.abs().double()
         if self.with_gram:
             weighted = x * weight[:, None]
             self.gram[expert].addmm_(weighted.T, weighted)

@@ -1,9 +1,9 @@
 """Streaming statistics of what enters `down_proj` (neurons) and `o_proj` (attention channels).
 
 One pass per corpus over the frozen decoder, without the language-model head. Per channel and for each of two
-halves of the corpus (windows with an even and with an odd index): count, sum, sum of squares and sum of absolute
-values, in float64. The halves give rank drift its noise floor. Per block: how far it turns the hidden state.
-Optionally the Gram matrix, for recovery and output-aware metrics, and the Taylor saliency, which takes a backward pass.
+halves of the corpus: count, sum and sum of squares, in float64. The halves give rank drift its noise floor. Per block:
+how far the block turns the hidden state. Optionally the Gram matrix, for recovery and output-aware metrics, and the
+Taylor saliency, which takes a backward pass.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 from gprune.calibration.saliency import Saliency
 from gprune.errors import UserError
 from gprune.models.blocks import Block
+from gprune.storage.files import read_tensors
 
-SUMS = ("count", "sum", "sum_sq", "sum_abs")
+SUMS = ("count", "sum", "sum_sq")
 KINDS = (("ffn", "down"), ("attention", "output"))
 EXTRAS = ("gram", "saliency")  # what is collected only where something needs it
 
@@ -48,8 +49,6 @@ class StoredGram:
 
 
 def _stored_tensor(path: Path, name: str) -> Tensor:
-    from gprune.storage.files import read_tensors
-
     found = read_tensors(path)
     if found is None or name not in found:
         raise UserError(
@@ -57,17 +56,6 @@ def _stored_tensor(path: Path, name: str) -> Tensor:
             f"computed anew; processes on several machines need one $GPRUNE_CACHE between them."
         )
     return found[name]
-
-
-class _Looked:
-    """A field of `Moments` that reads a `StoredGram` whenever it is looked at."""
-
-    def __get__(self, moments: Moments | None, owner: type) -> Tensor | None:
-        value = None if moments is None else moments.__dict__["gram"]
-        return value.read() if isinstance(value, StoredGram) else value
-
-    def __set__(self, moments: Moments, value: Tensor | StoredGram | None) -> None:
-        moments.__dict__["gram"] = value
 
 
 @dataclass(frozen=True)
@@ -81,11 +69,13 @@ class Moments:
     count: Tensor  # () or (C,), tokens
     sum: Tensor  # (C,)
     sum_sq: Tensor  # (C,)
-    sum_abs: Tensor  # (C,)
-    # Sum over tokens of x x^T, (C, C) float32, or (E, C / E, C / E) of E experts; of the whole corpus only.
-    # In a file (`StoredGram`) it is read anew each time that it is looked at.
-    gram: Tensor | None = _Looked()
+    gram_source: Tensor | StoredGram | None = None  # of the whole corpus only
     saliency: Saliency | None = None
+
+    @property
+    def gram(self) -> Tensor | None:
+        """Sum over tokens of x x^T, (C, C) float32, or (E, C / E, C / E) of E experts; read anew where it is stored."""
+        return self.gram_source.read() if isinstance(self.gram_source, StoredGram) else self.gram_source
 
     @property
     def mean(self) -> Tensor:
@@ -103,10 +93,10 @@ class Moments:
     def of_expert(self, index: int, experts: int) -> Moments:
         """The channels of one of E experts."""
         sums = (getattr(self, name).view(experts, -1)[index] for name in SUMS)
-        gram = self.__dict__["gram"]
+        gram = self.gram_source
         if isinstance(gram, StoredGram):
-            return Moments(*sums, gram=replace(gram, expert=index))
-        return Moments(*sums, gram=None if gram is None else gram[index])
+            return Moments(*sums, replace(gram, expert=index))
+        return Moments(*sums, None if gram is None else gram[index])
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(getattr(self, name) + getattr(other, name) for name in SUMS))
@@ -127,7 +117,7 @@ class ChannelStatistics:
     def total(self) -> Moments:
         return replace(
             self.halves[0] + self.halves[1],
-            gram=self.gram,
+            gram_source=self.gram,
             saliency=None if self.saliency is None else self.saliency[2],
         )
 

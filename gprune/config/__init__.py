@@ -1,6 +1,20 @@
 """Every flag of train.py, with its help; start with `run.py`."""
 
+from gprune.config.groups import (
+    CorporaConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ModelConfig,
+    PartitionConfig,
+    ReliabilityConfig,
+    RunFolderConfig,
+    SparsityConfig,
+    TrainerConfig,
+)
 from gprune.config.parse import RETIRED, parse
 from gprune.config.run import RunConfig
 
-__all__ = ["RETIRED", "RunConfig", "parse"]
+__all__ = [
+    "RETIRED", "CorporaConfig", "EvaluationConfig", "LoggingConfig", "ModelConfig", "PartitionConfig",
+    "ReliabilityConfig", "RunConfig", "RunFolderConfig", "SparsityConfig", "TrainerConfig", "parse",
+]  # fmt: skip

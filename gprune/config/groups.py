@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, get_type_hints
 
-from gprune.config.types import AtLeast1, AtLeast2, AtLeast8, NonNegative, Positive, Quantile, Seed, Sparsity, check
+from gprune.checks import AtLeast1, AtLeast2, AtLeast8, NonNegative, Positive, Quantile, Seed, Sparsity, check
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
 from gprune.models.offload import memory_limits

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from jsonargparse import auto_cli, set_parsing_settings
 
+from gprune.checks import in_our_words
 from gprune.config.run import RunConfig
-from gprune.config.types import in_our_words
 from gprune.errors import UserError
 
 # Settings that were measured without gain and are gone (experiments/README.md), or have another name: their default.

@@ -8,6 +8,7 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from gprune.checks import NonNegative
 from gprune.config.groups import (
     SEVERAL,
     CorporaConfig,
@@ -21,7 +22,6 @@ from gprune.config.groups import (
     SparsityConfig,
     TrainerConfig,
 )
-from gprune.config.types import NonNegative
 from gprune.corpora.load import check_corpus, identity
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE

@@ -16,10 +16,10 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, restricted_number_type
 from torch import Tensor
 
 from gprune.calibration.statistics import CorpusStatistics
+from gprune.checks import AtLeast1Float, NonNegative, check
 from gprune.errors import UserError
 from gprune.importance.scores import Scores
 from gprune.models.blocks import Block
@@ -31,7 +31,6 @@ from gprune.sparsity.masks import keep_masks, top_of_experts
 from gprune.sparsity.thresholds import equal_thresholds, start_thresholds
 
 Margins = tuple[list[Tensor], list[Tensor]]  # neurons (N,) and KV groups (G,) per block, float64; smallest goes first
-AtLeastOne = restricted_number_type("AtLeastOne", float, (">=", 1))
 ALLOCATION: Registry[Callable[..., typing.Any]] = Registry("allocation")
 
 
@@ -70,11 +69,7 @@ def check_options(name: str, options: Mapping[str, float]) -> None:
             raise UserError(
                 f"--sparsity.options: expected options of '{name}' ({', '.join(known) or 'none'}), got '{option}'."
             )
-        wanted = typing.get_type_hints(function).get(option, float)
-        try:
-            wanted(value)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"--sparsity.options.{option}: {error}.") from error
+        check(f"sparsity.options.{option}", typing.get_type_hints(function).get(option, float), value)
 
 
 def allocate(
@@ -142,8 +137,8 @@ def outlier_weighted(
     blocks: Sequence[Block],
     budget: Budget,
     *,
-    multiple: AtLeastOne = 5.0,
-    spread: NonNegativeFloat = 0.08,
+    multiple: AtLeast1Float = 5.0,
+    spread: NonNegative = 0.08,
 ) -> Margins:
     """m_i = r_i - S_b: block b loses S_b, less where it has more outliers (OWL, arXiv 2310.05175).
 

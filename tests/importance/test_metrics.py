@@ -26,10 +26,11 @@ from gprune.importance.scores import score_units
 from gprune.importance.weights import UnitWeights, ffn_weights
 from gprune.models.blocks import blocks_of
 from gprune.partition.drift import fractional_ranks, rank_drift
+from tests import built_in
 from tests.calibration.test_collector import batches, recorded
 from tests.conftest import make_tiny_llama
 
-BUILT_IN = [name for name in IMPORTANCE if IMPORTANCE[name].__module__ == "gprune.importance.metrics"]
+BUILT_IN = built_in.METRICS
 BOTH = ("ffn", "attention")
 # grouped-query, multi-query and multi-head attention; heads that are not hidden/heads wide
 SHAPES = [{}, {"num_key_value_heads": 1}, {"num_key_value_heads": 4}, {"head_dim": 12}]
@@ -438,7 +439,7 @@ def test_equal_neurons_tie(name, tiny_model, token_batch):
 
 def scaled(statistics: CorpusStatistics, factor: float) -> CorpusStatistics:
     """The statistics of activations, and of gradients, that are `factor` times as large."""
-    power = {"sum": 1, "sum_abs": 1, "sum_sq": 2, "gram": 2, "first": 1, "second": 1, "vector": 1}
+    power = {"sum": 1, "sum_sq": 2, "gram": 2, "first": 1, "second": 1, "vector": 1}
     tensors = {n: t * factor ** power.get(n.rsplit(".", 1)[-1], 0) for n, t in statistics.tensors().items()}
     return CorpusStatistics.from_tensors(tensors)
 
@@ -505,32 +506,26 @@ def test_random_is_seeded_and_differs_between_blocks_and_scopes(tiny_model, toke
     assert torch.equal(torch.random.get_rng_state(), state)  # the global stream is left alone
 
 
-@pytest.fixture
-def scratch_registry(monkeypatch):
-    """What a test registers is forgotten after it."""
-    monkeypatch.setattr(IMPORTANCE, "_entries", dict(IMPORTANCE._entries))
-
-
 @pytest.mark.usefixtures("scratch_registry")
 def test_a_users_own_metric(tiny_model, token_batch):
-    @gprune.metric("mean_abs")
-    def mean_abs(weights, moments, generator):
-        return (moments.sum_abs / moments.count).float()
+    @gprune.metric("mean_square")
+    def mean_square(weights, moments, generator):
+        return (moments.sum_sq / moments.count).float()
 
     raw = recorded(tiny_model, token_batch)
-    scores = score_units("mean_abs", blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6)))
+    scores = score_units("mean_square", blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6)))
     for index in range(3):
-        np.testing.assert_allclose(scores.ffn[index].numpy(), np.abs(raw["ffn"][index]).mean((0, 1)), rtol=1e-6)
-        per_channel = np.abs(raw["attention"][index]).mean((0, 1))
+        np.testing.assert_allclose(scores.ffn[index].numpy(), (raw["ffn"][index] ** 2).mean((0, 1)), rtol=1e-6)
+        per_channel = (raw["attention"][index] ** 2).mean((0, 1))
         np.testing.assert_allclose(scores.channels[index].numpy(), per_channel, rtol=1e-6)
         np.testing.assert_allclose(scores.attention[index].numpy(), per_channel.reshape(2, 16).sum(1), rtol=1e-6)
     assert scores.ffn[0].dtype == torch.float64
-    assert IMPORTANCE["mean_abs"].activation_free is False
-    assert IMPORTANCE["mean_abs"].needs == frozenset()
-    assert IMPORTANCE["mean_abs"].drift == "mean_abs"
-    assert gprune.RunConfig(importance="mean_abs").importance == "mean_abs"
-    with pytest.raises(UserError, match=r"--reliability\.metric.*magnitude.*got 'mean_abs'"):
-        gprune.config.ReliabilityConfig(metric="mean_abs")
+    assert IMPORTANCE["mean_square"].activation_free is False
+    assert IMPORTANCE["mean_square"].needs == frozenset()
+    assert IMPORTANCE["mean_square"].drift == "mean_square"
+    assert gprune.RunConfig(importance="mean_square").importance == "mean_square"
+    with pytest.raises(UserError, match=r"--reliability\.metric.*magnitude.*got 'mean_square'"):
+        gprune.config.ReliabilityConfig(metric="mean_square")
 
 
 @pytest.mark.usefixtures("scratch_registry")

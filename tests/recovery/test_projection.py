@@ -8,20 +8,24 @@ import torch
 
 from gprune.calibration.collector import collect
 from gprune.calibration.statistics import ChannelStatistics, Moments
+from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
-from gprune.recovery.projection import NEEDS_GRAM, RECOVERY, SEQUENTIAL, least_squares_correction, recover_projection
+from gprune.models.surgery import prune
+from gprune.recovery import RECOVERY, Material, Recovery, recovery
+from gprune.recovery.contract import Projection
 from tests.calibration.test_collector import batches, recorded
+from tests.tiny_families import some_masks
 
 H, C, TOKENS = 10, 24, 400
-BY_PROJECTION = [name for name in RECOVERY if name not in SEQUENTIAL]
+BY_PROJECTION = [name for name in RECOVERY if isinstance(RECOVERY[name], Projection)]
 
 
 def statistics_of(x: np.ndarray, *, gram: bool = True) -> ChannelStatistics:
     """Statistics of activations x (tokens, C), built without the collector."""
 
     def moments(part: np.ndarray) -> Moments:
-        sums = (part.sum(0), (part**2).sum(0), np.abs(part).sum(0))
+        sums = (part.sum(0), (part**2).sum(0))
         return Moments(torch.tensor(float(len(part)), dtype=torch.float64), *map(torch.from_numpy, sums))
 
     G = torch.from_numpy(x.T @ x).float() if gram else None
@@ -48,34 +52,18 @@ def ridge_by_lstsq(x: np.ndarray, weight: np.ndarray, keep: np.ndarray, ridge: f
 @pytest.mark.parametrize("ridge", [1e-4, 0.01, 0.3, 10.0])
 def test_least_squares_against_numpy(problem, ridge):
     x, weight, keep = problem
-    new, bias = recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=ridge)
+    new, bias = RECOVERY["least_squares"].solve(weight, keep, statistics_of(x).total, ridge=ridge)
     expected = ridge_by_lstsq(x, weight.double().numpy(), keep.numpy(), ridge)
     assert bias is None
     assert new.dtype == weight.dtype
     np.testing.assert_allclose(new.numpy(), expected, atol=1e-3 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ridge", [0.01, 0.3])
-def test_what_least_squares_adds_to_the_kept_columns(ridge, dtype, problem):
-    x, weight, keep = problem
-    weight, moments = weight.to(dtype), statistics_of(x).total
-    correction = least_squares_correction(weight, keep, moments, ridge=ridge)
-    assert (correction.shape, correction.dtype) == (weight.shape, dtype)
-    assert not correction[:, ~keep].any()
-    expected = ridge_by_lstsq(x, weight.double().numpy(), keep.numpy(), ridge) - weight[:, keep].double().numpy()
-    rounding = 1e-3 if dtype == torch.float32 else 2**-8
-    np.testing.assert_allclose(correction[:, keep].double().numpy(), expected, atol=rounding * np.abs(expected).max())
-    if dtype == torch.float32:  # and the sum is what slicing would write
-        new, _ = recover_projection(weight, keep, moments, method="least_squares", ridge=ridge)
-        torch.testing.assert_close(weight[:, keep] + correction[:, keep], new, atol=1e-6, rtol=1e-6)
-
-
 def test_least_squares_lowers_the_error_on_its_own_text(problem):
     x, weight, keep = problem
+    solved, _ = RECOVERY["least_squares"].solve(weight, keep, statistics_of(x).total, ridge=1e-3)
     error = {}
-    for method in ("none", "least_squares"):
-        new, _ = recover_projection(weight, keep, statistics_of(x).total, method=method, ridge=1e-3)
+    for method, new in (("none", weight[:, keep]), ("least_squares", solved)):
         error[method] = np.square(x @ weight.double().numpy().T - x[:, keep] @ new.double().numpy().T).sum()
     assert error["least_squares"] < 0.5 * error["none"]
 
@@ -87,17 +75,17 @@ def test_least_squares_is_exact_where_removed_channels_are_combinations_of_kept_
     x[:, keep] = rng.normal(size=(TOKENS, 16))
     x[:, ~keep] = x[:, keep] @ rng.normal(size=(16, 8))
     weight = torch.from_numpy(rng.normal(size=(H, C))).float()
-    new, _ = recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=1e-7)
+    new, _ = RECOVERY["least_squares"].solve(weight, keep, statistics_of(x).total, ridge=1e-7)
     dense = x @ weight.double().numpy().T
     np.testing.assert_allclose(x[:, keep] @ new.double().numpy().T, dense, atol=1e-4 * np.abs(dense).max())
 
 
 def test_a_large_ridge_leads_back_to_none_and_not_to_zero(problem):
     x, weight, keep = problem
-    new, _ = recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=1e9)
+    new, _ = RECOVERY["least_squares"].solve(weight, keep, statistics_of(x).total, ridge=1e9)
     torch.testing.assert_close(new, weight[:, keep], atol=1e-6, rtol=0)
     nearer = [
-        float((recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=r)[0]
+        float((RECOVERY["least_squares"].solve(weight, keep, statistics_of(x).total, ridge=r)[0]
                - weight[:, keep]).norm())
         for r in (1e-3, 1e-1, 10.0, 1e3)
     ]  # fmt: skip
@@ -107,11 +95,11 @@ def test_a_large_ridge_leads_back_to_none_and_not_to_zero(problem):
 def test_dead_kept_channels_do_not_break_the_solution(problem):
     x, weight, keep = problem
     x[:, keep.nonzero()[:3, 0]] = 0.0
-    new, _ = recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=0.01)
+    new, _ = RECOVERY["least_squares"].solve(weight, keep, statistics_of(x).total, ridge=0.01)
     assert bool(torch.isfinite(new).all())
     torch.testing.assert_close(new[:, :3], weight[:, keep][:, :3])  # nothing is known about them: they stay
     everything_dead = np.zeros_like(x)
-    new, _ = recover_projection(weight, keep, statistics_of(everything_dead).total, method="least_squares")
+    new, _ = RECOVERY["least_squares"].solve(weight, keep, statistics_of(everything_dead).total)
     torch.testing.assert_close(new, weight[:, keep])
 
 
@@ -120,7 +108,7 @@ def test_fewer_tokens_than_channels_without_a_ridge(problem, tokens):
     # --ridge 0 is allowed, and a float32 Gram matrix of low rank has slightly negative eigenvalues.
     x, weight, keep = problem
     x = x[:tokens]
-    new, _ = recover_projection(weight, keep, statistics_of(x).total, method="least_squares", ridge=0.0)
+    new, _ = RECOVERY["least_squares"].solve(weight, keep, statistics_of(x).total, ridge=0.0)
     dense = x @ weight.double().numpy().T
     np.testing.assert_allclose(x[:, keep] @ new.double().numpy().T, dense, atol=0.01 * np.abs(dense).max())
 
@@ -129,21 +117,14 @@ def test_keeping_everything_changes_nothing(problem):
     x, weight, _ = problem
     everything = torch.ones(C, dtype=torch.bool)
     for method in BY_PROJECTION:
-        new, bias = recover_projection(weight, everything, statistics_of(x).total, method=method)
+        new, bias = RECOVERY[method].solve(weight, everything, statistics_of(x).total)
         assert torch.equal(new, weight)
         assert bias is None or not bool(bias.any())
 
 
-def test_none_keeps_columns_as_they_are(problem):
-    x, weight, keep = problem
-    new, bias = recover_projection(weight, keep, statistics_of(x, gram=False).total)
-    assert torch.equal(new, weight[:, keep])
-    assert bias is None
-
-
 def test_bias_against_numpy(problem):
     x, weight, keep = problem
-    new, bias = recover_projection(weight, keep, statistics_of(x, gram=False).total, method="bias")
+    new, bias = RECOVERY["bias"].solve(weight, keep, statistics_of(x, gram=False).total)
     assert torch.equal(new, weight[:, keep])
     removed = ~keep.numpy()
     expected = weight.double().numpy()[:, removed] @ x.mean(0)[removed]
@@ -156,7 +137,7 @@ def test_bias_against_numpy(problem):
 @pytest.mark.parametrize("method", BY_PROJECTION)
 def test_the_weights_dtype_is_kept(problem, method):
     x, weight, keep = problem
-    new, bias = recover_projection(weight.bfloat16(), keep, statistics_of(x).total, method=method)
+    new, bias = RECOVERY[method].solve(weight.bfloat16(), keep, statistics_of(x).total)
     assert new.dtype == torch.bfloat16
     assert new.shape == (H, int(keep.sum()))
     assert bias is None or (bias.dtype == torch.bfloat16 and bias.shape == (H,))
@@ -165,8 +146,7 @@ def test_the_weights_dtype_is_kept(problem, method):
 def test_an_unknown_recovery_lists_what_there_is(problem):
     x, weight, keep = problem
     with pytest.raises(UserError, match=r"Unknown recovery 'lsq'.*none, bias, least_squares, least_squares_sequential"):
-        recover_projection(weight, keep, statistics_of(x).total, method="lsq")
-    assert set(RECOVERY) >= NEEDS_GRAM | SEQUENTIAL
+        RECOVERY["lsq"].solve(weight, keep, statistics_of(x).total)
 
 
 @pytest.mark.parametrize("part", ["down", "output"])
@@ -179,8 +159,63 @@ def test_on_a_model_with_neurons_and_with_whole_kv_groups(tiny_model, token_batc
     if part == "output":
         keep = torch.tensor([False, True]).repeat_interleave(block.channels_per_group)
     weight = getattr(block, part).weight
-    new, _ = recover_projection(weight, keep, getattr(statistics, kind)[1].total, method="least_squares", ridge=0.01)
+    new, _ = RECOVERY["least_squares"].solve(weight, keep, getattr(statistics, kind)[1].total, ridge=0.01)
     x = raw[1].reshape(-1, len(keep))
     expected = ridge_by_lstsq(x, weight.double().numpy(), keep.numpy(), 0.01)
     assert new.shape == (32, int(keep.sum()))
     np.testing.assert_allclose(new.numpy(), expected, atol=1e-4 * np.abs(expected).max())
+
+
+# The contract
+
+
+class Doubled(Recovery):
+    """Of a whole model: every down projection twice as large."""
+
+    needs = frozenset({"text"})
+
+    def tune(self, material, pruned):
+        assert [ids.shape for ids in material.batches] == [(2, 8), (1, 8)]
+        for block in blocks_of(pruned):
+            block.down.set(2 * block.down.weight, None)
+        return pruned
+
+
+@pytest.fixture
+def scratch_registry(monkeypatch):
+    monkeypatch.setattr(RECOVERY, "_entries", dict(RECOVERY._entries))
+
+
+@pytest.mark.usefixtures("scratch_registry")
+def test_a_recovery_of_the_whole_model_is_one_class(tiny_model, token_batch):
+    recovery("doubled")(Doubled)
+    masks = some_masks(tiny_model, attention=False)
+    text = [Windows("demo", "train", token_batch[:3, :8].clone())]
+    material = Material(tiny_model, masks, text=text, batch_size=2)
+    found = RECOVERY["doubled"]
+    assert (found.name, found.needs, found.revise(material)) == ("doubled", {"text"}, None)
+    plain = prune(tiny_model, masks)
+    tuned = found.tune(material, prune(tiny_model, masks))
+    for one, two in zip(blocks_of(plain), blocks_of(tuned), strict=True):
+        assert torch.equal(2 * one.down.weight, two.down.weight)
+
+
+@pytest.mark.usefixtures("scratch_registry")
+@pytest.mark.parametrize(
+    ("broken", "got"),
+    [
+        (lambda w, k, m, r: w, r"got NoneType and NoneType"),
+        (lambda w, k, m, r: (w, None), r"got \(10, 24\) and NoneType"),
+        (lambda w, k, m, r: (w[:, k], w[0]), r"and \(24,\)"),
+    ],
+)
+def test_what_a_users_own_recovery_returns_is_checked(problem, broken, got):
+    x, weight, keep = problem
+    recovery("broken")(broken)
+    with pytest.raises(UserError, match=rf"^Recovery 'broken': expected a weight of shape \(10, \d+\) .*{got}"):
+        RECOVERY["broken"].solve(weight, keep, statistics_of(x).total)
+
+
+def test_needs_that_there_are_not_are_refused():
+    with pytest.raises(ValueError, match=r"needs expected to be of moments, gram, text, got \['grams'\]"):
+        recovery("mine", needs=("grams",))

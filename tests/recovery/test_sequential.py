@@ -9,21 +9,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gprune.parse import parse
+from gprune.recovery.projection import SEQUENTIAL, recover_projection
 from transformers import AutoModelForCausalLM
 
 from gprune.calibration.collector import collect
-from gprune.calibration.statistics import Moments
 from gprune.cli import main
-from gprune.config import CorporaConfig, RunConfig
+from gprune.config import RunConfig
+from gprune.config.groups import CorporaConfig
+from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.families import FAMILIES
 from gprune.models.masks import Masks
 from gprune.models.offload import is_offloaded
 from gprune.models.surgery import prune, prune_to_files
-from gprune.parse import parse
 from gprune.pipeline import plan as preparation
-from gprune.recovery.projection import SEQUENTIAL, recover_projection
+from gprune.recovery import RECOVERY
 from gprune.recovery.sequential import PrunedPrefix, lost, recover_sequentially
 from gprune.storage.files import read_json
 from tests import tiny_run
@@ -176,8 +178,8 @@ def test_behind_the_dense_prefix_it_is_least_squares(target):
         block, keep = blocks_of(model)[index], masks.ffn[index]
         for ridge in (1e-5, 0.01):
             small = blocks_of(recovered(model, masks, ids, ridge=ridge, target=target))
-            expected, _ = recover_projection(
-                block.down.weight, keep, statistics.ffn[index].total, method="least_squares", ridge=ridge
+            expected, _ = RECOVERY["least_squares"].solve(
+                block.down.weight, keep, statistics.ffn[index].total, ridge=ridge
             )
             torch.testing.assert_close(small[index].down.weight, expected, atol=1e-3, rtol=0)
             assert torch.equal(small[other].down.weight, blocks_of(model)[other].down.weight)
@@ -218,13 +220,11 @@ def test_it_ends_nearer_to_the_dense_model_than_projection_by_projection(attenti
     statistics = collect(model, [{"input_ids": i, "index": torch.arange(len(i))} for i in ids], gram=True)
     for old, new in zip(blocks_of(model), blocks_of(small["least_squares"]), strict=True):
         keep = masks.ffn[old.index]
-        new.down.set(*recover_projection(
-            old.down.weight, keep, statistics.ffn[old.index].total, method="least_squares", ridge=1e-3
-        ))  # fmt: skip
+        total = statistics.ffn[old.index].total
+        new.down.set(*RECOVERY["least_squares"].solve(old.down.weight, keep, total, ridge=1e-3))
         keep = masks.attention[old.index].repeat_interleave(old.channels_per_group)
-        new.output.set(*recover_projection(
-            old.output.weight, keep, statistics.attention[old.index].total, method="least_squares", ridge=1e-3
-        ))  # fmt: skip
+        total = statistics.attention[old.index].total
+        new.output.set(*RECOVERY["least_squares"].solve(old.output.weight, keep, total, ridge=1e-3))
     for target in TARGETS:
         recover_sequentially(model, small[target], masks, ids, ridge=1e-3, target=target)
     found = {name: errors(model, m, ids) for name, m in small.items()}
@@ -291,14 +291,6 @@ def test_what_is_not_finite_is_one_line():
         recovered(model, masks)
 
 
-def test_by_name_it_is_refused_for_a_single_projection():
-    assert {"least_squares_sequential"} == SEQUENTIAL
-    with pytest.raises(UserError, match="recover_sequentially"):
-        recover_projection(
-            torch.ones(2, 4), torch.ones(4).bool(), Moments(*torch.zeros(4, 1)), method="least_squares_sequential"
-        )
-
-
 # The whole run
 
 
@@ -312,7 +304,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch):
-    tiny_run.reload_in_process(monkeypatch)
+    tiny_run.quick(monkeypatch)
 
 
 FLAGS = ["--recovery=least_squares_sequential", "--sparsity.scope=attention+ffn"]
@@ -322,7 +314,7 @@ def test_a_run_recovers_its_controls_too_and_stays_below_its_plan(world, tmp_pat
     result = world.run(tmp_path, *FLAGS)
     stages = ("base", "base_averaged", "gprune")
     assert {(r["stage"], r["recovery"]) for r in result.records} == {("dense", "none")} | {
-        (stage, recovery) for stage in stages for recovery in ("none", *SEQUENTIAL)
+        (stage, recovery) for stage in stages for recovery in ("none", "least_squares_sequential")
     }
     dense = AutoModelForCausalLM.from_pretrained(world.model).eval().requires_grad_(False)
     plain = weights(prune(dense, result.masks))
@@ -341,7 +333,7 @@ def test_a_run_recovers_its_controls_too_and_stays_below_its_plan(world, tmp_pat
     assert result.summary["forward_tokens"] <= plan.forward_tokens
     capsys.readouterr()
     assert main(world.args(tmp_path, *FLAGS, "--dry_run=true")) == 0
-    assert "7 models evaluated on 3 corpora, 3 recovered block by block" in capsys.readouterr().out
+    assert "7 models evaluated on 3 corpora, 3 of them recovered with text" in capsys.readouterr().out
 
 
 def test_a_run_taken_up_has_the_same_bits(world, tmp_path, quick):
@@ -362,7 +354,7 @@ def test_whole_blocks_that_go_are_made_up_for(world, tmp_path, quick):
     flags = ["--gprune=false", "--sparsity.allocation=depth", "--recovery=least_squares_sequential"]
     result = world.run(tmp_path, *flags, "--model.dtype=bfloat16")
     assert result.model.config.num_hidden_layers == 2
-    assert {r["recovery"] for r in result.records} == {"none", *SEQUENTIAL}
+    assert {r["recovery"] for r in result.records} == {"none", "least_squares_sequential"}
 
 
 def test_an_offloaded_model_is_recovered_to_the_same_bits(world, tmp_path, quick, monkeypatch):
