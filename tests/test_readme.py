@@ -33,7 +33,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     """A tiny model and tiny corpora, and a run whose export is checked in this process."""
-    tiny_run.reload_in_process(monkeypatch)
+    tiny_run.quick(monkeypatch)
     (tmp_path / "world").mkdir()
     with tiny_run.isolated(tmp_path / "cache"):
         yield tiny_run.make_world(tmp_path / "world")

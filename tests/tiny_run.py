@@ -9,10 +9,17 @@ def test_something(world, tmp_path):
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
 import random
-from collections.abc import Iterator
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +27,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gprune.cli import main
-from gprune.export.hf import max_logit_difference
-from gprune.pipeline import save
+from gprune.models.offload import memory_limits
 from gprune.runs.results import PruningResult, load_run
 from tests.conftest import make_tiny_llama
 
+ROOT = Path(__file__).parents[1]
 WORDS = [f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in "nrst"][:124]
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 SEEN, UNSEEN = ("alpha", "beta", "gamma"), ("delta", "epsilon")
@@ -124,17 +132,126 @@ def isolated(cache: Path, **environment: str | None) -> Iterator[None]:
             ours.setLevel(before[2])
 
 
-def reload_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare runs the fresh process in which the export is checked: it takes longer than the rest together."""
-
-    def check(model: torch.nn.Module, folder: Path, input_ids: torch.Tensor) -> float:
-        from transformers import AutoModelForCausalLM
-
-        again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
+def in_this_process(
+    folder: Path,
+    input_ids: torch.Tensor,
+    *,
+    device: str = "cpu",
+    attention: str | None = None,
+    device_map: str | None = None,
+    max_memory: dict[str, str] | None = None,
+) -> torch.Tensor:
+    """`gprune.export.hf.reloaded_logits` without the fresh process."""
+    settings = {"dtype": "auto", "trust_remote_code": True, "attn_implementation": attention}
+    with tempfile.TemporaryDirectory() as scratch:
+        if device_map is not None:
+            limits = None if max_memory is None else memory_limits(max_memory)
+            settings |= {"device_map": device_map, "max_memory": limits, "offload_folder": scratch}
+        model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+        if device_map is None:
+            model = model.to(device)
         with torch.inference_mode():
-            return max_logit_difference(model(input_ids).logits, again(input_ids).logits)
+            return model(input_ids.to(device), use_cache=False).logits
 
-    monkeypatch.setattr(save, "check_reload", check)
+
+# A PNG of one white pixel.
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg==")
+
+
+def quick(patch: pytest.MonkeyPatch, *, draw: bool = False) -> None:
+    """Spare runs what takes longer than the rest together: the one place where tests say so.
+
+    - The export is reloaded in this process. `tests/export/test_hf.py` and the scripts' own tests start a fresh one.
+    - Figures are files of one pixel, unless `draw`. `tests/report` draws them.
+    """
+    patch.setattr("gprune.export.hf.reloaded_logits", in_this_process)
+    if not draw:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **_: Path(file).write_bytes(PIXEL))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """A process that was forked from this one, in a session of its own, with its output in two files."""
+
+    id: int
+    output: tuple[Path, Path]
+
+    def wait(self) -> Ended:
+        code = os.waitstatus_to_exitcode(os.waitpid(self.id, 0)[1])
+        return Ended(code, *(path.read_text() for path in self.output))
+
+
+def start(
+    args: Sequence[str], folder: Path, *, processes: int = 1, script: Path = ROOT / "train.py", **more: str
+) -> list[Started]:
+    """A script in processes of their own, forked from this one, which spares each of them seconds of importing.
+
+    Two or more find each other by the variables that Lightning sets for the processes that it starts. A single one that
+    is told `--trainer.devices=2` starts the second process itself.
+
+    Args:
+        folder: for its cache, in `cache`, and its output.
+        more: further variables of its environment.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    children = []
+    for rank in range(processes):
+        if processes > 1:
+            more |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(processes)}
+            more |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = environment(folder / "cache", **more)
+        output = (folder / f"stdout.{rank}", folder / f"stderr.{rank}")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            try:
+                os._exit(_started(script, args, variables, rank, output))
+            finally:  # whatever goes wrong, a child must not go on as this process
+                os._exit(1)
+        children.append(Started(child, output))
+    return children
+
+
+def _started(script: Path, args: Sequence[str], variables: dict[str, str], rank: int, output: tuple[Path, Path]) -> int:
+    """The exit code of the script, run by this process."""
+    os.setsid()
+    # A job in the background of a script inherits SIGINT as ignored, and Python then leaves it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, path in enumerate(output, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(variables | {"TOKENIZERS_PARALLELISM": "false"})
+    rank_zero_only.rank = rank
+    sys.argv = [str(script), *args]
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 1
+
+
+def train(args: Sequence[str], folder: Path, **how: Any) -> list[Ended]:
+    """As `start`, waiting for the end."""
+    return [child.wait() for child in start(args, folder, **how)]
 
 
 def environment(cache: Path, **more: str) -> dict[str, str]:

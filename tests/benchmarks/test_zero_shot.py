@@ -470,7 +470,7 @@ def finished(tmp_path_factory):
     """A tiny run with its model, one without, and local data; in an environment of their own."""
     folder = tmp_path_factory.mktemp("zero-shot")
     with pytest.MonkeyPatch.context() as patch, isolated(folder / "cache"):
-        tiny_run.reload_in_process(patch)
+        tiny_run.quick(patch)
         world = tiny_run.make_world(folder)
         kept = world.run(folder / "runs", "--sparsity.allocation=uniform", name="kept")
         world.run(folder / "runs", "--export=none", "--sparsity.allocation=uniform", name="masks")

@@ -155,7 +155,7 @@ FLAGS = [
 @pytest.fixture(scope="module")
 def ordinary(world, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        tiny_run.reload_in_process(patch)
+        tiny_run.quick(patch)
         return world.run(tmp_path_factory.mktemp("ordinary"), *FLAGS)
 
 
@@ -167,7 +167,7 @@ def assert_same_run(one, two) -> None:
 
 
 def test_a_run_with_gram_matrices_in_files_is_the_same_run(world, ordinary, tmp_path, monkeypatch):
-    tiny_run.reload_in_process(monkeypatch)
+    tiny_run.quick(monkeypatch)
     monkeypatch.setattr(walking, "GRAMS_IN_MEMORY", 1)
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     result = world.run(tmp_path, *FLAGS)

@@ -277,7 +277,7 @@ def test_a_pruned_folder_beside_its_dense_model(tmp_path, capsys):
 
 
 def test_a_finished_run_is_measured_against_its_own_dense_model(tmp_path, monkeypatch, capsys):
-    tiny_run.reload_in_process(monkeypatch)
+    tiny_run.quick(monkeypatch)
     (tmp_path / "world").mkdir()
     world = tiny_run.make_world(tmp_path / "world")
     world.run(tmp_path / "runs", "--gprune=false")

@@ -55,7 +55,7 @@ def lab(tmp_path_factory):
     world = tiny_run.make_world(tmp_path_factory.mktemp("world"))
     folder = tmp_path_factory.mktemp("finetune")
     with tiny_run.isolated(folder / "cache"), pytest.MonkeyPatch.context() as patch:
-        tiny_run.reload_in_process(patch)
+        tiny_run.quick(patch)
         patch.setattr(lora, "RECORDS", folder / "records")
         runs = folder / "runs"
         quick = ("--sparsity.allocation=uniform", "--evaluation.curve=[]")

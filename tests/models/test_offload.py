@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from experiments import large
 from gprune.calibration.collector import collect
 from gprune.calibration.layerwise import Walk
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.cli import main
-from gprune.config import ModelConfig, RunConfig
+from gprune.config import RunConfig
+from gprune.config.groups import ModelConfig
+from gprune.config.parse import parse
 from gprune.export import hf
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
@@ -37,7 +43,6 @@ from gprune.models.offload import (
     stored,
 )
 from gprune.models.surgery import count_parameters, prune, prune_to_files
-from gprune.parse import parse
 from gprune.pipeline.plan import memory_bytes
 from gprune.pipeline.save import masked_logits
 from gprune.runs.results import load_run
@@ -298,12 +303,10 @@ def placement(model: torch.nn.Module) -> list[str]:
 
 
 def test_a_run_with_most_of_the_model_on_disk_is_the_same_run(world, tmp_path, monkeypatch):
-    tiny_run.reload_in_process(monkeypatch)
-    monkeypatch.setattr(hf, "check_reload", lambda *_, **__: 0.0)
+    tiny_run.quick(monkeypatch)
     whole = world.run(tmp_path, *FLAGS)
     model = AutoModelForCausalLM.from_pretrained(world.model)
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("gprune.pipeline.save.check_reload", lambda *_, device_map, max_memory: 0.0)
     away = world.run(tmp_path, *FLAGS, *placement(model), name="away")
     assert_same_run(away, whole)
     assert away.summary["parameters_before"] == whole.summary["parameters_before"]
@@ -329,28 +332,48 @@ def test_no_gradient_is_asked_of_an_offloaded_model(flags, line, world, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+class Forked:
+    """What `experiments.large` needs of `subprocess.Popen`, without the seconds of importing."""
+
+    def __init__(self, command, *, cwd, env, stdout, stderr):
+        assert command[:3] == [sys.executable, "-m", "experiments.large"]
+        self.pid, self.returncode = os.fork(), None
+        if self.pid == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(stderr.fileno(), 2)
+            sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
+            os.chdir(cwd)
+            os.environ.update(env)
+            try:
+                os._exit(large.child(command[4], command[5:]))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+
+    def poll(self):
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+
 @pytest.mark.slow
-def test_the_experiment_of_a_large_model():
+def test_the_experiment_of_a_large_model(monkeypatch, capsys):
     """It asserts by itself that masks and perplexities are those of the run in memory; the pruned model is reloaded, to
     the same bits, by a fresh process that has as little memory.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.large", "--small"], cwd=ROOT, capture_output=True, text=True, check=False,
-        timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| the same in memory |") == 1
+    monkeypatch.setattr(large, "subprocess", SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL))
+    large.main(["--small"])
+    assert capsys.readouterr().out.count("| the same in memory |") == 1
 
 
 @pytest.mark.slow
-def test_the_whole_pipeline_on_a_random_model_is_timed_step_by_step():
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.large", "--whole", "tiny"], cwd=ROOT, capture_output=True, text=True,
-        check=False, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_the_whole_pipeline_on_a_random_model_is_timed_step_by_step(capsys):
+    """In a fresh process, as its time is what it tells."""
+    large.main(["--whole", "tiny"])
+    out = capsys.readouterr().out
     for step in ("calibrate", "assignment", "thresholds", "save_and_check", "evaluate"):
-        assert f"| {step} | " in done.stdout
+        assert f"| {step} | " in out
 
 
 GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs, or one process has all of the model")
@@ -360,7 +383,7 @@ GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs,
 SHARDED = """
 import sys
 from pathlib import Path
-import gprune.walk
+import gprune.calibration.layerwise
 from gprune.cli import main
 from gprune.stages import base
 
@@ -384,15 +407,19 @@ def test_a_model_sharded_over_two_processes_learns_the_same(accelerator, world, 
     """
     (tmp_path / "sharded.py").write_text(SHARDED)
     found = {}
-    for name, command in (("whole", ["train.py"]), ("sharded", [str(tmp_path / "sharded.py"), str(tmp_path)])):
+    for name, script, more in (("whole", ROOT / "train.py", []), ("sharded", tmp_path / "sharded.py", [str(tmp_path)])):
         flags = ["--corpora.num_samples=5", "--recovery=least_squares", "--export=none"]
         flags += ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.accelerator={accelerator}"]
         flags += ["--model.shard=true"] * (name == "sharded")
-        done = subprocess.run(
-            [sys.executable, *command, *world.args(tmp_path, *flags, name=name)],
-            cwd=ROOT, env=tiny_run.environment(tmp_path / name, PYTHONPATH=str(ROOT)), capture_output=True, text=True,
-            check=False, timeout=300,
-        )  # fmt: skip
+        (tmp_path / f"{name}-process").mkdir()
+        args = [*more, *world.args(tmp_path, *flags, name=name)]
+        if accelerator == "cpu":
+            done, _ = tiny_run.train(args, tmp_path / f"{name}-process", processes=2, script=script)
+        else:  # a fork has no use of a GPU that its parent has seen
+            done = subprocess.run(
+                [sys.executable, script, *args], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+                env=tiny_run.environment(tmp_path / f"{name}-process/cache", PYTHONPATH=str(ROOT)),
+            )  # fmt: skip
         assert done.returncode == 0, done.stderr
         found[name] = load_run(tmp_path / name)
     whole, sharded = found["whole"], found["sharded"]

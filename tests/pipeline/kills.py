@@ -27,6 +27,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -38,6 +39,7 @@ from transformers import LlamaForCausalLM
 from gprune.models.embedded import embedded_model_dir
 from gprune.pipeline import evaluate as outcome
 from gprune.pipeline import prune as pipeline
+from gprune.pipeline import run as opening
 from gprune.report.table import markdown
 from gprune.stages.calibration import CalibrationStage
 from gprune.stages.refinement import AssignmentRefinement
@@ -45,19 +47,12 @@ from gprune.stages.thresholds import ThresholdLearning
 from gprune.storage import files as artifacts
 from gprune.storage.cache import cache_dir
 
-ROOT = Path(__file__).parent.parent
-STEPS = (
-    *("load", "prepare_text", "opened", "calibrate", "score_units", "base_candidates", "measure_drift"),
-    *(
-        "partition_neurons",
-        "rank_inside_modules",
-        "learn_sparsity",
-        "shrink",
-        "save_and_check",
-        "evaluate",
-        "summarise",
-    ),
+ROOT = Path(__file__).parents[2]
+IN_THE_BOX = (
+    *("opened", "calibrate", "score", "base_masks", "measure_drift", "partition", "assess", "learn_sparsity"),
+    *("shrink", "save", "evaluate", "summarise"),
 )
+STEPS = {"load": opening, "prepare_text": opening} | dict.fromkeys(IN_THE_BOX, pipeline)  # where each is looked up
 BATCHES = (
     (CalibrationStage, "test_step"),
     (AssignmentRefinement, "training_step"),
@@ -100,8 +95,8 @@ class Watch:
 
     def install(self) -> None:
         """Wrap the steps, the batches and the writes of this process."""
-        for name in STEPS:
-            setattr(pipeline, name, self.entering(name, getattr(pipeline, name)))
+        for name, owner in STEPS.items():
+            setattr(owner, name, self.entering(name, getattr(owner, name)))
         for owner, name in BATCHES:
             setattr(owner, name, self.before("batch", name, getattr(owner, name)))
         artifacts.save_file = self.halving(artifacts.save_file, lambda tensors, file, **_: file)
@@ -167,13 +162,17 @@ class Bench:
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
-            os._exit(self._sit(life, cache, target))
+            try:
+                os._exit(self.sit(life, cache, target))
+            finally:  # whatever goes wrong, a child must not go on as this process
+                traceback.print_exc()
+                os._exit(1)
         if after is not None:
             time.sleep(after)
             os.kill(child, signal.SIGKILL)  # of a child that has ended nothing is left but its status
         return os.waitpid(child, 0)[1]
 
-    def _sit(self, life: Path, cache: Path, target: Point | None) -> int:
+    def sit(self, life: Path, cache: Path, target: Point | None) -> int:
         life.mkdir(parents=True, exist_ok=True)
         out = os.open(life / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)

@@ -34,7 +34,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _in_process(monkeypatch):
-    tiny_run.reload_in_process(monkeypatch)
+    tiny_run.quick(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def whole(world, tmp_path_factory):
     """A folder with an undisturbed run in `runs/run` and its cache in `cache`; never written to again."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch, tiny_run.isolated(folder / "cache"):
-        tiny_run.reload_in_process(patch)
+        tiny_run.quick(patch)
         world.run(folder / "runs", "--export=none")
     return folder
 

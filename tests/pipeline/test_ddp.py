@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+import functools
 
 import pytest
 import torch
@@ -21,7 +19,6 @@ from tests import tiny_run
 from tests.pipeline.test_bad_input import poison
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 UNEVEN = [
     "--corpora.num_samples=5",  # batches of 4 and 1: in the second one a process has nothing to do, nor in learning
     "--sparsity.epochs=2",
@@ -38,11 +35,19 @@ def uneven(world):
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
-def train(world, runs, cache, *flags):
-    return subprocess.run(
-        [sys.executable, "train.py", *world.args(runs, *flags)],
-        cwd=ROOT, env=tiny_run.environment(cache), capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+def launched(world, folder, *flags):
+    """A fork of this process, which starts the second process itself, as `train.py` does: that one imports anew."""
+    (done,) = tiny_run.train(world.args(folder, *flags, *TWO), folder)
+    return done
+
+
+def train(world, folder, *flags, processes=2):
+    """As many forks of this process, of which the first may speak; what the first one says."""
+    two = TWO if processes > 1 else []
+    first, *others = tiny_run.train(world.args(folder, *flags, *two), folder, processes=processes)
+    assert all((other.stdout, other.stderr) == ("", "") for other in others)
+    assert all(other.returncode == first.returncode for other in others)
+    return first
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +59,9 @@ def world(tmp_path_factory):
 def runs(world, tmp_path_factory):
     """The same run by one process and by two, each with its own cache."""
     folders = {}
-    for name, flags in (("one", []), ("two", TWO)):
+    for name, start in (("one", functools.partial(train, processes=1)), ("two", launched)):
         folder = tmp_path_factory.mktemp(name)
-        done = train(world, folder, folder / "cache", *uneven(world), *flags)
+        done = start(world, folder, *uneven(world))
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         assert done.stdout.count("Removed ") == 1  # only the first process speaks
@@ -135,9 +140,9 @@ def taylor(world, tmp_path_factory):
     """A run from gradients by one process and by two, nothing learned."""
     flags = ["--importance=taylor", "--gprune=false", "--export=none", "--sparsity.scope=attention+ffn"]
     folders = {}
-    for name, more in (("one", []), ("two", TWO)):
+    for processes, name in enumerate(("one", "two"), start=1):
         folder = tmp_path_factory.mktemp(f"taylor-{name}")
-        done = train(world, folder, folder / "cache", "--corpora.num_samples=5", *flags, *more)
+        done = train(world, folder, "--corpora.num_samples=5", *flags, processes=processes)
         assert done.returncode == 0, done.stderr
         folders[name] = folder / "run"
     return folders
@@ -188,7 +193,7 @@ def test_only_the_first_process_wrote(runs):
 def test_started_again_two_processes_compute_nothing(world, runs):
     folder = runs["two"].parent
     before = {f: f.read_bytes() for f in runs["two"].rglob("*.safetensors")}
-    done = train(world, folder, folder / "cache", *uneven(world), *TWO)
+    done = train(world, folder, *uneven(world))
     assert done.returncode == 0, done.stderr
     assert {f: f.read_bytes() for f in runs["two"].rglob("*.safetensors")} == before
 
@@ -200,7 +205,7 @@ def test_same_world_size_same_bits_also_after_a_part_is_lost(world, runs):
     }
     for file in before:
         file.unlink()
-    done = train(world, folder, folder / "cache", *uneven(world), *TWO)
+    done = train(world, folder, *uneven(world))
     assert done.returncode == 0, done.stderr
     assert {file: file.read_bytes() for file in before} == before
 
@@ -211,7 +216,7 @@ def test_an_error_in_two_processes_is_still_one_line(world, tmp_path):
     for file in world.model.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
     poison(broken)
-    done = train(world, tmp_path, tmp_path / "cache", f"--model.name={broken}", *TWO)
+    done = train(world, tmp_path, f"--model.name={broken}")
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert "non-finite activation" in done.stderr
@@ -220,24 +225,7 @@ def test_an_error_in_two_processes_is_still_one_line(world, tmp_path):
 def test_when_the_first_process_alone_fails_the_second_leaves_quietly(world, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/statistics").write_text("in the way")
-    done = train(world, tmp_path, tmp_path / "cache", *TWO)
+    done = launched(world, tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert "Cannot write" in done.stderr
-
-
-def test_shares_of_the_worst_corpus_agree(world, tmp_path):
-    """Excess losses are averaged over all processes.
-
-    Two corpora of five windows in batches of four: in the last batch each process has one.
-    """
-    worst = ["--sparsity.objective=worst", "--sparsity.worst_step=2"]
-    common = ["--corpora.num_samples=5", "--sparsity.epochs=2", "--export=none", "--evaluation.controls=[]"]
-    found = {}
-    for name, flags in (("one", worst), ("two", [*worst, *TWO])):
-        folder = tmp_path / name
-        done = train(world, folder, tmp_path / f"{name}-cache", *common, *flags)
-        assert done.returncode == 0, done.stderr
-        tensors = read_tensors(folder / "run" / "thresholds.safetensors")
-        found[name] = torch.cat([tensors[key] for key in sorted(tensors)])
-    assert (found["one"] - found["two"]).abs().max() <= 1e-3

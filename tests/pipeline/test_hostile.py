@@ -23,6 +23,7 @@ from gprune.corpora.files import load_files
 from gprune.errors import UserError
 from gprune.export import job as export
 from gprune.models.embedded import is_complete
+from gprune.runs.folder import RunFolder
 from gprune.runs.results import load_run
 from gprune.runs.tracking import read_offline
 from gprune.storage import files as artifacts
@@ -136,7 +137,7 @@ def test_fuzzed_json_is_what_was_written_or_nothing_or_has_no_checksum(data, tmp
     found = read_json(file)
     if found not in (None, content):
         assert b'"checksum"' not in file.read_bytes()
-    assert isinstance(artifacts.RunFolder(tmp_path).manifest, dict)
+    assert isinstance(RunFolder(tmp_path).manifest, dict)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_json_that_is_deep_or_long_or_no_json(text, tmp_path):
     (tmp_path / "manifest.json").write_text(text)
     with little_memory():
         assert read_json(tmp_path / "manifest.json") is None or text in ("NaN", "[1e999999]")
-        assert artifacts.RunFolder(tmp_path).manifest == {}
+        assert RunFolder(tmp_path).manifest == {}
 
 
 # --- text ----------------------------------------------------------------------------------------------------------
@@ -301,7 +302,7 @@ def whole(world, tmp_path_factory):
     """A folder with a finished run in `runs/run` and its cache in `cache`."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch, tiny_run.isolated(folder / "cache"):
-        tiny_run.reload_in_process(patch)
+        tiny_run.quick(patch)
         world.run(folder / "runs")
     return folder
 
@@ -309,7 +310,7 @@ def whole(world, tmp_path_factory):
 @pytest.fixture
 def run(world, whole, tmp_path, monkeypatch):
     """A copy of the run, and what starts it again: `run(*flags)` gives the exit code."""
-    tiny_run.reload_in_process(monkeypatch)
+    tiny_run.quick(monkeypatch)
     shutil.copytree(whole / "runs", tmp_path / "runs")
     (tmp_path / "outside").mkdir()
 

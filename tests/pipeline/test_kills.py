@@ -1,6 +1,6 @@
 """The same bits, whatever happens: five SIGKILLs, another hash order, another order of files.
 
-`experiments/kills.py` kills fifty times and more.
+`python -m tests.pipeline.kills` kills fifty times and more.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from tests.pipeline import kills
 def bench(tmp_path):
     """Runs that spare themselves the fresh process of the export's check."""
     with tiny_run.isolated(tmp_path / "none"):
-        yield kills.Bench(
-            tmp_path, kills.tiny(tmp_path), prepare=lambda: tiny_run.reload_in_process(pytest.MonkeyPatch())
-        )
+        yield kills.Bench(tmp_path, kills.tiny(tmp_path), prepare=lambda: tiny_run.quick(pytest.MonkeyPatch()))
 
 
 @pytest.mark.slow
@@ -85,7 +83,7 @@ FRESH = """
 import sys
 import pytest
 from tests import tiny_run
-tiny_run.reload_in_process(pytest.MonkeyPatch())
+tiny_run.quick(pytest.MonkeyPatch())
 print(hash("gprune"))
 sys.exit(tiny_run.main(sys.argv[1:]))
 """
@@ -103,7 +101,7 @@ def test_results_do_not_depend_on_the_order_of_hashes(tmp_path, monkeypatch):
         capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     assert int(done.stdout.splitlines()[0]) != hash("gprune")
-    tiny_run.reload_in_process(monkeypatch)
+    tiny_run.quick(monkeypatch)
     with tiny_run.isolated(tmp_path / "other-cache"):
         assert tiny_run.main(world.args(tmp_path / "here", scope)) == 0
     assert kills.digests(tmp_path / "there/run") == kills.digests(tmp_path / "here/run")
@@ -147,7 +145,7 @@ def test_results_do_not_depend_on_the_order_of_files(tmp_path, monkeypatch):
         for part, text in enumerate(path.read_text().split("\n\n")):
             (folder / f"part-{part:02}.txt").write_text(text)
         world.corpora[name] = folder
-    tiny_run.reload_in_process(monkeypatch)
+    tiny_run.quick(monkeypatch)
     real, found, orders = os.listdir, [], []
     for backwards in (False, True):
         runs = tmp_path / f"runs-{backwards}"

@@ -17,7 +17,6 @@ import gprune
 from gprune.calibration.statistics import pooled
 from gprune.corpora.windows import Windows
 from gprune.evaluation.perplexity import perplexity
-from gprune.importance.metrics import IMPORTANCE
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
@@ -26,13 +25,13 @@ from gprune.pipeline import sparsity as steps
 from gprune.sparsity.budget import unit_costs
 from gprune.sparsity.gates import masked
 from gprune.stages.thresholds import ThresholdLearning
-from tests import tiny_run
+from tests import built_in, tiny_run
 
 FIELDS = {
     "stage", "importance", "allocation", "recovery", "sparsity", "scope", "corpus", "split", "seen", "perplexity",
     "nll", "tokens", "seq_len", "stride", "bos", "join", "seed", "dtype", "content_hash", "corpora",
 }  # fmt: skip
-METRICS = [name for name in IMPORTANCE if IMPORTANCE[name].__module__ == "gprune.importance.metrics"]
+METRICS = built_in.METRICS
 # One metric for each way in which modules may meet it: by what is collected for it, and by where its drift comes from.
 IN_MODULES = ["wanda_sp", "obs", "taylor", "magnitude", "random"]
 
@@ -59,7 +58,7 @@ def finished(world, tmp_path_factory, cache):
 @pytest.fixture
 def quick(monkeypatch):
     """Runs after the first spare the fresh process."""
-    tiny_run.reload_in_process(monkeypatch)
+    tiny_run.quick(monkeypatch)
 
 
 @pytest.fixture
@@ -113,7 +112,7 @@ def test_run_folder_is_complete(finished):
 def test_config_is_resolved_and_repeats_the_run(finished):
     content = yaml.safe_load((finished.path / "config.yaml").read_text())
     assert content["sparsity"]["learning_rate"] == 0.1  # a default, written out
-    assert gprune.parse.parse(["--config", str(finished.path / "config.yaml")]) == finished.config
+    assert gprune.config.parse.parse(["--config", str(finished.path / "config.yaml")]) == finished.config
 
 
 def test_records_say_everything_about_each_number(finished, world):
@@ -296,7 +295,7 @@ def run_once(world, runs, flags_of):
     @functools.cache
     def run(name):
         with pytest.MonkeyPatch.context() as patch:
-            tiny_run.reload_in_process(patch)
+            tiny_run.quick(patch)
             return world.run(runs, *flags_of(name), name=name)
 
     return run
@@ -638,7 +637,7 @@ def test_yaml_files_merge_left_to_right_and_flags_win(tmp_path):
     ):
         (tmp_path / f"{name}.yaml").write_text(content)
     files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
-    cfg = gprune.parse.parse([*files, "--sparsity.epochs", "7"])
+    cfg = gprune.config.parse.parse([*files, "--sparsity.epochs", "7"])
     assert (cfg.sparsity.target, cfg.sparsity.epochs, cfg.importance) == (0.3, 7, "wifv")
 
 
@@ -691,7 +690,7 @@ def test_all_modules_may_rank_as_the_base_metric_scores_the_averaged_corpora(wor
 
 
 def text_of(world, *flags):
-    cfg = gprune.parse.parse([*world.args(world.model.parent), *flags])
+    cfg = gprune.config.parse.parse([*world.args(world.model.parent), *flags])
     tokenizer = tiny_run.tiny_tokenizer()
     return cfg, gprune.pipeline.inputs.prepare_text(cfg, tokenizer), tokenizer
 
@@ -720,7 +719,7 @@ def test_fresh_text_is_counted_exactly(switched):
     plan = gprune.pipeline.plan.check(result.config)
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == 2 * 7 * 32
     assert result.summary["forward_tokens"] <= plan.forward_tokens
-    worst = gprune.parse.parse(["--config", str(result.path / "config.yaml"), "--sparsity.objective=worst"])
+    worst = gprune.config.parse.parse(["--config", str(result.path / "config.yaml"), "--sparsity.objective=worst"])
     assert (
         gprune.pipeline.plan.check(worst).forward_tokens == plan.forward_tokens + 2 * 7 * 32
     )  # the dense model's losses

@@ -16,7 +16,7 @@ def recovered(tmp_path_factory):
     """A run with recovery, of which the model and all rows are there."""
     folder = tmp_path_factory.mktemp("results")
     with tiny_run.isolated(folder / "cache"), pytest.MonkeyPatch.context() as patch:
-        tiny_run.reload_in_process(patch)
+        tiny_run.quick(patch)
         world = tiny_run.make_world(folder)
         yield world.run(folder / "runs", "--sparsity.allocation=uniform", "--recovery=bias", "--export=none")
 

@@ -31,7 +31,7 @@ def result(world, tmp_path_factory):
         pytest.MonkeyPatch.context() as patch,
         tiny_run.isolated(runs / "cache", WANDB_MODE="disabled"),
     ):
-        tiny_run.reload_in_process(patch)
+        tiny_run.quick(patch)
         found = world.run(runs, *flags)
         assert os.environ["WANDB_MODE"] == "disabled"
     return found
@@ -146,7 +146,7 @@ def test_a_csv_stands_beside_it(world, result):
 
 
 def test_offline_is_the_default_and_the_environment_is_heard(world, tmp_path, monkeypatch):
-    tiny_run.reload_in_process(monkeypatch)
+    tiny_run.quick(monkeypatch)
     args = [a for a in world.args(tmp_path, "--gprune=false") if not a.startswith("--logging")]
     for name, mode in (("quiet", "disabled"), ("default", None)):
         with tiny_run.isolated(tmp_path / "cache", WANDB_MODE=mode):

@@ -194,7 +194,7 @@ def test_masks_of_every_allocation_meet_the_budget(name, scope, width_multiple, 
 
 def test_a_users_own_allocation_works_through_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ALLOCATION, "_entries", dict(ALLOCATION._entries))
-    tiny_run.reload_in_process(monkeypatch)
+    tiny_run.quick(monkeypatch)
     world, seen = tiny_run.make_world(tmp_path), []
     with tiny_run.isolated(tmp_path / "cache"):
         args = world.args(tmp_path / "runs", "--gprune=false", "--sparsity.allocation=mine")
