@@ -13,11 +13,15 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gprune import cli
 from gprune.benchmarks.subjects import load_dense
 from gprune.config import RunConfig
-from gprune.corpora.load import identity, load_corpus
+from gprune.corpora.load import identity
 from gprune.corpora.loaders import CorpusDataModule
-from gprune.corpora.windows import Windows, make_windows
+from gprune.corpora.windows import JOIN, Sample, Windows, load_windows
 from gprune.errors import UserError
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import PerplexityResult, perplexity
@@ -25,7 +29,7 @@ from gprune.models.blocks import Part, blocks_of
 from gprune.models.embedded import model_label
 from gprune.models.loading import load_model
 from gprune.models.losses import next_token_loss
-from gprune.pipeline.inputs import JOIN, prepare_text
+from gprune.pipeline.inputs import prepare_text
 from gprune.pipeline.run import TokenMeter
 from gprune.report.records import row_name
 from gprune.runs.folder import exported_model
@@ -34,10 +38,6 @@ from gprune.runs.trainer import NamedProgressBar, check_trainer, plain_interrupt
 from gprune.stages.base import FrozenLMStage, require_finite
 from gprune.storage.environment import environment
 from gprune.storage.files import file_hashes, key_of, read_json, write_json
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from gprune import cli
 
 RECORDS = Path(__file__).parent / "records" / "finetune"
 DENSE = "dense"
@@ -194,13 +194,8 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
 
 def training_text(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Windows]:
     """The windows every row learns from, one entry per corpus."""
-    return [
-        make_windows(
-            load_corpus(corpus, "train"), tokenizer, corpus=corpus, split="train", num_samples=settings.windows,
-            seq_len=settings.seq_len, seed=OTHER_SAMPLE + settings.seed, join=JOIN, flags=("--tokens", "--seq-len"),
-        )
-        for corpus in settings.corpora
-    ]  # fmt: skip
+    sample = Sample(settings.windows, settings.seq_len, OTHER_SAMPLE + settings.seed, flags=("--tokens", "--seq-len"))
+    return [load_windows(corpus, "train", tokenizer, sample) for corpus in settings.corpora]
 
 
 def tune(model: PreTrainedModel, windows: Sequence[Windows], settings: Settings, *, accelerator: str) -> LoraTuning:

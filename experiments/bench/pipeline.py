@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 import gprune
 from gprune.calibration.collector import collect
 from gprune.calibration.statistics import CorpusStatistics
-from gprune.corpora.load import load_corpus
-from gprune.corpora.windows import make_windows
+from gprune.corpora.windows import Sample, load_windows
 from gprune.importance.scores import score_units
 from gprune.importance.weights import UnitWeights, ffn_weights
 from gprune.models.blocks import Block, blocks_of
@@ -311,8 +310,5 @@ def text_of(settings: Settings, model: PreTrainedModel) -> Tensor:
     if settings.corpus == "random":
         return tokens(model, settings.windows, settings.window, settings.seed)
     _, tokenizer = load_model(settings.model)
-    windows = make_windows(
-        load_corpus(settings.corpus, "train"), tokenizer, corpus=settings.corpus, split="train",
-        num_samples=settings.windows, seq_len=settings.window, seed=settings.seed, flags=("--windows", "--window"),
-    )  # fmt: skip
-    return windows.tokens.to(settings.device)
+    sample = Sample(settings.windows, settings.window, settings.seed, flags=("--windows", "--window"))
+    return load_windows(settings.corpus, "train", tokenizer, sample).tokens.to(settings.device)

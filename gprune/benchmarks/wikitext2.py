@@ -16,12 +16,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.corpora.hub import offline_if_unreachable
-from gprune.corpora.windows import Windows, make_windows
+from gprune.corpora.windows import JOIN, Sample, Windows, make_windows
 from gprune.errors import UserError, first_line
 from gprune.evaluation.intervals import bootstrap_perplexity
 from gprune.evaluation.perplexity import perplexity
 
-JOIN = "\n\n"
 MIRROR = Path("corpora") / "wikitext2" / "wiki.test.raw"
 
 
@@ -61,10 +60,8 @@ def literature_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, seq_len
     Raises:
         UserError: where the text is shorter than one window.
     """
-    return make_windows(
-        [text], tokenizer, corpus="wikitext2", split="test", num_samples=None, seq_len=seq_len, seed=0, shuffle=False,
-        flags=("--limit", "--seq_len"),
-    )  # fmt: skip
+    sample = Sample(None, seq_len, shuffle=False, flags=("--limit", "--seq_len"))
+    return make_windows([text], tokenizer, sample, corpus="wikitext2", split="test")
 
 
 def wikitext2_perplexity(

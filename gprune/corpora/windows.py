@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gprune.corpora.load import load_corpus
 from gprune.errors import UserError
+
+JOIN = "\n\n"  # between documents
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,51 +50,64 @@ class Windows:
         return self.tokens.numel()
 
 
+@dataclass(frozen=True)
+class Sample:
+    """How many windows of a corpus are taken, and which.
+
+    Attributes:
+        num_samples: number of windows; None takes all there are.
+        seq_len: tokens per window.
+        seed: of the sample; without effect when `shuffle` is off.
+        shuffle: True cuts long documents into pieces of about two windows and shuffles the pieces, so that a
+            few windows come from many documents; False takes the first windows in document order.
+        flags: what people set `num_samples` and `seq_len` with, for errors.
+    """
+
+    num_samples: int | None
+    seq_len: int
+    seed: int = 0
+    shuffle: bool = True
+    flags: tuple[str, str] = ("--corpora.num_samples", "--corpora.seq_len")
+
+    def __post_init__(self) -> None:
+        assert self.num_samples is None or self.num_samples > 0, self.num_samples
+        assert self.seq_len > 0, self.seq_len
+
+
+def load_windows(corpus: str, split: str, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Windows:
+    """A sample of the windows of a corpus by name; as `make_windows`."""
+    return make_windows(load_corpus(corpus, split), tokenizer, sample, corpus=corpus, split=split)
+
+
 def make_windows(
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    corpus: str,
-    split: str,
-    num_samples: int | None,
-    seq_len: int,
-    seed: int,
-    join: str = "\n\n",
-    shuffle: bool = True,
-    flags: tuple[str, str] = ("--corpora.num_samples", "--corpora.seq_len"),
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, sample: Sample, *, corpus: str, split: str
 ) -> Windows:
-    """Windows without overlap from the documents joined by `join`; no BOS or EOS is added.
+    """Windows without overlap from the documents joined by `JOIN`; no BOS or EOS is added.
 
     Only as much text is tokenised as the windows need.
 
     Args:
-        num_samples: number of windows; None takes all there are.
-        seq_len: tokens per window.
-        seed: of the sample; without effect when `shuffle` is off.
-        join: text between two documents.
-        shuffle: True cuts long documents into pieces of about two windows and shuffles the pieces, so that a
-            few windows come from many documents; False takes the first windows in document order.
-        flags: what the caller's users set `num_samples` and `seq_len` with, for the error.
+        texts: documents.
+        sample: which windows.
+        corpus, split: what the text is called.
 
     Raises:
         UserError: when there is too little text.
     """
-    assert num_samples is None or num_samples > 0, num_samples
-    assert seq_len > 0, seq_len
-    pieces = list(texts)
-    if shuffle:
+    pieces, seq_len = list(texts), sample.seq_len
+    if sample.shuffle:
         # About 4 characters make a token, so 8 x seq_len characters make about two windows.
         pieces = [piece for text in texts for piece in _cut(text, limit=8 * seq_len)]
-        order = np.random.default_rng(seed).permutation(len(pieces))
+        order = np.random.default_rng(sample.seed).permutation(len(pieces))
         pieces = [pieces[i] for i in order]
-    needed = None if num_samples is None else num_samples * seq_len
-    tokens = _first_tokens(pieces, tokenizer, join, needed)
+    needed = None if sample.num_samples is None else sample.num_samples * seq_len
+    tokens = _first_tokens(pieces, tokenizer, needed)
     there = len(tokens) // seq_len
-    wanted = num_samples or max(there, 1)
+    wanted = sample.num_samples or max(there, 1)
     if there < wanted:
         raise UserError(
             f"Corpus '{corpus}' ({split}) has {there} windows of {seq_len} tokens, but {wanted} were asked "
-            f"for. Lower {flags[0]} or {flags[1]}, or name a larger corpus."
+            f"for. Lower {' or '.join(sample.flags)}, or name a larger corpus."
         )
     return Windows(corpus, split, torch.tensor(tokens[: wanted * seq_len]).view(wanted, seq_len))
 
@@ -107,16 +123,16 @@ def _cut(text: str, limit: int) -> Iterator[str]:
     yield text[start:]
 
 
-def _first_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, join: str, needed: int | None) -> list[int]:
+def _first_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, needed: int | None) -> list[int]:
     """Tokens of the joined texts, at least `needed` where there is that much; None tokenises everything.
 
-    The joined string is tokenised as one, since pieces tokenised apart would differ around each `join`.
+    The joined string is tokenised as one, since pieces tokenised apart would differ around each `JOIN`.
     """
-    sizes = np.cumsum([len(text) + len(join) for text in texts])
+    sizes = np.cumsum([len(text) + len(JOIN) for text in texts])
     characters = math.inf if needed is None else 5.0 * needed
     while True:
         count = int(np.searchsorted(sizes, characters)) + 1
-        text = join.join(texts[:count])
+        text = JOIN.join(texts[:count])
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         # The last tokens before a cut may depend on what follows: only those well before it count.
         if count >= len(texts) or (needed is not None and len(tokens) >= needed + 16):

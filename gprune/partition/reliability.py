@@ -9,6 +9,7 @@ of GPrune-LLM (arXiv 2603.13418).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,8 +43,7 @@ def assess_reliability(
     *,
     sensitivity_quantile: float = 0.75,
     score_quantile: float = 0.5,
-    switch: bool = True,
-    everywhere: bool = False,
+    switch: Literal["off", "unreliable", "everywhere"] = "unreliable",
 ) -> list[ModuleReliability]:
     """Mark the modules whose activations cannot be trusted.
 
@@ -56,8 +56,7 @@ def assess_reliability(
         ranks: per block (N,) fractional ranks on `corpora.score`.
         drifts, floors: per block (N,) rank drift and its noise floor.
         sensitivity_quantile, score_quantile: in [0, 1].
-        switch: False leaves every module with its own metric.
-        everywhere: mark all modules instead, the control of the switch.
+        switch: which modules are marked: none, those above, or all, which is the control of the switch.
 
     Returns:
         One record per block.
@@ -70,8 +69,11 @@ def assess_reliability(
     low = torch.cat(scores).quantile(score_quantile)
     records = []
     for y, score, s, z, floor in zip(labels, scores, sensitivity, standard, noise, strict=True):
-        unreliable = torch.ones_like(z, dtype=torch.bool) if everywhere else (z >= high) & (score <= low) & (s > floor)
-        switched = unreliable & switch
+        switched = {
+            "off": torch.zeros_like(z, dtype=torch.bool),
+            "unreliable": (z >= high) & (score <= low) & (s > floor),
+            "everywhere": torch.ones_like(z, dtype=torch.bool),
+        }[switch]
         records.append(ModuleReliability(torch.bincount(y), score, s, floor, switched))
     return records
 

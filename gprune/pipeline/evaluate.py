@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RunConfig
 from gprune.corpora.load import identity
-from gprune.corpora.windows import Windows
+from gprune.corpora.windows import JOIN, Windows
 from gprune.evaluation.intervals import generalisation_gap, geometric_mean
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import PerplexityResult, perplexity
@@ -22,7 +22,6 @@ from gprune.models.masks import Masks
 from gprune.models.offload import device_of
 from gprune.models.surgery import count_parameters, removed_parameters, widths
 from gprune.partition.record import Modules
-from gprune.pipeline.inputs import JOIN
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
 from gprune.recovery import RECOVERY

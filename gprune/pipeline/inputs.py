@@ -13,15 +13,13 @@ from transformers import (
 )
 
 from gprune.config import RunConfig
-from gprune.corpora.load import load_corpus
-from gprune.corpora.windows import Windows, make_windows
+from gprune.corpora.windows import Sample, Windows, load_windows
 from gprune.errors import UserError
 from gprune.export.gguf import tokenizer_keys
 from gprune.models.loading import load_model
 from gprune.models.offload import is_offloaded
 
 log = logging.getLogger("gprune")
-JOIN = "\n\n"  # between documents
 
 
 def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
@@ -85,49 +83,23 @@ def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
     Raises:
         UserError: for a corpus with too little text for the samples asked for.
     """
-    c, e = cfg.corpora, cfg.evaluation
-
-    def windows(corpus: str, split: str, samples: int, seq_len: int, *flags: str, seed: int = 0) -> Windows:
-        # Text that is measured on stays the same for every --run.seed: seeds compare methods, not test sets.
-        return make_windows(
-            load_corpus(corpus, split), tokenizer, corpus=corpus, split=split, num_samples=samples, seq_len=seq_len,
-            seed=seed, join=JOIN, flags=flags,
-        )  # fmt: skip
-
+    c, e, seed = cfg.corpora, cfg.evaluation, cfg.run.seed
+    length = "--corpora.seq_len"
+    learned = "--corpora.learn_samples" if c.learn_samples else "--corpora.num_samples"
+    # Text that is measured on stays the same for every --run.seed: seeds compare methods, not test sets.
+    samples = {
+        "train": Sample(c.num_samples, c.seq_len, seed, flags=("--corpora.num_samples", length)),
+        "learn": Sample(c.learn_samples or c.num_samples, c.seq_len, seed, flags=(learned, length)),
+        "development": Sample(e.development_samples, c.seq_len, flags=("--evaluation.development_samples", length)),
+        "test": Sample(e.num_samples, e.seq_len, flags=("--evaluation.num_samples", "--evaluation.seq_len")),
+    }
     calibrated = dict.fromkeys([*cfg.calibration, *cfg.roles["recover"]])
     log.info("Reading %d corpora", len({*cfg.used, *c.evaluate}))
     return Text(
-        train={
-            name: windows(
-                name, "train", c.num_samples, c.seq_len, "--corpora.num_samples", "--corpora.seq_len", seed=cfg.run.seed
-            )
-            for name in calibrated
-        },
-        learn=[
-            windows(
-                name,
-                "train",
-                c.learn_samples or c.num_samples,
-                c.seq_len,
-                f"--corpora.{'learn' if c.learn_samples else 'num'}_samples",
-                "--corpora.seq_len",
-                seed=cfg.run.seed,
-            )
-            for name in cfg.roles["learn"]
-        ],
+        train={name: load_windows(name, "train", tokenizer, samples["train"]) for name in calibrated},
+        learn=[load_windows(name, "train", tokenizer, samples["learn"]) for name in cfg.roles["learn"]],
         development=[
-            windows(
-                name,
-                "development",
-                e.development_samples,
-                c.seq_len,
-                "--evaluation.development_samples",
-                "--corpora.seq_len",
-            )
-            for name in cfg.roles["learn"]
+            load_windows(name, "development", tokenizer, samples["development"]) for name in cfg.roles["learn"]
         ],
-        test=[
-            windows(name, e.split, e.num_samples, e.seq_len, "--evaluation.num_samples", "--evaluation.seq_len")
-            for name in c.evaluate
-        ],
+        test=[load_windows(name, e.split, tokenizer, samples["test"]) for name in c.evaluate],
     )

@@ -138,12 +138,12 @@ def assess(
     r, noise_gone = run.cfg.reliability, run.cfg.partition.subtract_noise
     block_ranks = [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, run.blocks, strict=True)]
     switch = r.switch and len(run.cfg.corpora.drift) > 1
+    which = "off" if not switch else "everywhere" if r.everywhere else "unreliable"
     reliability = assess_reliability(
         labels, block_ranks, [d.drift for d in drift],
         # Drift from which the floor is subtracted is above it wherever it is above 0.
         [torch.zeros_like(d.floor) if noise_gone else d.floor for d in drift],
-        sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=switch,
-        everywhere=r.everywhere,
+        sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=which,
     )  # fmt: skip
     fallback = fallback_ranks(run, statistics, drift)
     ranks = ModuleRanks(

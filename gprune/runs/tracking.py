@@ -30,23 +30,15 @@ AXES = {
 
 
 @contextmanager
-def tracking(
-    folder: Path,
-    *,
-    mode: str,
-    name: str,
-    project: str,
-    group: str,
-    job_type: str,
-    tags: Sequence[str],
-    config: dict[str, Any],
-) -> Iterator[list[Logger]]:
+def tracking(folder: Path, *, mode: str, project: str, **about: Any) -> Iterator[list[Logger]]:
     """A CSVLogger and, unless `mode` is "disabled", a WandbLogger, closed when the context is left.
 
     Args:
         folder: the run folder; W&B writes `wandb/` and the CSV logger `csv/` into it.
         mode: offline (no account, `wandb sync` later), online or disabled.
-        config: the resolved configuration, which becomes the W&B run's.
+        project: W&B project.
+        about: what else `wandb.init` is told of the run: name, group, job_type, tags, and config, the resolved
+            configuration.
     """
     # Without a version of its own, a run taken up again would delete the curves of its earlier sittings.
     loggers: list[Logger] = [CSVLogger(folder, name="csv")]
@@ -54,8 +46,7 @@ def tracking(
         # A run of our own: WandbLogger would pass wandb.init an option that wandb 0.31 warns about on stderr. And
         # mode=, not offline=True, which leaves WANDB_MODE set in the process for whoever comes next.
         experiment = start(
-            name=name, dir=folder, project=project, mode=mode, group=group, job_type=job_type, tags=list(tags),
-            config=config, settings=wandb.Settings(silent=True, console="off"),
+            dir=folder, project=project, mode=mode, settings=wandb.Settings(silent=True, console="off"), **about
         )  # fmt: skip
         loggers.append(WandbLogger(save_dir=folder, project=project, experiment=experiment))
         define_axes(loggers[-1])

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gprune.corpora.loaders import CorpusDataModule, ShardedBatchSampler, TokenDataset
-from gprune.corpora.windows import Windows, _cut, make_windows
+from gprune.corpora.windows import Sample, Windows, _cut, make_windows
 from gprune.errors import UserError
 
 
@@ -27,7 +27,8 @@ TEXTS = [" ".join(WORDS[start : start + 100]) for start in range(0, 3000, 100)] 
 
 def windows_of(texts=TEXTS, **overrides):
     settings = {"corpus": "demo", "split": "train", "num_samples": 10, "seq_len": 32, "seed": 0} | overrides
-    return make_windows(texts, word_tokenizer(WORDS), **settings)
+    named = {name: settings.pop(name) for name in ("corpus", "split")}
+    return make_windows(texts, word_tokenizer(WORDS), Sample(**settings), **named)
 
 
 def test_first_windows_are_the_start_of_the_text():

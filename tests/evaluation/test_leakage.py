@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gprune.corpora.windows import make_windows
+from gprune.corpora.windows import Sample, make_windows
 from gprune.evaluation.leakage import leaked_share, leaked_share_of_windows
 from tests.corpora.test_windows import word_tokenizer
 
@@ -37,14 +37,7 @@ def test_unicode_words():
 
 def test_decoded_windows():
     tokenizer = word_tokenizer(words(0, 200))
-    make = {
-        "tokenizer": tokenizer,
-        "corpus": "x",
-        "split": "test",
-        "num_samples": None,
-        "seq_len": 20,
-        "seed": 0,
-    }
-    evaluated = make_windows([" ".join(words(0, 40))], **make, shuffle=False)
-    used = make_windows([" ".join(words(0, 20) + words(100, 120))], **make, shuffle=False)
+    make = {"tokenizer": tokenizer, "sample": Sample(None, 20, shuffle=False), "corpus": "x", "split": "test"}
+    evaluated = make_windows([" ".join(words(0, 40))], **make)
+    used = make_windows([" ".join(words(0, 20) + words(100, 120))], **make)
     assert leaked_share_of_windows([evaluated], [used], tokenizer) == pytest.approx(0.5)

@@ -59,12 +59,11 @@ def test_quantiles_widen_and_narrow_the_switch():
 
 
 def test_the_switch_can_be_turned_off():
-    assert assess([0.1, 0.2, 0.3, 0.4], [0.8, 0.7, 0.6, 0.1], switch=False) == [False] * 4
+    assert assess([0.1, 0.2, 0.3, 0.4], [0.8, 0.7, 0.6, 0.1], switch="off") == [False] * 4
 
 
-def test_everywhere_is_every_module_but_not_against_the_switch():
-    assert assess([0.1, 0.2, 0.3, 0.4], [0.8, 0.7, 0.6, 0.1], floor=[1.0] * 4, everywhere=True) == [True] * 4
-    assert assess([0.1, 0.2, 0.3, 0.4], [0.8, 0.7, 0.6, 0.1], everywhere=True, switch=False) == [False] * 4
+def test_everywhere_is_every_module():
+    assert assess([0.1, 0.2, 0.3, 0.4], [0.8, 0.7, 0.6, 0.1], floor=[1.0] * 4, switch="everywhere") == [True] * 4
 
 
 def test_no_drift_at_all_switches_nothing():
