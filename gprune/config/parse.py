@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import auto_cli, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from gprune.checks import in_our_words
 from gprune.config.run import RunConfig
@@ -38,12 +40,10 @@ def parse(args: Sequence[str] | None = None) -> RunConfig:
     for flag, value in zip(args, [*args[1:], ""], strict=False):
         if flag == "--config" or flag.startswith("--config="):
             _check_yaml(Path(value if flag == "--config" else flag.removeprefix("--config=")))
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
-        return auto_cli(
-            RunConfig, args=args, as_positional=False, return_instance=True, exit_on_error=False, prog="train.py",
-            config_help="A YAML file of flags; several merge left to right.",
-        )  # fmt: skip
+        found = _parser().instantiate(_parser().parse_args(args))
+        found.pop("config")
+        return RunConfig(**found)
     except ArgumentError as error:
         raise UserError(f"{in_our_words(str(error))}; see --help.") from error
     except TypeError as error:  # jsonargparse does not check that a group, such as sparsity, is a mapping
@@ -53,6 +53,16 @@ def parse(args: Sequence[str] | None = None) -> RunConfig:
             "A group of settings got a plain value: expected e.g. --sparsity.target 0.5, or in YAML "
             "`sparsity: {target: 0.5}`; see --help."
         ) from error
+
+
+@functools.cache
+def _parser() -> ArgumentParser:
+    """The parser of train.py's flags: reading the help in the docstrings takes longer than most tiny runs."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="train.py", exit_on_error=False, description=inspect.getdoc(RunConfig))
+    parser.add_argument("--config", action="config", help="A YAML file of flags; several merge left to right.")
+    parser.add_class_arguments(RunConfig, as_group=False, as_positional=False, sub_configs=True)
+    return parser
 
 
 def _check_yaml(path: Path) -> None:
