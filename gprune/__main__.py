@@ -26,7 +26,7 @@ def parser() -> Parser:
         description=f"What is done with finished runs; train.py makes them.\n\ncommands:\n{lines}",
         epilog="gprune COMMAND --help tells what a command does and takes.",
     )
-    made.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=", ".join(COMMANDS))
+    made.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of these")
     return made
 
 

@@ -25,7 +25,7 @@ def parser() -> Parser:
     usual = Benchmarks()
     made = Parser("gprune evaluate", description=ABOUT, epilog=EXAMPLES)
     made.add_argument("model", metavar="MODEL", help="a run's folder, a model folder, an embedded name or a hub id")
-    made.add_argument("--tasks", default=",".join(usual.tasks), metavar="A,B", help="(default: %(default)s)")
+    made.add_argument("--tasks", default=",".join(usual.tasks), metavar="A,B", help="names (default: %(default)s)")
     made.add_argument("--limit", type=int, metavar="N", help="first questions or windows of each task (default: all)")
     made.add_argument("--dense", action="store_true", help="of a run: its dense model too, and paired differences")
     made.add_argument(

@@ -19,11 +19,7 @@ log = logging.getLogger("gprune")
 
 
 def require_lm_eval() -> str:
-    """Version of lm_eval.
-
-    Raises:
-        UserError: where it is not installed.
-    """
+    """Version of lm_eval."""
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -47,11 +43,7 @@ class LoadedTask:
 
 
 def load_tasks(name: str, source: str) -> list[LoadedTask]:
-    """The tasks a name stands for, from the hub or from local files.
-
-    Raises:
-        UserError: for an unknown name, and for data that cannot be had.
-    """
+    """The tasks a name stands for, from the hub or from local files."""
     path = local_file(name)
     if source == "local":
         if path is None:

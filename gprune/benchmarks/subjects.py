@@ -53,11 +53,7 @@ def subjects_of(name: str, *, dense: bool = False, dtype: str | None = None) -> 
 
 
 def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype) -> Loaded:
-    """The model that a run pruned, in any dtype, frozen, and its tokenizer.
-
-    Raises:
-        UserError: where what lies under its name today has other weights.
-    """
+    """The model that a run pruned, in any dtype, frozen, and its tokenizer; refused where its weights have changed."""
     m = settings["model"]
     trusted = m.get("trust_remote_code", False)
     model, tokenizer = load_model(m["name"], dtype=getattr(torch, m["dtype"]), trust_remote_code=trusted)

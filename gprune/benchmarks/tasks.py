@@ -80,11 +80,7 @@ def local_tasks() -> list[str]:
 
 
 def load_questions(path: Path) -> Questions:
-    """Read and check a task file.
-
-    Raises:
-        UserError: naming the line that is not a question, or an empty file.
-    """
+    """Read and check a task file."""
     about = LOCAL_TASKS.get(path.parent.name, UNKNOWN)
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = [_question(line, f"{path}:{i}", about.prompt) for i, line in enumerate(lines, 1) if line.strip()]

@@ -32,11 +32,7 @@ def join_lines(raw: str) -> str:
 
 
 def wikitext2() -> str:
-    """The text that is scored, from `$GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw` or the hub.
-
-    Raises:
-        UserError: where neither has it.
-    """
+    """The text that is scored, from `$GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw` or the hub."""
     root = os.environ.get("GPRUNE_DATA_DIR")
     if root and (path := Path(root).expanduser() / MIRROR).is_file():
         return join_lines(path.read_text(encoding="utf-8"))
@@ -55,11 +51,7 @@ def wikitext2() -> str:
 
 
 def literature_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, seq_len: int) -> Windows:
-    """(n, seq_len) tokens: all whole windows in order.
-
-    Raises:
-        UserError: where the text is shorter than one window.
-    """
+    """(n, seq_len) tokens: all whole windows in order."""
     sample = Sample(None, seq_len, shuffle=False, flags=("--limit", "--seq_len"))
     return make_windows([text], tokenizer, sample, corpus="wikitext2", split="test")
 

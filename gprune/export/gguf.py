@@ -83,11 +83,7 @@ def interleave(rows: Tensor, head_dim: int) -> Tensor:
 
 
 def rope_factors(model: PreTrainedModel) -> Tensor | None:
-    """(head_dim / 2,) divisors of the plain rotary frequencies; None where they are plain.
-
-    Raises:
-        UserError: for a scaling that is more than other frequencies.
-    """
+    """(head_dim / 2,) divisors of the plain rotary frequencies; None where they are plain."""
     rope = model.config.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -105,9 +101,6 @@ def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, A
     Args:
         tokenizer: fast tokenizer.
         size: rows of the embedding; rows beyond the vocabulary become unused tokens.
-
-    Raises:
-        UserError: for another kind of tokenizer, or a way of cutting words that llama.cpp has no name for.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {"type": "slow"}}
     model, pre = content["model"], _words(content)
@@ -194,11 +187,7 @@ def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
 
 
 def check_expressible(model: PreTrainedModel) -> None:
-    """Refuse what llama.cpp's graphs of `llama` and `deci` compute differently.
-
-    Raises:
-        UserError: naming the family, why, and what would work.
-    """
+    """Refuse what llama.cpp's graphs of `llama` and `deci` compute differently."""
     for block in blocks_of(model):
         if (reason := unlike_llama(model.config, block)) is not None:
             raise UserError(

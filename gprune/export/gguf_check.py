@@ -157,11 +157,7 @@ def in_llama_cpp(path: Path, ids: list[int], texts: list[str], size: int) -> tup
 
 
 def ask_llama_cpp(request: dict[str, Any], scratch: Path) -> Any:
-    """What `llamacpp.py` answers to a request; `threads` and `answer` are added to the request here.
-
-    Raises:
-        UserError: with what llama.cpp said, where it ends the process.
-    """
+    """What `llamacpp.py` answers to a request; `threads` and `answer` are added to the request here."""
     asked, answer = scratch / "request.json", scratch / "answer.json"
     asked.write_text(json.dumps(request | {"threads": torch.get_num_threads(), "answer": str(answer)}), "utf-8")
     command = [sys.executable, "-P", str(Path(__file__).with_name("llamacpp.py")), str(asked)]

@@ -112,9 +112,6 @@ def to_exportable(model: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         model: of a supported family, pruned or not, once or twice.
-
-    Raises:
-        UserError: for a family without a record.
     """
     register()  # for a family whose record came after the import
     exportable = stock_skeleton(model) or pruned_skeleton(model)

@@ -199,11 +199,7 @@ class Job:
 
 
 def find(run_or_folder: str | Path) -> Source:
-    """The model folder that is meant.
-
-    Raises:
-        UserError: for a place that holds none, or a run that is not finished or kept no model.
-    """
+    """The model folder that is meant."""
     path = Path(run_or_folder).expanduser()
     if (path / "config.json").is_file():
         return Source(path.resolve(), None)
@@ -229,11 +225,7 @@ def model_type(folder: Path) -> str:
 
 
 def load_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model, in float32, and tokenizer.
-
-    Raises:
-        UserError: where the folder is not whole.
-    """
+    """Model, in float32, and tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

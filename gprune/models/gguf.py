@@ -36,11 +36,7 @@ WHOLE_WORDS = ("llama-bpe",)
 
 
 def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
-    """Write the file `gguf` as a Hugging Face folder.
-
-    Raises:
-        UserError: where a package that reads GGUF files is missing, or the tokenizer cuts words in an unknown way.
-    """
+    """Write the file `gguf` as a Hugging Face folder."""
     try:
         model, tokenizer = load_gguf(gguf), load_gguf_tokenizer(gguf)
     except ImportError as error:
@@ -76,9 +72,6 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
     The file only names the way of cutting. transformers knows some of the names and silently takes GPT-2's way for
     the others, SmolLM2's among them: blanks before a digit then become other tokens than the model was trained on.
-
-    Raises:
-        UserError: for a byte-level BPE whose way of cutting is not in `WORDS`.
     """
     from gguf import GGUFReader, Keys
 
