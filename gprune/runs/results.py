@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.calibration.statistics import CorpusStatistics
-from gprune.config import RunConfig
+from gprune.config import RETIRED, RunConfig, parse
 from gprune.errors import UserError, first_line
 from gprune.models.masks import Masks
 from gprune.partition.record import Modules
@@ -28,8 +27,6 @@ from gprune.runs.folder import RunFolder, corpus_file, differences, exported_mod
 from gprune.storage.files import key_of, read_json
 
 Record = dict[str, Any]  # one number with its protocol, as in metrics.json
-# Settings of earlier versions that are gone, by group, with the value at which they had no effect.
-RETIRED = {"sparsity": {"through": "none", "objective": "mean", "worst_step": 0.1}}
 
 
 @dataclass(frozen=True)
@@ -90,10 +87,11 @@ def with_defaults(settings: Mapping[str, Any], default: Mapping[str, Any]) -> di
 
     What did not exist then had its default's effect. What is gone since (`RETIRED`) is left out where it had no effect.
     """
-    kept = dict(settings)
-    for group, gone in RETIRED.items():
-        if isinstance(kept.get(group), Mapping):
-            kept[group] = {k: v for k, v in kept[group].items() if k not in gone or gone[k] != v}
+    kept = {k: dict(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
+    for name, value in RETIRED.items():
+        group, _, leaf = name.partition(".")
+        if isinstance(kept.get(group), dict) and kept[group].get(leaf) == value:
+            del kept[group][leaf]
     nested = {k: with_defaults(kept.get(k) or {}, v) for k, v in default.items() if isinstance(v, dict)}
     return {**default, **kept, **nested}
 
@@ -213,14 +211,12 @@ def load_run(path: Path | str) -> PruningResult:
 
 def _config(folder: RunFolder, settings: Mapping[str, Any]) -> RunConfig:
     """The run's configuration from config.yaml, refused where it is not the one that the manifest holds."""
-    from gprune.config.parse import parse
-
     file = folder / "config.yaml"
     try:
         with _without_retired(file) as readable:
             cfg = parse(["--config", str(readable)])
-    except ArgumentError as error:
-        raise UserError(f"{file} was altered: {error}. Run the same command again.") from error
+    except UserError as error:
+        raise UserError(f"{file} was altered: {error} Run the same command again.") from error
     before = with_defaults(settings, RunConfig().settings())
     if changed := differences({name: before.get(name) for name in cfg.settings()}, cfg.settings()):
         raise UserError(f"{file} was altered: {changed[0]}. Run the same command again.")
@@ -230,7 +226,7 @@ def _config(folder: RunFolder, settings: Mapping[str, Any]) -> RunConfig:
 @contextmanager
 def _without_retired(file: Path) -> Iterator[Path]:
     """A YAML file as we write them, without the lines of `RETIRED`: itself, where it has none."""
-    lines = "|".join(f"{name}: {value}" for gone in RETIRED.values() for name, value in gone.items())
+    lines = "|".join(f"{name.rpartition('.')[2]}: {value}" for name, value in RETIRED.items())
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     shorter = re.sub(rf"^  ({lines})\n", "", text, flags=re.MULTILINE)
     if shorter == text:

@@ -1,7 +1,7 @@
 """A list of configurations, run and tabulated: the work of `gprune study`.
 
-After each configuration its numbers, masks and costs are written to `RECORDS`; whichever list asks, a configuration
-whose settings stand there is not run again.
+After each configuration its numbers, masks and costs are written to `records.RECORDS`; whichever list asks, a
+configuration whose settings stand there is not run again.
 """
 
 from __future__ import annotations
@@ -24,18 +24,12 @@ from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
 from gprune.models.losses import next_token_loss
 from gprune.pipeline.plan import check
-from gprune.report.style import FORMATS, save
 from gprune.sparsity.gates import gated
-from gprune.storage.files import key_of, read_json, write_json
-from gprune.studies import listing as lists
-from gprune.studies.listing import Listing, Row, commands, parts_of, plain
-from gprune.studies.tables import Done, costs_of, curve, packed, reported, text_of
-
-
-def found(row: Row) -> dict[str, Any] | None:
-    """The record of an earlier run with the same settings, with the tasks this list asks for."""
-    kept = read_json(row.path)
-    return kept if row.is_of(kept) and row.wanted_tasks in ({}, kept.get("tasks")) else None
+from gprune.storage.files import read_json, write_json
+from gprune.studies.figures import draw
+from gprune.studies.listing import Listing, Row, commands, parts_of
+from gprune.studies.records import dense_path, found, packed, path_of, plain
+from gprune.studies.tables import cost_table, text_of
 
 
 def run(row: Row) -> dict[str, Any]:
@@ -59,14 +53,14 @@ def run(row: Row) -> dict[str, Any]:
     }
     if tasks:
         kept |= {"tasks": tasks, "evaluation": evaluated(result.path, cfg, tasks, kept["inputs"]["model"])}
-    write_json(row.path, kept)
+    write_json(path_of(row), kept)
     return kept
 
 
 def evaluated(folder: Path, cfg: gprune.RunConfig, tasks: dict[str, Any], dense_model: str) -> list[dict[str, Any]]:
     """Records of `gprune evaluate` on a finished run, the dense model's (by its fingerprint) first."""
     asked = Benchmarks(tuple(tasks["names"]), **{k: tasks[k] for k in ("limit", "seq_len", "dtype") if k in tasks})
-    shared = lists.RECORDS.parent / "dense" / f"{key_of(model=[dense_model, cfg.model.dtype], tasks=tasks)}.json"
+    shared = dense_path(dense_model, cfg.model.dtype, tasks)
     dense = (read_json(shared) or {}).get("records")
     records, _ = benchmarks.evaluate(str(folder), asked, dense=not dense)
     if dense:  # measured with an earlier row: the same model, text and settings
@@ -75,12 +69,8 @@ def evaluated(folder: Path, cfg: gprune.RunConfig, tasks: dict[str, Any], dense_
     return records
 
 
-def token_hours(pending: Sequence[Any]) -> str:
-    """What is still to be computed, at most, and how long it takes at the speed of this machine right now; tasks apart.
-
-    Args:
-        pending: rows, or whatever else has a `config`.
-    """
+def token_hours(pending: Sequence[Row]) -> str:
+    """What is still to be computed, at most, and how long it takes at this machine's speed right now; tasks apart."""
     forward = backward = 0
     for row in pending:
         plan = check(row.config)
@@ -103,7 +93,7 @@ def token_hours(pending: Sequence[Any]) -> str:
     return (
         f"{len(pending)} configurations: at most {forward:,} tokens forward ({forward_speed:.0f}/s here) and "
         f"{backward:,} forward and backward ({backward_speed:.0f}/s), shared passes counted for each"
-        f"{', tasks not counted' * any(getattr(row, 'wanted_tasks', None) for row in pending)}: {hours:.1f} hours"
+        f"{', tasks not counted' * any(row.wanted_tasks for row in pending)}: {hours:.1f} hours"
     )
 
 
@@ -115,7 +105,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def work(options: Namespace) -> None:
-    """Run, then print."""
+    """Run, then print; options as the command line of `gprune study` gives them."""
     for path in options.lists:
         listing = Listing.read(path, seeds=options.seeds, flags=options.flags)
         names = dict.fromkeys(row.name for row in listing.rows)
@@ -127,24 +117,20 @@ def work(options: Namespace) -> None:
             sys.stdout.writelines(f"{line}\n" for line in commands(path, pending, options.flags))
             continue
         if pending and not options.table:
-            sys.stdout.write(token_hours(pending) + "\n")
-            for row in pending:
-                started = time.perf_counter()
-                run(row)
-                sys.stdout.write(f"{row.name}, seed {row.seed}: {time.perf_counter() - started:.0f} s, kept\n")
-                sys.stdout.flush()
+            run_all(pending)
         wanted = [row for row in listing.rows if row in chosen or row.name == listing.reference]
         done = [(row, kept) for row in wanted if (kept := found(row)) is not None]
         sys.stdout.write("\n" + (text_of(listing, done) if done else f"{path}: no records yet.") + "\n")
-        if done and options.costs:
-            sys.stdout.write("\n" + costs_of(done) + "\n")
+        if options.costs and (costs := cost_table(done)).rows:
+            sys.stdout.write("\n" + costs.to_text() + "\n")
         if done and options.figures:
             draw(listing, done, Path(options.figures))
 
 
-def draw(listing: Listing, done: Done, folder: Path) -> None:
-    """The report's figures over all rows, and the list's curve."""
-    made = reported(listing, done)
-    made.draw(folder, prefix=f"{listing.path.stem}-")
-    if (figure := curve(listing, made.runs)) is not None:
-        save(figure, folder, f"{listing.path.stem}-curve", FORMATS)
+def run_all(pending: Sequence[Row]) -> None:
+    """Say what it will cost, run each row, and say when its record is kept."""
+    sys.stdout.write(token_hours(pending) + "\n")
+    for row in pending:
+        spent = seconds(lambda row=row: run(row))
+        sys.stdout.write(f"{row.name}, seed {row.seed}: {spent:.0f} s, kept\n")
+        sys.stdout.flush()

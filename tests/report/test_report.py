@@ -21,7 +21,8 @@ from PIL import Image
 from scipy import stats
 
 from gprune import report
-from gprune.config import EvaluationConfig, RunConfig
+from gprune.config import RunConfig
+from gprune.config.groups import EvaluationConfig
 from gprune.errors import UserError
 from gprune.evaluation.accuracy import paired_difference
 from gprune.evaluation.intervals import paired_bootstrap_ratio
@@ -48,7 +49,7 @@ def pristine(tmp_path_factory):
     """A run of gprune with both controls and with recovery."""
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch, isolated(folder / "cache"):
-        tiny_run.reload_in_process(patch)
+        tiny_run.quick(patch)
         world = tiny_run.make_world(folder)
         flags = ("--export=none", "--recovery=bias", "--sparsity.allocation=uniform", "--evaluation.num_samples=4")
         return world.run(folder / "runs", *flags, name="tiny-gprune-wanda_sp-0.5-0123abcd").path
@@ -637,7 +638,7 @@ def test_reading_needs_neither_the_model_nor_the_corpora(run, monkeypatch):
     for name in (
         "transformers.AutoModelForCausalLM.from_pretrained",
         "gprune.corpora.load.load_corpus",
-        "gprune.config.parse.parse",
+        "gprune.runs.results.parse",
     ):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("read more than the run's folder"))
     (run / "config.yaml").unlink()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 import gprune
+from gprune.config import RETIRED
+from gprune.errors import UserError
 from gprune.runs.folder import RunFolder
-from gprune.runs.results import with_defaults
+from gprune.runs.results import read_run, with_defaults
 from gprune.storage.files import read_json, read_tensors, write_json, write_tensors
 from tests import tiny_run
 
@@ -35,17 +39,45 @@ def as_of_before(folder: RunFolder, controls: list[str]) -> None:
     (folder / "config.yaml").write_text(config.replace(block, f"  controls: [{', '.join(controls)}]\n"))
 
 
-def test_a_run_of_before_unrecovered_had_a_name_asks_for_the_rows_it_holds(recovered):
+def test_a_run_of_before_unrecovered_had_a_name_asks_for_the_rows_it_holds(recovered, tmp_path):
     assert gprune.load_run(recovered.path).config == recovered.config
-    as_of_before(RunFolder(recovered.path), ["base", "base_averaged"])
-    back = gprune.load_run(recovered.path)
+    folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "before"))
+    as_of_before(folder, ["base", "base_averaged"])
+    back = gprune.load_run(folder.path)
     held = list(dict.fromkeys((r["stage"], r["recovery"]) for r in back.records))
     assert held == [("dense", "none"), *back.config.stages]
     assert back.config == recovered.config
-    metrics = read_json(recovered.path / "metrics.json")
+    metrics = read_json(folder / "metrics.json")
     metrics["records"] = [r for r in metrics["records"] if r["stage"] == "dense" or r["recovery"] == "bias"]
-    write_json(recovered.path / "metrics.json", metrics)
-    assert gprune.load_run(recovered.path).config.evaluation.controls == ["base", "base_averaged"]  # never asked for
+    write_json(folder / "metrics.json", metrics)
+    assert gprune.load_run(folder.path).config.evaluation.controls == ["base", "base_averaged"]  # never asked for
+
+
+def with_settings_of_before(folder: RunFolder, **sparsity: object) -> None:
+    """More settings of sparsity than there are today, in the manifest and in config.yaml."""
+    manifest, metrics = read_json(folder / "manifest.json"), read_json(folder / "metrics.json")
+    manifest["settings"]["sparsity"] |= sparsity
+    write_json(folder / "manifest.json", manifest)
+    write_json(folder / "metrics.json", metrics)
+    for path in folder.path.rglob("*.safetensors"):
+        write_tensors(path, read_tensors(path))
+    lines = "".join(f"  {name}: {value}\n" for name, value in sparsity.items())
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("sparsity:\n", f"sparsity:\n{lines}"))
+
+
+def test_settings_that_are_gone_are_ignored_where_they_had_no_effect(recovered, tmp_path):
+    gone = {name.partition(".")[2]: value for name, value in RETIRED.items()}
+    folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "before"))
+    with_settings_of_before(folder, **gone)
+    back = gprune.load_run(folder.path)
+    assert back.config == recovered.config
+    assert back.masks == recovered.masks
+    today, before = (read_run(path) for path in (recovered.path, folder.path))
+    assert before.but_for_seed == today.but_for_seed  # a seed like the others in a report
+    with_settings_of_before(folder, through="least_squares")
+    with pytest.raises(UserError, match=r"config\.yaml was altered: .*through"):
+        gprune.load_run(folder.path)
 
 
 def test_settings_that_did_not_exist_then_are_at_their_defaults():

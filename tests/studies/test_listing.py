@@ -17,16 +17,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gprune
+from gprune.config import RETIRED, parse
 from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_bootstrap_ratio
 from gprune.models.masks import Masks
 from gprune.report.perplexity_tables import over_seeds
 from gprune.report.table import Estimate
 from gprune.runs.results import FinishedRun
-from gprune.studies import command
+from gprune.studies import command, figures, records
 from gprune.studies import job as runner
 from gprune.studies import listing as lists
 from gprune.studies import tables as results
+from gprune.studies.spread import spread, spread_table
 from tests import tiny_run
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -48,9 +50,7 @@ def test_all_ablations_are_rows_of_their_list():
     (listing,) = (lists.Listing.read(path) for path in LISTS if path.name == "ablations.yaml")
     files = {path.stem for path in (EXPERIMENTS / "ablations").glob("*.yaml")}
     assert {row.name for row in listing.rows} == files - {"base"} | {"base", "default"}
-    default = gprune.config.parse.parse(
-        ["--config", str(EXPERIMENTS / "default.yaml"), "--evaluation.controls=[base_averaged]"]
-    )
+    default = parse(["--config", str(EXPERIMENTS / "default.yaml"), "--evaluation.controls=[base_averaged]"])
     assert listing.rows[1].config.settings() == default.settings()
 
 
@@ -92,8 +92,8 @@ def bench(tmp_path_factory):
     world = tiny_run.make_world(tmp_path_factory.mktemp("world"))
     folder = tmp_path_factory.mktemp("lists")
     with tiny_run.isolated(folder / "cache"), pytest.MonkeyPatch.context() as patch:
-        tiny_run.reload_in_process(patch)
-        patch.setattr(lists, "RECORDS", folder / "records" / "runs")
+        tiny_run.quick(patch)
+        patch.setattr(records, "RECORDS", folder / "records")
         yield Workbench(world, folder)
 
 
@@ -123,7 +123,7 @@ def test_it_runs_keeps_records_and_prints(bench, first):
         assert f"{row.name}, seed 0: " in out
         kept = runner.found(row)
         result = gprune.load_run(Path(row.config.run.dir) / row.config.run_name)
-        assert results.unpacked(kept["masks"]) == result.masks
+        assert records.unpacked(kept["masks"]) == result.masks
         assert kept["settings"] == row.config.settings()
         assert [r["perplexity"] for r in kept["records"]] == [r["perplexity"] for r in result.records]
         assert {"name", "flags", "inputs", "environment", "steps", "summary"} <= set(kept)
@@ -178,8 +178,23 @@ def test_new_settings_at_their_default_leave_records_what_they_were(first, monke
     older = content()
     older["settings"].pop("ridge")
     for there, counts in ((older, True), (content(ridge=0.5), False), (content(gone=1), False)):
-        monkeypatch.setattr(runner, "read_json", lambda path, there=there: there)
+        monkeypatch.setattr(records, "read_json", lambda path, there=there: there)
         assert (runner.found(row) is not None) == counts
+
+
+@pytest.mark.parametrize(("name", "default"), RETIRED.items())
+def test_a_setting_that_is_gone_is_ignored_at_its_default_and_no_row_has_another_value(first, name, default):
+    row = lists.Listing.read(first[0]).rows[1]
+    kept = runner.found(row)
+    group, _, leaf = name.partition(".")
+
+    def with_value(value) -> dict:
+        return kept | {"settings": kept["settings"] | {group: kept["settings"][group] | {leaf: value}}}
+
+    assert records.is_of(row, with_value(default))
+    assert not records.is_of(row, with_value("another"))
+    settings = records.as_run(row, with_value(default), None).settings
+    assert leaf not in settings[group]
 
 
 def test_records_are_named_for_people_and_told_apart_by_settings(bench, first):
@@ -187,11 +202,11 @@ def test_records_are_named_for_people_and_told_apart_by_settings(bench, first):
         lists.Listing.read(path).rows
         for path in (first[0], bench.write("named", {"It's another, 50 %": {}}, common={"sparsity.target": 0.4}))
     )
-    assert len({row.path for row in (a, b, c, d)}) == 4
-    assert d.path.name.startswith("it-s-another-50-seed0-")
-    assert a.path.name.startswith("plain-seed0-")
+    assert len({records.path_of(row) for row in (a, b, c, d)}) == 4
+    assert records.path_of(d).name.startswith("it-s-another-50-seed0-")
+    assert records.path_of(a).name.startswith("plain-seed0-")
     same = lists.Listing.read(bench.write("same", {"x": {"gprune": False, "ridge": 0.01}})).rows[0]
-    assert same.path == a.path  # by another name, with a default written out
+    assert records.path_of(same) == records.path_of(a)  # by another name, with a default written out
 
 
 def test_only_some_rows_and_the_reference_are_printed(bench, first, nothing_runs, capsys):
@@ -208,10 +223,12 @@ def test_only_some_rows_and_the_reference_are_printed(bench, first, nothing_runs
 def shares(bench, capsys, monkeypatch, path, count: int) -> list[str]:
     """What each of so many machines runs, one after the other has finished."""
     ran, done = [], set()
-    monkeypatch.setattr(runner, "run", lambda row: (ran.append(f"{row.name}/{row.seed}"), done.add(row.path)))
+    monkeypatch.setattr(
+        runner, "run", lambda row: (ran.append(f"{row.name}/{row.seed}"), done.add(records.path_of(row)))
+    )
     monkeypatch.setattr(runner, "token_hours", lambda pending: "")
     monkeypatch.setattr(runner, "text_of", lambda listing, rows: "")
-    monkeypatch.setattr(runner, "found", lambda row: {} if row.path in done else None)
+    monkeypatch.setattr(runner, "found", lambda row: {} if records.path_of(row) in done else None)
     for i in range(count):
         bench(capsys, path, "--seeds", "0", "1", "--part", f"{i + 1}/{count}")
     return ran
@@ -292,14 +309,13 @@ def test_comparisons_are_paired_over_windows(bench, first):
     listing, done = done_of(first[0])
     kept = {row.name: k for row, k in done}
     made = results.reported(listing, done)
-    by_name = {r.name: [r] for r in made.runs}
     alpha = {str(bench.world.corpora["alpha"])}
     assert listing.compare == [tuple(pair) for pair in COMPARE]
     for (a, b), other in zip(listing.compare, (("ours", "base_averaged"), ("plain", "base")), strict=True):
         expected = paired_bootstrap_ratio(
             unseen(kept["ours"], "gprune", alpha), unseen(kept[other[0]], other[1], alpha), 31
         )
-        assert results.compared(by_name, a, b) == Estimate(*expected)
+        assert results.ratios_of(made.runs, a, b) == [Estimate(*expected)]
         assert expected[0] != 1
         assert f"| {a} / {b} | 1 | {expected[0]:.3f} [{expected[1]:.3f}, {expected[2]:.3f}] |" in [
             " ".join(line.split()) for line in first[1].splitlines()
@@ -350,8 +366,8 @@ def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
     seen = {str(bench.world.corpora["alpha"])}
     pairs = [[k for row, k in done if row.seed == seed] for seed in (0, 1, 2)]
     ratios = [paired_bootstrap_ratio(unseen(b, "base", seen), unseen(a, "base", seen), 31)[0] for a, b in pairs]
-    by_name = {name: [results.as_run(row, k, None) for row, k in done if row.name == name] for name in rows}
-    assert results.compared(by_name, "wifv: base", "plain: base") == over_seeds(ratios)
+    (compared,) = results.comparison_table(listing, results.reported(listing, done).runs).rows
+    assert compared == ["wifv: base / plain: base", 3, over_seeds(ratios)]
     assert len(set(ratios)) == 3
     # each seed is divided by the reference's run of that seed
     column = table.columns.index("unseen / base")
@@ -387,7 +403,7 @@ def test_a_list_says_which_tables_it_wants_and_masks_of_seeds_are_compared(bench
     assert "| seen" not in out
     (line,) = [line for line in out.splitlines() if line.startswith("| plain, seed 0")]
     assert [cell.strip() for cell in line.split("|")[1:4]] == ["plain, seed 0", "plain, seed 1", "ffn"]
-    masks = [results.unpacked(kept["masks"]).ffn for _, kept in done_of(path)[1]]
+    masks = [records.unpacked(kept["masks"]).ffn for _, kept in done_of(path)[1]]
     jaccard = np.mean([float((a & b).sum() / (a | b).sum()) for a, b in zip(*masks, strict=True)])
     assert float(line.split("|")[4]) == pytest.approx(jaccard, abs=5e-4)
     assert jaccard < 1
@@ -396,12 +412,11 @@ def test_a_list_says_which_tables_it_wants_and_masks_of_seeds_are_compared(bench
 def test_spreads_over_rows_of_their_base_and_of_the_result(bench, capsys):
     """log(max / min) of unseen geometric means, by hand from the records."""
     rows = {"a": {}, "b": {"importance": "wifv"}, "c": {"importance": "wifv", "recovery": "bias"}}
-    spread = {"metrics": ["a", "b"], "all": ["a", "b", "c"]}
-    path = bench.write("spread", rows, spread=spread)
-    listing = lists.Listing.read(path)
-    assert results.spreads(listing, []) == []  # none is there yet
+    groups = {"metrics": ["a", "b"], "all": ["a", "b", "c"]}
+    path = bench.write("spread", rows, spread=groups)
+    assert spread_table(groups, []).rows == []  # none is there yet
     out = bench(capsys, path)
-    listing, done = done_of(path)
+    _, done = done_of(path)
     alpha = str(bench.world.corpora["alpha"])
     stages = ("base", "base_averaged", "gprune")
     logs = {
@@ -411,7 +426,7 @@ def test_spreads_over_rows_of_their_base_and_of_the_result(bench, capsys):
         ])
         for row, kept in done for stage in stages
     }  # fmt: skip
-    for group, names in spread.items():
+    for group, names in groups.items():
         base, averaged, ours = (np.ptp([logs[name, stage] for name in names]) for stage in stages)
         lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
         (cells,) = [cells for cells in lines if cells and cells[0] == f"{group}: {', '.join(names)}"]
@@ -440,29 +455,29 @@ def test_an_interval_of_a_spread_covers_it():
         return spread_run(name, moved, **more)
 
     turned = spread_run("y", {c: windows[c] + 5 for c in "ba"})  # the order in which corpora are listed is nothing
-    exact = results._spread([run("x", 0.0), turned], ["x", "y"], "gprune")
+    exact = spread([run("x", 0.0), turned], ["x", "y"], "gprune")
     assert torch.allclose(exact, torch.full_like(exact, 0.5))
-    noisy = results._spread([run("x", 0.0), run("y", 5.0, 4.0)], ["x", "y"], "gprune")
+    noisy = spread([run("x", 0.0), run("y", 5.0, 4.0)], ["x", "y"], "gprune")
     low, high = torch.quantile(noisy[1:], torch.tensor([0.025, 0.975], dtype=noisy.dtype)).tolist()
     assert low < 0.5 < high
     assert low < float(noisy[0]) < high
     assert high - low == pytest.approx(2 * 1.96 * 4 / np.sqrt(400) / 10 / np.sqrt(2), rel=0.25)  # two corpora
     # what is drawn is centred on what was found, also where many rows are alike
     alike = [run(name, 0.0, 4.0) for name in "uvwxyz"]
-    drawn = results._spread(alike, list("uvwxyz"), "gprune")
+    drawn = spread(alike, list("uvwxyz"), "gprune")
     assert float(drawn[1:].mean()) == pytest.approx(float(drawn[0]), abs=1e-3)
-    assert results._spread([run("x", 0.0)], ["x", "y"], "gprune") is None
-    assert results._spread([run("x", 0.0)], ["x"], "gprune") is None
+    assert spread([run("x", 0.0)], ["x", "y"], "gprune") is None
+    assert spread([run("x", 0.0)], ["x"], "gprune") is None
 
 
 def test_a_spread_is_over_seeds_that_all_rows_have_and_over_the_same_windows():
     windows = {"a": np.arange(10.0)}
     runs = [spread_run("x", windows), spread_run("x", {"a": windows["a"] + 90}, seed=1)]
     runs.append(spread_run("y", {"a": windows["a"] + 10}))
-    assert float(results._spread(runs, ["x", "y"], "gprune")[0]) == pytest.approx(1)  # seed 0 alone
-    assert results._spread(runs[1:], ["x", "y"], "gprune") is None  # no seed in common
+    assert float(spread(runs, ["x", "y"], "gprune")[0]) == pytest.approx(1)  # seed 0 alone
+    assert spread(runs[1:], ["x", "y"], "gprune") is None  # no seed in common
     with pytest.raises(UserError, match="the same unseen text, but x, y were not"):
-        results._spread([runs[0], spread_run("y", {"b": windows["a"]})], ["x", "y"], "gprune")
+        spread([runs[0], spread_run("y", {"b": windows["a"]})], ["x", "y"], "gprune")
 
 
 def test_a_pair_without_common_windows_is_said_to_have_no_ratio(bench, first):
@@ -494,9 +509,9 @@ def test_a_record_from_before_a_setting_is_a_seed_like_the_others(bench, capsys)
     bench(capsys, path)
     listing, ((row, kept), other) = done_of(path)
     before = {name: value for name, value in kept["settings"].items() if name != "ridge"}
-    sparsity = {name: value for name, value in kept["settings"]["sparsity"].items() if name != "through"}
+    sparsity = {name: value for name, value in kept["settings"]["sparsity"].items() if name != "width_multiple"}
     done = [(row, kept | {"settings": before | {"sparsity": sparsity}}), other]
-    assert row.is_of(done[0][1])
+    assert records.is_of(row, done[0][1])
     names = [cells[0] for cells in results.reported(listing, done).tables[0].rows]
     assert "plain (2 seeds)" in names
     assert "plain" not in names
@@ -505,14 +520,14 @@ def test_a_record_from_before_a_setting_is_a_seed_like_the_others(bench, capsys)
 def test_a_record_of_other_settings_is_never_the_place_of_a_new_one(bench, capsys):
     path = bench.write("one", {"x": {"gprune": False, "ridge": 0.5}})
     (row,) = lists.Listing.read(path).rows
-    there = row.path.with_stem(row.path.stem + "-1")
+    there = records.path_of(row).with_stem(records.path_of(row).stem + "-1")
     there.write_text(json.dumps({"settings": {"ridge": 0.7}}))
     (row,) = lists.Listing.read(path).rows
-    assert row.path == there.with_stem(there.stem.removesuffix("-1"))
-    row.path.write_text(there.read_text())
+    assert records.path_of(row) == there.with_stem(there.stem.removesuffix("-1"))
+    records.path_of(row).write_text(there.read_text())
     (row,) = lists.Listing.read(path).rows
-    assert row.path == there.with_stem(there.stem.removesuffix("-1") + "-2")
-    for file in lists.RECORDS.glob("x-seed0-*"):
+    assert records.path_of(row) == there.with_stem(there.stem.removesuffix("-1") + "-2")
+    for file in (records.RECORDS / "runs").glob("x-seed0-*"):
         file.unlink()
 
 
@@ -524,7 +539,7 @@ def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_pa
     bench(capsys, path, "--figures", tmp_path)
     assert {"budgets-curve.png", "budgets-curve.svg"} <= {p.name for p in tmp_path.iterdir()}
     listing, done = done_of(path)
-    axes = results.curve(listing, results.reported(listing, done).runs).axes[0]
+    axes = figures.curve(listing.curve, results.reported(listing, done).runs).axes[0]
     drawn = {c.get_label(): c.lines[0].get_xydata() for c in axes.containers}
     assert set(drawn) == {f"{m}, {s}" for m in ("wifv", "wanda_sp") for s in ("gprune", "base_averaged")}
     used = {str(bench.world.corpora["alpha"])} | {r["corpus"] for _, k in done for r in k["records"] if r["seen"]}
@@ -534,9 +549,9 @@ def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_pa
             at = dict(drawn[f"{row.config.importance}, {stage}"])
             assert at[row.config.sparsity.target] == pytest.approx(ratio)
     assert axes.get_xlabel() == "parameters of the scope removed"
-    turned = replace(listing, curve={"over": "sparsity.width_multiple", "of": "sparsity.target"})
+    turned = lists.Curve(over="sparsity.width_multiple", of="sparsity.target")
     halves = results.reported(listing, [d for d in done if d[0].config.importance == "wifv"]).runs
-    axes = results.curve(turned, halves).axes[0]
+    axes = figures.curve(turned, halves).axes[0]
     assert {c.get_label() for c in axes.containers} == {
         f"{t} removed, {s}" for t in ("30%", "50%") for s in ("gprune", "base_averaged")
     }
@@ -545,23 +560,22 @@ def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_pa
                         common=common, curve={"over": "sparsity.target", "of": "importance"})  # fmt: skip
     bench(capsys, twice)
     with pytest.raises(UserError, match=r"one row for each sparsity.target and importance, got two of 0.3 and wifv"):
-        results.curve(listing, results.reported(*done_of(twice)).runs)
+        figures.curve(listing.curve, results.reported(*done_of(twice)).runs)
     (row, kept), *others = done
     moved = [(row, kept | {"inputs": kept["inputs"] | {"model": "another", "text": {"score": "of its tokenizer"}}})]
     assert len(results.reported(listing, [*moved, *others]).runs) == len(done)  # two models cut text in two ways
     bare = [
         replace(r, records=[k for k in r.records if k["stage"] != "base"]) for r in results.reported(listing, done).runs
     ]
-    assert results.curve(listing, bare) is None
+    assert figures.curve(listing.curve, bare) is None
     all_seen = [
         replace(r, records=[k | {"seen": True} for k in r.records]) for r in results.reported(listing, done).runs
     ]
-    assert results.curve(listing, all_seen) is None
-    words = replace(listing, curve={"over": "recovery", "of": "importance"})
+    assert figures.curve(listing.curve, all_seen) is None
+    words = lists.Curve(over="recovery", of="importance")
     with pytest.raises(UserError, match="a setting that is a number, but recovery is 'none'"):
-        results.curve(words, results.reported(listing, done).runs)
-    plain = lists.Listing.read(bench.write("plain", rows, common=common))
-    assert results.curve(plain, []) is None
+        figures.curve(words, results.reported(listing, done).runs)
+    assert figures.curve(listing.curve, []) is None
     assert "curve: expected settings" in bench.refused(capsys, bench.write("bad", rows, curve={"over": "x", "of": "y"}))
 
 
@@ -608,7 +622,7 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
         assert [r["stage"] for r in k["evaluation"]] == ["dense"] * 2 + ["base"] * 2
     assert all(runner.found(row) for row in listing.rows)
     # a list without tasks is content with that, and prints none; one with others, or of another model, is not
-    assert results.as_run(lists.Listing.read(bench.write("none", rows, **own)).rows[0], kept[0], None).evaluation == []
+    assert records.as_run(lists.Listing.read(bench.write("none", rows, **own)).rows[0], kept[0], None).evaluation == []
     assert all(runner.found(row) for row in lists.Listing.read(bench.write("none", rows, **own)).rows)
     more = lists.Listing.read(bench.write("more", rows, tasks=tasks | {"limit": 9}, **own))
     assert not any(map(runner.found, more.rows))
@@ -617,10 +631,10 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     runner.run(low)
     assert calls[-1][2]  # a dense model of its own
     # other tasks lie beside these, not in their place
-    other = {row.name: (row.path, runner.run(row)) for row in more.rows}
+    other = {row.name: (records.path_of(row), runner.run(row)) for row in more.rows}
     assert all(kept["tasks"]["limit"] == 9 for _, kept in other.values())
     for row in lists.Listing.read(path).rows:
-        assert row.path != other[row.name][0]
+        assert records.path_of(row) != other[row.name][0]
         assert runner.found(row)["tasks"]["limit"] == 4
     # with a seed that the tasks do not name, there are none
     assert "evaluation" not in runner.run(lists.Listing.read(path, seeds=[1]).rows[0])
@@ -636,8 +650,8 @@ def test_packed_masks_come_back(data, depth):
         return [torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in sizes]
 
     masks = Masks(drawn(), drawn())
-    kept = json.loads(json.dumps(results.packed(masks)))
-    again = results.unpacked(kept)
+    kept = json.loads(json.dumps(records.packed(masks)))
+    again = records.unpacked(kept)
     assert again == masks
     assert all(m.dtype == torch.bool for m in (*again.ffn, *again.attention))
 
@@ -740,4 +754,4 @@ def test_compare_waits_for_rows_that_have_not_run(bench, first):
     assert len(done) == 3
     assert "Comparisons" not in results.text_of(listing, done)
     with pytest.raises(UserError, match="expected a stage"):
-        results.compared({r.name: [r] for r in results.reported(listing, done).runs}, "ours", "ours: base")
+        results.ratios_of(results.reported(listing, done).runs, "ours", "ours: base")

@@ -1,0 +1,117 @@
+"""Records of rows that have run: where they lie, which row each one is of, and what reports read of them."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gprune.config import RunConfig
+from gprune.errors import UserError
+from gprune.models.masks import Masks
+from gprune.runs.results import FinishedRun, Record, with_defaults
+from gprune.storage.files import key_of, read_json
+from gprune.studies.listing import Row, flat
+
+RECORDS = Path(__file__).parents[2] / "experiments" / "records"  # rows in runs/, tasks of dense models in dense/
+FORMAT = 4  # of the names of records, which stay when the format of caches changes
+CONTROL = "control"  # what tables call the result of a row that the list names as a control
+
+
+def plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
+def found(row: Row) -> dict[str, Any] | None:
+    """The record of an earlier run with the row's settings, with the tasks that the list asks for."""
+    kept = read_json(path_of(row))
+    return kept if is_of(row, kept) and row.wanted_tasks in ({}, kept.get("tasks")) else None
+
+
+def path_of(row: Row) -> Path:
+    """Where a row's record is, under whatever name another list gave the row; or where it will be.
+
+    Named for people, and told apart by the settings that are not the defaults, so that a setting that is new today, at
+    its default, leaves yesterday's records what they were. A record with other tasks is never written over.
+    """
+    default, settings = (flat(plain(cfg.settings())) for cfg in (RunConfig(), row.config))
+    own = {name: value for name, value in settings.items() if value != default.get(name)}
+    key = key_of(format=FORMAT, settings=own)[:10]
+    for path in sorted((RECORDS / "runs").glob(f"*-{key}*.json")):
+        kept = read_json(path)
+        if is_of(row, kept) and row.wanted_tasks in ({}, kept.get("tasks", row.wanted_tasks)):
+            return path
+    slug = "-".join("".join(c if c.isalnum() else " " for c in row.name.lower()).split())
+    # A record under this key may be of other settings, those of a default that has changed since: it stays.
+    numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
+    names = (RECORDS / "runs" / f"{slug}-seed{row.seed}-{key}{number}.json" for number in numbers)
+    return next(path for path in names if not path.exists())
+
+
+def dense_path(model: str, dtype: str, tasks: dict[str, Any]) -> Path:
+    """Where the tasks of a dense model, by its fingerprint, are kept for all rows."""
+    return RECORDS / "dense" / f"{key_of(format=FORMAT, model=[model, dtype], tasks=tasks)}.json"
+
+
+def is_of(row: Row, kept: dict[str, Any] | None) -> bool:
+    """Whether a record has the row's settings, as they would be given today."""
+    if kept is None:
+        return False
+    then = with_defaults(kept["settings"], plain(RunConfig().settings()))
+    return flat(then) == flat(plain(row.config.settings()))
+
+
+def packed(masks: Masks) -> dict[str, dict[str, Any]]:
+    """Keep masks as base64 of their bits: 8 kB for 46,080 neurons."""
+    return {
+        kind: {
+            "sizes": [len(m) for m in masks_of_kind],
+            "bits": base64.b64encode(np.packbits(torch.cat(masks_of_kind).numpy())).decode(),
+        }
+        for kind, masks_of_kind in (("ffn", masks.ffn), ("attention", masks.attention))
+    }
+
+
+def unpacked(kept: dict[str, dict[str, Any]]) -> Masks:
+    """What `packed` was given."""
+    parts = {}
+    for kind, value in kept.items():
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(value["bits"]), dtype=np.uint8), count=sum(value["sizes"]))
+        parts[kind] = list(torch.from_numpy(bits.astype(bool)).split(value["sizes"]))
+    return Masks(**parts)
+
+
+def as_run(row: Row, kept: dict[str, Any], seen: Sequence[str] | None) -> FinishedRun:
+    """A record as reports read runs.
+
+    Raises:
+        UserError: for a record that has seen what the list calls unseen.
+    """
+    records, evaluation = (_named(row, kept.get(name, [])) for name in ("records", "evaluation"))
+    if seen is not None and (extra := sorted({r["corpus"] for r in records if r["seen"]} - set(seen))):
+        raise UserError(
+            f"Row '{row.name}': expected text that the list calls unseen, got {extra[0]}, which the run used, or "
+            f"which shares text with what it used; add it to `seen` ({', '.join(seen)})."
+        )
+    return FinishedRun(
+        path=path_of(row),
+        name=row.name,
+        settings=with_defaults(kept["settings"], plain(RunConfig().settings())) | {"inputs": kept["inputs"]},
+        records=records,
+        summary=kept["summary"],
+        masks=None if kept["masks"] is None else unpacked(kept["masks"]),
+        modules=None,
+        evaluation=[r | {"run": row.name} for r in evaluation if row.wanted_tasks],
+    )
+
+
+def _named(row: Row, records: Sequence[Record]) -> list[Record]:
+    """The records, with the result of a control called what it is."""
+    return [r | {"stage": CONTROL} if row.control and r["stage"] == "gprune" else r for r in records]
