@@ -3,7 +3,7 @@
     python experiments/vllm_check.py FOLDER REFERENCE.json
 
 REFERENCE.json holds `ids`, T tokens of a text, and of each but the first its log-probability (`logprobs`, nats) and
-the token that was most likely in its place (`top1`). `experiments/formats.py` writes it, and so does `--write`, with
+the token that was most likely in its place (`top1`). `experiments.formats` writes it, and so does `--write`, with
 the transformers that vLLM has beside it:
 
     python experiments/vllm_check.py FOLDER REFERENCE.json --write README.md

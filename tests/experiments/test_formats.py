@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from experiments import formats, vllm_check
+from experiments import vllm_check
+from experiments.formats import __main__ as formats
+from experiments.formats import models, packages, readers
 from gprune.export import hf
 from gprune.export.job import ONNX
 from gprune.models.blocks import blocks_of
@@ -92,10 +94,10 @@ def fake_vllm(monkeypatch, reference: dict, added: float) -> None:
 @pytest.fixture
 def reference(tmp_path):
     """Of a model over bytes, as the table's script writes it; and the model."""
-    model, tokenizer, ids = formats.tiny()
-    model = formats.pruned(model, ids, uniform=False, groups=True)
+    model, tokenizer, ids = models.tiny()
+    model = models.pruned(model, ids, uniform=False, groups=True)
     hf.save_pruned(model, tokenizer, tmp_path / "hf")
-    formats.write_reference(model, ids, tmp_path)
+    models.write_reference(model, ids, tmp_path)
     return SimpleNamespace(model=model, ids=ids, folder=tmp_path / "hf", path=tmp_path / "reference.json")
 
 
@@ -154,19 +156,19 @@ def work(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf, "check_reload", lambda *_: 0.0)
         folder = tmp_path_factory.mktemp("formats")
-        formats.make(folder, small=True)
+        models.make(folder, small=True)
     return folder
 
 
 def test_the_three_models_are_what_their_names_say(work):
-    dense, _, _ = formats.tiny()
+    dense, _, _ = models.tiny()
     whole = sum(b.neurons for b in blocks_of(dense))
     found = {}
-    for name in formats.MODELS:
+    for name in models.MODELS:
         found[name] = widths(AutoModelForCausalLM.from_pretrained(work / name / "hf"))
-        assert all(n % formats.WIDTH_MULTIPLE == 0 for n in found[name]["neurons"])
+        assert all(n % models.WIDTH_MULTIPLE == 0 for n in found[name]["neurons"])
         gone = 1 - sum(found[name]["neurons"]) / whole
-        assert formats.SPARSITY <= gone < formats.SPARSITY + 3 * formats.WIDTH_MULTIPLE / whole
+        assert models.SPARSITY <= gone < models.SPARSITY + 3 * models.WIDTH_MULTIPLE / whole
         assert any((work / name / "hf").glob("*.py")) == (name != "uniform")
     assert len(set(found["ffn"]["neurons"])) > 1
     assert found["ffn"]["kv_groups"] == found["uniform"]["kv_groups"] == [2, 2, 2]
@@ -187,7 +189,7 @@ def test_rows_are_read_in_processes_and_kept(work, capsys, monkeypatch):
     assert all("| 0.0e+00 logit |" in line and line.endswith("| ok |") for line in lines)
     assert "trust_remote_code=True" in lines[0]
     assert "trust_remote_code" not in lines[1]
-    monkeypatch.setattr(formats, "child", None)  # nobody is asked again
+    monkeypatch.setattr(readers, "child", None)  # nobody is asked again
     assert run(work, "--only", f"hf ffn+kv transformers {INSTALLED}") == 0
     assert capsys.readouterr().out.splitlines()[-1] == lines[0]
 
@@ -223,19 +225,19 @@ def test_who_computes_something_else_is_off(added, result, code, work, capsys, m
         logits = load_file(request["reference"])["logits"]
         save_file({"logits": logits + torch.full_like(logits, added)}, request["answer"])
 
-    monkeypatch.setattr(formats, "child", child)
+    monkeypatch.setattr(readers, "child", child)
     assert run(work, "--again", "--only", f"hf ffn transformers {INSTALLED}") == code
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.endswith(f"| {result} |")
 
 
 def test_who_fails_is_quoted(work, capsys, monkeypatch):
-    real = formats.child
+    real = readers.child
 
     def child(command, *rest, **more):
         return real([sys.executable, "-c", "import sys; print('x', file=sys.stderr); sys.exit('no, thanks')"], *rest)
 
-    monkeypatch.setattr(formats, "child", child)
+    monkeypatch.setattr(readers, "child", child)
     assert run(work, "--again", "--only", f"hf uniform transformers {INSTALLED}") == 1
     assert capsys.readouterr().out.splitlines()[-1].endswith("| FAILS: no, thanks |")
 
@@ -243,8 +245,8 @@ def test_who_fails_is_quoted(work, capsys, monkeypatch):
 def test_pip_is_asked_for_what_an_older_transformers_is_built_on(monkeypatch):
     named = {"Tokenizers": "0.22.2", "huggingface_hub": "0.36.2", "numpy": "2", "transformers": "4.57.6"}
     report = {"install": [{"metadata": {"name": name, "version": version}} for name, version in named.items()]}
-    monkeypatch.setattr(formats, "pip", lambda *_: json.dumps(report))
-    assert formats.built_on("4.57.6") == ["transformers==4.57.6", "tokenizers==0.22.2", "huggingface-hub==0.36.2"]
+    monkeypatch.setattr(packages, "pip", lambda *_: json.dumps(report))
+    assert packages.built_on("4.57.6") == ["transformers==4.57.6", "tokenizers==0.22.2", "huggingface-hub==0.36.2"]
 
 
 def test_what_cannot_be_fetched_is_told_and_the_rest_is_got(tmp_path, monkeypatch, capsys):
@@ -256,10 +258,10 @@ def test_what_cannot_be_fetched_is_told_and_the_rest_is_got(tmp_path, monkeypatc
         named = {"transformers": "5", "tokenizers": "0", "huggingface-hub": "1"}
         return json.dumps({"install": [{"metadata": {"name": n, "version": v}} for n, v in named.items()]})
 
-    monkeypatch.setattr(formats, "pip", pip)
-    monkeypatch.setattr(formats.venv, "create", lambda folder, **_: folder.mkdir(parents=True))
-    formats.fetch(tmp_path)
+    monkeypatch.setattr(packages, "pip", pip)
+    monkeypatch.setattr(packages.venv, "create", lambda folder, **_: folder.mkdir(parents=True))
+    packages.fetch(tmp_path)
     told = capsys.readouterr().err
     assert told.count("could not be fetched") == 2
     got = {path.name for path in (tmp_path / "packages").iterdir() if not path.name.startswith(".")}
-    assert got == {"onnx", *(f"transformers-{version}" for version in formats.OLDER)}
+    assert got == {"onnx", *(f"transformers-{version}" for version in packages.OLDER)}
