@@ -1,4 +1,4 @@
-"""Streaming sums of what enters the output projections, as torchmetrics states: sums over devices are sums over tokens."""
+"""Streaming sums of what enters the output projections, as torchmetrics states: over devices they add up."""
 
 from __future__ import annotations
 
@@ -118,11 +118,7 @@ class StreamingTurn(Metric):
 
 
 def channel_statistics(sums: dict[str, Tensor], *, copy: bool = True) -> ChannelStatistics:
-    """What `StreamingMoments.compute` returned, on the CPU, halves apart; without `copy` the Gram matrix is the sum's.
-
-    Raises:
-        UserError: if an activation was not finite.
-    """
+    """What `StreamingMoments.compute` returned, on the CPU, halves apart; without `copy` it shares its Gram matrix."""
     if not bool(torch.isfinite(sums["sum_sq"]).all()):
         raise UserError(
             "A non-finite activation came up during calibration; expected finite numbers. Check the model's "

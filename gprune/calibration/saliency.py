@@ -45,11 +45,7 @@ class Saliency:
 
 
 def salient_parts(block: Block, kind: str) -> dict[str, Part]:
-    """The parts of a block whose weights have a share in the terms of its neurons or attention channels.
-
-    Raises:
-        UserError: for experts, whose stacked tensors no hook sees one by one.
-    """
+    """The parts of a block whose weights have a share in the terms of its neurons or attention channels."""
     if kind == "ffn" and block.has_experts:
         raise UserError(
             f"Taylor saliency cannot be collected for experts (model_type '{block.family.model_type}'); expected dense "
@@ -89,11 +85,7 @@ class StreamingGradients(Metric):
 
 
 def window_saliency(weight: Tensor, sums: dict[str, Tensor], *, columns: bool) -> tuple[Saliency, Saliency, Saliency]:
-    """Terms of one weight (out, in) for the halves of a corpus and for the whole: per row, or per column.
-
-    Raises:
-        UserError: if a gradient was not finite.
-    """
+    """Terms of one weight (out, in) for the halves of a corpus and for the whole: per row, or per column."""
     w, dim = weight.detach().float().cpu(), 0 if columns else 1
     count, gradient, square = (sums[name].cpu() for name in ("count", "gradient", "square"))
     if not bool(torch.isfinite(square).all()):

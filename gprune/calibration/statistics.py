@@ -36,11 +36,7 @@ class StoredGram:
     expert: int | None = None  # of stacked ones
 
     def read(self) -> Tensor:
-        """(C, C) float32, or (E, C / E, C / E) of E experts.
-
-        Raises:
-            UserError: if a file has gone, or is damaged.
-        """
+        """(C, C) float32, or (E, C / E, C / E) of E experts."""
         total: Tensor | None = None
         for path, name in self.sources:
             gram = _stored_tensor(path, name)

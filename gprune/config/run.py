@@ -155,11 +155,7 @@ class RunConfig(Group):
         return list(dict.fromkeys(name for names in self.roles.values() for name in names))
 
     def validate(self) -> None:
-        """Check every value again: attributes may have been set after the object was made.
-
-        Raises:
-            UserError: as when the object was made with such a value.
-        """
+        """Check every value again: attributes may have been set after the object was made."""
         for one in fields(self):
             value = getattr(self, one.name)
             if isinstance(value, Group):
@@ -167,11 +163,7 @@ class RunConfig(Group):
         self.__post_init__()
 
     def check_names(self) -> None:
-        """Look every corpus name up, without reading text.
-
-        Raises:
-            UserError: listing the corpora there are; or naming one that would be measured on the text it calibrates.
-        """
+        """Look every corpus name up, without reading text."""
         for name in dict.fromkeys([*self.used, *self.corpora.evaluate]):
             check_corpus(name)
         used = {identity(name) for name in self.used}

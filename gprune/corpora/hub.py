@@ -79,11 +79,7 @@ HUB_CORPORA = (
 
 
 def load_hub(record: HubCorpus, split: str) -> list[str]:
-    """The documents of "train" or "test", in the hub's order.
-
-    Raises:
-        UserError: when the hub, or a cached copy of the data set, cannot be reached.
-    """
+    """The documents of "train" or "test", in the hub's order."""
     import datasets  # takes a second, and only hub corpora need it
 
     wanted = record.test if split == "test" else "train"

@@ -54,11 +54,7 @@ def load_corpus(name: str, split: str) -> list[str]:
 
 
 def check_corpus(name: str) -> None:
-    """Refuse a name that `load_corpus` could not resolve, without reading text.
-
-    Raises:
-        UserError: listing the registered names and the mirrors.
-    """
+    """Refuse a name that `load_corpus` could not resolve, without reading text."""
     _source(name)
 
 

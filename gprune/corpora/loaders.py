@@ -90,7 +90,7 @@ class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
 
 
 class CorpusDataModule(LightningDataModule):
-    """One shuffled loader over all training windows; for validation and test one per corpus, in order.
+    """One shuffled loader over all training windows; for test one per corpus, in order.
 
     Use it with `Trainer(use_distributed_sampler=False)`: it shards by itself.
     """
@@ -99,20 +99,16 @@ class CorpusDataModule(LightningDataModule):
         self,
         *,
         train: Sequence[Windows] = (),
-        val: Sequence[Windows] = (),
         test: Sequence[Windows] = (),
         batch_size: int,
         seed: int,
     ):
         super().__init__()
-        self.train, self.val, self.test = tuple(train), tuple(val), tuple(test)
+        self.train, self.test = tuple(train), tuple(test)
         self.batch_size, self.seed = batch_size, seed
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train, shuffle=True)
-
-    def val_dataloader(self) -> list[DataLoader]:
-        return [self._loader([windows], shuffle=False) for windows in self.val]
 
     def test_dataloader(self) -> list[DataLoader]:
         return [self._loader([windows], shuffle=False) for windows in self.test]

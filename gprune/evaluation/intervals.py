@@ -104,20 +104,3 @@ def bootstrap_perplexity(
     """
     certain = {corpus: [0.0] * len(values) for corpus, values in nll.items()}  # perplexity 1, without noise
     return paired_bootstrap_ratio(nll, certain, tokens_per_window, draws=draws, seed=seed)
-
-
-def paired_bootstrap_difference(
-    a: dict[str, list[float]],
-    b: dict[str, list[float]],
-    tokens_per_window: int,
-    *,
-    draws: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Mean negative log-likelihood of model a minus that of model b, in nats per token, with a 95 % interval.
-
-    The logarithm of `paired_bootstrap_ratio`: what an additive comparison of two pruned models should be made in,
-    since differences of perplexities grow with the perplexity. Arguments as there; below 0, model a is better.
-    """
-    ratio, low, high = paired_bootstrap_ratio(a, b, tokens_per_window, draws=draws, seed=seed)
-    return math.log(ratio), math.log(low), math.log(high)

@@ -35,11 +35,7 @@ class Perplexity(torchmetrics.text.Perplexity):
         self.add_state("window_nll", default=[], dist_reduce_fx="cat")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add logits (B, T, V) that predict target (B, T) int64.
-
-        Raises:
-            UserError: for a non-finite loss. It is never skipped: a mean without it would look like a good model.
-        """
+        """Add logits (B, T, V) that predict target (B, T) int64."""
         nll = F.cross_entropy(preds.float().flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
         if not bool(torch.isfinite(nll).all()):
             raise UserError(

@@ -75,11 +75,7 @@ def stability(a: Sequence[Tensor], b: Sequence[Tensor]) -> Stability:
 
 
 def pairwise_stability(masks: dict[str, Masks]) -> dict[tuple[str, str], dict[str, Stability]]:
-    """(run, run) -> kind of unit ("ffn", "attention") -> agreement, for every pair of runs.
-
-    Raises:
-        UserError: for masks of models of other shapes.
-    """
+    """(run, run) -> kind of unit ("ffn", "attention") -> agreement, for every pair of runs."""
     shapes = {name: [len(m) for m in (*found.ffn, *found.attention)] for name, found in masks.items()}
     first = next(iter(shapes), None)
     for name, shape in shapes.items():

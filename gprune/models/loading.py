@@ -74,11 +74,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def locate_model(name: str) -> str:
-    """An embedded name becomes the folder it is cached in; a folder or a hub id stays what it is.
-
-    Raises:
-        UserError: for a folder without `config.json`, or a name that is neither embedded, a folder nor `owner/name`.
-    """
+    """An embedded name becomes the folder it is cached in; a folder or a hub id stays what it is."""
     if name in assets.EMBEDDED_MODELS:
         return str(assets.embedded_model_dir(name))
     path = Path(name).expanduser()
@@ -97,11 +93,7 @@ def locate_model(name: str) -> str:
 
 
 def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read the configuration alone, and refuse what is not supported.
-
-    Raises:
-        UserError: for an unsupported family, a configuration that cannot be had, or sizes that no model has.
-    """
+    """Read the configuration alone, and refuse what is not supported."""
     location = locate_model(name)
     register()  # for a family whose record came after the import
     try:
@@ -126,11 +118,7 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
 def skeleton(
     config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A model of this config without weights, on the meta device; of its own class unless another one is given.
-
-    Raises:
-        UserError: for a configuration that describes none.
-    """
+    """A model of this config without weights, on the meta device; of its own class unless another one is given."""
     try:
         with torch.device("meta"):
             if model_class is not None:

@@ -171,11 +171,7 @@ def keep_until_gone(model: nn.Module, stack: ExitStack) -> None:
 
 
 def bytes_of(size: str) -> int:
-    """'2GiB', '500MB' or '1.5 TiB' as bytes.
-
-    Raises:
-        UserError: for anything else.
-    """
+    """'2GiB', '500MB' or '1.5 TiB' as bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)", size.strip(), re.IGNORECASE)
     if match is None or not 0 < float(match[1]) < 1e15:
         raise UserError(f"--model.max_memory: expected sizes such as 2GiB or 500MB, got '{size}'.")
@@ -183,11 +179,7 @@ def bytes_of(size: str) -> int:
 
 
 def memory_limits(sizes: Mapping[str, str]) -> dict[str | int, int]:
-    """`--model.max_memory` as transformers takes it: bytes by `cpu` or device number.
-
-    Raises:
-        UserError: for another device or a size that is none.
-    """
+    """`--model.max_memory` as transformers takes it: bytes by `cpu` or device number."""
     for device in sizes:
         if device != "cpu" and not re.fullmatch(r"[0-9]{1,4}", str(device)):
             raise UserError(f"--model.max_memory: expected cpu or a device number such as 0, got '{device}'.")

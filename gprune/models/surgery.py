@@ -88,8 +88,8 @@ def prune_to_files(
         revise: changes a sliced block, given the dense one and it, before it is written.
 
     Returns:
-        The pruned model with every parameter on the meta device: `gprune.models.offload.stored` fetches those of blocks from
-        the files and the others from `model`. To be saved and loaded again, not to be run.
+        The pruned model with every parameter on the meta device: `gprune.models.offload.stored` fetches the blocks'
+        from the files and the others from `model`. To be saved and loaded again, not to be run.
 
     Raises:
         ValueError: as `prune`.
@@ -193,9 +193,6 @@ def count_parameters(model: PreTrainedModel, scope: str) -> int:
         model: model of a supported family.
         scope: `ffn` (gate, up, down), `attention+ffn` (also query, key, value, output and norms over all heads) or
             `all` (the whole model, tied embeddings once).
-
-    Raises:
-        UserError: unknown scope.
     """
     if scope not in COUNT_SCOPES:
         raise UserError(f"Unknown scope '{scope}'. Available: {', '.join(COUNT_SCOPES)}.")

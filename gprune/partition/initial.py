@@ -1,7 +1,8 @@
 """The first partition of a block's neurons into modules, and the partitions that are its controls.
 
 A *module* is a set of neurons of one block that behave alike; neurons compete for survival only inside it. The start is
-k-means on a joint view of data-free parameter similarity and rank drift. Our reading of GPrune-LLM (arXiv 2603.13418)."""
+k-means on a joint view of data-free parameter similarity and rank drift. Our reading of GPrune-LLM (arXiv 2603.13418).
+"""
 
 from __future__ import annotations
 

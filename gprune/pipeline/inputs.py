@@ -78,11 +78,7 @@ class Text:
 
 
 def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Read, tokenise and cut every corpus for its roles.
-
-    Raises:
-        UserError: for a corpus with too little text for the samples asked for.
-    """
+    """Read, tokenise and cut every corpus for its roles."""
     c, e, seed = cfg.corpora, cfg.evaluation, cfg.run.seed
     length = "--corpora.seq_len"
     learned = "--corpora.learn_samples" if c.learn_samples else "--corpora.num_samples"

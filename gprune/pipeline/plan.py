@@ -96,9 +96,6 @@ def check(cfg: RunConfig) -> Plan:
     """Refuse before anything is loaded, and plan.
 
     The model is built from its configuration on the meta device: shapes without weights.
-
-    Raises:
-        UserError: for an unknown corpus, an unsupported model, or an impossible budget.
     """
     cfg.validate()
     cfg.check_names()

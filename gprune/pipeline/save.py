@@ -47,9 +47,6 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
     Args:
         pruned: the result, recovered as asked.
         masks: by stage.
-
-    Raises:
-        UserError: if logits differ by more than float rounding; the model folder is then removed.
     """
     save_masks(run, masks)
     export, manifest = run.cfg.export != "none", run.folder.manifest
@@ -77,11 +74,7 @@ def save_masks(run: Run, masks: Mapping[str, Masks]) -> None:
 
 
 def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, float]:
-    """Logits of the sliced model against those of the dense model under masks, on the first evaluated window.
-
-    Raises:
-        UserError: if they differ by more than rounding.
-    """
+    """Logits of the sliced model against those of the dense model under masks, on the first evaluated window."""
     cfg, ids = run.cfg, checked_tokens(run)
     device = device_of(run.model)
     # Recovery changes weights on purpose: what a mask and its slice must agree on comes before it.

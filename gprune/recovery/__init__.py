@@ -6,7 +6,5 @@ from gprune.recovery.contract import RECOVERY, Material, Recovery, recovery
 __all__ = ["RECOVERY", "Material", "Recovery", "recovery"]
 """Recovery: what pruning took, given back by the units that stay. One file per method, all with one contract."""
 
-from gprune.recovery import bias, least_squares, sequential  # noqa: F401 - they register themselves
-from gprune.recovery.contract import RECOVERY, Material, Recovery, recovery
 
 __all__ = ["RECOVERY", "Material", "Recovery", "recovery"]

@@ -57,11 +57,7 @@ def allocation(
 
 
 def check_options(name: str, options: Mapping[str, float]) -> None:
-    """Refuse options that the allocation `name` does not take, and values that an option cannot have.
-
-    Raises:
-        UserError: naming the option, what was expected and what came.
-    """
+    """Refuse options that the allocation `name` does not take, and values that an option cannot have."""
     function = ALLOCATION[name]
     known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for option, value in options.items():

@@ -56,11 +56,7 @@ class UnitCosts:
 
 
 def unit_costs(blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = (), uniform: bool = False) -> UnitCosts:
-    """Costs of the units of a model for a scope of `SCOPES`; blocks to `protect` may be counted from the end (-1).
-
-    Raises:
-        UserError: for a block that there is not.
-    """
+    """Costs of the units of a model for a scope of `SCOPES`; blocks to `protect` may be counted from the end (-1)."""
     depth = len(blocks)
     for index in protect:
         if not -depth <= index < depth:

@@ -21,8 +21,8 @@ class CalibrationStage(FrozenLMStage):
     """`trainer.test(stage, loaders)` with one loader per corpus; `statistics` then holds one entry per loader.
 
     With `saliency` the pass goes backward too: the trainer must not be in inference mode. With `walk` a corpus goes
-    through the model block by block (`gprune.calibration.layerwise`), to the same bits, once its last batch has come; `store` then takes
-    each block's Gram matrices, of the corpus it is told, by kind.
+    through the model block by block (`gprune.calibration.layerwise`), to the same bits, once its last batch has come;
+    `store` then takes each block's Gram matrices, of the corpus it is told, by kind.
     """
 
     def __init__(
