@@ -8,15 +8,15 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from scipy.stats import f_oneway, kendalltau
+
+import gprune
+from experiments import heterogeneity
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
 from gprune.partition.drift import fractional_ranks, noise_floor, rank_drift
 from gprune.runs.results import read_run
-from scipy.stats import f_oneway, kendalltau
-
-import gprune
-from experiments import heterogeneity
 from tests import tiny_run
 
 

@@ -25,6 +25,7 @@ from gprune.storage.files import read_json, read_tensors, write_json, write_tens
 from tests import tiny_run
 from tests.pipeline.kills import digests, left_behind
 from tests.runs.test_tracking import read_finished
+from tests.wandb_files import read_offline
 
 
 @pytest.fixture(scope="module")
@@ -407,4 +408,4 @@ def test_the_last_sitting_is_the_last_even_when_the_clock_was_put_back(tmp_path,
             folder.rename(folder.with_name("offline-run-29991231_000000-future"))
     assert read_finished(tmp_path).tags == ["second"]
     (tmp_path / "wandb/latest-run").unlink()
-    assert tracking.read_offline(tmp_path).tags == ["first"]  # by name, where there is no link
+    assert read_offline(tmp_path).tags == ["first"]  # by name, where there is no link

@@ -25,10 +25,10 @@ from gprune.export import job as export
 from gprune.models.embedded import is_complete
 from gprune.runs.folder import RunFolder
 from gprune.runs.results import load_run
-from gprune.runs.tracking import read_offline
 from gprune.storage import files as artifacts
 from gprune.storage.files import read_json, read_tensors, write_json, write_tensors
 from tests import tiny_run
+from tests.wandb_files import read_offline
 
 GIB = 2**30
 

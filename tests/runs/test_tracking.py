@@ -13,8 +13,9 @@ import pytest
 import wandb
 
 from gprune.errors import UserError
-from gprune.runs.tracking import read_offline, tracking
+from gprune.runs.tracking import tracking
 from tests import tiny_run
+from tests.wandb_files import read_offline
 
 
 @pytest.fixture(scope="module")
