@@ -6,7 +6,7 @@
     python -m experiments.finetune --table                        # from the records that are kept
 
 Each RUN is a finished run that exported its model (`--export hf`). Every row learns from the same windows in the same
-order: train text, drawn with a seed of its own, so that the sample is not that of calibration; how much of it
+order: train text, drawn with a seed of its own, so that calibration has drawn another sample; how much of it
 calibration has read all the same is recorded. One pass with AdamW, equal settings and seeds, plain next-token
 cross-entropy. The adapters sit on every linear layer of the decoder layers that the family's record names (experts,
 stacked tensors and no layers, stay as they are), are float32, and stay apart from the weights: nothing is merged.
@@ -199,7 +199,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rank", type=int, default=8)
     made.add_argument("--alpha", type=float, help="default: twice the rank")
     made.add_argument("--learning-rate", type=float, default=1e-3, help="the highest")
-    made.add_argument("--dtype", choices=DTYPES, help="of the frozen weights; default: that of the runs")
+    made.add_argument("--dtype", choices=DTYPES, help="of the frozen weights (default: as in the runs)")
     made.add_argument("--seed", type=int, default=0, help="of the text, its order and the adapters")
     made.add_argument("--accelerator", default="auto", help="cpu, gpu, or auto")
     made.add_argument("--table", action="store_true", help="print from the records that are kept; run nothing")

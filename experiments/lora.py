@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune import cli
 from gprune.benchmarks.subjects import load_dense
 from gprune.config import RunConfig
 from gprune.corpora.load import identity
@@ -33,7 +32,7 @@ from gprune.pipeline.inputs import prepare_text
 from gprune.pipeline.run import TokenMeter
 from gprune.report.records import row_name
 from gprune.runs.folder import exported_model
-from gprune.runs.results import FinishedRun
+from gprune.runs.results import FinishedRun, config_of
 from gprune.runs.trainer import NamedProgressBar, check_trainer, plain_interrupts
 from gprune.stages.base import FrozenLMStage, require_finite
 from gprune.storage.environment import environment
@@ -103,7 +102,7 @@ class Row:
     @cached_property
     def config(self) -> RunConfig:
         """Settings of the run."""
-        return cli.parse(["--config", str(self.run.path / "config.yaml")])
+        return config_of(self.run)
 
     @cached_property
     def measured(self) -> dict[str, dict[str, Any]]:

@@ -74,7 +74,7 @@ def _dense(run: Path, settings: dict[str, Any], dtype: str) -> Subject:
 
 
 def _pruned(run: Path, settings: dict[str, Any], dtype: str) -> Subject:
-    """The exported folder; without one, the dense model under the run's masks, which is the same but for recovery."""
+    """The exported folder; without one, the dense model under the run's masks, the same where nothing recovers."""
     stage = "gprune" if settings["gprune"] else "base"
     sparsity = settings["sparsity"]
     about = {

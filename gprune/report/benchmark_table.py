@@ -53,7 +53,7 @@ def evaluation_table(records: Sequence[Record]) -> Table:
 
 
 def _identity(r: Record) -> tuple[Cell, ...]:
-    """What a number must share with that of the dense model to stand beside it."""
+    """What a number and the dense model's must share, to stand side by side."""
     return tuple(r.get(name) for name in ("task", "content_hash", "dtype", "model"))
 
 

@@ -32,7 +32,7 @@ def means_figure(rows: Sequence[tuple[str, Estimate | None, Estimate | None]]) -
 
 @style()
 def ratio_figure(rows: Sequence[tuple[str, Estimate]], *, base: str) -> Figure:
-    """Perplexity on unseen text over that of the base metric, with paired intervals; left of the line is better."""
+    """Perplexity on unseen text, divided by the base metric's, with paired intervals; left of the line is better."""
     figure, axes = canvas(_width(rows), 1.2 + 0.3 * len(rows))
     _intervals(axes, list(enumerate(found for _, found in rows)), color="#0072B2", marker="o", mfc="#0072B2")
     for y, (_, found) in enumerate(rows):
@@ -51,11 +51,11 @@ def ratio_figure(rows: Sequence[tuple[str, Estimate]], *, base: str) -> Figure:
 def curve_figure(
     lines: Mapping[tuple[str, str], Sequence[tuple[float, Estimate]]], *, over: str, percent: bool = False
 ) -> Figure:
-    """Unseen perplexity over that of the base metric against a setting, with paired intervals; below 1 is better.
+    """Unseen perplexity, divided by the base metric's, against a setting, with paired intervals; below 1 is better.
 
     Args:
-        lines: (what it is of, stage) -> (value of the setting, ratio); what it is of has a colour and a marker, the
-            stage `gprune` full ones and any other hollow ones with dashes.
+        lines: (subject, stage) -> (value of the setting, ratio). Each subject has a colour and a marker; the stage
+            `gprune` has full markers, any other stage hollow ones and dashes.
         over: name of the setting.
         percent: whether its values are shares.
     """

@@ -80,7 +80,7 @@ def groups(runs: Sequence[FinishedRun]) -> list[Group]:
     found: dict[tuple[str, int], list[FinishedRun]] = defaultdict(list)
     times: dict[tuple[str, int], int] = defaultdict(int)
     for run in runs:
-        key = run.but_for_seed
+        key = run.all_but_seed
         times[key, run.seed] += 1
         found[key, times[key, run.seed]].append(run)
     return [Group(members) for members in found.values()]

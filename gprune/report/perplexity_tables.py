@@ -49,9 +49,10 @@ def mean_perplexity(run: FinishedRun, stage: Stage, *, seen: bool) -> Estimate |
 
 
 def ratio_to(run: FinishedRun, stage: Stage, other: FinishedRun, reference: Stage) -> Estimate | None:
-    """Geometric mean over text unseen by both runs over that of `reference` in `other`, paired over windows.
+    """Perplexity of `stage` in `run` divided by `reference` in `other`, as geometric means over text unseen by both.
 
-    None where `other` was not evaluated on the same windows, and for a stage with itself.
+    The interval is paired over windows. None where `other` was not evaluated on the same windows, and for a stage with
+    itself.
     """
     if run.path.resolve() == other.path.resolve() and stage == reference:
         return None

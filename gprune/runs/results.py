@@ -57,7 +57,7 @@ class FinishedRun:
         return self.settings["inputs"]["model"]
 
     @property
-    def but_for_seed(self) -> str:
+    def all_but_seed(self) -> str:
         """Equal for runs that differ in seed alone: settings, dense model and the text they are evaluated on."""
         plain = json.loads(json.dumps(with_defaults(self.settings, RunConfig().settings())))
         plain["run"].pop("seed")
@@ -184,13 +184,13 @@ def load_run(path: Path | str) -> PruningResult:
     """A finished run, from its folder alone: the dense model is not needed.
 
     Statistics come without Gram matrices, which stay in the cache; `model` and `tokenizer` are None after
-    `--export none` (`gprune.apply_masks(dense, result.masks)` makes the model again, but for recovery).
+    `--export none` (`gprune.apply_masks(dense, result.masks)` makes the pruned model again, without recovery).
 
     Raises:
         UserError: as `read_run`, and for settings, statistics, thresholds or a model that are not the run's.
     """
     folder, run = _finished(path)
-    cfg = _config(folder, run.settings)
+    cfg = config_of(run)
     run = _with_tensors(folder, run)
     with _complete(folder):
         name_controls(cfg, run.records)
@@ -209,15 +209,19 @@ def load_run(path: Path | str) -> PruningResult:
     )
 
 
-def _config(folder: RunFolder, settings: Mapping[str, Any]) -> RunConfig:
-    """The run's configuration from config.yaml, refused where it is not the one that the manifest holds."""
-    file = folder / "config.yaml"
+def config_of(run: FinishedRun) -> RunConfig:
+    """The run's configuration, from config.yaml.
+
+    Raises:
+        UserError: where it is not the one whose settings the manifest holds.
+    """
+    file = run.path / "config.yaml"
     try:
         with _without_retired(file) as readable:
             cfg = parse(["--config", str(readable)])
     except UserError as error:
         raise UserError(f"{file} was altered: {error} Run the same command again.") from error
-    before = with_defaults(settings, RunConfig().settings())
+    before = with_defaults(run.settings, RunConfig().settings())
     if changed := differences({name: before.get(name) for name in cfg.settings()}, cfg.settings()):
         raise UserError(f"{file} was altered: {changed[0]}. Run the same command again.")
     return cfg

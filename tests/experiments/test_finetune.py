@@ -152,7 +152,7 @@ def test_finished_rows_are_not_run_again_and_the_table_needs_no_runs(lab, capsys
     assert lab.main("small", "unequal", "--dense", *lab.flags()) == 0
     out = capsys.readouterr().out
     assert "rows:" not in out
-    monkeypatch.setattr(finetune.report, "read_runs", lambda *a: pytest.fail("it read runs"))
+    monkeypatch.setattr(finetune, "read_runs", lambda *a: pytest.fail("it read runs"))
     assert lab.main("--table") == 0
     assert capsys.readouterr().out.strip() == out.strip()
     assert lab.main("--table", "elsewhere/small", "--dense") == 0

@@ -74,7 +74,7 @@ def test_settings_that_are_gone_are_ignored_where_they_had_no_effect(recovered, 
     assert back.config == recovered.config
     assert back.masks == recovered.masks
     today, before = (read_run(path) for path in (recovered.path, folder.path))
-    assert before.but_for_seed == today.but_for_seed  # a seed like the others in a report
+    assert before.all_but_seed == today.all_but_seed  # a seed like the others in a report
     with_settings_of_before(folder, through="least_squares")
     with pytest.raises(UserError, match=r"config\.yaml was altered: .*through"):
         gprune.load_run(folder.path)
