@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from gprune.errors import UserError
 from gprune.export.gguf import write_gguf
 from gprune.export.gguf_check import ask_llama_cpp
-from gprune.export.job import LLAMA_CPP, TYPES, has_llama_cpp
+from gprune.export.job import TYPES
+from gprune.export.packages import LLAMA_CPP, has_llama_cpp
 
 from .inference import decode, prefill
 from .measure import MIB, Table, Timing, flops

@@ -27,7 +27,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-from gprune.export.job import LLAMA_CPP, ONNX, TYPES, has_llama_cpp
+from gprune.export.job import TYPES
+from gprune.export.packages import LLAMA_CPP, ONNX, has_llama_cpp
 
 from .models import MODELS, SPARSITY, WIDTH_MULTIPLE, make
 from .packages import OLDER, fetch

@@ -18,7 +18,7 @@ BUILT_WITH = ("cffi", "pycparser")  # what the llama.cpp build imports
 
 def fetch(work: Path) -> None:
     """Get what is not there yet; a failure is told, and leaves rows that say `not installed`."""
-    from gprune.export.job import LLAMA_CPP, ONNX
+    from gprune.export.packages import LLAMA_CPP, ONNX
 
     wanted = {f"transformers-{version}": partial(lay_over, lambda v=version: built_on(v)) for version in OLDER}
     wanted |= {LLAMA_CPP: partial(lay_over, lambda: [LLAMA_CPP, *BUILT_WITH])}

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.errors import UserError
-from gprune.export.job import LLAMA_CPP
+from gprune.export.packages import LLAMA_CPP
 
 log = logging.getLogger("gprune")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gprune.errors import UserError, first_line
+from gprune.export.packages import LLAMA_CPP, ONNX, has_llama_cpp
 from gprune.models.families import family_of
 from gprune.registry import Registry
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 
 TYPES = ("f32", "f16", "q8_0")
-LLAMA_CPP = "llama-cpp-py-sync"  # a ready-built llama.cpp, as pip calls it
-ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -124,11 +123,6 @@ class Onnx:
         output.mkdir()
         write_onnx(model, output / "model.onnx")
         check_onnx(model, output / "model.onnx")
-
-
-def has_llama_cpp() -> bool:
-    """Whether the build that GGUF files are checked with is installed."""
-    return importlib.util.find_spec(LLAMA_CPP.replace("-", "_")) is not None
 
 
 def export(

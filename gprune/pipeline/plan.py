@@ -19,7 +19,7 @@ from gprune.calibration.statistics import gram_bytes
 from gprune.config import RunConfig
 from gprune.errors import UserError
 from gprune.export.gguf import check_expressible
-from gprune.export.job import LLAMA_CPP, has_llama_cpp
+from gprune.export.packages import LLAMA_CPP, has_llama_cpp
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import read_config, skeleton
 from gprune.models.masks import Masks

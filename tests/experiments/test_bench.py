@@ -17,7 +17,7 @@ from experiments.bench.measure import Table, Timing
 from experiments.bench.models import Settings
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
-from gprune.export.job import has_llama_cpp
+from gprune.export.packages import has_llama_cpp
 from gprune.models.blocks import blocks_of
 from gprune.models.losses import next_token_loss
 from tests import tiny_run

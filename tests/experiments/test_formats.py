@@ -20,7 +20,7 @@ from experiments import vllm_check
 from experiments.formats import __main__ as formats
 from experiments.formats import models, packages, readers
 from gprune.export import hf
-from gprune.export.job import ONNX
+from gprune.export.packages import ONNX
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune, widths
 from tests.conftest import make_tiny_llama

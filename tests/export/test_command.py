@@ -17,7 +17,8 @@ from gprune.errors import UserError
 from gprune.export import EXPORTS, export, gguf_check, hf
 from gprune.export import job as verb
 from gprune.export.command import main
-from gprune.export.job import LLAMA_CPP, find
+from gprune.export.job import find
+from gprune.export.packages import LLAMA_CPP
 from tests.export.test_gguf import as_in_llama_cpp, byte_tokenizer, make_pruned
 from tests.tiny_run import environment, isolated, tiny_tokenizer
 

@@ -20,7 +20,8 @@ from gprune.errors import UserError
 from gprune.export import EXPORTS, export, gguf_check
 from gprune.export import gguf as ours
 from gprune.export.hf import save_pruned
-from gprune.export.job import LLAMA_CPP, TYPES, has_llama_cpp
+from gprune.export.job import TYPES
+from gprune.export.packages import LLAMA_CPP, has_llama_cpp
 from gprune.models import embedded as assets
 from gprune.models import gguf as reading
 from gprune.models.blocks import blocks_of

@@ -11,7 +11,7 @@ import torch
 from gprune.export import export, hf, onnx
 from gprune.export import job as verb
 from gprune.export.command import main
-from gprune.export.job import ONNX
+from gprune.export.packages import ONNX
 from tests import tiny_run
 from tests.export.test_hf import make_pruned
 
