@@ -212,6 +212,8 @@ def start(
             more |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         variables = environment(folder / "cache", **more)
         output = (folder / f"stdout.{rank}", folder / f"stderr.{rank}")
+        for file in output:
+            file.touch()
         sys.stdout.flush()
         sys.stderr.flush()
         child = os.fork()
@@ -230,7 +232,7 @@ def _started(script: Path, args: Sequence[str], variables: dict[str, str], rank:
     # A job in the background of a script inherits SIGINT as ignored, and Python then leaves it so.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, path in enumerate(output, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(path, os.O_WRONLY), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     os.chdir(ROOT)
     os.environ.clear()

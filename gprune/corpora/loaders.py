@@ -95,14 +95,7 @@ class CorpusDataModule(LightningDataModule):
     Use it with `Trainer(use_distributed_sampler=False)`: it shards by itself.
     """
 
-    def __init__(
-        self,
-        *,
-        train: Sequence[Windows] = (),
-        test: Sequence[Windows] = (),
-        batch_size: int,
-        seed: int,
-    ):
+    def __init__(self, *, train: Sequence[Windows] = (), test: Sequence[Windows] = (), batch_size: int, seed: int):
         super().__init__()
         self.train, self.test = tuple(train), tuple(test)
         self.batch_size, self.seed = batch_size, seed

@@ -214,7 +214,7 @@ def test_the_head_is_not_run(tiny_model, token_batch):
 def test_tensors_round_trip(tiny_model, token_batch, gram, saliency):
     statistics = collect(tiny_model, batches(token_batch, 6), gram=gram, saliency=saliency)
     flat = statistics.tensors()
-    assert len(flat) == 1 + 2 * 3 * (2 * 4 + gram) + len(saliency) * 3 * 3 * 3
+    assert len(flat) == 1 + 2 * 3 * (2 * 3 + gram) + len(saliency) * 3 * 3 * 3
     again = CorpusStatistics.from_tensors({name: flat[name].clone() for name in sorted(flat)})
     assert flat.keys() == again.tensors().keys()
     assert all(torch.equal(flat[name], again.tensors()[name]) for name in flat)

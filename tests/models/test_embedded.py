@@ -164,7 +164,7 @@ def test_losing_the_race_keeps_the_winner(tiny_embedded, tmp_path):
     (folder / "winner").write_text("")
     late = tmp_path / "late"
     late.mkdir()
-    assets._publish(late, folder, tmp_path)
+    assets.publish(late, folder, tmp_path)
     assert (folder / "winner").exists()
 
 

@@ -88,8 +88,14 @@ FLAGS = {
         ["--sparsity.target", "39,168", "depth", "at most 36,992"],
     ),
     "start": (["--sparsity.start=learned"], ["--sparsity.start", "uniform, global, owl", "'learned'"]),
-    "owl spread": (["--sparsity.options={spread: -0.01}"], ["--sparsity.options.spread", "0 or more", "-0.01"]),
-    "owl multiple": (["--sparsity.options={multiple: 0.9}"], ["--sparsity.options.multiple", "1 or more", "0.9"]),
+    "owl spread": (
+        ["--sparsity.start=owl", "--sparsity.options={spread: -0.01}"],
+        ["--sparsity.options.spread", "0 or more", "-0.01"],
+    ),
+    "owl multiple": (
+        ["--sparsity.start=owl", "--sparsity.options={multiple: 0.9}"],
+        ["--sparsity.options.multiple", "1 or more", "0.9"],
+    ),
     "protect": (["--sparsity.protect=[0,3]"], ["--sparsity.protect", "from -3 to 2", "got 3", "has 3"]),
     "protect -4": (["--sparsity.protect=[-4]"], ["--sparsity.protect", "from -3 to 2", "got -4"]),
     "protect all but one": (

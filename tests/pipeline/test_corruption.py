@@ -18,6 +18,7 @@ import torch
 
 from gprune.errors import UserError
 from gprune.pipeline import prune as pipeline
+from gprune.pipeline import run as opening
 from gprune.runs import tracking
 from gprune.runs.results import load_run
 from gprune.storage import files as artifacts
@@ -349,7 +350,8 @@ def test_a_mirror_that_vanishes(when, world, tmp_path, monkeypatch, capsys):
     mirror.mkdir(parents=True)
     shutil.copy(world.corpora["beta"], mirror / "train.txt")
     monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path / "data"))
-    step = getattr(pipeline, when)
+    place = pipeline if when == "calibrate" else opening
+    step = getattr(place, when)
 
     def vanish(*args, **kwargs):
         result = step(*args, **kwargs)
@@ -357,7 +359,7 @@ def test_a_mirror_that_vanishes(when, world, tmp_path, monkeypatch, capsys):
         return result
 
     with tiny_run.isolated(tmp_path / "cache", GPRUNE_DATA_DIR=str(tmp_path / "data")):
-        monkeypatch.setattr(pipeline, when, vanish)
+        monkeypatch.setattr(place, when, vanish)
         code = again(world, tmp_path, "--gprune=false", "--corpora.score=mine")
         assert code == (0 if when == "calibrate" else 2)
         err = capsys.readouterr().err
