@@ -8,6 +8,7 @@ from gprune.corpora import load as corpora
 from gprune.corpora.embedded import EMBEDDED_CORPORA
 from gprune.corpora.load import CORPORA, SPLITS, check_corpus, load_corpus
 from gprune.errors import UserError
+from tests import built_in
 
 EMBEDDED = [record.name for record in EMBEDDED_CORPORA]
 
@@ -129,12 +130,12 @@ def test_unknown_split():
         load_corpus("python_docs", "dev")
 
 
-def test_registering_a_corpus_is_one_function(monkeypatch):
-    monkeypatch.setattr(CORPORA, "_entries", dict(CORPORA._entries))
-    CORPORA.register("mine")(lambda split: texts(split, 10))
-    assert load_corpus("mine", "development") == ["train 9"]
-    assert load_corpus("mine", "train") == texts("train", 9)
-    assert load_corpus("mine", "test") == texts("test", 10)
+def test_registering_a_corpus_is_one_function():
+    with built_in.scratch(CORPORA):
+        CORPORA.register("mine")(lambda split: texts(split, 10))
+        assert load_corpus("mine", "development") == ["train 9"]
+        assert load_corpus("mine", "train") == texts("train", 9)
+        assert load_corpus("mine", "test") == texts("test", 10)
 
 
 @pytest.mark.parametrize("name", ["python_docs", "python_code"])

@@ -367,9 +367,9 @@ def test_the_experiment_of_a_large_model(monkeypatch, capsys):
     assert capsys.readouterr().out.count("| the same in memory |") == 1
 
 
-@pytest.mark.slow
-def test_the_whole_pipeline_on_a_random_model_is_timed_step_by_step(capsys):
-    """In a fresh process, as its time is what it tells."""
+def test_the_whole_pipeline_on_a_random_model_is_timed_step_by_step(monkeypatch, capsys):
+    tiny_run.quick(monkeypatch)
+    monkeypatch.setattr(large, "subprocess", SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL))
     large.main(["--whole", "tiny"])
     out = capsys.readouterr().out
     for step in ("calibrate", "assignment", "thresholds", "save_and_check", "evaluate"):

@@ -50,6 +50,13 @@ def train(world, folder, *flags, processes=2):
     return first
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_run.quick(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return tiny_run.make_world(tmp_path_factory.mktemp("world"))

@@ -265,7 +265,7 @@ def bomb(opening: str, item: str) -> str:
     return "\n".join(lines)
 
 
-# Refused by `cli._check_yaml`, or they would take all the memory or leave a traceback.
+# Refused before jsonargparse reads them, or they would take all the memory or leave a traceback.
 OPEN = {
     "bomb": bomb("", "{0}: "),
     "bomb in a value": bomb("importance:\n", "  - "),
