@@ -1,5 +1,10 @@
 """Errors for people: one line that says what was expected, what came and what to do."""
 
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
 
 class UserError(ValueError):
     """Something the caller can put right: a flag, a corpus, a model, a budget, a file.
@@ -12,6 +17,15 @@ class UserError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+def require_finite(what: str, *tensors: Tensor) -> None:
+    """Raise a UserError for NaN or infinity in the tensors. `what`: "activation came up during calibration"."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise UserError(
+            f"A non-finite {what}; expected finite numbers. Check the model's weights, or use --model.dtype float32 "
+            f"instead of a 16-bit type."
+        )
+
+
 def first_line(error: Exception) -> str:
-    """What an error of somebody else's says, as much of it as fits one of ours; its name if it says nothing."""
+    """The first line of an error that a library raised, to be quoted in one of ours; its class if it has no text."""
     return (str(error).splitlines() or [type(error).__name__])[0]

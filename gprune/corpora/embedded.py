@@ -1,4 +1,4 @@
-"""Corpora that need no hub: text files inside a wheel, and what the interpreter itself brings."""
+"""Corpora that need no hub: text files inside a wheel, and sources and documentation of the Python interpreter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WHEEL_FOLDER = "exllamav2/conversion/standard_cal_data"
 
 @dataclass(frozen=True)
 class EmbeddedCorpus:
-    """One text file in a wheel, and how it falls into documents."""
+    """One text file in a wheel, and the function that cuts it into documents."""
 
     name: str
     file: str
@@ -28,20 +28,20 @@ class EmbeddedCorpus:
 
 
 def _split_articles(text: str) -> list[str]:
-    """`<doc ...> article </doc>`, without the tags; stubs that are little more than a title are left out."""
+    """The texts between `<doc ...>` and `</doc>`, without stubs that are little more than a title."""
     articles = (article.strip() for article in re.findall(r"<doc [^>]*>\n(.*?)\n</doc>", text, flags=re.DOTALL))
     return [article for article in articles if len(article) >= 200]
 
 
-def _split_stories(text: str) -> list[str]:
-    # The separator is a special token of many tokenizers, and must not reach them as text.
-    return [story.strip() for story in text.split("<|endoftext|>") if story.strip()]
+def _split_at(mark: str, text: str) -> list[str]:
+    return [piece.strip() for piece in text.split(mark) if piece.strip()]
 
 
 EMBEDDED_CORPORA = (
     EmbeddedCorpus("wiki", "wiki.utf8", _split_articles),
-    EmbeddedCorpus("web", "c4.utf8", lambda text: [line.strip() for line in text.split("\n") if line.strip()]),
-    EmbeddedCorpus("stories", "tiny.utf8", _split_stories),
+    EmbeddedCorpus("web", "c4.utf8", partial(_split_at, "\n")),
+    # The separator is a special token of many tokenizers, and must not reach them as text.
+    EmbeddedCorpus("stories", "tiny.utf8", partial(_split_at, "<|endoftext|>")),
     EmbeddedCorpus("technical", "technical.utf8"),
     EmbeddedCorpus("code", "code.utf8"),
     EmbeddedCorpus("multilingual", "multilingual.utf8"),
@@ -61,7 +61,7 @@ def _load_embedded(corpus: EmbeddedCorpus, split: str) -> list[str]:
 for _corpus in EMBEDDED_CORPORA:
     CORPORA.register(_corpus.name)(partial(_load_embedded, _corpus))
 
-# Long, and present in every supported Python. A list by hand: "all of it" is 50 MB and changes more.
+# Long modules that every supported Python has. A list by hand: the whole library is 50 MB and changes more.
 # fmt: off
 PYTHON_MODULES = (
     "_collections_abc", "_pydecimal", "_pyio", "argparse", "ast", "base64", "bdb", "calendar", "codecs",
@@ -78,7 +78,7 @@ PYTHON_MODULES = (
 
 @CORPORA.register("python_code")
 def python_code(split: str) -> list[str]:
-    """Sources of the running interpreter's standard library, one document per module."""
+    """Sources of the running interpreter's standard library (`PYTHON_MODULES`), one document per module."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = [folder / f"{module}.py" for module in PYTHON_MODULES]
     documents = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
@@ -91,8 +91,8 @@ def python_code(split: str) -> list[str]:
 def python_docs(split: str) -> list[str]:
     """The language reference that comes with the interpreter (`help("TOPIC")`), one document per topic.
 
-    Topics quote each other (a chapter holds its sections), so a paragraph is kept in the longest topic that
-    has it and nowhere else; train and test would overlap otherwise.
+    Topics quote each other (a chapter holds its sections), so only the longest topic with a paragraph keeps it;
+    otherwise train and test would overlap.
     """
     try:
         from pydoc_data.topics import topics
@@ -100,8 +100,7 @@ def python_docs(split: str) -> list[str]:
         raise UserError(
             "Corpus 'python_docs' needs pydoc_data, which this Python lacks. Use another corpus."
         ) from error
-    seen: set[str] = set()
-    kept: dict[str, str] = {}
+    seen, kept = set(), {}
     for name, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
         paragraphs = [p for p in re.split(r"\n\s*?\n", text) if p.strip() and " ".join(p.split()) not in seen]
         seen.update(" ".join(p.split()) for p in paragraphs)

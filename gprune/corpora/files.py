@@ -1,7 +1,8 @@
-"""Text files as corpora: what counts as a document in a file, and which files are which split.
+"""Read text files as corpora: cut a file into documents, and tell which files are which split.
 
-Layout of a folder, the one `datasets.load_dataset("<folder>")` reads too: `<split>.jsonl` (or .txt, .parquet)
-for train, validation and test. A missing test split falls back to validation; text in one piece is cut 70/30.
+A folder holds `<split>.jsonl` (or .txt, .parquet) for train, validation and test, the layout that
+`datasets.load_dataset("<folder>")` reads too. A missing test split falls back to validation. Text in one piece is cut
+70/30.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ TRAIN_SHARE = 0.7
 def split_text(text: str, size: int = 2000) -> list[str]:
     """Cut running text into documents of about `size` characters, at blank lines.
 
-    Blocks without blank lines are cut at a line end once they are twice as long. Nothing but surrounding
-    newlines is lost, so code keeps its indentation.
+    Text without blank lines is cut at the first line end after twice that size. Only newlines around a document are
+    lost, so code keeps its indentation.
     """
     documents, lines, length = [], [], 0
     for line in text.splitlines(keepends=True):
@@ -37,8 +38,8 @@ def split_text(text: str, size: int = 2000) -> list[str]:
 def contiguous_split(documents: Iterable[str], split: str) -> list[str]:
     """The first 70 % of the (distinct) documents as "train", the rest as "test".
 
-    Contiguous rather than interleaved, because neighbouring pieces may come from one source: every other
-    piece of one article in train and test would be a leak made by the split itself.
+    Contiguous, because neighbouring pieces may come from one source: with every other piece of an article in test, the
+    split itself would leak.
     """
     distinct = list(dict.fromkeys(documents))
     cut = round(TRAIN_SHARE * len(distinct))
@@ -55,16 +56,13 @@ def text_files(path: Path) -> list[Path]:
 
 
 def load_files(path: Path, split: str) -> list[str]:
-    """Documents of a file or folder; `<split>.*` files are splits, and whatever is one piece is cut 70/30."""
+    """Documents of a file or folder: the files `<split>.*`, or the split's share of text in one piece, cut 70/30."""
     files = text_files(path)
     if not files:  # there were some when the name was looked up
         raise UserError(f"Corpus '{path}' has vanished: expected {', '.join(SUFFIXES)} files, found none.")
-    named = {
-        name: [file for file in files if re.match(rf"{name}([.-]|$)", file.name)]
-        for name in ("train", "validation", "test")
-    }
-    train = named["train"] or named["validation"] or named["test"] or files
-    test = named["test"] or named["validation"] or named["train"] or files
+    names = ("train", "validation", "test")
+    train, validation, test = ([f for f in files if re.match(rf"{name}([.-]|$)", f.name)] for name in names)
+    train, test = train or validation or test or files, test or validation or train or files
     if train == test:
         return contiguous_split(_read_all(train), split)
     return _read_all(train if split == "train" else test)
@@ -86,13 +84,14 @@ def _read(path: Path) -> list[str]:
             return _read_parquet(path)
         with path.open(encoding="utf-8") as lines:
             return [_text_of(json.loads(line), f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
-    except UserError:
+    except UserError:  # a ValueError too
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"Corpus file '{path}' cannot be read as {path.suffix[1:]} in UTF-8: {error}.") from error
 
 
 def _text_of(row: object, where: str) -> str:
+    """The field "text" of a row, or a UserError that says where the row stands."""
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         got = f"the fields {', '.join(map(str, row))}" if isinstance(row, dict) else type(row).__name__
         raise UserError(f"{where}: expected an object with a string field 'text', got {got or 'none'}.")

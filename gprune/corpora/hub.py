@@ -1,4 +1,4 @@
-"""Corpora on the Hugging Face hub, as one table: formats that `datasets` 5 loads without running code."""
+"""Corpora on the Hugging Face hub, as one table; `datasets` 5 loads all of their formats without running code."""
 
 from __future__ import annotations
 
@@ -7,41 +7,32 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import huggingface_hub
 
 from gprune.console import quieted
 from gprune.corpora.files import contiguous_split
 from gprune.corpora.load import CORPORA
-from gprune.errors import UserError
+from gprune.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """Where a corpus is and how a row becomes text.
+    """Where a corpus is and how a row becomes text; `path`, `config` and `files` go to `datasets.load_dataset`."""
 
-    Attributes:
-        name: the name in gprune.
-        path, config, files: handed to `datasets.load_dataset`; `{split}` in `files` is replaced.
-        text: format string over the row's columns.
-        test: the hub's name of the test split; None when there is only "train", to be cut by the caller.
-        limit: number of rows to stream, for data sets too large to fetch; None fetches the split.
-        documents: makes documents of rows that are only lines or sentences.
-    """
-
-    name: str
+    name: str  # in gprune
     path: str
     config: str | None = None
-    files: str | None = None
-    text: str = "{text}"
-    test: str | None = "test"
-    limit: int | None = None
-    documents: Callable[[list[str]], list[str]] = list
+    files: str | None = None  # `{split}` is replaced
+    text: str = "{text}"  # format string over the row's columns
+    test: str | None = "test"  # the hub's name of the test split; None: there is only "train", which is cut 70/30
+    limit: int | None = None  # rows to stream, of data sets too large to fetch; None fetches the split
+    documents: Callable[[list[str]], list[str]] = list  # makes documents of rows that are only lines or sentences
 
 
 def join_articles(lines: list[str]) -> list[str]:
-    """WikiText comes line by line; an article starts at a ` = Title = ` line (sections have more signs)."""
+    """Articles from WikiText's lines; an article starts at a ` = Title = ` line (sections have more signs)."""
     articles: list[list[str]] = [[]]
     for line in lines:
         if re.fullmatch(r" = [^=].*[^=] = \n?", line):
@@ -51,7 +42,7 @@ def join_articles(lines: list[str]) -> list[str]:
 
 
 def join_sentences(sentences: list[str], per_document: int = 20) -> list[str]:
-    """The Penn Treebank comes sentence by sentence."""
+    """Documents of so many sentences each, from the Penn Treebank's sentences."""
     starts = range(0, len(sentences), per_document)
     return ["\n".join(sentences[start : start + per_document]) for start in starts]
 
@@ -67,23 +58,19 @@ HUB_CORPORA = (
         text="{sentence}",
         documents=join_sentences,
     ),
-    HubCorpus(
-        "alpaca",
-        "tatsu-lab/alpaca",
-        text="Instruction: {instruction}\n{input}\nResponse: {output}",
-        test=None,
-    ),
+    HubCorpus("alpaca", "tatsu-lab/alpaca", text="Instruction: {instruction}\n{input}\nResponse: {output}", test=None),
     HubCorpus("gsm8k", "openai/gsm8k", "main", text="Question: {question}\nAnswer: {answer}"),
     HubCorpus("codeparrot", "codeparrot/codeparrot-clean-valid", text="{content}", test=None, limit=2000),
 )
 
 
 def load_hub(record: HubCorpus, split: str) -> list[str]:
-    """The documents of "train" or "test", in the hub's order."""
+    """The documents of "train" or "test", in the hub's order; "train" is cut 70/30 where the hub has no test split."""
+    if record.test is None:
+        return contiguous_split(load_hub(replace(record, test="train"), "train"), split)
     import datasets  # takes a second, and only hub corpora need it
 
     wanted = record.test if split == "test" else "train"
-    assert wanted is not None, f"'{record.name}' has no test split"
     files = {wanted: record.files.format(split=wanted)} if record.files else None
     reachable = True
     try:
@@ -93,7 +80,7 @@ def load_hub(record: HubCorpus, split: str) -> list[str]:
             )
             texts = [record.text.format(**row) for row in itertools.islice(rows, record.limit)]
     except Exception as error:  # datasets, fsspec, the hub and the http client each raise their own
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         if not reachable:
             reason = f"no answer from {huggingface_hub.constants.ENDPOINT}, and no cached copy"
         raise UserError(
@@ -106,10 +93,9 @@ def load_hub(record: HubCorpus, split: str) -> list[str]:
 
 @contextlib.contextmanager
 def offline_if_unreachable() -> Iterator[bool]:
-    """Ask the hub once, with a short timeout; without an answer use cached copies only.
+    """Ask the hub once, with a short timeout, and use cached copies only if it does not answer; yields whether it did.
 
-    Yields whether the hub answered.
-    `datasets` by itself retries for half a minute per file and writes a warning for each try.
+    By itself, `datasets` retries for half a minute per file and warns at each try.
     """
     import datasets
 
@@ -129,9 +115,5 @@ def offline_if_unreachable() -> Iterator[bool]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
-def _load(record: HubCorpus, split: str) -> list[str]:
-    return load_hub(record, split) if record.test else contiguous_split(load_hub(record, "train"), split)
-
-
 for _record in HUB_CORPORA:
-    CORPORA.register(_record.name)(functools.partial(_load, _record))
+    CORPORA.register(_record.name)(functools.partial(load_hub, _record))

@@ -1,9 +1,8 @@
-"""Corpora by name: `load_corpus(name, split)` gives a list of documents.
+"""Load a corpus by name: `load_corpus(name, split)` gives a list of documents.
 
 A name is, in this order: a path (`.txt`, `.jsonl`, `.parquet`, or a folder of them), a local mirror under
-`$GPRUNE_DATA_DIR`, or an entry of `CORPORA`, which holds embedded corpora (no hub needed) and hub data sets.
-To add one, register a function that delivers "train" and "test"; development text is cut from train here,
-once for all:
+`$GPRUNE_DATA_DIR`, or an entry of `CORPORA`, which holds embedded corpora (no hub needed) and hub data sets. To add a
+corpus, register a function that returns the documents of "train" and "test"; development text is cut from train here:
 
     @CORPORA.register("my_corpus")
     def my_corpus(split: str) -> list[str]: ...
@@ -31,7 +30,7 @@ CORPORA: Registry[Corpus] = Registry("corpus")
 def load_corpus(name: str, split: str) -> list[str]:
     """The documents of one split, in a fixed order.
 
-    "development" is every tenth train document and is never part of "train"; settings are chosen on it.
+    Settings are chosen on "development": every tenth document of the train text, which "train" then lacks.
 
     Args:
         name: a path, the name of a mirror under `$GPRUNE_DATA_DIR`, or a registered name.
@@ -42,8 +41,7 @@ def load_corpus(name: str, split: str) -> list[str]:
     """
     if split not in SPLITS:
         raise UserError(f"Unknown split '{split}' of corpus '{name}'. Available: {', '.join(SPLITS)}.")
-    source = _source(name)
-    raw = source("test" if split == "test" else "train")
+    raw = _source(name)("test" if split == "test" else "train")
     documents = raw if split == "test" else _cut_development(raw, split)
     if not documents:
         raise UserError(
@@ -54,7 +52,7 @@ def load_corpus(name: str, split: str) -> list[str]:
 
 
 def check_corpus(name: str) -> None:
-    """Refuse a name that `load_corpus` could not resolve, without reading text."""
+    """Raise a UserError for a name that `load_corpus` cannot resolve, without reading text."""
     _source(name)
 
 
@@ -68,7 +66,7 @@ def mirrors() -> list[str]:
 
 
 def _source(name: str) -> Corpus:
-    """What delivers the raw "train" and "test" documents of `name`."""
+    """The function that returns the "train" or "test" documents of `name`, development text included."""
     if _looks_like_path(name):
         path = Path(name).expanduser()
         if not path.exists():
@@ -76,7 +74,7 @@ def _source(name: str) -> Corpus:
         if not text_files(path):
             raise UserError(f"Corpus '{name}': expected {', '.join(SUFFIXES)} files, found none.")
         return partial(load_files, path)
-    # A plain name only: with separators or dots in front it could lead out of GPRUNE_DATA_DIR.
+    # Only a plain name: with separators, or dots in front, it could lead out of GPRUNE_DATA_DIR.
     if re.fullmatch(r"\w[\w.-]*", name):
         for root in _mirror_roots():
             if text_files(root / name):
@@ -101,7 +99,7 @@ def _mirror_roots() -> list[Path]:
 
 
 def identity(name: str) -> str:
-    """What a name stands for: two spellings of one path, or a mirror and its path, are the same corpus."""
+    """The same string for two names of one corpus, such as two spellings of a path, or a mirror and its path."""
     if _looks_like_path(name):
         return os.path.realpath(os.path.expanduser(name))
     for root in _mirror_roots():
@@ -111,7 +109,7 @@ def identity(name: str) -> str:
 
 
 def _cut_development(train: list[str], split: str) -> list[str]:
-    """Set every tenth train document apart; a text that occurs twice stays on one side."""
+    """Every tenth train document as "development", or the others without copies of those as "train"."""
     development = train[DEVELOPMENT_EVERY - 1 :: DEVELOPMENT_EVERY]
     if split == "development":
         return development

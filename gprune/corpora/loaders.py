@@ -1,6 +1,7 @@
 """From windows to batches: one loader per corpus, seeded, and sharded exactly.
 
-Every window is seen once, whatever the number of processes, where `DistributedSampler` would repeat some."""
+Every window is seen once, whatever the number of processes; `DistributedSampler` would repeat some.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +18,21 @@ from gprune.corpora.windows import Windows
 
 
 class TokenDataset(Dataset):
-    """All windows of several corpora, one after the other. Indexed by (index, weight)."""
+    """All windows of several corpora, one after the other, indexed by (index, weight)."""
 
     def __init__(self, windows: Sequence[Windows]):
         self.tokens = torch.cat([w.tokens for w in windows])
         self.corpus = [i for i, w in enumerate(windows) for _ in w.tokens]
-        # Not in turn: neighbouring windows often come from one piece of text, and halves that share their pieces would
-        # agree better than two samples of the corpus do.
+        # First and second half, not in turn: neighbouring windows often come from one piece of text, and halves that
+        # share pieces would agree better than two samples of the corpus do.
         self.half = [int(2 * i >= len(w.tokens)) for w in windows for i in range(len(w.tokens))]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, item: tuple[int, float]) -> dict[str, Tensor | int]:
-        """One window.
-
-        Returns:
-            `input_ids` (seq_len,) int64, `index` in the concatenation, number of the `corpus`, which `half` of it, 0 or
-            1, and `weight` () float32, 0 for padding.
-        """
+        """One window: `input_ids` (seq_len,) int64, its `index`, its `corpus` by number, which `half` of that (0 or 1),
+        and `weight` () float32, 0 for padding."""
         index, weight = item
         return {
             "input_ids": self.tokens[index], "index": index, "corpus": self.corpus[index], "half": self.half[index],
@@ -44,11 +41,11 @@ class TokenDataset(Dataset):
 
 
 class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
-    """Batches of (index, weight); the same global batches whatever the number of processes.
+    """Batches of (index, weight); the global batches are the same whatever the number of processes.
 
-    Rank r takes `batch[r::world_size]` of each global batch. A rank that would get nothing gets the batch's
-    first window with weight 0, so that all ranks take the same number of steps (collectives would hang
-    otherwise) and weighted sums count every window once.
+    Rank r takes `batch[r::world_size]` of each global batch. A rank without a share gets the batch's first window with
+    weight 0, so that all ranks take equally many steps (otherwise collectives would hang) and weighted sums count every
+    window once.
     """
 
     def __init__(
@@ -90,9 +87,9 @@ class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
 
 
 class CorpusDataModule(LightningDataModule):
-    """One shuffled loader over all training windows; for test one per corpus, in order.
+    """One shuffled loader over all training windows; one loader per test corpus, in order.
 
-    Use it with `Trainer(use_distributed_sampler=False)`: it shards by itself.
+    It shards by itself, so use it with `Trainer(use_distributed_sampler=False)`.
     """
 
     def __init__(self, *, train: Sequence[Windows] = (), test: Sequence[Windows] = (), batch_size: int, seed: int):

@@ -1,7 +1,8 @@
-"""From documents to windows: tokenise, join, cut into `seq_len` tokens.
+"""From documents to windows: join, tokenise, and cut into windows of `seq_len` tokens.
 
-Two ways to choose windows: a seeded sample spread over the whole corpus, or the first ones in document order (the usual
-way to evaluate on WikiText)."""
+Windows are a seeded sample spread over the whole corpus, or the first ones in document order (the usual way to evaluate
+on WikiText).
+"""
 
 from __future__ import annotations
 
@@ -23,27 +24,19 @@ JOIN = "\n\n"  # between documents
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Token windows of one corpus.
-
-    Attributes:
-        corpus: name of the corpus.
-        split: "train", "development" or "test".
-        tokens: (n, seq_len) int64.
-        content_hash: 16 hex digits of the SHA-256 over shape and tokens; the key under which results are stored.
-    """
+    """Token windows of one corpus."""
 
     corpus: str
-    split: str
-    tokens: Tensor
-    content_hash: str = field(init=False)
+    split: str  # "train", "development" or "test"
+    tokens: Tensor  # (n, seq_len) int64
+    content_hash: str = field(init=False)  # 16 hex digits of the SHA-256 over shape and tokens; a key of caches
 
     def __post_init__(self) -> None:
         assert self.tokens.ndim == 2, self.tokens.shape
         assert self.tokens.dtype == torch.int64, self.tokens.dtype
         # The shape counts: the same tokens cut otherwise are other windows, with other statistics.
         content = f"{tuple(self.tokens.shape)};".encode() + self.tokens.numpy().astype("<i8").tobytes()
-        digest = hashlib.sha256(content).hexdigest()
-        object.__setattr__(self, "content_hash", digest[:16])
+        object.__setattr__(self, "content_hash", hashlib.sha256(content).hexdigest()[:16])
 
     @property
     def num_tokens(self) -> int:
@@ -55,12 +48,12 @@ class Sample:
     """How many windows of a corpus are taken, and which.
 
     Attributes:
-        num_samples: number of windows; None takes all there are.
+        num_samples: number of windows; None takes all of them.
         seq_len: tokens per window.
         seed: of the sample; without effect when `shuffle` is off.
-        shuffle: True cuts long documents into pieces of about two windows and shuffles the pieces, so that a
-            few windows come from many documents; False takes the first windows in document order.
-        flags: what people set `num_samples` and `seq_len` with, for errors.
+        shuffle: True cuts long documents into pieces of about two windows and shuffles the pieces, so that a few
+            windows come from many documents; False takes the first windows in document order.
+        flags: the flags that set `num_samples` and `seq_len`, for errors.
     """
 
     num_samples: int | None
@@ -75,7 +68,7 @@ class Sample:
 
 
 def load_windows(corpus: str, split: str, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Windows:
-    """A sample of the windows of a corpus by name; as `make_windows`."""
+    """`make_windows` from a corpus by name."""
     return make_windows(load_corpus(corpus, split), tokenizer, sample, corpus=corpus, split=split)
 
 
@@ -88,16 +81,13 @@ def make_windows(
 
     Args:
         texts: documents.
-        sample: which windows.
-        corpus, split: what the text is called.
-
-    Raises:
-        UserError: when there is too little text.
+        sample: which windows; a UserError if there is too little text for them.
+        corpus, split: names of the text.
     """
     pieces, seq_len = list(texts), sample.seq_len
     if sample.shuffle:
         # About 4 characters make a token, so 8 x seq_len characters make about two windows.
-        pieces = [piece for text in texts for piece in _cut(text, limit=8 * seq_len)]
+        pieces = [piece for text in texts for piece in cut(text, limit=8 * seq_len)]
         order = np.random.default_rng(sample.seed).permutation(len(pieces))
         pieces = [pieces[i] for i in order]
     needed = None if sample.num_samples is None else sample.num_samples * seq_len
@@ -112,8 +102,8 @@ def make_windows(
     return Windows(corpus, split, torch.tensor(tokens[: wanted * seq_len]).view(wanted, seq_len))
 
 
-def _cut(text: str, limit: int) -> Iterator[str]:
-    """Pieces of at most `limit` characters, cut at a line end, else a space, in the piece's second half."""
+def cut(text: str, limit: int) -> Iterator[str]:
+    """Pieces of at most `limit` characters, cut at the last line end, else space, of the piece's second half."""
     start = 0
     while len(text) - start > limit:
         ends = (text.rfind(mark, start + limit // 2, start + limit) for mark in ("\n", " "))
@@ -124,9 +114,9 @@ def _cut(text: str, limit: int) -> Iterator[str]:
 
 
 def _first_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, needed: int | None) -> list[int]:
-    """Tokens of the joined texts, at least `needed` where there is that much; None tokenises everything.
+    """Tokens of the joined texts: at least `needed` if the texts have that many, or all of them for None.
 
-    The joined string is tokenised as one, since pieces tokenised apart would differ around each `JOIN`.
+    The joined string is tokenised as one: pieces tokenised apart would differ around each `JOIN`.
     """
     sizes = np.cumsum([len(text) + len(JOIN) for text in texts])
     characters = math.inf if needed is None else 5.0 * needed

@@ -1,8 +1,8 @@
 """A model as gprune sees it: blocks of prunable parts, found by the record of the model's family.
 
 A `Part` is one logical weight matrix, whichever way it is stored: alone, fused with others, transposed, or stacked
-with those of other experts. A `Slice` is one parameter and what each index along one of its dimensions belongs to:
-surgery, costs and the saved form are made of nothing else.
+over experts. A `Slice` is one parameter and the unit that each index along one of its dimensions belongs to: surgery,
+costs and the saved form are made of slices alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,7 +30,7 @@ class Part:
     """One logical weight matrix of a block: rows give outputs, columns take inputs."""
 
     host: nn.Module  # the linear layer, or the experts
-    rows: Tensor | None = None  # (out,) int64: its rows among those of a fused host; None: all of them
+    rows: Tensor | None = None  # (out,) int64: the part's rows in a fused host; None: all rows
     transposed: bool = False
 
     @property
@@ -55,7 +55,7 @@ class Part:
         return self.host.weight.shape[1 if self.transposed else 0] if self.rows is None else len(self.rows)
 
     def set(self, weight: Tensor, added_bias: Tensor | None) -> None:
-        """Write the weight of a part stored alone, and add to its bias, which comes into being if it is not there."""
+        """Write the weight of a part stored alone, and add to its bias, which is created if there is none."""
         self.host.weight.copy_(weight.T if self.transposed else weight)
         if added_bias is not None:
             added = added_bias.to(self.host.weight)
@@ -65,7 +65,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ExpertPart:
-    """The same weight matrix of all E experts, stacked: (E, out, in) where rows are units, (E, H, N) where columns."""
+    """One weight matrix of all E experts, stacked: (E, N, H) for gate and up, (E, H, N) for down."""
 
     host: nn.Module
     name: str  # of `gate`, `up`, `down`
@@ -103,7 +103,7 @@ class ExpertPart:
 
 @dataclass(frozen=True)
 class Slice:
-    """A parameter that loses something along `dim` when units go; index i belongs to unit `units[i]`."""
+    """A parameter that shrinks along `dim` when units go; index i belongs to unit `units[i]`."""
 
     path: str  # relative to the layer, with the parameter's own name
     dim: int
@@ -135,21 +135,21 @@ class Block:
         raise AttributeError(name)
 
     def module(self, path: str | None) -> nn.Module | None:
-        """What the family's record calls by this path, in this layer."""
+        """The layer's module at a path of the family's record."""
         return None if path is None else attrgetter(path)(self.layer)
 
     @property
     def ffn_norm(self) -> nn.Module | None:
-        """Before gate and up."""
+        """The norm before gate and up."""
         return self.module(self.family.ffn_norm)
 
     @property
     def attention_norm(self) -> nn.Module | None:
-        """Before query, key and value."""
+        """The norm before query, key and value."""
         return self.module(self.family.attention_norm)
 
     def joins_residual(self, part: str) -> bool:
-        """Whether what `down` or `output` gives is added to the residual as it is, with no norm on the way."""
+        """Whether the output of `down` or `output` is added to the residual as it is, without a norm between."""
         norm = self.family.after_ffn if part == "down" else self.family.after_attention
         flag = self.family.norms_before
         return norm is None and (flag is None or getattr(self.layer, flag))
@@ -176,6 +176,12 @@ class Block:
     def channels_per_group(self) -> int:
         """Columns of the output projection (= query heads x head_dim) that belong to one KV group."""
         return self.output.in_features // self.kv_groups
+
+    def per_query_head(self, values: Tensor) -> Tensor:
+        """Values of key/value rows, (kv_groups x head_dim, ...), repeated for the query heads that share each row:
+        (heads x head_dim, ...)."""
+        q = self.heads // self.kv_groups
+        return repeat(values, "(g d) ... -> (g q d) ...", d=self.head_dim, q=q)
 
     @property
     def activation(self) -> nn.Module:
@@ -226,7 +232,7 @@ class Block:
 
     @property
     def attributes(self) -> dict[str, dict[str, int]]:
-        """What stock code reads sizes from, as multiples of the config's keys: path -> {key: n}."""
+        """Attributes in which stock code keeps sizes, as multiples of the config's keys: path -> {key: n}."""
         return {path: self.config_terms({what: 1}) for path, what in self.family.attributes.items()}
 
     def _ffn_slices(self) -> list[Slice]:
@@ -270,8 +276,8 @@ class Block:
 
 def blocks_of(model: PreTrainedModel) -> list[Block]:
     """The blocks of a supported model, first layer first."""
-    family = family_of(model.config.model_type)
-    config = model.config  # lazily: reading a global head count is an error where layers differ in heads
+    family, config = family_of(model.config.model_type), model.config
+    # `or` keeps it lazy: to read a global head count is an error where layers differ in heads.
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return [block_of(layer, family, head_dim, index) for index, layer in enumerate(decoder_layers(model))]
 
@@ -284,35 +290,28 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def block_of(layer: nn.Module, family: Family, head_dim: int, index: int = 0) -> Block:
     """One decoder layer as its weights are now."""
 
-    def host(path: str) -> nn.Module:
-        return attrgetter(path)(layer)
+    def part(name: str, rows: Tensor | None = None) -> Part:
+        return Part(attrgetter(getattr(family, name))(layer), rows, family.transposed)
 
     experts = _experts(family, layer)
     if experts is not None:
         parts = {name: ExpertPart(experts, name) for name in FFN}
     else:
-        parts = {"up": Part(host(family.up), transposed=family.transposed)}
-        parts["down"] = Part(host(family.down), transposed=family.transposed)
-        if family.gate is not None and family.gate != family.up:
-            parts["gate"] = Part(host(family.gate), transposed=family.transposed)
-        elif family.gate is not None:
+        parts = {name: part(name) for name in FFN if getattr(family, name) is not None}
+        if family.gate == family.up:
             N = parts["down"].in_features
-            parts |= {name: Part(host(family.up), torch.arange(N) + i * N) for i, name in enumerate(("gate", "up"))}
-    output = parts["output"] = Part(host(family.output), transposed=family.transposed)
-    if family.query != family.key:
-        parts |= {name: Part(host(getattr(family, name)), transposed=family.transposed) for name in ATTENTION[:3]}
-    else:
-        whole = Part(host(family.query), transposed=family.transposed)
-        rows = _fused_rows(whole.out_features, output.in_features, head_dim, interleaved=family.interleaved)
-        parts |= {name: Part(whole.host, rows[name], family.transposed) for name in ATTENTION[:3]}
+            parts |= {name: part(name, torch.arange(N) + i * N) for i, name in enumerate(("gate", "up"))}
+    parts |= {name: part(name) for name in ATTENTION}
+    if family.query == family.key:
+        total, query = parts["query"].out_features, parts["output"].in_features
+        rows = _fused_rows(total, query, head_dim, interleaved=family.interleaved)
+        parts |= {name: part(name, rows[name]) for name in rows}
     return Block(index, layer, family, head_dim, parts, 1 if experts is None else len(experts.down_proj))
 
 
 def _experts(family: Family, layer: nn.Module) -> nn.Module | None:
-    if family.experts is None:
-        return None
     try:
-        return attrgetter(family.experts)(layer)
+        return None if family.experts is None else attrgetter(family.experts)(layer)
     except AttributeError:  # a dense layer between layers with experts
         return None
 

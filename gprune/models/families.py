@@ -1,12 +1,12 @@
 """Model families are data: one record per `config.model_type`, and nothing else in gprune knows a family's name.
 
-A record says where the prunable weights of a decoder layer lie and how they are stored. Everything else follows from
-the weights themselves: widths and head counts are read off their shapes, so that a model that is pruned already can
-be pruned again. To add a family, add its record to `FAMILIES`; `tests/test_families.py` then covers it by itself, on a
-tiny model built from the configuration class that transformers has for it.
+A record says where the prunable weights of a decoder layer lie and how they are stored. Widths and head counts are
+read off the shapes of the weights, so a model that is pruned already can be pruned again. To add a family, add its
+record to `FAMILIES`; `tests/models/test_families.py` then covers it by itself, on a tiny model built from the
+configuration class that transformers has for it.
 
-The rows of a linear layer give its outputs, the columns take its inputs. Where several parts name the same module,
-that module is their fusion: its rows are those of gate, then up (query, then key, then value).
+Rows of a linear layer give its outputs, columns take its inputs. Parts that name the same module are fused in it: its
+rows belong to gate, then up (or to query, then key, then value).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 
 from gprune.errors import UserError
 
-PRUNED = "pruned_"  # model_type of what our own export writes: this before the family's name
+PRUNED = "pruned_"  # our own export writes this before the family's name as its model_type
 
 
 @dataclass(frozen=True)
 class Family:
-    """Paths are relative to the decoder layer; the defaults are those of Llama. None: there is no such thing."""
+    """Where a family keeps its parts: paths relative to the decoder layer, by default Llama's; None: no such part."""
 
     model_type: str
     layers: str = "layers"  # of the decoder
@@ -32,7 +32,7 @@ class Family:
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
     activation: str = "mlp.act_fn"
-    experts: str | None = None  # of layers that have them; other layers of the model have gate, up and down
+    experts: str | None = None  # layers without experts have gate, up and down
     # Attention
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
@@ -40,8 +40,8 @@ class Family:
     output: str = "self_attn.o_proj"
     interleaved: bool = False  # fused query, key and value lie head by head
     transposed: bool = False  # weights are stored (inputs, outputs): Conv1D
-    query_norm: str | None = None  # a norm over all heads at once, which loses what the heads lose;
-    key_norm: str | None = None  # a norm over each head by itself has nothing to lose and is not named
+    query_norm: str | None = None  # a norm over all heads at once, which shrinks with the heads;
+    key_norm: str | None = None  # a norm over each head by itself keeps its size and is not named
     # Norms: before the projections, and between an output projection and the residual
     ffn_norm: str | None = "post_attention_layernorm"
     attention_norm: str | None = "input_layernorm"
@@ -54,14 +54,14 @@ class Family:
     kv_heads: str | None = "num_key_value_heads"  # None: one key/value head per query head
     learned_positions: bool = False  # no text may be longer than max_position_embeddings
     softcap: str | None = None  # the key of the limit c in c tanh(logits / c)
-    # What stock code reads sizes from: path -> `heads`, `kv_groups`, `channels` (heads x head_dim) or `neurons`
+    # Attributes in which stock code keeps sizes: path -> `heads`, `kv_groups`, `channels` (heads x head_dim), `neurons`
     attributes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    # Families with the same arithmetic, whose config can say shapes that this one's refuses -> what it has to say too
+    # Families with the same arithmetic whose config allows shapes that this one refuses -> settings it then needs
     same_as: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
 
 
 def fused(path: str) -> dict[str, str]:
-    """Query, key and value in one module."""
+    """The paths of query, key and value that are one module."""
     return {"query": path, "key": path, "value": path}
 
 
@@ -86,73 +86,38 @@ FAMILIES: dict[str, Family] = {
         Family("gemma2", **GEMMA),
         Family("gemma3_text", **GEMMA),
         Family(
-            "olmo2",
-            ffn_norm=None,
-            attention_norm=None,
-            after_ffn="post_feedforward_layernorm",
-            after_attention="post_attention_layernorm",
-            **HEADS_NORMED_TOGETHER,
+            "olmo2", ffn_norm=None, attention_norm=None, after_ffn="post_feedforward_layernorm",
+            after_attention="post_attention_layernorm", **HEADS_NORMED_TOGETHER,
         ),
         Family(
-            "phi3",
-            gate="mlp.gate_up_proj",
-            up="mlp.gate_up_proj",
-            activation="mlp.activation_fn",
-            **fused("self_attn.qkv_proj"),
-            attributes=MappingProxyType({"self_attn.num_key_value_heads": "kv_groups"}),
+            "phi3", gate="mlp.gate_up_proj", up="mlp.gate_up_proj", activation="mlp.activation_fn",
+            **fused("self_attn.qkv_proj"), attributes=MappingProxyType({"self_attn.num_key_value_heads": "kv_groups"}),
         ),
         Family(
-            "opt",
-            gate=None,
-            up="fc1",
-            down="fc2",
-            activation="activation_fn",
-            output="self_attn.out_proj",
-            ffn_norm="final_layer_norm",
-            attention_norm="self_attn_layer_norm",
-            norms_before="do_layer_norm_before",
-            width="ffn_dim",
-            kv_heads=None,
-            learned_positions=True,
+            "opt", gate=None, up="fc1", down="fc2", activation="activation_fn", output="self_attn.out_proj",
+            ffn_norm="final_layer_norm", attention_norm="self_attn_layer_norm", norms_before="do_layer_norm_before",
+            width="ffn_dim", kv_heads=None, learned_positions=True,
             attributes=MappingProxyType({"self_attn.num_heads": "heads"}),
         ),
         Family(
-            "gpt_neox",
-            gate=None,
-            up="mlp.dense_h_to_4h",
-            down="mlp.dense_4h_to_h",
-            activation="mlp.act",
-            **fused("attention.query_key_value"),
-            interleaved=True,
-            output="attention.dense",
-            kv_heads=None,
+            "gpt_neox", gate=None, up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", activation="mlp.act",
+            **fused("attention.query_key_value"), interleaved=True, output="attention.dense", kv_heads=None,
         ),
         Family(
-            "gpt2",
-            layers="h",
-            gate=None,
-            up="mlp.c_fc",
-            down="mlp.c_proj",
-            activation="mlp.act",
-            **fused("attn.c_attn"),
-            output="attn.c_proj",
-            transposed=True,
-            ffn_norm="ln_2",
-            attention_norm="ln_1",
-            width="n_inner",
-            kv_heads=None,
-            learned_positions=True,
+            "gpt2", layers="h", gate=None, up="mlp.c_fc", down="mlp.c_proj", activation="mlp.act",
+            **fused("attn.c_attn"), output="attn.c_proj", transposed=True, ffn_norm="ln_2", attention_norm="ln_1",
+            width="n_inner", kv_heads=None, learned_positions=True,
             attributes=MappingProxyType({"attn.num_heads": "heads", "attn.split_size": "channels"}),
         ),
         Family("mixtral", **EXPERTS),
         Family("qwen3_moe", width="moe_intermediate_size", **EXPERTS),
         Family("olmoe", **EXPERTS, **HEADS_NORMED_TOGETHER),
     )
-}
+}  # fmt: skip
 
 
 def family_of(model_type: str) -> Family:
-    """The record for `model_type`; what was pruned before has the record of its family."""
+    """The record for `model_type`. A model that gprune exported has the record of its family."""
     name = model_type.removeprefix(PRUNED)
     if name not in FAMILIES:
         raise UserError(
@@ -167,14 +132,10 @@ def table() -> str:
     """The families as a Markdown table, from their records."""
     rows = ["| `model_type` | FFN | attention | norms | other |", "|---|---|---|---|---|"]
     for family in FAMILIES.values():
-        ffn = "gate, up, down" if family.gate else "up, down (no gate)"
-        if family.experts:
-            ffn = "experts, stacked"
-        elif family.gate == family.up:
-            ffn = "gate and up fused, down"
-        attention = "q, k, v apart"
-        if family.query == family.key:
-            attention = "q, k, v fused" + ", head by head" * family.interleaved
+        gated = "gate and up fused, down" if family.gate == family.up else "gate, up, down"
+        ffn = "experts, stacked" if family.experts else gated if family.gate else "up, down (no gate)"
+        fusion = "q, k, v fused" + ", head by head" * family.interleaved
+        attention = fusion if family.query == family.key else "q, k, v apart"
         attention += ", KV groups" if family.kv_heads else ", one KV head per query head"
         norms = ["before" if family.ffn_norm else "", "after" if family.after_ffn else ""]
         norms = " and ".join(filter(None, norms)) + ", over all heads" * bool(family.query_norm)

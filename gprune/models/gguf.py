@@ -1,4 +1,4 @@
-"""A GGUF file as a plain model and tokenizer, ready to be saved as a Hugging Face folder."""
+"""Read a GGUF file as a plain model and tokenizer, and write them as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.utils import logging
 from gprune.console import quieted
 from gprune.errors import UserError
 
-# How a byte-level BPE cuts text into words before it merges, by llama.cpp's name for it (`tokenizer.ggml.pre`).
+# Ways in which a byte-level BPE cuts text into words before it merges, by llama.cpp's names (`tokenizer.ggml.pre`).
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -31,8 +31,7 @@ WORDS: dict[str, pre_tokenizers.PreTokenizer] = {
         ]
     ),
 }
-# The names under which a whole word that is a token is taken before any merge.
-WHOLE_WORDS = ("llama-bpe",)
+WHOLE_WORDS = ("llama-bpe",)  # names of ways in which a whole word that is a token is taken before any merge
 
 
 def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
@@ -54,7 +53,7 @@ def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
 def load_gguf(path: Path) -> PreTrainedModel:
     """A GGUF file as a plain float32 model: no quantiser, no `quantization_config`, ready to be saved.
 
-    transformers refuses to save what it de-quantised, so the weights move to a freshly built model.
+    transformers refuses to save a model that it de-quantised, so the weights move to a freshly built one.
     """
     with quiet_transformers():
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
@@ -70,8 +69,8 @@ def load_gguf(path: Path) -> PreTrainedModel:
 def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """A GGUF file's tokenizer; a byte-level BPE cuts text into words as the file says.
 
-    The file only names the way of cutting. transformers knows some of the names and silently takes GPT-2's way for
-    the others, SmolLM2's among them: blanks before a digit then become other tokens than the model was trained on.
+    The file only names the way of cutting. transformers knows some names and silently cuts as GPT-2 does for the
+    others, such as SmolLM2's: blanks before a digit then become other tokens than the model was trained on.
     """
     from gguf import GGUFReader, Keys
 
@@ -93,7 +92,7 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bars and no warnings of transformers; the bar of GGUF heeds no setting, so stderr is silent too."""
+    """Silence bars and warnings of transformers, and stderr: the bar of its GGUF reader heeds no setting."""
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Models by name: found, refused before anything is loaded, loaded frozen, and told apart by content."""
+"""Find a model by name, refuse it before anything is loaded, load it frozen, and tell models apart by content."""
 
 from __future__ import annotations
 
@@ -29,19 +29,14 @@ from gprune.models.offload import StoredWeights, keep_until_gone, memory_limits,
 from gprune.storage.files import as_bytes
 
 # Far beyond any model there is: a config.json of a few bytes must not ask for more than this machine has.
-LARGEST = {
-    "num_hidden_layers": 10_000,
-    "num_experts": 100_000,
-    "num_local_experts": 100_000,
-    **dict.fromkeys(
-        ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
-        2**24,
-    ),
-}
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+LARGEST = {"num_hidden_layers": 10_000, "num_experts": 100_000, "num_local_experts": 100_000} | dict.fromkeys(
+    SIZES, 2**24
+)
 
 
 def register() -> None:
-    """Let the Auto classes load what we export without remote code. Calling it again changes nothing."""
+    """Let transformers' Auto classes load our exports without remote code. Calling it again changes nothing."""
     for family in FAMILIES:
         config, base, causal = pruned_classes(family)
         AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -74,7 +69,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def locate_model(name: str) -> str:
-    """An embedded name becomes the folder it is cached in; a folder or a hub id stays what it is."""
+    """The folder or hub id of a model: an embedded name becomes the folder in the cache."""
     if name in assets.EMBEDDED_MODELS:
         return str(assets.embedded_model_dir(name))
     path = Path(name).expanduser()
@@ -93,7 +88,7 @@ def locate_model(name: str) -> str:
 
 
 def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read the configuration alone, and refuse what is not supported."""
+    """Read a model's configuration alone; a UserError for a family that is not supported, or sizes out of range."""
     location = locate_model(name)
     register()  # for a family whose record came after the import
     try:
@@ -101,7 +96,7 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
         family, values = family_of(config.model_type), config.to_dict()
     except UserError:
         raise
-    except Exception as error:  # a stranger's JSON: anything may come of it
+    except Exception as error:  # JSON from elsewhere may raise anything
         raise UserError(
             f"--model.name: no usable configuration for '{name}': {first_line(error)} "
             f"Expected a Hugging Face causal language model; without network use an embedded model or a local folder."
@@ -118,7 +113,7 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
 def skeleton(
     config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A model of this config without weights, on the meta device; of its own class unless another one is given."""
+    """A model of this config without weights, on the meta device; `model_class`: not the config's own class."""
     try:
         with torch.device("meta"):
             if model_class is not None:
@@ -136,33 +131,27 @@ def load_model(
     max_memory: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a frozen causal language model and its tokenizer.
+    """Load a frozen causal language model, in eval mode without gradients, and its tokenizer.
 
     Args:
         name: embedded name, local folder or hub id.
         dtype: dtype of the weights.
         device_map: handed to transformers as it is.
         max_memory: sizes by `cpu` or device number; weights beyond them stay on disk.
-        trust_remote_code: run code that comes with the model; off unless asked for.
-
-    Returns:
-        The model in eval mode without gradients, and the tokenizer.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         UserError: before any weight is read, for an unsupported family; later, for weights that cannot be read.
     """
     read_config(name, trust_remote_code=trust_remote_code)
-    location = locate_model(name)
+    location, code = locate_model(name), {"trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
-        model = load_weights(
-            location, dtype=dtype, device_map=device_map, max_memory=max_memory, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(location, **code)
+        return load_weights(location, dtype=dtype, device_map=device_map, max_memory=max_memory, **code), tokenizer
     except UserError:
         raise
     except Exception as error:  # safetensors, tokenizers and the hub each raise their own
         raise UserError(f"--model.name: '{name}' cannot be loaded: {first_line(error)}") from error
-    return model, tokenizer
 
 
 def load_weights(
@@ -173,10 +162,10 @@ def load_weights(
     max_memory: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A frozen causal language model from a folder or the hub, placed as asked for, in eval mode without gradients.
+    """A frozen causal language model from a folder or the hub, in eval mode; arguments as for `load_model`.
 
-    What is offloaded is read from where it lies; what is stored in another form than it computes in is written below
-    the cache, and removed with the model.
+    Offloaded weights are read from the model's own files. Those that are stored in another form than the one they
+    compute in are written below the cache, and removed with the model.
     """
     settings = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if device_map is None:
@@ -184,7 +173,7 @@ def load_weights(
     folder, removal = scratch_folder()
     with removal:
         limits = None if max_memory is None else memory_limits(max_memory)
-        with quieted("accelerate.big_modeling"):  # that parameters are offloaded, which was asked for
+        with quieted("accelerate.big_modeling"):  # it warns that parameters are offloaded, which was asked for
             model = AutoModelForCausalLM.from_pretrained(
                 location, device_map=device_map, max_memory=limits, offload_folder=folder, **settings
             )

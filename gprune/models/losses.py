@@ -1,7 +1,7 @@
-"""Next-token losses that never hold the logits of a whole batch, nor a gradient for a frozen head.
+"""Next-token losses that hold neither the logits of a whole batch nor a gradient for a frozen head.
 
-The logits of 1,024 tokens over 49,152 words are 200 MB in float32; the head is frozen, so all that learning needs
-of them is d loss / d hidden, which each chunk of tokens yields in the forward pass already.
+The logits of 1,024 tokens over 49,152 words are 200 MB in float32. The head is frozen, so learning needs only
+d loss / d hidden, which each chunk of tokens yields in the forward pass already.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ CHUNK = 256  # tokens; large enough for the matrix product, small enough for the
 
 
 class _FrozenHeadLosses(torch.autograd.Function):
-    """Loss of each token, with d/d hidden computed chunk by chunk in the forward pass.
+    """`frozen_head_losses`, with d loss / d hidden computed chunk by chunk in the forward pass.
 
-    The loss is the cross-entropy with token ids `targets` (n,), or, for `targets` (n, H) that are another model's final
-    hidden states, KL(that model's distribution || ours). Of either the gradient by the logits is ours - target.
+    For both losses the gradient by the logits is our distribution minus the target's.
     """
 
     @staticmethod
@@ -59,12 +58,12 @@ class _FrozenHeadLosses(torch.autograd.Function):
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """c tanh(logits / c), in the dtype of the logits; None: as they are."""
+    """c tanh(logits / c) in the dtype of the logits; the logits themselves where c is None."""
     return logits if softcap is None else (logits / softcap).tanh() * softcap
 
 
 def softcap_of(model: PreTrainedModel) -> float | None:
-    """The limit that a model puts on its logits, if its family has one."""
+    """The limit c of a model's logits, or None where its family has none."""
     key = family_of(model.config.model_type).softcap
     return None if key is None else getattr(model.config, key)
 
@@ -72,7 +71,7 @@ def softcap_of(model: PreTrainedModel) -> float | None:
 def frozen_head_losses(
     hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, *, softcap: float | None = None
 ) -> Tensor:
-    """Next-token loss of each token in nats, differentiable in `hidden` alone.
+    """Next-token loss of each token in nats, (n,) float32, differentiable in `hidden` alone.
 
     Args:
         hidden: (n, H) final hidden states.
@@ -80,9 +79,6 @@ def frozen_head_losses(
         targets: (n,) int64 token ids, for the cross-entropy; or (n, H) hidden states of a teacher with the same head,
             for KL(teacher || ours).
         softcap: the limit c of logits that are c tanh(logits / c).
-
-    Returns:
-        (n,) float32.
     """
     return _FrozenHeadLosses.apply(hidden, head, bias, targets, softcap)
 
@@ -93,7 +89,7 @@ def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Ten
     Args:
         model: frozen; gates on its blocks get gradients, its weights do not.
         input_ids: (B, T) int64.
-        teacher: what `final_hidden` gave for these tokens without gates; the loss is then KL(teacher || model).
+        teacher: `final_hidden` of these tokens without gates; the loss is then KL(teacher || model).
     """
     hidden, head = final_hidden(model, input_ids), model.get_output_embeddings()
     targets = input_ids[:, 1:].flatten() if teacher is None else teacher.flatten(0, 1)
@@ -111,7 +107,7 @@ def next_token_loss(
 
 
 def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """What predicts tokens 2..T of each window: (B, T - 1, H) in the model's dtype."""
+    """The hidden states that predict tokens 2..T of each window: (B, T - 1, H) in the model's dtype."""
     return model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
 
 

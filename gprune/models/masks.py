@@ -19,11 +19,11 @@ class Masks:
 
     @property
     def blocks(self) -> list[bool]:
-        """Whether each block stays. One without a neuron and without a KV group goes as a whole, norms included."""
+        """Whether each block stays. A block that keeps no neuron and no KV group goes as a whole, norms included."""
         return [bool(f.any() or a.any()) for f, a in zip(self.ffn, self.attention, strict=True)]
 
     def channels(self, block: Block) -> dict[str, Tensor]:
-        """Columns of its two output projections that stay, by kind: (experts x neurons,) and (heads x dim,) bool."""
+        """Kept columns of a block's down and output projection: (experts x neurons,) and (heads x head_dim,) bool."""
         groups = self.attention[block.index].repeat_interleave(block.channels_per_group)
         return {"ffn": self.ffn[block.index], "attention": groups}
 
@@ -33,6 +33,7 @@ class Masks:
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> Masks:
+        """Masks from what `tensors` gave."""
         depth = len(flat) // 2
         return cls(*([flat[f"{kind}.{i}"].bool() for i in range(depth)] for kind in ("ffn", "attention")))
 

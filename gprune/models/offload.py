@@ -1,7 +1,7 @@
-"""Models whose weights do not all lie where they compute: transformers and accelerate put some on the CPU or the disk.
+"""Read and write weights that transformers and accelerate have offloaded to the CPU or the disk.
 
-Such a parameter is an empty tensor on the meta device, and a hook of accelerate fetches it before its module computes
-and drops it afterwards. Everything here asks that hook; nothing else in gprune knows of it.
+An offloaded parameter is an empty tensor on the meta device, and a hook of accelerate fetches it before its module
+computes and drops it afterwards. This file asks that hook; nothing else in gprune knows of it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
-    """The parameter `name` of a module, None if it has none: fetched to the CPU where it is offloaded, and gathered
-    from all processes, which then all have to ask, where it is sharded.
+    """The parameter `name` of a module, or None if it has none.
 
-    What is on the meta device without a hook, as in a model without weights, stays there.
+    An offloaded parameter is fetched to the CPU. A sharded one is gathered from all processes, which all have to ask.
+    A parameter on the meta device without a hook, as in a model without weights, stays there.
     """
     parameter = getattr(module, name)
     if hasattr(parameter, "full_tensor"):
@@ -51,12 +51,12 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def is_offloaded(model: PreTrainedModel) -> bool:
-    """Whether some parameters are fetched each time that they are needed."""
+    """Whether some parameters are fetched each time they are needed."""
     return getattr(model, "hf_device_map", None) is not None and any(p.is_meta for p in model.parameters())
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module, or the first of a model's, computes; for weights without a hook, where they are."""
+    """The device on which a module (the first one with weights) computes: its hook's, or else its weights'."""
     for part in module.modules():
         for parameter in part.parameters(recurse=False):
             found = [hook.execution_device for hook in _hooks(part) if hook.execution_device is not None]
@@ -67,7 +67,7 @@ def device_of(module: nn.Module) -> torch.device:
 class StoredWeights(Mapping[str, Tensor]):
     """The state of a module by name, each tensor fetched when it is asked for.
 
-    What is fetched is copied: as safetensors gives it, it holds the whole file mapped for as long as it is there.
+    A fetched tensor is copied: as safetensors gives it, it keeps the whole file mapped as long as it lives.
     """
 
     def __init__(self, module: nn.Module):
@@ -87,7 +87,7 @@ class StoredWeights(Mapping[str, Tensor]):
 
 
 class InFile(Mapping[str, Tensor]):
-    """The tensors of a safetensors file whose names begin with `prefix` and a dot, by the rest of their names."""
+    """Tensors of a safetensors file whose names begin with `prefix` and a dot, by the rest of their names."""
 
     def __init__(self, path: Path, prefix: str):
         self.path, self.prefix = path, prefix + "." if prefix else ""
@@ -106,16 +106,16 @@ class InFile(Mapping[str, Tensor]):
 
 
 def lend(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Let what is on the meta device in a module be fetched from `weights`, as accelerate would say it.
+    """Give a module on the meta device a place to fetch its parameters from, in accelerate's form.
 
-    `stored` reads it, and so does `save_pretrained` of a model with an `hf_device_map`. No hook runs: the module is
-    not made to compute.
+    `stored` reads it, and so does `save_pretrained` of a model with an `hf_device_map`. No hook runs, so the module
+    cannot compute.
     """
     module._hf_hook = SimpleNamespace(weights_map=weights, execution_device="cpu", offload=True)
 
 
 def lend_all(model: PreTrainedModel, source: PreTrainedModel) -> None:
-    """Let a model without weights of its own fetch them from another of the same names, which may be offloaded."""
+    """Let a model without weights fetch them from `source`, by the same names; `source` may be offloaded."""
     model.hf_device_map = {"": "disk"}
     for path, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
@@ -124,9 +124,9 @@ def lend_all(model: PreTrainedModel, source: PreTrainedModel) -> None:
 
 @contextmanager
 def resident(module: nn.Module) -> Iterator[None]:
-    """All weights of a module where it computes, for as long as the context lasts; leaving puts every one back.
+    """Keep all weights of a module where it computes while the context lasts; leaving puts each one back.
 
-    Without it, accelerate fetches each weight again for every batch.
+    Otherwise accelerate fetches each weight again for every batch.
     """
     hooks: list[Any] = []
     fetched: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -149,9 +149,9 @@ def resident(module: nn.Module) -> Iterator[None]:
 
 
 def scratch_folder() -> tuple[Path, ExitStack]:
-    """A folder of our own below the cache, and what removes it; those that killed processes left are removed now.
+    """A new folder below the cache, and the stack that removes it. Folders that killed processes left are removed.
 
-    The folder is locked for as long as it is there, so that one which can be locked belongs to nobody.
+    The folder is locked as long as it exists, so a folder that can be locked belongs to nobody.
     """
     root = cache_dir() / "offload"
     root.mkdir(exist_ok=True)
@@ -166,7 +166,7 @@ def scratch_folder() -> tuple[Path, ExitStack]:
 
 
 def keep_until_gone(model: nn.Module, stack: ExitStack) -> None:
-    """Close a stack, such as that of a folder that the model reads from, once nobody has the model any more."""
+    """Close a stack, such as the one of `scratch_folder`, when the model is garbage-collected."""
     weakref.finalize(model, stack.close)
 
 

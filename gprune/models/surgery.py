@@ -1,16 +1,14 @@
 """Keep masks -> smaller weights: real pruning, on the stock modules of transformers, without patching them.
 
-A removed neuron takes its gate row, up row and down column with it; a removed KV group takes its key and
-value head, the query heads that share it, their columns of the output projection, and what a norm over all heads has
-for them. Since whole groups go, the ratio of query to key/value heads stays what it was. Stock attention code infers
-the number of heads from the shapes, or finds it in the attributes that the family's record names, which are set. The
-model's config keeps the dense numbers: the true widths are those of the weights (see
-`gprune.models.blocks.blocks_of`), and `gprune.export` writes them where another program can read them. Plain
-`save_pretrained` of a pruned stock model would write a folder that cannot be loaded.
+A removed neuron takes its gate row, up row and down column with it. A removed KV group takes its key and value head,
+the query heads that share it, their columns of the output projection, and their weights in a norm over all heads. Since
+whole groups go, the ratio of query to key/value heads does not change. Stock attention code infers the number of heads
+from the shapes, or reads it from attributes that the family's record names, which are set. The model's config keeps the
+dense numbers: the weights tell the true widths (`gprune.models.blocks.blocks_of`), and `gprune.export` writes them for
+other programs. Plain `save_pretrained` of a pruned stock model writes a folder that cannot be loaded.
 
-Experts of one block end up equally wide, each with its own neurons, so that their tensors stay stacked.
-
-A block whose masks keep nothing goes as a whole, norms included: the decoder has a layer fewer.
+Experts of one block end up equally wide, each with its own neurons, so that their tensors stay stacked. A block whose
+masks keep nothing goes as a whole, norms included: the decoder has a layer fewer.
 """
 
 from __future__ import annotations
@@ -47,8 +45,8 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
     Args:
         model: model of a supported family.
         masks: per block (neurons,) and (kv_groups,) bool, True = keep.
-        inplace: slice `model` itself; otherwise it is left bit for bit as it was, and memory peaks at the
-            dense model plus the smaller one, never two dense ones.
+        inplace: slice `model` itself; otherwise it is left bit for bit as it was, and memory peaks at the dense
+            model plus the smaller one, never two dense ones.
 
     Returns:
         The pruned model, of the same class.
@@ -58,16 +56,16 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
     """
     check_masks(model, masks)
     if not inplace:
-        # Weights that are sliced anyway are shared by the copy until their smaller version replaces them.
-        sliced = [block.parameter(place) for block in blocks_of(model) for place in block.slices]
-        memo: dict[int, object] = {id(parameter): parameter for parameter in sliced}
-        # Whoever watches the original watches the original: hooks are not copied.
+        # The copy shares the weights that are sliced anyway, until their smaller version replaces them.
+        shared = [block.parameter(place) for block in blocks_of(model) for place in block.slices]
+        memo: dict[int, object] = {id(parameter): parameter for parameter in shared}
+        # Hooks stay with the original.
         for module in model.modules():
             memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
         model = copy.deepcopy(model, memo)
-    for block, neurons, groups, stays in zip(blocks_of(model), masks.ffn, masks.attention, masks.blocks, strict=True):
+    for block, stays in zip(blocks_of(model), masks.blocks, strict=True):
         if stays:
-            _slice_block(block, model.config, neurons, groups)
+            _slice_block(block, model.config, masks)
     if not all(masks.blocks):
         _drop_blocks(model, masks.blocks)
     if not experts_aligned(model):
@@ -88,11 +86,8 @@ def prune_to_files(
         revise: changes a sliced block, given the dense one and it, before it is written.
 
     Returns:
-        The pruned model with every parameter on the meta device: `gprune.models.offload.stored` fetches the blocks'
-        from the files and the others from `model`. To be saved and loaded again, not to be run.
-
-    Raises:
-        ValueError: as `prune`.
+        The pruned model with every parameter on the meta device: `gprune.models.offload.stored` fetches parameters of
+        blocks from the files and the others from `model`. To be saved and loaded again, not to be run.
     """
     check_masks(model, masks)
     small = skeleton(copy.deepcopy(model.config), type(model)).eval().requires_grad_(False)
@@ -102,32 +97,21 @@ def prune_to_files(
     prune(small, masks, inplace=True)
     lend_all(small, model)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = [
-        parts
-        for parts in zip(blocks_of(model), masks.ffn, masks.attention, strict=True)
-        if masks.blocks[parts[0].index]
-    ]
-    for (dense, neurons, groups), block in zip(kept, blocks_of(small), strict=True):
-        _write_block(dense, block, neurons, groups, folder / f"{block.index}.safetensors", revise)
+    kept = [dense for dense, stays in zip(blocks_of(model), masks.blocks, strict=True) if stays]
+    for dense, block in zip(kept, blocks_of(small), strict=True):
+        _write_block(dense, block, masks, folder / f"{block.index}.safetensors", revise)
     return small
 
 
 def _write_block(
-    dense: Block,
-    block: Block,
-    neurons: Tensor,
-    groups: Tensor,
-    path: Path,
-    revise: Callable[[Block, Block], None] | None,
+    dense: Block, block: Block, masks: Masks, path: Path, revise: Callable[[Block, Block], None] | None
 ) -> None:
     """Fill a block without weights, revise it, write it, and leave it without weights again."""
     places = {place.path: place for place in dense.slices}
     for name, _ in list(dense.layer.named_parameters()):
         place, (owner, _, own) = places.get(name), name.rpartition(".")
-        if place is None:
-            value = stored(dense.layer.get_submodule(owner), own).detach().clone()
-        else:
-            value = sliced(dense, place, neurons, groups)
+        whole = stored(dense.layer.get_submodule(owner), own).detach()
+        value = whole.clone() if place is None else _sliced(dense, place, masks, whole)
         setattr(block.layer.get_submodule(owner), own, nn.Parameter(value.cpu().contiguous(), requires_grad=False))
     if revise is not None:
         revise(dense, block)
@@ -140,15 +124,16 @@ def _write_block(
 
 
 def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
-    config, name = model.config, family_of(model.config.model_type).layers
-    left = [layer for layer, keep in zip(decoder_layers(model), stays, strict=True) if keep]
-    setattr(model.get_decoder(), name, nn.ModuleList(left))
+    """Take the blocks out of the decoder that do not stay, and their entries out of the config."""
+    config, layers = model.config, decoder_layers(model)
+    kept = [index for index, keep in enumerate(stays) if keep]
+    left = nn.ModuleList(layers[index] for index in kept)
+    setattr(model.get_decoder(), family_of(config.model_type).layers, left)
     for index, layer in enumerate(left):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):  # where the KV cache keeps a layer's states
                 module.layer_idx = index
     table = config.to_dict().get("per_layer_config")  # plain here, whatever transformers makes of the attribute
-    kept = [index for index, keep in enumerate(stays) if keep]
     config.num_hidden_layers = len(left)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[index] for index in kept]
@@ -210,32 +195,29 @@ def count_parameters(model: PreTrainedModel, scope: str) -> int:
 
 def removed_parameters(model: PreTrainedModel, masks: Masks) -> int:
     """Parameters that `prune` takes out of `model`: units where a block stays, and whole blocks, norms included."""
-    return sum(
-        int((~neurons).sum()) // block.experts * block.neuron_cost + int((~groups).sum()) * block.group_cost
-        if stays
-        else block.cost
-        for block, neurons, groups, stays in zip(
-            blocks_of(model), masks.ffn, masks.attention, masks.blocks, strict=True
-        )
-    )
+    removed = 0
+    for b, (block, stays) in enumerate(zip(blocks_of(model), masks.blocks, strict=True)):
+        neurons, groups = (int((~mask[b]).sum()) for mask in (masks.ffn, masks.attention))
+        units = neurons // block.experts * block.neuron_cost + groups * block.group_cost
+        removed += units if stays else block.cost
+    return removed
 
 
-def _slice_block(block: Block, config: PreTrainedConfig, neurons: Tensor, groups: Tensor) -> None:
+def _slice_block(block: Block, config: PreTrainedConfig, masks: Masks) -> None:
+    """Make a block of a model smaller, in place, and tell its modules their new sizes."""
     for place in block.slices:
         path, _, name = place.path.rpartition(".")
         module, parameter = block.module(path), block.parameter(place)
-        smaller = sliced(block, place, neurons, groups)
+        smaller = _sliced(block, place, masks, stored(module, name).detach())
         setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
         tell_sizes(module)
     smaller = block_of(block.layer, block.family, block.head_dim)
     tell_layer(block.layer, config, smaller.config_values, smaller.attributes)
 
 
-def sliced(block: Block, place: Slice, neurons: Tensor, groups: Tensor) -> Tensor:
-    """What is left of one parameter of a block when the units go that `neurons` and `groups` (bool) do not keep."""
-    keep = groups if place.kind == "attention" else neurons
-    path, _, name = place.path.rpartition(".")
-    parameter = stored(block.module(path), name).detach()
+def _sliced(block: Block, place: Slice, masks: Masks, parameter: Tensor) -> Tensor:
+    """The part of one parameter of a block that the masks keep, as a new tensor."""
+    keep = getattr(masks, place.kind)[block.index]
     if place.kind == "ffn" and block.has_experts:
         kept = rearrange(keep, "(e n) -> e n", e=block.experts)[:, place.units]
         return torch.stack([_take(p, place.dim - 1, k) for p, k in zip(parameter, kept, strict=True)])
