@@ -7,6 +7,7 @@ float64 copy of the model, one backward pass per window.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -216,8 +217,29 @@ TOLERANCE = dict.fromkeys(REFERENCES, (2e-6, 0.0)) | {
 }  # fmt: skip
 
 
-def reference_scores(model, tokens, name: str, half: int | None = None) -> list[np.ndarray]:
-    raw, found = raw_of(model, tokens, half), []
+class Shared:
+    """What the metrics share: lively models by shape, their statistics by batch size, and what references look at.
+
+    Each is made once for all metrics, and no test may change it.
+    """
+
+    def __init__(self, tokens: torch.Tensor):
+        self.tokens = tokens
+        self.model = functools.cache(lambda shape: lively(**SHAPES[shape]))
+        self.statistics = functools.cache(lambda shape, size: everything(self.model(shape), self.tokens, size))
+        self.raw = functools.cache(lambda shape, half: raw_of(self.model(shape), self.tokens, half))
+
+    def scored(self, name: str, shape: int, size: int, **options) -> list[torch.Tensor]:
+        return scored(name, self.model(shape), self.statistics(shape, size), **options)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Shared:
+    return Shared(torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(1)))
+
+
+def reference_scores(raw: dict[str, list[Raw]], name: str) -> list[np.ndarray]:
+    found = []
     for kind in BOTH:
         for r in raw[kind]:
             scores = REFERENCES[name](r)
@@ -236,27 +258,24 @@ def test_every_built_in_metric_has_a_reference():
     assert set(BUILT_IN) == {*REFERENCES, "random"}
 
 
-@pytest.mark.parametrize("overrides", SHAPES)
+@pytest.mark.parametrize("shape", range(len(SHAPES)))
 @pytest.mark.parametrize("name", REFERENCES)
-def test_metrics_equal_the_formula(name, overrides, token_batch):
-    model = lively(**overrides)
-    mine = scored(name, model, everything(model, token_batch, 4))
-    assert [len(s) for s in mine] == [48] * 3 + [model.config.num_key_value_heads] * 3
-    assert_scores(name, mine, reference_scores(model, token_batch, name))
+def test_metrics_equal_the_formula(name, shape, shared):
+    mine = shared.scored(name, shape, 4)
+    assert [len(s) for s in mine] == [48] * 3 + [shared.model(shape).config.num_key_value_heads] * 3
+    assert_scores(name, mine, reference_scores(shared.raw(shape, None), name))
 
 
 @pytest.mark.parametrize("name", [name for name in REFERENCES if "gram" not in IMPORTANCE[name].needs])
 @pytest.mark.parametrize("half", [0, 1])
-def test_a_half_scores_from_its_own_windows(name, half, token_batch):
-    model = lively()
-    mine = scored(name, model, everything(model, token_batch), half=half)
-    assert_scores(name, mine, reference_scores(model, token_batch, name, half=half))
+def test_a_half_scores_from_its_own_windows(name, half, shared):
+    assert_scores(name, shared.scored(name, 0, 6, half=half), reference_scores(shared.raw(0, half), name))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("size", [1, 4])
-def test_tokens_in_many_batches_score_as_in_one(name, size, tiny_model, token_batch):
-    one, many = (scored(name, tiny_model, everything(tiny_model, token_batch, s)) for s in (6, size))
+def test_tokens_in_many_batches_score_as_in_one(name, size, shared):
+    one, many = (shared.scored(name, 0, s) for s in (6, size))
     rtol, atol = TOLERANCE.get(name, (0, 0))
     for a, b in zip(one, many, strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol * float(a.max()))

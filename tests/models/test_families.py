@@ -157,7 +157,11 @@ def test_statistics_of_experts_equal_those_of_a_forward_hook(family, ids):
 @pytest.mark.parametrize(
     ("family", "overrides", "attention"),
     # Whole groups stay only where the family is as it is: with groups that go, neurons go as well.
-    [*((*v, True) for v in variants()), *((f, {}, False) for f in FAMILIES)], ids=name_of,
+    [
+        *(pytest.param(*v, True, marks=[pytest.mark.slow] if v[1] else []) for v in variants()),
+        *((f, {}, False) for f in FAMILIES),
+    ],
+    ids=name_of,
 )  # fmt: skip
 def test_masked_sliced_and_reloaded_agree(family, overrides, attention, ids, tmp_path):
     model = make_tiny(family, **overrides)
@@ -450,7 +454,11 @@ def worlds(tmp_path_factory):
         yield of
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# One family of each kind in the fast tests: gated, ungated and stored transposed, and with experts.
+FAST = ("llama", "gpt2", "mixtral")
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in FAST else [pytest.mark.slow]) for f in FAMILIES])
 def test_a_run_from_the_command_line(family, worlds, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     result = worlds(family).run(

@@ -398,6 +398,7 @@ def test_ctrl_c(place, refused, world, tmp_path, monkeypatch):
     assert world.run(tmp_path / "runs").summary["sparsity_of_scope"] >= 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_real_signal_while_fit_is_running(signum, code, world, tmp_path):
     (child,) = tiny_run.start(world.args(tmp_path, "--sparsity.epochs=100000", "--logging.mode=offline"), tmp_path)

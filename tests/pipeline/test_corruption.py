@@ -398,6 +398,7 @@ def test_a_clock_that_jumps_back_all_the_time_changes_nothing(world, tmp_path, w
     assert all(0 <= step["seconds"] < 600 for step in manifest["steps"].values())
 
 
+@pytest.mark.slow
 def test_the_last_sitting_is_the_last_even_when_the_clock_was_put_back(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for tag in ("first", "second"):
