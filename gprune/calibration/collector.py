@@ -1,6 +1,6 @@
-"""Streaming sums of what enters the output projections: torchmetrics states, and the hooks that feed them.
+"""Collect the statistics of a corpus in one pass: hooks on the model, and the torchmetrics states that they feed.
 
-`collect` makes one pass over a corpus; `gprune.calibration.layerwise` makes the same sums block by block.
+`gprune.calibration.layerwise` makes the same sums block by block.
 
     with Collector(model) as collector:
         for batch in loader:
@@ -24,32 +24,31 @@ from gprune.calibration.saliency import StreamingGradients, channel_saliency, sa
 from gprune.calibration.statistics import KINDS, CorpusStatistics
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.experts import watch_experts
-from gprune.models.losses import next_token_loss
+from gprune.models.losses import next_token_losses
 from gprune.models.offload import device_of
 
 
 def _moments_of(block: Block, part: str, *, gram: bool, **options: Any) -> Metric:
-    channels = getattr(block, part).in_features
     if part == "down" and block.has_experts:
         return StreamingExpertMoments(block.experts, block.neurons, gram=gram, **options)
-    return StreamingMoments(channels, gram=gram, **options)
+    return StreamingMoments(block.parts[part].in_features, gram=gram, **options)
 
 
 def _sum_of_processes(tensor: Tensor, group: Any = None) -> list[Tensor]:
-    """For torchmetrics, which would gather a copy from every process and add them up: one copy, added up already."""
+    """A `dist_sync_fn` for torchmetrics that adds up over processes, instead of gathering a copy from each of them."""
     total = tensor.clone()
     torch.distributed.all_reduce(total, group=group)
     return [total]
 
 
 class Collector:
-    """Context manager that watches the inputs of every `down_proj` and `o_proj`; leaving removes the hooks.
+    """Context manager that watches the inputs of down and output projections; leaving removes the hooks.
 
     Args:
         model: frozen.
         gram: sum Gram matrices too.
         saliency: scopes (`ffn`, `attention`) whose weights' Taylor saliency is collected too, by a backward pass.
-        blocks: those to watch, whose sums are then added up over processes with little memory; None for all.
+        blocks: the blocks to watch, None for all. Sums of given blocks take little memory to add up over processes.
     """
 
     def __init__(
@@ -64,25 +63,19 @@ class Collector:
         self.blocks = blocks_of(model) if blocks is None else list(blocks)
         devices = [device_of(b.layer) for b in self.blocks]
         options = {} if blocks is None else {"dist_sync_fn": _sum_of_processes}
-        with torch.inference_mode(False):  # a backward pass writes into them, wherever they were made
+        placed = list(zip(self.blocks, devices, strict=True))
+
+        def gradients(block: Block, kind: str, device: torch.device) -> dict[str, StreamingGradients]:
+            parts = salient_parts(block, kind).items()
+            return {n: StreamingGradients((p.out_features, p.in_features)).to(device) for n, p in parts}
+
+        with torch.inference_mode(False):  # a backward pass writes into the states, wherever they were made
             self.metrics = {
-                kind: [
-                    _moments_of(b, part, gram=gram, **options).to(device)
-                    for b, device in zip(self.blocks, devices, strict=True)
-                ]
+                kind: [_moments_of(b, part, gram=gram, **options).to(device) for b, device in placed]
                 for kind, part in KINDS
             }
             self.turns = [StreamingTurn().to(device) for device in devices]
-            self.gradients = {
-                kind: [
-                    {
-                        name: StreamingGradients((part.out_features, part.in_features)).to(device)
-                        for name, part in salient_parts(b, kind).items()
-                    }
-                    for b, device in zip(self.blocks, devices, strict=True)
-                ]
-                for kind in saliency
-            }
+            self.gradients = {kind: [gradients(b, kind, device) for b, device in placed] for kind in saliency}
         self._half = self._weight = torch.empty(0)
         self._length = 0  # tokens per window
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -102,7 +95,7 @@ class Collector:
                 for name, metric in metrics.items():
                     part = block.parts[name]
                     self._handles.append(part.host.register_forward_hook(self._gradient_hook(metric, part.rows)))
-        if self.gradients:  # something must ask for a gradient, and no weight may
+        if self.gradients:  # weights must not ask for a gradient, so the embedding's output does
             embedding = self.model.get_input_embeddings()
             self._handles.append(embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_()))
         return self
@@ -126,14 +119,14 @@ class Collector:
         return watch
 
     def _by_window(self, x: Tensor) -> Tensor:
-        """(B, T, C), also of layers that flatten the batch."""
+        """(B, T, C), also for layers that flatten the batch."""
         return x.reshape(len(self._half), -1, x.shape[-1])
 
     def _turn_hook(self, metric: StreamingTurn) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output if isinstance(output, Tensor) else output[0]
-            # A layer on another device than the last one is handed what it sees from there.
+            # The layer's input may still lie on the device of the layer before it.
             metric.update(before.detach().to(after.device), after.detach(), self._weight.to(after.device))
 
         return hook
@@ -152,7 +145,7 @@ class Collector:
         return hook
 
     def expect(self, length: int, half: Tensor, weight: Tensor | None = None) -> None:
-        """What comes next are windows of `length` tokens; `half` (B,) in {0, 1}; `weight` (B,), 0 leaves one out."""
+        """Announce a batch of windows of `length` tokens; `half` and `weight` as for `observe`."""
         self._half, self._length = half, length
         self._weight = torch.ones(len(half), device=half.device) if weight is None else weight
 
@@ -161,41 +154,36 @@ class Collector:
         self.expect(input_ids.shape[1], half, weight)
         if self.gradients:
             with torch.inference_mode(False), torch.enable_grad():
-                # Each window's loss is its own mean over tokens, whatever the batch.
-                ones = torch.ones(len(half), device=half.device)
-                next_token_loss(self.model, input_ids.clone(), ones).backward()
+                # The sum over windows: each window's loss is its own mean over tokens, whatever the batch.
+                next_token_losses(self.model, input_ids.clone()).sum().backward()
         else:
             with torch.no_grad():
                 self.model.get_decoder()(input_ids=input_ids, use_cache=False)
 
     def compute(self, *, copy: bool = True) -> CorpusStatistics:
-        """Statistics so far, summed over devices when distributed; without `copy` no batch may be observed after it."""
+        """Statistics so far, summed over processes; with `copy=False`, no further batch may be observed."""
         found = {kind: [channel_statistics(m.compute(), copy=copy) for m in self.metrics[kind]] for kind, _ in KINDS}
         for kind, gradients in self.gradients.items():
             for i, (block, metrics) in enumerate(zip(self.blocks, gradients, strict=True)):
                 sums = {part: metric.compute() for part, metric in metrics.items()}
-                saliency = channel_saliency(block, kind, sums)
-                found[kind][i] = replace(found[kind][i], saliency=saliency)
+                found[kind][i] = replace(found[kind][i], saliency=channel_saliency(block, kind, sums))
         turned = torch.stack([metric.compute().cpu().clone() for metric in self.turns])
         return CorpusStatistics(**found, turned=turned)
 
     def release(self) -> None:
-        """Let go of all sums at once: torchmetrics refer to themselves, and would keep theirs until Python looks."""
+        """Free all sums at once: torchmetrics refer to themselves, and would keep theirs until garbage collection."""
         for metric in [*self.turns, *(m for metrics in self.metrics.values() for m in metrics)]:
             metric.__dict__.clear()
 
 
 def collect(
-    model: PreTrainedModel,
-    batches: Iterable[dict[str, Tensor]],
-    *,
-    gram: bool = False,
-    saliency: Collection[str] = (),
+    model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *, gram: bool = False, saliency: Collection[str] = ()
 ) -> CorpusStatistics:
-    """One pass over batches with `input_ids` (B, T) and `index` (B,), the windows' positions in the corpus.
+    """Statistics of a corpus from one pass over its batches.
 
-    `half` (B,) in {0, 1} says which half of the corpus a window counts for; without it windows take turns, which
-    makes halves too much alike where neighbouring windows share a text.
+    A batch holds `input_ids` (B, T); optionally `weight` (B,), 0 to leave a window out; and `half` (B,) in {0, 1}, the
+    half of the corpus that a window counts for. Without `half` windows take turns by `index` (B,), their positions in
+    the corpus, which makes halves too much alike where neighbouring windows share a text.
     """
     with Collector(model, gram=gram, saliency=saliency) as collector:
         for batch in batches:

@@ -1,4 +1,4 @@
-"""Streaming sums of what enters the output projections, as torchmetrics states: over devices they add up."""
+"""Streaming sums over the inputs of output projections, as torchmetrics states, which add up over processes."""
 
 from __future__ import annotations
 
@@ -10,49 +10,47 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from gprune.calibration.statistics import SUMS, ChannelStatistics, Moments
-from gprune.errors import UserError
+from gprune.errors import require_finite
 
 
 def _panels(channels: int, width: int = 192) -> list[slice]:
-    """Stretches of channels, small enough that what lies below the diagonal of each costs little."""
+    """Consecutive groups of channels, so narrow that the part below the diagonal of each costs little."""
     return [slice(start, min(start + width, channels)) for start in range(0, channels, width)]
 
 
 def add_gram(gram: Tensor, x: Tensor) -> None:
-    """Add x^T x of rows x (n, C) to the upper triangle of `gram` (C, C): two thirds of the time of all of it."""
+    """Add x^T x of rows x (n, C) to the upper triangle of `gram` (C, C), in two thirds of the time of the whole."""
     for columns in _panels(len(gram)):
         gram[columns, columns.start :].addmm_(x[:, columns].T, x[:, columns.start :])
 
 
 def fill_gram(gram: Tensor) -> None:
-    """Make a matrix (C, C) whole again of which only the upper triangle was summed up."""
+    """Mirror the upper triangle of a matrix (C, C) that `add_gram` summed up, in place."""
     for rows in _panels(len(gram)):
         gram[rows.stop :, rows] = gram[rows, rows.stop :].T
 
 
 class _Sums(Metric):
-    """torchmetrics state of the channels that enter a projection, of `stacks` such as (E,) experts or () of one."""
+    """torchmetrics state of a projection's input channels: `sizes` (C,), or (E, N) for N neurons of E experts."""
 
     full_state_update = False
 
-    def __init__(self, *stacks: int, channels: int, gram: bool = False, **options: Any):
+    def __init__(self, *sizes: int, gram: bool = False, **options: Any):
         super().__init__(**options)
         # float64: a corpus has some 10^6 tokens, and sum_sq - sum^2/n loses half the digits
-        self.add_state("count", torch.zeros(2, *stacks, dtype=torch.float64), dist_reduce_fx="sum")
-        for name in SUMS[1:]:
-            self.add_state(name, torch.zeros(2, *stacks, channels, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in SUMS:
+            shape = sizes[:-1] if name == "count" else sizes
+            self.add_state(name, torch.zeros(2, *shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.with_gram = gram
-        if gram:  # of the zeros to reset it with, which torchmetrics keeps, there is one number
-            shape = (*stacks, channels, channels)
+        if gram:
+            shape = (*sizes, sizes[-1])
             self.add_state("gram", torch.zeros(()), dist_reduce_fx="sum")
+            # torchmetrics keeps the zeros for a reset: as one expanded number they take no memory.
             self.gram, self._defaults["gram"] = torch.zeros(shape), torch.zeros(()).expand(shape)
 
 
 class StreamingMoments(_Sums):
-    """The state of one projection's input; sums over devices are sums over tokens."""
-
-    def __init__(self, channels: int, *, gram: bool = False, **options: Any):
-        super().__init__(channels=channels, gram=gram, **options)
+    """The state of one projection's input, C channels."""
 
     def update(self, x: Tensor, half: Tensor, weight: Tensor) -> None:
         """Add activations x (B, T, C) of windows that belong to `half` (B,) in {0, 1}; `weight` (B,) in {0, 1}."""
@@ -70,15 +68,11 @@ class StreamingMoments(_Sums):
         """The accumulated sums by name: `count` (2,), the others (2, C), and `gram` (C, C) if asked for."""
         if self.with_gram:
             fill_gram(self.gram)
-        names = (*SUMS, *(("gram",) if self.with_gram else ()))
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*SUMS, *["gram"] * self.with_gram)}
 
 
 class StreamingExpertMoments(_Sums):
-    """The state of what enters the down projections of E experts with N neurons each."""
-
-    def __init__(self, experts: int, neurons: int, *, gram: bool = False, **options: Any):
-        super().__init__(experts, channels=neurons, gram=gram, **options)
+    """The state of the down projections' inputs of E experts with N neurons each."""
 
     def update(self, x: Tensor, expert: int, half: Tensor, weight: Tensor) -> None:
         """Add activations x (n, N) of tokens that are routed to `expert` and belong to `half` (n,) in {0, 1}."""
@@ -92,14 +86,14 @@ class StreamingExpertMoments(_Sums):
             self.gram[expert].addmm_(weighted.T, weighted)
 
     def compute(self) -> dict[str, Tensor]:
-        """As `StreamingMoments.compute`, expert by expert: all (2, E x N), and `gram` (E, N, N) if asked for."""
+        """The accumulated sums by name, expert by expert: each (2, E x N), and `gram` (E, N, N) if asked for."""
         count = self.count[..., None].expand_as(self.sum)
         sums = {"count": count} | {name: getattr(self, name) for name in SUMS[1:]}
         return {n: t.flatten(1) for n, t in sums.items()} | ({"gram": self.gram} if self.with_gram else {})
 
 
 class StreamingTurn(Metric):
-    """torchmetrics state of one block: the sum over tokens of 1 - cos(what enters it, what leaves it)."""
+    """torchmetrics state of one block: the sum over tokens of 1 - cos(its input, its output)."""
 
     full_state_update = False
 
@@ -118,12 +112,8 @@ class StreamingTurn(Metric):
 
 
 def channel_statistics(sums: dict[str, Tensor], *, copy: bool = True) -> ChannelStatistics:
-    """What `StreamingMoments.compute` returned, on the CPU, halves apart; without `copy` it shares its Gram matrix."""
-    if not bool(torch.isfinite(sums["sum_sq"]).all()):
-        raise UserError(
-            "A non-finite activation came up during calibration; expected finite numbers. Check the model's "
-            "weights, or use --model.dtype float32 instead of a 16-bit type."
-        )
+    """The sums of `StreamingMoments.compute` as statistics on the CPU; `copy=False` may share the Gram matrix."""
+    require_finite("activation came up during calibration", sums["sum_sq"])
     halves = tuple(Moments(*(sums[name][h].cpu().clone() for name in SUMS)) for h in (0, 1))
     gram = sums["gram"].cpu() if "gram" in sums else None
     return ChannelStatistics(halves, gram.clone() if copy and gram is not None else gram)

@@ -1,10 +1,10 @@
-"""Taylor saliency: what the loss itself says about the weights of every channel.
+"""Taylor saliency: how much the loss depends on the weights of every channel, by their gradients.
 
 A backward pass over the frozen model gives, at each linear layer, its input x (B, T, in) and the gradient of its output
-d (B, T, out); the weight's gradient for window b is d_b^T x_b. It is taken there and then, window by window, and never
-by autograd, so no weight is ever unfrozen and no gradient outlives the sums below.
+d (B, T, out); the weight's gradient for window b is d_b^T x_b. A hook computes it at once, window by window, without
+autograd, so no weight is unfrozen and no gradient outlives the sums below.
 
-Memory: the sums are as large as the weights, in float32, four times (two halves of the corpus; gradient and square):
+Memory: for each half of the corpus, a sum of gradients and a sum of squares, each as large as the weights, in float32:
 1.3 GB for the FFN of a model of 135M parameters, some 70 GB for one of 7B.
 """
 
@@ -13,11 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
-from einops import rearrange, repeat
 from torch import Tensor
 from torchmetrics import Metric
 
-from gprune.errors import UserError
+from gprune.errors import UserError, require_finite
 from gprune.models.blocks import ATTENTION, FFN, Block, Part
 
 PARTS = {"ffn": FFN, "attention": ATTENTION}
@@ -28,8 +27,8 @@ class Saliency:
     """Taylor terms of the loss, (C,) float64 each, all >= 0, from w, the weights of a channel, and g, their gradients.
 
     g_j is the gradient of window j's mean next-token cross-entropy, in nats; g = mean_j g_j. Sums run over the
-    channel's weights k: the rows of gate and up and the column of down of a neuron; the rows of query, key and value
-    and the column of the output projection of an attention channel. Query heads that share a key/value head share its
+    channel's weights k: for a neuron the rows of gate and up and the column of down; for an attention channel the rows
+    of query, key and value and the column of the output projection. Query heads that share a key/value head share its
     terms equally, so that a KV group's sum counts them once.
     """
 
@@ -45,7 +44,7 @@ class Saliency:
 
 
 def salient_parts(block: Block, kind: str) -> dict[str, Part]:
-    """The parts of a block whose weights have a share in the terms of its neurons or attention channels."""
+    """The parts of a block whose weights enter the terms of its neurons or attention channels, by name."""
     if kind == "ffn" and block.has_experts:
         raise UserError(
             f"Taylor saliency cannot be collected for experts (model_type '{block.family.model_type}'); expected dense "
@@ -66,7 +65,7 @@ class StreamingGradients(Metric):
             self.add_state(name, torch.zeros(2, *shape), dist_reduce_fx="sum")
 
     def update(self, x: Tensor, gradient: Tensor, half: Tensor, weight: Tensor) -> None:
-        """Add windows with inputs x (B, T, in) and output gradients (B, T, out), each of a loss that is a window's own.
+        """Add windows with inputs x (B, T, in) and gradients (B, T, out) of each window's own loss by the outputs.
 
         Args:
             half: (B,) in {0, 1}.
@@ -85,14 +84,10 @@ class StreamingGradients(Metric):
 
 
 def window_saliency(weight: Tensor, sums: dict[str, Tensor], *, columns: bool) -> tuple[Saliency, Saliency, Saliency]:
-    """Terms of one weight (out, in) for the halves of a corpus and for the whole: per row, or per column."""
+    """Terms of one weight (out, in), per row or per column, for the halves of a corpus and for the whole."""
     w, dim = weight.detach().float().cpu(), 0 if columns else 1
     count, gradient, square = (sums[name].cpu() for name in ("count", "gradient", "square"))
-    if not bool(torch.isfinite(square).all()):
-        raise UserError(
-            "A non-finite gradient came up during calibration; expected finite numbers. Check the model's weights, "
-            "or use --model.dtype float32 instead of a 16-bit type."
-        )
+    require_finite("gradient came up during calibration", square)
 
     def terms(*halves: int) -> Saliency:
         n = sum(count[h] for h in halves).clamp_min(1)
@@ -108,26 +103,15 @@ def window_saliency(weight: Tensor, sums: dict[str, Tensor], *, columns: bool) -
 
 
 def channel_saliency(block: Block, kind: str, sums: dict[str, dict[str, Tensor]]) -> tuple[Saliency, ...]:
-    """Terms of a block's neurons or attention channels, of half 0, half 1 and the whole corpus.
+    """Terms of a block's neurons (`ffn`) or attention channels, for half 0, half 1 and the whole corpus.
 
-    Args:
-        block: its weights are read.
-        kind: `ffn` or `attention`.
-        sums: what `StreamingGradients.compute` returned, by part of the block.
+    `sums` holds the result of `StreamingGradients.compute` for each part of the block.
     """
     heads = block.channels_per_group // block.head_dim
     found = None
-    for part, where in salient_parts(block, kind).items():
-        weight = where.weight
-        terms = window_saliency(weight, sums[part], columns=part in ("down", "output"))
-        if part in ("key", "value"):  # one row for the query heads of its group
-            terms = tuple(
-                Saliency(*(_shared(value, block.head_dim, heads) / heads for value in vars(t).values())) for t in terms
-            )
+    for name, part in salient_parts(block, kind).items():
+        terms = window_saliency(part.weight, sums[name], columns=name in ("down", "output"))
+        if name in ("key", "value"):  # the query heads of a group share its rows
+            terms = tuple(Saliency(*(block.per_query_head(v) / heads for v in vars(t).values())) for t in terms)
         found = terms if found is None else tuple(a + b for a, b in zip(found, terms, strict=True))
     return found
-
-
-def _shared(value: Tensor, head_dim: int, heads: int) -> Tensor:
-    grouped = rearrange(value, "(g d) -> g d", d=head_dim)
-    return repeat(grouped, "g d -> (g q d)", q=heads)

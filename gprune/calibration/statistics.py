@@ -1,9 +1,9 @@
-"""Streaming statistics of what enters `down_proj` (neurons) and `o_proj` (attention channels).
+"""Statistics of the inputs of down projections (neurons) and output projections (attention channels).
 
-One pass per corpus over the frozen decoder, without the language-model head. Per channel and for each of two
-halves of the corpus: count, sum and sum of squares, in float64. The halves give rank drift its noise floor. Per block:
-how far the block turns the hidden state. Optionally the Gram matrix, for recovery and output-aware metrics, and the
-Taylor saliency, which takes a backward pass.
+They come from one pass per corpus over the frozen decoder, without the language-model head. For each channel and each
+half of the corpus: count, sum and sum of squares, in float64; the halves give rank drift its noise floor. For each
+block: how far it turns the hidden state. On demand: Gram matrices, for recovery and output-aware metrics, and Taylor
+saliency, which takes a backward pass.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,47 +23,35 @@ from gprune.storage.files import read_tensors
 
 SUMS = ("count", "sum", "sum_sq")
 KINDS = (("ffn", "down"), ("attention", "output"))
-EXTRAS = ("gram", "saliency")  # what is collected only where something needs it
+EXTRAS = ("gram", "saliency")  # collected only if something needs them
 
 
 @dataclass(frozen=True)
 class StoredGram:
-    """A Gram matrix that lies in files: read when it is looked at, and never kept.
-
-    With several sources it is their sum, in that order.
-    """
+    """A Gram matrix that lies in files and is read anew on each access; with several sources, their sum in order."""
 
     sources: tuple[tuple[Path, str], ...]  # file and tensor
-    expert: int | None = None  # of stacked ones
+    expert: int | None = None  # the one whose matrix is meant, of a stack
 
     def read(self) -> Tensor:
         """(C, C) float32, or (E, C / E, C / E) of E experts."""
         total: Tensor | None = None
         for path, name in self.sources:
-            gram = _stored_tensor(path, name)
-            total = gram if total is None else total.add_(gram)
+            found = read_tensors(path)
+            if found is None or name not in found:
+                raise UserError(
+                    f"{path} is missing or not whole: a Gram matrix that a calibration pass left there. Start again to "
+                    f"have it computed anew; processes on several machines need one $GPRUNE_CACHE between them."
+                )
+            total = found[name] if total is None else total.add_(found[name])
         return total if self.expert is None else total[self.expert]
-
-
-def _stored_tensor(path: Path, name: str) -> Tensor:
-    found = read_tensors(path)
-    if found is None or name not in found:
-        raise UserError(
-            f"{path} is missing or not whole: a Gram matrix that a calibration pass left there. Start again to have it "
-            f"computed anew; processes on several machines need one $GPRUNE_CACHE between them."
-        )
-    return found[name]
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over tokens for C channels. All float64; `count` is a 0-d tensor, or (C,) for experts, each of which sees
-    tokens of its own.
+    """Sums over tokens for C channels, float64; `gram` and `saliency` are None unless something needs them."""
 
-    `gram` and `saliency` are there where a metric says that it needs them.
-    """
-
-    count: Tensor  # () or (C,), tokens
+    count: Tensor  # (), tokens; (C,) for experts, each of which sees other tokens
     sum: Tensor  # (C,)
     sum_sq: Tensor  # (C,)
     gram_source: Tensor | StoredGram | None = None  # of the whole corpus only
@@ -70,12 +59,12 @@ class Moments:
 
     @property
     def gram(self) -> Tensor | None:
-        """Sum over tokens of x x^T, (C, C) float32, or (E, C / E, C / E) of E experts; read anew where it is stored."""
+        """Sum over tokens of x x^T, (C, C) float32, or (E, C / E, C / E) for E experts; a stored one is read anew."""
         return self.gram_source.read() if isinstance(self.gram_source, StoredGram) else self.gram_source
 
     @property
     def mean(self) -> Tensor:
-        return self.sum / self.count.clamp_min(1)  # 0 where no token came by
+        return self.sum / self.count.clamp_min(1)  # 0 without tokens
 
     @property
     def mean_sq(self) -> Tensor:
@@ -87,12 +76,11 @@ class Moments:
         return (self.mean_sq - self.mean.square()).clamp_min(0)
 
     def of_expert(self, index: int, experts: int) -> Moments:
-        """The channels of one of E experts."""
+        """The channels of one of E experts, without saliency."""
         sums = (getattr(self, name).view(experts, -1)[index] for name in SUMS)
         gram = self.gram_source
-        if isinstance(gram, StoredGram):
-            return Moments(*sums, replace(gram, expert=index))
-        return Moments(*sums, None if gram is None else gram[index])
+        own = replace(gram, expert=index) if isinstance(gram, StoredGram) else None if gram is None else gram[index]
+        return Moments(*sums, own)
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(getattr(self, name) + getattr(other, name) for name in SUMS))
@@ -100,22 +88,18 @@ class Moments:
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Moments of the two halves of a corpus; where collected, the Gram matrix and the saliency of halves and whole.
-
-    Saliency does not add up over halves, since it takes absolute values of sums over windows.
-    """
+    """Moments of the two halves of a corpus and, if collected, the Gram matrix and saliency."""
 
     halves: tuple[Moments, Moments]
-    gram: Tensor | StoredGram | None = None
+    gram: Tensor | StoredGram | None = None  # of the whole corpus
+    # Of half 0, half 1 and the whole, which is not their sum: saliency takes absolute values of sums over windows.
     saliency: tuple[Saliency, Saliency, Saliency] | None = None
 
     @property
     def total(self) -> Moments:
-        return replace(
-            self.halves[0] + self.halves[1],
-            gram_source=self.gram,
-            saliency=None if self.saliency is None else self.saliency[2],
-        )
+        """Moments of the whole corpus."""
+        saliency = None if self.saliency is None else self.saliency[2]
+        return replace(self.halves[0] + self.halves[1], gram_source=self.gram, saliency=saliency)
 
     def half(self, index: int) -> Moments:
         """Moments of half 0 or 1 of the corpus, without a Gram matrix."""
@@ -132,7 +116,7 @@ class ChannelStatistics:
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> ChannelStatistics:
-        """What `tensors` gave."""
+        """Statistics from what `tensors` gave."""
         halves = tuple(Moments(*(flat[f"{half}.{name}"] for name in SUMS)) for half in (0, 1))
         saliency = None
         if "saliency.0.first" in flat:
@@ -147,7 +131,7 @@ class CorpusStatistics:
 
     ffn: list[ChannelStatistics]
     attention: list[ChannelStatistics]
-    turned: Tensor  # (blocks,) float64: sum over tokens of 1 - cos(what enters a block, what leaves it)
+    turned: Tensor  # (blocks,) float64: sum over tokens of 1 - cos(a block's input, its output)
 
     @property
     def influence(self) -> Tensor:
@@ -164,61 +148,51 @@ class CorpusStatistics:
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> CorpusStatistics:
-        """What `tensors` gave, in any order; extras may be left out."""
-        nested: dict[tuple[str, int], dict[str, Tensor]] = {}
-        for name, value in flat.items():
-            if name != "turned":
-                kind, index, rest = name.split(".", 2)
-                nested.setdefault((kind, int(index)), {})[rest] = value
-        depth = len(flat["turned"])
-        return cls(
-            *([ChannelStatistics.from_tensors(nested[kind, b]) for b in range(depth)] for kind, _ in KINDS),
-            turned=flat["turned"],
-        )
+        """Statistics from what `tensors` gave, in any order; extras may be missing."""
+
+        def channel(prefix: str) -> ChannelStatistics:
+            own = {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}
+            return ChannelStatistics.from_tensors(own)
+
+        turned = flat["turned"]
+        return cls(*([channel(f"{kind}.{b}.") for b in range(len(turned))] for kind, _ in KINDS), turned=turned)
 
 
 def kind_of(name: str) -> str:
-    """Which of `moments` and `EXTRAS` a tensor of `CorpusStatistics.tensors` belongs to: each is cached by itself."""
+    """The kind of a tensor of `CorpusStatistics.tensors`, `moments` or one of `EXTRAS`: each is cached by itself."""
     return next((extra for extra in EXTRAS if f".{extra}" in name), "moments")
 
 
 def pooled(statistics: Iterable[CorpusStatistics], *, gram: bool = True) -> CorpusStatistics:
-    """The statistics of several corpora read as one text (equal tokens each: the corpora averaged).
+    """The statistics of several corpora as one text, in which each corpus counts by its tokens.
 
-    Moments and Gram matrices are exactly those of the joined text. Saliency is the mean of the corpora's, since it
-    takes absolute values after each one's sum. `gram=False` leaves Gram matrices out.
+    Moments and Gram matrices are exactly those of the joined text. Saliency is averaged over corpora: each corpus takes
+    absolute values of its own sums. `gram=False` leaves Gram matrices out.
     """
 
-    def pool(parts: list[ChannelStatistics]) -> ChannelStatistics:
-        halves = tuple(sum((part.halves[h] for part in parts[1:]), start=parts[0].halves[h]) for h in (0, 1))
-        grams = [part.gram for part in parts if gram and part.gram is not None]
-        salient = [part.saliency for part in parts if part.saliency is not None]
-        return ChannelStatistics(
-            halves,
-            _sum(grams) if len(grams) == len(parts) else None,
-            tuple(sum(same[1:], start=same[0]) / len(parts) for same in zip(*salient, strict=True))
-            if len(salient) == len(parts)
-            else None,
-        )
+    def pool(*parts: ChannelStatistics) -> ChannelStatistics:
+        halves = tuple(_sum([part.halves[h] for part in parts]) for h in (0, 1))
+        grams, salient = [part.gram for part in parts], [part.saliency for part in parts]
+        total = _sum(grams) if gram and all(g is not None for g in grams) else None
+        if any(terms is None for terms in salient):
+            return ChannelStatistics(halves, total)
+        return ChannelStatistics(halves, total, tuple(_sum(same) / len(parts) for same in zip(*salient, strict=True)))
 
     statistics = list(statistics)
-    return CorpusStatistics(
-        *(
-            [pool(list(parts)) for parts in zip(*(getattr(s, kind) for s in statistics), strict=True)]
-            for kind, _ in KINDS
-        ),
-        turned=torch.stack([s.turned for s in statistics]).sum(0),
-    )
+    by_kind = (zip(*(getattr(s, kind) for s in statistics), strict=True) for kind, _ in KINDS)
+    ffn, attention = ([pool(*parts) for parts in blocks] for blocks in by_kind)
+    return CorpusStatistics(ffn, attention, torch.stack([s.turned for s in statistics]).sum(0))
 
 
-def _sum(grams: Sequence[Tensor | StoredGram]) -> Tensor | StoredGram:
-    if isinstance(grams[0], StoredGram):
-        return StoredGram(tuple(source for gram in grams for source in gram.sources))
-    return sum(grams[1:], start=grams[0])
+def _sum(parts: Sequence[Any]) -> Any:
+    """The sum of moments, of saliency or of Gram matrices; stored matrices are added when they are read."""
+    if isinstance(parts[0], StoredGram):
+        return StoredGram(tuple(source for gram in parts for source in gram.sources))
+    return sum(parts[1:], start=parts[0])
 
 
 def gram_bytes(blocks: Sequence[Block]) -> int:
-    """Bytes of the Gram matrices of one corpus: 4 (E N^2 + C^2) per block of E experts of N neurons (E = 1 if dense)
-    and C attention channels; 485 MB + 67 MB for a block of Llama-2-7B.
+    """Bytes of one corpus's Gram matrices: 4 (E N^2 + C^2) per block, with E experts (1 if dense) of N neurons and C
+    attention channels; 485 MB + 67 MB for a block of Llama-2-7B.
     """
     return sum(4 * (b.experts * b.neurons**2 + b.output.in_features**2) for b in blocks)

@@ -1,17 +1,17 @@
-"""Importance of units: one pure function per metric, larger = keep.
+"""Importance metrics: one pure function each, larger = keep.
 
-A metric sees the *channels* that enter an output projection (`down_proj` for neurons, `o_proj` for attention),
-their weights and their moments over a corpus, and returns one score per channel. A KV group's score is the sum
-over its channels (its query heads x head_dim), so every metric means the same thing in both scopes; a metric that
-can do better than a sum returns one score per group.
+A metric gets the weights and moments of the *channels* that enter an output projection (`down_proj` for neurons,
+`o_proj` for attention), and returns one score per channel. A KV group's score is the sum over its channels (its query
+heads x head_dim), so every metric means the same in both scopes; a metric that knows better than a sum returns one
+score per group.
 
     @metric("my_metric")
     def my_metric(weights, moments, generator):
         return moments.mean_sq.sqrt()
 
 Symbols in the docstrings: W (H, C) the output projection, W_:j its column of channel j; V_j the rows that feed the
-channel (gate and up; value); X_j its activations over all n tokens, of which ||X_j||_2^2 / n is the mean square. Scores
-are >= 0 but where a docstring says otherwise, and only their order counts.
+channel (gate and up; value); X_j its activations over all n tokens, so that ||X_j||_2^2 / n is the mean square. Scores
+are >= 0, and only their order counts.
 """
 
 from __future__ import annotations
@@ -31,23 +31,19 @@ IMPORTANCE: Registry[Callable[..., Tensor]] = Registry("importance metric")
 
 
 def metric(
-    name: str,
-    *,
-    activation_free: bool = False,
-    needs: Collection[str] = (),
-    drift: str | None = None,
+    name: str, *, activation_free: bool = False, needs: Collection[str] = (), drift: str | None = None
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register `function(weights, moments, generator) -> (C,) scores` under `name`.
 
     Args:
-        name: what `--importance` takes.
-        activation_free: whether the score ignores `moments`. It may then serve as the metric that unreliable modules
-            switch to, and its drift comes from `act_norm`.
-        needs: of `gram` and `saliency`, what of `moments` is read that is collected on demand only.
-        drift: the metric that gives rank drift in its place, where it cannot score half a corpus (as with `gram`).
+        name: the value of `--importance`.
+        activation_free: whether the score ignores `moments`. Then unreliable modules may switch to the metric, and its
+            rank drift comes from `act_norm`.
+        needs: which of `gram` and `saliency`, collected on demand only, the function reads from `moments`.
+        drift: the metric whose rank drift is used in its place, for a metric that cannot score half a corpus. By
+            default `wanda_sp` for a metric that needs `gram`.
     """
-    unknown = set(needs) - set(EXTRAS)
-    if unknown:
+    if unknown := set(needs) - set(EXTRAS):
         raise ValueError(f"metric '{name}': needs expected to be of {', '.join(EXTRAS)}, got {sorted(unknown)}.")
 
     def file(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -66,9 +62,9 @@ def metric(
 def wanda_sp(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
     """s_j = ||X_j||_2 * sum_i |W_ij|: Wanda's |W| ||X|| (arXiv 2306.11695, eq. 1) summed over a column.
 
-    The norm is divided by sqrt(n), which ranks alike. The structured form is a baseline of FLAP (arXiv 2312.11983).
-    Its repository averages over rows in place of the sum, which ranks alike; calibrates it on C4 while FLAP itself has
-    WikiText-2; and prunes each block before the next one is calibrated. Ours has the same text and the same dense
+    The norm is divided by sqrt(n), which does not change ranks. FLAP (arXiv 2312.11983) has this structured form as a
+    baseline. Its repository averages over rows, which ranks alike; calibrates the baseline on C4, but FLAP on
+    WikiText-2; and prunes each block before it calibrates the next one. Ours sees the same text and the same dense
     activations as every other metric.
     """
     return moments.mean_sq.sqrt() * weights.output.abs().sum(0)
@@ -78,8 +74,8 @@ def wanda_sp(weights: UnitWeights, moments: Moments, generator: torch.Generator)
 def wifn(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
     """s_j = (||X_j||_2 * mean_i |W_ij|)^2, FLAP's weighted input feature norm (arXiv 2312.11983).
 
-    As the authors' repository has it, which squares the scores of attention channels before it sums them over a head.
-    Squared or not, neurons rank exactly as by `wanda_sp`; KV groups do not.
+    As in the authors' repository, which squares the scores of attention channels before it sums them over a head.
+    Neurons rank exactly as by `wanda_sp`; KV groups do not, because of the square.
     """
     return (moments.mean_sq.sqrt() * weights.output.abs().mean(0)).square()
 
@@ -88,16 +84,15 @@ def wifn(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> 
 def wifv(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
     """s_j = Var(X_j) * ||W_:j||_2^2, FLAP's weighted input feature variance (arXiv 2312.11983, eq. 5).
 
-    The variance is over tokens. The authors' code updates a running variance with the new mean in place of the
-    old one, skips the first window, and squares the scores of attention alone; ours is the population variance that
-    the paper describes, the same for both.
+    The variance is over tokens: the population variance that the paper describes. The authors' code updates a running
+    variance with the new mean in place of the old one, skips the first window, and squares the scores of attention.
     """
     return moments.variance * weights.output.square().sum(0)
 
 
 @metric("ifv")
 def ifv(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = Var(X_j), FLAP's input feature variance (arXiv 2312.11983): `wifv` without weights, same remarks."""
+    """s_j = Var(X_j), FLAP's input feature variance (arXiv 2312.11983): `wifv` without weights."""
     return moments.variance
 
 
@@ -109,13 +104,13 @@ def act_norm(weights: UnitWeights, moments: Moments, generator: torch.Generator)
 
 @metric("obs", needs=("gram",))
 def obs(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_S = tr(W_S ([G^-1]_SS)^-1 W_S^T): what the projection's output error rises by when the channels S go.
+    """s_S = tr(W_S ([G^-1]_SS)^-1 W_S^T): the rise of the projection's output error when the channels S go.
 
-    Optimal brain surgeon (Hassibi and Stork, 1993) at the level of a unit, for the squared error of a linear layer
-    whose other weights are free to make up for the loss, as `least_squares` recovery lets them. G = X^T X / n +
-    lambda I, lambda = 0.01 x mean diagonal; for a neuron it is ||W_:j||_2^2 / [G^-1]_jj, for a KV group all its
-    channels go at once. With G's diagonal in place of G, s_j = ||X_j||_2^2 ||W_:j||_2^2 / n. Drift comes from
-    `wanda_sp`, since halves of a corpus have no Gram matrix of their own. Our reading.
+    Optimal brain surgeon (Hassibi and Stork, 1993) for whole units: the squared error of a linear layer whose other
+    weights adapt, as `least_squares` recovery lets them. G = X^T X / n + lambda I, lambda = 0.01 x mean diagonal. For a
+    neuron s_j = ||W_:j||_2^2 / [G^-1]_jj; the channels of a KV group go at once. With G's diagonal in place of G,
+    s_j = ||X_j||_2^2 ||W_:j||_2^2 / n. Rank drift comes from `wanda_sp`, since halves of a corpus have no Gram matrix.
+    Our reading.
     """
     G = moments.gram.double() / moments.count
     dead = G.diagonal() == 0
@@ -139,10 +134,10 @@ def obs(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> T
 def taylor(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
     """s_j = sum_k |w_k g_k|, LLM-Pruner's element-wise first order (arXiv 2305.11627, eq. 5 without its second term).
 
-    k runs over all weights of the channel, gate and up rows and down column (query, key and value rows and the column
-    of the output projection); g is the gradient of the mean next-token cross-entropy over the calibration windows. A
-    KV group counts its key and value rows once. The authors' repository calls it `param_first` and takes ten samples
-    of 64 tokens from BookCorpus; ours has the same text as every other metric.
+    k runs over all weights of the channel: gate and up rows and down column (or query, key and value rows and the
+    column of the output projection). g is the gradient of the mean next-token cross-entropy over the calibration
+    windows. A KV group counts its key and value rows once. The authors' repository calls it `param_first` and takes ten
+    samples of 64 tokens from BookCorpus; ours sees the same text as every other metric.
     """
     return moments.saliency.first
 
@@ -171,10 +166,10 @@ def taylor_vector(weights: UnitWeights, moments: Moments, generator: torch.Gener
 
 @metric("magnitude", activation_free=True)
 def magnitude(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = ||W_:j||_2 * prod over V_j of ||V_j||_2: the L2 norms along the channel's path multiplied.
+    """s_j = ||W_:j||_2 * prod over V_j of ||V_j||_2: the product of the L2 norms along the channel's path.
 
-    Scaling a row up and the column down by the same factor leaves the model, and this score, unchanged; a sum of
-    norms would not survive that.
+    Scaling a row up and the column down by the same factor changes neither the model nor this score; it would change a
+    sum of norms.
     """
     return weights.output.norm(dim=0) * math.prod([rows.norm(dim=1) for rows in weights.inputs])
 
@@ -199,15 +194,15 @@ def magnitude_down_l1(weights: UnitWeights, moments: Moments, generator: torch.G
 
 @metric("gaussian_sp", activation_free=True)
 def gaussian_sp(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = sqrt(E X_j^2) * sum_i |W_ij| for hidden states x ~ N(0, I): `wanda_sp` on text of no distribution at all.
+    """s_j = sqrt(E X_j^2) * sum_i |W_ij| for hidden states x ~ N(0, I): `wanda_sp` without any text.
 
-    What enters the FFN is normalised to a root mean square of 1, scaled by gamma, and moved by beta where the norm has
-    a bias. With Gaussian x, gate a and up b of a neuron are jointly Gaussian with variances ||gamma V||^2, the
+    The FFN's input is normalised to a root mean square of 1, scaled by gamma, and moved by beta where the norm has a
+    bias. With Gaussian x, gate a and up b of a neuron are jointly Gaussian with variances ||gamma V||^2, the
     covariance c of their rows, and means from biases, so E X^2 = E[f(a)^2 b^2] =
     E_a[f(a)^2 ((m_b + c (a - m_a) / v_a)^2 + v_b - c^2 / v_a)], one integral over a (Gauss-Hermite, 64 nodes); without
-    a gate it is E_a[f(a)^2]. Unlike a product of norms it knows whether gate and up look the same way and how much of
-    a the activation f lets pass. For an attention channel X is linear: E X^2 = ||gamma V||^2 + m^2. Where a block has
-    no norm before the projection, hidden states count as normalised. Our own.
+    a gate it is E_a[f(a)^2]. Unlike a product of norms it takes into account the angle between gate and up, and how
+    much of a the activation f lets pass. For an attention channel X is linear: E X^2 = ||gamma V||^2 + m^2. Where a
+    block has no norm before the projection, hidden states count as normalised. Our own.
     """
     return _expected_square(weights).sqrt() * weights.output.abs().sum(0)
 

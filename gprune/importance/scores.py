@@ -1,4 +1,4 @@
-"""Scores of every unit by a metric's name: checked, per expert where there are experts, summed over a KV group."""
+"""Score every unit by a metric's name: checked, expert by expert where there are experts, summed over a KV group."""
 
 from __future__ import annotations
 
@@ -18,25 +18,21 @@ from gprune.models.blocks import Block
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance per block, float64: neurons (N,) or (E x N,), KV groups (G,), and what those sum up, channels (C,).
+    """Importance, float64, one tensor per block."""
 
-    A metric that scores whole groups has those groups for channels.
-    """
-
-    ffn: list[Tensor]
-    attention: list[Tensor]
-    channels: list[Tensor]
+    ffn: list[Tensor]  # neurons (N,), or (E x N,) of E experts
+    attention: list[Tensor]  # KV groups (G,): sums over their channels
+    channels: list[Tensor]  # attention channels (C,), or (G,) where the metric scores whole groups
 
 
 def score_channels(name: str, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """What the metric `name` says: (C,) float64, or one score per unit."""
+    """Scores by the metric `name`: (C,) float64, or one per unit. A UserError for another shape, NaN or infinity."""
     scores = IMPORTANCE[name](weights, moments, generator)
     C = weights.output.shape[1]
     if not isinstance(scores, Tensor) or tuple(scores.shape) not in ((C,), (C // weights.per_unit,)):
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise UserError(f"Importance metric '{name}': expected a tensor of shape ({C},), got {got}.")
-    if not bool(torch.isfinite(scores).all()):
-        bad = int((~torch.isfinite(scores)).sum())
+    if bad := int((~torch.isfinite(scores)).sum()):
         raise UserError(
             f"Importance metric '{name}': expected finite scores, got {bad} of {C} that are NaN or infinite."
         )
@@ -44,10 +40,10 @@ def score_channels(name: str, weights: UnitWeights, moments: Moments, generator:
 
 
 def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """Scores of a block's neurons, (experts x neurons,) float64, expert by expert; as `score_channels`.
+    """Scores of a block's neurons, (experts x neurons,) float64, each expert scored by itself.
 
-    An expert that no token of the text was routed to has no activations to judge: it has the ranks of `magnitude`,
-    on the scale of the others (the score at rank j is the mean of theirs at rank j). Our reading.
+    An expert that no token of the text was routed to has no activations to judge. Its neurons rank by `magnitude`, and
+    the score at rank j is the mean of the other experts' scores at rank j. Our reading.
     """
     E = block.experts
     if not block.has_experts:
@@ -64,7 +60,7 @@ def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, g
 
 
 def generator_for(seed: int, block: int, kind: str) -> torch.Generator:
-    """A stream of its own for every block and scope."""
+    """A random generator of its own for every block and kind (`ffn`, `attention`)."""
     return torch.Generator().manual_seed(seed * 100_003 + 2 * block + (kind == "attention"))
 
 
@@ -80,10 +76,8 @@ def score_units(
     """Importance of every unit by the metric `name`, from all tokens of a corpus or from one half of them.
 
     Args:
-        name: a registered metric.
-        blocks: the model's blocks; their weights are read, not changed.
-        statistics: of one corpus, or of several pooled, with what the metric needs.
-        seed: for metrics that draw numbers; blocks and scopes draw from separate streams.
+        statistics: of one corpus or of several pooled, with Gram matrices or saliency if the metric needs them.
+        seed: for metrics that draw numbers.
         half: 0 or 1 for half of the tokens, None for all.
         attention: False where KV groups are out of scope; their scores are then 0.
     """
@@ -92,13 +86,13 @@ def score_units(
         channel = getattr(statistics, kind)[block.index]
         return channel.total if half is None else channel.half(half)
 
-    ffn, channels = [], []
-    for b in blocks:
-        ffn.append(score_ffn(name, b, ffn_weights(b), moments("ffn", b), generator_for(seed, b.index, "ffn")))
-        if attention:
-            own = generator_for(seed, b.index, "attention")
-            channels.append(score_channels(name, attention_weights(b), moments("attention", b), own))
-        else:
-            channels.append(torch.zeros(b.kv_groups, dtype=torch.float64))
+    def channel_scores(block: Block) -> Tensor:
+        if not attention:
+            return torch.zeros(block.kv_groups, dtype=torch.float64)
+        generator = generator_for(seed, block.index, "attention")
+        return score_channels(name, attention_weights(block), moments("attention", block), generator)
+
+    ffn = [score_ffn(name, b, ffn_weights(b), moments("ffn", b), generator_for(seed, b.index, "ffn")) for b in blocks]
+    channels = [channel_scores(b) for b in blocks]
     groups = [reduce(c, "(g c) -> g", "sum", g=b.kv_groups) for c, b in zip(channels, blocks, strict=True)]
     return Scores(ffn, groups, channels)

@@ -1,4 +1,4 @@
-"""The weights of the channels that a metric judges, read off a block."""
+"""Read the weights of a block's channels, which a metric judges."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from gprune.models.blocks import Block, ExpertPart, Part
@@ -17,17 +16,17 @@ from gprune.models.offload import stored
 class UnitWeights:
     """The weights of C channels with H hidden dimensions, float32.
 
-    For neurons `inputs` are the gate and up rows, or those of up where there is no gate; for attention the value rows,
-    repeated for the query heads that share them (a channel of `o_proj` is a weighted mean over tokens of that value
-    row's output).
+    For neurons `inputs` are the rows of gate and up, or of up alone where there is no gate. For attention they are the
+    value rows, repeated for the query heads that share them: a channel that enters the output projection is a weighted
+    mean over tokens of that value row's output.
     """
 
     inputs: tuple[Tensor, ...]  # each (C, H)
     output: Tensor  # (H, C)
-    scale: Tensor | None = None  # (H,), of the normalisation before the inputs; None: 1
-    activation: Callable[[Tensor], Tensor] | None = None  # after the first input; None where nothing stands between
-    per_unit: int = 1  # channels per unit, consecutive: 1 for neurons
-    means: tuple[Tensor, ...] | None = None  # (C,) each: of the inputs, from biases; None: 0
+    scale: Tensor | None = None  # (H,), weight of the norm before the inputs; None: 1
+    activation: Callable[[Tensor], Tensor] | None = None  # applied to the first input; None: the identity
+    per_unit: int = 1  # consecutive channels per unit: 1 for neurons
+    means: tuple[Tensor, ...] | None = None  # (C,) each: the mean output of the inputs, from biases; None: 0
 
     def of_expert(self, index: int, experts: int) -> UnitWeights:
         """The channels of one expert, (C / experts,)."""
@@ -37,34 +36,18 @@ class UnitWeights:
 
 
 def ffn_weights(block: Block) -> UnitWeights:
-    """(experts x neurons,) channels of one block's FFN."""
-    rows = [part for part in (block.gate, block.up) if part is not None]
+    """The (experts x neurons,) channels of one block's FFN."""
+    parts = [part for part in (block.gate, block.up) if part is not None]
     scale, shift = _norm(block.ffn_norm, block.family.norm_offset)
-    return UnitWeights(
-        tuple(_weight(part) for part in rows),
-        _weight(block.down),
-        scale,
-        activation=block.activation,
-        means=tuple(_means(part, shift) for part in rows),
-    )
+    rows, means = tuple(map(_weight, parts)), tuple(_means(part, shift) for part in parts)
+    return UnitWeights(rows, _weight(block.down), scale, block.activation, means=means)
 
 
 def attention_weights(block: Block) -> UnitWeights:
-    """(query heads x head_dim,) channels of one block's attention."""
+    """The (query heads x head_dim,) channels of one block's attention."""
     scale, shift = _norm(block.attention_norm, block.family.norm_offset)
-    heads = block.channels_per_group // block.head_dim
-
-    def shared(per_group: Tensor) -> Tensor:
-        by_group = rearrange(per_group, "(g d) ... -> g d ...", d=block.head_dim)
-        return repeat(by_group, "g d ... -> (g q d) ...", q=heads)
-
-    return UnitWeights(
-        (shared(_weight(block.value)),),
-        _weight(block.output),
-        scale,
-        per_unit=block.channels_per_group,
-        means=(shared(_means(block.value, shift)),),
-    )
+    rows, means = (block.per_query_head(v) for v in (_weight(block.value), _means(block.value, shift)))
+    return UnitWeights((rows,), _weight(block.output), scale, per_unit=block.channels_per_group, means=(means,))
 
 
 def _weight(part: Part | ExpertPart) -> Tensor:
@@ -72,7 +55,7 @@ def _weight(part: Part | ExpertPart) -> Tensor:
 
 
 def _norm(norm: nn.Module | None, offset: float) -> tuple[Tensor | None, Tensor | None]:
-    """What the norm before a projection multiplies by and adds, (H,) each; None: nothing."""
+    """The scale and the shift of the norm before a projection, (H,) each; None where it has none."""
     if norm is None or norm.weight is None:
         return None, None
     bias = stored(norm, "bias") if hasattr(norm, "bias") else None
@@ -81,6 +64,6 @@ def _norm(norm: nn.Module | None, offset: float) -> tuple[Tensor | None, Tensor 
 
 
 def _means(part: Part | ExpertPart, shift: Tensor | None) -> Tensor:
-    """The output of each row for what the norm gives on average, (C,)."""
+    """The output of each row for the norm's mean output, (C,)."""
     own = torch.zeros(part.out_features) if part.bias is None else part.bias.detach().float().cpu()
     return own if shift is None else own + _weight(part) @ shift
