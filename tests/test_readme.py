@@ -1,33 +1,46 @@
-"""README, --help and the tree tell the same story."""
+"""README, pages, --help and the tree tell the same story, and what the README shows how to add can be added."""
 
 from __future__ import annotations
 
 import re
+import runpy
+import shlex
+from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from gprune.recovery.projection import RECOVERY, recover_projection
 from transformers import AutoModelForCausalLM
 
 import gprune
+from gprune.__main__ import COMMANDS
 from gprune.benchmarks.command import parser as evaluation_parser
 from gprune.calibration.statistics import Moments
+from gprune.config import RETIRED
 from gprune.export.command import parser as export_parser
 from gprune.export.hf import save_pruned
-from gprune.importance.weights import UnitWeights
-from gprune.models.families import FAMILIES
+from gprune.importance import UnitWeights
+from gprune.models.blocks import blocks_of
+from gprune.models.families import FAMILIES, table
 from gprune.models.loading import load_model
 from gprune.models.surgery import prune
+from gprune.recovery import RECOVERY
 from gprune.report.command import parser as report_parser
+from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.gates import masked
 from gprune.studies.command import parser as lists_parser
-from tests import tiny_run
+from tests import built_in, tiny_run
 from tests.tiny_families import make_tiny, some_masks
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (
+    ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "experiments/README.md", *sorted((ROOT / "docs").glob("*.md"))
+)}  # fmt: skip
+README = PAGES["README.md"]
+USER_PAGES = [name for name in PAGES if name not in ("CHANGELOG.md", "experiments/README.md")]  # that tell no history
+PARSERS = (export_parser(), evaluation_parser(), report_parser(), lists_parser())
 
 
 @pytest.fixture
@@ -39,10 +52,23 @@ def world(tmp_path, monkeypatch):
         yield tiny_run.make_world(tmp_path / "world")
 
 
-def python_block(word: str) -> str:
-    """The Python block of the README that contains `word`."""
+@pytest.fixture
+def scratch(monkeypatch):
+    """Registries and families that forget what a test adds."""
+    for family in ("smollm3", "starcoder2"):
+        monkeypatch.setitem(FAMILIES, family, None)  # taken out again afterwards
+    with ExitStack() as stack:
+        for registry in (gprune.IMPORTANCE, gprune.CORPORA, ALLOCATION, RECOVERY):
+            stack.enter_context(built_in.scratch(registry))
+        yield
+
+
+def run_block(word: str) -> dict[str, object]:
+    """Execute the Python block of the README that contains `word`; returns its names."""
     (block,) = [b for b in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S) if word in b]
-    return block
+    names = {"__name__": "readme"}
+    exec(block, names)
+    return names
 
 
 def all_flags(config: object, prefix: str = "--") -> set[str]:
@@ -56,86 +82,92 @@ def all_flags(config: object, prefix: str = "--") -> set[str]:
     return names
 
 
-def test_flags_named_in_the_readme_exist():
-    known = all_flags(gprune.RunConfig()) | {"--config", "--print_config", "--help"}
-    named = {f.rstrip(".") for f in re.findall(r"--[a-z_]+(?:\.[a-z_]+)?", README)}
-    assert len(named) > 15
-    parsers = (export_parser(), evaluation_parser(), report_parser(), lists_parser())
-    verbs = {flag for made in parsers for action in made._actions for flag in action.option_strings}
-    assert named <= known | verbs, named - known - verbs
+# What the pages name is there
+
+
+@pytest.mark.parametrize("page", USER_PAGES)
+def test_flags_that_pages_name_exist(page):
+    known = all_flags(gprune.RunConfig()) | {"--config", "--print_config", "--help", "--sparsity.options.power"}
+    known |= {flag for made in PARSERS for action in made._actions for flag in action.option_strings}
+    foreign = {"--work", "--fetch", "--small", "--reference", "--array", "--wrap", "--check"}  # of scripts, SLURM, ruff
+    text = re.sub(r"^#SBATCH.*", "", PAGES[page], flags=re.M)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*(?:\.[a-z_]+)*", text))
+    assert named - known - foreign == set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_that_pages_print_exist(page):
+    """Modules, sub-commands, and files below experiments/; where a script is gone, the log says `...` of commit."""
+    text = " ".join(PAGES[page].split())
+    if page == "CHANGELOG.md":  # it tells what commands were called once
+        text = text.partition("### Renamed")[0]
+    for module in re.findall(r"python -m ([a-z_.]+[a-z])\b(?![^`]*` of commit)", text):
+        assert find_spec(module) or module in ("venv", "pip"), f"{page}: python -m {module}"
+    for command in re.findall(r"`gprune ([a-z]+)", text):
+        assert command in COMMANDS, f"{page}: gprune {command}"
+    for path in re.findall(r"(?:--config|gprune study|wandb sweep) (experiments/[\w./]+)", text):
+        assert (ROOT / path).is_file(), f"{page}: {path}"
+
+
+@pytest.mark.parametrize("page", USER_PAGES)
+def test_train_commands_that_pages_print_parse(page):
+    """Every flag with its value, as `train.py` would read it."""
+    text = PAGES[page].replace("\\\n", " ")
+    blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)).splitlines()
+    found = [line for line in [*blocks, *re.findall(r"`([^`\n]+)`", text)] if "python train.py --" in line]
+    for line in found:
+        args = shlex.split(line.partition("python train.py ")[2], comments=True)
+        if "--help" not in args and "..." not in line:
+            gprune.config.parse([a.removeprefix("...") for a in args])
+    assert found or page not in ("README.md", "docs/experiments.md", "docs/large_models.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
+    def anchors(text: str) -> set[str]:
+        heads = re.findall(r"^#+ (.*)$", text, re.M)
+        return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            file = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+            assert file.exists(), f"{page}: {target}"
+            assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), f"{page}: {target}"
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 250
 
 
 def test_the_tree_in_the_readme_is_the_tree():
     (tree,) = re.findall(r"^train\.py  .*?(?=^```)", README, re.M | re.S)
-    named = set(re.findall(r"\b[a-z_]+\.py\b", tree))
-    there = {p.name for p in (ROOT / "gprune").glob("*.py")} - {"__init__.py", "errors.py", "registry.py"}
-    assert there <= named, there - named
-    missing = [n for n in named - {"train.py", "evidence.py"} if not list((ROOT / "gprune").rglob(n))]
-    assert not missing
+    inside = tree.partition("gprune/\n")[2]
+    rooms = {path.parent.name for path in (ROOT / "gprune").glob("*/__init__.py")}
+    assert set(re.findall(r"^  ([a-z]+)/", inside, re.M)) == rooms
+    for name in re.findall(r"^([a-z]+)/", tree, re.M):
+        assert (ROOT / name).is_dir()
 
 
-def test_the_recipe_for_a_metric_registers_and_scores(monkeypatch):
-    monkeypatch.setattr(gprune.IMPORTANCE, "_entries", dict(gprune.IMPORTANCE._entries))
-    exec(python_block("@gprune.metric"), {"__name__": "readme"})
-    ones = torch.ones(3, dtype=torch.float64)
-    scores = gprune.IMPORTANCE["down_norm"](
-        UnitWeights((), torch.tensor([[3.0, 0, 1], [4.0, 0, 0]])), Moments(ones[0], ones, ones, ones), torch.Generator()
-    )
-    assert scores.tolist() == [5.0, 0.0, 1.0]
-    assert gprune.IMPORTANCE["down_norm"].activation_free
-    assert gprune.RunConfig(importance="down_norm").importance == "down_norm"
+def test_rooms_of_the_contributors_page_are_those_of_the_contract():
+    contract = re.findall(r"^layers = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)[0]
+    rows = re.findall(r"^\| (`.*?) \|", PAGES["docs/CONTRIBUTING.md"], re.M)
+    named = [re.findall(r"`(\w+)`", row) for row in rows]
+    assert [name for row in named for name in row] == re.findall(r"\w+", contract)
 
 
-def test_the_recipe_for_a_metric_runs_through_the_command_line(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(gprune.IMPORTANCE, "_entries", dict(gprune.IMPORTANCE._entries))
-    exec(python_block("@gprune.metric"), {"__name__": "readme"})
-    run = world.run(tmp_path, "--importance=down_norm", "--gprune=false")
-    assert run.config.importance == "down_norm"
-    for layer, mask in zip(load_model(str(world.model))[0].model.layers, run.masks.ffn, strict=True):
-        norms = layer.mlp.down_proj.weight.double().square().sum(0).sqrt()  # one per neuron
-        kept = torch.zeros(tiny_run.NEURONS, dtype=torch.bool)
-        kept[norms.argsort(descending=True)[: tiny_run.NEURONS // 2]] = True
-        assert torch.equal(mask, kept)
+def test_the_table_of_families_is_made_from_the_records():
+    assert table() in PAGES["docs/families.md"]
 
 
-def test_the_recipe_for_a_corpus_registers_and_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr(gprune.CORPORA, "_entries", dict(gprune.CORPORA._entries))
-    monkeypatch.chdir(tmp_path)
-    for split in ("train", "test"):
-        (tmp_path / f"poems.{split}.txt").write_text("\n\n".join(f"{split} poem {i}" for i in range(20)))
-    exec(python_block("@gprune.CORPORA"), {"__name__": "readme"})
-    train, development = (gprune.corpora.load.load_corpus("poems", split) for split in ("train", "development"))
-    assert len(train) == 18
-    assert len(development) == 2
-    assert not set(train) & set(development)
+def test_the_picture_is_what_its_script_draws():
+    drawn = runpy.run_path(str(ROOT / "docs/method.py"))["picture"]()
+    assert (ROOT / "docs/method.svg").read_text(encoding="utf-8") == drawn
 
 
-def test_the_recipe_for_a_recovery_registers_and_recovers(monkeypatch):
-    monkeypatch.setattr(RECOVERY, "_entries", dict(RECOVERY._entries))
-    exec(python_block("RECOVERY.register"), {"__name__": "readme"})
-    assert gprune.RunConfig(recovery="rescale").recovery == "rescale"
-    four = torch.full((4,), 4.0, dtype=torch.float64)
-    moments = Moments(four[0], four, four, four)
-    weight, bias = recover_projection(
-        torch.ones(2, 4), torch.tensor([True, False, False, False]), moments, method="rescale"
-    )
-    assert weight.tolist() == [[2.0], [2.0]]  # a quarter of the energy is kept
-    assert bias is None
-
-
-def test_the_recipe_for_a_family_prunes_and_reloads(tmp_path, monkeypatch):
-    for family in ("smollm3", "starcoder2"):
-        monkeypatch.setitem(FAMILIES, family, None)  # taken out again afterwards
-    exec(python_block("FAMILIES[record.model_type]"), {"__name__": "readme"})
-    ids = torch.arange(3, 35).view(2, 16)
-    for family in ("smollm3", "starcoder2"):
-        model = make_tiny(family)
-        masks = some_masks(model, attention=True)
-        pruned = prune(model, masks)
-        with masked(model, masks):
-            torch.testing.assert_close(pruned(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
-        again = AutoModelForCausalLM.from_pretrained(save_pruned(pruned, None, tmp_path / family))
-        assert torch.equal(again(ids).logits, pruned(ids).logits)
+def test_settings_that_are_gone_are_named_in_the_changelog():
+    for setting in RETIRED:
+        assert f"`--{setting}" in PAGES["CHANGELOG.md"] or f"`.{setting.rpartition('.')[2]}" in PAGES["CHANGELOG.md"]
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -144,3 +176,102 @@ def test_quick_start_commands_are_one_line_each(number):
     blocks = re.findall(r"^```bash\n(.*?)^```", quick, re.M | re.S)
     assert len(blocks) == 2
     assert len(blocks[number - 1].strip().splitlines()) == 1
+
+
+# What the README shows how to add
+
+
+@pytest.mark.usefixtures("scratch")
+def test_the_recipe_for_a_metric_registers_and_scores():
+    run_block("@gprune.metric")
+    ones = torch.ones(3, dtype=torch.float64)
+    scores = gprune.IMPORTANCE["down_norm"](
+        UnitWeights((), torch.tensor([[3.0, 0, 1], [4.0, 0, 0]])), Moments(ones[0], ones, ones), torch.Generator()
+    )
+    assert scores.tolist() == [5.0, 0.0, 1.0]
+    assert gprune.IMPORTANCE["down_norm"].activation_free
+    assert gprune.RunConfig(importance="down_norm").importance == "down_norm"
+
+
+@pytest.mark.usefixtures("scratch")
+def test_the_recipe_for_a_corpus_registers_and_reads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / f"poems.{split}.txt").write_text("\n\n".join(f"{split} poem {i}" for i in range(20)))
+    run_block("@gprune.CORPORA")
+    train, development = (gprune.corpora.load_corpus("poems", split) for split in ("train", "development"))
+    assert len(train) == 18
+    assert len(development) == 2
+    assert not set(train) & set(development)
+
+
+@pytest.mark.usefixtures("scratch")
+def test_the_recipes_for_a_metric_and_an_allocation_run_through_the_command_line(world, tmp_path):
+    run_block("@gprune.metric")
+    run_block("@allocation")
+    run = world.run(
+        tmp_path, "--importance=down_norm", "--gprune=false", "--sparsity.allocation=powered",
+        "--sparsity.options.power=2", "--export=none",
+    )  # fmt: skip
+    assert run.config.importance == "down_norm"
+    norms = torch.stack([
+        layer.mlp.down_proj.weight.double().square().sum(0).sqrt()  # one per neuron
+        for layer in load_model(str(world.model))[0].model.layers
+    ])  # fmt: skip
+    kept = torch.zeros(norms.numel(), dtype=torch.bool)
+    kept[norms.flatten().argsort(descending=True)[: norms.numel() // 2]] = True  # over the whole model
+    assert torch.equal(torch.stack(run.masks.ffn), kept.view_as(norms))
+
+
+@pytest.mark.usefixtures("scratch")
+def test_the_recipe_for_a_recovery_of_a_projection_registers_and_recovers():
+    run_block('recovery("rescale")')
+    assert gprune.RunConfig(recovery="rescale").recovery == "rescale"
+    four = torch.full((4,), 4.0, dtype=torch.float64)
+    weight, bias = RECOVERY["rescale"].solve(
+        torch.ones(2, 4), torch.tensor([True, False, False, False]), Moments(four[0], four, four)
+    )
+    assert weight.tolist() == [[2.0], [2.0]]  # a quarter of the energy is kept
+    assert bias is None
+
+
+@pytest.mark.usefixtures("scratch")
+def test_the_recipe_for_a_stage_recovers_the_whole_model_in_a_run(world, tmp_path):
+    Distillation = run_block('recovery("distil")')["Distillation"]
+    dense = load_model(str(world.model))[0]
+    ids = torch.arange(4, 68).view(2, 32)
+    masks = some_masks(dense, attention=False)
+    stage = Distillation(dense, prune(dense, masks))
+    assert {name.partition(".")[0] for name in stage.state_dict()} == {"student"}  # the dense model stays outside
+    optimizer, losses = stage.configure_optimizers(), []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = stage.training_step({"input_ids": ids}, 0)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+
+    run = world.run(
+        tmp_path, "--gprune=false", "--recovery=distil", "--sparsity.protect=[0]", "--evaluation.controls=[]",
+        "--corpora.num_samples=2",
+    )  # fmt: skip
+    untouched, tuned = (blocks_of(model)[0].down.weight for model in (dense, run.model))
+    assert untouched.shape == tuned.shape  # the block is protected: what differs was learned
+    assert not torch.equal(untouched, tuned)
+    assert {r["recovery"] for r in run.records if r["stage"] == "base"} == {"distil"}
+    assert run.summary["forward_backward_tokens"] == 3 * 2 * 32  # corpora, windows, tokens: the pruned model learns
+
+
+@pytest.mark.usefixtures("scratch")
+@pytest.mark.parametrize("family", ["smollm3", "starcoder2"])
+def test_the_recipe_for_a_family_prunes_and_reloads(family, tmp_path):
+    run_block("FAMILIES[record.model_type]")
+    ids = torch.arange(3, 35).view(2, 16)
+    model = make_tiny(family)
+    masks = some_masks(model, attention=True)
+    pruned = prune(model, masks)
+    with masked(model, masks):
+        torch.testing.assert_close(pruned(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
+    again = AutoModelForCausalLM.from_pretrained(save_pruned(pruned, None, tmp_path / family))
+    assert torch.equal(again(ids).logits, pruned(ids).logits)
