@@ -166,7 +166,7 @@ def kind_of(name: str) -> str:
 def pooled(statistics: Iterable[CorpusStatistics], *, gram: bool = True) -> CorpusStatistics:
     """The statistics of several corpora as one text, in which each corpus counts by its tokens.
 
-    Moments and Gram matrices are exactly those of the joined text. Saliency is averaged over corpora: each corpus takes
+    Moments and Gram matrices are exact for the joined text. Saliency is averaged over corpora, since each corpus takes
     absolute values of its own sums. `gram=False` leaves Gram matrices out.
     """
 

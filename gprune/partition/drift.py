@@ -1,4 +1,4 @@
-"""Rank drift: how much a neuron's importance rank varies between text distributions, and what of it is noise."""
+"""Rank drift: how much a neuron's importance rank varies between text distributions, and how much of that is noise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def fractional_ranks(scores: Tensor, *, groups: int = 1) -> Tensor:
 
     Args:
         scores: (..., groups x N), ranked along the last dimension.
-        groups: consecutive stretches that are ranked by themselves: the experts of a block.
+        groups: number of equal parts that are ranked by themselves: the experts of a block.
 
     Returns:
         (..., groups x N) float64.
@@ -69,9 +69,9 @@ def kendall_agreement(scores: Tensor) -> float:
 def half_agreement(half_ranks: Tensor) -> Tensor:
     """Kendall's tau-b between the two halves of a corpus, mean over corpora: half_ranks (D, 2, N) -> () float64.
 
-    What sampling alone leaves of the agreement between corpora. Below it: a half has twice the sampling variance of the
-    whole. The halves are the earlier and the later windows of a shuffled sample: they have at most one piece of text in
-    common. NaN where `kendall_agreement` is.
+    It shows how much agreement between corpora sampling alone would leave, and is too low: a half has twice the
+    sampling variance of the whole. The halves are the earlier and the later windows of a shuffled sample, with at most
+    one piece of text in common. NaN where `kendall_agreement` is.
     """
     return torch.tensor([kendall_agreement(pair) for pair in half_ranks], dtype=torch.float64).mean()
 
@@ -88,35 +88,3 @@ def pair_weighted_mean(values: Tensor, sizes: Tensor) -> float:
     defined = ~values.isnan()
     pairs = (sizes * (sizes - 1) / 2).double()[defined]
     return float((values[defined] * pairs).sum() / pairs.sum()) if bool(defined.any()) else float("nan")
-
-
-def range_matched_agreement(scores: Tensor, labels: Tensor, *, bins: int = 32) -> float:
-    """Agreement inside modules beyond what the spread of ranks gives away: 0 for a random partition.
-
-    Two neurons far apart in mean rank hardly ever swap, so a partition that mixes weak and strong neurons shows a
-    high tau without any likeness of behaviour. Here each within-module pair is compared with all pairs of the block
-    whose mean ranks are as far apart (`bins` quantile classes of that distance): the mean of
-    (concordance of the pair - mean concordance of its class), concordance in [-1, 1] averaged over corpus pairs.
-
-    Args:
-        scores: (D, N) importance per corpus; D >= 2.
-        labels: (N,) module of each neuron.
-
-    Returns:
-        Mean excess concordance over within-module pairs, in [-2, 2]. Our own control, not the paper's.
-    """
-    ranks = fractional_ranks(scores)
-    D, N = ranks.shape
-    i, j = torch.triu_indices(N, N, 1)
-    if len(i) > 3_000_000:  # a sample is plenty, and 11008 neurons would need gigabytes
-        pick = torch.randint(len(i), (3_000_000,), generator=torch.Generator().manual_seed(0))
-        i, j = i[pick], j[pick]
-    order = (ranks[:, i] - ranks[:, j]).sign()
-    concordance = torch.stack([order[a] * order[b] for a, b in combinations(range(D), 2)]).mean(0)
-    mean_rank = ranks.mean(0)
-    gap = (mean_rank[i] - mean_rank[j]).abs()
-    edges = torch.from_numpy(np.quantile(gap.numpy(), np.linspace(0, 1, bins + 1)[1:-1]))
-    group = torch.bucketize(gap, edges)
-    expected = torch.zeros(bins, dtype=torch.float64).scatter_reduce_(0, group, concordance, "mean", include_self=False)
-    inside = labels[i] == labels[j]
-    return float((concordance - expected[group])[inside].mean())

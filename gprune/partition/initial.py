@@ -1,7 +1,8 @@
 """The first partition of a block's neurons into modules, and the partitions that are its controls.
 
-A *module* is a set of neurons of one block that behave alike; neurons compete for survival only inside it. The start is
-k-means on a joint view of data-free parameter similarity and rank drift. Our reading of GPrune-LLM (arXiv 2603.13418).
+A *module* is a set of neurons of one block that behave alike; neurons compete for survival only inside it. The first
+partition is k-means on data-free parameter similarity and rank drift together. Our reading of GPrune-LLM
+(arXiv 2603.13418).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from gprune.importance.weights import UnitWeights
 
 
 def parameter_embedding(weights: UnitWeights, *, dim: int = 8, seed: int = 0) -> Tensor:
-    """A few dimensions of data-free parameter similarity: (N, dim) float32, mean 0, total variance 1.
+    """Parameter similarity, without data, in a few dimensions: (N, dim) float32, mean 0, total variance 1.
 
     Each neuron's gate row, up row and down column are normalised to length 1 (direction only: size is importance,
     not likeness), concatenated to 3H numbers and projected onto the leading principal directions (randomised SVD).
@@ -27,18 +28,20 @@ def parameter_embedding(weights: UnitWeights, *, dim: int = 8, seed: int = 0) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         U, S, _ = torch.svd_lowrank(features, q=min(dim + 8, *features.shape), niter=2)
-    embedding = U[:, :dim] * S[:dim]
-    return embedding / embedding.square().sum(1).mean().sqrt().clamp_min(1e-12)
+    return _unit_variance(U[:, :dim] * S[:dim])
 
 
 def standardised(x: Tensor) -> Tensor:
     """Centre columns and scale so that the total variance is 1; constant input becomes 0. (N, d) -> (N, d)."""
-    x = x - x.mean(0)
+    return _unit_variance(x - x.mean(0))
+
+
+def _unit_variance(x: Tensor) -> Tensor:
     return x / x.square().sum(1).mean().sqrt().clamp_min(1e-12)
 
 
 def minimum_size(neurons: int, num_modules: int) -> int:
-    """max(32, N / 4K): smaller modules give ranks too coarse to compare."""
+    """max(32, N / 4K), in neurons: the ranks inside smaller modules are too coarse to compare."""
     return max(32, neurons // (4 * num_modules))
 
 
@@ -55,13 +58,13 @@ def merge_small(labels: Tensor, features: Tensor, *, min_size: int) -> Tensor:
     labels = labels.clone()
     while True:
         names, sizes = labels.unique(return_counts=True)
-        if len(names) == 1 or int(sizes.min()) >= min_size:
+        small = sizes.argmin()
+        if len(names) == 1 or int(sizes[small]) >= min_size:
             break
-        small = names[sizes.argmin()]
         centroids = torch.stack([features[labels == name].mean(0) for name in names])
-        distance = (centroids - centroids[sizes.argmin()]).norm(dim=1)
-        distance[sizes.argmin()] = torch.inf
-        labels[labels == small] = names[distance.argmin()]
+        distance = (centroids - centroids[small]).norm(dim=1)
+        distance[small] = torch.inf
+        labels[labels == names[small]] = names[distance.argmin()]
     order: dict[int, int] = {}
     return torch.tensor([order.setdefault(int(label), len(order)) for label in labels])
 
@@ -85,11 +88,7 @@ def initial_partition(
     N = len(drift)
     num_modules = max(1, min(num_modules, N // 2))
     joint = torch.cat(
-        [
-            similarity_weight * standardised(embedding.double()),
-            drift_weight * standardised(drift[:, None].double()),
-        ],
-        1,
+        [similarity_weight * standardised(embedding.double()), drift_weight * standardised(drift[:, None].double())], 1
     )
     if num_modules == 1:
         return torch.zeros(N, dtype=torch.long)
@@ -98,12 +97,12 @@ def initial_partition(
 
 
 def shuffled_partition(labels: Tensor, *, seed: int) -> Tensor:
-    """The same module sizes with random members: the control for every claim about modules."""
+    """A partition with the same module sizes and random members: the control for every claim about modules."""
     return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
 
 
 def same_sizes_by_drift(labels: Tensor, drift: Tensor) -> Tensor:
-    """A drift-only partition with the sizes of `labels`: neurons sorted by drift, cut into runs of those sizes."""
+    """A partition by drift alone with the module sizes of `labels`: neurons sorted by drift, then cut by size."""
     out = torch.empty_like(labels)
     out[drift.argsort(stable=True)] = labels.sort().values
     return out

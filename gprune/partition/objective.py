@@ -1,6 +1,7 @@
-"""What refinement minimises: a differentiable objective over soft assignments of neurons to modules.
+"""The objective of refinement: differentiable, over soft assignments of neurons to modules.
 
-`stages/refinement.py` drives it. Formulas are our reading of GPrune-LLM (arXiv 2603.13418)."""
+`stages/refinement.py` minimises it. The formulas are our reading of GPrune-LLM (arXiv 2603.13418).
+"""
 
 from __future__ import annotations
 
@@ -15,18 +16,22 @@ from gprune.partition.initial import standardised
 
 
 def behaviour_features(ranks: Tensor) -> Tensor:
-    """Rank shifts per corpus, (D, N) -> (N, D): the rank of a neuron on each corpus, its own mean taken out."""
+    """Rank shifts per corpus, (D, N) -> (N, D): the rank of a neuron on each corpus minus its mean rank."""
     return (ranks - ranks.mean(0)).T.contiguous()
 
 
 @dataclass(frozen=True)
 class RefinementInputs:
-    """What the objective sees of B blocks, padded to N neurons; float32."""
+    """The objective's view of B blocks, padded to N neurons; float32."""
 
     embedding: Tensor  # (B, N, E) parameter similarity, total variance 1
     drift: Tensor  # (B, N, 1) standardised rank drift
-    shifts: Tensor  # (B, N, D) rank per corpus with the neuron's own mean rank taken out
+    shifts: Tensor  # (B, N, D) standardised `behaviour_features`
     valid: Tensor  # (B, N) 1 for a neuron, 0 for padding
+
+    def to(self, device: torch.device | str) -> RefinementInputs:
+        """The same on another device."""
+        return RefinementInputs(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,10 @@ def partition_objective(
     S in [0, 1]: within-module share of the parameter embedding's variance (`dispersion`).
     V in [0, 1]: the same for rank drift.
     C <= 1: rank consistency. delta_i^(d) = r_i^(d) - mean_d r_i^(d); neurons whose ranks move together between
-        corpora keep their order. C = 1 - dispersion(P, delta) - (n_eff - 1)/(N - 1): what modules explain of the
-        shifts beyond what a random partition would, with n_eff = exp(entropy of the module sizes), K for equal ones.
-        Because the mean rank is taken out, mixing weak and strong neurons earns nothing. 0 when no rank shifts.
+        corpora keep their order. C = 1 - dispersion(P, delta) - (n_eff - 1)/(N - 1): the share of the shifts that
+        modules explain, minus the share that a random partition would explain, with n_eff = exp(entropy of the module
+        sizes), which is K for equal sizes. Because delta has no mean rank, mixing weak and strong neurons earns
+        nothing. 0 when no rank shifts.
     B in [0, 1]: 1 - entropy of the module sizes / log K; 0 when all are equally large.
     H in [0, 1]: mean entropy of P_i / log K; 0 when every neuron has made up its mind.
 
@@ -100,18 +106,16 @@ def partition_objective(
     return terms
 
 
-def pad_blocks(features: list[Tensor], width: int) -> Tensor:
-    """(N_b, d) per block -> (B, width, d) float32, zeros where padded."""
-    return torch.stack([F.pad(x.float(), (0, 0, 0, width - len(x))) for x in features])
-
-
 def refinement_inputs(embeddings: list[Tensor], drifts: list[Tensor], ranks: list[Tensor]) -> RefinementInputs:
     """Stack blocks of possibly unequal width: embeddings (N, E), drifts (N,), ranks (D, N) each."""
     width = max(len(d) for d in drifts)
-    shifts = [standardised(behaviour_features(r)) for r in ranks]
+
+    def padded(features: list[Tensor]) -> Tensor:  # (N_b, d) per block -> (B, width, d) float32
+        return torch.stack([F.pad(x.float(), (0, 0, 0, width - len(x))) for x in features])
+
     return RefinementInputs(
-        embedding=pad_blocks([standardised(e) for e in embeddings], width),
-        drift=pad_blocks([standardised(d[:, None]) for d in drifts], width),
-        shifts=pad_blocks(shifts, width),
-        valid=pad_blocks([torch.ones(len(d), 1) for d in drifts], width)[..., 0],
+        embedding=padded([standardised(e) for e in embeddings]),
+        drift=padded([standardised(d[:, None]) for d in drifts]),
+        shifts=padded([standardised(behaviour_features(r)) for r in ranks]),
+        valid=padded([torch.ones(len(d), 1) for d in drifts])[..., 0],
     )

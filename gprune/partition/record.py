@@ -1,4 +1,4 @@
-"""What is known of a partition: drift per block, modules, their reliability and agreement."""
+"""The record of a partition: rank drift, modules, their reliability and agreement, as a run saves them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Drift:
     scores: Tensor  # (D, N) importance per corpus
     ranks: Tensor  # (D, N) in (0, 1)
     drift: Tensor  # (N,) population standard deviation of ranks, the noise floor subtracted if asked for
-    floor: Tensor  # (N,) what sampling alone would show
+    floor: Tensor  # (N,) the drift that sampling alone would show
     halves: Tensor = UNKNOWN  # () Kendall tau between halves of a corpus, mean over corpora; NaN in earlier runs
 
 
 @dataclass(frozen=True)
 class ModuleRanks:
-    """Where units stand inside their modules: what thresholds act on. One entry per block.
+    """Ranks of units inside their modules, on which thresholds act; one entry per block.
 
     A block's KV groups form one module of their own.
     """
@@ -48,9 +48,9 @@ class ModuleRanks:
 
 @dataclass(frozen=True)
 class Modules:
-    """The partition of every block and what is known of its modules; one entry per block."""
+    """Modules, and all that was measured of them; one entry per block."""
 
-    ranks: ModuleRanks  # NaN in runs of before ranks were kept
+    ranks: ModuleRanks  # NaN in runs of versions that did not save ranks
     drift: list[Drift]
     reliability: list[ModuleReliability]
     agreement: list[Tensor]  # (K,) Kendall tau inside modules, NaN where undefined
@@ -73,11 +73,11 @@ class Modules:
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> Modules:
-        """What `tensors` gave."""
+        """Modules from what `tensors` gave."""
 
         def part(record: type, b: int, name: str) -> Any:
             named = {field: f"{b}.{name}.{field}" for field in record.__dataclass_fields__}
-            # What a later version added is missing in a run of an earlier one, and has a default.
+            # Fields that a later version added are missing in earlier runs, and have a default.
             return record(**{field: flat[key] for field, key in named.items() if key in flat})
 
         depth = range(len(flat["block_agreement"]))
@@ -87,30 +87,24 @@ class Modules:
             labels,
             [flat.get(f"{b}.group_rank", UNKNOWN.expand(1)) for b in depth],
         )
-        return cls(
-            ranks=ranks,
-            drift=[part(Drift, b, "drift") for b in depth],
-            reliability=[part(ModuleReliability, b, "reliability") for b in depth],
-            agreement=[flat[f"{b}.agreement"] for b in depth],
-            block_agreement=flat["block_agreement"].tolist(),
-        )
+        drift = [part(Drift, b, "drift") for b in depth]
+        reliability = [part(ModuleReliability, b, "reliability") for b in depth]
+        agreement = [flat[f"{b}.agreement"] for b in depth]
+        return cls(ranks, drift, reliability, agreement, flat["block_agreement"].tolist())
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat row per module, for tables and figures; undefined agreement is None."""
-        rows = []
-        for index, (record, agreement) in enumerate(zip(self.reliability, self.agreement, strict=True)):
-            for k in range(len(record.size)):
-                tau = float(agreement[k])
-                rows.append(
-                    {
-                        "block": index,
-                        "module": k,
-                        "neurons": int(record.size[k]),
-                        "score": float(record.score[k]),
-                        "sensitivity": float(record.sensitivity[k]),
-                        "noise_floor": float(record.noise[k]),
-                        "agreement": None if tau != tau else tau,
-                        "switched": bool(record.switched[k]),
-                    }
-                )
-        return rows
+        return [
+            {
+                "block": index,
+                "module": k,
+                "neurons": int(record.size[k]),
+                "score": float(record.score[k]),
+                "sensitivity": float(record.sensitivity[k]),
+                "noise_floor": float(record.noise[k]),
+                "agreement": None if agreement[k].isnan() else float(agreement[k]),
+                "switched": bool(record.switched[k]),
+            }
+            for index, (record, agreement) in enumerate(zip(self.reliability, self.agreement, strict=True))
+            for k in range(len(record.size))
+        ]

@@ -1,9 +1,9 @@
-"""Which modules cannot trust activations, and how neurons rank inside modules.
+"""Find the modules whose activations cannot be trusted, and rank neurons inside modules.
 
-A module that is sensitive to the distribution *and* weakly activated has an importance order that says more about
-the calibration text than about the neuron. Inside such a module the order comes from a fallback: a metric that needs no
-activations, or, beyond the paper, the base metric seen through all drift corpora (`consensus`, `averaged`). Our reading
-of GPrune-LLM (arXiv 2603.13418).
+If a module is sensitive to the distribution *and* weakly activated, the importance order inside it says more about the
+calibration text than about its neurons. Such a module takes its order from a fallback: a metric that needs no
+activations or, beyond the paper, the base metric on all drift corpora (`consensus`, `averaged`). Our reading of
+GPrune-LLM (arXiv 2603.13418).
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def assess_reliability(
     score_quantile: float = 0.5,
     switch: Literal["off", "unreliable", "everywhere"] = "unreliable",
 ) -> list[ModuleReliability]:
-    """Mark the modules whose activations cannot be trusted.
+    """Mark the modules whose activations cannot be trusted; one record per block.
 
-    A module switches if its sensitivity, standardised over the neurons of its block, reaches the
+    A module switches to the fallback if its sensitivity, standardised over the neurons of its block, reaches the
     `sensitivity_quantile` of all modules of the model, its score does not exceed the `score_quantile`, and its mean
     drift is above its mean noise floor.
 
@@ -57,9 +57,6 @@ def assess_reliability(
         drifts, floors: per block (N,) rank drift and its noise floor.
         sensitivity_quantile, score_quantile: in [0, 1].
         switch: which modules are marked: none, those above, or all, which is the control of the switch.
-
-    Returns:
-        One record per block.
     """
     scores = [module_means(r, y) for r, y in zip(ranks, labels, strict=True)]
     sensitivity = [module_means(d, y) for d, y in zip(drifts, labels, strict=True)]
@@ -89,7 +86,7 @@ def within_module_ranks(scores: Tensor, fallback: Tensor, labels: Tensor, switch
 
     Args:
         scores: (N,) importance on `corpora.score`.
-        fallback: (N,) importance by what modules switch to (`--reliability.metric`), used where the module is switched.
+        fallback: (N,) importance by `--reliability.metric`, used in modules that switch to it.
         labels: (N,) modules in [0, K).
         switched: (K,) bool.
 

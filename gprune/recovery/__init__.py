@@ -1,10 +1,6 @@
-"""Recovery: what pruning took, given back by the units that stay. One file per method, all with one contract."""
+"""Recovery: make up for what pruning removed, by the units that stay. One file per method, all with one contract."""
 
 from gprune.recovery import bias, least_squares, sequential  # noqa: F401 - they register themselves
 from gprune.recovery.contract import RECOVERY, Material, Recovery, recovery
-
-__all__ = ["RECOVERY", "Material", "Recovery", "recovery"]
-"""Recovery: what pruning took, given back by the units that stay. One file per method, all with one contract."""
-
 
 __all__ = ["RECOVERY", "Material", "Recovery", "recovery"]

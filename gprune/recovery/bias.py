@@ -1,4 +1,4 @@
-"""Bias: the mean of what the removed units contributed, as FLAP compensates (arXiv 2312.11983, eq. 8)."""
+"""Bias recovery: add the mean contribution of the removed units, as FLAP does (arXiv 2312.11983, eq. 8)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from gprune.recovery.contract import recovery
 
 @recovery("bias", experts=False)
 def bias(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
-    """W' = W_K, b = W_R mean(x_R): removed channels R give their mean over tokens (FLAP's compensation)."""
+    """W' = W_K, b = W_R mean(x_R): the removed channels R are replaced by their mean over tokens."""
     mean = moments.mean.to(weight)
     return weight[:, keep], weight[:, ~keep] @ mean[~keep]

@@ -1,7 +1,7 @@
-"""What a recovery is: one contract for those of a projection and those of a whole model.
+"""The contract of recoveries, which change the weights of a pruned model to make up for what pruning removed.
 
-A recovery gives back to a pruned model what pruning took. It says what it needs, what it costs and what it refuses;
-the pipeline asks, and knows no recovery by its name. Most are a function of one output projection:
+A recovery says what it needs, what it costs and what it refuses; the pipeline asks, and knows no recovery by its name.
+Most are a function of one output projection:
 
     @recovery("rescale")
     def rescale(weight, keep, moments, ridge):
@@ -39,21 +39,21 @@ from gprune.models.masks import Masks
 from gprune.registry import Registry
 
 NEEDS = ("moments", "gram", "text")
-Revise = Callable[[Block, Block], None]  # changes a sliced block in place, given the dense one and it
+Revise = Callable[[Block, Block], None]  # (dense block, sliced block): changes the sliced one in place
 Solver = Callable[[Tensor, Tensor, Moments, float], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
 class Material:
-    """What a recovery works with, beside the pruned model."""
+    """The inputs of a recovery, beside the pruned model."""
 
     dense: PreTrainedModel  # frozen
     masks: Masks
     ridge: float = 0.01
-    statistics: CorpusStatistics | None = None  # of the dense model, `corpora.recover` pooled; where needed
-    text: Sequence[Windows] = ()  # of `corpora.recover`; where needed
+    statistics: CorpusStatistics | None = None  # of the dense model, `corpora.recover` pooled; if needed
+    text: Sequence[Windows] = ()  # of `corpora.recover`; if needed
     batch_size: int = 4
-    count: Callable[[int], None] = lambda tokens: None  # told of tokens that no decoder saw as a whole
+    count: Callable[[int], None] = lambda tokens: None  # gets the number of tokens that went through layers one by one
     fit: Callable[[str, LightningModule], None] | None = None  # trains a stage on `text`; None outside of a run
 
     @property
@@ -69,10 +69,10 @@ class Recovery:
     needs: frozenset[str] = frozenset()  # of `NEEDS`: statistics of the dense model, or text itself
     experts = True  # whether it can recover experts
     sharded = True  # whether it works while the dense model is spread over processes
-    why_not_experts = "cannot recover"  # ends in: the experts of a model
+    why_not_experts = "cannot recover"  # for the error, followed by "the experts of ..."
 
     def revise(self, material: Material) -> Revise | None:
-        """What changes each sliced block, first block first; None: blocks stay as they were sliced."""
+        """A function that is called for each sliced block, first block first, and changes it; None: nothing changes."""
         return None
 
     def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
@@ -80,15 +80,15 @@ class Recovery:
         return pruned
 
     def tokens(self, text: int, *, attention: bool) -> tuple[int, int]:
-        """(forward, forward and backward) tokens at most, for one pruned model and `text` tokens of recovery text."""
+        """At most (forward, forward and backward) tokens for one pruned model and `text` tokens of recovery text."""
         return 0, 0
 
     def memory(self, blocks: Sequence[Block], hidden: int, *, attention: bool) -> tuple[int, int]:
-        """Bytes at most of (Gram matrices, hidden states) beside statistics; `hidden`: states of all recovery text."""
+        """At most (bytes of Gram matrices, bytes of hidden states); all recovery text has `hidden` bytes of states."""
         return 0, 0
 
     def refuse(self, blocks: Sequence[Block], *, shard: bool) -> None:
-        """Raise UserError where this recovery cannot work, before anything is loaded.
+        """Raise a UserError, before anything is loaded, if this recovery cannot work.
 
         Args:
             blocks: of the dense model, without weights.
@@ -111,7 +111,7 @@ RECOVERY: Registry[Recovery] = Registry("recovery")
 
 
 class Projection(Recovery):
-    """A recovery of each output projection that lost channels, by itself, from the dense model's statistics."""
+    """A recovery that solves each output projection that lost channels by itself, from the dense model's statistics."""
 
     why_not_experts = "adds biases, and there are none in"
 
@@ -125,9 +125,8 @@ class Projection(Recovery):
                 if not bool(keeps[kind].all()):
                     moments = getattr(material.statistics, kind)[dense.index].total
                     weight, experts = dense.parts[part].weight.cpu(), dense.experts if kind == "ffn" else 1
-                    block.parts[part].set(
-                        *self.solve(weight, keeps[kind], moments, experts=experts, ridge=material.ridge)
-                    )
+                    found = self.solve(weight, keeps[kind], moments, experts=experts, ridge=material.ridge)
+                    block.parts[part].set(*found)
 
         return revise
 
@@ -138,20 +137,20 @@ class Projection(Recovery):
         """New weight and added bias of an output projection whose channels are cut down to `keep`.
 
         Args:
-            weight: (H, C) dense projection, any float dtype; computed in float32 or better, returned in its dtype.
+            weight: (H, C) dense projection, any float dtype; solvers get float32.
             keep: (C,) bool, True = keep.
             moments: of the dense input channels over `corpora.recover`.
-            experts: E whose columns lie side by side; each is recovered by itself.
+            experts: number of experts whose columns lie side by side; each is recovered by itself.
             ridge: lambda over the mean diagonal of the Gram matrix.
 
         Returns:
-            (H, kept) weight and (H,) bias to add, or None.
+            (H, kept) weight and (H,) bias to add, or None, in the dtype of `weight`.
 
         Raises:
-            UserError: where a solver of the user's returns something else.
+            UserError: if the solver returns other shapes.
         """
         dtype = weight.dtype
-        if moments.count.dim():  # of each expert by itself
+        if moments.count.dim():  # experts have a count each
             parts = zip(weight.float().chunk(experts, 1), keep.chunk(experts), range(experts), strict=True)
             news = [self._solved(w, k, moments.of_expert(e, experts), ridge)[0] for w, k, e in parts]
             return torch.cat(news, 1).to(dtype), None
@@ -175,8 +174,8 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
     """Register a class of `Recovery`, or a function of one projection `(weight, keep, moments, ridge)`.
 
     Args:
-        name: what `--recovery` takes.
-        needs: of `NEEDS`, what a function's `moments` have to hold. A class says so itself.
+        name: the value of `--recovery`.
+        needs: which of `NEEDS` a function's `moments` have to hold. A class says so itself.
         experts: whether a function can recover experts, which have no biases.
     """
     if unknown := set(needs) - set(NEEDS):

@@ -1,4 +1,4 @@
-"""Least squares: every output projection solved again on the units that stay, by the dense model's Gram matrices."""
+"""Least squares: solve every output projection again on the units that stay, by the dense model's Gram matrices."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gprune.recovery.contract import recovery
 def least_squares(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
     """W' = argmin_V E ||W x - V x_K||^2 + lambda ||V - W_K||^2 = W_K + W_R G_RK (G_KK + lambda I)^-1.
 
-    G = sum over tokens of x x^T on dense activations, lambda = ridge * mean diagonal of G_KK. Written as a correction
-    of W_K, a large lambda leads back to `none` and not to zero. Solved in float64 by Cholesky.
+    G = sum over tokens of x x^T on dense activations, lambda = ridge * mean diagonal of G_KK. A large lambda leads to
+    W_K, which is `none`, and not to zero. Solved in float64 by Cholesky.
     """
     gram = moments.gram  # read once: it may lie in a file
     assert gram is not None, "least_squares needs Gram matrices"
-    # The parts that are needed before float64: all of it would be twice the matrix, which is half a gigabyte at 7B.
+    # Only the parts that are needed become float64: the whole matrix is half a gigabyte at 7B, and would double.
     G_kk, G_rk = gram[keep][:, keep].double(), gram[~keep][:, keep].double()
     del gram
     correction = ridge_correction(G_kk, weight[:, ~keep].double() @ G_rk, ridge)
@@ -26,17 +26,14 @@ def least_squares(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) 
 
 
 def ridge_correction(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """D = E (G + lambda I)^-1: what to add to W so that sum ||(W + D) x - y||^2 + lambda ||D||^2 is least.
+    """D = E (G + lambda I)^-1, (H, K) float64: the correction that minimises sum ||(W + D) x - y||^2 + lambda ||D||^2.
 
     Args:
         gram: G = sum x x^T, (K, K) float64; its diagonal is changed.
         cross: E = sum (y - W x) x^T, (H, K) float64.
         ridge: lambda over the mean diagonal of G.
-
-    Returns:
-        (H, K) float64, by Cholesky.
     """
-    # A float32 Gram of few tokens is not quite positive semidefinite: never below its own rounding.
+    # A float32 Gram matrix of few tokens is not quite positive semidefinite: lambda stays above its rounding.
     damping = max(max(ridge, 1e-6) * float(gram.diagonal().mean()), 1e-12)
     gram.diagonal().add_(damping)
     return torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T

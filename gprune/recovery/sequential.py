@@ -1,19 +1,19 @@
-"""Least squares along the pruned prefix: every output projection is solved again for what really reaches it.
+"""Least squares along the pruned prefix: every output projection is solved again on the pruned model's own activations.
 
-`least_squares` takes each projection by itself, on activations of the dense model, and the errors of the blocks before
-it go on unseen. Here the calibration text goes through both models side by side, block by block. Once the blocks before
+`least_squares` solves each projection by itself, on activations of the dense model, and does not see the errors of
+earlier blocks. Here the calibration text goes through both models side by side, block by block. Once the blocks before
 it are pruned and recovered, a projection that lost channels gets the weights
 
     V = argmin_V  sum_t ||y*_t - V x_t||^2 + lambda ||V - W_K||^2  =  W_K + E (G + lambda I)^-1,
     G = sum_t x_t x_t^T,  E = sum_t (y*_t - W_K x_t) x_t^T,  lambda = ridge x mean diagonal of G,
 
-with x_t (K,) the kept channels as the pruned model computes them, W_K (H, K) their dense weights and y*_t the output
-that makes up for all that is wrong so far: with it the pruned residual stream equals the dense one right behind the
-projection. A block's attention comes before its FFN. A bias stays what it was: it is in what is wanted and in what is
-there, so that E does not see it. Our reading: the paper recovers nothing. Each token counts alike, of every corpus.
+with x_t (K,) the kept channels as the pruned model computes them, W_K (H, K) their dense weights, and y*_t the output
+with which the pruned residual stream equals the dense one right behind the projection, all earlier errors corrected. A
+block's attention comes before its FFN. A bias does not change: both y* and W_K x + bias contain it, so that it cancels
+in E. Our reading: the paper recovers nothing. All tokens of all corpora count equally.
 
-G and E are summed in float32 and solved in float64. Hidden states lie on the CPU in the model's dtype; the cost is one
-pass through the dense layers, one through the pruned ones, and one more through those for each projection of a block.
+G and E are summed in float32 and solved in float64. Hidden states lie on the CPU in the model's dtype. The cost is one
+pass through the dense layers, one through the pruned layers, and one more through these for each projection of a block.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from gprune.calibration.layerwise import Walk
 from gprune.calibration.moments import add_gram, fill_gram
 from gprune.calibration.statistics import gram_bytes
-from gprune.errors import UserError
+from gprune.errors import require_finite
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, resident
@@ -41,7 +41,7 @@ Target = Literal["residual", "output"]
 
 @recovery("least_squares_sequential")
 class SequentialLeastSquares(Recovery):
-    """`PrunedPrefix` as a link of a run: reads the text of `corpora.recover`, and no statistics."""
+    """The recovery of a run by `PrunedPrefix`: reads the text of `corpora.recover`, and no statistics."""
 
     needs = frozenset({"text"})
     experts = sharded = False
@@ -58,16 +58,16 @@ class SequentialLeastSquares(Recovery):
         return revise
 
     def tokens(self, text: int, *, attention: bool) -> tuple[int, int]:
-        """Through the dense layers, through the pruned ones, and through these again for each projection."""
+        """One pass through the dense layers, one through the pruned ones, and another for each projection."""
         return (3 + attention) * text, 0
 
     def memory(self, blocks: Sequence[Block], hidden: int, *, attention: bool) -> tuple[int, int]:
-        """The block at work twice in float32 and float64; hidden states dense, pruned, and wanted by projection."""
+        """Both sums of one block, in float32 and float64; hidden states dense, pruned, and wanted by projection."""
         return 4 * max(gram_bytes([block]) for block in blocks), (3 + attention) * hidden
 
 
 def lost(masks: Masks) -> list[tuple[str, ...]]:
-    """Per block the output projections that lose channels and stay, in the order in which a layer computes them."""
+    """For each block, the output projections that stay and lose channels, in the order of computation."""
     kinds = ("output", "down")
     return [
         tuple(part for part, mask in zip(kinds, pair, strict=True) if stays and not bool(mask.all()))
@@ -92,7 +92,7 @@ def recover_sequentially(
         masks: of both kinds; blocks that they drop are missing in `small`, and later blocks make up for them.
         windows: the text, (B, T) int64 token ids each.
         ridge: lambda over the mean diagonal of G.
-        target: what the pruned and the dense model are to share behind a projection, see `PrunedPrefix`.
+        target: the goal behind a projection, see `PrunedPrefix`.
 
     Raises:
         UserError: if an activation is not finite.
@@ -107,16 +107,16 @@ class PrunedPrefix:
     """The text on its way through a dense model and, beside it, through pruned and recovered blocks.
 
     prefix = PrunedPrefix(model, masks, windows)
-    for dense, block in ...:  # those that stay, first one first
+    for dense, block in ...:  # blocks that stay, first one first
         prefix.recover(dense, block)
 
     Args:
         model: dense, without experts; its weights may be offloaded.
         masks, windows, ridge: as for `recover_sequentially`.
-        target: `residual`, the stream behind the projection. `output`, what the projection itself gives: y* = W x of
-            the dense model, and what is wrong with the stream before it stays. Where a norm stands between a projection
-            and the residual (`Block.joins_residual`) it is always the latter, before the norm: what comes out of the
-            norm is not linear in V.
+        target: `residual`: behind the projection the pruned stream equals the dense one. `output`: the projection's
+            output equals the dense one, y* = W x, and earlier errors of the stream stay. Where a norm stands between
+            projection and residual (`Block.joins_residual`) it is always `output`, since the norm's output is not
+            linear in V.
     """
 
     @torch.no_grad()
@@ -133,7 +133,7 @@ class PrunedPrefix:
         assert not any(block.has_experts for block in blocks), "experts are not recovered along the prefix"
         self.ridge, self.target = ridge, target
         self.lost = lost(masks)
-        # Up to the first block that differs both streams are one; what comes after the last projection nobody asks.
+        # Before the first block that differs both streams are the same; after the last projection nothing is needed.
         self.first = min((i for i, b in enumerate(self.lost) if b or not masks.blocks[i]), default=len(self.lost))
         self.last = max((i for i, b in enumerate(self.lost) if b), default=-1)
         self.blocks = iter(blocks)
@@ -141,14 +141,14 @@ class PrunedPrefix:
         for ids in windows:
             self.walk.add(ids.to(device_of(model)))
         self.hidden = [call.hidden for call in self.walk.calls]  # (B, T, H) each, of the pruned stream
-        self.tokens = 0  # that have gone through pruned layers, through each anew
+        self.tokens = 0  # sum over passes through pruned layers
 
     @torch.no_grad()
     def recover(self, dense: Block, block: Block) -> None:
         """Solve the projections of the next pruned block in place and let the text go through it.
 
         Args:
-            dense: the same block before; blocks before it that were not shown are those that were dropped.
+            dense: the same block before pruning; blocks between this one and the last one were dropped.
             block: pruned, its weights in memory.
 
         Raises:
@@ -165,7 +165,7 @@ class PrunedPrefix:
             self.hidden = [call.hidden for call in self.walk.calls]
             return
         home = device_of(block.layer)
-        block.layer.to(device_of(dense.layer))  # where the other arguments of the layer are
+        block.layer.to(device_of(dense.layer))  # where the layer's other arguments are
         try:
             for part in self.lost[dense.index]:
                 self._solve(part, block, dense.index, wanted[part])
@@ -176,8 +176,9 @@ class PrunedPrefix:
             block.layer.to(home)
 
     def _pass_dense(self, block: Block) -> dict[str, list[Tensor]]:
-        """Take the dense stream through a block: what is wanted behind each projection that lost something, by batch,
-        (tokens, H) in the model's dtype, on the CPU.
+        """Take the dense stream through a block; returns the goal behind each projection that lost channels.
+
+        By batch: (tokens, H) in the model's dtype, on the CPU.
         """
         parts = self.lost[block.index]
         wanted: dict[str, list[Tensor]] = {part: [] for part in parts}
@@ -190,7 +191,7 @@ class PrunedPrefix:
         return wanted
 
     def _solve(self, part: str, block: Block, index: int, wanted: list[Tensor]) -> None:
-        """Take the pruned stream through a block as it is now, and solve one of its projections."""
+        """Take the pruned stream through a block with its present weights, and solve one of its projections."""
         place, device = block.parts[part], device_of(block.layer)
         gram = torch.zeros(place.in_features, place.in_features, device=device)
         cross = torch.zeros(place.out_features, place.in_features, device=device)
@@ -202,27 +203,22 @@ class PrunedPrefix:
                 error = goal.to(device).float() - self._behind(block, part, y, hidden, after).float()
                 add_gram(gram, x)
                 cross.addmm_(error.T, x)
-        if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all()):
-            raise UserError(
-                f"A non-finite activation came up in block {index} of the pruned model; expected finite numbers. Check "
-                f"the model's weights, or use --model.dtype float32 instead of a 16-bit type."
-            )
+        require_finite(f"activation came up in block {index} of the pruned model", gram, cross)
         fill_gram(gram)
         correction = ridge_correction(gram.double(), cross.double(), self.ridge)
         place.set((place.weight.double() + correction).to(place.weight.dtype), None)
 
     def _behind(self, block: Block, part: str, output: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """(tokens, H), in the model's dtype: what dense and pruned model are to share once a projection is done.
+        """The stream (or output) that has to equal the dense one behind a projection, (tokens, H), model's dtype.
 
         Args:
             output: of the projection, (tokens, H) or (B, T, H).
             before: hidden states that enter the block, (B, T, H).
-            after: hidden states that leave it; where attention and FFN stand side by side, with both.
+            after: hidden states that leave it, with both contributions where attention and FFN stand side by side.
         """
         if self.target == "output" or not block.joins_residual(part):
-            found = output
-        else:
-            found = after if part == "down" else before.to(output.device).reshape(output.shape) + output
+            return output.flatten(0, -2)
+        found = after if part == "down" else before.to(output.device).reshape(output.shape) + output
         return found.flatten(0, -2)
 
     def _through(self, block: Block, index: int, batch: int, hidden: Tensor) -> Tensor:
@@ -232,7 +228,7 @@ class PrunedPrefix:
 
 @contextmanager
 def watched(block: Block, parts: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """What entered and what left each of these parts of a block when it last computed, by name."""
+    """(input, output) of each of these parts of a block in its last forward pass, by name."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(part: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

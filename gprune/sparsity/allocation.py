@@ -1,8 +1,8 @@
-"""How sparse each block, or module, becomes: one function per rule.
+"""Allocation rules: how sparse each block, or module, becomes; one function per rule.
 
-A rule sees scores and statistics and says how far every unit lies above the line; the budget then removes the lowest
-margins over the whole model, to the parameter. A rule may return keep masks in place of margins (`depth`). A rule
-for modules (`learned`, `equal`) sees those masks and the ranks inside modules and gives a threshold to each.
+A rule turns scores and statistics into a margin for every unit; the budget then removes the lowest margins over the
+whole model, to the parameter. A rule may return keep masks in place of margins (`depth`). A rule for modules
+(`learned`, `equal`) turns such masks and the ranks inside modules into a threshold for each module.
 
     @allocation("mine")
     def mine(scores, statistics, blocks, budget, *, power=1.0):      # --sparsity.options.power 2
@@ -31,25 +31,26 @@ from gprune.sparsity.masks import keep_masks, top_of_experts
 from gprune.sparsity.thresholds import equal_thresholds, start_thresholds
 
 Margins = tuple[list[Tensor], list[Tensor]]  # neurons (N,) and KV groups (G,) per block, float64; smallest goes first
-ALLOCATION: Registry[Callable[..., typing.Any]] = Registry("allocation")
+Rule = Callable[..., typing.Any]
+ALLOCATION: Registry[Rule] = Registry("allocation")
 
 
 def allocation(
     name: str, *, modules: bool = False, learned: bool = False, whole_blocks: bool = False
-) -> Callable[[Callable[..., typing.Any]], Callable[..., typing.Any]]:
+) -> Callable[[Rule], Rule]:
     """Register `function(scores, statistics, blocks, budget, **options)` under `name`; it returns margins or masks.
 
     Options are the function's keyword-only parameters; `--sparsity.options` sets them.
 
     Args:
-        name: what `--sparsity.allocation` takes.
-        modules: the rule is a `function(masks, ranks)` that gives thresholds to modules, given the masks of
+        name: the value of `--sparsity.allocation`.
+        modules: the rule is a `function(masks, ranks)` that returns thresholds of modules, given the masks of
             `--sparsity.start`.
-        learned: those thresholds are where learning starts.
-        whole_blocks: the rule removes whole blocks, so that there are no modules to speak of.
+        learned: learning starts at these thresholds.
+        whole_blocks: the rule removes whole blocks, and there are no modules.
     """
 
-    def file(function: Callable[..., typing.Any]) -> Callable[..., typing.Any]:
+    def file(function: Rule) -> Rule:
         function.modules, function.learned, function.whole_blocks = modules, learned, whole_blocks
         return ALLOCATION.register(name)(function)
 
@@ -57,7 +58,7 @@ def allocation(
 
 
 def check_options(name: str, options: Mapping[str, float]) -> None:
-    """Refuse options that the allocation `name` does not take, and values that an option cannot have."""
+    """Raise a UserError for options that the allocation `name` does not take, or values out of an option's range."""
     function = ALLOCATION[name]
     known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for option, value in options.items():
@@ -71,11 +72,7 @@ def check_options(name: str, options: Mapping[str, float]) -> None:
 def allocate(
     name: str, scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget, **options: float
 ) -> Masks:
-    """Keep masks by the rule `name`. Its margins are checked: what a user registers must not end in masks of chance.
-
-    Raises:
-        UserError: for margins of another shape than the scores, or that are no numbers.
-    """
+    """Keep masks by the rule `name`; a UserError if its margins have other shapes than the scores, or hold NaN."""
     found = ALLOCATION[name](scores, statistics, blocks, budget, **options)
     if isinstance(found, Masks):
         return found
@@ -104,7 +101,7 @@ def uniform(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block
 
 
 def _ranks(scores: Scores, blocks: Sequence[Block]) -> list[Tensor]:
-    """Of every neuron inside its block, or its expert."""
+    """The rank of every neuron inside its block or expert, in (0, 1)."""
     return [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, blocks, strict=True)]
 
 
@@ -112,14 +109,14 @@ def _ranks(scores: Scores, blocks: Sequence[Block]) -> list[Tensor]:
 def standardised(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget) -> Margins:
     """m_i = (s_i - mean s) / std s inside the block, then one threshold: FLAP's adaptive search (arXiv 2312.11983).
 
-    Attention channels are standardised before a KV group averages its own, as in the authors' repository. Constant
-    scores have margin 0. The repository counts a head as 512/3 neurons, which is right for LLaMA's shapes; here
-    parameters are counted.
+    As in the authors' repository, attention channels are standardised before each KV group averages its channels.
+    Constant scores have margin 0. The repository counts a head as 512/3 neurons, which is right for LLaMA's shapes; our
+    budget counts parameters.
     """
 
     def z(s: Tensor) -> Tensor:
         std = s.std(correction=0)
-        # rounding gives equal numbers a standard deviation above 0
+        # by rounding, equal numbers can have a standard deviation above 0
         return (s - s.mean()) / std if std > 0 and s.min() < s.max() else torch.zeros_like(s)
 
     groups = [z(c).view(len(g), -1).mean(1) for c, g in zip(scores.channels, scores.attention, strict=True)]
@@ -136,12 +133,12 @@ def outlier_weighted(
     multiple: AtLeast1Float = 5.0,
     spread: NonNegative = 0.08,
 ) -> Margins:
-    """m_i = r_i - S_b: block b loses S_b, less where it has more outliers (OWL, arXiv 2310.05175).
+    """m_i = r_i - S_b: block b loses the fraction S_b, less where it has more outliers (OWL, arXiv 2310.05175).
 
-    D_b = share of the elements A_ij = |W_ij| ||X_j||_2 that exceed `multiple` x mean A (the paper's M); D scaled to
-    [0, 2 `spread`] and centred is taken off the sparsity: S_b averages to it and spans 2 `spread` (the paper's lambda).
-    M and lambda are the authors' for LLaMA. A is of the projection whose units go (down for neurons, output for KV
-    groups), where the paper, which removes single weights, takes all linear layers of the block.
+    D_b = share of the elements A_ij = |W_ij| ||X_j||_2 that exceed `multiple` x mean A (the paper's M). S_b is the
+    sparsity minus D_b, scaled to [0, 2 `spread`] and centred: it averages to the sparsity and spans 2 `spread` (the
+    paper's lambda). The defaults of M and lambda are the authors' for LLaMA. A comes from the projection whose units go
+    (down for neurons, output for KV groups); the paper, which removes single weights, takes all linear layers.
     """
 
     def sparsities(kind: str, part: str) -> Tensor:
@@ -165,13 +162,10 @@ def outlier_weighted(
 def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget) -> Masks:
     """Whole blocks go, the least influential first: ShortGPT (arXiv 2403.03853), BI_b = 1 - E cos(x_b, x_b+1).
 
-    Blocks go until the next one would remove more than the target. That one stays, but loses its neurons of lowest
-    score until the target is met, so that the baseline is matched on total parameters; if its FFN is not enough it
-    goes as well, attention and norms included. Attention goes with its block whatever the scope. A width that is
-    changed ends up on a multiple of the budget's.
-
-    Raises:
-        ValueError: if the target leaves no block.
+    Blocks go until the next one would remove more than the target. That block stays, but loses its neurons of lowest
+    score until the target is met, so that the baseline removes as many parameters as other methods; if its FFN is not
+    enough, it goes too, attention and norms included. Attention goes with its block whatever the scope. A width that
+    changes ends up on a multiple of the budget's. A ValueError if the target leaves no block.
     """
     masks = Masks([torch.ones(b.experts * b.neurons, dtype=torch.bool) for b in blocks],
                   [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip

@@ -1,4 +1,4 @@
-"""The budget: what every unit costs, and how many parameters have to go. Integers, counted and never estimated."""
+"""The budget: the cost of every unit, and the number of parameters that have to go; counted, never estimated."""
 
 from __future__ import annotations
 
@@ -15,32 +15,30 @@ SCOPES = ("ffn", "attention+ffn")
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """Parameters per unit and the size of the scope. Integers: budgets are counted, not estimated.
+    """Parameters per unit, and numbers of units, per block.
 
     Where a block has experts, its neurons go in *slots*: slot j is the j-th neuron of every expert, in the order of
-    each one's own margins, so that experts stay equally wide. A slot counts all its neurons' parameters.
+    each expert's own margins, so that experts stay equally wide. A slot costs the parameters of all its neurons.
     """
 
-    neuron: list[int]  # per block; of a slot
-    group: list[int]  # per block
-    neurons: list[int]  # per block; slots
-    groups: list[int]
+    neuron: list[int]  # parameters of a neuron or slot
+    group: list[int]  # parameters of a KV group
+    neurons: list[int]  # neurons or slots
+    groups: list[int]  # KV groups
     attention: bool  # whether KV groups may go
-    experts: tuple[int, ...] = ()  # per block; empty: one each
+    experts: tuple[int, ...] = ()  # empty: one each
     protected: frozenset[int] = frozenset()  # blocks that keep everything
     uniform: bool = False  # all blocks end up equally wide
 
     @property
     def of_experts(self) -> tuple[int, ...]:
-        """Experts per block."""
+        """Experts of each block, 1 where there are none."""
         return self.experts or (1,) * len(self.neuron)
 
     @property
     def total(self) -> int:
-        """Parameters in the scope that units account for (shared biases of down/o projections stay out)."""
-        ffn = sum(c * n for c, n in zip(self.neuron, self.neurons, strict=True))
-        attention = sum(c * n for c, n in zip(self.group, self.groups, strict=True))
-        return ffn + attention * self.attention
+        """Parameters of all units in the scope (biases of down and output projections belong to no unit)."""
+        return _weighted(self.neuron, self.neurons) + self.attention * _weighted(self.group, self.groups)
 
     def removable(self, width_multiple: int) -> int:
         """Parameters that can go while each open block keeps `width_multiple` neurons and one KV group."""
@@ -51,12 +49,15 @@ class UnitCosts:
     def removed(self, masks: Masks) -> int:
         """Parameters of the scope that the masks remove."""
         slots = [int((~m).sum()) // e for m, e in zip(masks.ffn, self.of_experts, strict=True)]
-        ffn = sum(c * n for c, n in zip(self.neuron, slots, strict=True))
-        return ffn + sum(c * int((~m).sum()) for c, m in zip(self.group, masks.attention, strict=True))
+        return _weighted(self.neuron, slots) + _weighted(self.group, [int((~m).sum()) for m in masks.attention])
+
+
+def _weighted(costs: Sequence[int], counts: Sequence[int]) -> int:
+    return sum(cost * count for cost, count in zip(costs, counts, strict=True))
 
 
 def unit_costs(blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = (), uniform: bool = False) -> UnitCosts:
-    """Costs of the units of a model for a scope of `SCOPES`; blocks to `protect` may be counted from the end (-1)."""
+    """Costs of a model's units for a scope of `SCOPES`; blocks to `protect` may be counted from the end (-1)."""
     depth = len(blocks)
     for index in protect:
         if not -depth <= index < depth:
@@ -77,11 +78,11 @@ def unit_costs(blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many parameters have to go, out of which units, and on which grid of widths."""
+    """The number of parameters that have to go, the units they may come from, and the grid of widths."""
 
     costs: UnitCosts
     target: int  # parameters to remove
-    width_multiple: int = 1  # widths end up on multiples of it
+    width_multiple: int = 1  # widths that change end up on multiples of it
     asked: float | None = None  # the sparsity that `target` was rounded up from
 
     @classmethod
@@ -99,9 +100,9 @@ class Budget:
             )
         narrow = min(costs.neurons)
         if not 1 <= width_multiple <= narrow:
+            got = f"got {width_multiple}"
             raise UserError(
-                f"--sparsity.width_multiple: expected 1 to {narrow} (the narrowest block's neurons), got "
-                f"{width_multiple}."
+                f"--sparsity.width_multiple: expected 1 to {narrow} (the narrowest block's neurons), {got}."
             )
         # exact: 0.1 of 30 is 3, where float multiplication and ceil would say 4
         target = -(-Fraction(str(sparsity)) * costs.total // 1)
@@ -116,7 +117,7 @@ class Budget:
         return cls(costs, int(target), width_multiple, sparsity)
 
     def at(self, sparsity: float) -> Budget:
-        """The same units and grid at another sparsity of `--evaluation.curve`."""
+        """The budget of the same units and grid at another sparsity, one of `--evaluation.curve`."""
         return Budget.of(self.costs, sparsity, self.width_multiple, flag="evaluation.curve")
 
     @property

@@ -1,4 +1,4 @@
-"""Gates on a running model: the soft ones that thresholds learn by, and masks as if the model were pruned.
+"""Gates on a running model: soft gates, by which thresholds are learned, and masks, as if the model were pruned.
 
 Hooks exist only inside context managers; weights are never touched.
 """
@@ -40,11 +40,10 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
 @contextmanager
 def gated(model: PreTrainedModel, ffn: Gates, attention: Gates = None) -> Iterator[PreTrainedModel]:
-    """Multiply what enters each `down_proj` by its block's gate (N,), each KV group's channels by its gate (G,).
+    """Multiply each block's FFN channels by its gate (N,), or (E x N,) with experts, and its KV groups by a gate (G,).
 
-    With experts the gate is (E x N,). Where a norm takes all heads at once, it takes those that the gate lets through.
-    The lists are read at every forward pass, so gates may be replaced in place between steps. Leaving (also by an
-    exception) restores the model bit for bit.
+    A norm over all heads is computed over the heads that the gate lets through. The lists are read at every forward
+    pass, so gates may be replaced in place between steps. Leaving, also by an exception, restores the model to the bit.
     """
     with ExitStack() as taken_off:
         for block in blocks_of(model):
@@ -80,7 +79,7 @@ def _attention_gates(block: Block, gates: Gates) -> Iterator[RemovableHandle]:
 
 
 def _channels(gates: Sequence[Tensor | None], index: int, *, repeats: int = 1) -> Callable[[Tensor], Tensor | None]:
-    """A function that gives the gate of each of x's channels as it is at the moment, in x's dtype and place."""
+    """A function that returns the present gate of each channel of x, in the dtype and on the device of x."""
 
     def gate_for(x: Tensor) -> Tensor | None:
         gate = gates[index]
@@ -98,10 +97,10 @@ def _multiply(module: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | Non
 
 
 def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | None]) -> Iterator[RemovableHandle]:
-    """A root-mean-square norm over all heads at once becomes the norm over the heads that stay.
+    """Turn a root-mean-square norm over all heads into the norm over the heads that stay.
 
-    With n channels of which the gate g lets m = sum g through, rms(x_kept) = rms(c g x) with c = sqrt(n / m): the norm
-    of c g x is c x_kept / rms(x_kept), and is divided by c.
+    Of n channels the gate g lets m = sum g through. With c = sqrt(n / m), rms(x_kept) = rms(c g x): so the norm gets
+    c g x, returns c x_kept / rms(x_kept), and its output is divided by c.
     """
 
     def scale(gate: Tensor) -> Tensor:
@@ -121,7 +120,7 @@ def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | No
 
 @contextmanager
 def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
-    """The model as if pruned, for as long as the context lasts. A block that keeps no unit hands its input on."""
+    """Let the model compute as if it were pruned while the context lasts. A block without units returns its input."""
     whole = all(bool(m.all()) for m in masks.attention)
     gone = [block for block, kept in zip(blocks_of(model), masks.blocks, strict=True) if not kept]
 

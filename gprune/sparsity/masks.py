@@ -22,12 +22,12 @@ def margins(p: Tensor, thresholds: Tensor, labels: Tensor) -> Tensor:
 
 
 def slot_margins(margin: Tensor, experts: int) -> Tensor:
-    """Margin of slot j: the mean over experts of their j-th smallest margin. (E x N,) -> (N,), as it is for one."""
+    """Margin of slot j: the mean over experts of their j-th smallest margin, (E x N,) -> (N,); unchanged for E = 1."""
     return margin if experts == 1 else margin.view(experts, -1).sort(1).values.mean(0)
 
 
 def top_of_experts(margin: Tensor, kept: int, *, experts: int = 1) -> Tensor:
-    """Bool (E x N,): of each expert the `kept` last neurons in order of (margin, index)."""
+    """Keep mask (E x N,) of the `kept` neurons of each expert that come last in order of (margin, index)."""
     order = margin.detach().cpu().double().view(experts, -1).argsort(dim=1, stable=True)
     mask = torch.zeros(order.shape, dtype=torch.bool)
     return mask.scatter(1, order[:, order.shape[1] - kept :], True).flatten()
@@ -36,8 +36,8 @@ def top_of_experts(margin: Tensor, kept: int, *, experts: int = 1) -> Tensor:
 def _chunks(margin: Tensor, width_multiple: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cut one block's neurons, in order of (margin, index), into the steps in which they may go.
 
-    Returns the order (N,), and per step its size and its key, the largest margin in it, so that a step never goes
-    before the last of its neurons would. The last `width_multiple` neurons are in no step: they stay.
+    Returns the order (N,), and the size and the key of each step. The key is the step's largest margin, so a step never
+    goes before its last neuron would. The last `width_multiple` neurons are in no step: they stay.
     """
     N = len(margin)
     order = margin.argsort(stable=True)
@@ -51,7 +51,7 @@ def _chunks(margin: Tensor, width_multiple: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def _take_until(keys: Tensor, cost: Tensor, target: int) -> Tensor:
-    """Bool (S,): the steps with the smallest keys (ties by position) whose cost together first reaches `target`."""
+    """Bool (S,): steps in order of (key, position), until their total cost reaches `target`."""
     taken = torch.zeros(len(keys), dtype=torch.bool)
     if target > 0:
         order = keys.argsort(stable=True)
@@ -63,15 +63,15 @@ def _take_until(keys: Tensor, cost: Tensor, target: int) -> Tensor:
 def _keep_groups(
     costs: UnitCosts, group_margins: Sequence[Tensor], keys: Tensor, cost: Tensor, target: int
 ) -> list[Tensor]:
-    """Masks of KV groups: the common order of groups and of the neurons' steps (keys, cost) says which fall."""
+    """Masks of KV groups, from the common order of groups and of the neurons' steps (keys, cost)."""
     attention = [torch.ones(n, dtype=torch.bool) for n in costs.groups]
     orders = [m.detach().cpu().double().argsort(stable=True)[:-1] for m in group_margins]  # the best one stays
     orders = [order[:0] if b in costs.protected else order for b, order in enumerate(orders)]
     group_keys = torch.cat([m.detach().cpu().double()[o] for m, o in zip(group_margins, orders, strict=True)])
     group_cost = torch.cat([torch.full((len(o),), c) for o, c in zip(orders, costs.group, strict=True)])
     taken = _take_until(torch.cat([group_keys, keys]), torch.cat([group_cost, cost]), target)[: len(group_keys)]
-    # The common order may end on groups that overshoot by far more than a neuron: they stay, last ones first, as
-    # long as neurons can fill the gap.
+    # The common order may end on groups that overshoot by far more than a neuron. Such groups stay, last ones first,
+    # as long as neurons can fill the gap.
     fillable, gone = int(cost.sum()), int(group_cost[taken].sum())
     for last in group_keys.argsort(stable=True).flip(0).tolist():
         without = gone - int(group_cost[last])
@@ -89,11 +89,11 @@ def keep_masks(
 ) -> Masks:
     """Remove units in order of margin (ties by block, then index) until `budget.target` parameters are gone.
 
-    With attention in scope, KV groups fall first: those that the common order of all units would remove. Neurons
-    fill the rest, so the overshoot is less than one neuron (one step of `width_multiple` neurons), and no group is
-    removed only to land far beyond the target. Each block keeps `width_multiple` neurons and one KV group.
+    With attention in scope, the KV groups that the common order of all units would remove fall first. Neurons fill the
+    rest, so the overshoot is less than one neuron (one step of `width_multiple` neurons), and no group is removed only
+    to land far beyond the target. Each block keeps `width_multiple` neurons and one KV group.
 
-    Protected blocks lose nothing. Where all blocks are to be equally wide, each keeps its own largest margins
+    Protected blocks lose nothing. Where all blocks have to be equally wide, each keeps its own largest margins
     (`equal_widths`), and the overshoot is less than one step in every block.
 
     Args:
@@ -120,7 +120,7 @@ def keep_masks(
     steps = _take_until(keys, cost, target).split([len(size) for _, size, _ in cut])
     ffn = []
     for margin, e, (order, size, _), falls in zip(neuron_margins, costs.of_experts, cut, steps, strict=True):
-        # Steps of one block go in order, since keys grow with the step and ties go by position.
+        # Steps of one block go in order: keys grow with the step, and ties go by position.
         ffn.append(top_of_experts(margin, len(order) - int(size[falls].sum()), experts=e))
     return Masks(ffn, attention)
 
@@ -128,15 +128,15 @@ def keep_masks(
 def equal_widths(
     budget: Budget, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None
 ) -> Masks:
-    """Masks that make every block the same shape: the widest one that removes at least the target.
+    """Masks that give every block the same shape, the widest that removes at least the target; as `keep_masks`.
 
-    With attention in scope every block keeps as many KV groups as blocks would keep on average if they were free, and
-    the width of the FFN makes up the rest. Arguments as for `keep_masks`.
+    With attention in scope every block keeps as many KV groups as blocks of free shapes would keep on average, and the
+    width of the FFN makes up for the rest.
     """
     costs, target, width_multiple = budget.costs, budget.target, budget.width_multiple
 
     def widest(left: int) -> int:
-        """Of the FFN, to remove `left` parameters: every neuron of width costs the sum over blocks."""
+        """The widest FFN that removes `left` parameters: a neuron of width costs the sum over blocks."""
         whole = sum(c * n for c, n in zip(costs.neuron, costs.neurons, strict=True))
         width = min((whole - max(left, 0)) // sum(costs.neuron), *costs.neurons)
         # a width that nothing asks to change need not lie on the grid

@@ -1,4 +1,4 @@
-"""Thresholds per module: where they start, and the masks that they leave under a budget."""
+"""Thresholds of modules: where they start, and the masks that they give under a budget."""
 
 from __future__ import annotations
 
@@ -15,13 +15,10 @@ Thresholds = tuple[list[Tensor], list[Tensor]]
 
 
 def start_thresholds(masks: Masks, ranks: ModuleRanks) -> Thresholds:
-    """Thresholds under which each module keeps as many units as the masks keep of it.
+    """Thresholds under which each module keeps as many units as the masks keep of it, float64.
 
-    t_m = logit(removed fraction), moved a quarter of a rank inside (0, 1) where it would be infinite. Where modules
-    rank by the base metric itself, the mask at the start is the base mask, unit for unit.
-
-    Returns:
-        Per block (K,) float64 for neurons and (1,) float64 for KV groups.
+    t_m = logit(removed fraction), a quarter of a rank inside (0, 1) where it would be infinite. If modules rank by the
+    base metric itself, these thresholds give the base mask, unit for unit.
     """
 
     def thresholds(keep: Tensor, labels: Tensor, K: int) -> Tensor:
@@ -35,7 +32,7 @@ def start_thresholds(masks: Masks, ranks: ModuleRanks) -> Thresholds:
 
 
 def equal_thresholds(masks: Masks, ranks: ModuleRanks) -> Thresholds:
-    """The same threshold everywhere: every module loses the same fraction, whatever the masks keep of it."""
+    """The same threshold for all modules, which then lose the same fraction each, whatever the masks keep of them."""
     ffn = [torch.zeros(k, dtype=torch.float64) for k in ranks.modules]
     return ffn, [torch.zeros(1, dtype=torch.float64) for _ in ranks.attention]
 
@@ -55,6 +52,6 @@ def named_thresholds(thresholds: Thresholds) -> dict[str, Tensor]:
 
 
 def thresholds_from_named(tensors: dict[str, Tensor]) -> Thresholds:
-    """What `named_thresholds` was given; other names are passed over."""
+    """Thresholds from what `named_thresholds` gave; other names are ignored."""
     depth = sum(name.startswith("ffn.") for name in tensors)
     return tuple([tensors[f"{kind}.{b}"] for b in range(depth)] for kind in ("ffn", "attention"))

@@ -22,8 +22,8 @@ class FrozenLMStage(L.LightningModule):
     tensors only, DDP neither broadcasts nor reduces hundreds of millions of frozen parameters, and `train()` does
     not wake the model's dropout. The price: Lightning does not move it, hence the two hooks.
 
-    With `shard`, and two or more processes, it runs a copy whose layers are spread over all of them while the stage
-    lasts. Lightning's own FSDP would do that to the thresholds only, for the same reason.
+    With `shard`, and two or more processes, the stage runs a copy of the model whose layers are spread over all of
+    them. Lightning's own FSDP does not see the model either, and would shard the thresholds only.
     """
 
     def __init__(self, model: PreTrainedModel, *, shard: bool = False):
@@ -35,6 +35,7 @@ class FrozenLMStage(L.LightningModule):
 
     @property
     def lm(self) -> PreTrainedModel:
+        """The language model, or its sharded copy while there is one."""
         return (*self._spread, *self._frozen)[0]
 
     def setup(self, stage: str) -> None:
@@ -53,15 +54,16 @@ class FrozenLMStage(L.LightningModule):
 def spread(model: PreTrainedModel, device: torch.device, processes: int) -> PreTrainedModel:
     """A copy of a frozen model whose decoder layers are sharded over all processes: PyTorch's `fully_shard`.
 
-    Each process holds its part of every layer, and a layer is gathered while it computes, forward and backward. What is
-    no layer (embeddings, norm, head) is on each. All processes have to call it, and to run the copy equally often.
+    Each process holds its part of every layer, and a layer is gathered while it computes, forward and backward.
+    Embeddings, final norm and head are on every process. All processes have to call this function, and to run the copy
+    equally often.
 
     Args:
         model: in the memory of each process, or offloaded; loaded from a folder, so that its config tells its shapes.
         device: of this process.
         processes: how many there are.
     """
-    # Here, because not every build of torch has them.
+    # Imported here, because not every build of torch has them.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -73,12 +75,12 @@ def spread(model: PreTrainedModel, device: torch.device, processes: int) -> PreT
     for module in copied.modules():
         if id(module) not in inside:
             _fill(module, model.get_submodule(paths[id(module)]), device)
-    for layer in layers:
+    for layer in layers:  # one at a time, so that no process holds all of them
         for module in layer.modules():
             _fill(module, model.get_submodule(paths[id(module)]), device)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     copied.tie_weights()
-    # Who counts the tokens of the one counts those of the other.
+    # Hooks that count the model's tokens count the copy's too.
     ours, theirs = copied.get_decoder(), model.get_decoder()
     for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
         setattr(ours, hooks, getattr(theirs, hooks))
@@ -86,7 +88,7 @@ def spread(model: PreTrainedModel, device: torch.device, processes: int) -> PreT
 
 
 def _fill(module: nn.Module, source: nn.Module, device: torch.device) -> None:
-    """Give a module without weights the parameters and buffers of another one."""
+    """Copy the parameters and buffers of another module to a module without weights."""
     for name, _ in list(module.named_parameters(recurse=False)):
         value = stored(source, name).detach().to(device, copy=True)
         module.register_parameter(name, nn.Parameter(value, requires_grad=False))
@@ -95,7 +97,7 @@ def _fill(module: nn.Module, source: nn.Module, device: torch.device) -> None:
 
 
 def require_finite(value: float, what: str) -> None:
-    """Raise a UserError for NaN or infinity: a number that is not one is never averaged away."""
+    """Raise a UserError for NaN or infinity, so that no mean hides it."""
     if not abs(value) < float("inf"):
         raise UserError(
             f"{what} is {value}; expected a finite number. Lower the learning rate, or use --model.dtype float32."

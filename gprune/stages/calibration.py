@@ -18,11 +18,11 @@ Store = Callable[[str, Block, dict[str, Tensor]], dict[str, StoredGram]]
 
 
 class CalibrationStage(FrozenLMStage):
-    """`trainer.test(stage, loaders)` with one loader per corpus; `statistics` then holds one entry per loader.
+    """`trainer.test(stage, loaders)` with one loader per corpus; `statistics` then holds one entry per corpus.
 
     With `saliency` the pass goes backward too: the trainer must not be in inference mode. With `walk` a corpus goes
     through the model block by block (`gprune.calibration.layerwise`), to the same bits, once its last batch has come;
-    `store` then takes each block's Gram matrices, of the corpus it is told, by kind.
+    `store(corpus, block, matrices by kind)` then writes each block's Gram matrices and returns their places.
     """
 
     def __init__(
@@ -38,9 +38,7 @@ class CalibrationStage(FrozenLMStage):
     ):
         super().__init__(model, shard=shard)
         assert not (walk and saliency), "no gradient goes block by block"
-        self.corpora = corpora
-        self.gram, self.saliency = gram, saliency
-        self.walk, self.store = walk, store
+        self.corpora, self.gram, self.saliency, self.walk, self.store = corpora, gram, saliency, walk, store
         self.statistics: dict[str, CorpusStatistics] = {}
         self._collector: Collector | None = None
         self._walk: Walk | None = None
@@ -64,12 +62,13 @@ class CalibrationStage(FrozenLMStage):
         self._close()
 
     def teardown(self, stage: str) -> None:
-        if self._collector is not None:  # an exception came by
+        if self._collector is not None:  # after an exception
             self._collector.__exit__()
             self._collector = None
         super().teardown(stage)
 
     def _close(self) -> None:
+        """Compute the statistics of the corpus whose batches have all come, if there is one."""
         if self._walk is not None:
             walk, corpus, self._walk = self._walk, self._current, None
             store = None if self.store is None else lambda block, grams: self.store(corpus, block, grams)
@@ -79,4 +78,4 @@ class CalibrationStage(FrozenLMStage):
             self._collector.__exit__()
             self.statistics[self._current] = self._collector.compute()
             self._collector = None
-            gc.collect()  # torchmetrics refer to themselves: gigabytes of sums would wait for the collector's next turn
+            gc.collect()  # torchmetrics refer to themselves: otherwise gigabytes of sums would stay for a while

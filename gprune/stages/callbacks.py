@@ -22,9 +22,9 @@ from gprune.stages.thresholds import ThresholdLearning
 
 
 class ApplyMasks(L.Callback):
-    """Applies a stage's gates to its frozen model for as long as `fit` lasts, and takes them off again.
+    """Applies a stage's gates to its frozen model while `fit` lasts, and takes them off again, also after an exception.
 
-    Also after an exception: a notebook that interrupts learning gets its model back bit for bit.
+    A notebook that interrupts learning gets its model back bit for bit.
     """
 
     def __init__(self) -> None:
@@ -40,19 +40,14 @@ class ApplyMasks(L.Callback):
         self._context.close()
 
     def teardown(self, trainer: L.Trainer, pl_module: ThresholdLearning, stage: str) -> None:
-        self._context.close()  # an exception before the first hook; closing twice is harmless
-
-
-def corpus_perplexities(model: PreTrainedModel, windows: Sequence[Windows], *, batch_size: int = 4) -> dict[str, float]:
-    """Perplexity by corpus name."""
-    return {w.corpus: perplexity(model, w, batch_size=batch_size).perplexity for w in windows}
+        self._context.close()  # for an exception before the first hook; closing twice is harmless
 
 
 class PerplexityCurve(L.Callback):
-    """Development perplexity per corpus as curves: against the epoch of learning, and against sparsity.
+    """Logs development perplexity per corpus against the epoch of learning, and against sparsity.
 
-    Against the epoch: at the start and after each epoch, at the target sparsity. Against sparsity: at the end, the
-    learned thresholds at every one of `budgets`, and the dense model at 0. Only process 0 computes.
+    Against the epoch: at the start and after each epoch, at the target sparsity. Against sparsity: at the end, with the
+    learned thresholds at each of `budgets`, and of the dense model at 0. Only process 0 computes.
     """
 
     def __init__(self, windows: Sequence[Windows], *, budgets: dict[float, Budget], batch_size: int = 4):
@@ -71,31 +66,32 @@ class PerplexityCurve(L.Callback):
         if not trainer.is_global_zero:
             return
         pl_module.refresh_gates()
-        values = corpus_perplexities(pl_module.lm, self.windows, batch_size=self.batch_size)
-        self.by_epoch.append(values)
-        self._log(trainer, "learn", {"learn/epoch": float(epoch)}, values, trainer.global_step)
+        self.by_epoch.append(self._perplexities(pl_module.lm))
+        self._log(trainer, "learn", {"learn/epoch": float(epoch)}, self.by_epoch[-1], trainer.global_step)
 
     @torch.no_grad()
     def on_fit_end(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
         """Runs after ApplyMasks has taken its gates off: callbacks are called in order."""
         if not trainer.is_global_zero:
             return
-        self.by_sparsity[0.0] = corpus_perplexities(pl_module.lm, self.windows, batch_size=self.batch_size)
+        self.by_sparsity[0.0] = self._perplexities(pl_module.lm)
         for sparsity, budget in self.budgets.items():
             with masked(pl_module.lm, pl_module.masks(budget)) as lm:
-                self.by_sparsity[sparsity] = corpus_perplexities(lm, self.windows, batch_size=self.batch_size)
+                self.by_sparsity[sparsity] = self._perplexities(lm)
         for step, (sparsity, values) in enumerate(sorted(self.by_sparsity.items())):
             self._log(trainer, "curve", {"curve/sparsity": sparsity}, values, step)
 
+    def _perplexities(self, model: PreTrainedModel) -> dict[str, float]:
+        return {w.corpus: perplexity(model, w, batch_size=self.batch_size).perplexity for w in self.windows}
+
     @staticmethod
     def _log(trainer: L.Trainer, stage: str, axis: dict[str, float], values: dict[str, float], step: int) -> None:
-        points = axis | {f"{stage}/perplexity/{corpus}": value for corpus, value in values.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(points, step=step)
+        points = {f"{stage}/perplexity/{corpus}": value for corpus, value in values.items()}
+        log_scalars(trainer.loggers, axis | points, step=step)
 
 
 def log_modules(loggers: Sequence[Logger], modules: Modules, masks: Masks) -> None:
-    """The table `modules`, and per module the scalars `modules/sensitivity`, `/agreement`, `/sparsity`.
+    """Log the table `modules`, and for each module the scalars of its row.
 
     A module's sparsity is the fraction of its neurons that the masks remove.
     """
@@ -104,9 +100,5 @@ def log_modules(loggers: Sequence[Logger], modules: Modules, masks: Masks) -> No
     log_table(loggers, "modules", rows)
     names = ("sensitivity", "noise_floor", "agreement", "sparsity")
     for step, row in enumerate(rows):
-        log_scalars(
-            loggers,
-            {"modules/index": float(step)}
-            | {f"modules/{name}": float(row[name]) for name in names if row.get(name) is not None},
-            step=step,
-        )
+        scalars = {f"modules/{name}": float(row[name]) for name in names if row[name] is not None}
+        log_scalars(loggers, {"modules/index": float(step)} | scalars, step=step)

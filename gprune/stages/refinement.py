@@ -1,4 +1,4 @@
-"""Assignment refinement: soft module assignments with their own optimizer. The language model is not involved."""
+"""Refinement: improve the assignment of neurons to modules by gradient descent, without the language model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gprune.stages.base import require_finite
 
 
 class AssignmentRefinement(L.LightningModule):
-    """Refines hard labels by gradient descent on `partition.partition_objective`.
+    """Refines hard labels by gradient descent on `gprune.partition.objective.partition_objective`.
 
     Loss, in the symbols of that function: the mean over blocks of
         w_s S(P) + w_d V(P) - w_c C(P) + w_b B(P) + w_e H(P),  P = softmax(A / tau),
     with A (B, N, K) the only parameters, Adam, and tau falling geometrically from 1 to `final_tau`. A starts at
-    `confidence` for a neuron's own module and 0 elsewhere: sure enough to keep the start's structure, unsure enough
-    for gradients to move neurons.
+    `confidence` for a neuron's own module and 0 elsewhere: high enough to keep the first partition's structure, low
+    enough for gradients to move neurons.
     """
 
     def __init__(
@@ -35,10 +35,8 @@ class AssignmentRefinement(L.LightningModule):
         confidence: float = 2.0,
     ):
         super().__init__()
-        self.inputs = inputs
-        self.weights = weights or ObjectiveWeights()
+        self.inputs, self.start, self.weights = inputs, labels, weights or ObjectiveWeights()
         self.steps, self.learning_rate, self.final_tau = steps, learning_rate, final_tau
-        self.start = labels
         K = 1 + max(int(y.max()) for y in labels)
         A = torch.zeros(*inputs.valid.shape, K)
         for block, y in zip(A, labels, strict=True):
@@ -52,21 +50,18 @@ class AssignmentRefinement(L.LightningModule):
         return self.final_tau ** (self.global_step / max(self.steps - 1, 1))
 
     def setup(self, stage: str) -> None:
-        device = self.trainer.strategy.root_device
-        self.inputs = RefinementInputs(**{name: value.to(device) for name, value in vars(self.inputs).items()})
+        self.inputs = self.inputs.to(self.trainer.strategy.root_device)
 
     def train_dataloader(self) -> DataLoader:
-        # Every step sees all neurons of all blocks; the loader only counts steps.
+        # The loader only counts steps: every step sees all neurons of all blocks.
         return DataLoader(range(self.steps), batch_size=1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam([self.logits], lr=self.learning_rate)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        terms = {
-            name: value.mean()
-            for name, value in partition_objective(self.logits, self.tau, self.inputs, self.weights).items()
-        }
+        by_block = partition_objective(self.logits, self.tau, self.inputs, self.weights)
+        terms = {name: value.mean() for name, value in by_block.items()}
         self.history.append({name: float(value.detach()) for name, value in terms.items()})
         require_finite(self.history[-1]["total"], "The objective of the refinement")
         self.log_dict({f"partition/{name}": value for name, value in self.history[-1].items()})
@@ -74,23 +69,13 @@ class AssignmentRefinement(L.LightningModule):
 
     @torch.no_grad()
     def labels(self) -> list[Tensor]:
-        """Hard labels per block, small modules merged as in the start; (N,) int64 each."""
-        inputs = RefinementInputs(**{name: value.cpu() for name, value in vars(self.inputs).items()})
-        w = self.weights
+        """Hard labels per block, (N,) int64 each; small modules are merged as in the first partition."""
+        x, w = self.inputs.to("cpu"), self.weights
+        joint = torch.cat([w.similarity * x.embedding, w.drift * x.drift, w.consistency * x.shifts], -1)
         out = []
-        for index, y in enumerate(self.start):
-            N = len(y)
-            joint = torch.cat(
-                [
-                    w.similarity * inputs.embedding[index],
-                    w.drift * inputs.drift[index],
-                    w.consistency * inputs.shifts[index],
-                ],
-                1,
-            )[:N]
-            hard = self.logits[index, :N].detach().cpu().argmax(-1)
-            K = int(y.max()) + 1
-            out.append(merge_small(hard, joint, min_size=min(minimum_size(N, K), N)))
+        for y, features, logits in zip(self.start, joint, self.logits.cpu(), strict=True):
+            N, K = len(y), int(y.max()) + 1
+            out.append(merge_small(logits[:N].argmax(-1), features[:N], min_size=min(minimum_size(N, K), N)))
         return out
 
     def moved(self) -> int:

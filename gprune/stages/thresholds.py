@@ -22,31 +22,23 @@ from gprune.stages.base import FrozenLMStage, require_finite
 
 @dataclass(frozen=True)
 class Learning:
-    """How thresholds are learned: the flags of `--sparsity` by the same names.
+    """How thresholds are learned: flags of `--sparsity` by the same names."""
 
-    Attributes:
-        learn: thresholds, one number per module; offsets, one per neuron, which moves its rank; or both.
-        loss: cross_entropy of the next token, or kl, the divergence from the dense model.
-        learning_rate: of Adam for thresholds, in logits.
-        offset_learning_rate: of Adam for offsets, in logits; None: as for thresholds.
-        offset_limit: offsets stay within +- this many logits. Adam moves a neuron that carries nearly all of its
-            block as fast as any other, and no gradient of a gate sees the cliff behind it.
-    """
-
-    learn: Literal["thresholds", "offsets", "both"] = "thresholds"
-    loss: Literal["cross_entropy", "kl"] = "cross_entropy"
-    learning_rate: float = 0.1
-    offset_learning_rate: float | None = None
+    learn: Literal["thresholds", "offsets", "both"] = "thresholds"  # one number per module, one per neuron, or both
+    loss: Literal["cross_entropy", "kl"] = "cross_entropy"  # kl: the divergence from the dense model
+    learning_rate: float = 0.1  # Adam's for thresholds, in logits
+    offset_learning_rate: float | None = None  # Adam's for offsets, in logits; None: the one of thresholds
+    # Offsets stay within +- this many logits. Adam moves a neuron that carries nearly all of its block as fast as any
+    # other, and the gradient of its gate does not show the cliff behind it.
     offset_limit: float = math.inf
 
 
 class ThresholdLearning(FrozenLMStage):
     """Learns t, one threshold per module (and one per block for its KV groups, when they are in scope).
 
-    With `learn="offsets"` it learns o, one number per neuron that moves its rank, p_i' = sigmoid(logit p_i + o_i), in
-    place of t: a free gate for every neuron, as in GRASPrune (arXiv 2604.19398), warm-started from the margins. With
-    `both` it learns both. With `loss="kl"` the cross-entropy below gives way to KL(dense || pruned), at the price of
-    one more forward pass per step.
+    With `learn="offsets"` it learns instead o, one number per neuron that moves its rank, p_i' = sigmoid(logit p_i +
+    o_i): a free gate for every neuron, as in GRASPrune (arXiv 2604.19398), warm-started from the margins. With `both`
+    it learns t and o. With `loss="kl"` the loss is KL(dense || pruned), at the price of one more forward pass per step.
 
     Loss: L(t) = mean over windows of the next-token cross-entropy, in nats per token, of the frozen model whose
     units are multiplied by g_i = h_i + s_i - stop(s_i), where
@@ -54,9 +46,17 @@ class ThresholdLearning(FrozenLMStage):
         s_i = sigmoid((p_i - sigmoid(t_m)) / T_m)  the soft gate, T_m = max(0.05, 1/n_m),
         p_i in (0, 1)  the unit's rank inside its module, n_m the module's size, stop the gradient stop.
     So the forward pass is the pruned model at exactly the target sparsity, and the backward pass is the soft gate's
-    (straight-through). Shifting every t_m by the same amount changes no hard mask, only how far the soft gates lie
-    from it. That direction is taken out of every update: thresholds are shifted until the budget cuts at margin 0,
-    where s_i crosses 1/2, so the gradient is always taken at the units that are about to change sides.
+    (straight-through). Shifting every t_m by the same amount changes no hard mask, only the distance of the soft gates
+    from it. So after every update thresholds are shifted until the budget cuts at margin 0, where s_i crosses 1/2: the
+    gradient is always taken at the units that are about to change sides.
+
+    Args:
+        model: frozen.
+        ranks: of units inside their modules.
+        start: thresholds to begin with, such as `start_thresholds`.
+        budget: the number of parameters that have to go.
+        learning: what is learned, by which loss and how fast.
+        shard: spread the model over processes while it learns.
     """
 
     def __init__(
@@ -69,15 +69,6 @@ class ThresholdLearning(FrozenLMStage):
         *,
         shard: bool = False,
     ):
-        """
-        Args:
-            model: frozen.
-            ranks: where units stand inside their modules.
-            start: thresholds to begin with, as `start_thresholds` gives them.
-            budget: what has to go.
-            learning: what is learned, by which loss and how fast.
-            shard: spread the model over processes while it learns.
-        """
         super().__init__(model, shard=shard)
         self.ranks, self.budget, self.learning = ranks, budget, learning or Learning()
         ffn, attention = start
@@ -86,7 +77,7 @@ class ThresholdLearning(FrozenLMStage):
         self.ffn_offsets = nn.ParameterList(
             nn.Parameter(torch.zeros(len(p))) for p in (ranks.ffn if self.learning.learn != "thresholds" else ())
         )
-        # In scope or not, the thresholds exist; only in scope are they learned.
+        # Thresholds of KV groups always exist, but they are learned only in scope.
         self.attention_thresholds = nn.ParameterList(
             nn.Parameter(t.float(), requires_grad=budget.costs.attention) for t in attention
         )
@@ -127,7 +118,7 @@ class ThresholdLearning(FrozenLMStage):
             ]
 
     def open_gates(self) -> None:
-        """Let everything through: the dense model, until gates are refreshed."""
+        """Open all gates, which gives the dense model, until gates are refreshed."""
         for gates in (self.ffn_gates, self.attention_gates or []):
             gates[:] = [None] * len(gates)
 
@@ -151,8 +142,8 @@ class ThresholdLearning(FrozenLMStage):
             self.open_gates()
             with torch.no_grad():
                 teacher = final_hidden(self.lm, ids)
-        self.refresh_gates()  # a fresh graph: the one of the last step has been used
-        # Weighted so that the mean over processes is the mean over the global batch, whatever each one's share.
+        self.refresh_gates()  # for a fresh graph: the last step has used up its own
+        # Weighted so that the mean over processes is the mean over the global batch, whatever each process's share.
         total = self.trainer.strategy.reduce(batch["weight"].sum(), reduce_op="sum")
         losses = next_token_losses(self.lm, ids, teacher=teacher)
         loss = (losses * (batch["weight"] * self.trainer.world_size / total).to(losses)).sum()
@@ -166,13 +157,13 @@ class ThresholdLearning(FrozenLMStage):
         with torch.no_grad():
             for offsets in self.ffn_offsets:
                 offsets.clamp_(-self.learning.offset_limit, self.learning.offset_limit)
-        self._recentre(self.masks())
+        self.recentre(self.masks())
 
     @torch.no_grad()
-    def _recentre(self, hard: Masks) -> None:
-        """Shift all thresholds alike until the budget cuts at margin 0; no hard mask changes.
+    def recentre(self, hard: Masks) -> None:
+        """Shift all thresholds by the same amount until the budget cuts at margin 0; the masks `hard` do not change.
 
-        Where all blocks are to be equally wide, each has a cut of its own, and its thresholds move by themselves.
+        Where all blocks have to be equally wide, each block has its own cut, and its thresholds are shifted by that.
         """
         pairs = zip(self.moved_ranks.ffn, self.ffn_thresholds, self.ranks.labels, strict=True)
         found = [margins(p, t.cpu(), y) for p, t, y in pairs]

@@ -360,7 +360,7 @@ def test_recentring_changes_no_mask_and_cuts_at_zero(scope, tiny_model):
             t += torch.randn(K, generator=generator_of(5)) + 3
     masks = stage.masks()
     before = torch.cat([t.detach().clone() for t in stage.ffn_thresholds])
-    stage._recentre(masks)
+    stage.recentre(masks)
     assert stage.masks() == masks
     shift = torch.cat([t.detach() for t in stage.ffn_thresholds]) - before
     assert shift.max() - shift.min() < 1e-5  # all alike
