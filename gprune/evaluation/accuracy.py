@@ -1,4 +1,4 @@
-"""From log-likelihoods of choices to accuracies, with standard errors: the arithmetic of zero-shot tasks."""
+"""The arithmetic of zero-shot tasks: from log-likelihoods of choices to accuracies with standard errors."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Sequence
 
 
 def is_correct(
-    loglikelihoods: Sequence[Sequence[float]],
-    labels: Sequence[int],
-    lengths: Sequence[Sequence[int]] | None = None,
+    loglikelihoods: Sequence[Sequence[float]], labels: Sequence[int], lengths: Sequence[Sequence[int]] | None = None
 ) -> list[bool]:
-    """Whether the most likely choice of each question is the right one; of equal ones the first counts.
+    """Whether the most likely choice of each question is the right one; among equal choices the first counts.
 
     acc_norm divides each log-likelihood by the length of its choice, in characters without the space before it, as
-    EleutherAI's lm_eval does (its `acc_bytes` is the one in bytes).
+    EleutherAI's lm_eval does (only its `acc_bytes` counts bytes).
 
     Args:
         loglikelihoods: per question and choice, nats.
@@ -32,22 +30,20 @@ def is_correct(
 def accuracy(correct: Sequence[bool]) -> tuple[float, float | None]:
     """Share of right answers in [0, 1], and its standard error: sample standard deviation / sqrt(n), None for n < 2."""
     n, mean = len(correct), sum(correct) / len(correct)
-    # of zeros and ones the sum of squared deviations is n * mean * (1 - mean)
+    # The squared deviations of zeros and ones add up to n * mean * (1 - mean).
     return mean, math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else None
 
 
 def chance(choices: Sequence[int]) -> float:
-    """Expected accuracy of guessing, given how many choices each question has."""
+    """Expected accuracy of guessing, given the number of choices of each question."""
     return sum(1 / n for n in choices) / len(choices)
 
 
 def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float | None]:
-    """Accuracy of model a minus that of model b on the same questions, and its standard error (None for n < 2).
+    """Accuracy of model a minus accuracy of model b on the same questions, and its standard error (None for n < 2).
 
-    Paired: questions that both get right or both get wrong add nothing to the difference, and most do.
+    Paired: the many questions that both models get right, or both get wrong, add nothing to the difference.
     """
     difference = [int(x) - int(y) for x, y in zip(a, b, strict=True)]
     n, mean = len(difference), sum(difference) / len(difference)
-    if n < 2:
-        return mean, None
-    return mean, math.sqrt(sum((d - mean) ** 2 for d in difference) / (n - 1) / n)
+    return mean, math.sqrt(sum((d - mean) ** 2 for d in difference) / (n - 1) / n) if n > 1 else None

@@ -1,4 +1,4 @@
-"""Means, ratios and the generalisation gap of perplexities, with 95 % intervals by bootstrap over windows."""
+"""Means and ratios of perplexities and the generalisation gap, with 95 % intervals by bootstrap over windows."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+Nll = dict[str, list[float]]  # corpus -> summed negative log-likelihood per window, nats
+
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """exp of the mean logarithm; NaN for no values."""
+    """exp of the mean logarithm; NaN without values."""
     logs = [math.log(v) for v in values]
     return math.exp(sum(logs) / len(logs)) if logs else float("nan")
 
 
 def generalisation_gap(pruned: dict[str, float], dense: dict[str, float], seen: dict[str, bool]) -> float:
-    """(geometric mean of pruned/dense perplexity over unseen corpora) / (the same over seen ones).
+    """(geometric mean of pruned/dense perplexity over unseen corpora) / (the same over seen corpora).
 
-    Above 1, pruning cost more where nothing was looked at. NaN without corpora of both kinds.
+    Above 1, pruning did more harm on text that it had not seen. NaN without corpora of both kinds.
     """
     ratios = {corpus: pruned[corpus] / dense[corpus] for corpus in pruned}
     unseen = geometric_mean(ratio for corpus, ratio in ratios.items() if not seen[corpus])
@@ -26,29 +28,19 @@ def generalisation_gap(pruned: dict[str, float], dense: dict[str, float], seen: 
 
 
 def paired_bootstrap_ratio(
-    a: dict[str, list[float]],
-    b: dict[str, list[float]],
-    tokens_per_window: int,
-    *,
-    draws: int = 2000,
-    seed: int = 0,
+    a: Nll, b: Nll, tokens_per_window: int, *, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Geometric-mean perplexity of model a over that of model b, with a 95 % interval over windows.
+    """Geometric-mean perplexity of model a over model b's: (ratio, lower, upper), a 95 % interval over windows.
 
     Args:
-        a, b: corpus -> summed nll per window, for the same windows of both models.
+        a, b: of both models on the same windows; windows are resampled within each corpus, jointly for both models.
         tokens_per_window: predicted tokens per window.
-
-    Returns:
-        (ratio, lower, upper); windows are resampled within each corpus, jointly for both models.
     """
     point, total = _bootstrap_log_ratio(a, b, tokens_per_window, draws=draws, seed=seed)
     return math.exp(point), *_interval(total)
 
 
-def _bootstrap_log_ratio(
-    a: dict[str, list[float]], b: dict[str, list[float]], tokens_per_window: int, *, draws: int, seed: int
-) -> tuple[float, Tensor]:
+def _bootstrap_log_ratio(a: Nll, b: Nll, tokens_per_window: int, *, draws: int, seed: int) -> tuple[float, Tensor]:
     """Log of the ratio of geometric means, and its (draws,) float64 bootstrap replicates."""
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(draws, dtype=torch.float64)
@@ -67,18 +59,11 @@ def _interval(logs: Tensor) -> tuple[float, float]:
 
 
 def bootstrap_gap(
-    pruned: dict[str, list[float]],
-    dense: dict[str, list[float]],
-    seen: dict[str, bool],
-    tokens_per_window: int,
-    *,
-    draws: int = 2000,
-    seed: int = 0,
+    pruned: Nll, dense: Nll, seen: dict[str, bool], tokens_per_window: int, *, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """`generalisation_gap` with a 95 % interval over windows; arguments as there and for `paired_bootstrap_ratio`.
+    """`generalisation_gap` as (gap, lower, upper), a 95 % interval over windows; NaN without corpora of both kinds.
 
-    Returns:
-        (gap, lower, upper); NaN without corpora of both kinds. Seen and unseen text are resampled apart.
+    Seen and unseen text are resampled independently of each other.
     """
     found = []
     for kind in (False, True):
@@ -91,16 +76,8 @@ def bootstrap_gap(
 
 
 def bootstrap_perplexity(
-    nll: dict[str, list[float]], tokens_per_window: int, *, draws: int = 2000, seed: int = 0
+    nll: Nll, tokens_per_window: int, *, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Geometric-mean perplexity of one model over corpora, with a 95 % interval over windows.
-
-    Args:
-        nll: corpus -> summed nll per window, nats.
-        tokens_per_window: predicted tokens per window.
-
-    Returns:
-        (perplexity, lower, upper)
-    """
+    """Geometric-mean perplexity of one model over corpora: (perplexity, lower, upper), a 95 % interval over windows."""
     certain = {corpus: [0.0] * len(values) for corpus, values in nll.items()}  # perplexity 1, without noise
     return paired_bootstrap_ratio(nll, certain, tokens_per_window, draws=draws, seed=seed)

@@ -1,4 +1,4 @@
-"""Perplexity with its protocol: per-window negative log-likelihoods, geometric means, the generalisation gap."""
+"""Perplexity of a model on the windows of a corpus, with the negative log-likelihood of each window."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from gprune.corpora.windows import Windows
-from gprune.errors import UserError
+from gprune.errors import UserError, require_finite
 from gprune.models.losses import iter_logits
 from gprune.models.offload import device_of
 
@@ -24,8 +24,8 @@ from gprune.models.offload import device_of
 class Perplexity(torchmetrics.text.Perplexity):
     """torchmetrics' Perplexity with a float32 cross-entropy.
 
-    The stock update goes through softmax().log() in the logits' dtype, where one underflow gives infinity. Keeps the
-    negative log-likelihood of each window too, for paired comparisons.
+    The stock update goes through softmax().log() in the logits' dtype, where one underflow gives infinity. This one
+    also keeps the negative log-likelihood of each window, for paired comparisons.
     """
 
     window_nll: list[Tensor]
@@ -37,11 +37,7 @@ class Perplexity(torchmetrics.text.Perplexity):
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add logits (B, T, V) that predict target (B, T) int64."""
         nll = F.cross_entropy(preds.float().flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
-        if not bool(torch.isfinite(nll).all()):
-            raise UserError(
-                "A non-finite loss came up in evaluation; expected finite numbers. Check the model's weights, or use "
-                "--model.dtype float32 instead of a 16-bit type."
-            )
+        require_finite("loss came up in evaluation", nll)
         self.total_log_probs += nll.double().sum()
         self.count += target.numel()
         self.window_nll.append(nll.double().sum(1).cpu())
@@ -63,7 +59,7 @@ def perplexity(
     """exp of the mean next-token cross-entropy over non-overlapping windows, each scored from its second token.
 
     Args:
-        model: eval mode; masks, if any, are the caller's context.
+        model: in eval mode, within the caller's `masked` context if it is to be masked.
         windows: tokens (n, seq_len) int64.
         batch_size: windows per forward pass.
         progress: label of a progress bar, or None for none.
@@ -72,7 +68,7 @@ def perplexity(
     metric = Perplexity().to(device)
     batches: Iterable[Tensor] = windows.tokens.split(batch_size)
     bar = {"desc": progress, "unit": "batch", "leave": False, "mininterval": 1.0, "file": sys.stdout}
-    for batch in tqdm(batches, disable=True if progress is None else None, **bar):  # None: off where no one watches
+    for batch in tqdm(batches, disable=True if progress is None else None, **bar):  # None: on in a terminal only
         for logits, targets in iter_logits(model, batch.to(device)):
             metric.update(logits, targets.to(logits.device))
     window_nll = torch.cat(metric.window_nll)  # float64; torchmetrics' own sum is float32

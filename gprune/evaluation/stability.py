@@ -1,4 +1,4 @@
-"""Do other seeds, samples or corpora keep the same units? Jaccard index of keep masks, against chance."""
+"""Stability: whether runs with other seeds, samples or corpora keep the same units, by the Jaccard index of masks."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def jaccard(a: Tensor, b: Tensor) -> float:
 def chance_jaccard(units: int, kept_a: int, kept_b: int) -> float:
     """Expected Jaccard index of two sets of these sizes, drawn independently and uniformly from N units.
 
-    The intersection X is hypergeometric, so E[J] = sum over x of P(X = x) x / (kept_a + kept_b - x): exact, where the
-    ratio of expectations is only near it.
+    The intersection X is hypergeometric, so E[J] = sum over x of P(X = x) x / (kept_a + kept_b - x). This is exact; the
+    ratio of expectations is not.
     """
     if kept_a == kept_b == 0:
         return 1.0
@@ -34,10 +34,10 @@ def chance_jaccard(units: int, kept_a: int, kept_b: int) -> float:
 
 @dataclass(frozen=True)
 class Stability:
-    """Agreement of two runs on what to keep, as a mean over blocks.
+    """Agreement of two runs on which units to keep, as a mean over blocks.
 
-    Blocks of which one run keeps everything, or nothing, say nothing (the widths alone give the index) and are left
-    out; without any other block all numbers are None.
+    A block is left out if one run keeps all of its units, or none: the widths alone then give the index. If all blocks
+    are left out, all numbers are None.
     """
 
     jaccard: float | None  # in [0, 1]
@@ -46,10 +46,7 @@ class Stability:
 
     @property
     def beyond_chance(self) -> float | None:
-        """(jaccard - chance) / (1 - chance): 0 for independent masks, 1 for equal ones.
-
-        Where the widths of a block differ, 1 is out of reach.
-        """
+        """(jaccard - chance) / (1 - chance): 0 for independent masks, 1 for equal ones, less if widths differ."""
         if self.jaccard is None or self.chance is None:
             return None
         return (self.jaccard - self.chance) / (1 - self.chance)
@@ -58,19 +55,18 @@ class Stability:
 def stability(a: Sequence[Tensor], b: Sequence[Tensor]) -> Stability:
     """Agreement of two runs' keep masks of one kind of unit, one (N,) bool per block.
 
-    Chance is taken at each block's own widths: that two runs prune the same blocks hard is no agreement on units.
+    Chance is computed from each block's own widths, so two runs do not agree because they prune the same blocks hard.
     """
     observed: list[float | None] = []
-    expected = []
+    expected: list[float] = []
     for x, y in zip(a, b, strict=True):
-        chance = chance_jaccard(len(x), int(x.sum()), int(y.sum()))
         certain = any(bool(m.all()) or not bool(m.any()) for m in (x, y))
         observed.append(None if certain else jaccard(x, y))
         if not certain:
-            expected.append(chance)
-    found = [value for value in observed if value is not None]
-    if not found:
+            expected.append(chance_jaccard(len(x), int(x.sum()), int(y.sum())))
+    if not expected:
         return Stability(None, None, observed)
+    found = [value for value in observed if value is not None]
     return Stability(float(np.mean(found)), float(np.mean(expected)), observed)
 
 
@@ -82,9 +78,6 @@ def pairwise_stability(masks: dict[str, Masks]) -> dict[tuple[str, str], dict[st
         if shape != shapes[first]:
             raise UserError(f"Masks of {first} and {name} are of models of different shapes; expected the same model.")
     return {
-        (a, b): {
-            "ffn": stability(masks[a].ffn, masks[b].ffn),
-            "attention": stability(masks[a].attention, masks[b].attention),
-        }
+        (a, b): {kind: stability(getattr(masks[a], kind), getattr(masks[b], kind)) for kind in ("ffn", "attention")}
         for a, b in combinations(masks, 2)
     }
