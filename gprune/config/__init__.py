@@ -2,6 +2,7 @@
 
 from gprune.config.groups import (
     CorporaConfig,
+    DistillConfig,
     EvaluationConfig,
     LoggingConfig,
     ModelConfig,
@@ -15,6 +16,6 @@ from gprune.config.parse import RETIRED, parse
 from gprune.config.run import RunConfig
 
 __all__ = [
-    "RETIRED", "CorporaConfig", "EvaluationConfig", "LoggingConfig", "ModelConfig", "PartitionConfig",
+    "RETIRED", "CorporaConfig", "DistillConfig", "EvaluationConfig", "LoggingConfig", "ModelConfig", "PartitionConfig",
     "ReliabilityConfig", "RunConfig", "RunFolderConfig", "SparsityConfig", "TrainerConfig", "parse",
 ]  # fmt: skip

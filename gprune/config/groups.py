@@ -222,6 +222,32 @@ class SparsityConfig(Group):
 
 
 @dataclass
+class DistillConfig(Group):
+    """How a pruned model learns from the dense one, where --recovery has the link distill."""
+
+    prefix: ClassVar[str] = "distill."
+    targets: Literal["vectors", "mlp", "all", "lora"] = "mlp"
+    """What learns. vectors: a scale per neuron and per attention channel, and the gains of norms, folded into the
+    weights at the end. mlp: the FFN's weights. all: every weight of the decoder layers. lora: adapters, merged at the
+    end (needs peft)."""
+    tokens: AtLeast1 = 24_576
+    """Tokens that are learned from, once, equally many of each of --corpora.recover; forward through the dense model,
+    forward and backward through the pruned one."""
+    learning_rate: Positive = 3e-4
+    """Highest step size of AdamW."""
+    warmup: Quantile = 0.1
+    """Share of the steps in which the step size rises; then it falls to 0."""
+    weight_decay: NonNegative = 0.0
+    """Of AdamW."""
+    cross_entropy: NonNegative = 0.0
+    """Weight of the next token's cross-entropy beside the divergence from the dense model."""
+    clip: Positive = 1.0
+    """Largest norm of the gradient."""
+    rank: AtLeast1 = 8
+    """lora: rank of the adapters."""
+
+
+@dataclass
 class EvaluationConfig(Group):
     """What is measured at the end."""
 

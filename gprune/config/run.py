@@ -12,6 +12,7 @@ from gprune.checks import NonNegative
 from gprune.config.groups import (
     SEVERAL,
     CorporaConfig,
+    DistillConfig,
     EvaluationConfig,
     Group,
     LoggingConfig,
@@ -25,7 +26,7 @@ from gprune.config.groups import (
 from gprune.corpora.load import check_corpus, identity
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
-from gprune.recovery import RECOVERY
+from gprune.recovery import recovery_of
 from gprune.sparsity.allocation import ALLOCATION
 
 
@@ -47,13 +48,15 @@ class RunConfig(Group):
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
-    recovery: str = "none"
-    """What gives back what pruning took. none is the paper's method; beyond it: bias (means of what was removed),
-    least_squares (output projections solved again on the dense model's activations), least_squares_sequential (block
-    by block, on the activations of the pruned and recovered model so far; costs some three forward passes for each
-    pruned model), or one registered from Python."""
+    recovery: str | list[str] = "none"
+    """What gives back what pruning took: one, or a chain such as [least_squares,distill]. none is the paper's method;
+    beyond it: bias (means of what was removed), least_squares (output projections solved again on the dense model's
+    activations), least_squares_sequential (block by block, on the activations of the pruned and recovered model so
+    far; costs some three forward passes for each pruned model), distill (weights learn to predict as the dense model
+    does, see --distill), or one registered from Python."""
     ridge: NonNegative = 0.01
     """Ridge of least_squares and of least_squares_sequential, relative to the mean diagonal of the Gram matrix."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
     gprune: bool = True
     """False: the base metric alone; --sparsity.allocation learned then means uniform."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -68,7 +71,15 @@ class RunConfig(Group):
 
     def check(self) -> None:
         IMPORTANCE[self.importance]
-        RECOVERY[self.recovery]
+        if isinstance(self.recovery, list):
+            self.recovery = "+".join(self.recovery) or "none"
+        found = recovery_of(self.recovery)
+        if found.learns and self.distilled_windows < 1:
+            least = len(self.corpora.recover) * self.corpora.seq_len
+            raise UserError(
+                f"--distill.tokens: expected one window of each of --corpora.recover at least ({least:,} tokens), got "
+                f"{self.distill.tokens:,}."
+            )
         if self.model.shard and self.trainer.devices * self.trainer.num_nodes < 2:
             raise UserError(
                 "--model.shard: expected two or more processes (--trainer.devices, .num_nodes) to spread the model "
@@ -103,6 +114,11 @@ class RunConfig(Group):
         return s.start if ALLOCATION[s.allocation].modules else s.allocation
 
     @property
+    def distilled_windows(self) -> int:
+        """Windows of each recovery corpus that `--distill.tokens` come from."""
+        return self.distill.tokens // (len(self.corpora.recover) * self.corpora.seq_len)
+
+    @property
     def attention(self) -> bool:
         """Whether KV groups are in scope."""
         return self.sparsity.scope == "attention+ffn"
@@ -112,7 +128,7 @@ class RunConfig(Group):
         """What of `calibration.statistics.EXTRAS` the run reads."""
         # gprune also scores by what stands in for drift and by what modules switch to
         names = {self.importance, *([IMPORTANCE[self.importance].drift, self.reliability.metric] * self.gprune)}
-        gram = RECOVERY[self.recovery].needs & {"gram"}
+        gram = recovery_of(self.recovery).needs & {"gram"}
         return gram.union(*(IMPORTANCE[name].needs for name in names - set(SEVERAL)))
 
     @property
@@ -134,19 +150,19 @@ class RunConfig(Group):
     @property
     def roles(self) -> dict[str, list[str]]:
         """Corpora whose train text this run reads, by what it reads them for; roles it does not play are empty."""
-        c = self.corpora
+        c, found = self.corpora, recovery_of(self.recovery)
         return {
             "score": [c.score],
             "drift": c.drift if self.gprune else [],
             "learn": c.learn if self.learns else [],
-            "recover": c.recover if RECOVERY[self.recovery].needs else [],
+            "recover": c.recover if found.needs or found.learns else [],
         }
 
     @property
     def calibration(self) -> list[str]:
         """Every corpus that statistics are collected on, each once, in a fixed order."""
         roles = self.roles
-        recover = roles["recover"] if RECOVERY[self.recovery].needs - {"text"} else []
+        recover = roles["recover"] if recovery_of(self.recovery).needs - {"text"} else []
         return list(dict.fromkeys([*roles["score"], *roles["drift"], *recover]))
 
     @property

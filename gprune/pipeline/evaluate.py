@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ from gprune.models.surgery import count_parameters, removed_parameters, widths
 from gprune.partition.record import Modules
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
-from gprune.recovery import RECOVERY
+from gprune.recovery import recovery_of
 from gprune.report.model_card import model_card
 from gprune.report.records import by_stage, row_name, unseen_ratios
 from gprune.report.run_figures import write_figures
@@ -127,7 +128,8 @@ def record(
         "learn": learned and {n: getattr(cfg.sparsity, n) for n in ("learn", "loss", "epochs")},
         "learn_samples": learned and (cfg.corpora.learn_samples or cfg.corpora.num_samples),
         "recovery": recovery,
-        "ridge": cfg.ridge if RECOVERY[recovery].needs else None,
+        "ridge": cfg.ridge if recovery_of(recovery).needs else None,
+        "distill": asdict(cfg.distill) if recovery_of(recovery).learns else None,
         "sparsity": 0.0 if dense else cfg.sparsity.target,
         "scope": cfg.sparsity.scope,
         "model": model_label(cfg.model.name),

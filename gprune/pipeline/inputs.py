@@ -18,6 +18,7 @@ from gprune.errors import UserError
 from gprune.export.gguf import tokenizer_keys
 from gprune.models.loading import load_model
 from gprune.models.offload import is_offloaded
+from gprune.recovery import recovery_of
 
 log = logging.getLogger("gprune")
 
@@ -62,6 +63,7 @@ class Text:
 
     train: Mapping[str, Windows]  # score, drift and recover, by corpus
     learn: list[Windows]  # one per learning corpus, also train text: those above and more, or fewer
+    fresh: list[Windows]  # one per recovery corpus, for recoveries that learn: the same, and more, or fewer
     development: list[Windows]  # one per learning corpus
     test: list[Windows]  # one per evaluated corpus, of `evaluation.split`
 
@@ -69,11 +71,12 @@ class Text:
     def used(self) -> list[Windows]:
         """What no evaluated text may share; curves on development text do not use it, they show it."""
         shown = {w.split for w in self.test}
-        return [*self.train.values(), *self.learn, *(w for w in self.development if w.split not in shown)]
+        return [*self.train.values(), *self.learn, *self.fresh, *(w for w in self.development if w.split not in shown)]
 
     def hashes(self) -> dict[str, str]:
         """Content hash by corpus, split and role: what two sittings at one run must share."""
-        roles = {"": self.train.values(), " learned": self.learn, " curve": self.development, " evaluated": self.test}
+        roles = {"": self.train.values(), " learned": self.learn, " recovered": self.fresh}
+        roles |= {" curve": self.development, " evaluated": self.test}
         return {f"{w.corpus} {w.split}{role}": w.content_hash for role, found in roles.items() for w in found}
 
 
@@ -86,14 +89,17 @@ def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
     samples = {
         "train": Sample(c.num_samples, c.seq_len, seed, flags=("--corpora.num_samples", length)),
         "learn": Sample(c.learn_samples or c.num_samples, c.seq_len, seed, flags=(learned, length)),
+        "fresh": Sample(cfg.distilled_windows or 1, c.seq_len, seed, flags=("--distill.tokens", length)),
         "development": Sample(e.development_samples, c.seq_len, flags=("--evaluation.development_samples", length)),
         "test": Sample(e.num_samples, e.seq_len, flags=("--evaluation.num_samples", "--evaluation.seq_len")),
     }
     calibrated = dict.fromkeys([*cfg.calibration, *cfg.roles["recover"]])
+    recovered = cfg.roles["recover"] if recovery_of(cfg.recovery).learns else []
     log.info("Reading %d corpora", len({*cfg.used, *c.evaluate}))
     return Text(
         train={name: load_windows(name, "train", tokenizer, samples["train"]) for name in calibrated},
         learn=[load_windows(name, "train", tokenizer, samples["learn"]) for name in cfg.roles["learn"]],
+        fresh=[load_windows(name, "train", tokenizer, samples["fresh"]) for name in recovered],
         development=[
             load_windows(name, "development", tokenizer, samples["development"]) for name in cfg.roles["learn"]
         ],

@@ -25,7 +25,7 @@ from gprune.models.loading import read_config, skeleton
 from gprune.models.masks import Masks
 from gprune.models.offload import memory_limits
 from gprune.models.surgery import count_parameters
-from gprune.recovery import RECOVERY
+from gprune.recovery import recovery_of
 from gprune.runs.trainer import check_trainer
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget, unit_costs
@@ -142,7 +142,10 @@ def count_tokens(cfg: RunConfig) -> tuple[int, int]:
 def recovery_tokens(cfg: RunConfig, recovery: str) -> tuple[int, int]:
     """(forward, forward and backward) tokens that a recovery takes for one pruned model, at most."""
     c = cfg.corpora
-    return RECOVERY[recovery].tokens(len(c.recover) * c.num_samples * c.seq_len, attention=cfg.attention)
+    windows = len(c.recover) * c.seq_len  # one of each corpus
+    return recovery_of(recovery).tokens(
+        windows * c.num_samples, windows * cfg.distilled_windows, attention=cfg.attention
+    )
 
 
 def memory_bytes(cfg: RunConfig, dense: PreTrainedModel) -> int:
@@ -166,7 +169,7 @@ def memory_bytes(cfg: RunConfig, dense: PreTrainedModel) -> int:
     if offloaded or (grams and "saliency" not in cfg.collects and exceed_memory(blocks, corpora=len(cfg.calibration))):
         grams = 4 * max(gram_bytes([block]) for block in blocks) if grams else 0
         hidden = states
-    own = RECOVERY[cfg.recovery].memory(blocks, len(c.recover) * states, attention=cfg.attention)
+    own = recovery_of(cfg.recovery).memory(blocks, len(c.recover) * states, attention=cfg.attention)
     grams, hidden = max(grams, own[0]), max(hidden, own[1])
     # gradients and their squares, for two halves of the corpus
     gradients = 16 * count_parameters(dense, cfg.sparsity.scope) if "saliency" in cfg.collects else 0
@@ -177,7 +180,7 @@ def memory_bytes(cfg: RunConfig, dense: PreTrainedModel) -> int:
 
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
     """Raise UserError where this model's blocks or positions cannot do what the flags ask for."""
-    RECOVERY[cfg.recovery].refuse(blocks, shard=cfg.model.shard)
+    recovery_of(cfg.recovery).refuse(blocks, shard=cfg.model.shard)
     if "saliency" in cfg.collects:
         for block in blocks:
             salient_parts(block, "ffn")  # refuses experts

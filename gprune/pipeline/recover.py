@@ -17,7 +17,7 @@ from gprune.models.masks import Masks
 from gprune.models.offload import is_offloaded, keep_until_gone, scratch_folder
 from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline.run import Run
-from gprune.recovery import RECOVERY
+from gprune.recovery import recovery_of
 from gprune.recovery.contract import Revise
 
 
@@ -33,15 +33,16 @@ def shrink(
     Args:
         masks: what stays.
         statistics: by corpus; those of `corpora.recover` are read.
-        recovery: a name in `RECOVERY`; None for `--recovery`.
+        recovery: a name in `RECOVERY`, or several joined by `+`; None for `--recovery`.
     """
     name = run.cfg.recovery if recovery is None else recovery
     material = run.material(masks, statistics, name)
-    revise = RECOVERY[name].revise(material)
+    method = recovery_of(name)
+    revise = method.revise(material)
     small = (_sliced_to_files if is_offloaded(run.model) else _sliced)(run, masks, revise)
     counted = run.meter.watch(small)
     with torch.enable_grad():  # a recovery of the whole model may learn
-        tuned = RECOVERY[name].tune(material, small)
+        tuned = method.tune(material, small)
     counted.remove()
     return tuned
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,12 +25,13 @@ from gprune.models.loading import fingerprint
 from gprune.models.masks import Masks
 from gprune.pipeline.inputs import Text, load, prepare_text
 from gprune.pipeline.plan import Plan, check
-from gprune.recovery import RECOVERY, Material
+from gprune.recovery import Material, recovery_of
 from gprune.runs.folder import RunFolder
 from gprune.runs.tracking import tracking
 from gprune.runs.trainer import NamedProgressBar, plain_interrupts
 from gprune.sparsity.budget import Budget
-from gprune.storage.files import key_of, to_yaml
+from gprune.stages.distillation import Distillation
+from gprune.storage.files import content_hash, key_of, to_yaml
 
 log = logging.getLogger("gprune")
 
@@ -111,23 +113,38 @@ class Run:
 
     def material(self, masks: Masks, statistics: Mapping[str, CorpusStatistics], recovery: str) -> Material:
         """What a recovery by this name works with: the statistics and the text of `corpora.recover` that it needs."""
-        c, needs = self.cfg.corpora, RECOVERY[recovery].needs
+        c, found = self.cfg.corpora, recovery_of(recovery)
+        settings = asdict(self.cfg.distill)
+        settings.pop("tokens")
+        done = f"recovery/{recovery}-{content_hash(masks.tensors())[:8]}"
         return Material(
             self.model,
             masks,
             self.cfg.ridge,
-            pooled(statistics[corpus] for corpus in c.recover) if needs - {"text"} else None,
-            [self.text.train[corpus] for corpus in c.recover] if "text" in needs else (),
+            pooled(statistics[corpus] for corpus in c.recover) if found.needs - {"text"} else None,
+            [self.text.train[corpus] for corpus in c.recover] if "text" in found.needs else (),
             c.batch_size,
             self.meter.add,
-            self._fit,
+            self.text.fresh if found.learns else (),
+            {"distill": Distillation(**settings)},
+            functools.partial(self._fit, done),
         )
 
-    def _fit(self, what: str, stage: L.LightningModule) -> None:
-        """Train a recovery's stage on the text of `corpora.recover`, once through."""
-        text = [self.text.train[corpus] for corpus in self.cfg.corpora.recover]
-        data = CorpusDataModule(train=text, batch_size=self.cfg.corpora.batch_size, seed=self.cfg.run.seed)
-        self.trainer(what, max_epochs=1, log_every_n_steps=1).fit(stage, data)
+    def _fit(self, done: str, what: str, stage: L.LightningModule, *, clip: float | None = None) -> None:
+        """Train a recovery's stage on the fresh text, once through, or give it back what it had learned by then.
+
+        Args:
+            done: where in the run folder what was learned is kept.
+            clip: largest norm of the gradient.
+        """
+        name = f"{done}-{type(stage).__name__}"
+        if (learned := self.folder.read(name)) is None:  # the step that shrinks or evaluates counts its cost
+            text, c = self.text.fresh, self.cfg.corpora
+            data = CorpusDataModule(train=text, batch_size=c.batch_size, seed=self.cfg.run.seed)
+            self.trainer(what, max_epochs=1, log_every_n_steps=1, gradient_clip_val=clip).fit(stage, data)
+            learned = {name: value.detach().cpu().clone() for name, value in stage.state_dict().items()}
+            self.folder.write(name, learned)
+        stage.load_state_dict(learned)
 
 
 @contextmanager

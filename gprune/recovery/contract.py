@@ -11,23 +11,24 @@ Most are a function of one output projection:
 Others are a class: `revise` goes block by block, `tune` takes the whole pruned model, for instance through a
 LightningModule:
 
-    @recovery("distil")
-    class Distil(Recovery):
-        needs = frozenset({"text"})
+    @recovery("heal")
+    class Heal(Recovery):
+        learns = True
 
         def tune(self, material, pruned):
-            material.fit("Distilling", MyStage(material.dense, pruned))
+            material.fit("Healing", MyStage(material.dense, pruned))
             return pruned
+
+Several make a chain: `--recovery [least_squares,distill]` is the recovery `least_squares+distill`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -54,7 +55,10 @@ class Material:
     text: Sequence[Windows] = ()  # of `corpora.recover`; if needed
     batch_size: int = 4
     count: Callable[[int], None] = lambda tokens: None  # gets the number of tokens that went through layers one by one
-    fit: Callable[[str, LightningModule], None] | None = None  # trains a stage on `text`; None outside of a run
+    fresh: Sequence[Windows] = ()  # text of `corpora.recover` to learn from: `--distill.tokens` of it
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of a recovery, by its name
+    # Trains a stage on `fresh`; its state_dict is what it learns, and a run that is taken up gives it back. None outside.
+    fit: Callable[..., None] | None = None
 
     @property
     def batches(self) -> list[Tensor]:
@@ -66,7 +70,8 @@ class Recovery:
     """A recovery that does nothing: `none`, the paper's method. Others inherit it and override what they change."""
 
     name = ""  # set when it is registered
-    needs: frozenset[str] = frozenset()  # of `NEEDS`: statistics of the dense model, or text itself
+    needs: frozenset[str] = frozenset()  # of `NEEDS`: statistics of the dense model, or the text they are taken from
+    learns = False  # whether it trains on text of its own
     experts = True  # whether it can recover experts
     sharded = True  # whether it works while the dense model is spread over processes
     why_not_experts = "cannot recover"  # for the error, followed by "the experts of ..."
@@ -79,8 +84,8 @@ class Recovery:
         """The pruned model, recovered as a whole, in place or not."""
         return pruned
 
-    def tokens(self, text: int, *, attention: bool) -> tuple[int, int]:
-        """At most (forward, forward and backward) tokens for one pruned model and `text` tokens of recovery text."""
+    def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
+        """At most (forward, forward and backward) tokens for one pruned model, given the tokens of both texts."""
         return 0, 0
 
     def memory(self, blocks: Sequence[Block], hidden: int, *, attention: bool) -> tuple[int, int]:
@@ -108,6 +113,45 @@ class Recovery:
 
 
 RECOVERY: Registry[Recovery] = Registry("recovery")
+
+
+class Chain(Recovery):
+    """Several recoveries, one after the other, with the contract of one."""
+
+    def __init__(self, name: str):
+        self.name, names = name, name.split("+")
+        self.links = [RECOVERY[link] for link in names]
+        self.needs = frozenset().union(*(link.needs for link in self.links))
+        self.learns = any(link.learns for link in self.links)
+        late = [link.name for link in self.links[1:] if type(link).revise is not Recovery.revise]
+        if len(set(names)) < len(names) or "none" in names or late:
+            why = f"'{late[0]}' goes block by block, which only the first can" if late else "each once, and none alone"
+            raise UserError(f"--recovery: expected a chain such as [least_squares,distill], got {name}: {why}.")
+
+    def revise(self, material: Material) -> Revise | None:
+        return self.links[0].revise(material)
+
+    def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
+        for link in self.links:
+            pruned = link.tune(material, pruned)
+        return pruned
+
+    def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
+        found = [link.tokens(text, fresh, attention=attention) for link in self.links]
+        return sum(forward for forward, _ in found), sum(backward for _, backward in found)
+
+    def memory(self, blocks: Sequence[Block], hidden: int, *, attention: bool) -> tuple[int, int]:
+        found = [link.memory(blocks, hidden, attention=attention) for link in self.links]
+        return max(grams for grams, _ in found), max(states for _, states in found)
+
+    def refuse(self, blocks: Sequence[Block], *, shard: bool) -> None:
+        for link in self.links:
+            link.refuse(blocks, shard=shard)
+
+
+def recovery_of(name: str) -> Recovery:
+    """The recovery by a name of `RECOVERY`, or the chain of several that are joined by `+`."""
+    return Chain(name) if "+" in name else RECOVERY[name]
 
 
 class Projection(Recovery):

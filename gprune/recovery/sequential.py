@@ -57,7 +57,7 @@ class SequentialLeastSquares(Recovery):
 
         return revise
 
-    def tokens(self, text: int, *, attention: bool) -> tuple[int, int]:
+    def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
         """One pass through the dense layers, one through the pruned ones, and another for each projection."""
         return (3 + attention) * text, 0
 
