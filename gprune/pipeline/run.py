@@ -131,7 +131,7 @@ class Run:
         )
 
     def _fit(self, done: str, what: str, stage: L.LightningModule, *, clip: float | None = None) -> None:
-        """Train a recovery's stage on the fresh text, once through, or give it back what it had learned by then.
+        """Train a recovery's stage once through its text, or give it back what an earlier sitting had learned.
 
         Args:
             done: where in the run folder what was learned is kept.
@@ -139,7 +139,8 @@ class Run:
         """
         name = f"{done}-{type(stage).__name__}"
         if (learned := self.folder.read(name)) is None:  # the step that shrinks or evaluates counts its cost
-            text, c = self.text.fresh, self.cfg.corpora
+            c = self.cfg.corpora
+            text = self.text.fresh or [self.text.train[corpus] for corpus in c.recover]
             data = CorpusDataModule(train=text, batch_size=c.batch_size, seed=self.cfg.run.seed)
             self.trainer(what, max_epochs=1, log_every_n_steps=1, gradient_clip_val=clip).fit(stage, data)
             learned = {name: value.detach().cpu().clone() for name, value in stage.state_dict().items()}

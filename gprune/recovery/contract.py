@@ -57,7 +57,7 @@ class Material:
     count: Callable[[int], None] = lambda tokens: None  # gets the number of tokens that went through layers one by one
     fresh: Sequence[Windows] = ()  # text of `corpora.recover` to learn from: `--distill.tokens` of it
     settings: Mapping[str, Any] = field(default_factory=dict)  # of a recovery, by its name
-    # Trains a stage on `fresh`. Its state_dict is what it learns: a run that is taken up gives it back. None outside.
+    # Trains a stage on `fresh`, else on `text`. Its state_dict is what it learns: a run taken up gives it back.
     fit: Callable[..., None] | None = None
 
     @property
