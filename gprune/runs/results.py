@@ -24,6 +24,7 @@ from gprune.errors import UserError, first_line
 from gprune.models.masks import Masks
 from gprune.partition.record import Modules
 from gprune.runs.folder import RunFolder, corpus_file, differences, exported_model
+from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
 from gprune.storage.files import key_of, read_json
 
 Record = dict[str, Any]  # one number with its protocol, as in metrics.json
@@ -74,7 +75,7 @@ class PruningResult:
     config: RunConfig
     masks: Masks
     modules: Modules | None  # None for a base run
-    thresholds: tuple[list[Tensor], list[Tensor]] | None  # logits per module, per block: neurons, KV groups
+    thresholds: Thresholds | None  # logits per module, per block: neurons, KV groups
     statistics: Mapping[str, CorpusStatistics]  # by corpus
     records: list[dict[str, Any]]  # metrics.json
     summary: dict[str, Any]
@@ -200,9 +201,7 @@ def load_run(path: Path | str) -> PruningResult:
         }
         thresholds = None
         if cfg.gprune:
-            flat = _tensors(folder, "thresholds")
-            depth = range(sum(name.startswith("ffn.") for name in flat))
-            thresholds = tuple([flat[f"{kind}.{b}"] for b in depth] for kind in ("ffn", "attention"))
+            thresholds = thresholds_from_named(_tensors(folder, "thresholds"))
         model, tokenizer = _exported(folder)
     return PruningResult(
         run.path, cfg, run.masks, run.modules, thresholds, statistics, run.records, run.summary, model, tokenizer

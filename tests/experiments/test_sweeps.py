@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from gprune.cli import main
-from gprune.parse import parse
+from gprune.config.parse import parse
 from tests import tiny_run
 from tests.runs.test_tracking import read_finished
 

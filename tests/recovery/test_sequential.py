@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gprune.parse import parse
-from gprune.recovery.projection import SEQUENTIAL, recover_projection
 from transformers import AutoModelForCausalLM
 
 from gprune.calibration.collector import collect
