@@ -11,26 +11,20 @@ from gprune.config import RunConfig
 from gprune.corpora.load import CORPORA
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE, metric
+from gprune.models.families import FAMILIES, Family
 from gprune.models.loading import register as _register
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune as apply_masks
 from gprune.pipeline.prune import prune
+from gprune.recovery import RECOVERY, recovery
 from gprune.runs.results import PruningResult, load_run
+from gprune.sparsity.allocation import ALLOCATION, allocation
 from gprune.sparsity.gates import masked
 
 _register()  # AutoModelForCausalLM then loads what we export without trust_remote_code
 
 __version__ = "0.1.0"
 __all__ = [
-    "CORPORA",
-    "IMPORTANCE",
-    "Masks",
-    "PruningResult",
-    "RunConfig",
-    "UserError",
-    "apply_masks",
-    "load_run",
-    "masked",
-    "metric",
-    "prune",
-]
+    "ALLOCATION", "CORPORA", "FAMILIES", "IMPORTANCE", "RECOVERY", "Family", "Masks", "PruningResult", "RunConfig",
+    "UserError", "allocation", "apply_masks", "load_run", "masked", "metric", "prune", "recovery",
+]  # fmt: skip

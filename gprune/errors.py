@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # commands that refuse a flag should not wait for PyTorch
+    from torch import Tensor
 
 
 class UserError(ValueError):
@@ -19,7 +21,7 @@ class UserError(ValueError):
 
 def require_finite(what: str, *tensors: Tensor) -> None:
     """Raise a UserError for NaN or infinity in the tensors. `what`: "activation came up during calibration"."""
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise UserError(
             f"A non-finite {what}; expected finite numbers. Check the model's weights, or use --model.dtype float32 "
             f"instead of a 16-bit type."

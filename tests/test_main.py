@@ -61,6 +61,7 @@ def test_what_is_no_command_is_one_line(args, message, capsys):
     assert message in line
 
 
+@pytest.mark.slow
 def test_python_runs_it_and_the_console_script_is_the_same_function(tmp_path):
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"gprune": f"{command.__name__}:{command.main.__name__}"}

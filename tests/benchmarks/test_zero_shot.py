@@ -449,6 +449,7 @@ def test_arguments_that_cannot_be(data):
             zero_shot.zero_shot(make_tiny_llama(), tiny_tokenizer(), ["piqa"], **more)
 
 
+@pytest.mark.slow
 def test_lm_eval_is_imported_only_when_used(tmp_path):
     code = "import sys, gprune.benchmarks.zero_shot, gprune.benchmarks.job; assert 'lm_eval' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), check=True)

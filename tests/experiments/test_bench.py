@@ -47,6 +47,7 @@ def finite(table: Table) -> bool:
     return bool(numbers) and all(math.isfinite(n) for n in numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_benchmark_gives_tables_of_finite_numbers(name):
     found = list(tables(name, SMALL))

@@ -155,6 +155,7 @@ def calibration_tokens(run: Path) -> int:
     return json.loads((run / "manifest.json").read_text())["steps"].get("calibrate", {}).get("forward_tokens", 0)
 
 
+@pytest.mark.slow
 def test_a_second_budget_pays_for_no_calibration(two_budgets):
     assert [calibration_tokens(run) for run in two_budgets] == [3 * 4 * 32, 0]
     assert sorted(os.listdir(two_budgets[0].parent)) == sorted(run.name for run in two_budgets)

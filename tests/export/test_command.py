@@ -279,6 +279,7 @@ def test_help_names_every_format(capsys):
     assert all(f"  {name} " in text and EXPORTS[name].__doc__.splitlines()[0] in text for name in EXPORTS)
 
 
+@pytest.mark.slow
 def test_the_command_as_it_is_typed(run, tmp_path):
     command = [sys.executable, "-m", "gprune", "export", str(run), "--type", "q5"]
     done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False)

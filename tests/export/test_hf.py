@@ -344,6 +344,7 @@ def test_a_failing_process_is_reported_by_its_last_line(tmp_path, monkeypatch):
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_fresh_process_without_gprune_gives_the_same_bits(tmp_path, token_batch, caplog):
     model = make_pruned()
     with caplog.at_level(logging.INFO, "gprune"):
@@ -353,6 +354,7 @@ def test_fresh_process_without_gprune_gives_the_same_bits(tmp_path, token_batch,
     assert folder.is_dir()
 
 
+@pytest.mark.slow
 def test_fresh_process_reads_a_shallower_folder_saved_twice_with_all_kinds_of_bias(tmp_path, token_batch):
     model = make_pruned(recovered=True, **VARIANTS["biases"])
     model = prune(model, depth(model, 0))  # one layer fewer, too
@@ -360,6 +362,7 @@ def test_fresh_process_reads_a_shallower_folder_saved_twice_with_all_kinds_of_bi
     assert hf.check_reload(model, tmp_path / "again", token_batch) == 0.0
 
 
+@pytest.mark.slow
 def test_a_corrupted_export_is_found_and_removed(tmp_path, token_batch):
     model = make_pruned()
     folder = hf.save_pruned(model, None, tmp_path / "model")

@@ -9,7 +9,6 @@ import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of, decoder_layers
-from gprune.models.families import FAMILIES, table
+from gprune.models.families import FAMILIES
 from gprune.models.loading import read_config
 from gprune.models.losses import iter_logits, next_token_loss
 from gprune.models.masks import Masks
@@ -512,11 +511,6 @@ def test_an_unsupported_model_is_refused_before_anything_is_loaded(tmp_path, mon
     )
     with pytest.raises(UserError, match=r"Model family 'bert' is not supported\. Available: llama, .*Family record"):
         read_config(str(tmp_path))
-
-
-def test_the_readme_has_the_table_of_the_records():
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert table() in readme
 
 
 def test_costs_of_one_expert_each_are_those_of_dense_blocks():

@@ -217,6 +217,7 @@ def _die(*args, **kwargs):
     raise KilledError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kill",
     [
@@ -318,7 +319,11 @@ def masks_of(result, stage):
     return Masks.from_tensors(gprune.storage.files.read_tensors(result.path / f"masks/{stage}.safetensors"))
 
 
-@pytest.mark.parametrize("name", SWITCHES)
+# One switch of each kind in the fast tests: how modules are made, what learns, where sparsity goes, what recovers.
+FAST = ("random", "no_switch", "kl", "width_multiple", "attention", "equal", "bias", "consensus")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in SWITCHES])
 def test_every_switch_runs_and_meets_the_budget(name, switched, dense):
     check_budget(switched(name), dense, slack={"width_multiple": 4, "uniform_width": 3}.get(name, 1))
 

@@ -610,6 +610,7 @@ def test_a_folder_that_cannot_be_reported_on_is_one_line(spoil, message, run, ca
     assert written(run.parent) == before
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_one_line_on_stderr_in_a_process_of_its_own(run, tmp_path):
     (run / "modules.safetensors").write_bytes(b"x")
     command = [sys.executable, "-m", "gprune", "report", str(run)]
