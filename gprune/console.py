@@ -7,11 +7,10 @@ import contextlib
 import io
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from gprune.errors import UserError
 
@@ -76,16 +75,22 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
     return 0
 
 
-def _in_our_words(message: str) -> str:
-    """jsonargparse's `Parser key "a.b": Expected a <class 'float'>. Got value: x`, without the Python in it."""
-    return re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"--\1:", message))
+class StdoutHandler(logging.StreamHandler):
+    """Writes to what stdout is at the moment, which notebooks and tests exchange."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stdout
 
 
 def quiet() -> None:
     """Our own progress on stdout; of the libraries', warnings that matter. stderr is for the one line of an error."""
     import transformers
 
-    handler = logging.StreamHandler(sys.stdout)
+    handler = StdoutHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     ours = logging.getLogger("gprune")
     ours.handlers, ours.propagate = [handler], False
