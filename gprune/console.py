@@ -29,8 +29,8 @@ class Parser(argparse.ArgumentParser):
 def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory: str = ".") -> int:
     """Do the work of a command and print the text it returns.
 
-    Whatever goes wrong for a reason outside the code is one line on stderr: UserError, a flag that jsonargparse
-    refuses, Ctrl-C, SIGTERM while Lightning trains, no memory, a disk that fills up somewhere inside a library.
+    Whatever goes wrong for a reason outside the code is one line on stderr: UserError, Ctrl-C, SIGTERM while Lightning
+    trains, no memory, a disk that fills up somewhere inside a library.
 
     Args:
         command: such as `gprune export`; it begins the line.
@@ -52,8 +52,6 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
         sys.stdout.write(work())
     except UserError as error:
         return fail(str(error))
-    except argparse.ArgumentError as error:
-        return fail(f"{_in_our_words(str(error))}; see --help.")
     except KeyboardInterrupt:
         return fail(f"Interrupted{stopped}", 130)
     except SystemExit as error:

@@ -85,8 +85,6 @@ class OutOfMemoryError(RuntimeError):
     ("error", "code", "line"),
     [
         (UserError("expected a,\n got b"), 2, "expected a, got b"),
-        (argparse.ArgumentError(None, "Parser key \"a.b\": Expected a <class 'float'>."), 2,
-         "--a.b: Expected a float.; see --help."),
         (KeyboardInterrupt(), 130, "Interrupted. All is kept."),
         (SIGTERMException(), 143, "Terminated. All is kept."),
         (MemoryError(), 2, "Out of memory; ask for less."),
