@@ -233,6 +233,8 @@ class DistillConfig(Group):
     tokens: AtLeast1 = 24_576
     """Tokens that are learned from, once, equally many of each of --corpora.recover; forward through the dense model,
     forward and backward through the pruned one."""
+    batch_size: AtLeast1 = 2
+    """Windows per step, over all devices together."""
     learning_rate: Positive = 3e-4
     """Highest step size of AdamW."""
     warmup: Quantile = 0.1

@@ -130,19 +130,19 @@ class Run:
             functools.partial(self._fit, done),
         )
 
-    def _fit(self, done: str, what: str, stage: L.LightningModule, *, clip: float | None = None) -> None:
+    def _fit(self, done: str, what: str, stage: L.LightningModule, **how: Any) -> None:
         """Train a recovery's stage once through its text, or give it back what an earlier sitting had learned.
 
         Args:
             done: where in the run folder what was learned is kept.
-            clip: largest norm of the gradient.
+            how: clip, the largest norm of the gradient; batch_size, in place of `--corpora.batch_size`.
         """
         name = f"{done}-{type(stage).__name__}"
         if (learned := self.folder.read(name)) is None:  # the step that shrinks or evaluates counts its cost
             c = self.cfg.corpora
             text = self.text.fresh or [self.text.train[corpus] for corpus in c.recover]
-            data = CorpusDataModule(train=text, batch_size=c.batch_size, seed=self.cfg.run.seed)
-            self.trainer(what, max_epochs=1, log_every_n_steps=1, gradient_clip_val=clip).fit(stage, data)
+            data = CorpusDataModule(train=text, batch_size=how.get("batch_size", c.batch_size), seed=self.cfg.run.seed)
+            self.trainer(what, max_epochs=1, log_every_n_steps=1, gradient_clip_val=how.get("clip")).fit(stage, data)
             learned = {name: value.detach().cpu().clone() for name, value in stage.state_dict().items()}
             self.folder.write(name, learned)
         stage.load_state_dict(learned)

@@ -31,12 +31,14 @@ class Distillation:
             at the end; mlp, the FFN's weights; all, every weight of the decoder layers; lora, adapters on the linear
             layers (PEFT), merged at the end.
         learning_rate: the highest of AdamW; it rises linearly for `warmup` of the steps, and then falls to 0.
+        batch_size: windows per step.
         cross_entropy: weight of the next token's cross-entropy beside KL(dense || pruned).
         clip: largest norm of the gradient.
         rank: of the adapters; alpha is twice as much.
     """
 
     targets: Targets = "mlp"
+    batch_size: int = 2
     learning_rate: float = 3e-4
     warmup: float = 0.1
     weight_decay: float = 0.0
@@ -190,9 +192,8 @@ class Distill(Recovery):
     def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
         settings = material.settings.get("distill", Distillation())
         stage = DistillationStage(material.dense, pruned, settings)
-        material.fit(
-            f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers", stage, clip=settings.clip
-        )
+        what = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"
+        material.fit(what, stage, clip=settings.clip, batch_size=settings.batch_size)
         return stage.finished()
 
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
