@@ -241,12 +241,18 @@ class DistillConfig(Group):
     """Share of the steps in which the step size rises; then it falls to 0."""
     weight_decay: NonNegative = 0.0
     """Of AdamW."""
+    kl: NonNegative = 1.0
+    """Weight of the divergence from the dense model."""
     cross_entropy: NonNegative = 0.0
-    """Weight of the next token's cross-entropy beside the divergence from the dense model."""
+    """Weight of the next token's cross-entropy. With --distill.kl 0 it is plain fine-tuning."""
     clip: Positive = 1.0
     """Largest norm of the gradient."""
     rank: AtLeast1 = 8
     """lora: rank of the adapters."""
+
+    def check(self) -> None:
+        if not self.kl + self.cross_entropy > 0:
+            raise UserError("--distill.kl, --distill.cross_entropy: expected one of them above 0, got 0 and 0.")
 
 
 @dataclass

@@ -6,7 +6,7 @@ import copy
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gprune.errors import UserError
@@ -25,6 +25,8 @@ class FrozenLMStage(L.LightningModule):
     With `shard`, and two or more processes, the stage runs a copy of the model whose layers are spread over all of
     them. Lightning's own FSDP does not see the model either, and would shard the thresholds only.
     """
+
+    purpose = "this stage"  # what it does, for errors
 
     def __init__(self, model: PreTrainedModel, *, shard: bool = False):
         super().__init__()
@@ -48,6 +50,24 @@ class FrozenLMStage(L.LightningModule):
 
     def teardown(self, stage: str) -> None:
         self._spread = ()
+
+    def batch_loss(self, losses: Tensor, weight: Tensor, name: str) -> Tensor:
+        """The loss of a step from the losses of its windows, logged under `name` as the mean of the global batch.
+
+        Args:
+            losses: (B,) float32, nats per token.
+            weight: (B,), 0 for a window that only fills up a process's share.
+            name: such as `learn/loss`.
+
+        Returns:
+            () float32, whose mean over processes is the mean over the global batch, whatever each process's share.
+        """
+        total = self.trainer.strategy.reduce(weight.sum(), reduce_op="sum")
+        loss = (losses * (weight * self.trainer.world_size / total).to(losses)).sum()
+        value = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
+        require_finite(float(value), f"The loss of {self.purpose}")
+        self.log(name, value, prog_bar=True)
+        return loss
 
 
 @torch.no_grad()

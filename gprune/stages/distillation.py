@@ -17,7 +17,7 @@ from gprune.errors import UserError
 from gprune.models.blocks import Block, Part, blocks_of
 from gprune.models.losses import final_hidden, frozen_head_losses, softcap_of
 from gprune.recovery import Material, Recovery, recovery
-from gprune.stages.base import FrozenLMStage, require_finite
+from gprune.stages.base import FrozenLMStage
 
 Targets = Literal["vectors", "mlp", "all", "lora"]
 
@@ -32,7 +32,7 @@ class Distillation:
             layers (PEFT), merged at the end.
         learning_rate: the highest of AdamW; it rises linearly for `warmup` of the steps, and then falls to 0.
         batch_size: windows per step.
-        cross_entropy: weight of the next token's cross-entropy beside KL(dense || pruned).
+        kl, cross_entropy: weights of KL(dense || pruned) and of the next token's cross-entropy.
         clip: largest norm of the gradient.
         rank: of the adapters; alpha is twice as much.
     """
@@ -42,6 +42,7 @@ class Distillation:
     learning_rate: float = 3e-4
     warmup: float = 0.1
     weight_decay: float = 0.0
+    kl: float = 1.0
     cross_entropy: float = 0.0
     clip: float = 1.0
     rank: int = 8
@@ -50,11 +51,13 @@ class Distillation:
 class DistillationStage(FrozenLMStage):
     """Trains a pruned model (the student) beside the frozen dense one (the teacher).
 
-    Loss: mean over windows of KL(dense || pruned) of the next token, in nats, plus `cross_entropy` times the
-    cross-entropy. Both go through the frozen head, chunk by chunk: no logits of a batch are held, and the teacher runs
-    once per batch. AdamW with betas 0.9 and 0.95. Only what learns is registered, so that a checkpoint holds neither
-    the teacher nor the rest of the student.
+    Loss: mean over windows of `kl` times KL(dense || pruned) of the next token, plus `cross_entropy` times its
+    cross-entropy, in nats. Both go through the frozen head, chunk by chunk: no logits of a batch are held, and the
+    teacher runs once per batch. AdamW with betas 0.9 and 0.95. Only what learns is registered, so that a checkpoint
+    holds neither the teacher nor the rest of the student.
     """
+
+    purpose = "distillation"
 
     def __init__(self, dense: PreTrainedModel, student: PreTrainedModel, settings: Distillation):
         super().__init__(dense)
@@ -151,27 +154,20 @@ class DistillationStage(FrozenLMStage):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        ids = batch["input_ids"]
-        with torch.no_grad():
-            teacher = final_hidden(self.lm, ids).to(ids.device)
-        losses = self._losses(ids, teacher)
-        # Weighted so that the mean over processes is the mean over the global batch, whatever each one's share.
-        total = self.trainer.strategy.reduce(batch["weight"].sum(), reduce_op="sum")
-        loss = (losses * (batch["weight"] * self.trainer.world_size / total).to(losses)).sum()
-        value = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
-        require_finite(float(value), "The loss of distillation")
-        self.log("distill/loss", value, prog_bar=True)
-        return loss
+        ids, s = batch["input_ids"], self.settings
+        hidden, head = final_hidden(self.student, ids).flatten(0, 1), self.student.get_output_embeddings()
+        losses = torch.zeros(len(hidden), device=hidden.device)
+        for weight, targets_of in ((s.kl, self._dense_hidden), (s.cross_entropy, lambda ids: ids[:, 1:].flatten())):
+            if weight:
+                found = frozen_head_losses(
+                    hidden, head.weight, head.bias, targets_of(ids), softcap=softcap_of(self.student)
+                )
+                losses = losses + weight * found
+        return self.batch_loss(losses.view(len(ids), -1).mean(1), batch["weight"], "distill/loss")
 
-    def _losses(self, ids: Tensor, teacher: Tensor) -> Tensor:
-        """(B,) float32, nats: per window."""
-        hidden, head = final_hidden(self.student, ids), self.student.get_output_embeddings()
-        flat, softcap, weight = hidden.flatten(0, 1), softcap_of(self.student), self.settings.cross_entropy
-        found = frozen_head_losses(flat, head.weight, head.bias, teacher.flatten(0, 1), softcap=softcap)
-        if weight:
-            targets = ids[:, 1:].flatten()
-            found = found + weight * frozen_head_losses(flat, head.weight, head.bias, targets, softcap=softcap)
-        return found.view(len(ids), -1).mean(1)
+    @torch.no_grad()
+    def _dense_hidden(self, ids: Tensor) -> Tensor:
+        return final_hidden(self.lm, ids).flatten(0, 1).to(ids.device)
 
 
 def parameters_of(block: Block, scope: Literal["ffn", "all"]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -17,7 +17,7 @@ from gprune.sparsity.budget import Budget
 from gprune.sparsity.gates import soft_gate, straight_through
 from gprune.sparsity.masks import cut_margin, margins
 from gprune.sparsity.thresholds import Thresholds, masks_from_thresholds
-from gprune.stages.base import FrozenLMStage, require_finite
+from gprune.stages.base import FrozenLMStage
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class ThresholdLearning(FrozenLMStage):
         learning: what is learned, by which loss and how fast.
         shard: spread the model over processes while it learns.
     """
+
+    purpose = "threshold learning"
 
     def __init__(
         self,
@@ -143,14 +145,8 @@ class ThresholdLearning(FrozenLMStage):
             with torch.no_grad():
                 teacher = final_hidden(self.lm, ids)
         self.refresh_gates()  # for a fresh graph: the last step has used up its own
-        # Weighted so that the mean over processes is the mean over the global batch, whatever each process's share.
-        total = self.trainer.strategy.reduce(batch["weight"].sum(), reduce_op="sum")
         losses = next_token_losses(self.lm, ids, teacher=teacher)
-        loss = (losses * (batch["weight"] * self.trainer.world_size / total).to(losses)).sum()
-        value = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
-        require_finite(float(value), "The loss of threshold learning")
-        self.log("learn/loss", value, prog_bar=True)
-        return loss
+        return self.batch_loss(losses, batch["weight"], "learn/loss")
 
     def optimizer_step(self, *args: object, **kwargs: object) -> None:
         super().optimizer_step(*args, **kwargs)

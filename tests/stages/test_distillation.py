@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gprune.config import RunConfig
+from gprune.config import DistillConfig, RunConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
@@ -71,13 +71,13 @@ def test_it_ends_nearer_to_the_dense_model_as_a_plain_one(targets, problem):
     assert all((".self_attn." in name and "norm" not in name) <= (name in same) for name in plain) == (targets == "mlp")
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_the_loss_is_the_divergence_and_the_cross_entropy(weight, problem):
+@pytest.mark.parametrize(("kl", "weight"), [(1.0, 0.0), (1.0, 0.5), (0.0, 2.0)])
+def test_the_loss_is_the_divergence_and_the_cross_entropy(kl, weight, problem):
     dense, pruned, tokens = problem
-    stage = DistillationStage(dense, pruned, Distillation(learning_rate=1e-9, cross_entropy=weight))
+    stage = DistillationStage(dense, pruned, Distillation(learning_rate=1e-9, kl=kl, cross_entropy=weight))
     trainer = fitted(stage, tokens, batch_size=len(tokens))
     with torch.no_grad():
-        expected = divergence(dense, pruned, tokens) + weight * float(pruned(tokens, labels=tokens).loss)
+        expected = kl * divergence(dense, pruned, tokens) + weight * float(pruned(tokens, labels=tokens).loss)
     assert float(trainer.callback_metrics["distill/loss"]) == pytest.approx(expected, rel=1e-4)
 
 
@@ -93,7 +93,10 @@ def test_a_checkpoint_holds_what_learns_and_gives_it_back(problem):
     assert torch.equal(again.finished()(tokens).logits, stage.finished()(tokens).logits)
 
 
-@pytest.mark.parametrize(("family", "targets"), [("gpt2", "vectors"), ("mixtral", "mlp"), ("gemma3_text", "all")])
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("gpt2", "vectors"), ("gpt2", "lora"), ("mixtral", "mlp"), ("mixtral", "lora"), ("gemma3_text", "all")],
+)
 def test_other_families_learn_too(family, targets):
     dense = make_tiny(family)
     pruned, tokens = prune(dense, some_masks(dense, attention=False)), sampled_tokens(dense)
@@ -134,6 +137,11 @@ def test_a_chain_has_the_contract_of_one_recovery():
 def test_chains_that_cannot_be_are_one_line(chain, why):
     with pytest.raises(UserError, match=why):
         RunConfig(recovery=chain)
+
+
+def test_a_loss_of_nothing_is_refused():
+    with pytest.raises(UserError, match=r"--distill\.kl, --distill\.cross_entropy: expected one of them above 0"):
+        DistillConfig(kl=0)
 
 
 def test_too_few_tokens_are_refused_before_anything_is_loaded():
