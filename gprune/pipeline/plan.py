@@ -180,7 +180,7 @@ def memory_bytes(cfg: RunConfig, dense: PreTrainedModel) -> int:
 
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
     """Raise UserError where this model's blocks or positions cannot do what the flags ask for."""
-    recovery_of(cfg.recovery).refuse(blocks, shard=cfg.model.shard)
+    recovery_of(cfg.recovery).refuse(blocks, shard=cfg.model.shard, placed=cfg.model.device_map is not None)
     if "saliency" in cfg.collects:
         for block in blocks:
             salient_parts(block, "ffn")  # refuses experts

@@ -53,8 +53,8 @@ class DistillationStage(FrozenLMStage):
 
     Loss: mean over windows of `kl` times KL(dense || pruned) of the next token, plus `cross_entropy` times its
     cross-entropy, in nats. Both go through the frozen head, chunk by chunk: no logits of a batch are held, and the
-    teacher runs once per batch. AdamW with betas 0.9 and 0.95. Only what learns is registered, so that a checkpoint
-    holds neither the teacher nor the rest of the student.
+    teacher runs once per batch. AdamW with betas 0.9 and 0.95. The student learns in float32 and gets its dtype back at
+    the end. Only what learns is registered, so that a checkpoint holds neither the teacher nor the rest of the student.
     """
 
     purpose = "distillation"
@@ -63,6 +63,9 @@ class DistillationStage(FrozenLMStage):
         super().__init__(dense)
         self.settings = settings
         self._student = (student,)
+        self._dtypes = {name: parameter.dtype for name, parameter in student.named_parameters()}
+        for parameter in student.parameters():  # steps of AdamW are smaller than what bfloat16 tells apart
+            parameter.data = parameter.data.float()
         self._taken_off = ExitStack()
         self.learned = nn.ParameterDict()
         self._fold: list[Callable[[], None]] = []  # what turns what was learned into plain weights
@@ -134,6 +137,8 @@ class DistillationStage(FrozenLMStage):
         self._taken_off.close()
         for fold in self._fold:
             fold()
+        for name, parameter in self.student.named_parameters():
+            parameter.data = parameter.data.to(self._dtypes[name])
         return self.student.eval().requires_grad_(False)
 
     def setup(self, stage: str) -> None:
@@ -167,7 +172,7 @@ class DistillationStage(FrozenLMStage):
 
     @torch.no_grad()
     def _dense_hidden(self, ids: Tensor) -> Tensor:
-        return final_hidden(self.lm, ids).flatten(0, 1).to(ids.device)
+        return final_hidden(self.lm, ids).flatten(0, 1).to(ids.device, torch.float32)
 
 
 def parameters_of(block: Block, scope: Literal["ffn", "all"]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -183,7 +188,7 @@ class Distill(Recovery):
     """KL to the dense model on text of `corpora.recover`, end to end: `DistillationStage` as a link of a run."""
 
     learns = True
-    sharded = False
+    sharded = placed = False
 
     def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
         settings = material.settings.get("distill", Distillation())
@@ -197,5 +202,5 @@ class Distill(Recovery):
         return fresh, fresh
 
     def memory(self, blocks: Sequence[Block], hidden: int, *, attention: bool) -> tuple[int, int]:
-        """Gradients, moments and activations: of all weights that are left, at most."""
-        return 0, 12 * sum(block.cost for block in blocks)
+        """In float32: all weights that are left, their gradients, and two moments each, at most."""
+        return 0, 16 * sum(block.cost for block in blocks)

@@ -13,6 +13,7 @@ from gprune.config import DistillConfig, RunConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
+from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
 from gprune.pipeline.plan import check
 from gprune.recovery import RECOVERY, Recovery, recovery_of
@@ -106,6 +107,20 @@ def test_other_families_learn_too(family, targets):
     assert divergence(dense, stage.finished(), tokens) < start
 
 
+@pytest.mark.parametrize("targets", TARGETS)
+def test_it_learns_in_float32_what_is_stored_in_bfloat16(targets, problem):
+    dense, pruned, tokens = (part.bfloat16() if isinstance(part, torch.nn.Module) else part for part in problem)
+    plain = {name: t.clone() for name, t in pruned.state_dict().items()}
+    stage = DistillationStage(dense, pruned, Distillation(targets, learning_rate=1e-3))
+    fitted(stage, tokens)
+    assert {parameter.dtype for parameter in stage.learned.values()} == {torch.float32}
+    # less than bfloat16 tells apart beside 1, and yet not lost
+    assert all(torch.frac(p.float() * 256).any() for p in stage.learned.values() if p.abs().max() > 0.5)
+    small = stage.finished()
+    assert {t.dtype for t in small.state_dict().values()} == {torch.bfloat16}
+    assert any(not torch.equal(plain[name], t) for name, t in small.state_dict().items())
+
+
 def test_experts_have_no_scales():
     dense = make_tiny("mixtral")
     with pytest.raises(UserError, match=r"--distill\.targets vectors: experts have no scales"):
@@ -142,6 +157,12 @@ def test_chains_that_cannot_be_are_one_line(chain, why):
 def test_a_loss_of_nothing_is_refused():
     with pytest.raises(UserError, match=r"--distill\.kl, --distill\.cross_entropy: expected one of them above 0"):
         DistillConfig(kl=0)
+
+
+@pytest.mark.parametrize("where", ["shard", "placed"])
+def test_it_needs_the_model_on_one_device(where, tiny_model):
+    with pytest.raises(UserError, match=r"^--recovery distill: .* --model\.(shard|device_map).*least_squares"):
+        recovery_of("least_squares+distill").refuse(blocks_of(tiny_model), **{where: True})
 
 
 def test_too_few_tokens_are_refused_before_anything_is_loaded():
