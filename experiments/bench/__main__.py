@@ -27,6 +27,7 @@ import torch
 from gprune.console import Parser, guarded, quiet
 from gprune.errors import UserError
 
+from .gguf import gguf_tables
 from .inference import inference
 from .measure import Table, only_new_garbage
 from .models import DTYPES, Settings
@@ -75,12 +76,11 @@ def settings_of(args: argparse.Namespace) -> Settings:
     Raises:
         UserError: for a number that cannot be, or a device that is not there.
     """
-    for name in ("repeats", "threads", "seq_len", "new_tokens", "windows", "window", "batch_size"):
-        value = getattr(args, name)
+    names = ("repeats", "threads", "seq_len", "new_tokens", "windows", "window", "batch_size")
+    counts = {name: getattr(args, name) for name in names} | {"batch_sizes": min(args.batch_sizes)}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"--{name}: expected at least 1, got {value}.")
-    if min(args.batch_sizes) < 1:
-        raise UserError(f"--batch_sizes: expected at least 1, got {min(args.batch_sizes)}.")
     if args.windows < 2 or args.window < 2:
         raise UserError(f"--windows, --window: expected at least 2 of both, got {args.windows} and {args.window}.")
     try:
@@ -103,8 +103,9 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def tables(what: str, settings: Settings) -> Iterator[Table]:
     """The tables of one benchmark, or of all, as they become ready."""
     for name in BENCHMARKS if what == "all" else [what]:
+        through_llama_cpp = name == "inference" and settings.gguf is not None
         with only_new_garbage():
-            found = BENCHMARKS[name](settings)
+            found = gguf_tables(settings) if through_llama_cpp else BENCHMARKS[name](settings)
         yield from found
 
 

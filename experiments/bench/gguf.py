@@ -5,17 +5,16 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from gprune.errors import UserError
 from gprune.export.gguf import write_gguf
 from gprune.export.gguf_check import ask_llama_cpp
 from gprune.export.job import TYPES
 from gprune.export.packages import LLAMA_CPP, has_llama_cpp
+from gprune.models.loading import load_model
 
-from .inference import decode, prefill
-from .measure import MIB, Table, Timing, flops
-from .models import Pair, Settings
+from .inference import calls_of, speeds
+from .measure import MIB, Table, Timing
+from .models import Settings, pair_of
 
 
 def check_build(type: str) -> None:
@@ -30,8 +29,13 @@ def check_build(type: str) -> None:
         raise UserError(f"--gguf: no llama.cpp build is installed; `pip install {LLAMA_CPP}`, or leave --gguf out.")
 
 
-def gguf_tables(pair: Pair, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[Table]:
-    """Tokens/s of `dense` and `pruned` in llama.cpp, beside the FLOP bound of the same shapes."""
+def gguf_tables(settings: Settings) -> list[Table]:
+    """Tokens/s of the models of `inference` as GGUF files in llama.cpp, beside the FLOP bound of the same shapes."""
+    check_build(settings.gguf)
+    if settings.model == "tiny":
+        raise UserError("--gguf: the tiny model has no tokenizer to write; expected --model with one, and not --small.")
+    pair = pair_of(settings)
+    _, tokenizer = load_model(pair.dense)
     rows, sizes, models = [], {}, pair.models
     with tempfile.TemporaryDirectory(prefix="gprune-bench-") as scratch:
         files = {key: str(Path(scratch) / f"{key}.gguf") for key in models}
@@ -41,18 +45,12 @@ def gguf_tables(pair: Pair, tokenizer: PreTrainedTokenizerBase, settings: Settin
         for batch in settings.batch_sizes:
             request = {name: getattr(settings, name) for name in ("seq_len", "new_tokens", "repeats")}
             found = ask_llama_cpp(request | {"work": "speed", "models": files, "batch": batch}, Path(scratch))
-            for kind, make in (("prefill", prefill), ("decode", decode)):
-                timing, up = Timing(found[kind]), Timing(found[kind]).ratio("dense", "pruned")
-                count = batch * (settings.seq_len if kind == "prefill" else settings.new_tokens)
-                bound = flops(make(models["dense"], settings, batch)) / flops(make(models["pruned"], settings, batch))
-                rates = [count / timing.median(key) for key in models]
-                rows.append([f"{kind}, batch {batch}", *rates, up, timing.spread("dense", "pruned"), bound, up / bound])
+            for kind in ("prefill", "decode"):
+                calls = calls_of(kind, models, settings, batch)
+                rows.append(speeds(kind, batch, Timing(found[kind]), calls, settings))
     rows.append(["file, MiB", *(size / MIB for size in sizes.values()), sizes["dense"] / sizes["pruned"], *[None] * 3])
     header = ["", "dense, tokens/s", "pruned, tokens/s", "ratio", "rounds", "FLOP bound", "reached"]
     protocol = settings.protocol(models["dense"], f"{pair.how}; llama.cpp ({LLAMA_CPP}), {settings.gguf}")
     # the models' own dtype and torch have no part in it, but for the bound
-    return [
-        Table(
-            "Inference through llama.cpp", protocol.replace(f"{settings.gguf}, float32", settings.gguf, 1), header, rows
-        )
-    ]
+    protocol = protocol.replace(f"{settings.gguf}, float32", settings.gguf, 1)
+    return [Table("Inference through llama.cpp", protocol, header, rows)]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from gprune.errors import UserError
-from gprune.models.loading import load_model
-
-from .measure import MIB, Table, alternated, flops, peak_above
+from .measure import MIB, Table, Timing, alternated, flops, peak_above
 from .models import Settings, pair_of, tokens
 
 GOAL = 0.9  # speed-up over bound: prefill at the largest batch
@@ -23,26 +21,16 @@ GOAL = 0.9  # speed-up over bound: prefill at the largest batch
 
 def inference(settings: Settings) -> list[Table]:
     """Tokens/s and peak memory of both models, and how much of the bound the speed-up reaches."""
-    if settings.gguf is not None:
-        return through_llama_cpp(settings)
     pair = pair_of(settings)
     models = pair.models
-    weights = {key: parameter_bytes(model) for key, model in models.items()}
+    weights = {key: model.get_memory_footprint(return_buffers=False) for key, model in models.items()}
     speed, memory = [], [["weights", *(weights[key] / MIB for key in models), weights["pruned"] / weights["dense"]]]
-    for kind, make in (("prefill", prefill), ("decode", decode)):
+    for kind in ("prefill", "decode"):
         for batch in settings.batch_sizes:
-            calls = {key: make(model, settings, batch) for key, model in models.items()}
-            count = batch * (settings.seq_len if kind == "prefill" else settings.new_tokens)
-            timing = alternated(calls, settings.repeats, settings.watch)
-            bound = flops(calls["dense"]) / flops(calls["pruned"])
-            up = timing.ratio("dense", "pruned")
+            calls = calls_of(kind, models, settings, batch)
+            row = speeds(kind, batch, alternated(calls, settings.repeats, settings.watch), calls, settings)
             goal = GOAL if kind == "prefill" and batch == max(settings.batch_sizes) else None
-            speed.append(
-                [
-                    f"{kind}, batch {batch}", *(count / timing.median(key) for key in models), up,
-                    timing.spread("dense", "pruned"), bound, up / bound, goal, goal and up / bound >= goal,
-                ]
-            )  # fmt: skip
+            speed.append([*row, goal, goal and row[-1] >= goal])
             peaks = [weights[key] + peak_above(calls[key], settings.device) for key in models]
             memory.append([f"peak, {kind}, batch {batch}", *(p / MIB for p in peaks), peaks[1] / peaks[0]])
     sizes = [file_bytes(model) for model in models.values()]
@@ -62,16 +50,22 @@ def inference(settings: Settings) -> list[Table]:
     ]  # fmt: skip
 
 
-def through_llama_cpp(settings: Settings) -> list[Table]:
-    """The same models as GGUF files, in a llama.cpp build of the package index."""
-    from .gguf import check_build, gguf_tables
+def calls_of(
+    kind: str, models: Mapping[str, PreTrainedModel], settings: Settings, batch: int
+) -> dict[str, Callable[[], Tensor]]:
+    """The calls of `dense` and `pruned` that are compared; `kind`: prefill or decode."""
+    make = prefill if kind == "prefill" else decode
+    return {key: make(model, settings, batch) for key, model in models.items()}
 
-    check_build(settings.gguf)
-    if settings.model == "tiny":
-        raise UserError("--gguf: the tiny model has no tokenizer to write; expected --model with one, and not --small.")
-    pair = pair_of(settings)
-    _, tokenizer = load_model(pair.dense)
-    return gguf_tables(pair, tokenizer, settings)
+
+def speeds(
+    kind: str, batch: int, timing: Timing, calls: Mapping[str, Callable[[], Tensor]], settings: Settings
+) -> list[Any]:
+    """Cells: tokens/s of both, speed-up and its spread over rounds, the bound that FLOPs give, speed-up / bound."""
+    count = batch * (settings.seq_len if kind == "prefill" else settings.new_tokens)
+    bound, up = flops(calls["dense"]) / flops(calls["pruned"]), timing.ratio("dense", "pruned")
+    rates = [count / timing.median(key) for key in calls]
+    return [f"{kind}, batch {batch}", *rates, up, timing.spread("dense", "pruned"), bound, up / bound]
 
 
 def prefill(model: PreTrainedModel, settings: Settings, batch: int) -> Callable[[], Tensor]:
@@ -102,11 +96,6 @@ def decode(model: PreTrainedModel, settings: Settings, batch: int) -> Callable[[
         return logits
 
     return call
-
-
-def parameter_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the weights, tied ones once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def file_bytes(model: PreTrainedModel) -> int:

@@ -75,25 +75,24 @@ def label(name: str) -> str:
 
 def random_llama(
     *, hidden: int, neurons: int, blocks: int, vocabulary: int = 256, heads: int = 4, groups: int | None = None,
-    tied: bool = True, seed: int = 0,
+    seed: int = 0,
 ) -> LlamaForCausalLM:  # fmt: skip
     """A random Llama in float32, frozen, whose outputs are of the size of a trained one's."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=neurons, num_hidden_layers=blocks,
         num_attention_heads=heads, num_key_value_heads=groups or heads, head_dim=max(hidden // heads, 8),
-        max_position_embeddings=4096, tie_word_embeddings=tied, initializer_range=hidden**-0.5,
+        max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=hidden**-0.5,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def model_of(settings: Settings, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def model_of(settings: Settings) -> PreTrainedModel:
     """The dense model on its device."""
-    dtype = dtype or settings.dtype
     if settings.model == "tiny":
-        model = random_llama(hidden=32, neurons=256, blocks=2, groups=2, seed=settings.seed).to(dtype)
+        model = random_llama(hidden=32, neurons=256, blocks=2, groups=2, seed=settings.seed).to(settings.dtype)
     else:
-        model, _ = load_model(settings.model, dtype=dtype)
+        model, _ = load_model(settings.model, dtype=settings.dtype)
     return model.to(settings.device)
 
 

@@ -32,8 +32,7 @@ class Size:
 
 
 SMALL = Size(windows=2, corpora=1, neurons=64, blocks=1, window=16, hidden=32, vocabulary=64)
-AXES = {"tokens": "windows", "corpora": "corpora", "neurons": "neurons", "blocks": "blocks"}
-STEPS = {  # what each number reaches
+STEPS = {  # what each number reaches: fields of `Size`, but for tokens, which grow by windows
     "tokens": ("calibration", "learning step"),
     "corpora": ("calibration", "partition"),
     "neurons": ("calibration", "calibration with Gram", "partition", "learning step"),
@@ -46,12 +45,13 @@ def scaling(settings: Settings) -> list[Table]:
     """Growth of each step, as the exponent of a log-log fit: at most linear in everything."""
     base = SMALL if settings.small else Size()
     rows = []
-    for axis, field in AXES.items():
+    for axis, steps in STEPS.items():
+        field = "windows" if axis == "tokens" else axis
         start = getattr(base, field)
         sizes = [start, 2 * start, 4 * start]
         points = [replace(base, **{field: size}) for size in sizes]
         models = {p: model_at(p, settings) for p in points}
-        for step in STEPS[axis]:
+        for step in steps:
             calls = {str(size): STEP[step](models[p], p, settings) for size, p in zip(sizes, points, strict=True)}
             timing = in_turn(
                 {name: lambda c=call: seconds_of(c, settings.watch) for name, call in calls.items()}, settings.repeats
