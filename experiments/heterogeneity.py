@@ -60,22 +60,6 @@ RANK_BINS = 32
 
 
 @dataclass(frozen=True)
-class BlockRow:
-    """One block; the columns of the first table."""
-
-    drift: float
-    floor: float
-    above_floor: float  # share of neurons
-    tau: float
-    tau_halves: float
-    tau_inside: float
-    least: float
-    most: float
-    modules: int
-    switched: int
-
-
-@dataclass(frozen=True)
 class Separation:
     """How much of something differs between the modules of one block: eta squared, and of random partitions."""
 
@@ -83,8 +67,8 @@ class Separation:
     random: Tensor  # (permutations,)
 
 
-def block_rows(modules: Modules) -> list[BlockRow]:
-    """One row per block, first block first."""
+def block_numbers(modules: Modules) -> Tensor:
+    """(blocks, 10) float64: the columns of the first table but for the ratio, and K beside the modules switched."""
     rows = []
     for d, y, reliability, agreement, tau in zip(
         modules.drift, modules.labels, modules.reliability, modules.agreement, modules.block_agreement, strict=True
@@ -92,15 +76,11 @@ def block_rows(modules: Modules) -> list[BlockRow]:
         # Not `d.drift`, from which a run may have subtracted the floor.
         drift, floor = rank_drift(d.ranks), d.floor
         sensitivity = module_means(drift, y)
-        rows.append(
-            BlockRow(
-                drift=float(drift.mean()), floor=float(floor.mean()), above_floor=share_above(drift, floor),
-                tau=tau, tau_halves=float(d.halves), tau_inside=pair_weighted_mean(agreement, reliability.size),
-                least=float(sensitivity.min()), most=float(sensitivity.max()), modules=len(sensitivity),
-                switched=int(reliability.switched.sum()),
-            )
-        )  # fmt: skip
-    return rows
+        inside = pair_weighted_mean(agreement, reliability.size)
+        row = [drift.mean(), floor.mean(), share_above(drift, floor), tau, d.halves, inside]
+        row += [sensitivity.min(), sensitivity.max(), reliability.switched.sum(), len(sensitivity)]
+        rows.append(list(map(float, row)))
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def share_above(drift: Tensor, floor: Tensor) -> float:
@@ -158,17 +138,15 @@ def data_free_modules(run: FinishedRun) -> list[Tensor]:
     return found
 
 
-def block_table(rows: Sequence[BlockRow], *, every: int) -> Table:
-    """Every `every`-th block, and the mean over all of them (over those where it is defined); counts are summed."""
+def block_table(values: Tensor, *, every: int) -> Table:
+    """Every `every`-th row of `block_numbers`, and the mean over all where it is defined; counts are summed."""
     columns = ["block", "drift", "floor", "ratio", "above floor", "tau", "tau halves", "tau inside", "least", "most"]
     columns += ["switched"]
-    # (blocks, 10), in the order of BlockRow
-    values = torch.tensor([list(vars(row).values()) for row in rows], dtype=torch.float64)
 
     def cells(name: str, numbers: Tensor, counts: Tensor) -> list[Cell]:
         drift, floor, *rest = numbers.tolist()
         found = [drift, floor, drift / floor if floor else None, *rest]
-        switched = f"{int(counts[1])} of {int(counts[0])}"
+        switched = f"{int(counts[0])} of {int(counts[1])}"
         return [name, *(None if v is None or math.isnan(v) else v for v in found), switched]
 
     shown = [cells(str(b), v[:-2], v[-2:]) for b, v in enumerate(values) if b % every == 0]
@@ -214,7 +192,7 @@ def text_of(run: FinishedRun, *, every: int, data_free: bool, permutations: int,
     partitions = {"the run's (circular)": modules.labels}
     if data_free:
         partitions["data-free"] = data_free_modules(run)
-    blocks = block_table(block_rows(modules), every=every)
+    blocks = block_table(block_numbers(modules), every=every)
     between = separation_table([d.ranks for d in modules.drift], partitions, permutations=permutations, seed=seed)
     c, label = run.settings["corpora"], model_label(run.settings["model"]["name"])
     about = (
@@ -240,11 +218,7 @@ def draw(run: FinishedRun, file: Path) -> list[Path]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="python -m experiments.heterogeneity",
-    )
+    made = Parser("python -m experiments.heterogeneity", description=__doc__)
     made.add_argument("run", metavar="RUN", help="folder of a finished run, such as runs/NAME")
     made.add_argument("--all", action="store_true", help=f"print all blocks, not every {EVERY}rd")
     made.add_argument("--figure", type=Path, metavar="FILE", help="draw into FILE, as .png and as .svg")
