@@ -123,11 +123,21 @@ def of_runs(
     by_seed: Sequence[FinishedRun] | None = None,
     seen: Sequence[str] | None = None,
 ) -> Report:
-    """All tables of runs that have been read, wherever from; `base`, `by_seed` and `seen` as for `summary_table`."""
+    """All tables of runs that have been read, wherever from.
+
+    Args:
+        base: as for `make`.
+        by_seed: this run with several seeds; each run is then divided by the one of its own seed, and by none where
+            that is missing, as all are while there is none (empty).
+        seen: the corpora that count as seen in every row; None: each run's own.
+    """
     runs = divided(runs, seen)
     found = groups(runs)
+    bases = None if by_seed is None else {run.seed: run for run in by_seed}
+    if base is not None:
+        bases = {run.seed: base for run in runs}
     tables = [
-        summary_table(found, base, by_seed=by_seed, seen=seen),
+        summary_table(found, bases, seen=seen),
         perplexity_table(found, seen=seen),
         records_table(runs),
         sparsity_table(runs),
@@ -136,4 +146,4 @@ def of_runs(
         tables += [comparison_table(found), stability_table(found), repeatability_table(found)]
     if evaluated := [r | {"run": run.name} for run in told_apart(runs) for r in run.evaluation]:
         tables.append(evaluation_table(evaluated))
-    return Report(runs, found, tables, base)
+    return Report(runs, found, tables, next(iter((bases or {}).values()), None))

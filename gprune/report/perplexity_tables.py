@@ -7,7 +7,7 @@ seeds, of logarithms, since all of these numbers are ratios or are averaged geom
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -15,13 +15,12 @@ from scipy.stats import t as student
 
 from gprune.errors import UserError
 from gprune.evaluation.intervals import bootstrap_gap, bootstrap_perplexity, paired_bootstrap_ratio
-from gprune.report.grouping import Group, divided
+from gprune.report.grouping import Group
 from gprune.report.records import by_stage, row_name
 from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.results import FinishedRun, Record
 
 Stage = tuple[str, str]  # stage, recovery
-Nll = dict[str, list[float]]  # corpus -> summed nll per window
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
@@ -37,6 +36,13 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
 
 
+def pooled(found: Sequence[Estimate | None]) -> Estimate | None:
+    """Of one run, as it is; of several seeds, over them; None without any, and where one is missing."""
+    if not found or None in found:
+        return None
+    return found[0] if len(found) == 1 else over_seeds([one.value for one in found])
+
+
 def stages(run: FinishedRun) -> list[Stage]:
     """Rows of the run's own table, `dense` first."""
     return list(by_stage(run.records))
@@ -44,7 +50,7 @@ def stages(run: FinishedRun) -> list[Stage]:
 
 def mean_perplexity(run: FinishedRun, stage: Stage, *, seen: bool) -> Estimate | None:
     """Geometric mean over seen or unseen corpora, with an interval over windows; None without such corpora."""
-    nll = _nll(_records(run, stage, seen=seen))
+    nll = _nll(records_of(run, stage, seen=seen))
     return Estimate(*bootstrap_perplexity(nll, _predicted(run))) if nll else None
 
 
@@ -56,51 +62,47 @@ def ratio_to(run: FinishedRun, stage: Stage, other: FinishedRun, reference: Stag
     """
     if run.path.resolve() == other.path.resolve() and stage == reference:
         return None
-    there = _records(other, reference)
-    a = {c: r for c, r in _records(run, stage, seen=False).items() if c not in there or not there[c]["seen"]}
-    b = {c: r for c, r in there.items() if c in a}
-    if not a or {c: r["content_hash"] for c, r in a.items()} != {c: r["content_hash"] for c, r in b.items()}:
+    there = records_of(other, reference)
+    a = {c: r for c, r in records_of(run, stage, seen=False).items() if c not in there or not there[c]["seen"]}
+    if not a or any(c not in there or there[c]["content_hash"] != r["content_hash"] for c, r in a.items()):
         return None
-    return Estimate(*paired_bootstrap_ratio(_nll(a), {c: b[c]["window_nll"] for c in a}, _predicted(run)))
+    return Estimate(*paired_bootstrap_ratio(_nll(a), _nll(there), _predicted(run)))
 
 
 def gap(run: FinishedRun, stage: Stage) -> Estimate | None:
     """Generalisation gap of one stage with an interval over windows; None for dense, and without both kinds of text."""
     if stage[0] == "dense":
         return None
-    pruned, dense = (_nll(_records(run, key)) for key in (stage, ("dense", "none")))
+    pruned, dense = (_nll(records_of(run, key)) for key in (stage, ("dense", "none")))
     seen = {r["corpus"]: r["seen"] for r in run.records}
     found = Estimate(*bootstrap_gap(pruned, dense, seen, _predicted(run)))
     return found if math.isfinite(found.value) else None
 
 
 def summary_table(
-    found: Sequence[Group],
-    base: FinishedRun | None = None,
-    *,
-    by_seed: Sequence[FinishedRun] | None = None,
-    seen: Sequence[str] | None = None,
+    found: Sequence[Group], bases: Mapping[int, FinishedRun] | None = None, *, seen: Sequence[str] | None = None
 ) -> Table:
     """A row per group and stage: geometric means over seen and unseen corpora, gap, unseen over dense and over base.
 
     Args:
-        base: the run whose `base` stage all others are divided by; None for each run's own, with the same recovery.
-        by_seed: that run with several seeds; each run is then divided by the one of its own seed, and by none where
-            that is missing, as all are while there is none (empty). None: `base` for every seed.
-        seen: the corpora that count as seen in every row; None: each run's own.
+        bases: by seed, the run whose `base` stage others of this seed are divided by; by none where it is missing. None
+            for each run's own, with the same recovery.
+        seen: the corpora that count as seen in every row, which the runs say already; None: each run's own.
     """
-    references = None if by_seed is None else {r.seed: r for r in by_seed}
-    named_base = base or next(iter(by_seed or ()), None)
-    if named_base is not None and ("base", "none") not in stages(named_base):
+    first = next(iter((bases or {}).values()), None)
+    if first is not None and ("base", "none") not in stages(first):
         raise UserError(
-            f"The run '{named_base.name}' has no stage 'base' to divide by; expected one with --gprune false, or with "
+            f"The run '{first.name}' has no stage 'base' to divide by; expected one with --gprune false, or with "
             f"base among --evaluation.controls."
         )
-    rows = [[*named, *_numbers(group, stage, base, references)] for named, group, stage in _rows(_divided(found, seen))]
-    if named_base is not None:
-        about_base = f" base: the stage `base` of {named_base.name}."
+    rows = [
+        [*named, *map(pooled, zip(*(_numbers(run, stage, bases) for run in group.runs), strict=True))]
+        for named, group, stage in _rows(found)
+    ]
+    if first is not None:
+        about_base = f" base: the stage `base` of {first.name}."
     else:
-        about_base = "" if by_seed is None else " base: the run that rows are divided by is not there yet."
+        about_base = "" if bases is None else " base: the run that rows are divided by is not there yet."
     return Table(
         "summary",
         "Geometric means, gap and ratios",
@@ -123,8 +125,7 @@ def comparison_table(found: Sequence[Group]) -> Table:
         by_seed = {run.seed: run for run in b.runs}
         pairs = [(run, by_seed[run.seed]) for run in a.runs if run.seed in by_seed] or [(a.runs[0], b.runs[0])]
         ratios = [ratio_to(run, stages(run)[-1], other, stages(other)[-1]) for run, other in pairs]
-        if None not in ratios:
-            ratio = ratios[0] if len(ratios) == 1 else over_seeds([found.value for found in ratios])
+        if (ratio := pooled(ratios)) is not None:
             names = (f"{g.name}: {row_name(*stages(g.runs[0])[-1])}" for g in (a, b))
             rows.append([*names, len(ratios), ratio])
     return Table(
@@ -140,11 +141,18 @@ def comparison_table(found: Sequence[Group]) -> Table:
 
 def perplexity_table(found: Sequence[Group], *, seen: Sequence[str] | None = None) -> Table:
     """A row per group and stage, a column per corpus; seen corpora are starred. `seen` as for `summary_table`."""
-    found = _divided(found, seen)
     used = {r["corpus"]: r["seen"] for g in found for run in g.runs for r in run.records}
     mixed = {c for g in found for run in g.runs for r in run.records if used[c := r["corpus"]] != r["seen"]}
     corpora = sorted(used, key=lambda c: (c not in mixed and not used[c], c in mixed))
-    rows = [[*named, *(_corpus(group, stage, c) for c in corpora)] for named, group, stage in _rows(found)]
+
+    def numbers(run: FinishedRun, stage: Stage) -> list[Estimate | None]:
+        values = by_stage(run.records)[stage]
+        return [Estimate(values[c]) if c in values else None for c in corpora]
+
+    rows = [
+        [*named, *map(pooled, zip(*(numbers(run, stage) for run in group.runs), strict=True))]
+        for named, group, stage in _rows(found)
+    ]
     stars = ["(*)" if c in mixed else "*" if used[c] else "" for c in corpora]
     return Table(
         "perplexity",
@@ -155,10 +163,6 @@ def perplexity_table(found: Sequence[Group], *, seen: Sequence[str] | None = Non
         if seen is None
         else f"\\* seen. {_division(seen)}",
     )
-
-
-def _divided(found: Sequence[Group], seen: Sequence[str] | None) -> list[Group]:
-    return [Group(divided(group.runs, seen)) for group in found]
 
 
 def _division(seen: Sequence[str] | None) -> str:
@@ -184,47 +188,25 @@ def records_table(runs: Sequence[FinishedRun]) -> Table:
     return Table("records", "All perplexities", [*columns, *stamps], rows)
 
 
-def _numbers(
-    group: Group, stage: Stage, base: FinishedRun | None, by_seed: Mapping[int, FinishedRun] | None
-) -> list[Cell]:
-    """seen, unseen, gap, unseen / dense, unseen / base of one row."""
-
-    def to_base(run: FinishedRun) -> Estimate | None:
-        reference = ("base", stage[1]) if base is None and by_seed is None else ("base", "none")
-        other = base or run if by_seed is None else by_seed.get(run.seed)
-        return None if stage[0] == "dense" or other is None else ratio_to(run, stage, other, reference)
-
+def _numbers(run: FinishedRun, stage: Stage, bases: Mapping[int, FinishedRun] | None) -> list[Estimate | None]:
+    """seen, unseen, gap, unseen / dense, unseen / base of one run."""
+    other, recovery = (run, stage[1]) if bases is None else (bases.get(run.seed), "none")
     return [
-        _across(group, lambda run: mean_perplexity(run, stage, seen=True)),
-        _across(group, lambda run: mean_perplexity(run, stage, seen=False)),
-        _across(group, lambda run: gap(run, stage)),
-        _across(group, lambda run: ratio_to(run, stage, run, ("dense", "none"))),
-        _across(group, to_base),
+        mean_perplexity(run, stage, seen=True),
+        mean_perplexity(run, stage, seen=False),
+        gap(run, stage),
+        ratio_to(run, stage, run, ("dense", "none")),
+        None if stage[0] == "dense" or other is None else ratio_to(run, stage, other, ("base", recovery)),
     ]
 
 
-def _corpus(group: Group, stage: Stage, corpus: str) -> Estimate | None:
-    def of(run: FinishedRun) -> Estimate | None:
-        value = by_stage(run.records)[stage].get(corpus)
-        return None if value is None else Estimate(value)
-
-    return _across(group, of)
-
-
-def _across(group: Group, of: Callable[[FinishedRun], Estimate | None]) -> Estimate | None:
-    found = [of(run) for run in group.runs]
-    if any(value is None for value in found):
-        return None
-    return found[0] if len(found) == 1 else over_seeds([value.value for value in found])
-
-
-def _records(run: FinishedRun, stage: Stage, *, seen: bool | None = None) -> dict[str, Record]:
+def records_of(run: FinishedRun, stage: Stage, *, seen: bool | None = None) -> dict[str, Record]:
     """By corpus; of seen or unseen ones only, unless `seen` is None."""
     found = [r for r in run.records if (r["stage"], r["recovery"]) == stage]
     return {r["corpus"]: r for r in found if seen is None or r["seen"] == seen}
 
 
-def _nll(records: dict[str, Record]) -> Nll:
+def _nll(records: dict[str, Record]) -> dict[str, list[float]]:
     return {corpus: r["window_nll"] for corpus, r in records.items()}
 
 
@@ -241,7 +223,7 @@ def _rows(found: Sequence[Group]) -> Iterator[tuple[list[Cell], Group, Stage]]:
                 yield [group.name, row_name(*stage), len(group.runs)], group, stage
                 continue
             first = group.runs[0]
-            values = ((r["corpus"], r["seen"], r["perplexity"]) for r in _records(first, stage).values())
+            values = ((r["corpus"], r["seen"], r["perplexity"]) for r in records_of(first, stage).values())
             if (same := (first.model, *values)) not in dense:
                 label = first.records[0]["model"]
                 yield [f"{label} (of {group.name})" if dense else label, "dense", None], Group([first]), stage

@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 
 from gprune.errors import UserError
 from gprune.report.comparison_figures import curve_figure
-from gprune.report.perplexity_tables import ratio_to
+from gprune.report.perplexity_tables import pooled, ratio_to
 from gprune.report.records import by_stage
 from gprune.report.style import FORMATS, save
 from gprune.report.table import Estimate
 from gprune.runs.results import FinishedRun
 from gprune.studies.listing import Curve, Listing, flat
-from gprune.studies.tables import Done, mean_of, reported
+from gprune.studies.tables import Done, reported
 
 BUDGET = "sparsity.target"  # what curves call parameters removed, in percent
 
@@ -45,7 +45,7 @@ def curve(asked: Curve, runs: Sequence[FinishedRun]) -> Figure | None:
                 )
             by_seed[run.seed] = ratio
     lines = {
-        name: [(x, mean_of(list(by_seed.values()))) for x, by_seed in sorted(points.items())]
+        name: [(x, pooled(list(by_seed.values()))) for x, by_seed in sorted(points.items())]
         for name, points in ratios.items()
     }
     budget = over == BUDGET

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gprune.errors import UserError
+from gprune.report.perplexity_tables import records_of
 from gprune.report.table import Estimate, Table
-from gprune.runs.results import FinishedRun, Record
+from gprune.runs.results import FinishedRun
 
 STAGES = ("base", "base_averaged", "gprune")
 
@@ -44,7 +45,10 @@ def spread(runs: Sequence[FinishedRun], names: Sequence[str], stage: str) -> Ten
     Raises:
         UserError: where rows were evaluated on other windows.
     """
-    by_seed = [{r.seed: _unseen(r, (stage, r.settings["recovery"])) for r in runs if r.name == name} for name in names]
+    by_seed = [
+        {r.seed: records_of(r, (stage, r.settings["recovery"]), seen=False) for r in runs if r.name == name}
+        for name in names
+    ]
     seeds = sorted(set.intersection(*(set(found) for found in by_seed))) if by_seed else []
     rows = [[found[seed] for seed in seeds] for found in by_seed]  # name, seed -> corpus -> record
     if len(names) < 2 or not seeds or not all(records for row in rows for records in row):
@@ -63,10 +67,6 @@ def spread(runs: Sequence[FinishedRun], names: Sequence[str], stage: str) -> Ten
         logs.append(means / (rows[0][0][corpus]["seq_len"] - 1))
     means = torch.stack(logs).mean(0)  # (names, 1 + draws)
     return means[means[:, 0].argmax()] - means[means[:, 0].argmin()]
-
-
-def _unseen(run: FinishedRun, stage: tuple[str, str]) -> dict[str, Record]:
-    return {r["corpus"]: r for r in run.records if (r["stage"], r["recovery"]) == stage and not r["seen"]}
 
 
 def _estimate(draws: Tensor) -> Estimate:

@@ -7,7 +7,7 @@ from typing import Any
 
 from gprune import report
 from gprune.errors import UserError
-from gprune.report.perplexity_tables import over_seeds, ratio_to
+from gprune.report.perplexity_tables import pooled, ratio_to
 from gprune.report.records import by_stage, row_name
 from gprune.report.table import Estimate, Table
 from gprune.runs.results import FinishedRun
@@ -23,7 +23,7 @@ def reported(listing: Listing, done: Done) -> report.Report:
     runs = [as_run(row, kept, listing.seen) for row, kept in done]
     _check_text(done)
     by_seed = [r for r in runs if r.name == listing.reference] if listing.reference else None
-    return report.of_runs(runs, base=by_seed[0] if by_seed else None, by_seed=by_seed, seen=listing.seen)
+    return report.of_runs(runs, by_seed=by_seed, seen=listing.seen)
 
 
 def _check_text(done: Done) -> None:
@@ -55,7 +55,7 @@ def comparison_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
     for a, b in listing.compare:
         ratios = ratios_of(runs, a, b)
         if ratios is not None:
-            rows.append([f"{a} / {b}", len(ratios), mean_of(ratios)])
+            rows.append([f"{a} / {b}", len(ratios), pooled(ratios)])
     none = "No ratio: the two have no seed in common, or were evaluated on other windows."
     columns = ["unseen perplexity of", "seeds", "ratio"]
     return Table("compare", "Comparisons", columns, rows, {"ratio": 3}, none if any(not row[1] for row in rows) else "")
@@ -73,13 +73,6 @@ def ratios_of(runs: Sequence[FinishedRun], a: str, b: str) -> list[Estimate] | N
     by_seed = {r.seed: r for r in b_runs}
     ratios = [ratio_to(r, a_stage, by_seed[r.seed], b_stage) for r in a_runs if r.seed in by_seed]
     return [] if any(ratio is None for ratio in ratios) else ratios
-
-
-def mean_of(ratios: Sequence[Estimate]) -> Estimate | None:
-    """Over windows, or over seeds if there are several."""
-    if not ratios:
-        return None
-    return ratios[0] if len(ratios) == 1 else over_seeds([ratio.value for ratio in ratios])
 
 
 def _stage(runs: Sequence[FinishedRun], name: str) -> tuple[list[FinishedRun], tuple[str, str]]:
