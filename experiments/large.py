@@ -32,22 +32,17 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gprune.calibration.statistics import gram_bytes
 from gprune.models.blocks import blocks_of
+from gprune.models.embedded import byte_tokenizer
 from gprune.models.loading import skeleton
 from gprune.models.offload import bytes_of
 from gprune.runs.results import load_run
 
 MB = 1e6
-TEXT = [
-    "--corpora.score=python_docs", "--corpora.drift=[python_docs,python_code]", "--corpora.recover=[python_docs]",
-    "--corpora.evaluate=[python_docs]", "--evaluation.controls=[base]", "--logging.mode=disabled",
-    "--trainer.accelerator=cpu", "--sparsity.allocation=uniform",
-]  # fmt: skip
 RUNS = {
     "wanda_sp + least_squares": ["--gprune=false", "--recovery=least_squares"],
     "gprune, thresholds not learned": ["--gprune=true", "--partition.steps=40"],
@@ -91,7 +86,7 @@ def write_model(size: Size, folder: Path) -> None:
     size.config.dtype, size.config.architectures = size.dtype, ["LlamaForCausalLM"]
     size.config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    shards = list(_shards(model, size.dtype))
+    shards = list(_shards(model))
     places, total = {}, 0
     for index, names in enumerate(shards, start=1):
         file = f"model-{index:05}-of-{len(shards):05}.safetensors"
@@ -103,7 +98,7 @@ def write_model(size: Size, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _shards(model: LlamaForCausalLM, dtype: torch.dtype) -> Iterator[list[str]]:
+def _shards(model: LlamaForCausalLM) -> Iterator[list[str]]:
     """Names of the embeddings and the last norm, then of each block."""
     names = [name for name, _ in model.named_parameters()]  # tied ones once
     yield [name for name in names if ".layers." not in name]
@@ -119,18 +114,6 @@ def _random(name: str, like: Tensor, seed: int) -> Tensor:
     return (torch.randn(like.shape, generator=generator) * like.shape[1] ** -0.5).to(like.dtype)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token per byte."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
-
-
 @dataclass
 class Peak:
     """What one run took."""
@@ -138,6 +121,17 @@ class Peak:
     seconds: float
     resident: float = 0.0  # VmHWM, bytes
     private: float = 0.0  # RssAnon, bytes
+
+
+def flags_of(size: Size, folder: Path) -> list[str]:
+    """Model, text and places of every run."""
+    return [
+        f"--model.name={folder / 'model'}", f"--model.dtype={str(size.dtype).removeprefix('torch.')}",
+        "--corpora.score=python_docs", "--corpora.drift=[python_docs,python_code]", "--corpora.recover=[python_docs]",
+        "--corpora.evaluate=[python_docs]", "--evaluation.controls=[base]", "--logging.mode=disabled",
+        f"--corpora.num_samples={size.windows}", f"--corpora.seq_len={size.length}", "--evaluation.num_samples=2",
+        f"--evaluation.seq_len={size.length}", f"--run.dir={folder / 'runs'}",
+    ]  # fmt: skip
 
 
 def train(flags: list[str], cache: Path, limit: str | None) -> Peak:
@@ -211,15 +205,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def whole(size: Size, folder: Path) -> None:
     """Run the default pipeline on whatever accelerator there is; print seconds and peak memory of each step."""
-    flags = [
-        f"--model.name={folder / 'model'}", f"--model.dtype={str(size.dtype).removeprefix('torch.')}",
-        "--corpora.score=python_docs", "--corpora.drift=[python_docs,python_code]", "--corpora.learn=[python_docs]",
-        "--corpora.recover=[python_docs]", "--corpora.evaluate=[python_docs]", "--evaluation.controls=[base]",
-        "--corpora.batch_size=1", f"--corpora.num_samples={size.windows}", f"--corpora.seq_len={size.length}",
-        "--evaluation.num_samples=2", f"--evaluation.seq_len={size.length}", "--logging.mode=disabled",
-        f"--run.dir={folder / 'runs'}", "--run.name=whole",
-    ]  # fmt: skip
-    peak = train(flags, folder / "cache", None)
+    own = ["--corpora.learn=[python_docs]", "--corpora.batch_size=1", "--run.name=whole"]
+    peak = train([*flags_of(size, folder), *own], folder / "cache", None)
     manifest = json.loads((folder / "runs" / "whole" / "manifest.json").read_text())
     print("| step | seconds | peak resident, MiB | peak on the GPU, MiB |")
     print("|---|---:|---:|---:|")
@@ -232,18 +219,14 @@ def whole(size: Size, folder: Path) -> None:
 def measure(size: Size, folder: Path, *, compare: bool) -> None:
     """Run everything and print a table; with `compare` also in memory, and the masks must be the same bits."""
     model = skeleton(size.config).to(size.dtype)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    print(f"weights {weights / MB:,.1f} MB ({sum(p.numel() for p in model.parameters()):,} parameters, {size.dtype}), ")
+    weights = model.get_memory_footprint(return_buffers=False)
+    print(f"weights {weights / MB:,.1f} MB ({model.num_parameters():,} parameters, {size.dtype}), ")
     print(f"Gram matrices {gram_bytes(blocks_of(model)) / MB:,.1f} MB per corpus; max_memory cpu: {size.max_memory}, ")
     print(f"RLIMIT_DATA {size.limit or 'none'}; {size.windows} windows of {size.length} tokens per corpus\n")
     print("| run | seconds | peak resident (VmHWM), MB | peak private (RssAnon), MB |")
     print("|---|---:|---:|---:|")
     for number, (name, flags) in enumerate(list(RUNS.items())[: 1 if compare else None]):
-        flags = [
-            f"--model.name={folder / 'model'}", f"--model.dtype={str(size.dtype).removeprefix('torch.')}", *TEXT,
-            f"--corpora.num_samples={size.windows}", f"--corpora.seq_len={size.length}",
-            "--evaluation.num_samples=2", f"--evaluation.seq_len={size.length}", f"--run.dir={folder / 'runs'}", *flags,
-        ]  # fmt: skip
+        flags = [*flags_of(size, folder), "--trainer.accelerator=cpu", "--sparsity.allocation=uniform", *flags]
         offload = ["--model.device_map=auto", f"--model.max_memory={{cpu: {size.max_memory}}}"]
         peak = train([*flags, *offload, f"--run.name={number}"], folder / "cache", size.limit)
         print(f"| {name} | {peak.seconds:.0f} | {peak.resident / MB:,.0f} | {peak.private / MB:,.0f} |", flush=True)

@@ -8,11 +8,12 @@ import logging
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -26,7 +27,6 @@ log = logging.getLogger("gprune")
 # Part of a converted model's version: raise it whenever `convert_gguf` writes something else than before.
 # 2: words are cut as the file says (SmolLM2's numbers digit by digit).
 CONVERSION = 2
-HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,23 @@ def from_gguf(wheel: Wheel, member: str, description: str) -> EmbeddedModel:
     return EmbeddedModel(description, wheel.license, version, functools.partial(_convert_wheel, wheel, member))
 
 
-def _make_tiny_random(folder: Path, name: str) -> None:
-    """A random Llama of 0.3 M parameters with a token per byte: for trying the machinery, not for results."""
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per byte, after `<unk>`, `<s>` and `</s>`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<unk>", "<s>", "</s>"]
-    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+def _make_tiny_random(folder: Path, name: str) -> None:
+    """A random Llama of 0.3 M parameters with a token per byte: for trying the machinery, not for results."""
+    tokenizer = byte_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=256, num_hidden_layers=4,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
         bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
         # The usual 0.02 would leave logits that hardly depend on the FFN.
@@ -70,9 +77,7 @@ def _make_tiny_random(folder: Path, name: str) -> None:
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
-        ).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def embedded_model_dir(name: str) -> Path:
@@ -103,29 +108,24 @@ def _convert_wheel(wheel: Wheel, member: str, folder: Path, name: str) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a model folder is whole, with one file of weights or several: headers tell where files must end."""
+    """Whether a model folder is whole, with one file of weights or several; safetensors knows where files must end."""
     try:
         json.loads((folder / "config.json").read_text())
         json.loads((folder / "tokenizer_config.json").read_text())
         index = folder / "model.safetensors.index.json"
         if (folder / "model.safetensors").exists() or not index.exists():
-            return _is_whole(folder / "model.safetensors")
+            return bool(_names_in(folder / "model.safetensors"))
         places = json.loads(index.read_text())["weight_map"]
         shards = {name: {key for key, place in places.items() if place == name} for name in places.values()}
-        return bool(shards) and all(_is_whole(folder / Path(name).name, keys) for name, keys in shards.items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # JSON of any other shape
-        return False
+        return bool(shards) and all(_names_in(folder / Path(name).name) >= keys for name, keys in shards.items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
+        return False  # JSON of any other shape, or weights that are not whole
 
 
-def _is_whole(weights: Path, names: Collection[str] = ()) -> bool:
-    """Whether a safetensors file ends where its header says, and has tensors of these names."""
-    with weights.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(weights.stat().st_size, HEADER_LIMIT):
-            return False
-        header = json.loads(file.read(length))
-    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-    return weights.stat().st_size == 8 + length + max(ends) and header.keys() >= set(names)
+def _names_in(weights: Path) -> set[str]:
+    """Names of the tensors in a safetensors file; a SafetensorError unless it ends where its header says."""
+    with safe_open(weights, "pt") as file:
+        return set(file.keys())
 
 
 def publish(made: Path, final: Path, temporary: Path) -> None:
