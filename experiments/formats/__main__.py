@@ -32,15 +32,7 @@ from gprune.export.packages import LLAMA_CPP, ONNX, has_llama_cpp
 
 from .models import MODELS, SPARSITY, WIDTH_MULTIPLE, make
 from .packages import OLDER, fetch
-from .readers import (
-    ROOT,
-    FailedError,
-    MissingError,
-    child,
-    with_llama_cpp,
-    with_reader,
-    with_vllm,
-)
+from .readers import ROOT, FailedError, child, with_llama_cpp, with_reader, with_vllm
 
 CONVERTED = ("ffn+kv", "uniform")  # to GGUF and ONNX: `ffn` asks nothing of them that `ffn+kv` does not
 
@@ -67,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """Who reads what: `read(file, overlay)` returns figures of a `Row`, or raises `MissingError` or `FailedError`."""
+    """Who reads what: `read(file, place)` returns figures of a `Row`, or raises `FailedError`."""
 
     format: str
     model: str
@@ -75,7 +67,7 @@ class Case:
     load: str
     file: Path
     read: Callable[[Path, Path | None], dict]
-    overlay: Path | None = None  # packages that go before those installed
+    place: Path | None = None  # of packages that go before those installed; vLLM's python; None: installed here
 
     @property
     def key(self) -> str:
@@ -100,7 +92,7 @@ def cases(work: Path, python: Path) -> Iterator[Case]:
             for version in (OLDER[-1], installed):
                 consumer = f"gprune, transformers {version}"
                 yield Case("hf", name, consumer, load, folder, with_reader("gprune"), versions[version])
-        yield Case("hf", name, "vLLM", f"LLM(FOLDER{flag})", folder, with_vllm(python))
+        yield Case("hf", name, "vLLM", f"LLM(FOLDER{flag})", folder, with_vllm, python)
     overlay = None if has_llama_cpp() else work / "packages" / LLAMA_CPP
     consumer, load = named(LLAMA_CPP, overlay), "llama_model_load_from_file(FILE)"
     for name in CONVERTED:
@@ -131,22 +123,19 @@ def write(case: Case) -> None:
         export(folder, "gguf", case.file, type=type[0], unchecked=True)  # what checks it here is the row itself
     else:
         command = [sys.executable, "-m", "gprune", "export", str(folder), "--to", "onnx", "--output", str(case.file)]
-        child(command, case.overlay, str(ROOT), own_code=True)
+        child(command, case.place, str(ROOT), own_code=True)
 
 
 def row_of(case: Case) -> Row:
     """Write, read, compare; what goes wrong becomes the result."""
     row = Row(case.format, case.model, case.consumer, case.load, "not installed")
     started = time.monotonic()
-    try:
-        if case.overlay is not None and not case.overlay.exists():
-            raise MissingError
-        write(case)
-        row = replace(row, **case.read(case.file, case.overlay))
-    except FailedError as error:
-        row = replace(row, result=f"FAILS: {str(error)[:160]}")
-    except MissingError:
-        pass
+    if case.place is None or case.place.exists():
+        try:
+            write(case)
+            row = replace(row, **case.read(case.file, case.place))
+        except FailedError as error:
+            row = replace(row, result=f"FAILS: {str(error)[:160]}")
     size = size_of(case.file) if case.file.exists() else None
     return replace(row, bytes=size, seconds=round(time.monotonic() - started, 1))
 

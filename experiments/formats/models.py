@@ -6,14 +6,29 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import gprune
+from gprune.calibration.collector import collect
+from gprune.export import hf
+from gprune.export.gguf_check import CHECK_TEXT
+from gprune.importance.scores import score_units
+from gprune.models.blocks import blocks_of
+from gprune.models.loading import load_model
+from gprune.models.masks import Masks
+from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.masks import keep_masks
+
 MODELS = {"ffn": (False, False), "ffn+kv": (False, True), "uniform": (True, False)}  # one width; KV groups gone
 SPARSITY, WIDTH_MULTIPLE, TOKENS = 0.3, 32, 433
 
 
 def make(work: Path, *, small: bool) -> None:
     """Every model as a folder, with what it computes; those that are complete stay."""
-    from gprune.export.hf import check_reload, save_pruned
-
     wanted = [name for name in MODELS if not (work / name / "reference.json").exists()]
     if not wanted:
         return
@@ -21,28 +36,21 @@ def make(work: Path, *, small: bool) -> None:
     for name in wanted:
         shutil.rmtree(work / name, ignore_errors=True)
         model = pruned(dense, ids, *MODELS[name])
-        save_pruned(model, tokenizer, work / name / "hf")
-        check_reload(model, work / name / "hf", ids)
+        hf.save_pruned(model, tokenizer, work / name / "hf")
+        hf.check_reload(model, work / name / "hf", ids)
         write_reference(model, ids, work / name)
 
 
 def embedded():
     """SmolLM2-135M, its tokenizer, and (1, T) tokens of the text that GGUF files are checked with."""
-    from gprune.export.gguf_check import CHECK_TEXT
-    from gprune.models.loading import load_model
-
     model, tokenizer = load_model("smollm2-135m")
     return model, tokenizer, tokenizer(CHECK_TEXT, return_tensors="pt").input_ids[:, :TOKENS]
 
 
 def tiny():
     """The same of a random model over bytes."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=alphabet | {"<end>": 256}, merges=[]))
+    backend = Tokenizer(BPE(vocab=alphabet | {"<end>": 256}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     torch.manual_seed(0)
@@ -63,16 +71,6 @@ def pruned(dense, ids, uniform: bool, groups: bool):
     finds all tokens equally likely, and such a model hides errors. With `groups`, every third block loses the lowest
     of its KV groups too.
     """
-    import torch
-
-    import gprune
-    from gprune.calibration.collector import collect
-    from gprune.importance.scores import score_units
-    from gprune.models.blocks import blocks_of
-    from gprune.models.masks import Masks
-    from gprune.sparsity.budget import Budget, unit_costs
-    from gprune.sparsity.masks import keep_masks
-
     half = ids[:, : ids.shape[1] // 2 * 2].view(2, -1)
     blocks, generator = blocks_of(dense), torch.Generator().manual_seed(0)
     scores = score_units("wanda_sp", blocks, collect(dense, [{"input_ids": half, "index": torch.arange(2)}]))
@@ -87,9 +85,6 @@ def pruned(dense, ids, uniform: bool, groups: bool):
 
 def write_reference(model, ids, folder: Path) -> None:
     """What the model in memory computes: logits for those who give logits, and JSON for `vllm_check.py`."""
-    import torch
-    from safetensors.torch import save_file
-
     with torch.inference_mode():
         logits = model(ids, use_cache=False).logits[0]
     save_file({"ids": ids[0], "logits": logits.contiguous()}, folder / "reference.safetensors")

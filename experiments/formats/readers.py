@@ -20,12 +20,8 @@ SAME, IN_ONNX = 1e-4, 2e-3
 MINUTES = 20  # for one consumer
 
 
-class MissingError(Exception):
-    """The consumer is not there."""
-
-
 class FailedError(Exception):
-    """It is there, and does not read the file, or computes something else."""
+    """A consumer that is there does not read the file."""
 
 
 def reader(request_file: str) -> None:
@@ -69,8 +65,9 @@ def with_reader(kind: str) -> Callable[[Path, Path | None], dict]:
             child([sys.executable, "-P", __file__, str(request)], overlay, scratch, own_code=kind == "gprune")
             expected, got = load_file(reference_of(file)), load_file(answer)["logits"]
         difference = float((expected["logits"] - got.float()).abs().max())
-        limit = IN_ONNX if kind == "onnx" else SAME
-        return figures(expected, got.double().log_softmax(-1)) | {"difference": difference} | judged(difference, limit)
+        same = difference <= (IN_ONNX if kind == "onnx" else SAME)  # NaN is not
+        found = figures(expected, got.double().log_softmax(-1))
+        return found | {"difference": difference, "of": "logits", "result": "ok" if same else "OFF"}
 
     return read
 
@@ -101,29 +98,17 @@ def with_llama_cpp(type: str) -> Callable[[Path, Path | None], dict]:
     return read
 
 
-def with_vllm(python: Path) -> Callable[[Path, Path | None], dict]:
+def with_vllm(file: Path, python: Path) -> dict:
     """Figures from `vllm_check.py`, run by the Python of the environment that has vLLM."""
-
-    def read(file: Path, _: Path | None) -> dict:
-        if not python.exists():
-            raise MissingError
-        with tempfile.TemporaryDirectory(prefix="gprune-formats-") as scratch:
-            command = [
-                str(python),
-                "-I",
-                str(VLLM),
-                str(file),
-                str(reference_of(file, "json")),
-            ]
-            out = child(command, None, scratch)
-        found = json.loads(out.strip().splitlines()[-1])
-        return {
-            "difference": found["difference"], "of": "log-probabilities", "top1": found["top1"], "result": "ok",
-            "perplexity": found["perplexity"], "expected": found["perplexity_of_reference"],
-            "positions": found["tokens"], "consumer": f"vLLM {found['vllm']}, {found['class']}",
-        }  # fmt: skip
-
-    return read
+    with tempfile.TemporaryDirectory(prefix="gprune-formats-") as scratch:
+        command = [str(python), "-I", str(VLLM), str(file), str(reference_of(file, "json"))]
+        out = child(command, None, scratch)
+    found = json.loads(out.strip().splitlines()[-1])
+    return {
+        "difference": found["difference"], "of": "log-probabilities", "top1": found["top1"], "result": "ok",
+        "perplexity": found["perplexity"], "expected": found["perplexity_of_reference"],
+        "positions": found["tokens"], "consumer": f"vLLM {found['vllm']}, {found['class']}",
+    }  # fmt: skip
 
 
 def reference_of(file: Path, kind: str = "safetensors") -> Path:
@@ -139,10 +124,6 @@ def figures(expected: dict, got) -> dict:
         "difference": found.logprob, "of": "log-probabilities", "kl": found.kl, "top1": found.top1,
         "perplexity": found.perplexity_of_file, "expected": found.perplexity, "positions": found.positions,
     }  # fmt: skip
-
-
-def judged(difference: float, limit: float) -> dict:
-    return {"of": "logits", "result": "ok" if difference <= limit else "OFF"}  # NaN is off
 
 
 def threads() -> int:
