@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.benchmarks.harness import require_lm_eval
@@ -57,9 +58,10 @@ def evaluate(
     name = Path(model).name
     records: list[dict[str, Any]] = []
     for subject in subjects:
-        loaded = subject.load()
+        loaded, tokenizer = subject.load()
+        loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
         for task in dict.fromkeys(asked.tasks):
-            records += [r | subject.about | {"run": name} for r in measure(*loaded, task, asked)]
+            records += [r | subject.about | {"run": name} for r in measure(loaded, tokenizer, task, asked)]
             if output is not None:
                 keep(output, records)
     return records, output

@@ -46,10 +46,16 @@ def subjects_of(name: str, *, dense: bool = False, dtype: str | None = None) -> 
         if path.is_dir() and not (path / "config.json").is_file():
             raise UserError(f"'{name}' is neither a run (manifest.json) nor a model folder (config.json).")
         about = {"model": model_label(name), "stage": "model", "recovery": None, "sparsity": None, "scope": None}
-        return [Subject(about, _loader(name, dtype or "float32"))], None
-    settings = finished(path).settings
-    chosen = dtype or settings["model"]["dtype"]
-    return [*([_dense(path, settings, chosen)] * dense), _pruned(path, settings, chosen)], path / "evaluation.json"
+        return [Subject(about, lambda: load_model(name, dtype=getattr(torch, dtype or "float32")))], None
+    run = finished(path)
+    wanted = getattr(torch, dtype or run.settings["model"]["dtype"])
+    label, sparsity = model_label(run.settings["model"]["name"]), run.settings["sparsity"]
+    before = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
+    after = {"model": label, "stage": run.final, "recovery": run.settings["recovery"]}
+    after |= {"sparsity": sparsity["target"], "scope": sparsity["scope"]}
+    pruned = Subject(after, _pruned(path, run.settings, wanted))
+    first = [Subject(before, lambda: load_dense(path, run.settings, wanted))] if dense else []
+    return [*first, pruned], path / "evaluation.json"
 
 
 def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype) -> Loaded:
@@ -67,44 +73,19 @@ def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype) -> Lo
     return model, tokenizer
 
 
-def _dense(run: Path, settings: dict[str, Any], dtype: str) -> Subject:
-    label = model_label(settings["model"]["name"])
-    about = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
-    return Subject(about, lambda: _placed(load_dense(run, settings, getattr(torch, dtype))))
-
-
-def _pruned(run: Path, settings: dict[str, Any], dtype: str) -> Subject:
-    """The exported folder; without one, the dense model under the run's masks, the same where nothing recovers."""
-    stage = "gprune" if settings["gprune"] else "base"
-    sparsity = settings["sparsity"]
-    about = {
-        "model": model_label(settings["model"]["name"]),
-        "stage": stage,
-        "recovery": settings["recovery"],
-        "sparsity": sparsity["target"],
-        "scope": sparsity["scope"],
-    }
+def _pruned(run: Path, settings: Mapping[str, Any], dtype: torch.dtype) -> Callable[[], Loaded]:
+    """Loads the exported folder; without one, the dense model under the masks, the same where nothing recovers."""
     if (run / "model" / "config.json").is_file():
-        return Subject(about, lambda: _loader(str(exported_model(run)), dtype)())
+        return lambda: load_model(str(exported_model(run)), dtype=dtype)
     if settings["recovery"] != "none":
         raise UserError(
             f"The run '{run}' kept no model (--export none), and masks do not hold what recovery changed; repeat it "
             f"with --export hf."
         )
-
     masks = read_run(run).masks
 
     def load() -> Loaded:
-        model, tokenizer = _placed(load_dense(run, settings, getattr(torch, dtype)))
+        model, tokenizer = load_dense(run, settings, dtype)
         return prune(model, masks), tokenizer
 
-    return Subject(about, load)
-
-
-def _loader(name: str, dtype: str) -> Callable[[], Loaded]:
-    return lambda: _placed(load_model(name, dtype=getattr(torch, dtype)))
-
-
-def _placed(loaded: Loaded) -> Loaded:
-    model, tokenizer = loaded
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return load

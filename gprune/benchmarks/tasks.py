@@ -81,13 +81,13 @@ def local_tasks() -> list[str]:
 
 def load_questions(path: Path) -> Questions:
     """Read and check a task file."""
-    about = LOCAL_TASKS.get(path.parent.name, UNKNOWN)
+    name, split = path.parent.name, path.stem
+    about = LOCAL_TASKS.get(name, UNKNOWN)
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = [_question(line, f"{path}:{i}", about.prompt) for i, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise UserError(f"{path}: expected a question per line, got an empty file.")
     pairs = all("paradigm" in row for row in rows)
-    name, split = path.parent.name, path.stem
     if about.complete and split != about.split:
         about = LocalTask(about.version, False, f"the {split} split, not {about.split}", split)
     return Questions(name, split, spread(rows) if pairs else rows, pairs, about)
