@@ -251,18 +251,16 @@ class Block:
         family, d = self.family, self.head_dim
         q = torch.arange(self.kv_groups).repeat_interleave(self.channels_per_group)
         kv = torch.arange(self.kv_groups).repeat_interleave(d)
-        sizes = {"query": {"heads": d}, "key": {"kv_groups": d}, "value": {"kv_groups": d}}
+        own = {"query": (q, {"heads": d}), "key": (kv, {"kv_groups": d}), "value": (kv, {"kv_groups": d})}
         if family.query == family.key:
             units = torch.cat([q, kv, kv])
             units = units.sort(stable=True).values if family.interleaved else units
             found = self._rows(family.query, "attention", units, {"heads": d, "kv_groups": 2 * d})
         else:
-            found = []
-            for name, units in (("query", q), ("key", kv), ("value", kv)):
-                found += self._rows(getattr(family, name), "attention", units, sizes[name])
-        for path, units, name in ((family.query_norm, q, "query"), (family.key_norm, kv, "key")):
+            found = [s for name in own for s in self._rows(getattr(family, name), "attention", *own[name])]
+        for path, name in ((family.query_norm, "query"), (family.key_norm, "key")):
             if path is not None:
-                found.append(Slice(f"{path}.weight", 0, "attention", units, sizes[name]))
+                found.append(Slice(f"{path}.weight", 0, "attention", *own[name]))
         return [*found, self._columns(family.output, "attention", q, {"heads": d})]
 
     def _rows(self, path: str, kind: str, units: Tensor, sizes: dict[str, int]) -> list[Slice]:
@@ -318,9 +316,7 @@ def _experts(family: Family, layer: nn.Module) -> nn.Module | None:
 
 def _fused_rows(total: int, query: int, head_dim: int, *, interleaved: bool) -> dict[str, Tensor]:
     """Rows of query, key and value, each in the order of heads, in a projection of `total` rows."""
-    groups = (total - query) // (2 * head_dim)
-    if not interleaved:
-        return dict(zip(ATTENTION, torch.arange(total).split([query, *[groups * head_dim] * 2]), strict=False))
-    by_group = torch.arange(total).view(groups, -1)
-    split = by_group.split([query // groups, head_dim, head_dim], dim=1)
+    key = (total - query) // 2
+    runs = key // head_dim if interleaved else 1  # of query, key and value rows, one run after the other
+    split = torch.arange(total).view(runs, -1).split([query // runs, key // runs, key // runs], dim=1)
     return {name: rows.flatten() for name, rows in zip(ATTENTION, split, strict=False)}

@@ -31,10 +31,9 @@ class _FrozenHeadLosses(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.empty_like(hidden)
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-        for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
             logits = capped(F.linear(hidden[part], head, bias), softcap).float()
-            slope = None if softcap is None else 1 - (logits / softcap).square()
             log_p = logits.log_softmax(-1)  # one fused pass, where logsumexp takes four over 49,152 columns
             if targets.dim() == 1:
                 losses[part] = -log_p.gather(-1, targets[part, None])[:, 0]
@@ -45,8 +44,8 @@ class _FrozenHeadLosses(torch.autograd.Function):
                 q = log_q.exp()
                 losses[part] = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
                 error = log_p.exp_().sub_(q)
-            if slope is not None:
-                error.mul_(slope)
+            if softcap is not None:
+                error.mul_(1 - (logits / softcap).square())
             gradient[part] = (error.to(head.dtype) @ head).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         return losses

@@ -128,24 +128,17 @@ def resident(module: nn.Module) -> Iterator[None]:
 
     Otherwise accelerate fetches each weight again for every batch.
     """
-    hooks: list[Any] = []
-    fetched: list[tuple[nn.Module, str, nn.Parameter]] = []
-    try:
+    with ExitStack() as back:
         for part in module.modules():
             for hook in _hooks(part):
                 if hook.offload:
                     for name, empty in part.named_parameters(recurse=False):
                         value = hook.weights_map[name].to(hook.execution_device, copy=True)  # as in `StoredWeights`
-                        fetched.append((part, name, empty))
+                        back.callback(part._parameters.__setitem__, name, empty)
                         part._parameters[name] = nn.Parameter(value, requires_grad=False)
+                    back.callback(setattr, hook, "offload", True)
                     hook.offload = False
-                    hooks.append(hook)
         yield
-    finally:
-        for part, name, empty in fetched:
-            part._parameters[name] = empty
-        for hook in hooks:
-            hook.offload = True
 
 
 def scratch_folder() -> tuple[Path, ExitStack]:
