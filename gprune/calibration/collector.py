@@ -10,8 +10,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,16 +86,17 @@ class Collector:
             for block, metric in zip(self.blocks, self.metrics[kind], strict=True):
                 host = getattr(block, part).host
                 if isinstance(metric, StreamingExpertMoments):
-                    self._handles.append(watch_experts(host, self._expert_hook(metric)))
+                    self._handles.append(watch_experts(host, partial(self._see_expert, metric)))
                 else:
-                    self._handles.append(host.register_forward_pre_hook(self._moments_hook(metric)))
+                    self._handles.append(host.register_forward_pre_hook(partial(self._see_input, metric)))
         for block, metric in zip(self.blocks, self.turns, strict=True):
-            self._handles.append(block.layer.register_forward_hook(self._turn_hook(metric), with_kwargs=True))
+            self._handles.append(block.layer.register_forward_hook(partial(self._see_layer, metric), with_kwargs=True))
         for found in self.gradients.values():
             for block, metrics in zip(self.blocks, found, strict=True):
                 for name, metric in metrics.items():
                     part = block.parts[name]
-                    self._handles.append(part.host.register_forward_hook(self._gradient_hook(metric, part.rows)))
+                    hook = partial(self._see_gradient, metric, part.rows)
+                    self._handles.append(part.host.register_forward_hook(hook))
         if self.gradients:  # weights must not ask for a gradient, so the embedding's output does
             embedding = self.model.get_input_embeddings()
             self._handles.append(embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_()))
@@ -104,45 +106,38 @@ class Collector:
         while self._handles:
             self._handles.pop().remove()
 
-    def _moments_hook(self, metric: StreamingMoments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = self._by_window(inputs[0].detach())
-            metric.update(x, self._half.to(x.device), self._weight.to(x.device))
+    def _see_input(self, metric: StreamingMoments, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = self._by_window(inputs[0].detach())
+        metric.update(x, self._half.to(x.device), self._weight.to(x.device))
 
-        return hook
-
-    def _expert_hook(self, metric: StreamingExpertMoments) -> Callable[[Tensor, int, Tensor], None]:
-        def watch(x: Tensor, expert: int, tokens: Tensor) -> None:
-            window = tokens // self._length
-            metric.update(x.detach(), expert, self._half.to(x.device)[window], self._weight.to(x.device)[window])
-
-        return watch
+    def _see_expert(self, metric: StreamingExpertMoments, x: Tensor, expert: int, tokens: Tensor) -> None:
+        window = tokens // self._length
+        metric.update(x.detach(), expert, self._half.to(x.device)[window], self._weight.to(x.device)[window])
 
     def _by_window(self, x: Tensor) -> Tensor:
         """(B, T, C), also for layers that flatten the batch."""
         return x.reshape(len(self._half), -1, x.shape[-1])
 
-    def _turn_hook(self, metric: StreamingTurn) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output if isinstance(output, Tensor) else output[0]
-            # The layer's input may still lie on the device of the layer before it.
-            metric.update(before.detach().to(after.device), after.detach(), self._weight.to(after.device))
+    def _see_layer(
+        self, metric: StreamingTurn, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output if isinstance(output, Tensor) else output[0]
+        # The layer's input may still lie on the device of the layer before it.
+        metric.update(before.detach().to(after.device), after.detach(), self._weight.to(after.device))
 
-        return hook
+    def _see_gradient(
+        self, metric: StreamingGradients, rows: Tensor | None, _module: nn.Module, inputs: tuple[Tensor, ...],
+        output: Tensor,
+    ) -> None:  # fmt: skip
+        x = self._by_window(inputs[0].detach())
+        half, weight = self._half.to(x.device), self._weight.to(x.device)
 
-    def _gradient_hook(self, metric: StreamingGradients, rows: Tensor | None) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = self._by_window(inputs[0].detach())
-            half, weight = self._half.to(x.device), self._weight.to(x.device)
+        def add(gradient: Tensor) -> None:
+            gradient = self._by_window(gradient)
+            metric.update(x, gradient if rows is None else gradient[..., rows], half, weight)
 
-            def add(gradient: Tensor) -> None:
-                gradient = self._by_window(gradient)
-                metric.update(x, gradient if rows is None else gradient[..., rows], half, weight)
-
-            output.register_hook(add)
-
-        return hook
+        output.register_hook(add)
 
     def expect(self, length: int, half: Tensor, weight: Tensor | None = None) -> None:
         """Announce a batch of windows of `length` tokens; `half` and `weight` as for `observe`."""
