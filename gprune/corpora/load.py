@@ -58,11 +58,8 @@ def check_corpus(name: str) -> None:
 
 def mirrors() -> list[str]:
     """Names of the local mirrors under `$GPRUNE_DATA_DIR`."""
-    names: set[str] = set()
-    for root in _mirror_roots():
-        if root.is_dir():
-            names.update(folder.name for folder in root.iterdir() if folder.is_dir() and text_files(folder))
-    return sorted(names)
+    folders = [folder for root in _mirror_roots() if root.is_dir() for folder in root.iterdir() if folder.is_dir()]
+    return sorted({folder.name for folder in folders if text_files(folder)})
 
 
 def _source(name: str) -> Corpus:
