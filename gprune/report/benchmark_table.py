@@ -17,14 +17,10 @@ def evaluation_table(records: Sequence[Record]) -> Table:
     Args:
         records: as in `evaluation.json`, with `run` and `stage` in each.
     """
-    dense = {_identity(r): r for r in records if r["stage"] == "dense"}
+    dense = {_identity(r): r for r in reversed(records) if r["stage"] == "dense"}  # the first, where runs share it
+    shown = [r for r in records if r["stage"] != "dense" or dense[_identity(r)] is r]
     rows: list[list[Cell]] = []
-    shown = set()
-    for r in sorted(records, key=lambda r: (r["kind"] != "zero_shot", r["task"], r["stage"] != "dense")):
-        if r["stage"] == "dense":  # which several runs may share
-            if _identity(r) in shown:
-                continue
-            shown.add(_identity(r))
+    for r in sorted(shown, key=lambda r: (r["kind"] != "zero_shot", r["task"], r["stage"] != "dense")):
         reference = dense.get(_identity(r)) if r["stage"] != "dense" else None
         where = [r["task"], r["run"], row_name(r["stage"], r.get("recovery") or "none")]
         rows.append([*where, *(_accuracy if r["kind"] == "zero_shot" else _perplexity)(r, reference)])
@@ -58,15 +54,14 @@ def _identity(r: Record) -> tuple[Cell, ...]:
 
 
 def _accuracy(r: Record, dense: Record | None) -> list[Cell]:
-    def with_error(value: float | None, error: float | None) -> str | None:
-        return None if value is None else f"{value:.3f}" + ("" if error is None else f" +- {error:.3f}")
+    def with_error(value: float | None, error: float | None, sign: str = "") -> str | None:
+        return None if value is None else f"{value:{sign}.3f}" + ("" if error is None else f" +- {error:.3f}")
 
     difference = None
     if dense is not None:
         scored = "correct" if "correct" in r else "correct_norm"  # some of lm_eval's tasks have acc_norm alone
         digits = ([c == "1" for c in record[scored]] for record in (r, dense))
-        value, error = paired_difference(*digits)
-        difference = f"{value:+.3f}" + ("" if error is None else f" +- {error:.3f}")
+        difference = with_error(*paired_difference(*digits), sign="+")
     numbers = (with_error(r[m], r[f"{m}_stderr"]) for m in ("acc", "acc_norm"))
     return [r["split"], r["questions"], *numbers, difference, *_standing(r)]
 

@@ -46,9 +46,12 @@ def sparsity_table(runs: Sequence[FinishedRun]) -> Table:
 
 def stability_table(found: Sequence[Group]) -> Table:
     """Jaccard index of kept units for every pair of runs of one model."""
-    rows: list[list[Cell]] = []
-    for (a, b), by_kind in pairs(run for group in found for run in group.runs).items():
-        rows += _stability_rows(a, b, by_kind)
+    rows: list[list[Cell]] = [
+        [*pair, kind, s.jaccard, s.chance, s.beyond_chance]
+        for pair, by_kind in pairs(run for group in found for run in group.runs).items()
+        for kind, s in by_kind.items()
+        if s.jaccard is not None
+    ]
     return Table("stability", "Mask stability", ["run", "and", *COLUMNS], rows, DIGITS, NOTE)
 
 
@@ -72,7 +75,3 @@ def pairs(runs: Iterable[FinishedRun]) -> dict[tuple[str, str], dict[str, Stabil
         if run.masks is not None:
             models.setdefault(run.model, {})[run.name] = run.masks
     return {pair: by_kind for same in models.values() for pair, by_kind in pairwise_stability(same).items()}
-
-
-def _stability_rows(a: str, b: str, by_kind: dict[str, Stability]) -> list[list[Cell]]:
-    return [[a, b, kind, s.jaccard, s.chance, s.beyond_chance] for kind, s in by_kind.items() if s.jaccard is not None]

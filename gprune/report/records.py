@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from gprune.evaluation.intervals import generalisation_gap, geometric_mean, paired_bootstrap_ratio
 from gprune.report.table import Cell, Estimate, Table
@@ -14,20 +15,18 @@ def row_name(stage: str, recovery: str) -> str:
     return stage if recovery == "none" else f"{stage} + {recovery}"
 
 
-def by_stage(records: Sequence[Record]) -> dict[tuple[str, str], dict[str, float]]:
-    """(stage, recovery) -> corpus -> perplexity, in the order of the records."""
-    table: dict[tuple[str, str], dict[str, float]] = {}
+def by_stage(records: Sequence[Record], number: str = "perplexity") -> dict[tuple[str, str], dict[str, Any]]:
+    """(stage, recovery) -> corpus -> what the record has as `number`, in the order of the records."""
+    table: dict[tuple[str, str], dict[str, Any]] = {}
     for r in records:
-        table.setdefault((r["stage"], r["recovery"]), {})[r["corpus"]] = r["perplexity"]
+        table.setdefault((r["stage"], r["recovery"]), {})[r["corpus"]] = r[number]
     return table
 
 
 def unseen_ratios(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     """Unseen geometric mean of each stage over `base` with the same recovery, with a 95 % interval over windows."""
     unseen = [r for r in records if not r["seen"]]
-    nll: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for r in unseen:
-        nll.setdefault((r["stage"], r["recovery"]), {})[r["corpus"]] = r["window_nll"]
+    nll = by_stage(unseen, "window_nll")
     ratios = {}
     for (stage, recovery), values in nll.items():
         base = nll.get(("base", recovery))

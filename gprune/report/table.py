@@ -56,16 +56,10 @@ class Table:
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         wide = [any(isinstance(row[c], Estimate) for row in self.rows) for c in range(len(self.columns))]
-        header = [
-            [name, f"{name}_low", f"{name}_high"] if w else [name] for name, w in zip(self.columns, wide, strict=True)
-        ]
-        writer.writerow([name or "row" for part in header for name in part])
-        for row in self.rows:
-            parts = [
-                list(cell) if isinstance(cell, Estimate) else [cell, *([None, None] if w else [])]
-                for cell, w in zip(row, wide, strict=True)
-            ]
-            writer.writerow([value for part in parts for value in part])
+        header = [(name or "row", f"{name}_low", f"{name}_high") for name in self.columns]
+        rows = [[cell if isinstance(cell, Estimate) else Estimate(cell) for cell in row] for row in self.rows]
+        for row in (header, *rows):
+            writer.writerow([v for cell, w in zip(row, wide, strict=True) for v in (cell if w else cell[:1])])
         return out.getvalue()
 
     def _text(self, cell: Cell, column: str) -> str:
@@ -83,8 +77,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     width = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:
-        first, *rest = (cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, width)))  # noqa: B905
-        return "| " + " | ".join([first, *rest]) + " |"
+        cells = (cell.rjust(w) if c else cell.ljust(w) for c, (cell, w) in enumerate(zip(row, width)))  # noqa: B905
+        return f"| {' | '.join(cells)} |"
 
     rule = "|" + "|".join("-" * (w + 2) if c == 0 else "-" * (w + 1) + ":" for c, w in enumerate(width)) + "|"
     return "\n".join([line(rows[0]), rule, *(line(row) for row in rows[1:])])
