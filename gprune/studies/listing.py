@@ -234,22 +234,19 @@ def _configs(path: Path, names: Any) -> list[str]:
     return [flag for name in names for flag in ("--config", str(path.parent / str(name)))]
 
 
-def flags_of(settings: dict[str, Any], prefix: str = "") -> list[str]:
+def flags_of(settings: dict[str, Any]) -> list[str]:
     """Nested or dotted settings as flags of train.py."""
-    flags = []
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flags += flags_of(value, f"{prefix}{name}.")
-        else:
-            flags.append(f"--{prefix}{name}={value if isinstance(value, str) else json.dumps(value, default=str)}")
-    return flags
+    return [
+        f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+        for name, value in flat(settings).items()
+    ]
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted name."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return found
 
 
