@@ -221,14 +221,13 @@ def model_type(folder: Path) -> str:
 def load_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model, in float32, and tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from gprune.models.loading import register
+    from gprune.models.loading import load_weights, register
 
     register()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return load_weights(folder, dtype=torch.float32), tokenizer
     except Exception as error:  # safetensors, tokenizers and transformers each raise their own
         raise UserError(f"Export: '{folder}' cannot be loaded: {first_line(error)}") from error
-    return model.eval().requires_grad_(False), tokenizer

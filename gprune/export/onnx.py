@@ -85,7 +85,12 @@ def check_onnx(model: PreTrainedModel, path: Path) -> float:
     Raises:
         UserError: where it exceeds `LIMIT` standard deviations of the logits, or is not finite.
     """
-    largest, relative = difference(model, path)
+    inputs = inputs_of(model, *CHECKED, padded=True)
+    tokens = inputs["attention_mask"].bool()
+    expected = Scorer(model)(**inputs)[tokens]
+    found = torch.from_numpy(run_onnx(path, inputs))[tokens]
+    largest = float((expected - found).abs().max())
+    relative = largest / float(expected.std())
     if not relative <= LIMIT:  # also true of NaN
         raise UserError(
             f"Export: onnxruntime computes something else than the model, and the file was removed: largest difference "
@@ -93,14 +98,3 @@ def check_onnx(model: PreTrainedModel, path: Path) -> float:
         )
     log.info("Checked with onnxruntime on %d x %d tokens: max |difference of logits| %.2e", *CHECKED, largest)
     return largest
-
-
-@torch.no_grad()
-def difference(model: PreTrainedModel, path: Path) -> tuple[float, float]:
-    """max |difference of logits| where there are tokens, at another shape than was traced; the same over their std."""
-    inputs = inputs_of(model, *CHECKED, padded=True)
-    tokens = inputs["attention_mask"].bool()
-    expected = Scorer(model)(**inputs)[tokens]
-    found = torch.from_numpy(run_onnx(path, inputs))[tokens]
-    largest = float((expected - found).abs().max())
-    return largest, largest / float(expected.std())

@@ -22,13 +22,11 @@ def main(request_file: str) -> None:
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     torch.set_num_threads(request["threads"])
     settings = {"dtype": "auto", "trust_remote_code": True, "attn_implementation": request["attention"]}
+    limits = None if request["max_memory"] is None else dict(request["max_memory"])
+    settings |= {"device_map": request["device_map"], "max_memory": limits, "offload_folder": request["offload"]}
+    model = AutoModelForCausalLM.from_pretrained(request["folder"], **settings).eval()
     if request["device_map"] is None:
-        model = AutoModelForCausalLM.from_pretrained(request["folder"], **settings).to(request["device"])
-    else:
-        limits = None if request["max_memory"] is None else dict(request["max_memory"])
-        settings |= {"device_map": request["device_map"], "max_memory": limits, "offload_folder": request["offload"]}
-        model = AutoModelForCausalLM.from_pretrained(request["folder"], **settings)
-    model = model.eval()
+        model = model.to(request["device"])
     tokens = load_file(request["tokens"])["input_ids"].to(request["device"])
     with torch.inference_mode():
         logits = model(tokens, use_cache=False).logits
