@@ -62,7 +62,6 @@ def wikitext2_perplexity(
     *,
     seq_len: int = 2048,
     limit: int | None = None,
-    batch_size: int | None = None,
     progress: str | None = None,
 ) -> dict[str, Any]:
     """One record: perplexity on WikiText-2's test text with a 95 % interval over windows, and its protocol.
@@ -71,7 +70,6 @@ def wikitext2_perplexity(
         model: eval mode; masks, if any, are the caller's context.
         seq_len: tokens per window.
         limit: the first so many windows; None for all. With a limit the number stands beside nobody's.
-        batch_size: windows per forward pass; by default about 2048 tokens.
         progress: label of a progress bar, or None for none.
 
     Raises:
@@ -85,8 +83,7 @@ def wikitext2_perplexity(
     windows = literature_windows(wikitext2(), tokenizer, seq_len=seq_len)
     there = len(windows.tokens)
     windows = Windows(windows.corpus, windows.split, windows.tokens[:limit])
-    batch = batch_size or max(1, 2048 // seq_len)
-    result = perplexity(model, windows, batch_size=batch, progress=progress)
+    result = perplexity(model, windows, batch_size=max(1, 2048 // seq_len), progress=progress)
     _, low, high = bootstrap_perplexity({"wikitext2": result.window_nll}, seq_len - 1)
     partial = len(windows.tokens) < there
     return {
