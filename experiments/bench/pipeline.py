@@ -84,10 +84,9 @@ def learning(settings: Settings) -> list[Table]:
     """A step of threshold learning over forward and activation-backward of the frozen model with the same loss."""
     model = model_of(settings)
     batch = batches(tokens(model, settings.batch_size, settings.window, settings.seed), settings.batch_size)[0]
-    stages = {loss: threshold_stage(model, settings, loss) for loss in ("cross_entropy", "kl")}
     measures: dict[str, Callable[[], float]] = {}
-    for loss, stage in stages.items():
-        name = loss.replace("_", "-")
+    for loss in ("cross_entropy", "kl"):
+        stage, name = threshold_stage(model, settings, loss), loss.replace("_", "-")
         measures[f"frozen model, {name}"] = partial(bare_step, model, batch, settings.watch, kl=loss == "kl")
         measures[f"step, {name}"] = partial(fit_step, stage, batch, settings.watch)
     timing = in_turn(measures, settings.repeats)

@@ -11,10 +11,11 @@ from gprune.calibration.collector import collect
 from gprune.importance.weights import ffn_weights
 from gprune.models.blocks import blocks_of
 
-from .measure import MIB, Clock, Table, exponent, in_turn, peak_above, show
+from .measure import MIB, Table, exponent, in_turn, peak_above, show
 from .models import Settings, batches, random_llama, tokens
 from .pipeline import fit_step, partitioned, random_ranks, threshold_stage
 
+Step = Callable[[], float]  # takes it once, and returns the seconds
 LINEAR = 1.1  # an exponent of 1, and a tenth for the noise of a fit through three points
 
 
@@ -53,9 +54,7 @@ def scaling(settings: Settings) -> list[Table]:
         models = {p: model_at(p, settings) for p in points}
         for step in steps:
             calls = {str(size): STEP[step](models[p], p, settings) for size, p in zip(sizes, points, strict=True)}
-            timing = in_turn(
-                {name: lambda c=call: seconds_of(c, settings.watch) for name, call in calls.items()}, settings.repeats
-            )
+            timing = in_turn(calls, settings.repeats)
             seconds = [timing.median(name) for name in calls]
             peaks = [peak_above(call, settings.device) / MIB for call in calls.values()]
             times, memory = exponent(sizes, seconds), exponent(sizes, [max(p, 1.0) for p in peaks])
@@ -73,13 +72,6 @@ def joined(values: list[float]) -> str:
     return ", ".join(show(value) for value in values)
 
 
-def seconds_of(call: Callable[[], float | None], clock: Clock) -> float:
-    """What the call says it took, or what it took."""
-    start = clock.now()
-    said = call()
-    return clock.now() - start if said is None else said
-
-
 def model_at(size: Size, settings: Settings) -> PreTrainedModel:
     model = random_llama(
         hidden=size.hidden, neurons=size.neurons, blocks=size.blocks, vocabulary=size.vocabulary, seed=settings.seed
@@ -87,29 +79,20 @@ def model_at(size: Size, settings: Settings) -> PreTrainedModel:
     return model.to(settings.device, settings.dtype)
 
 
-def calibration_at(
-    model: PreTrainedModel, size: Size, settings: Settings, *, gram: bool = False
-) -> Callable[[], float | None]:
+def calibration_at(model: PreTrainedModel, size: Size, settings: Settings, *, gram: bool = False) -> Step:
     data = batches(tokens(model, size.windows, size.window, settings.seed), 4)
-
-    def call() -> None:
-        kept = [collect(model, data, gram=gram) for _ in range(size.corpora)]  # a run keeps them all
-        del kept
-
-    return call
+    # In a list, since a run keeps the statistics of all corpora.
+    return lambda: settings.watch.seconds(lambda: [collect(model, data, gram=gram) for _ in range(size.corpora)])
 
 
-def partition_at(model: PreTrainedModel, size: Size, settings: Settings) -> Callable[[], float | None]:
+def partition_at(model: PreTrainedModel, size: Size, settings: Settings) -> Step:
     weights = [ffn_weights(block) for block in blocks_of(model)]
     ranks = [random_ranks(size.neurons, size.corpora, settings.seed + b) for b in range(size.blocks)]
-
-    def call() -> None:
-        partitioned(weights, ranks, settings.device, settings.refinement_steps)
-
-    return call
+    inputs = weights, ranks, settings.device, settings.refinement_steps
+    return lambda: settings.watch.seconds(lambda: partitioned(*inputs))
 
 
-def learning_at(model: PreTrainedModel, size: Size, settings: Settings) -> Callable[[], float | None]:
+def learning_at(model: PreTrainedModel, size: Size, settings: Settings) -> Step:
     stage = threshold_stage(model, settings)
     (batch,) = batches(tokens(model, size.windows, size.window, settings.seed), size.windows)
     return lambda: fit_step(stage, batch, settings.watch)
