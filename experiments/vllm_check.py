@@ -33,10 +33,15 @@ def write(folder: Path, reference: Path, text: str) -> None:
     ids = AutoTokenizer.from_pretrained(folder)(text).input_ids[:TOKENS]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
     with torch.inference_mode():
-        logprobs = model(torch.tensor([ids]), use_cache=False).logits[0, :-1].double().log_softmax(-1)
-    own = logprobs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].tolist()
-    content = {"ids": ids, "logprobs": own, "top1": logprobs.argmax(-1).tolist()}
-    reference.write_text(json.dumps(content), encoding="utf-8")
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+    reference.write_text(json.dumps(content_of(ids, logits)), encoding="utf-8")
+
+
+def content_of(ids: list[int], logits) -> dict[str, list]:
+    """What a reference holds, from logits (T, vocabulary)."""
+    logprobs = logits[:-1].double().log_softmax(-1)
+    own = logprobs[range(len(ids) - 1), ids[1:]].tolist()
+    return {"ids": ids, "logprobs": own, "top1": logprobs.argmax(-1).tolist()}
 
 
 def prompt_logprobs(folder: Path, ids: list[int]) -> tuple[list[float], list[int], str]:

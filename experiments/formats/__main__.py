@@ -45,7 +45,7 @@ class Row:
     model: str
     consumer: str
     load: str
-    result: str
+    result: str = "not installed"
     bytes: int | None = None
     difference: float | None = None
     of: str = "logits"  # or log-probabilities
@@ -56,23 +56,19 @@ class Row:
     positions: int | None = None
     seconds: float | None = None
 
+    @property
+    def name(self) -> str:
+        return f"{self.format} {self.model} {self.consumer}"
+
 
 @dataclass(frozen=True)
 class Case:
-    """Who reads what: `read(file, place)` returns figures of a `Row`, or raises `FailedError`."""
+    """Who reads what: `read(file, place)` returns figures for the row, or raises `FailedError`."""
 
-    format: str
-    model: str
-    consumer: str
-    load: str
+    row: Row
     file: Path
     read: Callable[[Path, Path | None], dict]
     place: Path | None = None  # of packages that go before those installed; vLLM's python; None: installed here
-
-    @property
-    def key(self) -> str:
-        text = f"{self.format} {self.model} {self.consumer}"
-        return "".join(c if c.isalnum() or c in ".+" else "-" for c in text)
 
 
 def cases(work: Path, python: Path) -> Iterator[Case]:
@@ -86,23 +82,23 @@ def cases(work: Path, python: Path) -> Iterator[Case]:
         load = f"AutoModelForCausalLM.from_pretrained(FOLDER{flag})"
         for version, overlay in versions.items():
             read = with_reader("stock" if stock else "remote code")
-            yield Case("hf", name, f"transformers {version}", load, folder, read, overlay)
+            yield Case(Row("hf", name, f"transformers {version}", load), folder, read, overlay)
         if not stock:
             load = "import gprune; AutoModelForCausalLM.from_pretrained(FOLDER)"
             for version in (OLDER[-1], installed):
-                consumer = f"gprune, transformers {version}"
-                yield Case("hf", name, consumer, load, folder, with_reader("gprune"), versions[version])
-        yield Case("hf", name, "vLLM", f"LLM(FOLDER{flag})", folder, with_vllm, python)
+                row = Row("hf", name, f"gprune, transformers {version}", load)
+                yield Case(row, folder, with_reader("gprune"), versions[version])
+        yield Case(Row("hf", name, "vLLM", f"LLM(FOLDER{flag})"), folder, with_vllm, python)
     overlay = None if has_llama_cpp() else work / "packages" / LLAMA_CPP
     consumer, load = named(LLAMA_CPP, overlay), "llama_model_load_from_file(FILE)"
     for name in CONVERTED:
         for type in TYPES:
             file = work / name / f"{type}.gguf"
-            yield Case(f"gguf {type}", name, consumer, load, file, with_llama_cpp(type), overlay)
+            yield Case(Row(f"gguf {type}", name, consumer, load), file, with_llama_cpp(type), overlay)
     overlay = None if all(map(importlib.util.find_spec, ONNX)) else work / "packages/onnx"
     consumer, load = named("onnxruntime", overlay), "InferenceSession(FOLDER/model.onnx)"
     for name in CONVERTED:
-        yield Case("onnx", name, consumer, load, work / name / "onnx", with_reader("onnx"), overlay)
+        yield Case(Row("onnx", name, consumer, load), work / name / "onnx", with_reader("onnx"), overlay)
 
 
 def named(package: str, overlay: Path | None) -> str:
@@ -116,7 +112,7 @@ def write(case: Case) -> None:
     """Write the file of a case, if nobody has yet; folders are there already."""
     from gprune.export import export
 
-    folder, (format, *type) = case.file.with_name("hf"), case.format.split()
+    folder, (format, *type) = case.file.with_name("hf"), case.row.format.split()
     if case.file.exists():
         return
     if format == "gguf":
@@ -128,8 +124,7 @@ def write(case: Case) -> None:
 
 def row_of(case: Case) -> Row:
     """Write, read, compare; what goes wrong becomes the result."""
-    row = Row(case.format, case.model, case.consumer, case.load, "not installed")
-    started = time.monotonic()
+    row, started = case.row, time.monotonic()
     if case.place is None or case.place.exists():
         try:
             write(case)
@@ -142,8 +137,7 @@ def row_of(case: Case) -> Row:
 
 def size_of(path: Path) -> int:
     """Bytes of a file, or of a folder."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def table(rows: Sequence[Row], *, small: bool) -> str:
@@ -199,14 +193,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make(work, small=args.small)
     rows = []
     for case in cases(work, args.vllm or work / "packages" / "vllm" / "bin" / "python"):
-        if args.only not in f"{case.format} {case.model} {case.consumer}":
+        if args.only not in case.row.name:
             continue
-        record = work / "records" / f"{case.key}.json"
+        key = "".join(c if c.isalnum() or c in ".+" else "-" for c in case.row.name)
+        record = work / "records" / f"{key}.json"
         row = Row(**json.loads(record.read_text(encoding="utf-8"))) if record.exists() else None
         if row is None or row.result != "ok" or args.again:
             row = row_of(case)
             record.write_text(json.dumps(asdict(row), indent=1) + "\n", encoding="utf-8")
-            print(f"{case.key}: {row.result}, {row.seconds} s", file=sys.stderr, flush=True)
+            print(f"{key}: {row.result}, {row.seconds} s", file=sys.stderr, flush=True)
         rows.append(row)
     print(table(rows, small=args.small))
     return int(any(row.result not in ("ok", "not installed") for row in rows))

@@ -23,6 +23,8 @@ from gprune.models.masks import Masks
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.masks import keep_masks
 
+from ..vllm_check import content_of
+
 MODELS = {"ffn": (False, False), "ffn+kv": (False, True), "uniform": (True, False)}  # one width; KV groups gone
 SPARSITY, WIDTH_MULTIPLE, TOKENS = 0.3, 32, 433
 
@@ -88,7 +90,4 @@ def write_reference(model, ids, folder: Path) -> None:
     with torch.inference_mode():
         logits = model(ids, use_cache=False).logits[0]
     save_file({"ids": ids[0], "logits": logits.contiguous()}, folder / "reference.safetensors")
-    logprobs = logits[:-1].double().log_softmax(-1)
-    own = logprobs[torch.arange(len(logprobs)), ids[0, 1:]].tolist()
-    content = {"ids": ids[0].tolist(), "logprobs": own, "top1": logprobs.argmax(-1).tolist()}
-    (folder / "reference.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "reference.json").write_text(json.dumps(content_of(ids[0].tolist(), logits)), encoding="utf-8")

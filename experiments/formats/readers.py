@@ -59,10 +59,9 @@ def with_reader(kind: str) -> Callable[[Path, Path | None], dict]:
         from safetensors.torch import load_file
 
         with tempfile.TemporaryDirectory(prefix="gprune-formats-") as scratch:
-            request, answer = Path(scratch) / "request.json", Path(scratch) / "answer.safetensors"
+            answer = Path(scratch) / "answer.safetensors"
             content = {"kind": kind, "file": str(file), "reference": str(reference_of(file)), "answer": str(answer)}
-            request.write_text(json.dumps(content | {"threads": threads()}), encoding="utf-8")
-            child([sys.executable, "-P", __file__, str(request)], overlay, scratch, own_code=kind == "gprune")
+            ask(__file__, content, overlay, scratch, own_code=kind == "gprune")
             expected, got = load_file(reference_of(file)), load_file(answer)["logits"]
         difference = float((expected["logits"] - got.float()).abs().max())
         same = difference <= (IN_ONNX if kind == "onnx" else SAME)  # NaN is not
@@ -84,13 +83,10 @@ def with_llama_cpp(type: str) -> Callable[[Path, Path | None], dict]:
 
         expected = load_file(reference_of(file))
         with tempfile.TemporaryDirectory(prefix="gprune-formats-") as scratch:
-            request, answer, logprobs = (Path(scratch) / n for n in ("request.json", "answer.json", "logprobs.npy"))
             content = {"work": "score", "model": str(file), "ids": expected["ids"].tolist(), "texts": []}
-            content |= {"answer": str(answer), "logprobs": str(logprobs), "threads": threads()}
-            request.write_text(json.dumps(content), encoding="utf-8")
-            script = ROOT / "gprune" / "export" / "llamacpp.py"
-            child([sys.executable, "-P", str(script), str(request)], overlay, scratch)
-            found = figures(expected, torch.from_numpy(np.load(logprobs)).double())
+            content |= {"answer": f"{scratch}/answer.json", "logprobs": f"{scratch}/logprobs.npy"}
+            ask(f"{ROOT}/gprune/export/llamacpp.py", content, overlay, scratch)
+            found = figures(expected, torch.from_numpy(np.load(content["logprobs"])).double())
         limits = LIMITS[type]
         fine = found["kl"] <= limits.kl and found["top1"] >= limits.top1 and found["difference"] <= limits.logprob
         return found | {"result": "ok" if fine else "OFF"}
@@ -126,8 +122,12 @@ def figures(expected: dict, got) -> dict:
     }  # fmt: skip
 
 
-def threads() -> int:
-    return int(os.environ.get("OMP_NUM_THREADS", "1"))
+def ask(script: str, content: dict, overlay: Path | None, scratch: str, *, own_code: bool = False) -> None:
+    """Run a script on a request; it writes its answer where the content says. Other arguments as for `child`."""
+    request = Path(scratch) / "request.json"
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    request.write_text(json.dumps(content | {"threads": threads}), encoding="utf-8")
+    child([sys.executable, "-P", script, str(request)], overlay, scratch, own_code=own_code)
 
 
 def child(command: list[str], overlay: Path | None, cwd: str, *, own_code: bool = False) -> str:
