@@ -127,15 +127,10 @@ def data_free_modules(run: FinishedRun) -> list[Tensor]:
             f"The model '{model_settings['name']}' has other weights than the one '{run.path}' pruned; expected the "
             f"same. --no-data-free does without it."
         )
-    found = []
-    for block in blocks_of(model):
-        embedding = parameter_embedding(ffn_weights(block), dim=p["embedding_dim"], seed=run.seed)
-        found.append(
-            initial_partition(
-                embedding, torch.zeros(len(embedding)), num_modules=p["num_modules"], drift_weight=0.0, seed=run.seed
-            )
-        )
-    return found
+    weights = map(ffn_weights, blocks_of(model))
+    embeddings = [parameter_embedding(w, dim=p["embedding_dim"], seed=run.seed) for w in weights]
+    settings = {"num_modules": p["num_modules"], "drift_weight": 0.0, "seed": run.seed}
+    return [initial_partition(e, torch.zeros(len(e)), **settings) for e in embeddings]
 
 
 def block_table(values: Tensor, *, every: int) -> Table:
