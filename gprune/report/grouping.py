@@ -13,12 +13,7 @@ from gprune.runs.results import FinishedRun, read_run
 
 
 def read_runs(paths: Sequence[Path | str]) -> list[FinishedRun]:
-    """Several finished runs, each once, under names that tell them apart."""
-    return [replace(read_run(path), name=name) for name, path in run_names(paths).items()]
-
-
-def run_names(paths: Sequence[Path | str]) -> dict[str, Path | str]:
-    """The names that `read_runs` gives to folders, each once; nothing is read.
+    """Several finished runs, each once, under names that tell them apart.
 
     A name is the folder's own; where two folders share theirs, all are named from the folder they have in common.
     """
@@ -27,7 +22,7 @@ def run_names(paths: Sequence[Path | str]) -> dict[str, Path | str]:
     if len(set(names)) < len(names):
         top = os.path.commonpath([folder.parent for folder in folders])
         names = [os.path.relpath(folder, top) for folder in folders]
-    return dict(zip(names, folders.values(), strict=True))
+    return [replace(read_run(path), name=name) for path, name in zip(folders.values(), names, strict=True)]
 
 
 def told_apart(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
@@ -41,13 +36,6 @@ def told_apart(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
         times[name] += 1
         found.append(replace(run, name=name if times[name] == 1 else f"{name} ({times[name]})"))
     return found
-
-
-def divided(runs: Iterable[FinishedRun], seen: Sequence[str] | None) -> list[FinishedRun]:
-    """The runs with `seen` as the corpora that count as seen in all of them; None: each run's own."""
-    if seen is None:
-        return list(runs)
-    return [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:

@@ -15,14 +15,14 @@ Runs that differ in seed alone become one row: mean and interval over seeds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from gprune.report.benchmark_table import evaluation_table
 from gprune.report.comparison_figures import means_figure, ratio_figure, sparsity_lines, stability_figure
-from gprune.report.grouping import Group, divided, groups, read_runs, short_names, told_apart
+from gprune.report.grouping import Group, groups, read_runs, short_names, told_apart
 from gprune.report.mask_tables import masks_of, pairs, repeatability_table, sparsity_table, stability_table
 from gprune.report.perplexity_tables import comparison_table, perplexity_table, records_table, summary_table
 from gprune.report.run_figures import write_figures
@@ -60,12 +60,8 @@ class Report:
     def figures(self) -> dict[str, Figure]:
         """Figures over all runs, by name."""
         runs = told_apart(self.runs)
-        names = [
-            *(run.name for run in runs),
-            *(g.name for g in self.groups),
-            *([self.base.name] if self.base else []),
-        ]
-        short = short_names(names)
+        named = [*runs, *self.groups, *([self.base] if self.base else [])]
+        short = short_names([one.name for one in named])
         dense, *rows = [("dense" if row[1] == "dense" else _label(short[row[0]], row[1]), row)
                         for i, row in enumerate(self.tables[0].rows) if i == 0 or row[1] != "dense"]  # fmt: skip
         found = {"means": means_figure([(label, row[3], row[4]) for label, row in (dense, *rows)])}
@@ -131,7 +127,8 @@ def of_runs(
             that is missing, as all are while there is none (empty).
         seen: the corpora that count as seen in every row; None: each run's own.
     """
-    runs = divided(runs, seen)
+    if seen is not None:
+        runs = [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
     found = groups(runs)
     bases = None if by_seed is None else {run.seed: run for run in by_seed}
     if base is not None:
@@ -146,4 +143,4 @@ def of_runs(
         tables += [comparison_table(found), stability_table(found), repeatability_table(found)]
     if evaluated := [r | {"run": run.name} for run in told_apart(runs) for r in run.evaluation]:
         tables.append(evaluation_table(evaluated))
-    return Report(runs, found, tables, next(iter((bases or {}).values()), None))
+    return Report(list(runs), found, tables, next(iter((bases or {}).values()), None))

@@ -7,7 +7,7 @@ seeds, of logarithms, since all of these numbers are ratios or are averaged geom
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -95,10 +95,7 @@ def summary_table(
             f"The run '{first.name}' has no stage 'base' to divide by; expected one with --gprune false, or with "
             f"base among --evaluation.controls."
         )
-    rows = [
-        [*named, *map(pooled, zip(*(_numbers(run, stage, bases) for run in group.runs), strict=True))]
-        for named, group, stage in _rows(found)
-    ]
+    rows = _rows(found, lambda run, stage: _numbers(run, stage, bases))
     if first is not None:
         about_base = f" base: the stage `base` of {first.name}."
     else:
@@ -149,16 +146,12 @@ def perplexity_table(found: Sequence[Group], *, seen: Sequence[str] | None = Non
         values = by_stage(run.records)[stage]
         return [Estimate(values[c]) if c in values else None for c in corpora]
 
-    rows = [
-        [*named, *map(pooled, zip(*(numbers(run, stage) for run in group.runs), strict=True))]
-        for named, group, stage in _rows(found)
-    ]
     stars = ["(*)" if c in mixed else "*" if used[c] else "" for c in corpora]
     return Table(
         "perplexity",
         "Perplexity by corpus",
         ["run", "stage", "seeds", *(c + star for c, star in zip(corpora, stars, strict=True))],
-        rows,
+        _rows(found, numbers),
         note="\\* seen: the corpus, in other documents, was used by the run; (\\*) by some of the runs."
         if seen is None
         else f"\\* seen. {_division(seen)}",
@@ -214,17 +207,22 @@ def _predicted(run: FinishedRun) -> int:
     return run.records[0]["seq_len"] - 1
 
 
-def _rows(found: Sequence[Group]) -> Iterator[tuple[list[Cell], Group, Stage]]:
-    """Name, stage and seeds of every row, with the runs it is made of. A dense model has one row under its own name."""
+def _rows(
+    found: Sequence[Group], numbers: Callable[[FinishedRun, Stage], Sequence[Estimate | None]]
+) -> list[list[Cell]]:
+    """Name, stage, seeds and numbers over the runs of every group and stage; a dense model has one, by its own name."""
+    rows: list[list[Cell]] = []
     dense = set()
     for group in found:
         for stage in stages(group.runs[0]):
-            if stage[0] != "dense":
-                yield [group.name, row_name(*stage), len(group.runs)], group, stage
-                continue
-            first = group.runs[0]
-            values = ((r["corpus"], r["seen"], r["perplexity"]) for r in records_of(first, stage).values())
-            if (same := (first.model, *values)) not in dense:
+            named, runs = [group.name, row_name(*stage), len(group.runs)], group.runs
+            if stage[0] == "dense":
+                first = group.runs[0]
+                values = ((r["corpus"], r["seen"], r["perplexity"]) for r in records_of(first, stage).values())
+                if (same := (first.model, *values)) in dense:
+                    continue
                 label = first.records[0]["model"]
-                yield [f"{label} (of {group.name})" if dense else label, "dense", None], Group([first]), stage
+                named, runs = [f"{label} (of {group.name})" if dense else label, "dense", None], [first]
                 dense.add(same)
+            rows.append([*named, *map(pooled, zip(*(numbers(run, stage) for run in runs), strict=True))])
+    return rows
