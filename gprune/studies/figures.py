@@ -48,16 +48,15 @@ def curve(asked: Curve, runs: Sequence[FinishedRun]) -> Figure | None:
         name: [(x, pooled(list(by_seed.values()))) for x, by_seed in sorted(points.items())]
         for name, points in ratios.items()
     }
-    budget = over == BUDGET
-    label = "parameters of the scope removed" if budget else over
-    return curve_figure(lines, over=label, percent=budget) if lines else None
+    label = "parameters of the scope removed" if over == BUDGET else over
+    return curve_figure(lines, over=label, percent=over == BUDGET) if lines else None
 
 
 def _over_base(run: FinishedRun) -> Iterator[tuple[str, Estimate]]:
     """Stage and unseen ratio to the run's own base with the same recovery, for each stage that has one."""
-    recovery, stages = run.settings["recovery"], by_stage(run.records)
-    for stage, recovered in stages:
-        if stage not in ("dense", "base") and recovered == recovery and ("base", recovery) in stages:
-            ratio = ratio_to(run, (stage, recovery), run, ("base", recovery))
-            if ratio is not None:  # None without unseen text
-                yield stage, ratio
+    recovery = run.settings["recovery"]
+    for stage in by_stage(run.records):
+        if stage[0] != "dense" and stage[1] == recovery:
+            ratio = ratio_to(run, stage, run, ("base", recovery))
+            if ratio is not None:  # None for the base itself, and without a base or unseen text
+                yield stage[0], ratio
