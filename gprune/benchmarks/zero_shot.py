@@ -66,7 +66,7 @@ def zero_shot(
         "harness": f"lm_eval {harness}",
         "num_fewshot": 0,
         "limit": limit,
-        "bos": _adds_bos(tokenizer),
+        "bos": tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id],
         "chat_template": False,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
@@ -80,8 +80,7 @@ def record(loaded: LoadedTask, outcome: dict[str, Any], stamp: dict[str, Any]) -
     that of every string that was scored, so that two records with the same one answer the same questions.
     """
     task, name = loaded.task, loaded.task.task_name
-    samples = outcome["samples"][name]
-    samples = sorted(samples, key=lambda sample: sample["doc_id"])
+    samples = sorted(outcome["samples"][name], key=lambda sample: sample["doc_id"])
     choices = [task.doc_to_choice(s["doc"]) for s in samples]
     # Where the choices come before the question (winogrande), lm_eval's target is the end of the text.
     targets = [task.doc_to_text(s["doc"]) if task.multiple_input else s["target"] for s in samples]
@@ -150,8 +149,3 @@ def _label(target: Any, choices: Sequence[str], name: str) -> int:
     if not isinstance(target, int):
         raise UserError(f"Task '{name}': expected one right choice per question, got {target!r}; use another task.")
     return target
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    ids = tokenizer("a")["input_ids"]
-    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
