@@ -39,16 +39,11 @@ class Source:
     def name(self) -> str:
         return (self.run or self.folder).name
 
-    def beside(self, suffix: str) -> Path:
-        """A sibling of the model folder."""
-        return self.folder.with_name(f"{self.folder.name}{suffix}")
-
 
 class Format(Protocol):
     """What `EXPORTS` holds: a dataclass of options. It refuses options it cannot serve when it is made."""
 
-    def default(self, source: Source) -> Path:
-        """Where the result goes unless the caller says where."""
+    suffix: str  # unless the caller says where, the result goes beside the model, under its name with this
 
     def replaceable(self, path: Path) -> bool:
         """Whether what is there is a former export, which may be overwritten."""
@@ -82,8 +77,9 @@ class Gguf:
                 f"or pass --unchecked to write it unchecked. Nothing was written."
             )
 
-    def default(self, source: Source) -> Path:
-        return source.beside(f"-{self.type}.gguf")
+    @property
+    def suffix(self) -> str:
+        return f"-{self.type}.gguf"
 
     def replaceable(self, path: Path) -> bool:
         return path.is_file()
@@ -103,15 +99,14 @@ class Gguf:
 class Onnx:
     """A folder with a graph that scores text in onnxruntime; checked there, on another batch than was traced."""
 
+    suffix = "-onnx"
+
     def __post_init__(self) -> None:
         if missing := [name for name in ONNX if not importlib.util.find_spec(name)]:
             raise UserError(
                 f"Export: ONNX needs {', '.join(ONNX)}, but {', '.join(missing)} is missing: `pip install "
                 f"{' '.join(ONNX)}`. Nothing was written."
             )
-
-    def default(self, source: Source) -> Path:
-        return source.beside("-onnx")
 
     def replaceable(self, path: Path) -> bool:
         return (path / "model.onnx").is_file()
@@ -172,7 +167,7 @@ class Job:
         source = find(run_or_folder)
         family_of(model_type(source.folder))  # refuses one without a record
         chosen = made(**options)
-        path = (chosen.default(source) if output is None else Path(output)).expanduser().absolute()
+        path = Path(f"{source.folder}{chosen.suffix}" if output is None else output).expanduser().absolute()
         if path.exists() and not overwrite:
             raise UserError(f"Export: '{path}' exists already; choose another --output, or pass --overwrite.")
         if path.exists() and not chosen.replaceable(path):
