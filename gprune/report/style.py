@@ -46,11 +46,9 @@ def plain_ticks(axis: Axis) -> None:
     """0.5 and 200 on a logarithmic axis, not powers of ten; more ticks where it is short."""
     axis.set_major_locator(matplotlib.ticker.LogLocator(base=10, subs=(1, 2, 5)))
     axis.set_minor_locator(matplotlib.ticker.LogLocator(base=10, subs=(0.5, 0.6, 0.7, 0.8, 0.9, 1.2, 1.5, 3)))
-    axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axis.set_major_formatter("{x:g}")
     low, high = sorted(axis.get_view_interval())
-    axis.set_minor_formatter(
-        matplotlib.ticker.FormatStrFormatter("%g") if high / low < 5 else matplotlib.ticker.NullFormatter()
-    )
+    axis.set_minor_formatter("{x:g}" if high / low < 5 else "")
 
 
 @style()
