@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,11 @@ def wikitext2_perplexity(
         raise UserError(f"--seq_len: expected 2 to {positions} tokens (the model's positions), got {seq_len}.")
     if limit is not None and limit < 1:
         raise UserError(f"--limit: expected 1 or more windows, got {limit}.")
-    windows = literature_windows(wikitext2(), tokenizer, seq_len=seq_len)
-    there = len(windows.tokens)
-    windows = Windows(windows.corpus, windows.split, windows.tokens[:limit])
+    every = literature_windows(wikitext2(), tokenizer, seq_len=seq_len)
+    windows = replace(every, tokens=every.tokens[:limit])
     result = perplexity(model, windows, batch_size=max(1, 2048 // seq_len), progress=progress)
     _, low, high = bootstrap_perplexity({"wikitext2": result.window_nll}, seq_len - 1)
-    partial = len(windows.tokens) < there
+    partial = len(windows.tokens) < len(every.tokens)
     return {
         "kind": "perplexity",
         "task": "wikitext2",
