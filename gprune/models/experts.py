@@ -25,13 +25,12 @@ class Watch:
 
     def remove(self) -> None:
         own = self.experts.__dict__
-        watchers: list[Watcher] = own.get("watchers", [])
-        if self.watcher in watchers:
-            watchers.remove(self.watcher)
-        if not watchers and own.pop("watchers", None) is not None:
-            before = own.pop("forward_before")
-            own.pop("forward")
-            if before is not None:
+        if self.watcher not in own.get("watchers", ()):
+            return
+        own["watchers"].remove(self.watcher)
+        if not own["watchers"]:
+            del own["watchers"], own["forward"]
+            if (before := own.pop("forward_before")) is not None:
                 own["forward"] = before
 
 

@@ -116,9 +116,8 @@ def _write_block(
     if revise is not None:
         revise(dense, block)
     save_file({name: parameter.detach() for name, parameter in block.layer.named_parameters()}, path)
+    block.layer.to("meta")
     for owner, module in block.layer.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
         if next(module.parameters(recurse=False), None) is not None:
             lend(module, InFile(path, owner))
 

@@ -103,11 +103,8 @@ BOMBS = {
 }
 
 
-# `assets.is_complete` looks at lengths only; what is inside is for whoever loads it.
-LYING_ONLY_INSIDE = (
-    *("a shape that overflows", "a shape of nothing", "unknown dtype"),
-    *("marks are no JSON", "marks are a list", "marks are deep"),
-)
+# `assets.is_complete` has safetensors check the header; what is inside is for whoever loads it.
+LYING_ONLY_INSIDE = ("a shape of nothing", "marks are no JSON", "marks are a list", "marks are deep")
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
