@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from gprune.calibration.statistics import gram_bytes
 from gprune.models.blocks import blocks_of
@@ -86,24 +85,18 @@ def write_model(size: Size, folder: Path) -> None:
     size.config.dtype, size.config.architectures = size.dtype, ["LlamaForCausalLM"]
     size.config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    shards = list(_shards(model))
+    names = [name for name, _ in model.named_parameters()]  # tied ones once
+    shards = [[name for name in names if ".layers." not in name]]  # the embeddings and the last norm
+    shards += [[name for name in names if f".layers.{b}." in name] for b in range(size.config.num_hidden_layers)]
     places, total = {}, 0
-    for index, names in enumerate(shards, start=1):
+    for index, shard in enumerate(shards, start=1):
         file = f"model-{index:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: _random(name, model.get_parameter(name), index) for name in names}
+        tensors = {name: _random(name, model.get_parameter(name), index) for name in shard}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(names, file)
+        places |= dict.fromkeys(shard, file)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def _shards(model: LlamaForCausalLM) -> Iterator[list[str]]:
-    """Names of the embeddings and the last norm, then of each block."""
-    names = [name for name, _ in model.named_parameters()]  # tied ones once
-    yield [name for name in names if ".layers." not in name]
-    for index in range(len(model.model.layers)):
-        yield [name for name in names if f".layers.{index}." in name]
 
 
 def _random(name: str, like: Tensor, seed: int) -> Tensor:
