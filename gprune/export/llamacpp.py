@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+from scipy.special import log_softmax
 
 ffi, lib = get_ffi(), get_lib()
 errors = []
@@ -94,15 +95,8 @@ def score(request: dict[str, Any]) -> list[list[int]]:
     model = Model(request["model"], request["threads"], sequences=1, length=T, step=T, chunk=T, exact=True)
     made = [model.tokens(text) for text in request["texts"]]
     model.feed([(0, position, token) for position, token in enumerate(ids)])
-    np.save(request["logprobs"], normalised(model.logits(T)).astype(np.float32))
+    np.save(request["logprobs"], log_softmax(model.logits(T).astype(np.float64), axis=1).astype(np.float32))
     return made
-
-
-def normalised(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities, (T, vocabulary) float64."""
-    logits = logits.astype(np.float64)
-    logits -= logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
 def speed(request: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
