@@ -260,8 +260,15 @@ def test_a_damaged_model_folder_is_noticed_and_written_again(damage, world, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [100, 9_000, 60_000])
-def test_a_limit_on_file_sizes_stops_the_run_in_one_line_and_without_it_the_run_ends(limit, world, tmp_path, whole):
-    """The system's own refusal (EFBIG) to write more than so many bytes, wherever in the libraries that happens."""
+def test_a_limit_on_file_sizes_stops_the_run_in_one_line_and_without_it_the_run_ends(
+    limit, world, tmp_path, whole, monkeypatch
+):
+    """The system's own refusal (EFBIG) to write more than so many bytes, wherever in the libraries that happens.
+
+    The largest limit stops the figures, which are drawn here for that.
+    """
+    monkeypatch.undo()
+    tiny_run.quick(monkeypatch, draw=True)
     with tiny_run.isolated(tmp_path / "cache"):
         said = os.pipe()
         child = os.fork()
