@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ class TokenDataset(Dataset):
         }  # fmt: skip
 
 
+@dataclass(eq=False)
 class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
     """Batches of (index, weight); the global batches are the same whatever the number of processes.
 
@@ -48,21 +50,18 @@ class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
     window once.
     """
 
-    def __init__(
-        self,
-        num_windows: int,
-        batch_size: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle: bool = False,
-        seed: int = 0,
-    ):
-        assert batch_size > 0, batch_size
-        assert 0 <= rank < world_size, (rank, world_size)
-        self.num_windows, self.batch_size = num_windows, batch_size
-        self.rank, self.world_size = rank, world_size
-        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+    num_windows: int
+    batch_size: int
+    _: KW_ONLY
+    rank: int = 0
+    world_size: int = 1
+    shuffle: bool = False
+    seed: int = 0
+    epoch: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        assert self.batch_size > 0, self.batch_size
+        assert 0 <= self.rank < self.world_size, (self.rank, self.world_size)
 
     def set_epoch(self, epoch: int) -> None:
         """The order is a function of (seed, epoch) alone, so a resumed run sees the same one."""
