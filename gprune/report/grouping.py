@@ -29,10 +29,10 @@ def told_apart(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
     """The runs under names of their own: 'NAME, seed S' where several share one, and numbered where that is shared."""
     runs = list(runs)
     shared = Counter(run.name for run in runs)
-    named = [f"{run.name}, seed {run.seed}" if shared[run.name] > 1 else run.name for run in runs]
     times: Counter[str] = Counter()
     found = []
-    for run, name in zip(runs, named, strict=True):
+    for run in runs:
+        name = f"{run.name}, seed {run.seed}" if shared[run.name] > 1 else run.name
         times[name] += 1
         found.append(replace(run, name=name if times[name] == 1 else f"{name} ({times[name]})"))
     return found
