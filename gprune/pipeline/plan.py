@@ -73,8 +73,10 @@ class Plan:
         expected += "; learned thresholds move them" * cfg.learns
         if ALLOCATION[cfg.base_allocation].whole_blocks:
             expected = "whole blocks go, and part of one"
-        recovered = sum(bool(sum(recovery_tokens(cfg, recovery))) for _, recovery in cfg.stages)
+        tokens = [recovery_tokens(cfg, recovery) for _, recovery in cfg.stages]
+        recovered, taught = sum(any(pair) for pair in tokens), sum(trained > 0 for _, trained in tokens)
         recovery = f", {recovered} of them recovered with text" * bool(recovered)
+        backward += [f"{taught} models recovered by learning"] * bool(taught)
         lines = {
             "model": f"{cfg.model.name}: {self.parameters:,} parameters, {len(widths)} blocks",
             "scope": f"{cfg.sparsity.scope}: {costs.total:,} parameters in units",
