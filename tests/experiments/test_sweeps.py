@@ -162,6 +162,7 @@ def test_a_second_budget_pays_for_no_calibration(two_budgets):
     assert not (two_budgets[0] / "model").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_an_agent_starts_bears_the_agents_id_and_both_settings(two_budgets):
     (file,) = two_budgets[0].glob("wandb/offline-run-*/*.wandb")
     assert file.stem == "run-given"
@@ -169,6 +170,7 @@ def test_a_run_that_an_agent_starts_bears_the_agents_id_and_both_settings(two_bu
     assert config["sparsity.target"] == config["sparsity"]["target"]  # the sweep's entry stands beside ours
 
 
+@pytest.mark.slow
 @every_sweep
 def test_what_is_optimised_is_logged(path, two_budgets):
     metric = read(path)["metric"]
