@@ -8,7 +8,7 @@ from pathlib import Path
 from gprune.errors import UserError
 from gprune.export.gguf import write_gguf
 from gprune.export.gguf_check import ask_llama_cpp
-from gprune.export.job import TYPES
+from gprune.export.job import Gguf
 from gprune.export.packages import LLAMA_CPP, has_llama_cpp
 from gprune.models.loading import load_model
 
@@ -23,8 +23,7 @@ def check_build(type: str) -> None:
     Raises:
         UserError: for a type that GGUF export does not know, or without the build.
     """
-    if type not in TYPES:
-        raise UserError(f"Unknown GGUF type '{type}'. Available: {', '.join(TYPES)}.")
+    Gguf(type, unchecked=True)  # refuses a type that it does not know
     if not has_llama_cpp():
         raise UserError(f"--gguf: no llama.cpp build is installed; `pip install {LLAMA_CPP}`, or leave --gguf out.")
 

@@ -14,7 +14,6 @@ from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RunConfig
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
-from gprune.evaluation.intervals import generalisation_gap, geometric_mean
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import PerplexityResult, perplexity
 from gprune.export.hf import stock_skeleton
@@ -27,7 +26,7 @@ from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
 from gprune.recovery import recovery_of
 from gprune.report.model_card import model_card
-from gprune.report.records import by_stage, row_name, unseen_ratios
+from gprune.report.records import means_and_gaps, row_name, unseen_ratios
 from gprune.report.run_figures import write_figures
 from gprune.runs import tracking
 from gprune.storage.cache import cache_dir
@@ -190,16 +189,8 @@ def summarise(
 
 def geometric_means(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Geometric means over seen and unseen corpora and the generalisation gap, by row of the table."""
-    table = by_stage(records)
-    dense, seen = table[("dense", "none")], {r["corpus"]: r["seen"] for r in records}
-    rows = {}
-    for (stage, recovery), values in table.items():
-        rows[row_name(stage, recovery)] = {
-            "seen": _number(geometric_mean(v for c, v in values.items() if seen[c])),
-            "unseen": _number(geometric_mean(v for c, v in values.items() if not seen[c])),
-            "gap": None if stage == "dense" else _number(generalisation_gap(values, dense, seen)),
-        }
-    return rows
+    found = means_and_gaps(records).items()
+    return {row_name(*key): {name: _number(value) for name, value in numbers.items()} for key, numbers in found}
 
 
 def _number(value: float) -> float | None:

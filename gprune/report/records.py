@@ -23,6 +23,23 @@ def by_stage(records: Sequence[Record], number: str = "perplexity") -> dict[tupl
     return table
 
 
+def means_and_gaps(records: Sequence[Record]) -> dict[tuple[str, str], dict[str, float]]:
+    """(stage, recovery) -> geometric means over `seen` and `unseen` corpora, and the generalisation `gap`.
+
+    NaN is what is undefined: means over no corpora, and the gap of the dense model to itself.
+    """
+    table, seen = by_stage(records), {r["corpus"]: r["seen"] for r in records}
+    dense = table[("dense", "none")]
+    return {
+        (stage, recovery): {
+            "seen": geometric_mean(v for c, v in values.items() if seen[c]),
+            "unseen": geometric_mean(v for c, v in values.items() if not seen[c]),
+            "gap": float("nan") if stage == "dense" else generalisation_gap(values, dense, seen),
+        }
+        for (stage, recovery), values in table.items()
+    }
+
+
 def unseen_ratios(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     """Unseen geometric mean of each stage over `base` with the same recovery, with a 95 % interval over windows."""
     unseen = [r for r in records if not r["seen"]]
@@ -39,23 +56,20 @@ def unseen_ratios(records: Sequence[Record]) -> dict[str, dict[str, float]]:
 
 def result_table(records: Sequence[Record]) -> str:
     """Markdown: a row per stage; a column per corpus (seen ones marked), geometric means and the gap."""
-    table = by_stage(records)
     seen = {r["corpus"]: r["seen"] for r in records}
     corpora = sorted(seen, key=lambda c: not seen[c])
-    dense, ratios = table[("dense", "none")], unseen_ratios(records)
+    means, ratios = means_and_gaps(records), unseen_ratios(records)
 
     def row(stage: str, recovery: str, values: dict[str, float]) -> list[Cell]:
-        name = row_name(stage, recovery)
-        means = [geometric_mean(v for c, v in values.items() if seen[c] == flag) for flag in (True, False)]
-        gap = float("nan") if stage == "dense" else generalisation_gap(values, dense, seen)
-        numbers = [None if v != v else v for v in (*(values[c] for c in corpora), *means, gap)]
+        name, found = row_name(stage, recovery), means[stage, recovery].values()
+        numbers = [None if v != v else v for v in (*(values[c] for c in corpora), *found)]
         return [name, *numbers, Estimate(*ratios[name].values()) if name in ratios else None]
 
     return Table(
         "result",
         "Perplexity by corpus",
         ["", *(f"{c}*" if seen[c] else c for c in corpora), "seen", "unseen", "gap", "unseen / base"],
-        [row(*key, values) for key, values in table.items()],
+        [row(*key, values) for key, values in by_stage(records).items()],
         {"gap": 3, "unseen / base": 3},
         "\\* seen: the corpus, in other documents, was used by the run. Perplexity, lower is better.",
     ).to_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import lightning as L
 import pytest
@@ -152,6 +153,12 @@ def test_a_chain_has_the_contract_of_one_recovery():
 def test_chains_that_cannot_be_are_one_line(chain, why):
     with pytest.raises(UserError, match=why):
         RunConfig(recovery=chain)
+
+
+def test_the_stage_and_its_flags_have_the_same_defaults():
+    flags = asdict(DistillConfig())
+    assert flags.pop("tokens") > 0
+    assert asdict(Distillation()) == flags
 
 
 def test_a_loss_of_nothing_is_refused():
