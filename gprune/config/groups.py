@@ -245,14 +245,26 @@ class DistillConfig(Group):
     """Weight of the divergence from the dense model."""
     cross_entropy: NonNegative = 0.0
     """Weight of the next token's cross-entropy. With --distill.kl 0 it is plain fine-tuning."""
+    hidden: NonNegative = 0.0
+    """Weight of the error of what leaves each layer, over the energy of what leaves the dense one."""
     clip: Positive = 1.0
     """Largest norm of the gradient."""
     rank: AtLeast1 = 8
     """lora: rank of the adapters."""
+    accumulate: AtLeast1 = 1
+    """Batches whose gradients make one step."""
+    checkpointing: bool = False
+    """Compute the activations of a layer again in the backward pass, in place of holding them."""
+    points: AtLeast1 = 4
+    """Measurements of development perplexity along the way (beside one at the start), equally far apart."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights stay: those of the last step, or of the measurement with the lowest perplexity."""
 
     def check(self) -> None:
-        if not self.kl + self.cross_entropy > 0:
-            raise UserError("--distill.kl, --distill.cross_entropy: expected one of them above 0, got 0 and 0.")
+        if not self.kl + self.cross_entropy + self.hidden > 0:
+            raise UserError(
+                "--distill.kl, --distill.cross_entropy, --distill.hidden: expected one of them above 0, got 0, 0 and 0."
+            )
 
 
 @dataclass
@@ -314,6 +326,10 @@ class TrainerConfig(Group):
     """Nodes."""
     strategy: Literal["auto", "ddp"] = "auto"
     """auto or ddp."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """In what thresholds and recoveries are learned. bf16-mixed: matrix products in bfloat16 (autocast), what learns in
+    float32; several times faster where the processor multiplies bfloat16 (a GPU, or a CPU with AMX). Statistics and
+    evaluation keep --model.dtype."""
 
 
 @dataclass
@@ -327,6 +343,8 @@ class RunFolderConfig(Group):
     """Folder of this run inside it. Default: model, metric, sparsity and a hash of all settings."""
     seed: Seed = 0
     """Seed of everything drawn: windows, partition, order of learning."""
+    checkpoint_minutes: NonNegative = 5.0
+    """What learns is kept so often, and a killed run goes on from there to the same bits; 0: after every step."""
 
     def check(self) -> None:
         if self.name and (self.name in (".", "..") or self.name != os.path.basename(self.name) or "\0" in self.name):

@@ -211,7 +211,9 @@ class RunConfig(Group):
             plain.pop(group)
         plain["corpora"].pop("collect")
         plain["run"] = {"seed": self.run.seed}
-        plain["trainer"] = {"world_size": self.trainer.devices * self.trainer.num_nodes}
+        plain["trainer"] = {
+            "world_size": self.trainer.devices * self.trainer.num_nodes, "precision": self.trainer.precision
+        }  # fmt: skip
         return plain
 
     @property

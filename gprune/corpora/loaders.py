@@ -58,6 +58,8 @@ class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
     shuffle: bool = False
     seed: int = 0
     epoch: int = field(default=0, init=False)
+    served: int = field(default=0, init=False)  # batches of this epoch so far
+    skip: int = field(default=0, init=False)  # batches to leave out when the next epoch begins: they were seen
 
     def __post_init__(self) -> None:
         assert self.batch_size > 0, self.batch_size
@@ -79,10 +81,22 @@ class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
         order = np.arange(self.num_windows)
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_windows)
-        for start in range(0, self.num_windows, self.batch_size):
+        self.served, self.skip = self.skip, 0
+        for start in range(self.served * self.batch_size, self.num_windows, self.batch_size):
+            self.served += 1
             batch = order[start : start + self.batch_size].tolist()
             share = batch[self.rank :: self.world_size]
             yield [(index, 1.0) for index in share] or [(batch[0], 0.0)]
+
+
+class ResumableLoader(DataLoader):
+    """A loader in one process that Lightning's checkpoints can take up in the middle of an epoch."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"served": self.batch_sampler.served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batch_sampler.skip = state["served"]
 
 
 class CorpusDataModule(LightningDataModule):
@@ -108,4 +122,4 @@ class CorpusDataModule(LightningDataModule):
         sampler = ShardedBatchSampler(
             len(dataset), self.batch_size, rank=rank, world_size=world_size, shuffle=shuffle, seed=self.seed
         )
-        return DataLoader(dataset, batch_sampler=sampler, num_workers=0)
+        return ResumableLoader(dataset, batch_sampler=sampler, num_workers=0)

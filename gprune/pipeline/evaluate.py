@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel
 
 from gprune.calibration.statistics import CorpusStatistics
@@ -40,7 +41,8 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Step 10: perplexity of the dense model, the controls and gprune on every evaluated corpus.
 
-    Finished stages are taken from `metrics.json`; the dense model's numbers are shared between runs.
+    Finished stages are taken from `metrics.json`; the dense model's numbers are shared between runs. The first process
+    measures, which is exact; the others only take part where a control's recovery learns.
 
     Args:
         masks: by stage.
@@ -53,20 +55,23 @@ def evaluate(
     content = read_json(path, run=run.folder.key) or {}
     records: list[dict[str, Any]] = content.get("records", [])
     done = {(r["stage"], r["recovery"]) for r in records}
-    leaked = leaks(run)
+    first = rank_zero_only.rank == 0
+    leaked = leaks(run) if first else {}
     with run.folder.step("evaluate"):
-        if ("dense", "none") not in done:
+        if first and ("dense", "none") not in done:
             results = [dense_perplexity(run, w) for w in run.text.test]
             pairs = zip(results, run.text.test, strict=True)
             records += [record(cfg, ("dense", "none"), r, w, leaked[w.corpus]) for r, w in pairs]
         for stage, recovery in cfg.stages:
-            if (stage, recovery) in done:
+            if (stage, recovery) in done or not (first or recovery_of(recovery).learns):
                 continue
             name = row_name(stage, recovery)
             log.info("Evaluating %s", name)
             small = pruned
             if (stage, recovery) != (cfg.final, cfg.recovery):
                 small = shrink(run, masks[stage], statistics, recovery=recovery)
+            if not first:
+                continue
             run.meter.watch(small)
             for w in run.text.test:
                 said = f"Evaluating {name} on {w.corpus}"

@@ -64,7 +64,7 @@ class Text:
     train: Mapping[str, Windows]  # score, drift and recover, by corpus
     learn: list[Windows]  # one per learning corpus, also train text: those above and more, or fewer
     fresh: list[Windows]  # one per recovery corpus, for recoveries that learn: the same, and more, or fewer
-    development: list[Windows]  # one per learning corpus
+    development: list[Windows]  # one per corpus that something is learned on
     test: list[Windows]  # one per evaluated corpus, of `evaluation.split`
 
     @property
@@ -95,13 +95,12 @@ def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
     }
     calibrated = dict.fromkeys([*cfg.calibration, *cfg.roles["recover"]])
     recovered = cfg.roles["recover"] if recovery_of(cfg.recovery).learns else []
+    developed = dict.fromkeys([*cfg.roles["learn"], *recovered])
     log.info("Reading %d corpora", len({*cfg.used, *c.evaluate}))
     return Text(
         train={name: load_windows(name, "train", tokenizer, samples["train"]) for name in calibrated},
         learn=[load_windows(name, "train", tokenizer, samples["learn"]) for name in cfg.roles["learn"]],
         fresh=[load_windows(name, "train", tokenizer, samples["fresh"]) for name in recovered],
-        development=[
-            load_windows(name, "development", tokenizer, samples["development"]) for name in cfg.roles["learn"]
-        ],
+        development=[load_windows(name, "development", tokenizer, samples["development"]) for name in developed],
         test=[load_windows(name, e.split, tokenizer, samples["test"]) for name in c.evaluate],
     )

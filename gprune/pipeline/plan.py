@@ -129,8 +129,10 @@ def check(cfg: RunConfig) -> Plan:
 def count_tokens(cfg: RunConfig) -> tuple[int, int]:
     """(forward, forward and backward) tokens of a run, at most."""
     c, e, s = cfg.corpora, cfg.evaluation, cfg.sparsity
-    development = len(c.learn) * e.development_samples * c.seq_len
-    points = (s.epochs + 1) + 2 + len(e.curve) if cfg.learns else 0
+    taught = sum(recovery_of(recovery).learns for _, recovery in cfg.stages)
+    corpora = {*cfg.roles["learn"], *(c.recover if taught else ())}
+    development = len(corpora) * e.development_samples * c.seq_len
+    points = ((s.epochs + 1) + 2 + len(e.curve) if cfg.learns else 0) + taught * (1 + cfg.distill.points)
     calibration = len(cfg.calibration) * c.num_samples * c.seq_len
     backward = calibration if "saliency" in cfg.collects else 0
     learning = cfg.learns * s.epochs * len(c.learn) * (c.learn_samples or c.num_samples) * c.seq_len
@@ -182,7 +184,7 @@ def memory_bytes(cfg: RunConfig, dense: PreTrainedModel) -> int:
 
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
     """Raise UserError where this model's blocks or positions cannot do what the flags ask for."""
-    recovery_of(cfg.recovery).refuse(blocks, shard=cfg.model.shard, placed=cfg.model.device_map is not None)
+    recovery_of(cfg.recovery).refuse(blocks, shard=cfg.model.shard)
     if "saliency" in cfg.collects:
         for block in blocks:
             salient_parts(block, "ffn")  # refuses experts

@@ -73,10 +73,11 @@ def finish(
     final = masks[run.cfg.final]
     with run.folder.step("shrink"):
         pruned = shrink(run, final, statistics)
-    records, summary = [], {}
-    if rank_zero_only.rank == 0:  # perplexity from one process is exact; the others are done
+    first, summary = rank_zero_only.rank == 0, {}
+    if first:
         save(run, pruned, masks)
-        records = evaluate(run, statistics, masks, pruned)
+    records = evaluate(run, statistics, masks, pruned)
+    if first:
         summary = summarise(run, records, final, pruned, modules)
     return PruningResult(
         path=run.folder.path,

@@ -39,7 +39,11 @@ def shrink(
     material = run.material(masks, statistics, name)
     method = recovery_of(name)
     revise = method.revise(material)
-    small = (_sliced_to_files if is_offloaded(run.model) else _sliced)(run, masks, revise)
+    if is_offloaded(run.model):
+        # What learns lies on one device, in memory.
+        small = _sliced_to_files(run, masks, revise, {} if method.learns else placement(run))
+    else:
+        small = _sliced(run, masks, revise)
     counted = run.meter.watch(small)
     with torch.enable_grad():  # a recovery of the whole model may learn
         tuned = method.tune(material, small)
@@ -56,12 +60,12 @@ def _sliced(run: Run, masks: Masks, revise: Revise | None) -> PreTrainedModel:
     return small
 
 
-def _sliced_to_files(run: Run, masks: Masks, revise: Revise | None) -> PreTrainedModel:
+def _sliced_to_files(run: Run, masks: Masks, revise: Revise | None, where: dict[str, Any]) -> PreTrainedModel:
     folder, removal = scratch_folder()
     with removal:
         save_pruned(prune_to_files(run.model, masks, folder / "blocks", revise), None, folder / "model")
         shutil.rmtree(folder / "blocks")
-        small = load_weights(folder / "model", dtype=getattr(torch, run.cfg.model.dtype), **placement(run))
+        small = load_weights(folder / "model", dtype=getattr(torch, run.cfg.model.dtype), **where)
         keep_until_gone(small, removal.pop_all())
     return small
 

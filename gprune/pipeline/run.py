@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gprune.calibration.statistics import CorpusStatistics, pooled
 from gprune.config import RunConfig
 from gprune.corpora.loaders import CorpusDataModule
+from gprune.corpora.windows import Windows
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
 from gprune.models.masks import Masks
@@ -28,9 +29,9 @@ from gprune.pipeline.plan import Plan, check
 from gprune.recovery import Material, recovery_of
 from gprune.runs.folder import RunFolder
 from gprune.runs.tracking import tracking
-from gprune.runs.trainer import NamedProgressBar, plain_interrupts
+from gprune.runs.trainer import Checkpoints, NamedProgressBar, plain_interrupts
 from gprune.sparsity.budget import Budget
-from gprune.stages.distillation import Distillation
+from gprune.stages.callbacks import DevelopmentCurve
 from gprune.storage.files import content_hash, key_of, to_yaml
 
 log = logging.getLogger("gprune")
@@ -111,11 +112,33 @@ class Run:
             **kwargs,
         )  # fmt: skip
 
+    def fit(
+        self, name: str, what: str, stage: L.LightningModule, text: Sequence[Windows], *,
+        batch_size: int | None = None, callbacks: Sequence[L.Callback] = (), **kwargs: Any,
+    ) -> L.Trainer:  # fmt: skip
+        """Train a stage on text, from its last checkpoint if a killed sitting left one.
+
+        Args:
+            name: of the stage in the run folder.
+            kwargs: of the Trainer.
+        """
+        cfg = self.cfg
+        kept = Checkpoints(
+            self.folder / f"checkpoints/{name}.ckpt", f"{self.folder.key} {name}", 60 * cfg.run.checkpoint_minutes
+        )
+        data = CorpusDataModule(train=text, batch_size=batch_size or cfg.corpora.batch_size, seed=cfg.run.seed)
+        trainer = self.trainer(
+            what, log_every_n_steps=1, precision=cfg.trainer.precision, callbacks=[*callbacks, kept], **kwargs
+        )
+        if (found := kept.found()) is not None:
+            log.info("Going on from %s", found)
+        trainer.fit(stage, data, ckpt_path=found, weights_only=True)
+        kept.done()
+        return trainer
+
     def material(self, masks: Masks, statistics: Mapping[str, CorpusStatistics], recovery: str) -> Material:
         """What a recovery by this name works with: the statistics and the text of `corpora.recover` that it needs."""
         c, found = self.cfg.corpora, recovery_of(recovery)
-        settings = asdict(self.cfg.distill)
-        settings.pop("tokens")
         done = f"recovery/{recovery}-{content_hash(masks.tensors())[:8]}"
         return Material(
             self.model,
@@ -126,23 +149,31 @@ class Run:
             c.batch_size,
             self.meter.add,
             self.text.fresh if found.learns else (),
-            {"distill": Distillation(**settings)},
+            {"distill": self.cfg.distill},
             functools.partial(self._fit, done),
         )
 
-    def _fit(self, done: str, what: str, stage: L.LightningModule, **how: Any) -> None:
+    def _fit(
+        self, done: str, what: str, stage: L.LightningModule, *, batch_size: int | None = None,
+        clip: float | None = None, accumulate: int = 1, points: int = 4, keep: str = "last",
+    ) -> None:  # fmt: skip
         """Train a recovery's stage once through its text, or give it back what an earlier sitting had learned.
 
         Args:
             done: where in the run folder what was learned is kept.
-            how: clip, the largest norm of the gradient; batch_size, in place of `--corpora.batch_size`.
+            batch_size: in place of `--corpora.batch_size`.
+            clip: the largest norm of the gradient.
+            accumulate: batches whose gradients make one step.
+            points, keep: as in `--distill`; for stages that have a `student`.
         """
-        name = f"{done}-{type(stage).__name__}"
+        name, c = f"{done}-{type(stage).__name__}", self.cfg.corpora
         if (learned := self.folder.read(name)) is None:  # the step that shrinks or evaluates counts its cost
-            c = self.cfg.corpora
+            curve = DevelopmentCurve(self.text.development, points=points, keep=keep, batch_size=c.batch_size)
             text = self.text.fresh or [self.text.train[corpus] for corpus in c.recover]
-            data = CorpusDataModule(train=text, batch_size=how.get("batch_size", c.batch_size), seed=self.cfg.run.seed)
-            self.trainer(what, max_epochs=1, log_every_n_steps=1, gradient_clip_val=how.get("clip")).fit(stage, data)
+            self.fit(
+                name, what, stage, text, batch_size=batch_size, max_epochs=1, gradient_clip_val=clip,
+                accumulate_grad_batches=accumulate, callbacks=[curve] * hasattr(stage, "student"),
+            )  # fmt: skip
             learned = {name: value.detach().cpu().clone() for name, value in stage.state_dict().items()}
             self.folder.write(name, learned)
         stage.load_state_dict(learned)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from gprune.calibration.statistics import CorpusStatistics, pooled
-from gprune.corpora.loaders import CorpusDataModule
 from gprune.importance.scores import Scores, score_units
 from gprune.models.masks import Masks
 from gprune.partition.record import Modules
@@ -86,13 +85,9 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
     # Only the first process computes these, and a sharded model needs all.
     development = [] if cfg.model.shard else run.text.development
     curve = PerplexityCurve(development, budgets=budgets, batch_size=cfg.corpora.batch_size)
-    data = CorpusDataModule(train=run.text.learn, batch_size=cfg.corpora.batch_size, seed=cfg.run.seed)
     numbers = sum(p.numel() for p in stage.parameters() if p.requires_grad)
-    trainer = run.trainer(
-        f"Learning {numbers} {'thresholds' if s.learn == 'thresholds' else 'numbers'}",
-        max_epochs=s.epochs, log_every_n_steps=1, callbacks=[ApplyMasks(), curve],
-    )  # fmt: skip
-    trainer.fit(stage, data)
+    what = f"Learning {numbers} {'thresholds' if s.learn == 'thresholds' else 'numbers'}"
+    trainer = run.fit("thresholds", what, stage, run.text.learn, max_epochs=s.epochs, callbacks=[ApplyMasks(), curve])
     run.folder.update_manifest(
         learning={
             "steps": trainer.global_step,

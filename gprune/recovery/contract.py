@@ -74,7 +74,6 @@ class Recovery:
     learns = False  # whether it trains on text of its own
     experts = True  # whether it can recover experts
     sharded = True  # whether it works while the dense model is spread over processes
-    placed = True  # whether it works while weights lie on several devices, or off them
     why_not_experts = "cannot recover"  # for the error, followed by "the experts of ..."
 
     def revise(self, material: Material) -> Revise | None:
@@ -93,24 +92,18 @@ class Recovery:
         """At most (bytes of Gram matrices, bytes of hidden states); all recovery text has `hidden` bytes of states."""
         return 0, 0
 
-    def refuse(self, blocks: Sequence[Block], *, shard: bool = False, placed: bool = False) -> None:
+    def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
         """Raise a UserError, before anything is loaded, if this recovery cannot work.
 
         Args:
             blocks: of the dense model, without weights.
             shard: whether the dense model is spread over processes.
-            placed: whether `--model.device_map` says where weights lie.
         """
         others = [n for n in RECOVERY if RECOVERY[n].experts and RECOVERY[n].sharded]
         if shard and not self.sharded:
             raise UserError(
                 f"--recovery {self.name}: every process would take the text through all layers, on its own and from "
                 f"its CPU; expected it without --model.shard true, or one of {', '.join(others)}."
-            )
-        if placed and not self.placed:
-            raise UserError(
-                f"--recovery {self.name}: what learns has to lie on one device; expected it without --model.device_map "
-                f"(got one), or one of {', '.join(n for n in RECOVERY if RECOVERY[n].placed)}."
             )
         if not self.experts and any(block.has_experts for block in blocks):
             raise UserError(
@@ -151,9 +144,9 @@ class Chain(Recovery):
         found = [link.memory(blocks, hidden, attention=attention) for link in self.links]
         return max(grams for grams, _ in found), max(states for _, states in found)
 
-    def refuse(self, blocks: Sequence[Block], *, shard: bool = False, placed: bool = False) -> None:
+    def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
         for link in self.links:
-            link.refuse(blocks, shard=shard, placed=placed)
+            link.refuse(blocks, shard=shard)
 
 
 def recovery_of(name: str) -> Recovery:

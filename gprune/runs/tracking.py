@@ -18,6 +18,7 @@ on_process_zero = rank_zero_only
 # metric pattern -> its x axis. Lightning restarts its step in every stage, so each stage has an axis of its own.
 AXES = {
     "learn/perplexity/*": "learn/epoch",
+    "distill/perplexity/*": "distill/tokens",
     "curve/perplexity/*": "curve/sparsity",
     "modules/*": "modules/index",
 }

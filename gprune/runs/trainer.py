@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,16 +19,22 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from gprune.errors import UserError
+from gprune.storage.files import replacing
+
+log = logging.getLogger("gprune")
 
 
-def check_trainer(*, accelerator: str, devices: int, num_nodes: int, strategy: str) -> torch.device:
+def check_trainer(
+    *, accelerator: str, devices: int, num_nodes: int, strategy: str, precision: str = "32-true"
+) -> torch.device:
     """Build a Trainer and throw it away: whether this machine can do what is asked for, Lightning knows best.
 
     Returns:
         The device of this process.
 
     Raises:
-        UserError: for an accelerator that is not there, too many devices, or an unknown strategy.
+        UserError: for an accelerator that is not there, too many devices, an unknown strategy, or a precision that the
+            device lacks.
     """
     info = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = info.level
@@ -33,15 +42,15 @@ def check_trainer(*, accelerator: str, devices: int, num_nodes: int, strategy: s
     try:
         with warnings.catch_warnings(action="ignore"):
             trainer = L.Trainer(
-                accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy,
+                accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision,
                 logger=False, enable_checkpointing=False, enable_model_summary=False,
                 enable_progress_bar=False,
             )  # fmt: skip
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".!")
         raise UserError(
-            f"--trainer: cannot use accelerator '{accelerator}' with {devices} device(s) and strategy '{strategy}' "
-            f"here: {reason}. Expected e.g. --trainer.accelerator auto --trainer.strategy auto."
+            f"--trainer: cannot use accelerator '{accelerator}' with {devices} device(s), strategy '{strategy}' and "
+            f"precision '{precision}' here: {reason}. Expected e.g. --trainer.accelerator auto --trainer.strategy auto."
         ) from error
     finally:
         info.setLevel(level)
@@ -71,18 +80,102 @@ def plain_interrupts() -> Iterator[None]:
 
 
 class NamedProgressBar(TQDMProgressBar):
-    """Lightning's progress bar, saying what is going on."""
+    """Lightning's progress bar, saying what is going on, and how many tokens a second all devices take."""
 
     def __init__(self, what: str):
         super().__init__(refresh_rate=1 if sys.stdout.isatty() else 0)
         self.what = what
+        self._started, self._tokens = time.monotonic(), 0
 
     def init_train_tqdm(self) -> Any:
         bar = super().init_train_tqdm()
         bar.set_description(self.what)
+        self._started, self._tokens = time.monotonic(), 0
         return bar
 
     def init_test_tqdm(self) -> Any:
         bar = super().init_test_tqdm()
         bar.set_description(self.what)
         return bar
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(batch, dict) and "input_ids" in batch:
+            self._tokens += batch["input_ids"].numel() * trainer.world_size
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        found = super().get_metrics(trainer, pl_module)
+        found.pop("v_num", None)
+        if self._tokens:
+            found["tokens/s"] = round(self._tokens / (time.monotonic() - self._started))
+        return found
+
+
+class Checkpoints(L.Callback):
+    """Keeps a checkpoint of a stage that learns, so that a killed one goes on from there, to the same bits.
+
+    A checkpoint holds what learns (a stage registers nothing else), optimizer, schedule, the place in the text, the
+    states of callbacks and of torch's random generator; and a mark that binds it to one stage of one run.
+
+    Args:
+        path: of the file; it is replaced each time, and goes when the stage is done.
+        mark: of the stage and its run.
+        seconds: between two checkpoints; 0: one after every step.
+    """
+
+    def __init__(self, path: Path, mark: str, seconds: float):
+        self.path, self.mark, self.seconds = path, mark, seconds
+        self._last = time.monotonic()
+        self._place: dict[str, int] = {}  # in the text, where it goes on
+
+    def found(self) -> Path | None:
+        """The checkpoint to go on from; None, with a warning unless there is none, if it is not whole, or foreign."""
+        if not self.path.is_file():
+            return None
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            reason = None if content["gprune"] == self.mark else "it belongs to another run"
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            reason = (str(error).splitlines() or ["not whole"])[0]
+        if reason is None:
+            return self.path
+        log.warning("%s is not usable (%s); going on without it.", self.path, reason)
+        return None
+
+    def done(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning forgets the place where a schedule has asked for the number of steps before it was loaded.
+        if self._place:
+            trainer.train_dataloader.load_state_dict(self._place)
+        self._last = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not stepped or trainer.is_last_batch:  # half a sum of gradients is in no checkpoint
+            return
+        due = time.monotonic() - self._last >= self.seconds
+        if trainer.strategy.reduce_boolean_decision(due, all=False):  # processes have clocks of their own
+            self._save(trainer)
+            self._last = time.monotonic()
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if not trainer.is_global_zero:
+            trainer.save_checkpoint(self.path)  # takes part, and writes nothing
+            return
+        with replacing(self.path) as temporary:
+            trainer.save_checkpoint(temporary)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["gprune"] = self.mark
+        checkpoint["place"] = trainer.train_dataloader.state_dict()
+        checkpoint["random"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._place = checkpoint["place"]
+        torch.set_rng_state(checkpoint["random"])

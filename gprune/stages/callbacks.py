@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gprune.corpora.windows import Windows
@@ -55,8 +58,15 @@ class PerplexityCurve(L.Callback):
         self.by_epoch: list[dict[str, float]] = []
         self.by_sparsity: dict[float, dict[str, float]] = {}
 
+    def state_dict(self) -> dict[str, list[dict[str, float]]]:
+        return {"by_epoch": self.by_epoch}
+
+    def load_state_dict(self, state: dict[str, list[dict[str, float]]]) -> None:
+        self.by_epoch = state["by_epoch"]
+
     def on_train_start(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
-        self._epoch_point(trainer, pl_module, 0)
+        if not self.by_epoch:  # else it goes on from a checkpoint
+            self._epoch_point(trainer, pl_module, 0)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
         self._epoch_point(trainer, pl_module, trainer.current_epoch + 1)
@@ -67,7 +77,7 @@ class PerplexityCurve(L.Callback):
             return
         pl_module.refresh_gates()
         self.by_epoch.append(self._perplexities(pl_module.lm))
-        self._log(trainer, "learn", {"learn/epoch": float(epoch)}, self.by_epoch[-1], trainer.global_step)
+        log_perplexities(trainer, "learn", {"learn/epoch": float(epoch)}, self.by_epoch[-1], trainer.global_step)
 
     @torch.no_grad()
     def on_fit_end(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
@@ -79,15 +89,78 @@ class PerplexityCurve(L.Callback):
             with masked(pl_module.lm, pl_module.masks(budget)) as lm:
                 self.by_sparsity[sparsity] = self._perplexities(lm)
         for step, (sparsity, values) in enumerate(sorted(self.by_sparsity.items())):
-            self._log(trainer, "curve", {"curve/sparsity": sparsity}, values, step)
+            log_perplexities(trainer, "curve", {"curve/sparsity": sparsity}, values, step)
 
     def _perplexities(self, model: PreTrainedModel) -> dict[str, float]:
-        return {w.corpus: perplexity(model, w, batch_size=self.batch_size).perplexity for w in self.windows}
+        return perplexities(model, self.windows, self.batch_size)
 
-    @staticmethod
-    def _log(trainer: L.Trainer, stage: str, axis: dict[str, float], values: dict[str, float], step: int) -> None:
-        points = {f"{stage}/perplexity/{corpus}": value for corpus, value in values.items()}
-        log_scalars(trainer.loggers, axis | points, step=step)
+
+class DevelopmentCurve(L.Callback):
+    """Logs development perplexity per corpus of a stage's `student` against the tokens that it learned from.
+
+    At the start, and `points` times equally far apart, the last one at the end. Only process 0 computes.
+
+    Args:
+        windows: development text.
+        points: measurements after the first.
+        keep: best: the student ends with the weights of the measurement whose geometric mean is lowest.
+    """
+
+    def __init__(self, windows: Sequence[Windows], *, points: int, keep: str = "last", batch_size: int = 4):
+        self.windows, self.points, self.keep, self.batch_size = windows, points, keep, batch_size
+        self.measured: dict[int, float] = {}  # geometric mean by step
+        self.best: dict[str, Tensor] = {}  # what was learned by the step with the lowest
+        self.tokens = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"measured": self.measured, "best": self.best, "tokens": self.tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.measured, self.best, self.tokens = state["measured"], state["best"], state["tokens"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.measured:  # else it goes on from a checkpoint
+            self._measure(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.tokens += int((batch["weight"] > 0).sum()) * batch["input_ids"].shape[1]
+        steps = trainer.estimated_stepping_batches
+        due = {round(steps * point / self.points) for point in range(1, self.points + 1)}
+        if trainer.global_step in due - set(self.measured):
+            self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.best:
+            pl_module.load_state_dict(self.best)
+
+    @torch.no_grad()
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.windows:
+            return
+        found: dict[str, float] = {}
+        if trainer.is_global_zero:
+            found = perplexities(pl_module.student, self.windows, self.batch_size)
+            tokens = {"distill/tokens": float(self.tokens * trainer.world_size)}
+            log_perplexities(trainer, "distill", tokens, found, trainer.global_step)
+        mean = trainer.strategy.broadcast(math.exp(sum(map(math.log, found.values())) / max(1, len(found))))
+        if self.keep == "best" and mean < min(self.measured.values(), default=math.inf):
+            self.best = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
+        self.measured[trainer.global_step] = mean
+
+
+def perplexities(model: PreTrainedModel, windows: Sequence[Windows], batch_size: int) -> dict[str, float]:
+    """Perplexity by corpus."""
+    return {w.corpus: perplexity(model, w, batch_size=batch_size).perplexity for w in windows}
+
+
+def log_perplexities(
+    trainer: L.Trainer, stage: str, axis: dict[str, float], values: dict[str, float], step: int
+) -> None:
+    """Log perplexities of corpora under `<stage>/perplexity/<corpus>`, with their value on the x axis."""
+    points = {f"{stage}/perplexity/{corpus}": value for corpus, value in values.items()}
+    log_scalars(trainer.loggers, axis | points, step=step)
 
 
 def log_modules(loggers: Sequence[Logger], modules: Modules, masks: Masks) -> None:

@@ -5,63 +5,50 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gprune.config import DistillConfig
 from gprune.errors import UserError
-from gprune.models.blocks import Block, Part, blocks_of
+from gprune.models.blocks import Block, Part, blocks_of, decoder_layers
 from gprune.models.losses import final_hidden, frozen_head_losses, softcap_of
 from gprune.recovery import Material, Recovery, recovery
 from gprune.stages.base import FrozenLMStage
-
-Targets = Literal["vectors", "mlp", "all", "lora"]
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """How a pruned model is distilled: the flags of `--distill` by the same names.
-
-    Attributes:
-        targets: vectors, a scale per neuron and per attention channel and the gains of norms, folded into the weights
-            at the end; mlp, the FFN's weights; all, every weight of the decoder layers; lora, adapters on the linear
-            layers (PEFT), merged at the end.
-        learning_rate: the highest of AdamW; it rises linearly for `warmup` of the steps, and then falls to 0.
-        batch_size: windows per step.
-        kl, cross_entropy: weights of KL(dense || pruned) and of the next token's cross-entropy.
-        clip: largest norm of the gradient.
-        rank: of the adapters; alpha is twice as much.
-    """
-
-    targets: Targets = "mlp"
-    batch_size: int = 2
-    learning_rate: float = 3e-4
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    kl: float = 1.0
-    cross_entropy: float = 0.0
-    clip: float = 1.0
-    rank: int = 8
 
 
 class DistillationStage(FrozenLMStage):
     """Trains a pruned model (the student) beside the frozen dense one (the teacher).
 
-    Loss: mean over windows of `kl` times KL(dense || pruned) of the next token, plus `cross_entropy` times its
-    cross-entropy, in nats. Both go through the frozen head, chunk by chunk: no logits of a batch are held, and the
-    teacher runs once per batch. AdamW with betas 0.9 and 0.95. The student learns in float32 and gets its dtype back at
-    the end. Only what learns is registered, so that a checkpoint holds neither the teacher nor the rest of the student.
+    Loss: mean over windows of
+        kl * KL(dense || pruned)           of the next token, in nats,
+        + cross_entropy * cross-entropy    of the next token, in nats,
+        + hidden * mean over layers and tokens of ||h - h*||^2 / ||h*||^2,  h and h* (H,) what leaves a layer of each.
+    The first two go through the frozen head, chunk by chunk: no logits of a batch are held, and the teacher runs once
+    per batch. AdamW with betas 0.9 and 0.95. The student learns in float32 and gets its dtype back at the end. Only
+    what learns is registered, so that a checkpoint holds neither the teacher nor the rest of the student.
+
+    Args:
+        dense: the teacher, frozen; its weights may lie on several devices, or off them.
+        student: pruned; changed in place, and moved to the trainer's device as a whole.
+        settings: the flags of `--distill`; all but `tokens`, which the text tells.
     """
 
     purpose = "distillation"
 
-    def __init__(self, dense: PreTrainedModel, student: PreTrainedModel, settings: Distillation):
+    def __init__(self, dense: PreTrainedModel, student: PreTrainedModel, settings: DistillConfig):
         super().__init__(dense)
         self.settings = settings
+        layers = [len(blocks_of(model)) for model in (dense, student)]
+        if settings.hidden and layers[0] != layers[1]:
+            raise UserError(
+                f"--distill.hidden: expected as many blocks in the pruned model as in the dense one, got {layers[1]} "
+                f"of {layers[0]}; leave it 0 where whole blocks go."
+            )
         self._student = (student,)
         self._dtypes = {name: parameter.dtype for name, parameter in student.named_parameters()}
         for parameter in student.parameters():  # steps of AdamW are smaller than what bfloat16 tells apart
@@ -70,6 +57,10 @@ class DistillationStage(FrozenLMStage):
         self.learned = nn.ParameterDict()
         self._fold: list[Callable[[], None]] = []  # what turns what was learned into plain weights
         {"vectors": self._scale, "mlp": self._open, "all": self._open, "lora": self._adapt}[settings.targets]()
+        if settings.checkpointing:
+            _checkpointing(student, "enable")({"use_reentrant": False})
+            for block in blocks_of(student):  # only a layer in training mode recomputes; its dropout stays off
+                block.layer.training = True
 
     @property
     def student(self) -> PreTrainedModel:
@@ -135,6 +126,8 @@ class DistillationStage(FrozenLMStage):
     def finished(self) -> PreTrainedModel:
         """The student as a plain frozen model, with what was learned in its weights."""
         self._taken_off.close()
+        if self.settings.checkpointing:
+            _checkpointing(self.student, "disable")()
         for fold in self._fold:
             fold()
         for name, parameter in self.student.named_parameters():
@@ -160,19 +153,48 @@ class DistillationStage(FrozenLMStage):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         ids, s = batch["input_ids"], self.settings
-        hidden, head = final_hidden(self.student, ids).flatten(0, 1), self.student.get_output_embeddings()
-        losses = torch.zeros(len(hidden), device=hidden.device)
-        for weight, targets_of in ((s.kl, self._dense_hidden), (s.cross_entropy, lambda ids: ids[:, 1:].flatten())):
+        with torch.no_grad(), watched_layers(self.lm, bool(s.hidden)) as wanted:
+            dense = final_hidden(self.lm, ids).flatten(0, 1) if s.kl or s.hidden else None
+        with watched_layers(self.student, bool(s.hidden)) as found:
+            hidden = final_hidden(self.student, ids).flatten(0, 1)
+        head, softcap = self.student.get_output_embeddings(), softcap_of(self.student)
+        losses = torch.zeros(len(ids), device=hidden.device)
+        for weight, targets in ((s.kl, dense), (s.cross_entropy, ids[:, 1:].flatten())):
             if weight:
-                found = frozen_head_losses(
-                    hidden, head.weight, head.bias, targets_of(ids), softcap=softcap_of(self.student)
-                )
-                losses = losses + weight * found
-        return self.batch_loss(losses.view(len(ids), -1).mean(1), batch["weight"], "distill/loss")
+                targets = targets.to(hidden.device, hidden.dtype if targets.is_floating_point() else None)
+                of_tokens = frozen_head_losses(hidden, head.weight, head.bias, targets, softcap=softcap)
+                losses = losses + weight * of_tokens.view(len(ids), -1).mean(1)
+        if s.hidden:
+            pairs = [relative_error(h, w.to(h.device)) for h, w in zip(found, wanted, strict=True)]
+            losses = losses + s.hidden * torch.stack(pairs).mean(0)
+        return self.batch_loss(losses, batch["weight"], "distill/loss")
 
-    @torch.no_grad()
-    def _dense_hidden(self, ids: Tensor) -> Tensor:
-        return final_hidden(self.lm, ids).flatten(0, 1).to(ids.device, torch.float32)
+
+def _checkpointing(model: PreTrainedModel, what: Literal["enable", "disable"]) -> Callable[..., None]:
+    """The method that transformers 5.24 has renamed."""
+    old, new = f"gradient_checkpointing_{what}", f"activation_checkpointing_{what}"
+    return getattr(model, new if hasattr(model, new) else old)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over the tokens of each window of ||h - h*||^2 / ||h*||^2, (B,) float32; both (B, T, H)."""
+    # The first token is left out: in many models it carries a state a hundred times as large as all others.
+    found, wanted = found[:, 1:].float(), wanted[:, 1:].float()
+    return ((found - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)).mean(1)
+
+
+@contextmanager
+def watched_layers(model: PreTrainedModel, wanted: bool) -> Iterator[list[Tensor]]:
+    """What leaves each decoder layer in the next forward pass, (B, T, H), first layer first; empty unless wanted."""
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    with ExitStack() as stack:
+        for layer in decoder_layers(model) if wanted else ():
+            stack.callback(layer.register_forward_hook(keep).remove)
+        yield seen
 
 
 def parameters_of(block: Block, scope: Literal["ffn", "all"]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -188,13 +210,16 @@ class Distill(Recovery):
     """KL to the dense model on text of `corpora.recover`, end to end: `DistillationStage` as a link of a run."""
 
     learns = True
-    sharded = placed = False
+    sharded = False
 
     def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
-        settings = material.settings.get("distill", Distillation())
-        stage = DistillationStage(material.dense, pruned, settings)
+        s = material.settings.get("distill", DistillConfig())
+        remove_hook_from_submodules(pruned)  # of a dense model on several devices: what learns lies on one
+        stage = DistillationStage(material.dense, pruned, s)
         what = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"
-        material.fit(what, stage, clip=settings.clip, batch_size=settings.batch_size)
+        material.fit(
+            what, stage, clip=s.clip, batch_size=s.batch_size, accumulate=s.accumulate, points=s.points, keep=s.keep
+        )
         return stage.finished()
 
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:

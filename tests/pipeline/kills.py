@@ -34,6 +34,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import lightning as L
 from transformers import LlamaForCausalLM
 
 from gprune.models.embedded import embedded_model_dir
@@ -42,6 +43,7 @@ from gprune.pipeline import prune as pipeline
 from gprune.pipeline import run as opening
 from gprune.report.table import markdown
 from gprune.stages.calibration import CalibrationStage
+from gprune.stages.distillation import DistillationStage
 from gprune.stages.refinement import AssignmentRefinement
 from gprune.stages.thresholds import ThresholdLearning
 from gprune.storage import files as artifacts
@@ -57,10 +59,11 @@ BATCHES = (
     (CalibrationStage, "test_step"),
     (AssignmentRefinement, "training_step"),
     (ThresholdLearning, "training_step"),
+    (DistillationStage, "training_step"),
     (outcome, "perplexity"),
 )
 KINDS = ("step entered", "batch", "half written", "not renamed", "renamed")
-RESULTS = ("masks/*", "statistics/*", "*.safetensors", "model/*.safetensors", "model/config.json")
+RESULTS = ("masks/*", "statistics/*", "recovery/*", "*.safetensors", "model/*.safetensors", "model/config.json")
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Watch:
         LlamaForCausalLM.save_pretrained = self.halving(
             LlamaForCausalLM.save_pretrained, lambda model, folder, **_: folder / "model.safetensors"
         )
+        L.Trainer.save_checkpoint = self.halving(L.Trainer.save_checkpoint, lambda _trainer, file, **_: Path(file))
         os.replace = self.renaming(os.replace)
 
     def entering(self, name: str, call: Callable) -> Callable:
@@ -333,7 +337,9 @@ def tiny(folder: Path) -> list[str]:
 
     world = tiny_run.make_world(folder)
     own = ("--run.dir", "--run.name")
-    return [flag for flag in world.args(folder) if not flag.startswith(own)]
+    learns = ["--recovery=[least_squares,distill]", "--distill.tokens=960", "--distill.points=2"]
+    more = [*learns, "--sparsity.epochs=2", "--run.checkpoint_minutes=0"]
+    return [flag for flag in world.args(folder, *more) if not flag.startswith(own)]
 
 
 def small() -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import csv
 import json
-from dataclasses import asdict
 
 import lightning as L
 import pytest
@@ -18,7 +18,9 @@ from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
 from gprune.pipeline.plan import check
 from gprune.recovery import RECOVERY, Recovery, recovery_of
-from gprune.stages.distillation import Distillation, DistillationStage
+from gprune.stages import callbacks
+from gprune.stages.distillation import DistillationStage, watched_layers
+from gprune.storage.files import read_tensors
 from tests import tiny_run
 from tests.stages.test_thresholds import sampled_tokens
 from tests.tiny_families import make_tiny, some_masks
@@ -33,11 +35,11 @@ def divergence(dense, pruned, tokens: torch.Tensor) -> float:
     return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
 
 
-def fitted(stage: DistillationStage, tokens: torch.Tensor, *, epochs: int = 1, batch_size: int = 4) -> L.Trainer:
+def fitted(stage: DistillationStage, tokens: torch.Tensor, *, epochs: int = 1, batch_size: int = 4, **how) -> L.Trainer:
     data = CorpusDataModule(train=[Windows("demo", "train", tokens)], batch_size=batch_size, seed=0)
     trainer = L.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False,
+        enable_model_summary=False, use_distributed_sampler=False, **how,
     )  # fmt: skip
     trainer.fit(stage, data)
     return trainer
@@ -54,7 +56,7 @@ def test_it_ends_nearer_to_the_dense_model_as_a_plain_one(targets, problem):
     before = {name: t.clone() for name, t in dense.state_dict().items()}
     plain = {name: t.clone() for name, t in pruned.state_dict().items()}
     start = divergence(dense, pruned, tokens)
-    stage = DistillationStage(dense, pruned, Distillation(targets, learning_rate=0.02))
+    stage = DistillationStage(dense, pruned, DistillConfig(targets=targets, learning_rate=0.02))
     assert divergence(dense, stage.student, tokens) == pytest.approx(start, rel=1e-5)  # nothing is learned yet
     fitted(stage, tokens, epochs=8)
     with torch.no_grad():
@@ -76,21 +78,68 @@ def test_it_ends_nearer_to_the_dense_model_as_a_plain_one(targets, problem):
 @pytest.mark.parametrize(("kl", "weight"), [(1.0, 0.0), (1.0, 0.5), (0.0, 2.0)])
 def test_the_loss_is_the_divergence_and_the_cross_entropy(kl, weight, problem):
     dense, pruned, tokens = problem
-    stage = DistillationStage(dense, pruned, Distillation(learning_rate=1e-9, kl=kl, cross_entropy=weight))
+    stage = DistillationStage(dense, pruned, DistillConfig(learning_rate=1e-9, kl=kl, cross_entropy=weight))
     trainer = fitted(stage, tokens, batch_size=len(tokens))
     with torch.no_grad():
         expected = kl * divergence(dense, pruned, tokens) + weight * float(pruned(tokens, labels=tokens).loss)
     assert float(trainer.callback_metrics["distill/loss"]) == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_hidden_states_may_be_learned_from_too(problem):
+    dense, pruned, tokens = problem
+    settings = DistillConfig(learning_rate=1e-9, kl=0, hidden=3)
+    trainer = fitted(DistillationStage(dense, pruned, settings), tokens, batch_size=len(tokens))
+    with torch.no_grad():
+        layers = []
+        for model in (dense, pruned):  # stock names; the last one of them has been through the final norm
+            states = model(tokens, output_hidden_states=True).hidden_states[1:]
+            layers.append([state[:, 1:].double() for state in states])
+    # what leaves the last layer is not among them, so that it is taken from a hook here as well
+    pairs = [((s - d).square().sum(-1) / d.square().sum(-1)).mean() for d, s in list(zip(*layers, strict=True))[:-1]]
+    last = []
+    for model in (dense, pruned):
+        with torch.no_grad(), watched_layers(model, True) as seen:
+            model(tokens)
+        assert len(seen) == 3
+        last.append(seen[-1][:, 1:].double())
+    pairs.append(((last[1] - last[0]).square().sum(-1) / last[0].square().sum(-1)).mean())
+    assert float(trainer.callback_metrics["distill/loss"]) == pytest.approx(3 * float(sum(pairs)) / 3, rel=1e-4)
+
+
+def test_hidden_states_need_layers_in_pairs(tiny_model):
+    masks = some_masks(tiny_model, attention=True)
+    masks.ffn[1][:] = masks.attention[1][:] = False
+    with pytest.raises(UserError, match=r"--distill\.hidden: .* got 2 of 3"):
+        DistillationStage(tiny_model, prune(tiny_model, masks), DistillConfig(hidden=1))
+
+
+@pytest.mark.parametrize("settings", [{"checkpointing": True}, {"precision": "bf16-mixed"}, {"accumulate": 2}])
+def test_what_saves_memory_or_time_learns_the_same(settings, problem):
+    dense, _, tokens = problem
+    learned = []
+    for more in ({}, settings):
+        own = {name: value for name, value in more.items() if name == "checkpointing"}
+        pruned = prune(dense, some_masks(dense, attention=True))
+        before = {name: t.clone() for name, t in pruned.state_dict().items()}
+        stage = DistillationStage(dense, pruned, DistillConfig(learning_rate=1e-3, warmup=0.5, **own))
+        how = {"precision": more.get("precision", "32-true"), "accumulate_grad_batches": more.get("accumulate", 1)}
+        trainer = fitted(stage, tokens, batch_size=4 // more.get("accumulate", 1), **how)
+        assert trainer.global_step == 2
+        after = stage.finished().state_dict()
+        assert {t.dtype for t in after.values()} == {torch.float32}
+        learned.append(torch.cat([(t - before[name]).flatten() for name, t in after.items()]))
+    apart = float((learned[0] - learned[1]).norm() / learned[0].norm())
+    assert apart < (0.2 if "precision" in settings else 1e-3)
+
+
 def test_a_checkpoint_holds_what_learns_and_gives_it_back(problem):
     dense, pruned, tokens = problem
-    stage = DistillationStage(dense, pruned, Distillation("vectors", learning_rate=0.01))
+    stage = DistillationStage(dense, pruned, DistillConfig(targets="vectors", learning_rate=0.01))
     fitted(stage, tokens)
     state = {name: t.clone() for name, t in stage.state_dict().items()}
     gains = 2 * 3
     assert len(state) == gains + 2 * 3  # norms before attention and FFN; scales of both projections
-    again = DistillationStage(dense, prune(dense, some_masks(dense, attention=True)), Distillation("vectors"))
+    again = DistillationStage(dense, prune(dense, some_masks(dense, attention=True)), DistillConfig(targets="vectors"))
     again.load_state_dict(state)
     assert torch.equal(again.finished()(tokens).logits, stage.finished()(tokens).logits)
 
@@ -103,7 +152,7 @@ def test_other_families_learn_too(family, targets):
     dense = make_tiny(family)
     pruned, tokens = prune(dense, some_masks(dense, attention=False)), sampled_tokens(dense)
     start = divergence(dense, pruned, tokens)
-    stage = DistillationStage(dense, pruned, Distillation(targets, learning_rate=0.01))
+    stage = DistillationStage(dense, pruned, DistillConfig(targets=targets, learning_rate=0.01))
     fitted(stage, tokens, epochs=4)
     assert divergence(dense, stage.finished(), tokens) < start
 
@@ -112,7 +161,7 @@ def test_other_families_learn_too(family, targets):
 def test_it_learns_in_float32_what_is_stored_in_bfloat16(targets, problem):
     dense, pruned, tokens = (part.bfloat16() if isinstance(part, torch.nn.Module) else part for part in problem)
     plain = {name: t.clone() for name, t in pruned.state_dict().items()}
-    stage = DistillationStage(dense, pruned, Distillation(targets, learning_rate=1e-3))
+    stage = DistillationStage(dense, pruned, DistillConfig(targets=targets, learning_rate=1e-3))
     fitted(stage, tokens)
     assert {parameter.dtype for parameter in stage.learned.values()} == {torch.float32}
     # less than bfloat16 tells apart beside 1, and yet not lost
@@ -125,7 +174,7 @@ def test_it_learns_in_float32_what_is_stored_in_bfloat16(targets, problem):
 def test_experts_have_no_scales():
     dense = make_tiny("mixtral")
     with pytest.raises(UserError, match=r"--distill\.targets vectors: experts have no scales"):
-        DistillationStage(dense, prune(dense, some_masks(dense, attention=False)), Distillation("vectors"))
+        DistillationStage(dense, prune(dense, some_masks(dense, attention=False)), DistillConfig(targets="vectors"))
 
 
 # Chains
@@ -155,21 +204,14 @@ def test_chains_that_cannot_be_are_one_line(chain, why):
         RunConfig(recovery=chain)
 
 
-def test_the_stage_and_its_flags_have_the_same_defaults():
-    flags = asdict(DistillConfig())
-    assert flags.pop("tokens") > 0
-    assert asdict(Distillation()) == flags
-
-
 def test_a_loss_of_nothing_is_refused():
-    with pytest.raises(UserError, match=r"--distill\.kl, --distill\.cross_entropy: expected one of them above 0"):
+    with pytest.raises(UserError, match=r"--distill\.kl, .*hidden: expected one of them above 0"):
         DistillConfig(kl=0)
 
 
-@pytest.mark.parametrize("where", ["shard", "placed"])
-def test_it_needs_the_model_on_one_device(where, tiny_model):
-    with pytest.raises(UserError, match=r"^--recovery distill: .* --model\.(shard|device_map).*least_squares"):
-        recovery_of("least_squares+distill").refuse(blocks_of(tiny_model), **{where: True})
+def test_it_needs_the_model_in_every_process(tiny_model):
+    with pytest.raises(UserError, match=r"^--recovery distill: .* --model\.shard.*least_squares"):
+        recovery_of("least_squares+distill").refuse(blocks_of(tiny_model), shard=True)
 
 
 def test_too_few_tokens_are_refused_before_anything_is_loaded():
@@ -217,7 +259,154 @@ def test_a_run_distils_every_row_and_takes_up_what_was_learned(world, tmp_path, 
     assert torch.equal(again.model(ids).logits, saved(ids).logits)
 
 
+class KilledError(Exception):
+    """Stands for a kill in the middle of learning."""
+
+
+def dying(steps: int, real=DistillationStage.training_step):
+    """A training step that dies instead of its `steps`-th time."""
+    left = iter(range(steps - 1))
+
+    def training_step(self, *args):
+        if next(left, None) is None:
+            raise KilledError
+        return real(self, *args)
+
+    return training_step
+
+
+def learned(run) -> dict[str, torch.Tensor]:
+    (file,) = (run / "recovery").glob("*.safetensors")
+    return read_tensors(file)
+
+
+ALONE = ("--gprune=false", "--evaluation.controls=[]", "--export=none")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_killed_in_the_middle_it_goes_on_to_the_same_bits(accumulate, world, tmp_path, monkeypatch):
+    tiny_run.quick(monkeypatch)
+    flags = (*FLAGS, *ALONE, f"--distill.accumulate={accumulate}", "--run.checkpoint_minutes=0")
+    undisturbed = world.run(tmp_path, *flags, name="undisturbed")
+    steps = []
+    for life in (6, 3):  # nine batches in all
+        with monkeypatch.context() as patch:
+            patch.setattr(DistillationStage, "training_step", dying(life))
+            with pytest.raises(KilledError):
+                tiny_run.main(world.args(tmp_path, *flags, name="killed"))
+    with monkeypatch.context() as patch:
+        real = DistillationStage.training_step
+        patch.setattr(DistillationStage, "training_step", lambda self, *a: steps.append(a[1]) or real(self, *a))
+        again = world.run(tmp_path, *flags, name="killed")
+    assert steps == list(range(7 if accumulate == 1 else 6, 9))
+    one, two = learned(undisturbed.path), learned(again.path)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert [r["nll"] for r in again.records] == [r["nll"] for r in undisturbed.records]
+    assert not list(again.path.rglob("*.ckpt"))  # it goes when the stage is done
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda good, other: good[: len(good) // 2], "is not usable"),
+        (lambda good, other: other, "it belongs to another run"),
+        (lambda good, other: b"", "is not usable"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_or_foreign_is_not_taken(damage, said, world, tmp_path, monkeypatch, capsys):
+    tiny_run.quick(monkeypatch)
+    flags = (*FLAGS, *ALONE, "--run.checkpoint_minutes=0")
+    content = {}
+    for name, more in (("good", []), ("other", ["--distill.learning_rate=0.004"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(DistillationStage, "training_step", dying(4))
+            with pytest.raises(KilledError):
+                tiny_run.main(world.args(tmp_path, *flags, *more, name=name))
+        (file,) = (tmp_path / name).rglob("*.ckpt")
+        content[name] = file.read_bytes()
+    (file,) = (tmp_path / "good").rglob("*.ckpt")
+    file.write_bytes(damage(content["good"], content["other"]))
+    capsys.readouterr()
+    again = world.run(tmp_path, *flags, name="good")
+    assert said in capsys.readouterr().out
+    undisturbed = world.run(tmp_path, *flags, name="undisturbed")
+    assert [r["nll"] for r in again.records] == [r["nll"] for r in undisturbed.records]
+
+
+@pytest.mark.parametrize(("keep", "point"), [("last", 3), ("best", 1)])
+def test_the_curve_is_logged_and_the_weights_stay_that_are_asked_for(keep, point, world, tmp_path, monkeypatch):
+    tiny_run.quick(monkeypatch)
+    alpha, real, students = str(world.corpora["alpha"]), callbacks.perplexities, []
+
+    def perplexities(student, windows, batch_size):
+        assert sorted(real(student, windows, batch_size)) == sorted(map(str, map(world.corpora.get, tiny_run.SEEN)))
+        students.append({name: t.clone() for name, t in student.state_dict().items()})
+        return {alpha: [5.0, 3.0, 4.0, 6.0][len(students) - 1]}
+
+    monkeypatch.setattr(callbacks, "perplexities", perplexities)
+    result = world.run(tmp_path, *FLAGS, *ALONE[:2], f"--distill.keep={keep}", "--distill.points=3")
+    rows = [row for file in (result.path / "csv").rglob("metrics.csv") for row in csv.DictReader(file.open())]
+    curve = [(row["distill/tokens"], row[f"distill/perplexity/{alpha}"]) for row in rows if row.get("distill/tokens")]
+    assert [tuple(map(float, pair)) for pair in curve] == [(0, 5), (192, 3), (384, 4), (576, 6)]
+    assert all(torch.equal(t, students[point][name]) for name, t in result.model.state_dict().items())
+    assert not torch.equal(*(s["model.layers.0.mlp.up_proj.weight"] for s in (students[1], students[3])))
+
+
 def test_the_loss_that_is_not_finite_is_one_line(world, tmp_path, monkeypatch, capsys):
     tiny_run.quick(monkeypatch)
     assert tiny_run.main(world.args(tmp_path, *FLAGS, "--distill.learning_rate=1e30")) == 2
     assert "The loss of distillation is nan" in capsys.readouterr().err
+
+
+# Elsewhere than in the memory of one process
+
+DYING = """
+import sys
+from gprune.cli import main
+from gprune.stages.distillation import DistillationStage
+import tests.tiny_run, pytest
+tests.tiny_run.quick(pytest.MonkeyPatch())
+real, left = DistillationStage.training_step, iter(range(int(sys.argv[1])))
+def step(*args):
+    if next(left, None) is None:
+        raise SystemExit(9)
+    return real(*args)
+DistillationStage.training_step = step
+raise SystemExit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does_and_go_on_to_the_same_bits(world, tmp_path):
+    """Five batches of four windows, the last one of one: the second process has nothing to do there."""
+    (tmp_path / "dying.py").write_text(DYING)
+    flags = ["--recovery=[least_squares,distill]", "--distill.tokens=576", "--distill.batch_size=4", "--export=none"]
+    flags += ["--run.checkpoint_minutes=0", "--distill.learning_rate=0.001", "--gprune=false"]
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    found = {}
+    for name, processes, lives in (("one", 1, [99]), ("two", 2, [99]), ("killed", 2, [2, 1, 99])):
+        place = tmp_path / f"{name}-process"
+        place.mkdir()
+        for life in lives:
+            args = [str(life), *world.args(tmp_path, *flags, *(two if processes > 1 else []), name=name)]
+            ended = tiny_run.train(args, place, processes=processes, script=tmp_path / "dying.py")
+            assert [done.returncode for done in ended] == [0 if life == 99 else 9] * processes, ended[0].stderr
+        found[name] = learned(tmp_path / name)
+    assert all(torch.equal(found["two"][name], t) for name, t in found["killed"].items())
+    for name, t in found["one"].items():
+        torch.testing.assert_close(found["two"][name], t, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("where", [{}, {"max_memory": {"cpu": "100KiB"}}])
+def test_the_dense_model_may_lie_elsewhere(where, world, tmp_path, monkeypatch):
+    """accelerate places it on the CPU, or leaves most of it on disk; what learns is in memory."""
+    tiny_run.quick(monkeypatch)
+    flags = [*FLAGS, *ALONE[:2]]
+    plain = world.run(tmp_path, *flags, name="plain")
+    more = [f"--model.max_memory={json.dumps(limits)}" for limits in where.values()]
+    placed = world.run(tmp_path, *flags, "--model.device_map=auto", *more, name="placed")
+    one, two = learned(plain.path), learned(placed.path)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    ids = torch.arange(3, 35)[None]
+    assert torch.equal(plain.model(ids).logits, placed.model(ids).logits)
