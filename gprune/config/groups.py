@@ -235,12 +235,14 @@ class DistillConfig(Group):
     forward and backward through the pruned one."""
     batch_size: AtLeast1 = 2
     """Windows per step, over all devices together."""
-    learning_rate: Positive = 3e-4
-    """Highest step size of AdamW."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon: Muon for matrices, and AdamW for everything else. adamw: for all."""
+    learning_rate: Positive = 1e-3
+    """Highest step size. A third of it suits adamw."""
     warmup: Quantile = 0.1
     """Share of the steps in which the step size rises; then it falls to 0."""
     weight_decay: NonNegative = 0.0
-    """Of AdamW."""
+    """Decoupled from the gradient, times the step size."""
     kl: NonNegative = 1.0
     """Weight of the divergence from the dense model."""
     cross_entropy: NonNegative = 0.0

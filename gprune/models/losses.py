@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from gprune.models.families import family_of
 
-CHUNK = 256  # tokens; large enough for the matrix product, small enough for the cache
+CHUNK = 256  # tokens of one matrix product
+ROWS = 32  # tokens of what goes over logits element by element: on a CPU these stay in the cache, three times as fast
 
 
 class _FrozenHeadLosses(torch.autograd.Function):
@@ -31,22 +32,20 @@ class _FrozenHeadLosses(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.empty_like(hidden)
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+        if torch.is_autocast_enabled(hidden.device.type):  # once, in place of once for each product
+            head = head.to(torch.get_autocast_dtype(hidden.device.type))
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
-            logits = capped(F.linear(hidden[part], head, bias), softcap).float()
-            log_p = logits.log_softmax(-1)  # one fused pass, where logsumexp takes four over 49,152 columns
-            if targets.dim() == 1:
-                losses[part] = -log_p.gather(-1, targets[part, None])[:, 0]
-                error = log_p.exp_()
-                error[torch.arange(len(error), device=error.device), targets[part]] -= 1
-            else:
-                log_q = capped(F.linear(targets[part], head, bias), softcap).float().log_softmax(-1)
-                q = log_q.exp()
-                losses[part] = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
-                error = log_p.exp_().sub_(q)
-            if softcap is not None:
-                error.mul_(1 - (logits / softcap).square())
-            gradient[part] = (error.to(head.dtype) @ head).to(gradient.dtype)
+            ours = capped(F.linear(hidden[part], head, bias), softcap)
+            wanted = targets[part] if targets.dim() == 1 else capped(F.linear(targets[part], head, bias), softcap)
+            step = ROWS if hidden.device.type == "cpu" else CHUNK
+            for first in range(0, len(ours), step):
+                few = slice(first, first + step)
+                losses[part][few], error = _losses_and_errors(ours[few].float(), wanted[few])
+                if softcap is not None:
+                    error.mul_(1 - (ours[few].float() / softcap).square())
+                ours[few] = error  # the logits are no longer needed
+            gradient[part] = (ours @ head).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         return losses
 
@@ -54,6 +53,25 @@ class _FrozenHeadLosses(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output[:, None].to(gradient.dtype), None, None, None, None
+
+
+def _losses_and_errors(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of each token and its gradient by the logits, (n,) and (n, V) float32.
+
+    Args:
+        logits: (n, V) float32.
+        targets: (n,) token ids, or the teacher's (n, V) logits.
+    """
+    log_p = logits.log_softmax(-1)  # one fused pass, where logsumexp takes four over 49,152 columns
+    if targets.dim() == 1:
+        losses = -log_p.gather(-1, targets[:, None])[:, 0]
+        error = log_p.exp_()
+        error[torch.arange(len(error), device=error.device), targets] -= 1
+        return losses, error
+    log_q = targets.float().log_softmax(-1)
+    q = log_q.exp()
+    losses = torch.linalg.vecdot(q, log_q.sub_(log_p))
+    return losses, log_p.exp_().sub_(q)
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:

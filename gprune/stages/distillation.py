@@ -19,6 +19,7 @@ from gprune.models.blocks import Block, Part, blocks_of, decoder_layers
 from gprune.models.losses import final_hidden, frozen_head_losses, softcap_of
 from gprune.recovery import Material, Recovery, recovery
 from gprune.stages.base import FrozenLMStage
+from gprune.stages.optimizers import BETAS, MuonAdamW
 
 
 class DistillationStage(FrozenLMStage):
@@ -29,7 +30,7 @@ class DistillationStage(FrozenLMStage):
         + cross_entropy * cross-entropy    of the next token, in nats,
         + hidden * mean over layers and tokens of ||h - h*||^2 / ||h*||^2,  h and h* (H,) what leaves a layer of each.
     The first two go through the frozen head, chunk by chunk: no logits of a batch are held, and the teacher runs once
-    per batch. AdamW with betas 0.9 and 0.95. The student learns in float32 and gets its dtype back at the end. Only
+    per batch. The step size rises linearly, and then falls to 0. The student learns in float32 and gets its dtype back at the end. Only
     what learns is registered, so that a checkpoint holds neither the teacher nor the rest of the student.
 
     Args:
@@ -140,8 +141,11 @@ class DistillationStage(FrozenLMStage):
 
     def configure_optimizers(self) -> dict[str, Any]:
         s, steps = self.settings, self.trainer.estimated_stepping_batches
-        optimizer = torch.optim.AdamW(
-            self.learned.values(), lr=s.learning_rate, betas=(0.9, 0.95), weight_decay=s.weight_decay
+        how = {"lr": s.learning_rate, "weight_decay": s.weight_decay}
+        optimizer = (
+            MuonAdamW(self.learned.values(), **how)
+            if s.optimizer == "muon"
+            else torch.optim.AdamW(self.learned.values(), betas=BETAS, **how)
         )
         rising = max(1, math.ceil(s.warmup * steps))
 
