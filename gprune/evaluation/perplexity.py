@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError, require_finite
-from gprune.models.losses import iter_logits
+from gprune.models.losses import iter_logits, rows_at_once
 from gprune.models.offload import device_of
 
 
@@ -36,7 +36,9 @@ class Perplexity(torchmetrics.text.Perplexity):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add logits (B, T, V) that predict target (B, T) int64."""
-        nll = F.cross_entropy(preds.float().flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
+        rows = rows_at_once(preds)
+        pairs = zip(preds.flatten(0, 1).split(rows), target.flatten().split(rows), strict=True)
+        nll = torch.cat([F.cross_entropy(p.float(), t, reduction="none") for p, t in pairs]).view(target.shape)
         require_finite("loss came up in evaluation", nll)
         self.total_log_probs += nll.double().sum()
         self.count += target.numel()

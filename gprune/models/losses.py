@@ -38,7 +38,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
             part = slice(start, start + CHUNK)
             ours = capped(F.linear(hidden[part], head, bias), softcap)
             wanted = targets[part] if targets.dim() == 1 else capped(F.linear(targets[part], head, bias), softcap)
-            step = ROWS if hidden.device.type == "cpu" else CHUNK
+            step = rows_at_once(hidden)
             for first in range(0, len(ours), step):
                 few = slice(first, first + step)
                 losses[part][few], error = _losses_and_errors(ours[few].float(), wanted[few])
@@ -72,6 +72,11 @@ def _losses_and_errors(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     q = log_q.exp()
     losses = torch.linalg.vecdot(q, log_q.sub_(log_p))
     return losses, log_p.exp_().sub_(q)
+
+
+def rows_at_once(logits: Tensor) -> int:
+    """How many tokens' logits go through element-wise work together."""
+    return ROWS if logits.device.type == "cpu" else CHUNK
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
