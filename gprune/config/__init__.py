@@ -7,6 +7,7 @@ from gprune.config.groups import (
     LoggingConfig,
     ModelConfig,
     PartitionConfig,
+    ReconstructConfig,
     ReliabilityConfig,
     RunFolderConfig,
     SparsityConfig,
@@ -17,5 +18,6 @@ from gprune.config.run import RunConfig
 
 __all__ = [
     "RETIRED", "CorporaConfig", "DistillConfig", "EvaluationConfig", "LoggingConfig", "ModelConfig", "PartitionConfig",
-    "ReliabilityConfig", "RunConfig", "RunFolderConfig", "SparsityConfig", "TrainerConfig", "parse",
+    "ReconstructConfig", "ReliabilityConfig", "RunConfig", "RunFolderConfig", "SparsityConfig", "TrainerConfig",
+    "parse",
 ]  # fmt: skip

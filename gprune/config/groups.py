@@ -270,6 +270,19 @@ class DistillConfig(Group):
 
 
 @dataclass
+class ReconstructConfig(Group):
+    """How blocks learn one by one, where --recovery begins with reconstruct."""
+
+    prefix: ClassVar[str] = "reconstruct."
+    passes: AtLeast1 = 4
+    """Times that a block learns from the calibration text of --corpora.recover."""
+    learning_rate: Positive = 1e-3
+    """First step size of AdamW; it falls to 0."""
+    weigh: Literal["tokens", "corpora"] = "tokens"
+    """What the error is taken relative to: the energy of what the block adds to each token, or to a corpus' tokens."""
+
+
+@dataclass
 class EvaluationConfig(Group):
     """What is measured at the end."""
 

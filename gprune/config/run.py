@@ -18,6 +18,7 @@ from gprune.config.groups import (
     LoggingConfig,
     ModelConfig,
     PartitionConfig,
+    ReconstructConfig,
     ReliabilityConfig,
     RunFolderConfig,
     SparsityConfig,
@@ -57,6 +58,7 @@ class RunConfig(Group):
     ridge: NonNegative = 0.01
     """Ridge of least_squares and of least_squares_sequential, relative to the mean diagonal of the Gram matrix."""
     distill: DistillConfig = field(default_factory=DistillConfig)
+    reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
     gprune: bool = True
     """False: the base metric alone; --sparsity.allocation learned then means uniform."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -112,6 +114,11 @@ class RunConfig(Group):
         """How the base metric's sparsity is spread over blocks: in its own rows, and where learning starts."""
         s = self.sparsity
         return s.start if ALLOCATION[s.allocation].modules else s.allocation
+
+    @property
+    def recovery_settings(self) -> dict[str, Group]:
+        """Flags of recoveries, by their names."""
+        return {"distill": self.distill, "reconstruct": self.reconstruct}
 
     @property
     def distilled_windows(self) -> int:

@@ -133,7 +133,7 @@ def record(
         "learn_samples": learned and (cfg.corpora.learn_samples or cfg.corpora.num_samples),
         "recovery": recovery,
         "ridge": cfg.ridge if recovery_of(recovery).needs else None,
-        "distill": asdict(cfg.distill) if recovery_of(recovery).learns else None,
+        **{n: asdict(s) if n in recovery.split("+") else None for n, s in cfg.recovery_settings.items()},
         "sparsity": 0.0 if dense else cfg.sparsity.target,
         "scope": cfg.sparsity.scope,
         "model": model_label(cfg.model.name),

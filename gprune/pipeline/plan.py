@@ -148,7 +148,10 @@ def recovery_tokens(cfg: RunConfig, recovery: str) -> tuple[int, int]:
     c = cfg.corpora
     windows = len(c.recover) * c.seq_len  # one of each corpus
     return recovery_of(recovery).tokens(
-        windows * c.num_samples, windows * cfg.distilled_windows, attention=cfg.attention
+        windows * c.num_samples,
+        windows * cfg.distilled_windows,
+        attention=cfg.attention,
+        settings=cfg.recovery_settings,
     )
 
 

@@ -60,9 +60,10 @@ class TokenMeter:
         else:
             self.forward += input_ids.numel()
 
-    def add(self, forward: int) -> None:
+    def add(self, forward: int, forward_backward: int = 0) -> None:
         """Count tokens that went through as many layers as the decoder has, though not by way of it."""
         self.forward += forward
+        self.forward_backward += forward_backward
 
     def counts(self) -> dict[str, int]:
         return {"forward_tokens": self.forward, "forward_backward_tokens": self.forward_backward}
@@ -149,7 +150,7 @@ class Run:
             c.batch_size,
             self.meter.add,
             self.text.fresh if found.learns else (),
-            {"distill": self.cfg.distill},
+            self.cfg.recovery_settings,
             functools.partial(self._fit, done),
         )
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from gprune.models.blocks import Block
 from gprune.models.masks import Masks
 from gprune.registry import Registry
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 NEEDS = ("moments", "gram", "text")
 Revise = Callable[[Block, Block], None]  # (dense block, sliced block): changes the sliced one in place
 Solver = Callable[[Tensor, Tensor, Moments, float], tuple[Tensor, Tensor | None]]
@@ -54,9 +56,10 @@ class Material:
     statistics: CorpusStatistics | None = None  # of the dense model, `corpora.recover` pooled; if needed
     text: Sequence[Windows] = ()  # of `corpora.recover`; if needed
     batch_size: int = 4
-    count: Callable[[int], None] = lambda tokens: None  # gets the number of tokens that went through layers one by one
+    # Gets the numbers of tokens that went through layers one by one: forward, and forward and backward.
+    count: Callable[..., None] = lambda forward, forward_backward=0: None
     fresh: Sequence[Windows] = ()  # text of `corpora.recover` to learn from: `--distill.tokens` of it
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of a recovery, by its name
+    settings: Mapping[str, Any] = field(default_factory=dict)  # flags of recoveries, by their names
     # Trains a stage on `fresh`, else on `text`. Its state_dict is what it learns: a run taken up gives it back.
     fit: Callable[..., None] | None = None
 
@@ -84,8 +87,15 @@ class Recovery:
         """The pruned model, recovered as a whole, in place or not."""
         return pruned
 
-    def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
-        """At most (forward, forward and backward) tokens for one pruned model, given the tokens of both texts."""
+    def tokens(
+        self, text: int, fresh: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
+    ) -> tuple[int, int]:
+        """At most (forward, forward and backward) tokens for one pruned model.
+
+        Args:
+            text, fresh: tokens of both texts.
+            settings: as in `Material`.
+        """
         return 0, 0
 
     def memory(self, blocks: Sequence[Block], hidden: int, *, attention: bool) -> tuple[int, int]:
@@ -136,8 +146,10 @@ class Chain(Recovery):
             pruned = link.tune(material, pruned)
         return pruned
 
-    def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
-        found = [link.tokens(text, fresh, attention=attention) for link in self.links]
+    def tokens(
+        self, text: int, fresh: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
+    ) -> tuple[int, int]:
+        found = [link.tokens(text, fresh, attention=attention, settings=settings) for link in self.links]
         return sum(forward for forward, _ in found), sum(backward for _, backward in found)
 
     def memory(self, blocks: Sequence[Block], hidden: int, *, attention: bool) -> tuple[int, int]:

@@ -18,9 +18,9 @@ pass through the dense layers, one through the pruned layers, and one more throu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from gprune.errors import require_finite
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, resident
-from gprune.recovery.contract import Material, Recovery, Revise, recovery
+from gprune.recovery.contract import NOTHING, Material, Recovery, Revise, recovery
 from gprune.recovery.least_squares import ridge_correction
 
 Target = Literal["residual", "output"]
@@ -57,7 +57,9 @@ class SequentialLeastSquares(Recovery):
 
         return revise
 
-    def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
+    def tokens(
+        self, text: int, fresh: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
+    ) -> tuple[int, int]:
         """One pass through the dense layers, one through the pruned ones, and another for each projection."""
         return (3 + attention) * text, 0
 
@@ -169,11 +171,15 @@ class PrunedPrefix:
         try:
             for part in self.lost[dense.index]:
                 self._solve(part, block, dense.index, wanted[part])
+            self.polish(block, dense.index)
             if dense.index < self.last:
                 for i, hidden in enumerate(self.hidden):
                     self.hidden[i] = self._through(block, dense.index, i, hidden).cpu()
         finally:
             block.layer.to(home)
+
+    def polish(self, block: Block, index: int) -> None:
+        """Called when the projections of a block are solved; `walk.calls` hold what leaves the dense block."""
 
     def _pass_dense(self, block: Block) -> dict[str, list[Tensor]]:
         """Take the dense stream through a block; returns the goal behind each projection that lost channels.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from gprune.config import DistillConfig
 from gprune.errors import UserError
 from gprune.models.blocks import Block, Part, blocks_of, decoder_layers
 from gprune.models.losses import final_hidden, frozen_head_losses, softcap_of
-from gprune.recovery import Material, Recovery, recovery
+from gprune.recovery.contract import NOTHING, Material, Recovery, recovery
 from gprune.stages.base import FrozenLMStage
 from gprune.stages.optimizers import BETAS, MuonAdamW
 
@@ -30,8 +30,9 @@ class DistillationStage(FrozenLMStage):
         + cross_entropy * cross-entropy    of the next token, in nats,
         + hidden * mean over layers and tokens of ||h - h*||^2 / ||h*||^2,  h and h* (H,) what leaves a layer of each.
     The first two go through the frozen head, chunk by chunk: no logits of a batch are held, and the teacher runs once
-    per batch. The step size rises linearly, and then falls to 0. The student learns in float32 and gets its dtype back at the end. Only
-    what learns is registered, so that a checkpoint holds neither the teacher nor the rest of the student.
+    per batch. The step size rises linearly, and then falls to 0. The student learns in float32 and gets its dtype back
+    at the end. Only what learns is registered, so that a checkpoint holds neither the teacher nor the rest of the
+    student.
 
     Args:
         dense: the teacher, frozen; its weights may lie on several devices, or off them.
@@ -226,7 +227,9 @@ class Distill(Recovery):
         )
         return stage.finished()
 
-    def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
+    def tokens(
+        self, text: int, fresh: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
+    ) -> tuple[int, int]:
         """The teacher forward, the student forward and backward."""
         return fresh, fresh
 

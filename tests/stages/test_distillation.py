@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from copy import deepcopy
 
 import lightning as L
@@ -148,7 +150,8 @@ def test_muon_and_adamw_as_one_optimizer_are_those_of_torch(family):
         torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1),
     ]
-    assert matrices and others
+    assert matrices
+    assert others
     for step in range(3):
         if step == 2:  # goes on with another object
             taken.load_state_dict(model.state_dict())
@@ -443,3 +446,10 @@ def test_the_dense_model_may_lie_elsewhere(where, world, tmp_path, monkeypatch):
     assert all(torch.equal(one[name], two[name]) for name in one)
     ids = torch.arange(3, 35)[None]
     assert torch.equal(plain.model(ids).logits, placed.model(ids).logits)
+
+
+@pytest.mark.slow
+def test_a_fresh_process_knows_the_recoveries_that_learn():
+    code = "import gprune; print(*(name for name in gprune.RECOVERY if name in ('distill', 'reconstruct')))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["distill", "reconstruct"]
