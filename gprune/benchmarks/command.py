@@ -33,6 +33,10 @@ def parser() -> Parser:
         help=f"tokens per window of {WIKITEXT} (default: %(default)s)",
     )  # fmt: skip
     made.add_argument(
+        "--bos", default=usual.bos, metavar="WHEN",
+        help=f"opens each window of {WIKITEXT}: auto, always or never (default: %(default)s, as the tokenizer does)",
+    )  # fmt: skip
+    made.add_argument(
         "--batch_size", type=int, default=usual.batch_size, metavar="N",
         help="choices per forward pass (default: %(default)s)",
     )  # fmt: skip

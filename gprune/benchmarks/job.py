@@ -27,7 +27,8 @@ def measure(
     """The records of one task; a group of tasks has several."""
     log.info("Evaluating %s", task)
     if task == WIKITEXT:
-        return [wikitext2_perplexity(model, tokenizer, seq_len=asked.seq_len, limit=asked.limit, progress=WIKITEXT)]
+        how = {"seq_len": asked.seq_len, "bos": asked.bos, "limit": asked.limit}
+        return [wikitext2_perplexity(model, tokenizer, progress=WIKITEXT, **how)]
     return zero_shot(model, tokenizer, [task], limit=asked.limit, batch_size=asked.batch_size, source=asked.source)
 
 

@@ -8,6 +8,7 @@ from gprune.errors import UserError
 
 WIKITEXT = "wikitext2"
 DTYPES = ("float32", "bfloat16", "float16")
+BOS = ("auto", "always", "never")
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Benchmarks:
         tasks: multiple-choice tasks by name, and `wikitext2`.
         limit: the first so many questions or windows of each task; None for all.
         seq_len: tokens per window of `wikitext2`.
+        bos: whether BOS opens each of them: auto (as the tokenizer does before a text), always or never.
         batch_size: choices per forward pass.
         source: of tasks: hub, local, or auto: the hub if it answers.
         dtype: of the weights; None for the run's own, float32 for other models.
@@ -26,6 +28,7 @@ class Benchmarks:
     tasks: tuple[str, ...] = ("piqa", "arc_easy")
     limit: int | None = None
     seq_len: int = 2048
+    bos: str = "auto"
     batch_size: int = 8
     source: str = "auto"
     dtype: str | None = None
@@ -37,5 +40,7 @@ class Benchmarks:
             raise UserError(f"--batch_size: expected 1 or more, got {self.batch_size}.")
         if self.dtype not in (None, *DTYPES):
             raise UserError(f"--dtype: expected float32, bfloat16 or float16, got '{self.dtype}'.")
+        if self.bos not in BOS:
+            raise UserError(f"--bos: expected auto, always or never, got '{self.bos}'.")
         if not self.tasks:
             raise UserError("--tasks: expected at least one task, such as piqa,arc_easy.")

@@ -1,9 +1,10 @@
 """WikiText-2 perplexity in the convention of the pruning and quantisation literature.
 
 The raw test file line by line, each line with its line end, a blank line as the empty string, joined by two line ends;
-tokenised as one string; windows of 2048 tokens (128 in old tables) that do not overlap and start without BOS; the last
-partial window dropped. (With GPT-2's vocabulary the text is 287,644 tokens.) Scripts that let a Llama tokenizer put a
-BOS before the whole text differ by that one token.
+tokenised as one string; windows of 2048 tokens (128 in old tables) that do not overlap; the last partial window
+dropped. (With GPT-2's vocabulary the text is 287,644 tokens.) BOS opens each window where the tokenizer puts one before
+a text, and no window otherwise. Scripts that let a Llama tokenizer put it before the whole text alone have it in the
+first window only.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.corpora.hub import offline_if_unreachable
-from gprune.corpora.windows import JOIN, Sample, Windows, make_windows
+from gprune.corpora.windows import JOIN, Bos, Sample, Windows, make_windows, opening
 from gprune.errors import UserError, first_line
 from gprune.evaluation.intervals import bootstrap_perplexity
 from gprune.evaluation.perplexity import perplexity
@@ -51,9 +52,9 @@ def wikitext2() -> str:
     return JOIN.join(rows)
 
 
-def literature_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, seq_len: int) -> Windows:
+def literature_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, bos: Bos = "auto") -> Windows:
     """(n, seq_len) tokens: all whole windows in order."""
-    sample = Sample(None, seq_len, shuffle=False, flags=("--limit", "--seq_len"))
+    sample = Sample(None, seq_len, shuffle=False, bos=opening(tokenizer, bos), flags=("--limit", "--seq_len"))
     return make_windows([text], tokenizer, sample, corpus="wikitext2", split="test")
 
 
@@ -62,6 +63,7 @@ def wikitext2_perplexity(
     tokenizer: PreTrainedTokenizerBase,
     *,
     seq_len: int = 2048,
+    bos: Bos = "auto",
     limit: int | None = None,
     progress: str | None = None,
 ) -> dict[str, Any]:
@@ -70,6 +72,7 @@ def wikitext2_perplexity(
     Args:
         model: eval mode; masks, if any, are the caller's context.
         seq_len: tokens per window.
+        bos: whether BOS opens each window, as in `opening`.
         limit: the first so many windows; None for all. With a limit the number stands beside nobody's.
         progress: label of a progress bar, or None for none.
 
@@ -81,7 +84,7 @@ def wikitext2_perplexity(
         raise UserError(f"--seq_len: expected 2 to {positions} tokens (the model's positions), got {seq_len}.")
     if limit is not None and limit < 1:
         raise UserError(f"--limit: expected 1 or more windows, got {limit}.")
-    every = literature_windows(wikitext2(), tokenizer, seq_len=seq_len)
+    every = literature_windows(wikitext2(), tokenizer, seq_len=seq_len, bos=bos)
     windows = replace(every, tokens=every.tokens[:limit])
     result = perplexity(model, windows, batch_size=max(1, 2048 // seq_len), progress=progress)
     _, low, high = bootstrap_perplexity({"wikitext2": result.window_nll}, seq_len - 1)
@@ -99,7 +102,7 @@ def wikitext2_perplexity(
         "window_nll": result.window_nll,
         "seq_len": seq_len,
         "stride": seq_len,
-        "bos": False,
+        "bos": windows.bos,
         "join": JOIN,
         "limit": limit,
         "standard_protocol": not partial,

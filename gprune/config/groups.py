@@ -44,7 +44,7 @@ class ModelConfig(Group):
 
     prefix: ClassVar[str] = "model."
     name: str = "smollm2-135m"
-    """Embedded name (smollm2-135m, or tiny-random to try the machinery),
+    """Embedded name (smollm2-135m, gemma-3-270m, or tiny-random to try the machinery),
     local Hugging Face folder, or hub id such as meta-llama/Llama-3.2-1B."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the frozen weights. Statistics are summed in float64 whatever it is."""
@@ -91,6 +91,9 @@ class CorporaConfig(Group):
     over the same."""
     batch_size: AtLeast1 = 4
     """Windows per step, over all devices together."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Whether the beginning-of-sequence token opens every window, for whatever it is used. It takes the first place and
+    is never scored. auto: where the model's tokenizer puts it before a text by itself (Llama, Gemma)."""
     collect: list[Literal["gram", "saliency"]] = field(default_factory=list)
     """Collect these in a calibration pass although this run does not need them, so that later runs (obs,
     least_squares: gram; taylor: saliency) find them in the cache."""
@@ -293,7 +296,7 @@ class EvaluationConfig(Group):
     num_samples: AtLeast1 = 6
     """Windows per evaluated corpus: a sample of its split that is the same for every seed."""
     seq_len: AtLeast8 = 256
-    """Tokens per window. Windows do not overlap (stride = seq_len) and start without BOS."""
+    """Tokens per window. Windows do not overlap (stride = seq_len)."""
     development_samples: AtLeast1 = 2
     """Development windows per learning corpus, for the curves: perplexity against epoch and against sparsity."""
     curve: list[Sparsity] = field(default_factory=lambda: [0.2, 0.35])

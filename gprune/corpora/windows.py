@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from gprune.corpora.load import load_corpus
 from gprune.errors import UserError
 
 JOIN = "\n\n"  # between documents
+Bos = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,7 @@ class Windows:
     corpus: str
     split: str  # "train", "development" or "test"
     tokens: Tensor  # (n, seq_len) int64
+    bos: bool = False  # whether the first token of each window is the beginning-of-sequence token
     content_hash: str = field(init=False)  # 16 hex digits of the SHA-256 over shape and tokens; a key of caches
 
     def __post_init__(self) -> None:
@@ -53,6 +56,7 @@ class Sample:
         seed: of the sample; without effect when `shuffle` is off.
         shuffle: True cuts long documents into pieces of about two windows and shuffles the pieces, so that a few
             windows come from many documents; False takes the first windows in document order.
+        bos: a token that opens each window, in the place of its first token of text; None for none.
         flags: the flags that set `num_samples` and `seq_len`, for errors.
     """
 
@@ -60,6 +64,7 @@ class Sample:
     seq_len: int
     seed: int = 0
     shuffle: bool = True
+    bos: int | None = None
     flags: tuple[str, str] = ("--corpora.num_samples", "--corpora.seq_len")
 
     def __post_init__(self) -> None:
@@ -75,7 +80,10 @@ def load_windows(corpus: str, split: str, tokenizer: PreTrainedTokenizerBase, sa
 def make_windows(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, sample: Sample, *, corpus: str, split: str
 ) -> Windows:
-    """Windows without overlap from the documents joined by `JOIN`; no BOS or EOS is added.
+    """Windows without overlap from the documents joined by `JOIN`; no EOS is added, and BOS as the sample says.
+
+    Models see documents with an end-of-sequence token between them in training, and one by one in use. What stands
+    here is a blank line, which a corpus has inside its documents too: no token that only training knows.
 
     Only as much text is tokenised as the windows need.
 
@@ -84,7 +92,7 @@ def make_windows(
         sample: which windows; a UserError if there is too little text for them.
         corpus, split: names of the text.
     """
-    pieces, seq_len = list(texts), sample.seq_len
+    pieces, seq_len = list(texts), sample.seq_len - (sample.bos is not None)
     if sample.shuffle:
         # About 4 characters make a token, so 8 x seq_len characters make about two windows.
         pieces = [piece for text in texts for piece in cut(text, limit=8 * seq_len)]
@@ -96,10 +104,31 @@ def make_windows(
     wanted = sample.num_samples or max(there, 1)
     if there < wanted:
         raise UserError(
-            f"Corpus '{corpus}' ({split}) has {there} windows of {seq_len} tokens, but {wanted} were asked "
+            f"Corpus '{corpus}' ({split}) has {there} windows of {sample.seq_len} tokens, but {wanted} were asked "
             f"for. Lower {' or '.join(sample.flags)}, or name a larger corpus."
         )
-    return Windows(corpus, split, torch.tensor(tokens[: wanted * seq_len]).view(wanted, seq_len))
+    found = torch.tensor(tokens[: wanted * seq_len]).view(wanted, seq_len)
+    if sample.bos is not None:
+        found = torch.cat([torch.full((wanted, 1), sample.bos), found], 1)
+    return Windows(corpus, split, found, bos=sample.bos is not None)
+
+
+def opening(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
+    """The token that opens every window, or None.
+
+    Args:
+        bos: auto: the beginning-of-sequence token where the tokenizer puts it before a text by itself.
+
+    Raises:
+        UserError: for `always` with a tokenizer that has none.
+    """
+    token = tokenizer.bos_token_id
+    if bos == "always" and token is None:
+        raise UserError("--corpora.bos always: the model's tokenizer has no BOS token; expected auto or never.")
+    if bos == "auto":
+        plain, own = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+        return token if token is not None and own[:1] == [token] and plain[:1] != [token] else None
+    return token if bos == "always" else None
 
 
 def cut(text: str, limit: int) -> Iterator[str]:

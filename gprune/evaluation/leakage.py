@@ -38,7 +38,10 @@ def leaked_share_of_windows(
     evaluated: Sequence[Windows], used: Sequence[Windows], tokenizer: PreTrainedTokenizerBase
 ) -> float:
     """`leaked_share` of the decoded windows."""
-    texts = ([text for w in part for text in tokenizer.batch_decode(w.tokens.tolist())] for part in (evaluated, used))
+    texts = (
+        [text for w in part for text in tokenizer.batch_decode(w.tokens[:, w.bos :].tolist())]
+        for part in (evaluated, used)
+    )
     return leaked_share(*texts)
 
 

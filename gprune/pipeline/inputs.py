@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from gprune.config import RunConfig
-from gprune.corpora.windows import Sample, Windows, load_windows
+from gprune.corpora.windows import Sample, Windows, load_windows, opening
 from gprune.errors import UserError
 from gprune.export.gguf import tokenizer_keys
 from gprune.models.loading import load_model
@@ -80,27 +80,43 @@ class Text:
         return {f"{w.corpus} {w.split}{role}": w.content_hash for role, found in roles.items() for w in found}
 
 
-def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Read, tokenise and cut every corpus for its roles."""
+def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> Text:
+    """Read, tokenise and cut every corpus for its roles.
+
+    Args:
+        embeddings: of the model.
+
+    Raises:
+        UserError: for text that is not there or too short, and for a tokenizer of another model.
+    """
     c, e, seed = cfg.corpora, cfg.evaluation, cfg.run.seed
-    length = "--corpora.seq_len"
+    length, bos = "--corpora.seq_len", opening(tokenizer, c.bos)
     learned = "--corpora.learn_samples" if c.learn_samples else "--corpora.num_samples"
     # Text that is measured on stays the same for every --run.seed: seeds compare methods, not test sets.
     samples = {
-        "train": Sample(c.num_samples, c.seq_len, seed, flags=("--corpora.num_samples", length)),
-        "learn": Sample(c.learn_samples or c.num_samples, c.seq_len, seed, flags=(learned, length)),
-        "fresh": Sample(cfg.distilled_windows or 1, c.seq_len, seed, flags=("--distill.tokens", length)),
-        "development": Sample(e.development_samples, c.seq_len, flags=("--evaluation.development_samples", length)),
-        "test": Sample(e.num_samples, e.seq_len, flags=("--evaluation.num_samples", "--evaluation.seq_len")),
+        "train": Sample(c.num_samples, c.seq_len, seed, bos=bos, flags=("--corpora.num_samples", length)),
+        "learn": Sample(c.learn_samples or c.num_samples, c.seq_len, seed, bos=bos, flags=(learned, length)),
+        "fresh": Sample(cfg.distilled_windows or 1, c.seq_len, seed, bos=bos, flags=("--distill.tokens", length)),
+        "development": Sample(
+            e.development_samples, c.seq_len, bos=bos, flags=("--evaluation.development_samples", length)
+        ),
+        "test": Sample(e.num_samples, e.seq_len, bos=bos, flags=("--evaluation.num_samples", "--evaluation.seq_len")),
     }
     calibrated = dict.fromkeys([*cfg.calibration, *cfg.roles["recover"]])
     recovered = cfg.roles["recover"] if recovery_of(cfg.recovery).learns else []
     developed = dict.fromkeys([*cfg.roles["learn"], *recovered])
     log.info("Reading %d corpora", len({*cfg.used, *c.evaluate}))
-    return Text(
+    found = Text(
         train={name: load_windows(name, "train", tokenizer, samples["train"]) for name in calibrated},
         learn=[load_windows(name, "train", tokenizer, samples["learn"]) for name in cfg.roles["learn"]],
         fresh=[load_windows(name, "train", tokenizer, samples["fresh"]) for name in recovered],
         development=[load_windows(name, "development", tokenizer, samples["development"]) for name in developed],
         test=[load_windows(name, e.split, tokenizer, samples["test"]) for name in c.evaluate],
     )
+    for w in (*found.train.values(), *found.learn, *found.fresh, *found.development, *found.test):
+        if (highest := int(w.tokens.max())) >= embeddings:
+            raise UserError(
+                f"--model.name: the tokenizer makes token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) of "
+                f"'{w.corpus}', and the model has {embeddings:,} embeddings; it is another model's tokenizer."
+            )
+    return found

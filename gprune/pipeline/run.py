@@ -190,7 +190,7 @@ def opened(cfg: RunConfig) -> Iterator[Run]:
     """
     plan = check(cfg)
     model, tokenizer = load(cfg, plan.device)
-    text = prepare_text(cfg, tokenizer)
+    text = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
     L.seed_everything(cfg.run.seed, verbose=False)
     meter = TokenMeter()
     meter.watch(model)

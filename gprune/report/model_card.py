@@ -26,6 +26,7 @@ def model_card(cfg: RunConfig, *, stock: bool = False, records: Sequence[dict[st
     )
     embedded = EMBEDDED_MODELS.get(cfg.model.name)
     licence = embedded.license if embedded else "that of the base model"
+    notice = f" {embedded.notice}" if embedded and embedded.notice else ""
     recovery = "" if cfg.recovery == "none" else f", recovery `{cfg.recovery}`"
     method = "gprune" if cfg.gprune else "base metric alone"
     tags = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [pruned, gprune]"]
@@ -40,7 +41,7 @@ def model_card(cfg: RunConfig, *, stock: bool = False, records: Sequence[dict[st
 allocation `{cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation}`{recovery}, seed {cfg.run.seed}.
 The method is our reading of GPrune-LLM (arXiv 2603.13418).
 
-Base model: {model_label(cfg.model.name)}. Licence: {licence}.
+Base model: {model_label(cfg.model.name)}. Licence: {licence}.{notice}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,12 +57,12 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})
 def _results(cfg: RunConfig, records: Sequence[dict[str, Any]]) -> str:
     if not records:
         return ""
-    e = cfg.evaluation
+    e, bos = cfg.evaluation, "with" if records[0]["bos"] else "no"
     return f"""
 ## Perplexity
 
 {result_table(records)}
 
-{e.num_samples} windows of {e.seq_len} tokens of {e.split} text per corpus (stride {e.seq_len}, no BOS), computed in
+{e.num_samples} windows of {e.seq_len} tokens of {e.split} text per corpus (stride {e.seq_len}, {bos} BOS), computed in
 {cfg.model.dtype}. `base` is the metric alone. Seen corpora served the pruning, with other documents.
 """

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gprune.corpora.loaders import CorpusDataModule, ShardedBatchSampler, TokenDataset
-from gprune.corpora.windows import Sample, Windows, cut, make_windows
+from gprune.corpora.windows import Sample, Windows, cut, make_windows, opening
 from gprune.errors import UserError
 
 
@@ -205,3 +205,43 @@ def test_the_hash_tells_how_the_tokens_are_cut():
     tokens = torch.arange(32)
     hashes = {Windows("c", "train", tokens.reshape(shape)).content_hash for shape in ((4, 8), (8, 4), (2, 16))}
     assert len(hashes) == 3
+
+
+# BOS
+
+
+def putting_bos(tokenizer):
+    """The same tokenizer, which puts BOS before every text by itself."""
+    token = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[token])
+    return tokenizer
+
+
+def test_bos_takes_the_first_place_of_every_window():
+    plain, opened = windows_of(shuffle=False, seq_len=31), windows_of(shuffle=False, bos=3001)
+    assert (plain.bos, opened.bos) == (False, True)
+    assert opened.tokens.shape == (10, 32)
+    assert opened.tokens[:, 0].tolist() == [3001] * 10
+    assert torch.equal(opened.tokens[:, 1:], plain.tokens)
+    assert len({plain.content_hash, opened.content_hash, windows_of(shuffle=False).content_hash}) == 3
+    sampled = windows_of(bos=3001).tokens
+    assert len(sampled[:, 1:].unique()) == 310
+    with pytest.raises(UserError, match=r"has 96 windows of 32 tokens, but 97 were asked"):
+        windows_of(bos=3001, num_samples=97)
+
+
+@pytest.mark.parametrize(
+    ("bos", "by_itself", "token"),
+    [("auto", False, None), ("auto", True, 3001), ("never", True, None), ("always", False, 3001)],
+)
+def test_whether_bos_opens_windows_is_the_tokenizers_habit_or_a_flag(bos, by_itself, token):
+    tokenizer = word_tokenizer(WORDS)
+    assert opening(putting_bos(tokenizer) if by_itself else tokenizer, bos) == token
+
+
+def test_bos_that_is_not_there_is_refused():
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.bos_token = None
+    assert opening(tokenizer, "auto") is None
+    with pytest.raises(UserError, match=r"^--corpora\.bos always: the model's tokenizer has no BOS"):
+        opening(tokenizer, "always")

@@ -677,7 +677,7 @@ def test_all_modules_may_rank_as_the_base_metric_scores_the_averaged_corpora(wor
 def text_of(world, *flags):
     cfg = gprune.config.parse([*world.args(world.model.parent), *flags])
     tokenizer = tiny_run.tiny_tokenizer()
-    return cfg, gprune.pipeline.inputs.prepare_text(cfg, tokenizer), tokenizer
+    return cfg, gprune.pipeline.inputs.prepare_text(cfg, tokenizer, 128), tokenizer
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -1,0 +1,81 @@
+"""Models whose tokenizer puts BOS before a text: every window of a run begins with it, in every role."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+from gprune.cli import main
+from gprune.evaluation.perplexity import perplexity
+from gprune.models.loading import load_model
+from gprune.pipeline.inputs import prepare_text
+from tests import tiny_run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bos")
+    world = tiny_run.make_world(folder)
+    tokenizer = AutoTokenizer.from_pretrained(world.model)
+    token = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[token])
+    tokenizer.save_pretrained(world.model)
+    with tiny_run.isolated(folder / "cache"):
+        yield world
+
+
+LEARNS = ("--recovery=[least_squares,distill]", "--distill.tokens=192")
+
+
+def test_every_window_of_every_role_begins_with_it_and_no_loss_counts_it(world, tmp_path, monkeypatch):
+    tiny_run.quick(monkeypatch)
+    result = world.run(tmp_path, *LEARNS)
+    model, tokenizer = load_model(str(world.model))
+    text = prepare_text(result.config, tokenizer, 128)
+    everything = [*text.train.values(), *text.learn, *text.fresh, *text.development, *text.test]
+    assert len(everything) == 3 + 2 + 3 + 3 + 3
+    for windows in everything:
+        assert windows.bos
+        assert windows.tokens.shape[1] == 32
+        assert bool((windows.tokens[:, 0] == 1).all())
+        assert not bool((windows.tokens[:, 1:] == 1).any())
+    # by stock logits: what is predicted is the text alone, the first token of it from BOS
+    (record,) = [r for r in result.records if r["stage"] == "dense" and r["corpus"] == str(world.corpora["alpha"])]
+    (windows,) = [w for w in text.test if w.corpus == record["corpus"]]
+    with torch.no_grad():
+        logits = model(windows.tokens).logits[:, :-1].double().log_softmax(-1)
+    expected = -logits.gather(-1, windows.tokens[:, 1:, None]).mean()
+    assert record["nll"] == pytest.approx(float(expected), rel=1e-5)
+    assert record["nll"] == perplexity(model, windows).nll
+    assert all(r["bos"] is True for r in result.records)
+    assert "with BOS" in (result.path / "model/README.md").read_text()
+
+
+def test_runs_with_and_without_share_nothing(world, tmp_path, monkeypatch):
+    """In one cache; `always` is what `auto` does here, to the same bits."""
+    tiny_run.quick(monkeypatch)
+    flags = ("--gprune=false", "--export=none")
+    found = {bos: world.run(tmp_path, *flags, f"--corpora.bos={bos}", name=bos) for bos in ("auto", "never", "always")}
+    inputs = {bos: json.loads((run.path / "manifest.json").read_text())["settings"]["inputs"]["text"]
+              for bos, run in found.items()}  # fmt: skip
+    assert inputs["auto"] == inputs["always"]
+    assert not set(inputs["auto"].values()) & set(inputs["never"].values())
+    nll = {bos: [r["nll"] for r in run.records] for bos, run in found.items()}
+    assert nll["auto"] == nll["always"]
+    assert not set(nll["auto"]) & set(nll["never"])
+    assert {r["bos"] for r in found["never"].records} == {False}
+    statistics = [run.statistics[str(world.corpora["alpha"])].ffn[0].total.mean_sq for run in found.values()]
+    assert torch.equal(statistics[0], statistics[2])
+    assert not torch.allclose(statistics[0], statistics[1])
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_one_line(world, tmp_path, capsys):
+    folder = tmp_path / "model"
+    tiny_run.save_tiny_model(folder, vocab_size=100)
+    assert main(world.args(tmp_path / "runs", f"--model.name={folder}")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the model has 100 embeddings; it is another model's tokenizer" in line
