@@ -229,19 +229,17 @@ class DistillConfig(Group):
     """How a pruned model learns from the dense one, where --recovery has the link distill."""
 
     prefix: ClassVar[str] = "distill."
-    targets: Literal["vectors", "mlp", "all", "lora"] = "mlp"
+    targets: Literal["vectors", "mlp", "all", "lora"] = "all"
     """What learns. vectors: a scale per neuron and per attention channel, and the gains of norms, folded into the
     weights at the end. mlp: the FFN's weights. all: every weight of the decoder layers. lora: adapters, merged at the
     end (needs peft)."""
     tokens: AtLeast1 = 24_576
     """Tokens that are learned from, once, equally many of each of --corpora.recover; forward through the dense model,
     forward and backward through the pruned one."""
-    batch_size: AtLeast1 = 2
+    batch_size: AtLeast1 = 1
     """Windows per step, over all devices together."""
-    optimizer: Literal["muon", "adamw"] = "muon"
-    """muon: Muon for matrices, and AdamW for everything else. adamw: for all."""
-    learning_rate: Positive = 1e-3
-    """Highest step size. A third of it suits adamw."""
+    learning_rate: Positive = 5e-4
+    """Highest step size of AdamW."""
     warmup: Quantile = 0.1
     """Share of the steps in which the step size rises; then it falls to 0."""
     weight_decay: NonNegative = 0.0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ from gprune.models import modeling_pruned
 from gprune.models.families import FAMILIES, family_of
 from gprune.models.offload import StoredWeights, keep_until_gone, memory_limits, scratch_folder
 from gprune.storage.files import as_bytes
+
+log = logging.getLogger("gprune")
 
 # Far beyond any model there is: a config.json of a few bytes must not ask for more than this machine has.
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
@@ -166,16 +169,58 @@ def load_weights(
 
     Offloaded weights are read from the model's own files. Those that are stored in another form than the one they
     compute in are written below the cache, and removed with the model.
+
+    Raises:
+        UserError: where weights of the model are missing, which transformers would draw at random.
     """
-    settings = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    check_index(Path(location))
+    settings = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     if device_map is None:
-        return AutoModelForCausalLM.from_pretrained(location, **settings).eval().requires_grad_(False)
+        model, found = AutoModelForCausalLM.from_pretrained(location, **settings)
+        check_complete(found, location)
+        return model.eval().requires_grad_(False)
     folder, removal = scratch_folder()
     with removal:
         limits = None if max_memory is None else memory_limits(max_memory)
         with quieted("accelerate.big_modeling"):  # it warns that parameters are offloaded, which was asked for
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 location, device_map=device_map, max_memory=limits, offload_folder=folder, **settings
             )
+        check_complete(found, location)
         keep_until_gone(model, removal.pop_all())
     return model.eval().requires_grad_(False)
+
+
+def check_index(folder: Path) -> None:
+    """Raise UserError for an index that names files of weights outside of its folder."""
+    try:
+        places = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(places.values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return  # there is none; or it is damaged, of which transformers tells
+    for file in files:
+        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise UserError(
+                f"--model.name: model.safetensors.index.json in '{folder}' names the file '{file}'; expected files "
+                f"inside the folder."
+            )
+
+
+def check_complete(found: Mapping[str, Collection[str]], location: str | Path) -> None:
+    """Raise UserError if weights are missing, and warn of those that have no place in the model.
+
+    Args:
+        found: what transformers says of a load; tied weights are not among `missing_keys`.
+        location: of the model, for the error.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"--model.name: '{location}' has no weights for {_few(missing)}; expected all that config.json asks for "
+            f"(num_hidden_layers, tie_word_embeddings)."
+        )
+    if unknown := sorted(found["unexpected_keys"]):
+        log.warning("'%s' has weights that its config.json has no place for, left out: %s.", location, _few(unknown))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)

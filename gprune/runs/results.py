@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RETIRED, RunConfig, parse
 from gprune.errors import UserError, first_line
+from gprune.models.loading import check_complete
 from gprune.models.masks import Masks
 from gprune.partition.record import Modules
 from gprune.runs.folder import RunFolder, corpus_file, differences, exported_model
@@ -257,7 +258,10 @@ def _exported(folder: RunFolder) -> tuple[PreTrainedModel | None, PreTrainedToke
         return None, None
     exported_model(folder.path)
     try:  # False, not None: transformers would ask whether to run code that lies in the folder
-        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto", trust_remote_code=False)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder / "model", dtype="auto", trust_remote_code=False, output_loading_info=True
+        )
+        check_complete(found, folder / "model")
         tokenizer = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)
     except Exception as error:  # safetensors, tokenizers and transformers each raise their own
         raise UserError(

@@ -19,7 +19,8 @@ from gprune.models.blocks import Block, Part, blocks_of, decoder_layers
 from gprune.models.losses import final_hidden, frozen_head_losses, softcap_of
 from gprune.recovery.contract import NOTHING, Material, Recovery, recovery
 from gprune.stages.base import FrozenLMStage
-from gprune.stages.optimizers import BETAS, MuonAdamW
+
+BETAS = (0.9, 0.95)  # of AdamW
 
 
 class DistillationStage(FrozenLMStage):
@@ -30,8 +31,8 @@ class DistillationStage(FrozenLMStage):
         + cross_entropy * cross-entropy    of the next token, in nats,
         + hidden * mean over layers and tokens of ||h - h*||^2 / ||h*||^2,  h and h* (H,) what leaves a layer of each.
     The first two go through the frozen head, chunk by chunk: no logits of a batch are held, and the teacher runs once
-    per batch. The step size rises linearly, and then falls to 0. The student learns in float32 and gets its dtype back
-    at the end. Only what learns is registered, so that a checkpoint holds neither the teacher nor the rest of the
+    per batch. AdamW's step size rises linearly, and then falls to 0. The student learns in float32 and gets its dtype
+    back at the end. Only what learns is registered, so that a checkpoint holds neither the teacher nor the rest of the
     student.
 
     Args:
@@ -142,11 +143,8 @@ class DistillationStage(FrozenLMStage):
 
     def configure_optimizers(self) -> dict[str, Any]:
         s, steps = self.settings, self.trainer.estimated_stepping_batches
-        how = {"lr": s.learning_rate, "weight_decay": s.weight_decay}
-        optimizer = (
-            MuonAdamW(self.learned.values(), **how)
-            if s.optimizer == "muon"
-            else torch.optim.AdamW(self.learned.values(), betas=BETAS, **how)
+        optimizer = torch.optim.AdamW(
+            self.learned.values(), lr=s.learning_rate, betas=BETAS, weight_decay=s.weight_decay
         )
         rising = max(1, math.ceil(s.warmup * steps))
 

@@ -19,8 +19,7 @@ from gprune.models.offload import device_of
 from gprune.recovery.contract import NOTHING, Material, Revise, recovery
 from gprune.recovery.sequential import PrunedPrefix, SequentialLeastSquares
 from gprune.stages.base import require_finite
-from gprune.stages.distillation import parameters_of
-from gprune.stages.optimizers import BETAS
+from gprune.stages.distillation import BETAS, parameters_of
 
 
 class ReconstructionStage(L.LightningModule):

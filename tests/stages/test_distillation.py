@@ -6,7 +6,6 @@ import csv
 import json
 import subprocess
 import sys
-from copy import deepcopy
 
 import lightning as L
 import pytest
@@ -23,7 +22,6 @@ from gprune.pipeline.plan import check
 from gprune.recovery import RECOVERY, Recovery, recovery_of
 from gprune.stages import callbacks
 from gprune.stages.distillation import DistillationStage, watched_layers
-from gprune.stages.optimizers import MuonAdamW
 from gprune.storage.files import read_tensors
 from tests import tiny_run
 from tests.stages.test_thresholds import sampled_tokens
@@ -133,39 +131,7 @@ def test_what_saves_memory_or_time_learns_the_same(settings, problem):
         assert {t.dtype for t in after.values()} == {torch.float32}
         learned.append(torch.cat([(t - before[name]).flatten() for name, t in after.items()]))
     apart = float((learned[0] - learned[1]).norm() / learned[0].norm())
-    assert apart < (0.2 if "precision" in settings else 1e-2)  # Muon computes in bfloat16
-
-
-@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
-def test_muon_and_adamw_as_one_optimizer_are_those_of_torch(family):
-    """Matrices by the one, vectors and experts by the other; also after its state was saved and loaded."""
-    torch.manual_seed(0)
-    model = make_tiny(family)
-    copy, taken = deepcopy(model), deepcopy(model)
-    named = dict(copy.named_parameters())
-    ours = MuonAdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    matrices = [p for p in named.values() if p.dim() == 2]
-    others = [p for p in named.values() if p.dim() != 2]
-    theirs = [
-        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1),
-    ]
-    assert matrices
-    assert others
-    for step in range(3):
-        if step == 2:  # goes on with another object
-            taken.load_state_dict(model.state_dict())
-            model, state = taken, deepcopy(ours.state_dict())
-            ours = MuonAdamW(model.parameters(), lr=0.5)
-            ours.load_state_dict(state)
-        for p, q in zip(model.parameters(), copy.parameters(), strict=True):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        ours.step()
-        for optimizer in theirs:
-            optimizer.step()
-    for p, q in zip(model.parameters(), copy.parameters(), strict=True):
-        assert torch.equal(p, q)
+    assert apart < (0.2 if "precision" in settings else 1e-3)
 
 
 def test_a_checkpoint_holds_what_learns_and_gives_it_back(problem):
@@ -268,7 +234,12 @@ def world(tmp_path_factory):
         yield world
 
 
-FLAGS = ("--recovery=[least_squares,distill]", "--distill.tokens=576", "--distill.learning_rate=0.003")
+FLAGS = (
+    "--recovery=[least_squares,distill]",
+    "--distill.tokens=576",
+    "--distill.batch_size=2",
+    "--distill.learning_rate=0.003",
+)
 
 
 def test_a_run_distils_every_row_and_takes_up_what_was_learned(world, tmp_path, monkeypatch):

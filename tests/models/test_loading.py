@@ -1,0 +1,84 @@
+"""Weights that do not fit the configuration: what is missing is refused, what is left over is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from gprune.cli import main
+from gprune.errors import UserError
+from gprune.models.loading import load_model
+from tests import tiny_run
+
+
+def configured(folder, **settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def renamed(folder, rename):
+    """Weights under other names; those that get none are left out."""
+    file = folder / "model.safetensors"
+    named = {rename(name): tensor for name, tensor in load_file(file).items()}
+    save_file({name: tensor for name, tensor in named.items() if name}, file, metadata={"format": "pt"})
+
+
+DAMAGES = {
+    "a layer's tensors are gone": lambda f: renamed(f, lambda n: None if ".layers.1." in n else n),
+    "one tensor is gone": lambda f: renamed(f, lambda n: None if n.endswith("1.mlp.up_proj.weight") else n),
+    "one layer more": lambda f: configured(f, num_hidden_layers=4),
+    "a head that is not stored": lambda f: configured(f, tie_word_embeddings=False),
+    "another prefix": lambda f: renamed(f, lambda n: f"transformer.{n}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("where", [{}, {"device_map": "cpu"}])
+def test_missing_weights_are_refused_and_never_drawn_at_random(damage, where, tmp_path):
+    folder = tiny_run.save_tiny_model(tmp_path / "model")
+    DAMAGES[damage](folder)
+    with pytest.raises(UserError, match=r"^--model\.name: '.*' has no weights for \w.*; expected all") as error:
+        load_model(str(folder), **where)
+    assert "\n" not in str(error.value)
+
+
+def test_tied_heads_and_heads_of_their_own_are_whole(tmp_path):
+    for tied in (True, False):
+        folder = tiny_run.save_tiny_model(tmp_path / str(tied), tie_word_embeddings=tied)
+        model, _ = load_model(str(folder))
+        ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        assert (ends[0] is ends[1]) == tied
+
+
+def test_weights_without_a_place_are_named(tmp_path, caplog):
+    folder = tiny_run.save_tiny_model(tmp_path / "model")
+    configured(folder, num_hidden_layers=2)
+    model, _ = load_model(str(folder))
+    assert len(model.model.layers) == 2
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "gprune"]
+    assert "has no place for, left out: model.layers.2.input_layernorm.weight" in said
+    assert said.endswith("and 6 more.")
+
+
+@pytest.mark.parametrize("place", ["../elsewhere.safetensors", "/tmp/elsewhere.safetensors"])
+def test_an_index_that_leaves_the_folder_is_refused(place, tmp_path):
+    folder = tiny_run.save_tiny_model(tmp_path / "model")
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    names = load_file(tmp_path / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, place)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"names the file '.*elsewhere\.safetensors'; expected files inside the folder"):
+        load_model(str(folder))
+
+
+def test_a_run_of_such_a_model_is_one_line(tmp_path, capsys):
+    world = tiny_run.make_world(tmp_path)
+    DAMAGES["a layer's tensors are gone"](world.model)
+    capsys.readouterr()
+    with tiny_run.isolated(tmp_path / "cache"):
+        assert main(world.args(tmp_path / "runs")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has no weights for model.layers.1.input_layernorm.weight" in line
+    assert not (tmp_path / "runs").exists()
