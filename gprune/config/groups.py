@@ -175,6 +175,9 @@ class SparsityConfig(Group):
     prefix: ClassVar[str] = "sparsity."
     target: Sparsity = 0.5
     """Fraction of the scope's parameters to remove, inside (0, 1)."""
+    schedule: list[Sparsity] = field(default_factory=list)
+    """Sparsities on the way to the target, rising, such as [0.3, 0.4]: at each the model is pruned and recovered, and
+    what is left is scored again. --distill.tokens are shared between the steps. Without controls in the table."""
     scope: Literal["ffn", "attention+ffn"] = "ffn"
     """ffn: whole FFN neurons. attention+ffn: whole KV groups too, in the same budget."""
     allocation: str = "learned"
@@ -216,6 +219,15 @@ class SparsityConfig(Group):
             if name not in known:
                 raise UserError(f"--sparsity.{flag}: expected one of {', '.join(known)}, got '{name}'.")
         rule = ALLOCATION[self.allocation]
+        if self.schedule and self.schedule[-1] == self.target:
+            self.schedule = self.schedule[:-1]
+        if self.schedule != sorted({*self.schedule}) or (self.schedule and self.schedule[-1] > self.target):
+            raise UserError(
+                f"--sparsity.schedule: expected rising sparsities below --sparsity.target {self.target:g}, got "
+                f"{self.schedule}."
+            )
+        if self.schedule and ALLOCATION[self.start if rule.modules else self.allocation].whole_blocks:
+            raise UserError("--sparsity.schedule: whole blocks go in one step; expected it without allocation depth.")
         check_options(self.start if rule.modules else self.allocation, self.options)
         if self.uniform_width and (self.protect or rule.whole_blocks):
             raise UserError(

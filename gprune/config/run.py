@@ -82,6 +82,17 @@ class RunConfig(Group):
                 f"--distill.tokens: expected one window of each of --corpora.recover at least ({least:,} tokens), got "
                 f"{self.distill.tokens:,}."
             )
+        steps = 1 + len(self.sparsity.schedule)
+        if steps > 1 and self.evaluation.controls:
+            raise UserError(
+                f"--sparsity.schedule: controls are pruned in one step, and cost a run of their own; expected "
+                f"--evaluation.controls [] with it, got {self.evaluation.controls}."
+            )
+        if found.learns and self.distilled_windows < steps:
+            raise UserError(
+                f"--distill.tokens: expected a window of each of --corpora.recover for each step of "
+                f"--sparsity.schedule, got {self.distilled_windows} windows for {steps} steps."
+            )
         if self.model.shard and self.trainer.devices * self.trainer.num_nodes < 2:
             raise UserError(
                 "--model.shard: expected two or more processes (--trainer.devices, .num_nodes) to spread the model "

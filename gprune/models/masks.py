@@ -37,6 +37,15 @@ class Masks:
         depth = len(flat) // 2
         return cls(*([flat[f"{kind}.{i}"].bool() for i in range(depth)] for kind in ("ffn", "attention")))
 
+    def within(self, masks: Masks) -> Masks:
+        """These masks, and of what they keep only what `masks` keep of it."""
+        found = []
+        for outer, inner in zip((*self.ffn, *self.attention), (*masks.ffn, *masks.attention), strict=True):
+            both = outer.clone()
+            both[outer] = inner.to(outer.device)
+            found.append(both)
+        return Masks(found[: len(self.ffn)], found[len(self.ffn) :])
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Masks):
             return False

@@ -14,23 +14,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from lightning.pytorch.utilities import rank_zero_only
 
-from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RunConfig
-from gprune.models.masks import Masks
-from gprune.partition.record import Modules
 from gprune.pipeline.calibrate import calibrate
 from gprune.pipeline.evaluate import evaluate, summarise
 from gprune.pipeline.partition import assess, measure_drift, partition
 from gprune.pipeline.recover import shrink
+from gprune.pipeline.rounds import Chosen, Narrowed, narrow
 from gprune.pipeline.run import Run, opened
 from gprune.pipeline.save import save
 from gprune.pipeline.sparsity import base_masks, learn_sparsity, score
 from gprune.runs.results import PruningResult
-from gprune.sparsity.thresholds import Thresholds
 
 
 def prune(cfg: RunConfig) -> PruningResult:
@@ -46,46 +41,47 @@ def prune(cfg: RunConfig) -> PruningResult:
         UserError: one line that says what was expected, what came and what to do.
     """
     with opened(cfg) as run:  # plan, model, tokenizer, text, blocks, budget
-        statistics = calibrate(run)  # 1
-        scores = score(run, statistics)  # 2
-        masks = base_masks(run, statistics, scores)
-        modules = thresholds = None
-        if cfg.gprune:
-            drift = measure_drift(run, statistics)  # 3
-            labels = partition(run, drift)  # 4, 5
-            modules = assess(run, statistics, scores, drift, labels)  # 6
-            thresholds, masks["gprune"] = learn_sparsity(run, modules, masks["base"])  # 7, 8
-        return finish(run, statistics, masks, modules, thresholds)  # 9, 10
+        last = narrow(run, choose)  # of `--sparsity.schedule` all steps but the last; without one, the run itself
+        return finish(run, last, choose(last.run))
 
 
-def finish(
-    run: Run,
-    statistics: Mapping[str, CorpusStatistics],
-    masks: Mapping[str, Masks],
-    modules: Modules | None,
-    thresholds: Thresholds | None,
-) -> PruningResult:
+def choose(run: Run) -> Chosen:
+    """Steps 1 to 8: what to keep of the run's model."""
+    statistics = calibrate(run)  # 1
+    scores = score(run, statistics)  # 2
+    masks = base_masks(run, statistics, scores)
+    modules = thresholds = None
+    if run.cfg.gprune:
+        drift = measure_drift(run, statistics)  # 3
+        labels = partition(run, drift)  # 4, 5
+        modules = assess(run, statistics, scores, drift, labels)  # 6
+        thresholds, masks["gprune"] = learn_sparsity(run, modules, masks["base"])  # 7, 8
+    return Chosen(statistics, masks, modules, thresholds)
+
+
+def finish(run: Run, last: Narrowed, chosen: Chosen) -> PruningResult:
     """Steps 9 and 10: prune, recover, check, save and evaluate.
 
     Args:
-        masks: by stage: `base`, `base_averaged` and `gprune`.
+        run: with the dense model.
+        last: with what earlier steps have left of it, on which `chosen` was chosen.
     """
-    final = masks[run.cfg.final]
     with run.folder.step("shrink"):
-        pruned = shrink(run, final, statistics)
-    first, summary = rank_zero_only.rank == 0, {}
+        pruned = shrink(last.run, chosen.masks[run.cfg.final], chosen.statistics)
+    masks = {stage: last.of_dense(found) for stage, found in chosen.masks.items()}
+    final, first, summary = masks[run.cfg.final], rank_zero_only.rank == 0, {}
     if first:
         save(run, pruned, masks)
-    records = evaluate(run, statistics, masks, pruned)
+    records = evaluate(run, chosen.statistics, masks, pruned)
     if first:
-        summary = summarise(run, records, final, pruned, modules)
+        summary = summarise(run, records, final, pruned, chosen.modules)
     return PruningResult(
         path=run.folder.path,
         config=run.cfg,
         masks=final,
-        modules=modules,
-        thresholds=thresholds,
-        statistics=statistics,
+        modules=chosen.modules,
+        thresholds=chosen.thresholds,
+        statistics=chosen.statistics,
         records=records,
         summary=summary,
         model=pruned,

@@ -78,13 +78,14 @@ class Run:
     """What every step of the method works with."""
 
     plan: Plan
-    model: PreTrainedModel  # dense, frozen
+    model: PreTrainedModel  # dense, frozen; or what earlier steps of a schedule have left of it
     tokenizer: PreTrainedTokenizerBase
     text: Text
     folder: RunFolder
     loggers: list[Logger]
     meter: TokenMeter
-    fingerprint: str  # of the dense model
+    fingerprint: str  # of the model
+    teacher: PreTrainedModel | None = None  # the dense model, where `model` is what earlier steps have left of it
 
     @property
     def cfg(self) -> RunConfig:
@@ -96,7 +97,7 @@ class Run:
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """The dense model's."""
+        """The model's."""
         return blocks_of(self.model)
 
     def trainer(self, what: str, **kwargs: Any) -> L.Trainer:
@@ -152,6 +153,7 @@ class Run:
             self.text.fresh if found.learns else (),
             self.cfg.recovery_settings,
             functools.partial(self._fit, done),
+            self.teacher,
         )
 
     def _fit(

@@ -81,7 +81,11 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
     cfg, s = run.cfg, run.cfg.sparsity
     learning = Learning(s.learn, s.loss, s.learning_rate, s.offset_learning_rate, s.offset_limit)
     stage = ThresholdLearning(run.model, modules.ranks, start, run.budget, learning, shard=cfg.model.shard)
-    budgets = {v: run.budget.at(v) for v in cfg.evaluation.curve} | {s.target: run.budget}
+    # Where earlier steps have been, sparsities are those of what is left, and the curve has two points.
+    if s.schedule:
+        budgets = {round(run.budget.sparsity, 4): run.budget}
+    else:
+        budgets = {v: run.budget.at(v) for v in cfg.evaluation.curve} | {s.target: run.budget}
     # Only the first process computes these, and a sharded model needs all.
     development = [] if cfg.model.shard else run.text.development
     curve = PerplexityCurve(development, budgets=budgets, batch_size=cfg.corpora.batch_size)

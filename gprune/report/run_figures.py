@@ -110,10 +110,10 @@ def write_figures(
     formats: Sequence[str] = ("png",),
 ) -> list[Path]:
     """Files of all figures that one run has data for."""
-    figures = {
-        "perplexity": perplexity_figure(records),
-        "sparsity": sparsity_figure(masks, None if modules is None else modules.labels),
-    }
+    labels = None if modules is None else modules.labels
+    if labels is not None and any(len(y) != len(m) for y, m in zip(labels, masks.ffn, strict=True)):
+        labels = None  # modules of what earlier steps of a schedule had left, and masks of the dense model
+    figures = {"perplexity": perplexity_figure(records), "sparsity": sparsity_figure(masks, labels)}
     if modules is not None and len(modules.drift[0].ranks) > 1:
         figures["heterogeneity"] = heterogeneity_figure(modules)
     return [path for name, figure in figures.items() for path in save(figure, folder, name, formats)]

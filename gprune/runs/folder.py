@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,10 @@ class RunFolder:
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
+
+    def inside(self, name: str) -> RunFolder:
+        """A folder in this one, for a part of the run; the manifest is this one's."""
+        return _Part(self, name)
 
     @contextmanager
     def opened(self, settings: dict[str, Any], config_yaml: str) -> Iterator[None]:
@@ -198,6 +202,20 @@ class RunFolder:
         """Save tensors as this run's."""
         marks = {"run": self.key} if self.key else {}
         write_tensors(self / f"{name}.safetensors", tensors, {**(metadata or {}), **marks})
+
+
+class _Part(RunFolder):
+    """`RunFolder.inside`."""
+
+    def __init__(self, whole: RunFolder, name: str):
+        super().__init__(whole.path / name, whole.count_tokens, key=whole.key)
+        self.whole, self.name = whole, name
+
+    def step(self, name: str) -> AbstractContextManager[None]:
+        return self.whole.step(f"{self.name}/{name}")
+
+    def update_manifest(self, **entries: Any) -> None:
+        self.whole.update_manifest(**{f"{self.name}/{name}": value for name, value in entries.items()})
 
 
 def exported_model(run: Path) -> Path:
