@@ -10,6 +10,7 @@
 inference    prefill, decoding, memory and file size of dense and pruned, beside the bound that FLOPs give
 calibration  collecting statistics over the decoder alone
 learning     a step of threshold learning over forward and activation-backward of the frozen model
+distillation a step of distillation over a plain loop with the logits of both models
 partition    one block of Llama-2-7B's size into modules
 scaling      seconds and memory against tokens, corpora, neurons, blocks
 bfloat16     calibration in bfloat16 against float32, and the masks that come out
@@ -31,11 +32,12 @@ from .gguf import gguf_tables
 from .inference import inference
 from .measure import Table, only_new_garbage
 from .models import DTYPES, Settings
-from .pipeline import bfloat16, calibration, learning, partition, threads
+from .pipeline import bfloat16, calibration, distillation, learning, partition, threads
 from .scaling import scaling
 
 BENCHMARKS: dict[str, Callable[[Settings], list[Table]]] = {
-    "inference": inference, "calibration": calibration, "learning": learning, "partition": partition,
+    "inference": inference, "calibration": calibration, "learning": learning,
+    "distillation": distillation, "partition": partition,
     "scaling": scaling, "bfloat16": bfloat16, "threads": threads,
 }  # fmt: skip
 
