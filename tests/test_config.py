@@ -322,3 +322,22 @@ def test_train_text_that_calibrates_is_not_measured_on():
         cfg.check_names()
     cfg.corpora.evaluate = ["stories"]
     cfg.check_names()
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "said"),
+    [
+        ("sparsity", "targt", "SparsityConfig has no setting 'sparsity.targt'; did you mean 'target'?"),
+        (
+            "run",
+            "zzz",
+            "RunFolderConfig has no setting 'run.zzz'; expected one of dir, name, seed, checkpoint_minutes.",
+        ),
+        (None, "sparsty", "RunConfig has no setting 'sparsty'; did you mean 'sparsity'?"),
+    ],
+)
+def test_a_misspelt_setting_is_an_error_in_python_too(group, name, said):
+    cfg = RunConfig()
+    with pytest.raises(UserError) as error:
+        setattr(cfg if group is None else getattr(cfg, group), name, 0.3)
+    assert str(error.value) == said

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal, get_type_hints
+from difflib import get_close_matches
+from typing import Any, ClassVar, Literal, get_type_hints
 
 from gprune.checks import AtLeast1, AtLeast2, AtLeast8, NonNegative, Positive, Quantile, Seed, Sparsity, check
 from gprune.errors import UserError
@@ -33,6 +34,15 @@ class Group:
         for one in fields(self):
             setattr(self, one.name, check(self.prefix + one.name, hints[one.name], getattr(self, one.name)))
         self.check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses what is no setting: a misspelt one would be taken and change nothing."""
+        known = [one.name for one in fields(self)]
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            meant = f"; did you mean '{near[0]}'?" if near else f"; expected one of {', '.join(known)}."
+            raise UserError(f"{type(self).__name__} has no setting '{self.prefix}{name}'{meant}")
+        super().__setattr__(name, value)
 
     def check(self) -> None:
         """Raise UserError for values that do not go together."""

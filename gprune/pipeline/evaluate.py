@@ -27,9 +27,10 @@ from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
 from gprune.recovery import recovery_of
 from gprune.report.model_card import model_card
-from gprune.report.records import means_and_gaps, row_name, unseen_ratios
+from gprune.report.records import means_and_gaps, unseen_ratios
 from gprune.report.run_figures import write_figures
 from gprune.runs import tracking
+from gprune.runs.results import row_name
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import file_hashes, key_of, read_json, replacing, write_json
 

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,7 +32,7 @@ from gprune.runs.tracking import tracking
 from gprune.runs.trainer import Checkpoints, NamedProgressBar, plain_interrupts
 from gprune.sparsity.budget import Budget
 from gprune.stages.callbacks import DevelopmentCurve
-from gprune.storage.files import content_hash, key_of, to_yaml
+from gprune.storage.files import content_hash, key_of, read_json, to_yaml
 
 log = logging.getLogger("gprune")
 
@@ -200,27 +200,29 @@ def opened(cfg: RunConfig) -> Iterator[Run]:
     settings = cfg.settings() | {"inputs": inputs}
     path = os.path.join(os.path.expanduser(cfg.run.dir), cfg.run_name)
     folder = RunFolder(path, meter.counts, key=key_of(settings=settings))
-    with (
-        folder.opened(settings, to_yaml(cfg.resolved())),
-        plain_interrupts(),
-        tracking(
-            folder.path,
-            mode=cfg.logging.resolved_mode,
-            name=cfg.run_name,
-            project=cfg.logging.project,
-            group=cfg.logging.group or os.path.basename(os.path.normpath(cfg.model.name)),
-            job_type=cfg.final,
-            tags=[
-                cfg.importance,
-                cfg.sparsity.scope,
-                cfg.sparsity.allocation,
-                cfg.partition.method,
-                *cfg.logging.tags,
-            ],
-            config=cfg.resolved(),
-        ) as loggers,
-    ):
+    with folder.opened(settings, to_yaml(cfg.resolved())), plain_interrupts(), _loggers(cfg, folder) as loggers:
         try:
             yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"])
         finally:
             meter.close()
+
+
+def _loggers(cfg: RunConfig, folder: RunFolder) -> AbstractContextManager[list[Logger]]:
+    """The loggers of a run; none for one that is finished, which is read and not logged again."""
+    found = read_json(folder / "metrics.json", run=folder.key) or {}
+    rows = {(r["stage"], r["recovery"]) for r in found.get("records", [])}
+    if "summary" in found and rows >= {("dense", "none"), *cfg.stages}:
+        return nullcontext([])
+    return tracking(
+        folder.path,
+        mode=cfg.logging.resolved_mode,
+        name=cfg.run_name,
+        project=cfg.logging.project,
+        # Sittings at a run are one run of W&B's.
+        id=key_of(run=folder.key, name=cfg.run_name)[:12],
+        resume="allow" if cfg.logging.resolved_mode == "online" else None,
+        group=cfg.logging.group or os.path.basename(os.path.normpath(cfg.model.name)),
+        job_type=cfg.final,
+        tags=[cfg.importance, cfg.sparsity.scope, cfg.sparsity.allocation, cfg.partition.method, *cfg.logging.tags],
+        config=cfg.resolved(),
+    )

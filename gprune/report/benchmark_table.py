@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from gprune.evaluation.accuracy import paired_difference
 from gprune.evaluation.intervals import paired_bootstrap_ratio
-from gprune.report.records import row_name
 from gprune.report.table import Cell, Table
-from gprune.runs.results import Record
+from gprune.runs.results import Record, row_name
 
 
 def evaluation_table(records: Sequence[Record]) -> Table:

@@ -16,9 +16,9 @@ from scipy.stats import t as student
 from gprune.errors import UserError
 from gprune.evaluation.intervals import bootstrap_gap, bootstrap_perplexity, paired_bootstrap_ratio
 from gprune.report.grouping import Group
-from gprune.report.records import by_stage, row_name
+from gprune.report.records import by_stage
 from gprune.report.table import Cell, Estimate, Table
-from gprune.runs.results import FinishedRun, Record
+from gprune.runs.results import FinishedRun, Record, row_name
 
 Stage = tuple[str, str]  # stage, recovery
 

@@ -7,12 +7,7 @@ from typing import Any
 
 from gprune.evaluation.intervals import generalisation_gap, geometric_mean, paired_bootstrap_ratio
 from gprune.report.table import Cell, Estimate, Table
-from gprune.runs.results import Record
-
-
-def row_name(stage: str, recovery: str) -> str:
-    """What tables call a stage of a run: its name, and its recovery where it has one."""
-    return stage if recovery == "none" else f"{stage} + {recovery}"
+from gprune.runs.results import Record, row_name
 
 
 def by_stage(records: Sequence[Record], number: str = "perplexity") -> dict[tuple[str, str], dict[str, Any]]:

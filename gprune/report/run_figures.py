@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gprune.models.masks import Masks
 from gprune.partition.record import Modules
-from gprune.report.records import by_stage, row_name
+from gprune.report.records import by_stage
 from gprune.report.style import COLOURS, HATCHES, OTHER, canvas, plain_ticks, save, style
-from gprune.runs.results import Record
+from gprune.runs.results import Record, row_name
 
 
 @style()

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +29,9 @@ from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
 from gprune.storage.files import key_of, read_json
 
 Record = dict[str, Any]  # one number with its protocol, as in metrics.json
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,12 @@ class FinishedRun:
         return json.dumps([plain, text], sort_keys=True)
 
 
-@dataclass
+def row_name(stage: str, recovery: str) -> str:
+    """What tables call a stage of a run: its name, and its recovery where it has one."""
+    return stage if recovery == "none" else f"{stage} + {recovery}"
+
+
+@dataclass(repr=False)
 class PruningResult:
     """Everything a run found. `model` is the pruned model, really smaller."""
 
@@ -82,6 +90,43 @@ class PruningResult:
     summary: dict[str, Any]
     model: PreTrainedModel | None  # None, as the tokenizer, where a run with `--export none` is loaded
     tokenizer: PreTrainedTokenizerBase | None
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row per record, with `row`, the name that tables give it, in front."""
+        import pandas
+
+        frame = pandas.DataFrame(self.records)
+        frame.insert(0, "row", [row_name(r["stage"], r["recovery"]) for r in self.records])
+        return frame
+
+    def table(self) -> pandas.DataFrame:
+        """Perplexity by row of the run's table and corpus; corpora whose text the run has read are starred."""
+        frame = self.to_frame()
+        frame["corpus"] = [f"{r['corpus']}*" if r["seen"] else r["corpus"] for r in self.records]
+        found = frame.pivot(index="row", columns="corpus", values="perplexity")
+        order = [list(dict.fromkeys(frame[name])) for name in ("row", "corpus")]
+        return found.loc[order[0], order[1]].rename_axis(index=None, columns=None)
+
+    def __repr__(self) -> str:
+        lines, s = [f"PruningResult({str(self.path)!r})"], self.summary
+        if s:
+            lines.append(
+                f"{s['sparsity_of_scope']:.2%} of {self.config.sparsity.scope} removed, "
+                f"{s['sparsity_of_model']:.2%} of the model: {s['parameters_before']:,} -> {s['parameters_after']:,}"
+            )
+        if self.records:
+            lines += self.table().to_string(float_format="{:.2f}".format, max_rows=7).splitlines()
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html(float_format="{:.2f}".format) if self.records else f"<pre>{self!r}</pre>"
+
+    def _repr_markdown_(self) -> str:
+        table = self.table().map("{:.2f}".format) if self.records else None
+        if table is None:
+            return repr(self)
+        rows = [["", *table.columns], ["---", *["---:"] * len(table.columns)], *([n, *v] for n, v in table.iterrows())]
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def with_defaults(settings: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:

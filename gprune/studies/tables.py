@@ -8,9 +8,9 @@ from typing import Any
 from gprune import report
 from gprune.errors import UserError
 from gprune.report.perplexity_tables import pooled, ratio_to
-from gprune.report.records import by_stage, row_name
+from gprune.report.records import by_stage
 from gprune.report.table import Estimate, Table
-from gprune.runs.results import FinishedRun
+from gprune.runs.results import FinishedRun, row_name
 from gprune.studies.listing import Listing, Row
 from gprune.studies.records import as_run, path_of
 from gprune.studies.spread import spread_table

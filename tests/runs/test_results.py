@@ -85,3 +85,29 @@ def test_settings_that_did_not_exist_then_are_at_their_defaults():
     assert with_defaults({"a": 5, "group": {"c": [6]}}, default) == {
         "a": 5, "group": {"b": 2, "c": [6]}, "new": {"d": 4},
     }  # fmt: skip
+
+
+# In a notebook
+
+
+def test_a_result_shows_itself_in_ten_lines_and_as_tables(recovered):
+    shown = repr(recovered).splitlines()
+    assert len(shown) <= 10
+    assert str(recovered.path) in shown[0]
+    assert "50.00% of ffn removed" in shown[1]
+    frame, table = recovered.to_frame(), recovered.table()
+    assert len(frame) == len(recovered.records)
+    assert list(table.index) == [
+        "dense",
+        "base",
+        "base_averaged",
+        "gprune",
+        *(f"{n} + bias" for n in ("base", "base_averaged", "gprune")),
+    ]
+    first = recovered.records[0]
+    assert first["seen"]
+    assert table.loc["dense", f"{first['corpus']}*"] == first["perplexity"]
+    header, *rows = recovered._repr_markdown_().splitlines()
+    assert header.count("|") == 2 + len(table.columns)
+    assert len(rows) == 1 + len(table)
+    assert recovered._repr_html_().count("<tr") == 1 + len(table)

@@ -195,3 +195,24 @@ def test_entries_longer_than_a_block_and_truncated_files(start, tmp_path):
         read_offline(file)
     with pytest.raises(UserError, match="--logging"):
         read_offline(tmp_path / "wandb")
+
+
+def sittings(path):
+    """The ids of W&B's runs in a run folder, and the versions of its CSV."""
+    ids = [folder.name.rpartition("-")[2] for folder in (path / "wandb").glob("offline-run-*")]
+    return ids, sorted(folder.name for folder in (path / "csv").iterdir())
+
+
+def test_a_finished_run_is_read_and_not_logged_again(world, tmp_path, monkeypatch):
+    tiny_run.quick(monkeypatch)
+    with tiny_run.isolated(tmp_path / "cache"):
+        flags = ("--logging.mode=offline", "--gprune=false")
+        first = world.run(tmp_path, *flags)
+        before = sittings(first.path)
+        again = world.run(tmp_path, *flags)
+        assert sittings(again.path) == before
+        assert again.records == first.records
+        (first.path / "metrics.json").unlink()  # no longer finished: another sitting, of the same run of W&B's
+        ids, versions = sittings(world.run(tmp_path, *flags).path)
+    assert set(ids) == set(before[0])
+    assert versions == ["version_0", "version_1"]
