@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -103,10 +104,10 @@ class Run:
     def trainer(self, what: str, **kwargs: Any) -> L.Trainer:
         """A fresh Trainer for one stage; `what` is said in the progress bar and the log."""
         log.info("%s", what)
-        t = self.cfg.trainer
+        t, strategy = self.cfg.trainer, kwargs.pop("strategy", self.cfg.trainer.strategy)
         callbacks = [*kwargs.pop("callbacks", []), NamedProgressBar(what)]
         return L.Trainer(
-            accelerator=t.accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=t.strategy,
+            accelerator=t.accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=strategy,
             logger=self.loggers, callbacks=callbacks, default_root_dir=self.folder.path,
             # Our samplers shard exactly; Lightning's would repeat windows to fill up the last batch.
             use_distributed_sampler=False,
@@ -153,6 +154,7 @@ class Run:
             self.text.fresh if found.learns else (),
             self.cfg.recovery_settings,
             functools.partial(self._fit, done),
+            self.cfg.model.shard,
             self.teacher,
         )
 
@@ -171,15 +173,24 @@ class Run:
         """
         name, c = f"{done}-{type(stage).__name__}", self.cfg.corpora
         if (learned := self.folder.read(name)) is None:  # the step that shrinks or evaluates counts its cost
-            curve = DevelopmentCurve(self.text.development, points=points, keep=keep, batch_size=c.batch_size)
+            shard, student = self.cfg.model.shard, hasattr(stage, "student")
+            # Only the first process measures, and a sharded model needs all.
+            development = [] if shard else self.text.development
+            curve = DevelopmentCurve(development, points=points, keep=keep, batch_size=c.batch_size)
             text = self.text.fresh or [self.text.train[corpus] for corpus in c.recover]
             self.fit(
                 name, what, stage, text, batch_size=batch_size, max_epochs=1, gradient_clip_val=clip,
-                accumulate_grad_batches=accumulate, callbacks=[curve] * hasattr(stage, "student"),
+                accumulate_grad_batches=accumulate, callbacks=[curve] * student,
+                **({"strategy": self._sharded()} if shard and student else {}),
             )  # fmt: skip
             learned = {name: value.detach().cpu().clone() for name, value in stage.state_dict().items()}
             self.folder.write(name, learned)
         stage.load_state_dict(learned)
+
+    def _sharded(self) -> ModelParallelStrategy:
+        """For a stage whose student learns in parts."""
+        t = self.cfg.trainer
+        return ModelParallelStrategy(t.devices * t.num_nodes, 1, save_distributed_checkpoint=False)
 
 
 @contextmanager

@@ -62,6 +62,7 @@ class Material:
     settings: Mapping[str, Any] = field(default_factory=dict)  # flags of recoveries, by their names
     # Trains a stage on `fresh`, else on `text`. Its state_dict is what it learns: a run taken up gives it back.
     fit: Callable[..., None] | None = None
+    shard: bool = False  # whether layers are spread over processes while something learns
     teacher: PreTrainedModel | None = None  # before any pruning, where `dense` has been through earlier steps; frozen
 
     @property

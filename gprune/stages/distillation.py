@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,13 +41,21 @@ class DistillationStage(FrozenLMStage):
         dense: the teacher, frozen; its weights may lie on several devices, or off them.
         student: pruned; changed in place, and moved to the trainer's device as a whole.
         settings: the flags of `--distill`; all but `tokens`, which the text tells.
+        shard: spread the layers of both over all processes while it learns.
     """
 
     purpose = "distillation"
 
-    def __init__(self, dense: PreTrainedModel, student: PreTrainedModel, settings: DistillConfig):
-        super().__init__(dense)
+    def __init__(
+        self, dense: PreTrainedModel, student: PreTrainedModel, settings: DistillConfig, *, shard: bool = False
+    ):
+        super().__init__(dense, shard=shard)
         self.settings = settings
+        if shard and settings.targets in ("vectors", "lora"):
+            raise UserError(
+                f"--distill.targets {settings.targets}: expected mlp or all with --model.shard true, whose layers are "
+                f"spread over processes."
+            )
         layers = [len(blocks_of(model)) for model in (dense, student)]
         if settings.hidden and layers[0] != layers[1]:
             raise UserError(
@@ -53,6 +63,7 @@ class DistillationStage(FrozenLMStage):
                 f"of {layers[0]}; leave it 0 where whole blocks go."
             )
         self._student = (student,)
+        self._whole: tuple[PreTrainedModel, ...] = ()  # the student's shape, while its layers are spread
         self._dtypes = {name: parameter.dtype for name, parameter in student.named_parameters()}
         for parameter in student.parameters():  # steps of AdamW are smaller than what bfloat16 tells apart
             parameter.data = parameter.data.float()
@@ -141,6 +152,42 @@ class DistillationStage(FrozenLMStage):
         super().setup(stage)
         self.student.to(self.trainer.strategy.root_device)
 
+    def configure_model(self) -> None:
+        """Spread the student's layers over processes: PyTorch's `fully_shard`, with optimizer states of the parts."""
+        if not self._shard or self._whole or self.trainer.world_size < 2:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        tensors = itertools.chain(self.student.parameters(), self.student.buffers())
+        shapes = {id(t): _shape_of(t) for t in tensors}
+        self._whole = (copy.deepcopy(self.student, shapes),)
+        for block in blocks_of(self.student):
+            fully_shard(block.layer, mesh=self.device_mesh["data_parallel"])
+        self._learn_anew()
+
+    def teardown(self, stage: str) -> None:
+        super().teardown(stage)
+        if not self._whole:
+            return
+        whole = self._whole[0]
+        for kind, named in (
+            ("_parameters", self.student.named_parameters()),
+            ("_buffers", self.student.named_buffers()),
+        ):
+            for name, tensor in named:
+                path, _, leaf = name.rpartition(".")
+                full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+                kept = full.detach().cpu()
+                getattr(whole.get_submodule(path), kind)[leaf] = nn.Parameter(kept) if kind == "_parameters" else kept
+        whole.tie_weights()
+        self._student, self._whole = (whole.requires_grad_(False),), ()
+        self._learn_anew()
+
+    def _learn_anew(self) -> None:
+        """Register what learns: its tensors are others now."""
+        self.learned = nn.ParameterDict()
+        self._open()
+
     def configure_optimizers(self) -> dict[str, Any]:
         s, steps = self.settings, self.trainer.estimated_stepping_batches
         optimizer = torch.optim.AdamW(
@@ -171,6 +218,12 @@ class DistillationStage(FrozenLMStage):
             pairs = [relative_error(h, w.to(h.device)) for h, w in zip(found, wanted, strict=True)]
             losses = losses + s.hidden * torch.stack(pairs).mean(0)
         return self.batch_loss(losses, batch["weight"], "distill/loss")
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    """A tensor or parameter on the meta device."""
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _checkpointing(model: PreTrainedModel, what: Literal["enable", "disable"]) -> Callable[..., None]:
@@ -213,12 +266,11 @@ class Distill(Recovery):
     """KL to the dense model on text of `corpora.recover`, end to end: `DistillationStage` as a link of a run."""
 
     learns = True
-    sharded = False
 
     def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
         s = material.settings.get("distill", DistillConfig())
         remove_hook_from_submodules(pruned)  # of a dense model on several devices: what learns lies on one
-        stage = DistillationStage(material.teacher or material.dense, pruned, s)
+        stage = DistillationStage(material.teacher or material.dense, pruned, s, shard=material.shard)
         what = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"
         material.fit(
             what, stage, clip=s.clip, batch_size=s.batch_size, accumulate=s.accumulate, points=s.points, keep=s.keep

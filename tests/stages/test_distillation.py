@@ -16,7 +16,6 @@ from gprune.config import DistillConfig, RunConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
-from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
 from gprune.pipeline.plan import check
 from gprune.recovery import RECOVERY, Recovery, recovery_of
@@ -211,9 +210,10 @@ def test_a_loss_of_nothing_is_refused():
         DistillConfig(kl=0)
 
 
-def test_it_needs_the_model_in_every_process(tiny_model):
-    with pytest.raises(UserError, match=r"^--recovery distill: .* --model\.shard.*least_squares"):
-        recovery_of("least_squares+distill").refuse(blocks_of(tiny_model), shard=True)
+@pytest.mark.parametrize("targets", ["vectors", "lora"])
+def test_scales_and_adapters_are_not_spread_over_processes(targets, tiny_model):
+    with pytest.raises(UserError, match=rf"^--distill\.targets {targets}: expected mlp or all with --model\.shard"):
+        DistillationStage(tiny_model, tiny_model, DistillConfig(targets=targets), shard=True)
 
 
 def test_too_few_tokens_are_refused_before_anything_is_loaded():
@@ -391,18 +391,22 @@ def test_two_processes_learn_what_one_does_and_go_on_to_the_same_bits(world, tmp
     flags = ["--recovery=[least_squares,distill]", "--distill.tokens=576", "--distill.batch_size=4", "--export=none"]
     flags += ["--run.checkpoint_minutes=0", "--distill.learning_rate=0.001", "--gprune=false"]
     two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    found = {}
-    for name, processes, lives in (("one", 1, [99]), ("two", 2, [99]), ("killed", 2, [2, 1, 99])):
-        place = tmp_path / f"{name}-process"
+    found, spread = {}, ["--model.shard=true"]
+    for name, more, lives in (
+        ("one", [], [99]), ("two", two, [99]), ("killed", two, [2, 1, 99]), ("sharded", two + spread, [99]),
+        ("sharded and killed", two + spread, [2, 1, 99]),
+    ):  # fmt: skip
+        place, processes = tmp_path / f"{name}-process", 2 if more else 1
         place.mkdir()
         for life in lives:
-            args = [str(life), *world.args(tmp_path, *flags, *(two if processes > 1 else []), name=name)]
+            args = [str(life), *world.args(tmp_path, *flags, *more, name=name)]
             ended = tiny_run.train(args, place, processes=processes, script=tmp_path / "dying.py")
             assert [done.returncode for done in ended] == [0 if life == 99 else 9] * processes, ended[0].stderr
         found[name] = learned(tmp_path / name)
-    assert all(torch.equal(found["two"][name], t) for name, t in found["killed"].items())
-    for name, t in found["one"].items():
-        torch.testing.assert_close(found["two"][name], t, atol=2e-4, rtol=0)
+    for whole, killed in (("two", "killed"), ("sharded", "sharded and killed")):
+        assert all(torch.equal(found[whole][name], t) for name, t in found[killed].items())
+        for name, t in found["one"].items():
+            torch.testing.assert_close(found[whole][name], t, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("where", [{}, {"max_memory": {"cpu": "100KiB"}}])
