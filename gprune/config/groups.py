@@ -213,7 +213,7 @@ class SparsityConfig(Group):
     for every neuron, for which modules only matter as a start. both: the two together."""
     loss: Literal["cross_entropy", "kl"] = "cross_entropy"
     """cross_entropy: of the next token. kl: divergence from the dense model, one more forward pass per step."""
-    epochs: AtLeast1 = 2
+    epochs: AtLeast1 = 1
     """Passes over the learning windows."""
     learning_rate: Positive = 0.1
     """Adam step size of the thresholds, in logits."""
@@ -255,7 +255,7 @@ class DistillConfig(Group):
     """What learns. vectors: a scale per neuron and per attention channel, and the gains of norms, folded into the
     weights at the end. mlp: the FFN's weights. all: every weight of the decoder layers. lora: adapters, merged at the
     end (needs peft)."""
-    tokens: AtLeast1 = 24_576
+    tokens: AtLeast1 = 12_288
     """Tokens that are learned from, once, equally many of each of --corpora.recover; forward through the dense model,
     forward and backward through the pruned one."""
     batch_size: AtLeast1 = 1

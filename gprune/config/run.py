@@ -49,7 +49,7 @@ class RunConfig(Group):
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
-    recovery: str | list[str] = "none"
+    recovery: str | list[str] = "least_squares+distill"
     """What gives back what pruning took: one, or a chain such as [least_squares,distill]. none is the paper's method;
     beyond it: bias (means of what was removed), least_squares (output projections solved again on the dense model's
     activations), least_squares_sequential (block by block, on the activations of the pruned and recovered model so

@@ -23,6 +23,9 @@ RECORDS = Path(__file__).parents[2] / "experiments" / "records"  # rows in runs/
 FORMAT = 4  # of the names of records, which stay when the format of caches changes
 CONTROL = "control"  # what tables call the result of a row that the list names as a control
 
+# Defaults that have changed since the first record: names of records go on telling settings apart from these.
+FORMER_DEFAULTS = {"recovery": "none", "sparsity.epochs": 2}
+
 
 def plain(value: Any) -> Any:
     """As JSON gives it back."""
@@ -42,7 +45,7 @@ def path_of(row: Row) -> Path:
     its default, leaves yesterday's records what they were. A record with other tasks is never written over.
     """
     default, settings = (flat(plain(cfg.settings())) for cfg in (RunConfig(), row.config))
-    own = {name: value for name, value in settings.items() if value != default.get(name)}
+    own = {name: value for name, value in settings.items() if value != (default | FORMER_DEFAULTS).get(name)}
     key = key_of(format=FORMAT, settings=own)[:10]
     for path in sorted((RECORDS / "runs").glob(f"*-{key}*.json")):
         kept = read_json(path)

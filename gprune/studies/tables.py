@@ -30,7 +30,8 @@ def _check_text(done: Done) -> None:
     """Rows that ask for the same text have had the same: mirrors and the interpreter's own text differ by machine."""
     known: dict[tuple[Any, ...], tuple[str, str]] = {}
     for row, kept in done:
-        amount = [kept["settings"]["corpora"].get(n) for n in ("num_samples", "learn_samples", "seq_len")]
+        amount = [kept["settings"]["corpora"].get(n) for n in ("num_samples", "learn_samples", "seq_len", "bos")]
+        amount.append(kept["settings"].get("distill", {}).get("tokens"))
         amount += [kept["settings"]["evaluation"].get(n) for n in ("num_samples", "seq_len", "split")]
         for role, digest in kept["inputs"]["text"].items():
             name, before = known.setdefault((kept["inputs"]["model"], row.seed, role, *amount), (row.name, digest))

@@ -72,14 +72,17 @@ def test_the_mirror_has_the_rows_of_the_data_set():
     assert wikitext.wikitext2() == join_lines(raw)
 
 
-def test_windows_are_whole_in_order_and_without_bos():
+def test_windows_are_whole_in_order_and_open_with_bos_as_the_tokenizer_does():
     text = " ".join(np.random.default_rng(1).choice(WORDS, 100))
     tokenizer = tiny_tokenizer()
     plain = tokenizer(text).input_ids
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     assert tokenizer(text).input_ids[0] == 1
     windows = literature_windows(text, tokenizer, seq_len=16)
-    assert windows.tokens.tolist() == [plain[i : i + 16] for i in range(0, 96, 16)]
+    assert windows.tokens.tolist() == [[1, *plain[i : i + 15]] for i in range(0, 90, 15)]
+    for without in (literature_windows(text, tokenizer, seq_len=16, bos="never"),
+                    literature_windows(text, tiny_tokenizer(), seq_len=16)):  # fmt: skip
+        assert without.tokens.tolist() == [plain[i : i + 16] for i in range(0, 96, 16)]
 
 
 def usual_script(model, tokenizer, text: str, seq_len: int) -> float:

@@ -50,7 +50,8 @@ def test_all_ablations_are_rows_of_their_list():
     (listing,) = (lists.Listing.read(path) for path in LISTS if path.name == "ablations.yaml")
     files = {path.stem for path in (EXPERIMENTS / "ablations").glob("*.yaml")}
     assert {row.name for row in listing.rows} == files - {"base"} | {"base", "default"}
-    default = parse(["--config", str(EXPERIMENTS / "default.yaml"), "--evaluation.controls=[base_averaged]"])
+    files = [f"--config={EXPERIMENTS / name}.yaml" for name in ("default", "method")]
+    default = parse([*files, "--evaluation.controls=[base_averaged]"])
     assert listing.rows[1].config.settings() == default.settings()
 
 
