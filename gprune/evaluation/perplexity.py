@@ -67,12 +67,12 @@ def perplexity(
         progress: label of a progress bar, or None for none.
     """
     device = device_of(model)
-    metric = Perplexity().to(device)
+    metric = Perplexity()
     batches: Iterable[Tensor] = windows.tokens.split(batch_size)
     bar = {"desc": progress, "unit": "batch", "leave": False, "mininterval": 1.0, "file": sys.stdout}
     for batch in tqdm(batches, disable=True if progress is None else None, **bar):  # None: on in a terminal only
         for logits, targets in iter_logits(model, batch.to(device)):
-            metric.update(logits, targets.to(logits.device))
+            metric.to(logits.device).update(logits, targets.to(logits.device))  # the head's, which may be another one
     window_nll = torch.cat(metric.window_nll)  # float64; torchmetrics' own sum is float32
     nll = float(window_nll.sum()) / int(metric.count)
     if nll > 700:  # exp would overflow

@@ -113,10 +113,11 @@ def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Ten
         input_ids: (B, T) int64.
         teacher: `final_hidden` of these tokens without gates; the loss is then KL(teacher || model).
     """
-    hidden, head = final_hidden(model, input_ids), model.get_output_embeddings()
+    head = model.get_output_embeddings()
     targets = input_ids[:, 1:].flatten() if teacher is None else teacher.flatten(0, 1)
-    softcap = softcap_of(model)
-    losses = frozen_head_losses(hidden.flatten(0, 1), head.weight, head.bias, targets, softcap=softcap)
+    # Of a model on several devices the last layer lies on one, and a head that is tied to the embeddings on another.
+    hidden, targets = (t.to(head.weight.device) for t in (final_hidden(model, input_ids).flatten(0, 1), targets))
+    losses = frozen_head_losses(hidden, head.weight, head.bias, targets, softcap=softcap_of(model))
     return losses.view(len(input_ids), -1).mean(1)
 
 
