@@ -218,7 +218,8 @@ def _rows(
             named, runs = [group.name, row_name(*stage), len(group.runs)], group.runs
             if stage[0] == "dense":
                 first = group.runs[0]
-                values = ((r["corpus"], r["seen"], r["perplexity"]) for r in records_of(first, stage).values())
+                # Five digits: machines sum in other orders.
+                values = ((r["corpus"], r["seen"], f"{r['perplexity']:.5g}") for r in records_of(first, stage).values())
                 if (same := (first.model, *values)) in dense:
                     continue
                 label = first.records[0]["model"]
