@@ -12,8 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gprune.cli import main
 from gprune.errors import UserError
 from gprune.models import embedded as assets
+from gprune.runs.results import load_run
 from gprune.storage import wheels
 from gprune.storage.cache import cache_dir
 
@@ -234,3 +236,34 @@ def test_smollm2_cuts_numbers_into_digits_also_when_saved_again(tmp_path):
     for loaded in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         assert {text: loaded(text).input_ids for text in CUT_BY_LLAMA_CPP} == CUT_BY_LLAMA_CPP
         assert all(loaded.decode(ids) == text for text, ids in CUT_BY_LLAMA_CPP.items())
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_gemma_runs_end_to_end_with_bos_and_needs_it(tmp_path, capsys):
+    """Prune, recover, save, reload, generate; the pieces of its file, one after the other, are the file."""
+    whole = hashlib.sha256()
+    for wheel, member in assets.GEMMA_PIECES:
+        whole.update(wheels.read_member(wheel, member))
+    assert whole.hexdigest() == "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+    two = "[python_docs,python_code]"
+    flags = [
+        "--model.name=gemma-3-270m", "--gprune=false", "--sparsity.target=0.3", "--sparsity.scope=attention+ffn",
+        "--recovery=least_squares", "--evaluation.controls=[]", "--corpora.score=python_docs",
+        f"--corpora.recover={two}", f"--corpora.evaluate={two}", "--corpora.num_samples=4", "--corpora.seq_len=64",
+        "--evaluation.num_samples=4", "--evaluation.seq_len=64", "--logging.mode=disabled", f"--run.dir={tmp_path}",
+    ]  # fmt: skip
+    found = {}
+    for bos, more in (("auto", []), ("never", ["--export=none"])):
+        assert main([*flags, f"--corpora.bos={bos}", f"--run.name={bos}", *more]) == 0
+        found[bos] = load_run(tmp_path / bos)
+    assert {r["bos"] for r in found["auto"].records} == {True}
+    dense = {bos: run.summary["geometric_means"]["dense"]["seen"] for bos, run in found.items()}
+    assert dense["never"] > 2 * dense["auto"]
+    card = (tmp_path / "auto/model/README.md").read_text()
+    assert "Gemma-3-270M, de-quantised from Q4_K_M" in card
+    assert "Gemma Terms of Use" in card
+    model, tokenizer = found["auto"].model, found["auto"].tokenizer
+    prompt = tokenizer("The history of the railway began", return_tensors="pt")
+    assert prompt.input_ids[0, 0] == tokenizer.bos_token_id
+    assert model.generate(**prompt, max_new_tokens=5, do_sample=False).shape[1] == prompt.input_ids.shape[1] + 5
