@@ -118,10 +118,7 @@ def data_free_modules(run: FinishedRun) -> list[Tensor]:
         UserError: where the model cannot be had, or is another one than the run's.
     """
     model_settings, p = run.settings["model"], run.settings["partition"]
-    model, _ = load_model(
-        model_settings["name"], dtype=getattr(torch, model_settings["dtype"]),
-        trust_remote_code=model_settings["trust_remote_code"],
-    )  # fmt: skip
+    model, _ = load_model(model_settings["name"], dtype=getattr(torch, model_settings["dtype"]))
     if fingerprint(model) != run.model:
         raise UserError(
             f"The model '{model_settings['name']}' has other weights than the one '{run.path}' pruned; expected the "

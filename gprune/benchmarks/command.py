@@ -48,6 +48,11 @@ def parser() -> Parser:
         "--dtype", metavar="DTYPE",
         help="float32, bfloat16 or float16 (default: the run's own; float32 for other models)",
     )  # fmt: skip
+    made.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run Python code that comes with the model, which you have read",
+    )
     made.add_argument("--output", metavar="FILE", help="JSON (default: evaluation.json in the run; else none)")
     return made
 

@@ -52,7 +52,7 @@ def evaluate(
     """
     if any(name != WIKITEXT for name in asked.tasks):
         require_lm_eval()  # before a model is loaded
-    subjects, default = subjects_of(model, dense=dense, dtype=asked.dtype)
+    subjects, default = subjects_of(model, dense=dense, dtype=asked.dtype, trust_remote_code=asked.trust_remote_code)
     output = output or default
     if output is not None:
         read_evaluation(output)  # what is no such file is not written over

@@ -23,6 +23,7 @@ class Benchmarks:
         batch_size: choices per forward pass.
         source: of tasks: hub, local, or auto: the hub if it answers.
         dtype: of the weights; None for the run's own, float32 for other models.
+        trust_remote_code: run code that comes with a model.
     """
 
     tasks: tuple[str, ...] = ("piqa", "arc_easy")
@@ -32,6 +33,7 @@ class Benchmarks:
     batch_size: int = 8
     source: str = "auto"
     dtype: str | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:

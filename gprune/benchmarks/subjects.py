@@ -28,13 +28,16 @@ class Subject:
     load: Callable[[], Loaded]
 
 
-def subjects_of(name: str, *, dense: bool = False, dtype: str | None = None) -> tuple[list[Subject], Path | None]:
+def subjects_of(
+    name: str, *, dense: bool = False, dtype: str | None = None, trust_remote_code: bool = False
+) -> tuple[list[Subject], Path | None]:
     """The models that `name` stands for, and where their records belong: `evaluation.json` in the run.
 
     Args:
         name: a run's folder, a model folder, an embedded model or a hub id.
         dense: of a run, its dense model as well, first.
         dtype: of the weights; None for the run's own, float32 for other models.
+        trust_remote_code: run code that comes with a model. What a run's manifest says of it is nobody's consent.
 
     Raises:
         UserError: for a run that is not finished, one that left no model, and a folder that is neither.
@@ -46,34 +49,36 @@ def subjects_of(name: str, *, dense: bool = False, dtype: str | None = None) -> 
         if path.is_dir() and not (path / "config.json").is_file():
             raise UserError(f"'{name}' is neither a run (manifest.json) nor a model folder (config.json).")
         about = {"model": model_label(name), "stage": "model", "recovery": None, "sparsity": None, "scope": None}
-        return [Subject(about, lambda: load_model(name, dtype=getattr(torch, dtype or "float32")))], None
+        settings = {"dtype": getattr(torch, dtype or "float32"), "trust_remote_code": trust_remote_code}
+        return [Subject(about, lambda: load_model(name, **settings))], None
     run = finished(path)
     wanted = getattr(torch, dtype or run.settings["model"]["dtype"])
     label, sparsity = model_label(run.settings["model"]["name"]), run.settings["sparsity"]
     before = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
     after = {"model": label, "stage": run.final, "recovery": run.settings["recovery"]}
     after |= {"sparsity": sparsity["target"], "scope": sparsity["scope"]}
-    pruned = Subject(after, _pruned(path, run.settings, wanted))
-    first = [Subject(before, lambda: load_dense(path, run.settings, wanted))] if dense else []
+    pruned = Subject(after, _pruned(path, run.settings, wanted, trust_remote_code))
+    first = [Subject(before, lambda: load_dense(path, run.settings, wanted, trust_remote_code))] if dense else []
     return [*first, pruned], path / "evaluation.json"
 
 
-def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype) -> Loaded:
+def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded:
     """The model that a run pruned, in any dtype, frozen, and its tokenizer; refused where its weights have changed."""
     m = settings["model"]
-    trusted = m.get("trust_remote_code", False)
-    model, tokenizer = load_model(m["name"], dtype=getattr(torch, m["dtype"]), trust_remote_code=trusted)
+    model, tokenizer = load_model(m["name"], dtype=getattr(torch, m["dtype"]), trust_remote_code=trust_remote_code)
     if fingerprint(model) != settings["inputs"]["model"]:
         raise UserError(
             f"'{m['name']}' has other weights than the model that '{run}' pruned; put those back, or repeat the run."
         )
     if model.dtype != dtype:
         # Loaded again, since `.to` would round the frequencies of the rotary embedding as well.
-        model, _ = load_model(m["name"], dtype=dtype, trust_remote_code=trusted)
+        model, _ = load_model(m["name"], dtype=dtype, trust_remote_code=trust_remote_code)
     return model, tokenizer
 
 
-def _pruned(run: Path, settings: Mapping[str, Any], dtype: torch.dtype) -> Callable[[], Loaded]:
+def _pruned(
+    run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool
+) -> Callable[[], Loaded]:
     """Loads the exported folder; without one, the dense model under the masks, the same where nothing recovers."""
     if (run / "model" / "config.json").is_file():
         return lambda: load_model(str(exported_model(run)), dtype=dtype)
@@ -85,7 +90,7 @@ def _pruned(run: Path, settings: Mapping[str, Any], dtype: torch.dtype) -> Calla
     masks = read_run(run).masks
 
     def load() -> Loaded:
-        model, tokenizer = load_dense(run, settings, dtype)
+        model, tokenizer = load_dense(run, settings, dtype, trust_remote_code)
         return prune(model, masks), tokenizer
 
     return load

@@ -222,7 +222,7 @@ def load_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
     register()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return load_weights(folder, dtype=torch.float32), tokenizer
     except Exception as error:  # safetensors, tokenizers and transformers each raise their own
         raise UserError(f"Export: '{folder}' cannot be loaded: {first_line(error)}") from error

@@ -59,7 +59,8 @@ def run(row: Row) -> dict[str, Any]:
 
 def evaluated(folder: Path, cfg: gprune.RunConfig, tasks: dict[str, Any], dense_model: str) -> list[dict[str, Any]]:
     """Records of `gprune evaluate` on a finished run, the dense model's (by its fingerprint) first."""
-    asked = Benchmarks(tuple(tasks["names"]), **{k: tasks[k] for k in ("limit", "seq_len", "dtype") if k in tasks})
+    own = {k: tasks[k] for k in ("limit", "seq_len", "dtype") if k in tasks}
+    asked = Benchmarks(tuple(tasks["names"]), trust_remote_code=cfg.model.trust_remote_code, **own)
     shared = dense_path(dense_model, cfg.model.dtype, tasks)
     dense = (read_json(shared) or {}).get("records")
     records, _ = benchmarks.evaluate(str(folder), asked, dense=not dense)
