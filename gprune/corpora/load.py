@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gprune.corpora.files import SUFFIXES, load_files, text_files
 from gprune.errors import UserError
@@ -41,13 +42,27 @@ def load_corpus(name: str, split: str) -> list[str]:
     """
     if split not in SPLITS:
         raise UserError(f"Unknown split '{split}' of corpus '{name}'. Available: {', '.join(SPLITS)}.")
-    raw = _source(name)("test" if split == "test" else "train")
+    raw = documents_of(_source(name)("test" if split == "test" else "train"), name)
     documents = raw if split == "test" else _cut_development(raw, split)
     if not documents:
         raise UserError(
             f"Corpus '{name}' has no {split} documents: too few of them. Text without a test split is cut "
             f"70/30, and every {DEVELOPMENT_EVERY}th train document is development text. Give it more."
         )
+    return documents
+
+
+def documents_of(found: Any, name: str) -> list[str]:
+    """What a corpus gave, as a list of documents.
+
+    Raises:
+        UserError: for one string, whose letters would be documents, and for documents that are no strings.
+    """
+    wrong = type(found).__name__ if isinstance(found, str | bytes) or not isinstance(found, Iterable) else None
+    documents = [] if wrong else list(found)
+    wrong = wrong or next((f"one of {type(d).__name__}" for d in documents if not isinstance(d, str)), None)
+    if wrong:
+        raise UserError(f"Corpus '{name}': expected a list of documents, each a str, got {wrong}.")
     return documents
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from gprune.storage.files import (
 )
 
 log = logging.getLogger("gprune")
+SCRATCH = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as `storage.files` names a folder for what is not whole yet
 
 
 def _holds(path: Path, text: str) -> bool:
@@ -101,8 +103,9 @@ class RunFolder:
 
     def _take_up(self, settings: dict[str, Any], config_yaml: str) -> None:
         self._refuse_links()
-        for left in [*self.path.rglob(".*.tmp"), *self.path.glob(".model.*")]:  # by killed sittings: the folder is ours
-            shutil.rmtree(left, ignore_errors=True)
+        for left in self.path.rglob(".*.tmp"):  # by killed sittings; what is named otherwise is somebody's
+            if SCRATCH.fullmatch(left.name):
+                shutil.rmtree(left, ignore_errors=True)
         manifest = self.manifest
         changed = differences(manifest.get("settings"), settings) if manifest else []
         if changed and self.has_results():

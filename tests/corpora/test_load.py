@@ -6,7 +6,7 @@ import pytest
 
 from gprune.corpora import load as corpora
 from gprune.corpora.embedded import EMBEDDED_CORPORA
-from gprune.corpora.load import CORPORA, SPLITS, check_corpus, load_corpus
+from gprune.corpora.load import CORPORA, SPLITS, check_corpus, documents_of, load_corpus
 from gprune.errors import UserError
 from tests import built_in
 
@@ -160,3 +160,22 @@ def test_wheel_corpora_are_disjoint(name, monkeypatch):
     assert_disjoint(parts)
     assert all("<doc " not in text and "<|endoftext|>" not in text for part in parts.values() for text in part)
     assert sum(map(len, parts["train"])) > 100_000 * (name != "multilingual")
+
+
+@pytest.mark.parametrize(
+    ("found", "got"),
+    [
+        ("one long text", "str"),
+        (b"bytes", "bytes"),
+        (None, "NoneType"),
+        (["a", 3], "one of int"),
+        (["a", b"b"], "one of bytes"),
+    ],
+)
+def test_what_is_no_list_of_documents_is_refused(found, got):
+    """Of one string every letter would be a document."""
+    with built_in.scratch(CORPORA):
+        CORPORA.register("given")(lambda split: found)
+        with pytest.raises(UserError, match=rf"^Corpus 'given': expected a list of documents, each a str, got {got}\."):
+            load_corpus("given", "train")
+    assert documents_of((text for text in ("a", "b")), "given") == ["a", "b"]

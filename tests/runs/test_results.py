@@ -111,3 +111,16 @@ def test_a_result_shows_itself_in_ten_lines_and_as_tables(recovered):
     assert header.count("|") == 2 + len(table.columns)
     assert len(rows) == 1 + len(table)
     assert recovered._repr_html_().count("<tr") == 1 + len(table)
+
+
+def test_taking_a_run_up_removes_what_writers_left_and_nothing_of_the_users(recovered, tmp_path):
+    folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "copy"), key=None)
+    mine = [folder / ".model.backup", folder / "masks/.notes.x.tmp", folder / "model.tmp"]
+    left = [folder / ".model.ab12_xyz.tmp", folder / "masks/.base.safetensors.q1w2e3r4.tmp"]
+    for path in (*mine, *left):
+        path.mkdir()
+        (path / "file").touch()
+    settings = folder.manifest["settings"]
+    with folder.opened(settings, (folder / "config.yaml").read_text()):
+        assert all((path / "file").exists() for path in mine)
+        assert not any(path.exists() for path in left)
