@@ -26,8 +26,20 @@ class Scores:
 
 
 def score_channels(name: str, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """Scores by the metric `name`: (C,) float64, or one per unit. A UserError for another shape, NaN or infinity."""
+    """Scores by the metric `name`: (C,) float64, or one per unit.
+
+    Raises:
+        UserError: for another shape, NaN or infinity, and for a metric that writes into the weights it was given, which
+            are the model's.
+    """
+    given = [t for t in (*weights.inputs, weights.output, weights.scale) if t is not None]
+    before = [t._version for t in given]
     scores = IMPORTANCE[name](weights, moments, generator)
+    if before != [t._version for t in given]:
+        raise UserError(
+            f"Importance metric '{name}' changes the model's weights in place; expected one that computes with copies "
+            f"(weights.output.clone(), or abs() for abs_())."
+        )
     C = weights.output.shape[1]
     if not isinstance(scores, Tensor) or tuple(scores.shape) not in ((C,), (C // weights.per_unit,)):
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__

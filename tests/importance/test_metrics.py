@@ -626,3 +626,11 @@ def test_an_unknown_metric_lists_what_there_is(tiny_model, token_batch):
     listed = ", ".join(BUILT_IN)
     with pytest.raises(UserError, match=rf"Unknown importance metric 'wanda'.*Available: {listed}"):
         score_units("wanda", blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6)))
+
+
+@pytest.mark.usefixtures("scratch_registry")
+def test_a_metric_that_writes_into_the_weights_is_refused(tiny_model, token_batch):
+    gprune.metric("writes", activation_free=True)(lambda w, m, g: w.output.abs_().sum(0))
+    statistics = collect(tiny_model, batches(token_batch, 6))
+    with pytest.raises(UserError, match=r"^Importance metric 'writes' changes the model's weights in place"):
+        score_units("writes", blocks_of(tiny_model), statistics)
