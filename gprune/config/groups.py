@@ -62,7 +62,7 @@ class ModelConfig(Group):
     """Handed to transformers, e.g. auto. Without it the model goes where the trainer's device is."""
     max_memory: dict[str, str] | None = None
     """What weights may take, e.g. {0: 20GiB, cpu: 60GiB}, by device number or cpu; with device_map. The rest stays on
-    disk and is fetched block by block: such a model can be calibrated, pruned and recovered, but nothing learned."""
+    disk and is fetched block by block: no gradient goes through such a model, but what is left can be distilled."""
     shard: bool = False
     """Spread the layers of the frozen model over all processes (PyTorch's fully_shard) while statistics are collected
     and thresholds learned, for models that do not fit one device. Needs two or more --trainer.devices or .num_nodes."""

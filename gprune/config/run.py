@@ -53,8 +53,9 @@ class RunConfig(Group):
     """What gives back what pruning took: one, or a chain such as [least_squares,distill]. none is the paper's method;
     beyond it: bias (means of what was removed), least_squares (output projections solved again on the dense model's
     activations), least_squares_sequential (block by block, on the activations of the pruned and recovered model so
-    far; costs some three forward passes for each pruned model), distill (weights learn to predict as the dense model
-    does, see --distill), or one registered from Python."""
+    far; costs some three forward passes for each pruned model), reconstruct (that, and then all matrices of a block
+    learn, see --reconstruct), distill (weights learn to predict as the dense model does, see --distill), or one
+    registered from Python."""
     ridge: NonNegative = 0.01
     """Ridge of least_squares and of least_squares_sequential, relative to the mean diagonal of the Gram matrix."""
     distill: DistillConfig = field(default_factory=DistillConfig)
