@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.benchmarks.harness import LoadedTask, load_tasks, require_lm_eval
 from gprune.console import quieted
+from gprune.corpora.windows import opening
 from gprune.errors import UserError
 from gprune.evaluation.accuracy import accuracy, chance, is_correct
 
@@ -66,7 +67,7 @@ def zero_shot(
         "harness": f"lm_eval {harness}",
         "num_fewshot": 0,
         "limit": limit,
-        "bos": tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id],
+        "bos": opening(tokenizer, "auto") is not None,
         "chat_template": False,
         "dtype": str(model.dtype).removeprefix("torch."),
     }

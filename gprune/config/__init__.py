@@ -2,18 +2,17 @@
 
 from gprune.config.groups import (
     CorporaConfig,
-    DistillConfig,
     EvaluationConfig,
     LoggingConfig,
     ModelConfig,
     PartitionConfig,
-    ReconstructConfig,
     ReliabilityConfig,
     RunFolderConfig,
     SparsityConfig,
     TrainerConfig,
 )
 from gprune.config.parse import RETIRED, parse
+from gprune.config.recovery import DistillConfig, ReconstructConfig
 from gprune.config.run import RunConfig
 
 __all__ = [

@@ -12,18 +12,17 @@ from gprune.checks import NonNegative
 from gprune.config.groups import (
     SEVERAL,
     CorporaConfig,
-    DistillConfig,
     EvaluationConfig,
     Group,
     LoggingConfig,
     ModelConfig,
     PartitionConfig,
-    ReconstructConfig,
     ReliabilityConfig,
     RunFolderConfig,
     SparsityConfig,
     TrainerConfig,
 )
+from gprune.config.recovery import DistillConfig, ReconstructConfig
 from gprune.corpora.load import check_corpus, identity
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE

@@ -51,6 +51,8 @@ def narrow(run: Run, choose: Callable[[Run], Chosen]) -> Narrowed:
         choose: steps 1 to 8.
     """
     whole, kept, steps = run.budget, None, run.cfg.sparsity.schedule
+    if not steps:
+        return Narrowed(run, None)
     last = replace(run, text=replace(run.text, fresh=share(run.text.fresh, len(steps), len(steps) + 1)))
     for number, sparsity in enumerate(steps):
         log.info("Step %d of %d: %.0f%% of the scope", number + 1, len(steps) + 1, 100 * sparsity)

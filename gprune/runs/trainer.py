@@ -18,6 +18,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from gprune.console import quieted
 from gprune.errors import UserError
 from gprune.storage.files import replacing
 
@@ -36,11 +37,8 @@ def check_trainer(
         UserError: for an accelerator that is not there, too many devices, an unknown strategy, or a precision that the
             device lacks.
     """
-    info = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = info.level
-    info.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), quieted("lightning.pytorch.utilities.rank_zero"):
             trainer = L.Trainer(
                 accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision,
                 logger=False, enable_checkpointing=False, enable_model_summary=False,
@@ -52,8 +50,6 @@ def check_trainer(
             f"--trainer: cannot use accelerator '{accelerator}' with {devices} device(s), strategy '{strategy}' and "
             f"precision '{precision}' here: {reason}. Expected e.g. --trainer.accelerator auto --trainer.strategy auto."
         ) from error
-    finally:
-        info.setLevel(level)
     device = trainer.strategy.root_device
     if device.type == "mps":
         raise UserError(
@@ -145,6 +141,7 @@ class Checkpoints(L.Callback):
         return None
 
     def done(self) -> None:
+        """Remove the checkpoint: the stage has learned."""
         self.path.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

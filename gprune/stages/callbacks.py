@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gprune.corpora.windows import Windows
+from gprune.evaluation.intervals import geometric_mean
 from gprune.evaluation.perplexity import perplexity
 from gprune.models.masks import Masks
 from gprune.partition.record import Modules
@@ -111,6 +112,7 @@ class DevelopmentCurve(L.Callback):
         self.measured: dict[int, float] = {}  # geometric mean by step
         self.best: dict[str, Tensor] = {}  # what was learned by the step with the lowest
         self.tokens = 0
+        self.due: set[int] = set()  # steps after which it measures
 
     def state_dict(self) -> dict[str, Any]:
         return {"measured": self.measured, "best": self.best, "tokens": self.tokens}
@@ -119,6 +121,8 @@ class DevelopmentCurve(L.Callback):
         self.measured, self.best, self.tokens = state["measured"], state["best"], state["tokens"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        steps = trainer.estimated_stepping_batches
+        self.due = {round(steps * point / self.points) for point in range(1, self.points + 1)}
         if not self.measured:  # else it goes on from a checkpoint
             self._measure(trainer, pl_module)
 
@@ -126,9 +130,7 @@ class DevelopmentCurve(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.tokens += int((batch["weight"] > 0).sum()) * batch["input_ids"].shape[1]
-        steps = trainer.estimated_stepping_batches
-        due = {round(steps * point / self.points) for point in range(1, self.points + 1)}
-        if trainer.global_step in due - set(self.measured):
+        if trainer.global_step in self.due - self.measured.keys():
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -144,7 +146,7 @@ class DevelopmentCurve(L.Callback):
             found = perplexities(pl_module.student, self.windows, self.batch_size)
             tokens = {"distill/tokens": float(self.tokens * trainer.world_size)}
             log_perplexities(trainer, "distill", tokens, found, trainer.global_step)
-        mean = trainer.strategy.broadcast(math.exp(sum(map(math.log, found.values())) / max(1, len(found))))
+        mean = trainer.strategy.broadcast(geometric_mean(found.values()))
         if self.keep == "best" and mean < min(self.measured.values(), default=math.inf):
             self.best = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
         self.measured[trainer.global_step] = mean

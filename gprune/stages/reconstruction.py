@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from gprune.calibration.layerwise import Call
 from gprune.config import ReconstructConfig
+from gprune.console import quieted
 from gprune.models.blocks import Block
 from gprune.models.offload import device_of
 from gprune.recovery.contract import NOTHING, Material, Revise, recovery
@@ -113,7 +113,7 @@ class ReconstructedPrefix(PrunedPrefix):
         before = stage.mean_loss()
         for parameter in stage.learned.values():
             parameter.requires_grad_()
-        with quiet_lightning():
+        with quieted("lightning.pytorch.utilities.rank_zero"):  # it says what devices there are, each time
             trainer = L.Trainer(
                 max_epochs=self.settings.passes, accelerator="gpu" if device_of(block.layer).type == "cuda" else "cpu",
                 devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -126,18 +126,6 @@ class ReconstructedPrefix(PrunedPrefix):
             parameter.grad = None
             parameter.data = parameter.data.to(dtypes[name])
         self.errors.append((before, stage.mean_loss()))
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Without what Lightning says of its devices each time."""
-    info = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = info.level
-    info.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        info.setLevel(level)
 
 
 @recovery("reconstruct")

@@ -199,7 +199,8 @@ def test_entries_longer_than_a_block_and_truncated_files(start, tmp_path):
 
 def sittings(path):
     """The ids of W&B's runs in a run folder, and the versions of its CSV."""
-    ids = [folder.name.rpartition("-")[2] for folder in (path / "wandb").glob("offline-run-*")]
+    # offline-run-DATE-ID, and a number behind it for a sitting that began in the same second
+    ids = [folder.name.split("-")[3] for folder in (path / "wandb").glob("offline-run-*")]
     return ids, sorted(folder.name for folder in (path / "csv").iterdir())
 
 
