@@ -49,7 +49,7 @@ GOALS = {
     "step, cross-entropy": 1.15,
     "step, mlp": 1.10,
     "step, all": 1.10,
-}  # fmt: skip; ratios
+}  # ratios
 MEMORY_GOAL = 1.10  # of a step of distillation over the bare one
 PARTITION_GOALS = 10.0, 2048.0  # seconds, MiB
 

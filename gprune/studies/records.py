@@ -45,7 +45,8 @@ def path_of(row: Row) -> Path:
     its default, leaves yesterday's records what they were. A record with other tasks is never written over.
     """
     default, settings = (flat(plain(cfg.settings())) for cfg in (RunConfig(), row.config))
-    own = {name: value for name, value in settings.items() if value != (default | FORMER_DEFAULTS).get(name)}
+    usual = default | FORMER_DEFAULTS
+    own = {name: value for name, value in settings.items() if value != usual.get(name)}
     key = key_of(format=FORMAT, settings=own)[:10]
     for path in sorted((RECORDS / "runs").glob(f"*-{key}*.json")):
         kept = read_json(path)
