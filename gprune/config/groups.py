@@ -223,6 +223,11 @@ class SparsityConfig(Group):
     """How far an offset may move a neuron's rank, in logits. A gradient does not see what removing a neuron that
     carries most of its block would do; a limit keeps what the metric ranks highest."""
 
+    @property
+    def steps(self) -> int:
+        """In how many steps the model is pruned, each on what the one before has left."""
+        return 1 + len(self.schedule)
+
     def check(self) -> None:
         starts = [name for name in ALLOCATION if not (ALLOCATION[name].modules or ALLOCATION[name].whole_blocks)]
         for flag, name, known in (("allocation", self.allocation, list(ALLOCATION)), ("start", self.start, starts)):

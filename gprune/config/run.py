@@ -82,7 +82,7 @@ class RunConfig(Group):
                 f"--distill.tokens: expected one window of each of --corpora.recover at least ({least:,} tokens), got "
                 f"{self.distill.tokens:,}."
             )
-        steps = 1 + len(self.sparsity.schedule)
+        steps = self.sparsity.steps
         if steps > 1 and self.evaluation.controls:
             raise UserError(
                 f"--sparsity.schedule: controls are pruned in one step, and cost a run of their own; expected "

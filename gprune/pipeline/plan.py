@@ -138,10 +138,9 @@ def count_tokens(cfg: RunConfig) -> tuple[int, int]:
     learning = cfg.learns * s.epochs * len(c.learn) * (c.learn_samples or c.num_samples) * c.seq_len
     recovered = [recovery_tokens(cfg, recovery) for _, recovery in cfg.stages]
     evaluated = len(c.evaluate) * e.num_samples * e.seq_len * (1 + len(cfg.stages))
-    steps = 1 + len(s.schedule)
-    forward = steps * (calibration - backward + points * development + learning * (s.loss == "kl")) + evaluated
+    forward = s.steps * (calibration - backward + points * development + learning * (s.loss == "kl")) + evaluated
     forward += sum(tokens for tokens, _ in recovered) + 3 * min(e.seq_len, 128)  # and what `pipeline.save` compares
-    return forward, steps * (backward + learning) + sum(tokens for _, tokens in recovered)
+    return forward, s.steps * (backward + learning) + sum(tokens for _, tokens in recovered)
 
 
 def recovery_tokens(cfg: RunConfig, recovery: str) -> tuple[int, int]:
@@ -149,7 +148,7 @@ def recovery_tokens(cfg: RunConfig, recovery: str) -> tuple[int, int]:
     c = cfg.corpora
     windows = len(c.recover) * c.seq_len  # one of each corpus
     return recovery_of(recovery).tokens(
-        windows * c.num_samples * (1 + len(cfg.sparsity.schedule)),
+        windows * c.num_samples * cfg.sparsity.steps,
         windows * cfg.distilled_windows,
         attention=cfg.attention,
         settings=cfg.recovery_settings,

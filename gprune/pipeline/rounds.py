@@ -50,17 +50,17 @@ def narrow(run: Run, choose: Callable[[Run], Chosen]) -> Narrowed:
     Args:
         choose: steps 1 to 8.
     """
-    whole, kept, steps = run.budget, None, run.cfg.sparsity.schedule
-    if not steps:
+    whole, kept, steps = run.budget, None, run.cfg.sparsity.steps
+    if steps == 1:
         return Narrowed(run, None)
-    last = replace(run, text=replace(run.text, fresh=share(run.text.fresh, len(steps), len(steps) + 1)))
-    for number, sparsity in enumerate(steps):
-        log.info("Step %d of %d: %.0f%% of the scope", number + 1, len(steps) + 1, 100 * sparsity)
+    last = replace(run, text=replace(run.text, fresh=share(run.text.fresh, steps - 1, steps)))
+    for number, sparsity in enumerate(run.cfg.sparsity.schedule):
+        log.info("Step %d of %d: %.0f%% of the scope", number + 1, steps, 100 * sparsity)
         part = replace(
             last,
             folder=run.folder.inside(f"steps/{number + 1}-{sparsity:g}"),
             plan=replace(run.plan, budget=remaining(whole, last, sparsity)),
-            text=replace(run.text, fresh=share(run.text.fresh, number, len(steps) + 1)),
+            text=replace(run.text, fresh=share(run.text.fresh, number, steps)),
         )
         chosen = choose(part)
         masks = chosen.masks[run.cfg.final]

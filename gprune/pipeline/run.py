@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -146,16 +147,16 @@ class Run:
         return Material(
             self.model,
             masks,
-            self.cfg.ridge,
-            pooled(statistics[corpus] for corpus in c.recover) if found.needs - {"text"} else None,
-            [self.text.train[corpus] for corpus in c.recover] if "text" in found.needs else (),
-            c.batch_size,
-            self.meter.add,
-            self.text.fresh if found.learns else (),
-            self.cfg.recovery_settings,
-            functools.partial(self._fit, done),
-            self.cfg.model.shard,
-            self.teacher,
+            ridge=self.cfg.ridge,
+            statistics=pooled(statistics[corpus] for corpus in c.recover) if found.needs - {"text"} else None,
+            text=[self.text.train[corpus] for corpus in c.recover] if "text" in found.needs else (),
+            batch_size=c.batch_size,
+            count=self.meter.add,
+            fresh=self.text.fresh if found.learns else (),
+            settings=self.cfg.recovery_settings,
+            fit=functools.partial(self._fit, done),
+            shard=self.cfg.model.shard,
+            teacher=self.teacher,
         )
 
     def _fit(
@@ -173,23 +174,24 @@ class Run:
         """
         name, c = f"{done}-{type(stage).__name__}", self.cfg.corpora
         if (learned := self.folder.read(name)) is None:  # the step that shrinks or evaluates counts its cost
-            shard, student = self.cfg.model.shard, hasattr(stage, "student")
             # Only the first process measures, and a sharded model needs all.
-            development = [] if shard else self.text.development
+            development = [] if self.cfg.model.shard else self.text.development
             curve = DevelopmentCurve(development, points=points, keep=keep, batch_size=c.batch_size)
             text = self.text.fresh or [self.text.train[corpus] for corpus in c.recover]
             self.fit(
                 name, what, stage, text, batch_size=batch_size, max_epochs=1, gradient_clip_val=clip,
-                accumulate_grad_batches=accumulate, callbacks=[curve] * student,
-                **({"strategy": self._sharded()} if shard and student else {}),
+                accumulate_grad_batches=accumulate, callbacks=[curve] * hasattr(stage, "student"),
+                strategy=self._strategy(stage),
             )  # fmt: skip
             learned = {name: value.detach().cpu().clone() for name, value in stage.state_dict().items()}
             self.folder.write(name, learned)
         stage.load_state_dict(learned)
 
-    def _sharded(self) -> ModelParallelStrategy:
-        """For a stage whose student learns in parts."""
+    def _strategy(self, stage: L.LightningModule) -> str | ModelParallelStrategy:
+        """The trainer's; or, for a stage that spreads what learns over processes, Lightning's for such."""
         t = self.cfg.trainer
+        if not (self.cfg.model.shard and is_overridden("configure_model", stage)):
+            return t.strategy
         return ModelParallelStrategy(t.devices * t.num_nodes, 1, save_distributed_checkpoint=False)
 
 
