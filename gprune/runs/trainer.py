@@ -89,6 +89,10 @@ class NamedProgressBar(TQDMProgressBar):
         self._started, self._tokens = time.monotonic(), 0
         return bar
 
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description(self.what)  # in place of Lightning's "Epoch 0"
+
     def init_test_tqdm(self) -> Any:
         bar = super().init_test_tqdm()
         bar.set_description(self.what)
