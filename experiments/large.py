@@ -35,10 +35,10 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from gprune.calibration.statistics import gram_bytes
+from gprune.checks import bytes_of
 from gprune.models.blocks import blocks_of
 from gprune.models.embedded import byte_tokenizer
 from gprune.models.loading import skeleton
-from gprune.models.offload import bytes_of
 from gprune.runs.results import load_run
 
 MB = 1e6

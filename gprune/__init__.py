@@ -5,26 +5,44 @@ import gprune
 result = gprune.prune(gprune.RunConfig())      # SmolLM2-135M, half of its FFN neurons
 result = gprune.load_run("runs/<name>")        # brings it back
 small = gprune.apply_masks(model, result.masks)  # the same masks on another copy of the model
+
+What needs PyTorch and transformers is imported when it is first used: `gprune --help` takes no seconds.
 """
 
+from typing import TYPE_CHECKING
+
+from gprune import corpora, stages  # noqa: F401 - they register themselves
 from gprune.config import RunConfig
 from gprune.corpora.load import CORPORA
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE, metric
+from gprune.lazy import later
 from gprune.models.families import FAMILIES, Family
-from gprune.models.loading import register as _register
-from gprune.models.masks import Masks
-from gprune.models.surgery import prune as apply_masks
-from gprune.pipeline.prune import prune
 from gprune.recovery import RECOVERY, recovery
-from gprune.runs.results import PruningResult, load_run
 from gprune.sparsity.allocation import ALLOCATION, allocation
-from gprune.sparsity.gates import masked
 
-_register()  # AutoModelForCausalLM then loads what we export without trust_remote_code
+if TYPE_CHECKING:
+    from gprune.models.loading import register
+    from gprune.models.masks import Masks
+    from gprune.models.surgery import prune as apply_masks
+    from gprune.pipeline.prune import prune
+    from gprune.runs.results import PruningResult, load_run
+    from gprune.sparsity.gates import masked
 
 __version__ = "0.1.0"
 __all__ = [
     "ALLOCATION", "CORPORA", "FAMILIES", "IMPORTANCE", "RECOVERY", "Family", "Masks", "PruningResult", "RunConfig",
-    "UserError", "allocation", "apply_masks", "load_run", "masked", "metric", "prune", "recovery",
+    "UserError", "allocation", "apply_masks", "load_run", "masked", "metric", "prune", "recovery", "register",
 ]  # fmt: skip
+__getattr__, __dir__ = later(
+    __name__,
+    {
+        "Masks": "gprune.models.masks:Masks",
+        "PruningResult": "gprune.runs.results:PruningResult",
+        "apply_masks": "gprune.models.surgery:prune",
+        "load_run": "gprune.runs.results:load_run",
+        "masked": "gprune.sparsity.gates:masked",
+        "prune": "gprune.pipeline.prune:prune",
+        "register": "gprune.models.loading:register",
+    },
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -33,6 +34,8 @@ WORDS: dict[type, str] = {  # what people are told to give
     Quantile: "a quantile in [0, 1]",
     Sparsity: "a fraction of parameters removed (half of them is 0.5) inside (0, 1)",
 }
+UNITS = {"": 1, "b": 1} | {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}
+UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
 NAMED = {kind.__name__: words for kind, words in WORDS.items()}
 
 
@@ -75,3 +78,19 @@ def in_our_words(message: str) -> str:
     if flag and got and choice:
         return f"--{flag[1]}: expected one of {choice[1].replace(chr(39), '')}, got '{said}'"
     return re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"--\1:", message))
+
+
+def bytes_of(size: str) -> int:
+    """'2GiB', '500MB' or '1.5 TiB' as bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)", size.strip(), re.IGNORECASE)
+    if match is None or not 0 < float(match[1]) < 1e15:
+        raise UserError(f"--model.max_memory: expected sizes such as 2GiB or 500MB, got '{size}'.")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def memory_limits(sizes: Mapping[str, str]) -> dict[str | int, int]:
+    """`--model.max_memory` as transformers takes it: bytes by `cpu` or device number."""
+    for device in sizes:
+        if device != "cpu" and not re.fullmatch(r"[0-9]{1,4}", str(device)):
+            raise UserError(f"--model.max_memory: expected cpu or a device number such as 0, got '{device}'.")
+    return {device if device == "cpu" else int(device): bytes_of(str(size)) for device, size in sizes.items()}

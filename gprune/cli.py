@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from gprune.config.parse import parse
-from gprune.console import guarded, process_index, quiet
+from gprune.console import guarded, process_index, quiet, speak
+
+log = logging.getLogger("gprune")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -21,6 +24,10 @@ def main(args: Sequence[str] | None = None) -> int:
 def run(args: Sequence[str] | None) -> str:
     """Prune as the flags say; returns what is printed: the table of the first process, nothing of the others."""
     cfg = parse(args)
+    speak()
+    if not cfg.dry_run:  # before what takes seconds to import
+        log.info("%s: removing %.3g %% of %s", cfg.model.name, 100 * cfg.sparsity.target, cfg.sparsity.scope)
+        log.info("Into %s", cfg.folder)
     quiet()
     from gprune.pipeline.plan import check
     from gprune.pipeline.prune import prune

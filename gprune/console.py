@@ -84,15 +84,20 @@ class StdoutHandler(logging.StreamHandler):
         return sys.stdout
 
 
-def quiet() -> None:
-    """Our own progress on stdout; of the libraries', warnings that matter. stderr is for the one line of an error."""
-    import transformers
-
+def speak() -> None:
+    """Our own progress goes to stdout; stderr is for the one line of an error."""
     handler = StdoutHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     ours = logging.getLogger("gprune")
     ours.handlers, ours.propagate = [handler], False
     ours.setLevel(logging.INFO if process_index() == 0 else logging.ERROR)
+
+
+def quiet() -> None:
+    """Our own progress, and of the libraries', which are imported, warnings that matter."""
+    speak()
+    import transformers
+
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()

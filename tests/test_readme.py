@@ -21,7 +21,7 @@ from gprune.calibration.statistics import Moments
 from gprune.config import RETIRED
 from gprune.export.command import parser as export_parser
 from gprune.export.hf import save_pruned
-from gprune.importance import UnitWeights
+from gprune.importance.weights import UnitWeights
 from gprune.models.blocks import blocks_of
 from gprune.models.families import FAMILIES, table
 from gprune.models.loading import load_model

@@ -31,8 +31,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from gprune.checks import memory_limits
 from gprune.cli import main
-from gprune.models.offload import memory_limits
 from gprune.runs.results import PruningResult, load_run
 from tests.conftest import make_tiny_llama
 

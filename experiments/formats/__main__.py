@@ -84,7 +84,7 @@ def cases(work: Path, python: Path) -> Iterator[Case]:
             read = with_reader("stock" if stock else "remote code")
             yield Case(Row("hf", name, f"transformers {version}", load), folder, read, overlay)
         if not stock:
-            load = "import gprune; AutoModelForCausalLM.from_pretrained(FOLDER)"
+            load = "gprune.register(); AutoModelForCausalLM.from_pretrained(FOLDER)"
             for version in (OLDER[-1], installed):
                 row = Row("hf", name, f"gprune, transformers {version}", load)
                 yield Case(row, folder, with_reader("gprune"), versions[version])

@@ -40,7 +40,9 @@ def reader(request_file: str) -> None:
         logits = torch.from_numpy(session.run(["logits"], inputs)[0])
     else:
         if request["kind"] == "gprune":
-            import gprune  # noqa: F401 - registers its classes
+            import gprune
+
+            gprune.register()
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(

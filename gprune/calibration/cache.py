@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gprune.calibration.statistics import KINDS, CorpusStatistics, StoredGram, kind_of
+from gprune.calibration.kinds import KINDS
+from gprune.calibration.statistics import CorpusStatistics, StoredGram, kind_of
 from gprune.models.blocks import Block
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_tensors, write_tensors

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
+from gprune.calibration.kinds import KINDS
 from gprune.calibration.moments import StreamingExpertMoments, StreamingMoments, StreamingTurn, channel_statistics
 from gprune.calibration.saliency import StreamingGradients, channel_saliency, salient_parts
-from gprune.calibration.statistics import KINDS, CorpusStatistics
+from gprune.calibration.statistics import CorpusStatistics
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.experts import watch_experts
 from gprune.models.losses import next_token_losses

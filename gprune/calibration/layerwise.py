@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gprune.calibration.collector import Collector
-from gprune.calibration.statistics import KINDS, CorpusStatistics, StoredGram, gram_bytes
+from gprune.calibration.kinds import KINDS
+from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_bytes
 from gprune.models.blocks import Block, blocks_of, decoder_layers
 from gprune.models.losses import capped, softcap_of
 from gprune.models.offload import device_of, is_offloaded, resident

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gprune.calibration.kinds import EXTRAS, KINDS
 from gprune.calibration.saliency import Saliency
 from gprune.errors import UserError
 from gprune.models.blocks import Block
 from gprune.storage.files import read_tensors
 
 SUMS = ("count", "sum", "sum_sq")
-KINDS = (("ffn", "down"), ("attention", "output"))
-EXTRAS = ("gram", "saliency")  # collected only if something needs them
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,20 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, get_type_hints
 
-from gprune.checks import AtLeast1, AtLeast2, AtLeast8, NonNegative, Positive, Quantile, Seed, Sparsity, check
+from gprune.checks import (
+    AtLeast1,
+    AtLeast2,
+    AtLeast8,
+    NonNegative,
+    Positive,
+    Quantile,
+    Seed,
+    Sparsity,
+    check,
+    memory_limits,
+)
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
-from gprune.models.offload import memory_limits
 from gprune.sparsity.allocation import ALLOCATION, check_options
 
 # What modules may switch to besides activation-free metrics: the base metric seen through all drift corpora, as the

@@ -235,6 +235,11 @@ class RunConfig(Group):
         return plain
 
     @property
+    def folder(self) -> str:
+        """Where results go."""
+        return os.path.join(os.path.expanduser(self.run.dir), self.run_name)
+
+    @property
     def run_name(self) -> str:
         """`--run.name`, or a name that equal settings share and different settings do not."""
         if self.run.name:

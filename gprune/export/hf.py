@@ -4,7 +4,7 @@ Where all blocks have the same shape, and the family's stock config can say it, 
 nobody's code. Else it holds safetensors, a config.json with the table `per_layer_config`, and the modelling file
 `modeling_pruned.py`, one for all families, so
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works wherever transformers does; after
-`register()`, which `import gprune` calls, it works without remote code. An export counts only after `check_reload`: a
+`gprune.register()` it works without remote code. An export counts only after `check_reload`: a
 fresh process must get the logits of the model in memory out of it.
 """
 
@@ -30,11 +30,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
+from gprune.checks import memory_limits
 from gprune.errors import UserError
 from gprune.models import modeling_pruned
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import pruned_classes, register, skeleton
-from gprune.models.offload import device_of, is_offloaded, lend_all, memory_limits
+from gprune.models.offload import device_of, is_offloaded, lend_all
 from gprune.storage.files import replacing
 
 log = logging.getLogger("gprune")

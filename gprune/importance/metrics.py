@@ -18,14 +18,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from gprune.calibration.statistics import EXTRAS, Moments
-from gprune.importance.weights import UnitWeights
+from gprune.calibration.kinds import EXTRAS
 from gprune.registry import Registry
+
+if TYPE_CHECKING:  # flags are checked by what is registered here, which should not wait for PyTorch
+    import torch
+    from torch import Tensor
+
+    from gprune.calibration.statistics import Moments
+    from gprune.importance.weights import UnitWeights
 
 IMPORTANCE: Registry[Callable[..., Tensor]] = Registry("importance metric")
 
@@ -112,6 +115,8 @@ def obs(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> T
     s_j = ||X_j||_2^2 ||W_:j||_2^2 / n. Rank drift comes from `wanda_sp`, since halves of a corpus have no Gram matrix.
     Our reading.
     """
+    import torch
+
     G = moments.gram.double() / moments.count
     dead = G.diagonal() == 0
     damping = max(0.01 * float(G.diagonal().mean()), 1e-30)
@@ -209,6 +214,10 @@ def gaussian_sp(weights: UnitWeights, moments: Moments, generator: torch.Generat
 
 def _expected_square(weights: UnitWeights) -> Tensor:
     """E X^2 per channel, (C,) float64, for x ~ N(0, I)."""
+    import numpy as np
+    import torch
+    from torch import nn
+
     scale = 1.0 if weights.scale is None else weights.scale.double()
     rows = [r.double() * scale for r in weights.inputs]
     means = [torch.zeros(len(r), dtype=torch.float64) for r in rows]
@@ -231,4 +240,6 @@ def _expected_square(weights: UnitWeights) -> Tensor:
 @metric("random", activation_free=True)
 def random(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
     """s_j ~ Uniform(0, 1) from the seeded generator: the control that every metric has to beat."""
+    import torch
+
     return torch.rand(weights.output.shape[1], generator=generator)

@@ -21,12 +21,13 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
+from gprune.checks import memory_limits
 from gprune.console import quieted
 from gprune.errors import UserError, first_line
 from gprune.models import embedded as assets
 from gprune.models import modeling_pruned
 from gprune.models.families import FAMILIES, family_of
-from gprune.models.offload import StoredWeights, keep_until_gone, memory_limits, scratch_folder
+from gprune.models.offload import StoredWeights, keep_until_gone, scratch_folder
 from gprune.storage.files import as_bytes
 
 log = logging.getLogger("gprune")
@@ -224,3 +225,6 @@ def check_complete(found: Mapping[str, Collection[str]], location: str | Path) -
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+
+
+register()  # whoever loads models here may load exports

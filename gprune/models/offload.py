@@ -6,7 +6,6 @@ computes and drops it afterwards. This file asks that hook; nothing else in gpru
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 import weakref
@@ -21,12 +20,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gprune.errors import UserError
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import locked
-
-UNITS = {"": 1, "b": 1} | {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}
-UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
@@ -161,19 +156,3 @@ def scratch_folder() -> tuple[Path, ExitStack]:
 def keep_until_gone(model: nn.Module, stack: ExitStack) -> None:
     """Close a stack, such as the one of `scratch_folder`, when the model is garbage-collected."""
     weakref.finalize(model, stack.close)
-
-
-def bytes_of(size: str) -> int:
-    """'2GiB', '500MB' or '1.5 TiB' as bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)", size.strip(), re.IGNORECASE)
-    if match is None or not 0 < float(match[1]) < 1e15:
-        raise UserError(f"--model.max_memory: expected sizes such as 2GiB or 500MB, got '{size}'.")
-    return int(float(match[1]) * UNITS[match[2].lower()])
-
-
-def memory_limits(sizes: Mapping[str, str]) -> dict[str | int, int]:
-    """`--model.max_memory` as transformers takes it: bytes by `cpu` or device number."""
-    for device in sizes:
-        if device != "cpu" and not re.fullmatch(r"[0-9]{1,4}", str(device)):
-            raise UserError(f"--model.max_memory: expected cpu or a device number such as 0, got '{device}'.")
-    return {device if device == "cpu" else int(device): bytes_of(str(size)) for device, size in sizes.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -16,6 +15,7 @@ from transformers import (
 from gprune.calibration.layerwise import exceed_memory
 from gprune.calibration.saliency import salient_parts
 from gprune.calibration.statistics import gram_bytes
+from gprune.checks import memory_limits
 from gprune.config import RunConfig
 from gprune.errors import UserError
 from gprune.export.gguf import check_expressible
@@ -23,7 +23,6 @@ from gprune.export.packages import LLAMA_CPP, has_llama_cpp
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import read_config, skeleton
 from gprune.models.masks import Masks
-from gprune.models.offload import memory_limits
 from gprune.models.surgery import count_parameters
 from gprune.recovery import recovery_of
 from gprune.runs.trainer import check_trainer
@@ -89,7 +88,7 @@ class Plan:
             if backward
             else "none: nothing is learned",
             "memory": f"about {self.memory_gib:.1f} GiB",
-            "results": os.path.join(cfg.run.dir, cfg.run_name),
+            "results": cfg.folder,
         }
         return "\n".join(f"{name:12} {line}" for name, line in lines.items())
 

@@ -211,8 +211,7 @@ def opened(cfg: RunConfig) -> Iterator[Run]:
     meter.watch(model)
     inputs = {"model": fingerprint(model), "text": text.hashes()}
     settings = cfg.settings() | {"inputs": inputs}
-    path = os.path.join(os.path.expanduser(cfg.run.dir), cfg.run_name)
-    folder = RunFolder(path, meter.counts, key=key_of(settings=settings))
+    folder = RunFolder(cfg.folder, meter.counts, key=key_of(settings=settings))
     with folder.opened(settings, to_yaml(cfg.resolved())), plain_interrupts(), _loggers(cfg, folder) as loggers:
         try:
             yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"])

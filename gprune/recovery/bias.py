@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from gprune.calibration.statistics import Moments
 from gprune.recovery.contract import recovery
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gprune.calibration.statistics import Moments
 
 
 @recovery("bias", experts=False)

@@ -27,23 +27,25 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from gprune.calibration.statistics import KINDS, CorpusStatistics, Moments
-from gprune.corpora.windows import Windows
+from gprune.calibration.kinds import KINDS
 from gprune.errors import UserError
-from gprune.models.blocks import Block
-from gprune.models.masks import Masks
 from gprune.registry import Registry
+
+if TYPE_CHECKING:  # flags are checked by what is registered here, which should not wait for PyTorch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from gprune.calibration.statistics import CorpusStatistics, Moments
+    from gprune.corpora.windows import Windows
+    from gprune.models.blocks import Block
+    from gprune.models.masks import Masks
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 NEEDS = ("moments", "gram", "text")
-Revise = Callable[[Block, Block], None]  # (dense block, sliced block): changes the sliced one in place
-Solver = Callable[[Tensor, Tensor, Moments, float], tuple[Tensor, Tensor | None]]
+Revise = Callable[["Block", "Block"], None]  # (dense block, sliced block): changes the sliced one in place
+Solver = Callable[["Tensor", "Tensor", "Moments", float], tuple["Tensor", "Tensor | None"]]
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,6 @@ class Projection(Recovery):
 
         return revise
 
-    @torch.no_grad()
     def solve(
         self, weight: Tensor, keep: Tensor, moments: Moments, *, experts: int = 1, ridge: float = 0.01
     ) -> tuple[Tensor, Tensor | None]:
@@ -207,15 +208,20 @@ class Projection(Recovery):
         Raises:
             UserError: if the solver returns other shapes.
         """
+        import torch
+
         dtype = weight.dtype
-        if moments.count.dim():  # experts have a count each
-            parts = zip(weight.float().chunk(experts, 1), keep.chunk(experts), range(experts), strict=True)
-            news = [self._solved(w, k, moments.of_expert(e, experts), ridge)[0] for w, k, e in parts]
-            return torch.cat(news, 1).to(dtype), None
-        new, added = self._solved(weight.float(), keep, moments, ridge)
+        with torch.no_grad():
+            if moments.count.dim():  # experts have a count each
+                parts = zip(weight.float().chunk(experts, 1), keep.chunk(experts), range(experts), strict=True)
+                news = [self._solved(w, k, moments.of_expert(e, experts), ridge)[0] for w, k, e in parts]
+                return torch.cat(news, 1).to(dtype), None
+            new, added = self._solved(weight.float(), keep, moments, ridge)
         return new.to(dtype), None if added is None else added.to(dtype)
 
     def _solved(self, weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
+        from torch import Tensor
+
         found = self.solver(weight, keep, moments, ridge)
         H, kept = len(weight), int(keep.sum())
         new, bias = found if isinstance(found, tuple) and len(found) == 2 else (None, None)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from gprune.calibration.statistics import Moments
 from gprune.recovery.contract import recovery
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gprune.calibration.statistics import Moments
 
 
 @recovery("least_squares", needs=("moments", "gram"))
@@ -33,6 +36,8 @@ def ridge_correction(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
         cross: E = sum (y - W x) x^T, (H, K) float64.
         ridge: lambda over the mean diagonal of G.
     """
+    import torch
+
     # A float32 Gram matrix of few tokens is not quite positive semidefinite: lambda stays above its rounding.
     damping = max(max(ridge, 1e-6) * float(gram.diagonal().mean()), 1e-12)
     gram.diagonal().add_(damping)

@@ -22,7 +22,7 @@ def model_card(cfg: RunConfig, *, stock: bool = False, records: Sequence[dict[st
         "All blocks have the same shape: a stock model, which needs no code of its own."
         if stock
         else "`modeling_pruned.py` is the code that is run: one short file. Where `gprune` is installed, "
-        "`import gprune`\nmakes `trust_remote_code` unnecessary."
+        "`gprune.register()`\nmakes `trust_remote_code` unnecessary."
     )
     embedded = EMBEDDED_MODELS.get(cfg.model.name)
     licence = embedded.license if embedded else "that of the base model"

@@ -12,26 +12,26 @@ whole model, to the parameter. A rule may return keep masks in place of margins 
 from __future__ import annotations
 
 import inspect
-import typing
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from gprune.calibration.statistics import CorpusStatistics
 from gprune.checks import AtLeast1Float, NonNegative, check
 from gprune.errors import UserError
-from gprune.importance.scores import Scores
-from gprune.models.blocks import Block
-from gprune.models.masks import Masks
-from gprune.partition.drift import fractional_ranks
 from gprune.registry import Registry
-from gprune.sparsity.budget import Budget
-from gprune.sparsity.masks import keep_masks, top_of_experts
-from gprune.sparsity.thresholds import equal_thresholds, start_thresholds
 
-Margins = tuple[list[Tensor], list[Tensor]]  # neurons (N,) and KV groups (G,) per block, float64; smallest goes first
-Rule = Callable[..., typing.Any]
+if TYPE_CHECKING:  # flags are checked by what is registered here, which should not wait for PyTorch
+    from torch import Tensor
+
+    from gprune.calibration.statistics import CorpusStatistics
+    from gprune.importance.scores import Scores
+    from gprune.models.blocks import Block
+    from gprune.models.masks import Masks
+    from gprune.partition.record import ModuleRanks
+    from gprune.sparsity.budget import Budget
+    from gprune.sparsity.thresholds import Thresholds
+
+Margins = tuple[list["Tensor"], list["Tensor"]]  # neurons (N,), KV groups (G,) per block, float64; smallest goes first
+Rule = Callable[..., Any]
 ALLOCATION: Registry[Rule] = Registry("allocation")
 
 
@@ -60,19 +60,30 @@ def allocation(
 def check_options(name: str, options: Mapping[str, float]) -> None:
     """Raise a UserError for options that the allocation `name` does not take, or values out of an option's range."""
     function = ALLOCATION[name]
-    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known = {p.name: p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
     for option, value in options.items():
         if option not in known:
             raise UserError(
                 f"--sparsity.options: expected options of '{name}' ({', '.join(known) or 'none'}), got '{option}'."
             )
-        check(f"sparsity.options.{option}", typing.get_type_hints(function).get(option, float), value)
+        check(f"sparsity.options.{option}", _type_of(known[option], function), value)
+
+
+def _type_of(option: inspect.Parameter, function: Rule) -> Any:
+    """The annotation of an option by itself: those of its neighbours may stand for modules that are not imported."""
+    found = option.annotation
+    return eval(found, function.__globals__) if isinstance(found, str) else found
 
 
 def allocate(
     name: str, scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget, **options: float
 ) -> Masks:
     """Keep masks by the rule `name`; a UserError if its margins have other shapes than the scores, or hold NaN."""
+    from torch import Tensor
+
+    from gprune.models.masks import Masks
+    from gprune.sparsity.masks import keep_masks
+
     found = ALLOCATION[name](scores, statistics, blocks, budget, **options)
     if isinstance(found, Masks):
         return found
@@ -85,24 +96,39 @@ def allocate(
             f"Allocation '{name}': expected margins of {len(scores.ffn)} blocks' neurons and KV groups, shaped as "
             f"the scores are, got {wrong}."
         )
-    if any(bool(torch.isnan(m).any()) for m in (*neurons, *groups)):
+    if any(bool(m.isnan().any()) for m in (*neurons, *groups)):
         raise UserError(f"Allocation '{name}': expected margins that are numbers, got NaN.")
     return keep_masks(budget, neurons, groups)
 
 
-allocation("learned", modules=True, learned=True)(start_thresholds)
-allocation("equal", modules=True)(equal_thresholds)
+@allocation("learned", modules=True, learned=True)
+def learned(masks: Masks, ranks: ModuleRanks) -> Thresholds:
+    """One threshold per module, trained around the frozen model; learning starts at the masks of `--sparsity.start`."""
+    from gprune.sparsity.thresholds import start_thresholds
+
+    return start_thresholds(masks, ranks)
+
+
+@allocation("equal", modules=True)
+def equal(masks: Masks, ranks: ModuleRanks) -> Thresholds:
+    """The same threshold for all modules, which then lose the same fraction each, whatever the masks keep of them."""
+    from gprune.sparsity.thresholds import equal_thresholds
+
+    return equal_thresholds(masks, ranks)
 
 
 @allocation("uniform")
 def uniform(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget) -> Margins:
     """m_i = r_i, the rank inside the block in (0, 1): every block loses the same fraction."""
-    return _ranks(scores, blocks), [fractional_ranks(s) for s in scores.attention]
+    return _ranks(scores, blocks)
 
 
-def _ranks(scores: Scores, blocks: Sequence[Block]) -> list[Tensor]:
-    """The rank of every neuron inside its block or expert, in (0, 1)."""
-    return [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, blocks, strict=True)]
+def _ranks(scores: Scores, blocks: Sequence[Block]) -> Margins:
+    """The rank of every neuron inside its block or expert, and of every KV group inside its block, in (0, 1)."""
+    from gprune.partition.drift import fractional_ranks
+
+    ffn = [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, blocks, strict=True)]
+    return ffn, [fractional_ranks(s) for s in scores.attention]
 
 
 @allocation("global")
@@ -117,7 +143,7 @@ def standardised(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[
     def z(s: Tensor) -> Tensor:
         std = s.std(correction=0)
         # by rounding, equal numbers can have a standard deviation above 0
-        return (s - s.mean()) / std if std > 0 and s.min() < s.max() else torch.zeros_like(s)
+        return (s - s.mean()) / std if std > 0 and s.min() < s.max() else s.new_zeros(s.shape)
 
     groups = [z(c).view(len(g), -1).mean(1) for c, g in zip(scores.channels, scores.attention, strict=True)]
     return [z(s) for s in scores.ffn], groups
@@ -141,6 +167,8 @@ def outlier_weighted(
     (down for neurons, output for KV groups); the paper, which removes single weights, takes all linear layers.
     """
 
+    import torch
+
     def sparsities(kind: str, part: str) -> Tensor:
         shares = []
         for block, channel in zip(blocks, getattr(statistics, kind), strict=True):
@@ -151,11 +179,9 @@ def outlier_weighted(
         D = (D - D.min()) / width * 2 * spread if width > 0 else torch.zeros_like(D)
         return budget.sparsity - (D - D.mean())
 
-    ffn, attention = sparsities("ffn", "down"), sparsities("attention", "output")
-    return (
-        [r - S for r, S in zip(_ranks(scores, blocks), ffn, strict=True)],
-        [fractional_ranks(s) - S for s, S in zip(scores.attention, attention, strict=True)],
-    )
+    parts = zip(_ranks(scores, blocks), (sparsities("ffn", "down"), sparsities("attention", "output")), strict=True)
+    ffn, attention = ([r - S for r, S in zip(ranks, by_block, strict=True)] for ranks, by_block in parts)
+    return ffn, attention
 
 
 @allocation("depth", whole_blocks=True)
@@ -167,6 +193,11 @@ def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block],
     enough, it goes too, attention and norms included. Attention goes with its block whatever the scope. A width that
     changes ends up on a multiple of the budget's. A ValueError if the target leaves no block.
     """
+    import torch
+
+    from gprune.models.masks import Masks
+    from gprune.sparsity.masks import top_of_experts
+
     masks = Masks([torch.ones(b.experts * b.neurons, dtype=torch.bool) for b in blocks],
                   [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip
     influence = statistics.influence.clone()

@@ -6,12 +6,11 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,7 +18,6 @@ from gprune.config import DistillConfig
 from gprune.errors import UserError
 from gprune.models.blocks import Block, Part, blocks_of, decoder_layers
 from gprune.models.losses import final_hidden, frozen_head_losses, softcap_of
-from gprune.recovery.contract import NOTHING, Material, Recovery, recovery
 from gprune.stages.base import FrozenLMStage
 
 BETAS = (0.9, 0.95)  # of AdamW
@@ -259,30 +257,3 @@ def parameters_of(block: Block, scope: Literal["ffn", "all"]) -> Iterator[tuple[
     for name, parameter in block.layer.named_parameters():
         if scope == "all" or name.rpartition(".")[0] in inside:
             yield name, parameter
-
-
-@recovery("distill")
-class Distill(Recovery):
-    """KL to the dense model on text of `corpora.recover`, end to end: `DistillationStage` as a link of a run."""
-
-    learns = True
-
-    def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
-        s = material.settings.get("distill", DistillConfig())
-        remove_hook_from_submodules(pruned)  # of a dense model on several devices: what learns lies on one
-        stage = DistillationStage(material.teacher or material.dense, pruned, s, shard=material.shard)
-        what = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"
-        material.fit(
-            what, stage, clip=s.clip, batch_size=s.batch_size, accumulate=s.accumulate, points=s.points, keep=s.keep
-        )
-        return stage.finished()
-
-    def tokens(
-        self, text: int, fresh: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
-    ) -> tuple[int, int]:
-        """The teacher forward, the student forward and backward."""
-        return fresh, fresh
-
-    def memory(self, blocks: Sequence[Block], hidden: int, *, attention: bool) -> tuple[int, int]:
-        """In float32: all weights that are left, their gradients, and two moments each, at most."""
-        return 0, 16 * sum(block.cost for block in blocks)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -16,8 +14,8 @@ from gprune.config import ReconstructConfig
 from gprune.console import quieted
 from gprune.models.blocks import Block
 from gprune.models.offload import device_of
-from gprune.recovery.contract import NOTHING, Material, Revise, recovery
-from gprune.recovery.sequential import PrunedPrefix, SequentialLeastSquares
+from gprune.recovery.contract import Material
+from gprune.recovery.prefix import PrunedPrefix
 from gprune.stages.base import require_finite
 from gprune.stages.distillation import BETAS, parameters_of
 
@@ -126,30 +124,3 @@ class ReconstructedPrefix(PrunedPrefix):
             parameter.grad = None
             parameter.data = parameter.data.to(dtypes[name])
         self.errors.append((before, stage.mean_loss()))
-
-
-@recovery("reconstruct")
-class Reconstruct(SequentialLeastSquares):
-    """`least_squares_sequential`, after which all matrices of a block learn: `ReconstructionStage`."""
-
-    why_not_experts = "does not see what enters each of"
-
-    def revise(self, material: Material) -> Revise:
-        settings = material.settings.get("reconstruct", ReconstructConfig())
-        prefix = ReconstructedPrefix(material, settings)
-
-        def revise(dense: Block, block: Block) -> None:
-            prefix.recover(dense, block)
-            if dense.index == prefix.last:
-                passes = settings.passes * sum(call.input_ids.numel() for call in prefix.walk.calls)
-                material.count(prefix.tokens // len(material.masks.ffn), passes)
-                told = sum(after / before for before, after in prefix.errors) / len(prefix.errors)
-                logging.getLogger("gprune").info("Reconstruction leaves %.3f of the error of least squares", told)
-
-        return revise
-
-    def tokens(
-        self, text: int, fresh: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
-    ) -> tuple[int, int]:
-        own: ReconstructConfig = settings.get("reconstruct", ReconstructConfig())
-        return super().tokens(text, fresh, attention=attention)[0], own.passes * text

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from gprune.calibration.collector import Collector, collect
+from gprune.calibration.kinds import EXTRAS
 from gprune.calibration.moments import StreamingMoments, StreamingTurn
-from gprune.calibration.statistics import EXTRAS, CorpusStatistics, Moments, kind_of, pooled
+from gprune.calibration.statistics import CorpusStatistics, Moments, kind_of, pooled
 from gprune.errors import UserError
 from tests.conftest import make_tiny_llama
 

@@ -9,8 +9,9 @@ import torch
 
 from gprune.calibration import layerwise as walking
 from gprune.calibration.collector import collect
+from gprune.calibration.kinds import KINDS
 from gprune.calibration.layerwise import Walk
-from gprune.calibration.statistics import KINDS, CorpusStatistics, StoredGram, gram_bytes, pooled
+from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_bytes, pooled
 from gprune.errors import UserError
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 
 import gprune
 from gprune.calibration.collector import collect
-from gprune.calibration.statistics import EXTRAS, CorpusStatistics
+from gprune.calibration.kinds import EXTRAS
+from gprune.calibration.statistics import CorpusStatistics
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
 from gprune.importance.scores import score_units

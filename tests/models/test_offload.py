@@ -19,6 +19,7 @@ from experiments import large
 from gprune.calibration.collector import collect
 from gprune.calibration.layerwise import Walk
 from gprune.calibration.statistics import CorpusStatistics
+from gprune.checks import bytes_of, memory_limits
 from gprune.cli import main
 from gprune.config import RunConfig
 from gprune.config.groups import ModelConfig
@@ -34,10 +35,8 @@ from gprune.models.families import FAMILIES
 from gprune.models.loading import fingerprint, load_weights
 from gprune.models.offload import (
     StoredWeights,
-    bytes_of,
     device_of,
     is_offloaded,
-    memory_limits,
     resident,
     scratch_folder,
     stored,

@@ -14,7 +14,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import gprune
+import gprune.pipeline.inputs
+import gprune.pipeline.plan
+import gprune.storage.files
 from gprune.calibration.statistics import pooled
 from gprune.corpora.windows import Windows
 from gprune.importance.scores import score_units

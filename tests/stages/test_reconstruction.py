@@ -10,7 +10,7 @@ from gprune.corpora.windows import Windows
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
 from gprune.recovery import Material, recovery_of
-from gprune.recovery.sequential import recover_sequentially
+from gprune.recovery.prefix import recover_sequentially
 from gprune.stages.reconstruction import ReconstructedPrefix
 from tests import tiny_run
 from tests.stages.test_thresholds import sampled_tokens

@@ -1,0 +1,217 @@
+"""Least squares along the pruned prefix: every output projection is solved again on the pruned model's own activations.
+
+`least_squares` solves each projection by itself, on activations of the dense model, and does not see the errors of
+earlier blocks. Here the calibration text goes through both models side by side, block by block. Once the blocks before
+it are pruned and recovered, a projection that lost channels gets the weights
+
+    V = argmin_V  sum_t ||y*_t - V x_t||^2 + lambda ||V - W_K||^2  =  W_K + E (G + lambda I)^-1,
+    G = sum_t x_t x_t^T,  E = sum_t (y*_t - W_K x_t) x_t^T,  lambda = ridge x mean diagonal of G,
+
+with x_t (K,) the kept channels as the pruned model computes them, W_K (H, K) their dense weights, and y*_t the output
+with which the pruned residual stream equals the dense one right behind the projection, all earlier errors corrected. A
+block's attention comes before its FFN. A bias does not change: both y* and W_K x + bias contain it, so that it cancels
+in E. Our reading: the paper recovers nothing. All tokens of all corpora count equally.
+
+G and E are summed in float32 and solved in float64. Hidden states lie on the CPU in the model's dtype. The cost is one
+pass through the dense layers, one through the pruned layers, and one more through these for each projection of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gprune.calibration.layerwise import Walk
+from gprune.calibration.moments import add_gram, fill_gram
+from gprune.errors import require_finite
+from gprune.models.blocks import Block, blocks_of
+from gprune.models.masks import Masks
+from gprune.models.offload import device_of, resident
+from gprune.recovery.least_squares import ridge_correction
+
+Target = Literal["residual", "output"]
+
+
+def lost(masks: Masks) -> list[tuple[str, ...]]:
+    """For each block, the output projections that stay and lose channels, in the order of computation."""
+    kinds = ("output", "down")
+    return [
+        tuple(part for part, mask in zip(kinds, pair, strict=True) if stays and not bool(mask.all()))
+        for *pair, stays in zip(masks.attention, masks.ffn, masks.blocks, strict=True)
+    ]
+
+
+def recover_sequentially(
+    dense: PreTrainedModel,
+    small: PreTrainedModel,
+    masks: Masks,
+    windows: Iterable[Tensor],
+    *,
+    ridge: float = 0.01,
+    target: Target = "residual",
+) -> None:
+    """Solve the output projections of a pruned model again, first block first, in place.
+
+    Args:
+        dense: frozen; left as it is.
+        small: `prune(dense, masks)`.
+        masks: of both kinds; blocks that they drop are missing in `small`, and later blocks make up for them.
+        windows: the text, (B, T) int64 token ids each.
+        ridge: lambda over the mean diagonal of G.
+        target: the goal behind a projection, see `PrunedPrefix`.
+
+    Raises:
+        UserError: if an activation is not finite.
+    """
+    prefix = PrunedPrefix(dense, masks, windows, ridge=ridge, target=target)
+    kept = [block for block, stays in zip(blocks_of(dense), masks.blocks, strict=True) if stays]
+    for old, new in zip(kept, blocks_of(small), strict=True):
+        prefix.recover(old, new)
+
+
+class PrunedPrefix:
+    """The text on its way through a dense model and, beside it, through pruned and recovered blocks.
+
+    prefix = PrunedPrefix(model, masks, windows)
+    for dense, block in ...:  # blocks that stay, first one first
+        prefix.recover(dense, block)
+
+    Args:
+        model: dense, without experts; its weights may be offloaded.
+        masks, windows, ridge: as for `recover_sequentially`.
+        target: `residual`: behind the projection the pruned stream equals the dense one. `output`: the projection's
+            output equals the dense one, y* = W x, and earlier errors of the stream stay. Where a norm stands between
+            projection and residual (`Block.joins_residual`) it is always `output`, since the norm's output is not
+            linear in V.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        masks: Masks,
+        windows: Iterable[Tensor],
+        *,
+        ridge: float = 0.01,
+        target: Target = "residual",
+    ):
+        blocks = blocks_of(model)
+        assert not any(block.has_experts for block in blocks), "experts are not recovered along the prefix"
+        self.ridge, self.target = ridge, target
+        self.lost = lost(masks)
+        # Before the first block that differs both streams are the same; after the last projection nothing is needed.
+        self.first = min((i for i, b in enumerate(self.lost) if b or not masks.blocks[i]), default=len(self.lost))
+        self.last = max((i for i, b in enumerate(self.lost) if b), default=-1)
+        self.blocks = iter(blocks)
+        self.walk = Walk(model)
+        for ids in windows:
+            self.walk.add(ids.to(device_of(model)))
+        self.hidden = [call.hidden for call in self.walk.calls]  # (B, T, H) each, of the pruned stream
+        self.tokens = 0  # sum over passes through pruned layers
+
+    @torch.no_grad()
+    def recover(self, dense: Block, block: Block) -> None:
+        """Solve the projections of the next pruned block in place and let the text go through it.
+
+        Args:
+            dense: the same block before pruning; blocks between this one and the last one were dropped.
+            block: pruned, its weights in memory.
+
+        Raises:
+            UserError: if an activation is not finite.
+        """
+        if dense.index > self.last:
+            return
+        wanted: dict[str, list[Tensor]] = {}
+        for passed in self.blocks:
+            wanted = self._pass_dense(passed)
+            if passed.index == dense.index:
+                break
+        if dense.index < self.first:
+            self.hidden = [call.hidden for call in self.walk.calls]
+            return
+        home = device_of(block.layer)
+        block.layer.to(device_of(dense.layer))  # where the layer's other arguments are
+        try:
+            for part in self.lost[dense.index]:
+                self._solve(part, block, dense.index, wanted[part])
+            self.polish(block, dense.index)
+            if dense.index < self.last:
+                for i, hidden in enumerate(self.hidden):
+                    self.hidden[i] = self._through(block, dense.index, i, hidden).cpu()
+        finally:
+            block.layer.to(home)
+
+    def polish(self, block: Block, index: int) -> None:
+        """Called when the projections of a block are solved; `walk.calls` hold what leaves the dense block."""
+
+    def _pass_dense(self, block: Block) -> dict[str, list[Tensor]]:
+        """Take the dense stream through a block; returns the goal behind each projection that lost channels.
+
+        By batch: (tokens, H) in the model's dtype, on the CPU.
+        """
+        parts = self.lost[block.index]
+        wanted: dict[str, list[Tensor]] = {part: [] for part in parts}
+        with resident(block.layer), watched(block, parts) as seen:
+            for call in self.walk.calls:
+                after = call.through(block.layer, block.index, call.hidden)
+                for part in parts:
+                    wanted[part].append(self._behind(block, part, seen[part][1], call.hidden, after).cpu())
+                call.hidden = after.cpu()
+        return wanted
+
+    def _solve(self, part: str, block: Block, index: int, wanted: list[Tensor]) -> None:
+        """Take the pruned stream through a block with its present weights, and solve one of its projections."""
+        place, device = block.parts[part], device_of(block.layer)
+        gram = torch.zeros(place.in_features, place.in_features, device=device)
+        cross = torch.zeros(place.out_features, place.in_features, device=device)
+        with watched(block, (part,)) as seen:
+            for i, (hidden, goal) in enumerate(zip(self.hidden, wanted, strict=True)):
+                after = self._through(block, index, i, hidden)
+                x, y = seen[part]
+                x = x.flatten(0, -2).float()
+                error = goal.to(device).float() - self._behind(block, part, y, hidden, after).float()
+                add_gram(gram, x)
+                cross.addmm_(error.T, x)
+        require_finite(f"activation came up in block {index} of the pruned model", gram, cross)
+        fill_gram(gram)
+        correction = ridge_correction(gram.double(), cross.double(), self.ridge)
+        place.set((place.weight.double() + correction).to(place.weight.dtype), None)
+
+    def _behind(self, block: Block, part: str, output: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """The stream (or output) that has to equal the dense one behind a projection, (tokens, H), model's dtype.
+
+        Args:
+            output: of the projection, (tokens, H) or (B, T, H).
+            before: hidden states that enter the block, (B, T, H).
+            after: hidden states that leave it, with both contributions where attention and FFN stand side by side.
+        """
+        if self.target == "output" or not block.joins_residual(part):
+            return output.flatten(0, -2)
+        found = after if part == "down" else before.to(output.device).reshape(output.shape) + output
+        return found.flatten(0, -2)
+
+    def _through(self, block: Block, index: int, batch: int, hidden: Tensor) -> Tensor:
+        self.tokens += hidden.shape[0] * hidden.shape[1]
+        return self.walk.calls[batch].through(block.layer, index, hidden)
+
+
+@contextmanager
+def watched(block: Block, parts: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """(input, output) of each of these parts of a block in its last forward pass, by name."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def hook(part: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _module, inputs, output: seen.__setitem__(part, (inputs[0], output))
+
+    handles = [block.parts[part].host.register_forward_hook(hook(part)) for part in parts]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

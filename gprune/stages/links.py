@@ -1,0 +1,76 @@
+"""The stages that are links of a run's `--recovery`; what they do is imported when they do it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gprune.config import DistillConfig, ReconstructConfig
+from gprune.recovery.contract import NOTHING, Material, Recovery, Revise, recovery
+from gprune.recovery.sequential import SequentialLeastSquares
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from gprune.models.blocks import Block
+
+
+@recovery("distill")
+class Distill(Recovery):
+    """KL to the dense model on text of `corpora.recover`, end to end: `DistillationStage` as a link of a run."""
+
+    learns = True
+
+    def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
+        from accelerate.hooks import remove_hook_from_submodules
+
+        from gprune.stages.distillation import DistillationStage
+
+        s = material.settings.get("distill", DistillConfig())
+        remove_hook_from_submodules(pruned)  # of a dense model on several devices: what learns lies on one
+        stage = DistillationStage(material.teacher or material.dense, pruned, s, shard=material.shard)
+        what = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"
+        material.fit(
+            what, stage, clip=s.clip, batch_size=s.batch_size, accumulate=s.accumulate, points=s.points, keep=s.keep
+        )
+        return stage.finished()
+
+    def tokens(
+        self, text: int, fresh: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
+    ) -> tuple[int, int]:
+        """The teacher forward, the student forward and backward."""
+        return fresh, fresh
+
+    def memory(self, blocks: Sequence[Block], hidden: int, *, attention: bool) -> tuple[int, int]:
+        """In float32: all weights that are left, their gradients, and two moments each, at most."""
+        return 0, 16 * sum(block.cost for block in blocks)
+
+
+@recovery("reconstruct")
+class Reconstruct(SequentialLeastSquares):
+    """`least_squares_sequential`, after which all matrices of a block learn: `ReconstructionStage`."""
+
+    why_not_experts = "does not see what enters each of"
+
+    def revise(self, material: Material) -> Revise:
+        from gprune.stages.reconstruction import ReconstructedPrefix
+
+        settings = material.settings.get("reconstruct", ReconstructConfig())
+        prefix = ReconstructedPrefix(material, settings)
+
+        def revise(dense: Block, block: Block) -> None:
+            prefix.recover(dense, block)
+            if dense.index == prefix.last:
+                passes = settings.passes * sum(call.input_ids.numel() for call in prefix.walk.calls)
+                material.count(prefix.tokens // len(material.masks.ffn), passes)
+                told = sum(after / before for before, after in prefix.errors) / len(prefix.errors)
+                logging.getLogger("gprune").info("Reconstruction leaves %.3f of the error of least squares", told)
+
+        return revise
+
+    def tokens(
+        self, text: int, fresh: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
+    ) -> tuple[int, int]:
+        own: ReconstructConfig = settings.get("reconstruct", ReconstructConfig())
+        return super().tokens(text, fresh, attention=attention)[0], own.passes * text

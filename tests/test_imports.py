@@ -1,0 +1,104 @@
+"""Help, refusals and the first line of a run wait for no PyTorch: counted by what a fresh process imports."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gprune
+import gprune.report
+from gprune import __main__ as command
+from tests.tiny_run import environment
+
+ROOT = Path(__file__).parent.parent
+REQUIRED = re.findall(r"^[a-z-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+HEAVY = {name.replace("scikit-learn", "sklearn") for name in REQUIRED} | {"numpy"}
+HEAVY -= {"jsonargparse", "safetensors"}  # what parses flags; and a class of errors, without numpy or torch
+MOST = 16  # packages beside the standard library: the parser's own
+IMPORTED = """
+import json, sys
+before = {name.partition(".")[0] for name in sys.modules}  # by site, and by what is installed for coverage
+def told():
+    found = {name.partition(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)
+    sys.stderr.write(json.dumps(sorted(name for name in found if not name.startswith("_"))))
+"""
+TRAIN = IMPORTED + "from gprune.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n    told()"
+GPRUNE = TRAIN.replace("gprune.cli", "gprune.__main__")
+
+
+def imported(code: str, *args: str, tmp_path: Path) -> tuple[str, set[str]]:
+    """Stdout and stderr of a fresh process, and the packages outside the standard library that it imported."""
+    run = [sys.executable, "-c", code, *args]
+    done = subprocess.run(run, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    *lines, last = done.stderr.splitlines()
+    said, mark, packages = last.rpartition("[")
+    return done.stdout + "\n".join([*lines, said]), set(json.loads(mark + packages))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--help"], "--sparsity.target"),
+        (["--print_config"], "target: 0.5"),
+        (["--importance", "wanda"], "Did you mean 'wanda_sp'?"),
+        (["--recovery", "[least_squares,distil]"], "Did you mean 'distill'?"),
+        (["--sparsity.options.power", "2"], "expected options of 'uniform' (none)"),
+        (["--reliability.metric", "wanda_sp"], "expected an activation-free metric (magnitude,"),
+    ],
+)
+def test_flags_wait_for_no_pytorch(args, words, tmp_path):
+    said, packages = imported(TRAIN, *args, tmp_path=tmp_path)
+    assert words in said
+    assert not packages & HEAVY
+    assert len(packages) <= MOST, packages
+
+
+@pytest.mark.parametrize("name", command.COMMANDS)
+def test_help_of_a_command_waits_for_no_pytorch(name, tmp_path):
+    said, packages = imported(GPRUNE, name, "--help", tmp_path=tmp_path)
+    assert "examples:" in said
+    assert not packages & HEAVY
+    assert len(packages) <= MOST, packages
+
+
+def test_the_first_line_of_a_run_waits_for_no_pytorch(tmp_path):
+    """It is written before anything heavy is imported: the process ends where it would begin to."""
+    stop = "import gprune.cli as cli\ncli.quiet = lambda: (told(), sys.exit(0))\ncli.main(sys.argv[1:])"
+    said, packages = imported(IMPORTED + stop, "--run.name", "first", tmp_path=tmp_path)
+    assert "smollm2-135m: removing 50 % of ffn" in said
+    assert not packages & HEAVY
+    assert len(packages) <= MOST, packages
+
+
+def test_a_name_of_a_users_own_is_known_to_flags_without_pytorch(tmp_path):
+    own = "import gprune\n@gprune.metric('mine', activation_free=True)\ndef mine(weights, moments, generator): ...\n"
+    said, packages = imported(own + TRAIN, "--importance", "mine", "--print_config", tmp_path=tmp_path)
+    assert "importance: mine" in said
+    assert not packages & HEAVY
+    assert len(packages) <= MOST, packages
+
+
+@pytest.mark.parametrize("package", [gprune, gprune.report])
+def test_names_that_are_imported_later_are_those_that_type_checkers_see(package):
+    """Every public name is there, and comes from where the imports for type checkers say."""
+    assert dir(package) == sorted(package.__all__)
+    tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    told = {(one.asname or one.name): (line.module, one.name) for line in block.body for one in line.names}
+    for name, (module, origin) in told.items():
+        assert getattr(package, name) is getattr(importlib.import_module(module), origin)
+    eager = {one.asname or one.name for node in tree.body if isinstance(node, ast.ImportFrom) for one in node.names}
+    assert set(package.__all__) <= told.keys() | eager
+    with pytest.raises(AttributeError, match=r"no attribute 'no_such_name'"):
+        _ = package.no_such_name
+
+
+def test_type_checkers_may_read_the_package():
+    assert (Path(gprune.__file__).parent / "py.typed").is_file()
