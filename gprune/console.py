@@ -94,8 +94,9 @@ def speak() -> None:
 
 
 def quiet() -> None:
-    """Our own progress, and of the libraries', which are imported, warnings that matter."""
+    """Our own progress, and of the libraries' warnings those that matter."""
     speak()
+    import lightning.pytorch  # noqa: F401 - it sets how much it says when it is imported
     import transformers
 
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
