@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,6 +34,12 @@ def _moments_of(block: Block, part: str, *, gram: bool, **options: Any) -> Metri
     if part == "down" and block.has_experts:
         return StreamingExpertMoments(block.experts, block.neurons, gram=gram, **options)
     return StreamingMoments(block.parts[part].in_features, gram=gram, **options)
+
+
+def _made_on(device: torch.device, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `make` returns, its tensors made where they stay: no sum as large as weights is handed over."""
+    with device:
+        return make(*args, **kwargs)
 
 
 def _sum_of_processes(tensor: Tensor, group: Any = None) -> list[Tensor]:
@@ -67,18 +73,21 @@ class Collector:
         options = {} if blocks is None else {"dist_sync_fn": _sum_of_processes}
         placed = list(zip(self.blocks, devices, strict=True))
 
-        def gradients(block: Block, kind: str, device: torch.device) -> dict[str, StreamingGradients]:
+        def gradients(block: Block, kind: str) -> dict[str, StreamingGradients]:
             parts = salient_parts(block, kind).items()
-            return {n: StreamingGradients((p.out_features, p.in_features)).to(device) for n, p in parts}
+            return {n: StreamingGradients((p.out_features, p.in_features)) for n, p in parts}
 
         with torch.inference_mode(False):  # a backward pass writes into the states, wherever they were made
             self.metrics = {
-                kind: [_moments_of(b, part, gram=gram, **options).to(device) for b, device in placed]
+                kind: [_made_on(device, _moments_of, b, part, gram=gram, **options) for b, device in placed]
                 for kind, part in KINDS
             }
-            self.turns = [StreamingTurn().to(device) for device in devices]
-            self.gradients = {kind: [gradients(b, kind, device) for b, device in placed] for kind in saliency}
+            self.turns = [_made_on(device, StreamingTurn) for device in devices]
+            self.gradients = {
+                kind: [_made_on(device, gradients, block, kind) for block, device in placed] for kind in saliency
+            }
         self._half = self._weight = torch.empty(0)
+        self._halves: list[int | None] = []  # of each window, on the host; None leaves it out
         self._length = 0  # tokens per window
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -96,7 +105,8 @@ class Collector:
             for block, metrics in zip(self.blocks, found, strict=True):
                 for name, metric in metrics.items():
                     part = block.parts[name]
-                    hook = partial(self._see_gradient, metric, part.rows)
+                    rows = None if part.rows is None else part.rows.to(device_of(part.host))
+                    hook = partial(self._see_gradient, metric, rows)
                     self._handles.append(part.host.register_forward_hook(hook))
         if self.gradients:  # weights must not ask for a gradient, so the embedding's output does
             embedding = self.model.get_input_embeddings()
@@ -131,12 +141,11 @@ class Collector:
         self, metric: StreamingGradients, rows: Tensor | None, _module: nn.Module, inputs: tuple[Tensor, ...],
         output: Tensor,
     ) -> None:  # fmt: skip
-        x = self._by_window(inputs[0].detach())
-        half, weight = self._half.to(x.device), self._weight.to(x.device)
+        x, halves = self._by_window(inputs[0].detach()), self._halves
 
         def add(gradient: Tensor) -> None:
             gradient = self._by_window(gradient)
-            metric.update(x, gradient if rows is None else gradient[..., rows], half, weight)
+            metric.update(x, gradient if rows is None else gradient[..., rows], halves)
 
         output.register_hook(add)
 
@@ -144,6 +153,9 @@ class Collector:
         """Announce a batch of windows of `length` tokens; `half` and `weight` as for `observe`."""
         self._half, self._length = half, length
         self._weight = torch.ones(len(half), device=half.device) if weight is None else weight
+        if self.gradients:  # which are added window by window
+            pairs = torch.stack([half.double(), self._weight.double()], 1).tolist()
+            self._halves = [int(h) if counts else None for h, counts in pairs]
 
     def observe(self, input_ids: Tensor, half: Tensor, weight: Tensor | None = None) -> None:
         """Run the decoder on (B, T) token ids; `half` (B,) in {0, 1}; `weight` (B,), 0 leaves a window out."""

@@ -113,7 +113,8 @@ class StreamingTurn(Metric):
 
 def channel_statistics(sums: dict[str, Tensor], *, copy: bool = True) -> ChannelStatistics:
     """The sums of `StreamingMoments.compute` as statistics on the CPU; `copy=False` may share the Gram matrix."""
+    sums = {name: total.cpu() for name, total in sums.items()}
     require_finite("activation came up during calibration", sums["sum_sq"])
-    halves = tuple(Moments(*(sums[name][h].cpu().clone() for name in SUMS)) for h in (0, 1))
-    gram = sums["gram"].cpu() if "gram" in sums else None
+    halves = tuple(Moments(*(sums[name][h].clone() for name in SUMS)) for h in (0, 1))
+    gram = sums.get("gram")
     return ChannelStatistics(halves, gram.clone() if copy and gram is not None else gram)

@@ -10,6 +10,7 @@ Memory: for each half of the corpus, a sum of gradients and a sum of squares, ea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -64,19 +65,18 @@ class StreamingGradients(Metric):
         for name in ("gradient", "square"):
             self.add_state(name, torch.zeros(2, *shape), dist_reduce_fx="sum")
 
-    def update(self, x: Tensor, gradient: Tensor, half: Tensor, weight: Tensor) -> None:
+    def update(self, x: Tensor, gradient: Tensor, halves: Sequence[int | None]) -> None:
         """Add windows with inputs x (B, T, in) and gradients (B, T, out) of each window's own loss by the outputs.
 
         Args:
-            half: (B,) in {0, 1}.
-            weight: (B,), 0 leaves a window out.
+            halves: of each window, 0 or 1; None leaves it out.
         """
-        for b in weight.nonzero()[:, 0].tolist():
-            h = int(half[b])
-            g = gradient[b].float().T @ x[b].float()
-            self.gradient[h] += g
-            self.square[h].addcmul_(g, g)
-            self.count[h] += 1
+        for b, h in enumerate(halves):
+            if h is not None:
+                g = gradient[b].float().T @ x[b].float()
+                self.gradient[h] += g
+                self.square[h].addcmul_(g, g)
+                self.count[h] += 1
 
     def compute(self) -> dict[str, Tensor]:
         """`count` (2,) windows, `gradient` and `square` (2, out, in)."""

@@ -98,6 +98,7 @@ class RunConfig(Group):
                 "--model.shard: expected two or more processes (--trainer.devices, .num_nodes) to spread the model "
                 "over, got one; --model.device_map auto spreads it over the devices of one process."
             )
+        self._check_places()
         if self.gprune and ALLOCATION[self.sparsity.allocation].whole_blocks:
             raise UserError(
                 f"--sparsity.allocation {self.sparsity.allocation}: a baseline without modules; expected --gprune "
@@ -109,6 +110,22 @@ class RunConfig(Group):
         ):
             if self.gprune and given and len(self.corpora.drift) < 2:
                 raise UserError(f"{flag}: expected two or more --corpora.drift, got {self.corpora.drift}.")
+
+    def _check_places(self) -> None:
+        """Raise UserError where each of several processes would take all devices of its machine."""
+        processes, m = self.trainer.devices * self.trainer.num_nodes, self.model
+        if m.device_map is None or processes < 2:
+            return
+        if not m.shard:
+            raise UserError(
+                f"--model.device_map {m.device_map}: expected one process, which spreads the model over all devices, "
+                f"got {processes} (--trainer.devices, .num_nodes); leave one of them out, or take --model.shard true."
+            )
+        if m.device_map != "cpu" and set(m.max_memory or ()) != {"cpu"}:
+            raise UserError(
+                f"--model.device_map {m.device_map}: with --model.shard true every process takes its part from the CPU "
+                f"or the disk; expected --model.max_memory with a limit for cpu alone, such as {{cpu: 100GiB}}."
+            )
 
     @property
     def final(self) -> str:

@@ -39,10 +39,9 @@ class Perplexity(torchmetrics.text.Perplexity):
         rows = rows_at_once(preds)
         pairs = zip(preds.flatten(0, 1).split(rows), target.flatten().split(rows), strict=True)
         nll = torch.cat([F.cross_entropy(p.float(), t, reduction="none") for p, t in pairs]).view(target.shape)
-        require_finite("loss came up in evaluation", nll)
         self.total_log_probs += nll.double().sum()
         self.count += target.numel()
-        self.window_nll.append(nll.double().sum(1).cpu())
+        self.window_nll.append(nll.double().sum(1))
 
 
 @dataclass(frozen=True)
@@ -67,13 +66,14 @@ def perplexity(
         progress: label of a progress bar, or None for none.
     """
     device = device_of(model)
-    metric = Perplexity()
+    metric = Perplexity().to(device_of(model.get_output_embeddings()))  # which may lie on another device
     batches: Iterable[Tensor] = windows.tokens.split(batch_size)
     bar = {"desc": progress, "unit": "batch", "leave": False, "mininterval": 1.0, "file": sys.stdout}
     for batch in tqdm(batches, disable=True if progress is None else None, **bar):  # None: on in a terminal only
-        for logits, targets in iter_logits(model, batch.to(device)):
-            metric.to(logits.device).update(logits, targets.to(logits.device))  # the head's, which may be another one
-    window_nll = torch.cat(metric.window_nll)  # float64; torchmetrics' own sum is float32
+        for logits, targets in iter_logits(model, batch.to(device, non_blocking=True)):
+            metric.update(logits, targets.to(logits.device))
+    window_nll = torch.cat(metric.window_nll).cpu()  # float64; torchmetrics' own sum is float32
+    require_finite("loss came up in evaluation", window_nll)
     nll = float(window_nll.sum()) / int(metric.count)
     if nll > 700:  # exp would overflow
         raise UserError(f"The mean loss on {windows.corpus} is {nll:.0f} nats per token; the model is broken.")

@@ -20,7 +20,7 @@ class Masks:
     @property
     def blocks(self) -> list[bool]:
         """Whether each block stays. A block that keeps no neuron and no KV group goes as a whole, norms included."""
-        return [bool(f.any() or a.any()) for f, a in zip(self.ffn, self.attention, strict=True)]
+        return torch.stack([f.any() | a.any() for f, a in zip(self.ffn, self.attention, strict=True)]).tolist()
 
     def channels(self, block: Block) -> dict[str, Tensor]:
         """Kept columns of a block's down and output projection: (experts x neurons,) and (heads x head_dim,) bool."""

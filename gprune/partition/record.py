@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,10 +41,26 @@ class ModuleRanks:
         """K, the number of modules of each block."""
         return [int(y.max()) + 1 for y in self.labels]
 
+    @cached_property
+    def logits(self) -> tuple[list[Tensor], list[Tensor]]:
+        """logit p of neurons and of KV groups."""
+        return [torch.logit(p) for p in self.ffn], [torch.logit(p) for p in self.attention]
+
+    @cached_property
+    def sizes(self) -> list[Tensor]:
+        """(K,) int64: how many neurons each module has."""
+        return [torch.bincount(y) for y in self.labels]
+
+    def to(self, device: torch.device) -> ModuleRanks:
+        """The same on another device, with the same bits of what follows from them."""
+        moved = ModuleRanks(*([t.to(device) for t in getattr(self, name)] for name in ("ffn", "labels", "attention")))
+        moved.__dict__["logits"] = tuple([t.to(device) for t in kind] for kind in self.logits)
+        moved.__dict__["sizes"] = [t.to(device) for t in self.sizes]
+        return moved
+
     def moved(self, offsets: list[Tensor]) -> ModuleRanks:
         """Every neuron's rank moved by its offset, (N,) in logits: p_i' = sigmoid(logit p_i + o_i)."""
-        ffn = [torch.sigmoid(torch.logit(p) + o.cpu()) for p, o in zip(self.ffn, offsets, strict=True)]
-        return replace(self, ffn=ffn)
+        return replace(self, ffn=[torch.sigmoid(x + o) for x, o in zip(self.logits[0], offsets, strict=True)])
 
 
 @dataclass(frozen=True)

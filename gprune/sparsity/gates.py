@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.experts import Watch, watch_experts
 from gprune.models.masks import Masks
+from gprune.models.offload import device_of
 
 Gates = Sequence[Tensor | None] | None  # one per block; None lets everything through
 
@@ -121,15 +122,21 @@ def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | No
 @contextmanager
 def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
     """Let the model compute as if it were pruned while the context lasts. A block without units returns its input."""
-    whole = all(bool(m.all()) for m in masks.attention)
-    gone = [block for block, kept in zip(blocks_of(model), masks.blocks, strict=True) if not kept]
+    blocks = blocks_of(model)
+    whole = bool(torch.stack([m.all() for m in masks.attention]).all())
+    gone = [block for block, kept in zip(blocks, masks.blocks, strict=True) if not kept]
+    # Once to where they are needed, in place of at every forward pass.
+    ffn, groups = (
+        [m.to(device_of(block.layer)) for m, block in zip(kind, blocks, strict=True)]
+        for kind in (masks.ffn, masks.attention)
+    )
 
     def skip(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         return args[0] if args else kwargs["hidden_states"]
 
     handles = [block.layer.register_forward_hook(skip, with_kwargs=True) for block in gone]
     try:
-        with gated(model, masks.ffn, None if whole else masks.attention):
+        with gated(model, ffn, None if whole else groups):
             yield model
     finally:
         for handle in handles:

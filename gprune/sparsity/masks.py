@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from gprune.models.masks import Masks
-from gprune.sparsity.budget import Budget, UnitCosts
+from gprune.sparsity.budget import Budget
 
 
-def margins(p: Tensor, thresholds: Tensor, labels: Tensor) -> Tensor:
-    """logit(p_i) - t_m for p (N,) in (0, 1), thresholds t (K,), labels (N,) in [0, K) -> (N,)."""
-    return torch.logit(p) - thresholds[labels].to(p.dtype)
+def margins(logits: Tensor, thresholds: Tensor, labels: Tensor) -> Tensor:
+    """logit(p_i) - t_m for logits of p (N,), thresholds t (K,), labels (N,) in [0, K) -> (N,)."""
+    return logits - thresholds[labels].to(logits.dtype)
 
 
 def slot_margins(margin: Tensor, experts: int) -> Tensor:
@@ -26,62 +26,115 @@ def slot_margins(margin: Tensor, experts: int) -> Tensor:
     return margin if experts == 1 else margin.view(experts, -1).sort(1).values.mean(0)
 
 
-def top_of_experts(margin: Tensor, kept: int, *, experts: int = 1) -> Tensor:
+def top_of_experts(margin: Tensor, kept: int | Tensor, *, experts: int = 1) -> Tensor:
     """Keep mask (E x N,) of the `kept` neurons of each expert that come last in order of (margin, index)."""
-    order = margin.detach().cpu().double().view(experts, -1).argsort(dim=1, stable=True)
-    mask = torch.zeros(order.shape, dtype=torch.bool)
-    return mask.scatter(1, order[:, order.shape[1] - kept :], True).flatten()
+    order = margin.detach().double().view(experts, -1).argsort(dim=1, stable=True)
+    stays = torch.arange(order.shape[1], device=margin.device) >= order.shape[1] - kept
+    return torch.empty_like(order, dtype=torch.bool).scatter_(1, order, stays.expand_as(order)).flatten()
 
 
-def _chunks(margin: Tensor, width_multiple: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut one block's neurons, in order of (margin, index), into the steps in which they may go.
+class Segments:
+    """Units of several blocks, sorted together, and then block by block: two sorts, however many blocks there are.
 
-    Returns the order (N,), and the size and the key of each step. The key is the step's largest margin, so a step never
-    goes before its last neuron would. The last `width_multiple` neurons are in no step: they stay.
+    Everything that shapes alone decide is worked out here, so that sorting never asks the host for a size.
+
+    Args:
+        sizes: units of each block.
+        device: where margins lie.
     """
-    N = len(margin)
-    order = margin.argsort(stable=True)
-    removable = N - width_multiple
-    if removable == 0:  # as narrow as a block may be
-        return order, order[:0], margin[:0]
-    first = removable % width_multiple or width_multiple  # brings an odd width onto the grid
-    ends = torch.arange(first, removable + 1, width_multiple)
-    sizes = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.long))
-    return order, sizes, margin[order][ends - 1]
+
+    def __init__(self, sizes: Sequence[int], device: torch.device):
+        self.sizes = list(sizes)
+        self.starts = [sum(self.sizes[:b]) for b in range(len(self.sizes))]
+        self.block = spread(range(len(self.sizes)), self.sizes, device)
+        self.place = torch.arange(sum(self.sizes), device=device) - spread(self.starts, self.sizes, device)
+
+    def sort(self, margins: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """All margins, float64, and their units, block by block and inside a block in order of (margin, index)."""
+        joined = torch.cat([m.detach().double() for m in margins])
+        order = joined.argsort(stable=True)
+        order = order[self.block[order].argsort(stable=True)]
+        return joined[order], order
 
 
-def _take_until(keys: Tensor, cost: Tensor, target: int) -> Tensor:
+def spread(values: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Each value so many times, int64; made in the memory of the host, which alone knows the sizes."""
+    pairs = zip(values, sizes, strict=True)
+    found = torch.cat([torch.empty(0, dtype=torch.long), *(torch.full((n,), v) for v, n in pairs)])
+    return found.to(device, non_blocking=True)
+
+
+def _take_until(keys: Tensor, cost: Tensor, target: int | Tensor) -> Tensor:
     """Bool (S,): steps in order of (key, position), until their total cost reaches `target`."""
-    taken = torch.zeros(len(keys), dtype=torch.bool)
-    if target > 0:
-        order = keys.argsort(stable=True)
-        before = cost[order].cumsum(0) - cost[order]
-        taken[order] = before < target
-    return taken
+    order = keys.argsort(stable=True)
+    before = cost[order].cumsum(0) - cost[order]
+    return torch.empty_like(keys, dtype=torch.bool).scatter_(0, order, before < target)
 
 
-def _keep_groups(
-    costs: UnitCosts, group_margins: Sequence[Tensor], keys: Tensor, cost: Tensor, target: int
-) -> list[Tensor]:
-    """Masks of KV groups, from the common order of groups and of the neurons' steps (keys, cost)."""
-    attention = [torch.ones(n, dtype=torch.bool) for n in costs.groups]
-    orders = [m.detach().cpu().double().argsort(stable=True)[:-1] for m in group_margins]  # the best one stays
-    orders = [order[:0] if b in costs.protected else order for b, order in enumerate(orders)]
-    group_keys = torch.cat([m.detach().cpu().double()[o] for m, o in zip(group_margins, orders, strict=True)])
-    group_cost = torch.cat([torch.full((len(o),), c) for o, c in zip(orders, costs.group, strict=True)])
-    taken = _take_until(torch.cat([group_keys, keys]), torch.cat([group_cost, cost]), target)[: len(group_keys)]
-    # The common order may end on groups that overshoot by far more than a neuron. Such groups stay, last ones first,
-    # as long as neurons can fill the gap.
-    fillable, gone = int(cost.sum()), int(group_cost[taken].sum())
-    for last in group_keys.argsort(stable=True).flip(0).tolist():
-        without = gone - int(group_cost[last])
-        if taken[last] and gone > target:
-            if target - without > fillable:
-                break
-            taken[last], gone = False, without
-    for mask, order, falls in zip(attention, orders, taken.split([len(o) for o in orders]), strict=True):
-        mask[order[falls]] = False
-    return attention
+class Cut:
+    """`keep_masks` for one budget, time after time, on the device of the margins and without asking it for anything.
+
+    A block's neurons (slots, where there are experts) go in *steps*, in order of (margin, index). The key of a step is
+    its largest margin, so a step never goes before its last neuron would. The first step brings an odd width onto the
+    grid; the last `width_multiple` neurons are in no step: they stay. Costs are whole numbers, summed exactly.
+    """
+
+    def __init__(self, budget: Budget, device: torch.device):
+        self.budget, costs = budget, budget.costs
+        self.slots, self.groups = Segments(costs.neurons, device), Segments(costs.groups, device)
+        sizes, ends = [], []
+        for b, (N, start) in enumerate(zip(costs.neurons, self.slots.starts, strict=True)):
+            removable, step = 0 if b in costs.protected else N - budget.width_multiple, budget.width_multiple
+            own = torch.arange(removable % step or step, removable + 1, step) if removable else torch.arange(0)
+            sizes.append(torch.diff(own, prepend=own.new_zeros(1)))
+            ends.append(own - 1 + start)
+        counts = [len(s) for s in sizes]
+        self.size, self.end = (torch.cat(parts).to(device, non_blocking=True) for parts in (sizes, ends))
+        self.step_block = spread(range(len(counts)), counts, device)
+        self.cost = self.size * spread(costs.neuron, counts, device)
+        self.fillable = sum(c * int(s.sum()) for c, s in zip(costs.neuron, sizes, strict=True))
+        going = [0 if b in costs.protected else n - 1 for b, n in enumerate(costs.groups)]  # the best one stays
+        starts = zip(self.groups.starts, going, strict=True)
+        self.group_end = torch.cat([torch.arange(start, start + n) for start, n in starts]).to(
+            device, non_blocking=True
+        )
+        self.group_cost = spread(costs.group, going, device)
+
+    def __call__(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None) -> Masks:
+        """Masks from margins, see `keep_masks`."""
+        costs, target = self.budget.costs, self.budget.target
+        if costs.uniform:
+            return equal_widths(self.budget, neuron_margins, group_margins)
+        slots = [slot_margins(m.detach().double(), e) for m, e in zip(neuron_margins, costs.of_experts, strict=True)]
+        margins, order = self.slots.sort(slots)
+        keys, groups = margins[self.end], torch.ones_like(self.groups.block, dtype=torch.bool)
+        if costs.attention:
+            assert group_margins is not None
+            group_keys, group_order = self.groups.sort(group_margins)
+            falls = self._groups(group_keys[self.group_end], keys)
+            groups[group_order[self.group_end]] = ~falls
+            target = target - (self.group_cost * falls).sum()
+        taken = self.size * _take_until(keys, self.cost, target)
+        # Steps of one block go in order: keys grow with the step, and ties go by position.
+        gone = torch.zeros(len(slots), dtype=torch.long, device=keys.device).index_add_(0, self.step_block, taken)
+        stays = self.slots.place >= gone[self.slots.block]
+        ffn = list(torch.empty_like(stays).scatter_(0, order, stays).split(self.slots.sizes))
+        for b, e in enumerate(costs.of_experts):
+            if e > 1:
+                ffn[b] = top_of_experts(neuron_margins[b], costs.neurons[b] - gone[b], experts=e)
+        return Masks(ffn, list(groups.split(self.groups.sizes)))
+
+    def _groups(self, group_keys: Tensor, keys: Tensor) -> Tensor:
+        """Bool: the KV groups that fall, of those that may, from the common order of groups and neurons' steps."""
+        target, count = self.budget.target, len(group_keys)
+        taken = _take_until(torch.cat([group_keys, keys]), torch.cat([self.group_cost, self.cost]), target)[:count]
+        order = group_keys.argsort(stable=True)  # those taken come first
+        cost = self.group_cost[order]
+        gone = cost.cumsum(0)
+        # The common order may end on groups that overshoot by far more than a neuron. Such groups stay, last ones
+        # first, as long as neurons can fill the gap.
+        stays = (gone > target) & (target - (gone - cost) <= self.fillable)
+        return torch.empty_like(taken).scatter_(0, order, taken[order] & ~stays)
 
 
 def keep_masks(
@@ -105,24 +158,7 @@ def keep_masks(
         Masks that remove at least the target, and less than one more step. Blocks that lose neurons end up on a
         multiple of `width_multiple`; one that loses none keeps its width.
     """
-    costs, target = budget.costs, budget.target
-    if costs.uniform:
-        return equal_widths(budget, neuron_margins, group_margins)
-    slots = [slot_margins(m.detach().cpu().double(), e) for m, e in zip(neuron_margins, costs.of_experts, strict=True)]
-    cut = [_chunks(m, len(m) if b in costs.protected else budget.width_multiple) for b, m in enumerate(slots)]
-    keys = torch.cat([key for _, _, key in cut])
-    cost = torch.cat([size * c for (_, size, _), c in zip(cut, costs.neuron, strict=True)])
-    attention = [torch.ones(n, dtype=torch.bool) for n in costs.groups]
-    if costs.attention:
-        assert group_margins is not None
-        attention = _keep_groups(costs, group_margins, keys, cost, target)
-        target -= sum(c * int((~m).sum()) for c, m in zip(costs.group, attention, strict=True))
-    steps = _take_until(keys, cost, target).split([len(size) for _, size, _ in cut])
-    ffn = []
-    for margin, e, (order, size, _), falls in zip(neuron_margins, costs.of_experts, cut, steps, strict=True):
-        # Steps of one block go in order: keys grow with the step, and ties go by position.
-        ffn.append(top_of_experts(margin, len(order) - int(size[falls].sum()), experts=e))
-    return Masks(ffn, attention)
+    return Cut(budget, neuron_margins[0].device)(neuron_margins, group_margins)
 
 
 def equal_widths(
@@ -142,11 +178,12 @@ def equal_widths(
         # a width that nothing asks to change need not lie on the grid
         return width if width == max(costs.neurons) else width // width_multiple * width_multiple
 
-    attention = [torch.ones(n, dtype=torch.bool) for n in costs.groups]
+    device = neuron_margins[0].device
+    attention = [torch.ones(n, dtype=torch.bool, device=device) for n in costs.groups]
     if costs.attention:
         free = replace(budget, costs=replace(costs, uniform=False))
-        kept = [int(m.sum()) for m in keep_masks(free, neuron_margins, group_margins).attention]
-        groups = max(1, min(round(sum(kept) / len(kept)), *costs.groups))
+        kept = int(torch.cat(keep_masks(free, neuron_margins, group_margins).attention).sum())
+        groups = max(1, min(round(kept / len(costs.groups)), *costs.groups))
 
         def gone(groups: int) -> int:
             return sum(c * (n - groups) for c, n in zip(costs.group, costs.groups, strict=True))
@@ -160,7 +197,8 @@ def equal_widths(
     return Masks(ffn, attention)
 
 
-def cut_margin(masks: Masks, neuron_margins: Sequence[Tensor]) -> float:
-    """The largest margin among removed neurons: where the budget cuts the common order. 0 if none is removed."""
-    removed = torch.cat([m[~keep] for m, keep in zip(neuron_margins, masks.ffn, strict=True)])
-    return float(removed.max()) if len(removed) else 0.0
+def cut_margin(masks: Masks, neuron_margins: Sequence[Tensor]) -> Tensor:
+    """The largest margin among removed neurons, (): where the budget cuts the common order. 0 if none is removed."""
+    pairs = zip(neuron_margins, masks.ffn, strict=True)
+    largest = torch.cat([m.masked_fill(keep, -torch.inf) for m, keep in pairs]).max()
+    return largest.masked_fill(largest == -torch.inf, 0.0)

@@ -37,12 +37,19 @@ def equal_thresholds(masks: Masks, ranks: ModuleRanks) -> Thresholds:
     return ffn, [torch.zeros(1, dtype=torch.float64) for _ in ranks.attention]
 
 
+def unit_margins(ranks: ModuleRanks, thresholds: Thresholds) -> tuple[list[Tensor], list[Tensor]]:
+    """logit p_i - t_m per block, of neurons and of KV groups, float64; ranks and thresholds on one device."""
+    ffn, attention = ([t.detach() for t in kind] for kind in thresholds)
+    neurons, groups = ranks.logits
+    return (
+        [margins(x, t, y) for x, t, y in zip(neurons, ffn, ranks.labels, strict=True)],
+        [x - t.double() for x, t in zip(groups, attention, strict=True)],
+    )
+
+
 def masks_from_thresholds(ranks: ModuleRanks, thresholds: Thresholds, budget: Budget) -> Masks:
     """Keep masks that meet the budget, from thresholds per module."""
-    ffn, attention = thresholds
-    neuron = [margins(p, t.detach().cpu(), y) for p, t, y in zip(ranks.ffn, ffn, ranks.labels, strict=True)]
-    group = [torch.logit(p) - t.detach().cpu().double() for p, t in zip(ranks.attention, attention, strict=True)]
-    return keep_masks(budget, neuron, group)
+    return keep_masks(budget, *unit_margins(ranks, thresholds))
 
 
 def named_thresholds(thresholds: Thresholds) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -108,13 +109,14 @@ class ReconstructedPrefix(PrunedPrefix):
         stage = ReconstructionStage(
             block, index, self.walk.calls, hidden, self.corpora, self.settings, attention="output" in self.lost[index]
         )
-        before = stage.mean_loss()
+        before, device = stage.mean_loss(), device_of(block.layer)
         for parameter in stage.learned.values():
             parameter.requires_grad_()
         with quieted("lightning.pytorch.utilities.rank_zero"):  # it says what devices there are, each time
             trainer = L.Trainer(
-                max_epochs=self.settings.passes, accelerator="gpu" if device_of(block.layer).type == "cuda" else "cpu",
-                devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                max_epochs=self.settings.passes, accelerator="gpu" if device.type == "cuda" else "cpu", devices=1,
+                strategy=SingleDeviceStrategy(device),  # which need not be the first one
+                logger=False, enable_checkpointing=False, enable_progress_bar=False,
                 enable_model_summary=False, gradient_clip_val=1.0,
             )  # fmt: skip
             with torch.enable_grad():

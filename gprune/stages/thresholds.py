@@ -15,8 +15,8 @@ from gprune.models.masks import Masks
 from gprune.partition.record import ModuleRanks
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.gates import soft_gate, straight_through
-from gprune.sparsity.masks import cut_margin, margins
-from gprune.sparsity.thresholds import Thresholds, masks_from_thresholds
+from gprune.sparsity.masks import Cut, cut_margin
+from gprune.sparsity.thresholds import Thresholds, masks_from_thresholds, unit_margins
 from gprune.stages.base import FrozenLMStage
 
 
@@ -72,7 +72,8 @@ class ThresholdLearning(FrozenLMStage):
         shard: bool = False,
     ):
         super().__init__(model, shard=shard)
-        self.ranks, self.budget, self.learning = ranks, budget, learning or Learning()
+        self._ranks, self.budget, self.learning = ranks, budget, learning or Learning()
+        self._cut: Cut | None = None  # of the budget, on the device of the thresholds
         ffn, attention = start
         moves = self.learning.learn != "offsets"
         self.ffn_thresholds = nn.ParameterList(nn.Parameter(t.float(), requires_grad=moves) for t in ffn)
@@ -86,6 +87,14 @@ class ThresholdLearning(FrozenLMStage):
         self.ffn_gates: list[Tensor | None] = []
         self.attention_gates: list[Tensor | None] | None = [] if budget.costs.attention else None
         self.refresh_gates()
+
+    @property
+    def ranks(self) -> ModuleRanks:
+        """On the device of the thresholds, where they stay until Lightning moves those."""
+        device = self.ffn_thresholds[0].device
+        if self._ranks.labels[0].device != device:
+            self._ranks, self._cut = self._ranks.to(device), None
+        return self._ranks
 
     @property
     def thresholds(self) -> Thresholds:
@@ -103,31 +112,26 @@ class ThresholdLearning(FrozenLMStage):
 
     @torch.no_grad()
     def masks(self, budget: Budget | None = None) -> Masks:
-        """The hard masks of the current thresholds, for this stage's budget or another one."""
-        return masks_from_thresholds(self.moved_ranks, self.thresholds, budget or self.budget)
+        """The hard masks of the current thresholds, for this stage's budget or another one, on their device."""
+        if budget is not None:
+            return masks_from_thresholds(self.moved_ranks, self.thresholds, budget)
+        found = unit_margins(self.moved_ranks, self.thresholds)
+        self._cut = self._cut or Cut(self.budget, found[0][0].device)
+        return self._cut(*found)
 
     def refresh_gates(self) -> None:
         """Recompute the gates, in place in the lists that `gates.gated` reads."""
-        hard = self.masks()
-        self.ffn_gates[:] = [
-            self._gate(h, p, t, y)
-            for h, p, t, y in zip(hard.ffn, self.moved_ranks.ffn, self.ffn_thresholds, self.ranks.labels, strict=True)
-        ]
+        hard, ranks, moved = self.masks(), self.ranks, self.moved_ranks.ffn
+        parts = zip(hard.ffn, moved, self.ffn_thresholds, ranks.labels, ranks.sizes, strict=True)
+        self.ffn_gates[:] = [straight_through(h, soft_gate(p.float(), t, y, n)) for h, p, t, y, n in parts]
         if self.attention_gates is not None:
-            self.attention_gates[:] = [
-                self._gate(h, p, t, torch.zeros(len(p), dtype=torch.long))
-                for h, p, t in zip(hard.attention, self.ranks.attention, self.attention_thresholds, strict=True)
-            ]
+            parts = zip(hard.attention, ranks.attention, self.attention_thresholds, strict=True)
+            self.attention_gates[:] = [straight_through(h, _group_gate(p.float(), t)) for h, p, t in parts]
 
     def open_gates(self) -> None:
         """Open all gates, which gives the dense model, until gates are refreshed."""
         for gates in (self.ffn_gates, self.attention_gates or []):
             gates[:] = [None] * len(gates)
-
-    def _gate(self, hard: Tensor, p: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        hard, p, labels = hard.to(t.device), p.to(t.device, torch.float32), labels.to(t.device)
-        sizes = torch.bincount(labels, minlength=len(t))
-        return straight_through(hard, soft_gate(p, t, labels, sizes))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         rate, own = self.learning.learning_rate, self.learning.offset_learning_rate
@@ -161,9 +165,15 @@ class ThresholdLearning(FrozenLMStage):
 
         Where all blocks have to be equally wide, each block has its own cut, and its thresholds are shifted by that.
         """
-        pairs = zip(self.moved_ranks.ffn, self.ffn_thresholds, self.ranks.labels, strict=True)
-        found = [margins(p, t.cpu(), y) for p, t, y in pairs]
+        found, _ = unit_margins(self.moved_ranks, self.thresholds)
         shift, uniform = cut_margin(hard, found), self.budget.costs.uniform
         for b, (t, u) in enumerate(zip(self.ffn_thresholds, self.attention_thresholds, strict=True)):
-            t += cut_margin(Masks(hard.ffn[b : b + 1], []), found[b : b + 1]) if uniform else shift
-            u += shift
+            own = cut_margin(Masks(hard.ffn[b : b + 1], []), found[b : b + 1]) if uniform else shift
+            t += own.to(t.dtype)
+            u += shift.to(u.dtype)
+
+
+def _group_gate(p: Tensor, threshold: Tensor) -> Tensor:
+    """`soft_gate` of a block's KV groups, which are one module."""
+    labels = torch.zeros(len(p), dtype=torch.long, device=p.device)
+    return soft_gate(p, threshold, labels, torch.full((1,), len(p), device=p.device))

@@ -462,6 +462,25 @@ def test_one_process_has_nobody_to_share_a_model_with(capsys):
     assert "--model.shard: expected two or more processes" in line
 
 
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--trainer.devices=2"], "--model.device_map auto: expected one process"),
+        (["--trainer.num_nodes=2", "--model.max_memory={cpu: 2GiB}"], "--model.device_map auto: expected one process"),
+        (["--trainer.devices=2", "--model.shard=true"], "expected --model.max_memory with a limit for cpu alone"),
+        (
+            ["--trainer.devices=2", "--model.shard=true", "--model.max_memory={0: 2GiB, cpu: 2GiB}"],
+            "expected --model.max_memory with a limit for cpu alone",
+        ),
+    ],
+)
+def test_several_processes_do_not_take_the_same_devices(flags, line, capsys):
+    assert main([AUTO, *flags]) == 2
+    (found,) = capsys.readouterr().err.splitlines()
+    assert line in found
+    parse([AUTO, "--trainer.devices=2", "--model.shard=true", "--model.max_memory={cpu: 2GiB}"])
+
+
 def test_types(placed):
     """What a walk over an offloaded model gives is what everything else takes."""
     _, away = placed("llama")

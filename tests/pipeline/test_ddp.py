@@ -122,7 +122,7 @@ def test_masks_agree_but_for_units_inside_the_noise(world, runs):
     ranks = module_ranks(world, one)
     for b, p in enumerate(ranks):
         labels = one.modules.labels[b]
-        mine, theirs = (margins(p, r.thresholds[0][b], labels) for r in (one, two))
+        mine, theirs = (margins(torch.logit(p), r.thresholds[0][b], labels) for r in (one, two))
         kept = one.masks.ffn[b]
         assert mine[kept].min() > mine[~kept].max()  # these are the margins that decided
         assert float((mine - theirs).abs().max()) <= noise + 1e-6

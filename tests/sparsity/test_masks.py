@@ -315,8 +315,8 @@ def test_margins_against_numpy():
     p = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     thresholds, labels = torch.tensor([0.3, -2.0]), torch.tensor([1, 0, 1])
     expected = np.log(p.numpy() / (1 - p.numpy())) - thresholds.double().numpy()[labels.numpy()]
-    np.testing.assert_allclose(margins(p, thresholds, labels).numpy(), expected, rtol=1e-12)
-    assert margins(p, thresholds, labels).dtype == torch.float64
+    np.testing.assert_allclose(margins(torch.logit(p), thresholds, labels).numpy(), expected, rtol=1e-12)
+    assert margins(torch.logit(p), thresholds, labels).dtype == torch.float64
 
 
 # --- Masks ------------------------------------------------------------------------------------------------------

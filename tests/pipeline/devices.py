@@ -1,0 +1,268 @@
+"""What every part of the method does on devices that nobody has: `python -m tests.pipeline.devices` prints the table.
+
+Each part runs on the CPU, on one pretended device and on two (`tests.pretend`); what it finds has to be the same. The
+figures are waits of the host for a device, as `Devices` counts them, on a model of three blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from gprune.calibration.collector import collect
+from gprune.calibration.layerwise import Walk
+from gprune.calibration.statistics import CorpusStatistics
+from gprune.config import DistillConfig, ReconstructConfig
+from gprune.console import quiet
+from gprune.corpora.windows import Windows
+from gprune.evaluation.perplexity import perplexity
+from gprune.export import hf
+from gprune.models.blocks import blocks_of
+from gprune.models.masks import Masks
+from gprune.models.surgery import prune
+from gprune.partition.record import ModuleRanks
+from gprune.pipeline.save import masked_logits
+from gprune.recovery import Material, recovery_of
+from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.masks import keep_masks
+from gprune.sparsity.thresholds import start_thresholds
+from gprune.stages.callbacks import ApplyMasks
+from gprune.stages.thresholds import Learning, ThresholdLearning
+from tests.pretend import TYPE, Devices, placed, pretend
+from tests.tiny_families import make_tiny, some_masks
+
+STEPS = 2  # batches of a part; learning is run over twice as many too, and a step is the difference
+
+
+@dataclass(frozen=True)
+class Place:
+    """A model and how many pretended devices it lies on; 0: none, it is on the CPU."""
+
+    model: PreTrainedModel
+    devices: int
+
+    def batches(self, steps: int = STEPS) -> list[dict[str, Tensor]]:
+        """Where the trainer would have put them: on the first device."""
+        ids = torch.randint(3, 128, (2 * steps, 16), generator=torch.Generator().manual_seed(1))
+        half = torch.tensor([0, 1] * steps)
+        made = [
+            {"input_ids": i, "half": h, "weight": torch.ones(2)}
+            for i, h in zip(ids.split(2), half.split(2), strict=True)
+        ]
+        if not self.devices:
+            return made
+        return [{n: t.to(f"{TYPE}:0", non_blocking=True) for n, t in batch.items()} for batch in made]
+
+    @property
+    def windows(self) -> Windows:
+        ids = torch.cat([batch["input_ids"].cpu() for batch in Place(self.model, 0).batches()])
+        return Windows("text", "test", ids)
+
+    def masks(self, *, attention: bool = False) -> Masks:
+        return some_masks(self.model, attention=attention)
+
+
+Part = Callable[[Place], Any]
+
+
+def calibrate(place: Place, **kinds: Any) -> CorpusStatistics:
+    return collect(place.model, place.batches(), **kinds)
+
+
+def walk(place: Place) -> CorpusStatistics:
+    found = Walk(place.model)
+    for batch in place.batches():
+        found.add(*batch.values())
+    return found.statistics(gram=True)
+
+
+def learn(place: Place, *, attention: bool, steps: int = STEPS, **how: Any) -> list[Tensor]:
+    """Thresholds and offsets after so many steps under Lightning's Trainer."""
+    blocks = blocks_of(place.model)
+    generator = torch.Generator().manual_seed(0)
+    labels = [torch.arange(b.experts * b.neurons) % 3 for b in blocks]
+    p = [(torch.rand(len(y), generator=generator, dtype=torch.float64) * 0.98 + 0.01) for y in labels]
+    groups = [torch.rand(b.kv_groups, generator=generator, dtype=torch.float64) * 0.98 + 0.01 for b in blocks]
+    ranks = ModuleRanks(p, labels, groups)
+    budget = Budget.of(unit_costs(blocks, scope="attention+ffn" if attention else "ffn"), 0.4)
+    start = start_thresholds(keep_masks(budget, p, groups), ranks)
+    stage = ThresholdLearning(place.model, ranks, start, budget, Learning(**how))
+    train(stage, DataLoader(place.batches(steps), batch_size=None), callbacks=[ApplyMasks()])
+    return [t.detach().cpu() for t in stage.state_dict().values()]
+
+
+def train(stage: L.LightningModule, loader: DataLoader, **kwargs: Any) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **kwargs,
+    )  # fmt: skip
+    trainer.fit(stage, loader)
+
+
+def recover(place: Place, name: str, *, attention: bool = True, **settings: Any) -> Tensor:
+    """Logits of a pruned and recovered model."""
+    method, masks = recovery_of(name), place.masks(attention=attention)
+    statistics = calibrate(place, gram="gram" in method.needs) if method.needs - {"text"} else None
+
+    def fit(what: str, stage: L.LightningModule, *, clip: float | None = None, **_: Any) -> None:
+        train(stage, DataLoader(place.batches(), batch_size=None), gradient_clip_val=clip)
+
+    material = Material(
+        place.model, masks, statistics=statistics, text=[place.windows], batch_size=2, fit=fit, settings=settings
+    )
+    revise = method.revise(material)
+    with torch.no_grad():
+        small = prune(place.model, masks)
+        for dense, block in zip(blocks_of(place.model), blocks_of(small), strict=True):
+            if revise is not None:
+                revise(dense, block)
+    small = method.tune(material, small)
+    return logits(small, place)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, place: Place) -> Tensor:
+    return model(input_ids=place.batches()[0]["input_ids"], use_cache=False).logits.cpu()
+
+
+def pruned(place: Place) -> list[Tensor]:
+    masks = place.masks(attention=True)
+    with torch.no_grad():
+        under = masked_logits(place.model, masks, place.batches()[0]["input_ids"]).cpu()
+    return [under, logits(prune(place.model, masks), place)]
+
+
+def evaluated(place: Place) -> Tensor:
+    return torch.tensor(perplexity(place.model, place.windows, batch_size=2).window_nll)
+
+
+def exported(place: Place) -> float:
+    """Of the pruned model's logits and those of its folder, loaded and placed alike, the largest difference."""
+    small = prune(place.model, place.masks(attention=True))
+
+    def again(folder: Path, input_ids: Tensor, *, device: str, **_: Any) -> Tensor:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
+        model = placed(model, place.devices) if place.devices else model
+        return model(input_ids.to(device), use_cache=False).logits
+
+    before, hf.reloaded_logits = hf.reloaded_logits, again
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            saved = hf.save_pruned(small, None, Path(folder) / "model")
+            return hf.check_reload(small, saved, place.batches()[0]["input_ids"].cpu())
+    finally:
+        hf.reloaded_logits = before
+
+
+def distil(place: Place, **settings: Any) -> Tensor:
+    return recover(place, "distill", distill=DistillConfig(**settings))
+
+
+PARTS: dict[str, Part] = {
+    "calibration": calibrate,
+    "calibration with Gram matrices": lambda place: calibrate(place, gram=True),
+    "calibration block by block": walk,
+    "saliency": lambda place: calibrate(place, saliency=("ffn", "attention")),
+    "bias": lambda place: recover(place, "bias"),
+    "least_squares": lambda place: recover(place, "least_squares"),
+    "least_squares_sequential": lambda place: recover(place, "least_squares_sequential"),
+    "reconstruct": lambda place: recover(place, "reconstruct", reconstruct=ReconstructConfig(passes=1)),
+    "distill mlp": lambda place: distil(place, targets="mlp"),
+    "distill all, with all losses": lambda place: distil(place, targets="all", cross_entropy=0.5, hidden=0.5),
+    "distill vectors": lambda place: distil(place, targets="vectors"),
+    "pruning": pruned,
+    "perplexity": evaluated,
+    "export check": exported,
+}
+LEARNING: dict[str, dict[str, Any]] = {
+    f"{learn}, {loss}{', attention' * attention}": {"learn": learn, "loss": loss, "attention": attention}
+    for learn in ("thresholds", "offsets", "both")
+    for loss in ("cross_entropy", "kl")
+    for attention in (False, True)
+}
+# Of models with experts: nothing has a bias or a scale of its own, and nothing goes along the prefix.
+EXPERTS = ("calibration with Gram matrices", "calibration block by block", "least_squares", "distill mlp",
+           "pruning", "perplexity", "export check")  # fmt: skip
+
+
+def model_of(family: str, *, tied: bool = False) -> PreTrainedModel:
+    return make_tiny(family, tie_word_embeddings=tied)
+
+
+def run(part: Part, model: PreTrainedModel, devices: int) -> tuple[Any, Devices]:
+    """What a part finds on so many devices, and what was counted; the model's own placing does not count."""
+    model = copy.deepcopy(model)
+    if devices == 0:
+        return part(Place(model, 0)), Devices()
+    with pretend() as counted:
+        place = Place(placed(model, devices), devices)
+        counted.by_place.clear()
+        return part(place), counted
+
+
+def learned(how: dict[str, Any], model: PreTrainedModel, devices: int) -> tuple[list[Tensor], int]:
+    """What learning finds, and the waits of one step: of twice as many steps, what the further ones take."""
+    (found, few), (_, many) = (
+        run(lambda place, n=n: learn(place, steps=n, **how), model, devices) for n in (STEPS, 2 * STEPS)
+    )
+    return found, (many.waits - few.waits) // STEPS
+
+
+def tensors(found: Any) -> Iterator[Tensor]:
+    """All numbers of a result."""
+    if isinstance(found, CorpusStatistics):
+        found = list(found.tensors().values())
+    for item in found if isinstance(found, list) else [found]:
+        yield torch.as_tensor(item)
+
+
+def same(found: Any, expected: Any) -> bool:
+    """To float32's rounding: a device multiplies in another order."""
+    pairs = zip(tensors(found), tensors(expected), strict=True)
+    return all(torch.allclose(a.double(), b.double(), rtol=2e-4, atol=2e-4) for a, b in pairs)
+
+
+def verdict(part: Part, model: PreTrainedModel, devices: int, expected: Any) -> str:
+    try:
+        found, counted = run(part, model, devices)
+    except Exception as error:
+        return f"fails: {str(error).splitlines()[0][:90]}"
+    return f"{counted.waits}" if same(found, expected) else "other numbers"
+
+
+def main() -> None:
+    quiet()
+    print("| part | one device | two, tied | two, not tied |\n|---|---:|---:|---:|")
+    models = {tied: model_of("llama", tied=tied) for tied in (True, False)}
+    for name, part in PARTS.items():
+        expected = {tied: run(part, model, 0)[0] for tied, model in models.items()}
+        cells = [verdict(part, models[tied], n, expected[tied]) for n, tied in ((1, False), (2, True), (2, False))]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    for name, how in LEARNING.items():
+        cells = []
+        for n, tied in ((1, False), (2, True), (2, False)):
+            part = functools.partial(learn, **how)
+            said = verdict(part, models[tied], n, run(part, models[tied], 0)[0])
+            cells.append(f"{learned(how, models[tied], n)[1]} a step" if said.isdecimal() else said)
+        print(f"| learning: {name} | {' | '.join(cells)} |", flush=True)
+    experts = model_of("mixtral")
+    for name in EXPERTS:
+        expected = run(PARTS[name], experts, 0)[0]
+        cells = [verdict(PARTS[name], experts, n, expected) for n in (1, 2)]
+        print(f"| mixtral: {name} | {cells[0]} | | {cells[1]} |", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Several devices without having one: tensors that say they lie on a GPU, compute on the CPU, and count what waits.
+
+    with pretend() as devices:
+        model = placed(make_tiny("llama"), 2)      # accelerate's own dispatch over lazy:0 and lazy:1
+        collect(model, batches)
+    assert devices.waits <= 40, devices.by_place
+
+As with CUDA, tensors of different devices may not meet: only a number (0 dimensions) of the CPU, an index of the CPU,
+and a copy may. And the host waits for the device where it asks for a value (`.item()`, `bool()`, `.cpu()`, `nonzero`,
+`x[mask]`, ...), and where it hands over memory that is not pinned without `non_blocking`; each such moment is counted,
+by the place in our code that asked.
+
+The devices are of torch's type `lazy`, which this build has no backend for: nothing is registered in the process, and
+autograd runs such tensors in the thread that calls it. `PrivateUse1` in Python knows one device and has to be there
+before the first backward pass of a process. All work goes through a `TorchDispatchMode`; outside of it these tensors
+compute nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import gprune
+from gprune.models.blocks import decoder_layers
+
+TYPE = "lazy"
+OURS = str(Path(gprune.__file__).parent)
+aten = torch.ops.aten
+COPIES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
+INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+# What CUDA cannot answer before all work is done: its result, or the size of its result, has to come to the host.
+WAITS = {
+    aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.bincount.default,
+    aten.masked_select.default, aten._unique2.default, aten.unique_consecutive.default,
+    aten.repeat_interleave.Tensor, aten.linalg_cholesky_ex.default, aten.is_nonzero.default,
+    aten._linalg_svd.default, aten.linalg_qr.default, aten._linalg_eigh.default,
+}  # fmt: skip
+
+
+class Pretended(Tensor):
+    """A tensor of a pretended device; its values are `inner`, on the CPU."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: Tensor, device: torch.device) -> Pretended:
+        return Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            device=device,
+        )  # fmt: skip
+
+    def __init__(self, inner: Tensor, device: torch.device):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"{func} on {TYPE} outside of `pretend()`")
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        Tensor.data.__set__(self, new)
+        self.inner = new.inner
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.inner.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def tolist(self) -> Any:
+        return self.detach().cpu().tolist()
+
+    def __repr__(self) -> str:
+        return f"Pretended({self.inner}, device='{self.device}')"
+
+
+class Devices(TorchDispatchMode):
+    """The mode, and what it has counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_place: Counter[str] = Counter()
+
+    @property
+    def waits(self) -> int:
+        """How often the host has waited, for whatever our code asked."""
+        return sum(count for place, count in self.by_place.items() if not place.startswith("lightning"))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found: dict[int, Pretended] = {}
+        places: list[torch.device] = []
+        guests: list[Tensor] = []
+
+        def unwrapped(x: Tensor) -> Tensor:
+            if isinstance(x, Pretended):
+                found[id(x.inner)] = x
+                places.append(x.device)
+                return x.inner
+            guests.append(x)
+            return x
+
+        args, kwargs = (tree_map_only(Tensor, unwrapped, value) for value in (args, kwargs or {}))
+        asked = kwargs.get("device")
+        if not places and (asked is None or torch.device(asked).type != TYPE):
+            return func(*args, **kwargs)
+        device = places[0] if asked is None else torch.device(asked)
+        if func in COPIES:
+            device = self._copied(func, places, guests, device, non_blocking=bool(kwargs.get("non_blocking")))
+        else:
+            self._meet(func, places, guests)
+        if asked is not None:
+            kwargs["device"] = torch.device("cpu")
+        if func in WAITS or (func in INDEXED and any(t is not None and t.dtype == torch.bool for t in args[1])):
+            self._wait(str(func).removeprefix("aten."))
+        if func is aten.histc.default:  # of whole numbers, which the CPU does not count
+            return Pretended(func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype), device)
+        out = func(*args, **kwargs)
+        if device.type == "cpu" or func is aten._local_scalar_dense.default:
+            return out
+        return tree_map_only(Tensor, lambda x: found[id(x)] if id(x) in found else Pretended(x, device), out)
+
+    def _meet(self, func: Any, places: Sequence[torch.device], guests: Sequence[Tensor]) -> None:
+        strangers = [t for t in guests if t.dim() > 0]
+        if func in INDEXED and all(t.dtype in (torch.bool, torch.long) for t in strangers):
+            if strangers:
+                self._wait(f"{func} by an index of the CPU")
+            strangers = []
+        met = {*places, *(t.device for t in strangers)}
+        if len(met) > 1:
+            names = " and ".join(sorted(map(str, met)))
+            raise RuntimeError(f"Expected all tensors to be on the same device, but {func} found {names}")
+
+    def _copied(
+        self, func: Any, places: Sequence[torch.device], guests: Sequence[Tensor], device: torch.device, *,
+        non_blocking: bool,
+    ) -> torch.device:  # fmt: skip
+        """The device of a copy's result; one between host and device waits, unless it is told not to."""
+        if func is aten.copy_.default and guests:
+            self._wait("copy_")
+            return places[0]
+        if func is aten._to_copy.default:
+            source = places[0].type if places else "cpu"
+            if source != device.type and not (non_blocking and source == "cpu"):
+                self._wait("to cpu" if device.type == "cpu" else "from cpu")
+        return device
+
+    def _wait(self, what: str) -> None:
+        frame = sys._getframe(2)
+        while frame is not None:
+            name = frame.f_code.co_filename
+            if "/lightning/" in name:
+                self.by_place[f"lightning {frame.f_code.co_name}: {what}"] += 1
+                return
+            if name.startswith(OURS):
+                self.by_place[f"{name.removeprefix(OURS)[1:]} {frame.f_code.co_name}: {what}"] += 1
+                return
+            frame = frame.f_back
+        self.by_place[f"elsewhere: {what}"] += 1
+
+
+@contextmanager
+def pretend() -> Iterator[Devices]:
+    """Devices `lazy:0`, `lazy:1`, ... while the context lasts; Lightning's `cpu` is then the first of them."""
+    asked = torch.is_autocast_enabled
+    with pytest.MonkeyPatch.context() as patch, Devices() as mode:
+        # Torch asks about autocast on devices that it has a backend for alone.
+        patch.setattr(torch, "is_autocast_enabled", lambda *types: types != (TYPE,) and asked(*types))
+        # Torch lets nobody write into a view of a tensor such as these in inference mode.
+        patch.setattr(torch, "inference_mode", lambda mode=True: torch.no_grad() if mode else nullcontext())
+        patch.setattr(CPUAccelerator, "setup_device", lambda self, device: None)
+        chosen = lambda self: SingleDeviceStrategy(torch.device(TYPE, 0))  # noqa: E731
+        patch.setattr(_AcceleratorConnector, "_choose_strategy", chosen)
+        before = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(x, device=...)` then moves where the mode sees it
+        try:
+            yield mode
+        finally:
+            torch._C._set_only_lift_cpu_tensors(before)
+
+
+def placed(model: nn.Module, devices: int) -> nn.Module:
+    """A model on one pretended device; or on several, its layers shared out by accelerate as `device_map auto` does.
+
+    The last device has the last layers, the final norm, and an output projection that is not tied.
+    """
+    if devices == 1:
+        return model.to(f"{TYPE}:0")
+    layers = len(decoder_layers(model))
+    (path,) = [n for n, m in model.named_modules() if m is decoder_layers(model)]
+    where = {f"{path}.{i}": f"{TYPE}:{i * devices // layers}" for i in range(layers)}
+    for name, module in model.named_modules():
+        inside = name == path or any(name == p or name.startswith(p + ".") for p in where)
+        if name and not inside and next(module.parameters(recurse=False), None) is not None:
+            first = module in (model.get_input_embeddings(),) or "wpe" in name or "embed_positions" in name
+            where[name] = f"{TYPE}:{0 if first else devices - 1}"
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if tied:
+        (head,) = [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
+        where[head] = f"{TYPE}:0"
+    parts = {n.rpartition(".")[0] for n, _ in model.named_buffers()}
+    for name in parts:  # such as rotary frequencies
+        if name and not any(name == p or name.startswith(p + ".") for p in where):
+            where[name] = f"{TYPE}:0"
+    model = dispatch_model(model, where, main_device=f"{TYPE}:0")
+    model.hf_device_map = where
+    return model
