@@ -53,7 +53,7 @@ class StatisticsCache:
         if kind != "gram" or self.walked_blocks is None:
             return read_tensors(self._path(corpus, kind))
         places = [(k, b) for b in range(self.walked_blocks) for k, _ in KINDS]
-        if any(read_tensors(self._path(corpus, ["gram", k, b])) is None for k, b in places):  # one at a time
+        if any(read_tensors(self._path(corpus, ["gram", k, b]), once=True) is None for k, b in places):  # one at a time
             return None
         return {f"{k}.{b}.gram": self._gram(corpus, k, b) for k, b in places}
 

@@ -173,8 +173,8 @@ class Collector:
         found = {kind: [channel_statistics(m.compute(), copy=copy) for m in self.metrics[kind]] for kind, _ in KINDS}
         for kind, gradients in self.gradients.items():
             for i, (block, metrics) in enumerate(zip(self.blocks, gradients, strict=True)):
-                sums = {part: metric.compute() for part, metric in metrics.items()}
-                found[kind][i] = replace(found[kind][i], saliency=channel_saliency(block, kind, sums))
+                terms = channel_saliency(block, kind, lambda part, metrics=metrics: metrics[part].compute())
+                found[kind][i] = replace(found[kind][i], saliency=terms)
         turned = torch.stack([metric.compute().cpu().clone() for metric in self.turns])
         return CorpusStatistics(**found, turned=turned)
 

@@ -36,7 +36,7 @@ class _Sums(Metric):
     full_state_update = False
 
     def __init__(self, *sizes: int, gram: bool = False, **options: Any):
-        super().__init__(**options)
+        super().__init__(compute_with_cache=False, **options)  # the cache is a second copy, as large as the sums
         # float64: a corpus has some 10^6 tokens, and sum_sq - sum^2/n loses half the digits
         for name in SUMS:
             shape = sizes[:-1] if name == "count" else sizes

@@ -10,7 +10,7 @@ Memory: for each half of the corpus, a sum of gradients and a sum of squares, ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -60,10 +60,13 @@ class StreamingGradients(Metric):
     full_state_update = False
 
     def __init__(self, shape: tuple[int, int]):
-        super().__init__()
+        super().__init__(compute_with_cache=False)  # the cache is a second copy, as large as the sums
         self.add_state("count", torch.zeros(2), dist_reduce_fx="sum")
         for name in ("gradient", "square"):
-            self.add_state(name, torch.zeros(2, *shape), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+            # torchmetrics keeps the zeros for a reset: as one expanded number they take no memory.
+            setattr(self, name, torch.zeros(2, *shape))
+            self._defaults[name] = torch.zeros(()).expand(2, *shape)
 
     def update(self, x: Tensor, gradient: Tensor, halves: Sequence[int | None]) -> None:
         """Add windows with inputs x (B, T, in) and gradients (B, T, out) of each window's own loss by the outputs.
@@ -102,15 +105,16 @@ def window_saliency(weight: Tensor, sums: dict[str, Tensor], *, columns: bool) -
     return terms(0), terms(1), terms(0, 1)
 
 
-def channel_saliency(block: Block, kind: str, sums: dict[str, dict[str, Tensor]]) -> tuple[Saliency, ...]:
+def channel_saliency(block: Block, kind: str, sums: Callable[[str], dict[str, Tensor]]) -> tuple[Saliency, ...]:
     """Terms of a block's neurons (`ffn`) or attention channels, for half 0, half 1 and the whole corpus.
 
-    `sums` holds the result of `StreamingGradients.compute` for each part of the block.
+    Args:
+        sums: the result of `StreamingGradients.compute` for a part of the block, which is asked for one at a time.
     """
     heads = block.channels_per_group // block.head_dim
     found = None
     for name, part in salient_parts(block, kind).items():
-        terms = window_saliency(part.weight, sums[name], columns=name in ("down", "output"))
+        terms = window_saliency(part.weight, sums(name), columns=name in ("down", "output"))
         if name in ("key", "value"):  # the query heads of a group share its rows
             terms = tuple(Saliency(*(block.per_query_head(v) / heads for v in vars(t).values())) for t in terms)
         found = terms if found is None else tuple(a + b for a, b in zip(found, terms, strict=True))

@@ -36,7 +36,7 @@ class StoredGram:
         """(C, C) float32, or (E, C / E, C / E) of E experts."""
         total: Tensor | None = None
         for path, name in self.sources:
-            found = read_tensors(path)
+            found = read_tensors(path, once=True)
             if found is None or name not in found:
                 raise UserError(
                     f"{path} is missing or not whole: a Gram matrix that a calibration pass left there. Start again to "

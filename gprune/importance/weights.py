@@ -35,12 +35,12 @@ class UnitWeights:
         return replace(self, inputs=tuple(r[own] for r in self.inputs), output=self.output[:, own], means=means)
 
 
-def ffn_weights(block: Block) -> UnitWeights:
-    """The (experts x neurons,) channels of one block's FFN."""
+def ffn_weights(block: Block, device: torch.device | str = "cpu") -> UnitWeights:
+    """The (experts x neurons,) channels of one block's FFN, its weights on a device."""
     parts = [part for part in (block.gate, block.up) if part is not None]
     scale, shift = _norm(block.ffn_norm, block.family.norm_offset)
-    rows, means = tuple(map(_weight, parts)), tuple(_means(part, shift) for part in parts)
-    return UnitWeights(rows, _weight(block.down), scale, block.activation, means=means)
+    rows, means = tuple(_weight(part, device) for part in parts), tuple(_means(part, shift) for part in parts)
+    return UnitWeights(rows, _weight(block.down, device), scale, block.activation, means=means)
 
 
 def attention_weights(block: Block) -> UnitWeights:
@@ -50,8 +50,8 @@ def attention_weights(block: Block) -> UnitWeights:
     return UnitWeights((rows,), _weight(block.output), scale, per_unit=block.channels_per_group, means=(means,))
 
 
-def _weight(part: Part | ExpertPart) -> Tensor:
-    return part.weight.detach().float().cpu()
+def _weight(part: Part | ExpertPart, device: torch.device | str = "cpu") -> Tensor:
+    return part.weight.detach().float().to(device)
 
 
 def _norm(norm: nn.Module | None, offset: float) -> tuple[Tensor | None, Tensor | None]:

@@ -8,7 +8,6 @@ partition is k-means on data-free parameter similarity and rank drift together. 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import Tensor
 
@@ -21,14 +20,28 @@ def parameter_embedding(weights: UnitWeights, *, dim: int = 8, seed: int = 0) ->
     Each neuron's gate row, up row and down column are normalised to length 1 (direction only: size is importance,
     not likeness), concatenated to 3H numbers and projected onto the leading principal directions (randomised SVD).
     """
-    parts = [F.normalize(rows, dim=1) for rows in (*weights.inputs, weights.output.T)]
-    features = torch.cat(parts, dim=1)
-    features = features - features.mean(0)
+    inputs, output = weights.inputs, weights.output.T
+    features = inputs[0].new_empty(len(output), sum(rows.shape[1] for rows in (*inputs, output)))
+    places = features.split([rows.shape[1] for rows in (*inputs, output)], 1)
+    for rows, place in zip((*inputs, output), places, strict=True):
+        lengths = _lengths(rows).clamp_min(1e-12)
+        torch.div(rows.contiguous(), lengths[:, None], out=place)
+    features -= features.mean(0)
     dim = min(dim, *features.shape)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[features.device] if features.is_cuda else []):
         torch.manual_seed(seed)
         U, S, _ = torch.svd_lowrank(features, q=min(dim + 8, *features.shape), niter=2)
-    return _unit_variance(U[:, :dim] * S[:dim])
+    return _unit_variance(U[:, :dim] * S[:dim]).cpu()
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """Euclidean length of each row, (N, H) -> (N,).
+
+    Rows of a transposed matrix are read a few at a time, or each number of a row would come from another cache line.
+    """
+    if rows.stride(1) == 1:
+        return rows.norm(dim=1)
+    return torch.cat([few.T.contiguous().T.norm(dim=1) for few in rows.split(32)])
 
 
 def standardised(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from gprune.importance.metrics import IMPORTANCE
 from gprune.importance.scores import Scores, generator_for, score_ffn, score_units
 from gprune.importance.weights import ffn_weights
 from gprune.models.blocks import Block
+from gprune.models.offload import device_of
 from gprune.partition.drift import (
     above_noise,
     fractional_ranks,
@@ -85,7 +86,9 @@ def partitioned(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
     """The partition, computed; the controls take the refined sizes."""
     p, seed = run.cfg.partition, run.cfg.run.seed
     log.info("Partitioning %d blocks into modules", len(run.blocks))
-    embeddings = [parameter_embedding(ffn_weights(b), dim=p.embedding_dim, seed=seed) for b in run.blocks]
+    embeddings = [
+        parameter_embedding(ffn_weights(b, device_of(b.layer)), dim=p.embedding_dim, seed=seed) for b in run.blocks
+    ]
     labels = [
         initial_partition(
             e, d.drift, num_modules=p.num_modules, similarity_weight=p.similarity_weight,

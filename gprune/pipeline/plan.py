@@ -12,10 +12,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gprune.calibration.layerwise import exceed_memory
 from gprune.calibration.saliency import salient_parts
-from gprune.calibration.statistics import gram_bytes
-from gprune.checks import memory_limits
 from gprune.config import RunConfig
 from gprune.errors import UserError
 from gprune.export.gguf import check_expressible
@@ -24,6 +21,7 @@ from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import read_config, skeleton
 from gprune.models.masks import Masks
 from gprune.models.surgery import count_parameters
+from gprune.pipeline.memory import Held, memory_of
 from gprune.recovery import recovery_of
 from gprune.runs.trainer import check_trainer
 from gprune.sparsity.allocation import ALLOCATION
@@ -43,7 +41,7 @@ class Plan:
     forward_tokens: int
     forward_backward_tokens: int
     device: torch.device
-    memory_gib: float
+    memory: dict[str, Held]  # the peak of each step
 
     @property
     def check_tokens(self) -> int:
@@ -87,10 +85,19 @@ class Plan:
             "and backward": f"{self.forward_backward_tokens:,} tokens: {' and '.join(backward)}"
             if backward
             else "none: nothing is learned",
-            "memory": f"about {self.memory_gib:.1f} GiB",
+            "memory": self._memory(),
             "results": cfg.folder,
         }
         return "\n".join(f"{name:12} {line}" for name, line in lines.items())
+
+    def _memory(self) -> str:
+        """Peaks of all steps, the highest first."""
+        steps = sorted(self.memory.items(), key=lambda item: -item[1].total)
+        if self.device.type == "cpu" and self.cfg.model.device_map is None:
+            return "about " + ", ".join(f"{1 + held.total / 2**30:.1f} GiB in {name}" for name, held in steps)
+        devices, host = max(h.device for h in self.memory.values()), max(h.host for h in self.memory.values())
+        each = ", ".join(f"{held.device / 2**30:.1f} in {name}" for name, held in steps)
+        return f"about {devices / 2**30:.1f} GiB on the device ({each}) and {2 + host / 2**30:.1f} GiB on the CPU"
 
 
 def check(cfg: RunConfig) -> Plan:
@@ -121,7 +128,7 @@ def check(cfg: RunConfig) -> Plan:
         forward_tokens=forward,
         forward_backward_tokens=forward_backward,
         device=device,
-        memory_gib=1 + memory_bytes(cfg, dense) / 2**30,
+        memory=memory_of(cfg, dense, budget),
     )
 
 
@@ -152,36 +159,6 @@ def recovery_tokens(cfg: RunConfig, recovery: str) -> tuple[int, int]:
         attention=cfg.attention,
         settings=cfg.recovery_settings,
     )
-
-
-def memory_bytes(cfg: RunConfig, dense: PreTrainedModel) -> int:
-    """What a run needs at its peak beside the interpreter, roughly: bytes of weights, sums and activations.
-
-    Weights count twice, dense and pruned, but what goes beyond `--model.max_memory` once, for the block at work. Gram
-    matrices count for every corpus and once more pooled; where they go to files, as those of the block at work in
-    float32 and once more in the float64 of the solver, and the hidden states of one corpus beside them. What a recovery
-    needs comes after calibration, whose sums are then gone.
-    """
-    c, blocks = cfg.corpora, blocks_of(dense)
-    width = 4 if cfg.model.dtype == "float32" else 2
-    weights = count_parameters(dense, "all") * width
-    largest = max(block.cost for block in blocks) * width
-    limit = sum(memory_limits(cfg.model.max_memory or {}).values())
-    offloaded = 0 < limit < weights
-    states = c.num_samples * c.seq_len * dense.config.hidden_size * width  # of one corpus
-    grams = hidden = 0
-    if "gram" in cfg.collects:
-        grams = (len(cfg.calibration) + 1) * gram_bytes(blocks)
-    if offloaded or (grams and "saliency" not in cfg.collects and exceed_memory(blocks, corpora=len(cfg.calibration))):
-        grams = 4 * max(gram_bytes([block]) for block in blocks) if grams else 0
-        hidden = states
-    own = recovery_of(cfg.recovery).memory(blocks, len(c.recover) * states, attention=cfg.attention)
-    grams, hidden = max(grams, own[0]), max(hidden, own[1])
-    # gradients and their squares, for two halves of the corpus
-    gradients = 16 * count_parameters(dense, cfg.sparsity.scope) if "saliency" in cfg.collects else 0
-    widest = max(block.neurons for block in blocks)
-    activations = 40 * c.batch_size * c.seq_len * widest * len(blocks) if cfg.learns else 0
-    return (2 * limit + largest if offloaded else 2 * weights) + grams + hidden + gradients + activations
 
 
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # flags are checked by what is registered here, which should 
     from gprune.corpora.windows import Windows
     from gprune.models.blocks import Block
     from gprune.models.masks import Masks
+    from gprune.models.memory import Shapes
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 NEEDS = ("moments", "gram", "text")
@@ -102,8 +103,16 @@ class Recovery:
         """
         return 0, 0
 
-    def memory(self, blocks: Sequence[Block], hidden: int, *, attention: bool) -> tuple[int, int]:
-        """At most (bytes of Gram matrices, bytes of hidden states); all recovery text has `hidden` bytes of states."""
+    def memory(
+        self, small: Shapes, states: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
+    ) -> tuple[int, int]:
+        """Bytes at its peak on the device and on the CPU, beside the weights of both models.
+
+        Args:
+            small: shapes of the pruned model, and of the run's batches.
+            states: bytes of the hidden states of all its text.
+            settings: as in `Material`.
+        """
         return 0, 0
 
     def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
@@ -156,9 +165,11 @@ class Chain(Recovery):
         found = [link.tokens(text, fresh, attention=attention, settings=settings) for link in self.links]
         return sum(forward for forward, _ in found), sum(backward for _, backward in found)
 
-    def memory(self, blocks: Sequence[Block], hidden: int, *, attention: bool) -> tuple[int, int]:
-        found = [link.memory(blocks, hidden, attention=attention) for link in self.links]
-        return max(grams for grams, _ in found), max(states for _, states in found)
+    def memory(
+        self, small: Shapes, states: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
+    ) -> tuple[int, int]:
+        found = [link.memory(small, states, attention=attention, settings=settings) for link in self.links]
+        return max(device for device, _ in found), max(host for _, host in found)
 
     def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
         for link in self.links:
@@ -178,13 +189,28 @@ class Projection(Recovery):
     def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool):
         self.solver, self.needs, self.experts = solver, frozenset(needs), experts
 
+    def memory(
+        self, small: Shapes, states: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
+    ) -> tuple[int, int]:
+        """Of the largest block: its Gram matrix in float32 and parts of it in float64; or these, a factor, weights."""
+        if "gram" not in self.needs:
+            return 0, 0
+        whole, kept = small.at(small.width).sizes, small.sizes
+        pairs = [(N, k) for old, new in zip(whole, kept, strict=True) for N, k in zip(old, new, strict=True) if k < N]
+        read = (4 * N**2 + 8 * k**2 + 4 * N * (N - k) + 12 * k * (N - k) for N, k in pairs)
+        solved = (8 * (2 * k**2 + k * (N - k)) + 24 * k * small.hidden for N, k in pairs)
+        return round(max([*read, *solved], default=0)), 0
+
     def revise(self, material: Material) -> Revise:
+        from gprune.models.offload import device_of
+
         def revise(dense: Block, block: Block) -> None:
             keeps = material.masks.channels(dense)
             for kind, part in KINDS:
                 if not bool(keeps[kind].all()):
                     moments = getattr(material.statistics, kind)[dense.index].total
-                    weight, experts = dense.parts[part].weight.cpu(), dense.experts if kind == "ffn" else 1
+                    weight = dense.parts[part].weight.to(device_of(dense.layer))
+                    experts = dense.experts if kind == "ffn" else 1
                     found = self.solve(weight, keeps[kind], moments, experts=experts, ridge=material.ridge)
                     block.parts[part].set(*found)
 

@@ -17,15 +17,17 @@ def least_squares(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) 
     """W' = argmin_V E ||W x - V x_K||^2 + lambda ||V - W_K||^2 = W_K + W_R G_RK (G_KK + lambda I)^-1.
 
     G = sum over tokens of x x^T on dense activations, lambda = ridge * mean diagonal of G_KK. A large lambda leads to
-    W_K, which is `none`, and not to zero. Solved in float64 by Cholesky.
+    W_K, which is `none`, and not to zero. Solved in float64 by Cholesky, where the weight lies.
     """
     gram = moments.gram  # read once: it may lie in a file
     assert gram is not None, "least_squares needs Gram matrices"
+    gram = gram.to(weight.device)
+    stay, go = (which.nonzero()[:, 0].to(weight.device) for which in (keep, ~keep))
     # Only the parts that are needed become float64: the whole matrix is half a gigabyte at 7B, and would double.
-    G_kk, G_rk = gram[keep][:, keep].double(), gram[~keep][:, keep].double()
+    G_kk, G_rk = gram[stay][:, stay].double(), gram[go][:, stay].double()
     del gram
-    correction = ridge_correction(G_kk, weight[:, ~keep].double() @ G_rk, ridge)
-    return (weight[:, keep].double() + correction).to(weight.dtype), None
+    correction = ridge_correction(G_kk, weight[:, go].double() @ G_rk, ridge)
+    return (weight[:, stay].double() + correction).to(weight.dtype), None
 
 
 def ridge_correction(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:

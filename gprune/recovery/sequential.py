@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gprune.recovery.contract import NOTHING, Material, Recovery, Revise, recovery
 
 if TYPE_CHECKING:
     from gprune.models.blocks import Block
+    from gprune.models.memory import Shapes
 
 
 @recovery("least_squares_sequential")
@@ -37,8 +38,9 @@ class SequentialLeastSquares(Recovery):
         """One pass through the dense layers, one through the pruned ones, and another for each projection."""
         return (3 + attention) * text, 0
 
-    def memory(self, blocks: Sequence[Block], hidden: int, *, attention: bool) -> tuple[int, int]:
-        """Both sums of one block, in float32 and float64; hidden states dense, pruned, and wanted by projection."""
-        from gprune.calibration.statistics import gram_bytes
-
-        return 4 * max(gram_bytes([block]) for block in blocks), (3 + attention) * hidden
+    def memory(
+        self, small: Shapes, states: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
+    ) -> tuple[int, int]:
+        """Both sums of a block in float32 and float64, and its factor; hidden states dense, pruned, and wanted."""
+        kept = max(max(N, C) for N, C in small.sizes)
+        return round(20 * kept**2 + 20 * kept * small.hidden) + small.passing(), (3 + attention) * states

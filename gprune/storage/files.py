@@ -32,6 +32,7 @@ from gprune.errors import UserError, first_line
 
 log = logging.getLogger("gprune")
 FORMAT_VERSION = 4  # part of every cache key: raise it when what is stored changes meaning
+_hashed: dict[Path, tuple[int, int, int]] = {}  # inode, size and time of files whose content this process has hashed
 OLD = "former"  # in a scratch folder: what stood in the place of a new folder, until that has taken it
 
 
@@ -192,17 +193,26 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         save_file(tensors, temporary, metadata={"marks": json.dumps(marks, sort_keys=True)})
 
 
-def read_tensors(path: Path, *, run: str | None = None) -> dict[str, Tensor] | None:
-    """The tensors, or None (with one warning unless it is missing) if the file is truncated, altered or foreign."""
+def read_tensors(path: Path, *, run: str | None = None, once: bool = False) -> dict[str, Tensor] | None:
+    """The tensors, or None (with one warning unless it is missing) if the file is truncated, altered or foreign.
+
+    Args:
+        run: the key of the run that it has to belong to.
+        once: hash the content only where this process has not yet, or the file is another one since: for files of
+            hundreds of megabytes that are read again and again.
+    """
     if not path.is_file():
         return None
     try:
+        found = path.stat()
+        state = (found.st_ino, found.st_size, found.st_mtime_ns)
+        known = once and _hashed.get(path) == state
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             marks = json.loads(metadata["marks"]) if "marks" in metadata else metadata
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         reason = None
-        if marks.get("content_hash") != content_hash(tensors):
+        if not known and marks.get("content_hash") != content_hash(tensors):
             reason = "its content does not match its hash"
         elif marks.get("file", path.name) != path.name:
             reason = f"it was written as {marks['file']}"
@@ -210,7 +220,11 @@ def read_tensors(path: Path, *, run: str | None = None) -> dict[str, Tensor] | N
             reason = "it belongs to another run"
     except Exception as error:  # safetensors and torch each raise their own, down to KeyError for an unknown dtype
         reason = first_line(error)
-    return tensors if reason is None else _unusable(path, reason)
+    if reason is not None:
+        return _unusable(path, reason)
+    if once:
+        _hashed[path] = state
+    return tensors
 
 
 def key_of(**what: Any) -> str:

@@ -117,7 +117,7 @@ def test_streamed_gradients_are_autograds(overrides, token_batch):
 def test_query_heads_share_the_terms_of_their_keys_and_values_equally(overrides, token_batch):
     model = make_tiny_llama(**overrides)
     block, sums = blocks_of(model)[1], autograd(model, token_batch, torch.float32)[1]
-    whole = channel_saliency(block, "attention", {part: sums[part] for part in PARTS["attention"]})[2]
+    whole = channel_saliency(block, "attention", sums.__getitem__)[2]
     own = [window_saliency(getattr(block, p).weight, sums[p], columns=p == "output")[2] for p in ("query", "output")]
     shared = [window_saliency(getattr(block, p).weight, sums[p], columns=False)[2] for p in ("key", "value")]
     heads, d = block.channels_per_group // block.head_dim, block.head_dim

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -52,14 +53,16 @@ class Place:
 
     model: PreTrainedModel
     devices: int
+    shape: tuple[int, int] = (2, 16)  # windows and tokens of a batch
 
     def batches(self, steps: int = STEPS) -> list[dict[str, Tensor]]:
         """Where the trainer would have put them: on the first device."""
-        ids = torch.randint(3, 128, (2 * steps, 16), generator=torch.Generator().manual_seed(1))
-        half = torch.tensor([0, 1] * steps)
+        windows, length = self.shape
+        ids = torch.randint(3, 128, (windows * steps, length), generator=torch.Generator().manual_seed(1))
+        half = torch.arange(windows * steps) % 2
         made = [
-            {"input_ids": i, "half": h, "weight": torch.ones(2)}
-            for i, h in zip(ids.split(2), half.split(2), strict=True)
+            {"input_ids": i, "half": h, "weight": torch.ones(windows)}
+            for i, h in zip(ids.split(windows), half.split(windows), strict=True)
         ]
         if not self.devices:
             return made
@@ -67,7 +70,7 @@ class Place:
 
     @property
     def windows(self) -> Windows:
-        ids = torch.cat([batch["input_ids"].cpu() for batch in Place(self.model, 0).batches()])
+        ids = torch.cat([batch["input_ids"] for batch in Place(self.model, 0, self.shape).batches()])
         return Windows("text", "test", ids)
 
     def masks(self, *, attention: bool = False) -> Masks:
@@ -115,12 +118,19 @@ def recover(place: Place, name: str, *, attention: bool = True, **settings: Any)
     """Logits of a pruned and recovered model."""
     method, masks = recovery_of(name), place.masks(attention=attention)
     statistics = calibrate(place, gram="gram" in method.needs) if method.needs - {"text"} else None
+    gc.collect()  # as `CalibrationStage` does
 
     def fit(what: str, stage: L.LightningModule, *, clip: float | None = None, **_: Any) -> None:
         train(stage, DataLoader(place.batches(), batch_size=None), gradient_clip_val=clip)
 
     material = Material(
-        place.model, masks, statistics=statistics, text=[place.windows], batch_size=2, fit=fit, settings=settings
+        place.model,
+        masks,
+        statistics=statistics,
+        text=[place.windows],
+        batch_size=place.shape[0],
+        fit=fit,
+        settings=settings,
     )
     revise = method.revise(material)
     with torch.no_grad():
@@ -145,7 +155,7 @@ def pruned(place: Place) -> list[Tensor]:
 
 
 def evaluated(place: Place) -> Tensor:
-    return torch.tensor(perplexity(place.model, place.windows, batch_size=2).window_nll)
+    return torch.tensor(perplexity(place.model, place.windows, batch_size=place.shape[0]).window_nll)
 
 
 def exported(place: Place) -> float:

@@ -1,0 +1,108 @@
+"""What each step of a run holds at its peak: bytes on the device and on the CPU, weights included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedModel
+
+from gprune.calibration.layerwise import exceed_memory
+from gprune.calibration.statistics import gram_bytes
+from gprune.checks import memory_limits
+from gprune.config import RunConfig
+from gprune.models.blocks import blocks_of
+from gprune.models.memory import Shapes
+from gprune.models.surgery import count_parameters
+from gprune.recovery import recovery_of
+from gprune.sparsity.budget import Budget
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes on the device, or on all devices that a model is spread over, and on the CPU beside it."""
+
+    device: int
+    host: int = 0
+
+    def __add__(self, other: Held) -> Held:
+        return Held(self.device + other.device, self.host + other.host)
+
+    @property
+    def total(self) -> int:
+        return self.device + self.host
+
+
+def memory_of(cfg: RunConfig, dense: PreTrainedModel, budget: Budget) -> dict[str, Held]:
+    """The peak of each step, by name.
+
+    Args:
+        dense: its shapes; no weights are needed.
+    """
+    processes, blocks = cfg.trainer.devices * cfg.trainer.num_nodes, blocks_of(dense)
+    shapes = Shapes(
+        blocks, dense.config.hidden_size, dense.config.vocab_size,
+        count_parameters(dense, "all") - sum(block.cost for block in blocks),
+        4 if cfg.model.dtype == "float32" else 2, -(-cfg.corpora.batch_size // processes), cfg.corpora.seq_len,
+    )  # fmt: skip
+    weights = _weights(cfg, dense, shapes)
+    removed = budget.target / count_parameters(dense, "all")
+    pruned = Held(round(weights.device * (1 - removed)), round(weights.host * (1 - removed)))
+    found = {"calibration": weights + _calibration(cfg, shapes, walks=_offloaded(cfg, dense, shapes.width))}
+    if cfg.learns:
+        found["learning"] = weights + Held(shapes.learning(kl=cfg.sparsity.loss == "kl"))
+    states = len(cfg.corpora.recover) * _states(cfg, shapes)
+    small = shapes.at(shapes.width, 1 - budget.target / sum(block.cost for block in shapes.blocks))
+    found["recovery"] = weights + pruned + Held(*_recovery(cfg, small, states))
+    evaluated = replace(shapes, windows=cfg.corpora.batch_size, length=cfg.evaluation.seq_len)
+    found["evaluation"] = weights + pruned + Held(evaluated.scoring())
+    return found
+
+
+def _offloaded(cfg: RunConfig, dense: PreTrainedModel, width: int) -> bool:
+    limit = sum(memory_limits(cfg.model.max_memory or {}).values())
+    return 0 < limit < count_parameters(dense, "all") * width and not cfg.model.shard
+
+
+def _weights(cfg: RunConfig, dense: PreTrainedModel, shapes: Shapes) -> Held:
+    """Of the dense model; where it is offloaded, what `--model.max_memory` allows, and the block at work."""
+    whole, largest = (n * shapes.width for n in (count_parameters(dense, "all"), max(b.cost for b in shapes.blocks)))
+    if _offloaded(cfg, dense, shapes.width):
+        limits = memory_limits(cfg.model.max_memory or {})
+        host = limits.pop("cpu", 0)
+        return Held(sum(limits.values()) + largest, host)
+    if not cfg.model.shard:
+        return Held(whole)
+    inside = sum(b.cost for b in shapes.blocks) * shapes.width
+    # Embeddings and head on every process, its part of every block, and one or two blocks gathered.
+    part = inside // (cfg.trainer.devices * cfg.trainer.num_nodes)
+    return Held(whole - inside + part + 2 * largest, whole)
+
+
+def _states(cfg: RunConfig, shapes: Shapes) -> int:
+    """Hidden states of one corpus."""
+    return cfg.corpora.num_samples * cfg.corpora.seq_len * shapes.hidden * shapes.width
+
+
+def _calibration(cfg: RunConfig, shapes: Shapes, *, walks: bool) -> Held:
+    """One corpus on the device; the statistics of those before it on the CPU."""
+    blocks, corpora, act = shapes.blocks, len(cfg.calibration), shapes.collecting()
+    if "saliency" in cfg.collects:  # gradients and their squares, for two halves of the corpus, in float32
+        scopes = ("ffn", "attention") if cfg.attention else ("ffn",)
+        parts = [p for b in blocks for kind in scopes for p in b.parts_of(kind)]
+        numbers = [p.out_features * p.in_features for p in parts]
+        act = 16 * sum(numbers) + max(shapes.learning() + 8 * max(numbers), 16 * max(numbers), act)
+    if "gram" not in cfg.collects:
+        return Held(act, _states(cfg, shapes) * walks)
+    all_blocks, largest = gram_bytes(blocks), max(gram_bytes([b]) for b in blocks)
+    if walks or ("saliency" not in cfg.collects and exceed_memory(blocks, corpora=corpora)):
+        return Held(largest + max(act, largest), 2 * largest + _states(cfg, shapes))
+    return Held(all_blocks + max(act, largest), corpora * all_blocks)
+
+
+def _recovery(cfg: RunConfig, small: Shapes, states: int) -> tuple[int, int]:
+    """Of recovery itself, with the Gram matrices that wait for it on the CPU."""
+    method = recovery_of(cfg.recovery)
+    device, host = method.memory(small, states, attention=cfg.attention, settings=cfg.recovery_settings)
+    if "gram" in method.needs and not exceed_memory(small.blocks, corpora=len(cfg.calibration)):
+        host += (len(cfg.calibration) + 1) * gram_bytes(small.blocks)
+    return device, host
