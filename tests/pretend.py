@@ -250,6 +250,8 @@ def pretend(*, values: bool = True) -> Iterator[Devices]:
         mask = attn_mask if mask is None else mask
         if not isinstance(query, Pretended):
             return attention(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
         if enable_gqa:
             key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
         return aten._scaled_dot_product_flash_attention_for_cpu(
