@@ -55,7 +55,7 @@ class PerplexityResult:
 
 
 def perplexity(
-    model: PreTrainedModel, windows: Windows, *, batch_size: int = 4, progress: str | None = None
+    model: PreTrainedModel, windows: Windows, *, batch_size: int = 4, progress: str | None = None, shared: bool = False
 ) -> PerplexityResult:
     """exp of the mean next-token cross-entropy over non-overlapping windows, each scored from its second token.
 
@@ -64,17 +64,34 @@ def perplexity(
         windows: tokens (n, seq_len) int64.
         batch_size: windows per forward pass.
         progress: label of a progress bar, or None for none.
+        shared: share the batches out over processes, which all have to call this function with the same model. Batches
+            are those of one process, and so are the bits of the result.
     """
+    rank, world = processes() if shared else (0, 1)
     device = device_of(model)
     metric = Perplexity().to(device_of(model.get_output_embeddings()))  # which may lie on another device
-    batches: Iterable[Tensor] = windows.tokens.split(batch_size)
+    batches: Iterable[Tensor] = windows.tokens.split(batch_size)[rank::world]
     bar = {"desc": progress, "unit": "batch", "leave": False, "mininterval": 1.0, "file": sys.stdout}
     for batch in tqdm(batches, disable=True if progress is None else None, **bar):  # None: on in a terminal only
         for logits, targets in iter_logits(model, batch.to(device, non_blocking=True)):
             metric.update(logits, targets.to(logits.device))
-    window_nll = torch.cat(metric.window_nll).cpu()  # float64; torchmetrics' own sum is float32
+    window_nll = torch.cat(metric.window_nll).cpu() if metric.window_nll else torch.empty(0, dtype=torch.float64)
+    if world > 1:
+        parts: list[Tensor] = [window_nll] * world
+        torch.distributed.all_gather_object(parts, window_nll)
+        places = torch.arange(len(windows.tokens)).split(batch_size)
+        window_nll = torch.empty(len(windows.tokens), dtype=torch.float64)
+        for of, part in enumerate(parts):
+            window_nll[torch.cat([places[0][:0], *places[of::world]])] = part
     require_finite("loss came up in evaluation", window_nll)
-    nll = float(window_nll.sum()) / int(metric.count)
+    tokens = windows.tokens[:, 1:].numel()
+    nll = float(window_nll.sum()) / tokens  # float64; torchmetrics' own sum is float32
     if nll > 700:  # exp would overflow
         raise UserError(f"The mean loss on {windows.corpus} is {nll:.0f} nats per token; the model is broken.")
-    return PerplexityResult(math.exp(nll), nll, int(metric.count), window_nll.tolist())
+    return PerplexityResult(math.exp(nll), nll, tokens, window_nll.tolist())
+
+
+def processes() -> tuple[int, int]:
+    """This process's number and how many compute together: 0 and 1 unless a Trainer has brought several together."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)

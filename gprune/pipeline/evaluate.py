@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel
 
@@ -16,7 +17,7 @@ from gprune.config import RunConfig
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
-from gprune.evaluation.perplexity import PerplexityResult, perplexity
+from gprune.evaluation.perplexity import PerplexityResult, perplexity, processes
 from gprune.export.hf import stock_skeleton
 from gprune.models.embedded import model_label
 from gprune.models.masks import Masks
@@ -42,8 +43,9 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Step 10: perplexity of the dense model, the controls and gprune on every evaluated corpus.
 
-    Finished stages are taken from `metrics.json`; the dense model's numbers are shared between runs. The first process
-    measures, which is exact; the others only take part where a control's recovery learns.
+    Finished stages are taken from `metrics.json`; the dense model's numbers are shared between runs. Processes share
+    the windows, to the bits of one; where the model is spread over them the first one measures, and the others only
+    take part where a control's recovery learns.
 
     Args:
         masks: by stage.
@@ -56,27 +58,28 @@ def evaluate(
     content = read_json(path, run=run.folder.key) or {}
     records: list[dict[str, Any]] = content.get("records", [])
     done = {(r["stage"], r["recovery"]) for r in records}
-    first = rank_zero_only.rank == 0
-    leaked = leaks(run) if first else {}
+    first, shared = rank_zero_only.rank == 0, processes()[1] > 1 and not cfg.model.shard
+    here = first or shared  # whether this process measures
+    leaked = leaks(run) if here else {}
     with run.folder.step("evaluate"):
-        if first and ("dense", "none") not in done:
-            results = [dense_perplexity(run, w) for w in run.text.test]
+        if here and ("dense", "none") not in done:
+            results = [dense_perplexity(run, w, shared=shared) for w in run.text.test]
             pairs = zip(results, run.text.test, strict=True)
             records += [record(cfg, ("dense", "none"), r, w, leaked[w.corpus]) for r, w in pairs]
         for stage, recovery in cfg.stages:
-            if (stage, recovery) in done or not (first or recovery_of(recovery).learns):
+            if (stage, recovery) in done or not (here or recovery_of(recovery).learns):
                 continue
             name = row_name(stage, recovery)
             log.info("Evaluating %s", name)
             small = pruned
             if (stage, recovery) != (cfg.final, cfg.recovery):
                 small = shrink(run, masks[stage], statistics, recovery=recovery)
-            if not first:
+            if not here:
                 continue
             run.meter.watch(small)
             for w in run.text.test:
                 said = f"Evaluating {name} on {w.corpus}"
-                r = perplexity(small, w, batch_size=cfg.corpora.batch_size, progress=said)
+                r = perplexity(small, w, batch_size=cfg.corpora.batch_size, progress=said, shared=shared)
                 records.append(record(cfg, (stage, recovery), r, w, leaked[w.corpus]))
             write_json(path, {"records": records}, run=run.folder.key)
     return records
@@ -94,19 +97,22 @@ def leaks(run: Run) -> dict[str, tuple[bool, float]]:
     return found
 
 
-def dense_perplexity(run: Run, windows: Windows) -> PerplexityResult:
-    """The dense model's perplexity, shared between runs of the same model and text."""
+def dense_perplexity(run: Run, windows: Windows, *, shared: bool = False) -> PerplexityResult:
+    """The dense model's perplexity, shared between runs of the same model and text; `shared` as for `perplexity`."""
     batch_size = run.cfg.corpora.batch_size
     key = key_of(
         model=run.fingerprint, text=windows.content_hash, dtype=run.cfg.model.dtype,
         device=device_of(run.model).type, batch_size=batch_size,
     )  # fmt: skip
     path = cache_dir() / "evaluations" / f"{key}.json"
+    found = [read_json(path)]
+    if shared:  # one process may see a file that another has not seen yet
+        torch.distributed.broadcast_object_list(found)
     try:
-        return PerplexityResult(**read_json(path))
+        return PerplexityResult(**found[0])
     except TypeError:  # missing, not whole, or foreign
         said = f"Evaluating dense on {windows.corpus}"
-        result = perplexity(run.model, windows, batch_size=batch_size, progress=said)
+        result = perplexity(run.model, windows, batch_size=batch_size, progress=said, shared=shared)
         write_json(path, vars(result))
         return result
 

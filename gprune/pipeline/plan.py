@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -21,6 +22,7 @@ from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import read_config, skeleton
 from gprune.models.masks import Masks
 from gprune.models.surgery import count_parameters
+from gprune.pipeline.cost import count_tokens, flops, recovery_tokens, speed
 from gprune.pipeline.memory import Held, memory_of
 from gprune.recovery import recovery_of
 from gprune.runs.trainer import check_trainer
@@ -42,6 +44,8 @@ class Plan:
     forward_backward_tokens: int
     device: torch.device
     memory: dict[str, Held]  # the peak of each step
+    flops: float  # of all matrix products
+    shape: tuple[int, int]  # of the largest weight
 
     @property
     def check_tokens(self) -> int:
@@ -85,10 +89,25 @@ class Plan:
             "and backward": f"{self.forward_backward_tokens:,} tokens: {' and '.join(backward)}"
             if backward
             else "none: nothing is learned",
+            "compute": self._compute(),
             "memory": self._memory(),
             "results": cfg.folder,
         }
         return "\n".join(f"{name:12} {line}" for name, line in lines.items())
+
+    def _compute(self) -> str:
+        """FLOPs, and the seconds that they take at least, by what this machine's matrix products reach now."""
+        t, dtype = self.cfg.trainer, self.cfg.model.dtype
+        processes = t.devices * t.num_nodes
+        reached = speed(self.device, getattr(torch, dtype), self.shape) * processes
+        seconds, each = self.flops / reached, f" x {processes} processes" * (processes > 1)
+        long = next(
+            f"{seconds / n:.3g} {unit}" for n, unit in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= n or n == 1
+        )
+        return (
+            f"at most {scaled(self.flops)}FLOP: {long} at {scaled(reached / processes)}FLOP/s{each}, which matrix "
+            f"products of {dtype} reach on {self.device} now; other work comes on top"
+        )
 
     def _memory(self) -> str:
         """Peaks of all steps, the highest first."""
@@ -98,6 +117,12 @@ class Plan:
         devices, host = max(h.device for h in self.memory.values()), max(h.host for h in self.memory.values())
         each = ", ".join(f"{held.device / 2**30:.1f} in {name}" for name, held in steps)
         return f"about {devices / 2**30:.1f} GiB on the device ({each}) and {2 + host / 2**30:.1f} GiB on the CPU"
+
+
+def scaled(number: float) -> str:
+    """1.5e12 as '1.5 T'."""
+    power = max(0, min(5, int(math.log10(max(number, 1)) // 3)))
+    return f"{number / 1000**power:.3g} {'kMGTP'[power - 1] if power else ''}"
 
 
 def check(cfg: RunConfig) -> Plan:
@@ -129,35 +154,8 @@ def check(cfg: RunConfig) -> Plan:
         forward_backward_tokens=forward_backward,
         device=device,
         memory=memory_of(cfg, dense, budget),
-    )
-
-
-def count_tokens(cfg: RunConfig) -> tuple[int, int]:
-    """(forward, forward and backward) tokens of a run, at most."""
-    c, e, s = cfg.corpora, cfg.evaluation, cfg.sparsity
-    taught = sum(recovery_of(recovery).learns for _, recovery in cfg.stages)
-    corpora = {*cfg.roles["learn"], *(c.recover if taught else ())}
-    development = len(corpora) * e.development_samples * c.seq_len
-    points = ((s.epochs + 1) + 2 + len(e.curve) if cfg.learns else 0) + taught * (1 + cfg.distill.points)
-    calibration = len(cfg.calibration) * c.num_samples * c.seq_len
-    backward = calibration if "saliency" in cfg.collects else 0
-    learning = cfg.learns * s.epochs * len(c.learn) * (c.learn_samples or c.num_samples) * c.seq_len
-    recovered = [recovery_tokens(cfg, recovery) for _, recovery in cfg.stages]
-    evaluated = len(c.evaluate) * e.num_samples * e.seq_len * (1 + len(cfg.stages))
-    forward = s.steps * (calibration - backward + points * development + learning * (s.loss == "kl")) + evaluated
-    forward += sum(tokens for tokens, _ in recovered) + 3 * min(e.seq_len, 128)  # and what `pipeline.save` compares
-    return forward, s.steps * (backward + learning) + sum(tokens for _, tokens in recovered)
-
-
-def recovery_tokens(cfg: RunConfig, recovery: str) -> tuple[int, int]:
-    """(forward, forward and backward) tokens that a recovery takes for one pruned model, at most."""
-    c = cfg.corpora
-    windows = len(c.recover) * c.seq_len  # one of each corpus
-    return recovery_of(recovery).tokens(
-        windows * c.num_samples * cfg.sparsity.steps,
-        windows * cfg.distilled_windows,
-        attention=cfg.attention,
-        settings=cfg.recovery_settings,
+        flops=flops(cfg, dense),
+        shape=(blocks[0].neurons, config.hidden_size),
     )
 
 

@@ -51,7 +51,7 @@ class PerplexityCurve(L.Callback):
     """Logs development perplexity per corpus against the epoch of learning, and against sparsity.
 
     Against the epoch: at the start and after each epoch, at the target sparsity. Against sparsity: at the end, with the
-    learned thresholds at each of `budgets`, and of the dense model at 0. Only process 0 computes.
+    learned thresholds at each of `budgets`, and of the dense model at 0. Processes share the windows.
     """
 
     def __init__(self, windows: Sequence[Windows], *, budgets: dict[float, Budget], batch_size: int = 4):
@@ -74,8 +74,6 @@ class PerplexityCurve(L.Callback):
 
     @torch.no_grad()
     def _epoch_point(self, trainer: L.Trainer, pl_module: ThresholdLearning, epoch: int) -> None:
-        if not trainer.is_global_zero:
-            return
         pl_module.refresh_gates()
         self.by_epoch.append(self._perplexities(pl_module.lm))
         log_perplexities(trainer, "learn", {"learn/epoch": float(epoch)}, self.by_epoch[-1], trainer.global_step)
@@ -83,8 +81,6 @@ class PerplexityCurve(L.Callback):
     @torch.no_grad()
     def on_fit_end(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
         """Runs after ApplyMasks has taken its gates off: callbacks are called in order."""
-        if not trainer.is_global_zero:
-            return
         self.by_sparsity[0.0] = self._perplexities(pl_module.lm)
         for sparsity, budget in self.budgets.items():
             with masked(pl_module.lm, pl_module.masks(budget)) as lm:
@@ -99,7 +95,7 @@ class PerplexityCurve(L.Callback):
 class DevelopmentCurve(L.Callback):
     """Logs development perplexity per corpus of a stage's `student` against the tokens that it learned from.
 
-    At the start, and `points` times equally far apart, the last one at the end. Only process 0 computes.
+    At the start, and `points` times equally far apart, the last one at the end. Processes share the windows.
 
     Args:
         windows: development text.
@@ -141,11 +137,9 @@ class DevelopmentCurve(L.Callback):
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.windows:
             return
-        found: dict[str, float] = {}
-        if trainer.is_global_zero:
-            found = perplexities(pl_module.student, self.windows, self.batch_size)
-            tokens = {"distill/tokens": float(self.tokens * trainer.world_size)}
-            log_perplexities(trainer, "distill", tokens, found, trainer.global_step)
+        found = perplexities(pl_module.student, self.windows, self.batch_size)
+        tokens = {"distill/tokens": float(self.tokens * trainer.world_size)}
+        log_perplexities(trainer, "distill", tokens, found, trainer.global_step)
         mean = trainer.strategy.broadcast(geometric_mean(found.values()))
         if self.keep == "best" and mean < min(self.measured.values(), default=math.inf):
             self.best = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
@@ -153,14 +147,16 @@ class DevelopmentCurve(L.Callback):
 
 
 def perplexities(model: PreTrainedModel, windows: Sequence[Windows], batch_size: int) -> dict[str, float]:
-    """Perplexity by corpus."""
-    return {w.corpus: perplexity(model, w, batch_size=batch_size).perplexity for w in windows}
+    """Perplexity by corpus; all processes have to ask for it."""
+    return {w.corpus: perplexity(model, w, batch_size=batch_size, shared=True).perplexity for w in windows}
 
 
 def log_perplexities(
     trainer: L.Trainer, stage: str, axis: dict[str, float], values: dict[str, float], step: int
 ) -> None:
     """Log perplexities of corpora under `<stage>/perplexity/<corpus>`, with their value on the x axis."""
+    if not trainer.is_global_zero:
+        return
     points = {f"{stage}/perplexity/{corpus}": value for corpus, value in values.items()}
     log_scalars(trainer.loggers, axis | points, step=step)
 

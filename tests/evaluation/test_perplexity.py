@@ -177,3 +177,24 @@ def test_bootstrap_against_numpy():
     difference = np.array(a["x"]) - np.array(b["x"])
     draws = difference[rng.integers(30, size=(20_000, 30))].mean(1) / 31
     np.testing.assert_allclose(np.log([low, high]), np.quantile(draws, [0.025, 0.975]), atol=0.02)
+
+
+def test_processes_that_share_the_windows_find_the_bits_of_one(tiny_model, monkeypatch):
+    """Seven windows in batches of two: of three processes the first has two batches, and the last window alone."""
+    windows = Windows("text", "test", torch.randint(3, 128, (7, 16), generator=torch.Generator().manual_seed(2)))
+    expected = perplexity(tiny_model, windows, batch_size=2)
+    distributed, found = torch.distributed, {}
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 3)
+
+    def gather(parts, own):
+        found[distributed.get_rank()] = own
+        parts[:] = [found.get(rank, own[:0].new_zeros(size)) for rank, size in enumerate((3, 2, 2))]
+
+    monkeypatch.setattr(distributed, "all_gather_object", gather)
+    for rank in (2, 1, 0):
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        result = perplexity(tiny_model, windows, batch_size=2, shared=True)
+    assert [len(found[rank]) for rank in range(3)] == [3, 2, 2]
+    assert result == expected
+    assert perplexity(tiny_model, windows, batch_size=2) == expected  # nobody is asked who was not to share

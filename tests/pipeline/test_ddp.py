@@ -84,6 +84,14 @@ def test_the_work_was_shared(runs):
     assert two["calibrate"]["forward_tokens"] == one["calibrate"]["forward_tokens"] * 3 // 5
 
 
+def test_evaluation_was_shared_and_is_the_same_bits(runs):
+    """Two windows of each corpus are one batch here: the second process has none of its own."""
+    one, two = (load_run(runs[n]) for n in ("one", "two"))
+    for mine, theirs in zip(one.records, two.records, strict=True):
+        if mine["stage"] in ("dense", "base") and mine["recovery"] == "none":  # what nothing was learned for
+            assert (mine["nll"], mine["window_nll"]) == (theirs["nll"], theirs["window_nll"])
+
+
 def test_statistics_agree(runs):
     worst = 0.0
     for file in sorted((runs["one"] / "statistics").iterdir()):
