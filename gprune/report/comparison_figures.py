@@ -49,34 +49,35 @@ def ratio_figure(rows: Sequence[tuple[str, Estimate]], *, base: str) -> Figure:
 
 @style()
 def curve_figure(
-    lines: Mapping[tuple[str, str], Sequence[tuple[float, Estimate]]], *, over: str, percent: bool = False
+    lines: Mapping[tuple[str, str], Sequence[tuple[float, Estimate]]], *, over: str, ticks: str, reference: str
 ) -> Figure:
-    """Unseen perplexity, divided by the base metric's, against a setting, with paired intervals; below 1 is better.
+    """Unseen perplexity over a reference's, against a number, with paired intervals; lower is better.
 
     Args:
-        lines: (subject, stage) -> (value of the setting, ratio). Each subject has a colour and a marker; the stage
-            `gprune` has full markers, any other stage hollow ones and dashes.
-        over: name of the setting.
-        percent: whether its values are shares.
+        lines: (subject, stage) -> (number, ratio). Each subject has a colour and a marker; the stages `gprune` and none
+            ("") have full markers, any other stage hollow ones and dashes.
+        over: name of the number.
+        ticks: format of its values.
+        reference: what perplexities are divided by.
     """
     figure, axes = canvas(6, 3.8)
     subjects = list(dict.fromkeys(subject for subject, _ in lines))
     for (subject, stage), points in lines.items():
         colour, _, marker = LINES[subjects.index(subject) % len(LINES)]
-        full = stage == "gprune"
+        full = stage in ("gprune", "")
         values, found = zip(*points, strict=True)
         axes.errorbar(
             values, [f.value for f in found], yerr=_distances(found), color=colour, marker=marker,
             mfc=colour if full else "white", ms=5, ls="-" if full else "--", lw=1.3, capsize=2.5,
-            label=f"{subject}, {stage}",
+            label=f"{subject}, {stage}" if stage else subject,
         )  # fmt: skip
     axes.axhline(1, color="black", lw=0.8)
     axes.set_yscale("log")
     plain_ticks(axes.yaxis)
     axes.set_xlabel(over)
     axes.set_xticks(sorted({value for points in lines.values() for value, _ in points}))
-    axes.xaxis.set_major_formatter("{x:.0%}" if percent else "{x:g}")
-    axes.set_ylabel("unseen perplexity / base metric alone")
+    axes.xaxis.set_major_formatter(ticks)
+    axes.set_ylabel(f"unseen perplexity / {reference}")
     axes.grid(axis="y")
     figure.legend(loc="outside right center")
     return figure

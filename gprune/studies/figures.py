@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -21,11 +21,13 @@ BUDGET = "sparsity.target"  # what curves call parameters removed, in percent
 
 
 def draw(listing: Listing, done: Done, folder: Path) -> None:
-    """The report's figures over all rows, and the list's curve, as files."""
+    """The report's figures over all rows, and the list's own, as files."""
     made = reported(listing, done)
     made.draw(folder, prefix=f"{listing.path.stem}-")
-    if listing.curve is not None and (figure := curve(listing.curve, made.runs)) is not None:
-        save(figure, folder, f"{listing.path.stem}-curve", FORMATS)
+    own = {"curve": listing.curve and curve(listing.curve, made.runs), "tokens": by_tokens(listing.lines, made.runs)}
+    for name, figure in own.items():
+        if figure is not None:
+            save(figure, folder, f"{listing.path.stem}-{name}", FORMATS)
 
 
 def curve(asked: Curve, runs: Sequence[FinishedRun]) -> Figure | None:
@@ -49,7 +51,23 @@ def curve(asked: Curve, runs: Sequence[FinishedRun]) -> Figure | None:
         for name, points in ratios.items()
     }
     label = "parameters of the scope removed" if over == BUDGET else over
-    return curve_figure(lines, over=label, percent=over == BUDGET) if lines else None
+    ticks = "{x:.0%}" if over == BUDGET else "{x:g}"
+    return curve_figure(lines, over=label, ticks=ticks, reference="base metric alone") if lines else None
+
+
+def by_tokens(asked: Mapping[str, Sequence[str]], runs: Sequence[FinishedRun]) -> Figure | None:
+    """What comes out of each row over the dense model, against the tokens it learned from; None without rows."""
+    lines = {}
+    for line, rows in asked.items():
+        points: dict[int, list[Estimate]] = {}
+        for run in (run for run in runs if run.name in rows):
+            ratio = ratio_to(run, list(by_stage(run.records))[-1], run, ("dense", "none"))
+            if ratio is not None:
+                points.setdefault(run.summary["forward_backward_tokens"], []).append(ratio)
+        if points:
+            lines[line, ""] = [(tokens / 1000, pooled(ratios)) for tokens, ratios in sorted(points.items())]
+    label = "thousands of tokens learned from, forward and backward"
+    return curve_figure(lines, over=label, ticks="{x:.0f}", reference="dense") if lines else None
 
 
 def _over_base(run: FinishedRun) -> Iterator[tuple[str, Estimate]]:

@@ -64,6 +64,8 @@ class Content:
     spread: Annotated[dict[Name, list[Name]] | None, "lists of rows by name"] = None
     """Groups of rows that are to lie close together."""
     curve: Annotated[Curve | None, "settings as `over` and `of`, such as importance"] = None
+    lines: Annotated[dict[Name, list[Name]] | None, "lists of rows by name"] = None
+    """Lines of a figure over the tokens that its rows learned from, forward and backward."""
     controls: Annotated[list[Name] | None, "rows"] = None
     """Rows whose result is not gprune's."""
     seeds: Annotated[list[int] | None, "whole numbers"] = None
@@ -112,6 +114,7 @@ class Listing:
     compare: list[tuple[str, str]]
     spread: dict[str, list[str]]
     curve: Curve | None
+    lines: dict[str, list[str]]
     tables: tuple[str, ...]
     seen: list[str] | None  # None: each row's own
 
@@ -132,6 +135,7 @@ class Listing:
             compare=[(str(a), str(b)) for a, b in content.compare or []],
             spread={str(group): _names(rows) for group, rows in (content.spread or {}).items()},
             curve=Curve(**content.curve) if content.curve else None,
+            lines={str(line): _names(rows) for line, rows in (content.lines or {}).items()},
             tables=tuple(content.tables or TABLES),
             seen=None if content.seen is None else _names(content.seen),
         )
@@ -214,6 +218,7 @@ def _check_rows(listing: Listing, content: Content) -> None:
         ("reference", rows, [listing.reference] if listing.reference is not None else []),
         ("compare", rows, [stage.partition(": ")[0] for pair in listing.compare for stage in pair]),
         ("controls", rows, controls),
+        ("lines", rows, [row for line in listing.lines.values() for row in line]),
         # gprune's results are what a spread is about
         (
             "spread",

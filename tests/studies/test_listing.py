@@ -532,6 +532,33 @@ def test_a_record_of_other_settings_is_never_the_place_of_a_new_one(bench, capsy
         file.unlink()
 
 
+def test_lines_of_rows_over_the_tokens_that_each_learned_from(bench, capsys, tmp_path):
+    """What comes out of each row over the dense model; gates and distillation count alike."""
+    distilled = {"recovery": "distill", "distill.tokens": 96}
+    rows = {"base": {"gprune": False}, "base, then": {"gprune": False, **distilled}, "all": distilled}
+    common = {"evaluation.controls": []}
+    path = bench.write("learned", rows, common=common, lines={"base": ["base", "base, then"], "gprune": ["all"]})
+    bench(capsys, path, "--figures", tmp_path)
+    assert {"learned-tokens.png", "learned-tokens.svg"} <= {p.name for p in tmp_path.iterdir()}
+    listing, done = done_of(path)
+    axes = figures.by_tokens(listing.lines, results.reported(listing, done).runs).axes[0]
+    drawn = {c.get_label(): c.lines[0].get_xydata() for c in axes.containers}
+    kept = {row.name: kept for row, kept in done}
+    tokens = {name: k["summary"]["forward_backward_tokens"] for name, k in kept.items()}
+    assert (tokens["base"], tokens["base, then"]) == (0, 96)
+    assert tokens["all"] > 96
+    used = {r["corpus"] for k in kept.values() for r in k["records"] if r["seen"]}
+    stages = {"base": "base", "base, then": "base", "all": "gprune"}
+    for line, names in listing.lines.items():
+        ratios = [
+            paired_bootstrap_ratio(unseen(kept[n], stages[n], used), unseen(kept[n], "dense", used), 31)[0]
+            for n in names
+        ]
+        assert drawn[line][:, 0].tolist() == [tokens[n] / 1000 for n in names]
+        assert drawn[line][:, 1] == pytest.approx(ratios)
+    assert figures.by_tokens({}, []) is None
+
+
 def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_path):
     """A line per metric and stage over budgets, with the averaged control beside gprune."""
     common = {"evaluation.controls": ["base", "base_averaged"]}
@@ -688,6 +715,8 @@ def test_packed_masks_come_back(data, depth):
         ("rows: {a: {}}\ntables: [perplexities]\n", ["tables", "comparison", "perplexities"]),
         ("rows: {a: {}}\nprotocol: 3\n", ["protocol", "a file or files"]),
         ("rows: {a: {}}\ncurve: {over: ridge}\n", ["curve", "`over` and `of`"]),
+        ("rows: {a: {}}\nlines: {all: a}\n", ["lines", "lists of rows by name"]),
+        ("rows: {a: {}}\nlines: {all: [b]}\n", ["lines", "expected rows (a)", "'b'"]),
         ("rows: {a: {}}\nseen: wiki\n", ["seen", "corpora"]),
         ("rows: {a: {}}\n1: {}\n", ["mapping", "got 1"]),
         ("rows: {a: {run.seed: 5}}\n", ["row 'a'", "--seeds", "got --run.seed"]),
