@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gprune.models.masks import Masks
-from gprune.report.style import LINES, canvas, plain_ticks, style
+from gprune.report.style import LINES, canvas, distances, plain_ticks, style
 from gprune.report.table import Estimate
 
 
@@ -24,9 +24,10 @@ def means_figure(rows: Sequence[tuple[str, Estimate | None, Estimate | None]]) -
         points = [(y + shift, row[1 + which]) for y, row in enumerate(rows) if row[1 + which] is not None]
         _intervals(axes, points, label=label, color=colour, marker=marker, mfc=face)
     axes.set_xscale("log")
+    plain_ticks(axes.xaxis)
     axes.set_xlabel("perplexity, geometric mean, 95 % interval")
     _row_labels(axes, [row[0] for row in rows])
-    axes.legend()
+    figure.legend(loc="outside right center")
     return figure
 
 
@@ -67,7 +68,7 @@ def curve_figure(
         full = stage in ("gprune", "")
         values, found = zip(*points, strict=True)
         axes.errorbar(
-            values, [f.value for f in found], yerr=_distances(found), color=colour, marker=marker,
+            values, [f.value for f in found], yerr=distances(found), color=colour, marker=marker,
             mfc=colour if full else "white", ms=5, ls="-" if full else "--", lw=1.3, capsize=2.5,
             label=f"{subject}, {stage}" if stage else subject,
         )  # fmt: skip
@@ -86,7 +87,7 @@ def curve_figure(
 @style()
 def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
     """Fraction of neurons removed per block, a line per run."""
-    figure, axes = canvas(7, 3.2 + 0.16 * len(masks))
+    figure, axes = canvas(7, 3.2 + 0.06 * len(masks))
     for i, (name, found) in enumerate(masks.items()):
         colour, dashes, _ = LINES[i % len(LINES)]
         marker = LINES[(i + i // len(LINES)) % len(LINES)][2]  # the eighth line has another one than the first
@@ -95,7 +96,7 @@ def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("block")
     axes.set_ylabel("fraction of neurons removed")
-    figure.legend(loc="outside upper center")
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
@@ -109,17 +110,18 @@ def stability_figure(names: Sequence[str], jaccard: Mapping[tuple[str, str], tup
     """
     size = 2.4 + 0.75 * len(names)
     figure, axes = canvas(size + 1, size)
-    values = np.full((len(names), len(names)), np.nan)
-    for (a, b), (value, chance) in jaccard.items():
-        i, j = names.index(a), names.index(b)
-        values[max(i, j), min(i, j)] = value
+    below, beside = names[1:], names[:-1]  # each pair once, and no run with itself
+    values = np.full((len(below), len(beside)), np.nan)
+    for pair, (value, chance) in jaccard.items():
+        first, last = sorted(map(names.index, pair))
+        values[last - 1, first] = value
         axes.text(
-            min(i, j), max(i, j), f"{value:.2f}\n({chance:.2f})", ha="center", va="center", fontsize=8,
+            first, last - 1, f"{value:.2f}\n({chance:.2f})", ha="center", va="center", fontsize=8,
             color="black" if value > 0.5 else "white",
         )  # fmt: skip
     image = axes.imshow(values, cmap="cividis", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_xticks(range(len(beside)), beside, rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(range(len(below)), below, fontsize=8)
     axes.set_title("kept neurons: Jaccard index (chance)", fontsize=9)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="Jaccard index", shrink=0.7)
@@ -136,16 +138,8 @@ def _intervals(axes: Axes, points: Sequence[tuple[float, Estimate]], **style: An
     found = [estimate for _, estimate in points]
     heights = [y for y, _ in points]
     axes.errorbar(
-        [f.value for f in found], heights, xerr=_distances(found), ls="none", ms=5, capsize=2.5, lw=1.2, **style
+        [f.value for f in found], heights, xerr=distances(found), ls="none", ms=5, capsize=2.5, lw=1.2, **style
     )
-
-
-def _distances(found: Sequence[Estimate]) -> np.ndarray:
-    """(2, n): how far intervals reach below and above; 0 where there is none."""
-    # One window has an interval without width, and rounding may put the value outside of it.
-    low = [0.0 if f.low is None else max(f.value - f.low, 0.0) for f in found]
-    high = [0.0 if f.high is None else max(f.high - f.value, 0.0) for f in found]
-    return np.array([low, high])
 
 
 def _row_labels(axes: Axes, labels: Sequence[str]) -> None:

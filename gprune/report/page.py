@@ -25,8 +25,9 @@ from gprune.report.comparison_figures import means_figure, ratio_figure, sparsit
 from gprune.report.grouping import Group, groups, read_runs, short_names, told_apart
 from gprune.report.mask_tables import masks_of, pairs, repeatability_table, sparsity_table, stability_table
 from gprune.report.perplexity_tables import comparison_table, perplexity_table, records_table, summary_table
+from gprune.report.records import caption
 from gprune.report.run_figures import write_figures
-from gprune.report.style import FORMATS, save
+from gprune.report.style import FORMATS, save, titled
 from gprune.report.table import Table
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.files import replacing
@@ -73,7 +74,11 @@ class Report:
             known = {(short[a], short[b]): kinds["ffn"] for (a, b), kinds in pairs(runs).items()}
             if jaccard := {pair: (s.jaccard, s.chance) for pair, s in known.items() if s.jaccard is not None}:
                 found["stability"] = stability_figure([short[name] for name in masks], jaccard)
-        return found
+        return {name: titled(figure, self.about()) for name, figure in found.items()}
+
+    def about(self) -> str:
+        """What stands above each figure."""
+        return caption([r for run in self.runs for r in run.records])
 
     def write(self, folder: Path | str, formats: Sequence[str] = FORMATS) -> list[Path]:
         """`report.md`, `tables/*.csv` and `figures/*`; what was written, the Markdown file first."""

@@ -18,6 +18,19 @@ def by_stage(records: Sequence[Record], number: str = "perplexity") -> dict[tupl
     return table
 
 
+def caption(records: Sequence[Record]) -> str:
+    """Model, budget and protocol in three lines, for figures that stand alone."""
+    kinds = ("model", "scope", "importance", "dtype", "seq_len", "split")
+    pruned = [r for r in records if r["stage"] != "dense"]
+    found = {kind: ", ".join(dict.fromkeys(str(r[kind]) for r in pruned)) for kind in kinds}
+    budgets = sorted({r["sparsity"] for r in pruned})
+    removed = " to ".join(f"{100 * share:g}" for share in dict.fromkeys((budgets[0], budgets[-1])))
+    return (
+        f"{found['model']}\n{removed} % of {found['scope']} removed by {found['importance']}\n"
+        f"{found['split']} text, windows of {found['seq_len']} tokens, {found['dtype']}"
+    )
+
+
 def means_and_gaps(records: Sequence[Record]) -> dict[tuple[str, str], dict[str, float]]:
     """(stage, recovery) -> geometric means over `seen` and `unseen` corpora, and the generalisation `gap`.
 

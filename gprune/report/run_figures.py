@@ -9,36 +9,42 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from gprune.evaluation.intervals import paired_bootstrap_ratio
 from gprune.models.masks import Masks
 from gprune.partition.record import Modules
-from gprune.report.records import by_stage
-from gprune.report.style import COLOURS, HATCHES, OTHER, canvas, plain_ticks, save, style
+from gprune.report.records import by_stage, caption
+from gprune.report.style import COLOURS, MARKERS, OTHER, canvas, distances, plain_ticks, save, style, titled
+from gprune.report.table import Estimate
 from gprune.runs.results import Record, row_name
 
 
 @style()
 def perplexity_figure(records: Sequence[Record]) -> Figure:
-    """Perplexity relative to dense, per corpus and stage; unseen corpora on the right."""
-    table = by_stage(records)
-    seen = {r["corpus"]: r["seen"] for r in records}
+    """Perplexity relative to dense, per corpus and stage, with paired 95 % intervals; unseen corpora on the right."""
+    nll, seen = by_stage(records, "window_nll"), {r["corpus"]: r["seen"] for r in records}
+    predicted = next(iter(records))["seq_len"] - 1
     corpora = sorted(seen, key=lambda c: not seen[c])
-    stages = [key for key in table if key[0] != "dense"]
-    figure, axes = canvas(1.6 + 1.2 * len(corpora), 3.4)
+    stages = [key for key in nll if key[0] != "dense"]
+    figure, axes = canvas(3.2 + 1.1 * len(corpora), 3.4)
     for i, (stage, recovery) in enumerate(stages):
-        ratio = [table[(stage, recovery)][c] / table[("dense", "none")][c] for c in corpora]
-        x = np.arange(len(corpora)) + (i - (len(stages) - 1) / 2) * 0.8 / len(stages)
-        axes.bar(
-            x, ratio, 0.8 / len(stages), label=row_name(stage, recovery), color=COLOURS.get(stage, OTHER),
-            # recovered: paler, and crossed as well
-            alpha=1 if recovery == "none" else 0.55, edgecolor="black", linewidth=0.5,
-            hatch=HATCHES.get(stage, "ooo") + ("" if recovery == "none" else "xx"),
+        found = [
+            Estimate(*paired_bootstrap_ratio({c: nll[stage, recovery][c]}, {c: nll["dense", "none"][c]}, predicted))
+            for c in corpora
+        ]
+        x = np.arange(len(corpora)) + (i - (len(stages) - 1) / 2) * 0.6 / len(stages)
+        colour = COLOURS.get(stage, OTHER)
+        axes.errorbar(
+            x, [f.value for f in found], yerr=distances(found), ls="none", ms=5, capsize=2.5, lw=1.2, color=colour,
+            marker=MARKERS.get(stage, "D"), mfc="white" if recovery == "none" else colour,  # recovered: full
+            label=row_name(stage, recovery),
         )  # fmt: skip
     axes.set_yscale("log")
     plain_ticks(axes.yaxis)
     axes.axhline(1, color="black", lw=0.8)
     axes.set_xticks(range(len(corpora)), [f"{c}\n{'seen' if seen[c] else 'unseen'}" for c in corpora])
-    axes.set_ylabel("perplexity / dense")
-    axes.legend()
+    axes.set_ylabel("perplexity / dense, 95 % interval")
+    axes.grid(axis="y")
+    figure.legend(loc="outside right center")
     return figure
 
 
@@ -74,9 +80,11 @@ def heterogeneity_figure(modules: Modules) -> Figure:
     halves = [float(d.halves) for d in modules.drift]
     if np.isfinite(halves).any():
         right.plot(depth, halves, "--", color="black", lw=1, label="whole block, halves of one corpus")
-    for axes in (left, right):
-        axes.legend()
     figure.colorbar(points, ax=right, label="mean importance rank")
+    handles = {
+        label: handle for axes in (left, right) for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     return figure
 
 
@@ -85,7 +93,7 @@ def sparsity_figure(masks: Masks, labels: Sequence[Tensor] | None) -> Figure:
     """Fraction of neurons removed per block, and per module where there are modules."""
     figure, axes = canvas(7, 3.2)
     per_block = [float((~m).float().mean()) for m in masks.ffn]
-    axes.bar(range(len(per_block)), per_block, color="#56B4E9", label="block")
+    axes.bar(range(len(per_block)), per_block, color="#BFDDF0", label="block")
     if labels is not None:
         x, y, size = [], [], []
         for b, (m, modules) in enumerate(zip(masks.ffn, labels, strict=True)):
@@ -94,11 +102,13 @@ def sparsity_figure(masks: Masks, labels: Sequence[Tensor] | None) -> Figure:
                 y.append(float((~m[modules == k]).float().mean()))
                 size.append(int((modules == k).sum()))
         scale = 40 / max(size)
-        axes.scatter(x, y, s=[scale * n for n in size], color="#0072B2", zorder=2, label="module (area: neurons)")
+        axes.scatter(x, y, s=[scale * n for n in size], color="#0072B2", ec="white", lw=0.4, zorder=2,
+                     label="module (area: neurons)")  # fmt: skip
     axes.set_ylim(0, 1.02)
+    axes.set_xlim(-0.7, len(per_block) - 0.3)
     axes.set_xlabel("block")
     axes.set_ylabel("fraction of neurons removed")
-    axes.legend(loc="upper left")
+    figure.legend(loc="outside right center")
     return figure
 
 
@@ -116,4 +126,5 @@ def write_figures(
     figures = {"perplexity": perplexity_figure(records), "sparsity": sparsity_figure(masks, labels)}
     if modules is not None and len(modules.drift[0].ranks) > 1:
         figures["heterogeneity"] = heterogeneity_figure(modules)
-    return [path for name, figure in figures.items() for path in save(figure, folder, name, formats)]
+    about = caption(records)
+    return [path for name, figure in figures.items() for path in save(titled(figure, about), folder, name, formats)]

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.ticker
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
+from gprune.report.table import Estimate
 from gprune.storage.files import replacing
 
 FORMATS = ("png", "svg")
@@ -20,9 +22,9 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "grid.color": "#DDDDDD", "grid.linewidth": 0.6, "figure.constrained_layout.use": True, "savefig.dpi": 160,
 }  # fmt: skip
-# By stage; base and base_averaged are equally light, so every stage has its own hatching too.
+# By stage; base and base_averaged are equally light, so every stage has its own marker too.
 COLOURS = {"dense": "#999999", "base": "#E69F00", "base_averaged": "#56B4E9", "gprune": "#0072B2"}
-HATCHES = {"base": "", "base_averaged": "....", "gprune": "////"}
+MARKERS = {"base": "s", "base_averaged": "^", "gprune": "o"}
 OTHER = "#CC79A7"
 # lightness falls along the list, and with the dashes and markers a line is known in grey print
 LINES = (
@@ -40,6 +42,20 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of so many inches with one pair of axes."""
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots()
+
+
+def titled(figure: Figure, title: str) -> Figure:
+    """Write what a figure is about above it, small, from its left edge."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=7, color="#555555")
+    return figure
+
+
+def distances(found: Sequence[Estimate]) -> np.ndarray:
+    """(2, n): how far intervals reach below and above; 0 where there is none."""
+    # One window has an interval without width, and rounding may put the value outside of it.
+    low = [0.0 if f.low is None else max(f.value - f.low, 0.0) for f in found]
+    high = [0.0 if f.high is None else max(f.high - f.value, 0.0) for f in found]
+    return np.array([low, high])
 
 
 def plain_ticks(axis: Axis) -> None:

@@ -11,7 +11,7 @@ from gprune.errors import UserError
 from gprune.report.comparison_figures import curve_figure
 from gprune.report.perplexity_tables import pooled, ratio_to
 from gprune.report.records import by_stage
-from gprune.report.style import FORMATS, save
+from gprune.report.style import FORMATS, save, titled
 from gprune.report.table import Estimate
 from gprune.runs.results import FinishedRun
 from gprune.studies.listing import Curve, Listing, flat
@@ -27,7 +27,7 @@ def draw(listing: Listing, done: Done, folder: Path) -> None:
     own = {"curve": listing.curve and curve(listing.curve, made.runs), "tokens": by_tokens(listing.lines, made.runs)}
     for name, figure in own.items():
         if figure is not None:
-            save(figure, folder, f"{listing.path.stem}-{name}", FORMATS)
+            save(titled(figure, made.about()), folder, f"{listing.path.stem}-{name}", FORMATS)
 
 
 def curve(asked: Curve, runs: Sequence[FinishedRun]) -> Figure | None:

@@ -36,7 +36,7 @@ from gprune.report.model_card import model_card
 from gprune.report.perplexity_tables import over_seeds
 from gprune.report.records import result_table, unseen_ratios
 from gprune.report.run_figures import perplexity_figure
-from gprune.report.style import COLOURS, HATCHES, LINES
+from gprune.report.style import COLOURS, LINES, MARKERS
 from gprune.report.table import Estimate, Table
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.files import read_tensors, write_tensors
@@ -391,7 +391,8 @@ def test_seeds_that_share_a_name_stay_apart(run):
     figures = made.figures()
     assert [line.get_label() for line in figures["sparsity"].axes[0].get_lines()] == names
     axes = figures["stability"].axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == names
+    assert [label.get_text() for label in axes.get_yticklabels()] == names[1:]  # each pair once
+    assert [label.get_text() for label in axes.get_xticklabels()] == names[:-1]
     assert len(axes.texts) == 6
 
 
@@ -498,24 +499,24 @@ def grey(colour: str) -> float:
 
 
 def test_nothing_is_told_by_colour_alone(run):
-    for stages in (COLOURS, HATCHES):
+    for stages in (COLOURS, MARKERS):
         assert {"base", "base_averaged", "gprune"} <= stages.keys()
-    assert len(set(HATCHES.values())) == len(HATCHES)
+    assert len(set(MARKERS.values())) == len(MARKERS)
     assert len({marker for _, _, marker in LINES}) == len({str(dash) for _, dash, _ in LINES}) == len(LINES)
     assert abs(grey(COLOURS["base"]) - grey(COLOURS["gprune"])) > 0.2
     masks = {str(i): Masks([torch.tensor([True, False])], []) for i in range(3 * len(LINES))}
     drawn = sparsity_lines(masks).axes[0].lines[: len(masks)]
     assert len({(line.get_color(), line.get_marker()) for line in drawn}) == len(masks)  # also beyond the first seven
     records = json.loads((run / "metrics.json").read_text())["records"]
-    bars = [c[0] for c in perplexity_figure(records).axes[0].containers]
-    looks = {(bar.get_hatch(), bar.get_alpha()) for bar in bars}
-    assert len(looks) == len(bars) == 6
+    points = [c.lines[0] for c in perplexity_figure(records).axes[0].containers]
+    looks = {(point.get_marker(), point.get_markerfacecolor() == "white") for point in points}
+    assert len(looks) == len(points) == 6
 
 
 def test_an_estimate_just_outside_its_interval_is_drawn():
     """One window per corpus has an interval without width, and rounding may put the value outside of it."""
     low = np.nextafter(0.7, 1)
-    figure = curve_figure({("a", "gprune"): [(0.5, Estimate(0.7, low, low))]}, over="x")
+    figure = curve_figure({("a", "gprune"): [(0.5, Estimate(0.7, low, low))]}, over="x", ticks="{x:g}", reference="base")
     assert figure.axes[0].containers[0].lines[0].get_ydata().tolist() == [0.7]
 
 
