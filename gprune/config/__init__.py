@@ -12,11 +12,11 @@ from gprune.config.groups import (
     TrainerConfig,
 )
 from gprune.config.parse import RETIRED, parse
-from gprune.config.recovery import DistillConfig, ReconstructConfig
+from gprune.config.recovery import DistillConfig
 from gprune.config.run import RunConfig
 
 __all__ = [
     "RETIRED", "CorporaConfig", "DistillConfig", "EvaluationConfig", "LoggingConfig", "ModelConfig", "PartitionConfig",
-    "ReconstructConfig", "ReliabilityConfig", "RunConfig", "RunFolderConfig", "SparsityConfig", "TrainerConfig",
+    "ReliabilityConfig", "RunConfig", "RunFolderConfig", "SparsityConfig", "TrainerConfig",
     "parse",
 ]  # fmt: skip

@@ -54,16 +54,3 @@ class DistillConfig(Group):
             raise UserError(
                 "--distill.kl, --distill.cross_entropy, --distill.hidden: expected one of them above 0, got 0, 0 and 0."
             )
-
-
-@dataclass
-class ReconstructConfig(Group):
-    """How blocks learn one by one, where --recovery begins with reconstruct."""
-
-    prefix: ClassVar[str] = "reconstruct."
-    passes: AtLeast1 = 4
-    """Times that a block learns from the calibration text of --corpora.recover."""
-    learning_rate: Positive = 1e-3
-    """First step size of AdamW; it falls to 0."""
-    weigh: Literal["tokens", "corpora"] = "tokens"
-    """What the error is taken relative to: the energy of what the block adds to each token, or to a corpus' tokens."""

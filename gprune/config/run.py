@@ -22,7 +22,7 @@ from gprune.config.groups import (
     SparsityConfig,
     TrainerConfig,
 )
-from gprune.config.recovery import DistillConfig, ReconstructConfig
+from gprune.config.recovery import DistillConfig
 from gprune.corpora.load import check_corpus, identity
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
@@ -52,13 +52,11 @@ class RunConfig(Group):
     """What gives back what pruning took: one, or a chain such as [least_squares,distill]. none is the paper's method;
     beyond it: bias (means of what was removed), least_squares (output projections solved again on the dense model's
     activations), least_squares_sequential (block by block, on the activations of the pruned and recovered model so
-    far; costs some three forward passes for each pruned model), reconstruct (that, and then all matrices of a block
-    learn, see --reconstruct), distill (weights learn to predict as the dense model does, see --distill), or one
-    registered from Python."""
+    far; costs some three forward passes for each pruned model), distill (weights learn to predict as the dense model
+    does, see --distill), or one registered from Python."""
     ridge: NonNegative = 0.01
     """Ridge of least_squares and of least_squares_sequential, relative to the mean diagonal of the Gram matrix."""
     distill: DistillConfig = field(default_factory=DistillConfig)
-    reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
     gprune: bool = True
     """False: the base metric alone; --sparsity.allocation learned then means uniform."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -146,7 +144,7 @@ class RunConfig(Group):
     @property
     def recovery_settings(self) -> dict[str, Group]:
         """Flags of recoveries, by their names."""
-        return {"distill": self.distill, "reconstruct": self.reconstruct}
+        return {"distill": self.distill}
 
     @property
     def distilled_windows(self) -> int:

@@ -140,15 +140,11 @@ class PrunedPrefix:
         try:
             for part in self.lost[dense.index]:
                 self._solve(part, block, dense.index, wanted[part])
-            self.polish(block, dense.index)
             if dense.index < self.last:
                 for i, hidden in enumerate(self.hidden):
                     self.hidden[i] = self._through(block, dense.index, i, hidden).cpu()
         finally:
             block.layer.to(home)
-
-    def polish(self, block: Block, index: int) -> None:
-        """Called when the projections of a block are solved; `walk.calls` hold what leaves the dense block."""
 
     def _pass_dense(self, block: Block) -> dict[str, list[Tensor]]:
         """Take the dense stream through a block; returns the goal behind each projection that lost channels.

@@ -1,3 +1,3 @@
-"""What is trained: LightningModules around a frozen language model, and callbacks. Two of them are recoveries."""
+"""What is trained: LightningModules around a frozen language model, and callbacks. One of them is a recovery."""
 
-from gprune.stages import links  # noqa: F401 - they register themselves
+from gprune.stages import links  # noqa: F401 - it registers itself

@@ -1,20 +1,17 @@
-"""The stages that are links of a run's `--recovery`; what they do is imported when they do it."""
+"""The stage that is a link of a run's `--recovery`; what it does is imported when it does it."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from gprune.config import DistillConfig, ReconstructConfig
-from gprune.recovery.contract import NOTHING, Material, Recovery, Revise, recovery
-from gprune.recovery.sequential import SequentialLeastSquares
+from gprune.config import DistillConfig
+from gprune.recovery.contract import NOTHING, Material, Recovery, recovery
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from gprune.models.blocks import Block
     from gprune.models.memory import Shapes
 
 
@@ -55,32 +52,3 @@ class Distill(Recovery):
         act = ours.learning(what, kl=s.kl > 0, checkpointing=s.checkpointing)
         more = 4 - small.width  # bytes of every weight
         return round(more * (small.outside + small.parameters("all")) + 12 * learn) + act, 0
-
-
-@recovery("reconstruct")
-class Reconstruct(SequentialLeastSquares):
-    """`least_squares_sequential`, after which all matrices of a block learn: `ReconstructionStage`."""
-
-    why_not_experts = "does not see what enters each of"
-
-    def revise(self, material: Material) -> Revise:
-        from gprune.stages.reconstruction import ReconstructedPrefix
-
-        settings = material.settings.get("reconstruct", ReconstructConfig())
-        prefix = ReconstructedPrefix(material, settings)
-
-        def revise(dense: Block, block: Block) -> None:
-            prefix.recover(dense, block)
-            if dense.index == prefix.last:
-                passes = settings.passes * sum(call.input_ids.numel() for call in prefix.walk.calls)
-                material.count(prefix.tokens // len(material.masks.ffn), passes)
-                told = sum(after / before for before, after in prefix.errors) / len(prefix.errors)
-                logging.getLogger("gprune").info("Reconstruction leaves %.3f of the error of least squares", told)
-
-        return revise
-
-    def tokens(
-        self, text: int, fresh: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
-    ) -> tuple[int, int]:
-        own: ReconstructConfig = settings.get("reconstruct", ReconstructConfig())
-        return super().tokens(text, fresh, attention=attention)[0], own.passes * text

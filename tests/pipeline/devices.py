@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from gprune.calibration.collector import collect
 from gprune.calibration.layerwise import Walk
 from gprune.calibration.statistics import CorpusStatistics
-from gprune.config import DistillConfig, ReconstructConfig
+from gprune.config import DistillConfig
 from gprune.console import quiet
 from gprune.corpora.windows import Windows
 from gprune.evaluation.perplexity import perplexity
@@ -188,7 +188,6 @@ PARTS: dict[str, Part] = {
     "bias": lambda place: recover(place, "bias"),
     "least_squares": lambda place: recover(place, "least_squares"),
     "least_squares_sequential": lambda place: recover(place, "least_squares_sequential"),
-    "reconstruct": lambda place: recover(place, "reconstruct", reconstruct=ReconstructConfig(passes=1)),
     "distill mlp": lambda place: distil(place, targets="mlp"),
     "distill all, with all losses": lambda place: distil(place, targets="all", cross_entropy=0.5, hidden=0.5),
     "distill vectors": lambda place: distil(place, targets="vectors"),

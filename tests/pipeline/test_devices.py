@@ -25,7 +25,6 @@ CEILING = {
     "bias": 64,
     "least_squares": 72,
     "least_squares_sequential": 112,
-    "reconstruct": 156,
     "distill mlp": 29,
     "distill all, with all losses": 29,
     "distill vectors": 29,
@@ -34,7 +33,7 @@ CEILING = {
     "export check": 90,
 }
 A_STEP = {"cross_entropy": 2, "kl": 3}  # one of them in transformers, at every forward pass
-FAST = ("calibration with Gram matrices", "calibration block by block", "saliency", "least_squares", "reconstruct",
+FAST = ("calibration with Gram matrices", "calibration block by block", "saliency", "least_squares",
         "distill all, with all losses", "pruning", "perplexity")  # fmt: skip
 
 

@@ -516,7 +516,9 @@ def test_nothing_is_told_by_colour_alone(run):
 def test_an_estimate_just_outside_its_interval_is_drawn():
     """One window per corpus has an interval without width, and rounding may put the value outside of it."""
     low = np.nextafter(0.7, 1)
-    figure = curve_figure({("a", "gprune"): [(0.5, Estimate(0.7, low, low))]}, over="x", ticks="{x:g}", reference="base")
+    figure = curve_figure(
+        {("a", "gprune"): [(0.5, Estimate(0.7, low, low))]}, over="x", ticks="{x:g}", reference="base"
+    )
     assert figure.axes[0].containers[0].lines[0].get_ydata().tolist() == [0.7]
 
 
