@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from gprune.console import Parser, guarded, quiet
-from gprune.export.job import EXPORTS, TYPES, Job
+from gprune.export.job import EXPORTS, QUANTISED, TYPES, Job
 
 ABOUT = """Write the model of a finished run in the format another program reads.
 
@@ -33,7 +33,9 @@ def parser() -> Parser:
     made.add_argument("--overwrite", action="store_true", help="replace a former export")
     # Options of one format: absent unless given, so that another format can refuse them.
     absent = {"default": argparse.SUPPRESS}
-    made.add_argument("--type", **absent, help=f"gguf: of the matrices, {', '.join(TYPES)} (default: f16)")
+    made.add_argument(
+        "--type", **absent, help=f"gguf: of the matrices, {', '.join((*TYPES, *QUANTISED))} (default: f16)"
+    )
     made.add_argument("--unchecked", action="store_true", **absent, help="gguf: do not ask for a llama.cpp build")
     return made
 

@@ -67,6 +67,7 @@ LIMITS = {
     "f32": Limits(top1=0.999, kl=1e-6, logprob=0.01),
     "f16": Limits(top1=0.98, kl=1e-3),
     "q8_0": Limits(top1=0.85, kl=5e-2),
+    "q4_k_m": Limits(top1=0.7, kl=0.2),
 }
 
 
@@ -154,6 +155,20 @@ def in_llama_cpp(path: Path, ids: list[int], texts: list[str], size: int) -> tup
     if found.shape[1] != size:
         raise UserError(f"Export: llama.cpp sees {found.shape[1]} tokens in the file, expected {size}.")
     return found, made
+
+
+def perplexity_in_llama_cpp(path: Path, windows: Tensor) -> float:
+    """Over windows (n, T) int64 without overlap, each scored from its second token, as `evaluation.perplexity` does."""
+    with tempfile.TemporaryDirectory(prefix="gprune-llamacpp-") as scratch:
+        request = {"work": "measure", "model": str(path.absolute()), "windows": windows.tolist()}
+        return math.exp(ask_llama_cpp(request, Path(scratch)))
+
+
+def quantise(source: Path, output: Path, *, type: str) -> None:
+    """Let llama.cpp write another file with smaller matrices."""
+    request = {"work": "quantise", "model": str(source.absolute()), "output": str(output.absolute())}
+    with tempfile.TemporaryDirectory(prefix="gprune-llamacpp-") as scratch:
+        ask_llama_cpp(request | {"type": type.upper()}, Path(scratch))
 
 
 def ask_llama_cpp(request: dict[str, Any], scratch: Path) -> Any:

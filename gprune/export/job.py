@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 TYPES = ("f32", "f16", "q8_0")
+QUANTISED = ("q4_k_m",)  # by llama.cpp's own quantiser, from f16
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Gguf:
     """One file for llama.cpp; checked in a llama.cpp build, if one is installed (else --unchecked).
 
     Attributes:
-        type: of the matrices: f32, f16 or q8_0. Vectors stay f32.
+        type: of the matrices: f32, f16, q8_0, or q4_k_m, which llama.cpp itself quantises. Vectors stay f32.
         unchecked: write the file although nothing here can run it.
     """
 
@@ -69,8 +71,13 @@ class Gguf:
     unchecked: bool = False
 
     def __post_init__(self) -> None:
-        if self.type not in TYPES:
-            raise UserError(f"Unknown GGUF type '{self.type}'. Available: {', '.join(TYPES)}.")
+        if self.type not in (*TYPES, *QUANTISED):
+            raise UserError(f"Unknown GGUF type '{self.type}'. Available: {', '.join((*TYPES, *QUANTISED))}.")
+        if self.type in QUANTISED and not has_llama_cpp():
+            raise UserError(
+                f"Export: {self.type} is quantised by llama.cpp, and no build is installed: `pip install {LLAMA_CPP}`. "
+                f"Nothing was written."
+            )
         if not self.unchecked and not has_llama_cpp():
             raise UserError(
                 f"Export: no llama.cpp build is installed to check a GGUF file with: `pip install {LLAMA_CPP}`, "
@@ -86,10 +93,15 @@ class Gguf:
 
     def write(self, source: Source, output: Path) -> None:
         from gprune.export.gguf import write_gguf
-        from gprune.export.gguf_check import check_gguf
+        from gprune.export.gguf_check import check_gguf, quantise
 
         model, tokenizer = load_folder(source.folder)
-        write_gguf(model, tokenizer, output, type=self.type, name=source.name)
+        if self.type in QUANTISED:
+            with tempfile.TemporaryDirectory(dir=output.parent, prefix=".quantise-") as scratch:
+                write_gguf(model, tokenizer, whole := Path(scratch) / "f16.gguf", type="f16", name=source.name)
+                quantise(whole, output, type=self.type)
+        else:
+            write_gguf(model, tokenizer, output, type=self.type, name=source.name)
         if not self.unchecked:
             check_gguf(model, tokenizer, output, type=self.type)
 

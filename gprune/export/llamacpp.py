@@ -6,6 +6,9 @@ and, for each kind of work:
 
 score   `model` (a path), `ids`, `texts`, and `logprobs`, a file to write (.npy, float32, (T, vocabulary)): of the
         token after each of the T ids. The answer is a list of tokens for every text.
+measure `model` and `windows` of as many tokens each. The answer is the mean negative log-likelihood of the tokens of
+        all windows, each window from its second token on, in nats.
+quantise `model`, `output`, and `type`, a name of llama.cpp's such as Q4_K_M. The answer is null.
 speed   `models` (path by name), `batch`, `seq_len`, `new_tokens`, `repeats`. The answer is seconds by `prefill` or
         `decode`, model and round; models take turns.
 """
@@ -99,6 +102,28 @@ def score(request: dict[str, Any]) -> list[list[int]]:
     return made
 
 
+def measure(request: dict[str, Any]) -> float:
+    """Mean negative log-likelihood over windows, each alone in the context."""
+    windows = request["windows"]
+    T, total = len(windows[0]), 0.0
+    model = Model(request["model"], request["threads"], sequences=1, length=T, step=T, chunk=T, exact=True)
+    for ids in windows:
+        lib.llama_memory_clear(lib.llama_get_memory(model.state), True)
+        model.feed([(0, position, token) for position, token in enumerate(ids)])
+        logprobs = log_softmax(model.logits(T)[:-1].astype(np.float64), axis=1)
+        total -= logprobs[np.arange(T - 1), ids[1:]].sum()
+    return total / (len(windows) * (T - 1))
+
+
+def quantise(request: dict[str, Any]) -> None:
+    """Write another file, its matrices quantised by llama.cpp; rows too short for a type's blocks get a larger type."""
+    settings = lib.llama_model_quantize_default_params()
+    settings.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{request['type']}")
+    settings.nthread = request["threads"]
+    if lib.llama_model_quantize(request["model"].encode(), request["output"].encode(), ffi.addressof(settings)):
+        sys.exit(f"error: llama_model_quantize failed: {' '.join(errors)}")
+
+
 def speed(request: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     """Seconds of every model and round; tokens are 3, 4, 5, ..., which costs what text costs."""
     B, T, N = request["batch"], request["seq_len"], request["new_tokens"]
@@ -133,7 +158,7 @@ def main(request_file: str) -> None:
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     lib.llama_log_set(log, ffi.NULL)
     lib.llama_backend_init()
-    answer = {"score": score, "speed": speed}[request["work"]](request)
+    answer = {"score": score, "speed": speed, "measure": measure, "quantise": quantise}[request["work"]](request)
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
 
 

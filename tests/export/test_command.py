@@ -144,7 +144,7 @@ def test_overwriting_never_removes_what_is_no_export(to, run, tmp_path, capsys, 
     [
         (["--to", "hf"], r"Unknown export format 'hf'. Available: gguf, onnx."),
         (["--to", "ggu"], r"Did you mean 'gguf'\?"),
-        (["--unchecked", "--type", "q4"], "Unknown GGUF type 'q4'. Available: f32, f16, q8_0."),
+        (["--unchecked", "--type", "q4"], "Unknown GGUF type 'q4'. Available: f32, f16, q8_0, q4_k_m."),
         (["--to", "onnx", "--type", "f16"], "format 'onnx' has no option --type"),
         (["--to", "onnx", "--unchecked"], "format 'onnx' has no option --unchecked"),
         (["--unchecked", "--output", "no/such/folder/x"], "in a folder that exists"),
@@ -284,7 +284,7 @@ def test_the_command_as_it_is_typed(run, tmp_path):
     command = [sys.executable, "-m", "gprune", "export", str(run), "--type", "q5"]
     done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "gprune export: Unknown GGUF type 'q5'. Available: f32, f16, q8_0.\n"
+    assert done.stderr == "gprune export: Unknown GGUF type 'q5'. Available: f32, f16, q8_0, q4_k_m.\n"
     assert not done.stdout
 
 
