@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from gprune.console import Parser, guarded, quiet
+from gprune.errors import UserError
 from gprune.export.job import EXPORTS, QUANTISED, TYPES, Job
+from gprune.export.push import push
 
 ABOUT = """Write the model of a finished run in the format another program reads.
 
@@ -20,7 +22,8 @@ examples:
   gprune export runs/NAME                              runs/NAME/model-f16.gguf
   gprune export runs/NAME --type q8_0 --overwrite      8-bit matrices, in the place of a former export
   gprune export runs/NAME/model --output small.gguf    a model folder, written where you say
-  gprune export runs/NAME --to onnx                    runs/NAME/model-onnx/model.onnx"""
+  gprune export runs/NAME --to onnx                    runs/NAME/model-onnx/model.onnx
+  gprune export runs/NAME --push owner/name            what would go up to the Hugging Face Hub; --no-dry-run uploads"""
 
 
 def parser() -> Parser:
@@ -37,6 +40,11 @@ def parser() -> Parser:
         "--type", **absent, help=f"gguf: of the matrices, {', '.join((*TYPES, *QUANTISED))} (default: f16)"
     )
     made.add_argument("--unchecked", action="store_true", **absent, help="gguf: do not ask for a llama.cpp build")
+    hub = made.add_argument_group("Hugging Face Hub")
+    hub.add_argument("--push", metavar="OWNER/NAME", help="the model folder as it is, with its card; converts nothing")
+    hub.add_argument(
+        "--dry-run", action=argparse.BooleanOptionalAction, default=True, help="only say what would go up (default)"
+    )
     return made
 
 
@@ -49,6 +57,14 @@ def main(args: Sequence[str]) -> int:
 def run(args: Sequence[str]) -> str:
     """Write what the arguments ask for; returns the line that says where it is."""
     options = vars(parser().parse_args(args))
+    repo, dry_run = options.pop("push"), options.pop("dry_run")
+    if repo is not None:
+        if other := [name for name, value in options.items() if name != "run" and value not in (False, None, "gguf")]:
+            raise UserError(f"--push uploads the model folder as it is; expected no --{other[0]} beside it.")
+        quiet()
+        return push(options["run"], repo, dry_run=dry_run)
+    if not dry_run:
+        raise UserError("--no-dry-run: expected --push OWNER/NAME beside it.")
     job = Job.of(options.pop("run"), **options)
     quiet()
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing is left behind

@@ -1,0 +1,54 @@
+"""A pruned model on the Hugging Face Hub, by huggingface_hub: what would go up, or the upload itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gprune.errors import UserError, first_line
+from gprune.export.job import find
+
+
+def push(run_or_folder: str | Path, repo: str, *, dry_run: bool = True) -> str:
+    """Upload a model folder, with its card, weights, tokenizer and modelling code, in one commit.
+
+    Args:
+        run_or_folder: a finished run that kept its model, or a model folder.
+        repo: `owner/name`; made, private, where it is not there yet.
+        dry_run: only say what would go up.
+
+    Returns:
+        What went, or would go, up, a file a line.
+
+    Raises:
+        UserError: for a repository name that cannot be, a folder with links in it, and what the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    folder = find(run_or_folder).folder
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"--push: expected owner/name, got '{repo}': {first_line(error)}") from error
+    if repo.count("/") != 1:
+        raise UserError(f"--push: expected owner/name, got '{repo}'.")
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    if linked := [path for path in files if path.is_symlink() or not path.is_file()]:
+        raise UserError(
+            f"--push: expected plain files in '{folder}', but '{linked[0].name}' is none; a link may lead to a "
+            "file that nobody means to publish. Nothing went up."
+        )
+    names = [path.relative_to(folder).as_posix() for path in files]
+    listed = "".join(f"{path.stat().st_size:>14,}  {name}\n" for path, name in zip(files, names, strict=True))
+    if dry_run:
+        return f"Would go up to {repo}, bytes and names:\n{listed}Nothing went up; --no-dry-run uploads it.\n"
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=names, commit_message="Upload a pruned model"
+        )
+    except Exception as error:  # of the hub, of its HTTP library, and of the sockets below
+        raise UserError(f"--push {repo}: the hub refused or was not reached ({first_line(error)}).") from error
+    return f"Went up to {repo}, bytes and names:\n{listed}"
