@@ -10,12 +10,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
 
+import hypothesis
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gprune.importance import IMPORTANCE
 from tests import built_in
+
+
+# A deadline measures the machine and what else runs on it.
+hypothesis.settings.register_profile("gprune", deadline=None)
+hypothesis.settings.load_profile("gprune")
 
 
 def pytest_collection_finish() -> None:

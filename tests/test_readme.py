@@ -89,7 +89,16 @@ def all_flags(config: object, prefix: str = "--") -> set[str]:
 def test_flags_that_pages_name_exist(page):
     known = all_flags(gprune.RunConfig()) | {"--config", "--print_config", "--help", "--sparsity.options.power"}
     known |= {flag for made in PARSERS for action in made._actions for flag in action.option_strings}
-    foreign = {"--work", "--fetch", "--small", "--reference", "--array", "--wrap", "--check"}  # of scripts, SLURM, ruff
+    foreign = {
+        "--work",
+        "--fetch",
+        "--small",
+        "--reference",
+        "--array",
+        "--wrap",
+        "--check",  # of scripts, SLURM, ruff
+        "--trust-remote-code",
+    }  # of vLLM
     text = re.sub(r"^#SBATCH.*", "", PAGES[page], flags=re.M)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*(?:\.[a-z_]+)*", text))
     assert named - known - foreign == set()

@@ -76,7 +76,7 @@ kept_neurons = st.lists(st.booleans(), min_size=48, max_size=48).filter(any)
 kept_groups = st.lists(st.booleans(), min_size=2, max_size=2).filter(any)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     ffn=st.lists(kept_neurons, min_size=3, max_size=3),
     attention=st.lists(kept_groups, min_size=3, max_size=3),

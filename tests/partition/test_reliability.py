@@ -115,7 +115,7 @@ def reference_ranks(scores, fallback, labels, switched) -> list[float]:
     return p
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), K=st.integers(1, 4), extra=st.integers(0, 30))
 def test_within_module_ranks(data, K, extra):
     N = K + extra

@@ -155,7 +155,7 @@ def solve(problem, data):
     return keep_masks(budget, neuron, group), neuron, group, budget.target
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(problem=problems(), data=st.data())
 def test_masks_meet_the_budget(problem, data):
     costs, width_multiple, _ = problem
@@ -172,7 +172,7 @@ def test_masks_meet_the_budget(problem, data):
     assert removed - target < step
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(problem=problems(), data=st.data())
 def test_every_block_keeps_something_and_widths_are_on_the_grid(problem, data):
     costs, width_multiple, _ = problem
@@ -193,7 +193,7 @@ def test_every_block_keeps_something_and_widths_are_on_the_grid(problem, data):
         assert bool(masks.attention[b].all())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(problem=problems(), data=st.data())
 def test_inside_a_block_the_smaller_margin_goes_first(problem, data):
     masks, neuron, group, _ = solve(problem, data)
@@ -203,7 +203,7 @@ def test_inside_a_block_the_smaller_margin_goes_first(problem, data):
         assert kept == sorted(kept)  # removed ones first: by margin, then index
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(problem=problems(width_multiples=(1,), scopes=(False,)), data=st.data())
 def test_in_the_whole_model_no_removed_neuron_has_a_larger_margin_than_a_kept_one(problem, data):
     masks, neuron, _, _ = solve(problem, data)
@@ -259,7 +259,7 @@ def reference_masks(costs, neuron, group, target, width_multiple) -> Masks:
     return masks
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(problem=problems(width_multiples=(1, 2, 3), largest=9), data=st.data())
 def test_small_cases_against_the_rule_step_by_step(problem, data):
     costs, width_multiple, _ = problem
