@@ -18,7 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gprune.importance import IMPORTANCE
 from tests import built_in
 
-
 # A deadline measures the machine and what else runs on it.
 hypothesis.settings.register_profile("gprune", deadline=None)
 hypothesis.settings.load_profile("gprune")
