@@ -25,6 +25,12 @@ def read_runs(paths: Sequence[Path | str]) -> list[FinishedRun]:
     return [replace(read_run(path), name=name) for path, name in zip(folders.values(), names, strict=True)]
 
 
+def as_small(run: FinishedRun, other: FinishedRun) -> bool:
+    """Whether two pruned models have as many parameters, within one percent of the dense model's."""
+    one, two = run.summary, other.summary
+    return abs(one["parameters_after"] - two["parameters_after"]) <= 0.01 * one["parameters_before"]
+
+
 def told_apart(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
     """The runs under names of their own: 'NAME, seed S' where several share one, and numbered where that is shared."""
     runs = list(runs)

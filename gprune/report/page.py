@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from gprune.report.benchmark_table import evaluation_table
 from gprune.report.comparison_figures import means_figure, ratio_figure, sparsity_lines, stability_figure
-from gprune.report.grouping import Group, groups, read_runs, short_names, told_apart
+from gprune.report.grouping import Group, as_small, groups, read_runs, short_names, told_apart
 from gprune.report.mask_tables import masks_of, pairs, repeatability_table, sparsity_table, stability_table
 from gprune.report.perplexity_tables import comparison_table, perplexity_table, records_table, summary_table
 from gprune.report.records import caption
@@ -128,16 +128,20 @@ def of_runs(
 
     Args:
         base: as for `make`.
-        by_seed: this run with several seeds; each run is then divided by the one of its own seed, and by none where
-            that is missing, as all are while there is none (empty).
+        by_seed: runs of the base metric; each run is then divided by the one of its own seed that has as many
+            parameters, and by none where that is missing, as all are while there is none (empty).
         seen: the corpora that count as seen in every row; None: each run's own.
     """
     if seen is not None:
         runs = [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
     found = groups(runs)
-    bases = None if by_seed is None else {run.seed: run for run in by_seed}
+    bases = None
+    if by_seed is not None:
+        bases = {
+            run.path: other for run in runs for other in by_seed if other.seed == run.seed and as_small(run, other)
+        }
     if base is not None:
-        bases = {run.seed: base for run in runs}
+        bases = {run.path: base for run in runs}
     tables = [
         summary_table(found, bases, seen=seen),
         perplexity_table(found, seen=seen),

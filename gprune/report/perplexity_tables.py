@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 from scipy.stats import t as student
@@ -80,15 +81,16 @@ def gap(run: FinishedRun, stage: Stage) -> Estimate | None:
 
 
 def summary_table(
-    found: Sequence[Group], bases: Mapping[int, FinishedRun] | None = None, *, seen: Sequence[str] | None = None
+    found: Sequence[Group], bases: Mapping[Path, FinishedRun] | None = None, *, seen: Sequence[str] | None = None
 ) -> Table:
     """A row per group and stage: geometric means over seen and unseen corpora, gap, unseen over dense and over base.
 
     Args:
-        bases: by seed, the run whose `base` stage others of this seed are divided by; by none where it is missing. None
-            for each run's own, with the same recovery.
+        bases: by path of a run, the run whose `base` stage it is divided by; by none where it is missing. None for
+            each run's own, with the same recovery.
         seen: the corpora that count as seen in every row, which the runs say already; None: each run's own.
     """
+    divided_by = dict.fromkeys(base.name for base in (bases or {}).values())
     first = next(iter((bases or {}).values()), None)
     if first is not None and ("base", "none") not in stages(first):
         raise UserError(
@@ -97,7 +99,7 @@ def summary_table(
         )
     rows = _rows(found, lambda run, stage: _numbers(run, stage, bases))
     if first is not None:
-        about_base = f" base: the stage `base` of {first.name}."
+        about_base = f" base: the stage `base` of {', '.join(divided_by)}."
     else:
         about_base = "" if bases is None else " base: the run that rows are divided by is not there yet."
     return Table(
@@ -181,9 +183,9 @@ def records_table(runs: Sequence[FinishedRun]) -> Table:
     return Table("records", "All perplexities", [*columns, *stamps], rows)
 
 
-def _numbers(run: FinishedRun, stage: Stage, bases: Mapping[int, FinishedRun] | None) -> list[Estimate | None]:
+def _numbers(run: FinishedRun, stage: Stage, bases: Mapping[Path, FinishedRun] | None) -> list[Estimate | None]:
     """seen, unseen, gap, unseen / dense, unseen / base of one run."""
-    other, recovery = (run, stage[1]) if bases is None else (bases.get(run.seed), "none")
+    other, recovery = (run, stage[1]) if bases is None else (bases.get(run.path), "none")
     return [
         mean_perplexity(run, stage, seen=True),
         mean_perplexity(run, stage, seen=False),

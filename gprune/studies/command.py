@@ -19,6 +19,7 @@ examples:
   export GPRUNE_DATA_DIR=mirrors
   gprune study experiments/questions/parts.yaml             prints token-hours, runs, prints tables
   gprune study experiments/questions/parts.yaml --table     from the records that are kept
+  gprune study mine.yaml --records results                  a list of your own, which may have a `grid`
   gprune study LIST --seeds 0 1 2 --only paper best -- --corpora.num_samples=8
 
 On a cluster each line of --commands is a job of its own, in any order, on any node with the same checkout:
@@ -33,6 +34,11 @@ def parser() -> Parser:
     made.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of all rows (default: the list's own)")
     made.add_argument("--only", nargs="+", metavar="ROW", help="run and print these rows only (default: all)")
     made.add_argument("--part", metavar="I/N", help="run every N-th row from the I-th on: one machine's share")
+    made.add_argument(
+        "--records",
+        metavar="FOLDER",
+        help="what came out of each row (default: runs/records; experiments/records for the lists in experiments)",
+    )
     made.add_argument("--table", action="store_true", help="print what is there; run nothing")
     made.add_argument("--costs", action="store_true", help="print seconds, tokens and memory of each step as well")
     made.add_argument("--commands", action="store_true", help="print one command per pending row; run nothing")

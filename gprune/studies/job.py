@@ -1,6 +1,6 @@
 """A list of configurations, run and tabulated: the work of `gprune study`.
 
-After each configuration its numbers, masks and costs are written to `records.RECORDS`; whichever list asks, a
+After each configuration its numbers, masks and costs are written to the folder of records; whichever list asks, a
 configuration whose settings stand there is not run again.
 """
 
@@ -52,16 +52,17 @@ def run(row: Row) -> dict[str, Any]:
         "records": [r | {"window_nll": [round(v, 4) for v in r["window_nll"]]} for r in result.records],
     }
     if tasks:
-        kept |= {"tasks": tasks, "evaluation": evaluated(result.path, cfg, tasks, kept["inputs"]["model"])}
+        kept |= {"tasks": tasks, "evaluation": evaluated(result.path, cfg, row, kept["inputs"]["model"])}
     write_json(path_of(row), kept)
     return kept
 
 
-def evaluated(folder: Path, cfg: gprune.RunConfig, tasks: dict[str, Any], dense_model: str) -> list[dict[str, Any]]:
+def evaluated(folder: Path, cfg: gprune.RunConfig, row: Row, dense_model: str) -> list[dict[str, Any]]:
     """Records of `gprune evaluate` on a finished run, the dense model's (by its fingerprint) first."""
+    tasks = row.wanted_tasks
     own = {k: tasks[k] for k in ("limit", "seq_len", "dtype") if k in tasks}
     asked = Benchmarks(tuple(tasks["names"]), trust_remote_code=cfg.model.trust_remote_code, **own)
-    shared = dense_path(dense_model, cfg.model.dtype, tasks)
+    shared = dense_path(row.records, dense_model, cfg.model.dtype, tasks)
     dense = (read_json(shared) or {}).get("records")
     records, _ = benchmarks.evaluate(str(folder), asked, dense=not dense)
     if dense:  # measured with an earlier row: the same model, text and settings
@@ -108,18 +109,18 @@ def seconds(call: Callable[[], Any]) -> float:
 def work(options: Namespace) -> None:
     """Run, then print; options as the command line of `gprune study` gives them."""
     for path in options.lists:
-        listing = Listing.read(path, seeds=options.seeds, flags=options.flags)
+        listing = Listing.read(path, seeds=options.seeds, flags=options.flags, records=options.records)
         names = dict.fromkeys(row.name for row in listing.rows)
         if unknown := [name for name in options.only or () if name not in names]:
             raise UserError(f"--only: expected rows of {path} ({', '.join(names)}), got '{unknown[0]}'.")
         chosen = parts_of([row for row in listing.rows if row.name in (options.only or names)], options.part)
         pending = [row for row in chosen if found(row) is None]
         if options.commands:
-            sys.stdout.writelines(f"{line}\n" for line in commands(path, pending, options.flags))
+            sys.stdout.writelines(f"{line}\n" for line in commands(path, pending, options))
             continue
         if pending and not options.table:
             run_all(pending)
-        wanted = [row for row in listing.rows if row in chosen or row.name == listing.reference]
+        wanted = [row for row in listing.rows if row in chosen or row.name in listing.reference]
         done = [(row, kept) for row in wanted if (kept := found(row)) is not None]
         sys.stdout.write("\n" + (text_of(listing, done) if done else f"{path}: no records yet.") + "\n")
         if options.costs and (costs := cost_table(done)).rows:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import UnionType
@@ -18,7 +19,10 @@ import yaml
 
 from gprune.config import RunConfig, parse
 from gprune.errors import UserError
+from gprune.studies.grid import Point, named, points
 
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"  # of a clone
+OTHER_RECORDS = Path("runs/records")
 # Numbers do not depend on these: a row is the same row with and without them.
 OWN = {"export": "none", "logging.mode": "disabled", "run.dir": "runs/experiments"}
 Name = str | int | float  # YAML reads some names as numbers
@@ -58,8 +62,11 @@ class Content:
     """Under all rows."""
     common: Annotated[dict[str, Any] | None, "settings by name"] = None
     """Of all rows."""
+    grid: Annotated[dict[Name, list[Any]] | None, "lists of values by setting"] = None
+    """Every row once for each combination of these, such as sparsity.target: [0.2, 0.5]. Other keys of the list
+    may name a row as `rows` does, and mean all of them."""
     reference: Annotated[Name | None, "a row"] = None
-    """The row whose stage `base` all others are divided by."""
+    """The row whose stage `base` all others are divided by that have as few parameters; in a grid, several."""
     compare: Annotated[list[tuple[Name, Name]] | None, "pairs of stages, such as ['a: gprune', 'b: base']"] = None
     spread: Annotated[dict[Name, list[Name]] | None, "lists of rows by name"] = None
     """Groups of rows that are to lie close together."""
@@ -87,6 +94,7 @@ class Row:
     flags: tuple[str, ...]
     tasks: dict[str, Any]
     control: bool = False  # gprune's machinery with nothing learned: no result of the method's
+    records: Path = OTHER_RECORDS  # where what came out is kept
 
     @cached_property
     def config(self) -> RunConfig:
@@ -110,7 +118,7 @@ class Listing:
     path: Path
     about: str
     rows: list[Row]
-    reference: str | None
+    reference: tuple[str, ...]  # names of rows
     compare: list[tuple[str, str]]
     spread: dict[str, list[str]]
     curve: Curve | None
@@ -119,28 +127,49 @@ class Listing:
     seen: list[str] | None  # None: each row's own
 
     @classmethod
-    def read(cls, path: Path | str, *, seeds: Sequence[int] | None = None, flags: Sequence[str] = ()) -> Listing:
+    def read(
+        cls, path: Path | str, *, seeds: Sequence[int] | None = None, flags: Sequence[str] = (),
+        records: Path | str | None = None,
+    ) -> Listing:  # fmt: skip
         """Parse a list; `flags` come last in every row.
+
+        Args:
+            records: folder of what came out. None: `experiments/records` for the lists in there, else `OTHER_RECORDS`.
 
         Raises:
             UserError: for a file that is none, an unknown key, a row that is no mapping or that there is not.
         """
         path = Path(path)
         content = read_content(path)
+        grid = points(content.grid)
+
+        def names(rows: Any) -> list[str]:
+            return [named(name, point) for name in _names(rows) for point in grid]
+
+        def paired(stage: Name, point: Point) -> str:
+            row, colon, kind = str(stage).partition(": ")
+            return f"{named(row, point)}{colon}{kind}"
+
+        folder = Path(records) if records is not None else EXPERIMENTS / "records" if inside(path) else OTHER_RECORDS
         listing = cls(
             path=path,
             about=content.about or path.stem,
-            rows=list(_rows(path, content, seeds, flags)),
-            reference=None if content.reference is None else str(content.reference),
-            compare=[(str(a), str(b)) for a, b in content.compare or []],
-            spread={str(group): _names(rows) for group, rows in (content.spread or {}).items()},
+            rows=[replace(row, records=folder) for row in _rows(path, content, seeds, flags)],
+            reference=() if content.reference is None else tuple(names([content.reference])),
+            compare=[(paired(a, at), paired(b, at)) for a, b in content.compare or [] for at in grid],
+            spread={str(group): names(rows) for group, rows in (content.spread or {}).items()},
             curve=Curve(**content.curve) if content.curve else None,
-            lines={str(line): _names(rows) for line, rows in (content.lines or {}).items()},
+            lines={str(line): names(rows) for line, rows in (content.lines or {}).items()},
             tables=tuple(content.tables or TABLES),
             seen=None if content.seen is None else _names(content.seen),
         )
         _check_rows(listing, content)
         return listing
+
+
+def inside(path: Path) -> bool:
+    """Whether a list is one of ours."""
+    return path.resolve().is_relative_to(EXPERIMENTS)
 
 
 def read_content(path: Path) -> Content:
@@ -204,20 +233,24 @@ def _rows(path: Path, content: Content, seeds: Sequence[int] | None, flags: Sequ
             own = dict(settings or {})
             if not fits(config := own.pop("config", None), files):
                 raise UserError(f"List '{path}', row '{name}', config: expected a file or files, got {config!r}.")
-            given = (*common, *flags_of(own), *flags)
-            if any(flag.partition("=")[0] == "--run.seed" for flag in given):
+            given = (*common, *flags_of(own))
+            if any(flag.partition("=")[0] == "--run.seed" for flag in (*given, *flags, *flags_of(content.grid or {}))):
                 raise UserError(f"List '{path}', row '{name}': expected seeds as `seeds` or --seeds, got --run.seed.")
-            given = (*protocol, *_configs(path, config), f"--run.seed={seed}", *given)
-            yield Row(str(name), seed, given, content.tasks or {}, str(name) in _names(content.controls))
+            for point in points(content.grid):
+                here = (*protocol, *_configs(path, config), f"--run.seed={seed}", *given, *flags_of(point), *flags)
+                control = str(name) in _names(content.controls)
+                yield Row(named(str(name), point), seed, here, content.tasks or {}, control)
 
 
 def _check_rows(listing: Listing, content: Content) -> None:
     """Raise UserError for a key that names a row that there is not."""
-    rows, controls = _names(content.rows), _names(content.controls)
+    rows = list(dict.fromkeys(row.name for row in listing.rows))
+    known, controls = _names(content.rows), [row.name for row in listing.rows if row.control]
+    if unknown := [name for name in _names(content.controls) if name not in known]:
+        raise UserError(f"List '{listing.path}', controls: expected rows ({', '.join(known)}), got '{unknown[0]}'.")
     for key, known, wanted in (
-        ("reference", rows, [listing.reference] if listing.reference is not None else []),
+        ("reference", rows, listing.reference),
         ("compare", rows, [stage.partition(": ")[0] for pair in listing.compare for stage in pair]),
-        ("controls", rows, controls),
         ("lines", rows, [row for line in listing.lines.values() for row in line]),
         # gprune's results are what a spread is about
         (
@@ -268,9 +301,11 @@ def parts_of(rows: Sequence[Row], part: str | None) -> list[Row]:
     return list(rows[index - 1 :: count])
 
 
-def commands(path: str, rows: Sequence[Row], flags: Sequence[str]) -> Iterator[str]:
-    """One command line per row."""
+def commands(path: str, rows: Sequence[Row], options: Namespace) -> Iterator[str]:
+    """One command line per row, with the flags and the folder of records that `gprune study` was given."""
+    flags = options.flags
+    kept = [] if options.records is None else ["--records", str(options.records)]
     for row in rows:
         more = ["--", *flags] if flags else []
-        command = ["python", "-m", "gprune", "study", path, "--only", row.name, "--seeds", str(row.seed), *more]
+        command = ["python", "-m", "gprune", "study", path, "--only", row.name, "--seeds", str(row.seed), *kept, *more]
         yield shlex.join(command)

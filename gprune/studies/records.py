@@ -19,7 +19,6 @@ from gprune.runs.results import FinishedRun, Record, with_defaults
 from gprune.storage.files import key_of, read_json
 from gprune.studies.listing import Row, flat
 
-RECORDS = Path(__file__).parents[2] / "experiments" / "records"  # rows in runs/, tasks of dense models in dense/
 FORMAT = 4  # of the names of records, which stay when the format of caches changes
 CONTROL = "control"  # what tables call the result of a row that the list names as a control
 
@@ -48,20 +47,20 @@ def path_of(row: Row) -> Path:
     usual = default | FORMER_DEFAULTS
     own = {name: value for name, value in settings.items() if value != usual.get(name)}
     key = key_of(format=FORMAT, settings=own)[:10]
-    for path in sorted((RECORDS / "runs").glob(f"*-{key}*.json")):
+    for path in sorted((row.records / "runs").glob(f"*-{key}*.json")):
         kept = read_json(path)
         if is_of(row, kept) and row.wanted_tasks in ({}, kept.get("tasks", row.wanted_tasks)):
             return path
     slug = "-".join("".join(c if c.isalnum() else " " for c in row.name.lower()).split())
     # A record under this key may be of other settings, those of a default that has changed since: it stays.
     numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
-    names = (RECORDS / "runs" / f"{slug}-seed{row.seed}-{key}{number}.json" for number in numbers)
+    names = (row.records / "runs" / f"{slug}-seed{row.seed}-{key}{number}.json" for number in numbers)
     return next(path for path in names if not path.exists())
 
 
-def dense_path(model: str, dtype: str, tasks: dict[str, Any]) -> Path:
+def dense_path(records: Path, model: str, dtype: str, tasks: dict[str, Any]) -> Path:
     """Where the tasks of a dense model, by its fingerprint, are kept for all rows."""
-    return RECORDS / "dense" / f"{key_of(format=FORMAT, model=[model, dtype], tasks=tasks)}.json"
+    return records / "dense" / f"{key_of(format=FORMAT, model=[model, dtype], tasks=tasks)}.json"
 
 
 def is_of(row: Row, kept: dict[str, Any] | None) -> bool:

@@ -22,7 +22,7 @@ def reported(listing: Listing, done: Done) -> report.Report:
     """The report of finished rows; rows that differ in seed alone are one."""
     runs = [as_run(row, kept, listing.seen) for row, kept in done]
     _check_text(done)
-    by_seed = [r for r in runs if r.name == listing.reference] if listing.reference else None
+    by_seed = [r for r in runs if r.name in listing.reference] if listing.reference else None
     return report.of_runs(runs, by_seed=by_seed, seen=listing.seen)
 
 

@@ -94,7 +94,7 @@ def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lists")
     with tiny_run.isolated(folder / "cache"), pytest.MonkeyPatch.context() as patch:
         tiny_run.quick(patch)
-        patch.setattr(records, "RECORDS", folder / "records")
+        patch.setattr(lists, "OTHER_RECORDS", folder / "records")
         yield Workbench(world, folder)
 
 
@@ -528,8 +528,36 @@ def test_a_record_of_other_settings_is_never_the_place_of_a_new_one(bench, capsy
     records.path_of(row).write_text(there.read_text())
     (row,) = lists.Listing.read(path).rows
     assert records.path_of(row) == there.with_stem(there.stem.removesuffix("-1") + "-2")
-    for file in (records.RECORDS / "runs").glob("x-seed0-*"):
+    for file in (lists.OTHER_RECORDS / "runs").glob("x-seed0-*"):
         file.unlink()
+
+
+def test_a_grid_runs_every_row_at_every_point_and_divides_by_the_base_of_its_own_budget(bench, capsys, tmp_path):
+    rows = {"plain": {"gprune": False}, "ours": {}}
+    path = bench.write("grid", rows, grid={"sparsity.target": [0.3, 0.5], "importance": ["wifv"]}, reference="plain",
+                       compare=[["ours: gprune", "plain: base"]], common={"evaluation.controls": []})  # fmt: skip
+    kept_in = tmp_path / "kept"
+    out = bench(capsys, path, "--records", kept_in)
+    points = ["target 0.3, importance wifv", "target 0.5, importance wifv"]
+    listing = lists.Listing.read(path, records=kept_in)
+    assert [row.name for row in listing.rows] == [f"{row}, {point}" for row in rows for point in points]
+    assert [row.config.sparsity.target for row in listing.rows] == [0.3, 0.5] * 2
+    assert listing.compare == [(f"ours, {point}: gprune", f"plain, {point}: base") for point in points]
+    assert len([*(kept_in / "runs").iterdir()]) == 4
+    kept = {row.name: records.found(row) for row in listing.rows}
+    used = {r["corpus"] for k in kept.values() for r in k["records"] if r["seen"]}
+    for point in points:
+        ratio = paired_bootstrap_ratio(
+            unseen(kept[f"ours, {point}"], "gprune", used), unseen(kept[f"plain, {point}"], "base", used), 31
+        )[0]
+        (line,) = [line for line in out.splitlines() if line.startswith(f"| ours, {point} ") and "[" in line][:1]
+        assert f"{ratio:.3f} [" in line.split("|")[-2]
+    alone = bench.write("alone", {"plain": {"gprune": False, "sparsity.target": 0.5}, "ours": {"sparsity.target": 0.3}},
+                        reference="plain", common={"evaluation.controls": [], "importance": "wifv"})  # fmt: skip
+    out = bench(capsys, alone, "--records", kept_in)  # the records are those of the grid; another budget has no ratio
+    assert "kept" not in out
+    (line,) = [line for line in out.splitlines() if line.startswith("| ours ") and "[" in line][:1]
+    assert not line.split("|")[-2].strip()
 
 
 def test_lines_of_rows_over_the_tokens_that_each_learned_from(bench, capsys, tmp_path):
@@ -749,7 +777,7 @@ def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
     assert [(row.name, row.seed, row.control) for row in found.rows] == [
         ("1", 4, True), ("0.5", 4, False), ("1", 5, True), ("0.5", 5, False)
     ]  # fmt: skip
-    assert (found.reference, found.spread) == ("0.5", {"2": ["0.5"]})
+    assert (found.reference, found.spread) == (("0.5",), {"2": ["0.5"]})
 
 
 @pytest.mark.parametrize(
