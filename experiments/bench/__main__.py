@@ -15,6 +15,7 @@ partition    one block of Llama-2-7B's size into modules
 scaling      seconds and memory against tokens, corpora, neurons, blocks
 bfloat16     calibration in bfloat16 against float32, and the masks that come out
 threads      what the number of threads does to statistics and masks
+peer         optipfair's hybrid pruning beside ours; not among `all`, since only it needs optipfair
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ from .gguf import gguf_tables
 from .inference import inference
 from .measure import Table, only_new_garbage
 from .models import DTYPES, Settings
+from .peer import peer
 from .pipeline import bfloat16, calibration, distillation, learning, partition, threads
 from .scaling import scaling
 
 BENCHMARKS: dict[str, Callable[[Settings], list[Table]]] = {
     "inference": inference, "calibration": calibration, "learning": learning,
     "distillation": distillation, "partition": partition,
-    "scaling": scaling, "bfloat16": bfloat16, "threads": threads,
+    "scaling": scaling, "bfloat16": bfloat16, "threads": threads, "peer": peer,
 }  # fmt: skip
 
 
@@ -104,7 +106,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def tables(what: str, settings: Settings) -> Iterator[Table]:
     """The tables of one benchmark, or of all, as they become ready."""
-    for name in BENCHMARKS if what == "all" else [what]:
+    for name in [n for n in BENCHMARKS if n != "peer"] if what == "all" else [what]:
         through_llama_cpp = name == "inference" and settings.gguf is not None
         with only_new_garbage():
             found = gguf_tables(settings) if through_llama_cpp else BENCHMARKS[name](settings)

@@ -114,6 +114,9 @@ class CorporaConfig(Group):
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether the beginning-of-sequence token opens every window, for whatever it is used. It takes the first place and
     is never scored. auto: where the model's tokenizer puts it before a text by itself (Llama, Gemma)."""
+    separator: Literal["blank", "eos"] = "blank"
+    """What stands between documents in a window: a blank line, which text has inside documents too, or the EOS token,
+    which models have seen between documents in training."""
     collect: list[Literal["gram", "saliency"]] = field(default_factory=list)
     """Collect these in a calibration pass although this run does not need them, so that later runs (obs,
     least_squares: gram; taylor: saliency) find them in the cache."""
@@ -320,10 +323,18 @@ class TrainerConfig(Group):
     """Nodes."""
     strategy: Literal["auto", "ddp"] = "auto"
     """auto or ddp."""
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """torch's setting of this name, for everything that a run multiplies in float32. high: TF32 on GPUs that have it,
+    several times faster, with 10 bits of mantissa; medium: bfloat16 inside. It has no effect on bfloat16 weights."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """In what thresholds and recoveries are learned. bf16-mixed: matrix products in bfloat16 (autocast), what learns in
     float32; several times faster where the processor multiplies bfloat16 (a GPU, or a CPU with AMX). Statistics and
     evaluation keep --model.dtype."""
+
+    @property
+    def lightning(self) -> dict[str, Any]:
+        """What Lightning's Trainer is told."""
+        return {n: getattr(self, n) for n in ("accelerator", "devices", "num_nodes", "strategy", "precision")}
 
 
 @dataclass

@@ -246,8 +246,16 @@ class RunConfig(Group):
         plain["run"] = {"seed": self.run.seed}
         plain["trainer"] = {
             "world_size": self.trainer.devices * self.trainer.num_nodes, "precision": self.trainer.precision
-        }  # fmt: skip
+        } | self.matmul  # fmt: skip
+        if self.corpora.separator == "blank":  # of runs that were made before there was a choice
+            plain["corpora"].pop("separator")
         return plain
+
+    @property
+    def matmul(self) -> dict[str, str]:
+        """`float32_matmul_precision`, where it is not what torch does by itself: part of all keys of what is kept."""
+        name = "float32_matmul_precision"
+        return {} if self.trainer.float32_matmul_precision == "highest" else {name: getattr(self.trainer, name)}
 
     @property
     def folder(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
 
 from gprune.calibration.cache import StatisticsCache
 from gprune.calibration.layerwise import walks
@@ -44,14 +43,14 @@ def statistics_cache(run: Run) -> StatisticsCache:
         run.model, corpora=len(cfg.calibration), gram="gram" in cfg.collects, sharded=cfg.model.shard
     )
     # A sharded model computes where the trainer is, whatever device it is taken from.
-    device = check_trainer(**asdict(cfg.trainer)) if cfg.model.shard else device_of(run.model)
+    device = check_trainer(**cfg.trainer.lightning) if cfg.model.shard else device_of(run.model)
     return StatisticsCache(
         texts={corpus: run.text.train[corpus].content_hash for corpus in cfg.calibration},
         # What may move the last bits too: the same run finds the same bits whatever the cache saw before.
         bits={
             "model": run.fingerprint, "dtype": cfg.model.dtype, "device": device.type,
             "batch_size": cfg.corpora.batch_size, "world_size": cfg.trainer.devices * cfg.trainer.num_nodes,
-            "halves": "first and second",
+            "halves": "first and second", **cfg.matmul,
         },
         scopes=("ffn", "attention") if cfg.attention else ("ffn",),
         walked_blocks=len(decoder_layers(run.model)) if by_block else None,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RunConfig
 from gprune.corpora.load import identity
-from gprune.corpora.windows import JOIN, Windows
+from gprune.corpora.windows import Windows
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import PerplexityResult, perplexity, processes
 from gprune.export.hf import stock_skeleton
@@ -102,7 +102,7 @@ def dense_perplexity(run: Run, windows: Windows, *, shared: bool = False) -> Per
     batch_size = run.cfg.corpora.batch_size
     key = key_of(
         model=run.fingerprint, text=windows.content_hash, dtype=run.cfg.model.dtype,
-        device=device_of(run.model).type, batch_size=batch_size,
+        device=device_of(run.model).type, batch_size=batch_size, **run.cfg.matmul,
     )  # fmt: skip
     path = cache_dir() / "evaluations" / f"{key}.json"
     found = [read_json(path)]
@@ -156,9 +156,11 @@ def record(
         "seq_len": w.tokens.shape[1],
         "stride": w.tokens.shape[1],
         "bos": w.bos,
-        "join": JOIN,
+        "join": w.join,
         "seed": cfg.run.seed,
         "dtype": cfg.model.dtype,
+        "precision": cfg.trainer.precision,
+        "float32_matmul_precision": cfg.trainer.float32_matmul_precision,
         "content_hash": w.content_hash,
     }
 

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from gprune.config import RunConfig
-from gprune.corpora.windows import Sample, Windows, load_windows, opening
+from gprune.corpora.windows import Sample, Windows, between, load_windows, opening
 from gprune.errors import UserError
 from gprune.export.gguf import tokenizer_keys
 from gprune.models.loading import load_model
@@ -90,17 +90,17 @@ def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings:
         UserError: for text that is not there or too short, and for a tokenizer of another model.
     """
     c, e, seed = cfg.corpora, cfg.evaluation, cfg.run.seed
-    length, bos = "--corpora.seq_len", opening(tokenizer, c.bos)
+    length, how = "--corpora.seq_len", {"bos": opening(tokenizer, c.bos), "join": between(tokenizer, c.separator)}
     learned = "--corpora.learn_samples" if c.learn_samples else "--corpora.num_samples"
     # Text that is measured on stays the same for every --run.seed: seeds compare methods, not test sets.
     samples = {
-        "train": Sample(c.num_samples, c.seq_len, seed, bos=bos, flags=("--corpora.num_samples", length)),
-        "learn": Sample(c.learn_samples or c.num_samples, c.seq_len, seed, bos=bos, flags=(learned, length)),
-        "fresh": Sample(cfg.distilled_windows or 1, c.seq_len, seed, bos=bos, flags=("--distill.tokens", length)),
+        "train": Sample(c.num_samples, c.seq_len, seed, **how, flags=("--corpora.num_samples", length)),
+        "learn": Sample(c.learn_samples or c.num_samples, c.seq_len, seed, **how, flags=(learned, length)),
+        "fresh": Sample(cfg.distilled_windows or 1, c.seq_len, seed, **how, flags=("--distill.tokens", length)),
         "development": Sample(
-            e.development_samples, c.seq_len, bos=bos, flags=("--evaluation.development_samples", length)
+            e.development_samples, c.seq_len, **how, flags=("--evaluation.development_samples", length)
         ),
-        "test": Sample(e.num_samples, e.seq_len, bos=bos, flags=("--evaluation.num_samples", "--evaluation.seq_len")),
+        "test": Sample(e.num_samples, e.seq_len, **how, flags=("--evaluation.num_samples", "--evaluation.seq_len")),
     }
     calibrated = dict.fromkeys([*cfg.calibration, *cfg.roles["recover"]])
     recovered = cfg.roles["recover"] if recovery_of(cfg.recovery).learns else []

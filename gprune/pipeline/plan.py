@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from transformers import (
@@ -132,7 +132,7 @@ def check(cfg: RunConfig) -> Plan:
     """
     cfg.validate()
     cfg.check_names()
-    device = check_trainer(**asdict(cfg.trainer))
+    device = check_trainer(**cfg.trainer.lightning)
     config = read_config(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
     dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
     blocks, s = blocks_of(dense), cfg.sparsity

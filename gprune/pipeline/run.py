@@ -31,7 +31,7 @@ from gprune.pipeline.plan import Plan, check
 from gprune.recovery import Material, recovery_of
 from gprune.runs.folder import RunFolder
 from gprune.runs.tracking import tracking
-from gprune.runs.trainer import Checkpoints, NamedProgressBar, plain_interrupts
+from gprune.runs.trainer import Checkpoints, NamedProgressBar, multiplying, plain_interrupts
 from gprune.sparsity.budget import Budget
 from gprune.stages.callbacks import DevelopmentCurve
 from gprune.storage.files import content_hash, key_of, read_json, to_yaml
@@ -212,7 +212,10 @@ def opened(cfg: RunConfig) -> Iterator[Run]:
     inputs = {"model": fingerprint(model), "text": text.hashes()}
     settings = cfg.settings() | {"inputs": inputs}
     folder = RunFolder(cfg.folder, meter.counts, key=key_of(settings=settings))
-    with folder.opened(settings, to_yaml(cfg.resolved())), plain_interrupts(), _loggers(cfg, folder) as loggers:
+    with (
+        folder.opened(settings, to_yaml(cfg.resolved())), plain_interrupts(), _loggers(cfg, folder) as loggers,
+        multiplying(cfg.trainer.float32_matmul_precision),
+    ):  # fmt: skip
         try:
             yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"])
         finally:

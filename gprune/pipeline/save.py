@@ -19,6 +19,7 @@ from gprune.pipeline.recover import placement, shrink
 from gprune.pipeline.run import Run
 from gprune.report.model_card import model_card
 from gprune.runs import tracking
+from gprune.runs.trainer import multiplying
 from gprune.sparsity.gates import masked
 from gprune.storage.files import file_hashes
 
@@ -52,7 +53,7 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
     export, manifest = run.cfg.export != "none", run.folder.manifest
     if "logits" not in manifest or (export and manifest.get("model") != file_hashes(run.folder / "model")):
         log.info("Saving the pruned model and checking that it reloads" if export else "Checking the pruned model")
-        with run.folder.step("save_and_check"):
+        with run.folder.step("save_and_check"), multiplying("highest"):  # as the process that reloads it
             checks = check_slices(run, pruned, masks[run.cfg.final])
             if export:
                 checks["sliced_minus_reloaded"] = save_model(run, pruned)

@@ -60,6 +60,19 @@ def check_trainer(
 
 
 @contextmanager
+def multiplying(precision: str) -> Iterator[None]:
+    """torch's `float32_matmul_precision` while the context lasts: `highest`, `high` (TF32) or `medium`."""
+    before = torch.get_float32_matmul_precision()
+    if precision != before:
+        log.info("Products of float32 matrices in precision '%s', before '%s'", precision, before)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def plain_interrupts() -> Iterator[None]:
     """Ctrl-C inside a Trainer stays a KeyboardInterrupt.
 

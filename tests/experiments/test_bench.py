@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from dataclasses import replace
 
@@ -50,6 +51,8 @@ def finite(table: Table) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_benchmark_gives_tables_of_finite_numbers(name):
+    if name == "peer":
+        pytest.importorskip("optipfair")
     found = list(tables(name, SMALL))
     assert found
     for table in found:
@@ -58,6 +61,13 @@ def test_every_benchmark_gives_tables_of_finite_numbers(name):
         assert str(table).count("\n| ") == len(table.rows) + 1
     for part in (measure.processor(), f"{torch.get_num_threads()} thread", torch.__version__, "float32", "median of 1"):
         assert part in found[0].protocol
+
+
+def test_a_peer_that_is_not_installed_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "optipfair", None)
+    assert main(["peer", "--small"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "peer: optipfair is not installed" in line
 
 
 def test_what_is_timed_must_cost_something():

@@ -30,7 +30,8 @@ from tests import built_in, tiny_run
 
 FIELDS = {
     "stage", "importance", "allocation", "recovery", "sparsity", "scope", "corpus", "split", "seen", "perplexity",
-    "nll", "tokens", "seq_len", "stride", "bos", "join", "seed", "dtype", "content_hash", "corpora",
+    "nll", "tokens", "seq_len", "stride", "bos", "join", "seed", "dtype", "precision", "float32_matmul_precision",
+    "content_hash", "corpora",
 }  # fmt: skip
 METRICS = built_in.METRICS
 # One metric for each way in which modules may meet it: by what is collected for it, and by where its drift comes from.
@@ -768,3 +769,17 @@ def test_windows_of_curves_are_used_text_only_beside_test_text(split, world):
     if split == "development":
         alpha = next(w for w in text.test if w.corpus == str(world.corpora["alpha"]))
         assert torch.equal(text.development[0].tokens, alpha.tokens)
+
+
+def test_float32_products_are_as_precise_as_asked(world, tmp_path, quick, capsys):
+    """Said in the log and in the records; the process has its own setting back, and results are kept apart."""
+    flags = ("--gprune=false", "--trainer.float32_matmul_precision=high")
+    result = world.run(tmp_path, *flags)
+    assert "Products of float32 matrices in precision 'high'" in capsys.readouterr().out
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert {r["float32_matmul_precision"] for r in result.records} == {"high"}
+    settings = json.loads((result.path / "manifest.json").read_text())["settings"]["trainer"]
+    assert settings["float32_matmul_precision"] == "high"
+    assert (
+        "float32_matmul_precision" not in gprune.RunConfig().settings()["trainer"]
+    )  # runs of before are the same runs
