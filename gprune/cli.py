@@ -38,9 +38,9 @@ def run(args: Sequence[str] | None) -> str:
     result = prune(cfg)
     if process_index() != 0:
         return ""
-    s, table = result.summary, result_table(result.records).replace("\\*", "*")  # as Markdown it has to be escaped
+    s = result.summary
     return (
-        f"\n{table}\n\n"
+        f"\n{result_table(result.records).shown()}\n\n"
         f"Removed {s['sparsity_of_scope']:.2%} of {cfg.sparsity.scope}, {s['sparsity_of_model']:.2%} of the model: "
         f"{s['parameters_before']:,} -> {s['parameters_after']:,} parameters.\n"
         f"Tokens: {s['forward_tokens']:,} forward, {s['forward_backward_tokens']:,} forward and backward.\n"

@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -119,6 +120,11 @@ def quieted(*loggers: str, stderr: bool = False) -> Iterator[None]:
     finally:
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; None where it is none, and what is printed stays as files have it."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def process_index() -> int:

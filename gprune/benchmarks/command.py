@@ -77,4 +77,4 @@ def run(args: Sequence[str]) -> str:
 
     table = evaluation_table(records)
     where = f"\nRecords are in {path}.\n" if path else ""
-    return f"\n{table.to_markdown()}\n\n{table.note}\n" + where
+    return f"\n{table.shown()}\n" + where

@@ -28,7 +28,7 @@ def measure(
     log.info("Evaluating %s", task)
     if task == WIKITEXT:
         how = {"seq_len": asked.seq_len, "bos": asked.bos, "limit": asked.limit}
-        return [wikitext2_perplexity(model, tokenizer, progress=WIKITEXT, **how)]
+        return [wikitext2_perplexity(model, tokenizer, progress=True, **how)]
     return zero_shot(model, tokenizer, [task], limit=asked.limit, batch_size=asked.batch_size, source=asked.source)
 
 

@@ -9,8 +9,10 @@ first window only.
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from gprune.corpora.windows import JOIN, Bos, Sample, Windows, make_windows, ope
 from gprune.errors import UserError, first_line
 from gprune.evaluation.intervals import bootstrap_perplexity
 from gprune.evaluation.perplexity import perplexity
+from gprune.screen import Screen
 
 MIRROR = Path("corpora") / "wikitext2" / "wiki.test.raw"
 
@@ -65,7 +68,7 @@ def wikitext2_perplexity(
     seq_len: int = 2048,
     bos: Bos = "auto",
     limit: int | None = None,
-    progress: str | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """One record: perplexity on WikiText-2's test text with a 95 % interval over windows, and its protocol.
 
@@ -74,7 +77,7 @@ def wikitext2_perplexity(
         seq_len: tokens per window.
         bos: whether BOS opens each window, as in `opening`.
         limit: the first so many windows; None for all. With a limit the number stands beside nobody's.
-        progress: label of a progress bar, or None for none.
+        progress: show a bar in a terminal.
 
     Raises:
         UserError: for windows longer than the model's positions, and for text that cannot be had.
@@ -86,7 +89,10 @@ def wikitext2_perplexity(
         raise UserError(f"--limit: expected 1 or more windows, got {limit}.")
     every = literature_windows(wikitext2(), tokenizer, seq_len=seq_len, bos=bos)
     windows = replace(every, tokens=every.tokens[:limit])
-    result = perplexity(model, windows, batch_size=max(1, 2048 // seq_len), progress=progress)
+    batch_size = max(1, 2048 // seq_len)
+    with Screen() if progress else nullcontext() as screen:
+        advance = screen and screen.bar("Perplexity on WikiText-2", math.ceil(len(windows.tokens) / batch_size))
+        result = perplexity(model, windows, batch_size=batch_size, progress=advance)
     _, low, high = bootstrap_perplexity({"wikitext2": result.window_nll}, seq_len - 1)
     partial = len(windows.tokens) < len(every.tokens)
     return {

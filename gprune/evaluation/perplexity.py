@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 import torch.nn.functional as F
 import torchmetrics.text
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from gprune.corpora.windows import Windows
@@ -55,7 +53,12 @@ class PerplexityResult:
 
 
 def perplexity(
-    model: PreTrainedModel, windows: Windows, *, batch_size: int = 4, progress: str | None = None, shared: bool = False
+    model: PreTrainedModel,
+    windows: Windows,
+    *,
+    batch_size: int = 4,
+    progress: Callable[[int], None] | None = None,
+    shared: bool = False,
 ) -> PerplexityResult:
     """exp of the mean next-token cross-entropy over non-overlapping windows, each scored from its second token.
 
@@ -63,18 +66,18 @@ def perplexity(
         model: in eval mode, within the caller's `masked` context if it is to be masked.
         windows: tokens (n, seq_len) int64.
         batch_size: windows per forward pass.
-        progress: label of a progress bar, or None for none.
+        progress: is called after each batch with its tokens, such as what `Screen.bar` gives.
         shared: share the batches out over processes, which all have to call this function with the same model. Batches
             are those of one process, and so are the bits of the result.
     """
     rank, world = processes() if shared else (0, 1)
     device = device_of(model)
     metric = Perplexity().to(device_of(model.get_output_embeddings()))  # which may lie on another device
-    batches: Iterable[Tensor] = windows.tokens.split(batch_size)[rank::world]
-    bar = {"desc": progress, "unit": "batch", "leave": False, "mininterval": 1.0, "file": sys.stdout}
-    for batch in tqdm(batches, disable=True if progress is None else None, **bar):  # None: on in a terminal only
+    for batch in windows.tokens.split(batch_size)[rank::world]:
         for logits, targets in iter_logits(model, batch.to(device, non_blocking=True)):
             metric.update(logits, targets.to(logits.device))
+        if progress is not None:
+            progress(batch.numel() * world)
     window_nll = torch.cat(metric.window_nll).cpu() if metric.window_nll else torch.empty(0, dtype=torch.float64)
     if world > 1:
         parts: list[Tensor] = [window_nll] * world

@@ -20,6 +20,7 @@ log = logging.getLogger("gprune")
 
 def calibrate(run: Run) -> dict[str, CorpusStatistics]:
     """Statistics by corpus, from the cache where model, text and kind of statistics are the same."""
+    run.step(1, "Calibrating")
     cfg, cache = run.cfg, statistics_cache(run)
     found = {corpus: cache.read(corpus, ["moments", *sorted(cfg.needs)]) for corpus in cfg.calibration}
     missing = [corpus for corpus, statistics in found.items() if statistics is None]

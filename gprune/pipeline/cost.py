@@ -14,19 +14,39 @@ from gprune.recovery import recovery_of
 
 def count_tokens(cfg: RunConfig) -> tuple[int, int]:
     """(forward, forward and backward) tokens of a run, at most."""
+    forward, backward = (sum(tokens) for tokens in zip(*tokens_by_step(cfg).values(), strict=True))
+    return forward, backward
+
+
+def tokens_by_step(cfg: RunConfig) -> dict[int, tuple[int, int]]:
+    """(forward, forward and backward) tokens of each step of the method that takes some, at most."""
     c, e, s = cfg.corpora, cfg.evaluation, cfg.sparsity
-    taught = sum(recovery_of(recovery).learns for _, recovery in cfg.stages)
-    corpora = {*cfg.roles["learn"], *(c.recover if taught else ())}
+    learns = {recovery: recovery_of(recovery).learns for _, recovery in cfg.stages}
+    corpora = {*cfg.roles["learn"], *(c.recover if any(learns.values()) else ())}
     development = len(corpora) * e.development_samples * c.seq_len
-    points = ((s.epochs + 1) + 2 + len(e.curve) if cfg.learns else 0) + taught * (1 + cfg.distill.points)
     calibration = calibration_tokens(cfg)
     backward = calibration if "saliency" in cfg.collects else 0
     learning = cfg.learns * s.epochs * len(c.learn) * (c.learn_samples or c.num_samples) * c.seq_len
-    recovered = [recovery_tokens(cfg, recovery) for _, recovery in cfg.stages]
+    points = ((s.epochs + 1) + 2 + len(e.curve)) * cfg.learns * development
+
+    def recovered(recovery: str) -> tuple[int, int]:
+        forward, trained = recovery_tokens(cfg, recovery)
+        return forward + learns[recovery] * s.steps * (1 + cfg.distill.points) * development, trained
+
+    own = recovered(cfg.recovery)
+    others = [recovered(recovery) for stage, recovery in cfg.stages if (stage, recovery) != (cfg.final, cfg.recovery)]
     evaluated = len(c.evaluate) * e.num_samples * e.seq_len * (1 + len(cfg.stages))
-    forward = s.steps * (calibration - backward + points * development + learning * (s.loss == "kl")) + evaluated
-    forward += sum(tokens for tokens, _ in recovered) + 3 * min(e.seq_len, 128)  # and what `pipeline.save` compares
-    return forward, s.steps * (backward + learning) + sum(tokens for _, tokens in recovered)
+    return {
+        1: (s.steps * (calibration - backward), s.steps * backward),
+        7: (s.steps * (points + learning * (s.loss == "kl")), s.steps * learning),
+        9: (own[0] + 3 * min(e.seq_len, 128), own[1]),  # and what `pipeline.save` compares
+        10: (evaluated + sum(forward for forward, _ in others), sum(trained for _, trained in others)),
+    }
+
+
+def passes(forward: int, forward_backward: int) -> float:
+    """What tokens cost, in forward passes: the way back takes twice as long as the way there."""
+    return forward + 3 * forward_backward
 
 
 def calibration_tokens(cfg: RunConfig) -> int:

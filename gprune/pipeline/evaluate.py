@@ -54,6 +54,7 @@ def evaluate(
     Returns:
         Flat records, one per number, as in `metrics.json`.
     """
+    run.step(10, "Evaluating")
     cfg, path = run.cfg, run.folder / "metrics.json"
     content = read_json(path, run=run.folder.key) or {}
     records: list[dict[str, Any]] = content.get("records", [])
@@ -78,8 +79,7 @@ def evaluate(
                 continue
             run.meter.watch(small)
             for w in run.text.test:
-                said = f"Evaluating {name} on {w.corpus}"
-                r = perplexity(small, w, batch_size=cfg.corpora.batch_size, progress=said, shared=shared)
+                r = measured(run, small, w, name, shared=shared)
                 records.append(record(cfg, (stage, recovery), r, w, leaked[w.corpus]))
             write_json(path, {"records": records}, run=run.folder.key)
     return records
@@ -111,10 +111,19 @@ def dense_perplexity(run: Run, windows: Windows, *, shared: bool = False) -> Per
     try:
         return PerplexityResult(**found[0])
     except TypeError:  # missing, not whole, or foreign
-        said = f"Evaluating dense on {windows.corpus}"
-        result = perplexity(run.model, windows, batch_size=batch_size, progress=said, shared=shared)
+        result = measured(run, run.model, windows, "dense", shared=shared)
         write_json(path, vars(result))
         return result
+
+
+def measured(
+    run: Run, model: PreTrainedModel, windows: Windows, name: str, *, shared: bool = False
+) -> PerplexityResult:
+    """Perplexity of a row's model, with a bar; `shared` as for `perplexity`."""
+    batch_size, own = run.cfg.corpora.batch_size, processes()[1] if shared else 1
+    batches = math.ceil(len(windows.tokens) / batch_size / own)
+    advance = run.screen.bar(f"Evaluating {name} on {windows.corpus}", batches)
+    return perplexity(model, windows, batch_size=batch_size, progress=advance, shared=shared)
 
 
 def record(

@@ -41,6 +41,7 @@ def measure_drift(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[
     A metric that ignores activations has no drift of its own, and one that needs a Gram matrix cannot score half a
     corpus; another one stands in (`IMPORTANCE[name].drift`). One corpus has no drift at all.
     """
+    run.step(3, "Measuring drift")
     corpora = run.cfg.corpora.drift
     found = [_drift_of(run, block, [statistics[corpus] for corpus in corpora]) for block in run.blocks]
     if len(corpora) < 2:
@@ -75,6 +76,8 @@ def _drift_of(run: Run, block: Block, statistics: Sequence[CorpusStatistics]) ->
 def partition(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
     """Steps 4 and 5: module labels per block, (N,) int64, by the method of `--partition.method`."""
 
+    run.step(4, "Partitioning")
+
     def compute() -> dict[str, Tensor]:
         return {f"labels.{b}": y for b, y in enumerate(partitioned(run, drift))}
 
@@ -108,6 +111,7 @@ def partitioned(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
 
 def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: list[Tensor]) -> list[Tensor]:
     """Step 5: fit AssignmentRefinement, and note how far it went."""
+    run.step(5, "Refining")
     p = run.cfg.partition
     weights = ObjectiveWeights(
         p.similarity_weight, p.drift_weight, p.consistency_weight, p.balance_weight, p.entropy_weight
@@ -138,6 +142,7 @@ def assess(
     """Step 6: which modules switch to the activation-free metric (or to what all drift corpora say together), and
     every unit's rank inside its module.
     """
+    run.step(6, "Judging modules")
     r, noise_gone = run.cfg.reliability, run.cfg.partition.subtract_noise
     block_ranks = [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, run.blocks, strict=True)]
     switch = r.switch and len(run.cfg.corpora.drift) > 1

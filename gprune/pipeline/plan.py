@@ -22,7 +22,7 @@ from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import read_config, skeleton
 from gprune.models.masks import Masks
 from gprune.models.surgery import count_parameters
-from gprune.pipeline.cost import count_tokens, flops, recovery_tokens, speed
+from gprune.pipeline.cost import flops, passes, recovery_tokens, speed, tokens_by_step
 from gprune.pipeline.memory import Held, memory_of
 from gprune.recovery import recovery_of
 from gprune.runs.trainer import check_trainer
@@ -40,12 +40,24 @@ class Plan:
     cfg: RunConfig
     budget: Budget
     parameters: int  # of the whole model
-    forward_tokens: int
-    forward_backward_tokens: int
+    tokens: dict[int, tuple[int, int]]  # (forward, forward and backward) by step, at most
     device: torch.device
     memory: dict[str, Held]  # the peak of each step
     flops: float  # of all matrix products
     shape: tuple[int, int]  # of the largest weight
+
+    @property
+    def forward_tokens(self) -> int:
+        return sum(forward for forward, _ in self.tokens.values())
+
+    @property
+    def forward_backward_tokens(self) -> int:
+        return sum(trained for _, trained in self.tokens.values())
+
+    @property
+    def work(self) -> dict[int, float]:
+        """Tokens by step as `passes` weighs them."""
+        return {step: passes(*tokens) for step, tokens in self.tokens.items()}
 
     @property
     def check_tokens(self) -> int:
@@ -145,13 +157,12 @@ def check(cfg: RunConfig) -> Plan:
     check_blocks(cfg, blocks, config)
     if cfg.export == "gguf":
         check_gguf_possible(dense)
-    forward, forward_backward = count_tokens(cfg)
+    tokens = tokens_by_step(cfg)
     return Plan(
         cfg=cfg,
         budget=budget,
         parameters=count_parameters(dense, "all"),
-        forward_tokens=forward,
-        forward_backward_tokens=forward_backward,
+        tokens=tokens,
         device=device,
         memory=memory_of(cfg, dense, budget),
         flops=flops(cfg, dense),

@@ -66,6 +66,7 @@ def finish(run: Run, last: Narrowed, chosen: Chosen) -> PruningResult:
         run: with the dense model.
         last: with what earlier steps have left of it, on which `chosen` was chosen.
     """
+    run.step(9, "Pruning" if run.cfg.recovery == "none" else "Pruning and recovering")
     with run.folder.step("shrink"):
         pruned = shrink(last.run, chosen.masks[run.cfg.final], chosen.statistics)
     masks = {stage: last.of_dense(found) for stage, found in chosen.masks.items()}

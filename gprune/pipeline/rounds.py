@@ -64,6 +64,7 @@ def narrow(run: Run, choose: Callable[[Run], Chosen]) -> Narrowed:
         )
         chosen = choose(part)
         masks = chosen.masks[run.cfg.final]
+        run.step(9, "Pruning and recovering")
         with part.folder.step("shrink"):
             model = shrink(part, masks, chosen.statistics)
         kept = masks if kept is None else kept.within(masks)

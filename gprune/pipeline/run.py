@@ -26,12 +26,14 @@ from gprune.corpora.windows import Windows
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
 from gprune.models.masks import Masks
+from gprune.pipeline.cost import passes
 from gprune.pipeline.inputs import Text, load, prepare_text
 from gprune.pipeline.plan import Plan, check
 from gprune.recovery import Material, recovery_of
 from gprune.runs.folder import RunFolder
 from gprune.runs.tracking import tracking
-from gprune.runs.trainer import Checkpoints, NamedProgressBar, multiplying, plain_interrupts
+from gprune.runs.trainer import Checkpoints, StageBar, multiplying, plain_interrupts
+from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
 from gprune.stages.callbacks import DevelopmentCurve
 from gprune.storage.files import content_hash, key_of, read_json, to_yaml
@@ -67,6 +69,10 @@ class TokenMeter:
         self.forward += forward
         self.forward_backward += forward_backward
 
+    def work(self) -> float:
+        """All tokens so far, by what they cost."""
+        return passes(self.forward, self.forward_backward)
+
     def counts(self) -> dict[str, int]:
         return {"forward_tokens": self.forward, "forward_backward_tokens": self.forward_backward}
 
@@ -87,6 +93,7 @@ class Run:
     loggers: list[Logger]
     meter: TokenMeter
     fingerprint: str  # of the model
+    screen: Screen
     teacher: PreTrainedModel | None = None  # the dense model, where `model` is what earlier steps have left of it
 
     @property
@@ -102,11 +109,15 @@ class Run:
         """The model's."""
         return blocks_of(self.model)
 
+    def step(self, number: int, what: str) -> None:
+        """A step of the method begins: say so, in the log and on the screen."""
+        log.info("%s", self.screen.step(number, what))
+
     def trainer(self, what: str, **kwargs: Any) -> L.Trainer:
         """A fresh Trainer for one stage; `what` is said in the progress bar and the log."""
         log.info("%s", what)
         t, strategy = self.cfg.trainer, kwargs.pop("strategy", self.cfg.trainer.strategy)
-        callbacks = [*kwargs.pop("callbacks", []), NamedProgressBar(what)]
+        callbacks = [*kwargs.pop("callbacks", []), StageBar(self.screen, what)]
         return L.Trainer(
             accelerator=t.accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=strategy,
             logger=self.loggers, callbacks=callbacks, default_root_dir=self.folder.path,
@@ -212,12 +223,13 @@ def opened(cfg: RunConfig) -> Iterator[Run]:
     inputs = {"model": fingerprint(model), "text": text.hashes()}
     settings = cfg.settings() | {"inputs": inputs}
     folder = RunFolder(cfg.folder, meter.counts, key=key_of(settings=settings))
+    screen = Screen(plan.work, meter.work, rounds=cfg.sparsity.steps)
     with (
         folder.opened(settings, to_yaml(cfg.resolved())), plain_interrupts(), _loggers(cfg, folder) as loggers,
-        multiplying(cfg.trainer.float32_matmul_precision),
+        multiplying(cfg.trainer.float32_matmul_precision), screen,
     ):  # fmt: skip
         try:
-            yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"])
+            yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen)
         finally:
             meter.close()
 

@@ -52,7 +52,7 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
     save_masks(run, masks)
     export, manifest = run.cfg.export != "none", run.folder.manifest
     if "logits" not in manifest or (export and manifest.get("model") != file_hashes(run.folder / "model")):
-        log.info("Saving the pruned model and checking that it reloads" if export else "Checking the pruned model")
+        run.step(9, "Saving the pruned model and checking that it reloads" if export else "Checking the pruned model")
         with run.folder.step("save_and_check"), multiplying("highest"):  # as the process that reloads it
             checks = check_slices(run, pruned, masks[run.cfg.final])
             if export:

@@ -26,6 +26,7 @@ from gprune.stages.thresholds import Learning, ThresholdLearning
 
 def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Scores:
     """Step 2: importance of every unit by the base metric, on `corpora.score`."""
+    run.step(2, "Scoring")
     return _scored(run, statistics[run.cfg.corpora.score])
 
 
@@ -58,12 +59,14 @@ def learn_sparsity(run: Run, modules: Modules, base: Masks) -> tuple[Thresholds,
             keep of it; learning starts there too.
     """
     rule, ranks = ALLOCATION[run.cfg.sparsity.allocation], modules.ranks
+    run.step(7, "Learning sparsity" if rule.learned else "Allocating sparsity")
 
     def compute() -> dict[str, Tensor]:
         start = (rule if rule.modules else start_thresholds)(base, ranks)
         return fit_thresholds(run, modules, start) if rule.learned else named_thresholds(start)
 
     tensors = run.folder.tensors("thresholds", compute)
+    run.step(8, "Meeting the budget")
     thresholds = thresholds_from_named(tensors)
     if "offsets.0" in tensors:
         ranks = ranks.moved([tensors[f"offsets.{b}"] for b in range(len(ranks.ffn))])

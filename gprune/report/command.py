@@ -44,7 +44,7 @@ def run(args: Sequence[str]) -> str:
 
     made = page.make(options.runs, base=options.base)
     paths = made.write(options.output or default_output(options.runs))
-    return f"{made.to_markdown(long=False)}\nWrote {paths[0]} with {len(paths) - 1} tables and figures beside it.\n"
+    return f"{made.shown()}\nWrote {paths[0]} with {len(paths) - 1} tables and figures beside it.\n"
 
 
 def default_output(runs: Sequence[str]) -> Path:

@@ -61,7 +61,7 @@ def _results(cfg: RunConfig, records: Sequence[dict[str, Any]]) -> str:
     return f"""
 ## Perplexity
 
-{result_table(records)}
+{result_table(records).to_text()}
 
 {e.num_samples} windows of {e.seq_len} tokens of {e.split} text per corpus (stride {e.seq_len}, {bos} BOS), computed in
 {cfg.model.dtype}. `base` is the metric alone. Seen corpora served the pruning, with other documents.

@@ -14,7 +14,7 @@ Runs that differ in seed alone become one row: mean and interval over seeds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,10 +44,15 @@ class Report:
 
     def to_markdown(self, *, long: bool = True) -> str:
         """The tables with titles and notes, then the protocols; every number and, if not `long`, blocks are in CSV."""
-        left_out = {"records"} | (set() if long else {"sparsity"})
+        return self._text(Table.to_text, {"records"} if long else {"records", "sparsity"})
+
+    def shown(self) -> str:
+        """The short tables for whoever looks: as wide as the terminal, if stdout is one."""
+        return self._text(Table.shown, {"records", "sparsity"})
+
+    def _text(self, text: Callable[[Table], str], left_out: Collection[str]) -> str:
         shown = [t for t in self.tables if t.name not in left_out and t.rows]
-        parts = [f"## {t.title}\n\n{t.to_text()}\n" for t in shown]
-        return "\n".join([*parts, *(f"{line}\n" for line in self.protocols())])
+        return "\n".join([*(f"## {t.title}\n\n{text(t)}\n" for t in shown), *(f"{p}\n" for p in self.protocols())])
 
     def protocols(self) -> list[str]:
         """One line per protocol by which the numbers were measured."""

@@ -62,8 +62,8 @@ def unseen_ratios(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     return ratios
 
 
-def result_table(records: Sequence[Record]) -> str:
-    """Markdown: a row per stage; a column per corpus (seen ones marked), geometric means and the gap."""
+def result_table(records: Sequence[Record]) -> Table:
+    """A row per stage; a column per corpus (seen ones marked), geometric means and the gap."""
     seen = {r["corpus"]: r["seen"] for r in records}
     corpora = sorted(seen, key=lambda c: not seen[c])
     means, ratios = means_and_gaps(records), unseen_ratios(records)
@@ -80,4 +80,4 @@ def result_table(records: Sequence[Record]) -> str:
         [row(*key, values) for key, values in by_stage(records).items()],
         {"gap": 3, "unseen / base": 3},
         "\\* seen: the corpus, in other documents, was used by the run. Perplexity, lower is better.",
-    ).to_text()
+    )

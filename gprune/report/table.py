@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+
+from gprune.console import terminal_width
 
 
 class Estimate(NamedTuple):
@@ -47,6 +55,37 @@ class Table:
         ]
         return markdown([self.columns, *cells])
 
+    def shown(self) -> str:
+        """For whoever looks: as wide as the terminal; where stdout is none, what files have."""
+        width = terminal_width()
+        return self.to_text() if width is None else self.to_terminal(width)
+
+    def to_terminal(self, width: int) -> str:
+        """The table in characters, and its note below: in several parts where it is too wide for one.
+
+        Args:
+            width: characters that a line may have.
+        """
+        rows = [[self._text(cell, column) for cell, column in zip(row, self.columns, strict=True)] for row in self.rows]
+        plain = [[cell.replace("\\", "") for cell in row] for row in [self.columns, *rows]]  # Markdown's escapes
+        widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
+        # Names are folded, to a fifth of the width at least, where that makes one part of all.
+        narrow, wide = (min(widths[0], max(share, 12)) for share in (width // 5, width // 3))
+        left = width - sum(w + 2 for w in widths[1:])
+        first = min(left, widths[0]) if left >= narrow else wide
+        console = Console(width=width, file=io.StringIO(), force_terminal=sys.stdout.isatty(), record=False)
+        for part in _parts(widths[1:], width - first):
+            made = Grid(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, header_style="bold")
+            made.add_column(plain[0][0], width=first, overflow="fold")
+            for column in part:
+                made.add_column(plain[0][1 + column], justify="right", min_width=min(widths[1 + column], width // 3))
+            for name, *cells in plain[1:]:
+                made.add_row(*(Text(cell) for cell in (name, *(cells[column] for column in part))))
+            console.print(made)
+            console.print()
+        console.print(Text(self.note.replace("\\", "")))
+        return console.file.getvalue().strip("\n")
+
     def to_text(self) -> str:
         """The Markdown table, and its note below."""
         return self.to_markdown() + (f"\n\n{self.note}" if self.note else "")
@@ -70,6 +109,16 @@ class Table:
             text = f"{cell.value:.{digits}f}"
             return text if cell.low is None else f"{text} [{cell.low:.{digits}f}, {cell.high:.{digits}f}]"
         return f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)
+
+
+def _parts(widths: Sequence[int], room: int) -> list[list[int]]:
+    """Columns in groups that find room beside each other, each with a gap of two; a wider one is alone."""
+    parts: list[list[int]] = [[]]
+    for column, width in enumerate(widths):
+        if parts[-1] and sum(widths[c] + 2 for c in parts[-1]) + width + 2 > room:
+            parts.append([])
+        parts[-1].append(column)
+    return parts
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import pickle
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,10 +15,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 
 from gprune.console import quieted
 from gprune.errors import UserError
+from gprune.screen import Advance, Screen
 from gprune.storage.files import replacing
 
 log = logging.getLogger("gprune")
@@ -88,42 +88,42 @@ def plain_interrupts() -> Iterator[None]:
         raise KeyboardInterrupt from None
 
 
-class NamedProgressBar(TQDMProgressBar):
-    """Lightning's progress bar, saying what is going on, and how many tokens a second all devices take."""
+class StageBar(ProgressBar):
+    """The bar of a stage on a screen: how far all of its epochs are, its loss, and the tokens that all devices take."""
 
-    def __init__(self, what: str):
-        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 0)
-        self.what = what
-        self._started, self._tokens = time.monotonic(), 0
+    def __init__(self, screen: Screen, what: str):
+        super().__init__()
+        self.screen, self.what = screen, what
+        self.advance: Advance = lambda *_: None
 
-    def init_train_tqdm(self) -> Any:
-        bar = super().init_train_tqdm()
-        bar.set_description(self.what)
-        self._started, self._tokens = time.monotonic(), 0
-        return bar
+    def enable(self) -> None:
+        """Nothing to do: a screen knows which process it belongs to."""
 
-    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description(self.what)  # in place of Lightning's "Epoch 0"
+    def disable(self) -> None:
+        """As `enable`."""
 
-    def init_test_tqdm(self) -> Any:
-        bar = super().init_test_tqdm()
-        bar.set_description(self.what)
-        return bar
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        batches = int(trainer.num_training_batches * trainer.max_epochs)
+        self.advance = self.screen.bar(self.what, batches, done=trainer.fit_loop.total_batch_idx + 1)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.advance = self.screen.bar(self.what, int(sum(trainer.num_test_batches)))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if isinstance(batch, dict) and "input_ids" in batch:
-            self._tokens += batch["input_ids"].numel() * trainer.world_size
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        shown = trainer.progress_bar_metrics.items()
+        self.advance(_tokens(batch, trainer), ", ".join(f"{name} {value:.3f}" for name, value in shown))
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        found = super().get_metrics(trainer, pl_module)
-        found.pop("v_num", None)
-        if self._tokens:
-            found["tokens/s"] = round(self._tokens / (time.monotonic() - self._started))
-        return found
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self.advance(_tokens(batch, trainer))
+
+
+def _tokens(batch: Any, trainer: L.Trainer) -> int:
+    """Of a batch of text over all processes; 0 for a batch of anything else."""
+    return batch["input_ids"].numel() * trainer.world_size if isinstance(batch, dict) and "input_ids" in batch else 0
 
 
 class Checkpoints(L.Callback):

@@ -124,7 +124,7 @@ def work(options: Namespace) -> None:
         done = [(row, kept) for row in wanted if (kept := found(row)) is not None]
         sys.stdout.write("\n" + (text_of(listing, done) if done else f"{path}: no records yet.") + "\n")
         if options.costs and (costs := cost_table(done)).rows:
-            sys.stdout.write("\n" + costs.to_text() + "\n")
+            sys.stdout.write("\n" + costs.shown() + "\n")
         if done and options.figures:
             draw(listing, done, Path(options.figures))
 

@@ -47,7 +47,7 @@ def text_of(listing: Listing, done: Done) -> str:
     made = reported(listing, done)
     tables = [t for t in made.tables if t.name in listing.tables]
     tables += [comparison_table(listing, made.runs), spread_table(listing.spread, made.runs)]
-    return "\n\n".join([f"**{listing.about}**", *(t.to_text() for t in tables if t.rows), *made.protocols()])
+    return "\n\n".join([f"**{listing.about}**", *(t.shown() for t in tables if t.rows), *made.protocols()])
 
 
 def comparison_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:

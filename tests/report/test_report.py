@@ -166,7 +166,7 @@ def test_sparsity_is_counted_from_the_masks(run):
 
 def test_the_run_s_own_table_is_as_it_was(run):
     records = json.loads((run / "metrics.json").read_text())["records"]
-    text = result_table(records)
+    text = result_table(records).to_text()
     assert text.splitlines()[0].endswith("unseen / base |")
     value = row(report.make([run]).tables[0], "one", "gprune")["unseen / base"].value
     assert f"{value:.3f} [" in text
