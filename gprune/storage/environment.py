@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import resource
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,8 +16,15 @@ log = logging.getLogger("gprune")
 
 def peak_memory() -> dict[str, int]:
     """Peak memory of this process so far, MiB: resident, and where there are GPUs allocated on the fullest of them."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = {"peak_memory_mib": round(peak / (1024 * 1024 if platform.system() == "Darwin" else 1024))}
+    if platform.system() == "Windows":
+        import psutil
+
+        peak = psutil.Process().memory_info().peak_wset
+    else:
+        import resource  # which Windows lacks
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    found = {"peak_memory_mib": round(peak / 2**20)}
     if torch.cuda.is_initialized():
         devices = range(torch.cuda.device_count())
         found["peak_gpu_memory_mib"] = round(max(torch.cuda.max_memory_allocated(d) for d in devices) / 2**20)

@@ -8,7 +8,7 @@ again, never silently used. Files without these marks (by hand, or by an earlier
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import json
 import logging
@@ -24,6 +24,7 @@ from typing import Any
 import safetensors
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 from torch import Tensor
@@ -114,23 +115,23 @@ def _scratch(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder, or go without one where the file system has none.
+    """Hold the lock of a folder, the file `.lock` in it, which stays there.
 
     Raises:
         BlockingIOError: if another process holds it.
         OSError: if there is no such folder.
     """
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    if folder.is_symlink() or not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    lock = FileLock(folder / ".lock", blocking=False)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:
-            log.debug("%s: the file system has no locks", folder)
+        lock.acquire()
+    except Timeout as error:
+        raise BlockingIOError(errno.EAGAIN, "another process holds its lock", str(folder)) from error
+    try:
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 @rank_zero_only

@@ -102,7 +102,9 @@ def test_run_folder_is_complete(finished):
     assert len(list((path / "statistics").glob("*.safetensors"))) == 3
     assert len(list((path / "figures").glob("*.png"))) >= 2
     assert (path / "model/config.json").is_file()
-    assert not [file for file in path.rglob("*") if file.name.endswith(".tmp") or file.name.startswith(".")]
+    assert not [
+        file for file in path.rglob("*") if file.name.endswith(".tmp") or (file.name[0] == "." and file.name != ".lock")
+    ]
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["environment"]["packages"]["torch"]
     assert {"calibrate", "assignment", "thresholds", "save_and_check", "evaluate"} <= set(manifest["steps"])
