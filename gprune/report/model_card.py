@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from gprune.config import RunConfig
+from gprune.corpora.hub import HUB_CORPORA
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
 from gprune.report.records import result_table
 
@@ -29,10 +34,9 @@ def model_card(cfg: RunConfig, *, stock: bool = False, records: Sequence[dict[st
     notice = f" {embedded.notice}" if embedded and embedded.notice else ""
     recovery = "" if cfg.recovery == "none" else f", recovery `{cfg.recovery}`"
     method = "gprune" if cfg.gprune else "base metric alone"
-    tags = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [pruned, gprune]"]
-    tags += [f"license: {embedded.license.lower()}"] if embedded else []
-    front = "\n".join(["---", *tags, "---"])
-    return f"""{front}
+    return f"""---
+{_metadata(cfg, records).to_yaml()}
+---
 
 # {model_label(cfg.model.name)}, structurally pruned
 
@@ -52,6 +56,35 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})
 
 {code}
 {_results(cfg, records)}"""
+
+
+def _metadata(cfg: RunConfig, records: Sequence[dict[str, Any]]) -> ModelCardData:
+    """What the hub reads: the base model, the licence where it is known, and as model-index what was measured."""
+    embedded, known = EMBEDDED_MODELS.get(cfg.model.name), {corpus.name: corpus for corpus in HUB_CORPORA}
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.model.name) and not Path(cfg.model.name).expanduser().exists()
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_name=r["corpus"],
+            dataset_type=known[r["corpus"]].path if r["corpus"] in known else r["corpus"],
+            dataset_config=known[r["corpus"]].config if r["corpus"] in known else None,
+            dataset_split=r["split"],
+            metric_type="perplexity",
+            metric_name=f"perplexity, {len(r['window_nll'])} windows of {r['seq_len']} tokens",
+            metric_value=round(r["perplexity"], 4),
+        )
+        for r in records
+        if (r["stage"], r["recovery"]) == (cfg.final, cfg.recovery)
+    ]
+    return ModelCardData(
+        base_model=(embedded.base if embedded else cfg.model.name if on_hub else None) or None,
+        license=embedded.license.lower() if embedded else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "gprune"],
+        model_name=cfg.run_name if results else None,
+        eval_results=results or None,
+    )
 
 
 def _results(cfg: RunConfig, records: Sequence[dict[str, Any]]) -> str:

@@ -17,12 +17,13 @@ import matplotlib.colors
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from scipy import stats
 
 from gprune import report
 from gprune.config import RunConfig
-from gprune.config.groups import EvaluationConfig
+from gprune.config.groups import EvaluationConfig, ModelConfig
 from gprune.errors import UserError
 from gprune.evaluation.accuracy import paired_difference
 from gprune.evaluation.intervals import paired_bootstrap_ratio
@@ -333,6 +334,26 @@ def test_a_model_card_says_whose_text_it_was_evaluated_on(run, split):
     records = json.loads((run / "metrics.json").read_text())["records"]
     cfg = RunConfig(evaluation=EvaluationConfig(split=split))
     assert f"tokens of {split} text per corpus" in model_card(cfg, records=records)
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "licence"),
+    [
+        ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
+        ("tiny-random", None, "cc0-1.0"),
+        ("owner/model", "owner/model", None),
+        (".", None, None),
+    ],
+)
+def test_the_hub_reads_base_model_licence_and_results_in_a_card(run, name, base, licence):
+    records = json.loads((run / "metrics.json").read_text())["records"]
+    cfg = RunConfig(model=ModelConfig(name=name), recovery="none")
+    data = ModelCard(model_card(cfg, records=records)).data
+    assert (data.base_model, data.license, data.library_name) == (base, licence, "transformers")
+    measured = {r["corpus"]: r["perplexity"] for r in records if (r["stage"], r["recovery"]) == ("gprune", "none")}
+    found = {result.dataset_name: result.metric_value for result in data.eval_results}
+    assert found == pytest.approx(measured, abs=1e-4)
+    assert ModelCard(model_card(cfg)).data.eval_results is None  # before anything is measured
 
 
 def test_mask_stability_over_the_runs_given(run):
