@@ -12,12 +12,13 @@ from jsonargparse.typing import (
     NonNegativeFloat,
     OpenUnitInterval,
     PositiveFloat,
+    PositiveInt,
     restricted_number_type,
 )
 
 from gprune.errors import UserError
 
-AtLeast1 = restricted_number_type("AtLeast1", int, (">=", 1))
+AtLeast1 = PositiveInt
 AtLeast1Float = restricted_number_type("AtLeast1Float", float, (">=", 1))
 AtLeast2 = restricted_number_type("AtLeast2", int, (">=", 2))
 AtLeast8 = restricted_number_type("AtLeast8", int, (">=", 8))
