@@ -32,6 +32,7 @@ def run(args: Sequence[str] | None) -> str:
     from gprune.pipeline.plan import check
     from gprune.pipeline.prune import prune
     from gprune.report.records import result_table
+    from gprune.runs.tracking import how_to_look
 
     if cfg.dry_run:
         return check(cfg).describe() + "\n"
@@ -46,5 +47,5 @@ def run(args: Sequence[str] | None) -> str:
         f"Tokens: {s['forward_tokens']:,} forward, {s['forward_backward_tokens']:,} forward and backward.\n"
         f"Everything is in {result.path}"
         + ("" if cfg.export == "none" else f"; the model in {result.path / 'model'}")
-        + ".\n"
+        + f".\nCurves: {how_to_look(result.path, cfg.logging.resolved_tracker)}.\n"
     )

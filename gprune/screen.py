@@ -49,7 +49,8 @@ class Screen:
         console = console or Console(file=sys.stdout)
         self._progress = Progress(
             TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-            BarColumn(bar_width=14), _Speed(), _Left(), console=console, expand=True,
+            BarColumn(bar_width=14), _Speed(table_column=Column(min_width=15, no_wrap=True)),
+            _Left(table_column=Column(min_width=12, no_wrap=True)), console=console, expand=True,
             transient=True,
             disable=not console.is_terminal or console.is_jupyter or process_index() != 0,
         )  # fmt: skip

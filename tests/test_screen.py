@@ -95,4 +95,4 @@ def test_a_table_fits_any_terminal_and_loses_nothing(width):
 
 
 def test_where_stdout_is_no_terminal_tables_are_markdown():
-    assert TABLE.shown() == TABLE.to_text()
+    assert TABLE.shown() == TABLE.to_text().replace("\\*", "*")

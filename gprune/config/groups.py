@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, get_type_hints
 
 from gprune.checks import (
@@ -287,11 +288,15 @@ class EvaluationConfig(Group):
 
 @dataclass
 class LoggingConfig(Group):
-    """Weights & Biases, with a CSV file beside it."""
+    """Where curves go."""
 
     prefix: ClassVar[str] = "logging."
+    tracker: Literal["wandb", "tensorboard", "csv"] = "wandb"
+    """wandb: Weights & Biases. tensorboard: event files in the run folder (needs the package tensorboard). csv: the
+    CSV file alone, which is always there."""
     mode: Literal["offline", "online", "disabled"] | None = None
-    """Default: $WANDB_MODE, else offline (files in the run folder, no account needed)."""
+    """Of W&B. Default: $WANDB_MODE, else offline: files in the run folder, no account needed, and `wandb leet run`
+    shows every curve in the terminal."""
     project: str = "gprune"
     """W&B project."""
     group: str | None = None
@@ -304,10 +309,20 @@ class LoggingConfig(Group):
             raise UserError(
                 f"WANDB_MODE: expected offline, online or disabled, got '{self.resolved_mode}'; or use --logging.mode."
             )
+        if self.tracker == "tensorboard" and find_spec("tensorboard") is None:
+            raise UserError(
+                "--logging.tracker: expected the package tensorboard for tensorboard, and it is not installed; run "
+                "`pip install tensorboard`, or take csv."
+            )
 
     @property
     def resolved_mode(self) -> str:
         return self.mode or os.environ.get("WANDB_MODE") or "offline"
+
+    @property
+    def resolved_tracker(self) -> str:
+        """csv, too, where W&B is disabled."""
+        return "csv" if self.tracker == "wandb" and self.resolved_mode == "disabled" else self.tracker
 
 
 @dataclass

@@ -242,6 +242,7 @@ def _loggers(cfg: RunConfig, folder: RunFolder) -> AbstractContextManager[list[L
         return nullcontext([])
     return tracking(
         folder.path,
+        tracker=cfg.logging.resolved_tracker,
         mode=cfg.logging.resolved_mode,
         name=cfg.run_name,
         project=cfg.logging.project,

@@ -56,9 +56,9 @@ class Table:
         return markdown([self.columns, *cells])
 
     def shown(self) -> str:
-        """For whoever looks: as wide as the terminal; where stdout is none, what files have."""
+        """For whoever looks: as wide as the terminal; where stdout is none, what files have, without escapes."""
         width = terminal_width()
-        return self.to_text() if width is None else self.to_terminal(width)
+        return self.to_text().replace("\\*", "*") if width is None else self.to_terminal(width)
 
     def to_terminal(self, width: int) -> str:
         """The table in characters, and its note below: in several parts where it is too wide for one.

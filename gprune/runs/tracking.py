@@ -1,4 +1,4 @@
-"""Weights & Biases and CSV: one logger pair for all stages of a run, and the axes of its curves."""
+"""CSV, and Weights & Biases or TensorBoard: the loggers of all stages of a run, and the axes of its curves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import wandb
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.image import imread
 
 from gprune.errors import UserError
 
@@ -25,19 +26,24 @@ AXES = {
 
 
 @contextmanager
-def tracking(folder: Path, *, mode: str, project: str, **about: Any) -> Iterator[list[Logger]]:
-    """A CSVLogger and, unless `mode` is "disabled", a WandbLogger, closed when the context is left.
+def tracking(folder: Path, *, tracker: str, mode: str, project: str, **about: Any) -> Iterator[list[Logger]]:
+    """A CSVLogger and, if `tracker` names one, a WandbLogger or a TensorBoardLogger; closed when the context is left.
 
     Args:
-        folder: the run folder; W&B writes `wandb/` and the CSV logger `csv/` into it.
-        mode: offline (no account, `wandb sync` later), online or disabled.
+        folder: the run folder; the loggers write `csv/`, `wandb/` and `tensorboard/` into it.
+        tracker: wandb, tensorboard, or csv.
+        mode: of W&B: offline (no account, `wandb sync` later) or online.
         project: W&B project.
         about: what else `wandb.init` is told of the run: name, group, job_type, tags, and config, the resolved
             configuration.
     """
     # Without a version of its own, a run taken up again would delete the curves of its earlier sittings.
     loggers: list[Logger] = [CSVLogger(folder, name="csv")]
-    if mode != "disabled":
+    if tracker == "tensorboard":
+        # One version for all sittings: events are added to those that are there.
+        loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False))
+        loggers[-1].log_hyperparams(about["config"])
+    if tracker == "wandb":
         # A run of our own: WandbLogger would pass wandb.init an option that wandb 0.31 warns about on stderr. And
         # mode=, not offline=True, which leaves WANDB_MODE set in the process for whoever comes next.
         experiment = start(
@@ -50,7 +56,8 @@ def tracking(folder: Path, *, mode: str, project: str, **about: Any) -> Iterator
         yield loggers
         exit_code = 0
     finally:
-        loggers[0].save()  # what was logged after the last Trainer is still in memory
+        for logger in loggers:
+            logger.save()  # what was logged after the last Trainer is still in memory
         finish(exit_code)
 
 
@@ -83,21 +90,38 @@ def finish(exit_code: int) -> None:
         wandb.run.finish(exit_code=exit_code)
 
 
+def how_to_look(folder: Path, tracker: str) -> str:
+    """The command that shows the curves of a run, without an account."""
+    if tracker == "wandb" and (latest := folder / "wandb" / "latest-run").exists():
+        return f"`wandb leet run {latest}` shows them in the terminal"
+    if tracker == "tensorboard":
+        return f"`tensorboard --logdir {folder / 'tensorboard'}` shows them"
+    return f"{folder / 'csv'} has them"
+
+
 @rank_zero_only
 def log_table(loggers: Sequence[Logger], key: str, rows: Sequence[dict[str, Any]]) -> None:
-    """A W&B table of flat rows that share their columns."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger) and rows:
-            columns = list(rows[0])
-            logger.log_table(key, columns=columns, data=[[row[column] for column in columns] for row in rows])
+    """A table of flat rows that share their columns, where the tracker has tables or text."""
+    columns = list(rows[0]) if rows else []
+    data = [[row[column] for column in columns] for row in rows]
+    for logger in loggers if rows else ():
+        if isinstance(logger, WandbLogger):
+            logger.log_table(key, columns=columns, data=data)
+        elif isinstance(logger, TensorBoardLogger):
+            lines = [columns, ["---"] * len(columns), *data]
+            logger.experiment.add_text(key, "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
 
 
 @rank_zero_only
 def log_images(loggers: Sequence[Logger], paths: Sequence[Path]) -> None:
-    """Figures as W&B images under `figures/<stem>`."""
+    """Figures as images under `figures/<stem>`."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in paths})
+        elif isinstance(logger, TensorBoardLogger):
+            for path in paths:
+                image = imread(path)
+                logger.experiment.add_image(f"figures/{path.stem}", image, dataformats="HWC"[: image.ndim])
 
 
 @rank_zero_only

@@ -19,14 +19,11 @@ import torch
 from gprune.errors import UserError
 from gprune.pipeline import prune as pipeline
 from gprune.pipeline import run as opening
-from gprune.runs import tracking
 from gprune.runs.results import load_run
 from gprune.storage import files as artifacts
 from gprune.storage.files import read_json, read_tensors, write_json, write_tensors
 from tests import tiny_run
 from tests.pipeline.kills import digests, left_behind
-from tests.runs.test_tracking import read_finished
-from tests.wandb_files import read_offline
 
 
 @pytest.fixture(scope="module")
@@ -403,19 +400,3 @@ def test_a_clock_that_jumps_back_all_the_time_changes_nothing(world, tmp_path, w
     assert digests(tmp_path / "runs/run") == digests(whole / "runs/run")
     manifest = read_json(tmp_path / "runs/run/manifest.json")
     assert all(0 <= step["seconds"] < 600 for step in manifest["steps"].values())
-
-
-@pytest.mark.slow
-def test_the_last_sitting_is_the_last_even_when_the_clock_was_put_back(tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    for tag in ("first", "second"):
-        with tracking.tracking(
-            tmp_path, mode="offline", name="n", project="p", group="g", job_type="j", tags=[tag], config={}
-        ):
-            pass
-        if tag == "first":
-            (folder,) = tmp_path.glob("wandb/offline-run-*")
-            folder.rename(folder.with_name("offline-run-29991231_000000-future"))
-    assert read_finished(tmp_path).tags == ["second"]
-    (tmp_path / "wandb/latest-run").unlink()
-    assert read_offline(tmp_path).tags == ["first"]  # by name, where there is no link

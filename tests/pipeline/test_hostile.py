@@ -8,7 +8,6 @@ import os
 import resource
 import shutil
 import struct
-import zlib
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from wandb.proto import wandb_internal_pb2
 
 from gprune import cli
 from gprune.corpora.files import load_files
@@ -28,7 +26,6 @@ from gprune.runs.results import load_run
 from gprune.storage import files as artifacts
 from gprune.storage.files import read_json, read_tensors, write_json, write_tensors
 from tests import tiny_run
-from tests.wandb_files import read_offline
 
 GIB = 2**30
 
@@ -181,61 +178,6 @@ def test_lines_of_json_that_are_no_documents(line, tmp_path):
     (tmp_path / "a.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=r"a\.jsonl"):
         load_files(tmp_path / "a.jsonl", "train")
-
-
-# --- W&B files -----------------------------------------------------------------------------------------------------
-
-
-def framed(*entries: bytes) -> bytes:
-    """Entries in LevelDB's framing, each of them shorter than a block."""
-    found = b":W&B\xee\xbe\x00"
-    for entry in entries:
-        found += struct.pack("<IHB", zlib.crc32(entry, zlib.crc32(b"\x01")), len(entry), 1) + entry
-    return found
-
-
-def history(*items: tuple[str, list[str], str]) -> bytes:
-    record = wandb_internal_pb2.Record()
-    for key, nested, value in items:
-        record.history.item.add(key=key, nested_key=nested, value_json=value)
-    return record.SerializeToString()
-
-
-WANDB = {
-    "no protobuf": framed(b"\xff" * 20),
-    "value is no JSON": framed(history(("a", [], "{"))),
-    "value is deep": framed(history(("a", [], "[" * 30_000))),
-    "value is long": framed(history(("a", [], "9" * 30_000))),
-    "a path through a number": framed(history(("", ["a"], "1"), ("", ["a", "b"], "2"))),
-    "text that is no UTF-8": framed(history(("a", [], "1")).replace(b"1", b"\xff")),
-}
-
-
-@pytest.mark.parametrize("row", WANDB)
-def test_wandb_files_that_are_framed_but_damaged_inside(row, tmp_path):
-    file = tmp_path / "a.wandb"
-    file.write_bytes(WANDB[row])
-    with pytest.raises(UserError, match="damaged"):
-        read_offline(file)
-
-
-@fuzzed(200)
-@given(data=st.data())
-def test_fuzzed_wandb_files(data, tmp_path):
-    file = tmp_path / "a.wandb"
-    good = framed(history(("loss", [], "1.5"), ("", ["image", "path"], '"a.png"')), history(("loss", [], "2.5")))
-    checked = data.draw(st.booleans())
-    file.write_bytes(framed(data.draw(mutated(history(("a", ["b"], "1"))))) if checked else data.draw(mutated(good)))
-    with contextlib.suppress(UserError):
-        assert isinstance(read_offline(file).history, list)
-
-
-def test_a_wandb_file_that_is_a_folder_or_closed(tmp_path):
-    with pytest.raises(UserError, match=r"wandb/\*/\*\.wandb"):
-        read_offline(tmp_path)
-    (tmp_path / "wandb/offline-run-1/run.wandb").mkdir(parents=True)
-    with pytest.raises(UserError, match="cannot be read"):
-        read_offline(tmp_path)
 
 
 # --- settings ------------------------------------------------------------------------------------------------------

@@ -1,21 +1,23 @@
-"""The offline `.wandb` file itself is read back: curves over their axes, tables, images, the run's settings."""
+"""What trackers are told: W&B by its own calls, curves in the CSV beside it, TensorBoard by its own reader."""
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
-import time
+from collections import defaultdict
 from dataclasses import asdict
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import wandb
 
+from gprune.config import LoggingConfig
+from gprune.config import groups as config
 from gprune.errors import UserError
-from gprune.runs.tracking import tracking
+from gprune.runs.tracking import how_to_look, tracking
 from tests import tiny_run
-from tests.wandb_files import read_offline
 
 
 @pytest.fixture(scope="module")
@@ -24,31 +26,51 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def result(world, tmp_path_factory):
-    """A run that says offline although the environment says disabled: the flag wins."""
-    runs = tmp_path_factory.mktemp("runs")
+def told(world, tmp_path_factory):
+    """A run that says offline although the environment says disabled, the flag wins; and what W&B was told of it."""
+    runs, told = tmp_path_factory.mktemp("runs"), SimpleNamespace(axes={}, history=[], about={})
     flags = ["--logging.mode=offline", "--logging.group=tiny", "--logging.tags=[ours]", "--sparsity.epochs=3"]
     with (
         pytest.MonkeyPatch.context() as patch,
         tiny_run.isolated(runs / "cache", WANDB_MODE="disabled"),
     ):
+        spy(patch, told)
         tiny_run.quick(patch)
-        found = world.run(runs, *flags)
+        told.run = world.run(runs, *flags)
         assert os.environ["WANDB_MODE"] == "disabled"
-    return found
+    return told
+
+
+def spy(patch, told):
+    """Note what goes to W&B, which gets it all the same."""
+    init, log, define = wandb.init, wandb.Run.log, wandb.Run.define_metric
+
+    def noted_init(**about):
+        told.about = about
+        return init(**about)
+
+    def noted_log(self, values, *args, **kwargs):
+        told.history.append(values)
+        return log(self, values, *args, **kwargs)
+
+    def noted_define(self, name, step_metric=None, **kwargs):
+        told.axes[name] = step_metric
+        return define(self, name, step_metric, **kwargs)
+
+    patch.setattr(wandb, "init", noted_init)
+    patch.setattr(wandb.Run, "log", noted_log)
+    patch.setattr(wandb.Run, "define_metric", noted_define)
 
 
 @pytest.fixture(scope="module")
-def logged(result):
-    return read_finished(result.path)
-
-
-def read_finished(path, seconds=20):
-    """W&B's own process writes the last entries a moment after `finish` has returned."""
-    end = time.monotonic() + seconds
-    while (run := read_offline(path)).exit_code is None and time.monotonic() < end:
-        time.sleep(0.05)
-    return run
+def curves(told):
+    """(x, y) of each metric over the axis that W&B is told of, from the run's own CSV."""
+    frame, found = pd.read_csv(told.run.path / "csv/version_0/metrics.csv"), defaultdict(list)
+    for name in frame:
+        for pattern, axis in told.axes.items():
+            if axis and name.startswith(pattern.removesuffix("*")):
+                found[name] = list(frame[[axis, name]].dropna().itertuples(index=False, name=None))
+    return found
 
 
 @pytest.fixture
@@ -56,9 +78,17 @@ def start(tmp_path, monkeypatch):
     """`tracking` with settings that do not matter here."""
     monkeypatch.delenv("WANDB_MODE", raising=False)
 
-    def enter(mode):
+    def enter(tracker):
         return tracking(
-            tmp_path, mode=mode, name="n", project="p", group="g", job_type="j", tags=["t"], config={"a": {"b": 1}}
+            tmp_path,
+            tracker=tracker,
+            mode="offline",
+            name="n",
+            project="p",
+            group="g",
+            job_type="j",
+            tags=["t"],
+            config={"a": {"b": 1}},
         )
 
     return enter
@@ -68,82 +98,66 @@ def corpora(world, *names):
     return [str(world.corpora[name]) for name in names]
 
 
-def test_perplexity_against_epoch_is_a_curve(world, logged):
+def test_perplexity_against_epoch_is_a_curve(world, told, curves):
     for corpus in corpora(world, "alpha", "beta"):
-        points = logged.curve(f"learn/perplexity/{corpus}")
+        points = curves[f"learn/perplexity/{corpus}"]
         assert [x for x, _ in points] == [0.0, 1.0, 2.0, 3.0]
         assert all(y > 1 and math.isfinite(y) for _, y in points)
-    assert logged.axes["learn/perplexity/*"] == "learn/epoch"
+    assert told.axes["learn/perplexity/*"] == "learn/epoch"
 
 
-def test_perplexity_against_sparsity_is_a_curve_from_the_dense_model_on(world, logged, result):
-    manifest = json.loads((result.path / "manifest.json").read_text())
+def test_perplexity_against_sparsity_is_a_curve_from_the_dense_model_on(world, told, curves):
+    manifest = json.loads((told.run.path / "manifest.json").read_text())
     expected = manifest["learning"]["development_perplexity_by_sparsity"]
     for corpus in corpora(world, "alpha", "beta"):
-        points = logged.curve(f"curve/perplexity/{corpus}")
+        points = curves[f"curve/perplexity/{corpus}"]
         assert [x for x, _ in points] == [0.0, 0.25, 0.5]
         assert [y for _, y in points] == pytest.approx([values[corpus] for values in expected.values()])
-    assert logged.axes["curve/perplexity/*"] == "curve/sparsity"
+    assert told.axes["curve/perplexity/*"] == "curve/sparsity"
 
 
-def test_the_loss_of_both_learned_parts_is_there(logged):
-    for metric in ("partition/consistency", "learn/loss"):
-        assert any(metric in row for row in logged.history), metric
+def test_wandb_is_told_what_the_csv_says(told):
+    """Every scalar of every row: the one file is read for the other."""
+    frame = pd.read_csv(told.run.path / "csv/version_0/metrics.csv")
+    for name in ("partition/consistency", "learn/loss", "curve/sparsity", "summary/gprune/unseen"):
+        given = [float(row[name]) for row in told.history if name in row]
+        assert given == pytest.approx(frame[name].dropna().tolist()), name
+        assert given
+    unseen = told.run.summary["geometric_means"]["gprune"]["unseen"]
+    assert frame["summary/gprune/unseen"].dropna().tolist() == [pytest.approx(unseen)]
 
 
-def test_modules_are_a_table_and_scalars(logged, result):
-    (entry,) = [row["modules"] for row in logged.history if "modules" in row]
-    assert entry["_type"] == "table-file"
-    (file,) = result.path.glob(f"wandb/offline-run-*/files/{entry['path']}")
-    table = json.loads(file.read_text())
-    expected = result.modules.rows()
-    assert len(table["data"]) == len(expected) > 3
-    for values, row in zip(table["data"], expected, strict=True):
-        got = dict(zip(table["columns"], values, strict=True))
+def test_modules_are_a_table_and_scalars(told, curves):
+    (table,) = [row["modules"] for row in told.history if "modules" in row]
+    assert isinstance(table, wandb.Table)
+    result, expected = told.run, told.run.modules.rows()
+    assert len(table.data) == len(expected) > 3
+    for values, row in zip(table.data, expected, strict=True):
+        got = dict(zip(table.columns, values, strict=True))
         removed = 1 - float(
             result.masks.ffn[row["block"]][result.modules.labels[row["block"]] == row["module"]].float().mean()
         )
         assert got.pop("sparsity") == pytest.approx(removed)
         assert got == pytest.approx(row)
     for name in ("sensitivity", "agreement"):
-        logged_values = dict(logged.curve(f"modules/{name}"))
-        assert logged_values == pytest.approx({i: r[name] for i, r in enumerate(expected) if r[name] is not None})
+        known = {i: r[name] for i, r in enumerate(expected) if r[name] is not None}
+        assert dict(curves[f"modules/{name}"]) == pytest.approx(known)
 
 
-def test_figures_are_images(logged, result):
-    images = {k: v for row in logged.history for k, v in row.items() if k.startswith("figures/")}
-    assert set(images) == {f"figures/{path.stem}" for path in (result.path / "figures").glob("*.png")}
+def test_figures_are_images(told):
+    images = {k: v for row in told.history for k, v in row.items() if k.startswith("figures/")}
+    assert set(images) == {f"figures/{path.stem}" for path in (told.run.path / "figures").glob("*.png")}
     assert len(images) >= 2
-    for image in images.values():
-        assert image["_type"] == "image-file"
-        (file,) = result.path.glob(f"wandb/offline-run-*/files/{image['path']}")
-        assert file.read_bytes().startswith(b"\x89PNG")
+    assert all(isinstance(image, wandb.Image) for image in images.values())
+    files = told.run.path.glob("wandb/offline-run-*/files/media/images/figures/*.png")
+    assert len(list(files)) == len(images)
 
 
-def test_the_resolved_config_is_the_runs_config(logged, result):
-    config = {name: value for name, value in logged.config.items() if name != "_wandb"}
-    assert config == json.loads(json.dumps(asdict(result.config)))
-    assert config["sparsity"]["learning_rate"] == 0.1  # a default that no flag named
-
-
-def test_group_job_type_and_tags(logged):
-    assert logged.group == "tiny"
-    assert logged.job_type == "gprune"
-    assert {"wanda_sp", "ffn", "learned", "refined", "ours"} <= set(logged.tags)
-
-
-def test_final_numbers_are_there(logged, result):
-    scalars = {k: v for row in logged.history for k, v in row.items() if k.startswith("summary/")}
-    assert scalars["summary/gprune/unseen"] == pytest.approx(result.summary["geometric_means"]["gprune"]["unseen"])
-
-
-def test_a_csv_stands_beside_it(world, result):
-    with (result.path / "csv/version_0/metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for corpus in corpora(world, "alpha", "beta"):
-        epochs = [row["learn/epoch"] for row in rows if row[f"learn/perplexity/{corpus}"]]
-        assert [float(x) for x in epochs] == [0.0, 1.0, 2.0, 3.0]
-        assert [float(r["curve/sparsity"]) for r in rows if r[f"curve/perplexity/{corpus}"]] == [0.0, 0.25, 0.5]
+def test_wandb_knows_config_group_job_type_and_tags(told):
+    assert told.about["config"] == asdict(told.run.config)
+    assert told.about["config"]["sparsity"]["learning_rate"] == 0.1  # a default that no flag named
+    assert (told.about["group"], told.about["job_type"]) == ("tiny", "gprune")
+    assert {"wanda_sp", "ffn", "learned", "refined", "ours"} <= set(told.about["tags"])
 
 
 def test_offline_is_the_default_and_the_environment_is_heard(world, tmp_path, monkeypatch):
@@ -155,46 +169,55 @@ def test_offline_is_the_default_and_the_environment_is_heard(world, tmp_path, mo
             assert os.environ.get("WANDB_MODE") == mode
     assert not (tmp_path / "quiet/wandb").exists()
     assert "summary/base/unseen" in (tmp_path / "quiet/csv/version_0/metrics.csv").read_text()
-    assert read_finished(tmp_path / "default").job_type == "base"
+    assert len(list((tmp_path / "default").glob("wandb/offline-run-*/*.wandb"))) == 1
 
 
-def test_disabled_writes_no_wandb_folder_and_starts_no_run(start, tmp_path):
-    with start("disabled") as loggers:
+def test_csv_writes_no_wandb_folder_and_starts_no_run(start, tmp_path):
+    with start("csv") as loggers:
         assert wandb.run is None
         assert len(loggers) == 1
     assert not (tmp_path / "wandb").exists()
+    assert str(tmp_path / "csv") in how_to_look(tmp_path, "csv")
 
 
-def test_an_exception_closes_the_run_as_failed(start, tmp_path):
-    with pytest.raises(ZeroDivisionError), start("offline"):
+def test_an_exception_closes_the_run_as_failed(start, monkeypatch):
+    codes, finish = [], wandb.Run.finish
+    monkeypatch.setattr(wandb.Run, "finish", lambda self, exit_code=None: (codes.append(exit_code), finish(self))[1])
+    with pytest.raises(ZeroDivisionError), start("wandb"):
         raise ZeroDivisionError
     assert wandb.run is None
-    run = read_finished(tmp_path)
-    assert run.exit_code == 1
-    assert run.config["a"] == {"b": 1}
+    assert codes == [1]
 
 
-def test_entries_longer_than_a_block_and_truncated_files(start, tmp_path):
-    long = "x" * 100_000  # three blocks
-    with start("offline") as loggers:
-        for step in range(3):
-            loggers[1].experiment.log({"text": long + str(step), "x": step})
-    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    rows = [row["text"] for row in read_finished(file).history]
-    assert rows == [long + str(step) for step in range(3)]
-    content = file.read_bytes()
-    file.write_bytes(content[: len(content) // 2])  # killed while writing: the whole entries count
-    steps = [row["x"] for row in read_offline(file).history]
-    assert steps == list(range(len(steps)))
-    assert 1 <= len(steps) < 3
-    file.write_bytes(content[:50_000] + b"?" + content[50_001:])
-    with pytest.raises(UserError, match="damaged"):
-        read_offline(file)
-    file.write_bytes(b"something else")
-    with pytest.raises(UserError, match=r"no \.wandb file"):
-        read_offline(file)
-    with pytest.raises(UserError, match="--logging"):
-        read_offline(tmp_path / "wandb")
+def test_the_command_that_shows_the_curves_names_what_is_there(start, tmp_path):
+    with start("wandb"):
+        pass
+    command = how_to_look(tmp_path, "wandb").split("`")[1]
+    assert command.startswith("wandb leet run ")
+    (file,) = (tmp_path / "wandb/latest-run").glob("*.wandb")
+    assert file.read_bytes().startswith(b":W&B")
+    assert command.endswith(str(tmp_path / "wandb/latest-run"))
+
+
+def test_tensorboard_is_asked_for_before_anything_begins(monkeypatch):
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--logging\.tracker: .* `pip install tensorboard`, or take csv\."):
+        LoggingConfig(tracker="tensorboard")
+
+
+def test_tensorboard_has_the_curves_tables_and_figures(world, tmp_path, monkeypatch):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tiny_run.quick(monkeypatch)
+    with tiny_run.isolated(tmp_path / "cache"):
+        result = world.run(tmp_path, "--logging.tracker=tensorboard", "--sparsity.epochs=3")
+    assert not (result.path / "wandb").exists()
+    found = reader.EventAccumulator(str(result.path / "tensorboard")).Reload()
+    frame = pd.read_csv(result.path / "csv/version_0/metrics.csv")
+    for name in ("learn/loss", "partition/consistency", "summary/gprune/unseen"):
+        assert [event.value for event in found.Scalars(name)] == pytest.approx(frame[name].dropna().tolist(), rel=1e-6)
+    assert set(found.Tags()["images"]) == {f"figures/{path.stem}" for path in (result.path / "figures").glob("*.png")}
+    assert "modules/text_summary" in found.Tags()["tensors"]
+    assert "--logdir" in how_to_look(result.path, "tensorboard")
 
 
 def sittings(path):
