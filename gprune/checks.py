@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
+    NonNegativeInt,
     OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
@@ -18,6 +19,7 @@ from jsonargparse.typing import (
 
 from gprune.errors import UserError
 
+AtLeast0 = NonNegativeInt
 AtLeast1 = PositiveInt
 AtLeast1Float = restricted_number_type("AtLeast1Float", float, (">=", 1))
 AtLeast2 = restricted_number_type("AtLeast2", int, (">=", 2))
@@ -25,6 +27,7 @@ AtLeast8 = restricted_number_type("AtLeast8", int, (">=", 8))
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 NonNegative, Positive, Quantile, Sparsity = NonNegativeFloat, PositiveFloat, ClosedUnitInterval, OpenUnitInterval
 WORDS: dict[type, str] = {  # what people are told to give
+    AtLeast0: "0 or more",
     AtLeast1: "1 or more",
     AtLeast1Float: "1 or more",
     AtLeast2: "2 or more",

@@ -45,7 +45,7 @@ def run(args: Sequence[str] | None) -> str:
         f"Removed {s['sparsity_of_scope']:.2%} of {cfg.sparsity.scope}, {s['sparsity_of_model']:.2%} of the model: "
         f"{s['parameters_before']:,} -> {s['parameters_after']:,} parameters.\n"
         f"Tokens: {s['forward_tokens']:,} forward, {s['forward_backward_tokens']:,} forward and backward.\n"
-        f"Everything is in {result.path}"
+        f"Everything is in {result.path}, and its page is report.html"
         + ("" if cfg.export == "none" else f"; the model in {result.path / 'model'}")
         + f".\nCurves: {how_to_look(result.path, cfg.logging.resolved_tracker)}.\n"
     )

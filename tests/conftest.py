@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import gprune.pipeline.prune  # noqa: F401 - all that runs import, before `pytest_collection_finish`
 from gprune.importance import IMPORTANCE
 from tests import built_in
 

@@ -96,7 +96,8 @@ class World:
             "--corpora.num_samples=4", "--corpora.seq_len=32", "--corpora.batch_size=4",
             "--recovery=none", "--partition.num_modules=4", "--partition.steps=20", "--sparsity.epochs=1",
             "--evaluation.num_samples=2", "--evaluation.seq_len=32", "--evaluation.development_samples=1",
-            "--evaluation.curve=[0.25]", "--logging.mode=disabled", "--trainer.accelerator=cpu",
+            "--evaluation.curve=[0.25]", "--evaluation.samples=0", "--logging.mode=disabled",
+            "--trainer.accelerator=cpu",
             f"--run.dir={runs}", f"--run.name={name}", *more,
         ]  # fmt: skip
 
@@ -162,10 +163,11 @@ def quick(patch: pytest.MonkeyPatch, *, draw: bool = False) -> None:
     """Spare runs what takes longer than the rest together: the one place where tests say so.
 
     - The export is reloaded in this process. `tests/export/test_hf.py` and the scripts' own tests start a fresh one.
-    - Figures are files of one pixel, unless `draw`. `tests/report` draws them.
+    - Figures are files of one pixel and there is no page, unless `draw`. `tests/report` draws them.
     """
     patch.setattr("gprune.export.hf.reloaded_logits", in_this_process)
     if not draw:
+        patch.setattr("gprune.pipeline.prune.write_pages", lambda run: None)
         patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **_: Path(file).write_bytes(PIXEL))
 
 

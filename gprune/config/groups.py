@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, get_type_hints
 
 from gprune.checks import (
+    AtLeast0,
     AtLeast1,
     AtLeast2,
     AtLeast8,
@@ -281,6 +282,8 @@ class EvaluationConfig(Group):
     """Development windows per learning corpus, for the curves: perplexity against epoch and against sparsity."""
     curve: list[Sparsity] = field(default_factory=lambda: [0.2, 0.35])
     """Sparsities, besides 0 and the target, at which gprune's masks are measured on development text."""
+    samples: AtLeast0 = 3
+    """Evaluated texts whose beginning the dense and the pruned model go on writing, for the page of the run."""
     controls: list[Control] = field(default_factory=lambda: ["base", "base_averaged", "unrecovered"])
     """Rows beside the run's own. base: the metric alone, uniform. base_averaged: the same, scored on all drift corpora.
     unrecovered: all rows without recovery as well, where there is one."""

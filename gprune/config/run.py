@@ -234,8 +234,8 @@ class RunConfig(Group):
     def settings(self) -> dict[str, Any]:
         """Everything that can change a result, as plain data: what two runs must share to share a folder.
 
-        Left out: where results go, how they are logged, what is exported, what is collected for others, and where
-        weights lie meanwhile.
+        Left out: where results go, how they are logged and shown, what is exported, what is collected for others, and
+        where weights lie meanwhile.
         """
         plain = asdict(self)
         for place in ("max_memory", "shard"):
@@ -243,6 +243,7 @@ class RunConfig(Group):
         for group in ("logging", "export", "dry_run"):
             plain.pop(group)
         plain["corpora"].pop("collect")
+        plain["evaluation"].pop("samples")
         plain["run"] = {"seed": self.run.seed}
         plain["trainer"] = {
             "world_size": self.trainer.devices * self.trainer.num_nodes, "precision": self.trainer.precision

@@ -36,12 +36,20 @@ def tokens_by_step(cfg: RunConfig) -> dict[int, tuple[int, int]]:
     own = recovered(cfg.recovery)
     others = [recovered(recovery) for stage, recovery in cfg.stages if (stage, recovery) != (cfg.final, cfg.recovery)]
     evaluated = len(c.evaluate) * e.num_samples * e.seq_len * (1 + len(cfg.stages))
+    texts, prompt, more = sample_lengths(cfg)
+    evaluated += 2 * texts * (prompt + more)
     return {
         1: (s.steps * (calibration - backward), s.steps * backward),
         7: (s.steps * (points + learning * (s.loss == "kl")), s.steps * learning),
         9: (own[0] + 3 * min(e.seq_len, 128), own[1]),  # and what `pipeline.save` compares
         10: (evaluated + sum(forward for forward, _ in others), sum(trained for _, trained in others)),
     }
+
+
+def sample_lengths(cfg: RunConfig) -> tuple[int, int, int]:
+    """(texts, tokens of a beginning, tokens that are written after it) of `pipeline.samples`."""
+    prompt = min(32, cfg.evaluation.seq_len // 2)
+    return min(cfg.evaluation.samples, len(cfg.corpora.evaluate)), prompt, min(48, cfg.evaluation.seq_len - prompt)
 
 
 def passes(forward: int, forward_backward: int) -> float:

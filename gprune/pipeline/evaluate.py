@@ -27,6 +27,8 @@ from gprune.partition.record import Modules
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
 from gprune.recovery import recovery_of
+from gprune.report import html, page
+from gprune.report.folder import write_readme
 from gprune.report.model_card import model_card
 from gprune.report.records import means_and_gaps, unseen_ratios
 from gprune.report.run_figures import write_figures
@@ -208,6 +210,15 @@ def summarise(
     flat |= {f"summary/{row}/unseen_over_base": v["ratio"] for row, v in summary["unseen_over_base"].items()}
     tracking.log_scalars(run.loggers, flat, step=0)
     return summary
+
+
+def write_pages(run: Run) -> None:
+    """`report.html` and README.md of the run folder, from what lies there now."""
+    for logger in run.loggers:
+        logger.save()  # curves that are still in memory
+    made = page.make([run.folder.path])
+    html.write(made, run.folder / "report.html")
+    write_readme(made.runs[0])
 
 
 def geometric_means(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:

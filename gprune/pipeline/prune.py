@@ -18,11 +18,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from gprune.config import RunConfig
 from gprune.pipeline.calibrate import calibrate
-from gprune.pipeline.evaluate import evaluate, summarise
+from gprune.pipeline.evaluate import evaluate, summarise, write_pages
 from gprune.pipeline.partition import assess, measure_drift, partition
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.rounds import Chosen, Narrowed, narrow
 from gprune.pipeline.run import Run, opened
+from gprune.pipeline.samples import write_samples
 from gprune.pipeline.save import save
 from gprune.pipeline.sparsity import base_masks, learn_sparsity, score
 from gprune.runs.results import PruningResult
@@ -75,7 +76,9 @@ def finish(run: Run, last: Narrowed, chosen: Chosen) -> PruningResult:
         save(run, pruned, masks)
     records = evaluate(run, chosen.statistics, masks, pruned)
     if first:
+        write_samples(run, pruned, {r["corpus"]: r["seen"] for r in records})
         summary = summarise(run, records, final, pruned, chosen.modules)
+        write_pages(run)
     return PruningResult(
         path=run.folder.path,
         config=run.cfg,

@@ -15,6 +15,7 @@ Runs that differ in seed alone are summarised as mean and interval over seeds.""
 EXAMPLES = """examples:
   gprune report runs/NAME                                        into runs/NAME/report
   gprune report runs/a runs/b runs/c --output compared           three runs side by side
+  gprune report runs/a runs/b --html compared.html               one page, whose tables can be sorted
   gprune report runs/ours runs/theirs --base runs/theirs         all divided by one base metric"""
 
 
@@ -25,6 +26,7 @@ def parser() -> Parser:
     made.add_argument(
         "--output", metavar="FOLDER", help="(default: report/ in the run, or beside the runs if there are several)"
     )
+    made.add_argument("--html", metavar="FILE", help="write one page with everything, and nothing else")
     made.add_argument(
         "--base", metavar="RUN", help="divide by this run's base metric (default: each run's own base metric)"
     )
@@ -40,9 +42,11 @@ def run(args: Sequence[str]) -> str:
     """Write tables and figures; the short tables come back."""
     options = parser().parse_args(args)
     quiet()  # warnings go to stdout
-    from gprune.report import page
+    from gprune.report import html, page
 
     made = page.make(options.runs, base=options.base)
+    if options.html is not None:
+        return f"{made.shown()}\nWrote {html.write(made, options.html)}.\n"
     paths = made.write(options.output or default_output(options.runs))
     return f"{made.shown()}\nWrote {paths[0]} with {len(paths) - 1} tables and figures beside it.\n"
 

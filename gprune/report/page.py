@@ -54,6 +54,11 @@ class Report:
         shown = [t for t in self.tables if t.name not in left_out and t.rows]
         return "\n".join([*(f"## {t.title}\n\n{text(t)}\n" for t in shown), *(f"{p}\n" for p in self.protocols())])
 
+    @property
+    def told_apart(self) -> list[FinishedRun]:
+        """The runs under names of their own."""
+        return told_apart(self.runs)
+
     def protocols(self) -> list[str]:
         """One line per protocol by which the numbers were measured."""
         found = {

@@ -112,14 +112,8 @@ def sparsity_figure(masks: Masks, labels: Sequence[Tensor] | None) -> Figure:
     return figure
 
 
-def write_figures(
-    folder: Path,
-    records: Sequence[Record],
-    modules: Modules | None,
-    masks: Masks,
-    formats: Sequence[str] = ("png",),
-) -> list[Path]:
-    """Files of all figures that one run has data for."""
+def run_figures(records: Sequence[Record], modules: Modules | None, masks: Masks) -> dict[str, Figure]:
+    """All figures that one run has data for, by name."""
     labels = None if modules is None else modules.labels
     if labels is not None and any(len(y) != len(m) for y, m in zip(labels, masks.ffn, strict=True)):
         labels = None  # modules of what earlier steps of a schedule had left, and masks of the dense model
@@ -127,4 +121,16 @@ def write_figures(
     if modules is not None and len(modules.drift[0].ranks) > 1:
         figures["heterogeneity"] = heterogeneity_figure(modules)
     about = caption(records)
-    return [path for name, figure in figures.items() for path in save(titled(figure, about), folder, name, formats)]
+    return {name: titled(figure, about) for name, figure in figures.items()}
+
+
+def write_figures(
+    folder: Path,
+    records: Sequence[Record],
+    modules: Modules | None,
+    masks: Masks,
+    formats: Sequence[str] = ("png",),
+) -> list[Path]:
+    """Files of `run_figures`."""
+    figures = run_figures(records, modules, masks).items()
+    return [path for name, figure in figures for path in save(figure, folder, name, formats)]

@@ -50,10 +50,11 @@ class Table:
 
     def to_markdown(self) -> str:
         """The table alone, aligned."""
-        cells = [
-            [self._text(cell, column) for cell, column in zip(row, self.columns, strict=True)] for row in self.rows
-        ]
-        return markdown([self.columns, *cells])
+        return markdown([self.columns, *self.texts()])
+
+    def texts(self) -> list[list[str]]:
+        """The cells as people read them."""
+        return [[self._text(cell, column) for cell, column in zip(row, self.columns, strict=True)] for row in self.rows]
 
     def shown(self) -> str:
         """For whoever looks: as wide as the terminal; where stdout is none, what files have, without escapes."""
@@ -66,8 +67,9 @@ class Table:
         Args:
             width: characters that a line may have.
         """
-        rows = [[self._text(cell, column) for cell, column in zip(row, self.columns, strict=True)] for row in self.rows]
-        plain = [[cell.replace("\\", "") for cell in row] for row in [self.columns, *rows]]  # Markdown's escapes
+        plain = [
+            [cell.replace("\\", "") for cell in row] for row in [self.columns, *self.texts()]
+        ]  # Markdown's escapes
         widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
         # Names are folded, to a fifth of the width at least, where that makes one part of all.
         narrow, wide = (min(widths[0], max(share, 12)) for share in (width // 5, width // 3))

@@ -210,6 +210,12 @@ def _complete(folder: RunFolder) -> Iterator[None]:
         ) from error
 
 
+def read_samples(run: FinishedRun) -> dict[str, Any] | None:
+    """`samples.json` of a run: what the dense and the pruned model write; None where there is none."""
+    found = read_json(run.path / "samples.json", run=key_of(settings=run.settings))
+    return found if isinstance(found, dict) else None
+
+
 def read_evaluation(path: Path) -> list[Record]:
     """Records of `gprune evaluate`, none where there is no file.
 

@@ -1,0 +1,49 @@
+"""What the dense and the pruned model write after the same beginnings: for people, who cannot read a perplexity."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gprune.models.offload import device_of, is_offloaded
+from gprune.pipeline.cost import sample_lengths
+from gprune.pipeline.run import Run
+from gprune.storage.files import write_json
+
+
+def write_samples(run: Run, pruned: PreTrainedModel, seen: dict[str, bool]) -> None:
+    """Write `samples.json`, unless it is there, or weights are fetched anew for each token.
+
+    The beginnings are those of the first window of the last evaluated corpora, which by default are unseen.
+
+    Args:
+        seen: by corpus.
+    """
+    texts, prompt, more = sample_lengths(run.cfg)
+    path = run.folder / "samples.json"
+    if not texts or path.exists() or is_offloaded(run.model) or is_offloaded(pruned):
+        return
+    run.step(10, "Writing samples")
+    windows = run.text.test[-texts:]
+    ids = torch.stack([w.tokens[0, :prompt] for w in windows])
+    with run.folder.step("samples"):
+        written = [continued(model, ids, more) for model in (run.model, pruned)]
+    real = torch.stack([w.tokens[0, prompt : prompt + more] for w in windows])
+    columns = [run.tokenizer.batch_decode(part, skip_special_tokens=True) for part in (ids, *written, real)]
+    rows = [
+        {"corpus": w.corpus, "seen": seen[w.corpus], "prompt": begun, "dense": dense, "pruned": small, "text": text}
+        for w, begun, dense, small, text in zip(windows, *columns, strict=True)
+    ]
+    write_json(path, {"split": windows[0].split, "rows": rows}, run=run.folder.key)
+
+
+@torch.no_grad()
+def continued(model: PreTrainedModel, ids: Tensor, tokens: int) -> Tensor:
+    """(B, at most `tokens`) token ids that the model takes for likeliest after (B, T) ids."""
+    ids = ids.to(device_of(model))
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, use_cache=True,
+        pad_token_id=model.generation_config.pad_token_id or 0,
+    )  # fmt: skip
+    return found[:, ids.shape[1] :].cpu()

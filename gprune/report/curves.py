@@ -1,0 +1,79 @@
+"""Curves of a run, read back from the CSV that every run writes: of all its sittings."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from gprune.report.style import LINES, canvas, plain_ticks, style
+
+log = logging.getLogger("gprune")
+# By title: the axis with its label, and what is drawn over it (`*`: a line for each corpus) with its label.
+CURVES = {
+    "Loss while sparsity is learned": ("step", "step", "learn/loss", "loss, nats"),
+    "Development perplexity while sparsity is learned": (
+        "learn/epoch", "epoch", "learn/perplexity/*", "perplexity under masks",
+    ),
+    "Development perplexity against sparsity": (
+        "curve/sparsity", "share of the scope removed", "curve/perplexity/*", "perplexity under masks",
+    ),
+    "Loss of distillation": ("step", "step", "distill/loss", "loss, nats"),
+    "Development perplexity while distilling": (
+        "distill/tokens", "tokens learned from", "distill/perplexity/*", "perplexity",
+    ),
+}  # fmt: skip
+
+
+def read_curves(run: Path) -> pd.DataFrame:
+    """What a run logged, a row per call; of several sittings one after the other; empty where there is nothing."""
+    files = sorted(
+        run.glob("csv/version_*/metrics.csv"), key=lambda file: int(re.sub(r"\D", "", file.parent.name) or 0)
+    )
+    frames = []
+    for file in files:
+        try:
+            frames.append(pd.read_csv(file))
+        except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
+            log.warning("%s cannot be read (%s); its curves are left out.", file, " ".join(str(error).split()))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def curve_figures(frame: pd.DataFrame) -> dict[str, Figure]:
+    """A figure by title for each of `CURVES` that has two points or more."""
+    found = {}
+    for title, (axis, axis_label, pattern, label) in CURVES.items():
+        prefix = pattern.removesuffix("*")
+        columns = [name for name in frame if name == pattern or (pattern != prefix and name.startswith(prefix))]
+        lines = {name.removeprefix(prefix): own_line(frame, axis, name) for name in columns if axis in frame}
+        if any(len(line) > 1 for line in lines.values()):
+            found[title] = _figure(lines, axis_label, label)
+    return found
+
+
+def own_line(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
+    """(x, y) of a metric, sorted by x; of several models that learn in turn, the run's own, which is the first."""
+    points = frame[[axis, name]].apply(pd.to_numeric, errors="coerce").dropna().set_axis(["x", "y"], axis=1)
+    began_anew = points["x"] < points["x"].cummax()
+    first = points.loc[: began_anew.idxmax()].iloc[:-1] if began_anew.any() else points
+    return first.drop_duplicates("x", keep="last")
+
+
+@style()
+def _figure(lines: dict[str, pd.DataFrame], axis_label: str, label: str) -> Figure:
+    figure, axes = canvas(6, 3.2)
+    for i, (name, points) in enumerate(lines.items()):
+        colour, dashes, marker = LINES[i % len(LINES)]
+        few = marker if len(points) < 12 else None
+        axes.plot(points["x"], points["y"], color=colour, ls=dashes, marker=few, ms=4, lw=1.3, label=name or None)
+    axes.set_xlabel(axis_label)
+    axes.set_ylabel(label)
+    axes.grid(axis="y")
+    if len(lines) > 1:
+        axes.set_yscale("log")
+        plain_ticks(axes.yaxis)
+        figure.legend(loc="outside right center")
+    return figure

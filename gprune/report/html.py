@@ -1,0 +1,176 @@
+"""The page of one run or several: one file, which needs no network and no script from elsewhere."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from gprune.report.curves import curve_figures, read_curves
+from gprune.report.folder import how_to_load, removed_from, what_next
+from gprune.report.records import means_and_gaps, result_table
+from gprune.report.run_figures import run_figures
+from gprune.report.style import style
+from gprune.report.table import Estimate, Table
+from gprune.runs.folder import RunFolder
+from gprune.runs.results import FinishedRun, read_samples, row_name
+from gprune.storage.files import replacing, to_yaml
+
+if TYPE_CHECKING:
+    from gprune.report.page import Report
+
+CAPTIONS = {
+    "perplexity": "Perplexity by corpus and row.",
+    "heterogeneity": "How far the ranks of each module's neurons drift between corpora, and how far corpora agree.",
+    "sparsity": "Share of the neurons that each block, and each of its modules, loses.",
+    "means": "Perplexity over seen and unseen text.",
+    "ratios": "Unseen perplexity over the base metric's.",
+    "stability": "How far runs keep the same neurons.",
+}
+# The colours of figures that follow the page's theme.
+THEME = {"#000000": "currentColor", "#ffffff": "var(--paper)", "#dddddd": "var(--line)"}
+
+
+def write(report: Report, path: Path | str) -> Path:
+    """Write the page of a report, whole or not at all."""
+    path = Path(path).expanduser()
+    with replacing(path) as temporary:
+        temporary.write_text(page(report), encoding="utf-8")
+    return path
+
+
+def page(report: Report) -> str:
+    """HTML of a report: what all runs share, and a section for each of them."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    several = len(report.runs) > 1
+    shown = [t for t in report.tables if several and t.rows and t.name not in ("records", "sparsity")]
+    runs = [section(run) for run in report.told_apart]
+    return templates.get_template("page.html").render(
+        title=", ".join(group.name for group in report.groups) if several else runs[0]["title"],
+        tables=[cells_of(table) for table in shown],
+        figures=drawn(report.figures(), "all") if several else [],
+        protocols=report.protocols(),
+        runs=runs,
+    )
+
+
+def section(run: FinishedRun) -> dict[str, Any]:
+    """What the page says of one run."""
+    folder, s = RunFolder(run.path), run.settings
+    manifest = folder.manifest
+    method = "gprune" if s["gprune"] else "the base metric alone"
+    return {
+        "name": run.name,
+        "title": removed_from(run),
+        "about": f"Pruned by {method}, importance {s['importance']}, recovery {s['recovery']}, seed {run.seed}.",
+        "tiles": tiles(run, manifest),
+        "result": cells_of(result_table(run.records)),
+        "figures": drawn(run_figures(run.records, run.modules, run.masks), run.name) if run.masks else [],
+        "widths": cells_of(widths_table(run)) if run.masks else None,
+        "curves": drawn(curve_figures(read_curves(run.path)), f"{run.name} curves"),
+        "samples": read_samples(run),
+        "settings": to_yaml({name: value for name, value in s.items() if name != "inputs"}),
+        "cost": cells_of(cost_table(manifest.get("steps", {}))),
+        "environment": manifest.get("environment") or {},
+        "load": how_to_load(run),
+        "next": what_next(run),
+    }
+
+
+def tiles(run: FinishedRun, manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, number, in words) of the headline."""
+    s, means = run.summary, means_and_gaps(run.records)
+    last = (run.final, run.settings["recovery"])
+    dense, own = (means.get(key, {}) for key in (("dense", "none"), last))
+    seconds = sum(step.get("seconds", 0) for step in manifest.get("steps", {}).values())
+    ratio = (s.get("unseen_over_base") or {}).get(row_name(*last))
+    found = [
+        (f"{kind} perplexity", f"{own[kind]:.2f}", f"dense {dense[kind]:.2f}")
+        for kind in ("unseen", "seen") if own.get(kind) == own.get(kind) and kind in own
+    ]  # fmt: skip
+    if ratio:
+        interval = f"95 % interval {ratio['low']:.3f} to {ratio['high']:.3f}"
+        found.append(("unseen, over the base metric", f"{ratio['ratio']:.3f}", interval))
+    before, after = s["parameters_before"], s["parameters_after"]
+    scope = f"{s['sparsity_of_scope']:.2%} of {run.settings['sparsity']['scope']}"
+    return [
+        *found,
+        ("of the model removed", f"{s['sparsity_of_model']:.1%}", f"{scope}; {before:,} → {after:,} parameters"),
+        ("tokens", f"{s['forward_tokens']:,}", f"forward; {s['forward_backward_tokens']:,} forward and backward"),
+        ("seconds", f"{seconds:,.0f}", "of all steps and sittings"),
+    ]
+
+
+def widths_table(run: FinishedRun) -> Table:
+    """What stays of each block."""
+    rows = [
+        [str(b), int(ffn.sum()), len(ffn), int(groups.sum()), len(groups)]
+        for b, (ffn, groups) in enumerate(zip(run.masks.ffn, run.masks.attention, strict=True))
+    ]
+    return Table("widths", "Widths per block", ["block", "neurons", "of", "KV groups", "of them"], rows)
+
+
+def cost_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
+    """Seconds, tokens and memory of each step."""
+    columns = {"seconds": "seconds", "forward_tokens": "tokens forward",
+               "forward_backward_tokens": "forward and backward", "peak_memory_mib": "peak memory, MiB"}  # fmt: skip
+    rows = [
+        [name, float(step.get("seconds", 0)), *(int(step.get(n, 0)) for n in list(columns)[1:])]
+        for name, step in steps.items()
+    ]
+    return Table("cost", "Cost by step", ["step", *columns.values()], rows, {"seconds": 1})
+
+
+def cells_of(table: Table) -> dict[str, Any]:
+    """A table for the template: texts, and beside each number what it is sorted by."""
+
+    def key(cell: Any) -> Any:
+        return cell.value if isinstance(cell, Estimate) else cell
+
+    rows = [
+        [{"text": text, "key": key(cell)} for text, cell in zip(texts, row, strict=True)]
+        for texts, row in zip(table.texts(), table.rows, strict=True)
+    ]
+    note = table.note.replace("\\*", "*")
+    return {"title": table.title, "columns": [c.replace("\\*", "*") for c in table.columns], "rows": rows, "note": note}
+
+
+def drawn(figures: Mapping[str, Figure], name: str) -> list[dict[str, Any]]:
+    """Captions and SVG of figures."""
+    return [
+        {
+            "caption": CAPTIONS.get(title, title),
+            "svg": svg(figure, f"{name} {title}"),
+            "broad": figure.get_figwidth() > 2.2 * figure.get_figheight(),
+        }
+        for title, figure in figures.items()
+    ]
+
+
+@style()
+def svg(figure: Figure, name: str) -> Markup:
+    """Inline SVG whose black, white and grey follow the page's theme, with text as text.
+
+    Args:
+        name: of the figure on its page: references inside the SVG of two figures must not meet.
+    """
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue()[out.getvalue().index("<svg") :], flags=re.DOTALL)
+    used = set(re.findall(r"#([\w-]+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
+    text = re.sub("|".join(THEME), lambda m: THEME[m[0].lower()], text, flags=re.IGNORECASE)
+    return Markup(
+        re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text, count=1)
+    )

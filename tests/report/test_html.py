@@ -1,0 +1,240 @@
+"""The page and the README of a run folder: whole by themselves, complete, and working in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from gprune import report
+from gprune.pipeline.samples import continued
+from gprune.report import html
+from gprune.report.command import main
+from gprune.report.curves import curve_figures, own_line, read_curves
+from gprune.report.folder import CONTENT
+from gprune.runs.results import read_run, read_samples
+from tests import tiny_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+ODD = "<b>&'odd.txt"  # a name of a corpus that HTML must not take for its own
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny_run.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    """Two runs that draw their figures and write their pages."""
+    folder = tmp_path_factory.mktemp("page")
+    odd = Path(shutil.copy(world.corpora["delta"], folder / ODD))
+    evaluate = f"--corpora.evaluate={json.dumps([str(world.corpora['alpha']), str(odd)])}"
+    flags = ("--evaluation.samples=2", "--sparsity.epochs=2", "--recovery=least_squares", evaluate)
+    with pytest.MonkeyPatch.context() as patch, tiny_run.isolated(folder / "cache"):
+        tiny_run.quick(patch, draw=True)
+        return [world.run(folder / "runs", *flags, f"--run.seed={seed}", name=f"seed-{seed}") for seed in (0, 1)]
+
+
+@pytest.fixture
+def finished(runs):
+    return runs[0]
+
+
+@pytest.fixture(scope="module")
+def compared(runs):
+    """The page of both."""
+    path = runs[0].path.parent / "compared.html"
+    with tiny_run.isolated(path.parent / "cache"):
+        assert main([*(str(run.path) for run in runs), "--html", str(path)]) == 0
+    return path
+
+
+class Read(HTMLParser):
+    """Tags that were opened and not closed, ids, and the text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.ids, self.links, self.said = [], Counter(), [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.ids.update([found["id"]] if "id" in found else [])
+        self.links += [found[name] for name in ("href", "xlink:href", "src") if name in found]
+        if tag not in ("meta", "br", "use", "path", "rect", "image"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("use", "path", "rect", "image"):
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attributes):
+        self.links += [value for name, value in attributes if name in ("href", "xlink:href", "src")]
+        self.ids.update(value for name, value in attributes if name == "id")
+
+    def handle_data(self, data):
+        self.said.append(data)
+
+
+@pytest.mark.parametrize("which", ["one", "both"])
+def test_a_page_is_one_file_of_sound_html(which, finished, compared):
+    text = (compared if which == "both" else finished.path / "report.html").read_text()
+    page = Read(text)
+    assert page.open == []
+    assert max(page.ids.values()) == 1
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
+    assert "default-src 'none'" in text
+    assert "<b>&'odd" not in text
+
+
+def test_the_page_of_a_run_says_all_of_it(finished):
+    text = (finished.path / "report.html").read_text()
+    said = " ".join(Read(text).said)
+    for r in finished.records:
+        assert f"{r['perplexity']:.2f}" in said
+    for what in (f"{finished.summary['parameters_after']:,}", ODD, "seed: 0", "what next", "save_and_check"):
+        assert what.lower() in said.lower(), what
+    assert f'from_pretrained("{finished.path / "model"}", trust_remote_code=True)' in said
+    for b, mask in enumerate(finished.masks.ffn):
+        assert f" {b} {int(mask.sum())} {len(mask)} " in " ".join(said.split())
+    assert text.count("<svg") == 3 + 3  # its figures, and curves of what learned
+    protocol = f"windows of {finished.records[0]['seq_len']} tokens"
+    assert protocol in said
+
+
+def test_figures_follow_the_theme_of_the_page(finished):
+    text = (finished.path / "report.html").read_text()
+    drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert all("currentColor" in drawing for drawing in drawings)
+    assert not any(re.search("#000000|#ffffff", drawing) for drawing in drawings)
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_the_same_run_gives_the_same_page(finished):
+    before = (finished.path / "report.html").read_bytes()
+    (finished.path / "report.html").rename(finished.path.parent / "before.html")
+    with tiny_run.isolated(finished.path.parent / "cache"):
+        html.write(report.make([finished.path]), finished.path / "report.html")
+    assert (finished.path / "report.html").read_bytes() == before
+
+
+def test_the_readme_names_all_that_lies_there(finished):
+    text = (finished.path / "README.md").read_text()
+    there = {path.name for path in finished.path.iterdir() if path.name[0] != "."} - {"README.md"}
+    assert there <= CONTENT.keys()
+    named = set(re.findall(r"^\| `([\w.-]+)/?` \|", text, re.MULTILINE))
+    assert named == there
+    assert "from_pretrained(" in text
+
+
+def test_samples_are_what_both_models_write(world, finished):
+    samples = read_samples(read_run(finished.path))
+    assert [row["seen"] for row in samples["rows"]] == [True, False]
+    assert {"prompt", "dense", "pruned", "text"} <= samples["rows"][0].keys()
+    step = json.loads((finished.path / "manifest.json").read_text())["steps"]["samples"]
+    assert step["forward_tokens"] == 2 * 2 * (16 + 16 - 1)
+
+
+def test_a_continuation_is_the_likeliest_token_each_time(tiny_model, token_batch):
+    ids, expected = token_batch[:2, :9], token_batch[:2, :9]
+    for _ in range(5):
+        likeliest = tiny_model(expected, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+        expected = torch.cat([expected, likeliest], 1)
+    assert not bool((expected[:, 9:] == tiny_model.generation_config.eos_token_id).any())
+    assert torch.equal(continued(tiny_model, ids, 5), expected[:, 9:])
+
+
+def test_no_samples_if_none_are_asked_for(world, tmp_path, monkeypatch):
+    tiny_run.quick(monkeypatch)
+    with tiny_run.isolated(tmp_path / "cache"):
+        result = world.run(tmp_path, "--gprune=false")
+    assert not (result.path / "samples.json").exists()
+    assert read_samples(read_run(result.path)) is None
+
+
+def test_curves_of_all_sittings_are_one(tmp_path):
+    for version, rows in enumerate([{"step": [0, 1], "learn/loss": [3.0, 2.0]}, {"step": [2], "learn/loss": [1.0]}]):
+        (tmp_path / f"csv/version_{version}").mkdir(parents=True)
+        pd.DataFrame(rows).to_csv(tmp_path / f"csv/version_{version}/metrics.csv", index=False)
+    line = own_line(read_curves(tmp_path), "step", "learn/loss")
+    assert line.to_numpy().tolist() == [[0, 3], [1, 2], [2, 1]]
+    assert list(curve_figures(read_curves(tmp_path))) == ["Loss while sparsity is learned"]
+
+
+def test_the_curve_is_the_runs_own_where_controls_learn_after_it():
+    frame = pd.DataFrame({"step": [0, 1, 2, 0, 1, 2], "distill/loss": [3.0, 2.0, 1.0, 9.0, 8.0, 7.0]})
+    assert own_line(frame, "step", "distill/loss").to_numpy().tolist() == [[0, 3], [1, 2], [2, 1]]
+
+
+@pytest.mark.parametrize("content", ["", "step,learn/loss\n1,2,3,4\n1\n", "a,b\n1,2\n", "step,learn/loss\nx,y\nz,1\n"])
+def test_curves_that_cannot_be_read_are_left_out(content, tmp_path):
+    (tmp_path / "csv/version_0").mkdir(parents=True)
+    (tmp_path / "csv/version_0/metrics.csv").write_text(content)
+    assert curve_figures(read_curves(tmp_path)) == {}
+
+
+# --- in a browser --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["one", "both"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_it_without_network_and_faults(browser, which, scheme, width, finished, compared):
+    path = compared if which == "both" else finished.path / "report.html"
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    asked, said = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(path.as_uri())
+    for details in page.query_selector_all("details"):
+        details.evaluate("element => element.open = true")
+    assert (asked, said) == ([path.as_uri()], [])
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # only tables and figures scroll sideways
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe-core").Axe()
+    faults = [f"{v['id']}: {v['nodes'][0]['html'][:200]}" for v in axe.run(page).response["violations"]]
+    assert faults == []
+    page.close()
+
+
+@pytest.mark.slow
+def test_a_click_sorts_a_table(browser, compared):
+    page = browser.new_page()
+    page.goto(compared.as_uri())
+    table = page.locator("table").first
+    head = table.locator("th", has_text="unseen").first
+    place = head.evaluate("element => element.cellIndex")
+
+    def column():
+        keys = table.locator(f"tbody tr > :nth-child({place + 1})").evaluate_all("all => all.map(e => e.dataset.key)")
+        return [float(key) for key in keys]
+
+    for _, order in (("ascending", False), ("descending", True)):
+        head.locator("button").click()
+        assert column() == sorted(column(), reverse=order)
+        assert head.get_attribute("aria-sort") == ("descending" if order else "ascending")
+    head.locator("button").focus()
+    page.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") == "ascending"
+    page.close()
