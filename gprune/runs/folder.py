@@ -83,7 +83,7 @@ class RunFolder:
         if rank_zero_only.rank != 0:
             yield
             return
-        if self.path.exists() and not self.path.is_dir():
+        if (self.path.exists() and not self.path.is_dir()) or self._is_anothers():
             raise self._no_run()
         with ExitStack() as stack:
             try:
@@ -97,6 +97,11 @@ class RunFolder:
                 raise cannot_write(self.path, error) from error
             self._take_up(settings, config_yaml)
             yield
+
+    def _is_anothers(self) -> bool:
+        """Whether something lies there, and no run; a lock alone would be left in somebody's folder."""
+        there = self.path.iterdir() if self.path.is_dir() else ()
+        return not (self / "manifest.json").exists() and any(p.name[0] != "." for p in there)
 
     def _no_run(self) -> UserError:
         return UserError(f"{self.path} exists and is no gprune run; choose another --run.name or --run.dir.")
@@ -119,7 +124,7 @@ class RunFolder:
                 f"{self / 'manifest.json'} is damaged, so nobody knows which run this is; "
                 f"choose another --run.name, or remove the folder."
             )
-        if not manifest and any(p.name[0] != "." for p in self.path.iterdir()):
+        if self._is_anothers():
             raise self._no_run()
         # The manifest comes first: it makes the folder a run, which may be killed at any moment.
         if changed or not manifest:
