@@ -26,7 +26,7 @@ class Shapes:
     width: int  # w
     windows: int  # on one device
     length: int  # tokens of a window
-    kept: float = 1.0  # share of the FFN and attention units of each block, where it is pruned
+    kept: tuple[float, float] = (1.0, 1.0)  # shares of each block's neurons and KV groups, where it is pruned
 
     @property
     def tokens(self) -> int:
@@ -35,15 +35,18 @@ class Shapes:
     @property
     def sizes(self) -> list[tuple[float, float]]:
         """(N, C) of each block, of what a token goes through at once."""
-        return [(self.kept * b.neurons, self.kept * b.output.in_features) for b in self.blocks]
+        ffn, attention = self.kept
+        return [(ffn * b.neurons, attention * b.output.in_features) for b in self.blocks]
 
     def parameters(self, scope: Literal["ffn", "all"]) -> float:
         """Of all blocks, as far as they are kept."""
-        kinds = ("ffn", "attention") if scope == "all" else ("ffn",)
-        parts = [p for b in self.blocks for kind in kinds for p in b.parts_of(kind)]
-        return self.kept * sum(p.out_features * p.in_features for p in parts)
+        kinds = [("ffn", self.kept[0]), ("attention", self.kept[1])][: 1 + (scope == "all")]
+        numbers = (
+            k * p.out_features * p.in_features for b in self.blocks for kind, k in kinds for p in b.parts_of(kind)
+        )
+        return sum(numbers)
 
-    def at(self, width: int, kept: float = 1.0) -> Shapes:
+    def at(self, width: int, kept: tuple[float, float] = (1.0, 1.0)) -> Shapes:
         """The same in another dtype, pruned."""
         return replace(self, width=width, kept=kept)
 

@@ -44,32 +44,44 @@ def memory_of(cfg: RunConfig, dense: PreTrainedModel, budget: Budget) -> dict[st
         count_parameters(dense, "all") - sum(block.cost for block in blocks),
         4 if cfg.model.dtype == "float32" else 2, -(-cfg.corpora.batch_size // processes), cfg.corpora.seq_len,
     )  # fmt: skip
-    weights = _weights(cfg, dense, shapes)
-    removed = budget.target / count_parameters(dense, "all")
+    weights, whole = _weights(cfg, dense, shapes), count_parameters(dense, "all")
+    removed = budget.target / whole
     pruned = Held(round(weights.device * (1 - removed)), round(weights.host * (1 - removed)))
+    share = 1 - budget.target / budget.costs.total
+    small = shapes.at(shapes.width, (share, share if budget.costs.attention else 1.0))
     found = {"calibration": weights + _calibration(cfg, shapes, walks=_offloaded(cfg, dense, shapes.width))}
     if cfg.learns:
         found["learning"] = weights + Held(shapes.learning(kl=cfg.sparsity.loss == "kl"))
-    states = len(cfg.corpora.recover) * _states(cfg, shapes)
-    small = shapes.at(shapes.width, 1 - budget.target / sum(block.cost for block in shapes.blocks))
-    found["recovery"] = weights + pruned + Held(*_recovery(cfg, small, states))
-    evaluated = replace(shapes, windows=cfg.corpora.batch_size, length=cfg.evaluation.seq_len)
-    found["evaluation"] = weights + pruned + Held(evaluated.scoring())
-    return found
+    recovery = _recovery(cfg, small, len(cfg.corpora.recover) * _states(cfg, shapes))
+    evaluated = replace(shapes, windows=cfg.corpora.batch_size, length=cfg.evaluation.seq_len).scoring()
+    if not cfg.model.shard:
+        return found | {
+            "recovery": weights + pruned + recovery, "evaluation": weights + pruned + Held(evaluated)
+        }  # fmt: skip
+    both = round(whole * shapes.width * (2 - removed))  # on the CPU, where everything else is done
+    taught = weights + pruned + Held(recovery.device // processes) if recovery_of(cfg.recovery).learns else Held(0)
+    return found | {"recovery": taught + Held(0, recovery.host), "evaluation": Held(0, both + evaluated)}
+
+
+def _limits(cfg: RunConfig) -> tuple[int, int]:
+    """Of `--model.max_memory`: of all devices together, and of the CPU; 0 where it says nothing."""
+    limits = memory_limits(cfg.model.max_memory or {})
+    host = limits.pop("cpu", 0)
+    return sum(limits.values()), host
 
 
 def _offloaded(cfg: RunConfig, dense: PreTrainedModel, width: int) -> bool:
-    limit = sum(memory_limits(cfg.model.max_memory or {}).values())
-    return 0 < limit < count_parameters(dense, "all") * width and not cfg.model.shard
+    """Whether weights do not fit the devices, or where none is named the CPU."""
+    devices, host = _limits(cfg)
+    return 0 < (devices or host) < count_parameters(dense, "all") * width and not cfg.model.shard
 
 
 def _weights(cfg: RunConfig, dense: PreTrainedModel, shapes: Shapes) -> Held:
     """Of the dense model; where it is offloaded, what `--model.max_memory` allows, and the block at work."""
     whole, largest = (n * shapes.width for n in (count_parameters(dense, "all"), max(b.cost for b in shapes.blocks)))
     if _offloaded(cfg, dense, shapes.width):
-        limits = memory_limits(cfg.model.max_memory or {})
-        host = limits.pop("cpu", 0)
-        return Held(sum(limits.values()) + largest, host)
+        devices, host = _limits(cfg)
+        return Held(devices + largest, min(host, whole - devices))
     if not cfg.model.shard:
         return Held(whole)
     inside = sum(b.cost for b in shapes.blocks) * shapes.width
@@ -99,10 +111,10 @@ def _calibration(cfg: RunConfig, shapes: Shapes, *, walks: bool) -> Held:
     return Held(all_blocks + max(act, largest), corpora * all_blocks)
 
 
-def _recovery(cfg: RunConfig, small: Shapes, states: int) -> tuple[int, int]:
+def _recovery(cfg: RunConfig, small: Shapes, states: int) -> Held:
     """Of recovery itself, with the Gram matrices that wait for it on the CPU."""
     method = recovery_of(cfg.recovery)
     device, host = method.memory(small, states, attention=cfg.attention, settings=cfg.recovery_settings)
     if "gram" in method.needs and not exceed_memory(small.blocks, corpora=len(cfg.calibration)):
         host += (len(cfg.calibration) + 1) * gram_bytes(small.blocks)
-    return device, host
+    return Held(device, host)
