@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from gprune.console import Parser, guarded
+from gprune.console import Parser, guarded, leave
 
 # By name: the room whose `command.py` has the command line and the work, and a line of help.
 COMMANDS = {
@@ -40,4 +40,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

@@ -7,13 +7,19 @@ import contextlib
 import io
 import logging
 import os
+import re
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import NoReturn, TextIO
 
 from gprune.errors import UserError
+
+# Beside newline and tab: controls of a terminal, lone halves of characters, and what turns the direction of text.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,11 +33,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help.")
 
 
+class Stopped(SystemExit):
+    """What SIGTERM and SIGHUP raise, so that nothing is left behind; `code` is the exit code."""
+
+
+def printable(text: str) -> str:
+    """Text from anywhere, for a terminal: what would control it is shown, as `\\x1b`."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory: str = ".") -> int:
     """Do the work of a command and print the text it returns.
 
-    Whatever goes wrong for a reason outside the code is one line on stderr: UserError, Ctrl-C, SIGTERM while Lightning
-    trains, no memory, a disk that fills up somewhere inside a library.
+    Whatever goes wrong for a reason outside the code is one line on stderr: UserError, Ctrl-C, SIGTERM, SIGHUP, no
+    memory, a disk that fills up somewhere inside a library, an output that nobody reads.
 
     Args:
         command: such as `gprune export`; it begins the line.
@@ -39,39 +54,118 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
         memory: continues "Out of memory": what to do.
 
     Returns:
-        The exit code: 0, 2 for something the caller can put right, 130 for Ctrl-C, 143 for SIGTERM.
+        The exit code: 0, 2 for something the caller can put right, 129 for SIGHUP, 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def fail(message: str, code: int = 2, *, alone: bool = False) -> int:
         """Say it, unless it went wrong in all processes alike (not `alone`) and the first one says it."""
-        sys.stdout.flush()
+        _flushed()
         if alone or process_index() == 0:
-            sys.stderr.write(f"{command}: {' '.join(message.split())}\n")
+            with contextlib.suppress(OSError):
+                sys.stderr.write(f"{command}: {printable(' '.join(message.split()))}\n")
+                sys.stderr.flush()
         return code
 
-    try:
-        sys.stdout.write(work())
-    except UserError as error:
-        return fail(str(error))
-    except KeyboardInterrupt:
-        return fail(f"Interrupted{stopped}", 130)
-    except SystemExit as error:
-        if type(error).__name__ != "SIGTERMException":  # Lightning's, by name: importing it takes seconds
-            raise
-        return fail(f"Terminated{stopped}", 143)
-    except MemoryError:
-        return fail(f"Out of memory{memory}", alone=True)
-    except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        reason = error.strerror or error
-        return fail(f"The system refused to work on{where}: {reason}. What was finished is kept.", alone=True)
-    except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
+    _open_streams()
+    with _signals():
+        try:
+            say(work())
+            sys.stdout.flush()
+        except UserError as error:
+            return fail(str(error))
+        except KeyboardInterrupt:
+            with _no_interrupts():
+                return fail(f"Interrupted{stopped}", 130)
+        except SystemExit as error:
+            if type(error).__name__ not in ("SIGTERMException", "Stopped"):  # Lightning's: importing it takes seconds
+                return _left(error, fail)
+            what = "Hung up" if error.code == 129 else "Terminated"
+            return fail(f"{what}{stopped}", 129 if error.code == 129 else 143)
+        except MemoryError:
             return fail(f"Out of memory{memory}", alone=True)
-        if process_index() == 0 or ("by peer" not in str(error) and type(error).__name__ != "DistBackendError"):
-            raise
-        return 2  # the first process has left, and has said why
+        except OSError as error:
+            where = f" {error.filename}" if error.filename else ""
+            reason = "nobody reads the output" if isinstance(error, BrokenPipeError) else error.strerror or error
+            return fail(f"The system refused to work on{where}: {reason}. What was finished is kept.", alone=True)
+        except RuntimeError as error:
+            if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
+                return fail(f"Out of memory{memory}", alone=True)
+            if process_index() == 0 or ("by peer" not in str(error) and type(error).__name__ != "DistBackendError"):
+                raise
+            return 2  # the first process has left, and has said why
     return 0
+
+
+def _left(error: SystemExit, fail: Callable[..., int]) -> int:
+    """Go on leaving, as --help does, unless what it printed has no place to go."""
+    try:
+        sys.stdout.flush()
+    except OSError as closed:
+        return fail(f"The system refused to work on the output: {closed.strerror}.")
+    raise error
+
+
+def say(text: str) -> None:
+    """Print text that a command hands out."""
+    sys.stdout.write(printable(text))
+
+
+def _open_streams() -> None:
+    """A stream that is closed becomes one to nowhere, and characters that the locale lacks are written as escapes."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        with contextlib.suppress(AttributeError, ValueError, io.UnsupportedOperation):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _flushed() -> None:
+    """Write what stdout still holds, or let it go where nobody can take it: Python would complain at its end."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, io.UnsupportedOperation):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind, as Ctrl-C does; while Lightning trains, it stops at the end of the step."""
+    before = {}
+
+    def stop(number: int, _: object) -> None:
+        if signal.getsignal(number) is stop:
+            raise Stopped(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Whoever presses Ctrl-C a third time need not see where."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process of a script; after Ctrl-C, libraries may still have a second's work, which none interrupts."""
+    if code == 130:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise SystemExit(code)
 
 
 class StdoutHandler(logging.StreamHandler):
@@ -83,6 +177,13 @@ class StdoutHandler(logging.StreamHandler):
     @property
     def stream(self) -> TextIO:
         return sys.stdout
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+    def handleError(self, record: logging.LogRecord) -> NoReturn:  # noqa: N802
+        """An output that nobody reads ends the run, where logging would print a traceback for each line."""
+        raise
 
 
 def speak() -> None:
@@ -129,4 +230,5 @@ def terminal_width() -> int | None:
 
 def process_index() -> int:
     """Which of several processes on this machine this is; Lightning starts the others and numbers them."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    given = os.environ.get("LOCAL_RANK", "0")
+    return int(given) if given.isdecimal() else 0

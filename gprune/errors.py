@@ -29,5 +29,6 @@ def require_finite(what: str, *tensors: Tensor) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error that a library raised, to be quoted in one of ours; its class if it has no text."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """What a library's error says, to be quoted in one of ours: its first line, and the next where that only begins."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:500]

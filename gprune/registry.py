@@ -11,19 +11,21 @@ IMPORTANCE["my_metric"]     # an unknown name lists what there is
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from gprune.errors import UserError
 
 T = TypeVar("T")
+NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
 class Registry(Generic[T]):
-    """Names to values. `kind` is the word used in messages, such as "corpus"."""
+    """Names to values, functions where they are `called`. `kind` is the word used in messages, such as "corpus"."""
 
-    def __init__(self, kind: str):
-        self.kind = kind
+    def __init__(self, kind: str, *, called: bool = False):
+        self.kind, self.called = kind, called
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -31,9 +33,17 @@ class Registry(Generic[T]):
 
         Raises:
             ValueError: if the name is taken (by another object; re-running a notebook cell is no error).
+            UserError: for a name that could lead out of a folder, or that chains and lists would cut in two; and for
+                an entry that cannot be called where they are.
         """
+        if not (isinstance(name, str) and NAME.fullmatch(name)):
+            raise UserError(
+                f"A name of {self.kind}: expected up to 100 letters, digits, _, - and dots inside, got {name!r:.100}."
+            )
 
         def file(entry: T) -> T:
+            if self.called and not callable(entry):
+                raise UserError(f"{self.kind} '{name}': expected a function, got {type(entry).__name__}.")
             taken = self._entries.get(name)
             if taken is not None and _origin(taken) != _origin(entry):
                 raise ValueError(f"{self.kind} '{name}' is registered already, as {taken!r}; choose another name.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import gprune.__main__ as command
-from gprune.console import Parser, guarded, quieted
+from gprune.console import Parser, guarded, quieted, speak
 from gprune.errors import UserError
 from tests.tiny_run import environment
 
@@ -109,6 +111,65 @@ def test_the_boundary_hides_no_bug_and_no_exit(error):
 
     with pytest.raises(type(error)):
         guarded("a verb", work)
+
+
+def in_a_child(work, stdout: int | None) -> tuple[int, str]:
+    """Exit code and stderr of a command in a process whose stdout is this descriptor, or closed."""
+    read, write = os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 2)
+        os.close(1) if stdout is None else os.dup2(stdout, 1)
+        sys.stdout = None if stdout is None else os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+        code = guarded("a verb", work, stopped=". All is kept.")
+        sys.stderr.flush()
+        os._exit(code)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        said = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+
+
+def progress() -> str:
+    """Lines of the log and a text, as a run has them."""
+    speak()
+    for n in range(300):
+        logging.getLogger("gprune").info("line %d", n)
+    return "a table\n" * 10_000
+
+
+def test_an_output_that_takes_nothing_is_one_line():
+    with open("/dev/full", "wb") as full:
+        code, said = in_a_child(progress, full.fileno())
+    assert (code, said.count("\n")) == (2, 1)
+    assert "No space left" in said
+    read, write = os.pipe()
+    os.close(read)
+    code, said = in_a_child(progress, write)
+    os.close(write)
+    assert (code, said.count("\n")) == (2, 1)
+    assert "nobody reads the output" in said
+    assert in_a_child(progress, None) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "word"), [(signal.SIGTERM, 143, "Terminated"), (signal.SIGHUP, 129, "Hung up")]
+)
+def test_signals_outside_a_trainer_are_one_line(signum, code, word):
+    with open(os.devnull, "wb") as nowhere:
+        found = in_a_child(lambda: os.kill(os.getpid(), signum) or "x", nowhere.fileno())
+    assert found == (code, f"a verb: {word}. All is kept.\n")
+
+
+def test_what_controls_a_terminal_is_shown(capsys):
+    assert guarded("a verb", lambda: "a \x1b[31mname\x07, a\ttab\n") == 0
+    speak()
+    logging.getLogger("gprune").info("\x1b]0;title\x07")
+    out, err = capsys.readouterr()
+    assert "a \\x1b[31mname\\x07, a\ttab\n" in out
+    assert "\x1b" not in out + err
 
 
 def test_of_several_processes_the_first_speaks_unless_one_fails_alone(capsys, monkeypatch):

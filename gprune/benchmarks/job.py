@@ -52,10 +52,12 @@ def evaluate(
     """
     if any(name != WIKITEXT for name in asked.tasks):
         require_lm_eval()  # before a model is loaded
-    subjects, default = subjects_of(model, dense=dense, dtype=asked.dtype, trust_remote_code=asked.trust_remote_code)
-    output = output or default
+    subjects, default, key = subjects_of(
+        model, dense=dense, dtype=asked.dtype, trust_remote_code=asked.trust_remote_code
+    )
+    output, key = (output, None) if output else (default, key)
     if output is not None:
-        read_evaluation(output)  # what is no such file is not written over
+        read_evaluation(output, run=key)  # what is no such file is not written over
     name = Path(model).name
     records: list[dict[str, Any]] = []
     for subject in subjects:
@@ -64,16 +66,21 @@ def evaluate(
         for task in dict.fromkeys(asked.tasks):
             records += [r | subject.about | {"run": name} for r in measure(loaded, tokenizer, task, asked)]
             if output is not None:
-                keep(output, records)
+                keep(output, records, run=key)
     return records, output
 
 
-def keep(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Write records beside those that are there, in the place of former ones of the same model and protocol."""
+def keep(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = None) -> None:
+    """Write records beside those that are there, in the place of former ones of the same model and protocol.
+
+    Args:
+        run: the key of the run whose file it is.
+    """
 
     def key(r: dict[str, Any]) -> tuple[Any, ...]:
-        run = r.get("run", records[0]["run"])  # records of earlier versions, in the run's own file, do not name it
-        return run, *(r.get(name) for name in ("model", "stage", "recovery", "task", "content_hash", "dtype"))
+        name = r.get("run", records[0]["run"])  # records of earlier versions, in the run's own file, do not name it
+        return name, *(r.get(name) for name in ("model", "stage", "recovery", "task", "content_hash", "dtype"))
 
     new = {key(r) for r in records}
-    write_json(path, {"records": [*(r for r in read_evaluation(path) if key(r) not in new), *records]})
+    others = [r for r in read_evaluation(path, run=run) if key(r) not in new]
+    write_json(path, {"records": [*others, *records]}, run=run)

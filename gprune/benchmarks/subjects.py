@@ -30,8 +30,8 @@ class Subject:
 
 def subjects_of(
     name: str, *, dense: bool = False, dtype: str | None = None, trust_remote_code: bool = False
-) -> tuple[list[Subject], Path | None]:
-    """The models that `name` stands for, and where their records belong: `evaluation.json` in the run.
+) -> tuple[list[Subject], Path | None, str | None]:
+    """The models that `name` stands for, where their records belong (`evaluation.json` in the run), and the run's key.
 
     Args:
         name: a run's folder, a model folder, an embedded model or a hub id.
@@ -50,7 +50,7 @@ def subjects_of(
             raise UserError(f"'{name}' is neither a run (manifest.json) nor a model folder (config.json).")
         about = {"model": model_label(name), "stage": "model", "recovery": None, "sparsity": None, "scope": None}
         settings = {"dtype": getattr(torch, dtype or "float32"), "trust_remote_code": trust_remote_code}
-        return [Subject(about, lambda: load_model(name, **settings))], None
+        return [Subject(about, lambda: load_model(name, **settings))], None, None
     run = finished(path)
     wanted = getattr(torch, dtype or run.settings["model"]["dtype"])
     label, sparsity = model_label(run.settings["model"]["name"]), run.settings["sparsity"]
@@ -59,7 +59,7 @@ def subjects_of(
     after |= {"sparsity": sparsity["target"], "scope": sparsity["scope"]}
     pruned = Subject(after, _pruned(path, run.settings, wanted, trust_remote_code))
     first = [Subject(before, lambda: load_dense(path, run.settings, wanted, trust_remote_code))] if dense else []
-    return [*first, pruned], path / "evaluation.json"
+    return [*first, pruned], path / "evaluation.json", run.key
 
 
 def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded:

@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.corpora.hub import offline_if_unreachable
-from gprune.corpora.windows import JOIN, Bos, Sample, Windows, make_windows, opening
+from gprune.corpora.windows import JOIN, Bos, Sample, Windows, check_tokens, make_windows, opening
 from gprune.errors import UserError, first_line
 from gprune.evaluation.intervals import bootstrap_perplexity
 from gprune.evaluation.perplexity import perplexity
@@ -89,6 +89,7 @@ def wikitext2_perplexity(
         raise UserError(f"--limit: expected 1 or more windows, got {limit}.")
     every = literature_windows(wikitext2(), tokenizer, seq_len=seq_len, bos=bos)
     windows = replace(every, tokens=every.tokens[:limit])
+    check_tokens([windows], tokenizer, model.get_input_embeddings().num_embeddings)
     batch_size = max(1, 2048 // seq_len)
     with Screen() if progress else nullcontext() as screen:
         advance = screen and screen.bar("Perplexity on WikiText-2", math.ceil(len(windows.tokens) / batch_size))

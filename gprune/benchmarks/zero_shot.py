@@ -62,7 +62,12 @@ def zero_shot(
     with quieted("lm_eval", stderr=not sys.stderr.isatty()):
         every = [found for name in tasks for found in load_tasks(name, source)]
         loaded = list({found.task.task_name: found for found in every}.values())  # groups may overlap
-        outcome = _run(model, tokenizer, loaded, limit=limit, batch_size=batch_size)
+        try:
+            outcome = _run(model, tokenizer, loaded, limit=limit, batch_size=batch_size)
+        except IndexError as error:
+            if "out of range" not in str(error):
+                raise
+            raise UserError(f"The tokenizer makes tokens that the model has no embeddings for ({error}).") from error
     stamp = {
         "harness": f"lm_eval {harness}",
         "num_fewshot": 0,

@@ -7,6 +7,7 @@ There is one name per thing: `--sparsity.target` on the command line is `sparsit
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from gprune.checks import (
     AtLeast1,
     AtLeast2,
     AtLeast8,
+    Few,
     NonNegative,
     Positive,
     Quantile,
@@ -24,6 +26,7 @@ from gprune.checks import (
     Sparsity,
     check,
     memory_limits,
+    shown,
 )
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
@@ -32,6 +35,7 @@ from gprune.sparsity.allocation import ALLOCATION, check_options
 # What modules may switch to besides activation-free metrics: the base metric seen through all drift corpora, as the
 # mean of its ranks or scored on their pooled statistics.
 CONSENSUS, AVERAGED = SEVERAL = ("consensus", "averaged")
+PLACES = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|(cuda|xpu|npu|mps)(:[0-9]{1,3})?")
 Control = Literal["base", "base_averaged", "unrecovered"]
 
 
@@ -82,6 +86,11 @@ class ModelConfig(Group):
     """Run Python code that comes with the model. Only for models whose code you have read."""
 
     def check(self) -> None:
+        if self.device_map is not None and not PLACES.fullmatch(self.device_map):
+            raise UserError(
+                f"--model.device_map: expected auto, balanced, balanced_low_0, sequential or a device such as cuda:0, "
+                f"got '{self.device_map}'."
+            )
         if self.max_memory is not None:
             memory_limits(self.max_memory)
             if self.device_map is None:
@@ -317,6 +326,16 @@ class LoggingConfig(Group):
                 "--logging.tracker: expected the package tensorboard for tensorboard, and it is not installed; run "
                 "`pip install tensorboard`, or take csv."
             )
+        for tag in self.tags:
+            if not 1 <= len(tag) <= 64:
+                raise UserError(
+                    f"--logging.tags: expected tags of 1 to 64 characters, as W&B has them, got {shown(tag)}."
+                )
+        for flag, value, most in (("project", self.project, 128), ("group", self.group or "-", 128)):
+            if not 1 <= len(value) <= most or set(value) & set("/\\#?%:"):
+                raise UserError(
+                    f"--logging.{flag}: expected 1 to {most} characters without / \\ # ? % :, got {shown(value)}."
+                )
 
     @property
     def resolved_mode(self) -> str:
@@ -335,9 +354,9 @@ class TrainerConfig(Group):
     prefix: ClassVar[str] = "trainer."
     accelerator: str = "auto"
     """cpu, gpu, or auto."""
-    devices: AtLeast1 = 1
+    devices: Few = 1
     """Processes per node; statistics and thresholds agree with one process."""
-    num_nodes: AtLeast1 = 1
+    num_nodes: Few = 1
     """Nodes."""
     strategy: Literal["auto", "ddp"] = "auto"
     """auto or ddp."""
@@ -370,5 +389,7 @@ class RunFolderConfig(Group):
     """What learns is kept so often, and a killed run goes on from there to the same bits; 0: after every step."""
 
     def check(self) -> None:
-        if self.name and (self.name in (".", "..") or self.name != os.path.basename(self.name) or "\0" in self.name):
+        if self.name and (self.name in (".", "..") or self.name != os.path.basename(self.name)):
             raise UserError(f"--run.name: expected the name of a folder inside --run.dir, got {self.name!r}.")
+        if self.name and len(os.fsencode(self.name)) > 200:
+            raise UserError(f"--run.name: expected at most 200 bytes, got {shown(self.name)}.")

@@ -215,6 +215,11 @@ class RunConfig(Group):
         """Look every corpus name up, without reading text."""
         for name in dict.fromkeys([*self.used, *self.corpora.evaluate]):
             check_corpus(name)
+        for role in ("drift", "learn", "recover", "evaluate"):
+            told: dict[str, str] = {}
+            for name in getattr(self.corpora, role):
+                if (first := told.setdefault(identity(name), name)) != name:
+                    raise UserError(f"--corpora.{role}: '{first}' and '{name}' are one corpus; name it once.")
         used = {identity(name) for name in self.used}
         if self.evaluation.split == "train" and (
             both := [name for name in self.corpora.evaluate if identity(name) in used]
@@ -270,4 +275,4 @@ class RunConfig(Group):
             return self.run.name
         digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:8]
         model = os.path.basename(os.path.normpath(self.model.name))
-        return f"{model}-{self.final}-{self.importance}-{self.sparsity.target:g}-{digest}"
+        return f"{model[:100]}-{self.final}-{self.importance}-{self.sparsity.target:g}-{digest}"

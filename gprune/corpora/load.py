@@ -25,7 +25,7 @@ SPLITS = ("train", "development", "test")
 DEVELOPMENT_EVERY = 10
 
 Corpus = Callable[[str], list[str]]
-CORPORA: Registry[Corpus] = Registry("corpus")
+CORPORA: Registry[Corpus] = Registry("corpus", called=True)
 
 
 def load_corpus(name: str, split: str) -> list[str]:

@@ -153,6 +153,16 @@ def between(tokenizer: PreTrainedTokenizerBase, separator: Separator) -> str:
     return token
 
 
+def check_tokens(found: Sequence[Windows], tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+    """Raise UserError for tokens that a model with so many embeddings has no place for."""
+    for w in found:
+        if (highest := int(w.tokens.max())) >= embeddings:
+            raise UserError(
+                f"--model.name: the tokenizer makes token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) of "
+                f"'{w.corpus}', and the model has {embeddings:,} embeddings; it is another model's tokenizer."
+            )
+
+
 def cut(text: str, limit: int) -> Iterator[str]:
     """Pieces of at most `limit` characters, cut at the last line end, else space, of the piece's second half."""
     start = 0

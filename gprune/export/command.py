@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 from collections.abc import Sequence
 
 from gprune.console import Parser, guarded, quiet
@@ -43,7 +41,10 @@ def parser() -> Parser:
     hub = made.add_argument_group("Hugging Face Hub")
     hub.add_argument("--push", metavar="OWNER/NAME", help="the model folder as it is, with its card; converts nothing")
     hub.add_argument(
-        "--dry-run", action=argparse.BooleanOptionalAction, default=True, help="only say what would go up (default)"
+        "--dry-run",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="only say what would go up (default: %(default)s)",
     )
     return made
 
@@ -67,8 +68,4 @@ def run(args: Sequence[str]) -> str:
         raise UserError("--no-dry-run: expected --push OWNER/NAME beside it.")
     job = Job.of(options.pop("run"), **options)
     quiet()
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing is left behind
-    try:
-        return f"Wrote {job.run()}\n"
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    return f"Wrote {job.run()}\n"

@@ -14,6 +14,7 @@ import copy
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,11 @@ NOT_CARRIED = {
     *("rope_theta", "rope_scaling", "transformers_version", "_name_or_path"),
 }
 SHARD = 5 * 10**9  # bytes; larger models are written in several files
+OUR_FILES = re.compile(
+    r"README\.md|config\.json|generation_config\.json|modeling_pruned\.py|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|processor_config)\.json|vocab\.txt|merges\.txt"
+    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.(jinja|json)"
+)
 DEFAULT_CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -160,8 +166,8 @@ def save_pruned(
     folder = Path(folder).expanduser().resolve()
     if folder.exists() and not overwrite:
         raise UserError(f"Export: '{folder}' exists already. Choose another folder, or ask for overwriting.")
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise UserError(f"Export: '{folder}' is no model folder (no config.json), so it is not overwritten.")
+    if folder.exists() and (why := not_ours(folder)):
+        raise UserError(f"Export: '{folder}' {why}, so it is not overwritten; move it away.")
     exportable = to_exportable(model)
     with replacing(folder) as new:
         new.mkdir()
@@ -173,6 +179,18 @@ def save_pruned(
         (new / "README.md").write_text(DEFAULT_CARD if model_card is None else model_card, encoding="utf-8")
     log.info("wrote %s", folder)
     return folder
+
+
+def not_ours(folder: Path) -> str | None:
+    """What shows that a folder is no export of ours, or holds more than one; None if it is one."""
+    if not (folder / "config.json").is_file():
+        return "is no model folder (no config.json)"
+    if foreign := sorted(path.name for path in folder.iterdir() if path.is_dir() or not OUR_FILES.fullmatch(path.name)):
+        return f"holds {foreign[0]}, which no export writes"
+    card = folder / "README.md"
+    if not card.is_file() or "gprune" not in card.read_text(encoding="utf-8", errors="replace"):
+        return "is another program's model (its README.md does not name gprune)"
+    return None
 
 
 def tell_older(config_file: Path) -> None:

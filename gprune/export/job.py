@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,11 +22,13 @@ from gprune.errors import UserError, first_line
 from gprune.export.packages import LLAMA_CPP, ONNX, has_llama_cpp
 from gprune.models.families import family_of
 from gprune.registry import Registry
+from gprune.storage.reading import read_text, regular_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+MARKED = 2**26  # bytes of a file among which the mark is looked for
 TYPES = ("f32", "f16", "q8_0")
 QUANTISED = ("q4_k_m",)  # by llama.cpp's own quantiser, from f16
 
@@ -89,7 +92,7 @@ class Gguf:
         return f"-{self.type}.gguf"
 
     def replaceable(self, path: Path) -> bool:
-        return path.is_file()
+        return path.is_file() and marked(path, b"GGUF")
 
     def write(self, source: Source, output: Path) -> None:
         from gprune.export.gguf import write_gguf
@@ -121,7 +124,8 @@ class Onnx:
             )
 
     def replaceable(self, path: Path) -> bool:
-        return (path / "model.onnx").is_file()
+        ours = {"model.onnx", "model.onnx.data"}
+        return path.is_dir() and {p.name for p in path.iterdir()} <= ours and marked(path / "model.onnx")
 
     def write(self, source: Source, output: Path) -> None:
         from gprune.export.onnx import check_onnx, write_onnx
@@ -199,27 +203,43 @@ class Job:
         return self.output
 
 
+def marked(path: Path, begins: bytes = b"") -> bool:
+    """Whether a file begins so, and says that gprune wrote it: what else there is stays, whatever is asked for."""
+    with suppress(OSError):
+        regular_file(path)
+        with path.open("rb") as file:
+            content = file.read(MARKED)
+        return content.startswith(begins) and b"gprune" in content
+    return False
+
+
 def find(run_or_folder: str | Path) -> Source:
     """The model folder that is meant."""
     path = Path(run_or_folder).expanduser()
     if (path / "config.json").is_file():
-        return Source(path.resolve(), None)
+        from gprune.runs.folder import exported_model
+
+        folder = path.resolve()
+        if folder.name == "model" and (folder.parent / "manifest.json").is_file():
+            exported_model(folder.parent)  # or says why it is not what the run left
+        return Source(folder, None)
     if not path.exists():
         raise UserError(f"Export: expected a run folder or a model folder, but there is no '{path}'.")
     if not (path / "manifest.json").is_file():
         raise UserError(f"Export: '{path}' is neither a run (manifest.json) nor a model folder (config.json).")
+    from gprune.runs.folder import exported_model
     from gprune.runs.results import finished
 
     finished(path)  # or says why it is not
     if not (path / "model" / "config.json").is_file():
         raise UserError(f"Export: the run '{path}' kept no model (--export none); repeat it with --export hf.")
-    return Source(path.resolve() / "model", path.resolve())
+    return Source(exported_model(path.resolve()), path.resolve())
 
 
 def model_type(folder: Path) -> str:
     """What config.json says the model is; nothing where it is not readable."""
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(read_text(folder / "config.json", most=2**24))
     except (OSError, ValueError, RecursionError):
         return ""
     return str(content.get("model_type")) if isinstance(content, dict) else ""
@@ -230,11 +250,14 @@ def load_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     import torch
     from transformers import AutoTokenizer
 
-    from gprune.models.loading import load_weights, register
+    from gprune.models.loading import check_finite, check_folder, load_weights, register
 
     register()
     try:
+        check_folder(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return load_weights(folder, dtype=torch.float32), tokenizer
+        model = load_weights(folder, dtype=torch.float32)
+        check_finite(model, folder)
+        return model, tokenizer
     except Exception as error:  # safetensors, tokenizers and transformers each raise their own
         raise UserError(f"Export: '{folder}' cannot be loaded: {first_line(error)}") from error

@@ -57,10 +57,12 @@ def write_onnx(model: PreTrainedModel, path: Path) -> None:
     given = inputs_of(model, *TRACED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PyTorch's own code, about itself
-        torch.onnx.export(
-            Scorer(model).eval(), kwargs=given, f=path, dynamo=True, external_data=True, verbose=False,
+        program = torch.onnx.export(
+            Scorer(model).eval(), kwargs=given, dynamo=True, verbose=False,
             input_names=list(given), output_names=["logits"], dynamic_shapes=dict.fromkeys(given, sizes),
         )  # fmt: skip
+        program.model.metadata_props["made by"] = "gprune"  # the mark by which `--overwrite` knows a former export
+        program.save(path, external_data=True)
 
 
 def run_onnx(path: Path, inputs: dict[str, Tensor]) -> np.ndarray:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -29,14 +32,21 @@ from gprune.models import modeling_pruned
 from gprune.models.families import FAMILIES, family_of
 from gprune.models.offload import StoredWeights, keep_until_gone, scratch_folder
 from gprune.storage.files import as_bytes
+from gprune.storage.reading import read_text, regular_file
 
 log = logging.getLogger("gprune")
 
 # Far beyond any model there is: a config.json of a few bytes must not ask for more than this machine has.
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-LARGEST = {"num_hidden_layers": 10_000, "num_experts": 100_000, "num_local_experts": 100_000} | dict.fromkeys(
-    SIZES, 2**24
-)
+LARGEST = {
+    "num_hidden_layers": 1000,
+    "num_experts": 4096,
+    "num_local_experts": 4096,
+    "num_labels": 10_000,
+} | dict.fromkeys(SIZES, 2**24)
+COUNTED = re.compile(r"(num|n)_|.*_(size|dim|layers?|heads|rank|experts)$|.*intermediate.*")  # other sizes
+CONFIG_BYTES = 2**24
+WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 def register() -> None:
@@ -96,6 +106,8 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     location = locate_model(name)
     register()  # for a family whose record came after the import
     try:
+        check_folder(location)
+        _check_sizes(_raw_config(location), name)
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
         family, values = family_of(config.model_type), config.to_dict()
     except UserError:
@@ -108,10 +120,66 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     for key, largest in {**LARGEST, family.width: LARGEST["intermediate_size"]}.items():
         value = values.get(key)
         if value is not None and not (type(value) is int and 0 < value <= largest):
-            raise UserError(
-                f"--model.name: config.json of '{name}' says {key} {str(value)[:40]}; expected 1 to {largest:,}."
-            )
+            raise _size_error(name, key, value, largest)
     return config
+
+
+def check_folder(location: str | Path) -> None:
+    """Raise UserError for a model folder with files that never end, or links to text outside of it.
+
+    A tokenizer's files and a chat template are copied into exports: a link would copy any file of the user's. Weights
+    may lie elsewhere, and the hub's cache links to its own blobs.
+    """
+    root = os.path.realpath(location)
+    for path in sorted(Path(root).iterdir()) if os.path.isdir(root) else []:
+        target = os.path.realpath(path)
+        inside = target.startswith((root + os.sep, os.path.realpath(os.path.join(root, "../../blobs")) + os.sep))
+        if not inside and path.suffix not in WEIGHTS:
+            raise UserError(f"--model.name: {path} is a link out of the model folder; put the file in its place.")
+        if not os.path.isdir(target):
+            try:
+                regular_file(path)
+            except OSError as error:
+                raise UserError(f"--model.name: {path} cannot be read: {error.strerror}.") from error
+
+
+def _raw_config(location: str | Path) -> Any:
+    """config.json as it is: a config class makes as many labels as a number in it says."""
+    if os.path.isdir(location):
+        return json.loads(read_text(Path(location) / "config.json", most=CONFIG_BYTES))
+    return PreTrainedConfig.get_config_dict(location)[0]
+
+
+def _check_sizes(content: Any, name: str) -> None:
+    """Raise UserError for a number of layers, heads, ... in any part of a config that no model has."""
+    left = [content]
+    while left:
+        part = left.pop()
+        left += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        for key, value in part.items() if isinstance(part, dict) else ():
+            largest = LARGEST.get(key, 2**24)
+            if isinstance(value, int | float) and COUNTED.match(key) and not abs(value) <= largest:
+                raise _size_error(name, key, value, largest)
+
+
+def _size_error(name: str, key: str, value: Any, largest: int) -> UserError:
+    return UserError(f"--model.name: config.json of '{name}' says {key} {str(value)[:40]}; expected 1 to {largest:,}.")
+
+
+def check_stored(model: PreTrainedModel, location: str | Path) -> None:
+    """Raise UserError for a config that asks for more parameters than the folder's files of weights can hold.
+
+    Args:
+        model: of the config, without weights.
+        location: a folder; a hub id is not checked, since nothing of it lies here yet.
+    """
+    stored = sum(path.stat().st_size for path in Path(location).glob("*") if path.suffix in WEIGHTS)
+    asked = sum(parameter.numel() for parameter in model.parameters())
+    if stored and asked > 8 * stored:  # one bit each is the least
+        raise UserError(
+            f"--model.name: config.json of '{location}' asks for {asked:,} parameters, and its files of weights have "
+            f"{stored:,} bytes; expected a config of these weights."
+        )
 
 
 def skeleton(
@@ -151,6 +219,7 @@ def load_model(
     location, code = locate_model(name), {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **code)
+        tokenizer("a")  # its settings may be of other types
         return load_weights(location, dtype=dtype, device_map=device_map, max_memory=max_memory, **code), tokenizer
     except UserError:
         raise
@@ -161,7 +230,7 @@ def load_model(
 def load_weights(
     location: str | Path,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Literal["auto"],
     device_map: str | None = None,
     max_memory: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
@@ -174,6 +243,8 @@ def load_weights(
     Raises:
         UserError: where weights of the model are missing, which transformers would draw at random.
     """
+    config = read_config(str(location), trust_remote_code=trust_remote_code)
+    check_stored(skeleton(config, trust_remote_code=trust_remote_code), location)
     check_index(Path(location))
     settings = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     if device_map is None:
@@ -190,6 +261,15 @@ def load_weights(
         check_complete(found, location)
         keep_until_gone(model, removal.pop_all())
     return model.eval().requires_grad_(False)
+
+
+def check_finite(model: PreTrainedModel, location: str | Path) -> None:
+    """Raise UserError for NaN or infinity among the weights."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise UserError(
+                f"'{location}' has weights that are no numbers, in {name}; expected the model as it was saved."
+            )
 
 
 def check_index(folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gprune.models.masks import Masks
 from gprune.partition.reliability import ModuleReliability
 
 UNKNOWN = torch.tensor(float("nan"), dtype=torch.float64)
@@ -125,3 +126,23 @@ class Modules:
             for index, (record, agreement) in enumerate(zip(self.reliability, self.agreement, strict=True))
             for k in range(len(record.size))
         ]
+
+
+def check_shapes(masks: Masks, modules: Modules | None, *, whole: bool) -> None:
+    """Raise ValueError for modules that are not of the blocks that the masks are of.
+
+    Args:
+        whole: whether modules are of the dense model, as masks are; else of what a schedule had left of it.
+    """
+    flat = all(mask.ndim == 1 and len(mask) for mask in (*masks.ffn, *masks.attention))
+    if not flat or not masks.ffn or len(masks.ffn) != len(masks.attention):
+        raise ValueError("masks of neurons and KV groups, one of each per block")
+    m = modules
+    blocks = zip(masks.ffn, m.labels, m.reliability, m.agreement, m.drift, strict=True) if m else ()
+    for mask, labels, record, agreement, drift in blocks:
+        of_module = [agreement, *vars(record).values()]
+        count = int(labels.max()) + 1
+        if (whole and labels.shape != mask.shape) or labels.min() < 0 or any(t.shape != (count,) for t in of_module):
+            raise ValueError("modules whose neurons are those of the masks")
+        if drift.drift.shape != labels.shape:
+            raise ValueError("rank drift of each neuron")

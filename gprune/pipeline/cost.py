@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from numbers import Integral
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from gprune.checks import shown
 from gprune.config import RunConfig
+from gprune.errors import UserError
 from gprune.models.blocks import Block, blocks_of
 from gprune.recovery import recovery_of
 
@@ -66,12 +70,21 @@ def recovery_tokens(cfg: RunConfig, recovery: str) -> tuple[int, int]:
     """(forward, forward and backward) tokens that a recovery takes for one pruned model, at most."""
     c = cfg.corpora
     windows = len(c.recover) * c.seq_len  # one of each corpus
-    return recovery_of(recovery).tokens(
+    found = recovery_of(recovery).tokens(
         windows * c.num_samples * cfg.sparsity.steps,
         windows * cfg.distilled_windows,
         attention=cfg.attention,
         settings=cfg.recovery_settings,
     )
+    return two_counts(f"Recovery '{recovery}', tokens", found)
+
+
+def two_counts(what: str, found: Any) -> tuple[int, int]:
+    """Two whole numbers that a recovery said; a UserError for anything else."""
+    pair = isinstance(found, tuple | list) and len(found) == 2
+    if not pair or not all(isinstance(n, Integral) and n >= 0 for n in found):
+        raise UserError(f"{what}: expected two whole numbers, got {shown(found)}.")
+    return int(found[0]), int(found[1])
 
 
 def flops(cfg: RunConfig, dense: PreTrainedModel) -> float:

@@ -32,7 +32,7 @@ from gprune.report.folder import write_readme
 from gprune.report.model_card import model_card
 from gprune.report.records import means_and_gaps, unseen_ratios
 from gprune.report.run_figures import write_figures
-from gprune.runs import tracking
+from gprune.runs import schema, tracking
 from gprune.runs.results import row_name
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import file_hashes, key_of, read_json, replacing, write_json
@@ -58,8 +58,7 @@ def evaluate(
     """
     run.step(10, "Evaluating")
     cfg, path = run.cfg, run.folder / "metrics.json"
-    content = read_json(path, run=run.folder.key) or {}
-    records: list[dict[str, Any]] = content.get("records", [])
+    records: list[dict[str, Any]] = run.folder.metrics.get("records", [])
     done = {(r["stage"], r["recovery"]) for r in records}
     first, shared = rank_zero_only.rank == 0, processes()[1] > 1 and not cfg.model.shard
     here = first or shared  # whether this process measures
@@ -107,15 +106,14 @@ def dense_perplexity(run: Run, windows: Windows, *, shared: bool = False) -> Per
         device=device_of(run.model).type, batch_size=batch_size, **run.cfg.matmul,
     )  # fmt: skip
     path = cache_dir() / "evaluations" / f"{key}.json"
-    found = [read_json(path)]
+    found = [read_json(path, check=schema.shaped(schema.Measured))]
     if shared:  # one process may see a file that another has not seen yet
         torch.distributed.broadcast_object_list(found)
-    try:
+    if found[0] is not None:
         return PerplexityResult(**found[0])
-    except TypeError:  # missing, not whole, or foreign
-        result = measured(run, run.model, windows, "dense", shared=shared)
-        write_json(path, vars(result))
-        return result
+    result = measured(run, run.model, windows, "dense", shared=shared)
+    write_json(path, vars(result))
+    return result
 
 
 def measured(

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from gprune.config import RunConfig
-from gprune.corpora.windows import Sample, Windows, between, load_windows, opening
+from gprune.corpora.windows import Sample, Windows, between, check_tokens, load_windows, opening
 from gprune.errors import UserError
 from gprune.export.gguf import tokenizer_keys
 from gprune.models.loading import load_model
@@ -113,10 +113,6 @@ def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings:
         development=[load_windows(name, "development", tokenizer, samples["development"]) for name in developed],
         test=[load_windows(name, e.split, tokenizer, samples["test"]) for name in c.evaluate],
     )
-    for w in (*found.train.values(), *found.learn, *found.fresh, *found.development, *found.test):
-        if (highest := int(w.tokens.max())) >= embeddings:
-            raise UserError(
-                f"--model.name: the tokenizer makes token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) of "
-                f"'{w.corpus}', and the model has {embeddings:,} embeddings; it is another model's tokenizer."
-            )
+    every = (*found.train.values(), *found.learn, *found.fresh, *found.development, *found.test)
+    check_tokens(every, tokenizer, embeddings)
     return found

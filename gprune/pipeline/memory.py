@@ -13,6 +13,7 @@ from gprune.config import RunConfig
 from gprune.models.blocks import blocks_of
 from gprune.models.memory import Shapes
 from gprune.models.surgery import count_parameters
+from gprune.pipeline.cost import two_counts
 from gprune.recovery import recovery_of
 from gprune.sparsity.budget import Budget
 
@@ -114,7 +115,8 @@ def _calibration(cfg: RunConfig, shapes: Shapes, *, walks: bool) -> Held:
 def _recovery(cfg: RunConfig, small: Shapes, states: int) -> Held:
     """Of recovery itself, with the Gram matrices that wait for it on the CPU."""
     method = recovery_of(cfg.recovery)
-    device, host = method.memory(small, states, attention=cfg.attention, settings=cfg.recovery_settings)
+    found = method.memory(small, states, attention=cfg.attention, settings=cfg.recovery_settings)
+    device, host = two_counts(f"Recovery '{cfg.recovery}', memory", found)
     if "gram" in method.needs and not exceed_memory(small.blocks, corpora=len(cfg.calibration)):
         host += (len(cfg.calibration) + 1) * gram_bytes(small.blocks)
     return Held(device, host)

@@ -19,7 +19,7 @@ from gprune.errors import UserError
 from gprune.export.gguf import check_expressible
 from gprune.export.packages import LLAMA_CPP, has_llama_cpp
 from gprune.models.blocks import Block, blocks_of
-from gprune.models.loading import read_config, skeleton
+from gprune.models.loading import check_stored, locate_model, read_config, skeleton
 from gprune.models.masks import Masks
 from gprune.models.surgery import count_parameters
 from gprune.pipeline.cost import flops, passes, recovery_tokens, speed, tokens_by_step
@@ -147,6 +147,7 @@ def check(cfg: RunConfig) -> Plan:
     device = check_trainer(**cfg.trainer.lightning)
     config = read_config(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
     dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
+    check_stored(dense, locate_model(cfg.model.name))
     blocks, s = blocks_of(dense), cfg.sparsity
     costs = unit_costs(blocks, scope=s.scope, protect=s.protect, uniform=s.uniform_width)
     budget = Budget.of(costs, s.target, s.width_multiple)

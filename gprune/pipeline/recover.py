@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gprune.calibration.statistics import CorpusStatistics
+from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_weights
@@ -39,6 +40,10 @@ def shrink(
     material = run.material(masks, statistics, name)
     method = recovery_of(name)
     revise = method.revise(material)
+    if revise is not None and not callable(revise):
+        raise UserError(
+            f"Recovery '{name}': expected revise to return a function or None, got {type(revise).__name__}."
+        )
     if is_offloaded(run.model):
         # What learns lies on one device, in memory.
         small = _sliced_to_files(run, masks, revise, {} if method.learns else placement(run))
@@ -48,6 +53,12 @@ def shrink(
     with torch.enable_grad():  # a recovery of the whole model may learn
         tuned = method.tune(material, small)
     counted.remove()
+    kept = [(b.neurons, b.kv_groups) for b in blocks_of(small)]
+    if not isinstance(tuned, PreTrainedModel) or [(b.neurons, b.kv_groups) for b in blocks_of(tuned)] != kept:
+        raise UserError(
+            f"Recovery '{name}': expected tune to return the pruned model, as wide as it was, got "
+            f"{type(tuned).__name__}."
+        )
     return tuned
 
 

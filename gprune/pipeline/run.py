@@ -23,6 +23,7 @@ from gprune.calibration.statistics import CorpusStatistics, pooled
 from gprune.config import RunConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
+from gprune.errors import UserError
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
 from gprune.models.masks import Masks
@@ -36,7 +37,7 @@ from gprune.runs.trainer import Checkpoints, StageBar, multiplying, plain_interr
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
 from gprune.stages.callbacks import DevelopmentCurve
-from gprune.storage.files import content_hash, key_of, read_json, to_yaml
+from gprune.storage.files import content_hash, key_of, to_yaml
 
 log = logging.getLogger("gprune")
 
@@ -183,6 +184,8 @@ class Run:
             accumulate: batches whose gradients make one step.
             points, keep: as in `--distill`; for stages that have a `student`.
         """
+        if not isinstance(stage, L.LightningModule):
+            raise UserError(f"{what}: expected a LightningModule to train, got {type(stage).__name__}.")
         name, c = f"{done}-{type(stage).__name__}", self.cfg.corpora
         if (learned := self.folder.read(name)) is None:  # the step that shrinks or evaluates counts its cost
             # Only the first process measures, and a sharded model needs all.
@@ -236,7 +239,7 @@ def opened(cfg: RunConfig) -> Iterator[Run]:
 
 def _loggers(cfg: RunConfig, folder: RunFolder) -> AbstractContextManager[list[Logger]]:
     """The loggers of a run; none for one that is finished, which is read and not logged again."""
-    found = read_json(folder / "metrics.json", run=folder.key) or {}
+    found = folder.metrics
     rows = {(r["stage"], r["recovery"]) for r in found.get("records", [])}
     if "summary" in found and rows >= {("dense", "none"), *cfg.stages}:
         return nullcontext([])
@@ -251,6 +254,15 @@ def _loggers(cfg: RunConfig, folder: RunFolder) -> AbstractContextManager[list[L
         resume="allow" if cfg.logging.resolved_mode == "online" else None,
         group=cfg.logging.group or os.path.basename(os.path.normpath(cfg.model.name)),
         job_type=cfg.final,
-        tags=[cfg.importance, cfg.sparsity.scope, cfg.sparsity.allocation, cfg.partition.method, *cfg.logging.tags],
+        tags=[
+            tag[:64]  # as long as W&B has them
+            for tag in (
+                cfg.importance,
+                cfg.sparsity.scope,
+                cfg.sparsity.allocation,
+                cfg.partition.method,
+                *cfg.logging.tags,
+            )
+        ],
         config=cfg.resolved(),
     )

@@ -272,6 +272,10 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
         raise ValueError(f"recovery '{name}': needs expected to be of {', '.join(NEEDS)}, got {sorted(unknown)}.")
 
     def file(entry: Any) -> Any:
+        if isinstance(entry, type) and not issubclass(entry, Recovery):
+            raise UserError(f"Recovery '{name}': expected a class of gprune.recovery.Recovery, got {entry.__name__}.")
+        if not callable(entry):
+            raise UserError(f"Recovery '{name}': expected a function or a class, got {type(entry).__name__}.")
         made = entry() if isinstance(entry, type) else Projection(entry, needs=needs, experts=experts)
         made.name, made.__module__, made.__qualname__ = name, entry.__module__, entry.__qualname__
         RECOVERY.register(name)(made)

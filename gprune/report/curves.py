@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from gprune.report.style import LINES, canvas, plain_ticks, style
+from gprune.storage.reading import read_bytes
 
 log = logging.getLogger("gprune")
 # By title: the axis with its label, and what is drawn over it (`*`: a line for each corpus) with its label.
@@ -36,7 +38,7 @@ def read_curves(run: Path) -> pd.DataFrame:
     frames = []
     for file in files:
         try:
-            frames.append(pd.read_csv(file))
+            frames.append(pd.read_csv(io.BytesIO(read_bytes(file))))
         except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
             log.warning("%s cannot be read (%s); its curves are left out.", file, " ".join(str(error).split()))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from gprune.errors import UserError
 from gprune.report.benchmark_table import evaluation_table
 from gprune.report.comparison_figures import means_figure, ratio_figure, sparsity_lines, stability_figure
 from gprune.report.grouping import Group, as_small, groups, read_runs, short_names, told_apart
@@ -31,6 +32,8 @@ from gprune.report.style import FORMATS, save, titled
 from gprune.report.table import Table
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.files import replacing
+
+SIDE_BY_SIDE = 40  # runs: beyond, pairs and figures take minutes, and nobody reads them
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,14 @@ class Report:
 
     def _text(self, text: Callable[[Table], str], left_out: Collection[str]) -> str:
         shown = [t for t in self.tables if t.name not in left_out and t.rows]
-        return "\n".join([*(f"## {t.title}\n\n{text(t)}\n" for t in shown), *(f"{p}\n" for p in self.protocols())])
+        many = [f"More than {SIDE_BY_SIDE} runs: pairs and figures are left out.\n"] if self.many else []
+        parts = [f"## {t.title}\n\n{text(t)}\n" for t in shown]
+        return "\n".join([*parts, *many, *(f"{line}\n" for line in self.protocols())])
+
+    @property
+    def many(self) -> bool:
+        """Whether there are too many runs to compare them pair by pair, or to draw them."""
+        return len(self.runs) > SIDE_BY_SIDE
 
     @property
     def told_apart(self) -> list[FinishedRun]:
@@ -69,7 +79,9 @@ class Report:
         return sorted(found)
 
     def figures(self) -> dict[str, Figure]:
-        """Figures over all runs, by name."""
+        """Figures over all runs, by name; none of many."""
+        if self.many:
+            return {}
         runs = told_apart(self.runs)
         named = [*runs, *self.groups, *([self.base] if self.base else [])]
         short = short_names([one.name for one in named])
@@ -91,15 +103,22 @@ class Report:
         return caption([r for run in self.runs for r in run.records])
 
     def write(self, folder: Path | str, formats: Sequence[str] = FORMATS) -> list[Path]:
-        """`report.md`, `tables/*.csv` and `figures/*`; what was written, the Markdown file first."""
+        """`report.md`, `tables/*.csv` and `figures/*`; what was written, the Markdown file first.
+
+        Raises:
+            UserError: for a folder that cannot be written, and for links in it that lead elsewhere.
+        """
         folder = Path(folder).expanduser()
+        for inside in ("tables", "figures"):
+            if (folder / inside).is_symlink():
+                raise UserError(f"{folder / inside} is a link; remove it, or choose another --output.")
         texts = {folder / "report.md": f"# {', '.join(g.name for g in self.groups)}\n\n{self.to_markdown()}"}
         texts |= {folder / "tables" / f"{t.name}.csv": t.to_csv() for t in self.tables if t.rows}
         for path, text in texts.items():
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         drawn = self.draw(folder / "figures", formats)
-        for run in told_apart(self.runs):
+        for run in told_apart(() if self.many else self.runs):
             own = folder / "figures" / ("" if len(self.runs) == 1 else run.name.replace("/", "-"))
             if run.masks is not None:
                 drawn += write_figures(own, run.records, run.modules, run.masks, formats)
@@ -158,7 +177,7 @@ def of_runs(
         records_table(runs),
         sparsity_table(runs),
     ]
-    if len(runs) > 1:
+    if 1 < len(runs) <= SIDE_BY_SIDE:
         tables += [comparison_table(found), stability_table(found), repeatability_table(found)]
     if evaluated := [r | {"run": run.name} for run in told_apart(runs) for r in run.evaluation]:
         tables.append(evaluation_table(evaluated))

@@ -21,6 +21,7 @@ STYLE = {
     "font.size": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "grid.color": "#DDDDDD", "grid.linewidth": 0.6, "figure.constrained_layout.use": True, "savefig.dpi": 160,
+    "text.parse_math": False,  # names of corpora and runs may have a $
 }  # fmt: skip
 # By stage; base and base_averaged are equally light, so every stage has its own marker too.
 COLOURS = {"dense": "#999999", "base": "#E69F00", "base_averaged": "#56B4E9", "gprune": "#0072B2"}

@@ -15,7 +15,9 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from gprune.config import check_settings
 from gprune.errors import UserError
+from gprune.runs import schema
 from gprune.storage.environment import environment, peak_memory
 from gprune.storage.files import (
     cannot_write,
@@ -146,6 +148,8 @@ class RunFolder:
             for path in (os.path.join(folder, name) for name in (*names, *files)):
                 if os.path.islink(path) and not os.path.realpath(path).startswith(root + os.sep):
                     raise UserError(f"{path} is a link out of the run folder; remove it, or choose another --run.name.")
+                if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+                    raise UserError(f"{path} is neither file nor folder; remove it, or choose another --run.name.")
 
     def has_results(self) -> bool:
         """Whether any step has left something: until then, corrected settings may take the folder over."""
@@ -154,12 +158,12 @@ class RunFolder:
     @property
     def manifest(self) -> dict[str, Any]:
         """The manifest, or nothing where there is none that is whole and has the shape of one."""
-        found = read_json(self / "manifest.json")
-        parts = [found.get("settings"), found.get("steps")] if isinstance(found, dict) else [None]
-        steps = parts[-1].values() if all(isinstance(part, dict) for part in parts) else [None]
-        numbers = (value for step in steps if isinstance(step, dict) for value in step.values())
-        sound = all(isinstance(step, dict) for step in steps) and all(isinstance(n, int | float) for n in numbers)
-        return found if sound else {}
+        return read_json(self / "manifest.json", check=manifest_problem) or {}
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """`metrics.json`, or nothing where there is none that is whole, this run's, and has the shape of one."""
+        return read_json(self / "metrics.json", run=self.key, check=schema.metrics) or {}
 
     @rank_zero_only
     def update_manifest(self, **entries: Any) -> None:
@@ -232,10 +236,20 @@ def exported_model(run: Path) -> Path:
     Raises:
         UserError: where it is not what the run left there.
     """
-    left = (read_json(run / "manifest.json") or {}).get("model")
+    left = RunFolder(run).manifest.get("model")
     if left is not None and left != file_hashes(run / "model"):
         raise UserError(f"{run / 'model'} is not what the run left there; run the same command again.")
     return run / "model"
+
+
+def manifest_problem(content: Any) -> str | None:
+    """What keeps content from being that of `manifest.json`."""
+    if (said := schema.problem(schema.Manifest, content)) is None:
+        try:
+            check_settings(content["settings"])
+        except UserError as error:
+            said = f"settings: {error}"
+    return said
 
 
 def corpus_file(corpus: str) -> str:

@@ -7,8 +7,7 @@ pruned model. All of them check that the files belong to the run whose manifest 
 from __future__ import annotations
 
 import json
-import re
-import tempfile
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,19 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.calibration.statistics import CorpusStatistics
-from gprune.config import RETIRED, RunConfig, parse
+from gprune.config import RETIRED, RunConfig, of_settings
 from gprune.errors import UserError, first_line
-from gprune.models.loading import check_complete
+from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
-from gprune.partition.record import Modules
-from gprune.runs.folder import RunFolder, corpus_file, differences, exported_model
+from gprune.partition.record import Modules, check_shapes
+from gprune.runs import schema
+from gprune.runs.folder import RunFolder, corpus_file, differences, exported_model, manifest_problem
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
-from gprune.storage.files import key_of, read_json
+from gprune.storage.files import inspected_json, key_of, read_json
+from gprune.storage.yaml_text import read_yaml
 
 Record = dict[str, Any]  # one number with its protocol, as in metrics.json
+STAGES = ("dense", "base", "base_averaged", "gprune")
 
 if TYPE_CHECKING:
     import pandas
@@ -46,6 +48,7 @@ class FinishedRun:
     masks: Masks | None  # of the final stage; None where they were not read, or nobody kept them
     modules: Modules | None  # None for a base run as well
     evaluation: list[Record]  # of `gprune evaluate`; empty where nobody ran it
+    key: str | None = None  # what its files bear
 
     @property
     def seed(self) -> int:
@@ -134,13 +137,19 @@ def with_defaults(settings: Mapping[str, Any], default: Mapping[str, Any]) -> di
 
     What did not exist then had its default's effect. What is gone since (`RETIRED`) is left out where it had no effect.
     """
+    kept = without_retired(settings)
+    nested = {k: with_defaults(kept.get(k) or {}, v) for k, v in default.items() if isinstance(v, dict)}
+    return {**default, **kept, **nested}
+
+
+def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without those of `RETIRED` that had no effect."""
     kept = {k: dict(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
     for name, value in RETIRED.items():
         group, _, leaf = name.partition(".")
         if isinstance(kept.get(group), dict) and kept[group].get(leaf) == value:
             del kept[group][leaf]
-    nested = {k: with_defaults(kept.get(k) or {}, v) for k, v in default.items() if isinstance(v, dict)}
-    return {**default, **kept, **nested}
+    return kept
 
 
 def finished(path: Path | str) -> FinishedRun:
@@ -156,23 +165,48 @@ def _finished(path: Path | str) -> tuple[RunFolder, FinishedRun]:
     place = Path(path).expanduser()
     if not place.is_dir():
         raise UserError(f"Expected a run folder, but there is no folder '{path}'.")
-    settings = RunFolder(place).manifest.get("settings", {})
-    if "inputs" not in settings:
-        raise UserError(f"'{path}' is no run of gprune's (manifest.json with settings); expected e.g. runs/NAME.")
+    manifest, why = inspected_json(place / "manifest.json", check=manifest_problem)
+    if why or manifest["settings"].get("inputs") is None:
+        raise UserError(f"'{path}' is no run of gprune's (manifest.json: {why or 'nothing has begun'}).")
+    settings = manifest["settings"]
     folder = RunFolder(place, key=key_of(settings=settings))
-    metrics = read_json(folder / "metrics.json", run=folder.key)
-    if not isinstance(metrics, dict) or not {"summary", "records"} <= metrics.keys():
-        raise UserError(f"The run '{path}' is not finished; run the same command again.")
-    return folder, FinishedRun(
+    metrics, why = inspected_json(folder / "metrics.json", run=folder.key, check=schema.metrics)
+    if why or metrics.get("summary") is None:
+        raise UserError(
+            f"The run '{path}' is not finished; run the same command again (metrics.json: {why or 'no summary yet'})."
+        )
+    run = FinishedRun(
         path=place,
         name=place.resolve().name,
-        settings=settings,
+        settings=with_defaults(settings, RunConfig().settings()),
         records=metrics["records"],
         summary=metrics["summary"],
         masks=None,
         modules=None,
         evaluation=[],
+        key=folder.key,
     )
+    _check_own(run)
+    return folder, run
+
+
+def _check_own(run: FinishedRun) -> None:
+    """Raise UserError for records of another run, where nothing else in the file says whose they are."""
+    s = run.settings
+    own = {
+        "seed": run.seed,
+        "dtype": s["model"]["dtype"],
+        "scope": s["sparsity"]["scope"],
+        "importance": s["importance"],
+    }
+    for r in run.records:
+        expected = own if r["stage"] != "dense" else {"seed": run.seed, "dtype": own["dtype"]}
+        other = next((name for name, value in expected.items() if r[name] != value), None)
+        if other or r["recovery"] not in ("none", s["recovery"]) or r["stage"] not in STAGES:
+            raise UserError(
+                f"{run.path / 'metrics.json'} holds records of another run (stage {r['stage']}, "
+                f"{other or 'recovery'}); run the same command again."
+            )
 
 
 def read_run(path: Path | str) -> FinishedRun:
@@ -182,13 +216,15 @@ def read_run(path: Path | str) -> FinishedRun:
         UserError: as `finished`, and for masks or modules that are missing, not whole, or another run's.
     """
     folder, run = _finished(path)
-    return replace(_with_tensors(folder, run), evaluation=read_evaluation(folder / "evaluation.json"))
+    evaluation = read_evaluation(folder / "evaluation.json", run=folder.key)
+    return replace(_with_tensors(folder, run), evaluation=evaluation)
 
 
 def _with_tensors(folder: RunFolder, run: FinishedRun) -> FinishedRun:
     with _complete(folder):
         masks = Masks.from_tensors(_tensors(folder, f"masks/{run.final}"))
         modules = Modules.from_tensors(_tensors(folder, "modules")) if run.final == "gprune" else None
+        check_shapes(masks, modules, whole=not run.settings["sparsity"]["schedule"])
     return replace(run, masks=masks, modules=modules)
 
 
@@ -204,7 +240,9 @@ def _complete(folder: RunFolder) -> Iterator[None]:
     """What the files of a run do not hold, although they are sound, is the folder's fault."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"{folder.path} lacks what a run of its settings leaves ({error}); run the same command again."
         ) from error
@@ -212,25 +250,22 @@ def _complete(folder: RunFolder) -> Iterator[None]:
 
 def read_samples(run: FinishedRun) -> dict[str, Any] | None:
     """`samples.json` of a run: what the dense and the pruned model write; None where there is none."""
-    found = read_json(run.path / "samples.json", run=key_of(settings=run.settings))
-    return found if isinstance(found, dict) else None
+    return read_json(run.path / "samples.json", run=run.key, check=schema.shaped(schema.Samples))
 
 
-def read_evaluation(path: Path) -> list[Record]:
+def read_evaluation(path: Path, *, run: str | None = None) -> list[Record]:
     """Records of `gprune evaluate`, none where there is no file.
 
+    Args:
+        run: the key of the run whose file it is.
+
     Raises:
-        UserError: for a file that holds something else.
+        UserError: for a file that holds something else, or belongs to another run.
     """
-    found = read_json(path)
-    if found is None and not path.exists():
-        return []
-    records = found.get("records") if isinstance(found, dict) else None
-    if not isinstance(records, list) or not all(
-        isinstance(r, dict) and {"kind", "stage", "task"} <= r.keys() for r in records
-    ):
-        raise UserError(f"'{path}' holds no records of gprune evaluate; move it away, or name another file.")
-    return records
+    found, why = inspected_json(path, run=run, check=schema.evaluation)
+    if why and os.path.lexists(path):
+        raise UserError(f"'{path}' holds no records of gprune evaluate ({why}); move it away, or name another file.")
+    return found["records"] if found else []
 
 
 def load_run(path: Path | str) -> PruningResult:
@@ -268,29 +303,16 @@ def config_of(run: FinishedRun) -> RunConfig:
     """
     file = run.path / "config.yaml"
     try:
-        with _without_retired(file) as readable:
-            cfg = parse(["--config", str(readable)])
+        found = read_yaml(file, "expected YAML in")
+        if not isinstance(found, dict):
+            raise UserError("it holds no settings.")
+        cfg = of_settings(without_retired(found), "its settings")
     except UserError as error:
         raise UserError(f"{file} was altered: {error} Run the same command again.") from error
     before = with_defaults(run.settings, RunConfig().settings())
     if changed := differences({name: before.get(name) for name in cfg.settings()}, cfg.settings()):
         raise UserError(f"{file} was altered: {changed[0]}. Run the same command again.")
     return cfg
-
-
-@contextmanager
-def _without_retired(file: Path) -> Iterator[Path]:
-    """A YAML file as we write them, without the lines of `RETIRED`: itself, where it has none."""
-    lines = "|".join(f"{name.rpartition('.')[2]}: {value}" for name, value in RETIRED.items())
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    shorter = re.sub(rf"^  ({lines})\n", "", text, flags=re.MULTILINE)
-    if shorter == text:
-        yield file
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / file.name
-        copy.write_text(shorter, encoding="utf-8")
-        yield copy
 
 
 def name_controls(cfg: RunConfig, records: Sequence[Mapping[str, Any]]) -> None:
@@ -307,15 +329,9 @@ def _exported(folder: RunFolder) -> tuple[PreTrainedModel | None, PreTrainedToke
     """The pruned model, frozen, and its tokenizer; None where the run exported none."""
     if not (folder / "model").is_dir():
         return None, None
-    exported_model(folder.path)
+    place = exported_model(folder.path)
     try:  # False, not None: transformers would ask whether to run code that lies in the folder
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder / "model", dtype="auto", trust_remote_code=False, output_loading_info=True
-        )
-        check_complete(found, folder / "model")
-        tokenizer = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)
+        model = load_weights(place, dtype="auto", trust_remote_code=False)
+        return model, AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # safetensors, tokenizers and transformers each raise their own
-        raise UserError(
-            f"{folder / 'model'} cannot be loaded: {first_line(error)} Run the same command again."
-        ) from error
-    return model.eval().requires_grad_(False), tokenizer
+        raise UserError(f"{place} cannot be loaded: {first_line(error)} Run the same command again.") from error

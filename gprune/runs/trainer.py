@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import signal
 import time
@@ -37,6 +38,7 @@ def check_trainer(
         UserError: for an accelerator that is not there, too many devices, an unknown strategy, or a precision that the
             device lacks.
     """
+    _check_processes(accelerator, devices, num_nodes)
     try:
         with warnings.catch_warnings(action="ignore"), quieted("lightning.pytorch.utilities.rank_zero"):
             trainer = L.Trainer(
@@ -57,6 +59,19 @@ def check_trainer(
             "--trainer.accelerator cpu."
         )
     return device
+
+
+def _check_processes(accelerator: str, devices: int, num_nodes: int) -> None:
+    """Raise UserError for more processes than this machine can start, and for nodes that nobody starts."""
+    most = max(8, 4 * (os.cpu_count() or 1))
+    if devices > most and (accelerator == "cpu" or not torch.cuda.is_available()):
+        raise UserError(f"--trainer.devices: expected at most {most} processes on this machine's cores, got {devices}.")
+    launched = {"SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "NODE_RANK", "GROUP_RANK", "OMPI_COMM_WORLD_SIZE", "LSB_JOBID"}
+    if num_nodes > 1 and not launched & os.environ.keys():
+        raise UserError(
+            f"--trainer.num_nodes: expected a launcher that starts a process on each of {num_nodes} nodes (srun, "
+            f"torchrun), or $NODE_RANK and $MASTER_ADDR on each; got none."
+        )
 
 
 @contextmanager

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # flags are checked by what is registered here, which should 
 
 Margins = tuple[list["Tensor"], list["Tensor"]]  # neurons (N,), KV groups (G,) per block, float64; smallest goes first
 Rule = Callable[..., Any]
-ALLOCATION: Registry[Rule] = Registry("allocation")
+ALLOCATION: Registry[Rule] = Registry("allocation", called=True)
 
 
 def allocation(
@@ -72,6 +72,8 @@ def check_options(name: str, options: Mapping[str, float]) -> None:
 def _type_of(option: inspect.Parameter, function: Rule) -> Any:
     """The annotation of an option by itself: those of its neighbours may stand for modules that are not imported."""
     found = option.annotation
+    if found is option.empty:
+        return float
     return eval(found, function.__globals__) if isinstance(found, str) else found
 
 
@@ -85,10 +87,20 @@ def allocate(
     from gprune.sparsity.masks import keep_masks
 
     found = ALLOCATION[name](scores, statistics, blocks, budget, **options)
-    if isinstance(found, Masks):
-        return found
-    neurons, groups = found
     expected = [tuple(s.shape) for s in (*scores.ffn, *scores.attention)]
+    if isinstance(found, Masks):
+        if [(tuple(m.shape), str(m.dtype)) for m in (*found.ffn, *found.attention)] != [
+            (shape, "torch.bool") for shape in expected
+        ]:
+            raise UserError(f"Allocation '{name}': expected masks shaped as the scores are, of bool.")
+        return found
+    pair = isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(part, list | tuple) for part in found)
+    if not pair:
+        raise UserError(
+            f"Allocation '{name}': expected margins as (neurons, KV groups), a list of tensors each, or Masks, got "
+            f"{type(found).__name__}."
+        )
+    neurons, groups = found
     got = [tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__ for m in (*neurons, *groups)]
     if got != expected:
         wrong = next((g for g, e in zip(got, expected, strict=False) if g != e), f"{len(got)} of them")

@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from glob import escape as glob_escape
 from pathlib import Path
@@ -30,10 +30,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gprune.errors import UserError, first_line
+from gprune.storage.reading import read_text, regular_file
 
 log = logging.getLogger("gprune")
 FORMAT_VERSION = 4  # part of every cache key: raise it when what is stored changes meaning
 _hashed: dict[Path, tuple[int, int, int]] = {}  # inode, size and time of files whose content this process has hashed
+MISSING = "it is not there"
 OLD = "former"  # in a scratch folder: what stood in the place of a new folder, until that has taken it
 
 
@@ -145,20 +147,34 @@ def write_json(path: Path, content: Any, *, run: str | None = None) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, *, run: str | None = None) -> Any:
-    """The content, or None (with one warning unless it is missing) if it is not whole, altered or foreign."""
+def read_json(path: Path, *, run: str | None = None, check: Callable[[Any], str | None] | None = None) -> Any:
+    """The content, or None (with one warning unless it is missing) if it is not whole, altered, foreign or no such.
+
+    Args:
+        run: the key of the run that it has to belong to, if it says whose it is.
+        check: says what is wrong with the content, if anything is.
+    """
+    content, reason = inspected_json(path, run=run, check=check)
+    return content if reason in (None, MISSING) else _unusable(path, reason)
+
+
+def inspected_json(
+    path: Path, *, run: str | None = None, check: Callable[[Any], str | None] | None = None
+) -> tuple[Any, str | None]:
+    """As `read_json`, with the reason in place of the warning; `MISSING` where there is no file."""
     try:
-        content, reason = json.loads(path.read_text(encoding="utf-8")), None
+        content, reason = json.loads(read_text(path)), None
         if isinstance(content, dict) and "checksum" in content:
             if content.pop("checksum") != json_hash(content, path.name):
                 reason = "its content does not match its checksum"
             elif content.pop("run", run) != run and run is not None:
                 reason = "it belongs to another run"
+        reason = reason or (check(content) if check else None)
     except FileNotFoundError:
-        return None
+        return None, MISSING
     except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-    return content if reason is None else _unusable(path, reason)
+        reason = first_line(error)
+    return (content, None) if reason is None else (None, reason)
 
 
 def json_hash(content: dict[str, Any], name: str) -> str:
@@ -202,8 +218,12 @@ def read_tensors(path: Path, *, run: str | None = None, once: bool = False) -> d
         once: hash the content only where this process has not yet, or the file is another one since: for files of
             hundreds of megabytes that are read again and again.
     """
-    if not path.is_file():
+    try:
+        regular_file(path)
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        return _unusable(path, first_line(error))
     try:
         found = path.stat()
         state = (found.st_ino, found.st_size, found.st_mtime_ns)
@@ -238,7 +258,7 @@ def file_hashes(folder: Path, pattern: str = "*") -> dict[str, str]:
     """SHA-256 (16 hex digits) of the files in a folder whose names match, by name; empty where there is none."""
     found = {}
     for path in sorted(folder.glob(pattern)):
-        if path.is_file():
+        if path.is_file():  # none of devices and FIFOs
             with path.open("rb") as file:
                 found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     return found

@@ -19,11 +19,14 @@ import torch
 import gprune
 from gprune.benchmarks import job as benchmarks
 from gprune.benchmarks.settings import Benchmarks
+from gprune.console import say
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
 from gprune.models.losses import next_token_loss
 from gprune.pipeline.plan import check
+from gprune.runs import schema
+from gprune.runs.folder import RunFolder
 from gprune.sparsity.gates import gated
 from gprune.storage.files import read_json, write_json
 from gprune.studies.figures import draw
@@ -38,7 +41,7 @@ def run(row: Row) -> dict[str, Any]:
     if tasks and cfg.recovery != "none":  # masks do not hold what recovery changed
         cfg = replace(cfg, export="hf")
     result = gprune.prune(cfg)
-    manifest = read_json(result.path / "manifest.json")
+    manifest = RunFolder(result.path).manifest
     kept = {
         "name": row.name,
         "flags": [f for f in row.flags if not f.startswith(("--run.", "--logging.", "--export", "--corpora.collect"))],
@@ -63,7 +66,7 @@ def evaluated(folder: Path, cfg: gprune.RunConfig, row: Row, dense_model: str) -
     own = {k: tasks[k] for k in ("limit", "seq_len", "dtype") if k in tasks}
     asked = Benchmarks(tuple(tasks["names"]), trust_remote_code=cfg.model.trust_remote_code, **own)
     shared = dense_path(row.records, dense_model, cfg.model.dtype, tasks)
-    dense = (read_json(shared) or {}).get("records")
+    dense = (read_json(shared, check=schema.evaluation) or {}).get("records")
     records, _ = benchmarks.evaluate(str(folder), asked, dense=not dense)
     if dense:  # measured with an earlier row: the same model, text and settings
         return [*dense, *(r for r in records if r["stage"] != "dense")]
@@ -116,23 +119,23 @@ def work(options: Namespace) -> None:
         chosen = parts_of([row for row in listing.rows if row.name in (options.only or names)], options.part)
         pending = [row for row in chosen if found(row) is None]
         if options.commands:
-            sys.stdout.writelines(f"{line}\n" for line in commands(path, pending, options))
+            say("".join(f"{line}\n" for line in commands(path, pending, options)))
             continue
         if pending and not options.table:
             run_all(pending)
         wanted = [row for row in listing.rows if row in chosen or row.name in listing.reference]
         done = [(row, kept) for row in wanted if (kept := found(row)) is not None]
-        sys.stdout.write("\n" + (text_of(listing, done) if done else f"{path}: no records yet.") + "\n")
+        say("\n" + (text_of(listing, done) if done else f"{path}: no records yet.") + "\n")
         if options.costs and (costs := cost_table(done)).rows:
-            sys.stdout.write("\n" + costs.shown() + "\n")
+            say("\n" + costs.shown() + "\n")
         if done and options.figures:
             draw(listing, done, Path(options.figures))
 
 
 def run_all(pending: Sequence[Row]) -> None:
     """Say what it will cost, run each row, and say when its record is kept."""
-    sys.stdout.write(token_hours(pending) + "\n")
+    say(token_hours(pending) + "\n")
     for row in pending:
         spent = seconds(lambda row=row: run(row))
-        sys.stdout.write(f"{row.name}, seed {row.seed}: {spent:.0f} s, kept\n")
+        say(f"{row.name}, seed {row.seed}: {spent:.0f} s, kept\n")
         sys.stdout.flush()

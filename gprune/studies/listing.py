@@ -15,10 +15,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-
 from gprune.config import RunConfig, parse
 from gprune.errors import UserError
+from gprune.storage.yaml_text import read_yaml
 from gprune.studies.grid import Point, named, points
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"  # of a clone
@@ -178,10 +177,7 @@ def read_content(path: Path) -> Content:
     Raises:
         UserError: for a file that is no YAML mapping with rows, an unknown key, or a value of another shape.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"List '{path}': expected a YAML file, but {type(error).__name__} came up.") from error
+    content = read_yaml(path, "List: expected a YAML file, got", aliases=True, pipe=True)
     content = content if isinstance(content, dict) else {}
     known = get_type_hints(Content, include_extras=True)
     if content.get("rows") is None or content.keys() - known.keys():

@@ -15,6 +15,7 @@ import torch
 from gprune.config import RunConfig
 from gprune.errors import UserError
 from gprune.models.masks import Masks
+from gprune.runs import schema
 from gprune.runs.results import FinishedRun, Record, with_defaults
 from gprune.storage.files import key_of, read_json
 from gprune.studies.listing import Row, flat
@@ -33,7 +34,7 @@ def plain(value: Any) -> Any:
 
 def found(row: Row) -> dict[str, Any] | None:
     """The record of an earlier run with the row's settings, with the tasks that the list asks for."""
-    kept = read_json(path_of(row))
+    kept = read_json(path_of(row), check=schema.study)
     return kept if is_of(row, kept) and row.wanted_tasks in ({}, kept.get("tasks")) else None
 
 
@@ -48,7 +49,7 @@ def path_of(row: Row) -> Path:
     own = {name: value for name, value in settings.items() if value != usual.get(name)}
     key = key_of(format=FORMAT, settings=own)[:10]
     for path in sorted((row.records / "runs").glob(f"*-{key}*.json")):
-        kept = read_json(path)
+        kept = read_json(path, check=schema.study)
         if is_of(row, kept) and row.wanted_tasks in ({}, kept.get("tasks", row.wanted_tasks)):
             return path
     slug = "-".join("".join(c if c.isalnum() else " " for c in row.name.lower()).split())
@@ -86,6 +87,10 @@ def unpacked(kept: dict[str, dict[str, Any]]) -> Masks:
     """What `packed` was given."""
     parts = {}
     for kind, value in kept.items():
+        if len(base64.b64decode(value["bits"])) != -(-sum(value["sizes"]) // 8):
+            raise UserError(
+                f"A record's masks: expected {sum(value['sizes'])} bits for {kind}, got others; run it again."
+            )
         bits = np.unpackbits(np.frombuffer(base64.b64decode(value["bits"]), dtype=np.uint8), count=sum(value["sizes"]))
         parts[kind] = list(torch.from_numpy(bits.astype(bool)).split(value["sizes"]))
     return Masks(**parts)

@@ -19,6 +19,7 @@ from gprune.export import job as verb
 from gprune.export.command import main
 from gprune.export.job import find
 from gprune.export.packages import LLAMA_CPP
+from tests import made_up
 from tests.export.test_gguf import as_in_llama_cpp, byte_tokenizer, make_pruned
 from tests.tiny_run import environment, isolated, tiny_tokenizer
 
@@ -37,9 +38,7 @@ def _isolated(tmp_path_factory, monkeypatch):
 def pristine(tmp_path_factory):
     """A finished run, as far as an export reads it."""
     run = tmp_path_factory.mktemp("runs") / "mine"
-    run.mkdir()
-    (run / "manifest.json").write_text(json.dumps({"settings": {"inputs": {}}, "steps": {}}))
-    (run / "metrics.json").write_text(json.dumps({"summary": {}, "records": []}))
+    made_up.write_run(run)
     hf.save_pruned(make_pruned(), byte_tokenizer(), run / "model", model_card="# Mine\n")
     return run
 
@@ -47,6 +46,9 @@ def pristine(tmp_path_factory):
 @pytest.fixture
 def run(pristine, tmp_path):
     return Path(shutil.copytree(pristine, tmp_path / "mine"))
+
+
+OLD = "GGUF of gprune's"  # as far as a mark goes
 
 
 def listing(folder):
@@ -118,10 +120,10 @@ def test_without_a_build_nothing_is_written(run, capsys):
 
 def test_an_existing_output_is_kept_unless_overwriting_is_asked_for(run, capsys):
     path = export(run, unchecked=True)
-    path.write_text("old")
+    path.write_text(OLD)
     line = refused(capsys, run, "--unchecked")
     assert f"'{path}' exists already" in line
-    assert path.read_text() == "old"
+    assert path.read_text() == OLD
     assert main([str(run), "--unchecked", "--overwrite"]) == 0
     assert path.read_bytes()[:4] == b"GGUF"
 
@@ -212,7 +214,7 @@ def test_a_tokenizer_that_gguf_cannot_hold_leaves_nothing(tmp_path, capsys):
 def test_a_failure_in_the_middle_leaves_nothing(error, code, message, overwrite, run, capsys, monkeypatch):
     output = run / "model-f16.gguf"
     if overwrite:
-        output.write_text("old")
+        output.write_text(OLD)
     before = listing(run)
     write, calls = gguf.GGUFWriter.write_tensor_data, []
 
@@ -229,7 +231,7 @@ def test_a_failure_in_the_middle_leaves_nothing(error, code, message, overwrite,
     assert len(lines) == 1
     assert re.search(message, lines[0])
     assert listing(run) == before
-    assert not overwrite or output.read_text() == "old"
+    assert not overwrite or output.read_text() == OLD
 
 
 @pytest.mark.parametrize("to", EXPORTS)
@@ -246,7 +248,7 @@ def test_an_interrupted_last_step_puts_the_old_export_back(to, run, monkeypatch)
     monkeypatch.setattr(EXPORTS[to], "write", write)
     output = export(run, to, **options)
     mark = output if to == "gguf" else output / "model.onnx"
-    mark.write_text("old")
+    mark.write_text(OLD)
     before, replace = listing(run), os.replace
 
     def failing(source, target):
@@ -258,7 +260,7 @@ def test_an_interrupted_last_step_puts_the_old_export_back(to, run, monkeypatch)
         patch.setattr(os, "replace", failing)
         with pytest.raises(UserError, match=r"Cannot write .* not now"):
             export(run, to, overwrite=True, **options)
-    assert mark.read_text() == "old"
+    assert mark.read_text() == OLD
     assert listing(run) == before
     export(run, to, overwrite=True, **options)
     assert mark.read_text() == "new"

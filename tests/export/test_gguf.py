@@ -162,6 +162,7 @@ def test_keys_of_unequal_blocks_are_per_layer(tmp_path):
     expected = {
         "general.architecture": "deci",
         "general.type": "model",
+        "general.quantized_by": "gprune",
         "general.name": "mine",
         "general.file_type": 1,
         "deci.block_count": 3,

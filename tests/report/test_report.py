@@ -74,6 +74,13 @@ def edit(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
+def more(record: dict, nats: float) -> None:
+    """Raise the loss of every predicted token."""
+    record["perplexity"] *= math.exp(nats)
+    record["nll"] += nats
+    record["window_nll"] = [v + nats * (record["seq_len"] - 1) for v in record["window_nll"]]
+
+
 def another(run: Path, name: str, *, seed: int | None = None, setting: float | None = None, shift: float = 0.0) -> Path:
     """A copy of a run with another seed or setting, other masks, and pruned losses that are `shift` nats higher."""
     copy = Path(shutil.copytree(run, run.parent / name))
@@ -87,10 +94,9 @@ def another(run: Path, name: str, *, seed: int | None = None, setting: float | N
 
     def losses(metrics):
         for r in metrics["records"]:
+            r["seed"] = r["seed"] if seed is None else seed
             if r["stage"] != "dense":
-                r["perplexity"] *= math.exp(shift)
-                r["nll"] += shift
-                r["window_nll"] = [v + shift * (r["seq_len"] - 1) for v in r["window_nll"]]
+                more(r, shift)
 
     edit(copy / "manifest.json", settings)
     edit(copy / "metrics.json", losses)
@@ -262,7 +268,7 @@ def test_pairs_are_compared_on_text_that_both_have_not_seen(run):
         for r in metrics["records"]:
             if r["corpus"] == unseen:
                 r["seen"] = True
-                r["window_nll"] = [2 * v for v in r["window_nll"]]
+                more(r, 0.5)
 
     rest = [r["corpus"] for r in records_of(run, "gprune", seen=False) if r["corpus"] != unseen]
     edit(other / "metrics.json", seen_there)
@@ -376,15 +382,16 @@ def test_mask_stability_over_the_runs_given(run):
 def test_pruned_models_are_compared_pair_by_pair(run):
     other = another(run, "two", setting=0.5)
 
+    predicted = read_run(run).records[0]["seq_len"] - 1
+
     def one_nat_more(metrics: dict) -> None:
         for r in metrics["records"]:
-            r["window_nll"] = [v + 1 for v in r["window_nll"]]
+            more(r, 1 / predicted)
 
     edit(other / "metrics.json", one_nat_more)
     (table,) = [t for t in report.make([run, other]).tables if t.name == "comparison"]
     (found,) = table.rows
     assert found[:3] == ["one: gprune + bias", "two: gprune + bias", 1]
-    predicted = read_run(run).records[0]["seq_len"] - 1
     assert found[3].value == pytest.approx(np.exp(-1 / predicted))
     assert found[3].low == pytest.approx(found[3].high)
 
@@ -663,7 +670,7 @@ def test_reading_needs_neither_the_model_nor_the_corpora(run, monkeypatch):
     for name in (
         "transformers.AutoModelForCausalLM.from_pretrained",
         "gprune.corpora.load.load_corpus",
-        "gprune.runs.results.parse",
+        "gprune.runs.results.of_settings",
     ):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("read more than the run's folder"))
     (run / "config.yaml").unlink()
@@ -675,5 +682,5 @@ def test_a_foreign_mask_is_an_error(run):
     other = another(run, "other", setting=0.5)
     masks["ffn.0"] = masks["ffn.0"][:-1]
     write_tensors(other / "masks" / "gprune.safetensors", masks)
-    with pytest.raises(UserError, match="different shapes"):
+    with pytest.raises(UserError, match="neurons are those of the masks"):
         report.make([run, other])

@@ -179,7 +179,7 @@ def test_new_settings_at_their_default_leave_records_what_they_were(first, monke
     older = content()
     older["settings"].pop("ridge")
     for there, counts in ((older, True), (content(ridge=0.5), False), (content(gone=1), False)):
-        monkeypatch.setattr(records, "read_json", lambda path, there=there: there)
+        monkeypatch.setattr(records, "read_json", lambda path, there=there, **_: there)
         assert (runner.found(row) is not None) == counts
 
 
@@ -655,6 +655,7 @@ def measured(monkeypatch, bench):
             "correct": "0110",
             "recovery": "none",
             "content_hash": "c",
+            **{"split": "test", "dtype": "float32", "note": "", "standard_protocol": False, "questions": 4},
         }
         records = [about | {"stage": s, "task": t} for s in stages for t in asked.tasks]
         return records, bench.folder / "evaluation.json"
@@ -721,7 +722,7 @@ def test_packed_masks_come_back(data, depth):
         ("rows: {a: {}}\nrow: 1\n", ["row", "compare"]),
         ("about: nothing\n", ["'rows'"]),
         ("- rows\n", ["mapping"]),
-        ("rows: [", ["YAML", "ParserError"]),
+        ("rows: [", ["YAML", "bad.yaml", "line 2"]),
         ("rows: {a: 3}\n", ["row 'a'", "got 3"]),
         ("rows: {a: {sparsity.target: 2}}\n", ["Row 'a'", "--sparsity.target", "got 2"]),
         ("rows: {a: {sparsity.aim: 0.2}}\n", ["Row 'a'", "sparsity.aim"]),

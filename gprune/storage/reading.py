@@ -1,0 +1,46 @@
+"""Files from elsewhere, read once: regular files or pipes, and no more of them than there can be to read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+MOST = 2**28  # bytes of a JSON file: 50 rows of 100,000 windows each are 100 MB
+
+
+def read_bytes(path: Path | str, *, most: int = MOST, pipe: bool = False) -> bytes:
+    """The content of a file.
+
+    A FIFO in a folder from elsewhere would make us wait for ever, and a link to a device never ends.
+
+    Args:
+        most: bytes.
+        pipe: whether it may be a pipe, which a shell makes of `<(command)`.
+
+    Raises:
+        OSError: as the system says; a file that is neither, or larger, is one too.
+        ValueError: for a name with NUL.
+    """
+    regular_file(path, pipe=pipe)
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"expected at most {most:,} bytes", str(path))
+    return content
+
+
+def read_text(path: Path | str, *, most: int = MOST, pipe: bool = False) -> str:
+    """As `read_bytes`, decoded from UTF-8; a ValueError where it is something else."""
+    return read_bytes(path, most=most, pipe=pipe).decode("utf-8")
+
+
+def regular_file(path: Path | str, *, pipe: bool = False) -> os.stat_result:
+    """What the system says of a file that can be read to its end; an OSError for a folder, device, FIFO or socket."""
+    found = os.stat(path)
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not (stat.S_ISREG(found.st_mode) or (pipe and stat.S_ISFIFO(found.st_mode))):
+        raise OSError(errno.EINVAL, "expected a regular file", str(path))
+    return found

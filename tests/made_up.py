@@ -1,0 +1,62 @@
+"""A finished run made by hand in milliseconds, as far as its files are read: for tests of those who read runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gprune.config import RunConfig
+from gprune.storage.files import key_of, write_json, write_tensors
+
+BLOCKS, NEURONS, GROUPS = 2, 8, 2
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    """Settings of a run of the base metric, as its manifest has them."""
+    plain = json.loads(json.dumps(RunConfig(gprune=False, recovery="none").settings()))
+    return plain | {"inputs": {"model": "0123456789abcdef", "text": {"wiki train": "fedcba9876543210"}}} | changes
+
+
+def record(stage: str, corpus: str, *, seen: bool, nll: float = 2.0, windows: int = 4) -> dict[str, Any]:
+    """A number of `metrics.json`."""
+    spread = [nll * 15 * (1 + 0.1 * (-1) ** n) for n in range(windows)]
+    return {
+        "stage": stage, "importance": None if stage == "dense" else "wanda_sp", "allocation": None, "partition": None,
+        "switch": None, "recovery": "none", "sparsity": 0.0 if stage == "dense" else 0.5, "scope": "ffn",
+        "model": "a model", "corpora": {}, "corpus": corpus, "split": "test", "seen": seen, "leaked_13grams": 0.0,
+        "perplexity": math.exp(nll), "nll": nll, "tokens": 15 * windows, "window_nll": spread, "seq_len": 16,
+        "stride": 16, "bos": False, "join": "\n\n", "seed": 0, "dtype": "float32", "content_hash": f"of {corpus}",
+    }  # fmt: skip
+
+
+def records(stages: Sequence[str] = ("dense", "base")) -> list[dict[str, Any]]:
+    """Numbers of a run on a seen and an unseen corpus; every stage half a nat above the one before."""
+    return [
+        record(stage, corpus, seen=corpus == "wiki", nll=2 + n / 2)
+        for n, stage in enumerate(stages)
+        for corpus in ("wiki", "stories")
+    ]
+
+
+SUMMARY = {
+    "sparsity_of_scope": 0.5, "sparsity_of_model": 0.25, "parameters_before": 100, "parameters_after": 75,
+    "geometric_means": {}, "unseen_over_base": {}, "forward_tokens": 10, "forward_backward_tokens": 0,
+}  # fmt: skip
+
+
+def write_run(folder: Path, **changes: Any) -> Path:
+    """Write manifest, metrics and masks; `changes` are of the settings."""
+    own = settings(**changes)
+    key = key_of(settings=own)
+    steps = {"evaluate": {"seconds": 1.5, "forward_tokens": 10, "forward_backward_tokens": 0, "peak_memory_mib": 5}}
+    write_json(folder / "manifest.json", {"settings": own, "environment": {}, "steps": steps})
+    write_json(folder / "metrics.json", {"summary": SUMMARY, "records": records()}, run=key)
+    masks = {f"ffn.{b}": torch.arange(NEURONS) % 2 == b % 2 for b in range(BLOCKS)}
+    masks |= {f"attention.{b}": torch.ones(GROUPS, dtype=torch.bool) for b in range(BLOCKS)}
+    write_tensors(folder / "masks/base.safetensors", masks, {"run": key})
+    return folder

@@ -1,0 +1,266 @@
+"""What strangers hand over, drawn from a random generator, and the surfaces that take it.
+
+Whatever comes, a surface succeeds without a word on stderr, or ends with code 2 and exactly one line. `test_strangers`
+draws with hypothesis for seconds, `python -m tests.fuzz` with a seed for as long as asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pyarrow
+import yaml
+from pyarrow import parquet
+
+from gprune import cli
+from gprune.config import RunConfig
+from gprune.corpora.files import load_files
+from gprune.errors import UserError
+from gprune.export.command import main as export
+from gprune.report.command import main as report
+from gprune.runs.results import load_run
+from gprune.storage.files import json_hash
+from gprune.studies.command import main as study
+from tests import made_up
+
+Outcome = tuple[int, list[str]]
+SCALARS = (
+    None, True, False, 0, 1, -1, 3, 10**9, 10**30, 0.0, 0.5, -0.5, 1e300, 1e-300, math.inf, math.nan, "", "x", "0.5",
+    "1:30", "null", "ffn", "dense", "base", "gprune", "none", "float32", "wiki", "$x_{", "\x1b[31m", "\0", "é" * 300,
+    "../x", "/dev/zero", "[a, b]", "{a: 1}", "*a", "&a [*a]", "!!python/name:os.system", "-", "--", "1e400", "9" * 400,
+)  # fmt: skip
+
+
+def tree(rng: Random, depth: int = 3) -> Any:
+    """A small JSON tree."""
+    kind = rng.random()
+    if depth == 0 or kind < 0.6:
+        return rng.choice(SCALARS)
+    if kind < 0.8:
+        return [tree(rng, depth - 1) for _ in range(rng.randrange(4))]
+    return {str(rng.choice(SCALARS)): tree(rng, depth - 1) for _ in range(rng.randrange(4))}
+
+
+def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all parts of a tree but its root."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    return [found for key, value in items for found in ((*path, key), *places(value, (*path, key)))]
+
+
+def changed(rng: Random, content: Any) -> Any:
+    """A tree in which one to three parts are others, gone, or there twice."""
+    content = json.loads(json.dumps(content))
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        found = places(content)
+        if not found:
+            break
+        *way, last = rng.choice(found)
+        inside = content
+        for key in way:
+            inside = inside[key]
+        what = rng.random()
+        if what < 0.2:
+            del inside[last]
+        elif what < 0.3 and isinstance(inside, list):
+            inside.append(inside[last])
+        else:
+            inside[last] = tree(rng, 2)
+    return content
+
+
+def flipped(rng: Random, content: bytes) -> bytes:
+    """Bytes with some changed, cut out or put in."""
+    for _ in range(rng.randrange(1, 5)):
+        at, gone = rng.randrange(len(content) + 1), rng.randrange(9)
+        content = content[:at] + rng.randbytes(rng.randrange(9)) + content[at + gone :]
+    return content
+
+
+def replaced(rng: Random, path: Path) -> None:
+    """Something else in the place of a file: a FIFO, a device, a folder, a link to nowhere, nothing."""
+    path.unlink(missing_ok=True)
+    rng.choice(
+        (
+            lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero"), path.mkdir,
+            lambda: path.symlink_to("nowhere"), lambda: path.symlink_to("."), lambda: None,
+        )
+    )()  # fmt: skip
+
+
+def damage_json(rng: Random, path: Path) -> None:
+    """A JSON file as a stranger may have left it; often with a checksum that is right."""
+    way = rng.random()
+    if way < 0.08:
+        replaced(rng, path)
+    elif way < 0.2:
+        path.write_bytes(flipped(rng, path.read_bytes()))
+    elif way < 0.25:
+        path.write_text(rng.choice(("[" * 100_000, "9" * 10_000, '{"a":' * 5000, "NaN", "\ufeff{}", '"\\ud800"', "")))
+    else:
+        content = json.loads(path.read_text())
+        checksum = content.pop("checksum", None)
+        content = changed(rng, content) if way < 0.9 else tree(rng)
+        if checksum and isinstance(content, dict) and rng.random() < 0.5:
+            content["checksum"] = json_hash(json.loads(json.dumps(content)), path.name)
+        path.write_text(json.dumps(content))
+
+
+def outcome(call: Callable[[], int | None]) -> Outcome:
+    """Exit code of a command, and its lines on stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = call() or 0
+        except UserError as error:
+            code = 2
+            err.write(f"python: {error}\n")
+    said = err.getvalue()
+    assert "\x1b" not in out.getvalue() + said
+    return code, said.splitlines()
+
+
+def sound(found: Outcome) -> bool:
+    """Whether it is success in silence, or code 2 and one line that has not too much to say."""
+    code, lines = found
+    return (code == 0 and not lines) or (code == 2 and len(lines) == 1 and 20 < len(lines[0]) < 6000)
+
+
+# --- surfaces: each makes something in a folder, hands it over, and gives the outcome -----------------------------
+
+
+def run_folder(rng: Random, folder: Path) -> Path:
+    run = made_up.write_run(folder / "run", **{"model": {**made_up.settings()["model"], "name": "/nowhere/model"}})
+    evaluation = {"kind": "zero_shot", "task": "piqa", "stage": "base", "recovery": "none", "split": "test",
+                  "dtype": "float32", "note": "", "standard_protocol": True, "content_hash": "h", "questions": 4,
+                  "acc": 0.5, "acc_stderr": 0.1, "acc_norm": None, "acc_norm_stderr": None, "correct": "0101",
+                  "bos": False, "model": "a model"}  # fmt: skip
+    (run / "evaluation.json").write_text(json.dumps({"records": [evaluation]}))
+    (run / "config.yaml").write_text(yaml.safe_dump(RunConfig(gprune=False, recovery="none").resolved()))
+    for name in rng.sample(("manifest.json", "metrics.json", "evaluation.json"), rng.choice((1, 1, 2))):
+        damage_json(rng, run / name)
+    if rng.random() < 0.2:
+        replaced(rng, run / rng.choice(("config.yaml", "masks/base.safetensors", "report")))
+    return run
+
+
+def reports(rng: Random, folder: Path) -> Outcome:
+    run = run_folder(rng, folder)
+    found = outcome(lambda: report([str(run)]))
+    if found[0] == 0:
+        text = (run / "report/report.md").read_text().replace("finite", "")
+        assert not any(word in text for word in ("nan", "inf ", "inf]"))
+    return found
+
+
+def loads(rng: Random, folder: Path) -> Outcome:
+    run = run_folder(rng, folder)
+    return outcome(lambda: load_run(run) and 0)
+
+
+def exports(rng: Random, folder: Path) -> Outcome:
+    run = run_folder(rng, folder)
+    return outcome(lambda: export([str(run), "--unchecked"]))
+
+
+def evaluates(rng: Random, folder: Path) -> Outcome:
+    from gprune.benchmarks.command import main
+
+    run = run_folder(rng, folder)
+    return outcome(lambda: main([str(run), "--tasks", "wikitext2", *(["--dense"] if rng.random() < 0.3 else [])]))
+
+
+def defaults() -> dict[str, Any]:
+    """All settings by dotted name."""
+    found: dict[str, Any] = {}
+    for one in fields(RunConfig):
+        value = getattr(RunConfig(), one.name)
+        inside = {f"{one.name}.{f.name}": getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else {}
+        found |= inside or {one.name: value}
+    return found
+
+
+DEFAULTS = defaults()
+
+
+def flags(rng: Random, folder: Path) -> Outcome:
+    """Values of the right and of the wrong type, as the command line and as Python give them."""
+    given = []
+    for name in rng.sample(sorted(DEFAULTS), rng.randrange(1, 4)):
+        value = DEFAULTS[name] if rng.random() < 0.7 else tree(rng, 2)
+        given.append(f"--{name}={_spelt(rng, value)}")
+    if rng.random() < 0.1:
+        given.append(rng.choice(("--config", "--config=", "--conf=x", "--sparsity", "--sparsity=3", "x")))
+    return outcome(lambda: cli.main([*given, "--dry_run=true", "--model.name=tiny-random", f"--run.dir={folder}"]))
+
+
+def _spelt(rng: Random, value: Any) -> str:
+    text = value if isinstance(value, str) else rng.choice((json.dumps, str))(value)
+    return text.replace("\0", "")  # no command line can have it
+
+
+def settings_files(rng: Random, folder: Path) -> Outcome:
+    """A YAML file of flags."""
+    file, content = folder / "a.yaml", RunConfig().resolved()
+    content["model"]["name"], content["run"]["dir"] = "tiny-random", str(folder)
+    content["dry_run"] = True
+    _write_yaml(rng, file, changed(rng, content) if rng.random() < 0.8 else tree(rng))
+    return outcome(lambda: cli.main(["--config", str(file), "--dry_run=true", "--model.name=tiny-random"]))
+
+
+def lists(rng: Random, folder: Path) -> Outcome:
+    """A list of configurations."""
+    content = {
+        "about": "a list", "common": {"model.name": "tiny-random"}, "seeds": [0], "reference": "a", "seen": ["wiki"],
+        "rows": {"a": {"gprune": False}, "b": {"sparsity": {"target": 0.4}}}, "compare": [["a: base", "b: gprune"]],
+        "spread": {"all": ["b"]}, "tables": ["summary"], "tasks": {"names": ["piqa"], "limit": 5},
+        "curve": {"over": "sparsity.target", "of": "importance"}, "controls": ["a"],
+    }  # fmt: skip
+    _write_yaml(rng, folder / "list.yaml", changed(rng, content) if rng.random() < 0.85 else tree(rng))
+    return outcome(lambda: study([str(folder / "list.yaml"), "--commands"]))
+
+
+def _write_yaml(rng: Random, file: Path, content: Any) -> None:
+    text = yaml.safe_dump(content, allow_unicode=rng.random() < 0.5)
+    file.write_bytes(flipped(rng, text.encode()) if rng.random() < 0.2 else text.encode())
+
+
+def models(rng: Random, folder: Path, pristine: Path) -> Outcome:
+    """A model folder, as far as a plan reads it."""
+    model = Path(shutil.copytree(pristine, folder / "model"))
+    name = rng.choice(("config.json", "config.json", "tokenizer_config.json", "model.safetensors"))
+    if name.endswith(".json"):
+        damage_json(rng, model / name)
+    else:
+        (model / name).write_bytes(flipped(rng, (model / name).read_bytes()[:400]))
+    return outcome(lambda: cli.main([f"--model.name={model}", "--dry_run=true", f"--run.dir={folder}"]))
+
+
+def texts(rng: Random, folder: Path) -> Outcome:
+    """A corpus file."""
+    suffix = rng.choice((".txt", ".jsonl", ".parquet"))
+    file = folder / f"a{suffix}"
+    if suffix == ".parquet":
+        table = {rng.choice(("text", "texts")): ["one", "two", None] * rng.randrange(4)}
+        parquet.write_table(pyarrow.table(table), file)
+    else:
+        rows = (json.dumps(tree(rng) if rng.random() < 0.3 else {"text": "word " * 9}) for _ in range(rng.randrange(9)))
+        file.write_text("\n".join(rows))
+    if rng.random() < 0.6:
+        file.write_bytes(flipped(rng, file.read_bytes()))
+    return outcome(lambda: load_files(file, "train") and 0)
+
+
+SURFACES: dict[str, Callable[..., Outcome]] = {
+    "report": reports, "load_run": loads, "export": exports, "evaluate": evaluates, "flags": flags,
+    "--config": settings_files, "study": lists, "model": models, "text": texts,
+}  # fmt: skip
