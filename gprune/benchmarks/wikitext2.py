@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gprune.corpora.hub import offline_if_unreachable
 from gprune.corpora.windows import JOIN, Bos, Sample, Windows, check_tokens, make_windows, opening
 from gprune.errors import UserError, first_line
-from gprune.evaluation.intervals import bootstrap_perplexity
+from gprune.evaluation.intervals import mean_perplexity
 from gprune.evaluation.perplexity import perplexity
 from gprune.screen import Screen
 
@@ -94,7 +94,7 @@ def wikitext2_perplexity(
     with Screen() if progress else nullcontext() as screen:
         advance = screen and screen.bar("Perplexity on WikiText-2", math.ceil(len(windows.tokens) / batch_size))
         result = perplexity(model, windows, batch_size=batch_size, progress=advance)
-    _, low, high = bootstrap_perplexity({"wikitext2": result.window_nll}, seq_len - 1)
+    _, low, high = mean_perplexity({"wikitext2": result.window_nll}, seq_len - 1)
     partial = len(windows.tokens) < len(every.tokens)
     return {
         "kind": "perplexity",

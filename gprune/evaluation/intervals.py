@@ -1,14 +1,19 @@
-"""Means and ratios of perplexities and the generalisation gap, with 95 % intervals by bootstrap over windows."""
+"""Means and ratios of perplexities and the generalisation gap, with 95 % intervals over windows: Student's t.
+
+All of these are exp of a weighted sum of means, one mean over the windows of each corpus. Over few windows intervals by
+bootstrap are too narrow (3 windows of each of 4 corpora: 83 % of them hold the truth, by BCa no more, and 95 % of these
+here: `python -m experiments.intervals`).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-import torch
-from torch import Tensor
+import numpy as np
+from scipy.stats import t as student
 
-Nll = dict[str, list[float]]  # corpus -> summed negative log-likelihood per window, nats
+Nll = Mapping[str, list[float]]  # corpus -> summed negative log-likelihood per window, nats
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -27,57 +32,50 @@ def generalisation_gap(pruned: dict[str, float], dense: dict[str, float], seen: 
     return unseen / geometric_mean(ratio for corpus, ratio in ratios.items() if seen[corpus])
 
 
-def paired_bootstrap_ratio(
-    a: Nll, b: Nll, tokens_per_window: int, *, draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Geometric-mean perplexity of model a over model b's: (ratio, lower, upper), a 95 % interval over windows.
+def mean_perplexity(nll: Nll, tokens_per_window: int) -> tuple[float, float, float]:
+    """Geometric-mean perplexity of one model over corpora: (perplexity, lower, upper)."""
+    return _interval(nll, dict.fromkeys(nll, 1 / len(nll)), tokens_per_window)
+
+
+def paired_ratio(a: Nll, b: Nll, tokens_per_window: int) -> tuple[float, float, float]:
+    """Geometric-mean perplexity of model a over model b's: (ratio, lower, upper), paired over windows.
 
     Args:
-        a, b: of both models on the same windows; windows are resampled within each corpus, jointly for both models.
+        a, b: of both models on the same windows.
         tokens_per_window: predicted tokens per window.
     """
-    point, total = _bootstrap_log_ratio(a, b, tokens_per_window, draws=draws, seed=seed)
-    return math.exp(point), *_interval(total)
+    return mean_perplexity(_differences(a, b), tokens_per_window)
 
 
-def _bootstrap_log_ratio(a: Nll, b: Nll, tokens_per_window: int, *, draws: int, seed: int) -> tuple[float, Tensor]:
-    """Log of the ratio of geometric means, and its (draws,) float64 bootstrap replicates."""
-    generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros(draws, dtype=torch.float64)
-    point = 0.0
-    for corpus in a:
-        difference = torch.tensor(a[corpus], dtype=torch.float64) - torch.tensor(b[corpus], dtype=torch.float64)
-        pick = torch.randint(len(difference), (draws, len(difference)), generator=generator)
-        total += difference[pick].mean(1) / tokens_per_window
-        point += float(difference.mean()) / tokens_per_window
-    return point / len(a), total / len(a)
+def paired_gap(pruned: Nll, dense: Nll, seen: Mapping[str, bool], tokens_per_window: int) -> tuple[float, float, float]:
+    """`generalisation_gap` as (gap, lower, upper), paired over windows; NaN without corpora of both kinds."""
+    known = sum(seen[corpus] for corpus in pruned)
+    if known in (0, len(pruned)):
+        return (math.nan,) * 3
+    weights = {corpus: -1 / known if seen[corpus] else 1 / (len(pruned) - known) for corpus in pruned}
+    return _interval(_differences(pruned, dense), weights, tokens_per_window)
 
 
-def _interval(logs: Tensor) -> tuple[float, float]:
-    low, high = torch.quantile(logs, torch.tensor([0.025, 0.975], dtype=torch.float64)).exp().tolist()
-    return low, high
+def _differences(a: Nll, b: Nll) -> Nll:
+    return {corpus: [x - y for x, y in zip(a[corpus], b[corpus], strict=True)] for corpus in a}
 
 
-def bootstrap_gap(
-    pruned: Nll, dense: Nll, seen: dict[str, bool], tokens_per_window: int, *, draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """`generalisation_gap` as (gap, lower, upper), a 95 % interval over windows; NaN without corpora of both kinds.
+def _interval(nll: Nll, weights: Mapping[str, float], tokens_per_window: int) -> tuple[float, float, float]:
+    """exp of s = sum_c w_c mean_c, and of s -+ t(0.975, v) sqrt(sum_c V_c), V_c = w_c^2 var_c / n_c.
 
-    Seen and unseen text are resampled independently of each other.
+    The degrees of freedom are Welch and Satterthwaite's, v = (sum V_c)^2 / sum V_c^2 / (n_c - 1). A corpus with one
+    window says nothing of its variance, and counts as certain.
     """
-    found = []
-    for kind in (False, True):
-        a, b = ({c: nll[c] for c in nll if seen[c] == kind} for nll in (pruned, dense))
-        if not a:
-            return (math.nan,) * 3
-        found.append(_bootstrap_log_ratio(a, b, tokens_per_window, draws=draws, seed=seed + kind))
-    (unseen, unseen_draws), (known, known_draws) = found
-    return math.exp(unseen - known), *_interval(unseen_draws - known_draws)
-
-
-def bootstrap_perplexity(
-    nll: Nll, tokens_per_window: int, *, draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Geometric-mean perplexity of one model over corpora: (perplexity, lower, upper), a 95 % interval over windows."""
-    certain = {corpus: [0.0] * len(values) for corpus, values in nll.items()}  # perplexity 1, without noise
-    return paired_bootstrap_ratio(nll, certain, tokens_per_window, draws=draws, seed=seed)
+    point, parts, freedom = 0.0, [], []
+    for corpus, weight in weights.items():
+        values = np.array(nll[corpus]) / tokens_per_window
+        point += weight * float(values.mean())
+        if len(values) > 1:
+            parts.append(weight**2 * float(values.var(ddof=1)) / len(values))
+            freedom.append(len(values) - 1)
+    variance = sum(parts)
+    if not variance > 0:
+        return (math.exp(point),) * 3
+    v = variance**2 / sum(part**2 / f for part, f in zip(parts, freedom, strict=True))
+    half = float(student.ppf(0.975, v)) * math.sqrt(variance)
+    return math.exp(point), math.exp(point - half), math.exp(point + half)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gprune.evaluation.accuracy import paired_difference
-from gprune.evaluation.intervals import paired_bootstrap_ratio
+from gprune.evaluation.intervals import paired_ratio
 from gprune.report.table import Cell, Table
 from gprune.runs.results import Record, row_name
 
@@ -69,7 +69,7 @@ def _perplexity(r: Record, dense: Record | None) -> list[Cell]:
     ratio = None
     if dense is not None:
         nll = ({"": record["window_nll"]} for record in (r, dense))
-        ratio = "x {:.3f} [{:.3f}, {:.3f}]".format(*paired_bootstrap_ratio(*nll, r["seq_len"] - 1))
+        ratio = "x {:.3f} [{:.3f}, {:.3f}]".format(*paired_ratio(*nll, r["seq_len"] - 1))
     value = f"{r['perplexity']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
     return [r["split"], r["tokens"], value, None, ratio, *_standing(r, f"windows of {r['seq_len']} tokens, ")]
 

@@ -35,7 +35,7 @@ CAPTIONS = {
     "stability": "How far runs keep the same neurons.",
 }
 # The colours of figures that follow the page's theme.
-THEME = {"#000000": "currentColor", "#ffffff": "var(--paper)", "#dddddd": "var(--line)"}
+THEME = {"#000000": "currentColor", "#ffffff": "var(--paper)", "#dddddd": "var(--line)", "#555555": "var(--soft)"}
 
 
 def write(report: Report, path: Path | str) -> Path:

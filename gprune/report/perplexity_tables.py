@@ -1,7 +1,7 @@
 """Tables of perplexity: by corpus, geometric means over seen and unseen text, gap, ratios, and every number.
 
-Intervals of one run are bootstraps over its windows; those of runs that differ in seed alone are Student's t over
-seeds, of logarithms, since all of these numbers are ratios or are averaged geometrically.
+Intervals are Student's t of logarithms, since all of these numbers are ratios or are averaged geometrically: over the
+windows of one run, or over runs that differ in seed alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from gprune.errors import UserError
-from gprune.evaluation.intervals import bootstrap_gap, bootstrap_perplexity, paired_bootstrap_ratio
+from gprune.evaluation.intervals import mean_perplexity, paired_gap, paired_ratio
 from gprune.report.grouping import Group
 from gprune.report.records import by_stage
 from gprune.report.table import Cell, Estimate, Table
@@ -49,10 +49,10 @@ def stages(run: FinishedRun) -> list[Stage]:
     return list(by_stage(run.records))
 
 
-def mean_perplexity(run: FinishedRun, stage: Stage, *, seen: bool) -> Estimate | None:
+def mean_of(run: FinishedRun, stage: Stage, *, seen: bool) -> Estimate | None:
     """Geometric mean over seen or unseen corpora, with an interval over windows; None without such corpora."""
     nll = _nll(records_of(run, stage, seen=seen))
-    return Estimate(*bootstrap_perplexity(nll, _predicted(run))) if nll else None
+    return Estimate(*mean_perplexity(nll, _predicted(run))) if nll else None
 
 
 def ratio_to(run: FinishedRun, stage: Stage, other: FinishedRun, reference: Stage) -> Estimate | None:
@@ -67,7 +67,7 @@ def ratio_to(run: FinishedRun, stage: Stage, other: FinishedRun, reference: Stag
     a = {c: r for c, r in records_of(run, stage, seen=False).items() if c not in there or not there[c]["seen"]}
     if not a or any(c not in there or there[c]["content_hash"] != r["content_hash"] for c, r in a.items()):
         return None
-    return Estimate(*paired_bootstrap_ratio(_nll(a), _nll(there), _predicted(run)))
+    return Estimate(*paired_ratio(_nll(a), _nll(there), _predicted(run)))
 
 
 def gap(run: FinishedRun, stage: Stage) -> Estimate | None:
@@ -76,7 +76,7 @@ def gap(run: FinishedRun, stage: Stage) -> Estimate | None:
         return None
     pruned, dense = (_nll(records_of(run, key)) for key in (stage, ("dense", "none")))
     seen = {r["corpus"]: r["seen"] for r in run.records}
-    found = Estimate(*bootstrap_gap(pruned, dense, seen, _predicted(run)))
+    found = Estimate(*paired_gap(pruned, dense, seen, _predicted(run)))
     return found if math.isfinite(found.value) else None
 
 
@@ -108,8 +108,8 @@ def summary_table(
         ["run", "stage", "seeds", "seen", "unseen", "gap", "unseen / dense", "unseen / base"],
         rows,
         {"gap": 3, "unseen / dense": 3, "unseen / base": 3},
-        "Perplexity, lower is better. In brackets 95 % intervals: bootstrap over windows (paired, for ratios) of a "
-        "single run; Student's t over seeds, which have the same windows, where there are several. gap: (unseen pruned "
+        "Perplexity, lower is better. In brackets 95 % intervals: Student's t over windows (paired, for ratios) of "
+        "a single run; over seeds, which have the same windows, where there are several. gap: (unseen pruned "
         "/ dense) / (seen pruned / dense). " + _division(seen) + about_base,
     )
 
@@ -133,8 +133,8 @@ def comparison_table(found: Sequence[Group]) -> Table:
         ["unseen perplexity of", "over that of", "seeds", "ratio"],
         rows,
         {"ratio": 3},
-        "Over text unseen by both. In brackets 95 % intervals: paired bootstrap over windows of a single pair; "
-        "Student's t over several seeds.",
+        "Over text unseen by both. In brackets 95 % intervals: Student's t, paired over the windows of a single "
+        "pair; over several seeds where there are some.",
     )
 
 
@@ -177,7 +177,7 @@ def records_table(runs: Sequence[FinishedRun]) -> Table:
     for run in runs:
         dense = by_stage(run.records)["dense", "none"]
         for r in run.records:
-            found = Estimate(*bootstrap_perplexity({"": r["window_nll"]}, r["seq_len"] - 1))
+            found = Estimate(*mean_perplexity({"": r["window_nll"]}, r["seq_len"] - 1))
             named = [run.name, run.seed, *(r[c] for c in columns[2:6])]
             rows.append([*named, found, r["perplexity"] / dense[r["corpus"]], *(r[s] for s in stamps)])
     return Table("records", "All perplexities", [*columns, *stamps], rows)
@@ -187,8 +187,8 @@ def _numbers(run: FinishedRun, stage: Stage, bases: Mapping[Path, FinishedRun] |
     """seen, unseen, gap, unseen / dense, unseen / base of one run."""
     other, recovery = (run, stage[1]) if bases is None else (bases.get(run.path), "none")
     return [
-        mean_perplexity(run, stage, seen=True),
-        mean_perplexity(run, stage, seen=False),
+        mean_of(run, stage, seen=True),
+        mean_of(run, stage, seen=False),
         gap(run, stage),
         ratio_to(run, stage, run, ("dense", "none")),
         None if stage[0] == "dense" or other is None else ratio_to(run, stage, other, ("base", recovery)),

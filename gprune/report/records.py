@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gprune.evaluation.intervals import generalisation_gap, geometric_mean, paired_bootstrap_ratio
+from gprune.evaluation.intervals import generalisation_gap, geometric_mean, paired_ratio
 from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.results import Record, row_name
 
@@ -57,7 +57,7 @@ def unseen_ratios(records: Sequence[Record]) -> dict[str, dict[str, float]]:
         base = nll.get(("base", recovery))
         if stage in ("dense", "base") or base is None:
             continue
-        ratio, low, high = paired_bootstrap_ratio(values, base, unseen[0]["seq_len"] - 1)
+        ratio, low, high = paired_ratio(values, base, unseen[0]["seq_len"] - 1)
         ratios[row_name(stage, recovery)] = {"ratio": ratio, "low": low, "high": high}
     return ratios
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from gprune.evaluation.intervals import paired_bootstrap_ratio
+from gprune.evaluation.intervals import paired_ratio
 from gprune.models.masks import Masks
 from gprune.partition.record import Modules
 from gprune.report.records import by_stage, caption
@@ -28,7 +28,7 @@ def perplexity_figure(records: Sequence[Record]) -> Figure:
     figure, axes = canvas(3.2 + 1.1 * len(corpora), 3.4)
     for i, (stage, recovery) in enumerate(stages):
         found = [
-            Estimate(*paired_bootstrap_ratio({c: nll[stage, recovery][c]}, {c: nll["dense", "none"][c]}, predicted))
+            Estimate(*paired_ratio({c: nll[stage, recovery][c]}, {c: nll["dense", "none"][c]}, predicted))
             for c in corpora
         ]
         x = np.arange(len(corpora)) + (i - (len(stages) - 1) / 2) * 0.6 / len(stages)

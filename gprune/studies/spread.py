@@ -31,8 +31,8 @@ def spread_table(groups: Mapping[str, Sequence[str]], runs: Sequence[FinishedRun
     columns = ["unseen, log(max / min) over", *STAGES, "gprune / base"]
     return Table(
         "spread", "Spread", columns, rows, dict.fromkeys(columns[1:], 3),
-        "In brackets 95 % intervals over windows for the two rows that are furthest apart. That the data picked these "
-        "two is not in them, so that rows that are alike do not spread by 0.",
+        "In brackets 95 % intervals by bootstrap over windows for the two rows that are furthest apart. That the data "
+        "picked these two is not in them, so that rows that are alike do not spread by 0.",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""WikiText-2 in the convention of the literature, against the usual script written out, and the bootstraps on it."""
+"""WikiText-2 in the convention of the literature, against the usual script written out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from tokenizers.processors import TemplateProcessing
 from gprune.benchmarks import wikitext2 as wikitext
 from gprune.benchmarks.wikitext2 import join_lines, literature_windows, wikitext2_perplexity
 from gprune.errors import UserError
-from gprune.evaluation.intervals import bootstrap_perplexity, geometric_mean, paired_bootstrap_ratio
 from tests.conftest import make_tiny_llama
 from tests.tiny_run import WORDS, tiny_tokenizer
 
@@ -151,40 +150,3 @@ def test_without_mirror_and_hub_one_line_says_where_the_file_goes(raw, monkeypat
     assert "second line" not in str(error.value)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"text": ["", " a \n", "b\n"]})
     assert wikitext.wikitext2() == "\n\n a \n\n\nb\n"
-
-
-# --- bootstraps
-
-
-def draws_of_windows(*nll: np.ndarray, tokens: int, seed: int = 1) -> np.ndarray:
-    """(20000, len(nll)) mean nll per token of resampled windows, the same ones for all."""
-    rng = np.random.default_rng(seed)
-    pick = rng.integers(len(nll[0]), size=(20_000, len(nll[0])))
-    return np.stack([values[pick].mean(1) / tokens for values in nll], axis=1)
-
-
-def test_interval_of_one_model():
-    nll = np.random.default_rng(3).normal(100, 20, 40)
-    value, low, high = bootstrap_perplexity({"x": nll.tolist()}, 31, draws=20_000)
-    assert value == pytest.approx(math.exp(nll.mean() / 31), rel=1e-12)
-    expected = np.exp(np.quantile(draws_of_windows(nll, tokens=31), [0.025, 0.975]))
-    np.testing.assert_allclose([low, high], expected, rtol=0.01)
-
-
-def test_interval_of_a_geometric_mean():
-    rng = np.random.default_rng(4)
-    nll = {c: rng.normal(m, 15, n).tolist() for c, m, n in (("x", 100, 12), ("y", 60, 30))}
-    value, low, high = bootstrap_perplexity(nll, 31)
-    assert value == pytest.approx(geometric_mean(math.exp(np.mean(v) / 31) for v in nll.values()), rel=1e-12)
-    assert low < value < high
-
-
-def test_paired_ratio_of_two_pruned_models():
-    rng = np.random.default_rng(5)
-    a = rng.uniform(50, 500, 40)
-    b = a - 3.1 + 0.2 * rng.normal(size=40)
-    difference, low, high = np.log(paired_bootstrap_ratio({"x": a.tolist()}, {"x": b.tolist()}, 31, draws=20_000))
-    assert difference == pytest.approx((a - b).mean() / 31, rel=1e-9)
-    drawn = draws_of_windows(a, b, tokens=31)
-    np.testing.assert_allclose([low, high], np.quantile(drawn[:, 0] - drawn[:, 1], [0.025, 0.975]), atol=3e-4)
-    assert high - low < 0.01  # unpaired it would be 3

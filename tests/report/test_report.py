@@ -26,7 +26,7 @@ from gprune.config import RunConfig
 from gprune.config.groups import EvaluationConfig, ModelConfig
 from gprune.errors import UserError
 from gprune.evaluation.accuracy import paired_difference
-from gprune.evaluation.intervals import paired_bootstrap_ratio
+from gprune.evaluation.intervals import paired_ratio
 from gprune.models.masks import Masks
 from gprune.report.benchmark_table import evaluation_table
 from gprune.report.command import main
@@ -147,7 +147,7 @@ def test_numbers_of_one_run_are_those_of_its_records(run):
         nll = (
             {r["corpus"]: r["window_nll"] for r in records_of(run, s, recovery, seen=False)} for s in ("gprune", "base")
         )
-        assert found["unseen / base"] == Estimate(*paired_bootstrap_ratio(*nll, 31))
+        assert found["unseen / base"] == Estimate(*paired_ratio(*nll, 31))
     assert row(table, "one", "base")["unseen / base"] is None
     dense = table.rows[0]
     assert dense[0] == records_of(run, "dense")[0]["model"]

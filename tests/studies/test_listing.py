@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import gprune
 from gprune.config import RETIRED, parse
 from gprune.errors import UserError
-from gprune.evaluation.intervals import paired_bootstrap_ratio
+from gprune.evaluation.intervals import paired_ratio
 from gprune.models.masks import Masks
 from gprune.report.perplexity_tables import over_seeds
 from gprune.report.table import Estimate
@@ -313,9 +313,7 @@ def test_comparisons_are_paired_over_windows(bench, first):
     alpha = {str(bench.world.corpora["alpha"])}
     assert listing.compare == [tuple(pair) for pair in COMPARE]
     for (a, b), other in zip(listing.compare, (("ours", "base_averaged"), ("plain", "base")), strict=True):
-        expected = paired_bootstrap_ratio(
-            unseen(kept["ours"], "gprune", alpha), unseen(kept[other[0]], other[1], alpha), 31
-        )
+        expected = paired_ratio(unseen(kept["ours"], "gprune", alpha), unseen(kept[other[0]], other[1], alpha), 31)
         assert results.ratios_of(made.runs, a, b) == [Estimate(*expected)]
         assert expected[0] != 1
         assert f"| {a} / {b} | 1 | {expected[0]:.3f} [{expected[1]:.3f}, {expected[2]:.3f}] |" in [
@@ -330,7 +328,7 @@ def test_rows_are_divided_by_the_reference(first):
     ratios = {tuple(row[:2]): row[column] for row in table.rows}
     kept = {row.name: k for row, k in done}
     seen = {r["corpus"] for r in kept["plain"]["records"] if r["seen"]}
-    expected = paired_bootstrap_ratio(unseen(kept["other"], "gprune", seen), unseen(kept["plain"], "base", seen), 31)
+    expected = paired_ratio(unseen(kept["other"], "gprune", seen), unseen(kept["plain"], "base", seen), 31)
     assert ratios["other", "gprune"] == Estimate(*expected)
     assert ratios["plain", "base"] is None
 
@@ -345,7 +343,7 @@ def test_one_division_into_seen_and_unseen_for_all_rows(bench, first):
     assert {r["corpus"] for run in runs for r in run.records if r["seen"]} == seen
     assert not seen & {r["corpus"] for run in runs for r in run.records if not r["seen"]}
     kept = {row.name: k for row, k in done}
-    expected = paired_bootstrap_ratio(unseen(kept["ours"], "gprune", seen), unseen(kept["plain"], "base", seen), 31)
+    expected = paired_ratio(unseen(kept["ours"], "gprune", seen), unseen(kept["plain"], "base", seen), 31)
     table = results.reported(listing, done).tables[0]
     found = {tuple(row[:2]): row[table.columns.index("unseen / base")] for row in table.rows}
     assert found["ours", "gprune"] == Estimate(*expected)
@@ -366,7 +364,7 @@ def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
     assert by_stage["plain (3 seeds)", "base"][2] == by_stage["wifv (3 seeds)", "base"][2] == 3
     seen = {str(bench.world.corpora["alpha"])}
     pairs = [[k for row, k in done if row.seed == seed] for seed in (0, 1, 2)]
-    ratios = [paired_bootstrap_ratio(unseen(b, "base", seen), unseen(a, "base", seen), 31)[0] for a, b in pairs]
+    ratios = [paired_ratio(unseen(b, "base", seen), unseen(a, "base", seen), 31)[0] for a, b in pairs]
     (compared,) = results.comparison_table(listing, results.reported(listing, done).runs).rows
     assert compared == ["wifv: base / plain: base", 3, over_seeds(ratios)]
     assert len(set(ratios)) == 3
@@ -547,7 +545,7 @@ def test_a_grid_runs_every_row_at_every_point_and_divides_by_the_base_of_its_own
     kept = {row.name: records.found(row) for row in listing.rows}
     used = {r["corpus"] for k in kept.values() for r in k["records"] if r["seen"]}
     for point in points:
-        ratio = paired_bootstrap_ratio(
+        ratio = paired_ratio(
             unseen(kept[f"ours, {point}"], "gprune", used), unseen(kept[f"plain, {point}"], "base", used), 31
         )[0]
         (line,) = [line for line in out.splitlines() if line.startswith(f"| ours, {point} ") and "[" in line][:1]
@@ -578,10 +576,7 @@ def test_lines_of_rows_over_the_tokens_that_each_learned_from(bench, capsys, tmp
     used = {r["corpus"] for k in kept.values() for r in k["records"] if r["seen"]}
     stages = {"base": "base", "base, then": "base", "all": "gprune"}
     for line, names in listing.lines.items():
-        ratios = [
-            paired_bootstrap_ratio(unseen(kept[n], stages[n], used), unseen(kept[n], "dense", used), 31)[0]
-            for n in names
-        ]
+        ratios = [paired_ratio(unseen(kept[n], stages[n], used), unseen(kept[n], "dense", used), 31)[0] for n in names]
         assert drawn[line][:, 0].tolist() == [tokens[n] / 1000 for n in names]
         assert drawn[line][:, 1] == pytest.approx(ratios)
     assert figures.by_tokens({}, []) is None
@@ -601,7 +596,7 @@ def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_pa
     used = {str(bench.world.corpora["alpha"])} | {r["corpus"] for _, k in done for r in k["records"] if r["seen"]}
     for row, kept in done:
         for stage in ("gprune", "base_averaged"):
-            ratio = paired_bootstrap_ratio(unseen(kept, stage, used), unseen(kept, "base", used), 31)[0]
+            ratio = paired_ratio(unseen(kept, stage, used), unseen(kept, "base", used), 31)[0]
             at = dict(drawn[f"{row.config.importance}, {stage}"])
             assert at[row.config.sparsity.target] == pytest.approx(ratio)
     assert axes.get_xlabel() == "parameters of the scope removed"

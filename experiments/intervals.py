@@ -1,0 +1,111 @@
+"""How often 95 % intervals over few windows hold the truth: percentile bootstrap, BCa, and Student's t.
+
+python -m experiments.intervals [--repeats 1000]
+
+The truth is known because windows are drawn, with replacement, from the windows of a record that is kept: losses of
+`best` and of `base` on four corpora. Three numbers: the perplexity of one model, the ratio of two (paired), and the
+gap, which sets two corpora against the other two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from gprune.storage.files import read_json
+
+RECORDS = Path(__file__).parent / "records" / "runs"
+UNSEEN = ("stackexchange", "gsm8k", "stories", "python_docs")
+DRAWS = 2000
+Interval = tuple[float, float]
+
+
+def losses() -> list[dict[str, np.ndarray]]:
+    """(32,) nats per token by corpus, of `best` and of `base` on the same windows."""
+    for best in map(read_json, sorted(RECORDS.glob("best-seed0-*.json"))):
+        for base in map(read_json, sorted(RECORDS.glob("base-seed0-*.json"))):
+            rows = [{(r["corpus"], r["content_hash"]): r for r in m["records"] if r["stage"] != "dense"}
+                    for m in (best, base)]  # fmt: skip
+            shared = [key for key in rows[0] if key in rows[1] and key[0] in UNSEEN]
+            if len(shared) == len(UNSEEN):
+                return [{key[0]: np.array(row[key]["window_nll"]) / (row[key]["seq_len"] - 1) for key in shared}
+                        for row in rows]  # fmt: skip
+    raise SystemExit("no records of best and base on the same windows")
+
+
+def percentile(samples: Sequence[np.ndarray], weights: np.ndarray, rng: np.random.Generator) -> Interval:
+    """Percentiles of 2,000 resamples, each corpus by itself."""
+    return bootstrapped(samples, weights, rng, "percentile")
+
+
+def bca(samples: Sequence[np.ndarray], weights: np.ndarray, rng: np.random.Generator) -> Interval:
+    """The same draws, corrected for bias and skewness: Efron's BCa."""
+    return bootstrapped(samples, weights, rng, "BCa")
+
+
+def bootstrapped(samples: Sequence[np.ndarray], weights: np.ndarray, rng: np.random.Generator, method: str) -> Interval:
+    """An interval of `scipy.stats.bootstrap`."""
+
+    def statistic(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
+        return sum(w * part.mean(axis=axis) for w, part in zip(weights, parts, strict=True))
+
+    found = stats.bootstrap(
+        samples, statistic, n_resamples=DRAWS, method=method, vectorized=True, rng=rng, confidence_level=0.95
+    ).confidence_interval
+    return found.low, found.high
+
+
+def student(samples: Sequence[np.ndarray], weights: np.ndarray, rng: np.random.Generator) -> Interval:
+    """Student's t with the degrees of freedom of Welch and Satterthwaite."""
+    parts = np.array([w**2 * part.var(ddof=1) / len(part) for w, part in zip(weights, samples, strict=True)])
+    freedom = parts.sum() ** 2 / (parts**2 / (np.array([len(part) for part in samples]) - 1)).sum()
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(parts.sum())
+    point = sum(w * part.mean() for w, part in zip(weights, samples, strict=True))
+    return point - half, point + half
+
+
+METHODS: dict[str, Callable[..., Interval]] = {"percentile": percentile, "BCa": bca, "Student's t": student}
+
+
+def covered(population: Sequence[np.ndarray], weights: np.ndarray, windows: int, repeats: int) -> list[float]:
+    """The share of intervals that hold the truth, by method; all methods see the same samples."""
+    rng = np.random.default_rng(0)
+    truth = sum(w * part.mean() for w, part in zip(weights, population, strict=True))
+    held = np.zeros(len(METHODS))
+    for _ in range(repeats):
+        samples = [rng.choice(part, windows) for part in population]
+        for i, method in enumerate(METHODS.values()):
+            low, high = method(samples, weights, rng)
+            held[i] += low <= truth <= high
+    return (held / repeats).tolist()
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=1000, help="samples per row (default: %(default)s)")
+    repeats = parser.parse_args().repeats
+    warnings.simplefilter("ignore")  # three windows may be one and the same: an interval of NaN, which holds nothing
+    one, other = losses()
+    ratio, mean = [one[c] - other[c] for c in UNSEEN], np.full(4, 0.25)
+    rows = {
+        "perplexity, 4 corpora": ([one[c] for c in UNSEEN], mean),
+        "perplexity, 1 corpus": ([one["stories"]], np.ones(1)),
+        "ratio, 4 corpora": (ratio, mean),
+        "gap, 2 over 2 corpora": (ratio, np.array([0.5, 0.5, -0.5, -0.5])),
+    }
+    print(f"| number | windows of each | {' | '.join(METHODS)} |\n|---|---:|{'---:|' * len(METHODS)}")
+    for name, (population, weights) in rows.items():
+        for windows in (3, 6, 12, 32):
+            shares = covered(population, weights, windows, repeats)
+            print(f"| {name} | {windows} | {' | '.join(f'{share:.1%}' for share in shares)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
