@@ -156,6 +156,7 @@ def test_a_whole_run(devices, world, tmp_path, monkeypatch):
     """The default run: thresholds, least squares, distillation, export; KV groups too."""
     tiny_run.quick(monkeypatch)
     flags = ("--sparsity.scope=attention+ffn", "--recovery=[least_squares,distill]", "--distill.tokens=384")
+    flags += ("--evaluation.controls=[]", "--evaluation.curve=[]", "--partition.steps=5")
     expected = world.run(tmp_path, *flags, name="cpu")
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     load, flag = inputs.load_model, "--model.device_map=auto"
