@@ -11,12 +11,12 @@ from gprune.config.groups import (
     SparsityConfig,
     TrainerConfig,
 )
-from gprune.config.parse import RETIRED, check_settings, of_settings, parse
+from gprune.config.parse import CONSENT, RETIRED, check_settings, of_settings, parse
 from gprune.config.recovery import DistillConfig
 from gprune.config.run import RunConfig
 
 __all__ = [
-    "RETIRED", "CorporaConfig", "DistillConfig", "EvaluationConfig", "LoggingConfig", "ModelConfig", "PartitionConfig",
-    "ReliabilityConfig", "RunConfig", "RunFolderConfig", "SparsityConfig", "TrainerConfig",
+    "CONSENT", "RETIRED", "CorporaConfig", "DistillConfig", "EvaluationConfig", "LoggingConfig", "ModelConfig",
+    "PartitionConfig", "ReliabilityConfig", "RunConfig", "RunFolderConfig", "SparsityConfig", "TrainerConfig",
     "check_settings", "of_settings", "parse",
 ]  # fmt: skip

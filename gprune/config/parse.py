@@ -30,6 +30,7 @@ RETIRED: dict[str, Any] = {
     "sparsity.owl_multiple": 5.0,
     "sparsity.owl_spread": 0.08,
 }
+CONSENT = "model.trust_remote_code"
 HINTS = get_type_hints(RunConfig)
 GROUPS = frozenset(name for name, kind in HINTS.items() if isinstance(kind, type) and issubclass(kind, Group))
 
@@ -93,7 +94,13 @@ def _without_files(args: Sequence[str]) -> list[str]:
                 raise UserError(f"{flag}: expected a value behind it; see --help.")
             value = left.pop(0)
         if flag == "--config":
-            found.append(f"--config={json.dumps(read_settings(value))}")
+            settings = read_settings(value)
+            # Whoever hands over a file does not consent for whoever runs it.
+            if settings.pop(CONSENT, False) not in (None, False) and not any(CONSENT in one for one in args):
+                raise UserError(
+                    f"--config {value}: expected --{CONSENT} true as a flag of the command, got it in a file."
+                )
+            found.append(f"--config={json.dumps(settings)}")
         else:
             found.append(f"--config={json.dumps(_settings({flag.removeprefix('--'): _loaded(flag, value)}, flag))}")
     return found

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from gprune.config import RunConfig, parse
+from gprune.config import CONSENT, RunConfig, parse
 from gprune.errors import UserError
 from gprune.storage.yaml_text import read_yaml
 from gprune.studies.grid import Point, named, points
@@ -232,6 +232,8 @@ def _rows(path: Path, content: Content, seeds: Sequence[int] | None, flags: Sequ
             given = (*common, *flags_of(own))
             if any(flag.partition("=")[0] == "--run.seed" for flag in (*given, *flags, *flags_of(content.grid or {}))):
                 raise UserError(f"List '{path}', row '{name}': expected seeds as `seeds` or --seeds, got --run.seed.")
+            if any(one.startswith(f"--{CONSENT}=") for one in given) and not any(CONSENT in one for one in flags):
+                raise UserError(f"List '{path}', row '{name}': expected --{CONSENT}=true behind --, got it in a list.")
             for point in points(content.grid):
                 here = (*protocol, *_configs(path, config), f"--run.seed={seed}", *given, *flags_of(point), *flags)
                 control = str(name) in _names(content.controls)

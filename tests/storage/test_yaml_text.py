@@ -16,6 +16,7 @@ from gprune.checks import NO_TEXT
 from gprune.config import parse
 from gprune.errors import UserError
 from gprune.storage.yaml_text import load_yaml, read_yaml
+from gprune.studies.listing import Listing
 
 MEANT = {
     "1e-3": 1e-3, "1e5": 1e5, "-.5": -0.5, "1_000": 1000, "010": 10, "1:30": "1:30", "2020-01-01": "2020-01-01",
@@ -132,6 +133,18 @@ def test_a_file_of_flags_names_no_other_file_and_says_what_is_wrong(row, tmp_pat
         parse(["--config", str(tmp_path / "a.yaml")])
     assert expected in str(error.value)
     assert SECRET.strip() not in str(error.value)
+
+
+def test_no_file_consents_to_run_code(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {trust_remote_code: true}")
+    (tmp_path / "list.yaml").write_text("rows: {a: {model.trust_remote_code: true}}")
+    with pytest.raises(UserError, match=r"expected --model\.trust_remote_code true as a flag"):
+        parse(["--config", str(tmp_path / "a.yaml")])
+    with pytest.raises(UserError, match=r"expected --model\.trust_remote_code=true behind --"):
+        Listing.read(tmp_path / "list.yaml")
+    consent = "--model.trust_remote_code=true"
+    assert parse([consent, "--config", str(tmp_path / "a.yaml")]).model.trust_remote_code
+    assert Listing.read(tmp_path / "list.yaml", flags=[consent]).rows[0].config.model.trust_remote_code
 
 
 @pytest.mark.parametrize("flag", ["--model", "--sparsity.options", "--corpora.drift", "--conf", "--sparsity.targ"])
