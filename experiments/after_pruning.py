@@ -11,6 +11,7 @@ reloaded and quantised. Prints one table, in Markdown.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 import tempfile
@@ -18,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import peft
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -30,6 +30,7 @@ from gprune.export.gguf_check import perplexity_in_llama_cpp
 from gprune.models.loading import locate_model
 from gprune.runs.results import PruningResult, load_run
 
+PACKAGES = ("peft", "torchao")  # beside llama.cpp, which the export asks for
 GGUF_TYPES = ("f16", "q8_0", "q4_k_m")
 
 
@@ -105,6 +106,8 @@ def loaded(folder: Path) -> PreTrainedModel:
 
 def fine_tuned(folder: Path, text: Text, into: Path) -> PreTrainedModel:
     """LoRA on one's own text, two passes over it, merged into the weights, saved, and loaded again."""
+    import peft
+
     model = peft.get_peft_model(loaded(folder), peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-3)
@@ -137,6 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--windows", type=int, default=48, help="of its train text (default: 48)")
     args = made.parse_args(arguments)
     try:
+        if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+            raise UserError(f"expected {', '.join(PACKAGES)}; {missing[0]} is not installed: `pip install {missing[0]}`.")
         run = load_run(args.run)
         if run.model is None:
             raise UserError(f"'{args.run}' kept no model; repeat the run with --export hf.")
