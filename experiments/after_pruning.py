@@ -141,7 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = made.parse_args(arguments)
     try:
         if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-            raise UserError(f"expected {', '.join(PACKAGES)}; {missing[0]} is not installed: `pip install {missing[0]}`.")
+            raise UserError(
+                f"expected {', '.join(PACKAGES)}; {missing[0]} is not installed: `pip install {missing[0]}`."
+            )
         run = load_run(args.run)
         if run.model is None:
             raise UserError(f"'{args.run}' kept no model; repeat the run with --export hf.")
