@@ -96,6 +96,7 @@ def test_flags_that_pages_name_exist(page):
         "--reference",
         "--array",
         "--wrap",
+        "--minutes",
         "--check",  # of scripts, SLURM, ruff
         "--trust-remote-code",
     }  # of vLLM
