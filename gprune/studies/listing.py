@@ -229,10 +229,12 @@ def _rows(path: Path, content: Content, seeds: Sequence[int] | None, flags: Sequ
             own = dict(settings or {})
             if not fits(config := own.pop("config", None), files):
                 raise UserError(f"List '{path}', row '{name}', config: expected a file or files, got {config!r}.")
-            given = (*common, *flags_of(own))
-            if any(flag.partition("=")[0] == "--run.seed" for flag in (*given, *flags, *flags_of(content.grid or {}))):
+            given, gridded = (*common, *flags_of(own)), flags_of(content.grid or {})
+            if any(flag.partition("=")[0] == "--run.seed" for flag in (*given, *flags, *gridded)):
                 raise UserError(f"List '{path}', row '{name}': expected seeds as `seeds` or --seeds, got --run.seed.")
-            if any(one.startswith(f"--{CONSENT}=") for one in given) and not any(CONSENT in one for one in flags):
+            if any(one.startswith(f"--{CONSENT}=") for one in (*given, *gridded)) and not any(
+                CONSENT in one for one in flags
+            ):
                 raise UserError(f"List '{path}', row '{name}': expected --{CONSENT}=true behind --, got it in a list.")
             for point in points(content.grid):
                 here = (*protocol, *_configs(path, config), f"--run.seed={seed}", *given, *flags_of(point), *flags)

@@ -739,6 +739,7 @@ def test_packed_masks_come_back(data, depth):
         ("rows: {a: {}}\ntables: [perplexities]\n", ["tables", "comparison", "perplexities"]),
         ("rows: {a: {}}\nprotocol: 3\n", ["protocol", "a file or files"]),
         ("rows: {a: {}}\ncurve: {over: ridge}\n", ["curve", "`over` and `of`"]),
+        ("rows: {a: {}}\ngrid: {model.trust_remote_code: [true]}\n", ["row 'a'", "behind --"]),
         ("rows: {a: {}}\nlines: {all: a}\n", ["lines", "lists of rows by name"]),
         ("rows: {a: {}}\nlines: {all: [b]}\n", ["lines", "expected rows (a)", "'b'"]),
         ("rows: {a: {}}\nseen: wiki\n", ["seen", "corpora"]),
