@@ -139,8 +139,8 @@ def assess(
     drift: list[Drift],
     labels: list[Tensor],
 ) -> Modules:
-    """Step 6: which modules switch to the activation-free metric (or to what all drift corpora say together), and
-    every unit's rank inside its module.
+    """Step 6: which modules switch to the activation-free metric (or to what all drift corpora say together), or how
+    much it weighs in them, and every unit's rank inside its module.
     """
     run.step(6, "Judging modules")
     r, noise_gone = run.cfg.reliability, run.cfg.partition.subtract_noise
@@ -152,11 +152,12 @@ def assess(
         # Drift from which the floor is subtracted is above it wherever it is above 0.
         [torch.zeros_like(d.floor) if noise_gone else d.floor for d in drift],
         sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=which,
+        softness=r.softness,
     )  # fmt: skip
     fallback = fallback_ranks(run, statistics, drift)
     ranks = ModuleRanks(
         ffn=[
-            within_module_ranks(s, f, y, record.switched)
+            within_module_ranks(s, f, y, record.weight)
             for s, f, y, record in zip(block_ranks, fallback, labels, reliability, strict=True)
         ],
         labels=labels,
@@ -171,7 +172,9 @@ def assess(
     share, count = switched_share(reliability), sum(int(record.switched.sum()) for record in reliability)
     run.folder.update_manifest(switch={"modules": count, "share_of_neurons": share})
     tracking.log_scalars(run.loggers, {"partition/switched_share": share}, step=0)
-    if switch and count == 0:
+    if switch and r.softness:
+        log.info("What unreliable modules fall back on, %s, weighs %.1f%% in the ranks", r.metric, 100 * share)
+    elif switch and count == 0:
         log.warning("No module switches to %s: the switch does nothing at these quantiles.", r.metric)
     elif switch:
         log.info("%d modules with %.1f%% of the neurons switch to %s", count, 100 * share, r.metric)
