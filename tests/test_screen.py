@@ -78,7 +78,7 @@ def test_without_a_terminal_nothing_is_shown(capsys):
 
 TABLE = Table(
     "result", "", ["", "wiki*", "web", "python_docs", "stackexchange", "unseen / base"],
-    [["base_averaged + least_squares+distill", 1.5, 22.25, 333.125, 4444.0, Estimate(0.5, 0.25, 0.75)],
+    [["averaged + least_squares+distill", 1.5, 22.25, 333.125, 4444.0, Estimate(0.5, 0.25, 0.75)],
      ["dense", 1.0, 2.0, None, 4.0, None]],
     {"unseen / base": 3}, "\\* seen: a note that is long enough to be wrapped in a terminal that has but few columns.",
 )  # fmt: skip

@@ -11,12 +11,12 @@ from gprune.config.groups import (
     SparsityConfig,
     TrainerConfig,
 )
-from gprune.config.parse import CONSENT, RETIRED, check_settings, of_settings, parse
+from gprune.config.parse import CONSENT, FORMER_NAMES, RETIRED, check_settings, of_settings, of_today, parse
 from gprune.config.recovery import DistillConfig
 from gprune.config.run import RunConfig
 
 __all__ = [
-    "CONSENT", "RETIRED", "CorporaConfig", "DistillConfig", "EvaluationConfig", "LoggingConfig", "ModelConfig",
-    "PartitionConfig", "ReliabilityConfig", "RunConfig", "RunFolderConfig", "SparsityConfig", "TrainerConfig",
-    "check_settings", "of_settings", "parse",
+    "CONSENT", "FORMER_NAMES", "RETIRED", "CorporaConfig", "DistillConfig", "EvaluationConfig", "LoggingConfig",
+    "ModelConfig", "PartitionConfig", "ReliabilityConfig", "RunConfig", "RunFolderConfig", "SparsityConfig",
+    "TrainerConfig", "check_settings", "of_settings", "of_today", "parse",
 ]  # fmt: skip

@@ -36,7 +36,7 @@ from gprune.sparsity.allocation import ALLOCATION, check_options
 # mean of its ranks or scored on their pooled statistics.
 CONSENSUS, AVERAGED = SEVERAL = ("consensus", "averaged")
 PLACES = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|(cuda|xpu|npu|mps)(:[0-9]{1,3})?")
-Control = Literal["base", "base_averaged", "unrecovered"]
+Control = Literal["base", "averaged", "unrecovered"]
 
 
 @dataclass  # jsonargparse takes only classes all of whose bases are dataclasses as groups
@@ -303,8 +303,8 @@ class EvaluationConfig(Group):
     """Sparsities, besides 0 and the target, at which gprune's masks are measured on development text."""
     samples: AtLeast0 = 3
     """Evaluated texts whose beginning the dense and the pruned model go on writing, for the page of the run."""
-    controls: list[Control] = field(default_factory=lambda: ["base", "base_averaged", "unrecovered"])
-    """Rows beside the run's own. base: the metric alone, uniform. base_averaged: the same, scored on all drift corpora.
+    controls: list[Control] = field(default_factory=lambda: ["base", "averaged", "unrecovered"])
+    """Rows beside the run's own. base: the metric alone, uniform. averaged: the same, scored on all drift corpora.
     unrecovered: all rows without recovery as well, where there is one."""
 
 

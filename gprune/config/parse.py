@@ -30,6 +30,7 @@ RETIRED: dict[str, Any] = {
     "sparsity.owl_multiple": 5.0,
     "sparsity.owl_spread": 0.08,
 }
+FORMER_NAMES = {"base_averaged": "averaged"}  # of stages of a run and of `--evaluation.controls`
 CONSENT = "model.trust_remote_code"
 HINTS = get_type_hints(RunConfig)
 GROUPS = frozenset(name for name, kind in HINTS.items() if isinstance(kind, type) and issubclass(kind, Group))
@@ -154,11 +155,24 @@ def _settings(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     return found
 
 
+def of_today(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier version without those of `RETIRED` that had no effect, and by the names of today."""
+    kept = {k: dict(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
+    for name, value in RETIRED.items():
+        group, _, leaf = name.partition(".")
+        if isinstance(kept.get(group), dict) and kept[group].get(leaf) == value:
+            del kept[group][leaf]
+    if isinstance(kept.get("evaluation"), dict) and isinstance(controls := kept["evaluation"].get("controls"), list):
+        kept["evaluation"]["controls"] = [FORMER_NAMES.get(str(name), name) for name in controls]
+    return kept
+
+
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise UserError for a value that is not of its setting's type, in settings as `RunConfig.settings` gives them.
 
     Settings of other versions, and what no flag says, are left alone.
     """
+    settings = of_today(settings)
     for group, hint in HINTS.items():
         if group in settings and group not in GROUPS:
             check(group, hint, settings[group])

@@ -174,7 +174,7 @@ class RunConfig(Group):
         """(stage, recovery) of every row of the result table after `dense`."""
         names, controls = ["base"], self.evaluation.controls
         if self.gprune:
-            names = [name for name in ("base", "base_averaged") if name in controls] + ["gprune"]
+            names = [name for name in ("base", "averaged") if name in controls] + ["gprune"]
         recoveries = [self.recovery]
         if self.recovery != "none" and "unrecovered" in controls:
             recoveries = ["none", self.recovery]

@@ -25,7 +25,7 @@ class Chosen:
     """What steps 1 to 8 found on a model."""
 
     statistics: Mapping[str, CorpusStatistics]
-    masks: Mapping[str, Masks]  # by stage: `base`, `base_averaged` and `gprune`
+    masks: Mapping[str, Masks]  # by stage: `base`, `averaged` and `gprune`
     modules: Modules | None
     thresholds: Thresholds | None
 

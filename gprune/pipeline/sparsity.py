@@ -40,15 +40,15 @@ def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Sco
     """Masks of the base metric alone, its sparsity spread over blocks by `--sparsity.allocation` (or `.start`).
 
     Returns:
-        `base`, by `scores`; and `base_averaged`, where it is a row of the table: by the same metric on all drift
+        `base`, by `scores`; and `averaged`, where it is a row of the table: by the same metric on all drift
         corpora together.
     """
     cfg = run.cfg
     spread = functools.partial(allocate, cfg.base_allocation, **cfg.sparsity.options)
     found = {"base": spread(scores, statistics[cfg.corpora.score], run.blocks, run.budget)}
-    if "base_averaged" in dict(cfg.stages):
+    if "averaged" in dict(cfg.stages):
         pool = pooled(statistics[corpus] for corpus in cfg.corpora.drift)
-        found["base_averaged"] = spread(_scored(run, pool), pool, run.blocks, run.budget)
+        found["averaged"] = spread(_scored(run, pool), pool, run.blocks, run.budget)
     return found
 
 

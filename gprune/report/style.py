@@ -23,9 +23,9 @@ STYLE = {
     "grid.color": "#DDDDDD", "grid.linewidth": 0.6, "figure.constrained_layout.use": True, "savefig.dpi": 160,
     "text.parse_math": False,  # names of corpora and runs may have a $
 }  # fmt: skip
-# By stage; base and base_averaged are equally light, so every stage has its own marker too.
-COLOURS = {"dense": "#999999", "base": "#E69F00", "base_averaged": "#56B4E9", "gprune": "#0072B2"}
-MARKERS = {"base": "s", "base_averaged": "^", "gprune": "o"}
+# By stage; base and averaged are equally light, so every stage has its own marker too.
+COLOURS = {"dense": "#999999", "base": "#E69F00", "averaged": "#56B4E9", "gprune": "#0072B2"}
+MARKERS = {"base": "s", "averaged": "^", "gprune": "o"}
 OTHER = "#CC79A7"
 # lightness falls along the list, and with the dashes and markers a line is known in grey print
 LINES = (

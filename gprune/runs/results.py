@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.calibration.statistics import CorpusStatistics
-from gprune.config import RETIRED, RunConfig, of_settings
+from gprune.config import FORMER_NAMES, RunConfig, of_settings, of_today
 from gprune.errors import UserError, first_line
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
@@ -30,7 +30,7 @@ from gprune.storage.files import inspected_json, key_of, read_json
 from gprune.storage.yaml_text import read_yaml
 
 Record = dict[str, Any]  # one number with its protocol, as in metrics.json
-STAGES = ("dense", "base", "base_averaged", "gprune")
+STAGES = ("dense", "base", "averaged", "gprune")
 
 if TYPE_CHECKING:
     import pandas
@@ -137,19 +137,9 @@ def with_defaults(settings: Mapping[str, Any], default: Mapping[str, Any]) -> di
 
     What did not exist then had its default's effect. What is gone since (`RETIRED`) is left out where it had no effect.
     """
-    kept = without_retired(settings)
+    kept = of_today(settings)
     nested = {k: with_defaults(kept.get(k) or {}, v) for k, v in default.items() if isinstance(v, dict)}
     return {**default, **kept, **nested}
-
-
-def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without those of `RETIRED` that had no effect."""
-    kept = {k: dict(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
-    for name, value in RETIRED.items():
-        group, _, leaf = name.partition(".")
-        if isinstance(kept.get(group), dict) and kept[group].get(leaf) == value:
-            del kept[group][leaf]
-    return kept
 
 
 def finished(path: Path | str) -> FinishedRun:
@@ -179,7 +169,7 @@ def _finished(path: Path | str) -> tuple[RunFolder, FinishedRun]:
         path=place,
         name=place.resolve().name,
         settings=with_defaults(settings, RunConfig().settings()),
-        records=metrics["records"],
+        records=[r | {"stage": FORMER_NAMES.get(r["stage"], r["stage"])} for r in metrics["records"]],
         summary=metrics["summary"],
         masks=None,
         modules=None,
@@ -306,7 +296,7 @@ def config_of(run: FinishedRun) -> RunConfig:
         found = read_yaml(file, "expected YAML in")
         if not isinstance(found, dict):
             raise UserError("it holds no settings.")
-        cfg = of_settings(without_retired(found), "its settings")
+        cfg = of_settings(of_today(found), "its settings")
     except UserError as error:
         raise UserError(f"{file} was altered: {error} Run the same command again.") from error
     before = with_defaults(run.settings, RunConfig().settings())

@@ -12,7 +12,7 @@ from gprune.report.perplexity_tables import records_of
 from gprune.report.table import Estimate, Table
 from gprune.runs.results import FinishedRun
 
-STAGES = ("base", "base_averaged", "gprune")
+STAGES = ("base", "averaged", "gprune")
 
 
 def spread_table(groups: Mapping[str, Sequence[str]], runs: Sequence[FinishedRun]) -> Table:

@@ -98,7 +98,7 @@ def test_run_folder_is_complete(finished):
     path = finished.path
     for name in ("config.yaml", "manifest.json", "assignment.safetensors", "thresholds.safetensors", "metrics.json"):
         assert (path / name).is_file(), name
-    for stage in ("base", "base_averaged", "gprune"):
+    for stage in ("base", "averaged", "gprune"):
         assert (path / f"masks/{stage}.safetensors").is_file()
     assert len(list((path / "statistics").glob("*.safetensors"))) == 3
     assert len(list((path / "figures").glob("*.png"))) >= 2
@@ -125,7 +125,7 @@ def test_records_say_everything_about_each_number(finished, world):
     assert all(set(r) >= FIELDS for r in records)
     table = {(r["stage"], r["corpus"]): r for r in records}
     corpora = [str(world.corpora[c]) for c in ("alpha", *tiny_run.UNSEEN)]
-    assert set(table) == {(s, c) for s in ("dense", "base", "base_averaged", "gprune") for c in corpora}
+    assert set(table) == {(s, c) for s in ("dense", "base", "averaged", "gprune") for c in corpora}
     assert len(records) == len(table)
     for r in records:
         assert r["seen"] == (r["corpus"] == corpora[0])
@@ -260,7 +260,7 @@ def test_every_metric_runs_with_and_without_gprune(metric, with_gprune, world, t
     result = world.run(tmp_path, f"--importance={metric}", f"--gprune={str(with_gprune).lower()}")
     check_budget(result, dense)
     stages = {r["stage"] for r in result.records}
-    assert stages == ({"dense", "base", "base_averaged", "gprune"} if with_gprune else {"dense", "base"})
+    assert stages == ({"dense", "base", "averaged", "gprune"} if with_gprune else {"dense", "base"})
     assert (result.modules is None) != with_gprune
     assert {r["importance"] for r in result.records} == {None, metric}
 
@@ -395,7 +395,7 @@ def test_learning_starts_where_it_is_told_to(switched):
 
 def test_a_protected_block_loses_nothing_in_learning_or_in_the_controls(switched):
     result = switched("protected")
-    for stage in ("base", "base_averaged", "gprune"):
+    for stage in ("base", "averaged", "gprune"):
         masks = masks_of(result, stage)
         assert bool(masks.ffn[0].all())
         assert sum(int(m.sum()) for m in masks.ffn[1:]) == 80
@@ -440,7 +440,7 @@ def test_recovery_stands_beside_the_same_without_and_the_base_with_it(recovery, 
     result = switched(recovery)
     rows = {(r["stage"], r["recovery"]): r["nll"] for r in result.records}
     assert set(rows) == {("dense", "none")} | {
-        (stage, r) for stage in ("base", "base_averaged", "gprune") for r in ("none", recovery)
+        (stage, r) for stage in ("base", "averaged", "gprune") for r in ("none", recovery)
     }
     assert result.masks == finished.masks  # recovery comes after the masks
     plain = {(r["stage"], r["corpus"]): r["nll"] for r in finished.records}
@@ -449,9 +449,9 @@ def test_recovery_stands_beside_the_same_without_and_the_base_with_it(recovery, 
         assert same == (r["recovery"] == "none"), r["stage"]
 
 
-@pytest.mark.parametrize("controls", ["[base,base_averaged]", "[base_averaged]", "[]"])
+@pytest.mark.parametrize("controls", ["[base,averaged]", "[averaged]", "[]"])
 def test_rows_without_recovery_are_left_out_where_nobody_asks(controls, world, tmp_path, quick, switched):
-    """Also where base_averaged, which then comes with recovery alone, is still to be scored."""
+    """Also where averaged, which then comes with recovery alone, is still to be scored."""
     result = world.run(tmp_path, "--recovery=bias", f"--evaluation.controls={controls}")
     stages = [*yaml.safe_load(controls), "gprune"]
     assert {(r["stage"], r["recovery"]) for r in result.records} == {
@@ -669,7 +669,7 @@ def test_switched_modules_may_rank_by_the_consensus_of_the_drift_corpora(world, 
 
 
 def test_all_modules_may_rank_as_the_base_metric_scores_the_averaged_corpora(world, tmp_path, quick, dense):
-    """With the same fraction kept of each, units go in the order of `base_averaged`'s scores inside every module."""
+    """With the same fraction kept of each, units go in the order of `averaged`'s scores inside every module."""
     flags = ("--reliability.metric=averaged", "--reliability.everywhere=true", "--sparsity.allocation=equal")
     result = world.run(tmp_path, *flags)
     pool = pooled(result.statistics[corpus] for corpus in result.config.corpora.drift)
@@ -685,8 +685,8 @@ def test_all_modules_may_rank_as_the_base_metric_scores_the_averaged_corpora(wor
             assert scores[b][kept].min() >= scores[b][gone].max()
             ordered.append(bool(own.ffn[b][kept].min() >= own.ffn[b][gone].max()))
     assert not all(ordered)  # the scoring corpus alone has another order
-    # what base_averaged itself keeps is the best of the same scores, block by block
-    for s, mask in zip(scores, masks_of(result, "base_averaged").ffn, strict=True):
+    # what averaged itself keeps is the best of the same scores, block by block
+    for s, mask in zip(scores, masks_of(result, "averaged").ffn, strict=True):
         assert s[mask].min() >= s[~mask].max()
 
 

@@ -310,7 +310,7 @@ FLAGS = ["--recovery=least_squares_sequential", "--sparsity.scope=attention+ffn"
 
 def test_a_run_recovers_its_controls_too_and_stays_below_its_plan(world, tmp_path, quick, capsys):
     result = world.run(tmp_path, *FLAGS)
-    stages = ("base", "base_averaged", "gprune")
+    stages = ("base", "averaged", "gprune")
     assert {(r["stage"], r["recovery"]) for r in result.records} == {("dense", "none")} | {
         (stage, recovery) for stage in stages for recovery in ("none", "least_squares_sequential")
     }

@@ -131,7 +131,7 @@ def row(table: report.Table, *named: str) -> dict:
 def test_numbers_of_one_run_are_those_of_its_records(run):
     table = report.make([run]).tables[0]
     assert [cells[1] for cells in table.rows] == [
-        "dense", "base", "base_averaged", "gprune", "base + bias", "base_averaged + bias", "gprune + bias",
+        "dense", "base", "averaged", "gprune", "base + bias", "averaged + bias", "gprune + bias",
     ]  # fmt: skip
     for recovery, stage in (("none", "gprune"), ("bias", "gprune + bias")):
         found = row(table, "one", stage)
@@ -158,9 +158,9 @@ def test_perplexity_by_corpus_marks_what_was_seen(run):
     table = report.make([run]).tables[1]
     assert table.columns[3].endswith("alpha.txt*")
     assert [c.endswith("*") for c in table.columns[3:]] == [True, False, False]
-    for r in records_of(run, "base_averaged"):
+    for r in records_of(run, "averaged"):
         name = r["corpus"] + "*" * r["seen"]
-        assert row(table, "one", "base_averaged")[name] == Estimate(r["perplexity"])
+        assert row(table, "one", "averaged")[name] == Estimate(r["perplexity"])
 
 
 def test_sparsity_is_counted_from_the_masks(run):
@@ -528,7 +528,7 @@ def grey(colour: str) -> float:
 
 def test_nothing_is_told_by_colour_alone(run):
     for stages in (COLOURS, MARKERS):
-        assert {"base", "base_averaged", "gprune"} <= stages.keys()
+        assert {"base", "averaged", "gprune"} <= stages.keys()
     assert len(set(MARKERS.values())) == len(MARKERS)
     assert len({marker for _, _, marker in LINES}) == len({str(dash) for _, dash, _ in LINES}) == len(LINES)
     assert abs(grey(COLOURS["base"]) - grey(COLOURS["gprune"])) > 0.2

@@ -34,7 +34,7 @@ def as_of_before(folder: RunFolder, controls: list[str]) -> None:
     for path in folder.path.rglob("*.safetensors"):
         write_tensors(path, read_tensors(path))
     config = (folder / "config.yaml").read_text()
-    block = "  controls:\n" + "".join(f"  - {name}\n" for name in ("base", "base_averaged", "unrecovered"))
+    block = "  controls:\n" + "".join(f"  - {name}\n" for name in ("base", "averaged", "unrecovered"))
     assert block in config
     (folder / "config.yaml").write_text(config.replace(block, f"  controls: [{', '.join(controls)}]\n"))
 
@@ -42,7 +42,7 @@ def as_of_before(folder: RunFolder, controls: list[str]) -> None:
 def test_a_run_of_before_unrecovered_had_a_name_asks_for_the_rows_it_holds(recovered, tmp_path):
     assert gprune.load_run(recovered.path).config == recovered.config
     folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "before"))
-    as_of_before(folder, ["base", "base_averaged"])
+    as_of_before(folder, ["base", "averaged"])
     back = gprune.load_run(folder.path)
     held = list(dict.fromkeys((r["stage"], r["recovery"]) for r in back.records))
     assert held == [("dense", "none"), *back.config.stages]
@@ -50,7 +50,20 @@ def test_a_run_of_before_unrecovered_had_a_name_asks_for_the_rows_it_holds(recov
     metrics = read_json(folder / "metrics.json")
     metrics["records"] = [r for r in metrics["records"] if r["stage"] == "dense" or r["recovery"] == "bias"]
     write_json(folder / "metrics.json", metrics)
-    assert gprune.load_run(folder.path).config.evaluation.controls == ["base", "base_averaged"]  # never asked for
+    assert gprune.load_run(folder.path).config.evaluation.controls == ["base", "averaged"]  # never asked for
+
+
+def test_a_run_whose_averaged_control_had_its_former_name_is_read(recovered, tmp_path):
+    folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "before"))
+    as_of_before(folder, ["base", "base_averaged", "unrecovered"])
+    metrics = read_json(folder / "metrics.json")
+    assert "averaged" in {r["stage"] for r in metrics["records"]}
+    for r in metrics["records"]:
+        r["stage"] = r["stage"].replace("averaged", "base_averaged")
+    write_json(folder / "metrics.json", metrics)
+    back = gprune.load_run(folder.path)
+    assert back.config == recovered.config
+    assert back.records == recovered.records
 
 
 def with_settings_of_before(folder: RunFolder, **sparsity: object) -> None:
@@ -100,9 +113,9 @@ def test_a_result_shows_itself_in_ten_lines_and_as_tables(recovered):
     assert list(table.index) == [
         "dense",
         "base",
-        "base_averaged",
+        "averaged",
         "gprune",
-        *(f"{n} + bias" for n in ("base", "base_averaged", "gprune")),
+        *(f"{n} + bias" for n in ("base", "averaged", "gprune")),
     ]
     first = recovered.records[0]
     assert first["seen"]

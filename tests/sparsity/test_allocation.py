@@ -212,7 +212,7 @@ def test_a_users_own_allocation_works_through_the_command_line(tmp_path, monkeyp
         assert {r["allocation"] for r in result.records if r["stage"] == "base"} == {"mine"}
         learned = world.run(tmp_path / "runs", "--sparsity.start=mine", "--sparsity.options.offset=2", name="learned")
         assert {r["allocation"] for r in learned.records if r["stage"] == "base"} == {"mine"}
-    assert seen == [(0.5, 0.0), (0.5, 2.0), (0.5, 2.0)]  # base; base and base_averaged
+    assert seen == [(0.5, 0.0), (0.5, 2.0), (0.5, 2.0)]  # base; base and averaged
 
 
 # --- whole blocks -----------------------------------------------------------------------------------------------

@@ -247,7 +247,7 @@ def test_a_run_distils_every_row_and_takes_up_what_was_learned(world, tmp_path, 
     result = world.run(tmp_path, *FLAGS)
     rows = {(r["stage"], r["recovery"]) for r in result.records}
     chain = "least_squares+distill"
-    assert {row for row in rows if row[1] == chain} == {(s, chain) for s in ("base", "base_averaged", "gprune")}
+    assert {row for row in rows if row[1] == chain} == {(s, chain) for s in ("base", "averaged", "gprune")}
     assert all((r["distill"] is not None) == (r["recovery"] == chain) for r in result.records)
     plan = check(result.config)
     assert " and 3 models recovered by learning" in plan.describe()

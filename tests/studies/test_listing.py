@@ -51,7 +51,7 @@ def test_all_ablations_are_rows_of_their_list():
     files = {path.stem for path in (EXPERIMENTS / "ablations").glob("*.yaml")}
     assert {row.name for row in listing.rows} == files - {"base"} | {"base", "default"}
     files = [f"--config={EXPERIMENTS / name}.yaml" for name in ("default", "method")]
-    default = parse([*files, "--evaluation.controls=[base_averaged]"])
+    default = parse([*files, "--evaluation.controls=[averaged]"])
     assert listing.rows[1].config.settings() == default.settings()
 
 
@@ -98,7 +98,7 @@ def bench(tmp_path_factory):
         yield Workbench(world, folder)
 
 
-COMPARE = [["ours: gprune", "ours: base_averaged"], ["ours: gprune", "plain: base"]]
+COMPARE = [["ours: gprune", "ours: averaged"], ["ours: gprune", "plain: base"]]
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +312,7 @@ def test_comparisons_are_paired_over_windows(bench, first):
     made = results.reported(listing, done)
     alpha = {str(bench.world.corpora["alpha"])}
     assert listing.compare == [tuple(pair) for pair in COMPARE]
-    for (a, b), other in zip(listing.compare, (("ours", "base_averaged"), ("plain", "base")), strict=True):
+    for (a, b), other in zip(listing.compare, (("ours", "averaged"), ("plain", "base")), strict=True):
         expected = paired_ratio(unseen(kept["ours"], "gprune", alpha), unseen(kept[other[0]], other[1], alpha), 31)
         assert results.ratios_of(made.runs, a, b) == [Estimate(*expected)]
         assert expected[0] != 1
@@ -417,7 +417,7 @@ def test_spreads_over_rows_of_their_base_and_of_the_result(bench, capsys):
     out = bench(capsys, path)
     _, done = done_of(path)
     alpha = str(bench.world.corpora["alpha"])
-    stages = ("base", "base_averaged", "gprune")
+    stages = ("base", "averaged", "gprune")
     logs = {
         (row.name, stage): np.mean([
             np.log(r["perplexity"]) for r in kept["records"]
@@ -584,7 +584,7 @@ def test_lines_of_rows_over_the_tokens_that_each_learned_from(bench, capsys, tmp
 
 def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_path):
     """A line per metric and stage over budgets, with the averaged control beside gprune."""
-    common = {"evaluation.controls": ["base", "base_averaged"]}
+    common = {"evaluation.controls": ["base", "averaged"]}
     rows = {f"{m} {t}": {"importance": m, "sparsity.target": t} for m in ("wifv", "wanda_sp") for t in (0.5, 0.3)}
     path = bench.write("budgets", rows, common=common, curve={"over": "sparsity.target", "of": "importance"})
     bench(capsys, path, "--figures", tmp_path)
@@ -592,10 +592,10 @@ def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_pa
     listing, done = done_of(path)
     axes = figures.curve(listing.curve, results.reported(listing, done).runs).axes[0]
     drawn = {c.get_label(): c.lines[0].get_xydata() for c in axes.containers}
-    assert set(drawn) == {f"{m}, {s}" for m in ("wifv", "wanda_sp") for s in ("gprune", "base_averaged")}
+    assert set(drawn) == {f"{m}, {s}" for m in ("wifv", "wanda_sp") for s in ("gprune", "averaged")}
     used = {str(bench.world.corpora["alpha"])} | {r["corpus"] for _, k in done for r in k["records"] if r["seen"]}
     for row, kept in done:
-        for stage in ("gprune", "base_averaged"):
+        for stage in ("gprune", "averaged"):
             ratio = paired_ratio(unseen(kept, stage, used), unseen(kept, "base", used), 31)[0]
             at = dict(drawn[f"{row.config.importance}, {stage}"])
             assert at[row.config.sparsity.target] == pytest.approx(ratio)
@@ -604,7 +604,7 @@ def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_pa
     halves = results.reported(listing, [d for d in done if d[0].config.importance == "wifv"]).runs
     axes = figures.curve(turned, halves).axes[0]
     assert {c.get_label() for c in axes.containers} == {
-        f"{t} removed, {s}" for t in ("30%", "50%") for s in ("gprune", "base_averaged")
+        f"{t} removed, {s}" for t in ("30%", "50%") for s in ("gprune", "averaged")
     }
     assert (axes.get_xlabel(), axes.get_xticks().tolist()) == ("sparsity.width_multiple", [1])
     twice = bench.write("twice", rows | {"again": {"importance": "wifv", "sparsity.target": 0.3, "ridge": 0.2}},
@@ -799,7 +799,7 @@ def test_a_list_that_is_not_there_is_one_line(bench, capsys):
 def test_a_stage_that_is_not_there_is_named(bench, first, capsys, nothing_runs):
     path = bench.write("stages", ROWS, compare=[["ours: best", "plain: base"]])
     line = bench.refused(capsys, path)
-    assert "expected a stage of 'ours' (dense, base, base_averaged, gprune), got 'best'" in line
+    assert "expected a stage of 'ours' (dense, base, averaged, gprune), got 'best'" in line
 
 
 def test_compare_waits_for_rows_that_have_not_run(bench, first):
