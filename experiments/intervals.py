@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from gprune.storage.files import read_json
+from gprune.studies.records import read
 
 RECORDS = Path(__file__).parent / "records" / "runs"
 UNSEEN = ("stackexchange", "gsm8k", "stories", "python_docs")
@@ -28,8 +28,8 @@ Interval = tuple[float, float]
 
 def losses() -> list[dict[str, np.ndarray]]:
     """(32,) nats per token by corpus, of `best` and of `base` on the same windows."""
-    for best in map(read_json, sorted(RECORDS.glob("best-seed0-*.json"))):
-        for base in map(read_json, sorted(RECORDS.glob("base-seed0-*.json"))):
+    for best in map(read, sorted(RECORDS.glob("best-seed0-*.json"))):
+        for base in map(read, sorted(RECORDS.glob("base-seed0-*.json"))):
             rows = [{(r["corpus"], r["content_hash"]): r for r in m["records"] if r["stage"] != "dense"}
                     for m in (best, base)]  # fmt: skip
             shared = [key for key in rows[0] if key in rows[1] and key[0] in UNSEEN]

@@ -137,14 +137,34 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @rank_zero_only
-def write_json(path: Path, content: Any, *, run: str | None = None) -> None:
-    """Write JSON, an object with its checksum as the last entry; `run` is the key of the run it belongs to, if any."""
-    text = json.dumps(content, indent=1, allow_nan=False)
+def write_json(path: Path, content: Any, *, run: str | None = None, width: int = 0) -> None:
+    """Write JSON, an object with its checksum as the last entry.
+
+    Args:
+        run: the key of the run it belongs to, if any.
+        width: lists and objects of at most so many characters take one line.
+    """
+    content = json.loads(json.dumps(content, allow_nan=False))
     if isinstance(content, dict):
-        plain = json.loads(text) | ({"run": run} if run else {})
-        text = json.dumps(plain | {"checksum": json_hash(plain, path.name)}, indent=1)
+        content |= {"run": run} if run else {}
+        content |= {"checksum": json_hash(content, path.name)}
+    text = _lines(content, width) if width else json.dumps(content, indent=1)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _lines(content: Any, width: int, margin: str = "") -> str:
+    """JSON without blanks, in which what takes more than `width` characters has a line for each of its entries."""
+    text = json.dumps(content, separators=(",", ":"))
+    if len(text) <= width or not isinstance(content, dict | list):
+        return text
+    names = [json.dumps(name) + ":" for name in content] if isinstance(content, dict) else [""] * len(content)
+    values = content.values() if isinstance(content, dict) else content
+    inner = margin + " "
+    entries = (inner + name + _lines(value, width, inner) for name, value in zip(names, values, strict=True))
+    return (
+        "{["[isinstance(content, list)] + "\n" + ",\n".join(entries) + "\n" + margin + "}]"[isinstance(content, list)]
+    )
 
 
 def read_json(path: Path, *, run: str | None = None, check: Callable[[Any], str | None] | None = None) -> Any:

@@ -31,7 +31,7 @@ from gprune.sparsity.gates import gated
 from gprune.storage.files import read_json, write_json
 from gprune.studies.figures import draw
 from gprune.studies.listing import Listing, Row, commands, parts_of
-from gprune.studies.records import dense_path, found, packed, path_of, plain
+from gprune.studies.records import dense_path, found, packed, path_of, plain, write
 from gprune.studies.tables import cost_table, text_of
 
 
@@ -51,12 +51,12 @@ def run(row: Row) -> dict[str, Any]:
         "steps": manifest["steps"],
         "summary": {k: v for k, v in result.summary.items() if k not in ("geometric_means", "unseen_over_base")},
         "learning": manifest.get("learning"),
-        "masks": packed(result.masks),
+        "masks": packed(result.masks) if row.masks else None,
         "records": [r | {"window_nll": [round(v, 4) for v in r["window_nll"]]} for r in result.records],
     }
     if tasks:
         kept |= {"tasks": tasks, "evaluation": evaluated(result.path, cfg, row, kept["inputs"]["model"])}
-    write_json(path_of(row), kept)
+    write(path_of(row), kept)
     return kept
 
 

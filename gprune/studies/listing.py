@@ -29,6 +29,7 @@ TableName = Literal[
     "comparison", "evaluation", "perplexity", "records", "repeatability", "sparsity", "stability", "summary"
 ]
 TABLES = ("summary", "perplexity", "evaluation")
+OF_MASKS = frozenset({"repeatability", "sparsity", "stability"})  # tables
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Row:
     flags: tuple[str, ...]
     tasks: dict[str, Any]
     control: bool = False  # gprune's machinery with nothing learned: no result of the method's
+    masks: bool = True  # whether records keep them; among those of the repository, where a table is about masks alone
     records: Path = OTHER_RECORDS  # where what came out is kept
 
     @cached_property
@@ -239,7 +241,8 @@ def _rows(path: Path, content: Content, seeds: Sequence[int] | None, flags: Sequ
             for point in points(content.grid):
                 here = (*protocol, *_configs(path, config), f"--run.seed={seed}", *given, *flags_of(point), *flags)
                 control = str(name) in _names(content.controls)
-                yield Row(named(str(name), point), seed, here, content.tasks or {}, control)
+                masks = not inside(path) or not OF_MASKS.isdisjoint(content.tables or ())
+                yield Row(named(str(name), point), seed, here, content.tasks or {}, control, masks)
 
 
 def _check_rows(listing: Listing, content: Content) -> None:

@@ -17,9 +17,10 @@ from gprune.errors import UserError
 from gprune.models.masks import Masks
 from gprune.runs import schema
 from gprune.runs.results import FinishedRun, Record, with_defaults
-from gprune.storage.files import key_of, read_json
+from gprune.storage.files import key_of, read_json, write_json
 from gprune.studies.listing import Row, flat
 
+WIDTH = 1000  # characters of a line
 FORMAT = 4  # of the names of records, which stay when the format of caches changes
 CONTROL = "control"  # what tables call the result of a row that the list names as a control
 
@@ -33,9 +34,53 @@ def plain(value: Any) -> Any:
 
 
 def found(row: Row) -> dict[str, Any] | None:
-    """The record of an earlier run with the row's settings, with the tasks that the list asks for."""
-    kept = read_json(path_of(row), check=schema.study)
-    return kept if is_of(row, kept) and row.wanted_tasks in ({}, kept.get("tasks")) else None
+    """The record of an earlier run with the row's settings, with the tasks and the masks that the list asks for."""
+    kept = read(path_of(row))
+    there = is_of(row, kept) and row.wanted_tasks in ({}, kept.get("tasks"))
+    return kept if there and not (row.masks and kept["masks"] is None) else None
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """A record as `write` was given it; None, with one warning unless it is missing, for what is none."""
+    kept = read_json(path, check=lambda content: schema.study(unfolded(content)))
+    return None if kept is None else unfolded(kept)
+
+
+def write(path: Path, kept: dict[str, Any]) -> None:
+    """Write a record, with what is the same in all of its numbers, or in all of a stage, once."""
+    write_json(path, kept | {"records": folded(kept["records"])}, width=WIDTH)
+
+
+def folded(records: Sequence[Record]) -> dict[str, Any]:
+    """Records as {"all": what is the same in all, "stages": [{"all": ..., "each": [what is left], ...}, ...]}.
+
+    A stage is what follows each other with one `stage` and `recovery`.
+    """
+    shared, rest = _shared(records)
+    stages = []
+    for _, places in itertools.groupby(range(len(rest)), lambda i: (records[i]["stage"], records[i]["recovery"])):
+        own, each = _shared([rest[i] for i in places])
+        stages.append({"all": own, "each": each})
+    return {"all": shared, "stages": stages}
+
+
+def unfolded(kept: Any) -> Any:
+    """A record whose numbers are records again; whatever is no folded record as it is."""
+    match kept:
+        case {"records": {"all": dict(shared), "stages": list(stages)}}:
+            pass
+        case _:
+            return kept
+    try:
+        return kept | {"records": [shared | stage["all"] | own for stage in stages for own in stage["each"]]}
+    except (KeyError, TypeError):
+        return kept
+
+
+def _shared(records: Sequence[Record]) -> tuple[Record, list[Record]]:
+    """What is the same in all, and what is left of each."""
+    same = {k: v for k, v in records[0].items() if all(k in r and r[k] == v for r in records)} if records else {}
+    return same, [{k: v for k, v in r.items() if k not in same} for r in records]
 
 
 def path_of(row: Row) -> Path:
@@ -49,7 +94,7 @@ def path_of(row: Row) -> Path:
     own = {name: value for name, value in settings.items() if value != usual.get(name)}
     key = key_of(format=FORMAT, settings=own)[:10]
     for path in sorted((row.records / "runs").glob(f"*-{key}*.json")):
-        kept = read_json(path, check=schema.study)
+        kept = read(path)
         if is_of(row, kept) and row.wanted_tasks in ({}, kept.get("tasks", row.wanted_tasks)):
             return path
     slug = "-".join("".join(c if c.isalnum() else " " for c in row.name.lower()).split())

@@ -126,7 +126,8 @@ def test_it_runs_keeps_records_and_prints(bench, first):
         result = gprune.load_run(Path(row.config.run.dir) / row.config.run_name)
         assert records.unpacked(kept["masks"]) == result.masks
         assert kept["settings"] == row.config.settings()
-        assert [r["perplexity"] for r in kept["records"]] == [r["perplexity"] for r in result.records]
+        rounded = [r | {"window_nll": [round(v, 4) for v in r["window_nll"]]} for r in result.records]
+        assert kept["records"] == rounded
         assert {"name", "flags", "inputs", "environment", "steps", "summary"} <= set(kept)
         assert not [f for f in kept["flags"] if f.startswith(("--run.", "--logging.", "--export"))]
         assert (kept["learning"] is None) == (row.name == "plain")
@@ -690,6 +691,60 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
         assert runner.found(row)["tasks"]["limit"] == 4
     # with a seed that the tasks do not name, there are none
     assert "evaluation" not in runner.run(lists.Listing.read(path, seeds=[1]).rows[0])
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.text("ab", max_size=2))
+NUMBERS = st.fixed_dictionaries(
+    {"stage": st.sampled_from("ab"), "recovery": st.sampled_from("ab"), "nll": st.lists(st.integers(0, 3), max_size=3)},
+    optional={"own": SCALARS, "often": st.just(1)},
+)
+
+
+@given(numbers=st.lists(NUMBERS, max_size=8))
+def test_what_is_the_same_in_several_numbers_is_kept_once_and_comes_back(numbers):
+    kept = json.loads(json.dumps({"name": "x", "records": records.folded(numbers)}))
+    assert records.unfolded(kept) == {"name": "x", "records": numbers}
+    for stage in kept["records"]["stages"]:
+        assert len(stage["each"]) < 2 or not any(
+            all(name in own and own[name] == value for own in stage["each"]) for name, value in stage["each"][0].items()
+        )
+
+
+def test_the_repository_keeps_masks_where_a_table_is_about_them(bench, first, monkeypatch):
+    monkeypatch.setattr(lists, "EXPERIMENTS", bench.folder)
+    (row, *_) = (
+        row for row in lists.Listing.read(first[0], records=bench.folder / "other").rows if row.name == "plain"
+    )
+    assert not row.masks
+    assert runner.run(row)["masks"] is None
+    assert runner.found(row)["masks"] is None
+    path = bench.write("of masks", {"plain": ROWS["plain"]}, tables=["repeatability"])
+    (wanted,) = lists.Listing.read(path, records=bench.folder / "other").rows
+    assert runner.found(wanted) is None  # there is a record, but without masks
+    assert records.path_of(wanted) == records.path_of(row)
+    assert runner.run(wanted)["masks"] == runner.found(row)["masks"] is not None
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        None, [], {}, {"records": []}, {"records": {"all": {}}}, {"records": {"all": [], "stages": []}},
+        {"records": {"all": {}, "stages": [1]}}, {"records": {"all": {}, "stages": [{"all": 1, "each": [{}]}]}},
+        {"records": {"all": {}, "stages": [{"all": {}, "each": ["x"]}]}},
+    ],
+)  # fmt: skip
+def test_what_is_no_folded_record_stays_what_it_is(kept):
+    assert records.unfolded(kept) == kept
+
+
+def test_a_record_is_short_lines(first):
+    """So that people and `git diff` can read it."""
+    row = lists.Listing.read(first[0]).rows[1]
+    lines = records.path_of(row).read_text().splitlines()
+    assert len(lines) < 100
+    assert max(map(len, lines)) < records.WIDTH + 50
 
 
 # --- masks ------------------------------------------------------------------------------------------------------
