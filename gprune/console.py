@@ -74,7 +74,7 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
         except UserError as error:
             return fail(str(error))
         except KeyboardInterrupt:
-            with _no_interrupts():
+            with no_interrupts():
                 return fail(f"Interrupted{stopped}", 130)
         except SystemExit as error:
             if type(error).__name__ not in ("SIGTERMException", "Stopped"):  # Lightning's: importing it takes seconds
@@ -149,7 +149,7 @@ def _signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_interrupts() -> Iterator[None]:
+def no_interrupts() -> Iterator[None]:
     """Whoever presses Ctrl-C a third time need not see where."""
     if threading.current_thread() is not threading.main_thread():
         yield

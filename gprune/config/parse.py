@@ -55,7 +55,7 @@ def of_settings(content: Mapping[str, Any], where: str) -> RunConfig:
 
 def _parsed(args: Sequence[str]) -> RunConfig:
     try:
-        found = _parser().instantiate(_parser().parse_args(args))
+        found = parser().instantiate(parser().parse_args(args))
         found.pop("config")
         return RunConfig(**found)
     except ArgumentError as error:
@@ -63,7 +63,7 @@ def _parsed(args: Sequence[str]) -> RunConfig:
 
 
 @functools.cache
-def _parser() -> ArgumentParser:
+def parser() -> ArgumentParser:
     """The parser of train.py's flags: reading the help in the docstrings takes longer than most tiny runs."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("gprune", load_yaml, (yaml.YAMLError,))

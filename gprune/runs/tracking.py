@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.image import imread
 
+from gprune.console import no_interrupts
 from gprune.errors import UserError
 
 on_process_zero = rank_zero_only
@@ -86,7 +87,10 @@ def define_axes(logger: WandbLogger) -> None:
 
 @rank_zero_only
 def finish(exit_code: int) -> None:
-    if wandb.run is not None:
+    if wandb.run is None:
+        return
+    # Offline it takes a second, in which a second Ctrl-C would get a line of W&B's; online it may have to be stopped.
+    with no_interrupts() if wandb.run.offline else nullcontext():
         wandb.run.finish(exit_code=exit_code)
 
 

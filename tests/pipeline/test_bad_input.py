@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -399,14 +400,19 @@ def test_ctrl_c(place, refused, world, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_real_signal_while_fit_is_running(signum, code, world, tmp_path):
+@pytest.mark.parametrize("pause", [None, 0.0, 0.02, 0.3])  # between three of them; None: one alone
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_real_signal_while_fit_is_running(signum, code, pause, world, tmp_path):
     (child,) = tiny_run.start(world.args(tmp_path, "--sparsity.epochs=100000", "--logging.mode=offline"), tmp_path)
     end = time.monotonic() + 60
     while "Learning" not in child.output[0].read_text() and time.monotonic() < end:
         time.sleep(0.1)
     time.sleep(1)
     os.killpg(child.id, signum)
+    for _ in range(2 if pause is not None else 0):
+        time.sleep(pause)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.id, signum)
     done = child.wait()
     assert done.returncode == code, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr

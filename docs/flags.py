@@ -1,0 +1,72 @@
+"""Write docs/flags.md, every flag with its default and its help: `python docs/flags.py`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from gprune.benchmarks import command as evaluate
+from gprune.config.parse import parser as train
+from gprune.export import command as export
+from gprune.report import command as report
+from gprune.studies import command as study
+
+HEAD = """# Flags
+
+What `--help` says, made from it by `python docs/flags.py`. Nested flags are nested in a YAML file of `--config`:
+`--sparsity.target 0.3` is `sparsity: {target: 0.3}`.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    commands = {"python train.py": train(), "gprune report": report.parser(), "gprune evaluate": evaluate.parser()}
+    commands |= {"gprune export": export.parser(), "gprune study": study.parser()}
+    return HEAD + "".join(f"\n## `{name}`\n{''.join(tables(made))}" for name, made in commands.items())
+
+
+def tables(made: argparse.ArgumentParser) -> Iterator[str]:
+    """A table for each group of flags of a command."""
+    titled: dict[str, list[argparse.Action]] = {"": []}
+    for group in made._action_groups:
+        title = "" if group.title in ("options", "positional arguments") else (group.title or "").partition(". ")[0]
+        titled.setdefault(title.rstrip(".:"), []).extend(filter(shown, group._group_actions))
+    for title, actions in titled.items():
+        if actions:
+            rows = [f"| `{name(a)}` | {default(a)} | {told(a)} |" for a in actions]
+            head = f"\n### {title}\n" if title else ""
+            yield head + "\n" + "\n".join(["| flag | default | what it is |", "|---|---|---|", *rows]) + "\n"
+
+
+def shown(action: argparse.Action) -> bool:
+    """Not those that every command has, nor a group of flags as one file."""
+    common = action.dest in ("help", "print_config") or type(action).__name__ == "_ActionConfigLoad"
+    return bool(action.help) and action.help != argparse.SUPPRESS and not common
+
+
+def name(action: argparse.Action) -> str:
+    """The first long spelling with the values it takes."""
+    long = next((o for o in action.option_strings if o.startswith("--")), "")
+    choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else ""
+    value = action.metavar or choices or ("" if action.nargs == 0 else action.dest.rpartition(".")[2].upper())
+    return " ".join(filter(None, (long, value if isinstance(value, str) else " ".join(value)))).replace("|", "\\|")
+
+
+def default(action: argparse.Action) -> str:
+    value = action.default
+    if value is None or value == argparse.SUPPRESS or value == []:
+        return ""
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{', '.join(map(str, value)) if isinstance(value, list) else value}`"
+
+
+def told(action: argparse.Action) -> str:
+    """The help on one line of a table."""
+    text = " ".join((action.help or "").split()).replace("|", "\\|")
+    return text % {"default": action.default} if "%(default)s" in text else text.replace("%%", "%")
+
+
+if __name__ == "__main__":
+    Path(__file__).with_suffix(".md").write_text(page(), encoding="utf-8")
