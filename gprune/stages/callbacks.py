@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -23,6 +24,8 @@ from gprune.runs.tracking import log_scalars, log_table
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.gates import gated, masked
 from gprune.stages.thresholds import ThresholdLearning
+
+log = logging.getLogger("gprune")
 
 
 class ApplyMasks(L.Callback):
@@ -132,6 +135,12 @@ class DevelopmentCurve(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.best:
             pl_module.load_state_dict(self.best)
+        began, *later = self.measured.values() or (math.nan,)
+        if later and not self.best and not later[-1] <= began:
+            log.warning(
+                "Development perplexity ends at %.4g, where it began at %.4g: lower --distill.learning_rate, or let "
+                "--distill.keep best keep the best weights.", later[-1], began,
+            )  # fmt: skip
 
     @torch.no_grad()
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

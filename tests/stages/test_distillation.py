@@ -342,7 +342,7 @@ def test_a_checkpoint_that_is_not_whole_or_foreign_is_not_taken(damage, said, wo
 
 
 @pytest.mark.parametrize(("keep", "point"), [("last", 3), ("best", 1)])
-def test_the_curve_is_logged_and_the_weights_stay_that_are_asked_for(keep, point, world, tmp_path, monkeypatch):
+def test_the_curve_is_logged_and_the_weights_stay_that_are_asked_for(keep, point, world, tmp_path, monkeypatch, capsys):
     tiny_run.quick(monkeypatch)
     alpha, real, students = str(world.corpora["alpha"]), callbacks.perplexities, []
 
@@ -353,6 +353,8 @@ def test_the_curve_is_logged_and_the_weights_stay_that_are_asked_for(keep, point
 
     monkeypatch.setattr(callbacks, "perplexities", perplexities)
     result = world.run(tmp_path, *FLAGS, *ALONE[:2], f"--distill.keep={keep}", "--distill.points=3")
+    worse = "Development perplexity ends at 6, where it began at 5: lower --distill.learning_rate"
+    assert (worse in capsys.readouterr().out) is (keep == "last")
     rows = [row for file in (result.path / "csv").rglob("metrics.csv") for row in csv.DictReader(file.open())]
     curve = [(row["distill/tokens"], row[f"distill/perplexity/{alpha}"]) for row in rows if row.get("distill/tokens")]
     assert [tuple(map(float, pair)) for pair in curve] == [(0, 5), (192, 3), (384, 4), (576, 6)]
