@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -206,6 +207,16 @@ def test_quick_start_commands_are_one_line_each(number):
     blocks = re.findall(r"^```bash\n(.*?)^```", quick, re.M | re.S)
     assert len(blocks) == 2
     assert len(blocks[number - 1].strip().splitlines()) == 1
+
+
+def test_the_first_notebook_is_stored_with_what_comes_out():
+    text = (ROOT / "notebooks/01_prune_and_look_inside.ipynb").read_text(encoding="utf-8")
+    outputs = [out for cell in json.loads(text)["cells"] for out in cell.get("outputs", [])]
+    assert sum("image/png" in out.get("data", {}) for out in outputs) == 3
+    assert any("| dense" in "".join(out.get("data", {}).get("text/markdown", [])) for out in outputs)
+    assert not [out for out in outputs if out["output_type"] == "error" or out.get("name") == "stderr"]
+    assert len(text) < 150_000
+    assert not re.search(r"/(home|root|tmp|work)/", text)
 
 
 # What the pages show how to add
