@@ -8,17 +8,9 @@ from pathlib import Path
 import pytest
 
 from gprune.config import RunConfig
-from gprune.config.groups import (
-    CorporaConfig,
-    EvaluationConfig,
-    LoggingConfig,
-    PartitionConfig,
-    ReliabilityConfig,
-    RunFolderConfig,
-    SparsityConfig,
-    TrainerConfig,
-)
+from gprune.config.groups import CorporaConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
 from gprune.config.parse import parse
+from gprune.config.running import EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.errors import UserError
 from gprune.registry import Registry
 

@@ -12,17 +12,14 @@ from gprune.checks import NonNegative
 from gprune.config.groups import (
     SEVERAL,
     CorporaConfig,
-    EvaluationConfig,
     Group,
-    LoggingConfig,
     ModelConfig,
     PartitionConfig,
     ReliabilityConfig,
-    RunFolderConfig,
     SparsityConfig,
-    TrainerConfig,
 )
 from gprune.config.recovery import DistillConfig
+from gprune.config.running import EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.corpora.load import check_corpus, identity
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE

@@ -10,7 +10,8 @@ import torch
 
 from experiments.bench.measure import flops as counted
 from gprune.config import RunConfig
-from gprune.config.groups import CorporaConfig, EvaluationConfig
+from gprune.config.groups import CorporaConfig
+from gprune.config.running import EvaluationConfig
 from gprune.models.losses import next_token_loss
 from gprune.pipeline.cost import count_tokens, flops, speed
 from tests import tiny_run

@@ -23,7 +23,8 @@ from scipy import stats
 
 from gprune import report
 from gprune.config import RunConfig
-from gprune.config.groups import EvaluationConfig, ModelConfig
+from gprune.config.groups import ModelConfig
+from gprune.config.running import EvaluationConfig
 from gprune.errors import UserError
 from gprune.evaluation.accuracy import paired_difference
 from gprune.evaluation.intervals import paired_ratio
