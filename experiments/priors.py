@@ -15,6 +15,7 @@ shrunken       mixed, with a rho for each module and step from the data: s / (s 
 hierarchical   o_i = u_m + v_i; penalty v_i^2 / tau_m^2, tau_m^2 the mean of v^2 in the module (empirical Bayes)
 width          penalty o_i^2 / tau_i^2, tau_i^2 in proportion to 1 / drift_i inside a block: no modules
 agreeing       the smallest gradient of the three corpora where all have one sign, else 0
+slower         plain gates with a smaller step size: the control of what moves less
 agreeing, by module   g_i where the mean gradients of its module have one sign for all corpora, else 0
 
 Penalties have a gradient as large as that of the gates (root mean square) where o or v is at its own tau = the root
@@ -75,7 +76,6 @@ FLAGS = [
     "--evaluation.controls=[]", "--corpora.learn_samples=128", "--export=none", "--logging.mode=disabled",
 ]  # fmt: skip
 PER_STEP, LEAST_STEPS, MEMORY = 4, 6, 0.9  # windows; steps; of running means, as of Adam
-GAIN = 0.99  # below this of plain gates a cell deserves other seeds and its controls
 
 
 @dataclass(frozen=True)
@@ -229,6 +229,7 @@ def gates_for(s: Setting, world: World) -> Gates:
         "plain": lambda: Gates(N, rate),
         "mixed": lambda: Mixed(N, rate, modules, float(s.value)),
         "centred": lambda: Mixed(N, rate, modules, float(s.value), centred=True),
+        "slower": lambda: Gates(N, float(s.value)),
         "shrunken": lambda: Shrunken(N, rate, modules),
         "hierarchical": lambda: Hierarchical(N, rate, modules, p.learning_rate),
         "width": lambda: Width(N, rate, {
@@ -350,48 +351,32 @@ def measured(world: World, s: Setting) -> dict[str, list[float]]:
 # --- which cells ------------------------------------------------------------------------------------------------
 
 FEW = (4, 16)
-OTHERS = [("hierarchical", ""), ("shrunken", ""), ("agreeing", ""), ("centred", 1), ("centred", 0.5), ("centred", 0)]
+PRIORS = [  # what was tried at seed 0, in the order in which it says something
+    ("mixed", 0.5, "real"), ("mixed", 0.5, "random"), ("mixed", 1, "real"), ("mixed", 1, "random"),
+    ("mixed", 0.5, "permuted"), ("mixed", 0.75, "real"), ("hierarchical", "", "real"), ("shrunken", "", "real"),
+    ("agreeing", "", "real"), ("centred", 1, "real"), ("width", "drift"),
+]  # fmt: skip
+CONTROLS = [
+    ("width", "equal"), ("hierarchical", "", "random"), ("centred", 1, "random"), ("slower", 0.05), ("slower", 0.1),
+    ("width", "permuted"), ("agreeing", "", "random"),
+]  # fmt: skip
+AGAIN = [(), ("hierarchical", "", "real"), ("hierarchical", "", "random"), ("width", "equal"), ("centred", 1, "real"),
+         ("centred", 1, "random"), ("width", "drift")]  # fmt: skip
+REST = [("mixed", 0.25, "real"), ("hierarchical", "", "permuted"), ("centred", 1, "permuted"), ("mixed", 1, "permuted"),
+        ("mixed", 0.25, "random"), ("mixed", 0.75, "random"), ("agreeing",)]  # fmt: skip
+RIDGES = [("ridge", "0.01,0"), ("ridge", "0.01,100"), ("ridge", "0.1,0"), ("ridge", "0.1,100"),
+          ("ridge permuted", "0.1,100"), ("ridge balanced", "0.01,0")]  # fmt: skip
 
 
-def wanted(done: dict[Setting, dict]) -> Iterator[Setting]:
-    """The cells in the order in which they say something; what deserves seeds and controls depends on what is done."""
+def wanted() -> Iterator[Setting]:
+    """The cells in the order in which they say something."""
     yield Setting(0, 0)
-    for n in FEW:
-        yield Setting(n, 0)
-        for rho, modules in ((0.5, "real"), (0.5, "random"), (1, "real"), (1, "random"), (0.5, "permuted")):
-            yield Setting(n, 0, "mixed", rho, modules)
-    for n in FEW:
-        yield Setting(n, 0, "mixed", 0.75, "real")
-        for prior, value in OTHERS:
-            yield Setting(n, 0, prior, value, "real")
-        yield Setting(n, 0, "width", "drift")
-        yield Setting(n, 0, "agreeing")
-    yield from (Setting(n, seed) for n in FEW for seed in (1, 2))
-    yield from (Setting(n, 0, "mixed", 0.25, "real") for n in FEW)
-    promising = [s for s in done if s.windows in FEW and s.seed == 0 and ratio(done, s)[0] < GAIN]
-    promising.sort(key=lambda s: ratio(done, s)[0])
-    for s in promising:
-        yield from (dataclasses.replace(s, seed=seed) for seed in (1, 2))
-        yield from controls(s)
-    for n in FEW:
-        yield Setting(n, 0, "width", "permuted")
-        yield Setting(n, 0, "width", "equal")
-    for value in ("0.01,0", "0.01,100", "0.1,0", "0.1,100"):
-        yield Setting(0, 0, "ridge", value)
-    yield Setting(0, 0, "ridge permuted", "0.1,100")
-    yield Setting(0, 0, "ridge balanced", "0.01,0")
-    yield from (Setting(n, 0, "mixed", 1, "permuted") for n in FEW)
-    yield from (
-        Setting(n, 0, "mixed", rho, kind) for n in FEW for rho in (0.25, 0.75) for kind in ("random", "permuted")
-    )
-    yield from (Setting(96, 0, *rest) for rest in ((), ("mixed", 0.5, "real"), ("mixed", 0.5, "random")))
-
-
-def controls(s: Setting) -> Iterator[Setting]:
-    if s.modules == "real" and s.value != 0:
-        yield from (dataclasses.replace(s, seed=seed, modules=m) for m in ("random", "permuted") for seed in (0, 1, 2))
-    if s.value == "drift":
-        yield from (dataclasses.replace(s, seed=seed, value=v) for v in ("permuted", "equal") for seed in (0, 1, 2))
+    yield from (Setting(n, 0, *prior) for n in FEW for prior in ((), *PRIORS))
+    yield from (Setting(n, 0, *prior) for prior in CONTROLS for n in FEW)
+    yield from (Setting(n, seed, *prior) for n in FEW for prior in AGAIN for seed in (1, 2))
+    yield from (Setting(0, 0, *ridge) for ridge in RIDGES)
+    yield from (Setting(n, 0, *prior) for prior in REST for n in FEW)
+    yield from (Setting(96, 0, *prior) for prior in AGAIN)
 
 
 def ratio(done: dict[Setting, dict], s: Setting) -> tuple[float, float, float]:
@@ -440,7 +425,7 @@ def work(folder: Path, budget: float, flags: Sequence[str]) -> str:
     with opened(parse([*FLAGS, f"--run.dir={folder}", "--run.name=run", *flags])) as run:
         world = prepared(run)
         while time.monotonic() - begun < budget:
-            s = next((s for s in wanted(done) if s not in done), None)
+            s = next((s for s in wanted() if s not in done), None)
             if s is None:
                 break
             start = time.monotonic()
