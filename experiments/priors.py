@@ -21,9 +21,9 @@ agreeing, by module   g_i where the mean gradients of its module have one sign f
 Penalties have a gradient as large as that of the gates (root mean square) where o or v is at its own tau = the root
 mean square of all. Gradients of corpora are running means, as Adam's first moment is. Modules are `paper.yaml`'s
 (refined, 8 to begin with); controls are *random* ones of the same sizes, and *permuted* ones, refined on drift that was
-dealt out again among the neurons of each block. *ridge* learns nothing, and changes least squares alone: Lambda =
-lambda diag(1 + c d_i) / (1 + c), d drift over its mean; *balanced* are Gram matrices of corpora divided by the dense
-output's energy.
+dealt out again among the neurons of each block; *block* is one module for each block. *ridge* learns nothing, and
+changes least squares alone: Lambda = lambda diag(1 + c d_i) / (1 + c), d drift over its mean; *balanced* are Gram
+matrices of corpora divided by the dense output's energy.
 
 Text: N windows of 512 tokens of the three corpora in turn; the seed draws windows and order. 4 and 16 windows are gone
 through until six steps are made, more windows once. Measured on selection text (`questions/settings.yaml`), which is
@@ -256,6 +256,7 @@ def prepared(run: Run) -> World:
     permuted = partitioned(run, [moved(d, order) for d, order in zip(drift, dealt, strict=True)])
     found = {"real": real, "permuted": permuted}
     found["random"] = [shuffled_partition(y, seed=7919 * b) for b, y in enumerate(real)]
+    found["block"] = one
     over = [(d.drift / d.drift.mean()).float() for d in drift]
     return World(
         run, statistics, ranks, torch.cat(over), torch.cat([x[o] for x, o in zip(over, dealt, strict=True)]),
@@ -357,13 +358,15 @@ PRIORS = [  # what was tried at seed 0, in the order in which it says something
     ("agreeing", "", "real"), ("centred", 1, "real"), ("width", "drift"),
 ]  # fmt: skip
 CONTROLS = [
-    ("width", "equal"), ("hierarchical", "", "random"), ("centred", 1, "random"), ("slower", 0.05), ("slower", 0.1),
-    ("width", "permuted"), ("agreeing", "", "random"),
+    ("width", "equal"), ("hierarchical", "", "random"), ("centred", 1, "random"), ("slower", 0.05),
+    ("centred", 1, "block"),
 ]  # fmt: skip
-AGAIN = [(), ("hierarchical", "", "real"), ("hierarchical", "", "random"), ("width", "equal"), ("centred", 1, "real"),
-         ("centred", 1, "random"), ("width", "drift")]  # fmt: skip
-REST = [("mixed", 0.25, "real"), ("hierarchical", "", "permuted"), ("centred", 1, "permuted"), ("mixed", 1, "permuted"),
-        ("mixed", 0.25, "random"), ("mixed", 0.75, "random"), ("agreeing",)]  # fmt: skip
+AGAIN = [(), ("centred", 1, "real"), ("centred", 1, "random"), ("hierarchical", "", "real"), ("width", "equal")]
+REST = [
+    ("agreeing", "", "random"), ("width", "permuted"), ("hierarchical", "", "permuted"), ("centred", 1, "permuted"),
+    ("mixed", 1, "permuted"), ("slower", 0.1), ("mixed", 0.25, "real"), ("mixed", 0.25, "random"),
+    ("mixed", 0.75, "random"), ("agreeing",), ("centred", 0.5, "real"), ("centred", 0, "real"),
+]  # fmt: skip
 RIDGES = [("ridge", "0.01,0"), ("ridge", "0.01,100"), ("ridge", "0.1,0"), ("ridge", "0.1,100"),
           ("ridge permuted", "0.1,100"), ("ridge balanced", "0.01,0")]  # fmt: skip
 
@@ -373,10 +376,13 @@ def wanted() -> Iterator[Setting]:
     yield Setting(0, 0)
     yield from (Setting(n, 0, *prior) for n in FEW for prior in ((), *PRIORS))
     yield from (Setting(n, 0, *prior) for prior in CONTROLS for n in FEW)
-    yield from (Setting(n, seed, *prior) for n in FEW for prior in AGAIN for seed in (1, 2))
+    yield from (Setting(4, seed, *prior) for prior in AGAIN for seed in (1, 2))
+    yield from (Setting(96, 0, *prior) for prior in AGAIN[:2])
+    yield from (Setting(16, seed, *prior) for prior in AGAIN[:3] for seed in (1, 2))
     yield from (Setting(0, 0, *ridge) for ridge in RIDGES)
     yield from (Setting(n, 0, *prior) for prior in REST for n in FEW)
-    yield from (Setting(96, 0, *prior) for prior in AGAIN)
+    yield from (Setting(96, 0, *prior) for prior in AGAIN[2:])
+    yield from (Setting(16, seed, *prior) for prior in AGAIN[3:] for seed in (1, 2))
 
 
 def ratio(done: dict[Setting, dict], s: Setting) -> tuple[float, float, float]:
