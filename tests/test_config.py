@@ -159,6 +159,7 @@ CHANGES = {
     "offset_rate": {"sparsity": SparsityConfig(offset_learning_rate=0.2)},
     "learn_samples": {"corpora": CorporaConfig(learn_samples=16)},
     "everywhere": {"reliability": ReliabilityConfig(everywhere=True)},
+    "centred": {"sparsity": SparsityConfig(centred=True)},
     "softness": {"reliability": ReliabilityConfig(softness=0.5)},
     "split": {"evaluation": EvaluationConfig(split="development")},
     "evaluation": {"evaluation": EvaluationConfig(num_samples=9)},

@@ -146,7 +146,7 @@ def record(
         "switch_to": cfg.reliability.metric if stage == "gprune" else None,
         "switch_everywhere": cfg.reliability.everywhere if stage == "gprune" else None,
         "switch_softness": cfg.reliability.softness if stage == "gprune" else None,
-        "learn": learned and {n: getattr(cfg.sparsity, n) for n in ("learn", "loss", "epochs")},
+        "learn": learned and {n: getattr(cfg.sparsity, n) for n in ("learn", "loss", "epochs", "centred")},
         "learn_samples": learned and (cfg.corpora.learn_samples or cfg.corpora.num_samples),
         "recovery": recovery,
         "ridge": cfg.ridge if recovery_of(recovery).needs else None,

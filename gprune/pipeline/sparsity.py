@@ -96,7 +96,7 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
         Thresholds, and offsets where they were learned, by the names under which they are saved.
     """
     cfg, s = run.cfg, run.cfg.sparsity
-    learning = Learning(s.learn, s.loss, s.learning_rate, s.offset_learning_rate, s.offset_limit)
+    learning = Learning(s.learn, s.loss, s.learning_rate, s.offset_learning_rate, s.offset_limit, s.centred)
     stage = ThresholdLearning(run.model, modules.ranks, start, run.budget, learning, shard=cfg.model.shard)
     # Where earlier steps have been, sparsities are those of what is left, and the curve has two points.
     if s.schedule:

@@ -31,6 +31,7 @@ class Learning:
     # Offsets stay within +- this many logits. Adam moves a neuron that carries nearly all of its block as fast as any
     # other, and the gradient of its gate does not show the cliff behind it.
     offset_limit: float = math.inf
+    centred: bool = False  # the part of the gradient that moves all units alike is taken off before Adam sees it
 
 
 class ThresholdLearning(FrozenLMStage):
@@ -49,6 +50,10 @@ class ThresholdLearning(FrozenLMStage):
     (straight-through). Shifting every t_m by the same amount changes no hard mask, only the distance of the soft gates
     from it. So after every update thresholds are shifted until the budget cuts at margin 0, where s_i crosses 1/2: the
     gradient is always taken at the units that are about to change sides.
+
+    Adam steps by signs more than by sizes, and opening any unit lowers the loss: left to itself it moves all thresholds
+    the same way, which changes no mask. With `centred` the gradient of each unit has the mean over all units taken off
+    (over a block's, where all blocks have to be equally wide), and what is left says which units matter more.
 
     Args:
         model: frozen.
@@ -151,6 +156,28 @@ class ThresholdLearning(FrozenLMStage):
         self.refresh_gates()  # for a fresh graph: the last step has used up its own
         losses = next_token_losses(self.lm, ids, teacher=teacher)
         return self.batch_loss(losses, batch["weight"], "learn/loss")
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.learning.centred:
+            self.centre()
+
+    @torch.no_grad()
+    def centre(self) -> None:
+        """Take the mean over units off the gradients: of thresholds, which stand for n_m units each, and of offsets.
+
+        Units of blocks that keep everything take no part.
+        """
+        costs, sizes = self.budget.costs, self.ranks.sizes
+        open_blocks = [b for b in range(len(sizes)) if b not in costs.protected]
+        thresholds = [(self.ffn_thresholds[b], sizes[b]) for b in open_blocks]
+        thresholds += [(self.attention_thresholds[b], len(self.ranks.attention[b])) for b in open_blocks]
+        offsets = [(self.ffn_offsets[b], 1) for b in open_blocks if self.offsets]
+        for kind in (thresholds, offsets):
+            learned = [(p.grad, torch.ones_like(p) * n) for p, n in kind if p.grad is not None]
+            for pairs in [[pair] for pair in learned] if costs.uniform else [learned] * bool(learned):
+                mean = sum(g.sum() for g, _ in pairs) / sum(n.sum() for _, n in pairs)
+                for g, n in pairs:
+                    g -= mean * n
 
     def optimizer_step(self, *args: object, **kwargs: object) -> None:
         super().optimizer_step(*args, **kwargs)

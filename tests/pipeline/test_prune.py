@@ -282,6 +282,7 @@ SWITCHES = {
     "width_multiple": "--sparsity.width_multiple=4",
     "uniform_width": "--sparsity.uniform_width=true",
     "offsets": "--sparsity.learn=offsets",
+    "centred": "--sparsity.centred=true --sparsity.learn=both --sparsity.scope=attention+ffn",
     "offsets_and_thresholds": "--sparsity.learn=both",
     "kl": "--sparsity.loss=kl",
     "odd_target": "--sparsity.target=0.333",

@@ -238,6 +238,52 @@ def test_a_fit_of_every_neurons_own_gate(loss, learn, tiny_model):
     assert again == masks
 
 
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("learn", ["thresholds", "offsets", "both"])
+def test_centred_gradients_move_no_units_alike(learn, uniform, tiny_model):
+    """The mean over units is gone, over a block's where blocks are equally wide, and differences of units are left."""
+    scope = "ffn" if uniform else "attention+ffn"
+    stage = make_stage(tiny_model, learn=learn, uniform=uniform, scope=scope, centred=True)
+    with gated(tiny_model, stage.ffn_gates, stage.attention_gates):
+        next_token_loss(tiny_model, sampled_tokens(tiny_model)).backward()
+    sizes = [torch.bincount(y).double() for y in stage.ranks.labels]
+    kinds = {
+        "thresholds": [(t, n) for t, n in zip(stage.ffn_thresholds, sizes, strict=True)]
+        + [(t, torch.tensor([2.0]).double()) for t in stage.attention_thresholds],
+        "offsets": [(o, torch.ones(48).double()) for o in stage.ffn_offsets],
+    }
+    # (parameter, units, gradient before); parameters that do not learn have none
+    found = {k: [(p, n, p.grad.double().clone()) for p, n in v if p.grad is not None] for k, v in kinds.items()}
+    stage.centre()
+    for name, kind in found.items():
+        assert bool(kind) == (learn in (name, "both") or (name == "thresholds" and scope != "ffn"))
+        for together in [[one] for one in kind] if uniform else [kind] * bool(kind):
+            mean = sum(before.sum() for *_, before in together) / sum(n.sum() for _, n, _ in together)
+            assert abs(float(mean)) > 1e-6
+            for p, n, before in together:
+                np.testing.assert_allclose(p.grad.double(), before - mean * n, rtol=1e-4, atol=1e-9)
+
+
+def test_centred_thresholds_learn_where_all_would_move_alike(tiny_model):
+    """Adam's first step goes by signs: without centring all go one way here, and no mask changes."""
+
+    class Toy(ThresholdLearning):
+        def training_step(self, batch, batch_idx):
+            self.refresh_gates()  # opening a unit helps, in block 0 more than in the others
+            return -sum(weight * g.sum() for weight, g in zip((3.0, 1.0, 1.0), self.ffn_gates, strict=True))
+
+    tokens, changed = sampled_tokens(tiny_model, windows=4), {}
+    for centred in (False, True):
+        made = make_stage(tiny_model)
+        start = tuple([torch.zeros(n) for _ in range(3)] for n in (K, 1))
+        stage = Toy(tiny_model, made.ranks, start, made.budget, Learning(learning_rate=0.4, centred=centred))
+        first = stage.masks()
+        trainer_of().fit(stage, data_of(tokens))
+        changed[centred] = [int(m.sum()) - int(f.sum()) for m, f in zip(stage.masks().ffn, first.ffn, strict=True)]
+    assert changed[False] == [0, 0, 0]
+    assert changed[True][0] > 0
+
+
 def test_the_divergence_from_the_dense_model_is_what_is_learned_from(tiny_model):
     """The logged loss of the first step is KL(dense || pruned), from logits of stock transformers in float64."""
     tokens = sampled_tokens(tiny_model, windows=4)
