@@ -361,7 +361,7 @@ CONTROLS = [
     ("width", "equal"), ("hierarchical", "", "random"), ("centred", 1, "random"), ("slower", 0.05),
     ("centred", 1, "block"),
 ]  # fmt: skip
-AGAIN = [(), ("centred", 1, "block"), ("centred", 1, "real"), ("centred", 1, "random"), ("hierarchical", "", "real")]
+AGAIN = [(), ("centred", 1, "real"), ("centred", 1, "random"), ("centred", 1, "block"), ("hierarchical", "", "real")]
 REST = [
     ("agreeing", "", "random"), ("width", "permuted"), ("hierarchical", "", "permuted"), ("centred", 1, "permuted"),
     ("mixed", 1, "permuted"), ("slower", 0.1), ("mixed", 0.25, "real"), ("mixed", 0.25, "random"),
@@ -377,12 +377,10 @@ def wanted() -> Iterator[Setting]:
     yield from (Setting(n, 0, *prior) for n in FEW for prior in ((), *PRIORS))
     yield from (Setting(n, 0, *prior) for prior in CONTROLS for n in FEW)
     yield from (Setting(4, seed, *prior) for prior in AGAIN for seed in (1, 2))
-    yield from (Setting(96, 0, *prior) for prior in AGAIN[:3])
+    yield from (Setting(16, seed, *prior) for seed in (1, 2) for prior in AGAIN[:4])
     yield from (Setting(0, 0, *ridge) for ridge in RIDGES)
-    yield from (Setting(16, seed, *prior) for prior in AGAIN[:3] for seed in (1, 2))
+    yield from (Setting(96, 0, *prior) for prior in AGAIN)
     yield from (Setting(n, 0, *prior) for prior in REST for n in FEW)
-    yield from (Setting(96, 0, *prior) for prior in AGAIN[3:])
-    yield from (Setting(16, seed, *prior) for prior in AGAIN[3:] for seed in (1, 2))
 
 
 def ratio(done: dict[Setting, dict], s: Setting) -> tuple[float, float, float]:
