@@ -7,7 +7,6 @@ import contextlib
 import io
 import logging
 import os
-import re
 import shutil
 import signal
 import sys
@@ -16,10 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import NoReturn, TextIO
 
-from gprune.errors import UserError
-
-# Beside newline and tab: controls of a terminal, lone halves of characters, and what turns the direction of text.
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+from gprune.errors import UserError, printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,11 +31,6 @@ class Parser(argparse.ArgumentParser):
 
 class Stopped(SystemExit):
     """What SIGTERM and SIGHUP raise, so that nothing is left behind; `code` is the exit code."""
-
-
-def printable(text: str) -> str:
-    """Text from anywhere, for a terminal: what would control it is shown, as `\\x1b`."""
-    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory: str = ".") -> int:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # commands that refuse a flag should not wait for PyTorch
     from torch import Tensor
+
+# Beside newline and tab: controls of a terminal, lone halves of characters, and what turns the direction of text.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
@@ -16,7 +20,12 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
+
+
+def printable(text: str) -> str:
+    """Text from anywhere, for a terminal: what would control it is shown, as `\\x1b`."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def require_finite(what: str, *tensors: Tensor) -> None:

@@ -144,7 +144,7 @@ def run_folder(rng: Random, folder: Path) -> Path:
                   "dtype": "float32", "note": "", "standard_protocol": True, "content_hash": "h", "questions": 4,
                   "acc": 0.5, "acc_stderr": 0.1, "acc_norm": None, "acc_norm_stderr": None, "correct": "0101",
                   "bos": False, "model": "a model"}  # fmt: skip
-    (run / "evaluation.json").write_text(json.dumps({"records": [evaluation]}))
+    (run / "evaluation.json").write_text(json.dumps({"records": [evaluation, evaluation | {"stage": "dense"}]}))
     (run / "config.yaml").write_text(yaml.safe_dump(RunConfig(gprune=False, recovery="none").resolved()))
     for name in rng.sample(("manifest.json", "metrics.json", "evaluation.json"), rng.choice((1, 1, 2))):
         damage_json(rng, run / name)

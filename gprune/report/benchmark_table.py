@@ -49,7 +49,8 @@ def evaluation_table(records: Sequence[Record]) -> Table:
 
 def _identity(r: Record) -> tuple[Cell, ...]:
     """What a number and the dense model's must share, to stand side by side."""
-    return tuple(r.get(name) for name in ("task", "content_hash", "dtype", "model"))
+    parts = len(r["window_nll"]) if r["kind"] == "perplexity" else r["questions"]
+    return (r["kind"], parts, "correct" in r, *(r.get(name) for name in ("task", "content_hash", "dtype", "model")))
 
 
 def _accuracy(r: Record, dense: Record | None) -> list[Cell]:

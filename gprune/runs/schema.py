@@ -16,6 +16,7 @@ from gprune.checks import shown
 Text = Annotated[str, Field(max_length=4096)]
 Number = Annotated[float, Field(ge=-1e300, le=1e300)]
 Count = Annotated[int, Field(ge=0, le=10**18)]
+Digits = Annotated[str, Field(pattern="^[01]*$")]  # of questions, whether the answer is right
 Share = Annotated[float, Field(ge=0, le=1)]
 MOST_NLL = 690.0  # nats per token: exp of it is the largest perplexity below
 
@@ -124,12 +125,12 @@ class ZeroShot(Shape):
 
     kind: Literal["zero_shot"]
     questions: Count
-    acc: Share | None = None
-    acc_stderr: Number | None = None
-    acc_norm: Share | None = None
-    acc_norm_stderr: Number | None = None
-    correct: Annotated[str, Field(pattern="^[01]*$")] | None = None
-    correct_norm: Annotated[str, Field(pattern="^[01]*$")] | None = None
+    acc: Share | None
+    acc_stderr: Number | None
+    acc_norm: Share | None
+    acc_norm_stderr: Number | None
+    correct: Digits = ""
+    correct_norm: Digits = ""
 
 
 class Wikitext(Measured):
@@ -268,6 +269,9 @@ def benchmarks(found: Sequence[dict[str, Any]]) -> str | None:
         said = problem(ZeroShot if r["kind"] == "zero_shot" else Wikitext, r)
         if said is None and r["kind"] == "perplexity":
             said = measured(r, r["seq_len"] - 1)
+        digits = [len(r[name]) for name in ("correct", "correct_norm") if name in r]
+        if said is None and r["kind"] == "zero_shot" and set(digits) != {r["questions"]}:
+            said = f"correct: expected a digit for each of {r['questions']} questions, got {digits or 'none'}"
         if said is not None:
             return f"records.{n}.{said}"
     return None

@@ -651,6 +651,7 @@ def measured(monkeypatch, bench):
             "correct": "0110",
             "recovery": "none",
             "content_hash": "c",
+            **dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"), 0.5),
             **{"split": "test", "dtype": "float32", "note": "", "standard_protocol": False, "questions": 4},
         }
         records = [about | {"stage": s, "task": t} for s in stages for t in asked.tasks]
