@@ -50,8 +50,9 @@ from gprune.partition.drift import pair_weighted_mean, rank_drift
 from gprune.partition.initial import initial_partition, parameter_embedding, shuffled_partition
 from gprune.partition.record import Modules
 from gprune.partition.reliability import module_means
+from gprune.report.records import caption
 from gprune.report.run_figures import heterogeneity_figure
-from gprune.report.style import FORMATS, save
+from gprune.report.style import FORMATS, save, titled
 from gprune.report.table import Cell, Table
 from gprune.runs.results import FinishedRun, read_run
 
@@ -200,7 +201,7 @@ def text_of(run: FinishedRun, *, every: int, data_free: bool, permutations: int,
 
 def draw(run: FinishedRun, file: Path) -> list[Path]:
     """Drift and Kendall tau of every module in every block, as PNG and SVG under the file's name."""
-    figure = heterogeneity_figure(run.modules)
+    figure = titled(heterogeneity_figure(run.modules), caption(run.records))
     for axes in figure.axes:
         if axes.get_xlabel() == "block":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))

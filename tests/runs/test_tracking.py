@@ -14,7 +14,7 @@ import pytest
 import wandb
 
 from gprune.config import LoggingConfig
-from gprune.config import groups as config
+from gprune.config import running as config
 from gprune.errors import UserError
 from gprune.runs.tracking import how_to_look, tracking
 from tests import tiny_run
