@@ -158,13 +158,12 @@ def _lines(content: Any, width: int, margin: str = "") -> str:
     text = json.dumps(content, separators=(",", ":"))
     if len(text) <= width or not isinstance(content, dict | list):
         return text
-    names = [json.dumps(name) + ":" for name in content] if isinstance(content, dict) else [""] * len(content)
-    values = content.values() if isinstance(content, dict) else content
-    inner = margin + " "
-    entries = (inner + name + _lines(value, width, inner) for name, value in zip(names, values, strict=True))
-    return (
-        "{["[isinstance(content, list)] + "\n" + ",\n".join(entries) + "\n" + margin + "}]"[isinstance(content, list)]
-    )
+    inner, (opening, closing) = margin + " ", "[]" if isinstance(content, list) else "{}"
+    if isinstance(content, list):
+        entries = [_lines(value, width, inner) for value in content]
+    else:
+        entries = [f"{json.dumps(name)}:{_lines(value, width, inner)}" for name, value in content.items()]
+    return f"{opening}\n" + ",\n".join(inner + entry for entry in entries) + f"\n{margin}{closing}"
 
 
 def read_json(path: Path, *, run: str | None = None, check: Callable[[Any], str | None] | None = None) -> Any:
