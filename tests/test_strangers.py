@@ -181,3 +181,15 @@ def test_every_cause_is_one_line_at_every_surface(cause, tmp_path):
 def test_the_run_that_causes_are_made_from_is_read(tmp_path):
     run = made_up.write_run(tmp_path / "run")
     assert outcome(lambda: report([str(run)])) == (0, [])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"correct": 5}, {"correct": None}, {"correct": "012"}, {"correct": "01"}, {"correct_norm": []}, {"acc": "x"}],
+)
+def test_answers_that_are_none_are_named(damage):
+    record = {"kind": "zero_shot", "task": "piqa", "stage": "base", "split": "test", "dtype": "float32", "note": "",
+              "standard_protocol": True, "content_hash": "h", "questions": 3, "acc": 0.5, "acc_stderr": 0.1,
+              "acc_norm": None, "acc_norm_stderr": None, "correct": "010"}  # fmt: skip
+    assert schema.evaluation({"records": [record]}) is None
+    assert next(iter(damage)) in schema.evaluation({"records": [record | damage]})

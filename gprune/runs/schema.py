@@ -267,13 +267,18 @@ def benchmarks(found: Sequence[dict[str, Any]]) -> str | None:
     """What keeps records of `gprune evaluate` from being such."""
     for n, r in enumerate(found):
         said = problem(ZeroShot if r["kind"] == "zero_shot" else Wikitext, r)
-        if said is None and r["kind"] == "perplexity":
-            said = measured(r, r["seq_len"] - 1)
-        digits = [len(r[name]) for name in ("correct", "correct_norm") if name in r]
-        if said is None and r["kind"] == "zero_shot" and set(digits) != {r["questions"]}:
-            said = f"correct: expected a digit for each of {r['questions']} questions, got {digits or 'none'}"
+        if said is None:
+            said = measured(r, r["seq_len"] - 1) if r["kind"] == "perplexity" else answered(r)
         if said is not None:
             return f"records.{n}.{said}"
+    return None
+
+
+def answered(r: dict[str, Any]) -> str | None:
+    """What keeps the answers to a task from being those to its questions."""
+    digits = [len(r[name]) for name in ("correct", "correct_norm") if name in r]
+    if set(digits) != {r["questions"]}:
+        return f"correct: expected a digit for each of {r['questions']} questions, got {digits or 'none'}"
     return None
 
 
