@@ -73,8 +73,8 @@ class ModelConfig(Group):
     """What weights may take, e.g. {0: 20GiB, cpu: 60GiB}, by device number or cpu; with device_map. The rest stays on
     disk and is fetched block by block: no gradient goes through such a model, but what is left can be distilled."""
     shard: bool = False
-    """Spread the layers of the frozen model over all processes (PyTorch's fully_shard) while statistics are collected
-    and thresholds learned, for models that do not fit one device. Needs two or more --trainer.devices or .num_nodes."""
+    """Spread the layers of a model over all processes (PyTorch's fully_shard) where it computes: statistics, learning,
+    perplexity; for models that do not fit one device. Needs two or more --trainer.devices or .num_nodes."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
 

@@ -67,17 +67,20 @@ def perplexity(
         windows: tokens (n, seq_len) int64.
         batch_size: windows per forward pass.
         progress: is called after each batch with its tokens, such as what `Screen.bar` gives.
-        shared: share the batches out over processes, which all have to call this function with the same model. Batches
-            are those of one process, and so are the bits of the result.
+        shared: share the batches out over processes, which all have to call this function with the same model, whole
+            or spread over them. Batches are those of one process, and so are the bits of the result.
     """
     rank, world = processes() if shared else (0, 1)
-    device = device_of(model)
+    device, batches = device_of(model), windows.tokens.split(batch_size)
     metric = Perplexity().to(device_of(model.get_output_embeddings()))  # which may lie on another device
-    for batch in windows.tokens.split(batch_size)[rank::world]:
+    own = batches[rank::world]
+    for batch in own:
         for logits, targets in iter_logits(model, batch.to(device, non_blocking=True)):
             metric.update(logits, targets.to(logits.device))
         if progress is not None:
             progress(batch.numel() * world)
+    if len(own) < len(batches[::world]):  # all run equally often: of a model spread over them each gives its part
+        next(iter_logits(model, batches[0][:1].to(device)))
     window_nll = torch.cat(metric.window_nll).cpu() if metric.window_nll else torch.empty(0, dtype=torch.float64)
     if world > 1:
         parts: list[Tensor] = [window_nll] * world

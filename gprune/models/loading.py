@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -193,6 +196,25 @@ def skeleton(
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UserError(f"--model.name: the configuration describes no model: {first_line(error)}") from error
+
+
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A model as this one is, pruned or not, on the meta device and without hooks.
+
+    Args:
+        model: in memory, or offloaded; then it was loaded from a folder, so that its config tells its shapes.
+    """
+    if getattr(model, "hf_device_map", None) is not None:  # its modules are bound to where weights come from
+        return skeleton(copy.deepcopy(model.config), type(model))
+    memo: dict[int, object] = {id(t): _without_values(t) for t in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
+    return copy.deepcopy(model, memo)
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def load_model(

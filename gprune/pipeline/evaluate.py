@@ -34,6 +34,7 @@ from gprune.report.records import means_and_gaps, unseen_ratios
 from gprune.report.run_figures import write_figures
 from gprune.runs import schema, tracking
 from gprune.runs.results import row_name
+from gprune.stages.base import spread
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import file_hashes, key_of, read_json, replacing, write_json
 
@@ -46,8 +47,7 @@ def evaluate(
     """Step 10: perplexity of the dense model, the controls and gprune on every evaluated corpus.
 
     Finished stages are taken from `metrics.json`; the dense model's numbers are shared between runs. Processes share
-    the windows, to the bits of one; where the model is spread over them the first one measures, and the others only
-    take part where a control's recovery learns.
+    the windows, to the bits of one; with `--model.shard` they share the layers of each model too.
 
     Args:
         masks: by stage.
@@ -60,13 +60,13 @@ def evaluate(
     cfg, path = run.cfg, run.folder / "metrics.json"
     records: list[dict[str, Any]] = run.folder.metrics.get("records", [])
     done = {(r["stage"], r["recovery"]) for r in records}
-    first, shared = rank_zero_only.rank == 0, processes()[1] > 1 and not cfg.model.shard
+    # Processes that nothing has brought together in this sitting leave it to the first one.
+    first, shared = rank_zero_only.rank == 0, processes()[1] > 1
     here = first or shared  # whether this process measures
     leaked = leaks(run) if here else {}
     with run.folder.step("evaluate"):
         if here and ("dense", "none") not in done:
-            results = [dense_perplexity(run, w, shared=shared) for w in run.text.test]
-            pairs = zip(results, run.text.test, strict=True)
+            pairs = zip(dense_perplexities(run, shared=shared), run.text.test, strict=True)
             records += [record(cfg, ("dense", "none"), r, w, leaked[w.corpus]) for r, w in pairs]
         for stage, recovery in cfg.stages:
             if (stage, recovery) in done or not (here or recovery_of(recovery).learns):
@@ -79,6 +79,7 @@ def evaluate(
             if not here:
                 continue
             run.meter.watch(small)
+            small = placed(run, small)
             for w in run.text.test:
                 r = measured(run, small, w, name, shared=shared)
                 records.append(record(cfg, (stage, recovery), r, w, leaked[w.corpus]))
@@ -98,12 +99,25 @@ def leaks(run: Run) -> dict[str, tuple[bool, float]]:
     return found
 
 
-def dense_perplexity(run: Run, windows: Windows, *, shared: bool = False) -> PerplexityResult:
-    """The dense model's perplexity, shared between runs of the same model and text; `shared` as for `perplexity`."""
+def placed(run: Run, model: PreTrainedModel) -> PreTrainedModel:
+    """The model; or with `--model.shard` its copy, spread over the processes that compute together."""
+    world = processes()[1]
+    if not run.cfg.model.shard or world == 1:
+        return model
+    return spread(model, run.plan.device, world)
+
+
+def dense_perplexities(run: Run, *, shared: bool = False) -> list[PerplexityResult]:
+    """The dense model's, by corpus, shared between runs of the same model and text; `shared` as for `perplexity`."""
+    model = placed(run, run.model)
+    return [_dense_perplexity(run, model, w, shared=shared) for w in run.text.test]
+
+
+def _dense_perplexity(run: Run, model: PreTrainedModel, windows: Windows, *, shared: bool) -> PerplexityResult:
     batch_size = run.cfg.corpora.batch_size
     key = key_of(
         model=run.fingerprint, text=windows.content_hash, dtype=run.cfg.model.dtype,
-        device=device_of(run.model).type, batch_size=batch_size, **run.cfg.matmul,
+        device=device_of(model).type, batch_size=batch_size, **run.cfg.matmul,
     )  # fmt: skip
     path = cache_dir() / "evaluations" / f"{key}.json"
     found = [read_json(path, check=schema.shaped(schema.Measured))]
@@ -111,7 +125,7 @@ def dense_perplexity(run: Run, windows: Windows, *, shared: bool = False) -> Per
         torch.distributed.broadcast_object_list(found)
     if found[0] is not None:
         return PerplexityResult(**found[0])
-    result = measured(run, run.model, windows, "dense", shared=shared)
+    result = measured(run, model, windows, "dense", shared=shared)
     write_json(path, vars(result))
     return result
 

@@ -61,7 +61,7 @@ def memory_of(cfg: RunConfig, dense: PreTrainedModel, budget: Budget) -> dict[st
         }  # fmt: skip
     both = round(whole * shapes.width * (2 - removed))  # on the CPU, where everything else is done
     taught = weights + pruned + Held(recovery.device // processes) if recovery_of(cfg.recovery).learns else Held(0)
-    return found | {"recovery": taught + Held(0, recovery.host), "evaluation": Held(0, both + evaluated)}
+    return found | {"recovery": taught + Held(0, recovery.host), "evaluation": Held(weights.device + evaluated, both)}
 
 
 def _limits(cfg: RunConfig) -> tuple[int, int]:

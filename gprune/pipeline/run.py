@@ -188,9 +188,7 @@ class Run:
             raise UserError(f"{what}: expected a LightningModule to train, got {type(stage).__name__}.")
         name, c = f"{done}-{type(stage).__name__}", self.cfg.corpora
         if (learned := self.folder.read(name)) is None:  # the step that shrinks or evaluates counts its cost
-            # Only the first process measures, and a sharded model needs all.
-            development = [] if self.cfg.model.shard else self.text.development
-            curve = DevelopmentCurve(development, points=points, keep=keep, batch_size=c.batch_size)
+            curve = DevelopmentCurve(self.text.development, points=points, keep=keep, batch_size=c.batch_size)
             text = self.text.fresh or [self.text.train[corpus] for corpus in c.recover]
             self.fit(
                 name, what, stage, text, batch_size=batch_size, max_epochs=1, gradient_clip_val=clip,

@@ -103,9 +103,7 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
         budgets = {round(run.budget.sparsity, 4): run.budget}
     else:
         budgets = {v: run.budget.at(v) for v in cfg.evaluation.curve} | {s.target: run.budget}
-    # Only the first process computes these, and a sharded model needs all.
-    development = [] if cfg.model.shard else run.text.development
-    curve = PerplexityCurve(development, budgets=budgets, batch_size=cfg.corpora.batch_size)
+    curve = PerplexityCurve(run.text.development, budgets=budgets, batch_size=cfg.corpora.batch_size)
     numbers = sum(p.numel() for p in stage.parameters() if p.requires_grad)
     what = f"Learning {numbers} {'thresholds' if s.learn == 'thresholds' else 'numbers'}"
     trainer = run.fit("thresholds", what, stage, run.text.learn, max_epochs=s.epochs, callbacks=[ApplyMasks(), curve])

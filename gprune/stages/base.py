@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import lightning as L
 import torch
 from torch import Tensor, nn
@@ -11,7 +9,7 @@ from transformers import PreTrainedModel
 
 from gprune.errors import UserError
 from gprune.models.blocks import decoder_layers
-from gprune.models.loading import skeleton
+from gprune.models.loading import without_weights
 from gprune.models.offload import stored
 
 
@@ -79,7 +77,7 @@ def spread(model: PreTrainedModel, device: torch.device, processes: int) -> PreT
     equally often.
 
     Args:
-        model: in the memory of each process, or offloaded; loaded from a folder, so that its config tells its shapes.
+        model: the same in the memory of each process, pruned or not; or offloaded, and loaded from a folder.
         device: of this process.
         processes: how many there are.
     """
@@ -88,7 +86,7 @@ def spread(model: PreTrainedModel, device: torch.device, processes: int) -> PreT
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (processes,))
-    copied = skeleton(copy.deepcopy(model.config), type(model)).eval()
+    copied = without_weights(model).eval()
     layers = list(decoder_layers(copied))
     inside = {id(module) for layer in layers for module in layer.modules()}
     paths = {id(module): path for path, module in copied.named_modules()}

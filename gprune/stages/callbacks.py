@@ -133,8 +133,9 @@ class DevelopmentCurve(L.Callback):
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.best:
-            pl_module.load_state_dict(self.best)
+        with torch.no_grad():
+            for name, value in pl_module.state_dict().items() if self.best else ():
+                value.copy_(_as_spread(self.best[name], value))
         began, *later = self.measured.values() or (math.nan,)
         if later and not self.best and not later[-1] <= began:
             log.warning(
@@ -151,8 +152,22 @@ class DevelopmentCurve(L.Callback):
         log_perplexities(trainer, "distill", tokens, found, trainer.global_step)
         mean = trainer.strategy.broadcast(geometric_mean(found.values()))
         if self.keep == "best" and mean < min(self.measured.values(), default=math.inf):
-            self.best = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
+            self.best = {name: _whole(value).cpu().clone() for name, value in pl_module.state_dict().items()}
         self.measured[trainer.global_step] = mean
+
+
+def _whole(value: Tensor) -> Tensor:
+    """What was learned, gathered from all processes if it is spread over them, which all have to ask."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value.detach()
+
+
+def _as_spread(whole: Tensor, value: Tensor) -> Tensor:
+    """This process's part of a whole tensor, if `value` is such a part."""
+    if not hasattr(value, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor  # here, because not every build of torch has it
+
+    return distribute_tensor(whole.to(value.device), value.device_mesh, value.placements)
 
 
 def perplexities(model: PreTrainedModel, windows: Sequence[Windows], batch_size: int) -> dict[str, float]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ from transformers import PreTrainedModel
 from gprune.config import DistillConfig
 from gprune.errors import UserError
 from gprune.models.blocks import Block, Part, blocks_of, decoder_layers
+from gprune.models.loading import without_weights
 from gprune.models.losses import final_hidden, frozen_head_losses, softcap_of
 from gprune.stages.base import FrozenLMStage
 
@@ -156,9 +155,7 @@ class DistillationStage(FrozenLMStage):
             return
         from torch.distributed.fsdp import fully_shard
 
-        tensors = itertools.chain(self.student.parameters(), self.student.buffers())
-        shapes = {id(t): _shape_of(t) for t in tensors}
-        self._whole = (copy.deepcopy(self.student, shapes),)
+        self._whole = (without_weights(self.student),)
         for block in blocks_of(self.student):
             fully_shard(block.layer, mesh=self.device_mesh["data_parallel"])
         self._learn_anew()
@@ -216,12 +213,6 @@ class DistillationStage(FrozenLMStage):
             pairs = [relative_error(h, w.to(h.device)) for h, w in zip(found, wanted, strict=True)]
             losses = losses + s.hidden * torch.stack(pairs).mean(0)
         return self.batch_loss(losses, batch["weight"], "distill/loss")
-
-
-def _shape_of(tensor: Tensor) -> Tensor:
-    """A tensor or parameter on the meta device."""
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _checkpointing(model: PreTrainedModel, what: Literal["enable", "disable"]) -> Callable[..., None]:

@@ -408,7 +408,8 @@ def test_a_model_sharded_over_two_processes_learns_the_same(accelerator, world, 
     (tmp_path / "sharded.py").write_text(SHARDED)
     found = {}
     for name, script, more in (("whole", ROOT / "train.py", []), ("sharded", tmp_path / "sharded.py", [str(tmp_path)])):
-        flags = ["--corpora.num_samples=5", "--recovery=least_squares", "--export=none"]
+        flags = ["--corpora.num_samples=5", "--sparsity.scope=attention+ffn", "--recovery=least_squares"]
+        flags += ["--export=none", "--evaluation.num_samples=5", "--evaluation.development_samples=5"]
         flags += ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.accelerator={accelerator}"]
         flags += ["--model.shard=true"] * (name == "sharded")
         (tmp_path / f"{name}-process").mkdir()
@@ -429,8 +430,11 @@ def test_a_model_sharded_over_two_processes_learns_the_same(accelerator, world, 
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert sharded.masks == whole.masks
     assert [r["nll"] for r in sharded.records] == [r["nll"] for r in whole.records]  # recovered from files, too
-    counts = [read_json(tmp_path / name / "manifest.json")["steps"]["thresholds"] for name in found]
-    assert counts[0]["forward_backward_tokens"] == counts[1]["forward_backward_tokens"]
+    whole, sharded = (read_json(tmp_path / name / "manifest.json") for name in found)
+    assert sharded["learning"] == whole["learning"]  # with the curves
+    for step in ("thresholds", "evaluate"):  # the first process's part, which is the larger one
+        assert sharded["steps"][step]["forward_tokens"] == whole["steps"][step]["forward_tokens"]
+        assert sharded["steps"][step]["forward_backward_tokens"] == whole["steps"][step]["forward_backward_tokens"]
     model = AutoModelForCausalLM.from_pretrained(world.model)
     inside = sum(p.numel() for layer in decoder_layers(model) for p in layer.parameters())
     here = [int(path.read_text()) for path in tmp_path.glob("c*.[01]")]

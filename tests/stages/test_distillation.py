@@ -391,7 +391,7 @@ def test_two_processes_learn_what_one_does_and_go_on_to_the_same_bits(world, tmp
     """Five batches of four windows, the last one of one: the second process has nothing to do there."""
     (tmp_path / "dying.py").write_text(DYING)
     flags = ["--recovery=[least_squares,distill]", "--distill.tokens=576", "--distill.batch_size=4", "--export=none"]
-    flags += ["--run.checkpoint_minutes=0", "--distill.learning_rate=0.001", "--gprune=false"]
+    flags += ["--run.checkpoint_minutes=0", "--distill.learning_rate=0.001", "--gprune=false", "--distill.keep=best"]
     two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
     found, spread = {}, ["--model.shard=true"]
     for name, more, lives in (
