@@ -35,6 +35,12 @@ def means_figure(rows: Sequence[tuple[str, Estimate | None, Estimate | None]]) -
 def ratio_figure(rows: Sequence[tuple[str, Estimate]], *, base: str) -> Figure:
     """Perplexity on unseen text, divided by the base metric's, with paired intervals; left of the line is better."""
     figure, axes = canvas(_width(rows), 1.2 + 0.3 * len(rows))
+    draw_ratios(axes, rows, base=base)
+    return figure
+
+
+def draw_ratios(axes: Axes, rows: Sequence[tuple[str, Estimate]], *, base: str) -> None:
+    """`ratio_figure`, on axes that are there."""
     _intervals(axes, list(enumerate(found for _, found in rows)), color="#0072B2", marker="o", mfc="#0072B2")
     for y, (_, found) in enumerate(rows):
         axes.annotate(
@@ -45,7 +51,6 @@ def ratio_figure(rows: Sequence[tuple[str, Estimate]], *, base: str) -> Figure:
     axes.set_xlabel(f"unseen perplexity / {base}, 95 % interval")
     plain_ticks(axes.xaxis)
     _row_labels(axes, [row[0] for row in rows])
-    return figure
 
 
 @style()
@@ -62,6 +67,16 @@ def curve_figure(
         reference: what perplexities are divided by.
     """
     figure, axes = canvas(6, 3.8)
+    draw_curves(axes, lines, over=over, ticks=ticks, reference=reference)
+    figure.legend(loc="outside right center")
+    return figure
+
+
+def draw_curves(
+    axes: Axes, lines: Mapping[tuple[str, str], Sequence[tuple[float, Estimate]]], *, over: str, ticks: str,
+    reference: str,
+) -> None:  # fmt: skip
+    """`curve_figure` without its legend, on axes that are there."""
     subjects = list(dict.fromkeys(subject for subject, _ in lines))
     for (subject, stage), points in lines.items():
         colour, _, marker = LINES[subjects.index(subject) % len(LINES)]
@@ -80,8 +95,6 @@ def curve_figure(
     axes.xaxis.set_major_formatter(ticks)
     axes.set_ylabel(f"unseen perplexity / {reference}")
     axes.grid(axis="y")
-    figure.legend(loc="outside right center")
-    return figure
 
 
 @style()

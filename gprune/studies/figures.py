@@ -55,8 +55,19 @@ def curve(asked: Curve, runs: Sequence[FinishedRun]) -> Figure | None:
     return curve_figure(lines, over=label, ticks=ticks, reference="base metric alone") if lines else None
 
 
+TOKENS = "thousands of tokens learned from, forward and backward"
+
+
 def by_tokens(asked: Mapping[str, Sequence[str]], runs: Sequence[FinishedRun]) -> Figure | None:
     """What comes out of each row over the dense model, against the tokens it learned from; None without rows."""
+    lines = token_lines(asked, runs)
+    return curve_figure(lines, over=TOKENS, ticks="{x:.0f}", reference="dense") if lines else None
+
+
+def token_lines(
+    asked: Mapping[str, Sequence[str]], runs: Sequence[FinishedRun]
+) -> dict[tuple[str, str], list[tuple[float, Estimate]]]:
+    """The lines of `by_tokens`: (thousands of tokens, ratio to dense)."""
     lines = {}
     for line, rows in asked.items():
         points: dict[int, list[Estimate]] = {}
@@ -66,8 +77,7 @@ def by_tokens(asked: Mapping[str, Sequence[str]], runs: Sequence[FinishedRun]) -
                 points.setdefault(run.summary["forward_backward_tokens"], []).append(ratio)
         if points:
             lines[line, ""] = [(tokens / 1000, pooled(ratios)) for tokens, ratios in sorted(points.items())]
-    label = "thousands of tokens learned from, forward and backward"
-    return curve_figure(lines, over=label, ticks="{x:.0f}", reference="dense") if lines else None
+    return lines
 
 
 def _over_base(run: FinishedRun) -> Iterator[tuple[str, Estimate]]:

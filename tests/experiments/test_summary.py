@@ -1,0 +1,51 @@
+"""The page for a talk, from the records of the repository."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from scipy.stats import t
+
+from experiments import summary
+from gprune.errors import UserError
+from gprune.studies.listing import Listing
+from gprune.studies.records import found
+
+UNSEEN = ("stackexchange", "gsm8k", "stories", "python_docs")
+
+
+def test_the_last_part_is_what_its_records_say():
+    """Best over base: geometric means over corpora, Student's t over seeds, all from the records' own numbers."""
+    logs = []
+    for seed in (0, 1, 2):
+        nll = {}
+        for row in Listing.read(summary.HERE / "headline.yaml", seeds=[seed]).rows:
+            if row.name in ("base", "best"):
+                last = found(row)["records"][-1]["stage"]
+                nll[row.name] = [
+                    r["nll"] for r in found(row)["records"] if r["stage"] == last and r["corpus"] in UNSEEN
+                ]
+        logs.append(sum(a - b for a, b in zip(nll["best"], nll["base"], strict=True)) / len(UNSEEN))
+    mean = sum(logs) / 3
+    half = t.ppf(0.975, 2) * math.sqrt(sum((x - mean) ** 2 for x in logs) / 2 / 3)
+    label, drawn = summary.parts()[-2]
+    assert "distillation" in label
+    assert (drawn.value, drawn.low, drawn.high) == pytest.approx([math.exp(mean + d) for d in (0, -half, half)])
+
+
+def test_lines_go_up_with_what_is_removed_and_recovery_is_below(tmp_path):
+    lines = {name: {x: r.value for x, r in points} for (name, _), points in summary.by_budget().items()}
+    assert {"base metric", "averaged scores", "averaged, least squares"} <= lines.keys()
+    for values in lines.values():
+        assert list(values.values()) == sorted(values.values())
+    assert lines["averaged, least squares"][0.5] < lines["averaged scores"][0.5] < lines["base metric"][0.5]
+
+
+def test_the_page_is_drawn(tmp_path):
+    assert summary.work([str(tmp_path)]) == f"Drawn: {tmp_path / 'summary.png'}, {tmp_path / 'summary.svg'}.\n"
+    text = (tmp_path / "summary.svg").read_text()
+    assert text.count('<g id="axes_') == 3
+    (tmp_path / "a file").touch()
+    with pytest.raises((UserError, OSError)):
+        summary.work([str(tmp_path / "a file")])
