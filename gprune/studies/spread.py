@@ -10,9 +10,7 @@ from torch import Tensor
 from gprune.errors import UserError
 from gprune.report.perplexity_tables import records_of
 from gprune.report.table import Estimate, Table
-from gprune.runs.results import FinishedRun
-
-STAGES = ("base", "averaged", "gprune")
+from gprune.runs.results import STAGES, FinishedRun
 
 
 def spread_table(groups: Mapping[str, Sequence[str]], runs: Sequence[FinishedRun]) -> Table:
@@ -23,12 +21,12 @@ def spread_table(groups: Mapping[str, Sequence[str]], runs: Sequence[FinishedRun
     """
     rows = []
     for group, names in groups.items():
-        base, averaged, result = found = [spread(runs, names, stage) for stage in STAGES]
+        base, averaged, result = found = [spread(runs, names, stage) for stage in STAGES[1:]]
         ratio = None if base is None or result is None or base[0] == 0 else result / base
         if any(draws is not None for draws in found):
             cells = [None if draws is None else _estimate(draws) for draws in (base, averaged, result, ratio)]
             rows.append([f"{group}: {', '.join(names)}", *cells])
-    columns = ["unseen, log(max / min) over", *STAGES, "gprune / base"]
+    columns = ["unseen, log(max / min) over", *STAGES[1:], "gprune / base"]
     return Table(
         "spread", "Spread", columns, rows, dict.fromkeys(columns[1:], 3),
         "In brackets 95 % intervals by bootstrap over windows for the two rows that are furthest apart. That the data "
