@@ -79,7 +79,7 @@ def evaluate(
             if not here:
                 continue
             run.meter.watch(small)
-            small = placed(run, small)
+            small = placed(run, small, shared=shared)
             for w in run.text.test:
                 r = measured(run, small, w, name, shared=shared)
                 records.append(record(cfg, (stage, recovery), r, w, leaked[w.corpus]))
@@ -99,17 +99,16 @@ def leaks(run: Run) -> dict[str, tuple[bool, float]]:
     return found
 
 
-def placed(run: Run, model: PreTrainedModel) -> PreTrainedModel:
-    """The model; or with `--model.shard` its copy, spread over the processes that compute together."""
-    world = processes()[1]
-    if not run.cfg.model.shard or world == 1:
+def placed(run: Run, model: PreTrainedModel, *, shared: bool) -> PreTrainedModel:
+    """The model; or with `--model.shard`, where processes share the work, its copy that is spread over them."""
+    if not (run.cfg.model.shard and shared):
         return model
-    return spread(model, run.plan.device, world)
+    return spread(model, run.plan.device, processes()[1])
 
 
 def dense_perplexities(run: Run, *, shared: bool = False) -> list[PerplexityResult]:
     """The dense model's, by corpus, shared between runs of the same model and text; `shared` as for `perplexity`."""
-    model = placed(run, run.model)
+    model = placed(run, run.model, shared=shared)
     return [_dense_perplexity(run, model, w, shared=shared) for w in run.text.test]
 
 

@@ -442,6 +442,27 @@ def test_a_model_sharded_over_two_processes_learns_the_same(accelerator, world, 
     assert all(number <= count_parameters(model, "all") - 0.4 * inside for number in here)
 
 
+@pytest.mark.slow
+def test_a_sharded_run_that_lacks_a_recovery_and_all_numbers_gets_the_same_again(world, tmp_path):
+    """Nothing but that recovery brings processes together then, in the middle of evaluation if it is a control's."""
+    flags = ["--recovery=[least_squares,distill]", "--distill.tokens=576", "--export=none", "--model.shard=true"]
+    flags += ["--evaluation.controls=[base]", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    args = world.args(tmp_path, *flags, name="run")
+
+    def numbers():
+        done, _ = tiny_run.train(args, tmp_path, processes=2)
+        assert done.returncode == 0, done.stderr
+        return [r["nll"] for r in load_run(tmp_path / "run").records]
+
+    first = numbers()
+    learned = list((tmp_path / "run/recovery").iterdir())
+    assert len(learned) == 2
+    for one in learned:
+        one.unlink()
+        (tmp_path / "run/metrics.json").unlink()
+        assert numbers() == first
+
+
 def test_the_plan_counts_what_is_resident():
     """Of Gram matrices one block's, and of weights beyond the limit one block's, however many blocks there are."""
 
