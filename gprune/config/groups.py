@@ -250,7 +250,7 @@ class SparsityConfig(Group):
     """How far an offset may move a neuron's rank, in logits. A gradient does not see what removing a neuron that
     carries most of its block would do; a limit keeps what the metric ranks highest."""
 
-    centred: bool = False
+    centred: bool = True
     """Take the mean over all units off the gradient. Opening any unit lowers the loss, so that Adam, which sees signs
     more than sizes, moves all thresholds the same way where modules are large or text is little; what is left says
     which units matter more."""

@@ -30,6 +30,8 @@ RETIRED: dict[str, Any] = {
     "sparsity.owl_multiple": 5.0,
     "sparsity.owl_spread": 0.08,
 }
+# Settings whose default is not what runs did before there was such a setting: what they did.
+ADDED: dict[str, Any] = {"sparsity.centred": False}
 FORMER_NAMES = {"base_averaged": "averaged"}  # of stages of a run and of `--evaluation.controls`
 CONSENT = "model.trust_remote_code"
 HINTS = get_type_hints(RunConfig)
@@ -156,8 +158,12 @@ def _settings(content: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def of_today(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an earlier version without those of `RETIRED` that had no effect, and by the names of today."""
+    """Settings of an earlier version by names of today, with `ADDED`, and without what of `RETIRED` had no effect."""
     kept = {k: dict(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
+    for name, value in ADDED.items():
+        group, _, leaf = name.partition(".")
+        if isinstance(kept.get(group), dict):
+            kept[group].setdefault(leaf, value)
     for name, value in RETIRED.items():
         group, _, leaf = name.partition(".")
         if isinstance(kept.get(group), dict) and kept[group].get(leaf) == value:

@@ -135,7 +135,8 @@ class PruningResult:
 def with_defaults(settings: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of an earlier version as they would be given today.
 
-    What did not exist then had its default's effect. What is gone since (`RETIRED`) is left out where it had no effect.
+    What did not exist then had its default's effect, but for `ADDED`. What is gone since (`RETIRED`) is left out where
+    it had no effect.
     """
     kept = of_today(settings)
     nested = {k: with_defaults(kept.get(k) or {}, v) for k, v in default.items() if isinstance(v, dict)}

@@ -25,7 +25,7 @@ FORMAT = 4  # of the names of records, which stay when the format of caches chan
 CONTROL = "control"  # what tables call the result of a row that the list names as a control
 
 # Defaults that have changed since the first record: names of records go on telling settings apart from these.
-FORMER_DEFAULTS = {"recovery": "none", "sparsity.epochs": 2}
+FORMER_DEFAULTS = {"recovery": "none", "sparsity.epochs": 2, "sparsity.centred": False}
 
 
 def plain(value: Any) -> Any:

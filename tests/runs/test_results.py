@@ -98,6 +98,10 @@ def test_settings_that_did_not_exist_then_are_at_their_defaults():
     assert with_defaults({"a": 5, "group": {"c": [6]}}, default) == {
         "a": 5, "group": {"b": 2, "c": [6]}, "new": {"d": 4},
     }  # fmt: skip
+    # but for this one, which is on today and was not there then
+    default = {"sparsity": {"centred": True, "target": 0.5}}
+    assert with_defaults({"sparsity": {"target": 0.2}}, default) == {"sparsity": {"centred": False, "target": 0.2}}
+    assert with_defaults({"sparsity": {"centred": True}}, default) == default
 
 
 # In a notebook
