@@ -22,26 +22,29 @@ from gprune.report.table import Estimate
 from gprune.runs.results import FinishedRun
 from gprune.studies.figures import TOKENS, token_lines
 from gprune.studies.listing import Listing
-from gprune.studies.records import as_run, found
+from gprune.studies.records import as_run
+from gprune.studies.records import found as kept_of
+from gprune.studies.tables import ratios_of
 
 HERE = Path(__file__).resolve().parent
 DENSE = ("dense", "none")
-# Rows of the headline, in the order in which parts are added; the stage of each is its last one.
-PARTS = (
-    ("paper", "the paper: modules, thresholds"),
-    ("paper, centred", "the same, centred gradient"),
-    ("paper: averaged", "scores averaged over corpora"),
-    ("averaged, least squares", "and least squares"),
-    ("gates", "and gates by KL, 49k tokens"),
-    ("best", "or distillation, 98k tokens"),
-)
+# Stages of the headline's rows, as its comparisons name them, in the order in which parts are added.
+PARTS = {
+    "paper: gprune": "the paper: modules, thresholds",
+    "paper, centred: gprune": "the same, centred gradient",
+    "paper: averaged": "scores averaged over corpora",
+    "averaged, least squares: control + least_squares": "and least squares",
+    "gates: gprune + least_squares": "and gates by KL, 49k tokens",
+    "best: control + least_squares+distill": "or distillation, 98k tokens",
+    "base: dense": "the dense model",
+}
 Lines = dict[tuple[str, str], list[tuple[float, Estimate]]]
 
 
 def runs_of(name: str) -> list[FinishedRun]:
     """The rows of a list that have run, by its path below `experiments`."""
     listing = Listing.read(HERE / name)
-    return [as_run(row, kept, listing.seen) for row in listing.rows if (kept := found(row)) is not None]
+    return [as_run(row, kept, listing.seen) for row in listing.rows if (kept := kept_of(row)) is not None]
 
 
 def by_budget() -> Lines:
@@ -71,18 +74,8 @@ def _what(run: FinishedRun, stage: tuple[str, str]) -> str:
 def parts() -> list[tuple[str, Estimate]]:
     """Perplexity of the headline's rows over the base metric's, over seeds."""
     runs = runs_of("headline.yaml")
-    bases = {run.seed: run for run in runs if run.name == "base"}
-    rows = [("the base metric", Estimate(1.0))]
-    for row, label in PARTS:
-        name, _, wanted = row.partition(": ")
-        ratios = []
-        for run in (run for run in runs if run.name == name and run.seed in bases):
-            stages = [s for s in by_stage(run.records) if s[0] == wanted or not wanted]
-            ratios.append(ratio_to(run, stages[-1], bases[run.seed], ("base", "none")))
-        if ratios:
-            rows.append((label, pooled(ratios)))
-    dense = [ratio_to(run, DENSE, run, ("base", "none")) for run in bases.values()]
-    return [*rows, ("the dense model", pooled(dense))]
+    found = [(label, ratios_of(runs, stage, "base: base")) for stage, label in PARTS.items()]
+    return [("the base metric", Estimate(1.0)), *((label, pooled(ratios)) for label, ratios in found if ratios)]
 
 
 @style()
