@@ -93,6 +93,7 @@ def window_saliency(weight: Tensor, sums: dict[str, Tensor], *, columns: bool) -
     require_finite("gradient came up during calibration", square)
 
     def terms(*halves: int) -> Saliency:
+        """What the gradients of these halves of the corpus say of one weight matrix."""
         n = sum(count[h] for h in halves).clamp_min(1)
         first = w * (sum(gradient[h] for h in halves) / n)
         second = w.square() * (sum(square[h] for h in halves) / n) / 2

@@ -79,6 +79,7 @@ class ModelConfig(Group):
     """Run Python code that comes with the model. Only for models whose code you have read."""
 
     def check(self) -> None:
+        """Raise UserError for a place or a limit that no model can have."""
         if self.device_map is not None and not PLACES.fullmatch(self.device_map):
             raise UserError(
                 f"--model.device_map: expected auto, balanced, balanced_low_0, sequential or a device such as cuda:0, "
@@ -186,6 +187,7 @@ class ReliabilityConfig(Group):
     the switch, in standard deviations of neurons, over the softness."""
 
     def check(self) -> None:
+        """Raise UserError for a metric that modules cannot fall back on."""
         if self.metric not in SEVERAL and not IMPORTANCE[self.metric].activation_free:
             free = [name for name in IMPORTANCE if IMPORTANCE[name].activation_free]
             raise UserError(
@@ -261,6 +263,7 @@ class SparsityConfig(Group):
         return 1 + len(self.schedule)
 
     def check(self) -> None:
+        """Raise UserError for an allocation, budget or option that cannot be."""
         starts = [name for name in ALLOCATION if not (ALLOCATION[name].modules or ALLOCATION[name].whole_blocks)]
         for flag, name, known in (("allocation", self.allocation, list(ALLOCATION)), ("start", self.start, starts)):
             if name not in known:

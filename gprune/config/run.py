@@ -67,6 +67,7 @@ class RunConfig(Group):
     """Say tokens, passes, expected memory and resulting widths, and stop before anything is computed."""
 
     def check(self) -> None:
+        """Raise UserError for settings that cannot go together; a chain of recoveries becomes one name."""
         IMPORTANCE[self.importance]
         if isinstance(self.recovery, list):
             self.recovery = "+".join(self.recovery) or "none"

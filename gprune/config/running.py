@@ -65,6 +65,7 @@ class LoggingConfig(Group):
     """Further W&B tags; metric, scope and allocation are always there."""
 
     def check(self) -> None:
+        """Raise UserError for a mode of W&B that there is not."""
         if self.resolved_mode not in ("offline", "online", "disabled"):
             raise UserError(
                 f"WANDB_MODE: expected offline, online or disabled, got '{self.resolved_mode}'; or use --logging.mode."

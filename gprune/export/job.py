@@ -95,6 +95,7 @@ class Gguf:
         return path.is_file() and marked(path, b"GGUF")
 
     def write(self, source: Source, output: Path) -> None:
+        """Write the file, and unless told otherwise compare what it holds with the model that it came from."""
         from gprune.export.gguf import write_gguf
         from gprune.export.gguf_check import check_gguf, quantise
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 
 def main(request_file: str) -> None:
+    """Load an exported folder in this fresh process and write the logits that the request asks for."""
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     torch.set_num_threads(request["threads"])
     settings = {"dtype": "auto", "trust_remote_code": True, "attn_implementation": request["attention"]}

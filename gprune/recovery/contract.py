@@ -202,6 +202,7 @@ class Projection(Recovery):
         return round(max([*read, *solved], default=0)), 0
 
     def revise(self, material: Material) -> Revise:
+        """What is done to each block as it is sliced: the correction of its two output projections."""
         from gprune.models.offload import device_of
 
         def revise(dense: Block, block: Block) -> None:
