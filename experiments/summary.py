@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -41,6 +42,7 @@ PARTS = {
 Lines = dict[tuple[str, str], list[tuple[float, Estimate]]]
 
 
+@cache
 def runs_of(name: str) -> list[FinishedRun]:
     """The rows of a list that have run, by its path below `experiments`."""
     listing = Listing.read(HERE / name)

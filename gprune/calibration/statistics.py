@@ -63,10 +63,12 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
+        """(C,) float64."""
         return self.sum / self.count.clamp_min(1)  # 0 without tokens
 
     @property
     def mean_sq(self) -> Tensor:
+        """Mean of x^2, (C,) float64."""
         return self.sum_sq / self.count.clamp_min(1)
 
     @property

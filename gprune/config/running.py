@@ -88,6 +88,7 @@ class LoggingConfig(Group):
 
     @property
     def resolved_mode(self) -> str:
+        """W&B's mode: the flag, else $WANDB_MODE, else offline."""
         return self.mode or os.environ.get("WANDB_MODE") or "offline"
 
     @property

@@ -45,6 +45,7 @@ class Windows:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all windows."""
         return self.tokens.numel()
 
 

@@ -42,6 +42,7 @@ class Source:
 
     @property
     def name(self) -> str:
+        """What the exported model is called."""
         return (self.run or self.folder).name
 
 

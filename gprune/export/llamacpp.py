@@ -32,11 +32,13 @@ errors = []
 
 @ffi.callback("void(enum ggml_log_level, const char *, void *)")
 def log(level, text, _):
+    """Keep what llama.cpp says of errors, and nothing else."""
     if level == 4:  # GGML_LOG_LEVEL_ERROR
         errors.append(ffi.string(text).decode(errors="replace").strip())
 
 
 def need(what, name: str):
+    """What llama.cpp gave, unless it is NULL."""
     if what == ffi.NULL:
         sys.exit(f"error: {name} failed: {' '.join(errors)}")
     return what
@@ -84,6 +86,7 @@ class Model:
         return np.frombuffer(buffer, dtype=np.float32).reshape(count, self.size)
 
     def tokens(self, text: str) -> list[int]:
+        """Token ids of a text, with the file's own special tokens."""
         data = text.encode()
         most = len(data) + 16
         room = ffi.new("llama_token[]", most)
@@ -155,6 +158,7 @@ def speed(request: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
 
 
 def main(request_file: str) -> None:
+    """Answer one request, a JSON file, on standard output."""
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     lib.llama_log_set(log, ffi.NULL)
     lib.llama_backend_init()

@@ -48,10 +48,12 @@ class Part:
 
     @property
     def in_features(self) -> int:
+        """Columns of the weight as (out, in)."""
         return self.host.weight.shape[0 if self.transposed else 1]
 
     @property
     def out_features(self) -> int:
+        """Rows of the weight as (out, in); of this part alone, where parts are stored together."""
         return self.host.weight.shape[1 if self.transposed else 0] if self.rows is None else len(self.rows)
 
     def set(self, weight: Tensor, added_bias: Tensor | None) -> None:
@@ -87,11 +89,13 @@ class ExpertPart:
 
     @property
     def in_features(self) -> int:
+        """Columns, those of all experts side by side in `down`."""
         E, _, N = self.host.down_proj.shape
         return E * N if self.name == "down" else self.host.down_proj.shape[1]
 
     @property
     def out_features(self) -> int:
+        """Rows, those of all experts below each other but in `down`."""
         E, H, N = self.host.down_proj.shape
         return H if self.name == "down" else E * N
 
@@ -160,6 +164,7 @@ class Block:
 
     @property
     def has_experts(self) -> bool:
+        """Whether the FFN is a mixture of experts."""
         return isinstance(self.down, ExpertPart)
 
     @property
@@ -174,6 +179,7 @@ class Block:
 
     @property
     def kv_groups(self) -> int:
+        """Key and value heads, each with the query heads that share it."""
         return self.key.out_features // self.head_dim
 
     @property
@@ -189,6 +195,7 @@ class Block:
 
     @property
     def activation(self) -> nn.Module:
+        """The non-linear unit of the FFN."""
         return self.down.host.act_fn if self.has_experts else self.module(self.family.activation)
 
     @property
@@ -210,6 +217,7 @@ class Block:
         return sum(self.parameter(s).numel() // units for s in self.slices if s.kind == kind)
 
     def parameter(self, place: Slice) -> nn.Parameter:
+        """The parameter that a slice is of."""
         return attrgetter(place.path)(self.layer)
 
     @cached_property

@@ -30,6 +30,7 @@ class Shapes:
 
     @property
     def tokens(self) -> int:
+        """Tokens on one device at once."""
         return self.windows * self.length
 
     @property

@@ -30,13 +30,22 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
     An offloaded parameter is fetched to the CPU. A sharded one is gathered from all processes, which all have to ask.
     A parameter on the meta device without a hook, as in a model without weights, stays there.
     """
-    parameter = getattr(module, name)
-    if hasattr(parameter, "full_tensor"):
-        return parameter.full_tensor()
+    parameter = gathered(getattr(module, name))
     if parameter is None or not parameter.is_meta:
         return parameter
     weights = [hook.weights_map for hook in _hooks(module) if hook.weights_map is not None]
     return weights[0][name] if weights else parameter
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds a part of the tensor alone: a DTensor, told by its method, because not every build of
+    torch has `torch.distributed.tensor`."""
+    return hasattr(tensor, "full_tensor")
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor. A sharded one is gathered from all processes, which all have to ask."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def _hooks(module: nn.Module) -> list[Any]:

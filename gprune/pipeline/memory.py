@@ -30,6 +30,7 @@ class Held:
 
     @property
     def total(self) -> int:
+        """Bytes in all."""
         return self.device + self.host
 
 

@@ -48,10 +48,12 @@ class Plan:
 
     @property
     def forward_tokens(self) -> int:
+        """Tokens that go forward alone, over all steps."""
         return sum(forward for forward, _ in self.tokens.values())
 
     @property
     def forward_backward_tokens(self) -> int:
+        """Tokens that go forward and backward, over all steps."""
         return sum(trained for _, trained in self.tokens.values())
 
     @property

@@ -75,9 +75,11 @@ class TokenMeter:
         return passes(self.forward, self.forward_backward)
 
     def counts(self) -> dict[str, int]:
+        """Tokens by kind, as the manifest has them."""
         return {"forward_tokens": self.forward, "forward_backward_tokens": self.forward_backward}
 
     def close(self) -> None:
+        """Count no more."""
         while self._handles:
             self._handles.pop().remove()
 

@@ -52,6 +52,7 @@ class FinishedRun:
 
     @property
     def seed(self) -> int:
+        """The seed that the run was started with."""
         return self.settings["run"]["seed"]
 
     @property

@@ -80,6 +80,7 @@ def start(**settings: Any) -> Any:
 
 @rank_zero_only
 def define_axes(logger: WandbLogger) -> None:
+    """Tell W&B what each curve is drawn against."""
     for pattern, axis in AXES.items():
         logger.experiment.define_metric(axis, hidden=True)
         logger.experiment.define_metric(pattern, step_metric=axis)
@@ -87,6 +88,7 @@ def define_axes(logger: WandbLogger) -> None:
 
 @rank_zero_only
 def finish(exit_code: int) -> None:
+    """Close the run of W&B, if one is open, with the exit code of the process."""
     if wandb.run is None:
         return
     # Offline it takes a second, in which a second Ctrl-C would get a line of W&B's; online it may have to be stopped.
@@ -130,5 +132,6 @@ def log_images(loggers: Sequence[Logger], paths: Sequence[Path]) -> None:
 
 @rank_zero_only
 def log_scalars(loggers: Sequence[Logger], values: dict[str, float], *, step: int) -> None:
+    """Log values at a step of the Trainer, in every logger."""
     for logger in loggers:
         logger.log_metrics(values, step=step)

@@ -18,6 +18,7 @@ from gprune.corpora.windows import Windows
 from gprune.evaluation.intervals import geometric_mean
 from gprune.evaluation.perplexity import perplexity
 from gprune.models.masks import Masks
+from gprune.models.offload import gathered, is_sharded
 from gprune.partition.record import Modules
 from gprune.partition.reliability import module_means
 from gprune.runs.tracking import log_scalars, log_table
@@ -152,20 +153,15 @@ class DevelopmentCurve(L.Callback):
         log_perplexities(trainer, "distill", tokens, found, trainer.global_step)
         mean = trainer.strategy.broadcast(geometric_mean(found.values()))
         if self.keep == "best" and mean < min(self.measured.values(), default=math.inf):
-            self.best = {name: _whole(value).cpu().clone() for name, value in pl_module.state_dict().items()}
+            self.best = {name: gathered(value).detach().cpu().clone() for name, value in pl_module.state_dict().items()}
         self.measured[trainer.global_step] = mean
-
-
-def _whole(value: Tensor) -> Tensor:
-    """What was learned, gathered from all processes if it is spread over them, which all have to ask."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value.detach()
 
 
 def _as_spread(whole: Tensor, value: Tensor) -> Tensor:
     """This process's part of a whole tensor, if `value` is such a part."""
-    if not hasattr(value, "full_tensor"):
+    if not is_sharded(value):
         return whole
-    from torch.distributed.tensor import distribute_tensor  # here, because not every build of torch has it
+    from torch.distributed.tensor import distribute_tensor  # not at the top: not every build of torch has it
 
     return distribute_tensor(whole.to(value.device), value.device_mesh, value.placements)
 

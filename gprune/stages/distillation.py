@@ -17,6 +17,7 @@ from gprune.errors import UserError
 from gprune.models.blocks import Block, Part, blocks_of, decoder_layers
 from gprune.models.loading import without_weights
 from gprune.models.losses import final_hidden, frozen_head_losses, softcap_of
+from gprune.models.offload import gathered
 from gprune.stages.base import FrozenLMStage
 
 BETAS = (0.9, 0.95)  # of AdamW
@@ -75,6 +76,7 @@ class DistillationStage(FrozenLMStage):
 
     @property
     def student(self) -> PreTrainedModel:
+        """The pruned model, whose weights are what learns."""
         return self._student[0]
 
     def _learn(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
@@ -171,8 +173,7 @@ class DistillationStage(FrozenLMStage):
         ):
             for name, tensor in named:
                 path, _, leaf = name.rpartition(".")
-                full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-                kept = full.detach().cpu()
+                kept = gathered(tensor).detach().cpu()
                 getattr(whole.get_submodule(path), kind)[leaf] = nn.Parameter(kept) if kind == "_parameters" else kept
         whole.tie_weights()
         self._student, self._whole = (whole.requires_grad_(False),), ()

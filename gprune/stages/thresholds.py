@@ -103,6 +103,7 @@ class ThresholdLearning(FrozenLMStage):
 
     @property
     def thresholds(self) -> Thresholds:
+        """(M,) float32 of each block: those of its neurons' modules, those of its KV groups' modules."""
         return list(self.ffn_thresholds), list(self.attention_thresholds)
 
     @property

@@ -284,4 +284,5 @@ def file_hashes(folder: Path, pattern: str = "*") -> dict[str, str]:
 
 
 def to_yaml(content: dict[str, Any]) -> str:
+    """YAML in the order of the keys, with letters of all languages as they are."""
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
