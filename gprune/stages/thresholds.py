@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -128,11 +129,30 @@ class ThresholdLearning(FrozenLMStage):
     def refresh_gates(self) -> None:
         """Recompute the gates, in place in the lists that `gates.gated` reads."""
         hard, ranks, moved = self.masks(), self.ranks, self.moved_ranks.ffn
-        parts = zip(hard.ffn, moved, self.ffn_thresholds, ranks.labels, ranks.sizes, strict=True)
+        neurons, groups = self._at_the_cut(hard)
+        parts = zip(hard.ffn, moved, neurons, ranks.labels, ranks.sizes, strict=True)
         self.ffn_gates[:] = [straight_through(h, soft_gate(p.float(), t, y, n)) for h, p, t, y, n in parts]
         if self.attention_gates is not None:
-            parts = zip(hard.attention, ranks.attention, self.attention_thresholds, strict=True)
+            parts = zip(hard.attention, ranks.attention, groups, strict=True)
             self.attention_gates[:] = [straight_through(h, _group_gate(p.float(), t)) for h, p, t in parts]
+
+    def _at_the_cut(self, hard: Masks) -> Thresholds:
+        """The thresholds by which soft gates are steepest where the budget cuts.
+
+        That is margin 0 (`recentre`). Where all blocks have to be equally wide, each block has a cut of its own.
+        """
+        if not self.budget.costs.uniform:
+            return self.thresholds
+        with torch.no_grad():
+            found = zip(unit_margins(self.moved_ranks, self.thresholds), (hard.ffn, hard.attention), strict=True)
+            cuts = [
+                [cut_margin(Masks([k], []), [m]).float() for m, k in zip(*of_blocks, strict=True)]
+                for of_blocks in found
+            ]
+        neurons, groups = (
+            [t + c for t, c in zip(*kind, strict=True)] for kind in zip(self.thresholds, cuts, strict=True)
+        )
+        return neurons, groups
 
     def open_gates(self) -> None:
         """Open all gates, which gives the dense model, until gates are refreshed."""
@@ -166,19 +186,25 @@ class ThresholdLearning(FrozenLMStage):
     def centre(self) -> None:
         """Take the mean over units off the gradients: of thresholds, which stand for n_m units each, and of offsets.
 
-        Units of blocks that keep everything take no part.
+        Units of blocks that keep everything take no part. Where all blocks have to be equally wide, neurons compete
+        inside their block, and it is their block's mean that they lose; KV groups, of which every block keeps equally
+        many, compete with all neurons.
         """
         costs, sizes = self.budget.costs, self.ranks.sizes
         open_blocks = [b for b in range(len(sizes)) if b not in costs.protected]
-        thresholds = [(self.ffn_thresholds[b], sizes[b]) for b in open_blocks]
-        thresholds += [(self.attention_thresholds[b], len(self.ranks.attention[b])) for b in open_blocks]
+        neurons = [(self.ffn_thresholds[b], sizes[b]) for b in open_blocks]
+        groups = [(self.attention_thresholds[b], len(self.ranks.attention[b])) for b in open_blocks]
         offsets = [(self.ffn_offsets[b], 1) for b in open_blocks if self.offsets]
-        for kind in (thresholds, offsets):
-            learned = [(p.grad, torch.ones_like(p) * n) for p, n in kind if p.grad is not None]
-            for pairs in [[pair] for pair in learned] if costs.uniform else [learned] * bool(learned):
-                mean = sum(g.sum() for g, _ in pairs) / sum(n.sum() for _, n in pairs)
-                for g, n in pairs:
-                    g -= mean * n
+        for inside, across in ((neurons, groups), (offsets, [])):
+            inside, across = (
+                [(p.grad, torch.ones_like(p) * n) for p, n in kind if p.grad is not None] for kind in (inside, across)
+            )
+            if not inside + across:
+                continue
+            common = _mean_gradient(inside + across)
+            own = [_mean_gradient([pair]) if costs.uniform else common for pair in inside]
+            for (g, n), mean in zip(inside + across, own + [common] * len(across), strict=True):
+                g -= mean * n
 
     def optimizer_step(self, *args: object, **kwargs: object) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -189,16 +215,16 @@ class ThresholdLearning(FrozenLMStage):
 
     @torch.no_grad()
     def recentre(self, hard: Masks) -> None:
-        """Shift all thresholds by the same amount until the budget cuts at margin 0; the masks `hard` do not change.
-
-        Where all blocks have to be equally wide, each block has its own cut, and its thresholds are shifted by that.
-        """
+        """Shift all thresholds by the same amount until the budget cuts at margin 0; the masks `hard` do not change."""
         found, _ = unit_margins(self.moved_ranks, self.thresholds)
-        shift, uniform = cut_margin(hard, found), self.budget.costs.uniform
-        for b, (t, u) in enumerate(zip(self.ffn_thresholds, self.attention_thresholds, strict=True)):
-            own = cut_margin(Masks(hard.ffn[b : b + 1], []), found[b : b + 1]) if uniform else shift
-            t += own.to(t.dtype)
-            u += shift.to(u.dtype)
+        shift = cut_margin(hard, found)
+        for t in (*self.ffn_thresholds, *self.attention_thresholds):
+            t += shift.to(t.dtype)
+
+
+def _mean_gradient(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The mean over units, (), of gradients that stand for n units each."""
+    return sum(g.sum() for g, _ in pairs) / sum(n.sum() for _, n in pairs)
 
 
 def _group_gate(p: Tensor, threshold: Tensor) -> Tensor:

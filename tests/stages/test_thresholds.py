@@ -238,11 +238,10 @@ def test_a_fit_of_every_neurons_own_gate(loss, learn, tiny_model):
     assert again == masks
 
 
-@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize(("uniform", "scope"), [(False, "attention+ffn"), (True, "ffn"), (True, "attention+ffn")])
 @pytest.mark.parametrize("learn", ["thresholds", "offsets", "both"])
-def test_centred_gradients_move_no_units_alike(learn, uniform, tiny_model):
-    """The mean over units is gone, over a block's where blocks are equally wide, and differences of units are left."""
-    scope = "ffn" if uniform else "attention+ffn"
+def test_centred_gradients_move_no_units_alike(learn, uniform, scope, tiny_model):
+    """The mean over units is gone, for neurons their block's where blocks are equally wide; differences are left."""
     stage = make_stage(tiny_model, learn=learn, uniform=uniform, scope=scope, centred=True)
     with gated(tiny_model, stage.ffn_gates, stage.attention_gates):
         next_token_loss(tiny_model, sampled_tokens(tiny_model)).backward()
@@ -257,11 +256,13 @@ def test_centred_gradients_move_no_units_alike(learn, uniform, tiny_model):
     stage.centre()
     for name, kind in found.items():
         assert bool(kind) == (learn in (name, "both") or (name == "thresholds" and scope != "ffn"))
-        for together in [[one] for one in kind] if uniform else [kind] * bool(kind):
+        for one in kind:
+            together = [one] if uniform and len(one[0]) > 1 else kind  # a block's KV groups have one threshold
             mean = sum(before.sum() for *_, before in together) / sum(n.sum() for _, n, _ in together)
             assert abs(float(mean)) > 1e-6
-            for p, n, before in together:
-                np.testing.assert_allclose(p.grad.double(), before - mean * n, rtol=1e-4, atol=1e-9)
+            p, n, before = one
+            np.testing.assert_allclose(p.grad.double(), before - mean * n, rtol=1e-4, atol=1e-9)
+            assert float(p.grad.abs().max()) > 1e-7
 
 
 def test_centred_thresholds_learn_where_all_would_move_alike(tiny_model):
@@ -307,10 +308,30 @@ def test_equal_widths_stay_equal_while_learning(tiny_model):
     masks = stage.masks()
     assert masks != first
     assert {int(m.sum()) for m in masks.ffn} == {int(first.ffn[0].sum())}
-    for t, p, y, m in zip(stage.ffn_thresholds, stage.ranks.ffn, stage.ranks.labels, masks.ffn, strict=True):
-        # every block is cut at margin 0, where its soft gates are steepest
-        removed = (torch.logit(p) - t.detach()[y].double())[~m].max()
-        assert abs(float(removed)) < 1e-5
+    stage.refresh_gates()
+    for b, (p, y, m) in enumerate(zip(stage.ranks.ffn, stage.ranks.labels, masks.ffn, strict=True)):
+        # every block is cut where its soft gates are steepest: at margin 0 there
+        stage.zero_grad()
+        stage.ffn_gates[b].sum().backward()
+        t, T = stage.ffn_thresholds[b].detach().double()[y], 1 / 12  # twelve neurons a module
+        at = t + (torch.logit(p) - t)[~m].max()
+        soft = torch.sigmoid((p - torch.sigmoid(at)) / T)
+        slope = -(soft * (1 - soft) / T) * torch.sigmoid(at) * (1 - torch.sigmoid(at))
+        expected = torch.zeros(K, dtype=torch.float64).index_add(0, y, slope)
+        np.testing.assert_allclose(stage.ffn_thresholds[b].grad, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("learn", ["thresholds", "both"])
+def test_equally_wide_blocks_keep_their_kv_groups_from_step_to_step(learn, tiny_model):
+    """What recentring does between two steps changes no mask, with attention in scope either."""
+    stage = make_stage(tiny_model, learn=learn, uniform=True, scope="attention+ffn")
+    for seed in range(20):
+        with torch.no_grad():
+            for t in (*stage.ffn_thresholds, *stage.attention_thresholds):
+                t += 2 * torch.randn(t.shape, generator=generator_of(seed))
+        before = stage.masks()
+        stage.recentre(before)
+        assert stage.masks() == before
 
 
 def test_same_seed_same_bits(tiny_model):
