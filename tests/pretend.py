@@ -268,6 +268,8 @@ def pretend(*, values: bool = True) -> Iterator[Devices]:
         patch.setattr(CPUAccelerator, "setup_device", lambda self, device: None)
         chosen = lambda self: SingleDeviceStrategy(torch.device(TYPE, 0))  # noqa: E731
         patch.setattr(_AcceleratorConnector, "_choose_strategy", chosen)
+        # As with CUDA, a module that moves keeps its parameters, and so moves them wherever else they are held.
+        patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
         before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(x, device=...)` then moves where the mode sees it
         try:

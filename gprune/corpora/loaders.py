@@ -5,6 +5,7 @@ Every window is seen once, whatever the number of processes; `DistributedSampler
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gprune.corpora.windows import Windows
+
+log = logging.getLogger("gprune")
 
 
 class TokenDataset(Dataset):
@@ -119,6 +122,12 @@ class CorpusDataModule(LightningDataModule):
     def _loader(self, windows: Sequence[Windows], *, shuffle: bool) -> DataLoader:
         dataset = TokenDataset(windows)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if shuffle and rank == 0 and self.batch_size < world_size:
+            log.warning(
+                "Batches of %d windows over %d processes: %d of them have nothing of their own to compute. Give "
+                "--corpora.batch_size, or for distillation --distill.batch_size, at least %d.",
+                self.batch_size, world_size, world_size - self.batch_size, world_size,
+            )  # fmt: skip
         sampler = ShardedBatchSampler(
             len(dataset), self.batch_size, rank=rank, world_size=world_size, shuffle=shuffle, seed=self.seed
         )

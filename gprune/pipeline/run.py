@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -136,14 +137,14 @@ class Run:
     ) -> L.Trainer:  # fmt: skip
         """Train a stage on text, from its last checkpoint if a killed sitting left one.
 
+        The checkpoint stays until what was learned is written to the folder, under the stage's name.
+
         Args:
             name: of the stage in the run folder.
             kwargs: of the Trainer.
         """
         cfg = self.cfg
-        kept = Checkpoints(
-            self.folder / f"checkpoints/{name}.ckpt", f"{self.folder.key} {name}", 60 * cfg.run.checkpoint_minutes
-        )
+        kept = Checkpoints(self.folder.checkpoint(name), f"{self.folder.key} {name}", 60 * cfg.run.checkpoint_minutes)
         data = CorpusDataModule(train=text, batch_size=batch_size or cfg.corpora.batch_size, seed=cfg.run.seed)
         trainer = self.trainer(
             what, log_every_n_steps=1, precision=cfg.trainer.precision, callbacks=[*callbacks, kept], **kwargs
@@ -151,7 +152,6 @@ class Run:
         if (found := kept.found()) is not None:
             log.info("Going on from %s", found)
         trainer.fit(stage, data, ckpt_path=found, weights_only=True)
-        kept.done()
         return trainer
 
     def material(self, masks: Masks, statistics: Mapping[str, CorpusStatistics], recovery: str) -> Material:
@@ -168,19 +168,20 @@ class Run:
             count=self.meter.add,
             fresh=self.text.fresh if found.learns else (),
             settings=self.cfg.recovery_settings,
-            fit=functools.partial(self._fit, done),
+            fit=functools.partial(self._fit, done, itertools.count()),
             shard=self.cfg.model.shard,
             teacher=self.teacher,
         )
 
     def _fit(
-        self, done: str, what: str, stage: L.LightningModule, *, batch_size: int | None = None,
+        self, done: str, earlier: Iterator[int], what: str, stage: L.LightningModule, *, batch_size: int | None = None,
         clip: float | None = None, accumulate: int = 1, points: int = 4, keep: str = "last",
     ) -> None:  # fmt: skip
         """Train a recovery's stage once through its text, or give it back what an earlier sitting had learned.
 
         Args:
             done: where in the run folder what was learned is kept.
+            earlier: counts the stages that the recovery has trained.
             batch_size: in place of `--corpora.batch_size`.
             clip: the largest norm of the gradient.
             accumulate: batches whose gradients make one step.
@@ -188,7 +189,8 @@ class Run:
         """
         if not isinstance(stage, L.LightningModule):
             raise UserError(f"{what}: expected a LightningModule to train, got {type(stage).__name__}.")
-        name, c = f"{done}-{type(stage).__name__}", self.cfg.corpora
+        number, c = next(earlier), self.cfg.corpora
+        name = f"{done}-{type(stage).__name__}" + f"-{number}" * bool(number)
         if (learned := self.folder.read(name)) is None:  # the step that shrinks or evaluates counts its cost
             curve = DevelopmentCurve(self.text.development, points=points, keep=keep, batch_size=c.batch_size)
             text = self.text.fresh or [self.text.train[corpus] for corpus in c.recover]

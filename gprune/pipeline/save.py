@@ -103,7 +103,7 @@ def save_model(run: Run, pruned: PreTrainedModel) -> float:
     card = model_card(run.cfg, stock=stock_skeleton(pruned) is not None)
     folder = save_pruned(pruned, run.tokenizer, run.folder / "model", model_card=card, overwrite=True)
     difference = check_reload(pruned, folder, checked_tokens(run), **placement(run))
-    run.folder.update_manifest(model=file_hashes(folder))
+    run.folder.update_manifest(model=file_hashes(folder), replace=True)
     return difference
 
 

@@ -40,7 +40,9 @@ def ridge_correction(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """
     import torch
 
-    # A float32 Gram matrix of few tokens is not quite positive semidefinite: lambda stays above its rounding.
-    damping = max(max(ridge, 1e-6) * float(gram.diagonal().mean()), 1e-12)
+    # A float32 Gram matrix of few tokens is not quite positive semidefinite: lambda stays above its rounding, which
+    # goes with its largest eigenvalue, and that is at most the trace: K times the mean diagonal.
+    floor = torch.finfo(torch.float32).eps * len(gram)
+    damping = max(max(ridge, floor) * float(gram.diagonal().mean()), 1e-12)
     gram.diagonal().add_(damping)
     return torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T

@@ -166,8 +166,8 @@ class RunFolder:
         return read_json(self / "metrics.json", run=self.key, check=schema.metrics) or {}
 
     @rank_zero_only
-    def update_manifest(self, **entries: Any) -> None:
-        """Merge entries into the manifest, dictionaries one level deep.
+    def update_manifest(self, *, replace: bool = False, **entries: Any) -> None:
+        """Merge entries into the manifest, dictionaries one level deep unless they `replace` what is there.
 
         Raises:
             UserError: if it has gone, or was damaged, while the run went on.
@@ -176,7 +176,8 @@ class RunFolder:
         if not manifest:
             raise UserError(f"{self / 'manifest.json'} vanished or was altered while the run went on.")
         for name, value in entries.items():
-            manifest[name] = {**manifest.get(name, {}), **value} if isinstance(value, dict) else value
+            merged = isinstance(value, dict) and not replace
+            manifest[name] = {**manifest.get(name, {}), **value} if merged else value
         write_json(self / "manifest.json", manifest)
 
     @contextmanager
@@ -210,10 +211,16 @@ class RunFolder:
         """The tensors of `<name>.safetensors`, or None if it is missing, not whole, or another run's."""
         return read_tensors(self / f"{name}.safetensors", run=self.key)
 
+    @rank_zero_only
     def write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        """Save tensors as this run's."""
+        """Save tensors as this run's; the checkpoint of the stage that learned them, if there is one, goes."""
         marks = {"run": self.key} if self.key else {}
         write_tensors(self / f"{name}.safetensors", tensors, {**(metadata or {}), **marks})
+        self.checkpoint(name).unlink(missing_ok=True)
+
+    def checkpoint(self, name: str) -> Path:
+        """Where a stage whose tensors will be written under `name` keeps its checkpoint."""
+        return self / f"checkpoints/{name}.ckpt"
 
 
 class _Part(RunFolder):
@@ -226,8 +233,8 @@ class _Part(RunFolder):
     def step(self, name: str) -> AbstractContextManager[None]:
         return self.whole.step(f"{self.name}/{name}")
 
-    def update_manifest(self, **entries: Any) -> None:
-        self.whole.update_manifest(**{f"{self.name}/{name}": value for name, value in entries.items()})
+    def update_manifest(self, *, replace: bool = False, **entries: Any) -> None:
+        self.whole.update_manifest(replace=replace, **{f"{self.name}/{name}": v for name, v in entries.items()})
 
 
 def exported_model(run: Path) -> Path:

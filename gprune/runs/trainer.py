@@ -148,7 +148,7 @@ class Checkpoints(L.Callback):
     states of callbacks and of torch's random generator; and a mark that binds it to one stage of one run.
 
     Args:
-        path: of the file; it is replaced each time, and goes when the stage is done.
+        path: of the file, which is replaced each time; `RunFolder.write` removes it when what was learned is there.
         mark: of the stage and its run.
         seconds: between two checkpoints; 0: one after every step.
     """
@@ -171,10 +171,6 @@ class Checkpoints(L.Callback):
             return self.path
         log.warning("%s is not usable (%s); going on without it.", self.path, reason)
         return None
-
-    def done(self) -> None:
-        """Remove the checkpoint: the stage has learned."""
-        self.path.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Lightning forgets the place where a schedule has asked for the number of steps before it was loaded.

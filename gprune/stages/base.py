@@ -48,6 +48,9 @@ class FrozenLMStage(L.LightningModule):
 
     def teardown(self, stage: str) -> None:
         self._spread = ()
+        if not self._shard:
+            # Lightning has moved to the CPU what a stage has registered: of a model that learns, some weights alone.
+            self.to(self.trainer.strategy.root_device, non_blocking=True)
 
     def batch_loss(self, losses: Tensor, weight: Tensor, name: str) -> Tensor:
         """The loss of a step from the losses of its windows, logged under `name` as the mean of the global batch.

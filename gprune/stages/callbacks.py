@@ -149,7 +149,8 @@ class DevelopmentCurve(L.Callback):
         if not self.windows:
             return
         found = perplexities(pl_module.student, self.windows, self.batch_size)
-        tokens = {"distill/tokens": float(self.tokens * trainer.world_size)}
+        seen = trainer.strategy.reduce(torch.tensor(float(self.tokens)), reduce_op="sum")
+        tokens = {"distill/tokens": float(seen)}
         log_perplexities(trainer, "distill", tokens, found, trainer.global_step)
         mean = trainer.strategy.broadcast(geometric_mean(found.values()))
         if self.keep == "best" and mean < min(self.measured.values(), default=math.inf):

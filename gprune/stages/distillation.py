@@ -73,6 +73,9 @@ class DistillationStage(FrozenLMStage):
             _checkpointing(student, "enable")({"use_reentrant": False})
             for block in blocks_of(student):  # only a layer in training mode recomputes; its dropout stays off
                 block.layer.training = True
+                if hasattr(block.layer, "dropout"):  # OPT's layers have it as a number of their own
+                    self._taken_off.callback(setattr, block.layer, "dropout", block.layer.dropout)
+                    block.layer.dropout = 0.0
 
     @property
     def student(self) -> PreTrainedModel:
@@ -149,7 +152,8 @@ class DistillationStage(FrozenLMStage):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self.student.to(self.trainer.strategy.root_device)
+        if not (self._shard and self.trainer.world_size > 1):
+            self.student.to(self.trainer.strategy.root_device)
 
     def configure_model(self) -> None:
         """Spread the student's layers over processes: PyTorch's `fully_shard`, with optimizer states of the parts."""
@@ -158,8 +162,9 @@ class DistillationStage(FrozenLMStage):
         from torch.distributed.fsdp import fully_shard
 
         self._whole = (without_weights(self.student),)
-        for block in blocks_of(self.student):
+        for block in blocks_of(self.student):  # each moves to its device by itself: no device holds all of them
             fully_shard(block.layer, mesh=self.device_mesh["data_parallel"])
+        self.student.to(self.trainer.strategy.root_device)
         self._learn_anew()
 
     def teardown(self, stage: str) -> None:

@@ -22,8 +22,9 @@ from gprune.benchmarks.settings import Benchmarks
 from gprune.console import say
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
-from gprune.models.loading import load_model
 from gprune.models.losses import next_token_loss
+from gprune.models.offload import device_of
+from gprune.pipeline.inputs import load
 from gprune.pipeline.plan import check
 from gprune.runs import schema
 from gprune.runs.folder import RunFolder
@@ -31,13 +32,14 @@ from gprune.sparsity.gates import gated
 from gprune.storage.files import read_json, write_json
 from gprune.studies.figures import draw
 from gprune.studies.listing import Listing, Row, commands, parts_of
-from gprune.studies.records import dense_path, found, packed, path_of, plain, write
+from gprune.studies.records import dense_path, found, packed, path_of, plain, read, write
 from gprune.studies.tables import cost_table, text_of
 
 
 def run(row: Row) -> dict[str, Any]:
     """Run one configuration, and its tasks, and keep what came out."""
-    cfg, tasks = row.config, row.wanted_tasks
+    cfg, tasks, path = row.config, row.wanted_tasks, path_of(row)
+    before = read(path) or {"masks": None}  # of another list, which wants other things of this row
     if tasks and cfg.recovery != "none":  # masks do not hold what recovery changed
         cfg = replace(cfg, export="hf")
     result = gprune.prune(cfg)
@@ -51,12 +53,13 @@ def run(row: Row) -> dict[str, Any]:
         "steps": manifest["steps"],
         "summary": {k: v for k, v in result.summary.items() if k not in ("geometric_means", "unseen_over_base")},
         "learning": manifest.get("learning"),
-        "masks": packed(result.masks) if row.masks else None,
+        "masks": packed(result.masks) if row.masks or before["masks"] else None,
         "records": [r | {"window_nll": [round(v, 4) for v in r["window_nll"]]} for r in result.records],
     }
+    kept |= {name: before[name] for name in ("tasks", "evaluation") if name in before}
     if tasks:
         kept |= {"tasks": tasks, "evaluation": evaluated(result.path, cfg, row, kept["inputs"]["model"])}
-    write(path_of(row), kept)
+    write(path, kept)
     return kept
 
 
@@ -80,26 +83,26 @@ def token_hours(pending: Sequence[Row]) -> str:
     for row in pending:
         plan = check(row.config)
         forward, backward = forward + plan.forward_tokens, backward + plan.forward_backward_tokens
+    tokens = f"{forward:,} tokens forward", f"{backward:,} forward and backward"
+    what = f"{len(pending)} configurations: at most {{}} and {{}}, shared passes counted for each"
+    what += ", tasks not counted" * any(row.wanted_tasks for row in pending)
     cfg = pending[0].config
-    m = cfg.model
-    device = check(cfg).device
-    model, _ = load_model(m.name, dtype=getattr(torch, m.dtype), trust_remote_code=m.trust_remote_code)
-    model = model.to(device)
+    if cfg.model.shard or cfg.model.max_memory:  # what one process measures says nothing, or takes minutes
+        return what.format(*tokens)
+    model, _ = load(cfg, check(cfg).device)
+    device = device_of(model)
     ids = torch.randint(model.config.vocab_size, (cfg.corpora.batch_size, cfg.corpora.seq_len), device=device)
     with torch.no_grad():
         next_token_loss(model, ids[:, :64])  # warm
         forward_speed = ids.numel() / seconds(lambda: next_token_loss(model, ids).item())  # the number: a GPU is done
-    gates = [torch.ones(b.experts * b.neurons, requires_grad=True, device=device) for b in blocks_of(model)]
+    gates = [torch.ones(b.experts * b.neurons, requires_grad=True, device=device_of(b.layer)) for b in blocks_of(model)]
     with gated(model, gates):
         backward_speed = ids.numel() / seconds(
             lambda: (next_token_loss(model, ids).backward(), gates[0].grad.sum().item())
         )
     hours = (forward / forward_speed + backward / backward_speed) / 3600
-    return (
-        f"{len(pending)} configurations: at most {forward:,} tokens forward ({forward_speed:.0f}/s here) and "
-        f"{backward:,} forward and backward ({backward_speed:.0f}/s), shared passes counted for each"
-        f"{', tasks not counted' * any(row.wanted_tasks for row in pending)}: {hours:.1f} hours"
-    )
+    speeds = f" ({forward_speed:.0f}/s here)", f" ({backward_speed:.0f}/s)"
+    return what.format(*(count + speed for count, speed in zip(tokens, speeds, strict=True))) + f": {hours:.1f} hours"
 
 
 def seconds(call: Callable[[], Any]) -> float:

@@ -252,6 +252,19 @@ def test_a_damaged_model_folder_is_noticed_and_written_again(damage, world, tmp_
     assert digests(tmp_path / "runs/run") == expected
 
 
+def test_a_model_that_is_saved_again_leaves_no_hash_of_files_that_are_gone(world, tmp_path):
+    with tiny_run.isolated(tmp_path / "cache"):
+        run = world.run(tmp_path / "runs").path
+        manifest = read_json(run / "manifest.json")
+        manifest["model"]["of_another_version.json"] = "0" * 16
+        write_json(run / "manifest.json", manifest)
+        with pytest.raises(UserError, match="is not what the run left there"):
+            load_run(run)
+        shutil.rmtree(run / "model")
+        world.run(tmp_path / "runs")
+    assert load_run(run).model is not None
+
+
 # --- disks ---------------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ CEILING = {
     "distill mlp": 29,
     "distill all, with all losses": 29,
     "distill vectors": 29,
+    "distill lora": 29 + 3 * 14,  # PEFT makes its adapters on the CPU
     "pruning": 31,
     "perplexity": 10,
     "export check": 90,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from gprune.calibration.collector import collect
+from gprune.calibration.moments import add_gram, fill_gram
 from gprune.calibration.statistics import ChannelStatistics, Moments
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
@@ -111,6 +114,23 @@ def test_fewer_tokens_than_channels_without_a_ridge(problem, tokens):
     new, _ = RECOVERY["least_squares"].solve(weight, keep, statistics_of(x).total, ridge=0.0)
     dense = x @ weight.double().numpy().T
     np.testing.assert_allclose(x[:, keep] @ new.double().numpy().T, dense, atol=0.01 * np.abs(dense).max())
+
+
+@pytest.mark.parametrize(("channels", "tokens"), [(768, 256), (256, 200), (768, 2048)])
+def test_a_massive_activation_without_a_ridge(channels, tokens):
+    """One channel a few hundred times as large as the others, as language models have: float32 rounds by its square."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, channels, generator=generator)
+    x[:, 0] *= 300
+    gram = torch.zeros(channels, channels)
+    add_gram(gram, x)
+    fill_gram(gram)
+    found = replace(statistics_of(x.double().numpy()).total, gram_source=gram)
+    weight, keep = torch.randn(8, channels, generator=generator), torch.arange(channels) < channels - 5
+    new, _ = RECOVERY["least_squares"].solve(weight, keep, found, ridge=0.0)
+    assert bool(torch.isfinite(new).all())
+    lost = (x @ weight.T - x[:, keep] @ new.T).norm() / (x[:, ~keep] @ weight[:, ~keep].T).norm()
+    assert float(lost) < 1  # better than cutting alone
 
 
 def test_keeping_everything_changes_nothing(problem):

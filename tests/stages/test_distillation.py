@@ -16,9 +16,11 @@ from gprune.config import DistillConfig, RunConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
+from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
 from gprune.pipeline.plan import check
-from gprune.recovery import RECOVERY, Recovery, recovery_of
+from gprune.recovery import RECOVERY, Recovery, recovery, recovery_of
+from gprune.runs import folder
 from gprune.stages import callbacks
 from gprune.stages.distillation import DistillationStage, watched_layers
 from gprune.storage.files import read_tensors
@@ -114,9 +116,15 @@ def test_hidden_states_need_layers_in_pairs(tiny_model):
         DistillationStage(tiny_model, prune(tiny_model, masks), DistillConfig(hidden=1))
 
 
-@pytest.mark.parametrize("settings", [{"checkpointing": True}, {"precision": "bf16-mixed"}, {"accumulate": 2}])
-def test_what_saves_memory_or_time_learns_the_same(settings, problem):
+@pytest.mark.parametrize(
+    ("settings", "family"),
+    [({"checkpointing": True}, "llama"), ({"checkpointing": True}, "opt"), ({"precision": "bf16-mixed"}, "llama"),
+     ({"accumulate": 2}, "llama")],
+)  # fmt: skip
+def test_what_saves_memory_or_time_learns_the_same(settings, family, problem):
     dense, _, tokens = problem
+    if family != "llama":
+        dense = make_tiny(family)
     learned = []
     for more in ({}, settings):
         own = {name: value for name, value in more.items() if name == "checkpointing"}
@@ -127,6 +135,8 @@ def test_what_saves_memory_or_time_learns_the_same(settings, problem):
         trainer = fitted(stage, tokens, batch_size=4 // more.get("accumulate", 1), **how)
         assert trainer.global_step == 2
         after = stage.finished().state_dict()
+        if family == "opt":
+            assert [block.layer.dropout for block in blocks_of(pruned)] == [0.1] * 3
         assert {t.dtype for t in after.values()} == {torch.float32}
         learned.append(torch.cat([(t - before[name]).flatten() for name, t in after.items()]))
     apart = float((learned[0] - learned[1]).norm() / learned[0].norm())
@@ -311,6 +321,65 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bits(accumulate, world, tmp
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert [r["nll"] for r in again.records] == [r["nll"] for r in undisturbed.records]
     assert not list(again.path.rglob("*.ckpt"))  # it goes when the stage is done
+
+
+def test_a_checkpoint_stays_until_what_was_learned_is_written(world, tmp_path, monkeypatch, capsys):
+    tiny_run.quick(monkeypatch)
+    flags = (*FLAGS, *ALONE, "--run.checkpoint_minutes=0")
+    real = folder.write_tensors
+
+    def full(path, tensors, metadata=None):
+        if "recovery" in path.parts:
+            raise OSError(28, "No space left on device")
+        real(path, tensors, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "write_tensors", full)
+        assert tiny_run.main(world.args(tmp_path, *flags, name="full")) == 2
+    assert len(list((tmp_path / "full").rglob("*.ckpt"))) == 1
+    steps = []
+    with monkeypatch.context() as patch:
+        step = DistillationStage.training_step
+        patch.setattr(DistillationStage, "training_step", lambda self, *a: steps.append(a[1]) or step(self, *a))
+        world.run(tmp_path, *flags, name="full")
+    assert steps == [8]  # of nine
+    assert not list((tmp_path / "full").rglob("*.ckpt"))
+
+
+def test_a_recovery_may_train_in_two_phases(world, tmp_path, monkeypatch):
+    """Each is trained, kept, and given back to a second sitting."""
+    tiny_run.quick(monkeypatch)
+    trained = []
+
+    class Phase(DistillationStage):
+        def on_train_end(self):
+            trained.append(self.settings.targets)
+
+    @recovery("two_phases")
+    class TwoPhases(Recovery):
+        learns = True
+
+        def tune(self, material, pruned):
+            for targets in ("mlp", "all"):
+                stage = Phase(material.dense, pruned, DistillConfig(targets=targets, learning_rate=0.01))
+                material.fit("Phase", stage)
+                pruned = stage.finished()
+            return pruned
+
+        def tokens(self, text, fresh, *, attention, settings=None):
+            return 2 * fresh, 2 * fresh
+
+    try:
+        flags = (*ALONE[:2], "--recovery=two_phases")
+        first = world.run(tmp_path, *flags)
+        assert trained == ["mlp", "all"]
+        assert len(list((first.path / "recovery").iterdir())) == 2
+        (first.path / "metrics.json").unlink()
+        again = world.run(tmp_path, *flags)
+        assert trained == ["mlp", "all"]
+        assert [r["nll"] for r in again.records] == [r["nll"] for r in first.records]
+    finally:
+        del RECOVERY._entries["two_phases"]
 
 
 @pytest.mark.parametrize(

@@ -690,6 +690,17 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     for row in lists.Listing.read(path).rows:
         assert records.path_of(row) != other[row.name][0]
         assert runner.found(row)["tasks"]["limit"] == 4
+    # a list that wants masks keeps the tasks, and one that wants tasks keeps the masks
+    masked = bench.write("masked", {"plain": rows["plain"]}, tables=["repeatability"], **own)
+    (row,) = lists.Listing.read(masked, records=bench.folder / "both").rows
+    (with_tasks,) = lists.Listing.read(
+        bench.write("tasked", {"plain": rows["plain"]}, tasks=tasks, **own), records=bench.folder / "both"
+    ).rows
+    for one in (row, with_tasks, row):
+        if runner.found(one) is None:
+            runner.run(one)
+    assert runner.found(row) == runner.found(with_tasks) is not None
+    assert len(list((bench.folder / "both/runs").iterdir())) == 1
     # with a seed that the tasks do not name, there are none
     assert "evaluation" not in runner.run(lists.Listing.read(path, seeds=[1]).rows[0])
 
