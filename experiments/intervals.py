@@ -3,7 +3,7 @@
 python -m experiments.intervals [--repeats 1000]
 
 The truth is known because windows are drawn, with replacement, from the windows of a record that is kept: losses of
-`best` and of `base` on four corpora. Three numbers: the perplexity of one model, the ratio of two (paired), and the
+gates (the records named `best`) and of base on four corpora. Three numbers: the perplexity of one model, the ratio of two (paired), and the
 gap, which sets two corpora against the other two.
 """
 

@@ -102,9 +102,10 @@ class CorporaConfig(Group):
     drift: list[str] = field(default_factory=lambda: ["wiki", "web", "python_code"])
     """Two or more corpora between which rank drift is measured. One corpus turns drift and the switch off."""
     learn: list[str] = field(default_factory=lambda: ["wiki", "web", "python_code"])
-    """Corpora on which thresholds are learned (train split). [score] is our reading of the paper."""
+    """Corpora on which thresholds are learned (train split). The scoring corpus alone is our reading of the
+    paper."""
     recover: list[str] = field(default_factory=lambda: ["wiki", "web", "python_code"])
-    """Corpora whose statistics, or for least_squares_sequential whose text, recovery uses."""
+    """Corpora that recovery reads: their statistics, or for least_squares_sequential and distill their text."""
     evaluate: list[str] = field(default_factory=lambda: ["wiki", "web", "stories", "technical", "python_docs"])
     """Corpora on which perplexity is reported (--evaluation.split), seen and unseen apart."""
     num_samples: AtLeast2 = 16

@@ -55,7 +55,7 @@ class RunConfig(Group):
     """Ridge of least_squares and of least_squares_sequential, relative to the mean diagonal of the Gram matrix."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     gprune: bool = True
-    """False: the base metric alone; --sparsity.allocation learned then means uniform."""
+    """False: the base metric alone; --sparsity.allocation learned then means what --sparsity.start says."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -42,8 +42,9 @@ class EvaluationConfig(Group):
     samples: AtLeast0 = 3
     """Evaluated texts whose beginning the dense and the pruned model go on writing, for the page of the run."""
     controls: list[Control] = field(default_factory=lambda: ["base", "averaged", "unrecovered"])
-    """Rows beside the run's own. base: the metric alone, uniform. averaged: the same, scored on all drift corpora.
-    unrecovered: all rows without recovery as well, where there is one."""
+    """Rows beside the run's own. base: the metric alone, spread as --sparsity.start says, or as an allocation that does
+    not learn. averaged: the same, scored on all drift corpora. unrecovered: all rows without recovery as well, where
+    there is one."""
 
 
 @dataclass
@@ -136,7 +137,8 @@ class RunFolderConfig(Group):
     seed: Seed = 0
     """Seed of everything drawn: windows, partition, order of learning."""
     checkpoint_minutes: NonNegative = 5.0
-    """What learns is kept so often, and a killed run goes on from there to the same bits; 0: after every step."""
+    """Minutes between two checkpoints of what learns; a killed run goes on from the last one, to the same bits. 0: one
+    after every step."""
 
     def check(self) -> None:
         if self.name and (self.name in (".", "..") or self.name != os.path.basename(self.name)):
