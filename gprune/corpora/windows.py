@@ -43,11 +43,6 @@ class Windows:
         content = f"{tuple(self.tokens.shape)};".encode() + self.tokens.numpy().astype("<i8").tobytes()
         object.__setattr__(self, "content_hash", hashlib.sha256(content).hexdigest()[:16])
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all windows."""
-        return self.tokens.numel()
-
 
 @dataclass(frozen=True)
 class Sample:

@@ -34,7 +34,7 @@ def windows_of(texts=TEXTS, **overrides):
 def test_first_windows_are_the_start_of_the_text():
     windows = windows_of(shuffle=False)
     assert torch.equal(windows.tokens, torch.arange(1, 321).view(10, 32))
-    assert windows.num_tokens == 320
+    assert windows.tokens.numel() == 320
     assert (windows.corpus, windows.split) == ("demo", "train")
 
 
