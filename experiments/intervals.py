@@ -3,8 +3,8 @@
 python -m experiments.intervals [--repeats 1000]
 
 The truth is known because windows are drawn, with replacement, from the windows of a record that is kept: losses of
-gates (whose records are named `best`) and of base on four corpora. Three numbers: the perplexity of one model, the ratio
-of two (paired), and the gap, which sets two corpora against the other two.
+gates (whose records are named `best`) and of base on four corpora. Three numbers: the perplexity of one model, the
+ratio of two (paired), and the gap, which sets two corpora against the other two.
 """
 
 from __future__ import annotations
