@@ -22,9 +22,9 @@ from gprune.benchmarks.settings import Benchmarks
 from gprune.console import say
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
+from gprune.models.loading import load_model
 from gprune.models.losses import next_token_loss
 from gprune.models.offload import device_of
-from gprune.pipeline.inputs import load
 from gprune.pipeline.plan import check
 from gprune.runs import schema
 from gprune.runs.folder import RunFolder
@@ -87,9 +87,12 @@ def token_hours(pending: Sequence[Row]) -> str:
     what = f"{len(pending)} configurations: at most {{}} and {{}}, shared passes counted for each"
     what += ", tasks not counted" * any(row.wanted_tasks for row in pending)
     cfg = pending[0].config
-    if cfg.model.shard or cfg.model.max_memory:  # what one process measures says nothing, or takes minutes
+    m = cfg.model
+    if m.shard or m.max_memory:  # what one process measures says nothing, or takes minutes
         return what.format(*tokens)
-    model, _ = load(cfg, check(cfg).device)
+    dtype, trust = getattr(torch, m.dtype), m.trust_remote_code
+    model, _ = load_model(m.name, dtype=dtype, device_map=m.device_map, trust_remote_code=trust)
+    model = model if m.device_map else model.to(check(cfg).device)
     device = device_of(model)
     ids = torch.randint(model.config.vocab_size, (cfg.corpora.batch_size, cfg.corpora.seq_len), device=device)
     with torch.no_grad():
