@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from gprune.corpora.windows import Sample, Windows, load_windows, opening
+from gprune.corpora.windows import Sample, Windows, between, load_windows, opening
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity
 from gprune.export import export
 from gprune.export.gguf_check import perplexity_in_llama_cpp
-from gprune.models.loading import locate_model
+from gprune.models.loading import load_weights, locate_model
 from gprune.runs.results import PruningResult, load_run
 
 PACKAGES = ("peft", "torchao")  # beside llama.cpp, which the export asks for
@@ -50,12 +50,11 @@ class Text:
             raise UserError(
                 f"--own: expected one of several corpora that the run has not read ({unseen}), got '{own}'."
             )
-        bos = opening(run.tokenizer, c.bos)
+        how = {"bos": opening(run.tokenizer, c.bos), "join": between(run.tokenizer, c.separator)}
         test = {
-            name: load_windows(name, e.split, run.tokenizer, Sample(e.num_samples, e.seq_len, bos=bos))
-            for name in unseen
+            name: load_windows(name, e.split, run.tokenizer, Sample(e.num_samples, e.seq_len, **how)) for name in unseen
         }
-        train = load_windows(own, "train", run.tokenizer, Sample(windows, e.seq_len, bos=bos))
+        train = load_windows(own, "train", run.tokenizer, Sample(windows, e.seq_len, **how))
         return cls([w for name, w in test.items() if name != own], test[own], train)
 
 
@@ -101,7 +100,8 @@ def in_int8(folder: Path, text: Text, scratch: Path) -> Row:
 
 
 def loaded(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    """A model of ours or a stock one; code that comes with a folder is not run."""
+    return load_weights(folder, dtype=torch.float32)
 
 
 def fine_tuned(folder: Path, text: Text, into: Path) -> PreTrainedModel:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from gprune.config import RunConfig
-from gprune.config.groups import CorporaConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
+from gprune.config.groups import CorporaConfig, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
 from gprune.config.parse import parse
+from gprune.config.recovery import DistillConfig
 from gprune.config.running import EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.errors import UserError
 from gprune.registry import Registry
@@ -284,6 +285,15 @@ def test_two_nodes_of_one_device_and_one_of_two_are_the_same_run():
         (
             lambda: RunConfig(corpora=CorporaConfig(drift=["wiki"]), partition=PartitionConfig(method="drift_only")),
             "drift_only: expected two or more",
+        ),
+        (lambda: RunConfig(model=ModelConfig(dtype="float16")), r"--model\.dtype float16: the gradients .* too small"),
+        (
+            lambda: RunConfig(
+                evaluation=EvaluationConfig(split="development"),
+                recovery="distill",
+                distill=DistillConfig(keep="best"),
+            ),
+            r"--evaluation\.split development: .* chooses the weights on this text",
         ),
     ],
 )

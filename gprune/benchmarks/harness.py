@@ -115,5 +115,12 @@ def _hub_task(task: Any) -> LoadedTask:
             f"Task '{task.task_name}' is of type {task.OUTPUT_TYPE}; expected multiple_choice, whose accuracy is "
             f"measured here. Use lm_eval's own command line on the exported model for others."
         )
+    # Without a list lm_eval takes acc and acc_norm.
+    metrics = [metric["metric"] for metric in task.config.metric_list or [{"metric": "acc"}]]
+    if task.config.process_results is not None or not {"acc", "acc_norm"} & set(metrics):
+        raise UserError(
+            f"Task '{task.task_name}' counts in a way of its own ({', '.join(map(str, metrics))}); expected acc or "
+            f"acc_norm as lm_eval defines them. Use lm_eval's own command line on the exported model for others."
+        )
     split = task.config.test_split or task.config.validation_split
     return LoadedTask(task, "hub", split, str(task.VERSION), True, "lm_eval's own task")

@@ -58,7 +58,7 @@ def evaluate(
     output, key = (output, None) if output else (default, key)
     if output is not None:
         read_evaluation(output, run=key)  # what is no such file is not written over
-    name = Path(model).name
+    name = Path(model).expanduser().resolve().name
     records: list[dict[str, Any]] = []
     for subject in subjects:
         loaded, tokenizer = subject.load()
@@ -78,8 +78,8 @@ def keep(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = Non
     """
 
     def key(r: dict[str, Any]) -> tuple[Any, ...]:
-        name = r.get("run", records[0]["run"])  # records of earlier versions, in the run's own file, do not name it
-        return name, *(r.get(name) for name in ("model", "stage", "recovery", "task", "content_hash", "dtype"))
+        of = None if run else r.get("run")  # a run's own file is about one run, whatever its folder has been called
+        return of, *(r.get(name) for name in ("model", "stage", "recovery", "task", "content_hash", "dtype"))
 
     new = {key(r) for r in records}
     others = [r for r in read_evaluation(path, run=run) if key(r) not in new]

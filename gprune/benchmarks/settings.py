@@ -9,6 +9,7 @@ from gprune.errors import UserError
 WIKITEXT = "wikitext2"
 DTYPES = ("float32", "bfloat16", "float16")
 BOS = ("auto", "always", "never")
+SOURCES = ("auto", "hub", "local")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Benchmarks:
             raise UserError(f"--batch_size: expected 1 or more, got {self.batch_size}.")
         if self.dtype not in (None, *DTYPES):
             raise UserError(f"--dtype: expected float32, bfloat16 or float16, got '{self.dtype}'.")
+        if self.seq_len < 2:
+            raise UserError(f"--seq_len: expected 2 or more tokens, got {self.seq_len}.")
+        if self.source not in SOURCES:
+            raise UserError(f"--source: expected one of {', '.join(SOURCES)}, got '{self.source}'.")
         if self.bos not in BOS:
             raise UserError(f"--bos: expected auto, always or never, got '{self.bos}'.")
         if not self.tasks:

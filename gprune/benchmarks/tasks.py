@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gprune.errors import UserError
+from gprune.storage.reading import read_text
 
 SPLITS = ("test", "validation")  # lm_eval, too, takes the test split where there is one
 
@@ -83,7 +84,10 @@ def load_questions(path: Path) -> Questions:
     """Read and check a task file."""
     name, split = path.parent.name, path.stem
     about = LOCAL_TASKS.get(name, UNKNOWN)
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = read_text(path).split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: expected a question per line in UTF-8, but it cannot be read ({error}).") from error
     rows = [_question(line, f"{path}:{i}", about.prompt) for i, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise UserError(f"{path}: expected a question per line, got an empty file.")

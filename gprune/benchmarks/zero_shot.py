@@ -20,12 +20,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.benchmarks.harness import LoadedTask, load_tasks, require_lm_eval
+from gprune.benchmarks.settings import Benchmarks
 from gprune.console import quieted
 from gprune.corpora.windows import opening
 from gprune.errors import UserError
 from gprune.evaluation.accuracy import accuracy, chance, is_correct
-
-SOURCES = ("auto", "hub", "local")
 
 
 def zero_shot(
@@ -53,19 +52,16 @@ def zero_shot(
         UserError: without lm_eval, for an unknown task, for one that is not multiple choice, and for data that
             cannot be had.
     """
+    Benchmarks(tuple(tasks), limit=limit, batch_size=batch_size, source=source)  # refuses what cannot be
     harness = require_lm_eval()
-    if source not in SOURCES:
-        raise UserError(f"--source: expected one of {', '.join(SOURCES)}, got '{source}'.")
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit: expected 1 or more questions, got {limit}.")
     # lm_eval's warnings and progress bars only where someone watches: stderr is for the one line of an error.
     with quieted("lm_eval", stderr=not sys.stderr.isatty()):
         every = [found for name in tasks for found in load_tasks(name, source)]
         loaded = list({found.task.task_name: found for found in every}.values())  # groups may overlap
         try:
             outcome = _run(model, tokenizer, loaded, limit=limit, batch_size=batch_size)
-        except IndexError as error:
-            if "out of range" not in str(error):
+        except (IndexError, RuntimeError) as error:
+            if not any(words in str(error) for words in ("out of range", "device-side assert")):  # of a CPU, of CUDA
                 raise
             raise UserError(f"The tokenizer makes tokens that the model has no embeddings for ({error}).") from error
     stamp = {

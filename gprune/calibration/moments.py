@@ -117,4 +117,6 @@ def channel_statistics(sums: dict[str, Tensor], *, copy: bool = True) -> Channel
     require_finite("activation came up during calibration", sums["sum_sq"])
     halves = tuple(Moments(*(sums[name][h].clone() for name in SUMS)) for h in (0, 1))
     gram = sums.get("gram")
+    if gram is not None and gram.dim() == 0:  # torchmetrics squeezes the only number of a single channel
+        gram = gram.reshape(1, 1)
     return ChannelStatistics(halves, gram.clone() if copy and gram is not None else gram)

@@ -89,7 +89,7 @@ def _without_files(args: Sequence[str]) -> list[str]:
     left, found = list(args), []
     while left:
         flag, given, value = left.pop(0).partition("=")
-        if flag != "--config" and flag.removeprefix("--") not in GROUPS:
+        if flag != "--config" and not (flag.startswith("--") and flag[2:] in GROUPS):
             found.append(f"{flag}{given}{value}")
             continue
         if not given:

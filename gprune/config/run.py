@@ -94,6 +94,16 @@ class RunConfig(Group):
                 "--model.shard: expected two or more processes (--trainer.devices, .num_nodes) to spread the model "
                 "over, got one; --model.device_map auto spreads it over the devices of one process."
             )
+        if self.model.dtype == "float16" and (self.learns or "saliency" in self.collects):
+            raise UserError(
+                "--model.dtype float16: the gradients that thresholds and Taylor metrics need are too small for it; "
+                "expected bfloat16 or float32, or --sparsity.allocation uniform and a metric without gradients."
+            )
+        if self.evaluation.split == "development" and found.learns and self.distill.keep == "best":
+            raise UserError(
+                "--evaluation.split development: --distill.keep best chooses the weights on this text; expected test, "
+                "or --distill.keep last."
+            )
         self._check_places()
         if self.gprune and ALLOCATION[self.sparsity.allocation].whole_blocks:
             raise UserError(

@@ -30,6 +30,11 @@ class HubCorpus:
     limit: int | None = None  # rows to stream, of data sets too large to fetch; None fetches the split
     documents: Callable[[list[str]], list[str]] = list  # makes documents of rows that are only lines or sentences
 
+    @property
+    def on_hub(self) -> str:
+        """The data set's name on the hub; `path` may be a builder, such as parquet, that reads `files` of it."""
+        return re.sub(r".*/datasets/([^/]+/[^/@]+).*", r"\1", self.files) if self.files else self.path
+
 
 def join_articles(lines: list[str]) -> list[str]:
     """Articles from WikiText's lines; an article starts at a ` = Title = ` line (sections have more signs)."""

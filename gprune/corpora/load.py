@@ -86,11 +86,8 @@ def _source(name: str) -> Corpus:
         if not text_files(path):
             raise UserError(f"Corpus '{name}': expected {', '.join(SUFFIXES)} files, found none.")
         return partial(load_files, path)
-    # Only a plain name: with separators, or dots in front, it could lead out of GPRUNE_DATA_DIR.
-    if re.fullmatch(r"\w[\w.-]*", name):
-        for root in _mirror_roots():
-            if text_files(root / name):
-                return partial(load_files, root / name)
+    if (mirror := _mirror(name)) is not None:
+        return partial(load_files, mirror)
     if name in CORPORA:
         return CORPORA[name]
     if Path(name).is_dir() and text_files(Path(name)):
@@ -110,14 +107,20 @@ def _mirror_roots() -> list[Path]:
     return [Path(root).expanduser() / "corpora", Path(root).expanduser()] if root else []
 
 
+def _mirror(name: str) -> Path | None:
+    """The folder with text under `$GPRUNE_DATA_DIR` that a name stands for."""
+    # Only a plain name: with separators, or dots in front, it could lead out of GPRUNE_DATA_DIR.
+    plain = re.fullmatch(r"\w[\w.-]*", name)
+    return next((root / name for root in _mirror_roots() if plain and text_files(root / name)), None)
+
+
 def identity(name: str) -> str:
     """The same string for two names of one corpus, such as two spellings of a path, or a mirror and its path."""
     if _looks_like_path(name):
         return os.path.realpath(os.path.expanduser(name))
-    for root in _mirror_roots():
-        if (root / name).exists():
-            return os.path.realpath(root / name)
-    return name
+    if (mirror := _mirror(name)) is not None:
+        return os.path.realpath(mirror)
+    return name if name in CORPORA or not Path(name).is_dir() else os.path.realpath(name)
 
 
 def _cut_development(train: list[str], split: str) -> list[str]:

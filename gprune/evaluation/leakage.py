@@ -37,7 +37,7 @@ def leaked_share(evaluated: Sequence[str], used: Sequence[str], n: int = 13) -> 
 def leaked_share_of_windows(
     evaluated: Sequence[Windows], used: Sequence[Windows], tokenizer: PreTrainedTokenizerBase
 ) -> float:
-    """`leaked_share` of the decoded windows."""
+    """`leaked_share` of the decoded windows, whose n-grams may cross from a document to the next one in the window."""
     texts = (
         [text for w in part for text in tokenizer.batch_decode(w.tokens[:, w.bos :].tolist())]
         for part in (evaluated, used)

@@ -117,7 +117,7 @@ def obs(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> T
     """
     import torch
 
-    G = moments.gram.double() / moments.count
+    G = moments.gram.double() / moments.count.clamp_min(1)  # an expert that no token reaches has all of it dead
     dead = G.diagonal() == 0
     damping = max(0.01 * float(G.diagonal().mean()), 1e-30)
     G.diagonal().add_(damping)

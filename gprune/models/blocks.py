@@ -148,19 +148,23 @@ class Block:
 
     @property
     def ffn_norm(self) -> nn.Module | None:
-        """The norm before gate and up."""
-        return self.module(self.family.ffn_norm)
+        """The norm before gate and up; attention's, where norms stand behind what they would stand before."""
+        return self.module(self.family.ffn_norm if self._norms_before else self.family.attention_norm)
 
     @property
     def attention_norm(self) -> nn.Module | None:
-        """The norm before query, key and value."""
-        return self.module(self.family.attention_norm)
+        """The norm before query, key and value, if it is one of this layer."""
+        return self.module(self.family.attention_norm) if self._norms_before else None
+
+    @property
+    def _norms_before(self) -> bool:
+        flag = self.family.norms_before
+        return flag is None or getattr(self.layer, flag)
 
     def joins_residual(self, part: str) -> bool:
         """Whether the output of `down` or `output` is added to the residual as it is, without a norm between."""
         norm = self.family.after_ffn if part == "down" else self.family.after_attention
-        flag = self.family.norms_before
-        return norm is None and (flag is None or getattr(self.layer, flag))
+        return norm is None and self._norms_before
 
     @property
     def has_experts(self) -> bool:

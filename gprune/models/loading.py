@@ -69,7 +69,8 @@ def pruned_classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrained
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 (16 hex digits) over names, shapes, dtypes and bytes of all parameters, and the configuration.
+    """SHA-256 (16 hex digits) over names, shapes, dtypes and bytes of all parameters, the configuration, and the class
+    where a model brings its own code (transformers puts a hash of that into the module's name).
 
     Two models with the same fingerprint give the same statistics; caches are keyed by it.
     """
@@ -77,6 +78,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     for place in ("_name_or_path", "transformers_version"):  # where a model lies does not change what it computes
         settings.pop(place, None)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    if type(model).__module__.startswith("transformers_modules."):
+        digest.update(f"{type(model).__module__}.{type(model).__qualname__}".encode())
     weights = StoredWeights(model)  # one at a time where they are offloaded
     for name in sorted(weights):
         parameter = weights[name]

@@ -33,7 +33,7 @@ from gprune.pipeline.inputs import Text, load, prepare_text
 from gprune.pipeline.plan import Plan, check
 from gprune.recovery import Material, recovery_of
 from gprune.runs.folder import RunFolder
-from gprune.runs.tracking import tracking
+from gprune.runs.tracking import log_scalars, tracking
 from gprune.runs.trainer import Checkpoints, StageBar, multiplying, plain_interrupts
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
@@ -151,6 +151,7 @@ class Run:
         )
         if (found := kept.found()) is not None:
             log.info("Going on from %s", found)
+        log_scalars(self.loggers, {"fit": self.folder.number_of(name)}, step=0)
         trainer.fit(stage, data, ckpt_path=found, weights_only=True)
         return trainer
 

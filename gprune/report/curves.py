@@ -38,7 +38,10 @@ def read_curves(run: Path) -> pd.DataFrame:
     frames = []
     for file in files:
         try:
-            frames.append(pd.read_csv(io.BytesIO(read_bytes(file))))
+            frame = pd.read_csv(io.BytesIO(read_bytes(file)))
+            if "fit" in frame:  # it is said when a fit begins
+                frame["fit"] = pd.to_numeric(frame["fit"], errors="coerce").ffill()
+            frames.append(frame)
         except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
             log.warning("%s cannot be read (%s); its curves are left out.", file, " ".join(str(error).split()))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
@@ -57,11 +60,19 @@ def curve_figures(frame: pd.DataFrame) -> dict[str, Figure]:
 
 
 def own_line(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
-    """(x, y) of a metric, sorted by x; of several models that learn in turn, the run's own, which is the first."""
+    """(x, y) of a metric, sorted by x; of several models that learn in turn, the run's own.
+
+    That is the first fit that logs the metric, of those that belong to no earlier step of a schedule (`fit` below 0),
+    in all sittings at it: what a later sitting has computed again counts.
+    """
     points = frame[[axis, name]].apply(pd.to_numeric, errors="coerce").dropna().set_axis(["x", "y"], axis=1)
-    began_anew = points["x"] < points["x"].cummax()
-    first = points.loc[: began_anew.idxmax()].iloc[:-1] if began_anew.any() else points
-    return first.drop_duplicates("x", keep="last")
+    if "fit" in frame:
+        fits = frame["fit"][points.index]
+        points = points[fits == fits[fits >= 0].min()]
+    else:  # of an earlier version: a step back is another model, or another sitting
+        began_anew = points["x"] < points["x"].cummax()
+        points = points.loc[: began_anew.idxmax()].iloc[:-1] if began_anew.any() else points
+    return points.drop_duplicates("x", keep="last").sort_values("x")
 
 
 @style()

@@ -124,11 +124,14 @@ def cost_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
     """Seconds, tokens and memory of each step."""
     columns = {"seconds": "seconds", "forward_tokens": "tokens forward",
                "forward_backward_tokens": "forward and backward", "peak_memory_mib": "peak memory, MiB"}  # fmt: skip
+    if any("peak_gpu_memory_mib" in step for step in steps.values()):
+        columns["peak_gpu_memory_mib"] = "of the GPU, MiB"
     rows = [
         [name, float(step.get("seconds", 0)), *(int(step.get(n, 0)) for n in list(columns)[1:])]
         for name, step in steps.items()
     ]
-    return Table("cost", "Cost by step", ["step", *columns.values()], rows, {"seconds": 1})
+    note = "Peak memory: the process's highest so far, so that a step may show that of one before it."
+    return Table("cost", "Cost by step", ["step", *columns.values()], rows, {"seconds": 1}, note)
 
 
 def cells_of(table: Table) -> dict[str, Any]:

@@ -34,18 +34,22 @@ def model_card(cfg: RunConfig, *, stock: bool = False, records: Sequence[dict[st
     notice = f" {embedded.notice}" if embedded and embedded.notice else ""
     recovery = "" if cfg.recovery == "none" else f", recovery `{cfg.recovery}`"
     method = "gprune" if cfg.gprune else "base metric alone"
+    local = Path(cfg.model.name).expanduser().exists()  # a path of this machine says nothing to others
+    label = Path(cfg.model.name).expanduser().resolve().name if local else model_label(cfg.model.name)
+    drift = ", ".join(f"`{corpus}`" for corpus in cfg.roles["drift"])
+    drift = f"drift measured on {drift},\n" if drift else ""
+    allocation = cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation
     return f"""---
 {_metadata(cfg, records).to_yaml()}
 ---
 
-# {model_label(cfg.model.name)}, structurally pruned
+# {label}, structurally pruned
 
 {cfg.sparsity.target:.0%} of the parameters in scope `{cfg.sparsity.scope}` removed by {method}: importance
-`{cfg.importance}` scored on `{cfg.corpora.score}`, drift measured on {", ".join(f"`{c}`" for c in cfg.corpora.drift)},
-allocation `{cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation}`{recovery}, seed {cfg.run.seed}.
+`{cfg.importance}` scored on `{cfg.corpora.score}`, {drift}allocation `{allocation}`{recovery}, seed {cfg.run.seed}.
 The method is our reading of GPrune-LLM (arXiv 2603.13418).
 
-Base model: {model_label(cfg.model.name)}. Licence: {licence}.{notice}
+Base model: {label}. Licence: {licence}.{notice}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,7 +70,7 @@ def _metadata(cfg: RunConfig, records: Sequence[dict[str, Any]]) -> ModelCardDat
         EvalResult(
             task_type="text-generation",
             dataset_name=r["corpus"],
-            dataset_type=known[r["corpus"]].path if r["corpus"] in known else r["corpus"],
+            dataset_type=known[r["corpus"]].on_hub if r["corpus"] in known else r["corpus"],
             dataset_config=known[r["corpus"]].config if r["corpus"] in known else None,
             dataset_split=r["split"],
             metric_type="perplexity",

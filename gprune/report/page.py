@@ -181,4 +181,5 @@ def of_runs(
         tables += [comparison_table(found), stability_table(found), repeatability_table(found)]
     if evaluated := [r | {"run": run.name} for run in told_apart(runs) for r in run.evaluation]:
         tables.append(evaluation_table(evaluated))
-    return Report(list(runs), found, tables, next(iter((bases or {}).values()), None))
+    of_rows = {base.name: base for base in (bases or {}).values()}  # rows of several budgets have a base each
+    return Report(list(runs), found, tables, *of_rows.values() if len(of_rows) == 1 else (None,))

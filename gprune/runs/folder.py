@@ -193,6 +193,13 @@ class RunFolder:
             total = {kind: round(value + earlier.get(kind, 0), 2) for kind, value in used.items()}
             self.update_manifest(steps={name: total | peak_memory()})
 
+    def number_of(self, fit: str) -> int:
+        """Which of the run's fits this is, 0 for the first that was begun: the same for all sittings at it."""
+        known = self.manifest.get("fits", {})
+        if fit not in known:
+            self.update_manifest(fits={fit: len(known)})
+        return known.get(fit, len(known))
+
     def total_tokens(self) -> dict[str, int]:
         """Tokens of all steps so far, also of earlier sittings at this run."""
         steps = self.manifest.get("steps", {}).values()
@@ -229,6 +236,10 @@ class _Part(RunFolder):
     def __init__(self, whole: RunFolder, name: str):
         super().__init__(whole.path / name, whole.count_tokens, key=whole.key)
         self.whole, self.name = whole, name
+
+    def number_of(self, fit: str) -> int:
+        """-1: what a step of a schedule learns is not what the run ends with."""
+        return -1
 
     def step(self, name: str) -> AbstractContextManager[None]:
         return self.whole.step(f"{self.name}/{name}")

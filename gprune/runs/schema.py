@@ -118,6 +118,7 @@ class Manifest(Shape):
     environment: dict[Text, Any] | None = None
     model: dict[Text, Text] | None = None
     learning: dict[Text, Any] | None = None
+    fits: dict[Text, Count] | None = None  # what has learned, in order
 
 
 class ZeroShot(Shape):

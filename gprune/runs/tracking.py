@@ -81,6 +81,7 @@ def start(**settings: Any) -> Any:
 @rank_zero_only
 def define_axes(logger: WandbLogger) -> None:
     """Tell W&B what each curve is drawn against."""
+    logger.experiment.define_metric("fit", hidden=True)
     for pattern, axis in AXES.items():
         logger.experiment.define_metric(axis, hidden=True)
         logger.experiment.define_metric(pattern, step_metric=axis)

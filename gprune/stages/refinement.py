@@ -69,7 +69,10 @@ class AssignmentRefinement(L.LightningModule):
 
     @torch.no_grad()
     def labels(self) -> list[Tensor]:
-        """Hard labels per block, (N,) int64 each; small modules are merged as in the first partition."""
+        """Hard labels per block, (N,) int64 each.
+
+        Small modules are merged as in the first partition, K being the number of modules that it has left.
+        """
         x, w = self.inputs.to("cpu"), self.weights
         joint = torch.cat([w.similarity * x.embedding, w.drift * x.drift, w.consistency * x.shifts], -1)
         out = []

@@ -19,7 +19,7 @@ import torch
 import gprune
 from gprune.benchmarks import job as benchmarks
 from gprune.benchmarks.settings import Benchmarks
-from gprune.console import say
+from gprune.console import process_index, say
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
@@ -43,6 +43,8 @@ def run(row: Row) -> dict[str, Any]:
     if tasks and cfg.recovery != "none":  # masks do not hold what recovery changed
         cfg = replace(cfg, export="hf")
     result = gprune.prune(cfg)
+    if process_index() != 0:  # process 0 keeps what came out
+        return {}
     manifest = RunFolder(result.path).manifest
     kept = {
         "name": row.name,
@@ -129,6 +131,8 @@ def work(options: Namespace) -> None:
             continue
         if pending and not options.table:
             run_all(pending)
+        if process_index() != 0:
+            continue
         wanted = [row for row in listing.rows if row in chosen or row.name in listing.reference]
         done = [(row, kept) for row in wanted if (kept := found(row)) is not None]
         say("\n" + (text_of(listing, done) if done else f"{path}: no records yet.") + "\n")
@@ -140,8 +144,11 @@ def work(options: Namespace) -> None:
 
 def run_all(pending: Sequence[Row]) -> None:
     """Say what it will cost, run each row, and say when its record is kept."""
-    say(token_hours(pending) + "\n")
+    first = process_index() == 0  # of processes that Lightning has started with the same command
+    if first:
+        say(token_hours(pending) + "\n")
     for row in pending:
         spent = seconds(lambda row=row: run(row))
-        say(f"{row.name}, seed {row.seed}: {spent:.0f} s, kept\n")
-        sys.stdout.flush()
+        if first:
+            say(f"{row.name}, seed {row.seed}: {spent:.0f} s, kept\n")
+            sys.stdout.flush()

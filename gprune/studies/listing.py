@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from gprune.config import CONSENT, RunConfig, parse
+from gprune.config.parse import GROUPS
 from gprune.errors import UserError
 from gprune.storage.yaml_text import read_yaml
 from gprune.studies.grid import Point, named, points
@@ -231,18 +232,24 @@ def _rows(path: Path, content: Content, seeds: Sequence[int] | None, flags: Sequ
             own = dict(settings or {})
             if not fits(config := own.pop("config", None), files):
                 raise UserError(f"List '{path}', row '{name}', config: expected a file or files, got {config!r}.")
-            given, gridded = (*common, *flags_of(own)), flags_of(content.grid or {})
-            if any(flag.partition("=")[0] == "--run.seed" for flag in (*given, *flags, *gridded)):
-                raise UserError(f"List '{path}', row '{name}': expected seeds as `seeds` or --seeds, got --run.seed.")
-            if any(one.startswith(f"--{CONSENT}=") for one in (*given, *gridded)) and not any(
-                CONSENT in one for one in flags
-            ):
-                raise UserError(f"List '{path}', row '{name}': expected --{CONSENT}=true behind --, got it in a list.")
             for point in points(content.grid):
-                here = (*protocol, *_configs(path, config), f"--run.seed={seed}", *given, *flags_of(point), *flags)
+                given = (*common, *flags_of(own), *flags_of(point))
+                _check_flags(f"List '{path}', row '{name}'", given, flags)
+                here = (*protocol, *_configs(path, config), f"--run.seed={seed}", *given, *flags)
                 control = str(name) in _names(content.controls)
                 masks = not inside(path) or not OF_MASKS.isdisjoint(content.tables or ())
                 yield Row(named(str(name), point), seed, here, content.tasks or {}, control, masks)
+
+
+def _check_flags(where: str, given: Sequence[str], own: Sequence[str]) -> None:
+    """Raise UserError for what a list may not set: seeds, a group as one text, consent that no `own` flag gives."""
+    names = {flag.partition("=")[0].removeprefix("--") for flag in given}
+    if groups := sorted(names & GROUPS):
+        raise UserError(f"{where}: expected settings by name for the group {groups[0]}, got one text.")
+    if "run.seed" in names or any(flag.partition("=")[0] == "--run.seed" for flag in own):
+        raise UserError(f"{where}: expected seeds as `seeds` or --seeds, got --run.seed.")
+    if CONSENT in names and not any(CONSENT in one for one in own):
+        raise UserError(f"{where}: expected --{CONSENT}=true behind --, got it in a list.")
 
 
 def _check_rows(listing: Listing, content: Content) -> None:

@@ -30,9 +30,10 @@ def _check_text(done: Done) -> None:
     """Rows that ask for the same text have had the same: mirrors and the interpreter's own text differ by machine."""
     known: dict[tuple[Any, ...], tuple[str, str]] = {}
     for row, kept in done:
-        amount = [kept["settings"]["corpora"].get(n) for n in ("num_samples", "learn_samples", "seq_len", "bos")]
-        amount.append(kept["settings"].get("distill", {}).get("tokens"))
-        amount += [kept["settings"]["evaluation"].get(n) for n in ("num_samples", "seq_len", "split")]
+        corpora, evaluation = kept["settings"]["corpora"], kept["settings"]["evaluation"]
+        amount = [corpora.get(n) for n in ("num_samples", "learn_samples", "seq_len", "bos", "separator")]
+        amount += [len(corpora.get("recover", ())), kept["settings"].get("distill", {}).get("tokens")]
+        amount += [evaluation.get(n) for n in ("num_samples", "seq_len", "split", "development_samples")]
         for role, digest in kept["inputs"]["text"].items():
             name, before = known.setdefault((kept["inputs"]["model"], row.seed, role, *amount), (row.name, digest))
             if before != digest:

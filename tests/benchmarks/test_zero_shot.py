@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gprune.benchmarks import harness, tasks, zero_shot
+from gprune.benchmarks import harness, tasks, wikitext2, zero_shot
 from gprune.benchmarks.command import main
 from gprune.errors import UserError
 from gprune.evaluation.accuracy import accuracy, chance, is_correct, paired_difference
@@ -405,7 +405,7 @@ class Manager:
 
 
 def fake_task(output_type: str = "multiple_choice") -> SimpleNamespace:
-    config = SimpleNamespace(test_split=None, validation_split="validation")
+    config = SimpleNamespace(test_split=None, validation_split="validation", metric_list=None, process_results=None)
     return SimpleNamespace(task_name="piqa", OUTPUT_TYPE=output_type, VERSION=1.0, config=config)
 
 
@@ -440,6 +440,33 @@ def test_tasks_that_cannot_be(name, source, message, data, monkeypatch):
     hub(monkeypatch, reachable=True, manager=Manager({"gsm8k": fake_task("generate_until")}))
     with pytest.raises(UserError, match=message):
         harness.load_tasks(name, source)
+
+
+@pytest.mark.parametrize(
+    ("metric_list", "process_results", "refused"),
+    [
+        (None, None, False),
+        ([{"metric": "acc"}], None, False),
+        ([{"metric": "mcc"}], None, True),
+        ([{"metric": "acc"}], lambda doc, results: {"acc": 0.3}, True),
+    ],
+)
+def test_a_task_that_counts_in_a_way_of_its_own_is_refused(metric_list, process_results, refused):
+    config = SimpleNamespace(
+        metric_list=metric_list, process_results=process_results, test_split="test", validation_split=None
+    )
+    task = SimpleNamespace(OUTPUT_TYPE="multiple_choice", task_name="cola", config=config, VERSION=1)
+    with pytest.raises(UserError, match="Task 'cola' counts in a way of its own") if refused else nullcontext():
+        assert harness._hub_task(task).split == "test"
+
+
+@pytest.mark.parametrize("name", ["tasks/mine/test.jsonl", "corpora/wikitext2/wiki.test.raw"])
+def test_files_that_are_not_utf8_are_one_line(name, tmp_path, monkeypatch):
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_bytes("é".encode("latin-1"))
+    monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=r"expected .* but it cannot be read"):
+        wikitext2.wikitext2() if "wiki" in name else tasks.load_questions(tmp_path / name)
 
 
 def test_arguments_that_cannot_be(data):

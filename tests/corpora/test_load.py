@@ -6,7 +6,7 @@ import pytest
 
 from gprune.corpora import load as corpora
 from gprune.corpora.embedded import EMBEDDED_CORPORA
-from gprune.corpora.load import CORPORA, SPLITS, check_corpus, documents_of, load_corpus
+from gprune.corpora.load import CORPORA, SPLITS, check_corpus, documents_of, identity, load_corpus
 from gprune.errors import UserError
 from tests import built_in
 
@@ -179,3 +179,15 @@ def test_what_is_no_list_of_documents_is_refused(found, got):
         with pytest.raises(UserError, match=rf"^Corpus 'given': expected a list of documents, each a str, got {got}\."):
             load_corpus("given", "train")
     assert documents_of((text for text in ("a", "b")), "given") == ["a", "b"]
+
+
+def test_names_of_one_corpus_are_one(tmp_path, monkeypatch):
+    """A bare folder of the working directory, and a mirror that has no text and so stands for nothing."""
+    for folder, file in (("texts", "a.txt"), ("data/wiki", "note.pdf"), ("data/mine", "b.txt")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / file).write_text("some text")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path / "data"))
+    assert identity("texts") == identity("./texts") == str((tmp_path / "texts").resolve())
+    assert identity("wiki") == "wiki"
+    assert identity("mine") == identity("./data/mine")

@@ -27,10 +27,12 @@ from gprune.importance.metrics import IMPORTANCE
 from gprune.importance.scores import score_units
 from gprune.importance.weights import UnitWeights, ffn_weights
 from gprune.models.blocks import blocks_of
+from gprune.models.surgery import prune
 from gprune.partition.drift import fractional_ranks, rank_drift
 from tests import built_in
 from tests.calibration.test_collector import batches, recorded
 from tests.conftest import make_tiny_llama
+from tests.tiny_families import make_tiny, some_masks
 
 BUILT_IN = built_in.METRICS
 BOTH = ("ffn", "attention")
@@ -366,6 +368,27 @@ def test_gaussian_sp_is_wanda_sp_on_gaussian_hidden_states():
         mine = IMPORTANCE["gaussian_sp"](ffn_weights(block), None, None)
         np.testing.assert_allclose(mine.numpy(), expected.numpy(), rtol=0.03)
         assert float((mine / expected - 1).abs().mean()) < 0.01
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_gaussian_sp_of_an_opt_with_norms_on_either_side(before):
+    """What enters the FFN is behind its own norm, or (opt-350m) behind attention's; by 200,000 draws."""
+    model = make_tiny("opt", do_layer_norm_before=before)
+    normal = torch.randn(200_000, 32, generator=torch.Generator().manual_seed(0))
+    for block in blocks_of(model)[1:]:
+        norm = block.layer.final_layer_norm if before else block.layer.self_attn_layer_norm
+        hidden = F.relu(block.up.host(normal * norm.weight + norm.bias))
+        expected = hidden.double().square().mean(0).sqrt() * block.down.weight.double().abs().sum(0)
+        mine = IMPORTANCE["gaussian_sp"](ffn_weights(block), None, None)
+        np.testing.assert_allclose(mine.numpy(), expected.numpy(), rtol=0.05)
+
+
+def test_obs_of_a_block_with_one_neuron(token_batch):
+    model = make_tiny("llama")
+    small = prune(model, some_masks(model, kept=(1, 48, 48), attention=False))
+    (scores, *_) = score_units("obs", blocks_of(small), everything(small, token_batch)).ffn
+    assert scores.shape == (1,)
+    assert bool(torch.isfinite(scores).all())
 
 
 @pytest.mark.parametrize("activation", [F.silu, F.gelu, F.relu])

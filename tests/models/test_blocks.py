@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -39,6 +41,23 @@ def test_a_fingerprint_is_the_content_not_the_place(tmp_path):
     there = load_model(str(tmp_path / "b"))[0]
     there.config.rms_norm_eps *= 2
     assert fingerprint(here) != fingerprint(there)
+
+
+def test_the_code_that_a_model_brings_is_in_its_fingerprint(tmp_path):
+    """The same weights and configuration, and another activation in the class that comes with them."""
+    found = []
+    for name, code in (("one", "silu"), ("two", "relu")):
+        save_tiny_model(tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "modeling_own.py").write_text(
+            "import torch\nfrom transformers import LlamaForCausalLM\n\n\n"
+            f"class Own(LlamaForCausalLM):\n    act = torch.nn.functional.{code}\n"
+        )
+        found += [fingerprint(load_model(str(tmp_path / name), trust_remote_code=trust)[0]) for trust in (False, True)]
+    assert found[0] == found[2]  # stock code reads both alike
+    assert len(set(found)) == 3
 
 
 def test_an_unknown_family_is_named_with_what_it_needs():

@@ -12,6 +12,7 @@ from gprune.models.loading import load_model
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune, removed_parameters
 from gprune.pipeline.plan import check
+from gprune.runs.folder import corpus_file
 from gprune.stages.distillation import DistillationStage
 from gprune.stages.thresholds import ThresholdLearning
 from gprune.storage.files import read_tensors
@@ -87,8 +88,10 @@ def test_what_is_left_is_scored_again_and_the_teacher_is_the_dense_model(world, 
     assert len(texts) == 18  # no window twice, and in all those of one step
     assert set(texts) == seen
     assert steps.masks != once.masks
-    first = read_tensors(steps.path / "statistics/alpha.safetensors") if (steps.path / "statistics").exists() else None
-    assert first is None or first["ffn.0.mean_sq"].numel() < tiny_run.NEURONS
+    name = corpus_file(str(world.corpora["alpha"]))
+    dense, left = (read_tensors(run.path / f"statistics/{name}.safetensors") for run in (once, steps))
+    widths = {kind: found["ffn.0.0.sum_sq"].numel() for kind, found in (("dense", dense), ("left", left))}
+    assert widths["left"] < widths["dense"] == tiny_run.NEURONS
 
 
 def test_taken_up_it_learns_nothing_again(world, tmp_path, monkeypatch):

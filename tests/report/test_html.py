@@ -174,6 +174,18 @@ def test_the_curve_is_the_runs_own_where_controls_learn_after_it():
     assert own_line(frame, "step", "distill/loss").to_numpy().tolist() == [[0, 3], [1, 2], [2, 1]]
 
 
+def test_the_curve_is_the_runs_own_however_sittings_and_steps_went():
+    """A step of a schedule (-1), the run's own fit (0) begun, gone on before where it ended, and a control (1)."""
+    frame = pd.DataFrame(
+        {
+            "fit": [-1, -1, 0, 0, 0, 0, 0, 0, 1, 1],
+            "step": [0, 1, 0, 1, 2, 1, 2, 3, 0, 1],
+            "distill/loss": [9.0, 8, 5, 4, 3.1, 4, 3, 2, 7, 6],
+        }
+    )
+    assert own_line(frame, "step", "distill/loss").to_numpy().tolist() == [[0, 5], [1, 4], [2, 3], [3, 2]]
+
+
 @pytest.mark.parametrize("content", ["", "step,learn/loss\n1,2,3,4\n1\n", "a,b\n1,2\n", "step,learn/loss\nx,y\nz,1\n"])
 def test_curves_that_cannot_be_read_are_left_out(content, tmp_path):
     (tmp_path / "csv/version_0").mkdir(parents=True)

@@ -25,6 +25,7 @@ from gprune import report
 from gprune.config import RunConfig
 from gprune.config.groups import ModelConfig
 from gprune.config.running import EvaluationConfig
+from gprune.corpora.hub import HUB_CORPORA
 from gprune.errors import UserError
 from gprune.evaluation.accuracy import paired_difference
 from gprune.evaluation.intervals import paired_ratio
@@ -341,6 +342,21 @@ def test_a_model_card_says_whose_text_it_was_evaluated_on(run, split):
     records = json.loads((run / "metrics.json").read_text())["records"]
     cfg = RunConfig(evaluation=EvaluationConfig(split=split))
     assert f"tokens of {split} text per corpus" in model_card(cfg, records=records)
+
+
+def test_a_model_card_says_nothing_of_drift_that_nobody_measured_nor_of_this_machine(tmp_path):
+    plain, whole = (
+        model_card(RunConfig(gprune=gprune, model=ModelConfig(name=str(tmp_path)))) for gprune in (False, True)
+    )
+    assert "drift measured" not in plain
+    assert "drift measured on `wiki`, `web`" in whole
+    assert str(tmp_path) not in plain
+    assert f"# {tmp_path.name}, structurally pruned" in plain
+
+
+def test_a_corpus_that_is_read_as_parquet_has_the_name_of_its_data_set():
+    assert {c.name: c.on_hub for c in HUB_CORPORA}["ptb"] == "ptb-text-only/ptb_text_only"
+    assert {c.name: c.on_hub for c in HUB_CORPORA}["c4"] == "allenai/c4"
 
 
 @pytest.mark.parametrize(
