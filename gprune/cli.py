@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from gprune.config import RunConfig
 from gprune.config.parse import parse
-from gprune.console import guarded, process_index, quiet, speak
+from gprune.console import guarded, quiet, speak
 
 log = logging.getLogger("gprune")
 
@@ -36,6 +36,8 @@ def run(args: Sequence[str] | None) -> str:
         log.info("%s: removing %.3g %% of %s", cfg.model.name, 100 * cfg.sparsity.target, cfg.sparsity.scope)
         log.info("Into %s", cfg.folder)
     quiet()
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
     from gprune.pipeline.plan import check
     from gprune.pipeline.prune import prune
     from gprune.report.records import result_table
@@ -44,7 +46,7 @@ def run(args: Sequence[str] | None) -> str:
     if cfg.dry_run:
         return check(cfg).describe() + "\n"
     result = prune(cfg)
-    if process_index() != 0:
+    if rank_zero_only.rank != 0:
         return ""
     s = result.summary
     return (

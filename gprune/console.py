@@ -220,6 +220,10 @@ def terminal_width() -> int | None:
 
 
 def process_index() -> int:
-    """Which of several processes on this machine this is; Lightning starts the others and numbers them."""
-    given = os.environ.get("LOCAL_RANK", "0")
-    return int(given) if given.isdecimal() else 0
+    """0 for the first of several processes, by what torchrun, Lightning (which starts a machine's) and SLURM say.
+
+    The first process of another machine, where nobody numbers all of them, has the number of its machine.
+    """
+    given = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK")]
+    *ranks, node = [int(number) if number.isdecimal() else None for number in given]
+    return next((rank for rank in ranks if rank is not None), 0) or (node or 0) * (ranks[0] is None)

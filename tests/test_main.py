@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import gprune.__main__ as command
-from gprune.console import Parser, guarded, quieted, speak
+from gprune.console import Parser, guarded, process_index, quieted, speak
 from gprune.errors import UserError
 from tests.tiny_run import environment
 
@@ -211,3 +211,24 @@ def test_libraries_speak_again_afterwards(capsys):
     assert logger.level == logging.INFO
     sys.stderr.write("heard")
     assert capsys.readouterr().err == "heard"
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [
+        ({}, 0),
+        ({"LOCAL_RANK": "1"}, 1),
+        ({"LOCAL_RANK": "0", "RANK": "8"}, 8),  # torchrun, on the second machine
+        ({"SLURM_PROCID": "9", "SLURM_LOCALID": "1"}, 9),
+        ({"NODE_RANK": "1"}, 1),
+        ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, 1),
+        ({"NODE_RANK": "1", "RANK": "0"}, 0),
+        ({"LOCAL_RANK": "x"}, 0),
+    ],
+)
+def test_the_first_of_several_processes_is_told_by_whoever_numbers_them(given, number, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert process_index() == number

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -56,8 +57,9 @@ class Call:
 
         The layer is the decoder's number `index`, or a pruned version of it.
         """
-        args, kwargs = self.arguments[index]
-        output = layer(hidden.to(device_of(layer)), *args, **kwargs)
+        device = device_of(layer)
+        args, kwargs = send_to_device(self.arguments[index], device)  # noted on the device of the dense layer
+        output = layer(hidden.to(device), *args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
 

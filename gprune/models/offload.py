@@ -6,6 +6,7 @@ computes and drops it afterwards. This file asks that hook; nothing else in gpru
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 import weakref
@@ -46,6 +47,14 @@ def is_sharded(tensor: Tensor) -> bool:
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor. A sharded one is gathered from all processes, which all have to ask."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def free_memory(device: torch.device) -> None:
+    """Let go what nothing holds but itself, such as models that hooks or a Trainer once held; nothing on a CPU."""
+    if device.type != "cpu":
+        gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _hooks(module: nn.Module) -> list[Any]:

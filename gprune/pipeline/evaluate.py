@@ -73,7 +73,7 @@ def evaluate(
                 continue
             name = row_name(stage, recovery)
             log.info("Evaluating %s", name)
-            small = pruned
+            small = pruned  # and that of the row before goes
             if (stage, recovery) != (cfg.final, cfg.recovery):
                 small = shrink(run, masks[stage], statistics, recovery=recovery)
             if not here:

@@ -49,6 +49,9 @@ def memory_of(cfg: RunConfig, dense: PreTrainedModel, budget: Budget) -> dict[st
     weights, whole = _weights(cfg, dense, shapes), count_parameters(dense, "all")
     removed = budget.target / whole
     pruned = Held(round(weights.device * (1 - removed)), round(weights.host * (1 - removed)))
+    if _offloaded(cfg, dense, shapes.width):  # placed anew, within the same limits
+        left, (devices, host) = round(whole * shapes.width * (1 - removed)), _limits(cfg)
+        pruned = Held(min(devices, left), min(host, left - min(devices, left)))
     share = 1 - budget.target / budget.costs.total
     small = shapes.at(shapes.width, (share, share if budget.costs.attention else 1.0))
     found = {"calibration": weights + _calibration(cfg, shapes, walks=_offloaded(cfg, dense, shapes.width))}
@@ -56,10 +59,17 @@ def memory_of(cfg: RunConfig, dense: PreTrainedModel, budget: Budget) -> dict[st
         found["learning"] = weights + Held(shapes.learning(kl=cfg.sparsity.loss == "kl"))
     recovery = _recovery(cfg, small, len(cfg.corpora.recover) * _states(cfg, shapes))
     evaluated = replace(shapes, windows=cfg.corpora.batch_size, length=cfg.evaluation.seq_len).scoring()
+    # What the run ends with stays while other rows are pruned, and while it is checked without its recovery.
+    rows = [of for of in cfg.stages if of != (cfg.final, cfg.recovery)]
+    beside = {
+        "recovery": pruned if any(of == cfg.recovery != "none" for _, of in rows) else Held(0),
+        "evaluation": pruned if rows or cfg.recovery != "none" else Held(0),
+    }
     if not cfg.model.shard:
         return found | {
-            "recovery": weights + pruned + recovery, "evaluation": weights + pruned + Held(evaluated)
-        }  # fmt: skip
+            "recovery": weights + pruned + beside["recovery"] + recovery,
+            "evaluation": weights + pruned + beside["evaluation"] + Held(evaluated),
+        }
     both = round(whole * shapes.width * (2 - removed))  # on the CPU, where everything else is done
     taught = weights + pruned + Held(recovery.device // processes) if recovery_of(cfg.recovery).learns else Held(0)
     return found | {"recovery": taught + Held(0, recovery.host), "evaluation": Held(weights.device + evaluated, both)}

@@ -15,7 +15,7 @@ from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
-from gprune.models.offload import is_offloaded, keep_until_gone, scratch_folder
+from gprune.models.offload import free_memory, is_offloaded, keep_until_gone, scratch_folder
 from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline.run import Run
 from gprune.recovery import recovery_of
@@ -36,6 +36,7 @@ def shrink(
         statistics: by corpus; those of `corpora.recover` are read.
         recovery: a name in `RECOVERY`, or several joined by `+`; None for `--recovery`.
     """
+    free_memory(run.plan.device)
     name = run.cfg.recovery if recovery is None else recovery
     material = run.material(masks, statistics, name)
     method = recovery_of(name)

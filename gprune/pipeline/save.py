@@ -14,7 +14,7 @@ from gprune.errors import UserError
 from gprune.export.hf import check_reload, save_pruned, stock_skeleton
 from gprune.export.job import export
 from gprune.models.masks import Masks
-from gprune.models.offload import device_of, is_offloaded
+from gprune.models.offload import device_of, free_memory, is_offloaded
 from gprune.pipeline.recover import placement, shrink
 from gprune.pipeline.run import Run
 from gprune.report.model_card import model_card
@@ -81,6 +81,8 @@ def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, f
     # Recovery changes weights on purpose: what a mask and its slice must agree on comes before it.
     plain = pruned if cfg.recovery == "none" else shrink(run, masks, {}, recovery="none")
     sliced = plain(input_ids=ids.to(device), use_cache=False).logits.float().to(device)
+    del plain  # a third model
+    free_memory(run.plan.device)
     reference = masked_logits(run.model, masks, ids.to(device)).to(device)
     checks = {
         "tokens": ids.numel(),

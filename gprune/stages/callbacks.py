@@ -149,7 +149,8 @@ class DevelopmentCurve(L.Callback):
         if not self.windows:
             return
         found = perplexities(pl_module.student, self.windows, self.batch_size)
-        seen = trainer.strategy.reduce(torch.tensor(float(self.tokens)), reduce_op="sum")
+        count = torch.tensor(float(self.tokens), device=trainer.strategy.root_device)  # NCCL knows no other tensors
+        seen = trainer.strategy.reduce(count, reduce_op="sum")
         tokens = {"distill/tokens": float(seen)}
         log_perplexities(trainer, "distill", tokens, found, trainer.global_step)
         mean = trainer.strategy.broadcast(geometric_mean(found.values()))

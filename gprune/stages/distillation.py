@@ -138,6 +138,12 @@ class DistillationStage(FrozenLMStage):
         self._student = (adapted.get_base_model(),)
         self._fold.append(lambda: setattr(self, "_student", (adapted.merge_and_unload(),)))
 
+    def on_train_end(self) -> None:
+        """Let gradients and moments go, which the Trainer would keep, and `finished` weights with them."""
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.state.clear()
+
     @torch.no_grad()
     def finished(self) -> PreTrainedModel:
         """The student as a plain frozen model, with what was learned in its weights."""
@@ -163,7 +169,8 @@ class DistillationStage(FrozenLMStage):
 
         self._whole = (without_weights(self.student),)
         for block in blocks_of(self.student):  # each moves to its device by itself: no device holds all of them
-            fully_shard(block.layer, mesh=self.device_mesh["data_parallel"])
+            # Each layer is a root, which would stay whole after a forward pass: on the device, and for who reads it.
+            fully_shard(block.layer, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
         self.student.to(self.trainer.strategy.root_device)
         self._learn_anew()
 

@@ -112,11 +112,11 @@ def distilled(place: Place, **settings: Any) -> None:
 
 
 def recovered(name: str) -> tuple[str, list[str], parts.Part]:
-    return "recovery", [f"--recovery={name}"], functools.partial(half, name=name)
+    return "recovery", [*LEARN, f"--recovery={name}"], functools.partial(half, name=name)
 
 
 def taught(targets: str) -> tuple[str, list[str], parts.Part]:
-    flags = ["--recovery=distill", f"--distill.targets={targets}"]
+    flags = [*LEARN, "--recovery=distill", f"--distill.targets={targets}"]
     return "recovery", flags, functools.partial(distilled, targets=targets)
 
 
@@ -138,7 +138,7 @@ STEPS: dict[str, tuple[str, list[str], parts.Part]] = {
     "least_squares_sequential": recovered("least_squares_sequential"),
     "distill mlp": taught("mlp"),
     "distill all": taught("all"),
-    "evaluation": ("evaluation", [], evaluated),
+    "evaluation": ("evaluation", LEARN, evaluated),
 }  # fmt: skip
 
 
