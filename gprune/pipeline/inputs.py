@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from transformers import (
 )
 
 from gprune.config import RunConfig
-from gprune.corpora.windows import Sample, Windows, between, check_tokens, load_windows, opening
+from gprune.corpora.load import load_corpus
+from gprune.corpora.windows import Sample, Windows, between, check_tokens, make_windows, opening
 from gprune.errors import UserError
 from gprune.export.gguf import tokenizer_keys
 from gprune.models.loading import load_model
@@ -106,12 +108,17 @@ def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings:
     recovered = cfg.roles["recover"] if recovery_of(cfg.recovery).learns else []
     developed = dict.fromkeys([*cfg.roles["learn"], *recovered])
     log.info("Reading %d corpora", len({*cfg.used, *c.evaluate}))
+    documents = functools.cache(load_corpus)  # a corpus may have several roles, and lie behind a network
+
+    def windows(name: str, split: str, role: str) -> Windows:
+        return make_windows(documents(name, split), tokenizer, samples[role], corpus=name, split=split)
+
     found = Text(
-        train={name: load_windows(name, "train", tokenizer, samples["train"]) for name in calibrated},
-        learn=[load_windows(name, "train", tokenizer, samples["learn"]) for name in cfg.roles["learn"]],
-        fresh=[load_windows(name, "train", tokenizer, samples["fresh"]) for name in recovered],
-        development=[load_windows(name, "development", tokenizer, samples["development"]) for name in developed],
-        test=[load_windows(name, e.split, tokenizer, samples["test"]) for name in c.evaluate],
+        train={name: windows(name, "train", "train") for name in calibrated},
+        learn=[windows(name, "train", "learn") for name in cfg.roles["learn"]],
+        fresh=[windows(name, "train", "fresh") for name in recovered],
+        development=[windows(name, "development", "development") for name in developed],
+        test=[windows(name, e.split, "test") for name in c.evaluate],
     )
     every = (*found.train.values(), *found.learn, *found.fresh, *found.development, *found.test)
     check_tokens(every, tokenizer, embeddings)

@@ -18,6 +18,7 @@ import gprune.pipeline.inputs
 import gprune.pipeline.plan
 import gprune.storage.files
 from gprune.calibration.statistics import pooled
+from gprune.corpora.load import CORPORA
 from gprune.corpora.windows import Windows
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
@@ -801,3 +802,17 @@ def test_float32_products_are_as_precise_as_asked(world, tmp_path, quick, capsys
     assert (
         "float32_matmul_precision" not in gprune.RunConfig().settings()["trainer"]
     )  # runs of before are the same runs
+
+
+def test_a_corpus_of_several_roles_is_read_once_for_each_split(world, monkeypatch):
+    """It may lie behind a network; development text is cut from train text."""
+    asked = []
+
+    def counted(split):
+        asked.append(split)
+        return [f"{split} text number {i} " * 30 for i in range(40)]
+
+    monkeypatch.setitem(CORPORA._entries, "counted", counted)
+    roles = [f"--corpora.{role}=[counted]" for role in ("drift", "learn", "recover", "evaluate")]
+    text_of(world, "--corpora.score=counted", *roles, "--recovery=distill", "--distill.tokens=64")
+    assert sorted(asked) == ["test", "train", "train"]
