@@ -480,7 +480,7 @@ def test_the_plan_counts_what_is_resident():
     place = {"device_map": "auto", "max_memory": {"cpu": "1GB"}}
     for step, held in planned(8, **place).items():
         assert held.device == pytest.approx(planned(4, **place)[step].device, rel=0.05)
-        assert held.host < 3 * 10**9
+        assert held.host <= 3 * 10**9  # of the dense model, of what the run ends with, and of another row
     plenty = {"device_map": "auto", "max_memory": {"cpu": "64GiB"}}
     assert planned(4, **plenty) == planned(4)
 
