@@ -169,20 +169,20 @@ class Run:
             count=self.meter.add,
             fresh=self.text.fresh if found.learns else (),
             settings=self.cfg.recovery_settings,
-            fit=functools.partial(self._fit, done, itertools.count()),
+            fit=functools.partial(self._fit, ((done, f"-{n}" * bool(n)) for n in itertools.count())),
             shard=self.cfg.model.shard,
             teacher=self.teacher,
         )
 
     def _fit(
-        self, done: str, earlier: Iterator[int], what: str, stage: L.LightningModule, *, batch_size: int | None = None,
+        self, places: Iterator[tuple[str, str]], what: str, stage: L.LightningModule, *, batch_size: int | None = None,
         clip: float | None = None, accumulate: int = 1, points: int = 4, keep: str = "last",
     ) -> None:  # fmt: skip
         """Train a recovery's stage once through its text, or give it back what an earlier sitting had learned.
 
         Args:
-            done: where in the run folder what was learned is kept.
-            earlier: counts the stages that the recovery has trained.
+            places: where in the run folder what the recovery's stages have learned is kept, one after the other: what
+                the name of each begins and ends with.
             batch_size: in place of `--corpora.batch_size`.
             clip: the largest norm of the gradient.
             accumulate: batches whose gradients make one step.
@@ -190,8 +190,8 @@ class Run:
         """
         if not isinstance(stage, L.LightningModule):
             raise UserError(f"{what}: expected a LightningModule to train, got {type(stage).__name__}.")
-        number, c = next(earlier), self.cfg.corpora
-        name = f"{done}-{type(stage).__name__}" + f"-{number}" * bool(number)
+        (done, number), c = next(places), self.cfg.corpora
+        name = f"{done}-{type(stage).__name__}{number}"
         if (learned := self.folder.read(name)) is None:  # the step that shrinks or evaluates counts its cost
             curve = DevelopmentCurve(self.text.development, points=points, keep=keep, batch_size=c.batch_size)
             text = self.text.fresh or [self.text.train[corpus] for corpus in c.recover]
