@@ -166,7 +166,7 @@ def test_the_plan_is_within_15_percent_of_what_is_held(name, step):
 @pytest.mark.slow
 def test_checkpointing_holds_one_block():
     whole, few = (
-        SHAPES["7B"].plan("--recovery=distill", *more).memory["recovery"].device for more in ((), CHECKPOINTS)
+        SHAPES["7B"].plan(*LEARN, "--recovery=distill", *more).memory["recovery"].device for more in ((), CHECKPOINTS)
     )
     part = functools.partial(half, name="distill", distill=parts.DistillConfig(targets="all", checkpointing=True))
     assert few == pytest.approx(SHAPES["7B"].peak(part), rel=0.15)
