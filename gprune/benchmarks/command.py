@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gprune.benchmarks.settings import WIKITEXT, Benchmarks
 from gprune.console import Parser, guarded, quiet
+from gprune.errors import UserError
 
 ABOUT = f"""Zero-shot accuracy and WikiText-2 perplexity of a run, a model folder or any model by name.
 
@@ -17,7 +18,7 @@ them, each as soon as it is there."""
 EXAMPLES = """examples:
   gprune evaluate runs/NAME --tasks piqa,arc_easy,wikitext2 --dense
   gprune evaluate smollm2-135m --tasks piqa --limit 200
-  gprune evaluate runs/NAME/model --tasks wikitext2 --output numbers.json"""
+  gprune evaluate runs/NAME/model --tasks wikitext2 --seq_len 2048,128 --output numbers.json"""
 
 
 def parser() -> Parser:
@@ -29,8 +30,8 @@ def parser() -> Parser:
     made.add_argument("--limit", type=int, metavar="N", help="first questions or windows of each task (default: all)")
     made.add_argument("--dense", action="store_true", help="of a run: its dense model too, and paired differences")
     made.add_argument(
-        "--seq_len", type=int, default=usual.seq_len, metavar="N",
-        help=f"tokens per window of {WIKITEXT} (default: %(default)s)",
+        "--seq_len", default=",".join(map(str, usual.seq_len)), metavar="N,M",
+        help=f"tokens per window of {WIKITEXT}, a number for each (default: %(default)s)",
     )  # fmt: skip
     made.add_argument(
         "--bos", default=usual.bos, metavar="WHEN",
@@ -67,7 +68,13 @@ def run(args: Sequence[str]) -> str:
     """Evaluate what the arguments ask for; returns a table and where its records are."""
     options = vars(parser().parse_args(args))
     model, dense, output = (options.pop(name) for name in ("model", "dense", "output"))
-    options["tasks"] = tuple(name.strip() for name in options["tasks"].split(",") if name.strip())
+    options["tasks"], lengths = (
+        tuple(part.strip() for part in options[name].split(",") if part.strip()) for name in ("tasks", "seq_len")
+    )
+    try:
+        options["seq_len"] = tuple(map(int, lengths))
+    except ValueError:
+        raise UserError(f"--seq_len: expected whole numbers, such as 2048,128, got '{','.join(lengths)}'.") from None
     asked = Benchmarks(**options)
     quiet()
     from gprune.benchmarks.job import evaluate

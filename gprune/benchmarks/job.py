@@ -24,11 +24,11 @@ log = logging.getLogger("gprune")
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, asked: Benchmarks
 ) -> list[dict[str, Any]]:
-    """The records of one task; a group of tasks has several."""
+    """The records of one task; a group of tasks, and WikiText-2 in windows of several lengths, has several."""
     log.info("Evaluating %s", task)
     if task == WIKITEXT:
-        how = {"seq_len": asked.seq_len, "bos": asked.bos, "limit": asked.limit}
-        return [wikitext2_perplexity(model, tokenizer, progress=True, **how)]
+        how = {"bos": asked.bos, "limit": asked.limit, "progress": True}
+        return [wikitext2_perplexity(model, tokenizer, seq_len=n, **how) for n in dict.fromkeys(asked.seq_len)]
     return zero_shot(model, tokenizer, [task], limit=asked.limit, batch_size=asked.batch_size, source=asked.source)
 
 

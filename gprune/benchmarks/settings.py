@@ -19,9 +19,10 @@ class Benchmarks:
     Attributes:
         tasks: multiple-choice tasks by name, and `wikitext2`.
         limit: the first so many questions or windows of each task; None for all.
-        seq_len: tokens per window of `wikitext2`.
+        seq_len: tokens per window of `wikitext2`; a number for each length given.
         bos: whether BOS opens each of them: auto (as the tokenizer does before a text), always or never.
-        batch_size: choices per forward pass.
+        batch_size: choices per forward pass. More than a few do not pay on a CPU, where the logits of all their tokens
+            are memory that the system hands out anew each time.
         source: of tasks: hub, local, or auto: the hub if it answers.
         dtype: of the weights; None for the run's own, float32 for other models.
         trust_remote_code: run code that comes with a model.
@@ -29,9 +30,9 @@ class Benchmarks:
 
     tasks: tuple[str, ...] = ("piqa", "arc_easy")
     limit: int | None = None
-    seq_len: int = 2048
+    seq_len: tuple[int, ...] = (2048,)
     bos: str = "auto"
-    batch_size: int = 8
+    batch_size: int = 4
     source: str = "auto"
     dtype: str | None = None
     trust_remote_code: bool = False
@@ -43,8 +44,8 @@ class Benchmarks:
             raise UserError(f"--batch_size: expected 1 or more, got {self.batch_size}.")
         if self.dtype not in (None, *DTYPES):
             raise UserError(f"--dtype: expected float32, bfloat16 or float16, got '{self.dtype}'.")
-        if self.seq_len < 2:
-            raise UserError(f"--seq_len: expected 2 or more tokens, got {self.seq_len}.")
+        if min(self.seq_len, default=0) < 2:
+            raise UserError(f"--seq_len: expected 2 or more tokens, got {', '.join(map(str, self.seq_len)) or 'none'}.")
         if self.source not in SOURCES:
             raise UserError(f"--source: expected one of {', '.join(SOURCES)}, got '{self.source}'.")
         if self.bos not in BOS:

@@ -33,7 +33,7 @@ def zero_shot(
     tasks: Sequence[str],
     *,
     limit: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = Benchmarks.batch_size,
     source: str = "auto",
 ) -> list[dict[str, Any]]:
     """One record per task: acc and acc_norm with standard errors, and the protocol they were measured under.

@@ -68,7 +68,9 @@ def run(row: Row) -> dict[str, Any]:
 def evaluated(folder: Path, cfg: gprune.RunConfig, row: Row, dense_model: str) -> list[dict[str, Any]]:
     """Records of `gprune evaluate` on a finished run, the dense model's (by its fingerprint) first."""
     tasks = row.wanted_tasks
-    own = {k: tasks[k] for k in ("limit", "seq_len", "dtype") if k in tasks}
+    own = {k: tasks[k] for k in ("limit", "dtype") if k in tasks}
+    if lengths := tasks.get("seq_len"):
+        own["seq_len"] = (lengths,) if isinstance(lengths, int) else tuple(lengths)
     asked = Benchmarks(tuple(tasks["names"]), trust_remote_code=cfg.model.trust_remote_code, **own)
     shared = dense_path(row.records, dense_model, cfg.model.dtype, tasks)
     dense = (read_json(shared, check=schema.evaluation) or {}).get("records")

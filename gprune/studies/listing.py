@@ -39,7 +39,7 @@ class Tasks:
 
     names: list[Name]
     limit: int | None = None
-    seq_len: int | None = None
+    seq_len: int | list[int] | None = None
     dtype: str | None = None
     seeds: list[int] | None = None  # the rows of these seeds alone
 

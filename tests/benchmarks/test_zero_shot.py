@@ -547,6 +547,9 @@ def test_records_are_kept_and_replaced_by_protocol(quiet_world):
         args = ["--tasks", "wikitext2", "--seq_len", str(seq_len), "--limit", str(limit)]
         assert main([str(path.parent), *args]) == 0
         assert len(records_in(path)) == expected
+    assert main([str(path.parent), "--tasks", "wikitext2", "--seq_len", "32,16,32", "--limit", "3"]) == 0
+    assert [r["seq_len"] for r in records_in(path)[-2:]] == [32, 16]
+    assert len(records_in(path)) == 4  # 32 in the place of the same
 
 
 def test_a_run_without_a_model_is_evaluated_under_its_masks(quiet_world):
@@ -617,6 +620,9 @@ def test_a_model_that_is_not_the_runs_is_refused(quiet_world, capsys, tmp_path):
         (["--batch_size", "0"], "--batch_size: expected"),
         (["--dtype", "int8"], "--dtype: expected float32"),
         (["--tasks", "wikitext2", "--seq_len", "99999"], "--seq_len: expected 2 to"),
+        (["--seq_len", "32,many"], "--seq_len: expected whole numbers, such as 2048,128, got '32,many'"),
+        (["--seq_len", ","], "--seq_len: expected 2 or more tokens, got none"),
+        (["--seq_len", "32,1"], "--seq_len: expected 2 or more tokens, got 32, 1"),
         (["--colour", "red"], "unrecognized arguments"),
         ([], "required: MODEL"),
     ],
