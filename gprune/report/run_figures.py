@@ -79,7 +79,7 @@ def heterogeneity_figure(modules: Modules) -> Figure:
     right.plot(depth, modules.block_agreement, "-", color="black", lw=1, label="whole block")
     halves = [float(d.halves) for d in modules.drift]
     if np.isfinite(halves).any():
-        right.plot(depth, halves, "--", color="black", lw=1, label="whole block, halves of one corpus")
+        right.plot(depth, halves, ":", color="black", lw=1, label="whole block, halves of one corpus")
     figure.colorbar(points, ax=right, label="mean importance rank")
     handles = {
         label: handle for axes in (left, right) for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
@@ -91,7 +91,7 @@ def heterogeneity_figure(modules: Modules) -> Figure:
 @style()
 def sparsity_figure(masks: Masks, labels: Sequence[Tensor] | None) -> Figure:
     """Fraction of neurons removed per block, and per module where there are modules."""
-    figure, axes = canvas(7, 3.2)
+    figure, axes = canvas(9, 3.4)
     per_block = [float((~m).float().mean()) for m in masks.ffn]
     axes.bar(range(len(per_block)), per_block, color="#BFDDF0", label="block")
     if labels is not None:
