@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gprune.errors import UserError
-from gprune.storage.reading import read_text
+from gprune.storage.reading import needed_text
 
 SPLITS = ("test", "validation")  # lm_eval, too, takes the test split where there is one
 
@@ -84,10 +84,7 @@ def load_questions(path: Path) -> Questions:
     """Read and check a task file."""
     name, split = path.parent.name, path.stem
     about = LOCAL_TASKS.get(name, UNKNOWN)
-    try:
-        lines = read_text(path).split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected a question per line in UTF-8, but it cannot be read ({error}).") from error
+    lines = needed_text(path, "a question per line in UTF-8").split("\n")
     rows = [_question(line, f"{path}:{i}", about.prompt) for i, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise UserError(f"{path}: expected a question per line, got an empty file.")

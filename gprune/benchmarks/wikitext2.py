@@ -25,7 +25,7 @@ from gprune.errors import UserError, first_line
 from gprune.evaluation.intervals import mean_perplexity
 from gprune.evaluation.perplexity import perplexity
 from gprune.screen import Screen
-from gprune.storage.reading import read_text
+from gprune.storage.reading import needed_text
 
 MIRROR = Path("corpora") / "wikitext2" / "wiki.test.raw"
 
@@ -41,10 +41,7 @@ def wikitext2() -> str:
     """The text that is scored, from `$GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw` or the hub."""
     root = os.environ.get("GPRUNE_DATA_DIR")
     if root and (path := Path(root).expanduser() / MIRROR).is_file():
-        try:
-            return join_lines(read_text(path))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: expected WikiText-2's raw test file, but it cannot be read ({error}).") from error
+        return join_lines(needed_text(path, "WikiText-2's raw test file"))
     import datasets
 
     try:

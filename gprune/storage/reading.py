@@ -7,6 +7,8 @@ import os
 import stat
 from pathlib import Path
 
+from gprune.errors import UserError
+
 MOST = 2**28  # bytes of a JSON file: 50 rows of 100,000 windows each are 100 MB
 
 
@@ -34,6 +36,14 @@ def read_bytes(path: Path | str, *, most: int = MOST, pipe: bool = False) -> byt
 def read_text(path: Path | str, *, most: int = MOST, pipe: bool = False) -> str:
     """As `read_bytes`, decoded from UTF-8; a ValueError where it is something else."""
     return read_bytes(path, most=most, pipe=pipe).decode("utf-8")
+
+
+def needed_text(path: Path, expected: str) -> str:
+    """As `read_text`, of a file that somebody has put there; a UserError that says what is expected of it."""
+    try:
+        return read_text(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: expected {expected}, but it cannot be read ({error}).") from error
 
 
 def regular_file(path: Path | str, *, pipe: bool = False) -> os.stat_result:
