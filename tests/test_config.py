@@ -161,7 +161,6 @@ CHANGES = {
     "learn_samples": {"corpora": CorporaConfig(learn_samples=16)},
     "everywhere": {"reliability": ReliabilityConfig(everywhere=True)},
     "centred": {"sparsity": SparsityConfig(centred=False)},
-    "softness": {"reliability": ReliabilityConfig(softness=0.5)},
     "split": {"evaluation": EvaluationConfig(split="development")},
     "evaluation": {"evaluation": EvaluationConfig(num_samples=9)},
     "devices": {"trainer": TrainerConfig(devices=2)},
@@ -271,15 +270,6 @@ def test_two_nodes_of_one_device_and_one_of_two_are_the_same_run():
         (lambda: PartitionConfig(balance_weight=-0.1), r"--partition\.balance_weight: expected 0 or more"),
         (lambda: ReliabilityConfig(metric="wifv"), r"--reliability\.metric.*magnitude, .*random.*got 'wifv'"),
         (lambda: ReliabilityConfig(score_quantile=1.5), r"--reliability\.score_quantile.*\[0, 1\], got 1.5"),
-        (lambda: ReliabilityConfig(softness=-1), r"--reliability\.softness: expected 0 or more, got -1"),
-        (
-            lambda: ReliabilityConfig(softness=0.5, everywhere=True),
-            r"--reliability\.softness 0\.5: expected modules .* got --reliability\.everywhere true",
-        ),
-        (
-            lambda: ReliabilityConfig(softness=1, switch=False),
-            r"--reliability\.softness 1: .*got --reliability\.switch",
-        ),
         (lambda: EvaluationConfig(curve=[0.2, 1.0]), r"--evaluation\.curve.*got 1.0"),
         (lambda: TrainerConfig(devices=0), r"--trainer\.devices"),
         (

@@ -182,10 +182,6 @@ class ReliabilityConfig(Group):
     """Modules above this quantile of standardised sensitivity count as sensitive."""
     score_quantile: Quantile = 0.5
     """Modules below this quantile of mean importance rank count as weakly activated."""
-    softness: NonNegative = 0.0
-    """0: a module switches or it does not. Above: its ranks are a mixture, in which what it switches to weighs the more
-    the more sensitive and the less activated it is. The weight is a sigmoid of how far the module is past each limit of
-    the switch, in standard deviations of neurons, over the softness."""
 
     def check(self) -> None:
         """Raise UserError for a metric that modules cannot fall back on."""
@@ -199,12 +195,6 @@ class ReliabilityConfig(Group):
             raise UserError(
                 "--reliability.everywhere: expected a switch that all modules take, got --reliability.switch false; "
                 "give one of them."
-            )
-        if self.softness and (self.everywhere or not self.switch):
-            other = "--reliability.everywhere true" if self.everywhere else "--reliability.switch false"
-            raise UserError(
-                f"--reliability.softness {self.softness:g}: expected modules that switch the more the less reliable "
-                f"they are, got {other}; give one of them."
             )
 
 

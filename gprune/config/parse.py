@@ -29,6 +29,7 @@ RETIRED: dict[str, Any] = {
     "sparsity.through": "none",
     "sparsity.owl_multiple": 5.0,
     "sparsity.owl_spread": 0.08,
+    "reliability.softness": 0.0,
 }
 # Settings whose default is not what runs did before there was such a setting: what they did.
 ADDED: dict[str, Any] = {"sparsity.centred": False}

@@ -122,7 +122,6 @@ class Modules:
                 "noise_floor": float(record.noise[k]),
                 "agreement": None if agreement[k].isnan() else float(agreement[k]),
                 "switched": bool(record.switched[k]),
-                "fallback_weight": float(record.weight[k]),
             }
             for index, (record, agreement) in enumerate(zip(self.reliability, self.agreement, strict=True))
             for k in range(len(record.size))

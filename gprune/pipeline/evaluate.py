@@ -158,7 +158,6 @@ def record(
         "switch": cfg.reliability.switch and len(cfg.corpora.drift) > 1 if stage == "gprune" else None,
         "switch_to": cfg.reliability.metric if stage == "gprune" else None,
         "switch_everywhere": cfg.reliability.everywhere if stage == "gprune" else None,
-        "switch_softness": cfg.reliability.softness if stage == "gprune" else None,
         "learn": learned and {n: getattr(cfg.sparsity, n) for n in ("learn", "loss", "epochs", "centred")},
         "learn_samples": learned and (cfg.corpora.learn_samples or cfg.corpora.num_samples),
         "recovery": recovery,

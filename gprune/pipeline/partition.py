@@ -152,12 +152,11 @@ def assess(
         # Drift from which the floor is subtracted is above it wherever it is above 0.
         [torch.zeros_like(d.floor) if noise_gone else d.floor for d in drift],
         sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=which,
-        softness=r.softness,
     )  # fmt: skip
     fallback = fallback_ranks(run, statistics, drift)
     ranks = ModuleRanks(
         ffn=[
-            within_module_ranks(s, f, y, record.weight)
+            within_module_ranks(s, f, y, record.switched)
             for s, f, y, record in zip(block_ranks, fallback, labels, reliability, strict=True)
         ],
         labels=labels,
@@ -172,9 +171,7 @@ def assess(
     share, count = switched_share(reliability), sum(int(record.switched.sum()) for record in reliability)
     run.folder.update_manifest(switch={"modules": count, "share_of_neurons": share})
     tracking.log_scalars(run.loggers, {"partition/switched_share": share}, step=0)
-    if switch and r.softness:
-        log.info("What unreliable modules fall back on, %s, weighs %.1f%% in the ranks", r.metric, 100 * share)
-    elif switch and count == 0:
+    if switch and count == 0:
         log.warning("No module switches to %s: the switch does nothing at these quantiles.", r.metric)
     elif switch:
         log.info("%d modules with %.1f%% of the neurons switch to %s", count, 100 * share, r.metric)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-
 import numpy as np
 import pytest
 import torch
@@ -106,93 +103,12 @@ def test_switched_share_counts_neurons_not_modules():
     assert switched_share([record([10, 30], [False, False])]) == 0
 
 
-def reference_weights(drifts, ranks, floors, labels, softness, sensitivity=0.75, score=0.5) -> list[list[float]]:
-    """The formula, in plain numbers: per block, per module."""
-
-    def mean(values, y, k):
-        return statistics.fmean(v for v, own in zip(values, y, strict=True) if own == k)
-
-    modules = [(b, k) for b, y in enumerate(labels) for k in sorted(set(y))]
-    s, a, n = ({(b, k): mean(v[b], labels[b], k) for b, k in modules} for v in (drifts, ranks, floors))
-    std = [statistics.stdev(d) for d in drifts]
-    z = {(b, k): (s[b, k] - statistics.fmean(drifts[b])) / std[b] for b, k in modules}
-    high, low = np.quantile(list(z.values()), sensitivity), np.quantile(list(a.values()), score)
-
-    def weight(b, k):
-        past = z[b, k] - high, (low - a[b, k]) * math.sqrt(12), (s[b, k] - n[b, k]) / std[b]
-        return math.prod(1 / (1 + math.exp(-x / softness)) for x in past)
-
-    return [[weight(b, k) for k in sorted(set(y))] for b, y in enumerate(labels)]
-
-
-def drawn(seed: int, blocks: int = 3, N: int = 60) -> dict[str, list[torch.Tensor]]:
-    """Labels, ranks, drifts and floors of some blocks."""
-    draw = torch.Generator().manual_seed(seed)
-    uniform = {name: torch.rand(blocks, N, generator=draw, dtype=torch.float64) for name in ("ranks", "d", "f")}
-    labels = torch.arange(N) % 5
-    bend = labels * torch.tensor([0.1, 0.02, 0.05])[:, None]  # modules differ, in each block otherwise
-    return {
-        "labels": [labels] * blocks, "ranks": list(uniform["ranks"]),
-        "drifts": list(uniform["d"] * 0.2 + bend), "floors": list(uniform["f"] * 0.3),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("softness", [0.1, 1.0, 20.0])
-def test_with_softness_the_weight_is_the_formula(softness):
-    given_ = drawn(0)
-    found = assess_reliability(**given_, softness=softness)
-    plain = {name: [t.tolist() for t in tensors] for name, tensors in given_.items()}
-    for record, expected in zip(found, reference_weights(**plain, softness=softness), strict=True):
-        assert record.weight.dtype == torch.float64
-        np.testing.assert_allclose(record.weight.numpy(), expected, rtol=1e-12)
-    everyone = torch.cat([r.weight for r in found])
-    assert 0 < everyone.min() < everyone.max() < 1
-    assert switched_share(found) == pytest.approx(float(everyone.mean()))  # all modules are of twelve neurons
-
-
-def test_little_softness_is_the_switch_and_much_weighs_all_modules_alike():
-    given_ = drawn(1)
-    hard = assess_reliability(**given_)
-    soft = assess_reliability(**given_, softness=1e-9, sensitivity_quantile=0.7, score_quantile=0.45)
-    between = assess_reliability(**given_, sensitivity_quantile=0.7, score_quantile=0.45)  # no module is on a limit
-    for a, b, c in zip(hard, soft, between, strict=True):
-        assert a.weight.tolist() == a.switched.double().tolist()
-        assert b.weight.tolist() == c.weight.tolist()
-    assert any(r.switched.any() for r in between)
-    for record in assess_reliability(**given_, softness=1e9):
-        np.testing.assert_allclose(record.weight.numpy(), 1 / 8, rtol=1e-6)
-
-
-def test_the_weight_rises_with_sensitivity_and_falls_with_activation():
-    def weights(drift: list[float], score: list[float]) -> list[float]:
-        (record,) = assess_reliability([FOUR], [spread(score)], [spread(drift)], [spread([0.01] * 4)], softness=0.5)
-        return record.weight.tolist()
-
-    rising, falling = weights([0.1, 0.2, 0.3, 0.4], [0.5] * 4), weights([0.2] * 4, [0.1, 0.2, 0.3, 0.9])
-    assert rising == sorted(set(rising))
-    assert falling == sorted(set(falling), reverse=True)
-    assert len(rising) == len(falling) == 4
-
-
-@pytest.mark.parametrize("switch", ["off", "everywhere"])
-def test_softness_is_of_the_switch_of_unreliable_modules(switch):
-    for record in assess_reliability(**drawn(2), switch=switch, softness=1.0):
-        assert record.weight.tolist() == [float(switch == "everywhere")] * 5
-
-
-def reference_ranks(scores, fallback, labels, weight) -> list[float]:
-    """Sort the members of each module by (mixed rank among them, index)."""
+def reference_ranks(scores, fallback, labels, switched) -> list[float]:
+    """Sort the members of each module by (score, index)."""
     p = [0.0] * len(scores)
-
-    def fraction(values, i, members):  # ties have the mean of their ranks
-        below, same = sum(values[j] < values[i] for j in members), sum(values[j] == values[i] for j in members)
-        return (below + (same - 1) / 2 + 0.5) / len(members)
-
     for k in set(labels):
-        members = [i for i, y in enumerate(labels) if y == k]
-        w = float(weight[k])
-        mixed = {i: (1 - w) * fraction(scores, i, members) + w * fraction(fallback, i, members) for i in members}
-        members.sort(key=lambda i: (mixed[i], i))
+        values = fallback if switched[k] else scores
+        members = sorted((i for i, y in enumerate(labels) if y == k), key=lambda i: (values[i], i))
         for rank, i in enumerate(members):
             p[i] = (rank + 0.5) / len(members)
     return p
@@ -205,11 +121,10 @@ def test_within_module_ranks(data, K, extra):
     labels = list(range(K)) + data.draw(st.lists(st.integers(0, K - 1), min_size=extra, max_size=extra))
     numbers = st.lists(st.integers(-3, 3).map(float), min_size=N, max_size=N)  # many ties
     scores, fallback = data.draw(numbers), data.draw(numbers)
-    degrees = (st.booleans(), st.sampled_from([0.0, 0.25, 0.3, 0.5, 0.9, 1.0]))
-    weight = data.draw(st.one_of([st.lists(degree, min_size=K, max_size=K) for degree in degrees]))
-    p = within_module_ranks(torch.tensor(scores), torch.tensor(fallback), torch.tensor(labels), torch.tensor(weight))
+    switched = data.draw(st.lists(st.booleans(), min_size=K, max_size=K))
+    p = within_module_ranks(*map(torch.tensor, (scores, fallback, labels, switched)))
     assert p.dtype == torch.float64
-    assert p.tolist() == pytest.approx(reference_ranks(scores, fallback, labels, weight), rel=1e-14)
+    assert p.tolist() == pytest.approx(reference_ranks(scores, fallback, labels, switched), rel=1e-14)
     for k in range(K):  # every rank once
         n = labels.count(k)
         inside = sorted((p[torch.tensor(labels) == k] * n - 0.5).tolist())

@@ -23,7 +23,6 @@ from gprune.corpora.windows import Windows
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
-from gprune.partition.reliability import within_module_ranks
 from gprune.pipeline import evaluate as outcome
 from gprune.sparsity.budget import unit_costs
 from gprune.sparsity.gates import masked
@@ -289,7 +288,6 @@ SWITCHES = {
     "kl": "--sparsity.loss=kl",
     "odd_target": "--sparsity.target=0.333",
     "consensus": "--reliability.metric=consensus",
-    "softness": "--reliability.softness=0.5 --reliability.metric=consensus",
     "noise_subtracted": "--partition.subtract_noise=true",
     "averaged": "--reliability.metric=averaged",
     "development": "--evaluation.split=development",
@@ -330,7 +328,7 @@ def masks_of(result, stage):
 
 
 # One switch of each kind in the fast tests: how modules are made, what learns, where sparsity goes, what recovers.
-FAST = ("random", "no_switch", "kl", "width_multiple", "attention", "equal", "bias", "softness")
+FAST = ("random", "no_switch", "kl", "width_multiple", "attention", "equal", "bias")
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in SWITCHES])
@@ -348,18 +346,6 @@ def test_partition_controls_keep_the_refined_sizes(switched, finished):
 def test_no_switch_switches_nothing(switched, finished):
     assert not any(row["switched"] for row in switched("no_switch").modules.rows())
     assert any(row["switched"] for row in finished.modules.rows())
-
-
-def test_softness_mixes_what_modules_fall_back_on_into_their_ranks(switched, finished, dense):
-    result = switched("softness")
-    modules, sharp = result.modules, finished.modules
-    assert {row["fallback_weight"] for row in sharp.rows()} == {0.0, 1.0}
-    assert all(0 < row["fallback_weight"] < 1 for row in modules.rows())
-    own = score_units("wanda_sp", blocks_of(dense), result.statistics[result.config.corpora.score], seed=0).ffn
-    for s, d, y, record, p in zip(
-        own, modules.drift, modules.labels, modules.reliability, modules.ranks.ffn, strict=True
-    ):
-        assert torch.equal(p, within_module_ranks(s, d.ranks.mean(0), y, record.weight))
 
 
 def test_equal_removes_alike_from_every_module(switched):

@@ -66,29 +66,30 @@ def test_a_run_whose_averaged_control_had_its_former_name_is_read(recovered, tmp
     assert back.records == recovered.records
 
 
-def with_settings_of_before(folder: RunFolder, **sparsity: object) -> None:
-    """More settings of sparsity than there are today, in the manifest and in config.yaml."""
+def with_settings_of_before(folder: RunFolder, settings: dict[str, object]) -> None:
+    """More settings of groups, by dotted names, than there are today, in the manifest and in config.yaml."""
     manifest, metrics = read_json(folder / "manifest.json"), read_json(folder / "metrics.json")
-    manifest["settings"]["sparsity"] |= sparsity
+    config = (folder / "config.yaml").read_text()
+    for name, value in settings.items():
+        group, _, leaf = name.partition(".")
+        manifest["settings"][group][leaf] = value
+        config = config.replace(f"{group}:\n", f"{group}:\n  {leaf}: {value}\n")
     write_json(folder / "manifest.json", manifest)
     write_json(folder / "metrics.json", metrics)
     for path in folder.path.rglob("*.safetensors"):
         write_tensors(path, read_tensors(path))
-    lines = "".join(f"  {name}: {value}\n" for name, value in sparsity.items())
-    config = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(config.replace("sparsity:\n", f"sparsity:\n{lines}"))
+    (folder / "config.yaml").write_text(config)
 
 
 def test_settings_that_are_gone_are_ignored_where_they_had_no_effect(recovered, tmp_path):
-    gone = {name.partition(".")[2]: value for name, value in RETIRED.items()}
     folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "before"))
-    with_settings_of_before(folder, **gone)
+    with_settings_of_before(folder, RETIRED)
     back = gprune.load_run(folder.path)
     assert back.config == recovered.config
     assert back.masks == recovered.masks
     today, before = (read_run(path) for path in (recovered.path, folder.path))
     assert before.all_but_seed == today.all_but_seed  # a seed like the others in a report
-    with_settings_of_before(folder, through="least_squares")
+    with_settings_of_before(folder, {"sparsity.through": "least_squares"})
     with pytest.raises(UserError, match=r"config\.yaml was altered: .*through"):
         gprune.load_run(folder.path)
 
