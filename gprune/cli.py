@@ -48,12 +48,13 @@ def run(args: Sequence[str] | None) -> str:
     result = prune(cfg)
     if rank_zero_only.rank != 0:
         return ""
-    s = result.summary
+    s, several = result.summary, cfg.trainer.devices * cfg.trainer.num_nodes > 1
+    whose = " of the first process, which has its share of the text" * several
     return (
         f"\n{result_table(result.records).shown()}\n\n"
         f"Removed {s['sparsity_of_scope']:.2%} of {cfg.sparsity.scope}, {s['sparsity_of_model']:.2%} of the model: "
         f"{s['parameters_before']:,} -> {s['parameters_after']:,} parameters.\n"
-        f"Tokens: {s['forward_tokens']:,} forward, {s['forward_backward_tokens']:,} forward and backward.\n"
+        f"Tokens{whose}: {s['forward_tokens']:,} forward, {s['forward_backward_tokens']:,} forward and backward.\n"
         f"Everything is in {result.path}, and its page is report.html"
         + ("" if cfg.export == "none" else f"; the model in {result.path / 'model'}")
         + f".\nCurves: {how_to_look(result.path, cfg.logging.resolved_tracker)}.\n"
