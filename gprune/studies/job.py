@@ -56,13 +56,18 @@ def run(row: Row) -> dict[str, Any]:
         "summary": {k: v for k, v in result.summary.items() if k not in ("geometric_means", "unseen_over_base")},
         "learning": manifest.get("learning"),
         "masks": packed(result.masks) if row.masks or before["masks"] else None,
-        "records": [r | {"window_nll": [round(v, 4) for v in r["window_nll"]]} for r in result.records],
+        "records": [rounded(r) for r in result.records],
     }
     kept |= {name: before[name] for name in ("tasks", "evaluation") if name in before}
     if tasks:
         kept |= {"tasks": tasks, "evaluation": evaluated(result.path, cfg, row, kept["inputs"]["model"])}
     write(path, kept)
     return kept
+
+
+def rounded(record: dict[str, Any]) -> dict[str, Any]:
+    """With the nll of each window to 0.0001."""
+    return record | {"window_nll": [round(v, 4) for v in record["window_nll"]]}
 
 
 def evaluated(folder: Path, cfg: gprune.RunConfig, row: Row, dense_model: str) -> list[dict[str, Any]]:
@@ -74,7 +79,8 @@ def evaluated(folder: Path, cfg: gprune.RunConfig, row: Row, dense_model: str) -
     asked = Benchmarks(tuple(tasks["names"]), trust_remote_code=cfg.model.trust_remote_code, **own)
     shared = dense_path(row.records, dense_model, cfg.model.dtype, tasks)
     dense = (read_json(shared, check=schema.evaluation) or {}).get("records")
-    records, _ = benchmarks.evaluate(str(folder), asked, dense=not dense)
+    measured, _ = benchmarks.evaluate(str(folder), asked, dense=not dense)
+    records = [rounded(r) if "window_nll" in r else r for r in measured]
     if dense:  # measured with an earlier row: the same model, text and settings
         return [*dense, *(r for r in records if r["stage"] != "dense")]
     write_json(shared, {"records": [r for r in records if r["stage"] == "dense"]})
