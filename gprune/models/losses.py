@@ -30,6 +30,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None
     ) -> Tensor:
+        """The loss of each token, (n,) float32; saves the gradient by `hidden` for `backward`."""
         gradient = torch.empty_like(hidden)
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         if torch.is_autocast_enabled(hidden.device.type):  # once, in place of once for each product

@@ -21,6 +21,7 @@ class SequentialLeastSquares(Recovery):
     why_not_experts = "does not see what enters each of"
 
     def revise(self, material: Material) -> Revise:
+        """Solve each block's projections behind the blocks that are recovered already."""
         from gprune.recovery.prefix import PrunedPrefix
 
         prefix = PrunedPrefix(material.dense, material.masks, material.batches, ridge=material.ridge)

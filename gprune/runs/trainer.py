@@ -181,6 +181,7 @@ class Checkpoints(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Save a checkpoint behind a whole step, once `seconds` have passed."""
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not stepped or trainer.is_last_batch:  # half a sum of gradients is in no checkpoint
             return

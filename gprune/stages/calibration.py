@@ -45,6 +45,7 @@ class CalibrationStage(FrozenLMStage):
         self._current: str | None = None
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Take a batch through the model, or into the walk; a corpus that is over is closed first."""
         if self.corpora[dataloader_idx] != self._current:
             self._close()
             self._current = self.corpora[dataloader_idx]

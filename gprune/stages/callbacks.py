@@ -134,6 +134,7 @@ class DevelopmentCurve(L.Callback):
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the best weights back, if they are kept, and say where what was learned ended worse than it began."""
         with torch.no_grad():
             for name, value in pl_module.state_dict().items() if self.best else ():
                 value.copy_(_as_spread(self.best[name], value))

@@ -175,6 +175,7 @@ class DistillationStage(FrozenLMStage):
         self._learn_anew()
 
     def teardown(self, stage: str) -> None:
+        """A student that was sharded is whole again, on the CPU."""
         super().teardown(stage)
         if not self._whole:
             return
@@ -197,6 +198,7 @@ class DistillationStage(FrozenLMStage):
         self._open()
 
     def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW, whose step size rises in the first `warmup` of the steps and then falls to 0."""
         s, steps = self.settings, self.trainer.estimated_stepping_batches
         optimizer = torch.optim.AdamW(
             self.learned.values(), lr=s.learning_rate, betas=BETAS, weight_decay=s.weight_decay
@@ -210,6 +212,7 @@ class DistillationStage(FrozenLMStage):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of a batch by KL, cross-entropy and hidden states, as weighed, () float32."""
         ids, s = batch["input_ids"], self.settings
         with torch.no_grad(), watched_layers(self.lm, bool(s.hidden)) as wanted:
             dense = final_hidden(self.lm, ids).flatten(0, 1) if s.kl or s.hidden else None

@@ -22,6 +22,7 @@ class Distill(Recovery):
     learns = True
 
     def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
+        """Train a `DistillationStage` by `material.fit`; returns the model with what was learned folded in."""
         from accelerate.hooks import remove_hook_from_submodules
 
         from gprune.stages.distillation import DistillationStage
