@@ -128,10 +128,11 @@ def _run(
 ) -> dict[str, Any]:
     """lm_eval's results for all tasks; the model is left as it was."""
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
+
+    from gprune.benchmarks.answers import AnswerLM
 
     # A copy of the tokenizer, because a padding token is added where there is none.
-    lm = HFLM(
+    lm = AnswerLM(
         pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size,
         softmax_dtype="float32",
     )  # fmt: skip

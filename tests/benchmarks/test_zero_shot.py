@@ -344,6 +344,37 @@ def test_local_files_give_what_lm_evals_own_task_gives(task, rows, data):
     assert strings[0][1].startswith(" ")
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_answers_are_hflms_and_contexts_have_no_logits(batch_size):
+    """Continuations of one token and of many, of one context and of several, and longer than the model's positions."""
+    needs_lm_eval()
+    from lm_eval.models.huggingface import HFLM
+
+    from gprune.benchmarks.answers import AnswerLM
+
+    rng = np.random.default_rng(3)
+    contexts = [rng.integers(5, 60, n).tolist() for n in (1, 4, 4, 17, 30)]
+    requests = [
+        ((str(i), str(j)), context, rng.integers(5, 60, n).tolist())
+        for i, context in enumerate(contexts)
+        for j, n in enumerate((1, 1, 1, 2, 7, 9))
+    ]
+    requests.append((("same", "input"), requests[3][1] + requests[3][2][:1], requests[3][2][1:]))
+    model, rows = make_tiny_llama().double(), []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[:-1].numel()))
+    found = {}
+    for cls in (HFLM, AnswerLM):
+        rows.clear()
+        settings = {"backend": "causal", "batch_size": batch_size, "max_length": 32, "softmax_dtype": "float64"}
+        lm = cls(pretrained=model, tokenizer=tiny_tokenizer(), **settings)
+        with torch.inference_mode():
+            found[cls] = lm._loglikelihood_tokens(requests, disable_tqdm=True), sum(rows)
+    (theirs, all_rows), (ours, fewer) = found[HFLM], found[AnswerLM]
+    assert [ll for ll, _ in ours] == pytest.approx([ll for ll, _ in theirs], abs=1e-10)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    assert fewer < 0.9 * all_rows
+
+
 def test_records_carry_their_protocol(data):
     needs_lm_eval()
     records = zero_shot.zero_shot(make_tiny_llama(), tiny_tokenizer(), ["piqa", "arc_easy", "sciq", "blimp", "mine"])
