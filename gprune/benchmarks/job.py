@@ -32,6 +32,12 @@ def measure(
     return zero_shot(model, tokenizer, [task], limit=asked.limit, batch_size=asked.batch_size, source=asked.source)
 
 
+def check(asked: Benchmarks) -> None:
+    """Raise UserError, before a model is loaded, where a package is missing that the tasks need."""
+    if any(name != WIKITEXT for name in asked.tasks):
+        require_lm_eval()
+
+
 def evaluate(
     model: str, asked: Benchmarks, *, dense: bool = False, output: Path | None = None
 ) -> tuple[list[dict[str, Any]], Path | None]:
@@ -50,8 +56,7 @@ def evaluate(
         UserError: without lm_eval, for a model, a task or data that cannot be had, and for an output that is no file
             of records.
     """
-    if any(name != WIKITEXT for name in asked.tasks):
-        require_lm_eval()  # before a model is loaded
+    check(asked)
     subjects, default, key = subjects_of(
         model, dense=dense, dtype=asked.dtype, trust_remote_code=asked.trust_remote_code
     )

@@ -21,8 +21,7 @@ class Benchmarks:
         limit: the first so many questions or windows of each task; None for all.
         seq_len: tokens per window of `wikitext2`; a number for each length given.
         bos: whether BOS opens each of them: auto (as the tokenizer does before a text), always or never.
-        batch_size: choices per forward pass. More than a few do not pay on a CPU, where the logits of all their tokens
-            are memory that the system hands out anew each time.
+        batch_size: choices per forward pass. More than a few do not pay on a CPU.
         source: of tasks: hub, local, or auto: the hub if it answers.
         dtype: of the weights; None for the run's own, float32 for other models.
         trust_remote_code: run code that comes with a model.

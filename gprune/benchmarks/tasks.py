@@ -32,6 +32,7 @@ class LocalTask:
         note: goes into every record.
         split: the only split of which this is said; another one is not complete.
         prompt: lm_eval's prompt as a format string over `fields`; None where prompts are what the file says.
+        questions: of that split; None where nothing is said of it.
     """
 
     version: str
@@ -39,12 +40,13 @@ class LocalTask:
     note: str
     split: str
     prompt: str | None = None
+    questions: int | None = None
 
 
 SUBSET = "a subset of the task: never to be set beside published figures"
 LOCAL_TASKS = {
-    "piqa": LocalTask("1.0", True, "lm_eval's prompts", "validation", "Question: {goal}\nAnswer:"),
-    "arc_easy": LocalTask("1.0", True, "lm_eval's prompts", "test", "Question: {question}\nAnswer:"),
+    "piqa": LocalTask("1.0", True, "lm_eval's prompts", "validation", "Question: {goal}\nAnswer:", 1838),
+    "arc_easy": LocalTask("1.0", True, "lm_eval's prompts", "test", "Question: {question}\nAnswer:", 2376),
     "sciq": LocalTask("subset-1", False, f"validation questions, without the test split; {SUBSET}", "validation"),
     "blimp": LocalTask("subset-1", False, f"15 of the 1000 pairs of each paradigm; {SUBSET}", "test"),
 }
@@ -91,6 +93,8 @@ def load_questions(path: Path) -> Questions:
     pairs = all("paradigm" in row for row in rows)
     if about.complete and split != about.split:
         about = LocalTask(about.version, False, f"the {split} split, not {about.split}", split)
+    elif about.complete and len(rows) != about.questions:
+        about = LocalTask(about.version, False, f"{len(rows):,} of {about.questions:,} questions", split)
     return Questions(name, split, spread(rows) if pairs else rows, pairs, about)
 
 

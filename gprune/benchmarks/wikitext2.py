@@ -28,6 +28,7 @@ from gprune.screen import Screen
 from gprune.storage.reading import needed_text
 
 MIRROR = Path("corpora") / "wikitext2" / "wiki.test.raw"
+CHARACTERS = 1_294_336  # of the whole text, as it is joined
 
 
 def join_lines(raw: str) -> str:
@@ -88,7 +89,8 @@ def wikitext2_perplexity(
         raise UserError(f"--seq_len: expected 2 to {positions} tokens (the model's positions), got {seq_len}.")
     if limit is not None and limit < 1:
         raise UserError(f"--limit: expected 1 or more windows, got {limit}.")
-    every = literature_windows(wikitext2(), tokenizer, seq_len=seq_len, bos=bos)
+    text = wikitext2()
+    every = literature_windows(text, tokenizer, seq_len=seq_len, bos=bos)
     windows = replace(every, tokens=every.tokens[:limit])
     check_tokens([windows], tokenizer, model.get_input_embeddings().num_embeddings)
     batch_size = max(1, 2048 // seq_len)
@@ -96,7 +98,7 @@ def wikitext2_perplexity(
         advance = screen and screen.bar("Perplexity on WikiText-2", math.ceil(len(windows.tokens) / batch_size))
         result = perplexity(model, windows, batch_size=batch_size, progress=advance)
     _, low, high = mean_perplexity({"wikitext2": result.window_nll}, seq_len - 1)
-    partial = len(windows.tokens) < len(every.tokens)
+    partial, whole = len(windows.tokens) < len(every.tokens), len(text) == CHARACTERS
     return {
         "kind": "perplexity",
         "task": "wikitext2",
@@ -113,8 +115,10 @@ def wikitext2_perplexity(
         "bos": windows.bos,
         "join": JOIN,
         "limit": limit,
-        "standard_protocol": not partial,
-        "note": f"only the first {len(windows.tokens)} windows; " * partial + "the convention of the literature",
+        "standard_protocol": whole and not partial,
+        "note": f"only the first {len(windows.tokens)} windows; " * partial
+        + f"{len(text):,} of {CHARACTERS:,} characters; " * (not whole)
+        + "the convention of the literature",
         "dtype": str(model.dtype).removeprefix("torch."),
         "content_hash": windows.content_hash,
     }

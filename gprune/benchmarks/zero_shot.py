@@ -23,7 +23,7 @@ from gprune.benchmarks.harness import LoadedTask, load_tasks, require_lm_eval
 from gprune.benchmarks.settings import Benchmarks
 from gprune.console import quieted
 from gprune.corpora.windows import opening
-from gprune.errors import UserError
+from gprune.errors import UserError, require_finite
 from gprune.evaluation.accuracy import accuracy, chance, is_correct
 
 
@@ -49,8 +49,8 @@ def zero_shot(
         source: hub (lm_eval's own data), local (files under `$GPRUNE_DATA_DIR/tasks`), or auto: the hub if it answers.
 
     Raises:
-        UserError: without lm_eval, for an unknown task, for one that is not multiple choice, and for data that
-            cannot be had.
+        UserError: without lm_eval, for an unknown task, for one that is not multiple choice, for data that cannot be
+            had, and for log-likelihoods that are not finite.
     """
     Benchmarks(tuple(tasks), limit=limit, batch_size=batch_size, source=source)  # refuses what cannot be
     harness = require_lm_eval()
@@ -88,6 +88,7 @@ def record(loaded: LoadedTask, outcome: dict[str, Any], stamp: dict[str, Any]) -
     targets = [task.doc_to_text(s["doc"]) if task.multiple_input else s["target"] for s in samples]
     labels = [_label(target, c, name) for target, c in zip(targets, choices, strict=True)]
     lls = [[float(ll) for ll, _ in s["filtered_resps"]] for s in samples]
+    require_finite(f"log-likelihood came up in task '{name}'", torch.tensor([ll for row in lls for ll in row]))
     lengths = [[len(c) for c in row] for row in choices]
     numbers: dict[str, Any] = dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"))
     digits = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import ClassVar, Literal
 
 from gprune.checks import AtLeast1, NonNegative, Positive, Quantile
@@ -54,3 +55,20 @@ class DistillConfig(Group):
             raise UserError(
                 "--distill.kl, --distill.cross_entropy, --distill.hidden: expected one of them above 0, got 0, 0 and 0."
             )
+
+    def refuse(self, *, experts: bool, shard: bool) -> None:
+        """Raise UserError for targets that cannot learn.
+
+        Args:
+            experts: whether the model has any.
+            shard: whether its layers are spread over processes.
+        """
+        what = f"--distill.targets {self.targets}:"
+        if shard and self.targets in ("vectors", "lora"):
+            raise UserError(
+                f"{what} expected mlp or all with --model.shard true, whose layers are spread over processes."
+            )
+        if experts and self.targets == "vectors":
+            raise UserError(f"{what} experts have no scales of their own; expected mlp or all.")
+        if self.targets == "lora" and find_spec("peft") is None:
+            raise UserError(f"{what} needs peft, which is not installed: pip install peft.")

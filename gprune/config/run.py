@@ -104,6 +104,11 @@ class RunConfig(Group):
                 "--evaluation.split development: --distill.keep best chooses the weights on this text; expected test, "
                 "or --distill.keep last."
             )
+        if found.learns and self.distill.hidden and ALLOCATION[self.base_allocation].whole_blocks:
+            raise UserError(
+                f"--distill.hidden: expected 0 with --sparsity.allocation {self.base_allocation}, which leaves fewer "
+                f"blocks than the dense model has to compare them with; got {self.distill.hidden}."
+            )
         self._check_places()
         if self.gprune and ALLOCATION[self.sparsity.allocation].whole_blocks:
             raise UserError(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import gc
 import shutil
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gprune.storage.cache import cache_dir
-from gprune.storage.files import locked
+from gprune.storage.files import locked, own_folder
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
@@ -165,10 +165,7 @@ def scratch_folder() -> tuple[Path, ExitStack]:
         with suppress(OSError), locked(left):
             shutil.rmtree(left, ignore_errors=True)
     stack = ExitStack()
-    folder = Path(tempfile.mkdtemp(dir=root))
-    stack.callback(shutil.rmtree, folder, ignore_errors=True)
-    stack.enter_context(locked(folder))
-    return folder, stack
+    return own_folder(stack, partial(shutil.rmtree, ignore_errors=True), dir=root), stack
 
 
 def keep_until_gone(model: nn.Module, stack: ExitStack) -> None:

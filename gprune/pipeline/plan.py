@@ -175,7 +175,7 @@ def check(cfg: RunConfig) -> Plan:
 
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
     """Raise UserError where this model's blocks or positions cannot do what the flags ask for."""
-    recovery_of(cfg.recovery).refuse(blocks, shard=cfg.model.shard)
+    recovery_of(cfg.recovery).refuse(blocks, shard=cfg.model.shard, settings=cfg.recovery_settings)
     if "saliency" in cfg.collects:
         for block in blocks:
             salient_parts(block, "ffn")  # refuses experts

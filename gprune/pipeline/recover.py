@@ -51,6 +51,8 @@ def shrink(
     else:
         small = _sliced(run, masks, revise)
     counted = run.meter.watch(small)
+    # What a recovery draws does not hang on what came before: an empty cache, another row, an earlier sitting.
+    torch.manual_seed(run.cfg.run.seed)
     with torch.enable_grad():  # a recovery of the whole model may learn
         tuned = method.tune(material, small)
     counted.remove()

@@ -13,6 +13,7 @@ from gprune.calibration.layerwise import Walk
 from gprune.errors import UserError
 from gprune.export.hf import check_reload, save_pruned, stock_skeleton
 from gprune.export.job import export
+from gprune.models.losses import iter_logits
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, free_memory, is_offloaded
 from gprune.pipeline.recover import placement, shrink
@@ -81,6 +82,7 @@ def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, f
     # Recovery changes weights on purpose: what a mask and its slice must agree on comes before it.
     plain = pruned if cfg.recovery == "none" else shrink(run, masks, {}, recovery="none")
     sliced = plain(input_ids=ids.to(device), use_cache=False).logits.float().to(device)
+    ours = next(iter_logits(plain, ids.to(device)))[0].float().to(device)
     del plain  # a third model
     free_memory(run.plan.device)
     reference = masked_logits(run.model, masks, ids.to(device)).to(device)
@@ -91,6 +93,12 @@ def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, f
         "masked_minus_sliced_rms": float((reference - sliced).square().mean().sqrt()),
     }
     limit = LOGIT_LIMIT[cfg.model.dtype] * checks["std"]
+    if not (apart := float((ours - sliced[:, :-1]).square().mean().sqrt())) <= limit:
+        raise UserError(
+            f"Logits that perplexity is computed from differ from the model's own by {apart:.2e}; expected at most "
+            f"{limit:.2e}. model_type '{run.model.config.model_type}' scales them in a way that gprune does not know: "
+            f"please report it."
+        )
     found = checks["masked_minus_sliced" if cfg.model.dtype == "float32" else "masked_minus_sliced_rms"]
     if not found <= limit:
         raise UserError(

@@ -115,12 +115,13 @@ class Recovery:
         """
         return 0, 0
 
-    def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
+    def refuse(self, blocks: Sequence[Block], *, shard: bool = False, settings: Mapping[str, Any] = NOTHING) -> None:
         """Raise a UserError, before anything is loaded, if this recovery cannot work.
 
         Args:
             blocks: of the dense model, without weights.
             shard: whether the dense model is spread over processes.
+            settings: as in `tokens`.
         """
         others = [n for n in RECOVERY if RECOVERY[n].experts and RECOVERY[n].sharded]
         if shard and not self.sharded:
@@ -171,9 +172,9 @@ class Chain(Recovery):
         found = [link.memory(small, states, attention=attention, settings=settings) for link in self.links]
         return max(device for device, _ in found), max(host for _, host in found)
 
-    def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
+    def refuse(self, blocks: Sequence[Block], *, shard: bool = False, settings: Mapping[str, Any] = NOTHING) -> None:
         for link in self.links:
-            link.refuse(blocks, shard=shard)
+            link.refuse(blocks, shard=shard, settings=settings)
 
 
 def recovery_of(name: str) -> Recovery:
@@ -233,7 +234,7 @@ class Projection(Recovery):
             (H, kept) weight and (H,) bias to add, or None, in the dtype of `weight`.
 
         Raises:
-            UserError: if the solver returns other shapes.
+            UserError: if the solver returns other shapes, and for a bias of experts.
         """
         import torch
 
@@ -241,8 +242,13 @@ class Projection(Recovery):
         with torch.no_grad():
             if moments.count.dim():  # experts have a count each
                 parts = zip(weight.float().chunk(experts, 1), keep.chunk(experts), range(experts), strict=True)
-                news = [self._solved(w, k, moments.of_expert(e, experts), ridge)[0] for w, k, e in parts]
-                return torch.cat(news, 1).to(dtype), None
+                found = [self._solved(w, k, moments.of_expert(e, experts), ridge) for w, k, e in parts]
+                if any(bias is not None for _, bias in found):
+                    raise UserError(
+                        f"Recovery '{self.name}': expected None in place of a bias for experts, which have none; "
+                        f"register it with experts=False."
+                    )
+                return torch.cat([new for new, _ in found], 1).to(dtype), None
             new, added = self._solved(weight.float(), keep, moments, ridge)
         return new.to(dtype), None if added is None else added.to(dtype)
 

@@ -67,7 +67,7 @@ class Ratio(Shape):
 class Summary(Shape):
     """The headline of `metrics.json`."""
 
-    sparsity_of_scope: Share
+    sparsity_of_scope: Annotated[float, Field(ge=0)]  # whole blocks may take more along than the scope has
     sparsity_of_model: Share
     parameters_before: Count
     parameters_after: Count

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Collection
 
+import lightning as L
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -62,11 +64,14 @@ class CalibrationStage(FrozenLMStage):
     def on_test_epoch_end(self) -> None:
         self._close()
 
-    def teardown(self, stage: str) -> None:
-        if self._collector is not None:  # after an exception
+    def configure_callbacks(self) -> list[L.Callback]:
+        """After an exception Lightning tells callbacks, and no stage: the model is to be left without hooks."""
+        return [LambdaCallback(on_exception=lambda *_: self._let_go())]
+
+    def _let_go(self) -> None:
+        if self._collector is not None:
             self._collector.__exit__()
             self._collector = None
-        super().teardown(stage)
 
     def _close(self) -> None:
         """Compute the statistics of the corpus whose batches have all come, if there is one."""

@@ -129,7 +129,9 @@ class DevelopmentCurve(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.tokens += int((batch["weight"] > 0).sum()) * batch["input_ids"].shape[1]
+        text = trainer.train_dataloader.batch_sampler
+        windows = min(text.batch_size, text.num_windows - (text.served - 1) * text.batch_size)  # of all processes
+        self.tokens += windows * batch["input_ids"].shape[1]
         if trainer.global_step in self.due - self.measured.keys():
             self._measure(trainer, pl_module)
 
@@ -150,10 +152,7 @@ class DevelopmentCurve(L.Callback):
         if not self.windows:
             return
         found = perplexities(pl_module.student, self.windows, self.batch_size)
-        count = torch.tensor(float(self.tokens), device=trainer.strategy.root_device)  # NCCL knows no other tensors
-        seen = trainer.strategy.reduce(count, reduce_op="sum")
-        tokens = {"distill/tokens": float(seen)}
-        log_perplexities(trainer, "distill", tokens, found, trainer.global_step)
+        log_perplexities(trainer, "distill", {"distill/tokens": float(self.tokens)}, found, trainer.global_step)
         mean = trainer.strategy.broadcast(geometric_mean(found.values()))
         if self.keep == "best" and mean < min(self.measured.values(), default=math.inf):
             self.best = {name: gathered(value).detach().cpu().clone() for name, value in pl_module.state_dict().items()}

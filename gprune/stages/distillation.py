@@ -49,11 +49,7 @@ class DistillationStage(FrozenLMStage):
     ):
         super().__init__(dense, shard=shard)
         self.settings = settings
-        if shard and settings.targets in ("vectors", "lora"):
-            raise UserError(
-                f"--distill.targets {settings.targets}: expected mlp or all with --model.shard true, whose layers are "
-                f"spread over processes."
-            )
+        settings.refuse(experts=any(block.has_experts for block in blocks_of(student)), shard=shard)
         layers = [len(blocks_of(model)) for model in (dense, student)]
         if settings.hidden and layers[0] != layers[1]:
             raise UserError(
@@ -71,6 +67,8 @@ class DistillationStage(FrozenLMStage):
         {"vectors": self._scale, "mlp": self._open, "all": self._open, "lora": self._adapt}[settings.targets]()
         if settings.checkpointing:
             _checkpointing(student, "enable")({"use_reentrant": False})
+            for hook in getattr(student, "_require_grads_hooks", ()):  # transformers 5.24 takes it off for PEFT alone
+                self._taken_off.callback(hook.remove)
             for block in blocks_of(student):  # only a layer in training mode recomputes; its dropout stays off
                 block.layer.training = True
                 if hasattr(block.layer, "dropout"):  # OPT's layers have it as a number of their own
@@ -103,8 +101,6 @@ class DistillationStage(FrozenLMStage):
 
     def _scale_inputs(self, block: Block, part: str) -> None:
         place = block.parts[part]
-        if not isinstance(place, Part):
-            raise UserError("--distill.targets vectors: experts have no scales of their own; expected mlp or all.")
         scale = self._learn(f"{block.index}.{part}", nn.Parameter(place.weight.new_ones(place.in_features)))
 
         def multiply(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -118,10 +114,8 @@ class DistillationStage(FrozenLMStage):
 
     def _adapt(self) -> None:
         """Put PEFT's adapters on the linear layers of the blocks."""
-        try:
-            import peft
-        except ImportError as error:
-            raise UserError("--distill.targets lora: needs peft, which is not installed: pip install peft.") from error
+        import peft
+
         blocks = blocks_of(self.student)
         hosts = {id(part.host) for block in blocks for part in block.parts.values() if isinstance(part, Part)}
         names = [name for name, module in self.student.named_modules() if id(module) in hosts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from gprune.recovery.contract import NOTHING, Material, Recovery, recovery
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from gprune.models.blocks import Block
     from gprune.models.memory import Shapes
 
 
@@ -20,6 +21,12 @@ class Distill(Recovery):
     """KL to the dense model on text of `corpora.recover`, end to end: `DistillationStage` as a link of a run."""
 
     learns = True
+
+    def refuse(self, blocks: Sequence[Block], *, shard: bool = False, settings: Mapping[str, Any] = NOTHING) -> None:
+        """As `Recovery.refuse`, and for the flags of `--distill`."""
+        super().refuse(blocks, shard=shard, settings=settings)
+        experts = any(block.has_experts for block in blocks)
+        settings.get("distill", DistillConfig()).refuse(experts=experts, shard=shard)
 
     def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
         """Train a `DistillationStage` by `material.fit`; returns the model with what was learned folded in."""

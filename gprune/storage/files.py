@@ -103,16 +103,20 @@ def _scratch(path: Path) -> Iterator[Path]:
         with suppress(OSError), locked(left):
             _put_back(left / OLD, path)
             shutil.rmtree(left, ignore_errors=True)
-    mine = False
     with ExitStack() as stack:
-        while not mine:
-            folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-            stack.callback(_remove, folder)
-            # Somebody may have taken it for abandoned in the moment before it was locked.
-            with suppress(BlockingIOError, FileNotFoundError):
-                stack.enter_context(locked(folder))
-                mine = folder.exists()
-        yield folder
+        yield own_folder(stack, _remove, prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+
+
+def own_folder(stack: ExitStack, remove: Callable[[Path], None], **name: Any) -> Path:
+    """A new folder, locked until the stack closes, which removes it; `name` is for `tempfile.mkdtemp`."""
+    while True:
+        folder = Path(tempfile.mkdtemp(**name))
+        stack.callback(remove, folder)
+        # Somebody may have taken it for abandoned in the moment before it was locked.
+        with suppress(BlockingIOError, FileNotFoundError, NotADirectoryError):
+            stack.enter_context(locked(folder))
+            if folder.exists():
+                return folder
 
 
 @contextmanager

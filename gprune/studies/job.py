@@ -38,8 +38,8 @@ from gprune.studies.tables import cost_table, text_of
 
 def run(row: Row) -> dict[str, Any]:
     """Run one configuration, and its tasks, and keep what came out."""
-    cfg, tasks, path = row.config, row.wanted_tasks, path_of(row)
-    before = read(path) or {"masks": None}  # of another list, which wants other things of this row
+    cfg, tasks = row.config, row.wanted_tasks
+    before = read(path_of(row)) or {"masks": None}  # of another list, which wants other things of this row
     if tasks and cfg.recovery != "none":  # masks do not hold what recovery changed
         cfg = replace(cfg, export="hf")
     result = gprune.prune(cfg)
@@ -59,9 +59,10 @@ def run(row: Row) -> dict[str, Any]:
         "records": [rounded(r) for r in result.records],
     }
     kept |= {name: before[name] for name in ("tasks", "evaluation") if name in before}
+    write(path_of(row), kept)  # tasks may take longer than the run, or fail
     if tasks:
         kept |= {"tasks": tasks, "evaluation": evaluated(result.path, cfg, row, kept["inputs"]["model"])}
-    write(path, kept)
+        write(path_of(row), kept)  # asked again: another list may have written its own tasks beside it
     return kept
 
 
@@ -72,12 +73,7 @@ def rounded(record: dict[str, Any]) -> dict[str, Any]:
 
 def evaluated(folder: Path, cfg: gprune.RunConfig, row: Row, dense_model: str) -> list[dict[str, Any]]:
     """Records of `gprune evaluate` on a finished run, the dense model's (by its fingerprint) first."""
-    tasks = row.wanted_tasks
-    own = {k: tasks[k] for k in ("limit", "dtype") if k in tasks}
-    if lengths := tasks.get("seq_len"):
-        own["seq_len"] = (lengths,) if isinstance(lengths, int) else tuple(lengths)
-    asked = Benchmarks(tuple(tasks["names"]), trust_remote_code=cfg.model.trust_remote_code, **own)
-    shared = dense_path(row.records, dense_model, cfg.model.dtype, tasks)
+    asked, shared = asked_of(row), dense_path(row.records, dense_model, cfg.model.dtype, row.wanted_tasks)
     dense = (read_json(shared, check=schema.evaluation) or {}).get("records")
     measured, _ = benchmarks.evaluate(str(folder), asked, dense=not dense)
     records = [rounded(r) if "window_nll" in r else r for r in measured]
@@ -85,6 +81,15 @@ def evaluated(folder: Path, cfg: gprune.RunConfig, row: Row, dense_model: str) -
         return [*dense, *(r for r in records if r["stage"] != "dense")]
     write_json(shared, {"records": [r for r in records if r["stage"] == "dense"]})
     return records
+
+
+def asked_of(row: Row) -> Benchmarks:
+    """The row's tasks; raises UserError for what cannot be measured."""
+    tasks = row.wanted_tasks
+    own = {k: tasks[k] for k in ("limit", "dtype") if k in tasks}
+    if lengths := tasks.get("seq_len"):
+        own["seq_len"] = (lengths,) if isinstance(lengths, int) else tuple(lengths)
+    return Benchmarks(tuple(tasks["names"]), trust_remote_code=row.config.model.trust_remote_code, **own)
 
 
 def token_hours(pending: Sequence[Row]) -> str:
@@ -152,6 +157,9 @@ def work(options: Namespace) -> None:
 
 def run_all(pending: Sequence[Row]) -> None:
     """Say what it will cost, run each row, and say when its record is kept."""
+    for row in pending:
+        if row.wanted_tasks:
+            benchmarks.check(asked_of(row))
     first = process_index() == 0  # of processes that Lightning has started with the same command
     if first:
         say(token_hours(pending) + "\n")

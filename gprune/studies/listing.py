@@ -109,7 +109,8 @@ class Row:
     @property
     def wanted_tasks(self) -> dict[str, Any]:
         """The tasks of the list, unless it asks for them with other seeds only."""
-        wanted = self.seed in self.tasks.get("seeds", [self.seed])
+        seeds = self.tasks.get("seeds")
+        wanted = seeds is None or self.seed in seeds
         return {name: value for name, value in self.tasks.items() if name != "seeds"} if wanted else {}
 
 

@@ -36,6 +36,7 @@ def raw(tmp_path, monkeypatch):
     path.write_text("".join(lines), encoding="utf-8")
     monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(wikitext, "offline_if_unreachable", no_hub)
+    monkeypatch.setattr(wikitext, "CHARACTERS", len(join_lines("".join(lines))))
     return path
 
 
@@ -67,6 +68,7 @@ def test_the_mirror_has_the_rows_of_the_data_set():
         pytest.skip("no $GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw")
     raw = path.read_text(encoding="utf-8")
     assert len(rows_of_the_data_set(raw)) == 4358
+    assert len(join_lines(raw)) == wikitext.CHARACTERS
     assert join_lines(raw) == "\n\n".join(rows_of_the_data_set(raw))
     assert wikitext.wikitext2() == join_lines(raw)
 
@@ -120,6 +122,10 @@ def test_the_protocol_is_in_the_record(raw):
     assert part["window_nll"] == pytest.approx(whole["window_nll"][:3], rel=1e-6)
     assert part["content_hash"] != whole["content_hash"]
     assert wikitext2_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32, limit=10**6)["standard_protocol"]
+    raw.write_text("".join(raw.read_text().splitlines(keepends=True)[:-3]))
+    short = wikitext2_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32)
+    assert not short["standard_protocol"]
+    assert f"of {wikitext.CHARACTERS:,} characters" in short["note"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,6 +90,8 @@ def data(tmp_path, monkeypatch):
     write_task(tmp_path, "mine", "test", arc_rows(5))
     monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
     hub(monkeypatch, reachable=False)
+    for name in ("piqa", "arc_easy"):  # else twelve questions are a part of them
+        monkeypatch.setitem(tasks.LOCAL_TASKS, name, replace(tasks.LOCAL_TASKS[name], questions=12))
     return tmp_path
 
 
@@ -203,6 +206,11 @@ def test_the_test_split_comes_first_and_another_one_is_not_standard(data):
     assert not tasks.load_questions(other).about.complete
 
 
+def test_a_file_that_broke_off_is_not_standard(tmp_path):
+    found = tasks.load_questions(write_task(tmp_path, "piqa", "validation", piqa_rows(100))).about
+    assert (found.complete, found.note) == (False, "100 of 1,838 questions")
+
+
 # --- prompts
 
 
@@ -253,6 +261,7 @@ def test_every_prompt_and_choice_of_the_mirror_is_lm_evals(task):
 
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(tasks.load_questions(path).rows) == len(rows)
+    assert tasks.load_questions(path).about.complete
     for row in rows:
         doc = as_on_the_hub(task, row)
         assert row["prompt"] == apply_template(config["doc_to_text"], doc)
@@ -373,6 +382,16 @@ def test_answers_are_hflms_and_contexts_have_no_logits(batch_size):
     assert [ll for ll, _ in ours] == pytest.approx([ll for ll, _ in theirs], abs=1e-10)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     assert fewer < 0.9 * all_rows
+
+
+def test_loglikelihoods_that_are_no_numbers_are_no_answers(data):
+    needs_lm_eval()
+    model = make_tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    with pytest.raises(UserError, match="non-finite log-likelihood came up in task 'piqa'"):
+        zero_shot.zero_shot(model, tiny_tokenizer(), ["piqa"])
+    assert not model.lm_head._forward_pre_hooks
 
 
 def test_records_carry_their_protocol(data):

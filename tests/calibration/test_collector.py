@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,10 @@ from gprune.calibration.collector import Collector, collect
 from gprune.calibration.kinds import EXTRAS
 from gprune.calibration.moments import StreamingMoments, StreamingTurn
 from gprune.calibration.statistics import CorpusStatistics, Moments, kind_of, pooled
+from gprune.corpora.loaders import CorpusDataModule
+from gprune.corpora.windows import Windows
 from gprune.errors import UserError
+from gprune.stages.calibration import CalibrationStage
 from tests.conftest import make_tiny_llama
 
 KINDS = {"ffn": lambda layer: layer.mlp.down_proj, "attention": lambda layer: layer.self_attn.o_proj}
@@ -265,3 +269,21 @@ def test_bfloat16_activations_are_summed_in_higher_precision():
     sums = metric.compute()
     assert torch.equal(sums["sum"], torch.full((2, 3), 2048 * (1 + 2**-7), dtype=torch.float64))
     assert torch.equal(sums["count"], torch.tensor([2048.0, 2048.0], dtype=torch.float64))
+
+
+def test_a_stage_that_fails_leaves_no_hooks(tiny_model, token_batch):
+    class BrokenError(Exception):
+        pass
+
+    def broken(*_):
+        raise BrokenError
+
+    stage = CalibrationStage(tiny_model, ["a"])
+    windows = Windows("a", "train", token_batch, False)
+    data = CorpusDataModule(test=[windows], batch_size=4, seed=0)
+    handle = tiny_model.model.norm.register_forward_hook(broken)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    with pytest.raises(BrokenError):
+        trainer.test(stage, data, verbose=False)
+    handle.remove()
+    assert hooks_of(tiny_model) == 0

@@ -25,7 +25,7 @@ from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of, decoder_layers
-from gprune.models.families import FAMILIES
+from gprune.models.families import FAMILIES, Family
 from gprune.models.loading import read_config
 from gprune.models.losses import iter_logits, next_token_loss
 from gprune.models.masks import Masks
@@ -452,6 +452,16 @@ def worlds(tmp_path_factory):
 
     with tiny_run.isolated(folder / "cache"):
         yield of
+
+
+@pytest.mark.parametrize("overrides", [{}, {"logits_scaling": 4.0}])
+def test_a_family_that_scales_its_logits_is_refused_where_it_does(overrides, worlds, tmp_path, monkeypatch, capsys):
+    """Added by its record alone: perplexity would be that of other logits, without a word."""
+    tiny_run.quick(monkeypatch)
+    monkeypatch.setitem(FAMILIES, "granite", Family("granite"))
+    args = worlds("granite", **overrides).args(tmp_path, "--gprune=false", "--evaluation.controls=[]")
+    assert tiny_run.main([*args, "--export=none"]) == (2 if overrides else 0)
+    assert ("'granite' scales them in a way that gprune does not know" in capsys.readouterr().err) is bool(overrides)
 
 
 # One family of each kind in the fast tests: gated, ungated and stored transposed, and with experts.

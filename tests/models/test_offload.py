@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,7 +218,7 @@ def test_a_model_spread_over_devices_is_pruned_and_collected_as_ever(ids):
 # Folders and flags
 
 
-def test_the_scratch_folder_goes_with_its_model_and_after_a_kill(tmp_path):
+def test_the_scratch_folder_goes_with_its_model_and_after_a_kill(tmp_path, monkeypatch):
     with tiny_run.isolated(tmp_path):
         folder, stack = scratch_folder()
         other, other_stack = scratch_folder()  # takes no folder that is in use
@@ -232,6 +233,20 @@ def test_the_scratch_folder_goes_with_its_model_and_after_a_kill(tmp_path):
         assert not left.exists()
         with pytest.raises(BlockingIOError), locked(other):
             pass
+        real, lost = tempfile.mkdtemp, []
+
+        def taken_for_abandoned(**name):
+            made = real(**name)
+            if not lost:
+                lost.append(made)
+                Path(made).rmdir()  # another process was faster than the lock
+            return made
+
+        monkeypatch.setattr(tempfile, "mkdtemp", taken_for_abandoned)
+        third, third_stack = scratch_folder()
+        assert third.exists()
+        assert str(third) != lost[0]
+        third_stack.close()
         other_stack.close()
         assert list((tmp_path / "offload").iterdir()) == []
 

@@ -104,6 +104,14 @@ FLAGS = {
     "protect a name": (["--sparsity.protect=[first]"], ["sparsity.protect", "first"]),
     "collect": (["--corpora.collect=[grams]"], ["corpora.collect", "gram", "saliency", "grams"]),
     "export": (["--export=onnx"], ["export", "hf", "gguf", "onnx"]),
+    "hidden states of blocks that are gone": (
+        ["--gprune=false", "--sparsity.allocation=depth", "--recovery=[distill]", "--distill.hidden=1"],
+        ["--distill.hidden", "expected 0", "depth", "got 1"],
+    ),
+    "adapters on layers that are spread": (
+        ["--recovery=[distill]", "--distill.targets=lora", "--model.shard=true", "--trainer.devices=2"],
+        ["--distill.targets lora", "mlp or all", "--model.shard"],
+    ),
     "recovery": (["--recovery=lora"], ["least_squares", "'lora'"]),
     "ridge": (["--ridge=-1"], ["--ridge", "-1"]),
     "learning rate": (["--sparsity.learning_rate=0"], ["--sparsity.learning_rate", "got 0"]),

@@ -239,3 +239,19 @@ def test_what_a_users_own_recovery_returns_is_checked(problem, broken, got):
 def test_needs_that_there_are_not_are_refused():
     with pytest.raises(ValueError, match=r"needs expected to be of moments, gram, text, got \['grams'\]"):
         recovery("mine", needs=("grams",))
+
+
+def test_a_bias_of_experts_is_refused_and_not_dropped(problem):
+    x, weight, keep = problem
+    sums = statistics_of(x, gram=False).total
+    experts = Moments(sums.count.expand(2), sums.sum, sums.sum_sq)  # two of them, half of the columns each
+
+    def shifted(weight, keep, moments, ridge):
+        return weight[:, keep], torch.zeros(len(weight))
+
+    found = Projection(shifted, needs=("moments",), experts=True)
+    found.name = "shifted"
+    with pytest.raises(UserError, match="Recovery 'shifted': expected None in place of a bias for experts"):
+        found.solve(weight, keep, experts, experts=2)
+    plain = Projection(lambda weight, keep, moments, ridge: (weight[:, keep], None), needs=("moments",), experts=True)
+    assert torch.equal(plain.solve(weight, keep, experts, experts=2)[0], weight[:, keep])

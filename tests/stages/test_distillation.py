@@ -135,6 +135,8 @@ def test_what_saves_memory_or_time_learns_the_same(settings, family, problem):
         trainer = fitted(stage, tokens, batch_size=4 // more.get("accumulate", 1), **how)
         assert trainer.global_step == 2
         after = stage.finished().state_dict()
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in stage.student.modules())
+        assert not stage.student(tokens[:1]).logits.requires_grad
         if family == "opt":
             assert [block.layer.dropout for block in blocks_of(pruned)] == [0.1] * 3
         assert {t.dtype for t in after.values()} == {torch.float32}
@@ -186,6 +188,17 @@ def test_experts_have_no_scales():
     dense = make_tiny("mixtral")
     with pytest.raises(UserError, match=r"--distill\.targets vectors: experts have no scales"):
         DistillationStage(dense, prune(dense, some_masks(dense, attention=False)), DistillConfig(targets="vectors"))
+
+
+def test_adapters_begin_alike_whatever_the_cache_holds(world, tmp_path, monkeypatch):
+    tiny_run.quick(monkeypatch)
+    flags = (*FLAGS, *ALONE, "--distill.targets=lora")
+    found = []
+    for cache, name in (("one", "cold"), ("one", "warm"), ("two", "cold again")):
+        with tiny_run.isolated(tmp_path / cache):
+            found.append(learned(world.run(tmp_path, *flags, name=name).path))
+    for other in found[1:]:
+        assert all(torch.equal(other[name], t) for name, t in found[0].items())
 
 
 # Chains
@@ -482,6 +495,13 @@ def test_two_processes_learn_what_one_does_and_go_on_to_the_same_bits(world, tmp
             ended = tiny_run.train(args, place, processes=processes, script=tmp_path / "dying.py")
             assert [done.returncode for done in ended] == [0 if life == 99 else 9] * processes, ended[0].stderr
         found[name] = learned(tmp_path / name)
+        tokens = [
+            float(row["distill/tokens"])
+            for file in sorted((tmp_path / name / "csv").rglob("metrics.csv"))
+            for row in csv.DictReader(file.open())
+            if row.get("distill/tokens")
+        ]
+        assert sorted({*tokens}) == [0, 128, 256, 512, 576], name  # of both processes, in how many sittings ever
     for whole, killed in (("two", "killed"), ("sharded", "sharded and killed")):
         assert all(torch.equal(found[whole][name], t) for name, t in found[killed].items())
         for name, t in found["one"].items():

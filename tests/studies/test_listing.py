@@ -705,6 +705,27 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     assert "evaluation" not in runner.run(lists.Listing.read(path, seeds=[1]).rows[0])
 
 
+def test_tasks_that_fail_leave_the_run_and_tasks_that_cannot_be_measured_run_nothing(
+    bench, measured, monkeypatch, capsys
+):
+    from gprune.benchmarks import job as evaluation
+
+    def fails(*_, **__):
+        raise UserError("no such task")
+
+    rows, tasks = {"plain": {"gprune": False}}, {"names": ["piqa"], "seeds": None}  # null: of all seeds
+    path = bench.write("failing", rows, tasks=tasks, common={"ridge": 0.4})
+    monkeypatch.setattr(evaluation, "evaluate", fails)
+    monkeypatch.setattr(evaluation, "require_lm_eval", lambda: "0")
+    assert "no such task" in bench.refused(capsys, path)
+    (row,) = lists.Listing.read(path).rows
+    assert len(records.read(records.path_of(row))["records"]) > 0
+    assert runner.found(row) is None
+    monkeypatch.setattr(gprune, "prune", lambda cfg: pytest.fail("it ran"))
+    monkeypatch.setattr(evaluation, "require_lm_eval", fails)
+    assert "no such task" in bench.refused(capsys, path)
+
+
 # --- files ------------------------------------------------------------------------------------------------------
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.text("ab", max_size=2))
