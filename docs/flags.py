@@ -46,10 +46,13 @@ def shown(action: argparse.Action) -> bool:
 
 
 def name(action: argparse.Action) -> str:
-    """The first long spelling with the values it takes."""
-    long = next((o for o in action.option_strings if o.startswith("--")), "")
+    """The first long spelling, or both of a switch, with the values it takes."""
+    longs = [o for o in action.option_strings if o.startswith("--")]
+    long = ", ".join(longs[: 2 if isinstance(action, argparse.BooleanOptionalAction) else 1])
     choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else ""
     value = action.metavar or choices or ("" if action.nargs == 0 else action.dest.rpartition(".")[2].upper())
+    if action.nargs == "+":
+        value = f"{value} [{value} ...]"
     return " ".join(filter(None, (long, value if isinstance(value, str) else " ".join(value)))).replace("|", "\\|")
 
 

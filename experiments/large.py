@@ -44,7 +44,7 @@ from gprune.runs.results import load_run
 MB = 1e6
 RUNS = {
     "wanda_sp + least_squares": ["--gprune=false", "--recovery=least_squares"],
-    "gprune, thresholds not learned": ["--gprune=true", "--partition.steps=40"],
+    "gprune, thresholds not learned": ["--gprune=true", "--partition.steps=40", "--recovery=none"],
 }
 
 

@@ -207,7 +207,8 @@ class SparsityConfig(Group):
     """Fraction of the scope's parameters to remove, inside (0, 1)."""
     schedule: list[Sparsity] = field(default_factory=list)
     """Sparsities on the way to the target, rising, such as [0.3, 0.4]: at each the model is pruned and recovered, and
-    what is left is scored again. --distill.tokens are shared between the steps. Without controls in the table."""
+    what is left is scored again. --distill.tokens are shared between the steps. Needs
+    --evaluation.controls []."""
     scope: Literal["ffn", "attention+ffn"] = "ffn"
     """ffn: whole FFN neurons. attention+ffn: whole KV groups too, in the same budget."""
     allocation: str = "learned"

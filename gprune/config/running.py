@@ -36,7 +36,7 @@ class EvaluationConfig(Group):
     seq_len: AtLeast8 = 256
     """Tokens per window. Windows do not overlap (stride = seq_len)."""
     development_samples: AtLeast1 = 2
-    """Development windows per learning corpus, for the curves: perplexity against epoch and against sparsity."""
+    """Development windows per corpus of learning and recovery, for curves against epoch, tokens and sparsity."""
     curve: list[Sparsity] = field(default_factory=lambda: [0.2, 0.35])
     """Sparsities, besides 0 and the target, at which gprune's masks are measured on development text."""
     samples: AtLeast0 = 3

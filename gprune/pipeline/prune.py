@@ -1,4 +1,4 @@
-"""prune(cfg): generalization-aware structured pruning, one call per step of the method.
+"""prune(cfg): generalization-aware structured pruning, step by step.
 
  1 statistics   one pass per corpus: what enters every down and output projection
  2 importance   a score per unit and corpus

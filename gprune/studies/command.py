@@ -10,8 +10,9 @@ from gprune.console import Parser, guarded, quiet
 
 ABOUT = """Run a list of configurations, keep what came out, print tables. What a list is: gprune/studies/listing.py.
 
-After each configuration its numbers, masks and costs are written to the folder of records; whichever list asks, a
-configuration whose settings stand there is not run again. Run folders share calibration through the cache."""
+After each configuration its numbers, costs and masks (of lists in experiments/ where a table is about them) are
+written to the folder of records; whichever list asks, a configuration whose settings stand there is not run again. Run
+folders share calibration through the cache."""
 
 EXAMPLES = """Flags of train.py come after --, and last in every row.
 
