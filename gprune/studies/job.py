@@ -72,15 +72,14 @@ def rounded(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluated(folder: Path, cfg: gprune.RunConfig, row: Row, dense_model: str) -> list[dict[str, Any]]:
-    """Records of `gprune evaluate` on a finished run, the dense model's (by its fingerprint) first."""
+    """Records of `gprune evaluate` on a finished run; the dense model's, by its fingerprint, are kept for all rows."""
     asked, shared = asked_of(row), dense_path(row.records, dense_model, cfg.model.dtype, row.wanted_tasks)
     dense = (read_json(shared, check=schema.evaluation) or {}).get("records")
     measured, _ = benchmarks.evaluate(str(folder), asked, dense=not dense)
     records = [rounded(r) if "window_nll" in r else r for r in measured]
-    if dense:  # measured with an earlier row: the same model, text and settings
-        return [*dense, *(r for r in records if r["stage"] != "dense")]
-    write_json(shared, {"records": [r for r in records if r["stage"] == "dense"]})
-    return records
+    if not dense:
+        write_json(shared, {"records": [r for r in records if r["stage"] == "dense"]})
+    return [r for r in records if r["stage"] != "dense"]
 
 
 def asked_of(row: Row) -> Benchmarks:

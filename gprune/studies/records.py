@@ -37,6 +37,7 @@ def found(row: Row) -> dict[str, Any] | None:
     """The record of an earlier run with the row's settings, with the tasks and the masks that the list asks for."""
     kept = read(path_of(row))
     there = is_of(row, kept) and row.wanted_tasks in ({}, kept.get("tasks"))
+    there = there and (not row.wanted_tasks or any(r["stage"] == "dense" for r in of_tasks(row, kept)))
     return kept if there and not (row.masks and kept["masks"] is None) else None
 
 
@@ -109,6 +110,15 @@ def dense_path(records: Path, model: str, dtype: str, tasks: dict[str, Any]) -> 
     return records / "dense" / f"{key_of(format=FORMAT, model=[model, dtype], tasks=tasks)}.json"
 
 
+def of_tasks(row: Row, kept: dict[str, Any]) -> list[Record]:
+    """What the row's tasks gave, the dense model first: from the file for all rows, or from records of before it."""
+    own = kept.get("evaluation", []) if row.wanted_tasks else []
+    if not own or own[0]["stage"] == "dense":
+        return own
+    path = dense_path(row.records, kept["inputs"]["model"], row.config.model.dtype, row.wanted_tasks)
+    return (read_json(path, check=schema.evaluation) or {"records": []})["records"] + own
+
+
 def is_of(row: Row, kept: dict[str, Any] | None) -> bool:
     """Whether a record has the row's settings, as they would be given today."""
     if kept is None:
@@ -147,7 +157,7 @@ def as_run(row: Row, kept: dict[str, Any], seen: Sequence[str] | None) -> Finish
     Raises:
         UserError: for a record that has seen what the list calls unseen.
     """
-    records, evaluation = (_named(row, kept.get(name, [])) for name in ("records", "evaluation"))
+    records, evaluation = (_named(row, numbers) for numbers in (kept["records"], of_tasks(row, kept)))
     if seen is not None and (extra := sorted({r["corpus"] for r in records if r["seen"]} - set(seen))):
         raise UserError(
             f"Row '{row.name}': expected text that the list calls unseen, got {extra[0]}, which the run used, or "
@@ -161,7 +171,7 @@ def as_run(row: Row, kept: dict[str, Any], seen: Sequence[str] | None) -> Finish
         summary=kept["summary"],
         masks=None if kept["masks"] is None else unpacked(kept["masks"]),
         modules=None,
-        evaluation=[r | {"run": row.name} for r in evaluation if row.wanted_tasks],
+        evaluation=[r | {"run": row.name} for r in evaluation],
     )
 
 

@@ -672,8 +672,12 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     kept = [runner.run(row) for row in listing.rows]
     assert calls == [(("piqa", "arc_easy"), 4, True), (("piqa", "arc_easy"), 4, False)]
     assert [cfg.export for cfg in configs] == ["none", "hf"]  # masks do not hold what recovery changed
-    for k in kept:
-        assert [r["stage"] for r in k["evaluation"]] == ["dense"] * 2 + ["base"] * 2
+    for row, k in zip(listing.rows, kept, strict=True):
+        assert [r["stage"] for r in k["evaluation"]] == ["base"] * 2
+        both = records.as_run(row, k, None).evaluation
+        assert [(r["stage"], r["run"]) for r in both] == [(s, row.name) for s in ("dense", "dense", "base", "base")]
+        # records of before hold the dense model's numbers themselves
+        assert records.as_run(row, k | {"evaluation": both}, None).evaluation == both
     assert all(runner.found(row) for row in listing.rows)
     # a list without tasks is content with that, and prints none; one with others, or of another model, is not
     assert records.as_run(lists.Listing.read(bench.write("none", rows, **own)).rows[0], kept[0], None).evaluation == []
