@@ -47,6 +47,26 @@ def evaluation_table(records: Sequence[Record]) -> Table:
     )
 
 
+def against(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, str]:
+    """What one model's records have of another's, by task: differences of accuracy and ratios of perplexity, paired."""
+    others = {_identity(r): r for r in theirs}
+    pairs = [(r, others[_identity(r)]) for r in ours if _identity(r) in others]
+    return {r["task"] + (f", {r['seq_len']}" if "seq_len" in r else ""): _against(r, other) for r, other in pairs}
+
+
+def _against(r: Record, other: Record) -> str:
+    if r["kind"] == "perplexity":
+        nll = ({"": record["window_nll"]} for record in (r, other))
+        return "x {:.3f} [{:.3f}, {:.3f}]".format(*paired_ratio(*nll, r["seq_len"] - 1))
+    scored = "correct" if "correct" in r else "correct_norm"  # some of lm_eval's tasks have acc_norm alone
+    digits = ([c == "1" for c in record[scored]] for record in (r, other))
+    return _with_error(*paired_difference(*digits), sign="+")
+
+
+def _with_error(value: float | None, error: float | None, sign: str = "") -> str | None:
+    return None if value is None else f"{value:{sign}.3f}" + ("" if error is None else f" +- {error:.3f}")
+
+
 def _identity(r: Record) -> tuple[Cell, ...]:
     """What a number and the dense model's must share, to stand side by side."""
     parts = len(r["window_nll"]) if r["kind"] == "perplexity" else r["questions"]
@@ -54,25 +74,20 @@ def _identity(r: Record) -> tuple[Cell, ...]:
 
 
 def _accuracy(r: Record, dense: Record | None) -> list[Cell]:
-    def with_error(value: float | None, error: float | None, sign: str = "") -> str | None:
-        return None if value is None else f"{value:{sign}.3f}" + ("" if error is None else f" +- {error:.3f}")
-
-    difference = None
-    if dense is not None:
-        scored = "correct" if "correct" in r else "correct_norm"  # some of lm_eval's tasks have acc_norm alone
-        digits = ([c == "1" for c in record[scored]] for record in (r, dense))
-        difference = with_error(*paired_difference(*digits), sign="+")
-    numbers = (with_error(r[m], r[f"{m}_stderr"]) for m in ("acc", "acc_norm"))
-    return [r["split"], r["questions"], *numbers, difference, *_standing(r)]
+    numbers = (_with_error(r[m], r[f"{m}_stderr"]) for m in ("acc", "acc_norm"))
+    return [r["split"], r["questions"], *numbers, dense and _against(r, dense), *_standing(r)]
 
 
 def _perplexity(r: Record, dense: Record | None) -> list[Cell]:
-    ratio = None
-    if dense is not None:
-        nll = ({"": record["window_nll"]} for record in (r, dense))
-        ratio = "x {:.3f} [{:.3f}, {:.3f}]".format(*paired_ratio(*nll, r["seq_len"] - 1))
     value = f"{r['perplexity']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
-    return [r["split"], r["tokens"], value, None, ratio, *_standing(r, f"windows of {r['seq_len']} tokens, ")]
+    return [
+        r["split"],
+        r["tokens"],
+        value,
+        None,
+        dense and _against(r, dense),
+        *_standing(r, f"windows of {r['seq_len']} tokens, "),
+    ]
 
 
 def _standing(r: Record, protocol: str = "") -> list[Cell]:

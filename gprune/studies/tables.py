@@ -7,10 +7,11 @@ from typing import Any
 
 from gprune import report
 from gprune.errors import UserError
+from gprune.report.benchmark_table import against
 from gprune.report.perplexity_tables import pooled, ratio_to
 from gprune.report.records import by_stage
 from gprune.report.table import Estimate, Table
-from gprune.runs.results import FinishedRun, row_name
+from gprune.runs.results import FinishedRun, Record, row_name
 from gprune.studies.listing import Listing, Row
 from gprune.studies.records import as_run, path_of
 from gprune.studies.spread import spread_table
@@ -47,7 +48,11 @@ def text_of(listing: Listing, done: Done) -> str:
     """Markdown: means and ratios, perplexities, comparisons, tasks; then the protocol."""
     made = reported(listing, done)
     tables = [t for t in made.tables if t.name in listing.tables]
-    tables += [comparison_table(listing, made.runs), spread_table(listing.spread, made.runs)]
+    tables += [
+        comparison_table(listing, made.runs),
+        task_table(listing, made.runs),
+        spread_table(listing.spread, made.runs),
+    ]
     return "\n\n".join([f"**{listing.about}**", *(t.shown() for t in tables if t.rows), *made.protocols()])
 
 
@@ -61,6 +66,27 @@ def comparison_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
     none = "No ratio: the two have no seed in common, or were evaluated on other windows."
     columns = ["unseen perplexity of", "seeds", "ratio"]
     return Table("compare", "Comparisons", columns, rows, {"ratio": 3}, none if any(not row[1] for row in rows) else "")
+
+
+def task_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
+    """A row for every pair that the list compares and every seed whose tasks both have, a column for each task."""
+    rows: list[tuple[str, int, dict[str, str]]] = []
+    for a, b in listing.compare:
+        (a_runs, a_stage), (b_runs, b_stage) = (_stage(runs, name) for name in (a, b))
+        by_seed = {r.seed: of_stage(r.evaluation, b_stage) for r in b_runs}
+        for r in a_runs:
+            if found := against(of_stage(r.evaluation, a_stage), by_seed.get(r.seed, [])):
+                rows.append((f"{a} - {b}", r.seed, found))
+    tasks = list(dict.fromkeys(task for *_, found in rows for task in found))
+    note = "Paired: accuracy less accuracy +- standard error; WikiText-2 by its windows' tokens, x perplexity over "
+    note += "perplexity with a 95 % interval."
+    content = [[pair, seed, *(found.get(task) for task in tasks)] for pair, seed, found in rows]
+    return Table("compare_tasks", "Comparisons on tasks", ["first - second", "seed", *tasks], content, note=note)
+
+
+def of_stage(records: Sequence[Record], stage: tuple[str, str]) -> list[Record]:
+    """The records of a stage and its recovery."""
+    return [r for r in records if (r["stage"], r.get("recovery") or "none") == stage]
 
 
 def ratios_of(runs: Sequence[FinishedRun], a: str, b: str) -> list[Estimate] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import sys
@@ -707,6 +708,33 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     assert len(list((bench.folder / "both/runs").iterdir())) == 1
     # with a seed that the tasks do not name, there are none
     assert "evaluation" not in runner.run(lists.Listing.read(path, seeds=[1]).rows[0])
+
+
+def test_rows_are_compared_on_tasks_pair_by_pair(bench, measured, monkeypatch, capsys):
+    rows = {"plain": {"gprune": False}, "mended": {"gprune": False, "recovery": "bias"}}
+    path = bench.write(
+        "compared", rows, tasks={"names": ["piqa"], "limit": 4}, common={"ridge": 0.5},
+        compare=[["mended: base + bias", "plain: base"]],
+    )  # fmt: skip
+    monkeypatch.setattr("gprune.benchmarks.job.require_lm_eval", lambda: "0")
+    bench(capsys, path)
+    for row in lists.Listing.read(path).rows:
+        kept = records.read(records.path_of(row))
+        mended = row.name == "mended"
+        one = kept["evaluation"][0] | {
+            "recovery": "bias" if mended else "none",
+            "correct": "1110" if mended else "0110",
+        }
+        nll = [3.0, 7.0] if mended else [2.0, 6.0]  # of two windows, each with two tokens to predict
+        two = one | {"kind": "perplexity", "task": "wikitext2", "window_nll": nll, "seq_len": 3, "tokens": 4}
+        two |= {"nll": sum(nll) / 4, "perplexity": math.exp(sum(nll) / 4), "low": 1.0, "high": 99.0}
+        records.write(records.path_of(row), kept | {"evaluation": [one, two]})
+    out = bench(capsys, path, "--table")
+    (line,) = [line for line in out.splitlines() if line.startswith("| mended: base + bias - plain: base")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:] == ["0", "+0.250 +- 0.250", "x 1.649 [1.649, 1.649]"]  # exp(1 nat over two tokens)
+    (head,) = [line for line in out.splitlines() if line.startswith("| first - second")]
+    assert [cell.strip() for cell in head.strip("|").split("|")] == ["first - second", "seed", "piqa", "wikitext2, 3"]
 
 
 def test_tasks_that_fail_leave_the_run_and_tasks_that_cannot_be_measured_run_nothing(
