@@ -36,9 +36,14 @@ def plain(value: Any) -> Any:
 def found(row: Row) -> dict[str, Any] | None:
     """The record of an earlier run with the row's settings, with the tasks and the masks that the list asks for."""
     kept = read(path_of(row))
-    there = is_of(row, kept) and row.wanted_tasks in ({}, kept.get("tasks"))
-    there = there and (not row.wanted_tasks or any(r["stage"] == "dense" for r in of_tasks(row, kept)))
-    return kept if there and not (row.masks and kept["masks"] is None) else None
+    return kept if is_of(row, kept) and _serves(row, kept) else None
+
+
+def _serves(row: Row, kept: dict[str, Any]) -> bool:
+    """Whether a record of the row's settings has the tasks, the dense model's too, and the masks that are asked for."""
+    tasks = row.wanted_tasks in ({}, kept.get("tasks"))
+    tasks = tasks and (not row.wanted_tasks or any(r["stage"] == "dense" for r in of_tasks(row, kept)))
+    return tasks and not (row.masks and kept["masks"] is None)
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -92,12 +97,12 @@ def path_of(row: Row) -> Path:
     """
     default, settings = (flat(plain(cfg.settings())) for cfg in (RunConfig(), row.config))
     usual = default | FORMER_DEFAULTS
-    own = {name: value for name, value in settings.items() if value != usual.get(name)}
-    key = key_of(format=FORMAT, settings=own)[:10]
-    for path in sorted((row.records / "runs").glob(f"*-{key}*.json")):
-        kept = read(path)
-        if is_of(row, kept) and row.wanted_tasks in ({}, kept.get("tasks", row.wanted_tasks)):
-            return path
+    unusual = {name: value for name, value in settings.items() if value != usual.get(name)}
+    key = key_of(format=FORMAT, settings=unusual)[:10]
+    there = [(path, read(path)) for path in sorted((row.records / "runs").glob(f"*-{key}*.json"))]
+    own = [(p, k) for p, k in there if is_of(row, k) and row.wanted_tasks in ({}, k.get("tasks", row.wanted_tasks))]
+    if own:  # several: of lists with other tasks, of which one may have masks and another none
+        return min(own, key=lambda one: not _serves(row, one[1]))[0]
     slug = "-".join("".join(c if c.isalnum() else " " for c in row.name.lower()).split())
     # A record under this key may be of other settings, those of a default that has changed since: it stays.
     numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
