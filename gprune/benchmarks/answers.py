@@ -30,6 +30,7 @@ class AnswerLM(HFLM):
         longest_first = sorted(same_input, key=lambda tokens: (-len(tokens), tokens))
         size = override_bs or int(self.batch_size)
         answers: dict[int, tuple[float, bool]] = {}
+        self.keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         head = self.model.get_output_embeddings()
         # torch multiplies a part of each row, which is not contiguous, 70 times as slowly on a CPU in bfloat16.
         whole = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
@@ -47,6 +48,6 @@ class AnswerLM(HFLM):
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(batch, kept, vocabulary) logits of the last positions; HFLM counts them from the end."""
-        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:  # a model with code of its own
+        if not self.keeps:  # a model with code of its own
             return super()._model_call(inps, *args, **kwargs)
         return self.model(inps, logits_to_keep=self.kept).logits

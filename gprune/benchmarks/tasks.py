@@ -12,7 +12,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,9 @@ def load_questions(path: Path) -> Questions:
         raise UserError(f"{path}: expected a question per line, got an empty file.")
     pairs = all("paradigm" in row for row in rows)
     if about.complete and split != about.split:
-        about = LocalTask(about.version, False, f"the {split} split, not {about.split}", split)
+        about = replace(about, complete=False, note=f"the {split} split, not {about.split}")
     elif about.complete and len(rows) != about.questions:
-        about = LocalTask(about.version, False, f"{len(rows):,} of {about.questions:,} questions", split)
+        about = replace(about, complete=False, note=f"{len(rows):,} of {about.questions:,} questions")
     return Questions(name, split, spread(rows) if pairs else rows, pairs, about)
 
 

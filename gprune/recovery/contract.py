@@ -207,6 +207,7 @@ class Projection(Recovery):
         from gprune.models.offload import device_of
 
         def revise(dense: Block, block: Block) -> None:
+            """Correct a sliced block's output projections that lost channels, by the dense block's statistics."""
             keeps = material.masks.channels(dense)
             for kind, part in KINDS:
                 if not bool(keeps[kind].all()):
@@ -279,6 +280,7 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
         raise ValueError(f"recovery '{name}': needs expected to be of {', '.join(NEEDS)}, got {sorted(unknown)}.")
 
     def file(entry: Any) -> Any:
+        """Put the class or function into `RECOVERY` under its name, and give it back; UserError for anything else."""
         if isinstance(entry, type) and not issubclass(entry, Recovery):
             raise UserError(f"Recovery '{name}': expected a class of gprune.recovery.Recovery, got {entry.__name__}.")
         if not callable(entry):

@@ -182,6 +182,7 @@ def outlier_weighted(
     import torch
 
     def sparsities(kind: str, part: str) -> Tensor:
+        """S_b of each block, (L,) float64, by what enters `down` (kind `ffn`) or `output` (`attention`)."""
         shares = []
         for block, channel in zip(blocks, getattr(statistics, kind), strict=True):
             A = getattr(block, part).weight.detach().float().cpu().abs() * channel.total.mean_sq.sqrt().float()

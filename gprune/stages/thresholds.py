@@ -169,6 +169,7 @@ class ThresholdLearning(FrozenLMStage):
         return torch.optim.Adam([group for group in groups if group["params"]])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """() float32: the loss of the gated model on a batch, by cross-entropy or KL, as `Learning.loss` says."""
         ids, teacher = batch["input_ids"], None
         if self.learning.loss == "kl":
             self.open_gates()
