@@ -193,7 +193,13 @@ class Started:
 
 
 def start(
-    args: Sequence[str], folder: Path, *, processes: int = 1, script: Path = ROOT / "train.py", **more: str
+    args: Sequence[str],
+    folder: Path,
+    *,
+    processes: int = 1,
+    script: Path = ROOT / "train.py",
+    caches: Sequence[Path] | None = None,
+    **more: str,
 ) -> list[Started]:
     """A script in processes of their own, forked from this one, which spares each of them seconds of importing.
 
@@ -202,6 +208,7 @@ def start(
 
     Args:
         folder: for its cache, in `cache`, and its output.
+        caches: of each process, in place of the one of all.
         more: further variables of its environment.
     """
     with socket.socket() as free:
@@ -212,7 +219,7 @@ def start(
         if processes > 1:
             more |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(processes)}
             more |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        variables = environment(folder / "cache", **more)
+        variables = environment(caches[rank] if caches else folder / "cache", **more)
         output = (folder / f"stdout.{rank}", folder / f"stderr.{rank}")
         for file in output:
             file.touch()

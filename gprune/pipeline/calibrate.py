@@ -12,7 +12,7 @@ from gprune.models.blocks import decoder_layers
 from gprune.models.offload import device_of
 from gprune.pipeline.run import Run
 from gprune.runs.folder import corpus_file
-from gprune.runs.trainer import check_trainer
+from gprune.runs.trainer import Meeting, check_trainer
 from gprune.stages.calibration import CalibrationStage
 
 log = logging.getLogger("gprune")
@@ -23,7 +23,11 @@ def calibrate(run: Run) -> dict[str, CorpusStatistics]:
     run.step(1, "Calibrating")
     cfg, cache = run.cfg, statistics_cache(run)
     found = {corpus: cache.read(corpus, ["moments", *sorted(cfg.needs)]) for corpus in cfg.calibration}
-    missing = [corpus for corpus, statistics in found.items() if statistics is None]
+    lacking = [statistics is None for statistics in found.values()]
+    if cfg.trainer.devices * cfg.trainer.num_nodes > 1:  # another run may be filling the cache meanwhile
+        run.trainer("Bringing processes together").test(meeting := Meeting(lacking), verbose=False)
+        lacking = meeting.lacking
+    missing = [corpus for corpus, lacks in zip(found, lacking, strict=True) if lacks]
     if missing:
         found |= collect(run, missing, cache)
     else:

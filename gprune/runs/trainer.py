@@ -8,7 +8,7 @@ import pickle
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,28 @@ def plain_interrupts() -> Iterator[None]:
             raise
         signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
+
+
+class Meeting(L.LightningModule):
+    """`trainer.test(meeting)` brings all processes together; `lacking` then says what any of them lacks.
+
+    What each process sees for itself on a disk may be there a moment later: decided alone, one would compute what
+    others wait for elsewhere.
+    """
+
+    def __init__(self, lacking: Sequence[bool]):
+        super().__init__()
+        self.lacking = list(lacking)
+
+    def setup(self, stage: str) -> None:
+        reduce = self.trainer.strategy.reduce_boolean_decision
+        self.lacking = [reduce(mine, all=False) for mine in self.lacking]
+
+    def test_dataloader(self) -> list[Any]:
+        return []
+
+    def test_step(self) -> None:
+        """Never called: nothing is tested."""
 
 
 class StageBar(ProgressBar):

@@ -41,10 +41,10 @@ def launched(world, folder, *flags):
     return done
 
 
-def train(world, folder, *flags, processes=2):
+def train(world, folder, *flags, processes=2, **how):
     """As many forks of this process, of which the first may speak; what the first one says."""
     two = TWO if processes > 1 else []
-    first, *others = tiny_run.train(world.args(folder, *flags, *two), folder, processes=processes)
+    first, *others = tiny_run.train(world.args(folder, *flags, *two), folder, processes=processes, **how)
     assert all((other.stdout, other.stderr) == ("", "") for other in others)
     assert all(other.returncode == first.returncode for other in others)
     return first
@@ -224,6 +224,18 @@ def test_same_world_size_same_bits_also_after_a_part_is_lost(world, runs):
     done = train(world, folder, *uneven(world))
     assert done.returncode == 0, done.stderr
     assert {file: file.read_bytes() for file in before} == before
+
+
+def test_statistics_that_one_process_alone_finds_are_collected_by_all(world, tmp_path):
+    """As when another run fills the cache between the first process's look and the second's."""
+    caches = [tmp_path / "first", tmp_path / "second"]
+    base = ["--gprune=false", "--export=none"]
+    assert train(world, tmp_path, *base, "--run.name=before", caches=[caches[0]] * 2).returncode == 0
+    done = train(world, tmp_path, *base, "--run.name=after", caches=caches)
+    assert done.returncode == 0, done.stderr
+    before, after = (read_json(tmp_path / n / "metrics.json")["records"] for n in ("before", "after"))
+    assert [r["window_nll"] for r in before] == [r["window_nll"] for r in after]
+    assert read_json(tmp_path / "after/manifest.json")["steps"]["calibrate"]["forward_tokens"] > 0
 
 
 def test_an_error_in_two_processes_is_still_one_line(world, tmp_path):
