@@ -251,7 +251,8 @@ def test_gemma_runs_end_to_end_with_bos_and_needs_it(tmp_path, capsys):
         "--model.name=gemma-3-270m", "--gprune=false", "--sparsity.target=0.3", "--sparsity.scope=attention+ffn",
         "--recovery=least_squares", "--evaluation.controls=[]", "--corpora.score=python_docs",
         f"--corpora.recover={two}", f"--corpora.evaluate={two}", "--corpora.num_samples=4", "--corpora.seq_len=64",
-        "--evaluation.num_samples=4", "--evaluation.seq_len=64", "--logging.mode=disabled", f"--run.dir={tmp_path}",
+        "--evaluation.num_samples=4", "--evaluation.seq_len=64", "--evaluation.samples=0", "--logging.mode=disabled",
+        f"--run.dir={tmp_path}",
     ]  # fmt: skip
     found = {}
     for bos, more in (("auto", []), ("never", ["--export=none"])):
