@@ -1,5 +1,5 @@
-"""One page for a talk, from the records that are kept: perplexity on unseen text against what is removed, against what
-is learned from, and what each part adds.
+"""One page for a talk, from the records that are kept: perplexity on unseen text against what is removed of two models,
+and of the first against what is learned from, and what each part adds.
 
 Rows without a record are left out. `python -m experiments.summary FOLDER` draws summary.png and summary.svg there.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from gprune.report.table import Estimate
 from gprune.runs.results import FinishedRun
 from gprune.studies.figures import TOKENS, token_lines
 from gprune.studies.listing import Listing
-from gprune.studies.records import as_run
+from gprune.studies.records import CONTROL, as_run
 from gprune.studies.records import found as kept_of
 from gprune.studies.tables import ratios_of
 
@@ -39,6 +39,25 @@ PARTS = {
     "best: control + least_squares+distill": "or distillation, 98k tokens",
     "base: dense": "the dense model",
 }
+# (stage, recovery, tokens of distillation) -> what the page calls it
+LINES_BY_BUDGET = {
+    ("base", "none", None): "base metric",
+    ("gprune", "none", None): "the paper",
+    (CONTROL, "none", None): "averaged scores",
+    (CONTROL, "least_squares", None): "averaged, least squares",
+    ("gprune", "least_squares", None): "and gates, 49k tokens",
+    (CONTROL, "least_squares+distill", 49152): "or distillation, 49k",
+    (CONTROL, "least_squares+distill", 98304): "or distillation, 98k",
+}
+SMOLLM2 = {
+    "questions/sparsity.yaml": [f"wanda_sp {share}" for share in (0.2, 0.3, 0.4, 0.5, 0.6)],
+    "questions/distill_budgets.yaml": None,
+    "questions/distill.yaml": ["averaged, least squares", "averaged, 49k", "averaged, 98k", "gates"],
+}
+GEMMA = {
+    "gemma_budgets.yaml": None,
+    "gemma.yaml": ["base", "averaged", "averaged, least squares", "averaged, 49k at 1e-4", "paper", "gates"],
+}
 Lines = dict[tuple[str, str], list[tuple[float, Estimate]]]
 
 
@@ -49,28 +68,29 @@ def runs_of(name: str) -> list[FinishedRun]:
     return [as_run(row, kept, listing.seen) for row in listing.rows if (kept := kept_of(row)) is not None]
 
 
-def by_budget() -> Lines:
-    """Perplexity over dense against the share of neurons removed: what chooses, and what recovers."""
+def by_budget(lists: Mapping[str, Collection[str] | None]) -> Lines:
+    """Perplexity over dense against the share of neurons removed: what chooses, and what recovers.
+
+    Args:
+        lists: their rows by name; None for all that remove neurons of the FFN alone.
+    """
     lines: Lines = {}
-    bases = [run for run in runs_of("questions/sparsity.yaml") if run.name.startswith("wanda_sp")]
-    recovered = runs_of("questions/distill_budgets.yaml")
-    half = [r for r in runs_of("questions/distill.yaml") if r.name in ("averaged, least squares", "averaged, 98k")]
-    for run in bases + recovered + half:
-        share = run.settings["sparsity"]["target"]
+    runs = [run for name, rows in lists.items() for run in runs_of(name) if rows is None or run.name in rows]
+    for run in runs:
+        of = run.settings["sparsity"]
         for stage in by_stage(run.records):
-            ratio = ratio_to(run, stage, run, DENSE)
-            if stage != DENSE and ratio is not None:
-                lines.setdefault((_what(run, stage), ""), []).append((share, ratio))
-    return {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()}
+            label, ratio = _what(run, stage), ratio_to(run, stage, run, DENSE)
+            if of["scope"] == "ffn" and label is not None and ratio is not None:
+                lines.setdefault((label, ""), []).append((of["target"], ratio))
+    order = [(label, "") for label in LINES_BY_BUDGET.values() if (label, "") in lines]
+    return {name: sorted(lines[name], key=lambda point: point[0]) for name in order}
 
 
-def _what(run: FinishedRun, stage: tuple[str, str]) -> str:
+def _what(run: FinishedRun, stage: tuple[str, str]) -> str | None:
+    """What a stage of a run is called; None for what is not drawn."""
     name, recovery = stage
-    if recovery == "none":
-        return {"base": "base metric", "averaged": "averaged scores", "gprune": "the paper"}[name]
-    return {
-        "least_squares": "averaged, least squares", "least_squares+distill": "and 98k tokens of distillation",
-    }[recovery]  # fmt: skip
+    learned = run.settings["distill"]["tokens"] if recovery.endswith("distill") else None
+    return LINES_BY_BUDGET.get(({"averaged": CONTROL}.get(name, name), recovery, learned))
 
 
 def parts() -> list[tuple[str, Estimate]]:
@@ -82,25 +102,30 @@ def parts() -> list[tuple[str, Estimate]]:
 
 @style()
 def drawn() -> Figure:
-    """The page: three pairs of axes side by side, each with its legend below."""
-    figure = Figure(figsize=(13, 4.6))
-    removed, tokens, added = figure.subplots(1, 3)
-    draw_curves(removed, by_budget(), over="neurons of the FFN removed", ticks="{x:.0%}", reference="dense")
+    """The page: two pairs of axes above two."""
+    figure = Figure(figsize=(11, 8))
+    (removed, second), (tokens, added) = figure.subplots(2, 2)
+    for axes, lists in ((removed, SMOLLM2), (second, GEMMA)):
+        draw_curves(axes, by_budget(lists), over="neurons of the FFN removed", ticks="{x:.0%}", reference="dense")
+    second.sharex(removed)
+    second.sharey(removed)
     listing = Listing.read(HERE / "questions/distill.yaml")
     lines = token_lines(listing.lines, runs_of("questions/distill.yaml"))
     draw_curves(tokens, lines, over=TOKENS, ticks="{x:.0f}", reference="dense")
     draw_ratios(added, parts(), base="base metric")
     for axes, title in (
-        (removed, "What is removed"),
-        (tokens, "What is learned from (half of the FFN)"),
-        (added, "What each part adds (three seeds)"),
+        (removed, "What is removed: SmolLM2-135M"),
+        (second, "What is removed: Gemma-3-270M"),
+        (tokens, "What is learned from (SmolLM2-135M, half of the FFN)"),
+        (added, "What each part adds (the same, three seeds)"),
     ):
         axes.set_title(title, loc="left", fontsize=10)
-    for axes in (removed, tokens):
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-    about = "SmolLM2-135M-Instruct, standard protocol: stackexchange, gsm8k, stories, python_docs, never read; seed 0"
+    for axes, place in ((removed, "upper left"), (second, "upper left"), (tokens, "upper right")):
+        axes.legend(loc=place)
     return titled(
-        figure, f"{about} but on the right; 95 % intervals; base, averaged and the paper by budget in bfloat16"
+        figure,
+        "Standard protocol: stackexchange, gsm8k, stories, python_docs, never read; 95 % intervals; one seed unless "
+        "it says three\nGemma, and base, averaged and the paper by budget, in bfloat16; the rest in float32",
     )
 
 

@@ -34,18 +34,28 @@ def test_the_last_part_is_what_its_records_say():
     assert (drawn.value, drawn.low, drawn.high) == pytest.approx([math.exp(mean + d) for d in (0, -half, half)])
 
 
-def test_lines_go_up_with_what_is_removed_and_recovery_is_below(tmp_path):
-    lines = {name: {x: r.value for x, r in points} for (name, _), points in summary.by_budget().items()}
-    assert {"base metric", "averaged scores", "averaged, least squares"} <= lines.keys()
+@pytest.mark.parametrize("lists", [summary.SMOLLM2, summary.GEMMA])
+def test_lines_go_up_with_what_is_removed_and_recovery_is_below(lists):
+    lines = {name: {x: r.value for x, r in points} for (name, _), points in summary.by_budget(lists).items()}
+    assert {"base metric", "averaged scores", "averaged, least squares", "and gates, 49k tokens"} <= lines.keys()
     for values in lines.values():
+        assert list(values) == sorted(set(values))  # one row for each budget
         assert list(values.values()) == sorted(values.values())
-    assert lines["averaged, least squares"][0.5] < lines["averaged scores"][0.5] < lines["base metric"][0.5]
+    gates, squares, scores, base = (lines[name][0.5] for name in (
+        "and gates, 49k tokens", "averaged, least squares", "averaged scores", "base metric",
+    ))  # fmt: skip
+    assert gates < squares < scores < base
+
+
+def test_every_row_that_is_drawn_is_in_its_list():
+    for name, rows in (summary.SMOLLM2 | summary.GEMMA).items():
+        assert set(rows or ()) <= {row.name for row in Listing.read(summary.HERE / name).rows}
 
 
 def test_the_page_is_drawn(tmp_path):
     assert summary.work([str(tmp_path)]) == f"Drawn: {tmp_path / 'summary.png'}, {tmp_path / 'summary.svg'}.\n"
     text = (tmp_path / "summary.svg").read_text()
-    assert text.count('<g id="axes_') == 3
+    assert text.count('<g id="axes_') == 4
     (tmp_path / "a file").touch()
     with pytest.raises((UserError, OSError)):
         summary.work([str(tmp_path / "a file")])
