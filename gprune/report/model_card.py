@@ -34,8 +34,8 @@ def model_card(cfg: RunConfig, *, stock: bool = False, records: Sequence[dict[st
     notice = f" {embedded.notice}" if embedded and embedded.notice else ""
     recovery = "" if cfg.recovery == "none" else f", recovery `{cfg.recovery}`"
     method = "gprune" if cfg.gprune else "base metric alone"
-    local = Path(cfg.model.name).expanduser().exists()  # a path of this machine says nothing to others
-    label = Path(cfg.model.name).expanduser().resolve().name if local else model_label(cfg.model.name)
+    folder = _folder(cfg)
+    label = folder.name if folder else model_label(cfg.model.name)  # a path of this machine says nothing to others
     drift = ", ".join(f"`{corpus}`" for corpus in cfg.roles["drift"])
     drift = f"drift measured on {drift},\n" if drift else ""
     allocation = cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation
@@ -62,10 +62,16 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})
 {_results(cfg, records)}"""
 
 
+def _folder(cfg: RunConfig) -> Path | None:
+    """Where the base model lies on this machine; None if it has a name that others know."""
+    path = Path(cfg.model.name).expanduser()
+    return path.resolve() if path.exists() else None
+
+
 def _metadata(cfg: RunConfig, records: Sequence[dict[str, Any]]) -> ModelCardData:
     """What the hub reads: the base model, the licence where it is known, and as model-index what was measured."""
     embedded, known = EMBEDDED_MODELS.get(cfg.model.name), {corpus.name: corpus for corpus in HUB_CORPORA}
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.model.name) and not Path(cfg.model.name).expanduser().exists()
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.model.name) and _folder(cfg) is None
     results = [
         EvalResult(
             task_type="text-generation",
