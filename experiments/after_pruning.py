@@ -140,6 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--windows", type=int, default=48, help="of its train text (default: 48)")
     args = made.parse_args(arguments)
     try:
+        if args.windows < 1:
+            raise UserError(f"--windows: expected 1 or more, got {args.windows}.")
         if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
             raise UserError(
                 f"expected {', '.join(PACKAGES)}; {missing[0]} is not installed: `pip install {missing[0]}`."

@@ -55,7 +55,11 @@ SMOLLM2 = {
     "questions/distill.yaml": ["averaged, least squares", "averaged, 49k", "averaged, 98k", "gates"],
 }
 GEMMA = {
-    "gemma_budgets.yaml": None,
+    "gemma_budgets.yaml": [
+        f"{share} %, {row}"
+        for share in (20, 30)
+        for row in ("paper", "averaged, least squares", "averaged, 49k at 1e-4", "gates")
+    ],
     "gemma.yaml": ["base", "averaged", "averaged, least squares", "averaged, 49k at 1e-4", "paper", "gates"],
 }
 Lines = dict[tuple[str, str], list[tuple[float, Estimate]]]
@@ -69,7 +73,7 @@ def runs_of(name: str) -> list[FinishedRun]:
 
 
 def by_budget(lists: Mapping[str, Collection[str] | None]) -> Lines:
-    """Perplexity over dense against the share of neurons removed: what chooses, and what recovers.
+    """Perplexity over dense against the share of neurons removed, a line for each way to choose or to recover.
 
     Args:
         lists: their rows by name; None for all that remove neurons of the FFN alone.

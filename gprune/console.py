@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -81,7 +82,8 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
         except RuntimeError as error:
             if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
                 return fail(f"Out of memory{memory}", alone=True)
-            if process_index() == 0 or ("by peer" not in str(error) and type(error).__name__ != "DistBackendError"):
+            left = "by peer" in str(error) or re.fullmatch(r"Dist\w*Error", type(error).__name__)  # torch.distributed's
+            if process_index() == 0 or not left:
                 raise
             return 2  # the first process has left, and has said why
     return 0

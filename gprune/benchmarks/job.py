@@ -16,7 +16,7 @@ from gprune.benchmarks.subjects import subjects_of
 from gprune.benchmarks.wikitext2 import wikitext2_perplexity
 from gprune.benchmarks.zero_shot import zero_shot
 from gprune.runs.results import read_evaluation
-from gprune.storage.files import write_json
+from gprune.storage.files import key_of, write_json
 
 log = logging.getLogger("gprune")
 
@@ -60,16 +60,17 @@ def evaluate(
     subjects, default, key = subjects_of(
         model, dense=dense, dtype=asked.dtype, trust_remote_code=asked.trust_remote_code
     )
+    folder = Path(model).expanduser().resolve()
+    about = {"run": folder.name, "origin": key_of(of=key or str(folder))[:12]}
     output, key = (output, None) if output else (default, key)
     if output is not None:
         read_evaluation(output, run=key)  # what is no such file is not written over
-    name = Path(model).expanduser().resolve().name
     records: list[dict[str, Any]] = []
     for subject in subjects:
         loaded, tokenizer = subject.load()
         loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
         for task in dict.fromkeys(asked.tasks):
-            records += [r | subject.about | {"run": name} for r in measure(loaded, tokenizer, task, asked)]
+            records += [r | subject.about | about for r in measure(loaded, tokenizer, task, asked)]
             if output is not None:
                 keep(output, records, run=key)
     return records, output
@@ -83,8 +84,9 @@ def keep(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = Non
     """
 
     def key(r: dict[str, Any]) -> tuple[Any, ...]:
-        of = None if run else r.get("run")  # a run's own file is about one run, whatever its folder has been called
-        return of, *(r.get(name) for name in ("model", "stage", "recovery", "task", "content_hash", "dtype"))
+        # A run's own file is about one run, whatever its folder has been called; folders may share a name.
+        of = () if run else (r.get("run"), r.get("origin"))
+        return *of, *(r.get(name) for name in ("model", "stage", "recovery", "task", "content_hash", "dtype"))
 
     new = {key(r) for r in records}
     others = [r for r in read_evaluation(path, run=run) if key(r) not in new]

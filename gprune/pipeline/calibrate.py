@@ -25,7 +25,7 @@ def calibrate(run: Run) -> dict[str, CorpusStatistics]:
     found = {corpus: cache.read(corpus, ["moments", *sorted(cfg.needs)]) for corpus in cfg.calibration}
     lacking = [statistics is None for statistics in found.values()]
     if cfg.trainer.devices * cfg.trainer.num_nodes > 1:  # another run may be filling the cache meanwhile
-        run.trainer("Bringing processes together").test(meeting := Meeting(lacking), verbose=False)
+        run.trainer("Bringing processes together").test(meeting := Meeting(run.folder.key, lacking), verbose=False)
         lacking = meeting.lacking
     missing = [corpus for corpus, lacks in zip(found, lacking, strict=True) if lacks]
     if missing:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from lightning.pytorch.utilities import rank_zero_only
 
 from gprune.config import RunConfig
+from gprune.errors import UserError
 from gprune.pipeline.calibrate import calibrate
 from gprune.pipeline.evaluate import evaluate, summarise, write_pages
 from gprune.pipeline.partition import assess, measure_drift, partition
@@ -41,6 +42,8 @@ def prune(cfg: RunConfig) -> PruningResult:
     Raises:
         UserError: one line that says what was expected, what came and what to do.
     """
+    if cfg.dry_run:
+        raise UserError("dry_run: expected false where a run is asked for; `python train.py --dry_run true` plans it.")
     with opened(cfg) as run:  # plan, model, tokenizer, text, blocks, budget
         last = narrow(run, choose)  # of `--sparsity.schedule` all steps but the last; without one, the run itself
         return finish(run, last, choose(last.run))

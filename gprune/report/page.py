@@ -14,7 +14,7 @@ Runs that differ in seed alone become one row: mean and interval over seeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from gprune.errors import UserError
 from gprune.report.benchmark_table import evaluation_table
 from gprune.report.comparison_figures import means_figure, ratio_figure, sparsity_lines, stability_figure
-from gprune.report.grouping import Group, as_small, groups, read_runs, short_names, told_apart
+from gprune.report.grouping import Group, groups, read_runs, short_names, told_apart
 from gprune.report.mask_tables import masks_of, pairs, repeatability_table, sparsity_table, stability_table
 from gprune.report.perplexity_tables import comparison_table, perplexity_table, records_table, summary_table
 from gprune.report.records import caption
@@ -143,34 +143,26 @@ def make(paths: Sequence[Path | str], *, base: Path | str | None = None) -> Repo
     Raises:
         UserError: for a folder that is no finished run.
     """
-    return of_runs(read_runs(paths), base=None if base is None else read_run(base))
+    runs = read_runs(paths)
+    return of_runs(runs, bases=None if base is None else dict.fromkeys((run.path for run in runs), read_run(base)))
 
 
 def of_runs(
     runs: Sequence[FinishedRun],
     *,
-    base: FinishedRun | None = None,
-    by_seed: Sequence[FinishedRun] | None = None,
+    bases: Mapping[Path, FinishedRun] | None = None,
     seen: Sequence[str] | None = None,
 ) -> Report:
     """All tables of runs that have been read, wherever from.
 
     Args:
-        base: as for `make`.
-        by_seed: runs of the base metric; each run is then divided by the one of its own seed that has as many
-            parameters, and by none where that is missing, as all are while there is none (empty).
+        bases: by path of a run, the run whose stage `base` it is divided by; by none where that is missing, as all
+            are while there is none (empty). None: each run's own.
         seen: the corpora that count as seen in every row; None: each run's own.
     """
     if seen is not None:
         runs = [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
     found = groups(runs)
-    bases = None
-    if by_seed is not None:
-        bases = {
-            run.path: other for run in runs for other in by_seed if other.seed == run.seed and as_small(run, other)
-        }
-    if base is not None:
-        bases = {run.path: base for run in runs}
     tables = [
         summary_table(found, bases, seen=seen),
         perplexity_table(found, seen=seen),

@@ -216,10 +216,11 @@ def _rows(
     rows: list[list[Cell]] = []
     dense = set()
     for group in found:
-        for stage in stages(group.runs[0]):
-            named, runs = [group.name, row_name(*stage), len(group.runs)], group.runs
+        for stage in dict.fromkeys(stage for run in group.runs for stage in stages(run)):
+            runs = [run for run in group.runs if stage in stages(run)]  # an older version had fewer controls
+            named = [group.name, row_name(*stage), len(runs)]
             if stage[0] == "dense":
-                first = group.runs[0]
+                first = runs[0]
                 # Five digits: machines sum in other orders.
                 values = ((r["corpus"], r["seen"], f"{r['perplexity']:.5g}") for r in records_of(first, stage).values())
                 if (same := (first.model, *values)) in dense:

@@ -82,7 +82,9 @@ class RunFolder:
             UserError: if the folder holds a run with other settings, something that is no run, or links that lead out
                 of it; if another process works in it, or it cannot be written.
         """
-        if rank_zero_only.rank != 0:
+        if rank_zero_only.rank != 0:  # it refuses what the first process refuses, or it would wait for that one
+            if self.path.exists():
+                self._inspect(settings)
             yield
             return
         if (self.path.exists() and not self.path.is_dir()) or self._is_anothers():
@@ -109,10 +111,20 @@ class RunFolder:
         return UserError(f"{self.path} exists and is no gprune run; choose another --run.name or --run.dir.")
 
     def _take_up(self, settings: dict[str, Any], config_yaml: str) -> None:
-        self._refuse_links()
+        new = self._inspect(settings)
         for left in self.path.rglob(".*.tmp"):  # by killed sittings; what is named otherwise is somebody's
             if SCRATCH.fullmatch(left.name):
                 shutil.rmtree(left, ignore_errors=True)
+        # The manifest comes first: it makes the folder a run, which may be killed at any moment.
+        if new:
+            write_json(self / "manifest.json", {"settings": settings, "environment": environment(), "steps": {}})
+        if not _holds(self / "config.yaml", config_yaml):
+            with replacing(self / "config.yaml") as temporary:
+                temporary.write_text(config_yaml, encoding="utf-8")
+
+    def _inspect(self, settings: dict[str, Any]) -> bool:
+        """Whether no run with these settings has begun here; raises UserError for what may not be written into."""
+        self._refuse_links()
         manifest = self.manifest
         changed = differences(manifest.get("settings"), settings) if manifest else []
         if changed and self.has_results():
@@ -128,12 +140,7 @@ class RunFolder:
             )
         if self._is_anothers():
             raise self._no_run()
-        # The manifest comes first: it makes the folder a run, which may be killed at any moment.
-        if changed or not manifest:
-            write_json(self / "manifest.json", {"settings": settings, "environment": environment(), "steps": {}})
-        if not _holds(self / "config.yaml", config_yaml):
-            with replacing(self / "config.yaml") as temporary:
-                temporary.write_text(config_yaml, encoding="utf-8")
+        return bool(changed) or not manifest
 
     def _refuse_links(self) -> None:
         """A folder from elsewhere may hold links through which a run would write outside of it.

@@ -151,6 +151,7 @@ class Benchmark(Shape):
     stage: Text
     recovery: Text | None = None
     run: Text | None = None
+    origin: Text | None = None  # a hash of the run's key, or of where a model lies: folders may share a name
     model: Text | None = None
     split: Text
     dtype: Text

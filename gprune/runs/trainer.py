@@ -108,13 +108,23 @@ class Meeting(L.LightningModule):
 
     What each process sees for itself on a disk may be there a moment later: decided alone, one would compute what
     others wait for elsewhere.
+
+    Args:
+        key: of the run that this process is at.
+
+    Raises:
+        UserError: in `setup`, if another process is at another run.
     """
 
-    def __init__(self, lacking: Sequence[bool]):
+    def __init__(self, key: str | None, lacking: Sequence[bool]):
         super().__init__()
-        self.lacking = list(lacking)
+        self.key, self.lacking = key, list(lacking)
 
     def setup(self, stage: str) -> None:
+        if self.trainer.strategy.reduce_boolean_decision(
+            self.trainer.strategy.broadcast(self.key) != self.key, all=False
+        ):
+            raise UserError("The processes of this run are at different runs of a list; run the same command again.")
         reduce = self.trainer.strategy.reduce_boolean_decision
         self.lacking = [reduce(mine, all=False) for mine in self.lacking]
 

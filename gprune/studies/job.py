@@ -21,6 +21,7 @@ from gprune.benchmarks import job as benchmarks
 from gprune.benchmarks.settings import Benchmarks
 from gprune.console import process_index, say
 from gprune.errors import UserError
+from gprune.evaluation.perplexity import processes
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
 from gprune.models.losses import next_token_loss
@@ -86,7 +87,7 @@ def asked_of(row: Row) -> Benchmarks:
     """The row's tasks; raises UserError for what cannot be measured."""
     tasks = row.wanted_tasks
     own = {k: tasks[k] for k in ("limit", "dtype") if k in tasks}
-    if lengths := tasks.get("seq_len"):
+    if (lengths := tasks.get("seq_len")) is not None:
         own["seq_len"] = (lengths,) if isinstance(lengths, int) else tuple(lengths)
     return Benchmarks(tuple(tasks["names"]), trust_remote_code=row.config.model.trust_remote_code, **own)
 
@@ -164,6 +165,8 @@ def run_all(pending: Sequence[Row]) -> None:
         say(token_hours(pending) + "\n")
     for row in pending:
         spent = seconds(lambda row=row: run(row))
+        if processes()[1] > 1:  # the record is there for all of them, whatever list asks for it next
+            torch.distributed.barrier()
         if first:
             say(f"{row.name}, seed {row.seed}: {spent:.0f} s, kept\n")
             sys.stdout.flush()

@@ -9,7 +9,7 @@ import json
 import shlex
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import UnionType
@@ -97,6 +97,7 @@ class Row:
     control: bool = False  # gprune's machinery with nothing learned: no result of the method's
     masks: bool = True  # whether records keep them; among those of the repository, where a table is about masks alone
     records: Path = OTHER_RECORDS  # where what came out is kept
+    point: Point = field(default_factory=dict)  # of the grid
 
     @cached_property
     def config(self) -> RunConfig:
@@ -239,7 +240,7 @@ def _rows(path: Path, content: Content, seeds: Sequence[int] | None, flags: Sequ
                 here = (*protocol, *_configs(path, config), f"--run.seed={seed}", *given, *flags)
                 control = str(name) in _names(content.controls)
                 masks = not inside(path) or not OF_MASKS.isdisjoint(content.tables or ())
-                yield Row(named(str(name), point), seed, here, content.tasks or {}, control, masks)
+                yield Row(named(str(name), point), seed, here, content.tasks or {}, control, masks, point=point)
 
 
 def _check_flags(where: str, given: Sequence[str], own: Sequence[str]) -> None:
@@ -249,6 +250,8 @@ def _check_flags(where: str, given: Sequence[str], own: Sequence[str]) -> None:
         raise UserError(f"{where}: expected settings by name for the group {groups[0]}, got one text.")
     if "run.seed" in names or any(flag.partition("=")[0] == "--run.seed" for flag in own):
         raise UserError(f"{where}: expected seeds as `seeds` or --seeds, got --run.seed.")
+    if any(flag.partition("=")[0] == "--dry_run" for flag in (*given, *own)):
+        raise UserError(f"{where}: a list is run; expected no --dry_run, which is train.py's. --commands runs nothing.")
     if CONSENT in names and not any(CONSENT in one for one in own):
         raise UserError(f"{where}: expected --{CONSENT}=true behind --, got it in a list.")
 
@@ -284,18 +287,20 @@ def _configs(path: Path, names: Any) -> list[str]:
 
 
 def flags_of(settings: dict[str, Any]) -> list[str]:
-    """Nested or dotted settings as flags of train.py."""
+    """Nested or dotted settings as flags of train.py; an empty mapping sets what a mapping can be set to."""
     return [
         f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
         for name, value in flat(settings).items()
+        if name not in GROUPS or value != {}
     ]
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
+    """Nested settings by dotted name; an empty mapping is a value."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        inner = isinstance(value, dict) and value
+        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
     return found
 
 

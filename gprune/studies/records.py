@@ -104,6 +104,7 @@ def path_of(row: Row) -> Path:
     if own:  # several: of lists with other tasks, of which one may have masks and another none
         return min(own, key=lambda one: not _serves(row, one[1]))[0]
     slug = "-".join("".join(c if c.isalnum() else " " for c in row.name.lower()).split())
+    slug = slug.encode()[:150].decode(errors="ignore")  # the name of a file has 255 bytes at most
     # A record under this key may be of other settings, those of a default that has changed since: it stays.
     numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
     names = (row.records / "runs" / f"{slug}-seed{row.seed}-{key}{number}.json" for number in numbers)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from gprune import report
 from gprune.errors import UserError
 from gprune.report.benchmark_table import against
+from gprune.report.grouping import as_small
 from gprune.report.perplexity_tables import pooled, ratio_to
 from gprune.report.records import by_stage
 from gprune.report.table import Estimate, Table
@@ -23,8 +25,21 @@ def reported(listing: Listing, done: Done) -> report.Report:
     """The report of finished rows; rows that differ in seed alone are one."""
     runs = [as_run(row, kept, listing.seen) for row, kept in done]
     _check_text(done)
-    by_seed = [r for r in runs if r.name in listing.reference] if listing.reference else None
-    return report.of_runs(runs, by_seed=by_seed, seen=listing.seen)
+    return report.of_runs(runs, bases=_bases(listing, runs, done), seen=listing.seen)
+
+
+def _bases(listing: Listing, runs: Sequence[FinishedRun], done: Done) -> dict[Path, FinishedRun] | None:
+    """By path of a run: the reference of its own seed and point of the grid, if that has as few parameters."""
+    if not listing.reference:
+        return None
+    points = {row.name: row.point for row, _ in done}
+    return {
+        run.path: other
+        for other in runs
+        if other.name in listing.reference
+        for run in runs
+        if (run.seed, points[run.name]) == (other.seed, points[other.name]) and as_small(run, other)
+    }
 
 
 def _check_text(done: Done) -> None:

@@ -250,6 +250,14 @@ def test_an_error_in_two_processes_is_still_one_line(world, tmp_path):
     assert "non-finite activation" in done.stderr
 
 
+def test_both_processes_refuse_a_run_with_other_settings(world, runs):
+    """Or the second would wait for a first one that has left."""
+    folder = runs["two"].parent
+    done = train(world, folder, *uneven(world), "--ridge=0.5")
+    assert done.returncode == 2
+    assert "holds a run with other settings: ridge" in done.stderr
+
+
 def test_when_the_first_process_alone_fails_the_second_leaves_quietly(world, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/statistics").write_text("in the way")

@@ -20,6 +20,7 @@ import gprune.storage.files
 from gprune.calibration.statistics import pooled
 from gprune.corpora.load import CORPORA
 from gprune.corpora.windows import Windows
+from gprune.errors import UserError
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
@@ -605,6 +606,14 @@ def test_dry_run_bounds_the_tokens_of_a_gradient_metric(with_gprune, world, tmp_
     bound = gprune.pipeline.plan.check(cached.config)
     assert cached.summary["forward_backward_tokens"] == 0 < bound.forward_backward_tokens
     assert cached.summary["forward_tokens"] <= bound.forward_tokens
+
+
+def test_from_python_a_plan_is_not_a_run(tmp_path):
+    cfg = gprune.RunConfig(dry_run=True)
+    cfg.run.dir = str(tmp_path)
+    with pytest.raises(UserError, match="expected false where a run is asked for"):
+        gprune.prune(cfg)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_dry_run_computes_and_writes_nothing(world, tmp_path, capsys):

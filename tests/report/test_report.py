@@ -305,15 +305,23 @@ def test_a_foreign_evaluation_is_one_line(run, capsys, content):
 def test_a_reference_that_is_not_there_yet_leaves_the_ratios_blank(run):
     runs = read_runs([run, another(run, "two", seed=1)])
     own = report.of_runs(runs).tables[0]
-    blank = report.of_runs(runs, by_seed=[]).tables[0]
+    blank = report.of_runs(runs, bases={}).tables[0]
     assert any(cells[-1] is not None for cells in own.rows)
     assert "base:" not in own.note
     assert [cells[:-1] for cells in blank.rows] == [cells[:-1] for cells in own.rows]
     assert all(cells[-1] is None for cells in blank.rows)
     assert "not there yet" in blank.note
-    assert "ratios" not in report.of_runs(runs, by_seed=[]).figures()
-    half = report.of_runs(read_runs([run]), by_seed=runs[1:]).tables[0]
-    assert all(cells[-1] is None for cells in half.rows)  # of another seed
+    assert "ratios" not in report.of_runs(runs, bases={}).figures()
+
+
+def test_seeds_of_a_version_with_fewer_controls_are_seeds_all_the_same(run):
+    other = another(run, "two", seed=1, shift=0.1)
+    edit(other / "metrics.json", lambda m: m.update(records=[r for r in m["records"] if r["stage"] != "base"]))
+    for runs in ([run, other], [other, run]):
+        summary, perplexities = report.of_runs(read_runs(runs)).tables[:2]
+        for table in (summary, perplexities):
+            seeds = {cells[1]: cells[2] for cells in table.rows}
+            assert (seeds["base"], seeds["gprune"]) == (1, 2)
 
 
 def test_one_division_into_seen_and_unseen_for_all_rows(run):

@@ -534,16 +534,17 @@ def test_a_record_of_other_settings_is_never_the_place_of_a_new_one(bench, capsy
 
 def test_a_grid_runs_every_row_at_every_point_and_divides_by_the_base_of_its_own_budget(bench, capsys, tmp_path):
     rows = {"plain": {"gprune": False}, "ours": {}}
-    path = bench.write("grid", rows, grid={"sparsity.target": [0.3, 0.5], "importance": ["wifv"]}, reference="plain",
+    grid = {"sparsity.target": [0.3, 0.5], "importance": ["wifv", "wanda_sp"]}
+    path = bench.write("grid", rows, grid=grid, reference="plain",
                        compare=[["ours: gprune", "plain: base"]], common={"evaluation.controls": []})  # fmt: skip
     kept_in = tmp_path / "kept"
     out = bench(capsys, path, "--records", kept_in)
-    points = ["target 0.3, importance wifv", "target 0.5, importance wifv"]
+    points = [f"target {target}, importance {metric}" for target in (0.3, 0.5) for metric in ("wifv", "wanda_sp")]
     listing = lists.Listing.read(path, records=kept_in)
     assert [row.name for row in listing.rows] == [f"{row}, {point}" for row in rows for point in points]
-    assert [row.config.sparsity.target for row in listing.rows] == [0.3, 0.5] * 2
+    assert [row.config.sparsity.target for row in listing.rows] == [0.3, 0.3, 0.5, 0.5] * 2
     assert listing.compare == [(f"ours, {point}: gprune", f"plain, {point}: base") for point in points]
-    assert len([*(kept_in / "runs").iterdir()]) == 4
+    assert len([*(kept_in / "runs").iterdir()]) == 8
     kept = {row.name: records.found(row) for row in listing.rows}
     used = {r["corpus"] for k in kept.values() for r in k["records"] if r["seen"]}
     for point in points:
@@ -552,12 +553,35 @@ def test_a_grid_runs_every_row_at_every_point_and_divides_by_the_base_of_its_own
         )[0]
         (line,) = [line for line in out.splitlines() if line.startswith(f"| ours, {point} ") and "[" in line][:1]
         assert f"{ratio:.3f} [" in line.split("|")[-2]
+        (line,) = [line for line in out.splitlines() if line.startswith(f"| plain, {point} ") and "[" in line][:1]
+        assert not line.split("|")[-2].strip()  # its own base
     alone = bench.write("alone", {"plain": {"gprune": False, "sparsity.target": 0.5}, "ours": {"sparsity.target": 0.3}},
                         reference="plain", common={"evaluation.controls": [], "importance": "wifv"})  # fmt: skip
     out = bench(capsys, alone, "--records", kept_in)  # the records are those of the grid; another budget has no ratio
     assert "kept" not in out
     (line,) = [line for line in out.splitlines() if line.startswith("| ours ") and "[" in line][:1]
     assert not line.split("|")[-2].strip()
+
+
+def test_a_list_is_run_and_not_planned(bench, capsys, nothing_runs):
+    path = bench.write("planned", {"x": {}})
+    assert "expected no --dry_run" in bench.refused(capsys, path, "--", "--dry_run=true")
+    path = bench.write("planned", {"x": {"dry_run": True}})
+    assert "expected no --dry_run" in bench.refused(capsys, path)
+
+
+def test_an_empty_mapping_takes_back_what_the_list_says(bench):
+    common = {"sparsity.allocation": "owl", "sparsity.options": {"multiple": 3}, "evaluation": {}}
+    path = bench.write("options", {"x": {}, "y": {"sparsity.options": {}}}, common=common)
+    x, y = (row.config.sparsity.options for row in lists.Listing.read(path).rows)
+    assert (x, y) == ({"multiple": 3}, {})
+
+
+def test_a_long_name_of_a_row_is_a_file_all_the_same(bench):
+    rows = lists.Listing.read(bench.write("long", {name: {} for name in ("x" * 300, "\u00e9" * 300)})).rows
+    for path in map(records.path_of, rows):
+        assert len(path.name.encode()) < 255
+        assert "-seed0-" in path.name
 
 
 def test_lines_of_rows_over_the_tokens_that_each_learned_from(bench, capsys, tmp_path):
