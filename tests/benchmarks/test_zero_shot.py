@@ -644,11 +644,11 @@ def test_one_file_holds_several_runs_and_never_takes_the_place_of_another(quiet_
     for name in ("kept", "masks", "kept"):
         assert main([str(quiet_world.runs / name), *more]) == 0
     assert sorted(r["run"] for r in records_in(output)) == ["kept", "masks"]
-    namesake = Path(shutil.copytree(quiet_world.runs / "masks", tmp_path / "elsewhere" / "kept"))
-    by_hand(namesake, lambda settings: settings.update(ridge=0.5))
-    (namesake / "evaluation.json").unlink(missing_ok=True)
-    assert main([str(namesake), *more]) == 0
-    assert sorted(r["run"] for r in records_in(output)) == ["kept", "kept", "masks"]
+    for place in ("here", "there", "here"):
+        folder = tmp_path / place / "small"
+        shutil.copytree(quiet_world.runs / "kept" / "model", folder, dirs_exist_ok=True)
+        assert main([str(folder), *more]) == 0
+    assert sorted(r["run"] for r in records_in(output)) == ["kept", "masks", "small", "small"]
     output.write_text('{"a": 1}')
     assert main([str(quiet_world.runs / "kept"), *more]) == 2
     assert "holds no records" in capsys.readouterr().err
