@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from gprune.models.loading import load_model
 from gprune.models.masks import Masks
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.masks import keep_masks
+from gprune.storage.reading import expanded
 
 from .measure import Clock, machine
 
@@ -127,7 +127,7 @@ def pair_of(settings: Settings) -> Pair:
         small = gprune.apply_masks(dense, random_masks(dense, settings))
         how = f"{settings.widths} masks at {settings.sparsity:.0%} of the FFN, widths of {settings.width_multiple}"
     else:
-        folder = Path(settings.run).expanduser()
+        folder = expanded(settings.run)
         if (folder / "manifest.json").is_file():
             result = gprune.load_run(folder)
             if result.model is None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from gprune.benchmarks.settings import WIKITEXT, Benchmarks
 from gprune.console import Parser, guarded, quiet
 from gprune.errors import UserError
+from gprune.storage.reading import expanded
 
 ABOUT = f"""Zero-shot accuracy and WikiText-2 perplexity of a run, a model folder or any model by name.
 
@@ -79,7 +79,7 @@ def run(args: Sequence[str]) -> str:
     quiet()
     from gprune.benchmarks.job import evaluate
 
-    records, path = evaluate(model, asked, dense=dense, output=None if output is None else Path(output).expanduser())
+    records, path = evaluate(model, asked, dense=dense, output=None if output is None else expanded(output))
     from gprune.report.benchmark_table import evaluation_table
 
     table = evaluation_table(records)

@@ -17,6 +17,7 @@ from gprune.benchmarks.wikitext2 import wikitext2_perplexity
 from gprune.benchmarks.zero_shot import zero_shot
 from gprune.runs.results import read_evaluation
 from gprune.storage.files import key_of, write_json
+from gprune.storage.reading import expanded
 
 log = logging.getLogger("gprune")
 
@@ -60,7 +61,7 @@ def evaluate(
     subjects, default, key = subjects_of(
         model, dense=dense, dtype=asked.dtype, trust_remote_code=asked.trust_remote_code
     )
-    folder = Path(model).expanduser().resolve()
+    folder = expanded(model).resolve()
     about = {"run": folder.name, "origin": key_of(of=key or str(folder))[:12]}
     output, key = (output, None) if output else (default, key)
     if output is not None:

@@ -16,6 +16,7 @@ from gprune.models.loading import fingerprint, load_model
 from gprune.models.surgery import prune
 from gprune.runs.folder import exported_model
 from gprune.runs.results import finished, read_run
+from gprune.storage.reading import expanded
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -42,7 +43,7 @@ def subjects_of(
     Raises:
         UserError: for a run that is not finished, one that left no model, and a folder that is neither.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not (path / "manifest.json").is_file():
         if dense:
             raise UserError(f"--dense: expected a run's folder, which says what its dense model is; got '{name}'.")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gprune.errors import UserError
-from gprune.storage.reading import needed_text
+from gprune.storage.reading import expanded, needed_text
 
 SPLITS = ("test", "validation")  # lm_eval, too, takes the test split where there is one
 
@@ -71,14 +71,14 @@ def local_file(name: str) -> Path | None:
     root = os.environ.get("GPRUNE_DATA_DIR")
     if not root or not name.replace("_", "").isalnum():  # a plain name only: it must not lead out of the folder
         return None
-    folder = Path(root).expanduser() / "tasks" / name
+    folder = expanded(root) / "tasks" / name
     return next((folder / f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").is_file()), None)
 
 
 def local_tasks() -> list[str]:
     """Names of the tasks under `$GPRUNE_DATA_DIR`."""
     root = os.environ.get("GPRUNE_DATA_DIR")
-    folder = Path(root).expanduser() / "tasks" if root else None
+    folder = expanded(root) / "tasks" if root else None
     return sorted(p.name for p in folder.iterdir() if local_file(p.name)) if folder and folder.is_dir() else []
 
 

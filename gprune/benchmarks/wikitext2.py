@@ -25,7 +25,7 @@ from gprune.errors import UserError, first_line
 from gprune.evaluation.intervals import mean_perplexity
 from gprune.evaluation.perplexity import perplexity
 from gprune.screen import Screen
-from gprune.storage.reading import needed_text
+from gprune.storage.reading import expanded, needed_text
 
 MIRROR = Path("corpora") / "wikitext2" / "wiki.test.raw"
 CHARACTERS = 1_294_336  # of the whole text, as it is joined
@@ -41,7 +41,7 @@ def join_lines(raw: str) -> str:
 def wikitext2() -> str:
     """The text that is scored, from `$GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw` or the hub."""
     root = os.environ.get("GPRUNE_DATA_DIR")
-    if root and (path := Path(root).expanduser() / MIRROR).is_file():
+    if root and (path := expanded(root) / MIRROR).is_file():
         return join_lines(needed_text(path, "WikiText-2's raw test file"))
     import datasets
 

@@ -228,7 +228,8 @@ class SparsityConfig(Group):
     128), 32 the blocks of q8_0, 8 the grouped kernels of experts. The overshoot is less than one step."""
     uniform_width: bool = False
     """Every block ends up with the same width (and as many KV groups): the widest one that removes the target. The
-    result is a stock model that needs nobody's code; what sparsity it reaches is printed."""
+    result is a stock model that needs nobody's code, where the family's config can say the sizes (gpt2, opt and
+    gpt_neox can say no fewer heads); what sparsity it reaches is printed."""
     learn: Literal["thresholds", "offsets", "both"] = "thresholds"
     """What is learned. thresholds: one number per module. offsets: one per neuron, which moves its rank; a free gate
     for every neuron, for which modules only matter as a start. both: the two together."""

@@ -159,9 +159,14 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
     try:
         metadata = parquet.read_metadata(path)
-        columns = metadata.schema.to_arrow_schema().names
-        if "text" not in columns:
-            raise UserError(f"{path}: expected a column 'text', got {', '.join(columns)[:200] or 'none'}.")
+        schema = metadata.schema.to_arrow_schema()
+        if "text" not in schema.names:
+            raise UserError(f"{path}: expected a column 'text', got {', '.join(schema.names)[:200] or 'none'}.")
+        kind = schema.field("text").type
+        if pyarrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise UserError(f"{path}: expected a column 'text' of strings, got one of {str(kind)[:200]}.")
         _check_parquet(path, metadata)
         with parquet.ParquetFile(path, read_dictionary=["text"]) as file:
             for batch in file.iter_batches(batch_size=1024, columns=["text"]):

@@ -20,6 +20,7 @@ from typing import Any
 from gprune.corpora.files import SUFFIXES, load_files, text_files
 from gprune.errors import UserError
 from gprune.registry import Registry
+from gprune.storage.reading import expanded
 
 SPLITS = ("train", "development", "test")
 DEVELOPMENT_EVERY = 10
@@ -80,7 +81,7 @@ def mirrors() -> list[str]:
 def _source(name: str) -> Corpus:
     """The function that returns the "train" or "test" documents of `name`, development text included."""
     if _looks_like_path(name):
-        path = Path(name).expanduser()
+        path = expanded(name)
         if not path.exists():
             raise UserError(f"Corpus '{name}' looks like a path, but there is no such file or folder.")
         if not text_files(path):
@@ -104,7 +105,7 @@ def _looks_like_path(name: str) -> bool:
 
 def _mirror_roots() -> list[Path]:
     root = os.environ.get("GPRUNE_DATA_DIR")
-    return [Path(root).expanduser() / "corpora", Path(root).expanduser()] if root else []
+    return [expanded(root) / "corpora", expanded(root)] if root else []
 
 
 def _mirror(name: str) -> Path | None:

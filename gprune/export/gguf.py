@@ -85,10 +85,7 @@ def interleave(rows: Tensor, head_dim: int) -> Tensor:
 def rope_factors(model: PreTrainedModel) -> Tensor | None:
     """(head_dim / 2,) divisors of the plain rotary frequencies; None where they are plain."""
     rope = model.config.rope_parameters
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"Export: GGUF takes rope_type default, linear or llama3 over the whole head; got {rope}.")
-    if kind == "default":
+    if rope.get("rope_type", "default") == "default":
         return None
     actual = model.get_decoder().rotary_emb.inv_freq.double()
     exponents = torch.arange(len(actual), dtype=torch.float64, device=actual.device) / len(actual)
@@ -217,6 +214,8 @@ def unlike_llama(config: PreTrainedConfig, block: Block) -> str | None:
         return f"has weights beside Llama's ({other[0]})"
     if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
         return f"attends to a window of {config.sliding_window} tokens"
+    if (kind := config.rope_parameters.get("rope_type", "default")) not in ("default", "linear", "llama3"):
+        return f"has rope_type {kind} instead of default, linear or llama3"
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
         return "rotates a part of each head"
     return None

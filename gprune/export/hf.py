@@ -38,6 +38,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.loading import pruned_classes, register, skeleton
 from gprune.models.offload import device_of, is_offloaded, lend_all
 from gprune.storage.files import replacing
+from gprune.storage.reading import expanded
 
 log = logging.getLogger("gprune")
 
@@ -51,8 +52,9 @@ SHARD = 5 * 10**9  # bytes; larger models are written in several files
 OUR_FILES = re.compile(
     r"README\.md|config\.json|generation_config\.json|modeling_pruned\.py|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|processor_config)\.json|vocab\.txt|merges\.txt"
-    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.(jinja|json)"
+    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|tekken\.json|chat_template\.(jinja|json)"
 )
+TEMPLATES = "additional_chat_templates"  # a folder that tokenizers write
 DEFAULT_CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -163,7 +165,7 @@ def save_pruned(
     Raises:
         UserError: folder taken, not writable or full; family that has no such export.
     """
-    folder = Path(folder).expanduser().resolve()
+    folder = expanded(folder).resolve()
     if folder.exists() and not overwrite:
         raise UserError(f"Export: '{folder}' exists already. Choose another folder, or ask for overwriting.")
     if folder.exists() and (why := not_ours(folder)):
@@ -185,7 +187,8 @@ def not_ours(folder: Path) -> str | None:
     """What shows that a folder is no export of ours, or holds more than one; None if it is one."""
     if not (folder / "config.json").is_file():
         return "is no model folder (no config.json)"
-    if foreign := sorted(path.name for path in folder.iterdir() if path.is_dir() or not OUR_FILES.fullmatch(path.name)):
+    others = [path for path in folder.iterdir() if path.is_dir() or not OUR_FILES.fullmatch(path.name)]
+    if foreign := sorted(path.name for path in others if path.name != TEMPLATES):
         return f"holds {foreign[0]}, which no export writes"
     card = folder / "README.md"
     if not card.is_file() or "gprune" not in card.read_text(encoding="utf-8", errors="replace"):

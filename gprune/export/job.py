@@ -22,7 +22,7 @@ from gprune.errors import UserError, first_line
 from gprune.export.packages import LLAMA_CPP, ONNX, has_llama_cpp
 from gprune.models.families import family_of
 from gprune.registry import Registry
-from gprune.storage.reading import read_text, regular_file
+from gprune.storage.reading import expanded, read_text, regular_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -185,7 +185,7 @@ class Job:
         source = find(run_or_folder)
         family_of(model_type(source.folder))  # refuses one without a record
         chosen = made(**options)
-        path = Path(f"{source.folder}{chosen.suffix}" if output is None else output).expanduser().absolute()
+        path = expanded(f"{source.folder}{chosen.suffix}" if output is None else output).absolute()
         if path.exists() and not overwrite:
             raise UserError(f"Export: '{path}' exists already; choose another --output, or pass --overwrite.")
         if path.exists() and not chosen.replaceable(path):
@@ -217,7 +217,7 @@ def marked(path: Path, begins: bytes = b"") -> bool:
 
 def find(run_or_folder: str | Path) -> Source:
     """The model folder that is meant."""
-    path = Path(run_or_folder).expanduser()
+    path = expanded(run_or_folder)
     if (path / "config.json").is_file():
         from gprune.runs.folder import exported_model
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gprune.errors import UserError
+from gprune.errors import UserError, first_line
 
 log = logging.getLogger("gprune")
 
@@ -52,15 +52,31 @@ def write_onnx(model: PreTrainedModel, path: Path) -> None:
     Args:
         model: in float32, in eval mode.
         path: file to write.
+
+    Raises:
+        UserError: for a model that PyTorch cannot write, or whose computation depends on how long a text is.
     """
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if by_length := sorted(kinds & {"longrope", "dynamic"}):
+        raise UserError(
+            f"Export: a graph has one set of rotary frequencies, and this model's (rope_type {by_length[0]}) depend on "
+            f"how long a text is; expected another model. Nothing was written."
+        )
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     given = inputs_of(model, *TRACED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PyTorch's own code, about itself
-        program = torch.onnx.export(
-            Scorer(model).eval(), kwargs=given, dynamo=True, verbose=False,
-            input_names=list(given), output_names=["logits"], dynamic_shapes=dict.fromkeys(given, sizes),
-        )  # fmt: skip
+        try:
+            program = torch.onnx.export(
+                Scorer(model).eval(), kwargs=given, dynamo=True, verbose=False,
+                input_names=list(given), output_names=["logits"], dynamic_shapes=dict.fromkeys(given, sizes),
+            )  # fmt: skip
+        except torch.onnx.OnnxExporterError as error:
+            raise UserError(
+                f"Export: PyTorch cannot write model_type '{model.config.model_type}' as an ONNX graph "
+                f"({first_line(error)}); expected a model without experts, or another format. Nothing was written."
+            ) from error
         program.model.metadata_props["made by"] = "gprune"  # the mark by which `--overwrite` knows a former export
         program.save(path, external_data=True)
 

@@ -35,7 +35,7 @@ from gprune.models import modeling_pruned
 from gprune.models.families import FAMILIES, family_of
 from gprune.models.offload import StoredWeights, keep_until_gone, scratch_folder
 from gprune.storage.files import as_bytes
-from gprune.storage.reading import read_text, regular_file
+from gprune.storage.reading import expanded, read_text, regular_file
 
 log = logging.getLogger("gprune")
 
@@ -92,7 +92,7 @@ def locate_model(name: str) -> str:
     """The folder or hub id of a model: an embedded name becomes the folder in the cache."""
     if name in assets.EMBEDDED_MODELS:
         return str(assets.embedded_model_dir(name))
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(
@@ -266,7 +266,7 @@ def load_weights(
     compute in are written below the cache, and removed with the model.
 
     Raises:
-        UserError: where weights of the model are missing, which transformers would draw at random.
+        UserError: where weights of the model are missing, which transformers would draw at random, or quantised.
     """
     config = read_config(str(location), trust_remote_code=trust_remote_code)
     check_stored(skeleton(config, trust_remote_code=trust_remote_code), location)
@@ -275,6 +275,7 @@ def load_weights(
     if device_map is None:
         model, found = AutoModelForCausalLM.from_pretrained(location, **settings)
         check_complete(found, location)
+        check_not_quantised(model, location)
         return model.eval().requires_grad_(False)
     folder, removal = scratch_folder()
     with removal:
@@ -284,8 +285,19 @@ def load_weights(
                 location, device_map=device_map, max_memory=limits, offload_folder=folder, **settings
             )
         check_complete(found, location)
+        check_not_quantised(model, location)
         keep_until_gone(model, removal.pop_all())
     return model.eval().requires_grad_(False)
+
+
+def check_not_quantised(model: PreTrainedModel, location: str | Path) -> None:
+    """Raise UserError for weights that stay quantised in memory: a neuron would go, and its scales would stay."""
+    kinds = {parameter.dtype for parameter in model.parameters()} - {torch.float32, torch.bfloat16, torch.float16}
+    if getattr(model, "hf_quantizer", None) is not None or kinds:
+        raise UserError(
+            f"--model.name: '{location}' is quantised ({', '.join(sorted(map(str, kinds))) or 'quantization_config'}); "
+            f"expected weights in float32, bfloat16 or float16. Prune those, and quantise what is left."
+        )
 
 
 def check_finite(model: PreTrainedModel, location: str | Path) -> None:

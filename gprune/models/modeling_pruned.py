@@ -72,9 +72,10 @@ class PrunedModel:
         for choice in ("_attn_implementation", "_experts_implementation"):
             if hasattr(dense, choice):
                 setattr(config, choice, getattr(dense, choice))
-        # The model's own config, not a copy: switching the attention implementation must reach every layer.
+        # The model's own config, not a copy: switching the attention implementation must reach every layer. Rotary
+        # embeddings keep the dense one, which has one number of heads.
         for module in self.modules():
-            if getattr(module, "config", None) is dense:
+            if getattr(module, "config", None) is dense and "RotaryEmbedding" not in type(module).__name__:
                 module.config = config
         decoder, place = self.get_decoder(), config.pruned_layout["layers"]
         layers = getattr(decoder if hasattr(decoder, place) else self.base_model, place)  # the latter before 5

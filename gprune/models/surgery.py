@@ -132,10 +132,14 @@ def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):  # where the KV cache keeps a layer's states
                 module.layer_idx = index
-    table = config.to_dict().get("per_layer_config")  # plain here, whatever transformers makes of the attribute
+    content = config.to_dict()  # plain here, whatever transformers makes of the attributes
+    table = content.get("per_layer_config")
     config.num_hidden_layers = len(left)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index] for index in kept]
+    for name, value in content.items():
+        if name.endswith("_only_layers") and value:  # numbers of layers
+            setattr(config, name, [new for new, old in enumerate(kept) if old in value])
+        elif "layer" in name and isinstance(value, list) and len(value) == len(stays):  # an entry for each layer
+            setattr(config, name, [value[index] for index in kept])
     if table:  # pruned before: each layer's own values move along
         values = {int(index): value for index, value in table.items()}
         config.per_layer_config = {str(new): values[old] for new, old in enumerate(kept) if old in values}

@@ -154,7 +154,7 @@ def check(cfg: RunConfig) -> Plan:
     costs = unit_costs(blocks, scope=s.scope, protect=s.protect, uniform=s.uniform_width)
     budget = Budget.of(costs, s.target, s.width_multiple)
     if ALLOCATION[cfg.base_allocation].whole_blocks:
-        check_depth(blocks, budget)
+        check_depth(blocks, budget, config)
     for sparsity in cfg.evaluation.curve if cfg.learns else []:
         budget.at(sparsity)
     check_blocks(cfg, blocks, config)
@@ -197,8 +197,14 @@ def check_gguf_possible(dense: PreTrainedModel) -> None:
     check_expressible(dense)
 
 
-def check_depth(blocks: Sequence[Block], budget: Budget) -> None:
-    """Raise UserError unless whole blocks can make up for the target and one is left, whichever they are."""
+def check_depth(blocks: Sequence[Block], budget: Budget, config: PreTrainedConfig) -> None:
+    """Raise UserError unless whole blocks can make up for the target, one is left, and none computes by its number."""
+    for name, plain in (("scale_attn_by_inverse_layer_idx", False), ("decoder_sparse_step", 1)):
+        if getattr(config, name, plain) != plain:
+            raise UserError(
+                f"--sparsity.allocation depth: expected blocks that compute alike in any place, but {name} of this "
+                f"model is {getattr(config, name)}; take another allocation."
+            )
     protected = budget.costs.protected
     gone = [block.cost for block in blocks if block.index not in protected]
     removable = sum(gone) - (0 if protected else max(gone))

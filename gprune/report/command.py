@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gprune.console import Parser, guarded, quiet
 from gprune.errors import UserError
+from gprune.storage.reading import expanded
 
 ABOUT = """Tables (Markdown, CSV) and figures (PNG, SVG) from finished runs.
 
@@ -54,7 +55,7 @@ def run(args: Sequence[str]) -> str:
 
 def default_output(runs: Sequence[str]) -> Path:
     """`report` in the run, or in the folder that several runs have in common; a UserError where that is a link."""
-    resolved = [Path(run).expanduser().resolve() for run in dict.fromkeys(runs)]
+    resolved = [expanded(run).resolve() for run in dict.fromkeys(runs)]
     place = resolved[0] if len(resolved) == 1 else Path(os.path.commonpath([p.parent for p in resolved]))
     if (place / "report").is_symlink():
         raise UserError(f"{place / 'report'} is a link; remove it, or name a folder with --output.")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gprune.runs.results import FinishedRun, read_run
+from gprune.storage.reading import expanded
 
 
 def read_runs(paths: Sequence[Path | str]) -> list[FinishedRun]:
@@ -17,7 +18,7 @@ def read_runs(paths: Sequence[Path | str]) -> list[FinishedRun]:
 
     A name is the folder's own; where two folders share theirs, all are named from the folder they have in common.
     """
-    folders = {Path(path).expanduser().resolve(): path for path in paths}
+    folders = {expanded(path).resolve(): path for path in paths}
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         top = os.path.commonpath([folder.parent for folder in folders])

@@ -22,6 +22,7 @@ from gprune.report.table import Estimate, Table
 from gprune.runs.folder import RunFolder
 from gprune.runs.results import FinishedRun, read_samples, row_name
 from gprune.storage.files import replacing, to_yaml
+from gprune.storage.reading import expanded
 
 if TYPE_CHECKING:
     from gprune.report.page import Report
@@ -40,7 +41,7 @@ THEME = {"#000000": "currentColor", "#ffffff": "var(--paper)", "#dddddd": "var(-
 
 def write(report: Report, path: Path | str) -> Path:
     """Write the page of a report, whole or not at all."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     with replacing(path) as temporary:
         temporary.write_text(page(report), encoding="utf-8")
     return path

@@ -13,6 +13,7 @@ from gprune.config import RunConfig
 from gprune.corpora.hub import HUB_CORPORA
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
 from gprune.report.records import result_table
+from gprune.storage.reading import expanded
 
 
 def model_card(cfg: RunConfig, *, stock: bool = False, records: Sequence[dict[str, Any]] = ()) -> str:
@@ -64,7 +65,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})
 
 def _folder(cfg: RunConfig) -> Path | None:
     """Where the base model lies on this machine; None if it has a name that others know."""
-    path = Path(cfg.model.name).expanduser()
+    path = expanded(cfg.model.name)
     return path.resolve() if path.exists() else None
 
 

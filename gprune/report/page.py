@@ -32,6 +32,7 @@ from gprune.report.style import FORMATS, save, titled
 from gprune.report.table import Table
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.files import replacing
+from gprune.storage.reading import expanded
 
 SIDE_BY_SIDE = 40  # runs: beyond, pairs and figures take minutes, and nobody reads them
 
@@ -108,7 +109,7 @@ class Report:
         Raises:
             UserError: for a folder that cannot be written, and for links in it that lead elsewhere.
         """
-        folder = Path(folder).expanduser()
+        folder = expanded(folder)
         for inside in ("tables", "figures"):
             if (folder / inside).is_symlink():
                 raise UserError(f"{folder / inside} is a link; remove it, or choose another --output.")

@@ -27,6 +27,7 @@ from gprune.runs import schema
 from gprune.runs.folder import RunFolder, corpus_file, differences, exported_model, manifest_problem
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
 from gprune.storage.files import inspected_json, key_of, read_json
+from gprune.storage.reading import expanded
 from gprune.storage.yaml_text import read_yaml
 
 Record = dict[str, Any]  # one number with its protocol, as in metrics.json
@@ -154,7 +155,7 @@ def finished(path: Path | str) -> FinishedRun:
 
 
 def _finished(path: Path | str) -> tuple[RunFolder, FinishedRun]:
-    place = Path(path).expanduser()
+    place = expanded(path)
     if not place.is_dir():
         raise UserError(f"Expected a run folder, but there is no folder '{path}'.")
     manifest, why = inspected_json(place / "manifest.json", check=manifest_problem)

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from gprune.errors import UserError
+from gprune.storage.reading import expanded
 
 log = logging.getLogger("gprune")
 
@@ -21,7 +22,7 @@ def cache_dir() -> Path:
     Raises:
         UserError: if it cannot be created.
     """
-    path = Path(os.environ.get("GPRUNE_CACHE") or "~/.cache/gprune").expanduser()
+    path = expanded(os.environ.get("GPRUNE_CACHE") or "~/.cache/gprune")
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     return path

@@ -12,6 +12,11 @@ from gprune.errors import UserError
 MOST = 2**28  # bytes of a JSON file: 50 rows of 100,000 windows each are 100 MB
 
 
+def expanded(path: Path | str) -> Path:
+    """A path whose ~ is the user's home; unlike pathlib's, as it is where there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
 def read_bytes(path: Path | str, *, most: int = MOST, pipe: bool = False) -> bytes:
     """The content of a file.
 

@@ -67,6 +67,13 @@ def test_no_more_is_read_than_a_corpus_can_need(tmp_path, monkeypatch, caplog):
         files.load_files(tmp_path / "b.jsonl", "train")
 
 
+@pytest.mark.parametrize("texts", [[["a", "b"]], [{"role": "user"}], [1], [b"a"]])
+def test_a_column_that_is_no_text_is_one_line(texts, tmp_path):
+    parquet.write_table(pyarrow.table({"text": pyarrow.array(texts)}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="expected a column 'text' of strings, got one of"):
+        files.load_files(tmp_path / "a.parquet", "train")
+
+
 def test_parquet_that_is_a_bomb_costs_nothing(tmp_path):
     """570 bytes that stand for 4.6 GB as one text of many rows, and a text that is packed ten thousandfold."""
     rows, texts = pyarrow.array([0] * 4600, pyarrow.int32()), pyarrow.array(["word " * 200_000])

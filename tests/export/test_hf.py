@@ -24,6 +24,7 @@ from gprune.models.surgery import prune, widths
 from gprune.sparsity.gates import masked
 from tests.conftest import make_tiny_llama
 from tests.models.test_surgery import GREEDY, depth, random_masks, randomise_biases
+from tests.tiny_run import tiny_tokenizer
 
 NEURONS, GROUPS = [1, 7, 47], [1, 2, 1]
 LLAMA3_ROPE = {
@@ -56,6 +57,21 @@ def make_pruned(recovered: bool = False, **overrides):
     for parameter in model.parameters():  # `model.to` would round the rotary frequencies too; loading does not
         parameter.data = parameter.data.to(overrides.get("dtype", torch.float32))
     return model
+
+
+# Kept apart from VARIANTS, which GGUF takes too.
+BY_LENGTH = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope"])
+def test_rotary_embeddings_of_every_kind_reload_with_unequal_heads(kind, tmp_path):
+    """These ask the config for the size of a head, of which layers with unequal heads have none in common."""
+    factors = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0] * 4} if kind == "longrope" else {}
+    model = make_pruned(rope_parameters={"rope_type": kind, **BY_LENGTH, **factors})
+    loaded = load(hf.save_pruned(model, None, tmp_path / "model"))
+    for length in (12, 40):  # within what the model was trained on, and beyond it
+        ids = torch.arange(2, 2 + length)[None]
+        assert hf.max_logit_difference(loaded(ids).logits, model(ids).logits) == 0.0
 
 
 def load(folder, auto=AutoModelForCausalLM, **options):
@@ -276,6 +292,14 @@ def test_a_taken_folder_is_kept_unless_overwriting_is_asked_for(tmp_path, token_
     hf.save_pruned(second, None, folder, overwrite=True)
     assert hf.max_logit_difference(load(folder)(token_batch).logits, second(token_batch).logits) == 0.0
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_templates_that_a_tokenizer_writes_beside_its_own_are_ours(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    folder = hf.save_pruned(make_pruned(), tokenizer, tmp_path / "model")
+    assert (folder / hf.TEMPLATES).is_dir()
+    hf.save_pruned(make_pruned(), tokenizer, folder, overwrite=True)
 
 
 def test_overwriting_never_removes_what_is_no_model(tmp_path):

@@ -8,12 +8,14 @@ import math
 import pytest
 import torch
 
+from gprune.errors import UserError
 from gprune.export import export, hf, onnx
 from gprune.export import job as verb
 from gprune.export.command import main
 from gprune.export.packages import ONNX
 from tests import tiny_run
 from tests.export.test_hf import make_pruned
+from tests.tiny_families import make_tiny
 
 
 @pytest.fixture
@@ -74,3 +76,20 @@ def test_the_output_may_be_any_folder_that_is_not_there(folder, tmp_path, monkey
     monkeypatch.setattr(onnx, "check_onnx", lambda model, path: 0.0)
     assert export(folder, "onnx", tmp_path / "graph") == tmp_path / "graph"
     assert [path.name for path in (tmp_path / "graph").iterdir()] == ["model.onnx"]
+
+
+def test_a_graph_that_would_depend_on_the_length_of_a_text_is_refused(tmp_path):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    with pytest.raises(UserError, match=r"one set of rotary frequencies, .* \(rope_type dynamic\)"):
+        onnx.write_onnx(make_pruned(rope_parameters=rope), tmp_path / "model.onnx")
+
+
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ONNX)), reason="needs the extra `onnx`")
+@pytest.mark.slow
+def test_what_pytorch_cannot_write_is_one_line(tmp_path, capsys):
+    with tiny_run.isolated(tmp_path / "cache"):
+        folder = hf.save_pruned(make_tiny("mixtral"), tiny_run.tiny_tokenizer(), tmp_path / "model")
+        assert main([str(folder), "--to", "onnx"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "PyTorch cannot write model_type 'mixtral" in line
+    assert [path.name for path in tmp_path.iterdir() if "onnx" in path.name] == []

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from gprune.cli import main
 from gprune.errors import UserError
-from gprune.models.loading import load_model
+from gprune.models.loading import check_not_quantised, load_model
 from tests import tiny_run
 
 
@@ -82,3 +83,16 @@ def test_a_run_of_such_a_model_is_one_line(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "has no weights for model.layers.1.input_layernorm.weight" in line
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("how", ["float8", "quantizer"])
+def test_weights_that_stay_quantised_are_refused(how, tiny_model):
+    """Their scales would stay where rows go. A checkpoint that transformers de-quantises as it loads is welcome."""
+    check_not_quantised(tiny_model, "here")
+    if how == "float8":
+        linear = tiny_model.model.layers[1].mlp.up_proj
+        linear.weight = torch.nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    else:
+        tiny_model.hf_quantizer = object()
+    with pytest.raises(UserError, match=r"'here' is quantised .* expected weights in float32, bfloat16 or float16"):
+        check_not_quantised(tiny_model, "here")

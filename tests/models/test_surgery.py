@@ -251,10 +251,14 @@ def test_sliced_equals_masked_without_whole_blocks(gone, narrow, token_batch):
 def test_layers_that_stay_are_numbered_anew_and_keep_their_type():
     model = make_tiny_llama(num_hidden_layers=4)
     model.config.layer_types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    model.config.no_rope_layers, model.config.mlp_only_layers = [1, 1, 1, 0], [0, 3]
+    model.config.eos_token_id = [1, 2, 3, 4]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pruned = prune(model, depth(model, 0, 2))
     assert pruned.config.num_hidden_layers == 2
     assert pruned.config.layer_types == ["sliding_attention"] * 2
+    assert (pruned.config.no_rope_layers, pruned.config.mlp_only_layers) == ([1, 0], [1])
+    assert pruned.config.eos_token_id == [1, 2, 3, 4]
     assert layer_indices(pruned) == [0, 1]
     assert pruned.model.config is pruned.config
     # the original is as it was
