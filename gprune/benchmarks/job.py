@@ -40,14 +40,14 @@ def check(asked: Benchmarks) -> None:
 
 
 def evaluate(
-    model: str, asked: Benchmarks, *, dense: bool = False, output: Path | None = None
+    model: str, asked: Benchmarks, *, dense: bool = False, pruned: bool = True, output: Path | None = None
 ) -> tuple[list[dict[str, Any]], Path | None]:
     """Measure a model, or the models of a run.
 
     Args:
         model: a run's folder, a model folder, an embedded name or a hub id.
         asked: tasks and protocol.
-        dense: of a run, its dense model as well, first.
+        dense: of a run, its dense model as well, first; and with `pruned` false, that alone.
         output: JSON file for the records, beside those that are there; by default `evaluation.json` in the run.
 
     Returns:
@@ -67,7 +67,7 @@ def evaluate(
     if output is not None:
         read_evaluation(output, run=key)  # what is no such file is not written over
     records: list[dict[str, Any]] = []
-    for subject in subjects:
+    for subject in subjects if pruned else subjects[:1]:
         loaded, tokenizer = subject.load()
         loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
         for task in dict.fromkeys(asked.tasks):

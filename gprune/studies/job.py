@@ -68,19 +68,19 @@ def run(row: Row) -> dict[str, Any]:
 
 
 def rounded(record: dict[str, Any]) -> dict[str, Any]:
-    """With the nll of each window to 0.0001."""
+    """With the nll of each window, where it has some, to 0.0001."""
+    if "window_nll" not in record:
+        return record
     return record | {"window_nll": [round(v, 4) for v in record["window_nll"]]}
 
 
 def evaluated(folder: Path, cfg: gprune.RunConfig, row: Row, dense_model: str) -> list[dict[str, Any]]:
     """Records of `gprune evaluate` on a finished run; the dense model's, by its fingerprint, are kept for all rows."""
     asked, shared = asked_of(row), dense_path(row.records, dense_model, cfg.model.dtype, row.wanted_tasks)
-    dense = (read_json(shared, check=schema.evaluation) or {}).get("records")
-    measured, _ = benchmarks.evaluate(str(folder), asked, dense=not dense)
-    records = [rounded(r) if "window_nll" in r else r for r in measured]
-    if not dense:
-        write_json(shared, {"records": [r for r in records if r["stage"] == "dense"]})
-    return [r for r in records if r["stage"] != "dense"]
+    if not (read_json(shared, check=schema.evaluation) or {}).get("records"):  # kept now: it may take an hour
+        measured, _ = benchmarks.evaluate(str(folder), asked, dense=True, pruned=False)
+        write_json(shared, {"records": list(map(rounded, measured))})
+    return [rounded(r) for r in benchmarks.evaluate(str(folder), asked)[0]]
 
 
 def asked_of(row: Row) -> Benchmarks:

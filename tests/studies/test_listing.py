@@ -667,9 +667,9 @@ def measured(monkeypatch, bench):
     calls, configs, real = [], [], gprune.prune
     (bench.folder / "evaluation.json").unlink(missing_ok=True)
 
-    def evaluate(model, asked, *, dense):
-        calls.append((asked.tasks, asked.limit, dense))
-        stages = ["dense", "base"] if dense else ["base"]
+    def evaluate(model, asked, *, dense=False, pruned=True):
+        stages = ["dense"] * dense + ["base"] * pruned
+        calls.append((asked.tasks, asked.limit, stages))
         about = {
             "kind": "zero_shot",
             "limit": asked.limit,
@@ -695,7 +695,7 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     path = bench.write("tasks", rows, tasks=tasks, **own)
     listing = lists.Listing.read(path)
     kept = [runner.run(row) for row in listing.rows]
-    assert calls == [(("piqa", "arc_easy"), 4, True), (("piqa", "arc_easy"), 4, False)]
+    assert calls == [(("piqa", "arc_easy"), 4, [stage]) for stage in ("dense", "base", "base")]
     assert [cfg.export for cfg in configs] == ["none", "hf"]  # masks do not hold what recovery changed
     for row, k in zip(listing.rows, kept, strict=True):
         assert [r["stage"] for r in k["evaluation"]] == ["base"] * 2
@@ -712,7 +712,7 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     assert not any(map(runner.found, lists.Listing.read(path, flags=["--model.dtype=bfloat16"]).rows))
     low = lists.Listing.read(path, flags=["--model.dtype=bfloat16"]).rows[0]
     runner.run(low)
-    assert calls[-1][2]  # a dense model of its own
+    assert [stages for *_, stages in calls[-2:]] == [["dense"], ["base"]]  # a dense model of its own
     # other tasks lie beside these, not in their place
     other = {row.name: (records.path_of(row), runner.run(row)) for row in more.rows}
     assert all(kept["tasks"]["limit"] == 9 for _, kept in other.values())
