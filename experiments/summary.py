@@ -58,9 +58,9 @@ GEMMA = {
     "gemma_budgets.yaml": [
         f"{share} %, {row}"
         for share in (20, 30)
-        for row in ("paper", "averaged, least squares", "averaged, 49k at 1e-4", "gates")
+        for row in ("paper", "averaged, least squares", "averaged, 49k at 3e-5", "gates")
     ],
-    "gemma.yaml": ["base", "averaged", "averaged, least squares", "averaged, 49k at 1e-4", "paper", "gates"],
+    "gemma.yaml": ["base", "averaged", "averaged, least squares", "averaged, 49k at 3e-5", "paper", "gates"],
 }
 Lines = dict[tuple[str, str], list[tuple[float, Estimate]]]
 
