@@ -121,12 +121,13 @@ class Meeting(L.LightningModule):
         self.key, self.lacking = key, list(lacking)
 
     def setup(self, stage: str) -> None:
-        if self.trainer.strategy.reduce_boolean_decision(
-            self.trainer.strategy.broadcast(self.key) != self.key, all=False
-        ):
+        strategy = self.trainer.strategy
+        elsewhere, *self.lacking = (
+            strategy.reduce_boolean_decision(mine, all=False)
+            for mine in (strategy.broadcast(self.key) != self.key, *self.lacking)
+        )
+        if elsewhere:
             raise UserError("The processes of this run are at different runs of a list; run the same command again.")
-        reduce = self.trainer.strategy.reduce_boolean_decision
-        self.lacking = [reduce(mine, all=False) for mine in self.lacking]
 
     def test_dataloader(self) -> list[Any]:
         return []

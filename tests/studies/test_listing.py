@@ -584,6 +584,18 @@ def test_a_long_name_of_a_row_is_a_file_all_the_same(bench):
         assert "-seed0-" in path.name
 
 
+def test_a_row_is_divided_by_the_base_of_its_own_seed_alone(bench, capsys):
+    path = bench.write("bases", {"plain": {"gprune": False}, "ours": {}}, reference="plain", seeds=[0, 1])
+    bench(capsys, path)
+    listing, done = done_of(path)
+    without = [(row, kept) for row, kept in done if (row.name, row.seed) != ("plain", 1)]
+    ours = [(row, kept) for row, kept in without if (row.name, row.seed) != ("ours", 0)]
+    for rows, there in ((done, True), (without, False), (ours, False)):
+        summary = results.reported(listing, rows).tables[0]
+        found = [cells[-1] for cells in summary.rows if cells[0].startswith("ours") and cells[1] == "gprune"]
+        assert [value is not None for value in found] == [there]
+
+
 def test_lines_of_rows_over_the_tokens_that_each_learned_from(bench, capsys, tmp_path):
     """What comes out of each row over the dense model; gates and distillation count alike."""
     distilled = {"recovery": "distill", "distill.tokens": 96}
