@@ -11,6 +11,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,19 @@ from gprune.studies.records import dense_path, found, packed, path_of, plain, re
 from gprune.studies.tables import cost_table, text_of
 
 
-def run(row: Row) -> dict[str, Any]:
-    """Run one configuration, and its tasks, and keep what came out."""
-    cfg, tasks = row.config, row.wanted_tasks
+def run(row: Row) -> Path:
+    """Run one configuration and keep what came out.
+
+    Returns:
+        The run's folder.
+    """
+    cfg = row.config
     before = read(path_of(row)) or {"masks": None}  # of another list, which wants other things of this row
-    if tasks and cfg.recovery != "none":  # masks do not hold what recovery changed
+    if row.wanted_tasks and cfg.recovery != "none":  # masks do not hold what recovery changed
         cfg = replace(cfg, export="hf")
     result = gprune.prune(cfg)
     if process_index() != 0:  # process 0 keeps what came out
-        return {}
+        return result.path
     manifest = RunFolder(result.path).manifest
     kept = {
         "name": row.name,
@@ -59,10 +64,15 @@ def run(row: Row) -> dict[str, Any]:
         "masks": packed(result.masks) if row.masks or before["masks"] else None,
         "records": [rounded(r) for r in result.records],
     }
-    kept |= {name: before[name] for name in ("tasks", "evaluation") if name in before}
-    write(path_of(row), kept)  # tasks may take longer than the run, or fail
-    if tasks:
-        kept |= {"tasks": tasks, "evaluation": evaluated(result.path, cfg, row, kept["inputs"]["model"])}
+    write(path_of(row), kept | {name: before[name] for name in ("tasks", "evaluation") if name in before})
+    return result.path
+
+
+def measure_tasks(row: Row, folder: Path) -> dict[str, Any]:
+    """Measure the tasks that the list asks for on a finished run, and keep them in its record, which is returned."""
+    kept = read(path_of(row))
+    if tasks := row.wanted_tasks:
+        kept |= {"tasks": tasks, "evaluation": evaluated(folder, row, kept["inputs"]["model"])}
         write(path_of(row), kept)  # asked again: another list may have written its own tasks beside it
     return kept
 
@@ -74,9 +84,9 @@ def rounded(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"window_nll": [round(v, 4) for v in record["window_nll"]]}
 
 
-def evaluated(folder: Path, cfg: gprune.RunConfig, row: Row, dense_model: str) -> list[dict[str, Any]]:
+def evaluated(folder: Path, row: Row, dense_model: str) -> list[dict[str, Any]]:
     """Records of `gprune evaluate` on a finished run; the dense model's, by its fingerprint, are kept for all rows."""
-    asked, shared = asked_of(row), dense_path(row.records, dense_model, cfg.model.dtype, row.wanted_tasks)
+    asked, shared = asked_of(row), dense_path(row.records, dense_model, row.config.model.dtype, row.wanted_tasks)
     if not (read_json(shared, check=schema.evaluation) or {}).get("records"):  # kept now: it may take an hour
         measured, _ = benchmarks.evaluate(str(folder), asked, dense=True, pruned=False)
         write_json(shared, {"records": list(map(rounded, measured))})
@@ -132,6 +142,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 def work(options: Namespace) -> None:
     """Run, then print; options as the command line of `gprune study` gives them."""
+    waiting: list[Callable[[], None]] = []  # of lists whose rows have run
     for path in options.lists:
         listing = Listing.read(path, seeds=options.seeds, flags=options.flags, records=options.records)
         names = dict.fromkeys(row.name for row in listing.rows)
@@ -142,31 +153,54 @@ def work(options: Namespace) -> None:
         if options.commands:
             say("".join(f"{line}\n" for line in commands(path, pending, options)))
             continue
-        if pending and not options.table:
-            run_all(pending)
-        if process_index() != 0:
-            continue
-        wanted = [row for row in listing.rows if row in chosen or row.name in listing.reference]
-        done = [(row, kept) for row in wanted if (kept := found(row)) is not None]
-        say("\n" + (text_of(listing, done) if done else f"{path}: no records yet.") + "\n")
-        if options.costs and (costs := cost_table(done)).rows:
-            say("\n" + costs.shown() + "\n")
-        if done and options.figures:
-            draw(listing, done, Path(options.figures))
+        folders = run_all(pending) if pending and not options.table else []
+        waiting.append(partial(finish, listing, chosen, folders, options))
+        if processes()[1] == 1 and process_index() == 0:
+            waiting.pop()()
+    if process_index() == 0:  # the others are through: none waits for tasks of hours, until torch gives them up
+        for rest in waiting:
+            rest()
 
 
-def run_all(pending: Sequence[Row]) -> None:
-    """Say what it will cost, run each row, and say when its record is kept."""
+def run_all(pending: Sequence[Row]) -> list[tuple[Row, Path]]:
+    """Say what it will cost, run each row, and say when its record is kept.
+
+    Returns:
+        Rows whose tasks are still to be measured, with their runs' folders.
+    """
     for row in pending:
         if row.wanted_tasks:
             benchmarks.check(asked_of(row))
     first = process_index() == 0  # of processes that Lightning has started with the same command
     if first:
         say(token_hours(pending) + "\n")
+    folders = []
     for row in pending:
-        spent = seconds(lambda row=row: run(row))
+        started = time.perf_counter()
+        folders.append((row, run(row)))
         if processes()[1] > 1:  # the record is there for all of them, whatever list asks for it next
             torch.distributed.barrier()
         if first:
-            say(f"{row.name}, seed {row.seed}: {spent:.0f} s, kept\n")
-            sys.stdout.flush()
+            say_kept(row, started)
+    return [(row, folder) for row, folder in folders if row.wanted_tasks]
+
+
+def finish(listing: Listing, chosen: Sequence[Row], folders: Sequence[tuple[Row, Path]], options: Namespace) -> None:
+    """Measure the tasks of rows that have run, and print and draw what a list's rows have given."""
+    for row, folder in folders:
+        started = time.perf_counter()
+        measure_tasks(row, folder)
+        say_kept(row, started, "tasks ")
+    wanted = [row for row in listing.rows if row in chosen or row.name in listing.reference]
+    done = [(row, kept) for row in wanted if (kept := found(row)) is not None]
+    say("\n" + (text_of(listing, done) if done else f"{listing.path}: no records yet.") + "\n")
+    if options.costs and (costs := cost_table(done)).rows:
+        say("\n" + costs.shown() + "\n")
+    if done and options.figures:
+        draw(listing, done, Path(options.figures))
+
+
+def say_kept(row: Row, started: float, what: str = "") -> None:
+    """Say how long a row, or its tasks, took, and that they are on the disk."""
+    say(f"{row.name}, seed {row.seed}: {what}{time.perf_counter() - started:.0f} s, kept\n")
+    sys.stdout.flush()

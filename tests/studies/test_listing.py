@@ -699,6 +699,10 @@ def measured(monkeypatch, bench):
     return calls, configs
 
 
+def with_tasks(row):
+    return runner.measure_tasks(row, runner.run(row))
+
+
 def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     calls, configs = measured
     rows = {"plain": {"gprune": False}, "mended": {"gprune": False, "recovery": "bias"}}
@@ -706,7 +710,7 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     own = {"common": {"ridge": 0.3}}  # records of their own
     path = bench.write("tasks", rows, tasks=tasks, **own)
     listing = lists.Listing.read(path)
-    kept = [runner.run(row) for row in listing.rows]
+    kept = [with_tasks(row) for row in listing.rows]
     assert calls == [(("piqa", "arc_easy"), 4, [stage]) for stage in ("dense", "base", "base")]
     assert [cfg.export for cfg in configs] == ["none", "hf"]  # masks do not hold what recovery changed
     for row, k in zip(listing.rows, kept, strict=True):
@@ -723,10 +727,10 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     assert not any(map(runner.found, more.rows))
     assert not any(map(runner.found, lists.Listing.read(path, flags=["--model.dtype=bfloat16"]).rows))
     low = lists.Listing.read(path, flags=["--model.dtype=bfloat16"]).rows[0]
-    runner.run(low)
+    with_tasks(low)
     assert [stages for *_, stages in calls[-2:]] == [["dense"], ["base"]]  # a dense model of its own
     # other tasks lie beside these, not in their place
-    other = {row.name: (records.path_of(row), runner.run(row)) for row in more.rows}
+    other = {row.name: (records.path_of(row), with_tasks(row)) for row in more.rows}
     assert all(kept["tasks"]["limit"] == 9 for _, kept in other.values())
     for row in lists.Listing.read(path).rows:
         assert records.path_of(row) != other[row.name][0]
@@ -734,20 +738,40 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     # a list that wants masks keeps the tasks, and one that wants tasks keeps the masks
     masked = bench.write("masked", {"plain": rows["plain"]}, tables=["repeatability"], **own)
     (row,) = lists.Listing.read(masked, records=bench.folder / "both").rows
-    (with_tasks,) = lists.Listing.read(
+    (tasked,) = lists.Listing.read(
         bench.write("tasked", {"plain": rows["plain"]}, tasks=tasks, **own), records=bench.folder / "both"
     ).rows
-    for one in (row, with_tasks, row):
+    for one in (row, tasked, row):
         if runner.found(one) is None:
-            runner.run(one)
-    assert runner.found(row) == runner.found(with_tasks) is not None
+            with_tasks(one)
+    assert runner.found(row) == runner.found(tasked) is not None
     (only,) = (bench.folder / "both/runs").iterdir()
     # of several records of a row the one with masks serves whoever wants them
     records.write(only.with_stem(f"a-{only.stem}"), runner.found(row) | {"masks": None, "tasks": tasks | {"limit": 9}})
     assert runner.found(row)["masks"] is not None
     assert records.path_of(row) == only
     # with a seed that the tasks do not name, there are none
-    assert "evaluation" not in runner.run(lists.Listing.read(path, seeds=[1]).rows[0])
+    assert "evaluation" not in with_tasks(lists.Listing.read(path, seeds=[1]).rows[0])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_of_several_processes_none_waits_for_tasks(bench, measured, monkeypatch, capsys, index):
+    """Which may take longer than torch lets a process wait: all rows of all lists come first."""
+    calls, configs = measured
+    met = []
+    monkeypatch.setattr(runner, "processes", lambda: (index, 2))
+    monkeypatch.setattr(runner, "process_index", lambda: index)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: met.append((len(configs), len(calls))))
+    tasks, common = {"names": ["piqa"], "limit": 4}, {"ridge": 0.4 + index / 10}
+    paths = [
+        bench.write(f"{name}{index}", {name: {"gprune": False, "recovery": name}}, tasks=tasks, common=common)
+        for name in ("bias", "least_squares")
+    ]
+    said = bench(capsys, *paths)
+    assert met == [(1, 0), (2, 0)]
+    assert [stages for *_, stages in calls] == [[["dense"], ["base"], ["base"]], []][index]
+    assert [name in said for name in ("bias, seed 0: tasks", "least_squares, seed 0: tasks")] == [index == 0] * 2
+    assert [runner.found(row) is not None for p in paths for row in lists.Listing.read(p).rows] == [index == 0] * 2
 
 
 def test_rows_are_compared_on_tasks_pair_by_pair(bench, measured, monkeypatch, capsys):
@@ -823,13 +847,13 @@ def test_the_repository_keeps_masks_where_a_table_is_about_them(bench, first, mo
         row for row in lists.Listing.read(first[0], records=bench.folder / "other").rows if row.name == "plain"
     )
     assert not row.masks
-    assert runner.run(row)["masks"] is None
+    assert with_tasks(row)["masks"] is None
     assert runner.found(row)["masks"] is None
     path = bench.write("of masks", {"plain": ROWS["plain"]}, tables=["repeatability"])
     (wanted,) = lists.Listing.read(path, records=bench.folder / "other").rows
     assert runner.found(wanted) is None  # there is a record, but without masks
     assert records.path_of(wanted) == records.path_of(row)
-    assert runner.run(wanted)["masks"] == runner.found(row)["masks"] is not None
+    assert with_tasks(wanted)["masks"] == runner.found(row)["masks"] is not None
 
 
 @pytest.mark.parametrize(
