@@ -37,20 +37,22 @@ from gprune.studies.listing import Listing, Row, commands, parts_of
 from gprune.studies.records import dense_path, found, packed, path_of, plain, read, write
 from gprune.studies.tables import cost_table, text_of
 
+Made = tuple[Path, dict[str, Any]]  # a run's folder and record
 
-def run(row: Row) -> Path:
+
+def run(row: Row) -> Made:
     """Run one configuration and keep what came out.
 
     Returns:
-        The run's folder.
+        The run's folder, and the record; an empty one in other processes than the first, which keeps it.
     """
     cfg = row.config
     before = read(path_of(row)) or {"masks": None}  # of another list, which wants other things of this row
     if row.wanted_tasks and cfg.recovery != "none":  # masks do not hold what recovery changed
         cfg = replace(cfg, export="hf")
     result = gprune.prune(cfg)
-    if process_index() != 0:  # process 0 keeps what came out
-        return result.path
+    if process_index() != 0:
+        return result.path, {}
     manifest = RunFolder(result.path).manifest
     kept = {
         "name": row.name,
@@ -64,16 +66,15 @@ def run(row: Row) -> Path:
         "masks": packed(result.masks) if row.masks or before["masks"] else None,
         "records": [rounded(r) for r in result.records],
     }
-    write(path_of(row), kept | {name: before[name] for name in ("tasks", "evaluation") if name in before})
-    return result.path
+    kept |= {name: before[name] for name in ("tasks", "evaluation") if name in before}
+    write(path_of(row), kept)
+    return result.path, kept
 
 
-def measure_tasks(row: Row, folder: Path) -> dict[str, Any]:
+def measure_tasks(row: Row, folder: Path, kept: dict[str, Any]) -> dict[str, Any]:
     """Measure the tasks that the list asks for on a finished run, and keep them in its record, which is returned."""
-    kept = read(path_of(row))
-    if tasks := row.wanted_tasks:
-        kept |= {"tasks": tasks, "evaluation": evaluated(folder, row, kept["inputs"]["model"])}
-        write(path_of(row), kept)  # asked again: another list may have written its own tasks beside it
+    kept = kept | {"tasks": row.wanted_tasks, "evaluation": evaluated(folder, row, kept["inputs"]["model"])}
+    write(path_of(row), kept)  # asked again: another list may have written its own tasks beside it
     return kept
 
 
@@ -153,8 +154,8 @@ def work(options: Namespace) -> None:
         if options.commands:
             say("".join(f"{line}\n" for line in commands(path, pending, options)))
             continue
-        folders = run_all(pending) if pending and not options.table else []
-        waiting.append(partial(finish, listing, chosen, folders, options))
+        ran = run_all(pending) if pending and not options.table else []
+        waiting.append(partial(finish, listing, chosen, ran, options))
         if processes()[1] == 1 and process_index() == 0:
             waiting.pop()()
     if process_index() == 0:  # the others are through: none waits for tasks of hours, until torch gives them up
@@ -162,11 +163,11 @@ def work(options: Namespace) -> None:
             rest()
 
 
-def run_all(pending: Sequence[Row]) -> list[tuple[Row, Path]]:
+def run_all(pending: Sequence[Row]) -> list[tuple[Row, Made]]:
     """Say what it will cost, run each row, and say when its record is kept.
 
     Returns:
-        Rows whose tasks are still to be measured, with their runs' folders.
+        Rows whose tasks are still to be measured, with what `run` gave.
     """
     for row in pending:
         if row.wanted_tasks:
@@ -174,23 +175,21 @@ def run_all(pending: Sequence[Row]) -> list[tuple[Row, Path]]:
     first = process_index() == 0  # of processes that Lightning has started with the same command
     if first:
         say(token_hours(pending) + "\n")
-    folders = []
+    ran = []
     for row in pending:
-        started = time.perf_counter()
-        folders.append((row, run(row)))
+        spent = seconds(lambda row=row: ran.append((row, run(row))))
         if processes()[1] > 1:  # the record is there for all of them, whatever list asks for it next
             torch.distributed.barrier()
         if first:
-            say_kept(row, started)
-    return [(row, folder) for row, folder in folders if row.wanted_tasks]
+            say_kept(row, spent)
+    return [(row, made) for row, made in ran if row.wanted_tasks]
 
 
-def finish(listing: Listing, chosen: Sequence[Row], folders: Sequence[tuple[Row, Path]], options: Namespace) -> None:
+def finish(listing: Listing, chosen: Sequence[Row], ran: Sequence[tuple[Row, Made]], options: Namespace) -> None:
     """Measure the tasks of rows that have run, and print and draw what a list's rows have given."""
-    for row, folder in folders:
-        started = time.perf_counter()
-        measure_tasks(row, folder)
-        say_kept(row, started, "tasks ")
+    for row, (folder, kept) in ran:
+        spent = seconds(partial(measure_tasks, row, folder, kept))
+        say_kept(row, spent, "tasks ")
     wanted = [row for row in listing.rows if row in chosen or row.name in listing.reference]
     done = [(row, kept) for row in wanted if (kept := found(row)) is not None]
     say("\n" + (text_of(listing, done) if done else f"{listing.path}: no records yet.") + "\n")
@@ -200,7 +199,7 @@ def finish(listing: Listing, chosen: Sequence[Row], folders: Sequence[tuple[Row,
         draw(listing, done, Path(options.figures))
 
 
-def say_kept(row: Row, started: float, what: str = "") -> None:
-    """Say how long a row, or its tasks, took, and that they are on the disk."""
-    say(f"{row.name}, seed {row.seed}: {what}{time.perf_counter() - started:.0f} s, kept\n")
+def say_kept(row: Row, spent: float, what: str = "") -> None:
+    """Say how many seconds a row, or its tasks, took, and that they are on the disk."""
+    say(f"{row.name}, seed {row.seed}: {what}{spent:.0f} s, kept\n")
     sys.stdout.flush()

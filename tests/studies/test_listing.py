@@ -700,7 +700,8 @@ def measured(monkeypatch, bench):
 
 
 def with_tasks(row):
-    return runner.measure_tasks(row, runner.run(row))
+    folder, kept = runner.run(row)
+    return runner.measure_tasks(row, folder, kept) if row.wanted_tasks else kept
 
 
 def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
@@ -772,6 +773,20 @@ def test_of_several_processes_none_waits_for_tasks(bench, measured, monkeypatch,
     assert [stages for *_, stages in calls] == [[["dense"], ["base"], ["base"]], []][index]
     assert [name in said for name in ("bias, seed 0: tasks", "least_squares, seed 0: tasks")] == [index == 0] * 2
     assert [runner.found(row) is not None for p in paths for row in lists.Listing.read(p).rows] == [index == 0] * 2
+
+
+def test_of_several_processes_two_lists_want_other_tasks_of_one_row(bench, measured, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "processes", lambda: (0, 2))
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    paths = [
+        bench.write(
+            f"limit{n}", {"one": {"gprune": False}}, tasks={"names": ["piqa"], "limit": n}, common={"ridge": 0.6}
+        )
+        for n in (4, 9)
+    ]
+    bench(capsys, *paths)
+    kept = [runner.found(row) for path in paths for row in lists.Listing.read(path).rows]
+    assert [k["tasks"]["limit"] for k in kept] == [4, 9]
 
 
 def test_rows_are_compared_on_tasks_pair_by_pair(bench, measured, monkeypatch, capsys):
