@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gprune.checks import memory_limits
 from gprune.cli import main
+from gprune.export.reload import aligned
 from gprune.runs.results import PruningResult, load_run
 from tests.conftest import make_tiny_llama
 
@@ -151,6 +152,7 @@ def in_this_process(
         model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
         if device_map is None:
             model = model.to(device)
+        aligned(model)
         with torch.inference_mode():
             return model(input_ids.to(device), use_cache=False).logits
 

@@ -33,6 +33,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBas
 
 from gprune.checks import memory_limits
 from gprune.errors import UserError
+from gprune.export.reload import aligned
 from gprune.models import modeling_pruned
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import pruned_classes, register, skeleton
@@ -285,6 +286,7 @@ def check_reload(
     training = model.training
     try:
         device = device_of(model)
+        aligned(model)  # as the fresh process has it
         expected = model.eval()(input_ids.to(device), use_cache=False).logits
         attention = model.config._attn_implementation
         got = reloaded_logits(folder, input_ids, device=str(device), attention=attention, **placement)

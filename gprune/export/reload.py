@@ -1,7 +1,7 @@
 """Logits of an exported folder, computed by a process that knows nothing of gprune.
 
-Run by path, `python -P reload.py REQUEST.json`, never imported by gprune: what it proves is that the folder
-stands on its own, with its modelling file, on transformers alone. REQUEST.json holds `folder`, `tokens` and
+Run by path, `python -P reload.py REQUEST.json`, in a process that never imports gprune: what it proves is that the
+folder stands on its own, with its modelling file, on transformers alone. REQUEST.json holds `folder`, `tokens` and
 `logits` (safetensors files to read and to write), `device`, `attention`, where weights go (`device_map`, `max_memory`
 as pairs, and the folder `offload`), and `threads`: as many as the caller has, since the order of a sum decides its last
 bits.
@@ -18,6 +18,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 
+def aligned(model: torch.nn.Module) -> None:
+    """Move weights on the CPU to where memory is aligned, as a mapped file's are not.
+
+    The last bits of a product of one row, which an expert with one token is, depend on where the matrix begins.
+    """
+    for p in model.parameters():
+        if p.device.type == "cpu" and p.data_ptr() % 64:
+            p.data = p.data.clone()
+
+
 def main(request_file: str) -> None:
     """Load an exported folder in this fresh process and write the logits that the request asks for."""
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
@@ -28,6 +38,7 @@ def main(request_file: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(request["folder"], **settings).eval()
     if request["device_map"] is None:
         model = model.to(request["device"])
+    aligned(model)
     tokens = load_file(request["tokens"])["input_ids"].to(request["device"])
     with torch.inference_mode():
         logits = model(tokens, use_cache=False).logits

@@ -17,13 +17,17 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from gprune.errors import UserError
 from gprune.export import hf
+from gprune.export.reload import aligned
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import PrunedLlamaConfig, PrunedLlamaForCausalLM, PrunedLlamaModel, layer_configs
 from gprune.models.surgery import prune, widths
+from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.gates import masked
+from gprune.sparsity.masks import keep_masks
 from tests.conftest import make_tiny_llama
 from tests.models.test_surgery import GREEDY, depth, random_masks, randomise_biases
+from tests.tiny_families import make_tiny
 from tests.tiny_run import tiny_tokenizer
 
 NEURONS, GROUPS = [1, 7, 47], [1, 2, 1]
@@ -97,6 +101,35 @@ def test_reloads_with_the_same_bits(variant, recovered, tmp_path, token_batch):
     assert type(decoder) is PrunedLlamaModel
     reference = model.model(token_batch).last_hidden_state
     assert hf.max_logit_difference(decoder(token_batch).last_hidden_state, reference) == 0.0
+
+
+def displaced(model: nn.Module, numbers: int) -> nn.Module:
+    """The model with every matrix so many numbers behind where memory is aligned, as in a mapped file."""
+    for p in model.parameters():
+        memory = torch.empty(p.numel() + numbers, dtype=p.dtype)
+        memory[numbers:] = p.data.flatten()
+        p.data = memory[numbers:].view(p.shape)
+    return model
+
+
+@pytest.mark.slow
+def test_experts_with_one_token_reload_with_the_same_bits(tmp_path):
+    """The last bits of a product of one row depend on where the matrix begins, and a file's tensors lie anywhere."""
+    model = make_tiny("olmoe", neurons=168, num_experts=64, num_local_experts=64, num_experts_per_tok=8)
+    ids = torch.randint(3, 128, (1, 128), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(0)
+    margins = [torch.rand(b.neurons * b.experts, generator=generator) for b in blocks_of(model)]
+    small = prune(model, keep_masks(Budget.of(unit_costs(blocks_of(model), scope="ffn"), 0.3), margins))
+    folder = hf.save_pruned(small, None, tmp_path / "model")
+    assert hf.check_reload(displaced(small, 2), folder, ids) == 0.0
+
+
+def test_weights_are_moved_to_where_memory_is_aligned():
+    layer, memory = nn.Linear(8, 8, bias=False), torch.rand(65)
+    layer.weight.data = memory[1:].view(8, 8)
+    aligned(layer)
+    assert layer.weight.data_ptr() % 64 == 0
+    assert torch.equal(layer.weight.flatten(), memory[1:])
 
 
 def test_config_holds_the_widths_and_what_older_transformers_read(tmp_path):
