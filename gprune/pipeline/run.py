@@ -144,7 +144,8 @@ class Run:
             kwargs: of the Trainer.
         """
         cfg = self.cfg
-        kept = Checkpoints(self.folder.checkpoint(name), f"{self.folder.key} {name}", 60 * cfg.run.checkpoint_minutes)
+        path, seconds = self.folder.checkpoint(name), 60 * cfg.run.checkpoint_minutes
+        kept = Checkpoints(path, f"{self.folder.key} {name}", seconds, saved=self.folder.note)
         data = CorpusDataModule(train=text, batch_size=batch_size or cfg.corpora.batch_size, seed=cfg.run.seed)
         trainer = self.trainer(
             what, log_every_n_steps=1, precision=cfg.trainer.precision, callbacks=[*callbacks, kept], **kwargs
@@ -202,6 +203,7 @@ class Run:
             )  # fmt: skip
             learned = {name: value.detach().cpu().clone() for name, value in stage.state_dict().items()}
             self.folder.write(name, learned)
+            self.folder.note()
         stage.load_state_dict(learned)
 
     def _strategy(self, stage: L.LightningModule) -> str | ModelParallelStrategy:

@@ -9,11 +9,12 @@ from transformers import PreTrainedModel
 from gprune.models.offload import device_of, is_offloaded
 from gprune.pipeline.cost import sample_lengths
 from gprune.pipeline.run import Run
-from gprune.storage.files import write_json
+from gprune.runs import schema
+from gprune.storage.files import read_json, write_json
 
 
 def write_samples(run: Run, pruned: PreTrainedModel, seen: dict[str, bool]) -> None:
-    """Write `samples.json`, unless it is there, or weights are fetched anew for each token.
+    """Write `samples.json`, unless it is there with as many, or weights are fetched anew for each token.
 
     The beginnings are those of the first window of the last evaluated corpora, which by default are unseen.
 
@@ -22,7 +23,10 @@ def write_samples(run: Run, pruned: PreTrainedModel, seen: dict[str, bool]) -> N
     """
     texts, prompt, more = sample_lengths(run.cfg)
     path = run.folder / "samples.json"
-    if not texts or path.exists() or is_offloaded(run.model) or is_offloaded(pruned):
+    if not texts or is_offloaded(run.model) or is_offloaded(pruned):
+        return
+    there = read_json(path, run=run.folder.key, check=schema.shaped(schema.Samples))
+    if there is not None and len(there["rows"]) == min(texts, len(run.text.test)):
         return
     run.step(10, "Writing samples")
     windows = run.text.test[-texts:]

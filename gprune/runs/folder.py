@@ -66,6 +66,8 @@ class RunFolder:
         self.path = Path(path)
         self.count_tokens = count_tokens
         self.key = key
+        self.finished = False  # when it was opened
+        self._note: Callable[[], None] | None = None  # of the step that is running
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -118,6 +120,7 @@ class RunFolder:
         # The manifest comes first: it makes the folder a run, which may be killed at any moment.
         if new:
             write_json(self / "manifest.json", {"settings": settings, "environment": environment(), "steps": {}})
+        self.finished = "summary" in self.metrics
         if not _holds(self / "config.yaml", config_yaml):
             with replacing(self / "config.yaml") as temporary:
                 temporary.write_text(config_yaml, encoding="utf-8")
@@ -189,16 +192,33 @@ class RunFolder:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Note a step's wall seconds, tokens and peak memory, also when it fails; a step taken up again adds up."""
+        """Note a step's wall seconds, tokens and peak memory, also when it fails; a step taken up again adds up.
+
+        What a finished run computes again, to give it back, is no cost of the run's.
+        """
         started, before = time.monotonic(), self.count_tokens()
-        try:
-            yield
-        finally:
-            earlier = self.manifest.get("steps", {}).get(name, {})
+        earlier = self.manifest.get("steps", {}).get(name, {})
+
+        def note() -> None:
             used = {"seconds": time.monotonic() - started}
             used |= {kind: count - before[kind] for kind, count in self.count_tokens().items()}
             total = {kind: round(value + earlier.get(kind, 0), 2) for kind, value in used.items()}
             self.update_manifest(steps={name: total | peak_memory()})
+
+        if self.finished:
+            yield
+            return
+        outer, self._note = self._note, note
+        try:
+            yield
+        finally:
+            self._note = outer
+            note()
+
+    def note(self) -> None:
+        """What the running step has cost so far, into the manifest: whoever is killed from now on has it there."""
+        if self._note is not None:
+            self._note()
 
     def number_of(self, fit: str) -> int:
         """Which of the run's fits this is, 0 for the first that was begun: the same for all sittings at it."""
@@ -250,6 +270,9 @@ class _Part(RunFolder):
 
     def step(self, name: str) -> AbstractContextManager[None]:
         return self.whole.step(f"{self.name}/{name}")
+
+    def note(self) -> None:
+        self.whole.note()
 
     def update_manifest(self, *, replace: bool = False, **entries: Any) -> None:
         self.whole.update_manifest(replace=replace, **{f"{self.name}/{name}": v for name, v in entries.items()})

@@ -25,6 +25,7 @@ from gprune.models.masks import Masks
 from gprune.partition.record import Modules, check_shapes
 from gprune.runs import schema
 from gprune.runs.folder import RunFolder, corpus_file, differences, exported_model, manifest_problem
+from gprune.sparsity.allocation import removed_in_words
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
 from gprune.storage.files import inspected_json, key_of, read_json
 from gprune.storage.reading import expanded
@@ -115,8 +116,9 @@ class PruningResult:
     def __repr__(self) -> str:
         lines, s = [f"PruningResult({str(self.path)!r})"], self.summary
         if s:
+            asked = self.config.sparsity
             lines.append(
-                f"{s['sparsity_of_scope']:.2%} of {self.config.sparsity.scope} removed, "
+                f"{removed_in_words(s['sparsity_of_scope'], asked.scope, asked.allocation)} removed, "
                 f"{s['sparsity_of_model']:.2%} of the model: {s['parameters_before']:,} -> {s['parameters_after']:,}"
             )
         if self.records:

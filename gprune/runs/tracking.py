@@ -101,8 +101,8 @@ def how_to_look(folder: Path, tracker: str) -> str:
     """The command that shows the curves of a run, without an account."""
     if tracker == "wandb" and (latest := folder / "wandb" / "latest-run").exists():
         return f"`wandb leet run {latest}` shows them in the terminal"
-    if tracker == "tensorboard":
-        return f"`tensorboard --logdir {folder / 'tensorboard'}` shows them"
+    if tracker == "tensorboard" and (events := folder / "tensorboard").exists():
+        return f"`tensorboard --logdir {events}` shows them"
     return f"{folder / 'csv'} has them"
 
 

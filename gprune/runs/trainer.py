@@ -8,7 +8,7 @@ import pickle
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -184,10 +184,11 @@ class Checkpoints(L.Callback):
         path: of the file, which is replaced each time; `RunFolder.write` removes it when what was learned is there.
         mark: of the stage and its run.
         seconds: between two checkpoints; 0: one after every step.
+        saved: is called when one is there.
     """
 
-    def __init__(self, path: Path, mark: str, seconds: float):
-        self.path, self.mark, self.seconds = path, mark, seconds
+    def __init__(self, path: Path, mark: str, seconds: float, saved: Callable[[], None] = lambda: None):
+        self.path, self.mark, self.seconds, self.saved = path, mark, seconds, saved
         self._last = time.monotonic()
         self._place: dict[str, int] = {}  # in the text, where it goes on
 
@@ -229,6 +230,7 @@ class Checkpoints(L.Callback):
             return
         with replacing(self.path) as temporary:
             trainer.save_checkpoint(temporary)
+        self.saved()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["gprune"] = self.mark

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from gprune.runs.folder import RunFolder
 from gprune.storage import files as artifacts
 from tests import tiny_run
 from tests.conftest import make_tiny_llama
@@ -49,6 +50,47 @@ def test_the_comparison_sees_a_run_that_is_not_taken_up_as_it_was(bench, monkeyp
     assert tally.differing == ["life: masks/base.safetensors"]
     with pytest.raises(SystemExit, match="holds other masks"):
         bench.end(life, cache)
+
+
+DIES = """
+import os, sys
+from gprune.cli import main
+from gprune.runs.trainer import Checkpoints
+
+save = Checkpoints._save
+
+def dies(self, trainer):
+    save(self, trainer)
+    if trainer.global_step == 3 and "distill" in str(self.path):
+        os._exit(137)
+
+if "once" in os.environ["MORE"]:
+    Checkpoints._save = dies
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_killed_run_had_learned_from_counts(tmp_path):
+    """No `finally` runs in a process that is killed: its tokens are noted with each checkpoint."""
+    world, script = tiny_run.make_world(tmp_path), tmp_path / "dies.py"
+    script.write_text(DIES)
+    flags = ["--recovery=distill", "--distill.tokens=576", "--run.checkpoint_minutes=0", "--export=none"]
+    flags += ["--gprune=false", "--evaluation.controls=[]"]
+
+    def ended(name: str, more: str) -> int:
+        (done,) = tiny_run.train(world.args(tmp_path, *flags, name=name), tmp_path, script=script, MORE=more)
+        return done.returncode
+
+    assert [ended("whole", ""), ended("killed", "once"), ended("killed", "")] == [0, 137, 0]
+    whole, killed = (RunFolder(tmp_path / name).manifest["steps"]["shrink"] for name in ("whole", "killed"))
+    assert whole["forward_backward_tokens"] == 576
+    assert {kind: killed[kind] for kind in whole if kind.endswith("tokens")} == {
+        kind: whole[kind] for kind in whole if kind.endswith("tokens")
+    }
+    before = RunFolder(tmp_path / "whole").manifest["steps"]
+    assert ended("whole", "") == 0  # what a finished run computes again, to give it back, is no cost of its own
+    assert RunFolder(tmp_path / "whole").manifest["steps"] == before
 
 
 def test_points_are_drawn_from_every_kind_and_step():
