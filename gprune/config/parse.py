@@ -174,6 +174,15 @@ def of_today(settings: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def flat(settings: dict[str, Any], prefix: str = "", *, whole: Sequence[str] = ()) -> dict[str, Any]:
+    """Nested settings by dotted name; an empty mapping is a value, and so are those that are to stay `whole`."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = isinstance(value, dict) and value and f"{prefix}{name}" not in whole
+        found |= flat(value, f"{prefix}{name}.", whole=whole) if inner else {f"{prefix}{name}": value}
+    return found
+
+
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise UserError for a value that is not of its setting's type, in settings as `RunConfig.settings` gives them.
 

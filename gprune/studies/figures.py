@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from gprune.config import flat
 from gprune.errors import UserError
 from gprune.report.comparison_figures import curve_figure
 from gprune.report.perplexity_tables import pooled, ratio_to
@@ -14,7 +15,7 @@ from gprune.report.records import by_stage
 from gprune.report.style import FORMATS, save, titled
 from gprune.report.table import Estimate
 from gprune.runs.results import FinishedRun
-from gprune.studies.listing import Curve, Listing, flat
+from gprune.studies.listing import Curve, Listing
 from gprune.studies.tables import Done, reported
 
 BUDGET = "sparsity.target"  # what curves call parameters removed, in percent
@@ -67,16 +68,26 @@ def by_tokens(asked: Mapping[str, Sequence[str]], runs: Sequence[FinishedRun]) -
 def token_lines(
     asked: Mapping[str, Sequence[str]], runs: Sequence[FinishedRun]
 ) -> dict[tuple[str, str], list[tuple[float, Estimate]]]:
-    """The lines of `by_tokens`: (thousands of tokens, ratio to dense)."""
+    """The lines of `by_tokens`: (thousands of tokens, ratio to dense).
+
+    Raises:
+        UserError: for two rows of a line that learned from as many tokens.
+    """
     lines = {}
     for line, rows in asked.items():
-        points: dict[int, list[Estimate]] = {}
+        points: dict[int, dict[str, list[Estimate]]] = {}
         for run in (run for run in runs if run.name in rows):
             ratio = ratio_to(run, list(by_stage(run.records))[-1], run, ("dense", "none"))
             if ratio is not None:
-                points.setdefault(run.summary["forward_backward_tokens"], []).append(ratio)
+                points.setdefault(run.summary["learned_tokens"], {}).setdefault(run.name, []).append(ratio)
+        for tokens, found in points.items():
+            if len(found) > 1:
+                raise UserError(
+                    f"lines: expected one row of '{line}' for each number of tokens, got {' and '.join(found)}, which "
+                    f"learned from {tokens:,}."
+                )
         if points:
-            lines[line, ""] = [(tokens / 1000, pooled(ratios)) for tokens, ratios in sorted(points.items())]
+            lines[line, ""] = [(n / 1000, pooled(*found.values())) for n, found in sorted(points.items())]
     return lines
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from gprune.config import CONSENT, RunConfig, parse
+from gprune.config import CONSENT, RunConfig, flat, parse
 from gprune.config.parse import GROUPS
 from gprune.errors import UserError
 from gprune.storage.yaml_text import read_yaml
@@ -101,11 +101,16 @@ class Row:
 
     @cached_property
     def config(self) -> RunConfig:
-        """Raises UserError, with the row's name, for what train.py would refuse."""
+        """Raises UserError, with the row's name, for what train.py would refuse, and for a seed by another way."""
         try:
-            return parse(list(self.flags))
+            found = parse(list(self.flags))
         except UserError as error:
             raise UserError(f"Row '{self.name}': {error}") from error
+        if found.run.seed != self.seed:
+            raise UserError(
+                f"Row '{self.name}': expected seeds as `seeds` or --seeds, got {found.run.seed} from a file or a flag."
+            )
+        return found
 
     @property
     def wanted_tasks(self) -> dict[str, Any]:
@@ -287,21 +292,12 @@ def _configs(path: Path, names: Any) -> list[str]:
 
 
 def flags_of(settings: dict[str, Any]) -> list[str]:
-    """Nested or dotted settings as flags of train.py; an empty mapping sets what a mapping can be set to."""
+    """Nested or dotted settings as flags of train.py; a mapping that is a setting takes the place of what was there."""
     return [
         f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
-        for name, value in flat(settings).items()
+        for name, value in flat(settings, whole=("sparsity.options",)).items()
         if name not in GROUPS or value != {}
     ]
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name; an empty mapping is a value."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        inner = isinstance(value, dict) and value
-        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return found
 
 
 def parts_of(rows: Sequence[Row], part: str | None) -> list[Row]:

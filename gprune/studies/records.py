@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from gprune.config import RunConfig
+from gprune.config import RunConfig, flat
 from gprune.errors import UserError
 from gprune.models.masks import Masks
 from gprune.runs import schema
 from gprune.runs.results import FinishedRun, Record, with_defaults
 from gprune.storage.files import key_of, read_json, write_json
-from gprune.studies.listing import Row, flat
+from gprune.studies.listing import Row
 
 WIDTH = 1000  # characters of a line
 FORMAT = 4  # of the names of records, which stay when the format of caches changes
@@ -174,11 +174,19 @@ def as_run(row: Row, kept: dict[str, Any], seen: Sequence[str] | None) -> Finish
         name=row.name,
         settings=with_defaults(kept["settings"], plain(RunConfig().settings())) | {"inputs": kept["inputs"]},
         records=records,
-        summary=kept["summary"],
+        summary=kept["summary"] | {"learned_tokens": learned_tokens(kept)},
         masks=None if kept["masks"] is None else unpacked(kept["masks"]),
         modules=None,
         evaluation=[r | {"run": row.name} for r in evaluation],
     )
+
+
+def learned_tokens(kept: dict[str, Any]) -> int:
+    """Forward and backward, of what a row has learned; not of scores, which the cache may have had, nor of controls."""
+    if not kept["steps"]:  # the oldest
+        return kept["summary"]["forward_backward_tokens"]
+    steps = ((name.rpartition("/")[2], step) for name, step in kept["steps"].items())
+    return int(sum(s.get("forward_backward_tokens", 0) for name, s in steps if name not in ("calibrate", "evaluate")))
 
 
 def _named(row: Row, records: Sequence[Record]) -> list[Record]:

@@ -44,18 +44,20 @@ def _bases(listing: Listing, runs: Sequence[FinishedRun], done: Done) -> dict[Pa
 
 def _check_text(done: Done) -> None:
     """Rows that ask for the same text have had the same: mirrors and the interpreter's own text differ by machine."""
-    known: dict[tuple[Any, ...], tuple[str, str]] = {}
+    known: dict[tuple[Any, ...], tuple[Row, str]] = {}
     for row, kept in done:
         corpora, evaluation = kept["settings"]["corpora"], kept["settings"]["evaluation"]
         amount = [corpora.get(n) for n in ("num_samples", "learn_samples", "seq_len", "bos", "separator")]
         amount += [len(corpora.get("recover", ())), kept["settings"].get("distill", {}).get("tokens")]
         amount += [evaluation.get(n) for n in ("num_samples", "seq_len", "split", "development_samples")]
         for role, digest in kept["inputs"]["text"].items():
-            name, before = known.setdefault((kept["inputs"]["model"], row.seed, role, *amount), (row.name, digest))
+            other, before = known.setdefault((kept["inputs"]["model"], row.seed, role, *amount), (row, digest))
             if before != digest:
                 raise UserError(
-                    f"Rows '{name}' and '{row.name}' have read other text as {role}: expected one set of mirrors and "
-                    f"one version of Python; remove the record {path_of(row).name} and run the row again."
+                    f"Rows '{other.name}' and '{row.name}' have read other text as {role}: expected one set of files "
+                    f"and mirrors and one version of Python; remove the record of the row whose text is not today's "
+                    f"({path_of(other).name} or {path_of(row).name}) and its run folder, if there is one, and run it "
+                    f"again."
                 )
 
 

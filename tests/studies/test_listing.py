@@ -500,7 +500,7 @@ def test_rows_that_have_read_other_text_are_refused(bench, first):
     (row, kept), *others = done
     role = next(iter(kept["inputs"]["text"]))
     inputs = kept["inputs"] | {"text": kept["inputs"]["text"] | {role: "other"}}
-    with pytest.raises(UserError, match=rf"have read other text as {role}: expected one set of mirrors"):
+    with pytest.raises(UserError, match=rf"have read other text as {role}: expected one set of files and mirrors"):
         results.reported(listing, [*others, (row, kept | {"inputs": inputs})])
 
 
@@ -608,7 +608,7 @@ def test_lines_of_rows_over_the_tokens_that_each_learned_from(bench, capsys, tmp
     axes = figures.by_tokens(listing.lines, results.reported(listing, done).runs).axes[0]
     drawn = {c.get_label(): c.lines[0].get_xydata() for c in axes.containers}
     kept = {row.name: kept for row, kept in done}
-    tokens = {name: k["summary"]["forward_backward_tokens"] for name, k in kept.items()}
+    tokens = {name: sum(s["forward_backward_tokens"] for s in k["steps"].values()) for name, k in kept.items()}
     assert (tokens["base"], tokens["base, then"]) == (0, 96)
     assert tokens["all"] > 96
     used = {r["corpus"] for k in kept.values() for r in k["records"] if r["seen"]}
@@ -618,6 +618,21 @@ def test_lines_of_rows_over_the_tokens_that_each_learned_from(bench, capsys, tmp
         assert drawn[line][:, 0].tolist() == [tokens[n] / 1000 for n in names]
         assert drawn[line][:, 1] == pytest.approx(ratios)
     assert figures.by_tokens({}, []) is None
+    runs = results.reported(listing, done).runs
+    with pytest.raises(UserError, match="one row of 'both' for each number of tokens, got base, then and again, which"):
+        figures.by_tokens({"both": ["base, then", "again"]}, [*runs, replace(runs[1], name="again")])
+
+
+def test_tokens_that_a_row_learned_from_do_not_depend_on_what_the_cache_had(first):
+    """Those of scores, which the first row alone pays for, and of controls are left out; those of rounds are not."""
+    kept = runner.found(lists.Listing.read(first[0]).rows[1])
+    own = records.learned_tokens(kept)
+    assert own == kept["steps"]["thresholds"]["forward_backward_tokens"] > 0
+    more = {
+        name: {"forward_backward_tokens": 100}
+        for name in ("calibrate", "steps/0.2/calibrate", "evaluate", "steps/0.2/thresholds")
+    }
+    assert records.learned_tokens(kept | {"steps": kept["steps"] | more}) == own + 100
 
 
 def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_path):
@@ -1012,3 +1027,20 @@ def test_compare_waits_for_rows_that_have_not_run(bench, first):
     assert "Comparisons" not in results.text_of(listing, done)
     with pytest.raises(UserError, match="expected a stage"):
         results.ratios_of(results.reported(listing, done).runs, "ours", "ours: base")
+
+
+@pytest.mark.parametrize("more", ["--config=seed.yaml", "--run={seed: 7}"])
+def test_a_seed_by_another_way_than_seeds_is_refused(bench, tmp_path, monkeypatch, capsys, more):
+    """Records are named for the seed that the list gives."""
+    monkeypatch.chdir(tmp_path)
+    Path("seed.yaml").write_text("run: {seed: 7}")
+    err = bench.refused(capsys, bench.write("seeded", {"plain": {"gprune": False}}), "--", more)
+    assert "Row 'plain': expected seeds as `seeds` or --seeds, got 7 from a file or a flag." in err
+
+
+def test_options_of_a_row_take_the_place_of_those_below(bench, tmp_path):
+    """As in a file: options of two rules do not mix."""
+    owl = {"gprune": False, "sparsity": {"allocation": "owl", "options": {"spread": 0.05}}}
+    path = bench.write("options", {"owl": owl}, common={"sparsity.options": {"multiple": 3.0}})
+    (row,) = lists.Listing.read(path).rows
+    assert row.config.sparsity.options == {"spread": 0.05}
