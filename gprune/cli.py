@@ -42,6 +42,7 @@ def run(args: Sequence[str] | None) -> str:
     from gprune.pipeline.prune import prune
     from gprune.report.records import result_table
     from gprune.runs.tracking import how_to_look
+    from gprune.sparsity.allocation import removed_in_words
 
     if cfg.dry_run:
         return check(cfg).describe() + "\n"
@@ -50,9 +51,10 @@ def run(args: Sequence[str] | None) -> str:
         return ""
     s, several = result.summary, cfg.trainer.devices * cfg.trainer.num_nodes > 1
     whose = " of the first process, which has its share of the text" * several
+    removed = removed_in_words(s["sparsity_of_scope"], cfg.sparsity.scope, cfg.sparsity.allocation)
     return (
         f"\n{result_table(result.records).shown()}\n\n"
-        f"Removed {s['sparsity_of_scope']:.2%} of {cfg.sparsity.scope}, {s['sparsity_of_model']:.2%} of the model: "
+        f"Removed {removed}, {s['sparsity_of_model']:.2%} of the model: "
         f"{s['parameters_before']:,} -> {s['parameters_after']:,} parameters.\n"
         f"Tokens{whose}: {s['forward_tokens']:,} forward, {s['forward_backward_tokens']:,} forward and backward.\n"
         f"Everything is in {result.path}, and its page is report.html"

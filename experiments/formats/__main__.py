@@ -178,14 +178,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m experiments.formats", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--work", type=Path, default=Path("runs/formats"), help="folder of models, packages, records")
+    parser.add_argument(
+        "--work", type=Path, help="folder of models, packages, records (default: runs/formats, or runs/formats-small)"
+    )
     parser.add_argument("--only", default="", help="rows whose name (format, model, consumer) contains this")
     parser.add_argument("--fetch", action="store_true", help="get consumers from the package index")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="of an environment that has vLLM")
     parser.add_argument("--again", action="store_true", help="compute rows anew that came out well")
     parser.add_argument("--small", action="store_true", help="a tiny model; use a work folder of its own")
     args = parser.parse_args(arguments)
-    work = args.work.absolute()
+    work = (args.work or Path("runs/formats-small" if args.small else "runs/formats")).absolute()
     (work / "records").mkdir(parents=True, exist_ok=True)
     (work / "packages").mkdir(exist_ok=True)
     if args.fetch:

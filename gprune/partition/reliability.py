@@ -39,6 +39,7 @@ def assess_reliability(
     drifts: list[Tensor],
     floors: list[Tensor],
     *,
+    noise_gone: bool = False,
     sensitivity_quantile: float = 0.75,
     score_quantile: float = 0.5,
     switch: Literal["off", "unreliable", "everywhere"] = "unreliable",
@@ -53,6 +54,7 @@ def assess_reliability(
         labels: per block (N,) module of each neuron.
         ranks: per block (N,) fractional ranks on `corpora.score`.
         drifts, floors: per block (N,) rank drift and its noise floor.
+        noise_gone: whether the floor has been subtracted: such drift is above it wherever it is above 0.
         sensitivity_quantile, score_quantile: in [0, 1].
         switch: which modules are marked: none, those above, or all, which is the control of the switch.
     """
@@ -66,7 +68,7 @@ def assess_reliability(
     for y, score, s, z, floor in zip(labels, scores, sensitivity, standard, noise, strict=True):
         switched = {
             "off": torch.zeros_like(z, dtype=torch.bool),
-            "unreliable": (z >= high) & (score <= low) & (s > floor),
+            "unreliable": (z >= high) & (score <= low) & (s > (0 if noise_gone else floor)),
             "everywhere": torch.ones_like(z, dtype=torch.bool),
         }[switch]
         records.append(ModuleReliability(torch.bincount(y), score, s, floor, switched))

@@ -206,7 +206,6 @@ def summarise(
         **run.folder.total_tokens(),
     }
     run.folder.update_manifest(summary=summary, widths=widths(pruned))
-    write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
     if run.cfg.export != "none":  # the card, now that there is something to say
         card = model_card(run.cfg, stock=stock_skeleton(pruned) is not None, records=records)
         with replacing(run.folder / "model" / "README.md") as new:
@@ -220,6 +219,8 @@ def summarise(
     flat = {f"summary/{row}/{name}": v for row, found in means for name, v in found.items() if v is not None}
     flat |= {f"summary/{row}/unseen_over_base": v["ratio"] for row, v in summary["unseen_over_base"].items()}
     tracking.log_scalars(run.loggers, flat, step=0)
+    # Last: a run whose metrics.json has a summary is finished, and is not logged again.
+    write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
     return summary
 
 

@@ -149,18 +149,17 @@ def assess(
     which = "off" if not switch else "everywhere" if r.everywhere else "unreliable"
     reliability = assess_reliability(
         labels, block_ranks, [d.drift for d in drift],
-        # Drift from which the floor is subtracted is above it wherever it is above 0.
-        [torch.zeros_like(d.floor) if noise_gone else d.floor for d in drift],
+        [d.floor for d in drift], noise_gone=noise_gone,
         sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=which,
     )  # fmt: skip
-    fallback = fallback_ranks(run, statistics, drift)
+    fallback = fallback_ranks(run, statistics)
     ranks = ModuleRanks(
         ffn=[
             within_module_ranks(s, f, y, record.switched)
             for s, f, y, record in zip(block_ranks, fallback, labels, reliability, strict=True)
         ],
         labels=labels,
-        attention=[fractional_ranks(s) for s in scores.attention],
+        attention=[fractional_ranks(s, ties="ordinal") for s in scores.attention],
     )
     modules = Modules(
         ranks, drift, reliability,
@@ -178,11 +177,18 @@ def assess(
     return modules
 
 
-def fallback_ranks(run: Run, statistics: Mapping[str, CorpusStatistics], drift: Sequence[Drift]) -> list[Tensor]:
+def fallback_ranks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[Tensor]:
     """Ranks inside blocks by what unreliable modules switch to, `--reliability.metric`: (N,) per block."""
     cfg = run.cfg
-    if cfg.reliability.metric == CONSENSUS:
-        return [d.ranks.mean(0) for d in drift]
+    if cfg.reliability.metric == CONSENSUS:  # not drift's ranks, which may be those of a metric that stands in
+        each = [
+            score_units(cfg.importance, run.blocks, statistics[c], seed=cfg.run.seed, attention=False).ffn
+            for c in cfg.corpora.drift
+        ]
+        return [
+            fractional_ranks(torch.stack(scores), groups=b.experts).mean(0)
+            for *scores, b in zip(*each, run.blocks, strict=True)
+        ]
     source, name = statistics[cfg.corpora.score], cfg.reliability.metric
     if name == AVERAGED:
         source, name = pooled(statistics[corpus] for corpus in cfg.corpora.drift), cfg.importance

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+
 from gprune.models.embedded import model_label
 from gprune.report.records import result_table
 from gprune.runs.results import FinishedRun
+from gprune.sparsity.allocation import removed_in_words
 from gprune.storage.files import replacing
 
 CONTENT = {
@@ -70,7 +73,8 @@ def readme(run: FinishedRun) -> str:
 def removed_from(run: FinishedRun) -> str:
     """What the run has done, in one line."""
     sparsity, model = run.settings["sparsity"], run.settings["model"]
-    return f"{sparsity['target']:.0%} of {sparsity['scope']} removed from {model_label(model['name'])}"
+    share = removed_in_words(sparsity["target"], sparsity["scope"], sparsity["allocation"], digits=0)
+    return f"{share} removed from {model_label(model['name'])}"
 
 
 def how_to_load(run: FinishedRun) -> str:
@@ -88,7 +92,7 @@ def how_to_load(run: FinishedRun) -> str:
 
 def what_next(run: FinishedRun) -> list[tuple[str, str]]:
     """(what for, command) of what can be done with the run."""
-    here, found = run.path, []
+    here, config, found = shlex.quote(str(run.path)), shlex.quote(str(run.path / "config.yaml")), []
     if (run.path / "model" / "config.json").is_file():
         found = [
             ("benchmarks, beside the dense model", f"gprune evaluate {here} --dense"),
@@ -97,5 +101,5 @@ def what_next(run: FinishedRun) -> list[tuple[str, str]]:
     return [
         *found,
         ("beside other runs", f"gprune report {here} OTHER_RUN --html compared.html"),
-        ("the same with another seed", f"python train.py --config {here}/config.yaml --run.name NAME --run.seed 1"),
+        ("the same with another seed", f"python train.py --config {config} --run.name NAME --run.seed 1"),
     ]

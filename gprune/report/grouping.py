@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gprune.config import flat
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.reading import expanded
 
@@ -58,24 +59,60 @@ class Group:
     """Runs that differ in seed alone; most often one."""
 
     runs: list[FinishedRun]
+    own: str = ""  # what tells it from groups whose names begin alike
 
     @property
     def name(self) -> str:
-        """The run's name, or what the names of several begin with."""
-        names = [run.name for run in self.runs]
-        if len(names) == 1:
-            return names[0]
+        """The run's name, or what the names of several begin with, and what tells them from others that begin so."""
+        return self.runs[0].name if len(self.runs) == 1 else f"{self.stem}{self.own} ({len(self.runs)} seeds)"
+
+    @property
+    def stem(self) -> str:
+        """What the names of its runs begin with, up to the hash at the end of a default one."""
+        names = [re.sub(r"-[0-9a-f]{8}$", "", run.name) for run in self.runs]
         common = os.path.commonprefix(names).rstrip("-_. ")  # noqa: RUF071 (names, not paths)
-        common = common.removesuffix("seed").rstrip("-_. ") or names[0]
-        return f"{common} ({len(names)} seeds)"
+        return common.removesuffix("seed").rstrip("-_. ") or names[0]
 
 
 def groups(runs: Sequence[FinishedRun]) -> list[Group]:
-    """Runs that differ in seed alone together, in the order given; the same seed twice is two groups."""
+    """Runs that differ in seed alone together, in the order given; the same seed twice is two groups.
+
+    A corpus that one of a group has seen, by what its own sample shares with it, counts as seen in all of it: a mean
+    over seeds is of one set of corpora.
+    """
     found: dict[tuple[str, int], list[FinishedRun]] = defaultdict(list)
     times: dict[tuple[str, int], int] = defaultdict(int)
     for run in runs:
         key = run.all_but_seed
         times[key, run.seed] += 1
         found[key, times[key, run.seed]].append(run)
-    return [Group(members) for members in found.values()]
+    alike = [Group(_seen_together(members)) for members in found.values()]
+    several = [group for group in alike if len(group.runs) > 1]
+    stems = Counter(group.stem for group in several)
+    return [
+        replace(group, own=_apart(group, [other for other in several if other.stem == group.stem]))
+        if len(group.runs) > 1 and stems[group.stem] > 1
+        else group
+        for group in alike
+    ]
+
+
+def _seen_together(runs: list[FinishedRun]) -> list[FinishedRun]:
+    """The runs, where a corpus that one of them has seen is seen in all."""
+    sets = [{r["corpus"] for r in run.records if r["seen"]} for run in runs]
+    if all(one == sets[0] for one in sets):
+        return runs
+    seen = set().union(*sets)
+    return [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
+
+
+def _apart(group: Group, same: Sequence[Group]) -> str:
+    """The settings in which groups differ, with this one's values; or its first run's name, where they are many."""
+    own, *others = (
+        flat({kind: value for kind, value in g.runs[0].settings.items() if kind not in ("inputs", "run")})
+        for g in (group, *same)
+    )
+    names = [name for name in own if any(other.get(name) != own[name] for other in others)]
+    if not 1 <= len(names) <= 3:
+        return f", {group.runs[0].name} and others"
+    return "".join(f", {name}={own[name]}" for name in names)

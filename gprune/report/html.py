@@ -21,6 +21,7 @@ from gprune.report.style import style
 from gprune.report.table import Estimate, Table
 from gprune.runs.folder import RunFolder
 from gprune.runs.results import FinishedRun, read_samples, row_name
+from gprune.sparsity.allocation import removed_in_words
 from gprune.storage.files import replacing, to_yaml
 from gprune.storage.reading import expanded
 
@@ -103,7 +104,8 @@ def tiles(run: FinishedRun, manifest: Mapping[str, Any]) -> list[tuple[str, str,
         interval = f"95 % interval {ratio['low']:.3f} to {ratio['high']:.3f}"
         found.append(("unseen, over the base metric", f"{ratio['ratio']:.3f}", interval))
     before, after = s["parameters_before"], s["parameters_after"]
-    scope = f"{s['sparsity_of_scope']:.2%} of {run.settings['sparsity']['scope']}"
+    sparsity = run.settings["sparsity"]
+    scope = removed_in_words(s["sparsity_of_scope"], sparsity["scope"], sparsity["allocation"])
     return [
         *found,
         ("of the model removed", f"{s['sparsity_of_model']:.1%}", f"{scope}; {before:,} → {after:,} parameters"),

@@ -34,6 +34,8 @@ from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
 
+TABLES = ("summary", "perplexity", "records", "sparsity", "comparison", "stability", "repeatability", "evaluation")
+FIGURES = ("means", "ratios", "sparsity", "stability", "perplexity", "heterogeneity")
 SIDE_BY_SIDE = 40  # runs: beyond, pairs and figures take minutes, and nobody reads them
 
 
@@ -106,6 +108,8 @@ class Report:
     def write(self, folder: Path | str, formats: Sequence[str] = FORMATS) -> list[Path]:
         """`report.md`, `tables/*.csv` and `figures/*`; what was written, the Markdown file first.
 
+        Tables and figures that an earlier report has left in the folder, and this one does not have, go.
+
         Raises:
             UserError: for a folder that cannot be written, and for links in it that lead elsewhere.
         """
@@ -123,6 +127,10 @@ class Report:
             own = folder / "figures" / ("" if len(self.runs) == 1 else run.name.replace("/", "-"))
             if run.masks is not None:
                 drawn += write_figures(own, run.records, run.modules, run.masks, formats)
+        ours = [folder / "tables" / f"{name}.csv" for name in TABLES]
+        ours += [folder / "figures" / f"{name}.{kind}" for name in FIGURES for kind in FORMATS]
+        for path in {*ours} - {*texts, *drawn}:
+            path.unlink(missing_ok=True)
         return [*texts, *drawn]
 
     def draw(self, folder: Path, formats: Sequence[str] = FORMATS, *, prefix: str = "") -> list[Path]:

@@ -113,6 +113,12 @@ def allocate(
     return keep_masks(budget, neurons, groups)
 
 
+def removed_in_words(share: float, scope: str, rule: str, digits: int = 2) -> str:
+    """'50.00% of ffn'; where a rule removes whole blocks, attention and norms too, what that is as much as."""
+    whole = rule in ALLOCATION and ALLOCATION[rule].whole_blocks
+    return f"{'as many parameters as ' * whole}{share:.{digits}%} of {scope}"
+
+
 @allocation("learned", modules=True, learned=True)
 def learned(masks: Masks, ranks: ModuleRanks) -> Thresholds:
     """One threshold per module, trained around the frozen model; learning starts at the masks of `--sparsity.start`."""
@@ -139,8 +145,9 @@ def _ranks(scores: Scores, blocks: Sequence[Block]) -> Margins:
     """The rank of every neuron inside its block or expert, and of every KV group inside its block, in (0, 1)."""
     from gprune.partition.drift import fractional_ranks
 
-    ffn = [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, blocks, strict=True)]
-    return ffn, [fractional_ranks(s) for s in scores.attention]
+    pairs = zip(scores.ffn, blocks, strict=True)
+    ffn = [fractional_ranks(s, groups=b.experts, ties="ordinal") for s, b in pairs]
+    return ffn, [fractional_ranks(s, ties="ordinal") for s in scores.attention]
 
 
 @allocation("global")

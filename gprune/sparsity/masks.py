@@ -190,6 +190,10 @@ def equal_widths(
 
         while groups > 1 and widest(target - gone(groups)) < width_multiple:  # more than the FFN can make up for
             groups -= 1
+        fillable = sum(c * (n - width_multiple) for c, n in zip(costs.neuron, costs.neurons, strict=True))
+        # Groups that go beyond the target stay, as long as neurons can fill the gap.
+        while groups < min(costs.groups) and gone(groups) > target and target - gone(groups + 1) <= fillable:
+            groups += 1
         attention = [top_of_experts(m, groups) for m in group_margins]
         target -= gone(groups)
     width = widest(target)
@@ -197,8 +201,14 @@ def equal_widths(
     return Masks(ffn, attention)
 
 
-def cut_margin(masks: Masks, neuron_margins: Sequence[Tensor]) -> Tensor:
-    """The largest margin among removed neurons, (): where the budget cuts the common order. 0 if none is removed."""
-    pairs = zip(neuron_margins, masks.ffn, strict=True)
-    largest = torch.cat([m.masked_fill(keep, -torch.inf) for m, keep in pairs]).max()
+def cut_margin(masks: Masks, neuron_margins: Sequence[Tensor], of_experts: Sequence[int] | None = None) -> Tensor:
+    """The largest margin among removed neurons, (): where the budget cuts the common order. 0 if none is removed.
+
+    Where a block has experts (`of_experts`: how many, by block), slots are cut, of which each loses as many.
+    """
+    parts = [
+        (slot_margins(m, e), keep if e == 1 else keep.view(e, -1).sort(1).values[0])
+        for m, keep, e in zip(neuron_margins, masks.ffn, of_experts or [1] * len(masks.ffn), strict=True)
+    ]
+    largest = torch.cat([m.masked_fill(keep, -torch.inf) for m, keep in parts]).max()
     return largest.masked_fill(largest == -torch.inf, 0.0)

@@ -218,7 +218,7 @@ class ThresholdLearning(FrozenLMStage):
     def recentre(self, hard: Masks) -> None:
         """Shift all thresholds by the same amount until the budget cuts at margin 0; the masks `hard` do not change."""
         found, _ = unit_margins(self.moved_ranks, self.thresholds)
-        shift = cut_margin(hard, found)
+        shift = cut_margin(hard, found, self.budget.costs.of_experts)
         for t in (*self.ffn_thresholds, *self.attention_thresholds):
             t += shift.to(t.dtype)
 

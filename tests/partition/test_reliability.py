@@ -93,6 +93,13 @@ def test_records_carry_what_was_compared():
     np.testing.assert_allclose(record.noise.numpy(), [0.01, 0.02, 0.03, 0.04])
 
 
+def test_a_floor_that_has_been_subtracted_is_recorded_and_not_compared_with():
+    drift, floor = [spread([0.1, 0.2, 0.3, 0.4])], [spread([0.5] * 4)]
+    (record,) = assess_reliability([FOUR], [spread([0.8, 0.7, 0.6, 0.1])], drift, floor, noise_gone=True)
+    assert record.switched.tolist() == [False, False, False, True]
+    np.testing.assert_allclose(record.noise.numpy(), [0.5] * 4)
+
+
 def test_switched_share_counts_neurons_not_modules():
     def record(sizes: list[int], switched: list[bool]) -> ModuleReliability:
         zeros = torch.zeros(len(sizes))

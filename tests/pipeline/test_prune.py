@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from scipy.stats import rankdata
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import gprune.pipeline.inputs
@@ -522,6 +523,7 @@ def test_shortgpt_drops_blocks_and_narrows_one_to_the_same_number_of_parameters(
     assert result.summary["sparsity_of_scope"] == (before - after) / costs.total >= 0.5
     assert result.model.config.num_hidden_layers == len(result.model.model.layers) == 2
     assert {r["allocation"] for r in result.records} == {None, "depth"}
+    assert "\nas many parameters as 50." in repr(result)  # of the FFN: attention and norms went too
     with masked(dense, result.masks), torch.inference_mode():
         assert torch.allclose(dense(token_batch).logits, result.model(token_batch).logits, atol=1e-4)
 
@@ -652,15 +654,29 @@ def test_the_same_command_line_table_is_printed(finished, world, capsys):
     assert str(finished.path / "model") in out
 
 
-def test_switched_modules_may_rank_by_the_consensus_of_the_drift_corpora(world, tmp_path, quick):
-    """With every module switched and the same fraction kept of each, the mean rank over corpora decides."""
+@pytest.mark.parametrize("importance", ["wanda_sp", "magnitude"])
+def test_switched_modules_may_rank_by_the_consensus_of_the_drift_corpora(importance, world, tmp_path, quick, dense):
+    """With every module switched and the same fraction kept of each, the mean rank over corpora decides.
+
+    It is that of the metric itself, also where another one stands in for its drift.
+    """
     everywhere = ["--reliability.sensitivity_quantile=0", "--reliability.score_quantile=1"]
-    result = world.run(tmp_path, "--reliability.metric=consensus", "--sparsity.allocation=equal", *everywhere)
+    flags = [f"--importance={importance}", "--reliability.metric=consensus", "--sparsity.allocation=equal"]
+    result = world.run(tmp_path, *flags, *everywhere)
     assert result.modules.reliability[0].switched.any()
-    for drift, labels, record, mask in zip(
-        result.modules.drift, result.modules.labels, result.modules.reliability, result.masks.ffn, strict=True
+    each = [
+        score_units(importance, blocks_of(dense), result.statistics[corpus], seed=0).ffn
+        for corpus in result.config.corpora.drift
+    ]
+    own = [
+        torch.from_numpy((rankdata(torch.stack(s).numpy(), axis=-1) - 0.5) / tiny_run.NEURONS).mean(0)
+        for s in zip(*each, strict=True)
+    ]
+    pairs = zip(own, result.modules.drift, strict=True)
+    assert all(torch.allclose(o, drift.ranks.mean(0)) for o, drift in pairs) == (importance == "wanda_sp")
+    for consensus, labels, record, mask in zip(
+        own, result.modules.labels, result.modules.reliability, result.masks.ffn, strict=True
     ):
-        consensus = drift.ranks.mean(0)
         for k in record.switched.nonzero()[:, 0].tolist():
             kept, gone = consensus[mask & (labels == k)], consensus[~mask & (labels == k)]
             assert len(kept) == 0 or len(gone) == 0 or kept.min() >= gone.max()

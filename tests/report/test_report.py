@@ -219,6 +219,33 @@ def test_only_runs_that_differ_in_seed_alone_are_one_row(run):
     assert len(report.make([run, elsewhere]).groups) == 2  # evaluated on other text
 
 
+def test_rows_of_seeds_whose_names_begin_alike_say_in_which_settings_they_differ(run):
+    """Default names end in a hash, which a row over seeds has no place for."""
+    ridges = {0.1: "1", 0.5: "2"}
+    runs = [
+        another(run, f"tiny-gprune-wanda_sp-0.5-{digit}{seed}aaaaaa", seed=seed, setting=ridge)
+        for ridge, digit in ridges.items() for seed in (0, 1)
+    ]  # fmt: skip
+    stem = "tiny-gprune-wanda_sp-0.5"
+    made = report.make(runs)
+    assert [group.name for group in made.groups] == [f"{stem}, ridge={ridge} (2 seeds)" for ridge in ridges]
+    assert len({cells[0] for cells in made.tables[0].rows if cells[1] != "dense"}) == 2
+    assert [group.name for group in report.make(runs[:2]).groups] == [f"{stem} (2 seeds)"]
+
+
+def test_what_one_of_the_seeds_has_seen_counts_as_seen_in_the_mean_over_them(run):
+    """Which corpora share text with a sample goes with the seed; a mean is over one set of them."""
+    other = another(run, "one-seed1", seed=1)
+    leaked = records_of(run, "gprune", seen=False)[0]["corpus"]
+    edit(other / "metrics.json", lambda m: [r.update(seen=True) for r in m["records"] if r["corpus"] == leaked])
+    found = row(report.make([run, other]).tables[0], "one (2 seeds)", "gprune")
+    unseen = [r for r in records_of(run, "gprune", seen=False) if r["corpus"] != leaked]
+    assert found["unseen"].value == pytest.approx(geometric(unseen))
+    assert row(report.make([run]).tables[0], "one", "gprune")["unseen"].value == pytest.approx(
+        geometric(records_of(run, "gprune", seen=False))
+    )
+
+
 def test_a_run_named_twice_counts_once(run, monkeypatch):
     monkeypatch.chdir(run.parent)
     assert [r.name for r in read_runs([run, "one", "./one/"])] == ["one"]
@@ -617,6 +644,17 @@ def test_what_the_command_writes(run, capsys, tmp_path):
     before = {p: p.read_bytes() for p in (run / "report").rglob("*") if p.is_file()}
     assert main([str(run)]) == 0
     assert {p: p.read_bytes() for p in before} == before  # the same bytes, so that they can be kept in a repository
+
+
+def test_a_report_leaves_nothing_of_the_one_before_it(run, tmp_path):
+    other, output = another(run, "other", setting=0.5), tmp_path / "report"
+    report.make([run, other]).write(output)
+    (output / "tables" / "mine.csv").write_text("kept")
+    assert {"tables/comparison.csv", "figures/stability.png", "figures/stability.svg"} <= written(output)
+    made = report.make([other])
+    alone = {str(path.relative_to(output)) for path in made.write(output)}
+    folders = {name for name in written(output) if name.count("/") > 1}  # figures of each run: named for it
+    assert written(output) - folders == alone | {"tables/mine.csv"}
 
 
 def test_several_runs_are_reported_beside_them(run):

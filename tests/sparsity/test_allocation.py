@@ -74,6 +74,19 @@ def test_uniform_is_the_rank_inside_the_block(spiky):
     equal_numbers(groups, [ranks(s) for s in scores.attention])
 
 
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_uniform_takes_the_same_from_a_block_with_dead_neurons(share, spiky):
+    """Equal scores have a rank each, so that any share of them can go."""
+    model, _, statistics, scores = spiky
+    dead = replace(scores, ffn=[scores.ffn[0].clone(), *scores.ffn[1:]])
+    dead.ffn[0][5:25] = 0.0
+    budget = Budget.of(unit_costs(blocks_of(model), scope="ffn"), share)
+    masks = allocate("uniform", dead, statistics, blocks_of(model), budget)
+    gone = [int((~m).sum()) for m in masks.ffn]
+    assert max(gone) - min(gone) <= 1
+    assert not masks.ffn[0][5 : 5 + min(gone[0], 20)].any()
+
+
 def test_global_is_the_z_score_inside_the_block_and_its_mean_over_a_groups_channels(spiky):
     scores = spiky[3]
     assert [len(c) for c in scores.channels] == [32] * 3

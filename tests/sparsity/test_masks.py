@@ -311,6 +311,14 @@ def test_cut_margin():
     assert cut_margin(Masks([torch.ones(3, dtype=torch.bool), torch.ones(2, dtype=torch.bool)], []), values) == 0.0
 
 
+def test_of_experts_the_slots_are_cut():
+    """Two experts lose one neuron each: slot 0, whose margin is the mean of their smallest."""
+    masks = Masks([torch.tensor([False, True, True, True, False, True])], [])
+    values = [torch.tensor([-1.0, 0.0, 2.0, 1.0, 0.5, 3.0])]
+    assert cut_margin(masks, values, [2]) == -0.25
+    assert cut_margin(masks, values) == 0.5
+
+
 def test_margins_against_numpy():
     p = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     thresholds, labels = torch.tensor([0.3, -2.0]), torch.tensor([1, 0, 1])
@@ -547,6 +555,21 @@ def test_equal_widths_are_the_widest_that_meet_the_budget(sparsity, multiple, at
     assert kept == 4 or attention
     for margin, mask in zip([*neurons, *groups], [*masks.ffn, *masks.attention], strict=True):
         assert mask.all() or margin[~mask].max() < margin[mask].min()
+
+
+@pytest.mark.parametrize("sparsity", [0.01, 0.02, 0.05, 0.1, 0.3, 0.6])
+@pytest.mark.parametrize("low", ["neurons", "groups"])
+def test_equal_widths_go_beyond_the_budget_by_less_than_a_step_wherever_margins_lie(sparsity, low):
+    """One common KV group less is more than a small target: it stays, and neurons make up for it."""
+    costs = dataclasses.replace(
+        unit_costs(blocks_of(make_tiny_llama(num_key_value_heads=4)), scope="attention+ffn"), uniform=True
+    )
+    neurons, groups = [torch.arange(48.0)] * 3, [torch.arange(4.0)] * 3
+    shift = {"neurons": neurons, "groups": groups}[low]
+    shift[:] = [m - 100 for m in shift]
+    budget = Budget.of(costs, sparsity, 1)
+    masks = keep_masks(budget, neurons, groups)
+    assert 0 <= costs.removed(masks) - budget.target < sum(costs.neuron)
 
 
 def test_equal_widths_after_blocks_that_differ():
