@@ -82,6 +82,7 @@ def partition_objective(
         nothing. 0 when no rank shifts.
     B in [0, 1]: 1 - entropy of the module sizes / log K; 0 when all are equally large.
     H in [0, 1]: mean entropy of P_i / log K; 0 when every neuron has made up its mind.
+    Both with the K of the block that has most modules: where a block has fewer, its B stays above 0.
 
     Args:
         logits: A, (B, N, K).
