@@ -240,8 +240,9 @@ def start(
 def _started(script: Path, args: Sequence[str], variables: dict[str, str], rank: int, output: tuple[Path, Path]) -> int:
     """The exit code of the script, run by this process."""
     os.setsid()
-    # A job in the background of a script inherits SIGINT as ignored, and Python then leaves it so.
+    # A job in the background of a script inherits SIGINT as ignored, behind nohup SIGHUP, and Python then leaves it so.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number, path in enumerate(output, start=1):
         os.dup2(os.open(path, os.O_WRONLY), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
