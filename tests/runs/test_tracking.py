@@ -240,3 +240,20 @@ def test_a_finished_run_is_read_and_not_logged_again(world, tmp_path, monkeypatc
         ids, versions = sittings(world.run(tmp_path, *flags).path)
     assert set(ids) == set(before[0])
     assert versions == ["version_0", "version_1"]
+
+
+def test_a_run_that_is_stopped_while_figures_are_drawn_logs_its_summary_when_it_goes_on(world, tmp_path, monkeypatch):
+    tiny_run.quick(monkeypatch)
+    with tiny_run.isolated(tmp_path / "cache"):
+        args = world.args(tmp_path, "--gprune=false")
+        with monkeypatch.context() as patch:
+            patch.setattr("gprune.pipeline.evaluate.write_figures", interrupt)
+            assert tiny_run.main(args) == 130
+        assert "summary" not in json.loads((tmp_path / "run/metrics.json").read_text())
+        assert tiny_run.main(args) == 0
+    frames = [pd.read_csv(path) for path in (tmp_path / "run/csv").glob("*/metrics.csv")]
+    assert sum("summary/base/unseen" in frame for frame in frames) == 1
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
