@@ -283,11 +283,13 @@ def check_reload(
     Raises:
         UserError: when it exceeds `atol` or is not finite, or when the folder does not load.
     """
-    training = model.training
+    training, weights = model.training, [(p, p.data) for p in model.parameters()]
     try:
         device = device_of(model)
-        aligned(model)  # as the fresh process has it
+        aligned(model)  # as the fresh process has it; for this pass alone, since it copies what the dense model shares
         expected = model.eval()(input_ids.to(device), use_cache=False).logits
+        for p, data in weights:
+            p.data = data
         attention = model.config._attn_implementation
         got = reloaded_logits(folder, input_ids, device=str(device), attention=attention, **placement)
         difference = max_logit_difference(expected, got)

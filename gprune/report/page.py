@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from matplotlib.figure import Figure
 
@@ -29,12 +30,11 @@ from gprune.report.perplexity_tables import comparison_table, perplexity_table, 
 from gprune.report.records import caption
 from gprune.report.run_figures import write_figures
 from gprune.report.style import FORMATS, save, titled
-from gprune.report.table import Table
+from gprune.report.table import Table, TableName
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
 
-TABLES = ("summary", "perplexity", "records", "sparsity", "comparison", "stability", "repeatability", "evaluation")
 FIGURES = ("means", "ratios", "sparsity", "stability", "perplexity", "heterogeneity")
 SIDE_BY_SIDE = 40  # runs: beyond, pairs and figures take minutes, and nobody reads them
 
@@ -127,7 +127,7 @@ class Report:
             own = folder / "figures" / ("" if len(self.runs) == 1 else run.name.replace("/", "-"))
             if run.masks is not None:
                 drawn += write_figures(own, run.records, run.modules, run.masks, formats)
-        ours = [folder / "tables" / f"{name}.csv" for name in TABLES]
+        ours = [folder / "tables" / f"{name}.csv" for name in get_args(TableName)]
         ours += [folder / "figures" / f"{name}.{kind}" for name in FIGURES for kind in FORMATS]
         for path in {*ours} - {*texts, *drawn}:
             path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import io
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,6 +15,10 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from gprune.console import terminal_width
+
+TableName = Literal[  # of a report
+    "comparison", "evaluation", "perplexity", "records", "repeatability", "sparsity", "stability", "summary"
+]
 
 
 class Estimate(NamedTuple):

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from gprune.config import CONSENT, RunConfig, flat, parse
 from gprune.config.parse import GROUPS
 from gprune.errors import UserError
+from gprune.report.table import TableName
 from gprune.storage.yaml_text import read_yaml
 from gprune.studies.grid import Point, named, points
 
@@ -26,9 +27,6 @@ OTHER_RECORDS = Path("runs/records")
 # Numbers do not depend on these: a row is the same row with and without them.
 OWN = {"export": "none", "logging.mode": "disabled", "run.dir": "runs/experiments"}
 Name = str | int | float  # YAML reads some names as numbers
-TableName = Literal[
-    "comparison", "evaluation", "perplexity", "records", "repeatability", "sparsity", "stability", "summary"
-]
 TABLES = ("summary", "perplexity", "evaluation")
 OF_MASKS = frozenset({"repeatability", "sparsity", "stability"})  # tables
 
