@@ -233,8 +233,8 @@ def opened(cfg: RunConfig) -> Iterator[Run]:
     folder = RunFolder(cfg.folder, meter.counts, key=key_of(settings=settings))
     screen = Screen(plan.work, meter.work, rounds=cfg.sparsity.steps)
     with (
-        folder.opened(settings, to_yaml(cfg.resolved())), plain_interrupts(), _loggers(cfg, folder) as loggers,
-        multiplying(cfg.trainer.float32_matmul_precision), screen,
+        folder.opened(settings, to_yaml(cfg.resolved()), {("dense", "none"), *cfg.stages}), plain_interrupts(),
+        _loggers(cfg, folder) as loggers, multiplying(cfg.trainer.float32_matmul_precision), screen,
     ):  # fmt: skip
         try:
             yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen)
@@ -244,9 +244,7 @@ def opened(cfg: RunConfig) -> Iterator[Run]:
 
 def _loggers(cfg: RunConfig, folder: RunFolder) -> AbstractContextManager[list[Logger]]:
     """The loggers of a run; none for one that is finished, which is read and not logged again."""
-    found = folder.metrics
-    rows = {(r["stage"], r["recovery"]) for r in found.get("records", [])}
-    if "summary" in found and rows >= {("dense", "none"), *cfg.stages}:
+    if folder.finished:
         return nullcontext([])
     return tracking(
         folder.path,

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class RunFolder:
         self.path = Path(path)
         self.count_tokens = count_tokens
         self.key = key
-        self.finished = False  # when it was opened
+        self.finished = False  # when it was opened: it is read, and neither counted nor logged again
         self._note: Callable[[], None] | None = None  # of the step that is running
 
     def __truediv__(self, name: str) -> Path:
@@ -77,8 +77,13 @@ class RunFolder:
         return _Part(self, name)
 
     @contextmanager
-    def opened(self, settings: dict[str, Any], config_yaml: str) -> Iterator[None]:
+    def opened(
+        self, settings: dict[str, Any], config_yaml: str, rows: Collection[tuple[str, str]] = ()
+    ) -> Iterator[None]:
         """Create the folder or take up the run in it, and keep other processes out of it meanwhile.
+
+        Args:
+            rows: (stage, recovery) of what a finished run has numbers of.
 
         Raises:
             UserError: if the folder holds a run with other settings, something that is no run, or links that lead out
@@ -87,6 +92,7 @@ class RunFolder:
         if rank_zero_only.rank != 0:  # it refuses what the first process refuses, or it would wait for that one
             if self.path.exists():
                 self._inspect(settings)
+            self.finished = self._has(rows)
             yield
             return
         if (self.path.exists() and not self.path.is_dir()) or self._is_anothers():
@@ -102,7 +108,13 @@ class RunFolder:
             except OSError as error:
                 raise cannot_write(self.path, error) from error
             self._take_up(settings, config_yaml)
+            self.finished = self._has(rows)
             yield
+
+    def _has(self, rows: Collection[tuple[str, str]]) -> bool:
+        """Whether the summary stands there, and numbers of all rows, which a run of an earlier version may lack."""
+        found = self.metrics
+        return bool(found.get("summary")) and {*rows} <= {(r["stage"], r["recovery"]) for r in found["records"]}
 
     def _is_anothers(self) -> bool:
         """Whether something lies there, and no run; a lock alone would be left in somebody's folder."""
@@ -120,7 +132,6 @@ class RunFolder:
         # The manifest comes first: it makes the folder a run, which may be killed at any moment.
         if new:
             write_json(self / "manifest.json", {"settings": settings, "environment": environment(), "steps": {}})
-        self.finished = "summary" in self.metrics
         if not _holds(self / "config.yaml", config_yaml):
             with replacing(self / "config.yaml") as temporary:
                 temporary.write_text(config_yaml, encoding="utf-8")
