@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from gprune.report.records import corpus_labels
 from gprune.report.style import LINES, canvas, plain_ticks, style
 from gprune.storage.reading import read_bytes
 
@@ -77,11 +78,14 @@ def own_line(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
 
 @style()
 def _figure(lines: dict[str, pd.DataFrame], axis_label: str, label: str) -> Figure:
-    figure, axes = canvas(6, 3.2)
+    labels = corpus_labels(lines)
+    figure, axes = canvas(5.4 + 0.08 * max(8, *map(len, labels.values())), 3.2)
     for i, (name, points) in enumerate(lines.items()):
         colour, dashes, marker = LINES[i % len(LINES)]
         few = marker if len(points) < 12 else None
-        axes.plot(points["x"], points["y"], color=colour, ls=dashes, marker=few, ms=4, lw=1.3, label=name or None)
+        axes.plot(
+            points["x"], points["y"], color=colour, ls=dashes, marker=few, ms=4, lw=1.3, label=labels[name] or None
+        )
     axes.set_xlabel(axis_label)
     axes.set_ylabel(label)
     axes.grid(axis="y")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from gprune.report.curves import curve_figures, read_curves
 from gprune.report.folder import how_to_load, removed_from, what_next
-from gprune.report.records import means_and_gaps, result_table
+from gprune.report.records import corpus_labels, means_and_gaps, result_table
 from gprune.report.run_figures import run_figures
 from gprune.report.style import style
 from gprune.report.table import Estimate, Table
@@ -81,6 +81,7 @@ def section(run: FinishedRun) -> dict[str, Any]:
         "widths": cells_of(widths_table(run)) if run.masks else None,
         "curves": drawn(curve_figures(read_curves(run.path)), f"{run.name} curves"),
         "samples": read_samples(run),
+        "labels": corpus_labels(r["corpus"] for r in run.records),
         "settings": to_yaml({name: value for name, value in s.items() if name != "inputs"}),
         "cost": cells_of(cost_table(manifest.get("steps", {}))),
         "environment": manifest.get("environment") or {},

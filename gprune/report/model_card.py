@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from gprune.config import RunConfig
 from gprune.corpora.hub import HUB_CORPORA
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
-from gprune.report.records import result_table
+from gprune.report.records import corpus_labels, result_table
 from gprune.storage.reading import expanded
 
 
@@ -37,7 +37,8 @@ def model_card(cfg: RunConfig, *, stock: bool = False, records: Sequence[dict[st
     method = "gprune" if cfg.gprune else "base metric alone"
     folder = _folder(cfg)
     label = folder.name if folder else model_label(cfg.model.name)  # a path of this machine says nothing to others
-    drift = ", ".join(f"`{corpus}`" for corpus in cfg.roles["drift"])
+    labels = corpus_labels([cfg.corpora.score, *cfg.roles["drift"]])
+    score, drift = labels[cfg.corpora.score], ", ".join(f"`{labels[corpus]}`" for corpus in cfg.roles["drift"])
     drift = f"drift measured on {drift},\n" if drift else ""
     allocation = cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation
     return f"""---
@@ -47,7 +48,7 @@ def model_card(cfg: RunConfig, *, stock: bool = False, records: Sequence[dict[st
 # {label}, structurally pruned
 
 {cfg.sparsity.target:.0%} of the parameters in scope `{cfg.sparsity.scope}` removed by {method}: importance
-`{cfg.importance}` scored on `{cfg.corpora.score}`, {drift}allocation `{allocation}`{recovery}, seed {cfg.run.seed}.
+`{cfg.importance}` scored on `{score}`, {drift}allocation `{allocation}`{recovery}, seed {cfg.run.seed}.
 The method is our reading of GPrune-LLM (arXiv 2603.13418).
 
 Base model: {label}. Licence: {licence}.{notice}
@@ -73,11 +74,12 @@ def _metadata(cfg: RunConfig, records: Sequence[dict[str, Any]]) -> ModelCardDat
     """What the hub reads: the base model, the licence where it is known, and as model-index what was measured."""
     embedded, known = EMBEDDED_MODELS.get(cfg.model.name), {corpus.name: corpus for corpus in HUB_CORPORA}
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.model.name) and _folder(cfg) is None
+    labels = corpus_labels(r["corpus"] for r in records)
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_name=r["corpus"],
-            dataset_type=known[r["corpus"]].on_hub if r["corpus"] in known else r["corpus"],
+            dataset_name=labels[r["corpus"]],
+            dataset_type=known[r["corpus"]].on_hub if r["corpus"] in known else labels[r["corpus"]],
             dataset_config=known[r["corpus"]].config if r["corpus"] in known else None,
             dataset_split=r["split"],
             metric_type="perplexity",

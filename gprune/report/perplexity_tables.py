@@ -17,7 +17,7 @@ from scipy.stats import t as student
 from gprune.errors import UserError
 from gprune.evaluation.intervals import mean_perplexity, paired_gap, paired_ratio
 from gprune.report.grouping import Group
-from gprune.report.records import by_stage
+from gprune.report.records import by_stage, corpus_labels
 from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.results import FinishedRun, Record, row_name
 
@@ -148,11 +148,12 @@ def perplexity_table(found: Sequence[Group], *, seen: Sequence[str] | None = Non
         values = by_stage(run.records)[stage]
         return [Estimate(values[c]) if c in values else None for c in corpora]
 
+    labels = corpus_labels(corpora)
     stars = ["(*)" if c in mixed else "*" if used[c] else "" for c in corpora]
     return Table(
         "perplexity",
         "Perplexity by corpus",
-        ["run", "stage", "seeds", *(c + star for c, star in zip(corpora, stars, strict=True))],
+        ["run", "stage", "seeds", *(labels[c] + star for c, star in zip(corpora, stars, strict=True))],
         _rows(found, numbers),
         note="\\* seen: the corpus, in other documents, was used by the run; (\\*) by some of the runs."
         if seen is None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from gprune.evaluation.intervals import generalisation_gap, geometric_mean, paired_ratio
@@ -16,6 +17,25 @@ def by_stage(records: Sequence[Record], number: str = "perplexity") -> dict[tupl
     for r in records:
         table.setdefault((r["stage"], r["recovery"]), {})[r["corpus"]] = r[number]
     return table
+
+
+def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
+    """What tables and figures call corpora: a path by its last part, and by as many more as tell it from the others.
+
+    Whole paths would squeeze a figure to nothing, and say whose machine it was.
+    """
+    parts = {corpus: PurePath(corpus).parts or (corpus,) for corpus in corpora}
+
+    def label(own: tuple[str, ...], n: int) -> str:
+        return "/".join(own[-n:])
+
+    def apart(own: tuple[str, ...], n: int) -> bool:
+        return sum(label(other, n) == label(own, n) for other in parts.values()) == 1
+
+    return {
+        corpus: next((label(own, n) for n in range(1, len(own)) if apart(own, n)), label(own, len(own)))
+        for corpus, own in parts.items()
+    }
 
 
 def caption(records: Sequence[Record]) -> str:
@@ -66,7 +86,7 @@ def result_table(records: Sequence[Record]) -> Table:
     """A row per stage; a column per corpus (seen ones marked), geometric means and the gap."""
     seen = {r["corpus"]: r["seen"] for r in records}
     corpora = sorted(seen, key=lambda c: not seen[c])
-    means, ratios = means_and_gaps(records), unseen_ratios(records)
+    means, ratios, labels = means_and_gaps(records), unseen_ratios(records), corpus_labels(corpora)
 
     def row(stage: str, recovery: str, values: dict[str, float]) -> list[Cell]:
         name, found = row_name(stage, recovery), means[stage, recovery].values()
@@ -76,7 +96,7 @@ def result_table(records: Sequence[Record]) -> Table:
     return Table(
         "result",
         "Perplexity by corpus",
-        ["", *(f"{c}*" if seen[c] else c for c in corpora), "seen", "unseen", "gap", "unseen / base"],
+        ["", *(labels[c] + "*" * seen[c] for c in corpora), "seen", "unseen", "gap", "unseen / base"],
         [row(*key, values) for key, values in by_stage(records).items()],
         {"gap": 3, "unseen / base": 3},
         "\\* seen: the corpus, in other documents, was used by the run. Perplexity, lower is better.",

@@ -12,7 +12,7 @@ from torch import Tensor
 from gprune.evaluation.intervals import paired_ratio
 from gprune.models.masks import Masks
 from gprune.partition.record import Modules
-from gprune.report.records import by_stage, caption
+from gprune.report.records import by_stage, caption, corpus_labels
 from gprune.report.style import COLOURS, MARKERS, OTHER, canvas, distances, plain_ticks, save, style, titled
 from gprune.report.table import Estimate
 from gprune.runs.results import Record, row_name
@@ -24,8 +24,9 @@ def perplexity_figure(records: Sequence[Record]) -> Figure:
     nll, seen = by_stage(records, "window_nll"), {r["corpus"]: r["seen"] for r in records}
     predicted = next(iter(records))["seq_len"] - 1
     corpora = sorted(seen, key=lambda c: not seen[c])
+    labels = corpus_labels(corpora)
     stages = [key for key in nll if key[0] != "dense"]
-    figure, axes = canvas(3.2 + 1.1 * len(corpora), 3.4)
+    figure, axes = canvas(3.2 + max(1.1, 0.08 * max(map(len, labels.values()))) * len(corpora), 3.4)
     for i, (stage, recovery) in enumerate(stages):
         found = [
             Estimate(*paired_ratio({c: nll[stage, recovery][c]}, {c: nll["dense", "none"][c]}, predicted))
@@ -41,7 +42,7 @@ def perplexity_figure(records: Sequence[Record]) -> Figure:
     axes.set_yscale("log")
     plain_ticks(axes.yaxis)
     axes.axhline(1, color="black", lw=0.8)
-    axes.set_xticks(range(len(corpora)), [f"{c}\n{'seen' if seen[c] else 'unseen'}" for c in corpora])
+    axes.set_xticks(range(len(corpora)), [f"{labels[c]}\n{'seen' if seen[c] else 'unseen'}" for c in corpora])
     axes.set_ylabel("perplexity / dense, 95 % interval")
     axes.grid(axis="y")
     figure.legend(loc="outside right center")

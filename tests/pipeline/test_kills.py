@@ -78,18 +78,20 @@ def test_what_a_killed_run_had_learned_from_counts(tmp_path):
     flags = ["--recovery=distill", "--distill.tokens=576", "--run.checkpoint_minutes=0", "--export=none"]
     flags += ["--gprune=false", "--evaluation.controls=[]"]
 
-    def ended(name: str, more: str) -> int:
+    def ends(code: int, name: str, more: str) -> None:
         (done,) = tiny_run.train(world.args(tmp_path, *flags, name=name), tmp_path, script=script, MORE=more)
-        return done.returncode
+        assert done.returncode == code, done.stderr
 
-    assert [ended("whole", ""), ended("killed", "once"), ended("killed", "")] == [0, 137, 0]
+    ends(0, "whole", "")
+    ends(137, "killed", "once")
+    ends(0, "killed", "")
     whole, killed = (RunFolder(tmp_path / name).manifest["steps"]["shrink"] for name in ("whole", "killed"))
     assert whole["forward_backward_tokens"] == 576
     assert {kind: killed[kind] for kind in whole if kind.endswith("tokens")} == {
         kind: whole[kind] for kind in whole if kind.endswith("tokens")
     }
     before = RunFolder(tmp_path / "whole").manifest["steps"]
-    assert ended("whole", "") == 0  # what a finished run computes again, to give it back, is no cost of its own
+    ends(0, "whole", "")  # what a finished run computes again, to give it back, is no cost of its own
     assert RunFolder(tmp_path / "whole").manifest["steps"] == before
 
 

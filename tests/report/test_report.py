@@ -15,6 +15,7 @@ from pathlib import Path
 
 import matplotlib.colors
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -33,11 +34,12 @@ from gprune.models.masks import Masks
 from gprune.report.benchmark_table import evaluation_table
 from gprune.report.command import main
 from gprune.report.comparison_figures import curve_figure, sparsity_lines
+from gprune.report.curves import curve_figures
 from gprune.report.grouping import read_runs, short_names
 from gprune.report.mask_tables import pairs
 from gprune.report.model_card import model_card
 from gprune.report.perplexity_tables import over_seeds
-from gprune.report.records import result_table, unseen_ratios
+from gprune.report.records import corpus_labels, result_table, unseen_ratios
 from gprune.report.run_figures import perplexity_figure
 from gprune.report.style import COLOURS, LINES, MARKERS
 from gprune.report.table import Estimate, Table
@@ -158,10 +160,10 @@ def test_numbers_of_one_run_are_those_of_its_records(run):
 
 def test_perplexity_by_corpus_marks_what_was_seen(run):
     table = report.make([run]).tables[1]
-    assert table.columns[3].endswith("alpha.txt*")
+    assert table.columns[3] == "alpha.txt*"
     assert [c.endswith("*") for c in table.columns[3:]] == [True, False, False]
     for r in records_of(run, "averaged"):
-        name = r["corpus"] + "*" * r["seen"]
+        name = Path(r["corpus"]).name + "*" * r["seen"]
         assert row(table, "one", "averaged")[name] == Estimate(r["perplexity"])
 
 
@@ -203,7 +205,7 @@ def test_seeds_become_mean_and_interval(run):
     assert (dense[1], dense[2]) == ("dense", None)
     assert dense[4].low < dense[4].value < dense[4].high  # the same windows for every seed: an interval over windows
     corpus = records_of(run, "gprune")[0]
-    cell = row(made.tables[1], "one (3 seeds)", "gprune")[corpus["corpus"] + "*"]
+    cell = row(made.tables[1], "one (3 seeds)", "gprune")[Path(corpus["corpus"]).name + "*"]
     assert cell.value == pytest.approx(corpus["perplexity"] * math.exp(np.mean(shifts)))
 
 
@@ -361,7 +363,7 @@ def test_one_division_into_seen_and_unseen_for_all_rows(run):
     values = {r["corpus"]: r["perplexity"] for r in records_of(run, "gprune")}
     assert found["seen"].value == pytest.approx(values.pop(delta))
     assert found["unseen"].value == pytest.approx(np.exp(np.mean(np.log(list(values.values())))))
-    assert [c for c in perplexities.columns if c.endswith("*")] == [f"{delta}*"]
+    assert [c for c in perplexities.columns if c.endswith("*")] == [f"{Path(delta).name}*"]
     for table in (summary, perplexities):
         assert f"In every row {delta} counts as seen" in table.note
         assert "each run's own" not in table.note
@@ -369,7 +371,7 @@ def test_one_division_into_seen_and_unseen_for_all_rows(run):
     plain = report.of_runs(runs)
     assert plain.tables[0].note.endswith("Seen and unseen are each run's own.")
     assert "was used by the run" in plain.tables[1].note
-    assert f"{alpha}*" in plain.tables[1].columns
+    assert f"{Path(alpha).name}*" in plain.tables[1].columns
 
 
 @pytest.mark.parametrize("split", ["test", "development"])
@@ -408,7 +410,7 @@ def test_the_hub_reads_base_model_licence_and_results_in_a_card(run, name, base,
     cfg = RunConfig(model=ModelConfig(name=name), recovery="none")
     data = ModelCard(model_card(cfg, records=records)).data
     assert (data.base_model, data.license, data.library_name) == (base, licence, "transformers")
-    measured = {r["corpus"]: r["perplexity"] for r in records if (r["stage"], r["recovery"]) == ("gprune", "none")}
+    measured = {Path(r["corpus"]).name: r["perplexity"] for r in records if (r["stage"], r["recovery"]) == ("gprune", "none")}
     found = {result.dataset_name: result.metric_value for result in data.eval_results}
     assert found == pytest.approx(measured, abs=1e-4)
     assert ModelCard(model_card(cfg)).data.eval_results is None  # before anything is measured
@@ -569,6 +571,14 @@ def test_short_names_stay_apart():
     assert short_names(["one"]) == {"one": "one"}
 
 
+def test_files_are_called_by_as_much_of_their_path_as_tells_them_apart():
+    called = {
+        "wiki": "wiki", "/home/me/text/one.txt": "one.txt", "/home/me/text/two.txt": "text/two.txt",
+        "/home/me/other/two.txt": "other/two.txt", "two.txt": "two.txt", "data/wiki": "data/wiki", "./law/": "law",
+    }  # fmt: skip
+    assert corpus_labels(called) == called
+
+
 # --- figures and files
 
 
@@ -615,6 +625,20 @@ def test_every_axis_is_labelled(run):
     assert len(figures["stability"].axes[0].texts) == 3
     labels = [text.get_text() for text in figures["ratios"].axes[0].get_yticklabels()]
     assert len(labels) == len([cells for cells in made.tables[0].rows if cells[7] is not None])
+
+
+def test_files_far_down_leave_figures_their_width(run):
+    """A path for a label squeezed the axes to nothing, about which matplotlib warns, and warnings are errors here."""
+    far = "/srv/" + 8 * "a/long/way/" + "down/"
+    frame = pd.DataFrame({"learn/epoch": [0, 1]} | {f"learn/perplexity/{far}{c}.txt": [9.0, 8.0] for c in "abc"})
+    (curves,) = curve_figures(frame).values()
+    records = json.loads((run / "metrics.json").read_text())["records"]
+    points = perplexity_figure([r | {"corpus": far + Path(r["corpus"]).name} for r in records])
+    for figure in (curves, points):
+        figure.savefig(io.BytesIO(), format="png")
+        assert figure.axes[0].get_position().width > 0.6
+    assert [text.get_text() for text in curves.legends[0].texts] == ["a.txt", "b.txt", "c.txt"]
+    assert points.axes[0].get_xticklabels()[0].get_text() == "alpha.txt\nseen"
 
 
 def written(folder: Path) -> set[str]:
