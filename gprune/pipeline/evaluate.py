@@ -219,7 +219,7 @@ def summarise(
     flat = {f"summary/{row}/{name}": v for row, found in means for name, v in found.items() if v is not None}
     flat |= {f"summary/{row}/unseen_over_base": v["ratio"] for row, v in summary["unseen_over_base"].items()}
     tracking.log_scalars(run.loggers, flat, step=0)
-    # Last: a run whose metrics.json has a summary is finished, and is not logged again.
+    # Last: a run whose metrics.json has a summary, and all rows, is finished, and is not logged again.
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
     return summary
 

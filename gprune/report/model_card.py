@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,12 @@ def model_card(cfg: RunConfig, *, stock: bool = False, records: Sequence[dict[st
     method = "gprune" if cfg.gprune else "base metric alone"
     folder = _folder(cfg)
     label = folder.name if folder else model_label(cfg.model.name)  # a path of this machine says nothing to others
-    labels = corpus_labels([cfg.corpora.score, *cfg.roles["drift"]])
+    labels = corpus_labels([cfg.corpora.score, *cfg.roles["drift"], *(r["corpus"] for r in records)])
     score, drift = labels[cfg.corpora.score], ", ".join(f"`{labels[corpus]}`" for corpus in cfg.roles["drift"])
     drift = f"drift measured on {drift},\n" if drift else ""
     allocation = cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation
     return f"""---
-{_metadata(cfg, records).to_yaml()}
+{_metadata(cfg, records, labels).to_yaml()}
 ---
 
 # {label}, structurally pruned
@@ -61,7 +61,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})
 ```
 
 {code}
-{_results(cfg, records)}"""
+{_results(cfg, records, labels)}"""
 
 
 def _folder(cfg: RunConfig) -> Path | None:
@@ -70,11 +70,10 @@ def _folder(cfg: RunConfig) -> Path | None:
     return path.resolve() if path.exists() else None
 
 
-def _metadata(cfg: RunConfig, records: Sequence[dict[str, Any]]) -> ModelCardData:
+def _metadata(cfg: RunConfig, records: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> ModelCardData:
     """What the hub reads: the base model, the licence where it is known, and as model-index what was measured."""
     embedded, known = EMBEDDED_MODELS.get(cfg.model.name), {corpus.name: corpus for corpus in HUB_CORPORA}
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.model.name) and _folder(cfg) is None
-    labels = corpus_labels(r["corpus"] for r in records)
     results = [
         EvalResult(
             task_type="text-generation",
@@ -100,14 +99,14 @@ def _metadata(cfg: RunConfig, records: Sequence[dict[str, Any]]) -> ModelCardDat
     )
 
 
-def _results(cfg: RunConfig, records: Sequence[dict[str, Any]]) -> str:
+def _results(cfg: RunConfig, records: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> str:
     if not records:
         return ""
     e, bos = cfg.evaluation, "with" if records[0]["bos"] else "no"
     return f"""
 ## Perplexity
 
-{result_table(records).to_text()}
+{result_table(records, labels).to_text()}
 
 {e.num_samples} windows of {e.seq_len} tokens of {e.split} text per corpus (stride {e.seq_len}, {bos} BOS), computed in
 {cfg.model.dtype}. `base` is the metric alone. Seen corpora served the pruning, with other documents.

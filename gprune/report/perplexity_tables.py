@@ -167,7 +167,7 @@ def _division(seen: Sequence[str] | None) -> str:
     if not seen:
         return "All text is unseen in every row."
     verb = "counts" if len(seen) == 1 else "count"
-    return f"In every row {', '.join(seen)} {verb} as seen, and all other text as unseen."
+    return f"In every row {', '.join(corpus_labels(seen).values())} {verb} as seen, and all other text as unseen."
 
 
 def records_table(runs: Sequence[FinishedRun]) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -24,16 +24,16 @@ def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
 
     Whole paths would squeeze a figure to nothing, and say whose machine it was.
     """
-    parts = {corpus: PurePath(corpus).parts or (corpus,) for corpus in corpora}
+    parts = {corpus: PurePath(corpus).parts for corpus in corpora}
 
     def label(own: tuple[str, ...], n: int) -> str:
-        return "/".join(own[-n:])
+        return str(PurePath(*own[-n:]))
 
     def apart(own: tuple[str, ...], n: int) -> bool:
         return sum(label(other, n) == label(own, n) for other in parts.values()) == 1
 
     return {
-        corpus: next((label(own, n) for n in range(1, len(own)) if apart(own, n)), label(own, len(own)))
+        corpus: next((label(own, n) for n in range(1, len(own) + 1) if apart(own, n)), corpus)
         for corpus, own in parts.items()
     }
 
@@ -82,11 +82,15 @@ def unseen_ratios(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     return ratios
 
 
-def result_table(records: Sequence[Record]) -> Table:
-    """A row per stage; a column per corpus (seen ones marked), geometric means and the gap."""
+def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = None) -> Table:
+    """A row per stage; a column per corpus (seen ones marked), geometric means and the gap.
+
+    Args:
+        labels: what the corpora are called; `corpus_labels` of them by default.
+    """
     seen = {r["corpus"]: r["seen"] for r in records}
     corpora = sorted(seen, key=lambda c: not seen[c])
-    means, ratios, labels = means_and_gaps(records), unseen_ratios(records), corpus_labels(corpora)
+    means, ratios, labels = means_and_gaps(records), unseen_ratios(records), labels or corpus_labels(corpora)
 
     def row(stage: str, recovery: str, values: dict[str, float]) -> list[Cell]:
         name, found = row_name(stage, recovery), means[stage, recovery].values()

@@ -24,7 +24,7 @@ from scipy import stats
 
 from gprune import report
 from gprune.config import RunConfig
-from gprune.config.groups import ModelConfig
+from gprune.config.groups import CorporaConfig, ModelConfig
 from gprune.config.running import EvaluationConfig
 from gprune.corpora.hub import HUB_CORPORA
 from gprune.errors import UserError
@@ -365,7 +365,7 @@ def test_one_division_into_seen_and_unseen_for_all_rows(run):
     assert found["unseen"].value == pytest.approx(np.exp(np.mean(np.log(list(values.values())))))
     assert [c for c in perplexities.columns if c.endswith("*")] == [f"{Path(delta).name}*"]
     for table in (summary, perplexities):
-        assert f"In every row {delta} counts as seen" in table.note
+        assert f"In every row {Path(delta).name} counts as seen" in table.note
         assert "each run's own" not in table.note
         assert "by the run" not in table.note
     plain = report.of_runs(runs)
@@ -391,6 +391,17 @@ def test_a_model_card_says_nothing_of_drift_that_nobody_measured_nor_of_this_mac
     assert f"# {tmp_path.name}, structurally pruned" in plain
 
 
+def test_a_model_card_calls_files_by_their_names_and_two_of_one_name_apart(run, tmp_path):
+    records = json.loads((run / "metrics.json").read_text())["records"]
+    seen = records[0]["corpus"]
+    corpora = CorporaConfig(score=f"{tmp_path}/law/alpha.txt", drift=[f"{tmp_path}/two.txt", seen])
+    card = model_card(RunConfig(corpora=corpora, recovery="bias"), records=records)
+    assert f"scored on `law/alpha.txt`, drift measured on `two.txt`, `{Path(seen).parent.name}/alpha.txt`" in card
+    assert f"| {Path(seen).parent.name}/alpha.txt* |" in card
+    assert str(tmp_path) not in card
+    assert str(Path(seen).parent) not in card
+
+
 def test_a_corpus_that_is_read_as_parquet_has_the_name_of_its_data_set():
     assert {c.name: c.on_hub for c in HUB_CORPORA}["ptb"] == "ptb-text-only/ptb_text_only"
     assert {c.name: c.on_hub for c in HUB_CORPORA}["c4"] == "allenai/c4"
@@ -410,7 +421,9 @@ def test_the_hub_reads_base_model_licence_and_results_in_a_card(run, name, base,
     cfg = RunConfig(model=ModelConfig(name=name), recovery="none")
     data = ModelCard(model_card(cfg, records=records)).data
     assert (data.base_model, data.license, data.library_name) == (base, licence, "transformers")
-    measured = {Path(r["corpus"]).name: r["perplexity"] for r in records if (r["stage"], r["recovery"]) == ("gprune", "none")}
+    measured = {
+        Path(r["corpus"]).name: r["perplexity"] for r in records if (r["stage"], r["recovery"]) == ("gprune", "none")
+    }
     found = {result.dataset_name: result.metric_value for result in data.eval_results}
     assert found == pytest.approx(measured, abs=1e-4)
     assert ModelCard(model_card(cfg)).data.eval_results is None  # before anything is measured
@@ -577,6 +590,8 @@ def test_files_are_called_by_as_much_of_their_path_as_tells_them_apart():
         "/home/me/other/two.txt": "other/two.txt", "two.txt": "two.txt", "data/wiki": "data/wiki", "./law/": "law",
     }  # fmt: skip
     assert corpus_labels(called) == called
+    for alike in (["wiki", "./wiki"], ["/two.txt", "two.txt"], ["/a/b.txt", "a/b.txt"]):
+        assert len(set(corpus_labels(alike).values())) == 2
 
 
 # --- figures and files
