@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from gprune.report.records import corpus_labels
-from gprune.report.style import LINES, canvas, plain_ticks, style
+from gprune.report.style import LETTER, LINES, canvas, plain_ticks, style
 from gprune.storage.reading import read_bytes
 
 log = logging.getLogger("gprune")
@@ -79,7 +79,7 @@ def own_line(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
 @style()
 def _figure(lines: dict[str, pd.DataFrame], axis_label: str, label: str) -> Figure:
     labels = corpus_labels(lines)
-    figure, axes = canvas(5.4 + 0.08 * max(8, *map(len, labels.values())), 3.2)
+    figure, axes = canvas(5.4 + LETTER * max(8, *map(len, labels.values())), 3.2)
     for i, (name, points) in enumerate(lines.items()):
         colour, dashes, marker = LINES[i % len(LINES)]
         few = marker if len(points) < 12 else None

@@ -13,7 +13,7 @@ from gprune.evaluation.intervals import paired_ratio
 from gprune.models.masks import Masks
 from gprune.partition.record import Modules
 from gprune.report.records import by_stage, caption, corpus_labels
-from gprune.report.style import COLOURS, MARKERS, OTHER, canvas, distances, plain_ticks, save, style, titled
+from gprune.report.style import COLOURS, LETTER, MARKERS, OTHER, canvas, distances, plain_ticks, save, style, titled
 from gprune.report.table import Estimate
 from gprune.runs.results import Record, row_name
 
@@ -26,7 +26,7 @@ def perplexity_figure(records: Sequence[Record]) -> Figure:
     corpora = sorted(seen, key=lambda c: not seen[c])
     labels = corpus_labels(corpora)
     stages = [key for key in nll if key[0] != "dense"]
-    figure, axes = canvas(3.2 + max(1.1, 0.08 * max(map(len, labels.values()))) * len(corpora), 3.4)
+    figure, axes = canvas(3.2 + max(1.1, LETTER * max(map(len, labels.values()))) * len(corpora), 3.4)
     for i, (stage, recovery) in enumerate(stages):
         found = [
             Estimate(*paired_ratio({c: nll[stage, recovery][c]}, {c: nll["dense", "none"][c]}, predicted))

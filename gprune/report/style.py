@@ -23,6 +23,7 @@ STYLE = {
     "grid.color": "#DDDDDD", "grid.linewidth": 0.6, "figure.constrained_layout.use": True, "savefig.dpi": 160,
     "text.parse_math": False,  # names of corpora and runs may have a $
 }  # fmt: skip
+LETTER = 0.08  # inches that a letter of a label takes, at most
 # By stage; base and averaged are equally light, so every stage has its own marker too.
 COLOURS = {"dense": "#999999", "base": "#E69F00", "averaged": "#56B4E9", "gprune": "#0072B2"}
 MARKERS = {"base": "s", "averaged": "^", "gprune": "o"}
