@@ -77,7 +77,7 @@ def run(args: Sequence[str]) -> str:
         raise UserError(f"--seq_len: expected whole numbers, such as 2048,128, got '{','.join(lengths)}'.") from None
     asked = Benchmarks(**options)
     quiet()
-    from gprune.benchmarks.job import evaluate
+    from gprune.benchmarks.measurement import evaluate
 
     records, path = evaluate(model, asked, dense=dense, output=None if output is None else expanded(output))
     from gprune.report.benchmark_table import evaluation_table

@@ -53,14 +53,18 @@ def subjects_of(
         settings = {"dtype": getattr(torch, dtype or "float32"), "trust_remote_code": trust_remote_code}
         return [Subject(about, lambda: load_model(name, **settings))], None, None
     run = finished(path)
-    wanted = getattr(torch, dtype or run.settings["model"]["dtype"])
-    label, sparsity = model_label(run.settings["model"]["name"]), run.settings["sparsity"]
+    settings, sparsity, label = run.settings, run.settings["sparsity"], model_label(run.settings["model"]["name"])
+    loading = (path, settings, getattr(torch, dtype or settings["model"]["dtype"]), trust_remote_code)
     before = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
-    after = {"model": label, "stage": run.final, "recovery": run.settings["recovery"]}
+    after = {"model": label, "stage": run.final, "recovery": settings["recovery"]}
     after |= {"sparsity": sparsity["target"], "scope": sparsity["scope"]}
-    pruned = Subject(after, _pruned(path, run.settings, wanted, trust_remote_code))
-    first = [Subject(before, lambda: load_dense(path, run.settings, wanted, trust_remote_code))] if dense else []
-    return [*first, pruned], path / "evaluation.json", run.key
+    if settings["recovery"] != "none" and not (path / "model" / "config.json").is_file():
+        raise UserError(
+            f"The run '{path}' kept no model (--export none), and masks do not hold what recovery changed; repeat it "
+            f"with --export hf."
+        )
+    first = [Subject(before, lambda: load_dense(*loading))] if dense else []
+    return [*first, Subject(after, lambda: _load_pruned(*loading))], path / "evaluation.json", run.key
 
 
 def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded:
@@ -77,21 +81,10 @@ def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust
     return model, tokenizer
 
 
-def _pruned(
-    run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool
-) -> Callable[[], Loaded]:
-    """Loads the exported folder; without one, the dense model under the masks, the same where nothing recovers."""
+def _load_pruned(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
+    """The exported folder; without one, the dense model under the masks, the same where nothing recovers."""
     if (run / "model" / "config.json").is_file():
-        return lambda: load_model(str(exported_model(run)), dtype=dtype)
-    if settings["recovery"] != "none":
-        raise UserError(
-            f"The run '{run}' kept no model (--export none), and masks do not hold what recovery changed; repeat it "
-            f"with --export hf."
-        )
+        return load_model(str(exported_model(run)), dtype=dtype)
     masks = read_run(run).masks
-
-    def load() -> Loaded:
-        model, tokenizer = load_dense(run, settings, dtype, trust_remote_code)
-        return prune(model, masks), tokenizer
-
-    return load
+    model, tokenizer = load_dense(run, settings, dtype, trust_remote_code)
+    return prune(model, masks), tokenizer

@@ -1,129 +1,201 @@
-"""Multiple-choice tasks from local files: `$GPRUNE_DATA_DIR/tasks/<name>/<split>.jsonl`.
+"""Zero-shot tasks by name, ready for lm_eval: its own with data from the Hugging Face hub, or local questions.
 
-A line is either `{"prompt": ..., "choices": [...], "label": 0}`, where a choice is scored as the continuation
-" " + choice of the prompt, or a minimal pair `{"good": ..., "bad": ...}`, whose sentences are scored whole. Any folder
-of such files is a task; `LOCAL_TASKS` says of those we know what they are. Of tasks that claim lm_eval's prompts, every
-line is checked: it needs `fields`, the columns that lm_eval makes its prompt of.
+Local questions are in `$GPRUNE_DATA_DIR/tasks/<name>/<split>.jsonl`. A line is `{"prompt": ..., "choices": [...],
+"label": 0}`, where a choice is scored as the continuation " " + choice of the prompt; or it is a minimal pair
+`{"good": ..., "bad": ..., "paradigm": ...}`, whose sentences are scored whole.
+
+`pip install 'gprune[lm-eval]'`; lm_eval is imported when it is used, and nothing but zero-shot tasks needs it.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
+import logging
 import os
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gprune.errors import UserError
+from gprune.corpora.hub import offline_if_unreachable
+from gprune.errors import UserError, first_line
 from gprune.storage.reading import expanded, needed_text
 
+log = logging.getLogger("gprune")
 SPLITS = ("test", "validation")  # lm_eval, too, takes the test split where there is one
-
-
-@dataclass(frozen=True)
-class LocalTask:
-    """What is known of a task in local files.
-
-    Attributes:
-        version: of the task in lm_eval whose prompts these are; other files have versions of our own.
-        complete: the whole split with lm_eval's own prompts, so that a number may stand beside those of others.
-        note: goes into every record.
-        split: the only split of which this is said; another one is not complete.
-        prompt: lm_eval's prompt as a format string over `fields`; None where prompts are what the file says.
-        questions: of that split; None where nothing is said of it.
-    """
-
-    version: str
-    complete: bool
-    note: str
-    split: str
-    prompt: str | None = None
-    questions: int | None = None
-
-
 SUBSET = "a subset of the task: never to be set beside published figures"
-LOCAL_TASKS = {
-    "piqa": LocalTask("1.0", True, "lm_eval's prompts", "validation", "Question: {goal}\nAnswer:", 1838),
-    "arc_easy": LocalTask("1.0", True, "lm_eval's prompts", "test", "Question: {question}\nAnswer:", 2376),
-    "sciq": LocalTask("subset-1", False, f"validation questions, without the test split; {SUBSET}", "validation"),
-    "blimp": LocalTask("subset-1", False, f"15 of the 1000 pairs of each paradigm; {SUBSET}", "test"),
+# Of local tasks: the version, what their questions are, and `content_hash` where they are lm_eval's, all of a split.
+KNOWN = {
+    "piqa": ("1.0", "lm_eval's prompts", "f230db808510ef88"),
+    "arc_easy": ("1.0", "lm_eval's prompts", "16b23eecab0a5935"),
+    "sciq": ("subset-1", f"validation questions, without the test split; {SUBSET}", None),
+    "blimp": ("subset-1", f"15 of the 1000 pairs of each paradigm; {SUBSET}", None),
 }
-UNKNOWN = LocalTask(
-    "local", False, "local files that gprune knows nothing of: not to be set beside published figures", ""
-)
 
 
 @dataclass(frozen=True)
-class Questions:
-    """The questions of one split, in the order in which `--limit` takes them."""
+class LoadedTask:
+    """A task of lm_eval's, ready to run, and what is said of it in records."""
 
-    name: str
+    task: Any  # lm_eval.api.task.Task
+    source: str  # "hub" or "local"
     split: str
-    rows: list[dict[str, Any]]  # prompt, choices, label
-    pairs: bool  # minimal pairs: no prompt, and lengths say nothing, so no acc_norm
-    about: LocalTask
+    version: str
+    complete: bool  # all questions of the split with lm_eval's prompts: a number may stand beside those of others
+    note: str
+
+
+def require_lm_eval() -> str:
+    """Version of lm_eval; a UserError where it is not installed."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "Zero-shot tasks need EleutherAI's lm_eval, which is not installed: pip install 'gprune[lm-eval]' "
+            "(from a checkout: pip install -e '.[lm-eval]')."
+        ) from error
+    return version("lm_eval")
+
+
+def load_tasks(name: str, source: str) -> list[LoadedTask]:
+    """The tasks that a name stands for.
+
+    Args:
+        source: hub, local, or auto: the hub where it answers and has the task, else local questions.
+
+    Raises:
+        UserError: for a task that cannot be had, and for one whose accuracy is not measured here.
+    """
+    path = None if source == "hub" else local_file(name)
+    if source != "local":
+        with offline_if_unreachable() as reachable:
+            try:
+                if reachable or path is None:
+                    return hub_tasks(name)
+            except UserError as error:
+                if path is None:
+                    raise
+                log.info("%s", error)
+        log.info("Task %s comes from local files", name)
+    if path is None:
+        there = ", ".join(local_tasks()) or "none"
+        raise UserError(f"No local files for task '{name}'. Under $GPRUNE_DATA_DIR/tasks: {there}.")
+    return [local_task(path)]
+
+
+def hub_tasks(name: str) -> list[LoadedTask]:
+    """lm_eval's own task of a name, or all tasks of a group of this name, with data from the hub."""
+    manager = _manager()
+    if name not in manager.all_tasks:
+        raise UserError(
+            f"Unknown task '{name}': expected a task of lm_eval's (`lm-eval ls tasks`), or files in "
+            f"$GPRUNE_DATA_DIR/tasks/{name}."
+        )
+    try:
+        tasks = list(manager.load([name])["tasks"].values())
+    except Exception as error:  # datasets, the hub and the http client each raise their own
+        raise UserError(
+            f"Task '{name}' could not be had from the Hugging Face hub ({first_line(error)}). Without network put its "
+            f"questions into $GPRUNE_DATA_DIR/tasks/{name}/test.jsonl."
+        ) from error
+    for task in tasks:
+        # Without a list lm_eval takes acc and acc_norm.
+        metrics = [metric["metric"] for metric in task.config.metric_list or [{"metric": "acc"}]]
+        own = task.config.process_results is not None or not {"acc", "acc_norm"} & set(metrics)
+        if task.OUTPUT_TYPE != "multiple_choice" or own:
+            raise UserError(
+                f"Task '{task.task_name}' is of type {task.OUTPUT_TYPE} and counts {', '.join(map(str, metrics))}; "
+                f"expected multiple_choice with lm_eval's own acc or acc_norm. Use lm_eval's own command line on the "
+                f"exported model for others."
+            )
+    return [
+        LoadedTask(
+            t, "hub", t.config.test_split or t.config.validation_split, str(t.VERSION), True, "lm_eval's own task"
+        )
+        for t in tasks
+    ]
+
+
+@functools.lru_cache(maxsize=1)
+def _manager() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()  # reads thousands of YAML files, which takes seconds
 
 
 def local_file(name: str) -> Path | None:
-    """The file a local task is read from, or None where there is none."""
+    """The file with the questions of a local task, or None where there is none."""
     root = os.environ.get("GPRUNE_DATA_DIR")
     if not root or not name.replace("_", "").isalnum():  # a plain name only: it must not lead out of the folder
         return None
-    folder = expanded(root) / "tasks" / name
-    return next((folder / f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").is_file()), None)
+    files = (expanded(root) / "tasks" / name / f"{split}.jsonl" for split in SPLITS)
+    return next(filter(Path.is_file, files), None)
 
 
 def local_tasks() -> list[str]:
     """Names of the tasks under `$GPRUNE_DATA_DIR`."""
-    root = os.environ.get("GPRUNE_DATA_DIR")
-    folder = expanded(root) / "tasks" if root else None
-    return sorted(p.name for p in folder.iterdir() if local_file(p.name)) if folder and folder.is_dir() else []
+    folders = expanded(os.environ.get("GPRUNE_DATA_DIR", "")).glob("tasks/*")
+    return sorted(folder.name for folder in folders if local_file(folder.name))
 
 
-def load_questions(path: Path) -> Questions:
-    """Read and check a task file."""
+def local_task(path: Path) -> LoadedTask:
+    """The questions of a file as a task of lm_eval's; a UserError for a line that is no question."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
     name, split = path.parent.name, path.stem
-    about = LOCAL_TASKS.get(name, UNKNOWN)
     lines = needed_text(path, "a question per line in UTF-8").split("\n")
-    rows = [_question(line, f"{path}:{i}", about.prompt) for i, line in enumerate(lines, 1) if line.strip()]
+    rows = [_question(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise UserError(f"{path}: expected a question per line, got an empty file.")
     pairs = all("paradigm" in row for row in rows)
-    if about.complete and split != about.split:
-        about = replace(about, complete=False, note=f"the {split} split, not {about.split}")
-    elif about.complete and len(rows) != about.questions:
-        about = replace(about, complete=False, note=f"{len(rows):,} of {about.questions:,} questions")
-    return Questions(name, split, spread(rows) if pairs else rows, pairs, about)
+    if pairs:  # the first of every paradigm, then the second of every paradigm, ...: any limit covers them all
+        turns: Counter[str] = Counter()
+        for row in rows:
+            turns[row["paradigm"]] += 1
+            row["turn"] = turns[row["paradigm"]]
+        rows.sort(key=lambda row: row["turn"])
+    rows = [{column: row[column] for column in ("prompt", "choices", "label")} for row in rows]
+    unknown = ("local", "local files that gprune knows nothing of: not to be set beside published figures", None)
+    task_version, note, whole = KNOWN.get(name, unknown)
+    scored = content_hash(([(row["prompt"], f" {c}") for c in row["choices"]], row["label"]) for row in rows)
+    if whole not in (None, scored):
+        note = f"{len(rows):,} questions that are not all of lm_eval's, or have other prompts"
+    config = {
+        "task": name, "custom_dataset": lambda **_: {split: datasets.Dataset.from_list(rows)},
+        f"{split}_split": split, "output_type": "multiple_choice", "num_fewshot": 0, "target_delimiter": " ",
+        "doc_to_text": "prompt", "doc_to_choice": "choices", "doc_to_target": "label",
+        # The sentences of a pair have no common prompt, and their lengths say nothing.
+        "metric_list": [{"metric": metric} for metric in (["acc"] if pairs else ["acc", "acc_norm"])],
+        "metadata": {"version": task_version},
+    }  # fmt: skip
+    return LoadedTask(ConfigurableTask(config=config), "local", split, task_version, whole == scored, note)
 
 
-def spread(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first pair of every paradigm, then the second of every paradigm, ...: any limit then covers them all."""
-    seen: dict[str, int] = defaultdict(int)
-    turns = []
-    for row in rows:
-        turns.append(seen[row["paradigm"]])
-        seen[row["paradigm"]] += 1
-    return [rows[i] for i in sorted(range(len(rows)), key=turns.__getitem__)]
-
-
-def _question(line: str, where: str, prompt: str | None) -> dict[str, Any]:
-    expected = '{"prompt": str, "choices": [str, str, ...], "label": int} or {"good": str, "bad": str}'
+def _question(line: str, where: str) -> dict[str, Any]:
+    """A line as prompt, choices and label; of a minimal pair, its paradigm too."""
     try:
         row = json.loads(line)
         if "good" in row:
-            pair = [row["good"], row["bad"]]
-            row = {"prompt": "", "choices": pair, "label": 0, "paradigm": str(row.get("paradigm", ""))}
-        found = {k: row[k] for k in ("prompt", "choices", "label", "paradigm") if k in row}
-        texts = [found["prompt"], *found["choices"]]
-        right = all(isinstance(t, str) for t in texts) and all(found["choices"]) and len(found["choices"]) > 1
-        if not right or found["label"] not in range(len(found["choices"])):
+            paradigm = str(row.get("paradigm", ""))
+            row = {"prompt": "", "choices": [row["good"], row["bad"]], "label": 0, "paradigm": paradigm}
+        texts = [row["prompt"], *row["choices"]]
+        right = all(isinstance(text, str) for text in texts) and all(row["choices"]) and len(row["choices"]) > 1
+        if not right or row["label"] not in range(len(row["choices"])):
             raise ValueError
-        if prompt is not None:
-            expected = f"'fields' that make lm_eval's prompt {prompt!r}"
-            if found["prompt"] != prompt.format_map(row["fields"]):
-                raise ValueError
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{where}: expected {expected}, got {line[:80]!r}.") from None
-    return found
+        raise UserError(
+            f'{where}: expected {{"prompt": str, "choices": [str, str, ...], "label": int}} or '
+            f'{{"good": str, "bad": str}}.'
+        ) from None
+    return row
+
+
+def content_hash(questions: Iterable[tuple[list[tuple[str, str]], int]]) -> str:
+    """Hash of all that is scored: of each question, (context, continuation) of each choice, and the right one."""
+    scored = [[[list(choice) for choice in choices], label] for choices, label in questions]
+    return hashlib.sha256(json.dumps(scored).encode()).hexdigest()[:16]

@@ -98,7 +98,11 @@ def wikitext2_perplexity(
         advance = screen and screen.bar("Perplexity on WikiText-2", math.ceil(len(windows.tokens) / batch_size))
         result = perplexity(model, windows, batch_size=batch_size, progress=advance)
     _, low, high = mean_perplexity({"wikitext2": result.window_nll}, seq_len - 1)
-    partial, whole = len(windows.tokens) < len(every.tokens), len(text) == CHARACTERS
+    deviations = []
+    if len(windows.tokens) < len(every.tokens):
+        deviations.append(f"only the first {len(windows.tokens)} windows")
+    if len(text) != CHARACTERS:
+        deviations.append(f"{len(text):,} of {CHARACTERS:,} characters")
     return {
         "kind": "perplexity",
         "task": "wikitext2",
@@ -115,10 +119,8 @@ def wikitext2_perplexity(
         "bos": windows.bos,
         "join": JOIN,
         "limit": limit,
-        "standard_protocol": whole and not partial,
-        "note": f"only the first {len(windows.tokens)} windows; " * partial
-        + f"{len(text):,} of {CHARACTERS:,} characters; " * (not whole)
-        + "the convention of the literature",
+        "standard_protocol": not deviations,
+        "note": "; ".join([*deviations, "the convention of the literature"]),
         "dtype": str(model.dtype).removeprefix("torch."),
         "content_hash": windows.content_hash,
     }

@@ -1,17 +1,14 @@
-"""Zero-shot accuracy through EleutherAI's lm_eval, of a model in memory: pruned, masked or read from a folder.
+"""Zero-shot accuracy by EleutherAI's lm_eval, of a model in memory: pruned, masked or read from a folder.
 
 from gprune.benchmarks.zero_shot import zero_shot
 records = zero_shot(model, tokenizer, ["piqa", "arc_easy"], limit=200)
 
-lm_eval builds the requests and measures log-likelihoods; the accuracies are computed here, from what it measured, and
-compared with its own. Where tasks come from: gprune/benchmarks/harness.py.
+lm_eval builds the requests and counts; log-likelihoods are computed in gprune/benchmarks/answers.py. Where tasks come
+from: gprune/benchmarks/tasks.py.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +16,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.benchmarks.harness import LoadedTask, load_tasks, require_lm_eval
 from gprune.benchmarks.settings import Benchmarks
+from gprune.benchmarks.tasks import LoadedTask, content_hash, load_tasks, require_lm_eval
 from gprune.console import quieted
 from gprune.corpora.windows import opening
-from gprune.errors import UserError, require_finite
-from gprune.evaluation.accuracy import accuracy, chance, is_correct
+from gprune.errors import require_finite
 
 
 def zero_shot(
@@ -45,7 +41,7 @@ def zero_shot(
         model: eval mode; masks, if any, are the caller's context.
         tasks: names of multiple-choice tasks; a group of lm_eval's stands for all of its tasks.
         limit: the first so many questions of each task; None for all.
-        batch_size: choices per forward pass.
+        batch_size: inputs per forward pass.
         source: hub (lm_eval's own data), local (files under `$GPRUNE_DATA_DIR/tasks`), or auto: the hub if it answers.
 
     Raises:
@@ -53,54 +49,52 @@ def zero_shot(
             had, and for log-likelihoods that are not finite.
     """
     Benchmarks(tuple(tasks), limit=limit, batch_size=batch_size, source=source)  # refuses what cannot be
-    harness = require_lm_eval()
-    # lm_eval's warnings and progress bars only where someone watches: stderr is for the one line of an error.
-    with quieted("lm_eval", stderr=not sys.stderr.isatty()):
-        every = [found for name in tasks for found in load_tasks(name, source)]
-        loaded = list({found.task.task_name: found for found in every}.values())  # groups may overlap
-        try:
-            outcome = _run(model, tokenizer, loaded, limit=limit, batch_size=batch_size)
-        except (IndexError, RuntimeError) as error:
-            if not any(words in str(error) for words in ("out of range", "device-side assert")):  # of a CPU, of CUDA
-                raise
-            raise UserError(f"The tokenizer makes tokens that the model has no embeddings for ({error}).") from error
     stamp = {
-        "harness": f"lm_eval {harness}",
+        "harness": f"lm_eval {require_lm_eval()}",
         "num_fewshot": 0,
         "limit": limit,
         "bos": opening(tokenizer, "auto") is not None,
         "chat_template": False,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    return [record(task, outcome, stamp) for task in loaded]
+    from lm_eval.evaluator import evaluate
+
+    from gprune.benchmarks.answers import AnswerLM
+
+    # lm_eval's warnings and progress bars only where someone watches: stderr is for the one line of an error.
+    with quieted("lm_eval", stderr=not sys.stderr.isatty()), torch.inference_mode():
+        every = (loaded for name in tasks for loaded in load_tasks(name, source))
+        by_name = {loaded.task.task_name: loaded for loaded in every}  # groups may overlap
+        for loaded in by_name.values():
+            loaded.task.set_config(key="num_fewshot", value=0)
+        # Standard errors of means have a closed form, for which lm_eval needs a positive number of iterations.
+        outcome = evaluate(
+            AnswerLM(model, tokenizer, batch_size),
+            {name: loaded.task for name, loaded in by_name.items()},
+            limit=limit,
+            bootstrap_iters=1,
+        )
+    return [record(loaded, outcome, stamp) for loaded in by_name.values()]
 
 
 def record(loaded: LoadedTask, outcome: dict[str, Any], stamp: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of one task from lm_eval's log-likelihoods, with everything needed to repeat them.
+    """The numbers of one task from what lm_eval measured, with everything needed to repeat them.
 
     `correct` and `correct_norm` hold a digit per question, for paired comparisons between models; `content_hash` is
     that of every string that was scored, so that two records with the same one answer the same questions.
     """
     task, name = loaded.task, loaded.task.task_name
     samples = sorted(outcome["samples"][name], key=lambda sample: sample["doc_id"])
+    lls = torch.tensor([float(ll) for s in samples for ll, _ in s["filtered_resps"]])
+    require_finite(f"log-likelihood came up in task '{name}'", lls)
     choices = [task.doc_to_choice(s["doc"]) for s in samples]
     # Where the choices come before the question (winogrande), lm_eval's target is the end of the text.
     targets = [task.doc_to_text(s["doc"]) if task.multiple_input else s["target"] for s in samples]
-    labels = [_label(target, c, name) for target, c in zip(targets, choices, strict=True)]
-    lls = [[float(ll) for ll, _ in s["filtered_resps"]] for s in samples]
-    require_finite(f"log-likelihood came up in task '{name}'", torch.tensor([ll for row in lls for ll in row]))
-    lengths = [[len(c) for c in row] for row in choices]
-    numbers: dict[str, Any] = dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"))
-    digits = {}
-    theirs = outcome["results"][name]
-    for metric, size in (("acc", None), ("acc_norm", lengths)):
-        if f"{metric},none" not in theirs:
-            continue
-        correct = is_correct(lls, labels, size)
-        numbers[metric], numbers[f"{metric}_stderr"] = accuracy(correct)
-        assert abs(numbers[metric] - theirs[f"{metric},none"]) < 1e-9, (name, metric, numbers, theirs)
-        digits["correct" + metric.removeprefix("acc")] = "".join(str(int(c)) for c in correct)
-    scored = json.dumps([[list(s["arguments"]), label] for s, label in zip(samples, labels, strict=True)])
+    labels = [own.index(target) if target in own else target for target, own in zip(targets, choices, strict=True)]
+    numbers: dict[str, float | None] = {}
+    for column in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):
+        value = outcome["results"][name].get(f"{column},none")
+        numbers[column] = None if value == "N/A" else value  # the error of a single question
     partial = len(samples) < len(task.eval_docs)
     return {
         "kind": "zero_shot",
@@ -110,46 +104,14 @@ def record(loaded: LoadedTask, outcome: dict[str, Any], stamp: dict[str, Any]) -
         "source": loaded.source,
         "questions": len(samples),
         **numbers,
-        "chance": chance([len(c) for c in choices]),
+        "chance": sum(1 / len(own) for own in choices) / len(choices),
         "standard_protocol": loaded.complete and not partial,
-        "note": f"only the first {len(samples)} questions; " * partial + loaded.note,
+        "note": (f"only the first {len(samples)} questions; " if partial else "") + loaded.note,
         **stamp,
-        "content_hash": hashlib.sha256(scored.encode()).hexdigest()[:16],
-        **digits,
+        "content_hash": content_hash(zip((s["arguments"] for s in samples), labels, strict=True)),
+        **{
+            "correct" + metric.removeprefix("acc"): "".join(str(int(s[metric])) for s in samples)
+            for metric in ("acc", "acc_norm")
+            if metric in samples[0]
+        },
     }
-
-
-def _run(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    loaded: Sequence[LoadedTask],
-    *,
-    limit: int | None,
-    batch_size: int,
-) -> dict[str, Any]:
-    """lm_eval's results for all tasks; the model is left as it was."""
-    from lm_eval.evaluator import evaluate
-
-    from gprune.benchmarks.answers import AnswerLM
-
-    # A copy of the tokenizer, because a padding token is added where there is none.
-    lm = AnswerLM(
-        pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size,
-        softmax_dtype="float32",
-    )  # fmt: skip
-    for found in loaded:
-        found.task.set_config(key="num_fewshot", value=0)
-        found.task.set_fewshot_seed(seed=0)
-    with torch.inference_mode():
-        # lm_eval's closed form for the standard error of a mean needs a positive number here and draws nothing.
-        return evaluate(
-            lm=lm, task_dict={found.task.task_name: found.task for found in loaded}, limit=limit, bootstrap_iters=1
-        )
-
-
-def _label(target: Any, choices: Sequence[str], name: str) -> int:
-    if isinstance(target, str) and target in choices:
-        return choices.index(target)
-    if not isinstance(target, int):
-        raise UserError(f"Task '{name}': expected one right choice per question, got {target!r}; use another task.")
-    return target

@@ -8,7 +8,7 @@ here: `python -m experiments.intervals`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from scipy.stats import t as student
@@ -45,6 +45,16 @@ def paired_ratio(a: Nll, b: Nll, tokens_per_window: int) -> tuple[float, float, 
         tokens_per_window: predicted tokens per window.
     """
     return mean_perplexity(_differences(a, b), tokens_per_window)
+
+
+def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float | None]:
+    """Accuracy of model a minus accuracy of model b on the same questions, and its standard error (None for n < 2).
+
+    Paired: the many questions that both models get right, or both get wrong, add nothing to the difference.
+    """
+    difference = [int(x) - int(y) for x, y in zip(a, b, strict=True)]
+    n, mean = len(difference), sum(difference) / len(difference)
+    return mean, math.sqrt(sum((d - mean) ** 2 for d in difference) / (n - 1) / n) if n > 1 else None
 
 
 def paired_gap(pruned: Nll, dense: Nll, seen: Mapping[str, bool], tokens_per_window: int) -> tuple[float, float, float]:

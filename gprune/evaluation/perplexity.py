@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchmetrics.text
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,29 +16,6 @@ from gprune.corpora.windows import Windows
 from gprune.errors import UserError, require_finite
 from gprune.models.losses import iter_logits, rows_at_once
 from gprune.models.offload import device_of
-
-
-class Perplexity(torchmetrics.text.Perplexity):
-    """torchmetrics' Perplexity with a float32 cross-entropy.
-
-    The stock update goes through softmax().log() in the logits' dtype, where one underflow gives infinity. This one
-    also keeps the negative log-likelihood of each window, for paired comparisons.
-    """
-
-    window_nll: list[Tensor]
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.add_state("window_nll", default=[], dist_reduce_fx="cat")
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add logits (B, T, V) that predict target (B, T) int64."""
-        rows = rows_at_once(preds)
-        pairs = zip(preds.flatten(0, 1).split(rows), target.flatten().split(rows), strict=True)
-        nll = torch.cat([F.cross_entropy(p.float(), t, reduction="none") for p, t in pairs]).view(target.shape)
-        self.total_log_probs += nll.double().sum()
-        self.count += target.numel()
-        self.window_nll.append(nll.double().sum(1))
 
 
 @dataclass(frozen=True)
@@ -69,32 +45,45 @@ def perplexity(
         progress: is called after each batch with its tokens, such as what `Screen.bar` gives.
         shared: share the batches out over processes, which all have to call this function with the same model, whole
             or spread over them. Batches are those of one process, and so are the bits of the result.
+
+    Raises:
+        UserError: for a loss that is not finite, and for a mean loss whose exp would overflow.
     """
     rank, world = processes() if shared else (0, 1)
-    device, batches = device_of(model), windows.tokens.split(batch_size)
-    metric = Perplexity().to(device_of(model.get_output_embeddings()))  # which may lie on another device
-    own = batches[rank::world]
-    for batch in own:
-        for logits, targets in iter_logits(model, batch.to(device, non_blocking=True)):
-            metric.update(logits, targets.to(logits.device))
+    batches = windows.tokens.split(batch_size)  # batch i is of process i % world
+    own = []
+    for batch in batches[rank::world]:
+        own.append(_window_nll(model, batch))
         if progress is not None:
             progress(batch.numel() * world)
-    if len(own) < len(batches[::world]):  # all run equally often: of a model spread over them each gives its part
-        next(iter_logits(model, batches[0][:1].to(device)))
-    window_nll = torch.cat(metric.window_nll).cpu() if metric.window_nll else torch.empty(0, dtype=torch.float64)
+    if len(own) < len(batches[::world]):
+        # A model that is spread over processes needs all of them in each pass, and other processes have one more.
+        _window_nll(model, batches[0][:1])
+    by_process: list[Any] = [[nll.cpu() for nll in own]] * world
     if world > 1:
-        parts: list[Tensor] = [window_nll] * world
-        torch.distributed.all_gather_object(parts, window_nll)
-        places = torch.arange(len(windows.tokens)).split(batch_size)
-        window_nll = torch.empty(len(windows.tokens), dtype=torch.float64)
-        for of, part in enumerate(parts):
-            window_nll[torch.cat([places[0][:0], *places[of::world]])] = part
+        torch.distributed.all_gather_object(by_process, by_process[rank])
+    window_nll = torch.cat([by_process[i % world][i // world] for i in range(len(batches))])
     require_finite("loss came up in evaluation", window_nll)
     tokens = windows.tokens[:, 1:].numel()
-    nll = float(window_nll.sum()) / tokens  # float64; torchmetrics' own sum is float32
+    nll = float(window_nll.sum()) / tokens
     if nll > 700:  # exp would overflow
         raise UserError(f"The mean loss on {windows.corpus} is {nll:.0f} nats per token; the model is broken.")
     return PerplexityResult(math.exp(nll), nll, tokens, window_nll.tolist())
+
+
+def _window_nll(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """(B,) float64: each window's negative log-likelihood, summed over its tokens 2..T; tokens (B, T) int64.
+
+    The cross-entropy is taken in float32, whatever the model's dtype.
+    """
+    sums = []
+    for logits, targets in iter_logits(model, tokens.to(device_of(model), non_blocking=True)):
+        rows = rows_at_once(logits)
+        # The output embeddings, and with them the logits, may lie on another device.
+        chunks = zip(logits[0].split(rows), targets[0].to(logits.device).split(rows), strict=True)
+        nll = torch.cat([F.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in chunks])
+        sums.append(nll.double().sum())
+    return torch.stack(sums)
 
 
 def processes() -> tuple[int, int]:

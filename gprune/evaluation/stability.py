@@ -66,18 +66,18 @@ def stability(a: Sequence[Tensor], b: Sequence[Tensor]) -> Stability:
             expected.append(chance_jaccard(len(x), int(x.sum()), int(y.sum())))
     if not expected:
         return Stability(None, None, observed)
-    found = [value for value in observed if value is not None]
-    return Stability(float(np.mean(found)), float(np.mean(expected)), observed)
+    known = [value for value in observed if value is not None]
+    return Stability(float(np.mean(known)), float(np.mean(expected)), observed)
 
 
 def pairwise_stability(masks: dict[str, Masks]) -> dict[tuple[str, str], dict[str, Stability]]:
-    """(run, run) -> kind of unit ("ffn", "attention") -> agreement, for every pair of runs."""
-    shapes = {name: [len(m) for m in (*found.ffn, *found.attention)] for name, found in masks.items()}
+    """(run, run) -> "ffn" or "attention" -> agreement, for every pair of runs."""
+    shapes = {name: [len(m) for m in (*mask.ffn, *mask.attention)] for name, mask in masks.items()}
     first = next(iter(shapes), None)
     for name, shape in shapes.items():
         if shape != shapes[first]:
             raise UserError(f"Masks of {first} and {name} are of models of different shapes; expected the same model.")
     return {
-        (a, b): {kind: stability(getattr(masks[a], kind), getattr(masks[b], kind)) for kind in ("ffn", "attention")}
+        (a, b): {units: stability(getattr(masks[a], units), getattr(masks[b], units)) for units in ("ffn", "attention")}
         for a, b in combinations(masks, 2)
     }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gprune.evaluation.accuracy import paired_difference
-from gprune.evaluation.intervals import paired_ratio
+from gprune.evaluation.intervals import paired_difference, paired_ratio
 from gprune.report.table import Cell, Table
 from gprune.runs.results import Record, row_name
 
@@ -21,21 +20,12 @@ def evaluation_table(records: Sequence[Record]) -> Table:
     rows: list[list[Cell]] = []
     for r in sorted(shown, key=lambda r: (r["kind"] != "zero_shot", r["task"], r["stage"] != "dense")):
         reference = dense.get(_identity(r)) if r["stage"] != "dense" else None
-        where = [r["task"], r["run"], row_name(r["stage"], r.get("recovery") or "none")]
-        rows.append([*where, *(_accuracy if r["kind"] == "zero_shot" else _perplexity)(r, reference)])
+        rows.append([r["task"], r["run"], row_name(r["stage"], r.get("recovery") or "none"), *_numbers(r, reference)])
     return Table(
         "evaluation",
         "Zero-shot accuracy and WikiText-2",
         [
-            "task",
-            "run",
-            "stage",
-            "split",
-            "n",
-            "acc or perplexity",
-            "acc_norm",
-            "against dense",
-            "standard protocol",
+            "task", "run", "stage", "split", "n", "acc or perplexity", "acc_norm", "against dense", "standard protocol",
             "note",
         ],
         rows,
@@ -44,7 +34,7 @@ def evaluation_table(records: Sequence[Record]) -> Table:
         "the dense model's with a 95 % interval. Standard protocol: all questions of the split with lm_eval's own "
         "prompts, or all windows; other numbers are never to be set beside published figures, nor is any number of a "
         "de-quantised model.",
-    )
+    )  # fmt: skip
 
 
 def against(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, str]:
@@ -73,23 +63,21 @@ def _identity(r: Record) -> tuple[Cell, ...]:
     return (r["kind"], parts, "correct" in r, *(r.get(name) for name in ("task", "content_hash", "dtype", "model")))
 
 
-def _accuracy(r: Record, dense: Record | None) -> list[Cell]:
-    numbers = (_with_error(r[m], r[f"{m}_stderr"]) for m in ("acc", "acc_norm"))
-    return [r["split"], r["questions"], *numbers, dense and _against(r, dense), *_standing(r)]
-
-
-def _perplexity(r: Record, dense: Record | None) -> list[Cell]:
-    value = f"{r['perplexity']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+def _numbers(r: Record, dense: Record | None) -> list[Cell]:
+    """The cells of a record after its name: split, n, number, acc_norm, difference to dense, protocol, note."""
+    if r["kind"] == "zero_shot":
+        n, protocol = r["questions"], ""
+        values = [_with_error(r[metric], r[f"{metric}_stderr"]) for metric in ("acc", "acc_norm")]
+    else:
+        n, protocol = r["tokens"], f"windows of {r['seq_len']} tokens, "
+        values = [f"{r['perplexity']:.2f} [{r['low']:.2f}, {r['high']:.2f}]", None]
+    source = f"{r['source']}, " if "source" in r else ""
+    standard = "yes" if r["standard_protocol"] else "no"
     return [
         r["split"],
-        r["tokens"],
-        value,
-        None,
+        n,
+        *values,
         dense and _against(r, dense),
-        *_standing(r, f"windows of {r['seq_len']} tokens, "),
+        standard,
+        f"{source}{protocol}{r['dtype']}: {r['note']}",
     ]
-
-
-def _standing(r: Record, protocol: str = "") -> list[Cell]:
-    source = f"{r['source']}, " if "source" in r else ""
-    return ["yes" if r["standard_protocol"] else "no", f"{source}{protocol}{r['dtype']}: {r['note']}"]

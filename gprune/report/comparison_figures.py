@@ -41,10 +41,10 @@ def ratio_figure(rows: Sequence[tuple[str, Estimate]], *, base: str) -> Figure:
 
 def draw_ratios(axes: Axes, rows: Sequence[tuple[str, Estimate]], *, base: str) -> None:
     """`ratio_figure`, on axes that are there."""
-    _intervals(axes, list(enumerate(found for _, found in rows)), color="#0072B2", marker="o", mfc="#0072B2")
-    for y, (_, found) in enumerate(rows):
+    _intervals(axes, list(enumerate(ratio for _, ratio in rows)), color="#0072B2", marker="o", mfc="#0072B2")
+    for y, (_, ratio) in enumerate(rows):
         axes.annotate(
-            f"{found.value:.2f}", (found.value, y), (0, 5), textcoords="offset points", ha="center", fontsize=7
+            f"{ratio.value:.2f}", (ratio.value, y), (0, 5), textcoords="offset points", ha="center", fontsize=7
         )
     axes.axvline(1, color="black", lw=0.8)
     axes.set_xscale("log")
@@ -81,9 +81,9 @@ def draw_curves(
     for (subject, stage), points in lines.items():
         colour, _, marker = LINES[subjects.index(subject) % len(LINES)]
         full = stage in ("gprune", "")
-        values, found = zip(*points, strict=True)
+        values, ratios = zip(*points, strict=True)
         axes.errorbar(
-            values, [f.value for f in found], yerr=distances(found), color=colour, marker=marker,
+            values, [ratio.value for ratio in ratios], yerr=distances(ratios), color=colour, marker=marker,
             mfc=colour if full else "white", ms=5, ls="-" if full else "--", lw=1.3, capsize=2.5,
             label=f"{subject}, {stage}" if stage else subject,
         )  # fmt: skip
@@ -101,10 +101,10 @@ def draw_curves(
 def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
     """Fraction of neurons removed per block, a line per run."""
     figure, axes = canvas(7, 3.2 + 0.06 * len(masks))
-    for i, (name, found) in enumerate(masks.items()):
+    for i, (name, run_masks) in enumerate(masks.items()):
         colour, dashes, _ = LINES[i % len(LINES)]
         marker = LINES[(i + i // len(LINES)) % len(LINES)][2]  # the eighth line has another one than the first
-        removed = [float((~m).float().mean()) for m in found.ffn]
+        removed = [float((~m).float().mean()) for m in run_masks.ffn]
         axes.plot(removed, color=colour, ls=dashes, marker=marker, ms=4, lw=1.3, mec="black", mew=0.4, label=name)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("block")
@@ -148,10 +148,10 @@ def _width(rows: Sequence[tuple[Any, ...]]) -> float:
 
 def _intervals(axes: Axes, points: Sequence[tuple[float, Estimate]], **style: Any) -> None:
     """Points (y, estimate) with horizontal intervals where there are some."""
-    found = [estimate for _, estimate in points]
+    estimates = [estimate for _, estimate in points]
     heights = [y for y, _ in points]
     axes.errorbar(
-        [f.value for f in found], heights, xerr=distances(found), ls="none", ms=5, capsize=2.5, lw=1.2, **style
+        [e.value for e in estimates], heights, xerr=distances(estimates), ls="none", ms=5, capsize=2.5, lw=1.2, **style
     )
 
 

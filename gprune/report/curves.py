@@ -50,14 +50,14 @@ def read_curves(run: Path) -> pd.DataFrame:
 
 def curve_figures(frame: pd.DataFrame) -> dict[str, Figure]:
     """A figure by title for each of `CURVES` that has two points or more."""
-    found = {}
+    figures = {}
     for title, (axis, axis_label, pattern, label) in CURVES.items():
         prefix = pattern.removesuffix("*")
         columns = [name for name in frame if name == pattern or (pattern != prefix and name.startswith(prefix))]
         lines = {name.removeprefix(prefix): own_line(frame, axis, name) for name in columns if axis in frame}
         if any(len(line) > 1 for line in lines.values()):
-            found[title] = _figure(lines, axis_label, label)
-    return found
+            figures[title] = _figure(lines, axis_label, label)
+    return figures
 
 
 def own_line(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
@@ -70,9 +70,6 @@ def own_line(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
     if "fit" in frame:
         fits = frame["fit"][points.index]
         points = points[fits == fits[fits >= 0].min()]
-    else:  # of an earlier version: a step back is another model, or another sitting
-        began_anew = points["x"] < points["x"].cummax()
-        points = points.loc[: began_anew.idxmax()].iloc[:-1] if began_anew.any() else points
     return points.drop_duplicates("x", keep="last").sort_values("x")
 
 

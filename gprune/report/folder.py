@@ -92,14 +92,14 @@ def how_to_load(run: FinishedRun) -> str:
 
 def what_next(run: FinishedRun) -> list[tuple[str, str]]:
     """(what for, command) of what can be done with the run."""
-    here, config, found = shlex.quote(str(run.path)), shlex.quote(str(run.path / "config.yaml")), []
+    here, config, with_model = shlex.quote(str(run.path)), shlex.quote(str(run.path / "config.yaml")), []
     if (run.path / "model" / "config.json").is_file():
-        found = [
+        with_model = [
             ("benchmarks, beside the dense model", f"gprune evaluate {here} --dense"),
             ("for llama.cpp", f"gprune export {here}"),
         ]
     return [
-        *found,
+        *with_model,
         ("beside other runs", f"gprune report {here} OTHER_RUN --html compared.html"),
         ("the same with another seed", f"python train.py --config {config} --run.name NAME --run.seed 1"),
     ]

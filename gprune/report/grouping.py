@@ -38,12 +38,12 @@ def told_apart(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
     runs = list(runs)
     shared = Counter(run.name for run in runs)
     times: Counter[str] = Counter()
-    found = []
+    renamed = []
     for run in runs:
         name = f"{run.name}, seed {run.seed}" if shared[run.name] > 1 else run.name
         times[name] += 1
-        found.append(replace(run, name=name if times[name] == 1 else f"{name} ({times[name]})"))
-    return found
+        renamed.append(replace(run, name=name if times[name] == 1 else f"{name} ({times[name]})"))
+    return renamed
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
@@ -56,22 +56,14 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in seed alone; most often one."""
+    """Runs that differ in seed alone; most often one.
+
+    The name is the run's own or, of several, the common prefix of the runs' names and the settings that differ from
+    those of other groups with this prefix.
+    """
 
     runs: list[FinishedRun]
-    own: str = ""  # what tells it from groups whose names begin alike
-
-    @property
-    def name(self) -> str:
-        """The run's name, or what the names of several begin with, and what tells them from others that begin so."""
-        return self.runs[0].name if len(self.runs) == 1 else f"{self.stem}{self.own} ({len(self.runs)} seeds)"
-
-    @property
-    def stem(self) -> str:
-        """What the names of its runs begin with, up to the hash at the end of a default one."""
-        names = [re.sub(r"-[0-9a-f]{8}$", "", run.name) for run in self.runs]
-        common = os.path.commonprefix(names).rstrip("-_. ")  # noqa: RUF071 (names, not paths)
-        return common.removesuffix("seed").rstrip("-_. ") or names[0]
+    name: str
 
 
 def groups(runs: Sequence[FinishedRun]) -> list[Group]:
@@ -80,39 +72,52 @@ def groups(runs: Sequence[FinishedRun]) -> list[Group]:
     A corpus that one of a group has seen, by what its own sample shares with it, counts as seen in all of it: a mean
     over seeds is of one set of corpora.
     """
-    found: dict[tuple[str, int], list[FinishedRun]] = defaultdict(list)
-    times: dict[tuple[str, int], int] = defaultdict(int)
+    by_settings: dict[tuple[str, int], list[FinishedRun]] = defaultdict(list)
+    times: Counter[tuple[str, int]] = Counter()
     for run in runs:
         key = run.all_but_seed
         times[key, run.seed] += 1
-        found[key, times[key, run.seed]].append(run)
-    alike = [Group(_seen_together(members)) for members in found.values()]
-    several = [group for group in alike if len(group.runs) > 1]
-    stems = Counter(group.stem for group in several)
+        by_settings[key, times[key, run.seed]].append(run)
+    several: dict[str, list[list[FinishedRun]]] = defaultdict(list)
+    for members in by_settings.values():
+        if len(members) > 1:
+            several[_prefix(members)].append(members)
     return [
-        replace(group, own=_apart(group, [other for other in several if other.stem == group.stem]))
-        if len(group.runs) > 1 and stems[group.stem] > 1
-        else group
-        for group in alike
+        Group(
+            _seen_together(members),
+            members[0].name if len(members) == 1 else _name(members, several[_prefix(members)]),
+        )
+        for members in by_settings.values()
     ]
 
 
 def _seen_together(runs: list[FinishedRun]) -> list[FinishedRun]:
     """The runs, where a corpus that one of them has seen is seen in all."""
-    sets = [{r["corpus"] for r in run.records if r["seen"]} for run in runs]
-    if all(one == sets[0] for one in sets):
-        return runs
-    seen = set().union(*sets)
+    seen = {r["corpus"] for run in runs for r in run.records if r["seen"]}
     return [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
 
 
-def _apart(group: Group, same: Sequence[Group]) -> str:
-    """The settings in which groups differ, with this one's values; or its first run's name, where they are many."""
+def _prefix(runs: Sequence[FinishedRun]) -> str:
+    """The common prefix of the runs' names, without the hash at the end of default ones."""
+    names = [re.sub(r"-[0-9a-f]{8}$", "", run.name) for run in runs]
+    common = os.path.commonprefix(names).rstrip("-_. ")  # noqa: RUF071 (names, not paths)
+    return common.removesuffix("seed").rstrip("-_. ") or names[0]
+
+
+def _name(runs: Sequence[FinishedRun], same: Sequence[Sequence[FinishedRun]]) -> str:
+    """Of runs of several seeds: their prefix and, among several groups with this prefix, the settings that differ.
+
+    Where these are more than three, or none, the name of the first run.
+    """
     own, *others = (
-        flat({kind: value for kind, value in g.runs[0].settings.items() if kind not in ("inputs", "run")})
-        for g in (group, *same)
+        flat({group: values for group, values in some[0].settings.items() if group not in ("inputs", "run")})
+        for some in (runs, *same)
     )
     names = [name for name in own if any(other.get(name) != own[name] for other in others)]
-    if not 1 <= len(names) <= 3:
-        return f", {group.runs[0].name} and others"
-    return "".join(f", {name}={own[name]}" for name in names)
+    if len(same) == 1:
+        difference = ""
+    elif 1 <= len(names) <= 3:
+        difference = "".join(f", {name}={own[name]}" for name in names)
+    else:
+        difference = f", {runs[0].name} and others"
+    return f"{_prefix(runs)}{difference} ({len(runs)} seeds)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,7 +79,6 @@ def section(run: FinishedRun) -> dict[str, Any]:
         "tiles": tiles(run, manifest),
         "result": cells_of(result_table(run.records)),
         "figures": drawn(run_figures(run.records, run.modules, run.masks), run.name) if run.masks else [],
-        "widths": cells_of(widths_table(run)) if run.masks else None,
         "curves": drawn(curve_figures(read_curves(run.path)), f"{run.name} curves"),
         "samples": read_samples(run),
         "labels": corpus_labels(r["corpus"] for r in run.records),
@@ -94,34 +94,25 @@ def tiles(run: FinishedRun, manifest: Mapping[str, Any]) -> list[tuple[str, str,
     """(what, number, in words) of the headline."""
     s, means = run.summary, means_and_gaps(run.records)
     last = (run.final, run.settings["recovery"])
-    dense, own = (means.get(key, {}) for key in (("dense", "none"), last))
+    dense, pruned = means["dense", "none"], means.get(last, {})
     seconds = sum(step.get("seconds", 0) for step in manifest.get("steps", {}).values())
-    ratio = (s.get("unseen_over_base") or {}).get(row_name(*last))
-    found = [
-        (f"{kind} perplexity", f"{own[kind]:.2f}", f"dense {dense[kind]:.2f}")
-        for kind in ("unseen", "seen") if own.get(kind) == own.get(kind) and kind in own
-    ]  # fmt: skip
-    if ratio:
+    perplexities = [
+        (f"{text} perplexity", f"{pruned[text]:.2f}", f"dense {dense[text]:.2f}")
+        for text in ("unseen", "seen")
+        if not math.isnan(pruned.get(text, math.nan))
+    ]
+    if ratio := (s.get("unseen_over_base") or {}).get(row_name(*last)):
         interval = f"95 % interval {ratio['low']:.3f} to {ratio['high']:.3f}"
-        found.append(("unseen, over the base metric", f"{ratio['ratio']:.3f}", interval))
+        perplexities.append(("unseen, over the base metric", f"{ratio['ratio']:.3f}", interval))
     before, after = s["parameters_before"], s["parameters_after"]
     sparsity = run.settings["sparsity"]
     scope = removed_in_words(s["sparsity_of_scope"], sparsity["scope"], sparsity["allocation"])
     return [
-        *found,
+        *perplexities,
         ("of the model removed", f"{s['sparsity_of_model']:.1%}", f"{scope}; {before:,} → {after:,} parameters"),
         ("tokens", f"{s['forward_tokens']:,}", f"forward; {s['forward_backward_tokens']:,} forward and backward"),
         ("seconds", f"{seconds:,.0f}", "of all steps and sittings"),
     ]
-
-
-def widths_table(run: FinishedRun) -> Table:
-    """What stays of each block."""
-    rows = [
-        [str(b), int(ffn.sum()), len(ffn), int(groups.sum()), len(groups)]
-        for b, (ffn, groups) in enumerate(zip(run.masks.ffn, run.masks.attention, strict=True))
-    ]
-    return Table("widths", "Widths per block", ["block", "neurons", "of", "KV groups", "of them"], rows)
 
 
 def cost_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
@@ -141,11 +132,11 @@ def cost_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
 def cells_of(table: Table) -> dict[str, Any]:
     """A table for the template: texts, and beside each number what it is sorted by."""
 
-    def key(cell: Any) -> Any:
-        return cell.value if isinstance(cell, Estimate) else cell
-
     rows = [
-        [{"text": text, "key": key(cell)} for text, cell in zip(texts, row, strict=True)]
+        [
+            {"text": text, "key": cell.value if isinstance(cell, Estimate) else cell}
+            for text, cell in zip(texts, row, strict=True)
+        ]
         for texts, row in zip(table.texts(), table.rows, strict=True)
     ]
     note = table.note.replace("\\*", "*")

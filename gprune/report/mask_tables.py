@@ -27,11 +27,11 @@ def masks_of(runs: Iterable[FinishedRun]) -> dict[str, Masks]:
 
 
 def sparsity_table(runs: Sequence[FinishedRun]) -> Table:
-    """Fraction of units removed in every block of the runs' final masks: a row per block and kind, a column per run."""
+    """Fraction of units that the runs' final masks remove: a row per kind of unit and block, a column per run."""
     rows: list[list[Cell]] = []
     masks = masks_of(runs)
-    for kind, unit in (("ffn", "neurons"), ("attention", "KV groups")):
-        columns = [[float((~m).float().mean()) for m in getattr(found, kind)] for found in masks.values()]
+    for units, unit in (("ffn", "neurons"), ("attention", "KV groups")):
+        columns = [[float((~m).float().mean()) for m in getattr(run_masks, units)] for run_masks in masks.values()]
         if any(value for column in columns for value in column):
             rows += [[unit, b, *cells] for b, cells in enumerate(zip_longest(*columns))]
     return Table(
@@ -44,27 +44,27 @@ def sparsity_table(runs: Sequence[FinishedRun]) -> Table:
     )
 
 
-def stability_table(found: Sequence[Group]) -> Table:
+def stability_table(groups: Sequence[Group]) -> Table:
     """Jaccard index of kept units for every pair of runs of one model."""
     rows: list[list[Cell]] = [
-        [*pair, kind, s.jaccard, s.chance, s.beyond_chance]
-        for pair, by_kind in pairs(run for group in found for run in group.runs).items()
-        for kind, s in by_kind.items()
+        [*pair, units, s.jaccard, s.chance, s.beyond_chance]
+        for pair, by_units in pairs(run for group in groups for run in group.runs).items()
+        for units, s in by_units.items()
         if s.jaccard is not None
     ]
     return Table("stability", "Mask stability", ["run", "and", *COLUMNS], rows, DIGITS, NOTE)
 
 
-def repeatability_table(found: Sequence[Group]) -> Table:
+def repeatability_table(groups: Sequence[Group]) -> Table:
     """The same between runs that differ in seed alone: a row per group of several, means over its pairs."""
     rows: list[list[Cell]] = []
-    for group in found:
-        inside = list(pairs(group.runs).values())
-        for kind in ("ffn", "attention"):
-            known = [s for s in (by_kind[kind] for by_kind in inside) if s.jaccard is not None]
-            if known:
-                means = [float(np.mean([getattr(s, n) for s in known])) for n in ("jaccard", "chance", "beyond_chance")]
-                rows.append([group.name, kind, *means])
+    for group in groups:
+        within = list(pairs(group.runs).values())
+        for units in ("ffn", "attention"):
+            compared = [s for s in (by_units[units] for by_units in within) if s.jaccard is not None]
+            if compared:
+                numbers = ([s.jaccard, s.chance, s.beyond_chance] for s in compared)
+                rows.append([group.name, units, *(float(np.mean(column)) for column in zip(*numbers, strict=True))])
     return Table("repeatability", "Mask stability across seeds, mean over pairs", ["run", *COLUMNS], rows, DIGITS, NOTE)
 
 

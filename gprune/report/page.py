@@ -74,32 +74,31 @@ class Report:
 
     def protocols(self) -> list[str]:
         """One line per protocol by which the numbers were measured."""
-        found = {
+        return sorted({
             f"Protocol: {r['model']}; windows of {r['seq_len']} tokens, stride {r['stride']}, "
             f"{'with' if r['bos'] else 'no'} BOS, {r['dtype']}, {r['split']} text, scope {r['scope']}."
             for run in self.runs for r in run.records
-        }  # fmt: skip
-        return sorted(found)
+        })  # fmt: skip
 
     def figures(self) -> dict[str, Figure]:
         """Figures over all runs, by name; none of many."""
         if self.many:
             return {}
-        runs = told_apart(self.runs)
-        named = [*runs, *self.groups, *([self.base] if self.base else [])]
-        short = short_names([one.name for one in named])
-        dense, *rows = [("dense" if row[1] == "dense" else _label(short[row[0]], row[1]), row)
-                        for i, row in enumerate(self.tables[0].rows) if i == 0 or row[1] != "dense"]  # fmt: skip
-        found = {"means": means_figure([(label, row[3], row[4]) for label, row in (dense, *rows)])}
-        if ratios := [(label, row[7]) for label, row in rows if row[7] is not None]:
-            found["ratios"] = ratio_figure(ratios, base=_label(short[self.base.name], "base") if self.base else "base")
-        if len(runs) > 1:
-            if masks := masks_of(runs):
-                found["sparsity"] = sparsity_lines({short[name]: found for name, found in masks.items()})
-            known = {(short[a], short[b]): kinds["ffn"] for (a, b), kinds in pairs(runs).items()}
-            if jaccard := {pair: (s.jaccard, s.chance) for pair, s in known.items() if s.jaccard is not None}:
-                found["stability"] = stability_figure([short[name] for name in masks], jaccard)
-        return {name: titled(figure, self.about()) for name, figure in found.items()}
+        runs = self.told_apart
+        short = short_names([run.name for run in (*runs, *self.groups, *([self.base] if self.base else []))])
+        # Of the summary's rows: run, stage, seeds, seen, unseen, gap, unseen / dense, unseen / base. One dense row.
+        dense, *others = self.tables[0].rows
+        rows = [(_label(short[row[0]], row[1]), *row[3:]) for row in others if row[1] != "dense"]
+        figures = {"means": means_figure([("dense", *dense[3:5]), *(row[:3] for row in rows)])}
+        if ratios := [(label, ratio) for label, *_, ratio in rows if ratio is not None]:
+            base = _label(short[self.base.name], "base") if self.base else "base"
+            figures["ratios"] = ratio_figure(ratios, base=base)
+        if len(runs) > 1 and (masks := masks_of(runs)):
+            figures["sparsity"] = sparsity_lines({short[name]: run_masks for name, run_masks in masks.items()})
+            ffn = {(short[a], short[b]): by_units["ffn"] for (a, b), by_units in pairs(runs).items()}
+            if jaccard := {pair: (s.jaccard, s.chance) for pair, s in ffn.items() if s.jaccard is not None}:
+                figures["stability"] = stability_figure([short[name] for name in masks], jaccard)
+        return {name: titled(figure, self.about()) for name, figure in figures.items()}
 
     def about(self) -> str:
         """What stands above each figure."""
@@ -123,19 +122,20 @@ class Report:
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         drawn = self.draw(folder / "figures", formats)
-        for run in told_apart(() if self.many else self.runs):
+        for run in [] if self.many else self.told_apart:
             own = folder / "figures" / ("" if len(self.runs) == 1 else run.name.replace("/", "-"))
             if run.masks is not None:
                 drawn += write_figures(own, run.records, run.modules, run.masks, formats)
-        ours = [folder / "tables" / f"{name}.csv" for name in get_args(TableName)]
-        ours += [folder / "figures" / f"{name}.{kind}" for name in FIGURES for kind in FORMATS]
-        for path in {*ours} - {*texts, *drawn}:
+        ours = {folder / "tables" / f"{name}.csv" for name in get_args(TableName)}
+        ours |= {folder / "figures" / f"{name}.{suffix}" for name in FIGURES for suffix in FORMATS}
+        for path in ours - {*texts, *drawn}:
             path.unlink(missing_ok=True)
         return [*texts, *drawn]
 
     def draw(self, folder: Path, formats: Sequence[str] = FORMATS, *, prefix: str = "") -> list[Path]:
         """Files of the figures over all runs."""
-        return [path for name, made in self.figures().items() for path in save(made, folder, prefix + name, formats)]
+        figures = self.figures().items()
+        return [path for name, figure in figures for path in save(figure, folder, prefix + name, formats)]
 
 
 def _label(run: str, stage: str) -> str:
@@ -171,16 +171,16 @@ def of_runs(
     """
     if seen is not None:
         runs = [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
-    found = groups(runs)
+    rows = groups(runs)
     tables = [
-        summary_table(found, bases, seen=seen),
-        perplexity_table(found, seen=seen),
+        summary_table(rows, bases, seen=seen),
+        perplexity_table(rows, seen=seen),
         records_table(runs),
         sparsity_table(runs),
     ]
     if 1 < len(runs) <= SIDE_BY_SIDE:
-        tables += [comparison_table(found), stability_table(found), repeatability_table(found)]
+        tables += [comparison_table(rows), stability_table(rows), repeatability_table(rows)]
     if evaluated := [r | {"run": run.name} for run in told_apart(runs) for r in run.evaluation]:
         tables.append(evaluation_table(evaluated))
     of_rows = {base.name: base for base in (bases or {}).values()}  # rows of several budgets have a base each
-    return Report(list(runs), found, tables, *of_rows.values() if len(of_rows) == 1 else (None,))
+    return Report(list(runs), rows, tables, *of_rows.values() if len(of_rows) == 1 else (None,))

@@ -37,11 +37,11 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
 
 
-def pooled(found: Sequence[Estimate | None]) -> Estimate | None:
-    """Of one run, as it is; of several seeds, over them; None without any, and where one is missing."""
-    if not found or None in found:
+def pooled(estimates: Sequence[Estimate | None]) -> Estimate | None:
+    """Of estimate run, as it is; of several seeds, over them; None without any, and where estimate is missing."""
+    if not estimates or None in estimates:
         return None
-    return found[0] if len(found) == 1 else over_seeds([one.value for one in found])
+    return estimates[0] if len(estimates) == 1 else over_seeds([estimate.value for estimate in estimates])
 
 
 def stages(run: FinishedRun) -> list[Stage]:
@@ -76,12 +76,12 @@ def gap(run: FinishedRun, stage: Stage) -> Estimate | None:
         return None
     pruned, dense = (_nll(records_of(run, key)) for key in (stage, ("dense", "none")))
     seen = {r["corpus"]: r["seen"] for r in run.records}
-    found = Estimate(*paired_gap(pruned, dense, seen, _predicted(run)))
-    return found if math.isfinite(found.value) else None
+    estimate = Estimate(*paired_gap(pruned, dense, seen, _predicted(run)))
+    return estimate if math.isfinite(estimate.value) else None
 
 
 def summary_table(
-    found: Sequence[Group], bases: Mapping[Path, FinishedRun] | None = None, *, seen: Sequence[str] | None = None
+    groups: Sequence[Group], bases: Mapping[Path, FinishedRun] | None = None, *, seen: Sequence[str] | None = None
 ) -> Table:
     """A row per group and stage: geometric means over seen and unseen corpora, gap, unseen over dense and over base.
 
@@ -97,7 +97,7 @@ def summary_table(
             f"The run '{first.name}' has no stage 'base' to divide by; expected one with --gprune false, or with "
             f"base among --evaluation.controls."
         )
-    rows = _rows(found, lambda run, stage: _numbers(run, stage, bases))
+    rows = _rows(groups, lambda run, stage: _numbers(run, stage, bases))
     if first is not None:
         about_base = f" base: the stage `base` of {', '.join(divided_by)}."
     else:
@@ -114,13 +114,13 @@ def summary_table(
     )
 
 
-def comparison_table(found: Sequence[Group]) -> Table:
+def comparison_table(groups: Sequence[Group]) -> Table:
     """What pairs of pruned models have of each other's perplexity: a row for every two groups' last stages.
 
     Over text unseen by both; pairs that were not evaluated on the same windows have no row.
     """
     rows: list[list[Cell]] = []
-    for a, b in combinations(found, 2):
+    for a, b in combinations(groups, 2):
         by_seed = {run.seed: run for run in b.runs}
         pairs = [(run, by_seed[run.seed]) for run in a.runs if run.seed in by_seed] or [(a.runs[0], b.runs[0])]
         ratios = [ratio_to(run, stages(run)[-1], other, stages(other)[-1]) for run, other in pairs]
@@ -138,10 +138,10 @@ def comparison_table(found: Sequence[Group]) -> Table:
     )
 
 
-def perplexity_table(found: Sequence[Group], *, seen: Sequence[str] | None = None) -> Table:
+def perplexity_table(groups: Sequence[Group], *, seen: Sequence[str] | None = None) -> Table:
     """A row per group and stage, a column per corpus; seen corpora are starred. `seen` as for `summary_table`."""
-    used = {r["corpus"]: r["seen"] for g in found for run in g.runs for r in run.records}
-    mixed = {c for g in found for run in g.runs for r in run.records if used[c := r["corpus"]] != r["seen"]}
+    used = {r["corpus"]: r["seen"] for g in groups for run in g.runs for r in run.records}
+    mixed = {c for g in groups for run in g.runs for r in run.records if used[c := r["corpus"]] != r["seen"]}
     corpora = sorted(used, key=lambda c: (c not in mixed and not used[c], c in mixed))
 
     def numbers(run: FinishedRun, stage: Stage) -> list[Estimate | None]:
@@ -154,7 +154,7 @@ def perplexity_table(found: Sequence[Group], *, seen: Sequence[str] | None = Non
         "perplexity",
         "Perplexity by corpus",
         ["run", "stage", "seeds", *(labels[c] + star for c, star in zip(corpora, stars, strict=True))],
-        _rows(found, numbers),
+        _rows(groups, numbers),
         note="\\* seen: the corpus, in other documents, was used by the run; (\\*) by some of the runs."
         if seen is None
         else f"\\* seen. {_division(seen)}",
@@ -178,9 +178,9 @@ def records_table(runs: Sequence[FinishedRun]) -> Table:
     for run in runs:
         dense = by_stage(run.records)["dense", "none"]
         for r in run.records:
-            found = Estimate(*mean_perplexity({"": r["window_nll"]}, r["seq_len"] - 1))
+            estimate = Estimate(*mean_perplexity({"": r["window_nll"]}, r["seq_len"] - 1))
             named = [run.name, run.seed, *(r[c] for c in columns[2:6])]
-            rows.append([*named, found, r["perplexity"] / dense[r["corpus"]], *(r[s] for s in stamps)])
+            rows.append([*named, estimate, r["perplexity"] / dense[r["corpus"]], *(r[s] for s in stamps)])
     return Table("records", "All perplexities", [*columns, *stamps], rows)
 
 
@@ -198,8 +198,8 @@ def _numbers(run: FinishedRun, stage: Stage, bases: Mapping[Path, FinishedRun] |
 
 def records_of(run: FinishedRun, stage: Stage, *, seen: bool | None = None) -> dict[str, Record]:
     """By corpus; of seen or unseen ones only, unless `seen` is None."""
-    found = [r for r in run.records if (r["stage"], r["recovery"]) == stage]
-    return {r["corpus"]: r for r in found if seen is None or r["seen"] == seen}
+    own = [r for r in run.records if (r["stage"], r["recovery"]) == stage]
+    return {r["corpus"]: r for r in own if seen is None or r["seen"] == seen}
 
 
 def _nll(records: dict[str, Record]) -> dict[str, list[float]]:
@@ -211,12 +211,12 @@ def _predicted(run: FinishedRun) -> int:
 
 
 def _rows(
-    found: Sequence[Group], numbers: Callable[[FinishedRun, Stage], Sequence[Estimate | None]]
+    groups: Sequence[Group], numbers: Callable[[FinishedRun, Stage], Sequence[Estimate | None]]
 ) -> list[list[Cell]]:
     """Name, stage, seeds and numbers over the runs of every group and stage; a dense model has one, by its own name."""
     rows: list[list[Cell]] = []
     dense = set()
-    for group in found:
+    for group in groups:
         for stage in dict.fromkeys(stage for run in group.runs for stage in stages(run)):
             runs = [run for run in group.runs if stage in stages(run)]  # an older version had fewer controls
             named = [group.name, row_name(*stage), len(runs)]

@@ -40,14 +40,14 @@ def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
 
 def caption(records: Sequence[Record]) -> str:
     """Model, budget and protocol in three lines, for figures that stand alone."""
-    kinds = ("model", "scope", "importance", "dtype", "seq_len", "split")
+    names = ("model", "scope", "importance", "dtype", "seq_len", "split")
     pruned = [r for r in records if r["stage"] != "dense"]
-    found = {kind: ", ".join(dict.fromkeys(str(r[kind]) for r in pruned)) for kind in kinds}
+    text = {name: ", ".join(dict.fromkeys(str(r[name]) for r in pruned)) for name in names}
     budgets = sorted({r["sparsity"] for r in pruned})
     removed = " to ".join(f"{100 * share:g}" for share in dict.fromkeys((budgets[0], budgets[-1])))
     return (
-        f"{found['model']}\n{removed} % of {found['scope']} removed by {found['importance']}\n"
-        f"{found['split']} text, windows of {found['seq_len']} tokens, {found['dtype']}"
+        f"{text['model']}\n{removed} % of {text['scope']} removed by {text['importance']}\n"
+        f"{text['split']} text, windows of {text['seq_len']} tokens, {text['dtype']}"
     )
 
 
@@ -93,14 +93,14 @@ def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = N
     means, ratios, labels = means_and_gaps(records), unseen_ratios(records), labels or corpus_labels(corpora)
 
     def row(stage: str, recovery: str, values: dict[str, float]) -> list[Cell]:
-        name, found = row_name(stage, recovery), means[stage, recovery].values()
-        numbers = [None if v != v else v for v in (*(values[c] for c in corpora), *found)]
+        name, own_means = row_name(stage, recovery), means[stage, recovery].values()
+        numbers = [None if v != v else v for v in (*(values[c] for c in corpora), *own_means)]
         return [name, *numbers, Estimate(*ratios[name].values()) if name in ratios else None]
 
     return Table(
         "result",
         "Perplexity by corpus",
-        ["", *(labels[c] + "*" * seen[c] for c in corpora), "seen", "unseen", "gap", "unseen / base"],
+        ["", *(labels[c] + ("*" if seen[c] else "") for c in corpora), "seen", "unseen", "gap", "unseen / base"],
         [row(*key, values) for key, values in by_stage(records).items()],
         {"gap": 3, "unseen / base": 3},
         "\\* seen: the corpus, in other documents, was used by the run. Perplexity, lower is better.",

@@ -28,16 +28,16 @@ def perplexity_figure(records: Sequence[Record]) -> Figure:
     stages = [key for key in nll if key[0] != "dense"]
     figure, axes = canvas(3.2 + max(1.1, LETTER * max(map(len, labels.values()))) * len(corpora), 3.4)
     for i, (stage, recovery) in enumerate(stages):
-        found = [
+        ratios = [
             Estimate(*paired_ratio({c: nll[stage, recovery][c]}, {c: nll["dense", "none"][c]}, predicted))
             for c in corpora
         ]
         x = np.arange(len(corpora)) + (i - (len(stages) - 1) / 2) * 0.6 / len(stages)
         colour = COLOURS.get(stage, OTHER)
         axes.errorbar(
-            x, [f.value for f in found], yerr=distances(found), ls="none", ms=5, capsize=2.5, lw=1.2, color=colour,
-            marker=MARKERS.get(stage, "D"), mfc="white" if recovery == "none" else colour,  # recovered: full
-            label=row_name(stage, recovery),
+            x, [ratio.value for ratio in ratios], yerr=distances(ratios), ls="none", ms=5, capsize=2.5, lw=1.2,
+            color=colour, marker=MARKERS.get(stage, "D"), label=row_name(stage, recovery),
+            mfc="white" if recovery == "none" else colour,  # recovered: full
         )  # fmt: skip
     axes.set_yscale("log")
     plain_ticks(axes.yaxis)

@@ -52,11 +52,11 @@ def titled(figure: Figure, title: str) -> Figure:
     return figure
 
 
-def distances(found: Sequence[Estimate]) -> np.ndarray:
+def distances(estimates: Sequence[Estimate]) -> np.ndarray:
     """(2, n): how far intervals reach below and above; 0 where there is none."""
     # One window has an interval without width, and rounding may put the value outside of it.
-    low = [0.0 if f.low is None else max(f.value - f.low, 0.0) for f in found]
-    high = [0.0 if f.high is None else max(f.high - f.value, 0.0) for f in found]
+    low = [0.0 if e.low is None else max(e.value - e.low, 0.0) for e in estimates]
+    high = [0.0 if e.high is None else max(e.high - e.value, 0.0) for e in estimates]
     return np.array([low, high])
 
 
@@ -74,9 +74,9 @@ def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("png
     """Write a figure whole or not at all, in each format; the same figure gives the same bytes."""
     paths = []
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        for kind in formats:
-            path = folder / f"{name}.{kind}"
+        for suffix in formats:
+            path = folder / f"{name}.{suffix}"
             with replacing(path) as temporary:
-                figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
+                figure.savefig(temporary, format=suffix, metadata={"Date": None} if suffix == "svg" else None)
             paths.append(path)
     return paths

@@ -71,14 +71,12 @@ class Table:
         Args:
             width: characters that a line may have.
         """
-        plain = [
-            [cell.replace("\\", "") for cell in row] for row in [self.columns, *self.texts()]
-        ]  # Markdown's escapes
+        unescaped = str.maketrans("", "", "\\")  # Markdown's escapes
+        plain = [[cell.translate(unescaped) for cell in row] for row in [self.columns, *self.texts()]]
         widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
         # Names are folded, to a fifth of the width at least, where that makes one part of all.
-        narrow, wide = (min(widths[0], max(share, 12)) for share in (width // 5, width // 3))
-        left = width - sum(w + 2 for w in widths[1:])
-        first = min(left, widths[0]) if left >= narrow else wide
+        beside = width - sum(w + 2 for w in widths[1:])
+        first = min(widths[0], max(beside, width // 5, 12))
         console = Console(width=width, file=io.StringIO(), force_terminal=sys.stdout.isatty(), record=False)
         for part in _parts(widths[1:], width - first):
             made = Grid(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, header_style="bold")
@@ -89,7 +87,7 @@ class Table:
                 made.add_row(*(Text(cell) for cell in (name, *(cells[column] for column in part))))
             console.print(made)
             console.print()
-        console.print(Text(self.note.replace("\\", "")))
+        console.print(Text(self.note.translate(unescaped)))
         return console.file.getvalue().strip("\n")
 
     def to_text(self) -> str:

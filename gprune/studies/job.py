@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import gprune
-from gprune.benchmarks import job as benchmarks
+from gprune.benchmarks import measurement as benchmarks
 from gprune.benchmarks.settings import Benchmarks
 from gprune.console import process_index, say
 from gprune.errors import UserError

@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-from gprune.benchmarks import command
 from gprune.benchmarks.subjects import load_dense
 from gprune.errors import UserError
 from gprune.models.loading import fingerprint, load_model
@@ -36,10 +35,8 @@ def stranger(tmp_path):
 
 
 def test_a_manifest_that_trusts_code_is_not_believed(stranger, tmp_path):
-    settings = {
-        "model": {"name": str(stranger), "dtype": "float32", "trust_remote_code": True},
-        "inputs": {"model": "x"},
-    }
+    model = {"name": str(stranger), "dtype": "float32", "trust_remote_code": True}
+    settings = {"model": model, "inputs": {"model": "x"}}
     with pytest.raises(UserError, match=r"^--model\.name: no usable configuration"):
         load_dense(tmp_path, settings, torch.float32)
     assert not (tmp_path / "ran").exists()
@@ -50,9 +47,3 @@ def test_a_model_of_a_known_family_needs_no_consent(tmp_path):
     model, _ = load_model(str(folder))
     settings = {"model": {"name": str(folder), "dtype": "float32"}, "inputs": {"model": fingerprint(model)}}
     assert load_dense(tmp_path, settings, torch.float32)[0].dtype == torch.float32
-
-
-def test_consent_is_a_flag_of_the_command():
-    parser = command.parser()
-    assert parser.parse_args(["model"]).trust_remote_code is False
-    assert parser.parse_args(["model", "--trust_remote_code"]).trust_remote_code is True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,21 +57,14 @@ def test_lines_keep_their_end_and_blank_ones_are_empty(raw):
     assert join_lines(raw) == "\n\n".join(rows_of_the_data_set(raw))
 
 
-def test_lines_by_hand():
-    assert join_lines(" \n = T = \n b \n") == "\n\n = T = \n\n\n b \n"
-
-
 def test_the_mirror_has_the_rows_of_the_data_set():
-    import os
-
     path = Path(os.environ.get("GPRUNE_DATA_DIR", "")) / wikitext.MIRROR
     if not os.environ.get("GPRUNE_DATA_DIR") or not path.is_file():
         pytest.skip("no $GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw")
     raw = path.read_text(encoding="utf-8")
     assert len(rows_of_the_data_set(raw)) == 4358
-    assert len(join_lines(raw)) == wikitext.CHARACTERS
-    assert join_lines(raw) == "\n\n".join(rows_of_the_data_set(raw))
-    assert wikitext.wikitext2() == join_lines(raw)
+    assert wikitext.wikitext2() == "\n\n".join(rows_of_the_data_set(raw))
+    assert len(wikitext.wikitext2()) == wikitext.CHARACTERS
 
 
 def test_windows_are_whole_in_order_and_open_with_bos_as_the_tokenizer_does():
@@ -130,17 +124,17 @@ def test_the_protocol_is_in_the_record(raw):
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [({"seq_len": 257}, "expected 2 to 256 tokens"), ({"seq_len": 1}, "got 1"), ({"limit": 0}, "--limit")],
+    [
+        ({"seq_len": 257}, "expected 2 to 256 tokens"),
+        ({"seq_len": 1}, "got 1"),
+        ({"seq_len": 256}, r"0 windows of 256 tokens.*--seq_len"),
+        ({"limit": 0}, "--limit"),
+    ],
 )
 def test_arguments_that_cannot_be(more, message, raw):
+    raw.write_text("a few words\n")
     with pytest.raises(UserError, match=message):
         wikitext2_perplexity(make_tiny_llama(), tiny_tokenizer(), **({"seq_len": 32} | more))
-
-
-def test_text_shorter_than_a_window_is_an_error(raw):
-    raw.write_text("a few words\n")
-    with pytest.raises(UserError, match=r"0 windows of 32 tokens.*--seq_len"):
-        wikitext2_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32)
 
 
 def test_without_mirror_and_hub_one_line_says_where_the_file_goes(raw, monkeypatch):

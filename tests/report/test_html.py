@@ -103,18 +103,15 @@ def test_the_page_of_a_run_says_all_of_it(finished):
     for what in (f"{finished.summary['parameters_after']:,}", ODD, "seed: 0", "what next", "save_and_check"):
         assert what.lower() in said.lower(), what
     assert f'from_pretrained("{finished.path / "model"}", trust_remote_code=True)' in said
-    for b, mask in enumerate(finished.masks.ffn):
-        assert f" {b} {int(mask.sum())} {len(mask)} " in " ".join(said.split())
     assert text.count("<svg") == 3 + 3  # its figures, and curves of what learned
-    protocol = f"windows of {finished.records[0]['seq_len']} tokens"
-    assert protocol in said
+    assert f"windows of {finished.records[0]['seq_len']} tokens" in said
 
 
 def test_figures_follow_the_theme_of_the_page(finished):
     text = (finished.path / "report.html").read_text()
-    drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert all("currentColor" in drawing for drawing in drawings)
-    assert not any(re.search("#000000|#ffffff", drawing) for drawing in drawings)
+    for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        assert "currentColor" in drawing
+        assert not re.search("#000000|#ffffff", drawing)
     assert "prefers-color-scheme: dark" in text
 
 
@@ -167,11 +164,6 @@ def test_curves_of_all_sittings_are_one(tmp_path):
     line = own_line(read_curves(tmp_path), "step", "learn/loss")
     assert line.to_numpy().tolist() == [[0, 3], [1, 2], [2, 1]]
     assert list(curve_figures(read_curves(tmp_path))) == ["Loss while sparsity is learned"]
-
-
-def test_the_curve_is_the_runs_own_where_controls_learn_after_it():
-    frame = pd.DataFrame({"step": [0, 1, 2, 0, 1, 2], "distill/loss": [3.0, 2.0, 1.0, 9.0, 8.0, 7.0]})
-    assert own_line(frame, "step", "distill/loss").to_numpy().tolist() == [[0, 3], [1, 2], [2, 1]]
 
 
 def test_the_curve_is_the_runs_own_however_sittings_and_steps_went():

@@ -689,7 +689,7 @@ def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_pa
 @pytest.fixture
 def measured(monkeypatch, bench):
     """Rows run with `gprune evaluate` replaced; the arguments and the configurations that it saw."""
-    from gprune.benchmarks import job as evaluation
+    from gprune.benchmarks import measurement as evaluation
 
     calls, configs, real = [], [], gprune.prune
     (bench.folder / "evaluation.json").unlink(missing_ok=True)
@@ -810,7 +810,7 @@ def test_rows_are_compared_on_tasks_pair_by_pair(bench, measured, monkeypatch, c
         "compared", rows, tasks={"names": ["piqa"], "limit": 4}, common={"ridge": 0.5},
         compare=[["mended: base + bias", "plain: base"]],
     )  # fmt: skip
-    monkeypatch.setattr("gprune.benchmarks.job.require_lm_eval", lambda: "0")
+    monkeypatch.setattr("gprune.benchmarks.measurement.require_lm_eval", lambda: "0")
     bench(capsys, path)
     for row in lists.Listing.read(path).rows:
         kept = records.read(records.path_of(row))
@@ -834,7 +834,7 @@ def test_rows_are_compared_on_tasks_pair_by_pair(bench, measured, monkeypatch, c
 def test_tasks_that_fail_leave_the_run_and_tasks_that_cannot_be_measured_run_nothing(
     bench, measured, monkeypatch, capsys
 ):
-    from gprune.benchmarks import job as evaluation
+    from gprune.benchmarks import measurement as evaluation
 
     def fails(*_, **__):
         raise UserError("no such task")

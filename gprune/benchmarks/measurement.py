@@ -1,4 +1,4 @@
-"""What a run's pruned model, its dense model, or any model by name scores on benchmarks."""
+"""Benchmarks of a run's pruned model, of its dense model, or of any model by name, and the file of their records."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.benchmarks.harness import require_lm_eval
 from gprune.benchmarks.settings import WIKITEXT, Benchmarks
-from gprune.benchmarks.subjects import subjects_of
+from gprune.benchmarks.subjects import Loaded, subjects_of
+from gprune.benchmarks.tasks import require_lm_eval
 from gprune.benchmarks.wikitext2 import wikitext2_perplexity
 from gprune.benchmarks.zero_shot import zero_shot
 from gprune.runs.results import read_evaluation
@@ -20,17 +19,6 @@ from gprune.storage.files import key_of, write_json
 from gprune.storage.reading import expanded
 
 log = logging.getLogger("gprune")
-
-
-def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, asked: Benchmarks
-) -> list[dict[str, Any]]:
-    """The records of one task; a group of tasks, and WikiText-2 in windows of several lengths, has several."""
-    log.info("Evaluating %s", task)
-    if task == WIKITEXT:
-        how = {"bos": asked.bos, "limit": asked.limit, "progress": True}
-        return [wikitext2_perplexity(model, tokenizer, seq_len=n, **how) for n in dict.fromkeys(asked.seq_len)]
-    return zero_shot(model, tokenizer, [task], limit=asked.limit, batch_size=asked.batch_size, source=asked.source)
 
 
 def check(asked: Benchmarks) -> None:
@@ -71,24 +59,33 @@ def evaluate(
         loaded, tokenizer = subject.load()
         loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
         for task in dict.fromkeys(asked.tasks):
-            records += [r | subject.about | about for r in measure(loaded, tokenizer, task, asked)]
+            log.info("Evaluating %s", task)
+            records += [r | subject.about | about for r in _measured((loaded, tokenizer), task, asked)]
             if output is not None:
                 keep(output, records, run=key)
     return records, output
+
+
+def _measured(loaded: Loaded, task: str, asked: Benchmarks) -> list[dict[str, Any]]:
+    """The records of one task; a group of tasks, and WikiText-2 in windows of several lengths, has several."""
+    if task != WIKITEXT:
+        return zero_shot(*loaded, [task], limit=asked.limit, batch_size=asked.batch_size, source=asked.source)
+    protocol = {"bos": asked.bos, "limit": asked.limit, "progress": True}
+    return [wikitext2_perplexity(*loaded, seq_len=n, **protocol) for n in dict.fromkeys(asked.seq_len)]
 
 
 def keep(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = None) -> None:
     """Write records beside those that are there, in the place of former ones of the same model and protocol.
 
     Args:
-        run: the key of the run whose file it is.
+        run: the key of the run whose file it is: of one run, whatever its folder has been called. In other files a
+            record's `run` and `origin` say which model it is of, as folders may share a name.
     """
+    names = ["model", "stage", "recovery", "task", "content_hash", "dtype", *([] if run else ["run", "origin"])]
 
-    def key(r: dict[str, Any]) -> tuple[Any, ...]:
-        # A run's own file is about one run, whatever its folder has been called; folders may share a name.
-        of = () if run else (r.get("run"), r.get("origin"))
-        return *of, *(r.get(name) for name in ("model", "stage", "recovery", "task", "content_hash", "dtype"))
+    def protocol(record: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(record.get(name) for name in names)
 
-    new = {key(r) for r in records}
-    others = [r for r in read_evaluation(path, run=run) if key(r) not in new]
+    new = {protocol(r) for r in records}
+    others = [r for r in read_evaluation(path, run=run) if protocol(r) not in new]
     write_json(path, {"records": [*others, *records]}, run=run)

@@ -1,0 +1,69 @@
+"""Local tasks of words that the tiny tokenizer knows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gprune.benchmarks import tasks
+from tests.tiny_run import WORDS
+
+
+def needs_lm_eval():
+    return pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -e '.[lm-eval]'")
+
+
+def sentence(rng: np.random.Generator, words: int) -> str:
+    return " ".join(rng.choice(WORDS, words))
+
+
+def questions(n: int, seed: int = 0) -> list[dict]:
+    """With three to five choices, as in ARC."""
+    rng, rows = np.random.default_rng(seed), []
+    for i in range(n):
+        choices = [sentence(rng, int(rng.integers(1, 6))) for _ in range(3 + i % 3)]
+        prompt = f"Question: {sentence(rng, 6)}\nAnswer:"
+        rows.append({"prompt": prompt, "choices": choices, "label": int(rng.integers(len(choices)))})
+    return rows
+
+
+def pairs() -> list[dict]:
+    rng = np.random.default_rng(2)
+    return [
+        {"good": sentence(rng, 5), "bad": sentence(rng, 5), "paradigm": paradigm}
+        for paradigm in ("island", "binding", "ellipsis")
+        for _ in range(4)
+    ]
+
+
+def write_task(root: Path, name: str, split: str, rows: list[dict]) -> Path:
+    path = root / "tasks" / name / f"{split}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def hub(monkeypatch, *, reachable: bool, manager: object = None) -> None:
+    @contextmanager
+    def answers() -> Iterator[bool]:
+        yield reachable
+
+    monkeypatch.setattr(tasks, "offline_if_unreachable", answers)
+    monkeypatch.setattr(tasks, "_manager", lambda: manager)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A folder of local tasks, and a hub that does not answer."""
+    needs_lm_eval()
+    for name, split in (("piqa", "validation"), ("arc_easy", "test"), ("sciq", "validation"), ("mine", "test")):
+        write_task(tmp_path, name, split, questions(12))
+    write_task(tmp_path, "blimp", "test", pairs())
+    monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
+    hub(monkeypatch, reachable=False)
+    return tmp_path

@@ -1,0 +1,192 @@
+"""Where tasks come from: local questions against lm_eval's own task, and the hub where it answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gprune.benchmarks import tasks
+from gprune.errors import UserError
+from tests.benchmarks.conftest import hub, needs_lm_eval, pairs, questions, write_task
+
+# --- local files
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"not json", b"[]", b'"text"', b"{}", b'{"prompt": "p", "choices": ["a"], "label": 0}',
+        b'{"prompt": "p", "choices": ["a", "b"], "label": 2}', b'{"prompt": "p", "choices": ["a", "b"], "label": -1}',
+        b'{"prompt": "p", "choices": ["a", ""], "label": 0}', b'{"prompt": 1, "choices": ["a", "b"], "label": 0}',
+        b'{"prompt": "p", "choices": ["a", "b"]}', b'{"good": "g"}', b'{"good": "g", "bad": 3}',
+        b'{"prompt": "p", "choices": ["a", "b"], "lab',
+    ],
+)  # fmt: skip
+def test_a_line_that_is_no_question_is_named(line, data):
+    with (data / "tasks" / "mine" / "test.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(UserError, match=r"mine/test\.jsonl:13: expected"):
+        tasks.load_tasks("mine", "local")
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"", "empty file"), (b"\xe9", "expected .* but it cannot be read")])
+def test_a_file_without_questions_is_one_line(content, message, data):
+    (data / "tasks" / "mine" / "test.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        tasks.load_tasks("mine", "local")
+
+
+def test_any_limit_covers_the_paradigms(data):
+    (task,) = tasks.load_tasks("blimp", "local")
+    of = {(row["good"], row["bad"]): row["paradigm"] for row in pairs()}
+    assert [of[tuple(doc["choices"])] for doc in task.task.eval_docs] == ["island", "binding", "ellipsis"] * 4
+
+
+def test_names_do_not_lead_out_of_the_folder_and_the_test_split_comes_first(data):
+    write_task(data / "tasks" / "x", "secret", "test", questions(2))
+    for name in ("x/tasks/secret", "../tasks/mine", ".", "", "/etc"):
+        assert tasks.local_file(name) is None
+    assert tasks.local_tasks() == ["arc_easy", "blimp", "mine", "piqa", "sciq"]
+    write_task(data, "mine", "validation", questions(2))
+    assert tasks.local_file("mine").name == "test.jsonl"
+
+
+def test_only_all_questions_of_lm_evals_task_are_standard(data, monkeypatch):
+    assert not any(tasks.load_tasks(name, "local")[0].complete for name in tasks.local_tasks())
+    rows = questions(12)
+    scored = tasks.content_hash(([(row["prompt"], f" {c}") for c in row["choices"]], row["label"]) for row in rows)
+    monkeypatch.setitem(tasks.KNOWN, "piqa", ("1.0", "lm_eval's prompts", scored))
+    (whole,) = tasks.load_tasks("piqa", "local")
+    assert (whole.complete, whole.version, whole.note) == (True, "1.0", "lm_eval's prompts")
+    for changed in (rows[:-1], [rows[0] | {"prompt": "Q: other\nA:"}, *rows[1:]], [*rows[1:], rows[0]]):
+        write_task(data, "piqa", "validation", changed)
+        (part,) = tasks.load_tasks("piqa", "local")
+        assert not part.complete
+        assert f"{len(changed)} questions that are not all of lm_eval's" in part.note
+
+
+# --- lm_eval's own task on the same questions
+
+
+def own_yaml(task: str) -> dict:
+    """lm_eval's own configuration of a task."""
+    import yaml
+
+    (path,) = (Path(needs_lm_eval().__file__).parent / "tasks").rglob(f"{task}.yaml")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def as_on_the_hub(task: str, row: dict) -> dict:
+    """A question as the columns of the data set that lm_eval reads."""
+    asked = row["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
+    if task == "piqa":
+        return {"goal": asked, "sol1": row["choices"][0], "sol2": row["choices"][1], "label": row["label"]}
+    letters = [*"ABCDE"][: len(row["choices"])]
+    choices = {"text": row["choices"], "label": letters}
+    return {"question": asked, "choices": choices, "answerKey": letters[row["label"]]}
+
+
+def own_task(task: str, rows: list[dict]):
+    """lm_eval's own task, with these questions in place of those on the hub."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
+    config = own_yaml(task)
+    split = config["test_split"] or config["validation_split"]
+    columns = datasets.Dataset.from_list([as_on_the_hub(task, row) for row in rows])
+    for name in ("dataset_path", "dataset_name", "training_split", "tag"):
+        config.pop(name, None)
+    return ConfigurableTask(
+        config=config | {"custom_dataset": lambda **_: dict.fromkeys(("validation", split), columns)}
+    )
+
+
+def requests_of(task) -> list[tuple[str, str]]:
+    task.set_config("num_fewshot", 0)
+    task.build_all_requests()
+    return [instance.args for instance in task.instances]
+
+
+@pytest.mark.parametrize("task", ["piqa", "arc_easy"])
+def test_local_questions_are_scored_as_lm_evals_own(task, data):
+    rows = [row | {"choices": row["choices"][:2], "label": row["label"] % 2} for row in questions(12)]
+    write_task(data, task, tasks.local_file(task).stem, rows)
+    (local,) = tasks.load_tasks(task, "local")
+    own = own_task(task, rows)
+    assert requests_of(local.task) == requests_of(own)  # character for character
+    assert requests_of(local.task)[0][1].startswith(" ")
+    assert list(local.task._metric_fn_list) == list(own._metric_fn_list) == ["acc", "acc_norm"]
+    assert tasks.KNOWN[task][0] == str(own_yaml(task)["metadata"]["version"])
+
+
+@pytest.mark.parametrize("task", ["piqa", "arc_easy"])
+def test_the_questions_of_the_mirror_are_lm_evals(task):
+    needs_lm_eval()
+    path = tasks.local_file(task)
+    if path is None:
+        pytest.skip(f"no $GPRUNE_DATA_DIR/tasks/{task}")
+    own = own_task(task, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    choices, requests = [own.doc_to_choice(doc) for doc in own.eval_docs], iter(requests_of(own))
+    labels = [own.doc_to_target(doc) for doc in own.eval_docs]
+    scored = [([next(requests) for _ in each], label) for each, label in zip(choices, labels, strict=True)]
+    assert tasks.content_hash(scored) == tasks.KNOWN[task][2]
+    assert tasks.local_task(path).complete
+
+
+# --- hub or local files
+
+
+class Manager:
+    """lm_eval's TaskManager, as far as it is used."""
+
+    all_tasks = ("piqa", "gsm8k")
+
+    def __init__(self, task: object = None):
+        self.task = task
+
+    def load(self, names):
+        if self.task is None:
+            raise ConnectionError("Couldn't reach it\nsecond line")
+        return {"tasks": dict.fromkeys(names, self.task)}
+
+
+def fake_task(output_type="multiple_choice", metrics=None, process_results=None) -> SimpleNamespace:
+    config = SimpleNamespace(
+        test_split=None, validation_split="validation", metric_list=metrics, process_results=process_results
+    )
+    return SimpleNamespace(task_name="cola", OUTPUT_TYPE=output_type, VERSION=1.0, config=config)
+
+
+def test_the_hub_comes_first_if_it_answers(data, monkeypatch):
+    hub(monkeypatch, reachable=True, manager=Manager(fake_task()))
+    (task,) = tasks.load_tasks("piqa", "auto")
+    assert (task.source, task.split, task.version, task.complete) == ("hub", "validation", "1.0", True)
+    assert tasks.load_tasks("piqa", "local")[0].source == "local"
+    assert tasks.load_tasks("mine", "auto")[0].source == "local"  # lm_eval knows no such task
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_without_the_hub_local_files_serve(reachable, data, monkeypatch):
+    hub(monkeypatch, reachable=reachable, manager=Manager())
+    assert tasks.load_tasks("piqa", "auto")[0].source == "local"
+    with pytest.raises(UserError, match=r"could not be had from the Hugging Face hub \(Couldn't reach it\)"):
+        tasks.load_tasks("piqa", "hub")
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "task", "message"),
+    [
+        ("pica", "auto", {}, "Unknown task 'pica'"),
+        ("piqa2", "local", {}, "No local files for task 'piqa2'. .*: arc_easy, blimp, mine, piqa, sciq"),
+        ("gsm8k", "hub", {"output_type": "generate_until"}, "'cola' is of type generate_until .* expected multiple"),
+        ("piqa", "hub", {"metrics": [{"metric": "mcc"}]}, "'cola' .* counts mcc; expected"),
+        ("piqa", "hub", {"process_results": dict}, "Task 'cola' .* expected"),
+    ],
+)  # fmt: skip
+def test_tasks_that_cannot_be(name, source, task, message, data, monkeypatch):
+    hub(monkeypatch, reachable=True, manager=Manager(fake_task(**task)))
+    with pytest.raises(UserError, match=message):
+        tasks.load_tasks(name, source)
