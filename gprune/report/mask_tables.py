@@ -34,14 +34,8 @@ def sparsity_table(runs: Sequence[FinishedRun]) -> Table:
         columns = [[float((~m).float().mean()) for m in getattr(run_masks, units)] for run_masks in masks.values()]
         if any(value for column in columns for value in column):
             rows += [[unit, b, *cells] for b, cells in enumerate(zip_longest(*columns))]
-    return Table(
-        "sparsity",
-        "Sparsity per block",
-        ["unit", "block", *masks],
-        rows,
-        dict.fromkeys(masks, 3),
-        "Fraction of the block's units that the final masks remove.",
-    )
+    note = "Fraction of the block's units that the final masks remove."
+    return Table("sparsity", "Sparsity per block", ["unit", "block", *masks], rows, dict.fromkeys(masks, 3), note)
 
 
 def stability_table(groups: Sequence[Group]) -> Table:

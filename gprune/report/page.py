@@ -14,7 +14,7 @@ Runs that differ in seed alone become one row: mean and interval over seeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -26,7 +26,7 @@ from gprune.report.benchmark_table import evaluation_table
 from gprune.report.comparison_figures import means_figure, ratio_figure, sparsity_lines, stability_figure
 from gprune.report.grouping import Group, groups, read_runs, short_names, told_apart
 from gprune.report.mask_tables import masks_of, pairs, repeatability_table, sparsity_table, stability_table
-from gprune.report.perplexity_tables import comparison_table, perplexity_table, records_table, summary_table
+from gprune.report.perplexity_tables import comparison_table, perplexity_table, summary_table
 from gprune.report.records import caption
 from gprune.report.run_figures import write_figures
 from gprune.report.style import FORMATS, save, titled
@@ -49,18 +49,18 @@ class Report:
     base: FinishedRun | None
 
     def to_markdown(self, *, long: bool = True) -> str:
-        """The tables with titles and notes, then the protocols; every number and, if not `long`, blocks are in CSV."""
-        return self._text(Table.to_text, {"records"} if long else {"records", "sparsity"})
+        """The tables with titles and notes, then the protocols; if not `long`, sparsity per block is in CSV alone."""
+        return self._text(Table.to_text, long=long)
 
     def shown(self) -> str:
         """The short tables for whoever looks: as wide as the terminal, if stdout is one."""
-        return self._text(Table.shown, {"records", "sparsity"})
+        return self._text(Table.shown, long=False)
 
-    def _text(self, text: Callable[[Table], str], left_out: Collection[str]) -> str:
-        shown = [t for t in self.tables if t.name not in left_out and t.rows]
-        many = [f"More than {SIDE_BY_SIDE} runs: pairs and figures are left out.\n"] if self.many else []
-        parts = [f"## {t.title}\n\n{text(t)}\n" for t in shown]
-        return "\n".join([*parts, *many, *(f"{line}\n" for line in self.protocols())])
+    def _text(self, text: Callable[[Table], str], *, long: bool) -> str:
+        parts = [f"## {t.title}\n\n{text(t)}\n" for t in self.tables if t.rows and (long or t.name != "sparsity")]
+        if self.many:
+            parts.append(f"More than {SIDE_BY_SIDE} runs: pairs and figures are left out.\n")
+        return "\n".join([*parts, *(f"{line}\n" for line in self.protocols())])
 
     @property
     def many(self) -> bool:
@@ -172,12 +172,7 @@ def of_runs(
     if seen is not None:
         runs = [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
     rows = groups(runs)
-    tables = [
-        summary_table(rows, bases, seen=seen),
-        perplexity_table(rows, seen=seen),
-        records_table(runs),
-        sparsity_table(runs),
-    ]
+    tables = [summary_table(rows, bases, seen=seen), perplexity_table(rows, seen=seen), sparsity_table(runs)]
     if 1 < len(runs) <= SIDE_BY_SIDE:
         tables += [comparison_table(rows), stability_table(rows), repeatability_table(rows)]
     if evaluated := [r | {"run": run.name} for run in told_apart(runs) for r in run.evaluation]:

@@ -1,4 +1,4 @@
-"""Tables of perplexity: by corpus, geometric means over seen and unseen text, gap, ratios, and every number.
+"""Tables of perplexity: by corpus, geometric means over seen and unseen text, gap, ratios.
 
 Intervals are Student's t of logarithms, since all of these numbers are ratios or are averaged geometrically: over the
 windows of one run, or over runs that differ in seed alone.
@@ -168,20 +168,6 @@ def _division(seen: Sequence[str] | None) -> str:
         return "All text is unseen in every row."
     verb = "counts" if len(seen) == 1 else "count"
     return f"In every row {', '.join(corpus_labels(seen).values())} {verb} as seen, and all other text as unseen."
-
-
-def records_table(runs: Sequence[FinishedRun]) -> Table:
-    """Every perplexity of every run with an interval over windows and its protocol: one row per number."""
-    columns = ["run", "seed", "stage", "recovery", "corpus", "seen", "perplexity", "over dense"]
-    stamps = ["tokens", "seq_len", "bos", "dtype", "split", "content_hash", "model", "scope", "sparsity", "importance"]
-    rows: list[list[Cell]] = []
-    for run in runs:
-        dense = by_stage(run.records)["dense", "none"]
-        for r in run.records:
-            estimate = Estimate(*mean_perplexity({"": r["window_nll"]}, r["seq_len"] - 1))
-            named = [run.name, run.seed, *(r[c] for c in columns[2:6])]
-            rows.append([*named, estimate, r["perplexity"] / dense[r["corpus"]], *(r[s] for s in stamps)])
-    return Table("records", "All perplexities", [*columns, *stamps], rows)
 
 
 def _numbers(run: FinishedRun, stage: Stage, bases: Mapping[Path, FinishedRun] | None) -> list[Estimate | None]:

@@ -25,17 +25,14 @@ def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
     Whole paths would squeeze a figure to nothing, and say whose machine it was.
     """
     parts = {corpus: PurePath(corpus).parts for corpus in corpora}
-
-    def label(own: tuple[str, ...], n: int) -> str:
-        return str(PurePath(*own[-n:]))
-
-    def apart(own: tuple[str, ...], n: int) -> bool:
-        return sum(label(other, n) == label(own, n) for other in parts.values()) == 1
-
-    return {
-        corpus: next((label(own, n) for n in range(1, len(own) + 1) if apart(own, n)), corpus)
-        for corpus, own in parts.items()
-    }
+    labels = {}
+    for corpus, own in parts.items():
+        labels[corpus] = corpus
+        for n in range(1, len(own) + 1):
+            if sum(other[-n:] == own[-n:] for other in parts.values()) == 1:
+                labels[corpus] = str(PurePath(*own[-n:]))
+                break
+    return labels
 
 
 def caption(records: Sequence[Record]) -> str:

@@ -64,15 +64,8 @@ def heterogeneity_figure(modules: Modules) -> Figure:
     ):
         value = np.array([np.nan if r[name] is None else r[name] for r in rows], dtype=float)
         points = axes.scatter(block, value, c=score, cmap="cividis", s=18, vmin=0, vmax=1, zorder=2)
-        axes.scatter(
-            block[switched],
-            value[switched],
-            s=60,
-            facecolors="none",
-            edgecolors="#D55E00",
-            label="switched",
-            zorder=3,
-        )
+        ring = {"facecolors": "none", "edgecolors": "#D55E00", "label": "switched", "zorder": 3}
+        axes.scatter(block[switched], value[switched], s=60, **ring)
         axes.set_xlabel("block")
         axes.set_ylabel(label)
     depth = range(len(modules.drift))
@@ -82,9 +75,8 @@ def heterogeneity_figure(modules: Modules) -> Figure:
     if np.isfinite(halves).any():
         right.plot(depth, halves, ":", color="black", lw=1, label="whole block, halves of one corpus")
     figure.colorbar(points, ax=right, label="mean importance rank")
-    handles = {
-        label: handle for axes in (left, right) for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    by_axes = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in (left, right))
+    handles = {label: handle for pairs in by_axes for handle, label in pairs}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     return figure
 
@@ -126,11 +118,7 @@ def run_figures(records: Sequence[Record], modules: Modules | None, masks: Masks
 
 
 def write_figures(
-    folder: Path,
-    records: Sequence[Record],
-    modules: Modules | None,
-    masks: Masks,
-    formats: Sequence[str] = ("png",),
+    folder: Path, records: Sequence[Record], modules: Modules | None, masks: Masks, formats: Sequence[str] = ("png",)
 ) -> list[Path]:
     """Files of `run_figures`."""
     figures = run_figures(records, modules, masks).items()

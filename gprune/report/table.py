@@ -17,7 +17,7 @@ from rich.text import Text
 from gprune.console import terminal_width
 
 TableName = Literal[  # of a report
-    "comparison", "evaluation", "perplexity", "records", "repeatability", "sparsity", "stability", "summary"
+    "comparison", "evaluation", "perplexity", "repeatability", "sparsity", "stability", "summary"
 ]
 
 
@@ -74,9 +74,10 @@ class Table:
         unescaped = str.maketrans("", "", "\\")  # Markdown's escapes
         plain = [[cell.translate(unescaped) for cell in row] for row in [self.columns, *self.texts()]]
         widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
-        # Names are folded, to a fifth of the width at least, where that makes one part of all.
+        # Names are folded, to a fifth of the width at least, where that makes one part of all; else to a third.
         beside = width - sum(w + 2 for w in widths[1:])
-        first = min(widths[0], max(beside, width // 5, 12))
+        fifth, third = (min(widths[0], max(width // share, 12)) for share in (5, 3))
+        first = min(beside, widths[0]) if beside >= fifth else third
         console = Console(width=width, file=io.StringIO(), force_terminal=sys.stdout.isatty(), record=False)
         for part in _parts(widths[1:], width - first):
             made = Grid(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, header_style="bold")

@@ -155,34 +155,26 @@ def test_without_lm_eval_one_line_says_what_to_install_and_wikitext2_is_measured
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--tasks", ","], "--tasks: expected at least one"),
-        (["--limit", "0"], "--limit: expected 1 or more"),
-        (["--batch_size", "0"], "--batch_size: expected"),
-        (["--dtype", "int8"], "--dtype: expected float32"),
-        (["--tasks", "wikitext2", "--seq_len", "99999"], "--seq_len: expected 2 to"),
-        (["--seq_len", "32,many"], "--seq_len: expected whole numbers, such as 2048,128, got '32,many'"),
-        (["--seq_len", ","], "--seq_len: expected 2 or more tokens, got none"),
-        (["--seq_len", "32,1"], "--seq_len: expected 2 or more tokens, got 32, 1"),
-        (["--colour", "red"], "unrecognized arguments"),
+        (["{run}", "--tasks", ","], "--tasks: expected at least one"),
+        (["{run}", "--limit", "0"], "--limit: expected 1 or more"),
+        (["{run}", "--batch_size", "0"], "--batch_size: expected"),
+        (["{run}", "--dtype", "int8"], "--dtype: expected float32"),
+        (["{run}", "--source", "cloud"], "--source: expected"),
+        (["{run}", "--tasks", "wikitext2", "--seq_len", "99999"], "--seq_len: expected 2 to"),
+        (["{run}", "--seq_len", "32,many"], "--seq_len: expected whole numbers, such as 2048,128, got '32,many'"),
+        (["{run}", "--seq_len", ","], "--seq_len: expected 2 or more tokens, got none"),
+        (["{run}", "--seq_len", "32,1"], "--seq_len: expected 2 or more tokens, got 32, 1"),
+        (["{run}", "--colour", "red"], "unrecognized arguments"),
         ([], "required: MODEL"),
+        (["{tmp}", "--tasks", "wikitext2"], "is no run of gprune's"),
+        (["{tmp}/empty", "--tasks", "wikitext2"], "neither a run"),
+        (["{run}/model", "--tasks", "wikitext2", "--dense"], "--dense: expected a run's folder"),
+        (["{tmp}/nowhere", "--tasks", "wikitext2"], "neither an embedded model"),
     ],
 )
-def test_one_line_and_exit_2(args, message, quiet_world, capsys):
-    model = [str(quiet_world.runs / "kept")] if args else []
-    assert main([*model, *args]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
-
-
-def test_places_that_are_no_model(quiet_world, capsys, tmp_path):
+def test_one_line_and_exit_2(args, message, quiet_world, capsys, tmp_path):
     (tmp_path / "manifest.json").write_text('{"settings": {}}')
     (tmp_path / "empty").mkdir()
-    for place, more, message in (
-        (tmp_path, [], "is no run of gprune's"),
-        (tmp_path / "empty", [], "neither a run"),
-        (quiet_world.runs / "kept" / "model", ["--dense"], "--dense: expected a run's folder"),
-        (tmp_path / "nowhere", [], "neither an embedded model"),
-    ):
-        assert main([str(place), "--tasks", "wikitext2", *more]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert message in line
+    assert main([arg.format(run=quiet_world.runs / "kept", tmp=tmp_path) for arg in args]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

@@ -122,6 +122,7 @@ def test_local_questions_are_scored_as_lm_evals_own(task, data):
     assert tasks.KNOWN[task][0] == str(own_yaml(task)["metadata"]["version"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["piqa", "arc_easy"])
 def test_the_questions_of_the_mirror_are_lm_evals(task):
     needs_lm_eval()

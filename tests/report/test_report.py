@@ -165,7 +165,7 @@ def test_perplexity_by_corpus_marks_what_was_seen(run):
 
 
 def test_sparsity_is_counted_from_the_masks(run):
-    table = report.make([run]).tables[3]
+    table = report.make([run]).tables[2]
     masks = read_tensors(run / "masks" / "gprune.safetensors")
     for b in range(3):
         assert row(table, "neurons", b)["one"] == pytest.approx(float((~masks[f"ffn.{b}"].bool()).float().mean()))
@@ -588,7 +588,7 @@ def test_what_the_command_writes(run, capsys, tmp_path):
     names = ("means", "ratios", "perplexity", "sparsity", "heterogeneity")
     assert written(run / "report") == (
         {"report.md"}
-        | {f"tables/{t}.csv" for t in ("summary", "perplexity", "records", "sparsity")}
+        | {f"tables/{t}.csv" for t in ("summary", "perplexity", "sparsity")}
         | {f"figures/{n}.{kind}" for n in names for kind in ("png", "svg")}
     )
     summary = report.make([run]).tables[0]
