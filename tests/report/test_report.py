@@ -38,7 +38,6 @@ from gprune.report.records import corpus_labels, unseen_ratios
 from gprune.report.run_figures import perplexity_figure
 from gprune.report.style import COLOURS, LINES, MARKERS
 from gprune.report.table import Estimate, Table
-from gprune.runs.results import FinishedRun
 from gprune.storage.files import read_tensors, write_tensors
 from tests import tiny_run
 from tests.tiny_run import isolated
@@ -403,14 +402,10 @@ def test_mask_stability_over_the_runs_given(run):
     ]
 
 
-def seeds_of_one_name(run: Path) -> list[FinishedRun]:
+def test_seeds_that_share_a_name_stay_apart(run):
     """Four seeds under one name, as lists of configurations have them; of the masks only the last two are equal."""
     runs = read_runs([run, *(another(run, f"seed{i}", seed=i) for i in (1, 2, 3))])
-    return [replace(r, name="same", masks=runs[min(i, 2)].masks) for i, r in enumerate(runs)]
-
-
-def test_seeds_that_share_a_name_stay_apart(run):
-    runs = seeds_of_one_name(run)
+    runs = [replace(r, name="same", masks=runs[min(i, 2)].masks) for i, r in enumerate(runs)]
     made = report.of_runs(runs)
     names = [f"same, seed {i}" for i in range(4)]
     tables = {t.name: t for t in made.tables}
@@ -582,44 +577,38 @@ def written(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
-def test_what_the_command_writes(run, capsys, tmp_path):
+def test_what_the_command_writes(run, capsys):
+    made, output = report.make([run]), run / "report"
     assert main([str(run)]) == 0
     out = capsys.readouterr().out
-    names = ("means", "ratios", "perplexity", "sparsity", "heterogeneity")
-    assert written(run / "report") == (
-        {"report.md"}
-        | {f"tables/{t}.csv" for t in ("summary", "perplexity", "sparsity")}
-        | {f"figures/{n}.{kind}" for n in names for kind in ("png", "svg")}
-    )
-    summary = report.make([run]).tables[0]
-    assert summary.to_markdown() in out
-    assert summary.to_markdown() in (run / "report" / "report.md").read_text()
+    assert made.tables[0].to_markdown() in out
+    assert made.tables[0].to_markdown() in (output / "report.md").read_text()
     assert "windows of 32 tokens, stride 32, no BOS, float32, test text, scope ffn" in out
-    assert (run / "report" / "tables" / "summary.csv").read_text() == summary.to_csv()
-    for path in (run / "report" / "figures").iterdir():
-        if path.suffix == ".svg":
-            assert ElementTree.parse(path).getroot().tag.endswith("svg")
-        else:
-            with Image.open(path) as image:
-                assert image.width > 400
-    before = {p: p.read_bytes() for p in (run / "report").rglob("*") if p.is_file()}
-    assert main([str(run)]) == 0
+    assert (output / "tables" / "summary.csv").read_text() == made.tables[0].to_csv()
+    for path in (output / "figures").glob("*.svg"):
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+        with Image.open(path.with_suffix(".png")) as image:
+            assert image.width > 400
+    before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    made.write(output)
     assert {p: p.read_bytes() for p in before} == before  # the same bytes, so that they can be kept in a repository
 
 
 def test_a_report_of_several_runs_and_nothing_of_the_one_before_it(run, tmp_path, capsys):
     other, output = another(run, "other", setting=0.5), tmp_path / "report"
-    assert main([str(run), str(other), "--base", str(run), "--output", str(output)]) == 0
-    assert "the stage `base` of one" in capsys.readouterr().out
+    report.make([run, other]).write(output, ("png",))
     (output / "tables" / "mine.csv").write_text("kept")
-    assert written(output) >= {
-        "tables/comparison.csv", "figures/stability.png", "figures/sparsity.svg", "figures/one/perplexity.png",
-        "figures/other/heterogeneity.svg",
-    }  # fmt: skip
-    alone = {str(path.relative_to(output)) for path in report.make([other]).write(output)}
-    folders = {name for name in written(output) if name.count("/") > 1}  # figures of each run: named for it
-    assert written(output) - folders == alone | {"tables/mine.csv"}
+    assert written(output) >= {"tables/comparison.csv", "figures/stability.png", "figures/one/perplexity.png"}
     assert default_output([str(run), str(other)]) == run.parent / "report"
+    assert main([str(other), "--base", str(run), "--output", str(output)]) == 0
+    assert "the stage `base` of one" in capsys.readouterr().out
+    folders = {name for name in written(output) if name.count("/") > 1}  # figures of each run: named for it
+    names = ("means", "ratios", "perplexity", "sparsity", "heterogeneity")
+    assert written(output) - folders == (
+        {"report.md", "tables/mine.csv"}
+        | {f"tables/{t}.csv" for t in ("summary", "perplexity", "sparsity")}
+        | {f"figures/{n}.{kind}" for n in names for kind in ("png", "svg")}
+    )
 
 
 def without_base(metrics: dict) -> None:
