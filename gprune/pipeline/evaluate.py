@@ -28,8 +28,8 @@ from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
 from gprune.recovery import recovery_of
 from gprune.report import html, page
-from gprune.report.folder import write_readme
 from gprune.report.model_card import model_card
+from gprune.report.readme import write_readme
 from gprune.report.records import means_and_gaps, unseen_ratios
 from gprune.report.run_figures import write_figures
 from gprune.runs import schema, tracking

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from gprune.report.curves import curve_figures, read_curves
-from gprune.report.folder import how_to_load, removed_from, what_next
+from gprune.report.readme import how_to_load, removed_from, what_next
 from gprune.report.records import corpus_labels, means_and_gaps, result_table
 from gprune.report.run_figures import run_figures
 from gprune.report.style import style

@@ -18,7 +18,7 @@ from gprune.pipeline.samples import continued
 from gprune.report import html
 from gprune.report.command import main
 from gprune.report.curves import curve_figures, own_line, read_curves
-from gprune.report.folder import CONTENT
+from gprune.report.readme import CONTENT
 from gprune.runs.results import read_run, read_samples
 from tests import tiny_run
 
