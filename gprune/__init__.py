@@ -18,7 +18,7 @@ from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE, metric
 from gprune.lazy import later
 from gprune.models.families import FAMILIES, Family
-from gprune.recovery import RECOVERY, recovery
+from gprune.recoveries import RECOVERY, recovery
 from gprune.sparsity.allocation import ALLOCATION, allocation
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -98,6 +99,11 @@ def test_names_that_are_imported_later_are_those_that_type_checkers_see(package)
     assert set(package.__all__) <= told.keys() | eager
     with pytest.raises(AttributeError, match=r"no attribute 'no_such_name'"):
         _ = package.no_such_name
+
+
+def test_no_public_name_hides_a_package():
+    """`import gprune.recoveries.least_squares as x` would be an ImportError if `gprune.recoveries` were a function."""
+    assert not {room.name for room in pkgutil.iter_modules(gprune.__path__)} & set(gprune.__all__)
 
 
 def test_type_checkers_may_read_the_package():

@@ -28,7 +28,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.families import FAMILIES, table
 from gprune.models.loading import load_model
 from gprune.models.surgery import prune
-from gprune.recovery import RECOVERY
+from gprune.recoveries import RECOVERY
 from gprune.report.command import parser as report_parser
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.gates import masked

@@ -23,7 +23,7 @@ from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
 from gprune.models.surgery import count_parameters
-from gprune.recovery import Material, recovery_of
+from gprune.recoveries import Material, recovery_of
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.masks import keep_masks
 

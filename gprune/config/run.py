@@ -23,7 +23,7 @@ from gprune.config.running import EvaluationConfig, LoggingConfig, RunFolderConf
 from gprune.corpora.load import check_corpus, identity
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
-from gprune.recovery import recovery_of
+from gprune.recoveries import recovery_of
 from gprune.sparsity.allocation import ALLOCATION
 
 

@@ -13,7 +13,7 @@ from gprune.checks import shown
 from gprune.config import RunConfig
 from gprune.errors import UserError
 from gprune.models.blocks import Block, blocks_of
-from gprune.recovery import recovery_of
+from gprune.recoveries import recovery_of
 
 
 def count_tokens(cfg: RunConfig) -> tuple[int, int]:

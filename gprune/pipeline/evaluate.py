@@ -26,7 +26,7 @@ from gprune.models.surgery import count_parameters, removed_parameters, widths
 from gprune.partition.record import Modules
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
-from gprune.recovery import recovery_of
+from gprune.recoveries import recovery_of
 from gprune.report import html, page
 from gprune.report.model_card import model_card
 from gprune.report.readme import write_readme

@@ -20,7 +20,7 @@ from gprune.errors import UserError
 from gprune.export.gguf import tokenizer_keys
 from gprune.models.loading import load_model
 from gprune.models.offload import is_offloaded
-from gprune.recovery import recovery_of
+from gprune.recoveries import recovery_of
 
 log = logging.getLogger("gprune")
 

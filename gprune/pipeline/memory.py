@@ -14,7 +14,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.memory import Shapes
 from gprune.models.surgery import count_parameters
 from gprune.pipeline.cost import two_counts
-from gprune.recovery import recovery_of
+from gprune.recoveries import recovery_of
 from gprune.sparsity.budget import Budget
 
 

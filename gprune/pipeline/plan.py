@@ -24,7 +24,7 @@ from gprune.models.masks import Masks
 from gprune.models.surgery import count_parameters
 from gprune.pipeline.cost import flops, passes, recovery_tokens, speed, tokens_by_step
 from gprune.pipeline.memory import Held, memory_of
-from gprune.recovery import recovery_of
+from gprune.recoveries import recovery_of
 from gprune.runs.trainer import check_trainer
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget, unit_costs

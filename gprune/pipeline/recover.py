@@ -18,8 +18,8 @@ from gprune.models.masks import Masks
 from gprune.models.offload import free_memory, is_offloaded, keep_until_gone, scratch_folder
 from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline.run import Run
-from gprune.recovery import recovery_of
-from gprune.recovery.contract import Revise
+from gprune.recoveries import recovery_of
+from gprune.recoveries.contract import Revise
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from gprune.models.masks import Masks
 from gprune.pipeline.cost import passes
 from gprune.pipeline.inputs import Text, load, prepare_text
 from gprune.pipeline.plan import Plan, check
-from gprune.recovery import Material, recovery_of
+from gprune.recoveries import Material, recovery_of
 from gprune.runs.folder import RunFolder
 from gprune.runs.tracking import log_scalars, tracking
 from gprune.runs.trainer import Checkpoints, StageBar, multiplying, plain_interrupts

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gprune.config import DistillConfig
-from gprune.recovery.contract import NOTHING, Material, Recovery, recovery
+from gprune.recoveries.contract import NOTHING, Material, Recovery, recovery
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

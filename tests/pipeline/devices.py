@@ -35,7 +35,7 @@ from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 from gprune.partition.record import ModuleRanks
 from gprune.pipeline.save import masked_logits
-from gprune.recovery import Material, recovery_of
+from gprune.recoveries import Material, recovery_of
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.masks import keep_masks
 from gprune.sparsity.thresholds import start_thresholds

@@ -19,7 +19,7 @@ from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
 from gprune.pipeline.plan import check
-from gprune.recovery import RECOVERY, Recovery, recovery, recovery_of
+from gprune.recoveries import RECOVERY, Recovery, recovery, recovery_of
 from gprune.runs import folder
 from gprune.stages import callbacks
 from gprune.stages.distillation import DistillationStage, watched_layers

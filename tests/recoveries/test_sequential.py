@@ -23,8 +23,8 @@ from gprune.models.masks import Masks
 from gprune.models.offload import is_offloaded
 from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline import plan as preparation
-from gprune.recovery import RECOVERY
-from gprune.recovery.prefix import PrunedPrefix, lost, recover_sequentially
+from gprune.recoveries import RECOVERY
+from gprune.recoveries.prefix import PrunedPrefix, lost, recover_sequentially
 from gprune.storage.files import read_json
 from tests import tiny_run
 from tests.calibration.test_layerwise import assert_same_run

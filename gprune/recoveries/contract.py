@@ -282,7 +282,7 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
     def file(entry: Any) -> Any:
         """Put the class or function into `RECOVERY` under its name, and give it back; UserError for anything else."""
         if isinstance(entry, type) and not issubclass(entry, Recovery):
-            raise UserError(f"Recovery '{name}': expected a class of gprune.recovery.Recovery, got {entry.__name__}.")
+            raise UserError(f"Recovery '{name}': expected a class of gprune.recoveries.Recovery, got {entry.__name__}.")
         if not callable(entry):
             raise UserError(f"Recovery '{name}': expected a function or a class, got {type(entry).__name__}.")
         made = entry() if isinstance(entry, type) else Projection(entry, needs=needs, experts=experts)

@@ -32,7 +32,7 @@ from gprune.errors import require_finite
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, resident
-from gprune.recovery.least_squares import ridge_correction
+from gprune.recoveries.least_squares import ridge_correction
 
 Target = Literal["residual", "output"]
 

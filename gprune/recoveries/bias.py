@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gprune.recovery.contract import recovery
+from gprune.recoveries.contract import recovery
 
 if TYPE_CHECKING:
     from torch import Tensor

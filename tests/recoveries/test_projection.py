@@ -15,8 +15,8 @@ from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
-from gprune.recovery import RECOVERY, Material, Recovery, recovery
-from gprune.recovery.contract import Projection
+from gprune.recoveries import RECOVERY, Material, Recovery, recovery
+from gprune.recoveries.contract import Projection
 from tests.calibration.test_collector import batches, recorded
 from tests.tiny_families import some_masks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gprune.recovery.contract import NOTHING, Material, Recovery, Revise, recovery
+from gprune.recoveries.contract import NOTHING, Material, Recovery, Revise, recovery
 
 if TYPE_CHECKING:
     from gprune.models.blocks import Block
@@ -22,7 +22,7 @@ class SequentialLeastSquares(Recovery):
 
     def revise(self, material: Material) -> Revise:
         """Solve each block's projections behind the blocks that are recovered already."""
-        from gprune.recovery.prefix import PrunedPrefix
+        from gprune.recoveries.prefix import PrunedPrefix
 
         prefix = PrunedPrefix(material.dense, material.masks, material.batches, ridge=material.ridge)
 
