@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from gprune.models.blocks import blocks_of
 from gprune.models.families import FAMILIES
 from gprune.models.masks import Masks
-from gprune.sparsity.masks import top_of_experts
+from gprune.sparsity.cut import top_of_experts
 
 SIZES = {
     "vocab_size": 128,

@@ -15,7 +15,7 @@ from gprune.models.embedded import model_label
 from gprune.models.loading import load_model
 from gprune.models.masks import Masks
 from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.masks import keep_masks
+from gprune.sparsity.cut import keep_masks
 from gprune.storage.reading import expanded
 
 from .measure import Clock, machine

@@ -25,7 +25,7 @@ from gprune.models.loading import load_model
 from gprune.models.surgery import count_parameters
 from gprune.recoveries import Material, recovery_of
 from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.masks import keep_masks
+from gprune.sparsity.cut import keep_masks
 
 from .measure import Table, alternated
 from .models import Settings, batches, model_of, tokens

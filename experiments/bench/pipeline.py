@@ -32,13 +32,13 @@ from gprune.partition.objective import refinement_inputs
 from gprune.partition.record import ModuleRanks
 from gprune.partition.reliability import within_module_ranks
 from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import gated
-from gprune.sparsity.masks import keep_masks
 from gprune.sparsity.thresholds import start_thresholds
 from gprune.stages.base import FrozenLMStage
 from gprune.stages.distillation import DistillationStage
 from gprune.stages.refinement import AssignmentRefinement
-from gprune.stages.thresholds import Learning, ThresholdLearning
+from gprune.stages.threshold_learning import Learning, ThresholdLearning
 
 from .measure import MIB, Clock, Table, Timing, alternated, in_turn, peak_above
 from .models import DTYPES, Settings, batches, model_of, random_llama, random_masks, tokens

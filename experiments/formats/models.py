@@ -21,7 +21,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
 from gprune.models.masks import Masks
 from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.masks import keep_masks
+from gprune.sparsity.cut import keep_masks
 
 from ..vllm_check import content_of
 

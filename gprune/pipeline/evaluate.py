@@ -22,7 +22,7 @@ from gprune.export.hf import stock_skeleton
 from gprune.models.embedded import model_label
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
-from gprune.models.surgery import count_parameters, removed_parameters, widths
+from gprune.models.surgery import count_parameters, removed_parameters, sharded_copy, widths
 from gprune.partition.record import Modules
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
@@ -34,7 +34,6 @@ from gprune.report.records import means_and_gaps, unseen_ratios
 from gprune.report.run_figures import write_figures
 from gprune.runs import schema, tracking
 from gprune.runs.results import row_name
-from gprune.stages.base import spread
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import file_hashes, key_of, read_json, replacing, write_json
 
@@ -100,10 +99,10 @@ def leaks(run: Run) -> dict[str, tuple[bool, float]]:
 
 
 def placed(run: Run, model: PreTrainedModel, *, shared: bool) -> PreTrainedModel:
-    """The model; or with `--model.shard`, where processes share the work, its copy that is spread over them."""
+    """The model; or with `--model.shard`, where processes share the work, its copy that is sharded over them."""
     if not (run.cfg.model.shard and shared):
         return model
-    return spread(model, run.plan.device, processes()[1])
+    return sharded_copy(model, run.plan.device, processes()[1])
 
 
 def dense_perplexities(run: Run, *, shared: bool = False) -> list[PerplexityResult]:

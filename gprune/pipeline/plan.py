@@ -28,7 +28,7 @@ from gprune.recoveries import recovery_of
 from gprune.runs.trainer import check_trainer
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.masks import keep_masks
+from gprune.sparsity.cut import keep_masks
 
 log = logging.getLogger("gprune")
 

@@ -22,7 +22,7 @@ from gprune.sparsity.thresholds import (
     thresholds_from_named,
 )
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve, log_modules
-from gprune.stages.thresholds import Learning, ThresholdLearning
+from gprune.stages.threshold_learning import Learning, ThresholdLearning
 
 
 def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Scores:

@@ -84,7 +84,7 @@ def allocate(
     from torch import Tensor
 
     from gprune.models.masks import Masks
-    from gprune.sparsity.masks import keep_masks
+    from gprune.sparsity.cut import keep_masks
 
     found = ALLOCATION[name](scores, statistics, blocks, budget, **options)
     expected = [tuple(s.shape) for s in (*scores.ffn, *scores.attention)]
@@ -216,7 +216,7 @@ def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block],
     import torch
 
     from gprune.models.masks import Masks
-    from gprune.sparsity.masks import top_of_experts
+    from gprune.sparsity.cut import top_of_experts
 
     masks = Masks([torch.ones(b.experts * b.neurons, dtype=torch.bool) for b in blocks],
                   [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 from gprune.models.masks import Masks
 from gprune.partition.record import ModuleRanks
 from gprune.sparsity.budget import Budget
-from gprune.sparsity.masks import keep_masks, margins
+from gprune.sparsity.cut import keep_masks, margins
 
 # Logits per module of every block: (K,) for neurons, and (1,) for the block's KV groups, which are one module.
 Thresholds = tuple[list[Tensor], list[Tensor]]

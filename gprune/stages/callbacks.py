@@ -24,7 +24,7 @@ from gprune.partition.reliability import module_means
 from gprune.runs.tracking import log_scalars, log_table
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.gates import gated, masked
-from gprune.stages.thresholds import ThresholdLearning
+from gprune.stages.threshold_learning import ThresholdLearning
 
 log = logging.getLogger("gprune")
 

@@ -23,8 +23,8 @@ from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import PrunedLlamaConfig, PrunedLlamaForCausalLM, PrunedLlamaModel, layer_configs
 from gprune.models.surgery import prune, widths
 from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import masked
-from gprune.sparsity.masks import keep_masks
 from tests.conftest import make_tiny_llama
 from tests.models.test_surgery import GREEDY, depth, random_masks, randomise_biases
 from tests.tiny_families import make_tiny

@@ -32,8 +32,8 @@ from gprune.models.masks import Masks
 from gprune.models.surgery import count_parameters, prune, removed_parameters, widths
 from gprune.runs.results import load_run
 from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
+from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import gated, masked
-from gprune.sparsity.masks import keep_masks
 from tests import tiny_run
 from tests.tiny_families import SIZES, make_tiny, some_masks
 

@@ -403,12 +403,12 @@ from gprune.cli import main
 from gprune.stages import base
 
 def noted(*args):
-    copy = spread(*args)
+    copy = sharded_copy(*args)
     here = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in copy.parameters())
     Path(sys.argv[1], f"{args[1]}.{base.torch.distributed.get_rank()}").write_text(str(here))
     return copy
 
-spread, base.spread, gprune.calibration.layerwise.GRAMS_IN_MEMORY = base.spread, noted, 1
+sharded_copy, base.sharded_copy, gprune.calibration.layerwise.GRAMS_IN_MEMORY = base.sharded_copy, noted, 1
 if __name__ == "__main__":
     raise SystemExit(main(sys.argv[2:]))
 """

@@ -37,10 +37,10 @@ from gprune.partition.record import ModuleRanks
 from gprune.pipeline.save import masked_logits
 from gprune.recoveries import Material, recovery_of
 from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.masks import keep_masks
+from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import start_thresholds
 from gprune.stages.callbacks import ApplyMasks
-from gprune.stages.thresholds import Learning, ThresholdLearning
+from gprune.stages.threshold_learning import Learning, ThresholdLearning
 from tests.pretend import TYPE, Devices, placed, pretend
 from tests.tiny_families import make_tiny, some_masks
 

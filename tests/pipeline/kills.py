@@ -45,7 +45,7 @@ from gprune.report.table import markdown
 from gprune.stages.calibration import CalibrationStage
 from gprune.stages.distillation import DistillationStage
 from gprune.stages.refinement import AssignmentRefinement
-from gprune.stages.thresholds import ThresholdLearning
+from gprune.stages.threshold_learning import ThresholdLearning
 from gprune.storage import files as artifacts
 from gprune.storage.cache import cache_dir
 

@@ -260,7 +260,7 @@ def test_a_non_finite_activation(refused, world, tmp_path):
 def test_a_non_finite_loss_in_learning_leaves_the_finished_steps(refused, world, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
-            "gprune.stages.thresholds.next_token_losses",
+            "gprune.stages.threshold_learning.next_token_losses",
             lambda *a, **k: torch.full((4,), torch.nan, requires_grad=True),
         )
         assert "loss of threshold learning is nan" in refused(begun=True)
@@ -394,7 +394,7 @@ def interrupt(*args, **kwargs):
     [
         "gprune.pipeline.plan.read_config",  # before anything
         "gprune.stages.calibration.CalibrationStage.test_step",  # inside test
-        "gprune.stages.thresholds.ThresholdLearning.training_step",  # inside fit
+        "gprune.stages.threshold_learning.ThresholdLearning.training_step",  # inside fit
         "gprune.pipeline.recover.shrink",  # after learning
     ],
 )

@@ -13,7 +13,7 @@ from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
 from gprune.partition.reliability import within_module_ranks
 from gprune.runs.results import load_run
-from gprune.sparsity.masks import margins
+from gprune.sparsity.cut import margins
 from gprune.storage.files import read_json, read_tensors
 from tests import tiny_run
 from tests.pipeline.test_bad_input import poison

@@ -28,7 +28,7 @@ from gprune.models.masks import Masks
 from gprune.pipeline import evaluate as outcome
 from gprune.sparsity.budget import unit_costs
 from gprune.sparsity.gates import masked
-from gprune.stages.thresholds import ThresholdLearning
+from gprune.stages.threshold_learning import ThresholdLearning
 from tests import built_in, tiny_run
 
 FIELDS = {

@@ -14,7 +14,7 @@ from gprune.models.surgery import prune, removed_parameters
 from gprune.pipeline.plan import check
 from gprune.runs.folder import corpus_file
 from gprune.stages.distillation import DistillationStage
-from gprune.stages.thresholds import ThresholdLearning
+from gprune.stages.threshold_learning import ThresholdLearning
 from gprune.storage.files import read_tensors
 from tests import tiny_run
 

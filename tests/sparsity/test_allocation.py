@@ -18,7 +18,7 @@ from gprune.models.masks import Masks
 from gprune.models.surgery import count_parameters, prune, removed_parameters
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation
 from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.masks import keep_masks
+from gprune.sparsity.cut import keep_masks
 from tests import tiny_run
 from tests.calibration.test_collector import batches, recorded
 from tests.conftest import make_tiny_llama

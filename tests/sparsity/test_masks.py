@@ -17,8 +17,8 @@ from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
+from gprune.sparsity.cut import cut_margin, keep_masks, margins
 from gprune.sparsity.gates import gated, masked, soft_gate, straight_through
-from gprune.sparsity.masks import cut_margin, keep_masks, margins
 from tests.conftest import make_tiny_llama
 
 

@@ -25,7 +25,7 @@ from gprune.stages import callbacks
 from gprune.stages.distillation import DistillationStage, watched_layers
 from gprune.storage.files import read_tensors
 from tests import tiny_run
-from tests.stages.test_thresholds import sampled_tokens
+from tests.stages.test_threshold_learning import sampled_tokens
 from tests.tiny_families import make_tiny, some_masks
 
 TARGETS = ("vectors", "mlp", "all", "lora")

@@ -15,8 +15,8 @@ from gprune.models.losses import final_hidden, next_token_losses
 from gprune.models.masks import Masks
 from gprune.partition.record import ModuleRanks
 from gprune.sparsity.budget import Budget
+from gprune.sparsity.cut import Cut, cut_margin
 from gprune.sparsity.gates import soft_gate, straight_through
-from gprune.sparsity.masks import Cut, cut_margin
 from gprune.sparsity.thresholds import Thresholds, masks_from_thresholds, unit_margins
 from gprune.stages.base import FrozenLMStage
 

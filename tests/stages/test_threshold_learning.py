@@ -19,11 +19,11 @@ from gprune.partition.drift import fractional_ranks
 from gprune.partition.record import ModuleRanks
 from gprune.partition.reliability import module_means, within_module_ranks
 from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
+from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import gated, masked, soft_gate
-from gprune.sparsity.masks import keep_masks
 from gprune.sparsity.thresholds import masks_from_thresholds, start_thresholds
 from gprune.stages.callbacks import ApplyMasks
-from gprune.stages.thresholds import Learning, ThresholdLearning
+from gprune.stages.threshold_learning import Learning, ThresholdLearning
 from tests.conftest import make_tiny_llama
 
 K = 4
