@@ -144,37 +144,37 @@ class Chain(Recovery):
 
     def __init__(self, name: str):
         self.name, names = name, name.split("+")
-        self.links = [RECOVERY[link] for link in names]
-        self.needs = frozenset().union(*(link.needs for link in self.links))
-        self.learns = any(link.learns for link in self.links)
-        late = [link.name for link in self.links[1:] if type(link).revise is not Recovery.revise]
+        self.recoveries = [RECOVERY[name] for name in names]
+        self.needs = frozenset().union(*(one.needs for one in self.recoveries))
+        self.learns = any(one.learns for one in self.recoveries)
+        late = [one.name for one in self.recoveries[1:] if type(one).revise is not Recovery.revise]
         if len(set(names)) < len(names) or "none" in names or late:
             why = f"'{late[0]}' goes block by block, which only the first can" if late else "each once, and none alone"
             raise UserError(f"--recovery: expected a chain such as [least_squares,distill], got {name}: {why}.")
 
     def revise(self, material: Material) -> Revise | None:
-        return self.links[0].revise(material)
+        return self.recoveries[0].revise(material)
 
     def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
-        for link in self.links:
-            pruned = link.tune(material, pruned)
+        for one in self.recoveries:
+            pruned = one.tune(material, pruned)
         return pruned
 
     def tokens(
         self, text: int, fresh: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
     ) -> tuple[int, int]:
-        found = [link.tokens(text, fresh, attention=attention, settings=settings) for link in self.links]
-        return sum(forward for forward, _ in found), sum(backward for _, backward in found)
+        costs = [one.tokens(text, fresh, attention=attention, settings=settings) for one in self.recoveries]
+        return sum(forward for forward, _ in costs), sum(backward for _, backward in costs)
 
     def memory(
         self, small: Shapes, states: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
     ) -> tuple[int, int]:
-        found = [link.memory(small, states, attention=attention, settings=settings) for link in self.links]
-        return max(device for device, _ in found), max(host for _, host in found)
+        peaks = [one.memory(small, states, attention=attention, settings=settings) for one in self.recoveries]
+        return max(device for device, _ in peaks), max(host for _, host in peaks)
 
     def refuse(self, blocks: Sequence[Block], *, shard: bool = False, settings: Mapping[str, Any] = NOTHING) -> None:
-        for link in self.links:
-            link.refuse(blocks, shard=shard, settings=settings)
+        for one in self.recoveries:
+            one.refuse(blocks, shard=shard, settings=settings)
 
 
 def recovery_of(name: str) -> Recovery:
@@ -214,8 +214,9 @@ class Projection(Recovery):
                     moments = getattr(material.statistics, kind)[dense.index].total
                     weight = dense.parts[part].weight.to(device_of(dense.layer))
                     experts = dense.experts if kind == "ffn" else 1
-                    found = self.solve(weight, keeps[kind], moments, experts=experts, ridge=material.ridge)
-                    block.parts[part].set(*found)
+                    block.parts[part].set(
+                        *self.solve(weight, keeps[kind], moments, experts=experts, ridge=material.ridge)
+                    )
 
         return revise
 
@@ -243,22 +244,22 @@ class Projection(Recovery):
         with torch.no_grad():
             if moments.count.dim():  # experts have a count each
                 parts = zip(weight.float().chunk(experts, 1), keep.chunk(experts), range(experts), strict=True)
-                found = [self._solved(w, k, moments.of_expert(e, experts), ridge) for w, k, e in parts]
-                if any(bias is not None for _, bias in found):
+                solved = [self._solved(w, k, moments.of_expert(e, experts), ridge) for w, k, e in parts]
+                if any(bias is not None for _, bias in solved):
                     raise UserError(
                         f"Recovery '{self.name}': expected None in place of a bias for experts, which have none; "
                         f"register it with experts=False."
                     )
-                return torch.cat([new for new, _ in found], 1).to(dtype), None
+                return torch.cat([new for new, _ in solved], 1).to(dtype), None
             new, added = self._solved(weight.float(), keep, moments, ridge)
         return new.to(dtype), None if added is None else added.to(dtype)
 
     def _solved(self, weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
         from torch import Tensor
 
-        found = self.solver(weight, keep, moments, ridge)
+        solution = self.solver(weight, keep, moments, ridge)
         H, kept = len(weight), int(keep.sum())
-        new, bias = found if isinstance(found, tuple) and len(found) == 2 else (None, None)
+        new, bias = solution if isinstance(solution, tuple) and len(solution) == 2 else (None, None)
         shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (new, bias)]
         if shapes[0] != (H, kept) or (bias is not None and shapes[1] != (H,)):
             raise UserError(
@@ -285,9 +286,9 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
             raise UserError(f"Recovery '{name}': expected a class of gprune.recoveries.Recovery, got {entry.__name__}.")
         if not callable(entry):
             raise UserError(f"Recovery '{name}': expected a function or a class, got {type(entry).__name__}.")
-        made = entry() if isinstance(entry, type) else Projection(entry, needs=needs, experts=experts)
-        made.name, made.__module__, made.__qualname__ = name, entry.__module__, entry.__qualname__
-        RECOVERY.register(name)(made)
+        instance = entry() if isinstance(entry, type) else Projection(entry, needs=needs, experts=experts)
+        instance.name, instance.__module__, instance.__qualname__ = name, entry.__module__, entry.__qualname__
+        RECOVERY.register(name)(instance)
         return entry
 
     return file

@@ -39,10 +39,10 @@ Target = Literal["residual", "output"]
 
 def lost(masks: Masks) -> list[tuple[str, ...]]:
     """For each block, the output projections that stay and lose channels, in the order of computation."""
-    kinds = ("output", "down")
+    blocks = zip(masks.attention, masks.ffn, masks.blocks, strict=True)
     return [
-        tuple(part for part, mask in zip(kinds, pair, strict=True) if stays and not bool(mask.all()))
-        for *pair, stays in zip(masks.attention, masks.ffn, masks.blocks, strict=True)
+        tuple(part for part, mask in (("output", groups), ("down", neurons)) if stays and not bool(mask.all()))
+        for groups, neurons, stays in blocks
     ]
 
 
@@ -63,7 +63,7 @@ def recover_sequentially(
         masks: of both kinds; blocks that they drop are missing in `small`, and later blocks make up for them.
         windows: the text, (B, T) int64 token ids each.
         ridge: lambda over the mean diagonal of G.
-        target: the goal behind a projection, see `PrunedPrefix`.
+        target: what holds behind a projection, see `PrunedPrefix`.
 
     Raises:
         UserError: if an activation is not finite.
@@ -100,18 +100,19 @@ class PrunedPrefix:
         ridge: float = 0.01,
         target: Target = "residual",
     ):
-        blocks = blocks_of(model)
-        assert not any(block.has_experts for block in blocks), "experts are not recovered along the prefix"
+        self.blocks = blocks_of(model)
+        assert not any(block.has_experts for block in self.blocks), "experts are not recovered along the prefix"
         self.ridge, self.target = ridge, target
         self.lost = lost(masks)
         # Before the first block that differs both streams are the same; after the last projection nothing is needed.
         self.first = min((i for i, b in enumerate(self.lost) if b or not masks.blocks[i]), default=len(self.lost))
         self.last = max((i for i, b in enumerate(self.lost) if b), default=-1)
-        self.blocks = iter(blocks)
-        self.walk = Walk(model)
+        walk = Walk(model)
         for ids in windows:
-            self.walk.add(ids.to(device_of(model)))
-        self.hidden = [call.hidden for call in self.walk.calls]  # (B, T, H) each, of the pruned stream
+            walk.add(ids.to(device_of(model)))
+        self.calls = walk.calls  # of each batch; `hidden`, (B, T, H), is the dense stream
+        self.passed = 0  # blocks that the dense stream has been through
+        self.hidden = [call.hidden for call in self.calls]  # (B, T, H) each, the pruned stream
         self.tokens = 0  # sum over passes through pruned layers
 
     @torch.no_grad()
@@ -119,7 +120,7 @@ class PrunedPrefix:
         """Solve the projections of the next pruned block in place and let the text go through it.
 
         Args:
-            dense: the same block before pruning; blocks between this one and the last one were dropped.
+            dense: the same block before pruning; the blocks between it and the `dense` of the last call were dropped.
             block: pruned, its weights in memory.
 
         Raises:
@@ -127,19 +128,17 @@ class PrunedPrefix:
         """
         if dense.index > self.last:
             return
-        wanted: dict[str, list[Tensor]] = {}
-        for passed in self.blocks:
-            wanted = self._pass_dense(passed)
-            if passed.index == dense.index:
-                break
+        for passed in self.blocks[self.passed : dense.index + 1]:
+            targets = self._pass_dense(passed)
+        self.passed = dense.index + 1
         if dense.index < self.first:
-            self.hidden = [call.hidden for call in self.walk.calls]
+            self.hidden = [call.hidden for call in self.calls]
             return
         home = device_of(block.layer)
         block.layer.to(device_of(dense.layer))  # where the layer's other arguments are
         try:
             for part in self.lost[dense.index]:
-                self._solve(part, block, dense.index, wanted[part])
+                self._solve(part, block, dense.index, targets[part])
             if dense.index < self.last:
                 for i, hidden in enumerate(self.hidden):
                     self.hidden[i] = self._through(block, dense.index, i, hidden).cpu()
@@ -147,31 +146,32 @@ class PrunedPrefix:
             block.layer.to(home)
 
     def _pass_dense(self, block: Block) -> dict[str, list[Tensor]]:
-        """Take the dense stream through a block; returns the goal behind each projection that lost channels.
+        """Take the dense stream through a block.
 
-        By batch: (tokens, H) in the model's dtype, on the CPU.
+        Returns:
+            Targets behind each projection that lost channels, batch by batch: (tokens, H), model's dtype, on the CPU.
         """
         parts = self.lost[block.index]
-        wanted: dict[str, list[Tensor]] = {part: [] for part in parts}
+        targets: dict[str, list[Tensor]] = {part: [] for part in parts}
         with resident(block.layer), watched(block, parts) as seen:
-            for call in self.walk.calls:
+            for call in self.calls:
                 after = call.through(block.layer, block.index, call.hidden)
                 for part in parts:
-                    wanted[part].append(self._behind(block, part, seen[part][1], call.hidden, after).cpu())
+                    targets[part].append(self._behind(block, part, seen[part][1], call.hidden, after).cpu())
                 call.hidden = after.cpu()
-        return wanted
+        return targets
 
-    def _solve(self, part: str, block: Block, index: int, wanted: list[Tensor]) -> None:
+    def _solve(self, part: str, block: Block, index: int, targets: list[Tensor]) -> None:
         """Take the pruned stream through a block with its present weights, and solve one of its projections."""
         place, device = block.parts[part], device_of(block.layer)
         gram = torch.zeros(place.in_features, place.in_features, device=device)
         cross = torch.zeros(place.out_features, place.in_features, device=device)
         with watched(block, (part,)) as seen:
-            for i, (hidden, goal) in enumerate(zip(self.hidden, wanted, strict=True)):
+            for i, (hidden, target) in enumerate(zip(self.hidden, targets, strict=True)):
                 after = self._through(block, index, i, hidden)
                 x, y = seen[part]
                 x = x.flatten(0, -2).float()
-                error = goal.to(device).float() - self._behind(block, part, y, hidden, after).float()
+                error = target.to(device).float() - self._behind(block, part, y, hidden, after).float()
                 add_gram(gram, x)
                 cross.addmm_(error.T, x)
         require_finite(f"activation came up in block {index} of the pruned model", gram, cross)
@@ -189,12 +189,12 @@ class PrunedPrefix:
         """
         if self.target == "output" or not block.joins_residual(part):
             return output.flatten(0, -2)
-        found = after if part == "down" else before.to(output.device).reshape(output.shape) + output
-        return found.flatten(0, -2)
+        stream = after if part == "down" else before.to(output.device).reshape(output.shape) + output
+        return stream.flatten(0, -2)
 
     def _through(self, block: Block, index: int, batch: int, hidden: Tensor) -> Tensor:
         self.tokens += hidden.shape[0] * hidden.shape[1]
-        return self.walk.calls[batch].through(block.layer, index, hidden)
+        return self.calls[batch].through(block.layer, index, hidden)
 
 
 @contextmanager

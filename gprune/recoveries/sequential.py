@@ -1,4 +1,4 @@
-"""Least squares along the pruned prefix, as a link of a run; the mathematics is in `prefix.py`."""
+"""Least squares along the pruned prefix, as a recovery of runs; the mathematics is in `prefix.py`."""
 
 from __future__ import annotations
 

@@ -81,29 +81,27 @@ def allocate(
     name: str, scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget, **options: float
 ) -> Masks:
     """Keep masks by the rule `name`; a UserError if its margins have other shapes than the scores, or hold NaN."""
+    import torch
     from torch import Tensor
 
     from gprune.models.masks import Masks
     from gprune.sparsity.cut import keep_masks
 
-    found = ALLOCATION[name](scores, statistics, blocks, budget, **options)
-    expected = [tuple(s.shape) for s in (*scores.ffn, *scores.attention)]
-    if isinstance(found, Masks):
-        if [(tuple(m.shape), str(m.dtype)) for m in (*found.ffn, *found.attention)] != [
-            (shape, "torch.bool") for shape in expected
-        ]:
+    result = ALLOCATION[name](scores, statistics, blocks, budget, **options)
+    shapes = [tuple(s.shape) for s in (*scores.ffn, *scores.attention)]
+    if isinstance(result, Masks):
+        if [(m.dtype, tuple(m.shape)) for m in (*result.ffn, *result.attention)] != [(torch.bool, s) for s in shapes]:
             raise UserError(f"Allocation '{name}': expected masks shaped as the scores are, of bool.")
-        return found
-    pair = isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(part, list | tuple) for part in found)
-    if not pair:
+        return result
+    if not (isinstance(result, tuple | list) and [isinstance(kind, list | tuple) for kind in result] == [True, True]):
         raise UserError(
             f"Allocation '{name}': expected margins as (neurons, KV groups), a list of tensors each, or Masks, got "
-            f"{type(found).__name__}."
+            f"{type(result).__name__}."
         )
-    neurons, groups = found
+    neurons, groups = result
     got = [tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__ for m in (*neurons, *groups)]
-    if got != expected:
-        wrong = next((g for g, e in zip(got, expected, strict=False) if g != e), f"{len(got)} of them")
+    if got != shapes:
+        wrong = next((g for g, s in zip(got, shapes, strict=False) if g != s), f"{len(got)} of them")
         raise UserError(
             f"Allocation '{name}': expected margins of {len(scores.ffn)} blocks' neurons and KV groups, shaped as "
             f"the scores are, got {wrong}."
@@ -115,8 +113,8 @@ def allocate(
 
 def removed_in_words(share: float, scope: str, rule: str, digits: int = 2) -> str:
     """'50.00% of ffn'; where a rule removes whole blocks, attention and norms too, what that is as much as."""
-    whole = rule in ALLOCATION and ALLOCATION[rule].whole_blocks
-    return f"{'as many parameters as ' * whole}{share:.{digits}%} of {scope}"
+    removed = f"{share:.{digits}%} of {scope}"
+    return f"as many parameters as {removed}" if rule in ALLOCATION and ALLOCATION[rule].whole_blocks else removed
 
 
 @allocation("learned", modules=True, learned=True)

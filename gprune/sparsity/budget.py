@@ -38,13 +38,16 @@ class UnitCosts:
     @property
     def total(self) -> int:
         """Parameters of all units in the scope (biases of down and output projections belong to no unit)."""
-        return _weighted(self.neuron, self.neurons) + self.attention * _weighted(self.group, self.groups)
+        groups = _weighted(self.group, self.groups) if self.attention else 0
+        return _weighted(self.neuron, self.neurons) + groups
 
     def removable(self, width_multiple: int) -> int:
         """Parameters that can go while each open block keeps `width_multiple` neurons and one KV group."""
         open_blocks = [b for b in range(len(self.neurons)) if b not in self.protected]
-        ffn = sum(self.neuron[b] * (self.neurons[b] - width_multiple) for b in open_blocks)
-        return ffn + self.attention * sum(self.group[b] * (self.groups[b] - 1) for b in open_blocks)
+        removable = sum(self.neuron[b] * (self.neurons[b] - width_multiple) for b in open_blocks)
+        if self.attention:
+            removable += sum(self.group[b] * (self.groups[b] - 1) for b in open_blocks)
+        return removable
 
     def removed(self, masks: Masks) -> int:
         """Parameters of the scope that the masks remove."""
@@ -100,19 +103,20 @@ class Budget:
             )
         narrow = min(costs.neurons)
         if not 1 <= width_multiple <= narrow:
-            got = f"got {width_multiple}"
             raise UserError(
-                f"--sparsity.width_multiple: expected 1 to {narrow} (the narrowest block's neurons), {got}."
+                f"--sparsity.width_multiple: expected 1 to {narrow} (the narrowest block's neurons), "
+                f"got {width_multiple}."
             )
         # exact: 0.1 of 30 is 3, where float multiplication and ceil would say 4
         target = -(-Fraction(str(sparsity)) * costs.total // 1)
         removable = costs.removable(width_multiple)
         if target > removable:
-            kept = f"{width_multiple} neuron{'s' * (width_multiple > 1)}" + " and one KV group" * costs.attention
+            kept = "1 neuron" if width_multiple == 1 else f"{width_multiple} neurons"
+            kept += " and one KV group" if costs.attention else ""
+            kept += f" and {len(costs.protected)} keep everything" if costs.protected else ""
             raise UserError(
-                f"--{flag}: {sparsity} cannot be reached: every block keeps {kept}"
-                + f" and {len(costs.protected)} keep everything" * bool(costs.protected)
-                + f", so at most {removable / costs.total:.4f} of the parameters can go; ask for less."
+                f"--{flag}: {sparsity} cannot be reached: every block keeps {kept}, so at most "
+                f"{removable / costs.total:.4f} of the parameters can go; ask for less."
             )
         return cls(costs, int(target), width_multiple, sparsity)
 

@@ -1,4 +1,4 @@
-"""From margins to keep masks that meet the budget exactly.
+"""Cut: from margins to keep masks that meet the budget exactly.
 
 A unit's *margin* is logit(p_i) - t_m: its rank inside its module against the module's threshold. Units go in order
 of margin, smallest first, over the whole model, until the counted parameters reach the target.
@@ -36,7 +36,7 @@ def top_of_experts(margin: Tensor, kept: int | Tensor, *, experts: int = 1) -> T
 class Segments:
     """Units of several blocks, sorted together, and then block by block: two sorts, however many blocks there are.
 
-    Everything that shapes alone decide is worked out here, so that sorting never asks the host for a size.
+    What follows from shapes is computed here, once, so that sorting never waits for the device.
 
     Args:
         sizes: units of each block.
@@ -46,8 +46,8 @@ class Segments:
     def __init__(self, sizes: Sequence[int], device: torch.device):
         self.sizes = list(sizes)
         self.starts = [sum(self.sizes[:b]) for b in range(len(self.sizes))]
-        self.block = spread(range(len(self.sizes)), self.sizes, device)
-        self.place = torch.arange(sum(self.sizes), device=device) - spread(self.starts, self.sizes, device)
+        self.block = repeated(range(len(self.sizes)), self.sizes, device)
+        self.place = torch.arange(sum(self.sizes), device=device) - repeated(self.starts, self.sizes, device)
 
     def sort(self, margins: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """All margins, float64, and their units, block by block and inside a block in order of (margin, index)."""
@@ -57,11 +57,10 @@ class Segments:
         return joined[order], order
 
 
-def spread(values: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:
-    """Each value so many times, int64; made in the memory of the host, which alone knows the sizes."""
-    pairs = zip(values, sizes, strict=True)
-    found = torch.cat([torch.empty(0, dtype=torch.long), *(torch.full((n,), v) for v, n in pairs)])
-    return found.to(device, non_blocking=True)
+def repeated(values: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:
+    """`values[i]` repeated `sizes[i]` times, int64; repeated on the CPU, so that no GPU waits."""
+    values, sizes = (torch.tensor(list(numbers), dtype=torch.long) for numbers in (values, sizes))
+    return values.repeat_interleave(sizes).to(device, non_blocking=True)
 
 
 def _take_until(keys: Tensor, cost: Tensor, target: int | Tensor) -> Tensor:
@@ -72,33 +71,42 @@ def _take_until(keys: Tensor, cost: Tensor, target: int | Tensor) -> Tensor:
 
 
 class Cut:
-    """`keep_masks` for one budget, time after time, on the device of the margins and without asking it for anything.
+    """`keep_masks` for one budget, to call again and again: on the device of the margins, and without waiting for it.
 
     A block's neurons (slots, where there are experts) go in *steps*, in order of (margin, index). The key of a step is
     its largest margin, so a step never goes before its last neuron would. The first step brings an odd width onto the
     grid; the last `width_multiple` neurons are in no step: they stay. Costs are whole numbers, summed exactly.
+
+    For example, two blocks with neurons of 3 parameters each, `width_multiple` 2, and 8 parameters to remove:
+
+                            block 0                     block 1
+        margins             0.9  0.1  0.5  0.2  0.7     0.3  0.8  0.4  0.6
+        in order, in steps  0.1 | 0.2  0.5 | stay       0.3  0.4 | stay
+        key (cost)          0.1 (3)   0.5 (6)           0.4 (6)
+
+    Of all steps 0.1 goes first, then 0.4: 9 parameters, which is enough. Block 0 keeps neurons 0, 2, 3 and 4, block 1
+    neurons 1 and 3.
     """
 
     def __init__(self, budget: Budget, device: torch.device):
-        self.budget, costs = budget, budget.costs
+        self.budget, costs, step = budget, budget.costs, budget.width_multiple
         self.slots, self.groups = Segments(costs.neurons, device), Segments(costs.groups, device)
-        sizes, ends = [], []
-        for b, (N, start) in enumerate(zip(costs.neurons, self.slots.starts, strict=True)):
-            removable, step = 0 if b in costs.protected else N - budget.width_multiple, budget.width_multiple
-            own = torch.arange(removable % step or step, removable + 1, step) if removable else torch.arange(0)
-            sizes.append(torch.diff(own, prepend=own.new_zeros(1)))
-            ends.append(own - 1 + start)
-        counts = [len(s) for s in sizes]
-        self.size, self.end = (torch.cat(parts).to(device, non_blocking=True) for parts in (sizes, ends))
-        self.step_block = spread(range(len(counts)), counts, device)
-        self.cost = self.size * spread(costs.neuron, counts, device)
-        self.fillable = sum(c * int(s.sum()) for c, s in zip(costs.neuron, sizes, strict=True))
-        going = [0 if b in costs.protected else n - 1 for b, n in enumerate(costs.groups)]  # the best one stays
-        starts = zip(self.groups.starts, going, strict=True)
-        self.group_end = torch.cat([torch.arange(start, start + n) for start, n in starts]).to(
-            device, non_blocking=True
+        removable = [0 if b in costs.protected else N - step for b, N in enumerate(costs.neurons)]
+        self.fillable = sum(c * n for c, n in zip(costs.neuron, removable, strict=True))
+        # Neurons that are gone after each step of a block.
+        gone = [torch.arange(n % step or step, n + 1, step) if n else torch.arange(0) for n in removable]
+        steps = [len(g) for g in gone]
+        sizes = torch.cat([g.diff(prepend=g.new_zeros(1)) for g in gone])
+        ends = torch.cat([start + g - 1 for start, g in zip(self.slots.starts, gone, strict=True)])
+        self.size, self.end = (t.to(device, non_blocking=True) for t in (sizes, ends))
+        self.step_block = repeated(range(len(steps)), steps, device)
+        self.cost = self.size * repeated(costs.neuron, steps, device)
+        removable = [0 if b in costs.protected else n - 1 for b, n in enumerate(costs.groups)]  # the best one stays
+        ends = torch.cat(
+            [torch.arange(start, start + n) for start, n in zip(self.groups.starts, removable, strict=True)]
         )
-        self.group_cost = spread(costs.group, going, device)
+        self.group_end = ends.to(device, non_blocking=True)
+        self.group_cost = repeated(costs.group, removable, device)
 
     def __call__(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None) -> Masks:
         """Masks from margins, see `keep_masks`."""
@@ -111,9 +119,9 @@ class Cut:
         if costs.attention:
             assert group_margins is not None
             group_keys, group_order = self.groups.sort(group_margins)
-            falls = self._groups(group_keys[self.group_end], keys)
-            groups[group_order[self.group_end]] = ~falls
-            target = target - (self.group_cost * falls).sum()
+            removed = self._groups(group_keys[self.group_end], keys)
+            groups[group_order[self.group_end]] = ~removed
+            target = target - (self.group_cost * removed).sum()
         taken = self.size * _take_until(keys, self.cost, target)
         # Steps of one block go in order: keys grow with the step, and ties go by position.
         gone = torch.zeros(len(slots), dtype=torch.long, device=keys.device).index_add_(0, self.step_block, taken)
@@ -125,7 +133,7 @@ class Cut:
         return Masks(ffn, list(groups.split(self.groups.sizes)))
 
     def _groups(self, group_keys: Tensor, keys: Tensor) -> Tensor:
-        """Bool: the KV groups that fall, of those that may, from the common order of groups and neurons' steps."""
+        """Bool: which KV groups are removed, of those that may be, by the common order of groups and neurons' steps."""
         target, count = self.budget.target, len(group_keys)
         taken = _take_until(torch.cat([group_keys, keys]), torch.cat([self.group_cost, self.cost]), target)[:count]
         order = group_keys.argsort(stable=True)  # those taken come first
@@ -142,7 +150,7 @@ def keep_masks(
 ) -> Masks:
     """Remove units in order of margin (ties by block, then index) until `budget.target` parameters are gone.
 
-    With attention in scope, the KV groups that the common order of all units would remove fall first. Neurons fill the
+    With attention in scope, the KV groups that the common order of all units would remove go first. Neurons fill the
     rest, so the overshoot is less than one neuron (one step of `width_multiple` neurons), and no group is removed only
     to land far beyond the target. Each block keeps `width_multiple` neurons and one KV group.
 

@@ -1,4 +1,4 @@
-"""The stage that is a link of a run's `--recovery`; what it does is imported when it does it."""
+"""The recovery `distill`; PyTorch and the stage that it trains are imported when it runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @recovery("distill")
 class Distill(Recovery):
-    """KL to the dense model on text of `corpora.recover`, end to end: `DistillationStage` as a link of a run."""
+    """KL to the dense model on text of `corpora.recover`, end to end: by a `DistillationStage`."""
 
     learns = True
 

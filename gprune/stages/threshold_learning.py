@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class Learning:
     # Offsets stay within +- this many logits. Adam moves a neuron that carries nearly all of its block as fast as any
     # other, and the gradient of its gate does not show the cliff behind it.
     offset_limit: float = math.inf
-    centred: bool = False  # the part of the gradient that moves all units alike is taken off before Adam sees it
+    centred: bool = False  # subtract the mean gradient over units before Adam sees it
 
 
 class ThresholdLearning(FrozenLMStage):
@@ -52,9 +52,9 @@ class ThresholdLearning(FrozenLMStage):
     from it. So after every update thresholds are shifted until the budget cuts at margin 0, where s_i crosses 1/2: the
     gradient is always taken at the units that are about to change sides.
 
-    Adam steps by signs more than by sizes, and opening any unit lowers the loss: left to itself it moves all thresholds
-    the same way, which changes no mask. With `centred` the gradient of each unit has the mean over all units taken off
-    (over a block's, where all blocks have to be equally wide), and what is left says which units matter more.
+    Opening any unit lowers the loss, and Adam steps by signs more than by sizes: left to itself it moves all thresholds
+    the same way, which changes no mask. With `centred` the mean gradient over units is subtracted first (over the units
+    of a block, where all blocks have to be equally wide).
 
     Args:
         model: frozen.
@@ -122,9 +122,9 @@ class ThresholdLearning(FrozenLMStage):
         """The hard masks of the current thresholds, for this stage's budget or another one, on their device."""
         if budget is not None:
             return masks_from_thresholds(self.moved_ranks, self.thresholds, budget)
-        found = unit_margins(self.moved_ranks, self.thresholds)
-        self._cut = self._cut or Cut(self.budget, found[0][0].device)
-        return self._cut(*found)
+        neurons, groups = unit_margins(self.moved_ranks, self.thresholds)
+        self._cut = self._cut or Cut(self.budget, neurons[0].device)
+        return self._cut(neurons, groups)
 
     def refresh_gates(self) -> None:
         """Recompute the gates, in place in the lists that `gates.gated` reads."""
@@ -144,15 +144,11 @@ class ThresholdLearning(FrozenLMStage):
         if not self.budget.costs.uniform:
             return self.thresholds
         with torch.no_grad():
-            found = zip(unit_margins(self.moved_ranks, self.thresholds), (hard.ffn, hard.attention), strict=True)
-            cuts = [
-                [cut_margin(Masks([k], []), [m]).float() for m, k in zip(*of_blocks, strict=True)]
-                for of_blocks in found
-            ]
-        neurons, groups = (
-            [t + c for t, c in zip(*kind, strict=True)] for kind in zip(self.thresholds, cuts, strict=True)
+            neurons, groups = unit_margins(self.moved_ranks, self.thresholds)
+        return (
+            _moved_to_cuts(self.ffn_thresholds, neurons, hard.ffn),
+            _moved_to_cuts(self.attention_thresholds, groups, hard.attention),
         )
-        return neurons, groups
 
     def open_gates(self) -> None:
         """Open all gates, which gives the dense model, until gates are refreshed."""
@@ -183,29 +179,20 @@ class ThresholdLearning(FrozenLMStage):
         if self.learning.centred:
             self.centre()
 
-    @torch.no_grad()
     def centre(self) -> None:
-        """Take the mean over units off the gradients: of thresholds, which stand for n_m units each, and of offsets.
+        """Take the mean gradient of a unit off the gradients of thresholds, and of offsets: see `centre`.
 
-        Units of blocks that keep everything take no part. Where all blocks have to be equally wide, neurons compete
-        inside their block, and it is their block's mean that they lose; KV groups, of which every block keeps equally
-        many, compete with all neurons.
+        Blocks that keep everything take no part. Where all blocks have to be equally wide, neurons compete inside their
+        block, and it is their block's mean that they lose; KV groups, of which every block keeps equally many, compete
+        with all neurons.
         """
-        costs, sizes = self.budget.costs, self.ranks.sizes
-        open_blocks = [b for b in range(len(sizes)) if b not in costs.protected]
-        neurons = [(self.ffn_thresholds[b], sizes[b]) for b in open_blocks]
-        groups = [(self.attention_thresholds[b], len(self.ranks.attention[b])) for b in open_blocks]
-        offsets = [(self.ffn_offsets[b], 1) for b in open_blocks if self.offsets]
-        for inside, across in ((neurons, groups), (offsets, [])):
-            inside, across = (
-                [(p.grad, torch.ones_like(p) * n) for p, n in kind if p.grad is not None] for kind in (inside, across)
-            )
-            if not inside + across:
-                continue
-            common = _mean_gradient(inside + across)
-            own = [_mean_gradient([pair]) if costs.uniform else common for pair in inside]
-            for (g, n), mean in zip(inside + across, own + [common] * len(across), strict=True):
-                g -= mean * n
+        costs, ranks = self.budget.costs, self.ranks
+        open_blocks = [b for b in range(len(ranks.sizes)) if b not in costs.protected]
+        neurons = [UnitGradient(self.ffn_thresholds[b].grad, ranks.sizes[b]) for b in open_blocks]
+        groups = [UnitGradient(self.attention_thresholds[b].grad, len(ranks.attention[b])) for b in open_blocks]
+        offsets = [UnitGradient(self.ffn_offsets[b].grad, 1) for b in open_blocks if self.offsets]
+        centre(neurons, groups, by_block=costs.uniform)
+        centre(offsets, [], by_block=costs.uniform)
 
     def optimizer_step(self, *args: object, **kwargs: object) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -217,15 +204,47 @@ class ThresholdLearning(FrozenLMStage):
     @torch.no_grad()
     def recentre(self, hard: Masks) -> None:
         """Shift all thresholds by the same amount until the budget cuts at margin 0; the masks `hard` do not change."""
-        found, _ = unit_margins(self.moved_ranks, self.thresholds)
-        shift = cut_margin(hard, found, self.budget.costs.of_experts)
+        neurons, _ = unit_margins(self.moved_ranks, self.thresholds)
+        shift = cut_margin(hard, neurons, self.budget.costs.of_experts)
         for t in (*self.ffn_thresholds, *self.attention_thresholds):
             t += shift.to(t.dtype)
 
 
-def _mean_gradient(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The mean over units, (), of gradients that stand for n units each."""
-    return sum(g.sum() for g, _ in pairs) / sum(n.sum() for _, n in pairs)
+class UnitGradient(NamedTuple):
+    """The gradient of a block's thresholds, or offsets, each of which moves `units` units."""
+
+    gradient: Tensor | None  # (M,); None where they do not learn
+    units: Tensor | int  # (M,), or the same for all
+
+
+@torch.no_grad()
+def centre(neurons: Sequence[UnitGradient], groups: Sequence[UnitGradient], *, by_block: bool) -> None:
+    """Take the mean gradient of a unit off all gradients, in place: what moves all units alike changes no mask.
+
+    Args:
+        neurons, groups: of each block.
+        by_block: neurons lose the mean of their own block; groups still that of all units.
+    """
+    neurons, groups = ([block for block in kind if block.gradient is not None] for kind in (neurons, groups))
+    if not neurons and not groups:
+        return
+    common = _unit_mean([*neurons, *groups])
+    for block in neurons:
+        block.gradient.sub_((_unit_mean([block]) if by_block else common) * block.units)
+    for block in groups:
+        block.gradient.sub_(common * block.units)
+
+
+def _unit_mean(blocks: Sequence[UnitGradient]) -> Tensor:
+    """The mean gradient of a unit, ()."""
+    units = sum((torch.ones_like(block.gradient) * block.units).sum() for block in blocks)
+    return sum(block.gradient.sum() for block in blocks) / units
+
+
+def _moved_to_cuts(thresholds: Sequence[Tensor], margins: Sequence[Tensor], keeps: Sequence[Tensor]) -> list[Tensor]:
+    """Each block's thresholds plus the margin at which the block is cut."""
+    cuts = [cut_margin(Masks([keep], []), [margin]).float() for margin, keep in zip(margins, keeps, strict=True)]
+    return [t + cut for t, cut in zip(thresholds, cuts, strict=True)]
 
 
 def _group_gate(p: Tensor, threshold: Tensor) -> Tensor:
