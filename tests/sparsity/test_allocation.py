@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -102,7 +101,7 @@ def test_global_standardises_the_groups_of_a_metric_that_scores_groups(spiky):
     equal_numbers(found, [np.array([1.0, -1.0]), np.array([-1.0, 1.0]), np.zeros(2)])
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 1e-200, 1e200])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e-200, 1e200])
 def test_global_gives_constant_scores_no_margin(value, spiky):
     ffn, channels = [*spiky[3].ffn], [*spiky[3].channels]
     ffn[1] = torch.full_like(ffn[1], value)
@@ -137,27 +136,17 @@ def outlier_share(model, tokens, multiple: float) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize(("multiple", "spread"), [(5.0, 0.08), (3.0, 0.2)])
-def test_owl_takes_less_from_blocks_with_more_outliers(multiple, spread, spiky):
+@pytest.mark.parametrize("options", [{}, {"multiple": 3.0, "spread": 0.2}], ids=["the paper's", "others"])
+def test_owl_takes_less_from_blocks_with_more_outliers(options, spiky):
     model, tokens, _, scores = spiky
+    multiple, spread = options.get("multiple", 5.0), options.get("spread", 0.08)
     shares = outlier_share(model, tokens, multiple)
-    found = margins_of("owl", spiky, multiple=multiple, spread=spread)
+    found = margins_of("owl", spiky, **options)
     for kind, margins in zip(("ffn", "attention"), found, strict=True):
         D = shares[kind]
         assert len(set(D)) == 3  # the model was made so
         S = 0.5 - (2 * spread * (D - D.min()) / (D.max() - D.min()) - (2 * spread * (D - D.min()) / np.ptp(D)).mean())
         equal_numbers(margins, [ranks(s) - x for s, x in zip(getattr(scores, kind), S, strict=True)])
-        # the same, as the rule is told: read off the margins
-        taken = np.array([(ranks(s) - m.numpy()).mean() for s, m in zip(getattr(scores, kind), margins, strict=True)])
-        assert taken.mean() == pytest.approx(0.5)
-        assert np.ptp(taken) == pytest.approx(2 * spread)
-        order = D.argsort()
-        assert all(taken[a] > taken[b] for a, b in pairwise(order))
-
-
-def test_owl_defaults_are_the_papers(spiky):
-    for mine, theirs in zip(margins_of("owl", spiky), margins_of("owl", spiky, multiple=5.0, spread=0.08), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 @pytest.mark.parametrize("options", [{"multiple": 1e9}, {"spread": 0.0}], ids=["no outlier at all", "no spread"])
@@ -254,10 +243,6 @@ def depth(model, scores, statistics, target: int, protected=frozenset(), width_m
     return allocate("depth", scores, statistics, blocks, Budget(costs, target, width_multiple))
 
 
-def removed_by(model, masks: Masks) -> int:
-    return count_parameters(model, "all") - count_parameters(prune(model, masks), "all")
-
-
 @pytest.mark.parametrize("protected", [frozenset(), frozenset({0}), frozenset({2, 1})])
 def test_depth_removes_blocks_by_influence_and_meets_the_budget(protected, uneven):
     model, statistics, scores = uneven
@@ -265,12 +250,12 @@ def test_depth_removes_blocks_by_influence_and_meets_the_budget(protected, uneve
     order = [b for b in (2, 0, 3, 1) if b not in protected]
     most = sum(blocks[b].cost for b in order) - (0 if protected else blocks[1].cost)
     kinds = set()
-    for target in range(1, most + 1, 97):
+    for target in range(1, most + 1, 311):
         masks = depth(model, scores, statistics, target, protected)
         gone = [b for b, stays in enumerate(masks.blocks) if not stays]
         assert gone == sorted(order[: len(gone)])
         narrowed = [b for b in range(4) if masks.blocks[b] and not (masks.ffn[b].all() and masks.attention[b].all())]
-        over = removed_by(model, masks) - target
+        over = removed_parameters(model, masks) - target
         assert over >= 0
         if narrowed:
             (b,) = narrowed
@@ -290,25 +275,20 @@ def test_depth_removes_blocks_by_influence_and_meets_the_budget(protected, uneve
     assert {True, False} <= {narrow for _, narrow in kinds}
 
 
-def test_depth_removes_exactly_whole_blocks_where_they_are_the_target(uneven):
+@pytest.mark.parametrize(
+    ("influence", "target", "stays"),
+    [
+        ([0.2, 0.9, 0.1, 0.5], (2, 0), [False, True, False, True]),
+        ([0.5] * 4, (0,), [False, True, True, True]),  # ties go by position
+        ([0.5] * 4, (), [True] * 4),
+    ],
+)
+def test_depth_removes_exactly_whole_blocks_where_they_are_the_target(influence, target, stays, uneven):
     model, statistics, scores = uneven
-    blocks = blocks_of(model)
-    masks = depth(model, scores, statistics, blocks[2].cost + blocks[0].cost)
-    assert masks.blocks == [False, True, False, True]
-    assert all(bool(masks.ffn[b].all()) for b in (1, 3))
-
-
-def test_depth_breaks_ties_of_influence_by_position(uneven):
-    model, statistics, scores = uneven
-    even = with_influence(statistics, [0.5] * 4)
-    masks = depth(model, scores, even, blocks_of(model)[0].cost)
-    assert masks.blocks == [False, True, True, True]
-
-
-def test_depth_of_nothing_keeps_everything(uneven):
-    model, statistics, scores = uneven
-    masks = depth(model, scores, statistics, 0)
-    assert removed_by(model, masks) == 0
+    cost = sum(blocks_of(model)[b].cost for b in target)
+    masks = depth(model, scores, with_influence(statistics, influence), cost)
+    assert masks.blocks == stays
+    assert removed_parameters(model, masks) == cost
 
 
 @pytest.mark.parametrize("protected", [frozenset(), frozenset({1}), frozenset(range(4))])
@@ -344,6 +324,5 @@ def test_depth_narrows_its_last_block_to_a_multiple(tiny_model, token_batch):
     cost, neuron = blocks[0].cost, blocks[0].neuron_cost
     masks = depth(tiny_model, scores, statistics, cost + 5 * neuron, width_multiple=16)
     assert sorted(int(m.sum()) for m in masks.ffn) == [0, 32, 48]
-    assert removed_parameters(tiny_model, masks) == cost + 16 * neuron
-    small = prune(tiny_model, masks)
-    assert count_parameters(tiny_model, "all") - count_parameters(small, "all") == cost + 16 * neuron
+    removed = count_parameters(tiny_model, "all") - count_parameters(prune(tiny_model, masks), "all")
+    assert removed == removed_parameters(tiny_model, masks) == cost + 16 * neuron

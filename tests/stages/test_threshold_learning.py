@@ -17,7 +17,7 @@ from gprune.models.losses import next_token_loss
 from gprune.models.masks import Masks
 from gprune.partition.drift import fractional_ranks
 from gprune.partition.record import ModuleRanks
-from gprune.partition.reliability import module_means, within_module_ranks
+from gprune.partition.reliability import within_module_ranks
 from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import gated, masked, soft_gate
@@ -54,9 +54,9 @@ def base_masks(budget: Budget, scores, group_scores) -> Masks:
     return keep_masks(budget, [fractional_ranks(s) for s in scores], [fractional_ranks(s) for s in group_scores])
 
 
-@pytest.mark.parametrize("sparsity", [0.1, 0.333, 0.5, 0.9])
+@pytest.mark.parametrize("sparsity", [0.1, 0.333, 0.9])
 @pytest.mark.parametrize(("attention", "width_multiple"), [(False, 1), (True, 1), (False, 4), (True, 8)])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))  # the second one with ties
 def test_the_start_is_the_base_mask_unit_for_unit(seed, attention, width_multiple, sparsity):
     neurons, groups = [50, 64, 33], [4, 2, 3]
     scores, group_scores, ranks = random_problem(neurons, groups, seed, ties=seed % 2 == 1)
@@ -105,14 +105,13 @@ def test_a_start_with_whole_modules_gone_is_reproduced():
         assert masks_from_thresholds(ranks, start_thresholds(base, ranks), budget) == base
 
 
-@pytest.mark.parametrize("shift", [-3.0, 0.25, 8.0])
+@pytest.mark.parametrize("shift", [-3.0, 8.0])
 @pytest.mark.parametrize("attention", [False, True])
-@pytest.mark.parametrize("seed", range(3))
-def test_a_common_shift_of_all_thresholds_changes_no_mask(seed, attention, shift):
+def test_a_common_shift_of_all_thresholds_changes_no_mask(attention, shift):
     neurons, groups = [50, 64, 33], [4, 2, 3]
-    _, _, ranks = random_problem(neurons, groups, seed)
+    _, _, ranks = random_problem(neurons, groups, seed=0)
     costs = UnitCosts([7] * 3, [90] * 3, neurons, groups, attention)
-    generator = generator_of(seed + 10)
+    generator = generator_of(10)
     ffn = [torch.randn(K, generator=generator, dtype=torch.float64) for _ in neurons]
     heads = [torch.randn(1, generator=generator, dtype=torch.float64) for _ in neurons]
     budget = Budget.of(costs, 0.4)
@@ -154,10 +153,10 @@ def data_of(tokens: torch.Tensor, batch_size: int = 4) -> CorpusDataModule:
     return CorpusDataModule(train=[Windows("demo", "train", tokens)], batch_size=batch_size, seed=0)
 
 
-def trainer_of(*callbacks: L.Callback, epochs: int = 1) -> L.Trainer:
+def trainer_of(*callbacks: L.Callback, epochs: int = 1, **how) -> L.Trainer:
     return L.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, callbacks=list(callbacks),
+        enable_model_summary=False, use_distributed_sampler=False, callbacks=list(callbacks), **how,
     )  # fmt: skip
 
 
@@ -285,17 +284,21 @@ def test_centred_thresholds_learn_where_all_would_move_alike(tiny_model):
     assert changed[True][0] > 0
 
 
-def test_the_divergence_from_the_dense_model_is_what_is_learned_from(tiny_model):
-    """The logged loss of the first step is KL(dense || pruned), from logits of stock transformers in float64."""
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+def test_the_logged_loss_is_that_of_the_hard_masks(loss, tiny_model):
+    """From logits of stock transformers, in float64."""
     tokens = sampled_tokens(tiny_model, windows=4)
-    stage = make_stage(tiny_model, loss="kl", lr=1e-9)
+    stage = make_stage(tiny_model, loss=loss, lr=1e-9)
     trainer = trainer_of(ApplyMasks())
     trainer.fit(stage, data_of(tokens))
     with torch.no_grad():
         dense = tiny_model(tokens).logits[:, :-1].double().log_softmax(-1)
         with masked(tiny_model, stage.masks()):
             pruned = tiny_model(tokens).logits[:, :-1].double().log_softmax(-1)
-    expected = (dense.exp() * (dense - pruned)).sum(-1).mean()
+    if loss == "kl":
+        expected = (dense.exp() * (dense - pruned)).sum(-1).mean()
+    else:
+        expected = -pruned.gather(-1, tokens[:, 1:, None]).mean()
     assert float(expected) > 1e-3
     assert float(trainer.callback_metrics["learn/loss"]) == pytest.approx(float(expected), rel=1e-4)
 
@@ -321,19 +324,6 @@ def test_equal_widths_stay_equal_while_learning(tiny_model):
         np.testing.assert_allclose(stage.ffn_thresholds[b].grad, expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("learn", ["thresholds", "both"])
-def test_equally_wide_blocks_keep_their_kv_groups_from_step_to_step(learn, tiny_model):
-    """What recentring does between two steps changes no mask, with attention in scope either."""
-    stage = make_stage(tiny_model, learn=learn, uniform=True, scope="attention+ffn")
-    for seed in range(20):
-        with torch.no_grad():
-            for t in (*stage.ffn_thresholds, *stage.attention_thresholds):
-                t += 2 * torch.randn(t.shape, generator=generator_of(seed))
-        before = stage.masks()
-        stage.recentre(before)
-        assert stage.masks() == before
-
-
 def test_same_seed_same_bits(tiny_model):
     tokens = sampled_tokens(tiny_model)
     fitted = []
@@ -343,15 +333,6 @@ def test_same_seed_same_bits(tiny_model):
         trainer_of(ApplyMasks(), epochs=2).fit(stage, data_of(tokens))
         fitted.append(stage.state_dict())
     assert all(torch.equal(fitted[0][name], fitted[1][name]) for name in fitted[0])
-
-
-def test_the_logged_loss_is_that_of_the_hard_masks(tiny_model):
-    tokens = sampled_tokens(tiny_model, windows=4)
-    stage = make_stage(tiny_model)
-    expected = pruned_loss(tiny_model, stage.masks(), tokens)
-    trainer = trainer_of(ApplyMasks())
-    trainer.fit(stage, data_of(tokens, batch_size=4))
-    assert float(trainer.callback_metrics["learn/loss"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_windows_of_weight_zero_do_not_count(tiny_model):
@@ -370,38 +351,23 @@ def test_windows_of_weight_zero_do_not_count(tiny_model):
     assert losses["weighted"] == pytest.approx(losses["two"], rel=1e-6)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, UserError])
 @pytest.mark.parametrize("hook", ["on_train_start", "on_before_backward", "on_train_epoch_end"])
-def test_an_exception_inside_fit_leaves_no_hooks(hook, error, tiny_model, token_batch):
-    dense = tiny_model(token_batch).logits
-    seen = []
+def test_an_exception_inside_fit_leaves_no_hooks(hook, tiny_model, token_batch):
+    dense, tokens, callback = tiny_model(token_batch).logits, sampled_tokens(tiny_model), ApplyMasks()
+    hooks = []
 
     def fail(*_args):
-        seen.append(hooks_of(tiny_model))
-        raise error("stop")
-
-    failing = type("Failing", (L.Callback,), {hook: fail})()
-    stage = make_stage(tiny_model)
-    with pytest.raises(error, match="stop"):
-        trainer_of(ApplyMasks(), failing).fit(stage, data_of(sampled_tokens(tiny_model)))
-    assert seen == [3]  # the gates were on
-    assert hooks_of(tiny_model) == 0
-    assert torch.equal(tiny_model(token_batch).logits, dense)
-
-
-def test_apply_masks_can_be_used_again_after_an_exception(tiny_model):
-    tokens, callback = sampled_tokens(tiny_model), ApplyMasks()
-
-    class Once(L.Callback):
-        def on_before_backward(self, *_args):
-            raise RuntimeError("stop")
+        hooks.append(hooks_of(tiny_model))
+        raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        trainer_of(callback, Once()).fit(make_stage(tiny_model), data_of(tokens))
-    stage = make_stage(tiny_model)
-    start = stage.ffn_thresholds[0].detach().clone()
-    trainer_of(callback).fit(stage, data_of(tokens))
-    assert not torch.equal(stage.ffn_thresholds[0], start)
+        trainer_of(callback, type("Failing", (L.Callback,), {hook: fail})()).fit(
+            make_stage(tiny_model), data_of(tokens)
+        )
+    assert hooks == [3]  # the gates were on
+    assert hooks_of(tiny_model) == 0
+    assert torch.equal(tiny_model(token_batch).logits, dense)
+    trainer_of(callback).fit(make_stage(tiny_model), data_of(tokens))  # the callback can be used again
     assert hooks_of(tiny_model) == 0
 
 
@@ -419,55 +385,43 @@ def test_a_model_that_is_not_frozen_is_refused(tiny_model):
         make_stage(tiny_model)
 
 
+@pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("scope", ["ffn", "attention+ffn"])
-def test_recentring_changes_no_mask_and_cuts_at_zero(scope, tiny_model):
-    stage = make_stage(tiny_model, scope=scope)
-    with torch.no_grad():
-        for t in stage.ffn_thresholds:
-            t += torch.randn(K, generator=generator_of(5)) + 3
-    masks = stage.masks()
-    before = torch.cat([t.detach().clone() for t in stage.ffn_thresholds])
-    stage.recentre(masks)
-    assert stage.masks() == masks
-    shift = torch.cat([t.detach() for t in stage.ffn_thresholds]) - before
-    assert shift.max() - shift.min() < 1e-5  # all alike
-    margin = [
-        torch.logit(p) - t.detach().double()[y]
-        for p, t, y in zip(stage.ranks.ffn, stage.ffn_thresholds, stage.ranks.labels, strict=True)
-    ]
-    removed = torch.cat([m[~keep] for m, keep in zip(margin, masks.ffn, strict=True)])
-    assert abs(float(removed.max())) < 1e-5
+def test_recentring_changes_no_mask_and_cuts_at_zero(scope, uniform, tiny_model):
+    stage = make_stage(tiny_model, scope=scope, uniform=uniform)
+    for seed in range(4):
+        with torch.no_grad():
+            for t in (*stage.ffn_thresholds, *stage.attention_thresholds):
+                t += 2 * torch.randn(t.shape, generator=generator_of(seed)) + 3
+        masks, before = stage.masks(), [t.detach().clone() for t in stage.ffn_thresholds]
+        stage.recentre(masks)
+        assert stage.masks() == masks
+        shift = torch.cat([t.detach() - b for t, b in zip(stage.ffn_thresholds, before, strict=True)])
+        assert shift.max() - shift.min() < 1e-5  # all alike
+        parts = zip(stage.ranks.ffn, stage.ffn_thresholds, stage.ranks.labels, masks.ffn, strict=True)
+        removed = torch.cat([(torch.logit(p) - t.detach().double()[y])[~keep] for p, t, y, keep in parts])
+        assert abs(float(removed.max())) < 1e-5
 
 
-def removed_shares(stage) -> list[torch.Tensor]:
-    """Fraction of each module's neurons removed, as the module report logs it."""
-    return [module_means(~m, y) for m, y in zip(stage.masks().ffn, stage.ranks.labels, strict=True)]
-
-
-def test_module_sparsity_and_other_budgets(tiny_model):
+def test_masks_of_a_smaller_budget_are_nested(tiny_model):
     stage = make_stage(tiny_model)
-    masks = stage.masks()
-    for mask, labels, shares in zip(masks.ffn, stage.ranks.labels, removed_shares(stage), strict=True):
-        expected = [1 - mask.numpy()[labels.numpy() == k].mean() for k in range(K)]
-        np.testing.assert_allclose(shares.numpy(), expected)
-    total = sum(float(s.sum()) * 12 for s in removed_shares(stage))  # twelve neurons per module
-    assert round(total) == sum(int((~m).sum()) for m in masks.ffn)
     half = replace(stage.budget, target=stage.budget.target // 2)
-    less = stage.masks(half)
+    masks, less = stage.masks(), stage.masks(half)
     assert 0 <= stage.budget.costs.removed(less) - half.target < stage.budget.costs.neuron[0]
-    # nested: what a smaller budget removes, the larger one removes too
     assert all(bool((a | ~b).all()) for a, b in zip(less.ffn, masks.ffn, strict=True))
 
 
 # --- the gradient -----------------------------------------------------------------------------------------------
 
 
+def soft_gates(ranks: ModuleRanks, flat: torch.Tensor) -> list[torch.Tensor]:
+    parts = zip(ranks.ffn, flat.split(K), ranks.labels, strict=True)
+    return [soft_gate(p, t, y, torch.bincount(y)) for p, t, y in parts]
+
+
 def soft_loss(model, ranks: ModuleRanks, flat: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Float64 cross-entropy through all logits with soft gates alone, as a function of all thresholds."""
-    gates = [
-        soft_gate(p, t, y, torch.bincount(y)) for p, t, y in zip(ranks.ffn, flat.split(K), ranks.labels, strict=True)
-    ]
-    with gated(model, gates):
+    with gated(model, soft_gates(ranks, flat)):
         log_p = model(tokens).logits[:, :-1].log_softmax(-1)
     return -log_p.gather(-1, tokens[:, 1:, None]).mean()
 
@@ -502,10 +456,7 @@ def gradients(seed: int, sparsity: float = 0.3) -> tuple[torch.Tensor, torch.Ten
     numeric = finite_differences(double, ranks, flat, tokens)
 
     flat.requires_grad_()
-    gates = [
-        soft_gate(p, t, y, torch.bincount(y)) for p, t, y in zip(ranks.ffn, flat.split(K), ranks.labels, strict=True)
-    ]
-    with gated(double, gates):
+    with gated(double, soft_gates(ranks, flat)):
         next_token_loss(double, tokens).backward()
 
     stage.refresh_gates()
@@ -514,11 +465,10 @@ def gradients(seed: int, sparsity: float = 0.3) -> tuple[torch.Tensor, torch.Ten
     return numeric, flat.grad, torch.cat([t.grad for t in stage.ffn_thresholds])
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_gradients_against_finite_differences_of_the_soft_loss(seed, record_property):
+@pytest.mark.parametrize("seed", range(2))
+def test_gradients_against_finite_differences_of_the_soft_loss(seed):
     numeric, soft, straight = gradients(seed)
     assert numeric.norm() > 1e-3
-    record_property("cosines", (cosine(soft, numeric), cosine(straight, numeric)))
     # soft gates: the same function, so the same gradient
     assert cosine(soft, numeric) > 0.999
     torch.testing.assert_close(soft, numeric, atol=1e-3 * float(numeric.norm()), rtol=1e-2)

@@ -1,0 +1,186 @@
+"""Masks, gates, and masks on a running model."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+
+from gprune.models.masks import Masks
+from gprune.sparsity.gates import gated, masked, soft_gate, straight_through
+from tests.conftest import make_tiny_llama
+
+
+def some_masks(seed: int = 0, depth: int = 3) -> Masks:
+    generator = torch.Generator().manual_seed(seed)
+    return Masks(
+        [torch.rand(48, generator=generator) < 0.6 for _ in range(depth)],
+        [torch.tensor([True, b % 2 == 0]) for b in range(depth)],
+    )
+
+
+@pytest.mark.parametrize("depth", [1, 3, 12])
+def test_masks_round_trip(depth):
+    masks = some_masks(depth=depth)
+    flat = masks.tensors()
+    assert len(flat) == 2 * depth
+    assert Masks.from_tensors({name: flat[name] for name in sorted(flat)}) == masks
+    assert Masks.from_tensors({name: mask.to(torch.uint8) for name, mask in flat.items()}) == masks
+
+
+def test_a_block_goes_when_its_masks_keep_neither_neuron_nor_group():
+    yes, no = torch.tensor([False, True]), torch.zeros(2, dtype=torch.bool)
+    assert Masks([yes, no, yes, no], [yes, yes, no, no]).blocks == [True, True, True, False]
+
+
+def test_masks_are_equal_when_every_bit_is():
+    masks, other, shorter = some_masks(), some_masks(), some_masks()
+    assert masks == other
+    other.attention[1][0] = False
+    shorter.attention.pop()
+    assert all(masks != different for different in (other, shorter, some_masks(depth=2), "masks"))
+    with pytest.raises(TypeError):
+        hash(masks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_soft_gate_against_numpy(dtype):
+    labels = torch.tensor([0] * 5 + [1] * 50)
+    sizes = torch.bincount(labels)
+    p = torch.cat([(torch.arange(n) + 0.5) / n for n in (5, 50)]).to(dtype)
+    t = torch.tensor([-0.4, 0.7], dtype=dtype)
+    cut = 1 / (1 + np.exp(-t.double().numpy()))
+    temperature = np.array([0.2, 0.05])  # 1/5, and the floor for 1/50
+    y = labels.numpy()
+    expected = 1 / (1 + np.exp(-(p.double().numpy() - cut[y]) / temperature[y]))
+    gate = soft_gate(p, t, labels, sizes)
+    assert gate.dtype == dtype
+    np.testing.assert_allclose(gate.numpy(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_soft_gate_falls_with_its_own_threshold_only():
+    labels, sizes = torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2])
+    t = torch.tensor([0.1, -0.3], dtype=torch.float64, requires_grad=True)
+    p = torch.tensor([0.25, 0.75, 0.25, 0.75], dtype=torch.float64)
+    soft_gate(p, t, labels, sizes)[:2].sum().backward()
+    assert t.grad[0] < 0 == t.grad[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_straight_through_has_hard_values_and_soft_gradients(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = (8 * torch.randn(2000, generator=generator)).to(dtype).requires_grad_()
+    hard = torch.rand(2000, generator=generator) < 0.5
+    slope = torch.randn(2000, generator=generator).to(dtype)
+    gate = straight_through(hard, torch.sigmoid(x))
+    assert torch.equal(gate.detach(), hard.to(dtype))  # exactly 0 or 1
+    (gate * slope).sum().backward()
+    mine, x.grad = x.grad, None
+    (torch.sigmoid(x) * slope).sum().backward()
+    assert torch.equal(mine, x.grad)
+
+
+def zeroed(model, masks: Masks):
+    """A copy whose removed units have zero columns in the output projections."""
+    model = copy.deepcopy(model)
+    for layer, neurons, groups in zip(model.model.layers, masks.ffn, masks.attention, strict=True):
+        layer.mlp.down_proj.weight.data[:, ~neurons] = 0
+        channels = layer.self_attn.o_proj.in_features // len(groups)
+        for g in (~groups).nonzero()[:, 0].tolist():
+            layer.self_attn.o_proj.weight.data[:, g * channels : (g + 1) * channels] = 0
+    return model
+
+
+def hooks_of(model) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("overrides", [{}, {"num_key_value_heads": 4}, {"mlp_bias": True, "attention_bias": True}])
+def test_masked_equals_zeroed_weights(overrides, token_batch):
+    model = make_tiny_llama(**overrides)
+    groups = model.config.num_key_value_heads
+    masks = Masks(some_masks().ffn, [torch.arange(groups) != b for b in range(3)])
+    dense = model(token_batch).logits
+    with masked(model, masks) as same:
+        assert same is model
+        logits = model(token_batch).logits
+    torch.testing.assert_close(logits, zeroed(model, masks)(token_batch).logits, atol=1e-5, rtol=0)
+    assert (logits - dense).abs().max() > 0.1
+
+
+def without_blocks(masks: Masks, *gone: int) -> Masks:
+    """The masks, but for these blocks, which go whole."""
+    none = {"ffn": torch.zeros(48, dtype=torch.bool), "attention": torch.zeros(2, dtype=torch.bool)}
+    kept = ([none[k] if b in gone else m for b, m in enumerate(getattr(masks, k))] for k in ("ffn", "attention"))
+    return Masks(*kept)
+
+
+@pytest.mark.parametrize(
+    ("gone", "narrow"), [((0,), True), ((1,), False), ((2,), True), ((0, 2), False), ((0, 2), True)]
+)
+def test_masked_equals_a_model_without_the_layer(gone, narrow, token_batch):
+    model = make_tiny_llama(attention_bias=True, mlp_bias=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.bias", "down_proj.bias")):  # a layer without units would still add these
+            parameter.data.fill_(0.5)
+    everything = Masks([torch.ones(48, dtype=torch.bool)] * 3, [torch.ones(2, dtype=torch.bool)] * 3)
+    masks = without_blocks(some_masks() if narrow else everything, *gone)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dense = model(token_batch).logits
+    reference = zeroed(model, masks)
+    for index in reversed(gone):
+        del reference.model.layers[index]
+    expected = reference(token_batch, use_cache=False).logits
+    with masked(model, masks):
+        logits = model(token_batch).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert (logits - dense).abs().max() > 0.1
+    assert hooks_of(model) == 0
+    assert torch.equal(model(token_batch).logits, dense)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_attention_gates_alone(tiny_model, token_batch):
+    masks = Masks([torch.ones(48, dtype=torch.bool)] * 3, [torch.tensor([False, True])] * 3)
+    with gated(tiny_model, None, masks.attention):
+        logits = tiny_model(token_batch).logits
+    torch.testing.assert_close(logits, zeroed(tiny_model, masks)(token_batch).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_leaving_restores_the_model_bit_for_bit(tiny_model, token_batch, failing):
+    before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    dense = tiny_model(token_batch).logits
+    with pytest.raises(IndexError) if failing else nullcontext(), masked(tiny_model, without_blocks(some_masks(), 1)):
+        assert hooks_of(tiny_model) == 7  # a gate of each projection, and of the block that is gone
+        tiny_model(torch.full((1, 4), 999) if failing else token_batch)
+    assert hooks_of(tiny_model) == 0
+    assert torch.equal(tiny_model(token_batch).logits, dense)
+    assert all(torch.equal(before[name], tensor) for name, tensor in tiny_model.state_dict().items())
+
+
+def test_a_model_that_cannot_be_watched_is_left_without_hooks(tiny_model):
+    broken = tiny_model.model.layers[2].mlp.down_proj
+    tiny_model.model.layers[2].mlp.down_proj = None
+    with pytest.raises(AttributeError), gated(tiny_model, some_masks().ffn):
+        pass
+    tiny_model.model.layers[2].mlp.down_proj = broken
+    assert hooks_of(tiny_model) == 0
+
+
+def test_gates_are_read_at_every_pass_and_carry_gradients(tiny_model, token_batch):
+    gates = [torch.ones(48) for _ in range(3)]
+    dense = tiny_model(token_batch).logits
+    masks = some_masks()
+    masks.attention[:] = [torch.ones(2, dtype=torch.bool)] * 3
+    with gated(tiny_model, gates):
+        assert torch.equal(tiny_model(token_batch).logits, dense)  # gates that keep everything change nothing
+        gates[:] = [m.float().requires_grad_() for m in masks.ffn]
+        logits = tiny_model(token_batch).logits
+        logits.square().mean().backward()
+    torch.testing.assert_close(logits, zeroed(tiny_model, masks)(token_batch).logits, atol=1e-5, rtol=0)
+    assert all(bool((g.grad != 0).all()) for g in gates)  # removed units have gradients too
+    assert all(p.grad is None for p in tiny_model.parameters())
