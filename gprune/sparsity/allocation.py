@@ -81,31 +81,23 @@ def allocate(
     name: str, scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget, **options: float
 ) -> Masks:
     """Keep masks by the rule `name`; a UserError if its margins have other shapes than the scores, or hold NaN."""
-    import torch
-    from torch import Tensor
-
     from gprune.models.masks import Masks
     from gprune.sparsity.cut import keep_masks
 
     result = ALLOCATION[name](scores, statistics, blocks, budget, **options)
-    shapes = [tuple(s.shape) for s in (*scores.ffn, *scores.attention)]
+    margins = (result.ffn, result.attention) if isinstance(result, Masks) else result
+    try:
+        neurons, groups = margins
+        got = [tuple(m.shape) for m in (*neurons, *groups)]
+    except (TypeError, ValueError, AttributeError):
+        got = f"another {type(result).__name__}"
+    if got != [tuple(s.shape) for s in (*scores.ffn, *scores.attention)]:
+        raise UserError(
+            f"Allocation '{name}': expected Masks, or margins as (neurons, KV groups), each a list of a tensor per "
+            f"block, shaped as its scores are; got {got!s:.200}."
+        )
     if isinstance(result, Masks):
-        if [(m.dtype, tuple(m.shape)) for m in (*result.ffn, *result.attention)] != [(torch.bool, s) for s in shapes]:
-            raise UserError(f"Allocation '{name}': expected masks shaped as the scores are, of bool.")
         return result
-    if not (isinstance(result, tuple | list) and [isinstance(kind, list | tuple) for kind in result] == [True, True]):
-        raise UserError(
-            f"Allocation '{name}': expected margins as (neurons, KV groups), a list of tensors each, or Masks, got "
-            f"{type(result).__name__}."
-        )
-    neurons, groups = result
-    got = [tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__ for m in (*neurons, *groups)]
-    if got != shapes:
-        wrong = next((g for g, s in zip(got, shapes, strict=False) if g != s), f"{len(got)} of them")
-        raise UserError(
-            f"Allocation '{name}': expected margins of {len(scores.ffn)} blocks' neurons and KV groups, shaped as "
-            f"the scores are, got {wrong}."
-        )
     if any(bool(m.isnan().any()) for m in (*neurons, *groups)):
         raise UserError(f"Allocation '{name}': expected margins that are numbers, got NaN.")
     return keep_masks(budget, neurons, groups)

@@ -47,9 +47,6 @@ class ApplyMasks(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: ThresholdLearning, exception: BaseException) -> None:
         self._context.close()
 
-    def teardown(self, trainer: L.Trainer, pl_module: ThresholdLearning, stage: str) -> None:
-        self._context.close()  # for an exception before the first hook; closing twice is harmless
-
 
 class PerplexityCurve(L.Callback):
     """Logs development perplexity per corpus against the epoch of learning, and against sparsity.
@@ -79,21 +76,18 @@ class PerplexityCurve(L.Callback):
     @torch.no_grad()
     def _epoch_point(self, trainer: L.Trainer, pl_module: ThresholdLearning, epoch: int) -> None:
         pl_module.refresh_gates()
-        self.by_epoch.append(self._perplexities(pl_module.lm))
+        self.by_epoch.append(perplexities(pl_module.lm, self.windows, self.batch_size))
         log_perplexities(trainer, "learn", {"learn/epoch": float(epoch)}, self.by_epoch[-1], trainer.global_step)
 
     @torch.no_grad()
     def on_fit_end(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
         """Runs after ApplyMasks has taken its gates off: callbacks are called in order."""
-        self.by_sparsity[0.0] = self._perplexities(pl_module.lm)
+        self.by_sparsity[0.0] = perplexities(pl_module.lm, self.windows, self.batch_size)
         for sparsity, budget in self.budgets.items():
             with masked(pl_module.lm, pl_module.masks(budget)) as lm:
-                self.by_sparsity[sparsity] = self._perplexities(lm)
+                self.by_sparsity[sparsity] = perplexities(lm, self.windows, self.batch_size)
         for step, (sparsity, values) in enumerate(sorted(self.by_sparsity.items())):
             log_perplexities(trainer, "curve", {"curve/sparsity": sparsity}, values, step)
-
-    def _perplexities(self, model: PreTrainedModel) -> dict[str, float]:
-        return perplexities(model, self.windows, self.batch_size)
 
 
 class DevelopmentCurve(L.Callback):
@@ -110,7 +104,7 @@ class DevelopmentCurve(L.Callback):
     def __init__(self, windows: Sequence[Windows], *, points: int, keep: str = "last", batch_size: int = 4):
         self.windows, self.points, self.keep, self.batch_size = windows, points, keep, batch_size
         self.measured: dict[int, float] = {}  # geometric mean by step
-        self.best: dict[str, Tensor] = {}  # what was learned by the step with the lowest
+        self.best: dict[str, Tensor] = {}  # the state of the stage at the lowest mean, on the CPU
         self.tokens = 0
         self.due: set[int] = set()  # steps after which it measures
 
@@ -136,10 +130,10 @@ class DevelopmentCurve(L.Callback):
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the best weights back, if they are kept, and say where what was learned ended worse than it began."""
+        """Put the best weights back, if they are kept; else warn if perplexity ends above where it began."""
         with torch.no_grad():
             for name, value in pl_module.state_dict().items() if self.best else ():
-                value.copy_(_as_spread(self.best[name], value))
+                value.copy_(_sharded_as(value, self.best[name]))
         began, *later = self.measured.values() or (math.nan,)
         if later and not self.best and not later[-1] <= began:
             log.warning(
@@ -151,16 +145,16 @@ class DevelopmentCurve(L.Callback):
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.windows:
             return
-        found = perplexities(pl_module.student, self.windows, self.batch_size)
-        log_perplexities(trainer, "distill", {"distill/tokens": float(self.tokens)}, found, trainer.global_step)
-        mean = trainer.strategy.broadcast(geometric_mean(found.values()))
+        values = perplexities(pl_module.student, self.windows, self.batch_size)
+        log_perplexities(trainer, "distill", {"distill/tokens": float(self.tokens)}, values, trainer.global_step)
+        mean = trainer.strategy.broadcast(geometric_mean(values.values()))
         if self.keep == "best" and mean < min(self.measured.values(), default=math.inf):
             self.best = {name: gathered(value).detach().cpu().clone() for name, value in pl_module.state_dict().items()}
         self.measured[trainer.global_step] = mean
 
 
-def _as_spread(whole: Tensor, value: Tensor) -> Tensor:
-    """This process's part of a whole tensor, if `value` is such a part."""
+def _sharded_as(value: Tensor, whole: Tensor) -> Tensor:
+    """`whole`, or this process's part of it where `value` is sharded."""
     if not is_sharded(value):
         return whole
     from torch.distributed.tensor import distribute_tensor  # not at the top: not every build of torch has it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Literal
 
@@ -58,10 +58,13 @@ class Student:
         return parameter
 
     def _learn_weights(self) -> None:
-        """All weights of decoder layers, or those of their FFNs."""
+        """All weights of decoder layers, or those of their FFNs' projections; anew, where sharding replaced tensors."""
+        self.learned = nn.ParameterDict()
         for block in blocks_of(self.model):
-            for name, parameter in parameters_of(block, "ffn" if self.settings.targets == "mlp" else "all"):
-                self._learn(f"{block.index}.{name}", parameter)
+            ffn = {place.path.rpartition(".")[0] for place in block.slices if place.kind == "ffn"}
+            for name, parameter in block.layer.named_parameters():
+                if self.settings.targets == "all" or name.rpartition(".")[0] in ffn:
+                    self._learn(f"{block.index}.{name}", parameter)
 
     def _learn_vectors(self) -> None:
         """A scale on each channel that enters an output projection, and the gains of norms."""
@@ -117,7 +120,7 @@ class Student:
                 block.layer.dropout = 0.0
 
     def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
-        """Shard the decoder layers over processes by PyTorch's `fully_shard`; weights alone can learn then."""
+        """Shard the decoder layers over processes by PyTorch's `fully_shard`; only weights can learn then."""
         from torch.distributed.fsdp import fully_shard  # not every build of torch has it
 
         self._unsharded = without_weights(self.model)
@@ -125,29 +128,19 @@ class Student:
             # Each layer is a root, which would stay whole after a forward pass: on the device, and for who reads it.
             fully_shard(block.layer, mesh=mesh, reshard_after_forward=True)
         self.model.to(device)
-        self._learn_again()
+        self._learn_weights()
 
     def gather(self) -> None:
         """Put sharded layers together again, on the CPU."""
         whole = self._unsharded
-
-        def owner(name: str) -> tuple[nn.Module, str]:
-            path, _, leaf = name.rpartition(".")
-            return whole.get_submodule(path), leaf
-
-        for name, parameter in self.model.named_parameters():
-            module, leaf = owner(name)
-            module._parameters[leaf] = nn.Parameter(gathered(parameter).detach().cpu())
-        for name, buffer in self.model.named_buffers():
-            module, leaf = owner(name)
-            module._buffers[leaf] = gathered(buffer).detach().cpu()
+        for kind, tensors in (("_parameters", self.model.named_parameters()), ("_buffers", self.model.named_buffers())):
+            for name, tensor in tensors:
+                path, _, leaf = name.rpartition(".")
+                value = gathered(tensor).detach().cpu()
+                parent = whole.get_submodule(path)
+                getattr(parent, kind)[leaf] = nn.Parameter(value) if kind == "_parameters" else value
         whole.tie_weights()
         self.model, self._unsharded = whole.requires_grad_(False), None
-        self._learn_again()
-
-    def _learn_again(self) -> None:
-        """Register the parameters again: sharding, and its end, have replaced the tensors."""
-        self.learned = nn.ParameterDict()
         self._learn_weights()
 
     @torch.no_grad()
@@ -167,11 +160,3 @@ def _checkpointing(model: PreTrainedModel, what: Literal["enable", "disable"]) -
     """The method that transformers 5.24 has renamed."""
     old, new = f"gradient_checkpointing_{what}", f"activation_checkpointing_{what}"
     return getattr(model, new if hasattr(model, new) else old)
-
-
-def parameters_of(block: Block, scope: Literal["ffn", "all"]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of a block: of its FFN's projections, or all."""
-    inside = {place.path.rpartition(".")[0] for place in block.slices if place.kind == "ffn"}
-    for name, parameter in block.layer.named_parameters():
-        if scope == "all" or name.rpartition(".")[0] in inside:
-            yield name, parameter
