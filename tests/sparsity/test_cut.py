@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -16,7 +14,7 @@ from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
-from gprune.sparsity.cut import cut_margin, keep_masks, margins
+from gprune.sparsity.cut import cut_margin, keep_masks
 from tests.conftest import make_tiny_llama
 
 
@@ -234,80 +232,60 @@ def test_small_cases_against_the_rule_step_by_step(problem, data):
     assert masks == reference_masks(costs, neuron, group, target, width_multiple)
 
 
-def test_a_block_as_wide_as_the_width_multiple_stays_whole():
-    costs = costs_of([1, 1], [8, 32])
-    masks = keep_masks(Budget.of(costs, 0.4, 8), [torch.zeros(8), torch.arange(32.0)])
-    assert [int(m.sum()) for m in masks.ffn] == [8, 16]
+ZEROS, RISING = torch.zeros, lambda n: torch.arange(float(n))
+EXAMPLE = ([torch.tensor([0.9, 0.1, 0.5, 0.2, 0.7]), torch.tensor([0.3, 0.8, 0.4, 0.6])], [ZEROS(1)] * 2)
 
 
-def test_groups_go_where_neurons_cannot_fill_the_gap():
-    # One removable neuron of cost 1 and two removable groups of cost 100: 150 needs both groups.
-    costs = costs_of([1], [2], [100], [3])
-    masks = keep_masks(Budget(costs, 150), [torch.zeros(2)], [torch.zeros(3)])
-    assert costs.removed(masks) >= 150
-    assert int(masks.attention[0].sum()) == 1
+@pytest.mark.parametrize(
+    ("costs", "target", "width_multiple", "margins", "gone", "gone_groups"),
+    [
+        # the example in the docstring of `Cut`
+        (costs_of([3, 3], [5, 4]), 8, 2, EXAMPLE, [[1], [0, 2]], [[], []]),
+        (costs_of([1, 1], [9, 5]), 0, 1, ([ZEROS(9), ZEROS(5)], [ZEROS(1)] * 2), [[], []], [[], []]),
+        # a block as wide as the multiple stays whole
+        (costs_of([1, 1], [4, 8]), 3, 4, ([ZEROS(4), RISING(8)], [ZEROS(1)] * 2), [[], [0, 1, 2, 3]], [[], []]),
+        # one neuron of cost 1 can go, and two groups of cost 100: 150 needs both groups
+        (costs_of([1], [2], [100], [3]), 150, 1, ([ZEROS(2)], [RISING(3)]), [[]], [[0, 1]]),
+        # both groups come first and overshoot 50; ties go by block, so that block 1 keeps its own
+        (costs_of([1, 1], [30, 40], [30, 30], [2, 2]), 31, 1, ([RISING(30), 99 + RISING(40)], [ZEROS(2) - 1] * 2),
+         [[0], []], [[0], []]),
+    ],
+)  # fmt: skip
+def test_by_hand(costs, target, width_multiple, margins, gone, gone_groups):
+    masks = keep_masks(Budget(costs, target, width_multiple), *margins)
+    assert [(~m).nonzero()[:, 0].tolist() for m in masks.ffn] == gone
+    assert [(~m).nonzero()[:, 0].tolist() for m in masks.attention] == gone_groups
 
 
-def test_of_tied_groups_the_last_in_order_is_left_in():
-    costs = costs_of([1, 1], [40, 40], [30, 30], [2, 2])
-    # both removable groups come first and together overshoot 50; ties go by block, so block 1 keeps its own
-    masks = keep_masks(Budget(costs, 50), [torch.ones(40), torch.ones(40)], [torch.zeros(2), torch.zeros(2)])
-    assert [m.tolist() for m in masks.attention] == [[False, True], [True, True]]
-    assert costs.removed(masks) == 50
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_masks_do_not_depend_on_the_dtype_or_gradient_of_margins(dtype):
+    margin = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=dtype).requires_grad_()
+    assert keep_masks(Budget(costs_of([1], [4]), 2), [margin]).ffn[0].tolist() == [True, False, True, False]
 
 
-def test_no_target_removes_nothing(tiny_model):
-    costs = unit_costs(blocks_of(tiny_model), scope="ffn")
-    masks = keep_masks(Budget(costs, 0), [torch.rand(48)] * 3)
-    assert all(bool(m.all()) for m in masks.ffn)
+@pytest.mark.parametrize(
+    ("keep", "margins", "experts", "expected"),
+    [
+        ([[1, 0, 0], [1, 1]], [[3.0, -1.0, 0.5], [0.1, 0.2]], None, 0.5),
+        ([[1, 1, 1], [1, 1]], [[3.0, -1.0, 0.5], [0.1, 0.2]], None, 0.0),
+        # two experts lose one neuron each: slot 0, whose margin is the mean of their smallest
+        ([[0, 1, 1, 1, 0, 1]], [[-1.0, 0.0, 2.0, 1.0, 0.5, 3.0]], [2], -0.25),
+    ],
+)
+def test_the_margin_of_the_cut(keep, margins, experts, expected):
+    masks = Masks([torch.tensor(k).bool() for k in keep], [])
+    assert cut_margin(masks, [torch.tensor(m) for m in margins], experts) == expected
 
 
-def test_masks_do_not_depend_on_the_dtype_or_gradient_of_margins():
-    margin = [torch.tensor([0.5, -1.0, 2.0, 0.0])]
-    costs = costs_of([1], [4])
-    expected = keep_masks(Budget(costs, 2), margin)
-    assert expected.ffn[0].tolist() == [True, False, True, False]
-    for dtype in (torch.float64, torch.bfloat16):
-        assert keep_masks(Budget(costs, 2), [margin[0].to(dtype).requires_grad_()]) == expected
-
-
-def test_the_example_of_the_docstring():
-    margins = [torch.tensor([0.9, 0.1, 0.5, 0.2, 0.7]), torch.tensor([0.3, 0.8, 0.4, 0.6])]
-    masks = keep_masks(Budget(costs_of([3, 3], [5, 4]), 8, width_multiple=2), margins)
-    assert [m.nonzero()[:, 0].tolist() for m in masks.ffn] == [[0, 2, 3, 4], [1, 3]]
-
-
-def test_cut_margin():
-    masks = Masks([torch.tensor([True, False, False]), torch.tensor([True, True])], [])
-    values = [torch.tensor([3.0, -1.0, 0.5]), torch.tensor([0.1, 0.2])]
-    assert cut_margin(masks, values) == 0.5
-    assert cut_margin(Masks([torch.ones(3, dtype=torch.bool), torch.ones(2, dtype=torch.bool)], []), values) == 0.0
-
-
-def test_of_experts_the_slots_are_cut():
-    """Two experts lose one neuron each: slot 0, whose margin is the mean of their smallest."""
-    masks = Masks([torch.tensor([False, True, True, True, False, True])], [])
-    values = [torch.tensor([-1.0, 0.0, 2.0, 1.0, 0.5, 3.0])]
-    assert cut_margin(masks, values, [2]) == -0.25
-    assert cut_margin(masks, values) == 0.5
-
-
-def test_margins_against_numpy():
-    p = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    thresholds, labels = torch.tensor([0.3, -2.0]), torch.tensor([1, 0, 1])
-    expected = np.log(p.numpy() / (1 - p.numpy())) - thresholds.double().numpy()[labels.numpy()]
-    np.testing.assert_allclose(margins(torch.logit(p), thresholds, labels).numpy(), expected, rtol=1e-12)
-    assert margins(torch.logit(p), thresholds, labels).dtype == torch.float64
+def equal_widths_costs(scope: str) -> UnitCosts:
+    return unit_costs(blocks_of(make_tiny_llama(num_key_value_heads=4)), scope=scope, uniform=True)
 
 
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("multiple", [1, 4])
 @pytest.mark.parametrize("sparsity", [0.02, 0.3, 0.8])
 def test_equal_widths_are_the_widest_that_meet_the_budget(sparsity, multiple, attention):
-    costs = dataclasses.replace(
-        unit_costs(blocks_of(make_tiny_llama(num_key_value_heads=4)), scope="attention+ffn" if attention else "ffn"),
-        uniform=True,
-    )
+    costs = equal_widths_costs("attention+ffn" if attention else "ffn")
     generator = torch.Generator().manual_seed(0)
     neurons = [torch.rand(48, generator=generator) for _ in range(3)]
     groups = [torch.rand(4, generator=generator) for _ in range(3)]
@@ -324,13 +302,11 @@ def test_equal_widths_are_the_widest_that_meet_the_budget(sparsity, multiple, at
         assert mask.all() or margin[~mask].max() < margin[mask].min()
 
 
-@pytest.mark.parametrize("sparsity", [0.01, 0.02, 0.05, 0.1, 0.3, 0.6])
+@pytest.mark.parametrize("sparsity", [0.01, 0.02, 0.1, 0.6])
 @pytest.mark.parametrize("low", ["neurons", "groups"])
 def test_equal_widths_go_beyond_the_budget_by_less_than_a_step_wherever_margins_lie(sparsity, low):
     """One common KV group less is more than a small target: it stays, and neurons make up for it."""
-    costs = dataclasses.replace(
-        unit_costs(blocks_of(make_tiny_llama(num_key_value_heads=4)), scope="attention+ffn"), uniform=True
-    )
+    costs = equal_widths_costs("attention+ffn")
     neurons, groups = [torch.arange(48.0)] * 3, [torch.arange(4.0)] * 3
     shift = {"neurons": neurons, "groups": groups}[low]
     shift[:] = [m - 100 for m in shift]
