@@ -1,1 +1,1 @@
-"""How fast is it: ratios measured side by side in one run. `python -m experiments.bench --help`."""
+"""How fast is it: ratios measured side by side in one run. `python -m experiments.bench inference --help`."""

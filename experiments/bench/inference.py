@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from .measure import MIB, Table, Timing, alternated, flops, peak_above
+from .measure import MIB, Table, flops, in_turn, peak_above
 from .models import Settings, pair_of, tokens
 
 GOAL = 0.9  # speed-up over bound: prefill at the largest batch
@@ -25,14 +24,18 @@ def inference(settings: Settings) -> list[Table]:
     models = pair.models
     weights = {key: model.get_memory_footprint(return_buffers=False) for key, model in models.items()}
     speed, memory = [], [["weights", *(weights[key] / MIB for key in models), weights["pruned"] / weights["dense"]]]
-    for kind in ("prefill", "decode"):
+    for kind, make, count in (("prefill", prefill, settings.seq_len), ("decode", decode, settings.new_tokens)):
         for batch in settings.batch_sizes:
-            calls = calls_of(kind, models, settings, batch)
-            row = speeds(kind, batch, alternated(calls, settings.repeats, settings.watch), calls, settings)
+            name = f"{kind}, batch {batch}"
+            calls = {key: make(model, settings, batch) for key, model in models.items()}
+            timing = in_turn(calls, settings.repeats, settings.device)
+            rates = [batch * count / timing.median(key) for key in models]
+            bound, up = flops(calls["dense"]) / flops(calls["pruned"]), timing.ratio("dense", "pruned")
             goal = GOAL if kind == "prefill" and batch == max(settings.batch_sizes) else None
-            speed.append([*row, goal, goal and row[-1] >= goal])
+            row = [name, *rates, up, timing.range("dense", "pruned"), bound, up / bound, goal]
+            speed.append([*row, None if goal is None else up / bound >= goal])
             peaks = [weights[key] + peak_above(calls[key], settings.device) for key in models]
-            memory.append([f"peak, {kind}, batch {batch}", *(p / MIB for p in peaks), peaks[1] / peaks[0]])
+            memory.append([f"peak, {name}", *(p / MIB for p in peaks), peaks[1] / peaks[0]])
     sizes = [file_bytes(model) for model in models.values()]
     memory.append(["file", *(s / MIB for s in sizes), sizes[1] / sizes[0]])
     protocol = settings.protocol(models["dense"], pair.how)
@@ -48,24 +51,6 @@ def inference(settings: Settings) -> list[Table]:
             ["", "dense, MiB", "pruned, MiB", "pruned / dense"], memory,
         ),
     ]  # fmt: skip
-
-
-def calls_of(
-    kind: str, models: Mapping[str, PreTrainedModel], settings: Settings, batch: int
-) -> dict[str, Callable[[], Tensor]]:
-    """The calls of `dense` and `pruned` that are compared; `kind`: prefill or decode."""
-    make = prefill if kind == "prefill" else decode
-    return {key: make(model, settings, batch) for key, model in models.items()}
-
-
-def speeds(
-    kind: str, batch: int, timing: Timing, calls: Mapping[str, Callable[[], Tensor]], settings: Settings
-) -> list[Any]:
-    """Cells: tokens/s of both, speed-up and its spread over rounds, the bound that FLOPs give, speed-up / bound."""
-    count = batch * (settings.seq_len if kind == "prefill" else settings.new_tokens)
-    bound, up = flops(calls["dense"]) / flops(calls["pruned"]), timing.ratio("dense", "pruned")
-    rates = [count / timing.median(key) for key in calls]
-    return [f"{kind}, batch {batch}", *rates, up, timing.spread("dense", "pruned"), bound, up / bound]
 
 
 def prefill(model: PreTrainedModel, settings: Settings, batch: int) -> Callable[[], Tensor]:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: calls timed in turn, the memory a call takes, FLOPs, growth, and tables that say how.
+"""What the benchmark shares: calls timed in turn, the memory a call takes, FLOPs, and tables that say how.
 
 Whoever else uses the machine slows down what runs at the same moment. So the calls that are compared run in turn,
 round after round, and a ratio is the median over rounds of the ratio inside a round.
@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gprune.report.table import markdown
 
 MIB = 2**20
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -46,81 +45,44 @@ class Timing:
         """The median over rounds."""
         return statistics.median(self.ratios(over, under))
 
-    def spread(self, over: str, under: str) -> str:
+    def range(self, over: str, under: str) -> str:
         """The smallest and the largest ratio of a round."""
-        found = self.ratios(over, under)
-        return f"{show(min(found))} to {show(max(found))}"
+        ratios = self.ratios(over, under)
+        return f"{show(min(ratios))} to {show(max(ratios))}"
 
 
-@contextmanager
-def only_new_garbage() -> Iterator[None]:
-    """Python's collector passes over what lies there already, which takes it half a second in a process like this."""
-    if gc.get_freeze_count():  # someone further out does it
-        yield
-        return
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-def in_turn(measures: Mapping[str, Callable[[], float]], repeats: int) -> Timing:
-    """Call functions that return seconds, in turn, every second round backwards, after one round that does not count.
-
-    Raises:
-        ValueError: for less than one repeat.
-    """
-    if repeats < 1:
-        raise ValueError(f"repeats: expected at least 1, got {repeats}.")
-    names = list(measures)
-    for name in names:
-        measures[name]()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(repeats):
-        for name in names[:: -1 if turn % 2 else 1]:
-            gc.collect()
-            seconds[name].append(measures[name]())
-    return Timing(seconds)
-
-
-@dataclass(frozen=True)
-class Clock:
-    """What time it is on a device: on the wall, or in processor seconds of this process.
-
-    The second does not see that others use the machine, as long as this process has one thread.
-    """
-
-    device: torch.device
-    kind: str = "wall"  # or `process`
-
-    def now(self) -> float:
-        """Seconds, when all that was asked for is done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() if self.kind == "wall" else time.process_time()
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        """What a call takes, its result thrown away."""
-        start = self.now()
-        call()
-        return self.now() - start
-
-
-def alternated(
-    calls: Mapping[str, Callable[[], object]], repeats: int, clock: Clock, *, at_least: float = 0.05
+def in_turn(
+    calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, *, at_least: float = 0.05
 ) -> Timing:
-    """Time calls in turn; each is repeated inside a round until `at_least` seconds have gone by."""
+    """Time calls in turn, every second round backwards, after one round that does not count.
+
+    Args:
+        calls: by name.
+        repeats: rounds, at least 1.
+        device: which has to be done before a call is.
+        at_least: seconds for which a call is repeated inside a round.
+    """
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
 
     def timed(call: Callable[[], object]) -> float:
-        start, count = clock.now(), 0
-        while count == 0 or clock.now() - start < at_least:
+        gc.collect()
+        start, count = now(), 0
+        while count == 0 or now() - start < at_least:
             call()
             count += 1
-        return (clock.now() - start) / count
+        return (now() - start) / count
 
-    return in_turn({name: lambda call=call: timed(call) for name, call in calls.items()}, repeats)
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats):
+        for name in list(calls)[:: -1 if turn % 2 else 1]:
+            seconds[name].append(timed(calls[name]))
+    return Timing(seconds)
 
 
 def flops(call: Callable[[], object]) -> int:
@@ -171,36 +133,27 @@ def _watched() -> Iterator[Callable[[], int]]:
     if not STATUS.exists():
         yield lambda: 0  # no such file: no figure, rather than a wrong one
         return
-    try:
-        RESET.write_text("5", encoding="ascii")  # the kernel forgets the peak so far
-        forgets = True
-    except OSError:
-        forgets = False
-    start, highest, stop = _resident("VmRSS"), 0, threading.Event()
+    start, stop = _resident(), threading.Event()
+    highest = start
 
     def sample() -> None:
         nonlocal highest
         while not stop.wait(0.002):
-            highest = max(highest, _resident("VmRSS"))
+            highest = max(highest, _resident())
 
     sampler = threading.Thread(target=sample, daemon=True)
-    if not forgets:
-        sampler.start()
+    sampler.start()
     try:
         yield lambda: highest - start
     finally:
-        highest = max(highest, _resident("VmHWM") if forgets else _resident("VmRSS"))
         stop.set()
+        sampler.join()
+        highest = max(highest, _resident())
 
 
-def _resident(name: str) -> int:
+def _resident() -> int:
     lines = STATUS.read_text(encoding="ascii").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name + ":"))
-
-
-def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """b of the least-squares fit log value = a + b log size: 1 is linear growth, 0 none."""
-    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
 
 
 @dataclass(frozen=True)
@@ -215,9 +168,6 @@ class Table:
     def __str__(self) -> str:
         cells = [[str(cell) for cell in self.header], *([show(cell) for cell in row] for row in self.rows)]
         return f"**{self.title}.** {self.protocol}\n\n{markdown(cells)}\n"
-
-    def column(self, name: str) -> list[Any]:
-        return [row[list(self.header).index(name)] for row in self.rows]
 
 
 def show(cell: Any) -> str:
@@ -238,7 +188,7 @@ def show(cell: Any) -> str:
 def machine(device: torch.device) -> str:
     """Processor, threads and torch, for a protocol."""
     threads = torch.get_num_threads()
-    on = f"{processor()}, {threads} thread{'s' * (threads > 1)}"
+    on = f"{processor()}, {threads} thread{'' if threads == 1 else 's'}"
     if device.type == "cuda":
         on = f"{torch.cuda.get_device_name(device)} ({on})"
     return f"{on}, torch {torch.__version__}"

@@ -1,175 +1,111 @@
 """What we export, and who can read it: one Markdown table, format by consumer.
 
-    OMP_NUM_THREADS=1 python -m experiments.formats --work runs/formats --fetch   # half an hour on one core, 8 GB
-    python -m experiments.formats --small --work /tmp/formats                     # tiny model, what is installed
+    OMP_NUM_THREADS=1 python -m experiments.formats --work runs/formats --fetch   # minutes on one core, 8 GB
 
 Three models are made of the embedded SmolLM2-135M, 30 % of the FFN gone, widths of 32: `ffn` with unequal widths,
 `ffn+kv` with KV groups gone too, `uniform` with one width. Every consumer reads them in a process of its own and
 computes the same few hundred tokens, in float32; what comes back is compared with the pruned model in memory. It is a
 check of formats: the text is the one the masks were made from, so perplexity says nothing about pruning.
 
-`--fetch` gets consumers from the package index into the work folder: older transformers, llama.cpp and
-onnxruntime to be laid over this environment (`pip install --no-deps --target`), vLLM in an environment of its own.
-Models and one record per row stay in the work folder too. A row that came out well is not computed again, so the
-command can be stopped and repeated; `--again` starts all rows anew.
+`--fetch` gets consumers from the package index into the work folder: older transformers, to be laid over this
+environment, and vLLM in an environment of its own. llama.cpp is asked where it is installed (`pip install
+llama-cpp-py-sync`). Models stay in the work folder too.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
+import os
+import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import groupby
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
-from gprune.export.job import TYPES
-from gprune.export.packages import LLAMA_CPP, ONNX, has_llama_cpp
+from safetensors.torch import load_file
 
-from .models import MODELS, SPARSITY, WIDTH_MULTIPLE, make
+from gprune.errors import UserError
+from gprune.export import gguf_check, hf
+from gprune.export.convert import LLAMA_CPP, TYPES, has_llama_cpp
+from gprune.export.gguf_writer import write_gguf
+from gprune.export.source import load_folder
+
+from .models import MODELS, SPARSITY, WIDTH_MULTIPLE, embedded, make
 from .packages import OLDER, fetch
-from .readers import ROOT, FailedError, child, with_llama_cpp, with_reader, with_vllm
 
-CONVERTED = ("ffn+kv", "uniform")  # to GGUF and ONNX: `ffn` asks nothing of them that `ffn+kv` does not
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. Figures are missing where nothing was computed."""
-
-    format: str
-    model: str
-    consumer: str
-    load: str
-    result: str = "not installed"
-    bytes: int | None = None
-    difference: float | None = None
-    of: str = "logits"  # or log-probabilities
-    kl: float | None = None  # mean KL(model in memory || consumer), nats
-    top1: float | None = None
-    perplexity: float | None = None
-    expected: float | None = None  # perplexity of the model in memory on the same tokens
-    positions: int | None = None
-    seconds: float | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.format} {self.model} {self.consumer}"
+CONVERTED = ("ffn+kv", "uniform")  # to GGUF: `ffn` asks nothing of it that `ffn+kv` does not
+LIMIT = 1e-4  # largest |difference of logits| in transformers; GGUF and vLLM have limits where they are checked
+VLLM = Path(__file__).resolve().parents[1] / "vllm_check.py"
+COLUMNS = ("format", "model", "consumer", "max diff.", "KL, nats", "top-1", "perplexity", "expected", "tokens", "load")
+Figures = dict[str, Any]  # cells of the table by column
 
 
-@dataclass(frozen=True)
-class Case:
-    """Who reads what: `read(file, place)` returns figures for the row, or raises `FailedError`."""
-
-    row: Row
-    file: Path
-    read: Callable[[Path, Path | None], dict]
-    place: Path | None = None  # of packages that go before those installed; vLLM's python; None: installed here
-
-
-def cases(work: Path, python: Path) -> Iterator[Case]:
-    """All rows of the table; `python` is that of an environment with vLLM."""
+def rows(work: Path, vllm: Path) -> Iterator[tuple[str, str, str, str, Callable[[], Figures] | None]]:
+    """Format, model, consumer, how it loads, and what computes the figures; None where the consumer is not there."""
     installed = importlib.metadata.version("transformers")
-    versions = {version: work / "packages" / f"transformers-{version}" for version in OLDER} | {installed: None}
     for name in MODELS:
         folder = work / name / "hf"
-        stock = not any(folder.glob("*.py"))
-        flag = "" if stock else ", trust_remote_code=True"
-        load = f"AutoModelForCausalLM.from_pretrained(FOLDER{flag})"
-        for version, overlay in versions.items():
-            read = with_reader("stock" if stock else "remote code")
-            yield Case(Row("hf", name, f"transformers {version}", load), folder, read, overlay)
-        if not stock:
-            load = "gprune.register(); AutoModelForCausalLM.from_pretrained(FOLDER)"
-            for version in (OLDER[-1], installed):
-                row = Row("hf", name, f"gprune, transformers {version}", load)
-                yield Case(row, folder, with_reader("gprune"), versions[version])
-        yield Case(Row("hf", name, "vLLM", f"LLM(FOLDER{flag})"), folder, with_vllm, python)
-    overlay = None if has_llama_cpp() else work / "packages" / LLAMA_CPP
-    consumer, load = named(LLAMA_CPP, overlay), "llama_model_load_from_file(FILE)"
+        code = ", trust_remote_code=True" if any(folder.glob("*.py")) else ""
+        load = f"AutoModelForCausalLM.from_pretrained(FOLDER{code})"
+        for version in (*OLDER, installed):
+            overlay = None if version == installed else work / "packages" / f"transformers-{version}"
+            there = overlay is None or overlay.exists()
+            read = (lambda folder=folder, overlay=overlay: in_transformers(folder, overlay)) if there else None
+            yield "hf", name, f"transformers {version}", load, read
+        read = (lambda folder=folder: in_vllm(folder, vllm)) if vllm.exists() else None
+        yield "hf", name, "vLLM", f"LLM(FOLDER{code})", read
     for name in CONVERTED:
         for type in TYPES:
-            file = work / name / f"{type}.gguf"
-            yield Case(Row(f"gguf {type}", name, consumer, load), file, with_llama_cpp(type), overlay)
-    overlay = None if all(map(importlib.util.find_spec, ONNX)) else work / "packages/onnx"
-    consumer, load = named("onnxruntime", overlay), "InferenceSession(FOLDER/model.onnx)"
-    for name in CONVERTED:
-        yield Case(Row("onnx", name, consumer, load), work / name / "onnx", with_reader("onnx"), overlay)
+            read = (lambda name=name, type=type: in_llama_cpp(work / name / "hf", type)) if has_llama_cpp() else None
+            yield f"gguf {type}", name, LLAMA_CPP, "llama_model_load_from_file(FILE)", read
 
 
-def named(package: str, overlay: Path | None) -> str:
-    """The package with its version, if it is there."""
-    path = sys.path if overlay is None else [str(overlay)]
-    found = next(iter(importlib.metadata.distributions(name=package, path=path)), None)
-    return package if found is None else f"{package} {found.version}"
+def in_transformers(folder: Path, overlay: Path | None) -> Figures:
+    """Logits from a fresh process without gprune, where `overlay` has packages that go before those installed."""
+    expected = load_file(folder.with_name("reference.safetensors"))
+    with patch.dict(os.environ, {} if overlay is None else {"PYTHONPATH": str(overlay)}):
+        got = hf.reloaded_logits(folder, expected["ids"][None])[0]
+    difference = hf.max_logit_difference(got, expected["logits"])
+    if not difference <= LIMIT:  # also true of NaN
+        raise UserError(f"logits differ by {difference:.1e}")
+    logprobs = [logits.double().log_softmax(-1) for logits in (expected["logits"], got)]
+    return cells(gguf_check.compare(*logprobs, expected["ids"])) | {"max diff.": f"{difference:.1e} logit"}
 
 
-def write(case: Case) -> None:
-    """Write the file of a case, if nobody has yet; folders are there already."""
-    from gprune.export import export
-
-    folder, (format, *type) = case.file.with_name("hf"), case.row.format.split()
-    if case.file.exists():
-        return
-    if format == "gguf":
-        export(folder, "gguf", case.file, type=type[0], unchecked=True)  # what checks it here is the row itself
-    else:
-        command = [sys.executable, "-m", "gprune", "export", str(folder), "--to", "onnx", "--output", str(case.file)]
-        child(command, case.place, str(ROOT), own_code=True)
+def in_llama_cpp(folder: Path, type: str) -> Figures:
+    """What the check of an export says of a file of this type."""
+    model, tokenizer = load_folder(folder)
+    file = folder.with_name(f"{type}.gguf")
+    write_gguf(model, tokenizer, file, type=type)
+    return cells(gguf_check.check_gguf(model, tokenizer, file, type=type))
 
 
-def row_of(case: Case) -> Row:
-    """Write, read, compare; what goes wrong becomes the result."""
-    row, started = case.row, time.monotonic()
-    if case.place is None or case.place.exists():
-        try:
-            write(case)
-            row = replace(row, **case.read(case.file, case.place))
-        except FailedError as error:
-            row = replace(row, result=f"FAILS: {str(error)[:160]}")
-    size = size_of(case.file) if case.file.exists() else None
-    return replace(row, bytes=size, seconds=round(time.monotonic() - started, 1))
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of a folder."""
-    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
-
-
-def table(rows: Sequence[Row], *, small: bool) -> str:
-    """Markdown: the protocol, then a line per row, or per run of rows that only the consumer's version tells apart."""
-    header = ["format", "model", "consumer", "max diff.", "KL, nats", "top-1", "perplexity", "expected", "tokens", "MB",
-              "load", "result"]  # fmt: skip
-    lines = ["| " + " | ".join(header) + " |", "|---|---|---|" + "---:|" * 7 + "---|---|"]
-    for row, same in groupby(rows, key=lambda r: replace(r, consumer=program(r)[0], seconds=None)):
-        of = {"logits": "logit", "log-probabilities": "log-prob."}[row.of]
-        cells = [
-            row.format, row.model, f"{row.consumer} {', '.join(program(r)[1] for r in same)}".strip(),
-            "" if row.difference is None else f"{row.difference:.1e} {of}",
-            number(row.kl, ".1e"), number(row.top1, ".4f"), number(row.perplexity, ".4f"), number(row.expected, ".4f"),
-            number(row.positions, "d"), number(row.bytes and row.bytes / 1e6, ".1f"), f"`{row.load}`",
-            row.result.replace("|", "\\|"),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    of = "A tiny random model" if small else "SmolLM2-135M"
-    return (
-        f"{of}, {SPARSITY:.0%} of the FFN gone, widths of {WIDTH_MULTIPLE}; float32, the text that the masks were made "
-        f"from; `expected` is the perplexity of the pruned model in memory.\n\n" + "\n".join(lines)
+def in_vllm(folder: Path, python: Path) -> Figures:
+    """What `vllm_check.py` prints, run by the Python of the environment that has vLLM."""
+    command = [str(python), "-I", str(VLLM), str(folder), str(folder.with_name("reference.json"))]
+    done = subprocess.run(
+        command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
     )
+    if done.returncode != 0:
+        raise UserError(done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}")
+    said = json.loads(done.stdout.strip().splitlines()[-1])
+    return {
+        "consumer": f"vLLM {said['vllm']}, {said['class']}", "max diff.": f"{said['difference']:.1e} log-prob.",
+        "top-1": f"{said['top1']:.4f}", "perplexity": f"{said['perplexity']:.4f}",
+        "expected": f"{said['perplexity_of_reference']:.4f}", "tokens": said["tokens"],
+    }  # fmt: skip
 
 
-def program(row: Row) -> tuple[str, str]:
-    """Name and version of a consumer; the version may be empty."""
-    name, _, last = row.consumer.rpartition(" ")
-    return (name, last) if name and last[0].isdigit() else (row.consumer, "")
-
-
-def number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def cells(agreement: gguf_check.Agreement) -> Figures:
+    """The model in memory against what a consumer computed."""
+    return {
+        "max diff.": f"{agreement.logprob:.1e} log-prob.", "KL, nats": f"{agreement.kl:.1e}",
+        "top-1": f"{agreement.top1:.4f}", "perplexity": f"{agreement.perplexity_of_file:.4f}",
+        "expected": f"{agreement.perplexity:.4f}", "tokens": agreement.positions,
+    }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -178,36 +114,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m experiments.formats", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument(
-        "--work", type=Path, help="folder of models, packages, records (default: runs/formats, or runs/formats-small)"
-    )
+    parser.add_argument("--work", type=Path, default=Path("runs/formats"), help="folder of models and packages")
     parser.add_argument("--only", default="", help="rows whose name (format, model, consumer) contains this")
     parser.add_argument("--fetch", action="store_true", help="get consumers from the package index")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="of an environment that has vLLM")
-    parser.add_argument("--again", action="store_true", help="compute rows anew that came out well")
-    parser.add_argument("--small", action="store_true", help="a tiny model; use a work folder of its own")
     args = parser.parse_args(arguments)
-    work = (args.work or Path("runs/formats-small" if args.small else "runs/formats")).absolute()
-    (work / "records").mkdir(parents=True, exist_ok=True)
-    (work / "packages").mkdir(exist_ok=True)
+    work = args.work.absolute()
     if args.fetch:
-        fetch(work)
-    make(work, small=args.small)
-    rows = []
-    for case in cases(work, args.vllm or work / "packages" / "vllm" / "bin" / "python"):
-        if args.only not in case.row.name:
+        fetch(work / "packages")
+    make(work, embedded)
+    print(
+        f"SmolLM2-135M, {SPARSITY:.0%} of the FFN gone, widths of {WIDTH_MULTIPLE}; float32, the text that the masks "
+        f"were made from; `expected` is the perplexity of the pruned model in memory.\n\n"
+        f"| {' | '.join(COLUMNS)} | result |\n|{'---|' * (len(COLUMNS) + 1)}"
+    )
+    failed = False
+    for format, model, consumer, load, read in rows(work, args.vllm or work / "packages/vllm/bin/python"):
+        if args.only not in f"{format} {model} {consumer}":
             continue
-        key = "".join(c if c.isalnum() or c in ".+" else "-" for c in case.row.name)
-        record = work / "records" / f"{key}.json"
-        row = Row(**json.loads(record.read_text(encoding="utf-8"))) if record.exists() else None
-        if row is None or row.result != "ok" or args.again:
-            row = row_of(case)
-            record.write_text(json.dumps(asdict(row), indent=1) + "\n", encoding="utf-8")
-            print(f"{key}: {row.result}, {row.seconds} s", file=sys.stderr, flush=True)
-        rows.append(row)
-    print(table(rows, small=args.small))
-    return int(any(row.result not in ("ok", "not installed") for row in rows))
+        figures, result = {"format": format, "model": model, "consumer": consumer, "load": f"`{load}`"}, "not installed"
+        if read is not None:
+            try:
+                figures, result = figures | read(), "ok"
+            except UserError as error:
+                failed, result = True, f"FAILS: {error}".replace("|", "\\|")
+        print("|", *(f"{figures.get(column, '')} |" for column in COLUMNS), f"{result} |", flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import gprune
 from gprune.calibration.collector import collect
@@ -26,47 +26,32 @@ from gprune.sparsity.cut import keep_masks
 from ..vllm_check import content_of
 
 MODELS = {"ffn": (False, False), "ffn+kv": (False, True), "uniform": (True, False)}  # one width; KV groups gone
-SPARSITY, WIDTH_MULTIPLE, TOKENS = 0.3, 32, 433
+SPARSITY, WIDTH_MULTIPLE = 0.3, 32
+Dense = tuple[PreTrainedModel, PreTrainedTokenizerBase, Tensor]
 
 
-def make(work: Path, *, small: bool) -> None:
-    """Every model as a folder, with what it computes; those that are complete stay."""
-    wanted = [name for name in MODELS if not (work / name / "reference.json").exists()]
-    if not wanted:
-        return
-    dense, tokenizer, ids = tiny() if small else embedded()
-    for name in wanted:
-        shutil.rmtree(work / name, ignore_errors=True)
-        model = pruned(dense, ids, *MODELS[name])
-        hf.save_pruned(model, tokenizer, work / name / "hf")
-        hf.check_reload(model, work / name / "hf", ids)
-        write_reference(model, ids, work / name)
-
-
-def embedded():
+def embedded() -> Dense:
     """SmolLM2-135M, its tokenizer, and (1, T) tokens of the text that GGUF files are checked with."""
     model, tokenizer = load_model("smollm2-135m")
-    return model, tokenizer, tokenizer(CHECK_TEXT, return_tensors="pt").input_ids[:, :TOKENS]
+    return model, tokenizer, tokenizer(CHECK_TEXT, return_tensors="pt").input_ids
 
 
-def tiny():
-    """The same of a random model over bytes."""
-    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(BPE(vocab=alphabet | {"<end>": 256}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=264, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, initializer_range=0.2,
-        tie_word_embeddings=True, bos_token_id=256, eos_token_id=256,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<end>", eos_token="<end>")
-    return model, tokenizer, torch.randint(256, (1, 48))
+def make(work: Path, load: Callable[[], Dense]) -> None:
+    """Every model as a folder, with what it computes; those that are complete stay."""
+    missing = [name for name in MODELS if not (work / name / "reference.json").exists()]
+    dense, tokenizer, ids = load() if missing else (None, None, None)
+    for name in missing:
+        folder = work / name
+        shutil.rmtree(folder, ignore_errors=True)
+        model = pruned(dense, ids, *MODELS[name])
+        hf.save_pruned(model, tokenizer, folder / "hf")
+        with torch.inference_mode():
+            logits = model(ids, use_cache=False).logits[0]
+        save_file({"ids": ids[0], "logits": logits.contiguous()}, folder / "reference.safetensors")
+        (folder / "reference.json").write_text(json.dumps(content_of(ids[0].tolist(), logits)), encoding="utf-8")
 
 
-def pruned(dense, ids, uniform: bool, groups: bool):
+def pruned(dense: PreTrainedModel, ids: Tensor, uniform: bool, groups: bool) -> PreTrainedModel:
     """`SPARSITY` of the FFN gone, in widths that random offsets (seed 0) make differ by block unless `uniform`.
 
     What goes is what `wanda_sp` ranks lowest on the very text of the check: entirely random masks leave a model that
@@ -83,11 +68,3 @@ def pruned(dense, ids, uniform: bool, groups: bool):
         lost = [int(s.argmin()) if b.index % 3 == 1 else -1 for b, s in zip(blocks, scores.attention, strict=True)]
         masks = Masks(masks.ffn, [torch.arange(b.kv_groups) != gone for b, gone in zip(blocks, lost, strict=True)])
     return gprune.apply_masks(dense, masks)
-
-
-def write_reference(model, ids, folder: Path) -> None:
-    """What the model in memory computes: logits for those who give logits, and JSON for `vllm_check.py`."""
-    with torch.inference_mode():
-        logits = model(ids, use_cache=False).logits[0]
-    save_file({"ids": ids[0], "logits": logits.contiguous()}, folder / "reference.safetensors")
-    (folder / "reference.json").write_text(json.dumps(content_of(ids[0].tolist(), logits)), encoding="utf-8")

@@ -1,5 +1,5 @@
 """A pruned model for other programs: `gprune export`, or from Python `export`."""
 
-from gprune.export.job import EXPORTS, export
+from gprune.export.convert import export
 
-__all__ = ["EXPORTS", "export"]
+__all__ = ["export"]

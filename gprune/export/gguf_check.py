@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.errors import UserError
-from gprune.export.packages import LLAMA_CPP
 
 log = logging.getLogger("gprune")
 
@@ -106,20 +105,20 @@ def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     special = "".join(token for token in (tokenizer.bos_token, tokenizer.eos_token) if token)
     texts = [CHECK_TEXT, f"{special}user\n{CHECK_TEXT[:80]}{special}"]
     ids = tokenizer(CHECK_TEXT).input_ids[: min(CHECK_TOKENS, model.config.max_position_embeddings)]
-    logprobs, made = in_llama_cpp(path, ids, texts, model.get_decoder().embed_tokens.num_embeddings)
-    if made != [tokenizer(text).input_ids for text in texts]:
+    logprobs, tokens = in_llama_cpp(path, ids, texts, model.get_decoder().embed_tokens.num_embeddings)
+    if tokens != [tokenizer(text).input_ids for text in texts]:
         raise UserError("Export: llama.cpp cuts text into other tokens than the tokenizer does; please report it.")
     logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
     agreement = compare(logits.double().log_softmax(-1).cpu(), logprobs, torch.tensor(ids))
     limits = LIMITS[type]
     # written so that NaN fails
     if not (agreement.top1 >= limits.top1 and agreement.kl <= limits.kl and agreement.logprob <= limits.logprob):
+        advice = "Please report it." if type == "f32" else "If --type f32 passes, the model does not bear this type."
         raise UserError(
             f"Export: llama.cpp computes something else than the model, and the file was removed. On {agreement}; "
-            f"expected at least {limits.top1} and at most KL {limits.kl}, difference {limits.logprob}. "
-            + ("Please report it." if type == "f32" else "If --type f32 passes, the model does not bear this type.")
+            f"expected at least {limits.top1} and at most KL {limits.kl}, difference {limits.logprob}. {advice}"
         )
-    log.info("Checked with %s on %s", LLAMA_CPP, agreement)
+    log.info("Checked in llama.cpp on %s", agreement)
     return agreement
 
 
@@ -148,37 +147,34 @@ def compare(expected: Tensor, got: Tensor, ids: Tensor) -> Agreement:
 def in_llama_cpp(path: Path, ids: list[int], texts: list[str], size: int) -> tuple[Tensor, list[list[int]]]:
     """Log-probabilities, (T, vocabulary) float64, after each of the tokens `ids`; and the tokens of every text."""
     with tempfile.TemporaryDirectory(prefix="gprune-llamacpp-") as scratch:
-        logprobs = Path(scratch) / "logprobs.npy"
-        request = {"work": "score", "model": str(path.absolute()), "ids": ids, "texts": texts}
-        made = ask_llama_cpp(request | {"logprobs": str(logprobs)}, Path(scratch))
-        found = torch.from_numpy(np.load(logprobs)).double()
-    if found.shape[1] != size:
-        raise UserError(f"Export: llama.cpp sees {found.shape[1]} tokens in the file, expected {size}.")
-    return found, made
+        file = Path(scratch) / "logprobs.npy"
+        tokens = ask_llama_cpp("score", path, ids=ids, texts=texts, logprobs=str(file))
+        logprobs = torch.from_numpy(np.load(file)).double()
+    if logprobs.shape[1] != size:
+        raise UserError(f"Export: llama.cpp sees {logprobs.shape[1]} tokens in the file, expected {size}.")
+    return logprobs, tokens
 
 
 def perplexity_in_llama_cpp(path: Path, windows: Tensor) -> float:
     """Over windows (n, T) int64 without overlap, each scored from its second token, as `evaluation.perplexity` does."""
-    with tempfile.TemporaryDirectory(prefix="gprune-llamacpp-") as scratch:
-        request = {"work": "measure", "model": str(path.absolute()), "windows": windows.tolist()}
-        return math.exp(ask_llama_cpp(request, Path(scratch)))
+    return math.exp(ask_llama_cpp("measure", path, windows=windows.tolist()))
 
 
 def quantise(source: Path, output: Path, *, type: str) -> None:
     """Let llama.cpp write another file with smaller matrices."""
-    request = {"work": "quantise", "model": str(source.absolute()), "output": str(output.absolute())}
+    ask_llama_cpp("quantise", source, output=str(output.absolute()), type=type.upper())
+
+
+def ask_llama_cpp(work: str, model: Path, **request: Any) -> Any:
+    """What `llamacpp.py` answers to a request: kinds of work and what they take stand there."""
     with tempfile.TemporaryDirectory(prefix="gprune-llamacpp-") as scratch:
-        ask_llama_cpp(request | {"type": type.upper()}, Path(scratch))
-
-
-def ask_llama_cpp(request: dict[str, Any], scratch: Path) -> Any:
-    """What `llamacpp.py` answers to a request; `threads` and `answer` are added to the request here."""
-    asked, answer = scratch / "request.json", scratch / "answer.json"
-    asked.write_text(json.dumps(request | {"threads": torch.get_num_threads(), "answer": str(answer)}), "utf-8")
-    command = [sys.executable, "-P", str(Path(__file__).with_name("llamacpp.py")), str(asked)]
-    done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode != 0 or not answer.exists():
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        said = next((line for line in lines if "GGML_ASSERT" in line or "error" in line), lines[-1])
-        raise UserError(f"llama.cpp ({LLAMA_CPP}) does not run the file: {said}")
-    return json.loads(answer.read_text(encoding="utf-8"))
+        asked, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
+        request |= {"work": work, "model": str(model.absolute()), "threads": torch.get_num_threads()}
+        asked.write_text(json.dumps(request | {"answer": str(answer)}), encoding="utf-8")
+        command = [sys.executable, "-P", str(Path(__file__).with_name("llamacpp.py")), str(asked)]
+        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode != 0 or not answer.exists():
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+            cause = next((line for line in lines if "GGML_ASSERT" in line or "error" in line), lines[-1])
+            raise UserError(f"llama.cpp does not run the file: {cause}")
+        return json.loads(answer.read_text(encoding="utf-8"))

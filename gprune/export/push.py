@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gprune.errors import UserError, first_line
-from gprune.export.job import find
+from gprune.export.source import model_folder
 
 
 def push(run_or_folder: str | Path, repo: str, *, dry_run: bool = True) -> str:
@@ -26,7 +26,7 @@ def push(run_or_folder: str | Path, repo: str, *, dry_run: bool = True) -> str:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    folder = find(run_or_folder).folder
+    folder = model_folder(run_or_folder)
     try:
         validate_repo_id(repo)
     except HFValidationError as error:

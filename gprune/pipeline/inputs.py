@@ -17,7 +17,7 @@ from gprune.config import RunConfig
 from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, Windows, between, check_tokens, make_windows, opening
 from gprune.errors import UserError
-from gprune.export.gguf import tokenizer_keys
+from gprune.export.gguf_tokenizer import tokenizer_keys
 from gprune.models.loading import load_model
 from gprune.models.offload import is_offloaded
 from gprune.recoveries import recovery_of

@@ -16,8 +16,8 @@ from transformers import (
 from gprune.calibration.saliency import salient_parts
 from gprune.config import RunConfig
 from gprune.errors import UserError
-from gprune.export.gguf import check_expressible
-from gprune.export.packages import LLAMA_CPP, has_llama_cpp
+from gprune.export.convert import LLAMA_CPP, has_llama_cpp
+from gprune.export.gguf_writer import check_expressible
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import check_stored, locate_model, read_config, skeleton
 from gprune.models.masks import Masks

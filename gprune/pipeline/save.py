@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from gprune.calibration.layerwise import Walk
 from gprune.errors import UserError
+from gprune.export.convert import export
 from gprune.export.hf import check_reload, save_pruned, stock_skeleton
-from gprune.export.job import export
 from gprune.models.losses import iter_logits
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, free_memory, is_offloaded
@@ -123,7 +123,7 @@ def save_gguf(run: Run) -> None:
     if not path.exists():
         log.info("Writing %s and checking that llama.cpp computes the same", path)
         with run.folder.step("export_gguf"):
-            export(run.folder / "model", to="gguf", output=path)
+            export(run.folder / "model", path)
 
 
 def checked_tokens(run: Run) -> Tensor:

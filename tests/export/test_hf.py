@@ -49,10 +49,9 @@ VARIANTS = {
 }
 
 
-def make_pruned(recovered: bool = False, **overrides):
+def make_pruned(recovered=False, shape=(NEURONS, GROUPS), **overrides):
     """A tiny Llama with odd widths; if `recovered`, with biases in some down and output projections."""
-    model = make_tiny_llama(**overrides)
-    model = prune(model, random_masks(NEURONS, GROUPS))
+    model = prune(make_tiny_llama(**overrides), random_masks(*shape))
     if recovered:
         blocks = blocks_of(model)
         for linear in (blocks[0].down, blocks[2].down, blocks[1].output):

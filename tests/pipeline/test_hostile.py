@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from gprune import cli
 from gprune.corpora.files import load_files
 from gprune.errors import UserError
-from gprune.export import job as export
+from gprune.export.source import model_folder
 from gprune.models.embedded import is_complete
 from gprune.runs.folder import RunFolder
 from gprune.runs.results import load_run
@@ -322,7 +322,7 @@ def test_corpus_names_find_nothing_outside_the_folder_of_mirrors(name, tmp_path,
 def test_export_finds_no_run_through_a_name(tmp_path):
     for name in ("", "..", "/", "x\x00", str(tmp_path / "nowhere")):
         with pytest.raises((UserError, ValueError)):
-            export.find(tmp_path / name if name == "" else name)
+            model_folder(tmp_path / name if name == "" else name)
 
 
 @pytest.mark.parametrize("bomb", BOMBS)

@@ -3,15 +3,10 @@
 Blocks of different widths are architecture `deci`: its graph is that of `llama`, with sizes per layer. The loader of
 `llama` takes the first layer's sizes for all. A model whose blocks are equal is architecture `llama`, which older
 programs know too. Nothing here converts a checkpoint: tensors come from the model in memory, block by block.
-
-The tokenizer is written as the model's folder has it, so the file takes the tokens that the run was measured with. A
-folder made by an older gprune, whose SmolLM2 did not cut numbers into digits, says `gpt-2` in its file; prune anew to
-mend it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -20,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
-from gguf.quants import quantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf.quants import quant_shape_to_byte_shape, quantize
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.errors import UserError
+from gprune.export.gguf_tokenizer import tokenizer_keys
 from gprune.models.blocks import Block, blocks_of
-from gprune.models.gguf import WHOLE_WORDS, WORDS
 
 log = logging.getLogger("gprune")
 
@@ -36,7 +31,22 @@ FILE_TYPES = {
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-Q8_BLOCK = 32
+ADD = {
+    bool: GGUFWriter.add_bool,
+    int: GGUFWriter.add_uint32,
+    float: GGUFWriter.add_float32,
+    str: GGUFWriter.add_string,
+    list: GGUFWriter.add_array,
+}
+PARTS = {
+    "attn_q": "query",
+    "attn_k": "key",
+    "attn_v": "value",
+    "attn_output": "output",
+    "ffn_gate": "gate",
+    "ffn_up": "up",
+    "ffn_down": "down",
+}
 
 
 def architecture(model: PreTrainedModel) -> str:
@@ -58,19 +68,12 @@ def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         here = f"blk.{block.index}"
         yield f"{here}.attn_norm.weight", block.attention_norm.weight
         yield f"{here}.ffn_norm.weight", block.ffn_norm.weight
-        for name, part in (
-            ("attn_q", block.query),
-            ("attn_k", block.key),
-            ("attn_v", block.value),
-            ("attn_output", block.output),
-            ("ffn_gate", block.gate),
-            ("ffn_up", block.up),
-            ("ffn_down", block.down),
-        ):
-            for kind, parameter in (("weight", part.weight), ("bias", part.bias)):
+        for name, part_name in PARTS.items():
+            part = block.parts[part_name]
+            for suffix, parameter in (("weight", part.weight), ("bias", part.bias)):
                 if parameter is not None:
                     rotated = name in ("attn_q", "attn_k")
-                    yield f"{here}.{name}.{kind}", interleave(parameter, block.head_dim) if rotated else parameter
+                    yield f"{here}.{name}.{suffix}", interleave(parameter, block.head_dim) if rotated else parameter
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
@@ -90,71 +93,6 @@ def rope_factors(model: PreTrainedModel) -> Tensor | None:
     actual = model.get_decoder().rotary_emb.inv_freq.double()
     exponents = torch.arange(len(actual), dtype=torch.float64, device=actual.device) / len(actual)
     return (rope["rope_theta"] ** -exponents / actual).float()
-
-
-def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, Any]:
-    """`tokenizer.*` of a byte-level BPE.
-
-    Args:
-        tokenizer: fast tokenizer.
-        size: rows of the embedding; rows beyond the vocabulary become unused tokens.
-    """
-    content = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {"type": "slow"}}
-    model, pre = content["model"], _words(content)
-    if pre is None:
-        raise UserError(
-            f"Export: GGUF takes a byte-level BPE tokenizer that cuts words as {', '.join(WORDS)} do; this "
-            f"one ({model['type']}) does otherwise. Export to hf instead, or convert with llama.cpp's own script."
-        )
-    tokens = {index: token for token, index in model["vocab"].items()}
-    types = dict.fromkeys(tokens, TokenType.NORMAL)
-    for added in content["added_tokens"]:
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-    if max(tokens) >= size:
-        raise UserError(f"Export: the tokenizer has token {max(tokens)}, but the model has {size} embeddings.")
-    special = {
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id,
-        "unknown": tokenizer.unk_token_id,
-        "padding": tokenizer.pad_token_id,
-    }
-    bare, full = (tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
-    # llama.cpp wants to see merges; one that no text can ask for stands in for none.
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    keys = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": [tokens.get(i, f"[PAD{i}]") for i in range(size)],
-        "tokenizer.ggml.token_type": [int(types.get(i, TokenType.UNUSED)) for i in range(size)],
-        "tokenizer.ggml.merges": merges or [f"{tokens[0]} {tokens[0]}"],
-        "tokenizer.ggml.add_space_prefix": False,
-        "tokenizer.ggml.add_bos_token": len(full) > len(bare) and full[0] == special["bos"],
-        **{f"tokenizer.ggml.{name}_token_id": index for name, index in special.items() if index is not None},
-    }
-    if len(full) > len(bare) and full[-1] == special["eos"]:
-        keys["tokenizer.ggml.add_eos_token"] = True
-    if isinstance(tokenizer.chat_template, str):
-        keys["tokenizer.chat_template"] = tokenizer.chat_template
-    return keys
-
-
-def _words(content: dict[str, Any]) -> str | None:
-    """llama.cpp's name for how the tokenizer cuts words; None if it has none, or the tokenizer is of another kind."""
-    model, cut = content["model"], content.get("pre_tokenizer") or {}
-    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    if model["type"] != "BPE" or model["byte_fallback"] or affixes or content["normalizer"]:
-        return None
-    if any(added["lstrip"] or added["rstrip"] or added["single_word"] for added in content["added_tokens"]):
-        return None
-    name = next((name for name in WORDS if _steps(json.loads(WORDS[name].__getstate__())) == _steps(cut)), None)
-    # Taking a whole word that is a token before any merge is bound to llama.cpp's name too.
-    return name if bool(model.get("ignore_merges")) == (name in WHOLE_WORDS) else None
-
-
-def _steps(cut: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a pre-tokenizer does, step by step, without what only moves the offsets it reports."""
-    return [{k: v for k, v in step.items() if k != "trim_offsets"} for step in cut.get("pretokenizers", [cut])]
 
 
 def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
@@ -201,8 +139,10 @@ def check_expressible(model: PreTrainedModel) -> None:
 def unlike_llama(config: PreTrainedConfig, block: Block) -> str | None:
     """What a block has that Llama has not, or the other way round; read off the record and the weights."""
     family = block.family
-    if block.has_experts or block.gate is None:
-        return "has experts" if block.has_experts else "has no gate"
+    if block.has_experts:
+        return "has experts"
+    if block.gate is None:
+        return "has no gate"
     if block.ffn_norm is None or block.attention_norm is None or family.norm_offset:
         return "normalises elsewhere or otherwise"
     if config.hidden_act not in ("silu", "swish"):
@@ -243,56 +183,40 @@ def write_gguf(
     check_expressible(model)
     keys = model_keys(model, name, type)
     keys |= tokenizer_keys(tokenizer, model.get_decoder().embed_tokens.num_embeddings)
+    kinds = {name: stored_type(tensor, type) for name, tensor in tensors(model)}
     writer = GGUFWriter(path, architecture(model))
     try:
         for key, value in keys.items():
-            _add(writer, key, value)
-        chosen, odd = {}, []
+            ADD[value.__class__](writer, key, value)
         for tensor_name, tensor in tensors(model):
-            chosen[tensor_name] = FILE_TYPES[type][0] if tensor.ndim == 2 else GGMLQuantizationType.F32
-            if chosen[tensor_name] == GGMLQuantizationType.Q8_0 and tensor.shape[-1] % Q8_BLOCK:
-                chosen[tensor_name] = GGMLQuantizationType.F16
-                odd.append(tensor_name)
-            data = _stored(torch.zeros(1, tensor.shape[-1]), chosen[tensor_name])
-            shape = (*tensor.shape[:-1], data.shape[-1])
-            writer.add_tensor_info(
-                tensor_name, shape, data.dtype, math.prod(shape) * data.itemsize, raw_dtype=chosen[tensor_name]
-            )
+            shape = quant_shape_to_byte_shape(tensor.shape, kinds[tensor_name])
+            writer.add_tensor_info(tensor_name, shape, np.uint8, math.prod(shape), raw_dtype=kinds[tensor_name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor_name, tensor in tensors(model):  # one at a time: no second copy of the model in memory
-            data = _stored(tensor, chosen[tensor_name])
-            if data.dtype == np.float16 and not np.isfinite(data).all():
-                raise UserError(f"Export: '{tensor_name}' holds numbers beyond float16; choose --type f32.")
-            writer.write_tensor_data(data)
+            writer.write_tensor_data(stored(tensor_name, tensor, kinds[tensor_name]))
     finally:
         writer.close()
-    if odd:
-        log.info("q8_0 needs rows of a multiple of %d numbers; float16 instead: %s", Q8_BLOCK, _listed(odd))
-    return odd
+    fallen_back = [name for name, kind in kinds.items() if type == "q8_0" and kind == GGMLQuantizationType.F16]
+    if fallen_back:
+        log.info("q8_0 takes rows of multiples of 32 numbers; in float16 instead: %s", ", ".join(fallen_back))
+    return fallen_back
 
 
-def _listed(names: list[str]) -> str:
-    """'ffn_down.weight of blocks 0, 1' for what may be one tensor of each of many blocks."""
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        *block, kind, suffix = name.split(".")
-        kinds.setdefault(f"{kind}.{suffix}", []).extend(block[1:])
-    return "; ".join(f"{kind} of blocks {', '.join(of)}" if of else kind for kind, of in kinds.items())
+def stored_type(tensor: Tensor, type: str) -> GGMLQuantizationType:
+    """float32 for vectors, float16 for matrices whose rows q8_0 cannot divide into its blocks, else `type`."""
+    if tensor.ndim == 1:
+        return GGMLQuantizationType.F32
+    kind, _ = FILE_TYPES[type]
+    block, _ = GGML_QUANT_SIZES[kind]
+    return GGMLQuantizationType.F16 if tensor.shape[-1] % block else kind
 
 
-def _stored(tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
-    with np.errstate(over="ignore"):  # found and named by the caller
-        return quantize(np.ascontiguousarray(tensor.detach().float().cpu().numpy()), kind)
-
-
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    kinds = {
-        bool: writer.add_bool,
-        int: writer.add_uint32,
-        float: writer.add_float32,
-        str: writer.add_string,
-        list: writer.add_array,
-    }
-    kinds[type(value)](key, value)
+def stored(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
+    """A tensor's numbers as the file holds them; a UserError for numbers beyond float16."""
+    with np.errstate(over="ignore"):
+        data = quantize(np.ascontiguousarray(tensor.detach().float().cpu().numpy()), kind)
+    if data.dtype == np.float16 and not np.isfinite(data).all():
+        raise UserError(f"Export: '{name}' holds numbers beyond float16; choose --type f32.")
+    return data

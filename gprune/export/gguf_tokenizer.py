@@ -1,0 +1,81 @@
+"""The tokenizer of a model folder in GGUF's keys.
+
+It is written as the folder has it, so the file takes the tokens that the run was measured with. A folder made by an
+older gprune, whose SmolLM2 did not cut numbers into digits, says `gpt-2` in its file; prune anew to mend it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from gguf import TokenType
+from transformers import PreTrainedTokenizerBase
+
+from gprune.errors import UserError
+from gprune.models.gguf import WHOLE_WORDS, WORDS
+
+
+def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, Any]:
+    """`tokenizer.*` of a byte-level BPE.
+
+    Args:
+        tokenizer: fast tokenizer.
+        size: rows of the embedding; rows beyond the vocabulary become unused tokens.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {"type": "slow"}}
+    model, pre = content["model"], word_splitting(content)
+    if pre is None:
+        raise UserError(
+            f"Export: GGUF takes a byte-level BPE tokenizer that cuts words as {', '.join(WORDS)} do; this "
+            f"one ({model['type']}) does otherwise. Export to hf instead, or convert with llama.cpp's own script."
+        )
+    tokens = {index: token for token, index in model["vocab"].items()}
+    types = dict.fromkeys(tokens, TokenType.NORMAL)
+    for added in content["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    if max(tokens) >= size:
+        raise UserError(f"Export: the tokenizer has token {max(tokens)}, but the model has {size} embeddings.")
+    special = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "unknown": tokenizer.unk_token_id,
+        "padding": tokenizer.pad_token_id,
+    }
+    bare, full = (tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
+    # llama.cpp wants to see merges; one that no text can ask for stands in for none.
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    keys = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [tokens.get(i, f"[PAD{i}]") for i in range(size)],
+        "tokenizer.ggml.token_type": [int(types.get(i, TokenType.UNUSED)) for i in range(size)],
+        "tokenizer.ggml.merges": merges or [f"{tokens[0]} {tokens[0]}"],
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.add_bos_token": len(full) > len(bare) and full[0] == special["bos"],
+        **{f"tokenizer.ggml.{name}_token_id": index for name, index in special.items() if index is not None},
+    }
+    if len(full) > len(bare) and full[-1] == special["eos"]:
+        keys["tokenizer.ggml.add_eos_token"] = True
+    if isinstance(tokenizer.chat_template, str):
+        keys["tokenizer.chat_template"] = tokenizer.chat_template
+    return keys
+
+
+def word_splitting(content: dict[str, Any]) -> str | None:
+    """llama.cpp's name for how the tokenizer cuts words; None if it has none, or the tokenizer is of another kind."""
+    model, cut = content["model"], content.get("pre_tokenizer") or {}
+    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if model["type"] != "BPE" or model["byte_fallback"] or affixes or content["normalizer"]:
+        return None
+    if any(added["lstrip"] or added["rstrip"] or added["single_word"] for added in content["added_tokens"]):
+        return None
+    name = next((name for name in WORDS if _steps(json.loads(WORDS[name].__getstate__())) == _steps(cut)), None)
+    # Taking a whole word that is a token before any merge is bound to llama.cpp's name too.
+    return name if bool(model.get("ignore_merges")) == (name in WHOLE_WORDS) else None
+
+
+def _steps(cut: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a pre-tokenizer does, step by step, without what only moves the offsets it reports."""
+    return [{k: v for k, v in step.items() if k != "trim_offsets"} for step in cut.get("pretokenizers", [cut])]
