@@ -38,7 +38,7 @@ def evaluation_table(records: Sequence[Record]) -> Table:
 
 
 def against(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, str]:
-    """What one model's records have of another's, by task: differences of accuracy and ratios of perplexity, paired."""
+    """By task, one model's records against another's: difference of accuracy or ratio of perplexity, paired."""
     others = {_identity(r): r for r in theirs}
     pairs = [(r, others[_identity(r)]) for r in ours if _identity(r) in others]
     return {r["task"] + (f", {r['seq_len']}" if "seq_len" in r else ""): _against(r, other) for r, other in pairs}
@@ -58,7 +58,7 @@ def _with_error(value: float | None, error: float | None, sign: str = "") -> str
 
 
 def _identity(r: Record) -> tuple[Cell, ...]:
-    """What a number and the dense model's must share, to stand side by side."""
+    """What two records share that answer the same questions, or read the same windows, with one model and dtype."""
     parts = len(r["window_nll"]) if r["kind"] == "perplexity" else r["questions"]
     return (r["kind"], parts, "correct" in r, *(r.get(name) for name in ("task", "content_hash", "dtype", "model")))
 

@@ -34,7 +34,7 @@ def as_small(run: FinishedRun, other: FinishedRun) -> bool:
 
 
 def told_apart(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
-    """The runs under names of their own: 'NAME, seed S' where several share one, and numbered where that is shared."""
+    """The runs under distinct names: 'NAME, seed S' where several share a name, with a number where both are shared."""
     runs = list(runs)
     shared = Counter(run.name for run in runs)
     times: Counter[str] = Counter()
@@ -47,7 +47,7 @@ def told_apart(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Names for figures: without the model that all begin with and the hash at the end, where they stay different."""
+    """Names for figures, without the model that all begin with and without hashes; whole if two would be equal."""
     heads = {name.split("-gprune-")[0].split("-base-")[0] for name in names}
     cut = len(next(iter(heads))) + 1 if len(heads) == 1 and not heads & set(names) else 0
     short = {name: re.sub(r"-[0-9a-f]{8}(?= \(|, seed |$)", "", name[cut:]) for name in names}

@@ -165,8 +165,8 @@ def of_runs(
     """All tables of runs that have been read, wherever from.
 
     Args:
-        bases: by path of a run, the run whose stage `base` it is divided by; by none where that is missing, as all
-            are while there is none (empty). None: each run's own.
+        bases: by path of a run, the run whose stage `base` is the divisor; a run that is missing has no ratio, and
+            with an empty mapping no run has one. None: each run's own.
         seen: the corpora that count as seen in every row; None: each run's own.
     """
     if seen is not None:

@@ -38,7 +38,7 @@ def over_seeds(values: Sequence[float]) -> Estimate:
 
 
 def pooled(estimates: Sequence[Estimate | None]) -> Estimate | None:
-    """Of estimate run, as it is; of several seeds, over them; None without any, and where estimate is missing."""
+    """The estimate of a single run, or `over_seeds` of several; None without any, and where one is missing."""
     if not estimates or None in estimates:
         return None
     return estimates[0] if len(estimates) == 1 else over_seeds([estimate.value for estimate in estimates])
@@ -86,9 +86,10 @@ def summary_table(
     """A row per group and stage: geometric means over seen and unseen corpora, gap, unseen over dense and over base.
 
     Args:
-        bases: by path of a run, the run whose `base` stage it is divided by; by none where it is missing. None for
-            each run's own, with the same recovery.
-        seen: the corpora that count as seen in every row, which the runs say already; None: each run's own.
+        bases: by path of a run, the run whose stage `base` is the divisor; a run that is missing has no ratio. None:
+            each run's own `base`, with the same recovery.
+        seen: the corpora that count as seen in every row, for the note, since the runs' records say it already; None:
+            each run's own.
     """
     divided_by = dict.fromkeys(base.name for base in (bases or {}).values())
     first = next(iter((bases or {}).values()), None)
@@ -115,7 +116,7 @@ def summary_table(
 
 
 def comparison_table(groups: Sequence[Group]) -> Table:
-    """What pairs of pruned models have of each other's perplexity: a row for every two groups' last stages.
+    """Ratios of perplexity between pruned models: a row for the last stages of every two groups.
 
     Over text unseen by both; pairs that were not evaluated on the same windows have no row.
     """

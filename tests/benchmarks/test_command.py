@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+import gprune
 from gprune.benchmarks.command import main
 from gprune.benchmarks.zero_shot import zero_shot
 from gprune.evaluation.intervals import paired_difference
@@ -150,6 +152,14 @@ def test_without_lm_eval_one_line_says_what_to_install_and_wikitext2_is_measured
     assert main([str(quiet_world.runs / "kept"), "--tasks", "piqa"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "pip install 'gprune[lm-eval]'" in line
+
+
+def test_only_the_model_for_lm_eval_is_imported_with_it():
+    for path in Path(gprune.__file__).parent.rglob("*.py"):
+        imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {getattr(node, "module", None) or node.names[0].name for node in imports}
+        needs = {name for name in names if name.startswith("lm_eval") or name == "gprune.benchmarks.answers"}
+        assert not needs or path.name == "answers.py", (path, needs)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,9 @@ def test_only_all_questions_of_lm_evals_task_are_standard(data, monkeypatch):
     monkeypatch.setitem(tasks.KNOWN, "piqa", ("1.0", "lm_eval's prompts", scored))
     (whole,) = tasks.load_tasks("piqa", "local")
     assert (whole.complete, whole.version, whole.note) == (True, "1.0", "lm_eval's prompts")
-    for changed in (rows[:-1], [rows[0] | {"prompt": "Q: other\nA:"}, *rows[1:]], [*rows[1:], rows[0]]):
+    first, *others = rows
+    other_prompt, other_label = first | {"prompt": "Q: other\nA:"}, first | {"label": (first["label"] + 1) % 3}
+    for changed in (others, [*others, first], [other_prompt, *others], [other_label, *others]):
         write_task(data, "piqa", "validation", changed)
         (part,) = tasks.load_tasks("piqa", "local")
         assert not part.complete
