@@ -12,7 +12,9 @@ from scipy import stats
 
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
-from gprune.evaluation.intervals import generalisation_gap, geometric_mean, mean_perplexity, paired_gap, paired_ratio
+from gprune.evaluation.intervals import (
+    generalisation_gap, geometric_mean, mean_perplexity, paired_difference, paired_gap, paired_ratio,
+)  # fmt: skip
 from gprune.evaluation.perplexity import perplexity
 from gprune.models.masks import Masks
 from gprune.sparsity.gates import masked
@@ -181,6 +183,17 @@ def test_processes_that_share_the_windows_find_the_bits_of_one(tiny_model, monke
     assert result == expected
     assert sorted(passes) == [0] * 3 + [1] * 3 + [2] * 3  # windows; the last one of 1 and 2 counts for nothing
     assert perplexity(tiny_model, windows, batch_size=2) == expected  # nobody is asked who was not to share
+
+
+def test_a_paired_difference_is_as_certain_as_the_pairs_are():
+    rng = np.random.default_rng(2)
+    a = rng.random(400) < 0.5
+    b = np.where(rng.random(400) < 0.05, ~a, a)  # the same answers but for a few
+    difference, error = paired_difference(a.tolist(), b.tolist())
+    assert difference == pytest.approx(a.mean() - b.mean(), abs=1e-14)
+    assert error == pytest.approx((a.astype(int) - b.astype(int)).std(ddof=1) / 20, rel=1e-12)
+    assert error < 0.5 * a.std() / 20
+    assert paired_difference([True], [False]) == (1.0, None)
 
 
 def test_one_corpus_is_the_usual_interval_of_a_mean():
