@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from gprune.studies.records import read
+from gprune.studies.archive import read
 
 RECORDS = Path(__file__).parent / "records" / "runs"
 UNSEEN = ("stackexchange", "gsm8k", "stories", "python_docs")

@@ -21,10 +21,9 @@ from gprune.report.records import by_stage
 from gprune.report.style import FORMATS, save, style, titled
 from gprune.report.table import Estimate
 from gprune.runs.results import FinishedRun
+from gprune.studies.archive import CONTROL, as_run, record_of
 from gprune.studies.figures import TOKENS, token_lines
 from gprune.studies.listing import Listing
-from gprune.studies.records import CONTROL, as_run
-from gprune.studies.records import found as kept_of
 from gprune.studies.tables import ratios_of
 
 HERE = Path(__file__).resolve().parent
@@ -69,7 +68,7 @@ Lines = dict[tuple[str, str], list[tuple[float, Estimate]]]
 def runs_of(name: str) -> list[FinishedRun]:
     """The rows of a list that have run, by its path below `experiments`."""
     listing = Listing.read(HERE / name)
-    return [as_run(row, kept, listing.seen) for row in listing.rows if (kept := kept_of(row)) is not None]
+    return [as_run(row, kept, listing.seen) for row in listing.rows if (kept := record_of(row)) is not None]
 
 
 def by_budget(lists: Mapping[str, Collection[str] | None]) -> Lines:

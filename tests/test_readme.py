@@ -20,7 +20,6 @@ from gprune.__main__ import COMMANDS
 from gprune.benchmarks.command import parser as evaluation_parser
 from gprune.calibration.statistics import Moments
 from gprune.cli import BETTER, without_flags
-from gprune.config import RETIRED
 from gprune.export.command import parser as export_parser
 from gprune.export.hf import save_pruned
 from gprune.importance.weights import UnitWeights
@@ -194,11 +193,6 @@ def test_the_last_lines_of_a_run_quote_the_log_where_it_applies():
         (["--model.name=gemma-3-270m"], False),
     ):
         assert without_flags(gprune.config.parse(flags)) is said, flags
-
-
-def test_settings_that_are_gone_are_named_in_the_changelog():
-    for setting in RETIRED:
-        assert f"`--{setting}" in PAGES["CHANGELOG.md"] or f"`.{setting.rpartition('.')[2]}" in PAGES["CHANGELOG.md"]
 
 
 @pytest.mark.parametrize("number", [1, 2])

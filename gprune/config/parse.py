@@ -22,18 +22,6 @@ from gprune.config.run import RunConfig
 from gprune.errors import UserError
 from gprune.storage.yaml_text import load_yaml, read_yaml, reason
 
-# Settings that were measured without gain and are gone (experiments/README.md), or have another name: their default.
-RETIRED: dict[str, Any] = {
-    "sparsity.objective": "mean",
-    "sparsity.worst_step": 0.1,
-    "sparsity.through": "none",
-    "sparsity.owl_multiple": 5.0,
-    "sparsity.owl_spread": 0.08,
-    "reliability.softness": 0.0,
-}
-# Settings whose default is not what runs did before there was such a setting: what they did.
-ADDED: dict[str, Any] = {"sparsity.centred": False}
-FORMER_NAMES = {"base_averaged": "averaged"}  # of stages of a run and of `--evaluation.controls`
 CONSENT = "model.trust_remote_code"
 HINTS = get_type_hints(RunConfig)
 GROUPS = frozenset(name for name, kind in HINTS.items() if isinstance(kind, type) and issubclass(kind, Group))
@@ -158,22 +146,6 @@ def _settings(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     return found
 
 
-def of_today(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an earlier version by names of today, with `ADDED`, and without what of `RETIRED` had no effect."""
-    kept = {k: dict(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
-    for name, value in ADDED.items():
-        group, _, leaf = name.partition(".")
-        if isinstance(kept.get(group), dict):
-            kept[group].setdefault(leaf, value)
-    for name, value in RETIRED.items():
-        group, _, leaf = name.partition(".")
-        if isinstance(kept.get(group), dict) and kept[group].get(leaf) == value:
-            del kept[group][leaf]
-    if isinstance(kept.get("evaluation"), dict) and isinstance(controls := kept["evaluation"].get("controls"), list):
-        kept["evaluation"]["controls"] = [FORMER_NAMES.get(str(name), name) for name in controls]
-    return kept
-
-
 def flat(settings: dict[str, Any], prefix: str = "", *, whole: Sequence[str] = ()) -> dict[str, Any]:
     """Nested settings by dotted name; an empty mapping is a value, and so are those that are to stay `whole`."""
     found: dict[str, Any] = {}
@@ -184,20 +156,25 @@ def flat(settings: dict[str, Any], prefix: str = "", *, whole: Sequence[str] = (
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raise UserError for a value that is not of its setting's type, in settings as `RunConfig.settings` gives them.
+    """Raise UserError for settings of a run that are not those of this version, or not of their types.
 
-    Settings of other versions, and what no flag says, are left alone.
+    Args:
+        settings: as `RunConfig.settings` gives them; what no flag says, such as `inputs`, is left alone.
     """
-    settings = of_today(settings)
-    for group, hint in HINTS.items():
-        if group in settings and group not in GROUPS:
+    for group, expected in RunConfig().settings().items():
+        hint, others = HINTS[group], [] if group in settings else [group]
+        if group not in GROUPS and not others:
             check(group, hint, settings[group])
-        elif not isinstance(settings.get(group, {}), dict):
-            raise UserError(f"--{group}: expected settings by name, got {shown(settings[group])}.")
-        elif group in settings:
+        elif not isinstance(value := settings.get(group, {}), dict):
+            raise UserError(f"--{group}: expected settings by name, got {shown(value)}.")
+        elif not others:
             hints = get_type_hints(hint)
-            for name in hints.keys() & settings[group].keys():
-                check(f"{group}.{name}", hints[name], settings[group][name])
+            for name in hints.keys() & value.keys():
+                check(f"{group}.{name}", hints[name], value[name])
+            lacking, unknown = expected.keys() - value.keys(), value.keys() - expected.keys() - hints.keys()
+            others = sorted(f"{group}.{name}" for name in lacking | unknown)
+        if others:
+            raise UserError(f"expected the settings of this version, which differ in {others[0]}.")
 
 
 def _check_name(name: str, group: type, where: str) -> None:

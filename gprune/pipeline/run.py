@@ -233,7 +233,7 @@ def opened(cfg: RunConfig) -> Iterator[Run]:
     folder = RunFolder(cfg.folder, meter.counts, key=key_of(settings=settings))
     screen = Screen(plan.work, meter.work, rounds=cfg.sparsity.steps)
     with (
-        folder.opened(settings, to_yaml(cfg.resolved()), {("dense", "none"), *cfg.stages}), plain_interrupts(),
+        folder.opened(settings, to_yaml(cfg.resolved())), plain_interrupts(),
         _loggers(cfg, folder) as loggers, multiplying(cfg.trainer.float32_matmul_precision), screen,
     ):  # fmt: skip
         try:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from gprune.errors import UserError
 from gprune.runs import schema
 from gprune.storage.environment import environment, peak_memory
 from gprune.storage.files import (
+    MISSING,
     cannot_write,
     file_hashes,
+    inspected_json,
     key_of,
     locked,
     read_json,
@@ -66,7 +68,7 @@ class RunFolder:
         self.path = Path(path)
         self.count_tokens = count_tokens
         self.key = key
-        self.finished = False  # when it was opened: it is read, and neither counted nor logged again
+        self.finished = False  # True if the run was complete when it was opened; then it is only read
         self._note: Callable[[], None] | None = None  # of the step that is running
 
     def __truediv__(self, name: str) -> Path:
@@ -77,13 +79,8 @@ class RunFolder:
         return _Part(self, name)
 
     @contextmanager
-    def opened(
-        self, settings: dict[str, Any], config_yaml: str, rows: Collection[tuple[str, str]] = ()
-    ) -> Iterator[None]:
+    def opened(self, settings: dict[str, Any], config_yaml: str) -> Iterator[None]:
         """Create the folder or take up the run in it, and keep other processes out of it meanwhile.
-
-        Args:
-            rows: (stage, recovery) of what a finished run has numbers of.
 
         Raises:
             UserError: if the folder holds a run with other settings, something that is no run, or links that lead out
@@ -92,7 +89,7 @@ class RunFolder:
         if rank_zero_only.rank != 0:  # it refuses what the first process refuses, or it would wait for that one
             if self.path.exists():
                 self._inspect(settings)
-            self.finished = self._has(rows)
+            self.finished = bool(self.metrics.get("summary"))
             yield
             return
         if (self.path.exists() and not self.path.is_dir()) or self._is_anothers():
@@ -108,13 +105,8 @@ class RunFolder:
             except OSError as error:
                 raise cannot_write(self.path, error) from error
             self._take_up(settings, config_yaml)
-            self.finished = self._has(rows)
+            self.finished = bool(self.metrics.get("summary"))
             yield
-
-    def _has(self, rows: Collection[tuple[str, str]]) -> bool:
-        """Whether the summary stands there, and numbers of all rows, which a run of an earlier version may lack."""
-        found = self.metrics
-        return bool(found.get("summary")) and {*rows} <= {(r["stage"], r["recovery"]) for r in found["records"]}
 
     def _is_anothers(self) -> bool:
         """Whether something lies there, and no run; a lock alone would be left in somebody's folder."""
@@ -139,17 +131,17 @@ class RunFolder:
     def _inspect(self, settings: dict[str, Any]) -> bool:
         """Whether no run with these settings has begun here; raises UserError for what may not be written into."""
         self._refuse_links()
-        manifest = self.manifest
-        changed = differences(manifest.get("settings"), settings) if manifest else []
+        manifest, why = inspected_json(self / "manifest.json", check=manifest_problem)
+        changed = differences(manifest["settings"], settings) if manifest else []
         if changed and self.has_results():
             more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
             raise UserError(
                 f"{self.path} holds a run with other settings: {'; '.join(changed[:3])}{more}. "
                 f"Choose another --run.name, or remove the folder."
             )
-        if not manifest and (self / "manifest.json").exists():
+        if why not in (None, MISSING):
             raise UserError(
-                f"{self / 'manifest.json'} is damaged, so nobody knows which run this is; "
+                f"{self / 'manifest.json'} is damaged, or of an older version ({why}); "
                 f"choose another --run.name, or remove the folder."
             )
         if self._is_anothers():
@@ -307,7 +299,7 @@ def manifest_problem(content: Any) -> str | None:
         try:
             check_settings(content["settings"])
         except UserError as error:
-            said = f"settings: {error}"
+            said = f"settings: {str(error).rstrip('.')}"
     return said
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.calibration.statistics import CorpusStatistics
-from gprune.config import FORMER_NAMES, RunConfig, of_settings, of_today
+from gprune.config import RunConfig, of_settings
 from gprune.errors import UserError, first_line
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
@@ -70,7 +70,7 @@ class FinishedRun:
     @property
     def all_but_seed(self) -> str:
         """Equal for runs that differ in seed alone: settings, dense model and the text they are evaluated on."""
-        plain = json.loads(json.dumps(with_defaults(self.settings, RunConfig().settings())))
+        plain = json.loads(json.dumps(self.settings))
         plain["run"].pop("seed")
         plain["inputs"].pop("text", None)  # the sample of calibration text goes with the seed
         text = sorted({(r["corpus"], r["content_hash"]) for r in self.records})
@@ -136,17 +136,6 @@ class PruningResult:
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def with_defaults(settings: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an earlier version as they would be given today.
-
-    What did not exist then had its default's effect, but for `ADDED`. What is gone since (`RETIRED`) is left out where
-    it had no effect.
-    """
-    kept = of_today(settings)
-    nested = {k: with_defaults(kept.get(k) or {}, v) for k, v in default.items() if isinstance(v, dict)}
-    return {**default, **kept, **nested}
-
-
 def finished(path: Path | str) -> FinishedRun:
     """What a finished run says of itself, from its manifest and its metrics alone: no masks, modules, evaluation.
 
@@ -162,7 +151,9 @@ def _finished(path: Path | str) -> tuple[RunFolder, FinishedRun]:
         raise UserError(f"Expected a run folder, but there is no folder '{path}'.")
     manifest, why = inspected_json(place / "manifest.json", check=manifest_problem)
     if why or manifest["settings"].get("inputs") is None:
-        raise UserError(f"'{path}' is no run of gprune's (manifest.json: {why or 'nothing has begun'}).")
+        raise UserError(
+            f"'{path}' is no run of gprune's, or one of an older version (manifest.json: {why or 'nothing has begun'})."
+        )
     settings = manifest["settings"]
     folder = RunFolder(place, key=key_of(settings=settings))
     metrics, why = inspected_json(folder / "metrics.json", run=folder.key, check=schema.metrics)
@@ -173,8 +164,8 @@ def _finished(path: Path | str) -> tuple[RunFolder, FinishedRun]:
     run = FinishedRun(
         path=place,
         name=place.resolve().name,
-        settings=with_defaults(settings, RunConfig().settings()),
-        records=[r | {"stage": FORMER_NAMES.get(r["stage"], r["stage"])} for r in metrics["records"]],
+        settings=settings,
+        records=metrics["records"],
         summary=metrics["summary"],
         masks=None,
         modules=None,
@@ -276,7 +267,6 @@ def load_run(path: Path | str) -> PruningResult:
     cfg = config_of(run)
     run = _with_tensors(folder, run)
     with _complete(folder):
-        name_controls(cfg, run.records)
         statistics = {
             corpus: CorpusStatistics.from_tensors(_tensors(folder, f"statistics/{corpus_file(corpus)}"))
             for corpus in cfg.calibration
@@ -301,23 +291,13 @@ def config_of(run: FinishedRun) -> RunConfig:
         found = read_yaml(file, "expected YAML in")
         if not isinstance(found, dict):
             raise UserError("it holds no settings.")
-        cfg = of_settings(of_today(found), "its settings")
+        cfg = of_settings(found, "its settings")
     except UserError as error:
         raise UserError(f"{file} was altered: {error} Run the same command again.") from error
-    before = with_defaults(run.settings, RunConfig().settings())
-    if changed := differences({name: before.get(name) for name in cfg.settings()}, cfg.settings()):
+    before = {name: value for name, value in run.settings.items() if name != "inputs"}
+    if changed := differences(before, cfg.settings()):
         raise UserError(f"{file} was altered: {changed[0]}. Run the same command again.")
     return cfg
-
-
-def name_controls(cfg: RunConfig, records: Sequence[Mapping[str, Any]]) -> None:
-    """Put `unrecovered` among the controls of a run whose records have such rows.
-
-    Before this control had a name, every run with recovery was evaluated without it as well.
-    """
-    there = any(r["stage"] != "dense" and r["recovery"] == "none" for r in records)
-    if there and cfg.recovery != "none" and "unrecovered" not in cfg.evaluation.controls:
-        cfg.evaluation.controls = [*cfg.evaluation.controls, "unrecovered"]
 
 
 def _exported(folder: RunFolder) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:

@@ -90,12 +90,6 @@ class Inputs(Shape):
     text: dict[Text, Text]
 
 
-class FormerInputs(Inputs):
-    """In a record of a version that did not keep the fingerprint."""
-
-    model: Text | None
-
-
 class Seed(Shape):
     """The part of `--run` that changes results."""
 
@@ -191,14 +185,20 @@ class Packed(Shape):
     bits: str
 
 
+class StudySummary(Summary):
+    """The headline of a row of a list."""
+
+    learned_tokens: Count  # forward and backward, without those of scores and controls
+
+
 class Study(Shape):
     """The record of a row of a list."""
 
     name: Text
     settings: Settings
-    inputs: FormerInputs
+    inputs: Inputs
     steps: dict[Text, dict[Text, Number]]
-    summary: Summary
+    summary: StudySummary
     records: list[Record]
     masks: dict[Literal["ffn", "attention"], Packed] | None
     evaluation: list[Benchmark] = []

@@ -63,7 +63,7 @@ def run(args: Sequence[str]) -> str:
     options = arguments(args)
     os.environ.setdefault("WANDB_MODE", "disabled")
     quiet()
-    from gprune.studies.job import work
+    from gprune.studies.runner import work
 
     work(options)
     return ""

@@ -14,9 +14,9 @@ from gprune.report.perplexity_tables import pooled, ratio_to
 from gprune.report.records import by_stage
 from gprune.report.table import Estimate, Table
 from gprune.runs.results import FinishedRun, Record, row_name
+from gprune.studies.archive import as_run, path_of
 from gprune.studies.listing import Listing, Row
-from gprune.studies.records import as_run, path_of
-from gprune.studies.spread import spread_table
+from gprune.studies.ranges import spread_table
 
 Done = Sequence[tuple[Row, dict[str, Any]]]  # rows with their records
 

@@ -16,10 +16,7 @@ import wandb
 from gprune.config import LoggingConfig
 from gprune.config import running as config
 from gprune.errors import UserError
-from gprune.runs.folder import RunFolder
-from gprune.runs.results import finished
 from gprune.runs.tracking import how_to_look, tracking
-from gprune.storage.files import write_json
 from tests import tiny_run
 
 
@@ -243,23 +240,6 @@ def test_a_finished_run_is_read_and_not_logged_again(world, tmp_path, monkeypatc
         ids, versions = sittings(world.run(tmp_path, *flags).path)
     assert set(ids) == set(before[0])
     assert versions == ["version_0", "version_1"]
-
-
-def test_a_run_with_a_summary_that_lacks_a_row_is_taken_up_counted_and_logged(world, tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch)
-    with tiny_run.isolated(tmp_path / "cache"):
-        first = world.run(tmp_path, "--gprune=false")
-        folder, before = RunFolder(first.path), (first.path / "manifest.json").read_text()
-        assert world.run(tmp_path, "--gprune=false").path == first.path
-        assert (first.path / "manifest.json").read_text() == before  # what gives a finished run back costs it nothing
-        lacking = [r for r in first.records if r["stage"] != "base"]
-        found = {"summary": first.summary, "records": lacking}
-        write_json(folder / "metrics.json", found, run=finished(first.path).key)
-        again = world.run(tmp_path, "--gprune=false")
-    assert again.records == first.records
-    assert len(list((tmp_path / "run/csv").glob("*/metrics.csv"))) == 2
-    tokens = [json.loads(text)["steps"]["evaluate"]["forward_tokens"] for text in (before, json.dumps(folder.manifest))]
-    assert tokens[1] > tokens[0]
 
 
 def test_a_run_that_is_stopped_while_figures_are_drawn_logs_its_summary_when_it_goes_on(world, tmp_path, monkeypatch):

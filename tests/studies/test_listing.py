@@ -18,18 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gprune
-from gprune.config import RETIRED, parse
+from gprune.config import parse
 from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_ratio
 from gprune.models.masks import Masks
 from gprune.report.perplexity_tables import over_seeds
 from gprune.report.table import Estimate
 from gprune.runs.results import FinishedRun
-from gprune.studies import command, figures, records
-from gprune.studies import job as runner
+from gprune.studies import archive, command, figures, packing, runner
 from gprune.studies import listing as lists
 from gprune.studies import tables as results
-from gprune.studies.spread import spread, spread_table
+from gprune.studies.ranges import spread, spread_table
 from tests import tiny_run
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -123,14 +122,13 @@ def test_it_runs_keeps_records_and_prints(bench, first):
     assert out.startswith("3 configurations: at most")
     for row in lists.Listing.read(path).rows:
         assert f"{row.name}, seed 0: " in out
-        kept = runner.found(row)
+        kept = archive.record_of(row)
         result = gprune.load_run(Path(row.config.run.dir) / row.config.run_name)
-        assert records.unpacked(kept["masks"]) == result.masks
+        assert packing.unpacked(kept["masks"]) == result.masks
         assert kept["settings"] == row.config.settings()
         rounded = [r | {"window_nll": [round(v, 4) for v in r["window_nll"]]} for r in result.records]
         assert kept["records"] == rounded
-        assert {"name", "flags", "inputs", "environment", "steps", "summary"} <= set(kept)
-        assert not [f for f in kept["flags"] if f.startswith(("--run.", "--logging.", "--export"))]
+        assert {"name", "inputs", "environment", "steps", "summary"} <= set(kept)
         assert (kept["learning"] is None) == (row.name == "plain")
     table = [line for line in out.splitlines() if line.startswith("| ")]
     for name in ROWS:
@@ -170,34 +168,16 @@ def test_other_settings_and_seeds_run_again(bench, first, capsys, monkeypatch):
     assert not ran
 
 
-def test_new_settings_at_their_default_leave_records_what_they_were(first, monkeypatch):
+def test_new_settings_at_their_default_leave_records_what_they_were(bench, first, monkeypatch):
     """And a default that has changed since does not: its record was made with the old one."""
     row = lists.Listing.read(first[0]).rows[1]
-    kept = runner.found(row)
-
-    def content(**settings) -> dict:
-        return kept | {"settings": kept["settings"] | settings}
-
-    older = content()
-    older["settings"].pop("ridge")
-    for there, counts in ((older, True), (content(ridge=0.5), False), (content(gone=1), False)):
-        monkeypatch.setattr(records, "read_json", lambda path, there=there, **_: there)
-        assert (runner.found(row) is not None) == counts
-
-
-@pytest.mark.parametrize(("name", "default"), RETIRED.items())
-def test_a_setting_that_is_gone_is_ignored_at_its_default_and_no_row_has_another_value(first, name, default):
-    row = lists.Listing.read(first[0]).rows[1]
-    kept = runner.found(row)
-    group, _, leaf = name.partition(".")
-
-    def with_value(value) -> dict:
-        return kept | {"settings": kept["settings"] | {group: kept["settings"][group] | {leaf: value}}}
-
-    assert records.is_of(row, with_value(default))
-    assert not records.is_of(row, with_value("another"))
-    settings = records.as_run(row, with_value(default), None).settings
-    assert leaf not in settings[group]
+    record = archive.record_of(row)
+    settings = record["settings"]
+    older = {name: value for name, value in settings.items() if name != "ridge"}
+    older["sparsity"] = {name: value for name, value in settings["sparsity"].items() if name != "width_multiple"}
+    for there, counts in ((older, True), (older | {"ridge": 0.5}, False), (settings | {"gone": 1}, False)):
+        monkeypatch.setattr(archive, "read_json", lambda path, there=there, **_: record | {"settings": there})
+        assert (archive.record_of(row) == record) == counts
 
 
 def test_records_are_named_for_people_and_told_apart_by_settings(bench, first):
@@ -205,11 +185,11 @@ def test_records_are_named_for_people_and_told_apart_by_settings(bench, first):
         lists.Listing.read(path).rows
         for path in (first[0], bench.write("named", {"It's another, 50 %": {}}, common={"sparsity.target": 0.4}))
     )
-    assert len({records.path_of(row) for row in (a, b, c, d)}) == 4
-    assert records.path_of(d).name.startswith("it-s-another-50-seed0-")
-    assert records.path_of(a).name.startswith("plain-seed0-")
+    assert len({archive.path_of(row) for row in (a, b, c, d)}) == 4
+    assert archive.path_of(d).name.startswith("it-s-another-50-seed0-")
+    assert archive.path_of(a).name.startswith("plain-seed0-")
     same = lists.Listing.read(bench.write("same", {"x": {"gprune": False, "ridge": 0.01}})).rows[0]
-    assert records.path_of(same) == records.path_of(a)  # by another name, with a default written out
+    assert archive.path_of(same) == archive.path_of(a)  # by another name, with a default written out
 
 
 def test_only_some_rows_and_the_reference_are_printed(bench, first, nothing_runs, capsys):
@@ -227,11 +207,11 @@ def shares(bench, capsys, monkeypatch, path, count: int) -> list[str]:
     """What each of so many machines runs, one after the other has finished."""
     ran, done = [], set()
     monkeypatch.setattr(
-        runner, "run", lambda row: (ran.append(f"{row.name}/{row.seed}"), done.add(records.path_of(row)))
+        runner, "run", lambda row: (ran.append(f"{row.name}/{row.seed}"), done.add(archive.path_of(row)))
     )
     monkeypatch.setattr(runner, "token_hours", lambda pending: "")
     monkeypatch.setattr(runner, "text_of", lambda listing, rows: "")
-    monkeypatch.setattr(runner, "found", lambda row: {} if records.path_of(row) in done else None)
+    monkeypatch.setattr(runner, "record_of", lambda row: {} if archive.path_of(row) in done else None)
     for i in range(count):
         bench(capsys, path, "--seeds", "0", "1", "--part", f"{i + 1}/{count}")
     return ran
@@ -301,7 +281,7 @@ def test_later_settings_win_protocol_common_row_and_command_line(bench):
 
 def done_of(path: Path, **options) -> tuple[lists.Listing, list]:
     listing = lists.Listing.read(path, **options)
-    return listing, [(row, runner.found(row)) for row in listing.rows]
+    return listing, [(row, archive.record_of(row)) for row in listing.rows]
 
 
 def unseen(kept: dict, stage: str, seen: set[str]) -> dict[str, list[float]]:
@@ -404,7 +384,7 @@ def test_a_list_says_which_tables_it_wants_and_masks_of_seeds_are_compared(bench
     assert "| seen" not in out
     (line,) = [line for line in out.splitlines() if line.startswith("| plain, seed 0")]
     assert [cell.strip() for cell in line.split("|")[1:4]] == ["plain, seed 0", "plain, seed 1", "ffn"]
-    masks = [records.unpacked(kept["masks"]).ffn for _, kept in done_of(path)[1]]
+    masks = [packing.unpacked(kept["masks"]).ffn for _, kept in done_of(path)[1]]
     jaccard = np.mean([float((a & b).sum() / (a | b).sum()) for a, b in zip(*masks, strict=True)])
     assert float(line.split("|")[4]) == pytest.approx(jaccard, abs=5e-4)
     assert jaccard < 1
@@ -504,30 +484,16 @@ def test_rows_that_have_read_other_text_are_refused(bench, first):
         results.reported(listing, [*others, (row, kept | {"inputs": inputs})])
 
 
-def test_a_record_from_before_a_setting_is_a_seed_like_the_others(bench, capsys):
-    """What did not exist then had its default's effect."""
-    path = bench.write("seeds", {"plain": {"gprune": False}}, seeds=[0, 1])
-    bench(capsys, path)
-    listing, ((row, kept), other) = done_of(path)
-    before = {name: value for name, value in kept["settings"].items() if name != "ridge"}
-    sparsity = {name: value for name, value in kept["settings"]["sparsity"].items() if name != "width_multiple"}
-    done = [(row, kept | {"settings": before | {"sparsity": sparsity}}), other]
-    assert records.is_of(row, done[0][1])
-    names = [cells[0] for cells in results.reported(listing, done).tables[0].rows]
-    assert "plain (2 seeds)" in names
-    assert "plain" not in names
-
-
 def test_a_record_of_other_settings_is_never_the_place_of_a_new_one(bench, capsys):
     path = bench.write("one", {"x": {"gprune": False, "ridge": 0.5}})
     (row,) = lists.Listing.read(path).rows
-    there = records.path_of(row).with_stem(records.path_of(row).stem + "-1")
+    there = archive.path_of(row).with_stem(archive.path_of(row).stem + "-1")
     there.write_text(json.dumps({"settings": {"ridge": 0.7}}))
     (row,) = lists.Listing.read(path).rows
-    assert records.path_of(row) == there.with_stem(there.stem.removesuffix("-1"))
-    records.path_of(row).write_text(there.read_text())
+    assert archive.path_of(row) == there.with_stem(there.stem.removesuffix("-1"))
+    archive.path_of(row).write_text(there.read_text())
     (row,) = lists.Listing.read(path).rows
-    assert records.path_of(row) == there.with_stem(there.stem.removesuffix("-1") + "-2")
+    assert archive.path_of(row) == there.with_stem(there.stem.removesuffix("-1") + "-2")
     for file in (lists.OTHER_RECORDS / "runs").glob("x-seed0-*"):
         file.unlink()
 
@@ -545,7 +511,7 @@ def test_a_grid_runs_every_row_at_every_point_and_divides_by_the_base_of_its_own
     assert [row.config.sparsity.target for row in listing.rows] == [0.3, 0.3, 0.5, 0.5] * 2
     assert listing.compare == [(f"ours, {point}: gprune", f"plain, {point}: base") for point in points]
     assert len([*(kept_in / "runs").iterdir()]) == 8
-    kept = {row.name: records.found(row) for row in listing.rows}
+    kept = {row.name: archive.record_of(row) for row in listing.rows}
     used = {r["corpus"] for k in kept.values() for r in k["records"] if r["seen"]}
     for point in points:
         ratio = paired_ratio(
@@ -579,7 +545,7 @@ def test_an_empty_mapping_takes_back_what_the_list_says(bench):
 
 def test_a_long_name_of_a_row_is_a_file_all_the_same(bench):
     rows = lists.Listing.read(bench.write("long", {name: {} for name in ("x" * 300, "\u00e9" * 300)})).rows
-    for path in map(records.path_of, rows):
+    for path in map(archive.path_of, rows):
         assert len(path.name.encode()) < 255
         assert "-seed0-" in path.name
 
@@ -625,14 +591,14 @@ def test_lines_of_rows_over_the_tokens_that_each_learned_from(bench, capsys, tmp
 
 def test_tokens_that_a_row_learned_from_do_not_depend_on_what_the_cache_had(first):
     """Those of scores, which the first row alone pays for, and of controls are left out; those of rounds are not."""
-    kept = runner.found(lists.Listing.read(first[0]).rows[1])
-    own = records.learned_tokens(kept)
+    kept = archive.record_of(lists.Listing.read(first[0]).rows[1])
+    own = archive.learned_tokens(kept["steps"])
     assert own == kept["steps"]["thresholds"]["forward_backward_tokens"] > 0
     more = {
         name: {"forward_backward_tokens": 100}
         for name in ("calibrate", "steps/0.2/calibrate", "evaluate", "steps/0.2/thresholds")
     }
-    assert records.learned_tokens(kept | {"steps": kept["steps"] | more}) == own + 100
+    assert archive.learned_tokens(kept["steps"] | more) == own + 100
 
 
 def test_a_curve_has_the_ratio_of_each_row_to_its_own_base(bench, capsys, tmp_path):
@@ -731,26 +697,24 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     assert [cfg.export for cfg in configs] == ["none", "hf"]  # masks do not hold what recovery changed
     for row, k in zip(listing.rows, kept, strict=True):
         assert [r["stage"] for r in k["evaluation"]] == ["base"] * 2
-        both = records.as_run(row, k, None).evaluation
+        both = archive.as_run(row, k, None).evaluation
         assert [(r["stage"], r["run"]) for r in both] == [(s, row.name) for s in ("dense", "dense", "base", "base")]
-        # records of before hold the dense model's numbers themselves
-        assert records.as_run(row, k | {"evaluation": both}, None).evaluation == both
-    assert all(runner.found(row) for row in listing.rows)
+    assert all(archive.record_of(row) for row in listing.rows)
     # a list without tasks is content with that, and prints none; one with others, or of another model, is not
-    assert records.as_run(lists.Listing.read(bench.write("none", rows, **own)).rows[0], kept[0], None).evaluation == []
-    assert all(runner.found(row) for row in lists.Listing.read(bench.write("none", rows, **own)).rows)
+    assert archive.as_run(lists.Listing.read(bench.write("none", rows, **own)).rows[0], kept[0], None).evaluation == []
+    assert all(archive.record_of(row) for row in lists.Listing.read(bench.write("none", rows, **own)).rows)
     more = lists.Listing.read(bench.write("more", rows, tasks=tasks | {"limit": 9}, **own))
-    assert not any(map(runner.found, more.rows))
-    assert not any(map(runner.found, lists.Listing.read(path, flags=["--model.dtype=bfloat16"]).rows))
+    assert not any(map(archive.record_of, more.rows))
+    assert not any(map(archive.record_of, lists.Listing.read(path, flags=["--model.dtype=bfloat16"]).rows))
     low = lists.Listing.read(path, flags=["--model.dtype=bfloat16"]).rows[0]
     with_tasks(low)
     assert [stages for *_, stages in calls[-2:]] == [["dense"], ["base"]]  # a dense model of its own
     # other tasks lie beside these, not in their place
-    other = {row.name: (records.path_of(row), with_tasks(row)) for row in more.rows}
+    other = {row.name: (archive.path_of(row), with_tasks(row)) for row in more.rows}
     assert all(kept["tasks"]["limit"] == 9 for _, kept in other.values())
     for row in lists.Listing.read(path).rows:
-        assert records.path_of(row) != other[row.name][0]
-        assert runner.found(row)["tasks"]["limit"] == 4
+        assert archive.path_of(row) != other[row.name][0]
+        assert archive.record_of(row)["tasks"]["limit"] == 4
     # a list that wants masks keeps the tasks, and one that wants tasks keeps the masks
     masked = bench.write("masked", {"plain": rows["plain"]}, tables=["repeatability"], **own)
     (row,) = lists.Listing.read(masked, records=bench.folder / "both").rows
@@ -758,14 +722,16 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
         bench.write("tasked", {"plain": rows["plain"]}, tasks=tasks, **own), records=bench.folder / "both"
     ).rows
     for one in (row, tasked, row):
-        if runner.found(one) is None:
+        if archive.record_of(one) is None:
             with_tasks(one)
-    assert runner.found(row) == runner.found(tasked) is not None
+    assert archive.record_of(row) == archive.record_of(tasked) is not None
     (only,) = (bench.folder / "both/runs").iterdir()
     # of several records of a row the one with masks serves whoever wants them
-    records.write(only.with_stem(f"a-{only.stem}"), runner.found(row) | {"masks": None, "tasks": tasks | {"limit": 9}})
-    assert runner.found(row)["masks"] is not None
-    assert records.path_of(row) == only
+    archive.write(
+        only.with_stem(f"a-{only.stem}"), archive.record_of(row) | {"masks": None, "tasks": tasks | {"limit": 9}}
+    )
+    assert archive.record_of(row)["masks"] is not None
+    assert archive.path_of(row) == only
     # with a seed that the tasks do not name, there are none
     assert "evaluation" not in with_tasks(lists.Listing.read(path, seeds=[1]).rows[0])
 
@@ -787,7 +753,7 @@ def test_of_several_processes_none_waits_for_tasks(bench, measured, monkeypatch,
     assert met == [(1, 0), (2, 0)]
     assert [stages for *_, stages in calls] == [[["dense"], ["base"], ["base"]], []][index]
     assert [name in said for name in ("bias, seed 0: tasks", "least_squares, seed 0: tasks")] == [index == 0] * 2
-    assert [runner.found(row) is not None for p in paths for row in lists.Listing.read(p).rows] == [index == 0] * 2
+    assert [archive.record_of(row) is not None for p in paths for row in lists.Listing.read(p).rows] == [index == 0] * 2
 
 
 def test_of_several_processes_two_lists_want_other_tasks_of_one_row(bench, measured, monkeypatch, capsys):
@@ -800,7 +766,7 @@ def test_of_several_processes_two_lists_want_other_tasks_of_one_row(bench, measu
         for n in (4, 9)
     ]
     bench(capsys, *paths)
-    kept = [runner.found(row) for path in paths for row in lists.Listing.read(path).rows]
+    kept = [archive.record_of(row) for path in paths for row in lists.Listing.read(path).rows]
     assert [k["tasks"]["limit"] for k in kept] == [4, 9]
 
 
@@ -813,7 +779,7 @@ def test_rows_are_compared_on_tasks_pair_by_pair(bench, measured, monkeypatch, c
     monkeypatch.setattr("gprune.benchmarks.measurement.require_lm_eval", lambda: "0")
     bench(capsys, path)
     for row in lists.Listing.read(path).rows:
-        kept = records.read(records.path_of(row))
+        kept = archive.read(archive.path_of(row))
         mended = row.name == "mended"
         one = kept["evaluation"][0] | {
             "recovery": "bias" if mended else "none",
@@ -822,7 +788,7 @@ def test_rows_are_compared_on_tasks_pair_by_pair(bench, measured, monkeypatch, c
         nll = [3.0, 7.0] if mended else [2.0, 6.0]  # of two windows, each with two tokens to predict
         two = one | {"kind": "perplexity", "task": "wikitext2", "window_nll": nll, "seq_len": 3, "tokens": 4}
         two |= {"nll": sum(nll) / 4, "perplexity": math.exp(sum(nll) / 4), "low": 1.0, "high": 99.0}
-        records.write(records.path_of(row), kept | {"evaluation": [one, two]})
+        archive.write(archive.path_of(row), kept | {"evaluation": [one, two]})
     out = bench(capsys, path, "--table")
     (line,) = [line for line in out.splitlines() if line.startswith("| mended: base + bias - plain: base")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -845,8 +811,8 @@ def test_tasks_that_fail_leave_the_run_and_tasks_that_cannot_be_measured_run_not
     monkeypatch.setattr(evaluation, "require_lm_eval", lambda: "0")
     assert "no such task" in bench.refused(capsys, path)
     (row,) = lists.Listing.read(path).rows
-    assert len(records.read(records.path_of(row))["records"]) > 0
-    assert runner.found(row) is None
+    assert len(archive.read(archive.path_of(row))["records"]) > 0
+    assert archive.record_of(row) is None
     monkeypatch.setattr(gprune, "prune", lambda cfg: pytest.fail("it ran"))
     monkeypatch.setattr(evaluation, "require_lm_eval", fails)
     assert "no such task" in bench.refused(capsys, path)
@@ -863,8 +829,8 @@ NUMBERS = st.fixed_dictionaries(
 
 @given(numbers=st.lists(NUMBERS, max_size=8))
 def test_what_is_the_same_in_several_numbers_is_kept_once_and_comes_back(numbers):
-    kept = json.loads(json.dumps({"name": "x", "records": records.folded(numbers)}))
-    assert records.unfolded(kept) == {"name": "x", "records": numbers}
+    kept = json.loads(json.dumps({"name": "x", "records": packing.folded(numbers)}))
+    assert packing.unfolded(kept) == {"name": "x", "records": numbers}
     for stage in kept["records"]["stages"]:
         assert len(stage["each"]) < 2 or not any(
             all(name in own and own[name] == value for own in stage["each"]) for name, value in stage["each"][0].items()
@@ -878,32 +844,32 @@ def test_the_repository_keeps_masks_where_a_table_is_about_them(bench, first, mo
     )
     assert not row.masks
     assert with_tasks(row)["masks"] is None
-    assert runner.found(row)["masks"] is None
+    assert archive.record_of(row)["masks"] is None
     path = bench.write("of masks", {"plain": ROWS["plain"]}, tables=["repeatability"])
     (wanted,) = lists.Listing.read(path, records=bench.folder / "other").rows
-    assert runner.found(wanted) is None  # there is a record, but without masks
-    assert records.path_of(wanted) == records.path_of(row)
-    assert with_tasks(wanted)["masks"] == runner.found(row)["masks"] is not None
+    assert archive.record_of(wanted) is None  # there is a record, but without masks
+    assert archive.path_of(wanted) == archive.path_of(row)
+    assert with_tasks(wanted)["masks"] == archive.record_of(row)["masks"] is not None
 
 
 @pytest.mark.parametrize(
     "kept",
     [
-        None, [], {}, {"records": []}, {"records": {"all": {}}}, {"records": {"all": [], "stages": []}},
+        None, [], {}, {"records": []}, {"records": {"all": {}}},
         {"records": {"all": {}, "stages": [1]}}, {"records": {"all": {}, "stages": [{"all": 1, "each": [{}]}]}},
         {"records": {"all": {}, "stages": [{"all": {}, "each": ["x"]}]}},
     ],
 )  # fmt: skip
 def test_what_is_no_folded_record_stays_what_it_is(kept):
-    assert records.unfolded(kept) == kept
+    assert packing.unfolded(kept) == kept
 
 
 def test_a_record_is_short_lines(first):
     """So that people and `git diff` can read it."""
     row = lists.Listing.read(first[0]).rows[1]
-    lines = records.path_of(row).read_text().splitlines()
+    lines = archive.path_of(row).read_text().splitlines()
     assert len(lines) < 100
-    assert max(map(len, lines)) < records.WIDTH + 50
+    assert max(map(len, lines)) < archive.WIDTH + 50
 
 
 # --- masks ------------------------------------------------------------------------------------------------------
@@ -916,8 +882,8 @@ def test_packed_masks_come_back(data, depth):
         return [torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in sizes]
 
     masks = Masks(drawn(), drawn())
-    kept = json.loads(json.dumps(records.packed(masks)))
-    again = records.unpacked(kept)
+    kept = json.loads(json.dumps(packing.packed(masks)))
+    again = packing.unpacked(kept)
     assert again == masks
     assert all(m.dtype == torch.bool for m in (*again.ffn, *again.attention))
 
@@ -1022,7 +988,7 @@ def test_a_stage_that_is_not_there_is_named(bench, first, capsys, nothing_runs):
 def test_compare_waits_for_rows_that_have_not_run(bench, first):
     path = bench.write("waiting", ROWS | {"later": {"sparsity.target": 0.1}}, compare=[["later: gprune", "ours: base"]])
     listing = lists.Listing.read(path)
-    done = [(row, kept) for row in listing.rows if (kept := runner.found(row)) is not None]
+    done = [(row, kept) for row in listing.rows if (kept := archive.record_of(row)) is not None]
     assert len(done) == 3
     assert "Comparisons" not in results.text_of(listing, done)
     with pytest.raises(UserError, match="expected a stage"):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from gprune.studies.archive import as_run, record_of
 from gprune.studies.listing import Listing
-from gprune.studies.records import as_run, found
 from gprune.studies.tables import reported, text_of
 from tests import built_in
 
@@ -23,7 +23,7 @@ def listing():
 @pytest.fixture(scope="module")
 def done(listing):
     """Rows of the five metrics that anyone might have chosen, with their records."""
-    return [(row, found(row)) for row in listing.rows if row.name in listing.spread["metrics"]]
+    return [(row, record_of(row)) for row in listing.rows if row.name in listing.spread["metrics"]]
 
 
 def test_every_built_in_metric_is_a_row_or_ranks_as_one_that_is(listing):
@@ -36,7 +36,7 @@ def test_every_built_in_metric_is_a_row_or_ranks_as_one_that_is(listing):
 
 def test_the_records_that_are_kept_here_are_those_of_todays_rows(listing):
     """experiments/README.md quotes them."""
-    there = [row.name for row in listing.rows if found(row) is not None]
+    there = [row.name for row in listing.rows if record_of(row) is not None]
     assert len(there) == 32
     assert {row.name for row in listing.rows} - set(there) == {
         "gprune, consensus switch", "gprune, width multiple 64", "gprune, uniform width", "Wanda-sp",

@@ -1,0 +1,138 @@
+"""Records of rows that have run: where they lie, which row each one is of, and what reports read of them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gprune.config import RunConfig, flat
+from gprune.errors import UserError
+from gprune.runs import schema
+from gprune.runs.results import FinishedRun, Record
+from gprune.storage.files import key_of, read_json, write_json
+from gprune.studies.listing import Row
+from gprune.studies.packing import folded, unfolded, unpacked
+
+WIDTH = 1000  # characters of a line
+FORMAT = 4  # of the names of records, which stay when the format of caches changes
+CONTROL = "control"  # what tables call the result of a row that the list names as a control
+
+
+def plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back."""
+    return json.loads(json.dumps(settings))
+
+
+@functools.cache
+def default_settings() -> dict[str, Any]:
+    """The settings of a run without flags."""
+    return plain(RunConfig().settings())
+
+
+def record_of(row: Row) -> dict[str, Any] | None:
+    """The record of the row's settings, if it has the tasks and the masks that the list asks for."""
+    record = read(path_of(row))
+    return record if _is_of(row, record) and _serves(row, record) else None
+
+
+def _is_of(row: Row, record: dict[str, Any] | None) -> bool:
+    return record is not None and record["settings"] == plain(row.config.settings())
+
+
+def _serves(row: Row, record: dict[str, Any]) -> bool:
+    """Whether a record of the row's settings has the tasks, the dense model's too, and the masks that are asked for."""
+    if row.masks and record["masks"] is None:
+        return False
+    asked = row.wanted_tasks
+    return not asked or (asked == record.get("tasks") and any(r["stage"] == "dense" for r in of_tasks(row, record)))
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """A record as `write` was given it; None, with one warning unless it is missing, for what is none.
+
+    A setting that did not exist yet has its default's value.
+    """
+    content = read_json(path, check=lambda content: schema.study(unfolded(content)))
+    if content is None:
+        return None
+    settings, default = content["settings"], default_settings()
+    groups = {name: group | settings.get(name, {}) for name, group in default.items() if isinstance(group, dict)}
+    return unfolded(content) | {"settings": default | settings | groups}
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write a record, with what is the same in all of its numbers, or in all of a stage, once."""
+    write_json(path, record | {"records": folded(record["records"])}, width=WIDTH)
+
+
+def path_of(row: Row) -> Path:
+    """Where a row's record is, under whatever name another list gave the row; or where it will be.
+
+    Named for people, and told apart by a hash of the settings that are not the defaults, so that a new setting, at its
+    default, leaves the names of records what they were. A record with other tasks is never written over.
+    """
+    default, settings = flat(default_settings()), flat(plain(row.config.settings()))
+    unusual = {name: value for name, value in settings.items() if value != default.get(name)}
+    key = key_of(format=FORMAT, settings=unusual)[:10]
+    there = [(path, read(path)) for path in sorted((row.records / "runs").glob(f"*-{key}*.json"))]
+    own = [(p, r) for p, r in there if _is_of(row, r) and row.wanted_tasks in ({}, r.get("tasks", row.wanted_tasks))]
+    if own:  # several: of lists with other tasks, of which one may have masks and another none
+        return min(own, key=lambda one: not _serves(row, one[1]))[0]
+    slug = "-".join("".join(c if c.isalnum() else " " for c in row.name.lower()).split())
+    slug = slug.encode()[:150].decode(errors="ignore")  # the name of a file has 255 bytes at most
+    numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
+    names = (row.records / "runs" / f"{slug}-seed{row.seed}-{key}{number}.json" for number in numbers)
+    return next(path for path in names if not path.exists())
+
+
+def dense_path(row: Row, model: str) -> Path:
+    """Where the row's tasks, measured on its dense model of this fingerprint, are kept for all rows."""
+    key = key_of(format=FORMAT, model=[model, row.config.model.dtype], tasks=row.wanted_tasks)
+    return row.records / "dense" / f"{key}.json"
+
+
+def of_tasks(row: Row, record: dict[str, Any]) -> list[Record]:
+    """Results of the row's tasks, the dense model's first; empty where the list asks for none, or nobody ran them."""
+    if not (row.wanted_tasks and record.get("evaluation")):
+        return []
+    dense = read_json(dense_path(row, record["inputs"]["model"]), check=schema.evaluation) or {"records": []}
+    return dense["records"] + record["evaluation"]
+
+
+def as_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> FinishedRun:
+    """A record as reports read runs.
+
+    Raises:
+        UserError: for a record that has seen what the list calls unseen.
+    """
+    records, evaluation = (_named(row, numbers) for numbers in (record["records"], of_tasks(row, record)))
+    if seen is not None and (extra := sorted({r["corpus"] for r in records if r["seen"]} - set(seen))):
+        raise UserError(
+            f"Row '{row.name}': expected text that the list calls unseen, got {extra[0]}, which the run used, or "
+            f"which shares text with what it used; add it to `seen` ({', '.join(seen)})."
+        )
+    return FinishedRun(
+        path=path_of(row),
+        name=row.name,
+        settings=record["settings"] | {"inputs": record["inputs"]},
+        records=records,
+        summary=record["summary"],
+        masks=None if record["masks"] is None else unpacked(record["masks"]),
+        modules=None,
+        evaluation=[r | {"run": row.name} for r in evaluation],
+    )
+
+
+def _named(row: Row, records: Sequence[Record]) -> list[Record]:
+    """The records, with the result of a control called what it is."""
+    return [r | {"stage": CONTROL} if row.control and r["stage"] == "gprune" else r for r in records]
+
+
+def learned_tokens(steps: Mapping[str, Mapping[str, float]]) -> int:
+    """Tokens forward and backward of steps that learn: not of scores, which the cache may have had, nor of controls."""
+    learning = (step for name, step in steps.items() if name.rpartition("/")[2] not in ("calibrate", "evaluate"))
+    return int(sum(step.get("forward_backward_tokens", 0) for step in learning))
