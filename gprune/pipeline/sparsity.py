@@ -22,7 +22,7 @@ from gprune.sparsity.thresholds import (
     thresholds_from_named,
 )
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve, log_modules
-from gprune.stages.threshold_learning import Learning, ThresholdLearning
+from gprune.stages.threshold_learning import ThresholdLearning
 
 
 def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Scores:
@@ -96,8 +96,7 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
         Thresholds, and offsets where they were learned, by the names under which they are saved.
     """
     cfg, s = run.cfg, run.cfg.sparsity
-    learning = Learning(s.learn, s.loss, s.learning_rate, s.offset_learning_rate, s.offset_limit, s.centred)
-    stage = ThresholdLearning(run.model, modules.ranks, start, run.budget, learning, shard=cfg.model.shard)
+    stage = ThresholdLearning(run.model, modules.ranks, start, run.budget, s, shard=cfg.model.shard)
     # Where earlier steps have been, sparsities are those of what is left, and the curve has two points.
     if s.schedule:
         budgets = {round(run.budget.sparsity, 4): run.budget}

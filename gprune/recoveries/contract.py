@@ -65,7 +65,7 @@ class Material:
     settings: Mapping[str, Any] = field(default_factory=dict)  # flags of recoveries, by their names
     # Trains a stage on `fresh`, else on `text`. Its state_dict is what it learns: a run taken up gives it back.
     fit: Callable[..., None] | None = None
-    shard: bool = False  # whether layers are spread over processes while something learns
+    shard: bool = False  # whether layers are sharded over processes while something learns
     teacher: PreTrainedModel | None = None  # before any pruning, where `dense` has been through earlier steps; frozen
 
     @property
@@ -81,7 +81,7 @@ class Recovery:
     needs: frozenset[str] = frozenset()  # of `NEEDS`: statistics of the dense model, or the text they are taken from
     learns = False  # whether it trains on text of its own
     experts = True  # whether it can recover experts
-    sharded = True  # whether it works while the dense model is spread over processes
+    sharded = True  # whether it works while the dense model is sharded over processes
     why_not_experts = "cannot recover"  # for the error, followed by "the experts of ..."
 
     def revise(self, material: Material) -> Revise | None:
@@ -120,7 +120,7 @@ class Recovery:
 
         Args:
             blocks: of the dense model, without weights.
-            shard: whether the dense model is spread over processes.
+            shard: whether the dense model is sharded over processes.
             settings: as in `tokens`.
         """
         others = [n for n in RECOVERY if RECOVERY[n].experts and RECOVERY[n].sharded]

@@ -93,18 +93,18 @@ class Cut:
         self.slots, self.groups = Segments(costs.neurons, device), Segments(costs.groups, device)
         removable = [0 if b in costs.protected else N - step for b, N in enumerate(costs.neurons)]
         self.fillable = sum(c * n for c, n in zip(costs.neuron, removable, strict=True))
-        # Neurons that are gone after each step of a block.
+        # Of each step, block by block: neurons of the block that are gone after it.
         gone = [torch.arange(n % step or step, n + 1, step) if n else torch.arange(0) for n in removable]
         steps = [len(g) for g in gone]
         sizes = torch.cat([g.diff(prepend=g.new_zeros(1)) for g in gone])
         ends = torch.cat([start + g - 1 for start, g in zip(self.slots.starts, gone, strict=True)])
+        # Of each step, (steps,): its neurons, the place of its last one in `Segments.sort`, its block, its parameters.
         self.size, self.end = (t.to(device, non_blocking=True) for t in (sizes, ends))
         self.step_block = repeated(range(len(steps)), steps, device)
         self.cost = self.size * repeated(costs.neuron, steps, device)
         removable = [0 if b in costs.protected else n - 1 for b, n in enumerate(costs.groups)]  # the best one stays
-        ends = torch.cat(
-            [torch.arange(start, start + n) for start, n in zip(self.groups.starts, removable, strict=True)]
-        )
+        pairs = zip(self.groups.starts, removable, strict=True)
+        ends = torch.cat([torch.arange(start, start + n) for start, n in pairs])
         self.group_end = ends.to(device, non_blocking=True)
         self.group_cost = repeated(costs.group, removable, device)
 

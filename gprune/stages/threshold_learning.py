@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gprune.config import SparsityConfig
 from gprune.models.losses import final_hidden, next_token_losses
 from gprune.models.masks import Masks
 from gprune.partition.record import ModuleRanks
@@ -19,20 +18,6 @@ from gprune.sparsity.cut import Cut, cut_margin
 from gprune.sparsity.gates import soft_gate, straight_through
 from gprune.sparsity.thresholds import Thresholds, masks_from_thresholds, unit_margins
 from gprune.stages.base import FrozenLMStage
-
-
-@dataclass(frozen=True)
-class Learning:
-    """How thresholds are learned: flags of `--sparsity` by the same names."""
-
-    learn: Literal["thresholds", "offsets", "both"] = "thresholds"  # one number per module, one per neuron, or both
-    loss: Literal["cross_entropy", "kl"] = "cross_entropy"  # kl: the divergence from the dense model
-    learning_rate: float = 0.1  # Adam's for thresholds, in logits
-    offset_learning_rate: float | None = None  # Adam's for offsets, in logits; None: the one of thresholds
-    # Offsets stay within +- this many logits. Adam moves a neuron that carries nearly all of its block as fast as any
-    # other, and the gradient of its gate does not show the cliff behind it.
-    offset_limit: float = math.inf
-    centred: bool = False  # subtract the mean gradient over units before Adam sees it
 
 
 class ThresholdLearning(FrozenLMStage):
@@ -44,7 +29,7 @@ class ThresholdLearning(FrozenLMStage):
 
     Loss: L(t) = mean over windows of the next-token cross-entropy, in nats per token, of the frozen model whose
     units are multiplied by g_i = h_i + s_i - stop(s_i), where
-        h_i in {0, 1}  the hard keep mask that meets the budget (`masks.keep_masks` on logit p_i - t_m),
+        h_i in {0, 1}  the hard keep mask that meets the budget (`cut.keep_masks` on logit p_i - t_m),
         s_i = sigmoid((p_i - sigmoid(t_m)) / T_m)  the soft gate, T_m = max(0.05, 1/n_m),
         p_i in (0, 1)  the unit's rank inside its module, n_m the module's size, stop the gradient stop.
     So the forward pass is the pruned model at exactly the target sparsity, and the backward pass is the soft gate's
@@ -61,8 +46,8 @@ class ThresholdLearning(FrozenLMStage):
         ranks: of units inside their modules.
         start: thresholds to begin with, such as `start_thresholds`.
         budget: the number of parameters that have to go.
-        learning: what is learned, by which loss and how fast.
-        shard: spread the model over processes while it learns.
+        settings: the flags of `--sparsity` that say what is learned, by which loss and how fast.
+        shard: shard the model over processes while it learns.
     """
 
     purpose = "threshold learning"
@@ -73,18 +58,18 @@ class ThresholdLearning(FrozenLMStage):
         ranks: ModuleRanks,
         start: Thresholds,
         budget: Budget,
-        learning: Learning | None = None,
+        settings: SparsityConfig,
         *,
         shard: bool = False,
     ):
         super().__init__(model, shard=shard)
-        self._ranks, self.budget, self.learning = ranks, budget, learning or Learning()
+        self._ranks, self.budget, self.settings = ranks, budget, settings
         self._cut: Cut | None = None  # of the budget, on the device of the thresholds
         ffn, attention = start
-        moves = self.learning.learn != "offsets"
+        moves = self.settings.learn != "offsets"
         self.ffn_thresholds = nn.ParameterList(nn.Parameter(t.float(), requires_grad=moves) for t in ffn)
         self.ffn_offsets = nn.ParameterList(
-            nn.Parameter(torch.zeros(len(p))) for p in (ranks.ffn if self.learning.learn != "thresholds" else ())
+            nn.Parameter(torch.zeros(len(p))) for p in (ranks.ffn if self.settings.learn != "thresholds" else ())
         )
         # Thresholds of KV groups always exist, but they are learned only in scope.
         self.attention_thresholds = nn.ParameterList(
@@ -156,18 +141,17 @@ class ThresholdLearning(FrozenLMStage):
             gates[:] = [None] * len(gates)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        rate, own = self.learning.learning_rate, self.learning.offset_learning_rate
         thresholds = [p for p in (*self.ffn_thresholds, *self.attention_thresholds) if p.requires_grad]
         groups = [
-            {"params": thresholds, "lr": rate},
-            {"params": list(self.ffn_offsets), "lr": rate if own is None else own},
+            {"params": thresholds, "lr": self.settings.learning_rate},
+            {"params": list(self.ffn_offsets), "lr": self.settings.offset_learning_rate},
         ]
         return torch.optim.Adam([group for group in groups if group["params"]])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """() float32: the loss of the gated model on a batch, by cross-entropy or KL, as `Learning.loss` says."""
+        """() float32: the loss of the gated model on a batch, by cross-entropy or KL, as `--sparsity.loss` says."""
         ids, teacher = batch["input_ids"], None
-        if self.learning.loss == "kl":
+        if self.settings.loss == "kl":
             self.open_gates()
             with torch.no_grad():
                 teacher = final_hidden(self.lm, ids)
@@ -176,7 +160,7 @@ class ThresholdLearning(FrozenLMStage):
         return self.batch_loss(losses, batch["weight"], "learn/loss")
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.learning.centred:
+        if self.settings.centred:
             self.centre()
 
     def centre(self) -> None:
@@ -198,7 +182,7 @@ class ThresholdLearning(FrozenLMStage):
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             for offsets in self.ffn_offsets:
-                offsets.clamp_(-self.learning.offset_limit, self.learning.offset_limit)
+                offsets.clamp_(-self.settings.offset_limit, self.settings.offset_limit)
         self.recentre(self.masks())
 
     @torch.no_grad()

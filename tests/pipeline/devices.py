@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from gprune.calibration.collector import collect
 from gprune.calibration.layerwise import Walk
 from gprune.calibration.statistics import CorpusStatistics
-from gprune.config import DistillConfig
+from gprune.config import DistillConfig, SparsityConfig
 from gprune.console import quiet
 from gprune.corpora.windows import Windows
 from gprune.evaluation.perplexity import perplexity
@@ -40,7 +40,7 @@ from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import start_thresholds
 from gprune.stages.callbacks import ApplyMasks
-from gprune.stages.threshold_learning import Learning, ThresholdLearning
+from gprune.stages.threshold_learning import ThresholdLearning
 from tests.pretend import TYPE, Devices, placed, pretend
 from tests.tiny_families import make_tiny, some_masks
 
@@ -101,7 +101,7 @@ def learn(place: Place, *, attention: bool, steps: int = STEPS, **how: Any) -> l
     ranks = ModuleRanks(p, labels, groups)
     budget = Budget.of(unit_costs(blocks, scope="attention+ffn" if attention else "ffn"), 0.4)
     start = start_thresholds(keep_masks(budget, p, groups), ranks)
-    stage = ThresholdLearning(place.model, ranks, start, budget, Learning(**how))
+    stage = ThresholdLearning(place.model, ranks, start, budget, SparsityConfig(**{"centred": False} | how))
     train(stage, DataLoader(place.batches(steps), batch_size=None), callbacks=[ApplyMasks()])
     return [t.detach().cpu() for t in stage.state_dict().values()]
 

@@ -298,18 +298,6 @@ class KilledError(Exception):
     """Stands for a kill in the middle of learning."""
 
 
-def dying(steps: int, real=DistillationStage.training_step):
-    """A training step that dies instead of its `steps`-th time."""
-    left = iter(range(steps - 1))
-
-    def training_step(self, *args):
-        if next(left, None) is None:
-            raise KilledError
-        return real(self, *args)
-
-    return training_step
-
-
 def steps_of(world, runs, *flags) -> list[int]:
     """Run to the end; the batches that were still learned from."""
     steps, real = [], DistillationStage.training_step
@@ -320,9 +308,16 @@ def steps_of(world, runs, *flags) -> list[int]:
 
 
 def killed(world, runs, *flags, life: int) -> None:
-    """A sitting that ends in the middle of learning."""
+    """A sitting that ends in place of its `life`-th training step."""
+    left, real = iter(range(life - 1)), DistillationStage.training_step
+
+    def training_step(self, *args):
+        if next(left, None) is None:
+            raise KilledError
+        return real(self, *args)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DistillationStage, "training_step", dying(life))
+        patch.setattr(DistillationStage, "training_step", training_step)
         with pytest.raises(KilledError):
             tiny_run.main(world.args(runs, *flags))
 
