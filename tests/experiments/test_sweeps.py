@@ -5,9 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -113,67 +110,49 @@ def test_wandb_expands_the_parameters_as_we_do(path):
         assert flags(sweep, point)[-len(point) :] == theirs["args"]
 
 
-@pytest.mark.parametrize(
-    ("group", "name", "value"),
-    [("reliability", "switch", False), ("corpora", "drift", ["wiki", "web"]), ("sparsity", "protect", [0, -1])],
-)
-def test_truth_values_and_lists_arrive(group, name, value):
+def test_truth_values_and_lists_arrive():
     """For sweeps of one's own: what `${args}` makes of them is understood."""
     sweep = {"program": "train.py", "command": ["${env}", "${interpreter}", "${program}", "${args}"]}
-    cfg = parse(flags(sweep, {f"{group}.{name}": value}))
-    assert getattr(getattr(cfg, group), name) == value
+    point = {"reliability.switch": False, "corpora.drift": ["wiki", "web"], "sparsity.protect": [0, -1]}
+    cfg = parse(flags(sweep, point))
+    assert (cfg.reliability.switch, cfg.corpora.drift, cfg.sparsity.protect) == tuple(point.values())
 
 
-@pytest.fixture(scope="module")
-def two_budgets(tmp_path_factory):
-    """Run folders of the first two points of the sweep on tiny models, one cache; the first as an agent starts it."""
-    folder = tmp_path_factory.mktemp("sweep")
-    world = tiny_run.make_world(tmp_path_factory.mktemp("world"))
-    sweep = read(ROOT / "experiments/sweeps/budgets.yaml")
-    first, second = (
-        world.args(folder / "runs", *flags(sweep, point), f"--logging.mode={mode}", "--run.name=null")
+@pytest.mark.slow
+def test_two_budgets_as_an_agent_starts_them(tmp_path, monkeypatch):
+    """One calibration for both; the agent's id and both settings in W&B; and what is optimised is logged."""
+    tiny_run.quick(monkeypatch)
+    (tmp_path / "world").mkdir()
+    world, sweep = tiny_run.make_world(tmp_path / "world"), read(ROOT / "experiments/sweeps/budgets.yaml")
+    lines = [
+        world.args(tmp_path / "runs", *flags(sweep, point), f"--logging.mode={mode}", "--run.name=null")
         for point, mode in zip(points(sweep), ("offline", "disabled"), strict=False)
-    )
-    (folder / "point.yaml").write_text(
+    ]
+    (tmp_path / "point.yaml").write_text(
         "wandb_version: 1\n" + yaml.safe_dump({name: {"value": value} for name, value in points(sweep)[0].items()})
     )
-    agent = {
-        "WANDB_SWEEP_ID": "sweep", "WANDB_RUN_ID": "given", "WANDB_DIR": str(folder),
-        "WANDB_SWEEP_PARAM_PATH": str(folder / "point.yaml"),
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "train.py", *first], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        env=tiny_run.environment(folder / "cache", **agent), check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    with tiny_run.isolated(folder / "cache"):
-        assert main(second) == 0
-        return [folder / "runs" / parse(line).run_name for line in (first, second)]
+    agent = {"WANDB_SWEEP_ID": "sweep", "WANDB_RUN_ID": "given", "WANDB_DIR": str(tmp_path)}
+    with tiny_run.isolated(tmp_path / "cache", **agent, WANDB_SWEEP_PARAM_PATH=str(tmp_path / "point.yaml")):
+        assert main(lines[0]) == 0
+    with tiny_run.isolated(tmp_path / "cache"):
+        assert main(lines[1]) == 0
+    first, second = (tmp_path / "runs" / parse(line).run_name for line in lines)
+    assert {path.name for path in first.parent.iterdir()} == {first.name, second.name}
+    assert [calibration_tokens(run) for run in (first, second)] == [3 * 4 * 32, 0]
+    assert not (first / "model").exists()
+
+    (file,) = first.glob("wandb/offline-run-*/*.wandb")
+    assert file.stem == "run-given"
+    assert b"sparsity.target" in file.read_bytes()  # the sweep's own entry stands beside ours, which are nested
+
+    (metrics,) = first.glob("csv/*/metrics.csv")
+    ratios = json.loads((first / "metrics.json").read_text())["summary"]["unseen_over_base"]
+    for path in SWEEPS:
+        metric = read(path)["metric"]
+        assert metric["goal"] == "minimize"  # perplexity over that of the base metric
+        (value,) = pd.read_csv(metrics)[metric["name"]].dropna()
+        assert value == pytest.approx(ratios["gprune"]["ratio"])
 
 
 def calibration_tokens(run: Path) -> int:
     return json.loads((run / "manifest.json").read_text())["steps"].get("calibrate", {}).get("forward_tokens", 0)
-
-
-@pytest.mark.slow
-def test_a_second_budget_pays_for_no_calibration(two_budgets):
-    assert [calibration_tokens(run) for run in two_budgets] == [3 * 4 * 32, 0]
-    assert sorted(os.listdir(two_budgets[0].parent)) == sorted(run.name for run in two_budgets)
-    assert not (two_budgets[0] / "model").exists()
-
-
-@pytest.mark.slow
-def test_a_run_that_an_agent_starts_bears_the_agents_id_and_both_settings(two_budgets):
-    (file,) = two_budgets[0].glob("wandb/offline-run-*/*.wandb")
-    assert file.stem == "run-given"
-    assert b"sparsity.target" in file.read_bytes()  # the sweep's own entry stands beside ours, which are nested
-
-
-@pytest.mark.slow
-@every_sweep
-def test_what_is_optimised_is_logged(path, two_budgets):
-    metric = read(path)["metric"]
-    assert metric["goal"] == "minimize"  # perplexity over that of the base metric
-    (value,) = pd.read_csv(two_budgets[0] / "csv/version_0/metrics.csv")[metric["name"]].dropna()
-    ratios = json.loads((two_budgets[0] / "metrics.json").read_text())["summary"]["unseen_over_base"]
-    assert value == pytest.approx(ratios["gprune"]["ratio"])
