@@ -48,7 +48,7 @@ from gprune.models.embedded import model_label
 from gprune.models.loading import fingerprint, load_model
 from gprune.partition.drift import pair_weighted_mean, rank_drift
 from gprune.partition.initial import initial_partition, parameter_embedding, shuffled_partition
-from gprune.partition.record import Modules
+from gprune.partition.modules import Modules
 from gprune.partition.reliability import module_means
 from gprune.report.records import caption
 from gprune.report.run_figures import heterogeneity_figure

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from gprune.calibration.kinds import KINDS
 from gprune.calibration.moments import StreamingExpertMoments, StreamingMoments, StreamingTurn, channel_statistics
+from gprune.calibration.projections import OUTPUT_PROJECTIONS
 from gprune.calibration.saliency import StreamingGradients, channel_saliency, salient_parts
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.models.blocks import Block, blocks_of
@@ -34,12 +34,6 @@ def _moments_of(block: Block, part: str, *, gram: bool, **options: Any) -> Metri
     if part == "down" and block.has_experts:
         return StreamingExpertMoments(block.experts, block.neurons, gram=gram, **options)
     return StreamingMoments(block.parts[part].in_features, gram=gram, **options)
-
-
-def _made_on(device: torch.device, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What `make` returns, its tensors made where they stay: no sum as large as weights is handed over."""
-    with device:
-        return make(*args, **kwargs)
 
 
 def _sum_of_processes(tensor: Tensor, group: Any = None) -> list[Tensor]:
@@ -56,7 +50,8 @@ class Collector:
         model: frozen.
         gram: sum Gram matrices too.
         saliency: scopes (`ffn`, `attention`) whose weights' Taylor saliency is collected too, by a backward pass.
-        blocks: the blocks to watch, None for all. Sums of given blocks take little memory to add up over processes.
+        blocks: the blocks to watch, None for all. Given some, processes add their sums up in place of gathering them,
+            which takes less memory.
     """
 
     def __init__(
@@ -69,45 +64,39 @@ class Collector:
     ):
         self.model = model
         self.blocks = blocks_of(model) if blocks is None else list(blocks)
-        devices = [device_of(b.layer) for b in self.blocks]
+        self.metrics: dict[str, list[Metric]] = {scope: [] for scope in OUTPUT_PROJECTIONS}
+        self.turns: list[StreamingTurn] = []
+        self.gradients: dict[str, list[dict[str, StreamingGradients]]] = {scope: [] for scope in saliency}
         options = {} if blocks is None else {"dist_sync_fn": _sum_of_processes}
-        placed = list(zip(self.blocks, devices, strict=True))
-
-        def gradients(block: Block, kind: str) -> dict[str, StreamingGradients]:
-            parts = salient_parts(block, kind).items()
-            return {n: StreamingGradients((p.out_features, p.in_features)) for n, p in parts}
-
-        with torch.inference_mode(False):  # a backward pass writes into the states, wherever they were made
-            self.metrics = {
-                kind: [_made_on(device, _moments_of, b, part, gram=gram, **options) for b, device in placed]
-                for kind, part in KINDS
-            }
-            self.turns = [_made_on(device, StreamingTurn) for device in devices]
-            self.gradients = {
-                kind: [_made_on(device, gradients, block, kind) for block, device in placed] for kind in saliency
-            }
+        for block in self.blocks:
+            # States lie where they are summed. A backward pass writes into them, which inference mode would refuse.
+            with torch.inference_mode(False), device_of(block.layer):
+                for scope, part in OUTPUT_PROJECTIONS.items():
+                    self.metrics[scope].append(_moments_of(block, part, gram=gram, **options))
+                self.turns.append(StreamingTurn())
+                for scope, gradients in self.gradients.items():
+                    parts = salient_parts(block, scope).items()
+                    gradients.append({n: StreamingGradients((p.out_features, p.in_features)) for n, p in parts})
         self._half = self._weight = torch.empty(0)
         self._halves: list[int | None] = []  # of each window, on the host; None leaves it out
         self._length = 0  # tokens per window
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Collector:
-        for kind, part in KINDS:
-            for block, metric in zip(self.blocks, self.metrics[kind], strict=True):
-                host = getattr(block, part).host
+        for index, block in enumerate(self.blocks):
+            for scope, part in OUTPUT_PROJECTIONS.items():
+                metric, host = self.metrics[scope][index], block.parts[part].host
                 if isinstance(metric, StreamingExpertMoments):
                     self._handles.append(watch_experts(host, partial(self._see_expert, metric)))
                 else:
                     self._handles.append(host.register_forward_pre_hook(partial(self._see_input, metric)))
-        for block, metric in zip(self.blocks, self.turns, strict=True):
-            self._handles.append(block.layer.register_forward_hook(partial(self._see_layer, metric), with_kwargs=True))
-        for found in self.gradients.values():
-            for block, metrics in zip(self.blocks, found, strict=True):
-                for name, metric in metrics.items():
+            see_layer = partial(self._see_layer, self.turns[index])
+            self._handles.append(block.layer.register_forward_hook(see_layer, with_kwargs=True))
+            for gradients in self.gradients.values():
+                for name, metric in gradients[index].items():
                     part = block.parts[name]
                     rows = None if part.rows is None else part.rows.to(device_of(part.host))
-                    hook = partial(self._see_gradient, metric, rows)
-                    self._handles.append(part.host.register_forward_hook(hook))
+                    self._handles.append(part.host.register_forward_hook(partial(self._see_gradient, metric, rows)))
         if self.gradients:  # weights must not ask for a gradient, so the embedding's output does
             embedding = self.model.get_input_embeddings()
             self._handles.append(embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_()))
@@ -130,12 +119,11 @@ class Collector:
         return x.reshape(len(self._half), -1, x.shape[-1])
 
     def _see_layer(
-        self, metric: StreamingTurn, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, metric: StreamingTurn, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         before = args[0] if args else kwargs["hidden_states"]
-        after = output if isinstance(output, Tensor) else output[0]
         # The layer's input may still lie on the device of the layer before it.
-        metric.update(before.detach().to(after.device), after.detach(), self._weight.to(after.device))
+        metric.update(before.detach().to(output.device), output.detach(), self._weight.to(output.device))
 
     def _see_gradient(
         self, metric: StreamingGradients, rows: Tensor | None, _module: nn.Module, inputs: tuple[Tensor, ...],
@@ -170,13 +158,16 @@ class Collector:
 
     def compute(self, *, copy: bool = True) -> CorpusStatistics:
         """Statistics so far, summed over processes; with `copy=False`, no further batch may be observed."""
-        found = {kind: [channel_statistics(m.compute(), copy=copy) for m in self.metrics[kind]] for kind, _ in KINDS}
-        for kind, gradients in self.gradients.items():
+        by_scope = {
+            scope: [channel_statistics(metric.compute(), copy=copy) for metric in metrics]
+            for scope, metrics in self.metrics.items()
+        }
+        for scope, gradients in self.gradients.items():
             for i, (block, metrics) in enumerate(zip(self.blocks, gradients, strict=True)):
-                terms = channel_saliency(block, kind, lambda part, metrics=metrics: metrics[part].compute())
-                found[kind][i] = replace(found[kind][i], saliency=terms)
+                terms = channel_saliency(block, scope, lambda part, metrics=metrics: metrics[part].compute())
+                by_scope[scope][i] = replace(by_scope[scope][i], saliency=terms)
         turned = torch.stack([metric.compute().cpu().clone() for metric in self.turns])
-        return CorpusStatistics(**found, turned=turned)
+        return CorpusStatistics(**by_scope, turned=turned)
 
     def release(self) -> None:
         """Free all sums at once: torchmetrics refer to themselves, and would keep theirs until garbage collection."""
@@ -189,9 +180,9 @@ def collect(
 ) -> CorpusStatistics:
     """Statistics of a corpus from one pass over its batches.
 
-    A batch holds `input_ids` (B, T); optionally `weight` (B,), 0 to leave a window out; and `half` (B,) in {0, 1}, the
-    half of the corpus that a window counts for. Without `half` windows take turns by `index` (B,), their positions in
-    the corpus, which makes halves too much alike where neighbouring windows share a text.
+    A batch holds `input_ids` (B, T) and `half` (B,) in {0, 1}, the half of the corpus that a window counts for.
+    Without `half` windows alternate by `index` (B,), their positions in the corpus; halves are then too much alike
+    where neighbouring windows share a text. `weight` (B,) is optional: 0 leaves a window out.
     """
     with Collector(model, gram=gram, saliency=saliency) as collector:
         for batch in batches:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gprune.calibration.collector import Collector
-from gprune.calibration.kinds import KINDS
 from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_bytes
 from gprune.models.blocks import Block, blocks_of, decoder_layers
 from gprune.models.losses import capped, softcap_of
@@ -59,8 +58,7 @@ class Call:
         """
         device = device_of(layer)
         args, kwargs = send_to_device(self.arguments[index], device)  # noted on the device of the dense layer
-        output = layer(hidden.to(device), *args, **kwargs)
-        return output if isinstance(output, Tensor) else output[0]
+        return layer(hidden.to(device), *args, **kwargs)
 
 
 @dataclass
@@ -76,7 +74,6 @@ class Walk:
     model: PreTrainedModel
     calls: list[Call] = field(default_factory=list)
     _pool: dict[tuple, list[Tensor]] = field(default_factory=dict)  # noted tensors, without duplicates
-    _in_tuple: bool | None = None  # whether layers return their hidden states in a tuple; None: not known yet
 
     @torch.no_grad()
     def add(self, input_ids: Tensor, half: Tensor | None = None, weight: Tensor | None = None) -> None:
@@ -131,17 +128,17 @@ class Walk:
             gram: sum Gram matrices too.
             store: writes one block's Gram matrices, by kind, and returns their places; None keeps them in memory.
         """
-        found: list[CorpusStatistics] = []
+        by_block: list[CorpusStatistics] = []
         for block, collector in self.steps(lambda block: Collector(self.model, gram=gram, blocks=[block])):
             statistics = collector.compute(copy=False)
             collector.release()
+            ffn, attention = statistics.ffn[0], statistics.attention[0]
             if gram and store is not None:
-                places = store(block, {kind: getattr(statistics, kind)[0].gram for kind, _ in KINDS})
-                kept = {kind: [replace(getattr(statistics, kind)[0], gram=places[kind])] for kind, _ in KINDS}
-                statistics = replace(statistics, **kept)
-            found.append(statistics)
-        turned = torch.cat([statistics.turned for statistics in found])
-        return CorpusStatistics([s.ffn[0] for s in found], [s.attention[0] for s in found], turned)
+                places = store(block, {"ffn": ffn.gram, "attention": attention.gram})
+                ffn, attention = replace(ffn, gram=places["ffn"]), replace(attention, gram=places["attention"])
+            by_block.append(CorpusStatistics([ffn], [attention], statistics.turned))
+        turned = torch.cat([statistics.turned for statistics in by_block])
+        return CorpusStatistics([s.ffn[0] for s in by_block], [s.attention[0] for s in by_block], turned)
 
     @torch.no_grad()
     def logits(self) -> Iterator[Tensor]:
@@ -162,13 +159,9 @@ class Walk:
         layers = decoder_layers(self.model)
         before = [layer.__dict__.get("forward") for layer in layers]  # accelerate puts its own there
 
-        def forward(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-            if self._in_tuple is None:  # only a layer can tell
-                own = before[0] or type(layers[0]).forward.__get__(layers[0])
-                self._in_tuple = not isinstance(own(*args, **kwargs), Tensor)
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
             hidden = args[0] if args else kwargs.pop("hidden_states")
-            found = stand_in(hidden, args[1:], kwargs)
-            return (found,) if self._in_tuple else found
+            return stand_in(hidden, args[1:], kwargs)
 
         for layer in layers:
             layer.__dict__["forward"] = forward

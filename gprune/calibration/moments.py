@@ -30,6 +30,16 @@ def fill_gram(gram: Tensor) -> None:
         gram[rows.stop :, rows] = gram[rows, rows.stop :].T
 
 
+def add_large_state(metric: Metric, name: str, *shape: int) -> None:
+    """Add a float32 state of zeros, summed over processes.
+
+    The zeros that torchmetrics keeps for a reset are one expanded number, which takes no memory.
+    """
+    metric.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+    setattr(metric, name, torch.zeros(shape))
+    metric._defaults[name] = torch.zeros(()).expand(shape)
+
+
 class _Sums(Metric):
     """torchmetrics state of a projection's input channels: `sizes` (C,), or (E, N) for N neurons of E experts."""
 
@@ -43,10 +53,7 @@ class _Sums(Metric):
             self.add_state(name, torch.zeros(2, *shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.with_gram = gram
         if gram:
-            shape = (*sizes, sizes[-1])
-            self.add_state("gram", torch.zeros(()), dist_reduce_fx="sum")
-            # torchmetrics keeps the zeros for a reset: as one expanded number they take no memory.
-            self.gram, self._defaults["gram"] = torch.zeros(shape), torch.zeros(()).expand(shape)
+            add_large_state(self, "gram", *sizes, sizes[-1])
 
 
 class StreamingMoments(_Sums):
@@ -66,9 +73,11 @@ class StreamingMoments(_Sums):
 
     def compute(self) -> dict[str, Tensor]:
         """The accumulated sums by name: `count` (2,), the others (2, C), and `gram` (C, C) if asked for."""
+        sums = {name: getattr(self, name) for name in SUMS}
         if self.with_gram:
             fill_gram(self.gram)
-        return {name: getattr(self, name) for name in (*SUMS, *["gram"] * self.with_gram)}
+            sums["gram"] = self.gram
+        return sums
 
 
 class StreamingExpertMoments(_Sums):

@@ -11,37 +11,15 @@ Memory: for each half of the corpus, a sum of gradients and a sum of squares, ea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from gprune.calibration.moments import add_large_state
+from gprune.calibration.statistics import Saliency
 from gprune.errors import UserError, require_finite
-from gprune.models.blocks import ATTENTION, FFN, Block, Part
-
-PARTS = {"ffn": FFN, "attention": ATTENTION}
-
-
-@dataclass(frozen=True)
-class Saliency:
-    """Taylor terms of the loss, (C,) float64 each, all >= 0, from w, the weights of a channel, and g, their gradients.
-
-    g_j is the gradient of window j's mean next-token cross-entropy, in nats; g = mean_j g_j. Sums run over the
-    channel's weights k: for a neuron the rows of gate and up and the column of down; for an attention channel the rows
-    of query, key and value and the column of the output projection. Query heads that share a key/value head share its
-    terms equally, so that a KV group's sum counts them once.
-    """
-
-    first: Tensor  # sum_k |w_k g_k|
-    second: Tensor  # sum_k |w_k g_k - w_k^2 mean_j(g_jk^2) / 2|
-    vector: Tensor  # sum over rows and columns of |sum_k w_k g_k|
-
-    def __add__(self, other: Saliency) -> Saliency:
-        return Saliency(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def __truediv__(self, number: float) -> Saliency:
-        return Saliency(*(getattr(self, f.name) / number for f in fields(self)))
+from gprune.models.blocks import PARTS, Block, Part
 
 
 def salient_parts(block: Block, kind: str) -> dict[str, Part]:
@@ -63,10 +41,7 @@ class StreamingGradients(Metric):
         super().__init__(compute_with_cache=False)  # the cache is a second copy, as large as the sums
         self.add_state("count", torch.zeros(2), dist_reduce_fx="sum")
         for name in ("gradient", "square"):
-            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
-            # torchmetrics keeps the zeros for a reset: as one expanded number they take no memory.
-            setattr(self, name, torch.zeros(2, *shape))
-            self._defaults[name] = torch.zeros(()).expand(2, *shape)
+            add_large_state(self, name, 2, *shape)
 
     def update(self, x: Tensor, gradient: Tensor, halves: Sequence[int | None]) -> None:
         """Add windows with inputs x (B, T, in) and gradients (B, T, out) of each window's own loss by the outputs.

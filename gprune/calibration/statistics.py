@@ -9,15 +9,14 @@ saliency, which takes a backward pass.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gprune.calibration.kinds import EXTRAS, KINDS
-from gprune.calibration.saliency import Saliency
+from gprune.calibration.projections import EXTRAS, OUTPUT_PROJECTIONS
 from gprune.errors import UserError
 from gprune.models.blocks import Block
 from gprune.storage.files import read_tensors
@@ -44,6 +43,27 @@ class StoredGram:
                 )
             total = found[name] if total is None else total.add_(found[name])
         return total if self.expert is None else total[self.expert]
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """Taylor terms of the loss, (C,) float64 each, all >= 0, from w, the weights of a channel, and g, their gradients.
+
+    g_j is the gradient of window j's mean next-token cross-entropy, in nats; g = mean_j g_j. Sums run over the
+    channel's weights k: for a neuron the rows of gate and up and the column of down; for an attention channel the rows
+    of query, key and value and the column of the output projection. Query heads that share a key/value head share its
+    terms equally, so that a KV group's sum counts them once.
+    """
+
+    first: Tensor  # sum_k |w_k g_k|
+    second: Tensor  # sum_k |w_k g_k - w_k^2 mean_j(g_jk^2) / 2|
+    vector: Tensor  # sum over rows and columns of |sum_k w_k g_k|
+
+    def __add__(self, other: Saliency) -> Saliency:
+        return Saliency(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __truediv__(self, number: float) -> Saliency:
+        return Saliency(*(getattr(self, f.name) / number for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -142,7 +162,7 @@ class CorpusStatistics:
     def tensors(self) -> dict[str, Tensor]:
         """Flat names to tensors, as saved in safetensors."""
         flat = {"turned": self.turned}
-        for kind, _ in KINDS:
+        for kind in OUTPUT_PROJECTIONS:
             for index, channel in enumerate(getattr(self, kind)):
                 flat |= {f"{kind}.{index}.{name}": value for name, value in channel.tensors().items()}
         return flat
@@ -155,8 +175,9 @@ class CorpusStatistics:
             own = {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}
             return ChannelStatistics.from_tensors(own)
 
-        turned = flat["turned"]
-        return cls(*([channel(f"{kind}.{b}.") for b in range(len(turned))] for kind, _ in KINDS), turned=turned)
+        blocks = range(len(flat["turned"]))
+        by_scope = ([channel(f"{scope}.{b}.") for b in blocks] for scope in OUTPUT_PROJECTIONS)
+        return cls(*by_scope, turned=flat["turned"])
 
 
 def kind_of(name: str) -> str:
@@ -180,7 +201,7 @@ def pooled(statistics: Iterable[CorpusStatistics], *, gram: bool = True) -> Corp
         return ChannelStatistics(halves, total, tuple(_sum(same) / len(parts) for same in zip(*salient, strict=True)))
 
     statistics = list(statistics)
-    by_kind = (zip(*(getattr(s, kind) for s in statistics), strict=True) for kind, _ in KINDS)
+    by_kind = (zip(*(getattr(s, kind) for s in statistics), strict=True) for kind in OUTPUT_PROJECTIONS)
     ffn, attention = ([pool(*parts) for parts in blocks] for blocks in by_kind)
     return CorpusStatistics(ffn, attention, torch.stack([s.turned for s in statistics]).sum(0))
 

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from gprune.calibration.kinds import EXTRAS
+from gprune.calibration.projections import EXTRAS
 from gprune.registry import Registry
 
 if TYPE_CHECKING:  # flags are checked by what is registered here, which should not wait for PyTorch

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange, reduce
+from scipy.stats import rankdata
 from torch import Tensor
 
 from gprune.calibration.statistics import CorpusStatistics, Moments
@@ -32,10 +34,10 @@ def score_channels(name: str, weights: UnitWeights, moments: Moments, generator:
         UserError: for another shape, NaN or infinity, and for a metric that writes into the weights it was given, which
             are the model's.
     """
-    given = [t for t in (*weights.inputs, weights.output, weights.scale) if t is not None]
-    before = [t._version for t in given]
+    tensors = [t for t in (*weights.inputs, weights.output, weights.scale) if t is not None]
+    before = [t._version for t in tensors]
     scores = IMPORTANCE[name](weights, moments, generator)
-    if before != [t._version for t in given]:
+    if before != [t._version for t in tensors]:
         raise UserError(
             f"Importance metric '{name}' changes the model's weights in place; expected one that computes with copies "
             f"(weights.output.clone(), or abs() for abs_())."
@@ -110,3 +112,20 @@ def score_units(
     channels = [channel_scores(b) for b in blocks]
     groups = [reduce(c, "(g c) -> g", "sum", g=b.kv_groups) for c, b in zip(channels, blocks, strict=True)]
     return Scores(ffn, groups, channels)
+
+
+def fractional_ranks(scores: Tensor, *, groups: int = 1, ties: Literal["average", "ordinal"] = "average") -> Tensor:
+    """r_i = (rank of s_i + 0.5) / N, ranks from 0; strictly inside (0, 1).
+
+    Args:
+        scores: (..., groups x N), ranked along the last dimension.
+        groups: number of equal parts that are ranked by themselves: the experts of a block.
+        ties: what equal scores get, such as those of neurons that never fire: their average rank, or one each, in
+            order, so that any share of a block can go.
+
+    Returns:
+        (..., groups x N) float64.
+    """
+    scores = scores.detach().cpu().double().unflatten(-1, (groups, -1))
+    ranks = rankdata(scores.numpy(), method=ties, axis=-1)  # from 1
+    return torch.from_numpy((ranks - 0.5) / scores.shape[-1]).flatten(-2)

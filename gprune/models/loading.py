@@ -7,14 +7,14 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -33,23 +33,14 @@ from gprune.errors import UserError, first_line
 from gprune.models import embedded as assets
 from gprune.models import modeling_pruned
 from gprune.models.families import FAMILIES, family_of
+from gprune.models.folders import check_folder, check_index, check_sizes, check_stored
 from gprune.models.offload import StoredWeights, keep_until_gone, scratch_folder
 from gprune.storage.files import as_bytes
-from gprune.storage.reading import expanded, read_text, regular_file
+from gprune.storage.reading import expanded, read_text
 
 log = logging.getLogger("gprune")
 
-# Far beyond any model there is: a config.json of a few bytes must not ask for more than this machine has.
-SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-LARGEST = {
-    "num_hidden_layers": 1000,
-    "num_experts": 4096,
-    "num_local_experts": 4096,
-    "num_labels": 10_000,
-} | dict.fromkeys(SIZES, 2**24)
-COUNTED = re.compile(r"(num|n)_|.*_(size|dim|layers?|heads|rank|experts)$|.*intermediate.*")  # other sizes
 CONFIG_BYTES = 2**24
-WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 def register() -> None:
@@ -113,9 +104,13 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     register()  # for a family whose record came after the import
     try:
         check_folder(location)
-        _check_sizes(_raw_config(location), name)
+        if os.path.isdir(location):
+            content = json.loads(read_text(Path(location) / "config.json", most=CONFIG_BYTES))
+        else:
+            content, _ = PreTrainedConfig.get_config_dict(location)
+        check_sizes(content, name)
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
-        family, values = family_of(config.model_type), config.to_dict()
+        family_of(config.model_type)
     except UserError:
         raise
     except Exception as error:  # JSON from elsewhere may raise anything
@@ -123,69 +118,7 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
             f"--model.name: no usable configuration for '{name}': {first_line(error)} "
             f"Expected a Hugging Face causal language model; without network use an embedded model or a local folder."
         ) from error
-    for key, largest in {**LARGEST, family.width: LARGEST["intermediate_size"]}.items():
-        value = values.get(key)
-        if value is not None and not (type(value) is int and 0 < value <= largest):
-            raise _size_error(name, key, value, largest)
     return config
-
-
-def check_folder(location: str | Path) -> None:
-    """Raise UserError for a model folder with files that never end, or links to text outside of it.
-
-    A tokenizer's files and a chat template are copied into exports: a link would copy any file of the user's. Weights
-    may lie elsewhere, and the hub's cache links to its own blobs.
-    """
-    root = os.path.realpath(location)
-    for path in sorted(Path(root).iterdir()) if os.path.isdir(root) else []:
-        target = os.path.realpath(path)
-        inside = target.startswith((root + os.sep, os.path.realpath(os.path.join(root, "../../blobs")) + os.sep))
-        if not inside and path.suffix not in WEIGHTS:
-            raise UserError(f"--model.name: {path} is a link out of the model folder; put the file in its place.")
-        if not os.path.isdir(target):
-            try:
-                regular_file(path)
-            except OSError as error:
-                raise UserError(f"--model.name: {path} cannot be read: {error.strerror}.") from error
-
-
-def _raw_config(location: str | Path) -> Any:
-    """config.json as it is: a config class makes as many labels as a number in it says."""
-    if os.path.isdir(location):
-        return json.loads(read_text(Path(location) / "config.json", most=CONFIG_BYTES))
-    return PreTrainedConfig.get_config_dict(location)[0]
-
-
-def _check_sizes(content: Any, name: str) -> None:
-    """Raise UserError for a number of layers, heads, ... in any part of a config that no model has."""
-    left = [content]
-    while left:
-        part = left.pop()
-        left += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-        for key, value in part.items() if isinstance(part, dict) else ():
-            largest = LARGEST.get(key, 2**24)
-            if isinstance(value, int | float) and COUNTED.match(key) and not abs(value) <= largest:
-                raise _size_error(name, key, value, largest)
-
-
-def _size_error(name: str, key: str, value: Any, largest: int) -> UserError:
-    return UserError(f"--model.name: config.json of '{name}' says {key} {str(value)[:40]}; expected 1 to {largest:,}.")
-
-
-def check_stored(model: PreTrainedModel, location: str | Path) -> None:
-    """Raise UserError for a config that asks for more parameters than the folder's files of weights can hold.
-
-    Args:
-        model: of the config, without weights.
-        location: a folder; a hub id is not checked, since nothing of it lies here yet.
-    """
-    stored = sum(path.stat().st_size for path in Path(location).glob("*") if path.suffix in WEIGHTS)
-    asked = sum(parameter.numel() for parameter in model.parameters())
-    if stored and asked > 8 * stored:  # one bit each is the least
-        raise UserError(
-            f"--model.name: config.json of '{location}' asks for {asked:,} parameters, and its files of weights have "
-            f"{stored:,} bytes; expected a config of these weights."
-        )
 
 
 def skeleton(
@@ -209,15 +142,21 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
     """
     if getattr(model, "hf_device_map", None) is not None:  # its modules are bound to where weights come from
         return skeleton(copy.deepcopy(model.config), type(model))
-    memo: dict[int, object] = {id(t): _without_values(t) for t in (*model.parameters(), *model.buffers())}
+    memo: dict[int, object] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    return copy_without_hooks(model, memo)
+
+
+def copy_without_hooks(model: PreTrainedModel, memo: dict[int, object]) -> PreTrainedModel:
+    """A deep copy of a model, whose hooks stay with the original.
+
+    Args:
+        memo: what the copy holds in place of copies, by the id of the original: as for `copy.deepcopy`.
+    """
     for module in model.modules():
         memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
     return copy.deepcopy(model, memo)
-
-
-def _without_values(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def load_model(
@@ -272,19 +211,14 @@ def load_weights(
     check_stored(skeleton(config, trust_remote_code=trust_remote_code), location)
     check_index(Path(location))
     settings = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
-    if device_map is None:
-        model, found = AutoModelForCausalLM.from_pretrained(location, **settings)
-        check_complete(found, location)
-        check_not_quantised(model, location)
-        return model.eval().requires_grad_(False)
-    folder, removal = scratch_folder()
-    with removal:
-        limits = None if max_memory is None else memory_limits(max_memory)
+    with ExitStack() as removal:
+        if device_map is not None:
+            limits = None if max_memory is None else memory_limits(max_memory)
+            folder = removal.enter_context(scratch_folder())
+            settings |= {"device_map": device_map, "max_memory": limits, "offload_folder": folder}
         with quieted("accelerate.big_modeling"):  # it warns that parameters are offloaded, which was asked for
-            model, found = AutoModelForCausalLM.from_pretrained(
-                location, device_map=device_map, max_memory=limits, offload_folder=folder, **settings
-            )
-        check_complete(found, location)
+            model, report = AutoModelForCausalLM.from_pretrained(location, **settings)
+        check_complete(report, location)
         check_not_quantised(model, location)
         keep_until_gone(model, removal.pop_all())
     return model.eval().requires_grad_(False)
@@ -292,11 +226,12 @@ def load_weights(
 
 def check_not_quantised(model: PreTrainedModel, location: str | Path) -> None:
     """Raise UserError for weights that stay quantised in memory: a neuron would go, and its scales would stay."""
-    kinds = {parameter.dtype for parameter in model.parameters()} - {torch.float32, torch.bfloat16, torch.float16}
-    if getattr(model, "hf_quantizer", None) is not None or kinds:
+    dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32, torch.bfloat16, torch.float16}
+    if getattr(model, "hf_quantizer", None) is not None or dtypes:
+        form = ", ".join(sorted(map(str, dtypes))) or "quantization_config"
         raise UserError(
-            f"--model.name: '{location}' is quantised ({', '.join(sorted(map(str, kinds))) or 'quantization_config'}); "
-            f"expected weights in float32, bfloat16 or float16. Prune those, and quantise what is left."
+            f"--model.name: '{location}' is quantised ({form}); expected weights in float32, bfloat16 or float16. "
+            f"Prune those, and quantise what is left."
         )
 
 
@@ -309,39 +244,26 @@ def check_finite(model: PreTrainedModel, location: str | Path) -> None:
             )
 
 
-def check_index(folder: Path) -> None:
-    """Raise UserError for an index that names files of weights outside of its folder."""
-    try:
-        places = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(places.values()))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return  # there is none; or it is damaged, of which transformers tells
-    for file in files:
-        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
-            raise UserError(
-                f"--model.name: model.safetensors.index.json in '{folder}' names the file '{file}'; expected files "
-                f"inside the folder."
-            )
-
-
-def check_complete(found: Mapping[str, Collection[str]], location: str | Path) -> None:
+def check_complete(report: Mapping[str, Collection[str]], location: str | Path) -> None:
     """Raise UserError if weights are missing, and warn of those that have no place in the model.
 
     Args:
-        found: what transformers says of a load; tied weights are not among `missing_keys`.
+        report: transformers' lists of a load; tied weights are not among its `missing_keys`.
         location: of the model, for the error.
     """
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(report["missing_keys"]):
         raise UserError(
-            f"--model.name: '{location}' has no weights for {_few(missing)}; expected all that config.json asks for "
+            f"--model.name: '{location}' has no weights for {_first(missing)}; expected all that config.json asks for "
             f"(num_hidden_layers, tie_word_embeddings)."
         )
-    if unknown := sorted(found["unexpected_keys"]):
-        log.warning("'%s' has weights that its config.json has no place for, left out: %s.", location, _few(unknown))
+    if unknown := sorted(report["unexpected_keys"]):
+        log.warning("'%s' has weights that its config.json has no place for, left out: %s.", location, _first(unknown))
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+def _first(names: Sequence[str]) -> str:
+    """Three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 register()  # whoever loads models here may load exports

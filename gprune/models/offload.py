@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -99,25 +98,6 @@ class StoredWeights(Mapping[str, Tensor]):
         return len(self.names)
 
 
-class InFile(Mapping[str, Tensor]):
-    """Tensors of a safetensors file whose names begin with `prefix` and a dot, by the rest of their names."""
-
-    def __init__(self, path: Path, prefix: str):
-        self.path, self.prefix = path, prefix + "." if prefix else ""
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.path, "pt") as file:
-            return file.get_tensor(self.prefix + name).clone()  # as in `StoredWeights`
-
-    def __iter__(self) -> Iterator[str]:
-        with safe_open(self.path, "pt") as file:
-            names = list(file.keys())
-        return (name.removeprefix(self.prefix) for name in names if name.startswith(self.prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
 def lend(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give a module on the meta device a place to fetch its parameters from, in accelerate's form.
 
@@ -154,20 +134,21 @@ def resident(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def scratch_folder() -> tuple[Path, ExitStack]:
-    """A new folder below the cache, and the stack that removes it. Folders that killed processes left are removed.
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A new folder below the cache, removed at the end, as are those that killed processes left.
 
     The folder is locked as long as it exists, so a folder that can be locked belongs to nobody.
     """
     root = cache_dir() / "offload"
     root.mkdir(exist_ok=True)
-    for left in root.iterdir():
-        with suppress(OSError), locked(left):
-            shutil.rmtree(left, ignore_errors=True)
-    stack = ExitStack()
-    return own_folder(stack, partial(shutil.rmtree, ignore_errors=True), dir=root), stack
+    for abandoned in root.iterdir():
+        with suppress(OSError), locked(abandoned):
+            shutil.rmtree(abandoned, ignore_errors=True)
+    with ExitStack() as stack:
+        yield own_folder(stack, partial(shutil.rmtree, ignore_errors=True), dir=root)
 
 
 def keep_until_gone(model: nn.Module, stack: ExitStack) -> None:
-    """Close a stack, such as the one of `scratch_folder`, when the model is garbage-collected."""
+    """Close a stack, such as one that holds a `scratch_folder`, when the model is garbage-collected."""
     weakref.finalize(model, stack.close)

@@ -14,25 +14,23 @@ masks keep nothing goes as a whole, norms included: the decoder has a layer fewe
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gprune.errors import UserError
 from gprune.models.blocks import Block, Slice, block_of, blocks_of, decoder_layers
 from gprune.models.families import family_of
-from gprune.models.loading import skeleton, without_weights
+from gprune.models.loading import copy_without_hooks, skeleton, without_weights
 from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import experts_aligned, tell_layer, tell_sizes
-from gprune.models.offload import InFile, lend, lend_all, stored
-
-COUNT_SCOPES = ("ffn", "attention+ffn", "all")
+from gprune.models.offload import lend, lend_all, stored
 
 
 @torch.no_grad()
@@ -58,11 +56,7 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
     if not inplace:
         # The copy shares the weights that are sliced anyway, until their smaller version replaces them.
         shared = [block.parameter(place) for block in blocks_of(model) for place in block.slices]
-        memo: dict[int, object] = {id(parameter): parameter for parameter in shared}
-        # Hooks stay with the original.
-        for module in model.modules():
-            memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
-        model = copy.deepcopy(model, memo)
+        model = copy_without_hooks(model, {id(parameter): parameter for parameter in shared})
     for block, stays in zip(blocks_of(model), masks.blocks, strict=True):
         if stays:
             _slice_block(block, model.config, masks)
@@ -115,11 +109,13 @@ def _write_block(
         setattr(block.layer.get_submodule(owner), own, nn.Parameter(value.cpu().contiguous(), requires_grad=False))
     if revise is not None:
         revise(dense, block)
-    save_file({name: parameter.detach() for name, parameter in block.layer.named_parameters()}, path)
+    weights = {name: parameter.detach() for name, parameter in block.layer.named_parameters()}
+    save_file(weights, path)
     block.layer.to("meta")
+    written = OffloadedWeightsLoader(index={name: {"safetensors_file": path} for name in weights})
     for owner, module in block.layer.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
-            lend(module, InFile(path, owner))
+            lend(module, PrefixedDataset(written, f"{owner}." if owner else ""))
 
 
 def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
@@ -148,18 +144,17 @@ def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
 def check_masks(model: PreTrainedModel, masks: Masks) -> None:
     """Raise ValueError unless the masks are bool, fit the present widths, and keep units of both kinds or of none."""
     blocks = blocks_of(model)
-    for kind, given, sizes in (
-        ("ffn", masks.ffn, [block.experts * block.neurons for block in blocks]),
-        ("attention", masks.attention, [block.kv_groups for block in blocks]),
-    ):
-        if len(given) != len(blocks):
-            raise ValueError(f"masks.{kind}: expected {len(blocks)} blocks, got {len(given)}.")
-        for index, (mask, size) in enumerate(zip(given, sizes, strict=True)):
+    sizes = {"ffn": [b.experts * b.neurons for b in blocks], "attention": [b.kv_groups for b in blocks]}
+    for scope, of_blocks in sizes.items():
+        own = getattr(masks, scope)
+        if len(own) != len(blocks):
+            raise ValueError(f"masks.{scope}: expected {len(blocks)} blocks, got {len(own)}.")
+        for index, (mask, size) in enumerate(zip(own, of_blocks, strict=True)):
             if mask.dtype != torch.bool or tuple(mask.shape) != (size,):
                 got = f"{mask.dtype} of shape {tuple(mask.shape)}"
-                raise ValueError(f"masks.{kind}[{index}]: expected torch.bool of shape ({size},), got {got}.")
+                raise ValueError(f"masks.{scope}[{index}]: expected torch.bool of shape ({size},), got {got}.")
             if not mask.any() and masks.blocks[index]:
-                raise ValueError(f"masks.{kind}[{index}]: expected at least 1 of {size} units kept, got 0.")
+                raise ValueError(f"masks.{scope}[{index}]: expected at least 1 of {size} units kept, got 0.")
     for block, mask in zip(blocks, masks.ffn, strict=True):
         widths = {int(kept.sum()) for kept in mask.view(block.experts, -1)}
         if len(widths) > 1:
@@ -174,7 +169,7 @@ def widths(model: PreTrainedModel) -> dict[str, list[int]]:
     return {"neurons": [b.neurons for b in blocks], "kv_groups": [b.kv_groups for b in blocks]}
 
 
-def count_parameters(model: PreTrainedModel, scope: str) -> int:
+def count_parameters(model: PreTrainedModel, scope: Literal["ffn", "attention+ffn", "all"]) -> int:
     """Parameters (weights and biases) in a scope.
 
     Args:
@@ -182,17 +177,11 @@ def count_parameters(model: PreTrainedModel, scope: str) -> int:
         scope: `ffn` (gate, up, down), `attention+ffn` (also query, key, value, output and norms over all heads) or
             `all` (the whole model, tied embeddings once).
     """
-    if scope not in COUNT_SCOPES:
-        raise UserError(f"Unknown scope '{scope}'. Available: {', '.join(COUNT_SCOPES)}.")
     if scope == "all":
         return sum(parameter.numel() for parameter in model.parameters())
-    kinds = scope.split("+")
-    modules = {
-        block.module(place.path.rpartition(".")[0]): None
-        for block in blocks_of(model)
-        for place in block.slices
-        if place.kind in kinds
-    }
+    scopes = {"ffn": ("ffn",), "attention+ffn": ("attention", "ffn")}[scope]
+    places = ((block, place) for block in blocks_of(model) for place in block.slices if place.kind in scopes)
+    modules = {block.module(place.path.rpartition(".")[0]): None for block, place in places}
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 

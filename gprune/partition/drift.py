@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 from itertools import combinations
-from typing import Literal
 
 import numpy as np
 import torch
-from scipy.stats import kendalltau, rankdata
+from scipy.stats import kendalltau
 from torch import Tensor
 
 MIN_AGREEMENT_SIZE = 16  # below this, Kendall's tau says more about chance than about the module
-
-
-def fractional_ranks(scores: Tensor, *, groups: int = 1, ties: Literal["average", "ordinal"] = "average") -> Tensor:
-    """r_i = (rank of s_i + 0.5) / N, ranks from 0; strictly inside (0, 1).
-
-    Args:
-        scores: (..., groups x N), ranked along the last dimension.
-        groups: number of equal parts that are ranked by themselves: the experts of a block.
-        ties: what equal scores get, such as those of neurons that never fire: their average rank, or one each, in
-            order, so that any share of a block can go.
-
-    Returns:
-        (..., groups x N) float64.
-    """
-    scores = scores.detach().cpu().double().unflatten(-1, (groups, -1))
-    ranks = rankdata(scores.numpy(), method=ties, axis=-1)  # from 1
-    return torch.from_numpy((ranks - 0.5) / scores.shape[-1]).flatten(-2)
 
 
 def rank_drift(ranks: Tensor) -> Tensor:

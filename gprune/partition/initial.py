@@ -17,8 +17,9 @@ from gprune.importance.weights import UnitWeights
 def parameter_embedding(weights: UnitWeights, *, dim: int = 8, seed: int = 0) -> Tensor:
     """Parameter similarity, without data, in a few dimensions: (N, dim) float32, mean 0, total variance 1.
 
-    Each neuron's gate row, up row and down column are normalised to length 1 (direction only: size is importance,
-    not likeness), concatenated to 3H numbers and projected onto the leading principal directions (randomised SVD).
+    Each neuron's gate row, up row and down column are normalised to length 1 (their size is importance, and says
+    nothing of similarity), concatenated to 3H numbers and projected onto the leading principal directions (randomised
+    SVD).
     """
     inputs, output = weights.inputs, weights.output.T
     features = inputs[0].new_empty(len(output), sum(rows.shape[1] for rows in (*inputs, output)))
@@ -37,7 +38,7 @@ def parameter_embedding(weights: UnitWeights, *, dim: int = 8, seed: int = 0) ->
 def _lengths(rows: Tensor) -> Tensor:
     """Euclidean length of each row, (N, H) -> (N,).
 
-    Rows of a transposed matrix are read a few at a time, or each number of a row would come from another cache line.
+    Rows of a transposed matrix are copied 32 at a time: each number of one row lies in another cache line.
     """
     if rows.stride(1) == 1:
         return rows.norm(dim=1)
@@ -105,8 +106,8 @@ def initial_partition(
     )
     if num_modules == 1:
         return torch.zeros(N, dtype=torch.long)
-    found = KMeans(num_modules, n_init=4, random_state=seed).fit_predict(joint.numpy())
-    return merge_small(torch.from_numpy(found).long(), joint, min_size=min(minimum_size(N, num_modules), N))
+    labels = KMeans(num_modules, n_init=4, random_state=seed).fit_predict(joint.numpy())
+    return merge_small(torch.from_numpy(labels).long(), joint, min_size=min(minimum_size(N, num_modules), N))
 
 
 def shuffled_partition(labels: Tensor, *, seed: int) -> Tensor:

@@ -69,7 +69,7 @@ def partition_objective(
 ) -> dict[str, Tensor]:
     """The refinement objective, each term (B,), and their weighted sum under `total`.
 
-    P = softmax(A / tau) over K modules, and
+    With P = softmax(A / tau) over K modules:
 
         L = w_s S(P) + w_d V(P) - w_c C(P) + w_b B(P) + w_e H(P)
 
@@ -81,8 +81,8 @@ def partition_objective(
         sizes), which is K for equal sizes. Because delta has no mean rank, mixing weak and strong neurons earns
         nothing. 0 when no rank shifts.
     B in [0, 1]: 1 - entropy of the module sizes / log K; 0 when all are equally large.
-    H in [0, 1]: mean entropy of P_i / log K; 0 when every neuron has made up its mind.
-    Both with the K of the block that has most modules: where a block has fewer, its B stays above 0.
+    H in [0, 1]: mean entropy of P_i / log K; 0 when every neuron is assigned to one module.
+    K in B and H is that of the block with most modules: the B of a block with fewer stays above 0.
 
     Args:
         logits: A, (B, N, K).

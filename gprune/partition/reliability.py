@@ -3,7 +3,7 @@
 If a module is sensitive to the distribution *and* weakly activated, the importance order inside it says more about the
 calibration text than about its neurons. Such a module takes its order from a fallback: a metric that needs no
 activations or, beyond the paper, the base metric on all drift corpora (`consensus`, `averaged`). Our reading of
-GPrune-LLM (arXiv 2603.13418). Whether it does is a switch: mixing both orders by a degree gained nothing (the log).
+GPrune-LLM (arXiv 2603.13418). A module takes one order or the other: a weighted mean of both gained nothing (the log).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def assess_reliability(
     score_quantile: float = 0.5,
     switch: Literal["off", "unreliable", "everywhere"] = "unreliable",
 ) -> list[ModuleReliability]:
-    """Mark the modules whose activations cannot be trusted; one record per block.
+    """Mark the modules whose activations cannot be trusted, block by block.
 
     A module switches to the fallback if its sensitivity, standardised over the neurons of its block, reaches the
     `sensitivity_quantile` of all modules of the model, its score does not exceed the `score_quantile`, and its mean
@@ -54,9 +54,10 @@ def assess_reliability(
         labels: per block (N,) module of each neuron.
         ranks: per block (N,) fractional ranks on `corpora.score`.
         drifts, floors: per block (N,) rank drift and its noise floor.
-        noise_gone: whether the floor has been subtracted: such drift is above it wherever it is above 0.
+        noise_gone: whether the noise floor is subtracted from the drift already: then it is compared with 0.
         sensitivity_quantile, score_quantile: in [0, 1].
-        switch: which modules are marked: none, those above, or all, which is the control of the switch.
+        switch: which modules are marked: none (`off`), those described above (`unreliable`), or all, as a control
+            (`everywhere`).
     """
     scores = [module_means(r, y) for r, y in zip(ranks, labels, strict=True)]
     sensitivity = [module_means(d, y) for d, y in zip(drifts, labels, strict=True)]
@@ -64,21 +65,20 @@ def assess_reliability(
     standard = [(s - d.mean()) / d.std().clamp_min(1e-12) for s, d in zip(sensitivity, drifts, strict=True)]
     high = torch.cat(standard).quantile(sensitivity_quantile)
     low = torch.cat(scores).quantile(score_quantile)
-    records = []
+    reliability = []
     for y, score, s, z, floor in zip(labels, scores, sensitivity, standard, noise, strict=True):
-        switched = {
-            "off": torch.zeros_like(z, dtype=torch.bool),
-            "unreliable": (z >= high) & (score <= low) & (s > (0 if noise_gone else floor)),
-            "everywhere": torch.ones_like(z, dtype=torch.bool),
-        }[switch]
-        records.append(ModuleReliability(torch.bincount(y), score, s, floor, switched))
-    return records
+        if switch == "unreliable":
+            switched = (z >= high) & (score <= low) & (s > (0 if noise_gone else floor))
+        else:
+            switched = torch.full_like(z, switch == "everywhere", dtype=torch.bool)
+        reliability.append(ModuleReliability(torch.bincount(y), score, s, floor, switched))
+    return reliability
 
 
-def switched_share(records: list[ModuleReliability]) -> float:
+def switched_share(reliability: list[ModuleReliability]) -> float:
     """Fraction of all neurons that rank by the fallback, `--reliability.metric`."""
-    switched = sum(int(r.size[r.switched].sum()) for r in records)
-    return switched / sum(int(r.size.sum()) for r in records)
+    switched = sum(int(r.size[r.switched].sum()) for r in reliability)
+    return switched / sum(int(r.size.sum()) for r in reliability)
 
 
 def within_module_ranks(scores: Tensor, fallback: Tensor, labels: Tensor, switched: Tensor) -> Tensor:

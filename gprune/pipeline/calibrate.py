@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from gprune.calibration.cache import StatisticsCache
 from gprune.calibration.layerwise import walks
 from gprune.calibration.statistics import CorpusStatistics, kind_of
+from gprune.calibration.statistics_cache import StatisticsCache
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.models.blocks import decoder_layers
 from gprune.models.offload import device_of

@@ -23,7 +23,7 @@ from gprune.models.embedded import model_label
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
 from gprune.models.surgery import count_parameters, removed_parameters, sharded_copy, widths
-from gprune.partition.record import Modules
+from gprune.partition.modules import Modules
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
 from gprune.recoveries import recovery_of

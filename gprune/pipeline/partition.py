@@ -11,13 +11,12 @@ from torch import Tensor
 from gprune.calibration.statistics import CorpusStatistics, Moments, pooled
 from gprune.config.groups import AVERAGED, CONSENSUS
 from gprune.importance.metrics import IMPORTANCE
-from gprune.importance.scores import Scores, generator_for, score_ffn, score_units
+from gprune.importance.scores import Scores, fractional_ranks, generator_for, score_ffn, score_units
 from gprune.importance.weights import ffn_weights
 from gprune.models.blocks import Block
 from gprune.models.offload import device_of
 from gprune.partition.drift import (
     above_noise,
-    fractional_ranks,
     half_agreement,
     kendall_agreement,
     module_agreements,
@@ -25,8 +24,8 @@ from gprune.partition.drift import (
     rank_drift,
 )
 from gprune.partition.initial import initial_partition, parameter_embedding, same_sizes_by_drift, shuffled_partition
+from gprune.partition.modules import Drift, ModuleRanks, Modules
 from gprune.partition.objective import ObjectiveWeights, refinement_inputs
-from gprune.partition.record import Drift, ModuleRanks, Modules
 from gprune.partition.reliability import assess_reliability, switched_share, within_module_ranks
 from gprune.pipeline.run import Run
 from gprune.runs import tracking

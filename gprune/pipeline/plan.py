@@ -19,7 +19,8 @@ from gprune.errors import UserError
 from gprune.export.convert import LLAMA_CPP, has_llama_cpp
 from gprune.export.gguf_writer import check_expressible
 from gprune.models.blocks import Block, blocks_of
-from gprune.models.loading import check_stored, locate_model, read_config, skeleton
+from gprune.models.folders import check_stored
+from gprune.models.loading import locate_model, read_config, skeleton
 from gprune.models.masks import Masks
 from gprune.models.surgery import count_parameters
 from gprune.pipeline.cost import flops, passes, recovery_tokens, speed, tokens_by_step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -75,8 +76,8 @@ def _sliced(run: Run, masks: Masks, revise: Revise | None) -> PreTrainedModel:
 
 
 def _sliced_to_files(run: Run, masks: Masks, revise: Revise | None, where: dict[str, Any]) -> PreTrainedModel:
-    folder, removal = scratch_folder()
-    with removal:
+    with ExitStack() as removal:
+        folder = removal.enter_context(scratch_folder())
         save_pruned(prune_to_files(run.model, masks, folder / "blocks", revise), None, folder / "model")
         shutil.rmtree(folder / "blocks")
         small = load_weights(folder / "model", dtype=getattr(torch, run.cfg.model.dtype), **where)

@@ -11,7 +11,7 @@ from gprune.corpora.windows import Windows
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import fingerprint
 from gprune.models.masks import Masks
-from gprune.partition.record import Modules
+from gprune.partition.modules import Modules
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
 from gprune.sparsity.budget import Budget, unit_costs

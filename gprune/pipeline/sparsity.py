@@ -11,7 +11,7 @@ from gprune.calibration.statistics import CorpusStatistics, pooled
 from gprune.errors import UserError
 from gprune.importance.scores import Scores, score_units
 from gprune.models.masks import Masks
-from gprune.partition.record import ModuleRanks, Modules
+from gprune.partition.modules import ModuleRanks, Modules
 from gprune.pipeline.run import Run
 from gprune.sparsity.allocation import ALLOCATION, allocate
 from gprune.sparsity.thresholds import (

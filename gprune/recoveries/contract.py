@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from gprune.calibration.kinds import KINDS
+from gprune.calibration.projections import OUTPUT_PROJECTIONS
 from gprune.errors import UserError
 from gprune.registry import Registry
 
@@ -209,7 +209,7 @@ class Projection(Recovery):
         def revise(dense: Block, block: Block) -> None:
             """Correct a sliced block's output projections that lost channels, by the dense block's statistics."""
             keeps = material.masks.channels(dense)
-            for kind, part in KINDS:
+            for kind, part in OUTPUT_PROJECTIONS.items():
                 if not bool(keeps[kind].all()):
                     moments = getattr(material.statistics, kind)[dense.index].total
                     weight = dense.parts[part].weight.to(device_of(dense.layer))

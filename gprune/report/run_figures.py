@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gprune.evaluation.intervals import paired_ratio
 from gprune.models.masks import Masks
-from gprune.partition.record import Modules
+from gprune.partition.modules import Modules
 from gprune.report.records import by_stage, caption, corpus_labels
 from gprune.report.style import COLOURS, LETTER, MARKERS, OTHER, canvas, distances, plain_ticks, save, style, titled
 from gprune.report.table import Estimate

@@ -22,7 +22,7 @@ from gprune.config import RunConfig, of_settings
 from gprune.errors import UserError, first_line
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
-from gprune.partition.record import Modules, check_shapes
+from gprune.partition.modules import Modules, check_shapes
 from gprune.runs import schema
 from gprune.runs.folder import RunFolder, corpus_file, differences, exported_model, manifest_problem
 from gprune.sparsity.allocation import removed_in_words

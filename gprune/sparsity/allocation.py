@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # flags are checked by what is registered here, which should 
     from gprune.importance.scores import Scores
     from gprune.models.blocks import Block
     from gprune.models.masks import Masks
-    from gprune.partition.record import ModuleRanks
+    from gprune.partition.modules import ModuleRanks
     from gprune.sparsity.budget import Budget
     from gprune.sparsity.thresholds import Thresholds
 
@@ -133,7 +133,7 @@ def uniform(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block
 
 def _ranks(scores: Scores, blocks: Sequence[Block]) -> Margins:
     """The rank of every neuron inside its block or expert, and of every KV group inside its block, in (0, 1)."""
-    from gprune.partition.drift import fractional_ranks
+    from gprune.importance.scores import fractional_ranks
 
     pairs = zip(scores.ffn, blocks, strict=True)
     ffn = [fractional_ranks(s, groups=b.experts, ties="ordinal") for s, b in pairs]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gprune.models.masks import Masks
-from gprune.partition.record import ModuleRanks
+from gprune.partition.modules import ModuleRanks
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import keep_masks, margins
 

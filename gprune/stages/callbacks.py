@@ -19,7 +19,7 @@ from gprune.evaluation.intervals import geometric_mean
 from gprune.evaluation.perplexity import perplexity
 from gprune.models.masks import Masks
 from gprune.models.offload import gathered, is_sharded
-from gprune.partition.record import Modules
+from gprune.partition.modules import Modules
 from gprune.partition.reliability import module_means
 from gprune.runs.tracking import log_scalars, log_table
 from gprune.sparsity.budget import Budget

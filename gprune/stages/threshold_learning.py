@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from gprune.config import SparsityConfig
 from gprune.models.losses import final_hidden, next_token_losses
 from gprune.models.masks import Masks
-from gprune.partition.record import ModuleRanks
+from gprune.partition.modules import ModuleRanks
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import Cut, cut_margin
 from gprune.sparsity.gates import soft_gate, straight_through

@@ -14,10 +14,10 @@ from scipy.stats import f_oneway, kendalltau
 import gprune
 from experiments import heterogeneity
 from gprune.errors import UserError
-from gprune.importance.scores import score_units
+from gprune.importance.scores import fractional_ranks, score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
-from gprune.partition.drift import fractional_ranks, noise_floor, rank_drift
+from gprune.partition.drift import noise_floor, rank_drift
 from gprune.runs.results import read_run
 from tests import tiny_run
 

@@ -20,15 +20,14 @@ import torch.nn.functional as F
 
 import gprune
 from gprune.calibration.collector import collect
-from gprune.calibration.kinds import EXTRAS
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
-from gprune.importance.scores import score_units
+from gprune.importance.scores import fractional_ranks, score_units
 from gprune.importance.weights import UnitWeights, ffn_weights
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
-from gprune.partition.drift import fractional_ranks, rank_drift
+from gprune.partition.drift import rank_drift
 from tests import built_in
 from tests.calibration.test_collector import batches, recorded
 from tests.conftest import make_tiny_llama
@@ -276,31 +275,23 @@ def test_a_half_scores_from_its_own_windows(name, half, shared):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-@pytest.mark.parametrize("size", [1, 4])
-def test_tokens_in_many_batches_score_as_in_one(name, size, shared):
-    one, many = (shared.scored(name, 0, s) for s in (6, size))
+def test_tokens_in_many_batches_score_as_in_one(name, shared):
     rtol, atol = TOLERANCE.get(name, (0, 0))
-    for a, b in zip(one, many, strict=True):
+    for a, b in zip(shared.scored(name, 0, 6), shared.scored(name, 0, 1), strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol * float(a.max()))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_metric_is_documented_with_its_formula(name):
-    assert inspect.getdoc(IMPORTANCE[name]).startswith("s_")
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_drift_comes_from_a_metric_that_can_score_half_a_corpus(name, tiny_model, token_batch):
-    stands_in = IMPORTANCE[name].drift
-    assert not IMPORTANCE[stands_in].activation_free  # its ranks would be the same on every corpus
-    assert IMPORTANCE[stands_in].needs <= IMPORTANCE[name].needs  # nothing else was collected
-    statistics = collect(
-        tiny_model, batches(token_batch, 6), gram=True, saliency=BOTH if "saliency" in IMPORTANCE[name].needs else ()
-    )
-    one, two = (scored(stands_in, tiny_model, statistics, half=half) for half in (0, 1))
+def test_a_metric_is_documented_and_its_drift_comes_from_one_that_can_score_half_a_corpus(name, shared):
+    function = IMPORTANCE[name]
+    assert inspect.getdoc(function).startswith("s_")
+    stands_in = IMPORTANCE[function.drift]
+    assert not stands_in.activation_free  # its ranks would be the same on every corpus
+    assert stands_in.needs <= function.needs  # nothing else was collected
+    one, two = (shared.scored(function.drift, 0, 6, half=half) for half in (0, 1))
     assert not any(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    if not IMPORTANCE[name].activation_free and "gram" not in IMPORTANCE[name].needs:
-        assert stands_in == name
+    if not function.activation_free and "gram" not in function.needs:
+        assert function.drift == name
 
 
 def test_a_value_row_feeds_the_query_heads_of_its_own_group(tiny_model, token_batch):
@@ -327,17 +318,6 @@ def test_groups_out_of_scope_score_zero_and_neurons_the_same(tiny_model, token_b
         assert all(torch.equal(s, nothing) for s in [*scores.attention, *scores.channels]), name
 
 
-def test_wifn_ranks_neurons_as_wanda_sp_does(token_batch):
-    model = lively()
-    statistics = collect(model, batches(token_batch, 6))
-    a, b = (score_units(name, blocks_of(model), statistics) for name in ("wanda_sp", "wifn"))
-    for mine, theirs in zip(a.ffn, b.ffn, strict=True):
-        assert torch.equal(mine.argsort(), theirs.argsort())
-        assert len(mine.unique()) == 48  # no ties that would make the order arbitrary
-    for mine, theirs in zip(a.attention, b.attention, strict=True):  # a group's sum of squares is not a square of sums
-        assert not torch.allclose(theirs / theirs.sum(), mine.square() / mine.square().sum(), rtol=1e-3)
-
-
 @pytest.mark.parametrize("kind", BOTH)
 def test_obs_is_what_the_output_error_rises_by_when_the_others_make_up_for_the_unit(kind, token_batch):
     """Least squares on the raw activations with rows that damp, once per unit, no inverse anywhere."""
@@ -357,30 +337,27 @@ def test_obs_is_what_the_output_error_rises_by_when_the_others_make_up_for_the_u
         np.testing.assert_allclose(getattr(scores, kind)[index].numpy(), rises, rtol=1e-4)
 
 
-def test_gaussian_sp_is_wanda_sp_on_gaussian_hidden_states():
-    """100,000 draws of x ~ N(0, I) through the model's own modules; the fourth moment makes that good to a per cent."""
-    model = lively()
+@pytest.mark.parametrize(
+    ("family", "overrides"), [("llama", {}), ("opt", {}), ("opt", {"do_layer_norm_before": False})]
+)
+def test_gaussian_sp_is_wanda_sp_on_gaussian_hidden_states(family, overrides):
+    """50,000 draws of x ~ N(0, I) through the model's own modules; the fourth moment makes that good to some per cent.
+
+    What enters the FFN of an OPT is behind its own norm, or (opt-350m) behind attention's.
+    """
+    model = make_tiny(family, **overrides)
     x = torch.randn(100_000, 32, generator=torch.Generator().manual_seed(0))
-    for block in blocks_of(model)[1:]:
-        normal = x * block.ffn_norm.weight
-        X = block.activation(block.gate.host(normal)) * block.up.host(normal)
-        expected = X.double().square().mean(0).sqrt() * block.down.weight.double().abs().sum(0)
-        mine = IMPORTANCE["gaussian_sp"](ffn_weights(block), None, None)
-        np.testing.assert_allclose(mine.numpy(), expected.numpy(), rtol=0.03)
-        assert float((mine / expected - 1).abs().mean()) < 0.01
-
-
-@pytest.mark.parametrize("before", [True, False])
-def test_gaussian_sp_of_an_opt_with_norms_on_either_side(before):
-    """What enters the FFN is behind its own norm, or (opt-350m) behind attention's; by 200,000 draws."""
-    model = make_tiny("opt", do_layer_norm_before=before)
-    normal = torch.randn(200_000, 32, generator=torch.Generator().manual_seed(0))
-    for block in blocks_of(model)[1:]:
-        norm = block.layer.final_layer_norm if before else block.layer.self_attn_layer_norm
-        hidden = F.relu(block.up.host(normal * norm.weight + norm.bias))
-        expected = hidden.double().square().mean(0).sqrt() * block.down.weight.double().abs().sum(0)
-        mine = IMPORTANCE["gaussian_sp"](ffn_weights(block), None, None)
-        np.testing.assert_allclose(mine.numpy(), expected.numpy(), rtol=0.05)
+    block = blocks_of(model)[1]
+    if family == "llama":
+        normal = x * block.layer.post_attention_layernorm.weight
+        X = F.silu(block.gate.host(normal)) * block.up.host(normal)
+    else:
+        norm = block.layer.self_attn_layer_norm if overrides else block.layer.final_layer_norm
+        X = F.relu(block.up.host(x * norm.weight + norm.bias))
+    expected = X.double().square().mean(0).sqrt() * block.down.weight.double().abs().sum(0)
+    mine = IMPORTANCE["gaussian_sp"](ffn_weights(block), None, None)
+    np.testing.assert_allclose(mine.numpy(), expected.numpy(), rtol=0.06)
+    assert float((mine / expected - 1).abs().mean()) < 0.01
 
 
 def test_obs_of_a_block_with_one_neuron(token_batch):
@@ -391,17 +368,17 @@ def test_obs_of_a_block_with_one_neuron(token_batch):
     assert bool(torch.isfinite(scores).all())
 
 
-@pytest.mark.parametrize("activation", [F.silu, F.gelu, F.relu])
-@pytest.mark.parametrize("spread", [0.01, 1.0, 10.0, 1000.0])
-def test_gaussian_sp_holds_for_gates_of_any_size(activation, spread):
-    """The sharper the bend of the activation beside the spread of the gate, the worse its quadrature: 0.1% at most."""
+@pytest.mark.parametrize("activation", [F.silu, F.relu])
+@pytest.mark.parametrize("size", [0.01, 1.0, 1000.0])
+def test_gaussian_sp_holds_for_gates_of_any_size(activation, size):
+    """The sharper the bend of the activation beside the size of the gate, the worse its quadrature: 0.1% at most."""
     from scipy.integrate import quad
 
-    for slope in (-1.0, 0.0, 0.6):  # up = slope * gate / spread + what is independent of it
-        rows = torch.tensor([[1.0, 0.0]]) * spread, torch.tensor([[slope, np.sqrt(1 - slope**2)]], dtype=torch.float32)
+    for slope in (-1.0, 0.6):  # up = slope * gate / size + what is independent of it
+        rows = torch.tensor([[1.0, 0.0]]) * size, torch.tensor([[slope, np.sqrt(1 - slope**2)]], dtype=torch.float32)
 
         def integrand(z: float, slope: float = slope) -> float:
-            f = float(activation(torch.tensor(spread * z, dtype=torch.float64)))
+            f = float(activation(torch.tensor(size * z, dtype=torch.float64)))
             return f**2 * ((slope * z) ** 2 + 1 - slope**2) * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
 
         square = sum(quad(integrand, *side, limit=300, epsabs=0, epsrel=1e-9)[0] for side in ((-12, 0), (0, 12)))
@@ -495,43 +472,32 @@ def test_one_corpus_a_thousand_times_louder_leaves_drift_alone(name, tiny_model,
     for x, y, z in zip(a, b, c, strict=True):
         quiet, other = (rank_drift(torch.stack([fractional_ranks(x), fractional_ranks(s)])) for s in (y, z))
         torch.testing.assert_close(quiet, other, rtol=0, atol=1e-12)
+        assert torch.equal(x, y) == (name in TEXT_BLIND)
         if name not in TEXT_BLIND:
             squared = name in ("wifn", "wifv", "ifv", "obs")
             torch.testing.assert_close(z, y * (1e6 if squared else 1e3), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-@pytest.mark.parametrize("factor", [1e-6, 1e3])
-def test_up_rows_of_extreme_size_give_finite_scores(name, factor, tiny_model, token_batch):
+def test_up_rows_of_extreme_size_give_finite_scores(name, tiny_model, token_batch):
     for layer in tiny_model.model.layers:
-        layer.mlp.up_proj.weight.data[::2] *= factor
-        layer.self_attn.v_proj.weight.data[:8] *= factor
-    scores = scored(name, tiny_model, everything(tiny_model, token_batch))
-    ranks = ranked(scores)
-    blind = name in GATE_BLIND or name.startswith("taylor")  # taylor: larger up rows have smaller gradients below
-    if not blind:
-        loud, soft = (0, 1) if factor > 1 else (1, 0)
-        assert all(float(r[loud::2].mean()) > float(r[soft::2].mean()) for r in ranks[:3])
-
-
-def test_activation_free_metrics_ignore_activations_and_the_others_do_not(tiny_model, token_batch):
-    one, two = (everything(tiny_model, tokens, 3) for tokens in (token_batch[:3], token_batch[3:]))
-    for name in BUILT_IN:
-        pairs = zip(scored(name, tiny_model, one), scored(name, tiny_model, two), strict=True)
-        equal = [torch.equal(x, y) for x, y in pairs]
-        assert all(equal) if IMPORTANCE[name].activation_free else not any(equal), name
+        layer.mlp.up_proj.weight.data[::2] *= 1e3
+        layer.mlp.up_proj.weight.data[1::2] *= 1e-6
+        layer.self_attn.v_proj.weight.data[:8] *= 1e3
+    ranks = ranked(scored(name, tiny_model, everything(tiny_model, token_batch)))
+    if name not in GATE_BLIND and not name.startswith("taylor"):  # larger up rows have smaller gradients below
+        assert all(float(r[::2].mean()) > float(r[1::2].mean()) for r in ranks[:3])
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_metrics_read_no_more_than_they_say(name, tiny_model, token_batch):
+def test_metrics_read_no_more_than_they_say(name, shared):
     """`needs` decides what is collected: without the rest a metric must give the same bits."""
     needs = IMPORTANCE[name].needs
-    enough = collect(
-        tiny_model, batches(token_batch, 6), gram="gram" in needs, saliency=BOTH if "saliency" in needs else ()
-    )
-    pairs = zip(
-        scored(name, tiny_model, enough), scored(name, tiny_model, everything(tiny_model, token_batch)), strict=True
-    )
+    assert not (needs and IMPORTANCE[name].activation_free)
+    assert gprune.RunConfig(importance=name, gprune=False, recovery="none").needs == needs
+    saliency = BOTH if "saliency" in needs else ()
+    enough = collect(shared.model(0), batches(shared.tokens, 6), gram="gram" in needs, saliency=saliency)
+    pairs = zip(scored(name, shared.model(0), enough), shared.scored(name, 0, 6), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -558,10 +524,10 @@ def test_a_users_own_metric(tiny_model, token_batch):
     raw = recorded(tiny_model, token_batch)
     scores = score_units("mean_square", blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6)))
     for index in range(3):
-        np.testing.assert_allclose(scores.ffn[index].numpy(), (raw["ffn"][index] ** 2).mean((0, 1)), rtol=1e-6)
-        per_channel = (raw["attention"][index] ** 2).mean((0, 1))
-        np.testing.assert_allclose(scores.channels[index].numpy(), per_channel, rtol=1e-6)
-        np.testing.assert_allclose(scores.attention[index].numpy(), per_channel.reshape(2, 16).sum(1), rtol=1e-6)
+        neurons, channels = ((raw[kind][index] ** 2).mean((0, 1)) for kind in BOTH)
+        np.testing.assert_allclose(scores.ffn[index].numpy(), neurons, rtol=1e-6)
+        np.testing.assert_allclose(scores.channels[index].numpy(), channels, rtol=1e-6)
+        np.testing.assert_allclose(scores.attention[index].numpy(), channels.reshape(2, 16).sum(1), rtol=1e-6)
     assert scores.ffn[0].dtype == torch.float64
     assert IMPORTANCE["mean_square"].activation_free is False
     assert IMPORTANCE["mean_square"].needs == frozenset()
@@ -604,15 +570,16 @@ def test_what_stands_in_for_a_metric_is_collected_for_too():
 WRONG = {
     "a matrix": (lambda w, m, g: w.output, r"expected a tensor of shape \(48,\), got \(32, 48\)"),
     "a number": (lambda w, m, g: 1.0, r"expected a tensor of shape \(48,\), got float"),
-    "nothing": (lambda w, m, g: None, r"expected a tensor of shape \(48,\), got NoneType"),
     "an array": (lambda w, m, g: w.output[0].numpy(), r"expected a tensor of shape \(48,\), got ndarray"),
-    "a scalar": (lambda w, m, g: torch.tensor(1.0), r"expected a tensor of shape \(48,\), got \(\)"),
     "too few": (lambda w, m, g: w.output[0, :-1], r"expected a tensor of shape \(48,\), got \(47,\)"),
-    "hidden dimensions": (lambda w, m, g: w.output[:, 0], r"expected a tensor of shape \(48,\), got \(32,\)"),
+    "too few for attention": (
+        lambda w, m, g: m.sum_sq if w.per_unit == 1 else m.sum_sq[:8],
+        r"expected a tensor of shape \(32,\), got \(8,\)",
+    ),
     "nan": (lambda w, m, g: w.output[0] * float("nan"), "expected finite scores, got 48 of 48"),
     "one inf": (lambda w, m, g: 1 / (torch.arange(w.output.shape[1])), "expected finite scores, got 1 of 48"),
-    "minus inf": (lambda w, m, g: -1 / (torch.arange(w.output.shape[1])), "expected finite scores, got 1 of 48"),
-}
+    "writes": (lambda w, m, g: w.output.abs_().sum(0), "changes the model's weights in place"),
+}  # fmt: skip
 
 
 @pytest.mark.usefixtures("scratch_registry")
@@ -620,16 +587,9 @@ WRONG = {
 def test_a_users_metric_that_goes_wrong_is_named_in_one_line(wrong, tiny_model, token_batch):
     function, message = WRONG[wrong]
     gprune.metric("mine")(function)
-    with pytest.raises(UserError, match=rf"^Importance metric 'mine': {message}") as caught:
+    with pytest.raises(UserError, match=rf"^Importance metric 'mine':? {message}.*$") as caught:
         score_units("mine", blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6)))
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.usefixtures("scratch_registry")
-def test_scores_for_half_of_the_groups_channels_are_refused(tiny_model, token_batch):
-    gprune.metric("mine")(lambda w, m, g: m.sum_sq if w.per_unit == 1 else m.sum_sq[:8])
-    with pytest.raises(UserError, match=r"'mine': expected a tensor of shape \(32,\), got \(8,\)"):
-        score_units("mine", blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6)))
 
 
 @pytest.mark.usefixtures("scratch_registry")
@@ -639,22 +599,7 @@ def test_an_unknown_need_is_refused_before_anything_is_registered():
     assert "mine" not in IMPORTANCE
 
 
-@pytest.mark.parametrize("name", [name for name in BUILT_IN if IMPORTANCE[name].needs])
-def test_needs_name_what_can_be_collected(name):
-    assert IMPORTANCE[name].needs <= set(EXTRAS)
-    assert gprune.RunConfig(importance=name, recovery="none").needs == IMPORTANCE[name].needs
-    assert not IMPORTANCE[name].activation_free
-
-
 def test_an_unknown_metric_lists_what_there_is(tiny_model, token_batch):
     listed = ", ".join(BUILT_IN)
     with pytest.raises(UserError, match=rf"Unknown importance metric 'wanda'.*Available: {listed}"):
         score_units("wanda", blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6)))
-
-
-@pytest.mark.usefixtures("scratch_registry")
-def test_a_metric_that_writes_into_the_weights_is_refused(tiny_model, token_batch):
-    gprune.metric("writes", activation_free=True)(lambda w, m, g: w.output.abs_().sum(0))
-    statistics = collect(tiny_model, batches(token_batch, 6))
-    with pytest.raises(UserError, match=r"^Importance metric 'writes' changes the model's weights in place"):
-        score_units("writes", blocks_of(tiny_model), statistics)

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig
 from transformers.pytorch_utils import Conv1D
 
 from gprune.calibration.collector import collect
@@ -25,13 +24,13 @@ from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of, decoder_layers
+from gprune.models.embedded import byte_tokenizer
 from gprune.models.families import FAMILIES, Family
 from gprune.models.loading import read_config
 from gprune.models.losses import iter_logits, next_token_loss
 from gprune.models.masks import Masks
 from gprune.models.surgery import count_parameters, prune, removed_parameters, widths
-from gprune.runs.results import load_run
-from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
+from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import gated, masked
 from tests import tiny_run
@@ -44,24 +43,20 @@ FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "us
 
 def variants() -> list[tuple[str, dict]]:
     """Every family as it is; with each flag of its config turned over; with other numbers of key/value heads."""
-    found = []
+    rows: list[tuple[str, dict]] = [("qwen3_moe", {"mlp_only_layers": [1]})]  # a dense layer between experts
     for name, family in FAMILIES.items():
         known = CONFIG_MAPPING[name]()
-        found.append((name, {}))
-        found += [
-            (name, {flag: not getattr(known, flag)}) for flag in FLAGS if isinstance(getattr(known, flag, 0), bool)
-        ]
+        flags = [flag for flag in FLAGS if isinstance(getattr(known, flag, 0), bool)]
+        rows += [(name, {}), *((name, {flag: not getattr(known, flag)}) for flag in flags)]
         if family.kv_heads:
-            found += [(name, {family.kv_heads: heads}) for heads in (1, 4)]
-    return found
+            rows += [(name, {family.kv_heads: heads}) for heads in (1, 4)]
+    return rows
 
 
-def name_of(value: object) -> str:
-    if isinstance(value, bool):
-        return "attention+ffn" if value else "ffn"
-    if isinstance(value, dict):
-        return "-".join(f"{k}={v}" for k, v in value.items()) or "plain"
-    return str(value)
+def name_of(overrides: object) -> str:
+    if isinstance(overrides, dict):
+        return "-".join(f"{k}={v}" for k, v in overrides.items()) or "plain"
+    return str(overrides)
 
 
 def down_modules(layer: nn.Module) -> list[nn.Module]:
@@ -154,18 +149,14 @@ def test_statistics_of_experts_equal_those_of_a_forward_hook(family, ids):
 
 
 @pytest.mark.parametrize(
-    ("family", "overrides", "attention"),
-    # Whole groups stay only where the family is as it is: with groups that go, neurons go as well.
-    [
-        *(pytest.param(*v, True, marks=[pytest.mark.slow] if v[1] else []) for v in variants()),
-        *((f, {}, False) for f in FAMILIES),
-    ],
+    ("family", "overrides"),
+    [pytest.param(*row, marks=[pytest.mark.slow] if row[1] else []) for row in variants()],
     ids=name_of,
-)  # fmt: skip
-def test_masked_sliced_and_reloaded_agree(family, overrides, attention, ids, tmp_path):
+)
+def test_masked_sliced_and_reloaded_agree(family, overrides, ids, tmp_path):
     model = make_tiny(family, **overrides)
     dense = model(ids).logits
-    masks = some_masks(model, attention=attention)
+    masks = some_masks(model, attention=True)
     with masked(model, masks):
         reference = model(ids).logits
     assert torch.equal(model(ids).logits, dense)
@@ -175,7 +166,9 @@ def test_masked_sliced_and_reloaded_agree(family, overrides, attention, ids, tmp
     for before, after in zip(blocks_of(model), blocks_of(pruned), strict=True):  # KV groups go whole
         assert after.heads * before.kv_groups == before.heads * after.kv_groups
         assert after.head_dim == before.head_dim
-    assert count_parameters(model, "all") - count_parameters(pruned, "all") == removed_parameters(model, masks)
+    removed = count_parameters(model, "all") - count_parameters(pruned, "all")
+    assert removed == removed_parameters(model, masks)
+    assert removed == unit_costs(blocks_of(model), scope="attention+ffn").removed(masks)
     sliced = pruned(ids).logits
     torch.testing.assert_close(sliced, reference, atol=1e-4, rtol=0)
     save_pruned(pruned, None, tmp_path / "model")
@@ -310,32 +303,18 @@ def test_losses_are_the_models_own(family, ids):
     torch.testing.assert_close(logits, model(ids).logits[:, :-1], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["gemma2"])
-def test_the_gradient_goes_through_the_cap_of_the_logits(family, ids):
-    model = make_tiny(family, final_logit_softcapping=3.0)
-    for loss in (lambda: next_token_loss(model, ids), lambda: model(input_ids=ids, labels=ids).loss):
+def test_the_gradient_goes_through_the_cap_of_the_logits(ids):
+    model = make_tiny("gemma2", final_logit_softcapping=3.0)
+
+    def gradient(loss_of) -> torch.Tensor:
         gates = [torch.full((NEURONS,), 0.7, requires_grad=True) for _ in range(3)]
         with gated(model, gates):
-            loss().backward()
-        if "expected" in locals():
-            for mine, theirs in zip(expected, gates, strict=True):  # noqa: F821
-                torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-6, rtol=1e-3)
-        expected = gates
-    assert max(float(g.grad.abs().max()) for g in expected) > 1e-4
+            loss_of().backward()
+        return torch.stack([gate.grad for gate in gates])
 
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_units_cost_what_pruning_removes(family):
-    model = make_tiny(family)
-    costs = unit_costs(blocks_of(model), scope="attention+ffn")
-    budget = Budget.of(costs, 0.4)
-    generator = torch.Generator().manual_seed(0)
-    margins = [torch.randn(b.experts * b.neurons, generator=generator) for b in blocks_of(model)]
-    groups = [torch.randn(b.kv_groups, generator=generator) for b in blocks_of(model)]
-    masks = keep_masks(budget, margins, groups)
-    removed = count_parameters(model, "all") - count_parameters(prune(model, masks), "all")
-    assert removed == costs.removed(masks) == removed_parameters(model, masks)
-    assert budget.target <= removed < budget.target + max(costs.neuron)
+    expected = gradient(lambda: model(input_ids=ids, labels=ids).loss)
+    assert float(expected.abs().max()) > 1e-4
+    torch.testing.assert_close(gradient(lambda: next_token_loss(model, ids)), expected, atol=1e-6, rtol=1e-3)
 
 
 # Experts
@@ -361,24 +340,11 @@ def test_each_expert_keeps_its_own_best_and_all_are_equally_wide(family):
     assert gone.max() < stay.min()
 
 
-@pytest.mark.parametrize("family", EXPERTS)
-def test_the_router_is_untouched(family, ids):
-    model = make_tiny(family)
-    pruned = prune(model, some_masks(model, attention=True))
-    routers = [name for name, _ in model.named_parameters() if name.endswith("mlp.gate.weight")]
-    assert len(routers) == 3
-    for name in routers:
-        assert torch.equal(pruned.get_parameter(name), model.get_parameter(name))
-
-
 @pytest.mark.parametrize("metric", ["wanda_sp", "obs"])
 @pytest.mark.parametrize("family", EXPERTS)
 def test_an_expert_that_no_token_reaches_has_activation_free_ranks(family, metric, ids):
     model = make_tiny(family)
     experts = decoder_layers(model)[0].mlp
-    experts.gate.weight[3] = 0.0
-    experts.gate.weight[:3] = 0.0
-    experts.gate.weight[0, 0], experts.gate.weight[3, 0] = 1e-3, 0.0
     bias = torch.tensor([2.0, 1.0, 0.0, -9.0])
     handle = experts.gate.register_forward_hook(lambda _m, _i, out: _routed(bias, out))
     statistics = collect(model, [{"input_ids": ids, "index": torch.arange(4)}], gram=metric == "obs")
@@ -401,17 +367,6 @@ def _routed(bias: torch.Tensor, out: tuple[torch.Tensor, ...]) -> tuple[torch.Te
     return logits, weights, bias.topk(2).indices.expand_as(index)
 
 
-def test_dense_layers_between_experts_are_pruned_as_such(ids, tmp_path):
-    model = make_tiny("qwen3_moe", mlp_only_layers=[1])
-    assert [block.experts for block in blocks_of(model)] == [4, 1, 4]
-    pruned = prune(model, some_masks(model, attention=True))
-    with masked(model, some_masks(model, attention=True)):
-        torch.testing.assert_close(pruned(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
-    save_pruned(pruned, None, tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    assert torch.equal(again(ids).logits, pruned(ids).logits)
-
-
 def test_masks_with_unequal_experts_are_refused():
     model = make_tiny("mixtral")
     masks = some_masks(model, attention=False)
@@ -422,18 +377,6 @@ def test_masks_with_unequal_experts_are_refused():
 
 
 # The whole run
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE without a merge."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*tiny_run.SPECIAL, *letters])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -481,16 +424,15 @@ def test_a_run_from_the_command_line(family, worlds, tmp_path, monkeypatch):
     target = Budget.of(costs, 0.5).target
     assert target <= costs.removed(result.masks) < target + 8 * max(costs.neuron)
     card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert "library_name: transformers" in card
     assert "| gprune + least_squares |" in " ".join(card.split())
     rows = {(r["stage"], r["recovery"]) for r in result.records}
     assert {("dense", "none"), ("base", "none"), ("gprune", "least_squares")} <= rows
     assert all(np.isfinite(r["perplexity"]) for r in result.records)
-    # The exported folder is a model like any other: prune it again
-    again = tiny_run.World(tmp_path / "run" / "model", worlds(family).corpora)
-    once, twice = (load_run(tmp_path / "run"), again.run(tmp_path, "--sparsity.target=0.2", name="again"))
-    assert twice.summary["parameters_before"] == once.summary["parameters_after"]
-    assert twice.summary["parameters_after"] < once.summary["parameters_after"]
+    if family in FAST:  # the exported folder is a model like any other: prune it again
+        again = tiny_run.World(tmp_path / "run" / "model", worlds(family).corpora)
+        twice = again.run(tmp_path, "--sparsity.target=0.2", name="again")
+        assert twice.summary["parameters_before"] == result.summary["parameters_after"]
+        assert twice.summary["parameters_after"] < result.summary["parameters_after"]
 
 
 @pytest.mark.parametrize("family", EXPERTS)
@@ -522,8 +464,3 @@ def test_an_unsupported_model_is_refused_before_anything_is_loaded(tmp_path, mon
     )
     with pytest.raises(UserError, match=r"Model family 'bert' is not supported\. Available: llama, .*Family record"):
         read_config(str(tmp_path))
-
-
-def test_costs_of_one_expert_each_are_those_of_dense_blocks():
-    dense = UnitCosts([3], [5], [7], [2], attention=False)
-    assert dense.of_experts == (1,)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gprune.cli import main
 from gprune.errors import UserError
 from gprune.models.loading import check_not_quantised, load_model
 from tests import tiny_run
@@ -40,9 +39,8 @@ DAMAGES = {
 def test_missing_weights_are_refused_and_never_drawn_at_random(damage, where, tmp_path):
     folder = tiny_run.save_tiny_model(tmp_path / "model")
     DAMAGES[damage](folder)
-    with pytest.raises(UserError, match=r"^--model\.name: '.*' has no weights for \w.*; expected all") as error:
+    with pytest.raises(UserError, match=r"^--model\.name: '.*' has no weights for \w.*; expected all.*\.$"):
         load_model(str(folder), **where)
-    assert "\n" not in str(error.value)
 
 
 def test_tied_heads_and_heads_of_their_own_are_whole(tmp_path):
@@ -72,17 +70,6 @@ def test_an_index_that_leaves_the_folder_is_refused(place, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"names the file '.*elsewhere\.safetensors'; expected files inside the folder"):
         load_model(str(folder))
-
-
-def test_a_run_of_such_a_model_is_one_line(tmp_path, capsys):
-    world = tiny_run.make_world(tmp_path)
-    DAMAGES["a layer's tensors are gone"](world.model)
-    capsys.readouterr()
-    with tiny_run.isolated(tmp_path / "cache"):
-        assert main(world.args(tmp_path / "runs")) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "has no weights for model.layers.1.input_layernorm.weight" in line
-    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("how", ["float8", "quantizer"])

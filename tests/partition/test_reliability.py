@@ -19,14 +19,13 @@ from gprune.partition.reliability import (
 FOUR = torch.arange(40) % 4  # four modules of ten
 
 
-def spread(per_module: list[float], labels: torch.Tensor = FOUR) -> torch.Tensor:
+DRIFT, SCORE = [0.1, 0.2, 0.3, 0.4], [0.8, 0.7, 0.6, 0.1]  # the last module is sensitive and weak
+LAST, NONE, ALL = [False] * 3 + [True], [False] * 4, [True] * 4
+
+
+def per_neuron(per_module: list[float]) -> torch.Tensor:
     """One value per module, given to all of its neurons."""
-    return torch.tensor(per_module, dtype=torch.float64)[labels]
-
-
-def assess(drift, score, floor=(0.0, 0.0, 0.0, 0.0), **settings_) -> list[bool]:
-    records = assess_reliability([FOUR], [spread(score)], [spread(drift)], [spread(floor)], **settings_)
-    return records[0].switched.tolist()
+    return torch.tensor(per_module, dtype=torch.float64)[FOUR]
 
 
 def test_module_means():
@@ -36,68 +35,46 @@ def test_module_means():
     np.testing.assert_allclose(module_means(values, labels).numpy(), expected, rtol=1e-12)
 
 
-def test_only_the_sensitive_and_weak_module_switches():
-    # sensitivities 0.1 .. 0.4; the upper quartile keeps the last
-    assert assess([0.1, 0.2, 0.3, 0.4], [0.8, 0.7, 0.6, 0.1]) == [False, False, False, True]
-    # as sensitive but strong: no
-    assert assess([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.9]) == [False] * 4
-    # as weak but steady: no
-    assert assess([0.4, 0.3, 0.2, 0.1], [0.9, 0.8, 0.7, 0.1]) == [False] * 4
-
-
-def test_drift_that_sampling_explains_does_not_count():
-    assert assess([0.1, 0.2, 0.3, 0.4], [0.8, 0.7, 0.6, 0.1], floor=[0.1, 0.1, 0.1, 0.45]) == [False] * 4
-    assert assess([0.1, 0.2, 0.3, 0.4], [0.8, 0.7, 0.6, 0.1], floor=[0.1, 0.1, 0.1, 0.35]) == [False] * 3 + [True]
-
-
-def test_quantiles_widen_and_narrow_the_switch():
-    drift, score = [0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]
-    assert assess(drift, score, sensitivity_quantile=0.5, score_quantile=0.5) == [False, False, True, True]
-    assert assess(drift, score, sensitivity_quantile=0.0, score_quantile=1.0) == [True] * 4
-    assert assess(drift, score, sensitivity_quantile=1.0, score_quantile=1.0) == [False, False, False, True]
-    assert assess(drift, score, sensitivity_quantile=0.0, score_quantile=0.0) == [False, False, False, True]
-
-
-def test_the_switch_can_be_turned_off():
-    assert assess([0.1, 0.2, 0.3, 0.4], [0.8, 0.7, 0.6, 0.1], switch="off") == [False] * 4
-
-
-def test_everywhere_is_every_module():
-    assert assess([0.1, 0.2, 0.3, 0.4], [0.8, 0.7, 0.6, 0.1], floor=[1.0] * 4, switch="everywhere") == [True] * 4
-
-
-def test_no_drift_at_all_switches_nothing():
-    assert assess([0.0] * 4, [0.1, 0.2, 0.3, 0.4]) == [False] * 4
+@pytest.mark.parametrize(
+    ("drift", "score", "floor", "settings_", "switched"),
+    [
+        pytest.param(DRIFT, SCORE, [0.0] * 4, {}, LAST, id="sensitive and weak"),
+        pytest.param(DRIFT, [0.1, 0.2, 0.3, 0.9], [0.0] * 4, {}, NONE, id="as sensitive but strong"),
+        pytest.param(DRIFT[::-1], [0.9, 0.8, 0.7, 0.1], [0.0] * 4, {}, NONE, id="as weak but steady"),
+        pytest.param([0.0] * 4, SCORE, [0.0] * 4, {}, NONE, id="no drift at all"),
+        pytest.param(DRIFT, SCORE, [0.1, 0.1, 0.1, 0.45], {}, NONE, id="drift that sampling explains"),
+        pytest.param(DRIFT, SCORE, [0.1, 0.1, 0.1, 0.35], {}, LAST, id="drift beyond sampling"),
+        pytest.param(DRIFT, SCORE, [0.5] * 4, {"noise_gone": True}, LAST, id="the floor is subtracted already"),
+        pytest.param(
+            DRIFT, DRIFT[::-1], [0.0] * 4, {"sensitivity_quantile": 0.5}, [False, False, True, True], id="wider",
+        ),
+        pytest.param(DRIFT, SCORE, [0.0] * 4, {"sensitivity_quantile": 0.0, "score_quantile": 1.0}, ALL, id="widest"),
+        pytest.param(DRIFT, SCORE, [0.0] * 4, {"sensitivity_quantile": 1.0, "score_quantile": 1.0}, LAST, id="first"),
+        pytest.param(DRIFT, SCORE, [0.0] * 4, {"sensitivity_quantile": 0.0, "score_quantile": 0.0}, LAST, id="weakest"),
+        pytest.param(DRIFT, SCORE, [0.0] * 4, {"switch": "off"}, NONE, id="off"),
+        pytest.param(DRIFT, SCORE, [1.0] * 4, {"switch": "everywhere"}, ALL, id="everywhere"),
+    ],
+)  # fmt: skip
+def test_modules_that_switch(drift, score, floor, settings_, switched):
+    (found,) = assess_reliability([FOUR], [per_neuron(score)], [per_neuron(drift)], [per_neuron(floor)], **settings_)
+    assert found.switched.tolist() == switched
+    # what was compared is kept
+    assert found.size.tolist() == [10] * 4
+    for values, kept in ((score, found.score), (drift, found.sensitivity), (floor, found.noise)):
+        np.testing.assert_allclose(kept.numpy(), values)
 
 
 def test_sensitivity_is_standardised_inside_each_block_and_quantiles_span_the_model():
     # The second block drifts ten times as much throughout; after standardising, both have one sensitive module.
-    drifts = [spread([0.01, 0.02, 0.03, 0.04]), spread([0.1, 0.2, 0.3, 0.4])]
-    scores = [spread([0.6, 0.6, 0.6, 0.1]), spread([0.7, 0.7, 0.7, 0.2])]
+    drifts = [per_neuron([0.01, 0.02, 0.03, 0.04]), per_neuron([0.1, 0.2, 0.3, 0.4])]
+    scores = [per_neuron([0.6, 0.6, 0.6, 0.1]), per_neuron([0.7, 0.7, 0.7, 0.2])]
     floors = [torch.zeros(40)] * 2
-    records = assess_reliability([FOUR, FOUR], scores, drifts, floors)
-    assert [r.switched.tolist() for r in records] == [[False, False, False, True]] * 2
+    blocks = assess_reliability([FOUR, FOUR], scores, drifts, floors)
+    assert [r.switched.tolist() for r in blocks] == [[False, False, False, True]] * 2
     # One block whose scores are low throughout: the score's quantile is taken over the model, not the block.
-    scores[1] = spread([0.95, 0.95, 0.95, 0.9])
-    records = assess_reliability([FOUR, FOUR], scores, drifts, floors)
-    assert [r.switched.tolist() for r in records] == [[False, False, False, True], [False] * 4]
-
-
-def test_records_carry_what_was_compared():
-    (record,) = assess_reliability(
-        [FOUR], [spread([0.8, 0.7, 0.6, 0.1])], [spread([0.1, 0.2, 0.3, 0.4])], [spread([0.01, 0.02, 0.03, 0.04])]
-    )
-    assert record.size.tolist() == [10] * 4
-    np.testing.assert_allclose(record.score.numpy(), [0.8, 0.7, 0.6, 0.1])
-    np.testing.assert_allclose(record.sensitivity.numpy(), [0.1, 0.2, 0.3, 0.4])
-    np.testing.assert_allclose(record.noise.numpy(), [0.01, 0.02, 0.03, 0.04])
-
-
-def test_a_floor_that_has_been_subtracted_is_recorded_and_not_compared_with():
-    drift, floor = [spread([0.1, 0.2, 0.3, 0.4])], [spread([0.5] * 4)]
-    (record,) = assess_reliability([FOUR], [spread([0.8, 0.7, 0.6, 0.1])], drift, floor, noise_gone=True)
-    assert record.switched.tolist() == [False, False, False, True]
-    np.testing.assert_allclose(record.noise.numpy(), [0.5] * 4)
+    scores[1] = per_neuron([0.95, 0.95, 0.95, 0.9])
+    blocks = assess_reliability([FOUR, FOUR], scores, drifts, floors)
+    assert [r.switched.tolist() for r in blocks] == [[False, False, False, True], [False] * 4]
 
 
 def test_switched_share_counts_neurons_not_modules():

@@ -33,7 +33,7 @@ from gprune.export import hf
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
-from gprune.partition.record import ModuleRanks
+from gprune.partition.modules import ModuleRanks
 from gprune.pipeline.save import masked_logits
 from gprune.recoveries import Material, recovery_of
 from gprune.sparsity.budget import Budget, unit_costs

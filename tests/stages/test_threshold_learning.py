@@ -13,11 +13,11 @@ from gprune.config import SparsityConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
+from gprune.importance.scores import fractional_ranks
 from gprune.models.blocks import blocks_of
 from gprune.models.losses import next_token_loss
 from gprune.models.masks import Masks
-from gprune.partition.drift import fractional_ranks
-from gprune.partition.record import ModuleRanks
+from gprune.partition.modules import ModuleRanks
 from gprune.partition.reliability import within_module_ranks
 from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
 from gprune.sparsity.cut import keep_masks

@@ -1,4 +1,4 @@
-"""The record of a partition: rank drift, modules, their reliability and agreement, as a run saves them."""
+"""A partition as a run saves it: rank drift, modules, their reliability and agreement."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from torch import Tensor
 from gprune.models.masks import Masks
 from gprune.partition.reliability import ModuleReliability
 
-UNKNOWN = torch.tensor(float("nan"), dtype=torch.float64)
-
 
 @dataclass(frozen=True)
 class Drift:
@@ -23,7 +21,7 @@ class Drift:
     ranks: Tensor  # (D, N) in (0, 1)
     drift: Tensor  # (N,) population standard deviation of ranks, the noise floor subtracted if asked for
     floor: Tensor  # (N,) the drift that sampling alone would show
-    halves: Tensor = UNKNOWN  # () Kendall tau between halves of a corpus, mean over corpora; NaN in earlier runs
+    halves: Tensor  # () Kendall tau between halves of a corpus, mean over corpora
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class ModuleRanks:
 class Modules:
     """Modules, and all that was measured of them; one entry per block."""
 
-    ranks: ModuleRanks  # NaN in runs of versions that did not save ranks
+    ranks: ModuleRanks
     drift: list[Drift]
     reliability: list[ModuleReliability]
     agreement: list[Tensor]  # (K,) Kendall tau inside modules, NaN where undefined
@@ -93,21 +91,16 @@ class Modules:
     def from_tensors(cls, flat: dict[str, Tensor]) -> Modules:
         """Modules from what `tensors` gave."""
 
-        def part(record: type, b: int, name: str) -> Any:
-            named = {field: f"{b}.{name}.{field}" for field in record.__dataclass_fields__}
-            # Fields that a later version added are missing in earlier runs, and have a default.
-            return record(**{field: flat[key] for field, key in named.items() if key in flat})
+        def measured(cls: type, b: int, name: str) -> Any:
+            return cls(**{field: flat[f"{b}.{name}.{field}"] for field in cls.__dataclass_fields__})
 
         depth = range(len(flat["block_agreement"]))
-        labels = [flat[f"{b}.labels"] for b in depth]
-        ranks = ModuleRanks(
-            [flat.get(f"{b}.rank", UNKNOWN.expand(len(labels[b]))) for b in depth],
-            labels,
-            [flat.get(f"{b}.group_rank", UNKNOWN.expand(1)) for b in depth],
+        ffn, labels, attention, agreement = (
+            [flat[f"{b}.{name}"] for b in depth] for name in ("rank", "labels", "group_rank", "agreement")
         )
-        drift = [part(Drift, b, "drift") for b in depth]
-        reliability = [part(ModuleReliability, b, "reliability") for b in depth]
-        agreement = [flat[f"{b}.agreement"] for b in depth]
+        drift = [measured(Drift, b, "drift") for b in depth]
+        reliability = [measured(ModuleReliability, b, "reliability") for b in depth]
+        ranks = ModuleRanks(ffn, labels, attention)
         return cls(ranks, drift, reliability, agreement, flat["block_agreement"].tolist())
 
     def rows(self) -> list[dict[str, Any]]:
@@ -129,20 +122,21 @@ class Modules:
 
 
 def check_shapes(masks: Masks, modules: Modules | None, *, whole: bool) -> None:
-    """Raise ValueError for modules that are not of the blocks that the masks are of.
+    """Raise ValueError for masks that are no masks, or modules of other blocks than the masks.
 
     Args:
-        whole: whether modules are of the dense model, as masks are; else of what a schedule had left of it.
+        whole: whether modules are of the dense model, as masks are; with a schedule they are of what it had left.
     """
     flat = all(mask.ndim == 1 and len(mask) for mask in (*masks.ffn, *masks.attention))
     if not flat or not masks.ffn or len(masks.ffn) != len(masks.attention):
         raise ValueError("masks of neurons and KV groups, one of each per block")
-    m = modules
-    blocks = zip(masks.ffn, m.labels, m.reliability, m.agreement, m.drift, strict=True) if m else ()
-    for mask, labels, record, agreement, drift in blocks:
-        of_module = [agreement, *vars(record).values()]
+    if modules is None:
+        return
+    blocks = zip(masks.ffn, modules.labels, modules.reliability, modules.agreement, modules.drift, strict=True)
+    for mask, labels, reliability, agreement, drift in blocks:
         count = int(labels.max()) + 1
-        if (whole and labels.shape != mask.shape) or labels.min() < 0 or any(t.shape != (count,) for t in of_module):
+        per_module = [agreement, *vars(reliability).values()]
+        if (whole and labels.shape != mask.shape) or labels.min() < 0 or any(t.shape != (count,) for t in per_module):
             raise ValueError("modules whose neurons are those of the masks")
         if drift.drift.shape != labels.shape:
             raise ValueError("rank drift of each neuron")

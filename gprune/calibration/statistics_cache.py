@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gprune.calibration.kinds import KINDS
+from gprune.calibration.projections import OUTPUT_PROJECTIONS
 from gprune.calibration.statistics import CorpusStatistics, StoredGram, kind_of
 from gprune.models.blocks import Block
 from gprune.storage.cache import cache_dir
@@ -52,7 +52,7 @@ class StatisticsCache:
     def _read(self, corpus: str, kind: str) -> dict[str, Tensor | StoredGram] | None:
         if kind != "gram" or self.walked_blocks is None:
             return read_tensors(self._path(corpus, kind))
-        places = [(k, b) for b in range(self.walked_blocks) for k, _ in KINDS]
+        places = [(k, b) for b in range(self.walked_blocks) for k in OUTPUT_PROJECTIONS]
         if any(read_tensors(self._path(corpus, ["gram", k, b]), once=True) is None for k, b in places):  # one at a time
             return None
         return {f"{k}.{b}.gram": self._gram(corpus, k, b) for k, b in places}
