@@ -63,12 +63,12 @@ class FrozenLMStage(L.LightningModule):
         total = self.trainer.strategy.reduce(weight.sum(), reduce_op="sum")
         loss = (losses * (weight * self.trainer.world_size / total).to(losses)).sum()
         value = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
-        require_finite(float(value), f"The loss of {self.purpose}")
+        require_finite_loss(float(value), f"The loss of {self.purpose}")
         self.log(name, value, prog_bar=True)
         return loss
 
 
-def require_finite(value: float, what: str) -> None:
+def require_finite_loss(value: float, what: str) -> None:
     """Raise a UserError for NaN or infinity, so that no mean hides it."""
     if not abs(value) < float("inf"):
         raise UserError(

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from gprune.partition.initial import merge_small, minimum_size
 from gprune.partition.objective import ObjectiveWeights, RefinementInputs, partition_objective
-from gprune.stages.base import require_finite
+from gprune.stages.base import require_finite_loss
 
 
 class AssignmentRefinement(L.LightningModule):
@@ -63,7 +63,7 @@ class AssignmentRefinement(L.LightningModule):
         by_block = partition_objective(self.logits, self.tau, self.inputs, self.weights)
         terms = {name: value.mean() for name, value in by_block.items()}
         self.history.append({name: float(value.detach()) for name, value in terms.items()})
-        require_finite(self.history[-1]["total"], "The objective of the refinement")
+        require_finite_loss(self.history[-1]["total"], "The objective of the refinement")
         self.log_dict({f"partition/{name}": value for name, value in self.history[-1].items()})
         return terms["total"]
 

@@ -130,21 +130,20 @@ def test_bias_against_numpy(problem):
     np.testing.assert_allclose(bias.numpy(), expected, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("part", ["down", "output"])
-def test_on_a_model_with_neurons_and_with_whole_kv_groups(tiny_model, token_batch, part):
-    kind = {"down": "ffn", "output": "attention"}[part]
-    statistics = collect(tiny_model, batches(token_batch, 6), gram=True)
-    raw = recorded(tiny_model, token_batch)[kind]
-    block = blocks_of(tiny_model)[1]
-    keep = torch.arange(48) % 2 == 0
-    if part == "output":
-        keep = torch.tensor([False, True]).repeat_interleave(block.channels_per_group)
-    weight = getattr(block, part).weight
-    new, _ = RECOVERY["least_squares"].solve(weight, keep, getattr(statistics, kind)[1].total, ridge=0.01)
-    x = raw[1].reshape(-1, len(keep))
-    expected = ridge_by_lstsq(x, weight.double().numpy(), keep.numpy(), 0.01)
-    assert new.shape == (32, int(keep.sum()))
-    np.testing.assert_allclose(new.numpy(), expected, atol=1e-4 * np.abs(expected).max())
+def test_of_a_models_blocks_both_projections_are_solved(tiny_model, token_batch):
+    """Against raw activations; whole KV groups go."""
+    masks = some_masks(tiny_model, attention=True)
+    material = Material(tiny_model, masks, statistics=collect(tiny_model, batches(token_batch, 6), gram=True))
+    raw, small = recorded(tiny_model, token_batch), prune(tiny_model, masks)
+    revise = RECOVERY["least_squares"].revise(material)
+    for dense, block in zip(blocks_of(tiny_model), blocks_of(small), strict=True):
+        revise(dense, block)
+        for part, kind in (("down", "ffn"), ("output", "attention")):
+            keep, x = masks.channels(dense)[kind], raw[kind][dense.index]
+            weight = dense.parts[part].weight.double().numpy()
+            expected = ridge_by_lstsq(x.reshape(-1, len(keep)), weight, keep.numpy(), material.ridge)
+            found = block.parts[part].weight.numpy()
+            np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
 # The contract

@@ -101,7 +101,7 @@ def test_global_standardises_the_groups_of_a_metric_that_scores_groups(spiky):
     equal_numbers(found, [np.array([1.0, -1.0]), np.array([-1.0, 1.0]), np.zeros(2)])
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1, 1e-200, 1e200])
+@pytest.mark.parametrize("value", [0.1, 1e-200, 1e200])
 def test_global_gives_constant_scores_no_margin(value, spiky):
     ffn, channels = [*spiky[3].ffn], [*spiky[3].channels]
     ffn[1] = torch.full_like(ffn[1], value)
@@ -110,17 +110,6 @@ def test_global_gives_constant_scores_no_margin(value, spiky):
     assert bool((neurons[1] == 0).all())
     assert bool((groups[2] == 0).all())
     assert bool((neurons[0] != 0).any())
-
-
-def test_a_global_allocation_does_not_care_for_the_scale_of_a_block(spiky):
-    model, _, _, scores = spiky
-    costs = unit_costs(blocks_of(model), scope="attention+ffn")
-    budget = Budget.of(costs, 0.5)
-    larger = Scores(*([1000 * s if b == 1 else s for b, s in enumerate(part)] for part in vars(scores).values()))
-    plain, scaled = (keep_masks(budget, *margins_of("global", spiky, s)) for s in (scores, larger))
-    assert scaled == plain
-    raw = [keep_masks(budget, s.ffn, s.attention) for s in (scores, larger)]
-    assert raw[0] != raw[1]  # scores compared as they are do care
 
 
 def outlier_share(model, tokens, multiple: float) -> dict[str, np.ndarray]:
@@ -173,9 +162,9 @@ def test_a_dead_block_leaves_every_margin_finite(name, token_batch):
     assert [len(m) for m in groups] == [2] * 3
 
 
-@pytest.mark.parametrize("protect", [[], [0, -1]], ids=["open", "protected"])
-@pytest.mark.parametrize("width_multiple", [1, 4])
-@pytest.mark.parametrize("scope", ["ffn", "attention+ffn"])
+@pytest.mark.parametrize(
+    ("scope", "width_multiple", "protect"), [("ffn", 1, []), ("attention+ffn", 4, []), ("attention+ffn", 1, [0, -1])]
+)
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_masks_of_every_allocation_meet_the_budget(name, scope, width_multiple, protect, spiky):
     model = spiky[0]
