@@ -365,6 +365,7 @@ GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs,
 SHARDED = """
 import sys
 from pathlib import Path
+import torch
 import gprune.calibration.layerwise
 from gprune.cli import main
 from gprune.stages import base
@@ -372,7 +373,7 @@ from gprune.stages import base
 def noted(*args):
     copy = sharded_copy(*args)
     here = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in copy.parameters())
-    Path(sys.argv[1], f"{args[1]}.{base.torch.distributed.get_rank()}").write_text(str(here))
+    Path(sys.argv[1], f"{args[1]}.{torch.distributed.get_rank()}").write_text(str(here))
     return copy
 
 sharded_copy, base.sharded_copy, gprune.calibration.layerwise.GRAMS_IN_MEMORY = base.sharded_copy, noted, 1
