@@ -24,12 +24,12 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 def record(stage: str, corpus: str, *, seen: bool, nll: float = 2.0, windows: int = 4) -> dict[str, Any]:
     """A number of `metrics.json`."""
-    spread = [nll * 15 * (1 + 0.1 * (-1) ** n) for n in range(windows)]
+    sums = [nll * 15 * (1 + 0.1 * (-1) ** n) for n in range(windows)]
     return {
         "stage": stage, "importance": None if stage == "dense" else "wanda_sp", "allocation": None, "partition": None,
         "switch": None, "recovery": "none", "sparsity": 0.0 if stage == "dense" else 0.5, "scope": "ffn",
         "model": "a model", "corpora": {}, "corpus": corpus, "split": "test", "seen": seen, "leaked_13grams": 0.0,
-        "perplexity": math.exp(nll), "nll": nll, "tokens": 15 * windows, "window_nll": spread, "seq_len": 16,
+        "perplexity": math.exp(nll), "nll": nll, "tokens": 15 * windows, "window_nll": sums, "seq_len": 16,
         "stride": 16, "bos": False, "join": "\n\n", "seed": 0, "dtype": "float32", "content_hash": f"of {corpus}",
     }  # fmt: skip
 
@@ -43,6 +43,11 @@ def records(stages: Sequence[str] = ("dense", "base")) -> list[dict[str, Any]]:
     ]
 
 
+ANSWERS = {  # a record of `evaluation.json`
+    "kind": "zero_shot", "task": "piqa", "stage": "base", "recovery": "none", "split": "test", "dtype": "float32",
+    "note": "", "standard_protocol": True, "content_hash": "h", "questions": 4, "acc": 0.5, "acc_stderr": 0.1,
+    "acc_norm": None, "acc_norm_stderr": None, "correct": "0101", "bos": False, "model": "a model",
+}  # fmt: skip
 SUMMARY = {
     "sparsity_of_scope": 0.5, "sparsity_of_model": 0.25, "parameters_before": 100, "parameters_after": 75,
     "geometric_means": {}, "unseen_over_base": {}, "forward_tokens": 10, "forward_backward_tokens": 0,

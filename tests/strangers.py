@@ -12,8 +12,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,8 +23,9 @@ import yaml
 from pyarrow import parquet
 
 from gprune import cli
-from gprune.config import RunConfig
-from gprune.corpora.files import load_files
+from gprune.benchmarks.command import main as evaluate
+from gprune.config import RunConfig, flat
+from gprune.corpora.local import load_files
 from gprune.errors import UserError
 from gprune.export.command import main as export
 from gprune.report.command import main as report
@@ -43,38 +44,35 @@ SCALARS = (
 
 def tree(rng: Random, depth: int = 3) -> Any:
     """A small JSON tree."""
-    kind = rng.random()
-    if depth == 0 or kind < 0.6:
+    draw = rng.random()
+    if depth == 0 or draw < 0.6:
         return rng.choice(SCALARS)
-    if kind < 0.8:
+    if draw < 0.8:
         return [tree(rng, depth - 1) for _ in range(rng.randrange(4))]
     return {str(rng.choice(SCALARS)): tree(rng, depth - 1) for _ in range(rng.randrange(4))}
 
 
-def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The paths of all parts of a tree but its root."""
+def places(content: Any) -> Iterator[tuple[Any, Any]]:
+    """All parts of a tree but its root: what holds each, and its key or index there."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    return [found for key, value in items for found in ((*path, key), *places(value, (*path, key)))]
+    for key, value in items:
+        yield content, key
+        yield from places(value)
 
 
 def changed(rng: Random, content: Any) -> Any:
     """A tree in which one to three parts are others, gone, or there twice."""
     content = json.loads(json.dumps(content))
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        found = places(content)
-        if not found:
+        if not (parts := list(places(content))):
             break
-        *way, last = rng.choice(found)
-        inside = content
-        for key in way:
-            inside = inside[key]
-        what = rng.random()
-        if what < 0.2:
-            del inside[last]
-        elif what < 0.3 and isinstance(inside, list):
-            inside.append(inside[last])
+        (holder, key), draw = rng.choice(parts), rng.random()
+        if draw < 0.2:
+            del holder[key]
+        elif draw < 0.3 and isinstance(holder, list):
+            holder.append(holder[key])
         else:
-            inside[last] = tree(rng, 2)
+            holder[key] = tree(rng, 2)
     return content
 
 
@@ -86,22 +84,27 @@ def flipped(rng: Random, content: bytes) -> bytes:
     return content
 
 
-def replaced(rng: Random, path: Path) -> None:
-    """Something else in the place of a file: a FIFO, a device, a folder, a link to nowhere, nothing."""
+INSTEAD: dict[str, Callable[[Path], object]] = {  # of a file
+    "a FIFO": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a folder": Path.mkdir,
+    "a loop": lambda path: path.symlink_to(path.name),
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "no file": lambda path: None,
+}
+
+
+def replaced(path: Path, what: str) -> None:
+    """Put one of `INSTEAD` in the place of a file."""
     path.unlink(missing_ok=True)
-    rng.choice(
-        (
-            lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero"), path.mkdir,
-            lambda: path.symlink_to("nowhere"), lambda: path.symlink_to("."), lambda: None,
-        )
-    )()  # fmt: skip
+    INSTEAD[what](path)
 
 
 def damage_json(rng: Random, path: Path) -> None:
     """A JSON file as a stranger may have left it; often with a checksum that is right."""
     way = rng.random()
     if way < 0.08:
-        replaced(rng, path)
+        replaced(path, rng.choice(sorted(INSTEAD)))
     elif way < 0.2:
         path.write_bytes(flipped(rng, path.read_bytes()))
     elif way < 0.25:
@@ -124,97 +127,64 @@ def outcome(call: Callable[[], int | None]) -> Outcome:
         except UserError as error:
             code = 2
             err.write(f"python: {error}\n")
-    said = err.getvalue()
-    assert "\x1b" not in out.getvalue() + said
-    return code, said.splitlines()
+    assert "\x1b" not in out.getvalue() + err.getvalue()
+    return code, err.getvalue().splitlines()
 
 
-def sound(found: Outcome) -> bool:
+def sound(result: Outcome) -> bool:
     """Whether it is success in silence, or code 2 and one line that has not too much to say."""
-    code, lines = found
+    code, lines = result
     return (code == 0 and not lines) or (code == 2 and len(lines) == 1 and 20 < len(lines[0]) < 6000)
 
 
 # --- surfaces: each makes something in a folder, hands it over, and gives the outcome -----------------------------
 
+READERS: dict[str, Callable[[Path], int | None]] = {  # of run folders
+    "report": lambda run: report([str(run)]),
+    "export": lambda run: export([str(run), "--unchecked"]),
+    "evaluate": lambda run: evaluate([str(run), "--tasks", "wikitext2"]),
+    "load_run": lambda run: load_run(run) and 0,
+}
 
-def run_folder(rng: Random, folder: Path) -> Path:
+
+def run_folder(reader: str, rng: Random, folder: Path) -> Outcome:
+    """A run's folder."""
     run = made_up.write_run(folder / "run", **{"model": {**made_up.settings()["model"], "name": "/nowhere/model"}})
-    evaluation = {"kind": "zero_shot", "task": "piqa", "stage": "base", "recovery": "none", "split": "test",
-                  "dtype": "float32", "note": "", "standard_protocol": True, "content_hash": "h", "questions": 4,
-                  "acc": 0.5, "acc_stderr": 0.1, "acc_norm": None, "acc_norm_stderr": None, "correct": "0101",
-                  "bos": False, "model": "a model"}  # fmt: skip
-    (run / "evaluation.json").write_text(json.dumps({"records": [evaluation, evaluation | {"stage": "dense"}]}))
+    answers = [made_up.ANSWERS, made_up.ANSWERS | {"stage": "dense"}]
+    (run / "evaluation.json").write_text(json.dumps({"records": answers}))
     (run / "config.yaml").write_text(yaml.safe_dump(RunConfig(gprune=False, recovery="none").resolved()))
     for name in rng.sample(("manifest.json", "metrics.json", "evaluation.json"), rng.choice((1, 1, 2))):
         damage_json(rng, run / name)
     if rng.random() < 0.2:
-        replaced(rng, run / rng.choice(("config.yaml", "masks/base.safetensors", "report")))
-    return run
-
-
-def reports(rng: Random, folder: Path) -> Outcome:
-    run = run_folder(rng, folder)
-    found = outcome(lambda: report([str(run)]))
-    if found[0] == 0:
+        replaced(run / rng.choice(("config.yaml", "masks/base.safetensors", "report")), rng.choice(sorted(INSTEAD)))
+    result = outcome(lambda: READERS[reader](run))
+    if reader == "report" and result[0] == 0:
         text = (run / "report/report.md").read_text().replace("finite", "")
         assert not any(word in text for word in ("nan", "inf ", "inf]"))
-    return found
+    return result
 
 
-def loads(rng: Random, folder: Path) -> Outcome:
-    run = run_folder(rng, folder)
-    return outcome(lambda: load_run(run) and 0)
-
-
-def exports(rng: Random, folder: Path) -> Outcome:
-    run = run_folder(rng, folder)
-    return outcome(lambda: export([str(run), "--unchecked"]))
-
-
-def evaluates(rng: Random, folder: Path) -> Outcome:
-    from gprune.benchmarks.command import main
-
-    run = run_folder(rng, folder)
-    return outcome(lambda: main([str(run), "--tasks", "wikitext2", *(["--dense"] if rng.random() < 0.3 else [])]))
-
-
-def defaults() -> dict[str, Any]:
-    """All settings by dotted name."""
-    found: dict[str, Any] = {}
-    for one in fields(RunConfig):
-        value = getattr(RunConfig(), one.name)
-        inside = {f"{one.name}.{f.name}": getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else {}
-        found |= inside or {one.name: value}
-    return found
-
-
-DEFAULTS = defaults()
+DEFAULTS = flat(RunConfig().resolved(), whole=("sparsity.options",))
 
 
 def flags(rng: Random, folder: Path) -> Outcome:
-    """Values of the right and of the wrong type, as the command line and as Python give them."""
-    given = []
+    """Values of the right and of the wrong type, as the command line gives them."""
+    args = []
     for name in rng.sample(sorted(DEFAULTS), rng.randrange(1, 4)):
         value = DEFAULTS[name] if rng.random() < 0.7 else tree(rng, 2)
-        given.append(f"--{name}={_spelt(rng, value)}")
+        text = value if isinstance(value, str) else rng.choice((json.dumps, str))(value)
+        args.append(f"--{name}={text}".replace("\0", ""))  # no command line can have it
     if rng.random() < 0.1:
-        given.append(rng.choice(("--config", "--config=", "--conf=x", "--sparsity", "--sparsity=3", "x")))
-    return outcome(lambda: cli.main([*given, "--dry_run=true", "--model.name=tiny-random", f"--run.dir={folder}"]))
-
-
-def _spelt(rng: Random, value: Any) -> str:
-    text = value if isinstance(value, str) else rng.choice((json.dumps, str))(value)
-    return text.replace("\0", "")  # no command line can have it
+        args.append(rng.choice(("--config", "--config=", "--conf=x", "--sparsity", "--sparsity=3", "x")))
+    return outcome(lambda: cli.main([*args, "--dry_run=true", "--model.name=tiny-random", f"--run.dir={folder}"]))
 
 
 def settings_files(rng: Random, folder: Path) -> Outcome:
     """A YAML file of flags."""
-    file, content = folder / "a.yaml", RunConfig().resolved()
+    content = RunConfig().resolved() | {"dry_run": True}
     content["model"]["name"], content["run"]["dir"] = "tiny-random", str(folder)
-    content["dry_run"] = True
-    _write_yaml(rng, file, changed(rng, content) if rng.random() < 0.8 else tree(rng))
-    return outcome(lambda: cli.main(["--config", str(file), "--dry_run=true", "--model.name=tiny-random"]))
+    _write_yaml(rng, folder / "a.yaml", content)
+    return outcome(lambda: cli.main(["--config", f"{folder}/a.yaml", "--dry_run=true", "--model.name=tiny-random"]))
 
 
 def lists(rng: Random, folder: Path) -> Outcome:
@@ -222,14 +192,14 @@ def lists(rng: Random, folder: Path) -> Outcome:
     content = {
         "about": "a list", "common": {"model.name": "tiny-random"}, "seeds": [0], "reference": "a", "seen": ["wiki"],
         "rows": {"a": {"gprune": False}, "b": {"sparsity": {"target": 0.4}}}, "compare": [["a: base", "b: gprune"]],
-        "spread": {"all": ["b"]}, "tables": ["summary"], "tasks": {"names": ["piqa"], "limit": 5},
-        "curve": {"over": "sparsity.target", "of": "importance"}, "controls": ["a"],
+        "tables": ["summary"], "tasks": {"names": ["piqa"], "limit": 5}, "controls": ["a"],
     }  # fmt: skip
-    _write_yaml(rng, folder / "list.yaml", changed(rng, content) if rng.random() < 0.85 else tree(rng))
+    _write_yaml(rng, folder / "list.yaml", content)
     return outcome(lambda: study([str(folder / "list.yaml"), "--commands"]))
 
 
 def _write_yaml(rng: Random, file: Path, content: Any) -> None:
+    content = changed(rng, content) if rng.random() < 0.8 else tree(rng)
     text = yaml.safe_dump(content, allow_unicode=rng.random() < 0.5)
     file.write_bytes(flipped(rng, text.encode()) if rng.random() < 0.2 else text.encode())
 
@@ -247,9 +217,8 @@ def models(rng: Random, folder: Path, pristine: Path) -> Outcome:
 
 def texts(rng: Random, folder: Path) -> Outcome:
     """A corpus file."""
-    suffix = rng.choice((".txt", ".jsonl", ".parquet"))
-    file = folder / f"a{suffix}"
-    if suffix == ".parquet":
+    file = folder / f"a{rng.choice(('.txt', '.jsonl', '.parquet'))}"
+    if file.suffix == ".parquet":
         table = {rng.choice(("text", "texts")): ["one", "two", None] * rng.randrange(4)}
         parquet.write_table(pyarrow.table(table), file)
     else:
@@ -261,6 +230,6 @@ def texts(rng: Random, folder: Path) -> Outcome:
 
 
 SURFACES: dict[str, Callable[..., Outcome]] = {
-    "report": reports, "load_run": loads, "export": exports, "evaluate": evaluates, "flags": flags,
-    "--config": settings_files, "study": lists, "model": models, "text": texts,
+    **{reader: partial(run_folder, reader) for reader in READERS},
+    "flags": flags, "--config": settings_files, "study": lists, "model": models, "text": texts,
 }  # fmt: skip

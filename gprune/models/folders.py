@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from gprune.errors import UserError
 from gprune.models.families import FAMILIES
-from gprune.storage.reading import read_text, regular_file
+from gprune.storage.reading import read_text, unsafe_entries
 
 # Far beyond any model there is: a config.json of a few bytes must not ask for more than this machine has.
 LARGEST_SIZE = 2**24
@@ -56,17 +56,10 @@ def check_folder(location: str | Path) -> None:
     A tokenizer's files and a chat template are copied into exports: a link would copy any file of the user's. Weights
     may lie elsewhere, and the hub's cache links to its own blobs.
     """
-    root = os.path.realpath(location)
-    for path in sorted(Path(root).iterdir()) if os.path.isdir(root) else []:
-        target = os.path.realpath(path)
-        inside = target.startswith((root + os.sep, os.path.realpath(os.path.join(root, "../../blobs")) + os.sep))
-        if not inside and path.suffix not in WEIGHTS:
-            raise UserError(f"--model.name: {path} is a link out of the model folder; put the file in its place.")
-        if not os.path.isdir(target):
-            try:
-                regular_file(path)
-            except OSError as error:
-                raise UserError(f"--model.name: {path} cannot be read: {error.strerror}.") from error
+    blobs = os.path.realpath(os.path.join(location, "../../blobs")) + os.sep
+    for what, path in unsafe_entries(location):
+        if what.startswith("neither") or not (path.suffix in WEIGHTS or os.path.realpath(path).startswith(blobs)):
+            raise UserError(f"--model.name: {path} is {what}; expected a plain file in its place.")
 
 
 def check_index(folder: Path) -> None:

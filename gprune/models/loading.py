@@ -40,8 +40,6 @@ from gprune.storage.reading import expanded, read_text
 
 log = logging.getLogger("gprune")
 
-CONFIG_BYTES = 2**24
-
 
 def register() -> None:
     """Let transformers' Auto classes load our exports without remote code. Calling it again changes nothing."""
@@ -105,7 +103,7 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     try:
         check_folder(location)
         if os.path.isdir(location):
-            content = json.loads(read_text(Path(location) / "config.json", most=CONFIG_BYTES))
+            content = json.loads(read_text(Path(location) / "config.json"))
         else:
             content, _ = PreTrainedConfig.get_config_dict(location)
         check_sizes(content, name)

@@ -38,7 +38,8 @@ from gprune.runs.trainer import Checkpoints, StageBar, multiplying, plain_interr
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
 from gprune.stages.callbacks import DevelopmentCurve
-from gprune.storage.files import content_hash, key_of, to_yaml
+from gprune.storage.files import content_hash, key_of
+from gprune.storage.yaml_text import to_yaml
 
 log = logging.getLogger("gprune")
 

@@ -23,8 +23,9 @@ from gprune.report.table import Estimate, Table
 from gprune.runs.folder import RunFolder
 from gprune.runs.results import FinishedRun, read_samples, row_name
 from gprune.sparsity.allocation import removed_in_words
-from gprune.storage.files import replacing, to_yaml
+from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
+from gprune.storage.yaml_text import to_yaml
 
 if TYPE_CHECKING:
     from gprune.report.page import Report

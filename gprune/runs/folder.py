@@ -32,6 +32,7 @@ from gprune.storage.files import (
     write_json,
     write_tensors,
 )
+from gprune.storage.reading import unsafe_entries
 
 log = logging.getLogger("gprune")
 SCRATCH = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as `storage.files` names a folder for what is not whole yet
@@ -153,16 +154,9 @@ class RunFolder:
 
         Inside `wandb/` W&B makes such links itself, and writes into folders that are new each time.
         """
-        root = os.path.realpath(self.path)
-        for folder, names, files in os.walk(root):
-            if os.path.dirname(folder) == root and os.path.basename(folder) == "wandb":
-                names.clear()
-                continue
-            for path in (os.path.join(folder, name) for name in (*names, *files)):
-                if os.path.islink(path) and not os.path.realpath(path).startswith(root + os.sep):
-                    raise UserError(f"{path} is a link out of the run folder; remove it, or choose another --run.name.")
-                if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-                    raise UserError(f"{path} is neither file nor folder; remove it, or choose another --run.name.")
+        for what, path in unsafe_entries(self.path):
+            if path.parent.relative_to(self.path.resolve()).parts[:1] != ("wandb",):
+                raise UserError(f"{path} is {what}; remove it, or choose another --run.name.")
 
     def has_results(self) -> bool:
         """Whether any step has left something: until then, corrected settings may take the folder over."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-log = logging.getLogger("gprune")
+PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "wandb", "scikit-learn", "scipy")
 
 
 def peak_memory() -> dict[str, int]:
@@ -24,48 +23,40 @@ def peak_memory() -> dict[str, int]:
         import resource  # which Windows lacks
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    found = {"peak_memory_mib": round(peak / 2**20)}
+    memory = {"peak_memory_mib": round(peak / 2**20)}
     if torch.cuda.is_initialized():
         devices = range(torch.cuda.device_count())
-        found["peak_gpu_memory_mib"] = round(max(torch.cuda.max_memory_allocated(d) for d in devices) / 2**20)
-    return found
+        memory["peak_gpu_memory_mib"] = round(max(torch.cuda.max_memory_allocated(d) for d in devices) / 2**20)
+    return memory
 
 
 def environment() -> dict[str, Any]:
     """What a reader needs to know to repeat a run: revision, versions, device."""
-    packages = {}
-    for name in (
-        "torch",
-        "lightning",
-        "transformers",
-        "datasets",
-        "torchmetrics",
-        "wandb",
-        "scikit-learn",
-        "scipy",
-    ):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
     return {
         "git_revision": git_revision(),
         "python": platform.python_version(),
-        "packages": packages,
+        "packages": {name: _version(name) for name in PACKAGES},
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def git_revision() -> str | None:
     """Revision of the checkout that gprune runs from, with '-dirty' for uncommitted changes; None outside git."""
     root = Path(__file__).resolve().parent.parent
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
             capture_output=True, text=True, timeout=10, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return described.stdout.strip() or None

@@ -23,7 +23,6 @@ from typing import Any
 
 import safetensors
 import torch
-import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
@@ -49,11 +48,18 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UserError: when the folder cannot be written or the disk is full.
     """
-    try:
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _scratch(path) as folder:
             yield folder / path.name
             _exchange(folder / path.name, path, folder / OLD)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A UserError that names `path` for whatever the system says of a disk that is full, missing or read-only."""
+    try:
+        yield
     except (OSError, safetensors.SafetensorError) as error:
         raise cannot_write(path, error) from error
 
@@ -242,14 +248,8 @@ def read_tensors(path: Path, *, run: str | None = None, once: bool = False) -> d
             hundreds of megabytes that are read again and again.
     """
     try:
-        regular_file(path)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        return _unusable(path, first_line(error))
-    try:
-        found = path.stat()
-        state = (found.st_ino, found.st_size, found.st_mtime_ns)
+        stat = regular_file(path)
+        state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         known = once and _hashed.get(path) == state
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -262,6 +262,8 @@ def read_tensors(path: Path, *, run: str | None = None, once: bool = False) -> d
             reason = f"it was written as {marks['file']}"
         elif run is not None and marks.get("run", run) != run:
             reason = "it belongs to another run"
+    except FileNotFoundError:
+        return None
     except Exception as error:  # safetensors and torch each raise their own, down to KeyError for an unknown dtype
         reason = first_line(error)
     if reason is not None:
@@ -279,14 +281,9 @@ def key_of(**what: Any) -> str:
 
 def file_hashes(folder: Path, pattern: str = "*") -> dict[str, str]:
     """SHA-256 (16 hex digits) of the files in a folder whose names match, by name; empty where there is none."""
-    found = {}
+    hashes = {}
     for path in sorted(folder.glob(pattern)):
         if path.is_file():  # none of devices and FIFOs
             with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return found
-
-
-def to_yaml(content: dict[str, Any]) -> str:
-    """YAML in the order of the keys, with letters of all languages as they are."""
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return hashes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from gprune.errors import UserError
@@ -53,9 +54,26 @@ def needed_text(path: Path, expected: str) -> str:
 
 def regular_file(path: Path | str, *, pipe: bool = False) -> os.stat_result:
     """What the system says of a file that can be read to its end; an OSError for a folder, device, FIFO or socket."""
-    found = os.stat(path)
-    if stat.S_ISDIR(found.st_mode):
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not (stat.S_ISREG(found.st_mode) or (pipe and stat.S_ISFIFO(found.st_mode))):
+    if not (stat.S_ISREG(status.st_mode) or (pipe and stat.S_ISFIFO(status.st_mode))):
         raise OSError(errno.EINVAL, "expected a regular file", str(path))
-    return found
+    return status
+
+
+def unsafe_entries(folder: Path | str) -> Iterator[tuple[str, Path]]:
+    """What somebody else's folder holds, at any depth, that leads out of it or never ends.
+
+    Whoever writes through such a link writes elsewhere; whoever copies its target may publish any file of the user's.
+
+    Yields:
+        "a link out of the folder", or "neither file nor folder" for FIFOs, devices and links to them; and the path.
+    """
+    root = os.path.realpath(folder)
+    for place, folders, files in os.walk(root):
+        for path in (os.path.join(place, name) for name in (*folders, *files)):
+            if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+                yield "neither file nor folder", Path(path)
+            elif os.path.islink(path) and not os.path.realpath(path).startswith(root + os.sep):
+                yield "a link out of the folder", Path(path)

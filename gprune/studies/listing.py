@@ -185,7 +185,7 @@ def read_content(path: Path) -> Content:
     Raises:
         UserError: for a file that is no YAML mapping with rows, an unknown key, or a value of another shape.
     """
-    content = read_yaml(path, "List: expected a YAML file, got", aliases=True, pipe=True)
+    content = read_yaml(path, "List: expected a YAML file, got", pipe=True)
     content = content if isinstance(content, dict) else {}
     known = get_type_hints(Content, include_extras=True)
     if content.get("rows") is None or content.keys() - known.keys():

@@ -68,36 +68,6 @@ def test_one_file_is_cut_contiguously(tmp_path, file):
         assert len(parts["development"]) == 7
 
 
-def test_parquet(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_dict({"text": texts("a", 10)}).to_parquet(tmp_path / "x.parquet")
-    assert load_corpus(str(tmp_path / "x.parquet"), "test") == ["a 7", "a 8", "a 9"]
-    datasets.Dataset.from_dict({"body": ["a"]}).to_parquet(tmp_path / "y.parquet")
-    with pytest.raises(UserError, match="expected a column 'text', got body"):
-        load_corpus(str(tmp_path / "y.parquet"), "test")
-    (tmp_path / "z.parquet").write_bytes(b"no parquet")
-    with pytest.raises(UserError, match="cannot be read as parquet"):
-        load_corpus(str(tmp_path / "z.parquet"), "test")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "holds no text"),
-        (b'{"text": "  "}\n', "holds no text"),
-        (b'{"text": "a"}\n{"body": "b"}\n', r":2: expected an object.*'text', got the fields body"),
-        (b"[1]\n", "got list"),
-        (b'{"text": "a"\n', "cannot be read as jsonl"),
-        (b'{"text": "\xff"}\n', "cannot be read as jsonl"),
-    ],
-)  # fmt: skip
-def test_bad_jsonl(tmp_path, content, message):
-    (tmp_path / "x.jsonl").write_bytes(content)
-    check_corpus(str(tmp_path / "x.jsonl"))  # reads no text
-    with pytest.raises(UserError, match=message):
-        load_corpus(str(tmp_path / "x.jsonl"), "train")
-
-
 def test_too_few_documents_for_development_text(tmp_path):
     write_jsonl(tmp_path / "x.jsonl", texts("a", 5))
     with pytest.raises(UserError, match="has no development documents"):

@@ -117,7 +117,7 @@ def test_two_fetches_at_once_give_one_good_file(cache, index):
 def test_cache_that_is_no_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"cannot be used.*GPRUNE_CACHE"):
+    with pytest.raises(UserError, match=r"Cannot write.*GPRUNE_CACHE"):
         cache_dir()
 
 

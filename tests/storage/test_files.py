@@ -1,14 +1,20 @@
-"""A file or a folder is there whole or not at all, and what stood in its place stays until then."""
+"""A file or a folder is there whole or not at all, what stood in its place stays until then, and what is read is what
+was written, or nothing."""
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gprune.errors import UserError
 from gprune.storage import files
-from gprune.storage.files import replacing
+from gprune.storage.files import locked, read_json, read_tensors, replacing, write_json, write_tensors
 
 KINDS = ("file", "folder")
 
@@ -106,3 +112,80 @@ def test_a_file_never_takes_the_place_of_a_folder(tmp_path):
     with pytest.raises(UserError, match="Cannot write"), replacing(tmp_path / "thing") as place:
         place.write_text("new")
     assert said("folder", tmp_path / "thing") == "old"
+
+
+def test_a_link_in_the_place_of_a_file_is_replaced(tmp_path):
+    (tmp_path / "outside").write_text("precious")
+    (tmp_path / "a.json").symlink_to(tmp_path / "outside")
+    write_json(tmp_path / "a.json", {"x": 1})
+    assert (tmp_path / "outside").read_text() == "precious"
+    assert not (tmp_path / "a.json").is_symlink()
+
+
+def test_what_killed_writers_left_goes_with_the_next_write_and_what_others_write_stays(tmp_path):
+    dead, alive, other = (tmp_path / f".{name}.tmp" for name in ("a.json.dead", "a.json.alive", "b.json.dead"))
+    for folder in (dead, alive, other):
+        folder.mkdir()
+        (folder / "a.json").write_text("half")
+    with locked(alive):
+        write_json(tmp_path / "a.json", {"x": 1})
+        assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a.json", alive, other])
+    assert read_json(tmp_path / "a.json") == {"x": 1}
+
+
+# --- what is read ---------------------------------------------------------------------------------------------------
+
+CONTENT = {"settings": {"a": 1.5}, "steps": {"b": {"seconds": 2}}}
+TENSORS = {"x": torch.arange(6.0).view(2, 3), "y": torch.tensor([True, False])}
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(
+    edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 8), st.binary(max_size=8)), min_size=1, max_size=4),
+    flips=st.lists(st.floats(0, 1, exclude_max=True), max_size=2),
+)
+def test_whatever_bytes_become_of_a_file_it_is_what_was_written_or_nothing(edits, flips, tmp_path):
+    """But for JSON without the word "checksum", which is taken as it is."""
+
+    def damage(file):
+        content = bytearray(file.read_bytes())
+        for place in flips:
+            content[int(place * len(content))] ^= 1
+        for place, gone, new in edits:
+            start = int(place * len(content))
+            content[start : start + gone] = new
+        file.write_bytes(content)
+        return bytes(content)
+
+    write_json(tmp_path / "a.json", CONTENT)
+    text = damage(tmp_path / "a.json")
+    assert read_json(tmp_path / "a.json") in (None, CONTENT) or b'"checksum"' not in text
+    write_tensors(tmp_path / "a.safetensors", TENSORS)
+    damage(tmp_path / "a.safetensors")
+    tensors = read_tensors(tmp_path / "a.safetensors")
+    assert tensors is None or all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+
+
+def safetensors_file(header: object, payload: bytes = bytes(8), length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + payload
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+LIES = {
+    "a length without end": safetensors_file({}, length=2**63),
+    "a header that is a list": safetensors_file([1]),
+    "a deep header": safetensors_file(b"[" * 100_000),
+    "a terabyte": safetensors_file({"a": ENTRY | {"shape": [2**38], "data_offsets": [0, 2**40]}}),
+    "a shape that overflows": safetensors_file({"a": ENTRY | {"shape": [2**40, 2**40]}}),
+    "an unknown dtype": safetensors_file({"a": ENTRY | {"dtype": "F4096"}}),
+    "no tensors": safetensors_file({"__metadata__": {"content_hash": "0"}}, b""),
+    "marks that are a list": safetensors_file({"__metadata__": {"marks": "[]"}, "a": ENTRY}),
+    "deep marks": safetensors_file({"__metadata__": {"marks": "[" * 100_000}, "a": ENTRY}),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_tensors_whose_header_lies_are_none(lie, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(LIES[lie])
+    assert read_tensors(tmp_path / "a.safetensors") is None

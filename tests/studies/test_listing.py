@@ -897,7 +897,7 @@ def test_packed_masks_come_back(data, depth):
         ("rows: {a: {}}\nrow: 1\n", ["row", "compare"]),
         ("about: nothing\n", ["'rows'"]),
         ("- rows\n", ["mapping"]),
-        ("rows: [", ["YAML", "bad.yaml", "line 2"]),
+        ("rows: [", ["YAML", "bad.yaml", "line 1"]),
         ("rows: {a: 3}\n", ["row 'a'", "got 3"]),
         ("rows: {a: {sparsity.target: 2}}\n", ["Row 'a'", "--sparsity.target", "got 2"]),
         ("rows: {a: {sparsity.aim: 0.2}}\n", ["Row 'a'", "sparsity.aim"]),
