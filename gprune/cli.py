@@ -38,6 +38,7 @@ def run(args: Sequence[str] | None) -> str:
     quiet()
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+    from gprune.pipeline.dry_run import describe
     from gprune.pipeline.plan import check
     from gprune.pipeline.prune import prune
     from gprune.report.records import result_table
@@ -45,7 +46,7 @@ def run(args: Sequence[str] | None) -> str:
     from gprune.sparsity.allocation import removed_in_words
 
     if cfg.dry_run:
-        return check(cfg).describe() + "\n"
+        return describe(check(cfg)) + "\n"
     result = prune(cfg)
     if rank_zero_only.rank != 0:
         return ""

@@ -24,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import pytest
 import torch
@@ -41,7 +40,6 @@ import gprune
 from gprune.models.blocks import decoder_layers
 
 TYPE = "lazy"
-HOST = torch.device(TYPE, 7)  # the CPU, of tensors without values
 OURS = str(Path(gprune.__file__).parent)
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
@@ -98,35 +96,18 @@ class Pretended(Tensor):
         return memo[id(self)]
 
     def tolist(self) -> Any:
-        there = torch.ones_like(self.inner, device="cpu") if self.inner.is_meta else self.detach().cpu()
-        return there.tolist()
+        return self.detach().cpu().tolist()
 
     def __repr__(self) -> str:
         return f"Pretended({self.inner}, device='{self.device}')"
 
 
-class Memory:
-    """The bytes of one storage, counted as long as a tensor holds them."""
-
-    def __init__(self, devices: Devices, kind: str, storage: torch.UntypedStorage):
-        self.devices, self.kind, self.size = devices, kind, storage.nbytes()
-        devices.held[kind] += self.size
-        devices.peak[kind] = max(devices.peak[kind], devices.held[kind])
-
-    def __del__(self) -> None:
-        self.devices.held[self.kind] -= self.size
-
-
 class Devices(TorchDispatchMode):
     """The mode, and what it has counted."""
 
-    def __init__(self, *, values: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.values = values
         self.by_place: Counter[str] = Counter()
-        self.held: Counter[str] = Counter()  # bytes by `device` and `host`
-        self.peak: Counter[str] = Counter()
-        self._known: WeakValueDictionary[int, Memory] = WeakValueDictionary()  # by storage
 
     @property
     def waits(self) -> int:
@@ -148,43 +129,23 @@ class Devices(TorchDispatchMode):
 
         args, kwargs = (tree_map_only(Tensor, unwrapped, value) for value in (args, kwargs or {}))
         asked = kwargs.get("device")
-        if not self.values and places and asked is not None and torch.device(asked).type == "cpu":
-            asked = HOST
         if not places and (asked is None or torch.device(asked).type != TYPE):
             return func(*args, **kwargs)
-        if not self.values:  # indices stay, which have to say how many they are
-            stays = (torch.bool, torch.long)
-            args = tree_map_only(Tensor, lambda x: x if x.is_meta or x.dtype in stays else x.to("meta"), args)
         device = places[0] if asked is None else torch.device(asked)
         if func in COPIES:
             device = self._copied(func, places, guests, device, non_blocking=bool(kwargs.get("non_blocking")))
         else:
             self._meet(func, places, guests)
         if asked is not None:
-            kwargs["device"] = torch.device("cpu" if self.values else "meta")
+            kwargs["device"] = torch.device("cpu")
         if func in WAITS or (func in INDEXED and any(t is not None and t.dtype == torch.bool for t in args[1])):
             self._wait(str(func).removeprefix("aten."))
         if func is aten.histc.default:  # of whole numbers, which the CPU does not count
             return Pretended(func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype), device)
-        if self.values:
-            out = func(*args, **kwargs)
-        elif func is aten._local_scalar_dense.default:
-            return torch.ones((), dtype=args[0].dtype).item()
-        elif func is aten.equal.default:
-            return True
-        else:
-            out = func(*args, **kwargs)
+        out = func(*args, **kwargs)
         if device.type == "cpu" or func is aten._local_scalar_dense.default:
             return out
-        return tree_map_only(Tensor, lambda x: found[id(x)] if id(x) in found else self._wrapped(x, device), out)
-
-    def _wrapped(self, inner: Tensor, device: torch.device) -> Pretended:
-        """A new tensor, whose memory is counted as long as it is held."""
-        storage, wrapped = inner.untyped_storage(), Pretended(inner, device)
-        wrapped.memory = self._known.get(storage._cdata)
-        if wrapped.memory is None:
-            wrapped.memory = self._known[storage._cdata] = Memory(self, "host" if device == HOST else "device", storage)
-        return wrapped
+        return tree_map_only(Tensor, lambda x: found[id(x)] if id(x) in found else Pretended(x, device), out)
 
     def _meet(self, func: Any, places: Sequence[torch.device], guests: Sequence[Tensor]) -> None:
         strangers = [t for t in guests if t.dim() > 0]
@@ -192,7 +153,7 @@ class Devices(TorchDispatchMode):
             if strangers:
                 self._wait(f"{func} by an index of the CPU")
             strangers = []
-        met = {torch.device("cpu") if d == HOST else d for d in (*places, *(t.device for t in strangers))}
+        met = {*places, *(t.device for t in strangers)}
         if len(met) > 1:
             names = " and ".join(sorted(map(str, met)))
             raise RuntimeError(f"Expected all tensors to be on the same device, but {func} found {names}")
@@ -226,12 +187,8 @@ class Devices(TorchDispatchMode):
 
 
 @contextmanager
-def pretend(*, values: bool = True) -> Iterator[Devices]:
-    """Devices `lazy:0`, `lazy:1`, ... while the context lasts; Lightning's `cpu` is then the first of them.
-
-    Args:
-        values: False computes shapes alone, with torch's fake tensors, whatever the size: for the memory that is held.
-    """
+def pretend() -> Iterator[Devices]:
+    """Devices `lazy:0`, `lazy:1`, ... while the context lasts; Lightning's `cpu` is then the first of them."""
     asked, attention = torch.is_autocast_enabled, F.scaled_dot_product_attention
 
     def fused(
@@ -258,7 +215,7 @@ def pretend(*, values: bool = True) -> Iterator[Devices]:
             query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale
         )[0]
 
-    with pytest.MonkeyPatch.context() as patch, Devices(values=values) as mode:
+    with pytest.MonkeyPatch.context() as patch, Devices() as mode:
         patch.setattr(torch, TYPE, torch.cpu, raising=False)
         patch.setattr(F, "scaled_dot_product_attention", fused)
         # Torch asks about autocast on devices that it has a backend for alone.

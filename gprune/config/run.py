@@ -64,7 +64,7 @@ class RunConfig(Group):
     """hf: the pruned model as a Hugging Face folder, reloaded and compared. gguf: that, and a GGUF file beside it, run
     in a llama.cpp build and compared (`gprune export` has its types). none: masks and numbers only."""
     dry_run: bool = False
-    """Say tokens, FLOPs, time, memory and resulting widths, and stop before the model runs."""
+    """Say tokens, FLOPs, time and resulting widths, and stop before the model runs."""
 
     def check(self) -> None:
         """Raise UserError for settings that cannot go together; a chain of recoveries becomes one name."""

@@ -22,23 +22,23 @@ def calibrate(run: Run) -> dict[str, CorpusStatistics]:
     """Statistics by corpus, from the cache where model, text and kind of statistics are the same."""
     run.step(1, "Calibrating")
     cfg, cache = run.cfg, statistics_cache(run)
-    found = {corpus: cache.read(corpus, ["moments", *sorted(cfg.needs)]) for corpus in cfg.calibration}
-    lacking = [statistics is None for statistics in found.values()]
+    statistics = {corpus: cache.read(corpus, ["moments", *sorted(cfg.needs)]) for corpus in cfg.calibration}
+    lacking = [of_corpus is None for of_corpus in statistics.values()]
     if cfg.trainer.devices * cfg.trainer.num_nodes > 1:  # another run may be filling the cache meanwhile
         run.trainer("Bringing processes together").test(meeting := Meeting(run.folder.key, lacking), verbose=False)
         lacking = meeting.lacking
-    missing = [corpus for corpus, lacks in zip(found, lacking, strict=True) if lacks]
+    missing = [corpus for corpus, lacks in zip(statistics, lacking, strict=True) if lacks]
     if missing:
-        found |= collect(run, missing, cache)
+        statistics |= collect(run, missing, cache)
     else:
-        log.info("Statistics of %s are in the cache", ", ".join(found))
+        log.info("Statistics of %s are in the cache", ", ".join(statistics))
     for corpus in cfg.calibration:
         copy = f"statistics/{corpus_file(corpus)}"
         if run.folder.read(copy) is None:
             # without Gram matrices, which are hundreds of megabytes and stay in the cache
-            small = {name: t for name, t in found[corpus].tensors().items() if kind_of(name) != "gram"}
+            small = {name: t for name, t in statistics[corpus].tensors().items() if kind_of(name) != "gram"}
             run.folder.write(copy, small, {"corpus": corpus})
-    return found
+    return statistics
 
 
 def statistics_cache(run: Run) -> StatisticsCache:
@@ -65,11 +65,11 @@ def statistics_cache(run: Run) -> StatisticsCache:
 def collect(run: Run, corpora: list[str], cache: StatisticsCache) -> dict[str, CorpusStatistics]:
     """One pass over each of these corpora, for this run and for those that find it in the cache."""
     cfg = run.cfg
-    kinds = ["moments", *sorted(cfg.collects)]
-    saliency = cache.scopes if "saliency" in kinds else ()
+    collected = ["moments", *sorted(cfg.collects)]
+    saliency = cache.scopes if "saliency" in collected else ()
     with run.folder.step("calibrate"):
         stage = CalibrationStage(
-            run.model, corpora, gram="gram" in kinds, saliency=saliency, walk=cache.walked_blocks is not None,
+            run.model, corpora, gram="gram" in collected, saliency=saliency, walk=cache.walked_blocks is not None,
             store=cache.store, shard=cfg.model.shard,
         )  # fmt: skip
         data = CorpusDataModule(
@@ -78,5 +78,5 @@ def collect(run: Run, corpora: list[str], cache: StatisticsCache) -> dict[str, C
         trainer = run.trainer(f"Calibrating on {', '.join(corpora)}", inference_mode=not saliency)
         trainer.test(stage, data, verbose=False)
     for corpus in corpora:
-        cache.write(corpus, stage.statistics[corpus], kinds)
+        cache.write(corpus, stage.statistics[corpus], collected)
     return stage.statistics

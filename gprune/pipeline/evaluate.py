@@ -59,43 +59,43 @@ def evaluate(
     cfg, path = run.cfg, run.folder / "metrics.json"
     records: list[dict[str, Any]] = run.folder.metrics.get("records", [])
     done = {(r["stage"], r["recovery"]) for r in records}
-    # Processes that nothing has brought together in this sitting leave it to the first one.
-    first, shared = rank_zero_only.rank == 0, processes()[1] > 1
-    here = first or shared  # whether this process measures
-    leaked = leaks(run) if here else {}
+    shared = processes()[1] > 1
+    measures = shared or rank_zero_only.rank == 0  # without an initialised process group, rank 0 evaluates alone
+    leaked = leaks(run) if measures else {}
+
+    def add(row: tuple[str, str], results: Sequence[PerplexityResult]) -> None:
+        pairs = zip(results, run.text.test, strict=True)
+        records.extend(record(cfg, row, result, w, leaked[w.corpus]) for result, w in pairs)
+
     with run.folder.step("evaluate"):
-        if here and ("dense", "none") not in done:
-            pairs = zip(dense_perplexities(run, shared=shared), run.text.test, strict=True)
-            records += [record(cfg, ("dense", "none"), r, w, leaked[w.corpus]) for r, w in pairs]
-        for stage, recovery in cfg.stages:
-            if (stage, recovery) in done or not (here or recovery_of(recovery).learns):
+        if measures and ("dense", "none") not in done:
+            add(("dense", "none"), dense_perplexities(run, shared=shared))
+        for row in cfg.stages:
+            # All processes take part where a recovery learns.
+            if row in done or not (measures or recovery_of(row[1]).learns):
                 continue
-            name = row_name(stage, recovery)
-            log.info("Evaluating %s", name)
+            log.info("Evaluating %s", row_name(*row))
             small = pruned  # and that of the row before goes
-            if (stage, recovery) != (cfg.final, cfg.recovery):
-                small = shrink(run, masks[stage], statistics, recovery=recovery)
-            if not here:
-                continue
-            run.meter.watch(small)
-            small = placed(run, small, shared=shared)
-            for w in run.text.test:
-                r = measured(run, small, w, name, shared=shared)
-                records.append(record(cfg, (stage, recovery), r, w, leaked[w.corpus]))
-            write_json(path, {"records": records}, run=run.folder.key)
+            if row != (cfg.final, cfg.recovery):
+                small = shrink(run, masks[row[0]], statistics, recovery=row[1])
+            if measures:
+                run.meter.watch(small)
+                small = placed(run, small, shared=shared)
+                add(row, [measured(run, small, w, row_name(*row), shared=shared) for w in run.text.test])
+                write_json(path, {"records": records}, run=run.folder.key)
     return records
 
 
 def leaks(run: Run) -> dict[str, tuple[bool, float]]:
     """(seen, share of leaked 13-grams) by evaluated corpus."""
     used = {identity(name) for name in run.cfg.used}
-    found = {}
+    by_corpus = {}
     for w in run.text.test:
         share, named = leaked_share_of_windows([w], run.text.used, run.tokenizer), identity(w.corpus) in used
-        found[w.corpus] = (named or share > SEEN_ABOVE, share)
+        by_corpus[w.corpus] = (named or share > SEEN_ABOVE, share)
         if share > SEEN_ABOVE and not named:
             log.warning("%s shares %.1f%% of its 13-grams with used text: counted as seen.", w.corpus, 100 * share)
-    return found
+    return by_corpus
 
 
 def placed(run: Run, model: PreTrainedModel, *, shared: bool) -> PreTrainedModel:
@@ -112,17 +112,16 @@ def dense_perplexities(run: Run, *, shared: bool = False) -> list[PerplexityResu
 
 
 def _dense_perplexity(run: Run, model: PreTrainedModel, windows: Windows, *, shared: bool) -> PerplexityResult:
-    batch_size = run.cfg.corpora.batch_size
     key = key_of(
         model=run.fingerprint, text=windows.content_hash, dtype=run.cfg.model.dtype,
-        device=device_of(model).type, batch_size=batch_size, **run.cfg.matmul,
+        device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul,
     )  # fmt: skip
     path = cache_dir() / "evaluations" / f"{key}.json"
-    found = [read_json(path, check=schema.shaped(schema.Measured))]
+    cached = [read_json(path, check=schema.shaped(schema.Measured))]
     if shared:  # one process may see a file that another has not seen yet
-        torch.distributed.broadcast_object_list(found)
-    if found[0] is not None:
-        return PerplexityResult(**found[0])
+        torch.distributed.broadcast_object_list(cached)
+    if cached[0] is not None:
+        return PerplexityResult(**cached[0])
     result = measured(run, model, windows, "dense", shared=shared)
     write_json(path, vars(result))
     return result
@@ -215,7 +214,7 @@ def summarise(
     columns = ["stage", "recovery", "corpus", "seen", "perplexity", "nll", "tokens"]
     tracking.log_table(run.loggers, "perplexity", [{c: r[c] for c in columns} for r in records])
     means = summary["geometric_means"].items()
-    flat = {f"summary/{row}/{name}": v for row, found in means for name, v in found.items() if v is not None}
+    flat = {f"summary/{row}/{name}": v for row, values in means for name, v in values.items() if v is not None}
     flat |= {f"summary/{row}/unseen_over_base": v["ratio"] for row, v in summary["unseen_over_base"].items()}
     tracking.log_scalars(run.loggers, flat, step=0)
     # Last: a run whose metrics.json has a summary, and all rows, is finished, and is not logged again.
@@ -227,15 +226,15 @@ def write_pages(run: Run) -> None:
     """`report.html` and README.md of the run folder, from what lies there now."""
     for logger in run.loggers:
         logger.save()  # curves that are still in memory
-    made = page.make([run.folder.path])
-    html.write(made, run.folder / "report.html")
-    write_readme(made.runs[0])
+    report = page.make([run.folder.path])
+    html.write(report, run.folder / "report.html")
+    write_readme(report.runs[0])
 
 
 def geometric_means(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Geometric means over seen and unseen corpora and the generalisation gap, by row of the table."""
-    found = means_and_gaps(records).items()
-    return {row_name(*key): {name: _number(value) for name, value in numbers.items()} for key, numbers in found}
+    means = means_and_gaps(records).items()
+    return {row_name(*key): {name: _number(value) for name, value in values.items()} for key, values in means}
 
 
 def _number(value: float) -> float | None:

@@ -8,10 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.config import RunConfig
 from gprune.corpora.load import load_corpus
@@ -61,11 +58,13 @@ def load(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrai
 
 @dataclass(frozen=True)
 class Text:
-    """Windows by role. What calibrates and what is learned on begins with the same windows of a corpus."""
+    """Windows by role."""
 
     train: Mapping[str, Windows]  # score, drift and recover, by corpus
-    learn: list[Windows]  # one per learning corpus, also train text: those above and more, or fewer
-    fresh: list[Windows]  # one per recovery corpus, for recoveries that learn: the same, and more, or fewer
+    # One per learning corpus: `learn_samples` windows, a prefix, or an extension, of those of `train`.
+    learn: list[Windows]
+    # One per recovery corpus, for recoveries that learn: windows for `--distill.tokens`, likewise.
+    fresh: list[Windows]
     development: list[Windows]  # one per corpus that something is learned on
     test: list[Windows]  # one per evaluated corpus, of `evaluation.split`
 
@@ -79,7 +78,7 @@ class Text:
         """Content hash by corpus, split and role: what two sittings at one run must share."""
         roles = {"": self.train.values(), " learned": self.learn, " recovered": self.fresh}
         roles |= {" curve": self.development, " evaluated": self.test}
-        return {f"{w.corpus} {w.split}{role}": w.content_hash for role, found in roles.items() for w in found}
+        return {f"{w.corpus} {w.split}{role}": w.content_hash for role, windows in roles.items() for w in windows}
 
 
 def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> Text:
@@ -113,13 +112,13 @@ def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings:
     def windows(name: str, split: str, role: str) -> Windows:
         return make_windows(documents(name, split), tokenizer, samples[role], corpus=name, split=split)
 
-    found = Text(
+    text = Text(
         train={name: windows(name, "train", "train") for name in calibrated},
         learn=[windows(name, "train", "learn") for name in cfg.roles["learn"]],
         fresh=[windows(name, "train", "fresh") for name in recovered],
         development=[windows(name, "development", "development") for name in developed],
         test=[windows(name, e.split, "test") for name in c.evaluate],
     )
-    every = (*found.train.values(), *found.learn, *found.fresh, *found.development, *found.test)
-    check_tokens(every, tokenizer, embeddings)
-    return found
+    everything = (*text.train.values(), *text.learn, *text.fresh, *text.development, *text.test)
+    check_tokens(everything, tokenizer, embeddings)
+    return text

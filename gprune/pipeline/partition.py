@@ -42,14 +42,14 @@ def measure_drift(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[
     """
     run.step(3, "Measuring drift")
     corpora = run.cfg.corpora.drift
-    found = [_drift_of(run, block, [statistics[corpus] for corpus in corpora]) for block in run.blocks]
+    drift = [_drift_of(run, block, [statistics[corpus] for corpus in corpora]) for block in run.blocks]
     if len(corpora) < 2:
         log.warning("One drift corpus (%s): rank drift and the metric switch are off.", corpora[0])
     else:
-        mean = float(torch.cat([rank_drift(d.ranks) for d in found]).mean())
-        noise = float(torch.cat([d.floor for d in found]).mean())
+        mean = float(torch.cat([rank_drift(d.ranks) for d in drift]).mean())
+        noise = float(torch.cat([d.floor for d in drift]).mean())
         log.info("Rank drift %.3f on average, of which sampling alone would show %.3f", mean, noise)
-    return found
+    return drift
 
 
 def _drift_of(run: Run, block: Block, statistics: Sequence[CorpusStatistics]) -> Drift:
@@ -74,7 +74,6 @@ def _drift_of(run: Run, block: Block, statistics: Sequence[CorpusStatistics]) ->
 
 def partition(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
     """Steps 4 and 5: module labels per block, (N,) int64, by the method of `--partition.method`."""
-
     run.step(4, "Partitioning")
 
     def compute() -> dict[str, Tensor]:

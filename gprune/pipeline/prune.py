@@ -22,10 +22,10 @@ from gprune.pipeline.calibrate import calibrate
 from gprune.pipeline.evaluate import evaluate, summarise, write_pages
 from gprune.pipeline.partition import assess, measure_drift, partition
 from gprune.pipeline.recover import shrink
-from gprune.pipeline.rounds import Chosen, Narrowed, narrow
 from gprune.pipeline.run import Run, opened
 from gprune.pipeline.samples import write_samples
 from gprune.pipeline.save import save
+from gprune.pipeline.schedule import Chosen, LastStep, prune_earlier_steps
 from gprune.pipeline.sparsity import base_masks, learn_sparsity, score
 from gprune.runs.results import PruningResult
 
@@ -45,7 +45,7 @@ def prune(cfg: RunConfig) -> PruningResult:
     if cfg.dry_run:
         raise UserError("dry_run: expected false where a run is asked for; `python train.py --dry_run true` plans it.")
     with opened(cfg) as run:  # plan, model, tokenizer, text, blocks, budget
-        last = narrow(run, choose)  # of `--sparsity.schedule` all steps but the last; without one, the run itself
+        last = prune_earlier_steps(run, choose)  # without `--sparsity.schedule` the run itself
         return finish(run, last, choose(last.run))
 
 
@@ -63,17 +63,17 @@ def choose(run: Run) -> Chosen:
     return Chosen(statistics, masks, modules, thresholds)
 
 
-def finish(run: Run, last: Narrowed, chosen: Chosen) -> PruningResult:
+def finish(run: Run, last: LastStep, chosen: Chosen) -> PruningResult:
     """Steps 9 and 10: prune, recover, check, save and evaluate.
 
     Args:
         run: with the dense model.
-        last: with what earlier steps have left of it, on which `chosen` was chosen.
+        last: the run on what earlier steps have left of it, where `chosen` was chosen.
     """
     run.step(9, "Pruning" if run.cfg.recovery == "none" else "Pruning and recovering")
     with run.folder.step("shrink"):
         pruned = shrink(last.run, chosen.masks[run.cfg.final], chosen.statistics)
-    masks = {stage: last.of_dense(found) for stage, found in chosen.masks.items()}
+    masks = {stage: last.of_dense(of_left) for stage, of_left in chosen.masks.items()}
     final, first, summary = masks[run.cfg.final], rank_zero_only.rank == 0, {}
     if first:
         save(run, pruned, masks)

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from transformers import PreTrainedModel
 
-from gprune.calibration.statistics import CorpusStatistics
+from gprune.calibration.statistics import CorpusStatistics, pooled
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
@@ -19,8 +22,10 @@ from gprune.models.masks import Masks
 from gprune.models.offload import free_memory, is_offloaded, keep_until_gone, scratch_folder
 from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline.run import Run
-from gprune.recoveries import recovery_of
+from gprune.recoveries import Material, recovery_of
 from gprune.recoveries.contract import Revise
+from gprune.stages.callbacks import DevelopmentCurve
+from gprune.storage.files import content_hash
 
 
 @torch.no_grad()
@@ -39,7 +44,7 @@ def shrink(
     """
     free_memory(run.plan.device)
     name = run.cfg.recovery if recovery is None else recovery
-    material = run.material(masks, statistics, name)
+    material = material_of(run, masks, statistics, name)
     method = recovery_of(name)
     revise = method.revise(material)
     if revise is not None and not callable(revise):
@@ -89,3 +94,79 @@ def placement(run: Run) -> dict[str, Any]:
     """Where weights go, for what loads a model; nothing where the trainer's device says it all."""
     m = run.cfg.model
     return {} if m.device_map is None else {"device_map": m.device_map, "max_memory": m.max_memory}
+
+
+def material_of(run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], recovery: str) -> Material:
+    """What a recovery by this name works with: the statistics and the text of `corpora.recover` that it needs."""
+    cfg, method = run.cfg, recovery_of(recovery)
+    corpora = cfg.corpora.recover
+    return Material(
+        run.model,
+        masks,
+        ridge=cfg.ridge,
+        statistics=pooled(statistics[corpus] for corpus in corpora) if method.needs - {"text"} else None,
+        text=[run.text.train[corpus] for corpus in corpora] if "text" in method.needs else (),
+        batch_size=cfg.corpora.batch_size,
+        count=run.meter.add,
+        fresh=run.text.fresh if method.learns else (),
+        settings=cfg.recovery_settings,
+        fit=RecoveryFit(run, f"recovery/{recovery}-{content_hash(masks.tensors())[:8]}"),
+        shard=cfg.model.shard,
+        teacher=run.teacher,
+    )
+
+
+class RecoveryFit:
+    """`Material.fit` of one pruned model: trains each stage once, whatever becomes of the process.
+
+    What a stage has learned is kept in the run folder, and a recovery that is taken up gets it back. The files are
+    numbered in the order of calls, which is the same each time.
+
+    Args:
+        path: what the names of the files begin with, in the run folder.
+    """
+
+    def __init__(self, run: Run, path: str):
+        self.run, self.path, self.calls = run, path, 0
+
+    def __call__(
+        self, what: str, stage: L.LightningModule, *, batch_size: int | None = None, clip: float | None = None,
+        accumulate: int = 1, points: int = 4, keep: str = "last",
+    ) -> None:  # fmt: skip
+        """Train a stage once through the recovery's text, unless an earlier sitting did.
+
+        Args:
+            what: is said in the progress bar and the log.
+            batch_size: in place of `--corpora.batch_size`.
+            clip: the largest norm of the gradient.
+            accumulate: batches whose gradients make one step.
+            points, keep: as in `--distill`; for stages that have a `student`.
+        """
+        if not isinstance(stage, L.LightningModule):
+            raise UserError(f"{what}: expected a LightningModule to train, got {type(stage).__name__}.")
+        run, c = self.run, self.run.cfg.corpora
+        name = f"{self.path}-{type(stage).__name__}"
+        if self.calls:
+            name += f"-{self.calls}"
+        self.calls += 1
+        if (learned := run.folder.read(name)) is None:  # the step that shrinks or evaluates counts its cost
+            callbacks = []
+            if hasattr(stage, "student"):
+                curve = DevelopmentCurve(run.text.development, points=points, keep=keep, batch_size=c.batch_size)
+                callbacks.append(curve)
+            text = run.text.fresh or [run.text.train[corpus] for corpus in c.recover]
+            run.fit(
+                name, what, stage, text, batch_size=batch_size, max_epochs=1, gradient_clip_val=clip,
+                accumulate_grad_batches=accumulate, callbacks=callbacks, strategy=self._strategy(stage),
+            )  # fmt: skip
+            learned = {key: value.detach().cpu().clone() for key, value in stage.state_dict().items()}
+            run.folder.write(name, learned)
+            run.folder.note()
+        stage.load_state_dict(learned)
+
+    def _strategy(self, stage: L.LightningModule) -> str | ModelParallelStrategy:
+        """The trainer's; or, for a stage that spreads what learns over processes, Lightning's for such."""
+        t = self.run.cfg.trainer
+        if not (self.run.cfg.model.shard and is_overridden("configure_model", stage)):
+            return t.strategy
+        return ModelParallelStrategy(t.devices * t.num_nodes, 1, save_distributed_checkpoint=False)

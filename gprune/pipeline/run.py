@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,30 +13,23 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.calibration.statistics import CorpusStatistics, pooled
 from gprune.config import RunConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
-from gprune.errors import UserError
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
-from gprune.models.masks import Masks
 from gprune.pipeline.cost import passes
 from gprune.pipeline.inputs import Text, load, prepare_text
 from gprune.pipeline.plan import Plan, check
-from gprune.recoveries import Material, recovery_of
 from gprune.runs.folder import RunFolder
 from gprune.runs.tracking import log_scalars, tracking
 from gprune.runs.trainer import Checkpoints, StageBar, multiplying, plain_interrupts
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
-from gprune.stages.callbacks import DevelopmentCurve
-from gprune.storage.files import content_hash, key_of
+from gprune.storage.files import key_of
 from gprune.storage.yaml_text import to_yaml
 
 log = logging.getLogger("gprune")
@@ -68,7 +59,7 @@ class TokenMeter:
             self.forward += input_ids.numel()
 
     def add(self, forward: int, forward_backward: int = 0) -> None:
-        """Count tokens that went through as many layers as the decoder has, though not by way of it."""
+        """Count tokens that were passed layer by layer, outside `decoder.forward`."""
         self.forward += forward
         self.forward_backward += forward_backward
 
@@ -146,73 +137,16 @@ class Run:
         """
         cfg = self.cfg
         path, seconds = self.folder.checkpoint(name), 60 * cfg.run.checkpoint_minutes
-        kept = Checkpoints(path, f"{self.folder.key} {name}", seconds, saved=self.folder.note)
+        checkpoints = Checkpoints(path, f"{self.folder.key} {name}", seconds, saved=self.folder.note)
         data = CorpusDataModule(train=text, batch_size=batch_size or cfg.corpora.batch_size, seed=cfg.run.seed)
         trainer = self.trainer(
-            what, log_every_n_steps=1, precision=cfg.trainer.precision, callbacks=[*callbacks, kept], **kwargs
+            what, log_every_n_steps=1, precision=cfg.trainer.precision, callbacks=[*callbacks, checkpoints], **kwargs
         )
-        if (found := kept.found()) is not None:
-            log.info("Going on from %s", found)
+        if (checkpoint := checkpoints.found()) is not None:
+            log.info("Going on from %s", checkpoint)
         log_scalars(self.loggers, {"fit": self.folder.number_of(name)}, step=0)
-        trainer.fit(stage, data, ckpt_path=found, weights_only=True)
+        trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
         return trainer
-
-    def material(self, masks: Masks, statistics: Mapping[str, CorpusStatistics], recovery: str) -> Material:
-        """What a recovery by this name works with: the statistics and the text of `corpora.recover` that it needs."""
-        c, found = self.cfg.corpora, recovery_of(recovery)
-        done = f"recovery/{recovery}-{content_hash(masks.tensors())[:8]}"
-        return Material(
-            self.model,
-            masks,
-            ridge=self.cfg.ridge,
-            statistics=pooled(statistics[corpus] for corpus in c.recover) if found.needs - {"text"} else None,
-            text=[self.text.train[corpus] for corpus in c.recover] if "text" in found.needs else (),
-            batch_size=c.batch_size,
-            count=self.meter.add,
-            fresh=self.text.fresh if found.learns else (),
-            settings=self.cfg.recovery_settings,
-            fit=functools.partial(self._fit, ((done, f"-{n}" * bool(n)) for n in itertools.count())),
-            shard=self.cfg.model.shard,
-            teacher=self.teacher,
-        )
-
-    def _fit(
-        self, places: Iterator[tuple[str, str]], what: str, stage: L.LightningModule, *, batch_size: int | None = None,
-        clip: float | None = None, accumulate: int = 1, points: int = 4, keep: str = "last",
-    ) -> None:  # fmt: skip
-        """Train a recovery's stage once through its text, or give it back what an earlier sitting had learned.
-
-        Args:
-            places: where in the run folder what the recovery's stages have learned is kept, one after the other: what
-                the name of each begins and ends with.
-            batch_size: in place of `--corpora.batch_size`.
-            clip: the largest norm of the gradient.
-            accumulate: batches whose gradients make one step.
-            points, keep: as in `--distill`; for stages that have a `student`.
-        """
-        if not isinstance(stage, L.LightningModule):
-            raise UserError(f"{what}: expected a LightningModule to train, got {type(stage).__name__}.")
-        (done, number), c = next(places), self.cfg.corpora
-        name = f"{done}-{type(stage).__name__}{number}"
-        if (learned := self.folder.read(name)) is None:  # the step that shrinks or evaluates counts its cost
-            curve = DevelopmentCurve(self.text.development, points=points, keep=keep, batch_size=c.batch_size)
-            text = self.text.fresh or [self.text.train[corpus] for corpus in c.recover]
-            self.fit(
-                name, what, stage, text, batch_size=batch_size, max_epochs=1, gradient_clip_val=clip,
-                accumulate_grad_batches=accumulate, callbacks=[curve] * hasattr(stage, "student"),
-                strategy=self._strategy(stage),
-            )  # fmt: skip
-            learned = {name: value.detach().cpu().clone() for name, value in stage.state_dict().items()}
-            self.folder.write(name, learned)
-            self.folder.note()
-        stage.load_state_dict(learned)
-
-    def _strategy(self, stage: L.LightningModule) -> str | ModelParallelStrategy:
-        """The trainer's; or, for a stage that spreads what learns over processes, Lightning's for such."""
-        t = self.cfg.trainer
-        if not (self.cfg.model.shard and is_overridden("configure_model", stage)):
-            return t.strategy
-        return ModelParallelStrategy(t.devices * t.num_nodes, 1, save_distributed_checkpoint=False)
 
 
 @contextmanager
@@ -232,7 +166,8 @@ def opened(cfg: RunConfig) -> Iterator[Run]:
     inputs = {"model": fingerprint(model), "text": text.hashes()}
     settings = cfg.settings() | {"inputs": inputs}
     folder = RunFolder(cfg.folder, meter.counts, key=key_of(settings=settings))
-    screen = Screen(plan.work, meter.work, rounds=cfg.sparsity.steps)
+    work = {step: passes(*tokens) for step, tokens in plan.tokens.items()}
+    screen = Screen(work, meter.work, rounds=cfg.sparsity.steps)
     with (
         folder.opened(settings, to_yaml(cfg.resolved())), plain_interrupts(),
         _loggers(cfg, folder) as loggers, multiplying(cfg.trainer.float32_matmul_precision), screen,

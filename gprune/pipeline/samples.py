@@ -21,15 +21,15 @@ def write_samples(run: Run, pruned: PreTrainedModel, seen: dict[str, bool]) -> N
     Args:
         seen: by corpus.
     """
-    texts, prompt, more = sample_lengths(run.cfg)
+    prompts, prompt, more = sample_lengths(run.cfg)
     path = run.folder / "samples.json"
-    if not texts or is_offloaded(run.model) or is_offloaded(pruned):
+    if not prompts or is_offloaded(run.model) or is_offloaded(pruned):
         return
     there = read_json(path, run=run.folder.key, check=schema.shaped(schema.Samples))
-    if there is not None and len(there["rows"]) == min(texts, len(run.text.test)):
+    if there is not None and len(there["rows"]) == min(prompts, len(run.text.test)):
         return
     run.step(10, "Writing samples")
-    windows = run.text.test[-texts:]
+    windows = run.text.test[-prompts:]
     ids = torch.stack([w.tokens[0, :prompt] for w in windows])
     with run.folder.step("samples"):
         written = [continued(model, ids, more) for model in (run.model, pruned)]
@@ -46,8 +46,8 @@ def write_samples(run: Run, pruned: PreTrainedModel, seen: dict[str, bool]) -> N
 def continued(model: PreTrainedModel, ids: Tensor, tokens: int) -> Tensor:
     """(B, at most `tokens`) token ids that the model takes for likeliest after (B, T) ids."""
     ids = ids.to(device_of(model))
-    found = model.generate(
+    generated = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, use_cache=True,
         pad_token_id=model.generation_config.pad_token_id or 0,
     )  # fmt: skip
-    return found[:, ids.shape[1] :].cpu()
+    return generated[:, ids.shape[1] :].cpu()

@@ -16,6 +16,7 @@ from gprune.export.hf import check_reload, save_pruned, stock_skeleton
 from gprune.models.losses import iter_logits
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, free_memory, is_offloaded
+from gprune.pipeline.cost import compared_tokens
 from gprune.pipeline.recover import placement, shrink
 from gprune.pipeline.run import Run
 from gprune.report.model_card import model_card
@@ -65,10 +66,10 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
 
 def save_masks(run: Run, masks: Mapping[str, Masks]) -> None:
     """Write the masks of every stage; those of an earlier sitting must be the same."""
-    for name, found in masks.items():
+    for name, of_stage in masks.items():
         if (before := run.folder.read(f"masks/{name}")) is None:
-            run.folder.write(f"masks/{name}", found.tensors())
-        elif Masks.from_tensors(before) != found:
+            run.folder.write(f"masks/{name}", of_stage.tensors())
+        elif Masks.from_tensors(before) != of_stage:
             raise UserError(
                 f"{run.folder / f'masks/{name}.safetensors'} holds other masks than these settings give now: another "
                 f"machine, thread count or version wrote it. Choose another --run.name, or remove the folder."
@@ -99,10 +100,10 @@ def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, f
             f"{limit:.2e}. model_type '{run.model.config.model_type}' scales them in a way that gprune does not know: "
             f"please report it."
         )
-    found = checks["masked_minus_sliced" if cfg.model.dtype == "float32" else "masked_minus_sliced_rms"]
-    if not found <= limit:
+    difference = checks["masked_minus_sliced" if cfg.model.dtype == "float32" else "masked_minus_sliced_rms"]
+    if not difference <= limit:
         raise UserError(
-            f"The sliced model's logits differ from the masked model's by {found:.2e}; "
+            f"The sliced model's logits differ from the masked model's by {difference:.2e}; "
             f"expected at most {limit:.2e}, which is rounding. Please report this model."
         )
     return checks
@@ -128,4 +129,4 @@ def save_gguf(run: Run) -> None:
 
 def checked_tokens(run: Run) -> Tensor:
     """(1, T) token ids on which logits are compared."""
-    return run.text.test[0].tokens[:1, : run.plan.check_tokens]
+    return run.text.test[0].tokens[:1, : compared_tokens(run.cfg)]

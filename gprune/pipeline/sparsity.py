@@ -44,12 +44,12 @@ def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Sco
         corpora together.
     """
     cfg = run.cfg
-    spread = functools.partial(allocate, cfg.base_allocation, **cfg.sparsity.options)
-    found = {"base": spread(scores, statistics[cfg.corpora.score], run.blocks, run.budget)}
+    allocated = functools.partial(allocate, cfg.base_allocation, **cfg.sparsity.options)
+    masks = {"base": allocated(scores, statistics[cfg.corpora.score], run.blocks, run.budget)}
     if "averaged" in dict(cfg.stages):
         pool = pooled(statistics[corpus] for corpus in cfg.corpora.drift)
-        found["averaged"] = spread(_scored(run, pool), pool, run.blocks, run.budget)
-    return found
+        masks["averaged"] = allocated(_scored(run, pool), pool, run.blocks, run.budget)
+    return masks
 
 
 def learn_sparsity(run: Run, modules: Modules, base: Masks) -> tuple[Thresholds, Masks]:
@@ -77,12 +77,15 @@ def learn_sparsity(run: Run, modules: Modules, base: Masks) -> tuple[Thresholds,
     return thresholds, masks
 
 
-def _check_thresholds(name: str, found: Thresholds, ranks: ModuleRanks) -> None:
+def _check_thresholds(name: str, thresholds: Thresholds, ranks: ModuleRanks) -> None:
     """Raise UserError unless an allocation gave a number for each module of each block, and one for its KV groups."""
     expected = [[(k,) for k in ranks.modules], [(1,) for _ in ranks.attention]]
-    pair = isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(part, list | tuple) for part in found)
-    shapes = [[tuple(t.shape) if isinstance(t, Tensor) else None for t in part] for part in found] if pair else None
-    if shapes != expected or any(bool(t.isnan().any()) for part in found for t in part):
+    parts = thresholds if isinstance(thresholds, tuple | list) else []
+    shapes = [
+        [tuple(t.shape) if isinstance(t, Tensor) else None for t in part] if isinstance(part, tuple | list) else None
+        for part in parts
+    ]
+    if shapes != expected or any(bool(t.isnan().any()) for part in parts for t in part):
         raise UserError(
             f"Allocation '{name}': expected thresholds as (neurons, KV groups), for each block a tensor of a number "
             f"per module, and a tensor of one; got others."

@@ -41,7 +41,6 @@ if TYPE_CHECKING:  # flags are checked by what is registered here, which should 
     from gprune.corpora.windows import Windows
     from gprune.models.blocks import Block
     from gprune.models.masks import Masks
-    from gprune.models.memory import Shapes
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 NEEDS = ("moments", "gram", "text")
@@ -103,18 +102,6 @@ class Recovery:
         """
         return 0, 0
 
-    def memory(
-        self, small: Shapes, states: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
-    ) -> tuple[int, int]:
-        """Bytes at its peak on the device and on the CPU, beside the weights of both models.
-
-        Args:
-            small: shapes of the pruned model, and of the run's batches.
-            states: bytes of the hidden states of all its text.
-            settings: as in `Material`.
-        """
-        return 0, 0
-
     def refuse(self, blocks: Sequence[Block], *, shard: bool = False, settings: Mapping[str, Any] = NOTHING) -> None:
         """Raise a UserError, before anything is loaded, if this recovery cannot work.
 
@@ -166,12 +153,6 @@ class Chain(Recovery):
         costs = [one.tokens(text, fresh, attention=attention, settings=settings) for one in self.recoveries]
         return sum(forward for forward, _ in costs), sum(backward for _, backward in costs)
 
-    def memory(
-        self, small: Shapes, states: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
-    ) -> tuple[int, int]:
-        peaks = [one.memory(small, states, attention=attention, settings=settings) for one in self.recoveries]
-        return max(device for device, _ in peaks), max(host for _, host in peaks)
-
     def refuse(self, blocks: Sequence[Block], *, shard: bool = False, settings: Mapping[str, Any] = NOTHING) -> None:
         for one in self.recoveries:
             one.refuse(blocks, shard=shard, settings=settings)
@@ -189,18 +170,6 @@ class Projection(Recovery):
 
     def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool):
         self.solver, self.needs, self.experts = solver, frozenset(needs), experts
-
-    def memory(
-        self, small: Shapes, states: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
-    ) -> tuple[int, int]:
-        """Of the largest block: its Gram matrix in float32 and parts of it in float64; or these, a factor, weights."""
-        if "gram" not in self.needs:
-            return 0, 0
-        whole, kept = small.at(small.width).sizes, small.sizes
-        pairs = [(N, k) for old, new in zip(whole, kept, strict=True) for N, k in zip(old, new, strict=True) if k < N]
-        read = (4 * N**2 + 8 * k**2 + 4 * N * (N - k) + 12 * k * (N - k) for N, k in pairs)
-        solved = (8 * (2 * k**2 + k * (N - k)) + 24 * k * small.hidden for N, k in pairs)
-        return round(max([*read, *solved], default=0)), 0
 
     def revise(self, material: Material) -> Revise:
         """What is done to each block as it is sliced: the correction of its two output projections."""

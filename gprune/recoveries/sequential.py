@@ -9,7 +9,6 @@ from gprune.recoveries.contract import NOTHING, Material, Recovery, Revise, reco
 
 if TYPE_CHECKING:
     from gprune.models.blocks import Block
-    from gprune.models.memory import Shapes
 
 
 @recovery("least_squares_sequential")
@@ -38,10 +37,3 @@ class SequentialLeastSquares(Recovery):
     ) -> tuple[int, int]:
         """One pass through the dense layers, one through the pruned ones, and another for each projection."""
         return (3 + attention) * text, 0
-
-    def memory(
-        self, small: Shapes, states: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
-    ) -> tuple[int, int]:
-        """Both sums of a block in float32 and float64, and its factor; hidden states dense, pruned, and wanted."""
-        kept = max(max(N, C) for N, C in small.sizes)
-        return round(20 * kept**2 + 20 * kept * small.hidden) + small.passing(), (3 + attention) * states

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gprune.config import DistillConfig
@@ -13,7 +12,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from gprune.models.blocks import Block
-    from gprune.models.memory import Shapes
 
 
 @recovery("distill")
@@ -48,15 +46,3 @@ class Distill(Recovery):
     ) -> tuple[int, int]:
         """The teacher forward, the student forward and backward."""
         return fresh, fresh
-
-    def memory(
-        self, small: Shapes, states: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
-    ) -> tuple[int, int]:
-        """In float32: all weights that are left, gradients and two moments of those that learn, and activations."""
-        s: DistillConfig = settings.get("distill", DistillConfig())
-        ours = replace(small.at(4, small.kept), windows=s.batch_size)
-        learn = {"vectors": 0.0, "lora": 0.0, "mlp": small.parameters("ffn"), "all": small.parameters("all")}[s.targets]
-        what = {"mlp": "ffn", "all": "all"}.get(s.targets, "nothing")
-        act = ours.learning(what, kl=s.kl > 0, checkpointing=s.checkpointing)
-        more = 4 - small.width  # bytes of every weight
-        return round(more * (small.outside + small.parameters("all")) + 12 * learn) + act, 0

@@ -11,14 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import dispatch_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from experiments import large
 from gprune.calibration.collector import collect
 from gprune.checks import bytes_of, memory_limits
 from gprune.cli import main
-from gprune.config import RunConfig
-from gprune.config.groups import ModelConfig
 from gprune.config.parse import parse
 from gprune.export import hf
 from gprune.export.hf import save_pruned
@@ -39,10 +37,8 @@ from gprune.models.offload import (
     stored,
 )
 from gprune.models.surgery import count_parameters, prune, prune_to_files
-from gprune.pipeline.memory import Held, memory_of
 from gprune.pipeline.save import masked_logits
 from gprune.runs.results import load_run
-from gprune.sparsity.budget import Budget, unit_costs
 from gprune.storage.files import locked, read_json
 from tests import tiny_run
 from tests.calibration.test_layerwise import assert_same_bits, assert_same_run, batches, walk_over
@@ -444,25 +440,3 @@ def test_a_sharded_run_that_lacks_a_recovery_and_all_numbers_gets_the_same_again
     max(learned, key=lambda path: path.stat().st_mtime_ns).unlink()  # the control's
     (tmp_path / "run/metrics.json").unlink()
     assert numbers() == first
-
-
-def test_the_plan_counts_what_is_resident():
-    """Of Gram matrices one block's, and of weights beyond the limit one block's, however many blocks there are."""
-
-    def planned(blocks: int, **model: object) -> dict[str, Held]:
-        cfg = RunConfig(gprune=False, recovery="least_squares", model=ModelConfig(dtype="bfloat16", **model))
-        with torch.device("meta"):
-            config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=blocks)
-            dense = AutoModelForCausalLM.from_config(config)
-        return memory_of(cfg, dense, Budget.of(unit_costs(blocks_of(dense), scope="ffn"), 0.5))
-
-    block = 2 * (3 * 4096 * 11008 + 4 * 4096**2 + 2 * 4096)
-    ffn = 2 * 3 * 4096 * 11008
-    more = planned(8)["recovery"].device - planned(4)["recovery"].device
-    assert more == pytest.approx(4 * (2 * block - ffn / 2), rel=0.02)  # dense and pruned
-    place = {"device_map": "auto", "max_memory": {"cpu": "1GB"}}
-    for step, held in planned(8, **place).items():
-        assert held.device == pytest.approx(planned(4, **place)[step].device, rel=0.05)
-        assert held.host <= 3 * 10**9  # of the dense model, of what the run ends with, and of another row
-    plenty = {"device_map": "auto", "max_memory": {"cpu": "64GiB"}}
-    assert planned(4, **plenty) == planned(4)

@@ -3,55 +3,52 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
 
 from experiments.bench.measure import flops as counted
-from gprune.config import RunConfig
-from gprune.config.groups import CorporaConfig
-from gprune.config.running import EvaluationConfig
+from gprune.config.parse import parse
 from gprune.models.losses import next_token_loss
-from gprune.pipeline.cost import count_tokens, flops, speed
+from gprune.pipeline.dry_run import flops, speed
+from gprune.pipeline.plan import check
 from tests import tiny_run
 from tests.tiny_families import make_tiny
 
+IDS = torch.randint(3, 128, (2, 64), generator=torch.Generator().manual_seed(0))
+
+
+def planned(model, folder, *flags):
+    model.save_pretrained(folder)
+    return check(parse([f"--model.name={folder}", "--recovery=none", "--corpora.seq_len=64", *flags]))
+
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
-def test_a_token_costs_what_torch_counts(family):
+def test_a_token_costs_what_torch_counts(family, tmp_path):
     """Without learning, recovery and Gram matrices all tokens go forward; calibration leaves the head out."""
     model = make_tiny(family)
-    corpora = CorporaConfig(num_samples=2, seq_len=64)
-    cfg = RunConfig(
-        gprune=False, recovery="none", corpora=corpora, evaluation=EvaluationConfig(seq_len=64, controls=[])
-    )
-    ids = torch.randint(3, 128, (2, 64))
+    flags = ("--gprune=false", "--corpora.num_samples=2", "--evaluation.seq_len=64", "--evaluation.controls=[]")
+    plan = planned(model, tmp_path, *flags)
     head = counted(lambda: model.get_output_embeddings()(torch.zeros(128, 32)))
-    token = (counted(lambda: model.get_decoder()(input_ids=ids, use_cache=False)) + head) / 128
-    forward, backward = count_tokens(cfg)
-    calibrated = len(cfg.calibration) * 2 * 64
-    assert backward == 0
-    assert flops(cfg, model) == pytest.approx(forward * token - calibrated * head / 128, rel=1e-9)
+    token = (counted(lambda: model.get_decoder()(input_ids=IDS, use_cache=False)) + head) / 128
+    calibrated = len(plan.cfg.calibration) * 2 * 64
+    assert plan.forward_backward_tokens == 0
+    assert flops(plan) == pytest.approx(plan.forward_tokens * token - calibrated * head / 128, rel=1e-9)
 
 
-def test_learning_costs_twice_a_pass(tiny_model):
+def test_learning_costs_twice_a_pass(tiny_model, tmp_path):
     """Frozen weights: forward, and backward to activations; of the head both in the forward pass."""
-    learning = RunConfig(recovery="none", corpora=CorporaConfig(seq_len=64), evaluation=EvaluationConfig(curve=[0.2]))
-    more = replace(learning, sparsity=replace(learning.sparsity, epochs=3))
-    tokens = [count_tokens(cfg) for cfg in (learning, more)]
-    difference = [b - a for a, b in zip(*tokens, strict=True)]
-    ids = torch.randint(3, 128, (2, 64))
+    less, more = (planned(tiny_model, tmp_path, f"--sparsity.epochs={epochs}") for epochs in (1, 3))
     tiny_model.set_attn_implementation("eager")  # the counter does not know the fused one's backward pass
 
     def step() -> None:
         asks = tiny_model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
-        next_token_loss(tiny_model, ids).backward()
+        next_token_loss(tiny_model, IDS).backward()
         asks.remove()
 
-    forward = counted(lambda: tiny_model(input_ids=ids)) / 128
-    expected = difference[0] * forward + difference[1] * counted(step) / 128
-    assert flops(more, tiny_model) - flops(learning, tiny_model) == pytest.approx(expected, rel=0.01)
+    expected = (more.forward_tokens - less.forward_tokens) * counted(lambda: tiny_model(input_ids=IDS)) / 128
+    expected += (more.forward_backward_tokens - less.forward_backward_tokens) * counted(step) / 128
+    assert flops(more) - flops(less) == pytest.approx(expected, rel=0.01)
 
 
 def test_the_dry_run_says_them_and_a_time(tmp_path, capsys):
@@ -64,5 +61,4 @@ def test_the_dry_run_says_them_and_a_time(tmp_path, capsys):
 
 
 def test_speed_is_measured():
-    start = [speed(torch.device("cpu"), torch.float32, (64, 64), seconds=0.02) for _ in range(2)]
-    assert all(1e6 < found < 1e14 for found in start)
+    assert 1e6 < speed(torch.device("cpu"), torch.float32, (64, 64), seconds=0.02) < 1e14

@@ -624,7 +624,7 @@ def test_dry_run_computes_and_writes_nothing(world, tmp_path, capsys):
     out = capsys.readouterr().out
     assert not forwards
     assert not (tmp_path / "runs").exists()
-    for word in ("forward", "backward", "memory", "widths", "80 to 80"):
+    for word in ("forward", "backward", "compute", "widths", "80 to 80"):
         assert word in out
 
 

@@ -31,28 +31,28 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Narrowed:
+class LastStep:
     """The run on what the earlier steps of a schedule have left of the dense model."""
 
     run: Run
-    kept: Masks | None  # of the dense model; None: all of it
+    left: Masks | None  # units of the dense model that are left; None: all of them
 
     def of_dense(self, masks: Masks) -> Masks:
         """Masks of the dense model, from those of what is left of it."""
-        return masks if self.kept is None else self.kept.within(masks)
+        return masks if self.left is None else self.left.within(masks)
 
 
-def narrow(run: Run, choose: Callable[[Run], Chosen]) -> Narrowed:
-    """Take the earlier steps of `--sparsity.schedule`: choose, prune, recover, and go on with what is left.
+def prune_earlier_steps(run: Run, choose: Callable[[Run], Chosen]) -> LastStep:
+    """Take all steps of `--sparsity.schedule` but the last: choose, prune, recover, and go on with what is left.
 
     Each step has its own part of the text that recoveries learn from, so that `--distill.tokens` are those of the run.
 
     Args:
         choose: steps 1 to 8.
     """
-    whole, kept, steps = run.budget, None, run.cfg.sparsity.steps
+    whole, left, steps = run.budget, None, run.cfg.sparsity.steps
     if steps == 1:
-        return Narrowed(run, None)
+        return LastStep(run, None)
     last = replace(run, text=replace(run.text, fresh=share(run.text.fresh, steps - 1, steps)))
     for number, sparsity in enumerate(run.cfg.sparsity.schedule):
         log.info("Step %d of %d: %.0f%% of the scope", number + 1, steps, 100 * sparsity)
@@ -67,18 +67,22 @@ def narrow(run: Run, choose: Callable[[Run], Chosen]) -> Narrowed:
         run.step(9, "Pruning and recovering")
         with part.folder.step("shrink"):
             model = shrink(part, masks, chosen.statistics)
-        kept = masks if kept is None else kept.within(masks)
+        left = masks if left is None else left.within(masks)
         run.meter.watch(model)
         last = replace(last, model=model, teacher=run.model, fingerprint=fingerprint(model))
-    return Narrowed(replace(last, plan=replace(run.plan, budget=remaining(whole, last))), kept)
+    return LastStep(replace(last, plan=replace(run.plan, budget=remaining(whole, last))), left)
 
 
 def remaining(whole: Budget, run: Run, sparsity: float | None = None) -> Budget:
-    """What has to go of a run's model so that so much of the dense model's scope is gone; None: the run's target."""
-    s = run.cfg.sparsity
-    goal = (
-        whole if sparsity is None else Budget.of(whole.costs, sparsity, whole.width_multiple, flag="sparsity.schedule")
-    )
+    """The budget of a run's model.
+
+    Args:
+        whole: of the dense model, for the run's target.
+        sparsity: of the dense model's scope after this step; None: the run's target.
+    """
+    s, goal = run.cfg.sparsity, whole
+    if sparsity is not None:
+        goal = Budget.of(whole.costs, sparsity, whole.width_multiple, flag="sparsity.schedule")
     if run.teacher is None:
         return goal
     costs = unit_costs(blocks_of(run.model), scope=s.scope, protect=s.protect, uniform=s.uniform_width)
