@@ -1,8 +1,6 @@
 """Killed anywhere (SIGKILL) and started again, does a run end with the same bits? Prints how often it was tried where.
 
-python -m tests.pipeline.kills                # 50 kills and 8 at random times on a tiny model: minutes
-python -m tests.pipeline.kills --count 5 --random 0
-python -m tests.pipeline.kills --real 3       # as many on the embedded model with small settings
+python -m tests.pipeline.kills --count 50     # kills on a tiny model: minutes
 
 A process takes seconds to import what a run needs, so this one imports it once and forks; the child runs `train.py`.
 An undisturbed run notes every point it passes: steps entered, batches, and each write when its file is half written,
@@ -18,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -26,28 +25,23 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import lightning as L
 from transformers import LlamaForCausalLM
 
-from gprune.models.embedded import embedded_model_dir
 from gprune.pipeline import evaluate as outcome
 from gprune.pipeline import prune as pipeline
 from gprune.pipeline import run as opening
-from gprune.report.table import markdown
 from gprune.stages.calibration import CalibrationStage
 from gprune.stages.distillation import DistillationStage
 from gprune.stages.refinement import AssignmentRefinement
 from gprune.stages.threshold_learning import ThresholdLearning
 from gprune.storage import files as artifacts
-from gprune.storage.cache import cache_dir
 
 ROOT = Path(__file__).parents[2]
 IN_THE_BOX = (
@@ -159,10 +153,9 @@ class Bench:
     folder: Path
     flags: Sequence[str]
     prepare: Callable[[], None] = lambda: None  # called in the child
-    downloads: Path | None = None  # a cache whose models and wheels every life may have
 
-    def start(self, life: Path, cache: Path, target: Point | None = None, after: float | None = None) -> int:
-        """One sitting at the run in `life`; returns the wait status. `after`: seconds until it is killed anyway."""
+    def start(self, life: Path, cache: Path, target: Point | None = None) -> bool:
+        """One sitting at the run in `life`; whether it was killed at its target. SystemExit if it fails otherwise."""
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
@@ -171,10 +164,11 @@ class Bench:
             finally:  # whatever goes wrong, a child must not go on as this process
                 traceback.print_exc()
                 os._exit(1)
-        if after is not None:
-            time.sleep(after)
-            os.kill(child, signal.SIGKILL)  # of a child that has ended nothing is left but its status
-        return os.waitpid(child, 0)[1]
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code not in (0, -signal.SIGKILL):
+            tail = (life / "output.txt").read_text()[-2000:]
+            raise SystemExit(f"{life}: a sitting ended with status {code}:\n{tail}")
+        return code != 0
 
     def sit(self, life: Path, cache: Path, target: Point | None) -> int:
         life.mkdir(parents=True, exist_ok=True)
@@ -183,9 +177,6 @@ class Bench:
         os.dup2(out, 2)
         sys.stdout = sys.stderr = open(out, "w", buffering=1)  # noqa: SIM115
         cache.mkdir(parents=True, exist_ok=True)
-        for name in ("models", "wheels") if self.downloads else ():
-            with suppress(FileExistsError):
-                (cache / name).symlink_to(self.downloads / name)
         os.environ["GPRUNE_CACHE"] = str(cache)
         sys.argv = ["train.py", *self.flags, f"--run.dir={life}", "--run.name=run"]
         self.prepare()
@@ -200,9 +191,7 @@ class Bench:
 
     def end(self, life: Path, cache: Path) -> dict[str, str]:
         """Start without a kill; the digests of what it leaves."""
-        if (status := self.start(life, cache)) != 0:
-            tail = (life / "output.txt").read_text()[-2000:]
-            raise SystemExit(f"{life}: a start after a kill ended with status {status}:\n{tail}")
+        assert not self.start(life, cache)
         return digests(life / "run")
 
 
@@ -235,21 +224,13 @@ def left_behind(folder: Path) -> list[Path]:
 
 def drawn(points: Sequence[Point], count: int, generator: random.Random) -> list[Point]:
     """`count` of the points, in the order of the run: kinds in turn, each time in the step that had fewest of them."""
-    piles: dict[tuple[str, str], list[Point]] = {}
-    for point in points:
-        piles.setdefault((point.kind, point.step), []).append(point)
-    for pile in piles.values():
-        generator.shuffle(pile)
-    chosen: list[Point] = []
-    while len(chosen) < min(count, len(points)):
-        for kind in KINDS:
-            ours = [pile for (k, _), pile in piles.items() if k == kind and pile]
-            if ours and len(chosen) < count:
-                alike, any_kind = (Counter(p.step for p in chosen if p.kind in kinds) for kinds in ([kind], KINDS))
-                generator.shuffle(ours)
-                chosen.append(min(ours, key=lambda pile: (alike[pile[0].step], any_kind[pile[0].step])).pop())
-    order = {point: i for i, point in enumerate(points)}
-    return sorted(chosen, key=order.__getitem__)
+    left, chosen = generator.sample(points, len(points)), []
+    for kind in itertools.islice(itertools.cycle(KINDS), min(count, len(points))):
+        alike, steps = (Counter(p.step for p in chosen if p.kind in kinds) for kinds in ([kind], KINDS))
+        candidates = [point for point in left if point.kind == kind] or left
+        chosen.append(min(candidates, key=lambda point: (alike[point.step], steps[point.step])))
+        left.remove(chosen[-1])
+    return sorted(chosen, key=points.index)
 
 
 def chains(points: Sequence[Point], length: int) -> Iterator[list[Point]]:
@@ -269,66 +250,41 @@ class Tally:
     def compare(self, life: Path, found: dict[str, str], expected: dict[str, str]) -> None:
         self.lives += 1
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        self.differing += [f"{life.name}: {', '.join(wrong)}"] * bool(wrong)
+        if wrong:
+            self.differing.append(f"{life.name}: {', '.join(wrong)}")
 
-    def table(self) -> str:
-        kinds = [*KINDS, "random time"]
-        rows = [
-            [step, *(self.kills[step, kind] or "" for kind in kinds), sum(self.kills[step, kind] for kind in kinds)]
+    def lines(self) -> list[str]:
+        """Kills by step, and the lives that ended otherwise."""
+        steps = [
+            f"{step}: {', '.join(f'{self.kills[step, kind]} {kind}' for kind in KINDS if self.kills[step, kind])}"
             for step in ("start", *STEPS)
-            if any(self.kills[step, kind] for kind in kinds)
+            if any(self.kills[step, kind] for kind in KINDS)
         ]
-        rows.append(["all", *(sum(n for (_, k), n in self.kills.items() if k == kind) for kind in kinds)])
-        rows[-1].append(sum(self.kills.values()))
-        return markdown([["killed in", *kinds, "all"], *[[str(cell) for cell in row] for row in rows]])
+        same = self.lives - len({line.split(":")[0] for line in self.differing})
+        total = f"{self.kills.total()} kills in {self.lives} lives, of which {same} ended bit for bit alike."
+        return [*steps, total, *(f"differs: {line}" for line in self.differing)]
 
 
-def torture(bench: Bench, *, count: int, at_random: int, length: int, seed: int, say: Callable = print) -> Tally:
-    """Kill `count` sittings at drawn points and `at_random` at random times; compare the results of every life."""
-    generator, tally = random.Random(seed), Tally()
-    shared = bench.folder / "shared-cache"
-    started = time.monotonic()
+def torture(bench: Bench, *, count: int, length: int, seed: int) -> Tally:
+    """Kill `count` sittings at drawn points, at most `length` in a life; compare the results of every life."""
+    tally, shared = Tally(), bench.folder / "shared-cache"
     expected = bench.end(bench.folder / "undisturbed", bench.folder / "cache")
-    seconds = time.monotonic() - started
-    passed = points_of(bench.folder / "undisturbed")
-    points = drawn(passed, count, generator)
-    say(f"undisturbed: {seconds:.1f} s, {len(passed)} points, {len(expected)} results to compare")
-
-    def kill(life: Path, cache: Path, **how) -> bool:
-        status = bench.start(life, cache, **how)
-        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        if killed:
-            last = (points_of(life) or [Point("start", "", "", 1)])[-1]
-            tally.kills[last.step, how["target"].kind if "target" in how else "random time"] += 1
-        elif status != 0:
-            tail = (life / "output.txt").read_text()[-2000:]
-            raise SystemExit(f"{life}: a start after a kill ended with status {status}:\n{tail}")
-        return killed
-
+    points = drawn(points_of(bench.folder / "undisturbed"), count, random.Random(seed))
     todo = [(chain, shared if place % 2 else None) for place, chain in enumerate(chains(points, length))]
     while todo:
         life = bench.folder / f"life-{tally.lives}"
         chain, cache = todo.pop(0)
         for place, target in enumerate(chain):
-            if not kill(life, cache or life / "cache", target=target):
+            if not bench.start(life, cache or life / "cache", target):
                 # Finished by an earlier sitting, or in the shared cache: such a point takes a life of its own.
                 assert place or cache, f"{target} was not reached"
                 todo.append((chain[place:], None))
                 break
-        finish(bench, life, cache or life / "cache", tally, expected)
-    for _ in range(at_random):
-        life, longest = bench.folder / f"life-{tally.lives}", seconds
-        while not kill(life, life / "cache", after=generator.uniform(0, longest)):
-            longest /= 2  # it had ended; to take up a finished run takes less
-        finish(bench, life, life / "cache", tally, expected)
+            tally.kills[target.step, target.kind] += 1
+        tally.compare(life, bench.end(life, cache or life / "cache"), expected)
+        tally.differing += [f"{life.name}: left {path.relative_to(life)}" for path in left_behind(life)]
+        shutil.rmtree(life)
     return tally
-
-
-def finish(bench: Bench, life: Path, cache: Path, tally: Tally, expected: dict[str, str]) -> None:
-    """The last sitting of a life, its comparison, and no trace of the kills in the run folder."""
-    tally.compare(life, bench.end(life, cache), expected)
-    tally.differing += [f"{life.name}: left {path.relative_to(life)}" for path in left_behind(life)]
-    shutil.rmtree(life)
 
 
 def tiny(folder: Path) -> list[str]:
@@ -342,36 +298,15 @@ def tiny(folder: Path) -> list[str]:
     return [flag for flag in world.args(folder, *more) if not flag.startswith(own)]
 
 
-def small() -> list[str]:
-    """Flags of a short run of the embedded model: no download but its own, text of the standard library."""
-    two = "[python_docs,python_code]"
-    roles = [f"--corpora.{role}={two}" for role in ("drift", "learn", "recover", "evaluate")]
-    sizes = ["--corpora.num_samples=4", "--corpora.seq_len=64", "--evaluation.num_samples=2", "--evaluation.seq_len=64"]
-    fewer = ["--sparsity.epochs=1", "--evaluation.development_samples=1", "--evaluation.curve=[0.25]"]
-    return ["--corpora.score=python_docs", *roles, *sizes, *fewer, "--trainer.accelerator=cpu"]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser("kills", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=50, help="kills at chosen points")
-    parser.add_argument("--random", type=int, default=8, help="kills at random times on top")
-    parser.add_argument("--real", type=int, default=0, metavar="N", help="N kills of the embedded model instead")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="gprune-kills-") as place:
-        folder = Path(place)
-        if options.real:
-            embedded_model_dir("smollm2-135m")
-            bench = Bench(folder, small(), downloads=cache_dir())
-            tally = torture(bench, count=options.real, at_random=0, length=options.real, seed=options.seed)
-        else:
-            bench = Bench(folder, tiny(folder))
-            tally = torture(bench, count=options.count, at_random=options.random, length=6, seed=options.seed)
-    same = tally.lives - len({line.split(":")[0] for line in tally.differing})
-    print(f"\n{tally.table()}\n")
-    print(f"{sum(tally.kills.values())} kills in {tally.lives} lives, of which {same} ended bit for bit alike.")
-    for line in tally.differing:
-        print(f"differs: {line}")
+    with tempfile.TemporaryDirectory(prefix="gprune-kills-") as folder:
+        bench = Bench(Path(folder), tiny(Path(folder)))
+        tally = torture(bench, count=options.count, length=6, seed=options.seed)
+    print("\n".join(tally.lines()))
     return bool(tally.differing)
 
 

@@ -24,15 +24,15 @@ def world(tmp_path_factory):
     token = ("<s>", tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[token])
     tokenizer.save_pretrained(world.model)
-    with tiny_run.isolated(folder / "cache"):
+    with tiny_run.isolated(folder / "cache"), pytest.MonkeyPatch.context() as patch:
+        tiny_run.quick(patch)
         yield world
 
 
 LEARNS = ("--recovery=[least_squares,distill]", "--distill.tokens=192")
 
 
-def test_every_window_of_every_role_begins_with_it_and_no_loss_counts_it(world, tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch)
+def test_every_window_of_every_role_begins_with_it_and_no_loss_counts_it(world, tmp_path):
     result = world.run(tmp_path, *LEARNS)
     model, tokenizer = load_model(str(world.model))
     text = prepare_text(result.config, tokenizer, 128)
@@ -55,9 +55,8 @@ def test_every_window_of_every_role_begins_with_it_and_no_loss_counts_it(world, 
     assert "with BOS" in (result.path / "model/README.md").read_text()
 
 
-def test_runs_with_and_without_share_nothing(world, tmp_path, monkeypatch):
+def test_runs_with_and_without_share_nothing(world, tmp_path):
     """In one cache; `always` is what `auto` does here, to the same bits."""
-    tiny_run.quick(monkeypatch)
     flags = ("--gprune=false", "--export=none")
     found = {bos: world.run(tmp_path, *flags, f"--corpora.bos={bos}", name=bos) for bos in ("auto", "never", "always")}
     inputs = {bos: json.loads((run.path / "manifest.json").read_text())["settings"]["inputs"]["text"]
@@ -84,9 +83,8 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_one_line(world, tmp_pat
 # What stands between documents
 
 
-def test_eos_between_documents_where_it_is_asked_for(world, tmp_path, monkeypatch):
+def test_eos_between_documents_where_it_is_asked_for(world, tmp_path):
     """In one cache; a blank line is no token of this tokenizer's, so that EOS takes a place of its own."""
-    tiny_run.quick(monkeypatch)
     flags = ("--gprune=false", "--export=none")
     blank, eos = (world.run(tmp_path, *flags, f"--corpora.separator={s}", name=s) for s in ("blank", "eos"))
     texts = []

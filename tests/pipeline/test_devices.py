@@ -35,14 +35,12 @@ CEILING = {
 }
 A_STEP = {"cross_entropy": 2, "kl": 3}  # one of them in transformers, at every forward pass
 FAST = ("calibration with Gram matrices", "calibration block by block", "saliency", "least_squares",
-        "distill all, with all losses", "pruning", "perplexity")  # fmt: skip
+        "distill all, with all losses", "pruning", "perplexity", "thresholds, cross_entropy")  # fmt: skip
 
 
-def cases(names, fast):
-    """All of them, those marked slow that are not among the fast."""
-    return [
-        pytest.param(*([n] if isinstance(n, str) else n), marks=[] if n in fast else pytest.mark.slow) for n in names
-    ]
+def marked(names):
+    """All of them; those that are not in `FAST` are slow."""
+    return [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +56,17 @@ def check(part, model, devices, ceiling=None):
         assert 0 < counted.waits <= ceiling, counted.by_place
 
 
-@pytest.mark.parametrize(("devices", "tied"), [(1, False), (2, False), pytest.param(2, True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", cases(PARTS, FAST))
+PLACES = [(1, False), pytest.param(2, False, marks=pytest.mark.slow), (2, True)]
+
+
+@pytest.mark.parametrize(("devices", "tied"), PLACES)
+@pytest.mark.parametrize("name", marked(PARTS))
 def test_a_part_finds_the_same_wherever_layers_lie(name, devices, tied, models):
     check(PARTS[name], models["llama", tied], devices, CEILING[name])
 
 
-SOON = [("thresholds, cross_entropy", 1, False), ("both, kl, attention", 2, False), ("both, kl, attention", 2, True)]
-EVERY = [(name, devices, tied) for name in LEARNING for devices, tied in ((1, False), (2, False), (2, True))]
-
-
-@pytest.mark.parametrize(("name", "devices", "tied"), cases(EVERY, SOON))
+@pytest.mark.parametrize(("devices", "tied"), [(1, False), (2, True)])
+@pytest.mark.parametrize("name", marked(LEARNING))
 def test_a_step_of_learning_waits_as_often_whatever_the_model_and_the_text(name, devices, tied, models):
     how, model = LEARNING[name], models["llama", tied]
     expected, _ = run(lambda place: parts.learn(place, **how), model, 0)
@@ -77,10 +75,9 @@ def test_a_step_of_learning_waits_as_often_whatever_the_model_and_the_text(name,
     assert 0 < waits <= A_STEP[how["loss"]]
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("name", cases(EXPERTS, ("calibration with Gram matrices", "least_squares")))
-def test_experts(name, devices, models):
-    check(PARTS[name], models["mixtral", False], devices)
+@pytest.mark.parametrize("name", marked(EXPERTS))
+def test_experts(name, models):
+    check(PARTS[name], models["mixtral", False], 2)
 
 
 def test_learning_with_experts(models):
@@ -89,7 +86,7 @@ def test_learning_with_experts(models):
 
 def test_more_blocks_cost_a_step_nothing():
     model = parts.make_tiny("llama", num_hidden_layers=5)
-    assert parts.learned(LEARNING["both, cross_entropy"], model, 2)[1] <= A_STEP["cross_entropy"]
+    assert parts.learned(LEARNING["both, cross_entropy, attention"], model, 2)[1] <= A_STEP["cross_entropy"]
 
 
 # The simulation sees mistakes
@@ -152,29 +149,28 @@ def world(tmp_path_factory):
         yield world
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_whole_run(devices, world, tmp_path, monkeypatch):
+def test_a_whole_run(world, tmp_path, monkeypatch):
     """The default run: thresholds, least squares, distillation, export; KV groups too."""
     tiny_run.quick(monkeypatch)
     flags = ("--sparsity.scope=attention+ffn", "--recovery=[least_squares,distill]", "--distill.tokens=384")
     flags += ("--evaluation.controls=[]", "--evaluation.curve=[]", "--partition.steps=5")
     expected = world.run(tmp_path, *flags, name="cpu")
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
-    load, flag = inputs.load_model, "--model.device_map=auto"
+    load = inputs.load_model
 
     def loaded(name, **how):
         model, tokenizer = load(name, **{k: v for k, v in how.items() if k not in ("device_map", "max_memory")})
-        return (placed(model, devices) if devices > 1 else model), tokenizer
+        return placed(model, 2), tokenizer
 
     def again(folder, input_ids, *, device, **_):
-        model = placed(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval(), devices)
+        model = placed(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval(), 2)
         with torch.inference_mode():
             return model(input_ids.to(device), use_cache=False).logits
 
     monkeypatch.setattr(inputs, "load_model", loaded)
     monkeypatch.setattr("gprune.export.hf.reloaded_logits", again)
     with pretend():
-        assert main(world.args(tmp_path, *flags, *[flag] * (devices > 1), name="pretended")) == 0
+        assert main(world.args(tmp_path, *flags, "--model.device_map=auto", name="pretended")) == 0
     found = load_run(tmp_path / "pretended")
     assert found.masks == expected.masks
     for mine, theirs in zip(found.records, expected.records, strict=True):

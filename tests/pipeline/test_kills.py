@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,36 +21,25 @@ from tests.conftest import make_tiny_llama
 from tests.pipeline import kills
 
 
-@pytest.fixture
-def bench(tmp_path):
-    """Runs that spare themselves the fresh process of the export's check."""
+@pytest.mark.slow
+def test_killed_five_times_a_run_ends_with_the_same_bits(tmp_path):
+    """Each kind of point once, in runs that spare themselves the fresh process of the export's check."""
     with tiny_run.isolated(tmp_path / "none"):
-        yield kills.Bench(tmp_path, kills.tiny(tmp_path), prepare=lambda: tiny_run.quick(pytest.MonkeyPatch()))
-
-
-@pytest.mark.slow
-def test_killed_five_times_a_run_ends_with_the_same_bits(bench):
-    tally = kills.torture(bench, count=5, at_random=0, length=5, seed=0)
-    assert tally.differing == []
-    assert sum(tally.kills.values()) == 5
-    assert {kind for _, kind in tally.kills} == set(kills.KINDS)  # one of each
-    assert len({step for step, _ in tally.kills}) == 5
-
-
-@pytest.mark.slow
-def test_the_comparison_sees_a_run_that_is_not_taken_up_as_it_was(bench, monkeypatch):
-    """With a check that lets damaged files through, a file that was cut in half and renamed shows."""
-    life, cache = bench.folder / "life", bench.folder / "cache"
-    expected = bench.end(life, cache)
-    assert kills.left_behind(life) == []
-    modules = artifacts.read_tensors(life / "run/masks/base.safetensors")
-    modules["ffn.0"][0] ^= True
-    artifacts.write_tensors(life / "run/masks/base.safetensors", modules)
-    tally = kills.Tally()
-    tally.compare(life, kills.digests(life / "run"), expected)
-    assert tally.differing == ["life: masks/base.safetensors"]
-    with pytest.raises(SystemExit, match="holds other masks"):
-        bench.end(life, cache)
+        flags = kills.tiny(tmp_path)
+        bench = kills.Bench(tmp_path, flags, prepare=lambda: tiny_run.quick(pytest.MonkeyPatch()))
+        tally = kills.torture(bench, count=5, length=5, seed=0)
+        assert tally.differing == []
+        assert {kind for _, kind in tally.kills} == set(kills.KINDS)
+        assert len({step for step, _ in tally.kills}) == tally.kills.total() == 5
+        # the comparison sees other masks, and the run refuses them
+        life, file = tmp_path / "undisturbed", tmp_path / "undisturbed/run/masks/base.safetensors"
+        before, masks = kills.digests(life / "run"), artifacts.read_tensors(file)
+        masks["ffn.0"][0] ^= True
+        artifacts.write_tensors(file, masks)
+        tally.compare(life, kills.digests(life / "run"), before)
+        assert tally.differing == ["undisturbed: masks/base.safetensors"]
+        with pytest.raises(SystemExit, match="holds other masks"):
+            bench.end(life, tmp_path / "cache")
 
 
 DIES = """
@@ -96,29 +86,15 @@ def test_what_a_killed_run_had_learned_from_counts(tmp_path):
 
 
 def test_points_are_drawn_from_every_kind_and_step():
-    points = [
-        kills.Point(step, kind, "", n)
-        for step in kills.STEPS for kind in kills.KINDS for n in range(4)
-    ]  # fmt: skip
+    points = [kills.Point(step, kind, "", n) for step in kills.STEPS for kind in kills.KINDS for n in range(4)]
     drawn = kills.drawn(points, 50, random.Random(0))
-    assert len(drawn) == len(set(drawn)) == 50
+    assert len(set(drawn)) == 50
     assert drawn == sorted(drawn, key=points.index)
-    for kind in kills.KINDS:
-        assert sum(point.kind == kind for point in drawn) == 10
+    assert set(Counter(point.kind for point in drawn).values()) == {10}
     assert {point.step for point in drawn} == set(kills.STEPS)
     dealt = list(kills.chains(drawn, 6))
     assert sorted((point for chain in dealt for point in chain), key=points.index) == drawn
     assert all(len(chain) <= 6 and chain == sorted(chain, key=points.index) for chain in dealt)
-
-
-def test_a_child_that_is_not_reached_is_no_kill(bench):
-    """The wait status tells a kill from an end; here the point is one that never comes."""
-    target = kills.Point("evaluate", "batch", "nothing", 1)
-    bench.flags = ["--sparsity.target=2"]
-    status = bench.start(bench.folder / "life", bench.folder / "cache", target)
-    assert os.WIFEXITED(status)
-    assert os.WEXITSTATUS(status) == 2
-    assert "--sparsity.target" in (bench.folder / "life/output.txt").read_text()
 
 
 # --- order that nobody has promised ---------------------------------------------------------------------------------
