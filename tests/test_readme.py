@@ -7,7 +7,6 @@ import re
 import runpy
 import shlex
 from contextlib import ExitStack
-from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,10 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import gprune
 from gprune.__main__ import COMMANDS
-from gprune.benchmarks.command import parser as evaluation_parser
 from gprune.calibration.statistics import Moments
 from gprune.cli import BETTER, without_flags
-from gprune.export.command import parser as export_parser
 from gprune.export.hf import save_pruned
 from gprune.importance.weights import UnitWeights
 from gprune.models.blocks import blocks_of
@@ -28,10 +25,8 @@ from gprune.models.families import FAMILIES, table
 from gprune.models.loading import load_model
 from gprune.models.surgery import prune
 from gprune.recoveries import RECOVERY
-from gprune.report.command import parser as report_parser
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.gates import masked
-from gprune.studies.command import parser as lists_parser
 from tests import built_in, tiny_run
 from tests.tiny_families import make_tiny, some_masks
 
@@ -42,7 +37,6 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
 README = PAGES["README.md"]
 RECIPES = PAGES["docs/extend.md"]
 USER_PAGES = [name for name in PAGES if name not in ("CHANGELOG.md", "experiments/README.md")]  # that tell no history
-PARSERS = (export_parser(), evaluation_parser(), report_parser(), lists_parser())
 
 
 @pytest.fixture
@@ -73,38 +67,23 @@ def run_block(word: str) -> dict[str, object]:
     return names
 
 
-def all_flags(config: object, prefix: str = "--") -> set[str]:
-    names = set()
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            names |= {prefix + field.name} | all_flags(value, f"{prefix}{field.name}.")
-        else:
-            names.add(prefix + field.name)
-    return names
-
-
 # What the pages name is there
 
 
 @pytest.mark.parametrize("page", USER_PAGES)
 def test_flags_that_pages_name_exist(page):
-    known = all_flags(gprune.RunConfig()) | {"--config", "--print_config", "--help", "--sparsity.options.power"}
-    known |= {flag for made in PARSERS for action in made._actions for flag in action.option_strings}
-    foreign = {
-        "--work",
-        "--fetch",
-        "--small",
-        "--reference",
-        "--array",
-        "--wrap",
-        "--minutes",
-        "--check",  # of scripts, SLURM, ruff
-        "--trust-remote-code",
-    }  # of vLLM
+    """`docs/flags.md` has them all; that it is made from the command lines is another test."""
+    flag = r"(?<![\w-])--[a-z][a-z0-9_-]*(?:\.[a-z0-9_]+)*"
+    known = {
+        "--config",
+        "--print_config",
+        "--help",
+        "--sparsity.options.power",
+        *re.findall(flag, PAGES["docs/flags.md"]),
+    }
+    of_others = "--work --fetch --small --reference --array --wrap --minutes --check --trust-remote-code"
     text = re.sub(r"^#SBATCH.*", "", PAGES[page], flags=re.M)
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*(?:\.[a-z0-9_]+)*", text))
-    assert named - known - foreign == set()
+    assert set(re.findall(flag, text)) - known - set(of_others.split()) == set()
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -193,14 +172,6 @@ def test_the_last_lines_of_a_run_quote_the_log_where_it_applies():
         (["--model.name=gemma-3-270m"], False),
     ):
         assert without_flags(gprune.config.parse(flags)) is said, flags
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_quick_start_commands_are_one_line_each(number):
-    (quick,) = [part for part in re.split(r"^## ", README, flags=re.M) if part.startswith("Quick start")]
-    blocks = re.findall(r"^```bash\n(.*?)^```", quick, re.M | re.S)
-    assert len(blocks) == 2
-    assert len(blocks[number - 1].strip().splitlines()) == 1
 
 
 def test_the_first_notebook_is_stored_with_what_comes_out():
