@@ -111,7 +111,7 @@ def fine_tuned(folder: Path, text: Text, into: Path) -> PreTrainedModel:
     model = peft.get_peft_model(loaded(folder), peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-3)
-    batches = [*text.own_train.tokens.split(2)] * 2
+    batches = 2 * text.own_train.tokens.split(2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
     for ids in batches:
         optimizer.zero_grad()
@@ -134,11 +134,11 @@ def table(rows: Sequence[Row], text: Text) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = argparse.ArgumentParser(prog="experiments.after_pruning", description=__doc__.splitlines()[0])
-    made.add_argument("run", type=Path)
-    made.add_argument("--own", default="stories", help="corpus that is fine-tuned on (default: stories)")
-    made.add_argument("--windows", type=int, default=48, help="of its train text (default: 48)")
-    args = made.parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="experiments.after_pruning", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--own", default="stories", help="corpus that is fine-tuned on (default: stories)")
+    parser.add_argument("--windows", type=int, default=48, help="of its train text (default: 48)")
+    args = parser.parse_args(arguments)
     try:
         if args.windows < 1:
             raise UserError(f"--windows: expected 1 or more, got {args.windows}.")

@@ -138,9 +138,9 @@ def block_table(values: Tensor, *, every: int) -> Table:
 
     def cells(name: str, numbers: Tensor, counts: Tensor) -> list[Cell]:
         drift, floor, *rest = numbers.tolist()
-        found = [drift, floor, drift / floor if floor else None, *rest]
+        row = [drift, floor, drift / floor if floor else None, *rest]
         switched = f"{int(counts[0])} of {int(counts[1])}"
-        return [name, *(None if v is None or math.isnan(v) else v for v in found), switched]
+        return [name, *(None if v is None or math.isnan(v) else v for v in row), switched]
 
     shown = [cells(str(b), v[:-2], v[-2:]) for b, v in enumerate(values) if b % every == 0]
     shown.append(cells("mean", values[:, :-2].nanmean(0), values[:, -2:].sum(0)))
@@ -157,13 +157,15 @@ def separation_table(
     rows: list[list[Cell]] = []
     for name, labels in partitions.items():
         for what, values in quantities.items():
-            found = [
+            separations = [
                 separation(v, y, permutations=permutations, seed=seed + permutations * b)
                 for b, (v, y) in enumerate(zip(values, labels, strict=True))
             ]
-            numbers = torch.tensor([[s.eta_squared, float(s.random.mean()), float(s.random.max())] for s in found])
+            numbers = torch.tensor(
+                [[s.eta_squared, float(s.random.mean()), float(s.random.max())] for s in separations]
+            )
             above = int((numbers[:, 0] > numbers[:, 2]).sum())
-            rows.append([f"{name}: {what}", *numbers.mean(0).tolist(), f"{above} of {len(found)}"])
+            rows.append([f"{name}: {what}", *numbers.mean(0).tolist(), f"{above} of {len(separations)}"])
     columns = ["modules: quantity", "eta squared", "random, mean", "random, largest", "blocks above their largest"]
     digits = dict.fromkeys(columns[1:4], 3)
     return Table("separation", "Between modules", columns, rows, digits)
@@ -216,17 +218,17 @@ def draw(run: FinishedRun, file: Path) -> list[Path]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = Parser("python -m experiments.heterogeneity", description=__doc__)
-    made.add_argument("run", metavar="RUN", help="folder of a finished run, such as runs/NAME")
-    made.add_argument("--all", action="store_true", help=f"print all blocks, not every {EVERY}rd")
-    made.add_argument("--figure", type=Path, metavar="FILE", help="draw into FILE, as .png and as .svg")
-    made.add_argument("--permutations", type=int, default=20, help="random partitions per block; default 20")
-    made.add_argument("--seed", type=int, default=0, help="of the random partitions")
-    made.add_argument(
+    command_line = Parser("python -m experiments.heterogeneity", description=__doc__)
+    command_line.add_argument("run", metavar="RUN", help="folder of a finished run, such as runs/NAME")
+    command_line.add_argument("--all", action="store_true", help=f"print all blocks, not every {EVERY}rd")
+    command_line.add_argument("--figure", type=Path, metavar="FILE", help="draw into FILE, as .png and as .svg")
+    command_line.add_argument("--permutations", type=int, default=20, help="random partitions per block; default 20")
+    command_line.add_argument("--seed", type=int, default=0, help="of the random partitions")
+    command_line.add_argument(
         "--data-free", action=argparse.BooleanOptionalAction, default=True,
         help="load the dense model, and make modules from its parameters alone (default)",
     )  # fmt: skip
-    return made
+    return command_line
 
 
 def work(arguments: Sequence[str] | None = None) -> str:

@@ -55,10 +55,10 @@ def bootstrapped(samples: Sequence[np.ndarray], weights: np.ndarray, rng: np.ran
     def statistic(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
         return sum(w * part.mean(axis=axis) for w, part in zip(weights, parts, strict=True))
 
-    found = stats.bootstrap(
+    interval = stats.bootstrap(
         samples, statistic, n_resamples=DRAWS, method=method, vectorized=True, rng=rng, confidence_level=0.95
     ).confidence_interval
-    return found.low, found.high
+    return interval.low, interval.high
 
 
 def student(samples: Sequence[np.ndarray], weights: np.ndarray, rng: np.random.Generator) -> Interval:

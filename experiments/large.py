@@ -143,9 +143,9 @@ def train(flags: list[str], cache: Path, limit: str | None) -> Peak:
         )  # fmt: skip
         while child.poll() is None:
             with suppress(OSError, KeyError, ValueError):
-                found = _status(child.pid)
-                peak.resident = max(peak.resident, found["VmHWM"])
-                peak.private = max(peak.private, found["RssAnon"])
+                status = _status(child.pid)
+                peak.resident = max(peak.resident, status["VmHWM"])
+                peak.private = max(peak.private, status["RssAnon"])
             time.sleep(0.1)
         peak.seconds = time.monotonic() - started
         errors.seek(0)

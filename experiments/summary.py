@@ -6,7 +6,6 @@ Rows without a record are left out. `python -m experiments.summary FOLDER` draws
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
@@ -68,7 +67,7 @@ Lines = dict[tuple[str, str], list[tuple[float, Estimate]]]
 def runs_of(name: str) -> list[FinishedRun]:
     """The rows of a list that have run, by its path below `experiments`."""
     listing = Listing.read(HERE / name)
-    return [as_run(row, kept, listing.seen) for row in listing.rows if (kept := record_of(row)) is not None]
+    return [as_run(row, content, listing.seen) for row in listing.rows if (content := record_of(row)) is not None]
 
 
 def by_budget(lists: Mapping[str, Collection[str] | None]) -> Lines:
@@ -99,8 +98,8 @@ def _what(run: FinishedRun, stage: tuple[str, str]) -> str | None:
 def parts() -> list[tuple[str, Estimate]]:
     """Perplexity of the headline's rows over the base metric's, over seeds."""
     runs = runs_of("headline.yaml")
-    found = [(label, ratios_of(runs, stage, "base: base")) for stage, label in PARTS.items()]
-    return [("the base metric", Estimate(1.0)), *((label, pooled(ratios)) for label, ratios in found if ratios)]
+    by_part = [(label, ratios_of(runs, stage, "base: base")) for stage, label in PARTS.items()]
+    return [("the base metric", Estimate(1.0)), *((label, pooled(ratios)) for label, ratios in by_part if ratios)]
 
 
 @style()
@@ -134,9 +133,9 @@ def drawn() -> Figure:
 
 def work(arguments: Sequence[str] | None = None) -> str:
     """What the command prints."""
-    made: argparse.ArgumentParser = Parser("python -m experiments.summary", description=__doc__)
-    made.add_argument("folder", type=Path, metavar="FOLDER", help="where summary.png and summary.svg go")
-    folder = made.parse_args(arguments).folder
+    parser = Parser("python -m experiments.summary", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where summary.png and summary.svg go")
+    folder = parser.parse_args(arguments).folder
     quiet()
     return f"Drawn: {', '.join(map(str, save(drawn(), folder, 'summary', FORMATS)))}.\n"
 

@@ -114,10 +114,10 @@ def main(arguments: list[str] | None = None) -> int:
         own, first, name = prompt_logprobs(args.folder.absolute(), reference["ids"])
     except Exception as error:  # whatever vLLM raises: it is what the caller wants to know
         return fail(f"vLLM {vllm.__version__}: {type(error).__name__}: {error}")
-    found = {"vllm": vllm.__version__, "class": name} | compare(reference, own, first)
-    print(json.dumps(found))
-    if not found["difference"] <= LIMIT:  # also true of NaN
-        return fail(f"expected log-probabilities within {LIMIT}, got a difference of {found['difference']:.3g}.")
+    figures = {"vllm": vllm.__version__, "class": name} | compare(reference, own, first)
+    print(json.dumps(figures))
+    if not figures["difference"] <= LIMIT:  # also true of NaN
+        return fail(f"expected log-probabilities within {LIMIT}, got a difference of {figures['difference']:.3g}.")
     return 0
 
 

@@ -26,23 +26,23 @@ from .models import DTYPES, Settings
 def parser() -> Parser:
     """The command line."""
     default = Settings()
-    made = Parser("python -m experiments.bench", description=__doc__)
-    made.add_argument("what", choices=("inference",))
-    made.add_argument("--small", action="store_true", help="tiny shapes, on which figures mean nothing")
-    made.add_argument("--model", default=default.model, help="embedded name, folder or hub id, or `tiny`")
-    made.add_argument("--run", help="a finished run, or a pruned model folder (dense: --model)")
-    made.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
-    made.add_argument("--dtype", choices=DTYPES, default="float32")
-    made.add_argument("--threads", type=int, help="of the processor; else what OMP_NUM_THREADS says")
-    made.add_argument("--repeats", type=int, default=default.repeats, help="rounds; medians are reported")
-    made.add_argument("--seed", type=int, default=default.seed)
-    made.add_argument("--sparsity", type=float, default=default.sparsity, help="of the FFN, for masks drawn at random")
-    made.add_argument("--widths", choices=("random", "uniform"), default=default.widths)
-    made.add_argument("--width_multiple", type=int, default=default.width_multiple)
-    made.add_argument("--batch_sizes", type=int, nargs="+", default=default.batch_sizes)
-    made.add_argument("--seq_len", type=int, default=default.seq_len, help="tokens of prefill and prompt")
-    made.add_argument("--new_tokens", type=int, default=default.new_tokens)
-    return made
+    flags = Parser("python -m experiments.bench", description=__doc__)
+    flags.add_argument("what", choices=("inference",))
+    flags.add_argument("--small", action="store_true", help="tiny shapes, on which figures mean nothing")
+    flags.add_argument("--model", default=default.model, help="embedded name, folder or hub id, or `tiny`")
+    flags.add_argument("--run", help="a finished run, or a pruned model folder (dense: --model)")
+    flags.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    flags.add_argument("--dtype", choices=DTYPES, default="float32")
+    flags.add_argument("--threads", type=int, help="of the processor; else what OMP_NUM_THREADS says")
+    flags.add_argument("--repeats", type=int, default=default.repeats, help="rounds; medians are reported")
+    flags.add_argument("--seed", type=int, default=default.seed)
+    flags.add_argument("--sparsity", type=float, default=default.sparsity, help="of the FFN, for masks drawn at random")
+    flags.add_argument("--widths", choices=("random", "uniform"), default=default.widths)
+    flags.add_argument("--width_multiple", type=int, default=default.width_multiple)
+    flags.add_argument("--batch_sizes", type=int, nargs="+", default=default.batch_sizes)
+    flags.add_argument("--seq_len", type=int, default=default.seq_len, help="tokens of prefill and prompt")
+    flags.add_argument("--new_tokens", type=int, default=default.new_tokens)
+    return flags
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

@@ -26,15 +26,15 @@ examples:
 
 def parser() -> Parser:
     """The command line."""
-    made = Parser("gprune export", description=ABOUT, epilog=MORE)
-    made.add_argument("run", metavar="RUN", help="a finished run, or a model folder")
-    made.add_argument("--to", choices=("gguf",), default="gguf", help="format (default: %(default)s)")
-    made.add_argument("--output", metavar="PATH", help="the file to write (default: beside the model)")
-    made.add_argument("--overwrite", action="store_true", help="replace a former export")
+    command_line = Parser("gprune export", description=ABOUT, epilog=MORE)
+    command_line.add_argument("run", metavar="RUN", help="a finished run, or a model folder")
+    command_line.add_argument("--to", choices=("gguf",), default="gguf", help="format (default: %(default)s)")
+    command_line.add_argument("--output", metavar="PATH", help="the file to write (default: beside the model)")
+    command_line.add_argument("--overwrite", action="store_true", help="replace a former export")
     types = ", ".join((*TYPES, *QUANTISED))
-    made.add_argument("--type", default="f16", help=f"of the matrices: {types} (default: %(default)s)")
-    made.add_argument("--unchecked", action="store_true", help="do not ask for a llama.cpp build")
-    hub = made.add_argument_group("Hugging Face Hub")
+    command_line.add_argument("--type", default="f16", help=f"of the matrices: {types} (default: %(default)s)")
+    command_line.add_argument("--unchecked", action="store_true", help="do not ask for a llama.cpp build")
+    hub = command_line.add_argument_group("Hugging Face Hub")
     hub.add_argument("--push", metavar="OWNER/NAME", help="the model folder as it is, with its card; converts nothing")
     hub.add_argument(
         "--dry-run",
@@ -42,7 +42,7 @@ def parser() -> Parser:
         default=True,
         help="only say what would go up (default: %(default)s)",
     )
-    return made
+    return command_line
 
 
 def main(args: Sequence[str]) -> int:
@@ -53,11 +53,11 @@ def main(args: Sequence[str]) -> int:
 
 def run(args: Sequence[str]) -> str:
     """Write or upload what the arguments ask for; returns the line that says where it is."""
-    made = parser()
-    options = made.parse_args(args)
+    command_line = parser()
+    options = command_line.parse_args(args)
     if options.push is not None:
         converting = ("to", "output", "overwrite", "type", "unchecked")
-        if other := [name for name in converting if getattr(options, name) != made.get_default(name)]:
+        if other := [name for name in converting if getattr(options, name) != command_line.get_default(name)]:
             raise UserError(f"--push uploads the model folder as it is; expected no --{other[0]} beside it.")
         quiet()
         return push(options.run, options.push, dry_run=options.dry_run)

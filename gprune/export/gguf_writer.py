@@ -183,22 +183,22 @@ def write_gguf(
     check_expressible(model)
     keys = model_keys(model, name, type)
     keys |= tokenizer_keys(tokenizer, model.get_decoder().embed_tokens.num_embeddings)
-    kinds = {name: stored_type(tensor, type) for name, tensor in tensors(model)}
+    types = {name: stored_type(tensor, type) for name, tensor in tensors(model)}
     writer = GGUFWriter(path, architecture(model))
     try:
         for key, value in keys.items():
             ADD[value.__class__](writer, key, value)
         for tensor_name, tensor in tensors(model):
-            shape = quant_shape_to_byte_shape(tensor.shape, kinds[tensor_name])
-            writer.add_tensor_info(tensor_name, shape, np.uint8, math.prod(shape), raw_dtype=kinds[tensor_name])
+            shape = quant_shape_to_byte_shape(tensor.shape, types[tensor_name])
+            writer.add_tensor_info(tensor_name, shape, np.uint8, math.prod(shape), raw_dtype=types[tensor_name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor_name, tensor in tensors(model):  # one at a time: no second copy of the model in memory
-            writer.write_tensor_data(stored(tensor_name, tensor, kinds[tensor_name]))
+            writer.write_tensor_data(stored(tensor_name, tensor, types[tensor_name]))
     finally:
         writer.close()
-    fallen_back = [name for name, kind in kinds.items() if type == "q8_0" and kind == GGMLQuantizationType.F16]
+    fallen_back = [name for name, of in types.items() if type == "q8_0" and of == GGMLQuantizationType.F16]
     if fallen_back:
         log.info("q8_0 takes rows of multiples of 32 numbers; in float16 instead: %s", ", ".join(fallen_back))
     return fallen_back

@@ -73,8 +73,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote
 def stock_values(model: PreTrainedModel) -> dict[str, Any]:
     """What the config of the dense stock model says, with the size of a head and the dtype spelled out."""
     (first, *_) = blocks_of(model)
-    kept = {key: value for key, value in model.config.to_dict().items() if key not in NOT_CARRIED}
-    return kept | {"head_dim": first.head_dim, "dtype": model.dtype}
+    carried = {key: value for key, value in model.config.to_dict().items() if key not in NOT_CARRIED}
+    return carried | {"head_dim": first.head_dim, "dtype": model.dtype}
 
 
 def stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
@@ -86,9 +86,9 @@ def stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for model_type, settings in {family.model_type: {}, **family.same_as}.items():
         with suppress(ValueError, StrictDataclassError):  # a config may refuse these sizes
-            found = skeleton(CONFIG_MAPPING[model_type](**stock_values(model) | sizes | settings))
-            if {name: tensor.shape for name, tensor in found.state_dict().items()} == shapes:
-                return found
+            stock = skeleton(CONFIG_MAPPING[model_type](**stock_values(model) | sizes | settings))
+            if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
+                return stock
     return None
 
 
