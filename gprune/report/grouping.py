@@ -33,7 +33,7 @@ def as_small(run: FinishedRun, other: FinishedRun) -> bool:
     return abs(one["parameters_after"] - two["parameters_after"]) <= 0.01 * one["parameters_before"]
 
 
-def told_apart(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
+def with_distinct_names(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
     """The runs under distinct names: 'NAME, seed S' where several share a name, with a number where both are shared."""
     runs = list(runs)
     shared = Counter(run.name for run in runs)

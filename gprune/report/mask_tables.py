@@ -9,7 +9,7 @@ import numpy as np
 
 from gprune.evaluation.stability import Stability, pairwise_stability
 from gprune.models.masks import Masks
-from gprune.report.grouping import Group, told_apart
+from gprune.report.grouping import Group, with_distinct_names
 from gprune.report.table import Cell, Table
 from gprune.runs.results import FinishedRun
 
@@ -23,7 +23,7 @@ NOTE = (
 
 def masks_of(runs: Iterable[FinishedRun]) -> dict[str, Masks]:
     """Final masks by names that tell runs apart, of the runs whose masks were kept."""
-    return {run.name: run.masks for run in told_apart(runs) if run.masks is not None}
+    return {run.name: run.masks for run in with_distinct_names(runs) if run.masks is not None}
 
 
 def sparsity_table(runs: Sequence[FinishedRun]) -> Table:
@@ -65,7 +65,7 @@ def repeatability_table(groups: Sequence[Group]) -> Table:
 def pairs(runs: Iterable[FinishedRun]) -> dict[tuple[str, str], dict[str, Stability]]:
     """`pairwise_stability` of the final masks of runs of the same dense model, by names that tell runs apart."""
     models: dict[str, dict[str, Masks]] = {}
-    for run in told_apart(runs):
+    for run in with_distinct_names(runs):
         if run.masks is not None:
             models.setdefault(run.model, {})[run.name] = run.masks
     return {pair: by_kind for same in models.values() for pair, by_kind in pairwise_stability(same).items()}

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from gprune.errors import UserError
 from gprune.report.benchmark_table import evaluation_table
 from gprune.report.comparison_figures import means_figure, ratio_figure, sparsity_lines, stability_figure
-from gprune.report.grouping import Group, groups, read_runs, short_names, told_apart
+from gprune.report.grouping import Group, groups, read_runs, short_names, with_distinct_names
 from gprune.report.mask_tables import masks_of, pairs, repeatability_table, sparsity_table, stability_table
 from gprune.report.perplexity_tables import comparison_table, perplexity_table, summary_table
 from gprune.report.records import caption
@@ -68,9 +68,9 @@ class Report:
         return len(self.runs) > SIDE_BY_SIDE
 
     @property
-    def told_apart(self) -> list[FinishedRun]:
+    def named_runs(self) -> list[FinishedRun]:
         """The runs under names of their own."""
-        return told_apart(self.runs)
+        return with_distinct_names(self.runs)
 
     def protocols(self) -> list[str]:
         """One line per protocol by which the numbers were measured."""
@@ -84,7 +84,7 @@ class Report:
         """Figures over all runs, by name; none of many."""
         if self.many:
             return {}
-        runs = self.told_apart
+        runs = self.named_runs
         short = short_names([run.name for run in (*runs, *self.groups, *([self.base] if self.base else []))])
         # Of the summary's rows: run, stage, seeds, seen, unseen, gap, unseen / dense, unseen / base. One dense row.
         dense, *others = self.tables[0].rows
@@ -122,7 +122,7 @@ class Report:
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         drawn = self.draw(folder / "figures", formats)
-        for run in [] if self.many else self.told_apart:
+        for run in [] if self.many else self.named_runs:
             own = folder / "figures" / ("" if len(self.runs) == 1 else run.name.replace("/", "-"))
             if run.masks is not None:
                 drawn += write_figures(own, run.records, run.modules, run.masks, formats)
@@ -175,7 +175,7 @@ def of_runs(
     tables = [summary_table(rows, bases, seen=seen), perplexity_table(rows, seen=seen), sparsity_table(runs)]
     if 1 < len(runs) <= SIDE_BY_SIDE:
         tables += [comparison_table(rows), stability_table(rows), repeatability_table(rows)]
-    if evaluated := [r | {"run": run.name} for run in told_apart(runs) for r in run.evaluation]:
+    if evaluated := [r | {"run": run.name} for run in with_distinct_names(runs) for r in run.evaluation]:
         tables.append(evaluation_table(evaluated))
     of_rows = {base.name: base for base in (bases or {}).values()}  # rows of several budgets have a base each
     return Report(list(runs), rows, tables, *of_rows.values() if len(of_rows) == 1 else (None,))
