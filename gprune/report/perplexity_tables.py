@@ -146,7 +146,7 @@ def perplexity_table(groups: Sequence[Group], *, seen: Sequence[str] | None = No
     corpora = sorted(used, key=lambda c: (c not in mixed and not used[c], c in mixed))
 
     def numbers(run: FinishedRun, stage: Stage) -> list[Estimate | None]:
-        values = by_stage(run.records)[stage]
+        values = by_stage(run.records).get(stage, {})
         return [Estimate(values[c]) if c in values else None for c in corpora]
 
     labels = corpus_labels(corpora)
@@ -204,9 +204,8 @@ def _rows(
     rows: list[list[Cell]] = []
     dense = set()
     for group in groups:
-        for stage in dict.fromkeys(stage for run in group.runs for stage in stages(run)):
-            runs = [run for run in group.runs if stage in stages(run)]  # an older version had fewer controls
-            named = [group.name, row_name(*stage), len(runs)]
+        for stage in stages(group.runs[0]):
+            runs, named = group.runs, [group.name, row_name(*stage), len(group.runs)]
             if stage[0] == "dense":
                 first = runs[0]
                 # Five digits: machines sum in other orders.

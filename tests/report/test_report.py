@@ -310,15 +310,6 @@ def test_a_reference_that_is_not_there_yet_leaves_the_ratios_blank(run):
     assert "ratios" not in report.of_runs(runs, bases={}).figures()
 
 
-def test_seeds_of_a_version_with_fewer_controls_are_seeds_all_the_same(run):
-    other = another(run, "two", seed=1, shift=0.1)
-    edit(other / "metrics.json", without_base)
-    for runs in ([run, other], [other, run]):
-        for table in report.of_runs(read_runs(runs)).tables[:2]:
-            seeds = {cells[1]: cells[2] for cells in table.rows}
-            assert (seeds["base"], seeds["gprune"]) == (1, 2)
-
-
 def test_one_division_into_seen_and_unseen_for_all_rows(run):
     runs = read_runs([run])
     delta = runs[0].records[-1]["corpus"]
