@@ -125,7 +125,7 @@ def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
     blocks = blocks_of(model)
     whole = bool(torch.stack([m.all() for m in masks.attention]).all())
     gone = [block for block, kept in zip(blocks, masks.blocks, strict=True) if not kept]
-    # Once to where they are needed, in place of at every forward pass.
+    # Moved once, and not at every forward pass.
     ffn, groups = (
         [m.to(device_of(block.layer)) for m, block in zip(kind, blocks, strict=True)]
         for kind in (masks.ffn, masks.attention)

@@ -46,7 +46,7 @@ class FrozenLMStage(L.LightningModule):
     def teardown(self, stage: str) -> None:
         self._copy = ()
         if not self._shard:
-            # Lightning has moved to the CPU what a stage has registered: of a model that learns, some weights alone.
+            # Lightning has moved all that is registered to the CPU, which may be only some weights of a student.
             self.to(self.trainer.strategy.root_device, non_blocking=True)
 
     def batch_loss(self, losses: Tensor, weight: Tensor, name: str) -> Tensor:

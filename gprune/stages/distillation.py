@@ -89,7 +89,7 @@ class DistillationStage(FrozenLMStage):
             self.learned = self._student.learned
 
     def on_train_end(self) -> None:
-        """Let gradients and moments go, which the Trainer would keep, and `finished` weights with them."""
+        """Free gradients and moments: the Trainer would keep them, and the weights that they belong to."""
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
             optimizer.state.clear()

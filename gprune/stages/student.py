@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # not every build of torch has it
 class Student:
     """A pruned model of which `learned` learns, in float32; `plain` ends the learning.
 
-    It is no module, so that a stage that holds one registers nothing by it.
+    It is no `nn.Module`, so that a stage that holds one does not register its weights.
 
     Args:
         model: changed in place.
@@ -35,8 +35,8 @@ class Student:
         self.learned = nn.ParameterDict()
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self._unsharded: PreTrainedModel | None = None  # the model without weights, while its layers are sharded
-        self._undo = ExitStack()  # takes hooks off, and puts attributes back
-        self._fold: list[Callable[[], None]] = []  # what writes scales and adapters into weights
+        self._undo = ExitStack()  # removes hooks and restores attributes
+        self._fold: list[Callable[[], None]] = []  # functions that multiply scales or adapters into the weights
         for parameter in model.parameters():  # steps of AdamW are smaller than what bfloat16 tells apart
             parameter.data = parameter.data.float()
         if settings.targets == "vectors":
@@ -50,7 +50,7 @@ class Student:
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds a part of the layers alone."""
+        """Whether each process holds only its part of every layer."""
         return self._unsharded is not None
 
     def _learn(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
@@ -58,7 +58,7 @@ class Student:
         return parameter
 
     def _learn_weights(self) -> None:
-        """All weights of decoder layers, or those of their FFNs' projections; anew, where sharding replaced tensors."""
+        """All weights of decoder layers, or those of their FFNs; registered again when sharding has replaced them."""
         self.learned = nn.ParameterDict()
         for block in blocks_of(self.model):
             ffn = {place.path.rpartition(".")[0] for place in block.slices if place.kind == "ffn"}
@@ -111,7 +111,7 @@ class Student:
     def _recompute(self) -> None:
         """Let layers compute their activations again in the backward pass, in place of keeping them."""
         _checkpointing(self.model, "enable")({"use_reentrant": False})
-        for hook in getattr(self.model, "_require_grads_hooks", ()):  # transformers 5.24 takes it off for PEFT alone
+        for hook in getattr(self.model, "_require_grads_hooks", ()):  # transformers 5.24 removes it only for PEFT
             self._undo.callback(hook.remove)
         for block in blocks_of(self.model):  # only a layer in training mode recomputes; its dropout stays off
             block.layer.training = True
@@ -125,7 +125,7 @@ class Student:
 
         self._unsharded = without_weights(self.model)
         for block in blocks_of(self.model):  # each moves to its device by itself: no device holds all of them
-            # Each layer is a root, which would stay whole after a forward pass: on the device, and for who reads it.
+            # By default a layer that is a root stays gathered after its forward pass: on the device, and for readers.
             fully_shard(block.layer, mesh=mesh, reshard_after_forward=True)
         self.model.to(device)
         self._learn_weights()
