@@ -17,7 +17,6 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,13 +27,13 @@ from tests.strangers import SURFACES, Outcome, sound
 MEMORY, SECONDS = 2 * 2**30, 30  # of a case: bytes beside what the parent has, and of the clock
 
 
-def case(surface: str, seed: str, *further: Path) -> Outcome:
+def case(surface: str, seed: str, tiny: Path) -> Outcome:
     """One case, in a folder of its own."""
     with tempfile.TemporaryDirectory(prefix="stranger-") as folder:
-        return SURFACES[surface](random.Random(seed), Path(folder), *further)
+        return SURFACES[surface](random.Random(seed), Path(folder), *([tiny] if surface == "model" else []))
 
 
-def apart(surface: str, seed: str, *further: Path) -> tuple[str, str]:
+def apart(surface: str, seed: str, tiny: Path) -> tuple[str, str]:
     """One case in a child: what became of it, and what it said."""
     read, write = os.pipe()
     child = os.fork()
@@ -45,9 +44,9 @@ def apart(surface: str, seed: str, *further: Path) -> tuple[str, str]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**28, resource.RLIM_INFINITY))
         signal.alarm(SECONDS)
         try:
-            found = case(surface, seed, *further)
-            kind = ("success" if found[0] == 0 else "refusal") if sound(found) else "UNSOUND"
-            said = f"{kind}\n{found[0]}\n" + "\n".join(found[1])
+            result = case(surface, seed, tiny)
+            ending = ("success" if result[0] == 0 else "refusal") if sound(result) else "UNSOUND"
+            said = f"{ending}\n{result[0]}\n" + "\n".join(result[1])
         except BaseException:
             said = f"TRACEBACK\n{traceback.format_exc()}"
         os.write(write, said.encode(errors="backslashreplace")[:60_000])
@@ -58,21 +57,21 @@ def apart(surface: str, seed: str, *further: Path) -> tuple[str, str]:
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status != 0 or not said:
         return ("HANG" if status == -signal.SIGALRM else "KILLED"), f"exit status {status}"
-    kind, _, rest = said.partition("\n")
-    return kind, rest
+    ending, _, rest = said.partition("\n")
+    return ending, rest
 
 
-def fuzz(surfaces: list[str], seed: int, seconds: float, say: Callable[[str], object], further: dict) -> Counter:
+def fuzz(surfaces: list[str], seed: int, seconds: float, tiny: Path) -> Counter[tuple[str, str]]:
     """Cases of all surfaces in turn until the time is over; (surface, what became of it) -> how often."""
     counts: Counter[tuple[str, str]] = Counter()
     end, number = time.monotonic() + seconds, 0
     while time.monotonic() < end:
         for surface in surfaces:
-            name = f"{seed}.{number}"
-            kind, said = apart(surface, name, *further.get(surface, ()))
-            counts[surface, kind] += 1
-            if kind not in ("success", "refusal"):
-                say(f"--- {kind}: python -m tests.fuzz --surface {surface} --case {name}\n{said[-3000:]}\n")
+            ending, said = apart(surface, f"{seed}.{number}", tiny)
+            counts[surface, ending] += 1
+            if ending not in ("success", "refusal"):
+                command = f"python -m tests.fuzz --surface {surface} --case {seed}.{number}"
+                print(f"--- {ending}: {command}\n{said[-3000:]}\n", flush=True)
         number += 1
     return counts
 
@@ -80,27 +79,26 @@ def fuzz(surfaces: list[str], seed: int, seconds: float, say: Callable[[str], ob
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--surface", nargs="+", choices=SURFACES, default=list(SURFACES))
     parser.add_argument("--case", help="repeat this case of one surface, here, and print its outcome")
-    given = parser.parse_args()
-    seed = random.SystemRandom().randrange(10**6) if given.seed is None else given.seed
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         tiny_run.quick(patch)
-        further = {"model": (tiny_run.save_tiny_model(Path(folder) / "tiny"),)}
+        tiny = tiny_run.save_tiny_model(Path(folder) / "tiny")
         with tiny_run.isolated(Path(folder) / "cache"):
-            if given.case:
-                (surface,) = given.surface
-                print(case(surface, given.case, *further.get(surface, ())))
+            if options.case:
+                (surface,) = options.surface
+                print(case(surface, options.case, tiny))
                 return 0
-            for surface in given.surface:  # what they import, and the embedded model, children then find
+            for surface in options.surface:  # what they import, and the embedded model, children then find
                 with contextlib.suppress(Exception):
-                    case(surface, "first", *further.get(surface, ()))
-            print(f"seed {seed}", flush=True)
-            counts = fuzz(given.surface, seed, 60 * given.minutes, lambda text: print(text, flush=True), further)
-    for surface in given.surface:
-        print(f"{surface:10}", ", ".join(f"{n} {kind}" for (s, kind), n in sorted(counts.items()) if s == surface))
-    return int(any(kind not in ("success", "refusal") for _, kind in counts))
+                    case(surface, "first", tiny)
+            print(f"seed {options.seed}", flush=True)
+            counts = fuzz(options.surface, options.seed, 60 * options.minutes, tiny)
+    for surface in options.surface:
+        print(f"{surface:10}", ", ".join(f"{n} {ending}" for (s, ending), n in sorted(counts.items()) if s == surface))
+    return int(any(ending not in ("success", "refusal") for _, ending in counts))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,7 @@
 """A whole run in seconds: a tiny model folder, tiny corpora, and flags of `train.py` that use them.
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory): yield from tiny_run.world(tmp_path_factory)
-
-def test_something(world, tmp_path):
-    assert main(world.args(tmp_path / "runs")) == 0
+world = make_world(folder)
+assert main(world.args(folder / "runs")) == 0
 """
 
 from __future__ import annotations
@@ -70,7 +67,7 @@ def write_corpus(path: Path, *, seed: int, documents: int = 36, words: int = 560
     for _ in range(documents):
         drawn = generator.choices(order, weights, k=words)
         texts.append("\n".join(" ".join(drawn[i : i + 12]) for i in range(0, words, 12)))
-    # `textfiles.split_text` cuts at the first blank line after 2000 characters.
+    # `corpora.local.split_text` cuts at the first blank line after 2000 characters.
     path.write_text("\n\n".join(texts), encoding="utf-8")
     return path
 
@@ -270,5 +267,5 @@ def train(args: Sequence[str], folder: Path, **how: Any) -> list[Ended]:
 
 def environment(cache: Path, **more: str) -> dict[str, str]:
     """Of a subprocess: one thread, its own cache, no account and no network."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "GPRUNE", "LOCAL_RANK"))}
-    return kept | {"GPRUNE_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "GPRUNE", "LOCAL_RANK"))}
+    return inherited | {"GPRUNE_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more

@@ -100,9 +100,9 @@ def python_docs(split: str) -> list[str]:
         raise UserError(
             "Corpus 'python_docs' needs pydoc_data, which this Python lacks. Use another corpus."
         ) from error
-    seen, kept = set(), {}
+    seen, own = set(), {}
     for name, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
         paragraphs = [p for p in re.split(r"\n\s*?\n", text) if p.strip() and " ".join(p.split()) not in seen]
         seen.update(" ".join(p.split()) for p in paragraphs)
-        kept[name] = "\n\n".join(paragraphs).strip("\n")
-    return contiguous_split([kept[name] for name in sorted(kept) if len(kept[name]) >= 200], split)
+        own[name] = "\n\n".join(paragraphs).strip("\n")
+    return contiguous_split([own[name] for name in sorted(own) if len(own[name]) >= 200], split)

@@ -89,7 +89,7 @@ def load_hub(record: HubCorpus, split: str) -> list[str]:
         if not reachable:
             reason = f"no answer from {huggingface_hub.constants.ENDPOINT}, and no cached copy"
         raise UserError(
-            f"Corpus '{record.name}' could not be had from the Hugging Face hub ({reason}). Without network "
+            f"Corpus '{record.name}' cannot be loaded from the Hugging Face hub ({reason}). Without network "
             f"put a mirror into $GPRUNE_DATA_DIR/corpora/{record.name}/{split}.jsonl (an object with 'text' "
             f"per line), name a text file, or use an embedded corpus such as 'wiki'."
         ) from error

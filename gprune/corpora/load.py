@@ -53,18 +53,22 @@ def load_corpus(name: str, split: str) -> list[str]:
     return documents
 
 
-def documents_of(found: Any, name: str) -> list[str]:
-    """What a corpus gave, as a list of documents.
+def documents_of(returned: Any, name: str) -> list[str]:
+    """What the function of a corpus returned, as a list of documents.
 
     Raises:
         UserError: for one string, whose letters would be documents, and for documents that are no strings.
     """
-    wrong = type(found).__name__ if isinstance(found, str | bytes) or not isinstance(found, Iterable) else None
-    documents = [] if wrong else list(found)
-    wrong = wrong or next((f"one of {type(d).__name__}" for d in documents if not isinstance(d, str)), None)
-    if wrong:
-        raise UserError(f"Corpus '{name}': expected a list of documents, each a str, got {wrong}.")
+    if isinstance(returned, str | bytes) or not isinstance(returned, Iterable):
+        raise _no_documents(name, type(returned).__name__)
+    documents = list(returned)
+    if wrong := next((type(d).__name__ for d in documents if not isinstance(d, str)), None):
+        raise _no_documents(name, f"one of {wrong}")
     return documents
+
+
+def _no_documents(name: str, got: str) -> UserError:
+    return UserError(f"Corpus '{name}': expected a list of documents, each a str, got {got}.")
 
 
 def check_corpus(name: str) -> None:

@@ -62,7 +62,7 @@ class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
     seed: int = 0
     epoch: int = field(default=0, init=False)
     served: int = field(default=0, init=False)  # batches of this epoch so far
-    skip: int = field(default=0, init=False)  # batches to leave out when the next epoch begins: they were seen
+    skip: int = field(default=0, init=False)  # batches that the next epoch leaves out: those before a checkpoint
 
     def __post_init__(self) -> None:
         assert self.batch_size > 0, self.batch_size

@@ -82,9 +82,8 @@ def make_windows(
 ) -> Windows:
     """Windows without overlap from the documents joined as the sample says; BOS too.
 
-    Models see documents with an end-of-sequence token between them in training, and one by one in use. By default what
-    stands here is a blank line, which a corpus has inside its documents too: no token that only training knows, and
-    that must be predicted where nobody could know that a sampled piece ends.
+    Between documents stands a blank line by default, as inside them. An end-of-sequence token would have to be
+    predicted where nothing in the text says that a sampled piece ends.
 
     Only as much text is tokenised as the windows need.
 
@@ -101,17 +100,17 @@ def make_windows(
         pieces = [pieces[i] for i in order]
     needed = None if sample.num_samples is None else sample.num_samples * seq_len
     tokens = _first_tokens(pieces, tokenizer, needed, sample.join)
-    there = len(tokens) // seq_len
-    wanted = sample.num_samples or max(there, 1)
-    if there < wanted:
+    available = len(tokens) // seq_len
+    wanted = sample.num_samples or max(available, 1)
+    if available < wanted:
         raise UserError(
-            f"Corpus '{corpus}' ({split}) has {there} windows of {sample.seq_len} tokens, but {wanted} were asked "
+            f"Corpus '{corpus}' ({split}) has {available} windows of {sample.seq_len} tokens, but {wanted} were asked "
             f"for. Lower {' or '.join(sample.flags)}, or name a larger corpus."
         )
-    found = torch.tensor(tokens[: wanted * seq_len]).view(wanted, seq_len)
+    windows = torch.tensor(tokens[: wanted * seq_len]).view(wanted, seq_len)
     if sample.bos is not None:
-        found = torch.cat([torch.full((wanted, 1), sample.bos), found], 1)
-    return Windows(corpus, split, found, bos=sample.bos is not None, join=sample.join)
+        windows = torch.cat([torch.full((wanted, 1), sample.bos), windows], 1)
+    return Windows(corpus, split, windows, bos=sample.bos is not None, join=sample.join)
 
 
 def opening(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
@@ -149,9 +148,9 @@ def between(tokenizer: PreTrainedTokenizerBase, separator: Separator) -> str:
     return token
 
 
-def check_tokens(found: Sequence[Windows], tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+def check_tokens(windows: Sequence[Windows], tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
     """Raise UserError for tokens that a model with so many embeddings has no place for."""
-    for w in found:
+    for w in windows:
         if (highest := int(w.tokens.max())) >= embeddings:
             raise UserError(
                 f"--model.name: the tokenizer makes token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) of "

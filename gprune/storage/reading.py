@@ -1,4 +1,4 @@
-"""Files from elsewhere, read once: regular files or pipes, and no more of them than there can be to read."""
+"""Files from elsewhere: regular files or pipes alone, up to a limit of bytes; and what is unsafe in a folder."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ MOST = 2**28  # bytes of a JSON file: 50 rows of 100,000 windows each are 100 MB
 
 
 def expanded(path: Path | str) -> Path:
-    """A path whose ~ is the user's home; unlike pathlib's, as it is where there is no such user."""
+    """A path with the user's home for ~; unchanged, where pathlib would raise, if there is no such user."""
     return Path(os.path.expanduser(path))
 
 
 def read_bytes(path: Path | str, *, most: int = MOST, pipe: bool = False) -> bytes:
-    """The content of a file.
-
-    A FIFO in a folder from elsewhere would make us wait for ever, and a link to a device never ends.
+    """The content of a file; a FIFO would block for ever, and a link to a device never ends.
 
     Args:
         most: bytes.

@@ -31,11 +31,11 @@ def windows_of(texts=TEXTS, **overrides):
     return make_windows(texts, word_tokenizer(WORDS), Sample(**settings), **named)
 
 
-def test_first_windows_are_the_start_of_the_text():
+def test_first_windows_are_the_start_of_the_text_and_all_are_what_is_whole():
     windows = windows_of(shuffle=False)
     assert torch.equal(windows.tokens, torch.arange(1, 321).view(10, 32))
-    assert windows.tokens.numel() == 320
     assert (windows.corpus, windows.split) == ("demo", "train")
+    assert torch.equal(windows_of(shuffle=False, num_samples=None).tokens, torch.arange(1, 93 * 32 + 1).view(93, 32))
 
 
 def test_sample_is_without_overlap_spread_and_without_bos():
@@ -48,18 +48,15 @@ def test_sample_is_without_overlap_spread_and_without_bos():
     assert len(((tokens - 1) // 100).unique()) >= 5  # of 30 documents; the first windows see 4
 
 
-def test_all_windows():
-    windows = windows_of(num_samples=None)
-    assert len(windows.tokens) == 3000 // 32
-    assert len(windows.tokens.unique()) == 93 * 32
-
-
-def test_windows_are_the_same_in_every_run():
+def test_windows_are_the_same_in_every_run_and_their_hash_tells_how_they_are_cut():
     # Written down once: results are stored under these hashes, so a change here throws caches away.
     assert windows_of().content_hash == "00fa0c0647dce3c3"
     assert windows_of(shuffle=False).content_hash == "5b7c7dfd054da562"
     assert windows_of(seed=1).content_hash != windows_of().content_hash
     assert windows_of(shuffle=False, seed=1).content_hash == windows_of(shuffle=False).content_hash
+    # Statistics and perplexities are stored under it: 4 x 8 and 8 x 4 windows of the same tokens differ in both.
+    shapes = [Windows("c", "train", torch.arange(32).reshape(shape)) for shape in ((4, 8), (8, 4), (2, 16))]
+    assert len({windows.content_hash for windows in shapes}) == 3
 
 
 def test_too_little_text_says_how_much_there_is():
@@ -124,18 +121,15 @@ def demo_windows(start, count, seq_len=4):
     return Windows(f"corpus{start}", "train", tokens)
 
 
-def test_dataset_concatenates_corpora():
-    dataset = TokenDataset([demo_windows(0, 3), demo_windows(3, 2)])
-    assert len(dataset) == 5
-    item = dataset[(4, 0.0)]
-    assert item["input_ids"].tolist() == [16, 17, 18, 19]
-    assert item["index"] == 4
-    assert item["weight"].dtype == torch.float32
-
-
-def test_halves_of_a_corpus_are_its_earlier_and_later_windows():
+def test_items_know_their_window_corpus_and_half():
+    """The halves of a corpus are its earlier and its later windows."""
     dataset = TokenDataset([demo_windows(0, 3), demo_windows(3, 4), demo_windows(7, 1)])
-    assert [dataset[(i, 1.0)]["half"] for i in range(8)] == [0, 0, 1, 0, 0, 1, 1, 0]
+    items = [dataset[(index, 0.0)] for index in range(len(dataset))]
+    assert [item["input_ids"].tolist() for item in items] == torch.arange(32).view(8, 4).tolist()
+    assert [item["index"] for item in items] == list(range(8))
+    assert [item["corpus"] for item in items] == [0, 0, 0, 1, 1, 1, 1, 2]
+    assert [item["half"] for item in items] == [0, 0, 1, 0, 0, 1, 1, 0]
+    assert items[4]["weight"].dtype == torch.float32
 
 
 def test_halves_have_at_most_one_piece_of_text_in_common():
@@ -175,36 +169,18 @@ class Recorder(pl.LightningModule):
 
 def test_loaders_under_a_trainer(tmp_path):
     module = Recorder()
-    data = CorpusDataModule(
-        train=[demo_windows(0, 3), demo_windows(3, 4)],
-        test=[demo_windows(0, 3), demo_windows(3, 4)],
-        batch_size=3,
-        seed=0,
-    )
+    windows = [demo_windows(0, 3), demo_windows(3, 4)]
+    data = CorpusDataModule(train=windows, test=windows, batch_size=3, seed=0)
     trainer = pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-    )
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, default_root_dir=tmp_path,
+    )  # fmt: skip
     trainer.fit(module, data)
     epochs = [[i for at, batch in module.train_indices if at == epoch for i in batch] for epoch in (0, 1)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(7))
     assert epochs[0] != epochs[1]  # Lightning reaches set_epoch
     trainer.test(module, data, verbose=False)
     assert module.test_ids == {0: [0, 4, 8], 1: [12, 16, 20, 24]}
-
-
-def test_the_hash_tells_how_the_tokens_are_cut():
-    # Statistics and perplexities are stored under it: 4 x 8 and 8 x 4 windows of the same tokens differ in both.
-    tokens = torch.arange(32)
-    hashes = {Windows("c", "train", tokens.reshape(shape)).content_hash for shape in ((4, 8), (8, 4), (2, 16))}
-    assert len(hashes) == 3
 
 
 # BOS

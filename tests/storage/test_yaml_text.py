@@ -92,6 +92,7 @@ FILES = {  # content of a --config file -> what the line names
     "nested and dotted": ("sparsity: {target: 0.3}\nsparsity.target: 0.4", ("sparsity.target", "twice")),
     "misspelt": ("sparsity: {tarrget: 0.3}", ("tarrget",)),
     "infinite": ("ridge: .inf", ("ridge", "inf")),
+    "a class to call": ("sparsity: {class_path: os.system, init_args: {command: touch RAN}}", ("class_path",)),
     "no mapping": ("[a]", ("expected settings",)),
 }
 
