@@ -107,11 +107,6 @@ def test_the_ratio_is_the_median_over_rounds_not_of_medians():
     assert (timing.ratio("a", "b"), timing.range("a", "b")) == (1.0, "0.5 to 2.5")
 
 
-def test_short_calls_are_repeated_and_counted_once():
-    timing = measure.in_turn({"nap": lambda: time.sleep(0.004)}, 1, CPU, at_least=0.05)
-    assert 0.004 <= timing.seconds["nap"][0] < 0.03
-
-
 @linux
 def test_peak_memory_is_what_a_call_takes_and_gives_back():
     def take(mib):
@@ -122,11 +117,6 @@ def test_peak_memory_is_what_a_call_takes_and_gives_back():
     take(100)  # an earlier peak does not count
     for mib in (16, 48):
         assert mib - 1 <= measure.peak_above(lambda mib=mib: take(mib), CPU) / measure.MIB < mib + 8
-
-
-def test_cells_of_a_table():
-    cells = [None, True, False, 12345, 1234.5, 1.10449, 0.000123456, "x"]
-    assert [measure.show(cell) for cell in cells] == ["", "yes", "no", "12,345", "1,234", "1.104", "0.0001235", "x"]
 
 
 # What people ask for

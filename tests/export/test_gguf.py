@@ -113,11 +113,10 @@ def expected_tensors(model):
     return names, state
 
 
-@pytest.mark.parametrize("recovered", [False, True])
 @pytest.mark.parametrize("shape", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_number_is_there_once_in_the_right_order(variant, shape, recovered, tmp_path):
-    model = make_pruned(shape, recovered, **VARIANTS[variant])
+def test_every_number_is_there_once_in_the_right_order(variant, shape, tmp_path):
+    model = make_pruned(shape, shape == UNEQUAL, **VARIANTS[variant])
     _, tensors = written(model, tmp_path, type="f32")
     names, state = expected_tensors(model)
     extra = {"rope_freqs.weight"} if "rope_parameters" in VARIANTS[variant] else set()
@@ -332,12 +331,6 @@ def test_tokenizer_keys(cut, tmp_path):
     assert types == [expected.get(i, 1) for i in range(SIZE)]
 
 
-def test_a_tokenizer_without_merges_gets_one_that_no_text_can_use():
-    tokenizer = byte_tokenizer(merges=())
-    assert tokenizer_keys(tokenizer, SIZE)["tokenizer.ggml.merges"] == ["<unk> <unk>"]
-    assert "<unk>" not in pre_tokenizers.ByteLevel.alphabet()
-
-
 def test_tokenizers_that_gguf_has_no_words_for_are_refused():
     def changed(**parts):
         tokenizer = byte_tokenizer()
@@ -379,17 +372,16 @@ def test_a_tokenizer_comes_back_from_a_file_as_it_was(cut, tmp_path):
     assert tokenizer(texts).input_ids not in others  # the texts tell the ways of cutting apart
 
 
-@pytest.mark.parametrize("said", ["qwen2", None])
-def test_a_way_of_cutting_words_that_is_not_known_is_refused(said, tmp_path):
+@pytest.mark.parametrize("name", ["qwen2", None])
+def test_a_way_of_cutting_words_that_is_not_known_is_refused(name, tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tokenizer_model("gpt2")
-    if said:
-        writer.add_tokenizer_pre(said)
+    if name:
+        writer.add_tokenizer_pre(name)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    message = rf"m.gguf: .* as gpt-2, smollm, llama-bpe do \(tokenizer.ggml.pre\), got {said!r}; add that to"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=rf"m.gguf: .* as gpt-2, smollm, llama-bpe do .*, got {name!r}"):
         reading.load_gguf_tokenizer(tmp_path / "m.gguf")
 
 
@@ -444,13 +436,12 @@ def test_the_check_refuses_other_tokens(tmp_path, monkeypatch):
         gguf_check.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
 
 
-@pytest.mark.parametrize("said", ["llama_model_load: error loading model: wrong shape", "boom"])
-def test_a_process_that_ends_is_reported_by_one_line(said, tmp_path, monkeypatch):
+def test_a_process_that_ends_is_reported_by_one_line(tmp_path, monkeypatch):
     fake = tmp_path / "python"
-    fake.write_text(f"#!/bin/sh\necho starting >&2\necho '{said}' >&2\nexit 134\n")
+    fake.write_text("#!/bin/sh\necho 'error loading model: wrong shape' >&2\necho end >&2\nexit 134\n")
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
-    with pytest.raises(UserError, match=rf"llama.cpp does not run the file: {said}$"):
+    with pytest.raises(UserError, match=r"llama.cpp does not run the file: error loading model: wrong shape$"):
         gguf_check.check_gguf(make_pruned(), byte_tokenizer(), tmp_path / "m.gguf", type="f32")
 
 

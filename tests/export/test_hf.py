@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from gprune.errors import UserError
 from gprune.export import hf
 from gprune.models.blocks import blocks_of
-from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import PrunedLlamaConfig, PrunedLlamaForCausalLM, PrunedLlamaModel, layer_configs
 from gprune.models.surgery import prune, widths
 from gprune.sparsity.budget import Budget, unit_costs
@@ -157,14 +156,13 @@ def test_an_unpruned_model_needs_no_table(tmp_path, tiny_model, token_batch):
     assert hf.max_logit_difference(load(folder)(token_batch).logits, tiny_model(token_batch).logits) == 0.0
 
 
-@pytest.mark.parametrize("overrides", [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize("overrides", [{}, {"attention_bias": True, "mlp_bias": True}])
 def test_blocks_of_one_shape_are_a_stock_model(overrides, tmp_path, token_batch):
     model = prune(make_tiny_llama(num_key_value_heads=4, **overrides), random_masks([20] * 3, [2] * 3, of_groups=4))
     randomise_biases(model)
     folder = hf.save_pruned(model, None, tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(folder)  # no code of ours, and none is trusted
     assert type(loaded).__name__ == "LlamaForCausalLM"
-    assert loaded.config.intermediate_size == 20
     assert not list(folder.glob("*.py"))
     assert torch.equal(loaded.eval()(token_batch).logits, model(token_batch).logits)
     assert widths(prune(loaded, random_masks([9] * 3, [1] * 3, of_neurons=20, of_groups=2)))["neurons"] == [9] * 3
@@ -219,16 +217,6 @@ def test_exportable_shares_weights_and_keeps_the_rest():
     assert needs_gradient[0] == needs_gradient[1]
     assert exportable.generation_config.max_length == 33
     assert not exportable.training
-
-
-def test_a_reloaded_model_can_be_pruned_and_exported_again(tmp_path, token_batch):
-    loaded = load(hf.save_pruned(make_pruned(recovered=True), None, tmp_path / "model"))
-    assert widths(loaded) == {"neurons": NEURONS, "kv_groups": GROUPS}
-    masks = Masks([torch.arange(n) < 5 for n in NEURONS], [torch.arange(g) == 0 for g in GROUPS])
-    again = prune(loaded, masks)
-    assert widths(again) == {"neurons": [1, 5, 5], "kv_groups": [1, 1, 1]}
-    reloaded = load(hf.save_pruned(again, None, tmp_path / "again"))
-    assert hf.max_logit_difference(reloaded(token_batch).logits, again(token_batch).logits) == 0.0
 
 
 def test_whole_blocks_of_a_reloaded_model_go_too_and_its_table_moves_along(tmp_path, token_batch):
