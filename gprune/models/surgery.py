@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.models.blocks import Block, Slice, block_of, blocks_of, decoder_layers
+from gprune.models.copies import copy_without_hooks
 from gprune.models.families import family_of
-from gprune.models.loading import copy_without_hooks, skeleton, without_weights
+from gprune.models.loading import skeleton
 from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import experts_aligned, tell_layer, tell_sizes
 from gprune.models.offload import lend, lend_all, stored
@@ -219,49 +220,3 @@ def _sliced(block: Block, place: Slice, masks: Masks, parameter: Tensor) -> Tens
 def _take(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
     """A new contiguous tensor; `index_select` copies even when everything is kept."""
     return tensor.index_select(dim, keep.nonzero().squeeze(1).to(tensor.device))
-
-
-@torch.no_grad()
-def sharded_copy(model: PreTrainedModel, device: torch.device, processes: int) -> PreTrainedModel:
-    """A copy of a frozen model whose decoder layers are sharded over all processes: PyTorch's `fully_shard`.
-
-    Each process holds its part of every layer, and a layer is gathered while it computes, forward and backward.
-    Embeddings, final norm and head are on every process. All processes have to call this function, and to run the copy
-    equally often.
-
-    Args:
-        model: the same in the memory of each process, pruned or not; or offloaded, and loaded from a folder.
-        device: of this process.
-        processes: how many there are.
-    """
-    # Imported here, because not every build of torch has them.
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (processes,))
-    copied = without_weights(model).eval()
-    layers = list(decoder_layers(copied))
-    inside = {id(module) for layer in layers for module in layer.modules()}
-    paths = {id(module): path for path, module in copied.named_modules()}
-    for module in copied.modules():
-        if id(module) not in inside:
-            _fill(module, model.get_submodule(paths[id(module)]), device)
-    for layer in layers:  # one at a time, so that no process holds all of them
-        for module in layer.modules():
-            _fill(module, model.get_submodule(paths[id(module)]), device)
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    copied.tie_weights()
-    # Hooks that count the model's tokens count the copy's too.
-    ours, theirs = copied.get_decoder(), model.get_decoder()
-    for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
-        setattr(ours, hooks, getattr(theirs, hooks))
-    return copied.requires_grad_(False)
-
-
-def _fill(module: nn.Module, source: nn.Module, device: torch.device) -> None:
-    """Copy the parameters and buffers of another module to a module without weights."""
-    for name, _ in list(module.named_parameters(recurse=False)):
-        value = stored(source, name).detach().to(device, copy=True)
-        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
-    for name, buffer in source.named_buffers(recurse=False):
-        module._buffers[name] = buffer.to(device, copy=True)

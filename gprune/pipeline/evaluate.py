@@ -19,10 +19,11 @@ from gprune.corpora.windows import Windows
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import PerplexityResult, perplexity, processes
 from gprune.export.hf import stock_skeleton
+from gprune.models.copies import sharded_copy
 from gprune.models.embedded import model_label
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
-from gprune.models.surgery import count_parameters, removed_parameters, sharded_copy, widths
+from gprune.models.surgery import count_parameters, removed_parameters, widths
 from gprune.partition.modules import Modules
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run

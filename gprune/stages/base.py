@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gprune.errors import UserError
-from gprune.models.surgery import sharded_copy
+from gprune.models.copies import sharded_copy
 
 
 class FrozenLMStage(L.LightningModule):

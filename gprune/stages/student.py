@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from gprune.config import DistillConfig
 from gprune.models.blocks import Block, Part, blocks_of
-from gprune.models.loading import without_weights
+from gprune.models.copies import without_weights
 from gprune.models.offload import gathered
 
 if TYPE_CHECKING:  # not every build of torch has it

@@ -23,13 +23,6 @@ def random_gates(dtype=torch.float32, seed: int = 3) -> list[torch.Tensor]:
     return [torch.rand(48, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(3)]
 
 
-def full_loss(model, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Plain autograd through all logits in the model's dtype: sum of weight * the window's mean."""
-    log_p = model(tokens).logits[:, :-1].log_softmax(-1)
-    nll = -log_p.gather(-1, tokens[:, 1:, None])[..., 0]
-    return (weight * nll.mean(1)).sum()
-
-
 @pytest.fixture(params=[6, 20], ids=["one_chunk", "several_chunks"])
 def tokens(request) -> torch.Tensor:
     batch = torch.randint(3, 128, (request.param, 32), generator=torch.Generator().manual_seed(1))
@@ -37,58 +30,13 @@ def tokens(request) -> torch.Tensor:
     return batch
 
 
-def test_loss_equals_transformers(tiny_model, tokens):
-    expected = float(tiny_model(tokens, labels=tokens).loss)
-    loss = next_token_loss(tiny_model, tokens)
-    assert loss.dtype == torch.float32
-    assert loss.shape == ()
-    assert float(loss) == pytest.approx(expected, rel=1e-6)
-
-
 def test_losses_of_windows_equal_transformers(tiny_model, tokens):
     losses = next_token_losses(tiny_model, tokens)
     assert losses.dtype == torch.float32
-    assert losses.shape == (len(tokens),)
     expected = [float(tiny_model(row[None], labels=row[None]).loss) for row in tokens]
     np.testing.assert_allclose(losses.numpy(), expected, rtol=2e-6)
     assert len({round(v, 3) for v in expected}) == len(expected)  # no two windows alike
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_loss_equals_float64(tied, tokens):
-    model = make_tiny_llama(tie_word_embeddings=tied)
-    double = make_tiny_llama(tie_word_embeddings=tied).double()
-    expected = full_loss(double, tokens, torch.full((len(tokens),), 1 / len(tokens), dtype=torch.float64))
-    assert float(next_token_loss(model, tokens)) == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_windows_are_weighted(tiny_model, token_batch):
-    weight = torch.tensor([0.5, 0.0, 2.0, 0.25, 0.0, 1.0])
-    per_window = [float(next_token_loss(tiny_model, row[None])) for row in token_batch]
-    expected = float(np.dot(weight.numpy(), per_window))
-    assert float(next_token_loss(tiny_model, token_batch, weight)) == pytest.approx(expected, rel=1e-5)
-    assert len({round(v, 3) for v in per_window}) == 6  # the weights had something to tell apart
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("weighted", [True, False])
-def test_gradient_of_gates_equals_autograd_through_all_logits(dtype, weighted, tokens):
-    model = make_tiny_llama().to(dtype)
-    weight = torch.linspace(0.1, 1, len(tokens)) if weighted else None
-    plain = torch.full((len(tokens),), 1 / len(tokens)) if weight is None else weight
-
-    def gradient(loss_of) -> torch.Tensor:
-        gates = random_gates(dtype)
-        with gated(model, gates):
-            (3.0 * loss_of()).backward()  # the factor: the upstream gradient counts too
-        return torch.cat([g.grad for g in gates])
-
-    mine = gradient(lambda: next_token_loss(model, tokens, weight))
-    reference = gradient(lambda: full_loss(model, tokens, plain.to(dtype)))
-    assert reference.abs().max() > 1e-3
-    # logits are cast to float32 for the softmax, so float64 models agree to float32's rounding only
-    tolerance = 1e-6 if dtype == torch.float64 else 2e-5
-    assert (mine - reference).abs().max() <= tolerance * reference.abs().max()
+    assert float(next_token_loss(tiny_model, tokens)) == pytest.approx(np.mean(expected), rel=1e-6)
 
 
 def test_a_head_with_a_bias():
@@ -134,49 +82,22 @@ def test_iter_logits_equal_the_models(tiny_model, token_batch):
 
 
 def test_bfloat16_models_have_a_float32_loss(token_batch):
-    model = make_tiny_llama().bfloat16()
-    gates = random_gates(torch.float32)
-    with gated(model, gates):
-        loss = next_token_loss(model, token_batch)
-        loss.backward()
-    assert loss.dtype == torch.float32
-    with gated(make_tiny_llama(), random_gates(torch.float32)):
-        assert loss.item() == pytest.approx(next_token_loss(make_tiny_llama(), token_batch).item(), rel=0.2)
-    assert all(g.grad.dtype == torch.float32 and bool(torch.isfinite(g.grad).all()) for g in gates)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_divergence_from_a_teacher_and_its_gradient_equal_autograd_through_all_logits(dtype, tokens):
-    model = make_tiny_llama().to(dtype)
-    with torch.no_grad():
-        teacher = final_hidden(model, tokens)
-        log_q = model(tokens).logits[:, :-1].double().log_softmax(-1)
-
-    def reference() -> torch.Tensor:
-        log_p = model(tokens).logits[:, :-1].double().log_softmax(-1)
-        return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
-
-    def gradient(loss_of) -> tuple[float, torch.Tensor]:
-        gates = random_gates(dtype)
+    losses = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model, gates = make_tiny_llama().to(dtype), random_gates()
         with gated(model, gates):
-            loss = loss_of()
-            loss.backward()
-        return float(loss.detach()), torch.cat([g.grad for g in gates])
-
-    mine, by_gate = gradient(lambda: next_token_loss(model, tokens, teacher=teacher))
-    theirs, expected = gradient(reference)
-    assert theirs > 1e-3
-    assert mine == pytest.approx(theirs, rel=1e-4)
-    assert (by_gate - expected).abs().max() <= (1e-5 if dtype == torch.float64 else 1e-3) * expected.abs().max()
-    with torch.no_grad():  # nothing diverges from itself
-        assert abs(float(next_token_loss(model, tokens, teacher=teacher))) < 1e-6
+            losses.append(next_token_loss(model, token_batch))
+            losses[-1].backward()
+        assert all(g.grad.dtype == torch.float32 and bool(torch.isfinite(g.grad).all()) for g in gates)
+    assert losses[0].dtype == torch.float32
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=0.2)
 
 
 @pytest.mark.parametrize("divergence", [False, True], ids=["cross_entropy", "kl"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_windows_are_weighted_after_their_losses_too(dtype, divergence, tokens):
-    """Per window, and the gradient under weights of both signs, as by autograd through all logits in float64."""
-    model, double = make_tiny_llama().to(dtype), make_tiny_llama().double()
+@pytest.mark.parametrize(("dtype", "tied"), [(torch.float32, True), (torch.float32, False), (torch.float64, True)])
+def test_losses_and_gradients_equal_autograd_through_all_logits(dtype, tied, divergence, tokens):
+    """Per window, and the gradient under weights of both signs, in float64."""
+    model, double = (make_tiny_llama(tie_word_embeddings=tied).to(t) for t in (dtype, torch.float64))
     weight = torch.linspace(-0.5, 1, len(tokens), dtype=torch.float64)
     with torch.no_grad():
         teacher = final_hidden(model, tokens) if divergence else None
@@ -188,15 +109,20 @@ def test_windows_are_weighted_after_their_losses_too(dtype, divergence, tokens):
             return (log_q.exp() * (log_q - log_p)).sum(-1).mean(1)
         return -log_p.gather(-1, tokens[:, 1:, None])[..., 0].mean(1)
 
-    def found(lm, losses_of) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss_and_gradient(lm, losses_of) -> tuple[torch.Tensor, torch.Tensor]:
         gates = random_gates(next(lm.parameters()).dtype)
         with gated(lm, gates):
             losses = losses_of()
             (losses * weight.to(losses)).sum().backward()
         return losses.detach().double(), torch.cat([g.grad for g in gates]).double()
 
-    mine, gradient = found(model, lambda: next_token_losses(model, tokens, teacher=teacher))
-    theirs, expected = found(double, reference)
+    mine, gradient = loss_and_gradient(model, lambda: next_token_losses(model, tokens, teacher=teacher))
+    theirs, expected = loss_and_gradient(double, reference)
+    assert theirs.abs().max() > 1e-3
     torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=1e-6)
     assert expected.abs().max() > 1e-3
     assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max()
+    with torch.no_grad():  # weighted by `next_token_loss` in one call
+        weighted = next_token_loss(model, tokens, weight, teacher=teacher)
+        whole = next_token_losses(model, tokens, teacher=teacher).double() @ weight
+    assert float(weighted) == pytest.approx(float(whole), rel=1e-4, abs=1e-6)

@@ -1,0 +1,85 @@
+"""Copies of a model: without hooks, without weights, or with each layer sharded over processes."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from gprune.models.blocks import decoder_layers
+from gprune.models.loading import skeleton
+from gprune.models.offload import stored
+
+
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A model as this one is, pruned or not, on the meta device and without hooks.
+
+    Args:
+        model: in memory, or offloaded; then it was loaded from a folder, so that its config tells its shapes.
+    """
+    if getattr(model, "hf_device_map", None) is not None:  # its modules are bound to where weights come from
+        return skeleton(copy.deepcopy(model.config), type(model))
+    memo: dict[int, object] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    return copy_without_hooks(model, memo)
+
+
+def copy_without_hooks(model: PreTrainedModel, memo: dict[int, object]) -> PreTrainedModel:
+    """A deep copy of a model, whose hooks stay with the original.
+
+    Args:
+        memo: what the copy holds in place of copies, by the id of the original: as for `copy.deepcopy`.
+    """
+    for module in model.modules():
+        memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
+    return copy.deepcopy(model, memo)
+
+
+@torch.no_grad()
+def sharded_copy(model: PreTrainedModel, device: torch.device, processes: int) -> PreTrainedModel:
+    """A copy of a frozen model whose decoder layers are sharded over all processes: PyTorch's `fully_shard`.
+
+    Each process holds its part of every layer, and a layer is gathered while it computes, forward and backward.
+    Embeddings, final norm and head are on every process. All processes have to call this function, and to run the copy
+    equally often.
+
+    Args:
+        model: the same in the memory of each process, pruned or not; or offloaded, and loaded from a folder.
+        device: of this process.
+        processes: how many there are.
+    """
+    # Imported here, because not every build of torch has them.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (processes,))
+    copied = without_weights(model).eval()
+    layers = list(decoder_layers(copied))
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    paths = {id(module): path for path, module in copied.named_modules()}
+    for module in copied.modules():
+        if id(module) not in inside:
+            _fill(module, model.get_submodule(paths[id(module)]), device)
+    for layer in layers:  # one at a time, so that no process holds all of them
+        for module in layer.modules():
+            _fill(module, model.get_submodule(paths[id(module)]), device)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    copied.tie_weights()
+    # Hooks that count the model's tokens count the copy's too.
+    ours, theirs = copied.get_decoder(), model.get_decoder()
+    for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        setattr(ours, hooks, getattr(theirs, hooks))
+    return copied.requires_grad_(False)
+
+
+def _fill(module: nn.Module, source: nn.Module, device: torch.device) -> None:
+    """Copy the parameters and buffers of another module to a module without weights."""
+    for name, _ in list(module.named_parameters(recurse=False)):
+        value = stored(source, name).detach().to(device, copy=True)
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    for name, buffer in source.named_buffers(recurse=False):
+        module._buffers[name] = buffer.to(device, copy=True)
