@@ -60,8 +60,8 @@ def evaluate(
     cfg, path = run.cfg, run.folder / "metrics.json"
     records: list[dict[str, Any]] = run.folder.metrics.get("records", [])
     done = {(r["stage"], r["recovery"]) for r in records}
-    shared = processes()[1] > 1
-    measures = shared or rank_zero_only.rank == 0  # without an initialised process group, rank 0 evaluates alone
+    # Without an initialised process group, rank 0 evaluates alone.
+    measures = processes()[1] > 1 or rank_zero_only.rank == 0
     leaked = leaks(run) if measures else {}
 
     def add(row: tuple[str, str], results: Sequence[PerplexityResult]) -> None:
@@ -70,7 +70,7 @@ def evaluate(
 
     with run.folder.step("evaluate"):
         if measures and ("dense", "none") not in done:
-            add(("dense", "none"), dense_perplexities(run, shared=shared))
+            add(("dense", "none"), dense_perplexities(run))
         for row in cfg.stages:
             # All processes take part where a recovery learns.
             if row in done or not (measures or recovery_of(row[1]).learns):
@@ -81,8 +81,8 @@ def evaluate(
                 small = shrink(run, masks[row[0]], statistics, recovery=row[1])
             if measures:
                 run.meter.watch(small)
-                small = placed(run, small, shared=shared)
-                add(row, [measured(run, small, w, row_name(*row), shared=shared) for w in run.text.test])
+                small = placed(run, small)
+                add(row, [measured(run, small, w, row_name(*row)) for w in run.text.test])
                 write_json(path, {"records": records}, run=run.folder.key)
     return records
 
@@ -99,43 +99,41 @@ def leaks(run: Run) -> dict[str, tuple[bool, float]]:
     return by_corpus
 
 
-def placed(run: Run, model: PreTrainedModel, *, shared: bool) -> PreTrainedModel:
+def placed(run: Run, model: PreTrainedModel) -> PreTrainedModel:
     """The model; or with `--model.shard`, where processes share the work, its copy that is sharded over them."""
-    if not (run.cfg.model.shard and shared):
+    if not run.cfg.model.shard or processes()[1] == 1:
         return model
     return sharded_copy(model, run.plan.device, processes()[1])
 
 
-def dense_perplexities(run: Run, *, shared: bool = False) -> list[PerplexityResult]:
-    """The dense model's, by corpus, shared between runs of the same model and text; `shared` as for `perplexity`."""
-    model = placed(run, run.model, shared=shared)
-    return [_dense_perplexity(run, model, w, shared=shared) for w in run.text.test]
+def dense_perplexities(run: Run) -> list[PerplexityResult]:
+    """The dense model's, by corpus, shared between runs of the same model and text."""
+    model = placed(run, run.model)
+    return [_dense_perplexity(run, model, w) for w in run.text.test]
 
 
-def _dense_perplexity(run: Run, model: PreTrainedModel, windows: Windows, *, shared: bool) -> PerplexityResult:
+def _dense_perplexity(run: Run, model: PreTrainedModel, windows: Windows) -> PerplexityResult:
     key = key_of(
         model=run.fingerprint, text=windows.content_hash, dtype=run.cfg.model.dtype,
         device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul,
     )  # fmt: skip
     path = cache_dir() / "evaluations" / f"{key}.json"
     cached = [read_json(path, check=schema.shaped(schema.Measured))]
-    if shared:  # one process may see a file that another has not seen yet
+    if processes()[1] > 1:  # one process may see a file that another has not seen yet
         torch.distributed.broadcast_object_list(cached)
     if cached[0] is not None:
         return PerplexityResult(**cached[0])
-    result = measured(run, model, windows, "dense", shared=shared)
+    result = measured(run, model, windows, "dense")
     write_json(path, vars(result))
     return result
 
 
-def measured(
-    run: Run, model: PreTrainedModel, windows: Windows, name: str, *, shared: bool = False
-) -> PerplexityResult:
-    """Perplexity of a row's model, with a bar; `shared` as for `perplexity`."""
-    batch_size, own = run.cfg.corpora.batch_size, processes()[1] if shared else 1
-    batches = math.ceil(len(windows.tokens) / batch_size / own)
+def measured(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
+    """Perplexity of a row's model, with a bar; processes that compute together share the batches."""
+    batch_size = run.cfg.corpora.batch_size
+    batches = math.ceil(len(windows.tokens) / batch_size / processes()[1])
     advance = run.screen.bar(f"Evaluating {name} on {windows.corpus}", batches)
-    return perplexity(model, windows, batch_size=batch_size, progress=advance, shared=shared)
+    return perplexity(model, windows, batch_size=batch_size, progress=advance, shared=True)
 
 
 def record(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 
@@ -12,7 +10,6 @@ from gprune.config.parse import parse
 from gprune.models.losses import next_token_loss
 from gprune.pipeline.dry_run import flops, speed
 from gprune.pipeline.plan import check
-from tests import tiny_run
 from tests.tiny_families import make_tiny
 
 IDS = torch.randint(3, 128, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -49,15 +46,6 @@ def test_learning_costs_twice_a_pass(tiny_model, tmp_path):
     expected = (more.forward_tokens - less.forward_tokens) * counted(lambda: tiny_model(input_ids=IDS)) / 128
     expected += (more.forward_backward_tokens - less.forward_backward_tokens) * counted(step) / 128
     assert flops(more) - flops(less) == pytest.approx(expected, rel=0.01)
-
-
-def test_the_dry_run_says_them_and_a_time(tmp_path, capsys):
-    with tiny_run.isolated(tmp_path / "cache"):
-        world = tiny_run.make_world(tmp_path)
-        assert tiny_run.main(world.args(tmp_path / "runs", "--dry_run=true")) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("compute")]
-    number = r"[\d.e+]+"
-    assert re.match(rf"compute +at most {number} [kMG]FLOP: {number} s at {number} [MGT]FLOP/s, which matrix", line)
 
 
 def test_speed_is_measured():

@@ -236,7 +236,7 @@ def test_both_processes_refuse_a_run_with_other_settings(world, runs):
 def test_when_the_first_process_alone_fails_the_second_leaves_quietly(world, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/statistics").write_text("in the way")
-    done = launched(world, tmp_path)
+    done = train(world, tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert "Cannot write" in done.stderr

@@ -43,7 +43,6 @@ def test_masks_apply_to_what_the_others_kept():
 @pytest.mark.parametrize(
     "flags",
     [
-        (),
         ("--gprune=false", "--recovery=least_squares_sequential"),
         ("--sparsity.scope=attention+ffn", *LEARNS),
         ("--sparsity.width_multiple=8", "--gprune=false"),
