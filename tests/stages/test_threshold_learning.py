@@ -171,7 +171,7 @@ def shifts(stage, before: list[torch.Tensor]) -> torch.Tensor:
     [
         ("ffn", 1, {}),
         ("attention+ffn", 8, {}),
-        ("ffn", 1, {"learn": "offsets"}),
+        ("ffn", 1, {"learn": "offsets", "offset_limit": 0.5}),
         ("attention+ffn", 1, {"learn": "both", "loss": "kl"}),
     ],
 )
@@ -190,6 +190,7 @@ def test_a_fit(scope, width_multiple, options, tiny_model):
     # what learns has moved, and not all alike; where thresholds only follow the cut, they move alike
     assert (shifts(stage, start).std() < 1e-5) if learn == "offsets" else (shifts(stage, start).std() > 0.05)
     assert (stage.offsets is None) if learn == "thresholds" else (torch.cat(stage.offsets).std() > 0.05)
+    assert learn != "offsets" or torch.cat(stage.offsets).abs().max() == 0.5  # the limit
     # the budget is met exactly
     masks = stage.masks()
     assert masks != first
