@@ -40,8 +40,8 @@ def tables(made: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def shown(action: argparse.Action) -> bool:
-    """Not those that every command has, nor a group of flags as one file."""
-    common = action.dest in ("help", "print_config") or type(action).__name__ == "_ActionConfigLoad"
+    """Not those that every command has."""
+    common = action.dest in ("help", "print_config")
     return bool(action.help) and action.help != argparse.SUPPRESS and not common
 
 

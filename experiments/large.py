@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from gprune.calibration.statistics import gram_bytes
-from gprune.checks import bytes_of
+from gprune.checks import memory_limits
 from gprune.models.blocks import blocks_of
 from gprune.models.embedded import byte_tokenizer
 from gprune.models.loading import skeleton
@@ -165,7 +165,7 @@ def child(limit: str, flags: list[str]) -> int:
 
     if limit != "none":
         modeling_utils.safe_open = read
-        resource.setrlimit(resource.RLIMIT_DATA, (bytes_of(limit),) * 2)
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_limits({"cpu": limit})["cpu"],) * 2)
     return run(flags)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # commands that refuse a flag should not wait for PyTorch
@@ -35,6 +37,11 @@ def require_finite(what: str, *tensors: Tensor) -> None:
             f"A non-finite {what}; expected finite numbers. Check the model's weights, or use --model.dtype float32 "
             f"instead of a 16-bit type."
         )
+
+
+def nearest(name: object, known: Iterable[str]) -> str | None:
+    """The known name that somebody may have meant."""
+    return next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
 
 
 def first_line(error: Exception) -> str:

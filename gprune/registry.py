@@ -10,12 +10,11 @@ IMPORTANCE["my_metric"]     # an unknown name lists what there is
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from gprune.errors import UserError
+from gprune.errors import UserError, nearest
 
 T = TypeVar("T")
 NAME = re.compile(r"\w[\w.-]{0,99}")
@@ -54,8 +53,7 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:
-            near = difflib.get_close_matches(str(name), self._entries, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
+            hint = f" Did you mean '{near}'?" if (near := nearest(name, self._entries)) else ""
             raise UserError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(self)}.")
         return self._entries[name]
 

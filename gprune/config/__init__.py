@@ -1,7 +1,7 @@
 """Every flag of train.py, with its help; start with `run.py`."""
 
 from gprune.config.groups import CorporaConfig, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
-from gprune.config.parse import CONSENT, check_settings, flat, of_settings, parse
+from gprune.config.parse import CONSENT, check_settings, configured, flat, parse, read_flags, read_settings
 from gprune.config.recovery import DistillConfig
 from gprune.config.run import RunConfig
 from gprune.config.running import EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
@@ -9,5 +9,5 @@ from gprune.config.running import EvaluationConfig, LoggingConfig, RunFolderConf
 __all__ = [
     "CONSENT", "CorporaConfig", "DistillConfig", "EvaluationConfig", "LoggingConfig", "ModelConfig",
     "PartitionConfig", "ReliabilityConfig", "RunConfig", "RunFolderConfig", "SparsityConfig", "TrainerConfig",
-    "check_settings", "flat", "of_settings", "parse",
+    "check_settings", "configured", "flat", "parse", "read_flags", "read_settings",
 ]  # fmt: skip

@@ -6,10 +6,16 @@ There is one name per thing: `--sparsity.target` on the command line is `sparsit
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import re
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from typing import Any, ClassVar, Literal, get_type_hints
+from collections.abc import Callable, Iterator
+from dataclasses import field, fields
+from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, ValidationError, field_validator
+from pydantic.dataclasses import dataclass
 
 from gprune.checks import (
     AtLeast1,
@@ -19,10 +25,11 @@ from gprune.checks import (
     Positive,
     Quantile,
     Sparsity,
-    check,
+    Text,
     memory_limits,
+    refusal,
 )
-from gprune.errors import UserError
+from gprune.errors import UserError, nearest
 from gprune.importance.metrics import IMPORTANCE
 from gprune.sparsity.allocation import ALLOCATION, check_options
 
@@ -30,55 +37,107 @@ from gprune.sparsity.allocation import ALLOCATION, check_options
 # mean of its ranks or scored on their pooled statistics.
 CONSENSUS, AVERAGED = SEVERAL = ("consensus", "averaged")
 PLACES = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|(cuda|xpu|npu|mps)(:[0-9]{1,3})?")
+STRICT = ConfigDict(
+    strict=True, extra="forbid", validate_assignment=True, allow_inf_nan=False, use_attribute_docstrings=True
+)
 
 
-@dataclass  # jsonargparse takes only classes all of whose bases are dataclasses as groups
 class Group:
-    """A group of flags: every value is checked against its type, and then against the others of the group."""
+    """A group of flags, checked by the types of its attributes; `__post_init__` checks what has to go together.
 
-    prefix: ClassVar[str] = ""  # of the group's flags, with the dot
+    Types are checked whenever a value is given, also by assignment; what has to go together when the group is made,
+    and by `validate`.
+    """
 
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for one in fields(self):
-            setattr(self, one.name, check(self.prefix + one.name, hints[one.name], getattr(self, one.name)))
-        self.check()
+    prefix: ClassVar[str]  # of the flags, with the dot
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuses what is no setting: a misspelt one would be taken and change nothing."""
-        known = [one.name for one in fields(self)]
+    @field_validator("*", mode="before")
+    @classmethod
+    def plain(cls, value: Any) -> Any:
+        """Numbers of numpy, paths and tuples as plain data; names in a mapping as text."""
+        if type(value).__module__ == "numpy" and hasattr(value, "item"):
+            return value.item()
+        if isinstance(value, dict):
+            return {str(key): cls.plain(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [cls.plain(inner) for inner in value]
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @classmethod
+    def check_name(cls, name: str, where: str) -> None:
+        """Raise UserError, which begins with `where`, for what is no setting of the group."""
+        known = [one.name for one in fields(cls)]
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            meant = f"; did you mean '{near[0]}'?" if near else f"; expected one of {', '.join(known)}."
-            raise UserError(f"{type(self).__name__} has no setting '{self.prefix}{name}'{meant}")
-        super().__setattr__(name, value)
+            near = nearest(name, known)
+            hint = f"did you mean '{near}'?" if near else f"expected one of {', '.join(known)}."
+            raise UserError(f"{where}: there is no setting '{cls.prefix}{name}'; {hint}")
 
-    def check(self) -> None:
-        """Raise UserError for values that do not go together."""
+    def validate(self) -> None:
+        """Check everything again, after assignments and changes inside lists."""
+        self.__init__(**{one.name: getattr(self, one.name) for one in fields(self)})
 
 
-@dataclass
+Kind = TypeVar("Kind", bound=type[Group])
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(field,))
+def group(prefix: str = "") -> Callable[[Kind], Kind]:
+    """Make a class of settings a pydantic dataclass that raises UserError, by names of flags, for what it refuses.
+
+    Args:
+        prefix: of the flags, with the dot.
+    """
+
+    def made(kind: Kind) -> Kind:
+        kind.prefix = prefix
+        kind = dataclass(config=STRICT)(kind)
+        init, assign = kind.__init__, kind.__setattr__
+
+        @contextlib.contextmanager
+        def refusing(*names: str) -> Iterator[None]:
+            for name in names:
+                kind.check_name(name, kind.__name__)
+            try:
+                yield
+            except ValidationError as error:
+                raise UserError(f"{refusal(error, f'--{prefix}').removesuffix('.')}.") from error
+
+        @functools.wraps(init)
+        def checked_init(self: Group, **values: Any) -> None:
+            with refusing(*values):
+                init(self, **values)
+
+        def checked_assignment(self: Group, name: str, value: Any) -> None:
+            with refusing(name):
+                assign(self, name, value)
+
+        kind.__init__, kind.__setattr__ = checked_init, checked_assignment
+        return kind
+
+    return made
+
+
+@group("model.")
 class ModelConfig(Group):
     """Which model is pruned."""
 
-    prefix: ClassVar[str] = "model."
-    name: str = "smollm2-135m"
+    name: Text = "smollm2-135m"
     """Embedded name (smollm2-135m, gemma-3-270m, or tiny-random to try the machinery),
     local Hugging Face folder, or hub id such as meta-llama/Llama-3.2-1B."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of the frozen weights. Statistics are summed in float64 whatever it is."""
-    device_map: str | None = None
-    """Handed to transformers, e.g. auto. Without it the model goes where the trainer's device is."""
-    max_memory: dict[str, str] | None = None
-    """What weights may take, e.g. {0: 20GiB, cpu: 60GiB}, by device number or cpu; with device_map. The rest stays on
-    disk and is fetched block by block: no gradient goes through such a model, but what is left can be distilled."""
+    """Dtype of the frozen weights; statistics are summed in float64."""
+    device_map: Text | None = None
+    """Passed to transformers, e.g. auto. Default: the model is on the trainer's device."""
+    max_memory: dict[Text, Text] | None = None
+    """Memory for weights by device number or cpu, e.g. {0: 20GiB, cpu: 60GiB}; needs device_map. Other weights stay on
+    disk and are loaded block by block. Such a model has no gradients, but the pruned model can be distilled."""
     shard: bool = False
-    """Spread the layers of a model over all processes (PyTorch's fully_shard) where it computes: statistics, learning,
-    perplexity; for models that do not fit one device. Needs two or more --trainer.devices or .num_nodes."""
+    """Shard the layers over all processes (PyTorch's fully_shard), for models that do not fit on one device. Needs two
+    or more --trainer.devices or .num_nodes."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raise UserError for a place or a limit that no model can have."""
         if self.device_map is not None and not PLACES.fullmatch(self.device_map):
             raise UserError(
@@ -91,43 +150,43 @@ class ModelConfig(Group):
                 raise UserError("--model.max_memory: expected --model.device_map auto with it, got no device_map.")
 
 
-@dataclass
+@group("corpora.")
 class CorporaConfig(Group):
     """Which text is used for what. A corpus is an embedded name, a hub name, a name in $GPRUNE_DATA_DIR, or a path
     to a .txt, .jsonl, .parquet or folder."""
 
-    prefix: ClassVar[str] = "corpora."
-    score: str = "wiki"
+    score: Text = "wiki"
     """The one corpus whose activations give the importance scores."""
-    drift: list[str] = field(default_factory=lambda: ["wiki", "web", "python_code"])
-    """Two or more corpora between which rank drift is measured. One corpus turns drift and the switch off."""
-    learn: list[str] = field(default_factory=lambda: ["wiki", "web", "python_code"])
+    drift: list[Text] = field(default_factory=lambda: ["wiki", "web", "python_code"])
+    """Two or more corpora between which rank drift is measured. With one corpus there is no drift, and no module
+    switches."""
+    learn: list[Text] = field(default_factory=lambda: ["wiki", "web", "python_code"])
     """Corpora on which thresholds are learned (train split). The scoring corpus alone is our reading of the
     paper."""
-    recover: list[str] = field(default_factory=lambda: ["wiki", "web", "python_code"])
+    recover: list[Text] = field(default_factory=lambda: ["wiki", "web", "python_code"])
     """Corpora that recovery reads: their statistics, or for least_squares_sequential and distill their text."""
-    evaluate: list[str] = field(default_factory=lambda: ["wiki", "web", "stories", "technical", "python_docs"])
+    evaluate: list[Text] = field(default_factory=lambda: ["wiki", "web", "stories", "technical", "python_docs"])
     """Corpora on which perplexity is reported (--evaluation.split), seen and unseen apart."""
     num_samples: AtLeast2 = 16
-    """Calibration windows per corpus; at least two, whose halves give drift its noise floor."""
+    """Calibration windows per corpus; at least two, because drift between their halves is the noise floor."""
     seq_len: AtLeast8 = 256
     """Tokens per window, in calibration and learning."""
     learn_samples: AtLeast1 | None = None
-    """Windows per learning corpus; default: num_samples. More of them is fresh text for learning, in place of epochs
-    over the same."""
+    """Windows per learning corpus; default: num_samples. More windows are new text; more --sparsity.epochs repeat the
+    same."""
     batch_size: AtLeast1 = 4
     """Windows per step, over all devices together."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """Whether the beginning-of-sequence token opens every window, for whatever it is used. It takes the first place and
-    is never scored. auto: where the model's tokenizer puts it before a text by itself (Llama, Gemma)."""
+    """Whether every window begins with the beginning-of-sequence token, which is one of its tokens and never scored.
+    auto: if the model's tokenizer adds it by itself (Llama, Gemma)."""
     separator: Literal["blank", "eos"] = "blank"
-    """What stands between documents in a window: a blank line, which text has inside documents too, or the EOS token,
-    which models have seen between documents in training."""
+    """What separates the documents of a window: a blank line, which also occurs inside documents, or the EOS token,
+    which separated documents when the model was trained."""
     collect: list[Literal["gram", "saliency"]] = field(default_factory=list)
-    """Collect these in a calibration pass although this run does not need them, so that later runs (obs,
-    least_squares: gram; taylor: saliency) find them in the cache."""
+    """Statistics to collect for later runs, which find them in the cache: gram (for obs, least_squares), saliency (for
+    taylor)."""
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         for role in ("drift", "learn", "recover", "evaluate"):
             names = getattr(self, role)
             if not names:
@@ -136,13 +195,13 @@ class CorporaConfig(Group):
                 raise UserError(f"--corpora.{role}: a corpus is named twice in {names}; name each once.")
 
 
-@dataclass
+@group("partition.")
 class PartitionConfig(Group):
     """How each block's neurons are divided into modules."""
 
-    prefix: ClassVar[str] = "partition."
     num_modules: AtLeast1 = 8
-    """Modules per block to start from; modules below max(32, N / 4K) neurons are merged."""
+    """Modules per block to start from. Modules of fewer than max(32, N / 4K) neurons are merged (N neurons, K
+    modules)."""
     method: Literal["refined", "initial", "random", "drift_only"] = "refined"
     """refined: k-means, then differentiable refinement. Ablations: initial (no refinement), random (the refined
     sizes, random members), drift_only (the refined sizes, by drift alone)."""
@@ -155,9 +214,9 @@ class PartitionConfig(Group):
     learning_rate: Positive = 0.05
     """Adam step size of the refinement."""
     similarity_weight: NonNegative = 1.0
-    """Weight of within-module parameter dispersion, in the start and in the refinement."""
+    """Weight of within-module parameter dispersion, in the initial partition and in the refinement."""
     drift_weight: NonNegative = 1.0
-    """Weight of within-module variance of drift, in the start and in the refinement."""
+    """Weight of within-module variance of drift, in the initial partition and in the refinement."""
     consistency_weight: NonNegative = 2.0
     """Weight of the reward for rank consistency between corpora inside a module."""
     balance_weight: NonNegative = 0.1
@@ -166,16 +225,15 @@ class PartitionConfig(Group):
     """Weight of decided assignments."""
 
 
-@dataclass
+@group("reliability.")
 class ReliabilityConfig(Group):
     """When a module's own ranking gives way to an activation-free metric."""
 
-    prefix: ClassVar[str] = "reliability."
     switch: bool = True
     """Let sensitive, weakly activated modules switch. False: every module keeps the base metric."""
     everywhere: bool = False
-    """Let all modules switch, reliable or not: the switch's own control."""
-    metric: str = "magnitude"
+    """Let all modules switch, reliable or not: a control."""
+    metric: Text = "magnitude"
     """What to switch to: an activation-free metric; or consensus, the base metric's mean rank over the drift corpora;
     or averaged, the base metric scored on all of them together."""
     sensitivity_quantile: Quantile = 0.75
@@ -183,7 +241,7 @@ class ReliabilityConfig(Group):
     score_quantile: Quantile = 0.5
     """Modules below this quantile of mean importance rank count as weakly activated."""
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raise UserError for a metric that modules cannot fall back on."""
         if self.metric not in SEVERAL and not IMPORTANCE[self.metric].activation_free:
             free = [name for name in IMPORTANCE if IMPORTANCE[name].activation_free]
@@ -198,41 +256,39 @@ class ReliabilityConfig(Group):
             )
 
 
-@dataclass
+@group("sparsity.")
 class SparsityConfig(Group):
     """How much goes, from where, and how the sparsity of each module is found."""
 
-    prefix: ClassVar[str] = "sparsity."
     target: Sparsity = 0.5
     """Fraction of the scope's parameters to remove, inside (0, 1)."""
     schedule: list[Sparsity] = field(default_factory=list)
-    """Sparsities on the way to the target, rising, such as [0.3, 0.4]: at each the model is pruned and recovered, and
-    what is left is scored again. --distill.tokens are shared between the steps. Needs
-    --evaluation.controls []."""
+    """Rising sparsities before the target, such as [0.3, 0.4]. At each one the model is scored, pruned and recovered;
+    --distill.tokens are divided between them. Needs --evaluation.controls []."""
     scope: Literal["ffn", "attention+ffn"] = "ffn"
     """ffn: whole FFN neurons. attention+ffn: whole KV groups too, in the same budget."""
-    allocation: str = "learned"
-    """How sparsity is spread. learned: one threshold per module, trained around the frozen model. Without learning:
+    allocation: Text = "learned"
+    """How sparsity is allocated. learned: one threshold per module, trained around the frozen model. Without learning:
     uniform (every block alike), global (scores standardised per block, one threshold: FLAP), owl (blocks with more
-    outliers lose less), depth (whole blocks by influence: ShortGPT; with --gprune false). Under these every module
-    keeps as much as the base metric keeps of it. equal: every module of the model loses the same fraction."""
-    start: str = "uniform"
-    """The base metric's allocation where thresholds are learned or equal, and where learning starts."""
-    options: dict[str, float] = field(default_factory=dict)
-    """Options of the allocation. owl: multiple (an element above so many times its block's mean is an outlier; 5) and
-    spread (how far a block's sparsity may lie from the target; 0.08)."""
+    outliers lose less), depth (whole blocks by influence: ShortGPT; needs --gprune false); each module then loses as
+    much as the base metric takes from it. equal: every module of the model loses the same fraction."""
+    start: Text = "uniform"
+    """The base metric's allocation if --sparsity.allocation is learned or equal; learning starts from it."""
+    options: dict[Text, float] = field(default_factory=dict)
+    """Options of the allocation. owl: multiple (elements above this multiple of their block's mean are outliers; 5) and
+    spread (largest distance of a block's sparsity from the target; 0.08)."""
     protect: list[int] = field(default_factory=list)
     """Blocks that keep everything, -1 being the last one. LLM-Pruner keeps [0,1,2,-1]."""
     width_multiple: AtLeast1 = 1
     """Widths end up on multiples of this: 64 or 128 suit matrix-multiply tiles and serving kernels (quantised ones want
     128), 32 the blocks of q8_0, 8 the grouped kernels of experts. The overshoot is less than one step."""
     uniform_width: bool = False
-    """Every block ends up with the same width (and as many KV groups): the widest one that removes the target. The
-    result is a stock model that needs nobody's code, where the family's config can say the sizes (gpt2, opt and
-    gpt_neox can say no fewer heads); what sparsity it reaches is printed."""
+    """Give every block the same width, and as many KV groups: the widest that reach the target. The result is a stock
+    model that needs no code of its own, if the family's config can hold the sizes (gpt2, opt and gpt_neox: not fewer
+    heads). The sparsity that it reaches is printed."""
     learn: Literal["thresholds", "offsets", "both"] = "thresholds"
-    """What is learned. thresholds: one number per module. offsets: one per neuron, which moves its rank; a free gate
-    for every neuron, for which modules only matter as a start. both: the two together."""
+    """What is learned. thresholds: one number per module. offsets: one number per neuron, which shifts its rank;
+    modules then only matter at the start. both: thresholds and offsets."""
     loss: Literal["cross_entropy", "kl"] = "cross_entropy"
     """cross_entropy: of the next token. kl: divergence from the dense model, one more forward pass per step."""
     epochs: AtLeast1 = 1
@@ -242,36 +298,34 @@ class SparsityConfig(Group):
     offset_learning_rate: Positive = 0.05
     """Adam step size of the offsets, in logits."""
     offset_limit: Positive = 1.2
-    """How far an offset may move a neuron's rank, in logits. A gradient does not see what removing a neuron that
-    carries most of its block would do; a limit keeps what the metric ranks highest."""
+    """Largest shift of a neuron's rank by its offset, in logits. Gradients do not show what is lost with a neuron that
+    carries most of its block; the limit keeps the neurons that the metric ranks highest."""
 
     centred: bool = True
-    """Take the mean over all units off the gradient. Opening any unit lowers the loss, so that Adam, which sees signs
-    more than sizes, moves all thresholds the same way where modules are large or text is little; what is left says
-    which units matter more."""
+    """Subtract the mean gradient over all units; otherwise Adam raises all gates together, and no mask changes."""
 
     @property
     def steps(self) -> int:
         """In how many steps the model is pruned, each on what the one before has left."""
         return 1 + len(self.schedule)
 
-    def check(self) -> None:
-        """Raise UserError for an allocation, budget or option that cannot be."""
+    def __post_init__(self) -> None:
+        """Raise UserError for allocations, options and budgets that cannot be; a schedule may end in the target."""
         starts = [name for name in ALLOCATION if not (ALLOCATION[name].modules or ALLOCATION[name].whole_blocks)]
         for flag, name, known in (("allocation", self.allocation, list(ALLOCATION)), ("start", self.start, starts)):
             if name not in known:
                 raise UserError(f"--sparsity.{flag}: expected one of {', '.join(known)}, got '{name}'.")
         rule = ALLOCATION[self.allocation]
+        check_options(self.start if rule.modules else self.allocation, self.options)
         if self.schedule and self.schedule[-1] == self.target:
             self.schedule = self.schedule[:-1]
-        if self.schedule != sorted({*self.schedule}) or (self.schedule and self.schedule[-1] > self.target):
+        if [*self.schedule, self.target] != sorted({*self.schedule, self.target}):
             raise UserError(
                 f"--sparsity.schedule: expected rising sparsities below --sparsity.target {self.target:g}, got "
                 f"{self.schedule}."
             )
-        if self.schedule and ALLOCATION[self.start if rule.modules else self.allocation].whole_blocks:
+        if self.schedule and rule.whole_blocks:
             raise UserError("--sparsity.schedule: whole blocks go in one step; expected it without allocation depth.")
-        check_options(self.start if rule.modules else self.allocation, self.options)
         if self.uniform_width and (self.protect or rule.whole_blocks):
             raise UserError(
                 "--sparsity.uniform_width: blocks cannot be equally wide where some keep everything or go as a whole; "

@@ -1,34 +1,38 @@
-"""Flags, and YAML files that merge left to right, to a RunConfig."""
+"""Flags, YAML files and plain data to a RunConfig: they merge left to right, and are checked by its types alone."""
 
 from __future__ import annotations
 
-import functools
+import argparse
 import inspect
-import json
 import sys
-from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from difflib import get_close_matches
+from argparse import SUPPRESS
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
-from gprune.checks import check, in_our_words, shown
+from gprune.checks import shown
 from gprune.config.groups import Group
 from gprune.config.run import RunConfig
+from gprune.console import Parser, say
 from gprune.errors import UserError
-from gprune.storage.yaml_text import load_yaml, read_yaml, reason
+from gprune.storage.yaml_text import load_yaml, read_yaml, reason, to_yaml
 
 CONSENT = "model.trust_remote_code"
 HINTS = get_type_hints(RunConfig)
 GROUPS = frozenset(name for name, kind in HINTS.items() if isinstance(kind, type) and issubclass(kind, Group))
 
+CONSENT = "model.trust_remote_code"
+HINTS = get_type_hints(RunConfig)
+GROUPS: dict[str, type[Group]] = {
+    name: kind for name, kind in HINTS.items() if isinstance(kind, type) and issubclass(kind, Group)
+}
+
 
 def parse(args: Sequence[str] | None = None) -> RunConfig:
-    """The configuration that flags of train.py describe.
+    """The configuration that flags of train.py describe; `--help` and `--print_config` print, and exit.
 
     Args:
         args: flags; None for those of this process.
@@ -36,79 +40,111 @@ def parse(args: Sequence[str] | None = None) -> RunConfig:
     Raises:
         UserError: naming the flag or the file, what was expected and what came.
     """
-    return _parsed(_without_files(sys.argv[1:] if args is None else list(args)))
+    args = list(sys.argv[1:] if args is None else args)
+    if not {"-h", "--help"}.isdisjoint(args):
+        parser().parse_args(["--help"])
+    cfg = configured(read_flags([arg for arg in args if arg != "--print_config"]))
+    if "--print_config" in args:
+        say(to_yaml(asdict(cfg)))
+        raise SystemExit(0)
+    return cfg
 
 
-def of_settings(content: Mapping[str, Any], where: str) -> RunConfig:
-    """The configuration of settings that a file holds; a UserError, which begins with `where`, for other things."""
-    return _parsed([f"--config={json.dumps(_settings(content, where))}"])
+def configured(*layers: Mapping[str, Any], where: str = "") -> RunConfig:
+    """The configuration of settings that are plain data: nested, by dotted name, or both.
 
+    Args:
+        layers: each takes the place of what those before it say. An option by its own name, such as
+            `sparsity.options.spread`, joins the others; a mapping `sparsity.options` takes the place of all.
+        where: begins the error, such as "Row 'base'".
 
-def _parsed(args: Sequence[str]) -> RunConfig:
-    try:
-        found = parser().instantiate(parser().parse_args(args))
-        found.pop("config")
-        return RunConfig(**found)
-    except ArgumentError as error:
-        raise UserError(f"{in_our_words(str(error), _hint_of)}; see --help.") from error
-
-
-@functools.cache
-def parser() -> ArgumentParser:
-    """The parser of train.py's flags: reading the help in the docstrings takes longer than most tiny runs."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    set_loader("gprune", load_yaml, (yaml.YAMLError,))
-    parser = ArgumentParser(
-        prog="train.py",
-        exit_on_error=False,
-        allow_abbrev=False,
-        parser_mode="gprune",
-        description=inspect.getdoc(RunConfig),
-    )
-    parser.add_argument("--config", action="config", help="A YAML file of flags; several merge left to right.")
-    parser.add_class_arguments(RunConfig, as_group=False, as_positional=False)
-    return parser
-
-
-def _without_files(args: Sequence[str]) -> list[str]:
-    """The flags with what --config files hold in the place of their names, so that jsonargparse opens none.
-
-    It would look for a file behind the value of a group as well.
+    Raises:
+        UserError: for an unknown setting, a value of another type or out of range, and what cannot go together.
     """
-    left, found = list(args), []
-    while left:
-        flag, given, value = left.pop(0).partition("=")
-        if flag != "--config" and not (flag.startswith("--") and flag[2:] in GROUPS):
-            found.append(f"{flag}{given}{value}")
-            continue
-        if not given:
-            if not left:
-                raise UserError(f"{flag}: expected a value behind it; see --help.")
-            value = left.pop(0)
-        if flag == "--config":
-            settings = read_settings(value)
-            # Whoever hands over a file does not consent for whoever runs it.
-            if settings.pop(CONSENT, False) not in (None, False) and not any(CONSENT in one for one in args):
-                raise UserError(
-                    f"--config {value}: expected --{CONSENT} true as a flag of the command, got it in a file."
-                )
-            found.append(f"--config={json.dumps(settings)}")
-        else:
-            found.append(f"--config={json.dumps(_settings({flag.removeprefix('--'): _loaded(flag, value)}, flag))}")
-    return found
-
-
-def _loaded(flag: str, value: str) -> Any:
+    settings: dict[str, Any] = {}
+    for layer in layers:
+        overlay(settings, layer, where or "Settings")
+    parts: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
+    for name, value in settings.items():
+        group, _, setting = name.rpartition(".")
+        parts.setdefault(group, {})[setting] = value
     try:
-        return load_yaml(value)
+        return RunConfig(**parts.pop("", {}), **{name: GROUPS[name](**part) for name, part in parts.items()})
+    except UserError as error:
+        raise UserError(f"{where}: {error}" if where else str(error)) from error
+
+
+def overlay(settings: dict[str, Any], layer: Mapping[str, Any], where: str) -> None:
+    """Put a layer of settings, nested or by dotted name, into `settings` by dotted name; see `configured`."""
+    names: set[str] = set()
+    for name, value in _dotted(layer, where):
+        group, _, option = name.partition(".")
+        key = group
+        RunConfig.check_name(group, where)
+        if group in GROUPS:
+            setting, _, option = option.partition(".")
+            key = f"{group}.{setting}"
+            GROUPS[group].check_name(setting, where)
+        if name in names:
+            raise UserError(f"{where}: expected each setting once, got '{name}' twice.")
+        names.add(name)
+        others = settings.get(key)
+        settings[key] = {**(others if isinstance(others, Mapping) else {}), option: value} if option else value
+
+
+def _dotted(layer: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+    for name, value in layer.items():
+        if name not in GROUPS:
+            yield str(name), value
+        elif isinstance(value, Mapping | None):
+            yield from ((f"{name}.{inner}", leaf) for inner, leaf in (value or {}).items())
+        else:
+            raise UserError(f"{where}: expected settings by name for the group {name}, got {shown(value)}.")
+
+
+def read_flags(args: Sequence[str]) -> dict[str, Any]:
+    """Settings by dotted name that flags of train.py give, with what --config files hold in their places.
+
+    Raises:
+        UserError: for a flag without a value, an unknown setting, and a file that consents to run a model's code:
+            whoever hands over a file does not consent for whoever runs it.
+    """
+    settings: dict[str, Any] = {}
+    left = iter(args)
+    for arg in left:
+        flag, given, text = arg.partition("=")
+        name = flag.removeprefix("--")
+        if name == flag:
+            raise UserError(f"Expected flags such as --sparsity.target 0.5, got {shown(arg)}; see --help.")
+        text = text if given else next(left, "--")
+        if not given and text.startswith("--"):
+            raise UserError(f"{flag}: expected a value behind it; see --help.")
+        if name != "config":
+            overlay(settings, {name: _value(flag, text)}, flag)
+            continue
+        content = read_settings(text)
+        if content.pop(CONSENT, False) not in (None, False) and not any(CONSENT in one for one in args):
+            raise UserError(f"--config {text}: expected --{CONSENT} true as a flag of the command, got it in a file.")
+        overlay(settings, content, f"--config {text}")
+    return settings
+
+
+def _value(flag: str, text: str) -> Any:
+    """What the text of a flag stands for: itself, but for null and lists, where the flag takes text; else YAML."""
+    group, _, setting = flag.removeprefix("--").partition(".")
+    hint = get_type_hints(GROUPS[group]).get(setting) if group in GROUPS else HINTS.get(group)
+    is_text = hint in (str, str | None)
+    try:
+        value = load_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(
-            f"{flag}: expected settings such as {{target: 0.5}}, got {shown(value)}: {reason(error)}"
-        ) from error
+        if is_text:
+            return text
+        raise UserError(f"{flag}: expected a value as in YAML, got {shown(text)}: {reason(error)}.") from error
+    return text if is_text and not isinstance(value, list | None) else value
 
 
 def read_settings(path: Path | str) -> dict[str, Any]:
-    """Settings of `train.py`, nested, as a YAML file holds them.
+    """Settings of train.py by dotted name, as a YAML file holds them.
 
     Raises:
         UserError: for a file that is none, an unknown setting, one that is there twice, or a group with a plain value.
@@ -117,42 +153,9 @@ def read_settings(path: Path | str) -> dict[str, Any]:
     if not isinstance(content, dict | None):
         # Without what is there: a list from elsewhere may name any file of this machine.
         raise UserError(f"--config: expected settings such as `sparsity: {{target: 0.5}}` in {path}, got none.")
-    return _settings(content or {}, f"--config {path}")
-
-
-def _settings(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Settings by dotted name from nested ones, dotted ones, or both."""
-    found: dict[str, Any] = {}
-    for given, value in content.items():
-        group, _, rest = str(given).partition(".")
-        _check_name(group, RunConfig, where)
-        if group not in GROUPS:
-            inside = {rest: value} if rest else value
-        elif rest:
-            inside = {rest: value}
-        elif isinstance(value, dict | None):
-            inside = value or {}
-        else:
-            raise UserError(f"{where}: expected settings by name for the group {group}, got {shown(value)}.")
-        for name, leaf in inside.items() if group in GROUPS else [("", inside)]:
-            setting, _, option = str(name).partition(".")
-            if group in GROUPS:
-                _check_name(setting, HINTS[group], where)
-            key, leaf = f"{group}.{setting}".rstrip("."), {option: leaf} if option else leaf
-            both = option and isinstance(found.get(key), dict) and option not in found[key]
-            if key in found and not both:
-                raise UserError(f"{where}: expected each setting once, got '{key}' twice.")
-            found[key] = found[key] | leaf if both else leaf
-    return found
-
-
-def flat(settings: dict[str, Any], prefix: str = "", *, whole: Sequence[str] = ()) -> dict[str, Any]:
-    """Nested settings by dotted name; an empty mapping is a value, and so are those that are to stay `whole`."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        inner = isinstance(value, dict) and value and f"{prefix}{name}" not in whole
-        found |= flat(value, f"{prefix}{name}.", whole=whole) if inner else {f"{prefix}{name}": value}
-    return found
+    settings: dict[str, Any] = {}
+    overlay(settings, content or {}, f"--config {path}")
+    return settings
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -161,32 +164,64 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     Args:
         settings: as `RunConfig.settings` gives them; what no flag says, such as `inputs`, is left alone.
     """
-    for group, expected in RunConfig().settings().items():
-        hint, others = HINTS[group], [] if group in settings else [group]
-        if group not in GROUPS and not others:
-            check(group, hint, settings[group])
-        elif not isinstance(value := settings.get(group, {}), dict):
+    cfg = RunConfig()
+    for group, expected in cfg.settings().items():
+        value, part = settings.get(group), getattr(cfg, group)
+        if group not in settings:
+            others = {group}
+        elif group not in GROUPS:
+            setattr(cfg, group, value)
+            continue
+        elif not isinstance(value, Mapping):
             raise UserError(f"--{group}: expected settings by name, got {shown(value)}.")
-        elif not others:
-            hints = get_type_hints(hint)
-            for name in hints.keys() & value.keys():
-                check(f"{group}.{name}", hints[name], value[name])
-            lacking, unknown = expected.keys() - value.keys(), value.keys() - expected.keys() - hints.keys()
-            others = sorted(f"{group}.{name}" for name in lacking | unknown)
+        else:
+            for name in value.keys() & vars(part).keys():
+                setattr(part, name, value[name])
+            lacking, unknown = expected.keys() - value.keys(), value.keys() - expected.keys() - vars(part).keys()
+            others = {f"{group}.{name}" for name in lacking | unknown}
         if others:
-            raise UserError(f"expected the settings of this version, which differ in {others[0]}.")
+            raise UserError(f"expected the settings of this version, which differ in {min(others)}.")
 
 
-def _check_name(name: str, group: type, where: str) -> None:
-    """Raise UserError for what is no setting of a group."""
-    known = [one.name for one in fields(group)]
-    if name not in known:
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(known)}."
-        raise UserError(f"{where}: there is no setting '{getattr(group, 'prefix', '')}{name}'; {hint}")
+def flat(settings: dict[str, Any], prefix: str = "", *, whole: Sequence[str] = ()) -> dict[str, Any]:
+    """Nested settings by dotted name; an empty mapping is a value, and so are those that are to stay `whole`."""
+    leaves: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = isinstance(value, dict) and value and f"{prefix}{name}" not in whole
+        leaves |= flat(value, f"{prefix}{name}.", whole=whole) if inner else {f"{prefix}{name}": value}
+    return leaves
 
 
-def _hint_of(flag: str) -> Any:
-    """The annotation of a setting by its dotted name; None for what is none."""
-    group, _, rest = flag.partition(".")
-    return get_type_hints(HINTS[group]).get(rest) if group in GROUPS else HINTS.get(group)
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they were written, and the default of each flag."""
+
+
+def parser() -> Parser:
+    """The help of train.py: a section for each group of flags, from names, types, defaults and docstrings."""
+    usage = "train.py [--config FILE] [--FLAG VALUE ...]"
+    made = Parser("train.py", usage=usage, description=inspect.getdoc(RunConfig), formatter_class=_Help)
+    made.add_argument(
+        "--config", metavar="FILE", default=SUPPRESS, help="A YAML file of flags; several merge left to right."
+    )
+    made.add_argument("--print_config", action="version", help="Print all settings as such a file, and stop.")
+    cfg = RunConfig()
+    for part in [cfg, *(getattr(cfg, name) for name in GROUPS)]:
+        title, _, about = (inspect.getdoc(type(part)) or "").partition(". ")
+        section = made if part is cfg else made.add_argument_group(title.rstrip("."), about)
+        hints = get_type_hints(type(part))
+        for name, info in type(part).__pydantic_fields__.items():
+            if hints[name] not in GROUPS.values():
+                section.add_argument(
+                    f"--{part.prefix}{name}",
+                    metavar=_placeholder(name, hints[name]),
+                    default=SUPPRESS if getattr(part, name) is None else getattr(part, name),
+                    help=" ".join((info.description or "").split()).replace("%", "%%"),
+                )
+    return made
+
+
+def _placeholder(name: str, hint: Any) -> str:
+    """What stands for the value of a flag in its help."""
+    if hint is bool or get_origin(hint) is Literal:
+        return f"{{{','.join(get_args(hint) or ('true', 'false'))}}}"
+    return {list: "[ITEM,...]", dict: "{NAME: VALUE,...}"}.get(get_origin(hint), name.upper())

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import asdict, field
+from typing import Annotated, Any, Literal
 
-from gprune.checks import NonNegative
+from pydantic import BeforeValidator
+
+from gprune.checks import NonNegative, Text
 from gprune.config.groups import (
     SEVERAL,
     CorporaConfig,
@@ -17,6 +19,7 @@ from gprune.config.groups import (
     PartitionConfig,
     ReliabilityConfig,
     SparsityConfig,
+    group,
 )
 from gprune.config.recovery import DistillConfig
 from gprune.config.running import EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
@@ -27,7 +30,13 @@ from gprune.recoveries import recovery_of
 from gprune.sparsity.allocation import ALLOCATION
 
 
-@dataclass
+def joined(chain: Any) -> Any:
+    """A chain of recoveries as one name, `least_squares+distill`; what is no list of names as it is."""
+    names = isinstance(chain, list) and all(isinstance(name, str) for name in chain)
+    return "+".join(chain) or "none" if names else chain
+
+
+@group()
 class RunConfig(Group):
     """Generalization-aware structured pruning of a large language model.
 
@@ -38,24 +47,24 @@ class RunConfig(Group):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     corpora: CorporaConfig = field(default_factory=CorporaConfig)
-    importance: str = "wanda_sp"
+    importance: Text = "wanda_sp"
     """Base importance metric, or one registered from Python. From activations: wanda_sp, wifn, wifv, ifv, act_norm,
     obs; from gradients: taylor, taylor_second, taylor_vector; from weights alone: magnitude, magnitude_l1,
     magnitude_down, magnitude_down_l1, gaussian_sp; random as a control."""
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
-    recovery: str | list[str] = "least_squares+distill"
-    """What gives back what pruning took: one, or a chain such as [least_squares,distill]. none is the paper's method;
-    beyond it: bias (means of what was removed), least_squares (output projections solved again on the dense model's
-    activations), least_squares_sequential (block by block, on the activations of the pruned and recovered model so
-    far; costs some three forward passes for each pruned model), distill (weights learn to predict as the dense model
-    does, see --distill), or one registered from Python."""
+    recovery: Annotated[Text, BeforeValidator(joined)] = "least_squares+distill"
+    """How the pruned model is repaired: one recovery, or a chain such as [least_squares,distill]. none: the paper's
+    method. bias: means of what was removed. least_squares: output projections solved again on the dense model's
+    activations. least_squares_sequential: the same block by block, on the activations of the blocks pruned and
+    recovered so far; costs some three forward passes for each pruned model. distill: weights learn to predict as the
+    dense model does, see --distill. Or one registered from Python."""
     ridge: NonNegative = 0.01
     """Ridge of least_squares and of least_squares_sequential, relative to the mean diagonal of the Gram matrix."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     gprune: bool = True
-    """False: the base metric alone; --sparsity.allocation learned then means what --sparsity.start says."""
+    """False: only the base metric; `--sparsity.start` takes the place of `--sparsity.allocation learned`."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -64,67 +73,70 @@ class RunConfig(Group):
     """hf: the pruned model as a Hugging Face folder, reloaded and compared. gguf: that, and a GGUF file beside it, run
     in a llama.cpp build and compared (`gprune export` has its types). none: masks and numbers only."""
     dry_run: bool = False
-    """Say tokens, FLOPs, time and resulting widths, and stop before the model runs."""
+    """Print tokens, FLOPs, time and resulting widths, and stop before the model runs."""
 
-    def check(self) -> None:
-        """Raise UserError for settings that cannot go together; a chain of recoveries becomes one name."""
+    def __post_init__(self) -> None:
+        """Raise UserError for settings that cannot go together."""
         IMPORTANCE[self.importance]
-        if isinstance(self.recovery, list):
-            self.recovery = "+".join(self.recovery) or "none"
-        found = recovery_of(self.recovery)
-        if found.learns and self.distilled_windows < 1:
-            least = len(self.corpora.recover) * self.corpora.seq_len
-            raise UserError(
-                f"--distill.tokens: expected one window of each of --corpora.recover at least ({least:,} tokens), got "
-                f"{self.distill.tokens:,}."
-            )
-        steps = self.sparsity.steps
-        if steps > 1 and self.evaluation.controls:
-            raise UserError(
-                f"--sparsity.schedule: controls are pruned in one step, and cost a run of their own; expected "
-                f"--evaluation.controls [] with it, got {self.evaluation.controls}."
-            )
-        if found.learns and self.distilled_windows < steps:
-            raise UserError(
-                f"--distill.tokens: expected a window of each of --corpora.recover for each step of "
-                f"--sparsity.schedule, got {self.distilled_windows} windows for {steps} steps."
-            )
-        if self.model.shard and self.trainer.devices * self.trainer.num_nodes < 2:
-            raise UserError(
-                "--model.shard: expected two or more processes (--trainer.devices, .num_nodes) to spread the model "
-                "over, got one; --model.device_map auto spreads it over the devices of one process."
-            )
+        self._check_recovery()
+        self._check_places()
         if self.model.dtype == "float16" and (self.learns or "saliency" in self.collects):
             raise UserError(
                 "--model.dtype float16: the gradients that thresholds and Taylor metrics need are too small for it; "
                 "expected bfloat16 or float32, or --sparsity.allocation uniform and a metric without gradients."
             )
-        if self.evaluation.split == "development" and found.learns and self.distill.keep == "best":
+        if self.sparsity.steps > 1 and self.evaluation.controls:
             raise UserError(
-                "--evaluation.split development: --distill.keep best chooses the weights on this text; expected test, "
-                "or --distill.keep last."
+                f"--sparsity.schedule: controls are pruned in one step, and cost a run of their own; expected "
+                f"--evaluation.controls [] with it, got {self.evaluation.controls}."
             )
-        if found.learns and self.distill.hidden and ALLOCATION[self.base_allocation].whole_blocks:
-            raise UserError(
-                f"--distill.hidden: expected 0 with --sparsity.allocation {self.base_allocation}, which leaves fewer "
-                f"blocks than the dense model has to compare them with; got {self.distill.hidden}."
-            )
-        self._check_places()
         if self.gprune and ALLOCATION[self.sparsity.allocation].whole_blocks:
             raise UserError(
                 f"--sparsity.allocation {self.sparsity.allocation}: a baseline without modules; expected --gprune "
                 f"false with it."
             )
-        for flag, given in (
+        for flag, chosen in (
             ("--partition.method drift_only", self.partition.method == "drift_only"),
             ("--reliability.everywhere true", self.reliability.everywhere),
         ):
-            if self.gprune and given and len(self.corpora.drift) < 2:
+            if self.gprune and chosen and len(self.corpora.drift) < 2:
                 raise UserError(f"{flag}: expected two or more --corpora.drift, got {self.corpora.drift}.")
 
+    def _check_recovery(self) -> None:
+        """Raise UserError for an unknown recovery, and for one that would learn from too little text."""
+        if not recovery_of(self.recovery).learns:
+            return
+        windows, steps = self.distilled_windows, self.sparsity.steps
+        if windows < 1:
+            least = len(self.corpora.recover) * self.corpora.seq_len
+            raise UserError(
+                f"--distill.tokens: expected one window of each of --corpora.recover at least ({least:,} tokens), got "
+                f"{self.distill.tokens:,}."
+            )
+        if windows < steps:
+            raise UserError(
+                f"--distill.tokens: expected a window of each of --corpora.recover for each step of "
+                f"--sparsity.schedule, got {windows} windows for {steps} steps."
+            )
+        if self.evaluation.split == "development" and self.distill.keep == "best":
+            raise UserError(
+                "--evaluation.split development: --distill.keep best chooses the weights on this text; expected test, "
+                "or --distill.keep last."
+            )
+        if self.distill.hidden and ALLOCATION[self.base_allocation].whole_blocks:
+            raise UserError(
+                f"--distill.hidden: expected 0 with --sparsity.allocation {self.base_allocation}, which leaves fewer "
+                f"blocks than the dense model has to compare them with; got {self.distill.hidden}."
+            )
+
     def _check_places(self) -> None:
-        """Raise UserError where each of several processes would take all devices of its machine."""
+        """Raise UserError for a model whose parts have no place in the processes that there are."""
         processes, m = self.trainer.devices * self.trainer.num_nodes, self.model
+        if m.shard and processes < 2:
+            raise UserError(
+                "--model.shard: expected two or more processes (--trainer.devices, .num_nodes) to spread the model "
+                "over, got one; --model.device_map auto spreads it over the devices of one process."
+            )
         if m.device_map is None or processes < 2:
             return
         if not m.shard:
@@ -217,12 +229,11 @@ class RunConfig(Group):
         return list(dict.fromkeys(name for names in self.roles.values() for name in names))
 
     def validate(self) -> None:
-        """Check every value again: attributes may have been set after the object was made."""
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if isinstance(value, Group):
-                value.__post_init__()
-        self.__post_init__()
+        """Check everything again, after assignments and changes inside lists."""
+        for part in vars(self).values():
+            if isinstance(part, Group):
+                part.validate()
+        super().validate()
 
     def check_names(self) -> None:
         """Look every corpus name up, without reading text."""
@@ -258,8 +269,8 @@ class RunConfig(Group):
         plain = asdict(self)
         for place in ("max_memory", "shard"):
             plain["model"].pop(place)
-        for group in ("logging", "export", "dry_run"):
-            plain.pop(group)
+        for name in ("logging", "export", "dry_run"):
+            plain.pop(name)
         plain["corpora"].pop("collect")
         plain["evaluation"].pop("samples")
         plain["run"] = {"seed": self.run.seed}

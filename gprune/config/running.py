@@ -3,69 +3,61 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import field
 from importlib.util import find_spec
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from gprune.checks import (
-    AtLeast0,
-    AtLeast1,
-    AtLeast8,
-    Few,
-    NonNegative,
-    Seed,
-    Sparsity,
-    shown,
-)
-from gprune.config.groups import Group
+from pydantic import Field
+
+from gprune.checks import AtLeast0, AtLeast1, AtLeast8, Few, NonNegative, Seed, Sparsity, Text, shown
+from gprune.config.groups import Group, group
 from gprune.errors import UserError
 
 Control = Literal["base", "averaged", "unrecovered"]
+WandbName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\p{Cc}\p{Zl}\p{Zp}]*$")]
 
 
-@dataclass
+@group("evaluation.")
 class EvaluationConfig(Group):
     """What is measured at the end."""
 
-    prefix: ClassVar[str] = "evaluation."
     split: Literal["test", "development", "train"] = "test"
-    """Which text is measured on. Settings are chosen on development text, so that test text stays unseen; or on the
-    longer train text of corpora that neither the run nor any report uses."""
+    """The split of --corpora.evaluate. Choose settings on development, so that test stays unseen; or on train, which is
+    longer, of corpora that neither the run nor any report uses."""
     num_samples: AtLeast1 = 6
-    """Windows per evaluated corpus: a sample of its split that is the same for every seed."""
+    """Windows per evaluated corpus, the same ones for every seed."""
     seq_len: AtLeast8 = 256
     """Tokens per window. Windows do not overlap (stride = seq_len)."""
     development_samples: AtLeast1 = 2
-    """Development windows per corpus of learning and recovery, for curves against epoch, tokens and sparsity."""
+    """Development windows per corpus of learning and recovery, for curves over epochs, tokens and sparsity."""
     curve: list[Sparsity] = field(default_factory=lambda: [0.2, 0.35])
     """Sparsities, besides 0 and the target, at which gprune's masks are measured on development text."""
     samples: AtLeast0 = 3
-    """Evaluated texts whose beginning the dense and the pruned model go on writing, for the page of the run."""
+    """Number of evaluated texts whose beginnings the dense and the pruned model continue, for the page of the run."""
     controls: list[Control] = field(default_factory=lambda: ["base", "averaged", "unrecovered"])
-    """Rows beside the run's own. base: the metric alone, spread as --sparsity.start says, or as an allocation that does
-    not learn. averaged: the same, scored on all drift corpora. unrecovered: all rows without recovery as well, where
-    there is one."""
+    """Rows beside the run's own. base: the base metric alone, allocated by --sparsity.start, or by an
+    --sparsity.allocation that does not learn. averaged: the same, scored on all drift corpora. unrecovered: every row
+    without recovery as well."""
 
 
-@dataclass
+@group("logging.")
 class LoggingConfig(Group):
     """Where curves go."""
 
-    prefix: ClassVar[str] = "logging."
     tracker: Literal["wandb", "tensorboard", "csv"] = "wandb"
-    """wandb: Weights & Biases. tensorboard: event files in the run folder (needs the package tensorboard). csv: the
-    CSV file alone, which is always there."""
+    """wandb: Weights & Biases. tensorboard: event files in the run folder (needs the package tensorboard). csv: only
+    the CSV file, which is always written."""
     mode: Literal["offline", "online", "disabled"] | None = None
     """Of W&B. Default: $WANDB_MODE, else offline: files in the run folder, no account needed, and `wandb leet run`
     shows every curve in the terminal."""
-    project: str = "gprune"
+    project: WandbName = "gprune"
     """W&B project."""
-    group: str | None = None
-    """W&B group; by default the model's name, so that ablations of one model stand together."""
-    tags: list[str] = field(default_factory=list)
-    """Further W&B tags; metric, scope and allocation are always there."""
+    group: WandbName | None = None
+    """W&B group; default: the model's name, which groups ablations of one model."""
+    tags: list[Annotated[Text, Field(min_length=1, max_length=64)]] = field(default_factory=list)
+    """W&B tags beside metric, scope and allocation."""
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raise UserError for a mode of W&B that there is not."""
         if self.resolved_mode not in ("offline", "online", "disabled"):
             raise UserError(
@@ -76,16 +68,6 @@ class LoggingConfig(Group):
                 "--logging.tracker: expected the package tensorboard for tensorboard, and it is not installed; run "
                 "`pip install tensorboard`, or take csv."
             )
-        for tag in self.tags:
-            if not 1 <= len(tag) <= 64:
-                raise UserError(
-                    f"--logging.tags: expected tags of 1 to 64 characters, as W&B has them, got {shown(tag)}."
-                )
-        for flag, value, most in (("project", self.project, 128), ("group", self.group or "-", 128)):
-            if not 1 <= len(value) <= most or set(value) & set("/\\#?%:"):
-                raise UserError(
-                    f"--logging.{flag}: expected 1 to {most} characters without / \\ # ? % :, got {shown(value)}."
-                )
 
     @property
     def resolved_mode(self) -> str:
@@ -98,26 +80,25 @@ class LoggingConfig(Group):
         return "csv" if self.tracker == "wandb" and self.resolved_mode == "disabled" else self.tracker
 
 
-@dataclass
+@group("trainer.")
 class TrainerConfig(Group):
     """Lightning's own flags."""
 
-    prefix: ClassVar[str] = "trainer."
-    accelerator: str = "auto"
+    accelerator: Text = "auto"
     """cpu, gpu, or auto."""
     devices: Few = 1
-    """Processes per node; statistics and thresholds agree with one process."""
+    """Processes per node. Statistics and thresholds agree with those of one process."""
     num_nodes: Few = 1
     """Nodes."""
     strategy: Literal["auto", "ddp"] = "auto"
     """auto or ddp."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """torch's setting of this name, for everything that a run multiplies in float32. high: TF32 on GPUs that have it,
-    several times faster, with 10 bits of mantissa; medium: bfloat16 inside. It has no effect on bfloat16 weights."""
+    """torch's setting of this name, for matrix products in float32. high: TF32 on GPUs that have it, several times
+    faster, with 10 bits of mantissa; medium: bfloat16 inside. It has no effect on bfloat16 weights."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """In what thresholds and recoveries are learned. bf16-mixed: matrix products in bfloat16 (autocast), what learns in
-    float32; several times faster where the processor multiplies bfloat16 (a GPU, or a CPU with AMX). Statistics and
-    evaluation keep --model.dtype."""
+    """Precision in which thresholds and recoveries are trained. bf16-mixed: matrix products in bfloat16 (autocast),
+    trained parameters in float32; several times faster on a GPU, or a CPU with AMX. Statistics and evaluation use
+    --model.dtype."""
 
     @property
     def lightning(self) -> dict[str, Any]:
@@ -125,23 +106,24 @@ class TrainerConfig(Group):
         return {n: getattr(self, n) for n in ("accelerator", "devices", "num_nodes", "strategy", "precision")}
 
 
-@dataclass
+@group("run.")
 class RunFolderConfig(Group):
     """Where results go."""
 
-    prefix: ClassVar[str] = "run."
-    dir: str = "runs"
+    dir: Text = "runs"
     """Folder of all runs."""
-    name: str | None = None
+    name: Text | None = None
     """Folder of this run inside it. Default: model, metric, sparsity and a hash of all settings."""
     seed: Seed = 0
-    """Seed of everything drawn: windows, partition, order of learning."""
+    """Seed of everything random: windows, partition, order of training windows."""
     checkpoint_minutes: NonNegative = 5.0
-    """Minutes between two checkpoints of what learns; a killed run goes on from the last one, to the same bits. 0: one
-    after every step."""
+    """Minutes between checkpoints in training; 0: after every step. A killed run resumes from the last one, to the same
+    bits."""
 
-    def check(self) -> None:
-        if self.name and (self.name in (".", "..") or self.name != os.path.basename(self.name)):
-            raise UserError(f"--run.name: expected the name of a folder inside --run.dir, got {self.name!r}.")
-        if self.name and len(os.fsencode(self.name)) > 200:
-            raise UserError(f"--run.name: expected at most 200 bytes, got {shown(self.name)}.")
+    def __post_init__(self) -> None:
+        """Raise UserError for a name that leads out of the folder of runs, or that no file can have."""
+        name = self.name or "run"
+        if name in (".", "..") or name != os.path.basename(name) or len(os.fsencode(name)) > 200:
+            raise UserError(
+                f"--run.name: expected the name of a folder inside --run.dir, of at most 200 bytes, got {shown(name)}."
+            )

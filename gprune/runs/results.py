@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.calibration.statistics import CorpusStatistics
-from gprune.config import RunConfig, of_settings
+from gprune.config import RunConfig, configured
 from gprune.errors import UserError, first_line
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
@@ -291,7 +291,7 @@ def config_of(run: FinishedRun) -> RunConfig:
         found = read_yaml(file, "expected YAML in")
         if not isinstance(found, dict):
             raise UserError("it holds no settings.")
-        cfg = of_settings(found, "its settings")
+        cfg = configured(found, where="its settings")
     except UserError as error:
         raise UserError(f"{file} was altered: {error} Run the same command again.") from error
     before = {name: value for name, value in run.settings.items() if name != "inputs"}

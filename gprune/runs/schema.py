@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from gprune.checks import shown
+from gprune.checks import refusal
 
 Text = Annotated[str, Field(max_length=4096)]
 Number = Annotated[float, Field(ge=-1e300, le=1e300)]
@@ -210,9 +210,7 @@ def problem(shape: Any, content: Any) -> str | None:
     try:
         TypeAdapter(shape).validate_python(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "content"
-        return f"{place}: {first['msg'].replace('Input should', 'it should', 1)}, got {shown(first['input'])}"
+        return refusal(error)
     except RecursionError:
         return "it is too deep"
     return None
@@ -230,10 +228,10 @@ def records(found: Sequence[dict[str, Any]]) -> str | None:
     by_row: dict[tuple[str, str], dict[str, tuple[Any, ...]]] = {}
     for n, r in enumerate(found):
         if (said := measured(r, r["seq_len"] - 1)) is not None:
-            return f"records.{n}.{said}"
+            return f"records[{n}].{said}"
         row = by_row.setdefault((r["stage"], r["recovery"]), {})
         if r["corpus"] in row:
-            return f"records.{n}: expected each corpus once in a row, got '{r['corpus']}' twice"
+            return f"records[{n}]: expected each corpus once in a row, got '{r['corpus']}' twice"
         row[r["corpus"]] = r["content_hash"], r["seen"], r["seq_len"], len(r["window_nll"])
     if not found:
         return None
@@ -272,7 +270,7 @@ def benchmarks(found: Sequence[dict[str, Any]]) -> str | None:
         if said is None:
             said = measured(r, r["seq_len"] - 1) if r["kind"] == "perplexity" else answered(r)
         if said is not None:
-            return f"records.{n}.{said}"
+            return f"records[{n}].{said}"
     return None
 
 

@@ -15,7 +15,9 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gprune.checks import AtLeast1Float, NonNegative, check
+from pydantic import TypeAdapter, ValidationError
+
+from gprune.checks import AtLeast1Float, NonNegative, refusal
 from gprune.errors import UserError
 from gprune.registry import Registry
 
@@ -36,14 +38,20 @@ ALLOCATION: Registry[Rule] = Registry("allocation", called=True)
 
 
 def allocation(
-    name: str, *, modules: bool = False, learned: bool = False, whole_blocks: bool = False
+    name: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    modules: bool = False,
+    learned: bool = False,
+    whole_blocks: bool = False,
 ) -> Callable[[Rule], Rule]:
     """Register `function(scores, statistics, blocks, budget, **options)` under `name`; it returns margins or masks.
 
-    Options are the function's keyword-only parameters; `--sparsity.options` sets them.
+    Options are the function's keyword-only parameters, numbers that `--sparsity.options` sets.
 
     Args:
         name: the value of `--sparsity.allocation`.
+        options: types with a range, as in `gprune.checks`, by option; others may be any number.
         modules: the rule is a `function(masks, ranks)` that returns thresholds of modules, given the masks of
             `--sparsity.start`.
         learned: learning starts at these thresholds.
@@ -51,30 +59,27 @@ def allocation(
     """
 
     def file(function: Rule) -> Rule:
+        ALLOCATION.register(name)(function)
+        keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        function.options = dict.fromkeys(keywords, float) | dict(options or {})
         function.modules, function.learned, function.whole_blocks = modules, learned, whole_blocks
-        return ALLOCATION.register(name)(function)
+        return function
 
     return file
 
 
 def check_options(name: str, options: Mapping[str, float]) -> None:
     """Raise a UserError for options that the allocation `name` does not take, or values out of an option's range."""
-    function = ALLOCATION[name]
-    known = {p.name: p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    known = ALLOCATION[name].options
+    if unknown := [option for option in options if option not in known]:
+        raise UserError(
+            f"--sparsity.options: expected options of '{name}' ({', '.join(known) or 'none'}), got '{unknown[0]}'."
+        )
     for option, value in options.items():
-        if option not in known:
-            raise UserError(
-                f"--sparsity.options: expected options of '{name}' ({', '.join(known) or 'none'}), got '{option}'."
-            )
-        check(f"sparsity.options.{option}", _type_of(known[option], function), value)
-
-
-def _type_of(option: inspect.Parameter, function: Rule) -> Any:
-    """The annotation of an option by itself: those of its neighbours may stand for modules that are not imported."""
-    found = option.annotation
-    if found is option.empty:
-        return float
-    return eval(found, function.__globals__) if isinstance(found, str) else found
+        try:
+            TypeAdapter(known[option]).validate_python(value)
+        except ValidationError as error:
+            raise UserError(f"{refusal(error, f'--sparsity.options.{option}')}.") from error
 
 
 def allocate(
@@ -158,15 +163,15 @@ def standardised(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[
     return [z(s) for s in scores.ffn], groups
 
 
-@allocation("owl")
+@allocation("owl", options={"multiple": AtLeast1Float, "spread": NonNegative})
 def outlier_weighted(
     scores: Scores,
     statistics: CorpusStatistics,
     blocks: Sequence[Block],
     budget: Budget,
     *,
-    multiple: AtLeast1Float = 5.0,
-    spread: NonNegative = 0.08,
+    multiple: float = 5.0,
+    spread: float = 0.08,
 ) -> Margins:
     """m_i = r_i - S_b: block b loses the fraction S_b, less where it has more outliers (OWL, arXiv 2310.05175).
 

@@ -249,7 +249,7 @@ def _rows(path: Path, content: Content, seeds: Sequence[int] | None, flags: Sequ
 def _check_flags(where: str, given: Sequence[str], own: Sequence[str]) -> None:
     """Raise UserError for what a list may not set: seeds, a group as one text, consent that no `own` flag gives."""
     names = {flag.partition("=")[0].removeprefix("--") for flag in given}
-    if groups := sorted(names & GROUPS):
+    if groups := sorted(names & GROUPS.keys()):
         raise UserError(f"{where}: expected settings by name for the group {groups[0]}, got one text.")
     if "run.seed" in names or any(flag.partition("=")[0] == "--run.seed" for flag in own):
         raise UserError(f"{where}: expected seeds as `seeds` or --seeds, got --run.seed.")

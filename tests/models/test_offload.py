@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from experiments import large
 from gprune.calibration.collector import collect
-from gprune.checks import bytes_of, memory_limits
+from gprune.checks import memory_limits
 from gprune.cli import main
 from gprune.config.parse import parse
 from gprune.export import hf
@@ -228,8 +228,8 @@ def test_the_scratch_folder_goes_with_its_model_and_after_a_kill(tmp_path):
 
 
 def test_sizes():
-    assert [bytes_of(s) for s in ("2GiB", "500MB", "1.5 kib", "10", "3B")] == [2**31, 5 * 10**8, 1536, 10, 3]
-    assert memory_limits({"cpu": "1KB", "0": "1MiB"}) == {"cpu": 1000, 0: 2**20}
+    sizes = {"cpu": "2GiB", "0": "500MB", "1": "1.5 kib", "2": "10", "3": "3B"}
+    assert memory_limits(sizes) == {"cpu": 2**31, 0: 5 * 10**8, 1: 1536, 2: 10, 3: 3}
     flags = ["--model.device_map=auto", "--model.max_memory={cpu: 2GiB, 0: 1GB}"]
     assert memory_limits(parse(flags).model.max_memory) == {"cpu": 2**31, 0: 10**9}
     assert parse(flags).settings() == parse(flags[:1]).settings()  # memory changes no result
@@ -242,8 +242,8 @@ TWO = "--trainer.devices=2"
     ("flags", "line"),
     [
         (["--model.max_memory={cpu: 2GiB}"], "--model.max_memory: expected --model.device_map auto with it"),
-        ([AUTO, "--model.max_memory={cpu: lots}"], "expected sizes such as 2GiB or 500MB, got 'lots'"),
-        ([AUTO, "--model.max_memory={cpu: 0GB}"], "expected sizes such as 2GiB or 500MB, got '0GB'"),
+        ([AUTO, "--model.max_memory={cpu: lots}"], ".cpu: expected a size such as 2GiB or 500MB, got 'lots'"),
+        ([AUTO, "--model.max_memory={cpu: 0GB}"], ".cpu: expected more than 0, got '0GB'"),
         ([AUTO, "--model.max_memory={disk: 2GB}"], "expected cpu or a device number such as 0"),
         (["--model.shard=true"], "--model.shard: expected two or more processes"),
         ([AUTO, TWO], "--model.device_map auto: expected one process"),

@@ -665,7 +665,7 @@ def test_reading_needs_neither_the_model_nor_the_corpora(run, monkeypatch):
     for name in (
         "transformers.AutoModelForCausalLM.from_pretrained",
         "gprune.corpora.load.load_corpus",
-        "gprune.runs.results.of_settings",
+        "gprune.runs.results.configured",
     ):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("read more than the run's folder"))
     (run / "config.yaml").unlink()
