@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +122,13 @@ def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
     return general | {f"{arch}.{key}": value for key, value in own.items()}
 
 
-def check_expressible(model: PreTrainedModel) -> None:
+def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig) -> None:
     """Refuse what llama.cpp's graphs of `llama` and `deci` compute differently."""
-    for block in blocks_of(model):
-        if (reason := unlike_llama(model.config, block)) is not None:
+    for block in blocks:
+        if (reason := unlike_llama(config, block)) is not None:
             raise UserError(
                 f"Export: llama.cpp's graph for layers of different widths computes as Llama does, but this "
-                f"'{model.config.model_type}' {reason}. Export to hf, or prune with --sparsity.uniform_width true and "
+                f"'{config.model_type}' {reason}. Export to hf, or prune with --sparsity.uniform_width true and "
                 f"--sparsity.scope ffn, which leaves a stock model for llama.cpp's own converter."
             )
         # llama.cpp takes a size of 0 for a layer without FFN or attention, and then skips more than that.
@@ -180,7 +180,7 @@ def write_gguf(
     Raises:
         UserError: for a model or tokenizer that GGUF or llama.cpp has no words for, or weights beyond float16.
     """
-    check_expressible(model)
+    check_expressible(blocks_of(model), model.config)
     keys = model_keys(model, name, type)
     keys |= tokenizer_keys(tokenizer, model.get_decoder().embed_tokens.num_embeddings)
     types = {name: stored_type(tensor, type) for name, tensor in tensors(model)}

@@ -15,7 +15,7 @@ from gprune.export.convert import LLAMA_CPP, has_llama_cpp
 from gprune.export.gguf_writer import check_expressible
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.folders import check_stored
-from gprune.models.loading import locate_model, read_config, skeleton
+from gprune.models.loading import read_config, skeleton
 from gprune.pipeline.cost import tokens_by_step
 from gprune.recoveries import recovery_of
 from gprune.runs.trainer import check_trainer
@@ -57,7 +57,7 @@ def check(cfg: RunConfig) -> Plan:
     device = check_trainer(**cfg.trainer.lightning)
     config = read_config(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
     dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
-    check_stored(dense, locate_model(cfg.model.name))
+    check_stored(dense, config.name_or_path)
     blocks, s = blocks_of(dense), cfg.sparsity
     costs = unit_costs(blocks, scope=s.scope, protect=s.protect, uniform=s.uniform_width)
     budget = Budget.of(costs, s.target, s.width_multiple)
@@ -68,7 +68,7 @@ def check(cfg: RunConfig) -> Plan:
             budget.at(sparsity)
     check_blocks(cfg, blocks, config)
     if cfg.export == "gguf":
-        check_gguf_possible(dense)
+        check_gguf_possible(blocks, config)
     return Plan(cfg, dense, budget, device, tokens_by_step(cfg))
 
 
@@ -86,14 +86,14 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
         )
 
 
-def check_gguf_possible(dense: PreTrainedModel) -> None:
+def check_gguf_possible(blocks: Sequence[Block], config: PreTrainedConfig) -> None:
     """Raise UserError now, not after hours, where the model or this machine allows no GGUF file."""
     if not has_llama_cpp():
         raise UserError(
             f"--export gguf: expected a llama.cpp build to check the file with; got none. Run `pip install "
             f"{LLAMA_CPP}`, or take --export hf, and then `gprune export` with --unchecked."
         )
-    check_expressible(dense)
+    check_expressible(blocks, config)
 
 
 def check_depth(blocks: Sequence[Block], budget: Budget, config: PreTrainedConfig) -> None:

@@ -23,6 +23,7 @@ from gprune.export.hf import save_pruned
 from gprune.export.source import load_folder
 from gprune.models import embedded as assets
 from gprune.models import gguf as reading
+from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
 from gprune.storage import wheels
 from tests import tiny_run
@@ -230,7 +231,7 @@ def test_what_llama_cpp_computes_differently_is_refused():
         (empty, "no layer without FFN or attention, such as layer 1"),
     ):
         with pytest.raises(UserError, match=message):
-            gguf_writer.check_expressible(model)
+            gguf_writer.check_expressible(blocks_of(model), model.config)
 
 
 REFUSED = {
