@@ -115,13 +115,13 @@ class Devices(TorchDispatchMode):
         return sum(count for place, count in self.by_place.items() if not place.startswith("lightning"))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found: dict[int, Pretended] = {}
+        pretended: dict[int, Pretended] = {}
         places: list[torch.device] = []
         guests: list[Tensor] = []
 
         def unwrapped(x: Tensor) -> Tensor:
             if isinstance(x, Pretended):
-                found[id(x.inner)] = x
+                pretended[id(x.inner)] = x
                 places.append(x.device)
                 return x.inner
             guests.append(x)
@@ -145,7 +145,7 @@ class Devices(TorchDispatchMode):
         out = func(*args, **kwargs)
         if device.type == "cpu" or func is aten._local_scalar_dense.default:
             return out
-        return tree_map_only(Tensor, lambda x: found[id(x)] if id(x) in found else Pretended(x, device), out)
+        return tree_map_only(Tensor, lambda x: pretended[id(x)] if id(x) in pretended else Pretended(x, device), out)
 
     def _meet(self, func: Any, places: Sequence[torch.device], guests: Sequence[Tensor]) -> None:
         strangers = [t for t in guests if t.dim() > 0]
