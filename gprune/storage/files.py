@@ -3,7 +3,7 @@
 Nothing is ever unpickled. Of several processes only the first writes; all of them read. Whatever is written lies in a
 scratch folder beside its place until it is whole, and is renamed then. A file carries the hash of its content, its name
 and, where it belongs to one run, that run's key, so that a truncated, altered or foreign file is noticed and computed
-again, never silently used. Files without these marks (by hand, or by an earlier version) are taken as they are.
+again, never silently used. JSON without a checksum, as somebody writes it by hand, is taken as it is.
 """
 
 from __future__ import annotations
@@ -252,8 +252,7 @@ def read_tensors(path: Path, *, run: str | None = None, once: bool = False) -> d
         state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         known = once and _hashed.get(path) == state
         with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            marks = json.loads(metadata["marks"]) if "marks" in metadata else metadata
+            marks = json.loads((file.metadata() or {}).get("marks", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         reason = None
         if not known and marks.get("content_hash") != content_hash(tensors):
