@@ -88,10 +88,10 @@ def channel_saliency(block: Block, kind: str, sums: Callable[[str], dict[str, Te
         sums: the result of `StreamingGradients.compute` for a part of the block, which is asked for one at a time.
     """
     heads = block.channels_per_group // block.head_dim
-    found = None
+    by_part = []
     for name, part in salient_parts(block, kind).items():
         terms = window_saliency(part.weight, sums(name), columns=name in ("down", "output"))
         if name in ("key", "value"):  # the query heads of a group share its rows
             terms = tuple(Saliency(*(block.per_query_head(v) / heads for v in vars(t).values())) for t in terms)
-        found = terms if found is None else tuple(a + b for a, b in zip(found, terms, strict=True))
-    return found
+        by_part.append(terms)
+    return tuple(sum(parts[1:], start=parts[0]) for parts in zip(*by_part, strict=True))

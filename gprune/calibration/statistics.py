@@ -35,13 +35,13 @@ class StoredGram:
         """(C, C) float32, or (E, C / E, C / E) of E experts."""
         total: Tensor | None = None
         for path, name in self.sources:
-            found = read_tensors(path, once=True)
-            if found is None or name not in found:
+            tensors = read_tensors(path, once=True)
+            if tensors is None or name not in tensors:
                 raise UserError(
                     f"{path} is missing or not whole: a Gram matrix that a calibration pass left there. Start again to "
                     f"have it computed anew; processes on several machines need one $GPRUNE_CACHE between them."
                 )
-            total = found[name] if total is None else total.add_(found[name])
+            total = tensors[name] if total is None else total.add_(tensors[name])
         return total if self.expert is None else total[self.expert]
 
 

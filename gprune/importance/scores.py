@@ -46,8 +46,6 @@ def score_channels(name: str, weights: UnitWeights, moments: Moments, generator:
     if not isinstance(scores, Tensor) or tuple(scores.shape) not in ((C,), (C // weights.per_unit,)):
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise UserError(f"Importance metric '{name}': expected a tensor of shape ({C},), got {got}.")
-    if scores.is_complex():
-        raise UserError(f"Importance metric '{name}': expected real scores, got {scores.dtype}.")
     if bad := int((~torch.isfinite(scores)).sum()):
         raise UserError(
             f"Importance metric '{name}': expected finite scores, got {bad} of {C} that are NaN or infinite."

@@ -67,12 +67,12 @@ class Block:
 
     @property
     def ffn_norm(self) -> nn.Module | None:
-        """The norm before gate and up; attention's, where norms stand behind what they would stand before."""
+        """The norm before gate and up. Where norms follow the residual sum (OPT-350m) that is attention's."""
         return self.module(self.family.ffn_norm if self._norms_before else self.family.attention_norm)
 
     @property
     def attention_norm(self) -> nn.Module | None:
-        """The norm before query, key and value, if it is one of this layer."""
+        """The norm before query, key and value; None where norms follow the residual sum: it is the last layer's."""
         return self.module(self.family.attention_norm) if self._norms_before else None
 
     @property
@@ -81,7 +81,7 @@ class Block:
         return flag is None or getattr(self.layer, flag)
 
     def joins_residual(self, part: str) -> bool:
-        """Whether the output of `down` or `output` is added to the residual as it is, without a norm between."""
+        """Whether the output of `down` or `output` is added to the residual directly, without a norm between."""
         norm = self.family.after_ffn if part == "down" else self.family.after_attention
         return norm is None and self._norms_before
 
@@ -167,7 +167,7 @@ class Block:
 
     @property
     def attributes(self) -> dict[str, dict[str, int]]:
-        """Attributes in which stock code keeps sizes, as multiples of the config's keys: path -> {key: n}."""
+        """Attributes in which stock code keeps sizes: path -> {config key: n}, the size being n times the value."""
         return {path: self.config_terms({what: 1}) for path, what in self.family.attributes.items()}
 
     def _ffn_slices(self) -> list[Slice]:

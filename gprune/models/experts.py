@@ -1,7 +1,7 @@
 """Watch what enters the down projections of experts.
 
-transformers computes all of a block's experts in one call, which no hook can look into. While somebody watches, that
-call is replaced by one that goes expert by expert; afterwards the original comes back.
+transformers computes all of a block's experts in one call, which no hook can look into. While experts are watched, that
+call is replaced by one that computes expert by expert; the original is put back with the last watcher's removal.
 """
 
 from __future__ import annotations

@@ -40,15 +40,15 @@ class Family:
     output: str = "self_attn.o_proj"
     interleaved: bool = False  # fused query, key and value lie head by head
     transposed: bool = False  # weights are stored (inputs, outputs): Conv1D
-    query_norm: str | None = None  # a norm over all heads at once, which shrinks with the heads;
-    key_norm: str | None = None  # a norm over each head by itself keeps its size and is not named
+    query_norm: str | None = None  # a norm over all heads at once, which shrinks with them;
+    key_norm: str | None = None  # not a norm over each head by itself, which keeps its size
     # Norms: before the projections, and between an output projection and the residual
     ffn_norm: str | None = "post_attention_layernorm"
     attention_norm: str | None = "input_layernorm"
     after_ffn: str | None = None
     after_attention: str | None = None
     norm_offset: float = 0.0  # the norm multiplies by this + weight
-    norms_before: str | None = None  # the layer's attribute that is False where norms take the sum with the residual
+    norms_before: str | None = None  # the layer's attribute that is False where norms follow the residual sum
     # Configuration
     width: str = "intermediate_size"  # the key that says how wide the FFN, or an expert, is
     kv_heads: str | None = "num_key_value_heads"  # None: one key/value head per query head

@@ -63,8 +63,8 @@ def load_gguf(path: Path) -> PreTrainedModel:
 def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """A GGUF file's tokenizer; a byte-level BPE cuts text into words as the file says.
 
-    The file only names the way of cutting. transformers knows some names and silently cuts as GPT-2 does for the
-    others, such as SmolLM2's: blanks before a digit then become other tokens than the model was trained on.
+    The file holds only a name for that. transformers knows some names, and for others, such as SmolLM2's, silently cuts
+    as GPT-2 does: blanks before a digit then become other tokens than the model was trained on.
     """
     from gguf import GGUFReader, Keys
 
@@ -86,7 +86,7 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence bars and warnings of transformers, and stderr: the bar of its GGUF reader heeds no setting."""
+    """Silence progress bars and warnings of transformers, and stderr, for its GGUF reader always shows a bar."""
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -28,7 +28,7 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
     """The parameter `name` of a module, or None if it has none.
 
     An offloaded parameter is fetched to the CPU. A sharded one is gathered from all processes, which all have to ask.
-    A parameter on the meta device without a hook, as in a model without weights, stays there.
+    A parameter of a model without weights (on the meta device, and without a hook) is returned as it is.
     """
     parameter = gathered(getattr(module, name))
     if parameter is None or not parameter.is_meta:
@@ -49,7 +49,7 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def free_memory(device: torch.device) -> None:
-    """Let go what nothing holds but itself, such as models that hooks or a Trainer once held; nothing on a CPU."""
+    """Collect garbage, such as models that refer to themselves through hooks, and empty CUDA's cache; not on a CPU."""
     if device.type != "cpu":
         gc.collect()
     if device.type == "cuda":
@@ -71,8 +71,8 @@ def device_of(module: nn.Module) -> torch.device:
     """The device on which a module (the first one with weights) computes: its hook's, or else its weights'."""
     for part in module.modules():
         for parameter in part.parameters(recurse=False):
-            found = [hook.execution_device for hook in _hooks(part) if hook.execution_device is not None]
-            return torch.device(found[0]) if found and parameter.is_meta else parameter.device
+            devices = [hook.execution_device for hook in _hooks(part) if hook.execution_device is not None]
+            return torch.device(devices[0]) if devices and parameter.is_meta else parameter.device
     return torch.device("cpu")
 
 
@@ -117,7 +117,7 @@ def lend_all(model: PreTrainedModel, source: PreTrainedModel) -> None:
 
 @contextmanager
 def resident(module: nn.Module) -> Iterator[None]:
-    """Keep all weights of a module where it computes while the context lasts; leaving puts each one back.
+    """Fetch all offloaded weights of a module once, to where it computes; leaving the context offloads them again.
 
     Otherwise accelerate fetches each weight again for every batch.
     """

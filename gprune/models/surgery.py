@@ -123,15 +123,15 @@ def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
     """Take the blocks out of the decoder that do not stay, and their entries out of the config."""
     config, layers = model.config, decoder_layers(model)
     kept = [index for index, keep in enumerate(stays) if keep]
-    left = nn.ModuleList(layers[index] for index in kept)
-    setattr(model.get_decoder(), family_of(config.model_type).layers, left)
-    for index, layer in enumerate(left):
+    remaining = nn.ModuleList(layers[index] for index in kept)
+    setattr(model.get_decoder(), family_of(config.model_type).layers, remaining)
+    for index, layer in enumerate(remaining):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):  # where the KV cache keeps a layer's states
                 module.layer_idx = index
     content = config.to_dict()  # plain here, whatever transformers makes of the attributes
     table = content.get("per_layer_config")
-    config.num_hidden_layers = len(left)
+    config.num_hidden_layers = len(remaining)
     for name, value in content.items():
         if name.endswith("_only_layers") and value:  # numbers of layers
             setattr(config, name, [new for new, old in enumerate(kept) if old in value])
@@ -143,7 +143,7 @@ def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
 
 
 def check_masks(model: PreTrainedModel, masks: Masks) -> None:
-    """Raise ValueError unless the masks are bool, fit the present widths, and keep units of both kinds or of none."""
+    """Raise ValueError unless masks are bool, fit the present widths, and keep units of both scopes or of none."""
     blocks = blocks_of(model)
     sizes = {"ffn": [b.experts * b.neurons for b in blocks], "attention": [b.kv_groups for b in blocks]}
     for scope, of_blocks in sizes.items():

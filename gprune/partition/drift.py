@@ -54,9 +54,9 @@ def kendall_agreement(scores: Tensor) -> float:
 def half_agreement(half_ranks: Tensor) -> Tensor:
     """Kendall's tau-b between the two halves of a corpus, mean over corpora: half_ranks (D, 2, N) -> () float64.
 
-    It shows how much agreement between corpora sampling alone would leave, and is too low: a half has twice the
-    sampling variance of the whole. The halves are the earlier and the later windows of a shuffled sample, with at most
-    one piece of text in common. NaN where `kendall_agreement` is.
+    The agreement between corpora that sampling alone would leave, estimated too low: a half has twice the sampling
+    variance of the whole. Halves are the earlier and the later windows of a shuffled sample, with at most one piece of
+    text in common. NaN where `kendall_agreement` is.
     """
     return torch.tensor([kendall_agreement(pair) for pair in half_ranks], dtype=torch.float64).mean()
 

@@ -109,15 +109,15 @@ class Modules:
             {
                 "block": index,
                 "module": k,
-                "neurons": int(record.size[k]),
-                "score": float(record.score[k]),
-                "sensitivity": float(record.sensitivity[k]),
-                "noise_floor": float(record.noise[k]),
+                "neurons": int(reliability.size[k]),
+                "score": float(reliability.score[k]),
+                "sensitivity": float(reliability.sensitivity[k]),
+                "noise_floor": float(reliability.noise[k]),
                 "agreement": None if agreement[k].isnan() else float(agreement[k]),
-                "switched": bool(record.switched[k]),
+                "switched": bool(reliability.switched[k]),
             }
-            for index, (record, agreement) in enumerate(zip(self.reliability, self.agreement, strict=True))
-            for k in range(len(record.size))
+            for index, (reliability, agreement) in enumerate(zip(self.reliability, self.agreement, strict=True))
+            for k in range(len(reliability.size))
         ]
 
 

@@ -16,7 +16,7 @@ from gprune.calibration.collector import Collector, collect
 from gprune.calibration.saliency import StreamingGradients, channel_saliency, window_saliency
 from gprune.calibration.statistics import Saliency, kind_of, pooled
 from gprune.errors import UserError
-from gprune.models.blocks import PARTS, blocks_of
+from gprune.models.blocks import blocks_of
 from tests.calibration.test_collector import batches, hooks_of, recorded
 from tests.conftest import make_tiny_llama
 
@@ -72,51 +72,29 @@ def test_a_half_without_windows_is_zero():
     assert all(torch.equal(getattr(one, name), getattr(whole, name)) for name in TERMS)
 
 
-def autograd(model, tokens: torch.Tensor, dtype=torch.float64) -> list[dict[str, torch.Tensor]]:
-    """Sums over windows of weight gradients and squares, by block and part, as `StreamingGradients` has them."""
-    free = copy.deepcopy(model).to(dtype).requires_grad_(True)
-    found = [
-        {
-            part: {
-                name: torch.zeros(2, *getattr(block, part).weight.shape, dtype=dtype) for name in ("gradient", "square")
-            }
-            | {"count": torch.zeros(2)}
-            for part in (*PARTS["ffn"], *PARTS["attention"])
-        }
-        for block in blocks_of(free)
-    ]
-    for index, window in enumerate(tokens):
+def autograd(model, tokens: torch.Tensor, index: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Sums over windows of one block's weight gradients and squares by part, as `StreamingGradients` has them."""
+    free = copy.deepcopy(model).requires_grad_(True)
+    block = blocks_of(free)[index]
+    sums = {
+        name: {kind: torch.zeros(2, *part.weight.shape) for kind in ("gradient", "square")} | {"count": torch.zeros(2)}
+        for name, part in block.parts.items()
+    }
+    for number, window in enumerate(tokens):
         free.zero_grad()
         F.cross_entropy(free(window[None]).logits[0, :-1], window[1:]).backward()
-        for block, sums in zip(blocks_of(free), found, strict=True):
-            for part, each in sums.items():
-                g = getattr(block, part).weight.grad
-                each["gradient"][index % 2] += g
-                each["square"][index % 2] += g**2
-                each["count"][index % 2] += 1
-    return found
-
-
-@pytest.mark.parametrize("overrides", SHAPES)
-def test_streamed_gradients_are_autograds(overrides, token_batch):
-    model = make_tiny_llama(**overrides)
-    with Collector(model, saliency=BOTH) as collector:
-        for batch in batches(token_batch, 4):
-            collector.observe(batch["input_ids"], batch["index"] % 2)
-    expected = autograd(model, token_batch)
-    for kind in BOTH:
-        for index, metrics in enumerate(collector.gradients[kind]):
-            for part, metric in metrics.items():
-                mine = metric.compute()
-                for name, value in expected[index][part].items():
-                    error = (mine[name] - value).abs().max()
-                    assert error <= 2e-5 * value.abs().max(), (kind, index, part, name)
+        for name, part in block.parts.items():
+            g = part.host.weight.grad
+            sums[name]["gradient"][number % 2] += g
+            sums[name]["square"][number % 2] += g**2
+            sums[name]["count"][number % 2] += 1
+    return sums
 
 
 @pytest.mark.parametrize("overrides", SHAPES)
 def test_query_heads_share_the_terms_of_their_keys_and_values_equally(overrides, token_batch):
     model = make_tiny_llama(**overrides)
-    block, sums = blocks_of(model)[1], autograd(model, token_batch, torch.float32)[1]
+    block, sums = blocks_of(model)[1], autograd(model, token_batch, 1)
     whole = channel_saliency(block, "attention", sums.__getitem__)[2]
     own = [window_saliency(getattr(block, p).weight, sums[p], columns=p == "output")[2] for p in ("query", "output")]
     shared = [window_saliency(getattr(block, p).weight, sums[p], columns=False)[2] for p in ("key", "value")]
@@ -214,28 +192,24 @@ def test_the_model_is_left_as_it_was(tiny_model, token_batch):
     assert torch.equal(again, logits)
 
 
-class StopError(RuntimeError):
-    pass
-
-
-@pytest.mark.parametrize("where", ["forward", "backward", "between"])
+@pytest.mark.parametrize("where", ["backward", "between batches"])
 def test_an_exception_leaves_nothing_behind(tiny_model, token_batch, where):
+    class StopError(RuntimeError):
+        pass
+
     def stop(*_):
         raise StopError
 
     def texts():
         yield from batches(token_batch, 3)
-        if where == "between":
-            raise StopError
+        stop()
 
-    layer, handles = tiny_model.model.layers[1], []
-    if where == "forward":
-        handles.append(layer.register_forward_pre_hook(stop))
-    elif where == "backward":
-        handles.append(layer.register_forward_hook(lambda _m, _i, output: output.register_hook(stop) and None))
+    if where == "backward":
+        layer = tiny_model.model.layers[1]
+        handle = layer.register_forward_hook(lambda _m, _i, output: output.register_hook(stop) and None)
     with pytest.raises(StopError):
         collect(tiny_model, texts(), gram=True, saliency=BOTH)
-    for handle in handles:
+    if where == "backward":
         handle.remove()
     assert hooks_of(tiny_model) == 0
     assert not any(p.requires_grad or p.grad is not None for p in tiny_model.parameters())

