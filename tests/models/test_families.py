@@ -145,6 +145,23 @@ def test_statistics_of_experts_equal_those_of_a_forward_hook(family, ids):
     assert sum(len(w) for w, _ in expected[0].values()) == 2 * ids.numel()  # two experts a token
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_value_rows_feed_the_query_heads_of_their_own_group(family, ids):
+    """However query, key and value are stored: zero one group's rows, and see which channels stay silent."""
+    model, inputs = make_tiny(family), []
+    block = blocks_of(model)[1]
+    value, group = block.value, block.kv_groups - 1
+    rows = torch.arange(group * block.head_dim, (group + 1) * block.head_dim)
+    rows = rows if value.rows is None else value.rows[rows]
+    (value.host.weight.T if value.transposed else value.host.weight)[rows] = 0
+    if value.host.bias is not None:
+        value.host.bias[rows] = 0
+    block.output.host.register_forward_pre_hook(lambda _m, x: inputs.append(x[0].flatten(0, -2)))
+    model(ids)
+    silent = (inputs[0] == 0).all(0)
+    assert torch.equal(silent, torch.arange(len(silent)) // block.channels_per_group == group)
+
+
 # Masked, sliced, reloaded
 
 
