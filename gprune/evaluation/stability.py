@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from scipy.stats import hypergeom
 from torch import Tensor
 
 from gprune.errors import UserError
@@ -29,7 +28,11 @@ def chance_jaccard(units: int, kept_a: int, kept_b: int) -> float:
     if kept_a == kept_b == 0:
         return 1.0
     x = np.arange(max(0, kept_a + kept_b - units), min(kept_a, kept_b) + 1)
-    return float((hypergeom.pmf(x, units, kept_a, kept_b) * x / (kept_a + kept_b - x)).sum())
+    before = x[:-1]  # P(x + 1) / P(x) is a ratio of products, whose logarithms add up without cancelling
+    steps = (kept_a - before) * (kept_b - before) / ((before + 1) * (units - kept_a - kept_b + before + 1))
+    log_p = np.concatenate([[0.0], np.log(steps).cumsum()])
+    p = np.exp(log_p - log_p.max())
+    return float((p * x / (kept_a + kept_b - x)).sum() / p.sum())
 
 
 @dataclass(frozen=True)
