@@ -23,7 +23,7 @@ from gprune.runs import schema
 from tests import made_up, tiny_run
 from tests.strangers import READERS, SURFACES, changed, outcome, replaced, sound, tree
 
-EXAMPLES = {"flags": 30, "--config": 20, "study": 20, "text": 40}  # of a surface; of others 12
+EXAMPLES = {"flags": 30, "study": 20, "text": 40}  # of a surface; of others 12
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -84,23 +84,28 @@ def mirrors() -> list[str]:
 
 def _source(name: str) -> Corpus:
     """The function that returns the "train" or "test" documents of `name`, development text included."""
-    if _looks_like_path(name):
-        path = expanded(name)
-        if not path.exists():
-            raise UserError(f"Corpus '{name}' looks like a path, but there is no such file or folder.")
-        if not text_files(path):
-            raise UserError(f"Corpus '{name}': expected {', '.join(SUFFIXES)} files, found none.")
-        return partial(load_files, path)
-    if (mirror := _mirror(name)) is not None:
-        return partial(load_files, mirror)
-    if name in CORPORA:
+    place = _place(name)
+    if place is None and name in CORPORA:
         return CORPORA[name]
-    if Path(name).is_dir() and text_files(Path(name)):
-        return partial(load_files, Path(name))
-    raise UserError(
-        f"Unknown corpus '{name}'. Available: {', '.join(CORPORA)}; mirrors under GPRUNE_DATA_DIR: "
-        f"{', '.join(mirrors()) or 'none'}; or a path to {', '.join(SUFFIXES)} files."
-    )
+    if place is None:
+        raise UserError(
+            f"Unknown corpus '{name}'. Available: {', '.join(CORPORA)}; mirrors under GPRUNE_DATA_DIR: "
+            f"{', '.join(mirrors()) or 'none'}; or a path to {', '.join(SUFFIXES)} files."
+        )
+    if not place.exists():
+        raise UserError(f"Corpus '{name}' looks like a path, but there is no such file or folder.")
+    if not text_files(place):
+        raise UserError(f"Corpus '{name}': expected {', '.join(SUFFIXES)} files, found none.")
+    return partial(load_files, place)
+
+
+def _place(name: str) -> Path | None:
+    """The file or folder that a name stands for; None for a registered name, and for one that stands for nothing."""
+    if _looks_like_path(name):
+        return expanded(name)
+    if (mirror := _mirror(name)) is not None or name in CORPORA:
+        return mirror
+    return Path(name) if Path(name).is_dir() else None
 
 
 def _looks_like_path(name: str) -> bool:
@@ -121,11 +126,8 @@ def _mirror(name: str) -> Path | None:
 
 def identity(name: str) -> str:
     """The same string for two names of one corpus, such as two spellings of a path, or a mirror and its path."""
-    if _looks_like_path(name):
-        return os.path.realpath(os.path.expanduser(name))
-    if (mirror := _mirror(name)) is not None:
-        return os.path.realpath(mirror)
-    return name if name in CORPORA or not Path(name).is_dir() else os.path.realpath(name)
+    place = _place(name)
+    return name if place is None else os.path.realpath(place)
 
 
 def _cut_development(train: list[str], split: str) -> list[str]:
