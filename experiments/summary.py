@@ -1,7 +1,8 @@
 """One page for a talk, from the records that are kept: perplexity on unseen text against what is removed of two models,
 and of the first against what is learned from, and what each part adds.
 
-Rows without a record are left out. `python -m experiments.summary FOLDER` draws summary.png and summary.svg there.
+Rows without a record are left out. `python -m experiments.summary FOLDER` draws it there as summary.png and .svg, and
+what is learned from alone as distill-tokens.png and .svg.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from gprune.console import Parser, guarded, quiet
-from gprune.report.comparison_figures import draw_curves, draw_ratios
+from gprune.report.comparison_figures import curve_figure, draw_curves, draw_ratios
 from gprune.report.perplexity_tables import pooled, ratio_to
 from gprune.report.records import by_stage
 from gprune.report.style import FORMATS, save, style, titled
 from gprune.report.table import Estimate
 from gprune.runs.results import FinishedRun
 from gprune.studies.archive import CONTROL, as_run, record_of
-from gprune.studies.figures import TOKENS, token_lines
 from gprune.studies.listing import Listing
 from gprune.studies.tables import ratios_of
 
@@ -60,6 +60,15 @@ GEMMA = {
     ],
     "gemma.yaml": ["base", "averaged", "averaged, least squares", "averaged, 49k at 3e-5", "paper", "gates"],
 }
+BY_TOKENS = {  # rows of questions/distill.yaml
+    "base": ["base, least squares", "base, 49k", "base, 98k", "base, 196k", "base, 393k"],
+    "averaged": ["averaged, least squares", "averaged, 49k", "averaged, 98k", "averaged, 196k", "averaged, 393k"],
+    "gates": ["gates", "gates, then 49k", "gates, then 147k", "gates, then 344k"],
+    "paper": ["paper, least squares", "paper, then 49k", "paper, then 344k"],
+}
+AXES = {
+    "over": "thousands of tokens learned from, forward and backward", "ticks": "{x:.0f}", "reference": "dense",
+}  # fmt: skip
 Lines = dict[tuple[str, str], list[tuple[float, Estimate]]]
 
 
@@ -95,6 +104,17 @@ def _what(run: FinishedRun, stage: tuple[str, str]) -> str | None:
     return LINES_BY_BUDGET.get(({"averaged": CONTROL}.get(name, name), recovery, learned))
 
 
+def by_tokens() -> Lines:
+    """Perplexity of what comes out of each row over dense, against the tokens that the row learned from."""
+    runs = {run.name: run for run in runs_of("questions/distill.yaml")}
+    lines: Lines = {}
+    for line, rows in BY_TOKENS.items():
+        for run in (runs[name] for name in rows if name in runs):
+            if (ratio := ratio_to(run, list(by_stage(run.records))[-1], run, DENSE)) is not None:
+                lines.setdefault((line, ""), []).append((run.summary["learned_tokens"] / 1000, ratio))
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()}
+
+
 def parts() -> list[tuple[str, Estimate]]:
     """Perplexity of the headline's rows over the base metric's, over seeds."""
     runs = runs_of("headline.yaml")
@@ -111,9 +131,7 @@ def drawn() -> Figure:
         draw_curves(axes, by_budget(lists), over="neurons of the FFN removed", ticks="{x:.0%}", reference="dense")
     second.sharex(removed)
     second.sharey(removed)
-    listing = Listing.read(HERE / "questions/distill.yaml")
-    lines = token_lines(listing.lines, runs_of("questions/distill.yaml"))
-    draw_curves(tokens, lines, over=TOKENS, ticks="{x:.0f}", reference="dense")
+    draw_curves(tokens, by_tokens(), **AXES)
     draw_ratios(added, parts(), base="base metric")
     for axes, title in (
         (removed, "What is removed: SmolLM2-135M"),
@@ -134,10 +152,12 @@ def drawn() -> Figure:
 def work(arguments: Sequence[str] | None = None) -> str:
     """What the command prints."""
     parser = Parser("python -m experiments.summary", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where summary.png and summary.svg go")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the figures go")
     folder = parser.parse_args(arguments).folder
     quiet()
-    return f"Drawn: {', '.join(map(str, save(drawn(), folder, 'summary', FORMATS)))}.\n"
+    figures = {"summary": drawn(), "distill-tokens": curve_figure(by_tokens(), **AXES)}
+    files = [path for name, figure in figures.items() for path in save(figure, folder, name, FORMATS)]
+    return f"Drawn: {', '.join(map(str, files))}.\n"
 
 
 def main() -> int:

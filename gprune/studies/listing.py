@@ -5,83 +5,93 @@ A list is a YAML file with the keys of `Content`. Files that it names are looked
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
-from gprune.config import CONSENT, RunConfig, flat, parse
-from gprune.config.parse import GROUPS
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from gprune.checks import refusal
+from gprune.config import CONSENT, RunConfig, configured, flat, read_flags, read_settings
+from gprune.config.parse import overlay
 from gprune.errors import UserError
 from gprune.report.table import TableName
 from gprune.storage.yaml_text import read_yaml
-from gprune.studies.grid import Point, named, points
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"  # of a clone
 OTHER_RECORDS = Path("runs/records")
 # Numbers do not depend on these: a row is the same row with and without them.
 OWN = {"export": "none", "logging.mode": "disabled", "run.dir": "runs/experiments"}
-Name = str | int | float  # YAML reads some names as numbers
 TABLES = ("summary", "perplexity", "evaluation")
 OF_MASKS = frozenset({"repeatability", "sparsity", "stability"})  # tables
 
+# YAML reads some names as numbers.
+Name = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name)]
+Names = list[Name]
+Files = Annotated[Names, BeforeValidator(lambda files: [files] if isinstance(files, str) else files)]
+Pair = Annotated[Names, Field(min_length=2, max_length=2)]
 
-@dataclass(frozen=True)
-class Tasks:
+
+class Shape(BaseModel):
+    """Keys of the types that are declared, and no others."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Tasks(Shape):
     """What `gprune evaluate` measures on the model of every row."""
 
-    names: list[Name]
+    names: Annotated[Names, Field(min_length=1)]
     limit: int | None = None
     seq_len: int | list[int] | None = None
     dtype: str | None = None
-    seeds: list[int] | None = None  # the rows of these seeds alone
+    seeds: list[int] | None = None
+    """Only the rows of these seeds are measured."""
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(Shape):
     """A figure of each row's stages over its own base: dotted names of two settings."""
 
-    over: str  # the horizontal axis
-    of: str  # a line for each of its values
+    over: str
+    """The horizontal axis."""
+    of: str
+    """A line for each of its values."""
 
 
-@dataclass(frozen=True)
-class Content:
-    """What a list file holds, as YAML gives it: each key's type, and what it holds in words."""
+class Content(Shape):
+    """What a list file holds."""
 
-    rows: Annotated[dict[Name, Any], "settings by name for each row"]
+    rows: dict[Name, dict[Name, Any] | None]
     """Settings of `train.py`, nested or dotted, by name of the row, and `config`: files to start from."""
-    about: Annotated[str | None, "text"] = None
-    protocol: Annotated[str | list[Name] | None, "a file or files"] = None
-    """Under all rows."""
-    common: Annotated[dict[str, Any] | None, "settings by name"] = None
-    """Of all rows."""
-    grid: Annotated[dict[Name, list[Any]] | None, "lists of values by setting"] = None
+    about: str | None = None
+    protocol: Files = []
+    """Files of settings, under all rows."""
+    common: dict[str, Any] = {}
+    """Settings of all rows."""
+    grid: dict[str, list[Any]] = {}
     """Every row once for each combination of these, such as sparsity.target: [0.2, 0.5]. Other keys of the list
     may name a row as `rows` does, and mean all of them."""
-    reference: Annotated[Name | None, "a row"] = None
+    reference: Name | None = None
     """The row whose stage `base` all others are divided by that have as few parameters; in a grid, several."""
-    compare: Annotated[list[tuple[Name, Name]] | None, "pairs of stages, such as ['a: gprune', 'b: base']"] = None
-    spread: Annotated[dict[Name, list[Name]] | None, "lists of rows by name"] = None
-    """Groups of rows that are to lie close together."""
-    curve: Annotated[Curve | None, "settings as `over` and `of`, such as importance"] = None
-    lines: Annotated[dict[Name, list[Name]] | None, "lists of rows by name"] = None
-    """Lines of a figure over the tokens that its rows learned from, forward and backward."""
-    controls: Annotated[list[Name] | None, "rows"] = None
+    compare: list[Pair] = []
+    """Pairs of stages, such as ['a: gprune', 'b: base']."""
+    ranges: dict[Name, Names] = {}
+    """Groups of rows whose perplexities are to lie close together."""
+    curve: Curve | None = None
+    controls: Names = []
     """Rows whose result is not gprune's."""
-    seeds: Annotated[list[int] | None, "whole numbers"] = None
-    tables: Annotated[list[TableName] | None, f"of {', '.join(get_args(TableName))}"] = None
+    seeds: list[int] = [0]
+    tables: list[TableName] = list(TABLES)
     """Of the report's, those to print."""
-    tasks: Annotated[Tasks | None, "names, such as names: [piqa, arc_easy], and of limit, seq_len, dtype and seeds"] = (
-        None
-    )
-    seen: Annotated[list[Name] | None, "corpora"] = None
-    """That count as seen in every row."""
+    tasks: Tasks | None = None
+    seen: Names | None = None
+    """Corpora that count as seen in every row; by default each row's own."""
 
 
 @dataclass(frozen=True)
@@ -90,32 +100,24 @@ class Row:
 
     name: str
     seed: int
-    flags: tuple[str, ...]
-    tasks: dict[str, Any]
+    settings: dict[str, Any]  # by dotted name, those that the list and the command line give
+    tasks: Tasks | None = None
     control: bool = False  # gprune's machinery with nothing learned: no result of the method's
-    masks: bool = True  # whether records keep them; among those of the repository, where a table is about masks alone
-    records: Path = OTHER_RECORDS  # where what came out is kept
-    point: Point = field(default_factory=dict)  # of the grid
+    masks: bool = True  # keep masks; for our own lists only if a table of masks is printed
+    records: Path = OTHER_RECORDS  # the folder of what came out
+    point: dict[str, Any] = field(default_factory=dict)  # of the grid
 
     @cached_property
     def config(self) -> RunConfig:
-        """Raises UserError, with the row's name, for what train.py would refuse, and for a seed by another way."""
-        try:
-            found = parse(list(self.flags))
-        except UserError as error:
-            raise UserError(f"Row '{self.name}': {error}") from error
-        if found.run.seed != self.seed:
-            raise UserError(
-                f"Row '{self.name}': expected seeds as `seeds` or --seeds, got {found.run.seed} from a file or a flag."
-            )
-        return found
+        """Raises UserError, with the row's name, for what train.py would refuse."""
+        return configured(self.settings, where=f"Row '{self.name}'")
 
     @property
     def wanted_tasks(self) -> dict[str, Any]:
-        """The tasks of the list, unless it asks for them with other seeds only."""
-        seeds = self.tasks.get("seeds")
-        wanted = seeds is None or self.seed in seeds
-        return {name: value for name, value in self.tasks.items() if name != "seeds"} if wanted else {}
+        """The tasks of the list, as plain data; empty if it asks for none, or with other seeds only."""
+        if self.tasks is None or (self.tasks.seeds is not None and self.seed not in self.tasks.seeds):
+            return {}
+        return self.tasks.model_dump(exclude_none=True, exclude={"seeds"})
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,11 @@ class Listing:
     path: Path
     about: str
     rows: list[Row]
-    reference: tuple[str, ...]  # names of rows
-    compare: list[tuple[str, str]]
-    spread: dict[str, list[str]]
+    reference: list[str]  # names of rows
+    compare: list[list[str]]
+    ranges: dict[str, list[str]]
     curve: Curve | None
-    lines: dict[str, list[str]]
-    tables: tuple[str, ...]
+    tables: list[str]
     seen: list[str] | None  # None: each row's own
 
     @classmethod
@@ -148,154 +149,123 @@ class Listing:
         """
         path = Path(path)
         content = read_content(path)
-        grid = points(content.grid)
+        points = points_of(content.grid)
 
-        def names(rows: Any) -> list[str]:
-            return [named(name, point) for name in _names(rows) for point in grid]
+        def expanded(names: Iterable[str]) -> list[str]:
+            return [named(name, point) for name in names for point in points]
 
-        def paired(stage: Name, point: Point) -> str:
-            row, colon, kind = str(stage).partition(": ")
+        def paired(stage: str, point: Mapping[str, Any]) -> str:
+            row, colon, kind = stage.partition(": ")
             return f"{named(row, point)}{colon}{kind}"
 
-        folder = Path(records) if records is not None else EXPERIMENTS / "records" if inside(path) else OTHER_RECORDS
+        ours = path.resolve().is_relative_to(EXPERIMENTS)
+        folder = Path(records) if records is not None else EXPERIMENTS / "records" if ours else OTHER_RECORDS
+        masks = not ours or not OF_MASKS.isdisjoint(content.tables)
         listing = cls(
             path=path,
             about=content.about or path.stem,
-            rows=[replace(row, records=folder) for row in _rows(path, content, seeds, flags)],
-            reference=() if content.reference is None else tuple(names([content.reference])),
-            compare=[(paired(a, at), paired(b, at)) for a, b in content.compare or [] for at in grid],
-            spread={str(group): names(rows) for group, rows in (content.spread or {}).items()},
-            curve=Curve(**content.curve) if content.curve else None,
-            lines={str(line): names(rows) for line, rows in (content.lines or {}).items()},
-            tables=tuple(content.tables or TABLES),
-            seen=None if content.seen is None else _names(content.seen),
+            rows=[
+                Row(named(name, point), seed, settings, content.tasks, name in content.controls, masks, folder, point)
+                for name, seed, point, settings in _rows(path, content, seeds or content.seeds, flags)
+            ],
+            reference=expanded([] if content.reference is None else [content.reference]),
+            compare=[[paired(stage, point) for stage in pair] for pair in content.compare for point in points],
+            ranges={group: expanded(rows) for group, rows in content.ranges.items()},
+            curve=content.curve,
+            tables=content.tables,
+            seen=content.seen,
         )
         _check_rows(listing, content)
         return listing
-
-
-def inside(path: Path) -> bool:
-    """Whether a list is one of ours."""
-    return path.resolve().is_relative_to(EXPERIMENTS)
 
 
 def read_content(path: Path) -> Content:
     """The keys of a list file, each of its type.
 
     Raises:
-        UserError: for a file that is no YAML mapping with rows, an unknown key, or a value of another shape.
+        UserError: for a file that is no YAML mapping with rows, an unknown key, or a value of another type.
     """
     content = read_yaml(path, "List: expected a YAML file, got", pipe=True)
     content = content if isinstance(content, dict) else {}
-    known = get_type_hints(Content, include_extras=True)
-    if content.get("rows") is None or content.keys() - known.keys():
-        unknown = ", ".join(sorted(map(str, content.keys() - known.keys())))
+    if content.get("rows") is None or (unknown := content.keys() - Content.model_fields.keys()):
+        came = "" if content.get("rows") is None else f"; got {', '.join(sorted(map(str, unknown)))}"
         raise UserError(
-            f"List '{path}': expected a mapping with 'rows' and of {', '.join(sorted(known))}"
-            + (f"; got {unknown}." if unknown else ".")
+            f"List '{path}': expected a mapping with 'rows' and of {', '.join(sorted(Content.model_fields))}{came}."
         )
-    content = {key: value for key, value in content.items() if value is not None}
-    settings = flat(RunConfig().settings())
-    for key, value in content.items():
-        kind, words = get_args(known[key])
-        sound = fits(value, kind) and (key != "tasks" or value["names"])
-        if not sound or (key == "curve" and not set(value.values()) <= settings.keys()):
-            raise UserError(f"List '{path}', {key}: expected {words}; got {json.dumps(value, default=str)}.")
-    return Content(**content)
+    try:
+        found = Content(**{key: value for key, value in content.items() if value is not None})
+    except ValidationError as error:
+        raise UserError(f"List '{path}', {refusal(error)}.") from error
+    if found.curve and (unknown := {found.curve.over, found.curve.of} - flat(RunConfig().settings()).keys()):
+        raise UserError(f"List '{path}', curve: expected settings such as importance, got {unknown.pop()}.")
+    return found
 
 
-def fits(value: Any, kind: Any) -> bool:
-    """Whether what YAML gives has a type: a union, Literal, list, tuple (a list so long), dict, dataclass or class."""
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin is UnionType:
-        return any(fits(value, part) for part in parts)
-    if origin is Literal:
-        return isinstance(value, str) and value in parts
-    if origin is list:
-        return isinstance(value, list) and all(fits(v, parts[0]) for v in value)
-    if origin is tuple:
-        return isinstance(value, list) and len(value) == len(parts) and all(map(fits, value, parts))
-    if origin is dict:
-        return isinstance(value, dict) and all(fits(v, parts[1]) for v in value.values())
-    if is_dataclass(kind):
-        types, required = get_type_hints(kind), {f.name for f in fields(kind) if f.default is MISSING}
-        return (
-            isinstance(value, dict)
-            and required <= value.keys() <= types.keys()
-            and all(fits(v, types[name]) for name, v in value.items())
-        )
-    return kind is Any or type(value) is kind
+def _rows(
+    path: Path, content: Content, seeds: Sequence[int], flags: Sequence[str]
+) -> Iterator[tuple[str, int, dict[str, Any], dict[str, Any]]]:
+    """(name, seed, point of the grid, settings by dotted name) of every row."""
+    own = read_flags(flags)
+    protocol = [read_settings(path.parent / name) for name in content.protocol]
+    for seed in dict.fromkeys(seeds):
+        for name, given in content.rows.items():
+            where, settings = f"List '{path}', row '{name}'", dict(given or {})
+            files = _files(settings.pop("config", None), where)
+            configs = [read_settings(path.parent / file) for file in files]
+            for point in points_of(content.grid):
+                merged: dict[str, Any] = {}
+                for layer in (*protocol, *configs, OWN, content.common, settings, point):
+                    for one in layer.items():  # a YAML merge may give a setting by two names: the later one counts
+                        overlay(merged, dict([one]), where)
+                _check_settings(where, merged, own)
+                overlay(merged, own, where)
+                yield name, seed, point, merged | {"run.seed": seed}
 
 
-def _rows(path: Path, content: Content, seeds: Sequence[int] | None, flags: Sequence[str]) -> Iterator[Row]:
-    protocol, common = _configs(path, content.protocol), [*flags_of(OWN), *flags_of(content.common or {})]
-    files = get_type_hints(Content)["protocol"]
-    for seed in dict.fromkeys((content.seeds or [0]) if seeds is None else seeds):
-        for name, settings in content.rows.items():
-            if not isinstance(settings, dict | None):
-                raise UserError(f"List '{path}', row '{name}': expected settings by name, got {settings!r}.")
-            own = dict(settings or {})
-            if not fits(config := own.pop("config", None), files):
-                raise UserError(f"List '{path}', row '{name}', config: expected a file or files, got {config!r}.")
-            for point in points(content.grid):
-                given = (*common, *flags_of(own), *flags_of(point))
-                _check_flags(f"List '{path}', row '{name}'", given, flags)
-                here = (*protocol, *_configs(path, config), f"--run.seed={seed}", *given, *flags)
-                control = str(name) in _names(content.controls)
-                masks = not inside(path) or not OF_MASKS.isdisjoint(content.tables or ())
-                yield Row(named(str(name), point), seed, here, content.tasks or {}, control, masks, point=point)
+def _files(value: Any, where: str) -> list[str]:
+    files = [value] if isinstance(value, str) else value or []
+    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+        raise UserError(f"{where}, config: expected a file or files, got {value!r}.")
+    return files
 
 
-def _check_flags(where: str, given: Sequence[str], own: Sequence[str]) -> None:
-    """Raise UserError for what a list may not set: seeds, a group as one text, consent that no `own` flag gives."""
-    names = {flag.partition("=")[0].removeprefix("--") for flag in given}
-    if groups := sorted(names & GROUPS.keys()):
-        raise UserError(f"{where}: expected settings by name for the group {groups[0]}, got one text.")
-    if "run.seed" in names or any(flag.partition("=")[0] == "--run.seed" for flag in own):
-        raise UserError(f"{where}: expected seeds as `seeds` or --seeds, got --run.seed.")
-    if any(flag.partition("=")[0] == "--dry_run" for flag in (*given, *own)):
-        raise UserError(f"{where}: a list is run; expected no --dry_run, which is train.py's. --commands runs nothing.")
-    if CONSENT in names and not any(CONSENT in one for one in own):
+def _check_settings(where: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise UserError for what neither a list nor a flag behind -- may set, and for consent that no such flag gives."""
+    for name, instead in (
+        ("run.seed", "seeds as `seeds` or --seeds"),
+        ("dry_run", "no --dry_run, which is train.py's (--commands runs nothing)"),
+    ):
+        if name in given or name in own:
+            raise UserError(f"{where}: expected {instead}, got --{name}.")
+    if given.get(CONSENT) and CONSENT not in own:
         raise UserError(f"{where}: expected --{CONSENT}=true behind --, got it in a list.")
 
 
 def _check_rows(listing: Listing, content: Content) -> None:
     """Raise UserError for a key that names a row that there is not."""
     rows = list(dict.fromkeys(row.name for row in listing.rows))
-    known, controls = _names(content.rows), [row.name for row in listing.rows if row.control]
-    if unknown := [name for name in _names(content.controls) if name not in known]:
-        raise UserError(f"List '{listing.path}', controls: expected rows ({', '.join(known)}), got '{unknown[0]}'.")
+    results = [name for name in rows if not any(row.control for row in listing.rows if row.name == name)]
     for key, known, wanted in (
+        ("controls", list(content.rows), content.controls),
         ("reference", rows, listing.reference),
         ("compare", rows, [stage.partition(": ")[0] for pair in listing.compare for stage in pair]),
-        ("lines", rows, [row for line in listing.lines.values() for row in line]),
-        # gprune's results are what a spread is about
-        (
-            "spread",
-            [row for row in rows if row not in controls],
-            [r for group in listing.spread.values() for r in group],
-        ),
+        ("ranges", results, [row for group in listing.ranges.values() for row in group]),  # of gprune's results
     ):
         if unknown := [name for name in wanted if name not in known]:
             raise UserError(f"List '{listing.path}', {key}: expected rows ({', '.join(known)}), got '{unknown[0]}'.")
 
 
-def _names(value: Any) -> list[str]:
-    return [str(name) for name in value or ()]
+def points_of(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """All combinations of a grid's values, the last setting's running fastest; one without settings for no grid."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def _configs(path: Path, names: Any) -> list[str]:
-    names = [names] if isinstance(names, str) else names or []
-    return [flag for name in names for flag in ("--config", str(path.parent / str(name)))]
-
-
-def flags_of(settings: dict[str, Any]) -> list[str]:
-    """Nested or dotted settings as flags of train.py; a mapping that is a setting takes the place of what was there."""
-    return [
-        f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
-        for name, value in flat(settings, whole=("sparsity.options",)).items()
-        if name not in GROUPS or value != {}
-    ]
+def named(row: str, point: Mapping[str, Any]) -> str:
+    """The name of a row at a point of the grid: 'base, target 0.2'."""
+    values = {
+        name: value if isinstance(value, str) else json.dumps(value, default=str) for name, value in point.items()
+    }
+    return ", ".join([row, *(f"{name.rpartition('.')[2]} {value}" for name, value in values.items())])
 
 
 def parts_of(rows: Sequence[Row], part: str | None) -> list[Row]:
@@ -313,9 +283,8 @@ def parts_of(rows: Sequence[Row], part: str | None) -> list[Row]:
 
 def commands(path: str, rows: Sequence[Row], options: Namespace) -> Iterator[str]:
     """One command line per row, with the flags and the folder of records that `gprune study` was given."""
-    flags = options.flags
-    kept = [] if options.records is None else ["--records", str(options.records)]
+    folder = [] if options.records is None else ["--records", str(options.records)]
+    flags = ["--", *options.flags] if options.flags else []
     for row in rows:
-        more = ["--", *flags] if flags else []
-        command = ["python", "-m", "gprune", "study", path, "--only", row.name, "--seeds", str(row.seed), *kept, *more]
-        yield shlex.join(command)
+        command = ["python", "-m", "gprune", "study", path, "--only", row.name, "--seeds", str(row.seed)]
+        yield shlex.join([*command, *folder, *flags])

@@ -13,7 +13,7 @@ from gprune.report.table import Estimate, Table
 from gprune.runs.results import STAGES, FinishedRun
 
 
-def spread_table(groups: Mapping[str, Sequence[str]], runs: Sequence[FinishedRun]) -> Table:
+def range_table(groups: Mapping[str, Sequence[str]], runs: Sequence[FinishedRun]) -> Table:
     """log(max / min) of the unseen geometric mean over the rows of each group.
 
     Of their own base, of its average over corpora, and of their result, each blank unless all rows have it; with 95 %
@@ -21,24 +21,27 @@ def spread_table(groups: Mapping[str, Sequence[str]], runs: Sequence[FinishedRun
     """
     rows = []
     for group, names in groups.items():
-        base, averaged, result = found = [spread(runs, names, stage) for stage in STAGES[1:]]
+        base, averaged, result = (log_range(runs, names, stage) for stage in STAGES[1:])
         ratio = None if base is None or result is None or base[0] == 0 else result / base
-        if any(draws is not None for draws in found):
-            cells = [None if draws is None else _estimate(draws) for draws in (base, averaged, result, ratio)]
+        cells = [None if draws is None else _estimate(draws) for draws in (base, averaged, result, ratio)]
+        if any(cells):
             rows.append([f"{group}: {', '.join(names)}", *cells])
     columns = ["unseen, log(max / min) over", *STAGES[1:], "gprune / base"]
     return Table(
-        "spread", "Spread", columns, rows, dict.fromkeys(columns[1:], 3),
+        "ranges", "Ranges", columns, rows, dict.fromkeys(columns[1:], 3),
         "In brackets 95 % intervals by bootstrap over windows for the two rows that are furthest apart. That the data "
         "picked these two is not in them, so that rows that are alike do not spread by 0.",
     )  # fmt: skip
 
 
-def spread(runs: Sequence[FinishedRun], names: Sequence[str], stage: str) -> Tensor | None:
-    """Of one stage, recovered as the row is: (1 + draws,), the value first; None unless all rows, two or more, have it.
+def log_range(runs: Sequence[FinishedRun], names: Sequence[str], stage: str) -> Tensor | None:
+    """(1 + draws,) log(max / min) over rows of one stage, recovered as the row is, the value first.
 
     The two rows that are furthest apart stay the two in every draw: a range of resampled rows would lie above the range
     that is resampled. The same windows are drawn for every stage and row.
+
+    Returns:
+        None unless there are two rows or more, and all have the stage.
 
     Raises:
         UserError: where rows were evaluated on other windows.
@@ -47,13 +50,13 @@ def spread(runs: Sequence[FinishedRun], names: Sequence[str], stage: str) -> Ten
         {r.seed: records_of(r, (stage, r.settings["recovery"]), seen=False) for r in runs if r.name == name}
         for name in names
     ]
-    seeds = sorted(set.intersection(*(set(found) for found in by_seed))) if by_seed else []
-    rows = [[found[seed] for seed in seeds] for found in by_seed]  # name, seed -> corpus -> record
+    seeds = sorted(set.intersection(*map(set, by_seed))) if by_seed else []
+    rows = [[of_seed[seed] for seed in seeds] for of_seed in by_seed]  # name, seed -> corpus -> record
     if len(names) < 2 or not seeds or not all(records for row in rows for records in row):
         return None
     if len({tuple(sorted((c, r["content_hash"]) for c, r in records.items())) for row in rows for records in row}) > 1:
         raise UserError(
-            f"spread: expected rows that were evaluated on the same unseen text, but {', '.join(names)} were not; name "
+            f"ranges: expected rows that were evaluated on the same unseen text, but {', '.join(names)} were not; name "
             f"the corpora that count as seen in all of them with `seen`."
         )
     generator, logs = torch.Generator().manual_seed(0), []

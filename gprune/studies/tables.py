@@ -1,4 +1,4 @@
-"""From records of rows to tables: the report's own, comparisons of stages, spreads over rows, costs of steps."""
+"""From records of rows to tables: the report's own, comparisons of stages, ranges over rows, costs of steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gprune.report.table import Estimate, Table
 from gprune.runs.results import FinishedRun, Record, row_name
 from gprune.studies.archive import as_run, path_of
 from gprune.studies.listing import Listing, Row
-from gprune.studies.ranges import spread_table
+from gprune.studies.ranges import range_table
 
 Done = Sequence[tuple[Row, dict[str, Any]]]  # rows with their records
 
@@ -68,7 +68,7 @@ def text_of(listing: Listing, done: Done) -> str:
     tables += [
         comparison_table(listing, made.runs),
         task_table(listing, made.runs),
-        spread_table(listing.spread, made.runs),
+        range_table(listing.ranges, made.runs),
     ]
     return "\n\n".join([f"**{listing.about}**", *(t.shown() for t in tables if t.rows), *made.protocols()])
 

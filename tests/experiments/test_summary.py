@@ -48,12 +48,14 @@ def test_lines_go_up_with_what_is_removed_and_recovery_is_below(lists):
 
 
 def test_every_row_that_is_drawn_is_in_its_list():
-    for name, rows in (summary.SMOLLM2 | summary.GEMMA).items():
+    by_tokens = {"questions/distill.yaml": [row for rows in summary.BY_TOKENS.values() for row in rows]}
+    for name, rows in [*summary.SMOLLM2.items(), *summary.GEMMA.items(), *by_tokens.items()]:
         assert set(rows or ()) <= {row.name for row in Listing.read(summary.HERE / name).rows}
 
 
 def test_the_page_is_drawn(tmp_path):
-    assert summary.work([str(tmp_path)]) == f"Drawn: {tmp_path / 'summary.png'}, {tmp_path / 'summary.svg'}.\n"
+    assert summary.work([str(tmp_path)]).startswith(f"Drawn: {tmp_path / 'summary.png'}, {tmp_path / 'summary.svg'}, ")
+    assert {path.name for path in tmp_path.glob("distill-tokens.*")} == {"distill-tokens.png", "distill-tokens.svg"}
     text = (tmp_path / "summary.svg").read_text()
     assert text.count('<g id="axes_') == 4
     (tmp_path / "a file").touch()

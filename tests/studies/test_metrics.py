@@ -23,7 +23,7 @@ def listing():
 @pytest.fixture(scope="module")
 def done(listing):
     """Rows of the five metrics that anyone might have chosen, with their records."""
-    return [(row, record_of(row)) for row in listing.rows if row.name in listing.spread["metrics"]]
+    return [(row, record_of(row)) for row in listing.rows if row.name in listing.ranges["metrics"]]
 
 
 def test_every_built_in_metric_is_a_row_or_ranks_as_one_that_is(listing):

@@ -1,0 +1,37 @@
+"""A tiny world for the tests of lists, and a list of three rows that has run."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+import gprune
+from gprune.studies import command
+from tests import tiny_run
+from tests.studies.workbench import COMPARE, ROWS, Workbench
+
+
+@pytest.fixture(scope="package")
+def bench(tmp_path_factory):
+    world = tiny_run.make_world(tmp_path_factory.mktemp("world"))
+    folder = tmp_path_factory.mktemp("lists")
+    with tiny_run.isolated(folder / "cache"), pytest.MonkeyPatch.context() as patch:
+        tiny_run.quick(patch)
+        yield Workbench(world, folder)
+
+
+@pytest.fixture(scope="package")
+def first(bench):
+    """A list of three rows, and what its first run printed."""
+    path = bench.write("first", ROWS, about="Three rows", reference="plain", compare=COMPARE)
+    with pytest.MonkeyPatch.context() as patch:
+        written = []
+        patch.setattr(sys.stdout, "write", written.append)
+        assert command.main([str(path), "--records", str(bench.records)]) == 0
+    return path, "".join(written)
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    monkeypatch.setattr(gprune, "prune", lambda cfg: pytest.fail("it ran"))

@@ -1,0 +1,237 @@
+"""A list runs, resumes without running anything, and shares its work; tasks are measured once."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import gprune
+from gprune.benchmarks import measurement
+from gprune.errors import UserError
+from gprune.studies import archive, packing, runner
+from gprune.studies.archive import record_of
+from tests.studies.workbench import ROWS, cells
+
+
+def test_it_runs_keeps_records_and_prints(bench, first):
+    path, out = first
+    assert out.startswith("3 configurations: at most")
+    for row in bench.rows(path):
+        assert f"{row.name}, seed 0: " in out
+        record = record_of(row)
+        result = gprune.load_run(Path(row.config.run.dir) / row.config.run_name)
+        assert packing.unpacked(record["masks"]) == result.masks
+        assert record["settings"] == row.config.settings()
+        rounded = [r | {"window_nll": [round(v, 4) for v in r["window_nll"]]} for r in result.records]
+        assert record["records"] == rounded
+        assert record["inputs"]["model"] and record["environment"]["packages"]["torch"]  # noqa: PT018
+        assert {"evaluate", "save_and_check"} <= set(record["steps"])
+        assert (record["learning"] is None) == (row.name == "plain")
+    table = [line for line in out.splitlines() if line.startswith("| ")]
+    for name in ROWS:
+        assert any(line.startswith(f"| {name}") for line in table)
+    assert "**Three rows**" in out
+    assert "Protocol: " in out
+
+
+def test_it_resumes_without_running_anything_and_prints_the_same(bench, first, nothing_runs, capsys):
+    path, out = first
+    again = bench(capsys, path)
+    assert "configurations" not in again
+    assert again == out[out.index("\n**Three rows") :]
+    assert bench(capsys, path, "--table") == again
+
+
+def test_an_equal_row_of_another_list_is_not_run_again(bench, first, nothing_runs, capsys):
+    rows = {"same by another name": {"sparsity.epochs": 2, "reliability": {"switch": False}, "logging.tags": ["x"]}}
+    out = bench(capsys, bench.write("second", rows))
+    assert "| same by another name" in out
+    assert "configurations" not in out
+
+
+def test_other_settings_and_seeds_run_again(bench, first, capsys, monkeypatch):
+    path, _ = first
+    ran = []
+    monkeypatch.setattr(runner, "run", lambda row: ran.append((row.name, row.seed, row.config.sparsity.target)))
+    monkeypatch.setattr(runner, "token_hours", lambda pending: f"{len(pending)} pending")
+    assert "3 pending" in bench(capsys, path, "--", "--sparsity.target=0.4")
+    assert ran == [(name, 0, 0.4) for name in ROWS]
+    ran.clear()
+    assert "2 pending" in bench(capsys, path, "--seeds", "0", "7", "--only", "ours", "plain")
+    assert ran == [("plain", 7, 0.5), ("ours", 7, 0.5)]
+    ran.clear()
+    assert "no records yet" in bench(capsys, path, "--table", "--seeds", "7")
+    assert not ran
+
+
+def test_only_some_rows_and_the_reference_are_printed(bench, first, nothing_runs, capsys):
+    out = bench(capsys, first[0], "--only", "ours")
+    rows = {cells(line)[0] for line in out.splitlines() if line.startswith("| ")}
+    assert {"ours", "plain"} <= rows  # plain is the reference
+    assert "other" not in rows
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 9])
+def test_parts_cover_all_rows_once_whenever_each_of_them_starts(count, bench, first, capsys, monkeypatch):
+    """A later one finds records of an earlier one, and must still take its own share."""
+    done = {}
+    monkeypatch.setattr(runner, "run", lambda row: done.setdefault(archive.path_of(row), []).append(row))
+    monkeypatch.setattr(runner, "token_hours", lambda pending: "")
+    monkeypatch.setattr(runner, "text_of", lambda listing, rows: "")
+    monkeypatch.setattr(runner, "record_of", lambda row: {} if archive.path_of(row) in done else None)
+    for i in range(count):
+        bench(capsys, first[0], "--seeds", "0", "1", "--part", f"{i + 1}/{count}")
+    ran = [(row.name, row.seed) for rows in done.values() for row in rows]
+    assert sorted(ran) == sorted((name, seed) for name in ROWS for seed in (0, 1))
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch, bench):
+    """Rows run with `gprune evaluate` replaced; what it was asked for, and the configurations that ran."""
+    calls, configs, real = [], [], gprune.prune
+
+    def evaluate(model, asked, *, dense=False, pruned=True):
+        stages = [*(["dense"] if dense else []), *(["base"] if pruned else [])]
+        calls.append((asked.tasks, asked.limit, stages))
+        about = {
+            "kind": "zero_shot", "limit": asked.limit, "correct": "0110", "recovery": "none", "content_hash": "c",
+            "split": "test", "dtype": "float32", "note": "", "standard_protocol": False, "questions": 4,
+            **dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"), 0.5),
+        }  # fmt: skip
+        return [about | {"stage": s, "task": t} for s in stages for t in asked.tasks], bench.folder / "evaluation.json"
+
+    monkeypatch.setattr(measurement, "evaluate", evaluate)
+    monkeypatch.setattr(measurement, "require_lm_eval", lambda: "0")
+    monkeypatch.setattr(gprune, "prune", lambda cfg: configs.append(cfg) or real(cfg))
+    return calls, configs
+
+
+def with_tasks(row):
+    folder, record = runner.run(row)
+    return runner.measure_tasks(row, folder, record) if row.wanted_tasks else record
+
+
+MENDED = {"plain": {"gprune": False}, "mended": {"gprune": False, "recovery": "bias"}}
+
+
+def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
+    calls, configs = measured
+    tasks, own = {"names": ["piqa", "arc_easy"], "limit": 4, "seeds": [0]}, {"common": {"ridge": 0.3}}
+    path = bench.write("tasks", MENDED, tasks=tasks, **own)
+    rows = bench.rows(path)
+    records = [with_tasks(row) for row in rows]
+    assert calls == [(("piqa", "arc_easy"), 4, [stage]) for stage in ("dense", "base", "base")]
+    assert [cfg.export for cfg in configs] == ["none", "hf"]  # masks do not hold what recovery changed
+    for row, record in zip(rows, records, strict=True):
+        assert [r["stage"] for r in record["evaluation"]] == ["base"] * 2
+        both = archive.as_run(row, record, None).evaluation
+        assert [(r["stage"], r["run"]) for r in both] == [(s, row.name) for s in ("dense", "dense", "base", "base")]
+    assert all(record_of(row) for row in rows)
+    # a list without tasks is content with that, and prints none; one with others, or of another model, is not
+    without = bench.rows(bench.write("none", MENDED, **own))
+    assert archive.as_run(without[0], records[0], None).evaluation == []
+    assert all(record_of(row) for row in without)
+    more = bench.rows(bench.write("more", MENDED, tasks=tasks | {"limit": 9}, **own))
+    low = bench.rows(path, flags=["--model.dtype=bfloat16"])
+    assert not any(map(record_of, [*more, *low]))
+    with_tasks(low[0])
+    assert [stages for *_, stages in calls[-2:]] == [["dense"], ["base"]]  # a dense model of its own
+    # other tasks lie beside these, not in their place
+    others = {row.name: (archive.path_of(row), with_tasks(row)) for row in more}
+    assert all(record["tasks"]["limit"] == 9 for _, record in others.values())
+    for row in bench.rows(path):
+        assert archive.path_of(row) != others[row.name][0]
+        assert record_of(row)["tasks"]["limit"] == 4
+    # with a seed that the tasks do not name, there are none
+    assert bench.rows(path, seeds=[1])[0].wanted_tasks == {}
+
+
+def test_a_list_that_wants_masks_keeps_the_tasks_and_one_that_wants_tasks_the_masks(bench, measured, tmp_path):
+    tasks, plain = {"names": ["piqa"], "limit": 4}, {"plain": MENDED["plain"]}
+    masked, tasked = (
+        bench.rows(bench.write(name, plain, **content), records=tmp_path)[0]
+        for name, content in (("masked", {"tables": ["repeatability"]}), ("tasked", {"tasks": tasks}))
+    )
+    for row in (masked, tasked, masked):
+        if record_of(row) is None:
+            with_tasks(row)
+    assert record_of(masked) == record_of(tasked) is not None
+    (only,) = (tmp_path / "runs").iterdir()
+    # of several records of a row the one with masks serves whoever wants them
+    other = record_of(masked) | {"masks": None, "tasks": tasks | {"limit": 9}}
+    archive.write(only.with_stem(f"a-{only.stem}"), other)
+    assert record_of(masked)["masks"] is not None
+    assert archive.path_of(masked) == only
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_of_several_processes_none_waits_for_tasks(bench, measured, monkeypatch, capsys, index, tmp_path):
+    """Which may take longer than torch lets a process wait: all rows of all lists come first."""
+    calls, configs = measured
+    met = []
+    monkeypatch.setattr(runner, "processes", lambda: (index, 2))
+    monkeypatch.setattr(runner, "process_index", lambda: index)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: met.append((len(configs), len(calls))))
+    paths = [
+        bench.write(name, {name: {"gprune": False, "recovery": name}}, tasks={"names": ["piqa"], "limit": 4})
+        for name in ("bias", "least_squares")
+    ]
+    said = bench(capsys, *paths, "--records", tmp_path)
+    assert met == [(1, 0), (2, 0)]
+    assert [stages for *_, stages in calls] == [[["dense"], ["base"], ["base"]], []][index]
+    assert [name in said for name in ("bias, seed 0: tasks", "least_squares, seed 0: tasks")] == [index == 0] * 2
+    kept = [record_of(row) is not None for path in paths for row in bench.rows(path, records=tmp_path)]
+    assert kept == [index == 0] * 2
+
+
+def test_of_several_processes_two_lists_want_other_tasks_of_one_row(bench, measured, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(runner, "processes", lambda: (0, 2))
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    one = {"one": {"gprune": False}}
+    paths = [bench.write(f"limit{n}", one, tasks={"names": ["piqa"], "limit": n}) for n in (4, 9)]
+    bench(capsys, *paths, "--records", tmp_path)
+    records = [record_of(row) for path in paths for row in bench.rows(path, records=tmp_path)]
+    assert [record["tasks"]["limit"] for record in records] == [4, 9]
+
+
+def test_rows_are_compared_on_tasks_pair_by_pair(bench, measured, capsys, tmp_path):
+    compare = [["mended: base + bias", "plain: base"]]
+    path = bench.write("compared", MENDED, tasks={"names": ["piqa"], "limit": 4}, compare=compare)
+    bench(capsys, path, "--records", tmp_path)
+    for row in bench.rows(path, records=tmp_path):
+        record, mended = record_of(row), row.name == "mended"
+        answers = {"recovery": "bias", "correct": "1110"} if mended else {"recovery": "none", "correct": "0110"}
+        one = record["evaluation"][0] | answers
+        nll = [3.0, 7.0] if mended else [2.0, 6.0]  # of two windows, each with two tokens to predict
+        two = one | {"kind": "perplexity", "task": "wikitext2", "window_nll": nll, "seq_len": 3, "tokens": 4}
+        two |= {"nll": sum(nll) / 4, "perplexity": math.exp(sum(nll) / 4), "low": 1.0, "high": 99.0}
+        archive.write(archive.path_of(row), record | {"evaluation": [one, two]})
+    lines = bench(capsys, path, "--table", "--records", tmp_path).splitlines()
+    (line,) = [line for line in lines if line.startswith("| mended: base + bias - plain: base")]
+    assert cells(line)[1:] == ["0", "+0.250 +- 0.250", "x 1.649 [1.649, 1.649]"]  # exp(1 nat over two tokens)
+    (head,) = [line for line in lines if line.startswith("| first - second")]
+    assert cells(head) == ["first - second", "seed", "piqa", "wikitext2, 3"]
+
+
+def test_tasks_that_fail_leave_the_run_and_tasks_that_cannot_be_measured_run_nothing(
+    bench, measured, monkeypatch, capsys
+):
+    def fails(*_, **__):
+        raise UserError("no such task")
+
+    tasks = {"names": ["piqa"], "seeds": None}  # null: of all seeds
+    path = bench.write("failing", {"plain": {"gprune": False}}, tasks=tasks, common={"ridge": 0.4})
+    monkeypatch.setattr(measurement, "evaluate", fails)
+    assert "no such task" in bench.refused(capsys, path)
+    (row,) = bench.rows(path)
+    assert len(archive.read(archive.path_of(row))["records"]) > 0
+    assert record_of(row) is None
+    monkeypatch.setattr(gprune, "prune", lambda cfg: pytest.fail("it ran"))
+    monkeypatch.setattr(measurement, "require_lm_eval", fails)
+    assert "no such task" in bench.refused(capsys, path)

@@ -1,0 +1,269 @@
+"""Tables and figures of lists, against the records and by hand."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from gprune.errors import UserError
+from gprune.evaluation.intervals import paired_ratio
+from gprune.report.perplexity_tables import over_seeds
+from gprune.report.table import Estimate
+from gprune.runs.results import STAGES
+from gprune.studies import figures, packing, tables
+from gprune.studies.archive import record_of
+from gprune.studies.listing import Curve
+from gprune.studies.ranges import log_range, range_table
+from tests.studies.workbench import COMPARE, ROWS, cells, fake_run, unseen
+
+
+def test_comparisons_are_paired_over_windows(bench, first):
+    listing, done = bench.done(first[0])
+    records = {row.name: record for row, record in done}
+    runs = tables.reported(listing, done).runs
+    assert listing.compare == COMPARE
+    for (a, b), (row, stage) in zip(listing.compare, (("ours", "averaged"), ("plain", "base")), strict=True):
+        expected = paired_ratio(unseen(records["ours"], "gprune"), unseen(records[row], stage), 31)
+        assert tables.ratios_of(runs, a, b) == [Estimate(*expected)]
+        assert expected[0] != 1
+        line = [f"{a} / {b}", "1", f"{expected[0]:.3f} [{expected[1]:.3f}, {expected[2]:.3f}]"]
+        assert line in [cells(one) for one in first[1].splitlines()]
+
+
+def test_rows_are_divided_by_the_reference(bench, first):
+    listing, done = bench.done(first[0])
+    table = tables.reported(listing, done).tables[0]
+    ratios = {tuple(row[:2]): row[table.columns.index("unseen / base")] for row in table.rows}
+    records = {row.name: record for row, record in done}
+    expected = paired_ratio(unseen(records["other"], "gprune"), unseen(records["plain"], "base"), 31)
+    assert ratios["other", "gprune"] == Estimate(*expected)
+    assert ratios["plain", "base"] is None
+
+
+def test_one_division_into_seen_and_unseen_for_all_rows(bench, first):
+    """`seen` replaces what each row has used; unseen means are over the other corpora."""
+    delta, alpha = (str(bench.world.corpora[c]) for c in ("delta", "alpha"))
+    listing, done = bench.done(bench.write("divided", ROWS, seen=[alpha, delta], reference="plain"))
+    report = tables.reported(listing, done)
+    by_corpus = {r["corpus"]: r["seen"] for run in report.runs for r in run.records}
+    assert by_corpus == {name: name in (alpha, delta) for name in by_corpus}
+    epsilon = str(bench.world.corpora["epsilon"])
+    nll = {row.name: {epsilon: unseen(record, stage)[epsilon]}
+           for (row, record), stage in zip(done, ("base", "gprune", "gprune"), strict=True)}  # fmt: skip
+    table = report.tables[0]
+    found = {tuple(row[:2]): row[table.columns.index("unseen / base")] for row in table.rows}
+    assert found["ours", "gprune"] == Estimate(*paired_ratio(nll["ours"], nll["plain"], 31))
+    assert "In every row alpha.txt, delta.txt count as seen" in tables.text_of(listing, done)
+    with pytest.raises(UserError, match=r"Row 'plain': expected text that the list calls unseen, got .*alpha"):
+        tables.reported(*bench.done(bench.write("hidden", ROWS, seen=[delta])))
+
+
+def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
+    rows = {"plain": {"gprune": False}, "wifv": {"gprune": False, "importance": "wifv"}}
+    path = bench.write("seeds", rows, seeds=[0, 1, 2], compare=[["wifv: base", "plain: base"]], reference="plain")
+    bench(capsys, path)
+    listing, done = bench.done(path)
+    assert [(row.name, row.seed) for row, _ in done] == [(name, seed) for seed in (0, 1, 2) for name in rows]
+    table = tables.reported(listing, done).tables[0]
+    by_stage = {(row[0], row[1]): row for row in table.rows}
+    assert by_stage["plain (3 seeds)", "base"][2] == by_stage["wifv (3 seeds)", "base"][2] == 3
+    pairs = [[record for row, record in done if row.seed == seed] for seed in (0, 1, 2)]
+    ratios = [paired_ratio(unseen(b, "base"), unseen(a, "base"), 31)[0] for a, b in pairs]
+    (compared,) = tables.comparison_table(listing, tables.reported(listing, done).runs).rows
+    assert compared == ["wifv: base / plain: base", 3, over_seeds(ratios)]
+    assert len(set(ratios)) == 3
+    # each seed is divided by the reference's run of that seed alone
+    column = table.columns.index("unseen / base")
+    assert by_stage["wifv (3 seeds)", "base"][column] == over_seeds(ratios)
+    assert by_stage["plain (3 seeds)", "base"][column] is None
+    for missing, there in ((("plain", 2), False), (("wifv", 2), True)):
+        fewer = [(row, record) for row, record in done if (row.name, row.seed) != missing]
+        rows = tables.reported(listing, fewer).tables[0].rows
+        assert {row[column] is not None for row in rows if row[0].startswith("wifv")} == {there}
+
+
+def test_costs_of_every_step_are_printed(bench, first, capsys, nothing_runs):
+    out = bench(capsys, first[0], "--table", "--costs")
+    lines = [cells(line) for line in out.splitlines() if line.startswith("| ")]
+    for row, record in bench.done(first[0])[1]:
+        for step, used in record["steps"].items():
+            (line,) = [line for line in lines if line[:2] == [f"{row.name}, seed {row.seed}", step]]
+            tokens = [f"{used[f'forward{kind}_tokens']:,}" for kind in ("", "_backward")]
+            assert line[2:] == [f"{used['seconds']:.1f}", *tokens, f"{used['peak_memory_mib']:,}"]
+
+
+def test_a_list_says_which_tables_it_wants_and_masks_of_seeds_are_compared(bench, first, capsys):
+    path = bench.write("masks", {"plain": ROWS["plain"]}, seeds=[0, 1], tables=["stability"])
+    out = bench(capsys, path)
+    assert "| seen" not in out
+    (line,) = [cells(line) for line in out.splitlines() if line.startswith("| plain, seed 0")]
+    assert line[:3] == ["plain, seed 0", "plain, seed 1", "ffn"]
+    masks = [packing.unpacked(record["masks"]).ffn for _, record in bench.done(path)[1]]
+    jaccard = np.mean([float((a & b).sum() / (a | b).sum()) for a, b in zip(*masks, strict=True)])
+    assert float(line[3]) == pytest.approx(jaccard, abs=5e-4)
+    assert jaccard < 1
+
+
+def test_compare_waits_for_rows_that_have_not_run_and_refuses_stages_that_there_are_not(bench, first):
+    path = bench.write("waiting", ROWS | {"later": {"sparsity.target": 0.1}}, compare=[["later: gprune", "ours: base"]])
+    listing, done = bench.done(path)
+    assert len(done) == 3
+    assert "Comparisons" not in tables.text_of(listing, done)
+    with pytest.raises(UserError, match=r"stage of 'ours' \(dense, base, averaged, gprune\), got 'best'"):
+        tables.ratios_of(tables.reported(listing, done).runs, "ours: best", "ours: base")
+
+
+def test_a_pair_without_common_windows_is_said_to_have_no_ratio(bench, first):
+    path = bench.write("apart", ROWS, compare=[["ours: gprune", "plain: base"]], reference="plain")
+    listing, done = bench.done(path)
+    assert "No ratio" not in tables.text_of(listing, done)
+    other = [
+        (row, record | {"records": [r | {"content_hash": "elsewhere"} for r in record["records"]]})
+        if row.name == "plain" else (row, record) for row, record in done
+    ]  # fmt: skip
+    text = tables.text_of(listing, other)
+    assert "No ratio: the two have no seed in common, or were evaluated on other windows." in text
+    assert re.search(r"\| ours: gprune / plain: base +\| +0 \| +\|", text)
+
+
+def test_rows_that_have_read_other_text_are_refused_unless_their_models_differ(bench, first):
+    listing, ((row, record), *others) = bench.done(first[0])
+    role = next(iter(record["inputs"]["text"]))
+    inputs = record["inputs"] | {"text": record["inputs"]["text"] | {role: "other"}}
+    with pytest.raises(UserError, match=rf"have read other text as {role}: expected one set of files and mirrors"):
+        tables.reported(listing, [*others, (row, record | {"inputs": inputs})])
+    another = record | {"inputs": inputs | {"model": "another"}}  # two models cut text in two ways
+    assert len(tables.reported(listing, [*others, (row, another)]).runs) == 3
+
+
+def test_rows_of_a_grid_are_divided_by_the_base_of_their_own_budget(bench, capsys, tmp_path):
+    grid, common = {"sparsity.target": [0.3, 0.5]}, {"evaluation.controls": [], "importance": "wifv"}
+    path = bench.write("grid", {"plain": {"gprune": False}, "ours": {}}, grid=grid, reference="plain", common=common)
+    out = bench(capsys, path, "--records", tmp_path)
+    assert len([*(tmp_path / "runs").iterdir()]) == 4
+    records = {row.name: record_of(row) for row in bench.rows(path, records=tmp_path)}
+
+    def ratio(name: str, text: str) -> str:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} ") and "[" in line][:1]
+        return cells(line)[-1]
+
+    for target in (0.3, 0.5):
+        nll = [
+            unseen(records[f"{row}, target {target}"], stage) for row, stage in (("ours", "gprune"), ("plain", "base"))
+        ]
+        assert ratio(f"ours, target {target}", out).startswith(f"{paired_ratio(*nll, 31)[0]:.3f} [")
+        assert ratio(f"plain, target {target}", out) == ""  # its own base
+    alone = bench.write("alone", {"plain": {"gprune": False, "sparsity.target": 0.5}, "ours": {"sparsity.target": 0.3}},
+                        reference="plain", common=common)  # fmt: skip
+    out = bench(capsys, alone, "--records", tmp_path)  # the records are those of the grid; another budget has no ratio
+    assert "kept" not in out
+    assert ratio("ours", out) == ""
+
+
+# --- ranges -----------------------------------------------------------------------------------------------------
+
+
+def test_an_interval_of_a_range_covers_it():
+    """Rows whose windows differ by a constant have a range without noise; with noise it is near the truth."""
+    generator = np.random.default_rng(0)
+    windows = {c: generator.normal(100, 10, n) for c, n in (("a", 400), ("b", 399))}
+
+    def run(name: str, shift: float, noise: float = 0.0):
+        moved = {c: nll + shift + noise * generator.normal(0, 1, len(nll)) for c, nll in windows.items()}
+        return fake_run(name, {"gprune": moved})
+
+    turned = fake_run("y", {"gprune": {c: windows[c] + 5 for c in "ba"}})  # the order of corpora is nothing
+    exact = log_range([run("x", 0.0), turned], ["x", "y"], "gprune")
+    assert torch.allclose(exact, torch.full_like(exact, 0.5))
+    noisy = log_range([run("x", 0.0), run("y", 5.0, 4.0)], ["x", "y"], "gprune")
+    low, high = torch.quantile(noisy[1:], torch.tensor([0.025, 0.975], dtype=noisy.dtype)).tolist()
+    assert low < 0.5 < high
+    assert low < float(noisy[0]) < high
+    assert high - low == pytest.approx(2 * 1.96 * 4 / np.sqrt(400) / 10 / np.sqrt(2), rel=0.25)  # two corpora
+    # what is drawn is centred on what was found, also where many rows are alike
+    drawn = log_range([run(name, 0.0, 4.0) for name in "uvwxyz"], list("uvwxyz"), "gprune")
+    assert float(drawn[1:].mean()) == pytest.approx(float(drawn[0]), abs=1e-3)
+
+
+def test_a_range_is_over_seeds_that_all_rows_have_and_over_the_same_windows():
+    windows = np.arange(10.0)
+    runs = [fake_run("x", {"gprune": {"a": windows}}), fake_run("x", {"gprune": {"a": windows + 90}}, seed=1),
+            fake_run("y", {"gprune": {"a": windows + 10}})]  # fmt: skip
+    assert float(log_range(runs, ["x", "y"], "gprune")[0]) == pytest.approx(1)  # seed 0 alone
+    assert log_range(runs[1:], ["x", "y"], "gprune") is None  # no seed in common
+    assert log_range(runs, ["x"], "gprune") is log_range(runs, ["x", "z"], "gprune") is None
+    with pytest.raises(UserError, match="the same unseen text, but x, y were not"):
+        log_range([runs[0], fake_run("y", {"gprune": {"b": windows}})], ["x", "y"], "gprune")
+
+
+def test_ranges_of_base_average_and_result_are_a_row_for_each_group():
+    """Recovered as each row is; a stage that a row lacks leaves the cell empty."""
+    stages = {"base": {"a": [20.0, 30.0]}, "gprune": {"a": [10.0, 20.0]}}
+    moved = {"base": {"a": [28.0, 38.0]}, "gprune": {"a": [12.0, 22.0]}}
+    runs = [fake_run("x", stages), fake_run("y", moved, recovery="bias")]
+    (row,) = range_table({"both": ["x", "y"], "later": ["x", "z"]}, runs).rows
+    base, averaged, result, ratio = row[1:]
+    assert (row[0], averaged) == ("both: x, y", None)
+    assert [tuple(e) for e in (base, result, ratio)] == [pytest.approx([v] * 3) for v in (0.8, 0.2, 0.25)]
+
+
+# --- figures ----------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_drawn_from_records(bench, first, capsys, tmp_path, nothing_runs):
+    path = bench.write("drawn", {"ours": {}}, curve={"over": "sparsity.target", "of": "importance"})
+    bench(capsys, path, "--table", "--figures", tmp_path)
+    assert {"drawn-means.png", "drawn-ratios.png", "drawn-curve.png", "drawn-curve.svg"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+
+
+CURVE = Curve(over="sparsity.target", of="importance")
+
+
+def budgets(**more):
+    """Runs of two metrics at two budgets, each with its own base and the averaged control."""
+    generator = np.random.default_rng(0)
+    return [
+        fake_run(
+            f"{metric} {target}", {s: {"a": generator.normal(50, 5, 6)} for s in STAGES},
+            importance=metric, sparsity={"target": target, "width_multiple": 1}, **more,
+        )
+        for metric in ("wifv", "wanda_sp") for target in (0.5, 0.3)
+    ]  # fmt: skip
+
+
+def drawn(figure) -> dict[str, np.ndarray]:
+    return {c.get_label(): c.lines[0].get_xydata() for c in figure.axes[0].containers}
+
+
+def test_a_curve_has_the_ratio_of_each_row_to_its_own_base():
+    """A line per metric and stage over budgets, with the averaged control beside gprune."""
+    runs = budgets()
+    figure = figures.curve(CURVE, runs)
+    lines = drawn(figure)
+    assert set(lines) == {f"{m}, {s}" for m in ("wifv", "wanda_sp") for s in ("gprune", "averaged")}
+    for run in runs:
+        nll = {r["stage"]: {"a": r["window_nll"]} for r in run.records}
+        for stage in ("gprune", "averaged"):
+            at = dict(lines[f"{run.settings['importance']}, {stage}"])
+            ratio = paired_ratio(nll[stage], nll["base"], 10)[0]
+            assert at[run.settings["sparsity"]["target"]] == pytest.approx(ratio)
+    assert figure.axes[0].get_xlabel() == "parameters of the scope removed"
+    turned = figures.curve(Curve(over="sparsity.width_multiple", of="sparsity.target"), runs[:2])
+    assert set(drawn(turned)) == {f"{t} removed, {s}" for t in ("30%", "50%") for s in ("gprune", "averaged")}
+    assert (turned.axes[0].get_xlabel(), turned.axes[0].get_xticks().tolist()) == ("sparsity.width_multiple", [1])
+
+
+def test_there_is_no_curve_without_a_base_or_unseen_text_and_one_row_at_each_point():
+    runs = budgets()
+    bare = [replace(r, records=[k for k in r.records if k["stage"] != "base"]) for r in runs]
+    assert figures.curve(CURVE, bare) is figures.curve(CURVE, budgets(seen=True)) is figures.curve(CURVE, []) is None
+    with pytest.raises(UserError, match=r"one row for each sparsity.target and importance, got two of 0.5 and wifv"):
+        figures.curve(CURVE, [*runs, replace(runs[0], name="again")])
+    with pytest.raises(UserError, match="a setting that is a number, but recovery is 'none'"):
+        figures.curve(Curve(over="recovery", of="importance"), runs)

@@ -1,0 +1,88 @@
+"""Lists on a tiny world, and runs of which nothing is known but the losses of windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gprune.models.masks import Masks
+from gprune.runs.results import FinishedRun
+from gprune.studies import command
+from gprune.studies.archive import record_of
+from gprune.studies.listing import Listing, Row
+from tests import tiny_run
+
+ROWS = {"plain": {"gprune": False}, "ours": {}, "other": {"sparsity": {"epochs": 2}, "reliability.switch": False}}
+COMPARE = [["ours: gprune", "ours: averaged"], ["ours: gprune", "plain: base"]]
+
+
+class Workbench:
+    """Writes lists on the tiny world, and runs the command line on them with records of its own."""
+
+    def __init__(self, world: tiny_run.World, folder: Path):
+        self.world, self.folder, self.records = world, folder, folder / "records"
+        flags = [f for f in world.args(folder / "runs") if not f.startswith(("--run.name", "--logging"))]
+        self.common = {name: yaml.safe_load(value) for name, value in (f[2:].split("=", 1) for f in flags)}
+
+    def write(self, name: str, rows: Mapping[str, Any], **content: Any) -> Path:
+        common = self.common | content.pop("common", {})
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({"common": common, "rows": rows, **content}, sort_keys=False))
+        return path
+
+    def rows(self, path: Path, **options: Any) -> list[Row]:
+        return Listing.read(path, **{"records": self.records, **options}).rows
+
+    def done(self, path: Path) -> tuple[Listing, list[tuple[Row, dict[str, Any]]]]:
+        """A list, and its rows that have a record."""
+        listing = Listing.read(path, records=self.records)
+        return listing, [(row, record) for row in listing.rows if (record := record_of(row)) is not None]
+
+    def __call__(self, capsys: pytest.CaptureFixture, *arguments: object) -> str:
+        arguments = [*map(str, arguments)]
+        own = [] if "--records" in arguments else ["--records", str(self.records)]
+        at = arguments.index("--") if "--" in arguments else len(arguments)
+        if code := command.main([*arguments[:at], *own, *arguments[at:]]):
+            raise SystemExit(code)
+        return capsys.readouterr().out
+
+    def refused(self, capsys: pytest.CaptureFixture, *arguments: object) -> str:
+        """The one line on stderr."""
+        with pytest.raises(SystemExit) as stop:
+            self(capsys, *arguments)
+        assert stop.value.code == 2
+        err = capsys.readouterr().err
+        assert err.startswith("gprune study: ")
+        assert err.count("\n") == 1
+        return err
+
+
+def cells(line: str) -> list[str]:
+    """The cells of a row of a Markdown table."""
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def unseen(record: Mapping[str, Any], stage: str) -> dict[str, list[float]]:
+    """Losses of windows by corpus that the run has not used."""
+    return {r["corpus"]: r["window_nll"] for r in record["records"] if r["stage"] == stage and not r["seen"]}
+
+
+def fake_run(
+    name: str, stages: Mapping[str, Mapping[str, Sequence[float]]], *, seed: int = 0, recovery: str = "none",
+    seen: bool = False, **settings: Any,
+) -> FinishedRun:  # fmt: skip
+    """A run of which nothing is known but settings, and losses of windows of 10 tokens by stage and corpus."""
+    records = [
+        {
+            "stage": stage, "recovery": recovery, "seen": seen, "corpus": corpus, "seq_len": 11, "content_hash": corpus,
+            "perplexity": math.exp(sum(nll) / len(nll) / 10), "window_nll": list(nll),
+        }
+        for stage, corpora in stages.items() for corpus, nll in corpora.items()
+    ]  # fmt: skip
+    settings = {"recovery": recovery, "run": {"seed": seed}, **settings}
+    return FinishedRun(Path(f"{name}-{seed}"), name, settings, records, {}, Masks([], []), None, [])
