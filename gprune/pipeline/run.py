@@ -24,9 +24,11 @@ from gprune.models.loading import fingerprint
 from gprune.pipeline.cost import passes
 from gprune.pipeline.inputs import Text, load, prepare_text
 from gprune.pipeline.plan import Plan, check
+from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
+from gprune.runs.progress import StageBar
 from gprune.runs.tracking import log_scalars, tracking
-from gprune.runs.trainer import Checkpoints, StageBar, multiplying, plain_interrupts
+from gprune.runs.trainer import multiplying, plain_interrupts
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
 from gprune.storage.files import key_of

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +67,21 @@ class RunFolder:
     """
 
     def __init__(self, path: Path | str, count_tokens: Callable[[], dict[str, int]] = dict, *, key: str | None = None):
-        self.path = Path(path)
+        self.path = self.root = Path(path)  # of a part of a run, and of the run, whose manifest stands for all parts
+        self.prefix = ""  # of a part's entries in the manifest
         self.count_tokens = count_tokens
         self.key = key
         self.finished = False  # True if the run was complete when it was opened; then it is only read
-        self._note: Callable[[], None] | None = None  # of the step that is running
+        self._running: list[Callable[[], None]] = []  # note the cost of steps that are running, the inner one last
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
     def inside(self, name: str) -> RunFolder:
-        """A folder in this one, for a part of the run; the manifest is this one's."""
-        return _Part(self, name)
+        """A folder in this one, for a part of the run, whose entries in this one's manifest begin with `name`."""
+        part = copy.copy(self)
+        part.path, part.prefix = self.path / name, f"{self.prefix}{name}/"
+        return part
 
     @contextmanager
     def opened(self, settings: dict[str, Any], config_yaml: str) -> Iterator[None]:
@@ -165,27 +169,30 @@ class RunFolder:
     @property
     def manifest(self) -> dict[str, Any]:
         """The manifest, or nothing where there is none that is whole and has the shape of one."""
-        return read_json(self / "manifest.json", check=manifest_problem) or {}
+        return read_json(self.root / "manifest.json", check=manifest_problem) or {}
 
     @property
     def metrics(self) -> dict[str, Any]:
         """`metrics.json`, or nothing where there is none that is whole, this run's, and has the shape of one."""
         return read_json(self / "metrics.json", run=self.key, check=schema.metrics) or {}
 
-    @rank_zero_only
     def update_manifest(self, *, replace: bool = False, **entries: Any) -> None:
         """Merge entries into the manifest, dictionaries one level deep unless they `replace` what is there.
 
         Raises:
             UserError: if it has gone, or was damaged, while the run went on.
         """
+        self._write_manifest({f"{self.prefix}{name}": value for name, value in entries.items()}, replace=replace)
+
+    @rank_zero_only
+    def _write_manifest(self, entries: dict[str, Any], *, replace: bool = False) -> None:
         manifest = self.manifest
         if not manifest:
-            raise UserError(f"{self / 'manifest.json'} vanished or was altered while the run went on.")
+            raise UserError(f"{self.root / 'manifest.json'} vanished or was altered while the run went on.")
         for name, value in entries.items():
             merged = isinstance(value, dict) and not replace
             manifest[name] = {**manifest.get(name, {}), **value} if merged else value
-        write_json(self / "manifest.json", manifest)
+        write_json(self.root / "manifest.json", manifest)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -193,6 +200,10 @@ class RunFolder:
 
         What a finished run computes again, to give it back, is no cost of the run's.
         """
+        if self.finished:
+            yield
+            return
+        name = f"{self.prefix}{name}"
         started, before = time.monotonic(), self.count_tokens()
         earlier = self.manifest.get("steps", {}).get(name, {})
 
@@ -200,25 +211,27 @@ class RunFolder:
             used = {"seconds": time.monotonic() - started}
             used |= {kind: count - before[kind] for kind, count in self.count_tokens().items()}
             total = {kind: round(value + earlier.get(kind, 0), 2) for kind, value in used.items()}
-            self.update_manifest(steps={name: total | peak_memory()})
+            self._write_manifest({"steps": {name: total | peak_memory()}})
 
-        if self.finished:
-            yield
-            return
-        outer, self._note = self._note, note
+        self._running.append(note)
         try:
             yield
         finally:
-            self._note = outer
+            self._running.pop()
             note()
 
     def note(self) -> None:
-        """What the running step has cost so far, into the manifest: whoever is killed from now on has it there."""
-        if self._note is not None:
-            self._note()
+        """Write into the manifest what the running step has cost so far, for the case that the process is killed."""
+        if self._running:
+            self._running[-1]()
 
     def number_of(self, fit: str) -> int:
-        """Which of the run's fits this is, 0 for the first that was begun: the same for all sittings at it."""
+        """Which of the run's fits this is, 0 for the first that was begun: the same for all sittings at it.
+
+        -1 in a part of a run: what a step of a schedule learns is not what the run ends with.
+        """
+        if self.prefix:
+            return -1
         known = self.manifest.get("fits", {})
         if fit not in known:
             self.update_manifest(fits={fit: len(known)})
@@ -231,12 +244,12 @@ class RunFolder:
 
     def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of a finished step, or those of `compute()`, saved."""
-        found = self.read(name)
-        if found is None:
+        tensors = self.read(name)
+        if tensors is None:
             with self.step(name):
-                found = compute()
-            self.write(name, found)
-        return found
+                tensors = compute()
+            self.write(name, tensors)
+        return tensors
 
     def read(self, name: str) -> dict[str, Tensor] | None:
         """The tensors of `<name>.safetensors`, or None if it is missing, not whole, or another run's."""
@@ -252,27 +265,6 @@ class RunFolder:
     def checkpoint(self, name: str) -> Path:
         """Where a stage whose tensors will be written under `name` keeps its checkpoint."""
         return self / f"checkpoints/{name}.ckpt"
-
-
-class _Part(RunFolder):
-    """`RunFolder.inside`."""
-
-    def __init__(self, whole: RunFolder, name: str):
-        super().__init__(whole.path / name, whole.count_tokens, key=whole.key)
-        self.whole, self.name = whole, name
-
-    def number_of(self, fit: str) -> int:
-        """-1: what a step of a schedule learns is not what the run ends with."""
-        return -1
-
-    def step(self, name: str) -> AbstractContextManager[None]:
-        return self.whole.step(f"{self.name}/{name}")
-
-    def note(self) -> None:
-        self.whole.note()
-
-    def update_manifest(self, *, replace: bool = False, **entries: Any) -> None:
-        self.whole.update_manifest(replace=replace, **{f"{self.name}/{name}": v for name, v in entries.items()})
 
 
 def exported_model(run: Path) -> Path:

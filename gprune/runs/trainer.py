@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import signal
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar
 
 from gprune.console import quieted
 from gprune.errors import UserError
-from gprune.screen import Advance, Screen
-from gprune.storage.files import replacing
 
 log = logging.getLogger("gprune")
 
@@ -101,142 +94,3 @@ def plain_interrupts() -> Iterator[None]:
             raise
         signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
-
-
-class Meeting(L.LightningModule):
-    """`trainer.test(meeting)` brings all processes together; `lacking` then says what any of them lacks.
-
-    What each process sees for itself on a disk may be there a moment later: decided alone, one would compute what
-    others wait for elsewhere.
-
-    Args:
-        key: of the run that this process is at.
-
-    Raises:
-        UserError: in `setup`, if another process is at another run.
-    """
-
-    def __init__(self, key: str | None, lacking: Sequence[bool]):
-        super().__init__()
-        self.key, self.lacking = key, list(lacking)
-
-    def setup(self, stage: str) -> None:
-        strategy = self.trainer.strategy
-        elsewhere, *self.lacking = (
-            strategy.reduce_boolean_decision(mine, all=False)
-            for mine in (strategy.broadcast(self.key) != self.key, *self.lacking)
-        )
-        if elsewhere:
-            raise UserError("The processes of this run are at different runs of a list; run the same command again.")
-
-    def test_dataloader(self) -> list[Any]:
-        return []
-
-    def test_step(self) -> None:
-        """Never called: nothing is tested."""
-
-
-class StageBar(ProgressBar):
-    """The bar of a stage on a screen: how far all of its epochs are, its loss, and the tokens that all devices take."""
-
-    def __init__(self, screen: Screen, what: str):
-        super().__init__()
-        self.screen, self.what = screen, what
-        self.advance: Advance = lambda *_: None
-
-    def enable(self) -> None:
-        """Nothing to do: a screen knows which process it belongs to."""
-
-    def disable(self) -> None:
-        """As `enable`."""
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        batches = int(trainer.num_training_batches * trainer.max_epochs)
-        self.advance = self.screen.bar(self.what, batches, done=trainer.fit_loop.total_batch_idx + 1)
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.advance = self.screen.bar(self.what, int(sum(trainer.num_test_batches)))
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        shown = trainer.progress_bar_metrics.items()
-        self.advance(_tokens(batch, trainer), ", ".join(f"{name} {value:.3f}" for name, value in shown))
-
-    def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        self.advance(_tokens(batch, trainer))
-
-
-def _tokens(batch: Any, trainer: L.Trainer) -> int:
-    """Of a batch of text over all processes; 0 for a batch of anything else."""
-    return batch["input_ids"].numel() * trainer.world_size if isinstance(batch, dict) and "input_ids" in batch else 0
-
-
-class Checkpoints(L.Callback):
-    """Keeps a checkpoint of a stage that learns, so that a killed one goes on from there, to the same bits.
-
-    A checkpoint holds what learns (a stage registers nothing else), optimizer, schedule, the place in the text, the
-    states of callbacks and of torch's random generator; and a mark that binds it to one stage of one run.
-
-    Args:
-        path: of the file, which is replaced each time; `RunFolder.write` removes it when what was learned is there.
-        mark: of the stage and its run.
-        seconds: between two checkpoints; 0: one after every step.
-        saved: is called when one is there.
-    """
-
-    def __init__(self, path: Path, mark: str, seconds: float, saved: Callable[[], None] = lambda: None):
-        self.path, self.mark, self.seconds, self.saved = path, mark, seconds, saved
-        self._last = time.monotonic()
-        self._place: dict[str, int] = {}  # in the text, where it goes on
-
-    def found(self) -> Path | None:
-        """The checkpoint to go on from; None, with a warning unless there is none, if it is not whole, or foreign."""
-        if not self.path.is_file():
-            return None
-        try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
-            reason = None if content["gprune"] == self.mark else "it belongs to another run"
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            reason = (str(error).splitlines() or ["not whole"])[0]
-        if reason is None:
-            return self.path
-        log.warning("%s is not usable (%s); going on without it.", self.path, reason)
-        return None
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Lightning forgets the place where a schedule has asked for the number of steps before it was loaded.
-        if self._place:
-            trainer.train_dataloader.load_state_dict(self._place)
-        self._last = time.monotonic()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save a checkpoint behind a whole step, once `seconds` have passed."""
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not stepped or trainer.is_last_batch:  # half a sum of gradients is in no checkpoint
-            return
-        due = time.monotonic() - self._last >= self.seconds
-        if trainer.strategy.reduce_boolean_decision(due, all=False):  # processes have clocks of their own
-            self._save(trainer)
-            self._last = time.monotonic()
-
-    def _save(self, trainer: L.Trainer) -> None:
-        if not trainer.is_global_zero:
-            trainer.save_checkpoint(self.path)  # takes part, and writes nothing
-            return
-        with replacing(self.path) as temporary:
-            trainer.save_checkpoint(temporary)
-        self.saved()
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["gprune"] = self.mark
-        checkpoint["place"] = trainer.train_dataloader.state_dict()
-        checkpoint["random"] = torch.get_rng_state()
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._place = checkpoint["place"]
-        torch.set_rng_state(checkpoint["random"])

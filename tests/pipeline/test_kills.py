@@ -45,7 +45,7 @@ def test_killed_five_times_a_run_ends_with_the_same_bits(tmp_path):
 DIES = """
 import os, sys
 from gprune.cli import main
-from gprune.runs.trainer import Checkpoints
+from gprune.runs.checkpoints import Checkpoints
 
 save = Checkpoints._save
 

@@ -16,7 +16,8 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.models.surgery import prune
-from gprune.runs.trainer import Meeting, StageBar
+from gprune.runs.meeting import Meeting
+from gprune.runs.progress import StageBar
 from gprune.screen import Screen
 from gprune.stages.distillation import DistillationStage
 from tests.tiny_families import some_masks

@@ -138,7 +138,7 @@ def test_command_lines_cover_all_pending_rows_once(bench, first, nothing_runs, c
         ("rows: {a: {}}\nrow: 1\n", ["row", "compare"]),
         ("about: nothing\n", ["'rows'"]),
         ("- rows\n", ["mapping"]),
-        ("rows: [", ["YAML", "bad.yaml", "line 2"]),
+        ("rows: [", ["YAML", "bad.yaml", "line 1"]),
         ("rows: {a: {}}\n1: {}\n", ["mapping", "got 1"]),
         ("rows: {a: 3}\n", ["rows.a", "got 3"]),
         # settings
