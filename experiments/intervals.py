@@ -3,7 +3,7 @@
 python -m experiments.intervals [--repeats 1000]
 
 The truth is known because windows are drawn, with replacement, from the windows of a record that is kept: losses of
-gates (whose records are named `best`) and of base on four corpora. Three numbers: the perplexity of one model, the
+gates and of base in the headline, on four corpora. Three numbers: the perplexity of one model, the
 ratio of two (paired), and the gap, which sets two corpora against the other two.
 """
 
@@ -18,25 +18,25 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from gprune.studies.archive import read
+from gprune.studies.archive import record_of
+from gprune.studies.listing import Listing
 
-RECORDS = Path(__file__).parent / "records" / "runs"
+HEADLINE = Path(__file__).parent / "headline.yaml"
 UNSEEN = ("stackexchange", "gsm8k", "stories", "python_docs")
 DRAWS = 2000
 Interval = tuple[float, float]
 
 
 def losses() -> list[dict[str, np.ndarray]]:
-    """(32,) nats per token by corpus, of `best` and of `base` on the same windows."""
-    for best in map(read, sorted(RECORDS.glob("best-seed0-*.json"))):
-        for base in map(read, sorted(RECORDS.glob("base-seed0-*.json"))):
-            rows = [{(r["corpus"], r["content_hash"]): r for r in m["records"] if r["stage"] != "dense"}
-                    for m in (best, base)]  # fmt: skip
-            shared = [key for key in rows[0] if key in rows[1] and key[0] in UNSEEN]
-            if len(shared) == len(UNSEEN):
-                return [{key[0]: np.array(row[key]["window_nll"]) / (row[key]["seq_len"] - 1) for key in shared}
-                        for row in rows]  # fmt: skip
-    raise SystemExit("no records of best and base on the same windows")
+    """(32,) nats per token by corpus, of `gates` and of `base` of the headline, seed 0, on the same windows."""
+    records = {row.name: record_of(row) for row in Listing.read(HEADLINE, seeds=[0]).rows}
+    return [
+        {
+            r["corpus"]: np.array(r["window_nll"]) / (r["seq_len"] - 1)
+            for r in records[name]["records"] if r["stage"] != "dense" and r["corpus"] in UNSEEN
+        }
+        for name in ("gates", "base")
+    ]  # fmt: skip
 
 
 def percentile(samples: Sequence[np.ndarray], weights: np.ndarray, rng: np.random.Generator) -> Interval:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gprune import report
 from gprune.errors import UserError
+from gprune.report import Report, of_runs
 from gprune.report.benchmark_table import against
 from gprune.report.grouping import as_small
 from gprune.report.perplexity_tables import pooled, ratio_to
@@ -18,14 +18,14 @@ from gprune.studies.archive import as_run, path_of
 from gprune.studies.listing import Listing, Row
 from gprune.studies.ranges import range_table
 
-Done = Sequence[tuple[Row, dict[str, Any]]]  # rows with their records
+Done = Sequence[tuple[Row, dict[str, Any]]]  # rows that have run, with their records
 
 
-def reported(listing: Listing, done: Done) -> report.Report:
+def reported(listing: Listing, done: Done) -> Report:
     """The report of finished rows; rows that differ in seed alone are one."""
     runs = [as_run(row, kept, listing.seen) for row, kept in done]
     _check_text(done)
-    return report.of_runs(runs, bases=_bases(listing, runs, done), seen=listing.seen)
+    return of_runs(runs, bases=_bases(listing, runs, done), seen=listing.seen)
 
 
 def _bases(listing: Listing, runs: Sequence[FinishedRun], done: Done) -> dict[Path, FinishedRun] | None:
@@ -63,14 +63,11 @@ def _check_text(done: Done) -> None:
 
 def text_of(listing: Listing, done: Done) -> str:
     """Markdown: means and ratios, perplexities, comparisons, tasks; then the protocol."""
-    made = reported(listing, done)
-    tables = [t for t in made.tables if t.name in listing.tables]
-    tables += [
-        comparison_table(listing, made.runs),
-        task_table(listing, made.runs),
-        range_table(listing.ranges, made.runs),
-    ]
-    return "\n\n".join([f"**{listing.about}**", *(t.shown() for t in tables if t.rows), *made.protocols()])
+    report = reported(listing, done)
+    runs = report.runs
+    own = comparison_table(listing, runs), task_table(listing, runs), range_table(listing.ranges, runs)
+    tables = [*(t for t in report.tables if t.name in listing.tables), *own]
+    return "\n\n".join([f"**{listing.about}**", *(t.shown() for t in tables if t.rows), *report.protocols()])
 
 
 def comparison_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
@@ -92,12 +89,12 @@ def task_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
         (a_runs, a_stage), (b_runs, b_stage) = (_stage(runs, name) for name in (a, b))
         by_seed = {r.seed: of_stage(r.evaluation, b_stage) for r in b_runs}
         for r in a_runs:
-            if found := against(of_stage(r.evaluation, a_stage), by_seed.get(r.seed, [])):
-                rows.append((f"{a} - {b}", r.seed, found))
-    tasks = list(dict.fromkeys(task for *_, found in rows for task in found))
+            if paired := against(of_stage(r.evaluation, a_stage), by_seed.get(r.seed, [])):
+                rows.append((f"{a} - {b}", r.seed, paired))
+    tasks = list(dict.fromkeys(task for *_, paired in rows for task in paired))
     note = "Paired: accuracy less accuracy +- standard error; WikiText-2 by its windows' tokens, x perplexity over "
     note += "perplexity with a 95 % interval."
-    content = [[pair, seed, *(found.get(task) for task in tasks)] for pair, seed, found in rows]
+    content = [[pair, seed, *(paired.get(task) for task in tasks)] for pair, seed, paired in rows]
     return Table("compare_tasks", "Comparisons on tasks", ["first - second", "seed", *tasks], content, note=note)
 
 

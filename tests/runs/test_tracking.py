@@ -79,40 +79,22 @@ def start(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
 
     def enter(tracker):
-        return tracking(
-            tmp_path,
-            tracker=tracker,
-            mode="offline",
-            name="n",
-            project="p",
-            group="g",
-            job_type="j",
-            tags=["t"],
-            config={"a": {"b": 1}},
-        )
+        about = {"name": "n", "project": "p", "group": "g", "job_type": "j", "tags": ["t"], "config": {"a": {"b": 1}}}
+        return tracking(tmp_path, tracker=tracker, mode="offline", **about)
 
     return enter
 
 
-def corpora(world, *names):
-    return [str(world.corpora[name]) for name in names]
-
-
-def test_perplexity_against_epoch_is_a_curve(world, told, curves):
-    for corpus in corpora(world, "alpha", "beta"):
-        points = curves[f"learn/perplexity/{corpus}"]
-        assert [x for x, _ in points] == [0.0, 1.0, 2.0, 3.0]
-        assert all(y > 1 and math.isfinite(y) for _, y in points)
-    assert told.axes["learn/perplexity/*"] == "learn/epoch"
-
-
-def test_perplexity_against_sparsity_is_a_curve_from_the_dense_model_on(world, told, curves):
+def test_perplexity_is_a_curve_against_epoch_and_against_sparsity_from_the_dense_model_on(world, told, curves):
     manifest = json.loads((told.run.path / "manifest.json").read_text())
-    expected = manifest["learning"]["development_perplexity_by_sparsity"]
-    for corpus in corpora(world, "alpha", "beta"):
-        points = curves[f"curve/perplexity/{corpus}"]
+    by_sparsity = manifest["learning"]["development_perplexity_by_sparsity"]
+    for corpus in (str(world.corpora[name]) for name in ("alpha", "beta")):
+        epochs, points = curves[f"learn/perplexity/{corpus}"], curves[f"curve/perplexity/{corpus}"]
+        assert [x for x, _ in epochs] == [0.0, 1.0, 2.0, 3.0]
+        assert all(y > 1 and math.isfinite(y) for _, y in epochs)
         assert [x for x, _ in points] == [0.0, 0.25, 0.5]
-        assert [y for _, y in points] == pytest.approx([values[corpus] for values in expected.values()])
+        assert [y for _, y in points] == pytest.approx([values[corpus] for values in by_sparsity.values()])
+    assert told.axes["learn/perplexity/*"] == "learn/epoch"
     assert told.axes["curve/perplexity/*"] == "curve/sparsity"
 
 
