@@ -144,7 +144,7 @@ class Run:
         trainer = self.trainer(
             what, log_every_n_steps=1, precision=cfg.trainer.precision, callbacks=[*callbacks, checkpoints], **kwargs
         )
-        if (checkpoint := checkpoints.found()) is not None:
+        if (checkpoint := checkpoints.usable()) is not None:
             log.info("Going on from %s", checkpoint)
         log_scalars(self.loggers, {"fit": self.folder.number_of(name)}, step=0)
         trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)

@@ -35,7 +35,7 @@ class Checkpoints(L.Callback):
         self._last = time.monotonic()
         self._place: dict[str, int] = {}  # in the text, where it goes on
 
-    def found(self) -> Path | None:
+    def usable(self) -> Path | None:
         """The checkpoint to go on from; None, with a warning unless there is none, if it is not whole, or foreign."""
         if not self.path.is_file():
             return None

@@ -109,9 +109,9 @@ class PruningResult:
         """Perplexity by row of the run's table and corpus; corpora whose text the run has read are starred."""
         frame = self.to_frame()
         frame["corpus"] = [f"{r['corpus']}*" if r["seen"] else r["corpus"] for r in self.records]
-        found = frame.pivot(index="row", columns="corpus", values="perplexity")
+        table = frame.pivot(index="row", columns="corpus", values="perplexity")
         order = [list(dict.fromkeys(frame[name])) for name in ("row", "corpus")]
-        return found.loc[order[0], order[1]].rename_axis(index=None, columns=None)
+        return table.loc[order[0], order[1]].rename_axis(index=None, columns=None)
 
     def __repr__(self) -> str:
         lines, s = [f"PruningResult({str(self.path)!r})"], self.summary
@@ -215,10 +215,10 @@ def _with_tensors(folder: RunFolder, run: FinishedRun) -> FinishedRun:
 
 
 def _tensors(folder: RunFolder, name: str) -> dict[str, Tensor]:
-    found = folder.read(name)
-    if found is None:
+    tensors = folder.read(name)
+    if tensors is None:
         raise UserError(f"{folder / name}.safetensors is missing or not whole; run the same command again.")
-    return found
+    return tensors
 
 
 @contextmanager
@@ -248,10 +248,10 @@ def read_evaluation(path: Path, *, run: str | None = None) -> list[Record]:
     Raises:
         UserError: for a file that holds something else, or belongs to another run.
     """
-    found, why = inspected_json(path, run=run, check=schema.evaluation)
+    content, why = inspected_json(path, run=run, check=schema.evaluation)
     if why and os.path.lexists(path):
         raise UserError(f"'{path}' holds no records of gprune evaluate ({why}); move it away, or name another file.")
-    return found["records"] if found else []
+    return content["records"] if content else []
 
 
 def load_run(path: Path | str) -> PruningResult:
@@ -288,10 +288,10 @@ def config_of(run: FinishedRun) -> RunConfig:
     """
     file = run.path / "config.yaml"
     try:
-        found = read_yaml(file, "expected YAML in")
-        if not isinstance(found, dict):
+        settings = read_yaml(file, "expected YAML in")
+        if not isinstance(settings, dict):
             raise UserError("it holds no settings.")
-        cfg = configured(found, where="its settings")
+        cfg = configured(settings, where="its settings")
     except UserError as error:
         raise UserError(f"{file} was altered: {error} Run the same command again.") from error
     before = {name: value for name, value in run.settings.items() if name != "inputs"}

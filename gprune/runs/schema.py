@@ -223,17 +223,17 @@ def metrics(content: Any) -> str | None:
     return said or records(content["records"])
 
 
-def records(found: Sequence[dict[str, Any]]) -> str | None:
+def records(numbers: Sequence[dict[str, Any]]) -> str | None:
     """What keeps records from being those of one run: each number once, every stage on the dense model's windows."""
     by_row: dict[tuple[str, str], dict[str, tuple[Any, ...]]] = {}
-    for n, r in enumerate(found):
+    for n, r in enumerate(numbers):
         if (said := measured(r, r["seq_len"] - 1)) is not None:
             return f"records[{n}].{said}"
         row = by_row.setdefault((r["stage"], r["recovery"]), {})
         if r["corpus"] in row:
             return f"records[{n}]: expected each corpus once in a row, got '{r['corpus']}' twice"
         row[r["corpus"]] = r["content_hash"], r["seen"], r["seq_len"], len(r["window_nll"])
-    if not found:
+    if not numbers:
         return None
     dense = by_row.get(("dense", "none"))
     if dense is None:
@@ -263,9 +263,9 @@ def evaluation(content: Any) -> str | None:
     return problem(Evaluation, content) or benchmarks(content["records"])
 
 
-def benchmarks(found: Sequence[dict[str, Any]]) -> str | None:
+def benchmarks(numbers: Sequence[dict[str, Any]]) -> str | None:
     """What keeps records of `gprune evaluate` from being such."""
-    for n, r in enumerate(found):
+    for n, r in enumerate(numbers):
         said = problem(ZeroShot if r["kind"] == "zero_shot" else Wikitext, r)
         if said is None:
             said = measured(r, r["seq_len"] - 1) if r["kind"] == "perplexity" else answered(r)

@@ -10,9 +10,9 @@ from gprune.console import Parser, guarded, quiet
 
 ABOUT = """Run a list of configurations, keep what came out, print tables. What a list is: gprune/studies/listing.py.
 
-After each configuration its numbers, costs and masks (of lists in experiments/ where a table is about them) are
-written to the folder of records; whichever list asks, a configuration whose settings stand there is not run again. Run
-folders share calibration through the cache."""
+After each configuration its numbers and costs are written to the folder of records, and its masks (for lists in
+experiments/ only if a table of the list needs them). A configuration that has a record is not run again, whichever list
+asks for it. Run folders share calibration through the cache."""
 
 EXAMPLES = """Flags of train.py come after --, and last in every row.
 

@@ -193,12 +193,12 @@ def read_content(path: Path) -> Content:
             f"List '{path}': expected a mapping with 'rows' and of {', '.join(sorted(Content.model_fields))}{came}."
         )
     try:
-        found = Content(**{key: value for key, value in content.items() if value is not None})
+        listed = Content(**{key: value for key, value in content.items() if value is not None})
     except ValidationError as error:
         raise UserError(f"List '{path}', {refusal(error)}.") from error
-    if found.curve and (unknown := {found.curve.over, found.curve.of} - flat(RunConfig().settings()).keys()):
+    if listed.curve and (unknown := {listed.curve.over, listed.curve.of} - flat(RunConfig().settings()).keys()):
         raise UserError(f"List '{path}', curve: expected settings such as importance, got {unknown.pop()}.")
-    return found
+    return listed
 
 
 def _rows(

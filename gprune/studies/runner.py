@@ -1,7 +1,7 @@
 """A list of configurations, run and tabulated: the work of `gprune study`.
 
-After each configuration its numbers, masks and costs are written to the folder of records; whichever list asks, a
-configuration whose settings stand there is not run again.
+After each configuration its numbers, masks and costs are written to the folder of records. A configuration that has a
+record is not run again, whichever list asks for it.
 """
 
 from __future__ import annotations
