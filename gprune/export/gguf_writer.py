@@ -183,7 +183,7 @@ def write_gguf(
     check_expressible(blocks_of(model), model.config)
     keys = model_keys(model, name, type)
     keys |= tokenizer_keys(tokenizer, model.get_decoder().embed_tokens.num_embeddings)
-    types = {name: stored_type(tensor, type) for name, tensor in tensors(model)}
+    types = {tensor_name: stored_type(tensor, type) for tensor_name, tensor in tensors(model)}
     writer = GGUFWriter(path, architecture(model))
     try:
         for key, value in keys.items():
@@ -198,10 +198,10 @@ def write_gguf(
             writer.write_tensor_data(stored(tensor_name, tensor, types[tensor_name]))
     finally:
         writer.close()
-    fallen_back = [name for name, of in types.items() if type == "q8_0" and of == GGMLQuantizationType.F16]
-    if fallen_back:
-        log.info("q8_0 takes rows of multiples of 32 numbers; in float16 instead: %s", ", ".join(fallen_back))
-    return fallen_back
+    in_float16 = [tensor for tensor, of in types.items() if type == "q8_0" and of == GGMLQuantizationType.F16]
+    if in_float16:
+        log.info("q8_0 takes rows of multiples of 32 numbers; in float16 instead: %s", ", ".join(in_float16))
+    return in_float16
 
 
 def stored_type(tensor: Tensor, type: str) -> GGMLQuantizationType:

@@ -43,7 +43,7 @@ from gprune.storage.reading import expanded
 
 log = logging.getLogger("gprune")
 
-# Set anew by the exported class, or of no meaning for it (a de-quantised GGUF still names its quantiser).
+# Keys of a config that the exported class sets anew, or that mean nothing to it (a de-quantised GGUF's quantiser).
 NOT_CARRIED = {
     *("model_type", "architectures", "auto_map", "quantization_config"),
     *("per_layer_config", "pruned_layout", "added_biases"),
@@ -169,14 +169,14 @@ def save_pruned(
     folder = expanded(folder).resolve()
     if folder.exists() and not overwrite:
         raise UserError(f"Export: '{folder}' exists already. Choose another folder, or ask for overwriting.")
-    if folder.exists() and (why := not_ours(folder)):
+    if folder.exists() and (why := reason_to_keep(folder)):
         raise UserError(f"Export: '{folder}' {why}, so it is not overwritten; move it away.")
     exportable = to_exportable(model)
     with replacing(folder) as new:
         new.mkdir()
         with warnings.catch_warnings(action="ignore"):  # that shards must fit in memory, which is seen to
             exportable.save_pretrained(new, max_shard_size=shard_size(exportable))
-        tell_older(new / "config.json")
+        add_keys_of_older_transformers(new / "config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         (new / "README.md").write_text(DEFAULT_CARD if model_card is None else model_card, encoding="utf-8")
@@ -184,8 +184,8 @@ def save_pruned(
     return folder
 
 
-def not_ours(folder: Path) -> str | None:
-    """What shows that a folder is no export of ours, or holds more than one; None if it is one."""
+def reason_to_keep(folder: Path) -> str | None:
+    """Why a folder must not be replaced: it is no export of ours, or holds other files too; None if it may be."""
     if not (folder / "config.json").is_file():
         return "is no model folder (no config.json)"
     others = [path for path in folder.iterdir() if path.is_dir() or not OUR_FILES.fullmatch(path.name)]
@@ -197,7 +197,7 @@ def not_ours(folder: Path) -> str | None:
     return None
 
 
-def tell_older(config_file: Path) -> None:
+def add_keys_of_older_transformers(config_file: Path) -> None:
     """Write the rotary frequencies where transformers before 5 looks for them: stock configs of today do not."""
     settings = json.loads(config_file.read_text(encoding="utf-8"))
     settings |= modeling_pruned.rope_of_older(settings)
