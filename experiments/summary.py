@@ -1,8 +1,8 @@
 """One page for a talk, from the records that are kept: perplexity on unseen text against what is removed of two models,
 and of the first against what is learned from, and what each part adds.
 
-Rows without a record are left out. `python -m experiments.summary FOLDER` draws it there as summary.png and .svg, and
-what is learned from alone as distill-tokens.png and .svg.
+Rows without a record are left out. `python -m experiments.summary FOLDER` draws it there as summary.png and .svg,
+what is learned from alone as distill-tokens, and metrics over their own base as sparsity-curve.
 """
 
 from __future__ import annotations
@@ -115,6 +115,17 @@ def by_tokens() -> Lines:
     return {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()}
 
 
+def over_base() -> Lines:
+    """Perplexity over each row's own base against the share removed: thresholds and averaged scores, by metric."""
+    lines: Lines = {}
+    for run in runs_of("questions/sparsity.yaml"):
+        for stage in ("averaged", "gprune"):
+            if (ratio := ratio_to(run, (stage, "none"), run, ("base", "none"))) is not None:
+                point = run.settings["sparsity"]["target"], ratio
+                lines.setdefault((run.settings["importance"], stage), []).append(point)
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()}
+
+
 def parts() -> list[tuple[str, Estimate]]:
     """Perplexity of the headline's rows over the base metric's, over seeds."""
     runs = runs_of("headline.yaml")
@@ -155,7 +166,12 @@ def work(arguments: Sequence[str] | None = None) -> str:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the figures go")
     folder = parser.parse_args(arguments).folder
     quiet()
-    figures = {"summary": drawn(), "distill-tokens": curve_figure(by_tokens(), **AXES)}
+    removed = {"over": "parameters of the scope removed", "ticks": "{x:.0%}", "reference": "base metric alone"}
+    figures = {
+        "summary": drawn(),
+        "distill-tokens": curve_figure(by_tokens(), **AXES),
+        "sparsity-curve": curve_figure(over_base(), **removed),
+    }
     files = [path for name, figure in figures.items() for path in save(figure, folder, name, FORMATS)]
     return f"Drawn: {', '.join(map(str, files))}.\n"
 

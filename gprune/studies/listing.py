@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from gprune.checks import refusal
-from gprune.config import CONSENT, RunConfig, configured, flat, read_flags, read_settings
+from gprune.config import CONSENT, RunConfig, configured, read_flags, read_settings
 from gprune.config.parse import overlay
 from gprune.errors import UserError
 from gprune.report.table import TableName
@@ -55,15 +55,6 @@ class Tasks(Shape):
     """Only the rows of these seeds are measured."""
 
 
-class Curve(Shape):
-    """A figure of each row's stages over its own base: dotted names of two settings."""
-
-    over: str
-    """The horizontal axis."""
-    of: str
-    """A line for each of its values."""
-
-
 class Content(Shape):
     """What a list file holds."""
 
@@ -83,7 +74,6 @@ class Content(Shape):
     """Pairs of stages, such as ['a: gprune', 'b: base']."""
     ranges: dict[Name, Names] = {}
     """Groups of rows whose perplexities are to lie close together."""
-    curve: Curve | None = None
     controls: Names = []
     """Rows whose result is not gprune's."""
     seeds: list[int] = [0]
@@ -130,7 +120,6 @@ class Listing:
     reference: list[str]  # names of rows
     compare: list[list[str]]
     ranges: dict[str, list[str]]
-    curve: Curve | None
     tables: list[str]
     seen: list[str] | None  # None: each row's own
 
@@ -171,7 +160,6 @@ class Listing:
             reference=expanded([] if content.reference is None else [content.reference]),
             compare=[[paired(stage, point) for stage in pair] for pair in content.compare for point in points],
             ranges={group: expanded(rows) for group, rows in content.ranges.items()},
-            curve=content.curve,
             tables=content.tables,
             seen=content.seen,
         )
@@ -193,12 +181,9 @@ def read_content(path: Path) -> Content:
             f"List '{path}': expected a mapping with 'rows' and of {', '.join(sorted(Content.model_fields))}{came}."
         )
     try:
-        listed = Content(**{key: value for key, value in content.items() if value is not None})
+        return Content(**{key: value for key, value in content.items() if value is not None})
     except ValidationError as error:
         raise UserError(f"List '{path}', {refusal(error)}.") from error
-    if listed.curve and (unknown := {listed.curve.over, listed.curve.of} - flat(RunConfig().settings()).keys()):
-        raise UserError(f"List '{path}', curve: expected settings such as importance, got {unknown.pop()}.")
-    return listed
 
 
 def _rows(

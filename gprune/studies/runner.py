@@ -26,11 +26,10 @@ from gprune.runs import schema
 from gprune.runs.folder import RunFolder
 from gprune.storage.files import read_json, write_json
 from gprune.studies.archive import dense_path, learned_tokens, path_of, plain, read, record_of, write
-from gprune.studies.figures import draw
 from gprune.studies.hours import seconds, token_hours
 from gprune.studies.listing import Listing, Row, commands, parts_of
 from gprune.studies.packing import packed
-from gprune.studies.tables import cost_table, text_of
+from gprune.studies.tables import cost_table, reported, text_of
 
 Made = tuple[Path, dict[str, Any]]  # a run's folder and record
 
@@ -121,7 +120,7 @@ def finish(listing: Listing, chosen: Sequence[Row], ran: Sequence[tuple[Row, Mad
     if options.costs and (costs := cost_table(done)).rows:
         say("\n" + costs.shown() + "\n")
     if done and options.figures:
-        draw(listing, done, Path(options.figures))
+        reported(listing, done).draw(Path(options.figures), prefix=f"{listing.path.stem}-")
 
 
 def say_kept(row: Row, spent: float, what: str = "") -> None:

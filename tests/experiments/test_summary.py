@@ -55,7 +55,8 @@ def test_every_row_that_is_drawn_is_in_its_list():
 
 def test_the_page_is_drawn(tmp_path):
     assert summary.work([str(tmp_path)]).startswith(f"Drawn: {tmp_path / 'summary.png'}, {tmp_path / 'summary.svg'}, ")
-    assert {path.name for path in tmp_path.glob("distill-tokens.*")} == {"distill-tokens.png", "distill-tokens.svg"}
+    names = {f"{name}.{kind}" for name in ("summary", "distill-tokens", "sparsity-curve") for kind in ("png", "svg")}
+    assert {path.name for path in tmp_path.iterdir()} == names
     text = (tmp_path / "summary.svg").read_text()
     assert text.count('<g id="axes_') == 4
     (tmp_path / "a file").touch()

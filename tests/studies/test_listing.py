@@ -173,8 +173,6 @@ def test_command_lines_cover_all_pending_rows_once(bench, first, nothing_runs, c
         ("rows: {a: {}}\nranges: {all: a}\n", ["ranges.all", "a list", "'a'"]),
         ("rows: {a: {}}\ncompare: [3]\n", ["compare[0]", "a list", "3"]),
         ("rows: {a: {}}\ncompare: [['a: gprune']]\n", ["compare[0]", "2 items"]),
-        ("rows: {a: {}}\ncurve: {over: ridge}\n", ["curve.of", "none"]),
-        ("rows: {a: {}}\ncurve: {over: x, of: importance}\n", ["curve", "settings", "got x"]),
         ("rows: {a: {}}\ntasks: {limit: 3}\n", ["tasks.names", "none"]),
         ("rows: {a: {}}\ntasks: {names: []}\n", ["tasks.names", "at least 1"]),
         ("rows: {a: {}}\ntasks: {names: [piqa], limt: 100}\n", ["tasks.limt", "100"]),

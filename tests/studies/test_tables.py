@@ -1,9 +1,8 @@
-"""Tables and figures of lists, against the records and by hand."""
+"""Tables of lists, against the records and by hand."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +12,8 @@ from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_ratio
 from gprune.report.perplexity_tables import over_seeds
 from gprune.report.table import Estimate
-from gprune.runs.results import STAGES
-from gprune.studies import figures, packing, tables
+from gprune.studies import packing, tables
 from gprune.studies.archive import record_of
-from gprune.studies.listing import Curve
 from gprune.studies.ranges import log_range, range_table
 from tests.studies.workbench import COMPARE, ROWS, cells, fake_run, unseen
 
@@ -211,59 +208,6 @@ def test_ranges_of_base_average_and_result_are_a_row_for_each_group():
     assert [tuple(e) for e in (base, result, ratio)] == [pytest.approx([v] * 3) for v in (0.8, 0.2, 0.25)]
 
 
-# --- figures ----------------------------------------------------------------------------------------------------
-
-
 def test_figures_are_drawn_from_records(bench, first, capsys, tmp_path, nothing_runs):
-    path = bench.write("drawn", {"ours": {}}, curve={"over": "sparsity.target", "of": "importance"})
-    bench(capsys, path, "--table", "--figures", tmp_path)
-    assert {"drawn-means.png", "drawn-ratios.png", "drawn-curve.png", "drawn-curve.svg"} <= {
-        p.name for p in tmp_path.iterdir()
-    }
-
-
-CURVE = Curve(over="sparsity.target", of="importance")
-
-
-def budgets(**more):
-    """Runs of two metrics at two budgets, each with its own base and the averaged control."""
-    generator = np.random.default_rng(0)
-    return [
-        fake_run(
-            f"{metric} {target}", {s: {"a": generator.normal(50, 5, 6)} for s in STAGES},
-            importance=metric, sparsity={"target": target, "width_multiple": 1}, **more,
-        )
-        for metric in ("wifv", "wanda_sp") for target in (0.5, 0.3)
-    ]  # fmt: skip
-
-
-def drawn(figure) -> dict[str, np.ndarray]:
-    return {c.get_label(): c.lines[0].get_xydata() for c in figure.axes[0].containers}
-
-
-def test_a_curve_has_the_ratio_of_each_row_to_its_own_base():
-    """A line per metric and stage over budgets, with the averaged control beside gprune."""
-    runs = budgets()
-    figure = figures.curve(CURVE, runs)
-    lines = drawn(figure)
-    assert set(lines) == {f"{m}, {s}" for m in ("wifv", "wanda_sp") for s in ("gprune", "averaged")}
-    for run in runs:
-        nll = {r["stage"]: {"a": r["window_nll"]} for r in run.records}
-        for stage in ("gprune", "averaged"):
-            at = dict(lines[f"{run.settings['importance']}, {stage}"])
-            ratio = paired_ratio(nll[stage], nll["base"], 10)[0]
-            assert at[run.settings["sparsity"]["target"]] == pytest.approx(ratio)
-    assert figure.axes[0].get_xlabel() == "parameters of the scope removed"
-    turned = figures.curve(Curve(over="sparsity.width_multiple", of="sparsity.target"), runs[:2])
-    assert set(drawn(turned)) == {f"{t} removed, {s}" for t in ("30%", "50%") for s in ("gprune", "averaged")}
-    assert (turned.axes[0].get_xlabel(), turned.axes[0].get_xticks().tolist()) == ("sparsity.width_multiple", [1])
-
-
-def test_there_is_no_curve_without_a_base_or_unseen_text_and_one_row_at_each_point():
-    runs = budgets()
-    bare = [replace(r, records=[k for k in r.records if k["stage"] != "base"]) for r in runs]
-    assert figures.curve(CURVE, bare) is figures.curve(CURVE, budgets(seen=True)) is figures.curve(CURVE, []) is None
-    with pytest.raises(UserError, match=r"one row for each sparsity.target and importance, got two of 0.5 and wifv"):
-        figures.curve(CURVE, [*runs, replace(runs[0], name="again")])
-    with pytest.raises(UserError, match="a setting that is a number, but recovery is 'none'"):
-        figures.curve(Curve(over="recovery", of="importance"), runs)
+    bench(capsys, first[0], "--table", "--figures", tmp_path)
+    assert {f"first-{name}.png" for name in ("means", "ratios", "stability")} <= {p.name for p in tmp_path.iterdir()}

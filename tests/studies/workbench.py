@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,16 +72,15 @@ def unseen(record: Mapping[str, Any], stage: str) -> dict[str, list[float]]:
 
 
 def fake_run(
-    name: str, stages: Mapping[str, Mapping[str, Sequence[float]]], *, seed: int = 0, recovery: str = "none",
-    seen: bool = False, **settings: Any,
-) -> FinishedRun:  # fmt: skip
-    """A run of which nothing is known but settings, and losses of windows of 10 tokens by stage and corpus."""
+    name: str, stages: Mapping[str, Mapping[str, Sequence[float]]], *, seed: int = 0, recovery: str = "none"
+) -> FinishedRun:
+    """A run of which nothing is known but losses of windows of 10 tokens by stage and corpus."""
     records = [
         {
-            "stage": stage, "recovery": recovery, "seen": seen, "corpus": corpus, "seq_len": 11, "content_hash": corpus,
-            "perplexity": math.exp(sum(nll) / len(nll) / 10), "window_nll": list(nll),
+            "stage": stage, "recovery": recovery, "seen": False, "corpus": corpus, "seq_len": 11,
+            "content_hash": corpus, "window_nll": list(nll),
         }
         for stage, corpora in stages.items() for corpus, nll in corpora.items()
     ]  # fmt: skip
-    settings = {"recovery": recovery, "run": {"seed": seed}, **settings}
+    settings = {"recovery": recovery, "run": {"seed": seed}}
     return FinishedRun(Path(f"{name}-{seed}"), name, settings, records, {}, Masks([], []), None, [])
