@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 REQUIRED = re.findall(r"^[a-z-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 HEAVY = {name.replace("scikit-learn", "sklearn") for name in REQUIRED} | {"numpy"}
 HEAVY -= {"pydantic", "safetensors"}  # what checks flags; and a class of errors, without numpy or torch
-MOST = 16  # packages beside the standard library: what checks flags, and what that needs
+MOST = 12  # packages beside the standard library: what checks flags, and what that needs
 IMPORTED = """
 import json, sys
 before = {name.partition(".")[0] for name in sys.modules}  # by site, and by what is installed for coverage

@@ -19,10 +19,10 @@ from torch import Tensor
 from gprune.config import check_settings
 from gprune.errors import UserError
 from gprune.runs import schema
+from gprune.storage.cache import cannot_write
 from gprune.storage.environment import environment, peak_memory
 from gprune.storage.files import (
     MISSING,
-    cannot_write,
     file_hashes,
     inspected_json,
     key_of,

@@ -1,11 +1,15 @@
-"""Where caches lie."""
+"""Where caches lie, and what a disk that refuses says; without PyTorch, since names of corpora are checked by it."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from gprune.storage.files import disk_errors
+import safetensors
+
+from gprune.errors import UserError
 from gprune.storage.reading import expanded
 
 
@@ -19,3 +23,21 @@ def cache_dir() -> Path:
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A UserError that names `path` for whatever the system says of a disk that is full, missing or read-only."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """The UserError for a place that the system refuses to write."""
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return UserError(
+        f"Cannot write {path}: {reason}. Free space or choose another place (a run's results: --run.dir; an export: "
+        f"--output; caches: $GPRUNE_CACHE); what was finished is kept."
+    )

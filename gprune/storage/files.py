@@ -28,7 +28,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gprune.errors import UserError, first_line
+from gprune.errors import first_line
+from gprune.storage.cache import disk_errors
 from gprune.storage.reading import read_text, regular_file
 
 log = logging.getLogger("gprune")
@@ -53,24 +54,6 @@ def replacing(path: Path) -> Iterator[Path]:
         with _scratch(path) as folder:
             yield folder / path.name
             _exchange(folder / path.name, path, folder / OLD)
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """A UserError that names `path` for whatever the system says of a disk that is full, missing or read-only."""
-    try:
-        yield
-    except (OSError, safetensors.SafetensorError) as error:
-        raise cannot_write(path, error) from error
-
-
-def cannot_write(path: Path, error: Exception) -> UserError:
-    """The UserError for a place that the system refuses to write."""
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return UserError(
-        f"Cannot write {path}: {reason}. Free space or choose another place (a run's results: --run.dir; an export: "
-        f"--output; caches: $GPRUNE_CACHE); what was finished is kept."
-    )
 
 
 def _exchange(new: Path, path: Path, old: Path) -> None:

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gprune.errors import UserError
-from gprune.storage.cache import cache_dir
-from gprune.storage.files import disk_errors
+from gprune.storage.cache import cache_dir, disk_errors
 
 log = logging.getLogger("gprune")
 
