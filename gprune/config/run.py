@@ -103,20 +103,14 @@ class RunConfig(Group):
                 raise UserError(f"{flag}: expected two or more --corpora.drift, got {self.corpora.drift}.")
 
     def _check_recovery(self) -> None:
-        """Raise UserError for an unknown recovery, and for one that would learn from too little text."""
+        """Raise UserError for an unknown recovery, and for settings with which it cannot learn."""
         if not recovery_of(self.recovery).learns:
             return
-        windows, steps = self.distilled_windows, self.sparsity.steps
-        if windows < 1:
-            least = len(self.corpora.recover) * self.corpora.seq_len
+        if self.distilled_windows < self.sparsity.steps:
+            least = self.sparsity.steps * len(self.corpora.recover) * self.corpora.seq_len
             raise UserError(
-                f"--distill.tokens: expected one window of each of --corpora.recover at least ({least:,} tokens), got "
-                f"{self.distill.tokens:,}."
-            )
-        if windows < steps:
-            raise UserError(
-                f"--distill.tokens: expected a window of each of --corpora.recover for each step of "
-                f"--sparsity.schedule, got {windows} windows for {steps} steps."
+                f"--distill.tokens: expected a window of each of --corpora.recover for each pruning step, {least:,} "
+                f"tokens or more, got {self.distill.tokens:,}."
             )
         if self.evaluation.split == "development" and self.distill.keep == "best":
             raise UserError(
@@ -208,12 +202,12 @@ class RunConfig(Group):
     @property
     def roles(self) -> dict[str, list[str]]:
         """Corpora whose train text this run reads, by what it reads them for; roles it does not play are empty."""
-        c, found = self.corpora, recovery_of(self.recovery)
+        c, recovery = self.corpora, recovery_of(self.recovery)
         return {
             "score": [c.score],
             "drift": c.drift if self.gprune else [],
             "learn": c.learn if self.learns else [],
-            "recover": c.recover if found.needs or found.learns else [],
+            "recover": c.recover if recovery.needs or recovery.learns else [],
         }
 
     @property
@@ -240,14 +234,13 @@ class RunConfig(Group):
         for name in dict.fromkeys([*self.used, *self.corpora.evaluate]):
             check_corpus(name)
         for role in ("drift", "learn", "recover", "evaluate"):
-            told: dict[str, str] = {}
+            names: dict[str, str] = {}
             for name in getattr(self.corpora, role):
-                if (first := told.setdefault(identity(name), name)) != name:
+                if (first := names.setdefault(identity(name), name)) != name:
                     raise UserError(f"--corpora.{role}: '{first}' and '{name}' are one corpus; name it once.")
         used = {identity(name) for name in self.used}
-        if self.evaluation.split == "train" and (
-            both := [name for name in self.corpora.evaluate if identity(name) in used]
-        ):
+        both = [name for name in self.corpora.evaluate if identity(name) in used]
+        if self.evaluation.split == "train" and both:
             raise UserError(
                 f"--evaluation.split train: expected corpora that the run does not read, got '{both[0]}'; leave it out "
                 f"of --corpora.evaluate, or measure on development text."
