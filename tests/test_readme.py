@@ -53,6 +53,7 @@ def scratch(monkeypatch):
     """Registries and families that forget what a test adds."""
     for family in ("smollm3", "starcoder2"):
         monkeypatch.setitem(FAMILIES, family, None)  # taken out again afterwards
+        del FAMILIES[family]
     with ExitStack() as stack:
         for registry in (gprune.IMPORTANCE, gprune.CORPORA, ALLOCATION, RECOVERY):
             stack.enter_context(built_in.scratch(registry))
