@@ -49,15 +49,15 @@ def world(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def scratch(monkeypatch):
+def scratch():
     """Registries and families that forget what a test adds."""
-    for family in ("smollm3", "starcoder2"):
-        monkeypatch.setitem(FAMILIES, family, None)  # taken out again afterwards
-        del FAMILIES[family]
+    families = set(FAMILIES)
     with ExitStack() as stack:
         for registry in (gprune.IMPORTANCE, gprune.CORPORA, ALLOCATION, RECOVERY):
             stack.enter_context(built_in.scratch(registry))
         yield
+    for added in set(FAMILIES) - families:
+        del FAMILIES[added]
 
 
 def run_block(word: str) -> dict[str, object]:
