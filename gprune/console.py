@@ -90,7 +90,7 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
 
 
 def _left(error: SystemExit, fail: Callable[..., int]) -> int:
-    """Go on leaving, as --help does, unless what it printed has no place to go."""
+    """Exit as --help does, unless its text could not be written."""
     try:
         sys.stdout.flush()
     except OSError as closed:
@@ -104,7 +104,7 @@ def say(text: str) -> None:
 
 
 def _open_streams() -> None:
-    """A stream that is closed becomes one to nowhere, and characters that the locale lacks are written as escapes."""
+    """Replace closed streams by the null device, and write characters that the locale lacks as escapes."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -113,7 +113,7 @@ def _open_streams() -> None:
 
 
 def _flushed() -> None:
-    """Write what stdout still holds, or let it go where nobody can take it: Python would complain at its end."""
+    """Flush stdout; if nobody can take it, send it to the null device, or Python would complain when it exits."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -143,7 +143,7 @@ def _signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_interrupts() -> Iterator[None]:
-    """Whoever presses Ctrl-C a third time need not see where."""
+    """Ignore Ctrl-C as long as the context lasts."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -155,14 +155,14 @@ def no_interrupts() -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process of a script; after Ctrl-C, libraries may still have a second's work, which none interrupts."""
+    """Exit with a code; after Ctrl-C, further ones are ignored while libraries finish their work."""
     if code == 130:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise SystemExit(code)
 
 
 class StdoutHandler(logging.StreamHandler):
-    """Writes to what stdout is at the moment, which notebooks and tests exchange."""
+    """Writes to the current `sys.stdout`, which notebooks and tests replace."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -217,7 +217,7 @@ def quieted(*loggers: str, stderr: bool = False) -> Iterator[None]:
 
 
 def terminal_width() -> int | None:
-    """Columns of the terminal that stdout is; None where it is none, and what is printed stays as files have it."""
+    """Columns of the terminal; None if stdout is no terminal, where tables are printed as Markdown."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 

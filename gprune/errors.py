@@ -26,7 +26,7 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    """Text from anywhere, for a terminal: what would control it is shown, as `\\x1b`."""
+    """Text whose control characters are escaped, as `\\x1b`, so that it cannot control a terminal."""
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -45,6 +45,6 @@ def nearest(name: object, known: Iterable[str]) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, to be quoted in one of ours: its first line, and the next where that only begins."""
+    """The first line of a library's error, to be quoted in one of ours, and the next if it ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:500]

@@ -1,6 +1,6 @@
-"""What a terminal shows while something goes on: the step, how far it is, tokens a second, and the time that is left.
+"""Progress in a terminal: the step, a bar, tokens per second, and the time left.
 
-Where stdout is no terminal, and in all processes but the first, nothing of it is shown; the log has the steps.
+Nothing is shown if stdout is no terminal, and by other processes than the first; the log has the steps.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Screen:
     """Bars of one run, or of one evaluation; a context.
 
     Args:
-        work: planned work by number of step, in any unit; none where there are no steps.
+        work: planned work by number of the step, in any unit; None if there are no steps.
         worked: work so far, in that unit.
-        rounds: how often all steps before the last are taken; `work` is that of all rounds.
+        rounds: how many times the steps before the last are taken; `work` counts all of them.
         console: where to show it, for tests; by default stdout, if that is a terminal.
     """
 
