@@ -73,8 +73,11 @@ class Group:
             raise UserError(f"{where}: there is no setting '{cls.prefix}{name}'; {hint}")
 
     def validate(self) -> None:
-        """Check everything again, after assignments and changes inside lists."""
-        self.__init__(**{one.name: getattr(self, one.name) for one in fields(self)})
+        """Check everything again, groups inside first, after assignments and changes inside lists."""
+        for value in vars(self).values():
+            if isinstance(value, Group):
+                value.validate()
+        self.__init__(**vars(self))
 
 
 Kind = TypeVar("Kind", bound=type[Group])

@@ -222,13 +222,6 @@ class RunConfig(Group):
         """Corpora whose train text the run reads, each once: evaluated, they count as seen."""
         return list(dict.fromkeys(name for names in self.roles.values() for name in names))
 
-    def validate(self) -> None:
-        """Check everything again, after assignments and changes inside lists."""
-        for part in vars(self).values():
-            if isinstance(part, Group):
-                part.validate()
-        super().validate()
-
     def check_names(self) -> None:
         """Look every corpus name up, without reading text."""
         for name in dict.fromkeys([*self.used, *self.corpora.evaluate]):
