@@ -150,11 +150,12 @@ class Listing:
         ours = path.resolve().is_relative_to(EXPERIMENTS)
         folder = Path(records) if records is not None else EXPERIMENTS / "records" if ours else OTHER_RECORDS
         masks = not ours or not OF_MASKS.isdisjoint(content.tables)
+        shared = {"tasks": content.tasks, "masks": masks, "records": folder}
         listing = cls(
             path=path,
             about=content.about or path.stem,
             rows=[
-                Row(named(name, point), seed, settings, content.tasks, name in content.controls, masks, folder, point)
+                Row(named(name, point), seed, settings, control=name in content.controls, point=point, **shared)
                 for name, seed, point, settings in _rows(path, content, seeds or content.seeds, flags)
             ],
             reference=expanded([] if content.reference is None else [content.reference]),
