@@ -1,0 +1,34 @@
+"""The log: each table of a page is what its command prints from the records, and each list has a page."""
+
+import re
+import shlex
+
+import pytest
+import yaml
+
+from gprune.__main__ import main
+from tests.tiny_run import ROOT
+
+PAGES = sorted((ROOT / "experiments/questions").glob("*.md"))
+LISTS = [p for p in sorted((ROOT / "experiments").glob("**/*.yaml")) if "rows" in yaml.safe_load(p.read_text())]
+OUTPUT = re.compile(r"<!-- gprune (study .*?) -->\n\n(.*?)\n\n<!-- end of its output -->", re.DOTALL)
+TABLES = [(page, *match.groups()) for page in PAGES for match in OUTPUT.finditer(page.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "command", "pasted"), TABLES, ids=[command for _, command, _ in TABLES])
+def test_tables_are_what_the_records_say(page, command, pasted, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert main(shlex.split(command)) == 0
+    assert capsys.readouterr().out.strip() == pasted, f"paste what `gprune {command}` prints into {page.name}"
+
+
+def test_every_list_is_named_by_a_page():
+    said = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert [p.name for p in LISTS if str(p.relative_to(ROOT)) not in said] == []
+
+
+def test_the_index_names_every_page_and_stays_short():
+    index = (ROOT / "experiments/README.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES if f"(questions/{page.name})" not in index] == []
+    assert len(index.split()) <= 5000
