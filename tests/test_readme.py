@@ -165,7 +165,8 @@ def test_the_picture_is_what_its_script_draws():
 
 def test_the_last_lines_of_a_run_quote_the_log_where_it_applies():
     ratio = re.findall(r"0\.\d\d", BETTER)[0]
-    assert f"98,304 tokens of distillation, `bf16-mixed`) ends at 40.08: {ratio} of" in PAGES["experiments/README.md"]
+    log = (ROOT / "experiments/questions/default_run.md").read_text(encoding="utf-8")
+    assert f"(98,304 tokens of distillation, `bf16-mixed`) ends at 40.08: {ratio} of" in log
     for flags, said in (
         ([], True),
         (["--config", str(ROOT / "experiments/default.yaml"), "--run.seed=3"], True),
