@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from gprune.corpora.windows import Sample, Windows, between, load_windows, opening
+from gprune.corpora.load import load_corpus
+from gprune.corpora.windows import Sample, Windows, make_windows, opening
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity
 from gprune.export import export
@@ -50,11 +51,14 @@ class Text:
             raise UserError(
                 f"--own: expected one of several corpora that the run has not read ({unseen}), got '{own}'."
             )
-        how = {"bos": opening(run.tokenizer, c.bos), "join": between(run.tokenizer, c.separator)}
-        test = {
-            name: load_windows(name, e.split, run.tokenizer, Sample(e.num_samples, e.seq_len, **how)) for name in unseen
-        }
-        train = load_windows(own, "train", run.tokenizer, Sample(windows, e.seq_len, **how))
+        bos = opening(run.tokenizer, c.bos)
+
+        def windows_of(corpus: str, split: str, count: int) -> Windows:
+            sample = Sample(count, e.seq_len, bos=bos)
+            return make_windows(load_corpus(corpus, split), run.tokenizer, sample, corpus=corpus, split=split)
+
+        test = {name: windows_of(name, e.split, e.num_samples) for name in unseen}
+        train = windows_of(own, "train", windows)
         return cls([w for name, w in test.items() if name != own], test[own], train)
 
 

@@ -182,9 +182,6 @@ class CorporaConfig(Group):
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether every window begins with the beginning-of-sequence token, which is one of its tokens and never scored.
     auto: if the model's tokenizer adds it by itself (Llama, Gemma)."""
-    separator: Literal["blank", "eos"] = "blank"
-    """What separates the documents of a window: a blank line, which also occurs inside documents, or the EOS token,
-    which separated documents when the model was trained."""
     collect: list[Literal["gram", "saliency"]] = field(default_factory=list)
     """Statistics to collect for later runs, which find them in the cache: gram (for obs, least_squares), saliency (for
     taylor)."""

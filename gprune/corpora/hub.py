@@ -8,6 +8,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import huggingface_hub
 
@@ -19,21 +20,16 @@ from gprune.errors import UserError, first_line
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """Where a corpus is and how a row becomes text; `path`, `config` and `files` go to `datasets.load_dataset`."""
+    """Where a corpus is and how a row becomes text."""
 
     name: str  # in gprune
-    path: str
+    path: str  # on the hub
     config: str | None = None
-    files: str | None = None  # `{split}` is replaced
+    parquet: str | None = None  # files of the hub's conversion; `{split}` is replaced
     text: str = "{text}"  # format string over the row's columns
     test: str | None = "test"  # the hub's name of the test split; None: there is only "train", which is cut 70/30
     limit: int | None = None  # rows to stream, of data sets too large to fetch; None fetches the split
     documents: Callable[[list[str]], list[str]] = list  # makes documents of rows that are only lines or sentences
-
-    @property
-    def on_hub(self) -> str:
-        """The data set's name on the hub; `path` may be a builder, such as parquet, that reads `files` of it."""
-        return re.sub(r".*/datasets/([^/]+/[^/@]+).*", r"\1", self.files) if self.files else self.path
 
 
 def join_articles(lines: list[str]) -> list[str]:
@@ -58,8 +54,8 @@ HUB_CORPORA = (
     # The data set's own repository is a script; the hub keeps a parquet conversion of it on a branch.
     HubCorpus(
         "ptb",
-        "parquet",
-        files="hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank/{split}/*.parquet",
+        "ptb-text-only/ptb_text_only",
+        parquet="penn_treebank/{split}/*.parquet",
         text="{sentence}",
         documents=join_sentences,
     ),
@@ -76,22 +72,20 @@ def load_hub(record: HubCorpus, split: str) -> list[str]:
     import datasets  # takes a second, and only hub corpora need it
 
     wanted = record.test if split == "test" else "train"
-    files = {wanted: record.files.format(split=wanted)} if record.files else None
-    reachable = True
+    source: dict[str, Any] = {"path": record.path, "name": record.config}
+    if record.parquet:
+        files = f"hf://datasets/{record.path}@refs%2Fconvert%2Fparquet/{record.parquet.format(split=wanted)}"
+        source = {"path": "parquet", "data_files": {wanted: files}}
     try:
-        with offline_if_unreachable() as reachable:
-            rows = datasets.load_dataset(
-                record.path, record.config, data_files=files, split=wanted, streaming=record.limit is not None
-            )
+        with offline_if_unreachable():
+            rows = datasets.load_dataset(**source, split=wanted, streaming=record.limit is not None)
             texts = [record.text.format(**row) for row in itertools.islice(rows, record.limit)]
     except Exception as error:  # datasets, fsspec, the hub and the http client each raise their own
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        if not reachable:
-            reason = f"no answer from {huggingface_hub.constants.ENDPOINT}, and no cached copy"
         raise UserError(
-            f"Corpus '{record.name}' cannot be loaded from the Hugging Face hub ({reason}). Without network "
-            f"put a mirror into $GPRUNE_DATA_DIR/corpora/{record.name}/{split}.jsonl (an object with 'text' "
-            f"per line), name a text file, or use an embedded corpus such as 'wiki'."
+            f"Corpus '{record.name}' cannot be loaded from the Hugging Face hub ({type(error).__name__}: "
+            f"{first_line(error)}). Without network put a mirror into "
+            f"$GPRUNE_DATA_DIR/corpora/{record.name}/{split}.jsonl (an object with 'text' per line), name a "
+            f"text file, or use an embedded corpus such as 'wiki'."
         ) from error
     return [document for document in record.documents(texts) if document.strip()]
 
@@ -104,20 +98,18 @@ def offline_if_unreachable() -> Iterator[bool]:
     """
     import datasets
 
-    constants = huggingface_hub.constants
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    reachable = not any(before)
-    if reachable:
+    constants, config = huggingface_hub.constants, datasets.config
+    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    if not any(before):
         try:
             huggingface_hub.get_session().head(constants.ENDPOINT, timeout=10)
         except Exception:  # whatever the http client in use calls it
-            reachable = False
-            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+            constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
     try:
         with quieted("datasets", "huggingface_hub"):
-            yield reachable
+            yield not (constants.HF_HUB_OFFLINE or config.HF_HUB_OFFLINE)
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
 
 
 for _record in HUB_CORPORA:

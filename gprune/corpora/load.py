@@ -1,8 +1,8 @@
 """Load a corpus by name: `load_corpus(name, split)` gives a list of documents.
 
-A name is, in this order: a path (`.txt`, `.jsonl`, `.parquet`, or a folder of them), a local mirror under
-`$GPRUNE_DATA_DIR`, or an entry of `CORPORA`, which holds embedded corpora (no hub needed) and hub data sets. To add a
-corpus, register a function that returns the documents of "train" and "test"; development text is cut from train here:
+A name is, in this order: a path (`.txt`, `.jsonl`, `.parquet`, or a folder of them), a local mirror in
+`$GPRUNE_DATA_DIR/corpora`, or an entry of `CORPORA`, which holds embedded corpora (no hub needed) and hub data sets. To
+add a corpus, register a function that returns the documents of "train" and "test"; development text is cut from train:
 
     @CORPORA.register("my_corpus")
     def my_corpus(split: str) -> list[str]: ...
@@ -11,15 +11,13 @@ corpus, register a function that returns the documents of "train" and "test"; de
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from gprune.corpora.local import SUFFIXES, load_files, text_files
 from gprune.errors import UserError
-from gprune.registry import Registry
+from gprune.registry import NAME, Registry
 from gprune.storage.reading import expanded
 
 SPLITS = ("train", "development", "test")
@@ -35,7 +33,7 @@ def load_corpus(name: str, split: str) -> list[str]:
     Settings are chosen on "development": every tenth document of the train text, which "train" then lacks.
 
     Args:
-        name: a path, the name of a mirror under `$GPRUNE_DATA_DIR`, or a registered name.
+        name: a path, the name of a mirror in `$GPRUNE_DATA_DIR/corpora`, or a registered name.
         split: "train", "development" or "test".
 
     Raises:
@@ -43,8 +41,13 @@ def load_corpus(name: str, split: str) -> list[str]:
     """
     if split not in SPLITS:
         raise UserError(f"Unknown split '{split}' of corpus '{name}'. Available: {', '.join(SPLITS)}.")
-    raw = documents_of(_source(name)("test" if split == "test" else "train"), name)
-    documents = raw if split == "test" else _cut_development(raw, split)
+    documents = _source(name)("test" if split == "test" else "train")
+    if not isinstance(documents, list) or not all(isinstance(document, str) for document in documents):
+        raise UserError(f"Corpus '{name}': expected a list of documents, each a str, got {documents!r:.80}.")
+    if split != "test":
+        development = documents[DEVELOPMENT_EVERY - 1 :: DEVELOPMENT_EVERY]
+        apart = set(development)
+        documents = development if split == "development" else [d for d in documents if d not in apart]
     if not documents:
         raise UserError(
             f"Corpus '{name}' has no {split} documents: too few of them. Text without a test split is cut "
@@ -53,33 +56,9 @@ def load_corpus(name: str, split: str) -> list[str]:
     return documents
 
 
-def documents_of(returned: Any, name: str) -> list[str]:
-    """What the function of a corpus returned, as a list of documents.
-
-    Raises:
-        UserError: for one string, whose letters would be documents, and for documents that are no strings.
-    """
-    if isinstance(returned, str | bytes) or not isinstance(returned, Iterable):
-        raise _no_documents(name, type(returned).__name__)
-    documents = list(returned)
-    if wrong := next((type(d).__name__ for d in documents if not isinstance(d, str)), None):
-        raise _no_documents(name, f"one of {wrong}")
-    return documents
-
-
-def _no_documents(name: str, got: str) -> UserError:
-    return UserError(f"Corpus '{name}': expected a list of documents, each a str, got {got}.")
-
-
 def check_corpus(name: str) -> None:
     """Raise a UserError for a name that `load_corpus` cannot resolve, without reading text."""
     _source(name)
-
-
-def mirrors() -> list[str]:
-    """Names of the local mirrors under `$GPRUNE_DATA_DIR`."""
-    folders = [folder for root in _mirror_roots() if root.is_dir() for folder in root.iterdir() if folder.is_dir()]
-    return sorted({folder.name for folder in folders if text_files(folder)})
 
 
 def _source(name: str) -> Corpus:
@@ -88,9 +67,10 @@ def _source(name: str) -> Corpus:
     if place is None and name in CORPORA:
         return CORPORA[name]
     if place is None:
+        mirrors = sorted(folder.name for folder in _mirrors().glob("*") if text_files(folder))
         raise UserError(
-            f"Unknown corpus '{name}'. Available: {', '.join(CORPORA)}; mirrors under GPRUNE_DATA_DIR: "
-            f"{', '.join(mirrors()) or 'none'}; or a path to {', '.join(SUFFIXES)} files."
+            f"Unknown corpus '{name}'. Available: {', '.join(CORPORA)}; mirrors under $GPRUNE_DATA_DIR/corpora: "
+            f"{', '.join(mirrors) or 'none'}; or a path to {', '.join(SUFFIXES)} files."
         )
     if not place.exists():
         raise UserError(f"Corpus '{name}' looks like a path, but there is no such file or folder.")
@@ -101,39 +81,19 @@ def _source(name: str) -> Corpus:
 
 def _place(name: str) -> Path | None:
     """The file or folder that a name stands for; None for a registered name, and for one that stands for nothing."""
-    if _looks_like_path(name):
+    if "/" in name or os.sep in name or name in ("", ".", "..") or name.lower().endswith(SUFFIXES):
         return expanded(name)
-    if (mirror := _mirror(name)) is not None or name in CORPORA:
-        return mirror
-    return Path(name) if Path(name).is_dir() else None
+    if NAME.fullmatch(name) and text_files(_mirrors() / name):  # no "..", nor "~"
+        return _mirrors() / name
+    return Path(name) if name not in CORPORA and Path(name).is_dir() else None
 
 
-def _looks_like_path(name: str) -> bool:
-    return "/" in name or os.sep in name or name in ("", ".", "..") or name.lower().endswith(SUFFIXES)
-
-
-def _mirror_roots() -> list[Path]:
-    root = os.environ.get("GPRUNE_DATA_DIR")
-    return [expanded(root) / "corpora", expanded(root)] if root else []
-
-
-def _mirror(name: str) -> Path | None:
-    """The folder with text under `$GPRUNE_DATA_DIR` that a name stands for."""
-    # Only a plain name: with separators, or dots in front, it could lead out of GPRUNE_DATA_DIR.
-    plain = re.fullmatch(r"\w[\w.-]*", name)
-    return next((root / name for root in _mirror_roots() if plain and text_files(root / name)), None)
+def _mirrors() -> Path:
+    """The folder of mirrors, which may not be there."""
+    return expanded(os.environ.get("GPRUNE_DATA_DIR") or os.devnull) / "corpora"
 
 
 def identity(name: str) -> str:
     """The same string for two names of one corpus, such as two spellings of a path, or a mirror and its path."""
     place = _place(name)
     return name if place is None else os.path.realpath(place)
-
-
-def _cut_development(train: list[str], split: str) -> list[str]:
-    """Every tenth train document as "development", or the others without copies of those as "train"."""
-    development = train[DEVELOPMENT_EVERY - 1 :: DEVELOPMENT_EVERY]
-    if split == "development":
-        return development
-    apart = set(development)
-    return [document for document in train if document not in apart]

@@ -124,9 +124,8 @@ class CorpusDataModule(LightningDataModule):
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if shuffle and rank == 0 and self.batch_size < world_size:
             log.warning(
-                "Batches of %d windows over %d processes: %d of them have nothing of their own to compute. Give "
-                "--corpora.batch_size, or for distillation --distill.batch_size, at least %d.",
-                self.batch_size, world_size, world_size - self.batch_size, world_size,
+                "%d of %d processes have no window to compute; raise --corpora.batch_size (or --distill.batch_size).",
+                world_size - self.batch_size, world_size,
             )  # fmt: skip
         sampler = ShardedBatchSampler(
             len(dataset), self.batch_size, rank=rank, world_size=world_size, shuffle=shuffle, seed=self.seed

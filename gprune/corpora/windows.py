@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gprune.corpora.load import load_corpus
 from gprune.errors import UserError
 
 JOIN = "\n\n"  # between documents
 Bos = Literal["auto", "always", "never"]
-Separator = Literal["blank", "eos"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +31,6 @@ class Windows:
     split: str  # "train", "development" or "test"
     tokens: Tensor  # (n, seq_len) int64
     bos: bool = False  # whether the first token of each window is the beginning-of-sequence token
-    join: str = JOIN  # what stands between documents
     content_hash: str = field(init=False)  # 16 hex digits of the SHA-256 over shape and tokens; a key of caches
 
     def __post_init__(self) -> None:
@@ -55,7 +52,6 @@ class Sample:
         shuffle: True cuts long documents into pieces of about two windows and shuffles the pieces, so that a few
             windows come from many documents; False takes the first windows in document order.
         bos: a token that opens each window, in the place of its first token of text; None for none.
-        join: what stands between documents, and between the pieces of long ones.
         flags: the flags that set `num_samples` and `seq_len`, for errors.
     """
 
@@ -64,28 +60,16 @@ class Sample:
     seed: int = 0
     shuffle: bool = True
     bos: int | None = None
-    join: str = JOIN
     flags: tuple[str, str] = ("--corpora.num_samples", "--corpora.seq_len")
-
-    def __post_init__(self) -> None:
-        assert self.num_samples is None or self.num_samples > 0, self.num_samples
-        assert self.seq_len > 0, self.seq_len
-
-
-def load_windows(corpus: str, split: str, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Windows:
-    """`make_windows` from a corpus by name."""
-    return make_windows(load_corpus(corpus, split), tokenizer, sample, corpus=corpus, split=split)
 
 
 def make_windows(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, sample: Sample, *, corpus: str, split: str
 ) -> Windows:
-    """Windows without overlap from the documents joined as the sample says; BOS too.
+    """Windows without overlap from the joined documents; only as much text is tokenised as they need.
 
-    Between documents stands a blank line by default, as inside them. An end-of-sequence token would have to be
-    predicted where nothing in the text says that a sampled piece ends.
-
-    Only as much text is tokenised as the windows need.
+    Between documents stands a blank line, as inside them. An end-of-sequence token would have to be predicted where
+    nothing in the text says that a sampled piece ends.
 
     Args:
         texts: documents.
@@ -99,7 +83,7 @@ def make_windows(
         order = np.random.default_rng(sample.seed).permutation(len(pieces))
         pieces = [pieces[i] for i in order]
     needed = None if sample.num_samples is None else sample.num_samples * seq_len
-    tokens = _first_tokens(pieces, tokenizer, needed, sample.join)
+    tokens = _first_tokens(pieces, tokenizer, needed)
     available = len(tokens) // seq_len
     wanted = sample.num_samples or max(available, 1)
     if available < wanted:
@@ -110,7 +94,7 @@ def make_windows(
     windows = torch.tensor(tokens[: wanted * seq_len]).view(wanted, seq_len)
     if sample.bos is not None:
         windows = torch.cat([torch.full((wanted, 1), sample.bos), windows], 1)
-    return Windows(corpus, split, windows, bos=sample.bos is not None, join=sample.join)
+    return Windows(corpus, split, windows, bos=sample.bos is not None)
 
 
 def opening(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
@@ -129,23 +113,6 @@ def opening(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
         plain, own = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
         return token if token is not None and own[:1] == [token] and plain[:1] != [token] else None
     return token if bos == "always" else None
-
-
-def between(tokenizer: PreTrainedTokenizerBase, separator: Separator) -> str:
-    """What stands between documents: a blank line, or the text of the end-of-sequence token.
-
-    Raises:
-        UserError: for `eos` with a tokenizer that has none, or that does not read its text as that token.
-    """
-    if separator == "blank":
-        return JOIN
-    token, number = tokenizer.eos_token, tokenizer.eos_token_id
-    if token is None or number not in tokenizer(f"a{token}a", add_special_tokens=False)["input_ids"]:
-        raise UserError(
-            "--corpora.separator eos: the model's tokenizer has no EOS token, or does not read it in text; expected "
-            "blank."
-        )
-    return token
 
 
 def check_tokens(windows: Sequence[Windows], tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
@@ -169,16 +136,16 @@ def cut(text: str, limit: int) -> Iterator[str]:
     yield text[start:]
 
 
-def _first_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, needed: int | None, join: str) -> list[int]:
+def _first_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, needed: int | None) -> list[int]:
     """Tokens of the joined texts: at least `needed` if the texts have that many, or all of them for None.
 
-    The joined string is tokenised as one: pieces tokenised apart would differ around each `join`.
+    The joined string is tokenised as one: pieces tokenised apart would differ around each `JOIN`.
     """
-    sizes = np.cumsum([len(text) + len(join) for text in texts])
+    sizes = np.cumsum([len(text) + len(JOIN) for text in texts])
     characters = math.inf if needed is None else 5.0 * needed
     while True:
         count = int(np.searchsorted(sizes, characters)) + 1
-        text = join.join(texts[:count])
+        text = JOIN.join(texts[:count])
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         # The last tokens before a cut may depend on what follows: only those well before it count.
         if count >= len(texts) or (needed is not None and len(tokens) >= needed + 16):

@@ -31,7 +31,7 @@ from gprune.models import embedded as assets
 from gprune.models import modeling_pruned
 from gprune.models.families import FAMILIES, family_of
 from gprune.models.folders import check_folder, check_index, check_sizes, check_stored
-from gprune.models.offload import StoredWeights, keep_until_gone, scratch_folder
+from gprune.models.offload import StoredWeights, keep_until_gone, offload_folder
 from gprune.storage.files import as_bytes
 from gprune.storage.reading import expanded, read_text
 
@@ -184,7 +184,7 @@ def load_weights(
     with ExitStack() as removal:
         if device_map is not None:
             limits = None if max_memory is None else memory_limits(max_memory)
-            folder = removal.enter_context(scratch_folder())
+            folder = removal.enter_context(offload_folder())
             settings |= {"device_map": device_map, "max_memory": limits, "offload_folder": folder}
         with quieted("accelerate.big_modeling"):  # it warns that parameters are offloaded, which was asked for
             model, report = AutoModelForCausalLM.from_pretrained(location, **settings)

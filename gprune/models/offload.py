@@ -7,11 +7,9 @@ computes and drops it afterwards. This file asks that hook; nothing else in gpru
 from __future__ import annotations
 
 import gc
-import shutil
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gprune.storage.cache import cache_dir
-from gprune.storage.files import locked, own_folder
+from gprune.storage.files import scratch_folder
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
@@ -134,21 +132,11 @@ def resident(module: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A new folder below the cache, removed at the end, as are those that killed processes left.
-
-    The folder is locked as long as it exists, so a folder that can be locked belongs to nobody.
-    """
-    root = cache_dir() / "offload"
-    root.mkdir(exist_ok=True)
-    for abandoned in root.iterdir():
-        with suppress(OSError), locked(abandoned):
-            shutil.rmtree(abandoned, ignore_errors=True)
-    with ExitStack() as stack:
-        yield own_folder(stack, partial(shutil.rmtree, ignore_errors=True), dir=root)
+def offload_folder() -> AbstractContextManager[Path]:
+    """A new folder below the cache, removed at the end, as are those that killed processes left."""
+    return scratch_folder(cache_dir() / "offload" / "weights")
 
 
 def keep_until_gone(model: nn.Module, stack: ExitStack) -> None:
-    """Close a stack, such as one that holds a `scratch_folder`, when the model is garbage-collected."""
+    """Close a stack, such as one that holds an `offload_folder`, when the model is garbage-collected."""
     weakref.finalize(model, stack.close)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RunConfig
 from gprune.corpora.load import identity
-from gprune.corpora.windows import Windows
+from gprune.corpora.windows import JOIN, Windows
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import PerplexityResult, perplexity, processes
 from gprune.export.hf import stock_skeleton
@@ -175,7 +175,7 @@ def record(
         "seq_len": w.tokens.shape[1],
         "stride": w.tokens.shape[1],
         "bos": w.bos,
-        "join": w.join,
+        "join": JOIN,
         "seed": cfg.run.seed,
         "dtype": cfg.model.dtype,
         "precision": cfg.trainer.precision,

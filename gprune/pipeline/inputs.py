@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.config import RunConfig
 from gprune.corpora.load import load_corpus
-from gprune.corpora.windows import Sample, Windows, between, check_tokens, make_windows, opening
+from gprune.corpora.windows import Sample, Windows, check_tokens, make_windows, opening
 from gprune.errors import UserError
 from gprune.export.gguf_tokenizer import tokenizer_keys
 from gprune.models.loading import load_model
@@ -91,7 +91,7 @@ def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings:
         UserError: for text that is not there or too short, and for a tokenizer of another model.
     """
     c, e, seed = cfg.corpora, cfg.evaluation, cfg.run.seed
-    length, how = "--corpora.seq_len", {"bos": opening(tokenizer, c.bos), "join": between(tokenizer, c.separator)}
+    length, how = "--corpora.seq_len", {"bos": opening(tokenizer, c.bos)}
     learned = "--corpora.learn_samples" if c.learn_samples else "--corpora.num_samples"
     # Text that is measured on stays the same for every --run.seed: seeds compare methods, not test sets.
     samples = {

@@ -19,7 +19,7 @@ from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
-from gprune.models.offload import free_memory, is_offloaded, keep_until_gone, scratch_folder
+from gprune.models.offload import free_memory, is_offloaded, keep_until_gone, offload_folder
 from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline.run import Run
 from gprune.recoveries import Material, recovery_of
@@ -82,7 +82,7 @@ def _sliced(run: Run, masks: Masks, revise: Revise | None) -> PreTrainedModel:
 
 def _sliced_to_files(run: Run, masks: Masks, revise: Revise | None, where: dict[str, Any]) -> PreTrainedModel:
     with ExitStack() as removal:
-        folder = removal.enter_context(scratch_folder())
+        folder = removal.enter_context(offload_folder())
         save_pruned(prune_to_files(run.model, masks, folder / "blocks", revise), None, folder / "model")
         shutil.rmtree(folder / "blocks")
         small = load_weights(folder / "model", dtype=getattr(torch, run.cfg.model.dtype), **where)

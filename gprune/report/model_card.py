@@ -78,7 +78,7 @@ def _metadata(cfg: RunConfig, records: Sequence[dict[str, Any]], labels: Mapping
         EvalResult(
             task_type="text-generation",
             dataset_name=labels[r["corpus"]],
-            dataset_type=known[r["corpus"]].on_hub if r["corpus"] in known else labels[r["corpus"]],
+            dataset_type=known[r["corpus"]].path if r["corpus"] in known else labels[r["corpus"]],
             dataset_config=known[r["corpus"]].config if r["corpus"] in known else None,
             dataset_split=r["split"],
             metric_type="perplexity",

@@ -36,7 +36,7 @@ log = logging.getLogger("gprune")
 FORMAT_VERSION = 4  # part of every cache key: raise it when what is stored changes meaning
 _hashed: dict[Path, tuple[int, int, int]] = {}  # inode, size and time of files whose content this process has hashed
 MISSING = "it is not there"
-OLD = "former"  # in a scratch folder: what stood in the place of a new folder, until that has taken it
+OLD = "former"  # in a scratch folder: the folder that stood in the place of a new one, until that has taken it
 
 
 @contextmanager
@@ -49,63 +49,43 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UserError: when the folder cannot be written or the disk is full.
     """
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _scratch(path) as folder:
-            yield folder / path.name
-            _exchange(folder / path.name, path, folder / OLD)
-
-
-def _exchange(new: Path, path: Path, old: Path) -> None:
-    """Rename `new` to `path`; a folder cannot take the place of another, which goes to `old` for that moment."""
-    if not (new.is_dir() and path.is_dir()):
+    with disk_errors(path), scratch_folder(path) as folder:
+        new = folder / path.name
+        yield new
+        if new.is_dir() and path.is_dir():  # which cannot be replaced by one call
+            os.replace(path, folder / OLD)
         os.replace(new, path)
-        return
-    try:
-        os.replace(path, old)
-        os.replace(new, path)
-    finally:
-        _put_back(old, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _put_back(old: Path, path: Path) -> None:
-    if old.exists() and not path.exists():
-        os.replace(old, path)
-
-
-def _remove(scratch: Path) -> None:
-    """Remove a scratch folder, unless it holds what could not be put back."""
-    if not (scratch / OLD).exists():
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
-def _scratch(path: Path) -> Iterator[Path]:
-    """A folder for what will become `path`; those that killed processes left there are removed.
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A locked folder beside `path`, removed at the end; those that killed processes left for `path` are removed first.
 
     A folder, because libraries put temporary files of their own beside the one they write. Its random name cannot be
     guessed by whoever hands us a run folder with links in it. Its lock ends with the process, however that ends, so
     one that can be locked belongs to nobody.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob_escape(path.name)}.*.tmp"):
         with suppress(OSError), locked(left):
-            _put_back(left / OLD, path)
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left, path)
     with ExitStack() as stack:
-        yield own_folder(stack, _remove, prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+            stack.callback(_remove, folder, path)
+            # Somebody may have taken it for abandoned in the moment before it was locked.
+            with suppress(BlockingIOError, FileNotFoundError, NotADirectoryError):
+                stack.enter_context(locked(folder))
+                if folder.exists():
+                    break
+        yield folder
 
 
-def own_folder(stack: ExitStack, remove: Callable[[Path], None], **name: Any) -> Path:
-    """A new folder, locked until the stack closes, which removes it; `name` is for `tempfile.mkdtemp`."""
-    while True:
-        folder = Path(tempfile.mkdtemp(**name))
-        stack.callback(remove, folder)
-        # Somebody may have taken it for abandoned in the moment before it was locked.
-        with suppress(BlockingIOError, FileNotFoundError, NotADirectoryError):
-            stack.enter_context(locked(folder))
-            if folder.exists():
-                return folder
+def _remove(scratch: Path, path: Path) -> None:
+    """Remove a scratch folder; what stood at `path`, if nothing has taken its place, goes back there first."""
+    if (old := scratch / OLD).exists() and not path.exists():
+        os.replace(old, path)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager

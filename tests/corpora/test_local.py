@@ -4,10 +4,11 @@ import json
 
 import pyarrow
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from gprune.corpora import local
 from gprune.corpora.load import check_corpus, load_corpus
 from gprune.corpora.local import contiguous_split, load_files, split_text
 from gprune.errors import UserError
@@ -35,36 +36,31 @@ def test_contiguous_split_is_a_partition(documents):
     assert abs(len(train) - 0.7 * len(train + test)) <= 0.5
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.lists(st.sampled_from(["a" * 999, "b ", "\n", "\r\n", "\r", "\x0b", "\u2028", "é"])).map("".join))
-def test_files_are_cut_as_text_in_one_piece_is(text, tmp_path):
-    (tmp_path / "a.txt").write_bytes(f"word\n\n{text}".encode())
-    whole = (tmp_path / "a.txt").read_text(encoding="utf-8")
-    assert load_files(tmp_path / "a.txt", "train") == contiguous_split(split_text(whole), "train")
-
-
-def test_no_more_is_read_than_a_corpus_can_need(tmp_path, caplog):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{n} " * 100}) + "\n" for n in range(1000)))
-    train, test = (load_files(tmp_path / "a.jsonl", split, most=10_000) for split in ("train", "test"))
-    assert 10_000 <= sum(map(len, train + test)) < 10_500
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_no_more_is_read_than_a_corpus_can_need(name, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(local, "MOST", 10_000)
+    texts = [f"{n} " * 100 for n in range(1000)]
+    lines = (json.dumps({"text": text}) for text in texts) if name == "a.jsonl" else (f"{text}\n" for text in texts)
+    (tmp_path / name).write_text("\n".join(lines))
+    train, test = (load_files(tmp_path / name, split) for split in ("train", "test"))
+    assert 10_000 <= sum(map(len, train + test)) < 12_500
     assert "the first 10,000 characters are read" in caplog.text
 
 
 FILES = {  # name and content of a file -> what the error says
     "nothing": ("x.jsonl", b"", "holds no text"),
     "blanks": ("x.jsonl", b'{"text": "  "}\n', "holds no text"),
-    "another field": ("x.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r":2: expected an object.*got the fields body"),
-    "a list": ("x.jsonl", b"[1]\n", "got list"),
-    "an object": ("x.jsonl", b'{"text": {}}\n', "got text of type dict"),
+    "another field": ("x.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r":2: expected an object.*got {'body': 'b'}"),
+    "a list": ("x.jsonl", b"[1]\n", r"got \[1\]"),
+    "an object": ("x.jsonl", b'{"text": {}}\n', "got {'text': {}}"),
     "no JSON": ("x.jsonl", b'{"text": "a"\n', "cannot be read as jsonl"),
     "no UTF-8": ("x.jsonl", b'{"text": "\xff"}\n', "cannot be read as jsonl"),
     "half a character": ("x.jsonl", b'{"text": "\\ud800"}\n', "cannot be read as jsonl"),
     "deep": ("x.jsonl", b"[" * 50_000 + b"\n", "cannot be read as jsonl"),
-    "a line without end": ("x.txt", b"a" * 60_000, "a line of more than 50,000 characters"),
     "no parquet": ("x.parquet", b"no parquet", "cannot be read as parquet"),
-    "another column": ("x.parquet", {"body": ["a"]}, "expected a column 'text', got body"),
-    "a column of lists": ("x.parquet", {"text": [["a", "b"]]}, "got text of type list"),
-    "a column of bytes": ("x.parquet", {"text": [b"a"]}, "got text of type bytes"),
+    "another column": ("x.parquet", {"body": ["a"]}, "cannot be read as parquet: .*text"),
+    "a column of lists": ("x.parquet", {"text": [["a", "b"]]}, r"got {'text': \['a', 'b'\]}"),
+    "a column of bytes": ("x.parquet", {"text": [b"a"]}, "got {'text': b'a'}"),
 }
 
 
@@ -77,7 +73,7 @@ def test_what_is_no_corpus_is_named_with_its_file(row, tmp_path):
         (tmp_path / name).write_bytes(content)
     check_corpus(str(tmp_path / name))  # reads no text
     with pytest.raises(UserError, match=expected) as error:
-        load_files(tmp_path / name, "train", most=50_000)
+        load_files(tmp_path / name, "train")
     assert name in str(error.value)
 
 
@@ -88,8 +84,3 @@ def test_a_column_of_parquet_is_a_corpus_without_its_nulls(tmp_path):
     packed = pyarrow.array(["b", "c", "b"]).dictionary_encode()
     parquet.write_table(pyarrow.table({"text": packed}), tmp_path / "y.parquet")
     assert load_files(tmp_path / "y.parquet", "train") + load_files(tmp_path / "y.parquet", "test") == ["b", "c"]
-
-
-def test_text_that_has_vanished_since_its_name_was_looked_up_is_named(tmp_path):
-    with pytest.raises(UserError, match="mine' has vanished"):
-        load_files(tmp_path / "mine", "train")

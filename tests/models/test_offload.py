@@ -32,8 +32,8 @@ from gprune.models.offload import (
     device_of,
     is_offloaded,
     keep_until_gone,
+    offload_folder,
     resident,
-    scratch_folder,
     stored,
 )
 from gprune.models.surgery import count_parameters, prune, prune_to_files
@@ -213,12 +213,12 @@ def test_a_model_spread_over_devices_is_pruned_and_collected_as_ever(ids):
 def test_the_scratch_folder_goes_with_its_model_and_after_a_kill(tmp_path):
     with tiny_run.isolated(tmp_path):
         removal = ExitStack()
-        folder = removal.enter_context(scratch_folder())
+        folder = removal.enter_context(offload_folder())
         model = torch.nn.Linear(1, 1)
         keep_until_gone(model, removal)
-        left = tmp_path / "offload" / "left"
+        left = tmp_path / "offload" / ".weights.left.tmp"
         left.mkdir()
-        with scratch_folder() as other:
+        with offload_folder() as other:
             assert folder.exists()  # it is in use
             assert not left.exists()
             with pytest.raises(BlockingIOError), locked(other):

@@ -78,37 +78,3 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_one_line(world, tmp_pat
     assert main(world.args(tmp_path / "runs", f"--model.name={folder}")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "the model has 100 embeddings; it is another model's tokenizer" in line
-
-
-# What stands between documents
-
-
-def test_eos_between_documents_where_it_is_asked_for(world, tmp_path):
-    """In one cache; a blank line is no token of this tokenizer's, so that EOS takes a place of its own."""
-    flags = ("--gprune=false", "--export=none")
-    blank, eos = (world.run(tmp_path, *flags, f"--corpora.separator={s}", name=s) for s in ("blank", "eos"))
-    texts = []
-    for result in (blank, eos):
-        _, tokenizer = load_model(str(world.model))
-        texts.append(prepare_text(result.config, tokenizer, 128))
-    for plain, marked in zip(*(text.train.values() for text in texts), strict=True):
-        assert not bool((plain.tokens == 2).any())
-        assert bool((marked.tokens == 2).any())
-        assert plain.tokens.shape == marked.tokens.shape
-        assert plain.content_hash != marked.content_hash
-    assert {r["join"] for r in blank.records} == {"\n\n"}
-    assert {r["join"] for r in eos.records} == {"</s>"}
-    assert not {r["nll"] for r in blank.records} & {r["nll"] for r in eos.records}
-    usual, asked = (json.loads((run.path / "manifest.json").read_text())["settings"] for run in (blank, eos))
-    assert "separator" not in usual["corpora"]  # runs of before there was a choice are the same runs
-    assert asked["corpora"]["separator"] == "eos"
-
-
-def test_eos_of_a_tokenizer_without_one_is_one_line(world, tmp_path, capsys):
-    folder = tiny_run.save_tiny_model(tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(folder)
-    assert main(world.args(tmp_path / "runs", f"--model.name={folder}", "--corpora.separator=eos")) == 2
-    (line,) = [text for text in capsys.readouterr().err.splitlines() if text]
-    assert "--corpora.separator eos: the model's tokenizer has no EOS token" in line
