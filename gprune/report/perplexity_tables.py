@@ -15,14 +15,11 @@ import numpy as np
 from scipy.stats import t as student
 
 from gprune.errors import UserError
-from gprune.evaluation.intervals import mean_perplexity, paired_gap, paired_ratio
+from gprune.evaluation.intervals import mean_perplexity, paired_gap
 from gprune.report.grouping import Group
-from gprune.report.records import by_stage, corpus_labels
+from gprune.report.records import Stage, by_stage, corpus_labels, records_of, unseen_ratio
 from gprune.report.table import Cell, Estimate, Table
-from gprune.runs.results import FinishedRun, Record, row_name
-
-Stage = tuple[str, str]  # stage, recovery
-
+from gprune.runs.results import FinishedRun, row_name
 
 def over_seeds(values: Sequence[float]) -> Estimate:
     """Geometric mean over seeds with a 95 % interval: exp of mean(log) +- t(0.975, n - 1) sd(log) / sqrt(n).
@@ -49,35 +46,11 @@ def stages(run: FinishedRun) -> list[Stage]:
     return list(by_stage(run.records))
 
 
-def mean_of(run: FinishedRun, stage: Stage, *, seen: bool) -> Estimate | None:
-    """Geometric mean over seen or unseen corpora, with an interval over windows; None without such corpora."""
-    nll = _nll(records_of(run, stage, seen=seen))
-    return Estimate(*mean_perplexity(nll, _predicted(run))) if nll else None
-
-
 def ratio_to(run: FinishedRun, stage: Stage, other: FinishedRun, reference: Stage) -> Estimate | None:
-    """Perplexity of `stage` in `run` divided by `reference` in `other`, as geometric means over text unseen by both.
-
-    The interval is paired over windows. None where `other` was not evaluated on the same windows, and for a stage with
-    itself.
-    """
+    """`unseen_ratio` of a stage of one run to a stage of another; None for a stage to itself."""
     if run.path.resolve() == other.path.resolve() and stage == reference:
         return None
-    there = records_of(other, reference)
-    a = {c: r for c, r in records_of(run, stage, seen=False).items() if c not in there or not there[c]["seen"]}
-    if not a or any(c not in there or there[c]["content_hash"] != r["content_hash"] for c, r in a.items()):
-        return None
-    return Estimate(*paired_ratio(_nll(a), _nll(there), _predicted(run)))
-
-
-def gap(run: FinishedRun, stage: Stage) -> Estimate | None:
-    """Generalisation gap of one stage with an interval over windows; None for dense, and without both kinds of text."""
-    if stage[0] == "dense":
-        return None
-    pruned, dense = (_nll(records_of(run, key)) for key in (stage, ("dense", "none")))
-    seen = {r["corpus"]: r["seen"] for r in run.records}
-    estimate = Estimate(*paired_gap(pruned, dense, seen, _predicted(run)))
-    return estimate if math.isfinite(estimate.value) else None
+    return unseen_ratio(run.records, stage, other.records, reference)
 
 
 def summary_table(
@@ -91,23 +64,23 @@ def summary_table(
         seen: the corpora that count as seen in every row, for the note, since the runs' records say it already; None:
             each run's own.
     """
-    divided_by = dict.fromkeys(base.name for base in (bases or {}).values())
-    first = next(iter((bases or {}).values()), None)
-    if first is not None and ("base", "none") not in stages(first):
-        raise UserError(
-            f"The run '{first.name}' has no stage 'base' to divide by; expected one with --gprune false, or with "
-            f"base among --evaluation.controls."
-        )
-    rows = _rows(groups, lambda run, stage: _numbers(run, stage, bases))
-    if first is not None:
-        about_base = f" base: the stage `base` of {', '.join(divided_by)}."
-    else:
-        about_base = "" if bases is None else " base: the run that rows are divided by is not there yet."
+    by_name = {base.name: base for base in (bases or {}).values()}
+    for name, base in by_name.items():
+        if ("base", "none") not in stages(base):
+            raise UserError(
+                f"The run '{name}' has no stage 'base' to divide by; expected one with --gprune false, or with base "
+                f"among --evaluation.controls."
+            )
+    about_base = ""
+    if bases is not None:
+        about_base = f" base: the stage `base` of {', '.join(by_name)}."
+        if not by_name:
+            about_base = " base: the run that rows are divided by is not there yet."
     return Table(
         "summary",
         "Geometric means, gap and ratios",
         ["run", "stage", "seeds", "seen", "unseen", "gap", "unseen / dense", "unseen / base"],
-        rows,
+        _rows(groups, lambda run, stage: _numbers(run, stage, bases)),
         {"gap": 3, "unseen / dense": 3, "unseen / base": 3},
         "Perplexity, lower is better. In brackets 95 % intervals: Student's t over windows (paired, for ratios) of "
         "a single run; over seeds, which have the same windows, where there are several. gap: (unseen pruned "
@@ -172,29 +145,17 @@ def _division(seen: Sequence[str] | None) -> str:
 
 
 def _numbers(run: FinishedRun, stage: Stage, bases: Mapping[Path, FinishedRun] | None) -> list[Estimate | None]:
-    """seen, unseen, gap, unseen / dense, unseen / base of one run."""
+    """seen, unseen, gap, unseen / dense, unseen / base of one run; means and gap with intervals over windows."""
     other, recovery = (run, stage[1]) if bases is None else (bases.get(run.path), "none")
-    return [
-        mean_of(run, stage, seen=True),
-        mean_of(run, stage, seen=False),
-        gap(run, stage),
-        ratio_to(run, stage, run, ("dense", "none")),
-        None if stage[0] == "dense" or other is None else ratio_to(run, stage, other, ("base", recovery)),
-    ]
-
-
-def records_of(run: FinishedRun, stage: Stage, *, seen: bool | None = None) -> dict[str, Record]:
-    """By corpus; of seen or unseen ones only, unless `seen` is None."""
-    own = [r for r in run.records if (r["stage"], r["recovery"]) == stage]
-    return {r["corpus"]: r for r in own if seen is None or r["seen"] == seen}
-
-
-def _nll(records: dict[str, Record]) -> dict[str, list[float]]:
-    return {corpus: r["window_nll"] for corpus, r in records.items()}
-
-
-def _predicted(run: FinishedRun) -> int:
-    return run.records[0]["seq_len"] - 1
+    predicted, seen = run.records[0]["seq_len"] - 1, {r["corpus"]: r["seen"] for r in run.records}
+    nll = by_stage(run.records, "window_nll")
+    parts = [{c: values for c, values in nll[stage].items() if seen[c] == kind} for kind in (True, False)]
+    means = [Estimate(*mean_perplexity(part, predicted)) if part else None for part in parts]
+    if stage[0] == "dense":
+        return [*means, None, None, None]
+    gap = Estimate(*paired_gap(nll[stage], nll["dense", "none"], seen, predicted)) if all(parts) else None
+    over_base = None if other is None else ratio_to(run, stage, other, ("base", recovery))
+    return [*means, gap, ratio_to(run, stage, run, ("dense", "none")), over_base]
 
 
 def _rows(
@@ -209,7 +170,7 @@ def _rows(
             if stage[0] == "dense":
                 first = runs[0]
                 # Five digits: machines sum in other orders.
-                values = ((r["corpus"], r["seen"], f"{r['perplexity']:.5g}") for r in records_of(first, stage).values())
+                values = ((r["corpus"], r["seen"], f"{r['perplexity']:.5g}") for r in records_of(first.records, stage).values())
                 if (same := (first.model, *values)) in dense:
                     continue
                 label = first.records[0]["model"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -11,12 +11,21 @@ from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.results import Record, row_name
 
 
-def by_stage(records: Sequence[Record], number: str = "perplexity") -> dict[tuple[str, str], dict[str, Any]]:
+Stage = tuple[str, str]  # stage, recovery
+
+
+def by_stage(records: Sequence[Record], number: str = "perplexity") -> dict[Stage, dict[str, Any]]:
     """(stage, recovery) -> corpus -> what the record has as `number`, in the order of the records."""
-    table: dict[tuple[str, str], dict[str, Any]] = {}
+    table: dict[Stage, dict[str, Any]] = {}
     for r in records:
         table.setdefault((r["stage"], r["recovery"]), {})[r["corpus"]] = r[number]
     return table
+
+
+def records_of(records: Sequence[Record], stage: Stage, *, seen: bool | None = None) -> dict[str, Record]:
+    """By corpus, the records of a stage; of seen or unseen corpora only, unless `seen` is None."""
+    own = [r for r in records if (r["stage"], r["recovery"]) == stage]
+    return {r["corpus"]: r for r in own if seen is None or r["seen"] == seen}
 
 
 def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
@@ -25,14 +34,13 @@ def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
     Whole paths would squeeze a figure to nothing, and say whose machine it was.
     """
     parts = {corpus: PurePath(corpus).parts for corpus in corpora}
-    labels = {}
-    for corpus, own in parts.items():
-        labels[corpus] = corpus
+
+    def unique_ends(own: tuple[str, ...]) -> Iterator[str]:
         for n in range(1, len(own) + 1):
             if sum(other[-n:] == own[-n:] for other in parts.values()) == 1:
-                labels[corpus] = str(PurePath(*own[-n:]))
-                break
-    return labels
+                yield str(PurePath(*own[-n:]))
+
+    return {corpus: next(unique_ends(own), corpus) for corpus, own in parts.items()}
 
 
 def caption(records: Sequence[Record]) -> str:
@@ -48,7 +56,7 @@ def caption(records: Sequence[Record]) -> str:
     )
 
 
-def means_and_gaps(records: Sequence[Record]) -> dict[tuple[str, str], dict[str, float]]:
+def means_and_gaps(records: Sequence[Record]) -> dict[Stage, dict[str, float]]:
     """(stage, recovery) -> geometric means over `seen` and `unseen` corpora, and the generalisation `gap`.
 
     NaN is what is undefined: means over no corpora, and the gap of the dense model to itself.
@@ -65,17 +73,26 @@ def means_and_gaps(records: Sequence[Record]) -> dict[tuple[str, str], dict[str,
     }
 
 
+def unseen_ratio(records: Sequence[Record], stage: Stage, others: Sequence[Record], other: Stage) -> Estimate | None:
+    """Perplexity of `stage` over that of `other` in `others`, as geometric means over text that neither has seen.
+
+    The 95 % interval is paired over windows. None without such text, and where the windows are not the same.
+    """
+    there = records_of(others, other)
+    here = {c: r for c, r in records_of(records, stage, seen=False).items() if c not in there or not there[c]["seen"]}
+    if not here or any(c not in there or there[c]["content_hash"] != r["content_hash"] for c, r in here.items()):
+        return None
+    nll = ({corpus: r["window_nll"] for corpus, r in own.items()} for own in (here, there))
+    return Estimate(*paired_ratio(*nll, records[0]["seq_len"] - 1))
+
+
 def unseen_ratios(records: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """Unseen geometric mean of each stage over `base` with the same recovery, with a 95 % interval over windows."""
-    unseen = [r for r in records if not r["seen"]]
-    nll = by_stage(unseen, "window_nll")
+    """`unseen_ratio` of each pruned row to `base` with the same recovery: {row: {ratio, low, high}}."""
     ratios = {}
-    for (stage, recovery), values in nll.items():
-        base = nll.get(("base", recovery))
-        if stage in ("dense", "base") or base is None:
-            continue
-        ratio, low, high = paired_ratio(values, base, unseen[0]["seq_len"] - 1)
-        ratios[row_name(stage, recovery)] = {"ratio": ratio, "low": low, "high": high}
+    for stage, recovery in by_stage(records):
+        ratio = unseen_ratio(records, (stage, recovery), records, ("base", recovery))
+        if stage not in ("dense", "base") and ratio is not None:
+            ratios[row_name(stage, recovery)] = {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
     return ratios
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gprune.errors import UserError
-from gprune.report.perplexity_tables import records_of
+from gprune.report.records import records_of
 from gprune.report.table import Estimate, Table
 from gprune.runs.results import STAGES, FinishedRun
 
@@ -47,7 +47,7 @@ def log_range(runs: Sequence[FinishedRun], names: Sequence[str], stage: str) -> 
         UserError: where rows were evaluated on other windows.
     """
     by_seed = [
-        {r.seed: records_of(r, (stage, r.settings["recovery"]), seen=False) for r in runs if r.name == name}
+        {r.seed: records_of(r.records, (stage, r.settings["recovery"]), seen=False) for r in runs if r.name == name}
         for name in names
     ]
     seeds = sorted(set.intersection(*map(set, by_seed))) if by_seed else []
