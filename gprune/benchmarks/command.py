@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gprune.benchmarks.settings import WIKITEXT, Benchmarks
+from gprune.benchmarks.settings import WIKITEXT, Benchmarks, benchmarks
 from gprune.console import Parser, guarded, quiet
-from gprune.errors import UserError
 from gprune.storage.reading import expanded
 
 ABOUT = f"""Zero-shot accuracy and WikiText-2 perplexity of a run, a model folder or any model by name.
@@ -22,40 +21,28 @@ EXAMPLES = """examples:
 
 
 def parser() -> Parser:
-    """The command line."""
-    usual = Benchmarks()
+    """The command line: the model, a flag for each field of `Benchmarks`, and where records go."""
     made = Parser("gprune evaluate", description=ABOUT, epilog=EXAMPLES)
     made.add_argument("model", metavar="MODEL", help="a run's folder, a model folder, an embedded name or a hub id")
-    made.add_argument("--tasks", default=",".join(usual.tasks), metavar="A,B", help="names (default: %(default)s)")
-    made.add_argument("--limit", type=int, metavar="N", help="first questions or windows of each task (default: all)")
     made.add_argument("--dense", action="store_true", help="of a run: its dense model too, and paired differences")
-    made.add_argument(
-        "--seq_len", default=",".join(map(str, usual.seq_len)), metavar="N,M",
-        help=f"tokens per window of {WIKITEXT}, a number for each (default: %(default)s)",
-    )  # fmt: skip
-    made.add_argument(
-        "--bos", default=usual.bos, metavar="WHEN",
-        help=f"opens each window of {WIKITEXT}: auto, always or never (default: %(default)s, as the tokenizer does)",
-    )  # fmt: skip
-    made.add_argument(
-        "--batch_size", type=int, default=usual.batch_size, metavar="N",
-        help="choices per forward pass (default: %(default)s)",
-    )  # fmt: skip
-    made.add_argument(
-        "--source", default=usual.source, metavar="WHERE",
-        help="of tasks: hub, local, or auto: the hub if it answers (default: %(default)s)",
-    )  # fmt: skip
-    made.add_argument(
-        "--dtype", metavar="DTYPE",
-        help="float32, bfloat16 or float16 (default: the run's own; float32 for other models)",
-    )  # fmt: skip
-    made.add_argument(
-        "--trust_remote_code",
-        action="store_true",
-        help="run Python code that comes with the model, which you have read",
-    )
     made.add_argument("--output", metavar="FILE", help="JSON (default: evaluation.json in the run; else none)")
+    for name, field in Benchmarks.__pydantic_fields__.items():
+        usual, text = field.default, field.description
+        if usual is False:
+            made.add_argument(f"--{name}", action="store_true", help=text)
+        elif isinstance(usual, tuple):
+            joined = ",".join(map(str, usual))
+            made.add_argument(
+                f"--{name}", metavar="A,B", type=listed, default=joined, help=f"{text} (default: {joined})"
+            )
+        else:
+            made.add_argument(f"--{name}", default=usual, help=text if usual is None else f"{text} (default: {usual})")
     return made
+
+
+def listed(text: str) -> list[str]:
+    """The parts between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def main(args: Sequence[str]) -> int:
@@ -68,14 +55,7 @@ def run(args: Sequence[str]) -> str:
     """Evaluate what the arguments ask for; returns a table and where its records are."""
     options = vars(parser().parse_args(args))
     model, dense, output = (options.pop(name) for name in ("model", "dense", "output"))
-    options["tasks"], lengths = (
-        tuple(part.strip() for part in options[name].split(",") if part.strip()) for name in ("tasks", "seq_len")
-    )
-    try:
-        options["seq_len"] = tuple(map(int, lengths))
-    except ValueError:
-        raise UserError(f"--seq_len: expected whole numbers, such as 2048,128, got '{','.join(lengths)}'.") from None
-    asked = Benchmarks(**options)
+    asked = benchmarks(**options)
     quiet()
     from gprune.benchmarks.measurement import evaluate
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -71,6 +72,9 @@ def load_tasks(name: str, source: str) -> list[LoadedTask]:
         UserError: for a task that cannot be had, and for one whose accuracy is not measured here.
     """
     path = None if source == "hub" else local_file(name)
+    if source == "local" and path is None:
+        there = ", ".join(local_tasks()) or "none"
+        raise UserError(f"No local files for task '{name}'. Under $GPRUNE_DATA_DIR/tasks: {there}.")
     if source != "local":
         with offline_if_unreachable() as reachable:
             try:
@@ -81,9 +85,6 @@ def load_tasks(name: str, source: str) -> list[LoadedTask]:
                     raise
                 log.info("%s", error)
         log.info("Task %s comes from local files", name)
-    if path is None:
-        there = ", ".join(local_tasks()) or "none"
-        raise UserError(f"No local files for task '{name}'. Under $GPRUNE_DATA_DIR/tasks: {there}.")
     return [local_task(path)]
 
 
@@ -112,11 +113,10 @@ def hub_tasks(name: str) -> list[LoadedTask]:
                 f"expected multiple_choice with lm_eval's own acc or acc_norm. Use lm_eval's own command line on the "
                 f"exported model for others."
             )
+    splits = (task.config.test_split or task.config.validation_split for task in tasks)
     return [
-        LoadedTask(
-            t, "hub", t.config.test_split or t.config.validation_split, str(t.VERSION), True, "lm_eval's own task"
-        )
-        for t in tasks
+        LoadedTask(task, "hub", split, str(task.VERSION), True, "lm_eval's own task")
+        for task, split in zip(tasks, splits, strict=True)
     ]
 
 
@@ -154,12 +154,8 @@ def local_task(path: Path) -> LoadedTask:
         raise UserError(f"{path}: expected a question per line, got an empty file.")
     pairs = all("paradigm" in row for row in rows)
     if pairs:  # the first of every paradigm, then the second of every paradigm, ...: any limit covers them all
-        turns: Counter[str] = Counter()
-        for row in rows:
-            turns[row["paradigm"]] += 1
-            row["turn"] = turns[row["paradigm"]]
-        rows.sort(key=lambda row: row["turn"])
-    rows = [{column: row[column] for column in ("prompt", "choices", "label")} for row in rows]
+        turns: dict[str, Iterator[int]] = defaultdict(itertools.count)
+        rows.sort(key=lambda row: next(turns[row["paradigm"]]))
     unknown = ("local", "local files that gprune knows nothing of: not to be set beside published figures", None)
     task_version, note, whole = KNOWN.get(name, unknown)
     scored = content_hash(([(row["prompt"], f" {c}") for c in row["choices"]], row["label"]) for row in rows)
@@ -181,18 +177,21 @@ def _question(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
         if "good" in row:
-            paradigm = str(row.get("paradigm", ""))
-            row = {"prompt": "", "choices": [row["good"], row["bad"]], "label": 0, "paradigm": paradigm}
-        texts = [row["prompt"], *row["choices"]]
-        right = all(isinstance(text, str) for text in texts) and all(row["choices"]) and len(row["choices"]) > 1
-        if not right or row["label"] not in range(len(row["choices"])):
+            own = {"prompt": "", "choices": [row["good"], row["bad"]], "label": 0}
+            own["paradigm"] = str(row.get("paradigm", ""))
+        else:
+            own = {name: row[name] for name in ("prompt", "choices", "label")}
+        texts, choices = [own["prompt"], *own["choices"]], len(own["choices"])
+        if not all(isinstance(text, str) for text in texts) or not all(texts[1:]) or choices < 2:
+            raise ValueError
+        if own["label"] not in range(choices):
             raise ValueError
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f'{where}: expected {{"prompt": str, "choices": [str, str, ...], "label": int}} or '
             f'{{"good": str, "bad": str}}.'
         ) from None
-    return row
+    return own
 
 
 def content_hash(questions: Iterable[tuple[list[tuple[str, str]], int]]) -> str:

@@ -87,8 +87,6 @@ def wikitext2_perplexity(
     positions = getattr(model.config, "max_position_embeddings", None) or seq_len
     if not 2 <= seq_len <= positions:
         raise UserError(f"--seq_len: expected 2 to {positions} tokens (the model's positions), got {seq_len}.")
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit: expected 1 or more windows, got {limit}.")
     text = wikitext2()
     every = literature_windows(text, tokenizer, seq_len=seq_len, bos=bos)
     windows = replace(every, tokens=every.tokens[:limit])

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.benchmarks.settings import Benchmarks
 from gprune.benchmarks.tasks import LoadedTask, content_hash, load_tasks, require_lm_eval
 from gprune.console import quieted
 from gprune.corpora.windows import opening
@@ -29,7 +28,7 @@ def zero_shot(
     tasks: Sequence[str],
     *,
     limit: int | None = None,
-    batch_size: int = Benchmarks.batch_size,
+    batch_size: int = 4,
     source: str = "auto",
 ) -> list[dict[str, Any]]:
     """One record per task: acc and acc_norm with standard errors, and the protocol they were measured under.
@@ -48,7 +47,6 @@ def zero_shot(
         UserError: without lm_eval, for an unknown task, for one that is not multiple choice, for data that cannot be
             had, and for log-likelihoods that are not finite.
     """
-    Benchmarks(tuple(tasks), limit=limit, batch_size=batch_size, source=source)  # refuses what cannot be
     stamp = {
         "harness": f"lm_eval {require_lm_eval()}",
         "num_fewshot": 0,

@@ -30,7 +30,6 @@ from gprune.pipeline.run import Run
 from gprune.recoveries import recovery_of
 from gprune.report import html, page
 from gprune.report.model_card import model_card
-from gprune.report.readme import write_readme
 from gprune.report.records import means_and_gaps, unseen_ratios
 from gprune.report.run_figures import write_figures
 from gprune.runs import schema, tracking
@@ -222,12 +221,10 @@ def summarise(
 
 
 def write_pages(run: Run) -> None:
-    """`report.html` and README.md of the run folder, from what lies there now."""
+    """`report.html` of the run folder, from what lies there now."""
     for logger in run.loggers:
         logger.save()  # curves that are still in memory
-    report = page.make([run.folder.path])
-    html.write(report, run.folder / "report.html")
-    write_readme(report.runs[0])
+    html.write(page.make([run.folder.path]), run.folder / "report.html")
 
 
 def geometric_means(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:

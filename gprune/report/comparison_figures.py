@@ -54,9 +54,18 @@ def draw_ratios(axes: Axes, rows: Sequence[tuple[str, Estimate]], *, base: str) 
 
 
 @style()
-def curve_figure(
-    lines: Mapping[tuple[str, str], Sequence[tuple[float, Estimate]]], *, over: str, ticks: str, reference: str
-) -> Figure:
+def curve_figure(lines: Mapping[tuple[str, str], Sequence[tuple[float, Estimate]]], **labels: str) -> Figure:
+    """`draw_curves`, with a legend."""
+    figure, axes = canvas(6, 3.8)
+    draw_curves(axes, lines, **labels)
+    figure.legend(loc="outside right center")
+    return figure
+
+
+def draw_curves(
+    axes: Axes, lines: Mapping[tuple[str, str], Sequence[tuple[float, Estimate]]], *, over: str, ticks: str,
+    reference: str,
+) -> None:  # fmt: skip
     """Unseen perplexity over a reference's, against a number, with paired intervals; lower is better.
 
     Args:
@@ -66,17 +75,6 @@ def curve_figure(
         ticks: format of its values.
         reference: what perplexities are divided by.
     """
-    figure, axes = canvas(6, 3.8)
-    draw_curves(axes, lines, over=over, ticks=ticks, reference=reference)
-    figure.legend(loc="outside right center")
-    return figure
-
-
-def draw_curves(
-    axes: Axes, lines: Mapping[tuple[str, str], Sequence[tuple[float, Estimate]]], *, over: str, ticks: str,
-    reference: str,
-) -> None:  # fmt: skip
-    """`curve_figure` without its legend, on axes that are there."""
     subjects = list(dict.fromkeys(subject for subject, _ in lines))
     for (subject, stage), points in lines.items():
         colour, _, marker = LINES[subjects.index(subject) % len(LINES)]

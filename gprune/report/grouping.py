@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,23 +34,17 @@ def as_small(run: FinishedRun, other: FinishedRun) -> bool:
 
 
 def with_distinct_names(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
-    """The runs under distinct names: 'NAME, seed S' where several share a name, with a number where both are shared."""
+    """The runs, as 'NAME, seed S' where several share a name."""
     runs = list(runs)
     shared = Counter(run.name for run in runs)
-    times: Counter[str] = Counter()
-    renamed = []
-    for run in runs:
-        name = f"{run.name}, seed {run.seed}" if shared[run.name] > 1 else run.name
-        times[name] += 1
-        renamed.append(replace(run, name=name if times[name] == 1 else f"{name} ({times[name]})"))
-    return renamed
+    return [replace(run, name=f"{run.name}, seed {run.seed}") if shared[run.name] > 1 else run for run in runs]
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Names for figures, without the model that all begin with and without hashes; whole if two would be equal."""
     heads = {name.split("-gprune-")[0].split("-base-")[0] for name in names}
     cut = len(next(iter(heads))) + 1 if len(heads) == 1 and not heads & set(names) else 0
-    short = {name: re.sub(r"-[0-9a-f]{8}(?= \(|, seed |$)", "", name[cut:]) for name in names}
+    short = {name: re.sub(r"-[0-9a-f]{8}(?=, seed |$)", "", name[cut:]) for name in names}
     return short if len(set(short.values())) == len(short) else {name: name for name in names}
 
 
@@ -75,20 +69,14 @@ def groups(runs: Sequence[FinishedRun]) -> list[Group]:
     by_settings: dict[tuple[str, int], list[FinishedRun]] = defaultdict(list)
     times: Counter[tuple[str, int]] = Counter()
     for run in runs:
-        key = run.all_but_seed
-        times[key, run.seed] += 1
-        by_settings[key, times[key, run.seed]].append(run)
-    several: dict[str, list[list[FinishedRun]]] = defaultdict(list)
+        settings = run.all_but_seed
+        times[settings, run.seed] += 1
+        by_settings[settings, times[settings, run.seed]].append(run)
+    by_prefix: dict[str, list[FinishedRun]] = defaultdict(list)  # the first run of each group of several
     for members in by_settings.values():
         if len(members) > 1:
-            several[_prefix(members)].append(members)
-    return [
-        Group(
-            _seen_together(members),
-            members[0].name if len(members) == 1 else _name(members, several[_prefix(members)]),
-        )
-        for members in by_settings.values()
-    ]
+            by_prefix[_prefix(members)].append(members[0])
+    return [Group(_seen_together(members), _name(members, by_prefix)) for members in by_settings.values()]
 
 
 def _seen_together(runs: list[FinishedRun]) -> list[FinishedRun]:
@@ -104,20 +92,14 @@ def _prefix(runs: Sequence[FinishedRun]) -> str:
     return common.removesuffix("seed").rstrip("-_. ") or names[0]
 
 
-def _name(runs: Sequence[FinishedRun], same: Sequence[Sequence[FinishedRun]]) -> str:
-    """Of runs of several seeds: their prefix and, among several groups with this prefix, the settings that differ.
-
-    Where these are more than three, or none, the name of the first run.
-    """
+def _name(runs: Sequence[FinishedRun], by_prefix: Mapping[str, Sequence[FinishedRun]]) -> str:
+    """The run's own or, of several, their prefix and the settings in which groups with this prefix differ."""
+    if len(runs) == 1:
+        return runs[0].name
+    prefix = _prefix(runs)
     own, *others = (
-        flat({group: values for group, values in some[0].settings.items() if group not in ("inputs", "run")})
-        for some in (runs, *same)
+        flat({group: values for group, values in run.settings.items() if group not in ("inputs", "run")})
+        for run in (runs[0], *by_prefix[prefix])
     )
-    names = [name for name in own if any(other.get(name) != own[name] for other in others)]
-    if len(same) == 1:
-        difference = ""
-    elif 1 <= len(names) <= 3:
-        difference = "".join(f", {name}={own[name]}" for name in names)
-    else:
-        difference = f", {runs[0].name} and others"
-    return f"{_prefix(runs)}{difference} ({len(runs)} seeds)"
+    different = [f", {name}={own[name]}" for name in own if any(other.get(name) != own[name] for other in others)]
+    return f"{prefix}{''.join(different)} ({len(runs)} seeds)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from gprune.models.embedded import model_label
 from gprune.report.curves import curve_figures, read_curves
-from gprune.report.readme import how_to_load, removed_from, what_next
 from gprune.report.records import corpus_labels, means_and_gaps, result_table
 from gprune.report.run_figures import run_figures
 from gprune.report.style import style
-from gprune.report.table import Estimate, Table
+from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.folder import RunFolder
 from gprune.runs.results import FinishedRun, read_samples, row_name
 from gprune.sparsity.allocation import removed_in_words
@@ -91,16 +92,49 @@ def section(run: FinishedRun) -> dict[str, Any]:
     }
 
 
+def removed_from(run: FinishedRun) -> str:
+    """What the run has done, in one line."""
+    sparsity, model = run.settings["sparsity"], run.settings["model"]
+    share = removed_in_words(sparsity["target"], sparsity["scope"], sparsity["allocation"], digits=0)
+    return f"{share} removed from {model_label(model['name'])}"
+
+
+def how_to_load(run: FinishedRun) -> str:
+    """Python that loads the pruned model, where the run exported one; a stock model needs no code of its own."""
+    model = run.path / "model"
+    if not (model / "config.json").is_file():
+        return ""
+    code = ", trust_remote_code=True" if any(model.glob("*.py")) else ""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{model}"{code})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{model}"{code})'
+    )
+
+
+def what_next(run: FinishedRun) -> list[tuple[str, str]]:
+    """(what for, command) of what can be done with the run."""
+    here, config = shlex.quote(str(run.path)), shlex.quote(str(run.path / "config.yaml"))
+    steps = [
+        ("beside other runs", f"gprune report {here} OTHER_RUN --html compared.html"),
+        ("the same with another seed", f"python train.py --config {config} --run.name NAME --run.seed 1"),
+    ]
+    if how_to_load(run):
+        steps.insert(0, ("for llama.cpp", f"gprune export {here}"))
+        steps.insert(0, ("benchmarks, beside the dense model", f"gprune evaluate {here} --dense"))
+    return steps
+
+
 def tiles(run: FinishedRun, manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(what, number, in words) of the headline."""
     s, means = run.summary, means_and_gaps(run.records)
     last = (run.final, run.settings["recovery"])
-    dense, pruned = means["dense", "none"], means.get(last, {})
+    dense, pruned = means["dense", "none"], means[last]
     seconds = sum(step.get("seconds", 0) for step in manifest.get("steps", {}).values())
     perplexities = [
         (f"{text} perplexity", f"{pruned[text]:.2f}", f"dense {dense[text]:.2f}")
         for text in ("unseen", "seen")
-        if not math.isnan(pruned.get(text, math.nan))
+        if not math.isnan(pruned[text])
     ]
     if ratio := (s.get("unseen_over_base") or {}).get(row_name(*last)):
         interval = f"95 % interval {ratio['low']:.3f} to {ratio['high']:.3f}"
@@ -133,15 +167,12 @@ def cost_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
 def cells_of(table: Table) -> dict[str, Any]:
     """A table for the template: texts, and beside each number what it is sorted by."""
 
-    rows = [
-        [
-            {"text": text, "key": cell.value if isinstance(cell, Estimate) else cell}
-            for text, cell in zip(texts, row, strict=True)
-        ]
-        for texts, row in zip(table.texts(), table.rows, strict=True)
-    ]
-    note = table.note.replace("\\*", "*")
-    return {"title": table.title, "columns": [c.replace("\\*", "*") for c in table.columns], "rows": rows, "note": note}
+    def cells(texts: list[str], row: list[Cell]) -> list[dict[str, Cell]]:
+        keys = (cell.value if isinstance(cell, Estimate) else cell for cell in row)
+        return [{"text": text, "key": key} for text, key in zip(texts, keys, strict=True)]
+
+    rows = [cells(*pair) for pair in zip(table.texts(), table.rows, strict=True)]
+    return {"title": table.title, "columns": table.columns, "rows": rows, "note": table.plain_note}
 
 
 def drawn(figures: Mapping[str, Figure], name: str) -> list[dict[str, Any]]:
@@ -163,13 +194,9 @@ def svg(figure: Figure, name: str) -> Markup:
     Args:
         name: of the figure on its page: references inside the SVG of two figures must not meet.
     """
-    out = io.StringIO()
+    out, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue()[out.getvalue().index("<svg") :], flags=re.DOTALL)
-    used = set(re.findall(r"#([\w-]+)", text))
-    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
-    text = re.sub("|".join(THEME), lambda m: THEME[m[0].lower()], text, flags=re.IGNORECASE)
-    return Markup(
-        re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text, count=1)
-    )
+        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    text = re.sub('<g id="[^"]*"', "<g", out.getvalue())  # every figure has an axes_1
+    text = re.sub("|".join(THEME), lambda match: THEME[match[0].lower()], text, flags=re.IGNORECASE)
+    return Markup(text[text.index("<svg") :])

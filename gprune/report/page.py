@@ -48,16 +48,16 @@ class Report:
     tables: list[Table]
     base: FinishedRun | None
 
-    def to_markdown(self, *, long: bool = True) -> str:
-        """The tables with titles and notes, then the protocols; if not `long`, sparsity per block is in CSV alone."""
-        return self._text(Table.to_text, long=long)
+    def to_markdown(self) -> str:
+        """The tables with titles and notes, then the protocols; sparsity per block is in CSV alone."""
+        return self._text(Table.to_text)
 
     def shown(self) -> str:
-        """The short tables for whoever looks: as wide as the terminal, if stdout is one."""
-        return self._text(Table.shown, long=False)
+        """The same for whoever looks: as wide as the terminal, if stdout is one."""
+        return self._text(Table.shown)
 
-    def _text(self, text: Callable[[Table], str], *, long: bool) -> str:
-        parts = [f"## {t.title}\n\n{text(t)}\n" for t in self.tables if t.rows and (long or t.name != "sparsity")]
+    def _text(self, text: Callable[[Table], str]) -> str:
+        parts = [f"## {t.title}\n\n{text(t)}\n" for t in self.tables if t.rows and t.name != "sparsity"]
         if self.many:
             parts.append(f"More than {SIDE_BY_SIDE} runs: pairs and figures are left out.\n")
         return "\n".join([*parts, *(f"{line}\n" for line in self.protocols())])

@@ -21,6 +21,7 @@ from gprune.report.records import Stage, by_stage, corpus_labels, records_of, un
 from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.results import FinishedRun, row_name
 
+
 def over_seeds(values: Sequence[float]) -> Estimate:
     """Geometric mean over seeds with a 95 % interval: exp of mean(log) +- t(0.975, n - 1) sd(log) / sqrt(n).
 
@@ -169,8 +170,8 @@ def _rows(
             runs, named = group.runs, [group.name, row_name(*stage), len(group.runs)]
             if stage[0] == "dense":
                 first = runs[0]
-                # Five digits: machines sum in other orders.
-                values = ((r["corpus"], r["seen"], f"{r['perplexity']:.5g}") for r in records_of(first.records, stage).values())
+                own = records_of(first.records, stage).values()
+                values = ((r["corpus"], r["seen"], f"{r['perplexity']:.5g}") for r in own)  # machines sum differently
                 if (same := (first.model, *values)) in dense:
                     continue
                 label = first.records[0]["model"]

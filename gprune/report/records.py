@@ -10,7 +10,6 @@ from gprune.evaluation.intervals import generalisation_gap, geometric_mean, pair
 from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.results import Record, row_name
 
-
 Stage = tuple[str, str]  # stage, recovery
 
 

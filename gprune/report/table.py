@@ -6,7 +6,7 @@ import csv
 import io
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -60,10 +60,15 @@ class Table:
         """The cells as people read them."""
         return [[self._text(cell, column) for cell, column in zip(row, self.columns, strict=True)] for row in self.rows]
 
+    @property
+    def plain_note(self) -> str:
+        """The note without Markdown's escapes."""
+        return self.note.replace("\\*", "*")
+
     def shown(self) -> str:
         """For whoever looks: as wide as the terminal; where stdout is none, what files have, without escapes."""
         width = terminal_width()
-        return self.to_text().replace("\\*", "*") if width is None else self.to_terminal(width)
+        return replace(self, note=self.plain_note).to_text() if width is None else self.to_terminal(width)
 
     def to_terminal(self, width: int) -> str:
         """The table in characters, and its note below: in several parts where it is too wide for one.
@@ -71,13 +76,9 @@ class Table:
         Args:
             width: characters that a line may have.
         """
-        unescaped = str.maketrans("", "", "\\")  # Markdown's escapes
-        plain = [[cell.translate(unescaped) for cell in row] for row in [self.columns, *self.texts()]]
+        plain = [self.columns, *self.texts()]
         widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
-        # Names are folded, to a fifth of the width at least, where that makes one part of all; else to a third.
-        beside = width - sum(w + 2 for w in widths[1:])
-        fifth, third = (min(widths[0], max(width // share, 12)) for share in (5, 3))
-        first = min(beside, widths[0]) if beside >= fifth else third
+        first = min(widths[0], max(width // 3, 12))  # names are folded
         console = Console(width=width, file=io.StringIO(), force_terminal=sys.stdout.isatty(), record=False)
         for part in _parts(widths[1:], width - first):
             made = Grid(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, header_style="bold")
@@ -88,7 +89,7 @@ class Table:
                 made.add_row(*(Text(cell) for cell in (name, *(cells[column] for column in part))))
             console.print(made)
             console.print()
-        console.print(Text(self.note.translate(unescaped)))
+        console.print(Text(self.plain_note))
         return console.file.getvalue().strip("\n")
 
     def to_text(self) -> str:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import gprune
-from gprune.benchmarks import measurement as benchmarks
-from gprune.benchmarks.settings import Benchmarks
+from gprune.benchmarks import measurement
+from gprune.benchmarks.settings import Benchmarks, benchmarks
 from gprune.console import process_index, say
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import processes
@@ -64,7 +64,7 @@ def run_all(pending: Sequence[Row]) -> list[tuple[Row, Made]]:
     """
     for row in pending:
         if row.wanted_tasks:
-            benchmarks.check(asked_of(row))
+            measurement.check(asked_of(row))
     first = process_index() == 0  # of processes that Lightning has started with the same command
     if first:
         say(token_hours(pending) + "\n")
@@ -140,18 +140,17 @@ def evaluated(folder: Path, row: Row, dense_model: str) -> list[dict[str, Any]]:
     """Records of `gprune evaluate` on a finished run; the dense model's, by its fingerprint, are kept for all rows."""
     asked, shared = asked_of(row), dense_path(row, dense_model)
     if not (read_json(shared, check=schema.evaluation) or {}).get("records"):  # kept now: it may take an hour
-        measured, _ = benchmarks.evaluate(str(folder), asked, dense=True, pruned=False)
+        measured, _ = measurement.evaluate(str(folder), asked, dense=True, pruned=False)
         write_json(shared, {"records": list(map(rounded, measured))})
-    return [rounded(r) for r in benchmarks.evaluate(str(folder), asked)[0]]
+    return [rounded(r) for r in measurement.evaluate(str(folder), asked)[0]]
 
 
 def asked_of(row: Row) -> Benchmarks:
     """The row's tasks as `gprune evaluate` takes them; raises UserError for what cannot be measured."""
     own = row.wanted_tasks
-    lengths = own.pop("seq_len", None)
-    if lengths is not None:
-        own["seq_len"] = (lengths,) if isinstance(lengths, int) else tuple(lengths)
-    return Benchmarks(tuple(own.pop("names")), trust_remote_code=row.config.model.trust_remote_code, **own)
+    if isinstance(own.get("seq_len"), int):
+        own["seq_len"] = [own["seq_len"]]
+    return benchmarks(tasks=own.pop("names"), trust_remote_code=row.config.model.trust_remote_code, **own)
 
 
 def rounded(record: dict[str, Any]) -> dict[str, Any]:

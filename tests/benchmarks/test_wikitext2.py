@@ -128,7 +128,6 @@ def test_the_protocol_is_in_the_record(raw):
         ({"seq_len": 257}, "expected 2 to 256 tokens"),
         ({"seq_len": 1}, "got 1"),
         ({"seq_len": 256}, r"0 windows of 256 tokens.*--seq_len"),
-        ({"limit": 0}, "--limit"),
     ],
 )
 def test_arguments_that_cannot_be(more, message, raw):

@@ -18,7 +18,6 @@ from gprune.pipeline.samples import continued
 from gprune.report import html
 from gprune.report.command import main
 from gprune.report.curves import curve_figures, own_line, read_curves
-from gprune.report.readme import CONTENT
 from gprune.runs.results import read_run, read_samples
 from tests import tiny_run
 
@@ -121,15 +120,6 @@ def test_the_same_run_gives_the_same_page(finished):
     with tiny_run.isolated(finished.path.parent / "cache"):
         html.write(report.make([finished.path]), finished.path / "report.html")
     assert (finished.path / "report.html").read_bytes() == before
-
-
-def test_the_readme_names_all_that_lies_there(finished):
-    text = (finished.path / "README.md").read_text()
-    there = {path.name for path in finished.path.iterdir() if path.name[0] != "."} - {"README.md"}
-    assert there <= CONTENT.keys()
-    named = set(re.findall(r"^\| `([\w.-]+)/?` \|", text, re.MULTILINE))
-    assert named == there
-    assert "from_pretrained(" in text
 
 
 def test_samples_are_what_both_models_write(world, finished):

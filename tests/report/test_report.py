@@ -31,7 +31,6 @@ from gprune.report.command import default_output, main
 from gprune.report.comparison_figures import curve_figure, sparsity_lines
 from gprune.report.curves import curve_figures
 from gprune.report.grouping import read_runs, short_names
-from gprune.report.mask_tables import pairs
 from gprune.report.model_card import model_card
 from gprune.report.perplexity_tables import over_seeds
 from gprune.report.records import corpus_labels, unseen_ratios
@@ -415,13 +414,6 @@ def test_seeds_that_share_a_name_stay_apart(run):
     assert [label.get_text() for label in axes.get_yticklabels()] == names[1:]  # each pair once
     assert [label.get_text() for label in axes.get_xticklabels()] == names[:-1]
     assert len(axes.texts) == 6
-
-
-def test_one_name_and_one_seed_twice_are_two_runs_still(run):
-    runs = [replace(r, name="same") for r in read_runs([run, another(run, "more", setting=0.5)])]
-    assert list(pairs(runs)) == [("same, seed 0", "same, seed 0 (2)")]
-    other = replace(runs[1], name="other")
-    assert list(pairs([runs[0], other])) == [("same", "other")]
 
 
 def zero_shot_record(**more: object) -> dict:
