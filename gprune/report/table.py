@@ -78,7 +78,10 @@ class Table:
         """
         plain = [self.columns, *self.texts()]
         widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
-        first = min(widths[0], max(width // 3, 12))  # names are folded
+        # Names are folded, to a fifth of the width at least, where that makes one part of all; else to a third.
+        beside = width - sum(w + 2 for w in widths[1:])
+        fifth, third = (min(widths[0], max(width // share, 12)) for share in (5, 3))
+        first = min(beside, widths[0]) if beside >= fifth else third
         console = Console(width=width, file=io.StringIO(), force_terminal=sys.stdout.isatty(), record=False)
         for part in _parts(widths[1:], width - first):
             made = Grid(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, header_style="bold")
