@@ -175,7 +175,7 @@ def text_of(run: FinishedRun, *, every: int, data_free: bool, permutations: int,
     """Both tables with what they say, as Markdown.
 
     Raises:
-        UserError: for a run without modules, with fewer than three drift corpora, or in steps with `data_free`.
+        UserError: for a run without modules, or with fewer than three drift corpora.
     """
     modules, corpora = run.modules, run.settings["corpora"]["drift"]
     if modules is None:
@@ -186,11 +186,6 @@ def text_of(run: FinishedRun, *, every: int, data_free: bool, permutations: int,
         )
     partitions = {"the run's (circular)": modules.labels}
     if data_free:
-        if run.settings["sparsity"]["schedule"]:
-            raise UserError(
-                f"'{run.path}' pruned in steps, and its modules are of what the first ones left; expected a run "
-                f"without --sparsity.schedule. --no-data-free does without it."
-            )
         partitions["data-free"] = data_free_modules(run)
     blocks = block_table(block_numbers(modules), every=every)
     between = separation_table([d.ranks for d in modules.drift], partitions, permutations=permutations, seed=seed)

@@ -26,7 +26,6 @@ class Screen:
     Args:
         work: planned work by number of the step, in any unit; None if there are no steps.
         worked: work so far, in that unit.
-        rounds: how many times the steps before the last are taken; `work` counts all of them.
         console: where to show it, for tests; by default stdout, if that is a terminal.
     """
 
@@ -35,13 +34,11 @@ class Screen:
         work: Mapping[int, float] | None = None,
         worked: Callable[[], float] = lambda: 0.0,
         *,
-        rounds: int = 1,
         console: Console | None = None,
     ):
-        last = max(work or {}, default=0)
-        self._shares = {n: value / (1 if n == last else rounds) for n, value in (work or {}).items()}
-        self._last, self._worked = last, worked
-        self._left = self._total = sum((work or {}).values())  # of the steps that have not ended
+        self._shares, self._worked = dict(work or {}), worked
+        self._last = max(self._shares, default=0)
+        self._left = self._total = sum(self._shares.values())  # of the steps that have not ended
         self._number = 0  # of the step that goes on
         self._began = 0.0  # worked when it began
         self._first = worked()

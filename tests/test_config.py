@@ -184,8 +184,6 @@ def test_a_misspelt_name_is_refused_by_all_ways(name, said, tmp_path):
             "--sparsity.options: expected options of 'owl' (multiple, spread), got 'multiples'",
         ),
         ({"sparsity.options.spread": 0.1}, "--sparsity.options: expected options of 'uniform' (none), got 'spread'"),
-        ({"sparsity.schedule": [0.4, 0.3]}, "--sparsity.schedule: expected rising sparsities below --sparsity.target"),
-        ({"sparsity.schedule": [0.3]}, "--sparsity.schedule: controls are pruned in one step"),
         (
             {"sparsity.allocation": "depth"},
             "--sparsity.allocation depth: a baseline without modules; expected --gprune",
@@ -248,11 +246,6 @@ def test_printed_settings_are_a_file_of_flags(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(capsys.readouterr().out)
     assert left.value.code == 0
     assert parse(["--config", str(tmp_path / "a.yaml")]) == parse(flags) != parse([])
-
-
-def test_a_schedule_may_end_in_the_target():
-    cfg = parse(["--sparsity.schedule=[0.2, 0.3]", "--sparsity.target=0.3", "--evaluation.controls=[]"])
-    assert (cfg.sparsity.schedule, cfg.sparsity.steps) == ([0.2], 2)
 
 
 # --- what follows from the settings -------------------------------------------------------------------------------

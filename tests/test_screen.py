@@ -60,15 +60,6 @@ def test_the_run_is_as_far_as_its_work_whatever_the_cache_had():
     assert screen.seconds_left() >= 0
 
 
-def test_steps_that_are_taken_several_times_share_what_is_planned():
-    screen = Screen({1: 200, 2: 200}, console=terminal(80), rounds=2)
-    shares = []
-    for number in (1, 1.5, 1, 2):
-        screen.step(number, "round")
-        shares.append(screen.share_done())
-    assert shares == [0, 0.25, 0.25, 0.5]
-
-
 def test_without_a_terminal_nothing_is_shown(capsys):
     with Screen({1: 10}) as screen:
         screen.step(1, "one")

@@ -205,8 +205,6 @@ class PartitionConfig(Group):
     method: Literal["refined", "initial", "random", "drift_only"] = "refined"
     """refined: k-means, then differentiable refinement. Ablations: initial (no refinement), random (the refined
     sizes, random members), drift_only (the refined sizes, by drift alone)."""
-    subtract_noise: bool = False
-    """Subtract the split-half noise floor from rank drift."""
     embedding_dim: AtLeast1 = 8
     """Principal directions of the parameter embedding."""
     steps: AtLeast1 = 120
@@ -262,9 +260,6 @@ class SparsityConfig(Group):
 
     target: Sparsity = 0.5
     """Fraction of the scope's parameters to remove, inside (0, 1)."""
-    schedule: list[Sparsity] = field(default_factory=list)
-    """Rising sparsities before the target, such as [0.3, 0.4]. At each one the model is scored, pruned and recovered;
-    --distill.tokens are divided between them. Needs --evaluation.controls []."""
     scope: Literal["ffn", "attention+ffn"] = "ffn"
     """ffn: whole FFN neurons. attention+ffn: whole KV groups too, in the same budget."""
     allocation: Text = "learned"
@@ -304,28 +299,14 @@ class SparsityConfig(Group):
     centred: bool = True
     """Subtract the mean gradient over all units; otherwise Adam raises all gates together, and no mask changes."""
 
-    @property
-    def steps(self) -> int:
-        """In how many steps the model is pruned, each on what the one before has left."""
-        return 1 + len(self.schedule)
-
     def __post_init__(self) -> None:
-        """Raise UserError for allocations, options and budgets that cannot be; a schedule may end in the target."""
+        """Raise UserError for allocations, options and budgets that cannot be."""
         starts = [name for name in ALLOCATION if not (ALLOCATION[name].modules or ALLOCATION[name].whole_blocks)]
         for flag, name, known in (("allocation", self.allocation, list(ALLOCATION)), ("start", self.start, starts)):
             if name not in known:
                 raise UserError(f"--sparsity.{flag}: expected one of {', '.join(known)}, got '{name}'.")
         rule = ALLOCATION[self.allocation]
         check_options(self.start if rule.modules else self.allocation, self.options)
-        if self.schedule and self.schedule[-1] == self.target:
-            self.schedule = self.schedule[:-1]
-        if [*self.schedule, self.target] != sorted({*self.schedule, self.target}):
-            raise UserError(
-                f"--sparsity.schedule: expected rising sparsities below --sparsity.target {self.target:g}, got "
-                f"{self.schedule}."
-            )
-        if self.schedule and rule.whole_blocks:
-            raise UserError("--sparsity.schedule: whole blocks go in one step; expected it without allocation depth.")
         if self.uniform_width and (self.protect or rule.whole_blocks):
             raise UserError(
                 "--sparsity.uniform_width: blocks cannot be equally wide where some keep everything or go as a whole; "

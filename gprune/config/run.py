@@ -85,11 +85,6 @@ class RunConfig(Group):
                 "--model.dtype float16: the gradients that thresholds and Taylor metrics need are too small for it; "
                 "expected bfloat16 or float32, or --sparsity.allocation uniform and a metric without gradients."
             )
-        if self.sparsity.steps > 1 and self.evaluation.controls:
-            raise UserError(
-                f"--sparsity.schedule: controls are pruned in one step, and cost a run of their own; expected "
-                f"--evaluation.controls [] with it, got {self.evaluation.controls}."
-            )
         if self.gprune and ALLOCATION[self.sparsity.allocation].whole_blocks:
             raise UserError(
                 f"--sparsity.allocation {self.sparsity.allocation}: a baseline without modules; expected --gprune "
@@ -106,11 +101,11 @@ class RunConfig(Group):
         """Raise UserError for an unknown recovery, and for settings with which it cannot learn."""
         if not recovery_of(self.recovery).learns:
             return
-        if self.distilled_windows < self.sparsity.steps:
-            least = self.sparsity.steps * len(self.corpora.recover) * self.corpora.seq_len
+        if self.distilled_windows < 1:
+            least = len(self.corpora.recover) * self.corpora.seq_len
             raise UserError(
-                f"--distill.tokens: expected a window of each of --corpora.recover for each pruning step, {least:,} "
-                f"tokens or more, got {self.distill.tokens:,}."
+                f"--distill.tokens: expected a window of each of --corpora.recover, {least:,} tokens or more, got "
+                f"{self.distill.tokens:,}."
             )
         if self.evaluation.split == "development" and self.distill.keep == "best":
             raise UserError(

@@ -37,15 +37,6 @@ class Masks:
         depth = len(flat) // 2
         return cls(*([flat[f"{kind}.{i}"].bool() for i in range(depth)] for kind in ("ffn", "attention")))
 
-    def within(self, masks: Masks) -> Masks:
-        """These masks, narrowed: `masks` say which of the kept units stay, and are as long as there are kept units."""
-        both = []
-        for outer, inner in zip((*self.ffn, *self.attention), (*masks.ffn, *masks.attention), strict=True):
-            mask = outer.clone()
-            mask[outer] = inner.to(outer.device)
-            both.append(mask)
-        return Masks(both[: len(self.ffn)], both[len(self.ffn) :])
-
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Masks):
             return False

@@ -32,11 +32,6 @@ def noise_floor(half_ranks: Tensor) -> Tensor:
     return ((D - 1) / D * variance).sqrt()
 
 
-def above_noise(drift: Tensor, floor: Tensor) -> Tensor:
-    """sqrt(max(drift^2 - floor^2, 0)): variances subtract, standard deviations do not. (N,) -> (N,)."""
-    return (drift.square() - floor.square()).clamp_min(0).sqrt()
-
-
 def kendall_agreement(scores: Tensor) -> float:
     """Kendall's tau-b averaged over pairs of corpora, for the neurons of one set: scores (D, n) -> [-1, 1].
 

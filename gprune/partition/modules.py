@@ -19,7 +19,7 @@ class Drift:
 
     scores: Tensor  # (D, N) importance per corpus
     ranks: Tensor  # (D, N) in (0, 1)
-    drift: Tensor  # (N,) population standard deviation of ranks, the noise floor subtracted if asked for
+    drift: Tensor  # (N,) population standard deviation of ranks
     floor: Tensor  # (N,) the drift that sampling alone would show
     halves: Tensor  # () Kendall tau between halves of a corpus, mean over corpora
 
@@ -121,12 +121,8 @@ class Modules:
         ]
 
 
-def check_shapes(masks: Masks, modules: Modules | None, *, whole: bool) -> None:
-    """Raise ValueError for masks that are no masks, or modules of other blocks than the masks.
-
-    Args:
-        whole: whether modules are of the dense model, as masks are; with a schedule they are of what it had left.
-    """
+def check_shapes(masks: Masks, modules: Modules | None) -> None:
+    """Raise ValueError for masks that are no masks, or modules of other blocks than the masks."""
     flat = all(mask.ndim == 1 and len(mask) for mask in (*masks.ffn, *masks.attention))
     if not flat or not masks.ffn or len(masks.ffn) != len(masks.attention):
         raise ValueError("masks of neurons and KV groups, one of each per block")
@@ -136,7 +132,7 @@ def check_shapes(masks: Masks, modules: Modules | None, *, whole: bool) -> None:
     for mask, labels, reliability, agreement, drift in blocks:
         count = int(labels.max()) + 1
         per_module = [agreement, *vars(reliability).values()]
-        if (whole and labels.shape != mask.shape) or labels.min() < 0 or any(t.shape != (count,) for t in per_module):
+        if labels.shape != mask.shape or labels.min() < 0 or any(t.shape != (count,) for t in per_module):
             raise ValueError("modules whose neurons are those of the masks")
         if drift.drift.shape != labels.shape:
             raise ValueError("rank drift of each neuron")

@@ -39,7 +39,6 @@ def assess_reliability(
     drifts: list[Tensor],
     floors: list[Tensor],
     *,
-    noise_gone: bool = False,
     sensitivity_quantile: float = 0.75,
     score_quantile: float = 0.5,
     switch: Literal["off", "unreliable", "everywhere"] = "unreliable",
@@ -54,7 +53,6 @@ def assess_reliability(
         labels: per block (N,) module of each neuron.
         ranks: per block (N,) fractional ranks on `corpora.score`.
         drifts, floors: per block (N,) rank drift and its noise floor.
-        noise_gone: whether the noise floor is subtracted from the drift already: then it is compared with 0.
         sensitivity_quantile, score_quantile: in [0, 1].
         switch: which modules are marked: none (`off`), those described above (`unreliable`), or all, as a control
             (`everywhere`).
@@ -68,7 +66,7 @@ def assess_reliability(
     reliability = []
     for y, score, s, z, floor in zip(labels, scores, sensitivity, standard, noise, strict=True):
         if switch == "unreliable":
-            switched = (z >= high) & (score <= low) & (s > (0 if noise_gone else floor))
+            switched = (z >= high) & (score <= low) & (s > floor)
         else:
             switched = torch.full_like(z, switch == "everywhere", dtype=torch.bool)
         reliability.append(ModuleReliability(torch.bincount(y), score, s, floor, switched))

@@ -26,7 +26,7 @@ def tokens_by_step(cfg: RunConfig) -> dict[int, tuple[int, int]]:
     for row in cfg.stages:
         forward, trained = recovery_tokens(cfg, row[1])
         if learns[row[1]]:
-            forward += s.steps * (1 + cfg.distill.points) * development
+            forward += (1 + cfg.distill.points) * development
         if row == (cfg.final, cfg.recovery):
             final = forward, trained
         else:
@@ -35,8 +35,8 @@ def tokens_by_step(cfg: RunConfig) -> dict[int, tuple[int, int]]:
     prompts, prompt, generated = sample_lengths(cfg)
     evaluated += 2 * prompts * (prompt + generated)
     return {
-        1: (s.steps * (calibration - saliency), s.steps * saliency),
-        7: (s.steps * (curve + learning * (s.loss == "kl")), s.steps * learning),
+        1: (calibration - saliency, saliency),
+        7: (curve + learning * (s.loss == "kl"), learning),
         9: (final[0] + 3 * compared_tokens(cfg), final[1]),
         10: (evaluated + others[0], others[1]),
     }
@@ -72,7 +72,7 @@ def recovery_tokens(cfg: RunConfig, recovery: str) -> tuple[int, int]:
     c = cfg.corpora
     windows = len(c.recover) * c.seq_len  # one of each corpus
     found = recovery_of(recovery).tokens(
-        windows * c.num_samples * cfg.sparsity.steps,
+        windows * c.num_samples,
         windows * cfg.distilled_windows,
         attention=cfg.attention,
         settings=cfg.recovery_settings,

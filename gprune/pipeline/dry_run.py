@@ -110,7 +110,7 @@ def flops(plan: Plan) -> float:
     attention = sum(4.0 * cfg.corpora.seq_len * block.output.in_features for block in blocks)
     head = 2.0 * config.vocab_size * config.hidden_size
     learned = sum(backward for _, backward in (recovery_tokens(cfg, recovery) for _, recovery in cfg.stages))
-    calibrated = cfg.sparsity.steps * calibration_tokens(cfg)
+    calibrated = calibration_tokens(cfg)
     total = plan.forward_tokens * (weights + attention + head)
     total += plan.forward_backward_tokens * (2 * weights + 3 * attention + 2 * head) + learned * weights
     if "saliency" not in cfg.collects:

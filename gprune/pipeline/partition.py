@@ -16,7 +16,6 @@ from gprune.importance.weights import ffn_weights
 from gprune.models.blocks import Block
 from gprune.models.offload import device_of
 from gprune.partition.drift import (
-    above_noise,
     half_agreement,
     kendall_agreement,
     module_agreements,
@@ -67,9 +66,7 @@ def _drift_of(run: Run, block: Block, statistics: Sequence[CorpusStatistics]) ->
     floor = noise_floor(half_ranks)
     if block.has_experts:  # scores of different experts are on different scales
         scores = ranks.clone()
-    drift = rank_drift(ranks)
-    drift = above_noise(drift, floor) if run.cfg.partition.subtract_noise else drift
-    return Drift(scores, ranks, drift, floor, half_agreement(half_ranks))
+    return Drift(scores, ranks, rank_drift(ranks), floor, half_agreement(half_ranks))
 
 
 def partition(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
@@ -141,13 +138,13 @@ def assess(
     much it weighs in them, and every unit's rank inside its module.
     """
     run.step(6, "Judging modules")
-    r, noise_gone = run.cfg.reliability, run.cfg.partition.subtract_noise
+    r = run.cfg.reliability
     block_ranks = [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, run.blocks, strict=True)]
     switch = r.switch and len(run.cfg.corpora.drift) > 1
     which = "off" if not switch else "everywhere" if r.everywhere else "unreliable"
     reliability = assess_reliability(
         labels, block_ranks, [d.drift for d in drift],
-        [d.floor for d in drift], noise_gone=noise_gone,
+        [d.floor for d in drift],
         sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=which,
     )  # fmt: skip
     fallback = fallback_ranks(run, statistics)

@@ -22,10 +22,9 @@ from gprune.pipeline.calibrate import calibrate
 from gprune.pipeline.evaluate import evaluate, summarise, write_pages
 from gprune.pipeline.partition import assess, measure_drift, partition
 from gprune.pipeline.recover import shrink
-from gprune.pipeline.run import Run, opened
+from gprune.pipeline.run import opened
 from gprune.pipeline.samples import write_samples
 from gprune.pipeline.save import save
-from gprune.pipeline.schedule import Chosen, LastStep, prune_earlier_steps
 from gprune.pipeline.sparsity import base_masks, learn_sparsity, score
 from gprune.runs.results import PruningResult
 
@@ -45,52 +44,27 @@ def prune(cfg: RunConfig) -> PruningResult:
     if cfg.dry_run:
         raise UserError("dry_run: expected false where a run is asked for; `python train.py --dry_run true` plans it.")
     with opened(cfg) as run:  # plan, model, tokenizer, text, blocks, budget
-        last = prune_earlier_steps(run, choose)  # without `--sparsity.schedule` the run itself
-        return finish(run, last, choose(last.run))
-
-
-def choose(run: Run) -> Chosen:
-    """Steps 1 to 8: what to keep of the run's model."""
-    statistics = calibrate(run)  # 1
-    scores = score(run, statistics)  # 2
-    masks = base_masks(run, statistics, scores)
-    modules = thresholds = None
-    if run.cfg.gprune:
-        drift = measure_drift(run, statistics)  # 3
-        labels = partition(run, drift)  # 4, 5
-        modules = assess(run, statistics, scores, drift, labels)  # 6
-        thresholds, masks["gprune"] = learn_sparsity(run, modules, masks["base"])  # 7, 8
-    return Chosen(statistics, masks, modules, thresholds)
-
-
-def finish(run: Run, last: LastStep, chosen: Chosen) -> PruningResult:
-    """Steps 9 and 10: prune, recover, check, save and evaluate.
-
-    Args:
-        run: with the dense model.
-        last: the run on what earlier steps have left of it, where `chosen` was chosen.
-    """
-    run.step(9, "Pruning" if run.cfg.recovery == "none" else "Pruning and recovering")
-    with run.folder.step("shrink"):
-        pruned = shrink(last.run, chosen.masks[run.cfg.final], chosen.statistics)
-    masks = {stage: last.of_dense(of_left) for stage, of_left in chosen.masks.items()}
-    final, first, summary = masks[run.cfg.final], rank_zero_only.rank == 0, {}
-    if first:
-        save(run, pruned, masks)
-    records = evaluate(run, chosen.statistics, masks, pruned)
-    if first:
-        write_samples(run, pruned, {r["corpus"]: r["seen"] for r in records})
-        summary = summarise(run, records, final, pruned, chosen.modules)
-        write_pages(run)
-    return PruningResult(
-        path=run.folder.path,
-        config=run.cfg,
-        masks=final,
-        modules=chosen.modules,
-        thresholds=chosen.thresholds,
-        statistics=chosen.statistics,
-        records=records,
-        summary=summary,
-        model=pruned,
-        tokenizer=run.tokenizer,
-    )
+        statistics = calibrate(run)  # 1
+        scores = score(run, statistics)  # 2
+        masks = base_masks(run, statistics, scores)  # by stage: `base`, `averaged` and `gprune`
+        modules = thresholds = None
+        if cfg.gprune:
+            drift = measure_drift(run, statistics)  # 3
+            labels = partition(run, drift)  # 4, 5
+            modules = assess(run, statistics, scores, drift, labels)  # 6
+            thresholds, masks["gprune"] = learn_sparsity(run, modules, masks["base"])  # 7, 8
+        run.step(9, "Pruning" if cfg.recovery == "none" else "Pruning and recovering")
+        with run.folder.step("shrink"):
+            pruned = shrink(run, masks[cfg.final], statistics)
+        first, summary = rank_zero_only.rank == 0, {}
+        if first:
+            save(run, pruned, masks)
+        records = evaluate(run, statistics, masks, pruned)  # 10
+        if first:
+            write_samples(run, pruned, {r["corpus"]: r["seen"] for r in records})
+            summary = summarise(run, records, masks[cfg.final], pruned, modules)
+            write_pages(run)
+        return PruningResult(
+            path=run.folder.path, config=cfg, masks=masks[cfg.final], modules=modules, thresholds=thresholds,
+            statistics=statistics, records=records, summary=summary, model=pruned, tokenizer=run.tokenizer,
+        )  # fmt: skip

@@ -112,7 +112,6 @@ def material_of(run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistic
         settings=cfg.recovery_settings,
         fit=RecoveryFit(run, f"recovery/{recovery}-{content_hash(masks.tensors())[:8]}"),
         shard=cfg.model.shard,
-        teacher=run.teacher,
     )
 
 

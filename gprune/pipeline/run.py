@@ -84,7 +84,7 @@ class Run:
     """What every step of the method works with."""
 
     plan: Plan
-    model: PreTrainedModel  # dense, frozen; or what earlier steps of a schedule have left of it
+    model: PreTrainedModel  # dense, frozen
     tokenizer: PreTrainedTokenizerBase
     text: Text
     folder: RunFolder
@@ -92,7 +92,6 @@ class Run:
     meter: TokenMeter
     fingerprint: str  # of the model
     screen: Screen
-    teacher: PreTrainedModel | None = None  # the dense model, where `model` is what earlier steps have left of it
 
     @property
     def cfg(self) -> RunConfig:
@@ -169,7 +168,7 @@ def opened(cfg: RunConfig) -> Iterator[Run]:
     settings = cfg.settings() | {"inputs": inputs}
     folder = RunFolder(cfg.folder, meter.counts, key=key_of(settings=settings))
     work = {step: passes(*tokens) for step, tokens in plan.tokens.items()}
-    screen = Screen(work, meter.work, rounds=cfg.sparsity.steps)
+    screen = Screen(work, meter.work)
     with (
         folder.opened(settings, to_yaml(cfg.resolved())), plain_interrupts(),
         _loggers(cfg, folder) as loggers, multiplying(cfg.trainer.float32_matmul_precision), screen,

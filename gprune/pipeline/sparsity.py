@@ -100,11 +100,7 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
     """
     cfg, s = run.cfg, run.cfg.sparsity
     stage = ThresholdLearning(run.model, modules.ranks, start, run.budget, s, shard=cfg.model.shard)
-    # Where earlier steps have been, sparsities are those of what is left, and the curve has two points.
-    if s.schedule:
-        budgets = {round(run.budget.sparsity, 4): run.budget}
-    else:
-        budgets = {v: run.budget.at(v) for v in cfg.evaluation.curve} | {s.target: run.budget}
+    budgets = {v: run.budget.at(v) for v in cfg.evaluation.curve} | {s.target: run.budget}
     curve = PerplexityCurve(run.text.development, budgets=budgets, batch_size=cfg.corpora.batch_size)
     numbers = sum(p.numel() for p in stage.parameters() if p.requires_grad)
     what = f"Learning {numbers} {'thresholds' if s.learn == 'thresholds' else 'numbers'}"

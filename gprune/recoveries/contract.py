@@ -65,7 +65,6 @@ class Material:
     # Trains a stage on `fresh`, else on `text`. Its state_dict is what it learns: a run taken up gives it back.
     fit: Callable[..., None] | None = None
     shard: bool = False  # whether layers are sharded over processes while something learns
-    teacher: PreTrainedModel | None = None  # before any pruning, where `dense` has been through earlier steps; frozen
 
     @property
     def batches(self) -> list[Tensor]:

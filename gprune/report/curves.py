@@ -63,13 +63,12 @@ def curve_figures(frame: pd.DataFrame) -> dict[str, Figure]:
 def own_line(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
     """(x, y) of a metric, sorted by x; of several models that learn in turn, the run's own.
 
-    That is the first fit that logs the metric, of those that belong to no earlier step of a schedule (`fit` below 0),
-    in all sittings at it: what a later sitting has computed again counts.
+    That is the first fit that logs the metric, in all sittings at it: what a later sitting has computed again counts.
     """
     points = frame[[axis, name]].apply(pd.to_numeric, errors="coerce").dropna().set_axis(["x", "y"], axis=1)
     if "fit" in frame:
         fits = frame["fit"][points.index]
-        points = points[fits == fits[fits >= 0].min()]
+        points = points[fits == fits.min()]
     return points.drop_duplicates("x", keep="last").sort_values("x")
 
 

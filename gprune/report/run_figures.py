@@ -108,8 +108,6 @@ def sparsity_figure(masks: Masks, labels: Sequence[Tensor] | None) -> Figure:
 def run_figures(records: Sequence[Record], modules: Modules | None, masks: Masks) -> dict[str, Figure]:
     """All figures that one run has data for, by name."""
     labels = None if modules is None else modules.labels
-    if labels is not None and any(len(y) != len(m) for y, m in zip(labels, masks.ffn, strict=True)):
-        labels = None  # modules of what earlier steps of a schedule had left, and masks of the dense model
     figures = {"perplexity": perplexity_figure(records), "sparsity": sparsity_figure(masks, labels)}
     if modules is not None and len(modules.drift[0].ranks) > 1:
         figures["heterogeneity"] = heterogeneity_figure(modules)

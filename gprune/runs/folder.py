@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import re
@@ -67,8 +66,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path | str, count_tokens: Callable[[], dict[str, int]] = dict, *, key: str | None = None):
-        self.path = self.root = Path(path)  # of a part of a run, and of the run, whose manifest stands for all parts
-        self.prefix = ""  # of a part's entries in the manifest
+        self.path = Path(path)
         self.count_tokens = count_tokens
         self.key = key
         self.finished = False  # True if the run was complete when it was opened; then it is only read
@@ -76,12 +74,6 @@ class RunFolder:
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
-
-    def inside(self, name: str) -> RunFolder:
-        """A folder in this one, for a part of the run, whose entries in this one's manifest begin with `name`."""
-        part = copy.copy(self)
-        part.path, part.prefix = self.path / name, f"{self.prefix}{name}/"
-        return part
 
     @contextmanager
     def opened(self, settings: dict[str, Any], config_yaml: str) -> Iterator[None]:
@@ -169,30 +161,27 @@ class RunFolder:
     @property
     def manifest(self) -> dict[str, Any]:
         """The manifest, or nothing where there is none that is whole and has the shape of one."""
-        return read_json(self.root / "manifest.json", check=manifest_problem) or {}
+        return read_json(self / "manifest.json", check=manifest_problem) or {}
 
     @property
     def metrics(self) -> dict[str, Any]:
         """`metrics.json`, or nothing where there is none that is whole, this run's, and has the shape of one."""
         return read_json(self / "metrics.json", run=self.key, check=schema.metrics) or {}
 
+    @rank_zero_only
     def update_manifest(self, *, replace: bool = False, **entries: Any) -> None:
         """Merge entries into the manifest, dictionaries one level deep unless they `replace` what is there.
 
         Raises:
             UserError: if it has gone, or was damaged, while the run went on.
         """
-        self._write_manifest({f"{self.prefix}{name}": value for name, value in entries.items()}, replace=replace)
-
-    @rank_zero_only
-    def _write_manifest(self, entries: dict[str, Any], *, replace: bool = False) -> None:
         manifest = self.manifest
         if not manifest:
-            raise UserError(f"{self.root / 'manifest.json'} vanished or was altered while the run went on.")
+            raise UserError(f"{self / 'manifest.json'} vanished or was altered while the run went on.")
         for name, value in entries.items():
             merged = isinstance(value, dict) and not replace
             manifest[name] = {**manifest.get(name, {}), **value} if merged else value
-        write_json(self.root / "manifest.json", manifest)
+        write_json(self / "manifest.json", manifest)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -203,7 +192,6 @@ class RunFolder:
         if self.finished:
             yield
             return
-        name = f"{self.prefix}{name}"
         started, before = time.monotonic(), self.count_tokens()
         earlier = self.manifest.get("steps", {}).get(name, {})
 
@@ -211,7 +199,7 @@ class RunFolder:
             used = {"seconds": time.monotonic() - started}
             used |= {kind: count - before[kind] for kind, count in self.count_tokens().items()}
             total = {kind: round(value + earlier.get(kind, 0), 2) for kind, value in used.items()}
-            self._write_manifest({"steps": {name: total | peak_memory()}})
+            self.update_manifest(steps={name: total | peak_memory()})
 
         self._running.append(note)
         try:
@@ -226,12 +214,7 @@ class RunFolder:
             self._running[-1]()
 
     def number_of(self, fit: str) -> int:
-        """Which of the run's fits this is, 0 for the first that was begun: the same for all sittings at it.
-
-        -1 in a part of a run: what a step of a schedule learns is not what the run ends with.
-        """
-        if self.prefix:
-            return -1
+        """Which of the run's fits this is, 0 for the first that was begun: the same for all sittings at it."""
         known = self.manifest.get("fits", {})
         if fit not in known:
             self.update_manifest(fits={fit: len(known)})

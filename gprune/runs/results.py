@@ -210,7 +210,7 @@ def _with_tensors(folder: RunFolder, run: FinishedRun) -> FinishedRun:
     with _complete(folder):
         masks = Masks.from_tensors(_tensors(folder, f"masks/{run.final}"))
         modules = Modules.from_tensors(_tensors(folder, "modules")) if run.final == "gprune" else None
-        check_shapes(masks, modules, whole=not run.settings["sparsity"]["schedule"])
+        check_shapes(masks, modules)
     return replace(run, masks=masks, modules=modules)
 
 

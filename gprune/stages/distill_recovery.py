@@ -34,7 +34,7 @@ class Distill(Recovery):
 
         s = material.settings.get("distill", DistillConfig())
         remove_hook_from_submodules(pruned)  # of a dense model on several devices: what learns lies on one
-        stage = DistillationStage(material.teacher or material.dense, pruned, s, shard=material.shard)
+        stage = DistillationStage(material.dense, pruned, s, shard=material.shard)
         what = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"
         material.fit(
             what, stage, clip=s.clip, batch_size=s.batch_size, accumulate=s.accumulate, points=s.points, keep=s.keep

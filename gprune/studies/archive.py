@@ -134,5 +134,5 @@ def _named(row: Row, records: Sequence[Record]) -> list[Record]:
 
 def learned_tokens(steps: Mapping[str, Mapping[str, float]]) -> int:
     """Tokens forward and backward of steps that learn: not of scores, which the cache may have had, nor of controls."""
-    learning = (step for name, step in steps.items() if name.rpartition("/")[2] not in ("calibrate", "evaluate"))
+    learning = (step for name, step in steps.items() if name not in ("calibrate", "evaluate"))
     return int(sum(step.get("forward_backward_tokens", 0) for step in learning))

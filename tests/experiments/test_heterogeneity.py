@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -13,7 +12,6 @@ from scipy.stats import f_oneway, kendalltau
 
 import gprune
 from experiments import heterogeneity
-from gprune.errors import UserError
 from gprune.importance.scores import fractional_ranks, score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
@@ -90,12 +88,6 @@ def test_numbers_are_those_of_an_independent_computation(finished, runs, capsys,
         assert float(shown[str(b)][2]) == pytest.approx(drift.mean() / float(d.floor.mean()), abs=6e-3)
         switched = finished.modules.reliability[b].switched
         assert shown[str(b)][9] == f"{int(switched.sum())} of {len(switched)}"
-
-
-def test_modules_of_a_run_in_steps_are_not_of_the_dense_model(finished):
-    settings = finished.settings | {"sparsity": finished.settings["sparsity"] | {"schedule": [0.3]}}
-    with pytest.raises(UserError, match="pruned in steps"):
-        heterogeneity.text_of(replace(finished, settings=settings), every=1, data_free=True, permutations=2, seed=0)
 
 
 def test_eta_squared_is_what_an_f_test_is_made_of():

@@ -12,7 +12,6 @@ from scipy.stats import kendalltau, rankdata
 
 from gprune.importance.scores import fractional_ranks
 from gprune.partition.drift import (
-    above_noise,
     half_agreement,
     kendall_agreement,
     module_agreements,
@@ -84,11 +83,6 @@ def test_noise_floor_by_hand():
     expected = math.sqrt((2 / 3) * (0.2**2 + 0 + 0.1**2) / 3)
     assert float(noise_floor(half_ranks)) == pytest.approx(expected, rel=1e-12)
     assert float(noise_floor(half_ranks[:1])) == 0  # one corpus shows no drift, noise or not
-
-
-def test_above_noise_subtracts_variances_and_stops_at_zero():
-    result = above_noise(torch.tensor([0.5, 0.3, 0.0]), torch.tensor([0.3, 0.4, 0.0]))
-    np.testing.assert_allclose(result.numpy(), [0.4, 0, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -44,7 +44,6 @@ def test_module_means():
         pytest.param([0.0] * 4, SCORE, [0.0] * 4, {}, NONE, id="no drift at all"),
         pytest.param(DRIFT, SCORE, [0.1, 0.1, 0.1, 0.45], {}, NONE, id="drift that sampling explains"),
         pytest.param(DRIFT, SCORE, [0.1, 0.1, 0.1, 0.35], {}, LAST, id="drift beyond sampling"),
-        pytest.param(DRIFT, SCORE, [0.5] * 4, {"noise_gone": True}, LAST, id="the floor is subtracted already"),
         pytest.param(
             DRIFT, DRIFT[::-1], [0.0] * 4, {"sensitivity_quantile": 0.5}, [False, False, True, True], id="wider",
         ),

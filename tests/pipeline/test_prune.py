@@ -214,7 +214,6 @@ SWITCHES = {
     "width_multiple": "--sparsity.width_multiple=4 --sparsity.learn=offsets",
     "uniform_width": "--sparsity.uniform_width=true",
     "initial_not_centred": "--partition.method=initial --sparsity.centred=false --sparsity.target=0.333",
-    "noise_subtracted": "--partition.subtract_noise=true",
     "development": "--evaluation.split=development",
     "kl_on_fresh_text": "--sparsity.loss=kl --corpora.learn_samples=7",
 }

@@ -156,13 +156,13 @@ def test_curves_of_all_sittings_are_one(tmp_path):
     assert list(curve_figures(read_curves(tmp_path))) == ["Loss while sparsity is learned"]
 
 
-def test_the_curve_is_the_runs_own_however_sittings_and_steps_went():
-    """A step of a schedule (-1), the run's own fit (0) begun, gone on before where it ended, and a control (1)."""
+def test_the_curve_is_the_runs_own_however_sittings_went():
+    """The run's own fit (0) begun, gone on before where it ended, and a control (1)."""
     frame = pd.DataFrame(
         {
-            "fit": [-1, -1, 0, 0, 0, 0, 0, 0, 1, 1],
-            "step": [0, 1, 0, 1, 2, 1, 2, 3, 0, 1],
-            "distill/loss": [9.0, 8, 5, 4, 3.1, 4, 3, 2, 7, 6],
+            "fit": [0, 0, 0, 0, 0, 0, 1, 1],
+            "step": [0, 1, 2, 1, 2, 3, 0, 1],
+            "distill/loss": [5.0, 4, 3.1, 4, 3, 2, 7, 6],
         }
     )
     assert own_line(frame, "step", "distill/loss").to_numpy().tolist() == [[0, 5], [1, 4], [2, 3], [3, 2]]

@@ -51,12 +51,11 @@ def test_a_file_that_is_no_record_of_the_row_is_never_the_place_of_its_record(be
 
 
 def test_tokens_that_a_row_learned_from_do_not_depend_on_what_the_cache_had(bench, first):
-    """Those of scores, which the first row alone pays for, and of controls are left out; those of rounds are not."""
+    """Those of scores, which the first row alone pays for, and of controls are left out."""
     record = record_of(bench.rows(first[0])[1])
     own = record["summary"]["learned_tokens"]
     assert own == record["steps"]["thresholds"]["forward_backward_tokens"] > 0
-    names = ("calibrate", "steps/0.2/calibrate", "evaluate", "steps/0.2/thresholds")
-    more = {name: {"forward_backward_tokens": 100} for name in names}
+    more = {name: {"forward_backward_tokens": 100} for name in ("calibrate", "evaluate", "shrink")}
     assert archive.learned_tokens(record["steps"] | more) == own + 100
 
 
