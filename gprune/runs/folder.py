@@ -18,7 +18,7 @@ from torch import Tensor
 from gprune.config import check_settings
 from gprune.errors import UserError
 from gprune.runs import schema
-from gprune.storage.cache import cannot_write
+from gprune.storage.cache import disk_errors
 from gprune.storage.environment import environment, peak_memory
 from gprune.storage.files import (
     MISSING,
@@ -92,15 +92,14 @@ class RunFolder:
         if (self.path.exists() and not self.path.is_dir()) or self._is_anothers():
             raise self._no_run()
         with ExitStack() as stack:
-            try:
+            with disk_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(self.path.resolve()))
-            except BlockingIOError as error:
-                raise UserError(
-                    f"Another process is working in {self.path}; wait for it, or choose another --run.name."
-                ) from error
-            except OSError as error:
-                raise cannot_write(self.path, error) from error
+                try:
+                    stack.enter_context(locked(self.path.resolve()))
+                except TimeoutError as error:
+                    raise UserError(
+                        f"Another process is working in {self.path}; wait for it, or choose another --run.name."
+                    ) from error
             self._take_up(settings, config_yaml)
             self.finished = bool(self.metrics.get("summary"))
             yield

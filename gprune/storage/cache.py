@@ -31,13 +31,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
-        raise cannot_write(path, error) from error
-
-
-def cannot_write(path: Path, error: Exception) -> UserError:
-    """The UserError for a place that the system refuses to write."""
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return UserError(
-        f"Cannot write {path}: {reason}. Free space or choose another place (a run's results: --run.dir; an export: "
-        f"--output; caches: $GPRUNE_CACHE); what was finished is kept."
-    )
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"Cannot write {path}: {reason}. Free space or choose another place (a run's results: --run.dir; "
+            f"an export: --output; caches: $GPRUNE_CACHE); what was finished is kept."
+        ) from error

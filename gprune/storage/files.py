@@ -8,7 +8,6 @@ again, never silently used. JSON without a checksum, as somebody writes it by ha
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -23,7 +22,7 @@ from typing import Any
 
 import safetensors
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,7 +34,7 @@ from gprune.storage.reading import read_text, regular_file
 log = logging.getLogger("gprune")
 FORMAT_VERSION = 4  # part of every cache key: raise it when what is stored changes meaning
 _hashed: dict[Path, tuple[int, int, int]] = {}  # inode, size and time of files whose content this process has hashed
-MISSING = "it is not there"
+MISSING, UNUSABLE = "it is not there", "%s is not usable (%s); going on without it."
 OLD = "former"  # in a scratch folder: the folder that stood in the place of a new one, until that has taken it
 
 
@@ -74,7 +73,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
             folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
             stack.callback(_remove, folder, path)
             # Somebody may have taken it for abandoned in the moment before it was locked.
-            with suppress(BlockingIOError, FileNotFoundError, NotADirectoryError):
+            with suppress(TimeoutError, FileNotFoundError, NotADirectoryError):
                 stack.enter_context(locked(folder))
                 if folder.exists():
                     break
@@ -93,20 +92,13 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, the file `.lock` in it, which stays there.
 
     Raises:
-        BlockingIOError: if another process holds it.
+        TimeoutError: if another process holds it.
         OSError: if there is no such folder.
     """
-    if folder.is_symlink() or not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-    lock = FileLock(folder / ".lock", blocking=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise BlockingIOError(errno.EAGAIN, "another process holds its lock", str(folder)) from error
-    try:
+    if folder.is_symlink() or not folder.is_dir():  # or the lock would make one
+        raise NotADirectoryError(f"expected a folder, got {folder}")
+    with FileLock(folder / ".lock", blocking=False):
         yield
-    finally:
-        lock.release()
 
 
 @rank_zero_only
@@ -131,51 +123,48 @@ def _lines(content: Any, width: int, margin: str = "") -> str:
     text = json.dumps(content, separators=(",", ":"))
     if len(text) <= width or not isinstance(content, dict | list):
         return text
-    inner, (opening, closing) = margin + " ", "[]" if isinstance(content, list) else "{}"
-    if isinstance(content, list):
-        entries = [_lines(value, width, inner) for value in content]
-    else:
-        entries = [f"{json.dumps(name)}:{_lines(value, width, inner)}" for name, value in content.items()]
-    return f"{opening}\n" + ",\n".join(inner + entry for entry in entries) + f"\n{margin}{closing}"
+    keys = [f"{json.dumps(key)}:" for key in content] if isinstance(content, dict) else [""] * len(content)
+    values = content.values() if isinstance(content, dict) else content
+    entries = [f"{margin} {key}{_lines(v, width, margin + ' ')}" for key, v in zip(keys, values, strict=True)]
+    return f"{text[0]}\n" + ",\n".join(entries) + f"\n{margin}{text[-1]}"
 
 
 def read_json(path: Path, *, run: str | None = None, check: Callable[[Any], str | None] | None = None) -> Any:
-    """The content, or None (with one warning unless it is missing) if it is not whole, altered, foreign or no such.
-
-    Args:
-        run: the key of the run that it has to belong to, if it says whose it is.
-        check: says what is wrong with the content, if anything is.
-    """
+    """As `inspected_json`, with one warning in place of the reason, and none where there is no file."""
     content, reason = inspected_json(path, run=run, check=check)
-    return content if reason in (None, MISSING) else _unusable(path, reason)
+    if reason not in (None, MISSING):
+        log.warning(UNUSABLE, path, reason)
+    return content
 
 
 def inspected_json(
     path: Path, *, run: str | None = None, check: Callable[[Any], str | None] | None = None
 ) -> tuple[Any, str | None]:
-    """As `read_json`, with the reason in place of the warning; `MISSING` where there is no file."""
+    """The content and None; or None and why it is not usable: missing (`MISSING`), not whole, altered, or foreign.
+
+    Args:
+        run: the key of the run that it has to belong to, if it says whose it is.
+        check: says what is wrong with the content, if anything is.
+    """
     try:
-        content, reason = json.loads(read_text(path)), None
+        content = json.loads(read_text(path))
         if isinstance(content, dict) and "checksum" in content:
             if content.pop("checksum") != json_hash(content, path.name):
-                reason = "its content does not match its checksum"
-            elif content.pop("run", run) != run and run is not None:
-                reason = "it belongs to another run"
-        reason = reason or (check(content) if check else None)
+                raise ValueError("its content does not match its checksum")
+            if content.pop("run", run) != run and run is not None:
+                raise ValueError("it belongs to another run")
+        if check and (problem := check(content)):
+            raise ValueError(problem)
+        return content, None
     except FileNotFoundError:
         return None, MISSING
     except (OSError, ValueError, RecursionError) as error:
-        reason = first_line(error)
-    return (content, None) if reason is None else (None, reason)
+        return None, first_line(error)
 
 
 def json_hash(content: dict[str, Any], name: str) -> str:
     """SHA-256 (16 hex digits) over a file's name and plain content, however it is laid out."""
     return hashlib.sha256(f"{name} {json.dumps(content, sort_keys=True)}".encode()).hexdigest()[:16]
-
-
-def _unusable(path: Path, reason: str) -> None:
-    log.warning("%s is not usable (%s); going on without it.", path, reason)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -217,19 +206,17 @@ def read_tensors(path: Path, *, run: str | None = None, once: bool = False) -> d
         with safetensors.safe_open(path, "pt") as file:
             marks = json.loads((file.metadata() or {}).get("marks", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        reason = None
         if not known and marks.get("content_hash") != content_hash(tensors):
-            reason = "its content does not match its hash"
-        elif marks.get("file", path.name) != path.name:
-            reason = f"it was written as {marks['file']}"
-        elif run is not None and marks.get("run", run) != run:
-            reason = "it belongs to another run"
+            raise ValueError("its content does not match its hash")
+        if marks.get("file", path.name) != path.name:
+            raise ValueError(f"it was written as {marks['file']}")
+        if run is not None and marks.get("run", run) != run:
+            raise ValueError("it belongs to another run")
     except FileNotFoundError:
         return None
     except Exception as error:  # safetensors and torch each raise their own, down to KeyError for an unknown dtype
-        reason = first_line(error)
-    if reason is not None:
-        return _unusable(path, reason)
+        log.warning(UNUSABLE, path, first_line(error))
+        return None
     if once:
         _hashed[path] = state
     return tensors

@@ -18,28 +18,27 @@ def expanded(path: Path | str) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def read_bytes(path: Path | str, *, most: int = MOST, pipe: bool = False) -> bytes:
+def read_bytes(path: Path | str, *, pipe: bool = False) -> bytes:
     """The content of a file; a FIFO would block for ever, and a link to a device never ends.
 
     Args:
-        most: bytes.
         pipe: whether it may be a pipe, which a shell makes of `<(command)`.
 
     Raises:
-        OSError: as the system says; a file that is neither, or larger, is one too.
+        OSError: as the system says; a file that is neither, or has more than `MOST` bytes, is one too.
         ValueError: for a name with NUL.
     """
     regular_file(path, pipe=pipe)
     with open(path, "rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise OSError(errno.EFBIG, f"expected at most {most:,} bytes", str(path))
+        content = file.read(MOST + 1)
+    if len(content) > MOST:
+        raise OSError(errno.EFBIG, f"expected at most {MOST:,} bytes", str(path))
     return content
 
 
-def read_text(path: Path | str, *, most: int = MOST, pipe: bool = False) -> str:
+def read_text(path: Path | str, *, pipe: bool = False) -> str:
     """As `read_bytes`, decoded from UTF-8; a ValueError where it is something else."""
-    return read_bytes(path, most=most, pipe=pipe).decode("utf-8")
+    return read_bytes(path, pipe=pipe).decode("utf-8")
 
 
 def needed_text(path: Path, expected: str) -> str:

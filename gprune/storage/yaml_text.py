@@ -75,7 +75,7 @@ def read_yaml(path: Path | str, what: str, *, pipe: bool = False) -> Any:
         UserError: for a file that cannot be read, is no YAML, or is more than a file of settings can be.
     """
     try:
-        return load_yaml(read_text(path, most=BYTES, pipe=pipe))
+        return load_yaml(read_text(path, pipe=pipe))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{what} '{path}': {reason(error)}.") from error
 
