@@ -29,9 +29,8 @@ from safetensors.torch import load_file
 
 from gprune.errors import UserError
 from gprune.export import gguf_check, hf
-from gprune.export.convert import LLAMA_CPP, TYPES, has_llama_cpp
+from gprune.export.convert import LLAMA_CPP, TYPES, has_llama_cpp, load_folder
 from gprune.export.gguf_writer import write_gguf
-from gprune.export.source import load_folder
 
 from .models import MODELS, SPARSITY, WIDTH_MULTIPLE, embedded, make
 from .packages import OLDER, fetch

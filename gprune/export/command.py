@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from gprune.console import Parser, guarded, quiet
 from gprune.errors import UserError
-from gprune.export.convert import QUANTISED, TYPES, checked_output, write
+from gprune.export.convert import QUANTISED, TYPES, export, model_folder
 from gprune.export.push import push
-from gprune.export.source import model_folder
 
 ABOUT = """Write the model of a finished run in the format another program reads: one GGUF file for llama.cpp.
 
@@ -36,12 +35,8 @@ def parser() -> Parser:
     command_line.add_argument("--unchecked", action="store_true", help="do not ask for a llama.cpp build")
     hub = command_line.add_argument_group("Hugging Face Hub")
     hub.add_argument("--push", metavar="OWNER/NAME", help="the model folder as it is, with its card; converts nothing")
-    hub.add_argument(
-        "--dry-run",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="only say what would go up (default: %(default)s)",
-    )
+    say_only = "only say what would go up (default: %(default)s)"
+    hub.add_argument("--dry-run", action=argparse.BooleanOptionalAction, default=True, help=say_only)
     return command_line
 
 
@@ -63,9 +58,7 @@ def run(args: Sequence[str]) -> str:
         return push(options.run, options.push, dry_run=options.dry_run)
     if not options.dry_run:
         raise UserError("--no-dry-run: expected --push OWNER/NAME beside it.")
-    folder = model_folder(options.run)
-    choices = {"type": options.type, "unchecked": options.unchecked}
-    path = checked_output(folder, options.output, overwrite=options.overwrite, **choices)
+    model_folder(options.run)  # what cannot be need not wait for the libraries that `quiet` imports
     quiet()
-    write(folder, path, **choices)
-    return f"Wrote {path}\n"
+    choices = {name: getattr(options, name) for name in ("output", "type", "overwrite", "unchecked")}
+    return f"Wrote {export(options.run, **choices)}\n"

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gprune.errors import UserError
-from gprune.export.source import load_folder, model_folder
-from gprune.storage.reading import expanded, regular_file
+from gprune.storage.reading import expanded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LLAMA_CPP = "llama-cpp-py-sync"  # a package with a ready-built llama.cpp, which runs in a process of its own
 TYPES = ("f32", "f16", "q8_0")
@@ -33,6 +35,8 @@ def export(
 ) -> Path:
     """Write a pruned model as a GGUF file, and compare what llama.cpp computes of it with the model.
 
+    The file calls the model by the name of its run, or of its folder.
+
     Args:
         run_or_folder: a finished run, or a model folder (of gprune's, or of a stock Llama).
         output: file to write; by default beside the model.
@@ -44,12 +48,29 @@ def export(
         The absolute path of the file.
 
     Raises:
-        UserError: before anything heavy is done, for an argument, model or output that cannot be; later, for a model
+        UserError: before the model is loaded, for an argument, model or output that cannot be; later, for a model
             that GGUF cannot hold, a disk that cannot be written, or a check that failed.
     """
     folder = model_folder(run_or_folder)
-    path = checked_output(folder, output, type=type, overwrite=overwrite, unchecked=unchecked)
-    write(folder, path, type=type, unchecked=unchecked)
+    path = expanded(f"{folder}-{type}.gguf" if output is None else output).absolute()
+    check_type(type, unchecked=unchecked)
+    check_output(path, overwrite=overwrite)
+    from gprune.export.gguf_check import ask_llama_cpp, check_gguf
+    from gprune.export.gguf_writer import write_gguf
+    from gprune.storage.files import replacing
+
+    model, tokenizer = load_folder(folder)
+    name = folder.parent.name if (folder.parent / "manifest.json").is_file() else folder.name
+    with replacing(path) as new:
+        if type in QUANTISED:
+            with tempfile.TemporaryDirectory(dir=new.parent, prefix=".quantise-") as scratch:
+                whole = Path(scratch) / "f16.gguf"
+                write_gguf(model, tokenizer, whole, type="f16", name=name)
+                ask_llama_cpp("quantise", whole, output=str(new), type=type.upper())
+        else:
+            write_gguf(model, tokenizer, new, type=type, name=name)
+        if not unchecked:
+            check_gguf(model, tokenizer, new, type=type)
     return path
 
 
@@ -58,54 +79,70 @@ def has_llama_cpp() -> bool:
     return importlib.util.find_spec(LLAMA_CPP.replace("-", "_")) is not None
 
 
-def checked_output(folder: Path, output: str | Path | None, *, type: str, overwrite: bool, unchecked: bool) -> Path:
-    """The absolute path to write; refuses what can be refused before the model is loaded. Arguments as for `export`."""
+def check_type(type: str, *, unchecked: bool) -> None:
+    """Refuse a type that is unknown, or that needs a llama.cpp build where none is installed."""
     if type not in (*TYPES, *QUANTISED):
         raise UserError(f"Unknown GGUF type '{type}'. Available: {', '.join((*TYPES, *QUANTISED))}.")
     if not has_llama_cpp() and (type in QUANTISED or not unchecked):
         use = f"quantise to {type}" if type in QUANTISED else "check the file (--unchecked writes it unchecked)"
         raise UserError(f"Export: expected a llama.cpp build to {use}; got none. Run `pip install {LLAMA_CPP}`.")
-    path = expanded(f"{folder}-{type}.gguf" if output is None else output).absolute()
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Refuse a place where there is no folder, or something that is no former export."""
     if path.exists() and not overwrite:
         raise UserError(f"Export: '{path}' exists already; choose another --output, or pass --overwrite.")
     if path.exists() and not is_former_export(path):
         raise UserError(f"Export: '{path}' is no former export, so it is not overwritten.")
     if not path.parent.is_dir():
         raise UserError(f"Export: expected --output in a folder that exists, got '{path}'.")
-    return path
 
 
 def is_former_export(path: Path) -> bool:
     """Whether a file is GGUF and says that gprune wrote it: anything else stays, whatever is asked for."""
-    with suppress(OSError):
-        regular_file(path)
-        with path.open("rb") as file:
-            content = file.read(SEARCHED)
-        return content.startswith(b"GGUF") and b"gprune" in content
-    return False
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        content = file.read(SEARCHED)
+    return content.startswith(b"GGUF") and b"gprune" in content
 
 
-def write(folder: Path, output: Path, *, type: str, unchecked: bool) -> None:
-    """Write and check under a temporary name, then rename; the file calls the model by the name of its run or folder.
+def model_folder(run_or_folder: str | Path) -> Path:
+    """The model folder of a finished run, or the model folder itself.
 
-    Args:
-        folder: of the model.
-        output: absolute path, checked by `checked_output`.
-        type, unchecked: as for `export`.
+    Raises:
+        UserError: for a run that is not finished, that kept no model or whose model is not what it left there, and for
+            any other place.
     """
-    from gprune.export.gguf_check import check_gguf, quantise
-    from gprune.export.gguf_writer import write_gguf
-    from gprune.storage.files import replacing
+    path = expanded(run_or_folder)
+    is_model, is_run = ((path / name).is_file() for name in ("config.json", "manifest.json"))
+    if not (is_model or is_run):
+        raise UserError(f"Export: expected a run (manifest.json) or a model folder (config.json), got '{path}'.")
+    from gprune.runs.folder import exported_model
+    from gprune.runs.results import finished
 
-    model, tokenizer = load_folder(folder)
-    name = folder.parent.name if (folder.parent / "manifest.json").is_file() else folder.name
-    with replacing(output) as new:
-        if type in QUANTISED:
-            with tempfile.TemporaryDirectory(dir=new.parent, prefix=".quantise-") as scratch:
-                whole = Path(scratch) / "f16.gguf"
-                write_gguf(model, tokenizer, whole, type="f16", name=name)
-                quantise(whole, new, type=type)
-        else:
-            write_gguf(model, tokenizer, new, type=type, name=name)
-        if not unchecked:
-            check_gguf(model, tokenizer, new, type=type)
+    folder = path.resolve()
+    if is_model:
+        if folder.name == "model" and (folder.parent / "manifest.json").is_file():
+            exported_model(folder.parent)  # or says why it is not what the run left
+        return folder
+    finished(path)  # or says why it is not
+    if not (path / "model" / "config.json").is_file():
+        raise UserError(f"Export: the run '{path}' kept no model (--export none); repeat it with --export hf.")
+    return exported_model(folder)
+
+
+def load_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in float32, and its tokenizer; code that comes with a folder is not run.
+
+    Raises:
+        UserError: for a family that is not supported, and for files that are broken or missing.
+    """
+    from gprune.models.loading import check_finite, load_model
+
+    try:
+        model, tokenizer = load_model(str(folder))
+        check_finite(model, folder)
+    except UserError as error:
+        raise UserError(f"Export: '{folder}' cannot be loaded: {error}") from error
+    return model, tokenizer

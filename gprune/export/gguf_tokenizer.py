@@ -1,8 +1,4 @@
-"""The tokenizer of a model folder in GGUF's keys.
-
-It is written as the folder has it, so the file takes the tokens that the run was measured with. A folder made by an
-older gprune, whose SmolLM2 did not cut numbers into digits, says `gpt-2` in its file; prune anew to mend it.
-"""
+"""The tokenizer of a model folder in GGUF's keys, as the folder has it: the tokens that the run was measured with."""
 
 from __future__ import annotations
 
@@ -23,7 +19,7 @@ def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, A
         tokenizer: fast tokenizer.
         size: rows of the embedding; rows beyond the vocabulary become unused tokens.
     """
-    content = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {"type": "slow"}}
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
     model, pre = content["model"], word_splitting(content)
     if pre is None:
         raise UserError(
@@ -37,21 +33,16 @@ def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, A
         types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     if max(tokens) >= size:
         raise UserError(f"Export: the tokenizer has token {max(tokens)}, but the model has {size} embeddings.")
-    special = {
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id,
-        "unknown": tokenizer.unk_token_id,
-        "padding": tokenizer.pad_token_id,
-    }
+    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    special = {there: getattr(tokenizer, f"{here}_token_id") for there, here in names.items()}
     bare, full = (tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
-    # llama.cpp wants to see merges; one that no text can ask for stands in for none.
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     keys = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": [tokens.get(i, f"[PAD{i}]") for i in range(size)],
         "tokenizer.ggml.token_type": [int(types.get(i, TokenType.UNUSED)) for i in range(size)],
-        "tokenizer.ggml.merges": merges or [f"{tokens[0]} {tokens[0]}"],
+        "tokenizer.ggml.merges": merges or [f"{tokens[0]} {tokens[0]}"],  # llama.cpp wants at least one
         "tokenizer.ggml.add_space_prefix": False,
         "tokenizer.ggml.add_bos_token": len(full) > len(bare) and full[0] == special["bos"],
         **{f"tokenizer.ggml.{name}_token_id": index for name, index in special.items() if index is not None},

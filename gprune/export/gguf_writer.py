@@ -2,7 +2,7 @@
 
 Blocks of different widths are architecture `deci`: its graph is that of `llama`, with sizes per layer. The loader of
 `llama` takes the first layer's sizes for all. A model whose blocks are equal is architecture `llama`, which older
-programs know too. Nothing here converts a checkpoint: tensors come from the model in memory, block by block.
+programs know too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
 from gguf.quants import quant_shape_to_byte_shape, quantize
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,18 +26,7 @@ from gprune.models.blocks import Block, blocks_of
 
 log = logging.getLogger("gprune")
 
-FILE_TYPES = {
-    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
-ADD = {
-    bool: GGUFWriter.add_bool,
-    int: GGUFWriter.add_uint32,
-    float: GGUFWriter.add_float32,
-    str: GGUFWriter.add_string,
-    list: GGUFWriter.add_array,
-}
+FILE_TYPES = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
 PARTS = {
     "attn_q": "query",
     "attn_k": "key",
@@ -69,11 +58,10 @@ def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         yield f"{here}.attn_norm.weight", block.attention_norm.weight
         yield f"{here}.ffn_norm.weight", block.ffn_norm.weight
         for name, part_name in PARTS.items():
-            part = block.parts[part_name]
-            for suffix, parameter in (("weight", part.weight), ("bias", part.bias)):
-                if parameter is not None:
+            for suffix in ("weight", "bias"):
+                if (rows := getattr(block.parts[part_name], suffix)) is not None:
                     rotated = name in ("attn_q", "attn_k")
-                    yield f"{here}.{name}.{suffix}", interleave(parameter, block.head_dim) if rotated else parameter
+                    yield f"{here}.{name}.{suffix}", interleave(rows, block.head_dim) if rotated else rows
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
@@ -100,7 +88,7 @@ def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
     config, blocks, arch = model.config, blocks_of(model), architecture(model)
     sizes = {
         "feed_forward_length": [b.neurons for b in blocks],
-        "attention.head_count": [b.query.out_features // b.head_dim for b in blocks],
+        "attention.head_count": [b.heads for b in blocks],
         "attention.head_count_kv": [b.kv_groups for b in blocks],
     }
     head_dim = blocks[0].head_dim
@@ -115,7 +103,7 @@ def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "vocab_size": model.get_decoder().embed_tokens.num_embeddings,
     }
-    general = {"general.type": "model", "general.name": name, "general.file_type": int(FILE_TYPES[type][1])}
+    general = {"general.type": "model", "general.name": name, "general.file_type": int(FILE_TYPES[type])}
     general["general.quantized_by"] = "gprune"  # the mark by which `--overwrite` knows a former export
     if type == "q8_0":
         general["general.quantization_version"] = 2
@@ -127,7 +115,7 @@ def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig) -> None
     for block in blocks:
         if (reason := unlike_llama(config, block)) is not None:
             raise UserError(
-                f"Export: llama.cpp's graph for layers of different widths computes as Llama does, but this "
+                f"Export: a GGUF file with layers of different widths computes as Llama does, but this "
                 f"'{config.model_type}' {reason}. Export to hf, or prune with --sparsity.uniform_width true and "
                 f"--sparsity.scope ffn, which leaves a stock model for llama.cpp's own converter."
             )
@@ -137,20 +125,18 @@ def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig) -> None
 
 
 def unlike_llama(config: PreTrainedConfig, block: Block) -> str | None:
-    """What a block has that Llama has not, or the other way round; read off the record and the weights."""
-    family = block.family
+    """How a block differs from Llama's, by the record of its family and by its weights; None if it does not."""
     if block.has_experts:
         return "has experts"
     if block.gate is None:
         return "has no gate"
-    if block.ffn_norm is None or block.attention_norm is None or family.norm_offset:
+    if block.ffn_norm is None or block.attention_norm is None or block.family.norm_offset:
         return "normalises elsewhere or otherwise"
     if config.hidden_act not in ("silu", "swish"):
         return f"has hidden_act {config.hidden_act} instead of silu"
     modules = [block.ffn_norm, block.attention_norm, *(part.host for part in block.parts.values())]
     written = {id(parameter) for module in modules for parameter in module.parameters()}
-    other = [name for name, parameter in block.layer.named_parameters() if id(parameter) not in written]
-    if other:
+    if other := [name for name, parameter in block.layer.named_parameters() if id(parameter) not in written]:
         return f"has weights beside Llama's ({other[0]})"
     if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
         return f"attends to a window of {config.sliding_window} tokens"
@@ -164,8 +150,8 @@ def unlike_llama(config: PreTrainedConfig, block: Block) -> str | None:
 @torch.no_grad()
 def write_gguf(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, type: str = "f16", name: str = "pruned"
-) -> list[str]:
-    """Write the file. Matrices in `type`, vectors in float32.
+) -> None:
+    """Write the file: matrices in `type`, or in float16 where q8_0 cannot divide rows into blocks; vectors in float32.
 
     Args:
         model: of a family that computes as Llama does, sliced or not.
@@ -174,20 +160,20 @@ def write_gguf(
         type: f32, f16 or q8_0.
         name: `general.name`.
 
-    Returns:
-        Names of tensors whose rows q8_0 cannot divide into blocks of 32; they are float16.
-
     Raises:
-        UserError: for a model or tokenizer that GGUF or llama.cpp has no words for, or weights beyond float16.
+        UserError: for a model or tokenizer that llama.cpp does not run, or weights beyond float16.
     """
     check_expressible(blocks_of(model), model.config)
     keys = model_keys(model, name, type)
     keys |= tokenizer_keys(tokenizer, model.get_decoder().embed_tokens.num_embeddings)
     types = {tensor_name: stored_type(tensor, type) for tensor_name, tensor in tensors(model)}
+    if odd := [tensor_name for tensor_name, kind in types.items() if type == "q8_0" and kind.name == "F16"]:
+        log.info("q8_0 takes rows of multiples of 32 numbers; in float16 instead: %s", ", ".join(odd))
     writer = GGUFWriter(path, architecture(model))
     try:
         for key, value in keys.items():
-            ADD[value.__class__](writer, key, value)
+            kind = GGUFValueType.get_type(value)
+            writer.add_key_value(key, value, GGUFValueType.UINT32 if kind == GGUFValueType.INT32 else kind)
         for tensor_name, tensor in tensors(model):
             shape = quant_shape_to_byte_shape(tensor.shape, types[tensor_name])
             writer.add_tensor_info(tensor_name, shape, np.uint8, math.prod(shape), raw_dtype=types[tensor_name])
@@ -198,17 +184,11 @@ def write_gguf(
             writer.write_tensor_data(stored(tensor_name, tensor, types[tensor_name]))
     finally:
         writer.close()
-    in_float16 = [tensor for tensor, of in types.items() if type == "q8_0" and of == GGMLQuantizationType.F16]
-    if in_float16:
-        log.info("q8_0 takes rows of multiples of 32 numbers; in float16 instead: %s", ", ".join(in_float16))
-    return in_float16
 
 
 def stored_type(tensor: Tensor, type: str) -> GGMLQuantizationType:
     """float32 for vectors, float16 for matrices whose rows q8_0 cannot divide into its blocks, else `type`."""
-    if tensor.ndim == 1:
-        return GGMLQuantizationType.F32
-    kind, _ = FILE_TYPES[type]
+    kind = GGMLQuantizationType["F32" if tensor.ndim == 1 else type.upper()]
     block, _ = GGML_QUANT_SIZES[kind]
     return GGMLQuantizationType.F16 if tensor.shape[-1] % block else kind
 

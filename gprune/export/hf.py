@@ -2,10 +2,9 @@
 
 Where all blocks have the same shape, and the family's stock config can say it, the folder is a stock model and needs
 nobody's code. Else it holds safetensors, a config.json with the table `per_layer_config`, and the modelling file
-`modeling_pruned.py`, one for all families, so
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works wherever transformers does; after
-`gprune.register()` it works without remote code. An export counts only after `check_reload`: a
-fresh process must get the logits of the model in memory out of it.
+`modeling_pruned.py`, one for all families, so `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`
+works wherever transformers does; after `gprune.register()` it works without remote code. An export counts only after
+`check_reload`: a fresh process must get the logits of the model in memory out of it.
 """
 
 from __future__ import annotations
@@ -118,29 +117,20 @@ def pruned_skeleton(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def to_exportable(model: PreTrainedModel) -> PreTrainedModel:
-    """The same network as the class that is saved: a stock one where that can be. Weights are shared, not copied.
+    """The same network as the class that is saved: a stock one where that can be. It is to be saved, not to compute:
+    weights are shared, not copied, and what no file holds, such as rotary frequencies, is left on the meta device.
 
     Args:
         model: of a supported family, pruned or not, once or twice.
     """
     register()  # for a family whose record came after the import
     exportable = stock_skeleton(model) or pruned_skeleton(model)
-    exportable.config._attn_implementation = model.config._attn_implementation
-    exportable.config.architectures = [type(exportable).__name__]
     exportable.load_state_dict(model.state_dict(), strict=True, assign=True)
     exportable.tie_weights()
-    persistent = exportable.state_dict().keys()
-    for name, buffer in model.named_buffers():  # such as rotary frequencies, which are in no state dict
-        if name not in persistent:
-            owner, _, own_name = name.rpartition(".")
-            exportable.get_submodule(owner)._buffers[own_name] = buffer.clone()
-    needs_gradient = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for name, parameter in exportable.named_parameters():
-        parameter.requires_grad_(needs_gradient[name])
     exportable.generation_config = copy.deepcopy(model.generation_config)
     if is_offloaded(model):
         lend_all(exportable, model)
-    return exportable.train(model.training)
+    return exportable
 
 
 def save_pruned(
@@ -167,16 +157,16 @@ def save_pruned(
         UserError: folder taken, not writable or full; family that has no such export.
     """
     folder = expanded(folder).resolve()
-    if folder.exists() and not overwrite:
-        raise UserError(f"Export: '{folder}' exists already. Choose another folder, or ask for overwriting.")
-    if folder.exists() and (why := reason_to_keep(folder)):
+    if folder.exists() and (why := reason_to_keep(folder) if overwrite else "exists already"):
         raise UserError(f"Export: '{folder}' {why}, so it is not overwritten; move it away.")
     exportable = to_exportable(model)
     with replacing(folder) as new:
         new.mkdir()
         with warnings.catch_warnings(action="ignore"):  # that shards must fit in memory, which is seen to
             exportable.save_pretrained(new, max_shard_size=shard_size(exportable))
-        add_keys_of_older_transformers(new / "config.json")
+        config = json.loads((new / "config.json").read_text(encoding="utf-8"))
+        config |= modeling_pruned.rope_of_older(config)  # stock configs of today do not write it
+        (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         (new / "README.md").write_text(DEFAULT_CARD if model_card is None else model_card, encoding="utf-8")
@@ -186,22 +176,13 @@ def save_pruned(
 
 def reason_to_keep(folder: Path) -> str | None:
     """Why a folder must not be replaced: it is no export of ours, or holds other files too; None if it may be."""
-    if not (folder / "config.json").is_file():
-        return "is no model folder (no config.json)"
     others = [path for path in folder.iterdir() if path.is_dir() or not OUR_FILES.fullmatch(path.name)]
     if foreign := sorted(path.name for path in others if path.name != TEMPLATES):
         return f"holds {foreign[0]}, which no export writes"
     card = folder / "README.md"
     if not card.is_file() or "gprune" not in card.read_text(encoding="utf-8", errors="replace"):
-        return "is another program's model (its README.md does not name gprune)"
+        return "is no model folder of gprune's (its README.md names it)"
     return None
-
-
-def add_keys_of_older_transformers(config_file: Path) -> None:
-    """Write the rotary frequencies where transformers before 5 looks for them: stock configs of today do not."""
-    settings = json.loads(config_file.read_text(encoding="utf-8"))
-    settings |= modeling_pruned.rope_of_older(settings)
-    config_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def shard_size(model: PreTrainedModel) -> int:
@@ -240,11 +221,12 @@ def reloaded_logits(
     with tempfile.TemporaryDirectory(prefix="gprune-reload-") as scratch:
         request, tokens, logits = (Path(scratch) / name for name in ("request.json", "tokens", "logits"))
         save_file({"input_ids": input_ids.detach().cpu().contiguous()}, tokens)
-        settings = {"folder": str(Path(folder).absolute()), "tokens": str(tokens), "logits": str(logits)}
-        settings |= {"device": device, "attention": attention, "threads": torch.get_num_threads()}
-        limits = None if max_memory is None else list(memory_limits(max_memory).items())  # pairs: keys may be numbers
-        settings |= {"device_map": device_map, "max_memory": limits, "offload": f"{scratch}/offload"}
-        request.write_text(json.dumps(settings), encoding="utf-8")
+        load = {"pretrained_model_name_or_path": str(Path(folder).absolute()), "dtype": "auto"}
+        load |= {"trust_remote_code": True, "attn_implementation": attention, "device_map": device_map}
+        load["max_memory"] = None if max_memory is None else list(memory_limits(max_memory).items())
+        load["offload_folder"] = f"{scratch}/offload"
+        settings = {"tokens": str(tokens), "logits": str(logits), "device": device, "load": load}
+        request.write_text(json.dumps(settings | {"threads": torch.get_num_threads()}), encoding="utf-8")
         # A cache of its own for the copied modelling file: two checks at once must not share one.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
         command = [sys.executable, "-P", str(script), str(request)]  # -P: none of our folders on its path
@@ -284,14 +266,13 @@ def check_reload(
         UserError: when it exceeds `atol` or is not finite, or when the folder does not load.
     """
     training, weights = model.training, [(p, p.data) for p in model.parameters()]
+    device, attention = str(device_of(model)), model.config._attn_implementation
     try:
-        device = device_of(model)
         aligned(model)  # as the fresh process has it; for this pass alone, since it copies what the dense model shares
         expected = model.eval()(input_ids.to(device), use_cache=False).logits
         for p, data in weights:
             p.data = data
-        attention = model.config._attn_implementation
-        got = reloaded_logits(folder, input_ids, device=str(device), attention=attention, **placement)
+        got = reloaded_logits(folder, input_ids, device=device, attention=attention, **placement)
         difference = max_logit_difference(expected, got)
         if not difference <= atol:  # also true of NaN
             raise UserError(

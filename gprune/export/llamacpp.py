@@ -20,104 +20,62 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llama_cpp_py_sync import Llama
 from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 from scipy.special import log_softmax
 
 ffi, lib = get_ffi(), get_lib()
-errors = []
 
 
-@ffi.callback("void(enum ggml_log_level, const char *, void *)")
-def log(level, text, _):
-    """Keep what llama.cpp says of errors, and nothing else."""
-    if level == 4:  # GGML_LOG_LEVEL_ERROR
-        errors.append(ffi.string(text).decode(errors="replace").strip())
+def opened(request: dict[str, Any], length: int) -> Llama:
+    """The model in a context of `length` tokens, its cache in float32: what is checked are the weights."""
+    exact = {"flash_attn_type": 0, "type_k": "f32", "type_v": "f32"}
+    return Llama(request["model"], n_ctx=length, n_batch=length, n_threads=request["threads"], **exact)
 
 
-def need(what, name: str):
-    """What llama.cpp gave, unless it is NULL."""
-    if what == ffi.NULL:
-        sys.exit(f"error: {name} failed: {' '.join(errors)}")
-    return what
-
-
-class Model:
-    """One file in a context of `length` tokens, all of which may be given at once.
-
-    The cache is in float32 and attention is plain: what is checked are the weights, not the cache.
-    """
-
-    def __init__(self, path: str, threads: int, length: int):
-        settings = lib.llama_model_default_params()
-        settings.n_gpu_layers = 0
-        model = need(lib.llama_model_load_from_file(path.encode(), settings), f"loading {path}")
-        context = lib.llama_context_default_params()
-        context.n_seq_max = 1
-        context.n_ctx = context.n_batch = context.n_ubatch = length
-        context.n_threads = context.n_threads_batch = threads
-        context.flash_attn_type = context.type_k = context.type_v = 0
-        self.state = need(lib.llama_init_from_model(model, context), "making a context")
-        self.vocabulary = lib.llama_model_get_vocab(model)
-        self.size = lib.llama_vocab_n_tokens(self.vocabulary)
-        self.batch = lib.llama_batch_init(length, 0, 1)
-
-    def logprobs(self, ids: Sequence[int]) -> np.ndarray:
-        """(T, vocabulary) float64 log-probabilities after each of the T tokens, which are alone in the context."""
-        lib.llama_memory_clear(lib.llama_get_memory(self.state), True)
-        batch = self.batch
-        batch.n_tokens = len(ids)
-        for i, token in enumerate(ids):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
-            batch.seq_id[i][0] = 0
-        if status := lib.llama_decode(self.state, batch):
-            sys.exit(f"error: llama_decode returned {status}: {' '.join(errors)}")
-        lib.llama_synchronize(self.state)
-        buffer = ffi.buffer(lib.llama_get_logits(self.state), 4 * len(ids) * self.size)
-        logits = np.frombuffer(buffer, dtype=np.float32).reshape(len(ids), self.size)
-        return log_softmax(logits.astype(np.float64), axis=1)
-
-    def tokens(self, text: str) -> list[int]:
-        """Token ids of a text, with the file's own special tokens."""
-        data = text.encode()
-        most = len(data) + 16
-        room = ffi.new("llama_token[]", most)
-        count = lib.llama_tokenize(self.vocabulary, data, len(data), room, most, True, True)
-        return [room[i] for i in range(max(count, 0))]
+def logprobs_of(model: Llama, ids: Sequence[int]) -> np.ndarray:
+    """(T, vocabulary) float64 log-probabilities after each of the T tokens, which are alone in the context."""
+    lib.llama_memory_clear(lib.llama_get_memory(model._ctx), True)
+    batch = lib.llama_batch_init(len(ids), 0, 1)
+    batch.n_tokens = len(ids)
+    for i, token in enumerate(ids):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+        batch.seq_id[i][0] = 0
+    if status := lib.llama_decode(model._ctx, batch):
+        sys.exit(f"error: llama_decode returned {status}")
+    lib.llama_batch_free(batch)
+    buffer = ffi.buffer(lib.llama_get_logits(model._ctx), 4 * len(ids) * model.n_vocab)
+    logits = np.frombuffer(buffer, dtype=np.float32).reshape(len(ids), model.n_vocab)
+    return log_softmax(logits.astype(np.float64), axis=1)
 
 
 def score(request: dict[str, Any]) -> list[list[int]]:
     """Write log-probabilities; return the tokens of every text."""
-    ids = request["ids"]
-    model = Model(request["model"], request["threads"], len(ids))
-    tokens = [model.tokens(text) for text in request["texts"]]
-    np.save(request["logprobs"], model.logprobs(ids).astype(np.float32))
-    return tokens
+    model = opened(request, len(request["ids"]))
+    np.save(request["logprobs"], logprobs_of(model, request["ids"]).astype(np.float32))
+    return [model.tokenize(text, parse_special=True) for text in request["texts"]]
 
 
 def measure(request: dict[str, Any]) -> float:
     """Mean negative log-likelihood over windows, each alone in the context."""
-    windows = request["windows"]
-    T, total = len(windows[0]), 0.0
-    model = Model(request["model"], request["threads"], T)
-    for ids in windows:
-        total -= model.logprobs(ids)[np.arange(T - 1), ids[1:]].sum()
-    return total / (len(windows) * (T - 1))
+    windows = np.array(request["windows"])
+    model, steps = opened(request, windows.shape[1]), np.arange(windows.shape[1] - 1)
+    return -float(np.mean([logprobs_of(model, ids.tolist())[steps, ids[1:]] for ids in windows]))
 
 
 def quantise(request: dict[str, Any]) -> None:
     """Write another file, its matrices quantised by llama.cpp; rows too short for a type's blocks get a larger type."""
+    lib.llama_backend_init()
     settings = lib.llama_model_quantize_default_params()
     settings.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{request['type']}")
     settings.nthread = request["threads"]
     if lib.llama_model_quantize(request["model"].encode(), request["output"].encode(), ffi.addressof(settings)):
-        sys.exit(f"error: llama_model_quantize failed: {' '.join(errors)}")
+        sys.exit("error: llama_model_quantize failed")
 
 
 def main(request_file: str) -> None:
-    """Answer one request, a JSON file, on standard output."""
+    """Answer one request, a JSON file."""
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
-    lib.llama_log_set(log, ffi.NULL)
-    lib.llama_backend_init()
     answer = {"score": score, "measure": measure, "quantise": quantise}[request["work"]](request)
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from gprune.errors import UserError, first_line
-from gprune.export.source import model_folder
+from gprune.export.convert import model_folder
 from gprune.storage.reading import unsafe_entries
 
 
@@ -24,21 +25,12 @@ def push(run_or_folder: str | Path, repo: str, *, dry_run: bool = True) -> str:
         UserError: for a repository name that cannot be, a folder with links in it, and what the hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
     folder = model_folder(run_or_folder)
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise UserError(f"--push: expected owner/name, got '{repo}': {first_line(error)}") from error
-    if repo.count("/") != 1:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UserError(f"--push: expected owner/name, got '{repo}'.")
     for what, path in unsafe_entries(folder):
-        raise UserError(
-            f"--push: {path} is {what}, and may lead to a file that nobody means to publish; expected a plain file in "
-            f"its place. Nothing went up."
-        )
+        raise UserError(f"--push: {path} is {what}; expected a plain file, lest a private one be published.")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
     listed = "".join(f"{path.stat().st_size:>14,}  {name}\n" for path, name in zip(files, names, strict=True))
@@ -47,9 +39,8 @@ def push(run_or_folder: str | Path, repo: str, *, dry_run: bool = True) -> str:
     try:
         api = HfApi()
         api.create_repo(repo, private=True, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo, folder_path=folder, allow_patterns=names, commit_message="Upload a pruned model"
-        )
+        said = "Upload a pruned model"
+        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names, commit_message=said)
     except Exception as error:  # of the hub, of its HTTP library, and of the sockets below
         raise UserError(f"--push {repo}: the hub refused or was not reached ({first_line(error)}).") from error
     return f"Went up to {repo}, bytes and names:\n{listed}"

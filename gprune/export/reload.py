@@ -1,10 +1,9 @@
 """Logits of an exported folder, computed by a process that knows nothing of gprune.
 
 Run by path, `python -P reload.py REQUEST.json`, in a process that never imports gprune: what it proves is that the
-folder stands on its own, with its modelling file, on transformers alone. REQUEST.json holds `folder`, `tokens` and
-`logits` (safetensors files to read and to write), `device`, `attention`, where weights go (`device_map`, `max_memory`
-as pairs, and the folder `offload`), and `threads`: as many as the caller has, since the order of a sum decides its last
-bits.
+folder stands on its own, with its modelling file, on transformers alone. REQUEST.json holds `tokens` and `logits`
+(safetensors files to read and to write), `device`, `load` (arguments of `from_pretrained`; `max_memory` as pairs), and
+`threads`: as many as the caller has, since the order of a sum decides its last bits.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ def main(request_file: str) -> None:
     """Load an exported folder in this fresh process and write the logits that the request asks for."""
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     torch.set_num_threads(request["threads"])
-    settings = {"dtype": "auto", "trust_remote_code": True, "attn_implementation": request["attention"]}
-    limits = None if request["max_memory"] is None else dict(request["max_memory"])
-    settings |= {"device_map": request["device_map"], "max_memory": limits, "offload_folder": request["offload"]}
-    model = AutoModelForCausalLM.from_pretrained(request["folder"], **settings).eval()
-    if request["device_map"] is None:
+    settings = request["load"]
+    if settings["max_memory"] is not None:
+        settings["max_memory"] = dict(settings["max_memory"])
+    model = AutoModelForCausalLM.from_pretrained(**settings).eval()
+    if settings["device_map"] is None:
         model = model.to(request["device"])
     aligned(model)
     tokens = load_file(request["tokens"])["input_ids"].to(request["device"])

@@ -14,7 +14,7 @@ import pytest
 
 from gprune.export import convert, export, gguf_check, hf
 from gprune.export.command import main
-from gprune.export.source import load_folder
+from gprune.export.convert import load_folder
 from tests import made_up
 from tests.export.test_gguf import as_in_llama_cpp, byte_tokenizer, make_pruned
 from tests.tiny_run import isolated, tiny_tokenizer
@@ -124,8 +124,9 @@ def test_arguments_that_cannot_be(args, message, run, tmp_path, capsys, monkeypa
 
 def test_places_that_hold_no_finished_model(run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert f"there is no '{tmp_path / 'nothing'}'" in refused(capsys, tmp_path / "nothing")
-    assert "neither a run" in refused(capsys, tmp_path / "empty")
+    for name in ("nothing", "empty"):
+        expected = "expected a run (manifest.json) or a model folder (config.json), got"
+        assert f"{expected} '{tmp_path / name}'" in refused(capsys, tmp_path / name)
     shutil.rmtree(run / "model")
     assert "kept no model (--export none)" in refused(capsys, run)
     (run / "metrics.json").write_text(json.dumps({"records": []}))

