@@ -70,8 +70,8 @@ def _measured(loaded: Loaded, task: str, asked: Benchmarks) -> list[dict[str, An
     """The records of one task; a group of tasks, and WikiText-2 in windows of several lengths, has several."""
     if task != WIKITEXT:
         return zero_shot(*loaded, [task], limit=asked.limit, batch_size=asked.batch_size, source=asked.source)
-    protocol = {"bos": asked.bos, "limit": asked.limit, "progress": True}
-    return [wikitext2_perplexity(*loaded, seq_len=n, **protocol) for n in dict.fromkeys(asked.seq_len)]
+    lengths = dict.fromkeys(asked.seq_len)
+    return [wikitext2_perplexity(*loaded, seq_len=n, bos=asked.bos, limit=asked.limit) for n in lengths]
 
 
 def keep(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = None) -> None:
@@ -81,11 +81,7 @@ def keep(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = Non
         run: the key of the run whose file it is: of one run, whatever its folder has been called. In other files a
             record's `run` and `origin` say which model it is of, as folders may share a name.
     """
-    names = ["model", "stage", "recovery", "task", "content_hash", "dtype", *([] if run else ["run", "origin"])]
-
-    def protocol(record: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(record.get(name) for name in names)
-
-    new = {protocol(r) for r in records}
-    others = [r for r in read_evaluation(path, run=run) if protocol(r) not in new]
+    protocol = ["model", "stage", "recovery", "task", "content_hash", "dtype", *([] if run else ["run", "origin"])]
+    new = {tuple(map(r.get, protocol)) for r in records}
+    others = [r for r in read_evaluation(path, run=run) if tuple(map(r.get, protocol)) not in new]
     write_json(path, {"records": [*others, *records]}, run=run)

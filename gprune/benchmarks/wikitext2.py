@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,6 @@ def wikitext2_perplexity(
     seq_len: int = 2048,
     bos: Bos = "auto",
     limit: int | None = None,
-    progress: bool = False,
 ) -> dict[str, Any]:
     """One record: perplexity on WikiText-2's test text with a 95 % interval over windows, and its protocol.
 
@@ -79,7 +77,6 @@ def wikitext2_perplexity(
         seq_len: tokens per window.
         bos: whether BOS opens each window, as in `opening`.
         limit: the first so many windows; None for all. With a limit the number stands beside nobody's.
-        progress: show a bar in a terminal.
 
     Raises:
         UserError: for windows longer than the model's positions, and for text that cannot be had.
@@ -92,8 +89,8 @@ def wikitext2_perplexity(
     windows = replace(every, tokens=every.tokens[:limit])
     check_tokens([windows], tokenizer, model.get_input_embeddings().num_embeddings)
     batch_size = max(1, 2048 // seq_len)
-    with Screen() if progress else nullcontext() as screen:
-        advance = screen and screen.bar("Perplexity on WikiText-2", math.ceil(len(windows.tokens) / batch_size))
+    with Screen() as screen:
+        advance = screen.bar("Perplexity on WikiText-2", math.ceil(len(windows.tokens) / batch_size))
         result = perplexity(model, windows, batch_size=batch_size, progress=advance)
     _, low, high = mean_perplexity({"wikitext2": result.window_nll}, seq_len - 1)
     deviations = []

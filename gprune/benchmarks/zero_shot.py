@@ -89,10 +89,10 @@ def record(loaded: LoadedTask, outcome: dict[str, Any], stamp: dict[str, Any]) -
     # Where the choices come before the question (winogrande), lm_eval's target is the end of the text.
     targets = [task.doc_to_text(s["doc"]) if task.multiple_input else s["target"] for s in samples]
     labels = [own.index(target) if target in own else target for target, own in zip(targets, choices, strict=True)]
-    numbers: dict[str, float | None] = {}
-    for column in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):
-        value = outcome["results"][name].get(f"{column},none")
-        numbers[column] = None if value == "N/A" else value  # the error of a single question
+    columns = {
+        c: outcome["results"][name].get(f"{c},none") for c in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+    }
+    numbers = {c: None if value == "N/A" else value for c, value in columns.items()}  # the error of a single question
     partial = len(samples) < len(task.eval_docs)
     return {
         "kind": "zero_shot",

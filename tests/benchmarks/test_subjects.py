@@ -9,7 +9,6 @@ import torch
 
 from gprune.benchmarks.subjects import load_dense
 from gprune.errors import UserError
-from gprune.models.loading import fingerprint, load_model
 from tests import tiny_run
 
 CODE = """
@@ -40,10 +39,3 @@ def test_a_manifest_that_trusts_code_is_not_believed(stranger, tmp_path):
     with pytest.raises(UserError, match=r"^--model\.name: no usable configuration"):
         load_dense(tmp_path, settings, torch.float32)
     assert not (tmp_path / "ran").exists()
-
-
-def test_a_model_of_a_known_family_needs_no_consent(tmp_path):
-    folder = tiny_run.save_tiny_model(tmp_path / "model")
-    model, _ = load_model(str(folder))
-    settings = {"model": {"name": str(folder), "dtype": "float32"}, "inputs": {"model": fingerprint(model)}}
-    assert load_dense(tmp_path, settings, torch.float32)[0].dtype == torch.float32

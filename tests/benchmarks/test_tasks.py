@@ -18,11 +18,9 @@ from tests.benchmarks.conftest import hub, needs_lm_eval, pairs, questions, writ
 @pytest.mark.parametrize(
     "line",
     [
-        b"not json", b"[]", b'"text"', b"{}", b'{"prompt": "p", "choices": ["a"], "label": 0}',
-        b'{"prompt": "p", "choices": ["a", "b"], "label": 2}', b'{"prompt": "p", "choices": ["a", "b"], "label": -1}',
-        b'{"prompt": "p", "choices": ["a", ""], "label": 0}', b'{"prompt": 1, "choices": ["a", "b"], "label": 0}',
-        b'{"prompt": "p", "choices": ["a", "b"]}', b'{"good": "g"}', b'{"good": "g", "bad": 3}',
-        b'{"prompt": "p", "choices": ["a", "b"], "lab',
+        b"not json", b'"text"', b"{}", b'{"prompt": "p", "choices": ["a"], "label": 0}',
+        b'{"prompt": "p", "choices": ["a", "b"], "label": 2}', b'{"prompt": "p", "choices": ["a", ""], "label": 0}',
+        b'{"prompt": 1, "choices": ["a", "b"], "label": 0}', b'{"good": "g", "bad": 3}',
     ],
 )  # fmt: skip
 def test_a_line_that_is_no_question_is_named(line, data):

@@ -139,14 +139,6 @@ def test_a_continuation_is_the_likeliest_token_each_time(tiny_model, token_batch
     assert torch.equal(continued(tiny_model, ids, 5), expected[:, 9:])
 
 
-def test_no_samples_if_none_are_asked_for(world, tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch)
-    with tiny_run.isolated(tmp_path / "cache"):
-        result = world.run(tmp_path, "--gprune=false")
-    assert not (result.path / "samples.json").exists()
-    assert read_samples(read_run(result.path)) is None
-
-
 def test_curves_of_all_sittings_are_one(tmp_path):
     for version, rows in enumerate([{"step": [0, 1], "learn/loss": [3.0, 2.0]}, {"step": [2], "learn/loss": [1.0]}]):
         (tmp_path / f"csv/version_{version}").mkdir(parents=True)
@@ -190,9 +182,9 @@ def browser():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["one", "both"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize(
+    ("which", "scheme", "width"), [("one", "light", 390), ("one", "dark", 1280), ("both", "dark", 390)]
+)
 def test_a_browser_shows_it_without_network_and_faults(browser, which, scheme, width, finished, compared):
     path = compared if which == "both" else finished.path / "report.html"
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)

@@ -11,7 +11,6 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.colors
 import numpy as np
 import pandas as pd
 import pytest
@@ -32,7 +31,6 @@ from gprune.report.comparison_figures import curve_figure, sparsity_lines
 from gprune.report.curves import curve_figures
 from gprune.report.grouping import read_runs, short_names
 from gprune.report.model_card import model_card
-from gprune.report.perplexity_tables import over_seeds
 from gprune.report.records import corpus_labels, unseen_ratios
 from gprune.report.run_figures import perplexity_figure
 from gprune.report.style import COLOURS, LINES, MARKERS
@@ -299,35 +297,25 @@ def test_pairs_are_compared_on_text_that_both_have_not_seen(run):
 
 def test_a_reference_that_is_not_there_yet_leaves_the_ratios_blank(run):
     runs = read_runs([run, another(run, "two", seed=1)])
-    own = report.of_runs(runs).tables[0]
-    blank = report.of_runs(runs, bases={}).tables[0]
+    own, blank = report.of_runs(runs).tables[0], report.of_runs(runs, bases={})
     assert any(cells[-1] is not None for cells in own.rows)
-    assert "base:" not in own.note
-    assert [cells[:-1] for cells in blank.rows] == [cells[:-1] for cells in own.rows]
-    assert all(cells[-1] is None for cells in blank.rows)
-    assert "not there yet" in blank.note
-    assert "ratios" not in report.of_runs(runs, bases={}).figures()
+    assert blank.tables[0].rows == [[*cells[:-1], None] for cells in own.rows]
+    assert "not there yet" in blank.tables[0].note
+    assert "ratios" not in blank.figures()
 
 
 def test_one_division_into_seen_and_unseen_for_all_rows(run):
     runs = read_runs([run])
     delta = runs[0].records[-1]["corpus"]
-    alpha = runs[0].records[0]["corpus"]
-    made = report.of_runs(runs, seen=[delta])
-    summary, perplexities = made.tables[:2]
-    found = row(summary, "one", "gprune")
+    summary, perplexities = report.of_runs(runs, seen=[delta]).tables[:2]
+    numbers = row(summary, "one", "gprune")
     values = {r["corpus"]: r["perplexity"] for r in records_of(run, "gprune")}
-    assert found["seen"].value == pytest.approx(values.pop(delta))
-    assert found["unseen"].value == pytest.approx(np.exp(np.mean(np.log(list(values.values())))))
+    assert numbers["seen"].value == pytest.approx(values.pop(delta))
+    assert numbers["unseen"].value == pytest.approx(np.exp(np.mean(np.log(list(values.values())))))
     assert [c for c in perplexities.columns if c.endswith("*")] == [f"{Path(delta).name}*"]
-    for table in (summary, perplexities):
+    for table, own in zip((summary, perplexities), report.of_runs(runs).tables, strict=False):
         assert f"In every row {Path(delta).name} counts as seen" in table.note
-        assert "each run's own" not in table.note
-        assert "by the run" not in table.note
-    plain = report.of_runs(runs)
-    assert plain.tables[0].note.endswith("Seen and unseen are each run's own.")
-    assert "was used by the run" in plain.tables[1].note
-    assert f"{Path(alpha).name}*" in plain.tables[1].columns
+        assert "In every row" not in own.note
 
 
 def test_a_model_card_says_nothing_of_drift_that_nobody_measured_nor_of_this_machine(tmp_path):
@@ -424,30 +412,21 @@ def zero_shot_record(**more: object) -> dict:
 
 
 def test_zero_shot_records_are_taken_up(run):
+    """Beside the dense model of their own name, dtype and questions alone."""
     dense = zero_shot_record(stage="dense", correct="110110")
     pruned = zero_shot_record(stage="gprune", correct="100110")
-    (run / "evaluation.json").write_text(json.dumps({"records": [pruned, dense]}))
+    strangers = [dense | {key: "other", "correct": "000000"} for key in ("model", "dtype", "content_hash")]
+    (run / "evaluation.json").write_text(json.dumps({"records": [*strangers, pruned, dense]}))
     made = report.make([run])
-    found = row(made.tables[-1], "piqa", "one", "gprune")
+    cells = row(made.tables[-1], "piqa", "one", "gprune")
     difference, error = paired_difference([1, 0, 0, 1, 1, 0], [1, 1, 0, 1, 1, 0])
-    assert found["against dense"] == f"{difference:+.3f} +- {error:.3f}"
-    assert (found["acc or perplexity"], found["standard protocol"]) == ("0.500 +- 0.200", "no")
-    assert row(made.tables[-1], "piqa", "one", "dense")["against dense"] is None
+    assert cells["against dense"] == f"{difference:+.3f} +- {error:.3f}"
+    assert (cells["acc or perplexity"], cells["standard protocol"]) == ("0.500 +- 0.200", "no")
     assert "a note" in made.to_markdown()
-
-
-def test_accuracy_stands_beside_the_dense_model_of_its_own_name_dtype_and_questions():
-    models = [("a", "float32", "h", "1"), ("b", "float32", "h", "0"), ("a", "bfloat16", "h", "0"),
-              ("a", "float32", "other questions", "0")]  # fmt: skip
-    records = [
-        zero_shot_record(run=name, model=name, dtype=dtype, content_hash=text, stage=stage, correct=digit * 6)
-        for name, dtype, text, digit in models for stage in ("gprune", "dense")
-    ]  # fmt: skip
-    table = evaluation_table(records)
-    against = table.columns.index("against dense")
-    assert [cells[against] for cells in table.rows if cells[2] == "gprune"] == ["+0.000 +- 0.000"] * 4
-    assert sum(cells[2] == "dense" for cells in table.rows) == 4
-    assert all(cells[against] is None for cells in evaluation_table([records[0], *records[2:]]).rows[:1])
+    (alone,) = [r for r in evaluation_table([pruned | {"run": "r"}, *(s | {"run": "r"} for s in strangers)]).rows
+                if r[2] == "gprune"]  # fmt: skip
+    assert made.tables[-1].columns[7] == "against dense"
+    assert alone[7] is None
 
 
 # --- tables
@@ -466,14 +445,6 @@ def test_csv_and_markdown_say_the_same():
     assert header == ["row", "n", "x", "x_low", "x_high", "y", "y_low", "y_high"]
     assert first == ["a, b", "3", str(1 / 3), "0.25", "0.5", "0.125", "", ""]
     assert second == ["c", "", "", "", "", "2.0", "", ""]
-
-
-def test_interval_over_seeds_is_students():
-    values = [1.2, 1.5, 1.1, 1.3]
-    logs = np.log(values)
-    low, high = stats.t.interval(0.95, 3, loc=logs.mean(), scale=stats.sem(logs))
-    np.testing.assert_allclose(over_seeds(values), np.exp([logs.mean(), low, high]), rtol=1e-12)
-    assert over_seeds([2.0]) == Estimate(pytest.approx(2.0))
 
 
 def test_short_names_stay_apart():
@@ -497,18 +468,11 @@ def test_files_are_called_by_as_much_of_their_path_as_tells_them_apart():
 # --- figures and files
 
 
-def grey(colour: str) -> float:
-    """Relative luminance (Rec. 709) of an sRGB colour."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(colour)]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
 def test_nothing_is_told_by_colour_alone(run):
     for stages in (COLOURS, MARKERS):
         assert {"base", "averaged", "gprune"} <= stages.keys()
     assert len(set(MARKERS.values())) == len(MARKERS)
     assert len({marker for _, _, marker in LINES}) == len({str(dash) for _, dash, _ in LINES}) == len(LINES)
-    assert abs(grey(COLOURS["base"]) - grey(COLOURS["gprune"])) > 0.2
     masks = {str(i): Masks([torch.tensor([True, False])], []) for i in range(3 * len(LINES))}
     drawn = sparsity_lines(masks).axes[0].lines[: len(masks)]
     assert len({(line.get_color(), line.get_marker()) for line in drawn}) == len(masks)  # also beyond the first seven
@@ -530,16 +494,16 @@ def test_an_estimate_just_outside_its_interval_is_drawn():
 def test_every_axis_is_labelled(run):
     made = report.make([run, another(run, "two", seed=1), another(run, "three", setting=0.5)])
     figures = made.figures()
-    assert set(figures) == {"means", "ratios", "sparsity", "stability"}
-    assert figures["means"].axes[0].get_xlabel().startswith("perplexity")
-    assert figures["ratios"].axes[0].get_xlabel() == "unseen perplexity / base, 95 % interval"
-    assert (figures["sparsity"].axes[0].get_xlabel(), figures["sparsity"].axes[0].get_ylabel()) == (
-        "block", "fraction of neurons removed",
-    )  # fmt: skip
-    assert len(figures["sparsity"].axes[0].lines) == 3
-    assert len(figures["stability"].axes[0].texts) == 3
-    labels = [text.get_text() for text in figures["ratios"].axes[0].get_yticklabels()]
-    assert len(labels) == len([cells for cells in made.tables[0].rows if cells[7] is not None])
+    axes = {name: figure.axes[0] for name, figure in figures.items()}
+    labels = {name: (one.get_xlabel(), one.get_ylabel()) for name, one in axes.items()}
+    assert labels == {
+        "means": ("perplexity, geometric mean, 95 % interval", ""),
+        "ratios": ("unseen perplexity / base, 95 % interval", ""),
+        "sparsity": ("block", "fraction of neurons removed"),
+        "stability": ("", ""),
+    }
+    assert len(axes["sparsity"].lines) == len(axes["stability"].texts) == 3
+    assert len(axes["ratios"].get_yticklabels()) == sum(cells[7] is not None for cells in made.tables[0].rows)
 
 
 def test_files_far_down_leave_figures_their_width(run):
@@ -602,15 +566,11 @@ def without_base(metrics: dict) -> None:
     ("file", "damage", "message"),
     [
         ("metrics.json", lambda content: content.pop("summary"), "is not finished; run the same command again"),
-        ("metrics.json", None, "is not finished"),
         ("manifest.json", None, "is no run of gprune's"),
-        ("manifest.json", "[1, 2]", "is no run of gprune's"),
-        ("manifest.json", '{"settings": {"a": 1}}', "is no run of gprune's"),
         ("manifest.json", "{half", "is no run of gprune's"),
         ("masks/gprune.safetensors", None, "missing or not whole"),
         ("modules.safetensors", "x", "missing or not whole"),
         ("evaluation.json", '{"records": [{"task": "piqa"}]}', "evaluation.json' holds no records"),
-        ("evaluation.json", "{", "evaluation.json' holds no records"),
     ],
 )
 def test_a_folder_that_cannot_be_reported_on_is_one_line(file, damage, message, run, capsys):
@@ -622,9 +582,10 @@ def test_a_folder_that_cannot_be_reported_on_is_one_line(file, damage, message, 
     else:
         (run / file).write_text(damage)
     before = written(run.parent)
-    for args in ([str(run)], [str(good), str(run)], [str(good), "--base", str(run)]):
-        assert refused(args, capsys).startswith("gprune report: ")
-        assert message in refused(args, capsys)
+    for args in ([str(good), str(run)], [str(good), "--base", str(run)]):
+        line = refused(args, capsys)
+        assert line.startswith("gprune report: ")
+        assert message in line
     assert written(run.parent) == before
 
 
