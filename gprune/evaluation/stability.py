@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -35,52 +35,44 @@ def chance_jaccard(units: int, kept_a: int, kept_b: int) -> float:
     return float((p * x / (kept_a + kept_b - x)).sum() / p.sum())
 
 
-@dataclass(frozen=True)
-class Stability:
-    """Agreement of two runs on which units to keep, as a mean over blocks.
+class Stability(NamedTuple):
+    """Agreement of two runs on which units to keep, as a mean over blocks."""
 
-    A block is left out if one run keeps all of its units, or none: the widths alone then give the index. If all blocks
-    are left out, all numbers are None.
-    """
-
-    jaccard: float | None  # in [0, 1]
-    chance: float | None  # expectation for independent masks of the same widths per block
-    per_block: list[float | None]
+    jaccard: float  # in [0, 1]
+    chance: float  # expectation for independent masks of the same widths per block
 
     @property
-    def beyond_chance(self) -> float | None:
+    def beyond_chance(self) -> float:
         """(jaccard - chance) / (1 - chance): 0 for independent masks, 1 for equal ones, less if widths differ."""
-        if self.jaccard is None or self.chance is None:
-            return None
         return (self.jaccard - self.chance) / (1 - self.chance)
 
 
-def stability(a: Sequence[Tensor], b: Sequence[Tensor]) -> Stability:
+def stability(a: Sequence[Tensor], b: Sequence[Tensor]) -> Stability | None:
     """Agreement of two runs' keep masks of one kind of unit, one (N,) bool per block.
 
     Chance is computed from each block's own widths, so two runs do not agree because they prune the same blocks hard.
+    A block is left out if one run keeps all of its units, or none: the widths alone then give the index. None if all
+    blocks are left out.
     """
-    observed: list[float | None] = []
-    expected: list[float] = []
-    for x, y in zip(a, b, strict=True):
-        certain = any(bool(m.all()) or not bool(m.any()) for m in (x, y))
-        observed.append(None if certain else jaccard(x, y))
-        if not certain:
-            expected.append(chance_jaccard(len(x), int(x.sum()), int(y.sum())))
-    if not expected:
-        return Stability(None, None, observed)
-    known = [value for value in observed if value is not None]
-    return Stability(float(np.mean(known)), float(np.mean(expected)), observed)
+    open_blocks = [(x, y) for x, y in zip(a, b, strict=True) if all(0 < int(m.sum()) < len(m) for m in (x, y))]
+    if not open_blocks:
+        return None
+    expected = [chance_jaccard(len(x), int(x.sum()), int(y.sum())) for x, y in open_blocks]
+    return Stability(float(np.mean([jaccard(x, y) for x, y in open_blocks])), float(np.mean(expected)))
 
 
 def pairwise_stability(masks: dict[str, Masks]) -> dict[tuple[str, str], dict[str, Stability]]:
-    """(run, run) -> "ffn" or "attention" -> agreement, for every pair of runs."""
+    """(run, run) -> agreement by "ffn" and "attention", as far as they say something, for every pair of runs."""
     shapes = {name: [len(m) for m in (*mask.ffn, *mask.attention)] for name, mask in masks.items()}
     first = next(iter(shapes), None)
     for name, shape in shapes.items():
         if shape != shapes[first]:
             raise UserError(f"Masks of {first} and {name} are of models of different shapes; expected the same model.")
-    return {
-        (a, b): {units: stability(getattr(masks[a], units), getattr(masks[b], units)) for units in ("ffn", "attention")}
-        for a, b in combinations(masks, 2)
-    }
+    return {(a, b): dict(_by_units(masks[a], masks[b])) for a, b in combinations(masks, 2)}
+
+
+def _by_units(a: Masks, b: Masks) -> Iterator[tuple[str, Stability]]:
+    for units in ("ffn", "attention"):
+        agreement = stability(getattr(a, units), getattr(b, units))
+        if agreement is not None:
+            yield units, agreement

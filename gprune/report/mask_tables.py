@@ -41,10 +41,9 @@ def sparsity_table(runs: Sequence[FinishedRun]) -> Table:
 def stability_table(groups: Sequence[Group]) -> Table:
     """Jaccard index of kept units for every pair of runs of one model."""
     rows: list[list[Cell]] = [
-        [*pair, units, s.jaccard, s.chance, s.beyond_chance]
+        [*pair, units, *s, s.beyond_chance]
         for pair, by_units in pairs(run for group in groups for run in group.runs).items()
         for units, s in by_units.items()
-        if s.jaccard is not None
     ]
     return Table("stability", "Mask stability", ["run", "and", *COLUMNS], rows, DIGITS, NOTE)
 
@@ -55,10 +54,9 @@ def repeatability_table(groups: Sequence[Group]) -> Table:
     for group in groups:
         within = list(pairs(group.runs).values())
         for units in ("ffn", "attention"):
-            compared = [s for s in (by_units[units] for by_units in within) if s.jaccard is not None]
-            if compared:
-                numbers = ([s.jaccard, s.chance, s.beyond_chance] for s in compared)
-                rows.append([group.name, units, *(float(np.mean(column)) for column in zip(*numbers, strict=True))])
+            numbers = [[*by_units[units], by_units[units].beyond_chance] for by_units in within if units in by_units]
+            if numbers:
+                rows.append([group.name, units, *np.mean(numbers, axis=0).tolist()])
     return Table("repeatability", "Mask stability across seeds, mean over pairs", ["run", *COLUMNS], rows, DIGITS, NOTE)
 
 

@@ -95,8 +95,8 @@ class Report:
             figures["ratios"] = ratio_figure(ratios, base=base)
         if len(runs) > 1 and (masks := masks_of(runs)):
             figures["sparsity"] = sparsity_lines({short[name]: run_masks for name, run_masks in masks.items()})
-            ffn = {(short[a], short[b]): by_units["ffn"] for (a, b), by_units in pairs(runs).items()}
-            if jaccard := {pair: (s.jaccard, s.chance) for pair, s in ffn.items() if s.jaccard is not None}:
+            agreement = {(short[a], short[b]): units.get("ffn") for (a, b), units in pairs(runs).items()}
+            if jaccard := {pair: ffn for pair, ffn in agreement.items() if ffn is not None}:
                 figures["stability"] = stability_figure([short[name] for name in masks], jaccard)
         return {name: titled(figure, self.about()) for name, figure in figures.items()}
 
