@@ -1,7 +1,6 @@
 """What strangers hand over, drawn from a random generator, and the surfaces that take it.
 
-Whatever comes, a surface succeeds without a word on stderr, or ends with code 2 and exactly one line. `test_strangers`
-draws with hypothesis for seconds, `python -m tests.fuzz` with a seed for as long as asked.
+Whatever comes, a surface succeeds without a word on stderr, or ends with code 2 and exactly one line.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Properties of what takes files and flags from strangers, and every damage to a run at every surface that reads one.
 
-The surfaces and what is handed over are in `strangers.py`; `python -m tests.fuzz` goes on for as long as asked.
+The surfaces and what is handed over are in `strangers.py`; `TRIES=1000` multiplies how much is tried.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from gprune.runs import schema
 from tests import made_up, tiny_run
 from tests.strangers import READERS, SURFACES, changed, outcome, replaced, sound, tree
 
-EXAMPLES = {"flags": 30, "study": 20, "text": 40}  # of a surface; of others 12
+TRIES = int(os.environ.get("TRIES", "1"))
+EXAMPLES = {"flags": 20, "study": 20, "text": 40}  # of a surface; of others 12
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,7 +63,9 @@ def bounded(seconds: int = 20, memory: int = 3 * 2**30) -> Iterator[None]:
 def test_whatever_comes_is_success_or_one_line(surface, tiny):
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
-    @settings(max_examples=EXAMPLES.get(surface, 12), deadline=None, suppress_health_check=checks, database=None)
+    @settings(
+        max_examples=TRIES * EXAMPLES.get(surface, 12), deadline=None, suppress_health_check=checks, database=None
+    )
     @given(rng=st.randoms(use_true_random=False))
     def surfaces(rng):
         with tempfile.TemporaryDirectory() as folder, bounded():
@@ -72,7 +75,7 @@ def test_whatever_comes_is_success_or_one_line(surface, tiny):
     surfaces()
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=300 * TRIES, deadline=None, database=None)
 @given(rng=st.randoms(use_true_random=False))
 def test_shapes_say_what_is_wrong_or_give_finite_numbers(rng):
     whole = {"summary": made_up.SUMMARY, "records": made_up.records()}

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -171,24 +172,15 @@ def quick(patch: pytest.MonkeyPatch, *, draw: bool = False) -> None:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A process that has ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@dataclass(frozen=True)
 class Started:
     """A process that was forked from this one, in a session of its own, with its output in two files."""
 
     id: int
     output: tuple[Path, Path]
 
-    def wait(self) -> Ended:
+    def wait(self) -> CompletedProcess[str]:
         code = os.waitstatus_to_exitcode(os.waitpid(self.id, 0)[1])
-        return Ended(code, *(path.read_text() for path in self.output))
+        return CompletedProcess([], code, *(path.read_text() for path in self.output))
 
 
 def start(
@@ -260,7 +252,7 @@ def _started(script: Path, args: Sequence[str], variables: dict[str, str], rank:
     return 1
 
 
-def train(args: Sequence[str], folder: Path, **how: Any) -> list[Ended]:
+def train(args: Sequence[str], folder: Path, **how: Any) -> list[CompletedProcess[str]]:
     """As `start`, waiting for the end."""
     return [child.wait() for child in start(args, folder, **how)]
 

@@ -82,6 +82,7 @@ def fail_renames(monkeypatch, which):
 
 
 def test_what_cannot_be_put_back_at_once_is_kept_and_put_back_by_the_next_write(tmp_path, monkeypatch):
+    """As after a kill between the two renames."""
     put("folder", tmp_path / "thing", "old")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="Cannot write"):  # noqa: PT012
         fail_renames(patch, {2, 3})
@@ -89,19 +90,6 @@ def test_what_cannot_be_put_back_at_once_is_kept_and_put_back_by_the_next_write(
             put("folder", place, "new")
     assert not (tmp_path / "thing").exists()
     with pytest.raises(RuntimeError), replacing(tmp_path / "thing"):
-        raise RuntimeError
-    assert said("folder", tmp_path / "thing") == "old"
-    assert list(tmp_path.iterdir()) == [tmp_path / "thing"]
-
-
-def test_a_folder_lost_by_a_kill_in_the_middle_of_the_exchange_comes_back(tmp_path):
-    """As it lies after a kill between the two renames: the old one in the scratch folder, nothing in its place."""
-    scratch = tmp_path / ".thing.dead.tmp"
-    scratch.mkdir()
-    put("folder", scratch / files.OLD, "old")
-    put("folder", scratch / "thing", "new")
-    with pytest.raises(RuntimeError), replacing(tmp_path / "thing"):  # noqa: PT012
-        assert said("folder", tmp_path / "thing") == "old"
         raise RuntimeError
     assert said("folder", tmp_path / "thing") == "old"
     assert list(tmp_path.iterdir()) == [tmp_path / "thing"]
