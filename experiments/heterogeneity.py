@@ -46,7 +46,7 @@ from gprune.importance.weights import ffn_weights
 from gprune.models.blocks import blocks_of
 from gprune.models.embedded import model_label
 from gprune.models.loading import fingerprint, load_model
-from gprune.partition.drift import pair_weighted_mean, rank_drift
+from gprune.partition.drift import rank_drift
 from gprune.partition.initial import initial_partition, parameter_embedding, shuffled_partition
 from gprune.partition.modules import Modules
 from gprune.partition.reliability import module_means
@@ -66,6 +66,13 @@ class Separation:
 
     eta_squared: float
     random: Tensor  # (permutations,)
+
+
+def pair_weighted_mean(values: Tensor, sizes: Tensor) -> float:
+    """Mean of per-module values (K,) weighted by the n(n-1)/2 pairs of each module; undefined modules left out."""
+    defined = ~values.isnan()
+    pairs = (sizes * (sizes - 1) / 2).double()[defined]
+    return float((values[defined] * pairs).sum() / pairs.sum()) if bool(defined.any()) else float("nan")
 
 
 def block_numbers(modules: Modules) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -156,12 +157,9 @@ class Collector:
             with torch.no_grad():
                 self.model.get_decoder()(input_ids=input_ids, use_cache=False)
 
-    def compute(self, *, copy: bool = True) -> CorpusStatistics:
-        """Statistics so far, summed over processes; with `copy=False`, no further batch may be observed."""
-        by_scope = {
-            scope: [channel_statistics(metric.compute(), copy=copy) for metric in metrics]
-            for scope, metrics in self.metrics.items()
-        }
+    def compute(self) -> CorpusStatistics:
+        """Statistics of all batches, summed over processes; they share the Gram matrices of the sums."""
+        by_scope = {s: [channel_statistics(m.compute()) for m in metrics] for s, metrics in self.metrics.items()}
         for scope, gradients in self.gradients.items():
             for i, (block, metrics) in enumerate(zip(self.blocks, gradients, strict=True)):
                 terms = channel_saliency(block, scope, lambda part, metrics=metrics: metrics[part].compute())
@@ -171,7 +169,8 @@ class Collector:
 
     def release(self) -> None:
         """Free all sums at once: torchmetrics refer to themselves, and would keep theirs until garbage collection."""
-        for metric in [*self.turns, *(m for metrics in self.metrics.values() for m in metrics)]:
+        by_part = [part for gradients in self.gradients.values() for parts in gradients for part in parts.values()]
+        for metric in (*self.turns, *chain(*self.metrics.values()), *by_part):
             metric.__dict__.clear()
 
 

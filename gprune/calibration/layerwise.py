@@ -11,7 +11,7 @@ arguments, batch by batch in the same order, so all sums are the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,14 +31,9 @@ GRAMS_IN_MEMORY = 4 * 2**30  # bytes; if a run's Gram matrices take more, they g
 Store = Callable[[Block, dict[str, Tensor]], dict[str, StoredGram]]
 
 
-def exceed_memory(blocks: Sequence[Block], *, corpora: int) -> bool:
-    """Whether the Gram matrices of this many corpora take more than `GRAMS_IN_MEMORY`."""
-    return corpora * gram_bytes(blocks) > GRAMS_IN_MEMORY
-
-
 def walks(model: PreTrainedModel, *, corpora: int, gram: bool, sharded: bool = False) -> bool:
     """Whether calibration goes block by block: the model is offloaded, not sharded, or Gram matrices exceed memory."""
-    return (is_offloaded(model) and not sharded) or (gram and exceed_memory(blocks_of(model), corpora=corpora))
+    return (is_offloaded(model) and not sharded) or (gram and corpora * gram_bytes(blocks_of(model)) > GRAMS_IN_MEMORY)
 
 
 @dataclass
@@ -130,7 +125,7 @@ class Walk:
         """
         by_block: list[CorpusStatistics] = []
         for block, collector in self.steps(lambda block: Collector(self.model, gram=gram, blocks=[block])):
-            statistics = collector.compute(copy=False)
+            statistics = collector.compute()
             collector.release()
             ffn, attention = statistics.ffn[0], statistics.attention[0]
             if gram and store is not None:

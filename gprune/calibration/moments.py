@@ -120,12 +120,12 @@ class StreamingTurn(Metric):
         return self.sum
 
 
-def channel_statistics(sums: dict[str, Tensor], *, copy: bool = True) -> ChannelStatistics:
-    """The sums of `StreamingMoments.compute` as statistics on the CPU; `copy=False` may share the Gram matrix."""
+def channel_statistics(sums: dict[str, Tensor]) -> ChannelStatistics:
+    """The sums of `StreamingMoments.compute` as statistics on the CPU, with the same Gram matrix if it lies there."""
     sums = {name: total.cpu() for name, total in sums.items()}
     require_finite("activation came up during calibration", sums["sum_sq"])
     halves = tuple(Moments(*(sums[name][h].clone() for name in SUMS)) for h in (0, 1))
     gram = sums.get("gram")
     if gram is not None and gram.dim() == 0:  # torchmetrics squeezes the only number of a single channel
         gram = gram.reshape(1, 1)
-    return ChannelStatistics(halves, gram.clone() if copy and gram is not None else gram)
+    return ChannelStatistics(halves, gram)

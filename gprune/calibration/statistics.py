@@ -185,20 +185,20 @@ def kind_of(name: str) -> str:
     return next((extra for extra in EXTRAS if f".{extra}" in name), "moments")
 
 
-def pooled(statistics: Iterable[CorpusStatistics], *, gram: bool = True) -> CorpusStatistics:
+def pooled(statistics: Iterable[CorpusStatistics]) -> CorpusStatistics:
     """The statistics of several corpora as one text, in which each corpus counts by its tokens.
 
     Moments and Gram matrices are exact for the joined text. Saliency is averaged over corpora, since each corpus takes
-    absolute values of its own sums. `gram=False` leaves Gram matrices out.
+    absolute values of its own sums.
     """
 
     def pool(*parts: ChannelStatistics) -> ChannelStatistics:
         halves = tuple(_sum([part.halves[h] for part in parts]) for h in (0, 1))
         grams, salient = [part.gram for part in parts], [part.saliency for part in parts]
-        total = _sum(grams) if gram and all(g is not None for g in grams) else None
+        gram = None if any(g is None for g in grams) else _sum(grams)
         if any(terms is None for terms in salient):
-            return ChannelStatistics(halves, total)
-        return ChannelStatistics(halves, total, tuple(_sum(same) / len(parts) for same in zip(*salient, strict=True)))
+            return ChannelStatistics(halves, gram)
+        return ChannelStatistics(halves, gram, tuple(_sum(same) / len(parts) for same in zip(*salient, strict=True)))
 
     statistics = list(statistics)
     by_kind = (zip(*(getattr(s, kind) for s in statistics), strict=True) for kind in OUTPUT_PROJECTIONS)

@@ -61,10 +61,3 @@ def module_agreements(scores: Tensor, labels: Tensor) -> Tensor:
     return torch.tensor(
         [kendall_agreement(scores[:, labels == k]) for k in range(int(labels.max()) + 1)], dtype=torch.float64
     )
-
-
-def pair_weighted_mean(values: Tensor, sizes: Tensor) -> float:
-    """Mean of per-module values (K,) weighted by the n(n-1)/2 pairs of each module; undefined modules left out."""
-    defined = ~values.isnan()
-    pairs = (sizes * (sizes - 1) / 2).double()[defined]
-    return float((values[defined] * pairs).sum() / pairs.sum()) if bool(defined.any()) else float("nan")

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gprune.models.masks import Masks
 from gprune.partition.reliability import ModuleReliability
 
 
@@ -119,20 +118,3 @@ class Modules:
             for index, (reliability, agreement) in enumerate(zip(self.reliability, self.agreement, strict=True))
             for k in range(len(reliability.size))
         ]
-
-
-def check_shapes(masks: Masks, modules: Modules | None) -> None:
-    """Raise ValueError for masks that are no masks, or modules of other blocks than the masks."""
-    flat = all(mask.ndim == 1 and len(mask) for mask in (*masks.ffn, *masks.attention))
-    if not flat or not masks.ffn or len(masks.ffn) != len(masks.attention):
-        raise ValueError("masks of neurons and KV groups, one of each per block")
-    if modules is None:
-        return
-    blocks = zip(masks.ffn, modules.labels, modules.reliability, modules.agreement, modules.drift, strict=True)
-    for mask, labels, reliability, agreement, drift in blocks:
-        count = int(labels.max()) + 1
-        per_module = [agreement, *vars(reliability).values()]
-        if labels.shape != mask.shape or labels.min() < 0 or any(t.shape != (count,) for t in per_module):
-            raise ValueError("modules whose neurons are those of the masks")
-        if drift.drift.shape != labels.shape:
-            raise ValueError("rank drift of each neuron")

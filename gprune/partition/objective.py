@@ -15,18 +15,13 @@ from torch import Tensor
 from gprune.partition.initial import standardised
 
 
-def behaviour_features(ranks: Tensor) -> Tensor:
-    """Rank shifts per corpus, (D, N) -> (N, D): the rank of a neuron on each corpus minus its mean rank."""
-    return (ranks - ranks.mean(0)).T.contiguous()
-
-
 @dataclass(frozen=True)
 class RefinementInputs:
     """The objective's view of B blocks, padded to N neurons; float32."""
 
     embedding: Tensor  # (B, N, E) parameter similarity, total variance 1
     drift: Tensor  # (B, N, 1) standardised rank drift
-    shifts: Tensor  # (B, N, D) standardised `behaviour_features`
+    shifts: Tensor  # (B, N, D) standardised rank shifts: a neuron's rank on each corpus minus its mean rank
     valid: Tensor  # (B, N) 1 for a neuron, 0 for padding
 
     def to(self, device: torch.device | str) -> RefinementInputs:
@@ -117,6 +112,6 @@ def refinement_inputs(embeddings: list[Tensor], drifts: list[Tensor], ranks: lis
     return RefinementInputs(
         embedding=padded([standardised(e) for e in embeddings]),
         drift=padded([standardised(d[:, None]) for d in drifts]),
-        shifts=padded([standardised(behaviour_features(r)) for r in ranks]),
+        shifts=padded([standardised((r - r.mean(0)).T.contiguous()) for r in ranks]),
         valid=padded([torch.ones(len(d), 1) for d in drifts])[..., 0],
     )

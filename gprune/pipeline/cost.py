@@ -71,12 +71,8 @@ def recovery_tokens(cfg: RunConfig, recovery: str) -> tuple[int, int]:
     """
     c = cfg.corpora
     windows = len(c.recover) * c.seq_len  # one of each corpus
-    found = recovery_of(recovery).tokens(
-        windows * c.num_samples,
-        windows * cfg.distilled_windows,
-        attention=cfg.attention,
-        settings=cfg.recovery_settings,
-    )
+    fresh = windows * cfg.distilled_windows
+    found = recovery_of(recovery).tokens(windows * c.num_samples, fresh, attention=cfg.attention)
     pair = isinstance(found, tuple | list) and len(found) == 2
     if not pair or not all(isinstance(n, Integral) and n >= 0 for n in found):
         raise UserError(f"Recovery '{recovery}', tokens: expected two whole numbers, got {shown(found)}.")

@@ -30,6 +30,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from gprune.calibration.projections import OUTPUT_PROJECTIONS
+from gprune.checks import shown
 from gprune.errors import UserError
 from gprune.registry import Registry
 
@@ -90,15 +91,8 @@ class Recovery:
         """The pruned model, recovered as a whole, in place or not."""
         return pruned
 
-    def tokens(
-        self, text: int, fresh: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
-    ) -> tuple[int, int]:
-        """At most (forward, forward and backward) tokens for one pruned model.
-
-        Args:
-            text, fresh: tokens of both texts.
-            settings: as in `Material`.
-        """
+    def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
+        """At most (forward, forward and backward) tokens for one pruned model, from those of its texts."""
         return 0, 0
 
     def refuse(self, blocks: Sequence[Block], *, shard: bool = False, settings: Mapping[str, Any] = NOTHING) -> None:
@@ -107,7 +101,7 @@ class Recovery:
         Args:
             blocks: of the dense model, without weights.
             shard: whether the dense model is sharded over processes.
-            settings: as in `tokens`.
+            settings: as in `Material`.
         """
         others = [n for n in RECOVERY if RECOVERY[n].experts and RECOVERY[n].sharded]
         if shard and not self.sharded:
@@ -146,10 +140,8 @@ class Chain(Recovery):
             pruned = one.tune(material, pruned)
         return pruned
 
-    def tokens(
-        self, text: int, fresh: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
-    ) -> tuple[int, int]:
-        costs = [one.tokens(text, fresh, attention=attention, settings=settings) for one in self.recoveries]
+    def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
+        costs = [one.tokens(text, fresh, attention=attention) for one in self.recoveries]
         return sum(forward for forward, _ in costs), sum(backward for _, backward in costs)
 
     def refuse(self, blocks: Sequence[Block], *, shard: bool = False, settings: Mapping[str, Any] = NOTHING) -> None:
@@ -250,10 +242,8 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
 
     def file(entry: Any) -> Any:
         """Put the class or function into `RECOVERY` under its name, and give it back; UserError for anything else."""
-        if isinstance(entry, type) and not issubclass(entry, Recovery):
-            raise UserError(f"Recovery '{name}': expected a class of gprune.recoveries.Recovery, got {entry.__name__}.")
-        if not callable(entry):
-            raise UserError(f"Recovery '{name}': expected a function or a class, got {type(entry).__name__}.")
+        if not (issubclass(entry, Recovery) if isinstance(entry, type) else callable(entry)):
+            raise UserError(f"Recovery '{name}': expected a function or a class of Recovery, got {shown(entry)}.")
         instance = entry() if isinstance(entry, type) else Projection(entry, needs=needs, experts=experts)
         instance.name, instance.__module__, instance.__qualname__ = name, entry.__module__, entry.__qualname__
         RECOVERY.register(name)(instance)

@@ -8,9 +8,11 @@ it are pruned and recovered, a projection that lost channels gets the weights
     G = sum_t x_t x_t^T,  E = sum_t (y*_t - W_K x_t) x_t^T,  lambda = ridge x mean diagonal of G,
 
 with x_t (K,) the kept channels as the pruned model computes them, W_K (H, K) their dense weights, and y*_t the output
-with which the pruned residual stream equals the dense one right behind the projection, all earlier errors corrected. A
-block's attention comes before its FFN. A bias does not change: both y* and W_K x + bias contain it, so that it cancels
-in E. Our reading: the paper recovers nothing. All tokens of all corpora count equally.
+with which the pruned residual stream equals the dense one right behind the projection, all earlier errors corrected.
+Where a norm stands between projection and residual (`Block.joins_residual`), y*_t is the dense projection's output,
+since the norm's output is not linear in V. A block's attention comes before its FFN. A bias does not change: both y*
+and W_K x + bias contain it, so that it cancels in E. Our reading: the paper recovers nothing. All tokens of all corpora
+count equally.
 
 G and E are summed in float32 and solved in float64. Hidden states lie on the CPU in the model's dtype. The cost is one
 pass through the dense layers, one through the pruned layers, and one more through these for each projection of a block.
@@ -20,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,6 @@ from gprune.models.masks import Masks
 from gprune.models.offload import device_of, resident
 from gprune.recoveries.least_squares import ridge_correction
 
-Target = Literal["residual", "output"]
-
 
 def lost(masks: Masks) -> list[tuple[str, ...]]:
     """For each block, the output projections that stay and lose channels, in the order of computation."""
@@ -46,34 +45,6 @@ def lost(masks: Masks) -> list[tuple[str, ...]]:
     ]
 
 
-def recover_sequentially(
-    dense: PreTrainedModel,
-    small: PreTrainedModel,
-    masks: Masks,
-    windows: Iterable[Tensor],
-    *,
-    ridge: float = 0.01,
-    target: Target = "residual",
-) -> None:
-    """Solve the output projections of a pruned model again, first block first, in place.
-
-    Args:
-        dense: frozen; left as it is.
-        small: `prune(dense, masks)`.
-        masks: of both kinds; blocks that they drop are missing in `small`, and later blocks make up for them.
-        windows: the text, (B, T) int64 token ids each.
-        ridge: lambda over the mean diagonal of G.
-        target: what holds behind a projection, see `PrunedPrefix`.
-
-    Raises:
-        UserError: if an activation is not finite.
-    """
-    prefix = PrunedPrefix(dense, masks, windows, ridge=ridge, target=target)
-    kept = [block for block, stays in zip(blocks_of(dense), masks.blocks, strict=True) if stays]
-    for old, new in zip(kept, blocks_of(small), strict=True):
-        prefix.recover(old, new)
-
-
 class PrunedPrefix:
     """The text on its way through a dense model and, beside it, through pruned and recovered blocks.
 
@@ -82,28 +53,17 @@ class PrunedPrefix:
         prefix.recover(dense, block)
 
     Args:
-        model: dense, without experts; its weights may be offloaded.
-        masks, windows, ridge: as for `recover_sequentially`.
-        target: `residual`: behind the projection the pruned stream equals the dense one. `output`: the projection's
-            output equals the dense one, y* = W x, and earlier errors of the stream stay. Where a norm stands between
-            projection and residual (`Block.joins_residual`) it is always `output`, since the norm's output is not
-            linear in V.
+        model: dense, without experts; left as it is, and its weights may be offloaded.
+        masks: of both kinds; later blocks make up for blocks that the masks drop.
+        windows: the text, (B, T) int64 token ids each.
+        ridge: lambda over the mean diagonal of G.
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        masks: Masks,
-        windows: Iterable[Tensor],
-        *,
-        ridge: float = 0.01,
-        target: Target = "residual",
-    ):
+    def __init__(self, model: PreTrainedModel, masks: Masks, windows: Iterable[Tensor], *, ridge: float = 0.01):
         self.blocks = blocks_of(model)
         assert not any(block.has_experts for block in self.blocks), "experts are not recovered along the prefix"
-        self.ridge, self.target = ridge, target
-        self.lost = lost(masks)
+        self.ridge, self.lost = ridge, lost(masks)
         # Before the first block that differs both streams are the same; after the last projection nothing is needed.
         self.first = min((i for i, b in enumerate(self.lost) if b or not masks.blocks[i]), default=len(self.lost))
         self.last = max((i for i, b in enumerate(self.lost) if b), default=-1)
@@ -180,14 +140,14 @@ class PrunedPrefix:
         place.set((place.weight.double() + correction).to(place.weight.dtype), None)
 
     def _behind(self, block: Block, part: str, output: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """The stream (or output) that has to equal the dense one behind a projection, (tokens, H), model's dtype.
+        """What has to equal the dense model's behind a projection, (tokens, H), model's dtype: stream or output.
 
         Args:
             output: of the projection, (tokens, H) or (B, T, H).
             before: hidden states that enter the block, (B, T, H).
             after: hidden states that leave it, with both contributions where attention and FFN stand side by side.
         """
-        if self.target == "output" or not block.joins_residual(part):
+        if not block.joins_residual(part):
             return output.flatten(0, -2)
         stream = after if part == "down" else before.to(output.device).reshape(output.shape) + output
         return stream.flatten(0, -2)

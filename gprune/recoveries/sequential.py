@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gprune.recoveries.contract import NOTHING, Material, Recovery, Revise, recovery
+from gprune.recoveries.contract import Material, Recovery, Revise, recovery
 
 if TYPE_CHECKING:
     from gprune.models.blocks import Block
@@ -32,8 +31,6 @@ class SequentialLeastSquares(Recovery):
 
         return revise
 
-    def tokens(
-        self, text: int, fresh: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
-    ) -> tuple[int, int]:
+    def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
         """One pass through the dense layers, one through the pruned ones, and another for each projection."""
         return (3 + attention) * text, 0

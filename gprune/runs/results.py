@@ -22,7 +22,7 @@ from gprune.config import RunConfig, configured
 from gprune.errors import UserError, first_line
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
-from gprune.partition.modules import Modules, check_shapes
+from gprune.partition.modules import Modules
 from gprune.runs import schema
 from gprune.runs.folder import RunFolder, corpus_file, differences, exported_model, manifest_problem
 from gprune.sparsity.allocation import removed_in_words
@@ -210,7 +210,8 @@ def _with_tensors(folder: RunFolder, run: FinishedRun) -> FinishedRun:
     with _complete(folder):
         masks = Masks.from_tensors(_tensors(folder, f"masks/{run.final}"))
         modules = Modules.from_tensors(_tensors(folder, "modules")) if run.final == "gprune" else None
-        check_shapes(masks, modules)
+        if modules is not None and [y.shape for y in modules.labels] != [m.shape for m in masks.ffn]:
+            raise ValueError("modules whose neurons are those of the masks")
     return replace(run, masks=masks, modules=modules)
 
 

@@ -11,6 +11,7 @@ whole model, to the parameter. A rule may return keep masks in place of margins 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -125,9 +126,10 @@ def learned(masks: Masks, ranks: ModuleRanks) -> Thresholds:
 @allocation("equal", modules=True)
 def equal(masks: Masks, ranks: ModuleRanks) -> Thresholds:
     """The same threshold for all modules, which then lose the same fraction each, whatever the masks keep of them."""
-    from gprune.sparsity.thresholds import equal_thresholds
+    import torch
 
-    return equal_thresholds(masks, ranks)
+    zeros = functools.partial(torch.zeros, dtype=torch.float64)
+    return [zeros(k) for k in ranks.modules], [zeros(1) for _ in ranks.attention]
 
 
 @allocation("uniform")
@@ -206,7 +208,7 @@ def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block],
     Blocks go until the next one would remove more than the target. That block stays, but loses its neurons of lowest
     score until the target is met, so that the baseline removes as many parameters as other methods; if its FFN is not
     enough, it goes too, attention and norms included. Attention goes with its block whatever the scope. A width that
-    changes ends up on a multiple of the budget's. A ValueError if the target leaves no block.
+    changes ends up on a multiple of the budget's. `pipeline.plan` refuses targets that would leave no block.
     """
     import torch
 
@@ -215,15 +217,11 @@ def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block],
 
     masks = Masks([torch.ones(b.experts * b.neurons, dtype=torch.bool) for b in blocks],
                   [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip
-    influence = statistics.influence.clone()
-    influence[list(budget.costs.protected)] = float("inf")
     left = budget.target
-    for index in influence.argsort(stable=True).tolist():
-        if left <= 0:
-            return masks
-        if index in budget.costs.protected:
-            break
+    for index in statistics.influence.argsort(stable=True).tolist():
         block = blocks[index]
+        if left <= 0 or index in budget.costs.protected:
+            continue
         kept = max(block.neurons + -left // block.neuron_cost, 0) // budget.width_multiple * budget.width_multiple
         if left >= block.cost or kept == 0:
             masks.ffn[index][:] = False
@@ -231,7 +229,5 @@ def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block],
             left -= block.cost
         else:
             masks.ffn[index] = top_of_experts(scores.ffn[index], kept, experts=block.experts)
-            return masks
-    if left > 0 or not any(masks.blocks):
-        raise ValueError(f"depth: {budget.target} parameters would leave no block")
+            break
     return masks

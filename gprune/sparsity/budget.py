@@ -10,8 +10,6 @@ from gprune.errors import UserError
 from gprune.models.blocks import Block
 from gprune.models.masks import Masks
 
-SCOPES = ("ffn", "attention+ffn")
-
 
 @dataclass(frozen=True)
 class UnitCosts:
@@ -60,7 +58,7 @@ def _weighted(costs: Sequence[int], counts: Sequence[int]) -> int:
 
 
 def unit_costs(blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = (), uniform: bool = False) -> UnitCosts:
-    """Costs of a model's units for a scope of `SCOPES`; blocks to `protect` may be counted from the end (-1)."""
+    """Costs of a model's units for a `--sparsity.scope`; blocks to `protect` may be counted from the end (-1)."""
     depth = len(blocks)
     for index in protect:
         if not -depth <= index < depth:
@@ -93,19 +91,13 @@ class Budget:
         """The budget for a `sparsity` in (0, 1), in parameters of the scope, rounded up.
 
         Raises:
-            UserError: naming `--flag`, for a sparsity outside (0, 1), a width multiple that does not fit, or a target
-                that the rule of one unit per block (one `width_multiple` of neurons, one KV group) makes impossible.
+            UserError: for a width multiple that does not fit; and naming `--flag`, for a target that the rule of one
+                unit per block (one `width_multiple` of neurons, one KV group) makes impossible.
         """
-        if not 0 < sparsity < 1:
+        if width_multiple > (narrow := min(costs.neurons)):
             raise UserError(
-                f"--{flag}: expected a fraction of parameters removed inside (0, 1), got {sparsity}; "
-                f"half the parameters is 0.5."
-            )
-        narrow = min(costs.neurons)
-        if not 1 <= width_multiple <= narrow:
-            raise UserError(
-                f"--sparsity.width_multiple: expected 1 to {narrow} (the narrowest block's neurons), "
-                f"got {width_multiple}."
+                f"--sparsity.width_multiple: expected 1 to {narrow} (the narrowest block's neurons), got "
+                f"{width_multiple}."
             )
         # exact: 0.1 of 30 is 3, where float multiplication and ceil would say 4
         target = -(-Fraction(str(sparsity)) * costs.total // 1)

@@ -31,12 +31,6 @@ def start_thresholds(masks: Masks, ranks: ModuleRanks) -> Thresholds:
     return ffn, attention
 
 
-def equal_thresholds(masks: Masks, ranks: ModuleRanks) -> Thresholds:
-    """The same threshold for all modules, which then lose the same fraction each, whatever the masks keep of them."""
-    ffn = [torch.zeros(k, dtype=torch.float64) for k in ranks.modules]
-    return ffn, [torch.zeros(1, dtype=torch.float64) for _ in ranks.attention]
-
-
 def unit_margins(ranks: ModuleRanks, thresholds: Thresholds) -> tuple[list[Tensor], list[Tensor]]:
     """logit p_i - t_m per block, of neurons and of KV groups, float64; ranks and thresholds on one device."""
     ffn, attention = ([t.detach() for t in kind] for kind in thresholds)

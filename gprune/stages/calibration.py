@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Collection
+from functools import partial
 
 import lightning as L
 from lightning.pytorch.callbacks import LambdaCallback
@@ -42,8 +42,7 @@ class CalibrationStage(FrozenLMStage):
         assert not (walk and saliency), "no gradient goes block by block"
         self.corpora, self.gram, self.saliency, self.walk, self.store = corpora, gram, saliency, walk, store
         self.statistics: dict[str, CorpusStatistics] = {}
-        self._collector: Collector | None = None
-        self._walk: Walk | None = None
+        self._sums: Collector | Walk | None = None  # of the corpus whose batches are coming
         self._current: str | None = None
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -52,14 +51,11 @@ class CalibrationStage(FrozenLMStage):
             self._close()
             self._current = self.corpora[dataloader_idx]
             if self.walk:
-                self._walk = Walk(self.lm)
+                self._sums = Walk(self.lm)
             else:
-                self._collector = Collector(self.lm, gram=self.gram, saliency=self.saliency).__enter__()
-        windows = batch["input_ids"], batch["half"], batch["weight"]
-        if self._walk is not None:
-            self._walk.add(*windows)
-        else:
-            self._collector.observe(*windows)
+                self._sums = Collector(self.lm, gram=self.gram, saliency=self.saliency).__enter__()
+        take = self._sums.add if self.walk else self._sums.observe
+        take(batch["input_ids"], batch["half"], batch["weight"])
 
     def on_test_epoch_end(self) -> None:
         self._close()
@@ -68,20 +64,19 @@ class CalibrationStage(FrozenLMStage):
         """After an exception Lightning tells callbacks, and no stage: the model is to be left without hooks."""
         return [LambdaCallback(on_exception=lambda *_: self._let_go())]
 
-    def _let_go(self) -> None:
-        if self._collector is not None:
-            self._collector.__exit__()
-            self._collector = None
+    def _let_go(self) -> Collector | Walk | None:
+        sums, self._sums = self._sums, None
+        if isinstance(sums, Collector):
+            sums.__exit__()
+        return sums
 
     def _close(self) -> None:
         """Compute the statistics of the corpus whose batches have all come, if there is one."""
-        if self._walk is not None:
-            walk, corpus, self._walk = self._walk, self._current, None
-            store = None if self.store is None else lambda block, grams: self.store(corpus, block, grams)
-            self.statistics[corpus] = walk.statistics(gram=self.gram, store=store)
+        corpus, sums = self._current, self._let_go()
+        if isinstance(sums, Walk):
+            store = None if self.store is None else partial(self.store, corpus)
+            self.statistics[corpus] = sums.statistics(gram=self.gram, store=store)
             self.trainer.strategy.barrier()  # the first process writes what all will read
-        if self._collector is not None:
-            self._collector.__exit__()
-            self.statistics[self._current] = self._collector.compute()
-            self._collector = None
-            gc.collect()  # torchmetrics refer to themselves: otherwise gigabytes of sums would stay for a while
+        elif sums is not None:
+            self.statistics[corpus] = sums.compute()
+            sums.release()

@@ -41,8 +41,6 @@ class Distill(Recovery):
         )
         return stage.finished()
 
-    def tokens(
-        self, text: int, fresh: int, *, attention: bool, settings: Mapping[str, Any] = NOTHING
-    ) -> tuple[int, int]:
+    def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
         """The teacher forward, the student forward and backward."""
         return fresh, fresh

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gprune.config import DistillConfig
-from gprune.errors import UserError
-from gprune.models.blocks import blocks_of, decoder_layers
+from gprune.models.blocks import decoder_layers
 from gprune.models.losses import final_hidden, frozen_head_losses, softcap_of
 from gprune.stages.base import FrozenLMStage
 from gprune.stages.student import Student
@@ -36,7 +35,7 @@ class DistillationStage(FrozenLMStage):
     Args:
         dense: the teacher, frozen; its weights may lie on several devices, or off them.
         student: pruned; changed in place, and moved to the trainer's device as a whole.
-        settings: the flags of `--distill`; all but `tokens`, which the text tells.
+        settings: the flags of `--distill`, such as `Distill.refuse` has let through; the text tells `tokens`.
         shard: shard the layers of both over all processes while it learns.
     """
 
@@ -47,13 +46,6 @@ class DistillationStage(FrozenLMStage):
     ):
         super().__init__(dense, shard=shard)
         self.settings = settings
-        blocks, dense_blocks = blocks_of(student), blocks_of(dense)
-        settings.refuse(experts=any(block.has_experts for block in blocks), shard=shard)
-        if settings.hidden and len(blocks) != len(dense_blocks):
-            raise UserError(
-                f"--distill.hidden: expected as many blocks in the pruned model as in the dense one, got {len(blocks)} "
-                f"of {len(dense_blocks)}; leave it 0 where whole blocks go."
-            )
         self._student = Student(student, settings)
         self.learned = self._student.learned
 

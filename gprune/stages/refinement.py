@@ -19,7 +19,7 @@ class AssignmentRefinement(L.LightningModule):
     Loss, in the symbols of that function: the mean over blocks of
         w_s S(P) + w_d V(P) - w_c C(P) + w_b B(P) + w_e H(P),  P = softmax(A / tau),
     with A (B, N, K) the only parameters, Adam, and tau falling geometrically from 1 to `final_tau`. A starts at
-    `confidence` for a neuron's own module and 0 elsewhere: high enough to keep the first partition's structure, low
+    2 for a neuron's own module and 0 elsewhere: high enough to keep the first partition's structure, low
     enough for gradients to move neurons.
     """
 
@@ -32,7 +32,6 @@ class AssignmentRefinement(L.LightningModule):
         steps: int = 120,
         learning_rate: float = 0.05,
         final_tau: float = 0.2,
-        confidence: float = 2.0,
     ):
         super().__init__()
         self.inputs, self.start, self.weights = inputs, labels, weights or ObjectiveWeights()
@@ -40,7 +39,7 @@ class AssignmentRefinement(L.LightningModule):
         K = 1 + max(int(y.max()) for y in labels)
         A = torch.zeros(*inputs.valid.shape, K)
         for block, y in zip(A, labels, strict=True):
-            block[: len(y)] = confidence * F.one_hot(y, K)
+            block[: len(y)] = 2 * F.one_hot(y, K)
             block[:, int(y.max()) + 1 :] = -20.0  # a block with fewer modules opens no new ones
         self.logits = nn.Parameter(A)
         self.history: list[dict[str, float]] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,10 @@ from gprune.sparsity.cut import Cut, cut_margin
 from gprune.sparsity.gates import soft_gate, straight_through
 from gprune.sparsity.thresholds import Thresholds, masks_from_thresholds, unit_margins
 from gprune.stages.base import FrozenLMStage
+
+# The gradient (M,) of a block's thresholds or offsets, None where they do not learn; and how many units each of them
+# moves, (M,) or one number.
+UnitGradient = tuple[Tensor | None, Tensor | int]
 
 
 class ThresholdLearning(FrozenLMStage):
@@ -135,11 +138,6 @@ class ThresholdLearning(FrozenLMStage):
             _moved_to_cuts(self.attention_thresholds, groups, hard.attention),
         )
 
-    def open_gates(self) -> None:
-        """Open all gates, which gives the dense model, until gates are refreshed."""
-        for gates in (self.ffn_gates, self.attention_gates or []):
-            gates[:] = [None] * len(gates)
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         thresholds = [p for p in (*self.ffn_thresholds, *self.attention_thresholds) if p.requires_grad]
         groups = [
@@ -152,7 +150,8 @@ class ThresholdLearning(FrozenLMStage):
         """() float32: the loss of the gated model on a batch, by cross-entropy or KL, as `--sparsity.loss` says."""
         ids, teacher = batch["input_ids"], None
         if self.settings.loss == "kl":
-            self.open_gates()
+            for gates in (self.ffn_gates, self.attention_gates or []):
+                gates[:] = [None] * len(gates)  # all open: the dense model
             with torch.no_grad():
                 teacher = final_hidden(self.lm, ids)
         self.refresh_gates()  # for a fresh graph: the last step has used up its own
@@ -172,9 +171,9 @@ class ThresholdLearning(FrozenLMStage):
         """
         costs, ranks = self.budget.costs, self.ranks
         open_blocks = [b for b in range(len(ranks.sizes)) if b not in costs.protected]
-        neurons = [UnitGradient(self.ffn_thresholds[b].grad, ranks.sizes[b]) for b in open_blocks]
-        groups = [UnitGradient(self.attention_thresholds[b].grad, len(ranks.attention[b])) for b in open_blocks]
-        offsets = [UnitGradient(self.ffn_offsets[b].grad, 1) for b in open_blocks if self.offsets]
+        neurons = [(self.ffn_thresholds[b].grad, ranks.sizes[b]) for b in open_blocks]
+        groups = [(self.attention_thresholds[b].grad, len(ranks.attention[b])) for b in open_blocks]
+        offsets = [(self.ffn_offsets[b].grad, 1) for b in open_blocks if self.offsets]
         centre(neurons, groups, by_block=costs.uniform)
         centre(offsets, [], by_block=costs.uniform)
 
@@ -194,13 +193,6 @@ class ThresholdLearning(FrozenLMStage):
             t += shift.to(t.dtype)
 
 
-class UnitGradient(NamedTuple):
-    """The gradient of a block's thresholds, or offsets, each of which moves `units` units."""
-
-    gradient: Tensor | None  # (M,); None where they do not learn
-    units: Tensor | int  # (M,), or the same for all
-
-
 @torch.no_grad()
 def centre(neurons: Sequence[UnitGradient], groups: Sequence[UnitGradient], *, by_block: bool) -> None:
     """Take the mean gradient of a unit off all gradients, in place: what moves all units alike changes no mask.
@@ -209,20 +201,20 @@ def centre(neurons: Sequence[UnitGradient], groups: Sequence[UnitGradient], *, b
         neurons, groups: of each block.
         by_block: neurons lose the mean of their own block; groups still that of all units.
     """
-    neurons, groups = ([block for block in kind if block.gradient is not None] for kind in (neurons, groups))
+    neurons, groups = ([(grad, units) for grad, units in kind if grad is not None] for kind in (neurons, groups))
     if not neurons and not groups:
         return
     common = _unit_mean([*neurons, *groups])
-    for block in neurons:
-        block.gradient.sub_((_unit_mean([block]) if by_block else common) * block.units)
-    for block in groups:
-        block.gradient.sub_(common * block.units)
+    for grad, units in neurons:
+        grad.sub_((_unit_mean([(grad, units)]) if by_block else common) * units)
+    for grad, units in groups:
+        grad.sub_(common * units)
 
 
 def _unit_mean(blocks: Sequence[UnitGradient]) -> Tensor:
     """The mean gradient of a unit, ()."""
-    units = sum((torch.ones_like(block.gradient) * block.units).sum() for block in blocks)
-    return sum(block.gradient.sum() for block in blocks) / units
+    total = sum((torch.ones_like(grad) * units).sum() for grad, units in blocks)
+    return sum(grad.sum() for grad, _ in blocks) / total
 
 
 def _moved_to_cuts(thresholds: Sequence[Tensor], margins: Sequence[Tensor], keeps: Sequence[Tensor]) -> list[Tensor]:

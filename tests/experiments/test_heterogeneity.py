@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from itertools import combinations
 
@@ -88,6 +89,14 @@ def test_numbers_are_those_of_an_independent_computation(finished, runs, capsys,
         assert float(shown[str(b)][2]) == pytest.approx(drift.mean() / float(d.floor.mean()), abs=6e-3)
         switched = finished.modules.reliability[b].switched
         assert shown[str(b)][9] == f"{int(switched.sum())} of {len(switched)}"
+
+
+def test_modules_weigh_by_their_pairs():
+    values = torch.tensor([0.5, float("nan"), 0.1], dtype=torch.float64)
+    sizes = torch.tensor([20, 500, 100])
+    expected = (0.5 * 190 + 0.1 * 4950) / (190 + 4950)
+    assert heterogeneity.pair_weighted_mean(values, sizes) == pytest.approx(expected, rel=1e-12)
+    assert math.isnan(heterogeneity.pair_weighted_mean(values[1:2], sizes[1:2]))
 
 
 def test_eta_squared_is_what_an_f_test_is_made_of():

@@ -16,7 +16,6 @@ from gprune.partition.drift import (
     kendall_agreement,
     module_agreements,
     noise_floor,
-    pair_weighted_mean,
     rank_drift,
 )
 
@@ -113,14 +112,6 @@ def test_module_agreements_look_inside_modules_only():
     assert float(agreements[0]) == pytest.approx(kendall_agreement(scores[:, labels == 0]))
     assert float(agreements[1]) == pytest.approx(1)
     assert math.isnan(agreements[2])
-
-
-def test_modules_weigh_by_their_pairs():
-    values = torch.tensor([0.5, float("nan"), 0.1], dtype=torch.float64)
-    sizes = torch.tensor([20, 500, 100])
-    expected = (0.5 * 190 + 0.1 * 4950) / (190 + 4950)
-    assert pair_weighted_mean(values, sizes) == pytest.approx(expected, rel=1e-12)
-    assert math.isnan(pair_weighted_mean(values[1:2], sizes[1:2]))
 
 
 def test_agreement_of_halves_is_the_mean_over_corpora():

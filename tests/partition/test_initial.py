@@ -20,7 +20,6 @@ from gprune.partition.initial import (
 from gprune.partition.objective import (
     ObjectiveWeights,
     RefinementInputs,
-    behaviour_features,
     dispersion,
     partition_objective,
     refinement_inputs,
@@ -82,12 +81,6 @@ def test_embedding_tells_planted_directions_apart():
     w, truth = planted_weights()
     labels = initial_partition(parameter_embedding(w), torch.zeros(120), num_modules=3)
     assert adjusted_rand_score(truth, labels) == 1
-
-
-def test_behaviour_features_take_the_mean_rank_out():
-    ranks = torch.rand(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    features = behaviour_features(ranks)
-    np.testing.assert_allclose(features.numpy(), (ranks.numpy() - ranks.numpy().mean(0)).T, rtol=1e-12)
 
 
 def test_standardised_has_variance_one_or_is_zero():

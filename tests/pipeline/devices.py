@@ -117,7 +117,7 @@ def recover(place: Place, name: str, **settings: Any) -> Tensor:
     """Logits of a pruned and recovered model."""
     method, masks = recovery_of(name), place.masks
     statistics = calibrate(place, gram="gram" in method.needs) if method.needs - {"text"} else None
-    gc.collect()  # as `CalibrationStage` does
+    gc.collect()  # torchmetrics refer to themselves
 
     def fit(what: str, stage: L.LightningModule, *, clip: float | None = None, **_: Any) -> None:
         train(stage, DataLoader(place.batches(), batch_size=None), gradient_clip_val=clip)

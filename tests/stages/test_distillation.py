@@ -171,21 +171,16 @@ def test_it_learns_in_float32_what_is_stored_in_bfloat16(targets, problem):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"family": "mixtral", "targets": "vectors"}, r"--distill\.targets vectors: experts have no scales"),
-        ({"gone": 1, "hidden": 1}, r"--distill\.hidden: .* got 2 of 3"),
+        ({"experts": True, "targets": "vectors"}, r"--distill\.targets vectors: experts have no scales"),
         ({"shard": True, "targets": "vectors"}, r"^--distill\.targets vectors: expected mlp or all with --model"),
         ({"shard": True, "targets": "lora"}, r"^--distill\.targets lora: expected mlp or all with --model\.shard"),
         ({"kl": 0}, r"--distill\.kl, .*hidden: expected one of them above 0"),
     ],
 )
 def test_what_cannot_be_learned_is_refused(settings, words):
-    shard, gone = settings.pop("shard", False), settings.pop("gone", None)
-    dense = make_tiny(settings.pop("family", "llama"))
-    masks = some_masks(dense, attention=False)
-    if gone is not None:
-        masks.ffn[gone][:] = masks.attention[gone][:] = False
+    shard, experts = settings.pop("shard", False), settings.pop("experts", False)
     with pytest.raises(UserError, match=words):
-        DistillationStage(dense, prune(dense, masks), DistillConfig(**settings), shard=shard)
+        DistillConfig(**settings).refuse(experts=experts, shard=shard)
 
 
 def test_adapters_begin_alike_whatever_the_cache_holds(world, tmp_path, quick):
@@ -373,7 +368,7 @@ def test_a_recovery_may_train_in_two_phases(world, tmp_path, quick, monkeypatch)
                 pruned = stage.finished()
             return pruned
 
-        def tokens(self, text, fresh, *, attention, settings=None):
+        def tokens(self, text, fresh, *, attention):
             return 2 * fresh, 2 * fresh
 
     flags = (*ALONE, "--recovery=two_phases")
