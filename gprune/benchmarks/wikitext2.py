@@ -87,7 +87,7 @@ def wikitext2_perplexity(
     text = wikitext2()
     every = literature_windows(text, tokenizer, seq_len=seq_len, bos=bos)
     windows = replace(every, tokens=every.tokens[:limit])
-    check_tokens([windows], tokenizer, model.get_input_embeddings().num_embeddings)
+    check_tokens(windows, tokenizer, model.get_input_embeddings().num_embeddings)
     batch_size = max(1, 2048 // seq_len)
     with Screen() as screen:
         advance = screen.bar("Perplexity on WikiText-2", math.ceil(len(windows.tokens) / batch_size))

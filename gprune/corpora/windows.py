@@ -115,14 +115,13 @@ def opening(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
     return token if bos == "always" else None
 
 
-def check_tokens(windows: Sequence[Windows], tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
-    """Raise UserError for tokens that a model with so many embeddings has no place for."""
-    for w in windows:
-        if (highest := int(w.tokens.max())) >= embeddings:
-            raise UserError(
-                f"--model.name: the tokenizer makes token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) of "
-                f"'{w.corpus}', and the model has {embeddings:,} embeddings; it is another model's tokenizer."
-            )
+def check_tokens(windows: Windows, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+    """Raise UserError for a token that a model with so many embeddings has no place for."""
+    if (highest := int(windows.tokens.max())) >= embeddings:
+        raise UserError(
+            f"--model.name: the tokenizer makes token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) of "
+            f"'{windows.corpus}', and the model has {embeddings:,} embeddings; it is another model's tokenizer."
+        )
 
 
 def cut(text: str, limit: int) -> Iterator[str]:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-
-from gprune.checks import shown
 from gprune.config import RunConfig
-from gprune.errors import UserError
 from gprune.recoveries import recovery_of
 
 
@@ -22,23 +18,20 @@ def tokens_by_step(cfg: RunConfig) -> dict[int, tuple[int, int]]:
     if cfg.learns:
         learning = s.epochs * len(c.learn) * (c.learn_samples or c.num_samples) * c.seq_len
         curve = ((s.epochs + 1) + 2 + len(e.curve)) * development
-    final = others = (0, 0)
-    for row in cfg.stages:
-        forward, trained = recovery_tokens(cfg, row[1])
-        if learns[row[1]]:
-            forward += (1 + cfg.distill.points) * development
-        if row == (cfg.final, cfg.recovery):
-            final = forward, trained
-        else:
-            others = others[0] + forward, others[1] + trained
-    evaluated = len(c.evaluate) * e.num_samples * e.seq_len * (1 + len(cfg.stages))
     prompts, prompt, generated = sample_lengths(cfg)
-    evaluated += 2 * prompts * (prompt + generated)
+    evaluated = len(c.evaluate) * e.num_samples * e.seq_len * (1 + len(cfg.stages))
+    forward = {9: 3 * compared_tokens(cfg), 10: evaluated + 2 * prompts * (prompt + generated)}
+    trained = {9: 0, 10: 0}
+    for row in cfg.stages:
+        step = 9 if row == (cfg.final, cfg.recovery) else 10
+        recovered = recovery_tokens(cfg, row[1])
+        forward[step] += recovered[0] + learns[row[1]] * (1 + cfg.distill.points) * development
+        trained[step] += recovered[1]
     return {
         1: (calibration - saliency, saliency),
         7: (curve + learning * (s.loss == "kl"), learning),
-        9: (final[0] + 3 * compared_tokens(cfg), final[1]),
-        10: (evaluated + others[0], others[1]),
+        9: (forward[9], trained[9]),
+        10: (forward[10], trained[10]),
     }
 
 
@@ -64,16 +57,7 @@ def calibration_tokens(cfg: RunConfig) -> int:
 
 
 def recovery_tokens(cfg: RunConfig, recovery: str) -> tuple[int, int]:
-    """(forward, forward and backward) tokens that a recovery takes for one pruned model, at most.
-
-    Raises:
-        UserError: for a registered recovery whose `tokens` returns anything else.
-    """
-    c = cfg.corpora
-    windows = len(c.recover) * c.seq_len  # one of each corpus
-    fresh = windows * cfg.distilled_windows
-    found = recovery_of(recovery).tokens(windows * c.num_samples, fresh, attention=cfg.attention)
-    pair = isinstance(found, tuple | list) and len(found) == 2
-    if not pair or not all(isinstance(n, Integral) and n >= 0 for n in found):
-        raise UserError(f"Recovery '{recovery}', tokens: expected two whole numbers, got {shown(found)}.")
-    return int(found[0]), int(found[1])
+    """(forward, forward and backward) tokens that a recovery takes for one pruned model, at most."""
+    windows = len(cfg.corpora.recover) * cfg.corpora.seq_len  # one of each corpus
+    text, fresh = windows * cfg.corpora.num_samples, windows * cfg.distilled_windows
+    return recovery_of(recovery).tokens(text, fresh, attention=cfg.attention)

@@ -1,17 +1,18 @@
-"""What `--dry_run` says of a plan: tokens, FLOPs, time and the widths to expect."""
+"""What `--dry_run` prints of a plan: tokens, FLOPs, time and the widths to expect."""
 
 from __future__ import annotations
 
 import math
-import time
+from datetime import timedelta
 
 import torch
+from torch.utils.benchmark import Timer
 
 from gprune.config import RunConfig
-from gprune.models.blocks import Block, blocks_of
-from gprune.models.masks import Masks
+from gprune.importance.scores import fractional_ranks
+from gprune.models.blocks import blocks_of
 from gprune.models.surgery import count_parameters
-from gprune.pipeline.cost import calibration_tokens, recovery_tokens
+from gprune.pipeline.cost import calibration_tokens, passes
 from gprune.pipeline.plan import Plan
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget
@@ -21,128 +22,77 @@ from gprune.sparsity.cut import keep_masks
 def describe(plan: Plan) -> str:
     """A line for each property of the run, ready to be printed."""
     cfg, budget = plan.cfg, plan.budget
-    parameters, costs = count_parameters(plan.skeleton, "all"), budget.costs
-    recovered = [tokens for _, recovery in cfg.stages if any(tokens := recovery_tokens(cfg, recovery))]
-    forward = (
-        f"at most {plan.forward_tokens:,} tokens: {len(cfg.calibration)} calibration passes (fewer if cached), "
-        f"{1 + len(cfg.stages)} models evaluated on {len(cfg.corpora.evaluate)} corpora"
-    )
-    if recovered:
-        forward += f", {len(recovered)} of them recovered with text"
-    learned = []
-    if cfg.learns:
-        learned.append(f"{cfg.sparsity.epochs} epochs over {len(cfg.corpora.learn)} corpora")
-    if "saliency" in cfg.collects:
-        learned.append("saliency in the calibration passes")
-    if trained := sum(backward > 0 for _, backward in recovered):
-        learned.append(f"{trained} models recovered by learning")
+    parameters, share = count_parameters(plan.skeleton, "all"), cfg.sparsity.target
+    of_model = budget.target / parameters
     lines = {
-        "model": f"{cfg.model.name}: {parameters:,} parameters, {len(costs.neurons)} blocks",
-        "scope": f"{cfg.sparsity.scope}: {costs.total:,} parameters in units",
-        "removes": f"{budget.target:,} parameters: {cfg.sparsity.target:.1%} of the scope, "
-        f"{budget.target / parameters:.1%} of the model",
+        "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.costs.neurons)} blocks",
+        "scope": f"{cfg.sparsity.scope}: {budget.costs.total:,} parameters in units",
+        "removes": f"{budget.target:,} parameters: {share:.1%} of the scope, {of_model:.1%} of the model",
         "widths": expected_widths(cfg, budget),
-        "forward": forward,
-        "and backward": f"{plan.forward_backward_tokens:,} tokens: {' and '.join(learned)}"
-        if learned
-        else "none: nothing is learned",
+        "evaluates": f"{1 + len(cfg.stages)} models on {len(cfg.corpora.evaluate)} corpora",
+        "forward": f"at most {plan.forward_tokens:,} tokens; fewer where the cache has results",
+        "and backward": f"{plan.forward_backward_tokens:,} tokens",
         "compute": compute_time(plan),
         "results": cfg.folder,
     }
     return "\n".join(f"{name:12} {line}" for name, line in lines.items())
 
 
-def uniform_masks(budget: Budget) -> Masks:
-    """Masks that meet the budget with every module equally sparse."""
-
-    def ranks(units: int) -> torch.Tensor:
-        return (torch.arange(units) + 0.5) / units
-
-    costs = budget.costs
-    neurons = [ranks(n).repeat(experts) for n, experts in zip(costs.neurons, costs.of_experts, strict=True)]
-    return keep_masks(budget, neurons, [ranks(n) for n in costs.groups])
-
-
 def expected_widths(cfg: RunConfig, budget: Budget) -> str:
-    """Neurons and KV groups that blocks keep under uniform sparsity."""
+    """Neurons and KV groups that blocks keep if every module is equally sparse."""
     if ALLOCATION[cfg.base_allocation].whole_blocks:
         return "whole blocks go, and part of one"
-    masks, costs = uniform_masks(budget), budget.costs
-    neurons, groups = ([int(mask.sum()) for mask in of_blocks] for of_blocks in (masks.ffn, masks.attention))
-    expected = f"{min(neurons)} to {max(neurons)} of {max(costs.neurons)} neurons per block if uniform"
-    if costs.attention:
-        expected += f", {min(groups)} to {max(groups)} KV groups"
-    if cfg.learns:
-        expected += "; learned thresholds move them"
-    return expected
+    costs = budget.costs
+    ranks = [fractional_ranks(torch.arange(n)) for n in (*costs.neurons, *costs.groups)]
+    depth = len(costs.neurons)
+    neurons = [r.repeat(experts) for r, experts in zip(ranks[:depth], costs.of_experts, strict=True)]
+    masks = keep_masks(budget, neurons, ranks[depth:])
+    n, g = ([int(mask.sum()) for mask in of_blocks] for of_blocks in (masks.ffn, masks.attention))
+    return (
+        f"{min(n)} to {max(n)} of {max(costs.neurons)} neurons and {min(g)} to {max(g)} of {max(costs.groups)} KV "
+        f"groups per block, at uniform sparsity"
+    )
 
 
 def compute_time(plan: Plan) -> str:
-    """FLOPs, and the seconds that they take at least, by what this machine's matrix products reach now."""
+    """FLOPs, and the time that they take at the speed of this machine's matrix products."""
     t, dtype, config = plan.cfg.trainer, plan.cfg.model.dtype, plan.skeleton.config
-    total, processes = flops(plan), t.devices * t.num_nodes
     reached = speed(plan.device, getattr(torch, dtype), (max(plan.budget.costs.neurons), config.hidden_size))
-    seconds, rate = total / (reached * processes), f"{scaled(reached)}FLOP/s"
-    size, unit = next((n, unit) for n, unit in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= n or n == 1)
-    if processes > 1:
-        rate += f" x {processes} processes"
+    total = flops(plan)
+    time = timedelta(seconds=math.ceil(total / (reached * t.devices * t.num_nodes)))
     return (
-        f"at most {scaled(total)}FLOP: {seconds / size:.3g} {unit} at {rate}, which matrix products of {dtype} reach "
-        f"on {plan.device} now; other work comes on top"
+        f"at most {total:.2e} FLOP: {time} at {reached:.2e} FLOP/s per process, the speed of matrix products of "
+        f"{dtype} on {plan.device}; other work comes on top"
     )
-
-
-def scaled(number: float) -> str:
-    """1.5e12 as '1.5 T'."""
-    power = max(0, min(5, int(math.log10(max(number, 1)) // 3)))
-    return f"{number / 1000**power:.3g} {'kMGTP'[power - 1] if power else ''}"
 
 
 def flops(plan: Plan) -> float:
-    """FLOPs of the passes of a run and of its Gram matrices, at most: as if nothing were pruned.
+    """FLOPs of a run's passes and Gram matrices, at most: as if nothing were pruned, and every weight had a gradient.
 
-    A multiply-add counts 2. A token forward: 2 x weights of the blocks, 4 T C for attention over T tokens, and 2 V H
-    for the head, but in calibration. Backward: the same again through frozen weights and the head, and once more where
-    weights learn; twice for attention. Gram matrices: two thirds of 2 (N^2 + C^2).
+    A multiply-add counts 2. A token forward: 2 x weights of the blocks (of experts, the active ones), 4 T C for
+    attention over T tokens, and 2 V H for the head. Backward: twice that. Gram matrices: two thirds of 2 (N^2 + C^2).
     """
     cfg, config, blocks = plan.cfg, plan.skeleton.config, blocks_of(plan.skeleton)
-    weights = sum(_weight_flops(block, getattr(config, "num_experts_per_tok", 1)) for block in blocks)
-    attention = sum(4.0 * cfg.corpora.seq_len * block.output.in_features for block in blocks)
-    head = 2.0 * config.vocab_size * config.hidden_size
-    learned = sum(backward for _, backward in (recovery_tokens(cfg, recovery) for _, recovery in cfg.stages))
-    calibrated = calibration_tokens(cfg)
-    total = plan.forward_tokens * (weights + attention + head)
-    total += plan.forward_backward_tokens * (2 * weights + 3 * attention + 2 * head) + learned * weights
-    if "saliency" not in cfg.collects:
-        total -= calibrated * head
+    token = 2.0 * config.vocab_size * config.hidden_size
+    for block in blocks:
+        ffn, attention = (
+            sum(part.out_features * part.in_features for part in block.parts_of(kind)) for kind in ("ffn", "attention")
+        )
+        active = min(getattr(config, "num_experts_per_tok", 1), block.experts) / block.experts
+        token += 2 * (attention + ffn * active) + 4 * cfg.corpora.seq_len * block.output.in_features
+    total = passes(plan.forward_tokens, plan.forward_backward_tokens) * token
     if "gram" in cfg.collects:
-        total += calibrated * sum(4 / 3 * (b.neurons**2 + b.output.in_features**2) for b in blocks)
+        total += calibration_tokens(cfg) * sum(4 / 3 * (b.neurons**2 + b.output.in_features**2) for b in blocks)
     return total
 
 
-def _weight_flops(block: Block, active: int) -> float:
-    """FLOPs of a token forward through a block's weights; of experts, through `active` ones."""
-    ffn, attention = (
-        sum(part.out_features * part.in_features for part in block.parts_of(kind)) for kind in ("ffn", "attention")
-    )
-    return 2 * (attention + (ffn * active / block.experts if block.has_experts else ffn))
-
-
 def speed(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], *, seconds: float = 0.5) -> float:
-    """FLOP/s of products of 512 tokens with a weight of this shape (out, in), measured for so long after a first one.
+    """FLOP/s of products of 512 tokens with a weight of this shape (out, in), measured for so long.
 
     A real pass has element-wise work, attention and waiting beside them, and is slower.
     """
     tokens, weight = (torch.ones(n, shape[1], dtype=dtype, device=device) for n in (512, shape[0]))
-
-    def work() -> None:
-        tokens @ weight.T
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    work()
-    start, count = time.perf_counter(), 0
-    while count == 0 or time.perf_counter() - start < seconds:
-        work()
-        count += 1
-    return 2.0 * count * len(tokens) * weight.numel() / (time.perf_counter() - start)
+    timer = Timer(
+        "tokens @ weight.T", globals={"tokens": tokens, "weight": weight}, num_threads=torch.get_num_threads()
+    )
+    return 2.0 * len(tokens) * weight.numel() / timer.blocked_autorange(min_run_time=seconds).mean

@@ -56,33 +56,31 @@ def evaluate(
         Flat records, one per number, as in `metrics.json`.
     """
     run.step(10, "Evaluating")
-    cfg, path = run.cfg, run.folder / "metrics.json"
+    cfg, dense = run.cfg, ("dense", "none")
     records: list[dict[str, Any]] = run.folder.metrics.get("records", [])
     done = {(r["stage"], r["recovery"]) for r in records}
     # Without an initialised process group, rank 0 evaluates alone.
-    measures = processes()[1] > 1 or rank_zero_only.rank == 0
+    world, measures = processes()[1], processes()[1] > 1 or rank_zero_only.rank == 0
     leaked = leaks(run) if measures else {}
-
-    def add(row: tuple[str, str], results: Sequence[PerplexityResult]) -> None:
-        pairs = zip(results, run.text.test, strict=True)
-        records.extend(record(cfg, row, result, w, leaked[w.corpus]) for result, w in pairs)
-
     with run.folder.step("evaluate"):
-        if measures and ("dense", "none") not in done:
-            add(("dense", "none"), dense_perplexities(run))
-        for row in cfg.stages:
+        for row in [dense, *cfg.stages]:
             # All processes take part where a recovery learns.
             if row in done or not (measures or recovery_of(row[1]).learns):
                 continue
-            log.info("Evaluating %s", row_name(*row))
-            small = pruned  # and that of the row before goes
-            if row != (cfg.final, cfg.recovery):
-                small = shrink(run, masks[row[0]], statistics, recovery=row[1])
-            if measures:
-                run.meter.watch(small)
-                small = placed(run, small)
-                add(row, [measured(run, small, w, row_name(*row)) for w in run.text.test])
-                write_json(path, {"records": records}, run=run.folder.key)
+            model = run.model if row == dense else pruned  # and the model of the row before goes
+            if row not in (dense, (cfg.final, cfg.recovery)):
+                model = shrink(run, masks[row[0]], statistics, recovery=row[1])
+            if not measures:
+                continue
+            if row != dense:
+                run.meter.watch(model)
+            if cfg.model.shard and world > 1:  # processes share the layers
+                model = sharded_copy(model, run.plan.device, world)
+            measure = dense_perplexity if row == dense else measured
+            results = [measure(run, model, w, row_name(*row)) for w in run.text.test]
+            pairs = zip(results, run.text.test, strict=True)
+            records += [record(cfg, row, result, w, leaked[w.corpus]) for result, w in pairs]
+            write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
     return records
 
 
@@ -98,20 +96,8 @@ def leaks(run: Run) -> dict[str, tuple[bool, float]]:
     return by_corpus
 
 
-def placed(run: Run, model: PreTrainedModel) -> PreTrainedModel:
-    """The model; or with `--model.shard`, where processes share the work, its copy that is sharded over them."""
-    if not run.cfg.model.shard or processes()[1] == 1:
-        return model
-    return sharded_copy(model, run.plan.device, processes()[1])
-
-
-def dense_perplexities(run: Run) -> list[PerplexityResult]:
-    """The dense model's, by corpus, shared between runs of the same model and text."""
-    model = placed(run, run.model)
-    return [_dense_perplexity(run, model, w) for w in run.text.test]
-
-
-def _dense_perplexity(run: Run, model: PreTrainedModel, windows: Windows) -> PerplexityResult:
+def dense_perplexity(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
+    """As `measured`, of the dense model: shared between runs of the same model and text."""
     key = key_of(
         model=run.fingerprint, text=windows.content_hash, dtype=run.cfg.model.dtype,
         device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul,
@@ -122,7 +108,7 @@ def _dense_perplexity(run: Run, model: PreTrainedModel, windows: Windows) -> Per
         torch.distributed.broadcast_object_list(cached)
     if cached[0] is not None:
         return PerplexityResult(**cached[0])
-    result = measured(run, model, windows, "dense")
+    result = measured(run, model, windows, name)
     write_json(path, vars(result))
     return result
 
@@ -145,17 +131,18 @@ def record(
         leak: whether the corpus counts as seen, and its share of leaked 13-grams.
     """
     stage, recovery = row
-    dense, learned = stage == "dense", (stage == "gprune" and cfg.learns) or None
+    dense, gprune = stage == "dense", stage == "gprune"
+    switch, learned = cfg.reliability, gprune and cfg.learns
     return {
         "stage": stage,
         "importance": None if dense else cfg.importance,
-        "allocation": None if dense else cfg.sparsity.allocation if stage == "gprune" else cfg.base_allocation,
-        "partition": cfg.partition.method if stage == "gprune" else None,
-        "switch": cfg.reliability.switch and len(cfg.corpora.drift) > 1 if stage == "gprune" else None,
-        "switch_to": cfg.reliability.metric if stage == "gprune" else None,
-        "switch_everywhere": cfg.reliability.everywhere if stage == "gprune" else None,
-        "learn": learned and {n: getattr(cfg.sparsity, n) for n in ("learn", "loss", "epochs", "centred")},
-        "learn_samples": learned and (cfg.corpora.learn_samples or cfg.corpora.num_samples),
+        "allocation": None if dense else cfg.sparsity.allocation if gprune else cfg.base_allocation,
+        "partition": cfg.partition.method if gprune else None,
+        "switch": switch.switch and len(cfg.corpora.drift) > 1 if gprune else None,
+        "switch_to": switch.metric if gprune else None,
+        "switch_everywhere": switch.everywhere if gprune else None,
+        "learn": {n: getattr(cfg.sparsity, n) for n in ("learn", "loss", "epochs", "centred")} if learned else None,
+        "learn_samples": cfg.corpora.learn_samples or cfg.corpora.num_samples if learned else None,
         "recovery": recovery,
         "ridge": cfg.ridge if recovery_of(recovery).needs else None,
         **{n: asdict(s) if n in recovery.split("+") else None for n, s in cfg.recovery_settings.items()},
@@ -192,12 +179,16 @@ def summarise(
         masks: of the final stage, and `pruned` its model.
     """
     before, after = count_parameters(run.model, "all"), count_parameters(pruned, "all")
+    means = {
+        row_name(*row): {name: v if math.isfinite(v) else None for name, v in values.items()}  # JSON has no NaN
+        for row, values in means_and_gaps(records).items()
+    }
     summary = {
         "sparsity_of_scope": removed_parameters(run.model, masks) / run.budget.costs.total,
         "sparsity_of_model": 1 - after / before,
         "parameters_before": before,
         "parameters_after": after,
-        "geometric_means": geometric_means(records),
+        "geometric_means": means,
         "unseen_over_base": unseen_ratios(records),
         **run.folder.total_tokens(),
     }
@@ -211,8 +202,7 @@ def summarise(
     tracking.log_images(run.loggers, draw(run.folder / "figures", records, modules, masks))
     columns = ["stage", "recovery", "corpus", "seen", "perplexity", "nll", "tokens"]
     tracking.log_table(run.loggers, "perplexity", [{c: r[c] for c in columns} for r in records])
-    means = summary["geometric_means"].items()
-    flat = {f"summary/{row}/{name}": v for row, values in means for name, v in values.items() if v is not None}
+    flat = {f"summary/{row}/{name}": v for row, values in means.items() for name, v in values.items() if v is not None}
     flat |= {f"summary/{row}/unseen_over_base": v["ratio"] for row, v in summary["unseen_over_base"].items()}
     tracking.log_scalars(run.loggers, flat, step=0)
     # Last: a run whose metrics.json has a summary, and all rows, is finished, and is not logged again.
@@ -225,14 +215,3 @@ def write_pages(run: Run) -> None:
     for logger in run.loggers:
         logger.save()  # curves that are still in memory
     html.write(page.make([run.folder.path]), run.folder / "report.html")
-
-
-def geometric_means(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Geometric means over seen and unseen corpora and the generalisation gap, by row of the table."""
-    means = means_and_gaps(records).items()
-    return {row_name(*key): {name: _number(value) for name, value in values.items()} for key, values in means}
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN: what is undefined is null."""
-    return value if math.isfinite(value) else None

@@ -24,18 +24,15 @@ log = logging.getLogger("gprune")
 
 def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
     """Raise UserError where a gradient is asked of a model whose weights come and go."""
-    if cfg.model.shard or not is_offloaded(model):
-        return
-    why = "weights that do not fit --model.max_memory are fetched for each forward pass, and no gradient goes through"
-    if cfg.learns:
+    gradients = {
+        "--sparsity.allocation learned": cfg.learns,
+        f"--importance {cfg.importance}": "saliency" in cfg.collects,
+    }
+    asked = [flag for flag, needed in gradients.items() if needed]
+    if asked and not cfg.model.shard and is_offloaded(model):
         raise UserError(
-            f"--sparsity.allocation learned: {why}; give the model more devices or memory, or add "
-            f"--sparsity.allocation uniform (or global, owl, equal), which learns nothing."
-        )
-    if "saliency" in cfg.collects:
-        raise UserError(
-            f"--importance {cfg.importance}: {why}; give the model more devices or memory, or choose a metric without "
-            f"gradients, such as wanda_sp."
+            f"{asked[0]}: weights that do not fit --model.max_memory are fetched for each forward pass, without "
+            f"gradients; give the model more memory, or use --sparsity.allocation uniform and --importance wanda_sp."
         )
 
 
@@ -110,15 +107,14 @@ def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings:
     documents = functools.cache(load_corpus)  # a corpus may have several roles, and lie behind a network
 
     def windows(name: str, split: str, role: str) -> Windows:
-        return make_windows(documents(name, split), tokenizer, samples[role], corpus=name, split=split)
+        cut = make_windows(documents(name, split), tokenizer, samples[role], corpus=name, split=split)
+        check_tokens(cut, tokenizer, embeddings)
+        return cut
 
-    text = Text(
+    return Text(
         train={name: windows(name, "train", "train") for name in calibrated},
         learn=[windows(name, "train", "learn") for name in cfg.roles["learn"]],
         fresh=[windows(name, "train", "fresh") for name in recovered],
         development=[windows(name, "development", "development") for name in developed],
         test=[windows(name, e.split, "test") for name in c.evaluate],
     )
-    everything = (*text.train.values(), *text.learn, *text.fresh, *text.development, *text.test)
-    check_tokens(everything, tokenizer, embeddings)
-    return text

@@ -94,14 +94,13 @@ def partitioned(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
         )
         for e, d in zip(embeddings, drift, strict=True)
     ]  # fmt: skip
-    if p.method == "initial":
-        return labels
-    refined = refine(run, embeddings, drift, labels)
+    if p.method != "initial":
+        labels = refine(run, embeddings, drift, labels)
     if p.method == "random":
-        return [shuffled_partition(y, seed=seed + 7919 * b) for b, y in enumerate(refined)]
+        labels = [shuffled_partition(y, seed=seed + 7919 * b) for b, y in enumerate(labels)]
     if p.method == "drift_only":
-        return [same_sizes_by_drift(y, d.drift) for y, d in zip(refined, drift, strict=True)]
-    return refined
+        labels = [same_sizes_by_drift(y, d.drift) for y, d in zip(labels, drift, strict=True)]
+    return labels
 
 
 def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: list[Tensor]) -> list[Tensor]:
@@ -128,31 +127,21 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
 
 
 def assess(
-    run: Run,
-    statistics: Mapping[str, CorpusStatistics],
-    scores: Scores,
-    drift: list[Drift],
-    labels: list[Tensor],
+    run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores, drift: list[Drift], labels: list[Tensor]
 ) -> Modules:
-    """Step 6: which modules switch to the activation-free metric (or to what all drift corpora say together), or how
-    much it weighs in them, and every unit's rank inside its module.
-    """
+    """Step 6: which modules switch to `--reliability.metric`, and every unit's rank inside its module."""
     run.step(6, "Judging modules")
-    r = run.cfg.reliability
+    r, switch = run.cfg.reliability, "off"
+    if r.switch and len(run.cfg.corpora.drift) > 1:
+        switch = "everywhere" if r.everywhere else "unreliable"
     block_ranks = [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, run.blocks, strict=True)]
-    switch = r.switch and len(run.cfg.corpora.drift) > 1
-    which = "off" if not switch else "everywhere" if r.everywhere else "unreliable"
     reliability = assess_reliability(
-        labels, block_ranks, [d.drift for d in drift],
-        [d.floor for d in drift],
-        sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=which,
+        labels, block_ranks, [d.drift for d in drift], [d.floor for d in drift],
+        sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=switch,
     )  # fmt: skip
-    fallback = fallback_ranks(run, statistics)
+    of_blocks = zip(block_ranks, fallback_ranks(run, statistics), labels, reliability, strict=True)
     ranks = ModuleRanks(
-        ffn=[
-            within_module_ranks(s, f, y, record.switched)
-            for s, f, y, record in zip(block_ranks, fallback, labels, reliability, strict=True)
-        ],
+        ffn=[within_module_ranks(own, fallback, y, judged.switched) for own, fallback, y, judged in of_blocks],
         labels=labels,
         attention=[fractional_ranks(s, ties="ordinal") for s in scores.attention],
     )
@@ -162,30 +151,22 @@ def assess(
         block_agreement=[kendall_agreement(d.scores) for d in drift],
     )  # fmt: skip
     run.folder.write("modules", modules.tensors())
-    share, count = switched_share(reliability), sum(int(record.switched.sum()) for record in reliability)
-    run.folder.update_manifest(switch={"modules": count, "share_of_neurons": share})
+    share, count = switched_share(reliability), sum(int(judged.switched.sum()) for judged in reliability)
     tracking.log_scalars(run.loggers, {"partition/switched_share": share}, step=0)
-    if switch and count == 0:
-        log.warning("No module switches to %s: the switch does nothing at these quantiles.", r.metric)
-    elif switch:
-        log.info("%d modules with %.1f%% of the neurons switch to %s", count, 100 * share, r.metric)
+    log.info("%d modules with %.1f%% of the neurons switch to %s", count, 100 * share, r.metric)
     return modules
 
 
 def fallback_ranks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[Tensor]:
     """Ranks inside blocks by what unreliable modules switch to, `--reliability.metric`: (N,) per block."""
-    cfg = run.cfg
-    if cfg.reliability.metric == CONSENSUS:  # not drift's ranks, which may be those of a metric that stands in
-        each = [
-            score_units(cfg.importance, run.blocks, statistics[c], seed=cfg.run.seed, attention=False).ffn
-            for c in cfg.corpora.drift
-        ]
-        return [
-            fractional_ranks(torch.stack(scores), groups=b.experts).mean(0)
-            for *scores, b in zip(*each, run.blocks, strict=True)
-        ]
-    source, name = statistics[cfg.corpora.score], cfg.reliability.metric
-    if name == AVERAGED:
-        source, name = pooled(statistics[corpus] for corpus in cfg.corpora.drift), cfg.importance
-    free = score_units(name, run.blocks, source, seed=cfg.run.seed, attention=False).ffn
-    return [fractional_ranks(s, groups=b.experts) for s, b in zip(free, run.blocks, strict=True)]
+    cfg, name = run.cfg, run.cfg.reliability.metric
+    sources = [statistics[cfg.corpora.score]]
+    if name in (CONSENSUS, AVERAGED):
+        sources = [statistics[corpus] for corpus in cfg.corpora.drift]
+        sources = [pooled(sources)] if name == AVERAGED else sources
+        name = cfg.importance  # not drift's ranks, which may be those of a metric that stands in
+    scores = [score_units(name, run.blocks, s, seed=cfg.run.seed, attention=False).ffn for s in sources]
+    return [
+        fractional_ranks(torch.stack(of_block), groups=b.experts).mean(0)
+        for *of_block, b in zip(*scores, run.blocks, strict=True)
+    ]

@@ -54,11 +54,8 @@ class TokenMeter:
         return handle
 
     def _count(self, _module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        if torch.is_grad_enabled():
-            self.forward_backward += input_ids.numel()
-        else:
-            self.forward += input_ids.numel()
+        tokens = (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel()
+        self.add(*((0, tokens) if torch.is_grad_enabled() else (tokens, 0)))
 
     def add(self, forward: int, forward_backward: int = 0) -> None:
         """Count tokens that were passed layer by layer, outside `decoder.forward`."""
@@ -183,6 +180,7 @@ def _loggers(cfg: RunConfig, folder: RunFolder) -> AbstractContextManager[list[L
     """The loggers of a run; none for one that is finished, which is read and not logged again."""
     if folder.finished:
         return nullcontext([])
+    tags = (cfg.importance, cfg.sparsity.scope, cfg.sparsity.allocation, cfg.partition.method, *cfg.logging.tags)
     return tracking(
         folder.path,
         tracker=cfg.logging.resolved_tracker,
@@ -194,15 +192,6 @@ def _loggers(cfg: RunConfig, folder: RunFolder) -> AbstractContextManager[list[L
         resume="allow" if cfg.logging.resolved_mode == "online" else None,
         group=cfg.logging.group or os.path.basename(os.path.normpath(cfg.model.name)),
         job_type=cfg.final,
-        tags=[
-            tag[:64]  # as long as W&B has them
-            for tag in (
-                cfg.importance,
-                cfg.sparsity.scope,
-                cfg.sparsity.allocation,
-                cfg.partition.method,
-                *cfg.logging.tags,
-            )
-        ],
+        tags=[tag[:64] for tag in tags],  # as long as W&B has them
         config=cfg.resolved(),
     )

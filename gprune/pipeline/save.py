@@ -52,16 +52,22 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
         masks: by stage.
     """
     save_masks(run, masks)
-    export, manifest = run.cfg.export != "none", run.folder.manifest
-    if "logits" not in manifest or (export and manifest.get("model") != file_hashes(run.folder / "model")):
-        run.step(9, "Saving the pruned model and checking that it reloads" if export else "Checking the pruned model")
+    cfg, folder, manifest = run.cfg, run.folder / "model", run.folder.manifest
+    if "logits" not in manifest or (cfg.export != "none" and manifest.get("model") != file_hashes(folder)):
+        run.step(9, "Checking the pruned model")
         with run.folder.step("save_and_check"), multiplying("highest"):  # as the process that reloads it
-            checks = check_slices(run, pruned, masks[run.cfg.final])
-            if export:
-                checks["sliced_minus_reloaded"] = save_model(run, pruned)
+            checks = check_slices(run, pruned, masks[cfg.final])
+            if cfg.export != "none":
+                card = model_card(cfg, stock=stock_skeleton(pruned) is not None)
+                save_pruned(pruned, run.tokenizer, folder, model_card=card, overwrite=True)
+                checks["sliced_minus_reloaded"] = check_reload(pruned, folder, checked_tokens(run), **placement(run))
+                run.folder.update_manifest(model=file_hashes(folder), replace=True)
             run.folder.update_manifest(logits=checks)
-    if run.cfg.export == "gguf":
-        save_gguf(run)
+    gguf = run.folder / "model-f16.gguf"
+    if cfg.export == "gguf" and not gguf.exists():
+        log.info("Writing %s and checking that llama.cpp computes the same", gguf)
+        with run.folder.step("export_gguf"):
+            export(folder, gguf)
 
 
 def save_masks(run: Run, masks: Mapping[str, Masks]) -> None:
@@ -87,44 +93,28 @@ def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, f
     del plain  # a third model
     free_memory(run.plan.device)
     reference = masked_logits(run.model, masks, ids.to(device)).to(device)
-    checks = {
-        "tokens": ids.numel(),
-        "std": float(reference.std()),
-        "masked_minus_sliced": float((reference - sliced).abs().max()),
-        "masked_minus_sliced_rms": float((reference - sliced).square().mean().sqrt()),
-    }
-    limit = LOGIT_LIMIT[cfg.model.dtype] * checks["std"]
-    if not (apart := float((ours - sliced[:, :-1]).square().mean().sqrt())) <= limit:
+
+    def rms(difference: Tensor) -> float:
+        return float(difference.square().mean().sqrt())
+
+    largest, limit = float((reference - sliced).abs().max()), LOGIT_LIMIT[cfg.model.dtype] * float(reference.std())
+    if not (apart := rms(ours - sliced[:, :-1])) <= limit:
         raise UserError(
-            f"Logits that perplexity is computed from differ from the model's own by {apart:.2e}; expected at most "
-            f"{limit:.2e}. model_type '{run.model.config.model_type}' scales them in a way that gprune does not know: "
-            f"please report it."
+            f"model_type '{run.model.config.model_type}' scales logits in a way that gprune does not know: those of "
+            f"perplexity are off by {apart:.2e}, expected at most {limit:.2e}. Please report it."
         )
-    difference = checks["masked_minus_sliced" if cfg.model.dtype == "float32" else "masked_minus_sliced_rms"]
+    difference = largest if cfg.model.dtype == "float32" else rms(reference - sliced)
     if not difference <= limit:
         raise UserError(
-            f"The sliced model's logits differ from the masked model's by {difference:.2e}; "
-            f"expected at most {limit:.2e}, which is rounding. Please report this model."
+            f"The sliced model's logits differ from the masked model's by {difference:.2e}; expected at most "
+            f"{limit:.2e}. Please report this model."
         )
-    return checks
-
-
-def save_model(run: Run, pruned: PreTrainedModel) -> float:
-    """Write `model/`, and compare its logits with those of a fresh process: max |difference|, which has to be 0."""
-    card = model_card(run.cfg, stock=stock_skeleton(pruned) is not None)
-    folder = save_pruned(pruned, run.tokenizer, run.folder / "model", model_card=card, overwrite=True)
-    difference = check_reload(pruned, folder, checked_tokens(run), **placement(run))
-    run.folder.update_manifest(model=file_hashes(folder), replace=True)
-    return difference
-
-
-def save_gguf(run: Run) -> None:
-    """The file of `--export gguf`, from the folder that has been checked; one that is there already stays."""
-    path = run.folder / "model-f16.gguf"
-    if not path.exists():
-        log.info("Writing %s and checking that llama.cpp computes the same", path)
-        with run.folder.step("export_gguf"):
-            export(run.folder / "model", path)
+    return {
+        "tokens": ids.numel(),
+        "std": float(reference.std()),
+        "masked_minus_sliced": largest,
+        "masked_minus_sliced_rms": rms(reference - sliced),
+    }
 
 
 def checked_tokens(run: Run) -> Tensor:

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from gprune.calibration.statistics import CorpusStatistics, pooled
-from gprune.errors import UserError
 from gprune.importance.scores import Scores, score_units
 from gprune.models.masks import Masks
-from gprune.partition.modules import ModuleRanks, Modules
+from gprune.partition.modules import Modules
 from gprune.pipeline.run import Run
 from gprune.sparsity.allocation import ALLOCATION, allocate
 from gprune.sparsity.thresholds import (
@@ -64,7 +63,6 @@ def learn_sparsity(run: Run, modules: Modules, base: Masks) -> tuple[Thresholds,
 
     def compute() -> dict[str, Tensor]:
         start = (rule if rule.modules else start_thresholds)(base, ranks)
-        _check_thresholds(run.cfg.sparsity.allocation, start, ranks)
         return fit_thresholds(run, modules, start) if rule.learned else named_thresholds(start)
 
     tensors = run.folder.tensors("thresholds", compute)
@@ -75,21 +73,6 @@ def learn_sparsity(run: Run, modules: Modules, base: Masks) -> tuple[Thresholds,
     masks = masks_from_thresholds(ranks, thresholds, run.budget)
     log_modules(run.loggers, modules, masks)
     return thresholds, masks
-
-
-def _check_thresholds(name: str, thresholds: Thresholds, ranks: ModuleRanks) -> None:
-    """Raise UserError unless an allocation gave a number for each module of each block, and one for its KV groups."""
-    expected = [[(k,) for k in ranks.modules], [(1,) for _ in ranks.attention]]
-    parts = thresholds if isinstance(thresholds, tuple | list) else []
-    shapes = [
-        [tuple(t.shape) if isinstance(t, Tensor) else None for t in part] if isinstance(part, tuple | list) else None
-        for part in parts
-    ]
-    if shapes != expected or any(bool(t.isnan().any()) for part in parts for t in part):
-        raise UserError(
-            f"Allocation '{name}': expected thresholds as (neurons, KV groups), for each block a tensor of a number "
-            f"per module, and a tensor of one; got others."
-        )
 
 
 def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, Tensor]:

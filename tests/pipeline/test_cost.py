@@ -22,30 +22,22 @@ def planned(model, folder, *flags):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 def test_a_token_costs_what_torch_counts(family, tmp_path):
-    """Without learning, recovery and Gram matrices all tokens go forward; calibration leaves the head out."""
+    """Without learning, recovery and Gram matrices all tokens go forward."""
     model = make_tiny(family)
     flags = ("--gprune=false", "--corpora.num_samples=2", "--evaluation.seq_len=64", "--evaluation.controls=[]")
     plan = planned(model, tmp_path, *flags)
-    head = counted(lambda: model.get_output_embeddings()(torch.zeros(128, 32)))
-    token = (counted(lambda: model.get_decoder()(input_ids=IDS, use_cache=False)) + head) / 128
-    calibrated = len(plan.cfg.calibration) * 2 * 64
     assert plan.forward_backward_tokens == 0
-    assert flops(plan) == pytest.approx(plan.forward_tokens * token - calibrated * head / 128, rel=1e-9)
+    token = counted(lambda: model(input_ids=IDS, use_cache=False)) / IDS.numel()
+    assert flops(plan) == pytest.approx(plan.forward_tokens * token, rel=1e-9)
 
 
-def test_learning_costs_twice_a_pass(tiny_model, tmp_path):
-    """Frozen weights: forward, and backward to activations; of the head both in the forward pass."""
+def test_learning_costs_at_most_three_passes(tiny_model, tmp_path):
     less, more = (planned(tiny_model, tmp_path, f"--sparsity.epochs={epochs}") for epochs in (1, 3))
-    tiny_model.set_attn_implementation("eager")  # the counter does not know the fused one's backward pass
-
-    def step() -> None:
-        asks = tiny_model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
-        next_token_loss(tiny_model, IDS).backward()
-        asks.remove()
-
-    expected = (more.forward_tokens - less.forward_tokens) * counted(lambda: tiny_model(input_ids=IDS)) / 128
-    expected += (more.forward_backward_tokens - less.forward_backward_tokens) * counted(step) / 128
-    assert flops(more) - flops(less) == pytest.approx(expected, rel=0.01)
+    tiny_model.requires_grad_(True).set_attn_implementation("eager")  # the fused one's backward pass is not counted
+    step = counted(lambda: next_token_loss(tiny_model, IDS).backward()) / IDS.numel()
+    expected = (more.forward_backward_tokens - less.forward_backward_tokens) * step
+    expected += (more.forward_tokens - less.forward_tokens) * counted(lambda: tiny_model(input_ids=IDS)) / IDS.numel()
+    assert expected <= flops(more) - flops(less) <= 1.05 * expected  # the last token of a window needs no head
 
 
 def test_speed_is_measured():

@@ -521,8 +521,9 @@ def test_dry_run_computes_and_writes_nothing(world, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
     assert {"model", "scope", "removes", "forward", "and backward", "results"} <= said.keys()
     assert said["widths"].startswith("80 to 80 of 160 neurons per block")
-    number = r"[\d.e+]+"
-    assert re.match(rf"at most {number} [kMG]FLOP: {number} s at {number} [MGT]FLOP/s, which matrix", said["compute"])
+    assert said["evaluates"] == "4 models on 3 corpora"
+    number = r"[\d.]+e\+\d+"
+    assert re.match(rf"at most {number} FLOP: 0:00:\d\d at {number} FLOP/s per process, the speed", said["compute"])
 
 
 def test_a_config_that_asks_for_more_than_its_weights_can_be_is_refused_before_anything_is_loaded(

@@ -257,7 +257,7 @@ def quick(monkeypatch):
 FLAGS = ["--recovery=least_squares_sequential", "--sparsity.scope=attention+ffn"]
 
 
-def test_a_run_recovers_its_controls_too_and_stays_below_its_plan(world, tmp_path, quick, capsys):
+def test_a_run_recovers_its_controls_too_and_stays_below_its_plan(world, tmp_path, quick):
     result = world.run(tmp_path, *FLAGS)
     stages = ("base", "averaged", "gprune")
     assert {(r["stage"], r["recovery"]) for r in result.records} == {("dense", "none")} | {
@@ -278,9 +278,6 @@ def test_a_run_recovers_its_controls_too_and_stays_below_its_plan(world, tmp_pat
     none = preparation.check(parse(world.args(tmp_path, FLAGS[1])))
     assert plan.forward_tokens == none.forward_tokens + 3 * (4 * tokens + 3 * 2 * 32)
     assert result.summary["forward_tokens"] <= plan.forward_tokens
-    capsys.readouterr()
-    assert main(world.args(tmp_path, *FLAGS, "--dry_run=true")) == 0
-    assert "7 models evaluated on 3 corpora, 3 of them recovered with text" in capsys.readouterr().out
 
 
 def test_a_run_taken_up_has_the_same_bits(world, tmp_path, quick):
