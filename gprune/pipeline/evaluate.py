@@ -198,8 +198,7 @@ def summarise(
         with replacing(run.folder / "model" / "README.md") as new:
             new.write_text(card, encoding="utf-8")
         run.folder.update_manifest(model=file_hashes(run.folder / "model", "README.md"))
-    draw = tracking.on_process_zero(write_figures)
-    tracking.log_images(run.loggers, draw(run.folder / "figures", records, modules, masks))
+    tracking.log_images(run.loggers, write_figures(run.folder / "figures", records, modules, masks))
     columns = ["stage", "recovery", "corpus", "seen", "perplexity", "nll", "tokens"]
     tracking.log_table(run.loggers, "perplexity", [{c: r[c] for c in columns} for r in records])
     flat = {f"summary/{row}/{name}": v for row, values in means.items() for name, v in values.items() if v is not None}

@@ -67,13 +67,18 @@ def check(cfg: RunConfig) -> Plan:
         for sparsity in cfg.evaluation.curve:
             budget.at(sparsity)
     check_blocks(cfg, blocks, config)
-    if cfg.export == "gguf":
-        check_gguf_possible(blocks, config)
     return Plan(cfg, dense, budget, device, tokens_by_step(cfg))
 
 
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
-    """Raise UserError where this model's blocks or positions cannot do what the flags ask for."""
+    """Raise UserError where this model's blocks or positions, or this machine, cannot do what the flags ask for."""
+    if cfg.export == "gguf" and not has_llama_cpp():
+        raise UserError(
+            f"--export gguf: expected a llama.cpp build to check the file with; got none. Run `pip install "
+            f"{LLAMA_CPP}`, or take --export hf, and then `gprune export` with --unchecked."
+        )
+    if cfg.export == "gguf":
+        check_expressible(blocks, config)
     recovery_of(cfg.recovery).refuse(blocks, shard=cfg.model.shard, settings=cfg.recovery_settings)
     if "saliency" in cfg.collects:
         for block in blocks:
@@ -84,16 +89,6 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
             f"--corpora.seq_len, --evaluation.seq_len: expected at most {config.max_position_embeddings} tokens, the "
             f"positions that model_type '{config.model_type}' has learned, got {longest}."
         )
-
-
-def check_gguf_possible(blocks: Sequence[Block], config: PreTrainedConfig) -> None:
-    """Raise UserError now, not after hours, where the model or this machine allows no GGUF file."""
-    if not has_llama_cpp():
-        raise UserError(
-            f"--export gguf: expected a llama.cpp build to check the file with; got none. Run `pip install "
-            f"{LLAMA_CPP}`, or take --export hf, and then `gprune export` with --unchecked."
-        )
-    check_expressible(blocks, config)
 
 
 def check_depth(blocks: Sequence[Block], budget: Budget, config: PreTrainedConfig) -> None:

@@ -26,7 +26,7 @@ def write_samples(run: Run, pruned: PreTrainedModel, seen: dict[str, bool]) -> N
     if not prompts or is_offloaded(run.model) or is_offloaded(pruned):
         return
     there = read_json(path, run=run.folder.key, check=schema.shaped(schema.Samples))
-    if there is not None and len(there["rows"]) == min(prompts, len(run.text.test)):
+    if there is not None and len(there["rows"]) == prompts:
         return
     run.step(10, "Writing samples")
     windows = run.text.test[-prompts:]

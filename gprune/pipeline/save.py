@@ -20,7 +20,6 @@ from gprune.pipeline.cost import compared_tokens
 from gprune.pipeline.recover import placement, shrink
 from gprune.pipeline.run import Run
 from gprune.report.model_card import model_card
-from gprune.runs import tracking
 from gprune.runs.trainer import multiplying
 from gprune.sparsity.gates import masked
 from gprune.storage.files import file_hashes
@@ -42,7 +41,6 @@ def masked_logits(model: PreTrainedModel, masks: Masks, input_ids: Tensor) -> Te
         return next(walk.logits()).float()
 
 
-@tracking.on_process_zero
 @torch.no_grad()
 def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
     """Write masks and `model/`, and compare masked, sliced and reloaded logits before anything is called finished.

@@ -15,8 +15,6 @@ from matplotlib.image import imread
 from gprune.console import no_interrupts
 from gprune.errors import UserError
 
-on_process_zero = rank_zero_only
-
 # metric pattern -> its x axis. Lightning restarts its step in every stage, so each stage has an axis of its own.
 AXES = {
     "learn/perplexity/*": "learn/epoch",

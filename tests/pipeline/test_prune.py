@@ -520,7 +520,7 @@ def test_dry_run_computes_and_writes_nothing(world, tmp_path, capsys):
     assert not forwards
     assert not (tmp_path / "runs").exists()
     assert {"model", "scope", "removes", "forward", "and backward", "results"} <= said.keys()
-    assert said["widths"].startswith("80 to 80 of 160 neurons per block")
+    assert said["widths"].startswith("80 to 80 of 160 neurons and 2 to 2 of 2 KV groups per block")
     assert said["evaluates"] == "4 models on 3 corpora"
     number = r"[\d.]+e\+\d+"
     assert re.match(rf"at most {number} FLOP: 0:00:\d\d at {number} FLOP/s per process, the speed", said["compute"])
