@@ -72,11 +72,9 @@ def _drift_of(run: Run, block: Block, statistics: Sequence[CorpusStatistics]) ->
 def partition(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
     """Steps 4 and 5: module labels per block, (N,) int64, by the method of `--partition.method`."""
     run.step(4, "Partitioning")
-
-    def compute() -> dict[str, Tensor]:
-        return {f"labels.{b}": y for b, y in enumerate(partitioned(run, drift))}
-
-    tensors = run.folder.tensors("assignment", compute)
+    tensors = run.folder.tensors(
+        "assignment", lambda: {f"labels.{b}": y for b, y in enumerate(partitioned(run, drift))}
+    )
     return [tensors[f"labels.{b}"] for b in range(len(run.blocks))]
 
 

@@ -53,18 +53,19 @@ def prune(cfg: RunConfig) -> PruningResult:
             labels = partition(run, drift)  # 4, 5
             modules = assess(run, statistics, scores, drift, labels)  # 6
             thresholds, masks["gprune"] = learn_sparsity(run, modules, masks["base"])  # 7, 8
+        final = masks[run.cfg.final]
         run.step(9, "Pruning" if cfg.recovery == "none" else "Pruning and recovering")
         with run.folder.step("shrink"):
-            pruned = shrink(run, masks[cfg.final], statistics)
+            pruned = shrink(run, final, statistics)
         first, summary = rank_zero_only.rank == 0, {}
         if first:
             save(run, pruned, masks)
         records = evaluate(run, statistics, masks, pruned)  # 10
         if first:
             write_samples(run, pruned, {r["corpus"]: r["seen"] for r in records})
-            summary = summarise(run, records, masks[cfg.final], pruned, modules)
+            summary = summarise(run, records, final, pruned, modules)
             write_pages(run)
         return PruningResult(
-            path=run.folder.path, config=cfg, masks=masks[cfg.final], modules=modules, thresholds=thresholds,
+            path=run.folder.path, config=cfg, masks=final, modules=modules, thresholds=thresholds,
             statistics=statistics, records=records, summary=summary, model=pruned, tokenizer=run.tokenizer,
         )  # fmt: skip

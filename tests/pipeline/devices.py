@@ -1,14 +1,9 @@
-"""What every part of the method does on devices that nobody has: `python -m tests.pipeline.devices` prints the table.
-
-Each part runs on the CPU, on one pretended device and on two (`tests.pretend`); what it finds has to be the same. The
-figures are waits of the host for a device, as `Devices` counts them, on a model of three blocks.
-"""
+"""Every part of the method as a function of a place: on the CPU, on one pretended device, on two (`tests.pretend`)."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +20,6 @@ from gprune.calibration.collector import collect
 from gprune.calibration.layerwise import Walk
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import DistillConfig, SparsityConfig
-from gprune.console import quiet
 from gprune.corpora.windows import Windows
 from gprune.evaluation.perplexity import perplexity
 from gprune.export import hf
@@ -243,20 +237,3 @@ def same(found: Any, expected: Any) -> bool:
     """To float32's rounding: a device multiplies in another order."""
     pairs = zip(tensors(found), tensors(expected), strict=True)
     return all(torch.allclose(a.double(), b.double(), rtol=2e-4, atol=2e-4) for a, b in pairs)
-
-
-def main() -> None:
-    quiet()
-    print("| part | one device | two |\n|---|---:|---:|")
-    llama, experts = model_of("llama"), model_of("mixtral")
-    rows = [(name, llama, part) for name, part in PARTS.items()]
-    rows += [(f"mixtral: {name}", experts, PARTS[name]) for name in EXPERTS]
-    for name, model, part in rows:
-        print(f"| {name} | {' | '.join(str(run(part, model, n)[1].waits) for n in (1, 2))} |", flush=True)
-    for name, how in LEARNING.items():
-        cells = (f"{learned(how, llama, n)[1]} a step" for n in (1, 2))
-        print(f"| learning: {name} | {' | '.join(cells)} |", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
