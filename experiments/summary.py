@@ -12,13 +12,14 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gprune.console import Parser, guarded, quiet
-from gprune.report.comparison_figures import curve_figure, draw_curves, draw_ratios
+from gprune.report.comparison_figures import draw_ratios
 from gprune.report.perplexity_tables import pooled, ratio_to
 from gprune.report.records import by_stage
-from gprune.report.style import FORMATS, save, style, titled
+from gprune.report.style import FORMATS, LINES, canvas, distances, plain_ticks, save, style, titled
 from gprune.report.table import Estimate
 from gprune.runs.results import FinishedRun
 from gprune.studies.archive import CONTROL, as_run, record_of
@@ -131,6 +132,48 @@ def parts() -> list[tuple[str, Estimate]]:
     runs = runs_of("headline.yaml")
     by_part = [(label, ratios_of(runs, stage, "base: base")) for stage, label in PARTS.items()]
     return [("the base metric", Estimate(1.0)), *((label, pooled(ratios)) for label, ratios in by_part if ratios)]
+
+
+@style()
+def curve_figure(lines: Lines, **labels: str) -> Figure:
+    """`draw_curves`, with a legend."""
+    figure, axes = canvas(6, 3.8)
+    draw_curves(axes, lines, **labels)
+    figure.legend(loc="outside right center")
+    return figure
+
+
+def draw_curves(
+    axes: Axes, lines: Lines, *, over: str, ticks: str,
+    reference: str,
+) -> None:  # fmt: skip
+    """Unseen perplexity over a reference's, against a number, with paired intervals; lower is better.
+
+    Args:
+        lines: (subject, stage) -> (number, ratio). Each subject has a colour and a marker; the stages `gprune` and none
+            ("") have full markers, any other stage hollow ones and dashes.
+        over: name of the number.
+        ticks: format of its values.
+        reference: what perplexities are divided by.
+    """
+    subjects = list(dict.fromkeys(subject for subject, _ in lines))
+    for (subject, stage), points in lines.items():
+        colour, _, marker = LINES[subjects.index(subject) % len(LINES)]
+        full = stage in ("gprune", "")
+        values, ratios = zip(*points, strict=True)
+        axes.errorbar(
+            values, [ratio.value for ratio in ratios], yerr=distances(ratios), color=colour, marker=marker,
+            mfc=colour if full else "white", ms=5, ls="-" if full else "--", lw=1.3, capsize=2.5,
+            label=f"{subject}, {stage}" if stage else subject,
+        )  # fmt: skip
+    axes.axhline(1, color="black", lw=0.8)
+    axes.set_yscale("log")
+    plain_ticks(axes.yaxis)
+    axes.set_xlabel(over)
+    axes.set_xticks(sorted({value for points in lines.values() for value, _ in points}))
+    axes.xaxis.set_major_formatter(ticks)
+    axes.set_ylabel(f"unseen perplexity / {reference}")
+    axes.grid(axis="y")
 
 
 @style()

@@ -54,17 +54,19 @@ def subjects_of(
         return [Subject(about, lambda: load_model(name, **settings))], None, None
     run = finished(path)
     settings, sparsity, label = run.settings, run.settings["sparsity"], model_label(run.settings["model"]["name"])
-    loading = (path, settings, getattr(torch, dtype or settings["model"]["dtype"]), trust_remote_code)
-    before = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
-    after = {"model": label, "stage": run.final, "recovery": settings["recovery"]}
-    after |= {"sparsity": sparsity["target"], "scope": sparsity["scope"]}
     if settings["recovery"] != "none" and not (path / "model" / "config.json").is_file():
         raise UserError(
             f"The run '{path}' kept no model (--export none), and masks do not hold what recovery changed; repeat it "
             f"with --export hf."
         )
-    first = [Subject(before, lambda: load_dense(*loading))] if dense else []
-    return [*first, Subject(after, lambda: _load_pruned(*loading))], path / "evaluation.json", run.key
+    loading = (path, settings, getattr(torch, dtype or settings["model"]["dtype"]), trust_remote_code)
+    after = {"model": label, "stage": run.final, "recovery": settings["recovery"]}
+    after |= {"sparsity": sparsity["target"], "scope": sparsity["scope"]}
+    subjects = [Subject(after, lambda: _load_pruned(*loading))]
+    if dense:
+        before = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
+        subjects.insert(0, Subject(before, lambda: load_dense(*loading)))
+    return subjects, path / "evaluation.json", run.key
 
 
 def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded:

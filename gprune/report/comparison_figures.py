@@ -54,48 +54,6 @@ def draw_ratios(axes: Axes, rows: Sequence[tuple[str, Estimate]], *, base: str) 
 
 
 @style()
-def curve_figure(lines: Mapping[tuple[str, str], Sequence[tuple[float, Estimate]]], **labels: str) -> Figure:
-    """`draw_curves`, with a legend."""
-    figure, axes = canvas(6, 3.8)
-    draw_curves(axes, lines, **labels)
-    figure.legend(loc="outside right center")
-    return figure
-
-
-def draw_curves(
-    axes: Axes, lines: Mapping[tuple[str, str], Sequence[tuple[float, Estimate]]], *, over: str, ticks: str,
-    reference: str,
-) -> None:  # fmt: skip
-    """Unseen perplexity over a reference's, against a number, with paired intervals; lower is better.
-
-    Args:
-        lines: (subject, stage) -> (number, ratio). Each subject has a colour and a marker; the stages `gprune` and none
-            ("") have full markers, any other stage hollow ones and dashes.
-        over: name of the number.
-        ticks: format of its values.
-        reference: what perplexities are divided by.
-    """
-    subjects = list(dict.fromkeys(subject for subject, _ in lines))
-    for (subject, stage), points in lines.items():
-        colour, _, marker = LINES[subjects.index(subject) % len(LINES)]
-        full = stage in ("gprune", "")
-        values, ratios = zip(*points, strict=True)
-        axes.errorbar(
-            values, [ratio.value for ratio in ratios], yerr=distances(ratios), color=colour, marker=marker,
-            mfc=colour if full else "white", ms=5, ls="-" if full else "--", lw=1.3, capsize=2.5,
-            label=f"{subject}, {stage}" if stage else subject,
-        )  # fmt: skip
-    axes.axhline(1, color="black", lw=0.8)
-    axes.set_yscale("log")
-    plain_ticks(axes.yaxis)
-    axes.set_xlabel(over)
-    axes.set_xticks(sorted({value for points in lines.values() for value, _ in points}))
-    axes.xaxis.set_major_formatter(ticks)
-    axes.set_ylabel(f"unseen perplexity / {reference}")
-    axes.grid(axis="y")
-
-
-@style()
 def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
     """Fraction of neurons removed per block, a line per run."""
     figure, axes = canvas(7, 3.2 + 0.06 * len(masks))
