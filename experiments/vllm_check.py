@@ -3,10 +3,7 @@
     python experiments/vllm_check.py FOLDER REFERENCE.json
 
 REFERENCE.json holds `ids`, T tokens of a text, and of each but the first its log-probability (`logprobs`, nats) and
-the token that was most likely in its place (`top1`). `experiments.formats` writes it, and so does `--write`, with
-the transformers that vLLM has beside it:
-
-    python experiments/vllm_check.py FOLDER REFERENCE.json --write README.md
+the token that was most likely in its place (`top1`): `experiments.formats` writes it beside the folders that it makes.
 
 In float32, eager, one device: what is checked is the folder. The last line of stdout is JSON. The exit code is 2 where
 the two differ by more than `LIMIT`, or where the folder does not load.
@@ -21,20 +18,7 @@ import os
 import sys
 from pathlib import Path
 
-TOKENS = 512
 LIMIT = 0.01  # max |difference of log-probabilities|, nats; 1e-4 was seen, and 0.1 upwards with anything wrong
-
-
-def write(folder: Path, reference: Path, text: str) -> None:
-    """The reference of a folder, computed by transformers."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(folder)(text).input_ids[:TOKENS]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
-    with torch.inference_mode():
-        logits = model(torch.tensor([ids]), use_cache=False).logits[0]
-    reference.write_text(json.dumps(content_of(ids, logits)), encoding="utf-8")
 
 
 def content_of(ids: list[int], logits) -> dict[str, list]:
@@ -96,13 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("reference", type=Path)
-    parser.add_argument("--write", metavar="TEXT", type=Path, help="write the reference of this text file, and stop")
     args = parser.parse_args(arguments)
-    if args.write is not None:
-        write(args.folder, args.reference, args.write.read_text(encoding="utf-8"))
-        return 0
     if not args.reference.is_file():
-        return fail(f"expected a reference, but there is no '{args.reference}'; --write TEXT makes one.")
+        return fail(f"expected a reference, but there is no '{args.reference}'; experiments.formats writes it.")
     reference = json.loads(args.reference.read_text(encoding="utf-8"))
     try:
         import vllm

@@ -10,11 +10,8 @@ import ctypes
 import gc
 import platform
 import statistics
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,47 +110,20 @@ def peak_above(call: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         call()
         return max(torch.cuda.max_memory_allocated(device) - before, 4096)
-    _give_back_free_memory()
-    with _watched() as peak:
-        call()
-    return max(peak(), 4096)
-
-
-def _give_back_free_memory() -> None:
-    """What malloc keeps for later use would hide what the next call takes."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-        if trim is not None:
-            trim(0)
-
-
-@contextmanager
-def _watched() -> Iterator[Callable[[], int]]:
-    """Yields a function that says, after the context, how far resident memory rose above its start, in bytes."""
     if not STATUS.exists():
-        yield lambda: 0  # no such file: no figure, rather than a wrong one
-        return
-    start, stop = _resident(), threading.Event()
-    highest = start
-
-    def sample() -> None:
-        nonlocal highest
-        while not stop.wait(0.002):
-            highest = max(highest, _resident())
-
-    sampler = threading.Thread(target=sample, daemon=True)
-    sampler.start()
-    try:
-        yield lambda: highest - start
-    finally:
-        stop.set()
-        sampler.join()
-        highest = max(highest, _resident())
+        return 4096  # no figure, rather than a wrong one
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)  # what malloc keeps for later use would hide what the call takes
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is that from now on
+    before = resident("VmRSS")
+    call()
+    return max(resident("VmHWM") - before, 4096)
 
 
-def _resident() -> int:
+def resident(kind: str) -> int:
+    """Bytes of this process in memory: now (VmRSS), or at their peak (VmHWM)."""
     lines = STATUS.read_text(encoding="ascii").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
 
 
 @dataclass(frozen=True)

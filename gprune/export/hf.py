@@ -101,19 +101,13 @@ def pruned_skeleton(model: PreTrainedModel) -> PreTrainedModel:
     for block, stock in zip(blocks, dense, strict=True):
         layout["sizes"] |= {place.path: [place.dim, block.config_terms(place.sizes)] for place in block.slices}
         layout["attributes"] |= block.attributes
-        biases = [path for path, own, old in ((family.down, block.down, stock.down),
-                                              (family.output, block.output, stock.output))
-                  if own.bias is not None and old.bias is None]  # fmt: skip
+        added = [part for part in ("down", "output") if block.parts[part].bias is not None]
+        biases = [getattr(family, part) for part in added if stock.parts[part].bias is None]
         own = block.config_values | {"added_biases": biases}
         table[str(block.index)] = {key: value for key, value in own.items() if value != values.get(key, [])}
     config_class, _, model_class = pruned_classes(family.model_type)
-    config = config_class(
-        **values,
-        added_biases=[],
-        pruned_layout=layout,
-        per_layer_config={index: own for index, own in table.items() if own},
-    )
-    return skeleton(config, model_class)
+    own = {"pruned_layout": layout, "per_layer_config": {index: own for index, own in table.items() if own}}
+    return skeleton(config_class(**values, added_biases=[], **own), model_class)
 
 
 def to_exportable(model: PreTrainedModel) -> PreTrainedModel:
@@ -181,7 +175,7 @@ def reason_to_keep(folder: Path) -> str | None:
         return f"holds {foreign[0]}, which no export writes"
     card = folder / "README.md"
     if not card.is_file() or "gprune" not in card.read_text(encoding="utf-8", errors="replace"):
-        return "is no model folder of gprune's (its README.md names it)"
+        return "has no README.md that names gprune"
     return None
 
 

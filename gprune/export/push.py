@@ -31,16 +31,15 @@ def push(run_or_folder: str | Path, repo: str, *, dry_run: bool = True) -> str:
         raise UserError(f"--push: expected owner/name, got '{repo}'.")
     for what, path in unsafe_entries(folder):
         raise UserError(f"--push: {path} is {what}; expected a plain file, lest a private one be published.")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in files]
-    listed = "".join(f"{path.stat().st_size:>14,}  {name}\n" for path, name in zip(files, names, strict=True))
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    listed = "".join(f"{path.stat().st_size:>14,}  {name}\n" for name, path in files.items())
     if dry_run:
         return f"Would go up to {repo}, bytes and names:\n{listed}Nothing went up; --no-dry-run uploads it.\n"
     try:
         api = HfApi()
         api.create_repo(repo, private=True, exist_ok=True)
         said = "Upload a pruned model"
-        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names, commit_message=said)
+        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(files), commit_message=said)
     except Exception as error:  # of the hub, of its HTTP library, and of the sockets below
         raise UserError(f"--push {repo}: the hub refused or was not reached ({first_line(error)}).") from error
     return f"Went up to {repo}, bytes and names:\n{listed}"

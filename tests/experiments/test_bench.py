@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import replace
 
 import pytest
@@ -69,15 +68,6 @@ def test_decoding_gives_the_logits_of_the_whole_text_every_time():
             torch.testing.assert_close(call()[:, -1], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("widths", ["random", "uniform"])
-def test_masks_meet_budget_and_grid(widths):
-    model = models.random_llama(neurons=1024, blocks=4)
-    kept = [int(m.sum()) for m in models.random_masks(model, replace(SMALL, widths=widths)).ffn]
-    assert all(n % 64 == 0 for n in kept)
-    assert 2048 - 64 * len(kept) < sum(kept) <= 2048
-    assert (len(set(kept)) == 1) == (widths == "uniform")
-
-
 # Measuring
 
 
@@ -103,16 +93,13 @@ def test_calls_run_in_turn_and_ratios_stay_inside_a_round(monkeypatch):
 
 def test_the_ratio_is_the_median_over_rounds_not_of_medians():
     timing = Timing({"a": [1.0, 10.0, 5.0], "b": [2.0, 4.0, 5.0]})
-    assert timing.ratios("a", "b") == [0.5, 2.5, 1.0]
     assert (timing.ratio("a", "b"), timing.range("a", "b")) == (1.0, "0.5 to 2.5")
 
 
 @linux
 def test_peak_memory_is_what_a_call_takes_and_gives_back():
     def take(mib):
-        kept = torch.ones(mib * measure.MIB // 4)
-        time.sleep(0.02)
-        return kept.sum()
+        return torch.ones(mib * measure.MIB // 4).sum()
 
     take(100)  # an earlier peak does not count
     for mib in (16, 48):

@@ -262,7 +262,7 @@ def test_a_taken_folder_is_kept_until_a_whole_one_may_take_its_place(tmp_path, t
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("diary.txt", "holds diary.txt, which no export writes"), ("README.md", "no model folder of gprune's")],
+    [("diary.txt", "holds diary.txt, which no export writes"), ("README.md", "has no README.md that names gprune")],
 )
 def test_overwriting_never_removes_what_is_no_model_of_ours(name, said, tmp_path):
     (tmp_path / name).write_text("dear")
