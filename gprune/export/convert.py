@@ -9,7 +9,6 @@ Only light modules are imported here: a wrong argument should not have to wait f
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,10 +62,9 @@ def export(
     name = folder.parent.name if (folder.parent / "manifest.json").is_file() else folder.name
     with replacing(path) as new:
         if type in QUANTISED:
-            with tempfile.TemporaryDirectory(dir=new.parent, prefix=".quantise-") as scratch:
-                whole = Path(scratch) / "f16.gguf"
-                write_gguf(model, tokenizer, whole, type="f16", name=name)
-                ask_llama_cpp("quantise", whole, output=str(new), type=type.upper())
+            whole = new.with_name(f"f16-{new.name}")  # in the scratch folder of `replacing`, which removes it
+            write_gguf(model, tokenizer, whole, type="f16", name=name)
+            ask_llama_cpp("quantise", whole, output=str(new), type=type.upper())
         else:
             write_gguf(model, tokenizer, new, type=type, name=name)
         if not unchecked:
