@@ -50,8 +50,8 @@ def run(args: Sequence[str] | None) -> str:
     result = prune(cfg)
     if rank_zero_only.rank != 0:
         return ""
-    s, several = result.summary, cfg.trainer.devices * cfg.trainer.num_nodes > 1
-    whose = " of the first process, which has its share of the text" * several
+    s = result.summary
+    whose = " of the first process, which has its share of the text" if cfg.processes > 1 else ""
     removed = removed_in_words(s["sparsity_of_scope"], cfg.sparsity.scope, cfg.sparsity.allocation)
     return (
         f"\n{result_table(result.records).shown()}\n\n"

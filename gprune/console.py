@@ -8,7 +8,6 @@ import io
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -28,10 +27,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help.")
-
-
-class Stopped(SystemExit):
-    """What SIGTERM and SIGHUP raise, so that nothing is left behind; `code` is the exit code."""
 
 
 def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory: str = ".") -> int:
@@ -69,10 +64,12 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
             with no_interrupts():
                 return fail(f"Interrupted{stopped}", 130)
         except SystemExit as error:
-            if type(error).__name__ not in ("SIGTERMException", "Stopped"):  # Lightning's: importing it takes seconds
-                return _left(error, fail)
-            what = "Hung up" if error.code == 129 else "Terminated"
-            return fail(f"{what}{stopped}", 129 if error.code == 129 else 143)
+            if error.code == 129:
+                return fail(f"Hung up{stopped}", 129)
+            if error.code == 143 or type(error).__name__ == "SIGTERMException":  # Lightning's
+                return fail(f"Terminated{stopped}", 143)
+            _flushed()
+            raise
         except MemoryError:
             return fail(f"Out of memory{memory}", alone=True)
         except OSError as error:
@@ -87,15 +84,6 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
                 raise
             return 2  # the first process has left, and has said why
     return 0
-
-
-def _left(error: SystemExit, fail: Callable[..., int]) -> int:
-    """Exit as --help does, unless its text could not be written."""
-    try:
-        sys.stdout.flush()
-    except OSError as closed:
-        return fail(f"The system refused to work on the output: {closed.strerror}.")
-    raise error
 
 
 def say(text: str) -> None:
@@ -128,7 +116,7 @@ def _signals() -> Iterator[None]:
 
     def stop(number: int, _: object) -> None:
         if signal.getsignal(number) is stop:
-            raise Stopped(128 + number)
+            raise SystemExit(128 + number)
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -144,14 +132,13 @@ def _signals() -> Iterator[None]:
 @contextlib.contextmanager
 def no_interrupts() -> Iterator[None]:
     """Ignore Ctrl-C as long as the context lasts."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if main:
+            signal.signal(signal.SIGINT, before)
 
 
 def leave(code: int) -> NoReturn:
@@ -205,20 +192,13 @@ def quiet() -> None:
 @contextlib.contextmanager
 def quieted(*loggers: str, stderr: bool = False) -> Iterator[None]:
     """For as long as the context lasts, loggers of libraries say errors only; with `stderr`, nothing reaches stderr."""
-    before = {name: logging.getLogger(name).level for name in loggers}
-    for name in loggers:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()) if stderr else contextlib.nullcontext():
-            yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
-
-
-def terminal_width() -> int | None:
-    """Columns of the terminal; None if stdout is no terminal, where tables are printed as Markdown."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    with contextlib.ExitStack() as stack:
+        if stderr:
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        for logger in map(logging.getLogger, loggers):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        yield
 
 
 def process_index() -> int:
@@ -226,6 +206,7 @@ def process_index() -> int:
 
     The first process of another machine, where nobody numbers all of them, has the number of its machine.
     """
-    given = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK")]
-    *ranks, node = [int(number) if number.isdecimal() else None for number in given]
-    return next((rank for rank in ranks if rank is not None), 0) or (node or 0) * (ranks[0] is None)
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK")
+    given = {name: int(number) for name in names if (number := os.environ.get(name, "")).isdecimal()}
+    rank = next((given[name] for name in names[:3] if name in given), 0)
+    return rank if rank or "RANK" in given else given.get("NODE_RANK", 0)

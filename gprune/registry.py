@@ -21,10 +21,10 @@ NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
 class Registry(Generic[T]):
-    """Names to values, functions where they are `called`. `kind` is the word used in messages, such as "corpus"."""
+    """Names to values. `kind` is the word used in messages, such as "corpus"."""
 
-    def __init__(self, kind: str, *, called: bool = False):
-        self.kind, self.called = kind, called
+    def __init__(self, kind: str):
+        self.kind = kind
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -32,8 +32,7 @@ class Registry(Generic[T]):
 
         Raises:
             ValueError: if the name is taken (by another object; re-running a notebook cell is no error).
-            UserError: for a name that could lead out of a folder, or that chains and lists would cut in two; and for
-                an entry that cannot be called where they are.
+            UserError: for a name that could lead out of a folder, or that chains and lists would cut in two.
         """
         if not (isinstance(name, str) and NAME.fullmatch(name)):
             raise UserError(
@@ -41,8 +40,6 @@ class Registry(Generic[T]):
             )
 
         def file(entry: T) -> T:
-            if self.called and not callable(entry):
-                raise UserError(f"{self.kind} '{name}': expected a function, got {type(entry).__name__}.")
             taken = self._entries.get(name)
             if taken is not None and _origin(taken) != _origin(entry):
                 raise ValueError(f"{self.kind} '{name}' is registered already, as {taken!r}; choose another name.")

@@ -46,13 +46,13 @@ class Screen:
         console = console or Console(file=sys.stdout)
         self._progress = Progress(
             TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-            BarColumn(bar_width=14), _Speed(table_column=Column(min_width=15, no_wrap=True)),
-            _Left(table_column=Column(min_width=12, no_wrap=True)), console=console, expand=True,
-            transient=True,
+            BarColumn(bar_width=14),
+            TextColumn("{task.fields[speed]}", "cyan", "right", table_column=Column(min_width=15, no_wrap=True)),
+            _Left(table_column=Column(min_width=12, no_wrap=True)), console=console, expand=True, transient=True,
             disable=not console.is_terminal or console.is_jupyter or process_index() != 0,
         )  # fmt: skip
-        self._run = self._progress.add_task("run", total=self._total or 1, visible=bool(self._total), whole=self)
-        self._step = self._progress.add_task("", total=None, visible=False)
+        self._progress.add_task("run", total=self._total or 1, visible=bool(self._total), speed="", whole=self)
+        self._step = self._progress.add_task("", total=None, visible=False, speed="")
 
     def __enter__(self) -> Screen:
         self._progress.start()
@@ -79,17 +79,15 @@ class Screen:
         def advance(more: int = 0, note: str = "") -> None:
             nonlocal tokens
             tokens += more
-            speed = tokens / max(time.monotonic() - started, 1e-9)
+            speed = f"{tokens / max(time.monotonic() - started, 1e-9):,.0f} tokens/s" if tokens else ""
             described = f"{title}, {note}" if note else title
-            self._progress.update(self._step, advance=1, description=described, tokens_per_second=speed)
+            self._progress.update(self._step, advance=1, description=described, speed=speed)
 
         return advance
 
     def _show(self, what: str, batches: int | None = None, done: int = 0) -> str:
         title = f"step {self._number}/{self._last} {what}" if self._number else what
-        self._progress.reset(
-            self._step, total=batches, completed=done, description=title, visible=True, tokens_per_second=None
-        )
+        self._progress.reset(self._step, total=batches, completed=done, description=title, visible=True, speed="")
         return title
 
     def __rich__(self) -> RenderableType:
@@ -107,12 +105,6 @@ class Screen:
 
     def _remaining(self) -> float:
         return max(self._left - min(self._worked() - self._began, self._shares.get(self._number, 0.0)), 0.0)
-
-
-class _Speed(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.fields.get("tokens_per_second")
-        return Text(f"{speed:,.0f} tokens/s" if speed else "", justify="right", style="cyan", no_wrap=True)
 
 
 class _Left(ProgressColumn):

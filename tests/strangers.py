@@ -163,7 +163,7 @@ def run_folder(reader: str, rng: Random, folder: Path) -> Outcome:
     return result
 
 
-DEFAULTS = flat(RunConfig().resolved(), whole=("sparsity.options",))
+DEFAULTS = flat(RunConfig().resolved())
 
 
 def flags(rng: Random, folder: Path) -> Outcome:

@@ -44,7 +44,7 @@ def test_help_of_a_command_has_examples_and_tells_every_default(name, capsys):
     for action in importlib.import_module(f"{room}.command").parser()._actions:
         assert action.help
         if action.default not in (None, False, argparse.SUPPRESS):
-            assert "%(default)s" in action.help, action.option_strings
+            assert "(default: " in action.help, action.option_strings
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_boundary(error, code, line, capsys):
     assert capsys.readouterr().err == f"a verb: {line}\n"
 
 
-@pytest.mark.parametrize("error", [SystemExit(143), RuntimeError("a bug"), ValueError("a bug")])
+@pytest.mark.parametrize("error", [SystemExit(3), RuntimeError("a bug"), ValueError("a bug")])
 def test_the_boundary_hides_no_bug_and_no_exit(error):
     def work():
         raise error

@@ -2,9 +2,8 @@
 
 from gprune.config.groups import CorporaConfig, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
 from gprune.config.parse import CONSENT, check_settings, configured, flat, parse, read_flags, read_settings
-from gprune.config.recovery import DistillConfig
 from gprune.config.run import RunConfig
-from gprune.config.running import EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
+from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
 
 __all__ = [
     "CONSENT", "CorporaConfig", "DistillConfig", "EvaluationConfig", "LoggingConfig", "ModelConfig",

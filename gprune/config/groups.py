@@ -1,4 +1,4 @@
-"""The groups of flags, as typed dataclasses whose attribute docstrings are the help.
+"""The groups of flags, as pydantic models whose attribute docstrings are the help.
 
 There is one name per thing: `--sparsity.target` on the command line is `sparsity: {target: ...}` in YAML,
 `RunConfig(sparsity=SparsityConfig(target=...))` in Python, and `sparsity.target` in W&B.
@@ -7,15 +7,12 @@ There is one name per thing: `--sparsity.target` on the command line is `sparsit
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import field, fields
-from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
 
-from pydantic import ConfigDict, ValidationError, field_validator
-from pydantic.dataclasses import dataclass
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from gprune.checks import (
     AtLeast1,
@@ -37,19 +34,40 @@ from gprune.sparsity.allocation import ALLOCATION, check_options
 # mean of its ranks or scored on their pooled statistics.
 CONSENSUS, AVERAGED = SEVERAL = ("consensus", "averaged")
 PLACES = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|(cuda|xpu|npu|mps)(:[0-9]{1,3})?")
-STRICT = ConfigDict(
-    strict=True, extra="forbid", validate_assignment=True, allow_inf_nan=False, use_attribute_docstrings=True
-)
 
 
-class Group:
-    """A group of flags, checked by the types of its attributes; `__post_init__` checks what has to go together.
+class Group(
+    BaseModel, strict=True, extra="forbid", validate_assignment=True, allow_inf_nan=False, use_attribute_docstrings=True
+):
+    """A group of flags. Raises UserError, which names the flag, for what it refuses.
 
-    Types are checked whenever a value is given, also by assignment; what has to go together when the group is made,
-    and by `validate`.
+    Types are checked whenever a value is given, also by assignment. What has to go together (`model_post_init`) is
+    checked when the group is made, and by `validate`.
     """
 
     prefix: ClassVar[str]  # of the flags, with the dot
+
+    def __init_subclass__(cls, prefix: str = "", **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.prefix = prefix
+
+    def __init__(self, **values: Any) -> None:
+        with self._refusing(*values):
+            super().__init__(**values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        with self._refusing(name):
+            super().__setattr__(name, value)
+
+    @classmethod
+    @contextlib.contextmanager
+    def _refusing(cls, *names: str) -> Iterator[None]:
+        for name in names:
+            cls.check_name(name, cls.__name__)
+        try:
+            yield
+        except ValidationError as error:
+            raise UserError(f"{refusal(error, f'--{cls.prefix}').removesuffix('.')}.") from error
 
     @field_validator("*", mode="before")
     @classmethod
@@ -66,67 +84,21 @@ class Group:
     @classmethod
     def check_name(cls, name: str, where: str) -> None:
         """Raise UserError, which begins with `where`, for what is no setting of the group."""
-        known = [one.name for one in fields(cls)]
-        if name not in known:
-            near = nearest(name, known)
-            hint = f"did you mean '{near}'?" if near else f"expected one of {', '.join(known)}."
+        if name not in cls.model_fields:
+            near = nearest(name, cls.model_fields)
+            hint = f"did you mean '{near}'?" if near else f"expected one of {', '.join(cls.model_fields)}."
             raise UserError(f"{where}: there is no setting '{cls.prefix}{name}'; {hint}")
 
     def validate(self) -> None:
-        """Check everything again, groups inside first, after assignments and changes inside lists."""
-        for value in vars(self).values():
-            if isinstance(value, Group):
-                value.validate()
-        self.__init__(**vars(self))
+        """Check everything again, after assignments and changes inside lists."""
+        type(self)(**self.model_dump(warnings=False))
 
 
-Kind = TypeVar("Kind", bound=type[Group])
-
-
-@dataclass_transform(kw_only_default=True, field_specifiers=(field,))
-def group(prefix: str = "") -> Callable[[Kind], Kind]:
-    """Make a class of settings a pydantic dataclass that raises UserError, by names of flags, for what it refuses.
-
-    Args:
-        prefix: of the flags, with the dot.
-    """
-
-    def made(kind: Kind) -> Kind:
-        kind.prefix = prefix
-        kind = dataclass(config=STRICT)(kind)
-        init, assign = kind.__init__, kind.__setattr__
-
-        @contextlib.contextmanager
-        def refusing(*names: str) -> Iterator[None]:
-            for name in names:
-                kind.check_name(name, kind.__name__)
-            try:
-                yield
-            except ValidationError as error:
-                raise UserError(f"{refusal(error, f'--{prefix}').removesuffix('.')}.") from error
-
-        @functools.wraps(init)
-        def checked_init(self: Group, **values: Any) -> None:
-            with refusing(*values):
-                init(self, **values)
-
-        def checked_assignment(self: Group, name: str, value: Any) -> None:
-            with refusing(name):
-                assign(self, name, value)
-
-        kind.__init__, kind.__setattr__ = checked_init, checked_assignment
-        return kind
-
-    return made
-
-
-@group("model.")
-class ModelConfig(Group):
+class ModelConfig(Group, prefix="model."):
     """Which model is pruned."""
 
     name: Text = "smollm2-135m"
-    """Embedded name (smollm2-135m, gemma-3-270m, or tiny-random to try the machinery),
-    local Hugging Face folder, or hub id such as meta-llama/Llama-3.2-1B."""
+    """Embedded name (smollm2-135m, gemma-3-270m, tiny-random), local Hugging Face folder, or hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the frozen weights; statistics are summed in float64."""
     device_map: Text | None = None
@@ -135,58 +107,46 @@ class ModelConfig(Group):
     """Memory for weights by device number or cpu, e.g. {0: 20GiB, cpu: 60GiB}; needs device_map. Other weights stay on
     disk and are loaded block by block. Such a model has no gradients, but the pruned model can be distilled."""
     shard: bool = False
-    """Shard the layers over all processes (PyTorch's fully_shard), for models that do not fit on one device. Needs two
-    or more --trainer.devices or .num_nodes."""
+    """Shard the layers over all processes (PyTorch's fully_shard), for models that do not fit on one device."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
 
-    def __post_init__(self) -> None:
-        """Raise UserError for a place or a limit that no model can have."""
+    def model_post_init(self, _: Any) -> None:
         if self.device_map is not None and not PLACES.fullmatch(self.device_map):
-            raise UserError(
-                f"--model.device_map: expected auto, balanced, balanced_low_0, sequential or a device such as cuda:0, "
-                f"got '{self.device_map}'."
-            )
-        if self.max_memory is not None:
-            memory_limits(self.max_memory)
-            if self.device_map is None:
-                raise UserError("--model.max_memory: expected --model.device_map auto with it, got no device_map.")
+            raise UserError(f"--model.device_map: expected auto or a device such as cuda:0, got '{self.device_map}'.")
+        memory_limits(self.max_memory or {})
+        if self.max_memory is not None and self.device_map is None:
+            raise UserError("--model.max_memory: expected --model.device_map auto with it.")
 
 
-@group("corpora.")
-class CorporaConfig(Group):
+class CorporaConfig(Group, prefix="corpora."):
     """Which text is used for what. A corpus is an embedded name, a hub name, a name in $GPRUNE_DATA_DIR, or a path
     to a .txt, .jsonl, .parquet or folder."""
 
     score: Text = "wiki"
     """The one corpus whose activations give the importance scores."""
-    drift: list[Text] = field(default_factory=lambda: ["wiki", "web", "python_code"])
-    """Two or more corpora between which rank drift is measured. With one corpus there is no drift, and no module
-    switches."""
-    learn: list[Text] = field(default_factory=lambda: ["wiki", "web", "python_code"])
-    """Corpora on which thresholds are learned (train split). The scoring corpus alone is our reading of the
-    paper."""
-    recover: list[Text] = field(default_factory=lambda: ["wiki", "web", "python_code"])
+    drift: list[Text] = Field(["wiki", "web", "python_code"])
+    """Corpora between which rank drift is measured. With one there is no drift, and no module switches."""
+    learn: list[Text] = Field(["wiki", "web", "python_code"])
+    """Corpora on which thresholds are learned. The scoring corpus alone is our reading of the paper."""
+    recover: list[Text] = Field(["wiki", "web", "python_code"])
     """Corpora that recovery reads: their statistics, or for least_squares_sequential and distill their text."""
-    evaluate: list[Text] = field(default_factory=lambda: ["wiki", "web", "stories", "technical", "python_docs"])
+    evaluate: list[Text] = Field(["wiki", "web", "stories", "technical", "python_docs"])
     """Corpora on which perplexity is reported (--evaluation.split), seen and unseen apart."""
     num_samples: AtLeast2 = 16
     """Calibration windows per corpus; at least two, because drift between their halves is the noise floor."""
     seq_len: AtLeast8 = 256
     """Tokens per window, in calibration and learning."""
     learn_samples: AtLeast1 | None = None
-    """Windows per learning corpus; default: num_samples. More windows are new text; more --sparsity.epochs repeat the
-    same."""
+    """Windows per learning corpus; default: num_samples. More --sparsity.epochs repeat the same windows."""
     batch_size: AtLeast1 = 4
     """Windows per step, over all devices together."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """Whether every window begins with the beginning-of-sequence token, which is one of its tokens and never scored.
-    auto: if the model's tokenizer adds it by itself (Llama, Gemma)."""
-    collect: list[Literal["gram", "saliency"]] = field(default_factory=list)
-    """Statistics to collect for later runs, which find them in the cache: gram (for obs, least_squares), saliency (for
-    taylor)."""
+    """Whether every window begins with the BOS token, which is never scored. auto: if the tokenizer adds it."""
+    collect: list[Literal["gram", "saliency"]] = Field([])
+    """Statistics to cache for later runs: gram (for obs, least_squares), saliency (for taylor)."""
 
-    def __post_init__(self) -> None:
+    def model_post_init(self, _: Any) -> None:
         for role in ("drift", "learn", "recover", "evaluate"):
             names = getattr(self, role)
             if not names:
@@ -195,13 +155,11 @@ class CorporaConfig(Group):
                 raise UserError(f"--corpora.{role}: a corpus is named twice in {names}; name each once.")
 
 
-@group("partition.")
-class PartitionConfig(Group):
+class PartitionConfig(Group, prefix="partition."):
     """How each block's neurons are divided into modules."""
 
     num_modules: AtLeast1 = 8
-    """Modules per block to start from. Modules of fewer than max(32, N / 4K) neurons are merged (N neurons, K
-    modules)."""
+    """K, modules per block to start from; those of fewer than max(32, N / 4K) of the N neurons are merged."""
     method: Literal["refined", "initial", "random", "drift_only"] = "refined"
     """refined: k-means, then differentiable refinement. Ablations: initial (no refinement), random (the refined
     sizes, random members), drift_only (the refined sizes, by drift alone)."""
@@ -223,8 +181,7 @@ class PartitionConfig(Group):
     """Weight of decided assignments."""
 
 
-@group("reliability.")
-class ReliabilityConfig(Group):
+class ReliabilityConfig(Group, prefix="reliability."):
     """When a module's own ranking gives way to an activation-free metric."""
 
     switch: bool = True
@@ -239,23 +196,15 @@ class ReliabilityConfig(Group):
     score_quantile: Quantile = 0.5
     """Modules below this quantile of mean importance rank count as weakly activated."""
 
-    def __post_init__(self) -> None:
-        """Raise UserError for a metric that modules cannot fall back on."""
+    def model_post_init(self, _: Any) -> None:
         if self.metric not in SEVERAL and not IMPORTANCE[self.metric].activation_free:
-            free = [name for name in IMPORTANCE if IMPORTANCE[name].activation_free]
-            raise UserError(
-                f"--reliability.metric: expected an activation-free metric ({', '.join(free)}) or one of "
-                f"{', '.join(SEVERAL)}, got '{self.metric}'."
-            )
+            known = ", ".join([name for name in IMPORTANCE if IMPORTANCE[name].activation_free] + [*SEVERAL])
+            raise UserError(f"--reliability.metric: expected an activation-free metric ({known}), got '{self.metric}'.")
         if self.everywhere and not self.switch:
-            raise UserError(
-                "--reliability.everywhere: expected a switch that all modules take, got --reliability.switch false; "
-                "give one of them."
-            )
+            raise UserError("--reliability.everywhere true: expected it without --reliability.switch false.")
 
 
-@group("sparsity.")
-class SparsityConfig(Group):
+class SparsityConfig(Group, prefix="sparsity."):
     """How much goes, from where, and how the sparsity of each module is found."""
 
     target: Sparsity = 0.5
@@ -269,18 +218,17 @@ class SparsityConfig(Group):
     much as the base metric takes from it. equal: every module of the model loses the same fraction."""
     start: Text = "uniform"
     """The base metric's allocation if --sparsity.allocation is learned or equal; learning starts from it."""
-    options: dict[Text, float] = field(default_factory=dict)
-    """Options of the allocation. owl: multiple (elements above this multiple of their block's mean are outliers; 5) and
-    spread (largest distance of a block's sparsity from the target; 0.08)."""
-    protect: list[int] = field(default_factory=list)
+    options: dict[Text, float] = Field({})
+    """Options of the allocation. owl: multiple (outliers are above this multiple of their block's mean; 5) and spread
+    (largest distance of a block's sparsity from the target; 0.08)."""
+    protect: list[int] = Field([])
     """Blocks that keep everything, -1 being the last one. LLM-Pruner keeps [0,1,2,-1]."""
     width_multiple: AtLeast1 = 1
-    """Widths end up on multiples of this: 64 or 128 suit matrix-multiply tiles and serving kernels (quantised ones want
-    128), 32 the blocks of q8_0, 8 the grouped kernels of experts. The overshoot is less than one step."""
+    """Widths end up on multiples of this: 64 or 128 suit matrix-multiply tiles and serving kernels (128 if quantised),
+    32 the blocks of q8_0, 8 the grouped kernels of experts. The overshoot is less than one step."""
     uniform_width: bool = False
-    """Give every block the same width, and as many KV groups: the widest that reach the target. The result is a stock
-    model that needs no code of its own, if the family's config can hold the sizes (gpt2, opt and gpt_neox: not fewer
-    heads). The sparsity that it reaches is printed."""
+    """Give every block the same width and as many KV groups, the widest that reach the target: a stock model without
+    code of its own, if the family's config can hold the sizes (gpt2, opt and gpt_neox: not fewer heads)."""
     learn: Literal["thresholds", "offsets", "both"] = "thresholds"
     """What is learned. thresholds: one number per module. offsets: one number per neuron, which shifts its rank;
     modules then only matter at the start. both: thresholds and offsets."""
@@ -293,14 +241,12 @@ class SparsityConfig(Group):
     offset_learning_rate: Positive = 0.05
     """Adam step size of the offsets, in logits."""
     offset_limit: Positive = 1.2
-    """Largest shift of a neuron's rank by its offset, in logits. Gradients do not show what is lost with a neuron that
-    carries most of its block; the limit keeps the neurons that the metric ranks highest."""
-
+    """Largest shift of a neuron's rank by its offset, in logits: it keeps the neurons that the metric ranks highest,
+    whose loss gradients do not show."""
     centred: bool = True
     """Subtract the mean gradient over all units; otherwise Adam raises all gates together, and no mask changes."""
 
-    def __post_init__(self) -> None:
-        """Raise UserError for allocations, options and budgets that cannot be."""
+    def model_post_init(self, _: Any) -> None:
         starts = [name for name in ALLOCATION if not (ALLOCATION[name].modules or ALLOCATION[name].whole_blocks)]
         for flag, name, known in (("allocation", self.allocation, list(ALLOCATION)), ("start", self.start, starts)):
             if name not in known:
@@ -308,7 +254,4 @@ class SparsityConfig(Group):
         rule = ALLOCATION[self.allocation]
         check_options(self.start if rule.modules else self.allocation, self.options)
         if self.uniform_width and (self.protect or rule.whole_blocks):
-            raise UserError(
-                "--sparsity.uniform_width: blocks cannot be equally wide where some keep everything or go as a whole; "
-                "expected it without --sparsity.protect and --sparsity.allocation depth."
-            )
+            raise UserError("--sparsity.uniform_width: expected it without --sparsity.protect and allocation depth.")

@@ -6,8 +6,7 @@ import argparse
 import inspect
 import sys
 from argparse import SUPPRESS
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -22,12 +21,8 @@ from gprune.storage.yaml_text import load_yaml, read_yaml, reason, to_yaml
 
 CONSENT = "model.trust_remote_code"
 HINTS = get_type_hints(RunConfig)
-GROUPS = frozenset(name for name, kind in HINTS.items() if isinstance(kind, type) and issubclass(kind, Group))
-
-CONSENT = "model.trust_remote_code"
-HINTS = get_type_hints(RunConfig)
 GROUPS: dict[str, type[Group]] = {
-    name: kind for name, kind in HINTS.items() if isinstance(kind, type) and issubclass(kind, Group)
+    name: HINTS[name] for name, info in RunConfig.model_fields.items() if hasattr(info.annotation, "prefix")
 }
 
 
@@ -45,61 +40,59 @@ def parse(args: Sequence[str] | None = None) -> RunConfig:
         parser().parse_args(["--help"])
     cfg = configured(read_flags([arg for arg in args if arg != "--print_config"]))
     if "--print_config" in args:
-        say(to_yaml(asdict(cfg)))
+        say(to_yaml(cfg.model_dump()))
         raise SystemExit(0)
     return cfg
 
 
-def configured(*layers: Mapping[str, Any], where: str = "") -> RunConfig:
+def configured(layer: Mapping[str, Any], where: str = "") -> RunConfig:
     """The configuration of settings that are plain data: nested, by dotted name, or both.
 
     Args:
-        layers: each takes the place of what those before it say. An option by its own name, such as
-            `sparsity.options.spread`, joins the others; a mapping `sparsity.options` takes the place of all.
+        layer: the settings; others have their defaults.
         where: begins the error, such as "Row 'base'".
 
     Raises:
         UserError: for an unknown setting, a value of another type or out of range, and what cannot go together.
     """
     settings: dict[str, Any] = {}
-    for layer in layers:
-        overlay(settings, layer, where or "Settings")
-    parts: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
+    overlay(settings, layer, where or "Settings")
+    nested: dict[str, Any] = {}
     for name, value in settings.items():
         group, _, setting = name.rpartition(".")
-        parts.setdefault(group, {})[setting] = value
+        (nested.setdefault(group, {}) if group else nested)[setting] = value
     try:
-        return RunConfig(**parts.pop("", {}), **{name: GROUPS[name](**part) for name, part in parts.items()})
+        return RunConfig(**nested)
     except UserError as error:
         raise UserError(f"{where}: {error}" if where else str(error)) from error
 
 
 def overlay(settings: dict[str, Any], layer: Mapping[str, Any], where: str) -> None:
-    """Put a layer of settings, nested or by dotted name, into `settings` by dotted name; see `configured`."""
-    names: set[str] = set()
-    for name, value in _dotted(layer, where):
-        group, _, option = name.partition(".")
-        key = group
-        RunConfig.check_name(group, where)
-        if group in GROUPS:
-            setting, _, option = option.partition(".")
-            key = f"{group}.{setting}"
-            GROUPS[group].check_name(setting, where)
-        if name in names:
-            raise UserError(f"{where}: expected each setting once, got '{name}' twice.")
-        names.add(name)
-        others = settings.get(key)
-        settings[key] = {**(others if isinstance(others, Mapping) else {}), option: value} if option else value
+    """Put a layer of settings, nested or by dotted name, into `settings` by dotted name.
 
-
-def _dotted(layer: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+    An option by its own name, such as `sparsity.options.spread`, joins the others; a mapping `sparsity.options` takes
+    the place of all. Errors begin with `where`.
+    """
+    dotted: list[tuple[str, Any]] = []
     for name, value in layer.items():
         if name not in GROUPS:
-            yield str(name), value
+            dotted.append((str(name), value))
         elif isinstance(value, Mapping | None):
-            yield from ((f"{name}.{inner}", leaf) for inner, leaf in (value or {}).items())
+            dotted += [(f"{name}.{inner}", leaf) for inner, leaf in (value or {}).items()]
         else:
             raise UserError(f"{where}: expected settings by name for the group {name}, got {shown(value)}.")
+    names = [name for name, _ in dotted]
+    for name, value in dotted:
+        if names.count(name) > 1:
+            raise UserError(f"{where}: expected each setting once, got '{name}' twice.")
+        key, _, option = name.partition(".")
+        RunConfig.check_name(key, where)
+        if key in GROUPS:
+            setting, _, option = option.partition(".")
+            GROUPS[key].check_name(setting, where)
+            key = f"{key}.{setting}"
+        others = settings.get(key)
+        settings[key] = {**(others if isinstance(others, Mapping) else {}), option: value} if option else value
 
 
 def read_flags(args: Sequence[str]) -> dict[str, Any]:
@@ -167,28 +160,22 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     cfg = RunConfig()
     for group, expected in cfg.settings().items():
         value, part = settings.get(group), getattr(cfg, group)
-        if group not in settings:
-            others = {group}
-        elif group not in GROUPS:
+        if group not in GROUPS:
             setattr(cfg, group, value)
             continue
-        elif not isinstance(value, Mapping):
-            raise UserError(f"--{group}: expected settings by name, got {shown(value)}.")
-        else:
-            for name in value.keys() & vars(part).keys():
-                setattr(part, name, value[name])
-            lacking, unknown = expected.keys() - value.keys(), value.keys() - expected.keys() - vars(part).keys()
-            others = {f"{group}.{name}" for name in lacking | unknown}
-        if others:
-            raise UserError(f"expected the settings of this version, which differ in {min(others)}.")
+        names = value.keys() if isinstance(value, Mapping) else set()
+        if others := (expected.keys() - names) | (names - expected.keys() - vars(part).keys()):
+            raise UserError(f"expected the settings of this version, which differ in {group}.{min(others)}.")
+        for name in names & vars(part).keys():
+            setattr(part, name, value[name])
 
 
-def flat(settings: dict[str, Any], prefix: str = "", *, whole: Sequence[str] = ()) -> dict[str, Any]:
-    """Nested settings by dotted name; an empty mapping is a value, and so are those that are to stay `whole`."""
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name; an empty mapping is a value."""
     leaves: dict[str, Any] = {}
     for name, value in settings.items():
-        inner = isinstance(value, dict) and value and f"{prefix}{name}" not in whole
-        leaves |= flat(value, f"{prefix}{name}.", whole=whole) if inner else {f"{prefix}{name}": value}
+        inner = isinstance(value, dict) and value
+        leaves |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
     return leaves
 
 
@@ -209,7 +196,7 @@ def parser() -> Parser:
         title, _, about = (inspect.getdoc(type(part)) or "").partition(". ")
         section = made if part is cfg else made.add_argument_group(title.rstrip("."), about)
         hints = get_type_hints(type(part))
-        for name, info in type(part).__pydantic_fields__.items():
+        for name, info in type(part).model_fields.items():
             if hints[name] not in GROUPS.values():
                 section.add_argument(
                     f"--{part.prefix}{name}",

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from gprune.checks import NonNegative, Text
 from gprune.config.groups import (
@@ -19,10 +18,8 @@ from gprune.config.groups import (
     PartitionConfig,
     ReliabilityConfig,
     SparsityConfig,
-    group,
 )
-from gprune.config.recovery import DistillConfig
-from gprune.config.running import EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
+from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.corpora.load import check_corpus, identity
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
@@ -36,7 +33,6 @@ def joined(chain: Any) -> Any:
     return "+".join(chain) or "none" if names else chain
 
 
-@group()
 class RunConfig(Group):
     """Generalization-aware structured pruning of a large language model.
 
@@ -45,15 +41,15 @@ class RunConfig(Group):
     each module should be, prunes, and reports perplexity on text that was used and on text never seen.
     """
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    corpora: CorporaConfig = field(default_factory=CorporaConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    corpora: CorporaConfig = Field(default_factory=CorporaConfig)
     importance: Text = "wanda_sp"
     """Base importance metric, or one registered from Python. From activations: wanda_sp, wifn, wifv, ifv, act_norm,
     obs; from gradients: taylor, taylor_second, taylor_vector; from weights alone: magnitude, magnitude_l1,
     magnitude_down, magnitude_down_l1, gaussian_sp; random as a control."""
-    partition: PartitionConfig = field(default_factory=PartitionConfig)
-    reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
-    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    partition: PartitionConfig = Field(default_factory=PartitionConfig)
+    reliability: ReliabilityConfig = Field(default_factory=ReliabilityConfig)
+    sparsity: SparsityConfig = Field(default_factory=SparsityConfig)
     recovery: Annotated[Text, BeforeValidator(joined)] = "least_squares+distill"
     """How the pruned model is repaired: one recovery, or a chain such as [least_squares,distill]. none: the paper's
     method. bias: means of what was removed. least_squares: output projections solved again on the dense model's
@@ -62,87 +58,60 @@ class RunConfig(Group):
     dense model does, see --distill. Or one registered from Python."""
     ridge: NonNegative = 0.01
     """Ridge of least_squares and of least_squares_sequential, relative to the mean diagonal of the Gram matrix."""
-    distill: DistillConfig = field(default_factory=DistillConfig)
+    distill: DistillConfig = Field(default_factory=DistillConfig)
     gprune: bool = True
     """False: only the base metric; `--sparsity.start` takes the place of `--sparsity.allocation learned`."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    run: RunFolderConfig = field(default_factory=RunFolderConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig)
+    run: RunFolderConfig = Field(default_factory=RunFolderConfig)
     export: Literal["hf", "gguf", "none"] = "hf"
     """hf: the pruned model as a Hugging Face folder, reloaded and compared. gguf: that, and a GGUF file beside it, run
     in a llama.cpp build and compared (`gprune export` has its types). none: masks and numbers only."""
     dry_run: bool = False
     """Print tokens, FLOPs, time and resulting widths, and stop before the model runs."""
 
-    def __post_init__(self) -> None:
+    def model_post_init(self, _: Any) -> None:
         """Raise UserError for settings that cannot go together."""
         IMPORTANCE[self.importance]
-        self._check_recovery()
-        self._check_places()
-        if self.model.dtype == "float16" and (self.learns or "saliency" in self.collects):
-            raise UserError(
-                "--model.dtype float16: the gradients that thresholds and Taylor metrics need are too small for it; "
-                "expected bfloat16 or float32, or --sparsity.allocation uniform and a metric without gradients."
-            )
-        if self.gprune and ALLOCATION[self.sparsity.allocation].whole_blocks:
-            raise UserError(
-                f"--sparsity.allocation {self.sparsity.allocation}: a baseline without modules; expected --gprune "
-                f"false with it."
-            )
-        for flag, chosen in (
-            ("--partition.method drift_only", self.partition.method == "drift_only"),
-            ("--reliability.everywhere true", self.reliability.everywhere),
-        ):
-            if self.gprune and chosen and len(self.corpora.drift) < 2:
-                raise UserError(f"{flag}: expected two or more --corpora.drift, got {self.corpora.drift}.")
-
-    def _check_recovery(self) -> None:
-        """Raise UserError for an unknown recovery, and for settings with which it cannot learn."""
-        if not recovery_of(self.recovery).learns:
-            return
-        if self.distilled_windows < 1:
-            least = len(self.corpora.recover) * self.corpora.seq_len
-            raise UserError(
-                f"--distill.tokens: expected a window of each of --corpora.recover, {least:,} tokens or more, got "
-                f"{self.distill.tokens:,}."
-            )
-        if self.evaluation.split == "development" and self.distill.keep == "best":
-            raise UserError(
-                "--evaluation.split development: --distill.keep best chooses the weights on this text; expected test, "
-                "or --distill.keep last."
-            )
-        if self.distill.hidden and ALLOCATION[self.base_allocation].whole_blocks:
-            raise UserError(
-                f"--distill.hidden: expected 0 with --sparsity.allocation {self.base_allocation}, which leaves fewer "
-                f"blocks than the dense model has to compare them with; got {self.distill.hidden}."
-            )
-
-    def _check_places(self) -> None:
-        """Raise UserError for a model whose parts have no place in the processes that there are."""
-        processes, m = self.trainer.devices * self.trainer.num_nodes, self.model
+        m, d, drift, processes = self.model, self.distill, self.corpora.drift, self.processes
+        allocation, whole_blocks = self.base_allocation, ALLOCATION[self.base_allocation].whole_blocks
+        if self.gprune and whole_blocks:
+            raise UserError(f"--sparsity.allocation {allocation}: has no modules; expected --gprune false with it.")
+        if self.gprune and self.partition.method == "drift_only" and len(drift) < 2:
+            raise UserError(f"--partition.method drift_only: expected two or more --corpora.drift, got {drift}.")
+        if self.gprune and self.reliability.everywhere and len(drift) < 2:
+            raise UserError(f"--reliability.everywhere true: expected two or more --corpora.drift, got {drift}.")
+        if m.dtype == "float16" and (self.learns or "saliency" in self.collects):
+            raise UserError("--model.dtype float16: expected bfloat16 or float32 for thresholds and Taylor metrics.")
+        if recovery_of(self.recovery).learns:
+            if self.distilled_windows < 1:
+                least = f"a window of each of --corpora.recover, {len(self.corpora.recover) * self.corpora.seq_len:,}"
+                raise UserError(f"--distill.tokens: expected {least} tokens or more, got {d.tokens:,}.")
+            if self.evaluation.split == "development" and d.keep == "best":
+                raise UserError(
+                    "--evaluation.split development: expected test with --distill.keep best, which sees it."
+                )
+            if d.hidden and whole_blocks:
+                raise UserError(f"--distill.hidden: expected 0 with --sparsity.allocation {allocation}.")
         if m.shard and processes < 2:
-            raise UserError(
-                "--model.shard: expected two or more processes (--trainer.devices, .num_nodes) to spread the model "
-                "over, got one; --model.device_map auto spreads it over the devices of one process."
-            )
-        if m.device_map is None or processes < 2:
-            return
-        if not m.shard:
-            raise UserError(
-                f"--model.device_map {m.device_map}: expected one process, which spreads the model over all devices, "
-                f"got {processes} (--trainer.devices, .num_nodes); leave one of them out, or take --model.shard true."
-            )
-        if m.device_map != "cpu" and set(m.max_memory or ()) != {"cpu"}:
-            raise UserError(
-                f"--model.device_map {m.device_map}: with --model.shard true every process takes its part from the CPU "
-                f"or the disk; expected --model.max_memory with a limit for cpu alone, such as {{cpu: 100GiB}}."
-            )
+            raise UserError("--model.shard: expected two or more processes (--trainer.devices, .num_nodes), got one.")
+        if m.device_map is not None and processes > 1:
+            where = f"--model.device_map {m.device_map}:"
+            if not m.shard:
+                raise UserError(f"{where} expected one process, or --model.shard true, got {processes} processes.")
+            if m.device_map != "cpu" and set(m.max_memory or ()) != {"cpu"}:
+                raise UserError(f"{where} expected --model.max_memory with a limit for cpu alone, got --model.shard.")
 
     @property
     def final(self) -> str:
         """The stage that the run is about: `gprune`, or `base` where the base metric is alone."""
         return "gprune" if self.gprune else "base"
+
+    @property
+    def processes(self) -> int:
+        """Processes on all nodes."""
+        return self.trainer.devices * self.trainer.num_nodes
 
     @property
     def learns(self) -> bool:
@@ -173,8 +142,9 @@ class RunConfig(Group):
     @property
     def needs(self) -> frozenset[str]:
         """What of `calibration.statistics.EXTRAS` the run reads."""
-        # gprune also scores by what stands in for drift and by what modules switch to
-        names = {self.importance, *([IMPORTANCE[self.importance].drift, self.reliability.metric] * self.gprune)}
+        names = {self.importance}
+        if self.gprune:
+            names |= {IMPORTANCE[self.importance].drift, self.reliability.metric}
         gram = recovery_of(self.recovery).needs & {"gram"}
         return gram.union(*(IMPORTANCE[name].needs for name in names - set(SEVERAL)))
 
@@ -229,14 +199,11 @@ class RunConfig(Group):
         used = {identity(name) for name in self.used}
         both = [name for name in self.corpora.evaluate if identity(name) in used]
         if self.evaluation.split == "train" and both:
-            raise UserError(
-                f"--evaluation.split train: expected corpora that the run does not read, got '{both[0]}'; leave it out "
-                f"of --corpora.evaluate, or measure on development text."
-            )
+            raise UserError(f"--evaluation.split train: expected corpora that the run does not read, got '{both[0]}'.")
 
     def resolved(self) -> dict[str, Any]:
         """All settings as plain data, with the defaults that depend on others filled in."""
-        plain = asdict(self)
+        plain = self.model_dump()
         plain["logging"]["mode"] = self.logging.resolved_mode
         plain["run"]["name"] = self.run_name
         return plain
@@ -247,24 +214,17 @@ class RunConfig(Group):
         Left out: where results go, how they are logged and shown, what is exported, what is collected for others, and
         where weights lie meanwhile.
         """
-        plain = asdict(self)
-        for place in ("max_memory", "shard"):
-            plain["model"].pop(place)
-        for name in ("logging", "export", "dry_run"):
-            plain.pop(name)
-        plain["corpora"].pop("collect")
-        plain["evaluation"].pop("samples")
+        out = {"model": {"max_memory", "shard"}, "corpora": {"collect"}, "evaluation": {"samples"}}
+        plain = self.model_dump(exclude=out | dict.fromkeys(("logging", "export", "dry_run"), True))
         plain["run"] = {"seed": self.run.seed}
-        plain["trainer"] = {
-            "world_size": self.trainer.devices * self.trainer.num_nodes, "precision": self.trainer.precision
-        } | self.matmul  # fmt: skip
+        plain["trainer"] = {"world_size": self.processes, "precision": self.trainer.precision, **self.matmul}
         return plain
 
     @property
     def matmul(self) -> dict[str, str]:
         """`float32_matmul_precision`, where it is not what torch does by itself: part of all keys of what is kept."""
-        name = "float32_matmul_precision"
-        return {} if self.trainer.float32_matmul_precision == "highest" else {name: getattr(self.trainer, name)}
+        precision = self.trainer.float32_matmul_precision
+        return {} if precision == "highest" else {"float32_matmul_precision": precision}
 
     @property
     def folder(self) -> str:

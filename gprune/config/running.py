@@ -1,77 +1,131 @@
-"""The groups of flags that say how a run is measured, logged, executed and kept, beside `groups.py`."""
+"""The groups of flags that say how a run is distilled, measured, logged, executed and kept, beside `groups.py`."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import field
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from gprune.checks import AtLeast0, AtLeast1, AtLeast8, Few, NonNegative, Seed, Sparsity, Text, shown
-from gprune.config.groups import Group, group
+from gprune.checks import (
+    AtLeast0,
+    AtLeast1,
+    AtLeast8,
+    Few,
+    NonNegative,
+    Positive,
+    Quantile,
+    Seed,
+    Sparsity,
+    Text,
+    shown,
+)
+from gprune.config.groups import Group
 from gprune.errors import UserError
 
 Control = Literal["base", "averaged", "unrecovered"]
 WandbName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\p{Cc}\p{Zl}\p{Zp}]*$")]
 
 
-@group("evaluation.")
-class EvaluationConfig(Group):
+class DistillConfig(Group, prefix="distill."):
+    """How a pruned model learns from the dense one, where --recovery has the link distill."""
+
+    targets: Literal["vectors", "mlp", "all", "lora"] = "all"
+    """What is trained. vectors: a scale per neuron and per attention channel, and the gains of norms, folded into the
+    weights at the end. mlp: the FFN's weights. all: every weight of the decoder layers. lora: adapters, merged at the
+    end (needs peft)."""
+    tokens: AtLeast1 = 12_288
+    """Training tokens, each used once, equally many from each of --corpora.recover: forward through the dense model,
+    forward and backward through the pruned one."""
+    batch_size: AtLeast1 = 1
+    """Windows per step, over all devices together."""
+    learning_rate: Positive = 5e-4
+    """Peak step size of AdamW."""
+    warmup: Quantile = 0.1
+    """Share of the steps in which the step size rises; then it falls to 0."""
+    weight_decay: NonNegative = 0.0
+    """Of AdamW: decoupled from the gradient, times the step size."""
+    kl: NonNegative = 1.0
+    """Weight of the divergence from the dense model."""
+    cross_entropy: NonNegative = 0.0
+    """Weight of the next token's cross-entropy. With --distill.kl 0 it is plain fine-tuning."""
+    hidden: NonNegative = 0.0
+    """Weight of the error of each layer's output, relative to the energy of the dense layer's output."""
+    clip: Positive = 1.0
+    """Largest norm of the gradient."""
+    rank: AtLeast1 = 8
+    """lora: rank of the adapters."""
+    accumulate: AtLeast1 = 1
+    """Batches per optimizer step."""
+    checkpointing: bool = False
+    """Recompute the activations of each layer in the backward pass, to save memory."""
+    points: AtLeast1 = 4
+    """Measurements of development perplexity during training, equally spaced, beside one at the start."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights are kept: those of the last step, or of the measurement with the lowest perplexity."""
+
+    def model_post_init(self, _: Any) -> None:
+        if not self.kl + self.cross_entropy + self.hidden > 0:
+            raise UserError("--distill.kl, --distill.cross_entropy, --distill.hidden: expected one of them above 0.")
+
+    def refuse(self, *, experts: bool, shard: bool) -> None:
+        """Raise UserError for targets that a model with experts, or a sharded one, cannot learn."""
+        what = f"--distill.targets {self.targets}:"
+        if shard and self.targets in ("vectors", "lora"):
+            raise UserError(f"{what} expected mlp or all with --model.shard true.")
+        if experts and self.targets == "vectors":
+            raise UserError(f"{what} experts have no scales of their own; expected mlp or all.")
+        if self.targets == "lora" and find_spec("peft") is None:
+            raise UserError(f"{what} needs peft, which is not installed: pip install peft.")
+
+
+class EvaluationConfig(Group, prefix="evaluation."):
     """What is measured at the end."""
 
     split: Literal["test", "development", "train"] = "test"
-    """The split of --corpora.evaluate. Choose settings on development, so that test stays unseen; or on train, which is
-    longer, of corpora that neither the run nor any report uses."""
+    """The split of --corpora.evaluate. Choose settings on development, so that test stays unseen; or on train, of
+    corpora that the run does not read."""
     num_samples: AtLeast1 = 6
     """Windows per evaluated corpus, the same ones for every seed."""
     seq_len: AtLeast8 = 256
     """Tokens per window. Windows do not overlap (stride = seq_len)."""
     development_samples: AtLeast1 = 2
     """Development windows per corpus of learning and recovery, for curves over epochs, tokens and sparsity."""
-    curve: list[Sparsity] = field(default_factory=lambda: [0.2, 0.35])
+    curve: list[Sparsity] = Field([0.2, 0.35])
     """Sparsities, besides 0 and the target, at which gprune's masks are measured on development text."""
     samples: AtLeast0 = 3
-    """Number of evaluated texts whose beginnings the dense and the pruned model continue, for the page of the run."""
-    controls: list[Control] = field(default_factory=lambda: ["base", "averaged", "unrecovered"])
+    """Number of evaluated texts that the dense and the pruned model continue, for the page of the run."""
+    controls: list[Control] = Field(["base", "averaged", "unrecovered"])
     """Rows beside the run's own. base: the base metric alone, allocated by --sparsity.start, or by an
     --sparsity.allocation that does not learn. averaged: the same, scored on all drift corpora. unrecovered: every row
     without recovery as well."""
 
 
-@group("logging.")
-class LoggingConfig(Group):
+class LoggingConfig(Group, prefix="logging."):
     """Where curves go."""
 
     tracker: Literal["wandb", "tensorboard", "csv"] = "wandb"
     """wandb: Weights & Biases. tensorboard: event files in the run folder (needs the package tensorboard). csv: only
     the CSV file, which is always written."""
     mode: Literal["offline", "online", "disabled"] | None = None
-    """Of W&B. Default: $WANDB_MODE, else offline: files in the run folder, no account needed, and `wandb leet run`
-    shows every curve in the terminal."""
+    """Of W&B. Default: $WANDB_MODE, else offline: no account needed; `wandb leet run` shows every curve."""
     project: WandbName = "gprune"
     """W&B project."""
     group: WandbName | None = None
     """W&B group; default: the model's name, which groups ablations of one model."""
-    tags: list[Annotated[Text, Field(min_length=1, max_length=64)]] = field(default_factory=list)
+    tags: list[Annotated[Text, Field(min_length=1, max_length=64)]] = Field([])
     """W&B tags beside metric, scope and allocation."""
 
-    def __post_init__(self) -> None:
-        """Raise UserError for a mode of W&B that there is not."""
+    def model_post_init(self, _: Any) -> None:
         if self.resolved_mode not in ("offline", "online", "disabled"):
-            raise UserError(
-                f"WANDB_MODE: expected offline, online or disabled, got '{self.resolved_mode}'; or use --logging.mode."
-            )
+            raise UserError(f"WANDB_MODE: expected offline, online or disabled, got '{self.resolved_mode}'.")
         if self.tracker == "tensorboard" and find_spec("tensorboard") is None:
-            raise UserError(
-                "--logging.tracker: expected the package tensorboard for tensorboard, and it is not installed; run "
-                "`pip install tensorboard`, or take csv."
-            )
+            raise UserError("--logging.tracker: tensorboard is not installed; `pip install tensorboard`, or take csv.")
 
     @property
     def resolved_mode(self) -> str:
-        """W&B's mode: the flag, else $WANDB_MODE, else offline."""
+        """The flag, else $WANDB_MODE, else offline."""
         return self.mode or os.environ.get("WANDB_MODE") or "offline"
 
     @property
@@ -80,8 +134,7 @@ class LoggingConfig(Group):
         return "csv" if self.tracker == "wandb" and self.resolved_mode == "disabled" else self.tracker
 
 
-@group("trainer.")
-class TrainerConfig(Group):
+class TrainerConfig(Group, prefix="trainer."):
     """Lightning's own flags."""
 
     accelerator: Text = "auto"
@@ -93,12 +146,11 @@ class TrainerConfig(Group):
     strategy: Literal["auto", "ddp"] = "auto"
     """auto or ddp."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """torch's setting of this name, for matrix products in float32. high: TF32 on GPUs that have it, several times
-    faster, with 10 bits of mantissa; medium: bfloat16 inside. It has no effect on bfloat16 weights."""
+    """torch's setting of this name. high: matrix products of float32 in TF32 on GPUs that have it, several times
+    faster; medium: in bfloat16."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Precision in which thresholds and recoveries are trained. bf16-mixed: matrix products in bfloat16 (autocast),
-    trained parameters in float32; several times faster on a GPU, or a CPU with AMX. Statistics and evaluation use
-    --model.dtype."""
+    """Precision in which thresholds and recoveries are trained; statistics and evaluation use --model.dtype.
+    bf16-mixed: matrix products in bfloat16 (autocast), several times faster on a GPU, or a CPU with AMX."""
 
     @property
     def lightning(self) -> dict[str, Any]:
@@ -106,8 +158,7 @@ class TrainerConfig(Group):
         return {n: getattr(self, n) for n in ("accelerator", "devices", "num_nodes", "strategy", "precision")}
 
 
-@group("run.")
-class RunFolderConfig(Group):
+class RunFolderConfig(Group, prefix="run."):
     """Where results go."""
 
     dir: Text = "runs"
@@ -117,13 +168,9 @@ class RunFolderConfig(Group):
     seed: Seed = 0
     """Seed of everything random: windows, partition, order of training windows."""
     checkpoint_minutes: NonNegative = 5.0
-    """Minutes between checkpoints in training; 0: after every step. A killed run resumes from the last one, to the same
-    bits."""
+    """Minutes between checkpoints, from which a killed run resumes to the same bits; 0: after every step."""
 
-    def __post_init__(self) -> None:
-        """Raise UserError for a name that leads out of the folder of runs, or that no file can have."""
+    def model_post_init(self, _: Any) -> None:
         name = self.name or "run"
         if name in (".", "..") or name != os.path.basename(name) or len(os.fsencode(name)) > 200:
-            raise UserError(
-                f"--run.name: expected the name of a folder inside --run.dir, of at most 200 bytes, got {shown(name)}."
-            )
+            raise UserError(f"--run.name: expected the name of a folder, of at most 200 bytes, got {shown(name)}.")

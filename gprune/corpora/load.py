@@ -24,7 +24,7 @@ SPLITS = ("train", "development", "test")
 DEVELOPMENT_EVERY = 10
 
 Corpus = Callable[[str], list[str]]
-CORPORA: Registry[Corpus] = Registry("corpus", called=True)
+CORPORA: Registry[Corpus] = Registry("corpus")
 
 
 def load_corpus(name: str, split: str) -> list[str]:

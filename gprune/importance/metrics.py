@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # flags are checked by what is registered here, which should 
     from gprune.calibration.statistics import Moments
     from gprune.importance.weights import UnitWeights
 
-IMPORTANCE: Registry[Callable[..., Tensor]] = Registry("importance metric", called=True)
+IMPORTANCE: Registry[Callable[..., Tensor]] = Registry("importance metric")
 
 
 def metric(

@@ -25,7 +25,7 @@ def calibrate(run: Run) -> dict[str, CorpusStatistics]:
     cfg, cache = run.cfg, statistics_cache(run)
     statistics = {corpus: cache.read(corpus, ["moments", *sorted(cfg.needs)]) for corpus in cfg.calibration}
     lacking = [of_corpus is None for of_corpus in statistics.values()]
-    if cfg.trainer.devices * cfg.trainer.num_nodes > 1:  # another run may be filling the cache meanwhile
+    if cfg.processes > 1:  # another run may be filling the cache meanwhile
         run.trainer("Bringing processes together").test(meeting := Meeting(run.folder.key, lacking), verbose=False)
         lacking = meeting.lacking
     missing = [corpus for corpus, lacks in zip(statistics, lacking, strict=True) if lacks]
@@ -55,7 +55,7 @@ def statistics_cache(run: Run) -> StatisticsCache:
         # What may move the last bits too: the same run finds the same bits whatever the cache saw before.
         bits={
             "model": run.fingerprint, "dtype": cfg.model.dtype, "device": device.type,
-            "batch_size": cfg.corpora.batch_size, "world_size": cfg.trainer.devices * cfg.trainer.num_nodes,
+            "batch_size": cfg.corpora.batch_size, "world_size": cfg.processes,
             "halves": "first and second", **cfg.matmul,
         },
         scopes=("ffn", "attention") if cfg.attention else ("ffn",),

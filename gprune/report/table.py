@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,8 +14,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
-
-from gprune.console import terminal_width
 
 TableName = Literal[  # of a report
     "comparison", "evaluation", "perplexity", "repeatability", "sparsity", "stability", "summary"
@@ -67,8 +66,9 @@ class Table:
 
     def shown(self) -> str:
         """For whoever looks: as wide as the terminal; where stdout is none, what files have, without escapes."""
-        width = terminal_width()
-        return replace(self, note=self.plain_note).to_text() if width is None else self.to_terminal(width)
+        if sys.stdout.isatty():
+            return self.to_terminal(shutil.get_terminal_size().columns)
+        return replace(self, note=self.plain_note).to_text()
 
     def to_terminal(self, width: int) -> str:
         """The table in characters, and its note below: in several parts where it is too wide for one.

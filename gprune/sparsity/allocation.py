@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # flags are checked by what is registered here, which should 
 
 Margins = tuple[list["Tensor"], list["Tensor"]]  # neurons (N,), KV groups (G,) per block, float64; smallest goes first
 Rule = Callable[..., Any]
-ALLOCATION: Registry[Rule] = Registry("allocation", called=True)
+ALLOCATION: Registry[Rule] = Registry("allocation")
 
 
 def allocation(

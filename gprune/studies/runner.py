@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,7 @@ def run(row: Row) -> Made:
     cfg = row.config
     before = read(path_of(row)) or {"masks": None}  # of another list, which wants other things of this row
     if row.wanted_tasks and cfg.recovery != "none":  # masks do not hold what recovery changed
-        cfg = replace(cfg, export="hf")
+        cfg = cfg.model_copy(update={"export": "hf"})
     result = gprune.prune(cfg)
     if process_index() != 0:
         return result.path, {}

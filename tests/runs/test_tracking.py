@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections import defaultdict
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pandas as pd
@@ -136,7 +135,7 @@ def test_figures_are_images(told):
 
 
 def test_wandb_knows_config_group_job_type_and_tags(told):
-    assert told.about["config"] == asdict(told.run.config)
+    assert told.about["config"] == told.run.config.model_dump()
     assert told.about["config"]["sparsity"]["learning_rate"] == 0.1  # a default that no flag named
     assert (told.about["group"], told.about["job_type"]) == ("tiny", "gprune")
     assert {"wanda_sp", "ffn", "learned", "refined", "ours"} <= set(told.about["tags"])
