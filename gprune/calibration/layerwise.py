@@ -12,7 +12,7 @@ arguments, batch by batch in the same order, so all sums are the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -98,23 +98,12 @@ class Walk:
         return type(value)(map(self._shared, value)) if type(value) in (tuple, list) else value
 
     @torch.no_grad()
-    def steps(self, watch: Callable[[Block], Collector] | None = None) -> Iterator[tuple[Block, Collector | None]]:
-        """Take all batches through one layer after the other.
-
-        Args:
-            watch: makes a collector for a block whose weights are there; it watches all batches.
-
-        Yields:
-            Each block and its collector, when the last batch has left the block.
-        """
-        for block in blocks_of(self.model):
-            with resident(block.layer):
-                with nullcontext() if watch is None else watch(block) as collector:
-                    for call in self.calls:
-                        if collector is not None:
-                            collector.expect(call.input_ids.shape[1], call.half, call.weight)
-                        call.hidden = call.through(block.layer, block.index, call.hidden).cpu()
-                yield block, collector
+    def _pass(self, block: Block, collector: Collector | None = None) -> None:
+        """Take all batches through a block whose weights are there; a collector is told of each."""
+        for call in self.calls:
+            if collector is not None:
+                collector.expect(call.input_ids.shape[1], call.half, call.weight)
+            call.hidden = call.through(block.layer, block.index, call.hidden).cpu()
 
     def statistics(self, *, gram: bool = False, store: Store | None = None) -> CorpusStatistics:
         """Statistics of all batches, the same bits as `Collector`'s, summed over processes.
@@ -124,7 +113,9 @@ class Walk:
             store: writes one block's Gram matrices, by kind, and returns their places; None keeps them in memory.
         """
         by_block: list[CorpusStatistics] = []
-        for block, collector in self.steps(lambda block: Collector(self.model, gram=gram, blocks=[block])):
+        for block in blocks_of(self.model):
+            with resident(block.layer), Collector(self.model, gram=gram, blocks=[block]) as collector:
+                self._pass(block, collector)
             statistics = collector.compute()
             collector.release()
             ffn, attention = statistics.ffn[0], statistics.attention[0]
@@ -138,8 +129,9 @@ class Walk:
     @torch.no_grad()
     def logits(self) -> Iterator[Tensor]:
         """The model's logits of each batch, (B, T, V) in its dtype; hooks on its layers take effect."""
-        for _ in self.steps():
-            pass
+        for block in blocks_of(self.model):
+            with resident(block.layer):
+                self._pass(block)
         head, softcap = self.model.get_output_embeddings(), softcap_of(self.model)
         for call in self.calls:
             device = device_of(head)

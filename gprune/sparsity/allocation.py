@@ -86,27 +86,21 @@ def check_options(name: str, options: Mapping[str, float]) -> None:
 def allocate(
     name: str, scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget, **options: float
 ) -> Masks:
-    """Keep masks by the rule `name`; a UserError if its margins have other shapes than the scores, or hold NaN."""
+    """Keep masks by the rule `name`; a UserError if what it returns has other shapes than the scores, or holds NaN."""
     from gprune.models.masks import Masks
     from gprune.sparsity.cut import keep_masks
 
     result = ALLOCATION[name](scores, statistics, blocks, budget, **options)
-    margins = (result.ffn, result.attention) if isinstance(result, Masks) else result
-    try:
-        neurons, groups = margins
-        got = [tuple(m.shape) for m in (*neurons, *groups)]
-    except (TypeError, ValueError, AttributeError):
-        got = f"another {type(result).__name__}"
-    if got != [tuple(s.shape) for s in (*scores.ffn, *scores.attention)]:
+    neurons, groups = (result.ffn, result.attention) if isinstance(result, Masks) else result
+    shapes = [tuple(m.shape) for m in (*neurons, *groups)]
+    if shapes != [tuple(s.shape) for s in (*scores.ffn, *scores.attention)]:
         raise UserError(
             f"Allocation '{name}': expected Masks, or margins as (neurons, KV groups), each a list of a tensor per "
-            f"block, shaped as its scores are; got {got!s:.200}."
+            f"block, shaped as its scores are; got {shapes!s:.200}."
         )
-    if isinstance(result, Masks):
-        return result
     if any(bool(m.isnan().any()) for m in (*neurons, *groups)):
         raise UserError(f"Allocation '{name}': expected margins that are numbers, got NaN.")
-    return keep_masks(budget, neurons, groups)
+    return result if isinstance(result, Masks) else keep_masks(budget, neurons, groups)
 
 
 def removed_in_words(share: float, scope: str, rule: str, digits: int = 2) -> str:

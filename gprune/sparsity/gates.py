@@ -48,28 +48,24 @@ def gated(model: PreTrainedModel, ffn: Gates, attention: Gates = None) -> Iterat
     """
     with ExitStack() as taken_off:
         for block in blocks_of(model):
-            for handle in (*_ffn_gate(block, ffn), *_attention_gates(block, attention)):
+            if ffn is not None:
+                taken_off.callback(_ffn_gate(block, ffn).remove)
+            for handle in () if attention is None else _attention_gates(block, attention):
                 taken_off.callback(handle.remove)
         yield model
 
 
-def _ffn_gate(block: Block, gates: Gates) -> Iterator[RemovableHandle | Watch]:
-    if gates is None:
-        return
-
+def _ffn_gate(block: Block, gates: Sequence[Tensor | None]) -> RemovableHandle | Watch:
     def expert_gate(x: Tensor, expert: int, tokens: Tensor) -> Tensor | None:
         gate = gates[block.index]
         return None if gate is None else x * gate.view(block.experts, -1)[expert].to(x)
 
     if block.has_experts:
-        yield watch_experts(block.down.host, expert_gate)
-    else:
-        yield _multiply(block.down.host, _channels(gates, block.index))
+        return watch_experts(block.down.host, expert_gate)
+    return _multiply(block.down.host, _channels(gates, block.index))
 
 
-def _attention_gates(block: Block, gates: Gates) -> Iterator[RemovableHandle]:
-    if gates is None:
-        return
+def _attention_gates(block: Block, gates: Sequence[Tensor | None]) -> Iterator[RemovableHandle]:
     query = _channels(gates, block.index, repeats=block.channels_per_group)
     yield _multiply(block.output.host, query)
     if block.family.query_norm is not None:

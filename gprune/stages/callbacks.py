@@ -171,8 +171,6 @@ def log_perplexities(
     trainer: L.Trainer, stage: str, axis: dict[str, float], values: dict[str, float], step: int
 ) -> None:
     """Log perplexities of corpora under `<stage>/perplexity/<corpus>`, with their value on the x axis."""
-    if not trainer.is_global_zero:
-        return
     points = {f"{stage}/perplexity/{corpus}": value for corpus, value in values.items()}
     log_scalars(trainer.loggers, axis | points, step=step)
 

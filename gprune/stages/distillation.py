@@ -35,7 +35,7 @@ class DistillationStage(FrozenLMStage):
     Args:
         dense: the teacher, frozen; its weights may lie on several devices, or off them.
         student: pruned; changed in place, and moved to the trainer's device as a whole.
-        settings: the flags of `--distill`, such as `Distill.refuse` has let through; the text tells `tokens`.
+        settings: the flags of `--distill`, checked by `DistillConfig.refuse`; `tokens` is that of the text.
         shard: shard the layers of both over all processes while it learns.
     """
 
