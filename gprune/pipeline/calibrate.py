@@ -52,7 +52,7 @@ def statistics_cache(run: Run) -> StatisticsCache:
     device = check_trainer(**cfg.trainer.lightning) if cfg.model.shard else device_of(run.model)
     return StatisticsCache(
         texts={corpus: run.text.train[corpus].content_hash for corpus in cfg.calibration},
-        # What may move the last bits too: the same run finds the same bits whatever the cache saw before.
+        # Also what can change the last bits: a run has the same bits whoever filled the cache.
         bits={
             "model": run.fingerprint, "dtype": cfg.model.dtype, "device": device.type,
             "batch_size": cfg.corpora.batch_size, "world_size": cfg.processes,

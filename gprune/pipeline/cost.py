@@ -47,7 +47,7 @@ def compared_tokens(cfg: RunConfig) -> int:
 
 
 def passes(forward: int, forward_backward: int) -> float:
-    """What tokens cost, in forward passes: the way back takes twice as long as the way there."""
+    """What tokens cost, in forward passes: a backward pass costs two of them."""
     return forward + 3 * forward_backward
 
 

@@ -66,7 +66,7 @@ def evaluate(
             # All processes take part where a recovery learns.
             if row in done or not (measures or recovery_of(row[1]).learns):
                 continue
-            model = run.model if row == dense else pruned  # and the model of the row before goes
+            model = run.model if row == dense else pruned  # frees the model of the row before
             if row not in (dense, (cfg.final, cfg.recovery)):
                 model = shrink(run, masks[row[0]], statistics, recovery=row[1])
             if not measures:

@@ -23,7 +23,7 @@ log = logging.getLogger("gprune")
 
 
 def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
-    """Raise UserError where a gradient is asked of a model whose weights come and go."""
+    """Raise UserError where a gradient is asked of a model whose weights are fetched for each pass."""
     gradients = {
         "--sparsity.allocation learned": cfg.learns,
         f"--importance {cfg.importance}": "saliency" in cfg.collects,

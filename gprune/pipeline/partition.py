@@ -42,17 +42,14 @@ def measure_drift(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[
     run.step(3, "Measuring drift")
     corpora = run.cfg.corpora.drift
     drift = [_drift_of(run, block, [statistics[corpus] for corpus in corpora]) for block in run.blocks]
-    if len(corpora) < 2:
-        log.warning("One drift corpus (%s): rank drift and the metric switch are off.", corpora[0])
-    else:
-        mean = float(torch.cat([rank_drift(d.ranks) for d in drift]).mean())
-        noise = float(torch.cat([d.floor for d in drift]).mean())
-        log.info("Rank drift %.3f on average, of which sampling alone would show %.3f", mean, noise)
+    mean = float(torch.cat([d.drift for d in drift]).mean())
+    noise = float(torch.cat([d.floor for d in drift]).mean())
+    log.info("Rank drift %.3f on average, of which sampling alone would show %.3f", mean, noise)
     return drift
 
 
 def _drift_of(run: Run, block: Block, statistics: Sequence[CorpusStatistics]) -> Drift:
-    """Of one block's neurons, between corpora."""
+    """Rank drift of one block's neurons between corpora, and its noise floor."""
     name, weights = IMPORTANCE[run.cfg.importance].drift, ffn_weights(block)
     channels = [s.ffn[block.index] for s in statistics]
 

@@ -92,7 +92,7 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
 
 
 def check_depth(blocks: Sequence[Block], budget: Budget, config: PreTrainedConfig) -> None:
-    """Raise UserError unless whole blocks can make up for the target, one is left, and none computes by its number."""
+    """Raise UserError unless whole blocks can meet the target with one left, and no block depends on its index."""
     for name, plain in (("scale_attn_by_inverse_layer_idx", False), ("decoder_sparse_step", 1)):
         if getattr(config, name, plain) != plain:
             raise UserError(

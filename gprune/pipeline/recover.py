@@ -53,7 +53,7 @@ def shrink(
     else:
         small = _sliced(run, masks, revise)
     counted = run.meter.watch(small)
-    # What a recovery draws does not hang on what came before: an empty cache, another row, an earlier sitting.
+    # What a recovery draws must not depend on what ran before it: calibration, another row, an earlier sitting.
     torch.manual_seed(run.cfg.run.seed)
     with torch.enable_grad():  # a recovery of the whole model may learn
         tuned = method.tune(material, small)

@@ -1,4 +1,4 @@
-"""What the dense and the pruned model write after the same beginnings: for people, who cannot read a perplexity."""
+"""What the dense and the pruned model write after the same prompts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gprune.storage.files import read_json, write_json
 
 
 def write_samples(run: Run, pruned: PreTrainedModel, seen: dict[str, bool]) -> None:
-    """Write `samples.json`, unless it is there with as many, or weights are fetched anew for each token.
+    """Write `samples.json`, unless it is there with as many rows; not for offloaded models, which are too slow.
 
-    The beginnings are those of the first window of the last evaluated corpora, which by default are unseen.
+    A prompt is the beginning of an evaluated corpus's first window; the last corpora by default are unseen ones.
 
     Args:
         seen: by corpus.
@@ -44,7 +44,7 @@ def write_samples(run: Run, pruned: PreTrainedModel, seen: dict[str, bool]) -> N
 
 @torch.no_grad()
 def continued(model: PreTrainedModel, ids: Tensor, tokens: int) -> Tensor:
-    """(B, at most `tokens`) token ids that the model takes for likeliest after (B, T) ids."""
+    """(B, at most `tokens`) token ids that the model generates greedily after (B, T) ids."""
     ids = ids.to(device_of(model))
     generated = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, use_cache=True,
