@@ -21,13 +21,6 @@ from pathlib import Path
 LIMIT = 0.01  # max |difference of log-probabilities|, nats; 1e-4 was seen, and 0.1 upwards with anything wrong
 
 
-def content_of(ids: list[int], logits) -> dict[str, list]:
-    """What a reference holds, from logits (T, vocabulary)."""
-    logprobs = logits[:-1].double().log_softmax(-1)
-    own = logprobs[range(len(ids) - 1), ids[1:]].tolist()
-    return {"ids": ids, "logprobs": own, "top1": logprobs.argmax(-1).tolist()}
-
-
 def prompt_logprobs(folder: Path, ids: list[int]) -> tuple[list[float], list[int], str]:
     """Of each token but the first its log-probability and the most likely one in its place; and the class that ran."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -23,8 +23,6 @@ from gprune.models.masks import Masks
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
 
-from ..vllm_check import content_of
-
 MODELS = {"ffn": (False, False), "ffn+kv": (False, True), "uniform": (True, False)}  # one width; KV groups gone
 SPARSITY, WIDTH_MULTIPLE = 0.3, 32
 Dense = tuple[PreTrainedModel, PreTrainedTokenizerBase, Tensor]
@@ -48,7 +46,10 @@ def make(work: Path, load: Callable[[], Dense]) -> None:
         with torch.inference_mode():
             logits = model(ids, use_cache=False).logits[0]
         save_file({"ids": ids[0], "logits": logits.contiguous()}, folder / "reference.safetensors")
-        (folder / "reference.json").write_text(json.dumps(content_of(ids[0].tolist(), logits)), encoding="utf-8")
+        logprobs, tokens = logits[:-1].double().log_softmax(-1), ids[0].tolist()
+        own = logprobs[range(len(tokens) - 1), tokens[1:]].tolist()
+        content = {"ids": tokens, "logprobs": own, "top1": logprobs.argmax(-1).tolist()}  # as `vllm_check` reads it
+        (folder / "reference.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def pruned(dense: PreTrainedModel, ids: Tensor, uniform: bool, groups: bool) -> PreTrainedModel:

@@ -53,7 +53,11 @@ def export(
     folder = model_folder(run_or_folder)
     path = expanded(f"{folder}-{type}.gguf" if output is None else output).absolute()
     check_type(type, unchecked=unchecked)
-    check_output(path, overwrite=overwrite)
+    if path.exists() and not (overwrite and is_former_export(path)):
+        former = "choose another --output, or, if it is a former export, pass --overwrite"
+        raise UserError(f"Export: '{path}' exists already; {former}.")
+    if not path.parent.is_dir():
+        raise UserError(f"Export: expected --output in a folder that exists, got '{path}'.")
     from gprune.export.gguf_check import ask_llama_cpp, check_gguf
     from gprune.export.gguf_writer import write_gguf
     from gprune.storage.files import replacing
@@ -84,16 +88,6 @@ def check_type(type: str, *, unchecked: bool) -> None:
     if not has_llama_cpp() and (type in QUANTISED or not unchecked):
         use = f"quantise to {type}" if type in QUANTISED else "check the file (--unchecked writes it unchecked)"
         raise UserError(f"Export: expected a llama.cpp build to {use}; got none. Run `pip install {LLAMA_CPP}`.")
-
-
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """Refuse a place where there is no folder, or something that is no former export."""
-    if path.exists() and not overwrite:
-        raise UserError(f"Export: '{path}' exists already; choose another --output, or pass --overwrite.")
-    if path.exists() and not is_former_export(path):
-        raise UserError(f"Export: '{path}' is no former export, so it is not overwritten.")
-    if not path.parent.is_dir():
-        raise UserError(f"Export: expected --output in a folder that exists, got '{path}'.")
 
 
 def is_former_export(path: Path) -> bool:

@@ -119,9 +119,6 @@ def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig) -> None
                 f"'{config.model_type}' {reason}. Export to hf, or prune with --sparsity.uniform_width true and "
                 f"--sparsity.scope ffn, which leaves a stock model for llama.cpp's own converter."
             )
-        # llama.cpp takes a size of 0 for a layer without FFN or attention, and then skips more than that.
-        if not block.neurons or not block.kv_groups:
-            raise UserError(f"Export: GGUF takes no layer without FFN or attention, such as layer {block.index}.")
 
 
 def unlike_llama(config: PreTrainedConfig, block: Block) -> str | None:
@@ -144,6 +141,8 @@ def unlike_llama(config: PreTrainedConfig, block: Block) -> str | None:
         return f"has rope_type {kind} instead of default, linear or llama3"
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
         return "rotates a part of each head"
+    if not (block.neurons and block.kv_groups):  # where a size is 0, llama.cpp skips more than the FFN or attention
+        return f"has no FFN or no attention in layer {block.index}"
     return None
 
 

@@ -106,8 +106,8 @@ def test_a_file_gets_its_name_only_where_a_build_agrees(run, monkeypatch, capsys
         (["--to", "onnx"], "invalid choice: 'onnx'"),
         (["--unchecked", "--output", "no/such/folder/x"], "in a folder that exists"),
         (["--unchecked", "--output", "DIARY"], "exists already"),
-        (["--unchecked", "--output", "DIARY", "--overwrite"], "no former export"),
-        (["--unchecked", "--output", "MODEL", "--overwrite"], "no former export"),
+        (["--unchecked", "--output", "DIARY", "--overwrite"], "exists already"),
+        (["--unchecked", "--output", "MODEL", "--overwrite"], "exists already"),
         (["--colour", "red"], "unrecognized arguments: --colour red; see --help"),
     ],
 )

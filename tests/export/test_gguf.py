@@ -223,7 +223,7 @@ def test_what_llama_cpp_computes_differently_is_refused_by_name(family, settings
 def test_a_layer_without_ffn_is_refused():
     model = make_pruned()
     model.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 0), requires_grad=False)
-    with pytest.raises(UserError, match="no layer without FFN or attention, such as layer 1"):
+    with pytest.raises(UserError, match="this 'llama' has no FFN or no attention in layer 1"):
         gguf_writer.check_expressible(blocks_of(model), model.config)
 
 
@@ -242,7 +242,7 @@ def test_families_that_compute_as_llama_run_in_llama_cpp(family, tmp_path):
 def world(tmp_path):
     """A tiny world whose model is of one family, with bytes for tokens."""
 
-    def made(family):
+    def make_world(family):
         (tmp_path / "world").mkdir()
         world = tiny_run.make_world(tmp_path / "world")
         settings = {"head_dim": 32, "hidden_size": 128, "neurons": tiny_run.NEURONS, "vocab_size": 512}
@@ -251,31 +251,31 @@ def world(tmp_path):
         return world
 
     with tiny_run.isolated(tmp_path / "cache"):
-        yield made
+        yield make_world
 
 
 @needs_llama_cpp
 @pytest.mark.slow
 def test_a_run_writes_a_gguf_file_too(world, tmp_path):
     flags = ("--export=gguf", "--sparsity.scope=attention+ffn")
-    made = world("llama")
-    run = made.run(tmp_path / "runs", *flags)
+    llama = world("llama")
+    run = llama.run(tmp_path / "runs", *flags)
     assert {"model", "model-f16.gguf"} <= {path.name for path in run.path.iterdir()}
     (run.path / "model-f16.gguf").unlink()  # lost: the same command writes it again, and nothing else
     manifest = json.loads((run.path / "manifest.json").read_text())
-    made.run(tmp_path / "runs", *flags)
+    llama.run(tmp_path / "runs", *flags)
     assert (run.path / "model-f16.gguf").is_file()
     assert json.loads((run.path / "manifest.json").read_text())["logits"] == manifest["logits"]
 
 
 def test_a_run_that_could_write_no_gguf_file_is_refused_before_it_starts(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("gprune.pipeline.plan.has_llama_cpp", lambda: True)
-    made = world("qwen3")
+    args = world("qwen3").args(tmp_path / "runs", "--export=gguf")
     monkeypatch.setattr("gprune.pipeline.inputs.load_model", lambda *_, **__: pytest.fail("loaded"))
-    assert main(made.args(tmp_path / "runs", "--export=gguf")) == 2
+    assert main(args) == 2
     assert "this 'qwen3' has weights beside Llama's" in capsys.readouterr().err
     monkeypatch.setattr("gprune.pipeline.plan.has_llama_cpp", lambda: False)
-    assert main(made.args(tmp_path / "runs", "--export=gguf")) == 2
+    assert main(args) == 2
     assert "--export gguf: expected a llama.cpp build" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
@@ -380,13 +380,13 @@ def test_figures_are_those_of_the_definitions():
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(5, 7, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
     ids = torch.tensor([0, 3, 1, 6, 2])
-    found = gguf_check.compare(a, b, ids)
+    agreement = gguf_check.compare(a, b, ids)
     p, q = a.exp().numpy(), b.exp().numpy()
-    assert found.kl == pytest.approx(np.mean([sum(p[t] * np.log(p[t] / q[t])) for t in range(5)]))
-    assert found.perplexity == pytest.approx(np.exp(-np.mean([np.log(p[t, ids[t + 1]]) for t in range(4)])))
-    assert found.perplexity_of_file == pytest.approx(np.exp(-np.mean([np.log(q[t, ids[t + 1]]) for t in range(4)])))
-    assert found.top1 == np.mean(p.argmax(1) == q.argmax(1))
-    assert found.logprob == pytest.approx(np.abs(np.log(p) - np.log(q)).max())
+    assert agreement.kl == pytest.approx(np.mean([sum(p[t] * np.log(p[t] / q[t])) for t in range(5)]))
+    assert agreement.perplexity == pytest.approx(np.exp(-np.mean([np.log(p[t, ids[t + 1]]) for t in range(4)])))
+    assert agreement.perplexity_of_file == pytest.approx(np.exp(-np.mean([np.log(q[t, ids[t + 1]]) for t in range(4)])))
+    assert agreement.top1 == np.mean(p.argmax(1) == q.argmax(1))
+    assert agreement.logprob == pytest.approx(np.abs(np.log(p) - np.log(q)).max())
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -437,8 +437,8 @@ def test_types_are_the_same_everywhere():
 def test_llama_cpp_computes_the_model(variant, shape, tmp_path):
     model = make_pruned(shape, shape == UNEQUAL, initializer_range=0.1, **VARIANTS[variant])
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
-    found = gguf_check.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
-    assert found.positions == 256
+    agreement = gguf_check.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
+    assert agreement.positions == 256
 
 
 @needs_llama_cpp
