@@ -20,13 +20,9 @@ COMMANDS = {
 def parser() -> Parser:
     """The command line as far as the name of the command."""
     lines = "\n".join(f"  {name:10}{about}" for name, (_, about) in COMMANDS.items())
-    made = Parser(
-        "gprune",
-        usage="gprune COMMAND ...",
-        description=f"What is done with finished runs; train.py makes them.\n\ncommands:\n{lines}",
-        epilog="gprune COMMAND --help tells what a command does and takes.",
-    )
-    made.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of these")
+    about = f"What is done with finished runs; train.py makes them.\n\ncommands:\n{lines}"
+    made = Parser("gprune", usage="gprune COMMAND ...", description=about)
+    made.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of these; COMMAND --help says more")
     return made
 
 

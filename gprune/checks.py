@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import ByteSize, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ByteSize, Field, TypeAdapter, ValidationError
 
 from gprune.errors import UserError
 
@@ -78,3 +78,6 @@ def memory_limits(sizes: Mapping[str, str]) -> dict[str | int, int]:
     except ValidationError as error:
         raise UserError(f"{refusal(error, '--model.max_memory.')}.") from error
     return {device if device == "cpu" else int(device): int(size) for device, size in limits.items()}
+
+
+Memory = Annotated[dict[Text, Text], AfterValidator(lambda sizes: memory_limits(sizes) and sizes)]

@@ -132,13 +132,14 @@ def _signals() -> Iterator[None]:
 @contextlib.contextmanager
 def no_interrupts() -> Iterator[None]:
     """Ignore Ctrl-C as long as the context lasts."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)
 
 
 def leave(code: int) -> NoReturn:

@@ -33,10 +33,7 @@ def printable(text: str) -> str:
 def require_finite(what: str, *tensors: Tensor) -> None:
     """Raise a UserError for NaN or infinity in the tensors. `what`: "activation came up during calibration"."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-        raise UserError(
-            f"A non-finite {what}; expected finite numbers. Check the model's weights, or use --model.dtype float32 "
-            f"instead of a 16-bit type."
-        )
+        raise UserError(f"A non-finite {what}. Check the model's weights, or use --model.dtype float32.")
 
 
 def nearest(name: object, known: Iterable[str]) -> str | None:

@@ -35,13 +35,11 @@ class Registry(Generic[T]):
             UserError: for a name that could lead out of a folder, or that chains and lists would cut in two.
         """
         if not (isinstance(name, str) and NAME.fullmatch(name)):
-            raise UserError(
-                f"A name of {self.kind}: expected up to 100 letters, digits, _, - and dots inside, got {name!r:.100}."
-            )
+            raise UserError(f"A name of {self.kind}: expected letters, digits, _, - and dots, got {name!r:.100}.")
 
         def file(entry: T) -> T:
-            taken = self._entries.get(name)
-            if taken is not None and _origin(taken) != _origin(entry):
+            taken = self._entries.setdefault(name, entry)
+            if _origin(taken) != _origin(entry):
                 raise ValueError(f"{self.kind} '{name}' is registered already, as {taken!r}; choose another name.")
             self._entries[name] = entry
             return entry

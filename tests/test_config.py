@@ -54,10 +54,6 @@ def test_only_the_same_function_takes_a_name_again(registry, module):
     assert registry["red"]() == (2 if module == "here" else 1)
 
 
-def test_a_user_error_is_one_line():
-    assert str(UserError("one\n  two\n\nthree")) == "one two three"
-
-
 # --- one declaration for all ways in ------------------------------------------------------------------------------
 
 
@@ -316,21 +312,12 @@ def test_a_run_needs_what_its_metric_and_its_recovery_need(importance, recovery,
     assert collected.needs == RunConfig(importance=importance, recovery=recovery).needs == needs
 
 
-def test_an_unknown_corpus_lists_what_there_is():
-    with pytest.raises(UserError, match=r"wikki.*wiki"):
-        RunConfig(corpora=CorporaConfig(score="wikki")).check_names()
-
-
 def test_train_text_that_calibrates_is_not_measured_on():
     cfg = configured({"evaluation.split": "train", "corpora.evaluate": ["stories", "web"]})
     with pytest.raises(UserError, match=r"--evaluation\.split train: .* does not read, got 'web'"):
         cfg.check_names()
     cfg.corpora.evaluate = ["stories"]
     cfg.check_names()
-
-
-def test_yaml_files_are_found_where_there_are_any():
-    assert bool(YAML) == EXPERIMENTS.is_dir()
 
 
 @pytest.mark.parametrize("path", YAML, ids=lambda path: str(path.relative_to(EXPERIMENTS)))

@@ -14,18 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from gprune.checks import (
-    AtLeast1,
-    AtLeast2,
-    AtLeast8,
-    NonNegative,
-    Positive,
-    Quantile,
-    Sparsity,
-    Text,
-    memory_limits,
-    refusal,
-)
+from gprune.checks import AtLeast1, AtLeast2, AtLeast8, Memory, NonNegative, Positive, Quantile, Sparsity, Text, refusal
 from gprune.errors import UserError, nearest
 from gprune.importance.metrics import IMPORTANCE
 from gprune.sparsity.allocation import ALLOCATION, check_options
@@ -103,7 +92,7 @@ class ModelConfig(Group, prefix="model."):
     """Dtype of the frozen weights; statistics are summed in float64."""
     device_map: Text | None = None
     """Passed to transformers, e.g. auto. Default: the model is on the trainer's device."""
-    max_memory: dict[Text, Text] | None = None
+    max_memory: Memory | None = None
     """Memory for weights by device number or cpu, e.g. {0: 20GiB, cpu: 60GiB}; needs device_map. Other weights stay on
     disk and are loaded block by block. Such a model has no gradients, but the pruned model can be distilled."""
     shard: bool = False
@@ -114,7 +103,6 @@ class ModelConfig(Group, prefix="model."):
     def model_post_init(self, _: Any) -> None:
         if self.device_map is not None and not PLACES.fullmatch(self.device_map):
             raise UserError(f"--model.device_map: expected auto or a device such as cuda:0, got '{self.device_map}'.")
-        memory_limits(self.max_memory or {})
         if self.max_memory is not None and self.device_map is None:
             raise UserError("--model.max_memory: expected --model.device_map auto with it.")
 

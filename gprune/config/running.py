@@ -8,19 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from gprune.checks import (
-    AtLeast0,
-    AtLeast1,
-    AtLeast8,
-    Few,
-    NonNegative,
-    Positive,
-    Quantile,
-    Seed,
-    Sparsity,
-    Text,
-    shown,
-)
+from gprune.checks import AtLeast0, AtLeast1, AtLeast8, Few, NonNegative, Positive, Quantile, Seed, Sparsity, Text
 from gprune.config.groups import Group
 from gprune.errors import UserError
 
@@ -173,4 +161,4 @@ class RunFolderConfig(Group, prefix="run."):
     def model_post_init(self, _: Any) -> None:
         name = self.name or "run"
         if name in (".", "..") or name != os.path.basename(name) or len(os.fsencode(name)) > 200:
-            raise UserError(f"--run.name: expected the name of a folder, of at most 200 bytes, got {shown(name)}.")
+            raise UserError(f"--run.name: expected the name of a folder, of at most 200 bytes, got '{name:.100}'.")

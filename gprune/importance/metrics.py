@@ -66,9 +66,8 @@ def wanda_sp(weights: UnitWeights, moments: Moments, generator: torch.Generator)
     """s_j = ||X_j||_2 * sum_i |W_ij|: Wanda's |W| ||X|| (arXiv 2306.11695, eq. 1) summed over a column.
 
     The norm is divided by sqrt(n), which does not change ranks. FLAP (arXiv 2312.11983) has this structured form as a
-    baseline. Its repository averages over rows, which ranks alike; calibrates the baseline on C4, but FLAP on
-    WikiText-2; and prunes each block before it calibrates the next one. Ours sees the same text and the same dense
-    activations as every other metric.
+    baseline; its repository prunes each block before it calibrates the next one. Ours sees the same text and the same
+    dense activations as every other metric.
     """
     return moments.mean_sq.sqrt() * weights.output.abs().sum(0)
 
@@ -140,9 +139,8 @@ def taylor(weights: UnitWeights, moments: Moments, generator: torch.Generator) -
     """s_j = sum_k |w_k g_k|, LLM-Pruner's element-wise first order (arXiv 2305.11627, eq. 5 without its second term).
 
     k runs over all weights of the channel: gate and up rows and down column (or query, key and value rows and the
-    column of the output projection). g is the gradient of the mean next-token cross-entropy over the calibration
-    windows. A KV group counts its key and value rows once. The authors' repository calls it `param_first` and takes ten
-    samples of 64 tokens from BookCorpus; ours sees the same text as every other metric.
+    column of the output projection); a KV group counts its key and value rows once. g is the gradient of the mean
+    next-token cross-entropy over the calibration windows. `param_first` in the authors' repository.
     """
     return moments.saliency.first
 
@@ -151,9 +149,8 @@ def taylor(weights: UnitWeights, moments: Moments, generator: torch.Generator) -
 def taylor_second(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
     """s_j = sum_k |w_k g_k - 1/2 w_k^2 mean_b(g_bk^2)|, LLM-Pruner's second order (arXiv 2305.11627, eq. 5).
 
-    The Hessian's diagonal is approximated by the mean square of the windows' gradients g_b (Fisher). The paper sums
-    over samples; the mean is that sum for the mean loss, as in the authors' repository (`param_mix`; its `param_second`
-    leaves the first term out).
+    The Hessian's diagonal is approximated by the mean square of the windows' gradients g_b (Fisher), as in the authors'
+    repository (`param_mix`; its `param_second` leaves the first term out).
     """
     return moments.saliency.second
 
@@ -171,11 +168,7 @@ def taylor_vector(weights: UnitWeights, moments: Moments, generator: torch.Gener
 
 @metric("magnitude", activation_free=True)
 def magnitude(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = ||W_:j||_2 * prod over V_j of ||V_j||_2: the product of the L2 norms along the channel's path.
-
-    Scaling a row up and the column down by the same factor changes neither the model nor this score; it would change a
-    sum of norms.
-    """
+    """s_j = ||W_:j||_2 * prod over V_j of ||V_j||_2, which no rescaling that leaves the model alone changes."""
     return weights.output.norm(dim=0) * math.prod([rows.norm(dim=1) for rows in weights.inputs])
 
 
@@ -205,9 +198,8 @@ def gaussian_sp(weights: UnitWeights, moments: Moments, generator: torch.Generat
     bias. With Gaussian x, gate a and up b of a neuron are jointly Gaussian with variances ||gamma V||^2, the
     covariance c of their rows, and means from biases, so E X^2 = E[f(a)^2 b^2] =
     E_a[f(a)^2 ((m_b + c (a - m_a) / v_a)^2 + v_b - c^2 / v_a)], one integral over a (Gauss-Hermite, 64 nodes); without
-    a gate it is E_a[f(a)^2]. Unlike a product of norms it takes into account the angle between gate and up, and how
-    much of a the activation f lets pass. For an attention channel X is linear: E X^2 = ||gamma V||^2 + m^2. Where a
-    block has no norm before the projection, hidden states count as normalised. Our own.
+    a gate it is E_a[f(a)^2]. For an attention channel X is linear: E X^2 = ||gamma V||^2 + m^2. Where a block has no
+    norm before the projection, hidden states count as normalised. Our own.
     """
     return _expected_square(weights).sqrt() * weights.output.abs().sum(0)
 
@@ -220,9 +212,7 @@ def _expected_square(weights: UnitWeights) -> Tensor:
 
     scale = 1.0 if weights.scale is None else weights.scale.double()
     rows = [r.double() * scale for r in weights.inputs]
-    means = [torch.zeros(len(r), dtype=torch.float64) for r in rows]
-    if weights.means is not None:
-        means = [m.double() for m in weights.means]
+    means = [m.double() for m in weights.means or [torch.zeros(len(r)) for r in rows]]
     v_a, m_a = rows[0].square().sum(1), means[0]
     if weights.activation is None and len(rows) == 1:
         return v_a + m_a.square()

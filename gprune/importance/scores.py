@@ -31,25 +31,19 @@ def score_channels(name: str, weights: UnitWeights, moments: Moments, generator:
     """Scores by the metric `name`: (C,) float64, or one per unit.
 
     Raises:
-        UserError: for another shape, NaN or infinity, and for a metric that writes into the weights it was given, which
-            are the model's.
+        UserError: for another shape, NaN or infinity, and for a metric that writes into the model's weights.
     """
     tensors = [t for t in (*weights.inputs, weights.output, weights.scale) if t is not None]
     before = [t._version for t in tensors]
     scores = IMPORTANCE[name](weights, moments, generator)
     if before != [t._version for t in tensors]:
-        raise UserError(
-            f"Importance metric '{name}' changes the model's weights in place; expected one that computes with copies "
-            f"(weights.output.clone(), or abs() for abs_())."
-        )
+        raise UserError(f"Importance metric '{name}' changes the model's weights in place; expected abs() for abs_().")
     C = weights.output.shape[1]
     if not isinstance(scores, Tensor) or tuple(scores.shape) not in ((C,), (C // weights.per_unit,)):
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise UserError(f"Importance metric '{name}': expected a tensor of shape ({C},), got {got}.")
     if bad := int((~torch.isfinite(scores)).sum()):
-        raise UserError(
-            f"Importance metric '{name}': expected finite scores, got {bad} of {C} that are NaN or infinite."
-        )
+        raise UserError(f"Importance metric '{name}': expected finite scores, got {bad} of {C} that are not.")
     return scores.detach().cpu().double()
 
 
