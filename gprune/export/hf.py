@@ -238,10 +238,8 @@ def max_logit_difference(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def check_reload(
-    model: PreTrainedModel, folder: str | Path, input_ids: Tensor, atol: float = 0.0, **placement: Any
-) -> float:
-    """Compare the model in memory with what a fresh process reads from the folder.
+def check_reload(model: PreTrainedModel, folder: str | Path, input_ids: Tensor, **placement: Any) -> float:
+    """Compare the logits of the model in memory with those that a fresh process computes from the folder.
 
     An export that fails, or that was interrupted before it was compared, is removed: no folder is left that
     nobody has checked.
@@ -250,14 +248,13 @@ def check_reload(
         model: the pruned model that was saved.
         folder: where it was saved.
         input_ids: (B, T) int64.
-        atol: largest |difference of logits| allowed; 0.0 asks for the same bits.
         placement: `device_map` and `max_memory`, where the model was loaded with them.
 
     Returns:
-        max |difference of logits|.
+        max |difference of logits|: 0.0.
 
     Raises:
-        UserError: when it exceeds `atol` or is not finite, or when the folder does not load.
+        UserError: when they are not the same bits, or when the folder does not load.
     """
     training, weights = model.training, [(p, p.data) for p in model.parameters()]
     device, attention = str(device_of(model)), model.config._attn_implementation
@@ -268,9 +265,9 @@ def check_reload(
             p.data = data
         got = reloaded_logits(folder, input_ids, device=device, attention=attention, **placement)
         difference = max_logit_difference(expected, got)
-        if not difference <= atol:  # also true of NaN
+        if difference != 0:  # also true of NaN
             raise UserError(
-                f"Export: expected reloaded logits within {atol} of the pruned model's, got {difference}; "
+                f"Export: expected reloaded logits to be the pruned model's, got a difference of {difference}; "
                 f"'{folder}' was removed. Check the disk and export again."
             )
     except BaseException:
