@@ -16,11 +16,6 @@ from gprune.models.masks import Masks
 from gprune.sparsity.budget import Budget
 
 
-def margins(logits: Tensor, thresholds: Tensor, labels: Tensor) -> Tensor:
-    """logit(p_i) - t_m for logits of p (N,), thresholds t (K,), labels (N,) in [0, K) -> (N,)."""
-    return logits - thresholds[labels].to(logits.dtype)
-
-
 def slot_margins(margin: Tensor, experts: int) -> Tensor:
     """Margin of slot j: the mean over experts of their j-th smallest margin, (E x N,) -> (N,); unchanged for E = 1."""
     return margin if experts == 1 else margin.view(experts, -1).sort(1).values.mean(0)

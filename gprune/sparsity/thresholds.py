@@ -8,7 +8,7 @@ from torch import Tensor
 from gprune.models.masks import Masks
 from gprune.partition.modules import ModuleRanks
 from gprune.sparsity.budget import Budget
-from gprune.sparsity.cut import keep_masks, margins
+from gprune.sparsity.cut import keep_masks
 
 # Logits per module of every block: (K,) for neurons, and (1,) for the block's KV groups, which are one module.
 Thresholds = tuple[list[Tensor], list[Tensor]]
@@ -36,7 +36,7 @@ def unit_margins(ranks: ModuleRanks, thresholds: Thresholds) -> tuple[list[Tenso
     ffn, attention = ([t.detach() for t in kind] for kind in thresholds)
     neurons, groups = ranks.logits
     return (
-        [margins(x, t, y) for x, t, y in zip(neurons, ffn, ranks.labels, strict=True)],
+        [x - t[y].double() for x, t, y in zip(neurons, ffn, ranks.labels, strict=True)],
         [x - t.double() for x, t in zip(groups, attention, strict=True)],
     )
 
