@@ -1,4 +1,4 @@
-"""Where caches lie, and what a disk that refuses says; without PyTorch, since names of corpora are checked by it."""
+"""The cache folder, and the error for a disk that cannot be written; without PyTorch: checks of flags import this."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cache_dir() -> Path:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """A UserError that names `path` for whatever the system says of a disk that is full, missing or read-only."""
+    """Raise a UserError that names `path` for a disk that is full, missing or read-only."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:

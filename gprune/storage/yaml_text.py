@@ -16,7 +16,7 @@ TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without tags, dates, and keys that are there twice, in which 1e-3 is a number.
+    """SafeLoader that refuses tags and repeated keys, leaves dates as text, and reads 1e-3 as a number.
 
     A few aliases of aliases can stand for gigabytes, so each alias counts as the nodes that it stands for.
     """
@@ -65,7 +65,7 @@ yaml.add_implicit_resolver(f"{TAG}float", FLOAT, list("-+.0123456789"), _Loader,
 
 
 def read_yaml(path: Path | str, what: str, *, pipe: bool = False) -> Any:
-    """What a YAML file holds.
+    """Read a YAML file.
 
     Args:
         what: begins the error: "--config: expected a YAML file of flags, got".
@@ -87,7 +87,7 @@ def reason(error: Exception) -> str:
 
 
 def load_yaml(text: str) -> Any:
-    """The plain data that a text stands for.
+    """Read YAML as plain data.
 
     Raises:
         yaml.YAMLError: for what is no YAML, or more than settings can be.
