@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -102,13 +103,13 @@ def material_of(run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistic
         count=run.meter.add,
         fresh=run.text.fresh if method.learns else (),
         settings=cfg.recovery_settings,
-        fit=RecoveryFit(run, f"recovery/{recovery}-{content_hash(masks.tensors())[:8]}"),
+        fit=fit_once(run, f"recovery/{recovery}-{content_hash(masks.tensors())[:8]}"),
         shard=cfg.model.shard,
     )
 
 
-class RecoveryFit:
-    """`Material.fit` of one pruned model: trains each stage once, whatever becomes of the process.
+def fit_once(run: Run, path: str) -> Callable[..., None]:
+    """`Material.fit` of one pruned model: trains each stage once, also if the process is killed in between.
 
     What a stage has learned is kept in the run folder, and a recovery that is taken up gets it back. The files are
     numbered in the order of calls, which is the same each time.
@@ -116,12 +117,10 @@ class RecoveryFit:
     Args:
         path: what the names of the files begin with, in the run folder.
     """
+    calls, c, t = itertools.count(), run.cfg.corpora, run.cfg.trainer
 
-    def __init__(self, run: Run, path: str):
-        self.run, self.path, self.calls = run, path, 0
-
-    def __call__(
-        self, what: str, stage: L.LightningModule, *, batch_size: int | None = None, clip: float | None = None,
+    def fit(
+        what: str, stage: L.LightningModule, *, batch_size: int | None = None, clip: float | None = None,
         accumulate: int = 1, points: int = 4, keep: str = "last",
     ) -> None:  # fmt: skip
         """Train a stage once through the recovery's text, unless an earlier sitting did.
@@ -133,26 +132,20 @@ class RecoveryFit:
             accumulate: batches whose gradients make one step.
             points, keep: as in `--distill`; for stages that have a `student`.
         """
-        run, c = self.run, self.run.cfg.corpora
-        name = f"{self.path}-{type(stage).__name__}"
-        if self.calls:
-            name += f"-{self.calls}"
-        self.calls += 1
+        number, strategy = next(calls), t.strategy
+        name = f"{path}-{type(stage).__name__}-{number}".removesuffix("-0")
+        if run.cfg.model.shard and is_overridden("configure_model", stage):  # it shards what learns
+            strategy = ModelParallelStrategy(t.devices * t.num_nodes, 1, save_distributed_checkpoint=False)
         if (learned := run.folder.read(name)) is None:  # the step that shrinks or evaluates counts its cost
             curve = DevelopmentCurve(run.text.development, points=points, keep=keep, batch_size=c.batch_size)
             run.fit(
                 name, what, stage, run.text.fresh or [run.text.train[corpus] for corpus in c.recover],
                 batch_size=batch_size, max_epochs=1, gradient_clip_val=clip, accumulate_grad_batches=accumulate,
-                callbacks=[curve] if hasattr(stage, "student") else [], strategy=self._strategy(stage),
+                callbacks=[curve] if hasattr(stage, "student") else [], strategy=strategy,
             )  # fmt: skip
             learned = {key: value.detach().cpu().clone() for key, value in stage.state_dict().items()}
             run.folder.write(name, learned)
             run.folder.note()
         stage.load_state_dict(learned)
 
-    def _strategy(self, stage: L.LightningModule) -> str | ModelParallelStrategy:
-        """The trainer's; or, for a stage that spreads what learns over processes, Lightning's for such."""
-        t = self.run.cfg.trainer
-        if not (self.run.cfg.model.shard and is_overridden("configure_model", stage)):
-            return t.strategy
-        return ModelParallelStrategy(t.devices * t.num_nodes, 1, save_distributed_checkpoint=False)
+    return fit
