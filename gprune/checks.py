@@ -36,6 +36,8 @@ EXPECTED = {  # by pydantic's type of an error, where its own words are no bette
     "string_type": "text",
     "list_type": "a list",
     "dict_type": "values by name",
+    "model_type": "values by name",
+    "extra_forbidden": "no such key",
     "byte_size": "a size such as 2GiB or 500MB",
     "byte_size_unit": "a size such as 2GiB or 500MB",
 }

@@ -54,11 +54,12 @@ def expected_widths(cfg: RunConfig, budget: Budget) -> str:
     )
 
 
-def compute_time(plan: Plan) -> str:
-    """FLOPs, and the time that they take at the speed of this machine's matrix products."""
+def compute_time(*plans: Plan) -> str:
+    """FLOPs, and the time that they take at the speed of this machine's matrix products of the first plan's sizes."""
+    plan = plans[0]
     t, dtype, config = plan.cfg.trainer, plan.cfg.model.dtype, plan.skeleton.config
     reached = speed(plan.device, getattr(torch, dtype), (max(plan.budget.costs.neurons), config.hidden_size))
-    total = flops(plan)
+    total = sum(map(flops, plans))
     time = timedelta(seconds=math.ceil(total / (reached * t.devices * t.num_nodes)))
     return (
         f"at most {total:.2e} FLOP: {time} at {reached:.2e} FLOP/s per process, the speed of matrix products of "

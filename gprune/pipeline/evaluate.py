@@ -102,7 +102,7 @@ def dense_perplexity(run: Run, model: PreTrainedModel, windows: Windows, name: s
         device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul,
     )  # fmt: skip
     path = cache_dir() / "evaluations" / f"{key}.json"
-    cached = [read_json(path, check=schema.shaped(schema.Measured))]
+    cached = [read_json(path, check=schema.Measured.problem)]
     if processes()[1] > 1:  # one process may see a file that another has not seen yet
         torch.distributed.broadcast_object_list(cached)
     if cached[0] is not None:

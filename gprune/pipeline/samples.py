@@ -25,7 +25,7 @@ def write_samples(run: Run, pruned: PreTrainedModel, seen: dict[str, bool]) -> N
     path = run.folder / "samples.json"
     if not prompts or is_offloaded(run.model) or is_offloaded(pruned):
         return
-    there = read_json(path, run=run.folder.key, check=schema.shaped(schema.Samples))
+    there = read_json(path, run=run.folder.key, check=schema.Samples.problem)
     if there is not None and len(there["rows"]) == prompts:
         return
     run.step(10, "Writing samples")

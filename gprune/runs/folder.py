@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from gprune.config import check_settings
 from gprune.errors import UserError
 from gprune.runs import schema
 from gprune.storage.cache import disk_errors
@@ -34,15 +32,7 @@ from gprune.storage.files import (
 )
 from gprune.storage.reading import unsafe_entries
 
-log = logging.getLogger("gprune")
 SCRATCH = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as `storage.files` names a folder for what is not whole yet
-
-
-def _holds(path: Path, text: str) -> bool:
-    """Whether a text file has exactly this content."""
-    with suppress(OSError, UnicodeDecodeError):
-        return path.read_text(encoding="utf-8") == text
-    return False
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -83,34 +73,24 @@ class RunFolder:
             UserError: if the folder holds a run with other settings, something that is no run, or links that lead out
                 of it; if another process works in it, or it cannot be written.
         """
-        if rank_zero_only.rank != 0:  # it refuses what the first process refuses, or it would wait for that one
-            if self.path.exists():
-                self._inspect(settings)
-            self.finished = bool(self.metrics.get("summary"))
-            yield
-            return
-        if (self.path.exists() and not self.path.is_dir()) or self._is_anothers():
-            raise self._no_run()
+        if self.path.exists():  # all processes refuse the same, and no lock is left in somebody's folder
+            self._inspect(settings)
         with ExitStack() as stack:
-            with disk_errors(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
-                try:
-                    stack.enter_context(locked(self.path.resolve()))
-                except TimeoutError as error:
-                    raise UserError(
-                        f"Another process is working in {self.path}; wait for it, or choose another --run.name."
-                    ) from error
-            self._take_up(settings, config_yaml)
+            if rank_zero_only.rank == 0:
+                self._lock(stack)
+                self._take_up(settings, config_yaml)
             self.finished = bool(self.metrics.get("summary"))
             yield
 
-    def _is_anothers(self) -> bool:
-        """Whether something lies there, and no run; a lock alone would be left in somebody's folder."""
-        there = self.path.iterdir() if self.path.is_dir() else ()
-        return not (self / "manifest.json").exists() and any(p.name[0] != "." for p in there)
-
-    def _no_run(self) -> UserError:
-        return UserError(f"{self.path} exists and is no gprune run; choose another --run.name or --run.dir.")
+    def _lock(self, stack: ExitStack) -> None:
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(locked(self.path.resolve()))
+            except TimeoutError as error:
+                raise UserError(
+                    f"Another process is working in {self.path}; wait for it, or choose another --run.name."
+                ) from error
 
     def _take_up(self, settings: dict[str, Any], config_yaml: str) -> None:
         new = self._inspect(settings)
@@ -120,16 +100,19 @@ class RunFolder:
         # The manifest comes first: it makes the folder a run, which may be killed at any moment.
         if new:
             write_json(self / "manifest.json", {"settings": settings, "environment": environment(), "steps": {}})
-        if not _holds(self / "config.yaml", config_yaml):
-            with replacing(self / "config.yaml") as temporary:
-                temporary.write_text(config_yaml, encoding="utf-8")
+        with replacing(self / "config.yaml") as temporary:
+            temporary.write_text(config_yaml, encoding="utf-8")
 
     def _inspect(self, settings: dict[str, Any]) -> bool:
         """Whether no run with these settings has begun here; raises UserError for what may not be written into."""
+        is_folder = self.path.is_dir()
+        used = is_folder and any(path.name[0] != "." for path in self.path.iterdir())  # looked at before the manifest
+        manifest, why = inspected_json(self / "manifest.json", check=schema.Manifest.problem)
+        if not is_folder or (used and why == MISSING):
+            raise UserError(f"{self.path} exists and is no gprune run; choose another --run.name or --run.dir.")
         self._refuse_links()
-        manifest, why = inspected_json(self / "manifest.json", check=manifest_problem)
         changed = differences(manifest["settings"], settings) if manifest else []
-        if changed and self.has_results():
+        if changed and ((self / "metrics.json").exists() or any(self.path.rglob("*.safetensors"))):
             more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
             raise UserError(
                 f"{self.path} holds a run with other settings: {'; '.join(changed[:3])}{more}. "
@@ -140,8 +123,6 @@ class RunFolder:
                 f"{self / 'manifest.json'} is damaged, or of an older version ({why}); "
                 f"choose another --run.name, or remove the folder."
             )
-        if self._is_anothers():
-            raise self._no_run()
         return bool(changed) or not manifest
 
     def _refuse_links(self) -> None:
@@ -153,19 +134,15 @@ class RunFolder:
             if path.parent.relative_to(self.path.resolve()).parts[:1] != ("wandb",):
                 raise UserError(f"{path} is {what}; remove it, or choose another --run.name.")
 
-    def has_results(self) -> bool:
-        """Whether any step has left something: until then, corrected settings may take the folder over."""
-        return (self / "metrics.json").exists() or any(self.path.rglob("*.safetensors"))
-
     @property
     def manifest(self) -> dict[str, Any]:
         """The manifest, or nothing where there is none that is whole and has the shape of one."""
-        return read_json(self / "manifest.json", check=manifest_problem) or {}
+        return read_json(self / "manifest.json", check=schema.Manifest.problem) or {}
 
     @property
     def metrics(self) -> dict[str, Any]:
         """`metrics.json`, or nothing where there is none that is whole, this run's, and has the shape of one."""
-        return read_json(self / "metrics.json", run=self.key, check=schema.metrics) or {}
+        return read_json(self / "metrics.json", run=self.key, check=schema.Metrics.problem) or {}
 
     @rank_zero_only
     def update_manifest(self, *, replace: bool = False, **entries: Any) -> None:
@@ -259,16 +236,6 @@ def exported_model(run: Path) -> Path:
     if left is not None and left != file_hashes(run / "model"):
         raise UserError(f"{run / 'model'} is not what the run left there; run the same command again.")
     return run / "model"
-
-
-def manifest_problem(content: Any) -> str | None:
-    """What keeps content from being that of `manifest.json`."""
-    if (said := schema.problem(schema.Manifest, content)) is None:
-        try:
-            check_settings(content["settings"])
-        except UserError as error:
-            said = f"settings: {str(error).rstrip('.')}"
-    return said
 
 
 def corpus_file(corpus: str) -> str:

@@ -18,11 +18,8 @@ class StageBar(ProgressBar):
         self.screen, self.what = screen, what
         self.advance: Advance = lambda *_: None
 
-    def enable(self) -> None:
-        """Nothing to do: a screen knows which process it belongs to."""
-
     def disable(self) -> None:
-        """As `enable`."""
+        """Nothing to do in other processes than the first: a screen knows which process it belongs to."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         batches = int(trainer.num_training_batches * trainer.max_epochs)

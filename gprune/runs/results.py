@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +23,15 @@ from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
 from gprune.runs import schema
-from gprune.runs.folder import RunFolder, corpus_file, differences, exported_model, manifest_problem
+from gprune.runs.folder import corpus_file, differences, exported_model
 from gprune.sparsity.allocation import removed_in_words
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
-from gprune.storage.files import inspected_json, key_of, read_json
+from gprune.storage.files import inspected_json, key_of, read_json, read_tensors
 from gprune.storage.reading import expanded
 from gprune.storage.yaml_text import read_yaml
 
 Record = dict[str, Any]  # one number with its protocol, as in metrics.json
-STAGES = ("dense", "base", "averaged", "gprune")
+STAGES = ("base", "averaged", "gprune")  # of the pruned model
 
 if TYPE_CHECKING:
     import pandas
@@ -47,9 +46,9 @@ class FinishedRun:
     settings: dict[str, Any]
     records: list[Record]
     summary: dict[str, Any]
-    masks: Masks | None  # of the final stage; None where they were not read, or nobody kept them
-    modules: Modules | None  # None for a base run as well
-    evaluation: list[Record]  # of `gprune evaluate`; empty where nobody ran it
+    masks: Masks | None = None  # of the final stage; None where they were not read, or nobody kept them
+    modules: Modules | None = None  # None for a base run as well
+    evaluation: list[Record] = field(default_factory=list)  # of `gprune evaluate`; empty where nobody ran it
     key: str | None = None  # what its files bear
 
     @property
@@ -128,13 +127,6 @@ class PruningResult:
     def _repr_html_(self) -> str:
         return self.table().to_html(float_format="{:.2f}".format) if self.records else f"<pre>{self!r}</pre>"
 
-    def _repr_markdown_(self) -> str:
-        table = self.table().map("{:.2f}".format) if self.records else None
-        if table is None:
-            return repr(self)
-        rows = [["", *table.columns], ["---", *["---:"] * len(table.columns)], *([n, *v] for n, v in table.iterrows())]
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
 
 def finished(path: Path | str) -> FinishedRun:
     """What a finished run says of itself, from its manifest and its metrics alone: no masks, modules, evaluation.
@@ -142,57 +134,23 @@ def finished(path: Path | str) -> FinishedRun:
     Raises:
         UserError: for a folder that is no run of gprune's, one that is not finished, or a file that is another run's.
     """
-    return _finished(path)[1]
-
-
-def _finished(path: Path | str) -> tuple[RunFolder, FinishedRun]:
     place = expanded(path)
     if not place.is_dir():
         raise UserError(f"Expected a run folder, but there is no folder '{path}'.")
-    manifest, why = inspected_json(place / "manifest.json", check=manifest_problem)
+    manifest, why = inspected_json(place / "manifest.json", check=schema.Manifest.problem)
     if why or manifest["settings"].get("inputs") is None:
         raise UserError(
             f"'{path}' is no run of gprune's, or one of an older version (manifest.json: {why or 'nothing has begun'})."
         )
     settings = manifest["settings"]
-    folder = RunFolder(place, key=key_of(settings=settings))
-    metrics, why = inspected_json(folder / "metrics.json", run=folder.key, check=schema.metrics)
+    key = key_of(settings=settings)
+    metrics, why = inspected_json(place / "metrics.json", run=key, check=schema.Metrics.problem)
     if why or metrics.get("summary") is None:
         raise UserError(
             f"The run '{path}' is not finished; run the same command again (metrics.json: {why or 'no summary yet'})."
         )
-    run = FinishedRun(
-        path=place,
-        name=place.resolve().name,
-        settings=settings,
-        records=metrics["records"],
-        summary=metrics["summary"],
-        masks=None,
-        modules=None,
-        evaluation=[],
-        key=folder.key,
-    )
-    _check_own(run)
-    return folder, run
-
-
-def _check_own(run: FinishedRun) -> None:
-    """Raise UserError for records of another run, where nothing else in the file says whose they are."""
-    s = run.settings
-    own = {
-        "seed": run.seed,
-        "dtype": s["model"]["dtype"],
-        "scope": s["sparsity"]["scope"],
-        "importance": s["importance"],
-    }
-    for r in run.records:
-        expected = own if r["stage"] != "dense" else {"seed": run.seed, "dtype": own["dtype"]}
-        other = next((name for name, value in expected.items() if r[name] != value), None)
-        if other or r["recovery"] not in ("none", s["recovery"]) or r["stage"] not in STAGES:
-            raise UserError(
-                f"{run.path / 'metrics.json'} holds records of another run (stage {r['stage']}, "
-                f"{other or 'recovery'}); run the same command again."
-            )
+    name = place.resolve().name
+    return FinishedRun(place, name, settings, metrics["records"], metrics["summary"], key=key)
 
 
 def read_run(path: Path | str) -> FinishedRun:
@@ -201,43 +159,28 @@ def read_run(path: Path | str) -> FinishedRun:
     Raises:
         UserError: as `finished`, and for masks or modules that are missing, not whole, or another run's.
     """
-    folder, run = _finished(path)
-    evaluation = read_evaluation(folder / "evaluation.json", run=folder.key)
-    return replace(_with_tensors(folder, run), evaluation=evaluation)
+    run = finished(path)
+    return replace(_with_tensors(run), evaluation=read_evaluation(run.path / "evaluation.json", run=run.key))
 
 
-def _with_tensors(folder: RunFolder, run: FinishedRun) -> FinishedRun:
-    with _complete(folder):
-        masks = Masks.from_tensors(_tensors(folder, f"masks/{run.final}"))
-        modules = Modules.from_tensors(_tensors(folder, "modules")) if run.final == "gprune" else None
-        if modules is not None and [y.shape for y in modules.labels] != [m.shape for m in masks.ffn]:
-            raise ValueError("modules whose neurons are those of the masks")
+def _with_tensors(run: FinishedRun) -> FinishedRun:
+    masks = Masks.from_tensors(_tensors(run, f"masks/{run.final}"))
+    modules = Modules.from_tensors(_tensors(run, "modules")) if run.final == "gprune" else None
+    if modules is not None and [y.shape for y in modules.labels] != [m.shape for m in masks.ffn]:
+        raise UserError(f"{run.path}: expected modules whose neurons are those of the masks; run it again.")
     return replace(run, masks=masks, modules=modules)
 
 
-def _tensors(folder: RunFolder, name: str) -> dict[str, Tensor]:
-    tensors = folder.read(name)
+def _tensors(run: FinishedRun, name: str) -> dict[str, Tensor]:
+    tensors = read_tensors(run.path / f"{name}.safetensors", run=run.key)
     if tensors is None:
-        raise UserError(f"{folder / name}.safetensors is missing or not whole; run the same command again.")
+        raise UserError(f"{run.path / name}.safetensors is missing or not whole; run the same command again.")
     return tensors
-
-
-@contextmanager
-def _complete(folder: RunFolder) -> Iterator[None]:
-    """What the files of a run do not hold, although they are sound, is the folder's fault."""
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{folder.path} lacks what a run of its settings leaves ({error}); run the same command again."
-        ) from error
 
 
 def read_samples(run: FinishedRun) -> dict[str, Any] | None:
     """`samples.json` of a run: what the dense and the pruned model write; None where there is none."""
-    return read_json(run.path / "samples.json", run=run.key, check=schema.shaped(schema.Samples))
+    return read_json(run.path / "samples.json", run=run.key, check=schema.Samples.problem)
 
 
 def read_evaluation(path: Path, *, run: str | None = None) -> list[Record]:
@@ -249,7 +192,7 @@ def read_evaluation(path: Path, *, run: str | None = None) -> list[Record]:
     Raises:
         UserError: for a file that holds something else, or belongs to another run.
     """
-    content, why = inspected_json(path, run=run, check=schema.evaluation)
+    content, why = inspected_json(path, run=run, check=schema.Evaluation.problem)
     if why and os.path.lexists(path):
         raise UserError(f"'{path}' holds no records of gprune evaluate ({why}); move it away, or name another file.")
     return content["records"] if content else []
@@ -264,20 +207,16 @@ def load_run(path: Path | str) -> PruningResult:
     Raises:
         UserError: as `read_run`, and for settings, statistics, thresholds or a model that are not the run's.
     """
-    folder, run = _finished(path)
+    run = finished(path)
     cfg = config_of(run)
-    run = _with_tensors(folder, run)
-    with _complete(folder):
-        statistics = {
-            corpus: CorpusStatistics.from_tensors(_tensors(folder, f"statistics/{corpus_file(corpus)}"))
-            for corpus in cfg.calibration
-        }
-        thresholds = None
-        if cfg.gprune:
-            thresholds = thresholds_from_named(_tensors(folder, "thresholds"))
-        model, tokenizer = _exported(folder)
+    run = _with_tensors(run)
+    statistics = {
+        corpus: CorpusStatistics.from_tensors(_tensors(run, f"statistics/{corpus_file(corpus)}"))
+        for corpus in cfg.calibration
+    }
+    thresholds = thresholds_from_named(_tensors(run, "thresholds")) if cfg.gprune else None
     return PruningResult(
-        run.path, cfg, run.masks, run.modules, thresholds, statistics, run.records, run.summary, model, tokenizer
+        run.path, cfg, run.masks, run.modules, thresholds, statistics, run.records, run.summary, *_exported(run)
     )
 
 
@@ -293,19 +232,18 @@ def config_of(run: FinishedRun) -> RunConfig:
         if not isinstance(settings, dict):
             raise UserError("it holds no settings.")
         cfg = configured(settings, where="its settings")
+        if changed := differences(run.settings, cfg.settings() | {"inputs": run.settings["inputs"]}):
+            raise UserError(f"{changed[0]}.")
     except UserError as error:
         raise UserError(f"{file} was altered: {error} Run the same command again.") from error
-    before = {name: value for name, value in run.settings.items() if name != "inputs"}
-    if changed := differences(before, cfg.settings()):
-        raise UserError(f"{file} was altered: {changed[0]}. Run the same command again.")
     return cfg
 
 
-def _exported(folder: RunFolder) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
+def _exported(run: FinishedRun) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
     """The pruned model, frozen, and its tokenizer; None where the run exported none."""
-    if not (folder / "model").is_dir():
+    if not (run.path / "model").is_dir():
         return None, None
-    place = exported_model(folder.path)
+    place = exported_model(run.path)
     try:  # False, not None: transformers would ask whether to run code that lies in the folder
         model = load_weights(place, dtype="auto", trust_remote_code=False)
         return model, AutoTokenizer.from_pretrained(place, trust_remote_code=False)

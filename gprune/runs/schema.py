@@ -6,19 +6,20 @@ A run folder comes from anywhere. What reads one gets plain data of these shapes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gprune.checks import refusal
+from gprune.config import check_settings
+from gprune.errors import UserError
 
 Text = Annotated[str, Field(max_length=4096)]
 Number = Annotated[float, Field(ge=-1e300, le=1e300)]
 Count = Annotated[int, Field(ge=0, le=10**18)]
+Length = Annotated[int, Field(ge=2, le=10**9)]  # tokens of a window
 Digits = Annotated[str, Field(pattern="^[01]*$")]  # of questions, whether the answer is right
 Share = Annotated[float, Field(ge=0, le=1)]
-MOST_NLL = 690.0  # nats per token: exp of it is the largest perplexity below
 
 
 class Shape(BaseModel):
@@ -26,24 +27,41 @@ class Shape(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
+    @classmethod
+    def problem(cls, content: Any) -> str | None:
+        """What keeps content from having this shape: the place, what was expected, what came; None if it has it."""
+        try:
+            cls.model_validate(content)
+        except ValidationError as error:
+            return refusal(error)
+        return None
+
 
 class Measured(Shape):
     """A perplexity with what it is made of."""
 
     perplexity: Annotated[float, Field(ge=1, le=1e300)]
-    nll: Annotated[float, Field(ge=0, le=MOST_NLL)]
+    nll: Annotated[float, Field(ge=0, le=690)]  # nats per token: exp of it is the largest perplexity
     tokens: Annotated[int, Field(ge=1, le=10**15)]
     window_nll: Annotated[list[Annotated[float, Field(ge=0, le=1e12)]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def check_windows(self) -> Self:
+        """Windows, which may be rounded to four digits, add up to the nll of all tokens."""
+        total, expected = math.fsum(self.window_nll), self.nll * self.tokens
+        if abs(total - expected) > 1e-4 * (1 + total + len(self.window_nll)):
+            raise UserError(f"window_nll: expected a sum of nll x tokens = {expected}, got {total}")
+        return self
 
 
 class Record(Measured):
     """A number of `metrics.json` with its protocol."""
 
-    stage: Text
+    stage: Literal["dense", "base", "averaged", "gprune"]
     recovery: Text
     corpus: Text
     seen: bool
-    seq_len: Annotated[int, Field(ge=2, le=10**9)]
+    seq_len: Length
     stride: Count
     bos: bool
     model: Text
@@ -54,6 +72,22 @@ class Record(Measured):
     dtype: Text
     seed: Count
     content_hash: Text
+
+
+def _of_one_run(records: list[Record]) -> list[Record]:
+    """Raise UserError unless each number is there once, and every row is on the dense model's windows."""
+    rows: dict[tuple[str, str], dict[str, tuple[Any, ...]]] = {}
+    for r in records:
+        row = rows.setdefault((r.stage, r.recovery), {})
+        if r.corpus in row:
+            raise UserError(f"records: expected each corpus once in a row, got '{r.corpus}' twice")
+        row[r.corpus] = r.content_hash, r.seen, r.seq_len, len(r.window_nll)
+    if any(row != rows.get(("dense", "none")) for row in rows.values()):
+        raise UserError("records: expected every row on the windows of the dense model")
+    return records
+
+
+Records = Annotated[list[Record], Field(min_length=1), AfterValidator(_of_one_run)]
 
 
 class Ratio(Shape):
@@ -73,13 +107,14 @@ class Summary(Shape):
     parameters_after: Count
     forward_tokens: Count
     forward_backward_tokens: Count
+    learned_tokens: Count = 0  # of a row of a list: forward and backward, without those of scores and controls
     unseen_over_base: dict[Text, Ratio] | None = None
 
 
 class Metrics(Shape):
     """`metrics.json`; without a summary while the run goes on."""
 
-    records: list[Record]
+    records: Records
     summary: Summary | None = None
 
 
@@ -90,24 +125,24 @@ class Inputs(Shape):
     text: dict[Text, Text]
 
 
-class Seed(Shape):
-    """The part of `--run` that changes results."""
-
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
-
-
 class Settings(Shape):
     """What of a run's settings no flag describes; `config.check_settings` knows the others."""
 
     inputs: Inputs | None = None  # nothing before the first step
-    run: Seed
-    gprune: bool
+
+
+def _of_this_version(settings: Any) -> Any:
+    try:
+        check_settings(settings if isinstance(settings, dict) else {})
+    except UserError as error:
+        raise UserError(f"settings: {str(error).rstrip('.')}") from error
+    return settings
 
 
 class Manifest(Shape):
     """`manifest.json`."""
 
-    settings: Settings
+    settings: Annotated[Settings, BeforeValidator(_of_this_version)]
     steps: dict[Text, dict[Text, Number]]
     environment: dict[Text, Any] | None = None
     model: dict[Text, Text] | None = None
@@ -115,32 +150,9 @@ class Manifest(Shape):
     fits: dict[Text, Count] | None = None  # what has learned, in order
 
 
-class ZeroShot(Shape):
-    """Accuracy on a task, in `evaluation.json`."""
-
-    kind: Literal["zero_shot"]
-    questions: Count
-    acc: Share | None
-    acc_stderr: Number | None
-    acc_norm: Share | None
-    acc_norm_stderr: Number | None
-    correct: Digits = ""
-    correct_norm: Digits = ""
-
-
-class Wikitext(Measured):
-    """Perplexity on WikiText-2, in `evaluation.json`."""
-
-    kind: Literal["perplexity"]
-    low: Number
-    high: Number
-    seq_len: Annotated[int, Field(ge=2, le=10**9)]
-
-
 class Benchmark(Shape):
     """What all records of `evaluation.json` say."""
 
-    kind: Literal["zero_shot", "perplexity"]
     task: Text
     stage: Text
     recovery: Text | None = None
@@ -154,10 +166,42 @@ class Benchmark(Shape):
     content_hash: Text
 
 
+class ZeroShot(Benchmark):
+    """Accuracy on a task."""
+
+    kind: Literal["zero_shot"]
+    questions: Count
+    acc: Share | None
+    acc_stderr: Number | None
+    acc_norm: Share | None
+    acc_norm_stderr: Number | None
+    correct: Digits = ""
+    correct_norm: Digits = ""
+
+    @model_validator(mode="after")
+    def check_answers(self) -> Self:
+        """By one of the two scores at least, and a digit for each question."""
+        if {len(digits) for digits in (self.correct, self.correct_norm) if digits} != {self.questions}:
+            raise UserError(f"correct: expected a digit for each of {self.questions} questions")
+        return self
+
+
+class Wikitext(Benchmark, Measured):
+    """Perplexity on WikiText-2."""
+
+    kind: Literal["perplexity"]
+    low: Number
+    high: Number
+    seq_len: Length
+
+
+Evaluated = list[Annotated[ZeroShot | Wikitext, Field(discriminator="kind")]]
+
+
 class Evaluation(Shape):
     """`evaluation.json`."""
 
-    records: list[Benchmark]
+    records: Evaluated
 
 
 class Written(Shape):
@@ -185,108 +229,15 @@ class Packed(Shape):
     bits: str
 
 
-class StudySummary(Summary):
-    """The headline of a row of a list."""
-
-    learned_tokens: Count  # forward and backward, without those of scores and controls
-
-
 class Study(Shape):
     """The record of a row of a list."""
 
     name: Text
-    settings: Settings
+    settings: dict[Text, Any]
     inputs: Inputs
     steps: dict[Text, dict[Text, Number]]
-    summary: StudySummary
-    records: list[Record]
+    summary: Summary
+    records: Records
     masks: dict[Literal["ffn", "attention"], Packed] | None
-    evaluation: list[Benchmark] = []
+    evaluation: Evaluated = []
     learning: dict[Text, Any] | None = None
-
-
-def problem(shape: Any, content: Any) -> str | None:
-    """What keeps content from having a shape: the place, what was expected, what came; None if it has it."""
-    try:
-        TypeAdapter(shape).validate_python(content)
-    except ValidationError as error:
-        return refusal(error)
-    except RecursionError:
-        return "it is too deep"
-    return None
-
-
-def metrics(content: Any) -> str | None:
-    """`problem` of `metrics.json`."""
-    if (said := problem(Metrics, content)) is None and content.get("summary") and not content["records"]:
-        said = "records: expected some"
-    return said or records(content["records"])
-
-
-def records(numbers: Sequence[dict[str, Any]]) -> str | None:
-    """What keeps records from being those of one run: each number once, every stage on the dense model's windows."""
-    by_row: dict[tuple[str, str], dict[str, tuple[Any, ...]]] = {}
-    for n, r in enumerate(numbers):
-        if (said := measured(r, r["seq_len"] - 1)) is not None:
-            return f"records[{n}].{said}"
-        row = by_row.setdefault((r["stage"], r["recovery"]), {})
-        if r["corpus"] in row:
-            return f"records[{n}]: expected each corpus once in a row, got '{r['corpus']}' twice"
-        row[r["corpus"]] = r["content_hash"], r["seen"], r["seq_len"], len(r["window_nll"])
-    if not numbers:
-        return None
-    dense = by_row.get(("dense", "none"))
-    if dense is None:
-        return "records: expected the dense model's"
-    other = next((row for row, windows in by_row.items() if windows != dense), None)
-    return other and f"records: expected {' + '.join(other)} on the windows of the dense model"
-
-
-def measured(r: dict[str, Any], predicted: int | None = None) -> str | None:
-    """What keeps a perplexity from being that of its windows, which may be rounded to four digits.
-
-    Args:
-        predicted: tokens of a window; None where windows differ.
-    """
-    total, nll = math.fsum(r["window_nll"]), r["nll"]
-    if abs(math.log(r["perplexity"]) - nll) > 1e-6 * (1 + nll):
-        return f"perplexity: expected exp of nll {nll}, got {r['perplexity']}"
-    if abs(total - nll * r["tokens"]) > 1e-4 * (1 + total) + 1e-4 * len(r["window_nll"]):
-        return f"window_nll: expected a sum of nll x tokens = {nll * r['tokens']}, got {total}"
-    if predicted is not None and max(r["window_nll"]) > MOST_NLL * predicted:
-        return f"window_nll: expected at most {MOST_NLL:g} per token, got {max(r['window_nll'])}"
-    return None
-
-
-def evaluation(content: Any) -> str | None:
-    """`problem` of `evaluation.json`."""
-    return problem(Evaluation, content) or benchmarks(content["records"])
-
-
-def benchmarks(numbers: Sequence[dict[str, Any]]) -> str | None:
-    """What keeps records of `gprune evaluate` from being such."""
-    for n, r in enumerate(numbers):
-        said = problem(ZeroShot if r["kind"] == "zero_shot" else Wikitext, r)
-        if said is None:
-            said = measured(r, r["seq_len"] - 1) if r["kind"] == "perplexity" else answered(r)
-        if said is not None:
-            return f"records[{n}].{said}"
-    return None
-
-
-def answered(r: dict[str, Any]) -> str | None:
-    """What keeps the answers to a task from being those to its questions."""
-    digits = [len(r[name]) for name in ("correct", "correct_norm") if name in r]
-    if set(digits) != {r["questions"]}:
-        return f"correct: expected a digit for each of {r['questions']} questions, got {digits or 'none'}"
-    return None
-
-
-def study(content: Any) -> str | None:
-    """`problem` of the record of a study's row."""
-    return problem(Study, content) or records(content["records"]) or benchmarks(content.get("evaluation") or [])
-
-
-def shaped(shape: Any) -> Callable[[Any], str | None]:
-    """`problem` of one shape."""
-    return lambda content: problem(shape, content)

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.image import imread
 
 from gprune.console import no_interrupts
-from gprune.errors import UserError
+from gprune.errors import UserError, first_line
 
 # metric pattern -> its x axis. Lightning restarts its step in every stage, so each stage has an axis of its own.
 AXES = {
@@ -45,11 +45,9 @@ def tracking(folder: Path, *, tracker: str, mode: str, project: str, **about: An
     if tracker == "wandb":
         # A run of our own: WandbLogger would pass wandb.init an option that wandb 0.31 warns about on stderr. And
         # mode=, not offline=True, which leaves WANDB_MODE set in the process for whoever comes next.
-        experiment = start(
-            dir=folder, project=project, mode=mode, settings=wandb.Settings(silent=True, console="off"), **about
-        )  # fmt: skip
+        settings = wandb.Settings(silent=True, console="off")
+        experiment = start(dir=folder, project=project, mode=mode, settings=settings, **about)
         loggers.append(WandbLogger(save_dir=folder, project=project, experiment=experiment))
-        define_axes(loggers[-1])
     exit_code = 1
     try:
         yield loggers
@@ -57,42 +55,29 @@ def tracking(folder: Path, *, tracker: str, mode: str, project: str, **about: An
     finally:
         for logger in loggers:
             logger.save()  # what was logged after the last Trainer is still in memory
-        finish(exit_code)
+        if wandb.run is not None:
+            # Offline it takes a second, in which a second Ctrl-C would get a line of W&B's; online it may hang.
+            with no_interrupts() if wandb.run.offline else nullcontext():
+                wandb.run.finish(exit_code=exit_code)
 
 
 @rank_zero_only
 def start(**settings: Any) -> Any:
-    """`wandb.init`, or the one line that says why it could not be.
+    """A run of W&B, which knows what each curve is drawn against.
 
     Raises:
         UserError: online without an account or without network.
     """
     try:
-        return wandb.init(**settings)
+        run = wandb.init(**settings)
     except wandb.errors.Error as error:
-        raise UserError(
-            f"W&B could not start a run ({str(error).strip().splitlines()[0]}); log in with `wandb login`, or use "
-            f"--logging.mode offline."
-        ) from error
-
-
-@rank_zero_only
-def define_axes(logger: WandbLogger) -> None:
-    """Tell W&B what each curve is drawn against."""
-    logger.experiment.define_metric("fit", hidden=True)
+        advice = "log in with `wandb login`, or use --logging.mode offline"
+        raise UserError(f"W&B could not start a run ({first_line(error)}); {advice}.") from error
+    run.define_metric("fit", hidden=True)
     for pattern, axis in AXES.items():
-        logger.experiment.define_metric(axis, hidden=True)
-        logger.experiment.define_metric(pattern, step_metric=axis)
-
-
-@rank_zero_only
-def finish(exit_code: int) -> None:
-    """Close the run of W&B, if one is open, with the exit code of the process."""
-    if wandb.run is None:
-        return
-    # Offline it takes a second, in which a second Ctrl-C would get a line of W&B's; online it may have to be stopped.
-    with no_interrupts() if wandb.run.offline else nullcontext():
-        wandb.run.finish(exit_code=exit_code)
+        run.define_metric(axis, hidden=True)
+        run.define_metric(pattern, step_metric=axis)
+    return run
 
 
 def how_to_look(folder: Path, tracker: str) -> str:

@@ -56,7 +56,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
     A setting that did not exist yet has its default's value.
     """
-    content = read_json(path, check=lambda content: schema.study(unfolded(content)))
+    content = read_json(path, check=lambda content: schema.Study.problem(unfolded(content)))
     if content is None:
         return None
     settings, default = content["settings"], default_settings()
@@ -99,7 +99,7 @@ def of_tasks(row: Row, record: dict[str, Any]) -> list[Record]:
     """Results of the row's tasks, the dense model's first; empty where the list asks for none, or nobody ran them."""
     if not (row.wanted_tasks and record.get("evaluation")):
         return []
-    dense = read_json(dense_path(row, record["inputs"]["model"]), check=schema.evaluation) or {"records": []}
+    dense = read_json(dense_path(row, record["inputs"]["model"]), check=schema.Evaluation.problem) or {"records": []}
     return dense["records"] + record["evaluation"]
 
 

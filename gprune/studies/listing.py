@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gprune.checks import refusal
 from gprune.config import CONSENT, RunConfig, configured, read_flags, read_settings
@@ -55,11 +55,17 @@ class Tasks(Shape):
     """Only the rows of these seeds are measured."""
 
 
+class RowContent(BaseModel):
+    """Settings of `train.py`, nested or dotted, and `config`: files to start from."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+    config: Files = []
+
+
 class Content(Shape):
     """What a list file holds."""
 
-    rows: dict[Name, dict[Name, Any] | None]
-    """Settings of `train.py`, nested or dotted, by name of the row, and `config`: files to start from."""
+    rows: dict[Name, RowContent | None]
     about: str | None = None
     protocol: Files = []
     """Files of settings, under all rows."""
@@ -82,6 +88,30 @@ class Content(Shape):
     tasks: Tasks | None = None
     seen: Names | None = None
     """Corpora that count as seen in every row; by default each row's own."""
+
+    @model_validator(mode="after")
+    def check_rows(self) -> Self:
+        """Raise UserError for a key that names a row that there is not."""
+        results = [name for name in self.rows if name not in self.controls]  # of gprune
+        for key, known, wanted in (
+            ("controls", self.rows, self.controls),
+            ("reference", self.rows, [] if self.reference is None else [self.reference]),
+            ("compare", self.rows, [stage.partition(": ")[0] for pair in self.compare for stage in pair]),
+            ("ranges", results, [row for group in self.ranges.values() for row in group]),
+        ):
+            if unknown := [name for name in wanted if name not in known]:
+                raise UserError(f"{key}: expected rows ({', '.join(known)}), got '{unknown[0]}'")
+        return self
+
+    @property
+    def points(self) -> dict[str, dict[str, Any]]:
+        """All combinations of the grid's values by what each adds to the name of a row, as ', target 0.2'."""
+        points = {}
+        for values in itertools.product(*self.grid.values()):
+            texts = [value if isinstance(value, str) else json.dumps(value, default=str) for value in values]
+            name = "".join(f", {s.rpartition('.')[2]} {text}" for s, text in zip(self.grid, texts, strict=True))
+            points[name] = dict(zip(self.grid, values, strict=True))
+        return points
 
 
 @dataclass(frozen=True)
@@ -138,34 +168,27 @@ class Listing:
         """
         path = Path(path)
         content = read_content(path)
-        points = points_of(content.grid)
 
-        def expanded(names: Iterable[str]) -> list[str]:
-            return [named(name, point) for name in names for point in points]
-
-        def paired(stage: str, point: Mapping[str, Any]) -> str:
-            row, colon, kind = stage.partition(": ")
-            return f"{named(row, point)}{colon}{kind}"
+        def at_points(names: Iterable[str]) -> list[str]:
+            return [f"{name}{point}" for name in names for point in content.points]
 
         ours = path.resolve().is_relative_to(EXPERIMENTS)
         folder = Path(records) if records is not None else EXPERIMENTS / "records" if ours else OTHER_RECORDS
         masks = not ours or not OF_MASKS.isdisjoint(content.tables)
-        shared = {"tasks": content.tasks, "masks": masks, "records": folder}
-        listing = cls(
+        rows = _rows(path, content, seeds or content.seeds, flags, tasks=content.tasks, masks=masks, records=folder)
+        return cls(
             path=path,
             about=content.about or path.stem,
-            rows=[
-                Row(named(name, point), seed, settings, control=name in content.controls, point=point, **shared)
-                for name, seed, point, settings in _rows(path, content, seeds or content.seeds, flags)
+            rows=list(rows),
+            reference=at_points([] if content.reference is None else [content.reference]),
+            compare=[
+                [stage.replace(": ", f"{point}: ", 1) for stage in pair]
+                for pair in content.compare for point in content.points
             ],
-            reference=expanded([] if content.reference is None else [content.reference]),
-            compare=[[paired(stage, point) for stage in pair] for pair in content.compare for point in points],
-            ranges={group: expanded(rows) for group, rows in content.ranges.items()},
+            ranges={group: at_points(rows) for group, rows in content.ranges.items()},
             tables=content.tables,
             seen=content.seen,
-        )
-        _check_rows(listing, content)
-        return listing
+        )  # fmt: skip
 
 
 def read_content(path: Path) -> Content:
@@ -175,44 +198,33 @@ def read_content(path: Path) -> Content:
         UserError: for a file that is no YAML mapping with rows, an unknown key, or a value of another type.
     """
     content = read_yaml(path, "List: expected a YAML file, got", pipe=True)
-    content = content if isinstance(content, dict) else {}
-    if content.get("rows") is None or (unknown := content.keys() - Content.model_fields.keys()):
-        came = "" if content.get("rows") is None else f"; got {', '.join(sorted(map(str, unknown)))}"
-        raise UserError(
-            f"List '{path}': expected a mapping with 'rows' and of {', '.join(sorted(Content.model_fields))}{came}."
-        )
+    if isinstance(content, dict):
+        content = {key: value for key, value in content.items() if value is not None}
     try:
-        return Content(**{key: value for key, value in content.items() if value is not None})
+        return Content.model_validate(content)
     except ValidationError as error:
         raise UserError(f"List '{path}', {refusal(error)}.") from error
 
 
-def _rows(
-    path: Path, content: Content, seeds: Sequence[int], flags: Sequence[str]
-) -> Iterator[tuple[str, int, dict[str, Any], dict[str, Any]]]:
-    """(name, seed, point of the grid, settings by dotted name) of every row."""
+def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[str], **shared: Any) -> Iterator[Row]:
+    """Every row with every seed, at every point of the grid; `shared` are fields that are the same in all."""
     own = read_flags(flags)
     protocol = [read_settings(path.parent / name) for name in content.protocol]
     for seed in dict.fromkeys(seeds):
         for name, given in content.rows.items():
-            where, settings = f"List '{path}', row '{name}'", dict(given or {})
-            files = _files(settings.pop("config", None), where)
-            configs = [read_settings(path.parent / file) for file in files]
-            for point in points_of(content.grid):
+            where, row = f"List '{path}', row '{name}'", given or RowContent()
+            configs = [read_settings(path.parent / file) for file in row.config]
+            for point, of_grid in content.points.items():
                 merged: dict[str, Any] = {}
-                for layer in (*protocol, *configs, OWN, content.common, settings, point):
+                for layer in (*protocol, *configs, OWN, content.common, row.model_extra, of_grid):
                     for one in layer.items():  # a YAML merge may give a setting by two names: the later one counts
                         overlay(merged, dict([one]), where)
                 _check_settings(where, merged, own)
                 overlay(merged, own, where)
-                yield name, seed, point, merged | {"run.seed": seed}
-
-
-def _files(value: Any, where: str) -> list[str]:
-    files = [value] if isinstance(value, str) else value or []
-    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
-        raise UserError(f"{where}, config: expected a file or files, got {value!r}.")
-    return files
+                yield Row(
+                    f"{name}{point}", seed, merged | {"run.seed": seed}, control=name in content.controls,
+                    point=of_grid, **shared,
+                )  # fmt: skip
 
 
 def _check_settings(where: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -225,33 +237,6 @@ def _check_settings(where: str, given: Mapping[str, Any], own: Mapping[str, Any]
             raise UserError(f"{where}: expected {instead}, got --{name}.")
     if given.get(CONSENT) and CONSENT not in own:
         raise UserError(f"{where}: expected --{CONSENT}=true behind --, got it in a list.")
-
-
-def _check_rows(listing: Listing, content: Content) -> None:
-    """Raise UserError for a key that names a row that there is not."""
-    rows = list(dict.fromkeys(row.name for row in listing.rows))
-    results = [name for name in rows if not any(row.control for row in listing.rows if row.name == name)]
-    for key, known, wanted in (
-        ("controls", list(content.rows), content.controls),
-        ("reference", rows, listing.reference),
-        ("compare", rows, [stage.partition(": ")[0] for pair in listing.compare for stage in pair]),
-        ("ranges", results, [row for group in listing.ranges.values() for row in group]),  # of gprune's results
-    ):
-        if unknown := [name for name in wanted if name not in known]:
-            raise UserError(f"List '{listing.path}', {key}: expected rows ({', '.join(known)}), got '{unknown[0]}'.")
-
-
-def points_of(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """All combinations of a grid's values, the last setting's running fastest; one without settings for no grid."""
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-
-
-def named(row: str, point: Mapping[str, Any]) -> str:
-    """The name of a row at a point of the grid: 'base, target 0.2'."""
-    values = {
-        name: value if isinstance(value, str) else json.dumps(value, default=str) for name, value in point.items()
-    }
-    return ", ".join([row, *(f"{name.rpartition('.')[2]} {value}" for name, value in values.items())])
 
 
 def parts_of(rows: Sequence[Row], part: str | None) -> list[Row]:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from gprune.errors import UserError
 from gprune.models.masks import Masks
 from gprune.runs.results import Record
 
@@ -55,16 +54,10 @@ def packed(masks: Masks) -> dict[str, dict[str, Any]]:
 
 
 def unpacked(content: dict[str, dict[str, Any]]) -> Masks:
-    """What `packed` was given.
-
-    Raises:
-        UserError: for more or fewer bits than the sizes say.
-    """
+    """What `packed` was given."""
     parts = {}
     for kind, value in content.items():
-        sizes, packed_bits = value["sizes"], np.frombuffer(base64.b64decode(value["bits"]), dtype=np.uint8)
-        if len(packed_bits) != -(-sum(sizes) // 8):
-            raise UserError(f"A record's masks: expected {sum(sizes)} bits for {kind}, got others; run it again.")
-        bits = np.unpackbits(packed_bits, count=sum(sizes)).astype(bool)
-        parts[kind] = list(torch.from_numpy(bits).split(sizes))
+        bits = np.frombuffer(base64.b64decode(value["bits"]), dtype=np.uint8)
+        bits = np.unpackbits(bits, count=sum(value["sizes"])).astype(bool)
+        parts[kind] = list(torch.from_numpy(bits).split(value["sizes"]))
     return Masks(**parts)

@@ -21,12 +21,12 @@ def range_table(groups: Mapping[str, Sequence[str]], runs: Sequence[FinishedRun]
     """
     rows = []
     for group, names in groups.items():
-        base, averaged, result = (log_range(runs, names, stage) for stage in STAGES[1:])
+        base, averaged, result = (log_range(runs, names, stage) for stage in STAGES)
         ratio = None if base is None or result is None or base[0] == 0 else result / base
         cells = [None if draws is None else _estimate(draws) for draws in (base, averaged, result, ratio)]
         if any(cells):
             rows.append([f"{group}: {', '.join(names)}", *cells])
-    columns = ["unseen, log(max / min) over", *STAGES[1:], "gprune / base"]
+    columns = ["unseen, log(max / min) over", *STAGES, "gprune / base"]
     return Table(
         "ranges", "Ranges", columns, rows, dict.fromkeys(columns[1:], 3),
         "In brackets 95 % intervals by bootstrap over windows for the two rows that are furthest apart. That the data "

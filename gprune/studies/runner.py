@@ -7,6 +7,7 @@ record is not run again, whichever list asks for it.
 from __future__ import annotations
 
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,11 +22,12 @@ from gprune.benchmarks.settings import Benchmarks, benchmarks
 from gprune.console import process_index, say
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import processes
+from gprune.pipeline.dry_run import compute_time
+from gprune.pipeline.plan import check
 from gprune.runs import schema
 from gprune.runs.folder import RunFolder
 from gprune.storage.files import read_json, write_json
 from gprune.studies.archive import dense_path, learned_tokens, path_of, plain, read, record_of, write
-from gprune.studies.hours import seconds, token_hours
 from gprune.studies.listing import Listing, Row, commands, parts_of
 from gprune.studies.packing import packed
 from gprune.studies.tables import cost_table, reported, text_of
@@ -69,12 +71,24 @@ def run_all(pending: Sequence[Row]) -> list[tuple[Row, Made]]:
         say(token_hours(pending) + "\n")
     ran = []
     for row in pending:
-        spent = seconds(lambda row=row: ran.append((row, run(row))))
+        started = time.monotonic()
+        ran.append((row, run(row)))
         if processes()[1] > 1:  # the record is there for all of them, whatever list asks for it next
             torch.distributed.barrier()
         if first:
-            say_kept(row, spent)
+            say_kept(row, started)
     return [(row, made) for row, made in ran if row.wanted_tasks]
+
+
+def token_hours(pending: Sequence[Row]) -> str:
+    """Tokens that are still to be computed, at most, and how long their matrix products take on this machine."""
+    plans = [check(row.config) for row in pending]
+    forward, backward = sum(p.forward_tokens for p in plans), sum(p.forward_backward_tokens for p in plans)
+    tasks = ", tasks not counted" if any(row.wanted_tasks for row in pending) else ""
+    return (
+        f"{len(pending)} configurations: at most {forward:,} tokens forward and {backward:,} forward and backward, "
+        f"shared passes counted for each{tasks}; {compute_time(*plans)}"
+    )
 
 
 def run(row: Row) -> Made:
@@ -111,8 +125,9 @@ def run(row: Row) -> Made:
 def finish(listing: Listing, chosen: Sequence[Row], ran: Sequence[tuple[Row, Made]], options: Namespace) -> None:
     """Measure the tasks of rows that have run, and print and draw what a list's rows have given."""
     for row, (folder, record) in ran:
-        spent = seconds(partial(measure_tasks, row, folder, record))
-        say_kept(row, spent, "tasks ")
+        started = time.monotonic()
+        measure_tasks(row, folder, record)
+        say_kept(row, started, "tasks ")
     wanted = [row for row in listing.rows if row in chosen or row.name in listing.reference]
     done = [(row, record) for row in wanted if (record := record_of(row)) is not None]
     say("\n" + (text_of(listing, done) if done else f"{listing.path}: no records yet.") + "\n")
@@ -122,26 +137,25 @@ def finish(listing: Listing, chosen: Sequence[Row], ran: Sequence[tuple[Row, Mad
         reported(listing, done).draw(Path(options.figures), prefix=f"{listing.path.stem}-")
 
 
-def say_kept(row: Row, spent: float, what: str = "") -> None:
+def say_kept(row: Row, started: float, what: str = "") -> None:
     """Say how many seconds a row, or its tasks, took, and that they are on the disk."""
-    say(f"{row.name}, seed {row.seed}: {what}{spent:.0f} s, kept\n")
+    say(f"{row.name}, seed {row.seed}: {what}{time.monotonic() - started:.0f} s, kept\n")
     sys.stdout.flush()
 
 
 def measure_tasks(row: Row, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Measure the tasks that the list asks for on a finished run, and keep them in its record, which is returned."""
-    record = record | {"tasks": row.wanted_tasks, "evaluation": evaluated(folder, row, record["inputs"]["model"])}
-    write(path_of(row), record)  # asked again: another list may have written its own tasks beside it
-    return record
+    """Measure the tasks that the list asks for on a finished run, and keep them in its record, which is returned.
 
-
-def evaluated(folder: Path, row: Row, dense_model: str) -> list[dict[str, Any]]:
-    """Records of `gprune evaluate` on a finished run; the dense model's, by its fingerprint, are kept for all rows."""
-    asked, shared = asked_of(row), dense_path(row, dense_model)
-    if not (read_json(shared, check=schema.evaluation) or {}).get("records"):  # kept now: it may take an hour
+    Those of the dense model, by its fingerprint, are kept for all rows.
+    """
+    asked, shared = asked_of(row), dense_path(row, record["inputs"]["model"])
+    if not (read_json(shared, check=schema.Evaluation.problem) or {}).get("records"):  # kept now: it may take an hour
         measured, _ = measurement.evaluate(str(folder), asked, dense=True, pruned=False)
         write_json(shared, {"records": list(map(rounded, measured))})
-    return [rounded(r) for r in measurement.evaluate(str(folder), asked)[0]]
+    measured, _ = measurement.evaluate(str(folder), asked)
+    record = record | {"tasks": row.wanted_tasks, "evaluation": list(map(rounded, measured))}
+    write(path_of(row), record)  # asked again: another list may have written its own tasks beside it
+    return record
 
 
 def asked_of(row: Row) -> Benchmarks:

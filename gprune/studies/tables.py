@@ -72,11 +72,8 @@ def text_of(listing: Listing, done: Done) -> str:
 
 def comparison_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
     """A row for every pair of stages that the list compares and whose rows have run."""
-    rows = []
-    for a, b in listing.compare:
-        ratios = ratios_of(runs, a, b)
-        if ratios is not None:
-            rows.append([f"{a} / {b}", len(ratios), pooled(ratios)])
+    ratios = {f"{a} / {b}": ratios_of(runs, a, b) for a, b in listing.compare}
+    rows = [[pair, len(of_pair), pooled(of_pair)] for pair, of_pair in ratios.items() if of_pair is not None]
     none = "No ratio: the two have no seed in common, or were evaluated on other windows."
     columns = ["unseen perplexity of", "seeds", "ratio"]
     return Table("compare", "Comparisons", columns, rows, {"ratio": 3}, none if any(not row[1] for row in rows) else "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -96,18 +95,6 @@ def test_what_is_the_same_in_several_numbers_is_kept_once_and_comes_back(numbers
         assert len(stage["each"]) < 2 or not any(
             all(name in own and own[name] == value for own in stage["each"]) for name, value in stage["each"][0].items()
         )
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        None, [], {}, {"records": []}, {"records": {"all": {}}}, {"records": {"all": {}, "stages": [1]}},
-        {"records": {"all": {}, "stages": [{"all": 1, "each": [{}]}]}},
-        {"records": {"all": {}, "stages": [{"all": {}, "each": ["x"]}]}},
-    ],
-)  # fmt: skip
-def test_what_is_no_folded_record_stays_what_it_is(content):
-    assert packing.unfolded(content) == content
 
 
 @given(data=st.data(), depth=st.integers(1, 4))
