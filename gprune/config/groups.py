@@ -108,8 +108,8 @@ class ModelConfig(Group, prefix="model."):
 
 
 class CorporaConfig(Group, prefix="corpora."):
-    """Which text is used for what. A corpus is an embedded name, a hub name, a name in $GPRUNE_DATA_DIR, or a path
-    to a .txt, .jsonl, .parquet or folder."""
+    """Which text is used for what. A corpus is an embedded name, a hub name, a folder in $GPRUNE_DATA_DIR/corpora, or
+    a path to a .txt, .jsonl, .parquet or folder."""
 
     score: Text = "wiki"
     """The one corpus whose activations give the importance scores."""
