@@ -312,13 +312,13 @@ def test_fresh_process_reads_a_shallower_folder_saved_twice_with_all_kinds_of_bi
     assert hf.check_reload(model, tmp_path / "again", token_batch) == 0.0
 
 
-def test_a_corrupted_export_is_found_and_removed(tmp_path, token_batch, monkeypatch):
+@pytest.mark.parametrize("numbers", [1.5, float("nan")])
+def test_a_corrupted_export_is_found_and_removed(numbers, tmp_path, token_batch, monkeypatch):
     model = make_pruned()
     folder = hf.save_pruned(model, None, tmp_path / "model")
     weights = folder / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-4 * 32 :] = bytes(byte ^ 0x15 for byte in content[-4 * 32 :])  # the last 32 numbers: the final norm
-    weights.write_bytes(content)
+    end = torch.full((32,), numbers).numpy().tobytes()  # the last 32 numbers: the final norm
+    weights.write_bytes(weights.read_bytes()[: -len(end)] + end)
     monkeypatch.setattr(hf, "reloaded_logits", in_this_process)
     with pytest.raises(UserError, match=r"expected reloaded logits to be .* got .* removed"):
         hf.check_reload(model, folder, token_batch)
