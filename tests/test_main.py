@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,18 +30,14 @@ def helped(capsys, *args: str) -> str:
     return capsys.readouterr().out
 
 
-def test_help_names_every_command(capsys):
-    text = helped(capsys)
-    assert all(f"\n  {name} " in text and about in text for name, (_, about) in command.COMMANDS.items())
-
-
 @pytest.mark.parametrize("name", command.COMMANDS)
 def test_help_of_a_command_has_examples_and_tells_every_default(name, capsys):
+    room, about = command.COMMANDS[name]
+    assert re.search(rf"\n  {name} +{re.escape(about)}\n", helped(capsys))
     text = helped(capsys, name)
     assert text.startswith(f"usage: gprune {name} ")
     assert f"\n  gprune {name} " in text.partition("examples:")[2]
     assert max(map(len, text.splitlines())) <= 120
-    room, _ = command.COMMANDS[name]
     for action in importlib.import_module(f"{room}.command").parser()._actions:
         assert action.help
         if action.default not in (None, False, argparse.SUPPRESS):
@@ -205,16 +202,11 @@ def test_libraries_speak_again_afterwards(capsys):
 @pytest.mark.parametrize(
     ("given", "number"),
     [
-        ({}, 0),
-        ({"LOCAL_RANK": "1"}, 1),
+        ({}, 0), ({"LOCAL_RANK": "1"}, 1), ({"LOCAL_RANK": "x"}, 0), ({"SLURM_PROCID": "9", "SLURM_LOCALID": "1"}, 9),
         ({"LOCAL_RANK": "0", "RANK": "8"}, 8),  # torchrun, on the second machine
-        ({"SLURM_PROCID": "9", "SLURM_LOCALID": "1"}, 9),
-        ({"NODE_RANK": "1"}, 1),
-        ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, 1),
-        ({"NODE_RANK": "1", "RANK": "0"}, 0),
-        ({"LOCAL_RANK": "x"}, 0),
+        ({"NODE_RANK": "1"}, 1), ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, 1), ({"NODE_RANK": "1", "RANK": "0"}, 0),
     ],
-)
+)  # fmt: skip
 def test_the_first_of_several_processes_is_told_by_whoever_numbers_them(given, number, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"):
         monkeypatch.delenv(name, raising=False)

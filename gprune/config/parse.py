@@ -20,9 +20,11 @@ from gprune.errors import UserError
 from gprune.storage.yaml_text import load_yaml, read_yaml, reason, to_yaml
 
 CONSENT = "model.trust_remote_code"
-HINTS = get_type_hints(RunConfig)
 GROUPS: dict[str, type[Group]] = {
-    name: HINTS[name] for name, info in RunConfig.model_fields.items() if hasattr(info.annotation, "prefix")
+    name: info.annotation for name, info in RunConfig.model_fields.items() if hasattr(info.annotation, "prefix")
+}
+HINTS = {
+    f"{kind.prefix}{n}": hint for kind in (RunConfig, *GROUPS.values()) for n, hint in get_type_hints(kind).items()
 }
 
 
@@ -124,9 +126,7 @@ def read_flags(args: Sequence[str]) -> dict[str, Any]:
 
 def _value(flag: str, text: str) -> Any:
     """What the text of a flag stands for: itself, but for null and lists, where the flag takes text; else YAML."""
-    group, _, setting = flag.removeprefix("--").partition(".")
-    hint = get_type_hints(GROUPS[group]).get(setting) if group in GROUPS else HINTS.get(group)
-    is_text = hint in (str, str | None)
+    is_text = HINTS.get(flag.removeprefix("--")) in (str, str | None)
     try:
         value = load_yaml(text)
     except yaml.YAMLError as error:
@@ -188,19 +188,18 @@ def parser() -> Parser:
     usage = "train.py [--config FILE] [--FLAG VALUE ...]"
     made = Parser("train.py", usage=usage, description=inspect.getdoc(RunConfig), formatter_class=_Help)
     made.add_argument(
-        "--config", metavar="FILE", default=SUPPRESS, help="A YAML file of flags; several merge left to right."
+        "--config", metavar="FILE", default=SUPPRESS, help="A YAML file of flags; several merge in order."
     )
     made.add_argument("--print_config", action="version", help="Print all settings as such a file, and stop.")
     cfg = RunConfig()
     for part in [cfg, *(getattr(cfg, name) for name in GROUPS)]:
         title, _, about = (inspect.getdoc(type(part)) or "").partition(". ")
         section = made if part is cfg else made.add_argument_group(title.rstrip("."), about)
-        hints = get_type_hints(type(part))
         for name, info in type(part).model_fields.items():
-            if hints[name] not in GROUPS.values():
+            if (flag := f"{part.prefix}{name}") not in GROUPS:
                 section.add_argument(
-                    f"--{part.prefix}{name}",
-                    metavar=_placeholder(name, hints[name]),
+                    f"--{flag}",
+                    metavar=_placeholder(name, HINTS[flag]),
                     default=SUPPRESS if getattr(part, name) is None else getattr(part, name),
                     help=" ".join((info.description or "").split()).replace("%", "%%"),
                 )

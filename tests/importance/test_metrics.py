@@ -382,18 +382,6 @@ def test_dead_neurons_score_zero_where_the_metric_can_see_that(name, tiny_model,
         assert torch.equal(ranks[1], torch.full((48,), 0.5, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_equal_neurons_tie(name, tiny_model, token_batch):
-    mlp = tiny_model.model.layers[0].mlp
-    for weight in (mlp.gate_proj.weight.data, mlp.up_proj.weight.data, mlp.down_proj.weight.data.T):
-        weight[:] = weight[0].clone()
-    scores = scored(name, tiny_model, everything(tiny_model, token_batch))
-    ranked(scores)
-    if name != "random":
-        # up to rounding, which depends on a channel's place in a matrix product
-        torch.testing.assert_close(scores[0], scores[0][:1].expand(48), rtol=1e-4, atol=0)
-
-
 def scaled(statistics: CorpusStatistics, factor: float) -> CorpusStatistics:
     """The statistics of activations, and of gradients, that are `factor` times as large."""
     power = {"sum": 1, "sum_sq": 2, "gram": 2, "first": 1, "second": 1, "vector": 1}
@@ -413,17 +401,6 @@ def test_one_corpus_a_thousand_times_louder_leaves_drift_alone(name, tiny_model,
         if name not in TEXT_BLIND:
             squared = name in ("wifn", "wifv", "ifv", "obs")
             torch.testing.assert_close(z, y * (1e6 if squared else 1e3), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_up_rows_of_extreme_size_give_finite_scores(name, tiny_model, token_batch):
-    for layer in tiny_model.model.layers:
-        layer.mlp.up_proj.weight.data[::2] *= 1e3
-        layer.mlp.up_proj.weight.data[1::2] *= 1e-6
-        layer.self_attn.v_proj.weight.data[:8] *= 1e3
-    ranks = ranked(scored(name, tiny_model, everything(tiny_model, token_batch)))
-    if name not in GATE_BLIND and not name.startswith("taylor"):  # larger up rows have smaller gradients below
-        assert all(float(r[::2].mean()) > float(r[1::2].mean()) for r in ranks[:3])
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
