@@ -148,7 +148,8 @@ def assess(
     run.folder.write("modules", modules.tensors())
     share, count = switched_share(reliability), sum(int(judged.switched.sum()) for judged in reliability)
     tracking.log_scalars(run.loggers, {"partition/switched_share": share}, step=0)
-    log.info("%d modules with %.1f%% of the neurons switch to %s", count, 100 * share, r.metric)
+    level = logging.WARNING if switch != "off" and count == 0 else logging.INFO
+    log.log(level, "%d modules with %.1f%% of the neurons switch to %s", count, 100 * share, r.metric)
     return modules
 
 
