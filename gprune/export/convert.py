@@ -12,7 +12,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gprune.errors import UserError
+from gprune.errors import UserError, require_finite
 from gprune.storage.reading import expanded
 
 if TYPE_CHECKING:
@@ -130,11 +130,11 @@ def load_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     Raises:
         UserError: for a family that is not supported, and for files that are broken or missing.
     """
-    from gprune.models.loading import check_finite, load_model
+    from gprune.models.loading import load_model
 
     try:
         model, tokenizer = load_model(str(folder))
-        check_finite(model, folder)
+        require_finite("weight was read", *model.parameters())
     except UserError as error:
         raise UserError(f"Export: '{folder}' cannot be loaded: {error}") from error
     return model, tokenizer

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gprune.models.families import Family, family_of
-from gprune.models.parts import PARTS, ExpertPart, Part, experts_of, parts_of
+from gprune.models.parts import PARTS, ExpertPart, Part, parts_of
 
 HEADS = "num_attention_heads"
 
@@ -48,8 +48,11 @@ class Block:
     layer: nn.Module
     family: Family
     head_dim: int
-    parts: dict[str, Part | ExpertPart]
-    experts: int = 1
+
+    @cached_property
+    def parts(self) -> dict[str, Part | ExpertPart]:
+        """The weight matrices that the layer has, by name."""
+        return parts_of(self.layer, self.family, self.head_dim)
 
     def __getattr__(self, name: str) -> Any:
         """`block.down` is `block.parts["down"]`; None for a gate that the family does not have."""
@@ -89,6 +92,11 @@ class Block:
     def has_experts(self) -> bool:
         """Whether the FFN is a mixture of experts."""
         return isinstance(self.down, ExpertPart)
+
+    @property
+    def experts(self) -> int:
+        """Experts of the FFN; 1 where there are none."""
+        return len(self.down.host.down_proj) if self.has_experts else 1
 
     @property
     def neurons(self) -> int:
@@ -213,16 +221,9 @@ def blocks_of(model: PreTrainedModel) -> list[Block]:
     family, config = family_of(model.config.model_type), model.config
     # `or` keeps it lazy: to read a global head count is an error where layers differ in heads.
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return [block_of(layer, family, head_dim, index) for index, layer in enumerate(decoder_layers(model))]
+    return [Block(index, layer, family, head_dim) for index, layer in enumerate(decoder_layers(model))]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a supported model, as its decoder holds them."""
     return getattr(model.get_decoder(), family_of(model.config.model_type).layers)
-
-
-def block_of(layer: nn.Module, family: Family, head_dim: int, index: int = 0) -> Block:
-    """One decoder layer as its weights are now."""
-    experts = experts_of(layer, family)
-    number = 1 if experts is None else len(experts.down_proj)
-    return Block(index, layer, family, head_dim, parts_of(layer, family, head_dim), number)

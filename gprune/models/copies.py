@@ -59,14 +59,13 @@ def sharded_copy(model: PreTrainedModel, device: torch.device, processes: int) -
     mesh = init_device_mesh(device.type, (processes,))
     copied = without_weights(model).eval()
     layers = list(decoder_layers(copied))
-    inside = {id(module) for layer in layers for module in layer.modules()}
-    paths = {id(module): path for path, module in copied.named_modules()}
-    for module in copied.modules():
-        if id(module) not in inside:
-            _fill(module, model.get_submodule(paths[id(module)]), device)
-    for layer in layers:  # one at a time, so that no process holds all of them
-        for module in layer.modules():
-            _fill(module, model.get_submodule(paths[id(module)]), device)
+    inside = {module for layer in layers for module in layer.modules()}
+    for path, module in copied.named_modules():
+        if module not in inside:
+            _fill(module, model.get_submodule(path), device)
+    for layer, source in zip(layers, decoder_layers(model), strict=True):  # so that no process holds all of them
+        for path, module in layer.named_modules():
+            _fill(module, source.get_submodule(path), device)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     copied.tie_weights()
     # Hooks that count the model's tokens count the copy's too.

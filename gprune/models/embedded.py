@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +10,12 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gprune.errors import UserError
-from gprune.models.folders import is_complete
-from gprune.models.gguf import convert_gguf, quiet_transformers
+from gprune.console import quieted
+from gprune.models.gguf import convert_gguf
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import disk_errors, replacing
 from gprune.storage.wheels import Wheel, read_member
@@ -81,16 +82,25 @@ def _make_tiny_random(folder: Path, name: str) -> None:
         # The usual 0.02 would leave logits that hardly depend on the FFN.
         initializer_range=0.2,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]), quiet_transformers():
+    with torch.random.fork_rng(devices=[]), quieted("transformers", stderr=True):
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether an embedded model's folder is whole; safetensors knows where its file must end."""
+    try:
+        for name in ("config.json", "tokenizer_config.json"):
+            json.loads((folder / name).read_bytes())
+        with safe_open(folder / "model.safetensors", "pt"):
+            return True
+    except (OSError, ValueError, SafetensorError):
+        return False
+
+
 def embedded_model_dir(name: str) -> Path:
     """A Hugging Face folder (float32 safetensors, tokenizer) of an embedded model, made once and then cached."""
-    if name not in EMBEDDED_MODELS:
-        raise UserError(f"Unknown embedded model '{name}'. Available: {', '.join(EMBEDDED_MODELS)}.")
     model = EMBEDDED_MODELS[name]
     folder = cache_dir() / "models"
     final = folder / f"{name}-{model.version}"

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from gprune.console import quieted
-from gprune.errors import UserError
 
 # Ways in which a byte-level BPE cuts text into words before it merges, by llama.cpp's names (`tokenizer.ggml.pre`).
 LLAMA3_WORDS = (
@@ -36,10 +32,10 @@ WHOLE_WORDS = ("llama-bpe",)  # names of ways in which a whole word that is a to
 
 def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
     """Write the file `gguf` as a Hugging Face folder."""
-    model, tokenizer = load_gguf(gguf), load_gguf_tokenizer(gguf)
-    model.config.name_or_path = name
-    model.config.architectures = [type(model).__name__]
-    with quiet_transformers():
+    with quieted("transformers", stderr=True):  # its GGUF reader always shows a bar
+        model, tokenizer = load_gguf(gguf), load_gguf_tokenizer(gguf)
+        model.config.name_or_path = name
+        model.config.architectures = [type(model).__name__]
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -49,8 +45,7 @@ def load_gguf(path: Path) -> PreTrainedModel:
 
     transformers refuses to save a model that it de-quantised, so the weights move to a freshly built one.
     """
-    with quiet_transformers():
-        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     settings = loaded.config.to_dict()
     for left_by_gguf in ("quantization_config", "_model_name_or_path"):
         settings.pop(left_by_gguf, None)
@@ -61,7 +56,7 @@ def load_gguf(path: Path) -> PreTrainedModel:
 
 
 def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """A GGUF file's tokenizer; a byte-level BPE cuts text into words as the file says.
+    """A GGUF file's tokenizer; a byte-level BPE cuts text into words as the file says, a KeyError if not in `WORDS`.
 
     The file holds only a name for that. transformers knows some names, and for others, such as SmolLM2's, silently cuts
     as GPT-2 does: blanks before a digit then become other tokens than the model was trained on.
@@ -69,29 +64,11 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     from gguf import GGUFReader, Keys
 
     keys = GGUFReader(path).fields
-    kind, name = (keys[key].contents() if key in keys else None for key in (Keys.Tokenizer.MODEL, Keys.Tokenizer.PRE))
-    byte_level = kind == "gpt2"
-    if byte_level and name not in WORDS:
-        raise UserError(
-            f"{path.name}: its tokenizer must cut words as {', '.join(WORDS)} do ({Keys.Tokenizer.PRE}), got {name!r}; "
-            f"add that to gprune.models.gguf.WORDS, or convert the model elsewhere and use its folder."
-        )
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if byte_level:
-        tokenizer.backend_tokenizer.pre_tokenizer = WORDS[name]
+    byte_level = keys[Keys.Tokenizer.MODEL].contents() == "gpt2"
+    name = keys[Keys.Tokenizer.PRE].contents() if byte_level else ""
+    words = WORDS[name] if byte_level else None
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if words is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = words
         tokenizer.backend_tokenizer.model.ignore_merges = name in WHOLE_WORDS
     return tokenizer
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence progress bars and warnings of transformers, and stderr, for its GGUF reader always shows a bar."""
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with quieted("transformers", stderr=True):
-            yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()

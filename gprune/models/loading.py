@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Collection, Mapping, Sequence
+import weakref
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -30,10 +30,10 @@ from gprune.errors import UserError, first_line
 from gprune.models import embedded as assets
 from gprune.models import modeling_pruned
 from gprune.models.families import FAMILIES, family_of
-from gprune.models.folders import check_folder, check_index, check_sizes, check_stored
-from gprune.models.offload import StoredWeights, keep_until_gone, offload_folder
+from gprune.models.folders import check_folder, check_sizes, check_stored
+from gprune.models.offload import StoredWeights, offload_folder
 from gprune.storage.files import as_bytes
-from gprune.storage.reading import expanded, read_text
+from gprune.storage.reading import expanded
 
 log = logging.getLogger("gprune")
 
@@ -99,11 +99,7 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     register()  # for a family whose record came after the import
     try:
         check_folder(location)
-        if os.path.isdir(location):
-            content = json.loads(read_text(Path(location) / "config.json"))
-        else:
-            content, _ = PreTrainedConfig.get_config_dict(location)
-        check_sizes(content, name)
+        check_sizes(PreTrainedConfig.get_config_dict(location)[0], name)
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
         family_of(config.model_type)
     except UserError:
@@ -149,12 +145,12 @@ def load_model(
     Raises:
         UserError: before any weight is read, for an unsupported family; later, for weights that cannot be read.
     """
-    read_config(name, trust_remote_code=trust_remote_code)
     location, code = locate_model(name), {"trust_remote_code": trust_remote_code}
     try:
+        model = load_weights(location, dtype=dtype, device_map=device_map, max_memory=max_memory, **code)
         tokenizer = AutoTokenizer.from_pretrained(location, **code)
         tokenizer("a")  # its settings may be of other types
-        return load_weights(location, dtype=dtype, device_map=device_map, max_memory=max_memory, **code), tokenizer
+        return model, tokenizer
     except UserError:
         raise
     except Exception as error:  # safetensors, tokenizers and the hub each raise their own
@@ -179,7 +175,6 @@ def load_weights(
     """
     config = read_config(str(location), trust_remote_code=trust_remote_code)
     check_stored(skeleton(config, trust_remote_code=trust_remote_code), location)
-    check_index(Path(location))
     settings = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     with ExitStack() as removal:
         if device_map is not None:
@@ -190,7 +185,7 @@ def load_weights(
             model, report = AutoModelForCausalLM.from_pretrained(location, **settings)
         check_complete(report, location)
         check_not_quantised(model, location)
-        keep_until_gone(model, removal.pop_all())
+        weakref.finalize(model, removal.pop_all().close)
     return model.eval().requires_grad_(False)
 
 
@@ -198,42 +193,25 @@ def check_not_quantised(model: PreTrainedModel, location: str | Path) -> None:
     """Raise UserError for weights that stay quantised in memory: a neuron would go, and its scales would stay."""
     dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32, torch.bfloat16, torch.float16}
     if getattr(model, "hf_quantizer", None) is not None or dtypes:
-        form = ", ".join(sorted(map(str, dtypes))) or "quantization_config"
         raise UserError(
-            f"--model.name: '{location}' is quantised ({form}); expected weights in float32, bfloat16 or float16. "
-            f"Prune those, and quantise what is left."
+            f"--model.name: '{location}' is quantised; expected weights in float32, bfloat16 or float16. Prune those, "
+            f"and quantise what is left."
         )
-
-
-def check_finite(model: PreTrainedModel, location: str | Path) -> None:
-    """Raise UserError for NaN or infinity among the weights."""
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise UserError(
-                f"'{location}' has weights that are no numbers, in {name}; expected the model as it was saved."
-            )
 
 
 def check_complete(report: Mapping[str, Collection[str]], location: str | Path) -> None:
     """Raise UserError if weights are missing, and warn of those that have no place in the model.
 
-    Args:
-        report: transformers' lists of a load; tied weights are not among its `missing_keys`.
-        location: of the model, for the error.
+    `report`: transformers' lists of a load; tied weights are not among its `missing_keys`.
     """
     if missing := sorted(report["missing_keys"]):
         raise UserError(
-            f"--model.name: '{location}' has no weights for {_first(missing)}; expected all that config.json asks for "
-            f"(num_hidden_layers, tie_word_embeddings)."
+            f"--model.name: '{location}' has no weights for {len(missing)} parameters, such as {missing[0]}; expected "
+            f"all that config.json asks for (num_hidden_layers, tie_word_embeddings)."
         )
     if unknown := sorted(report["unexpected_keys"]):
-        log.warning("'%s' has weights that its config.json has no place for, left out: %s.", location, _first(unknown))
-
-
-def _first(names: Sequence[str]) -> str:
-    """Three names, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+        said = "'%s' has %d weights that its config.json has no place for, such as %s; left out."
+        log.warning(said, location, len(unknown), unknown[0])
 
 
 register()  # whoever loads models here may load exports

@@ -57,12 +57,8 @@ class _FrozenHeadLosses(torch.autograd.Function):
 
 
 def _losses_and_errors(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each token and its gradient by the logits, (n,) and (n, V) float32.
-
-    Args:
-        logits: (n, V) float32.
-        targets: (n,) token ids, or the teacher's (n, V) logits.
-    """
+    """The loss of each token, (n,), and its gradient by the logits, (n, V) float32; `targets` (n,) ids or (n, V) logits
+    of a teacher."""
     log_p = logits.log_softmax(-1)  # one fused pass, where logsumexp takes four over 49,152 columns
     if targets.dim() == 1:
         losses = -log_p.gather(-1, targets[:, None])[:, 0]
@@ -120,14 +116,6 @@ def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Ten
     hidden, targets = (t.to(head.weight.device) for t in (final_hidden(model, input_ids).flatten(0, 1), targets))
     losses = frozen_head_losses(hidden, head.weight, head.bias, targets, softcap=softcap_of(model))
     return losses.view(len(input_ids), -1).mean(1)
-
-
-def next_token_loss(
-    model: PreTrainedModel, input_ids: Tensor, weight: Tensor | None = None, *, teacher: Tensor | None = None
-) -> Tensor:
-    """Sum over windows of weight * `next_token_losses`, () float32; `weight` (B,), by default 1/B: the batch's mean."""
-    losses = next_token_losses(model, input_ids, teacher=teacher)
-    return losses.mean() if weight is None else (losses * weight.to(losses)).sum()
 
 
 def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:

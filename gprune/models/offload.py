@@ -7,7 +7,6 @@ computes and drops it afterwards. This file asks that hook; nothing else in gpru
 from __future__ import annotations
 
 import gc
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import PrefixedDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -96,21 +96,22 @@ class StoredWeights(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def lend(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give a module on the meta device a place to fetch its parameters from, in accelerate's form.
+def lend(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Let the modules of a model (or a layer) on the meta device fetch their parameters from `weights`, by name.
 
-    `stored` reads it, and so does `save_pretrained` of a model with an `hf_device_map`. No hook runs, so the module
-    cannot compute.
+    In accelerate's form: `stored` reads it, and so does `save_pretrained` of a model with an `hf_device_map`. No hook
+    runs, so the modules cannot compute.
     """
-    module._hf_hook = SimpleNamespace(weights_map=weights, execution_device="cpu", offload=True)
+    for path, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            own = PrefixedDataset(weights, f"{path}." if path else "")
+            module._hf_hook = SimpleNamespace(weights_map=own, execution_device="cpu", offload=True)
 
 
 def lend_all(model: PreTrainedModel, source: PreTrainedModel) -> None:
     """Let a model without weights fetch them from `source`, by the same names; `source` may be offloaded."""
     model.hf_device_map = {"": "disk"}
-    for path, module in model.named_modules():
-        if next(module.parameters(recurse=False), None) is not None:
-            lend(module, StoredWeights(source.get_submodule(path)))
+    lend(model, StoredWeights(source))
 
 
 @contextmanager
@@ -135,8 +136,3 @@ def resident(module: nn.Module) -> Iterator[None]:
 def offload_folder() -> AbstractContextManager[Path]:
     """A new folder below the cache, removed at the end, as are those that killed processes left."""
     return scratch_folder(cache_dir() / "offload" / "weights")
-
-
-def keep_until_gone(model: nn.Module, stack: ExitStack) -> None:
-    """Close a stack, such as one that holds an `offload_folder`, when the model is garbage-collected."""
-    weakref.finalize(model, stack.close)

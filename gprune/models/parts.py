@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gprune.models.families import Family
+from gprune.models.modeling_pruned import find
 from gprune.models.offload import stored
 
 FFN, ATTENTION = ("gate", "up", "down"), ("query", "key", "value", "output")
@@ -68,18 +69,12 @@ class ExpertPart:
     bias: None = None
 
     @property
-    def stacked(self) -> Tensor:
-        """(E, N, H) of gate or up, (E, H, N) of down."""
-        if self.name == "down":
-            return stored(self.host, "down_proj")
-        return stored(self.host, "gate_up_proj").chunk(2, dim=1)[self.name == "up"]
-
-    @property
     def weight(self) -> Tensor:
         """Rows of gate and up (E x N, H), columns of down (H, E x N): expert by expert."""
         if self.name == "down":
-            return rearrange(self.stacked, "e h n -> h (e n)")
-        return rearrange(self.stacked, "e n h -> (e n) h")
+            return rearrange(stored(self.host, "down_proj"), "e h n -> h (e n)")
+        gate, up = stored(self.host, "gate_up_proj").chunk(2, dim=1)
+        return rearrange(up if self.name == "up" else gate, "e n h -> (e n) h")
 
     @property
     def in_features(self) -> int:
@@ -105,9 +100,9 @@ def parts_of(layer: nn.Module, family: Family, head_dim: int) -> dict[str, Part 
     def part(name: str, rows: Tensor | None = None) -> Part:
         return Part(attrgetter(getattr(family, name))(layer), rows, family.transposed)
 
-    experts = experts_of(layer, family)
-    if experts is not None:
-        parts = {name: ExpertPart(experts, name) for name in FFN}
+    experts, name = find(layer, family.experts or "")
+    if hasattr(experts, name):  # not a dense layer, such as those between layers with experts
+        parts = {part: ExpertPart(getattr(experts, name), part) for part in FFN}
     else:
         parts = {name: part(name) for name in FFN if getattr(family, name) is not None}
         if family.gate == family.up:
@@ -119,14 +114,6 @@ def parts_of(layer: nn.Module, family: Family, head_dim: int) -> dict[str, Part 
         rows = _fused_rows(total, query, head_dim, interleaved=family.interleaved)
         parts |= {name: part(name, rows[name]) for name in rows}
     return parts
-
-
-def experts_of(layer: nn.Module, family: Family) -> nn.Module | None:
-    """The module that holds a layer's experts; None for a dense layer, such as those between layers with experts."""
-    if family.experts is None:
-        return None
-    path, _, name = family.experts.rpartition(".")
-    return getattr(layer.get_submodule(path), name, None)
 
 
 def _fused_rows(total: int, query: int, head_dim: int, *, interleaved: bool) -> dict[str, Tensor]:

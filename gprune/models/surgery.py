@@ -15,17 +15,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
-from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+from accelerate.utils import OffloadedWeightsLoader
 from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gprune.models.blocks import Block, Slice, block_of, blocks_of, decoder_layers
+from gprune.models.blocks import Block, Slice, blocks_of, decoder_layers
 from gprune.models.copies import copy_without_hooks
 from gprune.models.families import family_of
 from gprune.models.loading import skeleton
@@ -113,10 +113,7 @@ def _write_block(
     weights = {name: parameter.detach() for name, parameter in block.layer.named_parameters()}
     save_file(weights, path)
     block.layer.to("meta")
-    written = OffloadedWeightsLoader(index={name: {"safetensors_file": path} for name in weights})
-    for owner, module in block.layer.named_modules():
-        if next(module.parameters(recurse=False), None) is not None:
-            lend(module, PrefixedDataset(written, f"{owner}." if owner else ""))
+    lend(block.layer, OffloadedWeightsLoader(index={name: {"safetensors_file": path} for name in weights}))
 
 
 def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
@@ -146,44 +143,25 @@ def check_masks(model: PreTrainedModel, masks: Masks) -> None:
     """Raise ValueError unless masks are bool, fit the present widths, and keep units of both scopes or of none."""
     blocks = blocks_of(model)
     sizes = {"ffn": [b.experts * b.neurons for b in blocks], "attention": [b.kv_groups for b in blocks]}
-    for scope, of_blocks in sizes.items():
+    for scope, expected in sizes.items():
         own = getattr(masks, scope)
-        if len(own) != len(blocks):
-            raise ValueError(f"masks.{scope}: expected {len(blocks)} blocks, got {len(own)}.")
-        for index, (mask, size) in enumerate(zip(own, of_blocks, strict=True)):
-            if mask.dtype != torch.bool or tuple(mask.shape) != (size,):
-                got = f"{mask.dtype} of shape {tuple(mask.shape)}"
-                raise ValueError(f"masks.{scope}[{index}]: expected torch.bool of shape ({size},), got {got}.")
-            if not mask.any() and masks.blocks[index]:
-                raise ValueError(f"masks.{scope}[{index}]: expected at least 1 of {size} units kept, got 0.")
-    for block, mask in zip(blocks, masks.ffn, strict=True):
-        widths = {int(kept.sum()) for kept in mask.view(block.experts, -1)}
-        if len(widths) > 1:
-            raise ValueError(f"masks.ffn[{block.index}]: expected as many neurons in every expert, got {widths}.")
+        if [mask.shape for mask in own] != [(size,) for size in expected] or any(m.dtype != torch.bool for m in own):
+            got = ", ".join(f"{mask.dtype} {tuple(mask.shape)}" for mask in own)
+            raise ValueError(f"masks.{scope}: expected torch.bool of lengths {expected}, got {got}.")
     if not any(masks.blocks):
         raise ValueError(f"masks: expected at least 1 of {len(blocks)} blocks kept, got 0.")
+    for block, ffn, attention in zip(blocks, masks.ffn, masks.attention, strict=True):
+        if ffn.any() != attention.any():
+            raise ValueError(f"masks of block {block.index}: expected units kept of both scopes, or of none.")
+        widths = set(ffn.view(block.experts, -1).sum(1).tolist())
+        if len(widths) > 1:
+            raise ValueError(f"masks.ffn[{block.index}]: expected as many neurons in every expert, got {widths}.")
 
 
 def widths(model: PreTrainedModel) -> dict[str, list[int]]:
     """`{"neurons": [...], "kv_groups": [...]}`, one entry per block, read off the weights."""
     blocks = blocks_of(model)
     return {"neurons": [b.neurons for b in blocks], "kv_groups": [b.kv_groups for b in blocks]}
-
-
-def count_parameters(model: PreTrainedModel, scope: Literal["ffn", "attention+ffn", "all"]) -> int:
-    """Parameters (weights and biases) in a scope.
-
-    Args:
-        model: model of a supported family.
-        scope: `ffn` (gate, up, down), `attention+ffn` (also query, key, value, output and norms over all heads) or
-            `all` (the whole model, tied embeddings once).
-    """
-    if scope == "all":
-        return sum(parameter.numel() for parameter in model.parameters())
-    scopes = {"ffn": ("ffn",), "attention+ffn": ("attention", "ffn")}[scope]
-    places = ((block, place) for block in blocks_of(model) for place in block.slices if place.kind in scopes)
-    modules = {block.module(place.path.rpartition(".")[0]): None for block, place in places}
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def removed_parameters(model: PreTrainedModel, masks: Masks) -> int:
@@ -204,7 +182,7 @@ def _slice_block(block: Block, config: PreTrainedConfig, masks: Masks) -> None:
         smaller = _sliced(block, place, masks, stored(module, name).detach())
         setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
         tell_sizes(module)
-    smaller = block_of(block.layer, block.family, block.head_dim)
+    smaller = replace(block)  # as its weights are now
     tell_layer(block.layer, config, smaller.config_values, smaller.attributes)
 
 

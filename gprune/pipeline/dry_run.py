@@ -11,7 +11,6 @@ from torch.utils.benchmark import Timer
 from gprune.config import RunConfig
 from gprune.importance.scores import fractional_ranks
 from gprune.models.blocks import blocks_of
-from gprune.models.surgery import count_parameters
 from gprune.pipeline.cost import calibration_tokens, passes
 from gprune.pipeline.plan import Plan
 from gprune.sparsity.allocation import ALLOCATION
@@ -22,7 +21,7 @@ from gprune.sparsity.cut import keep_masks
 def describe(plan: Plan) -> str:
     """A line for each property of the run, ready to be printed."""
     cfg, budget = plan.cfg, plan.budget
-    parameters, share = count_parameters(plan.skeleton, "all"), cfg.sparsity.target
+    parameters, share = plan.skeleton.num_parameters(), cfg.sparsity.target
     of_model = budget.target / parameters
     lines = {
         "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.costs.neurons)} blocks",

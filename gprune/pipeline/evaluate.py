@@ -22,7 +22,7 @@ from gprune.models.copies import sharded_copy
 from gprune.models.embedded import model_label
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
-from gprune.models.surgery import count_parameters, removed_parameters, widths
+from gprune.models.surgery import removed_parameters, widths
 from gprune.partition.modules import Modules
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
@@ -177,7 +177,7 @@ def summarise(
     Args:
         masks: of the final stage, and `pruned` its model.
     """
-    before, after = count_parameters(run.model, "all"), count_parameters(pruned, "all")
+    before, after = run.model.num_parameters(), pruned.num_parameters()
     means = {
         row_name(*row): {name: v if math.isfinite(v) else None for name, v in values.items()}  # JSON has no NaN
         for row, values in means_and_gaps(records).items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -20,7 +21,7 @@ from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
-from gprune.models.offload import free_memory, is_offloaded, keep_until_gone, offload_folder
+from gprune.models.offload import free_memory, is_offloaded, offload_folder
 from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline.run import Run
 from gprune.recoveries import Material, recovery_of
@@ -79,7 +80,7 @@ def _sliced_to_files(run: Run, masks: Masks, revise: Revise | None, where: dict[
         save_pruned(prune_to_files(run.model, masks, folder / "blocks", revise), None, folder / "model")
         shutil.rmtree(folder / "blocks")
         small = load_weights(folder / "model", dtype=getattr(torch, run.cfg.model.dtype), **where)
-        keep_until_gone(small, removal.pop_all())
+        weakref.finalize(small, removal.pop_all().close)
     return small
 
 

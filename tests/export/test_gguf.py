@@ -359,7 +359,7 @@ def test_a_way_of_cutting_words_that_is_not_known_is_refused(name, tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(UserError, match=rf"m.gguf: .* as gpt-2, smollm, llama-bpe do .*, got {name!r}"):
+    with pytest.raises(KeyError, match=name or gguf.Keys.Tokenizer.PRE):
         reading.load_gguf_tokenizer(tmp_path / "m.gguf")
 
 

@@ -27,9 +27,9 @@ from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.embedded import byte_tokenizer
 from gprune.models.families import FAMILIES, Family
 from gprune.models.loading import read_config
-from gprune.models.losses import iter_logits, next_token_loss
+from gprune.models.losses import iter_logits, next_token_losses
 from gprune.models.masks import Masks
-from gprune.models.surgery import count_parameters, prune, removed_parameters, widths
+from gprune.models.surgery import prune, removed_parameters, widths
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import gated, masked
@@ -183,7 +183,7 @@ def test_masked_sliced_and_reloaded_agree(family, overrides, ids, tmp_path):
     for before, after in zip(blocks_of(model), blocks_of(pruned), strict=True):  # KV groups go whole
         assert after.heads * before.kv_groups == before.heads * after.kv_groups
         assert after.head_dim == before.head_dim
-    removed = count_parameters(model, "all") - count_parameters(pruned, "all")
+    removed = model.num_parameters() - pruned.num_parameters()
     assert removed == removed_parameters(model, masks)
     assert removed == unit_costs(blocks_of(model), scope="attention+ffn").removed(masks)
     sliced = pruned(ids).logits
@@ -315,7 +315,7 @@ def test_losses_are_the_models_own(family, ids):
     """Through the head chunk by chunk, with whatever the family does to its logits."""
     model = make_tiny(family)
     own = model(input_ids=ids, labels=ids).loss
-    torch.testing.assert_close(next_token_loss(model, ids), own, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(next_token_losses(model, ids).mean(), own, atol=1e-5, rtol=1e-5)
     logits = torch.cat([row for row, _ in iter_logits(model, ids)])
     torch.testing.assert_close(logits, model(ids).logits[:, :-1], atol=1e-4, rtol=0)
 
@@ -331,7 +331,7 @@ def test_the_gradient_goes_through_the_cap_of_the_logits(ids):
 
     expected = gradient(lambda: model(input_ids=ids, labels=ids).loss)
     assert float(expected.abs().max()) > 1e-4
-    torch.testing.assert_close(gradient(lambda: next_token_loss(model, ids)), expected, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(gradient(lambda: next_token_losses(model, ids).mean()), expected, atol=1e-6, rtol=1e-3)
 
 
 # Experts

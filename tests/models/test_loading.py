@@ -57,19 +57,7 @@ def test_weights_without_a_place_are_named(tmp_path, caplog):
     model, _ = load_model(str(folder))
     assert len(model.model.layers) == 2
     (said,) = [r.getMessage() for r in caplog.records if r.name == "gprune"]
-    assert "has no place for, left out: model.layers.2.input_layernorm.weight" in said
-    assert said.endswith("and 6 more.")
-
-
-@pytest.mark.parametrize("place", ["../elsewhere.safetensors", "/tmp/elsewhere.safetensors"])
-def test_an_index_that_leaves_the_folder_is_refused(place, tmp_path):
-    folder = tiny_run.save_tiny_model(tmp_path / "model")
-    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
-    names = load_file(tmp_path / "elsewhere.safetensors")
-    index = {"metadata": {}, "weight_map": dict.fromkeys(names, place)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"names the file '.*elsewhere\.safetensors'; expected files inside the folder"):
-        load_model(str(folder))
+    assert "has 9 weights that its config.json has no place for, such as model.layers.2.input_layernorm.weight;" in said
 
 
 @pytest.mark.parametrize("how", ["float8", "quantizer"])
@@ -81,5 +69,5 @@ def test_weights_that_stay_quantised_are_refused(how, tiny_model):
         linear.weight = torch.nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
     else:
         tiny_model.hf_quantizer = object()
-    with pytest.raises(UserError, match=r"'here' is quantised .* expected weights in float32, bfloat16 or float16"):
+    with pytest.raises(UserError, match=r"'here' is quantised; expected weights in float32, bfloat16 or float16"):
         check_not_quantised(tiny_model, "here")

@@ -6,13 +6,11 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
-from gprune.models.surgery import count_parameters, prune, widths
+from gprune.models.surgery import prune, widths
 from gprune.sparsity.gates import masked
 from tests.conftest import make_tiny_llama
 
@@ -69,23 +67,6 @@ def test_sliced_equals_zeroed(overrides, token_batch):
     torch.testing.assert_close(pruned(token_batch).logits, zeroed(model, masks)(token_batch).logits, atol=1e-4, rtol=0)
     # The masks are not idle: the dense logits are far away.
     assert (pruned(token_batch).logits - model(token_batch).logits).abs().max() > 0.1
-
-
-kept_neurons = st.lists(st.booleans(), min_size=48, max_size=48).filter(any)
-kept_groups = st.lists(st.booleans(), min_size=2, max_size=2).filter(any)
-
-
-@settings(max_examples=15)
-@given(
-    ffn=st.lists(kept_neurons, min_size=3, max_size=3),
-    attention=st.lists(kept_groups, min_size=3, max_size=3),
-)
-def test_any_masks_slice_like_zeroing(ffn, attention):
-    model = make_tiny_llama()
-    masks = Masks([torch.tensor(m) for m in ffn], [torch.tensor(m) for m in attention])
-    tokens = torch.arange(3, 19).view(2, 8)
-    difference = prune(model, masks)(tokens).logits - zeroed(model, masks)(tokens).logits
-    assert difference.abs().max() <= 1e-4  # sums of the same terms in another order
 
 
 def test_pruning_twice_equals_pruning_once(tiny_model):
@@ -145,25 +126,6 @@ def test_a_recovery_bias_is_carried_whole(tiny_model, token_batch):
     assert pruned.model.layers[0].mlp.down_proj.bias is not tiny_model.model.layers[0].mlp.down_proj.bias
 
 
-@pytest.mark.parametrize("biases", [False, True])
-@pytest.mark.parametrize("tied", [False, True])
-def test_counts_equal_counts_by_hand(biases, tied):
-    model = make_tiny_llama(attention_bias=biases, mlp_bias=biases, tie_word_embeddings=tied)
-    blocks = blocks_of(model)
-    ffn = 3 * (48 * (3 * 32 + 2 * biases) + 32 * biases)
-    attention = 3 * (32 * 2 * (32 + 16) + biases * (32 + 2 * 16 + 32))
-    assert count_parameters(model, "ffn") == ffn
-    assert count_parameters(model, "attention+ffn") == ffn + attention
-    assert count_parameters(model, "all") == ffn + attention + 7 * 32 + 128 * 32 * (2 - tied)
-    masks = random_masks([1, 7, 47], [1, 2, 1])
-    pruned = prune(model, masks)
-    gone_ffn = sum(b.neuron_cost * int((~m).sum()) for b, m in zip(blocks, masks.ffn, strict=True))
-    gone_attention = sum(b.group_cost * int((~m).sum()) for b, m in zip(blocks, masks.attention, strict=True))
-    assert count_parameters(model, "ffn") - count_parameters(pruned, "ffn") == gone_ffn
-    for scope in ("attention+ffn", "all"):
-        assert count_parameters(model, scope) - count_parameters(pruned, scope) == gone_ffn + gone_attention
-
-
 def keep_all() -> Masks:
     return Masks([torch.ones(48, dtype=torch.bool) for _ in range(3)], [torch.ones(2, dtype=torch.bool)] * 3)
 
@@ -175,12 +137,12 @@ def units(*keep: bool) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("kind", "index", "mask", "message"),
     [
-        ("ffn", 1, units(*[True] * 47), r"masks.ffn\[1\]: expected torch.bool of shape \(48,\), got .*47"),
-        ("ffn", 0, torch.ones(48), r"expected torch.bool of shape \(48,\), got torch.float32"),
-        ("ffn", 2, units(*[False] * 48), r"masks.ffn\[2\]: expected at least 1 of 48 units"),
-        ("attention", 2, units(False, False), r"masks.attention\[2\]: expected at least 1 of 2 units"),
-        ("attention", 0, units(*[True] * 4), r"masks.attention\[0\]: .* \(2,\), got .*\(4,\)"),
-        ("attention", 2, None, r"masks\.attention: expected 3 blocks, got 2"),
+        ("ffn", 1, units(*[True] * 47), r"masks.ffn: expected torch.bool of lengths \[48, 48, 48\], got .*47"),
+        ("ffn", 0, torch.ones(48), r"masks.ffn: expected torch.bool .*, got torch.float32 \(48,\)"),
+        ("ffn", 2, units(*[False] * 48), r"masks of block 2: expected units kept of both scopes"),
+        ("attention", 2, units(False, False), r"masks of block 2: expected units kept of both scopes"),
+        ("attention", 0, units(*[True] * 4), r"masks.attention: .* lengths \[2, 2, 2\], got .*\(4,\)"),
+        ("attention", 2, None, r"masks.attention: expected .* \[2, 2, 2\], got"),
     ],
 )
 def test_bad_masks_are_refused_before_anything_is_cut(tiny_model, kind, index, mask, message):
@@ -255,8 +217,7 @@ def test_counts_of_a_model_without_a_block(tiny_model):
     cost = blocks_of(tiny_model)[1].cost
     assert cost == 3 * 32 * 48 + 32 * 2 * (32 + 16) + 2 * 32  # FFN, attention, two norms
     pruned = prune(tiny_model, depth(tiny_model, 1))
-    assert count_parameters(tiny_model, "all") - count_parameters(pruned, "all") == cost
-    assert count_parameters(pruned, "ffn") == 2 * 3 * 32 * 48
+    assert tiny_model.num_parameters() - pruned.num_parameters() == cost
 
 
 def test_pruned_without_a_block_and_then_again_equals_pruned_once(token_batch):

@@ -7,7 +7,7 @@ import torch
 
 from experiments.bench.measure import flops as counted
 from gprune.config.parse import parse
-from gprune.models.losses import next_token_loss
+from gprune.models.losses import next_token_losses
 from gprune.pipeline.dry_run import flops, speed
 from gprune.pipeline.plan import check
 from tests.tiny_families import make_tiny
@@ -34,7 +34,7 @@ def test_a_token_costs_what_torch_counts(family, tmp_path):
 def test_learning_costs_at_most_three_passes(tiny_model, tmp_path):
     less, more = (planned(tiny_model, tmp_path, f"--sparsity.epochs={epochs}") for epochs in (1, 3))
     tiny_model.requires_grad_(True).set_attn_implementation("eager")  # the fused one's backward pass is not counted
-    step = counted(lambda: next_token_loss(tiny_model, IDS).backward()) / IDS.numel()
+    step = counted(lambda: next_token_losses(tiny_model, IDS).mean().backward()) / IDS.numel()
     expected = (more.forward_backward_tokens - less.forward_backward_tokens) * step
     expected += (more.forward_tokens - less.forward_tokens) * counted(lambda: tiny_model(input_ids=IDS)) / IDS.numel()
     assert expected <= flops(more) - flops(less) <= 1.05 * expected  # the last token of a window needs no head

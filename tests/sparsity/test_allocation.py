@@ -14,7 +14,7 @@ from gprune.errors import UserError
 from gprune.importance.scores import Scores, score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
-from gprune.models.surgery import count_parameters, prune, removed_parameters
+from gprune.models.surgery import prune, removed_parameters
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
@@ -171,7 +171,7 @@ def test_masks_of_every_allocation_meet_the_budget(name, scope, width_multiple, 
     costs = unit_costs(blocks_of(model), scope=scope, protect=protect)
     budget = Budget.of(costs, 0.23, width_multiple)
     masks = keep_masks(budget, *margins_of(name, spiky))
-    removed = count_parameters(model, "all") - count_parameters(prune(model, masks), "all")
+    removed = model.num_parameters() - prune(model, masks).num_parameters()
     assert removed == costs.removed(masks)
     assert 0 <= removed - budget.target < width_multiple * 3 * 32
     for b in costs.protected:
@@ -303,5 +303,5 @@ def test_depth_narrows_its_last_block_to_a_multiple(tiny_model, token_batch):
     cost, neuron = blocks[0].cost, blocks[0].neuron_cost
     masks = depth(tiny_model, scores, statistics, cost + 5 * neuron, width_multiple=16)
     assert sorted(int(m.sum()) for m in masks.ffn) == [0, 32, 48]
-    removed = count_parameters(tiny_model, "all") - count_parameters(prune(tiny_model, masks), "all")
+    removed = tiny_model.num_parameters() - prune(tiny_model, masks).num_parameters()
     assert removed == removed_parameters(tiny_model, masks) == cost + 16 * neuron

@@ -15,7 +15,7 @@ from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.importance.scores import fractional_ranks
 from gprune.models.blocks import blocks_of
-from gprune.models.losses import next_token_loss
+from gprune.models.losses import next_token_losses
 from gprune.models.masks import Masks
 from gprune.partition.modules import ModuleRanks
 from gprune.partition.reliability import within_module_ranks
@@ -223,7 +223,7 @@ def test_centred_gradients_move_no_units_alike(learn, uniform, scope, tiny_model
     """The mean over units is gone, for neurons their block's where blocks are equally wide; differences are left."""
     stage = make_stage(tiny_model, learn=learn, uniform=uniform, scope=scope, centred=True)
     with gated(tiny_model, stage.ffn_gates, stage.attention_gates):
-        next_token_loss(tiny_model, sampled_tokens(tiny_model)).backward()
+        next_token_losses(tiny_model, sampled_tokens(tiny_model)).mean().backward()
     sizes = [torch.bincount(y).double() for y in stage.ranks.labels]
     kinds = {
         "thresholds": [(t, n) for t, n in zip(stage.ffn_thresholds, sizes, strict=True)]
@@ -388,7 +388,7 @@ def test_the_gradient_is_that_of_hard_gates_times_the_slope_of_soft_ones(seed, t
     tokens = sampled_tokens(tiny_model, seed=seed)
     stage = make_stage(tiny_model, sparsity=0.3, scope="attention+ffn", seed=seed)
     with gated(tiny_model, stage.ffn_gates, stage.attention_gates):
-        next_token_loss(tiny_model, tokens).backward()
+        next_token_losses(tiny_model, tokens).mean().backward()
     double, masks = make_tiny_llama().double(), stage.masks()
     ffn, attention = ([m.double().requires_grad_() for m in kind] for kind in (masks.ffn, masks.attention))
     with gated(double, ffn, attention):
