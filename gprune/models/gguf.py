@@ -65,7 +65,7 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
     keys = GGUFReader(path).fields
     byte_level = keys[Keys.Tokenizer.MODEL].contents() == "gpt2"
-    name = keys[Keys.Tokenizer.PRE].contents() if byte_level else ""
+    name = keys[Keys.Tokenizer.PRE].contents() if byte_level else None
     words = WORDS[name] if byte_level else None
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if words is not None:

@@ -38,9 +38,7 @@ class Masks:
         return cls(*([flat[f"{kind}.{i}"].bool() for i in range(depth)] for kind in ("ffn", "attention")))
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Masks):
-            return False
-        mine, theirs = self.tensors(), other.tensors()
+        mine, theirs = self.tensors(), other.tensors() if isinstance(other, Masks) else {}
         return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
     __hash__ = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,14 +75,14 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-class StoredWeights(Mapping[str, Tensor]):
-    """The state of a module by name, each tensor fetched when it is asked for.
+@dataclass(frozen=True)
+class StoredWeights:
+    """The state of a module, each tensor fetched when it is asked for by name.
 
     A fetched tensor is copied: as safetensors gives it, it keeps the whole file mapped as long as it lives.
     """
 
-    def __init__(self, module: nn.Module):
-        self.module, self.names = module, list(module.state_dict())
+    module: nn.Module
 
     def __getitem__(self, name: str) -> Tensor:
         path, _, own = name.rpartition(".")
@@ -89,14 +90,8 @@ class StoredWeights(Mapping[str, Tensor]):
         value = stored(module, own)
         return value if value is getattr(module, own) else value.clone()
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def lend(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def lend(model: nn.Module, weights: Mapping[str, Tensor] | StoredWeights) -> None:
     """Let the modules of a model (or a layer) on the meta device fetch their parameters from `weights`, by name.
 
     In accelerate's form: `stored` reads it, and so does `save_pretrained` of a model with an `hf_device_map`. No hook

