@@ -154,7 +154,36 @@ class Block:
     @cached_property
     def slices(self) -> tuple[Slice, ...]:
         """Every parameter that pruning makes smaller."""
-        return tuple(self._ffn_slices() + self._attention_slices())
+        family, d, N = self.family, self.head_dim, torch.arange(self.neurons)
+        query = torch.arange(self.kv_groups).repeat_interleave(self.channels_per_group), {"heads": d}
+        key = torch.arange(self.kv_groups).repeat_interleave(d), {"kv_groups": d}
+        if self.has_experts:
+            slices = [
+                Slice(f"{family.experts}.gate_up_proj", 1, "ffn", N.repeat(2), {"neurons": 2}),
+                Slice(f"{family.experts}.down_proj", 2, "ffn", N, {"neurons": 1}),
+            ]
+        else:
+            neurons = N, {"neurons": 1}
+            slices = self._rows("ffn", {"gate": neurons, "up": neurons})
+            slices.append(Slice(f"{family.down}.weight", int(not family.transposed), "ffn", *neurons))
+        slices += self._rows("attention", {"query": query, "key": key, "value": key})
+        norms = ((family.query_norm, query), (family.key_norm, key))
+        slices += [Slice(f"{path}.weight", 0, "attention", *own) for path, own in norms if path is not None]
+        return (*slices, Slice(f"{family.output}.weight", int(not family.transposed), "attention", *query))
+
+    def _rows(self, kind: str, own: Mapping[str, tuple[Tensor, dict[str, int]]]) -> list[Slice]:
+        """Slices of the modules whose rows belong to units; `own`: units and sizes of each part, fused or not."""
+        slices, paths = [], {name: getattr(self.family, name) for name in own if name in self.parts}
+        for path in dict.fromkeys(paths.values()):
+            names = [name for name in paths if paths[name] == path]
+            units = torch.cat([own[name][0] for name in names])
+            if len(names) > 1:
+                units = units[torch.cat([self.parts[name].rows for name in names]).argsort()]
+            sizes = dict(sum((Counter(own[name][1]) for name in names), Counter()))
+            slices.append(Slice(f"{path}.weight", int(self.family.transposed), kind, units, sizes))
+            if self.module(path).bias is not None:
+                slices.append(Slice(f"{path}.bias", 0, kind, units, sizes))
+        return slices
 
     def config_terms(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Multiples of `neurons`, `heads`, `kv_groups` and `channels` as multiples of the config's own keys."""
@@ -177,43 +206,6 @@ class Block:
     def attributes(self) -> dict[str, dict[str, int]]:
         """Attributes in which stock code keeps sizes: path -> {config key: n}, the size being n times the value."""
         return {path: self.config_terms({what: 1}) for path, what in self.family.attributes.items()}
-
-    def _ffn_slices(self) -> list[Slice]:
-        family, N = self.family, torch.arange(self.neurons)
-        if self.has_experts:
-            return [
-                Slice(f"{family.experts}.gate_up_proj", 1, "ffn", N.repeat(2), {"neurons": 2}),
-                Slice(f"{family.experts}.down_proj", 2, "ffn", N, {"neurons": 1}),
-            ]
-        places = [path for path in dict.fromkeys((family.gate, family.up)) if path]
-        copies = 2 if family.gate == family.up else 1
-        rows = [s for path in places for s in self._rows(path, "ffn", N.repeat(copies), {"neurons": copies})]
-        return [*rows, self._columns(family.down, "ffn", N, {"neurons": 1})]
-
-    def _attention_slices(self) -> list[Slice]:
-        family, d = self.family, self.head_dim
-        q = torch.arange(self.kv_groups).repeat_interleave(self.channels_per_group)
-        kv = torch.arange(self.kv_groups).repeat_interleave(d)
-        own = {"query": (q, {"heads": d}), "key": (kv, {"kv_groups": d}), "value": (kv, {"kv_groups": d})}
-        if family.query == family.key:
-            units = torch.cat([q, kv, kv])
-            units = units.sort(stable=True).values if family.interleaved else units
-            slices = self._rows(family.query, "attention", units, {"heads": d, "kv_groups": 2 * d})
-        else:
-            slices = [s for name in own for s in self._rows(getattr(family, name), "attention", *own[name])]
-        for path, name in ((family.query_norm, "query"), (family.key_norm, "key")):
-            if path is not None:
-                slices.append(Slice(f"{path}.weight", 0, "attention", *own[name]))
-        return [*slices, self._columns(family.output, "attention", q, {"heads": d})]
-
-    def _rows(self, path: str, kind: str, units: Tensor, sizes: dict[str, int]) -> list[Slice]:
-        slices = [Slice(f"{path}.weight", int(self.family.transposed), kind, units, sizes)]
-        if self.module(path).bias is not None:
-            slices.append(Slice(f"{path}.bias", 0, kind, units, sizes))
-        return slices
-
-    def _columns(self, path: str, kind: str, units: Tensor, sizes: dict[str, int]) -> Slice:
-        return Slice(f"{path}.weight", int(not self.family.transposed), kind, units, sizes)
 
 
 def blocks_of(model: PreTrainedModel) -> list[Block]:

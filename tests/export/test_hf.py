@@ -19,7 +19,7 @@ from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import masked
 from tests.conftest import make_tiny_llama
-from tests.models.test_surgery import GREEDY, depth, random_masks, randomise_biases
+from tests.models.test_surgery import GREEDY, depth, random_masks
 from tests.tiny_families import make_tiny
 from tests.tiny_run import WORDS, in_this_process, tiny_tokenizer
 
@@ -40,6 +40,14 @@ VARIANTS = {
     "eager": {"attn_implementation": "eager"},
     "bfloat16": {"dtype": torch.bfloat16},
 }
+
+
+def randomise_biases(model: nn.Module) -> None:
+    """Random values in place of the zeros that biases start from."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data = torch.randn(parameter.shape, generator=generator)
 
 
 def make_pruned(recovered=False, shape=(NEURONS, GROUPS), **overrides):
