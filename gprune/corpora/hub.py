@@ -7,7 +7,8 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import huggingface_hub
 
@@ -24,10 +25,11 @@ class HubCorpus:
     name: str  # in gprune
     path: str  # on the hub
     config: str | None = None
+    parquet: str | None = None  # files of the hub's conversion; `{split}` is replaced
     text: str = "{text}"  # format string over the row's columns
     test: str | None = "test"  # the hub's name of the test split; None: there is only "train", which is cut 70/30
     limit: int | None = None  # rows to stream, of data sets too large to fetch; None fetches the split
-    documents: Callable[[list[str]], list[str]] = list  # makes documents of rows that are only lines
+    documents: Callable[[list[str]], list[str]] = list  # makes documents of rows that are only lines or sentences
 
 
 def join_articles(lines: list[str]) -> list[str]:
@@ -40,9 +42,23 @@ def join_articles(lines: list[str]) -> list[str]:
     return ["".join(article) for article in articles if "".join(article).strip()]
 
 
+def join_sentences(sentences: list[str], per_document: int = 20) -> list[str]:
+    """Documents of so many sentences each, from the Penn Treebank's sentences."""
+    starts = range(0, len(sentences), per_document)
+    return ["\n".join(sentences[start : start + per_document]) for start in starts]
+
+
 HUB_CORPORA = (
     HubCorpus("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", documents=join_articles),
     HubCorpus("c4", "allenai/c4", "en", test="validation", limit=2000),
+    # The data set's own repository is a script; the hub keeps a parquet conversion of it on a branch.
+    HubCorpus(
+        "ptb",
+        "ptb-text-only/ptb_text_only",
+        parquet="penn_treebank/{split}/*.parquet",
+        text="{sentence}",
+        documents=join_sentences,
+    ),
     HubCorpus("alpaca", "tatsu-lab/alpaca", text="Instruction: {instruction}\n{input}\nResponse: {output}", test=None),
     HubCorpus("gsm8k", "openai/gsm8k", "main", text="Question: {question}\nAnswer: {answer}"),
     HubCorpus("codeparrot", "codeparrot/codeparrot-clean-valid", text="{content}", test=None, limit=2000),
@@ -51,12 +67,18 @@ HUB_CORPORA = (
 
 def load_hub(record: HubCorpus, split: str) -> list[str]:
     """The documents of "train" or "test", in the hub's order; "train" is cut 70/30 where the hub has no test split."""
+    if record.test is None:
+        return contiguous_split(load_hub(replace(record, test="train"), "train"), split)
     import datasets  # takes a second, and only hub corpora need it
 
-    wanted = (record.test if split == "test" else None) or "train"
+    wanted = record.test if split == "test" else "train"
+    source: dict[str, Any] = {"path": record.path, "name": record.config}
+    if record.parquet:
+        files = f"hf://datasets/{record.path}@refs%2Fconvert%2Fparquet/{record.parquet.format(split=wanted)}"
+        source = {"path": "parquet", "data_files": {wanted: files}}
     try:
         with offline_if_unreachable():
-            rows = datasets.load_dataset(record.path, record.config, split=wanted, streaming=record.limit is not None)
+            rows = datasets.load_dataset(**source, split=wanted, streaming=record.limit is not None)
             texts = [record.text.format(**row) for row in itertools.islice(rows, record.limit)]
     except Exception as error:  # datasets, fsspec, the hub and the http client each raise their own
         raise UserError(
@@ -65,8 +87,7 @@ def load_hub(record: HubCorpus, split: str) -> list[str]:
             f"$GPRUNE_DATA_DIR/corpora/{record.name}/{split}.jsonl (an object with 'text' per line), name a "
             f"text file, or use an embedded corpus such as 'wiki'."
         ) from error
-    documents = [document for document in record.documents(texts) if document.strip()]
-    return documents if record.test else contiguous_split(documents, split)
+    return [document for document in record.documents(texts) if document.strip()]
 
 
 @contextlib.contextmanager
