@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shlex
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -243,13 +244,10 @@ def parts_of(rows: Sequence[Row], part: str | None) -> list[Row]:
     """Every n-th row from the i-th on, for `part` i/n; of all rows, so that shares do not depend on what is done."""
     if part is None:
         return list(rows)
-    try:
-        index, count = map(int, part.split("/"))
-        if not 1 <= index <= count:
-            raise ValueError
-    except ValueError as error:
-        raise UserError(f"--part: expected I/N with 1 <= I <= N, such as 1/4, got '{part}'.") from error
-    return list(rows[index - 1 :: count])
+    share = re.fullmatch(r"([0-9]+)/([0-9]+)", part)
+    if not share or not 1 <= int(share[1]) <= int(share[2]):
+        raise UserError(f"--part: expected I/N with 1 <= I <= N, such as 1/4, got '{part}'.")
+    return list(rows[int(share[1]) - 1 :: int(share[2])])
 
 
 def commands(path: str, rows: Sequence[Row], options: Namespace) -> Iterator[str]:

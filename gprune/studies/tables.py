@@ -54,10 +54,8 @@ def _check_text(done: Done) -> None:
             other, before = known.setdefault((kept["inputs"]["model"], row.seed, role, *amount), (row, digest))
             if before != digest:
                 raise UserError(
-                    f"Rows '{other.name}' and '{row.name}' have read other text as {role}: expected one set of files "
-                    f"and mirrors and one version of Python; remove the record of the row whose text is not today's "
-                    f"({path_of(other).name} or {path_of(row).name}) and its run folder, if there is one, and run it "
-                    f"again."
+                    f"Rows '{other.name}' and '{row.name}' have read other text as {role}: remove the record with what "
+                    f"is not today's ({path_of(other).name} or {path_of(row).name}), and its run."
                 )
 
 
