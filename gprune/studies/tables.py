@@ -54,8 +54,8 @@ def _check_text(done: Done) -> None:
             other, before = known.setdefault((kept["inputs"]["model"], row.seed, role, *amount), (row, digest))
             if before != digest:
                 raise UserError(
-                    f"Rows '{other.name}' and '{row.name}' have read other text as {role}: remove the record with what "
-                    f"is not today's ({path_of(other).name} or {path_of(row).name}), and its run."
+                    f"Rows '{other.name}' and '{row.name}' have read other text as {role}: remove the outdated "
+                    f"record ({path_of(other).name} or {path_of(row).name}) and its run folder, and run it again."
                 )
 
 

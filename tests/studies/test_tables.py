@@ -112,7 +112,7 @@ def test_rows_that_have_read_other_text_are_refused_unless_their_models_differ(b
     listing, ((row, record), *others) = bench.done(first[0])
     role = next(iter(record["inputs"]["text"]))
     inputs = record["inputs"] | {"text": record["inputs"]["text"] | {role: "other"}}
-    with pytest.raises(UserError, match=rf"have read other text as {role}: remove the record"):
+    with pytest.raises(UserError, match=rf"have read other text as {role}: remove the outdated record"):
         tables.reported(listing, [*others, (row, record | {"inputs": inputs})])
     another = record | {"inputs": inputs | {"model": "another"}}  # two models cut text in two ways
     assert len(tables.reported(listing, [*others, (row, another)]).runs) == 3
