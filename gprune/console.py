@@ -57,7 +57,6 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
     with _signals():
         try:
             say(work())
-            sys.stdout.flush()
         except UserError as error:
             return fail(str(error))
         except KeyboardInterrupt:
@@ -89,6 +88,7 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
 def say(text: str) -> None:
     """Print text that a command hands out."""
     sys.stdout.write(printable(text))
+    sys.stdout.flush()
 
 
 def _open_streams() -> None:

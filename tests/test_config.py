@@ -196,6 +196,12 @@ def test_values_of_numpy_and_paths_are_plain():
     assert type(cfg.ridge) is float
 
 
+def test_groups_may_be_plain_data_in_python():
+    assert RunConfig(sparsity={"target": 0.25}) == RunConfig(sparsity=SparsityConfig(target=0.25))
+    with pytest.raises(UserError, match=r"there is no setting 'sparsity\.targt'; did you mean 'target'\?$"):
+        RunConfig(sparsity={"targt": 0.25})
+
+
 def test_what_was_assigned_is_checked_again():
     cfg = RunConfig()
     cfg.sparsity.allocation = "depth"

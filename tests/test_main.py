@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import gprune.__main__ as command
+from gprune.config import parse
 from gprune.console import guarded, process_index, quieted, speak
 from gprune.errors import UserError
 from tests.tiny_run import environment
@@ -138,9 +139,10 @@ def progress() -> str:
 
 def test_an_output_that_takes_nothing_is_one_line():
     with open("/dev/full", "wb") as full:
-        code, said = in_a_child(progress, full.fileno())
-    assert (code, said.count("\n")) == (2, 1)
-    assert "No space left" in said
+        for work in (progress, lambda: parse(["--print_config"])):
+            code, said = in_a_child(work, full.fileno())
+            assert (code, said.count("\n")) == (2, 1)
+            assert "No space left" in said
     read, write = os.pipe()
     os.close(read)
     code, said = in_a_child(progress, write)

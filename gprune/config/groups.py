@@ -56,7 +56,8 @@ class Group(
         try:
             yield
         except ValidationError as error:
-            raise UserError(f"{refusal(error, f'--{cls.prefix}').removesuffix('.')}.") from error
+            message = refusal(error, f"--{cls.prefix}")
+            raise UserError(message if message.endswith((".", "?")) else f"{message}.") from error
 
     @field_validator("*", mode="before")
     @classmethod

@@ -48,14 +48,11 @@ def parse(args: Sequence[str] | None = None) -> RunConfig:
 
 
 def configured(layer: Mapping[str, Any], where: str = "") -> RunConfig:
-    """The configuration of settings that are plain data: nested, by dotted name, or both.
-
-    Args:
-        layer: the settings; others have their defaults.
-        where: begins the error, such as "Row 'base'".
+    """The configuration of settings that are plain data: nested, by dotted name, or both; others have their defaults.
 
     Raises:
-        UserError: for an unknown setting, a value of another type or out of range, and what cannot go together.
+        UserError: for an unknown setting, a value of another type or out of range, and what cannot go together. It
+            begins with `where`, such as "Row 'base'".
     """
     settings: dict[str, Any] = {}
     overlay(settings, layer, where or "Settings")
