@@ -26,13 +26,11 @@ class Watch:
     def remove(self) -> None:
         """Take the watcher off; doing so twice is harmless."""
         own = self.experts.__dict__
-        if self.watcher not in own.get("watchers", ()):
-            return
-        own["watchers"].remove(self.watcher)
-        if not own["watchers"]:
-            del own["watchers"], own["forward"]
-            if (before := own.pop("forward_before")) is not None:
-                own["forward"] = before
+        if self.watcher in own.get("watchers", ()):
+            own["watchers"].remove(self.watcher)
+            if not own["watchers"]:
+                del own["watchers"], own["forward"]
+                own |= own.pop("before")
 
 
 def watch_experts(experts: nn.Module, watcher: Watcher) -> Watch:
@@ -45,8 +43,8 @@ def watch_experts(experts: nn.Module, watcher: Watcher) -> Watch:
     """
     own = experts.__dict__
     if "watchers" not in own:
-        own["watchers"], own["forward_before"] = [], own.get("forward")
-        own["forward"] = lambda *inputs: _run(experts, *inputs)
+        before = {"forward": own["forward"]} if "forward" in own else {}
+        own |= {"watchers": [], "before": before, "forward": lambda *inputs: _run(experts, *inputs)}
     own["watchers"].append(watcher)
     return Watch(experts, watcher)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from gprune.errors import UserError
@@ -55,9 +54,9 @@ class Family:
     learned_positions: bool = False  # no text may be longer than max_position_embeddings
     softcap: str | None = None  # the key of the limit c in c tanh(logits / c)
     # Attributes in which stock code keeps sizes: path -> `heads`, `kv_groups`, `channels` (heads x head_dim), `neurons`
-    attributes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    attributes: Mapping[str, str] = field(default_factory=dict)
     # Families with the same arithmetic whose config allows shapes that this one refuses -> settings it then needs
-    same_as: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
+    same_as: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def fused(path: str) -> dict[str, str]:
@@ -73,13 +72,13 @@ GEMMA = {
     "softcap": "final_logit_softcapping",
 }
 HEADS_NORMED_TOGETHER = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
-EXPERTS = {"experts": "mlp.experts", "attributes": MappingProxyType({"mlp.experts.intermediate_dim": "neurons"})}
+EXPERTS = {"experts": "mlp.experts", "attributes": {"mlp.experts.intermediate_dim": "neurons"}}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         # LlamaConfig wants hidden_size to be a multiple of the heads.
-        Family("llama", same_as=MappingProxyType({"mistral": {"sliding_window": None}})),
+        Family("llama", same_as={"mistral": {"sliding_window": None}}),
         Family("mistral"),
         Family("qwen2"),
         Family("qwen3"),
@@ -91,13 +90,12 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "phi3", gate="mlp.gate_up_proj", up="mlp.gate_up_proj", activation="mlp.activation_fn",
-            **fused("self_attn.qkv_proj"), attributes=MappingProxyType({"self_attn.num_key_value_heads": "kv_groups"}),
+            **fused("self_attn.qkv_proj"), attributes={"self_attn.num_key_value_heads": "kv_groups"},
         ),
         Family(
             "opt", gate=None, up="fc1", down="fc2", activation="activation_fn", output="self_attn.out_proj",
             ffn_norm="final_layer_norm", attention_norm="self_attn_layer_norm", norms_before="do_layer_norm_before",
-            width="ffn_dim", kv_heads=None, learned_positions=True,
-            attributes=MappingProxyType({"self_attn.num_heads": "heads"}),
+            width="ffn_dim", kv_heads=None, learned_positions=True, attributes={"self_attn.num_heads": "heads"},
         ),
         Family(
             "gpt_neox", gate=None, up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", activation="mlp.act",
@@ -107,7 +105,7 @@ FAMILIES: dict[str, Family] = {
             "gpt2", layers="h", gate=None, up="mlp.c_fc", down="mlp.c_proj", activation="mlp.act",
             **fused("attn.c_attn"), output="attn.c_proj", transposed=True, ffn_norm="ln_2", attention_norm="ln_1",
             width="n_inner", kv_heads=None, learned_positions=True,
-            attributes=MappingProxyType({"attn.num_heads": "heads", "attn.split_size": "channels"}),
+            attributes={"attn.num_heads": "heads", "attn.split_size": "channels"},
         ),
         Family("mixtral", **EXPERTS),
         Family("qwen3_moe", width="moe_intermediate_size", **EXPERTS),

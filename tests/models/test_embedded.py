@@ -170,9 +170,7 @@ def test_smollm2_folder_equals_the_gguf(tmp_path, capsys):
     parts = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (ours, theirs)]
     assert parts[0].pop("pre_tokenizer") != parts[1].pop("pre_tokenizer")
     assert parts[0] == parts[1]
-    assert ours.special_tokens_map == theirs.special_tokens_map
-    assert ours.chat_template == theirs.chat_template
-    assert "<|im_start|>" in ours.chat_template
+    assert "<|im_start|>" in ours.chat_template == theirs.chat_template
     ids = torch.tensor([ours(text).input_ids])
     with torch.no_grad():
         assert torch.equal(model(ids).logits, reference(ids).logits)
