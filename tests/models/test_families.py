@@ -409,7 +409,7 @@ def test_a_family_that_scales_its_logits_is_refused_where_it_does(overrides, wor
     monkeypatch.setitem(FAMILIES, "granite", Family("granite"))
     args = worlds("granite", **overrides).args(tmp_path, "--gprune=false", "--evaluation.controls=[]")
     assert tiny_run.main([*args, "--export=none"]) == (2 if overrides else 0)
-    assert ("'granite' scales them in a way that gprune does not know" in capsys.readouterr().err) is bool(overrides)
+    assert ("'granite' scales logits in a way that gprune does not know" in capsys.readouterr().err) is bool(overrides)
 
 
 # One family of each kind in the fast tests: gated, ungated and stored transposed, and with experts.
