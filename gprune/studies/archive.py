@@ -122,7 +122,6 @@ def as_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> Fini
         records=records,
         summary=record["summary"],
         masks=None if record["masks"] is None else unpacked(record["masks"]),
-        modules=None,
         evaluation=[r | {"run": row.name} for r in evaluation],
     )
 

@@ -45,13 +45,6 @@ def test_it_resumes_without_running_anything_and_prints_the_same(bench, first, n
     assert bench(capsys, path, "--table") == again
 
 
-def test_an_equal_row_of_another_list_is_not_run_again(bench, first, nothing_runs, capsys):
-    rows = {"same by another name": {"sparsity.epochs": 2, "reliability": {"switch": False}, "logging.tags": ["x"]}}
-    out = bench(capsys, bench.write("second", rows))
-    assert "| same by another name" in out
-    assert "configurations" not in out
-
-
 def test_other_settings_and_seeds_run_again(bench, first, capsys, monkeypatch):
     path, _ = first
     ran = []
