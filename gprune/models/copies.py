@@ -17,8 +17,7 @@ from gprune.models.offload import stored
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A model as this one is, pruned or not, on the meta device and without hooks.
 
-    Args:
-        model: in memory, or offloaded; then it was loaded from a folder, so that its config tells its shapes.
+    An offloaded model was loaded from a folder, so that its config tells its shapes.
     """
     if getattr(model, "hf_device_map", None) is not None:  # its modules are bound to where weights come from
         return skeleton(copy.deepcopy(model.config), type(model))
@@ -29,11 +28,7 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def copy_without_hooks(model: PreTrainedModel, memo: dict[int, object]) -> PreTrainedModel:
-    """A deep copy of a model, whose hooks stay with the original.
-
-    Args:
-        memo: what the copy holds in place of copies, by the id of the original: as for `copy.deepcopy`.
-    """
+    """A deep copy of a model, whose hooks stay with the original; `memo` as for `copy.deepcopy`."""
     for module in model.modules():
         memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
     return copy.deepcopy(model, memo)

@@ -147,14 +147,8 @@ def tell_sizes(module):
 
 
 def tell_layer(layer, config, values, attributes):
-    """Let stock code find a layer's own sizes: in its attributes, and in the config that its modules read.
-
-    Args:
-        layer: decoder layer with its parameters cut to size.
-        config: the model's config.
-        values: config key -> this layer's value.
-        attributes: path -> {config key: n}.
-    """
+    """Let stock code find a layer's own sizes, `values` by config key: in its attributes, and in the config that its
+    modules read."""
     own = LayerConfig(config, values)
     for path, terms in attributes.items():
         module, name = find(layer, path)

@@ -153,9 +153,9 @@ def check_masks(model: PreTrainedModel, masks: Masks) -> None:
     for block, ffn, attention in zip(blocks, masks.ffn, masks.attention, strict=True):
         if ffn.any() != attention.any():
             raise ValueError(f"masks of block {block.index}: expected units kept of both scopes, or of none.")
-        widths = set(ffn.view(block.experts, -1).sum(1).tolist())
-        if len(widths) > 1:
-            raise ValueError(f"masks.ffn[{block.index}]: expected as many neurons in every expert, got {widths}.")
+        counts = set(ffn.view(block.experts, -1).sum(1).tolist())
+        if len(counts) > 1:
+            raise ValueError(f"masks.ffn[{block.index}]: expected as many neurons in every expert, got {counts}.")
 
 
 def widths(model: PreTrainedModel) -> dict[str, list[int]]:
