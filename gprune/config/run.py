@@ -10,15 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from gprune.checks import NonNegative, Text
-from gprune.config.groups import (
-    SEVERAL,
-    CorporaConfig,
-    Group,
-    ModelConfig,
-    PartitionConfig,
-    ReliabilityConfig,
-    SparsityConfig,
-)
+from gprune.config.groups import CorporaConfig, Group, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
 from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.corpora.load import check_corpus, identity
 from gprune.errors import UserError
@@ -146,7 +138,7 @@ class RunConfig(Group):
         if self.gprune:
             names |= {IMPORTANCE[self.importance].drift, self.reliability.metric}
         gram = recovery_of(self.recovery).needs & {"gram"}
-        return gram.union(*(IMPORTANCE[name].needs for name in names - set(SEVERAL)))
+        return gram.union(*(IMPORTANCE[name].needs for name in names if name in IMPORTANCE))
 
     @property
     def collects(self) -> frozenset[str]:
