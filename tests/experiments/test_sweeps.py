@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import wandb
 import yaml
 
 from gprune.cli import main
@@ -130,8 +131,10 @@ def test_a_budget_as_an_agent_starts_it(tmp_path, monkeypatch):
         "wandb_version: 1\n" + yaml.safe_dump({name: {"value": value} for name, value in point.items()})
     )
     agent = {"WANDB_SWEEP_ID": "sweep", "WANDB_RUN_ID": "given", "WANDB_DIR": str(tmp_path)}
+    wandb.teardown()  # an agent starts a process, and a process reads the environment once
     with tiny_run.isolated(tmp_path / "cache", **agent, WANDB_SWEEP_PARAM_PATH=str(tmp_path / "point.yaml")):
         assert main(line) == 0
+    wandb.teardown()
     run = tmp_path / "runs" / parse(line).run_name
     assert not (run / "model").exists()
 
