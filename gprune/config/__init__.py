@@ -2,7 +2,7 @@
 
 from gprune.config.groups import CorporaConfig, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
 from gprune.config.parse import CONSENT, check_settings, configured, flat, parse, read_flags, read_settings
-from gprune.config.run import RunConfig
+from gprune.config.run_config import RunConfig
 from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
 
 __all__ = [

@@ -14,7 +14,7 @@ import yaml
 
 from gprune.checks import shown
 from gprune.config.groups import Group
-from gprune.config.run import RunConfig
+from gprune.config.run_config import RunConfig
 from gprune.console import Parser, say
 from gprune.errors import UserError
 from gprune.storage.yaml_text import load_yaml, read_yaml, reason, to_yaml
