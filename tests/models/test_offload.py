@@ -108,6 +108,7 @@ def test_an_offloaded_model_is_the_same_model(family, placed, ids):
     assert torch.equal(away(ids).logits, whole(ids).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_offloaded_model_is_pruned_into_the_same_folder(family, placed, ids, tmp_path):
     whole, away = placed(family)

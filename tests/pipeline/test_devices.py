@@ -149,6 +149,7 @@ def world(tmp_path_factory):
         yield world
 
 
+@pytest.mark.slow
 def test_a_whole_run(world, tmp_path, monkeypatch):
     """The default run: thresholds, least squares, distillation, export; KV groups too."""
     tiny_run.quick(monkeypatch)

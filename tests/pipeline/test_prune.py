@@ -187,6 +187,7 @@ def test_same_seed_same_bits_elsewhere_and_another_seed_differs(finished, world,
     assert [r["content_hash"] for r in other.records] == [r["content_hash"] for r in finished.records]  # same test
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 def test_metrics_run_and_meet_the_budget(metric, world, tmp_path, dense):
     result = world.run(tmp_path, f"--importance={metric}")
@@ -339,6 +340,7 @@ def test_recovery_stands_beside_the_same_without_and_the_base_with_it(recovery, 
         assert same == (r["recovery"] == "none"), r["stage"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("controls", ["[averaged]", "[]"])
 def test_rows_without_recovery_are_left_out_where_nobody_asks(controls, world, tmp_path, switched):
     """Also where averaged, which then comes with recovery alone, is still to be scored."""
@@ -379,6 +381,7 @@ def preset(world, tmp_path_factory, cache):
     return run_once(world, tmp_path_factory.mktemp("presets"), lambda name: ["--gprune=false", *PRESETS[name]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "ShortGPT"])
 def test_presets_run_and_meet_the_budget(name, preset, dense, token_batch):
     result = preset(name)
@@ -434,6 +437,7 @@ def calibration_tokens(result):
     return step.get("forward_tokens", 0), step.get("forward_backward_tokens", 0)
 
 
+@pytest.mark.slow
 def test_several_metrics_share_one_pass_and_have_the_bits_of_their_own(world, tmp_path, monkeypatch):
     tokens = 4 * 32  # of one corpus
     shared = tmp_path / "shared"

@@ -83,6 +83,7 @@ class Read(HTMLParser):
         self.said.append(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["one", "both"])
 def test_a_page_is_one_file_of_sound_html(which, finished, compared):
     text = (compared if which == "both" else finished.path / "report.html").read_text()

@@ -522,6 +522,7 @@ def written(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_what_the_command_writes(run, capsys):
     made, output = report.make([run]), run / "report"
     assert main([str(run)]) == 0
@@ -539,6 +540,7 @@ def test_what_the_command_writes(run, capsys):
     assert {p: p.read_bytes() for p in before} == before  # the same bytes, so that they can be kept in a repository
 
 
+@pytest.mark.slow
 def test_a_report_of_several_runs_and_nothing_of_the_one_before_it(run, tmp_path, capsys):
     other, output = another(run, "other", setting=0.5), tmp_path / "report"
     report.make([run, other]).write(output, ("png",))

@@ -346,6 +346,7 @@ def test_a_checkpoint_stays_until_what_was_learned_is_written(world, tmp_path, q
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_recovery_may_train_in_two_phases(world, tmp_path, quick, monkeypatch):
     """Each is trained, kept, and given back to a second sitting."""
     monkeypatch.setattr(RECOVERY, "_entries", dict(RECOVERY._entries))
@@ -378,6 +379,7 @@ def test_a_recovery_may_train_in_two_phases(world, tmp_path, quick, monkeypatch)
     assert [r["nll"] for r in again.records] == [r["nll"] for r in first.records]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_whole_or_foreign_is_not_taken(undisturbed, world, tmp_path, quick, capsys):
     flags = (*FLAGS, *ALONE, OFTEN)
     content = {}
