@@ -17,6 +17,8 @@ from typing import NoReturn, TextIO
 
 from gprune.errors import UserError, printable
 
+BOLD = re.compile(r"(\x1b\[[01]m)")  # on and off: all that rich adds to a table, whose cells are printable already
+
 
 class Parser(argparse.ArgumentParser):
     """Raises UserError where argparse would print its usage and leave; prints help as it was written."""
@@ -86,8 +88,8 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
 
 
 def say(text: str) -> None:
-    """Print text that a command hands out."""
-    sys.stdout.write(printable(text))
+    """Print text that a command hands out; of what controls a terminal, bold alone is let through."""
+    sys.stdout.write("".join(part if BOLD.fullmatch(part) else printable(part) for part in BOLD.split(text)))
     sys.stdout.flush()
 
 

@@ -16,6 +16,7 @@ from rich.table import Column
 from rich.text import Text
 
 from gprune.console import process_index
+from gprune.errors import printable
 
 Advance = Callable[..., None]  # after a batch: its tokens over all processes, and a note
 
@@ -45,7 +46,9 @@ class Screen:
         self._started = time.monotonic()
         console = console or Console(file=sys.stdout)
         self._progress = Progress(
-            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+            TextColumn(
+                "{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            ),
             BarColumn(bar_width=14),
             TextColumn("{task.fields[speed]}", "cyan", "right", table_column=Column(min_width=15, no_wrap=True)),
             _Left(table_column=Column(min_width=12, no_wrap=True)), console=console, expand=True, transient=True,
@@ -86,7 +89,7 @@ class Screen:
         return advance
 
     def _show(self, what: str, batches: int | None = None, done: int = 0) -> str:
-        title = f"step {self._number}/{self._last} {what}" if self._number else what
+        title = printable(f"step {self._number}/{self._last} {what}" if self._number else what)
         self._progress.reset(self._step, total=batches, completed=done, description=title, visible=True, speed="")
         return title
 

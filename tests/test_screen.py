@@ -5,12 +5,20 @@ from __future__ import annotations
 import io
 import re
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from gprune.report import Estimate, Table
+from gprune import cli
+from gprune.benchmarks import command as evaluation
+from gprune.benchmarks import measurement
+from gprune.report import Estimate, Report, Table
+from gprune.report.command import main as report_main
 from gprune.screen import Screen
+from tests import made_up
+from tests.tiny_run import isolated, on_a_terminal
 
 
 def terminal(width: int) -> Console:
@@ -29,14 +37,14 @@ def test_bars_fit_and_say_step_speed_and_time_left(width):
     worked = [0.0]
     with Screen({1: 100, 2: 300}, lambda: worked[0], console=terminal(width)) as screen:
         assert screen.step(1, "Calibrating") == "step 1/2 Calibrating"
-        advance = screen.bar("Calibrating on wiki, web, python_code", 4)
+        advance = screen.bar("Calibrating on wiki, x[/b].txt, \x1b[2J", 4)
         for _ in range(3):
             time.sleep(0.01)
             worked[0] += 25
             advance(25, "loss 3.210")
         run, step = shown(screen, width)
     assert re.fullmatch(r"run .*0:00:\d\d left", run)
-    assert re.fullmatch(r"step 1/2 Calibrating on wiki, .+ [\d,]+ tokens/s 0:00:\d\d left", step)
+    assert re.fullmatch(r"step 1/2 Calibrating on wiki, x\[/b\].+ [\d,]+ tokens/s 0:00:\d\d left", step)
     assert max(len(run), len(step)) == width
 
 
@@ -68,7 +76,7 @@ def test_without_a_terminal_nothing_is_shown(capsys):
 
 
 TABLE = Table(
-    "result", "", ["", "wiki*", "web", "python_docs", "stackexchange", "unseen / base"],
+    "result", "", ["", "wiki*", "[/b]", "python_docs", "stackexchange", "unseen / base"],
     [["averaged + least_squares+distill", 1.5, 22.25, 333.125, 4444.0, Estimate(0.5, 0.25, 0.75)],
      ["dense", 1.0, 2.0, None, 4.0, None]],
     {"unseen / base": 3}, "\\* seen: a note that is long enough to be wrapped in a terminal that has but few columns.",
@@ -79,10 +87,45 @@ TABLE = Table(
 def test_a_table_fits_any_terminal_and_loses_nothing(width):
     text = TABLE.to_terminal(width)
     assert max(map(len, text.splitlines())) <= width
-    for cell in ("wiki*", "python_docs", "1.50", "333.12", "4444.00", "0.500 [0.250, 0.750]", "unseen / base"):
+    for cell in ("wiki*", "[/b]", "python_docs", "1.50", "333.12", "4444.00", "0.500 [0.250, 0.750]", "unseen / base"):
         assert cell in text, cell
     assert "\\" not in text
     assert text.count("dense") == {50: 3, 60: 2}.get(width, 1)
+
+
+HOSTILE, PRINTED = "[b]\x1b[2J.txt", r"[b]\x1b[2J.txt"
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Commands that end in a table with the name of a hostile file in it, without the work before it."""
+    records = [r | {"corpus": r["corpus"].replace("stories", HOSTILE)} for r in made_up.records()]
+    monkeypatch.setattr(made_up, "records", lambda: records)
+    run = made_up.write_run(tmp_path / "run")
+    result = SimpleNamespace(records=records, summary=made_up.SUMMARY, path=run)
+    monkeypatch.setattr("gprune.pipeline.prune.prune", lambda cfg: result)
+    monkeypatch.setattr(Report, "write", lambda report, folder: [Path(folder) / "report.md"])
+    measured = made_up.ANSWERS | {"task": HOSTILE, "run": "a run"}
+    monkeypatch.setattr(measurement, "evaluate", lambda *args, **options: ([measured], None))
+    with isolated(tmp_path / "cache"):
+        yield {
+            "train.py": lambda: cli.main([f"--run.dir={tmp_path}", "--logging.mode=disabled"]),
+            "gprune report": lambda: report_main([str(run)]),
+            "gprune evaluate": lambda: evaluation.main(["a model", "--tasks", "piqa"]),
+        }
+
+
+@pytest.mark.parametrize("width", [80, 140])
+@pytest.mark.parametrize("name", ["train.py", "gprune report", "gprune evaluate"])
+def test_a_terminal_shows_tables_with_bold_headers_and_names_as_text(name, width, commands):
+    for variables in ({}, {"NO_COLOR": "1"}):
+        text = on_a_terminal(commands[name], width, **variables)
+        plain = re.sub(r"\x1b\[[01]m", "", text)
+        assert ("\x1b[1m" in text) is not bool(variables)
+        assert "\x1b" not in plain
+        assert "\\x1b[1m" not in text
+        assert PRINTED in plain
+        assert max(len(line) for line in plain.splitlines() if "\u2500" in line) <= width  # the rule is as wide as all
 
 
 def test_where_stdout_is_no_terminal_tables_are_markdown():

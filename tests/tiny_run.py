@@ -9,15 +9,17 @@ from __future__ import annotations
 import base64
 import logging
 import os
+import pty
 import random
 import runpy
 import signal
 import socket
 import sys
 import tempfile
+import termios
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -255,6 +257,29 @@ def _started(script: Path, args: Sequence[str], variables: dict[str, str], rank:
 def train(args: Sequence[str], folder: Path, **how: Any) -> list[CompletedProcess[str]]:
     """As `start`, waiting for the end."""
     return [child.wait() for child in start(args, folder, **how)]
+
+
+def on_a_terminal(work: Callable[[], object], width: int, **variables: str) -> str:
+    """What a command writes to a terminal so wide, in a process forked from this one."""
+    child, screen = pty.fork()
+    if child == 0:
+        try:
+            termios.tcsetwinsize(1, (40, width))
+            for name in ("COLUMNS", "NO_COLOR"):
+                os.environ.pop(name, None)
+            os.environ.update({"TERM": "xterm-256color"} | variables)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            os._exit(work() or 0)
+        finally:
+            traceback.print_exc()
+            os._exit(1)
+    written = b""
+    with suppress(OSError):  # at the end
+        while part := os.read(screen, 65536):
+            written += part
+    os.close(screen)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, written
+    return written.decode().replace("\r\n", "\n")
 
 
 def environment(cache: Path, **more: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
+
+from gprune.errors import printable
 
 TableName = Literal[  # of a report
     "comparison", "evaluation", "perplexity", "repeatability", "sparsity", "stability", "summary"
@@ -73,26 +76,30 @@ class Table:
     def to_terminal(self, width: int) -> str:
         """The table in characters, and its note below: in several parts where it is too wide for one.
 
+        Cells are text, never rich's markup. Headers are bold if stdout is a terminal and `$NO_COLOR` is not set.
+
         Args:
             width: characters that a line may have.
         """
-        plain = [self.columns, *self.texts()]
+        plain = [[printable(cell) for cell in row] for row in (self.columns, *self.texts())]
         widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
         # Names are folded, to a fifth of the width at least, where that makes one part of all; else to a third.
         beside = width - sum(w + 2 for w in widths[1:])
         fifth, third = (min(widths[0], max(width // share, 12)) for share in (5, 3))
         first = min(beside, widths[0]) if beside >= fifth else third
-        console = Console(width=width, file=io.StringIO(), force_terminal=sys.stdout.isatty(), record=False)
+        colours = None if os.environ.get("NO_COLOR") else "auto"  # rich itself would leave what is bold
+        console = Console(color_system=colours, width=width, file=io.StringIO(), force_terminal=sys.stdout.isatty())
         for part in _parts(widths[1:], width - first):
             made = Grid(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, header_style="bold")
-            made.add_column(plain[0][0], width=first, overflow="fold")
+            made.add_column(Text(plain[0][0]), width=first, overflow="fold")
             for column in part:
-                made.add_column(plain[0][1 + column], justify="right", min_width=min(widths[1 + column], width // 3))
+                header, least = Text(plain[0][1 + column]), min(widths[1 + column], width // 3)
+                made.add_column(header, justify="right", min_width=least)
             for name, *cells in plain[1:]:
                 made.add_row(*(Text(cell) for cell in (name, *(cells[column] for column in part))))
             console.print(made)
             console.print()
-        console.print(Text(self.plain_note))
+        console.print(Text(printable(self.plain_note)))
         return console.file.getvalue().strip("\n")
 
     def to_text(self) -> str:

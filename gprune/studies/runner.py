@@ -6,7 +6,6 @@ record is not run again, whichever list asks for it.
 
 from __future__ import annotations
 
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -140,7 +139,6 @@ def finish(listing: Listing, chosen: Sequence[Row], ran: Sequence[tuple[Row, Mad
 def say_kept(row: Row, started: float, what: str = "") -> None:
     """Say how many seconds a row, or its tasks, took, and that they are on the disk."""
     say(f"{row.name}, seed {row.seed}: {what}{time.monotonic() - started:.0f} s, kept\n")
-    sys.stdout.flush()
 
 
 def measure_tasks(row: Row, folder: Path, record: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,12 @@ from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_ratio
 from gprune.report.perplexity_tables import over_seeds
 from gprune.report.table import Estimate
-from gprune.studies import tables
+from gprune.studies import command, tables
 from gprune.studies.archive import record_of
 from gprune.studies.listing import OF_MASKS
 from gprune.studies.ranges import log_range, range_table
 from tests.studies.workbench import COMPARE, ROWS, cells, fake_run, unseen
+from tests.tiny_run import on_a_terminal
 
 
 def test_comparisons_are_paired_over_windows(bench, first):
@@ -46,6 +49,13 @@ def test_one_division_into_seen_and_unseen_for_all_rows(bench, first):
     assert "In every row alpha.txt, delta.txt count as seen" in tables.text_of(listing, done)
     with pytest.raises(UserError, match=r"Row 'plain': expected text that the list calls unseen, got .*alpha"):
         tables.reported(*bench.done(bench.write("hidden", ROWS, seen=[delta])))
+
+
+def test_a_terminal_shows_bold_headers(bench, first):
+    args = [str(first[0]), "--table", "--costs", "--records", str(bench.records)]
+    text = on_a_terminal(lambda: command.main(args), 100)
+    assert re.search(r"\x1b\[1m *peak MiB", text)
+    assert "\\x1b" not in text
 
 
 def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
