@@ -43,7 +43,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a place to write a file or a folder; on success it becomes `path`, on failure it is removed.
 
     What stood at `path` stays until the new one is whole, and comes back if the exchange itself fails. The place lies
-    in a scratch folder beside `path` and has the name of `path`, so that what is written may name itself.
+    in a scratch folder beside `path` and has the name of `path`, so that what is written may name itself. Its files
+    get the mode of any new file: safetensors keeps its own from all users but their owner.
 
     Raises:
         UserError: when the folder cannot be written or the disk is full.
@@ -51,6 +52,11 @@ def replacing(path: Path) -> Iterator[Path]:
     with disk_errors(path), scratch_folder(path) as folder:
         new = folder / path.name
         yield new
+        (folder / ".new").touch()
+        mode = (folder / ".new").stat().st_mode
+        for file in (new, *new.rglob("*")):
+            if file.is_file() and file.stat().st_mode != mode:
+                file.chmod(mode)
         if new.is_dir() and path.is_dir():  # which cannot be replaced by one call
             os.replace(path, folder / OLD)
         os.replace(new, path)

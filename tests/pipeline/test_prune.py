@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -108,6 +111,20 @@ def test_run_folder_is_complete(finished):
     assert all(step["peak_memory_mib"] > 0 and step["seconds"] >= 0 for step in manifest["steps"].values())
     assert manifest["logits"]["sliced_minus_reloaded"] == 0.0
     assert manifest["logits"]["masked_minus_sliced"] <= 1e-4
+
+
+def test_other_users_read_a_run_and_the_cache(finished):
+    umask = os.umask(0o022)
+    os.umask(umask)
+    ours, cached = (
+        [file for file in folder.rglob("*") if file.is_file()]
+        for folder in (finished.path, Path(os.environ["GPRUNE_CACHE"]))
+    )
+    assert {file.stat().st_mode & 0o777 for file in (*ours, *cached)} == {0o666 & ~umask}
+    if os.getuid() == 0 and umask == 0o022:
+        names = [file.relative_to(finished.path) for file in ours]  # nobody may enter the folder of pytest's folders
+        nobody = {"user": 65534, "group": 65534, "extra_groups": []}
+        subprocess.run(["cat", *names], cwd=finished.path, stdout=subprocess.DEVNULL, check=True, **nobody)
 
 
 def test_config_is_resolved_and_repeats_the_run(finished):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from gprune.errors import UserError
 from gprune.storage import files
@@ -43,6 +44,22 @@ def test_the_new_one_takes_the_place_of_the_old_one_and_nothing_else_is_left(kin
         assert said(kind, path) == text
         assert list(path.parent.iterdir()) == [path]
     assert kind == "file" or not (path / "old.txt").exists()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_modes_of_files_follow_the_umask(umask, mode, tmp_path):
+    """safetensors' own is 0600."""
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "a.json", {"x": 1})
+        write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+        with replacing(tmp_path / "model") as folder:
+            (folder / "deep").mkdir(parents=True)
+            save_file({"x": torch.zeros(2)}, folder / "deep" / "b.safetensors")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.rglob("*") if file.is_file()}
+    assert modes == dict.fromkeys(("a.json", "a.safetensors", "b.safetensors"), mode)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("ours"), KeyboardInterrupt(), SystemExit(143)])
