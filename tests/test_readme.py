@@ -272,7 +272,7 @@ def test_the_recipe_for_a_stage_recovers_the_whole_model_in_a_run(world, tmp_pat
 
 
 @pytest.mark.usefixtures("scratch")
-@pytest.mark.parametrize("family", ["smollm3", "starcoder2"])
+@pytest.mark.parametrize("family", ["seed_oss", "starcoder2"])
 def test_the_recipe_for_a_family_prunes_and_reloads(family, tmp_path):
     run_block("FAMILIES[record.model_type]")
     ids = torch.arange(3, 35).view(2, 16)

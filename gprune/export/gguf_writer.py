@@ -141,6 +141,8 @@ def unlike_llama(config: PreTrainedConfig, block: Block) -> str | None:
         return f"has rope_type {kind} instead of default, linear or llama3"
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
         return "rotates a part of each head"
+    if 0 in (getattr(config, "no_rope_layers", None) or ()):
+        return "has layers without rotation"
     if not (block.neurons and block.kv_groups):  # where a size is 0, llama.cpp skips more than the FFN or attention
         return f"has no FFN or no attention in layer {block.index}"
     return None

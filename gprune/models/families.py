@@ -82,6 +82,7 @@ FAMILIES: dict[str, Family] = {
         Family("mistral"),
         Family("qwen2"),
         Family("qwen3"),
+        Family("smollm3"),
         Family("gemma2", **GEMMA),
         Family("gemma3_text", **GEMMA),
         Family(

@@ -43,6 +43,7 @@ FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "us
 def variants() -> list[tuple[str, dict]]:
     """Every family as it is; with each flag of its config turned over; with other numbers of key/value heads."""
     rows: list[tuple[str, dict]] = [("qwen3_moe", {"mlp_only_layers": [1]})]  # a dense layer between experts
+    rows.append(("smollm3", {"no_rope_layers": [1, 0, 1]}))
     for name, family in FAMILIES.items():
         known = CONFIG_MAPPING[name]()
         flags = [flag for flag in FLAGS if isinstance(getattr(known, flag, 0), bool)]
