@@ -22,9 +22,9 @@ from gprune.recoveries import RECOVERY, recovery
 from gprune.sparsity.allocation import ALLOCATION, allocation
 
 if TYPE_CHECKING:
+    from gprune.export.hf import apply_masks
     from gprune.models.loading import register
     from gprune.models.masks import Masks
-    from gprune.models.surgery import prune as apply_masks
     from gprune.pipeline.prune import prune
     from gprune.runs.results import PruningResult, load_run
     from gprune.sparsity.gates import masked
@@ -39,7 +39,7 @@ __getattr__, __dir__ = later(
     {
         "Masks": "gprune.models.masks:Masks",
         "PruningResult": "gprune.runs.results:PruningResult",
-        "apply_masks": "gprune.models.surgery:prune",
+        "apply_masks": "gprune.export.hf:apply_masks",
         "load_run": "gprune.runs.results:load_run",
         "masked": "gprune.sparsity.gates:masked",
         "prune": "gprune.pipeline.prune:prune",

@@ -36,7 +36,9 @@ from gprune.export.reload import aligned
 from gprune.models import modeling_pruned
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import pruned_classes, register, skeleton
+from gprune.models.masks import Masks
 from gprune.models.offload import device_of, is_offloaded, lend_all
+from gprune.models.surgery import prune
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
 
@@ -48,6 +50,7 @@ NOT_CARRIED = {
     *("per_layer_config", "pruned_layout", "added_biases"),
     *("rope_theta", "rope_scaling", "transformers_version", "_name_or_path"),
 }
+KNOWN_CODE = re.compile(r"transformers\..*|.*\bmodeling_pruned")  # modules of models that our classes stand for
 SHARD = 5 * 10**9  # bytes; larger models are written in several files
 OUR_FILES = re.compile(
     r"README\.md|config\.json|generation_config\.json|modeling_pruned\.py|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
@@ -111,20 +114,56 @@ def pruned_skeleton(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def to_exportable(model: PreTrainedModel) -> PreTrainedModel:
-    """The same network as the class that is saved: a stock one where that can be. It is to be saved, not to compute:
-    weights are shared, not copied, and what no file holds, such as rotary frequencies, is left on the meta device.
+    """The same network as the class that is saved, a stock one where that can be; weights are shared, not copied.
 
     Args:
-        model: of a supported family, pruned or not, once or twice.
+        model: of a supported family, pruned or not, once or twice. An offloaded one gives a model that is only saved.
     """
     register()  # for a family whose record came after the import
     exportable = stock_skeleton(model) or pruned_skeleton(model)
     exportable.load_state_dict(model.state_dict(), strict=True, assign=True)
     exportable.tie_weights()
+    for name, parameter in model.named_parameters():
+        exportable.get_parameter(name).requires_grad_(parameter.requires_grad)
+    for path, module in list(exportable.named_modules()):  # what no file holds
+        own = model.get_submodule(path)
+        if "RotaryEmbedding" in type(module).__name__:
+            exportable.set_submodule(path, own)  # with frequencies that follow the length of the text
+        else:
+            module._buffers.update(own._buffers)
+    for choice in ("_attn_implementation", "_experts_implementation"):
+        setattr(exportable.config, choice, getattr(model.config, choice))
     exportable.generation_config = copy.deepcopy(model.generation_config)
     if is_offloaded(model):
         lend_all(exportable, model)
-    return exportable
+    return exportable.train(model.training)
+
+
+def portable(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as `gprune.load_run` gives it: `save_pretrained`, also after training, writes a folder that loads.
+
+    Returned as it is, to be saved by `save_pruned`: a model on several devices or offloaded, which needs its hooks; one
+    whose code is not that of transformers; one with weights that no config describes, such as adapters.
+    """
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) == 1 and not is_offloaded(model) and KNOWN_CODE.fullmatch(type(model).__module__):
+        with suppress(RuntimeError):  # load_state_dict's, of weights that have no place
+            return to_exportable(model)
+    return model
+
+
+def apply_masks(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> PreTrainedModel:
+    """The model without what the masks remove, really smaller; `save_pretrained` of it writes a folder that loads.
+
+    Args:
+        model: of a supported family; a pruned one may be pruned again.
+        masks: per block (neurons,) and (kv_groups,) bool, True = keep, as long as the model's present widths.
+        inplace: slice `model` itself, to save memory: the result shares its weights. Otherwise it is left as it was.
+
+    Raises:
+        ValueError: a mask of the wrong length or dtype, or one that keeps nothing where the other keeps something.
+    """
+    return portable(prune(model, masks, inplace=inplace))
 
 
 def save_pruned(

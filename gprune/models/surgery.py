@@ -5,7 +5,7 @@ the query heads that share it, their columns of the output projection, and their
 whole groups go, the ratio of query to key/value heads does not change. Stock attention code infers the number of heads
 from the shapes, or reads it from attributes that the family's record names, which are set. The model's config keeps the
 dense numbers: the weights tell the true widths (`gprune.models.blocks.blocks_of`), and `gprune.export` writes them for
-other programs. Plain `save_pretrained` of a pruned stock model writes a folder that cannot be loaded.
+other programs. `save_pretrained` can be called on what `gprune.export.hf.portable` makes of the result.
 
 Experts of one block end up equally wide, each with its own neurons, so that their tensors stay stacked. A block whose
 masks keep nothing goes as a whole, norms included: the decoder has a layer fewer.
@@ -42,8 +42,7 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
     device and `requires_grad`. A pruned model can be pruned again, with masks as long as its present widths.
 
     Args:
-        model: model of a supported family.
-        masks: per block (neurons,) and (kv_groups,) bool, True = keep.
+        model, masks: as for `gprune.apply_masks`.
         inplace: slice `model` itself; otherwise it is left bit for bit as it was, and memory peaks at the dense
             model plus the smaller one, never two dense ones.
 

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from gprune.config import RunConfig
 from gprune.errors import UserError
+from gprune.export.hf import portable
 from gprune.pipeline.calibrate import calibrate
 from gprune.pipeline.evaluate import evaluate, summarise, write_pages
 from gprune.pipeline.partition import assess, measure_drift, partition
@@ -67,5 +68,6 @@ def prune(cfg: RunConfig) -> PruningResult:
             write_pages(run)
         return PruningResult(
             path=run.folder.path, config=cfg, masks=final, modules=modules, thresholds=thresholds,
-            statistics=statistics, records=records, summary=summary, model=pruned, tokenizer=run.tokenizer,
+            statistics=statistics, records=records, summary=summary, model=portable(pruned),
+            tokenizer=run.tokenizer,
         )  # fmt: skip

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+import gprune
 from gprune.errors import UserError
 from gprune.export import hf
 from gprune.models.blocks import blocks_of
@@ -72,10 +73,11 @@ def test_rotary_embeddings_of_every_kind_reload_with_unequal_heads(kind, tmp_pat
     """These ask the config for the size of a head, of which layers with unequal heads have none in common."""
     factors = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0] * 4} if kind == "longrope" else {}
     model = make_pruned(rope_parameters={"rope_type": kind, **BY_LENGTH, **factors})
-    loaded = load(hf.save_pruned(model, None, tmp_path / "model"))
+    model(torch.arange(2, 42)[None])  # from here on it has frequencies for long text
+    others = hf.portable(model), load(hf.save_pruned(model, None, tmp_path / "model"))
     for length in (12, 40):  # within what the model was trained on, and beyond it
         ids = torch.arange(2, 2 + length)[None]
-        assert hf.max_logit_difference(loaded(ids).logits, model(ids).logits) == 0.0
+        assert [hf.max_logit_difference(other(ids).logits, model(ids).logits) for other in others] == [0.0, 0.0]
 
 
 def load(folder, auto=AutoModelForCausalLM, **options):
@@ -198,13 +200,34 @@ def test_attention_implementation_reaches_every_layer(tmp_path, token_batch):
     torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=0)
 
 
-def test_exportable_shares_weights_and_says_how_to_generate():
-    model = make_pruned()
+def test_what_masks_leave_is_as_it_was_but_smaller():
+    """Dropout, what learns, attention, generation; weights are not held twice."""
+    model, masks = make_tiny_llama(attn_implementation="eager").train(), random_masks(NEURONS, GROUPS)
     model.generation_config.max_length = 33
-    exportable = hf.to_exportable(model)
-    pointers = [{n: p.data_ptr() for n, p in m.named_parameters()} for m in (model, exportable)]
+    blocks_of(model)[1].gate.weight.requires_grad_(True)
+    small = gprune.apply_masks(model, masks)
+    assert type(small) is PrunedLlamaForCausalLM
+    assert small.training
+    assert [name for name, p in small.named_parameters() if p.requires_grad] == ["model.layers.1.mlp.gate_proj.weight"]
+    assert {layer.self_attn.config._attn_implementation for layer in small.model.layers} == {"eager"}
+    assert small.generation_config.max_length == 33
+    assert widths(model)["neurons"] == [48] * 3
+    shared = gprune.apply_masks(model, masks, inplace=True)
+    pointers = [{n: p.data_ptr() for n, p in m.named_parameters()} for m in (model, shared)]
     assert pointers[0] == pointers[1]
-    assert exportable.generation_config.max_length == 33
+
+
+def test_code_and_weights_that_no_config_of_ours_describes_are_left_alone():
+    class Own(LlamaForCausalLM):
+        """May compute otherwise."""
+
+    own, added = make_tiny_llama(), make_tiny_llama()
+    own.__class__ = Own
+    added.adapter = nn.Linear(2, 2)
+    for model in (own, added):
+        small = gprune.apply_masks(model, random_masks(NEURONS, GROUPS))
+        assert type(small) is type(model)
+        assert widths(small) == {"neurons": NEURONS, "kv_groups": GROUPS}
 
 
 def test_whole_blocks_of_a_reloaded_model_go_too_and_its_table_moves_along(tmp_path, token_batch):

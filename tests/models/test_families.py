@@ -5,9 +5,11 @@ A new record in `gprune.models.families.FAMILIES` is covered by all of this by i
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig
 from transformers.pytorch_utils import Conv1D
 
+import gprune
 from gprune.calibration.collector import collect
 from gprune.cli import main
+from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
@@ -228,62 +232,24 @@ def test_heads_that_llama_refuses_are_saved_as_mistral(ids, tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits, pruned(ids).logits)
 
 
-@pytest.mark.slow
-def test_folders_load_without_gprune(ids, tmp_path):
-    """All families in one fresh process that cannot import gprune."""
-    for family in FAMILIES:
-        model = make_tiny(family)
-        pruned = prune(model, some_masks(model, attention=True))
-        folder = save_pruned(pruned, None, tmp_path / family)
-        assert sorted(path.name for path in folder.glob("*.py")) == ["modeling_pruned.py"]
-        save_file(
-            {"logits": pruned(ids, use_cache=False).logits.contiguous(), "ids": ids}, folder / "expected.safetensors"
-        )
-    script = tmp_path / "load.py"
-    script.write_text(
-        "import sys, torch\nfrom pathlib import Path\nfrom safetensors.torch import load_file\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "for folder in sorted(p for p in Path(sys.argv[1]).iterdir() if p.is_dir()):\n"
-        "    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()\n"
-        "    want = load_file(folder / 'expected.safetensors')\n"
-        "    got = model(want['ids'], use_cache=False).logits\n"
-        "    print(folder.name, (got - want['logits']).abs().max().item())\n"
-        "assert 'gprune' not in sys.modules\n"
-    )
-    environment = tiny_run.environment(tmp_path / "cache", HF_MODULES_CACHE=str(tmp_path / "modules"))
-    done = subprocess.run(
-        [sys.executable, "-P", str(script), str(tmp_path)], cwd=tmp_path, env=environment,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = dict(line.split() for line in done.stdout.splitlines() if line)
-    assert rows.keys() == FAMILIES.keys()
-    assert {name: float(value) for name, value in rows.items()} == dict.fromkeys(FAMILIES, 0.0)
+def reloaded(model: nn.Module, folder: Path) -> nn.Module:
+    """What `save_pretrained` of the model alone writes."""
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
 
 
-# What comes after pruning
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_pruned_model_is_pruned_again_trained_and_adapted(family, ids, tmp_path):
-    peft = pytest.importorskip("peft", reason="LoRA needs peft, which the extra `test` brings")
-    model = make_tiny(family)
-    once = prune(model, some_masks(model, attention=True))
-    folder = save_pruned(once, None, tmp_path / "once")
-    again = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
-    second = some_masks(again, (8, 8, 8), attention=False)
-    twice = prune(again, second)
-    assert torch.equal(twice(ids).logits, prune(once, second)(ids).logits)
-    assert widths(twice)["neurons"] == [8, 8, 8]
-    # One step of fine-tuning
-    again.requires_grad_(True)  # without dropout, so that the two losses can be compared
-    optimizer = torch.optim.SGD(again.parameters(), lr=1e-3)
-    before = again(input_ids=ids, labels=ids).loss
-    before.backward()
+def train_a_step(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """One step of fine-tuning, without dropout, so that losses can be compared; gives the loss before it."""
+    optimizer = torch.optim.SGD(model.requires_grad_(True).parameters(), lr=1e-3)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
     optimizer.step()
-    assert again(input_ids=ids, labels=ids).loss < before
-    # LoRA on every linear layer of attention and FFN, which must have the sizes they say
-    again.requires_grad_(False)
+    return loss.detach()
+
+
+def adapted(model: nn.Module, family: str) -> nn.Module:
+    """With random LoRA on every linear layer of attention and FFN, which must have the sizes they say."""
+    peft = pytest.importorskip("peft", reason="LoRA needs peft, which the extra `test` brings")
     record = FAMILIES[family]
     targets = {path.rpartition(".")[2] for path in (record.query, record.key, record.value, record.output)}
     if not record.experts:
@@ -292,10 +258,72 @@ def test_a_pruned_model_is_pruned_again_trained_and_adapted(family, ids, tmp_pat
         r=2, target_modules=sorted(targets), task_type="CAUSAL_LM", init_lora_weights=False,
         fan_in_fan_out=record.transposed,
     )  # fmt: skip
-    adapted = peft.get_peft_model(again.eval(), config).eval()
-    with_adapter = adapted(ids).logits
-    merged = adapted.merge_and_unload()
+    return peft.get_peft_model(model.requires_grad_(False), config).eval()
+
+
+@pytest.mark.slow
+def test_folders_load_without_gprune(ids, worlds, tmp_path, monkeypatch):
+    """Exports, a run's result, and trained models that saved themselves: in one process that cannot import gprune."""
+    tiny_run.quick(monkeypatch)
+    folders, models = tmp_path / "folders", {}
+    for family in FAMILIES:
+        model = make_tiny(family)
+        models[family] = small = gprune.apply_masks(model, some_masks(model, attention=True))
+        save_pruned(small, None, folders / family)
+        tuned = copy.deepcopy(small)
+        train_a_step(tuned, ids)
+        models[f"{family}-tuned"] = adapted(tuned, family).merge_and_unload()
+    flags = worlds("llama").args(tmp_path, "--gprune=false", "--evaluation.controls=[]")
+    models["run"] = gprune.prune(parse(flags)).model
+    for name, model in models.items():
+        if not (folder := folders / name).exists():
+            model.save_pretrained(folder)
+        assert sorted(path.name for path in folder.glob("*.py")) == ["modeling_pruned.py"]
+        logits = model(ids, use_cache=False).logits.detach().contiguous()
+        save_file({"logits": logits, "ids": ids}, folder / "expected.safetensors")
+    script = tmp_path / "load.py"
+    script.write_text(
+        "import sys, torch\nfrom pathlib import Path\nfrom safetensors.torch import load_file\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "for folder in Path(sys.argv[1]).iterdir():\n"
+        "    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()\n"
+        "    want = load_file(folder / 'expected.safetensors')\n"
+        "    got = model(want['ids'], use_cache=False).logits\n"
+        "    print(folder.name, (got - want['logits']).abs().max().item())\n"
+        "assert 'gprune' not in sys.modules\n"
+    )
+    environment = tiny_run.environment(tmp_path / "cache", HF_MODULES_CACHE=str(tmp_path / "modules"))
+    done = subprocess.run(
+        [sys.executable, "-P", str(script), str(folders)], cwd=tmp_path, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = dict(line.split() for line in done.stdout.splitlines() if line)
+    assert {name: float(value) for name, value in rows.items()} == dict.fromkeys(models, 0.0)
+
+
+# What comes after pruning
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_model_is_saved_pruned_again_trained_and_adapted(family, ids, tmp_path):
+    model = make_tiny(family)
+    masks = some_masks(model, attention=True)
+    once = gprune.apply_masks(model, masks)
+    assert torch.equal(once(ids).logits, prune(model, masks)(ids).logits)
+    again = reloaded(once, tmp_path / "once")
+    second = some_masks(again, (7, 8, 9), attention=False)
+    twice = gprune.apply_masks(once, second)
+    assert widths(twice)["neurons"] == [7, 8, 9]
+    for other in (prune(again, second), reloaded(twice, tmp_path / "twice")):
+        assert torch.equal(other(ids).logits, twice(ids).logits)
+    before = train_a_step(once, ids)
+    assert once(input_ids=ids, labels=ids).loss < before
+    adapter = adapted(once, family)
+    with_adapter = adapter(ids).logits
+    merged = adapter.merge_and_unload()
     torch.testing.assert_close(merged(ids).logits, with_adapter, atol=1e-3, rtol=0)
+    assert torch.equal(reloaded(merged, tmp_path / "merged")(ids).logits, merged(ids).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -163,7 +163,7 @@ def test_masks_applied_to_another_copy_are_the_pruned_model(finished, dense, tok
         assert torch.allclose(dense(token_batch).logits, finished.model(token_batch).logits, atol=1e-4)
 
 
-def test_load_run_brings_back_what_prune_returned(finished, token_batch):
+def test_load_run_brings_back_what_prune_returned(finished, token_batch, tmp_path):
     found = gprune.prune(finished.config)  # every step is finished: this reads
     back = gprune.load_run(finished.path)
     assert back.masks == found.masks
@@ -177,6 +177,10 @@ def test_load_run_brings_back_what_prune_returned(finished, token_batch):
     assert set(back.statistics) == set(found.statistics)
     with torch.inference_mode():
         assert torch.equal(back.model(token_batch).logits, found.model(token_batch).logits)
+    back.model.save_pretrained(tmp_path / "back")
+    found.model.save_pretrained(tmp_path / "found")
+    for path in (tmp_path / "back").iterdir():
+        assert path.read_bytes() == (tmp_path / "found" / path.name).read_bytes(), path.name
 
 
 def test_running_again_computes_nothing_changes_nothing_and_prints_the_table(finished, world, capsys):
