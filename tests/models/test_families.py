@@ -273,7 +273,7 @@ def test_folders_load_without_gprune(ids, worlds, tmp_path, monkeypatch):
         tuned = copy.deepcopy(small)
         train_a_step(tuned, ids)
         models[f"{family}-tuned"] = adapted(tuned, family).merge_and_unload()
-    flags = worlds("llama").args(tmp_path, "--gprune=false", "--evaluation.controls=[]")
+    flags = worlds("llama").args(tmp_path, "--gprune=false", "--sparsity.allocation=owl")
     models["run"] = gprune.prune(parse(flags)).model
     for name, model in models.items():
         if not (folder := folders / name).exists():
