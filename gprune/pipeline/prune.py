@@ -68,6 +68,5 @@ def prune(cfg: RunConfig) -> PruningResult:
             write_pages(run)
         return PruningResult(
             path=run.folder.path, config=cfg, masks=final, modules=modules, thresholds=thresholds,
-            statistics=statistics, records=records, summary=summary, model=portable(pruned),
-            tokenizer=run.tokenizer,
+            statistics=statistics, records=records, summary=summary, model=portable(pruned), tokenizer=run.tokenizer,
         )  # fmt: skip
