@@ -82,6 +82,7 @@ def ids() -> torch.Tensor:
 # What lies where
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_offloaded_model_is_the_same_model(family, placed, ids):
     whole, away = placed(family)

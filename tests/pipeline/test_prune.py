@@ -488,6 +488,7 @@ def test_several_metrics_share_one_pass_and_have_the_bits_of_their_own(world, tm
     assert digests(shared / "statistics", "*.safetensors") == collected  # nothing was written again
 
 
+@pytest.mark.slow
 def test_what_is_missing_takes_one_more_pass_and_leaves_the_moments_their_bits(world, tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "cache/statistics"
@@ -502,6 +503,7 @@ def test_what_is_missing_takes_one_more_pass_and_leaves_the_moments_their_bits(w
     assert calibration_tokens(again) == (0, 0)
 
 
+@pytest.mark.slow
 def test_dry_run_bounds_the_tokens_of_a_gradient_metric(world, tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     flags, calibrated, learned = ("--importance=taylor", "--export=none"), 3 * 4 * 32, 2 * 4 * 32

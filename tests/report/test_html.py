@@ -21,6 +21,8 @@ from gprune.report.curves import curve_figures, own_line, read_curves
 from gprune.runs.results import read_run, read_samples
 from tests import tiny_run
 
+pytestmark = pytest.mark.slow  # whole runs, and a browser
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 ODD = "<b>&'odd.txt"  # a name of a corpus that HTML must not take for its own
 
@@ -83,7 +85,6 @@ class Read(HTMLParser):
         self.said.append(data)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("which", ["one", "both"])
 def test_a_page_is_one_file_of_sound_html(which, finished, compared):
     text = (compared if which == "both" else finished.path / "report.html").read_text()
@@ -182,7 +183,6 @@ def browser():
         chromium.close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("which", "scheme", "width"), [("one", "light", 390), ("one", "dark", 1280), ("both", "dark", 390)]
 )
@@ -205,7 +205,6 @@ def test_a_browser_shows_it_without_network_and_faults(browser, which, scheme, w
     page.close()
 
 
-@pytest.mark.slow
 def test_a_click_sorts_a_table(browser, compared):
     page = browser.new_page()
     page.goto(compared.as_uri())
