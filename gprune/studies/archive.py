@@ -35,8 +35,8 @@ def default_settings() -> dict[str, Any]:
 
 def record_of(row: Row) -> dict[str, Any] | None:
     """The record of the row's settings, if it has the tasks and the masks that the list asks for."""
-    record = read(path_of(row))
-    return record if _is_of(row, record) and _serves(row, record) else None
+    _, record = _stored(row)
+    return record if record is not None and _serves(row, record) else None
 
 
 def _is_of(row: Row, record: dict[str, Any] | None) -> bool:
@@ -75,18 +75,23 @@ def path_of(row: Row) -> Path:
     Named for people, and told apart by a hash of the settings that are not the defaults, so that a new setting, at its
     default, leaves the names of records what they were. A record with other tasks is never written over.
     """
+    return _stored(row)[0]
+
+
+def _stored(row: Row) -> tuple[Path, dict[str, Any] | None]:
+    """`path_of` the row, and the record of its settings that lies there: each file is read once."""
     default, settings = flat(default_settings()), flat(plain(row.config.settings()))
     unusual = {name: value for name, value in settings.items() if value != default.get(name)}
     key = key_of(format=FORMAT, settings=unusual)[:10]
     there = [(path, read(path)) for path in sorted((row.records / "runs").glob(f"*-{key}*.json"))]
     own = [(p, r) for p, r in there if _is_of(row, r) and row.wanted_tasks in ({}, r.get("tasks", row.wanted_tasks))]
     if own:  # several: of lists with other tasks, of which one may have masks and another none
-        return min(own, key=lambda one: not _serves(row, one[1]))[0]
+        return min(own, key=lambda one: not _serves(row, one[1]))
     slug = "-".join("".join(c if c.isalnum() else " " for c in row.name.lower()).split())
     slug = slug.encode()[:150].decode(errors="ignore")  # the name of a file has 255 bytes at most
     numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
     names = (row.records / "runs" / f"{slug}-seed{row.seed}-{key}{number}.json" for number in numbers)
-    return next(path for path in names if not path.exists())
+    return next(path for path in names if not path.exists()), None
 
 
 def dense_path(row: Row, model: str) -> Path:
