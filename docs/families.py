@@ -22,6 +22,7 @@ def table() -> str:
         features = {
             "weights transposed": family.transposed,
             "learned positions": family.learned_positions,
+            "logits divided": family.logits_scaling,
             "logits capped": family.softcap,
         }
         other = ", ".join(words for words, has in features.items() if has)

@@ -29,6 +29,11 @@ SIZES = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    # of Granite, where they are 1 by default
+    "logits_scaling": 4.0,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.2,
 }
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from gprune.calibration.collector import Collector
 from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_bytes
 from gprune.models.blocks import Block, blocks_of, decoder_layers
-from gprune.models.losses import capped, softcap_of
+from gprune.models.losses import LogitTransform
 from gprune.models.offload import device_of, is_offloaded, resident
 
 GRAMS_IN_MEMORY = 4 * 2**30  # bytes; if a run's Gram matrices take more, they go to files block by block
@@ -132,13 +132,13 @@ class Walk:
         for block in blocks_of(self.model):
             with resident(block.layer):
                 self._pass(block)
-        head, softcap = self.model.get_output_embeddings(), softcap_of(self.model)
+        head, transform = self.model.get_output_embeddings(), LogitTransform.of(self.model)
         for call in self.calls:
             device = device_of(head)
             with self._standing_aside(lambda *_, hidden=call.hidden, device=device: hidden.to(device)):
                 # Not by a call, whose hooks would count these tokens a second time.
                 decoded = self.model.get_decoder().forward(input_ids=call.input_ids, use_cache=False)
-            yield capped(head(decoded.last_hidden_state), softcap)
+            yield transform(head(decoded.last_hidden_state))
 
     @contextmanager
     def _standing_aside(self, stand_in: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:

@@ -129,6 +129,8 @@ def unlike_llama(config: PreTrainedConfig, block: Block) -> str | None:
         return "has no gate"
     if block.ffn_norm is None or block.attention_norm is None or block.family.norm_offset:
         return "normalises elsewhere or otherwise"
+    if block.family.logits_scaling:
+        return "scales its logits, and what goes into them"
     if config.hidden_act not in ("silu", "swish"):
         return f"has hidden_act {config.hidden_act} instead of silu"
     modules = [block.ffn_norm, block.attention_norm, *(part.host for part in block.parts.values())]

@@ -52,6 +52,7 @@ class Family:
     width: str = "intermediate_size"  # the key that says how wide the FFN, or an expert, is
     kv_heads: str | None = "num_key_value_heads"  # None: one key/value head per query head
     learned_positions: bool = False  # no text may be longer than max_position_embeddings
+    logits_scaling: str | None = None  # the key of what the logits are divided by
     softcap: str | None = None  # the key of the limit c in c tanh(logits / c)
     # Attributes in which stock code keeps sizes: path -> `heads`, `kv_groups`, `channels` (heads x head_dim), `neurons`
     attributes: Mapping[str, str] = field(default_factory=dict)
@@ -83,6 +84,7 @@ FAMILIES: dict[str, Family] = {
         Family("qwen2"),
         Family("qwen3"),
         Family("smollm3"),
+        Family("granite", logits_scaling="logits_scaling"),
         Family("gemma2", **GEMMA),
         Family("gemma3_text", **GEMMA),
         Family(

@@ -7,6 +7,7 @@ d loss / d hidden, which each chunk of tokens yields in the forward pass already
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,36 @@ CHUNK = 256  # tokens of one matrix product
 ROWS = 32  # tokens of an element-wise step over logits: on a CPU so few stay in its cache, three times as fast
 
 
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a family does to the product x of hidden states and head: y = x / s, then, where there is a limit c,
+    c tanh(y / c)."""
+
+    scaling: float = 1.0  # s
+    softcap: float | None = None  # c
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> LogitTransform:
+        """A model's own, by the keys that its family's record names."""
+        family, config = family_of(model.config.model_type), model.config
+        return cls(
+            getattr(config, family.logits_scaling) if family.logits_scaling else 1.0,
+            getattr(config, family.softcap) if family.softcap else None,
+        )
+
+    def __call__(self, product: Tensor) -> Tensor:
+        """The logits, in the dtype of the product."""
+        logits = product if self.scaling == 1 else product / self.scaling
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+
+    def pull_back(self, error: Tensor, logits: Tensor) -> None:
+        """Turn a gradient by the logits into that by the product, in place; (n, V) float32 and (n, V)."""
+        if self.softcap is not None:
+            error.mul_(1 - (logits.float() / self.softcap).square())
+        if self.scaling != 1:
+            error.div_(self.scaling)
+
+
 class _FrozenHeadLosses(torch.autograd.Function):
     """`frozen_head_losses`, with d loss / d hidden computed chunk by chunk in the forward pass.
 
@@ -28,7 +59,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None
+        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
     ) -> Tensor:
         """The loss of each token, (n,) float32; saves the gradient by `hidden` for `backward`."""
         gradient = torch.empty_like(hidden)
@@ -37,14 +68,13 @@ class _FrozenHeadLosses(torch.autograd.Function):
             head = head.to(torch.get_autocast_dtype(hidden.device.type))
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
-            ours = capped(F.linear(hidden[part], head, bias), softcap)
-            wanted = targets[part] if targets.dim() == 1 else capped(F.linear(targets[part], head, bias), softcap)
+            ours = transform(F.linear(hidden[part], head, bias))
+            wanted = targets[part] if targets.dim() == 1 else transform(F.linear(targets[part], head, bias))
             step = rows_at_once(hidden)
             for first in range(0, len(ours), step):
                 few = slice(first, first + step)
                 losses[part][few], error = _losses_and_errors(ours[few].float(), wanted[few])
-                if softcap is not None:
-                    error.mul_(1 - (ours[few].float() / softcap).square())
+                transform.pull_back(error, ours[few])
                 ours[few] = error  # the logits are no longer needed
             gradient[part] = (ours @ head).to(gradient.dtype)
         ctx.save_for_backward(gradient)
@@ -76,19 +106,8 @@ def rows_at_once(logits: Tensor) -> int:
     return ROWS if logits.device.type == "cpu" else CHUNK
 
 
-def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """c tanh(logits / c) in the dtype of the logits; the logits themselves where c is None."""
-    return logits if softcap is None else (logits / softcap).tanh() * softcap
-
-
-def softcap_of(model: PreTrainedModel) -> float | None:
-    """The limit c of a model's logits, or None where its family has none."""
-    key = family_of(model.config.model_type).softcap
-    return None if key is None else getattr(model.config, key)
-
-
 def frozen_head_losses(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, *, softcap: float | None = None
+    hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
 ) -> Tensor:
     """Next-token loss of each token in nats, (n,) float32, differentiable in `hidden` alone.
 
@@ -97,9 +116,9 @@ def frozen_head_losses(
         head: (V, H) frozen output embedding; bias: (V,) or None.
         targets: (n,) int64 token ids, for the cross-entropy; or (n, H) hidden states of a teacher with the same head,
             for KL(teacher || ours).
-        softcap: the limit c of logits that are c tanh(logits / c).
+        transform: of the logits.
     """
-    return _FrozenHeadLosses.apply(hidden, head, bias, targets, softcap)
+    return _FrozenHeadLosses.apply(hidden, head, bias, targets, transform)
 
 
 def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Tensor | None = None) -> Tensor:
@@ -114,7 +133,7 @@ def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Ten
     targets = input_ids[:, 1:].flatten() if teacher is None else teacher.flatten(0, 1)
     # Of a model on several devices the last layer lies on one, and a head that is tied to the embeddings on another.
     hidden, targets = (t.to(head.weight.device) for t in (final_hidden(model, input_ids).flatten(0, 1), targets))
-    losses = frozen_head_losses(hidden, head.weight, head.bias, targets, softcap=softcap_of(model))
+    losses = frozen_head_losses(hidden, head.weight, head.bias, targets, LogitTransform.of(model))
     return losses.view(len(input_ids), -1).mean(1)
 
 
@@ -127,6 +146,6 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 def iter_logits(model: PreTrainedModel, input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits and targets of a batch, one window at a time: (1, T - 1, V) in the model's dtype, (1, T - 1) int64."""
     hidden = final_hidden(model, input_ids)
-    head, softcap = model.get_output_embeddings(), softcap_of(model)
+    head, transform = model.get_output_embeddings(), LogitTransform.of(model)
     for row, ids in zip(hidden, input_ids, strict=True):
-        yield capped(head(row[None]), softcap), ids[None, 1:]
+        yield transform(head(row[None])), ids[None, 1:]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from gprune.config import DistillConfig
 from gprune.models.blocks import decoder_layers
-from gprune.models.losses import final_hidden, frozen_head_losses, softcap_of
+from gprune.models.losses import LogitTransform, final_hidden, frozen_head_losses
 from gprune.stages.base import FrozenLMStage
 from gprune.stages.student import Student
 
@@ -107,12 +107,12 @@ class DistillationStage(FrozenLMStage):
             dense = final_hidden(self.lm, ids).flatten(0, 1) if s.kl or s.hidden else None
         with layer_outputs(self.student, enabled=s.hidden > 0) as layers:
             hidden = final_hidden(self.student, ids).flatten(0, 1)
-        head, softcap = self.student.get_output_embeddings(), softcap_of(self.student)
+        head, transform = self.student.get_output_embeddings(), LogitTransform.of(self.student)
         losses = torch.zeros(len(ids), device=hidden.device)
         for weight, targets in ((s.kl, dense), (s.cross_entropy, ids[:, 1:].flatten())):
             if weight:
                 targets = targets.to(hidden.device, hidden.dtype if targets.is_floating_point() else None)
-                of_tokens = frozen_head_losses(hidden, head.weight, head.bias, targets, softcap=softcap)
+                of_tokens = frozen_head_losses(hidden, head.weight, head.bias, targets, transform)
                 losses = losses + weight * of_tokens.view(len(ids), -1).mean(1)
         if s.hidden:
             errors = [relative_error(h, goal.to(h.device)) for h, goal in zip(layers, dense_layers, strict=True)]

@@ -30,7 +30,7 @@ from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.embedded import byte_tokenizer
 from gprune.models.families import FAMILIES, Family
 from gprune.models.loading import read_config
-from gprune.models.losses import iter_logits, next_token_losses
+from gprune.models.losses import final_hidden, iter_logits, next_token_losses
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune, removed_parameters, widths
 from gprune.sparsity.budget import Budget, unit_costs
@@ -337,18 +337,25 @@ def test_losses_are_the_models_own(family, ids):
     assert torch.equal(targets, ids[:, 1:])
 
 
-def test_the_gradient_goes_through_the_cap_of_the_logits(ids):
-    model = make_tiny("gemma2", final_logit_softcapping=3.0)
+@pytest.mark.parametrize(("family", "overrides"), [("gemma2", {"final_logit_softcapping": 3.0}), ("granite", {})])
+def test_the_gradient_goes_through_what_is_done_to_the_logits(family, overrides, ids):
+    model = make_tiny(family, **overrides)
 
     def gradient(loss_of) -> torch.Tensor:
-        gates = [torch.full((NEURONS,), 0.7, requires_grad=True) for _ in range(3)]
+        gates = [torch.linspace(0.2, 1, NEURONS, requires_grad=True) for _ in range(3)]
         with gated(model, gates):
             loss_of().backward()
         return torch.stack([gate.grad for gate in gates])
 
-    expected = gradient(lambda: model(input_ids=ids, labels=ids).loss)
-    assert float(expected.abs().max()) > 1e-4
-    torch.testing.assert_close(gradient(lambda: next_token_losses(model, ids).mean()), expected, atol=1e-6, rtol=1e-3)
+    def divergence() -> torch.Tensor:
+        return (log_q.exp() * (log_q - model(ids).logits[:, :-1].log_softmax(-1))).sum(-1).mean()
+
+    log_q, teacher = model(ids).logits[:, :-1].log_softmax(-1), final_hidden(model, ids)
+    for own, of_teacher in ((lambda: model(input_ids=ids, labels=ids).loss, None), (divergence, teacher)):
+        expected = gradient(own)
+        assert float(expected.abs().max()) > 1e-4
+        ours = gradient(lambda of=of_teacher: next_token_losses(model, ids, teacher=of).mean())
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-3)
 
 
 # Experts
@@ -431,14 +438,14 @@ def worlds(tmp_path_factory):
         yield of
 
 
-@pytest.mark.parametrize("overrides", [{}, {"logits_scaling": 4.0}])
+@pytest.mark.parametrize("overrides", [{"logits_scaling": 1.0}, {}], ids=["by_1", "by_4"])
 def test_a_family_that_scales_its_logits_is_refused_where_it_does(overrides, worlds, tmp_path, monkeypatch, capsys):
     """Added by its record alone: perplexity would be that of other logits, without a word."""
     tiny_run.quick(monkeypatch)
     monkeypatch.setitem(FAMILIES, "granite", Family("granite"))
     args = worlds("granite", **overrides).args(tmp_path, "--gprune=false", "--evaluation.controls=[]")
-    assert tiny_run.main([*args, "--export=none"]) == (2 if overrides else 0)
-    assert ("'granite' scales logits in a way that gprune does not know" in capsys.readouterr().err) is bool(overrides)
+    assert tiny_run.main([*args, "--export=none"]) == (0 if overrides else 2)
+    assert ("'granite' scales logits in a way that gprune does not know" in capsys.readouterr().err) is (not overrides)
 
 
 # One family of each kind in the fast tests: gated, ungated and stored transposed, and with experts.

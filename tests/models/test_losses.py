@@ -7,6 +7,7 @@ import torch
 
 from gprune.models.losses import (
     CHUNK,
+    LogitTransform,
     final_hidden,
     frozen_head_losses,
     next_token_losses,
@@ -32,7 +33,7 @@ def test_a_head_with_a_bias():
     hidden = torch.randn(400, 16, generator=generator).requires_grad_()
     head, bias = torch.randn(50, 16, generator=generator), torch.randn(50, generator=generator)
     targets, weights = torch.randint(50, (400,), generator=generator), torch.rand(400, generator=generator)
-    loss = (frozen_head_losses(hidden, head, bias, targets) * weights).sum()
+    loss = (frozen_head_losses(hidden, head, bias, targets, LogitTransform()) * weights).sum()
     loss.backward()
     mine, hidden.grad = hidden.grad, None
     nll = torch.nn.functional.cross_entropy(hidden @ head.T + bias, targets, reduction="none")
@@ -44,7 +45,7 @@ def test_a_head_with_a_bias():
 def test_extreme_logits_stay_finite():
     hidden = torch.tensor([[1.0]]).requires_grad_()
     head = torch.tensor([[1000.0], [-1000.0]])
-    loss = frozen_head_losses(hidden, head, None, torch.tensor([1])).sum()
+    loss = frozen_head_losses(hidden, head, None, torch.tensor([1]), LogitTransform()).sum()
     loss.backward()
     assert loss.item() == 2000.0
     assert float(hidden.grad) == 2000.0
