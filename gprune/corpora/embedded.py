@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import inspect
 import re
 import sysconfig
 from collections.abc import Callable
@@ -84,3 +86,18 @@ def python_docs(split: str) -> list[str]:
         seen.update(" ".join(p.split()) for p in paragraphs)
         own[name] = "\n\n".join(paragraphs).strip("\n")
     return contiguous_split([own[name] for name in sorted(own) if len(own[name]) >= 200], split)
+
+
+@CORPORA.register("python_help")
+def python_help(split: str) -> list[str]:
+    """What the interpreter says of its built-in types and functions (`help(str)`), one document per name.
+
+    Written in C, they are in no source file of `python_code`. A docstring that several share counts once.
+    """
+    seen, documents = set(), []
+    for _, thing in sorted(vars(builtins).items()):
+        members = [thing, *vars(thing).values()] if isinstance(thing, type) else [thing]
+        own = [inspect.getdoc(m) for m in members if getattr(m, "__module__", "builtins") == "builtins" and callable(m)]
+        documents.append("\n\n".join(text for text in dict.fromkeys(own) if text and text not in seen))
+        seen.update(own)
+    return contiguous_split((document for document in documents if len(document) >= 200), split)

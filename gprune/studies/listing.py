@@ -210,11 +210,11 @@ def read_content(path: Path) -> Content:
 def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[str], **shared: Any) -> Iterator[Row]:
     """Every row with every seed, at every point of the grid; `shared` are fields that are the same in all."""
     own = read_flags(flags)
-    protocol = [read_settings(path.parent / name) for name in content.protocol]
+    protocol = [_shared(path.parent / name) for name in content.protocol]
     for seed in dict.fromkeys(seeds):
         for name, given in content.rows.items():
             where, row = f"List '{path}', row '{name}'", given or RowContent()
-            configs = [read_settings(path.parent / file) for file in row.config]
+            configs = [_shared(path.parent / file) for file in row.config]
             for point, of_grid in content.points.items():
                 merged: dict[str, Any] = {}
                 for layer in (*protocol, *configs, OWN, content.common, row.model_extra, of_grid):
@@ -228,10 +228,16 @@ def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[st
                 )  # fmt: skip
 
 
+def _shared(path: Path) -> dict[str, Any]:
+    """Settings of a file without the name of its run: the runs of rows have names of their own."""
+    return {name: value for name, value in read_settings(path).items() if name != "run.name"}
+
+
 def _check_settings(where: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise UserError for what neither a list nor a flag behind -- may set, and for consent that no such flag gives."""
     for name, instead in (
         ("run.seed", "seeds as `seeds` or --seeds"),
+        ("run.name", "no --run.name, as rows have folders of their own"),
         ("dry_run", "no --dry_run, which is train.py's (--commands runs nothing)"),
     ):
         if name in given or name in own:

@@ -97,12 +97,23 @@ def test_registering_a_corpus_is_one_function():
         assert load_corpus("mine", "test") == texts("test", 10)
 
 
-@pytest.mark.parametrize("name", ["python_docs", "python_code"])
-def test_standard_library_corpora_are_disjoint_and_deterministic(name):
+@pytest.mark.parametrize(("name", "least"), [("python_docs", 50_000), ("python_code", 50_000), ("python_help", 10_000)])
+def test_corpora_of_the_interpreter_are_disjoint_and_deterministic(name, least):
     parts = {split: load_corpus(name, split) for split in SPLITS}
     assert_disjoint(parts)
     assert parts == {split: load_corpus(name, split) for split in SPLITS}
-    assert sum(map(len, parts["test"])) > 50_000
+    assert sum(map(len, parts["test"])) > least
+
+
+def test_help_is_in_neither_sources_nor_documentation():
+    """What is evaluated as unseen by a run that has read both."""
+    helped, *others = (
+        " ".join(" ".join(load_corpus(name, split)) for split in ("train", "test"))
+        for name in ("python_help", "python_docs", "python_code")
+    )
+    paragraphs = {text for text in helped.split("\n\n") if len(text) > 60}
+    assert len(paragraphs) > 100
+    assert sum(any(text in other for other in others) for text in paragraphs) <= 2
 
 
 def test_python_docs_topics_share_no_paragraph():

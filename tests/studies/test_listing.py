@@ -62,6 +62,12 @@ def test_later_settings_win_protocol_file_common_row_and_command_line(bench):
     assert (cfg.sparsity.epochs, cfg.export) == (3, "none")
 
 
+def test_rows_of_a_protocol_with_a_name_have_names_of_their_own(bench):
+    rows = {"a": {}, "b": {"gprune": False}, "c": {"config": str(EXPERIMENTS / "smoke.yaml"), "ridge": 1}}
+    path = bench.write("named", rows, protocol=str(EXPERIMENTS / "smoke.yaml"))
+    assert len({row.config.folder for row in bench.rows(path, seeds=[0, 1])}) == 6
+
+
 def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
     path = bench.folder / "empty.yaml"
     empty = ("common", "compare", "ranges", "controls", "seeds", "tables", "tasks", "seen", "protocol", "reference")
@@ -130,6 +136,7 @@ def test_command_lines_cover_all_pending_rows_once(bench, first, nothing_runs, c
         ("rows: {a: {model: '{name: x/y, trust_remote_code: true}'}}\n", ["row 'a'", "the group model"]),
         # what neither a list nor a flag may set, and consent, which a list cannot give
         ("rows: {a: {run.seed: 5}}\n", ["row 'a'", "--seeds", "got --run.seed"]),
+        ("rows: {a: {}, b: {}}\ncommon: {run: {name: x}}\n", ["row 'a'", "expected no --run.name"]),
         ("rows: {a: {dry_run: true}}\n", ["expected no --dry_run"]),
         ("rows: {a: {}}\ngrid: {model: [{trust_remote_code: true}]}\n", ["row 'a'", "behind --"]),
         # rows that there are not
