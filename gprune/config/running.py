@@ -98,12 +98,14 @@ class LoggingConfig(Group, prefix="logging."):
     the CSV file, which is always written."""
     mode: Literal["offline", "online", "disabled"] | None = None
     """Of W&B. Default: $WANDB_MODE, else offline: no account needed; `wandb leet run` shows every curve."""
-    project: WandbName = "gprune"
-    """W&B project."""
+    project: WandbName | None = None
+    """W&B project; default: $WANDB_PROJECT, else gprune."""
+    name: WandbName | None = None
+    """Name of the run in W&B; default: $WANDB_NAME, else that of its folder."""
     group: WandbName | None = None
-    """W&B group; default: the model's name, which groups ablations of one model."""
+    """W&B group; default: $WANDB_RUN_GROUP, else the model's name, which groups ablations of one model."""
     tags: list[Annotated[Text, Field(min_length=1, max_length=64)]] = Field([])
-    """W&B tags beside metric, scope and allocation."""
+    """W&B tags beside metric, scope, allocation, partition and target; default: $WANDB_TAGS."""
 
     def model_post_init(self, _: Any) -> None:
         if self.resolved_mode not in ("offline", "online", "disabled"):

@@ -29,7 +29,7 @@ from gprune.pipeline.run import Run
 from gprune.recoveries import recovery_of
 from gprune.report import html, page
 from gprune.report.model_card import model_card
-from gprune.report.records import means_and_gaps, unseen_ratios
+from gprune.report.records import means_and_gaps, run_numbers, unseen_ratios
 from gprune.report.run_figures import write_figures
 from gprune.runs import schema, tracking
 from gprune.runs.results import row_name
@@ -200,9 +200,8 @@ def summarise(
     tracking.log_images(run.loggers, write_figures(run.folder / "figures", records, modules, masks))
     columns = ["stage", "recovery", "corpus", "seen", "perplexity", "nll", "tokens"]
     tracking.log_table(run.loggers, "perplexity", [{c: r[c] for c in columns} for r in records])
-    flat = {f"summary/{row}/{name}": v for row, values in means.items() for name, v in values.items() if v is not None}
-    flat |= {f"summary/{row}/unseen_over_base": v["ratio"] for row, v in summary["unseen_over_base"].items()}
-    tracking.log_scalars(run.loggers, flat, step=0)
+    steps = run.folder.manifest["steps"]
+    tracking.log_numbers(run.loggers, run_numbers(records, summary, steps, (run.cfg.final, run.cfg.recovery)))
     # Last: a run whose metrics.json has a summary, and all rows, is finished, and is not logged again.
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
     return summary

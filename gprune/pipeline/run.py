@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from gprune.pipeline.plan import Plan, check
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
 from gprune.runs.progress import StageBar
-from gprune.runs.tracking import log_scalars, tracking
+from gprune.runs.tracking import about, log_scalars, tracking
 from gprune.runs.trainer import multiplying, plain_interrupts
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
@@ -180,18 +179,6 @@ def _loggers(cfg: RunConfig, folder: RunFolder) -> AbstractContextManager[list[L
     """The loggers of a run; none for one that is finished, which is read and not logged again."""
     if folder.finished:
         return nullcontext([])
-    tags = (cfg.importance, cfg.sparsity.scope, cfg.sparsity.allocation, cfg.partition.method, *cfg.logging.tags)
-    return tracking(
-        folder.path,
-        tracker=cfg.logging.resolved_tracker,
-        mode=cfg.logging.resolved_mode,
-        name=cfg.run_name,
-        project=cfg.logging.project,
-        # Sittings at a run are one run of W&B's.
-        id=key_of(run=folder.key, name=cfg.run_name)[:12],
-        resume="allow" if cfg.logging.resolved_mode == "online" else None,
-        group=cfg.logging.group or os.path.basename(os.path.normpath(cfg.model.name)),
-        job_type=cfg.final,
-        tags=[tag[:64] for tag in tags],  # as long as W&B has them
-        config=cfg.resolved(),
-    )
+    # Sittings at a run are one run of W&B's.
+    id = key_of(run=folder.key, name=cfg.run_name)[:12]
+    return tracking(folder.path, cfg.logging, id=id, **about(cfg))

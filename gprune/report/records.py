@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from gprune.evaluation.intervals import generalisation_gap, geometric_mean, paired_ratio
 from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.results import Record, row_name
+from gprune.runs.tracking import key_part
 
 Stage = tuple[str, str]  # stage, recovery
 
@@ -93,6 +95,28 @@ def unseen_ratios(records: Sequence[Record]) -> dict[str, dict[str, float]]:
         if stage not in ("dense", "base") and ratio is not None:
             ratios[row_name(stage, recovery)] = {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
     return ratios
+
+
+def run_numbers(
+    records: Sequence[Record], summary: Mapping[str, Any], steps: Mapping[str, Mapping[str, float]], final: Stage
+) -> dict[str, float]:
+    """What trackers sort runs by, under keys that do not depend on settings, but for the names of rows and corpora.
+
+    `final/...` is the run's own row: `unseen`, `seen`, `gap`, `unseen_over_base` and `perplexity/<corpus>`, those that
+    are defined; `rows/<row>/...` the same of every row. `parameters_after` and other numbers are those of the summary,
+    `steps/<step>/...` seconds, tokens and peak memory in MiB.
+    """
+    means, ratios, flat = means_and_gaps(records), unseen_ratios(records), {}
+    labels = corpus_labels(r["corpus"] for r in records)
+    for row, values in by_stage(records).items():
+        name = row_name(*row)
+        numbers = means[row] | {f"perplexity/{key_part(labels[corpus])}": value for corpus, value in values.items()}
+        if name in ratios:
+            numbers["unseen_over_base"] = ratios[name]["ratio"]
+        for prefix in (f"rows/{key_part(name)}", "final")[: 1 + (row == final)]:
+            flat |= {f"{prefix}/{key}": value for key, value in numbers.items() if math.isfinite(value)}
+    flat |= {name: value for name, value in summary.items() if isinstance(value, int | float)}
+    return flat | {f"steps/{step}/{name}": value for step, costs in steps.items() for name, value in costs.items()}
 
 
 def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = None) -> Table:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging as messages
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,11 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.image import imread
 
+from gprune.config import LoggingConfig, RunConfig
 from gprune.console import no_interrupts
 from gprune.errors import UserError, first_line
 
+log = messages.getLogger("gprune")
 # metric pattern -> its x axis. Lightning restarts its step in every stage, so each stage has an axis of its own.
 AXES = {
     "learn/perplexity/*": "learn/epoch",
@@ -22,57 +27,124 @@ AXES = {
     "curve/perplexity/*": "curve/sparsity",
     "modules/*": "modules/index",
 }
+UPLOAD_SECONDS = 600  # that the end of a run waits for W&B; what is left lies in the folder for `wandb sync`
 
 
 @contextmanager
-def tracking(folder: Path, *, tracker: str, mode: str, project: str, **about: Any) -> Iterator[list[Logger]]:
-    """A CSVLogger and, if `tracker` names one, a WandbLogger or a TensorBoardLogger; closed when the context is left.
+def tracking(folder: Path, logging: LoggingConfig, **about: Any) -> Iterator[list[Logger]]:
+    """A CSVLogger and, if `logging` names one, a WandbLogger or a TensorBoardLogger; closed when the context is left.
 
     Args:
         folder: the run folder; the loggers write `csv/`, `wandb/` and `tensorboard/` into it.
-        tracker: wandb, tensorboard, or csv.
-        mode: of W&B: offline (no account, `wandb sync` later) or online.
-        project: W&B project.
-        about: what else `wandb.init` is told of the run: name, group, job_type, tags, and config, the resolved
-            configuration.
+        logging: the flags of `--logging`.
+        about: as `wandb_run` takes it.
     """
     # Without a version of its own, a run taken up again would delete the curves of its earlier sittings.
     loggers: list[Logger] = [CSVLogger(folder, name="csv")]
-    if tracker == "tensorboard":
+    if logging.resolved_tracker == "tensorboard":
         # One version for all sittings: events are added to those that are there.
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False))
         loggers[-1].log_hyperparams(about["config"])
-    if tracker == "wandb":
-        # A run of our own: WandbLogger would pass wandb.init an option that wandb 0.31 warns about on stderr. And
-        # mode=, not offline=True, which leaves WANDB_MODE set in the process for whoever comes next.
-        settings = wandb.Settings(silent=True, console="off")
-        experiment = start(dir=folder, project=project, mode=mode, settings=settings, **about)
-        loggers.append(WandbLogger(save_dir=folder, project=project, experiment=experiment))
-    exit_code = 1
-    try:
-        yield loggers
-        exit_code = 0
-    finally:
-        for logger in loggers:
-            logger.save()  # what was logged after the last Trainer is still in memory
-        if wandb.run is not None:
-            # Offline it takes a second, in which a second Ctrl-C would get a line of W&B's; online it may hang.
-            with no_interrupts() if wandb.run.offline else nullcontext():
-                wandb.run.finish(exit_code=exit_code)
+    with wandb_run(folder, logging, **about) as run:
+        if run is not None:
+            # With a run of its own, WandbLogger would pass wandb.init an option that wandb 0.31 warns about on stderr.
+            loggers.append(WandbLogger(save_dir=folder, project=run.project, experiment=run))
+        try:
+            yield loggers
+        finally:
+            for logger in loggers:
+                logger.save()  # what was logged after the last Trainer is still in memory
 
 
-@rank_zero_only
-def start(**settings: Any) -> Any:
-    """A run of W&B, which knows what each curve is drawn against.
+@contextmanager
+def wandb_run(
+    folder: Path | str, logging: LoggingConfig, *, id: str, name: str, group: str, job_type: str, tags: Sequence[str],
+    config: Mapping[str, Any],
+) -> Iterator[Any]:  # fmt: skip
+    """A run of W&B, finished when the context is left; or the one that is open, which stays open.
+
+    Flags of `logging` come first, then W&B's variables ($WANDB_NAME and so on), then the arguments. An open run keeps
+    its name, group and tags, and gets the configuration as `gprune`.
+
+    Args:
+        folder: W&B writes into `wandb/` in it, unless $WANDB_DIR says where.
+        logging: the flags of `--logging`.
+        id: equal ids are one run, also in several files: `wandb sync` puts them together.
+        config: settings, nested.
+
+    Yields:
+        wandb.Run, or None: with another tracker, in other processes than the first, and where W&B cannot start.
 
     Raises:
-        UserError: online without an account or without network.
+        UserError: online without an account.
     """
+    if logging.resolved_tracker != "wandb" or rank_zero_only.rank != 0:
+        yield None
+        return
+    if wandb.run is not None:
+        wandb.run.config.update({"gprune": dict(config)}, allow_val_change=True)
+        yield _with_axes(wandb.run)
+        return
+    known = os.environ.get
+    own_tags = logging.tags or list(filter(None, known("WANDB_TAGS", "").split(",")))
+    run = _started(
+        # mode=, not offline=True, which leaves WANDB_MODE set in the process for whoever comes next.
+        mode=logging.resolved_mode,
+        dir=known("WANDB_DIR") or folder,
+        project=logging.project or known("WANDB_PROJECT") or "gprune",
+        name=logging.name or known("WANDB_NAME") or name,
+        group=logging.group or known("WANDB_RUN_GROUP") or group,
+        job_type=job_type,
+        tags=list(dict.fromkeys(tag[:64] for tag in (*tags, *own_tags))),  # as long as W&B has them
+        config=dict(config),
+        id=id,
+        resume="allow",  # offline it is noted for `wandb sync`
+        settings=wandb.Settings(silent=True, console="off", finish_timeout=UPLOAD_SECONDS),
+    )
+    exit_code = 1
     try:
-        run = wandb.init(**settings)
-    except wandb.errors.Error as error:
+        yield run and _with_axes(run)
+        exit_code = 0
+    finally:
+        if run is not None:
+            # Offline it takes a second, in which a second Ctrl-C would get a line of W&B's.
+            with no_interrupts() if run.offline else nullcontext():
+                run.finish(exit_code=exit_code)
+
+
+def about(cfg: RunConfig) -> dict[str, Any]:
+    """What `wandb_run` is told of a run with these settings, but for its id."""
+    s = cfg.sparsity
+    return {
+        "name": cfg.run_name,
+        "group": os.path.basename(os.path.normpath(cfg.model.name)),
+        "job_type": cfg.final,
+        "tags": [cfg.importance, s.scope, s.allocation, cfg.partition.method, f"target {s.target:g}"],
+        "config": cfg.resolved(),
+    }
+
+
+def key_part(name: str) -> str:
+    """A name as a part of a key: `gprune + least_squares+distill` is `gprune_least_squares_distill`."""
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def _started(mode: str, **settings: Any) -> Any:
+    """A run of W&B; one that cannot reach the server is written offline. None where that fails too."""
+    try:
+        return wandb.init(mode=mode, **settings)
+    except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
         advice = "log in with `wandb login`, or use --logging.mode offline"
         raise UserError(f"W&B could not start a run ({first_line(error)}); {advice}.") from error
+    except (wandb.errors.Error, OSError) as error:
+        wandb.teardown()  # it would take the id for one that is in use
+        instead = "the run is logged offline, for `wandb sync`" if mode == "online" else "the run goes on without it"
+        log.warning("W&B could not start a run (%s); %s.", first_line(error), instead)
+        return _started("offline", **settings) if mode == "online" else None
+
+
+def _with_axes(run: Any) -> Any:
+    """The run, told what each curve is drawn against."""
     run.define_metric("fit", hidden=True)
     for pattern, axis in AXES.items():
         run.define_metric(axis, hidden=True)
@@ -119,3 +191,12 @@ def log_scalars(loggers: Sequence[Logger], values: dict[str, float], *, step: in
     """Log values at a step of the Trainer, in every logger."""
     for logger in loggers:
         logger.log_metrics(values, step=step)
+
+
+@rank_zero_only
+def log_numbers(loggers: Sequence[Logger], numbers: Mapping[str, float]) -> None:
+    """Single numbers: those of `final/` as a point of a curve too, which sweeps read; all in the summary of W&B."""
+    log_scalars(loggers, {name: value for name, value in numbers.items() if name.startswith("final/")}, step=0)
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(dict(numbers))

@@ -82,7 +82,7 @@ def test_every_command_line_is_one_of_ours_and_no_two_runs_collide(path, monkeyp
         cfg.check_names()
         assert cfg.run.name is None
         assert cfg.logging.resolved_mode == "online"
-        assert cfg.logging.project == sweep["project"]  # W&B takes the sweep's
+        assert cfg.logging.project is None  # W&B takes the sweep's
         assert cfg.export == "none"
 
 
@@ -138,7 +138,7 @@ def test_a_budget_as_an_agent_starts_it(tmp_path, monkeypatch):
     run = tmp_path / "runs" / parse(line).run_name
     assert not (run / "model").exists()
 
-    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")  # in $WANDB_DIR, which agents set
     assert file.stem == "run-given"
     assert b"sparsity.target" in file.read_bytes()  # the sweep's own entry stands beside ours, which are nested
 

@@ -78,8 +78,8 @@ def start(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
 
     def enter(tracker):
-        about = {"name": "n", "project": "p", "group": "g", "job_type": "j", "tags": ["t"], "config": {"a": {"b": 1}}}
-        return tracking(tmp_path, tracker=tracker, mode="offline", **about)
+        about = {"name": "n", "group": "g", "job_type": "j", "tags": ["t"], "config": {"a": {"b": 1}}, "id": "abc"}
+        return tracking(tmp_path, LoggingConfig(tracker=tracker), **about)
 
     return enter
 
@@ -100,12 +100,12 @@ def test_perplexity_is_a_curve_against_epoch_and_against_sparsity_from_the_dense
 def test_wandb_is_told_what_the_csv_says(told):
     """Every scalar of every row: the one file is read for the other."""
     frame = pd.read_csv(told.run.path / "csv/version_0/metrics.csv")
-    for name in ("partition/consistency", "learn/loss", "curve/sparsity", "summary/gprune/unseen"):
+    for name in ("partition/consistency", "learn/loss", "curve/sparsity", "final/unseen"):
         given = [float(row[name]) for row in told.history if name in row]
         assert given == pytest.approx(frame[name].dropna().tolist()), name
         assert given
     unseen = told.run.summary["geometric_means"]["gprune"]["unseen"]
-    assert frame["summary/gprune/unseen"].dropna().tolist() == [pytest.approx(unseen)]
+    assert frame["final/unseen"].dropna().tolist() == [pytest.approx(unseen)]
 
 
 def test_modules_are_a_table_and_scalars(told, curves):
@@ -149,7 +149,7 @@ def test_offline_is_the_default_and_the_environment_is_heard(world, tmp_path, mo
             assert tiny_run.main([*args, f"--run.name={name}"]) == 0
             assert os.environ.get("WANDB_MODE") == mode
     assert not (tmp_path / "quiet/wandb").exists()
-    assert "summary/base/unseen" in (tmp_path / "quiet/csv/version_0/metrics.csv").read_text()
+    assert "final/unseen" in (tmp_path / "quiet/csv/version_0/metrics.csv").read_text()
     assert len(list((tmp_path / "default").glob("wandb/offline-run-*/*.wandb"))) == 1
 
 
@@ -194,7 +194,7 @@ def test_tensorboard_has_the_curves_tables_and_figures(world, tmp_path, monkeypa
     assert not (result.path / "wandb").exists()
     found = reader.EventAccumulator(str(result.path / "tensorboard")).Reload()
     frame = pd.read_csv(result.path / "csv/version_0/metrics.csv")
-    for name in ("learn/loss", "partition/consistency", "summary/gprune/unseen"):
+    for name in ("learn/loss", "partition/consistency", "final/unseen"):
         assert [event.value for event in found.Scalars(name)] == pytest.approx(frame[name].dropna().tolist(), rel=1e-6)
     assert set(found.Tags()["images"]) == {f"figures/{path.stem}" for path in (result.path / "figures").glob("*.png")}
     assert "modules/text_summary" in found.Tags()["tensors"]
@@ -233,7 +233,7 @@ def test_a_run_that_is_stopped_while_figures_are_drawn_logs_its_summary_when_it_
         assert "summary" not in json.loads((tmp_path / "run/metrics.json").read_text())
         assert tiny_run.main(args) == 0
     frames = [pd.read_csv(path) for path in (tmp_path / "run/csv").glob("*/metrics.csv")]
-    assert sum("summary/base/unseen" in frame for frame in frames) == 1
+    assert sum("final/unseen" in frame for frame in frames) == 1
 
 
 def interrupt(*args, **kwargs):
