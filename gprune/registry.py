@@ -1,4 +1,4 @@
-"""One small registry, used for metrics, corpora and recoveries.
+"""One small registry, used for metrics, corpora and recoveries; and what every entry of one is held to.
 
 IMPORTANCE = Registry("importance metric")
 
@@ -6,17 +6,26 @@ IMPORTANCE = Registry("importance metric")
 def my_metric(...): ...
 
 IMPORTANCE["my_metric"]     # an unknown name lists what there is
+with IMPORTANCE.running("my_metric", weight):
+    scores = IMPORTANCE.checked("my_metric", "scores", my_metric(weight), (48,))
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gprune.errors import UserError, nearest
 
+if TYPE_CHECKING:  # flags are checked by what is registered, which should not wait for PyTorch
+    from torch import Tensor
+
 T = TypeVar("T")
+FLOATS, WHOLE = ("float64", "float32", "float16", "bfloat16"), ("int64", "int32", "int16", "int8", "uint8")
+DTYPES = {"finite numbers": FLOATS + WHOLE, "finite floats": FLOATS, "whole numbers": WHOLE, "bool": ("bool",)}
 NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
@@ -51,6 +60,50 @@ class Registry(Generic[T]):
             hint = f" Did you mean '{near}'?" if (near := nearest(name, self._entries)) else ""
             raise UserError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(self)}.")
         return self._entries[name]
+
+    @contextmanager
+    def running(self, name: str, *inputs: Tensor) -> Iterator[None]:
+        """Around a call of the entry `name`: working folder and default dtype are as before when it returns.
+
+        Raises:
+            UserError: if it has changed one of the inputs, which it shares with others, in place.
+        """
+        import torch
+
+        folder, dtype, versions = os.getcwd(), torch.get_default_dtype(), [t._version for t in inputs]
+        try:
+            yield
+        finally:
+            os.chdir(folder)
+            torch.set_default_dtype(dtype)
+        if versions != [t._version for t in inputs]:
+            raise UserError(
+                f"{self.kind.capitalize()} '{name}' changes its inputs in place; expected abs() for abs_()."
+            )
+
+    def checked(self, name: str, what: str, value: Any, *shapes: tuple[int, ...], of: str = "finite numbers") -> Tensor:
+        """What the entry `name` returned, detached, where it is a dense tensor of one of the shapes.
+
+        Args:
+            what: the word for it, such as "scores".
+            of: what the tensor holds, of `DTYPES`.
+
+        Raises:
+            UserError: for anything else; it names the entry, what was expected and what came.
+        """
+        import torch
+
+        got = type(value).__name__
+        if isinstance(value, torch.Tensor):
+            dtype, layout = (str(part).removeprefix("torch.") for part in (value.dtype, value.layout))
+            got = f"{tuple(value.shape)} of {dtype}, {'without values (meta)' if value.is_meta else layout}"
+            if value.shape in shapes and dtype in DTYPES[of] and layout == "strided" and not value.is_meta:
+                bad = int((~value.isfinite()).sum())
+                if not bad:
+                    return value.detach()
+                got = f"{bad} of {value.numel()} that are not finite"
+        shape = " or ".join(map(str, shapes))
+        raise UserError(f"{self.kind.capitalize()} '{name}': expected {what} {shape}, dense, of {of}; got {got}.")
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -8,6 +8,7 @@ saliency, which takes a backward pass.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -103,6 +104,11 @@ class Moments:
         own = replace(gram, expert=index) if isinstance(gram, StoredGram) else None if gram is None else gram[index]
         return Moments(*sums, own)
 
+    def copied(self) -> Moments:
+        """A copy that can be written into; the Gram matrix is shared."""
+        own = copy.deepcopy(replace(self, gram_source=None))
+        return replace(own, gram_source=self.gram_source)
+
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(getattr(self, name) + getattr(other, name) for name in SUMS))
 
@@ -166,6 +172,11 @@ class CorpusStatistics:
             for index, channel in enumerate(getattr(self, kind)):
                 flat |= {f"{kind}.{index}.{name}": value for name, value in channel.tensors().items()}
         return flat
+
+    def copied(self) -> CorpusStatistics:
+        """A copy that can be written into; Gram matrices are shared."""
+        own = {name: t if kind_of(name) == "gram" else t.clone() for name, t in self.tensors().items()}
+        return self.from_tensors(own)
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> CorpusStatistics:

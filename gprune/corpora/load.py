@@ -27,7 +27,17 @@ Corpus = Callable[[str], list[str]]
 CORPORA: Registry[Corpus] = Registry("corpus")
 
 
-def load_corpus(name: str, split: str) -> list[str]:
+def read_corpus(name: str, half: str) -> list[str]:
+    """The documents of "train", development text included, or of "test"; a UserError for what is no list of text."""
+    source = _source(name)
+    with CORPORA.running(name):
+        documents = source(half)
+    if not isinstance(documents, list) or not all(isinstance(document, str) for document in documents):
+        raise UserError(f"Corpus '{name}': expected a list of documents, each a str, got {documents!r:.80}.")
+    return documents
+
+
+def load_corpus(name: str, split: str, *, read: Callable[[str, str], list[str]] = read_corpus) -> list[str]:
     """The documents of one split, in a fixed order.
 
     Settings are chosen on "development": every tenth document of the train text, which "train" then lacks.
@@ -35,15 +45,14 @@ def load_corpus(name: str, split: str) -> list[str]:
     Args:
         name: a path, the name of a mirror in `$GPRUNE_DATA_DIR/corpora`, or a registered name.
         split: "train", "development" or "test".
+        read: `read_corpus`, or what keeps its results, so that both splits of a train text come from one reading.
 
     Raises:
         UserError: for an unknown name or split, text that cannot be read or had, and an empty split.
     """
     if split not in SPLITS:
         raise UserError(f"Unknown split '{split}' of corpus '{name}'. Available: {', '.join(SPLITS)}.")
-    documents = _source(name)("test" if split == "test" else "train")
-    if not isinstance(documents, list) or not all(isinstance(document, str) for document in documents):
-        raise UserError(f"Corpus '{name}': expected a list of documents, each a str, got {documents!r:.80}.")
+    documents = read(name, "test" if split == "test" else "train")
     if split != "test":
         development = documents[DEVELOPMENT_EVERY - 1 :: DEVELOPMENT_EVERY]
         apart = set(development)

@@ -3,7 +3,7 @@
 A metric gets the weights and moments of the *channels* that enter an output projection (`down_proj` for neurons,
 `o_proj` for attention), and returns one score per channel. A KV group's score is the sum over its channels (its query
 heads x head_dim), so every metric means the same in both scopes; a metric that knows better than a sum returns one
-score per group.
+score per group. Weights and the Gram matrix are read only; the rest of the moments is a copy.
 
     @metric("my_metric")
     def my_metric(weights, moments, generator):

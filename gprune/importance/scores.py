@@ -12,7 +12,6 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from gprune.calibration.statistics import CorpusStatistics, Moments
-from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE, magnitude
 from gprune.importance.weights import UnitWeights, attention_weights, ffn_weights
 from gprune.models.blocks import Block
@@ -28,23 +27,16 @@ class Scores:
 
 
 def score_channels(name: str, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """Scores by the metric `name`: (C,) float64, or one per unit.
+    """Scores by the metric `name`, which gets a copy of the moments: (C,) float64, or one per unit.
 
     Raises:
-        UserError: for another shape, NaN or infinity, and for a metric that writes into the model's weights.
+        UserError: for another shape, what is not dense, real and finite, and for a metric that writes into the weights.
     """
-    tensors = [t for t in (*weights.inputs, weights.output, weights.scale) if t is not None]
-    before = [t._version for t in tensors]
-    scores = IMPORTANCE[name](weights, moments, generator)
-    if before != [t._version for t in tensors]:
-        raise UserError(f"Importance metric '{name}' changes the model's weights in place; expected abs() for abs_().")
+    shared = [t for t in (*weights.inputs, weights.output, weights.scale) if t is not None]
     C = weights.output.shape[1]
-    if not isinstance(scores, Tensor) or tuple(scores.shape) not in ((C,), (C // weights.per_unit,)):
-        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise UserError(f"Importance metric '{name}': expected a tensor of shape ({C},), got {got}.")
-    if bad := int((~torch.isfinite(scores)).sum()):
-        raise UserError(f"Importance metric '{name}': expected finite scores, got {bad} of {C} that are not.")
-    return scores.detach().cpu().double()
+    with IMPORTANCE.running(name, *shared):
+        scores = IMPORTANCE[name](weights, moments.copied(), generator)
+    return IMPORTANCE.checked(name, "scores", scores, (C,), (C // weights.per_unit,)).cpu().double()
 
 
 def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.config import RunConfig
-from gprune.corpora.load import load_corpus
+from gprune.corpora.load import load_corpus, read_corpus
 from gprune.corpora.windows import Sample, Windows, check_tokens, make_windows, opening
 from gprune.errors import UserError
 from gprune.export.gguf_tokenizer import tokenizer_keys
@@ -104,10 +104,11 @@ def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings:
     recovered = cfg.roles["recover"] if recovery_of(cfg.recovery).learns else []
     developed = dict.fromkeys([*cfg.roles["learn"], *recovered])
     log.info("Reading %d corpora", len({*cfg.used, *c.evaluate}))
-    documents = functools.cache(load_corpus)  # a corpus may have several roles, and lie behind a network
+    # A corpus may have several roles, lie behind a network, and return other text when it is asked again.
+    read = functools.cache(read_corpus)
 
     def windows(name: str, split: str, role: str) -> Windows:
-        cut = make_windows(documents(name, split), tokenizer, samples[role], corpus=name, split=split)
+        cut = make_windows(load_corpus(name, split, read=read), tokenizer, samples[role], corpus=name, split=split)
         check_tokens(cut, tokenizer, embeddings)
         return cut
 

@@ -16,7 +16,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from transformers import PreTrainedModel
 
 from gprune.calibration.statistics import CorpusStatistics, pooled
-from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_weights
@@ -25,7 +24,7 @@ from gprune.models.offload import free_memory, is_offloaded, offload_folder
 from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline.run import Run
 from gprune.recoveries import Material, recovery_of
-from gprune.recoveries.contract import Revise
+from gprune.recoveries.contract import Revise, tuned
 from gprune.stages.callbacks import DevelopmentCurve
 from gprune.storage.files import content_hash
 
@@ -58,11 +57,9 @@ def shrink(
     # What a recovery draws must not depend on what ran before it: calibration, another row, an earlier sitting.
     torch.manual_seed(run.cfg.run.seed)
     with torch.enable_grad():  # a recovery of the whole model may learn
-        tuned = method.tune(material, small)
+        small = tuned(name, material, small)
     counted.remove()
-    if not isinstance(tuned, PreTrainedModel):
-        raise UserError(f"Recovery '{name}': expected tune to return the pruned model, got {type(tuned).__name__}.")
-    return tuned
+    return small
 
 
 def _sliced(run: Run, masks: Masks, revise: Revise | None) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from gprune.importance.scores import Scores, score_units
 from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
 from gprune.pipeline.run import Run
-from gprune.sparsity.allocation import ALLOCATION, allocate
+from gprune.sparsity.allocation import ALLOCATION, allocate, module_thresholds
 from gprune.sparsity.thresholds import (
     Thresholds,
     masks_from_thresholds,
@@ -58,11 +58,12 @@ def learn_sparsity(run: Run, modules: Modules, base: Masks) -> tuple[Thresholds,
         base: masks of the base metric. Where the allocation is no rule for modules, every module keeps as much as they
             keep of it; learning starts there too.
     """
-    rule, ranks = ALLOCATION[run.cfg.sparsity.allocation], modules.ranks
+    name, ranks = run.cfg.sparsity.allocation, modules.ranks
+    rule = ALLOCATION[name]
     run.step(7, "Learning sparsity" if rule.learned else "Allocating sparsity")
 
     def compute() -> dict[str, Tensor]:
-        start = (rule if rule.modules else start_thresholds)(base, ranks)
+        start = module_thresholds(name, base, ranks) if rule.modules else start_thresholds(base, ranks)
         return fit_thresholds(run, modules, start) if rule.learned else named_thresholds(start)
 
     tensors = run.folder.tensors("thresholds", compute)

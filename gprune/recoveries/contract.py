@@ -53,7 +53,7 @@ Solver = Callable[["Tensor", "Tensor", "Moments", float], tuple["Tensor", "Tenso
 class Material:
     """The inputs of a recovery, beside the pruned model."""
 
-    dense: PreTrainedModel  # frozen
+    dense: PreTrainedModel  # frozen; read only, as statistics and text are
     masks: Masks
     ridge: float = 0.01
     statistics: CorpusStatistics | None = None  # of the dense model, `corpora.recover` pooled; if needed
@@ -154,6 +154,24 @@ def recovery_of(name: str) -> Recovery:
     return Chain(name) if "+" in name else RECOVERY[name]
 
 
+def tuned(name: str, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
+    """The pruned model as a recovery, or a chain, gives it back.
+
+    Raises:
+        UserError: for something else than a model, and for weights that are not dense, real and finite.
+    """
+    from transformers import PreTrainedModel
+
+    with RECOVERY.running(name):
+        model = recovery_of(name).tune(material, pruned)
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"Recovery '{name}': expected tune to return the pruned model, got {type(model).__name__}.")
+    for place, weight in model.named_parameters():
+        if not weight.is_meta:  # offloaded
+            RECOVERY.checked(name, place, weight, tuple(weight.shape), of="finite floats")
+    return model
+
+
 class Projection(Recovery):
     """A recovery that solves each output projection that lost channels by itself, from the dense model's statistics."""
 
@@ -186,9 +204,9 @@ class Projection(Recovery):
         """New weight and added bias of an output projection whose channels are cut down to `keep`.
 
         Args:
-            weight: (H, C) dense projection, any float dtype; solvers get float32.
-            keep: (C,) bool, True = keep.
-            moments: of the dense input channels over `corpora.recover`.
+            weight: (H, C) dense projection, any float dtype; solvers get a copy in float32.
+            keep: (C,) bool, True = keep; solvers get a copy.
+            moments: of the dense input channels over `corpora.recover`; solvers get a copy, save for the Gram matrix.
             experts: number of experts whose columns lie side by side; each is recovered by itself.
             ridge: lambda over the mean diagonal of the Gram matrix.
 
@@ -196,7 +214,7 @@ class Projection(Recovery):
             (H, kept) weight and (H,) bias to add, or None, in the dtype of `weight`.
 
         Raises:
-            UserError: if the solver returns other shapes, and for a bias of experts.
+            UserError: if the solver returns other shapes, or what is not dense, real and finite; for a bias of experts.
         """
         import torch
 
@@ -215,18 +233,16 @@ class Projection(Recovery):
         return new.to(dtype), None if added is None else added.to(dtype)
 
     def _solved(self, weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
-        from torch import Tensor
-
-        solution = self.solver(weight, keep, moments, ridge)
-        H, kept = len(weight), int(keep.sum())
-        new, bias = solution if isinstance(solution, tuple) and len(solution) == 2 else (None, None)
-        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (new, bias)]
-        if shapes[0] != (H, kept) or (bias is not None and shapes[1] != (H,)):
-            raise UserError(
-                f"Recovery '{self.name}': expected a weight of shape ({H}, {kept}) and a bias of shape ({H},) or None, "
-                f"got {shapes[0]} and {shapes[1]}."
-            )
-        return new, bias
+        with RECOVERY.running(self.name):
+            solution = self.solver(weight.clone(), keep.clone(), moments.copied(), ridge)
+        if not (isinstance(solution, tuple) and len(solution) == 2):
+            got = type(solution).__name__
+            raise UserError(f"Recovery '{self.name}': expected a weight and a bias, or None in its place, got {got}.")
+        (H, _), kept = weight.shape, int(keep.sum())
+        new = RECOVERY.checked(self.name, "a weight", solution[0], (H, kept), of="finite floats").to(weight.device)
+        if solution[1] is None:
+            return new, None
+        return new, RECOVERY.checked(self.name, "a bias", solution[1], (H,), of="finite floats").to(weight.device)
 
 
 def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool = True) -> Callable[[Any], Any]:

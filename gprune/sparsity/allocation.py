@@ -11,6 +11,7 @@ whole model, to the parameter. A rule may return keep masks in place of margins 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -86,21 +87,31 @@ def check_options(name: str, options: Mapping[str, float]) -> None:
 def allocate(
     name: str, scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget, **options: float
 ) -> Masks:
-    """Keep masks by the rule `name`; a UserError if what it returns has other shapes than the scores, or holds NaN."""
+    """Keep masks by the rule `name`, which gets copies of scores and statistics.
+
+    Raises:
+        UserError: for margins that are not shaped as the scores, dense, real and finite, and for masks off budget.
+    """
     from gprune.models.masks import Masks
     from gprune.sparsity.cut import keep_masks
+    from gprune.sparsity.returned import checked_masks, checked_pair
 
-    result = ALLOCATION[name](scores, statistics, blocks, budget, **options)
-    neurons, groups = (result.ffn, result.attention) if isinstance(result, Masks) else result
-    shapes = [tuple(m.shape) for m in (*neurons, *groups)]
-    if shapes != [tuple(s.shape) for s in (*scores.ffn, *scores.attention)]:
-        raise UserError(
-            f"Allocation '{name}': expected Masks, or margins as (neurons, KV groups), each a list of a tensor per "
-            f"block, shaped as its scores are; got {shapes!s:.200}."
-        )
-    if any(bool(m.isnan().any()) for m in (*neurons, *groups)):
-        raise UserError(f"Allocation '{name}': expected margins that are numbers, got NaN.")
-    return result if isinstance(result, Masks) else keep_masks(budget, neurons, groups)
+    rule = ALLOCATION[name]
+    with ALLOCATION.running(name):
+        result = rule(copy.deepcopy(scores), statistics.copied(), blocks, budget, **options)
+    if isinstance(result, Masks):
+        return checked_masks(ALLOCATION, name, result, budget, exact=not rule.whole_blocks)
+    sizes = [[len(s) for s in kind] for kind in (scores.ffn, scores.attention)]
+    return keep_masks(budget, *checked_pair(ALLOCATION, name, "Masks, or margins", result, sizes))
+
+
+def module_thresholds(name: str, masks: Masks, ranks: ModuleRanks) -> Thresholds:
+    """Thresholds by the rule for modules `name`, which gets copies; a UserError unless they are finite numbers."""
+    from gprune.sparsity.returned import checked_pair
+
+    with ALLOCATION.running(name):
+        result = ALLOCATION[name](*copy.deepcopy((masks, ranks)))
+    return checked_pair(ALLOCATION, name, "thresholds", result, [ranks.modules, [1] * len(ranks.attention)])
 
 
 def removed_in_words(share: float, scope: str, rule: str, digits: int = 2) -> str:

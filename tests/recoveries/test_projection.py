@@ -184,15 +184,14 @@ def test_a_recovery_of_the_whole_model_is_one_class(tiny_model, token_batch):
 @pytest.mark.parametrize(
     ("broken", "got"),
     [
-        (lambda w, k, m, r: w, r"got NoneType and NoneType"),
-        (lambda w, k, m, r: (w, None), r"got \(10, 24\) and NoneType"),
-        (lambda w, k, m, r: (w[:, k], w[0]), r"and \(24,\)"),
+        (lambda w, k, m, r: w, r"a weight and a bias, or None in its place, got Tensor"),
+        (lambda w, k, m, r: (w[:, k], w[0]), r"a bias \(10,\), dense, of finite floats; got \(24,\)"),
     ],
 )
 def test_what_a_users_own_recovery_returns_is_checked(problem, broken, got):
     x, weight, keep = problem
     recovery("broken")(broken)
-    with pytest.raises(UserError, match=rf"^Recovery 'broken': expected a weight of shape \(10, \d+\) .*{got}"):
+    with pytest.raises(UserError, match=rf"^Recovery 'broken': expected {got}"):
         solve("broken", weight, keep, x)
 
 

@@ -10,7 +10,6 @@ import torch
 from scipy.stats import rankdata
 
 from gprune.calibration.collector import collect
-from gprune.errors import UserError
 from gprune.importance.scores import Scores, score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
@@ -278,22 +277,6 @@ def test_depth_removes_exactly_whole_blocks_where_they_are_the_target(influence,
     masks = depth(model, scores, with_influence(statistics, influence), cost)
     assert masks.blocks == stays
     assert removed_parameters(model, masks) == cost
-
-
-@pytest.mark.parametrize(
-    ("broken", "got"),
-    [
-        (lambda s: (s.ffn[:-1], s.attention), r"got \[\(48,\), \(48,\), \(2,\), \(2,\), \(2,\)\]"),
-        (lambda s: ([m[:-1] for m in s.ffn], s.attention), r"got \[\(47,\), "),
-        (lambda s: ([m * float("nan") for m in s.ffn], s.attention), r"got NaN\."),
-    ],
-)
-def test_margins_of_a_users_own_rule_are_checked(broken, got, monkeypatch):
-    monkeypatch.setattr(ALLOCATION, "_entries", dict(ALLOCATION._entries))
-    allocation("broken")(lambda scores, *_: broken(scores))
-    scores = Scores([torch.rand(48)] * 3, [torch.rand(2)] * 3, [torch.rand(2)] * 3)
-    with pytest.raises(UserError, match=rf"^Allocation 'broken': expected .*{got}"):
-        allocate("broken", scores, None, [], None)
 
 
 def test_depth_narrows_its_last_block_to_a_multiple(tiny_model, token_batch):

@@ -1,0 +1,68 @@
+"""Masks, margins and thresholds that registered functions and stages return, checked before anything is cut by them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gprune.errors import UserError
+from gprune.models.masks import Masks
+from gprune.registry import Registry
+from gprune.sparsity.budget import Budget
+
+Pair = tuple[list[Tensor], list[Tensor]]  # of each block: of its neurons, of its KV groups
+
+
+def checked_pair(
+    registry: Registry, name: str, what: str, value: Any, sizes: Sequence[Sequence[int]], of: str = "finite numbers"
+) -> Pair:
+    """What the entry `name` returned as (neurons, KV groups), a tensor for each block, on the CPU.
+
+    Args:
+        what: the word for it, such as "margins".
+        sizes: of each block's tensor, of both kinds.
+        of: what the tensors hold, as in `Registry.checked`.
+
+    Raises:
+        UserError: for anything else; it names the entry, what was expected and what came.
+    """
+    lists = isinstance(value, tuple | list) and [len(part) if isinstance(part, tuple | list) else -1 for part in value]
+    if lists != [len(blocks) for blocks in sizes]:
+        got = f"lists of {lists}" if lists and -1 not in lists else type(value).__name__
+        raise UserError(
+            f"{registry.kind.capitalize()} '{name}': expected {what} as (neurons, KV groups), each a list of a tensor "
+            f"for each of {len(sizes[0])} blocks, got {got}."
+        )
+    kinds = zip(("neurons", "KV groups"), value, sizes, strict=True)
+    return tuple(
+        [
+            registry.checked(name, f"{what} of {kind} in block {b}", tensor, (size,), of=of).cpu()
+            for b, (tensor, size) in enumerate(zip(tensors, own, strict=True))
+        ]
+        for kind, tensors, own in kinds
+    )
+
+
+def checked_masks(registry: Registry, name: str, value: Any, budget: Budget, *, exact: bool = True) -> Masks:
+    """What the entry `name` returned as masks: of the units of a budget and on it.
+
+    Args:
+        exact: whether they have to remove the target, and less than one more unit (or step of widths).
+
+    Raises:
+        UserError: for anything else; it names the entry, what was expected and what came.
+    """
+    costs, whose = budget.costs, f"{registry.kind.capitalize()} '{name}'"
+    if not isinstance(value, Masks):
+        raise UserError(f"{whose}: expected Masks, got {type(value).__name__}.")
+    neurons = [e * n for e, n in zip(costs.of_experts, costs.neurons, strict=True)]
+    masks = Masks(*checked_pair(registry, name, "masks", (value.ffn, value.attention), (neurons, costs.groups), "bool"))
+    over = sum if costs.uniform else max  # where all blocks are equally wide, a step goes in each of them
+    step = max(budget.width_multiple * over(costs.neuron), over(costs.group) if costs.attention else 0)
+    removed, target = costs.removed(masks), budget.target
+    if exact and not target <= removed < target + step:
+        expected = f"{target:,} parameters removed, and less than {step:,} more"
+        raise UserError(f"{whose}: expected masks on budget ({expected}), got {removed:,}.")
+    return masks

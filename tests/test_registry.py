@@ -1,0 +1,208 @@
+"""What users register: cause x registry. Wrong results are one line, and what is harmless changes nothing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gprune.calibration.collector import collect
+from gprune.errors import UserError
+from gprune.importance import IMPORTANCE, metric
+from gprune.importance.scores import score_units
+from gprune.models.blocks import blocks_of
+from gprune.models.masks import Masks
+from gprune.models.surgery import prune
+from gprune.partition.modules import ModuleRanks
+from gprune.recoveries import RECOVERY, Material, Recovery, recovery
+from gprune.recoveries.contract import tuned
+from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, module_thresholds
+from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.returned import checked_masks
+from tests import built_in
+from tests.calibration.test_collector import batches
+from tests.conftest import make_tiny_llama
+from tests.tiny_families import some_masks
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Model, statistics, and scores of units."""
+    model = make_tiny_llama()
+    tokens = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
+    statistics = collect(model, batches(tokens, 2))
+    return model, statistics, score_units("act_norm", blocks_of(model), statistics)
+
+
+@pytest.fixture(autouse=True)
+def _forgotten():
+    with built_in.scratch(IMPORTANCE), built_in.scratch(ALLOCATION), built_in.scratch(RECOVERY):
+        yield
+
+
+# --- surfaces: each hands a good tensor to `spoil`, which also gets the inputs, and gives what comes of it ------------
+
+
+def by_metric(tiny, spoil):
+    model, statistics, _ = tiny
+    metric("mine")(lambda w, m, g: spoil(m.mean_sq.sqrt(), m.sum_sq))
+    return torch.cat(score_units("mine", blocks_of(model), statistics).ffn)
+
+
+def by_margins(tiny, spoil):
+    model, statistics, scores = tiny
+    budget = Budget.of(unit_costs(blocks_of(model), scope="ffn"), 0.5)
+    allocation("mine")(lambda s, st, b, budget: ([spoil(f.clone(), f) for f in s.ffn], s.attention))
+    return torch.cat(allocate("mine", scores, statistics, blocks_of(model), budget).ffn)
+
+
+def by_thresholds(tiny, spoil):
+    labels = [torch.arange(8) % 2] * 2
+    ranks = ModuleRanks([torch.linspace(0.1, 0.9, 8).double()] * 2, labels, [torch.tensor([0.25, 0.75]).double()] * 2)
+    allocation("mine", modules=True)(
+        lambda masks, ranks: ([spoil(torch.arange(2.0), ranks.ffn[0])] * 2, [torch.zeros(1)] * 2)
+    )
+    masks = Masks([torch.ones(8, dtype=torch.bool)] * 2, [torch.ones(2, dtype=torch.bool)] * 2)
+    return torch.cat(module_thresholds("mine", masks, ranks)[0])
+
+
+def by_projection(tiny, spoil):
+    model, statistics, _ = tiny
+    recovery("mine")(lambda w, k, m, r: (spoil(w[:, k], w), None))
+    down, keep = blocks_of(model)[0].down.weight, torch.arange(48) % 2 == 0
+    return RECOVERY["mine"].solve(down, keep, statistics.ffn[0].total)[0]
+
+
+def by_model(tiny, spoil):
+    model = tiny[0]
+
+    class Mine(Recovery):
+        def tune(self, material, pruned):
+            weight = pruned.model.layers[0].mlp.down_proj
+            weight.weight = torch.nn.Parameter(spoil(weight.weight.detach()), requires_grad=False)
+            return pruned
+
+    recovery("mine")(Mine)
+    masks = some_masks(model, attention=False)
+    return tuned("mine", Material(model, masks), prune(model, masks)).model.layers[0].mlp.down_proj.weight
+
+
+SURFACES = {
+    "Importance metric 'mine': expected scores": by_metric,
+    "Allocation 'mine': expected Masks, or margins": by_margins,
+    "Allocation 'mine': expected thresholds": by_thresholds,
+    "Recovery 'mine': expected a weight": by_projection,
+    "Recovery 'mine': expected model.layers.0.mlp.down_proj.weight": by_model,
+}
+WRONG = {
+    "sparse": (lambda t: t.to_sparse(), "sparse_coo"),
+    "on meta": (lambda t: t.to("meta"), "without values"),
+    "complex": (lambda t: t.to(torch.complex64), "complex64"),
+    "quantised": (lambda t: t.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+    "bool": (lambda t: t > 0, "bool"),
+    "nan": (lambda t: t * float("nan"), "that are not finite"),
+    "inf": (lambda t: t.index_fill(0, torch.tensor([1]), float("inf")), "that are not finite"),
+    "a matrix of a vector": (lambda t: t[None], r"got \(1, "),
+    "too few": (lambda t: t[:-1], r"got \("),
+    "an array": (lambda t: t.numpy(), "got ndarray"),
+    "nothing": (lambda t: None, "got NoneType"),
+}
+OF_A_MODEL = {"nan", "inf", "complex", "sparse"}  # of a parameter; it may have any shape
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("surface", SURFACES)
+def test_what_is_returned_wrongly_is_one_line_that_names_who_did(surface, wrong, tiny):
+    spoil, got = WRONG[wrong]
+    if surface.endswith("down_proj.weight") and wrong not in OF_A_MODEL:
+        return
+    with pytest.raises(UserError, match=rf"^{surface}.*{got}[^\n]*$"):
+        SURFACES[surface](tiny, lambda t, *_: spoil(t))
+
+
+def in_place(t, given):
+    given.mul_(0)
+    return t
+
+
+def elsewhere(t, *_):
+    os.chdir("/")
+    torch.set_default_dtype(torch.float64)
+    return t
+
+
+HARMLESS = {
+    "with a graph": lambda t, *_: t.clone().requires_grad_() * 1,
+    "in another dtype": lambda t, *_: t.double(),
+    "moves away": elsewhere,
+    "writes into its input": in_place,
+}
+
+
+@pytest.mark.parametrize("harmless", HARMLESS)
+@pytest.mark.parametrize("surface", SURFACES)
+def test_what_is_harmless_changes_nothing(surface, harmless, tiny):
+    if (by := SURFACES[surface]) is by_model and harmless == "writes into its input":
+        return  # its inputs are the models
+    folder, expected = os.getcwd(), by(tiny, lambda t, *_: t)
+    with torch.enable_grad():
+        found = by(tiny, HARMLESS[harmless])
+    assert torch.equal(found, expected.to(found.dtype))
+    assert not found.requires_grad
+    assert (os.getcwd(), torch.get_default_dtype()) == (folder, torch.float32)
+    assert torch.equal(by(tiny, lambda t, *_: t), expected)  # what they are given the next time is as it was
+
+
+def test_a_metric_may_count():
+    @metric("whole")
+    def whole(weights, moments, generator):
+        return torch.arange(weights.output.shape[1])
+
+    model = make_tiny_llama()
+    statistics = collect(model, batches(torch.randint(3, 128, (2, 8)), 2))
+    assert score_units("whole", blocks_of(model), statistics).ffn[0].tolist() == list(range(48))
+
+
+@pytest.mark.parametrize(
+    "returned", [lambda good: None, lambda good: [*good, []], lambda good: (good[0][:-1], good[1])]
+)
+def test_margins_that_are_no_lists_of_blocks(returned, tiny):
+    model, statistics, scores = tiny
+    allocation("mine")(lambda s, *_: returned((s.ffn, s.attention)))
+    with pytest.raises(
+        UserError, match=r"^Allocation 'mine': expected Masks, or margins as .* for each of 3 blocks, got "
+    ):
+        allocate(
+            "mine", scores, statistics, blocks_of(model), Budget.of(unit_costs(blocks_of(model), scope="ffn"), 0.5)
+        )
+
+
+MASKS = {
+    "as they are": (lambda m: m, None),
+    "one neuron more": (lambda m: replace(m, ffn=[flipped(m.ffn[0]), *m.ffn[1:]]), "on budget"),
+    "nothing removed": (lambda m: replace(m, ffn=[torch.ones_like(f) for f in m.ffn]), "on budget .*, got 0"),
+    "numbers": (lambda m: replace(m, ffn=[f.float() for f in m.ffn]), "of bool; got .48,. of float32"),
+    "too few": (lambda m: replace(m, ffn=[f[1:] for f in m.ffn]), "got .47,. of bool"),
+    "a block less": (lambda m: Masks(m.ffn[1:], m.attention[1:]), "3 blocks, got lists of .2, 2."),
+    "a list": (lambda m: m.ffn, "Masks, got list"),
+}
+
+
+def flipped(keep):
+    """The first removed neuron stays."""
+    return keep | (torch.arange(len(keep)) == int((~keep).nonzero()[0]))
+
+
+@pytest.mark.parametrize("row", MASKS)
+def test_masks_of_others_are_of_the_units_and_on_budget(row, tiny):
+    model, statistics, scores = tiny
+    budget = Budget.of(unit_costs(blocks_of(model), scope="ffn"), 0.5)
+    good = allocate("uniform", scores, statistics, blocks_of(model), budget)
+    change, said = MASKS[row]
+    if said is None:
+        assert checked_masks(ALLOCATION, "mine", change(good), budget) == good
+        return
+    with pytest.raises(UserError, match=f"^Allocation 'mine': expected.* {said}"):
+        checked_masks(ALLOCATION, "mine", change(good), budget)
