@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import chain
+from pathlib import Path, PurePath
+from typing import Any
 
 from gprune.config import flat
+from gprune.report.table import Table
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.reading import expanded
 
@@ -97,9 +101,28 @@ def _name(runs: Sequence[FinishedRun], by_prefix: Mapping[str, Sequence[Finished
     if len(runs) == 1:
         return runs[0].name
     prefix = _prefix(runs)
-    own, *others = (
-        flat({group: values for group, values in run.settings.items() if group not in ("inputs", "run")})
-        for run in (runs[0], *by_prefix[prefix])
-    )
+    own, *others = (flags(run) for run in (runs[0], *by_prefix[prefix]))
     different = [f", {name}={own[name]}" for name in own if any(other.get(name) != own[name] for other in others)]
     return f"{prefix}{''.join(different)} ({len(runs)} seeds)"
+
+
+def flags(run: FinishedRun) -> dict[str, Any]:
+    """The run's settings by flag, but for its folder and its seed."""
+    return flat({group: values for group, values in run.settings.items() if group not in ("inputs", "run")})
+
+
+def settings_table(groups: Sequence[Group]) -> Table:
+    """A row per flag in which the groups differ, and a column for each of them."""
+    settings = [flags(group.runs[0]) | {"run.seed": [run.seed for run in group.runs]} for group in groups]
+    different = [
+        name for name in dict.fromkeys(chain(*settings)) if any(s.get(name) != settings[0].get(name) for s in settings)
+    ]
+    rows = [[name, *(_in_words(s.get(name)) for s in settings)] for name in different]
+    return Table("settings", "Settings that differ", ["flag", *(group.name for group in groups)], rows)
+
+
+def _in_words(value: Any) -> str:
+    """A setting as a flag has it, and paths by their last part."""
+    if isinstance(value, list):
+        return ", ".join(map(_in_words, value))
+    return PurePath(value).name if isinstance(value, str) else json.dumps(value)

@@ -58,11 +58,10 @@ def page(report: Report) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     several = len(report.runs) > 1
-    shown = [t for t in report.tables if several and t.rows and t.name != "sparsity"]
     runs = [section(run) for run in report.named_runs]
     return templates.get_template("page.html").render(
         title=", ".join(group.name for group in report.groups) if several else runs[0]["title"],
-        tables=[cells_of(table) for table in shown],
+        tables=[cells_of(table) for table in report.read_tables] if several else [],
         figures=drawn(report.figures(), "all") if several else [],
         protocols=report.protocols(),
         runs=runs,

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from gprune.errors import UserError
 from gprune.report.benchmark_table import evaluation_table
 from gprune.report.comparison_figures import means_figure, ratio_figure, sparsity_lines, stability_figure
-from gprune.report.grouping import Group, groups, read_runs, short_names, with_distinct_names
+from gprune.report.grouping import Group, groups, read_runs, settings_table, short_names, with_distinct_names
 from gprune.report.mask_tables import masks_of, pairs, repeatability_table, sparsity_table, stability_table
 from gprune.report.perplexity_tables import comparison_table, perplexity_table, summary_table
 from gprune.report.records import caption
@@ -49,7 +49,7 @@ class Report:
     base: FinishedRun | None
 
     def to_markdown(self) -> str:
-        """The tables with titles and notes, then the protocols; sparsity per block is in CSV alone."""
+        """The tables with titles and notes, then the protocols."""
         return self._text(Table.to_text)
 
     def shown(self) -> str:
@@ -57,10 +57,16 @@ class Report:
         return self._text(Table.shown)
 
     def _text(self, text: Callable[[Table], str]) -> str:
-        parts = [f"## {t.title}\n\n{text(t)}\n" for t in self.tables if t.rows and t.name != "sparsity"]
+        parts = [f"## {t.title}\n\n{text(t)}\n" for t in self.read_tables]
         if self.many:
             parts.append(f"More than {SIDE_BY_SIDE} runs: pairs and figures are left out.\n")
         return "\n".join([*parts, *(f"{line}\n" for line in self.protocols())])
+
+    @property
+    def read_tables(self) -> list[Table]:
+        """The tables for people, none of them empty: first in what the runs differ; sparsity per block is in CSV."""
+        shown = [t for t in self.tables if t.rows and t.name != "sparsity"]
+        return sorted(shown, key=lambda table: table.name != "settings")
 
     @property
     def many(self) -> bool:
@@ -88,7 +94,7 @@ class Report:
         short = short_names([run.name for run in (*runs, *self.groups, *([self.base] if self.base else []))])
         # Of the summary's rows: run, stage, seeds, seen, unseen, gap, unseen / dense, unseen / base. One dense row.
         dense, *others = self.tables[0].rows
-        rows = [(_label(short[row[0]], row[1]), *row[3:]) for row in others if row[1] != "dense"]
+        rows = [(_label(_shortened(row[0], short), row[1]), *row[3:]) for row in others if row[1] != "dense"]
         figures = {"means": means_figure([("dense", *dense[3:5]), *(row[:3] for row in rows)])}
         if ratios := [(label, ratio) for label, *_, ratio in rows if ratio is not None]:
             base = _label(short[self.base.name], "base") if self.base else "base"
@@ -138,6 +144,13 @@ class Report:
         return [path for name, figure in figures for path in save(figure, folder, prefix + name, formats)]
 
 
+def _shortened(names: str, short: Mapping[str, str]) -> str:
+    """What the summary calls a run, or several that have the same row, by short names."""
+    for name in sorted(short, key=len, reverse=True):
+        names = names.replace(name, short[name])
+    return names
+
+
 def _label(run: str, stage: str) -> str:
     """Of a row in a figure: short where a run is named for its stage."""
     return run if run == stage else f"{run}: {stage}"
@@ -174,7 +187,7 @@ def of_runs(
     rows = groups(runs)
     tables = [summary_table(rows, bases, seen=seen), perplexity_table(rows, seen=seen), sparsity_table(runs)]
     if 1 < len(runs) <= SIDE_BY_SIDE:
-        tables += [comparison_table(rows), stability_table(rows), repeatability_table(rows)]
+        tables += [comparison_table(rows), stability_table(rows), repeatability_table(rows), settings_table(rows)]
     if evaluated := [r | {"run": run.name} for run in with_distinct_names(runs) for r in run.evaluation]:
         tables.append(evaluation_table(evaluated))
     of_rows = {base.name: base for base in (bases or {}).values()}  # rows of several budgets have a base each

@@ -7,9 +7,11 @@ windows of one run, or over runs that differ in seed alone.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
@@ -162,20 +164,34 @@ def _numbers(run: FinishedRun, stage: Stage, bases: Mapping[Path, FinishedRun] |
 def _rows(
     groups: Sequence[Group], numbers: Callable[[FinishedRun, Stage], Sequence[Estimate | None]]
 ) -> list[list[Cell]]:
-    """Name, stage, seeds and numbers over the runs of every group and stage; a dense model has one, by its own name."""
-    rows: list[list[Cell]] = []
-    dense = set()
+    """Name, stage, seeds and numbers over the runs of every group and stage.
+
+    A row that is the same in several groups stands once: a dense model, by its own name, and whatever the groups are not
+    about, by the names of all.
+    """
+    rows: dict[tuple[Any, ...], list[Cell]] = {}
+    owners: dict[tuple[Any, ...], list[str]] = defaultdict(list)  # by the same key, the groups that have the row
     for group in groups:
         for stage in stages(group.runs[0]):
-            runs, named = group.runs, [group.name, row_name(*stage), len(group.runs)]
-            if stage[0] == "dense":
-                first = runs[0]
-                own = records_of(first.records, stage).values()
-                values = ((r["corpus"], r["seen"], f"{r['perplexity']:.5g}") for r in own)  # machines sum differently
-                if (same := (first.model, *values)) in dense:
-                    continue
-                label = first.records[0]["model"]
-                named, runs = [f"{label} (of {group.name})" if dense else label, "dense", None], [first]
-                dense.add(same)
-            rows.append([*named, *map(pooled, zip(*(numbers(run, stage) for run in runs), strict=True))])
-    return rows
+            dense = stage[0] == "dense"
+            runs, name = (group.runs[:1], group.runs[0].records[0]["model"]) if dense else (group.runs, group.name)
+            row = list(map(pooled, zip(*(numbers(run, stage) for run in runs), strict=True)))
+            key: tuple[Any, ...] = (stage, *(_identity(run, stage) for run in runs))
+            if dense and any(other[0] == stage for other in rows):
+                name = f"{name} (of {group.name})"
+            if not dense:
+                key += tuple(number and f"{number.value:.5g}" for number in row)  # the divisor may be another
+            if stage == stages(runs[0])[-1] and stage[0] not in ("dense", "base"):
+                key = (group.name, stage)  # what the run is about
+            rows.setdefault(key, [name, row_name(*stage), None if dense else len(runs), *row])
+            owners[key].append(group.name)
+    for key, row in rows.items():
+        if row[1] != "dense" and len(owners[key]) > 1:
+            row[0] = "all runs" if len(owners[key]) == len(groups) else ", ".join(owners[key])
+    return list(rows.values())
+
+
+def _identity(run: FinishedRun, stage: Stage) -> tuple[Any, ...]:
+    """The dense model, and what the stage measures, to five digits: machines sum differently."""
+    own = records_of(run.records, stage).values()
+    return run.model, *((r["corpus"], r["seen"], f"{r['perplexity']:.5g}") for r in own)

@@ -19,7 +19,7 @@ from rich.text import Text
 from gprune.errors import printable
 
 TableName = Literal[  # of a report
-    "comparison", "evaluation", "perplexity", "repeatability", "sparsity", "stability", "summary"
+    "comparison", "evaluation", "perplexity", "repeatability", "settings", "sparsity", "stability", "summary"
 ]
 
 
