@@ -187,7 +187,7 @@ def _rows(
             owners[key].append(group.name)
     for key, row in rows.items():
         if row[1] != "dense" and len(owners[key]) > 1:
-            row[0] = "all runs" if len(owners[key]) == len(groups) else ", ".join(owners[key])
+            row[0] = "all runs" if len(owners[key]) == len(groups) else "; ".join(owners[key])
     return list(rows.values())
 
 
