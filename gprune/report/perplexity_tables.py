@@ -166,8 +166,7 @@ def _rows(
 ) -> list[list[Cell]]:
     """Name, stage, seeds and numbers over the runs of every group and stage.
 
-    A row that is the same in several groups stands once: a dense model, by its own name, and whatever the groups are not
-    about, by the names of all.
+    What is the same in several groups stands once: a dense model by its own name, a control by theirs.
     """
     rows: dict[tuple[Any, ...], list[Cell]] = {}
     owners: dict[tuple[Any, ...], list[str]] = defaultdict(list)  # by the same key, the groups that have the row

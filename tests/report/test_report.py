@@ -215,7 +215,8 @@ def test_rows_of_seeds_whose_names_begin_alike_say_in_which_settings_they_differ
     stem = "tiny-gprune-wanda_sp-0.5"
     made = report.make(runs)
     assert [group.name for group in made.groups] == [f"{stem}, ridge={ridge} (2 seeds)" for ridge in ridges]
-    assert len({cells[0] for cells in made.tables[0].rows if cells[1] != "dense"}) == 2
+    names = {cells[0] for cells in made.tables[0].rows if cells[1] == "gprune + bias"}
+    assert names == {group.name for group in made.groups}
     assert [group.name for group in report.make(runs[:2]).groups] == [f"{stem} (2 seeds)"]
 
 
@@ -255,6 +256,40 @@ def test_the_dense_row_is_there_once(run):
     assert row(table.tables[0], "third", "gprune")["unseen"] is None
     labels = [text.get_text() for text in table.figures()["means"].axes[0].get_yticklabels()]
     assert labels.count("dense") == 1  # a figure has one, that of the first run
+
+
+def test_in_which_flags_runs_differ_stands_first(run):
+    other = another(run, "other", setting=0.5, seed=3)
+    made = report.make([run, another(run, "two", seed=1), other])
+    (table,) = [table for table in made.tables if table.name == "settings"]
+    assert table.columns == ["flag", "one (2 seeds)", "other"]
+    assert table.rows == [["ridge", "0.01", "0.5"], ["run.seed", "0, 1", "3"]]
+    assert made.to_markdown().startswith("## Settings that differ")
+    assert not [
+        table for table in report.make([run, another(run, "same")]).tables if table.name == "settings" and table.rows
+    ]
+
+
+def test_rows_that_are_equal_in_several_runs_stand_once(run):
+    """What a run is about has a row of its own, and so has what differs in one number."""
+    moved = another(run, "moved", setting=0.7, shift=0.1)
+    made = report.make([run, another(run, "other", setting=0.5), moved])
+    for table in made.tables[:2]:
+        by_stage = {}
+        for name, stage, *_ in table.rows:
+            by_stage.setdefault(stage, []).append(name)
+        assert by_stage.pop("gprune + bias") == ["one", "other", "moved"]
+        assert len(by_stage.pop("dense")) == 1
+        assert all(names == ["one; other", "moved"] for names in by_stage.values())
+        assert {"base", "averaged", "base + bias", "gprune"} <= set(by_stage)
+    base = row(made.tables[0], "one; other", "averaged")
+    assert base == row(report.make([run]).tables[0], "one", "averaged") | {"run": "one; other"}
+    labels = [text.get_text() for text in made.figures()["means"].axes[0].get_yticklabels()]
+    assert labels.count("one; other: base") == 1
+    assert {cells[0] for cells in report.make([run, moved.parent / "other"]).tables[0].rows} >= {"all runs"}
+    pair = read_runs([run, run.parent / "other"])
+    apart = report.of_runs(pair, bases={pair[0].path: pair[0], pair[1].path: read_runs([moved])[0]})
+    assert [cells[0] for cells in apart.tables[0].rows if cells[1] == "averaged"] == ["one", "other"]  # other divisors
 
 
 def test_another_run_can_be_the_base(run):
