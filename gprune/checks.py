@@ -27,6 +27,8 @@ Sizes = TypeAdapter(dict[str, Annotated[ByteSize, Field(gt=0, lt=10**15)]])
 
 EXPECTED = {  # by pydantic's type of an error, where its own words are no better
     "missing": "a value",
+    "missing_argument": "a value",
+    "unexpected_keyword_argument": "no such argument",
     "greater_than": "more than {gt}",
     "greater_than_equal": "{ge} or more",
     "less_than_equal": "{le} or less",
@@ -59,7 +61,7 @@ def refusal(error: ValidationError, prefix: str = "") -> str:
     expected = first["msg"].replace("Input should be", "expected", 1)
     if first["type"] in EXPECTED:
         expected = f"expected {EXPECTED[first['type']].format(**context)}"
-    return f"{name}: {expected}, got {'none' if first['type'] == 'missing' else shown(first['input'])}"
+    return f"{name}: {expected}, got {'none' if first['type'].startswith('missing') else shown(first['input'])}"
 
 
 def shown(value: Any) -> str:

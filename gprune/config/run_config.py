@@ -210,6 +210,7 @@ class RunConfig(Group):
         plain = self.model_dump(exclude=out | dict.fromkeys(("logging", "export", "dry_run"), True))
         plain["run"] = {"seed": self.run.seed}
         plain["trainer"] = {"world_size": self.processes, "precision": self.trainer.precision, **self.matmul}
+        plain["trainer"] |= self.trainer.unusual
         return plain
 
     @property

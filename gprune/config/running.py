@@ -6,9 +6,21 @@ import os
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 
-from gprune.checks import AtLeast0, AtLeast1, AtLeast8, Few, NonNegative, Positive, Quantile, Seed, Sparsity, Text
+from gprune.checks import (
+    AtLeast0,
+    AtLeast1,
+    AtLeast8,
+    Few,
+    NonNegative,
+    Positive,
+    Quantile,
+    Seed,
+    Sparsity,
+    Text,
+    shown,
+)
 from gprune.config.groups import Group
 from gprune.errors import UserError
 
@@ -124,8 +136,25 @@ class LoggingConfig(Group, prefix="logging."):
         return "csv" if self.tracker == "wandb" and self.resolved_mode == "disabled" else self.tracker
 
 
+class ClassPath(BaseModel, strict=True, extra="forbid"):
+    """A class and the arguments that make an object of it, as LightningCLI writes them."""
+
+    class_path: Text
+    init_args: dict[Text, JsonValue] = {}
+
+
+def _batches(value: Any) -> Any:
+    whole = type(value) is int and value >= 1
+    if value is None or whole or (type(value) is float and 0 < value <= 1):
+        return value
+    raise UserError(
+        f"--trainer.limit_train_batches: expected a number of batches, or a share in (0, 1], got {shown(value)}."
+    )
+
+
 class TrainerConfig(Group, prefix="trainer."):
-    """Lightning's own flags."""
+    """Flags of Lightning's Trainer. A stage is what a Trainer runs: calibration, refinement, threshold learning, and
+    recoveries that learn."""
 
     accelerator: Text = "auto"
     """cpu, gpu, or auto."""
@@ -141,11 +170,34 @@ class TrainerConfig(Group, prefix="trainer."):
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Precision in which thresholds and recoveries are trained; statistics and evaluation use --model.dtype.
     bf16-mixed: matrix products in bfloat16 (autocast), several times faster on a GPU, or a CPU with AMX."""
+    callbacks: list[ClassPath] = Field([])
+    """Lightning callbacks of every stage, made anew for each: [{class_path: lightning.pytorch.callbacks.EarlyStopping,
+    init_args: {monitor: learn/loss, strict: false}}]. Classes of other packages need --import."""
+    log_every_n_steps: AtLeast1 | None = None
+    """Steps from one point of a curve to the next. Default: 1, and 10 in the refinement."""
+    gradient_clip_val: Positive | None = None
+    """Largest norm of the gradient, in stages that set none of their own (distill has --distill.clip). Default: any."""
+    limit_train_batches: Annotated[int | float | None, BeforeValidator(_batches)] = None
+    """Batches per epoch of stages that learn from text: a number, or a share such as 0.5. Default: all."""
+    max_steps: AtLeast1 | None = None
+    """Optimizer steps after which stages that learn from text end, if their text has more. Default: all."""
+    profiler: Literal["simple", "advanced", "pytorch"] | None = None
+    """Lightning's profiler of this name, whose reports go into profiles/ of the run, a file per stage."""
+    deterministic: bool = False
+    """torch.use_deterministic_algorithms in stages: on a GPU the same bits each time, for more time."""
+    detect_anomaly: bool = False
+    """End with the operation whose gradient is NaN, where there is one. Slow."""
 
     @property
     def lightning(self) -> dict[str, Any]:
         """What Lightning's Trainer is told."""
         return {n: getattr(self, n) for n in ("accelerator", "devices", "num_nodes", "strategy", "precision")}
+
+    @property
+    def unusual(self) -> dict[str, Any]:
+        """What can change a result and is not its default: runs with the defaults keep their keys."""
+        names = {"callbacks", "gradient_clip_val", "limit_train_batches", "max_steps", "deterministic"}
+        return self.model_dump(include=names, exclude_defaults=True)
 
 
 class RunFolderConfig(Group, prefix="run."):

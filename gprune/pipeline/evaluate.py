@@ -191,6 +191,8 @@ def summarise(
         "unseen_over_base": unseen_ratios(records),
         **run.folder.total_tokens(),
     }
+    if stopped := run.folder.manifest.get("stopped"):
+        summary["stopped"] = stopped  # stages that a callback has ended early
     run.folder.update_manifest(summary=summary, widths=widths(pruned))
     if run.cfg.export != "none":  # the card, now that there is something to say
         card = model_card(run.cfg, stock=stock_skeleton(pruned) is not None, records=records)

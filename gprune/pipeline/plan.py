@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from lightning import Callback
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.calibration.saliency import salient_parts
@@ -19,6 +21,7 @@ from gprune.models.loading import read_config, skeleton
 from gprune.pipeline.cost import tokens_by_step
 from gprune.recoveries import recovery_of
 from gprune.runs.trainer import check_trainer
+from gprune.runs.user_callbacks import UserCallbacks
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget, unit_costs
 
@@ -44,17 +47,21 @@ class Plan:
         return sum(trained for _, trained in self.tokens.values())
 
 
-def check(cfg: RunConfig) -> Plan:
+def check(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> Plan:
     """Refuse before anything is loaded, and plan.
 
     The model is built from its configuration on the meta device: shapes without weights.
+
+    Args:
+        callbacks: that the caller brings, beside those of `--trainer.callbacks`.
 
     Raises:
         UserError: for settings, a device or a model that cannot be.
     """
     cfg.validate()
     cfg.check_names()
-    device = check_trainer(**cfg.trainer.lightning)
+    brought = UserCallbacks(callbacks, cfg.trainer.callbacks)
+    device = check_trainer(**cfg.trainer.lightning, callbacks=brought.of_stage(Path()))
     config = read_config(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
     dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
     check_stored(dense, config.name_or_path)

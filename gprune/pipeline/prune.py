@@ -14,6 +14,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from lightning import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from gprune.config import RunConfig
@@ -30,11 +33,13 @@ from gprune.pipeline.sparsity import base_masks, learn_sparsity, score
 from gprune.runs.results import PruningResult
 
 
-def prune(cfg: RunConfig) -> PruningResult:
+def prune(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> PruningResult:
     """Run the whole method, or take up where an earlier run of the same settings stopped.
 
     Args:
         cfg: every setting; `RunConfig()` prunes half of SmolLM2-135M's FFN neurons.
+        callbacks: Lightning callbacks of all stages, which know them by the type of the module. Own ones are the same
+            object in each; each stage gets a copy of what inherits from one of Lightning's.
 
     Returns:
         Masks, modules, thresholds, statistics, records and the pruned model.
@@ -44,7 +49,7 @@ def prune(cfg: RunConfig) -> PruningResult:
     """
     if cfg.dry_run:
         raise UserError("dry_run: expected false where a run is asked for; `python train.py --dry_run true` plans it.")
-    with opened(cfg) as run:  # plan, model, tokenizer, text, blocks, budget
+    with opened(cfg, callbacks) as run:  # plan, model, tokenizer, text, blocks, budget
         statistics = calibrate(run)  # 1
         scores = score(run, statistics)  # 2
         masks = base_masks(run, statistics, scores)  # by stage: `base`, `averaged` and `gprune`

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gprune.config import RunConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
+from gprune.errors import UserError
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
 from gprune.pipeline.cost import passes
@@ -27,7 +28,8 @@ from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
 from gprune.runs.progress import StageBar
 from gprune.runs.tracking import about, log_scalars, tracking
-from gprune.runs.trainer import multiplying, plain_interrupts
+from gprune.runs.trainer import algorithms, checkpoints, multiplying, plain_interrupts, profiler
+from gprune.runs.user_callbacks import UserCallbacks, Witness, raised_by_callback
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
 from gprune.storage.files import key_of
@@ -88,6 +90,7 @@ class Run:
     meter: TokenMeter
     fingerprint: str  # of the model
     screen: Screen
+    callbacks: UserCallbacks
 
     @property
     def cfg(self) -> RunConfig:
@@ -106,18 +109,37 @@ class Run:
         """A step of the method begins: say so, in the log and on the screen."""
         log.info("%s", self.screen.step(number, what))
 
-    def trainer(self, what: str, **kwargs: Any) -> L.Trainer:
-        """A fresh Trainer for one stage; `what` is said in the progress bar and the log."""
+    def trainer(
+        self, what: str, *, name: str | None = None, callbacks: Sequence[L.Callback] = (), **kwargs: Any
+    ) -> L.Trainer:
+        """A fresh Trainer for one stage, with the callbacks that the caller of the run has brought.
+
+        Args:
+            what: is said in the progress bar and the log.
+            name: of the stage in the run folder; the first word of `what` by default.
+            callbacks: of the stage, behind those of the caller.
+            kwargs: of the Trainer; those that are None count as not given.
+        """
         log.info("%s", what)
-        t, strategy = self.cfg.trainer, kwargs.pop("strategy", self.cfg.trainer.strategy)
-        callbacks = [*kwargs.pop("callbacks", []), StageBar(self.screen, what)]
+        t, name = self.cfg.trainer, name or what.split()[0].lower()
+        callbacks = [
+            *self.callbacks.of_stage(self.folder / f"checkpoints/{name}"),
+            Witness(lambda how_far: self.folder.update_manifest(stopped={name: how_far})),
+            *callbacks,
+            StageBar(self.screen, what),
+        ]
+        usual = {"strategy": t.strategy, "log_every_n_steps": 1, "gradient_clip_val": t.gradient_clip_val}
+        given = {key: value for key, value in kwargs.items() if value is not None}
+        asked = {} if t.log_every_n_steps is None else {"log_every_n_steps": t.log_every_n_steps}
         return L.Trainer(
-            accelerator=t.accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=strategy,
+            accelerator=t.accelerator, devices=t.devices, num_nodes=t.num_nodes,
             logger=self.loggers, callbacks=callbacks, default_root_dir=self.folder.path,
+            profiler=profiler(t.profiler, self.folder / "profiles", name), deterministic=t.deterministic or None,
+            detect_anomaly=t.detect_anomaly,
             # Our samplers shard exactly; Lightning's would repeat windows to fill up the last batch.
             use_distributed_sampler=False,
-            enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
-            **kwargs,
+            enable_checkpointing=checkpoints(callbacks), enable_model_summary=False, num_sanity_val_steps=0,
+            **(usual | given | asked),
         )  # fmt: skip
 
     def fit(
@@ -134,12 +156,13 @@ class Run:
         """
         cfg = self.cfg
         path, seconds = self.folder.checkpoint(name), 60 * cfg.run.checkpoint_minutes
-        checkpoints = Checkpoints(path, f"{self.folder.key} {name}", seconds, saved=self.folder.note)
+        saving = Checkpoints(path, f"{self.folder.key} {name}", seconds, saved=self.folder.note)
         data = CorpusDataModule(train=text, batch_size=batch_size or cfg.corpora.batch_size, seed=cfg.run.seed)
         trainer = self.trainer(
-            what, log_every_n_steps=1, precision=cfg.trainer.precision, callbacks=[*callbacks, checkpoints], **kwargs
-        )
-        if (checkpoint := checkpoints.usable()) is not None:
+            what, name=name, callbacks=[*callbacks, saving], precision=cfg.trainer.precision,
+            limit_train_batches=cfg.trainer.limit_train_batches, max_steps=cfg.trainer.max_steps, **kwargs,
+        )  # fmt: skip
+        if (checkpoint := saving.usable()) is not None:
             log.info("Going on from %s", checkpoint)
         log_scalars(self.loggers, {"fit": self.folder.number_of(name)}, step=0)
         trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
@@ -147,30 +170,39 @@ class Run:
 
 
 @contextmanager
-def opened(cfg: RunConfig) -> Iterator[Run]:
+def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run]:
     """Plan, load model and text, open (or take up) the run folder and the loggers, seed everything, count tokens.
+
+    Args:
+        callbacks: that the caller brings, beside those of `--trainer.callbacks`.
 
     Raises:
         UserError: for settings, a model or text that cannot be; if the folder holds a run with other settings, is in
-            use by another process, or cannot be written.
+            use by another process, or cannot be written; for what a callback that is not ours raises.
     """
-    plan = check(cfg)
+    plan, brought = check(cfg, callbacks), UserCallbacks(callbacks, cfg.trainer.callbacks)
     model, tokenizer = load(cfg, plan.device)
     text = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
     L.seed_everything(cfg.run.seed, verbose=False)
     meter = TokenMeter()
     meter.watch(model)
     inputs = {"model": fingerprint(model), "text": text.hashes()}
+    inputs |= {"callbacks": brought.names} if callbacks else {}
     settings = cfg.settings() | {"inputs": inputs}
     folder = RunFolder(cfg.folder, meter.counts, key=key_of(settings=settings))
     work = {step: passes(*tokens) for step, tokens in plan.tokens.items()}
     screen = Screen(work, meter.work)
     with (
         folder.opened(settings, to_yaml(cfg.resolved())), plain_interrupts(),
-        _loggers(cfg, folder) as loggers, multiplying(cfg.trainer.float32_matmul_precision), screen,
+        _loggers(cfg, folder) as loggers, multiplying(cfg.trainer.float32_matmul_precision),
+        algorithms(deterministic=cfg.trainer.deterministic), screen,
     ):  # fmt: skip
         try:
-            yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen)
+            yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, brought)
+        except Exception as error:
+            if not isinstance(error, UserError) and (told := raised_by_callback(error)):
+                raise told from error
+            raise
         finally:
             meter.close()
 

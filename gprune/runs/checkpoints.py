@@ -11,17 +11,19 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 
 from gprune.storage.files import replacing
 
 log = logging.getLogger("gprune")
 
 
-class Checkpoints(L.Callback):
+class Checkpoints(Checkpoint):
     """Keeps a checkpoint of a stage that learns, so that a killed one goes on from there, to the same bits.
 
     A checkpoint holds what learns (a stage registers nothing else), optimizer, schedule, the place in the text, the
-    states of callbacks and of torch's random generator; and a mark that binds it to one stage of one run.
+    states of callbacks and of torch's random generator; and a mark that binds it to one stage of one run. Lightning
+    calls a Checkpoint behind all other callbacks, whose states are then those after the step.
 
     Args:
         path: of the file, which is replaced each time; `RunFolder.write` removes it when what was learned is there.

@@ -6,12 +6,15 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
 from gprune.console import quieted
 from gprune.errors import UserError
@@ -20,8 +23,9 @@ log = logging.getLogger("gprune")
 
 
 def check_trainer(
-    *, accelerator: str, devices: int, num_nodes: int, strategy: str, precision: str = "32-true"
-) -> torch.device:
+    *, accelerator: str, devices: int, num_nodes: int, strategy: str, precision: str = "32-true",
+    callbacks: Sequence[L.Callback] = (),
+) -> torch.device:  # fmt: skip
     """Build a Trainer and throw it away: whether this machine can do what is asked for, Lightning knows best.
 
     Returns:
@@ -29,15 +33,15 @@ def check_trainer(
 
     Raises:
         UserError: for an accelerator that is not there, too many devices, an unknown strategy, or a precision that the
-            device lacks.
+            device lacks; for callbacks that cannot be together.
     """
     _check_processes(accelerator, devices, num_nodes)
     try:
         with warnings.catch_warnings(action="ignore"), quieted("lightning.pytorch.utilities.rank_zero"):
             trainer = L.Trainer(
                 accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision,
-                logger=False, enable_checkpointing=False, enable_model_summary=False,
-                enable_progress_bar=False,
+                logger=False, enable_checkpointing=checkpoints(callbacks), enable_model_summary=False,
+                enable_progress_bar=False, callbacks=list(callbacks),
             )  # fmt: skip
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".!")
@@ -54,6 +58,11 @@ def check_trainer(
     return device
 
 
+def checkpoints(callbacks: Sequence[L.Callback]) -> bool:
+    """Whether there are some that write checkpoints; where there are none Lightning would bring its own."""
+    return any(isinstance(callback, Checkpoint) for callback in callbacks)
+
+
 def _check_processes(accelerator: str, devices: int, num_nodes: int) -> None:
     """Raise UserError for more processes than this machine can start, and for nodes that nobody starts."""
     most = max(8, 4 * (os.cpu_count() or 1))
@@ -67,6 +76,12 @@ def _check_processes(accelerator: str, devices: int, num_nodes: int) -> None:
         )
 
 
+def profiler(kind: str | None, folder: Path, name: str) -> Profiler | None:
+    """Lightning's profiler of this kind for one stage, whose report is a file in the folder."""
+    kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+    return None if kind is None else kinds[kind](folder, name.replace("/", "-"))
+
+
 @contextmanager
 def multiplying(precision: str) -> Iterator[None]:
     """torch's `float32_matmul_precision` while the context lasts: `highest`, `high` (TF32) or `medium`."""
@@ -78,6 +93,17 @@ def multiplying(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def algorithms(*, deterministic: bool) -> Iterator[None]:
+    """torch's deterministic algorithms while the context lasts, if asked for."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager

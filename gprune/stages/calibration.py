@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection
 from functools import partial
 
 import lightning as L
-from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +16,13 @@ from gprune.models.blocks import Block
 from gprune.stages.base import FrozenLMStage
 
 Store = Callable[[str, Block, dict[str, Tensor]], dict[str, StoredGram]]
+
+
+class _LetGo(L.Callback):
+    """Of a class of its own: Lightning would put a LambdaCallback of the stage in the place of a caller's."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: CalibrationStage, exception: BaseException) -> None:
+        pl_module._let_go()
 
 
 class CalibrationStage(FrozenLMStage):
@@ -62,7 +68,7 @@ class CalibrationStage(FrozenLMStage):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """After an exception Lightning tells callbacks, and no stage: the model is to be left without hooks."""
-        return [LambdaCallback(on_exception=lambda *_: self._let_go())]
+        return [_LetGo()]
 
     def _let_go(self) -> Collector | Walk | None:
         sums, self._sums = self._sums, None

@@ -130,7 +130,10 @@ class DevelopmentCurve(L.Callback):
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the best weights back, if they are kept; else warn if perplexity ends above where it began."""
+        """Measure where it has ended, if it was stopped. Put the best weights back, if they are kept; else warn if
+        perplexity ends above where it began."""
+        if trainer.global_step not in self.measured:
+            self._measure(trainer, pl_module)
         with torch.no_grad():
             for name, value in pl_module.state_dict().items() if self.best else ():
                 value.copy_(_sharded_as(value, self.best[name]))

@@ -1,0 +1,138 @@
+"""Lightning callbacks that the caller of a run brings: made, handed to every stage, named where they fail."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import itertools
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from pydantic import ValidationError, validate_call
+
+from gprune.checks import refusal, shown
+from gprune.config.running import ClassPath
+from gprune.errors import UserError, first_line
+
+log = logging.getLogger("gprune")
+LIGHTNING = "lightning.pytorch.callbacks"
+
+
+@dataclass(frozen=True)
+class UserCallbacks:
+    """Callbacks from Python (`given`), and by class path (`--trainer.callbacks`).
+
+    A class path is made anew for each stage. An object is the same in all stages, so that what it has noted can be read
+    afterwards; but what inherits from a callback of Lightning's (EarlyStopping, ModelCheckpoint, ...) holds the state
+    of one fit, and each stage gets a copy of what was given.
+    """
+
+    given: Sequence[L.Callback] = ()
+    paths: Sequence[ClassPath] = ()
+
+    def of_stage(self, folder: Path) -> list[L.Callback]:
+        """The callbacks of one Trainer; a ModelCheckpoint that was told no folder writes into this one.
+
+        Raises:
+            UserError: for an object that is no callback, and as `made`.
+        """
+        if wrong := [one for one in self.given if not isinstance(one, L.Callback)]:
+            raise UserError(f"callbacks: expected objects of lightning.pytorch.Callback, got {shown(wrong[0])}.")
+        callbacks = [copy.deepcopy(one) if _is_of_lightning(one) else one for one in self.given]
+        callbacks += map(made, self.paths)
+        for one in callbacks:
+            if isinstance(one, ModelCheckpoint) and one.dirpath is None:
+                one.dirpath = str(folder)
+        return callbacks
+
+    @property
+    def names(self) -> list[str]:
+        """What the settings of a run know of objects: class, and Lightning's key of its state."""
+        return [f"{type(one).__module__}.{one.state_key}" for one in self.given]
+
+
+def _is_of_lightning(callback: L.Callback) -> bool:
+    return any(c.__module__.startswith(LIGHTNING) for c in type(callback).__mro__ if c is not L.Callback)
+
+
+def made(described: ClassPath) -> L.Callback:
+    """A callback by its class path, with arguments of the types that its class declares.
+
+    Raises:
+        UserError: for a path that leads to no class of callbacks, or into a package that is not imported (a file of
+            flags runs nobody's code), and for arguments that do not fit.
+    """
+    where = f"--trainer.callbacks: {described.class_path}"
+    module, _, name = described.class_path.rpartition(".")
+    package = (module := module or LIGHTNING).partition(".")[0]
+    if package not in sys.modules:
+        raise UserError(f"{where}: expected a class of an imported module; add --import {package or 'MODULE'}.")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{where}: expected a class path such as {LIGHTNING}.Timer ({first_line(error)}).") from error
+    if not (isinstance(kind, type) and issubclass(kind, L.Callback)):
+        raise UserError(f"{where}: expected a subclass of lightning.pytorch.Callback, got {shown(kind)}.")
+    try:
+        if not inspect.isfunction(kind.__init__):  # it has none of its own
+            return kind(**described.init_args)
+        callback = kind.__new__(kind)
+        checked = validate_call(kind.__init__, config={"arbitrary_types_allowed": True})
+        checked(callback, **copy.deepcopy(described.init_args))
+    except ValidationError as error:
+        raise UserError(f"{where}, {refusal(error, 'init_args.')}.") from error
+    except Exception as error:  # whatever the class raises
+        raise UserError(f"{where}: {type(error).__name__}: {first_line(error)}") from error
+    return callback
+
+
+class Witness(L.Callback):
+    """Comes behind the caller's callbacks: notes a stage that was stopped early, refuses a changed calibration batch.
+
+    Args:
+        note: is called with how far a stopped stage has come.
+    """
+
+    def __init__(self, note: Callable[[dict[str, int]], None]):
+        self.note = note
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        done, planned = trainer.fit_loop.total_batch_idx + 1, int(trainer.num_training_batches * trainer.max_epochs)
+        if trainer.should_stop and done < planned:
+            log.info("A callback has stopped %s after %d of %d batches", type(pl_module).__name__, done, planned)
+            self.note({"batches": done, "planned": planned})
+
+    def on_test_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        tokens = trainer.test_dataloaders[dataloader_idx].dataset.tokens
+        if not torch.equal(batch["input_ids"].cpu(), tokens[batch["index"].cpu()]):
+            raise UserError(
+                "A callback has changed a batch of calibration, whose statistics other runs share; expected changes "
+                "in on_train_batch_start alone."
+            )
+
+
+def raised_by_callback(error: Exception) -> UserError | None:
+    """What to say of an error that a callback not of ours has raised; None where none has."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    for (frame, _), (hook, line) in itertools.pairwise(frames):
+        callback, trainer = frame.f_locals.get("callback"), frame.f_locals.get("trainer")  # of Lightning's caller
+        ours = type(callback).__module__.startswith("gprune.")
+        if isinstance(callback, L.Callback) and isinstance(trainer, L.Trainer) and not ours:
+            when = frame.f_locals.get("hook_name", frame.f_code.co_name)
+            return UserError(
+                f"Callback {type(callback).__name__} in {when} of {type(trainer.lightning_module).__name__}: "
+                f"{type(error).__name__}: {first_line(error)} ({Path(hook.f_code.co_filename).name}, line {line}). "
+                f"The same command goes on from the last checkpoint."
+            )
+    return None

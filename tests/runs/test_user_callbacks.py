@@ -1,0 +1,204 @@
+"""Callbacks and Trainer arguments that the caller brings: into every stage, resumed, and named where they fail."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
+
+from gprune.config import RunConfig, check_settings, parse
+from gprune.errors import UserError
+from gprune.pipeline.prune import prune
+from gprune.runs.results import load_run
+from gprune.runs.user_callbacks import UserCallbacks
+from tests import tiny_run
+
+OF_LIGHTNING = [
+    {"class_path": "EarlyStopping", "init_args": {"monitor": "learn/loss", "strict": False, "stopping_threshold": 1e3}},
+    {"class_path": "ModelCheckpoint", "init_args": {"monitor": "learn/loss", "every_n_train_steps": 1}},
+    {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
+    {"class_path": "lightning.pytorch.callbacks.DeviceStatsMonitor"},
+    {"class_path": "GradientAccumulationScheduler", "init_args": {"scheduling": {0: 2}}},
+]
+
+
+class Steps(L.Callback):
+    """Notes every training step; with `fail`, raises KeyError after so many of threshold learning."""
+
+    def __init__(self, fail: int | None = None):
+        self.steps, self.tested, self.fail = [], [], fail
+
+    def on_test_start(self, trainer, pl_module):
+        self.tested.append(type(pl_module).__name__)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.steps.append((type(pl_module).__name__, trainer.global_step))
+        if self.fail == trainer.global_step and type(pl_module).__name__ == "ThresholdLearning":
+            raise KeyError("lost")
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny_run.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with tiny_run.isolated(tmp_path_factory.mktemp("cache")), pytest.MonkeyPatch.context() as patch:
+        tiny_run.quick(patch)
+        yield
+
+
+def flags(world, folder, *more, callbacks=(), name="run"):
+    some = [f"--trainer.callbacks={json.dumps(callbacks)}"] if callbacks else []
+    return world.args(folder, "--export=none", "--evaluation.controls=[]", *some, *more, name=name)
+
+
+def stages_of(steps):
+    return [name for name, _ in itertools.groupby(steps, key=lambda step: step[0])]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Lightning, which the command line keeps quiet
+def test_callbacks_of_lightning_serve_every_stage_and_write_into_the_run(world, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    more = ("--recovery=distill", "--distill.tokens=512", "--sparsity.epochs=4", "--trainer.profiler=simple")
+    own, lambdas = Steps(), []
+    brought = [own, LambdaCallback(on_test_start=lambda trainer, pl_module: lambdas.append(pl_module))]
+    cfg = parse(flags(world, tmp_path, *more, callbacks=OF_LIGHTNING))
+    result = prune(cfg, callbacks=brought)
+    assert own.tested == ["CalibrationStage"]
+    assert stages_of(own.steps) == ["AssignmentRefinement", "ThresholdLearning", "DistillationStage"]
+    assert len(lambdas) == 1
+    assert result.summary["stopped"] == {"thresholds": {"batches": 2, "planned": 8}}
+    manifest = json.loads((result.path / "manifest.json").read_text())
+    assert manifest["learning"]["steps"] == 1  # of two batches
+    with next(result.path.glob("csv/*/metrics.csv")).open() as file:
+        columns = next(csv.reader(file))
+    assert {"lr-Adam", "lr-AdamW", "DeviceStatsMonitor.on_train_batch_end/cpu_percent"} <= set(columns)
+    assert next(result.path.glob("checkpoints/thresholds/*.ckpt")).is_file()
+    assert len(list((result.path / "profiles").iterdir())) == 4
+    assert not list((tmp_path / "here").iterdir())
+    assert load_run(result.path).summary == result.summary
+    with pytest.raises(UserError, match=r"other settings: inputs\.callbacks: .*Steps.* there, None here"):
+        prune(cfg)
+
+
+@pytest.mark.slow
+def test_a_callback_that_raises_is_named_and_the_run_goes_on_with_its_state(world, tmp_path):
+    def run(name, **how):
+        cfg = parse(flags(world, tmp_path, "--sparsity.epochs=3", "--run.checkpoint_minutes=0", name=name))
+        return (own := Steps(**how)), prune(cfg, callbacks=[own])
+
+    expected, undisturbed = run("undisturbed")
+    said = r"^Callback Steps in on_train_batch_end of ThresholdLearning: KeyError: 'lost' \(test_user_callbacks"
+    with pytest.raises(UserError, match=said) as caught:
+        run("failed", fail=4)
+    assert isinstance(caught.value.__cause__, KeyError)
+    again, resumed = run("failed")
+    assert again.steps == expected.steps
+    pairs = zip(undisturbed.thresholds[0], resumed.thresholds[0], strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_objects_of_ones_own_are_shared_by_stages_and_those_with_the_state_of_a_fit_are_not(tmp_path):
+    own, stopping, saving = Steps(), EarlyStopping("learn/loss"), ModelCheckpoint()
+    brought = UserCallbacks([own, stopping, saving], RunConfig().trainer.callbacks)
+    (first, *copies), second = (brought.of_stage(tmp_path / name) for name in ("first", "second"))
+    assert first is second[0] is own
+    assert not {*map(id, copies)} & {*map(id, [*second, stopping, saving])}
+    assert [c[2].dirpath for c in ([own, *copies], second)] == [str(tmp_path / name) for name in ("first", "second")]
+    assert saving.dirpath is None
+
+
+@pytest.mark.parametrize(
+    ("path", "args", "said"),
+    [
+        ("lightning.pytorch.callbacks.EarlyStoping", {}, "expected a class path such as lightning.pytorch.callbacks."),
+        ("lightning.nowhere.Thing", {}, "(No module named 'lightning.nowhere')"),
+        ("made_up_package.Thing", {}, "add --import made_up_package"),
+        ("os.system", {}, "expected a subclass of lightning.pytorch.Callback, got <built-in function system>."),
+        ("torch.nn.Linear", {}, "expected a subclass of lightning.pytorch.Callback"),
+        ("EarlyStopping", {}, "EarlyStopping, init_args.monitor: expected a value, got none."),
+        ("EarlyStopping", {"monitor": "x", "patience": "many"}, "init_args.patience: expected a valid integer"),
+        ("EarlyStopping", {"monitor": "x", "patient": 1}, "init_args.patient: expected no such argument, got 1."),
+        ("EarlyStopping", {"monitor": "x", "mode": "up"}, "MisconfigurationException: `mode` can be min, max, got up"),
+        ("Timer", {"interval": "minute"}, "Timer"),
+        ("RichProgressBar", {}, "found `RichProgressBar` in callbacks list"),
+    ],
+)
+def test_a_callback_that_cannot_be_is_refused_before_anything_is_loaded(path, args, said, world, tmp_path, capfd):
+    described = [{"class_path": path, "init_args": args}]
+    assert tiny_run.main(flags(world, tmp_path / "runs", callbacks=described)) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert said in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_no_callback_is_refused(world, tmp_path):
+    with pytest.raises(UserError, match=r"callbacks: expected objects of .*Callback, got <class '.*Steps'>"):
+        prune(parse(flags(world, tmp_path)), callbacks=[Steps])
+
+
+def test_early_stopping_on_what_is_not_logged_says_what_is(world, tmp_path, capfd):
+    described = [{"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss"}}]
+    assert tiny_run.main(flags(world, tmp_path, callbacks=described)) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert "EarlyStopping in on_train_epoch_end of AssignmentRefinement: RuntimeError: Early stopping" in error
+    assert "`val_loss`" in error
+    assert "`partition/total`" in error
+
+
+def test_batches_of_calibration_may_not_be_changed_and_those_of_training_may(world, tmp_path, cache):
+    def shorten(trainer, pl_module, batch, *_):
+        if isinstance(batch, dict):  # the batches of the refinement hold no text
+            batch["input_ids"] = batch["input_ids"][:, :8]
+
+    cfg = parse(flags(world, tmp_path, "--corpora.num_samples=3"))  # of which the cache has nothing
+    with pytest.raises(UserError, match="changed a batch of calibration, whose statistics other runs share"):
+        prune(cfg, callbacks=[LambdaCallback(on_test_batch_start=shorten)])
+    cfg = parse(flags(world, tmp_path, name="shortened"))
+    path = prune(cfg, callbacks=[LambdaCallback(on_train_batch_start=shorten)]).path
+    assert json.loads((path / "manifest.json").read_text())["steps"]["thresholds"]["forward_backward_tokens"] == 8 * 8
+
+
+def test_trainer_arguments_hold_in_the_stages_that_they_are_for(world, tmp_path):
+    more = ("--trainer.max_steps=1", "--trainer.gradient_clip_val=1e-9", "--trainer.log_every_n_steps=2")
+    seen = {}
+
+    def look(trainer, pl_module, *_):
+        norm = max(float(p.grad.norm()) for p in pl_module.parameters() if p.grad is not None)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        seen.setdefault(type(pl_module).__name__, []).append((norm <= 1e-9, trainer.log_every_n_steps, deterministic))
+
+    cfg = parse(flags(world, tmp_path, *more, "--sparsity.epochs=2", "--trainer.deterministic=true"))
+    prune(cfg, callbacks=[LambdaCallback(on_train_batch_end=look)])
+    assert seen == {"AssignmentRefinement": [(True, 2, True)] * 20, "ThresholdLearning": [(True, 2, True)]}
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_settings_name_what_may_change_a_result_and_no_default():
+    plain = RunConfig().settings()
+    assert set(plain["trainer"]) == {"world_size", "precision"}
+    watching = ["--trainer.log_every_n_steps=5", "--trainer.profiler=simple", "--trainer.detect_anomaly=true"]
+    assert parse(watching).settings() == plain
+    changing = ["--trainer.max_steps=3", "--trainer.limit_train_batches=0.5", "--trainer.gradient_clip_val=1"]
+    changing += ["--trainer.deterministic=true", "--trainer.callbacks=[{class_path: Timer}]"]
+    for flag in changing:
+        settings = parse([flag]).settings()
+        check_settings(settings)
+        assert settings["trainer"].keys() - plain["trainer"].keys() == {flag.split("=")[0].rpartition(".")[2]}
