@@ -77,7 +77,8 @@ def collect(run: Run, corpora: list[str], cache: StatisticsCache) -> dict[str, C
             test=[run.text.train[c] for c in corpora], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
         )
         trainer = run.trainer(f"Calibrating on {', '.join(corpora)}", inference_mode=not saliency)
-        trainer.test(stage, data, verbose=False)
+        with run.folder.part(*corpora):  # which have as many tokens each
+            trainer.test(stage, data, verbose=False)
     for corpus in corpora:
         cache.write(corpus, stage.statistics[corpus], collected)
     return stage.statistics

@@ -68,7 +68,8 @@ def evaluate(
                 continue
             model = run.model if row == dense else pruned  # frees the model of the row before
             if row not in (dense, (cfg.final, cfg.recovery)):
-                model = shrink(run, masks[row[0]], statistics, recovery=row[1])
+                with run.folder.part(row_name(*row)):
+                    model = shrink(run, masks[row[0]], statistics, recovery=row[1])
             if not measures:
                 continue
             if row != dense:
@@ -117,7 +118,8 @@ def measured(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> P
     batch_size = run.cfg.corpora.batch_size
     batches = math.ceil(len(windows.tokens) / batch_size / processes()[1])
     advance = run.screen.bar(f"Evaluating {name} on {windows.corpus}", batches)
-    return perplexity(model, windows, batch_size=batch_size, progress=advance, shared=True)
+    with run.folder.part(f"{name} on {windows.corpus}"):
+        return perplexity(model, windows, batch_size=batch_size, progress=advance, shared=True)
 
 
 def record(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class TokenMeter:
 
     def __init__(self) -> None:
         self.forward = self.forward_backward = 0
+        self._earlier: Counter[str] = Counter()  # of earlier sittings, which a checkpoint holds the result of
         self._handles: list[RemovableHandle] = []
 
     def watch(self, model: PreTrainedModel) -> RemovableHandle:
@@ -68,8 +70,13 @@ class TokenMeter:
         return passes(self.forward, self.forward_backward)
 
     def counts(self) -> dict[str, int]:
-        """Tokens by kind, as the manifest has them."""
-        return {"forward_tokens": self.forward, "forward_backward_tokens": self.forward_backward}
+        """Tokens by kind, as the manifest has them, with those that were taken up."""
+        here = {"forward_tokens": self.forward, "forward_backward_tokens": self.forward_backward}
+        return {kind: count + self._earlier[kind] for kind, count in here.items()}
+
+    def take_up(self, earlier: dict[str, int]) -> None:
+        """Count tokens of an earlier sitting as well, but not as work of this one."""
+        self._earlier.update(earlier)
 
     def close(self) -> None:
         """Count no more."""
@@ -155,17 +162,17 @@ class Run:
             kwargs: of the Trainer.
         """
         cfg = self.cfg
-        path, seconds = self.folder.checkpoint(name), 60 * cfg.run.checkpoint_minutes
-        saving = Checkpoints(path, f"{self.folder.key} {name}", seconds, saved=self.folder.note)
+        saving = Checkpoints(self.folder, name, stage, self.meter, 60 * cfg.run.checkpoint_minutes)
         data = CorpusDataModule(train=text, batch_size=batch_size or cfg.corpora.batch_size, seed=cfg.run.seed)
         trainer = self.trainer(
             what, name=name, callbacks=[*callbacks, saving], precision=cfg.trainer.precision,
             limit_train_batches=cfg.trainer.limit_train_batches, max_steps=cfg.trainer.max_steps, **kwargs,
         )  # fmt: skip
         if (checkpoint := saving.usable()) is not None:
-            log.info("Going on from %s", checkpoint)
+            log.info("Going on from %s; what is computed again since then counts once", checkpoint)
         log_scalars(self.loggers, {"fit": self.folder.number_of(name)}, step=0)
-        trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
+        with self.folder.part(name):
+            trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
         return trainer
 
 

@@ -60,7 +60,7 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
                 save_pruned(pruned, run.tokenizer, folder, model_card=card, overwrite=True)
                 checks["sliced_minus_reloaded"] = check_reload(pruned, folder, checked_tokens(run), **placement(run))
                 run.folder.update_manifest(model=file_hashes(folder), replace=True)
-            run.folder.update_manifest(logits=checks)
+        run.folder.update_manifest(logits=checks)
     gguf = run.folder / "model-f16.gguf"
     if cfg.export == "gguf" and not gguf.exists():
         log.info("Writing %s and checking that llama.cpp computes the same", gguf)

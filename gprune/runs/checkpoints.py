@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import pickle
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from gprune.storage.files import replacing
+from gprune.runs.folder import RunFolder
+from gprune.storage.files import UNUSABLE, key_of, replacing
 
 log = logging.getLogger("gprune")
 
@@ -22,18 +22,26 @@ class Checkpoints(Checkpoint):
     """Keeps a checkpoint of a stage that learns, so that a killed one goes on from there, to the same bits.
 
     A checkpoint holds what learns (a stage registers nothing else), optimizer, schedule, the place in the text, the
-    states of callbacks and of torch's random generator; and a mark that binds it to one stage of one run. Lightning
-    calls a Checkpoint behind all other callbacks, whose states are then those after the step.
+    states of callbacks and of torch's random generator, and the tokens that the stage has taken. Its hash, over what
+    it belongs to as well, stands in the run's manifest: a file that is not what this stage left is never unpickled.
+    Lightning calls a Checkpoint behind all other callbacks, whose states are then those after the step.
 
     Args:
-        path: of the file, which is replaced each time; `RunFolder.write` removes it when what was learned is there.
-        mark: of the stage and its run.
+        folder: of the run; `write` removes the checkpoint when what was learned is there.
+        name: of the stage in the folder.
+        stage: whose class, and names and shapes of what learns, have to be those of the checkpoint.
+        meter: the run's `TokenMeter`.
         seconds: between two checkpoints; 0: one after every step.
-        saved: is called when one is there.
     """
 
-    def __init__(self, path: Path, mark: str, seconds: float, saved: Callable[[], None] = lambda: None):
-        self.path, self.mark, self.seconds, self.saved = path, mark, seconds, saved
+    def __init__(self, folder: RunFolder, name: str, stage: L.LightningModule, meter: Any, seconds: float):
+        self.folder, self.name, self.meter, self.seconds = folder, name, meter, seconds
+        self.path, self._before = folder.checkpoint(name), meter.counts()
+        shapes = {learns: list(value.shape) for learns, value in stage.state_dict().items()}
+        versions = [torch.__version__, L.__version__]
+        of = f"{type(stage).__module__}.{type(stage).__qualname__}"
+        self._mark = key_of(run=folder.key, fit=name, stage=of, shapes=shapes, versions=versions)
+        self._hashes: list[str] = []  # of the file that is there, if any
         self._last = time.monotonic()
         self._place: dict[str, int] = {}  # in the text, where it goes on
 
@@ -41,15 +49,15 @@ class Checkpoints(Checkpoint):
         """The checkpoint to go on from; None, with a warning unless there is none, if it is not whole, or foreign."""
         if not self.path.is_file():
             return None
-        try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
-            reason = None if content["gprune"] == self.mark else "it belongs to another run"
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            reason = (str(error).splitlines() or ["not whole"])[0]
-        if reason is None:
+        self._hashes = [self._hash(self.path)]
+        if self._hashes[0] in self.folder.manifest.get("checkpoints", {}).get(self.name, []):
             return self.path
-        log.warning("%s is not usable (%s); going on without it.", self.path, reason)
+        log.warning(UNUSABLE, self.path, "not what this stage of this run has left")
         return None
+
+    def _hash(self, file: Path) -> str:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, lambda: hashlib.sha256(self._mark.encode())).hexdigest()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Lightning forgets the place where a schedule has asked for the number of steps before it was loaded.
@@ -75,13 +83,19 @@ class Checkpoints(Checkpoint):
             return
         with replacing(self.path) as temporary:
             trainer.save_checkpoint(temporary)
-        self.saved()
+            new = self._hash(temporary)
+            # With that of the file there, which stays until the new one has its name.
+            self.folder.update_manifest(checkpoints={self.name: [*self._hashes, new]})
+        self._hashes = [new]
+        self.folder.note()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["gprune"] = self.mark
+        now = self.meter.counts()
+        checkpoint["tokens"] = {kind: count - self._before[kind] for kind, count in now.items()}
         checkpoint["place"] = trainer.train_dataloader.state_dict()
         checkpoint["random"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._place = checkpoint["place"]
+        self.meter.take_up(checkpoint["tokens"])
         torch.set_rng_state(checkpoint["random"])

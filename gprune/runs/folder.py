@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -60,7 +61,8 @@ class RunFolder:
         self.count_tokens = count_tokens
         self.key = key
         self.finished = False  # True if the run was complete when it was opened; then it is only read
-        self._running: list[Callable[[], None]] = []  # note the cost of steps that are running, the inner one last
+        self._running: list[tuple[str, Callable[[], None]]] = []  # steps, and what notes their cost; the inner one last
+        self._counted: Counter[str] = Counter()  # tokens of parts that have ended
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -161,33 +163,55 @@ class RunFolder:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Note a step's wall seconds, tokens and peak memory, also when it fails; a step taken up again adds up.
+        """Note a step's wall seconds, tokens and peak memory, also when it fails.
 
-        What a finished run computes again, to give it back, is no cost of the run's.
+        Seconds of all sittings add up; tokens are those of the parts of the step that have ended, see `part`. What a
+        finished run computes again, to give it back, is no cost of the run's.
         """
         if self.finished:
             yield
             return
-        started, before = time.monotonic(), self.count_tokens()
-        earlier = self.manifest.get("steps", {}).get(name, {})
+        started = time.monotonic()
+        earlier = self.manifest.get("steps", {}).get(name, {}).get("seconds", 0)
 
         def note() -> None:
-            used = {"seconds": time.monotonic() - started}
-            used |= {kind: count - before[kind] for kind, count in self.count_tokens().items()}
-            total = {kind: round(value + earlier.get(kind, 0), 2) for kind, value in used.items()}
-            self.update_manifest(steps={name: total | peak_memory()})
+            parts = [used for part, used in self.manifest.get("parts", {}).items() if part.startswith(f"{name}: ")]
+            tokens = {kind: sum(used.get(kind, 0) for used in parts) for kind in self.count_tokens()}
+            seconds = {"seconds": round(earlier + time.monotonic() - started, 2)}
+            self.update_manifest(steps={name: seconds | tokens | peak_memory()})
 
-        self._running.append(note)
+        self._running.append((name, note))
         try:
-            yield
+            with self.part("rest"):
+                yield
         finally:
-            self._running.pop()
             note()
+            self._running.pop()
+
+    @contextmanager
+    def part(self, *names: str) -> Iterator[None]:
+        """Count the tokens of a part of the running step, less those of parts inside it; shared out if it has names.
+
+        A part that was begun by several sittings counts as the one that ended: as often as it would undisturbed, if
+        what comes of it is written behind it.
+        """
+        before = self._loose()
+        yield
+        if self._running and not self.finished:
+            used = {kind: count - before[kind] for kind, count in self._loose().items()}
+            self._counted.update(used)
+            share = {kind: count // len(names) for kind, count in used.items()}
+            step = self._running[-1][0]
+            self.update_manifest(parts={f"{step}: {name}": share for name in names})
+
+    def _loose(self) -> dict[str, int]:
+        """Tokens so far that are in no part that has ended."""
+        return {kind: count - self._counted[kind] for kind, count in self.count_tokens().items()}
 
     def note(self) -> None:
         """Write into the manifest what the running step has cost so far, for the case that the process is killed."""
         if self._running:
-            self._running[-1]()
+            self._running[-1][1]()
 
     def number_of(self, fit: str) -> int:
         """Which of the run's fits this is, 0 for the first that was begun: the same for all sittings at it."""

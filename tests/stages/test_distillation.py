@@ -380,22 +380,31 @@ def test_a_recovery_may_train_in_two_phases(world, tmp_path, quick, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_is_not_whole_or_foreign_is_not_taken(undisturbed, world, tmp_path, quick, capsys):
+def test_a_checkpoint_that_is_not_what_was_left_is_not_taken(undisturbed, world, tmp_path, quick, capsys):
+    """Cut, of another run, with one bit or what it holds changed: one line, and the stage begins anew."""
     flags = (*FLAGS, *ALONE, OFTEN)
     content = {}
     for name, more in (("other", ["--distill.learning_rate=0.004"]), ("good", [])):
         killed(world, tmp_path / name, *flags, *more, life=4)
         (file,) = (tmp_path / name).rglob("*.ckpt")
         content[name] = file.read_bytes()
-    half = content["good"][: len(content["good"]) // 2]
-    for damaged, words in ((half, "is not usable"), (b"", "is not usable"), (content["other"], "another run")):
+    good = content["good"]
+    held = torch.load(file, weights_only=True)
+    flipped = bytes([*good[:9000], good[9000] ^ 1, *good[9001:]])
+    for damaged in (
+        good[:-99], b"", content["other"], flipped, held | {"optimizer_states": []}, held | {"place": {"served": 99}},
+        held | {"random": held["random"][:8]}, torch.zeros(2),
+    ):  # fmt: skip
         shutil.copytree(tmp_path / "good", tmp_path / "copy")
-        (tmp_path / "copy" / file.relative_to(tmp_path / "good")).write_bytes(damaged)
+        place = tmp_path / "copy" / file.relative_to(tmp_path / "good")
+        place.write_bytes(damaged) if isinstance(damaged, bytes) else torch.save(damaged, place)
         capsys.readouterr()
         again = world.run(tmp_path / "copy", *flags)
-        assert words in capsys.readouterr().out
+        assert capsys.readouterr().out.count("is not usable (not what this stage of this run has left)") == 1
         assert [r["nll"] for r in again.records] == [r["nll"] for r in undisturbed.records]
+        assert again.summary["forward_backward_tokens"] == undisturbed.summary["forward_backward_tokens"]
         shutil.rmtree(tmp_path / "copy")
+    assert steps_of(world, tmp_path / "good", *flags) == list(range(3, 9))
 
 
 @pytest.mark.parametrize(("keep", "point"), [("last", 3), ("best", 1)])
