@@ -101,6 +101,11 @@ class RunConfig(Group):
         return "gprune" if self.gprune else "base"
 
     @property
+    def own_row(self) -> tuple[str, str]:
+        """(stage, recovery) of the model that the run is about; all others are controls."""
+        return self.final, self.recovery
+
+    @property
     def processes(self) -> int:
         """Processes on all nodes."""
         return self.trainer.devices * self.trainer.num_nodes

@@ -11,9 +11,9 @@ add a corpus, register a function that returns the documents of "train" and "tes
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from gprune.corpora.local import SUFFIXES, load_files, text_files
 from gprune.errors import UserError
@@ -106,3 +106,18 @@ def identity(name: str) -> str:
     """The same string for two names of one corpus, such as two spellings of a path, or a mirror and its path."""
     place = _place(name)
     return name if place is None else os.path.realpath(place)
+
+
+def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
+    """What tables and figures call corpora: a path by its last part, and by as many more as tell it from the others.
+
+    Whole paths would squeeze a figure to nothing, and say whose machine it was.
+    """
+    parts = {corpus: PurePath(corpus).parts for corpus in corpora}
+
+    def unique_ends(own: tuple[str, ...]) -> Iterator[str]:
+        for n in range(1, len(own) + 1):
+            if sum(other[-n:] == own[-n:] for other in parts.values()) == 1:
+                yield str(PurePath(*own[-n:]))
+
+    return {corpus: next(unique_ends(own), corpus) for corpus, own in parts.items()}

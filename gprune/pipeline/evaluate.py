@@ -67,9 +67,9 @@ def evaluate(
             if row in done or not (measures or recovery_of(row[1]).learns):
                 continue
             model = run.model if row == dense else pruned  # frees the model of the row before
-            if row not in (dense, (cfg.final, cfg.recovery)):
+            if row not in (dense, cfg.own_row):
                 with run.folder.part(row_name(*row)):
-                    model = shrink(run, masks[row[0]], statistics, recovery=row[1])
+                    model = shrink(run, masks[row[0]], statistics, row=row)
             if not measures:
                 continue
             if row != dense:
@@ -205,7 +205,7 @@ def summarise(
     columns = ["stage", "recovery", "corpus", "seen", "perplexity", "nll", "tokens"]
     tracking.log_table(run.loggers, "perplexity", [{c: r[c] for c in columns} for r in records])
     steps = run.folder.manifest["steps"]
-    tracking.log_numbers(run.loggers, run_numbers(records, summary, steps, (run.cfg.final, run.cfg.recovery)))
+    tracking.log_numbers(run.loggers, run_numbers(records, summary, steps, run.cfg.own_row))
     # Last: a run whose metrics.json has a summary, and all rows, is finished, and is not logged again.
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
     return summary

@@ -25,13 +25,16 @@ from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline.run import Run
 from gprune.recoveries import Material, recovery_of
 from gprune.recoveries.contract import Revise, tuned
+from gprune.runs.results import row_name
 from gprune.stages.callbacks import DevelopmentCurve
 from gprune.storage.files import content_hash
+
+Stage = tuple[str, str]  # of the run's table: whose masks, and the recovery
 
 
 @torch.no_grad()
 def shrink(
-    run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], *, recovery: str | None = None
+    run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], *, row: Stage | None = None
 ) -> PreTrainedModel:
     """A copy of the dense model with smaller weights, recovered as asked.
 
@@ -41,12 +44,13 @@ def shrink(
     Args:
         masks: what stays.
         statistics: by corpus; those of `corpora.recover` are read.
-        recovery: a name in `RECOVERY`, or several joined by `+`; None for `--recovery`.
+        row: the stage whose masks these are, and a recovery: a name in `RECOVERY`, or several joined by `+`. None for
+            the run's own.
     """
     free_memory(run.plan.device)
-    name = run.cfg.recovery if recovery is None else recovery
-    material = material_of(run, masks, statistics, name)
-    method = recovery_of(name)
+    row = row or run.cfg.own_row
+    material = material_of(run, masks, statistics, row)
+    name, method = row[1], recovery_of(row[1])
     revise = method.revise(material)
     if is_offloaded(run.model):
         # What learns lies on one device, in memory.
@@ -87,9 +91,9 @@ def placement(run: Run) -> dict[str, Any]:
     return {} if m.device_map is None else {"device_map": m.device_map, "max_memory": m.max_memory}
 
 
-def material_of(run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], recovery: str) -> Material:
-    """What a recovery by this name works with: the statistics and the text of `corpora.recover` that it needs."""
-    cfg, method = run.cfg, recovery_of(recovery)
+def material_of(run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], row: Stage) -> Material:
+    """What the recovery of a row works with: the statistics and the text of `corpora.recover` that it needs."""
+    cfg, method = run.cfg, recovery_of(row[1])
     corpora = cfg.corpora.recover
     return Material(
         run.model,
@@ -101,12 +105,12 @@ def material_of(run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistic
         count=run.meter.add,
         fresh=run.text.fresh if method.learns else (),
         settings=cfg.recovery_settings,
-        fit=fit_once(run, f"recovery/{recovery}-{content_hash(masks.tensors())[:8]}"),
+        fit=fit_once(run, f"recovery/{row[1]}-{content_hash(masks.tensors())[:8]}", row),
         shard=cfg.model.shard,
     )
 
 
-def fit_once(run: Run, path: str) -> Callable[..., None]:
+def fit_once(run: Run, path: str, row: Stage) -> Callable[..., None]:
     """`Material.fit` of one pruned model: trains each stage once, also if the process is killed in between.
 
     What a stage has learned is kept in the run folder, and a recovery that is taken up gets it back. The files are
@@ -114,6 +118,7 @@ def fit_once(run: Run, path: str) -> Callable[..., None]:
 
     Args:
         path: what the names of the files begin with, in the run folder.
+        row: whose model it is, as curves are called.
     """
     calls, c, t = itertools.count(), run.cfg.corpora, run.cfg.trainer
 
@@ -135,11 +140,14 @@ def fit_once(run: Run, path: str) -> Callable[..., None]:
         if run.cfg.model.shard and is_overridden("configure_model", stage):  # it shards what learns
             strategy = ModelParallelStrategy(t.devices * t.num_nodes, 1, save_distributed_checkpoint=False)
         if (learned := run.folder.read(name)) is None:  # the step that shrinks or evaluates counts its cost
-            curve = DevelopmentCurve(run.text.development, points=points, keep=keep, batch_size=c.batch_size)
+            curve = DevelopmentCurve(
+                run.text.development, points=points, keep=keep, batch_size=c.batch_size,
+                tokens_before=run.learning_tokens if row == run.cfg.own_row else None,
+            )  # fmt: skip
             run.fit(
                 name, what, stage, run.text.fresh or [run.text.train[corpus] for corpus in c.recover],
                 batch_size=batch_size, max_epochs=1, gradient_clip_val=clip, accumulate_grad_batches=accumulate,
-                callbacks=[curve] if hasattr(stage, "student") else [], strategy=strategy,
+                callbacks=[curve] if hasattr(stage, "student") else [], strategy=strategy, row=row_name(*row),
             )  # fmt: skip
             learned = {key: value.detach().cpu().clone() for key, value in stage.state_dict().items()}
             run.folder.write(name, learned)

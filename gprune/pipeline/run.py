@@ -28,11 +28,12 @@ from gprune.pipeline.plan import Plan, check
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
 from gprune.runs.progress import StageBar
-from gprune.runs.tracking import about, log_scalars, tracking
+from gprune.runs.tracking import about, of_row, tracking
 from gprune.runs.trainer import algorithms, checkpoints, multiplying, plain_interrupts, profiler
 from gprune.runs.user_callbacks import UserCallbacks, Witness, raised_by_callback
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
+from gprune.stages.callbacks import StepCurves, curves_of
 from gprune.storage.files import key_of
 from gprune.storage.yaml_text import to_yaml
 
@@ -112,6 +113,11 @@ class Run:
         """The model's."""
         return blocks_of(self.model)
 
+    @property
+    def learning_tokens(self) -> int:
+        """Tokens that thresholds learn from."""
+        return sum(w.tokens.numel() for w in self.text.learn) * self.cfg.sparsity.epochs if self.cfg.learns else 0
+
     def step(self, number: int, what: str) -> None:
         """A step of the method begins: say so, in the log and on the screen."""
         log.info("%s", self.screen.step(number, what))
@@ -151,7 +157,7 @@ class Run:
 
     def fit(
         self, name: str, what: str, stage: L.LightningModule, text: Sequence[Windows], *,
-        batch_size: int | None = None, callbacks: Sequence[L.Callback] = (), **kwargs: Any,
+        batch_size: int | None = None, callbacks: Sequence[L.Callback] = (), row: str = "", **kwargs: Any,
     ) -> L.Trainer:  # fmt: skip
         """Train a stage on text, from its last checkpoint if a killed sitting left one.
 
@@ -159,19 +165,19 @@ class Run:
 
         Args:
             name: of the stage in the run folder.
+            row: of the run's table, whose model learns: its curves bear the name.
             kwargs: of the Trainer.
         """
         cfg = self.cfg
         saving = Checkpoints(self.folder, name, stage, self.meter, 60 * cfg.run.checkpoint_minutes)
         data = CorpusDataModule(train=text, batch_size=batch_size or cfg.corpora.batch_size, seed=cfg.run.seed)
         trainer = self.trainer(
-            what, name=name, callbacks=[*callbacks, saving], precision=cfg.trainer.precision,
+            what, name=name, callbacks=[StepCurves(), *callbacks, saving], precision=cfg.trainer.precision,
             limit_train_batches=cfg.trainer.limit_train_batches, max_steps=cfg.trainer.max_steps, **kwargs,
         )  # fmt: skip
         if (checkpoint := saving.usable()) is not None:
             log.info("Going on from %s; what is computed again since then counts once", checkpoint)
-        log_scalars(self.loggers, {"fit": self.folder.number_of(name)}, step=0)
-        with self.folder.part(name):
+        with self.folder.part(name), of_row(self.loggers, row, curves_of(stage)):
             trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
         return trainer
 

@@ -85,7 +85,7 @@ def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, f
     cfg, ids = run.cfg, checked_tokens(run)
     device = device_of(run.model)
     # Recovery changes weights on purpose: what a mask and its slice must agree on comes before it.
-    plain = pruned if cfg.recovery == "none" else shrink(run, masks, {}, recovery="none")
+    plain = pruned if cfg.recovery == "none" else shrink(run, masks, {}, row=(cfg.final, "none"))
     sliced = plain(input_ids=ids.to(device), use_cache=False).logits.float().to(device)
     ours = next(iter_logits(plain, ids.to(device)))[0].float().to(device)
     del plain  # a third model

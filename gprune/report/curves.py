@@ -10,12 +10,13 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from gprune.report.records import corpus_labels
+from gprune.corpora.load import corpus_labels
 from gprune.report.style import LETTER, LINES, canvas, plain_ticks, style
 from gprune.storage.reading import read_bytes
 
 log = logging.getLogger("gprune")
-# By title: the axis with its label, and what is drawn over it (`*`: a line for each corpus) with its label.
+# By title: the axis with its label, and what is drawn over it, with its label. There is a line for each corpus or row
+# that `*` stands for; `<row>` is the run's own.
 CURVES = {
     "Loss while sparsity is learned": ("step", "step", "learn/loss", "loss, nats"),
     "Development perplexity while sparsity is learned": (
@@ -24,9 +25,9 @@ CURVES = {
     "Development perplexity against sparsity": (
         "curve/sparsity", "share of the scope removed", "curve/perplexity/*", "perplexity under masks",
     ),
-    "Loss of distillation": ("step", "step", "distill/loss", "loss, nats"),
+    "Loss of distillation": ("distill/*/tokens", "tokens learned from", "distill/*/loss", "loss, nats"),
     "Development perplexity while distilling": (
-        "distill/tokens", "tokens learned from", "distill/perplexity/*", "perplexity",
+        "distill/<row>/tokens", "tokens learned from", "distill/<row>/perplexity/*", "perplexity",
     ),
 }  # fmt: skip
 
@@ -39,10 +40,7 @@ def read_curves(run: Path) -> pd.DataFrame:
     frames = []
     for file in files:
         try:
-            frame = pd.read_csv(io.BytesIO(read_bytes(file)))
-            if "fit" in frame:  # it is said when a fit begins
-                frame["fit"] = pd.to_numeric(frame["fit"], errors="coerce").ffill()
-            frames.append(frame)
+            frames.append(pd.read_csv(io.BytesIO(read_bytes(file))))
         except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
             log.warning("%s cannot be read (%s); its curves are left out.", file, " ".join(str(error).split()))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
@@ -50,25 +48,32 @@ def read_curves(run: Path) -> pd.DataFrame:
 
 def curve_figures(frame: pd.DataFrame) -> dict[str, Figure]:
     """A figure by title for each of `CURVES` that has two points or more."""
-    figures = {}
+    figures, own = {}, own_row(frame)
     for title, (axis, axis_label, pattern, label) in CURVES.items():
-        prefix = pattern.removesuffix("*")
-        columns = [name for name in frame if name == pattern or (pattern != prefix and name.startswith(prefix))]
-        lines = {name.removeprefix(prefix): own_line(frame, axis, name) for name in columns if axis in frame}
+        found = matching(frame, pattern.replace("<row>", own))
+        axes = {key: axis.replace("<row>", own).replace("*", key) for key in found}
+        lines = {key: line_of(frame, axes[key], name) for key, name in found.items() if axes[key] in frame}
         if any(len(line) > 1 for line in lines.values()):
             figures[title] = _figure(lines, axis_label, label)
     return figures
 
 
-def own_line(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
-    """(x, y) of a metric, sorted by x; of several models that learn in turn, the run's own.
+def matching(frame: pd.DataFrame, pattern: str) -> dict[str, str]:
+    """The columns that a pattern of `CURVES` stands for, by what `*` is in them."""
+    form = re.compile(re.escape(pattern).replace(r"\*", "(.+)"))
+    matches = [match for name in frame if (match := form.fullmatch(name))]
+    return {"".join(match.groups()): match[0] for match in matches}
 
-    That is the first fit that logs the metric, in all sittings at it: what a later sitting has computed again counts.
-    """
+
+def own_row(frame: pd.DataFrame) -> str:
+    """The row of the run's table that the run is about: the first that was distilled; empty where none was."""
+    began = {row: frame[name].first_valid_index() for row, name in matching(frame, "distill/*/tokens").items()}
+    return min(began, key=began.get, default="")
+
+
+def line_of(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
+    """(x, y) of a metric, sorted by x; what a later sitting has computed again counts."""
     points = frame[[axis, name]].apply(pd.to_numeric, errors="coerce").dropna().set_axis(["x", "y"], axis=1)
-    if "fit" in frame:
-        fits = frame["fit"][points.index]
-        points = points[fits == fits.min()]
     return points.drop_duplicates("x", keep="last").sort_values("x")
 
 

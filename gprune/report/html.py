@@ -15,9 +15,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from gprune.corpora.load import corpus_labels
 from gprune.models.embedded import model_label
 from gprune.report.curves import curve_figures, read_curves
-from gprune.report.records import corpus_labels, means_and_gaps, result_table
+from gprune.report.records import means_and_gaps, result_table
 from gprune.report.run_figures import run_figures
 from gprune.report.style import style
 from gprune.report.table import Cell, Estimate, Table

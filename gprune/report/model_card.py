@@ -11,8 +11,9 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from gprune.config import RunConfig
 from gprune.corpora.hub import HUB_CORPORA
+from gprune.corpora.load import corpus_labels
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
-from gprune.report.records import corpus_labels, result_table
+from gprune.report.records import result_table
 from gprune.storage.reading import expanded
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
+from gprune.corpora.load import corpus_labels
 from gprune.errors import UserError
 from gprune.evaluation.intervals import mean_perplexity, paired_gap
 from gprune.report.grouping import Group
-from gprune.report.records import Stage, by_stage, corpus_labels, records_of, unseen_ratio
+from gprune.report.records import Stage, by_stage, records_of, unseen_ratio
 from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.results import FinishedRun, row_name
 

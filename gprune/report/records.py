@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import PurePath
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gprune.corpora.load import corpus_labels
 from gprune.evaluation.intervals import generalisation_gap, geometric_mean, paired_ratio
 from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.results import Record, row_name
@@ -27,21 +27,6 @@ def records_of(records: Sequence[Record], stage: Stage, *, seen: bool | None = N
     """By corpus, the records of a stage; of seen or unseen corpora only, unless `seen` is None."""
     own = [r for r in records if (r["stage"], r["recovery"]) == stage]
     return {r["corpus"]: r for r in own if seen is None or r["seen"] == seen}
-
-
-def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
-    """What tables and figures call corpora: a path by its last part, and by as many more as tell it from the others.
-
-    Whole paths would squeeze a figure to nothing, and say whose machine it was.
-    """
-    parts = {corpus: PurePath(corpus).parts for corpus in corpora}
-
-    def unique_ends(own: tuple[str, ...]) -> Iterator[str]:
-        for n in range(1, len(own) + 1):
-            if sum(other[-n:] == own[-n:] for other in parts.values()) == 1:
-                yield str(PurePath(*own[-n:]))
-
-    return {corpus: next(unique_ends(own), corpus) for corpus, own in parts.items()}
 
 
 def caption(records: Sequence[Record]) -> str:

@@ -213,13 +213,6 @@ class RunFolder:
         if self._running:
             self._running[-1][1]()
 
-    def number_of(self, fit: str) -> int:
-        """Which of the run's fits this is, 0 for the first that was begun: the same for all sittings at it."""
-        known = self.manifest.get("fits", {})
-        if fit not in known:
-            self.update_manifest(fits={fit: len(known)})
-        return known.get(fit, len(known))
-
     def total_tokens(self) -> dict[str, int]:
         """Tokens of all steps so far, also of earlier sittings at this run."""
         steps = self.manifest.get("steps", {}).values()

@@ -147,7 +147,6 @@ class Manifest(Shape):
     environment: dict[Text, Any] | None = None
     model: dict[Text, Text] | None = None
     learning: dict[Text, Any] | None = None
-    fits: dict[Text, Count] | None = None  # what has learned, in order
     parts: dict[Text, dict[Text, Count]] | None = None  # tokens of parts of steps
     checkpoints: dict[Text, list[Text]] | None = None  # hashes, by what learns
 

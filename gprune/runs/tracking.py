@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging as messages
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,51 @@ from gprune.errors import UserError, first_line
 
 log = messages.getLogger("gprune")
 # metric pattern -> its x axis. Lightning restarts its step in every stage, so each stage has an axis of its own.
+# Those of recoveries are added by `of_row`.
 AXES = {
-    "learn/perplexity/*": "learn/epoch",
-    "distill/perplexity/*": "distill/tokens",
-    "curve/perplexity/*": "curve/sparsity",
+    "development/*": "development/tokens",
+    "partition/*": "trainer/global_step",
+    "learn/*": "learn/tokens",
+    "curve/*": "curve/sparsity",
     "modules/*": "modules/index",
 }
 UPLOAD_SECONDS = 600  # that the end of a run waits for W&B; what is left lies in the folder for `wandb sync`
+
+
+class _OfRow:
+    """A logger whose curves bear the name of the row that learns: `distill/loss` is logged as `distill/<row>/loss`."""
+
+    row = ""
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        super().log_metrics({of_this_row(key, self.row): value for key, value in metrics.items()}, step)
+
+
+class _CSV(_OfRow, CSVLogger):
+    pass
+
+
+class _TensorBoard(_OfRow, TensorBoardLogger):
+    pass
+
+
+class _Wandb(_OfRow, WandbLogger):
+    """One that may fail: the run goes on without it, and says so once."""
+
+    lost = False
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        self.tell(lambda run: super(_Wandb, self).log_metrics(metrics, step))
+
+    def tell(self, what: Callable[[Any], None]) -> None:
+        """Call a function of the W&B run, unless W&B has failed before."""
+        if self.lost:
+            return
+        try:
+            what(self.experiment)
+        except Exception as error:  # wandb's, and those of the socket to its service
+            self.lost = True
+            log.warning("W&B is lost (%s); the run goes on without it.", first_line(error))
 
 
 @contextmanager
@@ -40,15 +78,15 @@ def tracking(folder: Path, logging: LoggingConfig, **about: Any) -> Iterator[lis
         about: as `wandb_run` takes it.
     """
     # Without a version of its own, a run taken up again would delete the curves of its earlier sittings.
-    loggers: list[Logger] = [CSVLogger(folder, name="csv")]
+    loggers: list[Logger] = [_CSV(folder, name="csv")]
     if logging.resolved_tracker == "tensorboard":
         # One version for all sittings: events are added to those that are there.
-        loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False))
+        loggers.append(_TensorBoard(folder, name="tensorboard", version="", default_hp_metric=False))
         loggers[-1].log_hyperparams(about["config"])
     with wandb_run(folder, logging, **about) as run:
         if run is not None:
             # With a run of its own, WandbLogger would pass wandb.init an option that wandb 0.31 warns about on stderr.
-            loggers.append(WandbLogger(save_dir=folder, project=run.project, experiment=run))
+            loggers.append(_Wandb(save_dir=folder, project=run.project, experiment=run))
         try:
             yield loggers
         finally:
@@ -129,6 +167,31 @@ def key_part(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
+def of_this_row(key: str, row: str) -> str:
+    """A key with the row behind its first part, unless it is of the whole run."""
+    first, slash, rest = key.partition("/")
+    return key if not row or first in ("development", "epoch", "trainer") else f"{first}/{row}{slash}{rest}"
+
+
+@contextmanager
+def of_row(loggers: Sequence[Logger], row: str, stage: str) -> Iterator[None]:
+    """All that is logged meanwhile is of this row of the run's table; of none where the name is empty.
+
+    Args:
+        stage: what the stage's curves begin with; they are drawn against its tokens.
+    """
+    for logger in loggers:
+        logger.row = key_part(row)
+        if row and isinstance(logger, _Wandb):
+            axis = of_this_row(f"{stage}/tokens", logger.row)
+            logger.tell(lambda run, axis=axis: _draw(run, f"{axis.removesuffix('tokens')}*", axis))
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.row = ""
+
+
 def _started(mode: str, **settings: Any) -> Any:
     """A run of W&B; one that cannot reach the server is written offline. None where that fails too."""
     try:
@@ -145,11 +208,14 @@ def _started(mode: str, **settings: Any) -> Any:
 
 def _with_axes(run: Any) -> Any:
     """The run, told what each curve is drawn against."""
-    run.define_metric("fit", hidden=True)
     for pattern, axis in AXES.items():
-        run.define_metric(axis, hidden=True)
-        run.define_metric(pattern, step_metric=axis)
+        _draw(run, pattern, axis)
     return run
+
+
+def _draw(run: Any, pattern: str, axis: str) -> None:
+    run.define_metric(axis, hidden=True)
+    run.define_metric(pattern, step_metric=axis)
 
 
 def how_to_look(folder: Path, tracker: str) -> str:
@@ -179,7 +245,7 @@ def log_images(loggers: Sequence[Logger], paths: Sequence[Path]) -> None:
     """Figures as images under `figures/<stem>`."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            logger.experiment.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in paths})
+            logger.log_metrics({f"figures/{path.stem}": wandb.Image(str(path)) for path in paths})
         elif isinstance(logger, TensorBoardLogger):
             for path in paths:
                 image = imread(path)
@@ -199,4 +265,4 @@ def log_numbers(loggers: Sequence[Logger], numbers: Mapping[str, float]) -> None
     log_scalars(loggers, {name: value for name, value in numbers.items() if name.startswith("final/")}, step=0)
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            logger.experiment.summary.update(dict(numbers))
+            logger.tell(lambda run: run.summary.update(dict(numbers)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -12,8 +13,10 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
+from gprune.corpora.load import corpus_labels
 from gprune.corpora.windows import Windows
 from gprune.evaluation.intervals import geometric_mean
 from gprune.evaluation.perplexity import perplexity
@@ -21,7 +24,7 @@ from gprune.models.masks import Masks
 from gprune.models.offload import gathered, is_sharded
 from gprune.partition.modules import Modules
 from gprune.partition.reliability import module_means
-from gprune.runs.tracking import log_scalars, log_table
+from gprune.runs.tracking import key_part, log_scalars, log_table
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.gates import gated, masked
 from gprune.stages.threshold_learning import ThresholdLearning
@@ -46,6 +49,34 @@ class ApplyMasks(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: ThresholdLearning, exception: BaseException) -> None:
         self._context.close()
+
+
+class StepCurves(L.Callback):
+    """Logs of every step of a stage the tokens so far, tokens per second, the step size and the norm of the gradient.
+
+    The norm is that before clipping.
+    """
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._began = time.monotonic()
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        rate, stage = optimizer.param_groups[0]["lr"], curves_of(pl_module)
+        pl_module.log_dict({f"{stage}/gradient_norm": gathered(norm), f"{stage}/learning_rate": float(rate)})
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        tokens, stage = batch["input_ids"].numel() * trainer.world_size, curves_of(pl_module)
+        rate = tokens / (time.monotonic() - self._began)
+        pl_module.log_dict({f"{stage}/tokens": tokens_so_far(trainer), f"{stage}/tokens_per_second": rate})
 
 
 class PerplexityCurve(L.Callback):
@@ -77,7 +108,9 @@ class PerplexityCurve(L.Callback):
     def _epoch_point(self, trainer: L.Trainer, pl_module: ThresholdLearning, epoch: int) -> None:
         pl_module.refresh_gates()
         self.by_epoch.append(perplexities(pl_module.lm, self.windows, self.batch_size))
-        log_perplexities(trainer, "learn", {"learn/epoch": float(epoch)}, self.by_epoch[-1], trainer.global_step)
+        tokens = tokens_so_far(trainer)
+        axes = {"learn/epoch": float(epoch), "learn/tokens": tokens}
+        log_perplexities(trainer, "learn", axes, self.by_epoch[-1], trainer.global_step, development_tokens=tokens)
 
     @torch.no_grad()
     def on_fit_end(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
@@ -91,7 +124,7 @@ class PerplexityCurve(L.Callback):
 
 
 class DevelopmentCurve(L.Callback):
-    """Logs development perplexity per corpus of a stage's `student` against the tokens that it learned from.
+    """Logs development perplexity per corpus of a stage's `student` against the tokens that it has learned from.
 
     At the start, and `points` times equally far apart, the last one at the end. Processes share the windows.
 
@@ -99,20 +132,24 @@ class DevelopmentCurve(L.Callback):
         windows: development text.
         points: measurements after the first.
         keep: best: the student ends with the weights of the measurement whose geometric mean is lowest.
+        tokens_before: that the run's own model has learned from before this stage; None for a control.
     """
 
-    def __init__(self, windows: Sequence[Windows], *, points: int, keep: str = "last", batch_size: int = 4):
+    def __init__(
+        self, windows: Sequence[Windows], *, points: int, keep: str = "last", batch_size: int = 4,
+        tokens_before: int | None = None,
+    ):  # fmt: skip
         self.windows, self.points, self.keep, self.batch_size = windows, points, keep, batch_size
+        self.tokens_before = tokens_before
         self.measured: dict[int, float] = {}  # geometric mean by step
         self.best: dict[str, Tensor] = {}  # the state of the stage at the lowest mean, on the CPU
-        self.tokens = 0
         self.due: set[int] = set()  # steps after which it measures
 
     def state_dict(self) -> dict[str, Any]:
-        return {"measured": self.measured, "best": self.best, "tokens": self.tokens}
+        return {"measured": self.measured, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.measured, self.best, self.tokens = state["measured"], state["best"], state["tokens"]
+        self.measured, self.best = state["measured"], state["best"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         steps = trainer.estimated_stepping_batches
@@ -123,9 +160,6 @@ class DevelopmentCurve(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        text = trainer.train_dataloader.batch_sampler
-        windows = min(text.batch_size, text.num_windows - (text.served - 1) * text.batch_size)  # of all processes
-        self.tokens += windows * batch["input_ids"].shape[1]
         if trainer.global_step in self.due - self.measured.keys():
             self._measure(trainer, pl_module)
 
@@ -149,7 +183,10 @@ class DevelopmentCurve(L.Callback):
         if not self.windows:
             return
         values = perplexities(pl_module.student, self.windows, self.batch_size)
-        log_perplexities(trainer, "distill", {"distill/tokens": float(self.tokens)}, values, trainer.global_step)
+        tokens, stage = tokens_so_far(trainer), curves_of(pl_module)
+        of_run = None if self.tokens_before is None else self.tokens_before + tokens
+        axis = {f"{stage}/tokens": tokens}
+        log_perplexities(trainer, stage, axis, values, trainer.global_step, development_tokens=of_run)
         mean = trainer.strategy.broadcast(geometric_mean(values.values()))
         if self.keep == "best" and mean < min(self.measured.values(), default=math.inf):
             self.best = {name: gathered(value).detach().cpu().clone() for name, value in pl_module.state_dict().items()}
@@ -170,12 +207,34 @@ def perplexities(model: PreTrainedModel, windows: Sequence[Windows], batch_size:
     return {w.corpus: perplexity(model, w, batch_size=batch_size, shared=True).perplexity for w in windows}
 
 
+def tokens_so_far(trainer: L.Trainer) -> float:
+    """Tokens that a stage has learned from, in all processes together."""
+    text = trainer.train_dataloader.batch_sampler
+    of_batches = [min(n * text.batch_size, text.num_windows) for n in (int(trainer.num_training_batches), text.served)]
+    windows = trainer.current_epoch * of_batches[0] + of_batches[1]
+    return float(windows * trainer.train_dataloader.dataset.tokens.shape[1])
+
+
+def curves_of(stage: L.LightningModule) -> str:
+    """What the curves of a stage begin with: its `curves`, or the name of its class."""
+    return getattr(stage, "curves", type(stage).__name__)
+
+
 def log_perplexities(
-    trainer: L.Trainer, stage: str, axis: dict[str, float], values: dict[str, float], step: int
-) -> None:
-    """Log perplexities of corpora under `<stage>/perplexity/<corpus>`, with their value on the x axis."""
-    points = {f"{stage}/perplexity/{corpus}": value for corpus, value in values.items()}
-    log_scalars(trainer.loggers, axis | points, step=step)
+    trainer: L.Trainer, stage: str, axes: dict[str, float], values: dict[str, float], step: int, *,
+    development_tokens: float | None = None,
+) -> None:  # fmt: skip
+    """Log perplexities of corpora under `<stage>/perplexity/<corpus>`, with their values on x axes.
+
+    Args:
+        development_tokens: where they are a point of the run's own curve, `development/perplexity`, which is their
+            geometric mean: the tokens that its model has learned from, of all stages.
+    """
+    labels = corpus_labels(values)
+    points = axes | {f"{stage}/perplexity/{key_part(labels[corpus])}": value for corpus, value in values.items()}
+    if development_tokens is not None and values:
+        points |= {"development/tokens": development_tokens, "development/perplexity": geometric_mean(values.values())}
+    log_scalars(trainer.loggers, points, step=step)
 
 
 def log_modules(loggers: Sequence[Logger], modules: Modules, masks: Masks) -> None:

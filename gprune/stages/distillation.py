@@ -39,7 +39,7 @@ class DistillationStage(FrozenLMStage):
         shard: shard the layers of both over all processes while it learns.
     """
 
-    purpose = "distillation"
+    purpose, curves = "distillation", "distill"
 
     def __init__(
         self, dense: PreTrainedModel, student: PreTrainedModel, settings: DistillConfig, *, shard: bool = False

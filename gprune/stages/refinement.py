@@ -63,7 +63,7 @@ class AssignmentRefinement(L.LightningModule):
         terms = {name: value.mean() for name, value in by_block.items()}
         self.history.append({name: float(value.detach()) for name, value in terms.items()})
         require_finite_loss(self.history[-1]["total"], "The objective of the refinement")
-        self.log_dict({f"partition/{name}": value for name, value in self.history[-1].items()})
+        self.log_dict({f"partition/{k}": v for k, v in (self.history[-1] | {"temperature": self.tau}).items()})
         return terms["total"]
 
     @torch.no_grad()

@@ -53,7 +53,7 @@ class ThresholdLearning(FrozenLMStage):
         shard: shard the model over processes while it learns.
     """
 
-    purpose = "threshold learning"
+    purpose, curves = "threshold learning", "learn"
 
     def __init__(
         self,

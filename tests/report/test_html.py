@@ -17,7 +17,7 @@ from gprune import report
 from gprune.pipeline.samples import continued
 from gprune.report import html
 from gprune.report.command import main
-from gprune.report.curves import curve_figures, own_line, read_curves
+from gprune.report.curves import curve_figures, line_of, read_curves
 from gprune.runs.results import read_run, read_samples
 from tests import tiny_run
 
@@ -145,21 +145,29 @@ def test_curves_of_all_sittings_are_one(tmp_path):
     for version, rows in enumerate([{"step": [0, 1], "learn/loss": [3.0, 2.0]}, {"step": [2], "learn/loss": [1.0]}]):
         (tmp_path / f"csv/version_{version}").mkdir(parents=True)
         pd.DataFrame(rows).to_csv(tmp_path / f"csv/version_{version}/metrics.csv", index=False)
-    line = own_line(read_curves(tmp_path), "step", "learn/loss")
+    line = line_of(read_curves(tmp_path), "step", "learn/loss")
     assert line.to_numpy().tolist() == [[0, 3], [1, 2], [2, 1]]
     assert list(curve_figures(read_curves(tmp_path))) == ["Loss while sparsity is learned"]
 
 
 def test_the_curve_is_the_runs_own_however_sittings_went():
-    """The run's own fit (0) begun, gone on before where it ended, and a control (1)."""
+    """The run's own row, gone on before where it had ended, and a control, which has a line beside it."""
+    nan = [float("nan")]
+    own, control = "distill/gprune_distill", "distill/base_distill"
     frame = pd.DataFrame(
         {
-            "fit": [0, 0, 0, 0, 0, 0, 1, 1],
-            "step": [0, 1, 2, 1, 2, 3, 0, 1],
-            "distill/loss": [5.0, 4, 3.1, 4, 3, 2, 7, 6],
+            f"{control}/tokens": nan * 6 + [8.0, 16], f"{control}/loss": nan * 6 + [7.0, 6],
+            f"{control}/perplexity/a": nan * 6 + [70.0, 60],
+            f"{own}/tokens": [0.0, 8, 16, 8, 16, 24, *nan, *nan], f"{own}/loss": [5.0, 4, 3.1, 4, 3, 2, *nan, *nan],
+            f"{own}/perplexity/a": [9.0, 8, 7, 8, 7, 6, *nan, *nan],
         }
-    )
-    assert own_line(frame, "step", "distill/loss").to_numpy().tolist() == [[0, 5], [1, 4], [2, 3], [3, 2]]
+    )  # fmt: skip
+    assert line_of(frame, f"{own}/tokens", f"{own}/loss").to_numpy().tolist() == [[0, 5], [8, 4], [16, 3], [24, 2]]
+    losses, perplexities = (figure.axes[0].lines for figure in curve_figures(frame).values())
+    assert {one.get_label(): list(one.get_ydata()) for one in losses} == {
+        "gprune_distill": [5, 4, 3, 2], "base_distill": [7, 6],
+    }  # fmt: skip
+    assert [list(one.get_ydata()) for one in perplexities] == [[9, 8, 7, 6]]
 
 
 @pytest.mark.parametrize("content", ["", "step,learn/loss\n1,2,3,4\n1\n", "a,b\n1,2\n", "step,learn/loss\nx,y\nz,1\n"])

@@ -23,6 +23,7 @@ from gprune import report
 from gprune.config import RunConfig
 from gprune.config.groups import CorporaConfig, ModelConfig
 from gprune.config.running import EvaluationConfig
+from gprune.corpora.load import corpus_labels
 from gprune.evaluation.intervals import paired_difference, paired_ratio
 from gprune.models.masks import Masks
 from gprune.report.benchmark_table import evaluation_table
@@ -31,7 +32,7 @@ from gprune.report.comparison_figures import ratio_figure, sparsity_lines
 from gprune.report.curves import curve_figures
 from gprune.report.grouping import read_runs, short_names
 from gprune.report.model_card import model_card
-from gprune.report.records import corpus_labels, unseen_ratios
+from gprune.report.records import unseen_ratios
 from gprune.report.run_figures import perplexity_figure
 from gprune.report.style import COLOURS, LINES, MARKERS
 from gprune.report.table import Estimate, Table

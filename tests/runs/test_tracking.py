@@ -1,4 +1,4 @@
-"""What trackers are told: W&B by its own calls, curves in the CSV beside it, TensorBoard by its own reader."""
+"""What trackers are told: W&B and TensorBoard by their own readers, curves in the CSV beside them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from types import SimpleNamespace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,7 +16,7 @@ from gprune.config import LoggingConfig
 from gprune.config import running as config
 from gprune.errors import UserError
 from gprune.runs.tracking import how_to_look, tracking
-from tests import tiny_run
+from tests import tiny_run, tracked
 
 
 @pytest.fixture(scope="module")
@@ -26,39 +26,20 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def told(world, tmp_path_factory):
-    """A run that says offline although the environment says disabled, the flag wins; and what W&B was told of it."""
-    runs, told = tmp_path_factory.mktemp("runs"), SimpleNamespace(axes={}, history=[], about={})
+    """A run that says offline although the environment says disabled, the flag wins; and what W&B's file has of it."""
+    runs = tmp_path_factory.mktemp("runs")
     flags = ["--logging.mode=offline", "--logging.group=tiny", "--logging.tags=[ours]", "--sparsity.epochs=3"]
     with (
         pytest.MonkeyPatch.context() as patch,
         tiny_run.isolated(runs / "cache", WANDB_MODE="disabled"),
     ):
-        spy(patch, told)
         tiny_run.quick(patch)
-        told.run = world.run(runs, *flags)
+        run = world.run(runs, *flags)
         assert os.environ["WANDB_MODE"] == "disabled"
+    (file,) = tracked.files(run.path)
+    told = tracked.read(file)
+    told.run = run
     return told
-
-
-def spy(patch, told):
-    """Note what goes to W&B, which gets it all the same."""
-    init, log, define = wandb.init, wandb.Run.log, wandb.Run.define_metric
-
-    def noted_init(**about):
-        told.about = about
-        return init(**about)
-
-    def noted_log(self, values, *args, **kwargs):
-        told.history.append(values)
-        return log(self, values, *args, **kwargs)
-
-    def noted_define(self, name, step_metric=None, **kwargs):
-        told.axes[name] = step_metric
-        return define(self, name, step_metric, **kwargs)
-
-    patch.setattr(wandb, "init", noted_init)
-    patch.setattr(wandb.Run, "log", noted_log)
-    patch.setattr(wandb.Run, "define_metric", noted_define)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +48,7 @@ def curves(told):
     frame, found = pd.read_csv(told.run.path / "csv/version_0/metrics.csv"), defaultdict(list)
     for name in frame:
         for pattern, axis in told.axes.items():
-            if axis and name.startswith(pattern.removesuffix("*")):
+            if name.startswith(pattern.removesuffix("*")) and axis in frame:
                 found[name] = list(frame[[axis, name]].dropna().itertuples(index=False, name=None))
     return found
 
@@ -84,37 +65,57 @@ def start(tmp_path, monkeypatch):
     return enter
 
 
-def test_perplexity_is_a_curve_against_epoch_and_against_sparsity_from_the_dense_model_on(world, told, curves):
+def test_perplexity_is_a_curve_against_tokens_and_against_sparsity_from_the_dense_model_on(told, curves):
     manifest = json.loads((told.run.path / "manifest.json").read_text())
-    by_sparsity = manifest["learning"]["development_perplexity_by_sparsity"]
-    for corpus in (str(world.corpora[name]) for name in ("alpha", "beta")):
-        epochs, points = curves[f"learn/perplexity/{corpus}"], curves[f"curve/perplexity/{corpus}"]
-        assert [x for x, _ in epochs] == [0.0, 1.0, 2.0, 3.0]
-        assert all(y > 1 and math.isfinite(y) for _, y in epochs)
+    learning, epoch = manifest["learning"], 2 * 4 * 32
+    by_epoch, by_sparsity = (learning[f"development_perplexity_by_{axis}"] for axis in ("epoch", "sparsity"))
+    for corpus in by_epoch[0]:
+        name = Path(corpus).name
+        assert curves[f"learn/perplexity/{name}"] == [(i * epoch, y[corpus]) for i, y in enumerate(by_epoch)]
+        points = curves[f"curve/perplexity/{name}"]
         assert [x for x, _ in points] == [0.0, 0.25, 0.5]
         assert [y for _, y in points] == pytest.approx([values[corpus] for values in by_sparsity.values()])
-    assert told.axes["learn/perplexity/*"] == "learn/epoch"
-    assert told.axes["curve/perplexity/*"] == "curve/sparsity"
+    of_run = curves["development/perplexity"]
+    assert of_run == [(i * epoch, pytest.approx(math.prod(y.values()) ** 0.5)) for i, y in enumerate(by_epoch)]
 
 
 def test_wandb_is_told_what_the_csv_says(told):
     """Every scalar of every row: the one file is read for the other."""
     frame = pd.read_csv(told.run.path / "csv/version_0/metrics.csv")
-    for name in ("partition/consistency", "learn/loss", "curve/sparsity", "final/unseen"):
-        given = [float(row[name]) for row in told.history if name in row]
+    for name in ("partition/temperature", "learn/loss", "learn/gradient_norm", "curve/sparsity", "final/unseen"):
+        given = [row[name] for row in told.history if name in row]
         assert given == pytest.approx(frame[name].dropna().tolist()), name
         assert given
-    unseen = told.run.summary["geometric_means"]["gprune"]["unseen"]
-    assert frame["final/unseen"].dropna().tolist() == [pytest.approx(unseen)]
+    temperatures = frame["partition/temperature"].dropna()
+    assert list(temperatures) == sorted(temperatures, reverse=True)
+    assert list(frame["learn/learning_rate"].dropna()) == pytest.approx([0.1] * 6)
+
+
+def test_a_run_table_has_the_runs_numbers_under_keys_that_hold_still(told):
+    run, summary = told.run, told.summary
+    means = run.summary["geometric_means"]
+    ratio = run.summary["unseen_over_base"]["gprune"]["ratio"]
+    for kind in ("seen", "unseen", "gap"):
+        assert summary[f"final/{kind}"] == summary[f"rows/gprune/{kind}"] == means["gprune"][kind]
+        assert summary[f"rows/averaged/{kind}"] == means["averaged"][kind]
+    assert summary["final/unseen_over_base"] == ratio
+    for record in run.records:
+        assert summary[f"rows/{record['stage']}/perplexity/{Path(record['corpus']).name}"] == record["perplexity"]
+    assert not any(blank in key for key in summary for blank in " +")
+    for name in ("parameters_before", "parameters_after", "sparsity_of_model", "forward_tokens"):
+        assert summary[name] == run.summary[name]
+    steps = json.loads((run.path / "manifest.json").read_text())["steps"]
+    assert {"calibrate", "thresholds", "evaluate"} <= steps.keys()
+    assert all(summary[f"steps/{step}/{k}"] == v for step, costs in steps.items() for k, v in costs.items())
 
 
 def test_modules_are_a_table_and_scalars(told, curves):
-    (table,) = [row["modules"] for row in told.history if "modules" in row]
-    assert isinstance(table, wandb.Table)
+    (path,) = {row["modules.path"] for row in told.history if "modules.path" in row}
+    table = json.loads(next(told.run.path.glob(f"wandb/offline-run-*/files/{path}")).read_text())
     result, expected = told.run, told.run.modules.rows()
-    assert len(table.data) == len(expected) > 3
-    for values, row in zip(table.data, expected, strict=True):
-        got = dict(zip(table.columns, values, strict=True))
+    assert len(table["data"]) == len(expected) > 3
+    for values, row in zip(table["data"], expected, strict=True):
+        got = dict(zip(table["columns"], values, strict=True))
         removed = 1 - float(
             result.masks.ffn[row["block"]][result.modules.labels[row["block"]] == row["module"]].float().mean()
         )
@@ -126,19 +127,20 @@ def test_modules_are_a_table_and_scalars(told, curves):
 
 
 def test_figures_are_images(told):
-    images = {k: v for row in told.history for k, v in row.items() if k.startswith("figures/")}
-    assert set(images) == {f"figures/{path.stem}" for path in (told.run.path / "figures").glob("*.png")}
-    assert len(images) >= 2
-    assert all(isinstance(image, wandb.Image) for image in images.values())
+    images = {key for row in told.history for key in row if key.startswith("figures/") and key.endswith(".path")}
+    assert images == {f"figures/{path.stem}.path" for path in (told.run.path / "figures").glob("*.png")}
     files = told.run.path.glob("wandb/offline-run-*/files/media/images/figures/*.png")
-    assert len(list(files)) == len(images)
+    assert len(list(files)) == len(images) >= 2
 
 
 def test_wandb_knows_config_group_job_type_and_tags(told):
-    assert told.about["config"] == told.run.config.model_dump()
-    assert told.about["config"]["sparsity"]["learning_rate"] == 0.1  # a default that no flag named
-    assert (told.about["group"], told.about["job_type"]) == ("tiny", "gprune")
-    assert {"wanda_sp", "ffn", "learned", "refined", "ours"} <= set(told.about["tags"])
+    config = {name: value for name, value in told.config.items() if name != "_wandb"}
+    assert config == told.run.config.model_dump()
+    assert config["sparsity"]["learning_rate"] == 0.1  # a default that no flag named
+    about = told.about
+    assert (about["display_name"], about["run_group"], about["job_type"]) == ("run", "tiny", "gprune")
+    assert {"wanda_sp", "ffn", "learned", "refined", "target 0.5", "ours"} == set(about["tags"])
+    assert told.exit_code == 0
 
 
 def test_offline_is_the_default_and_the_environment_is_heard(world, tmp_path, monkeypatch):

@@ -246,6 +246,7 @@ FLAGS = (
 )
 ALONE = ("--gprune=false", "--evaluation.controls=[]", "--export=none")
 OFTEN = "--run.checkpoint_minutes=0"
+CURVES = "distill/base_least_squares_distill"
 
 
 def learned(run) -> dict[str, torch.Tensor]:
@@ -421,8 +422,14 @@ def test_the_curve_is_logged_and_decides_what_is_kept(keep, point, world, tmp_pa
     worse = "Development perplexity ends at 6, where it began at 5: lower --distill.learning_rate"
     assert (worse in capsys.readouterr().out) is (keep == "last")
     rows = [row for file in (result.path / "csv").rglob("metrics.csv") for row in csv.DictReader(file.open())]
-    curve = [(row["distill/tokens"], row[f"distill/perplexity/{alpha}"]) for row in rows if row.get("distill/tokens")]
-    assert [tuple(map(float, pair)) for pair in curve] == [(0, 5), (192, 3), (384, 4), (576, 6)]
+    of_row, of_run, shares = f"{CURVES}/perplexity/alpha.txt", "development/perplexity", [0, 192, 384, 576]
+    for axis, name in ((f"{CURVES}/tokens", of_row), ("development/tokens", of_run)):
+        curve = [(float(row[axis]), float(row[name])) for row in rows if row.get(name)]
+        assert curve == list(zip(shares, [5, 3, 4, 6], strict=True))
+    steps = [row for row in rows if row[f"{CURVES}/loss"]]
+    assert [float(row[f"{CURVES}/tokens"]) for row in steps] == [64.0 * n for n in range(1, 10)]
+    assert max(float(row[f"{CURVES}/learning_rate"]) for row in steps) == pytest.approx(0.003)
+    assert all(float(row[f"{CURVES}/{n}"]) > 0 for row in steps for n in ("gradient_norm", "tokens_per_second"))
     assert all(torch.equal(t, students[point][name]) for name, t in result.model.state_dict().items())
     assert not torch.equal(*(s["model.layers.0.mlp.up_proj.weight"] for s in (students[1], students[3])))
 
@@ -473,10 +480,10 @@ def test_two_processes_learn_what_one_does_and_go_on_to_the_same_bits(world, tmp
             assert [done.returncode for done in ended] == [0 if life == 99 else 9] * processes, ended[0].stderr
         found[name] = learned(tmp_path / name)
         tokens = [
-            float(row["distill/tokens"])
+            float(row[f"{CURVES}/tokens"])
             for file in sorted((tmp_path / name / "csv").rglob("metrics.csv"))
             for row in csv.DictReader(file.open())
-            if row.get("distill/tokens")
+            if row.get(f"{CURVES}/tokens")
         ]
         assert sorted({*tokens}) == [0, 128, 256, 512, 576], name  # of both processes, in how many sittings ever
     for whole, killed in (("two", "killed"), ("sharded", "sharded and killed")):
