@@ -424,7 +424,7 @@ def test_the_curve_is_logged_and_decides_what_is_kept(keep, point, world, tmp_pa
     rows = [row for file in (result.path / "csv").rglob("metrics.csv") for row in csv.DictReader(file.open())]
     of_row, of_run, shares = f"{CURVES}/perplexity/alpha.txt", "development/perplexity", [0, 192, 384, 576]
     for axis, name in ((f"{CURVES}/tokens", of_row), ("development/tokens", of_run)):
-        curve = [(float(row[axis]), float(row[name])) for row in rows if row.get(name)]
+        curve = [(float(row[axis]), round(float(row[name]), 9)) for row in rows if row.get(name)]
         assert curve == list(zip(shares, [5, 3, 4, 6], strict=True))
     steps = [row for row in rows if row[f"{CURVES}/loss"]]
     assert [float(row[f"{CURVES}/tokens"]) for row in steps] == [64.0 * n for n in range(1, 10)]
@@ -485,7 +485,7 @@ def test_two_processes_learn_what_one_does_and_go_on_to_the_same_bits(world, tmp
             for row in csv.DictReader(file.open())
             if row.get(f"{CURVES}/tokens")
         ]
-        assert sorted({*tokens}) == [0, 128, 256, 512, 576], name  # of both processes, in how many sittings ever
+        assert sorted({*tokens}) == [0, 128, 256, 384, 512, 576], name  # of both processes, in how many sittings ever
     for whole, killed in (("two", "killed"), ("sharded", "sharded and killed")):
         assert all(torch.equal(found[whole][name], t) for name, t in found[killed].items())
         for name, t in found["one"].items():
