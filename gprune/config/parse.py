@@ -6,7 +6,7 @@ import argparse
 import inspect
 import sys
 from argparse import SUPPRESS
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -40,19 +40,22 @@ def parse(args: Sequence[str] | None = None) -> RunConfig:
     args = list(sys.argv[1:] if args is None else args)
     if not {"-h", "--help"}.isdisjoint(args):
         parser().parse_args(["--help"])
-    cfg = configured(read_flags([arg for arg in args if arg != "--print_config"]))
+    cfg = configured(read_flags([arg for arg in args if arg != "--print_config"]), given=flags_of(args))
     if "--print_config" in args:
         say(to_yaml(cfg.model_dump()))
         raise SystemExit(0)
     return cfg
 
 
-def configured(layer: Mapping[str, Any], where: str = "") -> RunConfig:
+def configured(layer: Mapping[str, Any], where: str = "", *, given: Collection[str] | None = None) -> RunConfig:
     """The configuration of settings that are plain data: nested, by dotted name, or both; others have their defaults.
 
+    Args:
+        where: what errors begin with, such as "Row 'base'".
+        given: the settings that somebody asked for, if they are not all: those of the `model_fields_set`.
+
     Raises:
-        UserError: for an unknown setting, a value of another type or out of range, and what cannot go together. It
-            begins with `where`, such as "Row 'base'".
+        UserError: for an unknown setting, a value of another type or out of range, and what cannot go together.
     """
     settings: dict[str, Any] = {}
     overlay(settings, layer, where or "Settings")
@@ -61,9 +64,13 @@ def configured(layer: Mapping[str, Any], where: str = "") -> RunConfig:
         group, _, setting = name.rpartition(".")
         (nested.setdefault(group, {}) if group else nested)[setting] = value
     try:
-        return RunConfig(**nested)
+        cfg = RunConfig(**nested)
     except UserError as error:
         raise UserError(f"{where}: {error}" if where else str(error)) from error
+    for part in (cfg, *(getattr(cfg, name) for name in GROUPS)):
+        if given is not None:
+            part.model_fields_set.intersection_update(name.removeprefix(part.prefix) for name in given)
+    return cfg
 
 
 def overlay(settings: dict[str, Any], layer: Mapping[str, Any], where: str) -> None:
@@ -119,6 +126,11 @@ def read_flags(args: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--config {text}: expected --{CONSENT} true as a flag of the command, got it in a file.")
         overlay(settings, content, f"--config {text}")
     return settings
+
+
+def flags_of(args: Sequence[str]) -> set[str]:
+    """The settings by dotted name that are flags themselves, and not in a file."""
+    return {arg.partition("=")[0].removeprefix("--") for arg in args if arg.startswith("--")}
 
 
 def _value(flag: str, text: str) -> Any:

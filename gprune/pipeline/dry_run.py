@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 from torch.utils.benchmark import Timer
 
-from gprune.config import RunConfig
+from gprune.config import RunConfig, given, unread
 from gprune.importance.scores import fractional_ranks
 from gprune.models.blocks import blocks_of
 from gprune.pipeline.cost import calibration_tokens, passes
@@ -33,8 +33,9 @@ def describe(plan: Plan) -> str:
         "and backward": f"{plan.forward_backward_tokens:,} tokens",
         "compute": compute_time(plan),
         "results": cfg.folder,
+        "not read": unread(cfg, given(cfg)),
     }
-    return "\n".join(f"{name:12} {line}" for name, line in lines.items())
+    return "\n".join(f"{name:12} {line}" for name, line in lines.items() if line)
 
 
 def expected_widths(cfg: RunConfig, budget: Budget) -> str:

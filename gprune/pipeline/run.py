@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.config import RunConfig
+from gprune.config import RunConfig, given, unread
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
@@ -194,6 +194,8 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
             use by another process, or cannot be written; for what a callback that is not ours raises.
     """
     plan, brought = check(cfg, callbacks), UserCallbacks(callbacks, cfg.trainer.callbacks)
+    if idle := unread(cfg, given(cfg)):
+        log.warning("Given, and not read by this run: %s", idle)
     model, tokenizer = load(cfg, plan.device)
     text = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
     L.seed_everything(cfg.run.seed, verbose=False)

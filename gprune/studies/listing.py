@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +19,8 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gprune.checks import refusal
-from gprune.config import CONSENT, RunConfig, configured, read_flags, read_settings
-from gprune.config.parse import overlay
+from gprune.config import CONSENT, RunConfig, configured, flat, read_flags, read_settings, unread
+from gprune.config.parse import flags_of, overlay
 from gprune.errors import UserError
 from gprune.report.table import TableName
 from gprune.storage.yaml_text import read_yaml
@@ -127,11 +127,12 @@ class Row:
     masks: bool = True  # keep masks; for our own lists only if a table of masks is printed
     records: Path = OTHER_RECORDS  # the folder of what came out
     point: dict[str, Any] = field(default_factory=dict)  # of the grid
+    given: Set[str] = frozenset()  # settings by dotted name of the row itself, of the grid, and of flags
 
     @cached_property
     def config(self) -> RunConfig:
         """Raises UserError, with the row's name, for what train.py would refuse."""
-        return configured(self.settings, where=f"Row '{self.name}'")
+        return configured(self.settings, where=f"Row '{self.name}'", given=())  # the list says what is not read
 
     @property
     def wanted_tasks(self) -> dict[str, Any]:
@@ -209,7 +210,7 @@ def read_content(path: Path) -> Content:
 
 def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[str], **shared: Any) -> Iterator[Row]:
     """Every row with every seed, at every point of the grid; `shared` are fields that are the same in all."""
-    own = read_flags(flags)
+    own, typed = read_flags(flags), flags_of(flags)
     protocol = [_shared(path.parent / name) for name in content.protocol]
     for seed in dict.fromkeys(seeds):
         for name, given in content.rows.items():
@@ -224,7 +225,7 @@ def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[st
                 overlay(merged, own, where)
                 yield Row(
                     f"{name}{point}", seed, merged | {"run.seed": seed}, control=name in content.controls,
-                    point=of_grid, **shared,
+                    point=of_grid, given=typed | flat(row.model_extra | of_grid).keys(), **shared,
                 )  # fmt: skip
 
 
@@ -244,6 +245,14 @@ def _check_settings(where: str, given: Mapping[str, Any], own: Mapping[str, Any]
             raise UserError(f"{where}: expected {instead}, got --{name}.")
     if given.get(CONSENT) and CONSENT not in own:
         raise UserError(f"{where}: expected --{CONSENT}=true behind --, got it in a list.")
+
+
+def unread_by(rows: Iterable[Row]) -> str:
+    """What rows are given and do not read, and why, in one line that names each row once; empty if they read all."""
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        reasons.setdefault(unread(row.config, row.given), {})[row.name] = None
+    return "; ".join(f"{', '.join(map(repr, names))}: {idle}" for idle, names in reasons.items() if idle)
 
 
 def parts_of(rows: Sequence[Row], part: str | None) -> list[Row]:

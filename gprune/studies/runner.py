@@ -27,7 +27,7 @@ from gprune.runs import schema
 from gprune.runs.folder import RunFolder
 from gprune.storage.files import read_json, write_json
 from gprune.studies.archive import dense_path, learned_tokens, path_of, plain, read, record_of, write
-from gprune.studies.listing import Listing, Row, commands, parts_of
+from gprune.studies.listing import Listing, Row, commands, parts_of, unread_by
 from gprune.studies.packing import packed
 from gprune.studies.tables import cost_table, reported, text_of
 
@@ -68,6 +68,8 @@ def run_all(pending: Sequence[Row]) -> list[tuple[Row, Made]]:
     first = process_index() == 0  # of processes that Lightning has started with the same command
     if first:
         say(token_hours(pending) + "\n")
+        if idle := unread_by(pending):
+            say(f"Given, and not read: {idle}\n")
     ran = []
     for row in pending:
         started = time.monotonic()
