@@ -57,7 +57,8 @@ def run(args: Sequence[str] | None) -> str:
         f"Removed {removed}, {s['sparsity_of_model']:.2%} of the model: "
         f"{s['parameters_before']:,} -> {s['parameters_after']:,} parameters.\n"
         f"Tokens{whose}: {s['forward_tokens']:,} forward, {s['forward_backward_tokens']:,} forward and backward.\n"
-        f"Everything is in {result.path}, and its page is report.html"
+        f"Everything is in {result.path}"
+        + (", and its page is report.html" if (result.path / "report.html").exists() else "")
         + ("" if cfg.export == "none" else f"; the model in {result.path / 'model'}")
         + f".\nCurves: {how_to_look(result.path, cfg.logging.resolved_tracker)}.\n"
         + (f"{BETTER}\n" if without_flags(cfg) else "")

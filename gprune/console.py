@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn, TextIO
 
 from gprune.errors import UserError, printable
+from gprune.lazy import import_matplotlib
 
 BOLD = re.compile(r"(\x1b\[[01]m)")  # on and off: all that rich adds to a table, whose cells are printable already
 
@@ -181,6 +182,8 @@ def speak() -> None:
 def quiet() -> None:
     """Our own progress, and of the libraries' warnings those that matter."""
     speak()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it says every line of a matplotlibrc that it refuses
+    import_matplotlib()
     import lightning.pytorch  # noqa: F401 - it sets how much it says when it is imported
     import transformers
 

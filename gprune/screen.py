@@ -8,15 +8,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
 from gprune.console import process_index
-from gprune.errors import printable
+from gprune.errors import one_line
 
 Advance = Callable[..., None]  # after a batch: its tokens over all processes, and a note
 
@@ -45,11 +46,11 @@ class Screen:
         self._first = worked()
         self._started = time.monotonic()
         console = console or Console(file=sys.stdout)
-        self._progress = Progress(
+        self._progress = _Bars(
             TextColumn(
                 "{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
             ),
-            BarColumn(bar_width=14),
+            BarColumn(bar_width=10),
             TextColumn("{task.fields[speed]}", "cyan", "right", table_column=Column(min_width=15, no_wrap=True)),
             _Left(table_column=Column(min_width=12, no_wrap=True)), console=console, expand=True, transient=True,
             disable=not console.is_terminal or console.is_jupyter or process_index() != 0,
@@ -89,7 +90,7 @@ class Screen:
         return advance
 
     def _show(self, what: str, batches: int | None = None, done: int = 0) -> str:
-        title = printable(f"step {self._number}/{self._last} {what}" if self._number else what)
+        title = one_line(f"step {self._number}/{self._last} {what}" if self._number else what)
         self._progress.reset(self._step, total=batches, completed=done, description=title, visible=True, speed="")
         return title
 
@@ -108,6 +109,21 @@ class Screen:
 
     def _remaining(self) -> float:
         return max(self._left - min(self._worked() - self._began, self._shares.get(self._number, 0.0)), 0.0)
+
+
+class _Bars(Progress):
+    """Bars that leave room for `^C^C`: a terminal would echo it on the next line, and one bar would never go."""
+
+    def get_renderable(self) -> RenderableType:
+        return _Narrower(super().get_renderable())
+
+
+@dataclass
+class _Narrower:
+    bars: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self.bars, options.update_width(options.max_width - 4))
 
 
 class _Left(ProgressColumn):

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path, PurePath
 
 from gprune.corpora.local import SUFFIXES, load_files, text_files
-from gprune.errors import UserError
+from gprune.errors import UserError, one_line
 from gprune.registry import NAME, Registry
 from gprune.storage.reading import expanded
 
@@ -120,4 +120,4 @@ def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
             if sum(other[-n:] == own[-n:] for other in parts.values()) == 1:
                 yield str(PurePath(*own[-n:]))
 
-    return {corpus: next(unique_ends(own), corpus) for corpus, own in parts.items()}
+    return {corpus: one_line(next(unique_ends(own), corpus)) for corpus, own in parts.items()}

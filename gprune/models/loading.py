@@ -18,6 +18,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -177,12 +178,26 @@ def load_weights(
             limits = None if max_memory is None else memory_limits(max_memory)
             folder = removal.enter_context(offload_folder())
             settings |= {"device_map": device_map, "max_memory": limits, "offload_folder": folder}
+        if not usable_generation_config(location):
+            settings["generation_config"] = GenerationConfig.from_model_config(config)
         with quieted("accelerate.big_modeling"):  # it warns that parameters are offloaded, which was asked for
             model, report = AutoModelForCausalLM.from_pretrained(location, **settings)
         check_complete(report, location)
         check_not_quantised(model, location)
         weakref.finalize(model, removal.pop_all().close)
     return model.eval().requires_grad_(False)
+
+
+def usable_generation_config(location: str | Path) -> bool:
+    """Whether transformers takes generation_config.json as it is, or there is none; else one warning."""
+    try:
+        GenerationConfig.from_pretrained(location)
+    except OSError:  # there is none, or no JSON in it: transformers makes one of config.json
+        pass
+    except Exception as error:  # of any type, for values of any type
+        log.warning("'%s': generation_config.json is left out: %s", location, first_line(error))
+        return False
+    return True
 
 
 def check_not_quantised(model: PreTrainedModel, location: str | Path) -> None:

@@ -15,9 +15,9 @@ from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RunConfig
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
+from gprune.errors import dispensable
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import PerplexityResult, perplexity, processes
-from gprune.export.hf import stock_skeleton
 from gprune.models.copies import sharded_copy
 from gprune.models.embedded import model_label
 from gprune.models.masks import Masks
@@ -28,13 +28,13 @@ from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
 from gprune.recoveries import recovery_of
 from gprune.report import html, page
-from gprune.report.model_card import model_card
+from gprune.report.model_card import write_card
 from gprune.report.records import means_and_gaps, run_numbers, unseen_ratios
 from gprune.report.run_figures import write_figures
 from gprune.runs import schema, tracking
 from gprune.runs.results import row_name
 from gprune.storage.cache import cache_dir
-from gprune.storage.files import file_hashes, key_of, read_json, replacing, write_json
+from gprune.storage.files import key_of, read_json, write_json
 
 log = logging.getLogger("gprune")
 
@@ -196,16 +196,17 @@ def summarise(
     if stopped := run.folder.manifest.get("stopped"):
         summary["stopped"] = stopped  # stages that a callback has ended early
     run.folder.update_manifest(summary=summary, widths=widths(pruned))
-    if run.cfg.export != "none":  # the card, now that there is something to say
-        card = model_card(run.cfg, stock=stock_skeleton(pruned) is not None, records=records)
-        with replacing(run.folder / "model" / "README.md") as new:
-            new.write_text(card, encoding="utf-8")
-        run.folder.update_manifest(model=file_hashes(run.folder / "model", "README.md"))
-    tracking.log_images(run.loggers, write_figures(run.folder / "figures", records, modules, masks))
+    pictures, made_up = [], f"`gprune report {run.folder.path}` writes"
+    with dispensable("a model card", f"{made_up} it"):
+        write_card(run.folder, run.cfg, records)
+    with dispensable("figures", f"{made_up} them"):
+        pictures = write_figures(run.folder / "figures", records, modules, masks)
     columns = ["stage", "recovery", "corpus", "seen", "perplexity", "nll", "tokens"]
-    tracking.log_table(run.loggers, "perplexity", [{c: r[c] for c in columns} for r in records])
     steps = run.folder.manifest["steps"]
-    tracking.log_numbers(run.loggers, run_numbers(records, summary, steps, run.cfg.own_row))
+    with dispensable("its results in the tracker", "metrics.json has them"):
+        tracking.log_table(run.loggers, "perplexity", [{c: r[c] for c in columns} for r in records])
+        tracking.log_numbers(run.loggers, run_numbers(records, summary, steps, run.cfg.own_row))
+        tracking.log_images(run.loggers, pictures)
     # Last: a run whose metrics.json has a summary, and all rows, is finished, and is not logged again.
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
     return summary

@@ -20,7 +20,7 @@ from lightning import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from gprune.config import RunConfig
-from gprune.errors import UserError
+from gprune.errors import UserError, dispensable
 from gprune.export.hf import portable
 from gprune.pipeline.calibrate import calibrate
 from gprune.pipeline.evaluate import evaluate, summarise, write_pages
@@ -68,9 +68,11 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> PruningResult:
             save(run, pruned, masks)
         records = evaluate(run, statistics, masks, pruned)  # 10
         if first:
-            write_samples(run, pruned, {r["corpus"]: r["seen"] for r in records})
+            with dispensable("samples", "the same command writes them"):
+                write_samples(run, pruned, {r["corpus"]: r["seen"] for r in records})
             summary = summarise(run, records, final, pruned, modules)
-            write_pages(run)
+            with dispensable("a page", f"`gprune report {run.folder.path}` writes it"):
+                write_pages(run)
         return PruningResult(
             path=run.folder.path, config=cfg, masks=final, modules=modules, thresholds=thresholds,
             statistics=statistics, records=records, summary=summary, model=portable(pruned), tokenizer=run.tokenizer,

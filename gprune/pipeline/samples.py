@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from gprune.models.offload import device_of, is_offloaded
 from gprune.pipeline.cost import sample_lengths
@@ -44,10 +44,24 @@ def write_samples(run: Run, pruned: PreTrainedModel, seen: dict[str, bool]) -> N
 
 @torch.no_grad()
 def continued(model: PreTrainedModel, ids: Tensor, tokens: int) -> Tensor:
-    """(B, at most `tokens`) token ids that the model generates greedily after (B, T) ids."""
-    ids = ids.to(device_of(model))
-    generated = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, use_cache=True,
-        pad_token_id=model.generation_config.pad_token_id or 0,
-    )  # fmt: skip
-    return generated[:, ids.shape[1] :].cpu()
+    """(B, at most `tokens`) token ids that the model generates greedily after (B, T) ids.
+
+    Of the model's own generation config, which may ask for beams or penalties, special tokens alone are used.
+    """
+    own, ids = model.generation_config, ids.to(device_of(model))
+    settings = {"max_new_tokens": tokens, "do_sample": False, "use_cache": True}
+    model.generation_config = GenerationConfig(**settings, **special_tokens(model))  # `generate` fills up from it
+    try:
+        return model.generate(ids, attention_mask=torch.ones_like(ids))[:, ids.shape[1] :].cpu()
+    finally:
+        model.generation_config = own
+
+
+def special_tokens(model: PreTrainedModel) -> dict[str, int | list[int]]:
+    """Ids at which the model begins and ends text, and of its padding: those that are in its vocabulary."""
+    vocabulary, known = range(model.get_input_embeddings().num_embeddings), {"pad_token_id": 0}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(model.generation_config, name)
+        if ids := [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and i in vocabulary]:
+            known[name] = ids if name == "eos_token_id" else ids[0]
+    return known

@@ -12,14 +12,13 @@ from transformers import PreTrainedModel
 from gprune.calibration.layerwise import Walk
 from gprune.errors import UserError
 from gprune.export.convert import export
-from gprune.export.hf import check_reload, save_pruned, stock_skeleton
+from gprune.export.hf import check_reload, save_pruned
 from gprune.models.losses import iter_logits
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, free_memory, is_offloaded
 from gprune.pipeline.cost import compared_tokens
 from gprune.pipeline.recover import placement, shrink
 from gprune.pipeline.run import Run
-from gprune.report.model_card import model_card
 from gprune.runs.trainer import multiplying
 from gprune.sparsity.gates import masked
 from gprune.storage.files import file_hashes
@@ -56,8 +55,7 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
         with run.folder.step("save_and_check"), multiplying("highest"):  # as the process that reloads it
             checks = check_slices(run, pruned, masks[cfg.final])
             if cfg.export != "none":
-                card = model_card(cfg, stock=stock_skeleton(pruned) is not None)
-                save_pruned(pruned, run.tokenizer, folder, model_card=card, overwrite=True)
+                save_pruned(pruned, run.tokenizer, folder, overwrite=True)
                 checks["sliced_minus_reloaded"] = check_reload(pruned, folder, checked_tokens(run), **placement(run))
                 run.folder.update_manifest(model=file_hashes(folder), replace=True)
         run.folder.update_manifest(logits=checks)

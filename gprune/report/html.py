@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 import shlex
@@ -105,10 +106,11 @@ def how_to_load(run: FinishedRun) -> str:
     if not (model / "config.json").is_file():
         return ""
     code = ", trust_remote_code=True" if any(model.glob("*.py")) else ""
+    place = json.dumps(str(model), ensure_ascii=False)
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{model}"{code})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{model}"{code})'
+        f"model = AutoModelForCausalLM.from_pretrained({place}{code})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({place}{code})"
     )
 
 

@@ -12,17 +12,32 @@ from huggingface_hub import EvalResult, ModelCardData
 from gprune.config import RunConfig
 from gprune.corpora.hub import HUB_CORPORA
 from gprune.corpora.load import corpus_labels
+from gprune.errors import one_line
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
 from gprune.report.records import result_table
+from gprune.report.table import in_code, in_markdown
+from gprune.runs.folder import RunFolder
+from gprune.storage.files import file_hashes, replacing
 from gprune.storage.reading import expanded
 
+RESULTS = "## Perplexity"  # the heading
 
-def model_card(cfg: RunConfig, *, stock: bool = False, records: Sequence[dict[str, Any]] = ()) -> str:
+
+def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, Any]]) -> None:
+    """Write the card of the model that a run exported, if it did, and the card's hash into the manifest."""
+    if (model := folder / "model").is_dir():
+        card = model_card(cfg, records, stock=not any(model.glob("*.py")))
+        with replacing(model / "README.md") as new:
+            new.write_text(card, encoding="utf-8")
+        folder.update_manifest(model=file_hashes(model, "README.md"))
+
+
+def model_card(cfg: RunConfig, records: Sequence[dict[str, Any]], *, stock: bool = False) -> str:
     """README.md of the exported folder: what it is, how it was made, what it scores, how to load it.
 
     Args:
+        records: of `metrics.json`.
         stock: whether the folder is a stock model, without code of its own.
-        records: of `metrics.json`; none before anything is evaluated.
     """
     trust = "" if stock else ", trust_remote_code=True"
     code = (
@@ -37,9 +52,10 @@ def model_card(cfg: RunConfig, *, stock: bool = False, records: Sequence[dict[st
     recovery = "" if cfg.recovery == "none" else f", recovery `{cfg.recovery}`"
     method = "gprune" if cfg.gprune else "base metric alone"
     folder = _folder(cfg)
-    label = folder.name if folder else model_label(cfg.model.name)  # a path of this machine says nothing to others
+    # A path of this machine says nothing to others.
+    label = in_markdown(one_line(folder.name if folder else model_label(cfg.model.name)))
     labels = corpus_labels([cfg.corpora.score, *cfg.roles["drift"], *(r["corpus"] for r in records)])
-    score, drift = labels[cfg.corpora.score], ", ".join(f"`{labels[corpus]}`" for corpus in cfg.roles["drift"])
+    score, drift = labels[cfg.corpora.score], ", ".join(in_code(labels[corpus]) for corpus in cfg.roles["drift"])
     drift = f"drift measured on {drift},\n" if drift else ""
     allocation = cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation
     return f"""---
@@ -49,7 +65,7 @@ def model_card(cfg: RunConfig, *, stock: bool = False, records: Sequence[dict[st
 # {label}, structurally pruned
 
 {cfg.sparsity.target:.0%} of the parameters in scope `{cfg.sparsity.scope}` removed by {method}: importance
-`{cfg.importance}` scored on `{score}`, {drift}allocation `{allocation}`{recovery}, seed {cfg.run.seed}.
+`{cfg.importance}` scored on {in_code(score)}, {drift}allocation `{allocation}`{recovery}, seed {cfg.run.seed}.
 The method is our reading of GPrune-LLM (arXiv 2603.13418).
 
 Base model: {label}. Licence: {licence}.{notice}
@@ -95,17 +111,15 @@ def _metadata(cfg: RunConfig, records: Sequence[dict[str, Any]], labels: Mapping
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["pruned", "gprune"],
-        model_name=cfg.run_name if results else None,
-        eval_results=results or None,
+        model_name=cfg.run_name,
+        eval_results=results,
     )
 
 
 def _results(cfg: RunConfig, records: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> str:
-    if not records:
-        return ""
     e, bos = cfg.evaluation, "with" if records[0]["bos"] else "no"
     return f"""
-## Perplexity
+{RESULTS}
 
 {result_table(records, labels).to_text()}
 

@@ -21,7 +21,7 @@ from typing import get_args
 
 from matplotlib.figure import Figure
 
-from gprune.errors import UserError
+from gprune.errors import UserError, one_line
 from gprune.report.benchmark_table import evaluation_table
 from gprune.report.comparison_figures import means_figure, ratio_figure, sparsity_lines, stability_figure
 from gprune.report.grouping import Group, groups, read_runs, settings_table, short_names, with_distinct_names
@@ -30,7 +30,7 @@ from gprune.report.perplexity_tables import comparison_table, perplexity_table, 
 from gprune.report.records import caption
 from gprune.report.run_figures import write_figures
 from gprune.report.style import FORMATS, save, titled
-from gprune.report.table import Table, TableName
+from gprune.report.table import Table, TableName, in_markdown
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
@@ -50,17 +50,17 @@ class Report:
 
     def to_markdown(self) -> str:
         """The tables with titles and notes, then the protocols."""
-        return self._text(Table.to_text)
+        return self._text(Table.to_text, in_markdown)
 
     def shown(self) -> str:
         """The same for whoever looks: as wide as the terminal, if stdout is one."""
-        return self._text(Table.shown)
+        return self._text(Table.shown, str)
 
-    def _text(self, text: Callable[[Table], str]) -> str:
+    def _text(self, text: Callable[[Table], str], line: Callable[[str], str]) -> str:
         parts = [f"## {t.title}\n\n{text(t)}\n" for t in self.read_tables]
         if self.many:
             parts.append(f"More than {SIDE_BY_SIDE} runs: pairs and figures are left out.\n")
-        return "\n".join([*parts, *(f"{line}\n" for line in self.protocols())])
+        return "\n".join([*parts, *(f"{line(protocol)}\n" for protocol in self.protocols())])
 
     @property
     def read_tables(self) -> list[Table]:
@@ -122,7 +122,8 @@ class Report:
         for inside in ("tables", "figures"):
             if (folder / inside).is_symlink():
                 raise UserError(f"{folder / inside} is a link; remove it, or choose another --output.")
-        texts = {folder / "report.md": f"# {', '.join(g.name for g in self.groups)}\n\n{self.to_markdown()}"}
+        title = in_markdown(", ".join(one_line(group.name) for group in self.groups))
+        texts = {folder / "report.md": f"# {title}\n\n{self.to_markdown()}"}
         texts |= {folder / "tables" / f"{t.name}.csv": t.to_csv() for t in self.tables if t.rows}
         for path, text in texts.items():
             with replacing(path) as temporary:

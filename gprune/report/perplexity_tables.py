@@ -21,7 +21,7 @@ from gprune.errors import UserError
 from gprune.evaluation.intervals import mean_perplexity, paired_gap
 from gprune.report.grouping import Group
 from gprune.report.records import Stage, by_stage, records_of, unseen_ratio
-from gprune.report.table import Cell, Estimate, Table
+from gprune.report.table import Cell, Estimate, Table, in_markdown
 from gprune.runs.results import FinishedRun, row_name
 
 
@@ -77,7 +77,7 @@ def summary_table(
             )
     about_base = ""
     if bases is not None:
-        about_base = f" base: the stage `base` of {', '.join(by_name)}."
+        about_base = f" base: the stage `base` of {in_markdown(', '.join(by_name))}."
         if not by_name:
             about_base = " base: the run that rows are divided by is not there yet."
     return Table(
@@ -145,7 +145,8 @@ def _division(seen: Sequence[str] | None) -> str:
     if not seen:
         return "All text is unseen in every row."
     verb = "counts" if len(seen) == 1 else "count"
-    return f"In every row {', '.join(corpus_labels(seen).values())} {verb} as seen, and all other text as unseen."
+    names = in_markdown(", ".join(corpus_labels(seen).values()))
+    return f"In every row {names} {verb} as seen, and all other text as unseen."
 
 
 def _numbers(run: FinishedRun, stage: Stage, bases: Mapping[Path, FinishedRun] | None) -> list[Estimate | None]:

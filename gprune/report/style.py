@@ -17,7 +17,7 @@ from gprune.report.table import Estimate
 from gprune.storage.files import replacing
 
 FORMATS = ("png", "svg")
-STYLE = {
+STYLE = matplotlib.rcParamsDefault | {  # whatever the user's matplotlibrc says
     "font.size": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "grid.color": "#DDDDDD", "grid.linewidth": 0.6, "figure.constrained_layout.use": True, "savefig.dpi": 160,
@@ -46,6 +46,7 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
+@style()
 def titled(figure: Figure, title: str) -> Figure:
     """Write what a figure is about above it, small, from its left edge."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=7, color="#555555")

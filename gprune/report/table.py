@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from gprune.errors import printable
+from gprune.errors import one_line, printable
 
 TableName = Literal[  # of a report
     "comparison", "evaluation", "perplexity", "repeatability", "settings", "sparsity", "stability", "summary"
@@ -31,6 +32,8 @@ class Estimate(NamedTuple):
     high: float | None = None
 
 
+# What Markdown does not take as text: a `*` at the end of a name, `_` inside it and most brackets it does.
+MARKUP = re.compile(r"[\\`<|~$]|&(?=#?\w+;)|\*(?=[^\s)])|(?<![^\W_])_|_(?![^\W_])|\[(?=[^\]]*\][(\[])")
 Cell = str | int | float | Estimate | None
 
 
@@ -56,7 +59,7 @@ class Table:
 
     def to_markdown(self) -> str:
         """The table alone, aligned."""
-        return markdown([self.columns, *self.texts()])
+        return markdown([list(map(in_markdown, row)) for row in (map(one_line, self.columns), *self.texts())])
 
     def texts(self) -> list[list[str]]:
         """The cells as people read them."""
@@ -65,7 +68,7 @@ class Table:
     @property
     def plain_note(self) -> str:
         """The note without Markdown's escapes."""
-        return self.note.replace("\\*", "*")
+        return re.sub(r"\\([^a-zA-Z0-9\s])", r"\1", self.note)
 
     def shown(self) -> str:
         """For whoever looks: as wide as the terminal; where stdout is none, what files have, without escapes."""
@@ -81,22 +84,19 @@ class Table:
         Args:
             width: characters that a line may have.
         """
-        plain = [[printable(cell) for cell in row] for row in (self.columns, *self.texts())]
-        widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
-        # Names are folded, to a fifth of the width at least, where that makes one part of all; else to a third.
-        beside = width - sum(w + 2 for w in widths[1:])
-        fifth, third = (min(widths[0], max(width // share, 12)) for share in (5, 3))
-        first = min(beside, widths[0]) if beside >= fifth else third
+        plain = [list(map(one_line, self.columns)), *self.texts()]
+        names, parts = _layout(plain, width)
         colours = None if os.environ.get("NO_COLOR") else "auto"  # rich itself would leave what is bold
         console = Console(color_system=colours, width=width, file=io.StringIO(), force_terminal=sys.stdout.isatty())
-        for part in _parts(widths[1:], width - first):
+        for part in parts:
             made = Grid(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, header_style="bold")
-            made.add_column(Text(plain[0][0]), width=first, overflow="fold")
+            for column, size in enumerate(names):
+                made.add_column(Text(plain[0][column]), width=size, overflow="fold")
             for column in part:
-                header, least = Text(plain[0][1 + column]), min(widths[1 + column], width // 3)
-                made.add_column(header, justify="right", min_width=least)
-            for name, *cells in plain[1:]:
-                made.add_row(*(Text(cell) for cell in (name, *(cells[column] for column in part))))
+                least = min(max(len(row[column]) for row in plain), width // 3)
+                made.add_column(Text(plain[0][column]), justify="right", min_width=least)
+            for row in plain[1:]:
+                made.add_row(*(Text(row[column]) for column in (*range(len(names)), *part)))
             console.print(made)
             console.print()
         console.print(Text(printable(self.plain_note)))
@@ -124,17 +124,45 @@ class Table:
         if isinstance(cell, Estimate):
             text = f"{cell.value:.{digits}f}"
             return text if cell.low is None else f"{text} [{cell.low:.{digits}f}, {cell.high:.{digits}f}]"
-        return f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)
+        return f"{cell:.{digits}f}" if isinstance(cell, float) else one_line(str(cell))
 
 
-def _parts(widths: Sequence[int], room: int) -> list[list[int]]:
-    """Columns in groups that find room beside each other, each with a gap of two; a wider one is alone."""
+def _layout(rows: Sequence[Sequence[str]], width: int) -> tuple[list[int], list[list[int]]]:
+    """Widths of the first columns, which all parts of a table have, and the other columns of each part.
+
+    One part where the first column can be folded to a fifth of the width, and 12 characters, for it. Else every part
+    begins with the columns that tell the rows apart, as many as leave a third of the width to others.
+
+    Args:
+        rows: the header, and cells.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    beside = width - sum(w + 2 for w in widths[1:])
+    if beside >= min(widths[0], max(width // 5, 12)):
+        return [min(beside, widths[0])], [list(range(1, len(widths)))]
+    keys = next((n for n in range(1, len(widths)) if len({tuple(row[:n]) for row in rows}) == len(rows)), 1)
+    for n in range(keys, 0, -1):
+        names = [min(w, max(width // (n + 2), 12)) for w in widths[:n]]
+        room = width + 2 - sum(w + 2 for w in names)
+        if room >= width // 3:
+            break
     parts: list[list[int]] = [[]]
-    for column, width in enumerate(widths):
-        if parts[-1] and sum(widths[c] + 2 for c in parts[-1]) + width + 2 > room:
+    for column in range(n, len(widths)):  # in groups that find room, each with a gap of two; a wider one is alone
+        if parts[-1] and sum(widths[c] + 2 for c in (*parts[-1], column)) > room:
             parts.append([])
         parts[-1].append(column)
-    return parts
+    return names, parts
+
+
+def in_markdown(text: str) -> str:
+    """Markdown that shows a name or a number as it is, whatever is in it."""
+    return MARKUP.sub(r"\\\g<0>", text)
+
+
+def in_code(text: str) -> str:
+    """Markdown that shows a name as code."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"`{text}`" if fence == "`" else f"{fence} {text} {fence}"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
