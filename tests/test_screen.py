@@ -9,13 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from markdown_it import MarkdownIt
 from rich.console import Console
 
 from gprune import cli
 from gprune.benchmarks import command as evaluation
 from gprune.benchmarks import measurement
+from gprune.errors import one_line
 from gprune.report import Estimate, Report, Table
 from gprune.report.command import main as report_main
+from gprune.report.table import in_code
 from gprune.screen import Screen
 from tests import made_up
 from tests.tiny_run import isolated, on_a_terminal
@@ -91,6 +94,65 @@ def test_a_table_fits_any_terminal_and_loses_nothing(width):
         assert cell in text, cell
     assert "\\" not in text
     assert text.count("dense") == {50: 3, 60: 2}.get(width, 1)
+
+
+def test_every_part_of_a_table_has_what_tells_its_rows_apart():
+    columns = ["run", "stage", "seeds", *(f"perplexity of corpus {n}" for n in range(6))]
+    rows = [[run, stage, 1, *(float(n) for n in range(6))] for run in ("one", "two") for stage in ("dense", "averaged")]
+    lines = Table("t", "", columns, rows).to_terminal(80).splitlines()
+    headers = [line for line in lines if line.startswith("run")]
+    assert len(headers) > 1
+    assert all(re.match(r"run +stage ", line) for line in headers)
+    for run, stage in (row[:2] for row in rows):
+        assert sum(bool(re.match(f"{run} +{stage} ", line)) for line in lines) == len(headers)
+
+
+NAMES = [
+    "x[/b].txt", "[red]", "[a](b)", "<b>", "a|b", "_x_", "__x__", "*x*", "a*b*c", "~~x~~", "$x$", "100%", "&amp;",
+    "`x`", "``", "\\|", "a\nb", "\x1b[2Jx", "least_squares",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_markdown_shows_a_name_as_it_is(name):
+    reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    table = Table("t", "", ["run", name], [[name, 1.5], ["b*", Estimate(2.0, 1.0, 3.0)]])
+    cells = [t.children for t in reader.parse(table.to_markdown()) if t.type == "inline"]
+    assert {piece.type for pieces in cells for piece in pieces} == {"text"}
+    said = ["".join(piece.content for piece in pieces) for pieces in cells]
+    shown = one_line(name)
+    assert said == ["run", shown, shown, "1.50", "b*", "2.00 [1.00, 3.00]"]
+    (code,) = (t.children for t in reader.parse(f"of {in_code(shown)}") if t.type == "inline")
+    assert [(piece.type, piece.content) for piece in code] == [("text", "of "), ("code_inline", shown)]
+
+
+def screen_after(written: str, width: int) -> list[str]:
+    """The lines of a terminal so wide after what was written to it, as far as Python and rich write."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|.", written, re.DOTALL):
+        if part[0] == "\x1b":
+            row -= int(part[2:-1] or 1) if part[-1] == "A" else 0
+            lines[row] = "" if part == "\x1b[2K" else lines[row]
+        elif part in "\r\n":
+            row, column = row + (part == "\n"), 0
+        else:
+            row, column = (row, column) if column < width else (row + 1, 0)  # a full line wraps before the next letter
+            lines += [""] * (row + 1 - len(lines))
+            lines[row] = lines[row].ljust(column)[:column] + part + lines[row][column + 1 :]
+            column += 1
+        lines += [""] * (row + 1 - len(lines))
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def test_ctrl_c_leaves_one_line_and_no_bar():
+    def wait():
+        with Screen({1: 1}) as screen:
+            screen.step(1, "Waiting")
+            time.sleep(20)
+
+    written = on_a_terminal(lambda: cli.guarded("train.py", wait) - 130, 80, press=("Waiting", b"\x03"))
+    assert "step 1/1 Waiting" in written
+    assert screen_after(written, 80) == ["train.py: Interrupted."]
 
 
 HOSTILE, PRINTED = "[b]\x1b[2J.txt", r"[b]\x1b[2J.txt"

@@ -259,8 +259,14 @@ def train(args: Sequence[str], folder: Path, **how: Any) -> list[CompletedProces
     return [child.wait() for child in start(args, folder, **how)]
 
 
-def on_a_terminal(work: Callable[[], object], width: int, **variables: str) -> str:
-    """What a command writes to a terminal so wide, in a process forked from this one."""
+def on_a_terminal(
+    work: Callable[[], object], width: int, *, press: tuple[str, bytes] | None = None, **variables: str
+) -> str:
+    """What a command writes to a terminal so wide, in a process forked from this one.
+
+    Args:
+        press: keys, after the text that is waited for.
+    """
     child, screen = pty.fork()
     if child == 0:
         try:
@@ -277,6 +283,9 @@ def on_a_terminal(work: Callable[[], object], width: int, **variables: str) -> s
     with suppress(OSError):  # at the end
         while part := os.read(screen, 65536):
             written += part
+            if press is not None and press[0].encode() in written:
+                os.write(screen, press[1])
+                press = None
     os.close(screen)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, written
     return written.decode().replace("\r\n", "\n")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -35,9 +36,17 @@ LINES = (
 )  # fmt: skip
 
 
-def style() -> AbstractContextManager[None]:
+@contextmanager
+def style() -> Iterator[None]:
     """`STYLE`, for as long as a figure is made or saved; also a decorator of functions that make one."""
-    return matplotlib.rc_context(STYLE)
+    with warnings.catch_warnings(), matplotlib.rc_context(STYLE):
+        warnings.filterwarnings("ignore", "Glyph")  # a name may have letters that no font has
+        yield
+
+
+def in_legend(name: str) -> str:
+    """A label that a legend shows: matplotlib leaves out those that begin with `_`."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:

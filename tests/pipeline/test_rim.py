@@ -1,0 +1,134 @@
+"""What is around a run does not cost the run: samples, figures, card and page may fail, and are made up for."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import matplotlib
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from gprune.errors import UserError, dispensable
+from gprune.export.hf import save_pruned
+from gprune.models.loading import load_model
+from gprune.pipeline.samples import continued
+from gprune.report.command import main as report
+from gprune.report.run_figures import perplexity_figure
+from gprune.report.style import save
+from gprune.runs.results import load_run
+from tests import made_up, tiny_run
+
+ASKED = {
+    "beams": {"num_beams": 4, "num_return_sequences": 4, "early_stopping": True},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
+    "stop strings": {"stop_strings": ["ba"]},
+    "penalties": {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "suppress_tokens": [5, 99999]},
+    "ids": {"eos_token_id": [2, 99999], "pad_token_id": 99999, "bos_token_id": -1, "forced_eos_token_id": 99999},
+    "lengths": {"max_length": 3, "min_length": 400, "max_time": 0.0},
+    "others": {"dola_layers": "high", "use_cache": False, "return_dict_in_generate": True, "unknown": {"a": 1}},
+}
+REFUSED = {"sequences": {"num_return_sequences": 4}, "words": {"max_new_tokens": "many"}, "no object": [1]}
+
+
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+def test_a_continuation_is_greedy_whatever_the_model_asks_for(tiny_model, token_batch, asked):
+    plain = continued(tiny_model, token_batch[:2, :9], 12)
+    tiny_model.generation_config = own = GenerationConfig(**{"eos_token_id": 2} | asked)
+    assert torch.equal(continued(tiny_model, token_batch[:2, :9], 12), plain)
+    assert tiny_model.generation_config is own
+
+
+@pytest.mark.parametrize("content", REFUSED.values(), ids=REFUSED)
+def test_a_generation_config_that_nothing_takes_is_left_out(tmp_path, caplog, content):
+    folder = tiny_run.save_tiny_model(tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    with caplog.at_level(logging.WARNING, "gprune"):
+        model, tokenizer = load_model(str(folder))
+    assert ["generation_config.json is left out" in line for line in caplog.messages] == [True]
+    again = AutoModelForCausalLM.from_pretrained(save_pruned(model, tokenizer, tmp_path / "export"))
+    assert again.generation_config.eos_token_id == model.config.eos_token_id
+
+
+def test_a_generation_config_that_transformers_takes_goes_along(tmp_path):
+    folder = tiny_run.save_tiny_model(tmp_path / "model")
+    asked = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 3]}  # without do_sample: as Llama 2 was published
+    (folder / "generation_config.json").write_text(json.dumps(asked))
+    export = save_pruned(*load_model(str(folder)), tmp_path / "export")
+    assert asked.items() <= json.loads((export / "generation_config.json").read_text()).items()
+
+
+@pytest.mark.slow
+def test_a_run_is_whole_without_samples_figures_card_and_page(tmp_path, monkeypatch, capsys):
+    with tiny_run.isolated(tmp_path / "cache"):
+        tiny_run.quick(monkeypatch, draw=True)
+        world = tiny_run.make_world(tmp_path)
+        args = world.args(tmp_path, "--gprune=false", "--evaluation.samples=1")
+        whole = world.run(tmp_path, "--gprune=false", "--evaluation.samples=1")
+        page, card = ((whole.path / name).read_text() for name in ("report.html", "model/README.md"))
+        (whole.path / "metrics.json").unlink()
+        blocked = [whole.path / name for name in ("samples.json", "report.html", "figures")]
+        for path in blocked:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in blocked[:2]:
+            path.mkdir()  # no file can take its place
+        blocked[2].touch()
+        with monkeypatch.context() as patch:
+            patch.setattr("gprune.report.model_card.ModelCardData", lambda **_: 1 / 0)
+            (whole.path / "model/config.json").unlink()  # it is written anew, and so is its card
+            capsys.readouterr()
+            assert tiny_run.main(args) == 0
+        said = re.findall(r"Without (.+?) \(.+\): the run is whole, and .+\.", capsys.readouterr().out)
+        assert said == ["samples", "a model card", "figures", "a page"]
+        again = load_run(whole.path)
+        assert (again.records, again.masks) == (whole.records, whole.masks)
+        for path in blocked:
+            path.rmdir() if path.is_dir() else path.unlink()
+        assert report([str(whole.path)]) == 0
+        assert (whole.path / "figures/perplexity.png").is_file()
+        assert (whole.path / "model/README.md").read_text() == card
+        assert "<svg" in (whole.path / "report.html").read_text()
+        assert tiny_run.main(args) == 0
+    assert (whole.path / "samples.json").is_file()
+    seconds = re.compile(r"<td data-key=.*|<strong>.*")
+    assert seconds.sub("", (whole.path / "report.html").read_text()) == seconds.sub("", page)
+    load_run(whole.path)
+
+
+def test_a_full_disk_and_ctrl_c_end_what_is_dispensable(caplog):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    wrapped = UserError("Cannot write")
+    wrapped.__cause__ = full
+    for error in (full, wrapped, KeyboardInterrupt()):
+        with pytest.raises(type(error)), dispensable("figures", "they come back"):
+            raise error
+    with dispensable("figures", "they come back"):
+        raise ValueError("one\ntwo")
+    assert caplog.messages == ["Without figures (one): the run is whole, and they come back."]
+
+
+def test_figures_are_the_same_whatever_the_user_has_set(tmp_path):
+    (plain,) = save(perplexity_figure(made_up.records()), tmp_path, "plain")
+    own = {"text.usetex": True, "font.family": "no such font", "figure.dpi": 30, "savefig.bbox": "tight"}
+    with matplotlib.rc_context(own | {"axes.facecolor": "red"}):
+        before = dict(matplotlib.rcParams)
+        (other,) = save(perplexity_figure(made_up.records()), tmp_path, "other")
+        assert dict(matplotlib.rcParams) == before
+    assert other.read_bytes() == plain.read_bytes()
+
+
+@pytest.mark.slow
+def test_what_matplotlib_refuses_to_be_imported_with_ends_nothing(tmp_path):
+    (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe\x80")
+    script = "import gprune; gprune.load_run; import matplotlib.pyplot, os; print(os.environ['MPLBACKEND'])"
+    for backend, file in (("nonsense", os.devnull), ("QtAgg", str(tmp_path / "matplotlibrc"))):
+        variables = tiny_run.environment(tmp_path, MPLBACKEND=backend, MATPLOTLIBRC=file)
+        done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, f"{backend}\n"), done.stderr
