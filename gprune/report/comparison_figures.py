@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gprune.models.masks import Masks
-from gprune.report.style import LINES, canvas, distances, plain_ticks, style
+from gprune.report.style import LINES, canvas, distances, in_legend, plain_ticks, style
 from gprune.report.table import Estimate
 
 
@@ -61,7 +61,8 @@ def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
         colour, dashes, _ = LINES[i % len(LINES)]
         marker = LINES[(i + i // len(LINES)) % len(LINES)][2]  # the eighth line has another one than the first
         removed = [float((~m).float().mean()) for m in run_masks.ffn]
-        axes.plot(removed, color=colour, ls=dashes, marker=marker, ms=4, lw=1.3, mec="black", mew=0.4, label=name)
+        look = {"color": colour, "ls": dashes, "marker": marker, "ms": 4, "lw": 1.3, "mec": "black", "mew": 0.4}
+        axes.plot(removed, **look, label=in_legend(name))
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("block")
     axes.set_ylabel("fraction of neurons removed")

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from gprune.corpora.load import corpus_labels
-from gprune.report.style import LETTER, LINES, canvas, plain_ticks, style
+from gprune.report.style import LETTER, LINES, canvas, in_legend, plain_ticks, style
 from gprune.storage.reading import read_bytes
 
 log = logging.getLogger("gprune")
@@ -84,9 +84,8 @@ def _figure(lines: dict[str, pd.DataFrame], axis_label: str, label: str) -> Figu
     for i, (name, points) in enumerate(lines.items()):
         colour, dashes, marker = LINES[i % len(LINES)]
         few = marker if len(points) < 12 else None
-        axes.plot(
-            points["x"], points["y"], color=colour, ls=dashes, marker=few, ms=4, lw=1.3, label=labels[name] or None
-        )
+        shown = in_legend(labels[name]) or None
+        axes.plot(points["x"], points["y"], color=colour, ls=dashes, marker=few, ms=4, lw=1.3, label=shown)
     axes.set_xlabel(axis_label)
     axes.set_ylabel(label)
     axes.grid(axis="y")
