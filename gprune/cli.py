@@ -41,6 +41,7 @@ def run(args: Sequence[str] | None) -> str:
     from gprune.pipeline.plan import check
     from gprune.pipeline.prune import prune
     from gprune.report.records import result_table
+    from gprune.runs.folder import RunFolder
     from gprune.runs.tracking import how_to_look
     from gprune.sparsity.allocation import removed_in_words
 
@@ -52,6 +53,7 @@ def run(args: Sequence[str] | None) -> str:
     s = result.summary
     whose = " of the first process, which has its share of the text" if cfg.processes > 1 else ""
     removed = removed_in_words(s["sparsity_of_scope"], cfg.sparsity.scope, cfg.sparsity.allocation)
+    exported = RunFolder(result.path).manifest.get("exported_dtype", cfg.model.dtype)
     return (
         f"\n{result_table(result.records).shown()}\n\n"
         f"Removed {removed}, {s['sparsity_of_model']:.2%} of the model: "
@@ -59,7 +61,7 @@ def run(args: Sequence[str] | None) -> str:
         f"Tokens{whose}: {s['forward_tokens']:,} forward, {s['forward_backward_tokens']:,} forward and backward.\n"
         f"Everything is in {result.path}"
         + (", and its page is report.html" if (result.path / "report.html").exists() else "")
-        + ("" if cfg.export == "none" else f"; the model in {result.path / 'model'}")
+        + ("" if cfg.export.format == "none" else f"; the model in {result.path / 'model'}, in {exported}")
         + f".\nCurves: {how_to_look(result.path, cfg.logging.resolved_tracker)}.\n"
         + (f"{BETTER}\n" if without_flags(cfg) else "")
     )

@@ -35,10 +35,11 @@ class Group(
     """
 
     prefix: ClassVar[str]  # of the flags, with the dot
+    plain_setting: ClassVar[str]  # the setting that a value in place of the whole group is for; empty: there is none
 
-    def __init_subclass__(cls, prefix: str = "", **options: Any) -> None:
+    def __init_subclass__(cls, prefix: str = "", plain_setting: str = "", **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls.prefix = prefix
+        cls.prefix, cls.plain_setting = prefix, plain_setting
 
     def __init__(self, **values: Any) -> None:
         with self._refusing(*values):

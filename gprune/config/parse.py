@@ -85,6 +85,8 @@ def overlay(settings: dict[str, Any], layer: Mapping[str, Any], where: str) -> N
             dotted.append((str(name), value))
         elif isinstance(value, Mapping | None):
             dotted += [(f"{name}.{inner}", leaf) for inner, leaf in (value or {}).items()]
+        elif setting := GROUPS[name].plain_setting:
+            dotted.append((f"{name}.{setting}", value))
         else:
             raise UserError(f"{where}: expected settings by name for the group {name}, got {shown(value)}.")
     names = [name for name, _ in dotted]

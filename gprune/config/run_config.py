@@ -7,9 +7,9 @@ import json
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, ByteSize, Field
 
-from gprune.checks import NonNegative, Text
+from gprune.checks import NonNegative, Positive, Text
 from gprune.config.groups import CorporaConfig, Group, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
 from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.corpora.load import check_corpus, identity
@@ -23,6 +23,27 @@ def joined(chain: Any) -> Any:
     """A chain of recoveries as one name, `least_squares+distill`; what is no list of names as it is."""
     names = isinstance(chain, list) and all(isinstance(name, str) for name in chain)
     return "+".join(chain) or "none" if names else chain
+
+
+class ExportConfig(Group, prefix="export.", plain_setting="format"):
+    """What is made of the pruned model."""
+
+    format: Literal["hf", "gguf", "none"] = "hf"
+    """hf: the pruned model as a Hugging Face folder, reloaded and compared. gguf: that, and a GGUF file beside it, run
+    in a llama.cpp build and compared (`gprune export` has its types). none: masks and numbers only. In short:
+    `--export gguf`."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of the exported weights. Default: --model.dtype, or for a run in float32 the dtype in which the model is
+    published. Perplexity is that of the weights in --model.dtype."""
+
+
+class PlanConfig(Group, prefix="plan."):
+    """The machine that `--dry_run true` plans for, in place of the one at hand."""
+
+    memory: Annotated[ByteSize, Field(gt=0, lt=10**15)] | None = None
+    """Memory of a device, such as 80GiB. Default: that of the GPU, or of this machine."""
+    tflops: Positive | None = None
+    """Sustained speed of a device, in 10^12 operations per second. Default: measured on the device at hand."""
 
 
 class RunConfig(Group):
@@ -57,11 +78,12 @@ class RunConfig(Group):
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     run: RunFolderConfig = Field(default_factory=RunFolderConfig)
-    export: Literal["hf", "gguf", "none"] = "hf"
-    """hf: the pruned model as a Hugging Face folder, reloaded and compared. gguf: that, and a GGUF file beside it, run
-    in a llama.cpp build and compared (`gprune export` has its types). none: masks and numbers only."""
+    export: Annotated[
+        ExportConfig, BeforeValidator(lambda given: {"format": given} if isinstance(given, str) else given)
+    ] = Field(default_factory=ExportConfig)
     dry_run: bool = False
-    """Print tokens, FLOPs, time and resulting widths, and stop before the model runs."""
+    """Print tokens, windows, FLOPs, time, memory and resulting widths, and stop before weights are loaded."""
+    plan: PlanConfig = Field(default_factory=PlanConfig)
 
     def model_post_init(self, _: Any) -> None:
         """Raise UserError for settings that cannot go together."""
@@ -212,7 +234,7 @@ class RunConfig(Group):
         where weights lie meanwhile.
         """
         out = {"model": {"max_memory", "shard"}, "corpora": {"collect"}, "evaluation": {"samples"}}
-        plain = self.model_dump(exclude=out | dict.fromkeys(("logging", "export", "dry_run"), True))
+        plain = self.model_dump(exclude=out | dict.fromkeys(("logging", "export", "dry_run", "plan"), True))
         plain["run"] = {"seed": self.run.seed}
         plain["trainer"] = {"world_size": self.processes, "precision": self.trainer.precision, **self.matmul}
         plain["trainer"] |= self.trainer.unusual

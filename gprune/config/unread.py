@@ -49,6 +49,8 @@ def switched_off(c: RunConfig) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
     yield "no thresholds or weights are learned", solved and not c.learns, TRAINING
     yield f"--gprune false, --recovery {c.recovery}", solved and not c.gprune, ("trainer.gradient_clip_val",)
     yield "--gprune false, --recovery none", c.stages == [("base", "none")], ("evaluation.controls",)
+    yield "--export none", c.export.format == "none", ("export.dtype",)
+    yield "--dry_run false", not c.dry_run, ("plan.memory",)
     yield f"--logging.tracker {w.tracker}", w.tracker != "wandb", ("logging.mode", *WANDB)
     yield f"--logging.mode {w.resolved_mode}", w.resolved_mode == "disabled", WANDB
 

@@ -1,6 +1,14 @@
 """Text by name: `load_corpus(name, split)`, windows of tokens, and the batches that a Trainer sees."""
 
-from gprune.corpora import embedded, hub  # noqa: F401 - they register their corpora
+from gprune.corpora.embedded import EMBEDDED_CORPORA, EXLLAMAV2
+from gprune.corpora.hub import HUB_CORPORA
 from gprune.corpora.load import CORPORA, check_corpus, identity, load_corpus
+from gprune.storage.wheels import cached_wheels
 
-__all__ = ["CORPORA", "check_corpus", "identity", "load_corpus"]
+__all__ = ["CORPORA", "check_corpus", "identity", "lies_here", "load_corpus"]
+
+
+def lies_here(name: str) -> bool:
+    """Whether the text of a corpus is on this machine, so that nothing is fetched to read it."""
+    on_hub = name in [record.name for record in HUB_CORPORA]
+    return identity(name) != name or not (on_hub or (name in EMBEDDED_CORPORA and not cached_wheels(EXLLAMAV2)))

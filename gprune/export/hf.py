@@ -113,11 +113,12 @@ def pruned_skeleton(model: PreTrainedModel) -> PreTrainedModel:
     return skeleton(config_class(**values, added_biases=[], **own), model_class)
 
 
-def to_exportable(model: PreTrainedModel) -> PreTrainedModel:
+def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The same network as the class that is saved, a stock one where that can be; weights are shared, not copied.
 
     Args:
         model: of a supported family, pruned or not, once or twice. An offloaded one gives a model that is only saved.
+        dtype: of the weights, which are copied where they have another one; None or that of an offloaded model.
     """
     register()  # for a family whose record came after the import
     exportable = stock_skeleton(model) or pruned_skeleton(model)
@@ -133,10 +134,17 @@ def to_exportable(model: PreTrainedModel) -> PreTrainedModel:
             module._buffers.update(own._buffers)
     for choice in ("_attn_implementation", "_experts_implementation"):
         setattr(exportable.config, choice, getattr(model.config, choice))
+    cast(exportable, dtype)
     exportable.generation_config = copy.deepcopy(model.generation_config)
     if is_offloaded(model):
         lend_all(exportable, model)
     return exportable.train(model.training)
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    """Give all parameters a dtype, as loading a folder of that dtype does; buffers keep theirs. None: each its own."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
 
 
 def portable(model: PreTrainedModel) -> PreTrainedModel:
@@ -173,6 +181,7 @@ def save_pruned(
     *,
     model_card: str | None = None,
     overwrite: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write config, modelling file, weights, generation config, tokenizer and README.md, all or nothing.
 
@@ -182,6 +191,7 @@ def save_pruned(
         folder: must not exist, unless `overwrite` and it is a model folder.
         model_card: text of README.md; a short default otherwise.
         overwrite: replace a model folder; the old one stays until the new one is complete.
+        dtype: of the saved weights; None for that of each.
 
     Returns:
         The absolute path of the folder.
@@ -192,7 +202,7 @@ def save_pruned(
     folder = expanded(folder).resolve()
     if folder.exists() and (why := reason_to_keep(folder) if overwrite else "exists already"):
         raise UserError(f"Export: '{folder}' {why}, so it is not overwritten; move it away.")
-    exportable = to_exportable(model)
+    exportable = to_exportable(model, dtype)
     with replacing(folder) as new:
         new.mkdir()
         with warnings.catch_warnings(action="ignore"):  # that shards must fit in memory, which is seen to
@@ -277,7 +287,9 @@ def max_logit_difference(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def check_reload(model: PreTrainedModel, folder: str | Path, input_ids: Tensor, **placement: Any) -> float:
+def check_reload(
+    model: PreTrainedModel, folder: str | Path, input_ids: Tensor, *, dtype: torch.dtype | None = None, **placement: Any
+) -> float:
     """Compare the logits of the model in memory with those that a fresh process computes from the folder.
 
     An export that fails, or that was interrupted before it was compared, is removed: no folder is left that
@@ -287,6 +299,7 @@ def check_reload(model: PreTrainedModel, folder: str | Path, input_ids: Tensor, 
         model: the pruned model that was saved.
         folder: where it was saved.
         input_ids: (B, T) int64.
+        dtype: that the weights were saved in; the model computes in it too, and gets its own back.
         placement: `device_map` and `max_memory`, where the model was loaded with them.
 
     Returns:
@@ -298,6 +311,7 @@ def check_reload(model: PreTrainedModel, folder: str | Path, input_ids: Tensor, 
     training, weights = model.training, [(p, p.data) for p in model.parameters()]
     device, attention = str(device_of(model)), model.config._attn_implementation
     try:
+        cast(model, dtype)
         aligned(model)  # as the fresh process has it; for this pass alone, since it copies what the dense model shares
         expected = model.eval()(input_ids.to(device), use_cache=False).logits
         for p, data in weights:

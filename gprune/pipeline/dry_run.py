@@ -7,11 +7,16 @@ from datetime import timedelta
 
 import torch
 from torch.utils.benchmark import Timer
+from transformers import AutoTokenizer
 
 from gprune.config import RunConfig, given, unread
+from gprune.corpora import lies_here
 from gprune.importance.scores import fractional_ranks
 from gprune.models.blocks import blocks_of
+from gprune.models.loading import locate_model
 from gprune.pipeline.cost import calibration_tokens, passes
+from gprune.pipeline.inputs import prepare_text
+from gprune.pipeline.memory import memory_line
 from gprune.pipeline.plan import Plan
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget
@@ -22,20 +27,41 @@ def describe(plan: Plan) -> str:
     """A line for each property of the run, ready to be printed."""
     cfg, budget = plan.cfg, plan.budget
     parameters, share = plan.skeleton.num_parameters(), cfg.sparsity.target
-    of_model = budget.target / parameters
+    of_model, left, dtype = budget.target / parameters, parameters - budget.target, plan.exported_dtype
     lines = {
         "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.costs.neurons)} blocks",
         "scope": f"{cfg.sparsity.scope}: {budget.costs.total:,} parameters in units",
         "removes": f"{budget.target:,} parameters: {share:.1%} of the scope, {of_model:.1%} of the model",
         "widths": expected_widths(cfg, budget),
+        "exports": f"{left:,} parameters: {left * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}",
+        "text": counted_text(plan),
         "evaluates": f"{1 + len(cfg.stages)} models on {len(cfg.corpora.evaluate)} corpora",
         "forward": f"at most {plan.forward_tokens:,} tokens; fewer where the cache has results",
         "and backward": f"{plan.forward_backward_tokens:,} tokens",
         "compute": compute_time(plan),
+        "memory": memory_line(plan),
         "results": cfg.folder,
         "not read": unread(cfg, given(cfg)),
     }
     return "\n".join(f"{name:12} {line}" for name, line in lines.items() if line)
+
+
+def counted_text(plan: Plan) -> str:
+    """Windows of the text that lies on this machine, counted as the run does.
+
+    Raises:
+        UserError: as the run would, for text that is not there or too short.
+    """
+    cfg = plan.cfg
+    corpora, m = dict.fromkeys([*cfg.used, *cfg.corpora.evaluate]), cfg.model
+    elsewhere = [name for name in corpora if not lies_here(name)]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate_model(m.name), trust_remote_code=m.trust_remote_code)
+    except Exception:  # tokenizers and the hub each raise their own
+        return f"not counted, as the tokenizer of {m.name} cannot be loaded"
+    prepare_text(cfg, tokenizer, plan.skeleton.get_input_embeddings().num_embeddings, without=elsewhere)
+    said = f"{len(corpora) - len(elsewhere)} corpora have as many windows as are asked for"
+    return f"{said}; not counted, as they are not on this machine: {', '.join(elsewhere)}" if elsewhere else said
 
 
 def expected_widths(cfg: RunConfig, budget: Budget) -> str:
@@ -48,6 +74,8 @@ def expected_widths(cfg: RunConfig, budget: Budget) -> str:
     neurons = [r.repeat(experts) for r, experts in zip(ranks[:depth], costs.of_experts, strict=True)]
     masks = keep_masks(budget, neurons, ranks[depth:])
     n, g = ([int(mask.sum()) for mask in of_blocks] for of_blocks in (masks.ffn, masks.attention))
+    if cfg.sparsity.uniform_width:
+        return f"{max(n)} of {max(costs.neurons)} neurons and {max(g)} of {max(costs.groups)} KV groups in every block"
     return (
         f"{min(n)} to {max(n)} of {max(costs.neurons)} neurons and {min(g)} to {max(g)} of {max(costs.groups)} KV "
         f"groups per block, at uniform sparsity"
@@ -57,14 +85,17 @@ def expected_widths(cfg: RunConfig, budget: Budget) -> str:
 def compute_time(*plans: Plan) -> str:
     """FLOPs, and the time that they take at the speed of this machine's matrix products of the first plan's sizes."""
     plan = plans[0]
-    t, dtype, config = plan.cfg.trainer, plan.cfg.model.dtype, plan.skeleton.config
-    reached = speed(plan.device, getattr(torch, dtype), (max(plan.budget.costs.neurons), config.hidden_size))
-    total = sum(map(flops, plans))
-    time = timedelta(seconds=math.ceil(total / (reached * t.devices * t.num_nodes)))
-    return (
-        f"at most {total:.2e} FLOP: {time} at {reached:.2e} FLOP/s per process, the speed of matrix products of "
-        f"{dtype} on {plan.device}; other work comes on top"
-    )
+    cfg, config, total = plan.cfg, plan.skeleton.config, sum(map(flops, plans))
+    if cfg.plan.tflops:
+        reached, how = 1e12 * cfg.plan.tflops, "--plan.tflops"
+    elif plan.at_hand:
+        shape = max(plan.budget.costs.neurons), config.hidden_size
+        reached = speed(plan.device, getattr(torch, cfg.model.dtype), shape)
+        how = f"the speed of matrix products of {cfg.model.dtype} on {plan.device}"
+    else:
+        return f"at most {total:.2e} FLOP; time: unknown without --plan.tflops, as no GPU is here"
+    time = timedelta(seconds=math.ceil(total / (reached * cfg.processes)))
+    return f"at most {total:.2e} FLOP: {time} at {reached:.2e} FLOP/s per process, {how}; other work comes on top"
 
 
 def flops(plan: Plan) -> float:

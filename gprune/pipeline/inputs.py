@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +47,7 @@ def load(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrai
         trust_remote_code=cfg.model.trust_remote_code,
     )
     check_backward(cfg, model)
-    if cfg.export == "gguf":
+    if cfg.export.format == "gguf":
         tokenizer_keys(tokenizer, model.get_input_embeddings().num_embeddings)  # refuses what GGUF has no words for
     # To be sharded it stays on the CPU: each process takes its part from there.
     return model if cfg.model.device_map or cfg.model.shard else model.to(device), tokenizer
@@ -78,11 +78,14 @@ class Text:
         return {f"{w.corpus} {w.split}{role}": w.content_hash for role, windows in roles.items() for w in windows}
 
 
-def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> Text:
+def prepare_text(
+    cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int, *, without: Collection[str] = ()
+) -> Text:
     """Read, tokenise and cut every corpus for its roles.
 
     Args:
         embeddings: of the model.
+        without: corpora that are left out.
 
     Raises:
         UserError: for text that is not there or too short, and for a tokenizer of another model.
@@ -107,15 +110,19 @@ def prepare_text(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings:
     # A corpus may have several roles, lie behind a network, and return other text when it is asked again.
     read = functools.cache(read_corpus)
 
-    def windows(name: str, split: str, role: str) -> Windows:
-        cut = make_windows(load_corpus(name, split, read=read), tokenizer, samples[role], corpus=name, split=split)
-        check_tokens(cut, tokenizer, embeddings)
-        return cut
+    def windows(names: Iterable[str], split: str, role: str) -> Iterator[Windows]:
+        for name in names:
+            if name not in without:
+                cut = make_windows(
+                    load_corpus(name, split, read=read), tokenizer, samples[role], corpus=name, split=split
+                )
+                check_tokens(cut, tokenizer, embeddings)
+                yield cut
 
     return Text(
-        train={name: windows(name, "train", "train") for name in calibrated},
-        learn=[windows(name, "train", "learn") for name in cfg.roles["learn"]],
-        fresh=[windows(name, "train", "fresh") for name in recovered],
-        development=[windows(name, "development", "development") for name in developed],
-        test=[windows(name, e.split, "test") for name in c.evaluate],
+        train={w.corpus: w for w in windows(calibrated, "train", "train")},
+        learn=[*windows(cfg.roles["learn"], "train", "learn")],
+        fresh=[*windows(recovered, "train", "fresh")],
+        development=[*windows(developed, "development", "development")],
+        test=[*windows(c.evaluate, e.split, "test")],
     )

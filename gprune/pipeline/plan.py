@@ -37,6 +37,18 @@ class Plan:
     tokens: dict[int, tuple[int, int]]  # (forward, forward and backward) by step, at most
 
     @property
+    def at_hand(self) -> bool:
+        """Whether the device is in this machine; else it is one that a dry run was told of."""
+        return self.device.type == "cpu" or torch.cuda.is_available()
+
+    @property
+    def exported_dtype(self) -> str:
+        """Dtype of the exported weights, such as bfloat16."""
+        m, published = self.cfg.model, self.skeleton.config.dtype  # None where the config does not say
+        own = m.dtype == "float32" and m.device_map is None and published in (torch.bfloat16, torch.float16)
+        return self.cfg.export.dtype or (str(published).removeprefix("torch.") if own else m.dtype)
+
+    @property
     def forward_tokens(self) -> int:
         """Tokens that go forward alone, over all steps."""
         return sum(forward for forward, _ in self.tokens.values())
@@ -61,7 +73,7 @@ def check(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> Plan:
     cfg.validate()
     cfg.check_names()
     brought = UserCallbacks(callbacks, cfg.trainer.callbacks)
-    device = check_trainer(**cfg.trainer.lightning, callbacks=brought.of_stage(Path()))
+    device = device_for(cfg, brought.of_stage(Path()))
     config = read_config(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
     dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
     check_stored(dense, config.name_or_path)
@@ -77,15 +89,32 @@ def check(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> Plan:
     return Plan(cfg, dense, budget, device, tokens_by_step(cfg))
 
 
+def device_for(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.device:
+    """The trainer's device; a dry run takes for granted the GPUs and the nodes that it is told of."""
+    asked = cfg.trainer.lightning | {"callbacks": callbacks}
+    try:
+        return check_trainer(**asked)
+    except UserError:
+        if not (cfg.dry_run and asked["accelerator"] in ("gpu", "cuda")):
+            raise
+        check_trainer(**asked | {"accelerator": "cpu", "devices": 1, "num_nodes": 1})  # refuses the rest of it
+        return torch.device("cuda")
+
+
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
     """Raise UserError where this model's blocks or positions, or this machine, cannot do what the flags ask for."""
-    if cfg.export == "gguf" and not has_llama_cpp():
+    if cfg.export.format == "gguf" and not has_llama_cpp():
         raise UserError(
             f"--export gguf: expected a llama.cpp build to check the file with; got none. Run `pip install "
             f"{LLAMA_CPP}`, or take --export hf, and then `gprune export` with --unchecked."
         )
-    if cfg.export == "gguf":
+    if cfg.export.format == "gguf":
         check_expressible(blocks, config)
+    if cfg.model.device_map is not None and cfg.export.dtype not in (None, cfg.model.dtype):
+        raise UserError(
+            f"--export.dtype {cfg.export.dtype}: expected {cfg.model.dtype}, that of --model.dtype, with "
+            f"--model.device_map: weights that come and go are written as they are."
+        )
     recovery_of(cfg.recovery).refuse(blocks, shard=cfg.model.shard, settings=cfg.recovery_settings)
     if "saliency" in cfg.collects:
         for block in blocks:

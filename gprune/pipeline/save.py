@@ -50,17 +50,22 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
     """
     save_masks(run, masks)
     cfg, folder, manifest = run.cfg, run.folder / "model", run.folder.manifest
-    if "logits" not in manifest or (cfg.export != "none" and manifest.get("model") != file_hashes(folder)):
+    exports, written = cfg.export.format != "none", manifest.get("exported_dtype", cfg.model.dtype)
+    changed = cfg.export.dtype not in (None, written)  # a finished export keeps its dtype, unless another one is named
+    if "logits" not in manifest or (exports and (changed or manifest.get("model") != file_hashes(folder))):
         run.step(9, "Checking the pruned model")
         with run.folder.step("save_and_check"), multiplying("highest"):  # as the process that reloads it
             checks = check_slices(run, pruned, masks[cfg.final])
-            if cfg.export != "none":
-                save_pruned(pruned, run.tokenizer, folder, overwrite=True)
-                checks["sliced_minus_reloaded"] = check_reload(pruned, folder, checked_tokens(run), **placement(run))
-                run.folder.update_manifest(model=file_hashes(folder), replace=True)
+            if exports:
+                dtype = run.plan.exported_dtype
+                save_pruned(pruned, run.tokenizer, folder, overwrite=True, dtype=getattr(torch, dtype))
+                checks["sliced_minus_reloaded"] = check_reload(
+                    pruned, folder, checked_tokens(run), dtype=getattr(torch, dtype), **placement(run)
+                )
+                run.folder.update_manifest(model=file_hashes(folder), replace=True, exported_dtype=dtype)
         run.folder.update_manifest(logits=checks)
     gguf = run.folder / "model-f16.gguf"
-    if cfg.export == "gguf" and not gguf.exists():
+    if cfg.export.format == "gguf" and not gguf.exists():
         log.info("Writing %s and checking that llama.cpp computes the same", gguf)
         with run.folder.step("export_gguf"):
             export(folder, gguf)

@@ -26,18 +26,21 @@ RESULTS = "## Perplexity"  # the heading
 def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, Any]]) -> None:
     """Write the card of the model that a run exported, if it did, and the card's hash into the manifest."""
     if (model := folder / "model").is_dir():
-        card = model_card(cfg, records, stock=not any(model.glob("*.py")))
+        card = model_card(cfg, records, stock=not any(model.glob("*.py")), dtype=folder.manifest.get("exported_dtype"))
         with replacing(model / "README.md") as new:
             new.write_text(card, encoding="utf-8")
         folder.update_manifest(model=file_hashes(model, "README.md"))
 
 
-def model_card(cfg: RunConfig, records: Sequence[dict[str, Any]], *, stock: bool = False) -> str:
+def model_card(
+    cfg: RunConfig, records: Sequence[dict[str, Any]], *, stock: bool = False, dtype: str | None = None
+) -> str:
     """README.md of the exported folder: what it is, how it was made, what it scores, how to load it.
 
     Args:
         records: of `metrics.json`.
         stock: whether the folder is a stock model, without code of its own.
+        dtype: of the exported weights; None for that of the run.
     """
     trust = "" if stock else ", trust_remote_code=True"
     code = (
@@ -66,6 +69,7 @@ def model_card(cfg: RunConfig, records: Sequence[dict[str, Any]], *, stock: bool
 
 {cfg.sparsity.target:.0%} of the parameters in scope `{cfg.sparsity.scope}` removed by {method}: importance
 `{cfg.importance}` scored on {in_code(score)}, {drift}allocation `{allocation}`{recovery}, seed {cfg.run.seed}.
+Weights in {dtype or cfg.model.dtype}; pruned and measured in {cfg.model.dtype}.
 The method is our reading of GPrune-LLM (arXiv 2603.13418).
 
 Base model: {label}. Licence: {licence}.{notice}

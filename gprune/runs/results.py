@@ -201,8 +201,10 @@ def read_evaluation(path: Path, *, run: str | None = None) -> list[Record]:
 def load_run(path: Path | str) -> PruningResult:
     """A finished run, from its folder alone: the dense model is not needed.
 
-    Statistics come without Gram matrices, which stay in the cache; `model` and `tokenizer` are None after
-    `--export none` (`gprune.apply_masks(dense, result.masks)` makes the pruned model again, without recovery).
+    Statistics come without Gram matrices, which stay in the cache. `model` is the exported one, what other programs
+    load, in `--export.dtype`: numbers were measured with weights in `--model.dtype`, which `--export.dtype` of the same
+    name keeps. `model` and `tokenizer` are None after `--export none` (`gprune.apply_masks(dense, result.masks)` makes
+    the pruned model again, without recovery).
 
     Raises:
         UserError: as `read_run`, and for settings, statistics, thresholds or a model that are not the run's.

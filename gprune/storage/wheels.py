@@ -39,15 +39,19 @@ def fetch_wheel(wheel: Wheel) -> Path:
         UserError: without pip or network, and for a file (fetched or cached) with a wrong sha256.
     """
     folder = cache_dir() / "wheels"
-    stem = f"{wheel.package.replace('-', '_')}-{wheel.version}"
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)
-        if cached := sorted(folder.glob(f"{stem}-*.whl")):
+        if cached := cached_wheels(wheel):
             return _verified(cached[0], wheel)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
             log.info("Fetching %s %s (%s) from the package index.", wheel.package, wheel.version, wheel.license)
             fetched = _verified(_pip_download(wheel, Path(temporary)), wheel)
             return fetched.replace(folder / fetched.name)
+
+
+def cached_wheels(wheel: Wheel) -> list[Path]:
+    """Its file in the cache; none if it has not been fetched."""
+    return sorted((cache_dir() / "wheels").glob(f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"))
 
 
 def read_member(wheel: Wheel, member: str) -> bytes:

@@ -18,6 +18,7 @@ import torch
 import gprune
 from gprune.benchmarks import measurement
 from gprune.benchmarks.settings import Benchmarks, benchmarks
+from gprune.config import ExportConfig
 from gprune.console import process_index, say
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import processes
@@ -101,7 +102,7 @@ def run(row: Row) -> Made:
     cfg = row.config
     before = read(path_of(row)) or {"masks": None}  # of another list, which wants other things of this row
     if row.wanted_tasks and cfg.recovery != "none":  # masks do not hold what recovery changed
-        cfg = cfg.model_copy(update={"export": "hf"})
+        cfg = cfg.model_copy(update={"export": ExportConfig(format="hf", dtype=cfg.model.dtype)})
     result = gprune.prune(cfg)
     if process_index() != 0:
         return result.path, {}

@@ -83,7 +83,7 @@ def test_every_command_line_is_one_of_ours_and_no_two_runs_collide(path, monkeyp
         assert cfg.run.name is None
         assert cfg.logging.resolved_mode == "online"
         assert cfg.logging.project is None  # W&B takes the sweep's
-        assert cfg.export == "none"
+        assert cfg.export.format == "none"
 
 
 @every_sweep

@@ -26,7 +26,7 @@ def test_every_list_that_ships_parses(path):
     assert len(set(settings)) == len(settings) == len({(row.name, row.seed) for row in listing.rows})
     for row in listing.rows:
         assert row.config.run.seed == row.seed
-        assert (row.config.export, row.config.logging.mode) == ("none", "disabled")
+        assert (row.config.export.format, row.config.logging.mode) == ("none", "disabled")
 
 
 def test_all_ablations_are_rows_of_their_list():
@@ -59,7 +59,7 @@ def test_later_settings_win_protocol_file_common_row_and_command_line(bench):
     (row,) = bench.rows(path, flags=["--importance=wifn", "--distill.rank", "4"])
     cfg = row.config
     assert (cfg.ridge, cfg.sparsity.target, cfg.importance, cfg.distill.rank) == (0.2, 0.2, "wifn", 4)
-    assert (cfg.sparsity.epochs, cfg.export) == (3, "none")
+    assert (cfg.sparsity.epochs, cfg.export.format) == (3, "none")
 
 
 def test_rows_of_a_protocol_with_a_name_have_names_of_their_own(bench):

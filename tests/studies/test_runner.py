@@ -120,7 +120,7 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     rows = bench.rows(path)
     records = [with_tasks(row) for row in rows]
     assert calls == [(("piqa", "arc_easy"), 4, [stage]) for stage in ("dense", "base", "base")]
-    assert [cfg.export for cfg in configs] == ["none", "hf"]  # masks do not hold what recovery changed
+    assert [cfg.export.format for cfg in configs] == ["none", "hf"]  # masks do not hold what recovery changed
     for row, record in zip(rows, records, strict=True):
         assert [r["stage"] for r in record["evaluation"]] == ["base"] * 2
         both = archive.as_run(row, record, None).evaluation

@@ -1,0 +1,109 @@
+"""Peak memory of a run by step, from formulas that `tests/pipeline/test_memory.py` holds against tensors of real runs.
+
+Counted are weights, gradients, moments of AdamW, statistics, activations of one batch, and logits of a chunk of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+
+from gprune.calibration.layerwise import walks
+from gprune.calibration.statistics import gram_bytes
+from gprune.config import configured, flat, read_flags
+from gprune.errors import UserError
+from gprune.models.blocks import blocks_of
+from gprune.models.losses import CHUNK, ROWS
+from gprune.pipeline.plan import Plan, check
+from gprune.recoveries import recovery_of
+
+GIB = 2**30
+CHANGES = (  # what may make a run fit
+    "--corpora.batch_size=1", "--distill.batch_size=1", "--evaluation.controls=[]", "--distill.checkpointing=true",
+    "--distill.targets=mlp", "--distill.targets=lora", "--recovery=least_squares", "--model.dtype=bfloat16",
+    "--sparsity.allocation=uniform",
+)  # fmt: skip
+
+
+def memory_line(plan: Plan) -> str:
+    """The peaks, whether they fit the machine that is planned for, and which changes of flags would make them fit."""
+    cfg, memory = plan.cfg, plan.cfg.plan.memory
+    if cfg.model.device_map is not None or cfg.model.shard:
+        return "not counted with --model.device_map and --model.shard; docs/large_models.md says what lies where"
+    if memory is None and plan.at_hand:
+        cuda, pages = plan.device.type == "cuda", ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
+        memory = torch.cuda.mem_get_info(plan.device)[1] if cuda else math.prod(map(os.sysconf, pages))
+
+    def lower(flag: str) -> bool:
+        try:
+            changed = check(configured(flat(cfg.model_dump()) | read_flags([flag])))
+        except UserError:  # what is refused does not help
+            return False
+        return max(peaks_of(changed).values()) <= memory
+
+    peaks, where = peaks_of(plan), "this machine" if plan.device.type == "cpu" else "each GPU"
+    said = f"about {', '.join(f'{peak / GIB:,.1f} ({step})' for step, peak in peaks.items())} GiB of {where}"
+    if memory is None:
+        return f"{said}; whether that fits: unknown without --plan.memory, as no GPU is here"
+    if max(peaks.values()) <= memory:
+        return f"{said}: fits {memory / GIB:,.1f} GiB"
+    ways = ", or ".join(filter(lower, CHANGES)) or "--model.device_map auto and --model.max_memory, or several of these"
+    return f"{said}: does not fit {memory / GIB:,.1f} GiB; try {ways} (docs/large_models.md)"
+
+
+def peaks_of(plan: Plan) -> dict[str, float]:
+    """Bytes by step: of each device, or of all processes where they share the memory of a CPU.
+
+    H is the hidden size, N the neurons that a token passes in the widest block, C its attention channels, V the words.
+    """
+    cfg, config, costs, blocks = plan.cfg, plan.skeleton.config, plan.budget.costs, blocks_of(plan.skeleton)
+    d, cpu, w = cfg.distill, plan.device.type == "cpu", getattr(torch, cfg.model.dtype).itemsize
+    H, V, C, L = config.hidden_size, config.vocab_size, max(b.output.in_features for b in blocks), len(blocks)
+    N = max(costs.neurons) * min(getattr(config, "num_experts_per_tok", 1), blocks[0].experts)
+    kept, left = 1 - plan.budget.target / costs.total, plan.skeleton.num_parameters() - plan.budget.target
+    batch, step = (math.ceil(n / cfg.processes) * cfg.corpora.seq_len for n in (cfg.corpora.batch_size, d.batch_size))
+    corpora, gram = max(1, len(cfg.calibration)), gram_bytes(blocks) if "gram" in cfg.collects else 0
+    walked = walks(plan.skeleton, corpora=corpora, gram=gram > 0)
+    held = 0 if walked or not cpu else gram * corpora  # a GPU keeps none, and where a pass walks they go to files
+
+    def head(width: int, *, teacher: bool) -> int:
+        """Logits of a chunk, and float32 terms of as many rows as are computed at once."""
+        return V * (CHUNK * width * (1 + teacher) + (ROWS if cpu else CHUNK) * (8 + 12 * teacher))
+
+    dense = w * (left + plan.budget.target) + held
+    others = dense + w * left * (len(cfg.stages) > 1)  # beside a row's model: the dense one, and the final one
+    learn = dense + L * batch * (8 * H + 4 * w * (N + C)) + head(w, teacher=cfg.sparsity.loss == "kl")
+    sums = gram / L + cpu * w * H * cfg.corpora.num_samples * cfg.corpora.seq_len if walked else gram * (not cpu)
+    calibrate = dense + sums + batch * ((26 if gram else 2 * w + 8) * N + 4 * H)
+    if "saliency" in cfg.collects:
+        calibrate = learn + 16 * costs.total
+    peaks = {"calibrate": calibrate} | ({"learn": learn} if cfg.learns else {})
+    method = recovery_of(cfg.recovery)
+    if method.learns:
+        layer = step * (24 * H + 16 * (kept * N + C))
+        activations = layer + L * step * 4 * H if d.checkpointing else L * layer
+        learned = learned_numbers(plan, kept)
+        # On a GPU AdamW steps all parameters at once, by a copy of them.
+        most = max(activations + head(4, teacher=True), 0 if cpu else 4 * learned)
+        peaks["recover"] = others + held / corpora + 4 * left + 12 * learned + most
+    elif method.needs:
+        n, k = max(costs.neurons), kept * max(costs.neurons)
+        solving = 4 * n**2 + 8 * k**2 + (n - k) * (4 * n + 12 * k)
+        peaks["recover"] = others + held / corpora + w * left + (solving if gram else 0)
+    logits = cfg.evaluation.seq_len * V * (2 * w if cpu else 2 * w + 8)
+    peaks["evaluate"] = others + w * left + batch * 3 * w * N + logits
+    return {name: peak * (cfg.trainer.devices if cpu else 1) for name, peak in peaks.items()}
+
+
+def learned_numbers(plan: Plan, kept: float) -> float:
+    """How many numbers distillation trains, where this share of the units is kept."""
+    d, blocks = plan.cfg.distill, blocks_of(plan.skeleton)
+    parts = [part for block in blocks for part in block.parts.values()]
+    return {
+        "all": sum(block.cost for block in blocks) - plan.budget.target,
+        "mlp": kept * sum(block.neuron_cost * block.neurons for block in blocks),
+        "lora": d.rank * sum(part.in_features + part.out_features for part in parts),
+        "vectors": sum(block.down.in_features + block.output.in_features for block in blocks),
+    }[d.targets]

@@ -1,0 +1,71 @@
+"""`--export.dtype`: what is written is the pruned model in that dtype, and says so; the run's numbers stay its own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from gprune.config import RunConfig, configured, parse
+from gprune.errors import UserError
+from gprune.export import hf
+from gprune.models.surgery import prune
+from gprune.pipeline.plan import check
+from gprune.runs.results import load_run
+from tests import tiny_run
+from tests.tiny_families import make_tiny, some_masks
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+def test_what_is_reloaded_is_the_model_in_that_dtype_to_the_bit(family, tmp_path, token_batch, monkeypatch):
+    monkeypatch.setattr(hf, "reloaded_logits", tiny_run.in_this_process)
+    model = make_tiny(family)
+    small = prune(model, some_masks(model, attention=False))
+    before = {name: parameter.data_ptr() for name, parameter in small.named_parameters()}
+    folder = hf.save_pruned(small, None, tmp_path / "model", dtype=torch.bfloat16)
+    assert hf.check_reload(small, folder, token_batch, dtype=torch.bfloat16) == 0.0
+    assert {t.dtype for f in folder.glob("*.safetensors") for t in load_file(f).values()} == {torch.bfloat16}
+    assert {name: parameter.data_ptr() for name, parameter in small.named_parameters()} == before
+
+
+@pytest.mark.slow
+def test_a_run_in_float32_of_a_model_published_in_bfloat16_exports_that(tmp_path, monkeypatch, capsys):
+    tiny_run.quick(monkeypatch)
+    world = tiny_run.make_world(tmp_path)
+    AutoModelForCausalLM.from_pretrained(world.model, dtype=torch.bfloat16).save_pretrained(world.model)
+    flags = ("--gprune=false", "--evaluation.controls=[]")
+    with tiny_run.isolated(tmp_path / "cache"):
+        result = world.run(tmp_path / "runs", *flags)
+        assert f"{result.path / 'model'}, in bfloat16." in capsys.readouterr().out
+        bits = (result.path / "metrics.json").read_bytes()
+        for dtype, more in (("bfloat16", ()), ("float32", ("--export.dtype=float32",)), ("float32", ())):
+            again = world.run(tmp_path / "runs", *flags, *more)  # the last time it stays as it was
+            assert str(again.model.dtype) == f"torch.{dtype}"
+            assert {r["dtype"] for r in again.records} == {"float32"}
+            assert (
+                f"Weights in {dtype}; pruned and measured in float32." in (again.path / "model/README.md").read_text()
+            )
+            assert json.loads((again.path / "model/config.json").read_text())["dtype"] == dtype
+            assert (again.path / "metrics.json").read_bytes() == bits
+        assert load_run(world.run(tmp_path / "runs", *flags, "--model.dtype=bfloat16", name="other").path).records
+
+
+def test_export_is_a_plain_word_or_a_group_and_no_setting_of_results(tmp_path):
+    (tmp_path / "a.yaml").write_text("export: none\n")
+    short, long = parse(["--export", "gguf"]), parse(["--export.format=gguf", "--export.dtype=bfloat16"])
+    assert (
+        (short.export.format, long.export.format) == ("gguf", "gguf") == (RunConfig(export="gguf").export.format,) * 2
+    )
+    assert (
+        parse(["--config", f"{tmp_path}/a.yaml"]).export.format
+        == configured({"export": "none"}).export.format
+        == "none"
+    )
+    assert short.settings() == long.settings() == RunConfig().settings()
+    with pytest.raises(UserError, match=r"--export.format: expected 'hf', 'gguf' or 'none', got 'onnx'\."):
+        parse(["--export", "onnx"])
+    with pytest.raises(UserError, match=r"--model.dtype, with --model.device_map"):
+        check(parse(["--model.name=tiny-random", "--model.device_map=auto", "--export.dtype=float16"]))

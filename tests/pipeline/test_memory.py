@@ -1,0 +1,114 @@
+"""What the plan says of memory: beside what the tensors of real runs take, and on the screen."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import gprune
+from gprune.config import parse
+from gprune.pipeline.memory import peaks_of
+from gprune.pipeline.plan import check
+from gprune.runs.folder import RunFolder
+from tests import tiny_run
+
+SIZES = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "head_dim": 64}
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+    "max_position_embeddings": 8192, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all tensors that live, and the most that they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves((args, kwargs, result)):
+            if isinstance(t, torch.Tensor) and not t.is_meta and t.untyped_storage()._cdata not in self.known:
+                storage = t.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                self.known[key] = weakref.finalize(storage, self.free, key, size)
+                self.now += size
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def free(self, key, size):
+        self.now -= size
+        del self.known[key]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--evaluation.controls=[base]",),
+        ("--model.dtype=bfloat16", "--recovery=distill", "--distill.targets=mlp", "--sparsity.scope=attention+ffn"),
+        ("--importance=taylor", "--recovery=least_squares", "--gprune=false"),
+    ],
+)
+def test_peaks_are_within_a_quarter_of_what_tensors_take(flags, tmp_path, monkeypatch):
+    world, live, measured, step = tiny_run.make_world(tmp_path), Live(), {}, RunFolder.step
+    tiny_run.save_tiny_model(world.model, **SIZES, initializer_range=0.05)
+
+    @contextmanager
+    def watched(self, name):
+        live.peak = live.now
+        with step(self, name):
+            yield
+        measured[name] = live.peak
+
+    monkeypatch.setattr(RunFolder, "step", watched)
+    args = ("--corpora.seq_len=256", "--evaluation.seq_len=256", "--recovery=least_squares+distill", "--export=none")
+    cfg = parse(world.args(tmp_path / "runs", *args, "--distill.tokens=3072", *flags))
+    with tiny_run.isolated(tmp_path / "cache"), live:
+        gprune.prune(cfg)
+    expected = {"calibrate": measured["calibrate"], "recover": max(measured["shrink"], measured["evaluate"])}
+    expected |= {"learn": measured["thresholds"]} if cfg.learns else {}
+    said = peaks_of(check(cfg))
+    assert {name: said[name] for name in expected} == pytest.approx(expected, rel=0.25)
+    assert said["evaluate"] <= max(measured.values())
+
+
+@pytest.fixture
+def plan_of_8b(tmp_path, capsys):
+    """Lines of the plan for a Llama of 8B, of which the configuration alone is there."""
+    (tmp_path / "8b").mkdir()
+    (tmp_path / "8b/config.json").write_text(json.dumps(LLAMA_8B))
+
+    def plan(*flags):
+        model = [f"--model.name={tmp_path / '8b'}", "--model.dtype=bfloat16", "--plan.tflops=400"]
+        with tiny_run.isolated(tmp_path / "cache"):
+            assert tiny_run.main([*model, "--dry_run=true", *flags]) == 0
+        return {line[:12].strip(): line[13:] for line in capsys.readouterr().out.splitlines()}
+
+    return plan
+
+
+def test_a_model_of_8b_is_planned_for_a_machine_that_is_elsewhere(plan_of_8b):
+    said = plan_of_8b(
+        "--trainer.accelerator=gpu", "--trainer.devices=8", "--trainer.num_nodes=2", "--plan.memory=80GiB"
+    )
+    assert "106.1 (recover)" in said["memory"]
+    assert (
+        "GiB of each GPU: does not fit 80.0 GiB; try --distill.targets=lora, or --recovery=least_squares"
+        in said["memory"]
+    )
+    assert "0:00:01 at 4.00e+14 FLOP/s per process, --plan.tflops" in said["compute"]
+    assert "10,423.4 MB in bfloat16" in said["exports"]
+    assert said["text"].startswith("not counted, as the tokenizer of ")
+    fits = plan_of_8b("--trainer.accelerator=gpu", "--plan.memory=80GiB", "--recovery=least_squares")
+    assert fits["memory"].endswith("of each GPU: fits 80.0 GiB")
+    assert "not counted" in plan_of_8b("--model.device_map=auto")["memory"]
