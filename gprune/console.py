@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn, TextIO
 
 from gprune.errors import UserError, printable
+from gprune.imports import Import
 from gprune.lazy import import_matplotlib
 
 BOLD = re.compile(r"(\x1b\[[01]m)")  # on and off: all that rich adds to a table, whose cells are printable already
@@ -27,6 +28,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, **options: object):
         as_written = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(prog, **as_written | options)
+        about = "a module, or a .py file, that is imported first: what it registers is known; may be repeated"
+        self.add_argument("--import", metavar="MODULE", action=Import, default=argparse.SUPPRESS, help=about)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help.")

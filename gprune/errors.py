@@ -29,6 +29,10 @@ class UserError(ValueError):
         super().__init__(printable(" ".join(message.split())))
 
 
+class UnregisteredError(UserError):
+    """A name under which nothing is registered."""
+
+
 def printable(text: str) -> str:
     """Text whose control characters are escaped, as `\\x1b`, so that it cannot control a terminal."""
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

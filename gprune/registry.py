@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from gprune.errors import UserError, nearest
+from gprune.errors import UnregisteredError, UserError, nearest
 
 if TYPE_CHECKING:  # flags are checked by what is registered, which should not wait for PyTorch
     from torch import Tensor
@@ -58,7 +58,7 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:
             hint = f" Did you mean '{near}'?" if (near := nearest(name, self._entries)) else ""
-            raise UserError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(self)}.")
+            raise UnregisteredError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(self)}.")
         return self._entries[name]
 
     @contextmanager

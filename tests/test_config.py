@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import yaml
 
 from gprune.config import RunConfig, check_settings, configured, parse
 from gprune.config.groups import CorporaConfig, SparsityConfig
-from gprune.config.parse import GROUPS
+from gprune.config.parse import GROUPS, HINTS
+from gprune.config.replaced import INSTEAD
 from gprune.config.running import LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.errors import UserError
 from gprune.registry import Registry
@@ -52,6 +54,13 @@ def test_only_the_same_function_takes_a_name_again(registry, module):
         with pytest.raises(ValueError, match="colour 'red' is registered already"):
             cell(2, module)
     assert registry["red"]() == (2 if module == "here" else 1)
+
+
+def test_what_replaces_a_flag_of_lightnings_is_a_flag():
+    named = re.findall(r"--([\w.]+)", " ".join(INSTEAD.values()))
+    assert len(named) > len(INSTEAD) / 2
+    assert set(named) - {"config", "import"} <= HINTS.keys()
+    assert not INSTEAD.keys() & HINTS.keys()
 
 
 # --- one declaration for all ways in ------------------------------------------------------------------------------
@@ -141,6 +150,8 @@ def test_a_wrong_value_is_refused_in_the_same_words_by_all_ways(name, value, sai
         ("sparsity.targt", "there is no setting 'sparsity.targt'; did you mean 'target'?"),
         ("run.zzz", "there is no setting 'run.zzz'; expected one of dir, name, seed, checkpoint_minutes."),
         ("sparsty", "there is no setting 'sparsty'; did you mean 'sparsity'?"),
+        ("trainer.logger", "there is no setting 'trainer.logger' here; expected --logging.tracker and --logging.mode."),
+        ("seed", "there is no setting 'seed' here; expected --run.seed."),
     ],
 )
 def test_a_misspelt_name_is_refused_by_all_ways(name, said, tmp_path):

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from gprune.checks import AtLeast1, AtLeast2, AtLeast8, Memory, NonNegative, Positive, Quantile, Sparsity, Text, refusal
-from gprune.errors import UserError, nearest
+from gprune.config.replaced import INSTEAD
+from gprune.errors import UnregisteredError, UserError, nearest
 from gprune.importance.metrics import IMPORTANCE
 from gprune.sparsity.allocation import ALLOCATION, check_options
 
@@ -57,6 +58,9 @@ class Group(
         try:
             yield
         except ValidationError as error:
+            own = error.errors(include_url=False)[0].get("ctx", {}).get("error")
+            if isinstance(own, UserError):
+                raise own from error
             message = refusal(error, f"--{cls.prefix}")
             raise UserError(message if message.endswith((".", "?")) else f"{message}.") from error
 
@@ -76,6 +80,8 @@ class Group(
     def check_name(cls, name: str, where: str) -> None:
         """Raise UserError, which begins with `where`, for what is no setting of the group."""
         if name not in cls.model_fields:
+            if instead := INSTEAD.get(f"{cls.prefix}{name}"):
+                raise UserError(f"{where}: there is no setting '{cls.prefix}{name}' here; expected {instead}.")
             near = nearest(name, cls.model_fields)
             hint = f"did you mean '{near}'?" if near else f"expected one of {', '.join(cls.model_fields)}."
             raise UserError(f"{where}: there is no setting '{cls.prefix}{name}'; {hint}")
@@ -240,7 +246,8 @@ class SparsityConfig(Group, prefix="sparsity."):
         starts = [name for name in ALLOCATION if not (ALLOCATION[name].modules or ALLOCATION[name].whole_blocks)]
         for flag, name, known in (("allocation", self.allocation, list(ALLOCATION)), ("start", self.start, starts)):
             if name not in known:
-                raise UserError(f"--sparsity.{flag}: expected one of {', '.join(known)}, got '{name}'.")
+                kind = UserError if name in ALLOCATION else UnregisteredError
+                raise kind(f"--sparsity.{flag}: expected one of {', '.join(known)}, got '{name}'.")
         rule = ALLOCATION[self.allocation]
         check_options(self.start if rule.modules else self.allocation, self.options)
         if self.uniform_width and (self.protect or rule.whole_blocks):

@@ -17,6 +17,7 @@ from gprune.config.groups import Group
 from gprune.config.run_config import RunConfig
 from gprune.console import Parser, say
 from gprune.errors import UserError
+from gprune.imports import use
 from gprune.storage.yaml_text import load_yaml, read_yaml, reason, to_yaml
 
 CONSENT = "model.trust_remote_code"
@@ -66,7 +67,7 @@ def configured(layer: Mapping[str, Any], where: str = "", *, given: Collection[s
     try:
         cfg = RunConfig(**nested)
     except UserError as error:
-        raise UserError(f"{where}: {error}" if where else str(error)) from error
+        raise type(error)(f"{where}: {error}" if where else str(error)) from error
     for part in (cfg, *(getattr(cfg, name) for name in GROUPS)):
         if given is not None:
             part.model_fields_set.intersection_update(name.removeprefix(part.prefix) for name in given)
@@ -120,13 +121,17 @@ def read_flags(args: Sequence[str]) -> dict[str, Any]:
         text = text if given else next(left, "--")
         if not given and text.startswith("--"):
             raise UserError(f"{flag}: expected a value behind it; see --help.")
-        if name != "config":
+        if name == "import":
+            use(text)
+        elif name == "config":
+            content = read_settings(text)
+            if content.pop(CONSENT, False) not in (None, False) and not any(CONSENT in one for one in args):
+                raise UserError(
+                    f"--config {text}: expected --{CONSENT} true as a flag of the command, got it in a file."
+                )
+            overlay(settings, content, f"--config {text}")
+        else:
             overlay(settings, {name: _value(flag, text)}, flag)
-            continue
-        content = read_settings(text)
-        if content.pop(CONSENT, False) not in (None, False) and not any(CONSENT in one for one in args):
-            raise UserError(f"--config {text}: expected --{CONSENT} true as a flag of the command, got it in a file.")
-        overlay(settings, content, f"--config {text}")
     return settings
 
 

@@ -6,21 +6,9 @@ import os
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, JsonValue
+from pydantic import BaseModel, Field, JsonValue
 
-from gprune.checks import (
-    AtLeast0,
-    AtLeast1,
-    AtLeast8,
-    Few,
-    NonNegative,
-    Positive,
-    Quantile,
-    Seed,
-    Sparsity,
-    Text,
-    shown,
-)
+from gprune.checks import AtLeast0, AtLeast1, AtLeast8, Few, NonNegative, Positive, Quantile, Seed, Sparsity, Text
 from gprune.config.groups import Group
 from gprune.errors import UserError
 
@@ -143,18 +131,9 @@ class ClassPath(BaseModel, strict=True, extra="forbid"):
     init_args: dict[Text, JsonValue] = {}
 
 
-def _batches(value: Any) -> Any:
-    whole = type(value) is int and value >= 1
-    if value is None or whole or (type(value) is float and 0 < value <= 1):
-        return value
-    raise UserError(
-        f"--trainer.limit_train_batches: expected a number of batches, or a share in (0, 1], got {shown(value)}."
-    )
-
-
 class TrainerConfig(Group, prefix="trainer."):
-    """Flags of Lightning's Trainer. A stage is what a Trainer runs: calibration, refinement, threshold learning, and
-    recoveries that learn."""
+    """Flags of Lightning's Trainer. Each stage has one: calibration, refinement, threshold learning, and recoveries
+    that learn."""
 
     accelerator: Text = "auto"
     """cpu, gpu, or auto."""
@@ -177,8 +156,8 @@ class TrainerConfig(Group, prefix="trainer."):
     """Steps from one point of a curve to the next. Default: 1, and 10 in the refinement."""
     gradient_clip_val: Positive | None = None
     """Largest norm of the gradient, in stages that set none of their own (distill has --distill.clip). Default: any."""
-    limit_train_batches: Annotated[int | float | None, BeforeValidator(_batches)] = None
-    """Batches per epoch of stages that learn from text: a number, or a share such as 0.5. Default: all."""
+    limit_train_batches: Positive | None = None
+    """Batches per epoch of stages that learn from text: a number, or below 1 a share. Default: all."""
     max_steps: AtLeast1 | None = None
     """Optimizer steps after which stages that learn from text end, if their text has more. Default: all."""
     profiler: Literal["simple", "advanced", "pytorch"] | None = None
@@ -195,7 +174,7 @@ class TrainerConfig(Group, prefix="trainer."):
 
     @property
     def unusual(self) -> dict[str, Any]:
-        """What can change a result and is not its default: runs with the defaults keep their keys."""
+        """What can change a result and is not its default, by which runs have always been found."""
         names = {"callbacks", "gradient_clip_val", "limit_train_batches", "max_steps", "deterministic"}
         return self.model_dump(include=names, exclude_defaults=True)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gprune.config import RunConfig, given, unread
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
-from gprune.errors import UserError
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
 from gprune.pipeline.cost import passes
@@ -29,8 +29,8 @@ from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
 from gprune.runs.progress import StageBar
 from gprune.runs.tracking import about, of_row, tracking
-from gprune.runs.trainer import algorithms, checkpoints, multiplying, plain_interrupts, profiler
-from gprune.runs.user_callbacks import UserCallbacks, Witness, raised_by_callback
+from gprune.runs.trainer import PROFILERS, multiplying, plain_interrupts
+from gprune.runs.user_callbacks import UserCallbacks, Witness, name_callback
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
 from gprune.stages.callbacks import StepCurves, curves_of
@@ -122,37 +122,29 @@ class Run:
         """A step of the method begins: say so, in the log and on the screen."""
         log.info("%s", self.screen.step(number, what))
 
-    def trainer(
-        self, what: str, *, name: str | None = None, callbacks: Sequence[L.Callback] = (), **kwargs: Any
-    ) -> L.Trainer:
-        """A fresh Trainer for one stage, with the callbacks that the caller of the run has brought.
+    def trainer(self, what: str, *, name: str = "", callbacks: Sequence[L.Callback] = (), **kwargs: Any) -> L.Trainer:
+        """A fresh Trainer for one stage, with the caller's callbacks before those of the stage.
 
         Args:
-            what: is said in the progress bar and the log.
-            name: of the stage in the run folder; the first word of `what` by default.
-            callbacks: of the stage, behind those of the caller.
-            kwargs: of the Trainer; those that are None count as not given.
+            what: is said in the progress bar and the log; without a `name`, its first word names the stage's files.
         """
         log.info("%s", what)
         t, name = self.cfg.trainer, name or what.split()[0].lower()
-        callbacks = [
-            *self.callbacks.of_stage(self.folder / f"checkpoints/{name}"),
-            Witness(lambda how_far: self.folder.update_manifest(stopped={name: how_far})),
-            *callbacks,
-            StageBar(self.screen, what),
-        ]
-        usual = {"strategy": t.strategy, "log_every_n_steps": 1, "gradient_clip_val": t.gradient_clip_val}
-        given = {key: value for key, value in kwargs.items() if value is not None}
-        asked = {} if t.log_every_n_steps is None else {"log_every_n_steps": t.log_every_n_steps}
+        brought = self.callbacks.of_stage(self.folder / f"checkpoints/{name}")
+        witness = Witness(lambda how_far: self.folder.update_manifest(stopped={name: how_far}))
+        callbacks = [*brought, witness, *callbacks, StageBar(self.screen, what)]
+        kwargs["gradient_clip_val"] = kwargs.get("gradient_clip_val") or t.gradient_clip_val
+        kwargs["log_every_n_steps"] = t.log_every_n_steps or kwargs.get("log_every_n_steps", 1)
         return L.Trainer(
             accelerator=t.accelerator, devices=t.devices, num_nodes=t.num_nodes,
             logger=self.loggers, callbacks=callbacks, default_root_dir=self.folder.path,
-            profiler=profiler(t.profiler, self.folder / "profiles", name), deterministic=t.deterministic or None,
-            detect_anomaly=t.detect_anomaly,
+            profiler=t.profiler and PROFILERS[t.profiler](self.folder / "profiles", name.replace("/", "-")),
+            deterministic=t.deterministic or None, detect_anomaly=t.detect_anomaly,
             # Our samplers shard exactly; Lightning's would repeat windows to fill up the last batch.
             use_distributed_sampler=False,
-            enable_checkpointing=checkpoints(callbacks), enable_model_summary=False, num_sanity_val_steps=0,
-            **(usual | given | asked),
+            enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),  # else Lightning brings its own
+            enable_model_summary=False, num_sanity_val_steps=0,
+            **{"strategy": t.strategy} | kwargs,
         )  # fmt: skip
 
     def fit(
@@ -168,12 +160,13 @@ class Run:
             row: of the run's table, whose model learns: its curves bear the name.
             kwargs: of the Trainer.
         """
-        cfg = self.cfg
+        cfg, t, limit = self.cfg, self.cfg.trainer, self.cfg.trainer.limit_train_batches
         saving = Checkpoints(self.folder, name, stage, self.meter, 60 * cfg.run.checkpoint_minutes)
         data = CorpusDataModule(train=text, batch_size=batch_size or cfg.corpora.batch_size, seed=cfg.run.seed)
         trainer = self.trainer(
-            what, name=name, callbacks=[StepCurves(), *callbacks, saving], precision=cfg.trainer.precision,
-            limit_train_batches=cfg.trainer.limit_train_batches, max_steps=cfg.trainer.max_steps, **kwargs,
+            what, name=name, callbacks=[StepCurves(), *callbacks, saving], precision=t.precision,
+            limit_train_batches=limit if limit is None or limit < 1 else int(limit), max_steps=t.max_steps or -1,
+            **kwargs,
         )  # fmt: skip
         if (checkpoint := saving.usable()) is not None:
             log.info("Going on from %s; what is computed again since then counts once", checkpoint)
@@ -209,14 +202,13 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
     screen = Screen(work, meter.work)
     with (
         folder.opened(settings, to_yaml(cfg.resolved())), plain_interrupts(),
-        _loggers(cfg, folder) as loggers, multiplying(cfg.trainer.float32_matmul_precision),
-        algorithms(deterministic=cfg.trainer.deterministic), screen,
+        _loggers(cfg, folder) as loggers, screen,
+        multiplying(cfg.trainer.float32_matmul_precision, deterministic=cfg.trainer.deterministic),
     ):  # fmt: skip
         try:
             yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, brought)
         except Exception as error:
-            if not isinstance(error, UserError) and (told := raised_by_callback(error)):
-                raise told from error
+            name_callback(error)
             raise
         finally:
             meter.close()

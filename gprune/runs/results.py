@@ -18,12 +18,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RunConfig, configured
-from gprune.errors import UserError, first_line
+from gprune.errors import UnregisteredError, UserError, first_line
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
 from gprune.runs import schema
-from gprune.runs.folder import corpus_file, differences, exported_model
+from gprune.runs.folder import RunFolder, corpus_file, differences, exported_model
 from gprune.sparsity.allocation import removed_in_words
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
 from gprune.storage.files import inspected_json, key_of, read_json, read_tensors
@@ -236,6 +236,9 @@ def config_of(run: FinishedRun) -> RunConfig:
         cfg = configured(settings, where="its settings")
         if changed := differences(run.settings, cfg.settings() | {"inputs": run.settings["inputs"]}):
             raise UserError(f"{changed[0]}.")
+    except UnregisteredError as error:
+        modules = (RunFolder(run.path).manifest["environment"] or {}).get("imports") or ["what registers it"]
+        raise UserError(f"{run.path}: {error} Register it first: import {', '.join(map(str, modules))}.") from error
     except UserError as error:
         raise UserError(f"{file} was altered: {error} Run the same command again.") from error
     return cfg

@@ -8,18 +8,18 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
 from gprune.console import quieted
 from gprune.errors import UserError
 
 log = logging.getLogger("gprune")
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
 
 def check_trainer(
@@ -40,8 +40,8 @@ def check_trainer(
         with warnings.catch_warnings(action="ignore"), quieted("lightning.pytorch.utilities.rank_zero"):
             trainer = L.Trainer(
                 accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision,
-                logger=False, enable_checkpointing=checkpoints(callbacks), enable_model_summary=False,
-                enable_progress_bar=False, callbacks=list(callbacks),
+                logger=False, callbacks=list(callbacks), enable_model_summary=False, enable_progress_bar=False,
+                enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
             )  # fmt: skip
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".!")
@@ -58,11 +58,6 @@ def check_trainer(
     return device
 
 
-def checkpoints(callbacks: Sequence[L.Callback]) -> bool:
-    """Whether there are some that write checkpoints; where there are none Lightning would bring its own."""
-    return any(isinstance(callback, Checkpoint) for callback in callbacks)
-
-
 def _check_processes(accelerator: str, devices: int, num_nodes: int) -> None:
     """Raise UserError for more processes than this machine can start, and for nodes that nobody starts."""
     most = max(8, 4 * (os.cpu_count() or 1))
@@ -76,34 +71,22 @@ def _check_processes(accelerator: str, devices: int, num_nodes: int) -> None:
         )
 
 
-def profiler(kind: str | None, folder: Path, name: str) -> Profiler | None:
-    """Lightning's profiler of this kind for one stage, whose report is a file in the folder."""
-    kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
-    return None if kind is None else kinds[kind](folder, name.replace("/", "-"))
-
-
 @contextmanager
-def multiplying(precision: str) -> Iterator[None]:
-    """torch's `float32_matmul_precision` while the context lasts: `highest`, `high` (TF32) or `medium`."""
-    before = torch.get_float32_matmul_precision()
+def multiplying(precision: str, *, deterministic: bool = False) -> Iterator[None]:
+    """torch's `float32_matmul_precision` while the context lasts: `highest`, `high` (TF32) or `medium`.
+
+    With `deterministic`, its deterministic algorithms too.
+    """
+    before, algorithms = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     if precision != before:
         log.info("Products of float32 matrices in precision '%s', before '%s'", precision, before)
     torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(deterministic or algorithms)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def algorithms(*, deterministic: bool) -> Iterator[None]:
-    """torch's deterministic algorithms while the context lasts, if asked for."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(deterministic or before)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(algorithms)
 
 
 @contextmanager

@@ -32,8 +32,8 @@ class UserCallbacks:
     """Callbacks from Python (`given`), and by class path (`--trainer.callbacks`).
 
     A class path is made anew for each stage. An object is the same in all stages, so that what it has noted can be read
-    afterwards; but what inherits from a callback of Lightning's (EarlyStopping, ModelCheckpoint, ...) holds the state
-    of one fit, and each stage gets a copy of what was given.
+    afterwards; but what inherits from one of Lightning's (EarlyStopping, ...) holds the state of one fit, and each
+    stage gets a copy.
     """
 
     given: Sequence[L.Callback] = ()
@@ -65,14 +65,13 @@ def _is_of_lightning(callback: L.Callback) -> bool:
 
 
 def made(described: ClassPath) -> L.Callback:
-    """A callback by its class path, with arguments of the types that its class declares.
+    """A callback by its class path, its arguments as their annotations want them.
 
     Raises:
-        UserError: for a path that leads to no class of callbacks, or into a package that is not imported (a file of
-            flags runs nobody's code), and for arguments that do not fit.
+        UserError: for a path that leads to no class of callbacks, or into a package that nobody has imported (a file of
+            flags runs no code), and for arguments that do not fit.
     """
-    where = f"--trainer.callbacks: {described.class_path}"
-    module, _, name = described.class_path.rpartition(".")
+    where, (module, _, name) = f"--trainer.callbacks: {described.class_path}", described.class_path.rpartition(".")
     package = (module := module or LIGHTNING).partition(".")[0]
     if package not in sys.modules:
         raise UserError(f"{where}: expected a class of an imported module; add --import {package or 'MODULE'}.")
@@ -86,8 +85,7 @@ def made(described: ClassPath) -> L.Callback:
         if not inspect.isfunction(kind.__init__):  # it has none of its own
             return kind(**described.init_args)
         callback = kind.__new__(kind)
-        checked = validate_call(kind.__init__, config={"arbitrary_types_allowed": True})
-        checked(callback, **copy.deepcopy(described.init_args))
+        validate_call(kind.__init__, config={"arbitrary_types_allowed": True})(callback, **described.init_args)
     except ValidationError as error:
         raise UserError(f"{where}, {refusal(error, 'init_args.')}.") from error
     except Exception as error:  # whatever the class raises
@@ -96,7 +94,7 @@ def made(described: ClassPath) -> L.Callback:
 
 
 class Witness(L.Callback):
-    """Comes behind the caller's callbacks: notes a stage that was stopped early, refuses a changed calibration batch.
+    """Behind the caller's callbacks: notes a stage that was stopped, and refuses a changed batch of calibration.
 
     Args:
         note: is called with how far a stopped stage has come.
@@ -122,17 +120,16 @@ class Witness(L.Callback):
             )
 
 
-def raised_by_callback(error: Exception) -> UserError | None:
-    """What to say of an error that a callback not of ours has raised; None where none has."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    for (frame, _), (hook, line) in itertools.pairwise(frames):
-        callback, trainer = frame.f_locals.get("callback"), frame.f_locals.get("trainer")  # of Lightning's caller
+def name_callback(error: Exception) -> None:
+    """Raise UserError with the class and the place, if it is a callback not of ours that has raised the error."""
+    frames = [] if isinstance(error, UserError) else list(traceback.walk_tb(error.__traceback__))
+    for (caller, _), (hook, line) in itertools.pairwise(frames):
+        callback, trainer = caller.f_locals.get("callback"), caller.f_locals.get("trainer")
         ours = type(callback).__module__.startswith("gprune.")
         if isinstance(callback, L.Callback) and isinstance(trainer, L.Trainer) and not ours:
-            when = frame.f_locals.get("hook_name", frame.f_code.co_name)
-            return UserError(
+            when = caller.f_locals.get("hook_name", caller.f_code.co_name)
+            raise UserError(
                 f"Callback {type(callback).__name__} in {when} of {type(trainer.lightning_module).__name__}: "
                 f"{type(error).__name__}: {first_line(error)} ({Path(hook.f_code.co_filename).name}, line {line}). "
                 f"The same command goes on from the last checkpoint."
-            )
-    return None
+            ) from error

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from gprune.imports import IMPORTED
+
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "wandb", "scikit-learn", "scipy")
 
 
@@ -39,7 +41,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+    } | ({"imports": list(IMPORTED)} if IMPORTED else {})
 
 
 def git_revision() -> str | None:

@@ -22,6 +22,7 @@ from gprune.checks import refusal
 from gprune.config import CONSENT, RunConfig, configured, flat, read_flags, read_settings, unread
 from gprune.config.parse import flags_of, overlay
 from gprune.errors import UserError
+from gprune.imports import IMPORTED
 from gprune.report.table import TableName
 from gprune.storage.yaml_text import read_yaml
 
@@ -267,8 +268,9 @@ def parts_of(rows: Sequence[Row], part: str | None) -> list[Row]:
 
 def commands(path: str, rows: Sequence[Row], options: Namespace) -> Iterator[str]:
     """One command line per row, with the flags and the folder of records that `gprune study` was given."""
+    imports = [f"--import={name}" for name in IMPORTED]
     folder = [] if options.records is None else ["--records", str(options.records)]
     flags = ["--", *options.flags] if options.flags else []
     for row in rows:
         command = ["python", "-m", "gprune", "study", path, "--only", row.name, "--seeds", str(row.seed)]
-        yield shlex.join([*command, *folder, *flags])
+        yield shlex.join([*command, *imports, *folder, *flags])

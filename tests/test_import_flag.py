@@ -1,0 +1,84 @@
+"""`--import`: what a module of the caller's registers is known to commands, and nobody else's code runs."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from gprune import imports
+from gprune.__main__ import main
+from gprune.config import parse
+from gprune.errors import UserError
+from gprune.importance import IMPORTANCE
+from gprune.runs.results import load_run
+from tests import built_in, tiny_run
+
+METRIC = """
+import gprune
+
+@gprune.metric("rows_of_mine", activation_free=True)
+def rows_of_mine(weights, moments, generator):
+    return weights.output.norm(dim=0)
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with a module; what is imported from it is forgotten."""
+    (tmp_path / "metric_of_mine.py").write_text(METRIC)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    imports.IMPORTED.clear()
+    with built_in.scratch(IMPORTANCE):
+        yield tmp_path
+    imports.IMPORTED.clear()
+    for name in ("metric_of_mine", "raises"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", ["metric_of_mine", "./metric_of_mine.py"])
+def test_a_module_is_known_by_name_or_path_wherever_the_flag_stands(name, here):
+    assert parse(["--importance=rows_of_mine", "--import", name]).importance == "rows_of_mine"
+
+
+def test_a_run_says_what_it_needs_where_that_is_not_registered(here, monkeypatch, capsys):
+    world = tiny_run.make_world(here)
+    tiny_run.quick(monkeypatch)
+    with tiny_run.isolated(here / "cache"), built_in.scratch(IMPORTANCE):
+        flags = ("--import=metric_of_mine", "--importance=rows_of_mine", "--gprune=false", "--export=none")
+        assert world.run(here / "runs", *flags).config.importance == "rows_of_mine"
+    sys.modules.pop("metric_of_mine")
+    with pytest.raises(UserError, match=r"run: .*Unknown importance metric.* Register it first: import metric_of_mine"):
+        load_run(here / "runs/run")
+    assert "metric_of_mine" not in sys.modules  # nobody asked for its code
+    assert main(["report", str(here / "runs/run"), "--import", "metric_of_mine"]) == 0
+    assert load_run(here / "runs/run").config.importance == "rows_of_mine"
+
+
+def test_commands_of_a_study_import_the_same(here, capsys):
+    (here / "list.yaml").write_text("rows: {a: {importance: rows_of_mine, gprune: false}}")
+    assert main(["study", "list.yaml", "--commands", "--import", "metric_of_mine"]) == 0
+    assert "--import=metric_of_mine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("nowhere_at_all", "", "--import nowhere_at_all: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("raises", "1 / 0", "--import raises: ZeroDivisionError: division by zero"),
+        ("raises", "raise SystemExit(3)", "--import raises: SystemExit: 3"),
+        ("./json.py", "", "--import ./json.py: expected a name of its own; json is another module already."),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_one_line(name, content, said, here):
+    (here / f"{name.removesuffix('.py') if 'json' in name else 'raises'}.py").write_text(content)
+    with pytest.raises(UserError, match=said):
+        parse(["--import", name])
+
+
+def test_files_of_flags_import_nothing(here):
+    (here / "a.yaml").write_text("import: metric_of_mine")
+    with pytest.raises(UserError, match="expected --import as a flag of the command"):
+        parse(["--config", "a.yaml"])
+    assert "metric_of_mine" not in sys.modules
