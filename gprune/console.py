@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import io
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -185,6 +188,7 @@ def speak() -> None:
 def quiet() -> None:
     """Our own progress, and of the libraries' warnings those that matter."""
     speak()
+    _shelter()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it says every line of a matplotlibrc that it refuses
     import_matplotlib()
     import lightning.pytorch  # noqa: F401 - it sets how much it says when it is imported
@@ -196,6 +200,15 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="Implicitly cleaning up")  # of W&B's tables, at exit
+
+
+def _shelter() -> None:
+    """Give W&B a folder for its own log where nobody can write in the home: it would be written on stderr."""
+    home = os.path.expanduser("~")
+    if "WANDB_CACHE_DIR" not in os.environ and not (os.path.isdir(home) and os.access(home, os.W_OK)):
+        os.environ["WANDB_CACHE_DIR"] = tempfile.mkdtemp(prefix="gprune-")
+        atexit.register(shutil.rmtree, os.environ["WANDB_CACHE_DIR"], ignore_errors=True)
 
 
 @contextlib.contextmanager
