@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import inspect
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -85,3 +87,32 @@ def memory_limits(sizes: Mapping[str, str]) -> dict[str | int, int]:
 
 
 Memory = Annotated[dict[Text, Text], AfterValidator(lambda sizes: memory_limits(sizes) and sizes)]
+
+
+def option_types(entry: Any) -> dict[str, Any]:
+    """Types by name of an entry's options, the keyword-only parameters of its function or constructors.
+
+    They are as annotated, `Positive` for instance; without an annotation a number.
+    """
+    types: dict[str, Any] = {}
+    for owner in entry.__mro__ if isinstance(entry, type) else [entry]:
+        function = vars(owner).get("__init__") if isinstance(owner, type) else owner
+        for p in inspect.signature(function).parameters.values() if function else ():
+            hint = p.annotation
+            if isinstance(hint, str):  # of a file with `from __future__ import annotations`
+                hint = (vars(builtins) | function.__globals__).get(hint, float)
+            if p.kind is p.KEYWORD_ONLY:
+                types.setdefault(p.name, float if hint is p.empty else hint)
+    return types
+
+
+def check_options(flag: str, name: str, entry: Any, options: Mapping[str, Any]) -> None:
+    """Raise UserError, which begins with the flag, for what is no option of an entry, or of another type or range."""
+    known = option_types(entry)
+    if unknown := [option for option in options if option not in known]:
+        raise UserError(f"{flag}: expected options of '{name}' ({', '.join(known) or 'none'}), got '{unknown[0]}'.")
+    for option, value in options.items():
+        try:
+            TypeAdapter(known[option]).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise UserError(f"{refusal(error, f'{flag}.{option}')}.") from error

@@ -1,4 +1,4 @@
-"""One small registry, used for metrics, corpora and recoveries; and what every entry of one is held to.
+"""One small registry, used for metrics, corpora, recoveries and stages; and what every entry of one is held to.
 
 IMPORTANCE = Registry("importance metric")
 
@@ -12,6 +12,7 @@ with IMPORTANCE.running("my_metric", weight):
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -30,14 +31,14 @@ NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
 class Registry(Generic[T]):
-    """Names to values. `kind` is the word used in messages, such as "corpus"."""
+    """Names to values. `kind` is the word used in messages, such as "corpus"; entries have the method `asked`."""
 
-    def __init__(self, kind: str):
-        self.kind = kind
-        self._entries: dict[str, T] = {}
+    def __init__(self, kind: str, asked: str | None = None):
+        self.kind, self.asked = kind, asked
+        self._entries: dict[str, T | str] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files the decorated object under `name`.
+        """Decorator that files the decorated object under `name`; or its place, "module:name", until it is asked for.
 
         Raises:
             ValueError: if the name is taken (by another object; re-running a notebook cell is no error).
@@ -47,6 +48,8 @@ class Registry(Generic[T]):
             raise UserError(f"A name of {self.kind}: expected letters, digits, _, - and dots, got {name!r:.100}.")
 
         def file(entry: T) -> T:
+            if self.asked and not isinstance(entry, str) and not callable(getattr(entry, self.asked, None)):
+                raise UserError(f"{self.kind} '{name}': expected a class with the method {self.asked}, got {entry!r}.")
             taken = self._entries.setdefault(name, entry)
             if _origin(taken) != _origin(entry):
                 raise ValueError(f"{self.kind} '{name}' is registered already, as {taken!r}; choose another name.")
@@ -55,11 +58,19 @@ class Registry(Generic[T]):
 
         return file
 
-    def __getitem__(self, name: str) -> T:
+    def check(self, name: str) -> None:
+        """Raise UserError for a name that is not there, without importing what is."""
         if name not in self._entries:
             hint = f" Did you mean '{near}'?" if (near := nearest(name, self._entries)) else ""
             raise UnregisteredError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(self)}.")
-        return self._entries[name]
+
+    def __getitem__(self, name: str) -> T:
+        self.check(name)
+        entry = self._entries[name]
+        if isinstance(entry, str):
+            module, _, origin = entry.partition(":")
+            entry = self._entries[name] = getattr(importlib.import_module(module), origin)
+        return entry
 
     @contextmanager
     def running(self, name: str, *inputs: Tensor) -> Iterator[None]:
@@ -114,3 +125,9 @@ class Registry(Generic[T]):
 
 def _origin(entry: object) -> tuple[str, str]:
     return getattr(entry, "__module__", ""), getattr(entry, "__qualname__", repr(entry))
+
+
+# Stages, and the method of each that the pipeline asks for.
+REFINER: Registry[Any] = Registry("refiner", "labels")  # --partition.refiner
+LEARNER: Registry[Any] = Registry("learner", "masks")  # --sparsity.learner
+CALIBRATOR: Registry[Any] = Registry("calibrator", "test_step")  # --corpora.calibrator

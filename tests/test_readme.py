@@ -28,6 +28,7 @@ from gprune.recoveries import RECOVERY
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.gates import masked
 from tests import built_in, tiny_run
+from tests.stages.test_threshold_learning import make_stage
 from tests.tiny_families import make_tiny, some_masks
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,7 @@ def scratch():
     """Registries and families that forget what a test adds."""
     families = set(FAMILIES)
     with ExitStack() as stack:
-        for registry in (gprune.IMPORTANCE, gprune.CORPORA, ALLOCATION, RECOVERY):
+        for registry in (gprune.IMPORTANCE, gprune.CORPORA, gprune.LEARNER, ALLOCATION, RECOVERY):
             stack.enter_context(built_in.scratch(registry))
         yield
     for added in set(FAMILIES) - families:
@@ -80,6 +81,7 @@ def test_flags_that_pages_name_exist(page):
         "--print_config",
         "--help",
         "--sparsity.options.power",
+        "--options.sgd.momentum",
         *re.findall(flag, PAGES["docs/flags.md"]),
     }
     of_others = "--work --fetch --small --reference --array --wrap --minutes --check --trust-remote-code"
@@ -241,6 +243,16 @@ def test_the_recipe_for_a_recovery_of_a_projection_registers_and_recovers():
     )
     assert weight.tolist() == [[2.0], [2.0]]  # a quarter of the energy is kept
     assert bias is None
+
+
+@pytest.mark.usefixtures("scratch")
+def test_the_recipe_for_another_optimizer_is_a_learner_with_an_option(tiny_model):
+    Sgd = run_block('@gprune.learner("sgd")')["Sgd"]
+    cfg = gprune.config.configured({"sparsity.learner": "sgd", "options.sgd.momentum": 0.5})
+    made = make_stage(tiny_model, lr=0.25)
+    stage = Sgd(tiny_model, made.ranks, made.thresholds, made.budget, made.settings, **cfg.options["sgd"])
+    (group,) = stage.configure_optimizers().param_groups
+    assert (group["momentum"], group["lr"], len(group["params"])) == (0.5, 0.25, 3)
 
 
 @pytest.mark.usefixtures("scratch")

@@ -18,7 +18,7 @@ from gprune.checks import AtLeast1, AtLeast2, AtLeast8, Memory, NonNegative, Pos
 from gprune.config.replaced import INSTEAD
 from gprune.errors import UnregisteredError, UserError, nearest
 from gprune.importance.metrics import IMPORTANCE
-from gprune.sparsity.allocation import ALLOCATION, check_options
+from gprune.sparsity.allocation import ALLOCATION
 
 # What modules may switch to besides activation-free metrics: the base metric seen through all drift corpora, as the
 # mean of its ranks or scored on their pooled statistics.
@@ -141,6 +141,8 @@ class CorporaConfig(Group, prefix="corpora."):
     """Whether every window begins with the BOS token, which is never scored. auto: if the tokenizer adds it."""
     collect: list[Literal["gram", "saliency"]] = Field([])
     """Statistics to cache for later runs: gram (for obs, least_squares), saliency (for taylor)."""
+    calibrator: Text = "streaming"
+    """What collects statistics. streaming: one pass over each corpus. Or one registered from Python."""
 
     def model_post_init(self, _: Any) -> None:
         for role in ("drift", "learn", "recover", "evaluate"):
@@ -175,6 +177,8 @@ class PartitionConfig(Group, prefix="partition."):
     """Weight of equal module sizes."""
     entropy_weight: NonNegative = 0.1
     """Weight of decided assignments."""
+    refiner: Text = "soft_assignment"
+    """What refines. soft_assignment: gradient descent on soft assignments. Or one registered from Python."""
 
 
 class ReliabilityConfig(Group, prefix="reliability."):
@@ -241,6 +245,8 @@ class SparsityConfig(Group, prefix="sparsity."):
     whose loss gradients do not show."""
     centred: bool = True
     """Subtract the mean gradient over all units; otherwise Adam raises all gates together, and no mask changes."""
+    learner: Text = "straight_through"
+    """What learns. straight_through: gates that are hard forward and soft backward. Or one registered from Python."""
 
     def model_post_init(self, _: Any) -> None:
         starts = [name for name in ALLOCATION if not (ALLOCATION[name].modules or ALLOCATION[name].whole_blocks)]
@@ -249,6 +255,5 @@ class SparsityConfig(Group, prefix="sparsity."):
                 kind = UserError if name in ALLOCATION else UnregisteredError
                 raise kind(f"--sparsity.{flag}: expected one of {', '.join(known)}, got '{name}'.")
         rule = ALLOCATION[self.allocation]
-        check_options(self.start if rule.modules else self.allocation, self.options)
         if self.uniform_width and (self.protect or rule.whole_blocks):
             raise UserError("--sparsity.uniform_width: expected it without --sparsity.protect and allocation depth.")

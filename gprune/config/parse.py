@@ -100,8 +100,14 @@ def overlay(settings: dict[str, Any], layer: Mapping[str, Any], where: str) -> N
             setting, _, option = option.partition(".")
             GROUPS[key].check_name(setting, where)
             key = f"{key}.{setting}"
-        others = settings.get(key)
-        settings[key] = {**(others if isinstance(others, Mapping) else {}), option: value} if option else value
+        settings[key] = _put(settings.get(key), option, value) if option else value
+
+
+def _put(others: Any, option: str, value: Any) -> dict[str, Any]:
+    """Options with one more, `power`, or `mine.power` among those of `mine`."""
+    outer, _, inner = option.rpartition(".")
+    others = dict(others) if isinstance(others, Mapping) else {}
+    return others | ({outer: _put(others.get(outer), inner, value)} if outer else {inner: value})
 
 
 def read_flags(args: Sequence[str]) -> dict[str, Any]:
@@ -174,7 +180,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         settings: as `RunConfig.settings` gives them; what no flag says, such as `inputs`, is left alone.
     """
     cfg = RunConfig()
-    for group, expected in cfg.settings().items():
+    for group, expected in (cfg.settings() | ({"options": {}} if "options" in settings else {})).items():
         value, part = settings.get(group), getattr(cfg, group)
         if group not in GROUPS:
             setattr(cfg, group, value)

@@ -9,14 +9,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field
 
-from gprune.checks import NonNegative, Positive, Text
+from gprune.checks import NonNegative, Positive, Text, check_options
 from gprune.config.groups import CorporaConfig, Group, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
 from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.corpora.load import check_corpus, identity
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
-from gprune.recoveries import recovery_of
+from gprune.recoveries import RECOVERY, recovery_of
+from gprune.registry import CALIBRATOR, LEARNER, REFINER
 from gprune.sparsity.allocation import ALLOCATION
+
+# Stages that others may take the place of, by the groups that name them: in the keys of what is kept where they do.
+STAGES = {"corpora": "calibrator", "partition": "refiner", "sparsity": "learner"}
 
 
 def joined(chain: Any) -> Any:
@@ -72,6 +76,8 @@ class RunConfig(Group):
     ridge: NonNegative = 0.01
     """Ridge of least_squares and of least_squares_sequential, relative to the mean diagonal of the Gram matrix."""
     distill: DistillConfig = Field(default_factory=DistillConfig)
+    options: dict[Text, dict[Text, bool | int | float | Text]] = Field({})
+    """Options of a recovery, refiner, learner or calibrator, by its name: --options.mine.power 2."""
     gprune: bool = True
     """False: only the base metric; `--sparsity.start` takes the place of `--sparsity.allocation learned`."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
@@ -88,6 +94,7 @@ class RunConfig(Group):
     def model_post_init(self, _: Any) -> None:
         """Raise UserError for settings that cannot go together."""
         IMPORTANCE[self.importance]
+        self._check_options()
         m, d, drift, processes = self.model, self.distill, self.corpora.drift, self.processes
         allocation, whole_blocks = self.base_allocation, ALLOCATION[self.base_allocation].whole_blocks
         if self.gprune and whole_blocks:
@@ -117,6 +124,19 @@ class RunConfig(Group):
             if m.device_map != "cpu" and set(m.max_memory or ()) != {"cpu"}:
                 raise UserError(f"{where} expected --model.max_memory with a limit for cpu alone, got --model.shard.")
 
+    def _check_options(self) -> None:
+        """Raise UserError for a stage that nobody has registered, and for options that the run does not have."""
+        used: dict[str, Any] = dict.fromkeys(self.recovery.split("+"), RECOVERY)
+        used |= {self.partition.refiner: REFINER, self.sparsity.learner: LEARNER, self.corpora.calibrator: CALIBRATOR}
+        check_options("--sparsity.options", (a := self.base_allocation), ALLOCATION[a], self.sparsity.options)
+        for name, registry in used.items():
+            registry.check(name)
+        for name, options in self.options.items():
+            if name not in used:
+                raise UserError(f"--options: expected names that the run uses ({', '.join(used)}), got '{name}'.")
+            entry = used[name][name]
+            check_options(f"--options.{name}", name, getattr(entry, "origin", entry), options)
+
     @property
     def final(self) -> str:
         """The stage that the run is about: `gprune`, or `base` where the base metric is alone."""
@@ -144,9 +164,10 @@ class RunConfig(Group):
         return s.start if ALLOCATION[s.allocation].modules else s.allocation
 
     @property
-    def recovery_settings(self) -> dict[str, Group]:
-        """Flags of recoveries, by their names."""
-        return {"distill": self.distill}
+    def recovery_settings(self) -> dict[str, Any]:
+        """Settings of recoveries, by their names: a group of flags, or options."""
+        groups = {name: group for name, group in self if name in RECOVERY and isinstance(group, Group)}
+        return groups | {name: options for name, options in self.options.items() if name in RECOVERY}
 
     @property
     def distilled_windows(self) -> int:
@@ -235,6 +256,11 @@ class RunConfig(Group):
         """
         out = {"model": {"max_memory", "shard"}, "corpora": {"collect"}, "evaluation": {"samples"}}
         plain = self.model_dump(exclude=out | dict.fromkeys(("logging", "export", "dry_run", "plan"), True))
+        for group, name in STAGES.items():
+            if plain[group][name] == type(getattr(self, group)).model_fields[name].default:
+                del plain[group][name]
+        if not self.options:
+            del plain["options"]
         plain["run"] = {"seed": self.run.seed}
         plain["trainer"] = {"world_size": self.processes, "precision": self.trainer.precision, **self.matmul}
         plain["trainer"] |= self.trainer.unusual

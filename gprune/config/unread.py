@@ -12,10 +12,11 @@ from gprune.sparsity.allocation import ALLOCATION
 OFFSETS = ("sparsity.offset_learning_rate", "sparsity.offset_limit")
 LEARNING = (
     "corpora.learn", "corpora.learn_samples", "evaluation.curve", "sparsity.learn", "sparsity.loss", "sparsity.epochs",
-    "sparsity.centred", "sparsity.learning_rate", *OFFSETS,
+    "sparsity.centred", "sparsity.learning_rate", "sparsity.learner", *OFFSETS,
 )  # fmt: skip
 REFINING = tuple(
-    f"partition.{name}" for name in ("steps", "learning_rate", "consistency_weight", "balance_weight", "entropy_weight")
+    f"partition.{name}"
+    for name in ("refiner", "steps", "learning_rate", "consistency_weight", "balance_weight", "entropy_weight")
 )
 QUANTILES = ("reliability.sensitivity_quantile", "reliability.score_quantile")
 SWITCHING = ("reliability.everywhere", "reliability.metric", *QUANTILES)

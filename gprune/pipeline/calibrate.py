@@ -11,10 +11,10 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.models.blocks import decoder_layers
 from gprune.models.offload import device_of
 from gprune.pipeline.run import Run
+from gprune.registry import CALIBRATOR
 from gprune.runs.folder import corpus_file
 from gprune.runs.meeting import Meeting
 from gprune.runs.trainer import check_trainer
-from gprune.stages.calibration import CalibrationStage
 
 log = logging.getLogger("gprune")
 
@@ -48,6 +48,9 @@ def statistics_cache(run: Run) -> StatisticsCache:
     by_block = "saliency" not in cfg.collects and walks(
         run.model, corpora=len(cfg.calibration), gram="gram" in cfg.collects, sharded=cfg.model.shard
     )
+    # Other statistics than ours have keys of their own.
+    other = cfg.settings()["corpora"].get("calibrator")
+    own = {"calibrator": other, "options": cfg.options.get(other, {})} if other else {}
     # A sharded model computes where the trainer is, whatever device it is taken from.
     device = check_trainer(**cfg.trainer.lightning) if cfg.model.shard else device_of(run.model)
     return StatisticsCache(
@@ -56,7 +59,7 @@ def statistics_cache(run: Run) -> StatisticsCache:
         bits={
             "model": run.fingerprint, "dtype": cfg.model.dtype, "device": device.type,
             "batch_size": cfg.corpora.batch_size, "world_size": cfg.processes,
-            "halves": "first and second", **cfg.matmul,
+            "halves": "first and second", **cfg.matmul, **own,
         },
         scopes=("ffn", "attention") if cfg.attention else ("ffn",),
         walked_blocks=len(decoder_layers(run.model)) if by_block else None,
@@ -69,9 +72,10 @@ def collect(run: Run, corpora: list[str], cache: StatisticsCache) -> dict[str, C
     collected = ["moments", *sorted(cfg.collects)]
     saliency = cache.scopes if "saliency" in collected else ()
     with run.folder.step("calibrate"):
-        stage = CalibrationStage(
+        name = cfg.corpora.calibrator
+        stage = CALIBRATOR[name](
             run.model, corpora, gram="gram" in collected, saliency=saliency, walk=cache.walked_blocks is not None,
-            store=cache.store, shard=cfg.model.shard,
+            store=cache.store, shard=cfg.model.shard, **cfg.options.get(name, {}),
         )  # fmt: skip
         data = CorpusDataModule(
             test=[run.text.train[c] for c in corpora], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed

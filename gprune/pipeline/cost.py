@@ -60,4 +60,4 @@ def recovery_tokens(cfg: RunConfig, recovery: str) -> tuple[int, int]:
     """(forward, forward and backward) tokens that a recovery takes for one pruned model, at most."""
     windows = len(cfg.corpora.recover) * cfg.corpora.seq_len  # one of each corpus
     text, fresh = windows * cfg.corpora.num_samples, windows * cfg.distilled_windows
-    return recovery_of(recovery).tokens(text, fresh, attention=cfg.attention)
+    return recovery_of(recovery, cfg.recovery_settings).tokens(text, fresh, attention=cfg.attention)

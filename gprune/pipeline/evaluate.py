@@ -146,7 +146,7 @@ def record(
         "learn_samples": cfg.corpora.learn_samples or cfg.corpora.num_samples if learned else None,
         "recovery": recovery,
         "ridge": cfg.ridge if recovery_of(recovery).needs else None,
-        **{n: s.model_dump() if n in recovery.split("+") else None for n, s in cfg.recovery_settings.items()},
+        **{n: dict(s) if n in recovery.split("+") else None for n, s in cfg.recovery_settings.items()},
         "sparsity": 0.0 if dense else cfg.sparsity.target,
         "scope": cfg.sparsity.scope,
         "model": model_label(cfg.model.name),

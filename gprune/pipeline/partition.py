@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gprune.calibration.statistics import CorpusStatistics, Moments, pooled
 from gprune.config.groups import AVERAGED, CONSENSUS
+from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
 from gprune.importance.scores import Scores, fractional_ranks, generator_for, score_ffn, score_units
 from gprune.importance.weights import ffn_weights
@@ -24,11 +25,11 @@ from gprune.partition.drift import (
 )
 from gprune.partition.initial import initial_partition, parameter_embedding, same_sizes_by_drift, shuffled_partition
 from gprune.partition.modules import Drift, ModuleRanks, Modules
-from gprune.partition.objective import ObjectiveWeights, refinement_inputs
+from gprune.partition.objective import refinement_inputs
 from gprune.partition.reliability import assess_reliability, switched_share, within_module_ranks
 from gprune.pipeline.run import Run
+from gprune.registry import REFINER
 from gprune.runs import tracking
-from gprune.stages.refinement import AssignmentRefinement
 
 log = logging.getLogger("gprune")
 
@@ -99,26 +100,22 @@ def partitioned(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
 
 
 def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: list[Tensor]) -> list[Tensor]:
-    """Step 5: fit AssignmentRefinement, and note how far it went."""
+    """Step 5: fit the refiner, and note how far it went."""
     run.step(5, "Refining")
     p = run.cfg.partition
-    weights = ObjectiveWeights(
-        p.similarity_weight, p.drift_weight, p.consistency_weight, p.balance_weight, p.entropy_weight
-    )
     inputs = refinement_inputs(embeddings, [d.drift for d in drift], [d.ranks for d in drift])
-    stage = AssignmentRefinement(inputs, labels, weights=weights, steps=p.steps, learning_rate=p.learning_rate)
+    stage = REFINER[p.refiner](inputs, labels, p, **run.cfg.options.get(p.refiner, {}))
     run.trainer("Refining modules", max_epochs=1, log_every_n_steps=10).fit(stage)
-    refined = stage.labels()
-    run.folder.update_manifest(
-        refinement={
-            "moved": stage.moved(),
-            "neurons": sum(map(len, labels)),
-            "terms_at_start": stage.history[0],
-            "terms_at_end": stage.history[-1],
-        }
-    )
-    log.info("Refinement moved %d of %d neurons", stage.moved(), sum(map(len, labels)))
-    return refined
+    if history := getattr(stage, "history", None):
+        moved, neurons = stage.moved(), sum(map(len, labels))
+        about = {"moved": moved, "neurons": neurons, "terms_at_start": history[0], "terms_at_end": history[-1]}
+        run.folder.update_manifest(refinement=about)
+        log.info("Refinement moved %d of %d neurons", moved, neurons)
+    pairs = zip(stage.labels(), labels, strict=True)
+    refined = [REFINER.checked(p.refiner, "labels", y, old.shape, of="whole numbers") for y, old in pairs]
+    if any(y.min() < 0 or not torch.bincount(y).all() for y in refined):
+        raise UserError(f"Refiner '{p.refiner}': expected modules from 0 to K - 1 in each block, and a neuron in each.")
+    return [y.long().cpu() for y in refined]
 
 
 def assess(

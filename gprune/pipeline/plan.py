@@ -115,7 +115,7 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
             f"--export.dtype {cfg.export.dtype}: expected {cfg.model.dtype}, that of --model.dtype, with "
             f"--model.device_map: weights that come and go are written as they are."
         )
-    recovery_of(cfg.recovery).refuse(blocks, shard=cfg.model.shard, settings=cfg.recovery_settings)
+    recovery_of(cfg.recovery, cfg.recovery_settings).refuse(blocks, shard=cfg.model.shard)
     if "saliency" in cfg.collects:
         for block in blocks:
             salient_parts(block, "ffn")  # refuses experts

@@ -50,7 +50,7 @@ def shrink(
     free_memory(run.plan.device)
     row = row or run.cfg.own_row
     material = material_of(run, masks, statistics, row)
-    name, method = row[1], recovery_of(row[1])
+    name, method = row[1], recovery_of(row[1], run.cfg.recovery_settings)
     revise = method.revise(material)
     if is_offloaded(run.model):
         # What learns lies on one device, in memory.

@@ -10,9 +10,12 @@ from torch import Tensor
 from gprune.calibration.statistics import CorpusStatistics, pooled
 from gprune.importance.scores import Scores, score_units
 from gprune.models.masks import Masks
-from gprune.partition.modules import Modules
+from gprune.partition.modules import ModuleRanks, Modules
 from gprune.pipeline.run import Run
+from gprune.registry import LEARNER
 from gprune.sparsity.allocation import ALLOCATION, allocate, module_thresholds
+from gprune.sparsity.budget import Budget
+from gprune.sparsity.returned import checked_masks, checked_pair
 from gprune.sparsity.thresholds import (
     Thresholds,
     masks_from_thresholds,
@@ -20,8 +23,7 @@ from gprune.sparsity.thresholds import (
     start_thresholds,
     thresholds_from_named,
 )
-from gprune.stages.callbacks import ApplyMasks, PerplexityCurve, log_modules
-from gprune.stages.threshold_learning import ThresholdLearning
+from gprune.stages.callbacks import PerplexityCurve, log_modules
 
 
 def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Scores:
@@ -51,8 +53,8 @@ def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Sco
     return masks
 
 
-def learn_sparsity(run: Run, modules: Modules, base: Masks) -> tuple[Thresholds, Masks]:
-    """Steps 7 and 8: thresholds per module, and the masks that meet the budget with them.
+def learn_sparsity(run: Run, modules: Modules, base: Masks) -> tuple[Thresholds | None, Masks]:
+    """Steps 7 and 8: thresholds per module, if there are any, and the masks that meet the budget.
 
     Args:
         base: masks of the base metric. Where the allocation is no rule for modules, every module keeps as much as they
@@ -68,27 +70,40 @@ def learn_sparsity(run: Run, modules: Modules, base: Masks) -> tuple[Thresholds,
 
     tensors = run.folder.tensors("thresholds", compute)
     run.step(8, "Meeting the budget")
-    thresholds = thresholds_from_named(tensors)
+    masks = masks_of(run, ranks, tensors)
+    log_modules(run.loggers, modules, masks)
+    return thresholds_from_named(tensors), masks
+
+
+def masks_of(run: Run, ranks: ModuleRanks, tensors: Mapping[str, Tensor]) -> Masks:
+    """The masks that step 7 has found: those of its thresholds and offsets, unless its own are kept beside them."""
+    if own := {name.removeprefix("masks."): t for name, t in tensors.items() if name.startswith("masks.")}:
+        return Masks.from_tensors(own)
     if "offsets.0" in tensors:
         ranks = ranks.moved([tensors[f"offsets.{b}"] for b in range(len(ranks.ffn))])
-    masks = masks_from_thresholds(ranks, thresholds, run.budget)
-    log_modules(run.loggers, modules, masks)
-    return thresholds, masks
+    return masks_from_thresholds(ranks, thresholds_from_named(tensors), run.budget)
 
 
 def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, Tensor]:
-    """Step 7, computed: fit ThresholdLearning under the callbacks that mask and measure.
+    """Step 7, computed: fit the learner under the callback that measures.
 
     Returns:
-        Thresholds, and offsets where they were learned, by the names under which they are saved.
+        Thresholds, and offsets where they were learned, by the names under which they are saved; of a learner whose
+        masks are others than these give, its masks.
     """
     cfg, s = run.cfg, run.cfg.sparsity
-    stage = ThresholdLearning(run.model, modules.ranks, start, run.budget, s, shard=cfg.model.shard)
-    budgets = {v: run.budget.at(v) for v in cfg.evaluation.curve} | {s.target: run.budget}
-    curve = PerplexityCurve(run.text.development, budgets=budgets, batch_size=cfg.corpora.batch_size)
+    options = cfg.options.get(s.learner, {})
+    stage = LEARNER[s.learner](run.model, modules.ranks, start, run.budget, s, cfg.model.shard, **options)
+    budgets = {s.target: run.budget} | {v: run.budget.at(v) for v in cfg.evaluation.curve if v != s.target}
+
+    def masks_at(budget: Budget) -> Masks:
+        return checked_masks(LEARNER, s.learner, stage.masks(budget), budget)
+
+    text = run.text.development
+    curve = PerplexityCurve(run.model, text, masks_at, budgets=budgets, batch_size=cfg.corpora.batch_size)
     numbers = sum(p.numel() for p in stage.parameters() if p.requires_grad)
     what = f"Learning {numbers} {'thresholds' if s.learn == 'thresholds' else 'numbers'}"
-    trainer = run.fit("thresholds", what, stage, run.text.learn, max_epochs=s.epochs, callbacks=[ApplyMasks(), curve])
+    trainer = run.fit("thresholds", what, stage, run.text.learn, max_epochs=s.epochs, callbacks=[curve])
     run.folder.update_manifest(
         learning={
             "steps": trainer.global_step,
@@ -96,5 +111,11 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
             "development_perplexity_by_sparsity": {f"{k:g}": v for k, v in sorted(curve.by_sparsity.items())},
         }
     )
-    offsets = {f"offsets.{b}": o.detach().cpu() for b, o in enumerate(stage.offsets or ())}
-    return named_thresholds(stage.thresholds) | offsets
+    masks = masks_at(run.budget)
+    kept = {f"masks.{name}": mask for name, mask in masks.tensors().items()}
+    if (thresholds := getattr(stage, "thresholds", None)) is None:
+        return kept
+    sizes = [modules.ranks.modules, [1] * len(run.blocks)]
+    tensors = named_thresholds(checked_pair(LEARNER, s.learner, "thresholds", thresholds, sizes))
+    tensors |= {f"offsets.{b}": o.detach().cpu() for b, o in enumerate(getattr(stage, "offsets", None) or ())}
+    return tensors if masks_of(run, modules.ranks, tensors) == masks else tensors | kept

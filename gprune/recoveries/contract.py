@@ -15,8 +15,11 @@ LightningModule:
     class Heal(Recovery):
         learns = True
 
+        def __init__(self, *, rate: float = 1e-4):  # --options.heal.rate 1e-3
+            self.rate = rate
+
         def tune(self, material, pruned):
-            material.fit("Healing", MyStage(material.dense, pruned))
+            material.fit("Healing", MyStage(material.dense, pruned, self.rate))
             return pruned
 
 Several make a chain: `--recovery [least_squares,distill]` is the recovery `least_squares+distill`.
@@ -24,6 +27,7 @@ Several make a chain: `--recovery [least_squares,distill]` is the recovery `leas
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -62,7 +66,7 @@ class Material:
     # Gets the numbers of tokens that went through layers one by one: forward, and forward and backward.
     count: Callable[..., None] = lambda forward, forward_backward=0: None
     fresh: Sequence[Windows] = ()  # text of `corpora.recover` to learn from: `--distill.tokens` of it
-    settings: Mapping[str, Any] = field(default_factory=dict)  # flags of recoveries, by their names
+    settings: Mapping[str, Any] = field(default_factory=dict)  # groups of flags and options, by names of recoveries
     # Trains a stage on `fresh`, else on `text`. Its state_dict is what it learns: a run taken up gives it back.
     fit: Callable[..., None] | None = None
     shard: bool = False  # whether layers are sharded over processes while something learns
@@ -82,6 +86,8 @@ class Recovery:
     experts = True  # whether it can recover experts
     sharded = True  # whether it works while the dense model is sharded over processes
     why_not_experts = "cannot recover"  # for the error, followed by "the experts of ..."
+    origin: Any = None  # the class or function that was registered; its keyword-only parameters are options
+    made: Callable[..., Recovery]  # makes the same recovery with options
 
     def revise(self, material: Material) -> Revise | None:
         """A function that is called for each sliced block, first block first, and changes it; None: nothing changes."""
@@ -95,13 +101,12 @@ class Recovery:
         """At most (forward, forward and backward) tokens for one pruned model, from those of its texts."""
         return 0, 0
 
-    def refuse(self, blocks: Sequence[Block], *, shard: bool = False, settings: Mapping[str, Any] = NOTHING) -> None:
+    def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
         """Raise a UserError, before anything is loaded, if this recovery cannot work.
 
         Args:
             blocks: of the dense model, without weights.
             shard: whether the dense model is sharded over processes.
-            settings: as in `Material`.
         """
         others = [n for n in RECOVERY if RECOVERY[n].experts and RECOVERY[n].sharded]
         if shard and not self.sharded:
@@ -122,9 +127,9 @@ RECOVERY: Registry[Recovery] = Registry("recovery")
 class Chain(Recovery):
     """Several recoveries, one after the other, with the contract of one."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, settings: Mapping[str, Any] = NOTHING):
         self.name, names = name, name.split("+")
-        self.recoveries = [RECOVERY[name] for name in names]
+        self.recoveries = [recovery_of(name, settings) for name in names]
         self.needs = frozenset().union(*(one.needs for one in self.recoveries))
         self.learns = any(one.learns for one in self.recoveries)
         late = [one.name for one in self.recoveries[1:] if type(one).revise is not Recovery.revise]
@@ -144,14 +149,17 @@ class Chain(Recovery):
         costs = [one.tokens(text, fresh, attention=attention) for one in self.recoveries]
         return sum(forward for forward, _ in costs), sum(backward for _, backward in costs)
 
-    def refuse(self, blocks: Sequence[Block], *, shard: bool = False, settings: Mapping[str, Any] = NOTHING) -> None:
+    def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
         for one in self.recoveries:
-            one.refuse(blocks, shard=shard, settings=settings)
+            one.refuse(blocks, shard=shard)
 
 
-def recovery_of(name: str) -> Recovery:
-    """The recovery by a name of `RECOVERY`, or the chain of several that are joined by `+`."""
-    return Chain(name) if "+" in name else RECOVERY[name]
+def recovery_of(name: str, settings: Mapping[str, Any] = NOTHING) -> Recovery:
+    """The recovery by a name of `RECOVERY`, or the chain of several that are joined by `+`, with these settings."""
+    if "+" in name:
+        return Chain(name, settings)
+    one, own = RECOVERY[name], settings.get(name)
+    return one if own is None else one.made(**(own if isinstance(own, dict) else {"settings": own}))
 
 
 def tuned(name: str, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
@@ -163,7 +171,7 @@ def tuned(name: str, material: Material, pruned: PreTrainedModel) -> PreTrainedM
     from transformers import PreTrainedModel
 
     with RECOVERY.running(name):
-        model = recovery_of(name).tune(material, pruned)
+        model = recovery_of(name, material.settings).tune(material, pruned)
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"Recovery '{name}': expected tune to return the pruned model, got {type(model).__name__}.")
     for place, weight in model.named_parameters():
@@ -260,9 +268,15 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
         """Put the class or function into `RECOVERY` under its name, and give it back; UserError for anything else."""
         if not (issubclass(entry, Recovery) if isinstance(entry, type) else callable(entry)):
             raise UserError(f"Recovery '{name}': expected a function or a class of Recovery, got {shown(entry)}.")
-        instance = entry() if isinstance(entry, type) else Projection(entry, needs=needs, experts=experts)
-        instance.name, instance.__module__, instance.__qualname__ = name, entry.__module__, entry.__qualname__
-        RECOVERY.register(name)(instance)
+
+        def made(**options: Any) -> Recovery:
+            solver = functools.partial(entry, **options)
+            instance = solver() if isinstance(entry, type) else Projection(solver, needs=needs, experts=experts)
+            instance.name, instance.origin, instance.made = name, entry, made
+            instance.__module__, instance.__qualname__ = entry.__module__, entry.__qualname__
+            return instance
+
+        RECOVERY.register(name)(made())
         return entry
 
     return file

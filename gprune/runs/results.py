@@ -89,7 +89,7 @@ class PruningResult:
     config: RunConfig
     masks: Masks
     modules: Modules | None  # None for a base run
-    thresholds: Thresholds | None  # logits per module, per block: neurons, KV groups
+    thresholds: Thresholds | None  # logits per module, per block: neurons, KV groups; None where none were learned
     statistics: Mapping[str, CorpusStatistics]  # by corpus
     records: list[dict[str, Any]]  # metrics.json
     summary: dict[str, Any]

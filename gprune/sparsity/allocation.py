@@ -13,14 +13,10 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from gprune.checks import AtLeast1Float, NonNegative, refusal
-from gprune.errors import UserError
+from gprune.checks import AtLeast1Float, NonNegative
 from gprune.registry import Registry
 
 if TYPE_CHECKING:  # flags are checked by what is registered here, which should not wait for PyTorch
@@ -40,12 +36,7 @@ ALLOCATION: Registry[Rule] = Registry("allocation")
 
 
 def allocation(
-    name: str,
-    *,
-    options: Mapping[str, Any] | None = None,
-    modules: bool = False,
-    learned: bool = False,
-    whole_blocks: bool = False,
+    name: str, *, modules: bool = False, learned: bool = False, whole_blocks: bool = False
 ) -> Callable[[Rule], Rule]:
     """Register `function(scores, statistics, blocks, budget, **options)` under `name`; it returns margins or masks.
 
@@ -53,7 +44,6 @@ def allocation(
 
     Args:
         name: the value of `--sparsity.allocation`.
-        options: types with a range, as in `gprune.checks`, by option; others may be any number.
         modules: the rule is a `function(masks, ranks)` that returns thresholds of modules, given the masks of
             `--sparsity.start`.
         learned: learning starts at these thresholds.
@@ -62,26 +52,10 @@ def allocation(
 
     def file(function: Rule) -> Rule:
         ALLOCATION.register(name)(function)
-        keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        function.options = dict.fromkeys(keywords, float) | dict(options or {})
         function.modules, function.learned, function.whole_blocks = modules, learned, whole_blocks
         return function
 
     return file
-
-
-def check_options(name: str, options: Mapping[str, float]) -> None:
-    """Raise a UserError for options that the allocation `name` does not take, or values out of an option's range."""
-    known = ALLOCATION[name].options
-    if unknown := [option for option in options if option not in known]:
-        raise UserError(
-            f"--sparsity.options: expected options of '{name}' ({', '.join(known) or 'none'}), got '{unknown[0]}'."
-        )
-    for option, value in options.items():
-        try:
-            TypeAdapter(known[option]).validate_python(value)
-        except ValidationError as error:
-            raise UserError(f"{refusal(error, f'--sparsity.options.{option}')}.") from error
 
 
 def allocate(
@@ -170,15 +144,15 @@ def standardised(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[
     return [z(s) for s in scores.ffn], groups
 
 
-@allocation("owl", options={"multiple": AtLeast1Float, "spread": NonNegative})
+@allocation("owl")
 def outlier_weighted(
     scores: Scores,
     statistics: CorpusStatistics,
     blocks: Sequence[Block],
     budget: Budget,
     *,
-    multiple: float = 5.0,
-    spread: float = 0.08,
+    multiple: AtLeast1Float = 5.0,
+    spread: NonNegative = 0.08,
 ) -> Margins:
     """m_i = r_i - S_b: block b loses the fraction S_b, less where it has more outliers (OWL, arXiv 2310.05175).
 

@@ -52,7 +52,8 @@ def named_thresholds(thresholds: Thresholds) -> dict[str, Tensor]:
     return {f"{kind}.{b}": t.detach().cpu() for kind, group in pairs for b, t in enumerate(group)}
 
 
-def thresholds_from_named(tensors: dict[str, Tensor]) -> Thresholds:
-    """Thresholds from what `named_thresholds` gave; other names are ignored."""
+def thresholds_from_named(tensors: dict[str, Tensor]) -> Thresholds | None:
+    """Thresholds from what `named_thresholds` gave, None where it gave none; other names are ignored."""
     depth = sum(name.startswith("ffn.") for name in tensors)
-    return tuple([tensors[f"{kind}.{b}"] for b in range(depth)] for kind in ("ffn", "attention"))
+    kinds = ("ffn", "attention")
+    return tuple([tensors[f"{kind}.{b}"] for b in range(depth)] for kind in kinds) if depth else None

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
 import lightning as L
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gprune.config.groups import Group
 from gprune.errors import UserError
 from gprune.models.copies import sharded_copy
+
+G = TypeVar("G", bound=Group)
+
+
+def saved_settings(stage: L.LightningModule, kind: type[G], settings: G | Mapping | None, ignore: Sequence[str]) -> G:
+    """A stage's settings as its group of flags. Checkpoints hold them, and its options, for `load_from_checkpoint`.
+
+    Args:
+        settings: those, or what a checkpoint holds of them; None for the defaults.
+        ignore: the constructor's other parameters, which are no plain data.
+    """
+    frame, ignore = inspect.currentframe().f_back, [*ignore, "settings", "shard"]
+    stage.save_hyperparameters(ignore=ignore, frame=frame, logger=False)
+    settings = settings if isinstance(settings, kind) else kind(**(settings or {}))
+    stage.hparams["settings"] = settings.model_dump()
+    return settings
 
 
 class FrozenLMStage(L.LightningModule):
@@ -49,17 +71,18 @@ class FrozenLMStage(L.LightningModule):
             # Lightning has moved all that is registered to the CPU, which may be only some weights of a student.
             self.to(self.trainer.strategy.root_device, non_blocking=True)
 
-    def batch_loss(self, losses: Tensor, weight: Tensor, name: str) -> Tensor:
+    def batch_loss(self, losses: Tensor, weight: Tensor | None, name: str) -> Tensor:
         """The loss of a step from the losses of its windows, logged under `name` as the mean of the global batch.
 
         Args:
             losses: (B,) float32, nats per token.
-            weight: (B,), 0 for a window that only fills up a process's share.
+            weight: (B,), 0 for a window that only fills up a process's share; None: all count.
             name: such as `learn/loss`.
 
         Returns:
             () float32, whose mean over processes is the mean over the global batch, whatever each process's share.
         """
+        weight = torch.ones_like(losses) if weight is None else weight
         total = self.trainer.strategy.reduce(weight.sum(), reduce_op="sum")
         loss = (losses * (weight * self.trainer.world_size / total).to(losses)).sum()
         value = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")

@@ -37,7 +37,6 @@ class CalibrationStage(FrozenLMStage):
         self,
         model: PreTrainedModel,
         corpora: list[str],
-        *,
         gram: bool = False,
         saliency: Collection[str] = (),
         walk: bool = False,

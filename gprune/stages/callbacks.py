@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -27,13 +27,12 @@ from gprune.partition.reliability import module_means
 from gprune.runs.tracking import key_part, log_scalars, log_table
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.gates import gated, masked
-from gprune.stages.threshold_learning import ThresholdLearning
 
 log = logging.getLogger("gprune")
 
 
 class ApplyMasks(L.Callback):
-    """Applies a stage's gates to its frozen model while `fit` lasts, and takes them off again, also after an exception.
+    """Applies a stage's gates to its model `lm` while `fit` lasts, and takes them off again, also after an exception.
 
     A notebook that interrupts learning gets its model back bit for bit.
     """
@@ -41,13 +40,13 @@ class ApplyMasks(L.Callback):
     def __init__(self) -> None:
         self._context = ExitStack()
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._context.enter_context(gated(pl_module.lm, pl_module.ffn_gates, pl_module.attention_gates))
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._context.close()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: ThresholdLearning, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._context.close()
 
 
@@ -83,11 +82,19 @@ class PerplexityCurve(L.Callback):
     """Logs development perplexity per corpus against the epoch of learning, and against sparsity.
 
     Against the epoch: at the start and after each epoch, at the target sparsity. Against sparsity: at the end, with the
-    learned thresholds at each of `budgets`, and of the dense model at 0. Processes share the windows.
+    stage's masks for each of `budgets`, and of the dense model at 0. Processes share the windows.
+
+    Args:
+        model: the dense model, for a stage that has no `lm`.
+        masks: the stage's, for a budget.
+        budgets: by sparsity, that of the target first.
     """
 
-    def __init__(self, windows: Sequence[Windows], *, budgets: dict[float, Budget], batch_size: int = 4):
-        self.windows, self.budgets, self.batch_size = windows, budgets, batch_size
+    def __init__(
+        self, model: PreTrainedModel, windows: Sequence[Windows], masks: Callable[[Budget], Masks], *,
+        budgets: dict[float, Budget], batch_size: int = 4,
+    ):  # fmt: skip
+        self.model, self.windows, self.masks, self.budgets, self.batch_size = model, windows, masks, budgets, batch_size
         self.by_epoch: list[dict[str, float]] = []
         self.by_sparsity: dict[float, dict[str, float]] = {}
 
@@ -97,27 +104,31 @@ class PerplexityCurve(L.Callback):
     def load_state_dict(self, state: dict[str, list[dict[str, float]]]) -> None:
         self.by_epoch = state["by_epoch"]
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.by_epoch:  # else it goes on from a checkpoint
             self._epoch_point(trainer, pl_module, 0)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._epoch_point(trainer, pl_module, trainer.current_epoch + 1)
 
     @torch.no_grad()
-    def _epoch_point(self, trainer: L.Trainer, pl_module: ThresholdLearning, epoch: int) -> None:
-        pl_module.refresh_gates()
-        self.by_epoch.append(perplexities(pl_module.lm, self.windows, self.batch_size))
+    def _epoch_point(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
+        model, masks = getattr(pl_module, "lm", self.model), self.masks(next(iter(self.budgets.values())))
+        if open_gates := getattr(pl_module, "open_gates", None):
+            open_gates()  # gates that are applied would come on top
+        with masked(model, masks):
+            self.by_epoch.append(perplexities(model, self.windows, self.batch_size))
         tokens = tokens_so_far(trainer)
         axes = {"learn/epoch": float(epoch), "learn/tokens": tokens}
         log_perplexities(trainer, "learn", axes, self.by_epoch[-1], trainer.global_step, development_tokens=tokens)
 
     @torch.no_grad()
-    def on_fit_end(self, trainer: L.Trainer, pl_module: ThresholdLearning) -> None:
-        """Runs after ApplyMasks has taken its gates off: callbacks are called in order."""
-        self.by_sparsity[0.0] = perplexities(pl_module.lm, self.windows, self.batch_size)
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Runs when all gates are taken off."""
+        model = getattr(pl_module, "lm", self.model)
+        self.by_sparsity[0.0] = perplexities(model, self.windows, self.batch_size)
         for sparsity, budget in self.budgets.items():
-            with masked(pl_module.lm, pl_module.masks(budget)) as lm:
+            with masked(model, self.masks(budget)) as lm:
                 self.by_sparsity[sparsity] = perplexities(lm, self.windows, self.batch_size)
         for step, (sparsity, values) in enumerate(sorted(self.by_sparsity.items())):
             log_perplexities(trainer, "curve", {"curve/sparsity": sparsity}, values, step)

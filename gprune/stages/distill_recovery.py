@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from gprune.config import DistillConfig
-from gprune.recoveries.contract import NOTHING, Material, Recovery, recovery
+from gprune.recoveries.contract import Material, Recovery, recovery
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,11 +20,13 @@ class Distill(Recovery):
 
     learns = True
 
-    def refuse(self, blocks: Sequence[Block], *, shard: bool = False, settings: Mapping[str, Any] = NOTHING) -> None:
+    def __init__(self, settings: DistillConfig | None = None):
+        self.settings = settings or DistillConfig()
+
+    def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
         """As `Recovery.refuse`, and for the flags of `--distill`."""
-        super().refuse(blocks, shard=shard, settings=settings)
-        experts = any(block.has_experts for block in blocks)
-        settings.get("distill", DistillConfig()).refuse(experts=experts, shard=shard)
+        super().refuse(blocks, shard=shard)
+        self.settings.refuse(experts=any(block.has_experts for block in blocks), shard=shard)
 
     def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
         """Train a `DistillationStage` by `material.fit`; returns the model with what was learned folded in."""
@@ -32,7 +34,7 @@ class Distill(Recovery):
 
         from gprune.stages.distillation import DistillationStage
 
-        s = material.settings.get("distill", DistillConfig())
+        s = self.settings
         remove_hook_from_submodules(pruned)  # of a dense model on several devices: what learns lies on one
         stage = DistillationStage(material.dense, pruned, s, shard=material.shard)
         what = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from gprune.config import DistillConfig
 from gprune.models.blocks import decoder_layers
 from gprune.models.losses import LogitTransform, final_hidden, frozen_head_losses
-from gprune.stages.base import FrozenLMStage
+from gprune.stages.base import FrozenLMStage, saved_settings
 from gprune.stages.student import Student
 
 BETAS = (0.9, 0.95)  # of AdamW
@@ -42,11 +42,12 @@ class DistillationStage(FrozenLMStage):
     purpose, curves = "distillation", "distill"
 
     def __init__(
-        self, dense: PreTrainedModel, student: PreTrainedModel, settings: DistillConfig, *, shard: bool = False
-    ):
+        self, dense: PreTrainedModel, student: PreTrainedModel, settings: DistillConfig | Mapping | None = None, *,
+        shard: bool = False,
+    ):  # fmt: skip
         super().__init__(dense, shard=shard)
-        self.settings = settings
-        self._student = Student(student, settings)
+        self.settings = saved_settings(self, DistillConfig, settings, ignore=("dense", "student"))
+        self._student = Student(student, self.settings)
         self.learned = self._student.learned
 
     @property
@@ -117,7 +118,7 @@ class DistillationStage(FrozenLMStage):
         if s.hidden:
             errors = [relative_error(h, goal.to(h.device)) for h, goal in zip(layers, dense_layers, strict=True)]
             losses = losses + s.hidden * torch.stack(errors).mean(0)
-        return self.batch_loss(losses, batch["weight"], "distill/loss")
+        return self.batch_loss(losses, batch.get("weight"), "distill/loss")
 
 
 def relative_error(hidden: Tensor, goal: Tensor) -> Tensor:

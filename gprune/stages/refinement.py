@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from gprune.config import PartitionConfig
 from gprune.partition.initial import merge_small, minimum_size
 from gprune.partition.objective import ObjectiveWeights, RefinementInputs, partition_objective
-from gprune.stages.base import require_finite_loss
+from gprune.stages.base import require_finite_loss, saved_settings
 
 
 class AssignmentRefinement(L.LightningModule):
@@ -21,21 +24,27 @@ class AssignmentRefinement(L.LightningModule):
     with A (B, N, K) the only parameters, Adam, and tau falling geometrically from 1 to `final_tau`. A starts at
     2 for a neuron's own module and 0 elsewhere: high enough to keep the first partition's structure, low
     enough for gradients to move neurons.
+
+    Args:
+        inputs: of all blocks.
+        labels: of the first partition, (N,) int64 per block.
+        settings: the flags of `--partition` that say how it is refined.
     """
 
     def __init__(
         self,
         inputs: RefinementInputs,
         labels: list[Tensor],
+        settings: PartitionConfig | Mapping | None = None,
         *,
-        weights: ObjectiveWeights | None = None,
-        steps: int = 120,
-        learning_rate: float = 0.05,
         final_tau: float = 0.2,
     ):
         super().__init__()
-        self.inputs, self.start, self.weights = inputs, labels, weights or ObjectiveWeights()
-        self.steps, self.learning_rate, self.final_tau = steps, learning_rate, final_tau
+        self.inputs, self.start, self.final_tau = inputs, labels, final_tau
+        self.settings = s = saved_settings(self, PartitionConfig, settings, ignore=("inputs", "labels"))
+        self.weights = ObjectiveWeights(
+            s.similarity_weight, s.drift_weight, s.consistency_weight, s.balance_weight, s.entropy_weight
+        )
         K = 1 + max(int(y.max()) for y in labels)
         A = torch.zeros(*inputs.valid.shape, K)
         for block, y in zip(A, labels, strict=True):
@@ -46,17 +55,17 @@ class AssignmentRefinement(L.LightningModule):
 
     @property
     def tau(self) -> float:
-        return self.final_tau ** (self.global_step / max(self.steps - 1, 1))
+        return self.final_tau ** (self.global_step / max(self.settings.steps - 1, 1))
 
     def setup(self, stage: str) -> None:
         self.inputs = self.inputs.to(self.trainer.strategy.root_device)
 
     def train_dataloader(self) -> DataLoader:
         # The loader only counts steps: every step sees all neurons of all blocks.
-        return DataLoader(range(self.steps), batch_size=1)
+        return DataLoader(range(self.settings.steps), batch_size=1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam([self.logits], lr=self.learning_rate)
+        return torch.optim.Adam([self.logits], lr=self.settings.learning_rate)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         by_block = partition_objective(self.logits, self.tau, self.inputs, self.weights)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,7 +17,8 @@ from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import Cut, cut_margin
 from gprune.sparsity.gates import soft_gate, straight_through
 from gprune.sparsity.thresholds import Thresholds, masks_from_thresholds, unit_margins
-from gprune.stages.base import FrozenLMStage
+from gprune.stages.base import FrozenLMStage, saved_settings
+from gprune.stages.callbacks import ApplyMasks
 
 # The gradient (M,) of a block's thresholds or offsets, None where they do not learn; and how many units each of them
 # moves, (M,) or one number.
@@ -61,12 +63,12 @@ class ThresholdLearning(FrozenLMStage):
         ranks: ModuleRanks,
         start: Thresholds,
         budget: Budget,
-        settings: SparsityConfig,
-        *,
+        settings: SparsityConfig | Mapping | None = None,
         shard: bool = False,
     ):
         super().__init__(model, shard=shard)
-        self._ranks, self.budget, self.settings = ranks, budget, settings
+        self._ranks, self.budget = ranks, budget
+        self.settings = saved_settings(self, SparsityConfig, settings, ignore=("model", "ranks", "start", "budget"))
         self._cut: Cut | None = None  # of the budget, on the device of the thresholds
         ffn, attention = start
         moves = self.settings.learn != "offsets"
@@ -124,6 +126,11 @@ class ThresholdLearning(FrozenLMStage):
             parts = zip(hard.attention, ranks.attention, groups, strict=True)
             self.attention_gates[:] = [straight_through(h, _group_gate(p.float(), t)) for h, p, t in parts]
 
+    def open_gates(self) -> None:
+        """Let everything through, as the dense model does, until the gates are refreshed."""
+        for gates in (self.ffn_gates, self.attention_gates or []):
+            gates[:] = [None] * len(gates)
+
     def _at_the_cut(self, hard: Masks) -> Thresholds:
         """The thresholds by which soft gates are steepest where the budget cuts.
 
@@ -138,6 +145,10 @@ class ThresholdLearning(FrozenLMStage):
             _moved_to_cuts(self.attention_thresholds, groups, hard.attention),
         )
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What applies the gates to the model, under any Trainer."""
+        return [ApplyMasks()]
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         thresholds = [p for p in (*self.ffn_thresholds, *self.attention_thresholds) if p.requires_grad]
         groups = [
@@ -150,13 +161,12 @@ class ThresholdLearning(FrozenLMStage):
         """() float32: the loss of the gated model on a batch, by cross-entropy or KL, as `--sparsity.loss` says."""
         ids, teacher = batch["input_ids"], None
         if self.settings.loss == "kl":
-            for gates in (self.ffn_gates, self.attention_gates or []):
-                gates[:] = [None] * len(gates)  # all open: the dense model
+            self.open_gates()
             with torch.no_grad():
                 teacher = final_hidden(self.lm, ids)
         self.refresh_gates()  # for a fresh graph: the last step has used up its own
         losses = next_token_losses(self.lm, ids, teacher=teacher)
-        return self.batch_loss(losses, batch["weight"], "learn/loss")
+        return self.batch_loss(losses, batch.get("weight"), "learn/loss")
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.settings.centred:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
+from gprune.config import PartitionConfig
 from gprune.partition.initial import minimum_size
 from gprune.partition.objective import ObjectiveWeights, refinement_inputs
 from gprune.stages.refinement import AssignmentRefinement
@@ -50,8 +51,13 @@ def planted(sizes: list[int], modules: list[int], seed: int, wrong: float = 0.3)
     return refinement_inputs(*map(list, list(zip(*blocks, strict=True))[1:])), [b[0] for b in blocks], start
 
 
+def refinement(inputs, start, weights=None, kind=AssignmentRefinement, final_tau=0.2, **settings):
+    weights = {f"{name}_weight": value for name, value in vars(weights or ObjectiveWeights()).items()}
+    return kind(inputs, start, PartitionConfig(**weights, **settings), final_tau=final_tau)
+
+
 def refine(inputs, start, **options) -> AssignmentRefinement:
-    stage = AssignmentRefinement(inputs, start, **options)
+    stage = refinement(inputs, start, **options)
     trainer_of().fit(stage)
     return stage
 
@@ -110,7 +116,7 @@ def test_temperature_falls_from_one_to_its_end():
             return super().training_step(batch, batch_idx)
 
     inputs, _, start = planted([100], [2], seed=0)
-    trainer_of().fit(Watched(inputs, start, steps=11, final_tau=0.1))
+    trainer_of().fit(refinement(inputs, start, kind=Watched, steps=11, final_tau=0.1))
     assert seen[0] == 1.0
     assert seen[-1] == pytest.approx(0.1)
     assert seen[5] == pytest.approx(0.1**0.5)  # geometrically

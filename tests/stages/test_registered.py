@@ -1,0 +1,245 @@
+"""Stages of one's own in place of ours, by flags of a run; ours under a Trainer of one's own, and from checkpoints."""
+
+from __future__ import annotations
+
+import re
+from contextlib import ExitStack
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import gprune
+from gprune.checks import Positive
+from gprune.config import DistillConfig, RunConfig, configured
+from gprune.errors import UserError
+from gprune.models.losses import next_token_losses
+from gprune.models.masks import Masks
+from gprune.models.surgery import prune
+from gprune.recoveries import Recovery, recovery
+from gprune.registry import CALIBRATOR, LEARNER, REFINER
+from gprune.sparsity.cut import keep_masks
+from gprune.sparsity.gates import gated
+from gprune.stages.calibration import CalibrationStage
+from gprune.stages.callbacks import ApplyMasks
+from gprune.stages.distillation import DistillationStage
+from gprune.stages.refinement import AssignmentRefinement
+from gprune.stages.threshold_learning import ThresholdLearning
+from tests import built_in, tiny_run
+from tests.stages.test_refinement import planted, refinement
+from tests.stages.test_threshold_learning import hooks_of, make_stage, sampled_tokens, trainer_of
+from tests.tiny_families import some_masks
+
+
+class Plain(L.LightningModule):
+    """A learner that inherits nothing of ours: a sigmoid gate per neuron."""
+
+    made: tuple = ()
+
+    def __init__(self, model, ranks, start, budget, settings, shard=False, *, rate: Positive = 0.1, kind: str = "a"):
+        super().__init__()
+        type(self).made += ((rate, kind, settings.epochs),)
+        self.model, self.ranks, self.rate = (model,), ranks, rate
+        self.shifts = torch.nn.ParameterList(torch.zeros(len(p)) for p in ranks.ffn)
+
+    def margins(self):
+        return [torch.logit(p.float()) + shift for p, shift in zip(self.ranks.ffn, self.shifts, strict=True)]
+
+    def training_step(self, batch, batch_idx):
+        with gated(self.model[0], [m.sigmoid() for m in self.margins()]) as model:
+            return next_token_losses(model, batch["input_ids"]).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.rate)
+
+    def masks(self, budget):
+        return keep_masks(budget, self.margins(), self.ranks.attention)
+
+
+@pytest.fixture
+def own():
+    """Registries as they were, afterwards."""
+    with ExitStack() as stack:
+        for registry in (REFINER, LEARNER, CALIBRATOR, gprune.RECOVERY):
+            stack.enter_context(built_in.scratch(registry))
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny_run.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.slow
+def test_a_run_of_stages_of_ones_own(own, world, cache, tmp_path, monkeypatch):
+    seen = []
+
+    @gprune.refiner("swapped")
+    class Swapped(AssignmentRefinement):
+        def labels(self):
+            seen.append(("steps", self.settings.steps, self.final_tau))
+            return [int(y.max()) - y for y in self.start]
+
+    @gprune.calibrator("doubled")
+    class Doubled(CalibrationStage):
+        def __init__(self, *args, times: int = 2, **kwargs):
+            super().__init__(*args, **kwargs)
+            seen.append(("times", times))
+
+    @recovery("heal")
+    class Heal(Recovery):
+        def __init__(self, *, factor: float = 1.0):
+            self.factor = factor
+
+        def tune(self, material, pruned):
+            seen.append(("factor", self.factor))
+            return pruned
+
+    @recovery("scaled")
+    def scaled(weight, keep, moments, ridge, *, by=1):
+        return weight[:, keep] * by, None
+
+    gprune.learner("plain")(Plain)
+    monkeypatch.setattr(Plain, "made", ())
+    tiny_run.quick(monkeypatch)
+    flags = ["--partition.refiner=swapped", "--sparsity.learner=plain", "--corpora.calibrator=doubled",
+             "--recovery=[scaled,heal]", "--options.plain.rate=30", "--options={plain: {rate: 50, kind: b}}",
+             "--options.doubled.times=3", "--options.heal.factor=2", "--options.scaled.by=1.5",
+             "--options.swapped.final_tau=0.5", "--evaluation.controls=[]"]  # fmt: skip
+    with tiny_run.isolated(cache):
+        first = world.run(tmp_path, *flags)
+        assert Plain.made[-1] == (50, "b", 1)
+        assert {("times", 3), ("factor", 2), ("steps", 20, 0.5)} == set(seen)
+        again = world.run(tmp_path, *flags)
+        assert (len(Plain.made), again.masks) == (1, first.masks)  # read, not learned again
+        unlearned = world.run(tmp_path, *flags, "--options.plain.rate=1e-9", name="unlearned")
+        ours = world.run(tmp_path, "--evaluation.controls=[]", name="ours")
+    assert first.thresholds is None
+    assert ours.thresholds is not None
+    assert first.masks != unlearned.masks  # 50 is a rate at which masks move
+    assert [int(y.max()) for y in first.modules.labels] == [int(y.max()) for y in ours.modules.labels]
+    row = next(r for r in first.records if r["recovery"] == "scaled+heal")
+    assert (row["scaled"], row["heal"]) == ({"by": 1.5}, {"factor": 2})
+    settings = first.config.settings()
+    assert (settings["sparsity"]["learner"], settings["options"]["heal"]) == ("plain", {"factor": 2})
+
+
+def test_settings_of_runs_without_them_are_what_they_were():
+    settings = RunConfig().settings()
+    names = {*settings, *settings["corpora"], *settings["partition"], *settings["sparsity"].keys() - {"options"}}
+    assert not names & {"options", "calibrator", "refiner", "learner"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparsity.learner": "plane"}, "Unknown learner 'plane'. Did you mean 'plain'? Available: straight_through"),
+        ({"partition.refiner": "x"}, "Unknown refiner 'x'. Available: soft_assignment."),
+        ({"corpora.calibrator": "x"}, "Unknown calibrator 'x'. Available: streaming."),
+        ({"options.plain.rate": 1}, "--options: expected names that the run uses"),
+        ({"sparsity.learner": "plain", "options.plain.rat": 1},
+         "--options.plain: expected options of 'plain' (rate, kind), got 'rat'."),
+        ({"sparsity.learner": "plain", "options.plain.rate": 0}, "--options.plain.rate: expected more than 0, got 0."),
+        ({"sparsity.learner": "plain", "options.plain.kind": 1}, "--options.plain.kind: expected text, got 1."),
+        ({"options.soft_assignment.tau": 1},
+         "--options.soft_assignment: expected options of 'soft_assignment' (final_tau), got 'tau'."),
+        ({"options": {"x": 1}}, "--options.x: expected values by name, got 1."),
+    ],
+)  # fmt: skip
+def test_a_bad_option_is_named(settings, message, own):
+    gprune.learner("plain")(Plain)
+    with pytest.raises(UserError, match="^" + re.escape(message)):
+        configured(settings)
+
+
+def test_a_class_without_the_method_is_refused(own):
+    with pytest.raises(UserError, match="learner 'x': expected a class with the method masks"):
+        gprune.learner("x")(L.LightningModule)
+
+
+BAD = {
+    "off budget": (lambda m: Masks([k | True for k in m.ffn], m.attention), "expected masks on budget"),
+    "of another shape": (lambda m: Masks([k[:-1] for k in m.ffn], m.attention), "expected masks of neurons in block 0"),
+    "none": (lambda m: None, "expected Masks, got NoneType"),
+    "thresholds": (lambda m: m, "expected thresholds of neurons in block 0 .* not finite"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_a_learner_that_returns_what_cannot_be_is_named(change, message, own, world, cache, tmp_path, capsys):
+    @gprune.learner("bad")
+    class Bad(Plain):
+        thresholds = property(
+            lambda self: ([float("nan") * torch.ones(k) for k in self.ranks.modules], [torch.ones(1)] * 3)
+        )
+
+        def masks(self, budget):
+            return change(super().masks(budget))
+
+    with tiny_run.isolated(cache):
+        assert tiny_run.main(world.args(tmp_path, "--sparsity.learner=bad")) == 2
+    assert re.search(f"Learner 'bad': {message}.*", capsys.readouterr().err)
+
+
+# --- under a Trainer of one's own -------------------------------------------------------------------------------
+
+
+class Tempered(ThresholdLearning):
+    def __init__(self, *args, beta: float = 1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.beta = beta
+
+
+class Hooks(L.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.count = hooks_of(pl_module.lm)
+
+
+def windows_of(model) -> DataLoader:
+    return DataLoader([{"input_ids": ids} for ids in sampled_tokens(model)], batch_size=4)
+
+
+@pytest.mark.parametrize("more", [[], [ApplyMasks()]], ids=["alone", "with its callback"])
+def test_thresholds_learn_under_any_trainer_and_come_back(more, tiny_model, tmp_path):
+    made = make_stage(tiny_model, centred=True, lr=0.5)
+    start = [t.detach().clone() for t in made.ffn_thresholds], [t.detach().clone() for t in made.attention_thresholds]
+    things = {"model": tiny_model, "ranks": made.ranks, "start": start, "budget": made.budget}
+    stage, hooks = Tempered(**things, settings=made.settings, beta=0.5), Hooks()
+    trainer = trainer_of(*more, hooks)
+    trainer.fit(stage, windows_of(tiny_model))
+    assert (hooks.count, hooks_of(tiny_model)) == (3, 0)  # each block is gated once
+    assert stage.masks() != made.masks()
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    back = Tempered.load_from_checkpoint(tmp_path / "a.ckpt", **things)
+    assert (back.masks(), back.settings, back.beta) == (stage.masks(), made.settings, 0.5)
+
+
+def test_a_refinement_comes_back(tmp_path):
+    inputs, _, start = planted([120, 90], [3, 2], seed=0)
+    stage = refinement(inputs, start, steps=30, final_tau=0.5)
+    trainer = trainer_of()
+    trainer.fit(stage)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    back = AssignmentRefinement.load_from_checkpoint(tmp_path / "a.ckpt", inputs=inputs, labels=start)
+    assert (back.settings.steps, back.final_tau) == (30, 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(back.labels(), stage.labels(), strict=True))
+
+
+def test_a_distillation_comes_back(tiny_model, tmp_path):
+    def pruned():
+        return prune(tiny_model, some_masks(tiny_model, attention=False))
+
+    stage, trainer = DistillationStage(tiny_model, pruned(), DistillConfig(learning_rate=0.01)), trainer_of()
+    trainer.fit(stage, windows_of(tiny_model))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    back = DistillationStage.load_from_checkpoint(tmp_path / "a.ckpt", dense=tiny_model, student=pruned())
+    assert back.settings == stage.settings
+    ours, theirs = (one.finished().state_dict() for one in (stage, back))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not torch.equal(ours["model.layers.0.mlp.up_proj.weight"], pruned().model.layers[0].mlp.up_proj.weight)
