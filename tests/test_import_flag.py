@@ -52,14 +52,10 @@ def test_a_run_says_what_it_needs_where_that_is_not_registered(here, monkeypatch
     with pytest.raises(UserError, match=r"run: .*Unknown importance metric.* Register it first: import metric_of_mine"):
         load_run(here / "runs/run")
     assert "metric_of_mine" not in sys.modules  # nobody asked for its code
-    assert main(["report", str(here / "runs/run"), "--import", "metric_of_mine"]) == 0
-    assert load_run(here / "runs/run").config.importance == "rows_of_mine"
-
-
-def test_commands_of_a_study_import_the_same(here, capsys):
     (here / "list.yaml").write_text("rows: {a: {importance: rows_of_mine, gprune: false}}")
     assert main(["study", "list.yaml", "--commands", "--import", "metric_of_mine"]) == 0
-    assert "--import=metric_of_mine" in capsys.readouterr().out
+    assert "--import=metric_of_mine" in capsys.readouterr().out  # of another node, too
+    assert load_run(here / "runs/run").config.importance == "rows_of_mine"
 
 
 @pytest.mark.parametrize(

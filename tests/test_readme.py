@@ -295,3 +295,11 @@ def test_the_recipe_for_a_family_prunes_and_reloads(family, tmp_path):
         torch.testing.assert_close(pruned(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
     again = AutoModelForCausalLM.from_pretrained(save_pruned(pruned, None, tmp_path / family))
     assert torch.equal(again(ids).logits, pruned(ids).logits)
+
+
+def test_the_recipe_for_a_callback_logs_a_curve(world, tmp_path):
+    noted = run_block("L.Callback")["Thresholds"]()
+    cfg = gprune.config.parse(world.args(tmp_path, "--export=none", "--evaluation.controls=[]"))
+    (curves,) = gprune.prune(cfg, callbacks=[noted]).path.glob("csv/*/metrics.csv")
+    assert len(noted.spread) == 2
+    assert re.search(r"^(.*,)?learn/(gprune/)?spread", curves.read_text())
