@@ -14,11 +14,15 @@ from gprune.benchmarks.subjects import Loaded, subjects_of
 from gprune.benchmarks.tasks import require_lm_eval
 from gprune.benchmarks.wikitext2 import wikitext2_perplexity
 from gprune.benchmarks.zero_shot import zero_shot
+from gprune.errors import dispensable
+from gprune.runs.folder import RunFolder
 from gprune.runs.results import read_evaluation
+from gprune.runs.tracking import key_part
 from gprune.storage.files import key_of, write_json
 from gprune.storage.reading import expanded
 
 log = logging.getLogger("gprune")
+NUMBERS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "perplexity")  # of records, as W&B gets them
 
 
 def check(asked: Benchmarks) -> None:
@@ -51,6 +55,7 @@ def evaluate(
     )
     folder = expanded(model).resolve()
     about = {"run": folder.name, "origin": key_of(of=key or str(folder))[:12]}
+    of_run = key is not None
     output, key = (output, None) if output else (default, key)
     if output is not None:
         read_evaluation(output, run=key)  # what is no such file is not written over
@@ -63,6 +68,9 @@ def evaluate(
             records += [r | subject.about | about for r in _measured((loaded, tokenizer), task, asked)]
             if output is not None:
                 keep(output, records, run=key)
+    if of_run:
+        with dispensable("its numbers in W&B", "evaluation.json has them"):
+            log_evaluation(folder, records)
     return records, output
 
 
@@ -85,3 +93,29 @@ def keep(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = Non
     new = {tuple(map(r.get, protocol)) for r in records}
     others = [r for r in read_evaluation(path, run=run) if tuple(map(r.get, protocol)) not in new]
     write_json(path, {"records": [*others, *records]}, run=run)
+
+
+def log_evaluation(run: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Add records to the summary of the W&B run in which a run was logged, if it was."""
+    known = RunFolder(run).manifest.get("wandb")
+    if not known:
+        return
+    from gprune.runs.wandb_runs import taken_up
+
+    with taken_up(run, known) as tracked:
+        if tracked is not None:
+            tracked.summary.update(evaluation_numbers(records))
+
+
+def evaluation_numbers(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy by `<row>/<task>/acc` and so on, perplexity by `<row>/<task>/<seq_len>/perplexity`.
+
+    `<row>` is `final` for the run's own model, `rows/dense` for the dense one.
+    """
+    flat = {}
+    for r in records:
+        place = "rows/dense" if r["stage"] == "dense" else "final"
+        task = f"{key_part(r['task'])}/{r['seq_len']}" if r["kind"] == "perplexity" else key_part(r["task"])
+        names = [name for name in NUMBERS if r.get(name) is not None]
+        flat |= {f"{place}/{task}/{name}": r[name] for name in names}
+    return flat

@@ -203,12 +203,17 @@ def summarise(
         pictures = write_figures(run.folder / "figures", records, modules, masks)
     columns = ["stage", "recovery", "corpus", "seen", "perplexity", "nll", "tokens"]
     steps = run.folder.manifest["steps"]
+    numbers = run_numbers(records, summary, steps, run.cfg.own_row)
     with dispensable("its results in the tracker", "metrics.json has them"):
         tracking.log_table(run.loggers, "perplexity", [{c: r[c] for c in columns} for r in records])
-        tracking.log_numbers(run.loggers, run_numbers(records, summary, steps, run.cfg.own_row))
+        tracking.log_numbers(run.loggers, numbers)
         tracking.log_images(run.loggers, pictures)
     # Last: a run whose metrics.json has a summary, and all rows, is finished, and is not logged again.
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
+    ratios = {name: value for name, value in numbers.items() if name.startswith(("final/", "sparsity_of"))}
+    about = {"model": model_label(run.cfg.model.name), "run": run.cfg.run_name, "budget": run.cfg.sparsity.target}
+    with dispensable("artifacts", "its folder has what they hold"):
+        tracking.log_artifacts(run.loggers, run.folder.path, run.cfg.logging.artifacts, about | ratios)
     return summary
 
 

@@ -25,7 +25,6 @@ from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline.run import Run
 from gprune.recoveries import Material, recovery_of
 from gprune.recoveries.contract import Revise, tuned
-from gprune.runs.results import row_name
 from gprune.stages.callbacks import DevelopmentCurve
 from gprune.storage.files import content_hash
 
@@ -147,7 +146,7 @@ def fit_once(run: Run, path: str, row: Stage) -> Callable[..., None]:
             run.fit(
                 name, what, stage, run.text.fresh or [run.text.train[corpus] for corpus in c.recover],
                 batch_size=batch_size, max_epochs=1, gradient_clip_val=clip, accumulate_grad_batches=accumulate,
-                callbacks=[curve] if hasattr(stage, "student") else [], strategy=strategy, row=row_name(*row),
+                callbacks=[curve] if hasattr(stage, "student") else [], strategy=strategy, row=row[0],
             )  # fmt: skip
             learned = {key: value.detach().cpu().clone() for key, value in stage.state_dict().items()}
             run.folder.write(name, learned)

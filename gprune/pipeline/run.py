@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -28,7 +28,7 @@ from gprune.pipeline.plan import Plan, check
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
 from gprune.runs.progress import StageBar
-from gprune.runs.tracking import about, of_row, tracking
+from gprune.runs.tracking import about, identities, of_row, tracking
 from gprune.runs.trainer import PROFILERS, multiplying, plain_interrupts
 from gprune.runs.user_callbacks import UserCallbacks, Witness, name_callback
 from gprune.screen import Screen
@@ -214,10 +214,14 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
             meter.close()
 
 
-def _loggers(cfg: RunConfig, folder: RunFolder) -> AbstractContextManager[list[Logger]]:
+@contextmanager
+def _loggers(cfg: RunConfig, folder: RunFolder) -> Iterator[list[Logger]]:
     """The loggers of a run; none for one that is finished, which is read and not logged again."""
     if folder.finished:
-        return nullcontext([])
+        yield []
+        return
     # Sittings at a run are one run of W&B's.
     id = key_of(run=folder.key, name=cfg.run_name)[:12]
-    return tracking(folder.path, cfg.logging, id=id, **about(cfg))
+    with tracking(folder.path, cfg.logging, id=id, **about(cfg)) as loggers:
+        folder.update_manifest(**identities(loggers))
+        yield loggers

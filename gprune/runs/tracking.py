@@ -1,4 +1,4 @@
-"""CSV, and Weights & Biases or TensorBoard: the loggers of all stages of a run, and the axes of its curves."""
+"""CSV, and Weights & Biases or TensorBoard: the loggers of all stages of a run, and what they are told."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import logging as messages
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.image import imread
 
 from gprune.config import LoggingConfig, RunConfig
-from gprune.console import no_interrupts
-from gprune.errors import UserError, first_line
+from gprune.errors import first_line
+from gprune.runs.wandb_runs import draw, identity, log_artifact, wandb_run
 
 log = messages.getLogger("gprune")
-# metric pattern -> its x axis. Lightning restarts its step in every stage, so each stage has an axis of its own.
-# Those of recoveries are added by `of_row`.
-AXES = {
-    "development/*": "development/tokens",
-    "partition/*": "trainer/global_step",
-    "learn/*": "learn/tokens",
-    "curve/*": "curve/sparsity",
-    "modules/*": "modules/index",
-}
-UPLOAD_SECONDS = 600  # that the end of a run waits for W&B; what is left lies in the folder for `wandb sync`
 
 
 class _OfRow:
@@ -94,62 +85,6 @@ def tracking(folder: Path, logging: LoggingConfig, **about: Any) -> Iterator[lis
                 logger.save()  # what was logged after the last Trainer is still in memory
 
 
-@contextmanager
-def wandb_run(
-    folder: Path | str, logging: LoggingConfig, *, id: str, name: str, group: str, job_type: str, tags: Sequence[str],
-    config: Mapping[str, Any],
-) -> Iterator[Any]:  # fmt: skip
-    """A run of W&B, finished when the context is left; or the one that is open, which stays open.
-
-    Flags of `logging` come first, then W&B's variables ($WANDB_NAME and so on), then the arguments. An open run keeps
-    its name, group and tags, and gets the configuration as `gprune`.
-
-    Args:
-        folder: W&B writes into `wandb/` in it, unless $WANDB_DIR says where.
-        logging: the flags of `--logging`.
-        id: equal ids are one run, also in several files: `wandb sync` puts them together.
-        config: settings, nested.
-
-    Yields:
-        wandb.Run, or None: with another tracker, in other processes than the first, and where W&B cannot start.
-
-    Raises:
-        UserError: online without an account.
-    """
-    if logging.resolved_tracker != "wandb" or rank_zero_only.rank != 0:
-        yield None
-        return
-    if wandb.run is not None:
-        wandb.run.config.update({"gprune": dict(config)}, allow_val_change=True)
-        yield _with_axes(wandb.run)
-        return
-    known = os.environ.get
-    own_tags = logging.tags or list(filter(None, known("WANDB_TAGS", "").split(",")))
-    run = _started(
-        # mode=, not offline=True, which leaves WANDB_MODE set in the process for whoever comes next.
-        mode=logging.resolved_mode,
-        dir=known("WANDB_DIR") or folder,
-        project=logging.project or known("WANDB_PROJECT") or "gprune",
-        name=logging.name or known("WANDB_NAME") or name,
-        group=logging.group or known("WANDB_RUN_GROUP") or group,
-        job_type=job_type,
-        tags=list(dict.fromkeys(tag[:64] for tag in (*tags, *own_tags))),  # as long as W&B has them
-        config=dict(config),
-        id=id,
-        resume="allow",  # offline it is noted for `wandb sync`
-        settings=wandb.Settings(silent=True, console="off", finish_timeout=UPLOAD_SECONDS),
-    )
-    exit_code = 1
-    try:
-        yield run and _with_axes(run)
-        exit_code = 0
-    finally:
-        if run is not None:
-            # Offline it takes a second, in which a second Ctrl-C would get a line of W&B's.
-            with no_interrupts() if run.offline else nullcontext():
-                run.finish(exit_code=exit_code)
-
-
 def about(cfg: RunConfig) -> dict[str, Any]:
     """What `wandb_run` is told of a run with these settings, but for its id."""
     s = cfg.sparsity
@@ -160,6 +95,12 @@ def about(cfg: RunConfig) -> dict[str, Any]:
         "tags": [cfg.importance, s.scope, s.allocation, cfg.partition.method, f"target {s.target:g}"],
         "config": cfg.resolved(),
     }
+
+
+def identities(loggers: Sequence[Logger]) -> dict[str, Any]:
+    """What of a tracker's run a manifest holds, so that it can be taken up: `wandb`, if it is logged there."""
+    runs = [logger.experiment for logger in loggers if isinstance(logger, _Wandb)]
+    return {"wandb": identity(runs[0])} if runs else {}
 
 
 def key_part(name: str) -> str:
@@ -183,8 +124,8 @@ def of_row(loggers: Sequence[Logger], row: str, stage: str) -> Iterator[None]:
     for logger in loggers:
         logger.row = key_part(row)
         if row and isinstance(logger, _Wandb):
-            axis = of_this_row(f"{stage}/tokens", logger.row)
-            logger.tell(lambda run, axis=axis: _draw(run, f"{axis.removesuffix('tokens')}*", axis))
+            curves = of_this_row(f"{stage}/", logger.row)
+            logger.tell(partial(draw, pattern=f"{curves}*", axis=f"{curves}tokens"))
     try:
         yield
     finally:
@@ -192,36 +133,10 @@ def of_row(loggers: Sequence[Logger], row: str, stage: str) -> Iterator[None]:
             logger.row = ""
 
 
-def _started(mode: str, **settings: Any) -> Any:
-    """A run of W&B; one that cannot reach the server is written offline. None where that fails too."""
-    try:
-        return wandb.init(mode=mode, **settings)
-    except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
-        advice = "log in with `wandb login`, or use --logging.mode offline"
-        raise UserError(f"W&B could not start a run ({first_line(error)}); {advice}.") from error
-    except (wandb.errors.Error, OSError) as error:
-        wandb.teardown()  # it would take the id for one that is in use
-        instead = "the run is logged offline, for `wandb sync`" if mode == "online" else "the run goes on without it"
-        log.warning("W&B could not start a run (%s); %s.", first_line(error), instead)
-        return _started("offline", **settings) if mode == "online" else None
-
-
-def _with_axes(run: Any) -> Any:
-    """The run, told what each curve is drawn against."""
-    for pattern, axis in AXES.items():
-        _draw(run, pattern, axis)
-    return run
-
-
-def _draw(run: Any, pattern: str, axis: str) -> None:
-    run.define_metric(axis, hidden=True)
-    run.define_metric(pattern, step_metric=axis)
-
-
 def how_to_look(folder: Path, tracker: str) -> str:
-    """The command that shows the curves of a run, without an account."""
-    if tracker == "wandb" and (latest := folder / "wandb" / "latest-run").exists():
-        return f"`wandb leet run {latest}` shows them in the terminal"
+    """The command that shows the curves of a run, of all sittings at it, without an account."""
+    if tracker == "wandb" and (written := Path(os.environ.get("WANDB_DIR") or folder) / "wandb").exists():
+        return f"`wandb leet run {written}` shows them in the terminal"
     if tracker == "tensorboard" and (events := folder / "tensorboard").exists():
         return f"`tensorboard --logdir {events}` shows them"
     return f"{folder / 'csv'} has them"
@@ -266,3 +181,18 @@ def log_numbers(loggers: Sequence[Logger], numbers: Mapping[str, float]) -> None
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.tell(lambda run: run.summary.update(dict(numbers)))
+
+
+@rank_zero_only
+def log_artifacts(loggers: Sequence[Logger], folder: Path, kinds: Sequence[str], metadata: dict[str, Any]) -> None:
+    """The run folder as artifacts of W&B, with or without the model: what `gprune.load_run` reads.
+
+    Args:
+        kinds: masks, model. Runs of one dense model are versions of one artifact, such as `smollm2-135m-masks`.
+        metadata: `model`, and what tells versions apart.
+    """
+    for logger in loggers:
+        if isinstance(logger, _Wandb):
+            for kind in kinds:
+                name = key_part(f"{metadata['model']}-{kind}")
+                logger.tell(partial(log_artifact, folder=folder, name=name, kind=kind, metadata=metadata))

@@ -246,7 +246,7 @@ FLAGS = (
 )
 ALONE = ("--gprune=false", "--evaluation.controls=[]", "--export=none")
 OFTEN = "--run.checkpoint_minutes=0"
-CURVES = "distill/base_least_squares_distill"
+CURVES = "distill/base"
 
 
 def learned(run) -> dict[str, torch.Tensor]:

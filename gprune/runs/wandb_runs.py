@@ -1,0 +1,175 @@
+"""Runs of Weights & Biases: begun, taken up again, told the axes of their curves, and given artifacts."""
+
+from __future__ import annotations
+
+import logging as messages
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.pytorch.utilities import rank_zero_only
+
+from gprune.config import LoggingConfig
+from gprune.console import no_interrupts
+from gprune.errors import UserError, first_line
+from gprune.storage.cache import cache_dir
+
+log = messages.getLogger("gprune")
+# metric pattern -> its x axis. Lightning restarts its step in every stage, so each stage has an axis of its own.
+# Those of recoveries are added by `of_row`.
+AXES = {
+    "development/*": "development/tokens",
+    "partition/*": "trainer/global_step",
+    "learn/*": "learn/tokens",
+    "curve/*": "curve/sparsity",
+    "modules/*": "modules/index",
+}
+_FOLDER = ("*.json", "config.yaml", "*.safetensors", "masks/*", "statistics/*")
+ARTIFACTS = {"masks": _FOLDER, "model": (*_FOLDER, "model/**/*")}  # by kind: files of a run folder
+UPLOAD_SECONDS = 600  # that the end of a run waits for W&B; what is left lies in the folder for `wandb sync`
+
+
+@contextmanager
+def wandb_run(
+    folder: Path | str, logging: LoggingConfig, *, id: str, name: str, group: str, job_type: str, tags: Sequence[str],
+    config: Mapping[str, Any],
+) -> Iterator[Any]:  # fmt: skip
+    """A run of W&B, finished when the context is left; or the one that is open, which stays open.
+
+    Flags of `logging` come first, then W&B's variables ($WANDB_NAME and so on), then the arguments. An open run keeps
+    its name, group and tags, and gets the configuration as `gprune`.
+
+    Args:
+        folder: W&B writes into `wandb/` in it, unless $WANDB_DIR says where.
+        logging: the flags of `--logging`.
+        id: equal ids are one run, also in several files: `wandb sync` puts them together.
+        config: settings, nested.
+
+    Yields:
+        wandb.Run, or None: with another tracker, in other processes than the first, and where W&B cannot start.
+
+    Raises:
+        UserError: online without an account.
+    """
+    if logging.resolved_tracker != "wandb" or rank_zero_only.rank != 0:
+        yield None
+        return
+    if wandb.run is not None:
+        wandb.run.config.update({"gprune": dict(config)}, allow_val_change=True)
+        yield _with_axes(wandb.run)
+        return
+    known = os.environ.get
+    own_tags = logging.tags or list(filter(None, known("WANDB_TAGS", "").split(",")))
+    with _begun(
+        folder,
+        # mode=, not offline=True, which leaves WANDB_MODE set in the process for whoever comes next.
+        mode=logging.resolved_mode,
+        project=logging.project or known("WANDB_PROJECT") or "gprune",
+        name=logging.name or known("WANDB_NAME") or name,
+        group=logging.group or known("WANDB_RUN_GROUP") or group,
+        job_type=job_type,
+        tags=list(dict.fromkeys(tag[:64] for tag in (*tags, *own_tags))),  # as long as W&B has them
+        config=dict(config),
+        id=id,
+    ) as run:
+        yield run and _with_axes(run)
+
+
+def identity(run: wandb.Run) -> dict[str, Any]:
+    """What `taken_up` has to know of a run."""
+    names = ("id", "project", "entity", "name", "group", "job_type")
+    return {name: getattr(run, name) or None for name in names} | {"mode": "offline" if run.offline else "online"}
+
+
+@contextmanager
+def taken_up(folder: Path, known: Mapping[str, Any]) -> Iterator[wandb.Run | None]:
+    """A run of W&B that has been finished, by its `identity`, to add to it; the one that is open where that is it.
+
+    Online it is resumed. Offline another file with its id is written beside the others, and `wandb sync` puts them
+    together. `wandb/latest-run` stays where it was.
+    """
+    if wandb.run is not None and wandb.run.id == known["id"]:
+        yield wandb.run
+        return
+    latest = Path(os.environ.get("WANDB_DIR") or folder) / "wandb" / "latest-run"
+    before = os.readlink(latest) if latest.is_symlink() else None
+    mode = os.environ.get("WANDB_MODE") or known["mode"]
+    with _begun(folder, reinit="create_new", **known | {"mode": mode}) as run:  # beside one that may be open
+        if before is not None and before != os.readlink(latest):
+            latest.unlink()
+            latest.symlink_to(before)
+        yield run
+
+
+@contextmanager
+def _begun(folder: Path | str, **settings: Any) -> Iterator[wandb.Run | None]:
+    """A run of our own, finished when the context is left."""
+    run = _started(
+        dir=os.environ.get("WANDB_DIR") or folder,
+        resume="allow",  # offline it is noted for `wandb sync`
+        settings=wandb.Settings(silent=True, console="off", finish_timeout=UPLOAD_SECONDS),
+        **settings,
+    )
+    exit_code = 1
+    try:
+        yield run
+        exit_code = 0
+    finally:
+        if run is not None:
+            # Offline it takes a second, in which a second Ctrl-C would get a line of W&B's.
+            with no_interrupts() if run.offline else nullcontext():
+                run.finish(exit_code=exit_code)
+
+
+def _started(mode: str, **settings: Any) -> Any:
+    """A run of W&B; one that cannot reach the server is written offline. None where that fails too."""
+    try:
+        return wandb.init(mode=mode, **settings)
+    except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+        advice = "log in with `wandb login`, or use --logging.mode offline"
+        raise UserError(f"W&B could not start a run ({first_line(error)}); {advice}.") from error
+    except (wandb.errors.Error, OSError) as error:
+        wandb.teardown()  # it would take the id for one that is in use
+        instead = "the run is logged offline, for `wandb sync`" if mode == "online" else "the run goes on without it"
+        log.warning("W&B could not start a run (%s); %s.", first_line(error), instead)
+        return _started("offline", **settings) if mode == "online" else None
+
+
+def _with_axes(run: Any) -> Any:
+    """The run, told what each curve is drawn against."""
+    for pattern, axis in AXES.items():
+        draw(run, pattern, axis)
+    return run
+
+
+def draw(run: Any, pattern: str, axis: str) -> None:
+    run.define_metric(axis, hidden=True)
+    run.define_metric(pattern, step_metric=axis)
+
+
+def log_artifact(run: wandb.Run, folder: Path, name: str, kind: str, metadata: dict[str, Any]) -> None:
+    """A run folder as a version of an artifact; tensors are read from where they lie when they are uploaded."""
+    artifact = wandb.Artifact(name, type=kind, metadata=metadata)
+    for path in sorted(path for name in ARTIFACTS[kind] for path in folder.glob(name) if path.is_file()):
+        policy = "immutable" if path.suffix == ".safetensors" else "mutable"
+        artifact.add_file(str(path), name=str(path.relative_to(folder)), policy=policy, skip_cache=True)
+    run.log_artifact(artifact)
+
+
+def downloaded(name: str) -> Path:
+    """The folder of an artifact, by `entity/project/artifact:version`, in the cache.
+
+    Raises:
+        UserError: without an account, network, or such an artifact.
+    """
+    try:
+        artifact = wandb.Api().artifact(name)
+        return Path(artifact.download(root=str(cache_dir() / "artifacts" / artifact.digest)))
+    except (wandb.errors.Error, ValueError, OSError) as error:
+        raise UserError(
+            f"wandb:{name}: expected an artifact, as wandb:entity/project/artifact:version, and an account that may "
+            f"read it (`wandb login`): {first_line(error)}"
+        ) from error
