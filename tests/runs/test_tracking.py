@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections import defaultdict
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import wandb
 
+from gprune.benchmarks.measurement import log_evaluation
 from gprune.config import LoggingConfig
 from gprune.config import running as config
+from gprune.config.parse import parse
 from gprune.errors import UserError
-from gprune.runs.tracking import how_to_look, tracking
+from gprune.pipeline.prune import prune
+from gprune.runs.results import load_run
+from gprune.runs.tracking import how_to_look, log_numbers, log_scalars, tracking
+from gprune.runs.wandb_runs import wandb_run
 from tests import tiny_run, tracked
 
 
@@ -29,6 +37,7 @@ def told(world, tmp_path_factory):
     """A run that says offline although the environment says disabled, the flag wins; and what W&B's file has of it."""
     runs = tmp_path_factory.mktemp("runs")
     flags = ["--logging.mode=offline", "--logging.group=tiny", "--logging.tags=[ours]", "--sparsity.epochs=3"]
+    flags.append("--logging.artifacts=[masks,model]")
     with (
         pytest.MonkeyPatch.context() as patch,
         tiny_run.isolated(runs / "cache", WANDB_MODE="disabled"),
@@ -143,6 +152,123 @@ def test_wandb_knows_config_group_job_type_and_tags(told):
     assert told.exit_code == 0
 
 
+def test_an_artifact_is_what_load_run_reads(told, tmp_path):
+    """The files that W&B would upload, laid out as a download would."""
+    masks, model = (made for made in told.artifacts if made["type"] in ("masks", "model"))
+    assert [made["name"] for made in (masks, model)] == ["tiny-llama-masks", "tiny-llama-model"]
+    metadata = json.loads(masks["metadata"])
+    assert metadata["budget"] == 0.5
+    assert metadata["final/unseen_over_base"] == told.summary["final/unseen_over_base"]
+    for made in (masks, model):
+        for entry in made["manifest"]["contents"]:
+            path = tmp_path / made["type"] / entry["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(entry["local_path"], path)
+        loaded = load_run(tmp_path / made["type"])
+        assert loaded.masks == told.run.masks
+        assert loaded.records == told.run.records
+        assert (loaded.model is None) is (made is masks)
+
+
+def test_an_artifact_that_cannot_be_read_is_refused_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"^wandb:a/b/c:v0: expected an artifact, .*wandb login.*$"):
+        load_run("wandb:a/b/c:v0")
+
+
+def test_an_evaluation_is_in_the_run_that_it_is_of(told):
+    """Another file of the same run, which `wandb sync` puts together; `latest-run` is where the curves are."""
+    about = {"kind": "zero_shot", "task": "piqa", "acc": 0.5, "acc_norm": None, "acc_stderr": 0.1}
+    text = {"kind": "perplexity", "task": "wikitext2", "seq_len": 128, "perplexity": 9.0, "stage": "gprune"}
+    latest = os.readlink(told.run.path / "wandb/latest-run")
+    log_evaluation(told.run.path, [about | {"stage": "dense"}, about | {"stage": "gprune"}, text])
+    first, second = tracked.files(told.run.path)
+    assert first.name == second.name
+    found = tracked.read(second)
+    assert found.about["resume"]
+    assert {name: value for name, value in found.summary.items() if not name.startswith("_")} == {
+        "rows/dense/piqa/acc": 0.5, "rows/dense/piqa/acc_stderr": 0.1, "final/piqa/acc": 0.5,
+        "final/piqa/acc_stderr": 0.1, "final/wikitext2/128/perplexity": 9.0,
+    }  # fmt: skip
+    assert os.readlink(told.run.path / "wandb/latest-run") == latest
+    shutil.rmtree(second.parent)
+
+
+def environment(folder, **variables):
+    """Variables of W&B, without their prefix."""
+    return tiny_run.isolated(folder, **{f"WANDB_{name}": value for name, value in variables.items()})
+
+
+def test_variables_of_wandb_count_where_no_flag_does(tmp_path):
+    variables = {"PROJECT": "p", "NAME": "n", "TAGS": "x,y", "RUN_GROUP": "g", "DIR": str(tmp_path), "ENTITY": "e"}
+    about = {"id": "abc", "name": "ours", "group": "ours", "job_type": "j", "tags": ["t"], "config": {}}
+    for flags, expected in (
+        ({}, ["p", "n", "g", ["t", "x", "y"], "e"]),
+        ({"project": "q", "name": "m", "group": "h", "tags": ["z"]}, ["q", "m", "h", ["t", "z"], "e"]),
+    ):
+        wandb.teardown()  # a process reads the environment once
+        with environment(tmp_path, **variables), wandb_run(tmp_path / "elsewhere", LoggingConfig(**flags), **about):
+            pass
+        told = tracked.read(tracked.files(tmp_path)[-1]).about
+        assert [told[name] for name in ("project", "display_name", "run_group", "tags", "entity")] == expected
+    wandb.teardown()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_an_open_run_is_logged_into_and_stays_open_as_it_was(world, tmp_path, monkeypatch):
+    tiny_run.quick(monkeypatch)
+    with tiny_run.isolated(tmp_path / "cache"):
+        about = {"project": "mine", "mode": "offline", "config": {"model": "x"}, "dir": tmp_path / "mine"}
+        mine = wandb.init(**about, settings=wandb.Settings(silent=True))
+        mine.log({"loss": 2.0})
+        args = world.args(tmp_path, "--recovery=[distill]", "--distill.tokens=192", "--gprune=false")
+        result = prune(parse([a for a in args if not a.startswith("--logging")]))
+        assert wandb.run is mine
+        mine.log({"loss": 1.0})
+        mine.finish()
+    assert not (result.path / "wandb").exists()
+    told = tracked.read(*tracked.files(tmp_path))
+    assert [row["loss"] for row in told.history if "loss" in row] == [2, 1]
+    assert [row["_step"] for row in told.history] == list(range(len(told.history)))
+    assert (told.about["project"], told.about.get("run_group"), told.about.get("tags")) == ("mine", None, None)
+    assert (told.config["model"], told.config["gprune"]["importance"]) == ("x", "wanda_sp")
+    assert not any(fnmatch(name, pattern) for pattern in told.axes for name in ("loss", "epoch"))
+    assert told.axes["distill/base/*"] == "distill/base/tokens"
+    assert told.summary["final/unseen"] == result.summary["geometric_means"]["base + distill"]["unseen"]
+
+
+@pytest.mark.slow
+def test_a_tracker_that_is_lost_in_the_middle_costs_a_line(start, tmp_path, caplog):
+    with start("wandb") as loggers:
+        log_scalars(loggers, {"a": 1.0}, step=0)
+        for child in psutil.Process().children(recursive=True):
+            if "wandb-core" in child.name():
+                child.kill()
+                child.wait()
+        for step in range(1, 4):
+            log_scalars(loggers, {"a": 1.0}, step=step)
+        log_numbers(loggers, {"final/a": 2.0})
+    wandb.teardown()
+    assert len(pd.read_csv(tmp_path / "csv/version_0/metrics.csv")) == 4
+    (line,) = [record.message for record in caplog.records if record.name == "gprune"]
+    assert "W&B is lost" in line
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_be_reached_makes_a_run_offline(tmp_path, caplog):
+    variables = {"API_KEY": 40 * "a", "BASE_URL": "http://127.0.0.1:9", "INIT_TIMEOUT": "2", "MODE": "online"}
+    about = {"id": "abc", "name": "n", "group": "g", "job_type": "j", "tags": [], "config": {}}
+    wandb.teardown()
+    with environment(tmp_path, **variables), wandb_run(tmp_path, LoggingConfig(), **about) as run:
+        run.log({"a": 1})
+    wandb.teardown()
+    assert tracked.read(tracked.files(tmp_path)[-1]).summary["a"] == 1
+    (line,) = [record.message for record in caplog.records if record.name == "gprune"]
+    assert "the run is logged offline, for `wandb sync`" in line
+
+
 def test_offline_is_the_default_and_the_environment_is_heard(world, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     args = [a for a in world.args(tmp_path, "--gprune=false") if not a.startswith("--logging")]
@@ -176,10 +302,8 @@ def test_the_command_that_shows_the_curves_names_what_is_there(start, tmp_path):
     with start("wandb"):
         pass
     command = how_to_look(tmp_path, "wandb").split("`")[1]
-    assert command.startswith("wandb leet run ")
-    (file,) = (tmp_path / "wandb/latest-run").glob("*.wandb")
-    assert file.read_bytes().startswith(b":W&B")
-    assert command.endswith(str(tmp_path / "wandb/latest-run"))
+    assert command == f"wandb leet run {tmp_path / 'wandb'}"
+    assert len(tracked.files(tmp_path / "wandb")) == 1
 
 
 def test_tensorboard_is_asked_for_before_anything_begins(monkeypatch):
