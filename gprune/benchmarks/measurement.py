@@ -96,26 +96,20 @@ def keep(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = Non
 
 
 def log_evaluation(run: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Add records to the summary of the W&B run in which a run was logged, if it was."""
-    known = RunFolder(run).manifest.get("wandb")
-    if not known:
+    """Add records to the summary of the W&B run in which a run was logged, if it was.
+
+    `final/<task>/acc` and so on are of the run's own model, `rows/dense/<task>/...` of the dense one; a perplexity has
+    the length of its windows behind the task.
+    """
+    if not (known := RunFolder(run).manifest.get("wandb")):
         return
     from gprune.runs.wandb_runs import taken_up
 
-    with taken_up(run, known) as tracked:
-        if tracked is not None:
-            tracked.summary.update(evaluation_numbers(records))
-
-
-def evaluation_numbers(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Accuracy by `<row>/<task>/acc` and so on, perplexity by `<row>/<task>/<seq_len>/perplexity`.
-
-    `<row>` is `final` for the run's own model, `rows/dense` for the dense one.
-    """
-    flat = {}
+    numbers = {}
     for r in records:
         place = "rows/dense" if r["stage"] == "dense" else "final"
         task = f"{key_part(r['task'])}/{r['seq_len']}" if r["kind"] == "perplexity" else key_part(r["task"])
-        names = [name for name in NUMBERS if r.get(name) is not None]
-        flat |= {f"{place}/{task}/{name}": r[name] for name in names}
-    return flat
+        numbers |= {f"{place}/{task}/{name}": r[name] for name in NUMBERS if r.get(name) is not None}
+    with taken_up(run, known) as tracked:
+        if tracked is not None:
+            tracked.summary.update(numbers)

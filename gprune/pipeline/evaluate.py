@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -211,7 +212,8 @@ def summarise(
     # Last: a run whose metrics.json has a summary, and all rows, is finished, and is not logged again.
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
     ratios = {name: value for name, value in numbers.items() if name.startswith(("final/", "sparsity_of"))}
-    about = {"model": model_label(run.cfg.model.name), "run": run.cfg.run_name, "budget": run.cfg.sparsity.target}
+    model = os.path.basename(os.path.normpath(run.cfg.model.name))
+    about = {"model": model, "run": run.cfg.run_name, "budget": run.cfg.sparsity.target}
     with dispensable("artifacts", "its folder has what they hold"):
         tracking.log_artifacts(run.loggers, run.folder.path, run.cfg.logging.artifacts, about | ratios)
     return summary

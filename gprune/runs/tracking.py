@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from matplotlib.image import imread
 
 from gprune.config import LoggingConfig, RunConfig
 from gprune.errors import first_line
-from gprune.runs.wandb_runs import draw, identity, log_artifact, wandb_run
+from gprune.runs.wandb_runs import draw, wandb_run
 
 log = messages.getLogger("gprune")
+FOLDER = ("*.json", "config.yaml", "*.safetensors", "masks/*", "statistics/*")  # what `load_run` reads, but the model
 
 
 class _OfRow:
@@ -97,10 +99,12 @@ def about(cfg: RunConfig) -> dict[str, Any]:
     }
 
 
-def identities(loggers: Sequence[Logger]) -> dict[str, Any]:
-    """What of a tracker's run a manifest holds, so that it can be taken up: `wandb`, if it is logged there."""
-    runs = [logger.experiment for logger in loggers if isinstance(logger, _Wandb)]
-    return {"wandb": identity(runs[0])} if runs else {}
+def identity(loggers: Sequence[Logger]) -> dict[str, Any] | None:
+    """What `taken_up` has to know of the run of W&B, if there is one."""
+    names = ("id", "project", "entity", "name", "group", "job_type")
+    for run in (logger.experiment for logger in loggers if isinstance(logger, _Wandb)):
+        return {name: getattr(run, name) or None for name in names} | {"mode": "offline" if run.offline else "online"}
+    return None
 
 
 def key_part(name: str) -> str:
@@ -124,8 +128,8 @@ def of_row(loggers: Sequence[Logger], row: str, stage: str) -> Iterator[None]:
     for logger in loggers:
         logger.row = key_part(row)
         if row and isinstance(logger, _Wandb):
-            curves = of_this_row(f"{stage}/", logger.row)
-            logger.tell(partial(draw, pattern=f"{curves}*", axis=f"{curves}tokens"))
+            curves = f"{stage}/{logger.row}"
+            logger.tell(partial(draw, axes={f"{curves}/*": f"{curves}/tokens"}))
     try:
         yield
     finally:
@@ -191,8 +195,12 @@ def log_artifacts(loggers: Sequence[Logger], folder: Path, kinds: Sequence[str],
         kinds: masks, model. Runs of one dense model are versions of one artifact, such as `smollm2-135m-masks`.
         metadata: `model`, and what tells versions apart.
     """
-    for logger in loggers:
-        if isinstance(logger, _Wandb):
-            for kind in kinds:
-                name = key_part(f"{metadata['model']}-{kind}")
-                logger.tell(partial(log_artifact, folder=folder, name=name, kind=kind, metadata=metadata))
+    for logger in (logger for logger in loggers if isinstance(logger, _Wandb)):
+        for kind in kinds:
+            artifact = wandb.Artifact(key_part(f"{metadata['model']}-{kind}"), type=kind, metadata=metadata)
+            patterns = FOLDER if kind == "masks" else (*FOLDER, "model/**/*")
+            for path in sorted(path for name in patterns for path in folder.glob(name) if path.is_file()):
+                # Tensors are uploaded from where they lie; of what may be written again there is a copy.
+                policy = "immutable" if path.suffix == ".safetensors" else "mutable"
+                artifact.add_file(str(path), name=str(path.relative_to(folder)), policy=policy, skip_cache=True)
+            logger.tell(methodcaller("log_artifact", artifact))

@@ -1,11 +1,11 @@
-"""Runs of Weights & Biases: begun, taken up again, told the axes of their curves, and given artifacts."""
+"""Runs of Weights & Biases: begun, taken up again, told the axes of their curves; and their artifacts, read."""
 
 from __future__ import annotations
 
 import logging as messages
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,6 @@ AXES = {
     "curve/*": "curve/sparsity",
     "modules/*": "modules/index",
 }
-_FOLDER = ("*.json", "config.yaml", "*.safetensors", "masks/*", "statistics/*")
-ARTIFACTS = {"masks": _FOLDER, "model": (*_FOLDER, "model/**/*")}  # by kind: files of a run folder
 UPLOAD_SECONDS = 600  # that the end of a run waits for W&B; what is left lies in the folder for `wandb sync`
 
 
@@ -59,7 +57,7 @@ def wandb_run(
         return
     if wandb.run is not None:
         wandb.run.config.update({"gprune": dict(config)}, allow_val_change=True)
-        yield _with_axes(wandb.run)
+        yield draw(wandb.run, AXES)
         return
     known = os.environ.get
     own_tags = logging.tags or list(filter(None, known("WANDB_TAGS", "").split(",")))
@@ -75,21 +73,18 @@ def wandb_run(
         config=dict(config),
         id=id,
     ) as run:
-        yield run and _with_axes(run)
-
-
-def identity(run: wandb.Run) -> dict[str, Any]:
-    """What `taken_up` has to know of a run."""
-    names = ("id", "project", "entity", "name", "group", "job_type")
-    return {name: getattr(run, name) or None for name in names} | {"mode": "offline" if run.offline else "online"}
+        yield run and draw(run, AXES)
 
 
 @contextmanager
 def taken_up(folder: Path, known: Mapping[str, Any]) -> Iterator[wandb.Run | None]:
-    """A run of W&B that has been finished, by its `identity`, to add to it; the one that is open where that is it.
+    """A run of W&B that has been finished, to add to it; the one that is open where that is it.
 
     Online it is resumed. Offline another file with its id is written beside the others, and `wandb sync` puts them
     together. `wandb/latest-run` stays where it was.
+
+    Args:
+        known: `wandb` of the manifest.
     """
     if wandb.run is not None and wandb.run.id == known["id"]:
         yield wandb.run
@@ -121,7 +116,17 @@ def _begun(folder: Path | str, **settings: Any) -> Iterator[wandb.Run | None]:
         if run is not None:
             # Offline it takes a second, in which a second Ctrl-C would get a line of W&B's.
             with no_interrupts() if run.offline else nullcontext():
-                run.finish(exit_code=exit_code)
+                _finish(run, exit_code)
+
+
+def _finish(run: wandb.Run, exit_code: int) -> None:
+    try:
+        run.finish(exit_code=exit_code)
+    except Exception as error:  # its service has died
+        log.info("W&B could not finish its run (%s).", first_line(error))
+        with suppress(Exception):  # or it would be asked again
+            wandb.teardown()
+        wandb.run = None
 
 
 def _started(mode: str, **settings: Any) -> Any:
@@ -138,25 +143,12 @@ def _started(mode: str, **settings: Any) -> Any:
         return _started("offline", **settings) if mode == "online" else None
 
 
-def _with_axes(run: Any) -> Any:
-    """The run, told what each curve is drawn against."""
-    for pattern, axis in AXES.items():
-        draw(run, pattern, axis)
+def draw(run: wandb.Run, axes: Mapping[str, str]) -> wandb.Run:
+    """The run, told what its curves are drawn against."""
+    for pattern, axis in axes.items():
+        run.define_metric(axis, hidden=True)
+        run.define_metric(pattern, step_metric=axis)
     return run
-
-
-def draw(run: Any, pattern: str, axis: str) -> None:
-    run.define_metric(axis, hidden=True)
-    run.define_metric(pattern, step_metric=axis)
-
-
-def log_artifact(run: wandb.Run, folder: Path, name: str, kind: str, metadata: dict[str, Any]) -> None:
-    """A run folder as a version of an artifact; tensors are read from where they lie when they are uploaded."""
-    artifact = wandb.Artifact(name, type=kind, metadata=metadata)
-    for path in sorted(path for name in ARTIFACTS[kind] for path in folder.glob(name) if path.is_file()):
-        policy = "immutable" if path.suffix == ".safetensors" else "mutable"
-        artifact.add_file(str(path), name=str(path.relative_to(folder)), policy=policy, skip_cache=True)
-    run.log_artifact(artifact)
 
 
 def downloaded(name: str) -> Path:
