@@ -250,7 +250,7 @@ def test_a_tracker_that_is_lost_in_the_middle_costs_a_line(start, tmp_path, capl
         for step in range(1, 4):
             log_scalars(loggers, {"a": 1.0}, step=step)
         log_numbers(loggers, {"final/a": 2.0})
-    assert len(pd.read_csv(tmp_path / "csv/version_0/metrics.csv")) == 4
+    assert len(pd.read_csv(tmp_path / "csv/version_0/metrics.csv")) == 5
     (line,) = [record.message for record in caplog.records if record.name == "gprune" and record.levelname == "WARNING"]
     assert "W&B is lost" in line
     assert wandb.run is None
