@@ -84,9 +84,9 @@ def test_flags_that_pages_name_exist(page):
         "--options.sgd.momentum",
         *re.findall(flag, PAGES["docs/flags.md"]),
     }
-    of_others = "--work --fetch --small --reference --array --wrap --minutes --check --trust-remote-code"
+    others = "--work --fetch --small --reference --array --wrap --minutes --check --trust-remote-code --summary --json"
     text = re.sub(r"^#SBATCH.*", "", PAGES[page], flags=re.M)
-    assert set(re.findall(flag, text)) - known - set(of_others.split()) == set()
+    assert set(re.findall(flag, text)) - known - set(others.split()) == set()
 
 
 @pytest.mark.parametrize("page", PAGES)
