@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
@@ -50,7 +49,7 @@ class Screen:
             TextColumn(
                 "{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
             ),
-            BarColumn(bar_width=10),
+            BarColumn(bar_width=14),
             TextColumn("{task.fields[speed]}", "cyan", "right", table_column=Column(min_width=15, no_wrap=True)),
             _Left(table_column=Column(min_width=12, no_wrap=True)), console=console, expand=True, transient=True,
             disable=not console.is_terminal or console.is_jupyter or process_index() != 0,
@@ -112,18 +111,10 @@ class Screen:
 
 
 class _Bars(Progress):
-    """Bars that leave room for `^C^C`: a terminal would echo it on the next line, and one bar would never go."""
+    """Bars, and an empty line for `^C`: behind a full line its echo would take one more, and a bar would never go."""
 
-    def get_renderable(self) -> RenderableType:
-        return _Narrower(super().get_renderable())
-
-
-@dataclass
-class _Narrower:
-    bars: RenderableType
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from console.render(self.bars, options.update_width(options.max_width - 4))
+    def get_renderables(self) -> Iterable[RenderableType]:
+        return *super().get_renderables(), ""
 
 
 class _Left(ProgressColumn):

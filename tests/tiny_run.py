@@ -17,6 +17,7 @@ import socket
 import sys
 import tempfile
 import termios
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -284,6 +285,7 @@ def on_a_terminal(
         while part := os.read(screen, 65536):
             written += part
             if press is not None and press[0].encode() in written:
+                time.sleep(0.3)  # until the interpreter waits again
                 os.write(screen, press[1])
                 press = None
     os.close(screen)

@@ -58,7 +58,7 @@ OUR_FILES = re.compile(
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|tekken\.json|chat_template\.(jinja|json)"
 )
 TEMPLATES = "additional_chat_templates"  # a folder that tokenizers write
-DEFAULT_CARD = """---
+CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [pruned, gprune]
@@ -179,17 +179,15 @@ def save_pruned(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
     *,
-    model_card: str | None = None,
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write config, modelling file, weights, generation config, tokenizer and README.md, all or nothing.
+    """Write config, modelling file, weights, generation config, tokenizer and a short README.md, all or nothing.
 
     Args:
         model: as for `to_exportable`.
         tokenizer: saved along; None leaves it out.
         folder: must not exist, unless `overwrite` and it is a model folder.
-        model_card: text of README.md; a short default otherwise.
         overwrite: replace a model folder; the old one stays until the new one is complete.
         dtype: of the saved weights; None for that of each.
 
@@ -212,7 +210,7 @@ def save_pruned(
         (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
-        (new / "README.md").write_text(DEFAULT_CARD if model_card is None else model_card, encoding="utf-8")
+        (new / "README.md").write_text(CARD, encoding="utf-8")
     log.info("wrote %s", folder)
     return folder
 

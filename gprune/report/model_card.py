@@ -15,7 +15,7 @@ from gprune.corpora.load import corpus_labels
 from gprune.errors import one_line
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
 from gprune.report.records import result_table
-from gprune.report.table import in_code, in_markdown
+from gprune.report.table import in_markdown
 from gprune.runs.folder import RunFolder
 from gprune.storage.files import file_hashes, replacing
 from gprune.storage.reading import expanded
@@ -58,7 +58,7 @@ def model_card(
     # A path of this machine says nothing to others.
     label = in_markdown(one_line(folder.name if folder else model_label(cfg.model.name)))
     labels = corpus_labels([cfg.corpora.score, *cfg.roles["drift"], *(r["corpus"] for r in records)])
-    score, drift = labels[cfg.corpora.score], ", ".join(in_code(labels[corpus]) for corpus in cfg.roles["drift"])
+    score, drift = labels[cfg.corpora.score], ", ".join(in_markdown(labels[corpus]) for corpus in cfg.roles["drift"])
     drift = f"drift measured on {drift},\n" if drift else ""
     allocation = cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation
     return f"""---
@@ -68,7 +68,7 @@ def model_card(
 # {label}, structurally pruned
 
 {cfg.sparsity.target:.0%} of the parameters in scope `{cfg.sparsity.scope}` removed by {method}: importance
-`{cfg.importance}` scored on {in_code(score)}, {drift}allocation `{allocation}`{recovery}, seed {cfg.run.seed}.
+`{cfg.importance}` scored on {in_markdown(score)}, {drift}allocation `{allocation}`{recovery}, seed {cfg.run.seed}.
 Weights in {dtype or cfg.model.dtype}; pruned and measured in {cfg.model.dtype}.
 The method is our reading of GPrune-LLM (arXiv 2603.13418).
 

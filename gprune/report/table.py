@@ -159,12 +159,6 @@ def in_markdown(text: str) -> str:
     return MARKUP.sub(r"\\\g<0>", text)
 
 
-def in_code(text: str) -> str:
-    """Markdown that shows a name as code."""
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"`{text}`" if fence == "`" else f"{fence} {text} {fence}"
-
-
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns; the first row is the header, the first column text."""
     width = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]

@@ -36,7 +36,7 @@ def pristine(tmp_path_factory):
     """A finished run, as far as an export reads it."""
     run = tmp_path_factory.mktemp("runs") / "mine"
     made_up.write_run(run)
-    hf.save_pruned(make_pruned(), byte_tokenizer(), run / "model", model_card="# Mine\n")
+    hf.save_pruned(make_pruned(), byte_tokenizer(), run / "model")
     return run
 
 

@@ -262,10 +262,10 @@ def test_whole_blocks_of_a_reloaded_model_go_too_and_its_table_moves_along(tmp_p
 def test_tokenizer_templates_and_model_card_come_along(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
-    folder = hf.save_pruned(make_pruned(), tokenizer, tmp_path / "model", model_card="# Mine, by gprune\n")
+    folder = hf.save_pruned(make_pruned(), tokenizer, tmp_path / "model")
     words = f"{WORDS[1]} {WORDS[0]}"
     assert AutoTokenizer.from_pretrained(folder)(words).input_ids == tokenizer(words).input_ids
-    assert (folder / "README.md").read_text() == "# Mine, by gprune\n"
+    assert "per_layer_config" in (folder / "README.md").read_text()
     assert (folder / "generation_config.json").is_file()
     assert (folder / hf.TEMPLATES).is_dir()
     hf.save_pruned(make_pruned(), tokenizer, folder, overwrite=True)  # all of it is known as ours

@@ -27,7 +27,7 @@ def hub(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("x") / "model"
-    return hf.save_pruned(make_pruned(), byte_tokenizer(), folder, model_card="# Mine\n")
+    return hf.save_pruned(make_pruned(), byte_tokenizer(), folder)
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def test_a_run_is_whole_without_samples_figures_card_and_page(tmp_path, monkeypa
         world = tiny_run.make_world(tmp_path)
         args = world.args(tmp_path, "--gprune=false", "--evaluation.samples=1")
         whole = world.run(tmp_path, "--gprune=false", "--evaluation.samples=1")
-        page, card = ((whole.path / name).read_text() for name in ("report.html", "model/README.md"))
+        card = (whole.path / "model/README.md").read_text()
         (whole.path / "metrics.json").unlink()
         blocked = [whole.path / name for name in ("samples.json", "report.html", "figures")]
         for path in blocked:
@@ -97,9 +97,6 @@ def test_a_run_is_whole_without_samples_figures_card_and_page(tmp_path, monkeypa
         assert "<svg" in (whole.path / "report.html").read_text()
         assert tiny_run.main(args) == 0
     assert (whole.path / "samples.json").is_file()
-    seconds = re.compile(r"<td data-key=.*|<strong>.*")
-    assert seconds.sub("", (whole.path / "report.html").read_text()) == seconds.sub("", page)
-    load_run(whole.path)
 
 
 def test_a_full_disk_and_ctrl_c_end_what_is_dispensable(caplog):
