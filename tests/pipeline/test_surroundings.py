@@ -19,8 +19,26 @@ GERMAN = "import locale\nlocale.setlocale(locale.LC_ALL, '')\nassert locale.loca
 RC = "text.usetex: True\nfont.family: Comic Sans MS\nsavefig.format: pdf\nbackend: QtAgg\n"
 
 
-def command(folder: Path) -> list[str]:
-    return [sys.executable, "train.py", "--config", "experiments/smoke.yaml", f"--run.dir={folder / 'runs'}"]
+# A run of W&B of somebody's own, who goes on with it afterwards.
+OPEN = """
+import sys, wandb
+run = wandb.init(project="mine", mode="offline", dir=sys.argv[1], settings=wandb.Settings(silent=True))
+from gprune.cli import main
+code = main(sys.argv[2:])
+run.log({"mine": 1})
+run.finish()
+sys.exit(code)
+"""
+
+
+def command(folder: Path, *program: object) -> list[object]:
+    return [
+        sys.executable,
+        *(program or ["train.py"]),
+        "--config",
+        "experiments/smoke.yaml",
+        f"--run.dir={folder / 'runs'}",
+    ]
 
 
 def outcome(folder: Path) -> tuple[Any, bytes]:
@@ -30,11 +48,11 @@ def outcome(folder: Path) -> tuple[Any, bytes]:
     return records, (run / "model/model.safetensors").read_bytes()
 
 
-def smoke(folder: Path, *, umask: int = -1, **variables: str) -> str:
+def smoke(folder: Path, *program: object, umask: int = -1, **variables: str) -> str:
     """What a smoke run in a fresh process says on stderr."""
     own = environment(folder / "cache", **variables)
     done = subprocess.run(
-        command(folder), cwd=ROOT, env=own, umask=umask, capture_output=True, text=True, check=False
+        command(folder, *program), cwd=ROOT, env=own, umask=umask, capture_output=True, text=True, check=False
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -77,6 +95,12 @@ def strict(_: Path) -> dict[str, str]:
 def test_a_run_is_the_same_in_other_surroundings(surrounding, umask, plain, tmp_path):
     said = smoke(tmp_path, umask=umask, **surrounding(tmp_path))
     assert said.count("\n") <= 1, said
+    assert outcome(tmp_path) == plain
+
+
+def test_a_run_is_the_same_inside_an_open_run_of_wandb(plain, tmp_path):
+    (tmp_path / "mine.py").write_text(OPEN)
+    assert smoke(tmp_path, tmp_path / "mine.py", tmp_path, PYTHONPATH=str(ROOT)).count("\n") <= 1
     assert outcome(tmp_path) == plain
 
 
