@@ -38,6 +38,7 @@ from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
 log = logging.getLogger("gprune")
+LEARN = ("learn", "loss", "epochs", "centred", "learner")  # what of `--sparsity` a number says of learned masks
 
 
 def evaluate(
@@ -143,7 +144,7 @@ def record(
         "switch": switch.switch and len(cfg.corpora.drift) > 1 if gprune else None,
         "switch_to": switch.metric if gprune else None,
         "switch_everywhere": switch.everywhere if gprune else None,
-        "learn": {n: getattr(cfg.sparsity, n) for n in ("learn", "loss", "epochs", "centred")} if learned else None,
+        "learn": {n: v for n, v in cfg.settings()["sparsity"].items() if n in LEARN} if learned else None,
         "learn_samples": cfg.corpora.learn_samples or cfg.corpora.num_samples if learned else None,
         "recovery": recovery,
         "ridge": cfg.ridge if recovery_of(recovery).needs else None,

@@ -125,7 +125,7 @@ def test_a_run_of_stages_of_ones_own(own, world, cache, tmp_path, monkeypatch):
     assert first.masks != unlearned.masks  # 50 is a rate at which masks move
     assert [int(y.max()) for y in first.modules.labels] == [int(y.max()) for y in ours.modules.labels]
     row = next(r for r in first.records if r["recovery"] == "scaled+heal")
-    assert (row["scaled"], row["heal"]) == ({"by": 1.5}, {"factor": 2})
+    assert (row["scaled"], row["heal"], row["learn"]["learner"]) == ({"by": 1.5}, {"factor": 2}, "plain")
     settings = first.config.settings()
     assert (settings["sparsity"]["learner"], settings["options"]["heal"]) == ("plain", {"factor": 2})
 
