@@ -28,7 +28,7 @@ from gprune.pipeline.plan import Plan, check
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
 from gprune.runs.progress import StageBar
-from gprune.runs.tracking import about, identity, of_row, tracking
+from gprune.runs.tracking import about, id_of, identity, of_row, tracking
 from gprune.runs.trainer import PROFILERS, multiplying, plain_interrupts
 from gprune.runs.user_callbacks import UserCallbacks, Witness, name_callback
 from gprune.screen import Screen
@@ -220,9 +220,7 @@ def _loggers(cfg: RunConfig, folder: RunFolder) -> Iterator[list[Logger]]:
     if folder.finished:
         yield []
         return
-    # Sittings at a run are one run of W&B's.
-    id = key_of(run=folder.key, name=cfg.run_name)[:12]
-    with tracking(folder.path, cfg.logging, id=id, **about(cfg)) as loggers:
+    with tracking(folder.path, cfg.logging, id=id_of(folder.key, cfg), **about(cfg)) as loggers:
         if (known := identity(loggers)) is not None:
             folder.update_manifest(wandb=known)
         yield loggers

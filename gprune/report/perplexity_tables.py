@@ -181,7 +181,8 @@ def _rows(
             if dense and any(other[0] == stage for other in rows):
                 name = f"{name} (of {group.name})"
             if not dense:
-                key += tuple(number and f"{number.value:.5g}" for number in row)  # the divisor may be another
+                # The divisor may be another, unless it is the row itself.
+                key += tuple(f"{number.value:.5g}" for number in row if number is not None and number.value != 1)
             if stage == stages(runs[0])[-1] and stage[0] not in ("dense", "base"):
                 key = (group.name, stage)  # what the run is about
             rows.setdefault(key, [name, row_name(*stage), None if dense else len(runs), *row])

@@ -107,15 +107,19 @@ class Table:
         return self.to_markdown() + (f"\n\n{self.note}" if self.note else "")
 
     def to_csv(self) -> str:
-        """One column per column, and `_low` and `_high` beside those with intervals."""
+        """`wide`, as CSV."""
         out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
+        csv.writer(out, lineterminator="\n").writerows(self.wide())
+        return out.getvalue()
+
+    def wide(self) -> list[list[str | int | float | None]]:
+        """Header and rows, with columns `_low` and `_high` beside those with intervals."""
         wide = [any(isinstance(row[c], Estimate) for row in self.rows) for c in range(len(self.columns))]
         header = [(name or "row", f"{name}_low", f"{name}_high") for name in self.columns]
         rows = [[cell if isinstance(cell, Estimate) else Estimate(cell) for cell in row] for row in self.rows]
-        for row in (header, *rows):
-            writer.writerow([v for cell, w in zip(row, wide, strict=True) for v in (cell if w else cell[:1])])
-        return out.getvalue()
+        return [
+            [v for cell, w in zip(row, wide, strict=True) for v in (cell if w else cell[:1])] for row in (header, *rows)
+        ]
 
     def _text(self, cell: Cell, column: str) -> str:
         digits = self.digits.get(column, 2)

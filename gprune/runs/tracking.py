@@ -20,6 +20,7 @@ from matplotlib.image import imread
 from gprune.config import LoggingConfig, RunConfig
 from gprune.errors import first_line
 from gprune.runs.wandb_runs import draw, wandb_run
+from gprune.storage.files import key_of
 
 log = messages.getLogger("gprune")
 FOLDER = ("*.json", "config.yaml", "*.safetensors", "masks/*", "statistics/*")  # what `load_run` reads, but the model
@@ -105,6 +106,11 @@ def identity(loggers: Sequence[Logger]) -> dict[str, Any] | None:
     for run in (logger.experiment for logger in loggers if isinstance(logger, _Wandb)):
         return {name: getattr(run, name) or None for name in names} | {"mode": "offline" if run.offline else "online"}
     return None
+
+
+def id_of(key: str, cfg: RunConfig) -> str:
+    """W&B's id of a run with this key, under the name and in the group that flags give it: the same in all sittings."""
+    return key_of(run=key, name=[cfg.logging.group, cfg.logging.name or cfg.run_name])[:12]
 
 
 def key_part(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 
@@ -61,7 +60,6 @@ def main(args: Sequence[str]) -> int:
 def run(args: Sequence[str]) -> str:
     """Do what the arguments ask for; tables are printed as they become ready, so nothing comes back."""
     options = arguments(args)
-    os.environ.setdefault("WANDB_MODE", "disabled")
     quiet()
     from gprune.studies.runner import work
 

@@ -29,7 +29,7 @@ from gprune.storage.yaml_text import read_yaml
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"  # of a clone
 OTHER_RECORDS = Path("runs/records")
 # Numbers do not depend on these: a row is the same row with and without them.
-OWN = {"export": "none", "logging.mode": "disabled", "run.dir": "runs/experiments"}
+OWN = {"export": "none", "run.dir": "runs/experiments"}
 TABLES = ("summary", "perplexity", "evaluation")
 OF_MASKS = frozenset({"repeatability", "sparsity", "stability"})  # tables
 
@@ -127,6 +127,7 @@ class Row:
     control: bool = False  # gprune's machinery with nothing learned: no result of the method's
     masks: bool = True  # keep masks; for our own lists only if a table of masks is printed
     records: Path = OTHER_RECORDS  # the folder of what came out
+    study: str = ""  # name of the list
     point: dict[str, Any] = field(default_factory=dict)  # of the grid
     given: Set[str] = frozenset()  # settings by dotted name of the row itself, of the grid, and of flags
 
@@ -178,7 +179,8 @@ class Listing:
         ours = path.resolve().is_relative_to(EXPERIMENTS)
         folder = Path(records) if records is not None else EXPERIMENTS / "records" if ours else OTHER_RECORDS
         masks = not ours or not OF_MASKS.isdisjoint(content.tables)
-        rows = _rows(path, content, seeds or content.seeds, flags, tasks=content.tasks, masks=masks, records=folder)
+        shared = {"tasks": content.tasks, "masks": masks, "records": folder, "study": path.stem}
+        rows = _rows(path, content, seeds or content.seeds, flags, **shared)
         return cls(
             path=path,
             about=content.about or path.stem,

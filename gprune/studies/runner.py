@@ -30,7 +30,8 @@ from gprune.storage.files import read_json, write_json
 from gprune.studies.archive import dense_path, learned_tokens, path_of, plain, read, record_of, write
 from gprune.studies.listing import Listing, Row, commands, parts_of, unread_by
 from gprune.studies.packing import packed
-from gprune.studies.tables import cost_table, reported, text_of
+from gprune.studies.tables import cost_table, reported, tables_of
+from gprune.studies.tracking import log_list, log_rows, named
 
 Made = tuple[Path, dict[str, Any]]  # a run's folder and record
 
@@ -99,7 +100,7 @@ def run(row: Row) -> Made:
     Returns:
         The run's folder, and the record; an empty one in other processes than the first, which keeps it.
     """
-    cfg = row.config
+    cfg = named(row)
     before = read(path_of(row)) or {"masks": None}  # of another list, which wants other things of this row
     if row.wanted_tasks and cfg.recovery != "none":  # masks do not hold what recovery changed
         cfg = cfg.model_copy(update={"export": ExportConfig(format="hf", dtype=cfg.model.dtype)})
@@ -132,11 +133,20 @@ def finish(listing: Listing, chosen: Sequence[Row], ran: Sequence[tuple[Row, Mad
         say_kept(row, started, "tasks ")
     wanted = [row for row in listing.rows if row in chosen or row.name in listing.reference]
     done = [(row, record) for row in wanted if (record := record_of(row)) is not None]
-    say("\n" + (text_of(listing, done) if done else f"{listing.path}: no records yet.") + "\n")
+    if not done:
+        say(f"\n{listing.path}: no records yet.\n")
+        return
+    report = reported(listing, done)
+    tables = tables_of(listing, report)
+    say("\n" + "\n\n".join([f"**{listing.about}**", *(t.shown() for t in tables), *report.protocols()]) + "\n")
     if options.costs and (costs := cost_table(done)).rows:
         say("\n" + costs.shown() + "\n")
-    if done and options.figures:
-        reported(listing, done).draw(Path(options.figures), prefix=f"{listing.path.stem}-")
+    if options.figures:
+        report.draw(Path(options.figures), prefix=f"{listing.path.stem}-")
+    if not options.table and (links := log_rows(done)) is not None:
+        if len(done) == len(listing.rows):
+            log_list(listing, options.flags, tables, report)
+        say(f"\nW&B: `wandb leet {links}` shows these rows beside each other.\n")
 
 
 def say_kept(row: Row, started: float, what: str = "") -> None:

@@ -59,13 +59,11 @@ def _check_text(done: Done) -> None:
                 )
 
 
-def text_of(listing: Listing, done: Done) -> str:
-    """Markdown: means and ratios, perplexities, comparisons, tasks; then the protocol."""
-    report = reported(listing, done)
+def tables_of(listing: Listing, report: Report) -> list[Table]:
+    """Means and ratios, perplexities, comparisons, tasks: those that the list asks for and that have rows."""
     runs = report.runs
     own = comparison_table(listing, runs), task_table(listing, runs), range_table(listing.ranges, runs)
-    tables = [*(t for t in report.tables if t.name in listing.tables), *own]
-    return "\n\n".join([f"**{listing.about}**", *(t.shown() for t in tables if t.rows), *report.protocols()])
+    return [t for t in (*(t for t in report.tables if t.name in listing.tables), *own) if t.rows]
 
 
 def comparison_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:

@@ -73,7 +73,7 @@ def test_parts_cover_all_rows_once_whenever_each_of_them_starts(count, bench, fi
     done = {}
     monkeypatch.setattr(runner, "run", lambda row: done.setdefault(archive.path_of(row), []).append(row))
     monkeypatch.setattr(runner, "token_hours", lambda pending: "")
-    monkeypatch.setattr(runner, "text_of", lambda listing, rows: "")
+    monkeypatch.setattr(runner, "finish", lambda *_: None)
     monkeypatch.setattr(runner, "record_of", lambda row: {} if archive.path_of(row) in done else None)
     for i in range(count):
         bench(capsys, first[0], "--seeds", "0", "1", "--part", f"{i + 1}/{count}")

@@ -25,7 +25,7 @@ class Workbench:
 
     def __init__(self, world: tiny_run.World, folder: Path):
         self.world, self.folder, self.records = world, folder, folder / "records"
-        flags = [f for f in world.args(folder / "runs") if not f.startswith(("--run.name", "--logging"))]
+        flags = [f for f in world.args(folder / "runs") if not f.startswith("--run.name")]
         self.common = {name: yaml.safe_load(value) for name, value in (f[2:].split("=", 1) for f in flags)}
 
     def write(self, name: str, rows: Mapping[str, Any], **content: Any) -> Path:
