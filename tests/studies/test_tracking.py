@@ -1,0 +1,154 @@
+"""Lists in W&B, as its own reader gives offline files back: rows that ran, rows of records, and the list."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gprune.config import LoggingConfig
+from gprune.studies import tracking
+from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing
+from gprune.studies.tables import comparison_table, reported
+from tests import tiny_run
+
+ROWS = {"base": {"gprune": False}, "no: switch/50 %": {"reliability.switch": False}}
+COMPARE = [["base: base", "base: dense"]]
+
+
+def read(files: Path) -> dict[str, object]:
+    """What a file of W&B's holds, by its own reader."""
+    (file,) = files.glob("*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    found = {"run": {}, "config": {}, "summary": {}, "history": [], "artifact": {}}
+    for line in map(json.loads, lines):
+        content = line.get(line["type"])
+        if line["type"] == "run":
+            found["run"] = content
+            found["config"] |= content["config"]["update"]
+        elif line["type"] in ("config", "summary"):
+            found[line["type"]] |= content["update"]
+        elif line["type"] == "history":
+            found["history"].append(content["item"])
+        elif line["type"] == "artifact":
+            found["artifact"][content["type"]] = [file["path"] for file in content["manifest"]["contents"]]
+    return found
+
+
+def logged(folder: Path) -> dict[str, dict[str, object]]:
+    """By the first word of the folder's name."""
+    return {path.name.split("-")[2].partition("_")[0]: read(path) for path in sorted(folder.glob("run-*"))}
+
+
+OFFLINE = ["--", "--logging.mode=offline", "--logging.tags=[mine]"]
+
+
+@pytest.fixture(scope="module")
+def ran(bench):
+    """A list that has run."""
+    path = bench.write("ablations", ROWS, reference="base", compare=COMPARE)
+    with tiny_run.isolated(bench.folder / "cache"):
+        assert tracking_main(path, bench.records) == 0
+    return path, bench.records / "ablations"
+
+
+def tracking_main(path: Path, records: Path, *flags: str) -> int:
+    from gprune.studies import command
+
+    return command.main([str(path), "--records", str(records), *OFFLINE, *flags])
+
+
+@pytest.mark.slow
+def test_rows_and_their_list_are_runs_under_their_own_names(bench, ran, nothing_runs):
+    path, folder = ran
+    found = logged(folder)
+    assert set(found) == {"base", "no", "all"}
+    about, config = found["no"]["run"], found["no"]["config"]
+    assert about["display_name"] == "no  switch 50  , seed 0"
+    assert (about["run_group"], about["job_type"], about["project"]) == ("ablations", "gprune", "gprune")
+    tags = {"ablations", "no  switch 50  ", "mine", "wanda_sp", "ffn", "target 0.5"}
+    assert tags <= set(about["tags"])
+    assert config["reliability"]["switch"] is False
+    assert "record" not in config
+    assert any("learn/loss" in point for point in found["no"]["history"])
+    listing, done = bench.done(path)
+    for row, record in done:
+        final = {r["corpus"]: r["perplexity"] for r in record["records"] if r["stage"] == row.config.final}
+        summary = found["base" if row.name == "base" else "no"]["summary"]
+        assert {n for n in summary if n.startswith("final/perplexity/")} >= {
+            f"final/perplexity/{Path(c).name}" for c in final
+        }
+    whole = found["all"]
+    assert whole["run"]["job_type"] == "study"
+    assert whole["run"]["run_group"] == "ablations"
+    assert whole["artifact"]["list"] == ["ablations.yaml", "rows.yaml"]
+    (row,) = comparison_table(listing, reported(listing, done).runs).rows
+    numbers = {name: value for name, value in whole["summary"].items() if name.startswith("compare/")}
+    assert sorted(numbers.values()) == pytest.approx(sorted(row[2]))
+    tables = {name.split("/")[1].split(".")[0] for name in whole["summary"] if name.startswith("tables/")}
+    assert tables == {"summary", "perplexity", "compare"}
+    before = sorted(folder.rglob("*"))
+    assert tracking_main(path, bench.records) == 0
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_rows_of_records_are_logged_as_that_with_the_same_numbers(bench, ran, nothing_runs, tmp_path):
+    path, folder = ran
+    shutil.copytree(bench.records / "runs", tmp_path / "runs")
+    elsewhere = f"--run.dir={tmp_path / 'elsewhere'}"
+    assert tracking_main(path, tmp_path, elsewhere, "--logging.mode=disabled") == 0
+    assert not (tmp_path / "ablations").exists()
+    assert tracking_main(path, tmp_path, elsewhere) == 0
+    before, after = logged(folder), logged(tmp_path / "ablations")
+    for row in ("base", "no"):
+        assert after[row]["config"]["record"] is True
+        assert after[row]["config"]["environment"]["git_revision"]
+        assert len(after[row]["history"]) == 1
+        for what in ("run_id", "display_name", "run_group", "tags", "job_type"):
+            assert after[row]["run"][what] == before[row]["run"][what]
+        final = {name for name in after[row]["summary"] if name.startswith(("final/", "rows/", "parameters"))}
+        assert len(final) > 10
+        for name in final:
+            assert after[row]["summary"][name] == pytest.approx(before[row]["summary"][name], rel=1e-4)
+    assert tracking_main(path, tmp_path, elsewhere, "--sparsity.target=0.5") == 0
+    assert logged(tmp_path / "ablations").keys() == after.keys()
+
+
+@pytest.mark.slow
+def test_where_the_tracker_cannot_be_reached_rows_run_all_the_same(bench, tmp_path, monkeypatch):
+    for name, value in {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}.items():
+        monkeypatch.setenv(name, value)
+    path = bench.write("unreached", {"base": {"gprune": False, "ridge": 0.7}})
+    assert tracking_main(path, tmp_path, "--logging.mode=online") == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_tables_of_records_need_no_wandb(bench, ran):
+    code = "import sys; from gprune.__main__ import main; main(sys.argv[1:]); sys.exit('wandb' in sys.modules)"
+    command = [sys.executable, "-c", code, "study", str(ran[0]), "--table", "--records", str(bench.records)]
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+
+
+def test_names_are_such_as_a_configuration_may_have(bench, monkeypatch):
+    monkeypatch.setenv("WANDB_TAGS", "a,b")
+    row = bench.rows(bench.write("ablations", ROWS | {"long" * 50: {}}), seeds=[3])
+    for cfg in map(tracking.named, row):
+        LoggingConfig(**cfg.logging.model_dump())
+        assert cfg.logging.name.endswith(", seed 3")
+        assert cfg.logging.tags[2:] == ["a", "b"]
+        assert cfg.logging.group == "ablations"
+    monkeypatch.setenv("WANDB_RUN_GROUP", "lab")
+    assert tracking.named(row[0]).logging.group == "lab"
+    assert tracking.named(row[0]).settings() == row[0].config.settings()
+
+
+def test_nothing_is_logged_beside_committed_records():
+    row = Listing.read(EXPERIMENTS / "ablations.yaml").rows[0]
+    assert tracking.folder_of(row) == OTHER_RECORDS / "ablations"
