@@ -6,12 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gprune.models.masks import Masks
+from gprune.report.curves import line_of, own_row
 from gprune.report.style import LINES, canvas, distances, in_legend, plain_ticks, style
 from gprune.report.table import Estimate
+
+# By label: axis and metric of what a run's own model learns; `<row>` is its row.
+LEARNED = {
+    "development perplexity": ("development/tokens", "development/perplexity"),
+    "loss while sparsity is learned, nats": ("learn/tokens", "learn/loss"),
+    "loss of distillation, nats": ("distill/<row>/tokens", "distill/<row>/loss"),
+}
 
 
 @style()
@@ -67,6 +76,39 @@ def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
     axes.set_xlabel("block")
     axes.set_ylabel("fraction of neurons removed")
     figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+@style()
+def learning_figure(curves: Mapping[str, pd.DataFrame]) -> Figure | None:
+    """What runs have logged of their own models while those learned: a panel for each of `LEARNED`, a line per run.
+
+    Losses are means over a twentieth of the steps. None where no run has learned.
+
+    Args:
+        curves: by name of a run, as `read_curves` gives them.
+    """
+    panels: dict[str, dict[str, pd.DataFrame]] = {}
+    for label, columns in LEARNED.items():
+        for name, frame in curves.items():
+            x, y = (column.replace("<row>", own_row(frame)) for column in columns)
+            if {x, y} <= {*frame} and len(line := line_of(frame, x, y)) > 1:
+                panels.setdefault(label, {})[name] = line
+    if not panels:
+        return None
+    figure = Figure(figsize=(3.6 * len(panels) + 0.4, 3.4 + 0.06 * len(curves)))
+    drawn = {}
+    for axes, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for i, name in enumerate(curves):
+            colour, dashes, marker = LINES[i % len(LINES)]
+            if name in lines:
+                x, y = lines[name]["x"], lines[name]["y"].rolling(max(1, len(lines[name]) // 20), min_periods=1).mean()
+                few = marker if len(x) < 12 else None
+                (drawn[name],) = axes.plot(x, y, color=colour, ls=dashes, marker=few, ms=4, lw=1.3)
+        axes.set_xlabel("tokens learned from")
+        axes.set_ylabel(label)
+        axes.grid(axis="y")
+    figure.legend(drawn.values(), map(in_legend, drawn), loc="outside lower center", ncols=3)
     return figure
 
 

@@ -39,6 +39,7 @@ CAPTIONS = {
     "sparsity": "Share of the neurons that each block, and each of its modules, loses.",
     "means": "Perplexity over seen and unseen text.",
     "ratios": "Unseen perplexity over the base metric's.",
+    "learning": "What the runs' own models have learned from, and how well; losses are running means.",
     "stability": "How far runs keep the same neurons.",
 }
 # The colours of figures that follow the page's theme.

@@ -23,7 +23,14 @@ from matplotlib.figure import Figure
 
 from gprune.errors import UserError, one_line
 from gprune.report.benchmark_table import evaluation_table
-from gprune.report.comparison_figures import means_figure, ratio_figure, sparsity_lines, stability_figure
+from gprune.report.comparison_figures import (
+    learning_figure,
+    means_figure,
+    ratio_figure,
+    sparsity_lines,
+    stability_figure,
+)
+from gprune.report.curves import read_curves
 from gprune.report.grouping import Group, groups, read_runs, settings_table, short_names, with_distinct_names
 from gprune.report.mask_tables import masks_of, pairs, repeatability_table, sparsity_table, stability_table
 from gprune.report.perplexity_tables import comparison_table, perplexity_table, summary_table
@@ -35,7 +42,7 @@ from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
 
-FIGURES = ("means", "ratios", "sparsity", "stability", "perplexity", "heterogeneity")
+FIGURES = ("means", "ratios", "learning", "sparsity", "stability", "perplexity", "heterogeneity")
 SIDE_BY_SIDE = 40  # runs: beyond, pairs and figures take minutes, and nobody reads them
 
 
@@ -99,6 +106,9 @@ class Report:
         if ratios := [(label, ratio) for label, *_, ratio in rows if ratio is not None]:
             base = _label(short[self.base.name], "base") if self.base else "base"
             figures["ratios"] = ratio_figure(ratios, base=base)
+        curves = {short[run.name]: read_curves(run.path) for run in runs}
+        if len(runs) > 1 and (learned := learning_figure(curves)) is not None:
+            figures["learning"] = learned
         if len(runs) > 1 and (masks := masks_of(runs)):
             figures["sparsity"] = sparsity_lines({short[name]: run_masks for name, run_masks in masks.items()})
             agreement = {(short[a], short[b]): units.get("ffn") for (a, b), units in pairs(runs).items()}

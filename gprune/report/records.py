@@ -9,8 +9,7 @@ from typing import Any
 from gprune.corpora.load import corpus_labels
 from gprune.evaluation.intervals import generalisation_gap, geometric_mean, paired_ratio
 from gprune.report.table import Cell, Estimate, Table
-from gprune.runs.results import Record, row_name
-from gprune.runs.tracking import key_part
+from gprune.runs.results import Record, key_part, row_name
 
 Stage = tuple[str, str]  # stage, recovery
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,6 +80,11 @@ class FinishedRun:
 def row_name(stage: str, recovery: str) -> str:
     """What tables call a stage of a run: its name, and its recovery where it has one."""
     return stage if recovery == "none" else f"{stage} + {recovery}"
+
+
+def key_part(name: str) -> str:
+    """A name as a part of a key: `gprune + least_squares+distill` is `gprune_least_squares_distill`."""
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 @dataclass(repr=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging as messages
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +18,7 @@ from matplotlib.image import imread
 
 from gprune.config import LoggingConfig, RunConfig
 from gprune.errors import first_line
+from gprune.runs.results import key_part
 from gprune.runs.wandb_runs import draw, wandb_run
 from gprune.storage.files import key_of
 
@@ -111,11 +111,6 @@ def identity(loggers: Sequence[Logger]) -> dict[str, Any] | None:
 def id_of(key: str, cfg: RunConfig) -> str:
     """W&B's id of a run with this key, under the name and in the group that flags give it: the same in all sittings."""
     return key_of(run=key, name=[cfg.logging.group, cfg.logging.name or cfg.run_name])[:12]
-
-
-def key_part(name: str) -> str:
-    """A name as a part of a key: `gprune + least_squares+distill` is `gprune_least_squares_distill`."""
-    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def of_this_row(key: str, row: str) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 
 from gprune.config import RunConfig
 from gprune.report import Report, Table
+from gprune.report.records import run_numbers
+from gprune.runs.results import key_part
 from gprune.storage.files import key_of
 from gprune.storage.yaml_text import to_yaml
 from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing, Row
@@ -42,7 +44,7 @@ def log_rows(done: Done) -> Path | None:
     """
     tracked = [(row, record) for row, record in done if row.config.logging.resolved_tracker == "wandb"]
     for row, record in tracked:
-        from gprune.runs.tracking import id_of, key_part
+        from gprune.runs.tracking import id_of
 
         cfg, folder = named(row), folder_of(row)
         id = id_of(key_of(settings=cfg.settings() | {"inputs": record["inputs"]}), cfg)
@@ -56,7 +58,6 @@ def log_rows(done: Done) -> Path | None:
 
 def log_record(folder: Path, id: str, cfg: RunConfig, record: Mapping[str, Any]) -> None:
     """The numbers of a record as a run without curves, in whose configuration `record` is true."""
-    from gprune.report.records import run_numbers
     from gprune.runs.tracking import about, wandb_run
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,7 @@ def log_record(folder: Path, id: str, cfg: RunConfig, record: Mapping[str, Any])
             return
         if not run.resumed:  # online: the row has run elsewhere, and has logged its curves
             run.config.update({"record": True, "environment": record["environment"]})
-        numbers = run_numbers(record["records"], record["summary"], record["steps"], (cfg.final, cfg.recovery))
+        numbers = run_numbers(record["records"], record["summary"], record["steps"], cfg.own_row)
         run.log({name: value for name, value in numbers.items() if name.startswith("final/")})
         run.summary.update(numbers)
 
@@ -77,7 +78,7 @@ def log_list(listing: Listing, flags: Sequence[str], tables: Sequence[Table], re
     """
     import wandb
 
-    from gprune.runs.tracking import key_part, wandb_run
+    from gprune.runs.tracking import wandb_run
 
     stem, given, folder = _words(listing.path.stem), named(listing.rows[0]).logging, folder_of(listing.rows[0])
     rows = {f"{row.name}, seed {row.seed}": row.settings for row in listing.rows}
