@@ -39,7 +39,7 @@ CAPTIONS = {
     "sparsity": "Share of the neurons that each block, and each of its modules, loses.",
     "means": "Perplexity over seen and unseen text.",
     "ratios": "Unseen perplexity over the base metric's.",
-    "learning": "What the runs' own models have learned from, and how well; losses are running means.",
+    "learning": "Each run's own model over the tokens that it has learned from; losses are running means.",
     "stability": "How far runs keep the same neurons.",
 }
 # The colours of figures that follow the page's theme.
@@ -168,14 +168,15 @@ def cost_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def cells_of(table: Table) -> dict[str, Any]:
-    """A table for the template: texts, and beside each number what it is sorted by."""
+    """A table for the template: columns and whether they hold words, texts, and beside each number its sorting key."""
 
     def cells(texts: list[str], row: list[Cell]) -> list[dict[str, Cell]]:
         keys = (cell.value if isinstance(cell, Estimate) else cell for cell in row)
         return [{"text": text, "key": key} for text, key in zip(texts, keys, strict=True)]
 
     rows = [cells(*pair) for pair in zip(table.texts(), table.rows, strict=True)]
-    return {"title": table.title, "columns": table.columns, "rows": rows, "note": table.plain_note}
+    columns = [(name, any(isinstance(row[c], str) for row in table.rows)) for c, name in enumerate(table.columns)]
+    return {"title": table.title, "columns": columns, "rows": rows, "note": table.plain_note}
 
 
 def drawn(figures: Mapping[str, Figure], name: str) -> list[dict[str, Any]]:

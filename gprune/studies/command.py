@@ -21,6 +21,7 @@ examples:
   gprune study experiments/questions/parts.yaml --table     from the records that are kept
   gprune study mine.yaml --records results                  a list of your own, which may have a `grid`
   gprune study LIST --seeds 0 1 2 --only paper best -- --corpora.num_samples=8
+  gprune study LIST -- --logging.mode=online                each row a run of W&B, in the group LIST (default: offline)
 
 On a cluster each line of --commands is a job of its own, in any order, on any node with the same checkout:
   gprune study LIST --commands | parallel -j 8                              GNU parallel
