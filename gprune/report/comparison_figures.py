@@ -108,7 +108,7 @@ def learning_figure(curves: Mapping[str, pd.DataFrame]) -> Figure | None:
         axes.set_xlabel("tokens learned from")
         axes.set_ylabel(label)
         axes.grid(axis="y")
-    figure.legend(drawn.values(), map(in_legend, drawn), loc="outside lower center", ncols=3)
+    figure.legend(drawn.values(), [*map(in_legend, drawn)], loc="outside lower center", ncols=3)
     return figure
 
 

@@ -20,7 +20,7 @@ from gprune.benchmarks import measurement
 from gprune.benchmarks.settings import Benchmarks, benchmarks
 from gprune.config import ExportConfig
 from gprune.console import process_index, say
-from gprune.errors import UserError
+from gprune.errors import UserError, dispensable
 from gprune.evaluation.perplexity import processes
 from gprune.pipeline.dry_run import compute_time
 from gprune.pipeline.plan import check
@@ -31,7 +31,7 @@ from gprune.studies.archive import dense_path, learned_tokens, path_of, plain, r
 from gprune.studies.listing import Listing, Row, commands, parts_of, unread_by
 from gprune.studies.packing import packed
 from gprune.studies.tables import cost_table, reported, tables_of
-from gprune.studies.tracking import log_list, log_rows, named
+from gprune.studies.tracking import log, named
 
 Made = tuple[Path, dict[str, Any]]  # a run's folder and record
 
@@ -143,10 +143,11 @@ def finish(listing: Listing, chosen: Sequence[Row], ran: Sequence[tuple[Row, Mad
         say("\n" + costs.shown() + "\n")
     if options.figures:
         report.draw(Path(options.figures), prefix=f"{listing.path.stem}-")
-    if not options.table and (links := log_rows(done)) is not None:
-        if len(done) == len(listing.rows):
-            log_list(listing, options.flags, tables, report)
-        say(f"\nW&B: `wandb leet {links}` shows these rows beside each other.\n")
+    if options.table:
+        return
+    with dispensable("some runs of W&B", "the same command logs them"):
+        if (links := log(listing, done, options.flags, report, tables)) is not None:
+            say(f"\nW&B: `wandb leet {links}` shows these rows beside each other.\n")
 
 
 def say_kept(row: Row, started: float, what: str = "") -> None:

@@ -36,14 +36,22 @@ def named(row: Row) -> RunConfig:
     return row.config.model_copy(update={"logging": given.model_copy(update=about)})
 
 
-def log_rows(done: Done) -> Path | None:
-    """Link the runs of rows that have run here, and log the others from their records, each once.
+def log(listing: Listing, done: Done, flags: Sequence[str], report: Report, tables: Sequence[Table]) -> Path | None:
+    """Log what is not in W&B yet: finished rows and, if all of them are, the list with its tables.
 
     Returns:
         The folder of links; None where W&B tracks no row.
     """
     tracked = [(row, record) for row, record in done if row.config.logging.resolved_tracker == "wandb"]
-    for row, record in tracked:
+    log_rows(tracked)
+    if len(tracked) == len(listing.rows):
+        log_list(listing, flags, tables, report)
+    return folder_of(tracked[0][0]) if tracked else None
+
+
+def log_rows(done: Done) -> None:
+    """Link the runs of rows that have run here, and log the others from their records, each once."""
+    for row, record in done:
         from gprune.runs.tracking import id_of
 
         cfg, folder = named(row), folder_of(row)
@@ -53,7 +61,6 @@ def log_rows(done: Done) -> Path | None:
             if not any(_files(Path(cfg.folder), id)):
                 log_record(folder, id, cfg, record)
             _link(folder, name, {*_files(Path(cfg.folder), id), *_files(folder, id)})
-    return folder_of(tracked[0][0]) if tracked else None
 
 
 def log_record(folder: Path, id: str, cfg: RunConfig, record: Mapping[str, Any]) -> None:
