@@ -177,14 +177,13 @@ def _rows(
             dense = stage[0] == "dense"
             runs, name = (group.runs[:1], group.runs[0].records[0]["model"]) if dense else (group.runs, group.name)
             row = list(map(pooled, zip(*(numbers(run, stage) for run in runs), strict=True)))
-            key: tuple[Any, ...] = (stage, *(_identity(run, stage) for run in runs))
+            key: tuple[Any, ...] = (group.name, stage)  # a row of its own, for what the group is about
+            if dense or stage != stages(runs[0])[-1]:
+                key = (stage, *(_identity(run, stage) for run in runs))
             if dense and any(other[0] == stage for other in rows):
                 name = f"{name} (of {group.name})"
             if not dense:
-                # The divisor may be another, unless it is the row itself.
-                key += tuple(f"{number.value:.5g}" for number in row if number is not None and number.value != 1)
-            if stage == stages(runs[0])[-1] and stage[0] not in ("dense", "base"):
-                key = (group.name, stage)  # what the run is about
+                key += tuple(number and f"{number.value:.5g}" for number in row)  # the divisor may be another
             rows.setdefault(key, [name, row_name(*stage), None if dense else len(runs), *row])
             owners[key].append(group.name)
     for key, row in rows.items():

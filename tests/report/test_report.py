@@ -28,7 +28,7 @@ from gprune.evaluation.intervals import paired_difference, paired_ratio
 from gprune.models.masks import Masks
 from gprune.report.benchmark_table import evaluation_table
 from gprune.report.command import default_output, main
-from gprune.report.comparison_figures import ratio_figure, sparsity_lines
+from gprune.report.comparison_figures import learning_figure, ratio_figure, sparsity_lines
 from gprune.report.curves import curve_figures
 from gprune.report.grouping import read_runs, short_names
 from gprune.report.model_card import model_card
@@ -291,6 +291,20 @@ def test_rows_that_are_equal_in_several_runs_stand_once(run):
     pair = read_runs([run, run.parent / "other"])
     apart = report.of_runs(pair, bases={pair[0].path: pair[0], pair[1].path: read_runs([moved])[0]})
     assert [cells[0] for cells in apart.tables[0].rows if cells[1] == "averaged"] == ["one", "other"]  # other divisors
+
+
+def test_learning_curves_of_several_runs_are_one_figure():
+    """Of each run's own row, where there are two points or more; losses are running means."""
+    runs = {}
+    for name, own in (("a", "gprune"), ("b", "base")):
+        tokens, other = list(range(0, 400, 10)), {"gprune": "base", "base": "gprune"}[own]
+        frame = {"development/tokens": [0, 100, *[None] * 38], "development/perplexity": [9.0, 8.0, *[None] * 38]}
+        frame |= {f"distill/{own}/tokens": tokens, f"distill/{own}/loss": [float(t % 20) for t in tokens]}
+        runs[name] = pd.DataFrame(frame | {f"distill/{other}/tokens": [None, *tokens[1:]]})
+    perplexity, loss = learning_figure(runs).axes
+    assert [list(line.get_ydata()) for line in perplexity.lines] == [[9.0, 8.0]] * 2
+    assert [list(line.get_ydata()[1:]) for line in loss.lines] == [[5.0] * 39] * 2
+    assert learning_figure({"a": pd.DataFrame(), "b": pd.DataFrame({"learn/tokens": [1], "learn/loss": [2]})}) is None
 
 
 def test_another_run_can_be_the_base(run):
