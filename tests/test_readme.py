@@ -85,6 +85,7 @@ def test_flags_that_pages_name_exist(page):
         *re.findall(flag, PAGES["docs/flags.md"]),
     }
     others = "--work --fetch --small --reference --array --wrap --minutes --check --trust-remote-code --summary --json"
+    others += " --include-online"
     text = re.sub(r"^#SBATCH.*", "", PAGES[page], flags=re.M)
     assert set(re.findall(flag, text)) - known - set(others.split()) == set()
 

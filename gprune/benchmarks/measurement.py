@@ -16,8 +16,7 @@ from gprune.benchmarks.wikitext2 import wikitext2_perplexity
 from gprune.benchmarks.zero_shot import zero_shot
 from gprune.errors import dispensable
 from gprune.runs.folder import RunFolder
-from gprune.runs.results import read_evaluation
-from gprune.runs.tracking import key_part
+from gprune.runs.results import key_part, read_evaluation
 from gprune.storage.files import key_of, write_json
 from gprune.storage.reading import expanded
 

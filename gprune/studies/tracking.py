@@ -65,7 +65,8 @@ def log_rows(done: Done) -> None:
 
 def log_record(folder: Path, id: str, cfg: RunConfig, record: Mapping[str, Any]) -> None:
     """The numbers of a record as a run without curves, in whose configuration `record` is true."""
-    from gprune.runs.tracking import about, wandb_run
+    from gprune.runs.tracking import about
+    from gprune.runs.wandb_runs import wandb_run
 
     folder.mkdir(parents=True, exist_ok=True)
     with wandb_run(folder, cfg.logging, id=id, **about(cfg)) as run:
@@ -85,7 +86,7 @@ def log_list(listing: Listing, flags: Sequence[str], tables: Sequence[Table], re
     """
     import wandb
 
-    from gprune.runs.tracking import wandb_run
+    from gprune.runs.wandb_runs import wandb_run
 
     stem, given, folder = _words(listing.path.stem), named(listing.rows[0]).logging, folder_of(listing.rows[0])
     rows = {f"{row.name}, seed {row.seed}": row.settings for row in listing.rows}
