@@ -95,20 +95,25 @@ def keep(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = Non
 
 
 def log_evaluation(run: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Add records to the summary of the W&B run in which a run was logged, if it was.
-
-    `final/<task>/acc` and so on are of the run's own model, `rows/dense/<task>/...` of the dense one; a perplexity has
-    the length of its windows behind the task.
-    """
+    """Add records to the summary of the W&B run in which a run was logged, if it was."""
     if not (known := RunFolder(run).manifest.get("wandb")):
         return
     from gprune.runs.wandb_runs import taken_up
 
+    with taken_up(run, known) as tracked:
+        if tracked is not None:
+            tracked.summary.update(task_numbers(records))
+
+
+def task_numbers(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What W&B gets of records.
+
+    `final/<task>/acc` and so on are of the run's own model, `rows/dense/<task>/...` of the dense one; a perplexity has
+    the length of its windows behind the task.
+    """
     numbers = {}
     for r in records:
         place = "rows/dense" if r["stage"] == "dense" else "final"
         task = f"{key_part(r['task'])}/{r['seq_len']}" if r["kind"] == "perplexity" else key_part(r["task"])
         numbers |= {f"{place}/{task}/{name}": r[name] for name in NUMBERS if r.get(name) is not None}
-    with taken_up(run, known) as tracked:
-        if tracked is not None:
-            tracked.summary.update(numbers)
+    return numbers

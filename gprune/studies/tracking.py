@@ -14,12 +14,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from gprune.benchmarks.measurement import task_numbers
 from gprune.config import RunConfig
 from gprune.report import Report, Table
 from gprune.report.records import run_numbers
 from gprune.runs.results import key_part
 from gprune.storage.files import key_of
 from gprune.storage.yaml_text import to_yaml
+from gprune.studies.archive import of_tasks
 from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing, Row
 from gprune.studies.tables import Done
 
@@ -59,12 +61,12 @@ def log_rows(done: Done) -> None:
         name = f"{key_part(row.name)[:80]}_s{row.seed}_{id}"
         if not _is_linked(folder, name):
             if not any(_files(Path(cfg.folder), id)):
-                log_record(folder, id, cfg, record)
+                log_record(folder, id, cfg, record, task_numbers(of_tasks(row, record)))
             _link(folder, name, {*_files(Path(cfg.folder), id), *_files(folder, id)})
 
 
-def log_record(folder: Path, id: str, cfg: RunConfig, record: Mapping[str, Any]) -> None:
-    """The numbers of a record as a run without curves, in whose configuration `record` is true."""
+def log_record(folder: Path, id: str, cfg: RunConfig, record: Mapping[str, Any], of_tasks: Mapping[str, float]) -> None:
+    """The numbers of a record, and of its tasks, as a run without curves, in whose configuration `record` is true."""
     from gprune.runs.tracking import about
     from gprune.runs.wandb_runs import wandb_run
 
@@ -76,7 +78,7 @@ def log_record(folder: Path, id: str, cfg: RunConfig, record: Mapping[str, Any])
             run.config.update({"record": True, "environment": record["environment"]})
         numbers = run_numbers(record["records"], record["summary"], record["steps"], cfg.own_row)
         run.log({name: value for name, value in numbers.items() if name.startswith("final/")})
-        run.summary.update(numbers)
+        run.summary.update(numbers | of_tasks)
 
 
 def log_list(listing: Listing, flags: Sequence[str], tables: Sequence[Table], report: Report) -> None:
