@@ -66,6 +66,12 @@ def refusal(error: ValidationError, prefix: str = "") -> str:
     return f"{name}: {expected}, got {'none' if first['type'].startswith('missing') else shown(first['input'])}"
 
 
+def require(value: Any, kind: type | tuple[type, ...], expected: str) -> None:
+    """Raise UserError unless a value is of a kind; `expected` such as "prune: expected a RunConfig"."""
+    if not isinstance(value, kind):
+        raise UserError(f"{expected}, got {shown(value)}.")
+
+
 def shown(value: Any) -> str:
     """A value that came, for an error: one line, and not all of what may be long."""
     try:

@@ -67,7 +67,7 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
         try:
             say(work())
         except UserError as error:
-            return fail(str(error))
+            return fail(str(error), alone=error.alone)
         except KeyboardInterrupt:
             with no_interrupts():
                 return fail(f"Interrupted{stopped}", 130)
@@ -191,8 +191,10 @@ def quiet() -> None:
     _shelter()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it says every line of a matplotlibrc that it refuses
     import_matplotlib()
-    import lightning.pytorch  # noqa: F401 - it sets how much it says when it is imported
+    import lightning.pytorch.utilities as utilities  # lightning sets how much it says when it is imported
     import transformers
+
+    utilities.rank_zero_only.rank = process_index()  # else whatever a shell has left over: it would write nothing
 
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -226,9 +228,16 @@ def quieted(*loggers: str, stderr: bool = False) -> Iterator[None]:
 def process_index() -> int:
     """0 for the first of several processes, by what torchrun, Lightning (which starts a machine's) and SLURM say.
 
-    The first process of another machine, where nobody numbers all of them, has the number of its machine.
+    A number that was left over in a shell, without the number of processes beside it, says nothing. The first process
+    of another machine, where nobody numbers all of them, has the number of its machine.
     """
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK")
-    given = {name: int(number) for name in names if (number := os.environ.get(name, "")).isdecimal()}
-    rank = next((given[name] for name in names[:3] if name in given), 0)
-    return rank if rank or "RANK" in given else given.get("NODE_RANK", 0)
+
+    def given(name: str) -> int:
+        text = os.environ.get(name, "")
+        return int(text) if text.isdecimal() else 0
+
+    names = ["RANK", "LOCAL_RANK"] if given("WORLD_SIZE") > 1 else []
+    names += ["SLURM_PROCID"] if given("SLURM_NTASKS") > 1 else []
+    rank = next((given(name) for name in names if name in os.environ), 0)
+    all_numbered = "RANK" in names and "RANK" in os.environ
+    return rank if rank or all_numbered or "MASTER_ADDR" not in os.environ else given("NODE_RANK")

@@ -23,10 +23,14 @@ class UserError(ValueError):
 
     The command line prints the message as a single line on stderr and exits with code 2, so the message
     carries everything: what was expected, what came, what to do. Invariants of our own are `assert`s.
+
+    Args:
+        alone: whether it concerns this process of several alone, and no first one says it.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, *, alone: bool = False):
         super().__init__(printable(" ".join(message.split())))
+        self.alone = alone
 
 
 class UnregisteredError(UserError):

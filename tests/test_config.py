@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+import gprune
 from gprune.config import RunConfig, check_settings, configured, parse
 from gprune.config.groups import CorporaConfig, SparsityConfig
 from gprune.config.parse import GROUPS, HINTS
@@ -17,6 +19,7 @@ from gprune.config.replaced import INSTEAD
 from gprune.config.running import LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.errors import UserError
 from gprune.registry import Registry
+from gprune.storage.yaml_text import to_yaml
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 YAML = sorted(path for ending in ("*.yaml", "*.yml") for path in EXPERIMENTS.rglob(ending))
@@ -332,3 +335,41 @@ def test_every_yaml_that_ships_parses(path):
                 parse([f"--{name}={value}"])
     else:
         assert (parse(["--config", str(path)]) == RunConfig()) == (path.name == "default.yaml")
+
+
+class Odd:
+    """Stands for what nobody expects."""
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: SparsityConfig(tarrget=0.3), "did you mean 'target'?"),
+        (lambda: RunConfig(sparsty={"target": 0.3}), "did you mean 'sparsity'?"),
+        (lambda: setattr(RunConfig().sparsity, "tarrget", 1), "did you mean 'target'?"),
+        (lambda: RunConfig(sparsity=CorporaConfig()), "--sparsity: expected values by name, got CorporaConfig"),
+        (lambda: RunConfig(ridge=Odd()), "--ridge: expected a number, got <"),
+        (lambda: SparsityConfig(target=np.array([0.5])), "--sparsity.target: expected a number, got [0.5]"),
+        *((lambda value=value: gprune.prune(value), "prune: expected a RunConfig") for value in (None, {}, "x.yaml")),
+        *((lambda value=value: gprune.load_run(value), "Expected the path of a run folder") for value in (3, None, [])),
+        (lambda: gprune.apply_masks(Odd(), None), "apply_masks: expected a model of transformers, got <"),
+    ],
+)
+def test_misuse_from_python_is_one_line(call, said):
+    with pytest.raises(UserError) as error:
+        call()
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_and_paths_of_libraries_are_plain():
+    cfg = RunConfig(
+        importance=np.str_("wifv"), ridge=np.float64(0.5), gprune=np.bool_(False), run={"dir": Path("a/b")},
+        sparsity={"protect": np.array([0, 1]), "epochs": np.int64(3), "width_multiple": torch.tensor(8)},
+        corpora={"drift": [np.str_("wiki"), Path("c/d.txt")], "learn": np.array(["wiki", "web"])},
+        recovery=[np.str_("least_squares"), np.str_("distill")],
+    )  # fmt: skip
+    assert yaml.safe_load(to_yaml(cfg.model_dump())) == json.loads(json.dumps(cfg.model_dump()))
+    assert (cfg.run.dir, cfg.corpora.drift, cfg.sparsity.protect) == ("a/b", ["wiki", "c/d.txt"], [0, 1])
+    assert {type(v) for v in (cfg.importance, cfg.corpora.learn[0], cfg.run.dir)} == {str}
+    assert (type(cfg.ridge), type(cfg.gprune), type(cfg.sparsity.epochs)) == (float, bool, int)

@@ -67,9 +67,9 @@ class Group(
     @field_validator("*", mode="before")
     @classmethod
     def plain(cls, value: Any) -> Any:
-        """Numbers of numpy, paths and tuples as plain data; names in a mapping as text."""
-        if type(value).__module__ == "numpy" and hasattr(value, "item"):
-            return value.item()
+        """Numbers and arrays of numpy and torch, paths and tuples as plain data; names in a mapping as text."""
+        if type(value).__module__ in ("numpy", "torch") and hasattr(value, "tolist"):
+            return value.tolist()
         if isinstance(value, dict):
             return {str(key): cls.plain(inner) for key, inner in value.items()}
         if isinstance(value, list | tuple):

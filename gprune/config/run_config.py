@@ -93,7 +93,9 @@ class RunConfig(Group):
 
     def model_post_init(self, _: Any) -> None:
         """Raise UserError for settings that cannot go together."""
-        IMPORTANCE[self.importance]
+        stands_in = IMPORTANCE[IMPORTANCE[self.importance].drift]
+        if self.gprune and "gram" in stands_in.needs:
+            raise UserError(f"--importance {self.importance}: expected a drift metric that needs no Gram matrix.")
         self._check_options()
         m, d, drift, processes = self.model, self.distill, self.corpora.drift, self.processes
         allocation, whole_blocks = self.base_allocation, ALLOCATION[self.base_allocation].whole_blocks

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.checks import memory_limits
+from gprune.checks import memory_limits, require
 from gprune.errors import UserError
 from gprune.export.reload import aligned
 from gprune.models import modeling_pruned
@@ -171,6 +171,8 @@ def apply_masks(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) 
     Raises:
         ValueError: a mask of the wrong length or dtype, or one that keeps nothing where the other keeps something.
     """
+    require(model, PreTrainedModel, "apply_masks: expected a model of transformers")
+    require(masks, Masks, "apply_masks: expected Masks, such as those of a run's result")
     return portable(prune(model, masks, inplace=inplace))
 
 

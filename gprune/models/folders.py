@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from gprune.checks import shown
 from gprune.errors import UserError
-from gprune.storage.reading import unsafe_entries
+from gprune.storage.reading import read_text, unsafe_entries
 
 # Far beyond any model there is: a config.json of a few bytes must not ask for more than this machine has.
 COUNTED = re.compile(r"(num|n)_|.*_(size|dim|layers?|heads|rank|experts)$|.*intermediate.*")
@@ -21,7 +23,7 @@ WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 def check_folder(location: str | Path) -> None:
-    """Raise UserError for a model folder with files that never end, or links to text outside of it.
+    """Raise UserError for a model folder with files that never end, or that lead to text, or weights, outside of it.
 
     A tokenizer's files and a chat template are copied into exports: a link would copy any file of the user's. Weights
     may lie elsewhere, and the hub's cache links to its own blobs.
@@ -30,6 +32,13 @@ def check_folder(location: str | Path) -> None:
     for what, path in unsafe_entries(location):
         if what.startswith("neither") or not (path.suffix in WEIGHTS or os.path.realpath(path).startswith(blobs)):
             raise UserError(f"--model.name: {path} is {what}; expected a plain file in its place.")
+    for index in Path(location).glob("*.index.json"):
+        try:
+            names = [str(name) for name in json.loads(read_text(index))["weight_map"].values()]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            continue  # transformers says what is wrong with it
+        if outside := [name for name in names if os.path.isabs(name) or ".." in Path(name).parts]:
+            raise UserError(f"--model.name: {index} names {shown(outside[0])}; expected files of its own folder.")
 
 
 def check_sizes(content: Any, name: str) -> None:

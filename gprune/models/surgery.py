@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from gprune.errors import UserError
 from gprune.models.blocks import Block, Slice, blocks_of, decoder_layers
 from gprune.models.copies import copy_without_hooks
 from gprune.models.families import family_of
@@ -50,9 +51,10 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
         The pruned model, of the same class.
 
     Raises:
-        ValueError: a mask of the wrong length or dtype, or one that keeps nothing where the other keeps something.
+        UserError: a mask of the wrong length or dtype, or one that keeps nothing where the other keeps something.
     """
     check_masks(model, masks)
+    was_aligned = experts_aligned(model)
     if not inplace:
         # The copy shares the weights that are sliced anyway, until their smaller version replaces them.
         shared = [block.parameter(place) for block in blocks_of(model) for place in block.slices]
@@ -64,6 +66,8 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
         _drop_blocks(model, masks.blocks)
     if not experts_aligned(model):
         model.config._experts_implementation = "eager"  # grouped kernels would refuse these widths
+    elif not was_aligned:  # an earlier pruning has set it
+        model.config._experts_implementation = model.get_correct_experts_implementation(None)
     return model
 
 
@@ -139,22 +143,22 @@ def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
 
 
 def check_masks(model: PreTrainedModel, masks: Masks) -> None:
-    """Raise ValueError unless masks are bool, fit the present widths, and keep units of both scopes or of none."""
+    """Raise UserError unless masks are bool, fit the present widths, and keep units of both scopes or of none."""
     blocks = blocks_of(model)
     sizes = {"ffn": [b.experts * b.neurons for b in blocks], "attention": [b.kv_groups for b in blocks]}
     for scope, expected in sizes.items():
         own = getattr(masks, scope)
         if [mask.shape for mask in own] != [(size,) for size in expected] or any(m.dtype != torch.bool for m in own):
             got = ", ".join(f"{mask.dtype} {tuple(mask.shape)}" for mask in own)
-            raise ValueError(f"masks.{scope}: expected torch.bool of lengths {expected}, got {got}.")
+            raise UserError(f"masks.{scope}: expected torch.bool of lengths {expected}, got {got}.")
     if not any(masks.blocks):
-        raise ValueError(f"masks: expected at least 1 of {len(blocks)} blocks kept, got 0.")
+        raise UserError(f"masks: expected at least 1 of {len(blocks)} blocks kept, got 0.")
     for block, ffn, attention in zip(blocks, masks.ffn, masks.attention, strict=True):
         if ffn.any() != attention.any():
-            raise ValueError(f"masks of block {block.index}: expected units kept of both scopes, or of none.")
+            raise UserError(f"masks of block {block.index}: expected units kept of both scopes, or of none.")
         counts = set(ffn.view(block.experts, -1).sum(1).tolist())
         if len(counts) > 1:
-            raise ValueError(f"masks.ffn[{block.index}]: expected as many neurons in every expert, got {counts}.")
+            raise UserError(f"masks.ffn[{block.index}]: expected as many neurons in every expert, got {counts}.")
 
 
 def widths(model: PreTrainedModel) -> dict[str, list[int]]:

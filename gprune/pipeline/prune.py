@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from lightning import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
+from gprune.checks import require
 from gprune.config import RunConfig
 from gprune.errors import UserError, dispensable
 from gprune.export.hf import portable
@@ -47,6 +48,7 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> PruningResult:
     Raises:
         UserError: one line that says what was expected, what came and what to do.
     """
+    require(cfg, RunConfig, "prune: expected a RunConfig, such as gprune.RunConfig(sparsity={'target': 0.3})")
     if cfg.dry_run:
         raise UserError("dry_run: expected false where a run is asked for; `python train.py --dry_run true` plans it.")
     with opened(cfg, callbacks) as run:  # plan, model, tokenizer, text, blocks, budget

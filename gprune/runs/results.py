@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.calibration.statistics import CorpusStatistics
+from gprune.checks import require
 from gprune.config import RunConfig, configured
 from gprune.errors import UnregisteredError, UserError, first_line
 from gprune.models.loading import load_weights
@@ -140,6 +141,7 @@ def finished(path: Path | str) -> FinishedRun:
     Raises:
         UserError: for a folder that is no run of gprune's, one that is not finished, or a file that is another run's.
     """
+    require(path, (str, os.PathLike), "Expected the path of a run folder")
     place = expanded(path)
     if not place.is_dir():
         raise UserError(f"Expected a run folder, but there is no folder '{path}'.")

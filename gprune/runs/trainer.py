@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
@@ -20,6 +21,7 @@ from gprune.errors import UserError
 
 log = logging.getLogger("gprune")
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK")  # of a process, by its launcher
 
 
 def check_trainer(
@@ -69,6 +71,28 @@ def _check_processes(accelerator: str, devices: int, num_nodes: int) -> None:
             f"--trainer.num_nodes: expected a launcher that starts a process on each of {num_nodes} nodes (srun, "
             f"torchrun), or $NODE_RANK and $MASTER_ADDR on each; got none."
         )
+    if why := _alone(devices * num_nodes):
+        raise UserError(
+            f"{why}, and --trainer.devices x --trainer.num_nodes ask for {devices * num_nodes}: expected as many "
+            f"processes as a launcher has started; unset the variable if none has.", alone=True,
+        )  # fmt: skip
+
+
+def _alone(processes: int) -> str | None:
+    """What says that this process is one of several, where not as many work together; None where all is well.
+
+    A shell inside another job, or one in which somebody has tried something, has such variables left over.
+    """
+    env = os.environ
+    if processes == 1:  # a 0 changes nothing
+        numbered = [name for name in RANKS if env.get(name, "0") != "0"]
+    elif "TORCHELASTIC_RUN_ID" in env:
+        numbered = []
+    elif SLURMEnvironment.detect():
+        return None if env["SLURM_NTASKS"] == str(processes) else f"SLURM_NTASKS is {env['SLURM_NTASKS']}"
+    else:
+        numbered = [] if "MASTER_ADDR" in env else [name for name in RANKS if name in env]
+    return f"{numbered[0]}={env[numbered[0]]} says that this process is one of several" if numbered else None
 
 
 @contextmanager

@@ -165,7 +165,8 @@ class DevelopmentCurve(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         steps = trainer.estimated_stepping_batches
-        self.due = {round(steps * point / self.points) for point in range(1, self.points + 1)}
+        points = min(self.points, steps)  # no more than there are steps
+        self.due = {round(steps * point / points) for point in range(1, points + 1)}
         if not self.measured:  # else it goes on from a checkpoint
             self._measure(trainer, pl_module)
 

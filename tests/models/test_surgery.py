@@ -218,3 +218,19 @@ def test_pruned_without_a_block_and_then_again_equals_pruned_once(token_batch):
 def test_masks_that_keep_no_block_are_refused(tiny_model):
     with pytest.raises(ValueError, match="expected at least 1 of 3 blocks kept, got 0"):
         prune(tiny_model, depth(tiny_model, 0, 1, 2))
+
+
+def test_experts_pruned_again_to_widths_of_grouped_kernels_use_them_again():
+    model = make_tiny("mixtral")
+
+    def cut(model, kept):
+        blocks = blocks_of(model)
+        ffn = [(torch.arange(b.neurons) < kept).repeat(b.experts) for b in blocks]
+        return prune(model, Masks(ffn, [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks]))
+
+    default = model.config._experts_implementation
+    odd = cut(model, 45)
+    assert (odd.config._experts_implementation, default) == ("eager", "grouped_mm")
+    assert cut(odd, 16).config._experts_implementation == default
+    model.config._experts_implementation = "eager"  # as somebody wants it
+    assert cut(model, 16).config._experts_implementation == "eager"

@@ -146,6 +146,10 @@ MODELS = {  # damage to a model folder, what the line says, whether the run has 
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "cannot be loaded", True),
     "a link to text": (lambda f: (f / "chat_template.jinja").symlink_to("/etc/hostname"), "a link out of", False),
     "a link to a device": (lambda f: (f / "notes").symlink_to("/dev/zero"), "neither file nor folder", False),
+    "weights elsewhere": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b.safetensors"}}'),
+        "names '../b.safetensors'", False,
+    ),
     "weights that are not finite": (poison, "non-finite activation", True),
 }  # fmt: skip
 

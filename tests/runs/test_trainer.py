@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -18,9 +21,49 @@ from gprune.errors import UserError
 from gprune.models.surgery import prune
 from gprune.runs.meeting import Meeting
 from gprune.runs.progress import StageBar
+from gprune.runs.trainer import RANKS, check_trainer
 from gprune.screen import Screen
 from gprune.stages.distillation import DistillationStage
+from tests import tiny_run
 from tests.tiny_families import some_masks
+
+LEFT_OVER = [  # variables, devices, and what the line says, if there is one
+    ({"RANK": "1"}, 1, "RANK=1 says"), ({"LOCAL_RANK": "2", "WORLD_SIZE": "4"}, 1, "LOCAL_RANK=2 says"),
+    ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, 1, "SLURM_PROCID=3 says"), ({"NODE_RANK": "1"}, 1, "NODE_RANK=1 says"),
+    ({"LOCAL_RANK": "0"}, 2, "LOCAL_RANK=0 says"), ({"RANK": "1"}, 2, "RANK=1 says"),
+    ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "zsh"}, 2, "SLURM_NTASKS is 1"),
+    ({"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, 1, None),
+    ({"WORLD_SIZE": "4"}, 1, None),
+    ({"LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, 2, None),
+    ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "bash"}, 2, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variables", "devices", "said"), LEFT_OVER)
+def test_a_rank_without_its_peers_is_noticed(variables, devices, said, monkeypatch):
+    for name in (*RANKS, "WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with nullcontext() if said is None else pytest.raises(UserError, match=f"^{said}.*unset the variable") as error:
+        check_trainer(accelerator="cpu", devices=devices, num_nodes=1, strategy="auto")
+    assert said is None or error.value.alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variables", [{"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "2"}, {"RANK": "0"}])
+def test_a_rank_that_was_left_over_in_a_fresh_process(variables, tmp_path):
+    args = tiny_run.make_world(tmp_path).args(tmp_path, "--gprune=false", "--export=none", "--dry_run=true")
+    done = subprocess.run(
+        [sys.executable, "train.py", *args], cwd=tiny_run.ROOT, capture_output=True, text=True, check=False,
+        env={**tiny_run.environment(tmp_path / "cache"), **variables, "HOME": os.environ["HOME"]},
+    )  # fmt: skip
+    if variables == {"RANK": "0"}:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "tokens" in done.stdout
+    else:
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert done.stderr.startswith("train.py: RANK=1 says that this process is one of several")
 
 
 @pytest.mark.parametrize(("of_the_first", "lacking"), [("one", [False, True]), ("another", None)])
