@@ -21,7 +21,7 @@ from gprune.errors import UserError
 
 log = logging.getLogger("gprune")
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK")  # of a process, by its launcher
+RANKS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK")  # of a process, by its launcher
 
 
 def check_trainer(
@@ -84,14 +84,12 @@ def _alone(processes: int) -> str | None:
     A shell inside another job, or one in which somebody has tried something, has such variables left over.
     """
     env = os.environ
-    if processes == 1:  # a 0 changes nothing
-        numbered = [name for name in RANKS if env.get(name, "0") != "0"]
-    elif "TORCHELASTIC_RUN_ID" in env:
-        numbered = []
-    elif SLURMEnvironment.detect():
+    numbered = [name for name in RANKS if env.get(name, "0") != "0"]
+    if processes > 1 and "TORCHELASTIC_RUN_ID" not in env and SLURMEnvironment.detect():
         return None if env["SLURM_NTASKS"] == str(processes) else f"SLURM_NTASKS is {env['SLURM_NTASKS']}"
-    else:
-        numbered = [] if "MASTER_ADDR" in env else [name for name in RANKS if name in env]
+    if processes > 1:  # Lightning starts no others where a process has a LOCAL_RANK, even 0, and would wait for them
+        met = {"TORCHELASTIC_RUN_ID", "MASTER_ADDR"} & env.keys()
+        numbered = [] if met else numbered + [name for name in RANKS[:1] if name in env]
     return f"{numbered[0]}={env[numbered[0]]} says that this process is one of several" if numbered else None
 
 

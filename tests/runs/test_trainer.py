@@ -32,7 +32,7 @@ LEFT_OVER = [  # variables, devices, and what the line says, if there is one
     ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, 1, "SLURM_PROCID=3 says"), ({"NODE_RANK": "1"}, 1, "NODE_RANK=1 says"),
     ({"LOCAL_RANK": "0"}, 2, "LOCAL_RANK=0 says"), ({"RANK": "1"}, 2, "RANK=1 says"),
     ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "zsh"}, 2, "SLURM_NTASKS is 1"),
-    ({"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, 1, None),
+    ({"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, 1, None),
     ({"WORLD_SIZE": "4"}, 1, None),
     ({"LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, 2, None),
     ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "bash"}, 2, None),
