@@ -104,7 +104,7 @@ def identity(loggers: Sequence[Logger]) -> dict[str, Any] | None:
     """What `taken_up` has to know of the run of W&B, if there is one."""
     names = ("id", "project", "entity", "name", "group", "job_type")
     for run in (logger.experiment for logger in loggers if isinstance(logger, _Wandb)):
-        return {name: getattr(run, name) or None for name in names} | {"mode": "offline" if run.offline else "online"}
+        return {name: getattr(run, name) or None for name in names} | {"mode": run.settings.mode}
     return None
 
 
@@ -139,9 +139,10 @@ def of_row(loggers: Sequence[Logger], row: str, stage: str) -> Iterator[None]:
 
 
 def how_to_look(folder: Path, tracker: str) -> str:
-    """The command that shows the curves of a run, of all sittings at it, without an account."""
-    if tracker == "wandb" and (written := Path(os.environ.get("WANDB_DIR") or folder) / "wandb").exists():
-        return f"`wandb leet run {written}` shows them in the terminal"
+    """The command that shows the curves of a run, without an account."""
+    latest = Path(os.environ.get("WANDB_DIR") or folder) / "wandb" / "latest-run"
+    if tracker == "wandb" and latest.exists():
+        return f"`wandb leet run {latest}` shows them in the terminal"
     if tracker == "tensorboard" and (events := folder / "tensorboard").exists():
         return f"`tensorboard --logdir {events}` shows them"
     return f"{folder / 'csv'} has them"

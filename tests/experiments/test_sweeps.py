@@ -7,14 +7,13 @@ import itertools
 import json
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import wandb
 import yaml
 
 from gprune.cli import main
 from gprune.config.parse import parse
-from tests import tiny_run
+from tests import tiny_run, tracked
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = sorted((ROOT / "experiments/sweeps").glob("*.yaml"))
@@ -139,13 +138,16 @@ def test_a_budget_as_an_agent_starts_it(tmp_path, monkeypatch):
     assert not (run / "model").exists()
 
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")  # in $WANDB_DIR, which agents set
-    assert file.stem == "run-given"
-    assert b"sparsity.target" in file.read_bytes()  # the sweep's own entry stands beside ours, which are nested
-
-    (metrics,) = run.glob("csv/*/metrics.csv")
+    told = tracked.read(file)
+    assert (told.about["run_id"], told.about["sweep_id"]) == ("given", "sweep")
+    # The sweep's own entry stands beside ours, which are nested.
+    assert told.config["sparsity.target"] == told.config["sparsity"]["target"] == point["sparsity.target"]
     ratios = json.loads((run / "metrics.json").read_text())["summary"]["unseen_over_base"]
     for path in SWEEPS:
         metric = read(path)["metric"]
         assert metric["goal"] == "minimize"  # perplexity over that of the base metric
-        (value,) = pd.read_csv(metrics)[metric["name"]].dropna()
-        assert value == pytest.approx(ratios["gprune"]["ratio"])
+        values = [row[metric["name"]] for row in told.history if metric["name"] in row]
+        assert values == [told.summary[metric["name"]]] == [ratios["gprune"]["ratio"]]
+    while_learning = [row for row in told.history if "development/perplexity" in row]
+    assert len(while_learning) > 1
+    assert max(row["_step"] for row in while_learning) < next(r["_step"] for r in told.history if "final/unseen" in r)

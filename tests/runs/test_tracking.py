@@ -302,8 +302,9 @@ def test_the_command_that_shows_the_curves_names_what_is_there(start, tmp_path):
     with start("wandb"):
         pass
     command = how_to_look(tmp_path, "wandb").split("`")[1]
-    assert command == f"wandb leet run {tmp_path / 'wandb'}"
-    assert len(tracked.files(tmp_path / "wandb")) == 1
+    assert command == f"wandb leet run {tmp_path / 'wandb/latest-run'}"
+    (file,) = (tmp_path / "wandb/latest-run").glob("*.wandb")
+    assert tracked.read(file).exit_code == 0
 
 
 def test_tensorboard_is_asked_for_before_anything_begins(monkeypatch):
