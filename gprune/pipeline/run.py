@@ -30,7 +30,7 @@ from gprune.runs.folder import RunFolder
 from gprune.runs.progress import StageBar
 from gprune.runs.tracking import about, id_of, identity, of_row, tracking
 from gprune.runs.trainer import PROFILERS, multiplying, plain_interrupts
-from gprune.runs.user_callbacks import UserCallbacks, Witness, name_callback
+from gprune.runs.user_callbacks import UserCallbacks, Witness, retell
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
 from gprune.stages.callbacks import StepCurves, curves_of
@@ -208,7 +208,7 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
         try:
             yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, brought)
         except Exception as error:
-            name_callback(error)
+            retell(error)
             raise
         finally:
             meter.close()

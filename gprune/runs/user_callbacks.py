@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pydantic import ValidationError, validate_call
 
@@ -120,8 +121,8 @@ class Witness(L.Callback):
             )
 
 
-def name_callback(error: Exception) -> None:
-    """Raise UserError with the class and the place, if it is a callback not of ours that has raised the error."""
+def retell(error: Exception) -> None:
+    """Raise UserError for what a callback not of ours has raised, with its class, or what a Trainer refuses."""
     frames = [] if isinstance(error, UserError) else list(traceback.walk_tb(error.__traceback__))
     for (caller, _), (hook, line) in itertools.pairwise(frames):
         callback, trainer = caller.f_locals.get("callback"), caller.f_locals.get("trainer")
@@ -133,3 +134,5 @@ def name_callback(error: Exception) -> None:
                 f"{type(error).__name__}: {first_line(error)} ({Path(hook.f_code.co_filename).name}, line {line}). "
                 f"The same command goes on from the last checkpoint."
             ) from error
+    if isinstance(error, MisconfigurationException):
+        raise UserError(f"--trainer: Lightning refuses it: {first_line(error)}") from error

@@ -154,14 +154,22 @@ def test_what_is_no_callback_is_refused(world, tmp_path):
         prune(parse(flags(world, tmp_path)), callbacks=[Steps])
 
 
-def test_early_stopping_on_what_is_not_logged_says_what_is(world, tmp_path, capfd):
-    described = [{"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss"}}]
-    assert tiny_run.main(flags(world, tmp_path, callbacks=described)) == 2
+STOPPING = "--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: val_loss}}]"
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        (STOPPING, ("EarlyStopping in on_train_epoch_end of AssignmentRefinement: RuntimeError: Early stopping",
+                    "`val_loss`", "`partition/total`")),
+        ("--trainer.limit_train_batches=0.001", ("--trainer: Lightning refuses it", "0.001 * 2 < 1")),
+    ],
+)  # fmt: skip
+def test_what_lightning_refuses_while_it_runs_is_one_line_of_its_own_words(flag, said, world, tmp_path, capfd):
+    assert tiny_run.main(flags(world, tmp_path, flag)) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1
-    assert "EarlyStopping in on_train_epoch_end of AssignmentRefinement: RuntimeError: Early stopping" in error
-    assert "`val_loss`" in error
-    assert "`partition/total`" in error
+    assert all(words in error for words in said), error
 
 
 def test_batches_of_calibration_may_not_be_changed_and_those_of_training_may(world, tmp_path, cache):
