@@ -24,7 +24,8 @@ OTHERS = {
     "sparsity.learn": "both", "sparsity.loss": "kl", "distill.targets": "mlp", "distill.keep": "best",
     "evaluation.curve": "[0.1]", "evaluation.controls": "[]", "trainer.precision": "bf16-mixed",
     "trainer.limit_train_batches": 1, "trainer.max_steps": 1, "trainer.gradient_clip_val": 0.001,
-    "logging.mode": "online", "logging.tags": "[other]",
+    "partition.refiner": "soft_assignment", "sparsity.learner": "straight_through",  # there is no other
+    "plan.memory": "1GiB", "plan.tflops": 1, "logging.mode": "online", "logging.tags": "[other]",
 }  # fmt: skip
 MODES = (
     ["--gprune=false"],
@@ -43,7 +44,7 @@ def world(tmp_path_factory):
 
 def changed(name: str, value: Any) -> str:
     """A flag with another value than this one."""
-    others = {bool: lambda: not value, int: lambda: value + 1, float: lambda: value / 2}
+    others = {bool: lambda: not value, int: lambda: value + 1, float: lambda: value / 2, list: lambda: "[]"}
     return f"--{name}={OTHERS[name] if name in OTHERS else others.get(type(value), lambda: 'other')()}"
 
 
@@ -117,6 +118,6 @@ def test_a_list_says_once_which_rows_do_not_read_what_they_are_given(tmp_path):
     assert unread_by(Listing.read(path).rows) == (
         f"'base, epochs 1', 'base, epochs 2': {idle}; 'rank, epochs 1', 'rank, epochs 2': {rank}"
     )
-    row = Listing.read(path, flags=["--ridge=1", "--recovery=none"]).rows[0]
+    row = Listing.read(path, flags=["--ridge=1", "--recovery=none", "--plan.tflops=1"]).rows[0]
     assert unread_by([row]) == "'base, epochs 1': --sparsity.epochs (--gprune false); --ridge (--recovery none)"
     assert given(row.config) == set()

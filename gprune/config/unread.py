@@ -51,7 +51,7 @@ def switched_off(c: RunConfig) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
     yield f"--gprune false, --recovery {c.recovery}", solved and not c.gprune, ("trainer.gradient_clip_val",)
     yield "--gprune false, --recovery none", c.stages == [("base", "none")], ("evaluation.controls",)
     yield "--export none", c.export.format == "none", ("export.dtype",)
-    yield "--dry_run false", not c.dry_run, ("plan.memory",)
+    yield "--dry_run false", not c.dry_run, ("plan",)
     yield f"--logging.tracker {w.tracker}", w.tracker != "wandb", ("logging.mode", *WANDB)
     yield f"--logging.mode {w.resolved_mode}", w.resolved_mode == "disabled", WANDB
 
