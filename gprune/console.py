@@ -228,16 +228,16 @@ def quieted(*loggers: str, stderr: bool = False) -> Iterator[None]:
 def process_index() -> int:
     """0 for the first of several processes, by what torchrun, Lightning (which starts a machine's) and SLURM say.
 
-    A number that was left over in a shell, without the number of processes beside it, says nothing. The first process
-    of another machine, where nobody numbers all of them, has the number of its machine.
+    A number that was left over in a shell, without the address where processes meet, says nothing. The first process of
+    another machine, where nobody numbers all of them, has the number of its machine.
     """
 
     def given(name: str) -> int:
         text = os.environ.get(name, "")
         return int(text) if text.isdecimal() else 0
 
-    names = ["RANK", "LOCAL_RANK"] if given("WORLD_SIZE") > 1 else []
+    meets = "MASTER_ADDR" in os.environ  # Lightning takes WORLD_SIZE away again
+    names = ["RANK", "LOCAL_RANK"] if meets else []
     names += ["SLURM_PROCID"] if given("SLURM_NTASKS") > 1 else []
     rank = next((given(name) for name in names if name in os.environ), 0)
-    all_numbered = "RANK" in names and "RANK" in os.environ
-    return rank if rank or all_numbered or "MASTER_ADDR" not in os.environ else given("NODE_RANK")
+    return rank if rank or not meets or "RANK" in os.environ else given("NODE_RANK")
