@@ -92,7 +92,7 @@ def test_the_bar_says_what_is_going_on_and_how_fast(tiny_model):
     class Look(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             console.print(screen)
-            said.append(console.file.getvalue().splitlines()[-1])
+            said.append([line for line in console.file.getvalue().splitlines() if line.strip()][-1])
 
     stage = DistillationStage(tiny_model, prune(tiny_model, some_masks(tiny_model, attention=False)), DistillConfig())
     text = [Windows("demo", "train", torch.arange(64).view(4, 16))]
