@@ -16,6 +16,9 @@ Control = Literal["base", "averaged", "unrecovered"]
 WandbName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\p{Cc}\p{Zl}\p{Zp}]*$")]
 
 
+RELATIVE_RATE = 1.6e-3  # questions/steps.yaml
+
+
 class DistillConfig(Group, prefix="distill."):
     """How a pruned model learns from the dense one, where --recovery has the link distill."""
 
@@ -28,8 +31,11 @@ class DistillConfig(Group, prefix="distill."):
     forward and backward through the pruned one."""
     batch_size: AtLeast1 = 1
     """Windows per step, over all devices together."""
-    learning_rate: Positive = 5e-4
-    """Peak step size of AdamW."""
+    learning_rate: Positive = RELATIVE_RATE
+    """Peak step size of AdamW relative to the root mean square of each tensor that learns: what is right for one model
+    is right for another. A bias takes the size of the weight beside it."""
+    absolute_learning_rate: Positive | None = None
+    """Peak step size of AdamW in the units of the weights, in place of --distill.learning_rate."""
     warmup: Quantile = 0.1
     """Share of the steps in which the step size rises; then it falls to 0."""
     weight_decay: NonNegative = 0.0
@@ -41,7 +47,7 @@ class DistillConfig(Group, prefix="distill."):
     hidden: NonNegative = 0.0
     """Weight of the error of each layer's output, relative to the energy of the dense layer's output."""
     clip: Positive = 1.0
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient, each tensor's times its size; with an absolute step size of the plain gradient."""
     rank: AtLeast1 = 8
     """lora: rank of the adapters."""
     accumulate: AtLeast1 = 1
@@ -56,6 +62,8 @@ class DistillConfig(Group, prefix="distill."):
     def model_post_init(self, _: Any) -> None:
         if not self.kl + self.cross_entropy + self.hidden > 0:
             raise UserError("--distill.kl, --distill.cross_entropy, --distill.hidden: expected one of them above 0.")
+        if self.absolute_learning_rate is not None and self.learning_rate != RELATIVE_RATE:
+            raise UserError("--distill.absolute_learning_rate: expected no --distill.learning_rate beside it.")
 
     def refuse(self, *, experts: bool, shard: bool) -> None:
         """Raise UserError for targets that a model with experts, or a sharded one, cannot learn."""

@@ -44,6 +44,7 @@ class FrozenLMStage(L.LightningModule):
     """
 
     purpose = "this stage"  # what it does, for errors
+    last_loss = float("nan")  # of the global batch
 
     def __init__(self, model: PreTrainedModel, *, shard: bool = False):
         super().__init__()
@@ -71,13 +72,16 @@ class FrozenLMStage(L.LightningModule):
             # Lightning has moved all that is registered to the CPU, which may be only some weights of a student.
             self.to(self.trainer.strategy.root_device, non_blocking=True)
 
-    def batch_loss(self, losses: Tensor, weight: Tensor | None, name: str) -> Tensor:
+    def batch_loss(
+        self, losses: Tensor, weight: Tensor | None, name: str, *, finite: bool = True
+    ) -> Tensor:
         """The loss of a step from the losses of its windows, logged under `name` as the mean of the global batch.
 
         Args:
             losses: (B,) float32, nats per token.
             weight: (B,), 0 for a window that only fills up a process's share; None: all count.
             name: such as `learn/loss`.
+            finite: raise a UserError unless the loss is finite.
 
         Returns:
             () float32, whose mean over processes is the mean over the global batch, whatever each process's share.
@@ -86,7 +90,9 @@ class FrozenLMStage(L.LightningModule):
         total = self.trainer.strategy.reduce(weight.sum(), reduce_op="sum")
         loss = (losses * (weight * self.trainer.world_size / total).to(losses)).sum()
         value = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
-        require_finite_loss(float(value), f"The loss of {self.purpose}")
+        self.last_loss = float(value)
+        if finite:
+            require_finite_loss(self.last_loss, f"The loss of {self.purpose}")
         self.log(name, value, prog_bar=True)
         return loss
 

@@ -177,19 +177,20 @@ class DevelopmentCurve(L.Callback):
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure where it has ended, if it was stopped. Put the best weights back, if they are kept; else warn if
-        perplexity ends above where it began."""
-        if trainer.global_step not in self.measured:
+        """Put the best weights back, if they are to be kept, or if perplexity ends above where it began."""
+        if trainer.global_step not in self.measured:  # learning has ended early
             self._measure(trainer, pl_module)
-        with torch.no_grad():
-            for name, value in pl_module.state_dict().items() if self.best else ():
-                value.copy_(_sharded_as(value, self.best[name]))
-        began, *later = self.measured.values() or (math.nan,)
-        if later and not self.best and not later[-1] <= began:
+        means = list(self.measured.values())
+        harm = bool(means) and not means[-1] <= means[0]
+        if harm:
+            step, best = min(self.measured.items(), key=lambda point: point[1] if math.isfinite(point[1]) else math.inf)
             log.warning(
-                "Development perplexity ends at %.4g, where it began at %.4g: lower --distill.learning_rate, or let "
-                "--distill.keep best keep the best weights.", later[-1], began,
+                "Development perplexity ends at %.4g, where it began at %.4g: went back to step %d, with %.4g; lower "
+                "--distill.learning_rate.", means[-1], means[0], step, best,
             )  # fmt: skip
+        with torch.no_grad():
+            for name, value in pl_module.state_dict().items() if harm or self.keep == "best" else ():
+                value.copy_(_sharded_as(value, self.best[name]))
 
     @torch.no_grad()
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -201,7 +202,7 @@ class DevelopmentCurve(L.Callback):
         axis = {f"{stage}/tokens": tokens}
         log_perplexities(trainer, stage, axis, values, trainer.global_step, development_tokens=of_run)
         mean = trainer.strategy.broadcast(geometric_mean(values.values()))
-        if self.keep == "best" and mean < min(self.measured.values(), default=math.inf):
+        if not self.measured or mean < min(self.measured.values()):
             self.best = {name: gathered(value).detach().cpu().clone() for name, value in pl_module.state_dict().items()}
         self.measured[trainer.global_step] = mean
 

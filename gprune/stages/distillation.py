@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,10 +16,39 @@ from transformers import PreTrainedModel
 from gprune.config import DistillConfig
 from gprune.models.blocks import decoder_layers
 from gprune.models.losses import LogitTransform, final_hidden, frozen_head_losses
-from gprune.stages.base import FrozenLMStage, saved_settings
+from gprune.models.offload import gathered
+from gprune.stages.base import FrozenLMStage, require_finite_loss, saved_settings
 from gprune.stages.student import Student
 
+log = logging.getLogger("gprune")
+
 BETAS = (0.9, 0.95)  # of AdamW
+REMEMBERED, PROPORTION = 20, 10  # steps of which the median is taken; how many times that a step may be
+IN_A_ROW = 5  # steps left out, after which learning ends
+
+
+class Proportion:
+    """Tells steps whose loss or gradient is out of proportion.
+
+    They are not finite, or above `PROPORTION` times the median of the last `REMEMBERED` steps (`IN_A_ROW` or more).
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.left_out = self.in_a_row = 0
+
+    def holds(self, loss: float, norm: float) -> bool:
+        """Whether a step may be taken; one that may not is counted."""
+        pairs = ((loss, self.losses), (norm, self.norms))
+        if all(math.isfinite(v) and (len(seen) < IN_A_ROW or v <= PROPORTION * median(seen)) for v, seen in pairs):
+            for value, seen in pairs:
+                seen[:] = [*seen, value][-REMEMBERED:]
+            self.in_a_row = 0
+        else:
+            self.left_out += 1
+            self.in_a_row += 1
+        return self.in_a_row == 0
 
 
 class DistillationStage(FrozenLMStage):
@@ -28,9 +59,11 @@ class DistillationStage(FrozenLMStage):
         + cross_entropy * cross-entropy    of the next token, in nats,
         + hidden * mean over layers and tokens of ||h - h*||^2 / ||h*||^2,  h and h* (H,) what leaves a layer of each.
     The first two go through the frozen head, chunk by chunk: no logits of a batch are held, and the teacher runs once
-    per batch. AdamW's step size rises linearly, and then falls to 0. The student learns in float32 and gets its dtype
-    back at the end. Only what learns is registered, so that a checkpoint holds neither the teacher nor the rest of the
-    student.
+    per batch. AdamW's step size is relative to the size of each tensor (`Student.sizes`), and so are Adam's epsilon and
+    the norm of the gradient: models that compute one function from weights that differ by factors learn alike. The step
+    size rises linearly, and then falls to 0. A step whose loss or gradient is out of proportion (`Proportion`) is left
+    out, and `IN_A_ROW` of them end the learning. The student learns in float32 and gets its dtype back at the end. Only
+    what learns is registered, so that a checkpoint holds neither the teacher nor the rest of the student.
 
     Args:
         dense: the teacher, frozen; its weights may lie on several devices, or off them.
@@ -49,6 +82,7 @@ class DistillationStage(FrozenLMStage):
         self.settings = saved_settings(self, DistillConfig, settings, ignore=("dense", "student"))
         self._student = Student(student, self.settings)
         self.learned = self._student.learned
+        self.proportion = Proportion()
 
     @property
     def student(self) -> PreTrainedModel:
@@ -83,16 +117,31 @@ class DistillationStage(FrozenLMStage):
 
     def on_train_end(self) -> None:
         """Free gradients and moments: the Trainer would keep them, and the weights that they belong to."""
+        if self.proportion.left_out:
+            log.warning(
+                "Left out %d of %d steps: their loss or gradient was not finite, or %d times the median of %d steps.",
+                self.proportion.left_out, self.global_step, PROPORTION, REMEMBERED,
+            )  # fmt: skip
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
             optimizer.state.clear()
 
+    @property
+    def sizes(self) -> list[float]:
+        """What the step size of each tensor is relative to, in the order of `learned`."""
+        absolute = self.settings.absolute_learning_rate is not None
+        return [1.0 if absolute else self._student.sizes[name] for name in self.learned]
+
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, whose step size rises in the first `warmup` of the steps and then falls to 0."""
         s, steps = self.settings, self.trainer.estimated_stepping_batches
-        optimizer = torch.optim.AdamW(
-            self.learned.values(), lr=s.learning_rate, betas=BETAS, weight_decay=s.weight_decay
-        )
+        rate = s.absolute_learning_rate or s.learning_rate
+        groups = [
+            # A tensor of zeros has no size, and stays.
+            {"params": [p], "lr": rate * size, "weight_decay": s.weight_decay / (size or 1), "eps": 1e-8 / (size or 1)}
+            for p, size in zip(self.learned.values(), self.sizes, strict=True)
+        ]
+        optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
         rising = max(1, math.ceil(s.warmup * steps))
 
         def factor(step: int) -> float:
@@ -100,6 +149,28 @@ class DistillationStage(FrozenLMStage):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, *_: Any, **__: Any
+    ) -> None:
+        """Clip the gradient by its relative norm; drop it where the step is out of proportion."""
+        gradients = [p.grad for p in self.learned.values()]
+        norms = [size * gradient.norm() for size, gradient in zip(self.sizes, gradients, strict=True)]
+        norm = gathered(torch.linalg.vector_norm(torch.stack(norms)))
+        self.log("distill/gradient_norm", norm)
+        if not self.proportion.holds(self.last_loss, float(norm)):
+            optimizer.zero_grad(set_to_none=True)  # AdamW steps over what has no gradient
+            if self.proportion.in_a_row == IN_A_ROW:
+                require_finite_loss(self.last_loss if self.proportion.norms else math.nan, "The loss of distillation")
+                self.trainer.should_stop = True
+        elif gradient_clip_val and norm > gradient_clip_val:
+            torch._foreach_mul_(gradients, gradient_clip_val / (norm + 1e-6))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["proportion"] = vars(self.proportion)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        vars(self.proportion).update(checkpoint["proportion"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch by KL, cross-entropy and hidden states, as weighed, () float32."""
@@ -118,7 +189,7 @@ class DistillationStage(FrozenLMStage):
         if s.hidden:
             errors = [relative_error(h, goal.to(h.device)) for h, goal in zip(layers, dense_layers, strict=True)]
             losses = losses + s.hidden * torch.stack(errors).mean(0)
-        return self.batch_loss(losses, batch.get("weight"), "distill/loss")
+        return self.batch_loss(losses, batch.get("weight"), "distill/loss", finite=False)
 
 
 def relative_error(hidden: Tensor, goal: Tensor) -> Tensor:

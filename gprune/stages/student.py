@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from gprune.config import DistillConfig
@@ -23,7 +25,9 @@ if TYPE_CHECKING:  # not every build of torch has it
 class Student:
     """A pruned model of which `learned` learns, in float32; `plain` ends the learning.
 
-    It is no `nn.Module`, so that a stage that holds one does not register its weights.
+    It is no `nn.Module`, so that a stage that holds one does not register its weights. `sizes` has the size of each
+    tensor that learns, by its name, when learning begins: what a relative step size is relative to. Matrices that a
+    family stores in one tensor (gate and up, or query, key and value) learn as tensors of their own.
 
     Args:
         model: changed in place.
@@ -33,6 +37,8 @@ class Student:
     def __init__(self, model: PreTrainedModel, settings: DistillConfig):
         self.model, self.settings = model, settings
         self.learned = nn.ParameterDict()
+        self.sizes: dict[str, float] = {}
+        self._norm_offset = blocks_of(model)[0].family.norm_offset  # such norms multiply by it + weight
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self._unsharded: PreTrainedModel | None = None  # the model without weights, while its layers are sharded
         self._undo = ExitStack()  # removes hooks and restores attributes
@@ -44,6 +50,7 @@ class Student:
         elif settings.targets == "lora":
             self._learn_adapters()
         else:
+            self._take_apart()
             self._learn_weights()
         if settings.checkpointing:
             self._recompute()
@@ -53,8 +60,12 @@ class Student:
         """Whether each process holds only its part of every layer."""
         return self._unsharded is not None
 
-    def _learn(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        self.learned[name.replace(".", "_")] = parameter.requires_grad_()
+    def _learn(self, name: str, parameter: nn.Parameter, size: float | None = None) -> nn.Parameter:
+        key = name.replace(".", "_")
+        self.learned[key] = parameter.requires_grad_()
+        if key not in self.sizes:  # later it may be sharded
+            is_gain = parameter.dim() == 1 and name.endswith("weight")
+            self.sizes[key] = rms(parameter + self._norm_offset if is_gain else parameter) if size is None else size
         return parameter
 
     def _learn_weights(self) -> None:
@@ -63,8 +74,24 @@ class Student:
         for block in blocks_of(self.model):
             ffn = {place.path.rpartition(".")[0] for place in block.slices if place.kind == "ffn"}
             for name, parameter in block.layer.named_parameters():
-                if self.settings.targets == "all" or name.rpartition(".")[0] in ffn:
+                host = name.rpartition(".parametrizations." if ".parametrizations." in name else ".")[0]
+                if self.settings.targets == "all" or host in ffn:
                     self._learn(f"{block.index}.{name}", parameter)
+
+    def _take_apart(self) -> None:
+        """Let the parts that a block stores in one tensor learn as tensors of their own, until `plain`."""
+        for block in blocks_of(self.model):
+            for host, rows in fused_rows(block).items():
+                self._register(host, "weight", Pieces(rows, int(block.family.transposed)))
+                if host.bias is not None:
+                    self._register(host, "bias", Pieces(rows, 0))
+            if block.has_experts:
+                N = block.neurons
+                self._register(block.down.host, "gate_up_proj", Pieces([torch.arange(N), torch.arange(N, 2 * N)], 1))
+
+    def _register(self, host: nn.Module, name: str, pieces: Pieces) -> None:
+        parametrize.register_parametrization(host, name, pieces)
+        self._fold.append(lambda: parametrize.remove_parametrizations(host, name, leave_parametrized=True))
 
     def _learn_vectors(self) -> None:
         """A scale on each channel that enters an output projection, and the gains of norms."""
@@ -95,16 +122,24 @@ class Student:
         blocks = blocks_of(self.model)
         hosts = {id(part.host) for block in blocks for part in block.parts.values() if isinstance(part, Part)}
         names = [name for name, module in self.model.named_modules() if id(module) in hosts]
-        rank = self.settings.rank
+        rank, fused = self.settings.rank, {host: rows for block in blocks for host, rows in fused_rows(block).items()}
         config = peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=names,
             fan_in_fan_out=blocks[0].family.transposed,
         )  # fmt: skip
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PEFT's, about transformers
             adapted = peft.get_peft_model(self.model, config)
+        sizes = {}
+        for path, host in list(self.model.named_modules()):
+            if hasattr(host, "lora_B"):
+                B, rows = host.lora_B["default"], fused.get(host.base_layer, [])
+                if rows:
+                    self._register(B, "weight", Pieces(rows, 0))
+                goals = zip(B.named_parameters(), factor_sizes(host, rows), strict=True)
+                sizes |= {f"{path}.lora_B.default.{name}": size for (name, _), size in goals}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                self._learn(name, parameter)
+                self._learn(name, parameter, sizes.get(name))
         self.model = adapted.get_base_model()
         self._fold.append(lambda: setattr(self, "model", adapted.merge_and_unload()))
 
@@ -154,6 +189,48 @@ class Student:
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(self._dtypes[name])
         return self.model.eval().requires_grad_(False)
+
+
+def fused_rows(block: Block) -> dict[nn.Module, list[Tensor]]:
+    """Rows of each part in the layers that hold several of a block's parts."""
+    hosts: dict[nn.Module, list[Tensor]] = {}
+    for part in block.parts.values():
+        if isinstance(part, Part) and part.rows is not None:
+            hosts.setdefault(part.host, []).append(part.rows)
+    return hosts
+
+
+class Pieces(nn.Module):
+    """Parametrization of a tensor by the parts that lie in it along `dim`, at `rows` of each."""
+
+    def __init__(self, rows: list[Tensor], dim: int):
+        super().__init__()
+        self.rows, self.dim = rows, dim
+        self.register_buffer("order", torch.cat(rows).argsort(), persistent=False)
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        """The whole tensor."""
+        return torch.cat(parts, self.dim).index_select(self.dim, self.order)
+
+    def right_inverse(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """The parts, each contiguous, as AdamW's fused steps need them."""
+        return tuple(whole.index_select(self.dim, rows.to(whole.device)).contiguous() for rows in self.rows)
+
+
+def rms(tensor: Tensor) -> float:
+    """Root mean square."""
+    return float(tensor.detach().double().square().mean().sqrt())
+
+
+def factor_sizes(host: nn.Module, fused: list[Tensor]) -> list[float]:
+    """Sizes for the factor B of PEFT's W + s B A, one for each part of W's rows; B itself begins at zero.
+
+    By rms(W) / (s sqrt(rank) rms(A)) a step of B changes W as much as a step of W would.
+    """
+    A, W = host.lora_A["default"].weight, host.base_layer.weight
+    W = W.T if host.fan_in_fan_out else W
+    change = host.scaling["default"] * math.sqrt(len(A)) * rms(A)
+    return [rms(W[rows]) / change for rows in fused or [slice(None)]]
 
 
 def _checkpointing(model: PreTrainedModel, what: Literal["enable", "disable"]) -> Callable[..., None]:
