@@ -5,9 +5,22 @@ from __future__ import annotations
 from gprune.config import RunConfig
 from gprune.recoveries import recovery_of
 
+KEPT = 2**32  # bytes of the dense model's final hidden states that are kept for rows that learn from the same text
 
-def tokens_by_step(cfg: RunConfig) -> dict[int, tuple[int, int]]:
-    """(forward, forward and backward) tokens of each step of the method that takes some, at most."""
+
+def keeps_taught(cfg: RunConfig, hidden_size: int) -> bool:
+    """Whether several rows learn from one text, and what the dense model makes of it is small enough to keep."""
+    rows = sum(recovery_of(recovery).learns for _, recovery in cfg.stages)
+    size = fresh_tokens(cfg) * hidden_size * (4 if cfg.model.dtype == "float32" else 2)
+    return rows > 1 and size <= KEPT and not cfg.distill.hidden
+
+
+def tokens_by_step(cfg: RunConfig, *, taught: bool = False) -> dict[int, tuple[int, int]]:
+    """(forward, forward and backward) tokens of each step of the method that takes some, at most.
+
+    Args:
+        taught: the dense model's final hidden states are kept, for all rows that learn.
+    """
     c, e, s = cfg.corpora, cfg.evaluation, cfg.sparsity
     learns = {recovery: recovery_of(recovery).learns for _, recovery in cfg.stages}
     corpora = {*cfg.roles["learn"], *(c.recover if any(learns.values()) else ())}
@@ -23,8 +36,10 @@ def tokens_by_step(cfg: RunConfig) -> dict[int, tuple[int, int]]:
     forward = {9: 3 * compared_tokens(cfg), 10: evaluated + 2 * prompts * (prompt + generated)}
     trained = {9: 0, 10: 0}
     for row in cfg.stages:
-        step = 9 if row == (cfg.final, cfg.recovery) else 10
-        recovered = recovery_tokens(cfg, row[1])
+        final = row == (cfg.final, cfg.recovery)  # the first that learns
+        step, recovered = 9 if final else 10, recovery_tokens(cfg, row[1])
+        if taught and not final:
+            forward[step] -= recovery_of(row[1]).shared(fresh_tokens(cfg))
         forward[step] += recovered[0] + learns[row[1]] * (1 + cfg.distill.points) * development
         trained[step] += recovered[1]
     return {
@@ -58,6 +73,10 @@ def calibration_tokens(cfg: RunConfig) -> int:
 
 def recovery_tokens(cfg: RunConfig, recovery: str) -> tuple[int, int]:
     """(forward, forward and backward) tokens that a recovery takes for one pruned model, at most."""
-    windows = len(cfg.corpora.recover) * cfg.corpora.seq_len  # one of each corpus
-    text, fresh = windows * cfg.corpora.num_samples, windows * cfg.distilled_windows
-    return recovery_of(recovery, cfg.recovery_settings).tokens(text, fresh, attention=cfg.attention)
+    text = len(cfg.corpora.recover) * cfg.corpora.num_samples * cfg.corpora.seq_len
+    return recovery_of(recovery, cfg.recovery_settings).tokens(text, fresh_tokens(cfg), attention=cfg.attention)
+
+
+def fresh_tokens(cfg: RunConfig) -> int:
+    """Tokens of text that a recovery learns from."""
+    return len(cfg.corpora.recover) * cfg.distilled_windows * cfg.corpora.seq_len

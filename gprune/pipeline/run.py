@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -117,6 +118,11 @@ class Run:
     def learning_tokens(self) -> int:
         """Tokens that thresholds learn from."""
         return sum(w.tokens.numel() for w in self.text.learn) * self.cfg.sparsity.epochs if self.cfg.learns else 0
+
+    @cached_property
+    def taught(self) -> dict[bytes, Tensor] | None:
+        """`Material.taught` of all rows; None where it is not kept."""
+        return {} if self.plan.taught else None
 
     def step(self, number: int, what: str) -> None:
         """A step of the method begins: say so, in the log and on the screen."""

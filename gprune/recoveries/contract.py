@@ -70,6 +70,8 @@ class Material:
     # Trains a stage on `fresh`, else on `text`. Its state_dict is what it learns: a run taken up gives it back.
     fit: Callable[..., None] | None = None
     shard: bool = False  # whether layers are sharded over processes while something learns
+    # What the dense model's final hidden states are, by batch of tokens, for all rows of a run; None: not kept.
+    taught: dict[bytes, Tensor] | None = None
 
     @property
     def batches(self) -> list[Tensor]:
@@ -100,6 +102,11 @@ class Recovery:
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
         """At most (forward, forward and backward) tokens for one pruned model, from those of its texts."""
         return 0, 0
+
+    def shared(self, fresh: int) -> int:
+        """Tokens forward, of those of `tokens`, that only the first of several rows takes: `Material.taught` keeps what
+        they gave."""
+        return 0
 
     def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
         """Raise a UserError, before anything is loaded, if this recovery cannot work.
@@ -148,6 +155,9 @@ class Chain(Recovery):
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
         costs = [one.tokens(text, fresh, attention=attention) for one in self.recoveries]
         return sum(forward for forward, _ in costs), sum(backward for _, backward in costs)
+
+    def shared(self, fresh: int) -> int:
+        return sum(one.shared(fresh) for one in self.recoveries)
 
     def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
         for one in self.recoveries:

@@ -36,7 +36,7 @@ class Distill(Recovery):
 
         s = self.settings
         remove_hook_from_submodules(pruned)  # of a dense model on several devices: what learns lies on one
-        stage = DistillationStage(material.dense, pruned, s, shard=material.shard)
+        stage = DistillationStage(material.dense, pruned, s, shard=material.shard, kept=material.taught)
         what = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"
         material.fit(
             what, stage, clip=s.clip, batch_size=s.batch_size, accumulate=s.accumulate, points=s.points, keep=s.keep
@@ -46,3 +46,6 @@ class Distill(Recovery):
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
         """The teacher forward, the student forward and backward."""
         return fresh, fresh
+
+    def shared(self, fresh: int) -> int:
+        return fresh

@@ -70,16 +70,18 @@ class DistillationStage(FrozenLMStage):
         student: pruned; changed in place, and moved to the trainer's device as a whole.
         settings: the flags of `--distill`, checked by `DistillConfig.refuse`; `tokens` is that of the text.
         shard: shard the layers of both over all processes while it learns.
+        kept: the final hidden states of `dense` by batch of tokens, which it reads and adds to.
     """
 
     purpose, curves = "distillation", "distill"
 
     def __init__(
         self, dense: PreTrainedModel, student: PreTrainedModel, settings: DistillConfig | Mapping | None = None, *,
-        shard: bool = False,
+        shard: bool = False, kept: dict[bytes, Tensor] | None = None,
     ):  # fmt: skip
         super().__init__(dense, shard=shard)
-        self.settings = saved_settings(self, DistillConfig, settings, ignore=("dense", "student"))
+        self._kept = kept
+        self.settings = saved_settings(self, DistillConfig, settings, ignore=("dense", "student", "kept"))
         self._student = Student(student, self.settings)
         self.learned = self._student.learned
         self.proportion = Proportion()
@@ -176,7 +178,7 @@ class DistillationStage(FrozenLMStage):
         """Loss of a batch by KL, cross-entropy and hidden states, as weighed, () float32."""
         ids, s = batch["input_ids"], self.settings
         with torch.no_grad(), layer_outputs(self.lm, enabled=s.hidden > 0) as dense_layers:
-            dense = final_hidden(self.lm, ids).flatten(0, 1) if s.kl or s.hidden else None
+            dense = self._taught(ids).flatten(0, 1) if s.kl or s.hidden else None
         with layer_outputs(self.student, enabled=s.hidden > 0) as layers:
             hidden = final_hidden(self.student, ids).flatten(0, 1)
         head, transform = self.student.get_output_embeddings(), LogitTransform.of(self.student)
@@ -190,6 +192,16 @@ class DistillationStage(FrozenLMStage):
             errors = [relative_error(h, goal.to(h.device)) for h, goal in zip(layers, dense_layers, strict=True)]
             losses = losses + s.hidden * torch.stack(errors).mean(0)
         return self.batch_loss(losses, batch.get("weight"), "distill/loss", finite=False)
+
+    def _taught(self, ids: Tensor) -> Tensor:
+        """The teacher's final hidden states, (B, T - 1, H) in its dtype: those that were kept, or computed."""
+        key = b"" if self._kept is None or self.settings.hidden else ids.cpu().numpy().tobytes()
+        if key and key in self._kept:
+            return self._kept[key]
+        states = final_hidden(self.lm, ids)
+        if key:
+            self._kept[key] = states.cpu()
+        return states
 
 
 def relative_error(hidden: Tensor, goal: Tensor) -> Tensor:
