@@ -278,9 +278,7 @@ def test_a_run_distils_every_row_and_takes_up_what_was_learned(undisturbed, worl
     assert all((r["distill"] is not None) == (r["recovery"] == chain) for r in result.records)
     plan = check(result.config)
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens
-    assert (
-        plan.forward_tokens - 576 < result.summary["forward_tokens"] <= plan.forward_tokens
-    )  # one row has the teacher
+    assert result.summary["forward_tokens"] <= plan.forward_tokens  # the teacher runs for one row of three
     alone = {r["corpus"]: r["nll"] for r in undisturbed.records if r["recovery"] == chain}
     assert {r["corpus"]: r["nll"] for r in result.records if (r["stage"], r["recovery"]) == ("base", chain)} == alone
     # all of the text counts as used
