@@ -6,6 +6,7 @@ import copy
 import csv
 import functools
 import json
+import math
 import shutil
 
 import lightning as L
@@ -501,6 +502,47 @@ def test_models_that_compute_the_same_learn_the_same(family, rewritten, targets)
         ends.append(divergence(model, stage.finished(), tokens))
     assert ends[1] == pytest.approx(ends[0], rel=1e-3 if targets == "all" else 0.02)
     assert ends[0] < 0.95 * divergence(dense, prune(dense, some_masks(dense, attention=False)), tokens)
+
+
+@pytest.mark.parametrize(("bad", "steps", "left_out"), [({2}, 6, 1), ({2, 3, 4, 5, 6}, 7, 5)])
+def test_a_step_that_is_not_finite_is_left_out_and_several_in_a_row_end_learning(bad, steps, left_out, problem, caplog):
+    dense, pruned, tokens = problem
+
+    class Broken(DistillationStage):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * (math.nan if batch_idx in bad else 1)
+
+    stage = Broken(dense, pruned, DistillConfig(learning_rate=0.01))
+    windows = tokens[:1].repeat(9 if len(bad) > 1 else 6, 1)
+    start = divergence(dense, pruned, tokens[:1])
+    trainer = fitted(stage, windows, batch_size=1)
+    assert trainer.global_step == steps
+    assert f"Left out {left_out} of {steps} steps" in caplog.text
+    assert divergence(dense, stage.finished(), tokens[:1]) < start
+
+
+def test_nothing_finite_is_one_line(problem):
+    dense, pruned, tokens = problem
+    stage = DistillationStage(dense, pruned, DistillConfig(learning_rate=0.01))
+    with torch.no_grad():
+        pruned.model.layers[0].mlp.up_proj.weight[0] = math.nan
+    with pytest.raises(UserError, match="The loss of distillation is nan; expected a finite number"):
+        fitted(stage, tokens.repeat(5, 1), batch_size=1)
+
+
+def test_a_tensor_of_zeros_stays_and_one_rate_is_enough(problem):
+    dense, pruned, tokens = problem
+    with torch.no_grad():
+        pruned.model.layers[0].mlp.up_proj.weight.zero_()
+        pruned.model.layers[1].input_layernorm.weight.fill_(1e4)
+    stage = DistillationStage(dense, pruned, DistillConfig(learning_rate=0.01, weight_decay=0.1))
+    fitted(stage, tokens)
+    after = stage.finished().state_dict()
+    assert not after["model.layers.0.mlp.up_proj.weight"].any()
+    assert all(bool(t.isfinite().all()) for t in after.values())
+    with pytest.raises(UserError, match=r"^--distill\.absolute_learning_rate: expected no --distill\.learning_rate"):
+        DistillConfig(learning_rate=0.01, absolute_learning_rate=5e-4)
 
 
 # Elsewhere than in the memory of one process
