@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import AbstractContextManager
 from pathlib import Path
+from unittest.mock import patch
 
+import gguf as library
 import torch
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,12 +36,22 @@ WHOLE_WORDS = ("llama-bpe",)  # names of ways in which a whole word that is a to
 
 def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
     """Write the file `gguf` as a Hugging Face folder."""
-    with quieted("transformers", stderr=True):  # its GGUF reader always shows a bar
+    with quieted("transformers", stderr=True), parsed_once():  # its GGUF reader always shows a bar
         model, tokenizer = load_gguf(gguf), load_gguf_tokenizer(gguf)
         model.config.name_or_path = name
         model.config.architectures = [type(model).__name__]
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def parsed_once() -> AbstractContextManager[None]:
+    """Let transformers parse a file, which takes it seconds, once and not for each of config, weights and tokenizer; and
+    make the map of tensors' names once and not for each module."""
+    return patch.multiple(
+        library,
+        GGUFReader=functools.cache(library.GGUFReader),
+        get_tensor_name_map=functools.cache(library.get_tensor_name_map),
+    )
 
 
 def load_gguf(path: Path) -> PreTrainedModel:
@@ -49,8 +63,10 @@ def load_gguf(path: Path) -> PreTrainedModel:
     settings = loaded.config.to_dict()
     for left_by_gguf in ("quantization_config", "_model_name_or_path"):
         settings.pop(left_by_gguf, None)
-    clean = type(loaded)(type(loaded.config).from_dict(settings)).to(torch.float32)
-    clean.load_state_dict(loaded.state_dict())
+    with torch.device("meta"):  # no random weights
+        clean = type(loaded)(type(loaded.config).from_dict(settings))
+    clean.load_state_dict(loaded.state_dict(), assign=True)
+    clean.tie_weights()
     clean.generation_config = loaded.generation_config
     return clean.eval()
 
@@ -61,9 +77,8 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     The file holds only a name for that. transformers knows some names, and for others, such as SmolLM2's, silently cuts
     as GPT-2 does: blanks before a digit then become other tokens than the model was trained on.
     """
-    from gguf import GGUFReader, Keys
-
-    keys = GGUFReader(path).fields
+    Keys = library.Keys
+    keys = library.GGUFReader(path).fields
     byte_level = keys[Keys.Tokenizer.MODEL].contents() == "gpt2"
     name = keys[Keys.Tokenizer.PRE].contents() if byte_level else None
     words = WORDS[name] if byte_level else None
