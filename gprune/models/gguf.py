@@ -45,7 +45,7 @@ def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
 
 
 def parsed_once() -> AbstractContextManager[None]:
-    """Let transformers parse a file, which takes it seconds, once and not for each of config, weights and tokenizer; and
+    """Let transformers parse a file once, and not for each of config, weights and tokenizer, which takes seconds; and
     make the map of tensors' names once and not for each module."""
     return patch.multiple(
         library,
