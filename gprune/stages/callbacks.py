@@ -66,9 +66,13 @@ class StepCurves(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        rate, stage = optimizer.param_groups[0]["lr"], curves_of(pl_module)
+        group, stage = optimizer.param_groups[0], curves_of(pl_module)
+        if hasattr(pl_module, "gradient_norm"):
+            norm = pl_module.gradient_norm()
+        else:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        rate = group["lr"] / (group.get("size") or 1)  # of a relative step size, that without units
         pl_module.log_dict({f"{stage}/gradient_norm": gathered(norm), f"{stage}/learning_rate": float(rate)})
 
     def on_train_batch_end(

@@ -85,6 +85,7 @@ class DistillationStage(FrozenLMStage):
         self._student = Student(student, self.settings)
         self.learned = self._student.learned
         self.proportion = Proportion()
+        self._norm: Tensor | None = None  # of the gradient, while a step is taken
 
     @property
     def student(self) -> PreTrainedModel:
@@ -138,11 +139,11 @@ class DistillationStage(FrozenLMStage):
         """AdamW, whose step size rises in the first `warmup` of the steps and then falls to 0."""
         s, steps = self.settings, self.trainer.estimated_stepping_batches
         rate = s.absolute_learning_rate or s.learning_rate
-        groups = [
-            # A tensor of zeros has no size, and stays.
-            {"params": [p], "lr": rate * size, "weight_decay": s.weight_decay / (size or 1), "eps": 1e-8 / (size or 1)}
-            for p, size in zip(self.learned.values(), self.sizes, strict=True)
-        ]
+        groups = []
+        for parameter, size in zip(self.learned.values(), self.sizes, strict=True):
+            unit = size or 1.0  # a tensor of zeros has no size, and stays
+            rest = {"weight_decay": s.weight_decay / unit, "eps": 1e-8 / unit}
+            groups.append({"params": [parameter], "lr": rate * size, "size": size, **rest})
         optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
         rising = max(1, math.ceil(s.warmup * steps))
 
@@ -152,21 +153,27 @@ class DistillationStage(FrozenLMStage):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def gradient_norm(self) -> Tensor:
+        """The norm of the gradient, each tensor's times its size, before clipping: () float32, computed once a step."""
+        if self._norm is None:
+            sized = zip(self.learned.values(), self.sizes, strict=True)
+            norms = [size * p.grad.norm() for p, size in sized if p.grad is not None]
+            self._norm = gathered(torch.linalg.vector_norm(torch.stack(norms)))
+        return self._norm
+
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, *_: Any, **__: Any
     ) -> None:
-        """Clip the gradient by its relative norm; drop it where the step is out of proportion."""
-        gradients = [p.grad for p in self.learned.values()]
-        norms = [size * gradient.norm() for size, gradient in zip(self.sizes, gradients, strict=True)]
-        norm = gathered(torch.linalg.vector_norm(torch.stack(norms)))
-        self.log("distill/gradient_norm", norm)
+        """Clip the gradient by its norm; drop it where the step is out of proportion."""
+        norm, self._norm = self.gradient_norm(), None
         if not self.proportion.holds(self.last_loss, float(norm)):
             optimizer.zero_grad(set_to_none=True)  # AdamW steps over what has no gradient
             if self.proportion.in_a_row == IN_A_ROW:
                 require_finite_loss(self.last_loss if self.proportion.norms else math.nan, "The loss of distillation")
                 self.trainer.should_stop = True
         elif gradient_clip_val and norm > gradient_clip_val:
-            torch._foreach_mul_(gradients, gradient_clip_val / (norm + 1e-6))
+            for parameter in (p for p in self.learned.values() if p.grad is not None):
+                parameter.grad.mul_(gradient_clip_val / (norm + 1e-6))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["proportion"] = vars(self.proportion)
