@@ -72,9 +72,7 @@ class FrozenLMStage(L.LightningModule):
             # Lightning has moved all that is registered to the CPU, which may be only some weights of a student.
             self.to(self.trainer.strategy.root_device, non_blocking=True)
 
-    def batch_loss(
-        self, losses: Tensor, weight: Tensor | None, name: str, *, finite: bool = True
-    ) -> Tensor:
+    def batch_loss(self, losses: Tensor, weight: Tensor | None, name: str, *, finite: bool = True) -> Tensor:
         """The loss of a step from the losses of its windows, logged under `name` as the mean of the global batch.
 
         Args:
