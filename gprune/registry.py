@@ -26,7 +26,13 @@ if TYPE_CHECKING:  # flags are checked by what is registered, which should not w
 
 T = TypeVar("T")
 FLOATS, WHOLE = ("float64", "float32", "float16", "bfloat16"), ("int64", "int32", "int16", "int8", "uint8")
-DTYPES = {"finite numbers": FLOATS + WHOLE, "finite floats": FLOATS, "whole numbers": WHOLE, "bool": ("bool",)}
+DTYPES = {
+    "finite numbers": FLOATS + WHOLE,
+    "finite floats": FLOATS,
+    "floats": FLOATS,
+    "whole numbers": WHOLE,
+    "bool": ("bool",),
+}
 NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
@@ -109,7 +115,7 @@ class Registry(Generic[T]):
             dtype, layout = (str(part).removeprefix("torch.") for part in (value.dtype, value.layout))
             got = f"{tuple(value.shape)} of {dtype}, {'without values (meta)' if value.is_meta else layout}"
             if value.shape in shapes and dtype in DTYPES[of] and layout == "strided" and not value.is_meta:
-                bad = int((~value.isfinite()).sum())
+                bad = int((~value.isfinite()).sum()) if "finite" in of else 0  # which waits for a device
                 if not bad:
                     return value.detach()
                 got = f"{bad} of {value.numel()} that are not finite"

@@ -211,6 +211,8 @@ def pretend() -> Iterator[Devices]:
         patch.setattr(torch, "is_autocast_enabled", lambda *types: types != (TYPE,) and asked(*types))
         # Torch lets nobody write into a view of a tensor such as these in inference mode.
         patch.setattr(torch, "inference_mode", lambda mode=True: torch.no_grad() if mode else nullcontext())
+        optimizers = sys.modules["torch.optim.optimizer"]  # of which torch.optim takes the name away
+        patch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: [TYPE, "cpu"])
         patch.setattr(CPUAccelerator, "setup_device", lambda self, device: None)
         chosen = lambda self: SingleDeviceStrategy(torch.device(TYPE, 0))  # noqa: E731
         patch.setattr(_AcceleratorConnector, "_choose_strategy", chosen)

@@ -232,7 +232,7 @@ class Projection(Recovery):
             (H, kept) weight and (H,) bias to add, or None, in the dtype of `weight`.
 
         Raises:
-            UserError: if the solver returns other shapes, or what is not dense, real and finite; for a bias of experts.
+            UserError: if the solver returns other shapes, or what is not dense and real; for a bias of experts.
         """
         import torch
 
@@ -257,10 +257,10 @@ class Projection(Recovery):
             got = type(solution).__name__
             raise UserError(f"Recovery '{self.name}': expected a weight and a bias, or None in its place, got {got}.")
         (H, _), kept = weight.shape, int(keep.sum())
-        new = RECOVERY.checked(self.name, "a weight", solution[0], (H, kept), of="finite floats").to(weight.device)
+        new = RECOVERY.checked(self.name, "a weight", solution[0], (H, kept), of="floats").to(weight.device)
         if solution[1] is None:
             return new, None
-        return new, RECOVERY.checked(self.name, "a bias", solution[1], (H,), of="finite floats").to(weight.device)
+        return new, RECOVERY.checked(self.name, "a bias", solution[1], (H,), of="floats").to(weight.device)
 
 
 def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool = True) -> Callable[[Any], Any]:

@@ -64,6 +64,7 @@ class PrunedPrefix:
         self.blocks = blocks_of(model)
         assert not any(block.has_experts for block in self.blocks), "experts are not recovered along the prefix"
         self.ridge, self.lost = ridge, lost(masks)
+        self.scale = getattr(self.blocks[0].layer, "residual_multiplier", 1.0)  # Granite's, of what joins the residual
         # Before the first block that differs both streams are the same; after the last projection nothing is needed.
         self.first = min((i for i, b in enumerate(self.lost) if b or not masks.blocks[i]), default=len(self.lost))
         self.last = max((i for i, b in enumerate(self.lost) if b), default=-1)
@@ -131,7 +132,7 @@ class PrunedPrefix:
                 after = self._through(block, index, i, hidden)
                 x, y = seen[part]
                 x = x.flatten(0, -2).float()
-                error = target.to(device).float() - self._behind(block, part, y, hidden, after).float()
+                error = (target.to(device).float() - self._behind(block, part, y, hidden, after).float()) / self.scale
                 add_gram(gram, x)
                 cross.addmm_(error.T, x)
         require_finite(f"activation came up in block {index} of the pruned model", gram, cross)
@@ -149,7 +150,7 @@ class PrunedPrefix:
         """
         if not block.joins_residual(part):
             return output.flatten(0, -2)
-        stream = after if part == "down" else before.to(output.device).reshape(output.shape) + output
+        stream = after if part == "down" else before.to(output.device).reshape(output.shape) + output * self.scale
         return stream.flatten(0, -2)
 
     def _through(self, block: Block, index: int, batch: int, hidden: Tensor) -> Tensor:

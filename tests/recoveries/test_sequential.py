@@ -99,10 +99,11 @@ def solved_by_lstsq(model, masks: Masks, ids: list[torch.Tensor], target: str = 
             W = (host.weight.T if family.transposed else host.weight).numpy()
             y = wanted[f"y {part}"]
             if target == "residual" and normed[part] is None:
+                scale = getattr(layer, "residual_multiplier", 1.0)
                 r_d, r_p = wanted["before"], there["before"]
                 if part == "down":
-                    r_d, r_p = r_d + wanted["y output"], r_p + there["y output"]
-                y = (r_d + y) - r_p
+                    r_d, r_p = r_d + scale * wanted["y output"], r_p + scale * there["y output"]
+                y = (r_d + scale * y - r_p) / scale
             if host.bias is not None:
                 y = y - host.bias.numpy()
             x = there[f"x {part}"]
