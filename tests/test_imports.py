@@ -95,6 +95,7 @@ def test_names_that_are_imported_later_are_those_that_type_checkers_see(package)
     for name, (module, origin) in told.items():
         assert getattr(package, name) is getattr(importlib.import_module(module), origin)
     eager = {one.asname or one.name for node in tree.body if isinstance(node, ast.ImportFrom) for one in node.names}
+    eager |= {one.id for node in tree.body for one in ast.walk(node) if isinstance(one, ast.Name)}
     assert set(package.__all__) <= told.keys() | eager
     with pytest.raises(AttributeError, match=r"no attribute 'no_such_name'"):
         _ = package.no_such_name

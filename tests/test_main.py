@@ -181,6 +181,7 @@ def test_of_several_processes_the_first_speaks_unless_one_fails_alone(capsys, mo
 
         return guarded("a verb", work)
 
+    monkeypatch.setenv("MASTER_ADDR", "here")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert failing(UserError("all of us")) == 2
     assert failing(RuntimeError("Connection closed by peer")) == 2
@@ -201,16 +202,21 @@ def test_libraries_speak_again_afterwards(capsys):
     assert capsys.readouterr().err == "heard"
 
 
+MEET = {"MASTER_ADDR": "here"}
+
+
 @pytest.mark.parametrize(
     ("given", "number"),
     [
-        ({}, 0), ({"LOCAL_RANK": "1"}, 1), ({"LOCAL_RANK": "x"}, 0), ({"SLURM_PROCID": "9", "SLURM_LOCALID": "1"}, 9),
-        ({"LOCAL_RANK": "0", "RANK": "8"}, 8),  # torchrun, on the second machine
-        ({"NODE_RANK": "1"}, 1), ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, 1), ({"NODE_RANK": "1", "RANK": "0"}, 0),
+        ({}, 0), (MEET | {"LOCAL_RANK": "1"}, 1), (MEET | {"LOCAL_RANK": "x"}, 0),
+        (MEET | {"LOCAL_RANK": "0", "RANK": "8"}, 8),  # torchrun, on the second machine
+        (MEET | {"NODE_RANK": "1"}, 1), (MEET | {"NODE_RANK": "1", "LOCAL_RANK": "0"}, 1),
+        (MEET | {"NODE_RANK": "1", "RANK": "0"}, 0), ({"SLURM_NTASKS": "16", "SLURM_PROCID": "9"}, 9),
+        ({"RANK": "1", "LOCAL_RANK": "1", "NODE_RANK": "1", "SLURM_PROCID": "9"}, 0),  # left over in a shell
     ],
 )  # fmt: skip
 def test_the_first_of_several_processes_is_told_by_whoever_numbers_them(given, number, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"):
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "SLURM_NTASKS", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)

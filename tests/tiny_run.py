@@ -24,11 +24,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -171,7 +172,12 @@ def quick(patch: pytest.MonkeyPatch, *, draw: bool = False) -> None:
     patch.setattr("gprune.export.hf.reloaded_logits", in_this_process)
     if not draw:
         patch.setattr("gprune.pipeline.prune.write_pages", lambda run: None)
-        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **_: Path(file).write_bytes(PIXEL))
+        patch.setattr("matplotlib.figure.Figure.savefig", _not_drawn)
+
+
+def _not_drawn(_: Figure, file: Path | TextIO, **options: Any) -> None:
+    """A figure that a page holds is empty."""
+    file.write_bytes(PIXEL) if isinstance(file, Path) else file.write("<svg/>")
 
 
 @dataclass(frozen=True)

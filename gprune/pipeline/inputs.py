@@ -106,7 +106,6 @@ def prepare_text(
     calibrated = dict.fromkeys([*cfg.calibration, *cfg.roles["recover"]])
     recovered = cfg.roles["recover"] if recovery_of(cfg.recovery).learns else []
     developed = dict.fromkeys([*cfg.roles["learn"], *recovered])
-    log.info("Reading %d corpora", len({*cfg.used, *c.evaluate}))
     # A corpus may have several roles, lie behind a network, and return other text when it is asked again.
     read = functools.cache(read_corpus)
 

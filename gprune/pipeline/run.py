@@ -196,6 +196,7 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
     if idle := unread(cfg, given(cfg)):
         log.warning("Given, and not read by this run: %s", idle)
     model, tokenizer = load(cfg, plan.device)
+    log.info("Reading %d corpora", len({*cfg.used, *cfg.corpora.evaluate}))
     text = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
     L.seed_everything(cfg.run.seed, verbose=False)
     meter = TokenMeter()
