@@ -115,8 +115,6 @@ class RunConfig(Group):
                 raise UserError(
                     "--evaluation.split development: expected test with --distill.keep best, which sees it."
                 )
-            if d.hidden and whole_blocks:
-                raise UserError(f"--distill.hidden: expected 0 with --sparsity.allocation {allocation}.")
         if m.shard and processes < 2:
             raise UserError("--model.shard: expected two or more processes (--trainer.devices, .num_nodes), got one.")
         if m.device_map is not None and processes > 1:

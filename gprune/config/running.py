@@ -22,9 +22,8 @@ RELATIVE_RATE = 1.6e-3  # chosen on text that no table reports
 class DistillConfig(Group, prefix="distill."):
     """How a pruned model learns from the dense one, where --recovery has the link distill."""
 
-    targets: Literal["vectors", "mlp", "all", "lora"] = "all"
-    """What is trained. vectors: a scale per neuron and per attention channel, and the gains of norms, folded into the
-    weights at the end. mlp: the FFN's weights. all: every weight of the decoder layers. lora: adapters, merged at the
+    targets: Literal["mlp", "all", "lora"] = "all"
+    """What is trained. mlp: the FFN's weights. all: every weight of the decoder layers. lora: adapters, merged at the
     end (needs peft)."""
     tokens: AtLeast1 = 12_288
     """Training tokens, each used once, equally many from each of --corpora.recover: forward through the dense model,
@@ -32,8 +31,8 @@ class DistillConfig(Group, prefix="distill."):
     batch_size: AtLeast1 = 1
     """Windows per step, over all devices together."""
     learning_rate: Positive = RELATIVE_RATE
-    """Peak step size of AdamW relative to the root mean square of each tensor that learns: what is right for one model
-    is right for another. A bias takes the size of the weight beside it."""
+    """Peak step size of AdamW, relative to the root mean square of each tensor that learns: one number for all models.
+    A tensor of zeros stays; LoRA's factor B takes steps that change its matrix by as much."""
     absolute_learning_rate: Positive | None = None
     """Peak step size of AdamW in the units of the weights, in place of --distill.learning_rate."""
     warmup: Quantile = 0.1
@@ -44,8 +43,6 @@ class DistillConfig(Group, prefix="distill."):
     """Weight of the divergence from the dense model."""
     cross_entropy: NonNegative = 0.0
     """Weight of the next token's cross-entropy. With --distill.kl 0 it is plain fine-tuning."""
-    hidden: NonNegative = 0.0
-    """Weight of the error of each layer's output, relative to the energy of the dense layer's output."""
     clip: Positive = 1.0
     """Largest norm of the gradient, each tensor's times its size; with an absolute step size of the plain gradient."""
     rank: AtLeast1 = 8
@@ -60,20 +57,10 @@ class DistillConfig(Group, prefix="distill."):
     """Which weights are kept: those of the last step, or of the measurement with the lowest perplexity."""
 
     def model_post_init(self, _: Any) -> None:
-        if not self.kl + self.cross_entropy + self.hidden > 0:
-            raise UserError("--distill.kl, --distill.cross_entropy, --distill.hidden: expected one of them above 0.")
+        if not self.kl + self.cross_entropy > 0:
+            raise UserError("--distill.kl, --distill.cross_entropy: expected one of them above 0.")
         if self.absolute_learning_rate is not None and self.learning_rate != RELATIVE_RATE:
             raise UserError("--distill.absolute_learning_rate: expected no --distill.learning_rate beside it.")
-
-    def refuse(self, *, experts: bool, shard: bool) -> None:
-        """Raise UserError for targets that a model with experts, or a sharded one, cannot learn."""
-        what = f"--distill.targets {self.targets}:"
-        if shard and self.targets in ("vectors", "lora"):
-            raise UserError(f"{what} expected mlp or all with --model.shard true.")
-        if experts and self.targets == "vectors":
-            raise UserError(f"{what} experts have no scales of their own; expected mlp or all.")
-        if self.targets == "lora" and find_spec("peft") is None:
-            raise UserError(f"{what} needs peft, which is not installed: pip install peft.")
 
 
 class EvaluationConfig(Group, prefix="evaluation."):

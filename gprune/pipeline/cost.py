@@ -12,7 +12,7 @@ def keeps_taught(cfg: RunConfig, hidden_size: int) -> bool:
     """Whether several rows learn from one text, and what the dense model makes of it is small enough to keep."""
     rows = sum(recovery_of(recovery).learns for _, recovery in cfg.stages)
     size = fresh_tokens(cfg) * hidden_size * (4 if cfg.model.dtype == "float32" else 2)
-    return rows > 1 and size <= KEPT and not cfg.distill.hidden
+    return rows > 1 and size <= KEPT
 
 
 def tokens_by_step(cfg: RunConfig, *, taught: bool = False) -> dict[int, tuple[int, int]]:

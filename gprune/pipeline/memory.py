@@ -105,5 +105,4 @@ def learned_numbers(plan: Plan, kept: float) -> float:
         "all": sum(block.cost for block in blocks) - plan.budget.target,
         "mlp": kept * sum(block.neuron_cost * block.neurons for block in blocks),
         "lora": d.rank * sum(part.in_features + part.out_features for part in parts),
-        "vectors": sum(block.down.in_features + block.output.in_features for block in blocks),
     }[d.targets]

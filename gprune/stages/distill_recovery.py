@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from gprune.config import DistillConfig
+from gprune.errors import UserError
 from gprune.recoveries.contract import Material, Recovery, recovery
 
 if TYPE_CHECKING:
@@ -24,9 +26,12 @@ class Distill(Recovery):
         self.settings = settings or DistillConfig()
 
     def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
-        """As `Recovery.refuse`, and for the flags of `--distill`."""
+        """As `Recovery.refuse`, and for adapters without PEFT or of a sharded model."""
         super().refuse(blocks, shard=shard)
-        self.settings.refuse(experts=any(block.has_experts for block in blocks), shard=shard)
+        if self.settings.targets == "lora" and shard:
+            raise UserError("--distill.targets lora: expected mlp or all with --model.shard true.")
+        if self.settings.targets == "lora" and find_spec("peft") is None:
+            raise UserError("--distill.targets lora needs peft, which is not installed: pip install peft.")
 
     def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
         """Train a `DistillationStage` by `material.fit`; returns the model with what was learned folded in."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gprune.config import DistillConfig
-from gprune.models.blocks import decoder_layers
 from gprune.models.losses import LogitTransform, final_hidden, frozen_head_losses
 from gprune.models.offload import gathered
 from gprune.stages.base import FrozenLMStage, require_finite_loss, saved_settings
@@ -56,9 +54,8 @@ class DistillationStage(FrozenLMStage):
 
     Loss: mean over windows of
         kl * KL(dense || pruned)           of the next token, in nats,
-        + cross_entropy * cross-entropy    of the next token, in nats,
-        + hidden * mean over layers and tokens of ||h - h*||^2 / ||h*||^2,  h and h* (H,) what leaves a layer of each.
-    The first two go through the frozen head, chunk by chunk: no logits of a batch are held, and the teacher runs once
+        + cross_entropy * cross-entropy    of the next token, in nats.
+    Both go through the frozen head, chunk by chunk: no logits of a batch are held, and the teacher runs once
     per batch. AdamW's step size is relative to the size of each tensor (`Student.sizes`), and so are Adam's epsilon and
     the norm of the gradient: models that compute one function from weights that differ by factors learn alike. The step
     size rises linearly, and then falls to 0. A step whose loss or gradient is out of proportion (`Proportion`) is left
@@ -144,7 +141,8 @@ class DistillationStage(FrozenLMStage):
             unit = size or 1.0  # a tensor of zeros has no size, and stays
             rest = {"weight_decay": s.weight_decay / unit, "eps": 1e-8 / unit}
             groups.append({"params": [parameter], "lr": rate * size, "size": size, **rest})
-        optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+        fused = self.trainer.strategy.root_device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=fused)
         rising = max(1, math.ceil(s.warmup * steps))
 
         def factor(step: int) -> float:
@@ -165,8 +163,8 @@ class DistillationStage(FrozenLMStage):
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, *_: Any, **__: Any
     ) -> None:
         """Clip the gradient by its norm; drop it where the step is out of proportion."""
-        norm, self._norm = self.gradient_norm(), None
-        if not self.proportion.holds(self.last_loss, float(norm)):
+        norm, self._norm = float(self.gradient_norm()), None
+        if not self.proportion.holds(self.last_loss, norm):
             optimizer.zero_grad(set_to_none=True)  # AdamW steps over what has no gradient
             if self.proportion.in_a_row == IN_A_ROW:
                 require_finite_loss(self.last_loss if self.proportion.norms else math.nan, "The loss of distillation")
@@ -182,12 +180,10 @@ class DistillationStage(FrozenLMStage):
         vars(self.proportion).update(checkpoint["proportion"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Loss of a batch by KL, cross-entropy and hidden states, as weighed, () float32."""
+        """Loss of a batch by KL and cross-entropy, as weighed, () float32."""
         ids, s = batch["input_ids"], self.settings
-        with torch.no_grad(), layer_outputs(self.lm, enabled=s.hidden > 0) as dense_layers:
-            dense = self._taught(ids).flatten(0, 1) if s.kl or s.hidden else None
-        with layer_outputs(self.student, enabled=s.hidden > 0) as layers:
-            hidden = final_hidden(self.student, ids).flatten(0, 1)
+        dense = self._taught(ids).flatten(0, 1) if s.kl else None
+        hidden = final_hidden(self.student, ids).flatten(0, 1)
         head, transform = self.student.get_output_embeddings(), LogitTransform.of(self.student)
         losses = torch.zeros(len(ids), device=hidden.device)
         for weight, targets in ((s.kl, dense), (s.cross_entropy, ids[:, 1:].flatten())):
@@ -195,38 +191,14 @@ class DistillationStage(FrozenLMStage):
                 targets = targets.to(hidden.device, hidden.dtype if targets.is_floating_point() else None)
                 of_tokens = frozen_head_losses(hidden, head.weight, head.bias, targets, transform)
                 losses = losses + weight * of_tokens.view(len(ids), -1).mean(1)
-        if s.hidden:
-            errors = [relative_error(h, goal.to(h.device)) for h, goal in zip(layers, dense_layers, strict=True)]
-            losses = losses + s.hidden * torch.stack(errors).mean(0)
         return self.batch_loss(losses, batch.get("weight"), "distill/loss", finite=False)
 
+    @torch.no_grad()
     def _taught(self, ids: Tensor) -> Tensor:
         """The teacher's final hidden states, (B, T - 1, H) in its dtype: those that were kept, or computed."""
-        key = b"" if self._kept is None or self.settings.hidden else ids.cpu().numpy().tobytes()
-        if key and key in self._kept:
-            return self._kept[key]
-        states = final_hidden(self.lm, ids)
-        if key:
-            self._kept[key] = states.cpu()
-        return states
-
-
-def relative_error(hidden: Tensor, goal: Tensor) -> Tensor:
-    """Mean over the tokens of each window of ||h - h*||^2 / ||h*||^2, (B,) float32; both (B, T, H)."""
-    # The first token is left out: in many models it carries a state a hundred times as large as all others.
-    hidden, goal = hidden[:, 1:].float(), goal[:, 1:].float()
-    return ((hidden - goal).square().sum(-1) / goal.square().sum(-1).clamp_min(1e-12)).mean(1)
-
-
-@contextmanager
-def layer_outputs(model: PreTrainedModel, *, enabled: bool = True) -> Iterator[list[Tensor]]:
-    """What leaves each decoder layer in the next forward pass, (B, T, H), first layer first; nothing unless enabled."""
-    outputs: list[Tensor] = []
-
-    def note(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
-
-    with ExitStack() as hooks:
-        for layer in decoder_layers(model) if enabled else ():
-            hooks.callback(layer.register_forward_hook(note).remove)
-        yield outputs
+        if self._kept is None:
+            return final_hidden(self.lm, ids)
+        key = ids.cpu().numpy().tobytes()
+        if key not in self._kept:
+            self._kept[key] = final_hidden(self.lm, ids).cpu()
+        return self._kept[key]

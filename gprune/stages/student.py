@@ -37,21 +37,23 @@ class Student:
     def __init__(self, model: PreTrainedModel, settings: DistillConfig):
         self.model, self.settings = model, settings
         self.learned = nn.ParameterDict()
-        self.sizes: dict[str, float] = {}
+        self._sizes: dict[str, Tensor] = {}
         self._norm_offset = blocks_of(model)[0].family.norm_offset  # such norms multiply by it + weight
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self._unsharded: PreTrainedModel | None = None  # the model without weights, while its layers are sharded
         self._undo = ExitStack()  # removes hooks and restores attributes
-        self._fold: list[Callable[[], None]] = []  # functions that multiply scales or adapters into the weights
+        self._fold: list[
+            Callable[[], None]
+        ] = []  # functions that put parts together, or multiply adapters into the weights
         for parameter in model.parameters():  # steps of AdamW are smaller than what bfloat16 tells apart
             parameter.data = parameter.data.float()
-        if settings.targets == "vectors":
-            self._learn_vectors()
-        elif settings.targets == "lora":
+        if settings.targets == "lora":
             self._learn_adapters()
         else:
             self._take_apart()
             self._learn_weights()
+        sizes = [size.to(next(iter(self._sizes.values())).device) for size in self._sizes.values()]
+        self.sizes = dict(zip(self._sizes, torch.stack(sizes).tolist(), strict=True))  # the host waits once
         if settings.checkpointing:
             self._recompute()
 
@@ -60,13 +62,12 @@ class Student:
         """Whether each process holds only its part of every layer."""
         return self._unsharded is not None
 
-    def _learn(self, name: str, parameter: nn.Parameter, size: float | None = None) -> nn.Parameter:
+    def _learn(self, name: str, parameter: nn.Parameter, size: Tensor | None = None) -> None:
         key = name.replace(".", "_")
         self.learned[key] = parameter.requires_grad_()
-        if key not in self.sizes:  # later it may be sharded
+        if key not in self._sizes:  # later it may be sharded
             is_gain = parameter.dim() == 1 and name.endswith("weight")
-            self.sizes[key] = rms(parameter + self._norm_offset if is_gain else parameter) if size is None else size
-        return parameter
+            self._sizes[key] = rms(parameter + self._norm_offset if is_gain else parameter) if size is None else size
 
     def _learn_weights(self) -> None:
         """All weights of decoder layers, or those of their FFNs; registered again when sharding has replaced them."""
@@ -90,30 +91,8 @@ class Student:
                 self._register(block.down.host, "gate_up_proj", Pieces([torch.arange(N), torch.arange(N, 2 * N)], 1))
 
     def _register(self, host: nn.Module, name: str, pieces: Pieces) -> None:
-        parametrize.register_parametrization(host, name, pieces)
+        parametrize.register_parametrization(host, name, pieces.to(getattr(host, name).device))
         self._fold.append(lambda: parametrize.remove_parametrizations(host, name, leave_parametrized=True))
-
-    def _learn_vectors(self) -> None:
-        """A scale on each channel that enters an output projection, and the gains of norms."""
-        for block in blocks_of(self.model):
-            for part in ("down", "output"):
-                self._scale_inputs(block, part)
-            for name, parameter in block.layer.named_parameters():
-                if parameter.dim() == 1 and name.endswith("weight"):
-                    self._learn(f"{block.index}.{name}", parameter)
-
-    def _scale_inputs(self, block: Block, part: str) -> None:
-        place = block.parts[part]
-        scale = self._learn(f"{block.index}.{part}", nn.Parameter(place.weight.new_ones(place.in_features)))
-
-        def multiply(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (inputs[0] * scale, *inputs[1:])
-
-        def fold() -> None:
-            place.set(place.weight * scale.to(place.weight.device), None)
-
-        self._undo.callback(place.host.register_forward_pre_hook(multiply).remove)
-        self._fold.append(fold)
 
     def _learn_adapters(self) -> None:
         """PEFT's adapters of rank `settings.rank` on the linear layers of blocks."""
@@ -217,12 +196,12 @@ class Pieces(nn.Module):
         return tuple(whole.index_select(self.dim, rows.to(whole.device)).contiguous() for rows in self.rows)
 
 
-def rms(tensor: Tensor) -> float:
-    """Root mean square."""
-    return float(tensor.detach().double().square().mean().sqrt())
+def rms(tensor: Tensor) -> Tensor:
+    """Root mean square, () float32."""
+    return tensor.detach().float().square().mean().sqrt()
 
 
-def factor_sizes(host: nn.Module, fused: list[Tensor]) -> list[float]:
+def factor_sizes(host: nn.Module, fused: list[Tensor]) -> list[Tensor]:
     """Sizes for the factor B of PEFT's W + s B A, one for each part of W's rows; B itself begins at zero.
 
     By rms(W) / (s sqrt(rank) rms(A)) a step of B changes W as much as a step of W would.

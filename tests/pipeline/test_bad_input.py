@@ -74,7 +74,6 @@ FLAGS = {  # flags -> what the line names; types and ranges are those of `tests/
     "--sparsity.protect=[0,3]": ("sparsity.protect", "from -3 to 2", "got 3"),
     "--sparsity.protect=[0,-1]": ("sparsity.target", "2 keep everything", "at most 0.33"),
     "--reliability.everywhere=true --reliability.switch=false": ("reliability.everywhere", "reliability.switch"),
-    "--distill.hidden=1 --gprune=false --sparsity.allocation=depth --recovery=[distill]": ("distill.hidden", "depth"),
     "--distill.targets=lora --recovery=[distill] --model.shard=true --trainer.devices=2": ("distill.targets", "shard"),
     "--evaluation.controls=[none]": ("evaluation.controls", "averaged", "none"),
     "--trainer.strategy=nonsense": ("trainer", "'nonsense'"),
