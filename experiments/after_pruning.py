@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -27,7 +28,6 @@ from gprune.corpora.windows import Sample, Windows, make_windows, opening
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity
 from gprune.export import export
-from gprune.export.gguf_check import perplexity_in_llama_cpp
 from gprune.models.loading import load_weights, locate_model
 from gprune.runs.results import PruningResult, load_run
 
@@ -83,12 +83,22 @@ def in_transformers(model: PreTrainedModel) -> Callable[[Windows], float]:
     return lambda windows: perplexity(model.eval(), windows).perplexity
 
 
+def in_llama_cpp(path: Path, windows: Windows) -> float:
+    """Each window alone in the context, scored from its second token, as `gprune.evaluation.perplexity` does."""
+    from gprune.export.llamacpp import logprobs_of, opened  # which gprune itself runs in a process of its own
+
+    ids = windows.tokens.numpy()
+    model = opened({"model": str(path), "threads": torch.get_num_threads()}, ids.shape[1])
+    steps = range(ids.shape[1] - 1)
+    return math.exp(-np.mean([logprobs_of(model, own.tolist())[steps, own[1:]] for own in ids]))
+
+
 def quantised_rows(name: str, folder: Path, text: Text, scratch: Path) -> list[Row]:
     """A folder as GGUF files, measured in llama.cpp."""
     rows = []
     for kind in GGUF_TYPES:
         path = export(folder, type=kind, output=scratch / f"{name.replace(' ', '-').replace(',', '')}-{kind}.gguf")
-        measure = lambda windows, path=path: perplexity_in_llama_cpp(path, windows.tokens)  # noqa: E731
+        measure = lambda windows, path=path: in_llama_cpp(path, windows)  # noqa: E731
         rows.append(Row.measured(f"{name}, GGUF {kind}", path, text, measure))
     return rows
 

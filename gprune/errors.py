@@ -65,6 +65,17 @@ def first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
+def quoting(before: str, after: str = "") -> Iterator[None]:
+    """Raise what a library raises, of whatever class, as a UserError: its first line between `before` and `after`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{before}{first_line(error)}{after}") from error
+
+
+@contextlib.contextmanager
 def dispensable(what: str, remedy: str) -> Iterator[None]:
     """Work without which a run is whole: where it fails, one line says what is missing, why, and what to do.
 

@@ -25,10 +25,6 @@ class AnswerLM(TemplateLM):
     Tokens, batches and log-likelihoods are those of lm_eval's own `HFLM`, without the logits of contexts, which nobody
     reads. Where a vocabulary is large, they are most of a forward pass: of Gemma-3-270M, whose vocabulary has 262,144
     words, tasks take 0.6 of the time.
-
-    Args:
-        model: eval mode.
-        batch_size: inputs per forward pass.
     """
 
     eot_token_id = loglikelihood_rolling = generate_until = None  # lm_eval asks for them in tasks of other types alone
@@ -70,11 +66,8 @@ class AnswerLM(TemplateLM):
         return [answers[i] for i in range(len(requests))]
 
     def _log_probabilities(self, tokens: Tensor, first: int) -> Tensor:
-        """(batch, length - first, vocabulary) float32 of what follows each position from `first` on.
-
-        Args:
-            tokens: (batch, length) int64, padded on the right: what stands there is not seen from the left.
-        """
+        """(batch, length - first, vocabulary) float32 of what follows each position from `first` on; `tokens`
+        (batch, length) int64 are padded on the right, which is not seen from the left."""
         if int(tokens.max()) >= self.model.get_input_embeddings().num_embeddings:
             raise UserError(f"The tokenizer makes tokens that the model has no embeddings for ({int(tokens.max())}).")
         # By their indices, which makes a copy: torch multiplies rows that are apart in memory 70 times as slowly on a

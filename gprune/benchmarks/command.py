@@ -30,13 +30,11 @@ def parser() -> Parser:
         usual, text = field.default, field.description
         if usual is False:
             made.add_argument(f"--{name}", action="store_true", help=text)
-        elif isinstance(usual, tuple):
-            joined = ",".join(map(str, usual))
-            made.add_argument(
-                f"--{name}", metavar="A,B", type=listed, default=joined, help=f"{text} (default: {joined})"
-            )
-        else:
-            made.add_argument(f"--{name}", default=usual, help=text if usual is None else f"{text} (default: {usual})")
+            continue
+        several = {"metavar": "A,B", "type": listed} if isinstance(usual, tuple) else {}
+        usual = ",".join(map(str, usual)) if several else usual
+        text = text if usual is None else f"{text} (default: {usual})"
+        made.add_argument(f"--{name}", default=usual, help=text, **several)
     return made
 
 

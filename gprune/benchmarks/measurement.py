@@ -24,12 +24,6 @@ log = logging.getLogger("gprune")
 NUMBERS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "perplexity")  # of records, as W&B gets them
 
 
-def check(asked: Benchmarks) -> None:
-    """Raise UserError, before a model is loaded, where a package is missing that the tasks need."""
-    if any(name != WIKITEXT for name in asked.tasks):
-        require_lm_eval()
-
-
 def evaluate(
     model: str, asked: Benchmarks, *, dense: bool = False, pruned: bool = True, output: Path | None = None
 ) -> tuple[list[dict[str, Any]], Path | None]:
@@ -37,7 +31,6 @@ def evaluate(
 
     Args:
         model: a run's folder, a model folder, an embedded name or a hub id.
-        asked: tasks and protocol.
         dense: of a run, its dense model as well, first; and with `pruned` false, that alone.
         output: JSON file for the records, beside those that are there; by default `evaluation.json` in the run.
 
@@ -48,13 +41,13 @@ def evaluate(
         UserError: without lm_eval, for a model, a task or data that cannot be had, and for an output that is no file
             of records.
     """
-    check(asked)
+    if any(name != WIKITEXT for name in asked.tasks):
+        require_lm_eval()
     subjects, default, key = subjects_of(
         model, dense=dense, dtype=asked.dtype, trust_remote_code=asked.trust_remote_code
     )
-    folder = expanded(model).resolve()
+    folder, of_run = expanded(model).resolve(), key is not None
     about = {"run": folder.name, "origin": key_of(of=key or str(folder))[:12]}
-    of_run = key is not None
     output, key = (output, None) if output else (default, key)
     if output is not None:
         read_evaluation(output, run=key)  # what is no such file is not written over
@@ -84,9 +77,7 @@ def _measured(loaded: Loaded, task: str, asked: Benchmarks) -> list[dict[str, An
 def keep(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = None) -> None:
     """Write records beside those that are there, in the place of former ones of the same model and protocol.
 
-    Args:
-        run: the key of the run whose file it is: of one run, whatever its folder has been called. In other files a
-            record's `run` and `origin` say which model it is of, as folders may share a name.
+    `run`: the key of the run whose file it is; in other files a record's `run` and `origin` say which model it is of.
     """
     protocol = ["model", "stage", "recovery", "task", "content_hash", "dtype", *([] if run else ["run", "origin"])]
     new = {tuple(map(r.get, protocol)) for r in records}
@@ -106,11 +97,8 @@ def log_evaluation(run: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def task_numbers(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What W&B gets of records.
-
-    `final/<task>/acc` and so on are of the run's own model, `rows/dense/<task>/...` of the dense one; a perplexity has
-    the length of its windows behind the task.
-    """
+    """What W&B gets of records: `final/<task>/acc` and so on of the run's own model, `rows/dense/<task>/...` of the
+    dense one; a perplexity has the length of its windows behind the task."""
     numbers = {}
     for r in records:
         place = "rows/dense" if r["stage"] == "dense" else "final"

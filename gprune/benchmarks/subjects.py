@@ -34,11 +34,8 @@ def subjects_of(
 ) -> tuple[list[Subject], Path | None, str | None]:
     """The models that `name` stands for, where their records belong (`evaluation.json` in the run), and the run's key.
 
-    Args:
-        name: a run's folder, a model folder, an embedded model or a hub id.
-        dense: of a run, its dense model as well, first.
-        dtype: of the weights; None for the run's own, float32 for other models.
-        trust_remote_code: run code that comes with a model. What a run's manifest says of it is nobody's consent.
+    Arguments as for `measurement.evaluate`. What a run's manifest says of code that comes with a model is nobody's
+    consent to run it.
 
     Raises:
         UserError: for a run that is not finished, one that left no model, and a folder that is neither.
@@ -55,10 +52,7 @@ def subjects_of(
     run = finished(path)
     settings, sparsity, label = run.settings, run.settings["sparsity"], model_label(run.settings["model"]["name"])
     if settings["recovery"] != "none" and not (path / "model" / "config.json").is_file():
-        raise UserError(
-            f"The run '{path}' kept no model (--export none), and masks do not hold what recovery changed; repeat it "
-            f"with --export hf."
-        )
+        raise UserError(f"The run '{path}' recovered, and kept no model (--export none); repeat it with --export hf.")
     loading = (path, settings, getattr(torch, dtype or settings["model"]["dtype"]), trust_remote_code)
     after = {"model": label, "stage": run.final, "recovery": settings["recovery"]}
     after |= {"sparsity": sparsity["target"], "scope": sparsity["scope"]}
@@ -74,9 +68,7 @@ def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust
     m = settings["model"]
     model, tokenizer = load_model(m["name"], dtype=getattr(torch, m["dtype"]), trust_remote_code=trust_remote_code)
     if fingerprint(model) != settings["inputs"]["model"]:
-        raise UserError(
-            f"'{m['name']}' has other weights than the model that '{run}' pruned; put those back, or repeat the run."
-        )
+        raise UserError(f"'{m['name']}' has other weights than the model that '{run}' pruned; repeat the run.")
     if model.dtype != dtype:
         # Loaded again, since `.to` would round the frequencies of the rotary embedding as well.
         model, _ = load_model(m["name"], dtype=dtype, trust_remote_code=trust_remote_code)

@@ -22,8 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gprune.corpora.hub import offline_if_unreachable
-from gprune.errors import UserError, first_line
+from gprune.corpora.hub import had_from_hub, offline_if_unreachable
+from gprune.errors import UserError
 from gprune.storage.reading import expanded, needed_text
 
 log = logging.getLogger("gprune")
@@ -55,18 +55,12 @@ def require_lm_eval() -> str:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            "Zero-shot tasks need EleutherAI's lm_eval, which is not installed: pip install 'gprune[lm-eval]' "
-            "(from a checkout: pip install -e '.[lm-eval]')."
-        ) from error
+        raise UserError("Zero-shot tasks need lm_eval, which is not there: pip install 'gprune[lm-eval]'.") from error
     return version("lm_eval")
 
 
 def load_tasks(name: str, source: str) -> list[LoadedTask]:
-    """The tasks that a name stands for.
-
-    Args:
-        source: hub, local, or auto: the hub where it answers and has the task, else local questions.
+    """The tasks that a name stands for; `source`: hub, local, or auto: the hub where it answers and has the task.
 
     Raises:
         UserError: for a task that cannot be had, and for one whose accuracy is not measured here.
@@ -92,17 +86,11 @@ def hub_tasks(name: str) -> list[LoadedTask]:
     """lm_eval's own task of a name, or all tasks of a group of this name, with data from the hub."""
     manager = _manager()
     if name not in manager.all_tasks:
-        raise UserError(
-            f"Unknown task '{name}': expected a task of lm_eval's (`lm-eval ls tasks`), or files in "
-            f"$GPRUNE_DATA_DIR/tasks/{name}."
-        )
-    try:
+        expected = f"a task of lm_eval's (`lm-eval ls tasks`), or files in $GPRUNE_DATA_DIR/tasks/{name}"
+        raise UserError(f"Unknown task '{name}': expected {expected}.")
+    with had_from_hub(f"Task '{name}'", f"its questions into $GPRUNE_DATA_DIR/tasks/{name}/test.jsonl"):
         tasks = list(manager.load([name])["tasks"].values())
-    except Exception as error:  # datasets, the hub and the http client each raise their own
-        raise UserError(
-            f"Task '{name}' could not be had from the Hugging Face hub ({first_line(error)}). Without network put its "
-            f"questions into $GPRUNE_DATA_DIR/tasks/{name}/test.jsonl."
-        ) from error
+    loaded = []
     for task in tasks:
         # Without a list lm_eval takes acc and acc_norm.
         metrics = [metric["metric"] for metric in task.config.metric_list or [{"metric": "acc"}]]
@@ -110,14 +98,11 @@ def hub_tasks(name: str) -> list[LoadedTask]:
         if task.OUTPUT_TYPE != "multiple_choice" or own:
             raise UserError(
                 f"Task '{task.task_name}' is of type {task.OUTPUT_TYPE} and counts {', '.join(map(str, metrics))}; "
-                f"expected multiple_choice with lm_eval's own acc or acc_norm. Use lm_eval's own command line on the "
-                f"exported model for others."
+                f"expected multiple_choice with acc or acc_norm. Use lm_eval on the exported model for others."
             )
-    splits = (task.config.test_split or task.config.validation_split for task in tasks)
-    return [
-        LoadedTask(task, "hub", split, str(task.VERSION), True, "lm_eval's own task")
-        for task, split in zip(tasks, splits, strict=True)
-    ]
+        split = task.config.test_split or task.config.validation_split
+        loaded.append(LoadedTask(task, "hub", split, str(task.VERSION), True, "lm_eval's own task"))
+    return loaded
 
 
 @functools.lru_cache(maxsize=1)
@@ -182,16 +167,13 @@ def _question(line: str, where: str) -> dict[str, Any]:
         else:
             own = {name: row[name] for name in ("prompt", "choices", "label")}
         texts, choices = [own["prompt"], *own["choices"]], len(own["choices"])
-        if not all(isinstance(text, str) for text in texts) or not all(texts[1:]) or choices < 2:
-            raise ValueError
-        if own["label"] not in range(choices):
-            raise ValueError
+        sound = all(isinstance(text, str) for text in texts) and all(texts[1:]) and choices >= 2
+        if sound and own["label"] in range(choices):
+            return own
     except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f'{where}: expected {{"prompt": str, "choices": [str, str, ...], "label": int}} or '
-            f'{{"good": str, "bad": str}}.'
-        ) from None
-    return own
+        pass
+    expected = '{"prompt": str, "choices": [str, str, ...], "label": int} or {"good": str, "bad": str}'
+    raise UserError(f"{where}: expected {expected}.")
 
 
 def content_hash(questions: Iterable[tuple[list[tuple[str, str]], int]]) -> str:

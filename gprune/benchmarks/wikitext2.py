@@ -13,20 +13,19 @@ import math
 import os
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.corpora.hub import offline_if_unreachable
+from gprune.corpora.hub import had_from_hub, offline_if_unreachable
 from gprune.corpora.windows import JOIN, Bos, Sample, Windows, check_tokens, make_windows, opening
-from gprune.errors import UserError, first_line
+from gprune.errors import UserError
 from gprune.evaluation.intervals import mean_perplexity
 from gprune.evaluation.perplexity import perplexity
 from gprune.screen import Screen
 from gprune.storage.reading import expanded, needed_text
 
-MIRROR = Path("corpora") / "wikitext2" / "wiki.test.raw"
+MIRROR = "corpora/wikitext2/wiki.test.raw"
 CHARACTERS = 1_294_336  # of the whole text, as it is joined
 
 
@@ -44,16 +43,8 @@ def wikitext2() -> str:
         return join_lines(needed_text(path, "WikiText-2's raw test file"))
     import datasets
 
-    try:
-        with offline_if_unreachable():
-            rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
-    except Exception as error:  # datasets, the hub and the http client each raise their own
-        reason = first_line(error)
-        raise UserError(
-            f"WikiText-2 could not be had from the Hugging Face hub ({reason}). Without network put the raw test file "
-            f"into $GPRUNE_DATA_DIR/{MIRROR.as_posix()}."
-        ) from error
-    return JOIN.join(rows)
+    with had_from_hub("WikiText-2", f"the raw test file into $GPRUNE_DATA_DIR/{MIRROR}"), offline_if_unreachable():
+        return JOIN.join(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"])
 
 
 def literature_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, bos: Bos = "auto") -> Windows:
@@ -73,8 +64,6 @@ def wikitext2_perplexity(
     """One record: perplexity on WikiText-2's test text with a 95 % interval over windows, and its protocol.
 
     Args:
-        model: eval mode; masks, if any, are the caller's context.
-        seq_len: tokens per window.
         bos: whether BOS opens each window, as in `opening`.
         limit: the first so many windows; None for all. With a limit the number stands beside nobody's.
 

@@ -21,6 +21,8 @@ from gprune.console import quieted
 from gprune.corpora.windows import opening
 from gprune.errors import require_finite
 
+COLUMNS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+
 
 def zero_shot(
     model: PreTrainedModel,
@@ -37,10 +39,8 @@ def zero_shot(
     habit (`bos` says whether there is one), as in lm_eval by default; no chat template.
 
     Args:
-        model: eval mode; masks, if any, are the caller's context.
         tasks: names of multiple-choice tasks; a group of lm_eval's stands for all of its tasks.
         limit: the first so many questions of each task; None for all.
-        batch_size: inputs per forward pass.
         source: hub (lm_eval's own data), local (files under `$GPRUNE_DATA_DIR/tasks`), or auto: the hub if it answers.
 
     Raises:
@@ -89,9 +89,7 @@ def record(loaded: LoadedTask, outcome: dict[str, Any], stamp: dict[str, Any]) -
     # Where the choices come before the question (winogrande), lm_eval's target is the end of the text.
     targets = [task.doc_to_text(s["doc"]) if task.multiple_input else s["target"] for s in samples]
     labels = [own.index(target) if target in own else target for target, own in zip(targets, choices, strict=True)]
-    columns = {
-        c: outcome["results"][name].get(f"{c},none") for c in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
-    }
+    columns = {c: outcome["results"][name].get(f"{c},none") for c in COLUMNS}
     numbers = {c: None if value == "N/A" else value for c, value in columns.items()}  # the error of a single question
     partial = len(samples) < len(task.eval_docs)
     return {

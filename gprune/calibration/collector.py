@@ -47,12 +47,8 @@ def _sum_of_processes(tensor: Tensor, group: Any = None) -> list[Tensor]:
 class Collector:
     """Context manager that watches the inputs of down and output projections; leaving removes the hooks.
 
-    Args:
-        model: frozen.
-        gram: sum Gram matrices too.
-        saliency: scopes (`ffn`, `attention`) whose weights' Taylor saliency is collected too, by a backward pass.
-        blocks: the blocks to watch, None for all. Given some, processes add their sums up in place of gathering them,
-            which takes less memory.
+    Gram matrices are summed with `gram`; with `saliency`, scopes (`ffn`, `attention`), the Taylor saliency of their
+    weights by a backward pass. Given some `blocks`, processes add sums up in place of gathering them, in less memory.
     """
 
     def __init__(
@@ -177,11 +173,10 @@ class Collector:
 def collect(
     model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *, gram: bool = False, saliency: Collection[str] = ()
 ) -> CorpusStatistics:
-    """Statistics of a corpus from one pass over its batches.
+    """Statistics of a corpus from one pass over batches of `input_ids` (B, T), `half` (B,) and perhaps `weight` (B,).
 
-    A batch holds `input_ids` (B, T) and `half` (B,) in {0, 1}, the half of the corpus that a window counts for.
     Without `half` windows alternate by `index` (B,), their positions in the corpus; halves are then too much alike
-    where neighbouring windows share a text. `weight` (B,) is optional: 0 leaves a window out.
+    where neighbouring windows share a text.
     """
     with Collector(model, gram=gram, saliency=saliency) as collector:
         for batch in batches:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -47,10 +47,8 @@ class Call:
     weight: Tensor | None = None  # (B,)
 
     def through(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """The output of a layer for hidden states (B, T, H), on the layer's device; its weights have to be there.
-
-        The layer is the decoder's number `index`, or a pruned version of it.
-        """
+        """The output of the decoder's layer number `index`, or a pruned version of it, for hidden states (B, T, H), on
+        the layer's device; its weights have to be there."""
         device = device_of(layer)
         args, kwargs = send_to_device(self.arguments[index], device)  # noted on the device of the dense layer
         return layer(hidden.to(device), *args, **kwargs)
@@ -76,7 +74,7 @@ class Walk:
         seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
         def note(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            seen.append((hidden, self._shared(args), self._shared(kwargs)))
+            seen.append((hidden, *recursively_apply(self._shared, (args, kwargs))))
             return hidden
 
         with self._standing_aside(note):
@@ -84,18 +82,14 @@ class Walk:
         arguments = [(args, kwargs) for _, args, kwargs in seen]
         self.calls.append(Call(input_ids, seen[0][0].cpu(), arguments, half, weight))
 
-    def _shared(self, value: Any) -> Any:
-        """The same value, in which a tensor that equals an earlier one is replaced by it."""
-        if isinstance(value, Tensor):
-            pool = self._pool.setdefault((value.shape, value.dtype, value.device), [])
-            for other in pool:
-                if other is value or torch.equal(other, value):
-                    return other
-            pool.append(value)
-            return value
-        if isinstance(value, dict):
-            return {key: self._shared(item) for key, item in value.items()}
-        return type(value)(map(self._shared, value)) if type(value) in (tuple, list) else value
+    def _shared(self, tensor: Tensor) -> Tensor:
+        """An earlier tensor that equals this one, or this one."""
+        pool = self._pool.setdefault((tensor.shape, tensor.dtype, tensor.device), [])
+        for other in pool:
+            if other is tensor or torch.equal(other, tensor):
+                return other
+        pool.append(tensor)
+        return tensor
 
     @torch.no_grad()
     def _pass(self, block: Block, collector: Collector | None = None) -> None:
@@ -106,25 +100,22 @@ class Walk:
             call.hidden = call.through(block.layer, block.index, call.hidden).cpu()
 
     def statistics(self, *, gram: bool = False, store: Store | None = None) -> CorpusStatistics:
-        """Statistics of all batches, the same bits as `Collector`'s, summed over processes.
-
-        Args:
-            gram: sum Gram matrices too.
-            store: writes one block's Gram matrices, by kind, and returns their places; None keeps them in memory.
-        """
-        by_block: list[CorpusStatistics] = []
+        """Statistics of all batches, the same bits as `Collector`'s, summed over processes; `store` writes one block's
+        Gram matrices, by kind, and returns their places."""
+        ffn, attention, turned = [], [], []
         for block in blocks_of(self.model):
             with resident(block.layer), Collector(self.model, gram=gram, blocks=[block]) as collector:
                 self._pass(block, collector)
             statistics = collector.compute()
             collector.release()
-            ffn, attention = statistics.ffn[0], statistics.attention[0]
+            own = {"ffn": statistics.ffn[0], "attention": statistics.attention[0]}
             if gram and store is not None:
-                places = store(block, {"ffn": ffn.gram, "attention": attention.gram})
-                ffn, attention = replace(ffn, gram=places["ffn"]), replace(attention, gram=places["attention"])
-            by_block.append(CorpusStatistics([ffn], [attention], statistics.turned))
-        turned = torch.cat([statistics.turned for statistics in by_block])
-        return CorpusStatistics([s.ffn[0] for s in by_block], [s.attention[0] for s in by_block], turned)
+                places = store(block, {kind: channels.gram for kind, channels in own.items()})
+                own = {kind: replace(channels, gram=places[kind]) for kind, channels in own.items()}
+            ffn.append(own["ffn"])
+            attention.append(own["attention"])
+            turned.append(statistics.turned)
+        return CorpusStatistics(ffn, attention, torch.cat(turned))
 
     @torch.no_grad()
     def logits(self) -> Iterator[Tensor]:

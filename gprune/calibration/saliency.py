@@ -25,10 +25,8 @@ from gprune.models.blocks import PARTS, Block, Part
 def salient_parts(block: Block, kind: str) -> dict[str, Part]:
     """The parts of a block whose weights enter the terms of its neurons or attention channels, by name."""
     if kind == "ffn" and block.has_experts:
-        raise UserError(
-            f"Taylor saliency cannot be collected for experts (model_type '{block.family.model_type}'); expected dense "
-            f"blocks. Choose an --importance that needs no gradients, such as wanda_sp."
-        )
+        expected = "expected dense blocks, or an --importance that needs no gradients, such as wanda_sp"
+        raise UserError(f"Taylor saliency cannot be collected for experts ({block.family.model_type}); {expected}.")
     return {name: block.parts[name] for name in PARTS[kind] if name in block.parts}
 
 
@@ -44,11 +42,8 @@ class StreamingGradients(Metric):
             add_large_state(self, name, 2, *shape)
 
     def update(self, x: Tensor, gradient: Tensor, halves: Sequence[int | None]) -> None:
-        """Add windows with inputs x (B, T, in) and gradients (B, T, out) of each window's own loss by the outputs.
-
-        Args:
-            halves: of each window, 0 or 1; None leaves it out.
-        """
+        """Add windows with inputs x (B, T, in) and gradients (B, T, out) of each window's own loss by the outputs;
+        `halves`: of each window, 0 or 1; None leaves it out."""
         for b, h in enumerate(halves):
             if h is not None:
                 g = gradient[b].float().T @ x[b].float()
@@ -82,11 +77,8 @@ def window_saliency(weight: Tensor, sums: dict[str, Tensor], *, columns: bool) -
 
 
 def channel_saliency(block: Block, kind: str, sums: Callable[[str], dict[str, Tensor]]) -> tuple[Saliency, ...]:
-    """Terms of a block's neurons (`ffn`) or attention channels, for half 0, half 1 and the whole corpus.
-
-    Args:
-        sums: the result of `StreamingGradients.compute` for a part of the block, which is asked for one at a time.
-    """
+    """Terms of a block's neurons (`ffn`) or attention channels, for half 0, half 1 and the whole corpus; `sums` gives
+    the result of `StreamingGradients.compute` for one part of the block at a time."""
     heads = block.channels_per_group // block.head_dim
     by_part = []
     for name, part in salient_parts(block, kind).items():

@@ -38,10 +38,8 @@ class StoredGram:
         for path, name in self.sources:
             tensors = read_tensors(path, once=True)
             if tensors is None or name not in tensors:
-                raise UserError(
-                    f"{path} is missing or not whole: a Gram matrix that a calibration pass left there. Start again to "
-                    f"have it computed anew; processes on several machines need one $GPRUNE_CACHE between them."
-                )
+                remedy = "Start again to have it computed; processes on several machines share one $GPRUNE_CACHE."
+                raise UserError(f"{path} is missing or not whole: a Gram matrix of calibration. {remedy}")
             total = tensors[name] if total is None else total.add_(tensors[name])
         return total if self.expert is None else total[self.expert]
 

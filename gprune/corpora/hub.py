@@ -15,7 +15,7 @@ import huggingface_hub
 from gprune.console import quieted
 from gprune.corpora.load import CORPORA
 from gprune.corpora.local import contiguous_split
-from gprune.errors import UserError, first_line
+from gprune.errors import quoting
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,13 @@ HUB_CORPORA = (
     HubCorpus("c4", "allenai/c4", "en", test="validation", limit=2000),
     # The data set's own repository is a script; the hub keeps a parquet conversion of it on a branch.
     HubCorpus(
-        "ptb",
-        "ptb-text-only/ptb_text_only",
-        parquet="penn_treebank/{split}/*.parquet",
-        text="{sentence}",
+        "ptb", "ptb-text-only/ptb_text_only", parquet="penn_treebank/{split}/*.parquet", text="{sentence}",
         documents=join_sentences,
     ),
     HubCorpus("alpaca", "tatsu-lab/alpaca", text="Instruction: {instruction}\n{input}\nResponse: {output}", test=None),
     HubCorpus("gsm8k", "openai/gsm8k", "main", text="Question: {question}\nAnswer: {answer}"),
     HubCorpus("codeparrot", "codeparrot/codeparrot-clean-valid", text="{content}", test=None, limit=2000),
-)
+)  # fmt: skip
 
 
 def load_hub(record: HubCorpus, split: str) -> list[str]:
@@ -76,18 +73,17 @@ def load_hub(record: HubCorpus, split: str) -> list[str]:
     if record.parquet:
         files = f"hf://datasets/{record.path}@refs%2Fconvert%2Fparquet/{record.parquet.format(split=wanted)}"
         source = {"path": "parquet", "data_files": {wanted: files}}
-    try:
-        with offline_if_unreachable():
-            rows = datasets.load_dataset(**source, split=wanted, streaming=record.limit is not None)
-            texts = [record.text.format(**row) for row in itertools.islice(rows, record.limit)]
-    except Exception as error:  # datasets, fsspec, the hub and the http client each raise their own
-        raise UserError(
-            f"Corpus '{record.name}' cannot be loaded from the Hugging Face hub ({type(error).__name__}: "
-            f"{first_line(error)}). Without network put a mirror into "
-            f"$GPRUNE_DATA_DIR/corpora/{record.name}/{split}.jsonl (an object with 'text' per line), name a "
-            f"text file, or use an embedded corpus such as 'wiki'."
-        ) from error
+    mirror = f"a mirror into $GPRUNE_DATA_DIR/corpora/{record.name}/{split}.jsonl (an object with 'text' per line), "
+    remedy = f"{mirror}name a text file, or use an embedded corpus such as 'wiki'"
+    with had_from_hub(f"Corpus '{record.name}'", remedy), offline_if_unreachable():
+        rows = datasets.load_dataset(**source, split=wanted, streaming=record.limit is not None)
+        texts = [record.text.format(**row) for row in itertools.islice(rows, record.limit)]
     return [document for document in record.documents(texts) if document.strip()]
+
+
+def had_from_hub(what: str, remedy: str) -> contextlib.AbstractContextManager[None]:
+    """Raise what datasets, fsspec, the hub and the HTTP client raise as a UserError; `remedy`: what to put where."""
+    return quoting(f"{what} could not be had from the Hugging Face hub (", f"). Without network put {remedy}.")
 
 
 @contextlib.contextmanager

@@ -43,8 +43,6 @@ def load_corpus(name: str, split: str, *, read: Callable[[str, str], list[str]] 
     Settings are chosen on "development": every tenth document of the train text, which "train" then lacks.
 
     Args:
-        name: a path, the name of a mirror in `$GPRUNE_DATA_DIR/corpora`, or a registered name.
-        split: "train", "development" or "test".
         read: `read_corpus`, or what keeps its results, so that both splits of a train text come from one reading.
 
     Raises:
@@ -58,10 +56,8 @@ def load_corpus(name: str, split: str, *, read: Callable[[str, str], list[str]] 
         apart = set(development)
         documents = development if split == "development" else [d for d in documents if d not in apart]
     if not documents:
-        raise UserError(
-            f"Corpus '{name}' has no {split} documents: too few of them. Text without a test split is cut "
-            f"70/30, and every {DEVELOPMENT_EVERY}th train document is development text. Give it more."
-        )
+        cut = f"Text without a test split is cut 70/30, and every {DEVELOPMENT_EVERY}th train document is development"
+        raise UserError(f"Corpus '{name}' has no {split} documents: too few of them. {cut} text. Give it more.")
     return documents
 
 

@@ -5,7 +5,6 @@ Every window is seen once, whatever the number of processes; `DistributedSampler
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -17,8 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gprune.corpora.windows import Windows
-
-log = logging.getLogger("gprune")
 
 
 class TokenDataset(Dataset):
@@ -118,11 +115,6 @@ class CorpusDataModule(LightningDataModule):
     def _loader(self, windows: Sequence[Windows], *, shuffle: bool) -> DataLoader:
         dataset = TokenDataset(windows)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        if shuffle and rank == 0 and self.batch_size < world_size:
-            log.warning(
-                "%d of %d processes have no window to compute; raise --corpora.batch_size (or --distill.batch_size).",
-                world_size - self.batch_size, world_size,
-            )  # fmt: skip
         sampler = ShardedBatchSampler(
             len(dataset), self.batch_size, rank=rank, world_size=world_size, shuffle=shuffle, seed=self.seed
         )

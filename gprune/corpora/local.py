@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from gprune.errors import UserError
+from gprune.errors import UserError, quoting
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 TRAIN_SHARE = 0.7
@@ -74,17 +74,13 @@ def load_files(path: Path, split: str) -> list[str]:
 def _read_all(files: list[Path]) -> list[str]:
     documents, left = [], MOST
     for file in files:
-        try:
+        with quoting(f"Corpus file '{file}' cannot be read as {file.suffix[1:].lower()}: ", "."):
             for document in filter(str.strip, _read(file)):
                 documents.append(document)
                 left -= len(document)
                 if left <= 0:
                     log.warning("%s: of larger corpora the first %s characters are read.", file, f"{MOST:,}")
                     return documents
-        except UserError:
-            raise
-        except Exception as error:  # json and pyarrow each raise their own
-            raise UserError(f"Corpus file '{file}' cannot be read as {file.suffix[1:].lower()}: {error}.") from error
     if not documents:
         raise UserError(f"Corpus file '{files[0]}' holds no text; expected at least one document.")
     return documents

@@ -45,22 +45,16 @@ class Windows:
 class Sample:
     """How many windows of a corpus are taken, and which.
 
-    Attributes:
-        num_samples: number of windows; None takes all of them.
-        seq_len: tokens per window.
-        seed: of the sample; without effect when `shuffle` is off.
-        shuffle: True cuts long documents into pieces of about two windows and shuffles the pieces, so that a few
-            windows come from many documents; False takes the first windows in document order.
-        bos: a token that opens each window, in the place of its first token of text; None for none.
-        flags: the flags that set `num_samples` and `seq_len`, for errors.
+    Shuffled, long documents are cut into pieces of about two windows and the pieces are drawn, so that a few windows
+    come from many documents; else the first windows in document order are taken.
     """
 
-    num_samples: int | None
+    num_samples: int | None  # None takes all of them
     seq_len: int
     seed: int = 0
     shuffle: bool = True
-    bos: int | None = None
-    flags: tuple[str, str] = ("--corpora.num_samples", "--corpora.seq_len")
+    bos: int | None = None  # a token that opens each window, in the place of its first token of text
+    flags: tuple[str, str] = ("--corpora.num_samples", "--corpora.seq_len")  # for errors
 
 
 def make_windows(
@@ -69,12 +63,7 @@ def make_windows(
     """Windows without overlap from the joined documents; only as much text is tokenised as they need.
 
     Between documents stands a blank line, as inside them. An end-of-sequence token would have to be predicted where
-    nothing in the text says that a sampled piece ends.
-
-    Args:
-        texts: documents.
-        sample: which windows; a UserError if there is too little text for them.
-        corpus, split: names of the text.
+    nothing in the text says that a sampled piece ends. Raises UserError for too little text.
     """
     pieces, seq_len = list(texts), sample.seq_len - (sample.bos is not None)
     if sample.shuffle:
@@ -98,10 +87,7 @@ def make_windows(
 
 
 def opening(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
-    """The token that opens every window, or None.
-
-    Args:
-        bos: auto: the beginning-of-sequence token where the tokenizer puts it before a text by itself.
+    """The token that opens every window, or None; `auto`: BOS where the tokenizer puts it before a text by itself.
 
     Raises:
         UserError: for `always` with a tokenizer that has none.

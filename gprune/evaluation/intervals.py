@@ -38,12 +38,7 @@ def mean_perplexity(nll: Nll, tokens_per_window: int) -> tuple[float, float, flo
 
 
 def paired_ratio(a: Nll, b: Nll, tokens_per_window: int) -> tuple[float, float, float]:
-    """Geometric-mean perplexity of model a over model b's: (ratio, lower, upper), paired over windows.
-
-    Args:
-        a, b: of both models on the same windows.
-        tokens_per_window: predicted tokens per window.
-    """
+    """Geometric-mean perplexity of model a over model b's on the same windows: (ratio, lower, upper), paired."""
     return mean_perplexity(_differences(a, b), tokens_per_window)
 
 

@@ -22,10 +22,6 @@ def leaked_share(evaluated: Sequence[str], used: Sequence[str], n: int = 13) -> 
 
     Words are lower-cased runs of letters and digits of any script; n-grams of `n` words do not cross documents. Scripts
     without spaces have few "words", so the check says little about them. Without any n-gram the share is 0.
-
-    Args:
-        evaluated: documents or decoded windows for evaluation.
-        used: documents or decoded windows that the run used for anything else.
     """
     counts = Counter(gram for text in evaluated for gram in _ngrams(text, n))
     total = counts.total()

@@ -40,8 +40,6 @@ def perplexity(
 
     Args:
         model: in eval mode, within the caller's `masked` context if it is to be masked.
-        windows: tokens (n, seq_len) int64.
-        batch_size: windows per forward pass.
         progress: is called after each batch with its tokens, such as what `Screen.bar` gives.
         shared: share the batches out over processes, which all have to call this function with the same model, whole
             or spread over them. Batches are those of one process, and so are the bits of the result.

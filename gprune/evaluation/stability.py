@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -68,11 +68,8 @@ def pairwise_stability(masks: dict[str, Masks]) -> dict[tuple[str, str], dict[st
     for name, shape in shapes.items():
         if shape != shapes[first]:
             raise UserError(f"Masks of {first} and {name} are of models of different shapes; expected the same model.")
-    return {(a, b): dict(_by_units(masks[a], masks[b])) for a, b in combinations(masks, 2)}
-
-
-def _by_units(a: Masks, b: Masks) -> Iterator[tuple[str, Stability]]:
-    for units in ("ffn", "attention"):
-        agreement = stability(getattr(a, units), getattr(b, units))
-        if agreement is not None:
-            yield units, agreement
+    pairs = {}
+    for a, b in combinations(masks, 2):
+        by_unit = {unit: stability(getattr(masks[a], unit), getattr(masks[b], unit)) for unit in ("ffn", "attention")}
+        pairs[a, b] = {unit: agreement for unit, agreement in by_unit.items() if agreement is not None}
+    return pairs

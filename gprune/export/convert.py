@@ -100,12 +100,7 @@ def is_former_export(path: Path) -> bool:
 
 
 def model_folder(run_or_folder: str | Path) -> Path:
-    """The model folder of a finished run, or the model folder itself.
-
-    Raises:
-        UserError: for a run that is not finished, that kept no model or whose model is not what it left there, and for
-            any other place.
-    """
+    """The model folder of a finished run, or the model folder itself; a UserError for any other place."""
     path = expanded(run_or_folder)
     is_model, is_run = ((path / name).is_file() for name in ("config.json", "manifest.json"))
     if not (is_model or is_run):
@@ -125,11 +120,7 @@ def model_folder(run_or_folder: str | Path) -> Path:
 
 
 def load_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in float32, and its tokenizer; code that comes with a folder is not run.
-
-    Raises:
-        UserError: for a family that is not supported, and for files that are broken or missing.
-    """
+    """The model in float32, and its tokenizer; a UserError for what cannot be loaded. The folder's code is not run."""
     from gprune.models.loading import load_model
 
     try:

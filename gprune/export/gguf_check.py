@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import subprocess
 import sys
 import tempfile
@@ -50,7 +49,6 @@ molecule to leave the others behind.
 """
 CHECK_TOKENS = 512
 
-
 # Smallest `Agreement.top1` and largest `Agreement.kl`. SmolLM2-135M, dense and pruned, was seen at a KL of at most 5e-9
 # (f32), 7e-5 (f16) and 1e-2 (q8_0), with 1.0, 0.99 and 0.92 of the first choices. With the rows of one k_proj of 30 in
 # the wrong order: 0.2, and 0.75.
@@ -80,11 +78,6 @@ class Agreement:
 def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, type: str) -> Agreement:
     """Compare what llama.cpp makes of the file with the model: tokens of text, and log-probabilities.
 
-    Args:
-        model, tokenizer: what was written.
-        path: the file.
-        type: of the matrices; chooses the limits.
-
     Raises:
         UserError: where they differ by more than `LIMITS[type]`, or the file does not load.
     """
@@ -108,13 +101,7 @@ def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
 
 
 def compare(expected: Tensor, got: Tensor, ids: Tensor) -> Agreement:
-    """Figures of two sequences of log-probabilities.
-
-    Args:
-        expected: (T, vocabulary) float64.
-        got: (T, vocabulary) float64.
-        ids: (T,) tokens they continue; each but the first is predicted by the row before it.
-    """
+    """Figures of two sequences of log-probabilities, (T, vocabulary) float64, after each of the tokens `ids` (T,)."""
 
     def perplexity(logprobs: Tensor) -> float:
         return float(logprobs[torch.arange(len(ids) - 1), ids[1:]].mean().neg().exp())
@@ -137,21 +124,13 @@ def in_llama_cpp(path: Path, ids: list[int], texts: list[str]) -> tuple[Tensor, 
         return torch.from_numpy(np.load(file)).double(), tokens
 
 
-def perplexity_in_llama_cpp(path: Path, windows: Tensor) -> float:
-    """Over windows (n, T) int64 without overlap, each scored from its second token, as `evaluation.perplexity` does."""
-    return math.exp(ask_llama_cpp("measure", path, windows=windows.tolist()))
-
-
 def ask_llama_cpp(work: str, model: Path, **request: Any) -> Any:
     """What `llamacpp.py` answers to a request: kinds of work and what they take stand there."""
-    with tempfile.TemporaryDirectory(prefix="gprune-llamacpp-") as scratch:
-        asked, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
-        request |= {"work": work, "model": str(model.absolute()), "threads": torch.get_num_threads()}
-        asked.write_text(json.dumps(request | {"answer": str(answer)}), encoding="utf-8")
-        command = [sys.executable, "-P", str(Path(__file__).with_name("llamacpp.py")), str(asked)]
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode != 0 or not answer.exists():
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-            cause = next((line for line in lines if "GGML_ASSERT" in line or "error" in line), lines[-1])
-            raise UserError(f"llama.cpp does not run the file: {cause}")
-        return json.loads(answer.read_text(encoding="utf-8"))
+    asked = json.dumps(request | {"work": work, "model": str(model.absolute()), "threads": torch.get_num_threads()})
+    command = [sys.executable, "-P", str(Path(__file__).with_name("llamacpp.py"))]
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        cause = next((line for line in lines if "GGML_ASSERT" in line or "error" in line), lines[-1])
+        raise UserError(f"llama.cpp does not run the file: {cause}")
+    return json.loads(done.stdout.splitlines()[-1])

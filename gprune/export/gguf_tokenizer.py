@@ -13,19 +13,12 @@ from gprune.models.gguf import WHOLE_WORDS, WORDS
 
 
 def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, Any]:
-    """`tokenizer.*` of a byte-level BPE.
-
-    Args:
-        tokenizer: fast tokenizer.
-        size: rows of the embedding; rows beyond the vocabulary become unused tokens.
-    """
+    """`tokenizer.*` of a fast byte-level BPE; those of `size` embeddings beyond the vocabulary become unused tokens."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model, pre = content["model"], word_splitting(content)
     if pre is None:
-        raise UserError(
-            f"Export: GGUF takes a byte-level BPE tokenizer that cuts words as {', '.join(WORDS)} do; this "
-            f"one ({model['type']}) does otherwise. Export to hf instead, or convert with llama.cpp's own script."
-        )
+        expected = f"a byte-level BPE tokenizer that cuts words as {', '.join(WORDS)} do"
+        raise UserError(f"Export: GGUF takes {expected}; this one ({model['type']}) does otherwise. Export to hf.")
     tokens = {index: token for token, index in model["vocab"].items()}
     types = dict.fromkeys(tokens, TokenType.NORMAL)
     for added in content["added_tokens"]:

@@ -28,14 +28,9 @@ log = logging.getLogger("gprune")
 
 FILE_TYPES = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
 PARTS = {
-    "attn_q": "query",
-    "attn_k": "key",
-    "attn_v": "value",
-    "attn_output": "output",
-    "ffn_gate": "gate",
-    "ffn_up": "up",
-    "ffn_down": "down",
-}
+    "attn_q": "query", "attn_k": "key", "attn_v": "value", "attn_output": "output",
+    "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down",
+}  # fmt: skip
 
 
 def architecture(model: PreTrainedModel) -> str:
@@ -65,11 +60,8 @@ def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
-    """From rotary pairs (i, i + head_dim / 2), as transformers has them, to neighbours, as llama.cpp has them.
-
-    Args:
-        rows: (heads * head_dim, ...) weight or bias; heads are this block's, whose number the rows tell.
-    """
+    """Rows (heads * head_dim, ...) from rotary pairs (i, i + head_dim / 2), as transformers has them, to neighbours, as
+    llama.cpp has them."""
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -114,10 +106,12 @@ def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig) -> None
     """Refuse what llama.cpp's graphs of `llama` and `deci` compute differently."""
     for block in blocks:
         if (reason := unlike_llama(config, block)) is not None:
+            stock = (
+                "--sparsity.uniform_width true and --sparsity.scope ffn, a stock model for llama.cpp's own converter"
+            )
             raise UserError(
                 f"Export: a GGUF file with layers of different widths computes as Llama does, but this "
-                f"'{config.model_type}' {reason}. Export to hf, or prune with --sparsity.uniform_width true and "
-                f"--sparsity.scope ffn, which leaves a stock model for llama.cpp's own converter."
+                f"'{config.model_type}' {reason}. Export to hf, or prune with {stock}."
             )
 
 
@@ -155,13 +149,6 @@ def write_gguf(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, type: str = "f16", name: str = "pruned"
 ) -> None:
     """Write the file: matrices in `type`, or in float16 where q8_0 cannot divide rows into blocks; vectors in float32.
-
-    Args:
-        model: of a family that computes as Llama does, sliced or not.
-        tokenizer: fast byte-level BPE.
-        path: file to write; what is there is overwritten.
-        type: f32, f16 or q8_0.
-        name: `general.name`.
 
     Raises:
         UserError: for a model or tokenizer that llama.cpp does not run, or weights beyond float16.

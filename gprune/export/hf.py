@@ -58,18 +58,7 @@ OUR_FILES = re.compile(
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|tekken\.json|chat_template\.(jinja|json)"
 )
 TEMPLATES = "additional_chat_templates"  # a folder that tokenizers write
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [pruned, gprune]
----
-A structurally pruned language model. Where its layers differ in width, config.json has a table `per_layer_config`.
-
-```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
-```
-"""
+CARD = "Pruned by gprune. Where layers differ in width, config.json has a table `per_layer_config`.\n"  # a run has more
 
 
 def stock_values(model: PreTrainedModel) -> dict[str, Any]:
@@ -187,11 +176,8 @@ def save_pruned(
     """Write config, modelling file, weights, generation config, tokenizer and a short README.md, all or nothing.
 
     Args:
-        model: as for `to_exportable`.
-        tokenizer: saved along; None leaves it out.
-        folder: must not exist, unless `overwrite` and it is a model folder.
+        model, dtype: as for `to_exportable`.
         overwrite: replace a model folder; the old one stays until the new one is complete.
-        dtype: of the saved weights; None for that of each.
 
     Returns:
         The absolute path of the folder.
@@ -245,14 +231,12 @@ def reloaded_logits(
     device_map: str | None = None,
     max_memory: Mapping[str, str] | None = None,
 ) -> Tensor:
-    """Logits of the folder's model, computed in a fresh process without gprune and without network.
+    """Logits of a folder's model, computed in a fresh process on `device`, without gprune and without network.
 
     Args:
-        folder: exported model.
         input_ids: (B, T) int64.
-        device: where the fresh process computes.
         attention: attention implementation of transformers; None for its default.
-        device_map, max_memory: as for `gprune.models.loading.load_model`.
+        device_map, max_memory: as for `gprune.models.loading.load_weights`.
 
     Returns:
         (B, T, vocabulary) logits on the CPU, in the dtype of the weights.
@@ -262,18 +246,18 @@ def reloaded_logits(
     """
     script = Path(__file__).with_name("reload.py")
     with tempfile.TemporaryDirectory(prefix="gprune-reload-") as scratch:
-        request, tokens, logits = (Path(scratch) / name for name in ("request.json", "tokens", "logits"))
+        tokens, logits = f"{scratch}/tokens", f"{scratch}/logits"
         save_file({"input_ids": input_ids.detach().cpu().contiguous()}, tokens)
         load = {"pretrained_model_name_or_path": str(Path(folder).absolute()), "dtype": "auto"}
         load |= {"trust_remote_code": True, "attn_implementation": attention, "device_map": device_map}
         load["max_memory"] = None if max_memory is None else list(memory_limits(max_memory).items())
         load["offload_folder"] = f"{scratch}/offload"
-        settings = {"tokens": str(tokens), "logits": str(logits), "device": device, "load": load}
-        request.write_text(json.dumps(settings | {"threads": torch.get_num_threads()}), encoding="utf-8")
+        settings = {"tokens": tokens, "logits": logits, "device": device, "load": load}
+        asked = json.dumps(settings | {"threads": torch.get_num_threads()})
         # A cache of its own for the copied modelling file: two checks at once must not share one.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
-        command = [sys.executable, "-P", str(script), str(request)]  # -P: none of our folders on its path
-        done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-P", str(script)]  # -P: none of our folders on its path
+        done = subprocess.run(command, input=asked, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise UserError(f"Export: '{folder}' does not load in a fresh process: {last}")
@@ -290,14 +274,11 @@ def max_logit_difference(a: Tensor, b: Tensor) -> float:
 def check_reload(
     model: PreTrainedModel, folder: str | Path, input_ids: Tensor, *, dtype: torch.dtype | None = None, **placement: Any
 ) -> float:
-    """Compare the logits of the model in memory with those that a fresh process computes from the folder.
+    """Compare the logits of the saved model in memory with those that a fresh process computes from the folder.
 
-    An export that fails, or that was interrupted before it was compared, is removed: no folder is left that
-    nobody has checked.
+    A folder that fails, or is left before it was compared, is removed.
 
     Args:
-        model: the pruned model that was saved.
-        folder: where it was saved.
         input_ids: (B, T) int64.
         dtype: that the weights were saved in; the model computes in it too, and gets its own back.
         placement: `device_map` and `max_memory`, where the model was loaded with them.
@@ -319,10 +300,8 @@ def check_reload(
         got = reloaded_logits(folder, input_ids, device=device, attention=attention, **placement)
         difference = max_logit_difference(expected, got)
         if difference != 0:  # also true of NaN
-            raise UserError(
-                f"Export: expected reloaded logits to be the pruned model's, got a difference of {difference}; "
-                f"'{folder}' was removed. Check the disk and export again."
-            )
+            got = f"expected the pruned model's logits after reloading, got a difference of {difference}"
+            raise UserError(f"Export: {got}; '{folder}' was removed. Check the disk and export again.")
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -1,14 +1,12 @@
 """GGUF files in llama.cpp, as `pip install llama-cpp-py-sync` has built it: log-probabilities, tokens, quantising.
 
-Run by path, `python -P llamacpp.py REQUEST.json`, never imported by gprune: llama.cpp ends the process where it finds
-something wrong, and brings threads of its own. REQUEST.json holds `work`, `threads`, `answer` (the JSON file to write)
-and, for each kind of work:
+Run by path, `python -P llamacpp.py`, never imported by gprune: llama.cpp ends the process where it finds something
+wrong, and brings threads of its own. A JSON request comes by stdin, and the answer is the last line on stdout. The
+request holds `work`, `model` (a path), `threads`, and for each kind of work:
 
-score   `model` (a path), `ids`, `texts`, and `logprobs`, a file to write (.npy, float32, (T, vocabulary)): of the
-        token after each of the T ids. The answer is a list of tokens for every text.
-measure `model` and `windows` of as many tokens each. The answer is the mean negative log-likelihood of the tokens of
-        all windows, each window from its second token on, in nats.
-quantise `model`, `output`, and `type`, a name of llama.cpp's such as Q4_K_M. The answer is null.
+score    `ids`, `texts`, and `logprobs`, a file to write (.npy, float32, (T, vocabulary)): of the token after each of
+         the T ids. The answer is a list of tokens for every text.
+quantise `output`, and `type`, a name of llama.cpp's such as Q4_K_M. The answer is null.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,13 +53,6 @@ def score(request: dict[str, Any]) -> list[list[int]]:
     return [model.tokenize(text, parse_special=True) for text in request["texts"]]
 
 
-def measure(request: dict[str, Any]) -> float:
-    """Mean negative log-likelihood over windows, each alone in the context."""
-    windows = np.array(request["windows"])
-    model, steps = opened(request, windows.shape[1]), np.arange(windows.shape[1] - 1)
-    return -float(np.mean([logprobs_of(model, ids.tolist())[steps, ids[1:]] for ids in windows]))
-
-
 def quantise(request: dict[str, Any]) -> None:
     """Write another file, its matrices quantised by llama.cpp; rows too short for a type's blocks get a larger type."""
     lib.llama_backend_init()
@@ -73,12 +63,6 @@ def quantise(request: dict[str, Any]) -> None:
         sys.exit("error: llama_model_quantize failed")
 
 
-def main(request_file: str) -> None:
-    """Answer one request, a JSON file."""
-    request = json.loads(Path(request_file).read_text(encoding="utf-8"))
-    answer = {"score": score, "measure": measure, "quantise": quantise}[request["work"]](request)
-    Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    asked = json.load(sys.stdin)
+    sys.stdout.write("\n" + json.dumps({"score": score, "quantise": quantise}[asked["work"]](asked)))

@@ -5,24 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gprune.errors import UserError, first_line
+from gprune.errors import UserError, quoting
 from gprune.export.convert import model_folder
 from gprune.storage.reading import unsafe_entries
 
 
 def push(run_or_folder: str | Path, repo: str, *, dry_run: bool = True) -> str:
-    """Upload a model folder, with its card, weights, tokenizer and modelling code, in one commit.
+    """Upload the model folder of a run in one commit, or only say what would go up; returns a file a line.
 
-    Args:
-        run_or_folder: a finished run that kept its model, or a model folder.
-        repo: `owner/name`; made, private, where it is not there yet.
-        dry_run: only say what would go up.
-
-    Returns:
-        What went, or would go, up, a file a line.
-
-    Raises:
-        UserError: for a repository name that cannot be, a folder with links in it, and what the hub refuses.
+    A repository that is not there yet is made, and private. Raises UserError for a name that cannot be, a folder with
+    links in it, and what the hub refuses.
     """
     from huggingface_hub import HfApi
 
@@ -35,11 +27,9 @@ def push(run_or_folder: str | Path, repo: str, *, dry_run: bool = True) -> str:
     listed = "".join(f"{path.stat().st_size:>14,}  {name}\n" for name, path in files.items())
     if dry_run:
         return f"Would go up to {repo}, bytes and names:\n{listed}Nothing went up; --no-dry-run uploads it.\n"
-    try:
+    with quoting(f"--push {repo}: the hub refused or was not reached (", ")."):
         api = HfApi()
         api.create_repo(repo, private=True, exist_ok=True)
         said = "Upload a pruned model"
         api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(files), commit_message=said)
-    except Exception as error:  # of the hub, of its HTTP library, and of the sockets below
-        raise UserError(f"--push {repo}: the hub refused or was not reached ({first_line(error)}).") from error
     return f"Went up to {repo}, bytes and names:\n{listed}"

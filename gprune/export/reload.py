@@ -1,7 +1,7 @@
 """Logits of an exported folder, computed by a process that knows nothing of gprune.
 
-Run by path, `python -P reload.py REQUEST.json`, in a process that never imports gprune: what it proves is that the
-folder stands on its own, with its modelling file, on transformers alone. REQUEST.json holds `tokens` and `logits`
+Run by path, `python -P reload.py`, in a process that never imports gprune: what it proves is that the folder stands on
+its own, with its modelling file, on transformers alone. The request, JSON on stdin, holds `tokens` and `logits`
 (safetensors files to read and to write), `device`, `load` (arguments of `from_pretrained`; `max_memory` as pairs), and
 `threads`: as many as the caller has, since the order of a sum decides its last bits.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,9 +27,8 @@ def aligned(model: torch.nn.Module) -> None:
             p.data = p.data.clone()
 
 
-def main(request_file: str) -> None:
+def main(request: dict[str, Any]) -> None:
     """Load an exported folder in this fresh process and write the logits that the request asks for."""
-    request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     torch.set_num_threads(request["threads"])
     settings = request["load"]
     if settings["max_memory"] is not None:
@@ -46,4 +45,4 @@ def main(request_file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(json.load(sys.stdin))

@@ -77,7 +77,6 @@ def score_units(
 
     Args:
         statistics: of one corpus or of several pooled, with Gram matrices or saliency if the metric needs them.
-        seed: for metrics that draw numbers.
         half: 0 or 1 for half of the tokens, None for all.
         attention: False where KV groups are out of scope; their scores are then 0.
     """
@@ -99,16 +98,12 @@ def score_units(
 
 
 def fractional_ranks(scores: Tensor, *, groups: int = 1, ties: Literal["average", "ordinal"] = "average") -> Tensor:
-    """r_i = (rank of s_i + 0.5) / N, ranks from 0; strictly inside (0, 1).
+    """r_i = (rank of s_i + 0.5) / N, ranks from 0: (..., groups x N) -> the same, float64, strictly inside (0, 1).
 
     Args:
-        scores: (..., groups x N), ranked along the last dimension.
         groups: number of equal parts that are ranked by themselves: the experts of a block.
         ties: what equal scores get, such as those of neurons that never fire: their average rank, or one each, in
             order, so that any share of a block can go.
-
-    Returns:
-        (..., groups x N) float64.
     """
     scores = scores.detach().cpu().double().unflatten(-1, (groups, -1))
     ranks = rankdata(scores.numpy(), method=ties, axis=-1)  # from 1

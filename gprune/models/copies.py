@@ -39,13 +39,8 @@ def sharded_copy(model: PreTrainedModel, device: torch.device, processes: int) -
     """A copy of a frozen model whose decoder layers are sharded over all processes: PyTorch's `fully_shard`.
 
     Each process holds its part of every layer, and a layer is gathered while it computes, forward and backward.
-    Embeddings, final norm and head are on every process. All processes have to call this function, and to run the copy
-    equally often.
-
-    Args:
-        model: the same in the memory of each process, pruned or not; or offloaded, and loaded from a folder.
-        device: of this process.
-        processes: how many there are.
+    Embeddings, final norm and head are on every process. All processes have to call this function with the same model,
+    in memory or offloaded, each with its own device, and to run the copy equally often.
     """
     # Imported here, because not every build of torch has them.
     from torch.distributed.device_mesh import init_device_mesh

@@ -121,9 +121,6 @@ def family_of(model_type: str) -> Family:
     """The record for `model_type`. A model that gprune exported has the record of its family."""
     name = model_type.removeprefix(PRUNED)
     if name not in FAMILIES:
-        raise UserError(
-            f"Model family '{model_type}' is not supported. Available: {', '.join(FAMILIES)}. "
-            f"To add it, put a gprune.models.families.Family record with the paths of its gate, up, down, query, key, "
-            f"value and output projections into FAMILIES."
-        )
+        add = "To add it, put a Family record with the paths of its projections into gprune.models.families.FAMILIES"
+        raise UserError(f"Model family '{model_type}' is not supported. Available: {', '.join(FAMILIES)}. {add}.")
     return FAMILIES[name]

@@ -52,9 +52,8 @@ def check_sizes(content: Any, name: str) -> None:
         if isinstance(value, int | float) and COUNTED.match(str(key)):
             largest = LARGEST.get(key, LARGEST_SIZE)
             if not abs(value) <= largest or (key in POSITIVE and value <= 0):
-                raise UserError(
-                    f"--model.name: config.json of '{name}' says {key} {str(value)[:40]}; expected 1 to {largest:,}."
-                )
+                said = f"config.json of '{name}' says {key} {str(value)[:40]}"
+                raise UserError(f"--model.name: {said}; expected 1 to {largest:,}.")
 
 
 def check_stored(model: PreTrainedModel, location: str | Path) -> None:
@@ -65,7 +64,5 @@ def check_stored(model: PreTrainedModel, location: str | Path) -> None:
     stored = sum(path.stat().st_size for path in Path(location).glob("*") if path.suffix in WEIGHTS)
     asked = sum(parameter.numel() for parameter in model.parameters())
     if stored and asked > 8 * stored:  # one bit each is the least
-        raise UserError(
-            f"--model.name: config.json of '{location}' asks for {asked:,} parameters, and its files of weights have "
-            f"{stored:,} bytes; expected a config of these weights."
-        )
+        has = f"asks for {asked:,} parameters, and its files of weights have {stored:,} bytes"
+        raise UserError(f"--model.name: config.json of '{location}' {has}; expected a config of these weights.")

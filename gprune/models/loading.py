@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from gprune.checks import memory_limits
 from gprune.console import quieted
-from gprune.errors import UserError, first_line
+from gprune.errors import UserError, first_line, quoting
 from gprune.models import embedded as assets
 from gprune.models import modeling_pruned
 from gprune.models.families import FAMILIES, family_of
@@ -83,10 +83,8 @@ def locate_model(name: str) -> str:
     if path.is_dir():
         return str(path)
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(
-            f"--model.name: '{name}' is neither an embedded model ({', '.join(assets.EMBEDDED_MODELS)}), "
-            f"nor a model folder, nor a hub id 'owner/name'."
-        )
+        known = f"an embedded model ({', '.join(assets.EMBEDDED_MODELS)})"
+        raise UserError(f"--model.name: '{name}' is neither {known}, nor a model folder, nor a hub id 'owner/name'.")
     return name
 
 
@@ -94,18 +92,12 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     """Read a model's configuration alone; a UserError for a family that is not supported, or sizes out of range."""
     location = locate_model(name)
     register()  # for a family whose record came after the import
-    try:
+    expected = " Expected a causal language model; without network use an embedded model or a local folder."
+    with quoting(f"--model.name: no usable configuration for '{name}': ", expected):
         check_folder(location)
         check_sizes(PreTrainedConfig.get_config_dict(location)[0], name)
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
         family_of(config.model_type)
-    except UserError:
-        raise
-    except Exception as error:  # JSON from elsewhere may raise anything
-        raise UserError(
-            f"--model.name: no usable configuration for '{name}': {first_line(error)} "
-            f"Expected a Hugging Face causal language model; without network use an embedded model or a local folder."
-        ) from error
     return config
 
 
@@ -113,59 +105,44 @@ def skeleton(
     config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A model of this config without weights, on the meta device; `model_class`: not the config's own class."""
-    try:
-        with torch.device("meta"):
-            if model_class is not None:
-                return model_class(config)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise UserError(f"--model.name: the configuration describes no model: {first_line(error)}") from error
+    with quoting("--model.name: the configuration describes no model: "), torch.device("meta"):
+        if model_class is not None:
+            return model_class(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def load_model(
-    name: str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device_map: str | None = None,
-    max_memory: Mapping[str, str] | None = None,
-    trust_remote_code: bool = False,
+    name: str, *, trust_remote_code: bool = False, **settings: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a frozen causal language model, in eval mode without gradients, and its tokenizer.
-
-    Args:
-        name: embedded name, local folder or hub id.
-        dtype: dtype of the weights.
-        device_map: handed to transformers as it is.
-        max_memory: sizes by `cpu` or device number; weights beyond them stay on disk.
-        trust_remote_code: run code that comes with the model.
+    """A model by embedded name, folder or hub id, as `load_weights` loads it with these settings, and its tokenizer.
 
     Raises:
         UserError: before any weight is read, for an unsupported family; later, for weights that cannot be read.
     """
-    location, code = locate_model(name), {"trust_remote_code": trust_remote_code}
-    try:
-        model = load_weights(location, dtype=dtype, device_map=device_map, max_memory=max_memory, **code)
-        tokenizer = AutoTokenizer.from_pretrained(location, **code)
+    location = locate_model(name)
+    with quoting(f"--model.name: '{name}' cannot be loaded: "):
+        model = load_weights(location, trust_remote_code=trust_remote_code, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
         tokenizer("a")  # its settings may be of other types
         return model, tokenizer
-    except UserError:
-        raise
-    except Exception as error:  # safetensors, tokenizers and the hub each raise their own
-        raise UserError(f"--model.name: '{name}' cannot be loaded: {first_line(error)}") from error
 
 
 def load_weights(
     location: str | Path,
     *,
-    dtype: torch.dtype | Literal["auto"],
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
     device_map: str | None = None,
     max_memory: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A frozen causal language model from a folder or the hub, in eval mode; arguments as for `load_model`.
+    """A frozen causal language model from a folder or the hub, in eval mode.
 
     Offloaded weights are read from the model's own files. Those that are stored in another form than the one they
     compute in are written below the cache, and removed with the model.
+
+    Args:
+        device_map: handed to transformers as it is.
+        max_memory: sizes by `cpu` or device number; weights beyond them stay on disk.
 
     Raises:
         UserError: where weights of the model are missing, which transformers would draw at random, or quantised.
@@ -204,22 +181,16 @@ def check_not_quantised(model: PreTrainedModel, location: str | Path) -> None:
     """Raise UserError for weights that stay quantised in memory: a neuron would go, and its scales would stay."""
     dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32, torch.bfloat16, torch.float16}
     if getattr(model, "hf_quantizer", None) is not None or dtypes:
-        raise UserError(
-            f"--model.name: '{location}' is quantised; expected weights in float32, bfloat16 or float16. Prune those, "
-            f"and quantise what is left."
-        )
+        expected = "expected weights in float32, bfloat16 or float16. Prune those, and quantise what is left."
+        raise UserError(f"--model.name: '{location}' is quantised; {expected}")
 
 
 def check_complete(report: Mapping[str, Collection[str]], location: str | Path) -> None:
-    """Raise UserError if weights are missing, and warn of those that have no place in the model.
-
-    `report`: transformers' lists of a load; tied weights are not among its `missing_keys`.
-    """
+    """Raise UserError if weights are missing in transformers' report of a load, and warn of those without a place."""
     if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"--model.name: '{location}' has no weights for {len(missing)} parameters, such as {missing[0]}; expected "
-            f"all that config.json asks for (num_hidden_layers, tie_word_embeddings)."
-        )
+        expected = "expected all that config.json asks for (num_hidden_layers, tie_word_embeddings)"
+        lacks = f"has no weights for {len(missing)} parameters, such as {missing[0]}"
+        raise UserError(f"--model.name: '{location}' {lacks}; {expected}.")
     if unknown := sorted(report["unexpected_keys"]):
         said = "'%s' has %d weights that its config.json has no place for, such as %s; left out."
         log.warning(said, location, len(unknown), unknown[0])

@@ -109,26 +109,19 @@ def rows_at_once(logits: Tensor) -> int:
 def frozen_head_losses(
     hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
 ) -> Tensor:
-    """Next-token loss of each token in nats, (n,) float32, differentiable in `hidden` alone.
+    """Next-token loss of each token in nats, (n,) float32, differentiable in `hidden` (n, H) alone.
 
     Args:
-        hidden: (n, H) final hidden states.
         head: (V, H) frozen output embedding; bias: (V,) or None.
         targets: (n,) int64 token ids, for the cross-entropy; or (n, H) hidden states of a teacher with the same head,
             for KL(teacher || ours).
-        transform: of the logits.
     """
     return _FrozenHeadLosses.apply(hidden, head, bias, targets, transform)
 
 
 def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Tensor | None = None) -> Tensor:
-    """Mean loss of each window's tokens 2..T, in nats: (B,) float32; cross-entropy, or with a teacher KL.
-
-    Args:
-        model: frozen; gates on its blocks get gradients, its weights do not.
-        input_ids: (B, T) int64.
-        teacher: `final_hidden` of these tokens without gates; the loss is then KL(teacher || model).
-    """
+    """Mean loss of each window's tokens 2..T, (B, T) -> (B,) float32, in nats: cross-entropy; or KL(teacher || model),
+    where `teacher` is the `final_hidden` of these tokens without gates."""
     head = model.get_output_embeddings()
     targets = input_ids[:, 1:].flatten() if teacher is None else teacher.flatten(0, 1)
     # Of a model on several devices the last layer lies on one, and a head that is tied to the embeddings on another.

@@ -40,15 +40,8 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
     """Slice the weights of every block down to the kept units.
 
     Biases go with their rows; a bias of the down or output projection stays whole. Parameters keep dtype,
-    device and `requires_grad`. A pruned model can be pruned again, with masks as long as its present widths.
-
-    Args:
-        model, masks: as for `gprune.apply_masks`.
-        inplace: slice `model` itself; otherwise it is left bit for bit as it was, and memory peaks at the dense
-            model plus the smaller one, never two dense ones.
-
-    Returns:
-        The pruned model, of the same class.
+    device and `requires_grad`, and the model its class. Arguments as for `gprune.apply_masks`; unless `inplace`, memory
+    peaks at the dense model plus the smaller one, never two dense ones.
 
     Raises:
         UserError: a mask of the wrong length or dtype, or one that keeps nothing where the other keeps something.
@@ -78,8 +71,6 @@ def prune_to_files(
     """`prune` for an offloaded model: block by block, each into a file of its own, with one block in memory.
 
     Args:
-        model: loaded from a folder, so that its config tells its shapes.
-        masks: as for `prune`.
         folder: where the files go; they stay for as long as the result is read.
         revise: changes a sliced block, given the dense one and it, before it is written.
 

@@ -60,15 +60,8 @@ def minimum_size(neurons: int, num_modules: int) -> int:
 
 
 def merge_small(labels: Tensor, features: Tensor, *, min_size: int) -> Tensor:
-    """Merge modules below `min_size`, smallest first, into the module with the nearest centroid.
-
-    Args:
-        labels: (N,) int64, any labels.
-        features: (N, d), the space of the centroids.
-
-    Returns:
-        (N,) int64 labels 0..K'-1 in order of first appearance, so that equal partitions have equal labels.
-    """
+    """Merge modules below `min_size`, smallest first, into the module with the nearest centroid of `features` (N, d):
+    labels (N,) int64 -> 0..K'-1 in order of first appearance, so that equal partitions have equal labels."""
     labels = labels.clone()
     while True:
         names, sizes = labels.unique(return_counts=True)
@@ -92,13 +85,8 @@ def initial_partition(
     drift_weight: float = 1.0,
     seed: int = 0,
 ) -> Tensor:
-    """k-means on [similarity_weight * embedding, drift_weight * standardised drift] -> (N,) labels.
-
-    Args:
-        embedding: (N, d) from `parameter_embedding`.
-        drift: (N,) rank drift.
-        num_modules: modules to start from; fewer remain if some fall below `minimum_size`.
-    """
+    """k-means on [similarity_weight * embedding (N, d), drift_weight * standardised drift (N,)] -> (N,) labels; of
+    `num_modules` fewer remain if some fall below `minimum_size`."""
     N = len(drift)
     num_modules = max(1, min(num_modules, N // 2))
     joint = torch.cat(

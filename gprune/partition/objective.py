@@ -64,7 +64,7 @@ def partition_objective(
 ) -> dict[str, Tensor]:
     """The refinement objective, each term (B,), and their weighted sum under `total`.
 
-    With P = softmax(A / tau) over K modules:
+    With P = softmax(A / tau) over K modules, `logits` A (B, N, K):
 
         L = w_s S(P) + w_d V(P) - w_c C(P) + w_b B(P) + w_e H(P)
 
@@ -78,10 +78,6 @@ def partition_objective(
     B in [0, 1]: 1 - entropy of the module sizes / log K; 0 when all are equally large.
     H in [0, 1]: mean entropy of P_i / log K; 0 when every neuron is assigned to one module.
     K in B and H is that of the block with most modules: the B of a block with fewer stays above 0.
-
-    Args:
-        logits: A, (B, N, K).
-        tau: temperature > 0, annealed by the caller.
     """
     K = logits.shape[-1]
     P = (logits / tau).softmax(-1) * rearrange(inputs.valid, "b n -> b n 1")

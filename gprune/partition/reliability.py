@@ -50,12 +50,9 @@ def assess_reliability(
     drift is above its mean noise floor.
 
     Args:
-        labels: per block (N,) module of each neuron.
-        ranks: per block (N,) fractional ranks on `corpora.score`.
-        drifts, floors: per block (N,) rank drift and its noise floor.
-        sensitivity_quantile, score_quantile: in [0, 1].
-        switch: which modules are marked: none (`off`), those described above (`unreliable`), or all, as a control
-            (`everywhere`).
+        labels, ranks, drifts, floors: per block (N,): modules, fractional ranks on `corpora.score`, rank drift and its
+            noise floor.
+        switch: which modules are marked: none, those described above, or all, as a control.
     """
     scores = [module_means(r, y) for r, y in zip(ranks, labels, strict=True)]
     sensitivity = [module_means(d, y) for d, y in zip(drifts, labels, strict=True)]
@@ -83,8 +80,7 @@ def within_module_ranks(scores: Tensor, fallback: Tensor, labels: Tensor, switch
     """p_i = (rank of i inside its module + 0.5) / n_m, in (0, 1), (N,) float64; every rank once, larger = keep.
 
     Args:
-        scores: (N,) importance on `corpora.score`.
-        fallback: (N,) importance by `--reliability.metric`.
+        scores, fallback: (N,) importance on `corpora.score`, and by `--reliability.metric`.
         labels: (N,) modules in [0, K).
         switched: (K,) bool, the modules that take the order of the fallback.
 

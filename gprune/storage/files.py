@@ -109,12 +109,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 @rank_zero_only
 def write_json(path: Path, content: Any, *, run: str | None = None, width: int = 0) -> None:
-    """Write JSON, an object with its checksum as the last entry.
-
-    Args:
-        run: the key of the run it belongs to, if any.
-        width: lists and objects of at most so many characters take one line.
-    """
+    """Write JSON, an object with the key of its `run`, if any, and its checksum; what has at most `width` characters
+    takes one line."""
     content = json.loads(json.dumps(content, allow_nan=False))
     if isinstance(content, dict):
         content |= {"run": run} if run else {}
@@ -148,9 +144,7 @@ def inspected_json(
 ) -> tuple[Any, str | None]:
     """The content and None; or None and why it is not usable: missing (`MISSING`), not whole, altered, or foreign.
 
-    Args:
-        run: the key of the run that it has to belong to, if it says whose it is.
-        check: says what is wrong with the content, if anything is.
+    `run`: the key of the run that it has to belong to, if it says whose it is. `check` says what else is wrong.
     """
     try:
         content = json.loads(read_text(path))
@@ -200,10 +194,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def read_tensors(path: Path, *, run: str | None = None, once: bool = False) -> dict[str, Tensor] | None:
     """The tensors, or None (with one warning unless it is missing) if the file is truncated, altered or foreign.
 
-    Args:
-        run: the key of the run that it has to belong to.
-        once: hash the content only where this process has not yet, or the file is another one since: for files of
-            hundreds of megabytes that are read again and again.
+    `run`: the key of the run that it has to belong to. With `once`, for large files that are read again and again, the
+    content is hashed only where this process has not yet, or the file is another one since.
     """
     try:
         stat = regular_file(path)

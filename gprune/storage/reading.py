@@ -19,10 +19,7 @@ def expanded(path: Path | str) -> Path:
 
 
 def read_bytes(path: Path | str, *, pipe: bool = False) -> bytes:
-    """The content of a file; a FIFO would block for ever, and a link to a device never ends.
-
-    Args:
-        pipe: whether it may be a pipe, which a shell makes of `<(command)`.
+    """The content of a file, or of a pipe, which a shell makes of `<(command)`; another FIFO would block for ever.
 
     Raises:
         OSError: as the system says; a file that is neither, or has more than `MOST` bytes, is one too.

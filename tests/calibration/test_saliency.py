@@ -29,14 +29,6 @@ def terms(statistics) -> dict[str, torch.Tensor]:
     return {name: t for name, t in statistics.tensors().items() if kind_of(name) == "saliency"}
 
 
-def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], rtol: float) -> None:
-    """Against the largest channel: signed sums may cancel."""
-    assert one.keys() == two.keys()
-    assert len(one) > 0
-    for name, value in one.items():
-        assert float((two[name] - value).abs().max()) <= rtol * float(value.max()), name
-
-
 def test_terms_by_hand():
     metric = StreamingGradients((2, 3))
     # One token per window: its weight gradient is the outer product of output gradient and input.
@@ -108,31 +100,15 @@ def test_query_heads_share_the_terms_of_their_keys_and_values_equally(overrides,
         assert float(getattr(whole, name).sum()) == pytest.approx(float(total), rel=1e-12)
 
 
-def test_many_batches_equal_one(tiny_model, token_batch):
-    one, many = (terms(collect(tiny_model, batches(token_batch, n), saliency=BOTH)) for n in (6, 1))
-    assert_same(one, many, rtol=1e-5)
-
-
-def test_windows_of_weight_zero_do_not_count(tiny_model, token_batch):
-    padded = [
-        {"input_ids": token_batch[:3], "index": torch.tensor([0, 1, 2]), "weight": torch.tensor([1.0, 0.0, 1.0])},
-        {"input_ids": token_batch[3:5], "index": torch.tensor([3, 4]), "weight": torch.zeros(2)},
-        {"input_ids": token_batch[4:], "index": torch.tensor([4, 5]), "weight": torch.tensor([0.0, 1.0])},
-    ]
-    kept = torch.tensor([0, 2, 5])
-    plain = [{"input_ids": token_batch[kept], "index": kept}]
-    mine, theirs = (terms(collect(tiny_model, text, saliency=BOTH)) for text in (padded, plain))
-    assert_same(mine, theirs, rtol=1e-5)
-
-
 def test_halves_are_those_of_their_own_windows_alone(tiny_model, token_batch):
     both = collect(tiny_model, batches(token_batch, 6), saliency=BOTH)
     for half in (0, 1):
         alone = collect(tiny_model, batches(token_batch[half::2], 3), saliency=BOTH)
         for kind in BOTH:
             for mine, theirs in zip(getattr(both, kind), getattr(alone, kind), strict=True):
-                left, right = mine.half(half).saliency, theirs.total.saliency
-                assert_same(vars(left), vars(right), rtol=1e-5)
+                left, right = vars(mine.half(half).saliency), vars(theirs.total.saliency)
+                for name in TERMS:  # against the largest channel: signed sums may cancel
+                    torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-5 * float(left[name].max()))
         # absolute values: the whole is not the mean of the halves
         first = both.ffn[0].saliency
         assert bool((first[2].first < (first[0].first + first[1].first) / 2).all())

@@ -107,15 +107,6 @@ def test_shards_are_the_one_process_batches(num_windows, batch_size, world_size,
         assert all(weight in (0.0, 1.0) for part in parts for _, weight in part)
 
 
-def test_epochs_differ_and_repeat():
-    sampler = ShardedBatchSampler(20, 4, shuffle=True, seed=3)
-    orders = []
-    for epoch in (0, 1, 0):
-        sampler.set_epoch(epoch)
-        orders.append(list(sampler))
-    assert orders[0] == orders[2] != orders[1]
-
-
 def demo_windows(start, count, seq_len=4):
     tokens = torch.arange(start * seq_len, (start + count) * seq_len).view(count, seq_len)
     return Windows(f"corpus{start}", "train", tokens)

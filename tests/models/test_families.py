@@ -31,7 +31,6 @@ from gprune.models.embedded import byte_tokenizer
 from gprune.models.families import FAMILIES, Family
 from gprune.models.loading import read_config
 from gprune.models.losses import final_hidden, iter_logits, next_token_losses
-from gprune.models.masks import Masks
 from gprune.models.surgery import prune, removed_parameters, widths
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
@@ -220,16 +219,6 @@ def test_equal_blocks_make_a_stock_model(family, ids, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert type(again) is type(model)
     assert torch.equal(again(ids).logits, pruned(ids).logits)
-
-
-def test_heads_that_llama_refuses_are_saved_as_mistral(ids, tmp_path):
-    """Three of four heads in a hidden size of 32: LlamaConfig wants a multiple, MistralConfig does not."""
-    model = make_tiny("llama", num_key_value_heads=4)
-    masks = some_masks(model, (24, 24, 24), attention=False)
-    pruned = prune(model, Masks(masks.ffn, [torch.tensor([True, False, True, True])] * 3))
-    folder = save_pruned(pruned, None, tmp_path / "model")
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "mistral"
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits, pruned(ids).logits)
 
 
 def reloaded(model: nn.Module, folder: Path) -> nn.Module:

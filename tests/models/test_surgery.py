@@ -61,23 +61,6 @@ def test_sliced_equals_zeroed(overrides, token_batch):
     assert (pruned(token_batch).logits - model(token_batch).logits).abs().max() > 0.1
 
 
-def test_pruning_twice_equals_pruning_once(tiny_model):
-    first = random_masks([30, 7, 47], [2, 1, 2])
-    kept = [int(m.sum()) for m in first.ffn]
-    second = Masks(
-        [torch.arange(n) % 3 != 1 for n in kept],
-        [torch.tensor([False, True]), torch.tensor([True]), torch.tensor([True, True])],
-    )
-    combined = Masks([m.clone() for m in first.ffn], [m.clone() for m in first.attention])
-    for all_kind, second_kind in ((combined.ffn, second.ffn), (combined.attention, second.attention)):
-        for whole, part in zip(all_kind, second_kind, strict=True):
-            whole[whole.clone()] = part
-    twice, once = prune(prune(tiny_model, first), second), prune(tiny_model, combined)
-    assert widths(twice) == {"neurons": [20, 5, 31], "kv_groups": [1, 1, 2]}
-    for (name, a), (_, b) in zip(twice.named_parameters(), once.named_parameters(), strict=True):
-        assert torch.equal(a, b), name
-
-
 @pytest.mark.parametrize("gone", [(), (1,)])
 def test_original_is_untouched_unless_it_is_pruned_in_place(gone, tiny_model, token_batch):
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}

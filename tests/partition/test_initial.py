@@ -20,7 +20,6 @@ from gprune.partition.initial import (
 from gprune.partition.objective import (
     ObjectiveWeights,
     RefinementInputs,
-    dispersion,
     partition_objective,
     refinement_inputs,
 )
@@ -158,23 +157,6 @@ def naive_dispersion(P: np.ndarray, x: np.ndarray) -> float:
         inside += sum(P[i, k] * ((x[i] - centre) ** 2).sum() for i in range(N))
     mean = x.mean(0)
     return inside / sum(((x[i] - mean) ** 2).sum() for i in range(N))
-
-
-def test_dispersion_against_loops():
-    P = normal(2, 40, 3).softmax(-1)
-    x = normal(2, 40, 5, seed=1)
-    x = x - x.mean(1, keepdim=True)
-    expected = [naive_dispersion(p, v) for p, v in zip(P.double().numpy(), x.double().numpy(), strict=True)]
-    np.testing.assert_allclose(dispersion(P, x).numpy(), expected, atol=1e-5)
-
-
-def test_dispersion_at_its_ends():
-    labels = torch.arange(40) % 4
-    P = torch.nn.functional.one_hot(labels, 4).float()[None]
-    x = standardised(normal(4, 3)[labels])[None]
-    assert float(dispersion(P, x)) == pytest.approx(0, abs=1e-5)  # modules explain everything
-    assert float(dispersion(torch.full_like(P, 0.25), x)) == pytest.approx(1, abs=1e-5)  # nothing
-    assert float(dispersion(P, torch.zeros_like(x))) == 0  # nothing varies
 
 
 def random_inputs(sizes: list[int], seed: int = 0) -> RefinementInputs:
