@@ -105,9 +105,8 @@ def record(loaded: LoadedTask, outcome: dict[str, Any], stamp: dict[str, Any]) -
         "note": (f"only the first {len(samples)} questions; " if partial else "") + loaded.note,
         **stamp,
         "content_hash": content_hash(zip((s["arguments"] for s in samples), labels, strict=True)),
-        **{
-            "correct" + metric.removeprefix("acc"): "".join(str(int(s[metric])) for s in samples)
-            for metric in ("acc", "acc_norm")
-            if metric in samples[0]
-        },
+    } | {
+        "correct" + metric.removeprefix("acc"): "".join(str(int(s[metric])) for s in samples)
+        for metric in ("acc", "acc_norm")
+        if metric in samples[0]
     }
