@@ -95,9 +95,14 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
 
 
 def say(text: str) -> None:
-    """Print text that a command hands out; of what controls a terminal, bold alone is let through."""
-    sys.stdout.write("".join(part if BOLD.fullmatch(part) else printable(part) for part in BOLD.split(text)))
+    """Print text that a command hands out."""
+    sys.stdout.write(printable_or_bold(text))
     sys.stdout.flush()
+
+
+def printable_or_bold(text: str) -> str:
+    """`printable`, with bold let through."""
+    return "".join(part if BOLD.fullmatch(part) else printable(part) for part in BOLD.split(text))
 
 
 def _open_streams() -> None:
@@ -169,7 +174,7 @@ class StdoutHandler(logging.StreamHandler):
         return sys.stdout
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return printable_or_bold(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> NoReturn:  # noqa: N802
         """An output that nobody reads ends the run, where logging would print a traceback for each line."""

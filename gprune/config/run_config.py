@@ -205,6 +205,11 @@ class RunConfig(Group):
         return [(name, recovery) for recovery in recoveries for name in names]
 
     @property
+    def evaluates_early(self) -> bool:
+        """Whether rows without recovery are evaluated, and shown, before anything recovers."""
+        return self.recovery != "none" and "unrecovered" in self.evaluation.controls
+
+    @property
     def roles(self) -> dict[str, list[str]]:
         """Corpora whose train text this run reads, by what it reads them for; roles it does not play are empty."""
         c, recovery = self.corpora, recovery_of(self.recovery)

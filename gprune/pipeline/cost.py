@@ -32,8 +32,13 @@ def tokens_by_step(cfg: RunConfig, *, taught: bool = False) -> dict[int, tuple[i
         learning = s.epochs * len(c.learn) * (c.learn_samples or c.num_samples) * c.seq_len
         curve = ((s.epochs + 1) + 2 + len(e.curve)) * development
     prompts, prompt, generated = sample_lengths(cfg)
-    evaluated = len(c.evaluate) * e.num_samples * e.seq_len * (1 + len(cfg.stages))
-    forward = {9: 3 * compared_tokens(cfg), 10: evaluated + 2 * prompts * (prompt + generated)}
+    evaluated = len(c.evaluate) * e.num_samples * e.seq_len  # of each model
+    early = 1 + sum(recovery == "none" for _, recovery in cfg.stages) if cfg.evaluates_early else 0
+    late = 1 + len(cfg.stages) - early
+    forward = {
+        9: 3 * compared_tokens(cfg) + early * evaluated,
+        10: late * evaluated + 2 * prompts * (prompt + generated),
+    }
     trained = {9: 0, 10: 0}
     for row in cfg.stages:
         final = row == (cfg.final, cfg.recovery)  # the first that learns

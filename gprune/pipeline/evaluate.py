@@ -30,7 +30,7 @@ from gprune.pipeline.run import Run
 from gprune.recoveries import recovery_of
 from gprune.report import html, page
 from gprune.report.model_card import write_card
-from gprune.report.records import means_and_gaps, run_numbers, unseen_ratios
+from gprune.report.records import means_and_gaps, result_table, run_numbers, unseen_ratios
 from gprune.report.run_figures import write_figures
 from gprune.runs import schema, tracking
 from gprune.runs.results import row_name
@@ -42,7 +42,10 @@ LEARN = ("learn", "loss", "epochs", "centred", "learner")  # what of `--sparsity
 
 
 def evaluate(
-    run: Run, statistics: Mapping[str, CorpusStatistics], masks: Mapping[str, Masks], pruned: PreTrainedModel
+    run: Run,
+    statistics: Mapping[str, CorpusStatistics],
+    masks: Mapping[str, Masks],
+    pruned: PreTrainedModel | None = None,
 ) -> list[dict[str, Any]]:
     """Step 10: perplexity of the dense model, the controls and gprune on every evaluated corpus.
 
@@ -51,20 +54,22 @@ def evaluate(
 
     Args:
         masks: by stage.
-        pruned: the final stage's model, recovered as asked; the others are made here.
+        pruned: the final stage's model, recovered as asked; the others are made here. None: the rows without recovery
+            alone, whose table is shown before anything recovers.
 
     Returns:
         Flat records, one per number, as in `metrics.json`.
     """
-    run.step(10, "Evaluating")
-    cfg, dense = run.cfg, ("dense", "none")
+    cfg, dense, early = run.cfg, ("dense", "none"), pruned is None
+    run.step(9 if early else 10, "Evaluating what is not recovered" if early else "Evaluating")
+    rows = [row for row in [dense, *cfg.stages] if not early or row[1] == "none"]
     records: list[dict[str, Any]] = run.folder.metrics.get("records", [])
     done = {(r["stage"], r["recovery"]) for r in records}
     # Without an initialised process group, rank 0 evaluates alone.
     world, measures = processes()[1], processes()[1] > 1 or rank_zero_only.rank == 0
     leaked = leaks(run) if measures else {}
-    with run.folder.step("evaluate"):
-        for row in [dense, *cfg.stages]:
+    with run.folder.step("evaluate_unrecovered" if early else "evaluate"):
+        for row in rows:
             # All processes take part where a recovery learns.
             if row in done or not (measures or recovery_of(row[1]).learns):
                 continue
@@ -83,6 +88,8 @@ def evaluate(
             pairs = zip(results, run.text.test, strict=True)
             records += [record(cfg, row, result, w, leaked[w.corpus]) for result, w in pairs]
             write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
+    if early and measures and not run.folder.finished:
+        log.info("Before recovery:\n\n%s\n", result_table(records).shown())
     return records
 
 

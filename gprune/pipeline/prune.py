@@ -61,6 +61,8 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> PruningResult:
             labels = partition(run, drift)  # 4, 5
             modules = assess(run, statistics, scores, drift, labels)  # 6
             thresholds, masks["gprune"] = learn_sparsity(run, modules, masks["base"])  # 7, 8
+        if cfg.evaluates_early:
+            evaluate(run, statistics, masks)  # the method alone, and its controls
         final = masks[run.cfg.final]
         run.step(9, "Pruning" if cfg.recovery == "none" else "Pruning and recovering")
         with run.folder.step("shrink"):

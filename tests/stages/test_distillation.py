@@ -246,8 +246,15 @@ def undisturbed(world, tmp_path_factory):
         return world.run(tmp_path_factory.mktemp("undisturbed"), *FLAGS, *ALONE)
 
 
-def test_a_run_distils_every_row_and_takes_up_what_was_learned(undisturbed, world, tmp_path, quick, monkeypatch):
+def test_a_run_distils_every_row_and_takes_up_what_was_learned(
+    undisturbed, world, tmp_path, quick, monkeypatch, capsys
+):
     result = world.run(tmp_path, *FLAGS)
+    first, then = capsys.readouterr().out.split("Distilling", 1)  # the method alone is shown before anything recovers
+    assert [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("| ")][1:] == [
+        "dense", "base", "averaged", "gprune",
+    ]  # fmt: skip
+    assert "| gprune + least_squares+distill" in then
     rows = {(r["stage"], r["recovery"]) for r in result.records}
     chain = "least_squares+distill"
     assert {row for row in rows if row[1] == chain} == {(s, chain) for s in ("base", "averaged", "gprune")}
