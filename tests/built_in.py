@@ -19,11 +19,12 @@ assert "wanda_sp" in METRICS
 
 
 @contextmanager
-def scratch(registry: Registry) -> Iterator[None]:
+def scratch(*registries: Registry) -> Iterator[None]:
     """What is registered inside is forgotten afterwards.
 
     It reaches for the private dictionary, as a registry has no public way to take an entry out: users need none.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_entries", dict(registry._entries))
+        for registry in registries:
+            patch.setattr(registry, "_entries", dict(registry._entries))
         yield

@@ -6,7 +6,6 @@ import json
 import re
 import runpy
 import shlex
-from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from gprune.__main__ import COMMANDS
 from gprune.calibration.statistics import Moments
 from gprune.cli import BETTER, without_flags
 from gprune.export.hf import save_pruned
-from gprune.importance.weights import UnitWeights
 from gprune.models.blocks import blocks_of
 from gprune.models.families import FAMILIES
 from gprune.models.loading import load_model
@@ -49,15 +47,13 @@ def world(tmp_path, monkeypatch):
         yield tiny_run.make_world(tmp_path / "world")
 
 
-@pytest.fixture
-def scratch():
-    """Registries and families that forget what a test adds."""
+@pytest.fixture(autouse=True)
+def _forgotten():
+    """Registries and families forget what a test adds."""
     families = set(FAMILIES)
-    with ExitStack() as stack:
-        for registry in (gprune.IMPORTANCE, gprune.CORPORA, gprune.LEARNER, ALLOCATION, RECOVERY):
-            stack.enter_context(built_in.scratch(registry))
+    with built_in.scratch(gprune.IMPORTANCE, gprune.CORPORA, gprune.LEARNER, ALLOCATION, RECOVERY):
         yield
-    for added in set(FAMILIES) - families:
+    for added in FAMILIES.keys() - families:
         del FAMILIES[added]
 
 
@@ -74,20 +70,11 @@ def run_block(word: str) -> dict[str, object]:
 
 @pytest.mark.parametrize("page", USER_PAGES)
 def test_flags_that_pages_name_exist(page):
-    """`docs/flags.md` has them all; that it is made from the command lines is another test."""
     flag = r"(?<![\w-])--[a-z][a-z0-9_-]*(?:\.[a-z0-9_]+)*"
-    known = {
-        "--config",
-        "--print_config",
-        "--help",
-        "--sparsity.options.power",
-        "--options.sgd.momentum",
-        *re.findall(flag, PAGES["docs/flags.md"]),
-    }
-    others = "--work --fetch --small --reference --array --wrap --minutes --check --trust-remote-code --summary --json"
-    others += " --include-online"
+    others = "--print_config --help --sparsity.options.power --options.sgd.momentum --work --fetch --small --reference "
+    others += "--array --wrap --minutes --check --trust-remote-code --summary --json --include-online"
     text = re.sub(r"^#SBATCH.*", "", PAGES[page], flags=re.M)
-    assert set(re.findall(flag, text)) - known - set(others.split()) == set()
+    assert set(re.findall(flag, text)) <= {*re.findall(flag, PAGES["docs/flags.md"]), *others.split()}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -192,19 +179,6 @@ def test_the_first_notebook_is_stored_with_what_comes_out():
 # What the pages show how to add
 
 
-@pytest.mark.usefixtures("scratch")
-def test_the_recipe_for_a_metric_registers_and_scores():
-    run_block("@gprune.metric")
-    ones = torch.ones(3, dtype=torch.float64)
-    scores = gprune.IMPORTANCE["down_norm"](
-        UnitWeights((), torch.tensor([[3.0, 0, 1], [4.0, 0, 0]])), Moments(ones[0], ones, ones), torch.Generator()
-    )
-    assert scores.tolist() == [5.0, 0.0, 1.0]
-    assert gprune.IMPORTANCE["down_norm"].activation_free
-    assert gprune.RunConfig(importance="down_norm").importance == "down_norm"
-
-
-@pytest.mark.usefixtures("scratch")
 def test_the_recipe_for_a_corpus_registers_and_reads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for split in ("train", "test"):
@@ -216,7 +190,6 @@ def test_the_recipe_for_a_corpus_registers_and_reads(tmp_path, monkeypatch):
     assert not set(train) & set(development)
 
 
-@pytest.mark.usefixtures("scratch")
 def test_the_recipes_for_a_metric_and_an_allocation_run_through_the_command_line(world, tmp_path):
     run_block("@gprune.metric")
     run_block("@allocation")
@@ -224,7 +197,7 @@ def test_the_recipes_for_a_metric_and_an_allocation_run_through_the_command_line
         tmp_path, "--importance=down_norm", "--gprune=false", "--sparsity.allocation=powered",
         "--sparsity.options.power=2", "--export=none",
     )  # fmt: skip
-    assert run.config.importance == "down_norm"
+    assert gprune.IMPORTANCE[run.config.importance].activation_free
     norms = torch.stack([
         layer.mlp.down_proj.weight.double().square().sum(0).sqrt()  # one per neuron
         for layer in load_model(str(world.model))[0].model.layers
@@ -234,7 +207,6 @@ def test_the_recipes_for_a_metric_and_an_allocation_run_through_the_command_line
     assert torch.equal(torch.stack(run.masks.ffn), kept.view_as(norms))
 
 
-@pytest.mark.usefixtures("scratch")
 def test_the_recipe_for_a_recovery_of_a_projection_registers_and_recovers():
     run_block('recovery("rescale")')
     assert gprune.RunConfig(recovery="rescale").recovery == "rescale"
@@ -246,7 +218,6 @@ def test_the_recipe_for_a_recovery_of_a_projection_registers_and_recovers():
     assert bias is None
 
 
-@pytest.mark.usefixtures("scratch")
 def test_the_recipe_for_another_optimizer_is_a_learner_with_an_option(tiny_model):
     Sgd = run_block('@gprune.learner("sgd")')["Sgd"]
     cfg = gprune.config.configured({"sparsity.learner": "sgd", "options.sgd.momentum": 0.5})
@@ -256,7 +227,6 @@ def test_the_recipe_for_another_optimizer_is_a_learner_with_an_option(tiny_model
     assert (group["momentum"], group["lr"], len(group["params"])) == (0.5, 0.25, 3)
 
 
-@pytest.mark.usefixtures("scratch")
 def test_the_recipe_for_a_stage_recovers_the_whole_model_in_a_run(world, tmp_path):
     Distillation = run_block('recovery("distil")')["Distillation"]
     dense = load_model(str(world.model))[0]
@@ -284,7 +254,6 @@ def test_the_recipe_for_a_stage_recovers_the_whole_model_in_a_run(world, tmp_pat
     assert run.summary["forward_backward_tokens"] == 3 * 2 * 32  # corpora, windows, tokens: the pruned model learns
 
 
-@pytest.mark.usefixtures("scratch")
 @pytest.mark.parametrize("family", ["seed_oss", "starcoder2"])
 def test_the_recipe_for_a_family_prunes_and_reloads(family, tmp_path):
     run_block("FAMILIES[record.model_type]")

@@ -38,7 +38,7 @@ def tiny():
 
 @pytest.fixture(autouse=True)
 def _forgotten():
-    with built_in.scratch(IMPORTANCE), built_in.scratch(ALLOCATION), built_in.scratch(RECOVERY):
+    with built_in.scratch(IMPORTANCE, ALLOCATION, RECOVERY):
         yield
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import ExitStack
 
 import lightning as L
 import pytest
@@ -60,9 +59,7 @@ class Plain(L.LightningModule):
 @pytest.fixture
 def own():
     """Registries as they were, afterwards."""
-    with ExitStack() as stack:
-        for registry in (REFINER, LEARNER, CALIBRATOR, gprune.RECOVERY):
-            stack.enter_context(built_in.scratch(registry))
+    with built_in.scratch(REFINER, LEARNER, CALIBRATOR, gprune.RECOVERY):
         yield
 
 
