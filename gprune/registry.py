@@ -26,13 +26,7 @@ if TYPE_CHECKING:  # flags are checked by what is registered, which should not w
 
 T = TypeVar("T")
 FLOATS, WHOLE = ("float64", "float32", "float16", "bfloat16"), ("int64", "int32", "int16", "int8", "uint8")
-DTYPES = {
-    "finite numbers": FLOATS + WHOLE,
-    "finite floats": FLOATS,
-    "floats": FLOATS,
-    "whole numbers": WHOLE,
-    "bool": ("bool",),
-}
+DTYPES = {"numbers": FLOATS + WHOLE, "floats": FLOATS, "whole numbers": WHOLE, "bool": ("bool",)}
 NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
@@ -103,7 +97,7 @@ class Registry(Generic[T]):
 
         Args:
             what: the word for it, such as "scores".
-            of: what the tensor holds, of `DTYPES`.
+            of: what the tensor holds, of `DTYPES`; `finite` before it is looked at, and waits for a device.
 
         Raises:
             UserError: for anything else; it names the entry, what was expected and what came.
@@ -114,8 +108,9 @@ class Registry(Generic[T]):
         if isinstance(value, torch.Tensor):
             dtype, layout = (str(part).removeprefix("torch.") for part in (value.dtype, value.layout))
             got = f"{tuple(value.shape)} of {dtype}, {'without values (meta)' if value.is_meta else layout}"
-            if value.shape in shapes and dtype in DTYPES[of] and layout == "strided" and not value.is_meta:
-                bad = int((~value.isfinite()).sum()) if "finite" in of else 0  # which waits for a device
+            known = dtype in DTYPES[of.removeprefix("finite ")]
+            if value.shape in shapes and known and layout == "strided" and not value.is_meta:
+                bad = int((~value.isfinite()).sum()) if "finite" in of else 0
                 if not bad:
                     return value.detach()
                 got = f"{bad} of {value.numel()} that are not finite"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import TypeVar
 
 import lightning as L
@@ -32,6 +33,13 @@ def saved_settings(stage: L.LightningModule, kind: type[G], settings: G | Mappin
     return settings
 
 
+class _TakeOff(L.Callback):
+    """After an exception Lightning tells callbacks, and no stage."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: FrozenLMStage, exception: BaseException) -> None:
+        pl_module.hooks.close()
+
+
 class FrozenLMStage(L.LightningModule):
     """Holds the language model beside the module, not inside it.
 
@@ -48,6 +56,7 @@ class FrozenLMStage(L.LightningModule):
 
     def __init__(self, model: PreTrainedModel, *, shard: bool = False):
         super().__init__()
+        self.hooks = ExitStack()  # on the model; taken off also after an exception
         assert not any(p.requires_grad for p in model.parameters()), "the language model must be frozen"
         self._frozen = (model,)
         self._shard = shard
@@ -57,6 +66,9 @@ class FrozenLMStage(L.LightningModule):
     def lm(self) -> PreTrainedModel:
         """The language model, or its sharded copy while there is one."""
         return (*self._copy, *self._frozen)[0]
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [_TakeOff()]
 
     def setup(self, stage: str) -> None:
         device = self.trainer.strategy.root_device

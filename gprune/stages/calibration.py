@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import partial
 
-import lightning as L
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,13 +15,6 @@ from gprune.models.blocks import Block
 from gprune.stages.base import FrozenLMStage
 
 Store = Callable[[str, Block, dict[str, Tensor]], dict[str, StoredGram]]
-
-
-class _LetGo(L.Callback):
-    """Of a class of its own: Lightning would put a LambdaCallback of the stage in the place of a caller's."""
-
-    def on_exception(self, trainer: L.Trainer, pl_module: CalibrationStage, exception: BaseException) -> None:
-        pl_module._let_go()
 
 
 class CalibrationStage(FrozenLMStage):
@@ -58,26 +50,18 @@ class CalibrationStage(FrozenLMStage):
             if self.walk:
                 self._sums = Walk(self.lm)
             else:
-                self._sums = Collector(self.lm, gram=self.gram, saliency=self.saliency).__enter__()
+                collector = Collector(self.lm, gram=self.gram, saliency=self.saliency)
+                self._sums = self.hooks.enter_context(collector)
         take = self._sums.add if self.walk else self._sums.observe
         take(batch["input_ids"], batch["half"], batch["weight"])
 
     def on_test_epoch_end(self) -> None:
         self._close()
 
-    def configure_callbacks(self) -> list[L.Callback]:
-        """After an exception Lightning tells callbacks, and no stage: the model is to be left without hooks."""
-        return [_LetGo()]
-
-    def _let_go(self) -> Collector | Walk | None:
-        sums, self._sums = self._sums, None
-        if isinstance(sums, Collector):
-            sums.__exit__()
-        return sums
-
     def _close(self) -> None:
         """Compute the statistics of the corpus whose batches have all come, if there is one."""
-        corpus, sums = self._current, self._let_go()
+        self.hooks.close()
+        corpus, sums, self._sums = self._current, self._sums, None
         if isinstance(sums, Walk):
             store = None if self.store is None else partial(self.store, corpus)
             self.statistics[corpus] = sums.statistics(gram=self.gram, store=store)

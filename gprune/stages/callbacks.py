@@ -1,4 +1,4 @@
-"""Lightning callbacks: masks on the frozen model while a stage runs, and perplexity curves for the loggers."""
+"""Lightning callbacks: curves of stages that learn, for the loggers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
@@ -27,28 +26,9 @@ from gprune.partition.reliability import module_means
 from gprune.runs.results import key_part
 from gprune.runs.tracking import log_scalars, log_table
 from gprune.sparsity.budget import Budget
-from gprune.sparsity.gates import gated, masked
+from gprune.sparsity.gates import masked
 
 log = logging.getLogger("gprune")
-
-
-class ApplyMasks(L.Callback):
-    """Applies a stage's gates to its model `lm` while `fit` lasts, and takes them off again, also after an exception.
-
-    A notebook that interrupts learning gets its model back bit for bit.
-    """
-
-    def __init__(self) -> None:
-        self._context = ExitStack()
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._context.enter_context(gated(pl_module.lm, pl_module.ffn_gates, pl_module.attention_gates))
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._context.close()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._context.close()
 
 
 class StepCurves(L.Callback):
@@ -57,15 +37,11 @@ class StepCurves(L.Callback):
     The norm is that before clipping.
     """
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         self._began = time.monotonic()
 
     @torch.no_grad()
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         group, stage = optimizer.param_groups[0], curves_of(pl_module)
         if hasattr(pl_module, "gradient_norm"):
             norm = pl_module.gradient_norm()
@@ -76,7 +52,7 @@ class StepCurves(L.Callback):
         pl_module.log_dict({f"{stage}/gradient_norm": gathered(norm), f"{stage}/learning_rate": float(rate)})
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, _: Any, batch: Any, *__: Any
     ) -> None:
         tokens, stage = batch["input_ids"].numel() * trainer.world_size, curves_of(pl_module)
         rate = tokens / (time.monotonic() - self._began)
@@ -174,9 +150,7 @@ class DevelopmentCurve(L.Callback):
         if not self.measured:  # else it goes on from a checkpoint
             self._measure(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step in self.due - self.measured.keys():
             self._measure(trainer, pl_module)
 

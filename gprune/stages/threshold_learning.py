@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,14 +14,9 @@ from gprune.models.masks import Masks
 from gprune.partition.modules import ModuleRanks
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import Cut, cut_margin
-from gprune.sparsity.gates import soft_gate, straight_through
+from gprune.sparsity.gates import gated, soft_gate, straight_through
 from gprune.sparsity.thresholds import Thresholds, masks_from_thresholds, unit_margins
 from gprune.stages.base import FrozenLMStage, saved_settings
-from gprune.stages.callbacks import ApplyMasks
-
-# The gradient (M,) of a block's thresholds or offsets, None where they do not learn; and how many units each of them
-# moves, (M,) or one number.
-UnitGradient = tuple[Tensor | None, Tensor | int]
 
 
 class ThresholdLearning(FrozenLMStage):
@@ -145,9 +139,12 @@ class ThresholdLearning(FrozenLMStage):
             _moved_to_cuts(self.attention_thresholds, groups, hard.attention),
         )
 
-    def configure_callbacks(self) -> list[L.Callback]:
-        """What applies the gates to the model, under any Trainer."""
-        return [ApplyMasks()]
+    def on_fit_start(self) -> None:
+        """Apply the gates to the model, until the fit ends."""
+        self.hooks.enter_context(gated(self.lm, self.ffn_gates, self.attention_gates))
+
+    def on_fit_end(self) -> None:
+        self.hooks.close()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         thresholds = [p for p in (*self.ffn_thresholds, *self.attention_thresholds) if p.requires_grad]
@@ -172,20 +169,25 @@ class ThresholdLearning(FrozenLMStage):
         if self.settings.centred:
             self.centre()
 
+    @torch.no_grad()
     def centre(self) -> None:
-        """Take the mean gradient of a unit off the gradients of thresholds, and of offsets: see `centre`.
+        """Take the mean gradient of a unit off the gradients of thresholds, and of offsets, in place.
 
-        Blocks that keep everything take no part. Where all blocks have to be equally wide, neurons compete inside their
-        block, and it is their block's mean that they lose; KV groups, of which every block keeps equally many, compete
-        with all neurons.
+        What moves all units alike changes no mask. Blocks that keep everything take no part. Where all blocks have to
+        be equally wide, neurons compete inside their block, and it is their block's mean that they lose; KV groups, of
+        which every block keeps equally many, compete with all neurons.
         """
         costs, ranks = self.budget.costs, self.ranks
         open_blocks = [b for b in range(len(ranks.sizes)) if b not in costs.protected]
-        neurons = [(self.ffn_thresholds[b].grad, ranks.sizes[b]) for b in open_blocks]
-        groups = [(self.attention_thresholds[b].grad, len(ranks.attention[b])) for b in open_blocks]
-        offsets = [(self.ffn_offsets[b].grad, 1) for b in open_blocks if self.offsets]
-        centre(neurons, groups, by_block=costs.uniform)
-        centre(offsets, [], by_block=costs.uniform)
+        # Of each block: the gradient (M,), how many units each number moves, and whether they lose their own mean.
+        neurons = [(self.ffn_thresholds[b].grad, ranks.sizes[b], costs.uniform) for b in open_blocks]
+        groups = [(self.attention_thresholds[b].grad, len(ranks.attention[b]), False) for b in open_blocks]
+        offsets = [(self.ffn_offsets[b].grad, 1, costs.uniform) for b in open_blocks if self.offsets]
+        for kind in ([*neurons, *groups], offsets):
+            learned = [(grad, units, own) for grad, units, own in kind if grad is not None]
+            common = _unit_mean(learned) if learned else None
+            for grad, units, own in learned:
+                grad.sub_((_unit_mean([(grad, units, own)]) if own else common) * units)
 
     def optimizer_step(self, *args: object, **kwargs: object) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -203,28 +205,10 @@ class ThresholdLearning(FrozenLMStage):
             t += shift.to(t.dtype)
 
 
-@torch.no_grad()
-def centre(neurons: Sequence[UnitGradient], groups: Sequence[UnitGradient], *, by_block: bool) -> None:
-    """Take the mean gradient of a unit off all gradients, in place: what moves all units alike changes no mask.
-
-    Args:
-        neurons, groups: of each block.
-        by_block: neurons lose the mean of their own block; groups still that of all units.
-    """
-    neurons, groups = ([(grad, units) for grad, units in kind if grad is not None] for kind in (neurons, groups))
-    if not neurons and not groups:
-        return
-    common = _unit_mean([*neurons, *groups])
-    for grad, units in neurons:
-        grad.sub_((_unit_mean([(grad, units)]) if by_block else common) * units)
-    for grad, units in groups:
-        grad.sub_(common * units)
-
-
-def _unit_mean(blocks: Sequence[UnitGradient]) -> Tensor:
+def _unit_mean(blocks: Sequence[tuple[Tensor, Tensor | int, bool]]) -> Tensor:
     """The mean gradient of a unit, ()."""
-    total = sum((torch.ones_like(grad) * units).sum() for grad, units in blocks)
-    return sum(grad.sum() for grad, _ in blocks) / total
+    total = sum((torch.ones_like(grad) * units).sum() for grad, units, _ in blocks)
+    return sum(grad.sum() for grad, *_ in blocks) / total
 
 
 def _moved_to_cuts(thresholds: Sequence[Tensor], margins: Sequence[Tensor], keeps: Sequence[Tensor]) -> list[Tensor]:

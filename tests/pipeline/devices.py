@@ -32,7 +32,6 @@ from gprune.recoveries import Material, recovery_of
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import start_thresholds
-from gprune.stages.callbacks import ApplyMasks
 from gprune.stages.threshold_learning import ThresholdLearning
 from tests.pretend import TYPE, Devices, placed, pretend
 from tests.tiny_families import make_tiny, some_masks
@@ -95,7 +94,7 @@ def learn(place: Place, *, attention: bool, steps: int = STEPS, **how: Any) -> l
     budget = Budget.of(unit_costs(blocks, scope="attention+ffn" if attention else "ffn"), 0.4)
     start = start_thresholds(keep_masks(budget, p, groups), ranks)
     stage = ThresholdLearning(place.model, ranks, start, budget, SparsityConfig(**{"centred": False} | how))
-    train(stage, DataLoader(place.batches(steps), batch_size=None), callbacks=[ApplyMasks()])
+    train(stage, DataLoader(place.batches(steps), batch_size=None))
     return [t.detach().cpu() for t in stage.state_dict().values()]
 
 

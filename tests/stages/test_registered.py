@@ -21,7 +21,6 @@ from gprune.registry import CALIBRATOR, LEARNER, REFINER
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import gated
 from gprune.stages.calibration import CalibrationStage
-from gprune.stages.callbacks import ApplyMasks
 from gprune.stages.distillation import DistillationStage
 from gprune.stages.refinement import AssignmentRefinement
 from gprune.stages.threshold_learning import ThresholdLearning
@@ -202,13 +201,12 @@ def windows_of(model) -> DataLoader:
     return DataLoader([{"input_ids": ids} for ids in sampled_tokens(model)], batch_size=4)
 
 
-@pytest.mark.parametrize("more", [[], [ApplyMasks()]], ids=["alone", "with its callback"])
-def test_thresholds_learn_under_any_trainer_and_come_back(more, tiny_model, tmp_path):
+def test_thresholds_learn_under_any_trainer_and_come_back(tiny_model, tmp_path):
     made = make_stage(tiny_model, centred=True, lr=0.5)
     start = [t.detach().clone() for t in made.ffn_thresholds], [t.detach().clone() for t in made.attention_thresholds]
     things = {"model": tiny_model, "ranks": made.ranks, "start": start, "budget": made.budget}
     stage, hooks = Tempered(**things, settings=made.settings, beta=0.5), Hooks()
-    trainer = trainer_of(*more, hooks)
+    trainer = trainer_of(hooks)
     trainer.fit(stage, windows_of(tiny_model))
     assert (hooks.count, hooks_of(tiny_model)) == (3, 0)  # each block is gated once
     assert stage.masks() != made.masks()

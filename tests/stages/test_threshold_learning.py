@@ -23,7 +23,6 @@ from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import gated, masked
 from gprune.sparsity.thresholds import masks_from_thresholds, start_thresholds
-from gprune.stages.callbacks import ApplyMasks
 from gprune.stages.threshold_learning import ThresholdLearning
 from tests.conftest import make_tiny_llama
 
@@ -182,7 +181,7 @@ def test_a_fit(scope, width_multiple, options, tiny_model):
     start = [t.detach().clone() for t in stage.ffn_thresholds]
     first = stage.masks()
     assert first == make_stage(tiny_model, scope=scope, width_multiple=width_multiple).masks()  # offsets start at 0
-    trainer_of(ApplyMasks(), epochs=6).fit(stage, data_of(tokens))
+    trainer_of(epochs=6).fit(stage, data_of(tokens))
     # the model is what it was, bit for bit
     assert all(torch.equal(before[name], t) for name, t in tiny_model.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in tiny_model.parameters())
@@ -211,7 +210,7 @@ def test_a_fit(scope, width_multiple, options, tiny_model):
 def test_offsets_let_neurons_change_places_inside_their_modules(tiny_model):
     """Which thresholds alone cannot do."""
     stage = make_stage(tiny_model, learn="offsets")
-    trainer_of(ApplyMasks(), epochs=6).fit(stage, data_of(sampled_tokens(tiny_model)))
+    trainer_of(epochs=6).fit(stage, data_of(sampled_tokens(tiny_model)))
     parts = zip(stage.ranks.ffn, stage.masks().ffn, stage.ranks.labels, strict=True)
     modules = [(p[~m & (y == k)], p[m & (y == k)]) for p, m, y in parts for k in range(K)]
     assert any(bool(removed.max() > kept.min()) for removed, kept in modules if len(removed) and len(kept))
@@ -269,7 +268,7 @@ def test_the_logged_loss_is_that_of_the_hard_masks(loss, tiny_model):
     """From logits of stock transformers, in float64."""
     tokens = sampled_tokens(tiny_model, windows=4)
     stage = make_stage(tiny_model, loss=loss, lr=1e-9)
-    trainer = trainer_of(ApplyMasks())
+    trainer = trainer_of()
     trainer.fit(stage, data_of(tokens))
     with torch.no_grad():
         dense = tiny_model(tokens).logits[:, :-1].double().log_softmax(-1)
@@ -293,7 +292,7 @@ def test_equal_widths_stay_equal_while_learning(tiny_model):
     tokens = sampled_tokens(tiny_model)
     stage = make_stage(tiny_model, uniform=True)
     first = stage.masks()
-    trainer_of(ApplyMasks(), epochs=4).fit(stage, data_of(tokens))
+    trainer_of(epochs=4).fit(stage, data_of(tokens))
     masks = stage.masks()
     assert masks != first
     assert {int(m.sum()) for m in masks.ffn} == {int(first.ffn[0].sum())}
@@ -319,13 +318,13 @@ def test_windows_of_weight_zero_do_not_count(tiny_model):
             two = {"input_ids": tokens[[0, 2]], "weight": torch.ones(2)}
             losses["two"] = pl_module.training_step(two, 0).item()
 
-    trainer_of(ApplyMasks(), Probe()).fit(stage, data_of(tokens))
+    trainer_of(Probe()).fit(stage, data_of(tokens))
     assert losses["weighted"] == pytest.approx(losses["two"], rel=1e-6)
 
 
 @pytest.mark.parametrize("hook", ["on_train_start", "on_before_backward", "on_train_epoch_end"])
 def test_an_exception_inside_fit_leaves_no_hooks(hook, tiny_model, token_batch):
-    dense, tokens, callback = tiny_model(token_batch).logits, sampled_tokens(tiny_model), ApplyMasks()
+    dense, tokens = tiny_model(token_batch).logits, sampled_tokens(tiny_model)
     hooks = []
 
     def fail(*_args):
@@ -333,21 +332,17 @@ def test_an_exception_inside_fit_leaves_no_hooks(hook, tiny_model, token_batch):
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        trainer_of(callback, type("Failing", (L.Callback,), {hook: fail})()).fit(
-            make_stage(tiny_model), data_of(tokens)
-        )
+        trainer_of(type("Failing", (L.Callback,), {hook: fail})()).fit(make_stage(tiny_model), data_of(tokens))
     assert hooks == [3]  # the gates were on
     assert hooks_of(tiny_model) == 0
     assert torch.equal(tiny_model(token_batch).logits, dense)
-    trainer_of(callback).fit(make_stage(tiny_model), data_of(tokens))  # the callback can be used again
-    assert hooks_of(tiny_model) == 0
 
 
 def test_a_loss_that_is_not_a_number_is_an_error_for_the_user(tiny_model):
     tokens = sampled_tokens(tiny_model)
     tiny_model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(UserError, match=r"loss of threshold learning is nan.*float32"):
-        trainer_of(ApplyMasks()).fit(make_stage(tiny_model), data_of(tokens))
+        trainer_of().fit(make_stage(tiny_model), data_of(tokens))
     assert hooks_of(tiny_model) == 0
 
 
