@@ -69,17 +69,11 @@ def expected_widths(cfg: RunConfig, budget: Budget) -> str:
     if ALLOCATION[cfg.base_allocation].whole_blocks:
         return "whole blocks go, and part of one"
     costs = budget.costs
-    ranks = [fractional_ranks(torch.arange(n)) for n in (*costs.neurons, *costs.groups)]
-    depth = len(costs.neurons)
-    neurons = [r.repeat(experts) for r, experts in zip(ranks[:depth], costs.of_experts, strict=True)]
-    masks = keep_masks(budget, neurons, ranks[depth:])
+    neurons, groups = ([fractional_ranks(torch.arange(n)) for n in kind] for kind in (costs.neurons, costs.groups))
+    masks = keep_masks(budget, [r.repeat(e) for r, e in zip(neurons, costs.of_experts, strict=True)], groups)
     n, g = ([int(mask.sum()) for mask in of_blocks] for of_blocks in (masks.ffn, masks.attention))
-    if cfg.sparsity.uniform_width:
-        return f"{max(n)} of {max(costs.neurons)} neurons and {max(g)} of {max(costs.groups)} KV groups in every block"
-    return (
-        f"{min(n)} to {max(n)} of {max(costs.neurons)} neurons and {min(g)} to {max(g)} of {max(costs.groups)} KV "
-        f"groups per block, at uniform sparsity"
-    )
+    kept = f"{min(n)} to {max(n)} of {max(costs.neurons)} neurons and {min(g)} to {max(g)} of {max(costs.groups)}"
+    return f"{kept} KV groups per block, at uniform sparsity"
 
 
 def compute_time(*plans: Plan) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -50,12 +50,12 @@ class TokenMeter:
     def __init__(self) -> None:
         self.forward = self.forward_backward = 0
         self._earlier: Counter[str] = Counter()  # of earlier sittings, which a checkpoint holds the result of
-        self._handles: list[RemovableHandle] = []
+        self.hooks = ExitStack()
 
     def watch(self, model: PreTrainedModel) -> RemovableHandle:
         """Count what goes through this model's decoder from now on, until the handle is removed or the run ends."""
         handle = model.get_decoder().register_forward_pre_hook(self._count, with_kwargs=True)
-        self._handles.append(handle)
+        self.hooks.callback(handle.remove)
         return handle
 
     def _count(self, _module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -79,11 +79,6 @@ class TokenMeter:
     def take_up(self, earlier: dict[str, int]) -> None:
         """Count tokens of an earlier sitting as well, but not as work of this one."""
         self._earlier.update(earlier)
-
-    def close(self) -> None:
-        """Count no more."""
-        while self._handles:
-            self._handles.pop().remove()
 
 
 @dataclass(frozen=True)
@@ -209,7 +204,7 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
     screen = Screen(work, meter.work)
     with (
         folder.opened(settings, to_yaml(cfg.resolved())), plain_interrupts(),
-        _loggers(cfg, folder) as loggers, screen,
+        _loggers(cfg, folder) as loggers, screen, meter.hooks,
         multiplying(cfg.trainer.float32_matmul_precision, deterministic=cfg.trainer.deterministic),
     ):  # fmt: skip
         try:
@@ -217,8 +212,6 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
         except Exception as error:
             retell(error)
             raise
-        finally:
-            meter.close()
 
 
 @contextmanager

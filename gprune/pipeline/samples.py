@@ -46,22 +46,14 @@ def write_samples(run: Run, pruned: PreTrainedModel, seen: dict[str, bool]) -> N
 def continued(model: PreTrainedModel, ids: Tensor, tokens: int) -> Tensor:
     """(B, at most `tokens`) token ids that the model generates greedily after (B, T) ids.
 
-    Of the model's own generation config, which may ask for beams or penalties, special tokens alone are used.
+    Of the model's own generation config, which may ask for beams or penalties, ends of text alone are used.
     """
-    own, ids = model.generation_config, ids.to(device_of(model))
-    settings = {"max_new_tokens": tokens, "do_sample": False, "use_cache": True}
-    model.generation_config = GenerationConfig(**settings, **special_tokens(model))  # `generate` fills up from it
+    own, ids, words = model.generation_config, ids.to(device_of(model)), model.get_input_embeddings().num_embeddings
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = [token for token in ends if type(token) is int and 0 <= token < words]
+    settings = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": ends or None}
+    model.generation_config = GenerationConfig(**settings, pad_token_id=(ends or [0])[0])  # `generate` fills up from it
     try:
         return model.generate(ids, attention_mask=torch.ones_like(ids))[:, ids.shape[1] :].cpu()
     finally:
         model.generation_config = own
-
-
-def special_tokens(model: PreTrainedModel) -> dict[str, int | list[int]]:
-    """Ids at which the model begins and ends text, and of its padding: those that are in its vocabulary."""
-    vocabulary, known = range(model.get_input_embeddings().num_embeddings), {"pad_token_id": 0}
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(model.generation_config, name)
-        if ids := [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and i in vocabulary]:
-            known[name] = ids if name == "eos_token_id" else ids[0]
-    return known

@@ -87,7 +87,6 @@ class Recovery:
     learns = False  # whether it trains on text of its own
     experts = True  # whether it can recover experts
     sharded = True  # whether it works while the dense model is sharded over processes
-    why_not_experts = "cannot recover"  # for the error, followed by "the experts of ..."
     origin: Any = None  # the class or function that was registered; its keyword-only parameters are options
     made: Callable[..., Recovery]  # makes the same recovery with options
 
@@ -122,10 +121,8 @@ class Recovery:
                 f"its CPU; expected it without --model.shard true, or one of {', '.join(others)}."
             )
         if not self.experts and any(block.has_experts for block in blocks):
-            raise UserError(
-                f"--recovery: '{self.name}' {self.why_not_experts} the experts of model_type "
-                f"'{blocks[0].family.model_type}'; expected one of {', '.join(others)}."
-            )
+            kind = f"the experts of model_type '{blocks[0].family.model_type}'"
+            raise UserError(f"--recovery: '{self.name}' cannot recover {kind}; expected one of {', '.join(others)}.")
 
 
 RECOVERY: Registry[Recovery] = Registry("recovery")
@@ -193,8 +190,6 @@ def tuned(name: str, material: Material, pruned: PreTrainedModel) -> PreTrainedM
 class Projection(Recovery):
     """A recovery that solves each output projection that lost channels by itself, from the dense model's statistics."""
 
-    why_not_experts = "adds biases, and there are none in"
-
     def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool):
         self.solver, self.needs, self.experts = solver, frozenset(needs), experts
 
@@ -203,16 +198,14 @@ class Projection(Recovery):
         from gprune.models.offload import device_of
 
         def revise(dense: Block, block: Block) -> None:
-            """Correct a sliced block's output projections that lost channels, by the dense block's statistics."""
             keeps = material.masks.channels(dense)
             for kind, part in OUTPUT_PROJECTIONS.items():
                 if not bool(keeps[kind].all()):
                     moments = getattr(material.statistics, kind)[dense.index].total
                     weight = dense.parts[part].weight.to(device_of(dense.layer))
                     experts = dense.experts if kind == "ffn" else 1
-                    block.parts[part].set(
-                        *self.solve(weight, keeps[kind], moments, experts=experts, ridge=material.ridge)
-                    )
+                    solved = self.solve(weight, keeps[kind], moments, experts=experts, ridge=material.ridge)
+                    block.parts[part].set(*solved)
 
         return revise
 
@@ -236,31 +229,27 @@ class Projection(Recovery):
         """
         import torch
 
-        dtype = weight.dtype
         with torch.no_grad():
-            if moments.count.dim():  # experts have a count each
-                parts = zip(weight.float().chunk(experts, 1), keep.chunk(experts), range(experts), strict=True)
-                solved = [self._solved(w, k, moments.of_expert(e, experts), ridge) for w, k, e in parts]
-                if any(bias is not None for _, bias in solved):
-                    raise UserError(
-                        f"Recovery '{self.name}': expected None in place of a bias for experts, which have none; "
-                        f"register it with experts=False."
-                    )
-                return torch.cat([new for new, _ in solved], 1).to(dtype), None
-            new, added = self._solved(weight.float(), keep, moments, ridge)
-        return new.to(dtype), None if added is None else added.to(dtype)
+            if not moments.count.dim():
+                return self._solved(weight, keep, moments, ridge)
+            # Experts have a count each.
+            parts = zip(weight.chunk(experts, 1), keep.chunk(experts), range(experts), strict=True)
+            solved = [self._solved(w, k, moments.of_expert(e, experts), ridge) for w, k, e in parts]
+        if any(bias is not None for _, bias in solved):
+            raise UserError(f"Recovery '{self.name}': expected None in place of a bias for experts, which have none.")
+        return torch.cat([new for new, _ in solved], 1), None
 
     def _solved(self, weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
         with RECOVERY.running(self.name):
-            solution = self.solver(weight.clone(), keep.clone(), moments.copied(), ridge)
+            solution = self.solver(weight.float().clone(), keep.clone(), moments.copied(), ridge)
         if not (isinstance(solution, tuple) and len(solution) == 2):
             got = type(solution).__name__
             raise UserError(f"Recovery '{self.name}': expected a weight and a bias, or None in its place, got {got}.")
-        (H, _), kept = weight.shape, int(keep.sum())
-        new = RECOVERY.checked(self.name, "a weight", solution[0], (H, kept), of="floats").to(weight.device)
+        shape = len(weight), int(keep.sum())
+        new = RECOVERY.checked(self.name, "a weight", solution[0], shape, of="floats").to(weight)
         if solution[1] is None:
             return new, None
-        return new, RECOVERY.checked(self.name, "a bias", solution[1], (H,), of="floats").to(weight.device)
+        return new, RECOVERY.checked(self.name, "a bias", solution[1], shape[:1], of="floats").to(weight)
 
 
 def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool = True) -> Callable[[Any], Any]:
@@ -275,7 +264,6 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
         raise ValueError(f"recovery '{name}': needs expected to be of {', '.join(NEEDS)}, got {sorted(unknown)}.")
 
     def file(entry: Any) -> Any:
-        """Put the class or function into `RECOVERY` under its name, and give it back; UserError for anything else."""
         if not (issubclass(entry, Recovery) if isinstance(entry, type) else callable(entry)):
             raise UserError(f"Recovery '{name}': expected a function or a class of Recovery, got {shown(entry)}.")
 

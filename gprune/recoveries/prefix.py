@@ -21,7 +21,7 @@ pass through the dense layers, one through the pruned layers, and one more throu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -166,9 +166,7 @@ def watched(block: Block, parts: Iterable[str]) -> Iterator[dict[str, tuple[Tens
     def hook(part: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         return lambda _module, inputs, output: seen.__setitem__(part, (inputs[0], output))
 
-    handles = [block.parts[part].host.register_forward_hook(hook(part)) for part in parts]
-    try:
+    with ExitStack() as hooks:
+        for part in parts:
+            hooks.callback(block.parts[part].host.register_forward_hook(hook(part)).remove)
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

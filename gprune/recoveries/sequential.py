@@ -16,7 +16,6 @@ class SequentialLeastSquares(Recovery):
 
     needs = frozenset({"text"})
     experts = sharded = False
-    why_not_experts = "does not see what enters each of"
 
     def revise(self, material: Material) -> Revise:
         """Solve each block's projections behind the blocks that are recovered already."""

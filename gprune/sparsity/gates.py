@@ -120,7 +120,6 @@ def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
     """Let the model compute as if it were pruned while the context lasts. A block without units returns its input."""
     blocks = blocks_of(model)
     whole = bool(torch.stack([m.all() for m in masks.attention]).all())
-    gone = [block for block, kept in zip(blocks, masks.blocks, strict=True) if not kept]
     # Moved once, and not at every forward pass.
     ffn, groups = (
         [m.to(device_of(block.layer)) for m, block in zip(kind, blocks, strict=True)]
@@ -130,10 +129,8 @@ def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
     def skip(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         return args[0] if args else kwargs["hidden_states"]
 
-    handles = [block.layer.register_forward_hook(skip, with_kwargs=True) for block in gone]
-    try:
-        with gated(model, ffn, None if whole else groups):
-            yield model
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as taken_off:
+        for block, kept in zip(blocks, masks.blocks, strict=True):
+            if not kept:
+                taken_off.callback(block.layer.register_forward_hook(skip, with_kwargs=True).remove)
+        yield taken_off.enter_context(gated(model, ffn, None if whole else groups))

@@ -28,21 +28,21 @@ def checked_pair(
     Raises:
         UserError: for anything else; it names the entry, what was expected and what came.
     """
-    lists = isinstance(value, tuple | list) and [len(part) if isinstance(part, tuple | list) else -1 for part in value]
-    if lists != [len(blocks) for blocks in sizes]:
-        got = f"lists of {lists}" if lists and -1 not in lists else type(value).__name__
+    try:
+        return tuple(
+            [
+                registry.checked(name, f"{what} of {kind} in block {b}", tensor, (size,), of=of).cpu()
+                for b, (tensor, size) in enumerate(zip(tensors, own, strict=True))
+            ]
+            for kind, tensors, own in zip(("neurons", "KV groups"), value, sizes, strict=True)
+        )
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:  # of no lists, and of lists of other lengths
         raise UserError(
             f"{registry.kind.capitalize()} '{name}': expected {what} as (neurons, KV groups), each a list of a tensor "
-            f"for each of {len(sizes[0])} blocks, got {got}."
-        )
-    kinds = zip(("neurons", "KV groups"), value, sizes, strict=True)
-    return tuple(
-        [
-            registry.checked(name, f"{what} of {kind} in block {b}", tensor, (size,), of=of).cpu()
-            for b, (tensor, size) in enumerate(zip(tensors, own, strict=True))
-        ]
-        for kind, tensors, own in kinds
-    )
+            f"for each of {len(sizes[0])} blocks, got {type(value).__name__}."
+        ) from error
 
 
 def checked_masks(registry: Registry, name: str, value: Any, budget: Budget, *, exact: bool = True) -> Masks:

@@ -51,9 +51,7 @@ class StepCurves(L.Callback):
         rate = group["lr"] / (group.get("size") or 1)  # of a relative step size, that without units
         pl_module.log_dict({f"{stage}/gradient_norm": gathered(norm), f"{stage}/learning_rate": float(rate)})
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, _: Any, batch: Any, *__: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         tokens, stage = batch["input_ids"].numel() * trainer.world_size, curves_of(pl_module)
         rate = tokens / (time.monotonic() - self._began)
         pl_module.log_dict({f"{stage}/tokens": tokens_so_far(trainer), f"{stage}/tokens_per_second": rate})
