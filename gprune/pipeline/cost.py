@@ -15,13 +15,10 @@ def keeps_taught(cfg: RunConfig, hidden_size: int) -> bool:
     return rows > 1 and size <= KEPT
 
 
-def tokens_by_step(cfg: RunConfig, *, taught: bool = False) -> dict[int, tuple[int, int]]:
-    """(forward, forward and backward) tokens of each step of the method that takes some, at most.
-
-    Args:
-        taught: the dense model's final hidden states are kept, for all rows that learn.
-    """
-    c, e, s = cfg.corpora, cfg.evaluation, cfg.sparsity
+def tokens_by_step(cfg: RunConfig, hidden_size: int) -> dict[int, tuple[int, int]]:
+    """(forward, forward and backward) tokens of each step of the method that takes some, at most."""
+    c, e, s, taught = cfg.corpora, cfg.evaluation, cfg.sparsity, keeps_taught(cfg, hidden_size)
+    text, fresh = len(c.recover) * c.num_samples * c.seq_len, fresh_tokens(cfg)
     learns = {recovery: recovery_of(recovery).learns for _, recovery in cfg.stages}
     corpora = {*cfg.roles["learn"], *(c.recover if any(learns.values()) else ())}
     development = len(corpora) * e.development_samples * c.seq_len
@@ -42,9 +39,10 @@ def tokens_by_step(cfg: RunConfig, *, taught: bool = False) -> dict[int, tuple[i
     trained = {9: 0, 10: 0}
     for row in cfg.stages:
         final = row == (cfg.final, cfg.recovery)  # the first that learns
-        step, recovered = 9 if final else 10, recovery_tokens(cfg, row[1])
+        step, recovery = 9 if final else 10, recovery_of(row[1], cfg.recovery_settings)
+        recovered = recovery.tokens(text, fresh, attention=cfg.attention)
         if taught and not final:
-            forward[step] -= recovery_of(row[1]).shared(fresh_tokens(cfg))
+            forward[step] -= recovery.shared(fresh)
         forward[step] += recovered[0] + learns[row[1]] * (1 + cfg.distill.points) * development
         trained[step] += recovered[1]
     return {
@@ -74,12 +72,6 @@ def passes(forward: int, forward_backward: int) -> float:
 def calibration_tokens(cfg: RunConfig) -> int:
     """Tokens of one pass over each corpus that statistics are collected on."""
     return len(cfg.calibration) * cfg.corpora.num_samples * cfg.corpora.seq_len
-
-
-def recovery_tokens(cfg: RunConfig, recovery: str) -> tuple[int, int]:
-    """(forward, forward and backward) tokens that a recovery takes for one pruned model, at most."""
-    text = len(cfg.corpora.recover) * cfg.corpora.num_samples * cfg.corpora.seq_len
-    return recovery_of(recovery, cfg.recovery_settings).tokens(text, fresh_tokens(cfg), attention=cfg.attention)
 
 
 def fresh_tokens(cfg: RunConfig) -> int:

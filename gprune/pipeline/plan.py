@@ -18,7 +18,7 @@ from gprune.export.gguf_writer import check_expressible
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.folders import check_stored
 from gprune.models.loading import read_config, skeleton
-from gprune.pipeline.cost import keeps_taught, tokens_by_step
+from gprune.pipeline.cost import tokens_by_step
 from gprune.recoveries import recovery_of
 from gprune.runs.trainer import check_trainer
 from gprune.runs.user_callbacks import UserCallbacks
@@ -35,7 +35,6 @@ class Plan:
     budget: Budget
     device: torch.device
     tokens: dict[int, tuple[int, int]]  # (forward, forward and backward) by step, at most
-    taught: bool  # whether the dense model's final hidden states are kept for all rows that learn
 
     @property
     def at_hand(self) -> bool:
@@ -87,8 +86,7 @@ def check(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> Plan:
         for sparsity in cfg.evaluation.curve:
             budget.at(sparsity)
     check_blocks(cfg, blocks, config)
-    taught = keeps_taught(cfg, config.hidden_size)
-    return Plan(cfg, dense, budget, device, tokens_by_step(cfg, taught=taught), taught)
+    return Plan(cfg, dense, budget, device, tokens_by_step(cfg, config.hidden_size))
 
 
 def device_for(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.device:

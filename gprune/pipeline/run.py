@@ -23,7 +23,7 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
-from gprune.pipeline.cost import passes
+from gprune.pipeline.cost import keeps_taught, passes
 from gprune.pipeline.inputs import Text, load, prepare_text
 from gprune.pipeline.plan import Plan, check
 from gprune.runs.checkpoints import Checkpoints
@@ -117,7 +117,7 @@ class Run:
     @cached_property
     def taught(self) -> dict[bytes, Tensor] | None:
         """`Material.taught` of all rows; None where it is not kept."""
-        return {} if self.plan.taught else None
+        return {} if keeps_taught(self.cfg, self.model.config.hidden_size) else None
 
     def step(self, number: int, what: str) -> None:
         """A step of the method begins: say so, in the log and on the screen."""

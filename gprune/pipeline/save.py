@@ -98,24 +98,21 @@ def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, f
     def rms(difference: Tensor) -> float:
         return float(difference.square().mean().sqrt())
 
-    largest, limit = float((reference - sliced).abs().max()), LOGIT_LIMIT[cfg.model.dtype] * float(reference.std())
+    off, limit = reference - sliced, LOGIT_LIMIT[cfg.model.dtype] * float(reference.std())
+    largest, mean = float(off.abs().max()), rms(off)
     if not (apart := rms(ours - sliced[:, :-1])) <= limit:
         raise UserError(
             f"model_type '{run.model.config.model_type}' scales logits in a way that gprune does not know: those of "
             f"perplexity are off by {apart:.2e}, expected at most {limit:.2e}. Please report it."
         )
-    difference = largest if cfg.model.dtype == "float32" else rms(reference - sliced)
+    difference = largest if cfg.model.dtype == "float32" else mean
     if not difference <= limit:
         raise UserError(
             f"The sliced model's logits differ from the masked model's by {difference:.2e}; expected at most "
             f"{limit:.2e}. Please report this model."
         )
-    return {
-        "tokens": ids.numel(),
-        "std": float(reference.std()),
-        "masked_minus_sliced": largest,
-        "masked_minus_sliced_rms": rms(reference - sliced),
-    }
+    std = float(reference.std())
+    return {"tokens": ids.numel(), "std": std, "masked_minus_sliced": largest, "masked_minus_sliced_rms": mean}
 
 
 def checked_tokens(run: Run) -> Tensor:

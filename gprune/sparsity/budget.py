@@ -94,21 +94,15 @@ class Budget:
             UserError: for a width multiple that does not fit; and naming `--flag`, for a target that the rule of one
                 unit per block (one `width_multiple` of neurons, one KV group) makes impossible.
         """
-        if width_multiple > (narrow := min(costs.neurons)):
-            raise UserError(
-                f"--sparsity.width_multiple: expected 1 to {narrow} (the narrowest block's neurons), got "
-                f"{width_multiple}."
-            )
+        if width_multiple > (narrow := min(costs.neurons)):  # of all blocks
+            raise UserError(f"--sparsity.width_multiple: expected 1 to {narrow} neurons, got {width_multiple}.")
         # exact: 0.1 of 30 is 3, where float multiplication and ceil would say 4
         target = -(-Fraction(str(sparsity)) * costs.total // 1)
         removable = costs.removable(width_multiple)
         if target > removable:
-            kept = "1 neuron" if width_multiple == 1 else f"{width_multiple} neurons"
-            kept += " and one KV group" if costs.attention else ""
-            kept += f" and {len(costs.protected)} keep everything" if costs.protected else ""
             raise UserError(
-                f"--{flag}: {sparsity} cannot be reached: every block keeps {kept}, so at most "
-                f"{removable / costs.total:.4f} of the parameters can go; ask for less."
+                f"--{flag}: {sparsity} cannot be reached: a block keeps {width_multiple} neurons and a KV group, and "
+                f"{len(costs.protected)} keep all, so at most {removable / costs.total:.4f} can go; ask for less."
             )
         return cls(costs, int(target), width_multiple, sparsity)
 

@@ -72,7 +72,7 @@ FLAGS = {  # flags -> what the line names; types and ranges are those of `tests/
     "--sparsity.width_multiple=161": ("sparsity.width_multiple", "160", "161"),
     "--sparsity.target=0.85 --sparsity.allocation=depth --gprune=false": ("39,168", "depth", "at most 36,992"),
     "--sparsity.protect=[0,3]": ("sparsity.protect", "from -3 to 2", "got 3"),
-    "--sparsity.protect=[0,-1]": ("sparsity.target", "2 keep everything", "at most 0.33"),
+    "--sparsity.protect=[0,-1]": ("sparsity.target", "2 keep all", "at most 0.33"),
     "--reliability.everywhere=true --reliability.switch=false": ("reliability.everywhere", "reliability.switch"),
     "--distill.targets=lora --recovery=[distill] --model.shard=true --trainer.devices=2": ("distill.targets", "shard"),
     "--evaluation.controls=[none]": ("evaluation.controls", "averaged", "none"),

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -108,26 +110,14 @@ def test_a_fresh_process_says_nothing_on_stderr_and_does_not_depend_on_the_order
     assert kills.digests(tmp_path / "there/run") == kills.digests(tmp_path / "here/run")
 
 
-class Listing:
-    """`os.scandir` in an order of our own."""
-
-    real = os.scandir
-
-    def __init__(self, *place, backwards: bool):
-        with Listing.real(*place) as entries:
-            self.entries = iter(sorted(entries, key=lambda entry: entry.name, reverse=backwards))
-
-    def __enter__(self):
-        return self.entries
-
-    def __exit__(self, *error):
-        pass
+class Listing(contextlib.nullcontext):
+    """What `os.scandir` returns, of an iterator in an order of our own."""
 
     def __iter__(self):
-        return self.entries
+        return self.enter_result
 
     def __next__(self):
-        return next(self.entries)
+        return next(self.enter_result)
 
 
 def test_results_do_not_depend_on_the_order_of_files(tmp_path, monkeypatch):
@@ -144,12 +134,12 @@ def test_results_do_not_depend_on_the_order_of_files(tmp_path, monkeypatch):
             (folder / f"part-{part:02}.txt").write_text(text)
         world.corpora[name] = folder
     tiny_run.quick(monkeypatch)
-    real, found, orders = os.listdir, [], []
+    real, scan, named, found, orders = os.listdir, os.scandir, attrgetter("name"), [], []
     for backwards in (False, True):
         runs = tmp_path / f"runs-{backwards}"
         with monkeypatch.context() as patch, tiny_run.isolated(runs / "cache"):
             patch.setattr(os, "listdir", lambda *a, b=backwards: sorted(real(*a), reverse=b))
-            patch.setattr(os, "scandir", lambda *a, b=backwards: Listing(*a, backwards=b))
+            patch.setattr(os, "scandir", lambda *a, b=backwards: Listing(iter(sorted(scan(*a), key=named, reverse=b))))
             orders.append([file.name for file in Path(world.corpora["alpha"]).iterdir()])
             for name in ("run", "shares-the-cache"):
                 assert tiny_run.main(world.args(runs, f"--model.name={shards}", name=name)) == 0

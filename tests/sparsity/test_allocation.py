@@ -61,10 +61,6 @@ def ranks(s: torch.Tensor) -> np.ndarray:
     return (rankdata(s.numpy()) - 0.5) / len(s)
 
 
-def test_every_built_in_allocation_is_tested_here():
-    assert set(BUILT_IN) == {"uniform", "global", "owl"}
-
-
 def test_uniform_is_the_rank_inside_the_block(spiky):
     scores = spiky[3]
     neurons, groups = margins_of("uniform", spiky)

@@ -42,24 +42,21 @@ PROTECTED = {"protected": frozenset({0, 2})}
 
 
 @pytest.mark.parametrize(
-    ("costs", "width_multiple", "most", "words"),
+    ("costs", "width_multiple", "most"),
     [
-        (costs_of([2, 2], [10, 10]), 1, (36, 40), "keeps 1 neuron, so"),
-        (costs_of([2, 2], [10, 10]), 4, (24, 40), "keeps 4 neurons, so"),
-        (costs_of([2], [10], [30], [2]), 1, (48, 80), "keeps 1 neuron and one KV group, so"),
-        (costs_of([2] * 3, [10] * 3, **PROTECTED), 1, (18, 60), "keeps 1 neuron and 2 keep everything, so"),
-        (costs_of([2] * 3, [10] * 3, [5] * 3, [2] * 3, **PROTECTED), 1, (23, 90), "one KV group and 2 keep everything"),
+        (costs_of([2, 2], [10, 10]), 1, (36, 40)),
+        (costs_of([2, 2], [10, 10]), 4, (24, 40)),
+        (costs_of([2], [10], [30], [2]), 1, (48, 80)),
+        (costs_of([2] * 3, [10] * 3, **PROTECTED), 1, (18, 60)),
+        (costs_of([2] * 3, [10] * 3, [5] * 3, [2] * 3, **PROTECTED), 1, (23, 90)),
     ],
 )
-def test_impossible_budgets_say_what_is_possible(costs, width_multiple, most, words):
+def test_impossible_budgets_say_what_is_possible(costs, width_multiple, most):
     possible = most[0] / most[1]
     assert Budget.of(costs, possible - 1e-6, width_multiple).target == most[0]
-    with pytest.raises(UserError) as caught:
+    kept = f"{width_multiple} neurons and a KV group, and {len(costs.protected)} keep all"
+    with pytest.raises(UserError, match=f"^--sparsity.target: 0.99 .* keeps {kept}, so at most {possible:.4f} can go"):
         Budget.of(costs, 0.99, width_multiple)
-    (line,) = str(caught.value).splitlines()
-    assert "--sparsity.target: 0.99 cannot be reached: every block " in line
-    assert words in line
-    assert f"at most {possible:.4f}" in line
 
 
 def test_width_multiples_that_do_not_fit_are_refused():
