@@ -112,9 +112,8 @@ def prepare_text(
     def windows(names: Iterable[str], split: str, role: str) -> Iterator[Windows]:
         for name in names:
             if name not in without:
-                cut = make_windows(
-                    load_corpus(name, split, read=read), tokenizer, samples[role], corpus=name, split=split
-                )
+                documents = load_corpus(name, split, read=read)
+                cut = make_windows(documents, tokenizer, samples[role], corpus=name, split=split)
                 check_tokens(cut, tokenizer, embeddings)
                 yield cut
 

@@ -134,9 +134,10 @@ class ThresholdLearning(FrozenLMStage):
             return self.thresholds
         with torch.no_grad():
             neurons, groups = unit_margins(self.moved_ranks, self.thresholds)
-        return (
-            _moved_to_cuts(self.ffn_thresholds, neurons, hard.ffn),
-            _moved_to_cuts(self.attention_thresholds, groups, hard.attention),
+        kinds = ((self.ffn_thresholds, neurons, hard.ffn), (self.attention_thresholds, groups, hard.attention))
+        return tuple(
+            [t + cut_margin(Masks([keep], []), [margin]).float() for t, margin, keep in zip(*kind, strict=True)]
+            for kind in kinds
         )
 
     def on_fit_start(self) -> None:
@@ -209,12 +210,6 @@ def _unit_mean(blocks: Sequence[tuple[Tensor, Tensor | int, bool]]) -> Tensor:
     """The mean gradient of a unit, ()."""
     total = sum((torch.ones_like(grad) * units).sum() for grad, units, _ in blocks)
     return sum(grad.sum() for grad, *_ in blocks) / total
-
-
-def _moved_to_cuts(thresholds: Sequence[Tensor], margins: Sequence[Tensor], keeps: Sequence[Tensor]) -> list[Tensor]:
-    """Each block's thresholds plus the margin at which the block is cut."""
-    cuts = [cut_margin(Masks([keep], []), [margin]).float() for margin, keep in zip(margins, keeps, strict=True)]
-    return [t + cut for t, cut in zip(thresholds, cuts, strict=True)]
 
 
 def _group_gate(p: Tensor, threshold: Tensor) -> Tensor:

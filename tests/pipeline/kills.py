@@ -259,11 +259,7 @@ class Tally:
 
     def lines(self) -> list[str]:
         """Kills by step, and the lives that ended otherwise."""
-        steps = [
-            f"{step}: {', '.join(f'{self.kills[step, kind]} {kind}' for kind in KINDS if self.kills[step, kind])}"
-            for step in ("start", *STEPS)
-            if any(self.kills[step, kind] for kind in KINDS)
-        ]
+        steps = [f"{step}: {count} {kind}" for (step, kind), count in self.kills.items()]
         same = self.lives - len({line.split(":")[0] for line in self.differing})
         total = f"{self.kills.total()} kills in {self.lives} lives, of which {same} ended bit for bit alike."
         return [*steps, total, *(f"differs: {line}" for line in self.differing)]

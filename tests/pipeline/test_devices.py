@@ -96,25 +96,11 @@ def careless(self, metric, _module, given):
     metric.update(self._by_window(given[0].detach()), self._half, torch.ones(len(self._half)))
 
 
-def curious(self, metric, _module, given):
-    """The same function, asking for a value in every layer."""
-    x = self._by_window(given[0].detach())
-    if float(x.sum()) == float("inf"):
-        return
-    metric.update(x, self._half.to(x.device), self._weight.to(x.device))
-
-
 def test_a_tensor_made_on_the_cpu_is_seen(models, monkeypatch):
     monkeypatch.setattr(Collector, "_see_input", careless)
     run(PARTS["calibration"], models["llama", False], 0)  # on the CPU nobody notices
     with pytest.raises(RuntimeError, match="different devices"):
         run(PARTS["calibration"], models["llama", False], 1)
-
-
-def test_a_question_in_every_layer_is_over_the_ceiling(models, monkeypatch):
-    monkeypatch.setattr(Collector, "_see_input", curious)
-    with pytest.raises(AssertionError, match="assert 35 <= 23"):
-        check(PARTS["calibration"], models["llama", False], 1, CEILING["calibration"])
 
 
 @pytest.mark.parametrize(

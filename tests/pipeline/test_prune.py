@@ -654,15 +654,12 @@ def test_text_that_was_only_learned_from_counts_as_seen_where_it_is_evaluated(wo
 def test_development_text_to_choose_by_is_other_text_and_says_so(switched, finished, world):
     result = switched("development")
     assert {r["split"] for r in result.records} == {"development"}
+    assert {r["split"] for r in finished.records} == {"test"}
     assert result.masks == finished.masks  # it is only measured on
     there, here = ({r["corpus"]: r["content_hash"] for r in run.records} for run in (finished, result))
     assert there.keys() == here.keys()
     assert not set(there.values()) & set(here.values())
-    for file, corpus in ((w.corpus, w) for w in text_of(world, "--evaluation.split=development")[1].test):
-        assert corpus.content_hash == here[file]
-    assert {r["split"] for r in finished.records} == {"test"}
-    seen = {r["corpus"] for r in result.records if r["seen"]}
-    assert seen == {str(world.corpora["alpha"])}
+    assert {r["corpus"] for r in result.records if r["seen"]} == {str(world.corpora["alpha"])}
 
 
 @pytest.mark.parametrize("split", ["test", "development", "train"])

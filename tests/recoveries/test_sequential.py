@@ -13,8 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from gprune.calibration.collector import collect
 from gprune.cli import main
-from gprune.config import RunConfig
-from gprune.config.groups import CorporaConfig
 from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of, decoder_layers
@@ -331,10 +329,3 @@ def test_experts_and_a_sharded_model_are_refused_at_once(world, tmp_path, capsys
         (line,) = capsys.readouterr().err.splitlines()
         assert words in line
         assert not (tmp_path / "runs").exists()
-
-
-def test_it_needs_no_gram_matrix_and_no_statistics_of_its_own_text():
-    cfg = RunConfig(recovery="least_squares_sequential", gprune=False, corpora=CorporaConfig(recover=["web", "wiki"]))
-    assert cfg.needs == frozenset()
-    assert cfg.calibration == ["wiki"]
-    assert cfg.used == ["wiki", "web"]
