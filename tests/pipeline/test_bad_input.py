@@ -228,7 +228,7 @@ def test_a_full_disk(write, refused, world, tmp_path, monkeypatch):
 
 def test_the_model_folder_is_removed_when_it_does_not_reload(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("gprune.export.hf.reloaded_logits", lambda folder, ids, **_: torch.zeros(*ids.shape, 128))
-    assert "reloaded logits" in refused(begun=True)
+    assert "logits after reloading" in refused(begun=True)
     assert not (tmp_path / "runs/run/model").exists()
 
 
