@@ -277,6 +277,7 @@ def on_a_terminal(
     child, screen = pty.fork()
     if child == 0:
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             termios.tcsetwinsize(1, (40, width))
             for name in ("COLUMNS", "NO_COLOR"):
                 os.environ.pop(name, None)
