@@ -437,11 +437,13 @@ def test_a_family_that_scales_its_logits_is_refused_where_it_does(overrides, wor
     assert ("'granite' scales logits in a way that gprune does not know" in capsys.readouterr().err) is (not overrides)
 
 
-# One family of each kind in the fast tests: gated, ungated and stored transposed, and with experts.
-FAST = ("llama", "gpt2", "mixtral")
+# One family of each kind: gated, ungated and stored transposed, and with experts.
+KINDS = ("llama", "gpt2", "mixtral")
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in FAST else [pytest.mark.slow]) for f in FAMILIES])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "llama")]
+)
 def test_a_run_from_the_command_line(family, worlds, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     result = worlds(family).run(
@@ -458,7 +460,7 @@ def test_a_run_from_the_command_line(family, worlds, tmp_path, monkeypatch):
     rows = {(r["stage"], r["recovery"]) for r in result.records}
     assert {("dense", "none"), ("base", "none"), ("gprune", "least_squares")} <= rows
     assert all(np.isfinite(r["perplexity"]) for r in result.records)
-    if family in FAST:  # the exported folder is a model like any other: prune it again
+    if family in KINDS:  # the exported folder is a model like any other: prune it again
         again = tiny_run.World(tmp_path / "run" / "model", worlds(family).corpora)
         twice = again.run(tmp_path, "--sparsity.target=0.2", name="again")
         assert twice.summary["parameters_before"] == result.summary["parameters_after"]

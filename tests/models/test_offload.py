@@ -319,6 +319,7 @@ def test_no_gradient_is_asked_of_an_offloaded_model(flags, line, world, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_experiment_of_a_large_model(monkeypatch, capsys):
     """It asserts by itself that masks and perplexities are those of the run in memory."""
 

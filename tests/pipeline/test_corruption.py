@@ -122,7 +122,9 @@ def test_every_damage_to_every_file_is_noticed_by_the_readers(whole, tmp_path, c
             assert "\n" not in line
 
 
-@pytest.mark.parametrize("damage", [one_bit, of_another_name])  # the others are noticed by the same two readers
+@pytest.mark.parametrize(
+    "damage", [one_bit, pytest.param(of_another_name, marks=pytest.mark.slow)]
+)  # the others are noticed by the same two readers
 def test_damaged_files_are_computed_again_to_the_same_bits(damage, copied, world, whole, capsys):
     """All files at once: whatever of them is read is said to be damaged, and all of them are as they were."""
     for pattern in RESULTS:

@@ -120,6 +120,7 @@ class Listing(contextlib.nullcontext):
         return next(self.enter_result)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_order_of_files(tmp_path, monkeypatch):
     """Corpora that are folders of several files, a model in several files, a cache and a folder that are taken up."""
     world = tiny_run.make_world(tmp_path)

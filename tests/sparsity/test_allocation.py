@@ -178,6 +178,7 @@ def test_masks_of_every_allocation_meet_the_budget(name, scope, width_multiple, 
 # --- a user's own -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_users_own_allocation_works_through_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ALLOCATION, "_entries", dict(ALLOCATION._entries))
     tiny_run.quick(monkeypatch)

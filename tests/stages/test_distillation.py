@@ -305,7 +305,7 @@ def killed(world, runs, *flags, life: int) -> None:
             tiny_run.main(world.args(runs, *flags))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_in_the_middle_it_goes_on_to_the_same_bits(accumulate, undisturbed, world, tmp_path, quick):
     flags = (*FLAGS, *ALONE, f"--distill.accumulate={accumulate}", OFTEN)
     whole = undisturbed if accumulate == 1 else world.run(tmp_path, *flags, name="whole")

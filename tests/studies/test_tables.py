@@ -129,6 +129,7 @@ def test_rows_that_have_read_other_text_are_refused_unless_their_models_differ(b
     assert len(tables.reported(listing, [*others, (row, another)]).runs) == 3
 
 
+@pytest.mark.slow
 def test_rows_of_a_grid_are_divided_by_the_base_of_their_own_budget(bench, capsys, tmp_path):
     grid, common = {"sparsity.target": [0.3, 0.5]}, {"evaluation.controls": [], "importance": "wifv"}
     path = bench.write("grid", {"plain": {"gprune": False}, "ours": {}}, grid=grid, reference="plain", common=common)
