@@ -141,12 +141,12 @@ def in_this_process(
     input_ids: torch.Tensor,
     *,
     device: str = "cpu",
-    attention: str | None = None,
+    attn_implementation: str | None = None,
     device_map: str | None = None,
     max_memory: dict[str, str] | None = None,
 ) -> torch.Tensor:
     """`gprune.export.hf.reloaded_logits` without the fresh process."""
-    settings = {"dtype": "auto", "trust_remote_code": True, "attn_implementation": attention}
+    settings = {"dtype": "auto", "trust_remote_code": True, "attn_implementation": attn_implementation}
     with tempfile.TemporaryDirectory() as scratch:
         if device_map is not None:
             limits = None if max_memory is None else memory_limits(max_memory)

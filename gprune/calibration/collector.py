@@ -31,12 +31,6 @@ from gprune.models.losses import next_token_losses
 from gprune.models.offload import device_of
 
 
-def _moments_of(block: Block, part: str, *, gram: bool, **options: Any) -> Metric:
-    if part == "down" and block.has_experts:
-        return StreamingExpertMoments(block.experts, block.neurons, gram=gram, **options)
-    return StreamingMoments(block.parts[part].in_features, gram=gram, **options)
-
-
 def _sum_of_processes(tensor: Tensor, group: Any = None) -> list[Tensor]:
     """A `dist_sync_fn` for torchmetrics that adds up over processes, instead of gathering a copy from each of them."""
     total = tensor.clone()
@@ -69,7 +63,11 @@ class Collector:
             # States lie where they are summed. A backward pass writes into them, which inference mode would refuse.
             with torch.inference_mode(False), device_of(block.layer):
                 for scope, part in OUTPUT_PROJECTIONS.items():
-                    self.metrics[scope].append(_moments_of(block, part, gram=gram, **options))
+                    if part == "down" and block.has_experts:
+                        sums = StreamingExpertMoments(block.experts, block.neurons, gram=gram, **options)
+                    else:
+                        sums = StreamingMoments(block.parts[part].in_features, gram=gram, **options)
+                    self.metrics[scope].append(sums)
                 self.turns.append(StreamingTurn())
                 for scope, gradients in self.gradients.items():
                     parts = salient_parts(block, scope).items()

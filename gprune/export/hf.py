@@ -227,16 +227,15 @@ def reloaded_logits(
     input_ids: Tensor,
     *,
     device: str = "cpu",
-    attention: str | None = None,
-    device_map: str | None = None,
     max_memory: Mapping[str, str] | None = None,
+    **load: Any,
 ) -> Tensor:
     """Logits of a folder's model, computed in a fresh process on `device`, without gprune and without network.
 
     Args:
         input_ids: (B, T) int64.
-        attention: attention implementation of transformers; None for its default.
-        device_map, max_memory: as for `gprune.models.loading.load_weights`.
+        max_memory: as for `gprune.models.loading.load_weights`.
+        load: for `from_pretrained`.
 
     Returns:
         (B, T, vocabulary) logits on the CPU, in the dtype of the weights.
@@ -244,19 +243,16 @@ def reloaded_logits(
     Raises:
         UserError: with the last line of what the process wrote to stderr.
     """
-    script = Path(__file__).with_name("reload.py")
+    limits = None if max_memory is None else list(memory_limits(max_memory).items())
     with tempfile.TemporaryDirectory(prefix="gprune-reload-") as scratch:
         tokens, logits = f"{scratch}/tokens", f"{scratch}/logits"
         save_file({"input_ids": input_ids.detach().cpu().contiguous()}, tokens)
-        load = {"pretrained_model_name_or_path": str(Path(folder).absolute()), "dtype": "auto"}
-        load |= {"trust_remote_code": True, "attn_implementation": attention, "device_map": device_map}
-        load["max_memory"] = None if max_memory is None else list(memory_limits(max_memory).items())
-        load["offload_folder"] = f"{scratch}/offload"
-        settings = {"tokens": tokens, "logits": logits, "device": device, "load": load}
+        load |= {"max_memory": limits, "offload_folder": f"{scratch}/offload"}
+        settings = {"folder": str(folder), "tokens": tokens, "logits": logits, "device": device, "load": load}
         asked = json.dumps(settings | {"threads": torch.get_num_threads()})
         # A cache of its own for the copied modelling file: two checks at once must not share one.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
-        command = [sys.executable, "-P", str(script)]  # -P: none of our folders on its path
+        command = [sys.executable, "-P", str(Path(__file__).with_name("reload.py"))]  # none of our folders on its path
         done = subprocess.run(command, input=asked, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -297,7 +293,7 @@ def check_reload(
         expected = model.eval()(input_ids.to(device), use_cache=False).logits
         for p, data in weights:
             p.data = data
-        got = reloaded_logits(folder, input_ids, device=device, attention=attention, **placement)
+        got = reloaded_logits(folder, input_ids, device=device, attn_implementation=attention, **placement)
         difference = max_logit_difference(expected, got)
         if difference != 0:  # also true of NaN
             got = f"expected the pruned model's logits after reloading, got a difference of {difference}"

@@ -1,9 +1,9 @@
 """Logits of an exported folder, computed by a process that knows nothing of gprune.
 
 Run by path, `python -P reload.py`, in a process that never imports gprune: what it proves is that the folder stands on
-its own, with its modelling file, on transformers alone. The request, JSON on stdin, holds `tokens` and `logits`
-(safetensors files to read and to write), `device`, `load` (arguments of `from_pretrained`; `max_memory` as pairs), and
-`threads`: as many as the caller has, since the order of a sum decides its last bits.
+its own, with its modelling file, on transformers alone. The request, JSON on stdin, holds `folder`, `tokens` and
+`logits` (safetensors files to read and to write), `device`, `load` (arguments of `from_pretrained`; `max_memory` as
+pairs), and `threads`: as many as the caller has, since the order of a sum decides its last bits.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ def main(request: dict[str, Any]) -> None:
     settings = request["load"]
     if settings["max_memory"] is not None:
         settings["max_memory"] = dict(settings["max_memory"])
-    model = AutoModelForCausalLM.from_pretrained(**settings).eval()
-    if settings["device_map"] is None:
+    model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype="auto", trust_remote_code=True, **settings)
+    model.eval()
+    if settings.get("device_map") is None:
         model = model.to(request["device"])
     aligned(model)
     tokens = load_file(request["tokens"])["input_ids"].to(request["device"])
