@@ -65,19 +65,10 @@ def _identity(r: Record) -> tuple[Cell, ...]:
 
 def _numbers(r: Record, dense: Record | None) -> list[Cell]:
     """The cells of a record after its name: split, n, number, acc_norm, difference to dense, protocol, note."""
-    if r["kind"] == "zero_shot":
-        n, protocol = r["questions"], ""
-        values = [_with_error(r[metric], r[f"{metric}_stderr"]) for metric in ("acc", "acc_norm")]
-    else:
-        n, protocol = r["tokens"], f"windows of {r['seq_len']} tokens, "
-        values = [f"{r['perplexity']:.2f} [{r['low']:.2f}, {r['high']:.2f}]", None]
-    source = f"{r['source']}, " if "source" in r else ""
-    standard = "yes" if r["standard_protocol"] else "no"
-    return [
-        r["split"],
-        n,
-        *values,
-        dense and _against(r, dense),
-        standard,
-        f"{source}{protocol}{r['dtype']}: {r['note']}",
-    ]
+    about, n = [r["source"]] if "source" in r else [], "questions"
+    values = [_with_error(r.get(metric), r.get(f"{metric}_stderr")) for metric in ("acc", "acc_norm")]
+    if r["kind"] == "perplexity":
+        about, n = [*about, f"windows of {r['seq_len']} tokens"], "tokens"
+        values[0] = f"{r['perplexity']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+    standard, note = "yes" if r["standard_protocol"] else "no", f"{', '.join([*about, r['dtype']])}: {r['note']}"
+    return [r["split"], r[n], *values, dense and _against(r, dense), standard, note]

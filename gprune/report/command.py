@@ -5,14 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gprune.console import Parser, guarded, quiet
-from gprune.errors import UserError
 from gprune.storage.reading import expanded
-
-if TYPE_CHECKING:
-    from gprune.report.page import Report
 
 ABOUT = """Tables (Markdown, CSV) and figures (PNG, SVG) from finished runs.
 
@@ -56,32 +51,11 @@ def run(args: Sequence[str]) -> str:
         return f"{made.shown()}\nWrote {html.write(made, options.html)}.\n"
     paths = made.write(options.output or default_output(options.runs))
     if options.output is None and len(made.runs) == 1:
-        make_up(made)
+        html.make_up(made)
     return f"{made.shown()}\nWrote {paths[0]} with {len(paths) - 1} tables and figures beside it.\n"
 
 
-def make_up(report: Report) -> None:
-    """Write figures, model card and page of a run, as it does itself, where its folder lacks them."""
-    from gprune.report import html
-    from gprune.report.model_card import RESULTS, write_card
-    from gprune.report.run_figures import write_figures
-    from gprune.runs.folder import RunFolder
-    from gprune.runs.results import config_of
-
-    (run,) = report.runs
-    if not any(run.path.glob("figures/*.png")):
-        write_figures(run.path / "figures", run.records, run.modules, run.masks)
-    card = run.path / "model/README.md"
-    if card.is_file() and RESULTS not in card.read_text(encoding="utf-8"):
-        write_card(RunFolder(run.path), config_of(run), run.records)
-    if not (run.path / "report.html").exists():
-        html.write(report, run.path / "report.html")
-
-
 def default_output(runs: Sequence[str]) -> Path:
-    """`report` in the run, or in the folder that several runs have in common; a UserError where that is a link."""
-    resolved = [expanded(run).resolve() for run in dict.fromkeys(runs)]
-    place = resolved[0] if len(resolved) == 1 else Path(os.path.commonpath([p.parent for p in resolved]))
-    if (place / "report").is_symlink():
-        raise UserError(f"{place / 'report'} is a link; remove it, or name a folder with --output.")
-    return place / "report"
+    """`report` in the run, or in the folder that several runs have in common."""
+    resolved = {expanded(run).resolve() for run in runs}
+    return Path(*resolved if len(resolved) == 1 else [os.path.commonpath([p.parent for p in resolved])], "report")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from gprune.models.masks import Masks
 from gprune.report.curves import line_of, own_row
-from gprune.report.style import LINES, canvas, distances, in_legend, plain_ticks, style
+from gprune.report.style import canvas, distances, draw_line, plain_ticks, style
 from gprune.report.table import Estimate
 
 # By label: axis and metric of what a run's own model learns; `<row>` is its row.
@@ -32,10 +32,7 @@ def means_figure(rows: Sequence[tuple[str, Estimate | None, Estimate | None]]) -
     ):
         points = [(y + shift, row[1 + which]) for y, row in enumerate(rows) if row[1 + which] is not None]
         _intervals(axes, points, label=label, color=colour, marker=marker, mfc=face)
-    axes.set_xscale("log")
-    plain_ticks(axes.xaxis)
-    axes.set_xlabel("perplexity, geometric mean, 95 % interval")
-    _row_labels(axes, [row[0] for row in rows])
+    _rows_of(axes, [row[0] for row in rows], "perplexity, geometric mean, 95 % interval")
     figure.legend(loc="outside right center")
     return figure
 
@@ -56,10 +53,7 @@ def draw_ratios(axes: Axes, rows: Sequence[tuple[str, Estimate]], *, base: str) 
             f"{ratio.value:.2f}", (ratio.value, y), (0, 5), textcoords="offset points", ha="center", fontsize=7
         )
     axes.axvline(1, color="black", lw=0.8)
-    axes.set_xscale("log")
-    axes.set_xlabel(f"unseen perplexity / {base}, 95 % interval")
-    plain_ticks(axes.xaxis)
-    _row_labels(axes, [row[0] for row in rows])
+    _rows_of(axes, [row[0] for row in rows], f"unseen perplexity / {base}, 95 % interval")
 
 
 @style()
@@ -67,14 +61,9 @@ def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
     """Fraction of neurons removed per block, a line per run."""
     figure, axes = canvas(7, 3.2 + 0.06 * len(masks))
     for i, (name, run_masks) in enumerate(masks.items()):
-        colour, dashes, _ = LINES[i % len(LINES)]
-        marker = LINES[(i + i // len(LINES)) % len(LINES)][2]  # the eighth line has another one than the first
         removed = [float((~m).float().mean()) for m in run_masks.ffn]
-        look = {"color": colour, "ls": dashes, "marker": marker, "ms": 4, "lw": 1.3, "mec": "black", "mew": 0.4}
-        axes.plot(removed, **look, label=in_legend(name))
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel("block")
-    axes.set_ylabel("fraction of neurons removed")
+        draw_line(axes, i, range(len(removed)), removed, name)
+    axes.set(ylim=(-0.02, 1.02), xlabel="block", ylabel="fraction of neurons removed")
     figure.legend(loc="outside lower center", ncols=3)
     return figure
 
@@ -88,27 +77,24 @@ def learning_figure(curves: Mapping[str, pd.DataFrame]) -> Figure | None:
     Args:
         curves: by name of a run, as `read_curves` gives them.
     """
-    panels: dict[str, dict[str, pd.DataFrame]] = {}
-    for label, columns in LEARNED.items():
-        for name, frame in curves.items():
-            x, y = (column.replace("<row>", own_row(frame)) for column in columns)
-            if {x, y} <= {*frame} and len(line := line_of(frame, x, y)) > 1:
-                panels.setdefault(label, {})[name] = line
+    panels = {}
+    for label, names in LEARNED.items():
+        lines = {
+            run: line_of(frame, *(n.replace("<row>", own_row(frame)) for n in names)) for run, frame in curves.items()
+        }
+        if any(len(line) > 1 for line in lines.values()):
+            panels[label] = lines
     if not panels:
         return None
     figure = Figure(figsize=(3.6 * len(panels) + 0.4, 3.4 + 0.06 * len(curves)))
-    drawn = {}
     for axes, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for i, name in enumerate(curves):
-            colour, dashes, marker = LINES[i % len(LINES)]
-            if name in lines:
-                x, y = lines[name]["x"], lines[name]["y"].rolling(max(1, len(lines[name]) // 20), min_periods=1).mean()
-                few = marker if len(x) < 12 else None
-                (drawn[name],) = axes.plot(x, y, color=colour, ls=dashes, marker=few, ms=4, lw=1.3)
-        axes.set_xlabel("tokens learned from")
-        axes.set_ylabel(label)
+        for i, (name, line) in enumerate(lines.items()):
+            if len(line) > 1:
+                draw_line(axes, i, line["x"], line["y"].rolling(max(1, len(line) // 20), min_periods=1).mean(), name)
+        axes.set(xlabel="tokens learned from", ylabel=label)
         axes.grid(axis="y")
-    figure.legend(drawn.values(), [*map(in_legend, drawn)], loc="outside lower center", ncols=3)
+    drawn = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -154,7 +140,10 @@ def _intervals(axes: Axes, points: Sequence[tuple[float, Estimate]], **style: An
     )
 
 
-def _row_labels(axes: Axes, labels: Sequence[str]) -> None:
+def _rows_of(axes: Axes, labels: Sequence[str], measured: str) -> None:
+    """Rows with these labels, the first on top, over a logarithmic axis of what is measured."""
+    axes.set(xscale="log", xlabel=measured)
+    plain_ticks(axes.xaxis)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(axis="x")

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from gprune.corpora.load import corpus_labels
-from gprune.report.style import LETTER, LINES, canvas, in_legend, plain_ticks, style
+from gprune.report.style import LETTER, canvas, draw_line, plain_ticks, style
 from gprune.storage.reading import read_bytes
 
 log = logging.getLogger("gprune")
@@ -51,8 +51,8 @@ def curve_figures(frame: pd.DataFrame) -> dict[str, Figure]:
     figures, own = {}, own_row(frame)
     for title, (axis, axis_label, pattern, label) in CURVES.items():
         found = matching(frame, pattern.replace("<row>", own))
-        axes = {key: axis.replace("<row>", own).replace("*", key) for key in found}
-        lines = {key: line_of(frame, axes[key], name) for key, name in found.items() if axes[key] in frame}
+        axis = axis.replace("<row>", own)
+        lines = {key: line_of(frame, axis.replace("*", key), name) for key, name in found.items()}
         if any(len(line) > 1 for line in lines.values()):
             figures[title] = _figure(lines, axis_label, label)
     return figures
@@ -72,8 +72,10 @@ def own_row(frame: pd.DataFrame) -> str:
 
 
 def line_of(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
-    """(x, y) of a metric, sorted by x; what a later sitting has computed again counts."""
-    points = frame[[axis, name]].apply(pd.to_numeric, errors="coerce").dropna().set_axis(["x", "y"], axis=1)
+    """(x, y) of a metric, sorted by x, none where it is missing; what a later sitting has computed again counts."""
+    points = (
+        frame.reindex(columns=[axis, name]).apply(pd.to_numeric, errors="coerce").dropna().set_axis(["x", "y"], axis=1)
+    )
     return points.drop_duplicates("x", keep="last").sort_values("x")
 
 
@@ -82,12 +84,8 @@ def _figure(lines: dict[str, pd.DataFrame], axis_label: str, label: str) -> Figu
     labels = corpus_labels(lines)
     figure, axes = canvas(5.4 + LETTER * max(8, *map(len, labels.values())), 3.2)
     for i, (name, points) in enumerate(lines.items()):
-        colour, dashes, marker = LINES[i % len(LINES)]
-        few = marker if len(points) < 12 else None
-        shown = in_legend(labels[name]) or None
-        axes.plot(points["x"], points["y"], color=colour, ls=dashes, marker=few, ms=4, lw=1.3, label=shown)
-    axes.set_xlabel(axis_label)
-    axes.set_ylabel(label)
+        draw_line(axes, i, points["x"], points["y"], labels[name])
+    axes.set(xlabel=axis_label, ylabel=label)
     axes.grid(axis="y")
     if len(lines) > 1:
         axes.set_yscale("log")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 import shlex
@@ -19,12 +18,12 @@ from matplotlib.figure import Figure
 from gprune.corpora.load import corpus_labels
 from gprune.models.embedded import model_label
 from gprune.report.curves import curve_figures, read_curves
-from gprune.report.records import means_and_gaps, result_table
-from gprune.report.run_figures import run_figures
+from gprune.report.model_card import RESULTS, loading_code, write_card
+from gprune.report.records import cost_table, means_and_gaps, result_table
+from gprune.report.run_figures import run_figures, write_figures
 from gprune.report.style import style
-from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.folder import RunFolder
-from gprune.runs.results import FinishedRun, read_samples, row_name
+from gprune.runs.results import FinishedRun, config_of, read_samples, row_name
 from gprune.sparsity.allocation import removed_in_words
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
@@ -54,6 +53,18 @@ def write(report: Report, path: Path | str) -> Path:
     return path
 
 
+def make_up(report: Report) -> None:
+    """Write figures, model card and page of a single run, as it does itself, where its folder lacks them."""
+    (run,) = report.runs
+    if not any(run.path.glob("figures/*.png")):
+        write_figures(run.path / "figures", run.records, run.modules, run.masks)
+    card = run.path / "model/README.md"
+    if card.is_file() and RESULTS not in card.read_text(encoding="utf-8"):
+        write_card(RunFolder(run.path), config_of(run), run.records)
+    if not (run.path / "report.html").exists():
+        write(report, run.path / "report.html")
+
+
 def page(report: Report) -> str:
     """HTML of a report: what all runs share, and a section for each of them."""
     templates = Environment(
@@ -64,7 +75,7 @@ def page(report: Report) -> str:
     runs = [section(run) for run in report.named_runs]
     return templates.get_template("page.html").render(
         title=", ".join(group.name for group in report.groups) if several else runs[0]["title"],
-        tables=[cells_of(table) for table in report.read_tables] if several else [],
+        tables=report.read_tables,
         figures=drawn(report.figures(), "all") if several else [],
         protocols=report.protocols(),
         runs=runs,
@@ -81,13 +92,13 @@ def section(run: FinishedRun) -> dict[str, Any]:
         "title": removed_from(run),
         "about": f"Pruned by {method}, importance {s['importance']}, recovery {s['recovery']}, seed {run.seed}.",
         "tiles": tiles(run, manifest),
-        "result": cells_of(result_table(run.records)),
+        "result": result_table(run.records),
         "figures": drawn(run_figures(run.records, run.modules, run.masks), run.name) if run.masks else [],
         "curves": drawn(curve_figures(read_curves(run.path)), f"{run.name} curves"),
         "samples": read_samples(run),
         "labels": corpus_labels(r["corpus"] for r in run.records),
         "settings": to_yaml({name: value for name, value in s.items() if name != "inputs"}),
-        "cost": cells_of(cost_table(manifest.get("steps", {}))),
+        "cost": cost_table(manifest.get("steps", {})),
         "environment": manifest.get("environment") or {},
         "load": how_to_load(run),
         "next": what_next(run),
@@ -106,13 +117,7 @@ def how_to_load(run: FinishedRun) -> str:
     model = run.path / "model"
     if not (model / "config.json").is_file():
         return ""
-    code = ", trust_remote_code=True" if any(model.glob("*.py")) else ""
-    place = json.dumps(str(model), ensure_ascii=False)
-    return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({place}{code})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({place}{code})"
-    )
+    return loading_code(str(model), stock=not any(model.glob("*.py")))
 
 
 def what_next(run: FinishedRun) -> list[tuple[str, str]]:
@@ -153,42 +158,10 @@ def tiles(run: FinishedRun, manifest: Mapping[str, Any]) -> list[tuple[str, str,
     ]
 
 
-def cost_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
-    """Seconds, tokens and memory of each step."""
-    columns = {"seconds": "seconds", "forward_tokens": "tokens forward",
-               "forward_backward_tokens": "forward and backward", "peak_memory_mib": "peak memory, MiB"}  # fmt: skip
-    if any("peak_gpu_memory_mib" in step for step in steps.values()):
-        columns["peak_gpu_memory_mib"] = "of the GPU, MiB"
-    rows = [
-        [name, float(step.get("seconds", 0)), *(int(step.get(n, 0)) for n in list(columns)[1:])]
-        for name, step in steps.items()
-    ]
-    note = "Peak memory: the process's highest so far, so that a step may show that of one before it."
-    return Table("cost", "Cost by step", ["step", *columns.values()], rows, {"seconds": 1}, note)
-
-
-def cells_of(table: Table) -> dict[str, Any]:
-    """A table for the template: columns and whether they hold words, texts, and beside each number its sorting key."""
-
-    def cells(texts: list[str], row: list[Cell]) -> list[dict[str, Cell]]:
-        keys = (cell.value if isinstance(cell, Estimate) else cell for cell in row)
-        return [{"text": text, "key": key} for text, key in zip(texts, keys, strict=True)]
-
-    rows = [cells(*pair) for pair in zip(table.texts(), table.rows, strict=True)]
-    columns = [(name, any(isinstance(row[c], str) for row in table.rows)) for c, name in enumerate(table.columns)]
-    return {"title": table.title, "columns": columns, "rows": rows, "note": table.plain_note}
-
-
-def drawn(figures: Mapping[str, Figure], name: str) -> list[dict[str, Any]]:
-    """Captions and SVG of figures."""
-    return [
-        {
-            "caption": CAPTIONS.get(title, title),
-            "svg": svg(figure, f"{name} {title}"),
-            "broad": figure.get_figwidth() > 2.2 * figure.get_figheight(),
-        }
-        for title, figure in figures.items()
-    ]
+def drawn(figures: Mapping[str, Figure], name: str) -> list[tuple[str, Markup, bool]]:
+    """Captions and SVG of figures, and whether they are broad."""
+    broad = {title: figure.get_figwidth() > 2.2 * figure.get_figheight() for title, figure in figures.items()}
+    return [(CAPTIONS.get(t, t), svg(figure, f"{name} {t}"), broad[t]) for t, figure in figures.items()]
 
 
 @style()

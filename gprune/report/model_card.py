@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,6 @@ def model_card(
         stock: whether the folder is a stock model, without code of its own.
         dtype: of the exported weights; None for that of the run.
     """
-    trust = "" if stock else ", trust_remote_code=True"
     code = (
         "All blocks have the same shape: a stock model, which needs no code of its own."
         if stock
@@ -75,14 +75,21 @@ The method is our reading of GPrune-LLM (arXiv 2603.13418).
 Base model: {label}. Licence: {licence}.{notice}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})
+{loading_code("path/to/this/folder", stock=stock)}
 ```
 
 {code}
 {_results(cfg, records, labels)}"""
+
+
+def loading_code(place: str, *, stock: bool) -> str:
+    """Python that loads the exported folder; a stock model needs no code of its own."""
+    arguments = json.dumps(place, ensure_ascii=False) + ("" if stock else ", trust_remote_code=True")
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({arguments})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({arguments})"
+    )
 
 
 def _folder(cfg: RunConfig) -> Path | None:

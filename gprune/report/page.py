@@ -21,7 +21,7 @@ from typing import get_args
 
 from matplotlib.figure import Figure
 
-from gprune.errors import UserError, one_line
+from gprune.errors import one_line
 from gprune.report.benchmark_table import evaluation_table
 from gprune.report.comparison_figures import (
     learning_figure,
@@ -114,11 +114,8 @@ class Report:
             agreement = {(short[a], short[b]): units.get("ffn") for (a, b), units in pairs(runs).items()}
             if jaccard := {pair: ffn for pair, ffn in agreement.items() if ffn is not None}:
                 figures["stability"] = stability_figure([short[name] for name in masks], jaccard)
-        return {name: titled(figure, self.about()) for name, figure in figures.items()}
-
-    def about(self) -> str:
-        """What stands above each figure."""
-        return caption([r for run in self.runs for r in run.records])
+        about = caption([r for run in self.runs for r in run.records])
+        return {name: titled(figure, about) for name, figure in figures.items()}
 
     def write(self, folder: Path | str, formats: Sequence[str] = FORMATS) -> list[Path]:
         """`report.md`, `tables/*.csv` and `figures/*`; what was written, the Markdown file first.
@@ -126,12 +123,9 @@ class Report:
         Tables and figures that an earlier report has left in the folder, and this one does not have, go.
 
         Raises:
-            UserError: for a folder that cannot be written, and for links in it that lead elsewhere.
+            UserError: for a folder that cannot be written.
         """
         folder = expanded(folder)
-        for inside in ("tables", "figures"):
-            if (folder / inside).is_symlink():
-                raise UserError(f"{folder / inside} is a link; remove it, or choose another --output.")
         title = in_markdown(", ".join(one_line(group.name) for group in self.groups))
         texts = {folder / "report.md": f"# {title}\n\n{self.to_markdown()}"}
         texts |= {folder / "tables" / f"{t.name}.csv": t.to_csv() for t in self.tables if t.rows}
@@ -151,8 +145,7 @@ class Report:
 
     def draw(self, folder: Path, formats: Sequence[str] = FORMATS, *, prefix: str = "") -> list[Path]:
         """Files of the figures over all runs."""
-        figures = self.figures().items()
-        return [path for name, figure in figures for path in save(figure, folder, prefix + name, formats)]
+        return [p for name, figure in self.figures().items() for p in save(figure, folder, prefix + name, formats)]
 
 
 def _shortened(names: str, short: Mapping[str, str]) -> str:

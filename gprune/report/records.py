@@ -126,3 +126,17 @@ def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = N
         {"gap": 3, "unseen / base": 3},
         "\\* seen: the corpus, in other documents, was used by the run. Perplexity, lower is better.",
     )
+
+
+def cost_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
+    """Seconds, tokens and memory of each step."""
+    columns = {"seconds": "seconds", "forward_tokens": "tokens forward", "forward_backward_tokens": "and backward",
+               "peak_memory_mib": "peak MiB"}  # fmt: skip
+    if any("peak_gpu_memory_mib" in step for step in steps.values()):
+        columns["peak_gpu_memory_mib"] = "of the GPU"
+    rows = [
+        [name, float(step.get("seconds", 0)), *(int(step.get(n, 0)) for n in list(columns)[1:])]
+        for name, step in steps.items()
+    ]
+    note = "peak MiB: the process's highest so far, so that a step may show that of one before it."
+    return Table("cost", "Cost by step", ["step", *columns.values()], rows, {"seconds": 1}, note)

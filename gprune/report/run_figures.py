@@ -67,8 +67,7 @@ def heterogeneity_figure(modules: Modules) -> Figure:
         points = axes.scatter(block, value, c=score, cmap="cividis", s=18, vmin=0, vmax=1, zorder=2)
         ring = {"facecolors": "none", "edgecolors": "#D55E00", "label": "switched", "zorder": 3}
         axes.scatter(block[switched], value[switched], s=60, **ring)
-        axes.set_xlabel("block")
-        axes.set_ylabel(label)
+        axes.set(xlabel="block", ylabel=label)
     depth = range(len(modules.drift))
     left.plot(depth, [float(d.floor.mean()) for d in modules.drift], "--", color="black", lw=1, label="noise floor")
     right.plot(depth, modules.block_agreement, "-", color="black", lw=1, label="whole block")
@@ -98,10 +97,7 @@ def sparsity_figure(masks: Masks, labels: Sequence[Tensor] | None) -> Figure:
         scale = 40 / max(size)
         axes.scatter(x, y, s=[scale * n for n in size], color="#0072B2", ec="white", lw=0.4, zorder=2,
                      label="module (area: neurons)")  # fmt: skip
-    axes.set_ylim(0, 1.02)
-    axes.set_xlim(-0.7, len(per_block) - 0.3)
-    axes.set_xlabel("block")
-    axes.set_ylabel("fraction of neurons removed")
+    axes.set(xlim=(-0.7, len(per_block) - 0.3), ylim=(0, 1.02), xlabel="block", ylabel="fraction of neurons removed")
     figure.legend(loc="outside right center")
     return figure
 
@@ -120,5 +116,5 @@ def write_figures(
     folder: Path, records: Sequence[Record], modules: Modules | None, masks: Masks, formats: Sequence[str] = ("png",)
 ) -> list[Path]:
     """Files of `run_figures`."""
-    figures = run_figures(records, modules, masks).items()
-    return [path for name, figure in figures for path in save(figure, folder, name, formats)]
+    figures = run_figures(records, modules, masks)
+    return [path for name, figure in figures.items() for path in save(figure, folder, name, formats)]

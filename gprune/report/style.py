@@ -44,9 +44,12 @@ def style() -> Iterator[None]:
         yield
 
 
-def in_legend(name: str) -> str:
-    """A label that a legend shows: matplotlib leaves out those that begin with `_`."""
-    return f" {name}" if name.startswith("_") else name
+def draw_line(axes: Axes, i: int, x: Sequence[float], y: Sequence[float], label: str) -> None:
+    """The i-th line of a figure, with a dozen markers at most."""
+    colour, dashes, _ = LINES[i % len(LINES)]
+    marker = LINES[(i + i // len(LINES)) % len(LINES)][2]  # the eighth line has another one than the first
+    shown = f" {label}" if label.startswith("_") else label  # which a legend would leave out
+    axes.plot(x, y, color=colour, ls=dashes, lw=1.3, marker=marker, ms=4, markevery=len(x) // 12 or 1, label=shown)
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:

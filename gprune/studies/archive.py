@@ -39,10 +39,6 @@ def record_of(row: Row) -> dict[str, Any] | None:
     return record if record is not None and _serves(row, record) else None
 
 
-def _is_of(row: Row, record: dict[str, Any] | None) -> bool:
-    return record is not None and record["settings"] == plain(row.config.settings())
-
-
 def _serves(row: Row, record: dict[str, Any]) -> bool:
     """Whether a record of the row's settings has the tasks, the dense model's too, and the masks that are asked for."""
     if row.masks and record["masks"] is None:
@@ -80,11 +76,12 @@ def path_of(row: Row) -> Path:
 
 def _stored(row: Row) -> tuple[Path, dict[str, Any] | None]:
     """`path_of` the row, and the record of its settings that lies there: each file is read once."""
-    default, settings = flat(default_settings()), flat(plain(row.config.settings()))
-    unusual = {name: value for name, value in settings.items() if value != default.get(name)}
+    default, settings = flat(default_settings()), plain(row.config.settings())
+    unusual = {name: value for name, value in flat(settings).items() if value != default.get(name)}
     key = key_of(format=FORMAT, settings=unusual)[:10]
     there = [(path, read(path)) for path in sorted((row.records / "runs").glob(f"*-{key}*.json"))]
-    own = [(p, r) for p, r in there if _is_of(row, r) and row.wanted_tasks in ({}, r.get("tasks", row.wanted_tasks))]
+    own = [(path, record) for path, record in there if record is not None and record["settings"] == settings]
+    own = [(p, r) for p, r in own if row.wanted_tasks in ({}, r.get("tasks", row.wanted_tasks))]
     if own:  # several: of lists with other tasks, of which one may have masks and another none
         return min(own, key=lambda one: not _serves(row, one[1]))
     slug = "-".join("".join(c if c.isalnum() else " " for c in row.name.lower()).split())
@@ -114,7 +111,11 @@ def as_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> Fini
     Raises:
         UserError: for a record that has seen what the list calls unseen.
     """
-    records, evaluation = (_named(row, numbers) for numbers in (record["records"], of_tasks(row, record)))
+    own = {"stage": CONTROL} if row.control else {}
+    records, evaluation = (
+        [r | (own if r["stage"] == "gprune" else {}) for r in numbers]
+        for numbers in (record["records"], of_tasks(row, record))
+    )
     if seen is not None and (extra := sorted({r["corpus"] for r in records if r["seen"]} - set(seen))):
         raise UserError(
             f"Row '{row.name}': expected text that the list calls unseen, got {extra[0]}, which the run used, or "
@@ -129,11 +130,6 @@ def as_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> Fini
         masks=None if record["masks"] is None else unpacked(record["masks"]),
         evaluation=[r | {"run": row.name} for r in evaluation],
     )
-
-
-def _named(row: Row, records: Sequence[Record]) -> list[Record]:
-    """The records, with the result of a control called what it is."""
-    return [r | {"stage": CONTROL} if row.control and r["stage"] == "gprune" else r for r in records]
 
 
 def learned_tokens(steps: Mapping[str, Mapping[str, float]]) -> int:

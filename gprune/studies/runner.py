@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,14 @@ from gprune.errors import UserError, dispensable
 from gprune.evaluation.perplexity import processes
 from gprune.pipeline.dry_run import compute_time
 from gprune.pipeline.plan import check
+from gprune.report.records import cost_table
 from gprune.runs import schema
 from gprune.runs.folder import RunFolder
 from gprune.storage.files import read_json, write_json
 from gprune.studies.archive import dense_path, learned_tokens, path_of, plain, read, record_of, write
 from gprune.studies.listing import Listing, Row, commands, parts_of, unread_by
 from gprune.studies.packing import packed
-from gprune.studies.tables import cost_table, reported, tables_of
+from gprune.studies.tables import reported, tables_of
 from gprune.studies.tracking import log, named
 
 Made = tuple[Path, dict[str, Any]]  # a run's folder and record
@@ -38,7 +38,7 @@ Made = tuple[Path, dict[str, Any]]  # a run's folder and record
 
 def work(options: Namespace) -> None:
     """Run, then print; options as the command line of `gprune study` gives them."""
-    waiting: list[Callable[[], None]] = []  # of lists whose rows have run
+    waiting = []  # lists whose rows have run
     for path in options.lists:
         listing = Listing.read(path, seeds=options.seeds, flags=options.flags, records=options.records)
         names = dict.fromkeys(row.name for row in listing.rows)
@@ -50,12 +50,10 @@ def work(options: Namespace) -> None:
             say("".join(f"{line}\n" for line in commands(path, pending, options)))
             continue
         ran = run_all(pending) if pending and not options.table else []
-        waiting.append(partial(finish, listing, chosen, ran, options))
-        if processes()[1] == 1 and process_index() == 0:
-            waiting.pop()()
+        waiting.append((listing, chosen, ran))
     if process_index() == 0:  # the others are through: none waits for tasks of hours, until torch gives them up
-        for rest in waiting:
-            rest()
+        for listing, chosen, ran in waiting:
+            finish(listing, chosen, ran, options)
 
 
 def run_all(pending: Sequence[Row]) -> list[tuple[Row, Made]]:
@@ -139,8 +137,9 @@ def finish(listing: Listing, chosen: Sequence[Row], ran: Sequence[tuple[Row, Mad
     report = reported(listing, done)
     tables = tables_of(listing, report)
     say("\n" + "\n\n".join([f"**{listing.about}**", *(t.shown() for t in tables), *report.protocols()]) + "\n")
-    if options.costs and (costs := cost_table(done)).rows:
-        say("\n" + costs.shown() + "\n")
+    if options.costs:
+        steps = {f"{row.name}, seed {row.seed}: {step}": used for row, r in done for step, used in r["steps"].items()}
+        say("\n" + cost_table(steps).shown() + "\n")
     if options.figures:
         report.draw(Path(options.figures), prefix=f"{listing.path.stem}-")
     if options.table:

@@ -117,18 +117,3 @@ def _stage(runs: Sequence[FinishedRun], name: str) -> tuple[list[FinishedRun], t
     if members and stage not in stages:
         raise UserError(f"compare: expected a stage of '{row}' ({', '.join(stages)}), got '{stage}'.")
     return members, stages.get(stage, ("", ""))
-
-
-def cost_table(done: Done) -> Table:
-    """Seconds, tokens and peak memory of each step of each row; what the cache had already costs nothing."""
-    rows = [
-        [
-            f"{row.name}, seed {row.seed}", step, float(used["seconds"]),
-            *(f"{used.get(kind, 0):,.0f}" for kind in ("forward_tokens", "forward_backward_tokens")),
-            f"{used['peak_memory_mib']:,}",
-        ]
-        for row, kept in done for step, used in kept["steps"].items()
-    ]  # fmt: skip
-    columns = ["run", "step", "seconds", "tokens forward", "and backward", "peak MiB"]
-    note = "peak MiB: the process's highest so far, so that a row may show that of one before it."
-    return Table("costs", "Costs", columns, rows, {"seconds": 1}, note)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,40 +45,37 @@ def log(listing: Listing, done: Done, flags: Sequence[str], report: Report, tabl
         The folder of links; None where W&B tracks no row.
     """
     tracked = [(row, record) for row, record in done if row.config.logging.resolved_tracker == "wandb"]
-    log_rows(tracked)
+    for row, record in tracked:
+        log_row(row, record)
     if len(tracked) == len(listing.rows):
         log_list(listing, flags, tables, report)
     return folder_of(tracked[0][0]) if tracked else None
 
 
-def log_rows(done: Done) -> None:
-    """Link the runs of rows that have run here, and log the others from their records, each once."""
-    for row, record in done:
-        from gprune.runs.tracking import id_of
+def log_row(row: Row, record: dict[str, Any]) -> None:
+    """Link the run of a row that has run here, or log the numbers of its record: once, without curves.
 
-        cfg, folder = named(row), folder_of(row)
-        id = id_of(key_of(settings=cfg.settings() | {"inputs": record["inputs"]}), cfg)
-        name = f"{key_part(row.name)[:80]}_s{row.seed}_{id}"
-        if not _is_linked(folder, name):
-            if not any(_files(Path(cfg.folder), id)):
-                log_record(folder, id, cfg, record, task_numbers(of_tasks(row, record)))
-            _link(folder, name, {*_files(Path(cfg.folder), id), *_files(folder, id)})
-
-
-def log_record(folder: Path, id: str, cfg: RunConfig, record: Mapping[str, Any], of_tasks: Mapping[str, float]) -> None:
-    """The numbers of a record, and of its tasks, as a run without curves, in whose configuration `record` is true."""
-    from gprune.runs.tracking import about
+    `record` is true in the configuration of what is logged from a record.
+    """
+    from gprune.runs.tracking import about, id_of
     from gprune.runs.wandb_runs import wandb_run
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with wandb_run(folder, cfg.logging, id=id, **about(cfg)) as run:
-        if run is None:
-            return
-        if not run.resumed:  # online: the row has run elsewhere, and has logged its curves
-            run.config.update({"record": True, "environment": record["environment"]})
-        numbers = run_numbers(record["records"], record["summary"], record["steps"], cfg.own_row)
-        run.log({name: value for name, value in numbers.items() if name.startswith("final/")})
-        run.summary.update(numbers | of_tasks)
+    cfg, folder = named(row), folder_of(row)
+    id = id_of(key_of(settings=cfg.settings() | {"inputs": record["inputs"]}), cfg)
+    name = f"{key_part(row.name)[:80]}_s{row.seed}_{id}"
+    if _is_linked(folder, name):
+        return
+    if not _files(Path(cfg.folder), id):
+        folder.mkdir(parents=True, exist_ok=True)
+        with wandb_run(folder, cfg.logging, id=id, **about(cfg)) as run:
+            if run is None:
+                return
+            if not run.resumed:  # online: the row has run elsewhere, and has logged its curves
+                run.config.update({"record": True, "environment": record["environment"]})
+            numbers = run_numbers(record["records"], record["summary"], record["steps"], cfg.own_row)
+            run.log({name: value for name, value in numbers.items() if name.startswith("final/")})
+            run.summary.update(numbers | task_numbers(of_tasks(row, record)))
+    _link(folder, name, _files(Path(cfg.folder), id) | _files(folder, id))
 
 
 def log_list(listing: Listing, flags: Sequence[str], tables: Sequence[Table], report: Report) -> None:
@@ -90,13 +87,13 @@ def log_list(listing: Listing, flags: Sequence[str], tables: Sequence[Table], re
 
     from gprune.runs.wandb_runs import wandb_run
 
-    stem, given, folder = _words(listing.path.stem), named(listing.rows[0]).logging, folder_of(listing.rows[0])
+    stem, first, folder = _words(listing.path.stem), listing.rows[0].config.logging, folder_of(listing.rows[0])
     rows = {f"{row.name}, seed {row.seed}": row.settings for row in listing.rows}
     id = key_of(study=stem, flags=list(flags))[:12]
     name = f"all_{key_of(rows=rows, tables=[table.to_csv() for table in tables])[:8]}_{id}"
     if _is_linked(folder, name):
         return
-    logging = given.model_copy(update={"name": _words(shlex.join([stem, *flags]))[:128], "tags": given.tags[2:]})
+    logging = first.model_copy(update={"name": _words(shlex.join([stem, *flags]))[:128]})
     config = {"about": listing.about, "rows": list(rows), "reference": listing.reference, "seen": listing.seen}
     about = {"name": stem, "group": stem, "job_type": "study", "tags": [stem], "config": config}
     with wandb_run(folder, logging, id=id, **about) as run, TemporaryDirectory() as drawn:
@@ -106,15 +103,16 @@ def log_list(listing: Listing, flags: Sequence[str], tables: Sequence[Table], re
         logged = {f"tables/{n}": wandb.Table(head, cells, allow_mixed_types=True) for n, (head, *cells) in wide.items()}
         figures = report.draw(Path(drawn), ["png"])
         run.log(logged | {f"figures/{path.stem}": wandb.Image(str(path)) for path in figures})
-        for pair, _, ratio in next((table.rows for table in tables if table.name == "compare"), []):
-            for what, value in [] if ratio is None else ratio._asdict().items():
-                run.summary[f"compare/{key_part(pair)}/{what}"] = value
+        for pair, _, ratio in (row for table in tables if table.name == "compare" for row in table.rows):
+            run.summary.update(
+                {f"compare/{key_part(pair)}/{n}": v for n, v in ratio._asdict().items()} if ratio else {}
+            )
         artifact = wandb.Artifact(key_part(stem), type="list")
         artifact.add_file(str(listing.path))
         with artifact.new_file("rows.yaml") as file:
             file.write(to_yaml(rows))
         run.log_artifact(artifact)
-    _link(folder, name, {*_files(folder, id)})
+    _link(folder, name, _files(folder, id))
 
 
 def folder_of(row: Row) -> Path:
@@ -128,9 +126,9 @@ def _words(name: str) -> str:
     return "".join(c if c.isprintable() and c not in r"/\#?%:" else " " for c in name)
 
 
-def _files(folder: Path, id: str) -> Iterator[Path]:
+def _files(folder: Path, id: str) -> set[Path]:
     """Folders that W&B has written of a run: one for each sitting at it."""
-    return Path(os.environ.get("WANDB_DIR") or folder).glob(f"wandb/*run-*-{id}")
+    return {*Path(os.environ.get("WANDB_DIR") or folder).glob(f"wandb/*run-*-{id}")}
 
 
 def _is_linked(folder: Path, name: str) -> bool:

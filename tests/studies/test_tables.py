@@ -88,9 +88,9 @@ def test_costs_of_every_step_are_printed(bench, first, capsys, nothing_runs):
     lines = [cells(line) for line in out.splitlines() if line.startswith("| ")]
     for row, record in bench.done(first[0])[1]:
         for step, used in record["steps"].items():
-            (line,) = [line for line in lines if line[:2] == [f"{row.name}, seed {row.seed}", step]]
-            tokens = [f"{used[f'forward{kind}_tokens']:,}" for kind in ("", "_backward")]
-            assert line[2:] == [f"{used['seconds']:.1f}", *tokens, f"{used['peak_memory_mib']:,}"]
+            (line,) = [line for line in lines if line[0] == f"{row.name}, seed {row.seed}: {step}"]
+            counts = [used[name] for name in ("forward_tokens", "forward_backward_tokens", "peak_memory_mib")]
+            assert line[1:] == [f"{used['seconds']:.1f}", *map(str, counts)]
 
 
 def test_a_list_says_which_tables_it_wants_and_masks_of_seeds_are_compared(bench, first, capsys):
