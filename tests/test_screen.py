@@ -81,7 +81,7 @@ TABLE = Table(
     "result", "", ["", "wiki*", "[/b]", "python_docs", "stackexchange", "unseen / base"],
     [["averaged + least_squares+distill", 1.5, 22.25, 333.125, 4444.0, Estimate(0.5, 0.25, 0.75)],
      ["dense", 1.0, 2.0, None, 4.0, None]],
-    {"unseen / base": 3}, "\\* seen: a note that is long enough to be wrapped in a terminal that has but few columns.",
+    {"unseen / base": 3}, "* seen: a note that is long enough to be wrapped in a terminal that has but few columns.",
 )  # fmt: skip
 
 
@@ -189,3 +189,4 @@ def test_a_terminal_shows_tables_with_bold_headers_and_names_as_text(name, width
 
 def test_where_stdout_is_no_terminal_tables_are_markdown():
     assert TABLE.shown() == TABLE.to_text().replace("\\*", "*")
+    assert "\n\n\\* seen: a note" in TABLE.to_text()  # which Markdown would take for an item of a list

@@ -84,12 +84,13 @@ def page(report: Report) -> str:
 
 def section(run: FinishedRun) -> dict[str, Any]:
     """What the page says of one run."""
-    folder, s = RunFolder(run.path), run.settings
-    manifest = folder.manifest
+    manifest, s, model = RunFolder(run.path).manifest, run.settings, run.path / "model"
     method = "gprune" if s["gprune"] else "the base metric alone"
+    sparsity = s["sparsity"]
+    share = removed_in_words(sparsity["target"], sparsity["scope"], sparsity["allocation"], digits=0)
     return {
         "name": run.name,
-        "title": removed_from(run),
+        "title": f"{share} removed from {model_label(s['model']['name'])}",
         "about": f"Pruned by {method}, importance {s['importance']}, recovery {s['recovery']}, seed {run.seed}.",
         "tiles": tiles(run, manifest),
         "result": result_table(run.records),
@@ -100,37 +101,9 @@ def section(run: FinishedRun) -> dict[str, Any]:
         "settings": to_yaml({name: value for name, value in s.items() if name != "inputs"}),
         "cost": cost_table(manifest.get("steps", {})),
         "environment": manifest.get("environment") or {},
-        "load": how_to_load(run),
-        "next": what_next(run),
+        "load": loading_code(str(model), stock=not any(model.glob("*.py"))) if model.is_dir() else "",
+        "here": shlex.quote(str(run.path)),
     }
-
-
-def removed_from(run: FinishedRun) -> str:
-    """What the run has done, in one line."""
-    sparsity, model = run.settings["sparsity"], run.settings["model"]
-    share = removed_in_words(sparsity["target"], sparsity["scope"], sparsity["allocation"], digits=0)
-    return f"{share} removed from {model_label(model['name'])}"
-
-
-def how_to_load(run: FinishedRun) -> str:
-    """Python that loads the pruned model, where the run exported one; a stock model needs no code of its own."""
-    model = run.path / "model"
-    if not (model / "config.json").is_file():
-        return ""
-    return loading_code(str(model), stock=not any(model.glob("*.py")))
-
-
-def what_next(run: FinishedRun) -> list[tuple[str, str]]:
-    """(what for, command) of what can be done with the run."""
-    here, config = shlex.quote(str(run.path)), shlex.quote(str(run.path / "config.yaml"))
-    steps = [
-        ("beside other runs", f"gprune report {here} OTHER_RUN --html compared.html"),
-        ("the same with another seed", f"python train.py --config {config} --run.name NAME --run.seed 1"),
-    ]
-    if how_to_load(run):
-        steps.insert(0, ("for llama.cpp", f"gprune export {here}"))
-        steps.insert(0, ("benchmarks, beside the dense model", f"gprune evaluate {here} --dense"))
-    return steps
 
 
 def tiles(run: FinishedRun, manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -21,7 +21,7 @@ from gprune.errors import UserError
 from gprune.evaluation.intervals import mean_perplexity, paired_gap
 from gprune.report.grouping import Group
 from gprune.report.records import Stage, by_stage, records_of, unseen_ratio
-from gprune.report.table import Cell, Estimate, Table, in_markdown
+from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.results import FinishedRun, row_name
 
 
@@ -68,18 +68,16 @@ def summary_table(
         seen: the corpora that count as seen in every row, for the note, since the runs' records say it already; None:
             each run's own.
     """
-    by_name = {base.name: base for base in (bases or {}).values()}
-    for name, base in by_name.items():
-        if ("base", "none") not in stages(base):
+    by_name = {run.name: run for run in (bases or {}).values()}
+    for name, run in by_name.items():
+        if ("base", "none") not in stages(run):
             raise UserError(
                 f"The run '{name}' has no stage 'base' to divide by; expected one with --gprune false, or with base "
                 f"among --evaluation.controls."
             )
-    about_base = ""
-    if bases is not None:
-        about_base = f" base: the stage `base` of {in_markdown(', '.join(by_name))}."
-        if not by_name:
-            about_base = " base: the run that rows are divided by is not there yet."
+    base = (
+        f"the stage `base` of {', '.join(by_name)}" if by_name else "the run that rows are divided by is not there yet"
+    )
     return Table(
         "summary",
         "Geometric means, gap and ratios",
@@ -88,7 +86,7 @@ def summary_table(
         {"gap": 3, "unseen / dense": 3, "unseen / base": 3},
         "Perplexity, lower is better. In brackets 95 % intervals: Student's t over windows (paired, for ratios) of "
         "a single run; over seeds, which have the same windows, where there are several. gap: (unseen pruned "
-        "/ dense) / (seen pruned / dense). " + _division(seen) + about_base,
+        "/ dense) / (seen pruned / dense). " + _division(seen) + ("" if bases is None else f" base: {base}."),
     )
 
 
@@ -133,9 +131,9 @@ def perplexity_table(groups: Sequence[Group], *, seen: Sequence[str] | None = No
         "Perplexity by corpus",
         ["run", "stage", "seeds", *(labels[c] + star for c, star in zip(corpora, stars, strict=True))],
         _rows(groups, numbers),
-        note="\\* seen: the corpus, in other documents, was used by the run; (\\*) by some of the runs."
+        note="* seen: the corpus, in other documents, was used by the run; (*) by some of the runs."
         if seen is None
-        else f"\\* seen. {_division(seen)}",
+        else f"* seen. {_division(seen)}",
     )
 
 
@@ -145,8 +143,7 @@ def _division(seen: Sequence[str] | None) -> str:
     if not seen:
         return "All text is unseen in every row."
     verb = "counts" if len(seen) == 1 else "count"
-    names = in_markdown(", ".join(corpus_labels(seen).values()))
-    return f"In every row {names} {verb} as seen, and all other text as unseen."
+    return f"In every row {', '.join(corpus_labels(seen).values())} {verb} as seen, and all other text as unseen."
 
 
 def _numbers(run: FinishedRun, stage: Stage, bases: Mapping[Path, FinishedRun] | None) -> list[Estimate | None]:

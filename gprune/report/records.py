@@ -124,7 +124,7 @@ def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = N
         ["", *(labels[c] + ("*" if seen[c] else "") for c in corpora), "seen", "unseen", "gap", "unseen / base"],
         [row(*key, values) for key, values in by_stage(records).items()],
         {"gap": 3, "unseen / base": 3},
-        "\\* seen: the corpus, in other documents, was used by the run. Perplexity, lower is better.",
+        "* seen: the corpus, in other documents, was used by the run. Perplexity, lower is better.",
     )
 
 

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -33,7 +33,7 @@ class Estimate(NamedTuple):
 
 
 # What Markdown does not take as text: a `*` at the end of a name, `_` inside it and most brackets it does.
-MARKUP = re.compile(r"[\\`<|~$]|&(?=#?\w+;)|\*(?=[^\s)])|(?<![^\W_])_|_(?![^\W_])|\[(?=[^\]]*\][(\[])")
+MARKUP = re.compile(r"^\*|[\\`<|~$]|&(?=#?\w+;)|\*(?=[^\s)])|(?<![^\W_])_|_(?![^\W_])|\[(?=[^\]]*\][(\[])")
 Cell = str | int | float | Estimate | None
 
 
@@ -47,7 +47,7 @@ class Table:
         columns: headers; the first column is text.
         rows: None is an empty cell.
         digits: by column, digits after the point in Markdown; 2 where nothing is said. CSV has all of them.
-        note: a paragraph under the Markdown table.
+        note: a paragraph under the table, as text.
     """
 
     name: str
@@ -65,16 +65,11 @@ class Table:
         """The cells as people read them."""
         return [[self._text(cell, column) for cell, column in zip(row, self.columns, strict=True)] for row in self.rows]
 
-    @property
-    def plain_note(self) -> str:
-        """The note without Markdown's escapes."""
-        return re.sub(r"\\([^a-zA-Z0-9\s])", r"\1", self.note)
-
     def shown(self) -> str:
-        """For whoever looks: as wide as the terminal; where stdout is none, what files have, without escapes."""
+        """For whoever looks: as wide as the terminal; where stdout is none, what files have, but a note as text."""
         if sys.stdout.isatty():
             return self.to_terminal(shutil.get_terminal_size().columns)
-        return replace(self, note=self.plain_note).to_text()
+        return f"{self.to_markdown()}\n\n{self.note}".strip()
 
     def to_terminal(self, width: int) -> str:
         """The table in characters, and its note below: in several parts where it is too wide for one.
@@ -99,12 +94,12 @@ class Table:
                 made.add_row(*(Text(row[column]) for column in (*range(len(names)), *part)))
             console.print(made)
             console.print()
-        console.print(Text(printable(self.plain_note)))
+        console.print(Text(printable(self.note)))
         return console.file.getvalue().strip("\n")
 
     def to_text(self) -> str:
         """The Markdown table, and its note below."""
-        return self.to_markdown() + (f"\n\n{self.note}" if self.note else "")
+        return f"{self.to_markdown()}\n\n{in_markdown(self.note)}".strip()
 
     def to_csv(self) -> str:
         """`wide`, as CSV."""

@@ -160,32 +160,20 @@ def test_a_list_that_wants_masks_keeps_the_tasks_and_one_that_wants_tasks_the_ma
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_of_several_processes_none_waits_for_tasks(bench, measured, monkeypatch, capsys, index, tmp_path):
-    """Which may take longer than torch lets a process wait: all rows of all lists come first."""
+    """Which may take longer than torch lets a process wait: all rows come first, also of lists with the same rows."""
     calls, configs = measured
     met = []
     monkeypatch.setattr(runner, "processes", lambda: (index, 2))
     monkeypatch.setattr(runner, "process_index", lambda: index)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: met.append((len(configs), len(calls))))
-    paths = [
-        bench.write(name, {name: {"gprune": False, "recovery": name}}, tasks={"names": ["piqa"], "limit": 4})
-        for name in ("bias", "least_squares")
-    ]
+    row = {"mended": MENDED["mended"]}
+    paths = [bench.write(f"limit{n}", row, tasks={"names": ["piqa"], "limit": n}) for n in (4, 9)]
     said = bench(capsys, *paths, "--records", tmp_path)
     assert met == [(1, 0), (2, 0)]
-    assert [stages for *_, stages in calls] == [[["dense"], ["base"], ["base"]], []][index]
-    assert [name in said for name in ("bias, seed 0: tasks", "least_squares, seed 0: tasks")] == [index == 0] * 2
-    kept = [record_of(row) is not None for path in paths for row in bench.rows(path, records=tmp_path)]
-    assert kept == [index == 0] * 2
-
-
-def test_of_several_processes_two_lists_want_other_tasks_of_one_row(bench, measured, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(runner, "processes", lambda: (0, 2))
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
-    one = {"one": {"gprune": False}}
-    paths = [bench.write(f"limit{n}", one, tasks={"names": ["piqa"], "limit": n}) for n in (4, 9)]
-    bench(capsys, *paths, "--records", tmp_path)
-    records = [record_of(row) for path in paths for row in bench.rows(path, records=tmp_path)]
-    assert [record["tasks"]["limit"] for record in records] == [4, 9]
+    assert [stages for *_, stages in calls] == [[["dense"], ["base"]] * 2, []][index]
+    assert said.count("mended, seed 0: tasks") == 2 * (index == 0)
+    kept = [record_of(row) for path in paths for row in bench.rows(path, records=tmp_path)]
+    assert [record and record["tasks"]["limit"] for record in kept] == [[4, 9], [None, None]][index]
 
 
 def test_rows_are_compared_on_tasks_pair_by_pair(bench, measured, capsys, tmp_path):

@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from gprune.config import LoggingConfig
-from gprune.studies import tracking
+from gprune.studies import command, tracking
 from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing
 from gprune.studies.tables import comparison_table, reported
-from tests import tiny_run
+from tests import tiny_run, tracked
 
 ROWS = {"base": {"gprune": False}, "no: switch/50 %": {"reliability.switch": False}}
 COMPARE = [["base: base", "base: dense"]]
 
 
-def read(files: Path) -> dict[str, object]:
-    """What a file of W&B's holds, by its own reader."""
-    (file,) = files.glob("*.wandb")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
-    found = {"run": {}, "config": {}, "summary": {}, "history": [], "artifact": {}}
-    for line in map(json.loads, lines):
-        content = line.get(line["type"])
-        if line["type"] == "run":
-            found["run"] = content
-            found["config"] |= content["config"]["update"]
-        elif line["type"] in ("config", "summary"):
-            found[line["type"]] |= content["update"]
-        elif line["type"] == "history":
-            found["history"].append(content["item"])
-        elif line["type"] == "artifact":
-            found["artifact"][content["type"]] = [file["path"] for file in content["manifest"]["contents"]]
-    return found
-
-
-def logged(folder: Path) -> dict[str, dict[str, object]]:
+def logged(folder: Path) -> dict[str, SimpleNamespace]:
     """By the first word of the folder's name."""
-    return {path.name.split("-")[2].partition("_")[0]: read(path) for path in sorted(folder.glob("run-*"))}
+    return {path.parent.name.split("-")[2].partition("_")[0]: tracked.read(path) for path in folder.glob("*/*.wandb")}
 
 
 OFFLINE = ["--", "--logging.mode=offline", "--logging.tags=[mine]"]
@@ -58,8 +38,6 @@ def ran(bench):
 
 
 def tracking_main(path: Path, records: Path, *flags: str) -> int:
-    from gprune.studies import command
-
     return command.main([str(path), "--records", str(records), *OFFLINE, *flags])
 
 
@@ -68,29 +46,29 @@ def test_rows_and_their_list_are_runs_under_their_own_names(bench, ran, nothing_
     path, folder = ran
     found = logged(folder)
     assert set(found) == {"base", "no", "all"}
-    about, config = found["no"]["run"], found["no"]["config"]
+    about, config = found["no"].about, found["no"].config
     assert about["display_name"] == "no  switch 50  , seed 0"
     assert (about["run_group"], about["job_type"], about["project"]) == ("ablations", "gprune", "gprune")
     tags = {"ablations", "no  switch 50  ", "mine", "wanda_sp", "ffn", "target 0.5"}
     assert tags <= set(about["tags"])
     assert config["reliability"]["switch"] is False
     assert "record" not in config
-    assert any("learn/loss" in point for point in found["no"]["history"])
+    assert any("learn/loss" in point for point in found["no"].history)
     listing, done = bench.done(path)
     for row, record in done:
         final = {r["corpus"]: r["perplexity"] for r in record["records"] if r["stage"] == row.config.final}
-        summary = found["base" if row.name == "base" else "no"]["summary"]
+        summary = found["base" if row.name == "base" else "no"].summary
         assert {n for n in summary if n.startswith("final/perplexity/")} >= {
             f"final/perplexity/{Path(c).name}" for c in final
         }
     whole = found["all"]
-    assert whole["run"]["job_type"] == "study"
-    assert whole["run"]["run_group"] == "ablations"
-    assert whole["artifact"]["list"] == ["ablations.yaml", "rows.yaml"]
+    assert (whole.about["job_type"], whole.about["run_group"]) == ("study", "ablations")
+    (artifact,) = whole.artifacts
+    assert [file["path"] for file in artifact["manifest"]["contents"]] == ["ablations.yaml", "rows.yaml"]
     (row,) = comparison_table(listing, reported(listing, done).runs).rows
-    numbers = {name: value for name, value in whole["summary"].items() if name.startswith("compare/")}
+    numbers = {name: value for name, value in whole.summary.items() if name.startswith("compare/")}
     assert sorted(numbers.values()) == pytest.approx(sorted(row[2]))
-    tables = {name.split("/")[1].split(".")[0] for name in whole["summary"] if name.startswith("tables/")}
+    tables = {name.split("/")[1].split(".")[0] for name in whole.summary if name.startswith("tables/")}
     assert tables == {"summary", "perplexity", "compare"}
     before = sorted(folder.rglob("*"))
     assert tracking_main(path, bench.records) == 0
@@ -107,15 +85,15 @@ def test_rows_of_records_are_logged_as_that_with_the_same_numbers(bench, ran, no
     assert tracking_main(path, tmp_path, elsewhere) == 0
     before, after = logged(folder), logged(tmp_path / "ablations")
     for row in ("base", "no"):
-        assert after[row]["config"]["record"] is True
-        assert after[row]["config"]["environment"]["git_revision"]
-        assert len(after[row]["history"]) == 1
+        assert after[row].config["record"] is True
+        assert after[row].config["environment"]["git_revision"]
+        assert len(after[row].history) == 1
         for what in ("run_id", "display_name", "run_group", "tags", "job_type"):
-            assert after[row]["run"][what] == before[row]["run"][what]
-        final = {name for name in after[row]["summary"] if name.startswith(("final/", "rows/", "parameters"))}
+            assert after[row].about[what] == before[row].about[what]
+        final = {name for name in after[row].summary if name.startswith(("final/", "rows/", "parameters"))}
         assert len(final) > 10
         for name in final:
-            assert after[row]["summary"][name] == pytest.approx(before[row]["summary"][name], rel=1e-4)
+            assert after[row].summary[name] == pytest.approx(before[row].summary[name], rel=1e-4)
     assert tracking_main(path, tmp_path, elsewhere, "--sparsity.target=0.5") == 0
     assert logged(tmp_path / "ablations").keys() == after.keys()
 
@@ -147,8 +125,5 @@ def test_names_are_such_as_a_configuration_may_have(bench, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_GROUP", "lab")
     assert tracking.named(row[0]).logging.group == "lab"
     assert tracking.named(row[0]).settings() == row[0].config.settings()
-
-
-def test_nothing_is_logged_beside_committed_records():
-    row = Listing.read(EXPERIMENTS / "ablations.yaml").rows[0]
-    assert tracking.folder_of(row) == OTHER_RECORDS / "ablations"
+    (committed, *_) = Listing.read(EXPERIMENTS / "ablations.yaml").rows
+    assert tracking.folder_of(committed) == OTHER_RECORDS / "ablations"  # nothing is logged beside committed records
