@@ -23,7 +23,6 @@ class TokenDataset(Dataset):
 
     def __init__(self, windows: Sequence[Windows]):
         self.tokens = torch.cat([w.tokens for w in windows])
-        self.corpus = [i for i, w in enumerate(windows) for _ in w.tokens]
         # First and second half, not in turn: neighbouring windows often come from one piece of text, and halves that
         # share pieces would agree better than two samples of the corpus do.
         self.half = [int(2 * i >= len(w.tokens)) for w in windows for i in range(len(w.tokens))]
@@ -32,13 +31,11 @@ class TokenDataset(Dataset):
         return len(self.tokens)
 
     def __getitem__(self, item: tuple[int, float]) -> dict[str, Tensor | int]:
-        """One window: `input_ids` (seq_len,) int64, its `index`, its `corpus` by number, which `half` of that (0 or 1),
-        and `weight` () float32, 0 for padding."""
+        """One window: `input_ids` (seq_len,) int64, its `index`, the `half` of its corpus (0 or 1), and `weight` ()
+        float32, 0 for padding."""
         index, weight = item
-        return {
-            "input_ids": self.tokens[index], "index": index, "corpus": self.corpus[index], "half": self.half[index],
-            "weight": torch.tensor(weight),
-        }  # fmt: skip
+        window = {"input_ids": self.tokens[index], "index": index, "half": self.half[index]}
+        return window | {"weight": torch.tensor(weight)}
 
 
 @dataclass(eq=False)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from gprune.partition.initial import standardised
+
+TERMS = ("similarity", "drift", "consistency", "balance", "entropy")  # by whose names `weights` go
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,6 @@ class RefinementInputs:
     def to(self, device: torch.device | str) -> RefinementInputs:
         """The same on another device."""
         return RefinementInputs(**{name: value.to(device) for name, value in vars(self).items()})
-
-
-@dataclass(frozen=True)
-class ObjectiveWeights:
-    """Weights of the terms of `partition_objective`, all >= 0."""
-
-    similarity: float = 1.0
-    drift: float = 1.0
-    consistency: float = 2.0
-    balance: float = 0.1
-    entropy: float = 0.1
 
 
 def dispersion(P: Tensor, x: Tensor) -> Tensor:
@@ -60,7 +52,7 @@ def entropy(p: Tensor) -> Tensor:
 
 
 def partition_objective(
-    logits: Tensor, tau: float, inputs: RefinementInputs, weights: ObjectiveWeights
+    logits: Tensor, tau: float, inputs: RefinementInputs, weights: Mapping[str, float]
 ) -> dict[str, Tensor]:
     """The refinement objective, each term (B,), and their weighted sum under `total`.
 
@@ -94,7 +86,7 @@ def partition_objective(
         "entropy": entropy(P).sum((1, 2)) / (N * log_k),
     }
     sign = {"consistency": -1.0}
-    terms["total"] = sum(getattr(weights, name) * sign.get(name, 1.0) * value for name, value in terms.items())
+    terms["total"] = sum(weights[name] * sign.get(name, 1.0) * value for name, value in terms.items())
     return terms
 
 

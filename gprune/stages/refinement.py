@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from gprune.config import PartitionConfig
 from gprune.partition.initial import merge_small, minimum_size
-from gprune.partition.objective import ObjectiveWeights, RefinementInputs, partition_objective
+from gprune.partition.objective import TERMS, RefinementInputs, partition_objective
 from gprune.stages.base import require_finite_loss, saved_settings
 
 
@@ -42,9 +42,7 @@ class AssignmentRefinement(L.LightningModule):
         super().__init__()
         self.inputs, self.start, self.final_tau = inputs, labels, final_tau
         self.settings = s = saved_settings(self, PartitionConfig, settings, ignore=("inputs", "labels"))
-        self.weights = ObjectiveWeights(
-            s.similarity_weight, s.drift_weight, s.consistency_weight, s.balance_weight, s.entropy_weight
-        )
+        self.weights = {term: getattr(s, f"{term}_weight") for term in TERMS}
         K = 1 + max(int(y.max()) for y in labels)
         A = torch.zeros(*inputs.valid.shape, K)
         for block, y in zip(A, labels, strict=True):
@@ -82,7 +80,7 @@ class AssignmentRefinement(L.LightningModule):
         Small modules are merged as in the first partition, K being the number of modules that it has left.
         """
         x, w = self.inputs.to("cpu"), self.weights
-        joint = torch.cat([w.similarity * x.embedding, w.drift * x.drift, w.consistency * x.shifts], -1)
+        joint = torch.cat([w["similarity"] * x.embedding, w["drift"] * x.drift, w["consistency"] * x.shifts], -1)
         out = []
         for y, features, logits in zip(self.start, joint, self.logits.cpu(), strict=True):
             N, K = len(y), int(y.max()) + 1

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from gprune.errors import UserError
+from gprune.errors import quoting
 
 MOST = 2**28  # bytes of a JSON file: 50 rows of 100,000 windows each are 100 MB
 
@@ -40,10 +40,8 @@ def read_text(path: Path | str, *, pipe: bool = False) -> str:
 
 def needed_text(path: Path, expected: str) -> str:
     """As `read_text`; a UserError names the file and what it should hold if it cannot be read."""
-    try:
+    with quoting(f"{path}: expected {expected}, but it cannot be read (", ")."):
         return read_text(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected {expected}, but it cannot be read ({error}).") from error
 
 
 def regular_file(path: Path | str, *, pipe: bool = False) -> os.stat_result:

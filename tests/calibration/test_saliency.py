@@ -5,24 +5,19 @@ The metrics that read it are held against per-window gradients in `test_importan
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from gprune.calibration.collector import Collector, collect
-from gprune.calibration.saliency import StreamingGradients, channel_saliency, window_saliency
+from gprune.calibration.saliency import StreamingGradients, window_saliency
 from gprune.calibration.statistics import Saliency, kind_of, pooled
 from gprune.errors import UserError
-from gprune.models.blocks import blocks_of
 from tests.calibration.test_collector import batches, hooks_of, recorded
 from tests.conftest import make_tiny_llama
 
 BOTH = ("ffn", "attention")
 TERMS = tuple(Saliency.__dataclass_fields__)
-SHAPES = [{}, {"num_key_value_heads": 1}, {"num_key_value_heads": 4}, {"head_dim": 12}]
 
 
 def terms(statistics) -> dict[str, torch.Tensor]:
@@ -62,42 +57,6 @@ def test_a_half_without_windows_is_zero():
     zero, one, whole = (window_saliency(torch.ones(2, 3), metric.compute(), columns=False)[i] for i in (1, 0, 2))
     assert all(torch.equal(getattr(zero, name), torch.zeros(2, dtype=torch.float64)) for name in TERMS)
     assert all(torch.equal(getattr(one, name), getattr(whole, name)) for name in TERMS)
-
-
-def autograd(model, tokens: torch.Tensor, index: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Sums over windows of one block's weight gradients and squares by part, as `StreamingGradients` has them."""
-    free = copy.deepcopy(model).requires_grad_(True)
-    block = blocks_of(free)[index]
-    sums = {
-        name: {kind: torch.zeros(2, *part.weight.shape) for kind in ("gradient", "square")} | {"count": torch.zeros(2)}
-        for name, part in block.parts.items()
-    }
-    for number, window in enumerate(tokens):
-        free.zero_grad()
-        F.cross_entropy(free(window[None]).logits[0, :-1], window[1:]).backward()
-        for name, part in block.parts.items():
-            g = part.host.weight.grad
-            sums[name]["gradient"][number % 2] += g
-            sums[name]["square"][number % 2] += g**2
-            sums[name]["count"][number % 2] += 1
-    return sums
-
-
-@pytest.mark.parametrize("overrides", SHAPES)
-def test_query_heads_share_the_terms_of_their_keys_and_values_equally(overrides, token_batch):
-    model = make_tiny_llama(**overrides)
-    block, sums = blocks_of(model)[1], autograd(model, token_batch, 1)
-    whole = channel_saliency(block, "attention", sums.__getitem__)[2]
-    own = [window_saliency(getattr(block, p).weight, sums[p], columns=p == "output")[2] for p in ("query", "output")]
-    shared = [window_saliency(getattr(block, p).weight, sums[p], columns=False)[2] for p in ("key", "value")]
-    heads, d = block.channels_per_group // block.head_dim, block.head_dim
-    for name in TERMS:
-        for channel in range(block.output.in_features):
-            row = channel // d // heads * d + channel % d
-            expected = sum(getattr(t, name)[channel] for t in own) + sum(getattr(t, name)[row] for t in shared) / heads
-            assert float(getattr(whole, name)[channel]) == pytest.approx(float(expected), rel=1e-12)
-        total = sum(getattr(t, name).sum() for t in (*own, *shared))  # everything once
-        assert float(getattr(whole, name).sum()) == pytest.approx(float(total), rel=1e-12)
 
 
 def test_halves_are_those_of_their_own_windows_alone(tiny_model, token_batch):

@@ -112,13 +112,12 @@ def demo_windows(start, count, seq_len=4):
     return Windows(f"corpus{start}", "train", tokens)
 
 
-def test_items_know_their_window_corpus_and_half():
+def test_items_know_their_window_and_half():
     """The halves of a corpus are its earlier and its later windows."""
     dataset = TokenDataset([demo_windows(0, 3), demo_windows(3, 4), demo_windows(7, 1)])
     items = [dataset[(index, 0.0)] for index in range(len(dataset))]
     assert [item["input_ids"].tolist() for item in items] == torch.arange(32).view(8, 4).tolist()
     assert [item["index"] for item in items] == list(range(8))
-    assert [item["corpus"] for item in items] == [0, 0, 0, 1, 1, 1, 1, 2]
     assert [item["half"] for item in items] == [0, 0, 1, 0, 0, 1, 1, 0]
     assert items[4]["weight"].dtype == torch.float32
 

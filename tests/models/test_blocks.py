@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import json
 
-import pytest
 import torch
 
-from gprune.models.blocks import blocks_of
 from gprune.models.loading import fingerprint, load_model
-from tests.conftest import make_tiny_llama
 from tests.tiny_run import save_tiny_model
-
-
-@pytest.mark.parametrize("biases", [False, True])
-def test_blocks_say_what_a_unit_costs(biases):
-    """Biases of down and output stay whole: they belong to no unit."""
-    for block in blocks_of(make_tiny_llama(attention_bias=biases, mlp_bias=biases)):
-        assert (block.neurons, block.kv_groups, block.channels_per_group) == (48, 2, 16)
-        assert block.neuron_cost == 2 * (32 + biases) + 32
-        assert block.group_cost == 8 * 2 * (32 + biases) + 16 * (32 + biases + 32)
 
 
 def test_a_fingerprint_is_the_content_not_the_place(tmp_path):

@@ -18,11 +18,12 @@ from gprune.partition.initial import (
     standardised,
 )
 from gprune.partition.objective import (
-    ObjectiveWeights,
     RefinementInputs,
     partition_objective,
     refinement_inputs,
 )
+
+WEIGHTS = {"similarity": 1.0, "drift": 1.0, "consistency": 2.0, "balance": 0.1, "entropy": 0.1}
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -170,12 +171,12 @@ def random_inputs(sizes: list[int], seed: int = 0) -> RefinementInputs:
 @pytest.mark.parametrize("sharpness", [0.01, 1.0, 30.0])
 @pytest.mark.parametrize("K", [1, 2, 5])
 def test_terms_lie_in_their_stated_ranges(sharpness, K):
-    terms = partition_objective(sharpness * normal(2, 90, K), 0.7, random_inputs([90, 70]), ObjectiveWeights())
+    terms = partition_objective(sharpness * normal(2, 90, K), 0.7, random_inputs([90, 70]), WEIGHTS)
     for name in ("similarity", "drift", "balance", "entropy"):
         assert ((terms[name] >= -1e-5) & (terms[name] <= 1 + 1e-5)).all(), name
     assert (terms["consistency"] <= 1).all()
     signs = {"similarity": 1, "drift": 1, "consistency": -1, "balance": 1, "entropy": 1}
-    total = sum(sign * getattr(ObjectiveWeights(), name) * terms[name] for name, sign in signs.items())
+    total = sum(sign * WEIGHTS[name] * terms[name] for name, sign in signs.items())
     torch.testing.assert_close(terms["total"], total)
 
 
@@ -187,20 +188,20 @@ def test_terms_at_their_ends():
         [normal(K, 6)[labels]], [torch.arange(K).float()[labels]], [0.5 + 0.1 * shifts[:, labels]]
     )
     decided = 50 * torch.nn.functional.one_hot(labels, K).float()[None]
-    terms = partition_objective(decided, 1.0, inputs, ObjectiveWeights())
+    terms = partition_objective(decided, 1.0, inputs, WEIGHTS)
     for name, value in {"similarity": 0, "drift": 0, "balance": 0, "entropy": 0}.items():
         assert float(terms[name]) == pytest.approx(value, abs=1e-4), name
     assert float(terms["consistency"]) == pytest.approx(1 - (K - 1) / (N - 1), abs=1e-4)
-    undecided = partition_objective(torch.zeros(1, N, K), 1.0, inputs, ObjectiveWeights())
+    undecided = partition_objective(torch.zeros(1, N, K), 1.0, inputs, WEIGHTS)
     for name, value in {"similarity": 1, "drift": 1, "balance": 0, "entropy": 1}.items():
         assert float(undecided[name]) == pytest.approx(value, abs=1e-4), name
     one = 50 * torch.nn.functional.one_hot(torch.zeros(N, dtype=torch.long), K).float()[None]
-    assert float(partition_objective(one, 1.0, inputs, ObjectiveWeights())["balance"]) == pytest.approx(1, abs=1e-4)
+    assert float(partition_objective(one, 1.0, inputs, WEIGHTS)["balance"]) == pytest.approx(1, abs=1e-4)
 
 
 def test_objective_against_float64_loops():
     logits, inputs, tau = normal(1, 50, 3), random_inputs([50]), 0.6
-    terms = partition_objective(logits, tau, inputs, ObjectiveWeights())
+    terms = partition_objective(logits, tau, inputs, WEIGHTS)
     A = logits[0].double().numpy() / tau
     P = np.exp(A - A.max(1, keepdims=True))
     P /= P.sum(1, keepdims=True)
@@ -223,7 +224,7 @@ def test_gradient_is_finite_where_probabilities_underflow_and_zero_at_padding(ta
     logits[:, :, 3] = -20.0  # how AssignmentRefinement closes a module
     logits[0, :10, 0] = 200.0  # the others underflow to 0
     logits.requires_grad_()
-    partition_objective(logits, tau, random_inputs([90, 61]), ObjectiveWeights())["total"].sum().backward()
+    partition_objective(logits, tau, random_inputs([90, 61]), WEIGHTS)["total"].sum().backward()
     assert bool(torch.isfinite(logits.grad).all())
     assert torch.equal(logits.grad[1, 61:], torch.zeros(29, 4))
     assert logits.grad[1, :61].abs().sum() > 0
@@ -233,7 +234,7 @@ def test_gradient_against_finite_differences():
     inputs = RefinementInputs(**{name: v.double() for name, v in vars(random_inputs([20, 15])).items()})
     logits = normal(2, 20, 3).double().requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda A: partition_objective(A, 0.5, inputs, ObjectiveWeights())["total"], (logits,), atol=1e-6, rtol=1e-4
+        lambda A: partition_objective(A, 0.5, inputs, WEIGHTS)["total"], (logits,), atol=1e-6, rtol=1e-4
     )
 
 
@@ -243,8 +244,8 @@ def test_padding_changes_nothing():
         narrow.embedding[1:, :61], narrow.drift[1:, :61], narrow.shifts[1:, :61], narrow.valid[1:, :61]
     )
     logits = normal(2, 90, 4)
-    batched = partition_objective(logits, 0.5, wide, ObjectiveWeights())
-    single = partition_objective(logits[1:, :61], 0.5, alone, ObjectiveWeights())
+    batched = partition_objective(logits, 0.5, wide, WEIGHTS)
+    single = partition_objective(logits[1:, :61], 0.5, alone, WEIGHTS)
     for name in batched:
         assert float(batched[name][1]) == pytest.approx(float(single[name][0]), abs=1e-6), name
 
@@ -255,7 +256,7 @@ def test_consistency_of_random_partitions_is_zero():
     for seed in range(10):
         labels = torch.randint(5, (400,), generator=torch.Generator().manual_seed(seed))
         logits = 60 * torch.nn.functional.one_hot(labels, 5).float()[None]
-        values.append(float(partition_objective(logits, 1.0, inputs, ObjectiveWeights())["consistency"]))
+        values.append(float(partition_objective(logits, 1.0, inputs, WEIGHTS)["consistency"]))
     assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(10) + 1e-4
     assert max(map(abs, values)) < 0.02
 
@@ -268,4 +269,4 @@ def test_mixing_weak_and_strong_neurons_earns_nothing():
     labels = torch.minimum(quarter, 7 - quarter)
     inputs = refinement_inputs([normal(600, 4)], [normal(600)], [ranks])
     logits = 60 * torch.nn.functional.one_hot(labels, 4).float()[None]
-    assert abs(float(partition_objective(logits, 1.0, inputs, ObjectiveWeights())["consistency"])) < 0.02
+    assert abs(float(partition_objective(logits, 1.0, inputs, WEIGHTS)["consistency"])) < 0.02

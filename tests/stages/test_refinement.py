@@ -10,14 +10,9 @@ from sklearn.metrics import adjusted_rand_score
 
 from gprune.config import PartitionConfig
 from gprune.partition.initial import minimum_size
-from gprune.partition.objective import ObjectiveWeights, refinement_inputs
+from gprune.partition.objective import refinement_inputs
 from gprune.stages.refinement import AssignmentRefinement
 from tests.stages.test_threshold_learning import trainer_of
-
-WEIGHTINGS = {
-    "default": ObjectiveWeights(),
-    "more_consistency": ObjectiveWeights(similarity=1.0, drift=1.0, consistency=2.0, balance=0.1, entropy=0.1),
-}
 
 
 def planted_block(N: int, K: int, generator: torch.Generator, noise: float = 0.5):
@@ -51,9 +46,8 @@ def planted(sizes: list[int], modules: list[int], seed: int, wrong: float = 0.3)
     return refinement_inputs(*map(list, list(zip(*blocks, strict=True))[1:])), [b[0] for b in blocks], start
 
 
-def refinement(inputs, start, weights=None, kind=AssignmentRefinement, final_tau=0.2, **settings):
-    weights = {f"{name}_weight": value for name, value in vars(weights or ObjectiveWeights()).items()}
-    return kind(inputs, start, PartitionConfig(**weights, **settings), final_tau=final_tau)
+def refinement(inputs, start, kind=AssignmentRefinement, final_tau=0.2, **settings):
+    return kind(inputs, start, PartitionConfig(**settings), final_tau=final_tau)
 
 
 def refine(inputs, start, **options) -> AssignmentRefinement:
@@ -62,13 +56,12 @@ def refine(inputs, start, **options) -> AssignmentRefinement:
     return stage
 
 
-@pytest.mark.parametrize("weights", WEIGHTINGS.values(), ids=WEIGHTINGS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_planted_modules_are_recovered(seed, weights):
+def test_planted_modules_are_recovered(seed):
     inputs, truth, start = planted([240, 200], [4, 4], seed)
     at_start = [adjusted_rand_score(t, y) for t, y in zip(truth, start, strict=True)]
     assert max(at_start) < 0.6
-    stage = refine(inputs, start, weights=weights)
+    stage = refine(inputs, start)
     found = [adjusted_rand_score(t, y) for t, y in zip(truth, stage.labels(), strict=True)]
     assert min(found) >= 0.9, found
     wrong = sum(int((t != y).sum()) for t, y in zip(truth, start, strict=True))
@@ -77,7 +70,7 @@ def test_planted_modules_are_recovered(seed, weights):
 
 def test_the_consistency_term_alone_finds_modules_that_move_together():
     inputs, truth, start = planted([240], [4], seed=3)
-    stage = refine(inputs, start, weights=ObjectiveWeights(similarity=0.0, drift=0.0, consistency=1.0))
+    stage = refine(inputs, start, similarity_weight=0.0, drift_weight=0.0, consistency_weight=1.0)
     assert adjusted_rand_score(truth[0], stage.labels()[0]) >= 0.9
 
 
