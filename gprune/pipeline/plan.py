@@ -103,12 +103,12 @@ def device_for(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.device:
 
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
     """Raise UserError where this model's blocks or positions, or this machine, cannot do what the flags ask for."""
-    if cfg.export.format == "gguf" and not has_llama_cpp():
-        raise UserError(
-            f"--export gguf: expected a llama.cpp build to check the file with; got none. Run `pip install "
-            f"{LLAMA_CPP}`, or take --export hf, and then `gprune export` with --unchecked."
-        )
     if cfg.export.format == "gguf":
+        if not has_llama_cpp():
+            raise UserError(
+                f"--export gguf: expected a llama.cpp build to check the file with; got none. Run `pip install "
+                f"{LLAMA_CPP}`, or take --export hf, and then `gprune export` with --unchecked."
+            )
         check_expressible(blocks, config)
     if cfg.model.device_map is not None and cfg.export.dtype not in (None, cfg.model.dtype):
         raise UserError(

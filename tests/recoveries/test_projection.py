@@ -11,11 +11,10 @@ import torch
 from gprune.calibration.collector import collect
 from gprune.calibration.moments import add_gram, fill_gram
 from gprune.calibration.statistics import ChannelStatistics, Moments
-from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
-from gprune.recoveries import RECOVERY, Material, Recovery, recovery
+from gprune.recoveries import RECOVERY, Material, recovery
 from gprune.recoveries.contract import Projection
 from tests.calibration.test_collector import batches, recorded
 from tests.tiny_families import some_masks
@@ -149,35 +148,9 @@ def test_of_a_models_blocks_both_projections_are_solved(tiny_model, token_batch)
 # The contract
 
 
-class Doubled(Recovery):
-    """Of a whole model: every down projection twice as large."""
-
-    needs = frozenset({"text"})
-
-    def tune(self, material, pruned):
-        assert [ids.shape for ids in material.batches] == [(2, 8), (1, 8)]
-        for block in blocks_of(pruned):
-            block.down.set(2 * block.down.weight, None)
-        return pruned
-
-
 @pytest.fixture
 def scratch_registry(monkeypatch):
     monkeypatch.setattr(RECOVERY, "_entries", dict(RECOVERY._entries))
-
-
-@pytest.mark.usefixtures("scratch_registry")
-def test_a_recovery_of_the_whole_model_is_one_class(tiny_model, token_batch):
-    recovery("doubled")(Doubled)
-    masks = some_masks(tiny_model, attention=False)
-    text = [Windows("demo", "train", token_batch[:3, :8].clone())]
-    material = Material(tiny_model, masks, text=text, batch_size=2)
-    found = RECOVERY["doubled"]
-    assert (found.name, found.needs, found.revise(material)) == ("doubled", {"text"}, None)
-    plain = prune(tiny_model, masks)
-    tuned = found.tune(material, prune(tiny_model, masks))
-    for one, two in zip(blocks_of(plain), blocks_of(tuned), strict=True):
-        assert torch.equal(2 * one.down.weight, two.down.weight)
 
 
 @pytest.mark.usefixtures("scratch_registry")
