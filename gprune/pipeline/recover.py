@@ -113,12 +113,8 @@ def material_of(run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistic
 def fit_once(run: Run, path: str, row: Stage) -> Callable[..., None]:
     """`Material.fit` of one pruned model: trains each stage once, also if the process is killed in between.
 
-    What a stage has learned is kept in the run folder, and a recovery that is taken up gets it back. The files are
-    numbered in the order of calls, which is the same each time.
-
-    Args:
-        path: what the names of the files begin with, in the run folder.
-        row: whose model it is, as curves are called.
+    What a stage has learned is kept in the run folder, and a recovery that is taken up gets it back. The names of files
+    begin with `path`, and are numbered in the order of calls, which is the same each time.
     """
     calls, c, t = itertools.count(), run.cfg.corpora, run.cfg.trainer
 

@@ -107,11 +107,7 @@ class PrunedPrefix:
             block.layer.to(home)
 
     def _pass_dense(self, block: Block) -> dict[str, list[Tensor]]:
-        """Take the dense stream through a block.
-
-        Returns:
-            Targets behind each projection that lost channels, batch by batch: (tokens, H), model's dtype, on the CPU.
-        """
+        """Take the dense stream through a block; returns targets of its projections, (tokens, H) of each batch."""
         parts = self.lost[block.index]
         targets: dict[str, list[Tensor]] = {part: [] for part in parts}
         with resident(block.layer), watched(block, parts) as seen:
@@ -141,12 +137,9 @@ class PrunedPrefix:
         place.set((place.weight.double() + correction).to(place.weight.dtype), None)
 
     def _behind(self, block: Block, part: str, output: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """What has to equal the dense model's behind a projection, (tokens, H), model's dtype: stream or output.
+        """What has to equal the dense model's behind a projection, (tokens, H): the stream, or the projection's output.
 
-        Args:
-            output: of the projection, (tokens, H) or (B, T, H).
-            before: hidden states that enter the block, (B, T, H).
-            after: hidden states that leave it, with both contributions where attention and FFN stand side by side.
+        `before` enters the block, and `after` leaves it, with both parts where attention and FFN stand side by side.
         """
         if not block.joins_residual(part):
             return output.flatten(0, -2)

@@ -216,9 +216,8 @@ def log_perplexities(
 ) -> None:  # fmt: skip
     """Log perplexities of corpora under `<stage>/perplexity/<corpus>`, with their values on x axes.
 
-    Args:
-        development_tokens: where they are a point of the run's own curve, `development/perplexity`, which is their
-            geometric mean: the tokens that its model has learned from, of all stages.
+    With `development_tokens`, that the run's model has learned from in all stages, they are a point of the run's own
+    curve too, `development/perplexity`: their geometric mean.
     """
     labels = corpus_labels(values)
     points = axes | {f"{stage}/perplexity/{key_part(labels[corpus])}": value for corpus, value in values.items()}
