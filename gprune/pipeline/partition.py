@@ -100,17 +100,12 @@ def partitioned(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
 
 
 def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: list[Tensor]) -> list[Tensor]:
-    """Step 5: fit the refiner, and note how far it went."""
+    """Step 5: fit the refiner."""
     run.step(5, "Refining")
     p = run.cfg.partition
     inputs = refinement_inputs(embeddings, [d.drift for d in drift], [d.ranks for d in drift])
     stage = REFINER[p.refiner](inputs, labels, p, **run.cfg.options.get(p.refiner, {}))
     run.trainer("Refining modules", max_epochs=1, log_every_n_steps=10).fit(stage)
-    if history := getattr(stage, "history", None):
-        moved, neurons = stage.moved(), sum(map(len, labels))
-        about = {"moved": moved, "neurons": neurons, "terms_at_start": history[0], "terms_at_end": history[-1]}
-        run.folder.update_manifest(refinement=about)
-        log.info("Refinement moved %d of %d neurons", moved, neurons)
     pairs = zip(stage.labels(), labels, strict=True)
     refined = [REFINER.checked(p.refiner, "labels", y, old.shape, of="whole numbers") for y, old in pairs]
     if any(y.min() < 0 or not torch.bincount(y).all() for y in refined):

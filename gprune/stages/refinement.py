@@ -86,8 +86,3 @@ class AssignmentRefinement(L.LightningModule):
             N, K = len(y), int(y.max()) + 1
             out.append(merge_small(logits[:N].argmax(-1), features[:N], min_size=min(minimum_size(N, K), N)))
         return out
-
-    def moved(self) -> int:
-        """Neurons whose most likely module is no longer the one they started in."""
-        hard = self.logits.detach().cpu().argmax(-1)
-        return sum(int((h[: len(y)] != y).sum()) for h, y in zip(hard, self.start, strict=True))
