@@ -81,7 +81,7 @@ def check(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> Plan:
     costs = unit_costs(blocks, scope=s.scope, protect=s.protect, uniform=s.uniform_width)
     budget = Budget.of(costs, s.target, s.width_multiple)
     if ALLOCATION[cfg.base_allocation].whole_blocks:
-        check_depth(blocks, budget, config)
+        check_depth(blocks, budget)
     if cfg.learns:
         for sparsity in cfg.evaluation.curve:
             budget.at(sparsity)
@@ -127,14 +127,8 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
         )
 
 
-def check_depth(blocks: Sequence[Block], budget: Budget, config: PreTrainedConfig) -> None:
-    """Raise UserError unless whole blocks can meet the target with one left, and no block depends on its index."""
-    for name, plain in (("scale_attn_by_inverse_layer_idx", False), ("decoder_sparse_step", 1)):
-        if getattr(config, name, plain) != plain:
-            raise UserError(
-                f"--sparsity.allocation depth: expected blocks that compute alike in any place, but {name} of this "
-                f"model is {getattr(config, name)}; take another allocation."
-            )
+def check_depth(blocks: Sequence[Block], budget: Budget) -> None:
+    """Raise UserError unless whole blocks can meet the target with one left."""
     protected = budget.costs.protected
     gone = [block.cost for block in blocks if block.index not in protected]
     removable = sum(gone) - (0 if protected else max(gone))

@@ -64,9 +64,6 @@ def test_planted_modules_are_recovered(seed):
     stage = refine(inputs, start)
     found = [adjusted_rand_score(t, y) for t, y in zip(truth, stage.labels(), strict=True)]
     assert min(found) >= 0.9, found
-    wrong = sum(int((t != y).sum()) for t, y in zip(truth, start, strict=True))
-    moved = sum(int((y != old).sum()) for y, old in zip(stage.labels(), start, strict=True))
-    assert abs(moved - wrong) <= 0.1 * wrong  # the wrong ones moved, the others stayed
 
 
 def test_the_consistency_term_alone_finds_modules_that_move_together():
