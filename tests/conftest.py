@@ -9,13 +9,16 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
+from collections.abc import Iterable
 
 import hypothesis
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import gprune.pipeline.prune  # noqa: F401 - all that runs import, before `pytest_collection_finish`
+from gprune.calibration.collector import Collector
+from gprune.calibration.statistics import CorpusStatistics
 from gprune.importance import IMPORTANCE
 from tests import built_in
 
@@ -53,6 +56,21 @@ def make_tiny_llama(**overrides) -> LlamaForCausalLM:
     } | overrides
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**settings)).eval().requires_grad_(False)
+
+
+def collect(
+    model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], *, gram: bool = False, saliency=()
+) -> CorpusStatistics:
+    """Statistics of a corpus from one pass over its batches; without `half` its windows take turns by `index`."""
+    with Collector(model, gram=gram, saliency=saliency) as collector:
+        for batch in batches:
+            half = batch["half"] if "half" in batch else batch["index"] % 2
+            collector.observe(batch["input_ids"], half, batch.get("weight"))
+    return collector.compute()
+
+
+def hooks_of(model: torch.nn.Module) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gprune.calibration.collector import collect
 from gprune.errors import UserError
 from gprune.importance import IMPORTANCE, metric
 from gprune.importance.scores import score_units
@@ -23,7 +22,7 @@ from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.returned import checked_masks
 from tests import built_in
 from tests.calibration.test_collector import batches
-from tests.conftest import make_tiny_llama
+from tests.conftest import collect, make_tiny_llama
 from tests.tiny_families import some_masks
 
 

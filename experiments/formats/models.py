@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import gprune
-from gprune.calibration.collector import collect
+from gprune.calibration.collector import Collector
 from gprune.export import hf
 from gprune.export.gguf_check import CHECK_TEXT
 from gprune.importance.scores import score_units
@@ -61,7 +61,9 @@ def pruned(dense: PreTrainedModel, ids: Tensor, uniform: bool, groups: bool) -> 
     """
     half = ids[:, : ids.shape[1] // 2 * 2].view(2, -1)
     blocks, generator = blocks_of(dense), torch.Generator().manual_seed(0)
-    scores = score_units("wanda_sp", blocks, collect(dense, [{"input_ids": half, "index": torch.arange(2)}]))
+    with Collector(dense) as collector:
+        collector.observe(half, torch.arange(2))
+    scores = score_units("wanda_sp", blocks, collector.compute())
     budget = Budget.of(unit_costs(blocks, scope="ffn", uniform=uniform), SPARSITY, WIDTH_MULTIPLE)
     margins = [(s / s.mean()).log() + torch.randn(1, generator=generator) / 4 for s in scores.ffn]
     masks = keep_masks(budget, margins)

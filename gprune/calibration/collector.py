@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -166,18 +166,3 @@ class Collector:
         by_part = [part for gradients in self.gradients.values() for parts in gradients for part in parts.values()]
         for metric in (*self.turns, *chain(*self.metrics.values()), *by_part):
             metric.__dict__.clear()
-
-
-def collect(
-    model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *, gram: bool = False, saliency: Collection[str] = ()
-) -> CorpusStatistics:
-    """Statistics of a corpus from one pass over batches of `input_ids` (B, T), `half` (B,) and perhaps `weight` (B,).
-
-    Without `half` windows alternate by `index` (B,), their positions in the corpus; halves are then too much alike
-    where neighbouring windows share a text.
-    """
-    with Collector(model, gram=gram, saliency=saliency) as collector:
-        for batch in batches:
-            half = batch["half"] if "half" in batch else batch["index"] % 2
-            collector.observe(batch["input_ids"], half, batch.get("weight"))
-    return collector.compute()

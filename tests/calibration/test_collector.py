@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gprune.calibration.collector import Collector, collect
+from gprune.calibration.collector import Collector
 from gprune.calibration.moments import StreamingMoments, StreamingTurn
 from gprune.calibration.projections import EXTRAS
 from gprune.calibration.statistics import CorpusStatistics, Moments, kind_of, pooled
@@ -15,7 +15,7 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.stages.calibration import CalibrationStage
-from tests.conftest import make_tiny_llama
+from tests.conftest import collect, hooks_of, make_tiny_llama
 
 KINDS = {"ffn": lambda layer: layer.mlp.down_proj, "attention": lambda layer: layer.self_attn.o_proj}
 
@@ -65,10 +65,6 @@ def assert_moments(moments: Moments, x: np.ndarray, rtol: float = 1e-6) -> None:
     assert (np.abs(moments.sum.numpy() - x.sum(0)) <= rtol * scale).all()
     np.testing.assert_allclose(moments.sum_sq.numpy(), (x**2).sum(0), rtol=rtol)
     np.testing.assert_allclose(moments.variance.numpy(), x.var(0), rtol=1e-5, atol=1e-6 * (x**2).mean())
-
-
-def hooks_of(model) -> int:
-    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 
 def same(a: CorpusStatistics, b: CorpusStatistics, rtol: float) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from gprune.calibration import layerwise as walking
-from gprune.calibration.collector import collect
 from gprune.calibration.layerwise import Walk
 from gprune.calibration.projections import OUTPUT_PROJECTIONS
 from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_bytes, pooled
@@ -19,6 +18,7 @@ from gprune.models.families import FAMILIES
 from gprune.sparsity.gates import masked
 from gprune.storage.files import read_tensors, write_tensors
 from tests import tiny_run
+from tests.conftest import collect
 from tests.tiny_families import make_tiny, some_masks
 
 EXPERTS = [name for name, family in FAMILIES.items() if family.experts]

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from gprune.calibration.collector import Collector, collect
+from gprune.calibration.collector import Collector
 from gprune.calibration.saliency import StreamingGradients, window_saliency
 from gprune.calibration.statistics import Saliency, kind_of, pooled
 from gprune.errors import UserError
-from tests.calibration.test_collector import batches, hooks_of, recorded
-from tests.conftest import make_tiny_llama
+from tests.calibration.test_collector import batches, recorded
+from tests.conftest import collect, hooks_of, make_tiny_llama
 
 BOTH = ("ffn", "attention")
 TERMS = tuple(Saliency.__dataclass_fields__)

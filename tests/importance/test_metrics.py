@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 
 import gprune
-from gprune.calibration.collector import collect
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
@@ -28,7 +27,7 @@ from gprune.importance.weights import ffn_weights
 from gprune.models.blocks import blocks_of
 from tests import built_in
 from tests.calibration.test_collector import batches, recorded
-from tests.conftest import make_tiny_llama
+from tests.conftest import collect, make_tiny_llama
 from tests.tiny_families import make_tiny
 
 BUILT_IN = built_in.METRICS

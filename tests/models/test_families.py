@@ -20,7 +20,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig
 from transformers.pytorch_utils import Conv1D
 
 import gprune
-from gprune.calibration.collector import collect
 from gprune.cli import main
 from gprune.config.parse import parse
 from gprune.errors import UserError
@@ -36,6 +35,7 @@ from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import gated, masked
 from tests import tiny_run
+from tests.conftest import collect
 from tests.tiny_families import SIZES, make_tiny, some_masks
 
 EXPERTS = [name for name, family in FAMILIES.items() if family.experts]

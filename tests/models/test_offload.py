@@ -15,7 +15,6 @@ from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM
 
 from experiments import large
-from gprune.calibration.collector import collect
 from gprune.checks import memory_limits
 from gprune.cli import main
 from gprune.config.parse import parse
@@ -40,6 +39,7 @@ from gprune.runs.results import load_run
 from gprune.storage.files import locked, read_json
 from tests import tiny_run
 from tests.calibration.test_layerwise import assert_same_bits, assert_same_run, batches, walk_over
+from tests.conftest import collect
 from tests.models.test_families import EXPERTS
 from tests.tiny_families import make_tiny, some_masks
 

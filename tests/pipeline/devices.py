@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gprune.calibration.collector import collect
 from gprune.calibration.layerwise import Walk
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import DistillConfig, SparsityConfig
@@ -33,6 +32,7 @@ from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import start_thresholds
 from gprune.stages.threshold_learning import ThresholdLearning
+from tests.conftest import collect
 from tests.pretend import TYPE, Devices, placed, pretend
 from tests.tiny_families import make_tiny, some_masks
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from gprune.calibration.collector import collect
 from gprune.calibration.moments import add_gram, fill_gram
 from gprune.calibration.statistics import ChannelStatistics, Moments
 from gprune.errors import UserError
@@ -17,6 +16,7 @@ from gprune.models.surgery import prune
 from gprune.recoveries import RECOVERY, Material, recovery
 from gprune.recoveries.contract import Projection
 from tests.calibration.test_collector import batches, recorded
+from tests.conftest import collect
 from tests.tiny_families import some_masks
 
 H, C, TOKENS = 10, 24, 400

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from gprune.calibration.collector import collect
 from gprune.cli import main
 from gprune.config.parse import parse
 from gprune.errors import UserError
@@ -26,6 +25,7 @@ from gprune.recoveries.prefix import PrunedPrefix, lost
 from gprune.storage.files import read_json
 from tests import tiny_run
 from tests.calibration.test_layerwise import assert_same_run
+from tests.conftest import collect
 from tests.tiny_families import make_tiny, some_masks
 
 DENSE = [name for name, family in FAMILIES.items() if not family.experts]

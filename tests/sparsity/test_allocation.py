@@ -9,7 +9,6 @@ import pytest
 import torch
 from scipy.stats import rankdata
 
-from gprune.calibration.collector import collect
 from gprune.importance.scores import Scores, score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
@@ -19,7 +18,7 @@ from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
 from tests import tiny_run
 from tests.calibration.test_collector import batches, recorded
-from tests.conftest import make_tiny_llama
+from tests.conftest import collect, make_tiny_llama
 
 BUILT_IN = [name for name in ALLOCATION if not ALLOCATION[name].modules and name != "depth"]
 

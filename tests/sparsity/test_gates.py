@@ -11,7 +11,7 @@ import torch
 
 from gprune.models.masks import Masks
 from gprune.sparsity.gates import gated, masked, soft_gate, straight_through
-from tests.conftest import make_tiny_llama
+from tests.conftest import hooks_of, make_tiny_llama
 
 
 def some_masks(seed: int = 0, depth: int = 3) -> Masks:
@@ -92,10 +92,6 @@ def zeroed(model, masks: Masks):
         for g in (~groups).nonzero()[:, 0].tolist():
             layer.self_attn.o_proj.weight.data[:, g * channels : (g + 1) * channels] = 0
     return model
-
-
-def hooks_of(model) -> int:
-    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 
 @pytest.mark.parametrize("overrides", [{}, {"num_key_value_heads": 4}, {"mlp_bias": True, "attention_bias": True}])

@@ -25,8 +25,9 @@ from gprune.stages.distillation import DistillationStage
 from gprune.stages.refinement import AssignmentRefinement
 from gprune.stages.threshold_learning import ThresholdLearning
 from tests import built_in, tiny_run
+from tests.conftest import hooks_of
 from tests.stages.test_refinement import planted, refinement
-from tests.stages.test_threshold_learning import hooks_of, make_stage, sampled_tokens, trainer_of
+from tests.stages.test_threshold_learning import make_stage, sampled_tokens, trainer_of
 from tests.tiny_families import some_masks
 
 

@@ -21,7 +21,7 @@ from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import gated, masked
 from gprune.sparsity.thresholds import masks_from_thresholds, start_thresholds
 from gprune.stages.threshold_learning import ThresholdLearning
-from tests.conftest import make_tiny_llama
+from tests.conftest import hooks_of, make_tiny_llama
 
 K = 4
 
@@ -126,10 +126,6 @@ def trainer_of(*callbacks: L.Callback, epochs: int = 1, **how) -> L.Trainer:
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, callbacks=list(callbacks), **how,
     )  # fmt: skip
-
-
-def hooks_of(model) -> int:
-    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 
 @torch.no_grad()
