@@ -30,7 +30,11 @@ def told():
     found = {name.partition(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)
     sys.stderr.write(json.dumps(sorted(name for name in found if not name.startswith("_"))))
 """
-TRAIN = IMPORTED + "from gprune.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n    told()"
+MAIN = "from gprune.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n    told()"
+TRAIN = IMPORTED + MAIN
+# The process ends where it would begin to import what is heavy.
+FIRST_LINE = "import gprune.cli as cli\ncli.quiet = lambda: (told(), sys.exit(0))\ncli.main(sys.argv[1:])"
+OWN = "import gprune\n@gprune.metric('mine', activation_free=True)\ndef mine(weights, moments, generator): ...\n"
 COMMANDS = """
 from gprune.__main__ import main
 for name in sys.argv[1:]:
@@ -58,29 +62,14 @@ def imported(code: str, *args: str, tmp_path: Path) -> tuple[str, set[str]]:
         (TRAIN, ["--print_config"], ["target: 0.5"]),
         (TRAIN, ["--sparsity.start", "owl", "--recovery", "distil"], ["Did you mean 'distill'?"]),
         (IMPORTED + COMMANDS, list(command.COMMANDS), [f"usage: gprune {name}" for name in command.COMMANDS]),
+        (IMPORTED + FIRST_LINE, ["--run.name", "first"], ["smollm2-135m: removing 50 % of ffn"]),
+        (IMPORTED + OWN + MAIN, ["--importance", "mine", "--print_config"], ["importance: mine"]),
     ],
-    ids=["help", "settings", "refusal", "commands"],
+    ids=["help", "settings", "refusal", "commands", "first line", "own metric"],
 )
 def test_help_and_refusals_wait_for_no_pytorch(code, args, words, tmp_path):
     said, packages = imported(code, *args, tmp_path=tmp_path)
     assert all(one in said for one in words)
-    assert not packages & HEAVY
-    assert len(packages) <= MOST, packages
-
-
-def test_the_first_line_of_a_run_waits_for_no_pytorch(tmp_path):
-    """It is written before anything heavy is imported: the process ends where it would begin to."""
-    stop = "import gprune.cli as cli\ncli.quiet = lambda: (told(), sys.exit(0))\ncli.main(sys.argv[1:])"
-    said, packages = imported(IMPORTED + stop, "--run.name", "first", tmp_path=tmp_path)
-    assert "smollm2-135m: removing 50 % of ffn" in said
-    assert not packages & HEAVY
-    assert len(packages) <= MOST, packages
-
-
-def test_a_name_of_a_users_own_is_known_to_flags_without_pytorch(tmp_path):
-    own = "import gprune\n@gprune.metric('mine', activation_free=True)\ndef mine(weights, moments, generator): ...\n"
-    said, packages = imported(own + TRAIN, "--importance", "mine", "--print_config", tmp_path=tmp_path)
-    assert "importance: mine" in said
     assert not packages & HEAVY
     assert len(packages) <= MOST, packages
 

@@ -7,6 +7,7 @@ assert main(world.args(folder / "runs")) == 0
 from __future__ import annotations
 
 import base64
+import json
 import logging
 import os
 import pty
@@ -15,7 +16,6 @@ import runpy
 import signal
 import socket
 import sys
-import tempfile
 import termios
 import time
 import traceback
@@ -24,18 +24,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import pytest
-import torch
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from gprune.checks import memory_limits
 from gprune.cli import main
-from gprune.export.reload import aligned
+from gprune.export import reload
 from gprune.runs.results import PruningResult, load_run
 from tests.conftest import make_tiny_llama
 
@@ -136,27 +135,10 @@ def isolated(cache: Path, **environment: str | None) -> Iterator[None]:
             ours.setLevel(before[2])
 
 
-def in_this_process(
-    folder: Path,
-    input_ids: torch.Tensor,
-    *,
-    device: str = "cpu",
-    attn_implementation: str | None = None,
-    device_map: str | None = None,
-    max_memory: dict[str, str] | None = None,
-) -> torch.Tensor:
-    """`gprune.export.hf.reloaded_logits` without the fresh process."""
-    settings = {"dtype": "auto", "trust_remote_code": True, "attn_implementation": attn_implementation}
-    with tempfile.TemporaryDirectory() as scratch:
-        if device_map is not None:
-            limits = None if max_memory is None else memory_limits(max_memory)
-            settings |= {"device_map": device_map, "max_memory": limits, "offload_folder": scratch}
-        model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
-        if device_map is None:
-            model = model.to(device)
-        aligned(model)
-        with torch.inference_mode():
-            return model(input_ids.to(device), use_cache=False).logits
+def in_this_process(command: list[str], *, input: str, **_: object) -> CompletedProcess[str]:
+    """`subprocess.run` of the export's check, without the fresh process."""
+    reload.main(json.loads(input))
+    return CompletedProcess(command, 0)
 
 
 # A PNG of one white pixel.
@@ -169,7 +151,7 @@ def quick(patch: pytest.MonkeyPatch, *, draw: bool = False) -> None:
     - The export is reloaded in this process. `tests/export/test_hf.py` and the scripts' own tests start a fresh one.
     - Figures are files of one pixel and there is no page, unless `draw`. `tests/report` draws them.
     """
-    patch.setattr("gprune.export.hf.reloaded_logits", in_this_process)
+    patch.setattr("gprune.export.hf.subprocess", SimpleNamespace(run=in_this_process))
     if not draw:
         patch.setattr("gprune.pipeline.prune.write_pages", lambda run: None)
         patch.setattr("matplotlib.figure.Figure.savefig", _not_drawn)

@@ -24,6 +24,12 @@ log = logging.getLogger("gprune")
 NUMBERS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "perplexity")  # of records, as W&B gets them
 
 
+def check(asked: Benchmarks) -> None:
+    """Raise UserError, before a model is loaded or a list of rows runs, where a package is missing for the tasks."""
+    if any(name != WIKITEXT for name in asked.tasks):
+        require_lm_eval()
+
+
 def evaluate(
     model: str, asked: Benchmarks, *, dense: bool = False, pruned: bool = True, output: Path | None = None
 ) -> tuple[list[dict[str, Any]], Path | None]:
@@ -41,8 +47,7 @@ def evaluate(
         UserError: without lm_eval, for a model, a task or data that cannot be had, and for an output that is no file
             of records.
     """
-    if any(name != WIKITEXT for name in asked.tasks):
-        require_lm_eval()
+    check(asked)
     subjects, default, key = subjects_of(
         model, dense=dense, dtype=asked.dtype, trust_remote_code=asked.trust_remote_code
     )

@@ -28,7 +28,7 @@ def aligned(model: torch.nn.Module) -> None:
 
 
 def main(request: dict[str, Any]) -> None:
-    """Load an exported folder in this fresh process and write the logits that the request asks for."""
+    """Load an exported folder and write the logits that the request asks for."""
     torch.set_num_threads(request["threads"])
     settings = request["load"]
     if settings["max_memory"] is not None:
@@ -41,9 +41,9 @@ def main(request: dict[str, Any]) -> None:
     tokens = load_file(request["tokens"])["input_ids"].to(request["device"])
     with torch.inference_mode():
         logits = model(tokens, use_cache=False).logits
-    assert "gprune" not in sys.modules, "the folder needs gprune to load"
     save_file({"logits": logits.cpu().contiguous()}, request["logits"])
 
 
 if __name__ == "__main__":
     main(json.load(sys.stdin))
+    assert "gprune" not in sys.modules, "the folder needs gprune to load"

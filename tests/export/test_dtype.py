@@ -21,7 +21,7 @@ from tests.tiny_families import make_tiny, some_masks
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
 def test_what_is_reloaded_is_the_model_in_that_dtype_to_the_bit(family, tmp_path, token_batch, monkeypatch):
-    monkeypatch.setattr(hf, "reloaded_logits", tiny_run.in_this_process)
+    tiny_run.quick(monkeypatch)
     model = make_tiny(family)
     small = prune(model, some_masks(model, attention=False))
     before = {name: parameter.data_ptr() for name, parameter in small.named_parameters()}

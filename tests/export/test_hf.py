@@ -19,10 +19,11 @@ from gprune.models.surgery import prune, widths
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import masked
+from tests import tiny_run
 from tests.conftest import make_tiny_llama
 from tests.models.test_surgery import GREEDY, depth, random_masks
 from tests.tiny_families import make_tiny
-from tests.tiny_run import WORDS, in_this_process, tiny_tokenizer
+from tests.tiny_run import WORDS, tiny_tokenizer
 
 NEURONS, GROUPS = [1, 7, 47], [1, 2, 1]
 LLAMA3_ROPE = {
@@ -313,7 +314,7 @@ def test_a_corrupted_export_is_found_and_removed(numbers, tmp_path, token_batch,
     weights = folder / "model.safetensors"
     end = torch.full((32,), numbers).numpy().tobytes()  # the last 32 numbers: the final norm
     weights.write_bytes(weights.read_bytes()[: -len(end)] + end)
-    monkeypatch.setattr(hf, "reloaded_logits", in_this_process)
+    tiny_run.quick(monkeypatch)
     with pytest.raises(UserError, match=r"expected the pruned model's logits .* got .* removed"):
         hf.check_reload(model, folder, token_batch)
     assert not folder.exists()

@@ -471,7 +471,7 @@ def test_a_run_from_the_command_line(family, worlds, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--recovery=bias"], "adds biases, and there are none in the experts of model_type"),
+        (["--recovery=bias"], "'bias' cannot recover the experts of model_type"),
         (["--importance=taylor"], "Taylor saliency cannot be collected for experts"),
     ],
 )
