@@ -88,9 +88,7 @@ class Registry(Generic[T]):
             os.chdir(folder)
             torch.set_default_dtype(dtype)
         if versions != [t._version for t in inputs]:
-            raise UserError(
-                f"{self.kind.capitalize()} '{name}' changes its inputs in place; expected abs() for abs_()."
-            )
+            raise UserError(f"{self.kind.capitalize()} '{name}' changes inputs in place; expected abs() for abs_().")
 
     def checked(self, name: str, what: str, value: Any, *shapes: tuple[int, ...], of: str = "finite numbers") -> Tensor:
         """What the entry `name` returned, detached, where it is a dense tensor of one of the shapes.
@@ -116,9 +114,6 @@ class Registry(Generic[T]):
                 got = f"{bad} of {value.numel()} that are not finite"
         shape = " or ".join(map(str, shapes))
         raise UserError(f"{self.kind.capitalize()} '{name}': expected {what} {shape}, dense, of {of}; got {got}.")
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -14,8 +14,7 @@ from gprune.errors import UserError
 from gprune.models.embedded import model_label
 from gprune.models.loading import fingerprint, load_model
 from gprune.models.surgery import prune
-from gprune.runs.folder import exported_model
-from gprune.runs.results import finished, read_run
+from gprune.runs.results import exported_model, finished, read_run
 from gprune.storage.reading import expanded
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from gprune.checks import AtLeast1, AtLeast2, AtLeast8, Memory, NonNegative, Positive, Quantile, Sparsity, Text, refusal
 from gprune.config.replaced import INSTEAD
-from gprune.errors import UnregisteredError, UserError, nearest
+from gprune.errors import UserError, nearest
 from gprune.importance.metrics import IMPORTANCE
 from gprune.sparsity.allocation import ALLOCATION
 
@@ -61,8 +61,7 @@ class Group(
             own = error.errors(include_url=False)[0].get("ctx", {}).get("error")
             if isinstance(own, UserError):
                 raise own from error
-            message = refusal(error, f"--{cls.prefix}")
-            raise UserError(message if message.endswith((".", "?")) else f"{message}.") from error
+            raise UserError(f"{refusal(error, f'--{cls.prefix}')}.") from error
 
     @field_validator("*", mode="before")
     @classmethod
@@ -82,8 +81,8 @@ class Group(
         if name not in cls.model_fields:
             if instead := INSTEAD.get(f"{cls.prefix}{name}"):
                 raise UserError(f"{where}: there is no setting '{cls.prefix}{name}' here; expected {instead}.")
-            near = nearest(name, cls.model_fields)
-            hint = f"did you mean '{near}'?" if near else f"expected one of {', '.join(cls.model_fields)}."
+            near, known = nearest(name, cls.model_fields), ", ".join(cls.model_fields)
+            hint = f"did you mean '{near}'?" if near else f"expected one of {known}."
             raise UserError(f"{where}: there is no setting '{cls.prefix}{name}'; {hint}")
 
     def validate(self) -> None:
@@ -249,11 +248,8 @@ class SparsityConfig(Group, prefix="sparsity."):
     """What learns. straight_through: gates that are hard forward and soft backward. Or one registered from Python."""
 
     def model_post_init(self, _: Any) -> None:
-        starts = [name for name in ALLOCATION if not (ALLOCATION[name].modules or ALLOCATION[name].whole_blocks)]
-        for flag, name, known in (("allocation", self.allocation, list(ALLOCATION)), ("start", self.start, starts)):
-            if name not in known:
-                kind = UserError if name in ALLOCATION else UnregisteredError
-                raise kind(f"--sparsity.{flag}: expected one of {', '.join(known)}, got '{name}'.")
-        rule = ALLOCATION[self.allocation]
+        rule, start = ALLOCATION[self.allocation], ALLOCATION[self.start]
+        if start.modules or start.whole_blocks:
+            raise UserError(f"--sparsity.start: expected an allocation by blocks, such as uniform, got '{self.start}'.")
         if self.uniform_width and (self.protect or rule.whole_blocks):
             raise UserError("--sparsity.uniform_width: expected it without --sparsity.protect and allocation depth.")

@@ -68,9 +68,8 @@ def configured(layer: Mapping[str, Any], where: str = "", *, given: Collection[s
         cfg = RunConfig(**nested)
     except UserError as error:
         raise type(error)(f"{where}: {error}" if where else str(error)) from error
-    for part in (cfg, *(getattr(cfg, name) for name in GROUPS)):
-        if given is not None:
-            part.model_fields_set.intersection_update(name.removeprefix(part.prefix) for name in given)
+    for part in () if given is None else (cfg, *(getattr(cfg, name) for name in GROUPS)):
+        part.model_fields_set.intersection_update(name.removeprefix(part.prefix) for name in given)
     return cfg
 
 
@@ -132,9 +131,7 @@ def read_flags(args: Sequence[str]) -> dict[str, Any]:
         elif name == "config":
             content = read_settings(text)
             if content.pop(CONSENT, False) not in (None, False) and not any(CONSENT in one for one in args):
-                raise UserError(
-                    f"--config {text}: expected --{CONSENT} true as a flag of the command, got it in a file."
-                )
+                raise UserError(f"--config {text}: expected --{CONSENT} true as a flag, got it in a file.")
             overlay(settings, content, f"--config {text}")
         else:
             overlay(settings, {name: _value(flag, text)}, flag)
@@ -209,9 +206,8 @@ def parser() -> Parser:
     """The help of train.py: a section for each group of flags, from names, types, defaults and docstrings."""
     usage = "train.py [--config FILE] [--FLAG VALUE ...]"
     made = Parser("train.py", usage=usage, description=inspect.getdoc(RunConfig), formatter_class=_Help)
-    made.add_argument(
-        "--config", metavar="FILE", default=SUPPRESS, help="A YAML file of flags; several merge in order."
-    )
+    files = "A YAML file of flags; several merge in order."
+    made.add_argument("--config", metavar="FILE", default=SUPPRESS, help=files)
     made.add_argument("--print_config", action="version", help="Print all settings as such a file, and stop.")
     cfg = RunConfig()
     for part in [cfg, *(getattr(cfg, name) for name in GROUPS)]:

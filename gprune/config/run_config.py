@@ -112,9 +112,7 @@ class RunConfig(Group):
                 least = f"a window of each of --corpora.recover, {len(self.corpora.recover) * self.corpora.seq_len:,}"
                 raise UserError(f"--distill.tokens: expected {least} tokens or more, got {d.tokens:,}.")
             if self.evaluation.split == "development" and d.keep == "best":
-                raise UserError(
-                    "--evaluation.split development: expected test with --distill.keep best, which sees it."
-                )
+                raise UserError("--evaluation.split development: expected test with --distill.keep best.")
         if m.shard and processes < 2:
             raise UserError("--model.shard: expected two or more processes (--trainer.devices, .num_nodes), got one.")
         if m.device_map is not None and processes > 1:
@@ -267,15 +265,13 @@ class RunConfig(Group):
         if not self.options:
             del plain["options"]
         plain["run"] = {"seed": self.run.seed}
-        plain["trainer"] = {"world_size": self.processes, "precision": self.trainer.precision, **self.matmul}
-        plain["trainer"] |= self.trainer.unusual
+        plain["trainer"] = {"world_size": self.processes, "precision": self.trainer.precision} | self.trainer.unusual
         return plain
 
     @property
     def matmul(self) -> dict[str, str]:
         """`float32_matmul_precision`, where it is not what torch does by itself: part of all keys of what is kept."""
-        precision = self.trainer.float32_matmul_precision
-        return {} if precision == "highest" else {"float32_matmul_precision": precision}
+        return self.trainer.model_dump(include={"float32_matmul_precision"}, exclude_defaults=True)
 
     @property
     def folder(self) -> str:

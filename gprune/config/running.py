@@ -14,8 +14,6 @@ from gprune.errors import UserError
 
 Control = Literal["base", "averaged", "unrecovered"]
 WandbName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\p{Cc}\p{Zl}\p{Zp}]*$")]
-
-
 RELATIVE_RATE = 1.6e-3  # chosen on text that no table reports
 
 
@@ -171,9 +169,9 @@ class TrainerConfig(Group, prefix="trainer."):
 
     @property
     def unusual(self) -> dict[str, Any]:
-        """What can change a result and is not its default, by which runs have always been found."""
-        names = {"callbacks", "gradient_clip_val", "limit_train_batches", "max_steps", "deterministic"}
-        return self.model_dump(include=names, exclude_defaults=True)
+        """What can change a result and is not its default, which no settings of earlier runs name."""
+        names = ("callbacks", "gradient_clip_val", "limit_train_batches", "max_steps", "deterministic")
+        return self.model_dump(include={*names, "float32_matmul_precision"}, exclude_defaults=True)
 
 
 class RunFolderConfig(Group, prefix="run."):

@@ -14,10 +14,8 @@ LEARNING = (
     "corpora.learn", "corpora.learn_samples", "evaluation.curve", "sparsity.learn", "sparsity.loss", "sparsity.epochs",
     "sparsity.centred", "sparsity.learning_rate", "sparsity.learner", *OFFSETS,
 )  # fmt: skip
-REFINING = tuple(
-    f"partition.{name}"
-    for name in ("refiner", "steps", "learning_rate", "consistency_weight", "balance_weight", "entropy_weight")
-)
+WEIGHTS = ("partition.consistency_weight", "partition.balance_weight", "partition.entropy_weight")
+REFINING = ("partition.refiner", "partition.steps", "partition.learning_rate", *WEIGHTS)
 QUANTILES = ("reliability.sensitivity_quantile", "reliability.score_quantile")
 SWITCHING = ("reliability.everywhere", "reliability.metric", *QUANTILES)
 TRAINING = (

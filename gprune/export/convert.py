@@ -105,8 +105,7 @@ def model_folder(run_or_folder: str | Path) -> Path:
     is_model, is_run = ((path / name).is_file() for name in ("config.json", "manifest.json"))
     if not (is_model or is_run):
         raise UserError(f"Export: expected a run (manifest.json) or a model folder (config.json), got '{path}'.")
-    from gprune.runs.folder import exported_model
-    from gprune.runs.results import finished
+    from gprune.runs.results import exported_model, finished
 
     folder = path.resolve()
     if is_model:

@@ -205,7 +205,7 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
     with (
         folder.opened(settings, to_yaml(cfg.resolved())), plain_interrupts(),
         _loggers(cfg, folder) as loggers, screen, meter.hooks,
-        multiplying(cfg.trainer.float32_matmul_precision, deterministic=cfg.trainer.deterministic),
+        multiplying(cfg.trainer.float32_matmul_precision),
     ):  # fmt: skip
         try:
             yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, brought)

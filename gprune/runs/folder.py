@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import time
@@ -19,18 +18,7 @@ from gprune.errors import UserError
 from gprune.runs import schema
 from gprune.storage.cache import disk_errors
 from gprune.storage.environment import environment, peak_memory
-from gprune.storage.files import (
-    MISSING,
-    file_hashes,
-    inspected_json,
-    key_of,
-    locked,
-    read_json,
-    read_tensors,
-    replacing,
-    write_json,
-    write_tensors,
-)
+from gprune.storage.files import inspected_json, locked, read_json, read_tensors, replacing, write_json, write_tensors
 from gprune.storage.reading import unsafe_entries
 
 SCRATCH = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as `storage.files` names a folder for what is not whole yet
@@ -90,9 +78,7 @@ class RunFolder:
             try:
                 stack.enter_context(locked(self.path.resolve()))
             except TimeoutError as error:
-                raise UserError(
-                    f"Another process is working in {self.path}; wait for it, or choose another --run.name."
-                ) from error
+                raise UserError(f"Another process works in {self.path}; wait, or choose another --run.name.") from error
 
     def _take_up(self, settings: dict[str, Any], config_yaml: str) -> None:
         new = self._inspect(settings)
@@ -107,34 +93,21 @@ class RunFolder:
 
     def _inspect(self, settings: dict[str, Any]) -> bool:
         """Whether no run with these settings has begun here; raises UserError for what may not be written into."""
-        is_folder = self.path.is_dir()
+        is_folder, file = self.path.is_dir(), self / "manifest.json"
         used = is_folder and any(path.name[0] != "." for path in self.path.iterdir())  # looked at before the manifest
-        manifest, why = inspected_json(self / "manifest.json", check=schema.Manifest.problem)
-        if not is_folder or (used and why == MISSING):
+        if not is_folder or (used and not file.exists()):
             raise UserError(f"{self.path} exists and is no gprune run; choose another --run.name or --run.dir.")
-        self._refuse_links()
-        changed = differences(manifest["settings"], settings) if manifest else []
-        if changed and ((self / "metrics.json").exists() or any(self.path.rglob("*.safetensors"))):
-            more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
-            raise UserError(
-                f"{self.path} holds a run with other settings: {'; '.join(changed[:3])}{more}. "
-                f"Choose another --run.name, or remove the folder."
-            )
-        if why not in (None, MISSING):
-            raise UserError(
-                f"{self / 'manifest.json'} is damaged, or of an older version ({why}); "
-                f"choose another --run.name, or remove the folder."
-            )
-        return bool(changed) or not manifest
-
-    def _refuse_links(self) -> None:
-        """A folder from elsewhere may hold links through which a run would write outside of it.
-
-        Inside `wandb/` W&B makes such links itself, and writes into folders that are new each time.
-        """
-        for what, path in unsafe_entries(self.path):
-            if path.parent.relative_to(self.path.resolve()).parts[:1] != ("wandb",):
+        for what, path in unsafe_entries(self.path):  # through which a run would write elsewhere
+            if path.parent.relative_to(self.path.resolve()).parts[:1] != ("wandb",):  # W&B makes such links itself
                 raise UserError(f"{path} is {what}; remove it, or choose another --run.name.")
+        manifest, why = inspected_json(file, check=schema.Manifest.problem) if used else (None, None)
+        changed = differences(manifest["settings"], settings) if manifest else []
+        other = "choose another --run.name, or remove the folder."
+        if changed and ((self / "metrics.json").exists() or any(self.path.rglob("*.safetensors"))):
+            raise UserError(f"{self.path} holds a run with other settings: {'; '.join(changed[:3])}; {other}")
+        if why:
+            raise UserError(f"{file} is damaged, or of an older version ({why}); {other}")
+        return bool(changed) or not manifest
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -241,21 +214,3 @@ class RunFolder:
     def checkpoint(self, name: str) -> Path:
         """Where a stage whose tensors will be written under `name` keeps its checkpoint."""
         return self / f"checkpoints/{name}.ckpt"
-
-
-def exported_model(run: Path) -> Path:
-    """The folder of the model that a run exported.
-
-    Raises:
-        UserError: where it is not what the run left there.
-    """
-    left = RunFolder(run).manifest.get("model")
-    if left is not None and left != file_hashes(run / "model"):
-        raise UserError(f"{run / 'model'} is not what the run left there; run the same command again.")
-    return run / "model"
-
-
-def corpus_file(corpus: str) -> str:
-    """A file name for a corpus, which may be a path."""
-    plain = os.path.basename(os.path.normpath(corpus))
-    return plain if plain == corpus else f"{plain}-{key_of(corpus=corpus)[:6]}"

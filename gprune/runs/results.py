@@ -19,18 +19,17 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.checks import require
-from gprune.config import RunConfig, configured
+from gprune.config import RunConfig, configured, read_settings
 from gprune.errors import UnregisteredError, UserError, first_line
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
 from gprune.runs import schema
-from gprune.runs.folder import RunFolder, corpus_file, differences, exported_model
+from gprune.runs.folder import RunFolder, differences
 from gprune.sparsity.allocation import removed_in_words
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
-from gprune.storage.files import inspected_json, key_of, read_json, read_tensors
+from gprune.storage.files import file_hashes, inspected_json, key_of, read_json, read_tensors
 from gprune.storage.reading import expanded
-from gprune.storage.yaml_text import read_yaml
 
 Record = dict[str, Any]  # one number with its protocol, as in metrics.json
 STAGES = ("base", "averaged", "gprune")  # of the pruned model
@@ -147,18 +146,15 @@ def finished(path: Path | str) -> FinishedRun:
         raise UserError(f"Expected a run folder, but there is no folder '{path}'.")
     manifest, why = inspected_json(place / "manifest.json", check=schema.Manifest.problem)
     if why or manifest["settings"].get("inputs") is None:
-        raise UserError(
-            f"'{path}' is no run of gprune's, or one of an older version (manifest.json: {why or 'nothing has begun'})."
-        )
+        why = f"manifest.json: {why or 'nothing has begun'}"
+        raise UserError(f"'{path}' is no run of gprune's, or one of an older version ({why}).")
     settings = manifest["settings"]
     key = key_of(settings=settings)
     metrics, why = inspected_json(place / "metrics.json", run=key, check=schema.Metrics.problem)
     if why or metrics.get("summary") is None:
-        raise UserError(
-            f"The run '{path}' is not finished; run the same command again (metrics.json: {why or 'no summary yet'})."
-        )
-    name = place.resolve().name
-    return FinishedRun(place, name, settings, metrics["records"], metrics["summary"], key=key)
+        why = f"metrics.json: {why or 'no summary yet'}"
+        raise UserError(f"The run '{path}' is not finished; run the same command again ({why}).")
+    return FinishedRun(place, place.resolve().name, settings, metrics["records"], metrics["summary"], key=key)
 
 
 def read_run(path: Path | str) -> FinishedRun:
@@ -237,6 +233,24 @@ def load_run(path: Path | str) -> PruningResult:
     )
 
 
+def exported_model(run: Path) -> Path:
+    """The folder of the model that a run exported.
+
+    Raises:
+        UserError: where it is not what the run left there.
+    """
+    left = RunFolder(run).manifest.get("model")
+    if left is not None and left != file_hashes(run / "model"):
+        raise UserError(f"{run / 'model'} is not what the run left there; run the same command again.")
+    return run / "model"
+
+
+def corpus_file(corpus: str) -> str:
+    """A file name for a corpus, which may be a path."""
+    plain = os.path.basename(os.path.normpath(corpus))
+    return plain if plain == corpus else f"{plain}-{key_of(corpus=corpus)[:6]}"
+
+
 def config_of(run: FinishedRun) -> RunConfig:
     """The run's configuration, from config.yaml.
 
@@ -245,10 +259,7 @@ def config_of(run: FinishedRun) -> RunConfig:
     """
     file = run.path / "config.yaml"
     try:
-        settings = read_yaml(file, "expected YAML in")
-        if not isinstance(settings, dict):
-            raise UserError("it holds no settings.")
-        cfg = configured(settings, where="its settings")
+        cfg = configured(read_settings(file), where="its settings")
         if changed := differences(run.settings, cfg.settings() | {"inputs": run.settings["inputs"]}):
             raise UserError(f"{changed[0]}.")
     except UnregisteredError as error:
@@ -263,9 +274,8 @@ def _exported(run: FinishedRun) -> tuple[PreTrainedModel | None, PreTrainedToken
     """The pruned model, frozen, and its tokenizer; None where the run exported none."""
     if not (run.path / "model").is_dir():
         return None, None
-    place = exported_model(run.path)
-    try:  # False, not None: transformers would ask whether to run code that lies in the folder
-        model = load_weights(place, dtype="auto", trust_remote_code=False)
-        return model, AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    place, no_code = exported_model(run.path), {"trust_remote_code": False}  # for None, transformers would ask
+    try:
+        return load_weights(place, dtype="auto", **no_code), AutoTokenizer.from_pretrained(place, **no_code)
     except Exception as error:  # safetensors, tokenizers and transformers each raise their own
         raise UserError(f"{place} cannot be loaded: {first_line(error)} Run the same command again.") from error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging as messages
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,12 +17,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.image import imread
 
 from gprune.config import LoggingConfig, RunConfig
-from gprune.errors import first_line
+from gprune.errors import dispensable
 from gprune.runs.results import key_part
 from gprune.runs.wandb_runs import draw, wandb_run
 from gprune.storage.files import key_of
 
-log = messages.getLogger("gprune")
+OF_STAGE = re.compile(r"^(?!(?:development|epoch|trainer)\b)[^/]+")  # how keys begin that are not of the whole run
 FOLDER = ("*.json", "config.yaml", "*.safetensors", "masks/*", "statistics/*")  # what `load_run` reads, but the model
 
 
@@ -32,7 +32,8 @@ class _OfRow:
     row = ""
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        super().log_metrics({of_this_row(key, self.row): value for key, value in metrics.items()}, step)
+        of_row = rf"\g<0>/{self.row}" if self.row else r"\g<0>"
+        super().log_metrics({OF_STAGE.sub(of_row, key): value for key, value in metrics.items()}, step)
 
 
 class _CSV(_OfRow, CSVLogger):
@@ -44,7 +45,7 @@ class _TensorBoard(_OfRow, TensorBoardLogger):
 
 
 class _Wandb(_OfRow, WandbLogger):
-    """One that may fail: the run goes on without it, and says so once."""
+    """One that may fail: the run goes on without it."""
 
     lost = False
 
@@ -53,13 +54,11 @@ class _Wandb(_OfRow, WandbLogger):
 
     def tell(self, what: Callable[[Any], None]) -> None:
         """Call a function of the W&B run, unless W&B has failed before."""
-        if self.lost:
-            return
-        try:
-            what(self.experiment)
-        except Exception as error:  # wandb's, and those of the socket to its service
+        if not self.lost:
             self.lost = True
-            log.warning("W&B is lost (%s); the run goes on without it.", first_line(error))
+            with dispensable("what W&B would show from now on", "csv/ has its curves"):
+                what(self.experiment)
+                self.lost = False
 
 
 @contextmanager
@@ -68,7 +67,6 @@ def tracking(folder: Path, logging: LoggingConfig, **about: Any) -> Iterator[lis
 
     Args:
         folder: the run folder; the loggers write `csv/`, `wandb/` and `tensorboard/` into it.
-        logging: the flags of `--logging`.
         about: as `wandb_run` takes it.
     """
     # Without a version of its own, a run taken up again would delete the curves of its earlier sittings.
@@ -103,20 +101,13 @@ def about(cfg: RunConfig) -> dict[str, Any]:
 def identity(loggers: Sequence[Logger]) -> dict[str, Any] | None:
     """What `taken_up` has to know of the run of W&B, if there is one."""
     names = ("id", "project", "entity", "name", "group", "job_type")
-    for run in (logger.experiment for logger in loggers if isinstance(logger, _Wandb)):
-        return {name: getattr(run, name) or None for name in names} | {"mode": run.settings.mode}
-    return None
+    run = next((logger.experiment for logger in loggers if isinstance(logger, _Wandb)), None)
+    return run and {name: getattr(run, name) or None for name in names} | {"mode": run.settings.mode}
 
 
 def id_of(key: str, cfg: RunConfig) -> str:
     """W&B's id of a run with this key, under the name and in the group that flags give it: the same in all sittings."""
     return key_of(run=key, name=[cfg.logging.group, cfg.logging.name or cfg.run_name])[:12]
-
-
-def of_this_row(key: str, row: str) -> str:
-    """A key with the row behind its first part, unless it is of the whole run."""
-    first, slash, rest = key.partition("/")
-    return key if not row or first in ("development", "epoch", "trainer") else f"{first}/{row}{slash}{rest}"
 
 
 @contextmanager
@@ -150,15 +141,14 @@ def how_to_look(folder: Path, tracker: str) -> str:
 
 @rank_zero_only
 def log_table(loggers: Sequence[Logger], key: str, rows: Sequence[dict[str, Any]]) -> None:
-    """A table of flat rows that share their columns, where the tracker has tables or text."""
-    columns = list(rows[0]) if rows else []
-    data = [[row[column] for column in columns] for row in rows]
-    for logger in loggers if rows else ():
+    """A table of flat rows that share their columns, in their order, where the tracker has tables or text."""
+    columns, data = list(rows[0]), [list(row.values()) for row in rows]
+    for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.log_table(key, columns=columns, data=data)
         elif isinstance(logger, TensorBoardLogger):
-            lines = [columns, ["---"] * len(columns), *data]
-            logger.experiment.add_text(key, "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
+            lines = (" | ".join(map(str, line)) for line in (columns, ["---"] * len(columns), *data))
+            logger.experiment.add_text(key, "\n".join(lines))
 
 
 @rank_zero_only

@@ -47,16 +47,11 @@ def check_trainer(
             )  # fmt: skip
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".!")
-        raise UserError(
-            f"--trainer: cannot use accelerator '{accelerator}' with {devices} device(s), strategy '{strategy}' and "
-            f"precision '{precision}' here: {reason}. Expected e.g. --trainer.accelerator auto --trainer.strategy auto."
-        ) from error
+        asked = f"accelerator '{accelerator}', {devices} device(s), strategy '{strategy}' and precision '{precision}'"
+        raise UserError(f"--trainer: cannot use {asked} here: {reason}.") from error
     device = trainer.strategy.root_device
     if device.type == "mps":
-        raise UserError(
-            "--trainer.accelerator: Apple's GPU has no float64, which statistics are summed in; use "
-            "--trainer.accelerator cpu."
-        )
+        raise UserError("--trainer.accelerator: expected cpu, as statistics are float64, which Apple's GPU lacks.")
     return device
 
 
@@ -67,22 +62,14 @@ def _check_processes(accelerator: str, devices: int, num_nodes: int) -> None:
         raise UserError(f"--trainer.devices: expected at most {most} processes on this machine's cores, got {devices}.")
     launched = {"SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "NODE_RANK", "GROUP_RANK", "OMPI_COMM_WORLD_SIZE", "LSB_JOBID"}
     if num_nodes > 1 and not launched & os.environ.keys():
-        raise UserError(
-            f"--trainer.num_nodes: expected a launcher that starts a process on each of {num_nodes} nodes (srun, "
-            f"torchrun), or $NODE_RANK and $MASTER_ADDR on each; got none."
-        )
+        raise UserError("--trainer.num_nodes: expected srun, torchrun, or $NODE_RANK and $MASTER_ADDR; got none.")
     if why := _alone(devices * num_nodes):
-        raise UserError(
-            f"{why}, and --trainer.devices x --trainer.num_nodes ask for {devices * num_nodes}: expected as many "
-            f"processes as a launcher has started; unset the variable if none has.", alone=True,
-        )  # fmt: skip
+        instead = f"expected {devices * num_nodes} (--trainer.devices x --trainer.num_nodes)"
+        raise UserError(f"{why}; {instead}: unset the variable if no launcher has set it.", alone=True)
 
 
 def _alone(processes: int) -> str | None:
-    """What says that this process is one of several, where not as many work together; None where all is well.
-
-    A shell inside another job, or one in which somebody has tried something, has such variables left over.
-    """
+    """What says that this process is one of several, where not as many work together; a shell may have it left over."""
     env = os.environ
     numbered = [name for name in RANKS if env.get(name, "0") != "0"]
     if processes > 1 and "TORCHELASTIC_RUN_ID" not in env and SLURMEnvironment.detect():
@@ -94,16 +81,12 @@ def _alone(processes: int) -> str | None:
 
 
 @contextmanager
-def multiplying(precision: str, *, deterministic: bool = False) -> Iterator[None]:
-    """torch's `float32_matmul_precision` while the context lasts: `highest`, `high` (TF32) or `medium`.
-
-    With `deterministic`, its deterministic algorithms too.
-    """
+def multiplying(precision: str) -> Iterator[None]:
+    """torch's `float32_matmul_precision` while the context lasts; `deterministic` of Trainers ends with it."""
     before, algorithms = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     if precision != before:
         log.info("Products of float32 matrices in precision '%s', before '%s'", precision, before)
     torch.set_float32_matmul_precision(precision)
-    torch.use_deterministic_algorithms(deterministic or algorithms)
     try:
         yield
     finally:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import itertools
 import logging
+import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pydantic import ValidationError, validate_call
 
-from gprune.checks import refusal, shown
+from gprune.checks import refusal, require
 from gprune.config.running import ClassPath
 from gprune.errors import UserError, first_line
 
@@ -46,8 +46,8 @@ class UserCallbacks:
         Raises:
             UserError: for an object that is no callback, and as `made`.
         """
-        if wrong := [one for one in self.given if not isinstance(one, L.Callback)]:
-            raise UserError(f"callbacks: expected objects of lightning.pytorch.Callback, got {shown(wrong[0])}.")
+        for one in self.given:
+            require(one, L.Callback, "callbacks: expected objects of lightning.pytorch.Callback")
         callbacks = [copy.deepcopy(one) if _is_of_lightning(one) else one for one in self.given]
         callbacks += map(made, self.paths)
         for one in callbacks:
@@ -72,37 +72,30 @@ def made(described: ClassPath) -> L.Callback:
         UserError: for a path that leads to no class of callbacks, or into a package that nobody has imported (a file of
             flags runs no code), and for arguments that do not fit.
     """
-    where, (module, _, name) = f"--trainer.callbacks: {described.class_path}", described.class_path.rpartition(".")
-    package = (module := module or LIGHTNING).partition(".")[0]
-    if package not in sys.modules:
-        raise UserError(f"{where}: expected a class of an imported module; add --import {package or 'MODULE'}.")
+    path, where = described.class_path, f"--trainer.callbacks: {described.class_path}"
+    path = path if "." in path else f"{LIGHTNING}.{path}"
+    if (package := path.partition(".")[0]) not in sys.modules:
+        raise UserError(f"{where}: expected a class of an imported module; add --import {package}.")
     try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{where}: expected a class path such as {LIGHTNING}.Timer ({first_line(error)}).") from error
-    if not (isinstance(kind, type) and issubclass(kind, L.Callback)):
-        raise UserError(f"{where}: expected a subclass of lightning.pytorch.Callback, got {shown(kind)}.")
-    try:
+        kind = pkgutil.resolve_name(path)
+        if not issubclass(kind, L.Callback):
+            raise TypeError("expected a subclass of lightning.pytorch.Callback")
         if not inspect.isfunction(kind.__init__):  # it has none of its own
             return kind(**described.init_args)
         callback = kind.__new__(kind)
         validate_call(kind.__init__, config={"arbitrary_types_allowed": True})(callback, **described.init_args)
+        return callback
     except ValidationError as error:
         raise UserError(f"{where}, {refusal(error, 'init_args.')}.") from error
     except Exception as error:  # whatever the class raises
         raise UserError(f"{where}: {type(error).__name__}: {first_line(error)}") from error
-    return callback
 
 
 class Witness(L.Callback):
-    """Behind the caller's callbacks: notes a stage that was stopped, and refuses a changed batch of calibration.
-
-    Args:
-        note: is called with how far a stopped stage has come.
-    """
+    """Behind the caller's callbacks: notes a stage that was stopped, and refuses a changed batch of calibration."""
 
     def __init__(self, note: Callable[[dict[str, int]], None]):
-        self.note = note
+        self.note = note  # called with how far a stopped stage has come
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         done, planned = trainer.fit_loop.total_batch_idx + 1, int(trainer.num_training_batches * trainer.max_epochs)
@@ -115,10 +108,7 @@ class Witness(L.Callback):
     ) -> None:
         tokens = trainer.test_dataloaders[dataloader_idx].dataset.tokens
         if not torch.equal(batch["input_ids"].cpu(), tokens[batch["index"].cpu()]):
-            raise UserError(
-                "A callback has changed a batch of calibration, whose statistics other runs share; expected changes "
-                "in on_train_batch_start alone."
-            )
+            raise UserError("A callback has changed a batch of calibration, whose statistics other runs share.")
 
 
 def retell(error: Exception) -> None:

@@ -18,8 +18,7 @@ from gprune.errors import UserError, first_line
 from gprune.storage.cache import cache_dir
 
 log = messages.getLogger("gprune")
-# metric pattern -> its x axis. Lightning restarts its step in every stage, so each stage has an axis of its own.
-# Those of recoveries are added by `of_row`.
+# metric pattern -> its x axis. Lightning restarts its step in every stage, so each has its own; recoveries: `of_row`.
 AXES = {
     "development/*": "development/tokens",
     "partition/*": "trainer/global_step",
@@ -42,9 +41,7 @@ def wandb_run(
 
     Args:
         folder: W&B writes into `wandb/` in it, unless $WANDB_DIR says where.
-        logging: the flags of `--logging`.
         id: equal ids are one run, also in several files: `wandb sync` puts them together.
-        config: settings, nested.
 
     Yields:
         wandb.Run, or None: with another tracker, in other processes than the first, and where W&B cannot start.
@@ -89,23 +86,18 @@ def taken_up(folder: Path, known: Mapping[str, Any]) -> Iterator[wandb.Run | Non
     if wandb.run is not None and wandb.run.id == known["id"]:
         yield wandb.run
         return
-    latest = Path(os.environ.get("WANDB_DIR") or folder) / "wandb" / "latest-run"
-    before = os.readlink(latest) if latest.is_symlink() else None
     mode = os.environ.get("WANDB_MODE") or known["mode"]
-    with _begun(folder, reinit="create_new", **known | {"mode": mode}) as run:  # beside one that may be open
-        if before is not None and before != os.readlink(latest):
-            latest.unlink()
-            latest.symlink_to(before)
+    with _begun(folder, latest=False, reinit="create_new", **known | {"mode": mode}) as run:  # one may be open
         yield run
 
 
 @contextmanager
-def _begun(folder: Path | str, **settings: Any) -> Iterator[wandb.Run | None]:
-    """A run of our own, finished when the context is left."""
+def _begun(folder: Path | str, *, latest: bool = True, **settings: Any) -> Iterator[wandb.Run | None]:
+    """A run of our own, finished when the context is left; `latest`: `wandb/latest-run` leads to it."""
     run = _started(
         dir=os.environ.get("WANDB_DIR") or folder,
         resume="allow",  # offline it is noted for `wandb sync`
-        settings=wandb.Settings(silent=True, console="off", finish_timeout=UPLOAD_SECONDS),
+        settings=wandb.Settings(silent=True, console="off", finish_timeout=UPLOAD_SECONDS, symlink=latest),
         **settings,
     )
     exit_code = 1
@@ -114,19 +106,14 @@ def _begun(folder: Path | str, **settings: Any) -> Iterator[wandb.Run | None]:
         exit_code = 0
     finally:
         if run is not None:
-            # Offline it takes a second, in which a second Ctrl-C would get a line of W&B's.
-            with no_interrupts() if run.offline else nullcontext():
-                _finish(run, exit_code)
-
-
-def _finish(run: wandb.Run, exit_code: int) -> None:
-    try:
-        run.finish(exit_code=exit_code)
-    except Exception as error:  # its service has died
-        log.info("W&B could not finish its run (%s).", first_line(error))
-        with suppress(Exception):  # or it would be asked again
-            wandb.teardown()
-        wandb.run = None
+            try:
+                # Offline it takes a second, in which a second Ctrl-C would get a line of W&B's.
+                with no_interrupts() if run.offline else nullcontext():
+                    run.finish(exit_code=exit_code)
+            except Exception:  # its service has died, and would be asked again
+                with suppress(Exception):
+                    wandb.teardown()
+                wandb.run = None
 
 
 def _started(mode: str, **settings: Any) -> Any:
@@ -161,7 +148,5 @@ def downloaded(name: str) -> Path:
         artifact = wandb.Api().artifact(name)
         return Path(artifact.download(root=str(cache_dir() / "artifacts" / artifact.digest)))
     except (wandb.errors.Error, ValueError, OSError) as error:
-        raise UserError(
-            f"wandb:{name}: expected an artifact, as wandb:entity/project/artifact:version, and an account that may "
-            f"read it (`wandb login`): {first_line(error)}"
-        ) from error
+        expected = "expected an artifact, entity/project/artifact:version, and an account (`wandb login`)"
+        raise UserError(f"wandb:{name}: {expected}: {first_line(error)}") from error
