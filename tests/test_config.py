@@ -25,38 +25,21 @@ ROOT = Path(__file__).parent.parent
 YAML = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "experiments").rglob("*.yaml")}
 
 
-@pytest.fixture
-def registry():
+def test_only_the_same_function_takes_a_name_again():
     registry = Registry("colour")
-    for name in ("crimson", "blue"):
-        registry.register(name)(object())
-    return registry
 
-
-def test_a_registry_names_what_there_is_and_what_was_meant(registry):
-    assert ("blue" in registry, "green" in registry, list(registry)) == (True, False, ["crimson", "blue"])
-    for name, said in {"crimsom": " Did you mean 'crimson'?", "zzz": ""}.items():
-        with pytest.raises(UserError) as caught:
-            registry[name]
-        assert str(caught.value) == f"Unknown colour '{name}'.{said} Available: crimson, blue."
-
-
-@pytest.mark.parametrize("module", ["here", "notebook"])
-def test_only_the_same_function_takes_a_name_again(registry, module):
     def cell(value: int, module: str):
         def red():
             return value
 
         red.__module__ = module
-        return registry.register("red")(red)
+        registry.register("red")(red)
 
     cell(1, "here")
-    if module == "here":  # the cell of a notebook that is run again
-        cell(2, module)
-    else:
-        with pytest.raises(ValueError, match="colour 'red' is registered already"):
-            cell(2, module)
-    assert registry["red"]() == (2 if module == "here" else 1)
+    cell(2, "here")  # the cell of a notebook that is run again
+    with pytest.raises(ValueError, match="colour 'red' is registered already"):
+        cell(3, "notebook")
+    assert (registry["red"](), "red" in registry, "blue" in registry) == (2, True, False)
 
 
 def test_what_replaces_a_flag_of_lightnings_is_a_flag():

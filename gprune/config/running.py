@@ -12,7 +12,6 @@ from gprune.checks import AtLeast0, AtLeast1, AtLeast8, Few, NonNegative, Positi
 from gprune.config.groups import Group
 from gprune.errors import UserError
 
-Control = Literal["base", "averaged", "unrecovered"]
 WandbName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\p{Cc}\p{Zl}\p{Zp}]*$")]
 RELATIVE_RATE = 1.6e-3  # chosen on text that no table reports
 
@@ -77,7 +76,7 @@ class EvaluationConfig(Group, prefix="evaluation."):
     """Sparsities, besides 0 and the target, at which gprune's masks are measured on development text."""
     samples: AtLeast0 = 3
     """Number of evaluated texts that the dense and the pruned model continue, for the page of the run."""
-    controls: list[Control] = Field(["base", "averaged", "unrecovered"])
+    controls: list[Literal["base", "averaged", "unrecovered"]] = Field(["base", "averaged", "unrecovered"])
     """Rows beside the run's own. base: the base metric alone, allocated by --sparsity.start, or by an
     --sparsity.allocation that does not learn. averaged: the same, scored on all drift corpora. unrecovered: every row
     without recovery as well."""

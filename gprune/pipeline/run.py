@@ -29,7 +29,7 @@ from gprune.pipeline.plan import Plan, check
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
 from gprune.runs.progress import StageBar
-from gprune.runs.tracking import about, id_of, identity, of_row, tracking
+from gprune.runs.tracking import of_row, tracking
 from gprune.runs.trainer import PROFILERS, multiplying, plain_interrupts
 from gprune.runs.user_callbacks import UserCallbacks, Witness, retell
 from gprune.screen import Screen
@@ -204,7 +204,7 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
     screen = Screen(work, meter.work)
     with (
         folder.opened(settings, to_yaml(cfg.resolved())), plain_interrupts(),
-        _loggers(cfg, folder) as loggers, screen, meter.hooks,
+        tracking(folder, cfg) as loggers, screen, meter.hooks,
         multiplying(cfg.trainer.float32_matmul_precision),
     ):  # fmt: skip
         try:
@@ -212,15 +212,3 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
         except Exception as error:
             retell(error)
             raise
-
-
-@contextmanager
-def _loggers(cfg: RunConfig, folder: RunFolder) -> Iterator[list[Logger]]:
-    """The loggers of a run; none for one that is finished, which is read and not logged again."""
-    if folder.finished:
-        yield []
-        return
-    with tracking(folder.path, cfg.logging, id=id_of(folder.key, cfg), **about(cfg)) as loggers:
-        if (known := identity(loggers)) is not None:
-            folder.update_manifest(wandb=known)
-        yield loggers

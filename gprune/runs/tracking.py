@@ -16,13 +16,15 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.image import imread
 
-from gprune.config import LoggingConfig, RunConfig
+from gprune.config import RunConfig
 from gprune.errors import dispensable
+from gprune.runs.folder import RunFolder
 from gprune.runs.results import key_part
 from gprune.runs.wandb_runs import draw, wandb_run
 from gprune.storage.files import key_of
 
 OF_STAGE = re.compile(r"^(?!(?:development|epoch|trainer)\b)[^/]+")  # how keys begin that are not of the whole run
+TAKEN_UP_BY = ("id", "project", "entity", "name", "group", "job_type")  # what `taken_up` has to know of a run of W&B
 FOLDER = ("*.json", "config.yaml", "*.safetensors", "masks/*", "statistics/*")  # what `load_run` reads, but the model
 
 
@@ -62,23 +64,26 @@ class _Wandb(_OfRow, WandbLogger):
 
 
 @contextmanager
-def tracking(folder: Path, logging: LoggingConfig, **about: Any) -> Iterator[list[Logger]]:
-    """A CSVLogger and, if `logging` names one, a WandbLogger or a TensorBoardLogger; closed when the context is left.
+def tracking(folder: RunFolder, cfg: RunConfig) -> Iterator[list[Logger]]:
+    """A CSVLogger and, if `--logging` names one, a WandbLogger or a TensorBoardLogger; closed when the context is left.
 
-    Args:
-        folder: the run folder; the loggers write `csv/`, `wandb/` and `tensorboard/` into it.
-        about: as `wandb_run` takes it.
+    None for a run that is finished, which is read and not logged again.
     """
+    if folder.finished:
+        yield []
+        return
     # Without a version of its own, a run taken up again would delete the curves of its earlier sittings.
-    loggers: list[Logger] = [_CSV(folder, name="csv")]
-    if logging.resolved_tracker == "tensorboard":
+    path, told, loggers = folder.path, about(cfg), [_CSV(folder.path, name="csv")]
+    if cfg.logging.resolved_tracker == "tensorboard":
         # One version for all sittings: events are added to those that are there.
-        loggers.append(_TensorBoard(folder, name="tensorboard", version="", default_hp_metric=False))
-        loggers[-1].log_hyperparams(about["config"])
-    with wandb_run(folder, logging, **about) as run:
+        loggers.append(_TensorBoard(path, name="tensorboard", version="", default_hp_metric=False))
+        loggers[-1].log_hyperparams(told["config"])
+    with wandb_run(path, cfg.logging, id=id_of(folder.key, cfg), **told) as run:
         if run is not None:
             # With a run of its own, WandbLogger would pass wandb.init an option that wandb 0.31 warns about on stderr.
-            loggers.append(_Wandb(save_dir=folder, project=run.project, experiment=run))
+            loggers.append(_Wandb(save_dir=path, project=run.project, experiment=run))
+            known = {name: getattr(run, name) or None for name in TAKEN_UP_BY}
+            folder.update_manifest(wandb=known | {"mode": run.settings.mode})
         try:
             yield loggers
         finally:
@@ -96,13 +101,6 @@ def about(cfg: RunConfig) -> dict[str, Any]:
         "tags": [cfg.importance, s.scope, s.allocation, cfg.partition.method, f"target {s.target:g}"],
         "config": cfg.resolved(),
     }
-
-
-def identity(loggers: Sequence[Logger]) -> dict[str, Any] | None:
-    """What `taken_up` has to know of the run of W&B, if there is one."""
-    names = ("id", "project", "entity", "name", "group", "job_type")
-    run = next((logger.experiment for logger in loggers if isinstance(logger, _Wandb)), None)
-    return run and {name: getattr(run, name) or None for name in names} | {"mode": run.settings.mode}
 
 
 def id_of(key: str, cfg: RunConfig) -> str:

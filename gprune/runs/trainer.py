@@ -8,6 +8,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import lightning as L
 import torch
@@ -24,11 +25,11 @@ PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": 
 RANKS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK")  # of a process, by its launcher
 
 
-def check_trainer(
-    *, accelerator: str, devices: int, num_nodes: int, strategy: str, precision: str = "32-true",
-    callbacks: Sequence[L.Callback] = (),
-) -> torch.device:  # fmt: skip
+def check_trainer(*, callbacks: Sequence[L.Callback] = (), **asked: Any) -> torch.device:
     """Build a Trainer and throw it away: whether this machine can do what is asked for, Lightning knows best.
+
+    Args:
+        asked: `TrainerConfig.lightning`.
 
     Returns:
         The device of this process.
@@ -37,18 +38,16 @@ def check_trainer(
         UserError: for an accelerator that is not there, too many devices, an unknown strategy, or a precision that the
             device lacks; for callbacks that cannot be together.
     """
-    _check_processes(accelerator, devices, num_nodes)
+    _check_processes(asked["accelerator"], asked["devices"], asked["num_nodes"])
     try:
         with warnings.catch_warnings(action="ignore"), quieted("lightning.pytorch.utilities.rank_zero"):
-            trainer = L.Trainer(
-                accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision,
-                logger=False, callbacks=list(callbacks), enable_model_summary=False, enable_progress_bar=False,
-                enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
-            )  # fmt: skip
+            saving = any(isinstance(one, Checkpoint) for one in callbacks)
+            quiet = {"logger": False, "enable_model_summary": False, "enable_progress_bar": False}
+            trainer = L.Trainer(callbacks=list(callbacks), enable_checkpointing=saving, **quiet, **asked)
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".!")
-        asked = f"accelerator '{accelerator}', {devices} device(s), strategy '{strategy}' and precision '{precision}'"
-        raise UserError(f"--trainer: cannot use {asked} here: {reason}.") from error
+        settings = ", ".join(f"{name} {value!r}" for name, value in asked.items())
+        raise UserError(f"--trainer: cannot use {settings} here: {reason}.") from error
     device = trainer.strategy.root_device
     if device.type == "mps":
         raise UserError("--trainer.accelerator: expected cpu, as statistics are float64, which Apple's GPU lacks.")

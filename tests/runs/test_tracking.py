@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections import defaultdict
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -16,11 +17,12 @@ import pytest
 import wandb
 
 from gprune.benchmarks.measurement import log_evaluation
-from gprune.config import LoggingConfig
+from gprune.config import LoggingConfig, RunConfig
 from gprune.config import running as config
 from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.pipeline.prune import prune
+from gprune.runs.folder import RunFolder
 from gprune.runs.results import load_run
 from gprune.runs.tracking import how_to_look, log_numbers, log_scalars, tracking
 from gprune.runs.wandb_runs import wandb_run
@@ -67,9 +69,11 @@ def start(tmp_path, monkeypatch):
     """`tracking` with settings that do not matter here."""
     monkeypatch.delenv("WANDB_MODE", raising=False)
 
+    @contextmanager
     def enter(tracker):
-        about = {"name": "n", "group": "g", "job_type": "j", "tags": ["t"], "config": {"a": {"b": 1}}, "id": "abc"}
-        return tracking(tmp_path, LoggingConfig(tracker=tracker), **about)
+        cfg, folder = RunConfig(logging={"tracker": tracker}), RunFolder(tmp_path, key="abc")
+        with folder.opened(cfg.settings(), ""), tracking(folder, cfg) as loggers:
+            yield loggers
 
     return enter
 

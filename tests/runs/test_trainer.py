@@ -51,19 +51,14 @@ def test_a_rank_without_its_peers_is_noticed(variables, devices, said, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variables", [{"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "2"}, {"RANK": "0"}])
-def test_a_rank_that_was_left_over_in_a_fresh_process(variables, tmp_path):
+def test_a_rank_that_was_left_over_in_a_fresh_process(tmp_path):
     args = tiny_run.make_world(tmp_path).args(tmp_path, "--gprune=false", "--export=none", "--dry_run=true")
     done = subprocess.run(
         [sys.executable, "train.py", *args], cwd=tiny_run.ROOT, capture_output=True, text=True, check=False,
-        env={**tiny_run.environment(tmp_path / "cache"), **variables, "HOME": os.environ["HOME"]},
+        env={**tiny_run.environment(tmp_path / "cache"), "RANK": "1", "HOME": os.environ["HOME"]},
     )  # fmt: skip
-    if variables == {"RANK": "0"}:
-        assert (done.returncode, done.stderr) == (0, "")
-        assert "tokens" in done.stdout
-    else:
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert done.stderr.startswith("train.py: RANK=1 says that this process is one of several")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("train.py: RANK=1 says that this process is one of several")
 
 
 @pytest.mark.parametrize(("of_the_first", "lacking"), [("one", [False, True]), ("another", None)])
