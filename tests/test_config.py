@@ -250,19 +250,6 @@ def test_equal_settings_share_a_name_and_different_ones_do_not():
 
 
 @pytest.mark.parametrize(
-    ("allocation", "gprune", "learns", "base"),
-    [
-        ("learned", True, True, "owl"), ("learned", False, False, "owl"), ("equal", True, False, "owl"),
-        ("uniform", True, False, "uniform"), ("global", True, False, "global"), ("owl", False, False, "owl"),
-        ("depth", False, False, "depth"),
-    ],
-)  # fmt: skip
-def test_the_base_metric_has_the_named_allocation_or_the_start(allocation, gprune, learns, base):
-    config = RunConfig(gprune=gprune, sparsity=SparsityConfig(allocation=allocation, start="owl"))
-    assert (config.learns, config.base_allocation) == (learns, base)
-
-
-@pytest.mark.parametrize(
     ("importance", "recovery", "needs"),
     [
         ("wanda_sp", "none", set()), ("wanda_sp", "bias", set()), ("wanda_sp", "least_squares", {"gram"}),

@@ -165,6 +165,7 @@ def assert_same_run(one, two) -> None:
         assert torch.equal(two.model.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 def test_a_run_with_gram_matrices_in_files_is_the_same_run(world, ordinary, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     monkeypatch.setattr(walking, "GRAMS_IN_MEMORY", 1)

@@ -115,6 +115,7 @@ def numbers(out: str, begins: str) -> list[float]:
     return [float(cell.replace(",", "")) for cell in re.findall(r"\| +([\d,.]+) +(?=\|)", line)]
 
 
+@pytest.mark.slow
 def test_dense_beside_random_masks_or_a_pruned_folder(tmp_path, capsys):
     assert main(["inference", "--small", "--repeats", "1", "--batch_sizes", "2", "--widths", "uniform"]) == 0
     out = capsys.readouterr().out

@@ -53,6 +53,7 @@ def test_every_row_that_is_drawn_is_in_its_list():
         assert set(rows or ()) <= {row.name for row in Listing.read(summary.HERE / name).rows}
 
 
+@pytest.mark.slow
 def test_the_page_is_drawn(tmp_path):
     assert summary.work([str(tmp_path)]).startswith(f"Drawn: {tmp_path / 'summary.png'}, {tmp_path / 'summary.svg'}, ")
     names = {f"{name}.{kind}" for name in ("summary", "distill-tokens", "sparsity-curve") for kind in ("png", "svg")}

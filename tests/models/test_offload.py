@@ -289,6 +289,7 @@ def placement(model: torch.nn.Module) -> list[str]:
     return [AUTO, f"--model.max_memory={{cpu: {limit_for(model)}}}"]
 
 
+@pytest.mark.slow
 def test_a_run_with_most_of_the_model_on_disk_is_the_same_run(world, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     whole = world.run(tmp_path, *FLAGS)

@@ -55,6 +55,7 @@ def test_every_window_of_every_role_begins_with_it_and_no_loss_counts_it(world, 
     assert "with BOS" in (result.path / "model/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_runs_with_and_without_share_nothing(world, tmp_path):
     """In one cache; `always` is what `auto` does here, to the same bits."""
     flags = ("--gprune=false", "--export=none")

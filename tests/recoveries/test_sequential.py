@@ -279,6 +279,7 @@ def test_a_run_recovers_its_controls_too_and_stays_below_its_plan(world, tmp_pat
     assert result.summary["forward_tokens"] <= plan.forward_tokens
 
 
+@pytest.mark.slow
 def test_a_run_taken_up_has_the_same_bits(world, tmp_path, quick):
     flags = [*FLAGS, "--gprune=false", f"--corpora.recover={world.names('beta')}"]
     first = world.run(tmp_path, *flags)
@@ -300,6 +301,7 @@ def test_whole_blocks_that_go_are_made_up_for(world, tmp_path, quick):
     assert {r["recovery"] for r in result.records} == {"none", "least_squares_sequential"}
 
 
+@pytest.mark.slow
 def test_an_offloaded_model_is_recovered_to_the_same_bits(world, tmp_path, quick, monkeypatch):
     monkeypatch.setattr("gprune.pipeline.save.check_reload", lambda *_, **__: 0.0)
     flags = [*FLAGS, "--gprune=false"]

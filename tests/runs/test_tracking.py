@@ -303,6 +303,7 @@ def test_tensorboard_is_asked_for_before_anything_begins(monkeypatch):
         LoggingConfig(tracker="tensorboard")
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_curves_tables_and_figures(world, tmp_path, monkeypatch):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     tiny_run.quick(monkeypatch)

@@ -150,6 +150,7 @@ def test_what_cannot_be_learned_is_refused(tiny_model):
         DistillConfig(kl=0)
 
 
+@pytest.mark.slow
 def test_adapters_begin_alike_whatever_the_cache_holds(world, tmp_path, quick):
     with tiny_run.isolated(tmp_path / "cache"):
         cold, warm = (learned(world.run(tmp_path, *FLAGS, *ALONE, "--distill.targets=lora", name=n).path) for n in "ab")
@@ -575,6 +576,7 @@ def test_two_processes_learn_what_one_does_and_go_on_to_the_same_bits(world, tmp
             torch.testing.assert_close(found[whole][name], t, atol=2e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_dense_model_may_lie_on_disk(undisturbed, world, tmp_path, quick):
     """Most of it, by accelerate; what learns is in memory."""
     flags = ["--model.device_map=auto", '--model.max_memory={"cpu": "100KiB"}']
