@@ -28,11 +28,12 @@ from tests.tiny_families import some_masks
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Model, statistics, and scores of units."""
+    """Model, statistics, scores of units, and a budget of half of them."""
     model = make_tiny_llama()
     tokens = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
     statistics = collect(model, batches(tokens, 2))
-    return model, statistics, score_units("act_norm", blocks_of(model), statistics)
+    budget = Budget.of(unit_costs(blocks_of(model), scope="ffn"), 0.5)
+    return model, statistics, score_units("act_norm", blocks_of(model), statistics), budget
 
 
 @pytest.fixture(autouse=True)
@@ -45,14 +46,13 @@ def _forgotten():
 
 
 def by_metric(tiny, spoil):
-    model, statistics, _ = tiny
+    model, statistics, *_ = tiny
     metric("mine")(lambda w, m, g: spoil(m.mean_sq.sqrt(), m.sum_sq))
     return torch.cat(score_units("mine", blocks_of(model), statistics).ffn)
 
 
 def by_margins(tiny, spoil):
-    model, statistics, scores = tiny
-    budget = Budget.of(unit_costs(blocks_of(model), scope="ffn"), 0.5)
+    model, statistics, scores, budget = tiny
     allocation("mine")(lambda s, st, b, budget: ([spoil(f.clone(), f) for f in s.ffn], s.attention))
     return torch.cat(allocate("mine", scores, statistics, blocks_of(model), budget).ffn)
 
@@ -68,7 +68,7 @@ def by_thresholds(tiny, spoil):
 
 
 def by_projection(tiny, spoil):
-    model, statistics, _ = tiny
+    model, statistics, *_ = tiny
     recovery("mine")(lambda w, k, m, r: (spoil(w[:, k], w), None))
     down, keep = blocks_of(model)[0].down.weight, torch.arange(48) % 2 == 0
     return RECOVERY["mine"].solve(down, keep, statistics.ffn[0].total)[0]
@@ -169,18 +169,13 @@ def test_a_metric_may_count():
     "returned", [lambda good: None, lambda good: [*good, []], lambda good: (good[0][:-1], good[1])]
 )
 def test_margins_that_are_no_lists_of_blocks(returned, tiny):
-    model, statistics, scores = tiny
+    model, statistics, scores, budget = tiny
     allocation("mine")(lambda s, *_: returned((s.ffn, s.attention)))
-    with pytest.raises(
-        UserError, match=r"^Allocation 'mine': expected Masks, or margins as .* for each of 3 blocks, got "
-    ):
-        allocate(
-            "mine", scores, statistics, blocks_of(model), Budget.of(unit_costs(blocks_of(model), scope="ffn"), 0.5)
-        )
+    with pytest.raises(UserError, match=r"^Allocation 'mine': expected Masks, or margins .* of 3 blocks, got "):
+        allocate("mine", scores, statistics, blocks_of(model), budget)
 
 
 MASKS = {
-    "as they are": (lambda m: m, None),
     "one neuron more": (lambda m: replace(m, ffn=[flipped(m.ffn[0]), *m.ffn[1:]]), "on budget"),
     "nothing removed": (lambda m: replace(m, ffn=[torch.ones_like(f) for f in m.ffn]), "on budget .*, got 0"),
     "numbers": (lambda m: replace(m, ffn=[f.float() for f in m.ffn]), "of bool; got .48,. of float32"),
@@ -197,12 +192,9 @@ def flipped(keep):
 
 @pytest.mark.parametrize("row", MASKS)
 def test_masks_of_others_are_of_the_units_and_on_budget(row, tiny):
-    model, statistics, scores = tiny
-    budget = Budget.of(unit_costs(blocks_of(model), scope="ffn"), 0.5)
+    model, statistics, scores, budget = tiny
     good = allocate("uniform", scores, statistics, blocks_of(model), budget)
     change, said = MASKS[row]
-    if said is None:
-        assert checked_masks(ALLOCATION, "mine", change(good), budget) == good
-        return
+    assert checked_masks(ALLOCATION, "mine", good, budget) == good
     with pytest.raises(UserError, match=f"^Allocation 'mine': expected.* {said}"):
         checked_masks(ALLOCATION, "mine", change(good), budget)

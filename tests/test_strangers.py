@@ -79,24 +79,20 @@ def test_whatever_comes_is_success_or_one_line(surface, tiny):
 # --- every damage at every surface --------------------------------------------------------------------------------
 
 
-def edited(change: Callable[[dict], object], path: Path) -> None:
-    """Change a JSON file by hand, without its checksum."""
-    content = json.loads(path.read_text())
-    content.pop("checksum", None)
-    change(content)
-    path.write_text(json.dumps(content))
+def edited(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """Changes a JSON file by hand, without its checksum."""
+
+    def damage(path: Path) -> None:
+        content = json.loads(path.read_text())
+        content.pop("checksum", None)
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return damage
 
 
 def with_number(name: str, value: object) -> Callable[[Path], None]:
-    return partial(edited, lambda content: content["records"][1].update({name: value}))
-
-
-def without(name: str) -> Callable[[Path], None]:
-    return partial(edited, lambda content: content["records"][1].pop(name))
-
-
-def with_setting(name: str, value: object) -> Callable[[Path], None]:
-    return partial(edited, lambda content: content["settings"].update({name: value}))
+    return edited(lambda content: content["records"][1].update({name: value}))
 
 
 TEXTS = {"null": "null", "a list": "[]", "text": '"x"', "nothing": "", "deep": "[" * 10**5, "no JSON": "{"}
@@ -111,12 +107,13 @@ DAMAGES: dict[str, Damage] = {  # the file, what happens to it, what every surfa
        for name in ("manifest.json", "metrics.json") for what in PLACES},
     **{f"{name} is {value}": ("metrics.json", with_number(name, value), name)
        for name, values in NUMBERS.items() for value in values},
-    **{f"without {name}": ("metrics.json", without(name), name)
+    **{f"without {name}": ("metrics.json", edited(lambda c, name=name: c["records"][1].pop(name)), name)
        for name in ("stage", "perplexity", "window_nll", "content_hash", "seen")},
-    **{f"settings: {name}": ("manifest.json", with_setting(name, value), name) for name, value in SETTINGS.items()},
-    "no dense model": ("metrics.json", partial(edited, lambda c: c.update(records=c["records"][2:])), "dense"),
-    "no records": ("metrics.json", partial(edited, lambda c: c.update(records=[])), "records"),
-    "a number twice": ("metrics.json", partial(edited, lambda c: c["records"].append(c["records"][0])), "twice"),
+    **{f"settings: {name}": ("manifest.json", edited(lambda c, n=name: c["settings"].update({n: SETTINGS[n]})), name)
+       for name in SETTINGS},
+    "no dense model": ("metrics.json", edited(lambda c: c.update(records=c["records"][2:])), "dense"),
+    "no records": ("metrics.json", edited(lambda c: c.update(records=[])), "records"),
+    "a number twice": ("metrics.json", edited(lambda c: c["records"].append(c["records"][0])), "twice"),
     "other windows": ("metrics.json", with_number("content_hash", "other"), "windows"),
 }  # fmt: skip
 
