@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -32,15 +31,6 @@ from gprune.storage.yaml_text import to_yaml
 if TYPE_CHECKING:
     from gprune.report.page import Report
 
-CAPTIONS = {
-    "perplexity": "Perplexity by corpus and row.",
-    "heterogeneity": "How far the ranks of each module's neurons drift between corpora, and how far corpora agree.",
-    "sparsity": "Share of the neurons that each block, and each of its modules, loses.",
-    "means": "Perplexity over seen and unseen text.",
-    "ratios": "Unseen perplexity over the base metric's.",
-    "learning": "Each run's own model over the tokens that it has learned from; losses are running means.",
-    "stability": "How far runs keep the same neurons.",
-}
 # The colours of figures that follow the page's theme.
 THEME = {"#000000": "currentColor", "#ffffff": "var(--paper)", "#dddddd": "var(--line)", "#555555": "var(--soft)"}
 
@@ -86,55 +76,39 @@ def section(run: FinishedRun) -> dict[str, Any]:
     """What the page says of one run."""
     manifest, s, model = RunFolder(run.path).manifest, run.settings, run.path / "model"
     method = "gprune" if s["gprune"] else "the base metric alone"
-    sparsity = s["sparsity"]
-    share = removed_in_words(sparsity["target"], sparsity["scope"], sparsity["allocation"], digits=0)
+    asked, summary, last = s["sparsity"], run.summary, (run.final, s["recovery"])
+    target, removed = (
+        removed_in_words(share, asked["scope"], asked["allocation"], **digits)
+        for share, digits in ((asked["target"], {"digits": 0}), (summary["sparsity_of_scope"], {}))
+    )
+    means, steps = means_and_gaps(run.records), manifest.get("steps", {})
     return {
         "name": run.name,
-        "title": f"{share} removed from {model_label(s['model']['name'])}",
+        "title": f"{target} removed from {model_label(s['model']['name'])}",
         "about": f"Pruned by {method}, importance {s['importance']}, recovery {s['recovery']}, seed {run.seed}.",
-        "tiles": tiles(run, manifest),
+        "summary": summary,
+        "removed": removed,
+        "dense": means["dense", "none"],
+        "pruned": means[last],
+        "ratio": (summary.get("unseen_over_base") or {}).get(row_name(*last)),
+        "steps": steps,
         "result": result_table(run.records),
         "figures": drawn(run_figures(run.records, run.modules, run.masks), run.name) if run.masks else [],
         "curves": drawn(curve_figures(read_curves(run.path)), f"{run.name} curves"),
         "samples": read_samples(run),
         "labels": corpus_labels(r["corpus"] for r in run.records),
         "settings": to_yaml({name: value for name, value in s.items() if name != "inputs"}),
-        "cost": cost_table(manifest.get("steps", {})),
+        "cost": cost_table(steps),
         "environment": manifest.get("environment") or {},
         "load": loading_code(str(model), stock=not any(model.glob("*.py"))) if model.is_dir() else "",
         "here": shlex.quote(str(run.path)),
     }
 
 
-def tiles(run: FinishedRun, manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, number, in words) of the headline."""
-    s, means = run.summary, means_and_gaps(run.records)
-    last = (run.final, run.settings["recovery"])
-    dense, pruned = means["dense", "none"], means[last]
-    seconds = sum(step.get("seconds", 0) for step in manifest.get("steps", {}).values())
-    perplexities = [
-        (f"{text} perplexity", f"{pruned[text]:.2f}", f"dense {dense[text]:.2f}")
-        for text in ("unseen", "seen")
-        if not math.isnan(pruned[text])
-    ]
-    if ratio := (s.get("unseen_over_base") or {}).get(row_name(*last)):
-        interval = f"95 % interval {ratio['low']:.3f} to {ratio['high']:.3f}"
-        perplexities.append(("unseen, over the base metric", f"{ratio['ratio']:.3f}", interval))
-    before, after = s["parameters_before"], s["parameters_after"]
-    sparsity = run.settings["sparsity"]
-    scope = removed_in_words(s["sparsity_of_scope"], sparsity["scope"], sparsity["allocation"])
-    return [
-        *perplexities,
-        ("of the model removed", f"{s['sparsity_of_model']:.1%}", f"{scope}; {before:,} → {after:,} parameters"),
-        ("tokens", f"{s['forward_tokens']:,}", f"forward; {s['forward_backward_tokens']:,} forward and backward"),
-        ("seconds", f"{seconds:,.0f}", "of all steps and sittings"),
-    ]
-
-
 def drawn(figures: Mapping[str, Figure], name: str) -> list[tuple[str, Markup, bool]]:
-    """Captions and SVG of figures, and whether they are broad."""
+    """Titles and SVG of figures, and whether they are broad."""
     broad = {title: figure.get_figwidth() > 2.2 * figure.get_figheight() for title, figure in figures.items()}
-    return [(CAPTIONS.get(t, t), svg(figure, f"{name} {t}"), broad[t]) for t, figure in figures.items()]
+    return [(title, svg(figure, f"{name} {title}"), broad[title]) for title, figure in figures.items()]
 
 
 @style()
