@@ -197,7 +197,8 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
     meter = TokenMeter()
     meter.watch(model)
     inputs = {"model": fingerprint(model), "text": text.hashes()}
-    inputs |= {"callbacks": brought.names} if callbacks else {}
+    if callbacks:  # class, and Lightning's key of its state
+        inputs["callbacks"] = [f"{type(one).__module__}.{one.state_key}" for one in callbacks]
     settings = cfg.settings() | {"inputs": inputs}
     folder = RunFolder(cfg.folder, meter.counts, key=key_of(settings=settings))
     work = {step: passes(*tokens) for step, tokens in plan.tokens.items()}

@@ -55,11 +55,6 @@ class UserCallbacks:
                 one.dirpath = str(folder)
         return callbacks
 
-    @property
-    def names(self) -> list[str]:
-        """What the settings of a run know of objects: class, and Lightning's key of its state."""
-        return [f"{type(one).__module__}.{one.state_key}" for one in self.given]
-
 
 def _is_of_lightning(callback: L.Callback) -> bool:
     return any(c.__module__.startswith(LIGHTNING) for c in type(callback).__mro__ if c is not L.Callback)
@@ -118,11 +113,9 @@ def retell(error: Exception) -> None:
         callback, trainer = caller.f_locals.get("callback"), caller.f_locals.get("trainer")
         ours = type(callback).__module__.startswith("gprune.")
         if isinstance(callback, L.Callback) and isinstance(trainer, L.Trainer) and not ours:
-            when = caller.f_locals.get("hook_name", caller.f_code.co_name)
-            raise UserError(
-                f"Callback {type(callback).__name__} in {when} of {type(trainer.lightning_module).__name__}: "
-                f"{type(error).__name__}: {first_line(error)} ({Path(hook.f_code.co_filename).name}, line {line}). "
-                f"The same command goes on from the last checkpoint."
-            ) from error
+            who, stage = type(callback).__name__, type(trainer.lightning_module).__name__
+            when, where = caller.f_locals.get("hook_name", caller.f_code.co_name), Path(hook.f_code.co_filename).name
+            what = f"{type(error).__name__}: {first_line(error)} ({where}, line {line})"
+            raise UserError(f"Callback {who} in {when} of {stage}: {what}. The same command goes on.") from error
     if isinstance(error, MisconfigurationException):
         raise UserError(f"--trainer: Lightning refuses it: {first_line(error)}") from error
