@@ -1,9 +1,5 @@
 """The report of one run or several: its tables, its figures, and the page that holds them.
 
-gprune report runs/NAME [runs/NAME ...] [--output FOLDER] [--base runs/NAME]
-
-or from Python:
-
 from gprune import report
 made = report.make(["runs/a", "runs/b"])
 made.to_markdown(), made.tables[0].rows, made.figures()["ratios"]

@@ -28,12 +28,10 @@ from gprune.runs.results import FinishedRun, row_name
 def over_seeds(values: Sequence[float]) -> Estimate:
     """Geometric mean over seeds with a 95 % interval: exp of mean(log) +- t(0.975, n - 1) sd(log) / sqrt(n).
 
-    One value has no interval. All values positive.
+    Two values or more, all positive.
     """
     logs = np.log(values)
     mean = float(logs.mean())
-    if len(logs) == 1:
-        return Estimate(math.exp(mean))
     half = float(student.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs)))
     return Estimate(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
 
