@@ -22,7 +22,7 @@ OTHERS = {
     "corpora.learn_samples": 2, "partition.method": "initial",
     "reliability.everywhere": "false", "reliability.metric": "consensus", "sparsity.start": "global",
     "sparsity.learn": "both", "sparsity.loss": "kl", "distill.targets": "mlp", "distill.keep": "best",
-    "distill.absolute_learning_rate": 0.001,
+    "distill.absolute_learning_rate": "null",  # there is one of the two
     "evaluation.curve": "[0.1]", "evaluation.controls": "[]", "trainer.precision": "bf16-mixed",
     "trainer.limit_train_batches": 1, "trainer.max_steps": 1, "trainer.gradient_clip_val": 0.001,
     "partition.refiner": "soft_assignment", "sparsity.learner": "straight_through",  # there is no other
