@@ -423,7 +423,7 @@ WRONG = {  # beside what `tests/test_registry.py` has
         lambda w, m, g: m.sum_sq if w.per_unit == 1 else m.sum_sq[:8],
         r"expected scores \(32,\) or \(2,\), dense, of finite numbers; got \(8,\) of float64",
     ),
-    "writes": (lambda w, m, g: w.output.abs_().sum(0), "changes its inputs in place"),
+    "writes": (lambda w, m, g: w.output.abs_().sum(0), "changes inputs in place"),
 }
 
 

@@ -352,7 +352,7 @@ def test_a_folder_in_use_is_refused_and_free_when_its_process_is_killed(copied, 
     child = forked(hold)
     os.read(ready[0], 1)
     assert again(world, copied) == 2
-    assert "Another process is working in" in capsys.readouterr().err
+    assert "Another process works in" in capsys.readouterr().err
     os.kill(child, 9)
     assert exit_code(child) == -9
     assert again(world, copied) == 0
