@@ -110,7 +110,12 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
     refined = [REFINER.checked(p.refiner, "labels", y, old.shape, of="whole numbers") for y, old in pairs]
     if any(y.min() < 0 or not torch.bincount(y).all() for y in refined):
         raise UserError(f"Refiner '{p.refiner}': expected modules from 0 to K - 1 in each block, and a neuron in each.")
-    return [y.long().cpu() for y in refined]
+    refined = [y.long().cpu() for y in refined]
+    moved = {"moved": sum(int((y != old).sum()) for y, old in zip(refined, labels, strict=True))}
+    moved["neurons"] = sum(map(len, labels))
+    log.info("Refinement moved %(moved)d of %(neurons)d neurons", moved)
+    run.folder.update_manifest(refinement=moved)
+    return refined
 
 
 def assess(
