@@ -3,7 +3,7 @@
 python -m experiments.rewritten smollm2-135m FOLDER
 
 `up` times c and `down` over c, `value` times c and `output` over c, c a power of two between 1/8 and 8, another one in
-each block: the same bits come out of each block. A recipe that depends on sizes of weights treats the two models unlike.
+each block: the same bits come out of each block. A recipe that depends on sizes treats the two models unlike.
 """
 
 from __future__ import annotations
