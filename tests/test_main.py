@@ -72,6 +72,15 @@ def test_python_runs_it_and_the_console_script_is_the_same_function(tmp_path):
     assert "no/such/run" in line
 
 
+def failing(error: BaseException, **said: str) -> int:
+    """The exit code of a command that raises this."""
+
+    def work():
+        raise error
+
+    return guarded("a verb", work, **said)
+
+
 class SIGTERMException(SystemExit):
     pass
 
@@ -94,20 +103,14 @@ class OutOfMemoryError(RuntimeError):
     ],
 )  # fmt: skip
 def test_the_boundary(error, code, line, capsys):
-    def work():
-        raise error
-
-    assert guarded("a verb", work, stopped=". All is kept.", memory="; ask for less.") == code
+    assert failing(error, stopped=". All is kept.", memory="; ask for less.") == code
     assert capsys.readouterr().err == f"a verb: {line}\n"
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), RuntimeError("a bug"), ValueError("a bug")])
 def test_the_boundary_hides_no_bug_and_no_exit(error):
-    def work():
-        raise error
-
     with pytest.raises(type(error)):
-        guarded("a verb", work)
+        failing(error)
 
 
 def in_a_child(work, stdout: int | None) -> tuple[int, str]:
@@ -175,12 +178,6 @@ def test_what_controls_a_terminal_is_shown(capsys):
 
 
 def test_of_several_processes_the_first_speaks_unless_one_fails_alone(capsys, monkeypatch):
-    def failing(error):
-        def work():
-            raise error
-
-        return guarded("a verb", work)
-
     monkeypatch.setenv("MASTER_ADDR", "here")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert failing(UserError("all of us")) == 2
