@@ -107,6 +107,7 @@ def material_of(run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistic
         fit=fit_once(run, f"recovery/{row[1]}-{content_hash(masks.tensors())[:8]}", row),
         shard=cfg.model.shard,
         taught=run.taught,
+        paid=row != cfg.own_row,
     )
 
 

@@ -72,6 +72,7 @@ class Material:
     shard: bool = False  # whether layers are sharded over processes while something learns
     # What the dense model's final hidden states are, by batch of tokens, for all rows of a run; None: not kept.
     taught: dict[bytes, Tensor] | None = None
+    paid: bool = False  # whether another row has counted the tokens of `taught`, perhaps in an earlier sitting
 
     @property
     def batches(self) -> list[Tensor]:

@@ -41,7 +41,8 @@ class Distill(Recovery):
 
         s = self.settings
         remove_hook_from_submodules(pruned)  # of a dense model on several devices: what learns lies on one
-        stage = DistillationStage(material.dense, pruned, s, shard=material.shard, kept=material.taught)
+        count = material.count if material.paid else None
+        stage = DistillationStage(material.dense, pruned, s, shard=material.shard, kept=material.taught, count=count)
         what = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"
         material.fit(
             what, stage, clip=s.clip, batch_size=s.batch_size, accumulate=s.accumulate, points=s.points, keep=s.keep

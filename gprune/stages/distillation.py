@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
@@ -68,17 +68,18 @@ class DistillationStage(FrozenLMStage):
         settings: the flags of `--distill`, checked by `DistillConfig.refuse`; `tokens` is that of the text.
         shard: shard the layers of both over all processes while it learns.
         kept: the final hidden states of `dense` by batch of tokens, which it reads and adds to.
+        count: takes off the tokens of states that are computed again, where another row has counted them.
     """
 
     purpose, curves = "distillation", "distill"
 
     def __init__(
         self, dense: PreTrainedModel, student: PreTrainedModel, settings: DistillConfig | Mapping | None = None, *,
-        shard: bool = False, kept: dict[bytes, Tensor] | None = None,
+        shard: bool = False, kept: dict[bytes, Tensor] | None = None, count: Callable[[int], None] | None = None,
     ):  # fmt: skip
         super().__init__(dense, shard=shard)
-        self._kept = kept
-        self.settings = saved_settings(self, DistillConfig, settings, ignore=("dense", "student", "kept"))
+        self._kept, self._count = kept, count
+        self.settings = saved_settings(self, DistillConfig, settings, ignore=("dense", "student", "kept", "count"))
         self._student = Student(student, self.settings)
         self.learned = self._student.learned
         self.proportion = Proportion()
@@ -201,4 +202,6 @@ class DistillationStage(FrozenLMStage):
         key = ids.cpu().numpy().tobytes()
         if key not in self._kept:
             self._kept[key] = final_hidden(self.lm, ids).cpu()
+            if self._count is not None:
+                self._count(-ids.numel())
         return self._kept[key]
