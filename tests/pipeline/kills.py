@@ -8,8 +8,7 @@ when it is whole but has not got its name, and when it has just got it. Points a
 life of a run folder, with a cache of its own, is a chain of kills at later and later points, each followed by a start
 that must take up what is there, and a last start that must end. Every other
 life shares one cache with those before it. Results are compared byte by byte: masks, thresholds, modules, statistics,
-model, records; and the count of tokens, save where others have filled the cache, and but for the dense model's hidden
-states: rows share them as long as a process lives.
+model, records; and the count of tokens, save where others have filled the cache.
 """
 
 from __future__ import annotations
@@ -295,7 +294,7 @@ def tiny(folder: Path) -> list[str]:
 
     world = tiny_run.make_world(folder)
     own = ("--run.dir", "--run.name")
-    learns = ["--recovery=[least_squares,distill]", f"--distill.tokens={SHARED}", "--distill.points=2"]
+    learns = ["--recovery=[least_squares,distill]", "--distill.tokens=960", "--distill.points=2"]
     more = [*learns, "--sparsity.epochs=2", "--run.checkpoint_minutes=0"]
     return [flag for flag in world.args(folder, *more) if not flag.startswith(own)]
 
