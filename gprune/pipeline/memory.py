@@ -87,7 +87,8 @@ def peaks_of(plan: Plan) -> dict[str, float]:
         learned = learned_numbers(plan, kept)
         # On a GPU AdamW steps all parameters at once, by a copy of them.
         most = max(activations + head(4, teacher=True), 0 if cpu else 4 * learned)
-        peaks["recover"] = others + held / corpora + 4 * left + 12 * learned + most
+        best = 4 * learned * cpu  # a copy of the best weights so far, in the host's memory
+        peaks["recover"] = others + held / corpora + 4 * left + 12 * learned + best + most
     elif method.needs:
         n, k = max(costs.neurons), kept * max(costs.neurons)
         solving = 4 * n**2 + 8 * k**2 + (n - k) * (4 * n + 12 * k)

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.checks import require
-from gprune.config import RunConfig, configured, read_settings
+from gprune.config import RunConfig, configured
 from gprune.errors import UnregisteredError, UserError, first_line
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
@@ -30,6 +30,7 @@ from gprune.sparsity.allocation import removed_in_words
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
 from gprune.storage.files import file_hashes, inspected_json, key_of, read_json, read_tensors
 from gprune.storage.reading import expanded
+from gprune.storage.yaml_text import read_yaml
 
 Record = dict[str, Any]  # one number with its protocol, as in metrics.json
 STAGES = ("base", "averaged", "gprune")  # of the pruned model
@@ -259,7 +260,10 @@ def config_of(run: FinishedRun) -> RunConfig:
     """
     file = run.path / "config.yaml"
     try:
-        cfg = configured(read_settings(file), where="its settings")
+        settings = read_yaml(file, "expected YAML in")  # not a pipe, as `read_settings` would take it
+        if not isinstance(settings, dict):
+            raise UserError("it holds no settings.")
+        cfg = configured(settings, where="its settings")
         if changed := differences(run.settings, cfg.settings() | {"inputs": run.settings["inputs"]}):
             raise UserError(f"{changed[0]}.")
     except UnregisteredError as error:

@@ -95,7 +95,7 @@ class Witness(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         done, planned = trainer.fit_loop.total_batch_idx + 1, int(trainer.num_training_batches * trainer.max_epochs)
         if trainer.should_stop and done < planned:
-            log.info("A callback has stopped %s after %d of %d batches", type(pl_module).__name__, done, planned)
+            log.info("%s was stopped after %d of %d batches", type(pl_module).__name__, done, planned)
             self.note({"batches": done, "planned": planned})
 
     def on_test_batch_start(

@@ -185,7 +185,7 @@ def test_a_users_own_allocation_works_through_the_command_line(tmp_path, monkeyp
     with tiny_run.isolated(tmp_path / "cache"):
         args = world.args(tmp_path / "runs", "--gprune=false", "--sparsity.allocation=mine")
         assert tiny_run.main(args) == 2
-        assert "got 'mine'" in capsys.readouterr().err
+        assert "Unknown allocation 'mine'" in capsys.readouterr().err
 
         @allocation("mine")
         def mine(scores, statistics, blocks, budget, *, offset=0.0):
