@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
 from collections.abc import Iterable
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -82,6 +83,30 @@ def tiny_model() -> LlamaForCausalLM:
 def token_batch() -> torch.Tensor:
     """(6, 32) int64 token ids."""
     return torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model and made-up text, on disk: `tiny_run.World`."""
+    from tests import tiny_run  # it imports this module
+
+    return tiny_run.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """A folder for the cache of a module's runs."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def shared_cache(cache):
+    """A module's runs share one cache: calibration is paid for once per kind of statistics."""
+    from tests import tiny_run
+
+    with tiny_run.isolated(cache), pytest.MonkeyPatch.context() as patch:
+        tiny_run.quick(patch)
+        yield
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int) -> dict[int, tuple[int, int
     }
     trained = {9: 0, 10: 0}
     for row in cfg.stages:
-        final = row == (cfg.final, cfg.recovery)  # the first that learns
+        final = row == cfg.own_row  # the first that learns
         step, recovery = 9 if final else 10, recovery_of(row[1], cfg.recovery_settings)
         recovered = recovery.tokens(text, fresh, attention=cfg.attention)
         if taught and not final:

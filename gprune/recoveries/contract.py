@@ -199,6 +199,7 @@ class Projection(Recovery):
         from gprune.models.offload import device_of
 
         def revise(dense: Block, block: Block) -> None:
+            """Correct a sliced block's output projections that lost channels, by the dense block's statistics."""
             keeps = material.masks.channels(dense)
             for kind, part in OUTPUT_PROJECTIONS.items():
                 if not bool(keeps[kind].all()):
@@ -265,6 +266,7 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
         raise ValueError(f"recovery '{name}': needs expected to be of {', '.join(NEEDS)}, got {sorted(unknown)}.")
 
     def file(entry: Any) -> Any:
+        """Put the class or function into `RECOVERY` under its name, and give it back."""
         if not (issubclass(entry, Recovery) if isinstance(entry, type) else callable(entry)):
             raise UserError(f"Recovery '{name}': expected a function or a class of Recovery, got {shown(entry)}.")
 

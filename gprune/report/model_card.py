@@ -114,7 +114,7 @@ def _metadata(cfg: RunConfig, records: Sequence[dict[str, Any]], labels: Mapping
             metric_value=round(r["perplexity"], 4),
         )
         for r in records
-        if (r["stage"], r["recovery"]) == (cfg.final, cfg.recovery)
+        if (r["stage"], r["recovery"]) == cfg.own_row
     ]
     return ModelCardData(
         base_model=(embedded.base if embedded else cfg.model.name if on_hub else None) or None,

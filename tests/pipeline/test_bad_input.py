@@ -19,16 +19,6 @@ from gprune.storage import wheels
 from tests import tiny_run
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return tiny_run.make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture(autouse=True)
 def _isolated(cache, monkeypatch):
     tiny_run.quick(monkeypatch)

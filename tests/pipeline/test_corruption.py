@@ -24,11 +24,6 @@ from tests import tiny_run
 from tests.pipeline.kills import digests, left_behind
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return tiny_run.make_world(tmp_path_factory.mktemp("world"))
-
-
 @pytest.fixture(autouse=True)
 def _in_process(monkeypatch):
     tiny_run.quick(monkeypatch)

@@ -54,11 +54,6 @@ def _quick():
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return tiny_run.make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
 def runs(world, tmp_path_factory):
     """The same run by one process and by two, each with its own cache."""
     folders = {}

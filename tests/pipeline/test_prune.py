@@ -35,6 +35,8 @@ from gprune.sparsity.budget import unit_costs
 from gprune.sparsity.gates import masked
 from tests import tiny_run
 
+pytestmark = pytest.mark.usefixtures("shared_cache")
+
 FIELDS = {
     "stage", "importance", "allocation", "recovery", "sparsity", "scope", "corpus", "split", "seen", "perplexity",
     "nll", "tokens", "seq_len", "stride", "bos", "join", "seed", "dtype", "precision", "float32_matmul_precision",
@@ -42,19 +44,6 @@ FIELDS = {
 }  # fmt: skip
 # One metric for each way in which a run meets it: by what is collected for it, and by where its drift comes from.
 METRICS = ["wanda_sp", "obs", "taylor", "magnitude", "random"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return tiny_run.make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """One cache for the module: calibration is paid for once per kind of statistics."""
-    with tiny_run.isolated(tmp_path_factory.mktemp("cache")), pytest.MonkeyPatch.context() as patch:
-        tiny_run.quick(patch)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,6 @@ ODD = "<b>&'odd.txt"  # a name of a corpus that HTML must not take for its own
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return tiny_run.make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
 def runs(world, tmp_path_factory):
     """Two runs that draw their figures and write their pages."""
     folder = tmp_path_factory.mktemp("page")

@@ -30,11 +30,6 @@ from tests import tiny_run, tracked
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return tiny_run.make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
 def told(world, tmp_path_factory):
     """A run that says offline although the environment says disabled, the flag wins; and what W&B's file has of it."""
     runs = tmp_path_factory.mktemp("runs")

@@ -18,6 +18,8 @@ from gprune.runs.results import load_run
 from gprune.runs.user_callbacks import UserCallbacks
 from tests import tiny_run
 
+pytestmark = pytest.mark.usefixtures("shared_cache")
+
 OF_LIGHTNING = [
     {"class_path": "EarlyStopping", "init_args": {"monitor": "learn/loss", "strict": False, "stopping_threshold": 1e3}},
     {"class_path": "ModelCheckpoint", "init_args": {"monitor": "learn/loss", "every_n_train_steps": 1}},
@@ -46,18 +48,6 @@ class Steps(L.Callback):
 
     def load_state_dict(self, state):
         self.steps = state["steps"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return tiny_run.make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with tiny_run.isolated(tmp_path_factory.mktemp("cache")), pytest.MonkeyPatch.context() as patch:
-        tiny_run.quick(patch)
-        yield
 
 
 def flags(world, folder, *more, callbacks=(), name="run"):

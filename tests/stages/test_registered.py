@@ -63,16 +63,6 @@ def own():
         yield
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return tiny_run.make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.mark.slow
 def test_a_run_of_stages_of_ones_own(own, world, cache, tmp_path, monkeypatch):
     seen = []
