@@ -113,6 +113,16 @@ class LoggingConfig(Group, prefix="logging."):
         return self.mode or os.environ.get("WANDB_MODE") or "offline"
 
     @property
+    def resolved_tags(self) -> list[str]:
+        """The flag, else $WANDB_TAGS."""
+        return self.tags or [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
+
+    @property
+    def resolved_group(self) -> str | None:
+        """The flag, else $WANDB_RUN_GROUP."""
+        return self.group or os.environ.get("WANDB_RUN_GROUP") or None
+
+    @property
     def resolved_tracker(self) -> str:
         """csv, too, where W&B is disabled."""
         return "csv" if self.tracker == "wandb" and self.resolved_mode == "disabled" else self.tracker

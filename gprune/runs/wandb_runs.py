@@ -57,16 +57,15 @@ def wandb_run(
         yield draw(wandb.run, AXES)
         return
     known = os.environ.get
-    own_tags = logging.tags or list(filter(None, known("WANDB_TAGS", "").split(",")))
     with _begun(
         folder,
         # mode=, not offline=True, which leaves WANDB_MODE set in the process for whoever comes next.
         mode=logging.resolved_mode,
         project=logging.project or known("WANDB_PROJECT") or "gprune",
         name=logging.name or known("WANDB_NAME") or name,
-        group=logging.group or known("WANDB_RUN_GROUP") or group,
+        group=logging.resolved_group or group,
         job_type=job_type,
-        tags=list(dict.fromkeys(tag[:64] for tag in (*tags, *own_tags))),  # as long as W&B has them
+        tags=list(dict.fromkeys(tag[:64] for tag in (*tags, *logging.resolved_tags))),  # as long as W&B has them
         config=dict(config),
         id=id,
     ) as run:

@@ -29,11 +29,10 @@ from gprune.studies.tables import Done
 def named(row: Row) -> RunConfig:
     """The row's configuration, with a name, a group and tags for W&B by list and row; tags that were given stay."""
     given = row.config.logging
-    tags = given.tags or [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
     about = {
         "name": f"{_words(row.name)[:100]}, seed {row.seed}",
-        "group": given.group or os.environ.get("WANDB_RUN_GROUP") or _words(row.study)[:128],
-        "tags": [_words(row.study)[:64], _words(row.name)[:64], *tags],
+        "group": given.resolved_group or _words(row.study)[:128],
+        "tags": [_words(row.study)[:64], _words(row.name)[:64], *given.resolved_tags],
     }
     return row.config.model_copy(update={"logging": given.model_copy(update=about)})
 
