@@ -28,8 +28,8 @@ class DistillConfig(Group, prefix="distill."):
     batch_size: AtLeast1 = 1
     """Windows per step, over all devices together."""
     learning_rate: Positive = RELATIVE_RATE
-    """Peak step size of AdamW, relative to the root mean square of each tensor that learns, whatever its scale. A tensor
-    of zeros stays; LoRA's factor B takes steps that change its matrix by as much."""
+    """Peak step size of AdamW, relative to the root mean square of each tensor that learns, whatever its scale. A
+    tensor of zeros stays; LoRA's factor B takes steps that change its matrix by as much."""
     absolute_learning_rate: Positive | None = None
     """Peak step size of AdamW in the units of the weights, in place of --distill.learning_rate."""
     warmup: Quantile = 0.1
