@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, JsonValue
@@ -85,9 +84,8 @@ class EvaluationConfig(Group, prefix="evaluation."):
 class LoggingConfig(Group, prefix="logging."):
     """Where curves go."""
 
-    tracker: Literal["wandb", "tensorboard", "csv"] = "wandb"
-    """wandb: Weights & Biases. tensorboard: event files in the run folder (needs the package tensorboard). csv: only
-    the CSV file, which is always written."""
+    tracker: Literal["wandb", "csv"] = "wandb"
+    """wandb: Weights & Biases. csv: only the CSV file, which is always written."""
     mode: Literal["offline", "online", "disabled"] | None = None
     """Of W&B. Default: $WANDB_MODE, else offline: no account needed; `wandb leet run` shows every curve."""
     project: WandbName | None = None
@@ -98,14 +96,10 @@ class LoggingConfig(Group, prefix="logging."):
     """W&B group; default: $WANDB_RUN_GROUP, else the model's name, which groups ablations of one model."""
     tags: list[Annotated[Text, Field(min_length=1, max_length=64)]] = Field([])
     """W&B tags beside metric, scope, allocation, partition and target; default: $WANDB_TAGS."""
-    artifacts: list[Literal["masks", "model"]] = Field([])
-    """W&B artifacts of the finished run, read by gprune.load_run("wandb:..."). masks: all but the model. model: all."""
 
     def model_post_init(self, _: Any) -> None:
         if self.resolved_mode not in ("offline", "online", "disabled"):
             raise UserError(f"WANDB_MODE: expected offline, online or disabled, got '{self.resolved_mode}'.")
-        if self.tracker == "tensorboard" and find_spec("tensorboard") is None:
-            raise UserError("--logging.tracker: tensorboard is not installed; `pip install tensorboard`, or take csv.")
 
     @property
     def resolved_mode(self) -> str:

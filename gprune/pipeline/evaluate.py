@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -219,11 +218,6 @@ def summarise(
         tracking.log_images(run.loggers, pictures)
     # Last: a run whose metrics.json has a summary, and all rows, is finished, and is not logged again.
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
-    ratios = {name: value for name, value in numbers.items() if name.startswith(("final/", "sparsity_of"))}
-    model = os.path.basename(os.path.normpath(run.cfg.model.name))
-    about = {"model": model, "run": run.cfg.run_name, "budget": run.cfg.sparsity.target}
-    with dispensable("artifacts", "its folder has what they hold"):
-        tracking.log_artifacts(run.loggers, run.folder.path, run.cfg.logging.artifacts, about | ratios)
     return summary
 
 

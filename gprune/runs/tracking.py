@@ -1,4 +1,4 @@
-"""CSV, and Weights & Biases or TensorBoard: the loggers of all stages of a run, and what they are told."""
+"""CSV and Weights & Biases: the loggers of all stages of a run, and what they are told."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
 import wandb
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from matplotlib.image import imread
 
 from gprune.config import RunConfig
 from gprune.errors import dispensable
@@ -25,7 +23,6 @@ from gprune.storage.files import key_of
 
 OF_STAGE = re.compile(r"^(?!(?:development|epoch|trainer)\b)[^/]+")  # how keys begin that are not of the whole run
 TAKEN_UP_BY = ("id", "project", "entity", "name", "group", "job_type")  # what `taken_up` has to know of a run of W&B
-FOLDER = ("*.json", "config.yaml", "*.safetensors", "masks/*", "statistics/*")  # what `load_run` reads, but the model
 
 
 class _OfRow:
@@ -39,10 +36,6 @@ class _OfRow:
 
 
 class _CSV(_OfRow, CSVLogger):
-    pass
-
-
-class _TensorBoard(_OfRow, TensorBoardLogger):
     pass
 
 
@@ -63,9 +56,13 @@ class _Wandb(_OfRow, WandbLogger):
                 self.lost = False
 
 
+def of_wandb(loggers: Sequence[Logger]) -> list[_Wandb]:
+    return [logger for logger in loggers if isinstance(logger, _Wandb)]
+
+
 @contextmanager
 def tracking(folder: RunFolder, cfg: RunConfig) -> Iterator[list[Logger]]:
-    """A CSVLogger and, if `--logging` names one, a WandbLogger or a TensorBoardLogger; closed when the context is left.
+    """A CSVLogger and, unless `--logging` says otherwise, a WandbLogger; closed when the context is left.
 
     None for a run that is finished, which is read and not logged again.
     """
@@ -73,15 +70,11 @@ def tracking(folder: RunFolder, cfg: RunConfig) -> Iterator[list[Logger]]:
         yield []
         return
     # Without a version of its own, a run taken up again would delete the curves of its earlier sittings.
-    path, told, loggers = folder.path, about(cfg), [_CSV(folder.path, name="csv")]
-    if cfg.logging.resolved_tracker == "tensorboard":
-        # One version for all sittings: events are added to those that are there.
-        loggers.append(_TensorBoard(path, name="tensorboard", version="", default_hp_metric=False))
-        loggers[-1].log_hyperparams(told["config"])
-    with wandb_run(path, cfg.logging, id=id_of(folder.key, cfg), **told) as run:
+    loggers = [_CSV(folder.path, name="csv")]
+    with wandb_run(folder.path, cfg.logging, id=id_of(folder.key, cfg), **about(cfg)) as run:
         if run is not None:
             # With a run of its own, WandbLogger would pass wandb.init an option that wandb 0.31 warns about on stderr.
-            loggers.append(_Wandb(save_dir=path, project=run.project, experiment=run))
+            loggers.append(_Wandb(save_dir=folder.path, project=run.project, experiment=run))
             known = {name: getattr(run, name) or None for name in TAKEN_UP_BY}
             folder.update_manifest(wandb=known | {"mode": run.settings.mode})
         try:
@@ -104,8 +97,12 @@ def about(cfg: RunConfig) -> dict[str, Any]:
 
 
 def id_of(key: str, cfg: RunConfig) -> str:
-    """W&B's id of a run with this key, under the name and in the group that flags give it: the same in all sittings."""
-    return key_of(run=key, name=[cfg.logging.group, cfg.logging.name or cfg.run_name])[:12]
+    """W&B's id of a run with this key, under the name and in the group that flags give it: the same in all sittings.
+
+    It ends the names of W&B's folders, and begins as the run's name does.
+    """
+    name = cfg.logging.name or cfg.run_name
+    return f"{re.sub('[^A-Za-z0-9_]+', '_', name)[:48]}_{key_of(run=key, name=[cfg.logging.group, name])[:12]}"
 
 
 @contextmanager
@@ -115,11 +112,11 @@ def of_row(loggers: Sequence[Logger], row: str, stage: str) -> Iterator[None]:
     Args:
         stage: what the stage's curves begin with; they are drawn against its tokens.
     """
+    curves = f"{stage}/{key_part(row)}"
     for logger in loggers:
         logger.row = key_part(row)
-        if row and isinstance(logger, _Wandb):
-            curves = f"{stage}/{logger.row}"
-            logger.tell(partial(draw, axes={f"{curves}/*": f"{curves}/tokens"}))
+    for logger in of_wandb(loggers) if row else ():
+        logger.tell(partial(draw, axes={f"{curves}/*": f"{curves}/tokens"}))
     try:
         yield
     finally:
@@ -132,33 +129,21 @@ def how_to_look(folder: Path, tracker: str) -> str:
     latest = Path(os.environ.get("WANDB_DIR") or folder) / "wandb" / "latest-run"
     if tracker == "wandb" and latest.exists():
         return f"`wandb leet run {latest}` shows them in the terminal"
-    if tracker == "tensorboard" and (events := folder / "tensorboard").exists():
-        return f"`tensorboard --logdir {events}` shows them"
     return f"{folder / 'csv'} has them"
 
 
 @rank_zero_only
 def log_table(loggers: Sequence[Logger], key: str, rows: Sequence[dict[str, Any]]) -> None:
-    """A table of flat rows that share their columns, in their order, where the tracker has tables or text."""
-    columns, data = list(rows[0]), [list(row.values()) for row in rows]
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_table(key, columns=columns, data=data)
-        elif isinstance(logger, TensorBoardLogger):
-            lines = (" | ".join(map(str, line)) for line in (columns, ["---"] * len(columns), *data))
-            logger.experiment.add_text(key, "\n".join(lines))
+    """A table of flat rows that share their columns, in their order, where the tracker has tables."""
+    for logger in of_wandb(loggers):
+        logger.log_table(key, columns=list(rows[0]), data=[list(row.values()) for row in rows])
 
 
 @rank_zero_only
 def log_images(loggers: Sequence[Logger], paths: Sequence[Path]) -> None:
     """Figures as images under `figures/<stem>`."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_metrics({f"figures/{path.stem}": wandb.Image(str(path)) for path in paths})
-        elif isinstance(logger, TensorBoardLogger):
-            for path in paths:
-                image = imread(path)
-                logger.experiment.add_image(f"figures/{path.stem}", image, dataformats="HWC"[: image.ndim])
+    for logger in of_wandb(loggers):
+        logger.log_metrics({f"figures/{path.stem}": wandb.Image(str(path)) for path in paths})
 
 
 @rank_zero_only
@@ -172,25 +157,5 @@ def log_scalars(loggers: Sequence[Logger], values: dict[str, float], *, step: in
 def log_numbers(loggers: Sequence[Logger], numbers: Mapping[str, float]) -> None:
     """Single numbers: those of `final/` as a point of a curve too, which sweeps read; all in the summary of W&B."""
     log_scalars(loggers, {name: value for name, value in numbers.items() if name.startswith("final/")}, step=0)
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.tell(lambda run: run.summary.update(dict(numbers)))
-
-
-@rank_zero_only
-def log_artifacts(loggers: Sequence[Logger], folder: Path, kinds: Sequence[str], metadata: dict[str, Any]) -> None:
-    """The run folder as artifacts of W&B, with or without the model: what `gprune.load_run` reads.
-
-    Args:
-        kinds: masks, model. Runs of one dense model are versions of one artifact, such as `smollm2-135m-masks`.
-        metadata: `model`, and what tells versions apart.
-    """
-    for logger in (logger for logger in loggers if isinstance(logger, _Wandb)):
-        for kind in kinds:
-            artifact = wandb.Artifact(key_part(f"{metadata['model']}-{kind}"), type=kind, metadata=metadata)
-            patterns = FOLDER if kind == "masks" else (*FOLDER, "model/**/*")
-            for path in sorted(path for name in patterns for path in folder.glob(name) if path.is_file()):
-                # Tensors are uploaded from where they lie; of what may be written again there is a copy.
-                policy = "immutable" if path.suffix == ".safetensors" else "mutable"
-                artifact.add_file(str(path), name=str(path.relative_to(folder)), policy=policy, skip_cache=True)
-            logger.tell(methodcaller("log_artifact", artifact))
+    for logger in of_wandb(loggers):
+        logger.tell(lambda run: run.summary.update(dict(numbers)))

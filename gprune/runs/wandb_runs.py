@@ -1,4 +1,4 @@
-"""Runs of Weights & Biases: begun, taken up again, told the axes of their curves; and their artifacts, read."""
+"""Runs of Weights & Biases: begun, taken up again, told the axes of their curves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from gprune.config import LoggingConfig
 from gprune.console import no_interrupts
 from gprune.errors import UserError, first_line
-from gprune.storage.cache import cache_dir
 
 log = messages.getLogger("gprune")
 # metric pattern -> its x axis. Lightning restarts its step in every stage, so each has its own; recoveries: `of_row`.
@@ -93,8 +92,10 @@ def taken_up(folder: Path, known: Mapping[str, Any]) -> Iterator[wandb.Run | Non
 @contextmanager
 def _begun(folder: Path | str, *, latest: bool = True, **settings: Any) -> Iterator[wandb.Run | None]:
     """A run of our own, finished when the context is left; `latest`: `wandb/latest-run` leads to it."""
+    folder = Path(os.environ.get("WANDB_DIR") or folder)
+    folder.mkdir(parents=True, exist_ok=True)  # else W&B writes into a temporary one
     run = _started(
-        dir=os.environ.get("WANDB_DIR") or folder,
+        dir=folder,
         resume="allow",  # offline it is noted for `wandb sync`
         settings=wandb.Settings(silent=True, console="off", finish_timeout=UPLOAD_SECONDS, symlink=latest),
         **settings,
@@ -135,17 +136,3 @@ def draw(run: wandb.Run, axes: Mapping[str, str]) -> wandb.Run:
         run.define_metric(axis, hidden=True)
         run.define_metric(pattern, step_metric=axis)
     return run
-
-
-def downloaded(name: str) -> Path:
-    """The folder of an artifact, by `entity/project/artifact:version`, in the cache.
-
-    Raises:
-        UserError: without an account, network, or such an artifact.
-    """
-    try:
-        artifact = wandb.Api().artifact(name)
-        return Path(artifact.download(root=str(cache_dir() / "artifacts" / artifact.digest)))
-    except (wandb.errors.Error, ValueError, OSError) as error:
-        expected = "expected an artifact, entity/project/artifact:version, and an account (`wandb login`)"
-        raise UserError(f"wandb:{name}: {expected}: {first_line(error)}") from error

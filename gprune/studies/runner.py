@@ -31,7 +31,7 @@ from gprune.studies.archive import dense_path, learned_tokens, path_of, plain, r
 from gprune.studies.listing import Listing, Row, commands, parts_of, unread_by
 from gprune.studies.packing import packed
 from gprune.studies.tables import reported, tables_of
-from gprune.studies.tracking import log, named
+from gprune.studies.tracking import beside_records, log, named
 
 Made = tuple[Path, dict[str, Any]]  # a run's folder and record
 
@@ -102,7 +102,8 @@ def run(row: Row) -> Made:
     before = read(path_of(row)) or {"masks": None}  # of another list, which wants other things of this row
     if row.wanted_tasks and cfg.recovery != "none":  # masks do not hold what recovery changed
         cfg = cfg.model_copy(update={"export": ExportConfig(format="hf", dtype=cfg.model.dtype)})
-    result = gprune.prune(cfg)
+    with beside_records(row):
+        result = gprune.prune(cfg)
     if process_index() != 0:
         return result.path, {}
     manifest = RunFolder(result.path).manifest
@@ -145,8 +146,8 @@ def finish(listing: Listing, chosen: Sequence[Row], ran: Sequence[tuple[Row, Mad
     if options.table:
         return
     with dispensable("some runs of W&B", "the same command logs them"):
-        if (links := log(listing, done, options.flags, report, tables)) is not None:
-            say(f"\nW&B: `wandb leet {links}` shows these rows beside each other.\n")
+        if (folder := log(listing, done, options.flags, report, tables)) is not None:
+            say(f"\nW&B: `wandb leet {folder}` shows these rows beside each other.\n")
 
 
 def say_kept(row: Row, started: float, what: str = "") -> None:
@@ -160,10 +161,11 @@ def measure_tasks(row: Row, folder: Path, record: dict[str, Any]) -> dict[str, A
     Those of the dense model, by its fingerprint, are kept for all rows.
     """
     asked, shared = asked_of(row), dense_path(row, record["inputs"]["model"])
-    if not (read_json(shared, check=schema.Evaluation.problem) or {}).get("records"):  # kept now: it may take an hour
-        measured, _ = measurement.evaluate(str(folder), asked, dense=True, pruned=False)
-        write_json(shared, {"records": list(map(rounded, measured))})
-    measured, _ = measurement.evaluate(str(folder), asked)
+    with beside_records(row):
+        if not (read_json(shared, check=schema.Evaluation.problem) or {}).get("records"):
+            measured, _ = measurement.evaluate(str(folder), asked, dense=True, pruned=False)
+            write_json(shared, {"records": list(map(rounded, measured))})  # now: the rest may take an hour
+        measured, _ = measurement.evaluate(str(folder), asked)
     record = record | {"tasks": row.wanted_tasks, "evaluation": list(map(rounded, measured))}
     write(path_of(row), record)  # asked again: another list may have written its own tasks beside it
     return record

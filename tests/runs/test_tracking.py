@@ -1,4 +1,4 @@
-"""What trackers are told: W&B and TensorBoard by their own readers, curves in the CSV beside them."""
+"""What trackers are told: W&B by its own reader, curves in the CSV beside it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,9 @@ import wandb
 
 from gprune.benchmarks.measurement import log_evaluation
 from gprune.config import LoggingConfig, RunConfig
-from gprune.config import running as config
 from gprune.config.parse import parse
-from gprune.errors import UserError
 from gprune.pipeline.prune import prune
 from gprune.runs.folder import RunFolder
-from gprune.runs.results import load_run
 from gprune.runs.tracking import how_to_look, log_numbers, log_scalars, tracking
 from gprune.runs.wandb_runs import wandb_run
 from tests import tiny_run, tracked
@@ -34,7 +31,6 @@ def told(world, tmp_path_factory):
     """A run that says offline although the environment says disabled, the flag wins; and what W&B's file has of it."""
     runs = tmp_path_factory.mktemp("runs")
     flags = ["--logging.mode=offline", "--logging.group=tiny", "--logging.tags=[ours]", "--sparsity.epochs=3"]
-    flags.append("--logging.artifacts=[masks,model]")
     with (
         pytest.MonkeyPatch.context() as patch,
         tiny_run.isolated(runs / "cache", WANDB_MODE="disabled"),
@@ -151,32 +147,6 @@ def test_wandb_knows_config_group_job_type_and_tags(told):
     assert told.exit_code == 0
 
 
-def test_an_artifact_is_what_load_run_reads(told, tmp_path):
-    """The files that W&B would upload, laid out as a download would."""
-    masks, model = (made for made in told.artifacts if made["type"] in ("masks", "model"))
-    assert [made["name"] for made in (masks, model)] == ["tiny-llama-masks", "tiny-llama-model"]
-    metadata = json.loads(masks["metadata"])
-    assert metadata["budget"] == 0.5
-    assert metadata["final/unseen_over_base"] == told.summary["final/unseen_over_base"]
-    for made in (masks, model):
-        for entry in made["manifest"]["contents"]:
-            path = tmp_path / made["type"] / entry["path"]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(entry["local_path"], path)
-        loaded = load_run(tmp_path / made["type"])
-        assert loaded.masks == told.run.masks
-        assert loaded.records == told.run.records
-        assert (loaded.model is None) is (made is masks)
-
-
-def test_an_artifact_that_cannot_be_read_is_refused_in_a_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("WANDB_API_KEY", "NETRC"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match=r"^wandb:a/b/c:v0: expected an artifact, .*wandb login.*$"):
-        load_run("wandb:a/b/c:v0")
-
-
 def test_an_evaluation_is_in_the_run_that_it_is_of(told):
     """Another file of the same run, which `wandb sync` puts together; `latest-run` is where the curves are."""
     about = {"kind": "zero_shot", "task": "piqa", "acc": 0.5, "acc_norm": None, "acc_stderr": 0.1}
@@ -290,28 +260,6 @@ def test_an_exception_closes_the_run_as_failed_and_the_command_that_shows_curves
     command = how_to_look(tmp_path, "wandb").split("`")[1]
     assert command == f"wandb leet run {tmp_path / 'wandb/latest-run'}"
     assert len(list((tmp_path / "wandb/latest-run").glob("*.wandb"))) == 1
-
-
-def test_tensorboard_is_asked_for_before_anything_begins(monkeypatch):
-    monkeypatch.setattr(config, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"--logging\.tracker: .* `pip install tensorboard`, or take csv\."):
-        LoggingConfig(tracker="tensorboard")
-
-
-@pytest.mark.slow
-def test_tensorboard_has_the_curves_tables_and_figures(world, tmp_path, monkeypatch):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    tiny_run.quick(monkeypatch)
-    with tiny_run.isolated(tmp_path / "cache"):
-        result = world.run(tmp_path, "--logging.tracker=tensorboard", "--sparsity.epochs=3")
-    assert not (result.path / "wandb").exists()
-    found = reader.EventAccumulator(str(result.path / "tensorboard")).Reload()
-    frame = pd.read_csv(result.path / "csv/version_0/metrics.csv")
-    for name in ("learn/loss", "partition/consistency", "final/unseen"):
-        assert [event.value for event in found.Scalars(name)] == pytest.approx(frame[name].dropna().tolist(), rel=1e-6)
-    assert set(found.Tags()["images"]) == {f"figures/{path.stem}" for path in (result.path / "figures").glob("*.png")}
-    assert "modules/text_summary" in found.Tags()["tensors"]
-    assert "--logdir" in how_to_look(result.path, "tensorboard")
 
 
 def sittings(path):

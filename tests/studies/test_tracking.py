@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,9 @@ COMPARE = [["base: base", "base: dense"]]
 
 
 def logged(folder: Path) -> dict[str, SimpleNamespace]:
-    """By the first word of the folder's name."""
-    return {path.parent.name.split("-")[2].partition("_")[0]: tracked.read(path) for path in folder.glob("*/*.wandb")}
+    """By the first word of the run's id, with which W&B's folders end."""
+    files = tracked.files(folder)
+    return {path.parent.name.split("-")[3].partition("_")[0]: tracked.read(path) for path in files}
 
 
 OFFLINE = ["--", "--logging.mode=offline", "--logging.tags=[mine]"]
@@ -71,6 +73,8 @@ def test_rows_and_their_list_are_runs_under_their_own_names(bench, ran, nothing_
     assert sorted(numbers.values()) == pytest.approx(sorted(row[2]))
     tables = {name.split("/")[1].split(".")[0] for name in whole.summary if name.startswith("tables/")}
     assert tables == {"summary", "perplexity", "compare"}
+    assert "WANDB_DIR" not in os.environ
+    assert not list((bench.folder / "runs").glob("*ablations*/wandb"))
     before = sorted(folder.rglob("*"))
     assert tracking_main(path, bench.records) == 0
     assert sorted(folder.rglob("*")) == before
