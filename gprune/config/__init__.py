@@ -1,7 +1,7 @@
 """Every flag of train.py, with its help; start with `run.py`."""
 
 from gprune.config.groups import CorporaConfig, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
-from gprune.config.parse import CONSENT, check_settings, configured, flat, parse, read_flags, read_settings
+from gprune.config.parse import CONSENT, check_settings, configured, flat, of_today, parse, read_flags, read_settings
 from gprune.config.run_config import ExportConfig, RunConfig
 from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.config.unread import given, unread
@@ -9,6 +9,6 @@ from gprune.config.unread import given, unread
 __all__ = [
     "CONSENT", "CorporaConfig", "DistillConfig", "EvaluationConfig", "ExportConfig", "LoggingConfig",
     "ModelConfig", "PartitionConfig", "ReliabilityConfig", "RunConfig", "RunFolderConfig", "SparsityConfig",
-    "TrainerConfig", "check_settings", "configured", "flat", "given", "parse", "read_flags",
-    "read_settings", "unread",
+    "TrainerConfig", "check_settings", "configured", "flat", "given", "of_today", "parse",
+    "read_flags", "read_settings", "unread",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ import yaml
 from gprune.checks import shown
 from gprune.config.groups import Group
 from gprune.config.run_config import RunConfig
+from gprune.config.running import RELATIVE_RATE
 from gprune.console import Parser, say
 from gprune.errors import UserError
 from gprune.imports import use
@@ -27,6 +28,9 @@ GROUPS: dict[str, type[Group]] = {
 HINTS = {
     f"{kind.prefix}{n}": hint for kind in (RunConfig, *GROUPS.values()) for n, hint in get_type_hints(kind).items()
 }
+GONE = {  # settings of earlier versions, at the values that stand for what is done now
+    "corpora.separator": "blank", "distill.hidden": 0.0, "partition.subtract_noise": False, "sparsity.schedule": [],
+}  # fmt: skip
 
 
 def parse(args: Sequence[str] | None = None) -> RunConfig:
@@ -168,6 +172,23 @@ def read_settings(path: Path | str) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     overlay(settings, content or {}, f"--config {path}")
     return settings
+
+
+def of_today(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier version stored, nested, as this version has them.
+
+    Its `distill.learning_rate` was in the units of the weights. What is gone is left out at a value in `GONE`.
+    """
+    today = {
+        group: {name: v for name, v in value.items() if (f"{group}.{name}", v) not in GONE.items()}
+        if isinstance(value, dict)
+        else value
+        for group, value in settings.items()
+    }
+    distill = today.get("distill")
+    if isinstance(distill, dict) and "learning_rate" in distill and "absolute_learning_rate" not in distill:
+        distill["absolute_learning_rate"], distill["learning_rate"] = distill["learning_rate"], RELATIVE_RATE
+    return today
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

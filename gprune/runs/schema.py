@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gprune.checks import refusal
-from gprune.config import check_settings
+from gprune.config import check_settings, of_today
 from gprune.errors import UserError
 
 Text = Annotated[str, Field(max_length=4096)]
@@ -133,7 +133,7 @@ class Settings(Shape):
 
 def _of_this_version(settings: Any) -> Any:
     try:
-        check_settings(settings if isinstance(settings, dict) else {})
+        check_settings(of_today(settings if isinstance(settings, dict) else {}))
     except UserError as error:
         raise UserError(f"settings: {str(error).rstrip('.')}") from error
     return settings

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gprune.config import RunConfig, flat
+from gprune.config import RunConfig, flat, of_today
 from gprune.errors import UserError
 from gprune.runs import schema
 from gprune.runs.results import FinishedRun, Record
@@ -50,12 +50,12 @@ def _serves(row: Row, record: dict[str, Any]) -> bool:
 def read(path: Path) -> dict[str, Any] | None:
     """A record as `write` was given it; None, with one warning unless it is missing, for what is none.
 
-    A setting that did not exist yet has its default's value.
+    Settings are those `of_today`; one that did not exist yet has its default's value.
     """
     content = read_json(path, check=lambda content: schema.Study.problem(unfolded(content)))
     if content is None:
         return None
-    settings, default = content["settings"], default_settings()
+    settings, default = of_today(content["settings"]), default_settings()
     groups = {name: group | settings.get(name, {}) for name, group in default.items() if isinstance(group, dict)}
     return unfolded(content) | {"settings": default | settings | groups}
 

@@ -8,8 +8,10 @@ import pytest
 
 import gprune
 from gprune.errors import UserError
+from gprune.report.grouping import groups, read_runs, settings_table
 from gprune.runs.folder import RunFolder
-from gprune.storage.files import read_json, write_json
+from gprune.storage.files import key_of, read_json, read_tensors, write_json, write_tensors
+from gprune.storage.yaml_text import read_yaml, to_yaml
 from tests import tiny_run
 
 
@@ -71,3 +73,29 @@ def test_a_run_of_an_older_version_says_so_in_one_line(recovered, tmp_path, edit
         folder.opened(settings, ""),
     ):
         pass
+
+
+def test_a_run_from_before_relative_step_sizes_is_read(recovered, tmp_path):
+    """Its step size was in the units of the weights; files bear the key of its settings as they are stored."""
+    folder = shutil.copytree(recovered.path, tmp_path / "older")
+    manifest, config = read_json(folder / "manifest.json"), read_yaml(folder / "config.yaml", "")
+    for settings in (manifest["settings"], config):
+        del settings["distill"]["absolute_learning_rate"]
+        settings["distill"] |= {"learning_rate": 0.0005, "hidden": 0.0}
+        settings["sparsity"]["schedule"] = []
+    key = key_of(settings=manifest["settings"])
+    write_json(folder / "manifest.json", manifest)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    write_json(folder / "metrics.json", read_json(folder / "metrics.json"), run=key)
+    for file in folder.rglob("*.safetensors"):
+        write_tensors(file, read_tensors(file), {"run": key})
+    older = gprune.load_run(folder)
+    assert older.config.distill.model_dump() == recovered.config.distill.model_dump() | {"absolute_learning_rate": 5e-4}
+    assert older.records == recovered.records
+    assert settings_table(groups(read_runs([recovered.path, folder]))).rows == [
+        ["distill.absolute_learning_rate", "null", "0.0005"]
+    ]
+    manifest["settings"]["distill"]["hidden"] = 0.1  # what is done no more
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(UserError, match=r"older version .*which differ in distill\.hidden\)"):
+        gprune.load_run(folder)

@@ -21,7 +21,10 @@ def test_new_settings_at_their_default_leave_records_what_they_were(bench, first
     settings = record["settings"]
     older = {name: value for name, value in settings.items() if name != "ridge"}
     older["sparsity"] = {name: value for name, value in settings["sparsity"].items() if name != "width_multiple"}
-    for there, counts in ((older, True), (older | {"ridge": 0.5}, False), (settings | {"gone": 1}, False)):
+    absolute = {"distill": {"learning_rate": settings["distill"]["learning_rate"]}}  # of a version that had no others
+    for there, counts in (
+        (older, True), (older | {"ridge": 0.5}, False), (settings | {"gone": 1}, False), (older | absolute, False),
+    ):  # fmt: skip
         monkeypatch.setattr(archive, "read_json", lambda path, there=there, **_: record | {"settings": there})
         assert (record_of(row) == record) == counts
 
