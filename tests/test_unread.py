@@ -79,7 +79,7 @@ def test_what_is_named_changes_nothing_and_all_else_is_read(mode, world, tmp_pat
         ("--distill.rank=8", "--distill.rank (--distill.targets all)"),
         ("--gprune=false --sparsity.epochs=1 --partition.steps=3 --recovery=none --distill.kl=1 --ridge=1",
          "--partition.steps, --sparsity.epochs (--gprune false); --ridge, --distill.kl (--recovery none)"),
-        ("--reliability.switch=false --reliability.metric=gaussian_sp --sparsity.offset_limit=1",
+        ("--reliability.switch=false --reliability.metric=random --sparsity.offset_limit=1",
          "--sparsity.offset_limit (--sparsity.learn thresholds); --reliability.metric (--reliability.switch false)"),
         ("--recovery=[bias,distill] --ridge=1 --distill.tokens=8000", "--ridge (--recovery bias+distill)"),
         ("--sparsity.start=owl --sparsity.options.spread=0.1 --distill.targets=lora --distill.rank=8", ""),

@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from gprune.errors import UserError
 from gprune.export import gguf_check, hf
@@ -70,16 +72,17 @@ def in_transformers(folder: Path, overlay: Path | None) -> Figures:
     difference = hf.max_logit_difference(got, expected["logits"])
     if not difference <= LIMIT:  # also true of NaN
         raise UserError(f"logits differ by {difference:.1e}")
-    logprobs = [logits.double().log_softmax(-1) for logits in (expected["logits"], got)]
-    return cells(gguf_check.compare(*logprobs, expected["ids"])) | {"max diff.": f"{difference:.1e} logit"}
+    return compared(expected, got.double().log_softmax(-1)) | {"max diff.": f"{difference:.1e} logit"}
 
 
 def in_llama_cpp(folder: Path, type: str) -> Figures:
-    """What the check of an export says of a file of this type."""
+    """A file of this type, checked as an export is."""
     model, tokenizer = load_folder(folder)
-    file = folder.with_name(f"{type}.gguf")
+    file, expected = folder.with_name(f"{type}.gguf"), load_file(folder.with_name("reference.safetensors"))
     write_gguf(model, tokenizer, file, type=type)
-    return cells(gguf_check.check_gguf(model, tokenizer, file, type=type))
+    gguf_check.check_gguf(model, tokenizer, file, type=type)
+    got, _ = gguf_check.in_llama_cpp(file, expected["ids"].tolist(), [])
+    return compared(expected, got)
 
 
 def in_vllm(folder: Path, python: Path) -> Figures:
@@ -98,12 +101,18 @@ def in_vllm(folder: Path, python: Path) -> Figures:
     }  # fmt: skip
 
 
-def cells(agreement: gguf_check.Agreement) -> Figures:
-    """The model in memory against what a consumer computed."""
+def compared(expected: dict[str, Tensor], got: Tensor) -> Figures:
+    """The reference, token ids (T,) and logits (T, V), against log-probabilities (T, V) float64 of a consumer."""
+    own, ids = expected["logits"].double().log_softmax(-1), expected["ids"]
+
+    def perplexity(logprobs: Tensor) -> float:
+        return float(logprobs[torch.arange(len(ids) - 1), ids[1:]].mean().neg().exp())
+
     return {
-        "max diff.": f"{agreement.logprob:.1e} log-prob.", "KL, nats": f"{agreement.kl:.1e}",
-        "top-1": f"{agreement.top1:.4f}", "perplexity": f"{agreement.perplexity_of_file:.4f}",
-        "expected": f"{agreement.perplexity:.4f}", "tokens": agreement.positions,
+        "max diff.": f"{float((own - got).abs().max()):.1e} log-prob.",
+        "KL, nats": f"{float((own.exp() * (own - got)).sum(-1).mean()):.1e}",
+        "top-1": f"{float((own.argmax(-1) == got.argmax(-1)).double().mean()):.4f}",
+        "perplexity": f"{perplexity(got):.4f}", "expected": f"{perplexity(own):.4f}", "tokens": len(ids),
     }  # fmt: skip
 
 

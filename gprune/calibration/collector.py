@@ -156,7 +156,7 @@ class Collector:
         by_scope = {s: [channel_statistics(m.compute()) for m in metrics] for s, metrics in self.metrics.items()}
         for scope, gradients in self.gradients.items():
             for i, (block, metrics) in enumerate(zip(self.blocks, gradients, strict=True)):
-                terms = channel_saliency(block, scope, lambda part, metrics=metrics: metrics[part].compute())
+                terms = channel_saliency(block, scope, metrics)
                 by_scope[scope][i] = replace(by_scope[scope][i], saliency=terms)
         turned = torch.stack([metric.compute().cpu().clone() for metric in self.turns])
         return CorpusStatistics(**by_scope, turned=turned)

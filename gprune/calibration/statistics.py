@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,27 +45,6 @@ class StoredGram:
 
 
 @dataclass(frozen=True)
-class Saliency:
-    """Taylor terms of the loss, (C,) float64 each, all >= 0, from w, the weights of a channel, and g, their gradients.
-
-    g_j is the gradient of window j's mean next-token cross-entropy, in nats; g = mean_j g_j. Sums run over the
-    channel's weights k: for a neuron the rows of gate and up and the column of down; for an attention channel the rows
-    of query, key and value and the column of the output projection. Query heads that share a key/value head share its
-    terms equally, so that a KV group's sum counts them once.
-    """
-
-    first: Tensor  # sum_k |w_k g_k|
-    second: Tensor  # sum_k |w_k g_k - w_k^2 mean_j(g_jk^2) / 2|
-    vector: Tensor  # sum over rows and columns of |sum_k w_k g_k|
-
-    def __add__(self, other: Saliency) -> Saliency:
-        return Saliency(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def __truediv__(self, number: float) -> Saliency:
-        return Saliency(*(getattr(self, f.name) / number for f in fields(self)))
-
-
-@dataclass(frozen=True)
 class Moments:
     """Sums over tokens for C channels, float64; `gram` and `saliency` are None unless something needs them."""
 
@@ -73,7 +52,7 @@ class Moments:
     sum: Tensor  # (C,)
     sum_sq: Tensor  # (C,)
     gram_source: Tensor | StoredGram | None = None  # of the whole corpus only
-    saliency: Saliency | None = None
+    saliency: Tensor | None = None  # (C,), see `ChannelStatistics`
 
     @property
     def gram(self) -> Tensor | None:
@@ -117,8 +96,11 @@ class ChannelStatistics:
 
     halves: tuple[Moments, Moments]
     gram: Tensor | StoredGram | None = None  # of the whole corpus
-    # Of half 0, half 1 and the whole, which is not their sum: saliency takes absolute values of sums over windows.
-    saliency: tuple[Saliency, Saliency, Saliency] | None = None
+    # Taylor terms (C,) float64 of half 0, half 1 and the whole, which is not their sum: sum_k |w_k g_k| over a
+    # channel's weights, g = mean over windows of the gradient of a window's mean next-token cross-entropy (nats). For a
+    # neuron these are the rows of gate and up and the column of down; for an attention channel the rows of query, key
+    # and value and the column of the output projection: query heads that share a key/value head share its terms alike.
+    saliency: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def total(self) -> Moments:
@@ -135,18 +117,13 @@ class ChannelStatistics:
         flat = {f"{half}.{name}": getattr(m, name) for half, m in enumerate(self.halves) for name in SUMS}
         if self.gram is not None:
             flat["gram"] = self.gram
-        for part, saliency in enumerate(self.saliency or ()):
-            flat |= {f"saliency.{part}.{name}": value for name, value in vars(saliency).items()}
-        return flat
+        return flat | {f"saliency.{part}": terms for part, terms in enumerate(self.saliency or ())}
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> ChannelStatistics:
         """Statistics from what `tensors` gave."""
         halves = tuple(Moments(*(flat[f"{half}.{name}"] for name in SUMS)) for half in (0, 1))
-        saliency = None
-        if "saliency.0.first" in flat:
-            names = Saliency.__dataclass_fields__
-            saliency = tuple(Saliency(*(flat[f"saliency.{part}.{name}"] for name in names)) for part in range(3))
+        saliency = tuple(flat[f"saliency.{part}"] for part in range(3)) if "saliency.0" in flat else None
         return cls(halves, flat.get("gram"), saliency)
 
 

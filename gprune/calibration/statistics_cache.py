@@ -61,5 +61,5 @@ class StatisticsCache:
         return StoredGram(((self._path(corpus, ["gram", kind, block]), "gram"),))
 
     def _path(self, corpus: str, kind: str | list[str | int]) -> Path:
-        kind = [kind, *self.scopes] if kind == "saliency" else kind
+        kind = ["taylor", *self.scopes] if kind == "saliency" else kind
         return cache_dir() / "statistics" / f"{key_of(text=self.texts[corpus], kind=kind, **self.bits)}.safetensors"

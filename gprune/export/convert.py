@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 LLAMA_CPP = "llama-cpp-py-sync"  # a package with a ready-built llama.cpp, which runs in a process of its own
 TYPES = ("f32", "f16", "q8_0")
 QUANTISED = ("q4_k_m",)  # by llama.cpp's own quantiser, from f16
-SEARCHED = 2**26  # bytes at the beginning of a file among which the name of the program that wrote it is looked for
 
 
 def export(
@@ -40,7 +39,7 @@ def export(
         run_or_folder: a finished run, or a model folder (of gprune's, or of a stock Llama).
         output: file to write; by default beside the model.
         type: of the matrices: f32, f16, q8_0, or q4_k_m, which llama.cpp itself quantises. Vectors stay f32.
-        overwrite: replace a former export; it stays until the new one has been checked.
+        overwrite: replace a GGUF file; it stays until the new one has been checked.
         unchecked: write the file although no llama.cpp build is installed to check it with.
 
     Returns:
@@ -53,8 +52,8 @@ def export(
     folder = model_folder(run_or_folder)
     path = expanded(f"{folder}-{type}.gguf" if output is None else output).absolute()
     check_type(type, unchecked=unchecked)
-    if path.exists() and not (overwrite and is_former_export(path)):
-        former = "choose another --output, or, if it is a former export, pass --overwrite"
+    if path.exists() and not (overwrite and is_gguf(path)):
+        former = "choose another --output, or, if it is a GGUF file, pass --overwrite"
         raise UserError(f"Export: '{path}' exists already; {former}.")
     if not path.parent.is_dir():
         raise UserError(f"Export: expected --output in a folder that exists, got '{path}'.")
@@ -90,13 +89,12 @@ def check_type(type: str, *, unchecked: bool) -> None:
         raise UserError(f"Export: expected a llama.cpp build to {use}; got none. Run `pip install {LLAMA_CPP}`.")
 
 
-def is_former_export(path: Path) -> bool:
-    """Whether a file is GGUF and says that gprune wrote it: anything else stays, whatever is asked for."""
+def is_gguf(path: Path) -> bool:
+    """Whether a file is GGUF: anything else stays, whatever is asked for."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        content = file.read(SEARCHED)
-    return content.startswith(b"GGUF") and b"gprune" in content
+        return file.read(4) == b"GGUF"
 
 
 def model_folder(run_or_folder: str | Path) -> Path:

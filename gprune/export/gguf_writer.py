@@ -96,7 +96,7 @@ def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
         "vocab_size": model.get_decoder().embed_tokens.num_embeddings,
     }
     general = {"general.type": "model", "general.name": name, "general.file_type": int(FILE_TYPES[type])}
-    general["general.quantized_by"] = "gprune"  # the mark by which `--overwrite` knows a former export
+    general["general.quantized_by"] = "gprune"
     if type == "q8_0":
         general["general.quantization_version"] = 2
     return general | {f"{arch}.{key}": value for key, value in own.items()}

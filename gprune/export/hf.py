@@ -52,12 +52,6 @@ NOT_CARRIED = {
 }
 KNOWN_CODE = re.compile(r"transformers\..*|.*\bmodeling_pruned")  # modules of models that our classes stand for
 SHARD = 5 * 10**9  # bytes; larger models are written in several files
-OUR_FILES = re.compile(
-    r"README\.md|config\.json|generation_config\.json|modeling_pruned\.py|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|processor_config)\.json|vocab\.txt|merges\.txt"
-    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|tekken\.json|chat_template\.(jinja|json)"
-)
-TEMPLATES = "additional_chat_templates"  # a folder that tokenizers write
 CARD = "Pruned by gprune. Where layers differ in width, config.json has a table `per_layer_config`.\n"  # a run has more
 
 
@@ -186,7 +180,9 @@ def save_pruned(
         UserError: folder taken, not writable or full; family that has no such export.
     """
     folder = expanded(folder).resolve()
-    if folder.exists() and (why := reason_to_keep(folder) if overwrite else "exists already"):
+    before, card = sorted(folder.glob("*")) if overwrite else [], folder / "README.md"
+    if folder.exists() and not (before and card.is_file() and b"gprune" in card.read_bytes()):
+        why = "has no README.md that names gprune" if overwrite else "exists already"
         raise UserError(f"Export: '{folder}' {why}, so it is not overwritten; move it away.")
     exportable = to_exportable(model, dtype)
     with replacing(folder) as new:
@@ -199,19 +195,10 @@ def save_pruned(
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         (new / "README.md").write_text(CARD, encoding="utf-8")
+        if others := [path.name for path in before if not (new / path.name).exists()]:
+            raise UserError(f"Export: '{folder}' holds {others[0]}, which would be lost; move it away.")
     log.info("wrote %s", folder)
     return folder
-
-
-def reason_to_keep(folder: Path) -> str | None:
-    """Why a folder must not be replaced: it is no export of ours, or holds other files too; None if it may be."""
-    others = [path for path in folder.iterdir() if path.is_dir() or not OUR_FILES.fullmatch(path.name)]
-    if foreign := sorted(path.name for path in others if path.name != TEMPLATES):
-        return f"holds {foreign[0]}, which no export writes"
-    card = folder / "README.md"
-    if not card.is_file() or "gprune" not in card.read_text(encoding="utf-8", errors="replace"):
-        return "has no README.md that names gprune"
-    return None
 
 
 def shard_size(model: PreTrainedModel) -> int:

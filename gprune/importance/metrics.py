@@ -142,25 +142,7 @@ def taylor(weights: UnitWeights, moments: Moments, generator: torch.Generator) -
     column of the output projection); a KV group counts its key and value rows once. g is the gradient of the mean
     next-token cross-entropy over the calibration windows. `param_first` in the authors' repository.
     """
-    return moments.saliency.first
-
-
-@metric("taylor_second", needs=("saliency",))
-def taylor_second(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = sum_k |w_k g_k - 1/2 w_k^2 mean_b(g_bk^2)|, LLM-Pruner's second order (arXiv 2305.11627, eq. 5).
-
-    The Hessian's diagonal is approximated by the mean square of the windows' gradients g_b (Fisher), as in the authors'
-    repository (`param_mix`; its `param_second` leaves the first term out).
-    """
-    return moments.saliency.second
-
-
-@metric("taylor_vector", needs=("saliency",))
-def taylor_vector(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = sum over rows and columns v of channel j of |sum_k in v w_k g_k|, LLM-Pruner's vector-wise first order
-    (arXiv 2305.11627, eq. 3 without its second term; `vectorize` in the authors' repository).
-    """
-    return moments.saliency.vector
+    return moments.saliency
 
 
 # Weights alone
@@ -188,43 +170,6 @@ def magnitude_down(weights: UnitWeights, moments: Moments, generator: torch.Gene
 def magnitude_down_l1(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
     """s_j = ||W_:j||_1, the L1 norm of the output projection's column alone."""
     return weights.output.norm(p=1, dim=0)
-
-
-@metric("gaussian_sp", activation_free=True)
-def gaussian_sp(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = sqrt(E X_j^2) * sum_i |W_ij| for hidden states x ~ N(0, I): `wanda_sp` without any text.
-
-    The FFN's input is normalised to a root mean square of 1, scaled by gamma, and moved by beta where the norm has a
-    bias. With Gaussian x, gate a and up b of a neuron are jointly Gaussian with variances ||gamma V||^2, the
-    covariance c of their rows, and means from biases, so E X^2 = E[f(a)^2 b^2] =
-    E_a[f(a)^2 ((m_b + c (a - m_a) / v_a)^2 + v_b - c^2 / v_a)], one integral over a (Gauss-Hermite, 64 nodes); without
-    a gate it is E_a[f(a)^2]. For an attention channel X is linear: E X^2 = ||gamma V||^2 + m^2. Where a block has no
-    norm before the projection, hidden states count as normalised. Our own.
-    """
-    return _expected_square(weights).sqrt() * weights.output.abs().sum(0)
-
-
-def _expected_square(weights: UnitWeights) -> Tensor:
-    """E X^2 per channel, (C,) float64, for x ~ N(0, I)."""
-    import numpy as np
-    import torch
-    from torch import nn
-
-    scale = 1.0 if weights.scale is None else weights.scale.double()
-    rows = [r.double() * scale for r in weights.inputs]
-    means = [m.double() for m in weights.means or [torch.zeros(len(r)) for r in rows]]
-    v_a, m_a = rows[0].square().sum(1), means[0]
-    if weights.activation is None and len(rows) == 1:
-        return v_a + m_a.square()
-    activation = weights.activation or nn.Identity()
-    nodes, mass = (torch.from_numpy(part) for part in np.polynomial.hermite.hermgauss(64))
-    centred = (2 * v_a).sqrt()[:, None] * nodes  # (C, nodes)
-    passed = activation(m_a[:, None] + centred).square()
-    if len(rows) > 1:
-        v_b, m_b, c = rows[1].square().sum(1), means[1], (rows[0] * rows[1]).sum(1)
-        slope = c / v_a.clamp_min(1e-300)
-        passed = passed * ((m_b[:, None] + slope[:, None] * centred).square() + (v_b - slope * c).clamp_min(0)[:, None])
-    return passed @ mass / math.sqrt(math.pi)
 
 
 @metric("random", activation_free=True)

@@ -32,9 +32,8 @@ def score_channels(name: str, weights: UnitWeights, moments: Moments, generator:
     Raises:
         UserError: for another shape, what is not dense, real and finite, and for a metric that writes into the weights.
     """
-    shared = [t for t in (*weights.inputs, weights.output, weights.scale) if t is not None]
     C = weights.output.shape[1]
-    with IMPORTANCE.running(name, *shared):
+    with IMPORTANCE.running(name, *weights.inputs, weights.output):
         scores = IMPORTANCE[name](weights, moments.copied(), generator)
     return IMPORTANCE.checked(name, "scores", scores, (C,), (C // weights.per_unit,)).cpu().double()
 

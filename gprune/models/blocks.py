@@ -125,11 +125,6 @@ class Block:
         return repeat(values, "(g d) ... -> (g q d) ...", d=self.head_dim, q=q)
 
     @property
-    def activation(self) -> nn.Module:
-        """The non-linear unit of the FFN."""
-        return self.down.host.act_fn if self.has_experts else self.module(self.family.activation)
-
-    @property
     def cost(self) -> int:
         """Parameters that go when the whole block goes."""
         return sum(parameter.numel() for parameter in self.layer.parameters())

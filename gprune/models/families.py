@@ -30,7 +30,6 @@ class Family:
     gate: str | None = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
-    activation: str = "mlp.act_fn"
     experts: str | None = None  # layers without experts have gate, up and down
     # Attention
     query: str = "self_attn.q_proj"
@@ -92,20 +91,20 @@ FAMILIES: dict[str, Family] = {
             after_attention="post_attention_layernorm", **HEADS_NORMED_TOGETHER,
         ),
         Family(
-            "phi3", gate="mlp.gate_up_proj", up="mlp.gate_up_proj", activation="mlp.activation_fn",
+            "phi3", gate="mlp.gate_up_proj", up="mlp.gate_up_proj",
             **fused("self_attn.qkv_proj"), attributes={"self_attn.num_key_value_heads": "kv_groups"},
         ),
         Family(
-            "opt", gate=None, up="fc1", down="fc2", activation="activation_fn", output="self_attn.out_proj",
+            "opt", gate=None, up="fc1", down="fc2", output="self_attn.out_proj",
             ffn_norm="final_layer_norm", attention_norm="self_attn_layer_norm", norms_before="do_layer_norm_before",
             width="ffn_dim", kv_heads=None, learned_positions=True, attributes={"self_attn.num_heads": "heads"},
         ),
         Family(
-            "gpt_neox", gate=None, up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", activation="mlp.act",
+            "gpt_neox", gate=None, up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h",
             **fused("attention.query_key_value"), interleaved=True, output="attention.dense", kv_heads=None,
         ),
         Family(
-            "gpt2", layers="h", gate=None, up="mlp.c_fc", down="mlp.c_proj", activation="mlp.act",
+            "gpt2", layers="h", gate=None, up="mlp.c_fc", down="mlp.c_proj",
             **fused("attn.c_attn"), output="attn.c_proj", transposed=True, ffn_norm="ln_2", attention_norm="ln_1",
             width="n_inner", kv_heads=None, learned_positions=True,
             attributes={"attn.num_heads": "heads", "attn.split_size": "channels"},

@@ -78,7 +78,7 @@ def peaks_of(plan: Plan) -> dict[str, float]:
     sums = gram / L + cpu * w * H * cfg.corpora.num_samples * cfg.corpora.seq_len if walked else gram * (not cpu)
     calibrate = dense + sums + batch * ((26 if gram else 2 * w + 8) * N + 4 * H)
     if "saliency" in cfg.collects:
-        calibrate = learn + 16 * costs.total
+        calibrate = learn + 8 * costs.total
     peaks = {"calibrate": calibrate} | ({"learn": learn} if cfg.learns else {})
     method = recovery_of(cfg.recovery)
     if method.learns:

@@ -1,11 +1,10 @@
-"""Figures over several runs: means, ratios, sparsity per block, mask stability."""
+"""Figures over several runs: means, ratios, sparsity per block, what they learned."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -95,34 +94,6 @@ def learning_figure(curves: Mapping[str, pd.DataFrame]) -> Figure | None:
         axes.grid(axis="y")
     drawn = {line.get_label(): line for axes in figure.axes for line in axes.lines}
     figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3)
-    return figure
-
-
-@style()
-def stability_figure(names: Sequence[str], jaccard: Mapping[tuple[str, str], tuple[float, float]]) -> Figure:
-    """Jaccard index of kept neurons for every pair of runs, with chance in brackets.
-
-    Args:
-        names: of the runs, in order.
-        jaccard: (run, run) -> index and chance.
-    """
-    size = 2.4 + 0.75 * len(names)
-    figure, axes = canvas(size + 1, size)
-    below, beside = names[1:], names[:-1]  # each pair once, and no run with itself
-    values = np.full((len(below), len(beside)), np.nan)
-    for pair, (value, chance) in jaccard.items():
-        first, last = sorted(map(names.index, pair))
-        values[last - 1, first] = value
-        axes.text(
-            first, last - 1, f"{value:.2f}\n({chance:.2f})", ha="center", va="center", fontsize=8,
-            color="black" if value > 0.5 else "white",
-        )  # fmt: skip
-    image = axes.imshow(values, cmap="cividis", vmin=0, vmax=1)
-    axes.set_xticks(range(len(beside)), beside, rotation=45, ha="right", fontsize=8)
-    axes.set_yticks(range(len(below)), below, fontsize=8)
-    axes.set_title("kept neurons: Jaccard index (chance)", fontsize=9)
-    axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label="Jaccard index", shrink=0.7)
     return figure
 
 

@@ -19,16 +19,9 @@ from matplotlib.figure import Figure
 
 from gprune.errors import one_line
 from gprune.report.benchmark_table import evaluation_table
-from gprune.report.comparison_figures import (
-    learning_figure,
-    means_figure,
-    ratio_figure,
-    sparsity_lines,
-    stability_figure,
-)
+from gprune.report.comparison_figures import learning_figure, means_figure, ratio_figure, sparsity_lines
 from gprune.report.curves import read_curves
 from gprune.report.grouping import Group, groups, read_runs, settings_table, short_names, with_distinct_names
-from gprune.report.mask_tables import masks_of, pairs, repeatability_table, sparsity_table, stability_table
 from gprune.report.perplexity_tables import comparison_table, perplexity_table, summary_table
 from gprune.report.records import caption
 from gprune.report.run_figures import write_figures
@@ -38,7 +31,7 @@ from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
 
-FIGURES = ("means", "ratios", "learning", "sparsity", "stability", "perplexity", "heterogeneity")
+FIGURES = ("means", "ratios", "learning", "sparsity", "perplexity", "heterogeneity")
 SIDE_BY_SIDE = 40  # runs: beyond, pairs and figures take minutes, and nobody reads them
 
 
@@ -67,9 +60,8 @@ class Report:
 
     @property
     def read_tables(self) -> list[Table]:
-        """The tables for people, none of them empty: first in what the runs differ; sparsity per block is in CSV."""
-        shown = [t for t in self.tables if t.rows and t.name != "sparsity"]
-        return sorted(shown, key=lambda table: table.name != "settings")
+        """The tables that are not empty: first in what the runs differ."""
+        return sorted((t for t in self.tables if t.rows), key=lambda table: table.name != "settings")
 
     @property
     def many(self) -> bool:
@@ -105,11 +97,9 @@ class Report:
         curves = {short[run.name]: read_curves(run.path) for run in runs}
         if len(runs) > 1 and (learned := learning_figure(curves)) is not None:
             figures["learning"] = learned
-        if len(runs) > 1 and (masks := masks_of(runs)):
-            figures["sparsity"] = sparsity_lines({short[name]: run_masks for name, run_masks in masks.items()})
-            agreement = {(short[a], short[b]): units.get("ffn") for (a, b), units in pairs(runs).items()}
-            if jaccard := {pair: ffn for pair, ffn in agreement.items() if ffn is not None}:
-                figures["stability"] = stability_figure([short[name] for name in masks], jaccard)
+        masks = {short[run.name]: run.masks for run in runs if run.masks is not None}
+        if len(runs) > 1 and masks:
+            figures["sparsity"] = sparsity_lines(masks)
         about = caption([r for run in self.runs for r in run.records])
         return {name: titled(figure, about) for name, figure in figures.items()}
 
@@ -185,9 +175,9 @@ def of_runs(
     if seen is not None:
         runs = [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
     rows = groups(runs)
-    tables = [summary_table(rows, bases, seen=seen), perplexity_table(rows, seen=seen), sparsity_table(runs)]
+    tables = [summary_table(rows, bases, seen=seen), perplexity_table(rows, seen=seen)]
     if 1 < len(runs) <= SIDE_BY_SIDE:
-        tables += [comparison_table(rows), stability_table(rows), repeatability_table(rows), settings_table(rows)]
+        tables += [comparison_table(rows), settings_table(rows)]
     if evaluated := [r | {"run": run.name} for run in with_distinct_names(runs) for r in run.evaluation]:
         tables.append(evaluation_table(evaluated))
     of_rows = {base.name: base for base in (bases or {}).values()}  # rows of several budgets have a base each

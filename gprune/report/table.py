@@ -19,9 +19,7 @@ from rich.text import Text
 
 from gprune.errors import one_line, printable
 
-TableName = Literal[  # of a report
-    "comparison", "evaluation", "perplexity", "repeatability", "settings", "sparsity", "stability", "summary"
-]
+TableName = Literal["comparison", "evaluation", "perplexity", "settings", "summary"]  # of a report
 
 
 class Estimate(NamedTuple):

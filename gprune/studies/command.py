@@ -10,7 +10,7 @@ from gprune.console import Parser, guarded, quiet
 ABOUT = """Run a list of configurations, keep what came out, print tables. What a list is: gprune/studies/listing.py.
 
 After each configuration its numbers and costs are written to the folder of records, and its masks (for lists in
-experiments/ only if a table of the list needs them). A configuration that has a record is not run again, whichever list
+experiments/ only if the list says so). A configuration that has a record is not run again, whichever list
 asks for it. Run folders share calibration through the cache."""
 
 EXAMPLES = """Flags of train.py come after --, and last in every row.
@@ -43,7 +43,7 @@ def parser() -> Parser:
     made.add_argument("--table", action="store_true", help="print what is there; run nothing")
     made.add_argument("--costs", action="store_true", help="print seconds, tokens and memory of each step as well")
     made.add_argument("--commands", action="store_true", help="print one command per pending row; run nothing")
-    made.add_argument("--figures", metavar="FOLDER", help="draw means, ratios and mask stability into this folder")
+    made.add_argument("--figures", metavar="FOLDER", help="draw means, ratios and sparsity per block into this folder")
     return made
 
 

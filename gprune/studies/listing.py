@@ -31,7 +31,6 @@ OTHER_RECORDS = Path("runs/records")
 # Numbers do not depend on these: a row is the same row with and without them.
 OWN = {"export": "none", "run.dir": "runs/experiments"}
 TABLES = ("summary", "perplexity", "evaluation")
-OF_MASKS = frozenset({"repeatability", "sparsity", "stability"})  # tables
 
 # YAML reads some names as numbers.
 Name = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name)]
@@ -87,6 +86,8 @@ class Content(Shape):
     seeds: list[int] = [0]
     tables: list[TableName] = list(TABLES)
     """Of the report's, those to print."""
+    masks: bool = False
+    """Keep masks with the records of a list in `experiments/`, as others do: `python -m experiments.stability`."""
     tasks: Tasks | None = None
     seen: Names | None = None
     """Corpora that count as seen in every row; by default each row's own."""
@@ -125,7 +126,7 @@ class Row:
     settings: dict[str, Any]  # by dotted name, those that the list and the command line give
     tasks: Tasks | None = None
     control: bool = False  # gprune's machinery with nothing learned: no result of the method's
-    masks: bool = True  # keep masks; for our own lists only if a table of masks is printed
+    masks: bool = True  # keep masks
     records: Path = OTHER_RECORDS  # the folder of what came out
     study: str = ""  # name of the list
     point: dict[str, Any] = field(default_factory=dict)  # of the grid
@@ -178,7 +179,7 @@ class Listing:
 
         ours = path.resolve().is_relative_to(EXPERIMENTS)
         folder = Path(records) if records is not None else EXPERIMENTS / "records" if ours else OTHER_RECORDS
-        masks = not ours or not OF_MASKS.isdisjoint(content.tables)
+        masks = content.masks or not ours
         shared = {"tasks": content.tasks, "masks": masks, "records": folder, "study": path.stem}
         rows = _rows(path, content, seeds or content.seeds, flags, **shared)
         return cls(

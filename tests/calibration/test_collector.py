@@ -189,7 +189,7 @@ def test_the_head_is_not_run(tiny_model, token_batch):
 def test_tensors_round_trip_in_any_order(gram, saliency):
     model = make_tiny_llama(num_hidden_layers=11)  # more than ten: "10" sorts before "2"
     flat = collect(model, batches(torch.arange(3, 19).view(2, 8), 2), gram=gram, saliency=saliency).tensors()
-    assert len(flat) == 1 + 2 * 11 * (2 * 3 + gram) + len(saliency) * 11 * 3 * 3
+    assert len(flat) == 1 + 2 * 11 * (2 * 3 + gram) + len(saliency) * 11 * 3
     statistics = CorpusStatistics.from_tensors({name: flat[name].clone() for name in sorted(flat)})
     again = statistics.tensors()
     assert flat.keys() == again.keys()

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from gprune.calibration.collector import Collector
-from gprune.calibration.saliency import StreamingGradients, window_saliency
-from gprune.calibration.statistics import Saliency, kind_of, pooled
+from gprune.calibration.saliency import StreamingGradients, weight_saliency
+from gprune.calibration.statistics import kind_of, pooled
 from gprune.errors import UserError
 from tests.calibration.test_collector import batches, recorded
 from tests.conftest import collect, hooks_of, make_tiny_llama
 
 BOTH = ("ffn", "attention")
-TERMS = tuple(Saliency.__dataclass_fields__)
 
 
 def terms(statistics) -> dict[str, torch.Tensor]:
@@ -30,33 +29,25 @@ def test_terms_by_hand():
     x = torch.tensor([[[1.0, 0, 2]], [[0, 1.0, 0]], [[1.0, 1, 1]]])
     d = torch.tensor([[[1.0, -1]], [[2.0, 0]], [[100.0, 100]]])
     metric.update(x, d, [0, 1, None])  # the last window does not count
-    sums = metric.compute()
-    assert sums["count"].tolist() == [1, 1]
-    assert sums["gradient"].tolist() == [[[1, 0, 2], [-1, 0, -2]], [[0, 2, 0], [0, 0, 0]]]
-    assert sums["square"].tolist() == [[[1, 0, 4], [1, 0, 4]], [[0, 4, 0], [0, 0, 0]]]
+    count, gradient = metric.compute()
+    assert count.tolist() == [1, 1]
+    assert gradient.tolist() == [[[1, 0, 2], [-1, 0, -2]], [[0, 2, 0], [0, 0, 0]]]
     w = torch.tensor([[1.0, 2, -1], [4.0, 5, 1]])
-    first_half, second_half, whole = window_saliency(w, sums, columns=False)
-    # w * g = [[1, 0, -2], [-4, 0, -2]] of the first half
-    assert first_half.first.tolist() == [3, 6]
-    assert first_half.vector.tolist() == [1, 6]
-    # less w^2 g^2 / 2 = [[.5, 0, 2], [8, 0, 2]]
-    assert first_half.second.tolist() == [0.5 + 4, 12 + 4]
-    # w * mean g = [[.5, 2, -1], [-2, 0, -1]]; w^2 mean(g^2) / 2 = [[.25, 4, 1], [4, 0, 1]]
-    assert whole.first.tolist() == [3.5, 3]
-    assert whole.second.tolist() == [0.25 + 2 + 2, 6 + 2]
-    assert second_half.first.tolist() == [4, 0]
-    by_column = window_saliency(w, sums, columns=True)[2]
-    assert by_column.first.tolist() == [2.5, 2, 2]
-    assert by_column.vector.tolist() == [1.5, 2, 2]
-    assert by_column.first.dtype == torch.float64
+    first, second, whole = weight_saliency(w, count, gradient, columns=False)
+    assert first.tolist() == [3, 6]  # w * g = [[1, 0, -2], [-4, 0, -2]]
+    assert second.tolist() == [4, 0]
+    assert whole.tolist() == [3.5, 3]  # w * mean g = [[.5, 2, -1], [-2, 0, -1]]
+    by_column = weight_saliency(w, count, gradient, columns=True)[2]
+    assert by_column.tolist() == [2.5, 2, 2]
+    assert by_column.dtype == torch.float64
 
 
 def test_a_half_without_windows_is_zero():
     metric = StreamingGradients((2, 3))
     metric.update(torch.ones(1, 4, 3), torch.ones(1, 4, 2), [0])
-    zero, one, whole = (window_saliency(torch.ones(2, 3), metric.compute(), columns=False)[i] for i in (1, 0, 2))
-    assert all(torch.equal(getattr(zero, name), torch.zeros(2, dtype=torch.float64)) for name in TERMS)
-    assert all(torch.equal(getattr(one, name), getattr(whole, name)) for name in TERMS)
+    one, zero, whole = weight_saliency(torch.ones(2, 3), *metric.compute(), columns=False)
+    assert torch.equal(zero, torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(one, whole)
 
 
 def test_halves_are_those_of_their_own_windows_alone(tiny_model, token_batch):
@@ -65,12 +56,11 @@ def test_halves_are_those_of_their_own_windows_alone(tiny_model, token_batch):
         alone = collect(tiny_model, batches(token_batch[half::2], 3), saliency=BOTH)
         for kind in BOTH:
             for mine, theirs in zip(getattr(both, kind), getattr(alone, kind), strict=True):
-                left, right = vars(mine.half(half).saliency), vars(theirs.total.saliency)
-                for name in TERMS:  # against the largest channel: signed sums may cancel
-                    torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-5 * float(left[name].max()))
-        # absolute values: the whole is not the mean of the halves
-        first = both.ffn[0].saliency
-        assert bool((first[2].first < (first[0].first + first[1].first) / 2).all())
+                own = theirs.total.saliency  # against the largest channel: signed sums may cancel
+                torch.testing.assert_close(mine.half(half).saliency, own, rtol=0, atol=1e-5 * float(own.max()))
+    # absolute values: the whole is not the mean of the halves
+    one, two, whole = both.ffn[0].saliency
+    assert bool((whole < (one + two) / 2).all())
 
 
 def test_pooled_saliency_is_the_mean(tiny_model, token_batch):

@@ -6,21 +6,23 @@ import shlex
 import pytest
 import yaml
 
+from experiments import stability
 from gprune.__main__ import main
 from tests.tiny_run import ROOT
 
 PAGES = sorted((ROOT / "experiments/questions").glob("*.md"))
 LISTS = [p for p in sorted((ROOT / "experiments").glob("**/*.yaml")) if "rows" in yaml.safe_load(p.read_text())]
-OUTPUT = re.compile(r"<!-- gprune (study .*?) -->\n\n(.*?)\n\n<!-- end of its output -->", re.DOTALL)
+COMMANDS = {"gprune": main, "python -m experiments.stability": stability.main}
+OUTPUT = re.compile(rf"<!-- ({'|'.join(COMMANDS)}) (.*?) -->\n\n(.*?)\n\n<!-- end of its output -->", re.DOTALL)
 TABLES = [(page, *match.groups()) for page in PAGES for match in OUTPUT.finditer(page.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "command", "pasted"), TABLES, ids=[command for _, command, _ in TABLES])
-def test_tables_are_what_the_records_say(page, command, pasted, monkeypatch, capsys):
+@pytest.mark.parametrize(("page", "command", "args", "pasted"), TABLES, ids=[args for *_, args, _ in TABLES])
+def test_tables_are_what_the_records_say(page, command, args, pasted, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    assert main(shlex.split(command)) == 0
-    assert capsys.readouterr().out.strip() == pasted, f"paste what `gprune {command}` prints into {page.name}"
+    assert COMMANDS[command](shlex.split(args)) == 0
+    assert capsys.readouterr().out.strip() == pasted, f"paste what `{command} {args}` prints into {page.name}"
 
 
 def test_every_list_is_named_by_a_page():

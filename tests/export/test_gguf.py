@@ -366,19 +366,6 @@ def as_in_llama_cpp(model, tokenizer, change=lambda logprobs: logprobs):
     return answer
 
 
-def test_figures_are_those_of_the_definitions():
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(5, 7, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
-    ids = torch.tensor([0, 3, 1, 6, 2])
-    agreement = gguf_check.compare(a, b, ids)
-    p, q = a.exp().numpy(), b.exp().numpy()
-    assert agreement.kl == pytest.approx(np.mean([sum(p[t] * np.log(p[t] / q[t])) for t in range(5)]))
-    assert agreement.perplexity == pytest.approx(np.exp(-np.mean([np.log(p[t, ids[t + 1]]) for t in range(4)])))
-    assert agreement.perplexity_of_file == pytest.approx(np.exp(-np.mean([np.log(q[t, ids[t + 1]]) for t in range(4)])))
-    assert agreement.top1 == np.mean(p.argmax(1) == q.argmax(1))
-    assert agreement.logprob == pytest.approx(np.abs(np.log(p) - np.log(q)).max())
-
-
 @pytest.mark.parametrize("kind", TYPES)
 def test_the_check_tells_noise_from_another_model(kind, tmp_path, monkeypatch):
     model, tokenizer = make_pruned(), byte_tokenizer()
@@ -391,7 +378,7 @@ def test_the_check_tells_noise_from_another_model(kind, tmp_path, monkeypatch):
         monkeypatch.setattr(gguf_check, "in_llama_cpp", as_in_llama_cpp(model, tokenizer, change))
         return gguf_check.check_gguf(model, tokenizer, tmp_path / "m.gguf", type=kind)
 
-    assert check(noise({"f32": 1e-5, "f16": 1e-3, "q8_0": 0.05}[kind])).positions == 256  # the model's context
+    assert 0 < check(noise({"f32": 1e-5, "f16": 1e-3, "q8_0": 0.05}[kind])) <= gguf_check.LIMITS[kind]
     sharper = lambda x: (2 * x).log_softmax(-1)  # noqa: E731 - the same first choices
     other = noise({"f32": 0.01, "f16": 0.1, "q8_0": 1.0}[kind])
     for change in (other, sharper, lambda x: x.roll(1, 0), lambda x: x * np.nan):
@@ -427,8 +414,7 @@ def test_types_are_the_same_everywhere():
 def test_llama_cpp_computes_the_model(variant, shape, tmp_path):
     model = make_pruned(shape, shape == UNEQUAL, initializer_range=0.1, **VARIANTS[variant])
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
-    agreement = gguf_check.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
-    assert agreement.positions == 256
+    assert gguf_check.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32") < 1e-6
 
 
 @needs_llama_cpp

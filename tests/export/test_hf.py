@@ -253,7 +253,7 @@ def test_tokenizer_templates_and_model_card_come_along(tmp_path):
     assert AutoTokenizer.from_pretrained(folder)(words).input_ids == tokenizer(words).input_ids
     assert "per_layer_config" in (folder / "README.md").read_text()
     assert (folder / "generation_config.json").is_file()
-    assert (folder / hf.TEMPLATES).is_dir()
+    assert (folder / "additional_chat_templates").is_dir()
     hf.save_pruned(make_pruned(), tokenizer, folder, overwrite=True)  # all of it is known as ours
     assert [path.name for path in tmp_path.iterdir()] == ["model"]  # no temporary folder left
 
@@ -279,13 +279,14 @@ def test_a_taken_folder_is_kept_until_a_whole_one_may_take_its_place(tmp_path, t
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("diary.txt", "holds diary.txt, which no export writes"), ("README.md", "has no README.md that names gprune")],
+    [("diary.txt", "holds diary.txt, which would be lost"), ("README.md", "has no README.md that names gprune")],
 )
 def test_overwriting_never_removes_what_is_no_model_of_ours(name, said, tmp_path):
-    (tmp_path / name).write_text("dear")
+    folder = hf.save_pruned(make_pruned(), None, tmp_path / "model")
+    (folder / name).write_text("dear")
     with pytest.raises(UserError, match=said):
-        hf.save_pruned(make_pruned(), None, tmp_path, overwrite=True)
-    assert (tmp_path / name).read_text() == "dear"
+        hf.save_pruned(make_pruned(), None, folder, overwrite=True)
+    assert (folder / name).read_text() == "dear"
 
 
 def test_a_failing_process_is_reported_by_its_last_line(tmp_path, monkeypatch):

@@ -384,35 +384,13 @@ def test_the_hub_reads_base_model_licence_and_results_in_a_card(run, name, base,
     assert found == pytest.approx(measured, abs=1e-4)
 
 
-def test_masks_of_runs_that_share_a_name_are_compared_pair_by_pair(run):
-    """Four seeds under one name, as lists of configurations have them; of the masks only the last two are equal."""
-    runs = read_runs([run, *(another(run, f"seed{i}", seed=i) for i in (1, 2, 3))])
-    runs = [replace(r, name="same", masks=runs[min(i, 2)].masks) for i, r in enumerate(runs)]
-    made = report.of_runs(runs)
-    names = [f"same, seed {i}" for i in range(4)]
-    tables = {t.name: t for t in made.tables}
-    assert tables["sparsity"].columns[2:] == names
-    for r, name in zip(runs, names, strict=True):
-        assert row(tables["sparsity"], "neurons", 0)[name] == float((~r.masks.ffn[0]).float().mean())
-    stability = [cells for cells in tables["stability"].rows if cells[2] == "ffn"]
-    assert [cells[:2] for cells in stability] == [[a, b] for i, a in enumerate(names) for b in names[i + 1 :]]
-    equal, apart = row(tables["stability"], *names[2:]), row(tables["stability"], *names[:2])
-    assert (equal["Jaccard"], equal["beyond chance"]) == (1, pytest.approx(1))
-    assert abs(apart["beyond chance"]) < 0.15  # shuffled: independent
-    assert apart["Jaccard"] - apart["chance"] == pytest.approx(apart["beyond chance"] * (1 - apart["chance"]))
-    (inside,) = tables["repeatability"].rows
-    assert inside[:2] == ["same (4 seeds)", "ffn"]
-    assert inside[2] == pytest.approx(np.mean([cells[3] for cells in stability]))
-    figures = made.figures()
-    assert [line.get_label() for line in figures["sparsity"].axes[0].get_lines()] == names
-    axes = figures["stability"].axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == names[1:]  # each pair once
-    assert [label.get_text() for label in axes.get_xticklabels()] == names[:-1]
-    assert len(axes.texts) == 6
-    inputs = runs[0].settings["inputs"] | {"model": "another model"}
-    strangers = [replace(runs[0], name="x", settings=runs[0].settings | {"inputs": inputs}), *runs[2:]]
-    (pair,) = [cells[:2] for t in report.of_runs(strangers).tables if t.name == "stability" for cells in t.rows]
-    assert pair == names[2:]
+def test_runs_that_share_a_name_have_a_line_each(run):
+    """Seeds under one name, as lists of configurations have them."""
+    runs = [replace(r, name="same") for r in read_runs([run, another(run, "other", seed=1)])]
+    lines = report.of_runs(runs).figures()["sparsity"].axes[0].get_lines()
+    assert [line.get_label() for line in lines] == ["same, seed 0", "same, seed 1"]
+    for r, line in zip(runs, lines, strict=True):
+        assert line.get_ydata()[0] == float((~r.masks.ffn[0]).float().mean())
 
 
 def zero_shot_record(**more: object) -> dict:
@@ -506,9 +484,8 @@ def test_every_axis_is_labelled(run):
         "means": ("perplexity, geometric mean, 95 % interval", ""),
         "ratios": ("unseen perplexity / base, 95 % interval", ""),
         "sparsity": ("block", "fraction of neurons removed"),
-        "stability": ("", ""),
     }
-    assert len(axes["sparsity"].lines) == len(axes["stability"].texts) == 3
+    assert len(axes["sparsity"].lines) == 3
     assert len(axes["ratios"].get_yticklabels()) == sum(cells[7] is not None for cells in made.tables[0].rows)
 
 
@@ -553,7 +530,7 @@ def test_a_report_of_several_runs_and_nothing_of_the_one_before_it(run, tmp_path
     other, output = another(run, "other", setting=0.5), tmp_path / "report"
     report.make([run, other]).write(output, ("png",))
     (output / "tables" / "mine.csv").write_text("kept")
-    assert written(output) >= {"tables/comparison.csv", "figures/stability.png", "figures/one/perplexity.png"}
+    assert written(output) >= {"tables/comparison.csv", "figures/sparsity.png", "figures/one/perplexity.png"}
     assert default_output([str(run), str(other)]) == run.parent / "report"
     assert main([str(other), "--base", str(run), "--output", str(output)]) == 0
     assert "the stage `base` of one" in capsys.readouterr().out
@@ -561,7 +538,7 @@ def test_a_report_of_several_runs_and_nothing_of_the_one_before_it(run, tmp_path
     names = ("means", "ratios", "perplexity", "sparsity", "heterogeneity")
     assert written(output) - folders == (
         {"report.md", "tables/mine.csv"}
-        | {f"tables/{t}.csv" for t in ("summary", "perplexity", "sparsity")}
+        | {f"tables/{t}.csv" for t in ("summary", "perplexity")}
         | {f"figures/{n}.{kind}" for n in names for kind in ("png", "svg")}
     )
 

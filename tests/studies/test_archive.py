@@ -61,11 +61,11 @@ def test_tokens_that_a_row_learned_from_do_not_depend_on_what_the_cache_had(benc
     assert archive.learned_tokens(record["steps"] | more) == own + 100
 
 
-def test_the_repository_keeps_masks_where_a_table_is_about_them(bench, first, monkeypatch):
+def test_the_repository_keeps_masks_where_the_list_says_so(bench, first, monkeypatch):
     monkeypatch.setattr(listing, "EXPERIMENTS", bench.folder)
     one = {"plain": ROWS["plain"]}
     (plain,) = bench.rows(bench.write("without", one))
-    (wanted,) = bench.rows(bench.write("of masks", one, tables=["repeatability"]))
+    (wanted,) = bench.rows(bench.write("of masks", one, masks=True))
     assert (plain.masks, wanted.masks) == (False, True)
     record = record_of(plain)
     archive.write(archive.path_of(plain), record | {"masks": None})

@@ -149,7 +149,7 @@ def test_a_list_that_wants_masks_keeps_the_tasks_and_one_that_wants_tasks_the_ma
     tasks, plain = {"names": ["piqa"], "limit": 4}, {"plain": MENDED["plain"]}
     masked, tasked = (
         bench.rows(bench.write(name, plain, **content), records=tmp_path)[0]
-        for name, content in (("masked", {"tables": ["repeatability"]}), ("tasked", {"tasks": tasks}))
+        for name, content in (("masked", {"masks": True}), ("tasked", {"tasks": tasks}))
     )
     for row in (masked, tasked, masked):
         if record_of(row) is None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from gprune.errors import UserError
-from gprune.evaluation.stability import chance_jaccard, jaccard, pairwise_stability, stability
+from experiments.stability import chance_jaccard, jaccard, pairs, stability, tables
 from gprune.models.masks import Masks
+from gprune.runs.results import FinishedRun
 
 
 def draw(units: int, kept: int, seed: int) -> torch.Tensor:
@@ -19,8 +21,10 @@ def draw(units: int, kept: int, seed: int) -> torch.Tensor:
     return mask
 
 
-def masks_of(*ffn: torch.Tensor, groups: int = 2) -> Masks:
-    return Masks(list(ffn), [torch.ones(groups, dtype=torch.bool)] * len(ffn))
+def run_of(seed: int, *ffn: torch.Tensor, model: str = "m") -> FinishedRun:
+    masks = Masks(list(ffn), [torch.ones(2, dtype=torch.bool)] * len(ffn))
+    settings = {"run": {"seed": seed}, "inputs": {"model": model}, "gprune": True}
+    return FinishedRun(Path(f"{seed}"), "a", settings, [], {}, masks)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -74,15 +78,14 @@ def test_blocks_that_say_nothing_are_left_out():
     assert stability([whole], [whole]) is None
 
 
-def test_every_pair_of_runs_once():
-    runs = {name: masks_of(draw(20, 8, i), draw(20, 12, i)) for i, name in enumerate("abc")}
-    found = pairwise_stability(runs)
-    assert list(found) == [("a", "b"), ("a", "c"), ("b", "c")]
-    assert found["a", "c"]["ffn"] == stability(runs["a"].ffn, runs["c"].ffn)
-    assert "attention" not in found["a", "c"]  # out of scope: nothing was chosen
-    assert pairwise_stability({"a": runs["a"]}) == {}
-
-
-def test_masks_of_other_shapes_cannot_be_compared():
-    with pytest.raises(UserError, match="a and b are of models of different shapes"):
-        pairwise_stability({"a": masks_of(draw(20, 8, 0)), "b": masks_of(draw(24, 8, 0))})
+def test_every_pair_of_runs_of_one_model_once_and_the_mean_within_a_group():
+    """Attention is out of scope: nothing was chosen there."""
+    runs = [run_of(i, draw(20, 8, i), draw(20, 12, i)) for i in range(3)]
+    found = list(pairs([*runs, run_of(3, draw(24, 8, 0), model="another"), replace(runs[0], masks=None)]))
+    names = [f"a, seed {i}" for i in range(3)]
+    assert [pair[:3] for pair in found] == [(one, other, "ffn") for one, other in combinations(names, 2)]
+    assert found[1][3] == stability(runs[0].masks.ffn, runs[2].masks.ffn)
+    of_pairs, within = tables(runs, of_pairs=True)
+    assert len(of_pairs.rows) == 3
+    beyond = np.mean([pair[3].beyond_chance for pair in found])
+    assert [(row[0], row[1], row[-1]) for row in within.rows] == [("a (3 seeds)", "ffn", pytest.approx(beyond))]
