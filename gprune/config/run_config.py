@@ -62,8 +62,7 @@ class RunConfig(Group):
     corpora: CorporaConfig = Field(default_factory=CorporaConfig)
     importance: Text = "wanda_sp"
     """Base importance metric, or one registered from Python. From activations: wanda_sp, wifn, wifv, ifv, act_norm,
-    obs; from gradients: taylor; from weights alone: magnitude, magnitude_l1, magnitude_down, magnitude_down_l1; random
-    as a control."""
+    obs; from gradients: taylor; from weights alone: magnitude, magnitude_down; random as a control."""
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     reliability: ReliabilityConfig = Field(default_factory=ReliabilityConfig)
     sparsity: SparsityConfig = Field(default_factory=SparsityConfig)

@@ -154,22 +154,10 @@ def magnitude(weights: UnitWeights, moments: Moments, generator: torch.Generator
     return weights.output.norm(dim=0) * math.prod([rows.norm(dim=1) for rows in weights.inputs])
 
 
-@metric("magnitude_l1", activation_free=True)
-def magnitude_l1(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = ||W_:j||_1 * prod over V_j of ||V_j||_1: `magnitude` with L1 norms."""
-    return weights.output.norm(p=1, dim=0) * math.prod([rows.norm(p=1, dim=1) for rows in weights.inputs])
-
-
 @metric("magnitude_down", activation_free=True)
 def magnitude_down(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
     """s_j = ||W_:j||_2, the L2 norm of the output projection's column alone: FLAP's magnitude baseline (`mag_sp`)."""
     return weights.output.norm(dim=0)
-
-
-@metric("magnitude_down_l1", activation_free=True)
-def magnitude_down_l1(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = ||W_:j||_1, the L1 norm of the output projection's column alone."""
-    return weights.output.norm(p=1, dim=0)
 
 
 @metric("random", activation_free=True)

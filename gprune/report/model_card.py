@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 
 from gprune.config import RunConfig
-from gprune.corpora.hub import HUB_CORPORA
 from gprune.corpora.load import corpus_labels
 from gprune.errors import one_line
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
@@ -62,7 +61,7 @@ def model_card(
     drift = f"drift measured on {drift},\n" if drift else ""
     allocation = cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation
     return f"""---
-{_metadata(cfg, records, labels).to_yaml()}
+{_metadata(cfg).to_yaml()}
 ---
 
 # {label}, structurally pruned
@@ -98,32 +97,16 @@ def _folder(cfg: RunConfig) -> Path | None:
     return path.resolve() if path.exists() else None
 
 
-def _metadata(cfg: RunConfig, records: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> ModelCardData:
-    """What the hub reads: the base model, the licence where it is known, and as model-index what was measured."""
-    embedded, known = EMBEDDED_MODELS.get(cfg.model.name), {corpus.name: corpus for corpus in HUB_CORPORA}
+def _metadata(cfg: RunConfig) -> ModelCardData:
+    """What the hub reads: the base model, and the licence where it is known."""
+    embedded = EMBEDDED_MODELS.get(cfg.model.name)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.model.name) and _folder(cfg) is None
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_name=labels[r["corpus"]],
-            dataset_type=known[r["corpus"]].path if r["corpus"] in known else labels[r["corpus"]],
-            dataset_config=known[r["corpus"]].config if r["corpus"] in known else None,
-            dataset_split=r["split"],
-            metric_type="perplexity",
-            metric_name=f"perplexity, {len(r['window_nll'])} windows of {r['seq_len']} tokens",
-            metric_value=round(r["perplexity"], 4),
-        )
-        for r in records
-        if (r["stage"], r["recovery"]) == cfg.own_row
-    ]
     return ModelCardData(
         base_model=(embedded.base if embedded else cfg.model.name if on_hub else None) or None,
         license=embedded.license.lower() if embedded else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["pruned", "gprune"],
-        model_name=cfg.run_name,
-        eval_results=results,
     )
 
 

@@ -16,7 +16,7 @@ TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses tags and repeated keys, leaves dates as text, and reads 1e-3 as a number.
+    """SafeLoader that refuses repeated keys, leaves dates as text, and reads 1e-3 as a number.
 
     A few aliases of aliases can stand for gigabytes, so each alias counts as the nodes that it stands for.
     """
@@ -32,15 +32,10 @@ class _Loader(yaml.SafeLoader):
         self.sizes: dict[yaml.Node, int] = {}  # of nodes that are complete
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        event, before = self.peek_event(), self.count
-        if getattr(event, "tag", None) not in (None, "!"):
-            raise yaml.YAMLError(f"expected plain settings, got the tag {event.tag}")
+        before, alias = self.count, self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
-        if isinstance(event, yaml.AliasEvent):
-            self.count += self.sizes.get(node, NODES)  # an alias inside of what it stands for has no end
-        else:
-            self.count += 1
-            self.sizes[node] = self.count - before
+        self.count += self.sizes.get(node, NODES) if alias else 1  # an alias inside of what it stands for has no end
+        self.sizes.setdefault(node, self.count - before)
         if self.count > NODES:
             raise yaml.YAMLError(f"expected at most {NODES:,} keys and values, aliases counted as what they stand for")
         return node

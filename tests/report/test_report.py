@@ -372,16 +372,11 @@ def test_a_model_card_says_nothing_of_this_machine_nor_of_drift_that_nobody_meas
         (".", None, None),
     ],
 )
-def test_the_hub_reads_base_model_licence_and_results_in_a_card(run, name, base, licence):
+def test_the_hub_reads_base_model_and_licence_in_a_card(run, name, base, licence):
     records = json.loads((run / "metrics.json").read_text())["records"]
     cfg = RunConfig(model=ModelConfig(name=name), recovery="none")
     data = ModelCard(model_card(cfg, records)).data
     assert (data.base_model, data.license, data.library_name) == (base, licence, "transformers")
-    measured = {
-        Path(r["corpus"]).name: r["perplexity"] for r in records if (r["stage"], r["recovery"]) == ("gprune", "none")
-    }
-    found = {result.dataset_name: result.metric_value for result in data.eval_results}
-    assert found == pytest.approx(measured, abs=1e-4)
 
 
 def test_runs_that_share_a_name_have_a_line_each(run):

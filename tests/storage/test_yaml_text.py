@@ -48,7 +48,6 @@ REFUSED = {  # and what the error says
     "twice": ("a: 1\na: 2", "'a' twice on line 2"),
     "twice inside": ("a: {b: 1, b: 2}", "'b' twice on line 1"),
     "python": ("!!python/object/apply:os.system ['touch RAN']", "tag"),
-    "set": ("a: !!set {b, c}", "tag"),
 }
 
 
