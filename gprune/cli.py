@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 
-from gprune.config import RunConfig
-from gprune.config.parse import parse
+from gprune.config.parse import flags_of, parse
+from gprune.config.unread import unread
 from gprune.console import guarded, quiet, speak
 
 log = logging.getLogger("gprune")
-
-BETTER = (  # measured on the text of a run without flags (experiments/questions/default_run.md)
-    "Better at the same size: --config experiments/best.yaml ends at 0.81 of the unseen perplexity of a run without "
-    "flags, for 98,304 tokens of distillation."
-)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -29,8 +25,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def run(args: Sequence[str] | None) -> str:
     """Prune as the flags say; returns what is printed: the table of the first process, nothing of the others."""
+    args = list(sys.argv[1:] if args is None else args)
     cfg = parse(args)
     speak()
+    if idle := unread(cfg, flags_of(args)):
+        log.warning("Given, and not read by this run: %s", idle)
     if not cfg.dry_run:  # before what takes seconds to import
         log.info("%s: removing %.3g %% of %s", cfg.model.name, 100 * cfg.sparsity.target, cfg.sparsity.scope)
         log.info("Into %s", cfg.folder)
@@ -63,11 +62,4 @@ def run(args: Sequence[str] | None) -> str:
         + (", and its page is report.html" if (result.path / "report.html").exists() else "")
         + ("" if cfg.export.format == "none" else f"; the model in {result.path / 'model'}, in {exported}")
         + f".\nCurves: {how_to_look(result.path, cfg.logging.resolved_tracker)}.\n"
-        + (f"{BETTER}\n" if without_flags(cfg) else "")
     )
-
-
-def without_flags(cfg: RunConfig) -> bool:
-    """Whether a run prunes as one without flags does, whatever its seed."""
-    own, default = cfg.settings(), RunConfig().settings()
-    return own | {"run": None} == default | {"run": None}

@@ -194,7 +194,7 @@ def lists(rng: Random, folder: Path) -> Outcome:
         "tables": ["summary"], "tasks": {"names": ["piqa"], "limit": 5}, "controls": ["a"],
     }  # fmt: skip
     _write_yaml(rng, folder / "list.yaml", content)
-    return outcome(lambda: study([str(folder / "list.yaml"), "--commands"]))
+    return outcome(lambda: study([str(folder / "list.yaml"), "--table"]))
 
 
 def _write_yaml(rng: Random, file: Path, content: Any) -> None:

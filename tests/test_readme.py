@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 import gprune
 from gprune.__main__ import COMMANDS
 from gprune.calibration.statistics import Moments
-from gprune.cli import BETTER, without_flags
 from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
 from gprune.models.families import FAMILIES
@@ -151,19 +150,6 @@ def test_the_table_of_families_is_made_from_the_records():
 def test_the_picture_is_what_its_script_draws():
     drawn = runpy.run_path(str(ROOT / "docs/method.py"))["picture"]()
     assert (ROOT / "docs/method.svg").read_text(encoding="utf-8") == drawn
-
-
-def test_the_last_lines_of_a_run_quote_the_log_where_it_applies():
-    ratio = re.findall(r"0\.\d\d", BETTER)[0]
-    log = (ROOT / "experiments/questions/default_run.md").read_text(encoding="utf-8")
-    assert f"(98,304 tokens of distillation, `bf16-mixed`) ends at 40.08: {ratio} of" in log
-    for flags, said in (
-        ([], True),
-        (["--config", str(ROOT / "experiments/default.yaml"), "--run.seed=3"], True),
-        (["--sparsity.target=0.4"], False),
-        (["--model.name=gemma-3-270m"], False),
-    ):
-        assert without_flags(gprune.config.parse(flags)) is said, flags
 
 
 def test_the_first_notebook_is_stored_with_what_comes_out():

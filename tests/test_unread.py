@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 
 import gprune
-from gprune.config import DistillConfig, RunConfig, given, parse, unread
+from gprune.config import RunConfig, parse
 from gprune.config.groups import Group
-from gprune.pipeline.dry_run import describe
-from gprune.pipeline.plan import check
-from gprune.studies.listing import Listing, unread_by
+from gprune.config.unread import unread
 from tests import tiny_run
 
 EVERY = [f"{part.prefix}{n}" for _, part in RunConfig() if isinstance(part, Group) for n in type(part).model_fields]
@@ -86,39 +84,10 @@ def test_what_is_named_changes_nothing_and_all_else_is_read(mode, world, tmp_pat
         ("--logging.mode=disabled --logging.tags=[x]", "--logging.tags (--logging.mode disabled)"),
     ],
 )  # fmt: skip
-def test_the_plan_and_the_log_say_what_is_given_and_not_read(flags, said, monkeypatch, caplog):
-    cfg = parse([*flags.split(), "--model.name=tiny-random"])
+def test_the_log_says_which_flags_are_given_and_not_read(flags, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.yaml").write_text("distill: {rank: 4}\nsparsity.epochs: 3\n")  # a protocol serves many runs
     monkeypatch.setattr("gprune.pipeline.dry_run.speed", lambda *_: 1e9)
-    assert unread(cfg, given(cfg)) == said
-    assert describe(check(cfg)).partition("\nnot read     ")[2] == said
-    monkeypatch.setattr("gprune.pipeline.run.load", lambda *_: pytest.fail("far enough"))
-    with caplog.at_level("WARNING"), pytest.raises(pytest.fail.Exception, match="far enough"):
-        gprune.prune(cfg)
-    assert [record.getMessage() for record in caplog.records] == (
-        [f"Given, and not read by this run: {said}"] if said else []
-    )
-
-
-def test_files_and_stored_settings_are_not_given(tmp_path):
-    (tmp_path / "a.yaml").write_text("distill: {rank: 4}\nsparsity: {epochs: 3}\n")
-    cfg = parse([f"--config={tmp_path / 'a.yaml'}", "--gprune=false", "--sparsity.epochs", "2"])
-    assert unread(cfg, given(cfg)) == "--sparsity.epochs (--gprune false)"
-    assert given(RunConfig(**cfg.model_dump())) == set()
-    cfg = RunConfig(distill=DistillConfig(rank=4))
-    cfg.sparsity.offset_limit = 1.2
-    assert given(cfg) == {"distill.rank", "sparsity.offset_limit"}
-
-
-def test_a_list_says_once_which_rows_do_not_read_what_they_are_given(tmp_path):
-    path = tmp_path / "list.yaml"
-    path.write_text(
-        "common: {distill.rank: 4}\nseeds: [0, 1]\ngrid: {sparsity.epochs: [1, 2]}\n"
-        "rows: {base: {gprune: false}, ours: {}, lora: {distill: {targets: lora}}, rank: {distill.rank: 2}}\n"
-    )
-    idle, rank = "--sparsity.epochs (--gprune false)", "--distill.rank (--distill.targets all)"
-    assert unread_by(Listing.read(path).rows) == (
-        f"'base, epochs 1', 'base, epochs 2': {idle}; 'rank, epochs 1', 'rank, epochs 2': {rank}"
-    )
-    row = Listing.read(path, flags=["--ridge=1", "--recovery=none", "--plan.tflops=1"]).rows[0]
-    assert unread_by([row]) == "'base, epochs 1': --sparsity.epochs (--gprune false); --ridge (--recovery none)"
-    assert given(row.config) == set()
+    args = [f"--config={tmp_path / 'a.yaml'}", *flags.split(), "--model.name=tiny-random", "--dry_run=true"]
+    assert tiny_run.main(args) == 0
+    given = [line.partition("not read by this run: ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in given if line] == ([said] if said else [])

@@ -4,11 +4,9 @@ from gprune.config.groups import CorporaConfig, ModelConfig, PartitionConfig, Re
 from gprune.config.parse import CONSENT, check_settings, configured, flat, of_today, parse, read_flags, read_settings
 from gprune.config.run_config import ExportConfig, RunConfig
 from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
-from gprune.config.unread import given, unread
 
 __all__ = [
     "CONSENT", "CorporaConfig", "DistillConfig", "EvaluationConfig", "ExportConfig", "LoggingConfig",
     "ModelConfig", "PartitionConfig", "ReliabilityConfig", "RunConfig", "RunFolderConfig", "SparsityConfig",
-    "TrainerConfig", "check_settings", "configured", "flat", "given", "of_today", "parse",
-    "read_flags", "read_settings", "unread",
+    "TrainerConfig", "check_settings", "configured", "flat", "of_today", "parse", "read_flags", "read_settings",
 ]  # fmt: skip

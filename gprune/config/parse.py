@@ -6,7 +6,7 @@ import argparse
 import inspect
 import sys
 from argparse import SUPPRESS
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -30,6 +30,7 @@ HINTS = {
 }
 GONE = {  # settings of earlier versions, at the values that stand for what is done now
     "corpora.separator": "blank", "distill.hidden": 0.0, "partition.subtract_noise": False, "sparsity.schedule": [],
+    "logging.artifacts": [], "trainer.profiler": None, "trainer.detect_anomaly": False,
 }  # fmt: skip
 
 
@@ -45,19 +46,18 @@ def parse(args: Sequence[str] | None = None) -> RunConfig:
     args = list(sys.argv[1:] if args is None else args)
     if not {"-h", "--help"}.isdisjoint(args):
         parser().parse_args(["--help"])
-    cfg = configured(read_flags([arg for arg in args if arg != "--print_config"]), given=flags_of(args))
+    cfg = configured(read_flags([arg for arg in args if arg != "--print_config"]))
     if "--print_config" in args:
         say(to_yaml(cfg.model_dump()))
         raise SystemExit(0)
     return cfg
 
 
-def configured(layer: Mapping[str, Any], where: str = "", *, given: Collection[str] | None = None) -> RunConfig:
+def configured(layer: Mapping[str, Any], where: str = "") -> RunConfig:
     """The configuration of settings that are plain data: nested, by dotted name, or both; others have their defaults.
 
     Args:
         where: what errors begin with, such as "Row 'base'".
-        given: the settings that somebody asked for, if they are not all: those of the `model_fields_set`.
 
     Raises:
         UserError: for an unknown setting, a value of another type or out of range, and what cannot go together.
@@ -69,12 +69,9 @@ def configured(layer: Mapping[str, Any], where: str = "", *, given: Collection[s
         group, _, setting = name.rpartition(".")
         (nested.setdefault(group, {}) if group else nested)[setting] = value
     try:
-        cfg = RunConfig(**nested)
+        return RunConfig(**nested)
     except UserError as error:
         raise type(error)(f"{where}: {error}" if where else str(error)) from error
-    for part in () if given is None else (cfg, *(getattr(cfg, name) for name in GROUPS)):
-        part.model_fields_set.intersection_update(name.removeprefix(part.prefix) for name in given)
-    return cfg
 
 
 def overlay(settings: dict[str, Any], layer: Mapping[str, Any], where: str) -> None:

@@ -158,12 +158,8 @@ class TrainerConfig(Group, prefix="trainer."):
     """Batches per epoch of stages that learn from text: a number, or below 1 a share. Default: all."""
     max_steps: AtLeast1 | None = None
     """Optimizer steps after which stages that learn from text end, if their text has more. Default: all."""
-    profiler: Literal["simple", "advanced", "pytorch"] | None = None
-    """Lightning's profiler of this name, whose reports go into profiles/ of the run, a file per stage."""
     deterministic: bool = False
     """torch.use_deterministic_algorithms in stages: on a GPU the same bits each time, for more time."""
-    detect_anomaly: bool = False
-    """End with the operation whose gradient is NaN, where there is one. Slow."""
 
     @property
     def lightning(self) -> dict[str, Any]:

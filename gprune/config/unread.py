@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from gprune.config.groups import Group
 from gprune.config.run_config import RunConfig
 from gprune.config.running import LoggingConfig
 from gprune.sparsity.allocation import ALLOCATION
@@ -52,20 +51,6 @@ def switched_off(c: RunConfig) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
     yield "--dry_run false", not c.dry_run, ("plan",)
     yield f"--logging.tracker {w.tracker}", w.tracker != "wandb", ("logging.mode", *WANDB)
     yield f"--logging.mode {w.resolved_mode}", w.resolved_mode == "disabled", WANDB
-
-
-def given(cfg: RunConfig) -> set[str]:
-    """Settings by dotted name that were given: as flags, in Python or by assignment, be it their defaults.
-
-    Settings of `--config` files are not: a protocol serves many runs. Nor is a group that was given whole, as
-    what is stored with a run is.
-    """
-    groups = {name: part for name, part in cfg if isinstance(part, Group)}
-    return {
-        f"{part.prefix}{name}"
-        for part in (cfg, *groups.values()) if part.model_fields_set != type(part).model_fields.keys()
-        for name in part.model_fields_set - groups.keys()
-    }  # fmt: skip
 
 
 def unread(cfg: RunConfig, names: Iterable[str]) -> str:

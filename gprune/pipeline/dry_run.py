@@ -9,7 +9,7 @@ import torch
 from torch.utils.benchmark import Timer
 from transformers import AutoTokenizer
 
-from gprune.config import RunConfig, given, unread
+from gprune.config import RunConfig
 from gprune.corpora import lies_here
 from gprune.importance.scores import fractional_ranks
 from gprune.models.blocks import blocks_of
@@ -41,9 +41,8 @@ def describe(plan: Plan) -> str:
         "compute": compute_time(plan),
         "memory": memory_line(plan),
         "results": cfg.folder,
-        "not read": unread(cfg, given(cfg)),
     }
-    return "\n".join(f"{name:12} {line}" for name, line in lines.items() if line)
+    return "\n".join(f"{name:12} {line}" for name, line in lines.items())
 
 
 def counted_text(plan: Plan) -> str:

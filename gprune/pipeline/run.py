@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.config import RunConfig, given, unread
+from gprune.config import RunConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.models.blocks import Block, blocks_of
@@ -30,7 +30,7 @@ from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
 from gprune.runs.progress import StageBar
 from gprune.runs.tracking import of_row, tracking
-from gprune.runs.trainer import PROFILERS, multiplying, plain_interrupts
+from gprune.runs.trainer import multiplying, plain_interrupts
 from gprune.runs.user_callbacks import UserCallbacks, Witness, retell
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
@@ -139,8 +139,7 @@ class Run:
         return L.Trainer(
             accelerator=t.accelerator, devices=t.devices, num_nodes=t.num_nodes,
             logger=self.loggers, callbacks=callbacks, default_root_dir=self.folder.path,
-            profiler=t.profiler and PROFILERS[t.profiler](self.folder / "profiles", name.replace("/", "-")),
-            deterministic=t.deterministic or None, detect_anomaly=t.detect_anomaly,
+            deterministic=t.deterministic or None,
             # Our samplers shard exactly; Lightning's would repeat windows to fill up the last batch.
             use_distributed_sampler=False,
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),  # else Lightning brings its own
@@ -188,8 +187,6 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
             use by another process, or cannot be written; for what a callback that is not ours raises.
     """
     plan, brought = check(cfg, callbacks), UserCallbacks(callbacks, cfg.trainer.callbacks)
-    if idle := unread(cfg, given(cfg)):
-        log.warning("Given, and not read by this run: %s", idle)
     model, tokenizer = load(cfg, plan.device)
     log.info("Reading %d corpora", len({*cfg.used, *cfg.corpora.evaluate}))
     text = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings)

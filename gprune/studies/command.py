@@ -23,8 +23,8 @@ examples:
   gprune study LIST --seeds 0 1 2 --only paper best -- --corpora.num_samples=8
   gprune study LIST -- --logging.mode=online                each row a run of W&B, in the group LIST (default: offline)
 
-On a cluster each line of --commands is a job of its own, in any order, on any node with the same checkout:
-  gprune study LIST --commands | parallel -j 8                              GNU parallel
+On a cluster each share of the rows is a job of its own, in any order, on any node with the same checkout:
+  parallel gprune study LIST --part {}/8 ::: 1 2 3 4 5 6 7 8                GNU parallel
   sbatch --array=1-8 --wrap 'gprune study LIST --part $SLURM_ARRAY_TASK_ID/8'"""
 
 
@@ -42,7 +42,6 @@ def parser() -> Parser:
     )
     made.add_argument("--table", action="store_true", help="print what is there; run nothing")
     made.add_argument("--costs", action="store_true", help="print seconds, tokens and memory of each step as well")
-    made.add_argument("--commands", action="store_true", help="print one command per pending row; run nothing")
     made.add_argument("--figures", metavar="FOLDER", help="draw means, ratios and sparsity per block into this folder")
     return made
 

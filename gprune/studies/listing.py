@@ -8,9 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import shlex
-from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +17,9 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gprune.checks import refusal
-from gprune.config import CONSENT, RunConfig, configured, flat, read_flags, read_settings, unread
-from gprune.config.parse import flags_of, overlay
+from gprune.config import CONSENT, RunConfig, configured, read_flags, read_settings
+from gprune.config.parse import overlay
 from gprune.errors import UserError
-from gprune.imports import IMPORTED
 from gprune.report.table import TableName
 from gprune.storage.yaml_text import read_yaml
 
@@ -79,8 +76,6 @@ class Content(Shape):
     """The row whose stage `base` all others are divided by that have as few parameters; in a grid, several."""
     compare: list[Pair] = []
     """Pairs of stages, such as ['a: gprune', 'b: base']."""
-    ranges: dict[Name, Names] = {}
-    """Groups of rows whose perplexities are to lie close together."""
     controls: Names = []
     """Rows whose result is not gprune's."""
     seeds: list[int] = [0]
@@ -95,15 +90,13 @@ class Content(Shape):
     @model_validator(mode="after")
     def check_rows(self) -> Self:
         """Raise UserError for a key that names a row that there is not."""
-        results = [name for name in self.rows if name not in self.controls]  # of gprune
-        for key, known, wanted in (
-            ("controls", self.rows, self.controls),
-            ("reference", self.rows, [] if self.reference is None else [self.reference]),
-            ("compare", self.rows, [stage.partition(": ")[0] for pair in self.compare for stage in pair]),
-            ("ranges", results, [row for group in self.ranges.values() for row in group]),
+        for key, wanted in (
+            ("controls", self.controls),
+            ("reference", [] if self.reference is None else [self.reference]),
+            ("compare", [stage.partition(": ")[0] for pair in self.compare for stage in pair]),
         ):
-            if unknown := [name for name in wanted if name not in known]:
-                raise UserError(f"{key}: expected rows ({', '.join(known)}), got '{unknown[0]}'")
+            if unknown := [name for name in wanted if name not in self.rows]:
+                raise UserError(f"{key}: expected rows ({', '.join(self.rows)}), got '{unknown[0]}'")
         return self
 
     @property
@@ -130,12 +123,11 @@ class Row:
     records: Path = OTHER_RECORDS  # the folder of what came out
     study: str = ""  # name of the list
     point: dict[str, Any] = field(default_factory=dict)  # of the grid
-    given: Set[str] = frozenset()  # settings by dotted name of the row itself, of the grid, and of flags
 
     @cached_property
     def config(self) -> RunConfig:
         """Raises UserError, with the row's name, for what train.py would refuse."""
-        return configured(self.settings, where=f"Row '{self.name}'", given=())  # the list says what is not read
+        return configured(self.settings, where=f"Row '{self.name}'")
 
     @property
     def wanted_tasks(self) -> dict[str, Any]:
@@ -154,7 +146,6 @@ class Listing:
     rows: list[Row]
     reference: list[str]  # names of rows
     compare: list[list[str]]
-    ranges: dict[str, list[str]]
     tables: list[str]
     seen: list[str] | None  # None: each row's own
 
@@ -174,9 +165,6 @@ class Listing:
         path = Path(path)
         content = read_content(path)
 
-        def at_points(names: Iterable[str]) -> list[str]:
-            return [f"{name}{point}" for name in names for point in content.points]
-
         ours = path.resolve().is_relative_to(EXPERIMENTS)
         folder = Path(records) if records is not None else EXPERIMENTS / "records" if ours else OTHER_RECORDS
         masks = content.masks or not ours
@@ -186,12 +174,11 @@ class Listing:
             path=path,
             about=content.about or path.stem,
             rows=list(rows),
-            reference=at_points([] if content.reference is None else [content.reference]),
+            reference=[f"{content.reference}{point}" for point in content.points if content.reference is not None],
             compare=[
                 [stage.replace(": ", f"{point}: ", 1) for stage in pair]
                 for pair in content.compare for point in content.points
             ],
-            ranges={group: at_points(rows) for group, rows in content.ranges.items()},
             tables=content.tables,
             seen=content.seen,
         )  # fmt: skip
@@ -214,7 +201,7 @@ def read_content(path: Path) -> Content:
 
 def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[str], **shared: Any) -> Iterator[Row]:
     """Every row with every seed, at every point of the grid; `shared` are fields that are the same in all."""
-    own, typed = read_flags(flags), flags_of(flags)
+    own = read_flags(flags)
     protocol = [_shared(path.parent / name) for name in content.protocol]
     for seed in dict.fromkeys(seeds):
         for name, given in content.rows.items():
@@ -229,7 +216,7 @@ def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[st
                 overlay(merged, own, where)
                 yield Row(
                     f"{name}{point}", seed, merged | {"run.seed": seed}, control=name in content.controls,
-                    point=of_grid, given=typed | flat(row.model_extra | of_grid).keys(), **shared,
+                    point=of_grid, **shared,
                 )  # fmt: skip
 
 
@@ -243,21 +230,12 @@ def _check_settings(where: str, given: Mapping[str, Any], own: Mapping[str, Any]
     for name, instead in (
         ("run.seed", "seeds as `seeds` or --seeds"),
         ("run.name", "no --run.name, as rows have folders of their own"),
-        ("dry_run", "no --dry_run, which is train.py's (--commands runs nothing)"),
+        ("dry_run", "no --dry_run, which is train.py's (--table runs nothing)"),
     ):
         if name in given or name in own:
             raise UserError(f"{where}: expected {instead}, got --{name}.")
     if given.get(CONSENT) and CONSENT not in own:
         raise UserError(f"{where}: expected --{CONSENT}=true behind --, got it in a list.")
-
-
-def unread_by(rows: Iterable[Row]) -> str:
-    """What rows are given and do not read, and why, in one line that names each row once; empty if they read all."""
-    reasons: dict[str, dict[str, None]] = {}
-    for row in rows:
-        idle = unread(row.config, row.given - {"plan.tflops"})  # which the hours of the list are counted by
-        reasons.setdefault(idle, {})[row.name] = None
-    return "; ".join(f"{', '.join(map(repr, names))}: {idle}" for idle, names in reasons.items() if idle)
 
 
 def parts_of(rows: Sequence[Row], part: str | None) -> list[Row]:
@@ -268,13 +246,3 @@ def parts_of(rows: Sequence[Row], part: str | None) -> list[Row]:
     if not share or not 1 <= int(share[1]) <= int(share[2]):
         raise UserError(f"--part: expected I/N with 1 <= I <= N, such as 1/4, got '{part}'.")
     return list(rows[int(share[1]) - 1 :: int(share[2])])
-
-
-def commands(path: str, rows: Sequence[Row], options: Namespace) -> Iterator[str]:
-    """One command line per row, with the flags and the folder of records that `gprune study` was given."""
-    imports = [f"--import={name}" for name in IMPORTED]
-    folder = [] if options.records is None else ["--records", str(options.records)]
-    flags = ["--", *options.flags] if options.flags else []
-    for row in rows:
-        command = ["python", "-m", "gprune", "study", path, "--only", row.name, "--seeds", str(row.seed)]
-        yield shlex.join([*command, *imports, *folder, *flags])

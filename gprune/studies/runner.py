@@ -28,7 +28,7 @@ from gprune.runs import schema
 from gprune.runs.folder import RunFolder
 from gprune.storage.files import read_json, write_json
 from gprune.studies.archive import dense_path, learned_tokens, path_of, plain, read, record_of, write
-from gprune.studies.listing import Listing, Row, commands, parts_of, unread_by
+from gprune.studies.listing import Listing, Row, parts_of
 from gprune.studies.packing import packed
 from gprune.studies.tables import reported, tables_of
 from gprune.studies.tracking import beside_records, log, named
@@ -46,9 +46,6 @@ def work(options: Namespace) -> None:
             raise UserError(f"--only: expected rows of {path} ({', '.join(names)}), got '{unknown[0]}'.")
         chosen = parts_of([row for row in listing.rows if row.name in (options.only or names)], options.part)
         pending = [row for row in chosen if record_of(row) is None]
-        if options.commands:
-            say("".join(f"{line}\n" for line in commands(path, pending, options)))
-            continue
         ran = run_all(pending) if pending and not options.table else []
         waiting.append((listing, chosen, ran))
     if process_index() == 0:  # the others are through: none waits for tasks of hours, until torch gives them up
@@ -68,8 +65,6 @@ def run_all(pending: Sequence[Row]) -> list[tuple[Row, Made]]:
     first = process_index() == 0  # of processes that Lightning has started with the same command
     if first:
         say(token_hours(pending) + "\n")
-        if idle := unread_by(pending):
-            say(f"Given, and not read: {idle}\n")
     ran = []
     for row in pending:
         started = time.monotonic()

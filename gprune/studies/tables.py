@@ -1,4 +1,4 @@
-"""From records of rows to tables: the report's own, comparisons of stages, ranges over rows, costs of steps."""
+"""From records of rows to tables: the report's own, comparisons of stages, and of stages on tasks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from gprune.report.table import Estimate, Table
 from gprune.runs.results import FinishedRun, Record, row_name
 from gprune.studies.archive import as_run, path_of
 from gprune.studies.listing import Listing, Row
-from gprune.studies.ranges import range_table
 
 Done = Sequence[tuple[Row, dict[str, Any]]]  # rows that have run, with their records
 
@@ -62,7 +61,7 @@ def _check_text(done: Done) -> None:
 def tables_of(listing: Listing, report: Report) -> list[Table]:
     """Means and ratios, perplexities, comparisons, tasks: those that the list asks for and that have rows."""
     runs = report.runs
-    own = comparison_table(listing, runs), task_table(listing, runs), range_table(listing.ranges, runs)
+    own = comparison_table(listing, runs), task_table(listing, runs)
     return [t for t in (*(t for t in report.tables if t.name in listing.tables), *own) if t.rows]
 
 

@@ -64,7 +64,7 @@ def stages_of(steps):
 def test_callbacks_of_lightning_serve_every_stage_and_write_into_the_run(world, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    more = ("--recovery=distill", "--distill.tokens=512", "--sparsity.epochs=4", "--trainer.profiler=simple")
+    more = ("--recovery=distill", "--distill.tokens=512", "--sparsity.epochs=4")
     own, lambdas = Steps(), []
     brought = [own, LambdaCallback(on_test_start=lambda trainer, pl_module: lambdas.append(pl_module))]
     cfg = parse(flags(world, tmp_path, *more, callbacks=OF_LIGHTNING))
@@ -80,7 +80,6 @@ def test_callbacks_of_lightning_serve_every_stage_and_write_into_the_run(world, 
     curves = ("lr-Adam", "lr-AdamW/gprune", "DeviceStatsMonitor.on_train_batch_end/gprune")
     assert all(any(column.startswith(curve) for column in columns) for curve in curves), columns
     assert next(result.path.glob("checkpoints/thresholds/*.ckpt")).is_file()
-    assert len(list((result.path / "profiles").iterdir())) == 4
     assert not list((tmp_path / "here").iterdir())
     assert load_run(result.path).summary == result.summary
     with pytest.raises(UserError, match=r"other settings: inputs\.callbacks: .*Steps.* there, None here"):
@@ -186,8 +185,7 @@ def test_trainer_arguments_hold_in_the_stages_that_they_are_for(world, tmp_path)
 def test_settings_name_what_may_change_a_result_and_no_default():
     plain = RunConfig().settings()
     assert set(plain["trainer"]) == {"world_size", "precision"}
-    watching = ["--trainer.log_every_n_steps=5", "--trainer.profiler=simple", "--trainer.detect_anomaly=true"]
-    assert parse(watching).settings() == plain
+    assert parse(["--trainer.log_every_n_steps=5"]).settings() == plain
     changing = ["--trainer.max_steps=3", "--trainer.limit_train_batches=0.5", "--trainer.gradient_clip_val=1"]
     changing += ["--trainer.deterministic=true", "--trainer.callbacks=[{class_path: Timer}]"]
     for flag in changing:

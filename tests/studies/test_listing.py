@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
 from gprune.config import parse
-from gprune.studies import command
 from gprune.studies.listing import Listing
 from tests import built_in
 from tests.studies.workbench import ROWS
@@ -70,17 +68,17 @@ def test_rows_of_a_protocol_with_a_name_have_names_of_their_own(bench):
 
 def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
     path = bench.folder / "empty.yaml"
-    empty = ("common", "compare", "ranges", "controls", "seeds", "tables", "tasks", "seen", "protocol", "reference")
+    empty = ("common", "compare", "controls", "seeds", "tables", "tasks", "seen", "protocol", "reference")
     path.write_text("".join(f"{key}:\n" for key in empty) + "about: x\nrows: {a: , b: {}}\n")
     found = Listing.read(path)
     path.write_text("about: x\nrows: {a: {}, b: {}}\n")
     assert Listing.read(path) == found
-    path.write_text("rows: {1: {}, 0.5: {}}\ncontrols: [1]\nreference: 0.5\nranges: {2: [0.5]}\nseeds: [4, 4, 5]\n")
+    path.write_text("rows: {1: {}, 0.5: {}}\ncontrols: [1]\nreference: 0.5\nseeds: [4, 4, 5]\n")
     found = Listing.read(path)
     assert [(row.name, row.seed, row.control) for row in found.rows] == [
         ("1", 4, True), ("0.5", 4, False), ("1", 5, True), ("0.5", 5, False)
     ]  # fmt: skip
-    assert (found.reference, found.ranges) == (["0.5"], {"2": ["0.5"]})
+    assert found.reference == ["0.5"]
 
 
 def test_a_grid_has_every_row_at_every_point(bench):
@@ -93,26 +91,6 @@ def test_a_grid_has_every_row_at_every_point(bench):
     assert [row.config.sparsity.target for row in listing.rows] == [0.3, 0.3, 0.5, 0.5] * 2
     assert listing.compare == [[f"ours, {point}: gprune", f"plain, {point}: base"] for point in points]
     assert listing.reference == [f"plain, {point}" for point in points]
-
-
-# --- the command line -------------------------------------------------------------------------------------------
-
-
-def test_command_lines_cover_all_pending_rows_once(bench, first, nothing_runs, capsys):
-    more = ["--", "--corpora.num_samples=6", "--sparsity.target=0.4"]
-    assert bench(capsys, first[0], "--commands") == ""  # all done
-    assert len(bench(capsys, first[0], "--seeds", "0", "3", "--commands").splitlines()) == 3  # those of seed 3
-    rows = {"a, b (50 %)": {}, "it's $HOME": {"gprune": False}}
-    path = bench.write("with spaces", rows)
-    found = []
-    for line in bench(capsys, path, "--seeds", "0", "1", "--commands", *more).splitlines():
-        python, m, module, verb, *arguments = shlex.split(line)
-        assert (python, m, module, verb) == ("python", "-m", "gprune", "study")
-        options = command.arguments(arguments)
-        assert (options.lists, options.records, options.flags) == ([str(path)], str(bench.records), more[1:])
-        found += [r for r in bench.rows(path, seeds=options.seeds, flags=options.flags) if r.name in options.only]
-    assert [(row.name, row.seed) for row in found] == [(name, seed) for seed in (0, 1) for name in rows]
-    assert {(row.config.corpora.num_samples, row.config.sparsity.target) for row in found} == {(6, 0.4)}
 
 
 # --- what is refused --------------------------------------------------------------------------------------------
@@ -141,9 +119,7 @@ def test_command_lines_cover_all_pending_rows_once(bench, first, nothing_runs, c
         ("rows: {a: {}}\ngrid: {model: [{trust_remote_code: true}]}\n", ["row 'a'", "behind --"]),
         # rows that there are not
         ("rows: {a: {}}\nreference: b\n", ["reference", "(a)", "'b'"]),
-        ("rows: {a: {}}\nranges: {all: [a, b]}\n", ["ranges", "(a)", "'b'"]),
         ("rows: {a: {}}\ncompare: [['a: gprune', 'b: base']]\n", ["compare", "(a)", "'b'"]),
-        ("rows: {a: {}, b: {}}\ncontrols: [b]\nranges: {all: [a, b]}\n", ["ranges", "(a)", "'b'"]),
         ("rows: {a: {}}\ncontrols: [b]\n", ["controls", "(a)", "'b'"]),
         # types
         ("rows: {a: {}}\ncommon: [x]\n", ["common", "by name"]),

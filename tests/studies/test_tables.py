@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 import pytest
-import torch
 
 from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_ratio
@@ -14,8 +12,7 @@ from gprune.report.perplexity_tables import over_seeds
 from gprune.report.table import Estimate
 from gprune.studies import command, tables
 from gprune.studies.archive import record_of
-from gprune.studies.ranges import log_range, range_table
-from tests.studies.workbench import COMPARE, ROWS, cells, fake_run, unseen
+from tests.studies.workbench import COMPARE, ROWS, cells, unseen
 from tests.tiny_run import on_a_terminal
 
 
@@ -148,50 +145,6 @@ def test_rows_of_a_grid_are_divided_by_the_base_of_their_own_budget(bench, capsy
     out = bench(capsys, alone, "--records", tmp_path)  # the records are those of the grid; another budget has no ratio
     assert "kept" not in out
     assert ratio("ours", out) == ""
-
-
-# --- ranges -----------------------------------------------------------------------------------------------------
-
-
-def test_an_interval_of_a_range_covers_it():
-    """Rows whose windows differ by a constant have a range without noise; with noise it is near the truth."""
-    generator = np.random.default_rng(0)
-    windows = {c: generator.normal(100, 10, n) for c, n in (("a", 400), ("b", 399))}
-
-    def run(name: str, shift: float, noise: float = 0.0):
-        moved = {c: nll + shift + noise * generator.normal(0, 1, len(nll)) for c, nll in windows.items()}
-        return fake_run(name, {"gprune": moved})
-
-    turned = fake_run("y", {"gprune": {c: windows[c] + 5 for c in "ba"}})  # the order of corpora is nothing
-    exact = log_range([run("x", 0.0), turned], ["x", "y"], "gprune")
-    assert torch.allclose(exact, torch.full_like(exact, 0.5))
-    noisy = log_range([run("x", 0.0), run("y", 5.0, 4.0)], ["x", "y"], "gprune")
-    low, high = torch.quantile(noisy[1:], torch.tensor([0.025, 0.975], dtype=noisy.dtype)).tolist()
-    assert low < 0.5 < high
-    assert low < float(noisy[0]) < high
-    assert high - low == pytest.approx(2 * 1.96 * 4 / np.sqrt(400) / 10 / np.sqrt(2), rel=0.25)  # two corpora
-
-
-def test_a_range_is_over_seeds_that_all_rows_have_and_over_the_same_windows():
-    windows = np.arange(10.0)
-    runs = [fake_run("x", {"gprune": {"a": windows}}), fake_run("x", {"gprune": {"a": windows + 90}}, seed=1),
-            fake_run("y", {"gprune": {"a": windows + 10}})]  # fmt: skip
-    assert float(log_range(runs, ["x", "y"], "gprune")[0]) == pytest.approx(1)  # seed 0 alone
-    assert log_range(runs[1:], ["x", "y"], "gprune") is None  # no seed in common
-    assert log_range(runs, ["x"], "gprune") is log_range(runs, ["x", "z"], "gprune") is None
-    with pytest.raises(UserError, match="the same unseen text, but x, y were not"):
-        log_range([runs[0], fake_run("y", {"gprune": {"b": windows}})], ["x", "y"], "gprune")
-
-
-def test_ranges_of_base_average_and_result_are_a_row_for_each_group():
-    """Recovered as each row is; a stage that a row lacks leaves the cell empty."""
-    stages = {"base": {"a": [20.0, 30.0]}, "gprune": {"a": [10.0, 20.0]}}
-    moved = {"base": {"a": [28.0, 38.0]}, "gprune": {"a": [12.0, 22.0]}}
-    runs = [fake_run("x", stages), fake_run("y", moved, recovery="bias")]
-    (row,) = range_table({"both": ["x", "y"], "later": ["x", "z"]}, runs).rows
-    base, averaged, result, ratio = row[1:]
-    assert (row[0], averaged) == ("both: x, y", None)
-    assert [tuple(e) for e in (base, result, ratio)] == [pytest.approx([v] * 3) for v in (0.8, 0.2, 0.25)]
 
 
 def test_figures_are_drawn_from_records(bench, first, capsys, tmp_path, nothing_runs):
