@@ -158,16 +158,6 @@ def widths(model: PreTrainedModel) -> dict[str, list[int]]:
     return {"neurons": [b.neurons for b in blocks], "kv_groups": [b.kv_groups for b in blocks]}
 
 
-def removed_parameters(model: PreTrainedModel, masks: Masks) -> int:
-    """Parameters that `prune` takes out of `model`: units where a block stays, and whole blocks, norms included."""
-    removed = 0
-    for b, (block, stays) in enumerate(zip(blocks_of(model), masks.blocks, strict=True)):
-        neurons, groups = (int((~mask[b]).sum()) for mask in (masks.ffn, masks.attention))
-        units = neurons // block.experts * block.neuron_cost + groups * block.group_cost
-        removed += units if stays else block.cost
-    return removed
-
-
 def _slice_block(block: Block, config: PreTrainedConfig, masks: Masks) -> None:
     """Make a block of a model smaller, in place, and tell its modules their new sizes."""
     for place in block.slices:

@@ -22,7 +22,7 @@ from gprune.models.copies import sharded_copy
 from gprune.models.embedded import model_label
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
-from gprune.models.surgery import removed_parameters, widths
+from gprune.models.surgery import widths
 from gprune.partition.modules import Modules
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
@@ -193,7 +193,7 @@ def summarise(
         for row, values in means_and_gaps(records).items()
     }
     summary = {
-        "sparsity_of_scope": removed_parameters(run.model, masks) / run.budget.costs.total,
+        "sparsity_of_scope": run.budget.costs.removed(masks) / run.budget.costs.total,
         "sparsity_of_model": 1 - after / before,
         "parameters_before": before,
         "parameters_after": after,

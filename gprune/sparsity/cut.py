@@ -84,7 +84,8 @@ class Cut:
     """
 
     def __init__(self, budget: Budget, device: torch.device):
-        self.budget, costs, step = budget, budget.costs, budget.width_multiple
+        self.costs, self.budget = budget.costs, (budget := budget.rest)
+        costs, step = budget.costs, budget.width_multiple
         self.slots, self.groups = Segments(costs.neurons, device), Segments(costs.groups, device)
         removable = [0 if b in costs.protected else N - step for b, N in enumerate(costs.neurons)]
         self.fillable = sum(c * n for c, n in zip(costs.neuron, removable, strict=True))
@@ -105,6 +106,12 @@ class Cut:
 
     def __call__(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None) -> Masks:
         """Masks from margins, see `keep_masks`."""
+        stay = self.costs.stay
+        of_stay = ([kind[b] for b in stay] if kind is not None else None for kind in (neuron_margins, group_margins))
+        return self.costs.with_gone(self._masks(*of_stay))
+
+    def _masks(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None) -> Masks:
+        """Masks of the blocks that stay, from their margins."""
         costs, target = self.budget.costs, self.budget.target
         if costs.uniform:
             return equal_widths(self.budget, neuron_margins, group_margins)
@@ -149,6 +156,7 @@ def keep_masks(
     rest, so the overshoot is less than one neuron (one step of `width_multiple` neurons), and no group is removed only
     to land far beyond the target. Each block keeps `width_multiple` neurons and one KV group.
 
+    Blocks that go as a whole (`UnitCosts.gone`) keep nothing, and the others' units make up the rest of the target.
     Protected blocks lose nothing. Where all blocks have to be equally wide, each keeps its own largest margins
     (`equal_widths`), and the overshoot is less than one step in every block.
 
@@ -213,5 +221,6 @@ def cut_margin(masks: Masks, neuron_margins: Sequence[Tensor], of_experts: Seque
         (slot_margins(m, e), keep if e == 1 else keep.view(e, -1).sort(1).values[0])
         for m, keep, e in zip(neuron_margins, masks.ffn, of_experts or [1] * len(masks.ffn), strict=True)
     ]
-    largest = torch.cat([m.masked_fill(keep, -torch.inf) for m, keep in parts]).max()
+    # A block that keeps nothing has gone as a whole, whatever its margins.
+    largest = torch.cat([m.masked_fill(keep | ~keep.any(), -torch.inf) for m, keep in parts]).max()
     return largest.masked_fill(largest == -torch.inf, 0.0)

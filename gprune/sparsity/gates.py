@@ -5,7 +5,7 @@ Hooks exist only inside context managers; weights are never touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from gprune.models.blocks import Block, blocks_of
+from gprune.models.blocks import Block, blocks_of, decoder_layers
 from gprune.models.experts import Watch, watch_experts
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
@@ -116,6 +116,20 @@ def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | No
 
 
 @contextmanager
+def bypassed(model: PreTrainedModel, gone: Iterable[int]) -> Iterator[PreTrainedModel]:
+    """Let these blocks return their input while the context lasts."""
+
+    def skip(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        return args[0] if args else kwargs["hidden_states"]
+
+    with ExitStack() as taken_off:
+        for block in gone:
+            layer = decoder_layers(model)[block]
+            taken_off.callback(layer.register_forward_hook(skip, with_kwargs=True).remove)
+        yield model
+
+
+@contextmanager
 def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
     """Let the model compute as if it were pruned while the context lasts. A block without units returns its input."""
     blocks = blocks_of(model)
@@ -125,12 +139,6 @@ def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
         [m.to(device_of(block.layer)) for m, block in zip(kind, blocks, strict=True)]
         for kind in (masks.ffn, masks.attention)
     )
-
-    def skip(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        return args[0] if args else kwargs["hidden_states"]
-
-    with ExitStack() as taken_off:
-        for block, kept in zip(blocks, masks.blocks, strict=True):
-            if not kept:
-                taken_off.callback(block.layer.register_forward_hook(skip, with_kwargs=True).remove)
-        yield taken_off.enter_context(gated(model, ffn, None if whole else groups))
+    gone = [b for b, stays in enumerate(masks.blocks) if not stays]
+    with bypassed(model, gone), gated(model, ffn, None if whole else groups):
+        yield model

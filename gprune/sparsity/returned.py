@@ -54,13 +54,13 @@ def checked_masks(registry: Registry, name: str, value: Any, budget: Budget, *, 
     Raises:
         UserError: for anything else; it names the entry, what was expected and what came.
     """
-    costs, whose = budget.costs, f"{registry.kind.capitalize()} '{name}'"
+    costs, rest, whose = budget.costs, budget.rest.costs, f"{registry.kind.capitalize()} '{name}'"
     if not isinstance(value, Masks):
         raise UserError(f"{whose}: expected Masks, got {type(value).__name__}.")
     neurons = [e * n for e, n in zip(costs.of_experts, costs.neurons, strict=True)]
     masks = Masks(*checked_pair(registry, name, "masks", (value.ffn, value.attention), (neurons, costs.groups), "bool"))
     over = sum if costs.uniform else max  # where all blocks are equally wide, a step goes in each of them
-    step = max(budget.width_multiple * over(costs.neuron), over(costs.group) if costs.attention else 0)
+    step = max(budget.width_multiple * over(rest.neuron), over(rest.group) if costs.attention else 0)
     removed, target = costs.removed(masks), budget.target
     if exact and not target <= removed < target + step:
         expected = f"{target:,} parameters removed, and less than {step:,} more"

@@ -14,7 +14,7 @@ from gprune.models.masks import Masks
 from gprune.partition.modules import ModuleRanks
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import Cut, cut_margin
-from gprune.sparsity.gates import gated, soft_gate, straight_through
+from gprune.sparsity.gates import bypassed, gated, soft_gate, straight_through
 from gprune.sparsity.thresholds import Thresholds, masks_from_thresholds, unit_margins
 from gprune.stages.base import FrozenLMStage, saved_settings
 
@@ -74,6 +74,9 @@ class ThresholdLearning(FrozenLMStage):
         self.attention_thresholds = nn.ParameterList(
             nn.Parameter(t.float(), requires_grad=budget.costs.attention) for t in attention
         )
+        for b in budget.costs.gone:  # nothing depends on them
+            for learned in (self.ffn_thresholds, self.ffn_offsets, self.attention_thresholds):
+                learned[b : b + 1].requires_grad_(False)
         self.ffn_gates: list[Tensor | None] = []
         self.attention_gates: list[Tensor | None] | None = [] if budget.costs.attention else None
         self.refresh_gates()
@@ -163,7 +166,8 @@ class ThresholdLearning(FrozenLMStage):
             with torch.no_grad():
                 teacher = final_hidden(self.lm, ids)
         self.refresh_gates()  # for a fresh graph: the last step has used up its own
-        losses = next_token_losses(self.lm, ids, teacher=teacher)
+        with bypassed(self.lm, self.budget.costs.gone):
+            losses = next_token_losses(self.lm, ids, teacher=teacher)
         return self.batch_loss(losses, batch.get("weight"), "learn/loss")
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

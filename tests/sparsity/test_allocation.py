@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 from gprune.importance.scores import Scores, score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
-from gprune.models.surgery import prune, removed_parameters
+from gprune.models.surgery import prune
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
@@ -174,6 +174,27 @@ def test_masks_of_every_allocation_meet_the_budget(name, scope, width_multiple, 
     assert all(int(m.sum()) % width_multiple == 0 for m in masks.ffn)
 
 
+@pytest.mark.parametrize("name", [*BUILT_IN, "mine"])
+def test_allocations_spend_what_whole_blocks_leave_on_the_others(name, spiky, monkeypatch):
+    """By the margins of the model that lacks the block: with the most outliers, the others are compared alone."""
+    monkeypatch.setattr(ALLOCATION, "_entries", dict(ALLOCATION._entries))
+    allocation("mine")(lambda scores, statistics, blocks, budget: (scores.ffn, scores.attention))
+    model, _, statistics, scores = spiky
+    costs = unit_costs(blocks_of(model), scope="attention+ffn+blocks", block_share=0.9)
+    budget = Budget.of(costs, 0.6).without([2])
+    masks = allocate(name, scores, statistics, blocks_of(model), budget)
+    keep = [[torch.full((n,), b != 2) for b in range(3)] for n in (48, 2)]
+    shallow = prune(model, Masks(*keep))
+    own = [replace(one, **{kind: values[:2] for kind, values in vars(one).items()}) for one in (scores, statistics)]
+    left = unit_costs(blocks_of(shallow), scope="attention+ffn")
+    rest = Budget(left, budget.target - costs.block[2])
+    assert masks.blocks == [True, True, False]
+    assert Masks(masks.ffn[:2], masks.attention[:2]) == allocate(name, *own, blocks_of(shallow), rest)
+    removed = model.num_parameters() - prune(model, masks).num_parameters()
+    assert removed == costs.removed(masks)
+    assert 0 <= removed - budget.target < costs.neuron[0]
+
+
 # --- a user's own -----------------------------------------------------------------------------------------------
 
 
@@ -239,7 +260,7 @@ def test_depth_removes_blocks_by_influence_and_meets_the_budget(protected, uneve
         gone = [b for b, stays in enumerate(masks.blocks) if not stays]
         assert gone == sorted(order[: len(gone)])
         narrowed = [b for b in range(4) if masks.blocks[b] and not (masks.ffn[b].all() and masks.attention[b].all())]
-        over = removed_parameters(model, masks) - target
+        over = unit_costs(blocks, scope="ffn").removed(masks) - target
         assert over >= 0
         if narrowed:
             (b,) = narrowed
@@ -272,7 +293,7 @@ def test_depth_removes_exactly_whole_blocks_where_they_are_the_target(influence,
     cost = sum(blocks_of(model)[b].cost for b in target)
     masks = depth(model, scores, with_influence(statistics, influence), cost)
     assert masks.blocks == stays
-    assert removed_parameters(model, masks) == cost
+    assert unit_costs(blocks_of(model), scope="ffn").removed(masks) == cost
 
 
 def test_depth_narrows_its_last_block_to_a_multiple(tiny_model, token_batch):
@@ -283,4 +304,4 @@ def test_depth_narrows_its_last_block_to_a_multiple(tiny_model, token_batch):
     masks = depth(tiny_model, scores, statistics, cost + 5 * neuron, width_multiple=16)
     assert sorted(int(m.sum()) for m in masks.ffn) == [0, 32, 48]
     removed = tiny_model.num_parameters() - prune(tiny_model, masks).num_parameters()
-    assert removed == removed_parameters(tiny_model, masks) == cost + 16 * neuron
+    assert removed == unit_costs(blocks, scope="ffn").removed(masks) == cost + 16 * neuron

@@ -305,6 +305,37 @@ def test_equal_widths_go_beyond_the_budget_by_less_than_a_step_wherever_margins_
     assert 0 <= costs.removed(masks) - budget.target < sum(costs.neuron)
 
 
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("gone", [(), (2,), (3, 0)])
+def test_what_whole_blocks_leave_is_spent_as_if_the_others_were_the_model(gone, multiple, uniform, experts):
+    """On units of the other blocks, whose masks are those of a model without the blocks that go."""
+    generator, stay = torch.Generator().manual_seed(len(gone)), [b for b in range(4) if b not in gone]
+    protected = frozenset({1} if len(gone) == 2 and not uniform else ())
+
+    def costs_for(depth: int, **more) -> UnitCosts:
+        lists = ([number] * depth for number in (6, 48, 90, 4))
+        return costs_of(*lists, experts=(experts,) * depth, uniform=uniform, **more)
+
+    costs = costs_for(4, protected=protected, block=(700,) * 4, block_share=0.85, gone=(3, 0, 2))
+    margins = [[torch.rand(n, generator=generator) for _ in range(4)] for n in (48 * experts, 4)]
+    budget = Budget.of(costs, 0.62, multiple).without(gone)
+    assert (budget.target, budget.costs.gone) == (1736, gone)
+    masks, step = keep_masks(budget, *margins), multiple * 6 * (len(stay) if uniform else 1)
+    assert masks.blocks == [b in stay for b in range(4)]
+    assert 0 <= costs.removed(masks) - budget.target < step
+    left = costs_for(len(stay), protected=frozenset(map(stay.index, protected)))
+    of_stay = ([kind[b] for b in stay] for kind in margins)
+    others = keep_masks(Budget(left, budget.target - 700 * len(gone), multiple), *of_stay)
+    assert Masks([masks.ffn[b] for b in stay], [masks.attention[b] for b in stay]) == others
+    # at another target as many go, first chosen first, as fit their share of it
+    for sparsity in (0.1, 0.3, 0.5):
+        at = budget.at(sparsity)
+        assert at.costs.gone == gone[: int(0.85 * sparsity * 4)]
+        assert 0 <= costs.removed(keep_masks(at, *margins)) - at.target < multiple * 6 * (4 if uniform else 1)
+
+
 def test_equal_widths_after_blocks_that_differ():
     """Pruned before: the common width is no wider than the narrowest block, whatever little is asked."""
     costs = UnitCosts([6, 6], [8, 8], [10, 7], [2, 2], attention=False, uniform=True)

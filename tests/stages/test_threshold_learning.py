@@ -96,11 +96,11 @@ def test_start_thresholds_of_modules_kept_or_removed_entirely():
 
 def make_stage(
     model, *, sparsity: float = 0.5, scope: str = "ffn", seed: int = 0, width_multiple: int = 1, lr: float = 0.1,
-    uniform: bool = False, **options,
+    uniform: bool = False, gone: tuple[int, ...] = (), **options,
 ) -> ThresholdLearning:  # fmt: skip
-    costs = unit_costs(blocks_of(model), scope=scope, uniform=uniform)
+    costs = unit_costs(blocks_of(model), scope=scope, uniform=uniform, block_share=0.9)
     scores, group_scores, ranks = random_problem([48] * 3, [2] * 3, seed)
-    budget = Budget.of(costs, sparsity, width_multiple)
+    budget = Budget.of(costs, sparsity, width_multiple).without(gone)
     start = start_thresholds(base_masks(budget, scores, group_scores), ranks)
     options = {"centred": False, "offset_learning_rate": lr, "offset_limit": 9.0} | options
     return ThresholdLearning(model, ranks, start, budget, SparsityConfig(learning_rate=lr, **options))
@@ -146,15 +146,17 @@ def shifts(stage, before: list[torch.Tensor]) -> torch.Tensor:
         ("attention+ffn", 8, {}),
         ("ffn", 1, {"learn": "offsets", "offset_limit": 0.5}),
         ("attention+ffn", 1, {"learn": "both", "loss": "kl"}),
+        ("attention+ffn+blocks", 8, {"learn": "both", "gone": (1,), "sparsity": 0.6, "centred": True}),
     ],
 )
 def test_a_fit(scope, width_multiple, options, tiny_model):
     tokens, learn = sampled_tokens(tiny_model), options.get("learn", "thresholds")
+    own = {name: value for name, value in options.items() if name in ("gone", "sparsity")}
     stage = make_stage(tiny_model, scope=scope, width_multiple=width_multiple, **options)
     before = {name: t.clone() for name, t in tiny_model.state_dict().items()}
     start = [t.detach().clone() for t in stage.ffn_thresholds]
     first = stage.masks()
-    assert first == make_stage(tiny_model, scope=scope, width_multiple=width_multiple).masks()  # offsets start at 0
+    assert first == make_stage(tiny_model, scope=scope, width_multiple=width_multiple, **own).masks()  # offsets are 0
     trainer_of(epochs=6).fit(stage, data_of(tokens))
     # the model is what it was, bit for bit
     assert all(torch.equal(before[name], t) for name, t in tiny_model.state_dict().items())
@@ -169,8 +171,10 @@ def test_a_fit(scope, width_multiple, options, tiny_model):
     assert masks != first
     excess = stage.budget.costs.removed(masks) - stage.budget.target
     assert 0 <= excess < width_multiple * stage.budget.costs.neuron[0]
-    assert all(int(m.sum()) % width_multiple == 0 and bool(m.any()) for m in masks.ffn)
-    assert all(t.requires_grad == (scope != "ffn") for t in stage.attention_thresholds)
+    assert all(int(m.sum()) % width_multiple == 0 for m in masks.ffn)
+    assert [b for b, stays in enumerate(masks.blocks) if not stays] == list(options.get("gone", ()))
+    learns = [scope != "ffn" and stays for stays in masks.blocks]
+    assert [t.requires_grad for t in stage.attention_thresholds] == learns
     # learning is good for something on the text it learned from
     assert pruned_loss(tiny_model, masks, tokens) < pruned_loss(tiny_model, first, tokens)
     # a checkpoint holds what learns and nothing else, and gives the masks again
@@ -237,11 +241,13 @@ def test_centred_thresholds_learn_where_all_would_move_alike(tiny_model):
     assert changed[True][0] > 0
 
 
+@pytest.mark.parametrize("more", [{}, {"scope": "ffn+blocks", "gone": (1,)}], ids=["", "a block is gone"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
-def test_the_logged_loss_is_that_of_the_hard_masks(loss, tiny_model):
+def test_the_logged_loss_is_that_of_the_hard_masks(loss, more, tiny_model):
     """From logits of stock transformers, in float64."""
     tokens = sampled_tokens(tiny_model, windows=4)
-    stage = make_stage(tiny_model, loss=loss, lr=1e-9)
+    stage = make_stage(tiny_model, loss=loss, lr=1e-9, **more)
+    assert stage.masks().blocks == [True, not more, True]
     trainer = trainer_of()
     trainer.fit(stage, data_of(tokens))
     with torch.no_grad():
