@@ -51,7 +51,7 @@ def changed(name: str, value: Any) -> str:
 @pytest.mark.parametrize("mode", MODES, ids=" ".join)
 def test_what_is_named_changes_nothing_and_all_else_is_read(mode, world, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
-    flags = [*world.args(tmp_path, "--evaluation.samples=1", "--logging.tracker=csv"), *mode]
+    flags = [*world.args(tmp_path, "--logging.tracker=csv"), *mode]
     cfg, reads, plain = parse(flags), set(), object.__getattribute__
     idle = [name for name in EVERY if unread(cfg, [name])]
 

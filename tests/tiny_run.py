@@ -98,7 +98,7 @@ class World:
             "--corpora.num_samples=4", "--corpora.seq_len=32", "--corpora.batch_size=4",
             "--recovery=none", "--partition.num_modules=4", "--partition.steps=20", "--sparsity.epochs=1",
             "--evaluation.num_samples=2", "--evaluation.seq_len=32", "--evaluation.development_samples=1",
-            "--evaluation.curve=[0.25]", "--evaluation.samples=0", "--logging.mode=disabled",
+            "--evaluation.curve=[0.25]", "--logging.mode=disabled",
             "--trainer.accelerator=cpu",
             f"--run.dir={runs}", f"--run.name={name}", *more,
         ]  # fmt: skip

@@ -28,9 +28,9 @@ GROUPS: dict[str, type[Group]] = {
 HINTS = {
     f"{kind.prefix}{n}": hint for kind in (RunConfig, *GROUPS.values()) for n, hint in get_type_hints(kind).items()
 }
-GONE = {  # settings of earlier versions, at the values that stand for what is done now
+GONE = {  # settings of earlier versions, at the values that stand for what is done now; at any where that is all one
     "corpora.separator": "blank", "distill.hidden": 0.0, "partition.subtract_noise": False, "sparsity.schedule": [],
-    "logging.artifacts": [], "trainer.profiler": None, "trainer.detect_anomaly": False,
+    "evaluation.samples": ..., "logging.artifacts": ..., "trainer.profiler": ..., "trainer.detect_anomaly": ...,
 }  # fmt: skip
 
 
@@ -174,14 +174,13 @@ def read_settings(path: Path | str) -> dict[str, Any]:
 def of_today(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that an earlier version stored, nested, as this version has them.
 
-    Its `distill.learning_rate` was in the units of the weights. What is gone is left out at a value in `GONE`.
+    Its `distill.learning_rate` was in the units of the weights. What is gone is left out, at a value in `GONE`.
     """
-    today = {
-        group: {name: v for name, v in value.items() if (f"{group}.{name}", v) not in GONE.items()}
-        if isinstance(value, dict)
-        else value
-        for group, value in settings.items()
-    }
+    today = {group: dict(value) if isinstance(value, dict) else value for group, value in settings.items()}
+    for name, value in GONE.items():
+        group, _, setting = name.partition(".")
+        if isinstance(own := today.get(group), dict) and value in (..., own.get(setting)):
+            own.pop(setting, None)
     distill = today.get("distill")
     if isinstance(distill, dict) and "learning_rate" in distill and "absolute_learning_rate" not in distill:
         distill["absolute_learning_rate"], distill["learning_rate"] = distill["learning_rate"], RELATIVE_RATE

@@ -256,7 +256,7 @@ class RunConfig(Group):
         Left out: where results go, how they are logged and shown, what is exported, what is collected for others, and
         where weights lie meanwhile.
         """
-        out = {"model": {"max_memory", "shard"}, "corpora": {"collect"}, "evaluation": {"samples"}}
+        out = {"model": {"max_memory", "shard"}, "corpora": {"collect"}}
         plain = self.model_dump(exclude=out | dict.fromkeys(("logging", "export", "dry_run", "plan"), True))
         for group, name in STAGES.items():
             if plain[group][name] == type(getattr(self, group)).model_fields[name].default:

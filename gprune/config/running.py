@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, JsonValue
 
-from gprune.checks import AtLeast0, AtLeast1, AtLeast8, Few, NonNegative, Positive, Quantile, Seed, Sparsity, Text
+from gprune.checks import AtLeast1, AtLeast8, Few, NonNegative, Positive, Quantile, Seed, Sparsity, Text
 from gprune.config.groups import Group
 from gprune.errors import UserError
 
@@ -73,8 +73,6 @@ class EvaluationConfig(Group, prefix="evaluation."):
     """Development windows per corpus of learning and recovery, for curves over epochs, tokens and sparsity."""
     curve: list[Sparsity] = Field([0.2, 0.35])
     """Sparsities, besides 0 and the target, at which gprune's masks are measured on development text."""
-    samples: AtLeast0 = 3
-    """Number of evaluated texts that the dense and the pruned model continue, for the page of the run."""
     controls: list[Literal["base", "averaged", "unrecovered"]] = Field(["base", "averaged", "unrecovered"])
     """Rows beside the run's own. base: the base metric alone, allocated by --sparsity.start, or by an
     --sparsity.allocation that does not learn. averaged: the same, scored on all drift corpora. unrecovered: every row

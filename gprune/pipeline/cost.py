@@ -28,13 +28,12 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int) -> dict[int, tuple[int, int
     if cfg.learns:
         learning = s.epochs * len(c.learn) * (c.learn_samples or c.num_samples) * c.seq_len
         curve = ((s.epochs + 1) + 2 + len(e.curve)) * development
-    prompts, prompt, generated = sample_lengths(cfg)
     evaluated = len(c.evaluate) * e.num_samples * e.seq_len  # of each model
     early = 1 + sum(recovery == "none" for _, recovery in cfg.stages) if cfg.evaluates_early else 0
     late = 1 + len(cfg.stages) - early
     forward = {
         9: 3 * compared_tokens(cfg) + early * evaluated,
-        10: late * evaluated + 2 * prompts * (prompt + generated),
+        10: late * evaluated,
     }
     trained = {9: 0, 10: 0}
     for row in cfg.stages:
@@ -51,12 +50,6 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int) -> dict[int, tuple[int, int
         9: (forward[9], trained[9]),
         10: (forward[10], trained[10]),
     }
-
-
-def sample_lengths(cfg: RunConfig) -> tuple[int, int, int]:
-    """Number of prompts, prompt tokens and generated tokens of `pipeline.samples`."""
-    prompt = min(32, cfg.evaluation.seq_len // 2)
-    return min(cfg.evaluation.samples, len(cfg.corpora.evaluate)), prompt, min(48, cfg.evaluation.seq_len - prompt)
 
 
 def compared_tokens(cfg: RunConfig) -> int:

@@ -28,7 +28,6 @@ from gprune.pipeline.evaluate import evaluate, summarise, write_pages
 from gprune.pipeline.partition import assess, measure_drift, partition
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import opened
-from gprune.pipeline.samples import write_samples
 from gprune.pipeline.save import save
 from gprune.pipeline.sparsity import base_masks, learn_sparsity, score
 from gprune.runs.results import PruningResult
@@ -72,8 +71,6 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> PruningResult:
             save(run, pruned, masks)
         records = evaluate(run, statistics, masks, pruned)  # 10
         if first:
-            with dispensable("samples", "the same command writes them"):
-                write_samples(run, pruned, {r["corpus"]: r["seen"] for r in records})
             summary = summarise(run, records, final, pruned, modules)
             with dispensable("a page", f"`gprune report {run.folder.path}` writes it"):
                 write_pages(run)

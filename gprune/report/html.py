@@ -22,7 +22,7 @@ from gprune.report.records import cost_table, means_and_gaps, result_table
 from gprune.report.run_figures import run_figures, write_figures
 from gprune.report.style import style
 from gprune.runs.folder import RunFolder
-from gprune.runs.results import FinishedRun, config_of, read_samples, row_name
+from gprune.runs.results import FinishedRun, config_of, row_name
 from gprune.sparsity.allocation import removed_in_words
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
@@ -95,7 +95,6 @@ def section(run: FinishedRun) -> dict[str, Any]:
         "result": result_table(run.records),
         "figures": drawn(run_figures(run.records, run.modules, run.masks), run.name) if run.masks else [],
         "curves": drawn(curve_figures(read_curves(run.path)), f"{run.name} curves"),
-        "samples": read_samples(run),
         "labels": corpus_labels(r["corpus"] for r in run.records),
         "settings": to_yaml({name: value for name, value in s.items() if name != "inputs"}),
         "cost": cost_table(steps),

@@ -28,7 +28,7 @@ from gprune.runs import schema
 from gprune.runs.folder import RunFolder, differences
 from gprune.sparsity.allocation import removed_in_words
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
-from gprune.storage.files import file_hashes, inspected_json, key_of, read_json, read_tensors
+from gprune.storage.files import file_hashes, inspected_json, key_of, read_tensors
 from gprune.storage.reading import expanded
 from gprune.storage.yaml_text import read_yaml
 
@@ -180,11 +180,6 @@ def _tensors(run: FinishedRun, name: str) -> dict[str, Tensor]:
     if tensors is None:
         raise UserError(f"{run.path / name}.safetensors is missing or not whole; run the same command again.")
     return tensors
-
-
-def read_samples(run: FinishedRun) -> dict[str, Any] | None:
-    """`samples.json` of a run: what the dense and the pruned model write; None where there is none."""
-    return read_json(run.path / "samples.json", run=run.key, check=schema.Samples.problem)
 
 
 def read_evaluation(path: Path, *, run: str | None = None) -> list[Record]:

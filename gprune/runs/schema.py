@@ -206,24 +206,6 @@ class Evaluation(Shape):
     records: Evaluated
 
 
-class Written(Shape):
-    """What the models write after one beginning."""
-
-    corpus: Text
-    seen: bool
-    prompt: str
-    dense: str
-    pruned: str
-    text: str
-
-
-class Samples(Shape):
-    """`samples.json`."""
-
-    split: Text
-    rows: list[Written]
-
-
 class Packed(Shape):
     """Masks in a record of a study."""
 

@@ -1,4 +1,4 @@
-"""What is around a run does not cost the run: samples, figures, card and page may fail, and are made up for."""
+"""What is around a run does not cost the run: figures, card and page may fail, and are made up for."""
 
 from __future__ import annotations
 
@@ -13,37 +13,18 @@ import sys
 
 import matplotlib
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 from gprune.errors import UserError, dispensable
 from gprune.export.hf import save_pruned
 from gprune.models.loading import load_model
-from gprune.pipeline.samples import continued
 from gprune.report.command import main as report
 from gprune.report.run_figures import perplexity_figure
 from gprune.report.style import save
 from gprune.runs.results import load_run
 from tests import made_up, tiny_run
 
-ASKED = {
-    "beams": {"num_beams": 4, "num_return_sequences": 4, "early_stopping": True},
-    "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
-    "stop strings": {"stop_strings": ["ba"]},
-    "penalties": {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "suppress_tokens": [5, 99999]},
-    "ids": {"eos_token_id": [2, 99999], "pad_token_id": 99999, "bos_token_id": -1, "forced_eos_token_id": 99999},
-    "lengths": {"max_length": 3, "min_length": 400, "max_time": 0.0},
-    "others": {"dola_layers": "high", "use_cache": False, "return_dict_in_generate": True, "unknown": {"a": 1}},
-}
 REFUSED = {"sequences": {"num_return_sequences": 4}, "words": {"max_new_tokens": "many"}, "no object": [1]}
-
-
-@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
-def test_a_continuation_is_greedy_whatever_the_model_asks_for(tiny_model, token_batch, asked):
-    plain = continued(tiny_model, token_batch[:2, :9], 12)
-    tiny_model.generation_config = own = GenerationConfig(**{"eos_token_id": 2} | asked)
-    assert torch.equal(continued(tiny_model, token_batch[:2, :9], 12), plain)
-    assert tiny_model.generation_config is own
 
 
 @pytest.mark.parametrize("content", REFUSED.values(), ids=REFUSED)
@@ -66,27 +47,26 @@ def test_a_generation_config_that_transformers_takes_goes_along(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_is_whole_without_samples_figures_card_and_page(tmp_path, monkeypatch, capsys):
+def test_a_run_is_whole_without_figures_card_and_page(tmp_path, monkeypatch, capsys):
     with tiny_run.isolated(tmp_path / "cache"):
         tiny_run.quick(monkeypatch, draw=True)
         world = tiny_run.make_world(tmp_path)
-        args = world.args(tmp_path, "--gprune=false", "--evaluation.samples=1")
-        whole = world.run(tmp_path, "--gprune=false", "--evaluation.samples=1")
+        args = world.args(tmp_path, "--gprune=false")
+        whole = world.run(tmp_path, "--gprune=false")
         card = (whole.path / "model/README.md").read_text()
         (whole.path / "metrics.json").unlink()
-        blocked = [whole.path / name for name in ("samples.json", "report.html", "figures")]
+        blocked = [whole.path / name for name in ("report.html", "figures")]
         for path in blocked:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in blocked[:2]:
-            path.mkdir()  # no file can take its place
-        blocked[2].touch()
+        blocked[0].mkdir()  # no file can take its place
+        blocked[1].touch()
         with monkeypatch.context() as patch:
             patch.setattr("gprune.report.model_card.ModelCardData", lambda **_: 1 / 0)
             (whole.path / "model/config.json").unlink()  # it is written anew, and so is its card
             capsys.readouterr()
             assert tiny_run.main(args) == 0
         said = re.findall(r"Without (.+?) \(.+\): the run is whole, and .+\.", capsys.readouterr().out)
-        assert said == ["samples", "a model card", "figures", "a page"]
+        assert said == ["a model card", "figures", "a page"]
         again = load_run(whole.path)
         assert (again.records, again.masks) == (whole.records, whole.masks)
         for path in blocked:
@@ -95,8 +75,6 @@ def test_a_run_is_whole_without_samples_figures_card_and_page(tmp_path, monkeypa
         assert (whole.path / "figures/perplexity.png").is_file()
         assert (whole.path / "model/README.md").read_text() == card
         assert "<svg" in (whole.path / "report.html").read_text()
-        assert tiny_run.main(args) == 0
-    assert (whole.path / "samples.json").is_file()
 
 
 def test_a_full_disk_and_ctrl_c_end_what_is_dispensable(caplog):

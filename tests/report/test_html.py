@@ -10,14 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 
 from gprune import report
-from gprune.pipeline.samples import continued
 from gprune.report import html
 from gprune.report.command import main
 from gprune.report.curves import curve_figures, line_of, read_curves
-from gprune.runs.results import read_run, read_samples
 from tests import tiny_run
 
 pytestmark = pytest.mark.slow  # whole runs, and a browser
@@ -32,7 +29,7 @@ def runs(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     odd = Path(shutil.copy(world.corpora["delta"], folder / ODD))
     evaluate = f"--corpora.evaluate={json.dumps([str(world.corpora['alpha']), str(odd)])}"
-    flags = ("--evaluation.samples=2", "--sparsity.epochs=2", "--recovery=least_squares", evaluate)
+    flags = ("--sparsity.epochs=2", "--recovery=least_squares", evaluate)
     with pytest.MonkeyPatch.context() as patch, tiny_run.isolated(folder / "cache"):
         tiny_run.quick(patch, draw=True)
         return [world.run(folder / "runs", *flags, f"--run.seed={seed}", name=f"seed-{seed}") for seed in (0, 1)]
@@ -88,23 +85,6 @@ def test_figures_follow_the_theme_of_the_page_and_the_same_run_gives_the_same_pa
         assert "currentColor" in drawing
         assert not re.search("#000000|#ffffff", drawing)
     assert html.write(report.make([finished.path]), tmp_path / "again.html").read_text() == text
-
-
-def test_samples_are_what_both_models_write(world, finished):
-    samples = read_samples(read_run(finished.path))
-    assert [row["seen"] for row in samples["rows"]] == [True, False]
-    assert {"prompt", "dense", "pruned", "text"} <= samples["rows"][0].keys()
-    step = json.loads((finished.path / "manifest.json").read_text())["steps"]["samples"]
-    assert step["forward_tokens"] == 2 * 2 * (16 + 16 - 1)
-
-
-def test_a_continuation_is_the_likeliest_token_each_time(tiny_model, token_batch):
-    ids, expected = token_batch[:2, :9], token_batch[:2, :9]
-    for _ in range(5):
-        likeliest = tiny_model(expected, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
-        expected = torch.cat([expected, likeliest], 1)
-    assert not bool((expected[:, 9:] == tiny_model.generation_config.eos_token_id).any())
-    assert torch.equal(continued(tiny_model, ids, 5), expected[:, 9:])
 
 
 def test_curves_of_all_sittings_are_one(tmp_path):
