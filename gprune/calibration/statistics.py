@@ -2,7 +2,7 @@
 
 They come from one pass per corpus over the frozen decoder, without the language-model head. For each channel and each
 half of the corpus: count, sum and sum of squares, in float64; the halves give rank drift its noise floor. For each
-block: how far it turns the hidden state. On demand: Gram matrices, for recovery and output-aware metrics, and Taylor
+block: how far it turns the hidden state. On demand: Gram matrices, for recovery, and Taylor
 saliency, which takes a backward pass.
 """
 

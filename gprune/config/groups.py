@@ -139,7 +139,7 @@ class CorporaConfig(Group, prefix="corpora."):
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether every window begins with the BOS token, which is never scored. auto: if the tokenizer adds it."""
     collect: list[Literal["gram", "saliency"]] = Field([])
-    """Statistics to cache for later runs: gram (for obs, least_squares), saliency (for taylor)."""
+    """Statistics to cache for later runs: gram (for least_squares), saliency (for taylor)."""
     calibrator: Text = "streaming"
     """What collects statistics. streaming: one pass over each corpus. Or one registered from Python."""
 

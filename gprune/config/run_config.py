@@ -61,8 +61,8 @@ class RunConfig(Group):
     model: ModelConfig = Field(default_factory=ModelConfig)
     corpora: CorporaConfig = Field(default_factory=CorporaConfig)
     importance: Text = "wanda_sp"
-    """Base importance metric, or one registered from Python. From activations: wanda_sp, wifn, wifv, ifv, act_norm,
-    obs; from gradients: taylor; from weights alone: magnitude, magnitude_down; random as a control."""
+    """Base importance metric, or one registered from Python. From activations: wanda_sp, wifv, ifv, act_norm; from
+    gradients: taylor; from weights alone: magnitude, magnitude_down; random as a control."""
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     reliability: ReliabilityConfig = Field(default_factory=ReliabilityConfig)
     sparsity: SparsityConfig = Field(default_factory=SparsityConfig)
@@ -92,9 +92,6 @@ class RunConfig(Group):
 
     def model_post_init(self, _: Any) -> None:
         """Raise UserError for settings that cannot go together."""
-        stands_in = IMPORTANCE[IMPORTANCE[self.importance].drift]
-        if self.gprune and "gram" in stands_in.needs:
-            raise UserError(f"--importance {self.importance}: expected a drift metric that needs no Gram matrix.")
         self._check_options()
         m, d, drift, processes = self.model, self.distill, self.corpora.drift, self.processes
         allocation, whole_blocks = self.base_allocation, ALLOCATION[self.base_allocation].whole_blocks

@@ -2,8 +2,7 @@
 
 A metric gets the weights and moments of the *channels* that enter an output projection (`down_proj` for neurons,
 `o_proj` for attention), and returns one score per channel. A KV group's score is the sum over its channels (its query
-heads x head_dim), so every metric means the same in both scopes; a metric that knows better than a sum returns one
-score per group. Weights and the Gram matrix are read only; the rest of the moments is a copy.
+heads x head_dim), so every metric means the same in both scopes. Weights are read only; the moments are a copy.
 
     @metric("my_metric")
     def my_metric(weights, moments, generator):
@@ -20,7 +19,6 @@ import math
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from gprune.calibration.projections import EXTRAS
 from gprune.registry import Registry
 
 if TYPE_CHECKING:  # flags are checked by what is registered here, which should not wait for PyTorch
@@ -34,7 +32,7 @@ IMPORTANCE: Registry[Callable[..., Tensor]] = Registry("importance metric")
 
 
 def metric(
-    name: str, *, activation_free: bool = False, needs: Collection[str] = (), drift: str | None = None
+    name: str, *, activation_free: bool = False, needs: Collection[str] = ()
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register `function(weights, moments, generator) -> (C,) scores` under `name`.
 
@@ -42,17 +40,15 @@ def metric(
         name: the value of `--importance`.
         activation_free: whether the score ignores `moments`. Then unreliable modules may switch to the metric, and its
             rank drift comes from `act_norm`.
-        needs: which of `gram` and `saliency`, collected on demand only, the function reads from `moments`.
-        drift: the metric whose rank drift is used in its place, for a metric that cannot score half a corpus. By
-            default `wanda_sp` for a metric that needs `gram`.
+        needs: `["saliency"]` if the function reads `moments.saliency`, which is collected on demand only.
     """
-    if unknown := set(needs) - set(EXTRAS):
-        raise ValueError(f"metric '{name}': needs expected to be of {', '.join(EXTRAS)}, got {sorted(unknown)}.")
+    if unknown := set(needs) - {"saliency"}:
+        raise ValueError(f"metric '{name}': needs expected to be of saliency, got {sorted(unknown)}.")
 
     def file(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         function.activation_free = activation_free
         function.needs = frozenset(needs)
-        function.drift = drift or ("act_norm" if activation_free else "wanda_sp" if "gram" in needs else name)
+        function.drift = "act_norm" if activation_free else name
         return IMPORTANCE.register(name)(function)
 
     return file
@@ -70,16 +66,6 @@ def wanda_sp(weights: UnitWeights, moments: Moments, generator: torch.Generator)
     dense activations as every other metric.
     """
     return moments.mean_sq.sqrt() * weights.output.abs().sum(0)
-
-
-@metric("wifn")
-def wifn(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = (||X_j||_2 * mean_i |W_ij|)^2, FLAP's weighted input feature norm (arXiv 2312.11983).
-
-    As in the authors' repository, which squares the scores of attention channels before it sums them over a head.
-    Neurons rank exactly as by `wanda_sp`; KV groups do not, because of the square.
-    """
-    return (moments.mean_sq.sqrt() * weights.output.abs().mean(0)).square()
 
 
 @metric("wifv")
@@ -102,33 +88,6 @@ def ifv(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> T
 def act_norm(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
     """s_j = ||X_j||_2 / sqrt(n): root mean square activation, weights ignored."""
     return moments.mean_sq.sqrt()
-
-
-@metric("obs", needs=("gram",))
-def obs(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_S = tr(W_S ([G^-1]_SS)^-1 W_S^T): the rise of the projection's output error when the channels S go.
-
-    Optimal brain surgeon (Hassibi and Stork, 1993) for whole units: the squared error of a linear layer whose other
-    weights adapt, as `least_squares` recovery lets them. G = X^T X / n + lambda I, lambda = 0.01 x mean diagonal. For a
-    neuron s_j = ||W_:j||_2^2 / [G^-1]_jj; the channels of a KV group go at once. With G's diagonal in place of G,
-    s_j = ||X_j||_2^2 ||W_:j||_2^2 / n. Rank drift comes from `wanda_sp`, since halves of a corpus have no Gram matrix.
-    Our reading.
-    """
-    import torch
-
-    G = moments.gram.double() / moments.count.clamp_min(1)  # an expert that no token reaches has all of it dead
-    dead = G.diagonal() == 0
-    damping = max(0.01 * float(G.diagonal().mean()), 1e-30)
-    G.diagonal().add_(damping)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(G))
-    W = weights.output.double()
-    if weights.per_unit == 1:
-        return torch.where(dead, 0.0, W.square().sum(0) / inverse.diagonal())
-    scores = []
-    for S in torch.arange(len(G)).split(weights.per_unit):
-        S = S[~dead[S]]
-        scores.append((torch.linalg.solve(inverse[S][:, S], W[:, S].T) * W[:, S].T).sum())
-    return torch.stack(scores)
 
 
 # Gradients

@@ -23,19 +23,18 @@ class Scores:
 
     ffn: list[Tensor]  # neurons (N,), or (E x N,) of E experts
     attention: list[Tensor]  # KV groups (G,): sums over their channels
-    channels: list[Tensor]  # attention channels (C,), or (G,) where the metric scores whole groups
+    channels: list[Tensor]  # attention channels (C,)
 
 
 def score_channels(name: str, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """Scores by the metric `name`, which gets a copy of the moments: (C,) float64, or one per unit.
+    """Scores by the metric `name`, which gets a copy of the moments: (C,) float64.
 
     Raises:
         UserError: for another shape, what is not dense, real and finite, and for a metric that writes into the weights.
     """
-    C = weights.output.shape[1]
     with IMPORTANCE.running(name, *weights.inputs, weights.output):
         scores = IMPORTANCE[name](weights, moments.copied(), generator)
-    return IMPORTANCE.checked(name, "scores", scores, (C,), (C // weights.per_unit,)).cpu().double()
+    return IMPORTANCE.checked(name, "scores", scores, weights.output.shape[1:]).cpu().double()
 
 
 def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
@@ -75,7 +74,7 @@ def score_units(
     """Importance of every unit by the metric `name`, from all tokens of a corpus or from one half of them.
 
     Args:
-        statistics: of one corpus or of several pooled, with Gram matrices or saliency if the metric needs them.
+        statistics: of one corpus or of several pooled, with saliency if the metric needs it.
         half: 0 or 1 for half of the tokens, None for all.
         attention: False where KV groups are out of scope; their scores are then 0.
     """

@@ -21,7 +21,6 @@ class UnitWeights:
 
     inputs: tuple[Tensor, ...]  # each (C, H)
     output: Tensor  # (H, C)
-    per_unit: int = 1  # consecutive channels per unit: 1 for neurons
 
     def of_expert(self, index: int, experts: int) -> UnitWeights:
         """The channels of one expert, (C / experts,)."""
@@ -38,7 +37,7 @@ def ffn_weights(block: Block, device: torch.device | str = "cpu") -> UnitWeights
 def attention_weights(block: Block) -> UnitWeights:
     """The (query heads x head_dim,) channels of one block's attention."""
     rows = block.per_query_head(_weight(block.value))
-    return UnitWeights((rows,), _weight(block.output), per_unit=block.channels_per_group)
+    return UnitWeights((rows,), _weight(block.output))
 
 
 def _weight(part: Part | ExpertPart, device: torch.device | str = "cpu") -> Tensor:

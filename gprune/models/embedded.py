@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -83,28 +81,17 @@ def _make_tiny_random(folder: Path, name: str) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether an embedded model's folder is whole; safetensors knows where its file must end."""
-    try:
-        for name in ("config.json", "tokenizer_config.json"):
-            json.loads((folder / name).read_bytes())
-        with safe_open(folder / "model.safetensors", "pt"):
-            return True
-    except (OSError, ValueError, SafetensorError):
-        return False
-
-
 def embedded_model_dir(name: str) -> Path:
     """A Hugging Face folder (float32 safetensors, tokenizer) of an embedded model, made once and then cached."""
     model = EMBEDDED_MODELS[name]
     folder = cache_dir() / "models"
     final = folder / f"{name}-{model.version}"
-    if is_complete(final):  # perhaps in a cache that cannot be written
+    if final.is_dir():  # perhaps in a cache that cannot be written
         return final
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)
         with FileLock(folder / f".{final.name}.lock"):  # of several processes one makes it, and the others wait
-            if not is_complete(final):
+            if not final.is_dir():
                 with replacing(final) as made:
                     model.make(made, name)
     return final

@@ -40,8 +40,8 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int) -> dict[int, tuple[int, int
         final = row == cfg.own_row  # the first that learns
         step, recovery = 9 if final else 10, recovery_of(row[1], cfg.recovery_settings)
         recovered = recovery.tokens(text, fresh, attention=cfg.attention)
-        if taught and not final:
-            forward[step] -= recovery.shared(fresh)
+        if taught and recovery.taught and not final:
+            forward[step] -= fresh
         forward[step] += recovered[0] + learns[row[1]] * (1 + cfg.distill.points) * development
         trained[step] += recovered[1]
     return {

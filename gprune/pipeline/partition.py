@@ -37,8 +37,8 @@ log = logging.getLogger("gprune")
 def measure_drift(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[Drift]:
     """Step 3: rank drift of every neuron and its split-half noise floor, per block.
 
-    A metric that ignores activations has no drift of its own, and one that needs a Gram matrix cannot score half a
-    corpus; another one stands in (`IMPORTANCE[name].drift`). One corpus has no drift at all.
+    A metric that ignores activations has no drift of its own: another one stands in (`IMPORTANCE[name].drift`). One
+    corpus has no drift at all.
     """
     run.step(3, "Measuring drift")
     corpora = run.cfg.corpora.drift

@@ -86,6 +86,7 @@ class Recovery:
     name = ""  # set when it is registered
     needs: frozenset[str] = frozenset()  # of `NEEDS`: statistics of the dense model, or the text they are taken from
     learns = False  # whether it trains on text of its own
+    taught = False  # whether the dense model's pass over that text is kept in `Material.taught` for other rows
     experts = True  # whether it can recover experts
     sharded = True  # whether it works while the dense model is sharded over processes
     origin: Any = None  # the class or function that was registered; its keyword-only parameters are options
@@ -102,11 +103,6 @@ class Recovery:
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
         """At most (forward, forward and backward) tokens for one pruned model, from those of its texts."""
         return 0, 0
-
-    def shared(self, fresh: int) -> int:
-        """Tokens forward, of those of `tokens`, that only the first of several rows takes: `Material.taught` keeps what
-        they gave."""
-        return 0
 
     def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
         """Raise a UserError, before anything is loaded, if this recovery cannot work.
@@ -136,7 +132,7 @@ class Chain(Recovery):
         self.name, names = name, name.split("+")
         self.recoveries = [recovery_of(name, settings) for name in names]
         self.needs = frozenset().union(*(one.needs for one in self.recoveries))
-        self.learns = any(one.learns for one in self.recoveries)
+        self.learns, self.taught = (any(getattr(one, name) for one in self.recoveries) for name in ("learns", "taught"))
         late = [one.name for one in self.recoveries[1:] if type(one).revise is not Recovery.revise]
         if len(set(names)) < len(names) or "none" in names or late:
             why = f"'{late[0]}' goes block by block, which only the first can" if late else "each once, and none alone"
@@ -153,9 +149,6 @@ class Chain(Recovery):
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
         costs = [one.tokens(text, fresh, attention=attention) for one in self.recoveries]
         return sum(forward for forward, _ in costs), sum(backward for _, backward in costs)
-
-    def shared(self, fresh: int) -> int:
-        return sum(one.shared(fresh) for one in self.recoveries)
 
     def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
         for one in self.recoveries:

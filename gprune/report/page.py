@@ -119,10 +119,8 @@ class Report:
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         drawn = self.draw(folder / "figures", formats)
-        for run in [] if self.many else self.named_runs:
-            own = folder / "figures" / ("" if len(self.runs) == 1 else run.name.replace("/", "-"))
-            if run.masks is not None:
-                drawn += write_figures(own, run.records, run.modules, run.masks, formats)
+        if len(self.runs) == 1 and (run := self.runs[0]).masks is not None:  # each of several has its own in its folder
+            drawn += write_figures(folder / "figures", run.records, run.modules, run.masks, formats)
         ours = {folder / "tables" / f"{name}.csv" for name in get_args(TableName)}
         ours |= {folder / "figures" / f"{name}.{suffix}" for name in FIGURES for suffix in FORMATS}
         for path in ours - {*texts, *drawn}:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Distill(Recovery):
     """KL to the dense model on text of `corpora.recover`, end to end: by a `DistillationStage`."""
 
-    learns = True
+    learns = taught = True
 
     def __init__(self, settings: DistillConfig | None = None):
         self.settings = settings or DistillConfig()
@@ -52,6 +52,3 @@ class Distill(Recovery):
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
         """The teacher forward, the student forward and backward."""
         return fresh, fresh
-
-    def shared(self, fresh: int) -> int:
-        return fresh

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import subprocess
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -122,23 +121,6 @@ def test_model_folder_is_made_once_per_version(cache, tiny_embedded, monkeypatch
     monkeypatch.setitem(assets.EMBEDDED_MODELS, "demo", later)
     assert assets.embedded_model_dir("demo") != folder
     assert len(tiny_embedded) == 2
-
-
-DAMAGES = {
-    "half of the weights": lambda folder: os.truncate(folder / "model.safetensors", 1000),
-    "no config": lambda folder: (folder / "config.json").unlink(),
-    "half a config": lambda folder: (folder / "config.json").write_text('{"model_type"'),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_model_folder_is_made_again(tiny_embedded, damage):
-    folder = assets.embedded_model_dir("demo")
-    good = {path.name: path.read_bytes() for path in folder.iterdir()}
-    DAMAGES[damage](folder)
-    assert assets.embedded_model_dir("demo") == folder
-    assert len(tiny_embedded) == 2
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
 
 
 def test_of_two_processes_at_once_one_makes_the_folder(tiny_embedded):

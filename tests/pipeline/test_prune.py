@@ -43,7 +43,7 @@ FIELDS = {
     "content_hash", "corpora",
 }  # fmt: skip
 # One metric for each way in which a run meets it: by what is collected for it, and by where its drift comes from.
-METRICS = ["wanda_sp", "obs", "taylor", "magnitude", "random"]
+METRICS = ["wanda_sp", "taylor", "magnitude", "random"]
 
 
 @pytest.fixture(scope="module")
@@ -355,9 +355,8 @@ def test_rows_without_recovery_are_left_out_where_nobody_asks(controls, world, t
 
 
 def test_one_drift_corpus_turns_drift_and_the_switch_off(world, tmp_path, dense):
-    """Gram matrices of one corpus are enough for a metric and for a recovery."""
     alpha = world.names("alpha")
-    flags = ("--importance=obs", "--recovery=least_squares", f"--corpora.recover={alpha}")
+    flags = ("--recovery=least_squares", f"--corpora.recover={alpha}")
     result = world.run(tmp_path, f"--corpora.drift={alpha}", *flags)
     check_budget(result, dense)
     assert not any(row["switched"] for row in result.modules.rows())
@@ -441,7 +440,7 @@ def test_several_metrics_share_one_pass_and_have_the_bits_of_their_own(world, tm
     nothing = ("--export=none", "--evaluation.controls=[]", "--sparsity.allocation=equal")
     first = world.run(tmp_path, "--corpora.collect=[gram,saliency]", *nothing, name="first")
     assert calibration_tokens(first) == (0, 3 * tokens)  # three corpora, each once
-    later = {"obs": (), "taylor": ("--recovery=least_squares",)}
+    later = {"wanda_sp": ("--recovery=least_squares",), "taylor": ("--recovery=least_squares",)}
     collected = digests(shared / "statistics", "*.safetensors")
     assert len(collected) == 3 * 3  # corpora, kinds
     for metric, flags in later.items():
