@@ -12,23 +12,22 @@ import torch
 
 from gprune.calibration.layerwise import walks
 from gprune.calibration.statistics import gram_bytes
-from gprune.config import configured, flat, read_flags
-from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.losses import CHUNK, ROWS
-from gprune.pipeline.plan import Plan, check
+from gprune.pipeline.plan import Plan
 from gprune.recoveries import recovery_of
 
 GIB = 2**30
-CHANGES = (  # what may make a run fit
-    "--corpora.batch_size=1", "--distill.batch_size=1", "--evaluation.controls=[]", "--distill.checkpointing=true",
-    "--distill.targets=mlp", "--distill.targets=lora", "--recovery=least_squares", "--model.dtype=bfloat16",
-    "--sparsity.allocation=uniform",
-)  # fmt: skip
+LOWER = {  # flags that lower the peak of a step most
+    "calibrate": "--corpora.batch_size 1, --model.dtype bfloat16 or --model.device_map auto",
+    "learn": "--corpora.batch_size 1 or --sparsity.allocation uniform",
+    "recover": "--distill.targets lora or --recovery least_squares",
+    "evaluate": "--evaluation.controls '[]', --model.dtype bfloat16 or --model.device_map auto",
+}
 
 
 def memory_line(plan: Plan) -> str:
-    """The peaks, whether they fit the machine that is planned for, and which changes of flags would make them fit."""
+    """The peaks, whether they fit the machine that is planned for, and which flags lower the highest."""
     cfg, memory = plan.cfg, plan.cfg.plan.memory
     if cfg.model.device_map is not None or cfg.model.shard:
         return "not counted with --model.device_map and --model.shard; docs/large_models.md says what lies where"
@@ -36,20 +35,13 @@ def memory_line(plan: Plan) -> str:
         cuda, pages = plan.device.type == "cuda", ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
         memory = torch.cuda.mem_get_info(plan.device)[1] if cuda else math.prod(map(os.sysconf, pages))
 
-    def lower(flag: str) -> bool:
-        try:
-            changed = check(configured(flat(cfg.model_dump()) | read_flags([flag])))
-        except UserError:  # what is refused does not help
-            return False
-        return max(peaks_of(changed).values()) <= memory
-
     peaks, where = peaks_of(plan), "this machine" if plan.device.type == "cpu" else "each GPU"
     said = f"about {', '.join(f'{peak / GIB:,.1f} ({step})' for step, peak in peaks.items())} GiB of {where}"
     if memory is None:
         return f"{said}; whether that fits: unknown without --plan.memory, as no GPU is here"
     if max(peaks.values()) <= memory:
         return f"{said}: fits {memory / GIB:,.1f} GiB"
-    ways = ", or ".join(filter(lower, CHANGES)) or "--model.device_map auto and --model.max_memory, or several of these"
+    ways = LOWER[max(peaks, key=peaks.get)]
     return f"{said}: does not fit {memory / GIB:,.1f} GiB; try {ways} (docs/large_models.md)"
 
 

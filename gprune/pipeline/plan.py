@@ -21,7 +21,7 @@ from gprune.models.loading import read_config, skeleton
 from gprune.pipeline.cost import tokens_by_step
 from gprune.recoveries import recovery_of
 from gprune.runs.trainer import check_trainer
-from gprune.runs.user_callbacks import UserCallbacks
+from gprune.runs.user_callbacks import callbacks_of_stage
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget, unit_costs
 
@@ -72,8 +72,7 @@ def check(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> Plan:
     """
     cfg.validate()
     cfg.check_names()
-    brought = UserCallbacks(callbacks, cfg.trainer.callbacks)
-    device = device_for(cfg, brought.of_stage(Path()))
+    device = device_for(cfg, callbacks_of_stage(callbacks, cfg.trainer.callbacks, Path()))
     config = read_config(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
     dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
     check_stored(dense, config.name_or_path)

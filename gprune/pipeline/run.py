@@ -31,7 +31,7 @@ from gprune.runs.folder import RunFolder
 from gprune.runs.progress import StageBar
 from gprune.runs.tracking import of_row, tracking
 from gprune.runs.trainer import multiplying, plain_interrupts
-from gprune.runs.user_callbacks import UserCallbacks, Witness, retell
+from gprune.runs.user_callbacks import Witness, callbacks_of_stage, retell
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
 from gprune.stages.callbacks import StepCurves, curves_of
@@ -94,7 +94,7 @@ class Run:
     meter: TokenMeter
     fingerprint: str  # of the model
     screen: Screen
-    callbacks: UserCallbacks
+    callbacks: Sequence[L.Callback]  # that the caller brings, beside those of `--trainer.callbacks`
 
     @property
     def cfg(self) -> RunConfig:
@@ -131,7 +131,7 @@ class Run:
         """
         log.info("%s", what)
         t, name = self.cfg.trainer, name or what.split()[0].lower()
-        brought = self.callbacks.of_stage(self.folder / f"checkpoints/{name}")
+        brought = callbacks_of_stage(self.callbacks, t.callbacks, self.folder / f"checkpoints/{name}")
         witness = Witness(lambda how_far: self.folder.update_manifest(stopped={name: how_far}))
         callbacks = [*brought, witness, *callbacks, StageBar(self.screen, what)]
         kwargs["gradient_clip_val"] = kwargs.get("gradient_clip_val") or t.gradient_clip_val
@@ -186,7 +186,7 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
         UserError: for settings, a model or text that cannot be; if the folder holds a run with other settings, is in
             use by another process, or cannot be written; for what a callback that is not ours raises.
     """
-    plan, brought = check(cfg, callbacks), UserCallbacks(callbacks, cfg.trainer.callbacks)
+    plan = check(cfg, callbacks)
     model, tokenizer = load(cfg, plan.device)
     log.info("Reading %d corpora", len({*cfg.used, *cfg.corpora.evaluate}))
     text = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
@@ -206,7 +206,7 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
         multiplying(cfg.trainer.float32_matmul_precision),
     ):  # fmt: skip
         try:
-            yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, brought)
+            yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, callbacks)
         except Exception as error:
             retell(error)
             raise

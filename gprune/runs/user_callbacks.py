@@ -10,7 +10,6 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +27,27 @@ log = logging.getLogger("gprune")
 LIGHTNING = "lightning.pytorch.callbacks"
 
 
-@dataclass(frozen=True)
-class UserCallbacks:
-    """Callbacks from Python (`given`), and by class path (`--trainer.callbacks`).
+def callbacks_of_stage(given: Sequence[L.Callback], paths: Sequence[ClassPath], folder: Path) -> list[L.Callback]:
+    """The callbacks of one Trainer; a ModelCheckpoint that was told no folder writes into this one.
 
-    A class path is made anew for each stage. An object is the same in all stages, so that what it has noted can be read
-    afterwards; but what inherits from one of Lightning's (EarlyStopping, ...) holds the state of one fit, and each
-    stage gets a copy.
+    An object is the same in all stages, so that what it has noted can be read afterwards; but of what inherits from one
+    of Lightning's (EarlyStopping, ...), which holds the state of one fit, each stage gets a copy.
+
+    Args:
+        given: from Python.
+        paths: `--trainer.callbacks`, made anew for each stage.
+
+    Raises:
+        UserError: for an object that is no callback, and as `made`.
     """
-
-    given: Sequence[L.Callback] = ()
-    paths: Sequence[ClassPath] = ()
-
-    def of_stage(self, folder: Path) -> list[L.Callback]:
-        """The callbacks of one Trainer; a ModelCheckpoint that was told no folder writes into this one.
-
-        Raises:
-            UserError: for an object that is no callback, and as `made`.
-        """
-        for one in self.given:
-            require(one, L.Callback, "callbacks: expected objects of lightning.pytorch.Callback")
-        callbacks = [copy.deepcopy(one) if _is_of_lightning(one) else one for one in self.given]
-        callbacks += map(made, self.paths)
-        for one in callbacks:
-            if isinstance(one, ModelCheckpoint) and one.dirpath is None:
-                one.dirpath = str(folder)
-        return callbacks
+    for one in given:
+        require(one, L.Callback, "callbacks: expected objects of lightning.pytorch.Callback")
+    callbacks = [copy.deepcopy(one) if _is_of_lightning(one) else one for one in given]
+    callbacks += map(made, paths)
+    for one in callbacks:
+        if isinstance(one, ModelCheckpoint) and one.dirpath is None:
+            one.dirpath = str(folder)
+    return callbacks
 
 
 def _is_of_lightning(callback: L.Callback) -> bool:

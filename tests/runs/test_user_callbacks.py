@@ -15,7 +15,7 @@ from gprune.config import RunConfig, check_settings, parse
 from gprune.errors import UserError
 from gprune.pipeline.prune import prune
 from gprune.runs.results import load_run
-from gprune.runs.user_callbacks import UserCallbacks
+from gprune.runs.user_callbacks import callbacks_of_stage
 from tests import tiny_run
 
 pytestmark = pytest.mark.usefixtures("shared_cache")
@@ -105,8 +105,8 @@ def test_a_callback_that_raises_is_named_and_the_run_goes_on_with_its_state(worl
 
 def test_objects_of_ones_own_are_shared_by_stages_and_those_with_the_state_of_a_fit_are_not(tmp_path):
     own, stopping, saving = Steps(), EarlyStopping("learn/loss"), ModelCheckpoint()
-    brought = UserCallbacks([own, stopping, saving], RunConfig().trainer.callbacks)
-    (first, *copies), second = (brought.of_stage(tmp_path / name) for name in ("first", "second"))
+    brought = [own, stopping, saving]
+    (first, *copies), second = (callbacks_of_stage(brought, [], tmp_path / name) for name in ("first", "second"))
     assert first is second[0] is own
     assert not {*map(id, copies)} & {*map(id, [*second, stopping, saving])}
     assert [c[2].dirpath for c in ([own, *copies], second)] == [str(tmp_path / name) for name in ("first", "second")]
