@@ -34,12 +34,17 @@ def generalisation_gap(pruned: dict[str, float], dense: dict[str, float], seen: 
 
 def mean_perplexity(nll: Nll, tokens_per_window: int) -> tuple[float, float, float]:
     """Geometric-mean perplexity of one model over corpora: (perplexity, lower, upper)."""
-    return _interval(nll, dict.fromkeys(nll, 1 / len(nll)), tokens_per_window)
+    return _exp(*mean_per_token(nll, tokens_per_window))
+
+
+def mean_per_token(sums: Nll, tokens_per_window: int) -> tuple[float, float, float]:
+    """Mean over corpora of what sums over windows are per token, such as KL in nats: (mean, lower, upper)."""
+    return _interval(sums, dict.fromkeys(sums, 1 / len(sums)), tokens_per_window)
 
 
 def paired_ratio(a: Nll, b: Nll, tokens_per_window: int) -> tuple[float, float, float]:
     """Geometric-mean perplexity of model a over model b's on the same windows: (ratio, lower, upper), paired."""
-    return mean_perplexity(_differences(a, b), tokens_per_window)
+    return mean_perplexity(differences(a, b), tokens_per_window)
 
 
 def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float | None]:
@@ -58,15 +63,16 @@ def paired_gap(pruned: Nll, dense: Nll, seen: Mapping[str, bool], tokens_per_win
     if known in (0, len(pruned)):
         return (math.nan,) * 3
     weights = {corpus: -1 / known if seen[corpus] else 1 / (len(pruned) - known) for corpus in pruned}
-    return _interval(_differences(pruned, dense), weights, tokens_per_window)
+    return _exp(*_interval(differences(pruned, dense), weights, tokens_per_window))
 
 
-def _differences(a: Nll, b: Nll) -> Nll:
+def differences(a: Nll, b: Nll) -> Nll:
+    """What model a has more than model b, window by window."""
     return {corpus: [x - y for x, y in zip(a[corpus], b[corpus], strict=True)] for corpus in a}
 
 
 def _interval(nll: Nll, weights: Mapping[str, float], tokens_per_window: int) -> tuple[float, float, float]:
-    """exp of s = sum_c w_c mean_c, and of s -+ t(0.975, v) sqrt(sum_c V_c), V_c = w_c^2 var_c / n_c.
+    """s = sum_c w_c mean_c, and s -+ t(0.975, v) sqrt(sum_c V_c), V_c = w_c^2 var_c / n_c.
 
     The degrees of freedom are Welch and Satterthwaite's, v = (sum V_c)^2 / sum V_c^2 / (n_c - 1). A corpus with one
     window says nothing of its variance, and counts as certain.
@@ -80,7 +86,11 @@ def _interval(nll: Nll, weights: Mapping[str, float], tokens_per_window: int) ->
             freedom.append(len(values) - 1)
     variance = sum(parts)
     if not variance > 0:
-        return (math.exp(point),) * 3
+        return (point,) * 3
     v = variance**2 / sum(part**2 / f for part, f in zip(parts, freedom, strict=True))
     half = float(student.ppf(0.975, v)) * math.sqrt(variance)
-    return math.exp(point), math.exp(point - half), math.exp(point + half)
+    return point, point - half, point + half
+
+
+def _exp(*estimate: float) -> tuple[float, ...]:
+    return tuple(map(math.exp, estimate))

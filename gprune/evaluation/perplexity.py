@@ -1,11 +1,11 @@
-"""Perplexity of a model on the windows of a corpus, with the negative log-likelihood of each window."""
+"""Perplexity of a model on the windows of a corpus, and how far it is from the dense model, window by window."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,18 +14,64 @@ from transformers import PreTrainedModel
 
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError, require_finite
-from gprune.models.losses import iter_logits, rows_at_once
+from gprune.models.losses import LogitTransform, iter_logits, rows_at_once
 from gprune.models.offload import device_of
+
+
+class Forecast(NamedTuple):
+    """What the dense model predicts of the tokens 2..T of a window: as much as its distance from another one takes.
+
+    With q and p the next-token distributions of the dense and of the other model, z and y their logits, x and x' their
+    final hidden states, and W the head that both have,
+        KL(q || p) = sum_v q_v (z_v - y_v) - log sum_v exp z_v + log sum_v exp y_v,
+    whose first sum is m (x - x') / s, with m = sum_v q_v W_v: the other model takes H products for it, in place of V H
+    for z. That needs logits that are linear, W x / s, and not rounded. Else x is kept, and z computed again.
+    """
+
+    states: Tensor  # (T - 1, H): m, or x
+    top: Tensor  # (T - 1,) int64, the most likely tokens
+    rest: Tensor | None  # (T - 1,) float64: m x / s - log sum_v exp z_v; None where x is kept
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, logits: Tensor, hidden: Tensor, log_sum: Tensor) -> Forecast:
+        """The dense model's own, of logits (T - 1, V), which are written over, hidden states and log sum exp."""
+        head, transform, top = model.get_output_embeddings(), LogitTransform.of(model), logits.argmax(-1)
+        exact = head.weight.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        if not exact or transform.softcap is not None or head.weight.is_meta:  # offloaded: the head alone fetches it
+            return cls(hidden.cpu(), top.cpu(), None)
+        for part in logits.split(rows_at_once(logits)):
+            part.copy_(part.softmax(-1))
+        mean = logits @ head.weight
+        rest = (mean.double() * hidden.double()).sum(-1) / transform.scaling - log_sum
+        return cls(mean.cpu(), top.cpu(), rest.cpu())
+
+    def kl(self, model: PreTrainedModel, logits: Tensor, hidden: Tensor, log_sum: Tensor) -> Tensor:
+        """KL(dense || model) of each token in nats, (T - 1,), from what the model makes of the same window."""
+        transform, states, rows = LogitTransform.of(model), self.states.to(logits.device), rows_at_once(logits)
+        if self.rest is not None:
+            return (
+                self.rest.to(logits.device) + log_sum - (states.double() * hidden.double()).sum(-1) / transform.scaling
+            )
+        theirs = transform(model.get_output_embeddings()(states[None]))[0]
+        pairs = (
+            (part.float().log_softmax(-1) for part in two)
+            for two in zip(logits.split(rows), theirs.split(rows), strict=True)
+        )
+        return torch.cat([F.kl_div(*pair, reduction="none", log_target=True).sum(-1) for pair in pairs])
 
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """Perplexity of one model on the windows of one corpus."""
+    """Perplexity of one model on the windows of one corpus and, beside the dense model's forecasts, its distance."""
 
     perplexity: float
     nll: float  # mean, nats per predicted token
     tokens: int  # predicted tokens: windows x (seq_len - 1)
     window_nll: list[float]  # sum over the window's predicted tokens, nats
+    kl: float | None = None  # KL(dense || model), mean, nats per predicted token
+    agreement: float | None = None  # share of tokens for which both models have the same most likely token
+    window_kl: list[float] | None = None  # sums over the window's predicted tokens, nats
+    window_agreement: list[int] | None = None
 
 
 def perplexity(
@@ -35,6 +81,7 @@ def perplexity(
     batch_size: int = 4,
     progress: Callable[[int], None] | None = None,
     shared: bool = False,
+    forecasts: list[Forecast] | None = None,
 ) -> PerplexityResult:
     """exp of the mean next-token cross-entropy over non-overlapping windows, each scored from its second token.
 
@@ -43,45 +90,63 @@ def perplexity(
         progress: is called after each batch with its tokens, such as what `Screen.bar` gives.
         shared: share the batches out over processes, which all have to call this function with the same model, whole
             or spread over them. Batches are those of one process, and so are the bits of the result.
+        forecasts: of the dense model, to which this one is compared; an empty list gets this model's. A process has
+            those of its own windows.
 
     Raises:
         UserError: for a loss that is not finite, and for a mean loss whose exp would overflow.
     """
     rank, world = processes() if shared else (0, 1)
     batches = windows.tokens.split(batch_size)  # batch i is of process i % world
-    own = []
-    for batch in batches[rank::world]:
-        own.append(_window_nll(model, batch))
+    own, dense, made = [], list(forecasts or ()), None if forecasts else forecasts
+    for i, batch in enumerate(batches[rank::world]):
+        own.append(_scores(model, batch, dense[i * batch_size :][: len(batch)], made))
         if progress is not None:
             progress(batch.numel() * world)
     if len(own) < len(batches[::world]):
         # A model that is spread over processes needs all of them in each pass, and other processes have one more.
-        _window_nll(model, batches[0][:1])
-    by_process: list[Any] = [[nll.cpu() for nll in own]] * world
+        _scores(model, batches[0][:1])
+    by_process: list[Any] = [[scores.cpu() for scores in own]] * world
     if world > 1:
         torch.distributed.all_gather_object(by_process, by_process[rank])
-    window_nll = torch.cat([by_process[i % world][i // world] for i in range(len(batches))])
+    scores = torch.cat([by_process[i % world][i // world] for i in range(len(batches))])
+    window_nll = scores[:, 0].contiguous()  # the bits of a sum depend on it
     require_finite("loss came up in evaluation", window_nll)
     tokens = windows.tokens[:, 1:].numel()
     nll = float(window_nll.sum()) / tokens
     if nll > 700:  # exp would overflow
         raise UserError(f"The mean loss on {windows.corpus} is {nll:.0f} nats per token; the model is broken.")
-    return PerplexityResult(math.exp(nll), nll, tokens, window_nll.tolist())
+    kl, same = scores[:, 1:].T if scores.shape[1] > 1 else (None, None)
+    distance = (
+        () if kl is None else (float(kl.sum()) / tokens, float(same.sum()) / tokens, kl.tolist(), same.int().tolist())
+    )
+    return PerplexityResult(math.exp(nll), nll, tokens, window_nll.tolist(), *distance)
 
 
-def _window_nll(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """(B,) float64: each window's negative log-likelihood, summed over its tokens 2..T; tokens (B, T) int64.
+@torch.no_grad()
+def _scores(
+    model: PreTrainedModel, tokens: Tensor, dense: list[Forecast] | None = None, made: list[Forecast] | None = None
+) -> Tensor:
+    """(B, 1) float64: each window's negative log-likelihood, summed over its tokens 2..T; tokens (B, T) int64.
 
-    The cross-entropy is taken in float32, whatever the model's dtype.
+    Beside the dense model's forecasts (B, 3): KL in nats and the number of equal most likely tokens too. `made` gets
+    the model's own forecasts. Probabilities are float32, whatever the model's dtype.
     """
     sums = []
-    for logits, targets in iter_logits(model, tokens.to(device_of(model), non_blocking=True)):
-        rows = rows_at_once(logits)
+    for i, window in enumerate(iter_logits(model, tokens.to(device_of(model), non_blocking=True))):
         # The output embeddings, and with them the logits, may lie on another device.
-        chunks = zip(logits[0].split(rows), targets[0].to(logits.device).split(rows), strict=True)
+        logits, targets, hidden = (part[0].to(window[0].device) for part in window)
+        rows = rows_at_once(logits)
+        chunks = zip(logits.split(rows), targets.split(rows), strict=True)
         nll = torch.cat([F.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in chunks])
-        sums.append(nll.double().sum())
-    return torch.stack(sums)
+        sums.append([nll.double().sum()])
+        log_sum = logits.gather(-1, targets[:, None])[:, 0].double() + nll
+        if dense:
+            kl, same = dense[i].kl(model, logits, hidden, log_sum), logits.argmax(-1) == dense[i].top.to(logits.device)
+            sums[-1] += [kl.double().sum().clamp_min(0), same.double().sum()]  # rounding may leave less than 0
+        elif made is not None:
+            made.append(Forecast.of(model, logits, hidden, log_sum))
+    return torch.stack([torch.stack(of_window) for of_window in sums])
 
 
 def processes() -> tuple[int, int]:

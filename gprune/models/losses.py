@@ -136,9 +136,10 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def iter_logits(model: PreTrainedModel, input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits and targets of a batch, one window at a time: (1, T - 1, V) in the model's dtype, (1, T - 1) int64."""
+def iter_logits(model: PreTrainedModel, input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """A batch, one window at a time: logits (1, T - 1, V) in the model's dtype, targets (1, T - 1) int64, and the final
+    hidden states (1, T - 1, H) that the logits are computed from."""
     hidden = final_hidden(model, input_ids)
     head, transform = model.get_output_embeddings(), LogitTransform.of(model)
     for row, ids in zip(hidden, input_ids, strict=True):
-        yield transform(head(row[None])), ids[None, 1:]
+        yield transform(head(row[None])), ids[None, 1:], row[None]

@@ -5,14 +5,17 @@ from __future__ import annotations
 from gprune.config import RunConfig
 from gprune.recoveries import recovery_of
 
-KEPT = 2**32  # bytes of the dense model's final hidden states that are kept for rows that learn from the same text
+KEPT = 2**32  # bytes of what the dense model makes of one text that are kept for rows that learn, or are evaluated
 
 
 def keeps_taught(cfg: RunConfig, hidden_size: int) -> bool:
     """Whether several rows learn from one text, and what the dense model makes of it is small enough to keep."""
-    rows = sum(recovery_of(recovery).learns for _, recovery in cfg.stages)
-    size = fresh_tokens(cfg) * hidden_size * (4 if cfg.model.dtype == "float32" else 2)
-    return rows > 1 and size <= KEPT
+    return sum(recovery_of(row[1]).learns for row in cfg.stages) > 1 and keeps(cfg, fresh_tokens(cfg), hidden_size)
+
+
+def keeps(cfg: RunConfig, tokens: int, hidden_size: int) -> bool:
+    """Whether the dense model's final hidden states of so many tokens are few enough to keep."""
+    return tokens * hidden_size * (4 if cfg.model.dtype == "float32" else 2) <= KEPT
 
 
 def tokens_by_step(cfg: RunConfig, hidden_size: int) -> dict[int, tuple[int, int]]:
@@ -28,9 +31,10 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int) -> dict[int, tuple[int, int
     if cfg.learns:
         learning = s.epochs * len(c.learn) * (c.learn_samples or c.num_samples) * c.seq_len
         curve = ((s.epochs + 1) + 2 + len(e.curve)) * development
-    evaluated = len(c.evaluate) * e.num_samples * e.seq_len  # of each model
-    early = 1 + sum(recovery == "none" for _, recovery in cfg.stages) if cfg.evaluates_early else 0
-    late = 1 + len(cfg.stages) - early
+    evaluated = evaluated_tokens(cfg)  # by each model
+    times = 1 if keeps(cfg, evaluated, hidden_size) else 2  # of each row, and the dense model's beside it
+    early = 1 + times * sum(recovery == "none" for _, recovery in cfg.stages) if cfg.evaluates_early else 0
+    late = 1 + times * len(cfg.stages) - early
     forward = {
         9: 3 * compared_tokens(cfg) + early * evaluated,
         10: late * evaluated,
@@ -65,6 +69,11 @@ def passes(forward: int, forward_backward: int) -> float:
 def calibration_tokens(cfg: RunConfig) -> int:
     """Tokens of one pass over each corpus that statistics are collected on."""
     return len(cfg.calibration) * cfg.corpora.num_samples * cfg.corpora.seq_len
+
+
+def evaluated_tokens(cfg: RunConfig) -> int:
+    """Tokens of the text that each model is evaluated on."""
+    return len(cfg.corpora.evaluate) * cfg.evaluation.num_samples * cfg.evaluation.seq_len
 
 
 def fresh_tokens(cfg: RunConfig) -> int:

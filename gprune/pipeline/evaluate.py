@@ -17,13 +17,14 @@ from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
 from gprune.errors import dispensable
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
-from gprune.evaluation.perplexity import PerplexityResult, perplexity, processes
+from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity, processes
 from gprune.models.copies import sharded_copy
 from gprune.models.embedded import model_label
 from gprune.models.masks import Masks
-from gprune.models.offload import device_of
+from gprune.models.offload import device_of, stored
 from gprune.models.surgery import widths
 from gprune.partition.modules import Modules
+from gprune.pipeline.cost import evaluated_tokens, keeps
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
 from gprune.recoveries import recovery_of
@@ -37,6 +38,7 @@ from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
 log = logging.getLogger("gprune")
+DISTANCE = ("kl", "agreement", "window_kl", "window_agreement")
 LEARN = ("learn", "loss", "epochs", "centred", "learner")  # what of `--sparsity` a number says of learned masks
 
 
@@ -65,7 +67,7 @@ def evaluate(
     records: list[dict[str, Any]] = run.folder.metrics.get("records", [])
     done = {(r["stage"], r["recovery"]) for r in records}
     # Without an initialised process group, rank 0 evaluates alone.
-    world, measures = processes()[1], processes()[1] > 1 or rank_zero_only.rank == 0
+    measures = processes()[1] > 1 or rank_zero_only.rank == 0
     leaked = leaks(run) if measures else {}
     with run.folder.step("evaluate_unrecovered" if early else "evaluate"):
         for row in rows:
@@ -80,10 +82,10 @@ def evaluate(
                 continue
             if row != dense:
                 run.meter.watch(model)
-            if cfg.model.shard and world > 1:  # processes share the layers
-                model = sharded_copy(model, run.plan.device, world)
-            measure = dense_perplexity if row == dense else measured
-            results = [measure(run, model, w, row_name(*row)) for w in run.text.test]
+            name = row_name(*row)
+            measure = dense_perplexity if row == dense else compared if same_head(model, run.model) else measured
+            model = spread(run, model)
+            results = [measure(run, model, w, name) for w in run.text.test]
             pairs = zip(results, run.text.test, strict=True)
             records += [record(cfg, row, result, w, leaked[w.corpus]) for result, w in pairs]
             write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
@@ -104,6 +106,18 @@ def leaks(run: Run) -> dict[str, tuple[bool, float]]:
     return by_corpus
 
 
+def spread(run: Run, model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or with `--model.shard` a copy whose layers processes share."""
+    world = processes()[1]
+    return sharded_copy(model, run.plan.device, world) if run.cfg.model.shard and world > 1 else model
+
+
+def same_head(model: PreTrainedModel, other: PreTrainedModel) -> bool:
+    """Whether two models have one output embedding, which a recovery of the user's may have changed."""
+    ours, theirs = (stored(m.get_output_embeddings(), "weight") for m in (model, other))
+    return torch.equal(ours, theirs.to(ours.device))
+
+
 def dense_perplexity(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
     """As `measured`, of the dense model: shared between runs of the same model and text."""
     key = key_of(
@@ -116,18 +130,43 @@ def dense_perplexity(run: Run, model: PreTrainedModel, windows: Windows, name: s
         torch.distributed.broadcast_object_list(cached)
     if cached[0] is not None:
         return PerplexityResult(**cached[0])
-    result = measured(run, model, windows, name)
-    write_json(path, vars(result))
+    result = forecast(run, model, windows, name)
+    write_json(path, {name: value for name, value in vars(result).items() if value is not None})
     return result
 
 
-def measured(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
-    """Perplexity of a row's model, with a bar; processes that compute together share the batches."""
+def forecast(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
+    """As `measured`, of the dense model, whose forecasts are kept: those of all corpora, or of one if all are too many.
+
+    What is kept counts as one pass, that of the dense row, though the cache spared it or a later sitting repeats it.
+    """
+    if not (all_kept := keeps(run.cfg, evaluated_tokens(run.cfg), run.model.config.hidden_size)):
+        run.forecasts.clear()
+    kept = run.forecasts.setdefault(windows.content_hash, [])
+    with run.folder.step("evaluate_unrecovered" if all_kept and run.cfg.evaluates_early else "evaluate"):
+        return measured(run, model, windows, "dense" if all_kept else name, kept)
+
+
+def compared(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
+    """As `measured`, and how far the row's model is from the dense one."""
+    if windows.content_hash not in run.forecasts:
+        forecast(run, spread(run, run.model), windows, f"dense beside {name}")
+    return measured(run, model, windows, name, run.forecasts[windows.content_hash])
+
+
+def measured(
+    run: Run, model: PreTrainedModel, windows: Windows, name: str, dense: list[Forecast] | None = None
+) -> PerplexityResult:
+    """Perplexity of a row's model, with a bar; processes that compute together share the batches.
+
+    Args:
+        dense: `forecasts` of `perplexity`.
+    """
     batch_size = run.cfg.corpora.batch_size
     batches = math.ceil(len(windows.tokens) / batch_size / processes()[1])
     advance = run.screen.bar(f"Evaluating {name} on {windows.corpus}", batches)
     with run.folder.part(f"{name} on {windows.corpus}"):
-        return perplexity(model, windows, batch_size=batch_size, progress=advance, shared=True)
+        return perplexity(model, windows, batch_size=batch_size, progress=advance, shared=True, forecasts=dense)
 
 
 def record(
@@ -167,6 +206,7 @@ def record(
         "nll": result.nll,
         "tokens": result.tokens,
         "window_nll": result.window_nll,
+        **{name: value for name in DISTANCE if (value := getattr(result, name)) is not None},
         "seq_len": w.tokens.shape[1],
         "stride": w.tokens.shape[1],
         "bos": w.bos,

@@ -14,6 +14,7 @@ from gprune.calibration.layerwise import walks
 from gprune.calibration.statistics import gram_bytes
 from gprune.models.blocks import blocks_of
 from gprune.models.losses import CHUNK, ROWS
+from gprune.pipeline.cost import evaluated_tokens, keeps
 from gprune.pipeline.plan import Plan
 from gprune.recoveries import recovery_of
 
@@ -52,6 +53,7 @@ def peaks_of(plan: Plan) -> dict[str, float]:
     """
     cfg, config, costs, blocks = plan.cfg, plan.skeleton.config, plan.budget.costs, blocks_of(plan.skeleton)
     d, cpu, w = cfg.distill, plan.device.type == "cpu", getattr(torch, cfg.model.dtype).itemsize
+    evaluated = evaluated_tokens(cfg)
     H, V, C, L = config.hidden_size, config.vocab_size, max(b.output.in_features for b in blocks), len(blocks)
     N = max(costs.neurons) * min(getattr(config, "num_experts_per_tok", 1), blocks[0].experts)
     kept, left = 1 - plan.budget.target / costs.total, plan.skeleton.num_parameters() - plan.budget.target
@@ -65,7 +67,9 @@ def peaks_of(plan: Plan) -> dict[str, float]:
         return V * (CHUNK * width * (1 + teacher) + (ROWS if cpu else CHUNK) * (8 + 12 * teacher))
 
     dense = w * (left + plan.budget.target) + held
-    others = dense + w * left * (len(cfg.stages) > 1)  # beside a row's model: the dense one, and the final one
+    forecasts = w * H * evaluated * (cpu and keeps(cfg, evaluated, H))  # on a GPU they are in the host's memory
+    # Beside a row's model: the dense one, and the final one.
+    others = dense + w * left * (len(cfg.stages) > 1) + forecasts
     learn = dense + L * batch * (8 * H + 4 * w * (N + C)) + head(w, teacher=cfg.sparsity.loss == "kl")
     sums = gram / L + cpu * w * H * cfg.corpora.num_samples * cfg.corpora.seq_len if walked else gram * (not cpu)
     calibrate = dense + sums + batch * ((26 if gram else 2 * w + 8) * N + 4 * H)

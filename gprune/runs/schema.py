@@ -45,12 +45,20 @@ class Measured(Shape):
     tokens: Annotated[int, Field(ge=1, le=10**15)]
     window_nll: Annotated[list[Annotated[float, Field(ge=0, le=1e12)]], Field(min_length=1)]
 
+    kl: Annotated[float, Field(ge=0, le=1e300)] | None = None  # to the dense model, and agreement with it, if measured
+    window_kl: list[Annotated[float, Field(ge=0, le=1e300)]] | None = None
+    agreement: Share | None = None
+    window_agreement: list[Annotated[float, Field(ge=0, le=1e12)]] | None = None
+
     @model_validator(mode="after")
     def check_windows(self) -> Self:
-        """Windows, which may be rounded to four digits, add up to the nll of all tokens."""
-        total, expected = math.fsum(self.window_nll), self.nll * self.tokens
-        if abs(total - expected) > 1e-4 * (1 + total + len(self.window_nll)):
-            raise UserError(f"window_nll: expected a sum of nll x tokens = {expected}, got {total}")
+        """Windows, which may be rounded to four digits, add up to the mean of all tokens, and are as many as of nll."""
+        for name in ("nll", "kl", "agreement"):
+            mean, sums = getattr(self, name), getattr(self, f"window_{name}")
+            total, expected = math.fsum(sums or ()), (mean or 0) * self.tokens
+            limit, some = 1e-4 * (1 + total + len(self.window_nll)), mean is not None
+            if abs(total - expected) > limit or len(sums or ()) != some * len(self.window_nll):
+                raise UserError(f"window_{name}: expected a sum of {name} x tokens = {expected}, got {total}")
         return self
 
 

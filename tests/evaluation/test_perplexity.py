@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from gprune.evaluation.intervals import (
     paired_gap,
     paired_ratio,
 )  # fmt: skip
-from gprune.evaluation.perplexity import perplexity
+from gprune.evaluation.perplexity import Forecast, perplexity
 from tests.conftest import make_tiny_llama
+from tests.tiny_families import make_tiny
 
 
 def nll_in_float64(logits: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
@@ -61,6 +63,37 @@ def test_bfloat16_logits_are_not_summed_in_bfloat16(token_batch):
     model = make_tiny_llama().bfloat16()
     nll = nll_in_float64(model(token_batch).logits[:, :-1].float(), token_batch[:, 1:])
     assert perplexity(model, windows_of(token_batch)).nll == pytest.approx(nll.mean(), rel=5e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])  # plain, with a limit on logits, and scaled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_distance_is_that_of_all_logits_in_float64(family, dtype):
+    """Seven windows, in other batches than the dense model's; a model is at no distance from itself."""
+    generator = torch.Generator().manual_seed(4)
+    windows = windows_of(torch.randint(3, 128, (7, 32), generator=generator))
+    dense, other = (make_tiny(family).to(dtype) for _ in range(2))
+    for layer in other.get_decoder().layers:
+        layer.mlp.down_proj.weight.data *= 1 + torch.rand(layer.mlp.down_proj.weight.shape, generator=generator)
+    if family == "llama":
+        for model in (dense, other):
+            model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, 128, dtype=dtype), requires_grad=False)
+    log_q, log_p = (m(windows.tokens).logits[:, :-1].double().log_softmax(-1) for m in (dense, other))
+    kl, same = (log_q.exp() * (log_q - log_p)).sum(-1), log_q.argmax(-1) == log_p.argmax(-1)
+    forecasts: list[Forecast] = []
+    plain, own = perplexity(dense, windows, batch_size=3), perplexity(dense, windows, batch_size=3, forecasts=forecasts)
+    assert own == plain
+    assert own.kl is None
+    assert all((f.rest is None) == (dtype == torch.bfloat16 or family == "gemma2") for f in forecasts)
+    found = perplexity(other, windows, batch_size=2, forecasts=forecasts)
+    assert replace(found, kl=None, window_kl=None, agreement=None, window_agreement=None) == perplexity(
+        other, windows, batch_size=2
+    )
+    np.testing.assert_allclose(found.window_kl, kl.sum(1), rtol=1e-4)
+    assert found.window_agreement == same.sum(1).tolist()
+    assert (found.kl, found.agreement) == pytest.approx((kl.mean().item(), same.double().mean().item()), rel=1e-4)
+    assert found.kl > 1e-3
+    zero = perplexity(dense, windows, batch_size=3, forecasts=forecasts)
+    assert (zero.kl, zero.agreement) == (pytest.approx(0, abs=1e-9), 1)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -138,7 +171,9 @@ def test_a_ratio_is_paired():
 def test_processes_that_share_the_windows_find_the_bits_of_one(tiny_model, monkeypatch):
     """Seven windows in batches of two: of three processes the first has two batches, and the last window alone."""
     windows = Windows("text", "test", torch.randint(3, 128, (7, 16), generator=torch.Generator().manual_seed(2)))
-    expected = perplexity(tiny_model, windows, batch_size=2)
+    dense: list[Forecast] = []
+    perplexity(make_tiny_llama(initializer_range=0.2), windows, forecasts=dense)
+    expected, of_rank = perplexity(tiny_model, windows, batch_size=2, forecasts=dense), ([0, 1, 6], [2, 3], [4, 5])
     distributed, sent, passes = torch.distributed, {}, []
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 3)
@@ -146,16 +181,17 @@ def test_processes_that_share_the_windows_find_the_bits_of_one(tiny_model, monke
 
     def gather(parts, own):
         sent[distributed.get_rank()] = own
-        parts[:] = [sent.get(rank, [torch.zeros(2), torch.zeros(1)]) for rank in range(3)]
+        parts[:] = [sent.get(rank, [torch.zeros(2, 3), torch.zeros(1, 3)]) for rank in range(3)]
 
     monkeypatch.setattr(distributed, "all_gather_object", gather)
     for rank in (2, 1, 0):
         monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
-        result = perplexity(tiny_model, windows, batch_size=2, shared=True)
+        own = [dense[i] for i in of_rank[rank]]
+        result = perplexity(tiny_model, windows, batch_size=2, shared=True, forecasts=own)
     assert [[len(nll) for nll in sent[rank]] for rank in range(3)] == [[2, 1], [2], [2]]
     assert result == expected
     assert sorted(passes) == [0] * 3 + [1] * 3 + [2] * 3  # windows; the last one of 1 and 2 counts for nothing
-    assert perplexity(tiny_model, windows, batch_size=2) == expected  # nobody is asked who was not to share
+    assert perplexity(tiny_model, windows, batch_size=2, forecasts=dense) == expected  # who is not to share asks nobody
 
 
 def test_a_paired_difference_is_as_certain_as_the_pairs_are():

@@ -320,7 +320,7 @@ def test_losses_are_the_models_own(family, ids):
     model = make_tiny(family)
     own = model(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(next_token_losses(model, ids).mean(), own, atol=1e-5, rtol=1e-5)
-    logits, targets = (torch.cat(rows) for rows in zip(*iter_logits(model, ids), strict=True))
+    logits, targets, _ = (torch.cat(rows) for rows in zip(*iter_logits(model, ids), strict=True))
     torch.testing.assert_close(logits, model(ids).logits[:, :-1], atol=1e-4, rtol=0)
     assert torch.equal(targets, ids[:, 1:])
 
