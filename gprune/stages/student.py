@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from gprune.config import DistillConfig
-from gprune.models.blocks import Block, Part, blocks_of
+from gprune.models.blocks import Block, Part, blocks_of, decoder_layers
 from gprune.models.copies import without_weights
 from gprune.models.offload import gathered
 
@@ -38,13 +38,12 @@ class Student:
         self.model, self.settings = model, settings
         self.learned = nn.ParameterDict()
         self._sizes: dict[str, Tensor] = {}
+        self._paths: list[tuple[int, str]] = []  # of weights that learn: the layer, and the name in it
         self._norm_offset = blocks_of(model)[0].family.norm_offset  # such norms multiply by it + weight
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self._unsharded: PreTrainedModel | None = None  # the model without weights, while its layers are sharded
         self._undo = ExitStack()  # removes hooks and restores attributes
-        self._fold: list[
-            Callable[[], None]
-        ] = []  # functions that put parts together, or multiply adapters into the weights
+        self._merge: Callable[[], PreTrainedModel] | None = None  # multiplies adapters into the weights
         for parameter in model.parameters():  # steps of AdamW are smaller than what bfloat16 tells apart
             parameter.data = parameter.data.float()
         if settings.targets == "lora":
@@ -63,21 +62,27 @@ class Student:
         return self._unsharded is not None
 
     def _learn(self, name: str, parameter: nn.Parameter, size: Tensor | None = None) -> None:
-        key = name.replace(".", "_")
+        key, is_gain = name.replace(".", "_"), parameter.dim() == 1 and name.endswith("weight")
         self.learned[key] = parameter.requires_grad_()
-        if key not in self._sizes:  # later it may be sharded
-            is_gain = parameter.dim() == 1 and name.endswith("weight")
-            self._sizes[key] = rms(parameter + self._norm_offset if is_gain else parameter) if size is None else size
+        self._sizes[key] = rms(parameter + self._norm_offset if is_gain else parameter) if size is None else size
 
     def _learn_weights(self) -> None:
-        """All weights of decoder layers, or those of their FFNs; registered again when sharding has replaced them."""
-        self.learned = nn.ParameterDict()
+        """All weights of decoder layers, or those of their FFNs."""
         for block in blocks_of(self.model):
             ffn = {place.path.rpartition(".")[0] for place in block.slices if place.kind == "ffn"}
             for name, parameter in block.layer.named_parameters():
                 host = name.rpartition(".parametrizations." if ".parametrizations." in name else ".")[0]
-                if self.settings.targets == "all" or host in ffn:
+                tied = any(parameter is other for other in self.learned.values())  # with another layer's
+                if not tied and (self.settings.targets == "all" or host in ffn):
                     self._learn(f"{block.index}.{name}", parameter)
+                    self._paths.append((block.index, name))
+
+    def _learn_again(self) -> None:
+        """Register weights that have taken the places of those that learned."""
+        layers, self.learned = decoder_layers(self.model), nn.ParameterDict()
+        for index, name in self._paths:
+            weight = layers[index].get_parameter(name)
+            self.learned[f"{index}.{name}".replace(".", "_")] = weight.requires_grad_()
 
     def _take_apart(self) -> None:
         """Let the parts that a block stores in one tensor learn as tensors of their own, until `plain`."""
@@ -92,7 +97,6 @@ class Student:
 
     def _register(self, host: nn.Module, name: str, pieces: Pieces) -> None:
         parametrize.register_parametrization(host, name, pieces.to(getattr(host, name).device))
-        self._fold.append(lambda: parametrize.remove_parametrizations(host, name, leave_parametrized=True))
 
     def _learn_adapters(self) -> None:
         """PEFT's adapters of rank `settings.rank` on the linear layers of blocks."""
@@ -119,8 +123,7 @@ class Student:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 self._learn(name, parameter, sizes.get(name))
-        self.model = adapted.get_base_model()
-        self._fold.append(lambda: setattr(self, "model", adapted.merge_and_unload()))
+        self.model, self._merge = adapted.get_base_model(), adapted.merge_and_unload
 
     def _recompute(self) -> None:
         """Let layers compute their activations again in the backward pass, in place of keeping them."""
@@ -138,11 +141,11 @@ class Student:
         from torch.distributed.fsdp import fully_shard  # not every build of torch has it
 
         self._unsharded = without_weights(self.model)
-        for block in blocks_of(self.model):  # each moves to its device by itself: no device holds all of them
+        for layer in decoder_layers(self.model):  # each moves to its device by itself: no device holds all of them
             # By default a layer that is a root stays gathered after its forward pass: on the device, and for readers.
-            fully_shard(block.layer, mesh=mesh, reshard_after_forward=True)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         self.model.to(device)
-        self._learn_weights()
+        self._learn_again()
 
     def gather(self) -> None:
         """Put sharded layers together again, on the CPU."""
@@ -155,7 +158,7 @@ class Student:
                 getattr(parent, kind)[leaf] = nn.Parameter(value) if kind == "_parameters" else value
         whole.tie_weights()
         self.model, self._unsharded = whole.requires_grad_(False), None
-        self._learn_weights()
+        self._learn_again()
 
     @torch.no_grad()
     def plain(self) -> PreTrainedModel:
@@ -163,8 +166,11 @@ class Student:
         self._undo.close()
         if self.settings.checkpointing:
             _checkpointing(self.model, "disable")()
-        for fold in self._fold:
-            fold()
+        for host in [module for module in self.model.modules() if parametrize.is_parametrized(module)]:
+            for name in list(host.parametrizations):
+                parametrize.remove_parametrizations(host, name, leave_parametrized=True)
+        if self._merge is not None:
+            self.model = self._merge()
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(self._dtypes[name])
         return self.model.eval().requires_grad_(False)
