@@ -573,7 +573,7 @@ real, left = DistillationStage.training_step, iter(range(int(sys.argv[1])))
 def step(*args):
     if next(left, None) is None:
         raise SystemExit(9)
-    return real(*args)
+    return real(*args) * (float("nan") if args[2] == 1 else 1)
 DistillationStage.training_step = step
 measure, measured = callbacks.DevelopmentCurve._measure, callbacks.perplexities
 def noted(self, trainer, stage):
@@ -588,7 +588,8 @@ raise SystemExit(main(sys.argv[2:]))
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_and_go_on_to_the_same_bits(world, tmp_path):
-    """Five batches of four windows, the last one of one: the second process has nothing to do there."""
+    """Five batches of four windows, the last one of one: the second process has nothing to do there. The second step is
+    left out, before a kill, and perplexity ends where learning goes back to the best."""
     (tmp_path / "dying.py").write_text(DYING)
     flags = ["--recovery=[least_squares,distill]", "--distill.tokens=576", "--distill.batch_size=4", "--export=none"]
     flags += ["--run.checkpoint_minutes=0", "--distill.learning_rate=0.001", "--gprune=false"]
@@ -603,6 +604,9 @@ def test_two_processes_learn_what_one_does_and_go_on_to_the_same_bits(world, tmp
             args = [str(life), *world.args(tmp_path, *flags, *more, name=name)]
             ended = tiny_run.train(args, place, processes=processes, script=tmp_path / "dying.py")
             assert [done.returncode for done in ended] == [0 if life == 99 else 9] * processes, ended[0].stderr
+        said = " ".join(ended[0].stdout.split())
+        assert "Left out 1 of 5 steps" in said
+        assert "ends at 8, where it began at 7: went back to step 2, with 5" in said
         found[name] = learned(tmp_path / name)
         tokens = [
             float(row[f"{CURVES}/tokens"])
