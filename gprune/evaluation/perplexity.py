@@ -49,15 +49,12 @@ class Forecast(NamedTuple):
         """KL(dense || model) of each token in nats, (T - 1,), from what the model makes of the same window."""
         transform, states, rows = LogitTransform.of(model), self.states.to(logits.device), rows_at_once(logits)
         if self.rest is not None:
-            return (
-                self.rest.to(logits.device) + log_sum - (states.double() * hidden.double()).sum(-1) / transform.scaling
-            )
+            products = (states.double() * hidden.double()).sum(-1) / transform.scaling
+            return self.rest.to(logits.device) + log_sum - products
         theirs = transform(model.get_output_embeddings()(states[None]))[0]
-        pairs = (
-            (part.float().log_softmax(-1) for part in two)
-            for two in zip(logits.split(rows), theirs.split(rows), strict=True)
-        )
-        return torch.cat([F.kl_div(*pair, reduction="none", log_target=True).sum(-1) for pair in pairs])
+        pairs = zip(logits.split(rows), theirs.split(rows), strict=True)
+        logs = (tuple(part.float().log_softmax(-1) for part in pair) for pair in pairs)
+        return torch.cat([F.kl_div(*pair, reduction="none", log_target=True).sum(-1) for pair in logs])
 
 
 @dataclass(frozen=True)
@@ -69,9 +66,9 @@ class PerplexityResult:
     tokens: int  # predicted tokens: windows x (seq_len - 1)
     window_nll: list[float]  # sum over the window's predicted tokens, nats
     kl: float | None = None  # KL(dense || model), mean, nats per predicted token
+    window_kl: list[float] | None = None  # sums, as of nll
     agreement: float | None = None  # share of tokens for which both models have the same most likely token
-    window_kl: list[float] | None = None  # sums over the window's predicted tokens, nats
-    window_agreement: list[int] | None = None
+    window_agreement: list[float] | None = None  # numbers of such tokens
 
 
 def perplexity(
@@ -116,10 +113,7 @@ def perplexity(
     nll = float(window_nll.sum()) / tokens
     if nll > 700:  # exp would overflow
         raise UserError(f"The mean loss on {windows.corpus} is {nll:.0f} nats per token; the model is broken.")
-    kl, same = scores[:, 1:].T if scores.shape[1] > 1 else (None, None)
-    distance = (
-        () if kl is None else (float(kl.sum()) / tokens, float(same.sum()) / tokens, kl.tolist(), same.int().tolist())
-    )
+    distance = [part for sums in scores.T[1:] for part in (float(sums.sum()) / tokens, sums.tolist())]
     return PerplexityResult(math.exp(nll), nll, tokens, window_nll.tolist(), *distance)
 
 

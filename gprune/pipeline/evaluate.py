@@ -38,7 +38,6 @@ from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
 log = logging.getLogger("gprune")
-DISTANCE = ("kl", "agreement", "window_kl", "window_agreement")
 LEARN = ("learn", "loss", "epochs", "centred", "learner")  # what of `--sparsity` a number says of learned masks
 
 
@@ -202,11 +201,7 @@ def record(
         "split": w.split,
         "seen": leak[0],
         "leaked_13grams": leak[1],
-        "perplexity": result.perplexity,
-        "nll": result.nll,
-        "tokens": result.tokens,
-        "window_nll": result.window_nll,
-        **{name: value for name in DISTANCE if (value := getattr(result, name)) is not None},
+        **{name: value for name, value in vars(result).items() if value is not None},
         "seq_len": w.tokens.shape[1],
         "stride": w.tokens.shape[1],
         "bos": w.bos,

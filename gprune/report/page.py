@@ -22,7 +22,7 @@ from gprune.report.benchmark_table import evaluation_table
 from gprune.report.comparison_figures import learning_figure, means_figure, ratio_figure, sparsity_lines
 from gprune.report.curves import read_curves
 from gprune.report.grouping import Group, groups, read_runs, settings_table, short_names, with_distinct_names
-from gprune.report.perplexity_tables import comparison_table, perplexity_table, summary_table
+from gprune.report.perplexity_tables import comparison_table, distance_table, perplexity_table, summary_table
 from gprune.report.records import caption
 from gprune.report.run_figures import write_figures
 from gprune.report.style import FORMATS, save, titled
@@ -173,7 +173,7 @@ def of_runs(
     if seen is not None:
         runs = [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
     rows = groups(runs)
-    tables = [summary_table(rows, bases, seen=seen), perplexity_table(rows, seen=seen)]
+    tables = [summary_table(rows, bases, seen=seen), perplexity_table(rows, seen=seen), distance_table(rows)]
     if 1 < len(runs) <= SIDE_BY_SIDE:
         tables += [comparison_table(rows), settings_table(rows)]
     if evaluated := [r | {"run": run.name} for run in with_distinct_names(runs) for r in run.evaluation]:

@@ -20,7 +20,7 @@ from gprune.corpora.load import corpus_labels
 from gprune.errors import UserError
 from gprune.evaluation.intervals import mean_perplexity, paired_gap
 from gprune.report.grouping import Group
-from gprune.report.records import Stage, by_stage, records_of, unseen_ratio
+from gprune.report.records import Stage, by_stage, distance, records_of, unseen_ratio
 from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.results import FinishedRun, row_name
 
@@ -85,6 +85,20 @@ def summary_table(
         "Perplexity, lower is better. In brackets 95 % intervals: Student's t over windows (paired, for ratios) of "
         "a single run; over seeds, which have the same windows, where there are several. gap: (unseen pruned "
         "/ dense) / (seen pruned / dense). " + _division(seen) + ("" if bases is None else f" base: {base}."),
+    )
+
+
+def distance_table(groups: Sequence[Group]) -> Table:
+    """A row per group and pruned stage: KL to the dense model and agreement with it over unseen text."""
+    rows = _rows(groups, lambda run, stage: list(distance(run.records, stage).values()))
+    return Table(
+        "distance",
+        "Distance from dense",
+        ["run", "stage", "seeds", "KL", "agreement"],
+        [row for row in rows if row[-1] is not None],
+        {"KL": 3, "agreement": 3},
+        "Over unseen text: KL(dense || row) in nats per token, and how often both have the same most likely token. "
+        "In brackets 95 % intervals: Student's t over windows; over seeds where there are several.",
     )
 
 

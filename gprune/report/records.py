@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gprune.corpora.load import corpus_labels
-from gprune.evaluation.intervals import generalisation_gap, geometric_mean, paired_ratio
+from gprune.evaluation.intervals import generalisation_gap, geometric_mean, mean_per_token, paired_ratio
 from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.results import Record, key_part, row_name
 
@@ -42,9 +42,10 @@ def caption(records: Sequence[Record]) -> str:
 
 
 def means_and_gaps(records: Sequence[Record]) -> dict[Stage, dict[str, float]]:
-    """(stage, recovery) -> geometric means over `seen` and `unseen` corpora, and the generalisation `gap`.
+    """(stage, recovery) -> geometric means over `seen` and `unseen` corpora, the generalisation `gap`, and means over
+    unseen corpora of how far a row is from dense: `unseen_kl` in nats per token, `unseen_agreement`.
 
-    NaN is what is undefined: means over no corpora, and the gap of the dense model to itself.
+    NaN is what is undefined: means over no corpora, the gap of the dense model to itself, and what was not measured.
     """
     table, seen = by_stage(records), {r["corpus"]: r["seen"] for r in records}
     dense = table[("dense", "none")]
@@ -53,9 +54,22 @@ def means_and_gaps(records: Sequence[Record]) -> dict[Stage, dict[str, float]]:
             "seen": geometric_mean(v for c, v in values.items() if seen[c]),
             "unseen": geometric_mean(v for c, v in values.items() if not seen[c]),
             "gap": float("nan") if stage == "dense" else generalisation_gap(values, dense, seen),
+            **{f"unseen_{n}": e.value if e else math.nan for n, e in distance(records, (stage, recovery)).items()},
         }
         for (stage, recovery), values in table.items()
     }
+
+
+def distance(records: Sequence[Record], stage: Stage) -> dict[str, Estimate | None]:
+    """How far from dense a stage is on text that it has not seen: `kl` in nats per token, and `agreement`.
+
+    None without such text, and in records from before it was measured.
+    """
+    own = records_of(records, stage, seen=False)
+    if not own or any(r.get("kl") is None for r in own.values()):
+        return {"kl": None, "agreement": None}
+    sums = {name: {c: r[f"window_{name}"] for c, r in own.items()} for name in ("kl", "agreement")}
+    return {name: Estimate(*mean_per_token(of, records[0]["seq_len"] - 1)) for name, of in sums.items()}
 
 
 def unseen_ratio(records: Sequence[Record], stage: Stage, others: Sequence[Record], other: Stage) -> Estimate | None:
@@ -86,15 +100,18 @@ def run_numbers(
 ) -> dict[str, float]:
     """What trackers sort runs by, under keys that do not depend on settings, but for the names of rows and corpora.
 
-    `final/...` is the run's own row: `unseen`, `seen`, `gap`, `unseen_over_base` and `perplexity/<corpus>`, those that
-    are defined; `rows/<row>/...` the same of every row. `parameters_after` and other numbers are those of the summary,
+    `final/...` is the run's own row: `unseen`, `seen`, `gap`, `unseen_kl`, `unseen_agreement`, `unseen_over_base`,
+    and of each corpus `perplexity/<corpus>`, `kl/...` and `agreement/...`, those that are defined; `rows/<row>/...` the same of every row. `parameters_after` and other numbers are those of the summary,
     `steps/<step>/...` seconds, tokens and peak memory in MiB.
     """
     means, ratios, flat = means_and_gaps(records), unseen_ratios(records), {}
     labels = corpus_labels(r["corpus"] for r in records)
-    for row, values in by_stage(records).items():
+    for row in means:
         name = row_name(*row)
-        numbers = means[row] | {f"perplexity/{key_part(labels[corpus])}": value for corpus, value in values.items()}
+        numbers = dict(means[row])
+        for corpus, r in records_of(records, row).items():
+            of_corpus = {name: r.get(name) for name in ("perplexity", "kl", "agreement")}
+            numbers |= {f"{name}/{key_part(labels[corpus])}": v for name, v in of_corpus.items() if v is not None}
         if name in ratios:
             numbers["unseen_over_base"] = ratios[name]["ratio"]
         for prefix in (f"rows/{key_part(name)}", "final")[: 1 + (row == final)]:
@@ -116,15 +133,22 @@ def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = N
     def row(stage: str, recovery: str, values: dict[str, float]) -> list[Cell]:
         name, own_means = row_name(stage, recovery), means[stage, recovery].values()
         numbers = [None if v != v else v for v in (*(values[c] for c in corpora), *own_means)]
-        return [name, *numbers, Estimate(*ratios[name].values()) if name in ratios else None]
+        ratio = Estimate(*ratios[name].values()) if name in ratios else None
+        return [name, *numbers[:-2], ratio, *numbers[-2:]][: len(columns)]
 
+    columns = ["", *(labels[c] + ("*" if seen[c] else "") for c in corpora), "seen", "unseen", "gap", "unseen / base"]
+    note = "* seen: the corpus, in other documents, was used by the run. Perplexity, lower is better."
+    if any(of_row["unseen_kl"] == of_row["unseen_kl"] for of_row in means.values()):
+        columns += ["KL", "agreement"]
+        note += " KL(dense || row) in nats per token, and how often both have the same most likely token: unseen text."
+    rows = [row(*key, values) for key, values in by_stage(records).items()]
     return Table(
         "result",
         "Perplexity by corpus",
-        ["", *(labels[c] + ("*" if seen[c] else "") for c in corpora), "seen", "unseen", "gap", "unseen / base"],
-        [row(*key, values) for key, values in by_stage(records).items()],
-        {"gap": 3, "unseen / base": 3},
-        "* seen: the corpus, in other documents, was used by the run. Perplexity, lower is better.",
+        columns,
+        rows,
+        dict.fromkeys(("gap", "unseen / base", "KL", "agreement"), 3),
+        note,
     )
 
 

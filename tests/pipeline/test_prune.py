@@ -31,6 +31,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.pipeline import evaluate as outcome
 from gprune.pipeline.plan import check
+from gprune.pipeline.run import opened
 from gprune.sparsity.budget import unit_costs
 from gprune.sparsity.gates import masked
 from tests import tiny_run
@@ -476,6 +477,28 @@ def test_dry_run_bounds_the_tokens_of_a_gradient_metric(world, tmp_path, monkeyp
     bound = check(cached.config)
     assert cached.summary["forward_backward_tokens"] == 0 < bound.forward_backward_tokens == calibrated // 3
     assert cached.summary["forward_tokens"] <= bound.forward_tokens
+
+
+@pytest.mark.slow
+def test_forecasts_that_are_not_kept_or_come_after_the_cache_give_the_same_distance(world, tmp_path, monkeypatch):
+    """By what the masked model's logits are; the dense model's pass is counted once, whether the cache has its row."""
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    flags, runs = ("--gprune=false", "--export=hf"), []
+    for name, kept in (("first", 2**32), ("cached", 2**32), ("not_kept", 0)):
+        monkeypatch.setattr("gprune.pipeline.cost.KEPT", kept)
+        runs.append(world.run(tmp_path, *flags, name=name))
+        assert json.loads((runs[-1].path / "manifest.json").read_text())["steps"]["evaluate"]["forward_tokens"] == 384
+        assert runs[-1].summary["forward_tokens"] <= check(runs[-1].config).forward_tokens
+        assert runs[-1].records == runs[0].records
+    dense = AutoModelForCausalLM.from_pretrained(world.model)
+    with opened(runs[0].config) as run:
+        text = {w.corpus: w.tokens for w in run.text.test}
+    for record in runs[0].records:
+        assert ("kl" in record) == (record["stage"] != "dense")
+        if "kl" in record:
+            logits = [m(text[record["corpus"]]).logits[:, :-1].double() for m in (dense, runs[0].model)]
+            log_q, log_p = (z.log_softmax(-1) for z in logits)
+            assert record["window_kl"] == pytest.approx((log_q.exp() * (log_q - log_p)).sum((1, 2)).tolist(), rel=1e-4)
 
 
 def test_from_python_a_plan_is_not_a_run(tmp_path):

@@ -24,7 +24,8 @@ from gprune.config import RunConfig
 from gprune.config.groups import CorporaConfig, ModelConfig
 from gprune.config.running import EvaluationConfig
 from gprune.corpora.load import corpus_labels
-from gprune.evaluation.intervals import paired_difference, paired_ratio
+from gprune.errors import UserError
+from gprune.evaluation.intervals import mean_per_token, paired_difference, paired_ratio
 from gprune.models.masks import Masks
 from gprune.report.benchmark_table import evaluation_table
 from gprune.report.command import default_output, main
@@ -32,7 +33,7 @@ from gprune.report.comparison_figures import learning_figure, ratio_figure, spar
 from gprune.report.curves import curve_figures
 from gprune.report.grouping import read_runs, short_names
 from gprune.report.model_card import model_card
-from gprune.report.records import unseen_ratios
+from gprune.report.records import result_table, unseen_ratios
 from gprune.report.run_figures import perplexity_figure
 from gprune.report.style import LINES
 from gprune.report.table import Estimate, Table
@@ -150,6 +151,32 @@ def test_numbers_of_one_run_are_those_of_its_records(run):
     dense = table.rows[0]
     assert dense[0] == records_of(run, "dense")[0]["model"]
     assert dense[5:] == [None, None, None]
+
+
+def test_the_distance_is_that_of_the_records_and_old_records_have_none(run):
+    table = next(t for t in report.make([run]).tables if t.name == "distance")
+    assert "dense" not in [cells[1] for cells in table.rows]
+    own = records_of(run, "gprune", seen=False)
+    for column, name in (("KL", "kl"), ("agreement", "agreement")):
+        found = row(table, "one", "gprune")[column]
+        assert found.value == pytest.approx(np.mean([r[name] for r in own]), rel=1e-9)
+        assert found == Estimate(*mean_per_token({r["corpus"]: r[f"window_{name}"] for r in own}, 31))
+        assert found.low < found.value < found.high
+    records = json.loads((run / "metrics.json").read_text())["records"]
+    printed = result_table(records)
+    assert printed.columns[-3:] == ["unseen / base", "KL", "agreement"]
+    assert max(map(len, printed.to_terminal(80).splitlines())) <= 80
+    for r in records:
+        for name in ("kl", "window_kl", "agreement", "window_agreement"):
+            r.pop(name, None)
+    assert result_table(records).columns == printed.columns[:-2]
+    edit(run / "metrics.json", lambda content: content.update(records=records))
+    made = report.make([run])
+    assert [t.rows for t in made.tables if t.name == "distance"] == [[]]
+    assert "agreement" not in made.to_markdown()
+    edit(run / "metrics.json", lambda content: content["records"][-1].update(kl=1.0, window_kl=[1.0]))
+    with pytest.raises(UserError, match="window_kl: expected a sum of kl x tokens"):
+        report.make([run])
 
 
 def test_perplexity_by_corpus_marks_what_was_seen(run):

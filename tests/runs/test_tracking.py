@@ -99,12 +99,15 @@ def test_a_run_table_has_the_runs_numbers_under_keys_that_hold_still(told):
     run, summary = told.run, told.summary
     means = run.summary["geometric_means"]
     ratio = run.summary["unseen_over_base"]["gprune"]["ratio"]
-    for kind in ("seen", "unseen", "gap"):
+    for kind in ("seen", "unseen", "gap", "unseen_kl", "unseen_agreement"):
         assert summary[f"final/{kind}"] == summary[f"rows/gprune/{kind}"] == means["gprune"][kind]
         assert summary[f"rows/averaged/{kind}"] == means["averaged"][kind]
     assert summary["final/unseen_over_base"] == ratio
     for record in run.records:
-        assert summary[f"rows/{record['stage']}/perplexity/{Path(record['corpus']).name}"] == record["perplexity"]
+        row, corpus = f"rows/{record['stage']}", Path(record["corpus"]).name
+        assert summary[f"{row}/perplexity/{corpus}"] == record["perplexity"]
+        for name in ("kl", "agreement"):
+            assert summary.get(f"{row}/{name}/{corpus}") == record.get(name)
     assert not any(blank in key for key in summary for blank in " +")
     for name in ("parameters_before", "parameters_after", "sparsity_of_model", "forward_tokens"):
         assert summary[name] == run.summary[name]
