@@ -100,9 +100,10 @@ def run_numbers(
 ) -> dict[str, float]:
     """What trackers sort runs by, under keys that do not depend on settings, but for the names of rows and corpora.
 
-    `final/...` is the run's own row: `unseen`, `seen`, `gap`, `unseen_kl`, `unseen_agreement`, `unseen_over_base`,
-    and of each corpus `perplexity/<corpus>`, `kl/...` and `agreement/...`, those that are defined; `rows/<row>/...` the same of every row. `parameters_after` and other numbers are those of the summary,
-    `steps/<step>/...` seconds, tokens and peak memory in MiB.
+    `final/...` is the run's own row: `unseen`, `seen`, `gap`, `unseen_kl`, `unseen_agreement`, `unseen_over_base`, and
+    `perplexity/<corpus>`, `kl/<corpus>`, `agreement/<corpus>`, those that are defined; `rows/<row>/...` the same of
+    every row. `parameters_after` and other numbers are those of the summary, `steps/<step>/...` seconds, tokens and
+    peak memory in MiB.
     """
     means, ratios, flat = means_and_gaps(records), unseen_ratios(records), {}
     labels = corpus_labels(r["corpus"] for r in records)
