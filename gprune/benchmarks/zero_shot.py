@@ -78,13 +78,14 @@ def zero_shot(
 def record(loaded: LoadedTask, outcome: dict[str, Any], stamp: dict[str, Any]) -> dict[str, Any]:
     """The numbers of one task from what lm_eval measured, with everything needed to repeat them.
 
-    `correct` and `correct_norm` hold a digit per question, for paired comparisons between models; `content_hash` is
+    `correct` and `correct_norm` hold a digit per question, for paired comparisons between models, and `answers` the
+    choice by log-likelihood; `content_hash` is
     that of every string that was scored, so that two records with the same one answer the same questions.
     """
     task, name = loaded.task, loaded.task.task_name
     samples = sorted(outcome["samples"][name], key=lambda sample: sample["doc_id"])
-    lls = torch.tensor([float(ll) for s in samples for ll, _ in s["filtered_resps"]])
-    require_finite(f"log-likelihood came up in task '{name}'", lls)
+    of_choices = [[float(ll) for ll, _ in s["filtered_resps"]] for s in samples]
+    require_finite(f"log-likelihood came up in task '{name}'", torch.tensor([ll for lls in of_choices for ll in lls]))
     choices = [task.doc_to_choice(s["doc"]) for s in samples]
     # Where the choices come before the question (winogrande), lm_eval's target is the end of the text.
     targets = [task.doc_to_text(s["doc"]) if task.multiple_input else s["target"] for s in samples]
@@ -100,6 +101,7 @@ def record(loaded: LoadedTask, outcome: dict[str, Any], stamp: dict[str, Any]) -
         "source": loaded.source,
         "questions": len(samples),
         **numbers,
+        "answers": [max(range(len(lls)), key=lls.__getitem__) for lls in of_choices],
         "chance": sum(1 / len(own) for own in choices) / len(choices),
         "standard_protocol": loaded.complete and not partial,
         "note": (f"only the first {len(samples)} questions; " if partial else "") + loaded.note,

@@ -34,7 +34,7 @@ def generalisation_gap(pruned: dict[str, float], dense: dict[str, float], seen: 
 
 def mean_perplexity(nll: Nll, tokens_per_window: int) -> tuple[float, float, float]:
     """Geometric-mean perplexity of one model over corpora: (perplexity, lower, upper)."""
-    return _exp(*mean_per_token(nll, tokens_per_window))
+    return tuple(map(math.exp, mean_per_token(nll, tokens_per_window)))
 
 
 def mean_per_token(sums: Nll, tokens_per_window: int) -> tuple[float, float, float]:
@@ -63,7 +63,7 @@ def paired_gap(pruned: Nll, dense: Nll, seen: Mapping[str, bool], tokens_per_win
     if known in (0, len(pruned)):
         return (math.nan,) * 3
     weights = {corpus: -1 / known if seen[corpus] else 1 / (len(pruned) - known) for corpus in pruned}
-    return _exp(*_interval(differences(pruned, dense), weights, tokens_per_window))
+    return tuple(map(math.exp, _interval(differences(pruned, dense), weights, tokens_per_window)))
 
 
 def differences(a: Nll, b: Nll) -> Nll:
@@ -90,7 +90,3 @@ def _interval(nll: Nll, weights: Mapping[str, float], tokens_per_window: int) ->
     v = variance**2 / sum(part**2 / f for part, f in zip(parts, freedom, strict=True))
     half = float(student.ppf(0.975, v)) * math.sqrt(variance)
     return point, point - half, point + half
-
-
-def _exp(*estimate: float) -> tuple[float, ...]:
-    return tuple(map(math.exp, estimate))

@@ -25,13 +25,14 @@ def evaluation_table(records: Sequence[Record]) -> Table:
         "evaluation",
         "Zero-shot accuracy and WikiText-2",
         [
-            "task", "run", "stage", "split", "n", "acc or perplexity", "acc_norm", "against dense", "standard protocol",
-            "note",
+            "task", "run", "stage", "split", "n", "acc or perplexity", "acc_norm", "against dense", "flips",
+            "standard protocol", "note",
         ],
         rows,
         note="Accuracy +- standard error; perplexity with a 95 % interval. n: questions, or predicted tokens. Against "
         "dense, paired over questions or windows: accuracy minus the dense model's +- standard error; perplexity over "
-        "the dense model's with a 95 % interval. Standard protocol: all questions of the split with lm_eval's own "
+        "the dense model's with a 95 % interval. Flips: answers other than the dense model's; - right there and wrong "
+        "here, + the reverse. Standard protocol: all questions of the split with lm_eval's own "
         "prompts, or all windows; other numbers are never to be set beside published figures, nor is any number of a "
         "de-quantised model.",
     )  # fmt: skip
@@ -53,6 +54,16 @@ def _against(r: Record, other: Record) -> str:
     return _with_error(*paired_difference(*digits), sign="+")
 
 
+def _flips(r: Record, dense: Record) -> str | None:
+    """Shares of the questions: answered otherwise than by the dense model; from right to wrong; from wrong to right."""
+    if not ("correct" in r and r.get("answers") and dense.get("answers")):
+        return None
+    pairs = list(zip(dense["correct"], r["correct"], strict=True))
+    changed = sum(a != b for a, b in zip(dense["answers"], r["answers"], strict=True))
+    counts = changed, pairs.count(("1", "0")), pairs.count(("0", "1"))
+    return "{:.1%}: -{:.1%} +{:.1%}".format(*(count / len(pairs) for count in counts))
+
+
 def _with_error(value: float | None, error: float | None, sign: str = "") -> str | None:
     return None if value is None else f"{value:{sign}.3f}" + ("" if error is None else f" +- {error:.3f}")
 
@@ -71,4 +82,4 @@ def _numbers(r: Record, dense: Record | None) -> list[Cell]:
         about, n = [*about, f"windows of {r['seq_len']} tokens"], "tokens"
         values[0] = f"{r['perplexity']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
     standard, note = "yes" if r["standard_protocol"] else "no", f"{', '.join([*about, r['dtype']])}: {r['note']}"
-    return [r["split"], r[n], *values, dense and _against(r, dense), standard, note]
+    return [r["split"], r[n], *values, dense and _against(r, dense), dense and _flips(r, dense), standard, note]

@@ -187,6 +187,7 @@ class ZeroShot(Benchmark):
     acc_norm_stderr: Number | None
     correct: Digits = ""
     correct_norm: Digits = ""
+    answers: list[Count] | None = None  # the most likely choice of each question
 
     @model_validator(mode="after")
     def check_answers(self) -> Self:

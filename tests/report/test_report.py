@@ -424,20 +424,23 @@ def zero_shot_record(**more: object) -> dict:
 
 def test_zero_shot_records_are_taken_up(run):
     """Beside the dense model of their own name, dtype and questions alone."""
-    dense = zero_shot_record(stage="dense", correct="110110")
-    pruned = zero_shot_record(stage="gprune", correct="100110")
+    dense = zero_shot_record(stage="dense", correct="110110", answers=[0, 1, 3, 0, 2, 1])
+    pruned = zero_shot_record(stage="gprune", correct="100110", answers=[0, 2, 0, 0, 2, 1])
     strangers = [dense | {key: "other", "correct": "000000"} for key in ("model", "dtype", "content_hash")]
     (run / "evaluation.json").write_text(json.dumps({"records": [*strangers, pruned, dense]}))
     made = report.make([run])
     cells = row(made.tables[-1], "piqa", "one", "gprune")
     difference, error = paired_difference([1, 0, 0, 1, 1, 0], [1, 1, 0, 1, 1, 0])
     assert cells["against dense"] == f"{difference:+.3f} +- {error:.3f}"
+    assert cells["flips"] == "33.3%: -16.7% +0.0%"  # one that was right, and one that is wrong in another way
     assert (cells["acc or perplexity"], cells["standard protocol"]) == ("0.500 +- 0.200", "no")
     assert "a note" in made.to_markdown()
     (alone,) = [r for r in evaluation_table([pruned | {"run": "r"}, *(s | {"run": "r"} for s in strangers)]).rows
                 if r[2] == "gprune"]  # fmt: skip
     assert made.tables[-1].columns[7] == "against dense"
-    assert alone[7] is None
+    assert alone[7:9] == [None, None]
+    old = evaluation_table([{k: v for k, v in r.items() if k != "answers"} | {"run": "r"} for r in (dense, pruned)])
+    assert [cells[8] for cells in old.rows] == [None, None]
 
 
 # --- tables
