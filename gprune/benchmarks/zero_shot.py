@@ -78,9 +78,8 @@ def zero_shot(
 def record(loaded: LoadedTask, outcome: dict[str, Any], stamp: dict[str, Any]) -> dict[str, Any]:
     """The numbers of one task from what lm_eval measured, with everything needed to repeat them.
 
-    `correct` and `correct_norm` hold a digit per question, for paired comparisons between models, and `answers` the
-    choice by log-likelihood; `content_hash` is
-    that of every string that was scored, so that two records with the same one answer the same questions.
+    `correct` and `correct_norm` hold a digit per question, `answers` the choices, for paired comparisons of models;
+    `content_hash` is that of every string that was scored: records with the same one answer the same questions.
     """
     task, name = loaded.task, loaded.task.task_name
     samples = sorted(outcome["samples"][name], key=lambda sample: sample["doc_id"])

@@ -90,16 +90,13 @@ def summary_table(
 
 def distance_table(groups: Sequence[Group]) -> Table:
     """A row per group and pruned stage: KL to the dense model and agreement with it over unseen text."""
-    rows = _rows(groups, lambda run, stage: list(distance(run.records, stage).values()))
-    return Table(
-        "distance",
-        "Distance from dense",
-        ["run", "stage", "seeds", "KL", "agreement"],
-        [row for row in rows if row[-1] is not None],
-        {"KL": 3, "agreement": 3},
+    rows = [r for r in _rows(groups, lambda run, stage: list(distance(run.records, stage).values())) if r[-1]]
+    columns, digits = ["run", "stage", "seeds", "KL", "agreement"], {"KL": 3, "agreement": 3}
+    note = (
         "Over unseen text: KL(dense || row) in nats per token, and how often both have the same most likely token. "
-        "In brackets 95 % intervals: Student's t over windows; over seeds where there are several.",
+        "In brackets 95 % intervals: Student's t over windows; over seeds where there are several."
     )
+    return Table("distance", "Distance from dense", columns, rows, digits, note)
 
 
 def comparison_table(groups: Sequence[Group]) -> Table:

@@ -61,10 +61,7 @@ def means_and_gaps(records: Sequence[Record]) -> dict[Stage, dict[str, float]]:
 
 
 def distance(records: Sequence[Record], stage: Stage) -> dict[str, Estimate | None]:
-    """How far from dense a stage is on text that it has not seen: `kl` in nats per token, and `agreement`.
-
-    None without such text, and in records from before it was measured.
-    """
+    """How far from dense a stage is on unseen text, `kl` and `agreement`; None without text, or in old records."""
     own = records_of(records, stage, seen=False)
     if not own or any(r.get("kl") is None for r in own.values()):
         return {"kl": None, "agreement": None}
