@@ -47,6 +47,7 @@ def test_accuracies_are_those_of_our_own_loglikelihoods():
         assert record[f"acc{suffix}_stderr"] == pytest.approx(np.std(right, ddof=1) / 12**0.5, abs=1e-12)
         assert record[f"correct{suffix}"] == "".join(map(str, right))
     assert record["correct"] != record["correct_norm"]
+    assert record["answers"] == [int(np.argmax(ll)) for ll in lls]
     assert record["chance"] == pytest.approx((1 / 3 + 1 / 4 + 1 / 5) / 3)
 
 
