@@ -27,7 +27,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"  # of a clone
 OTHER_RECORDS = Path("runs/records")
 # Numbers do not depend on these: a row is the same row with and without them.
 OWN = {"export": "none", "run.dir": "runs/experiments"}
-TABLES = ("summary", "perplexity", "evaluation")
+TABLES = ("summary", "perplexity", "distance", "evaluation")
 
 # YAML reads some names as numbers.
 Name = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name)]
