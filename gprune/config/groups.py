@@ -10,9 +10,9 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
 from gprune.checks import AtLeast1, AtLeast2, AtLeast8, Memory, NonNegative, Positive, Quantile, Sparsity, Text, refusal
 from gprune.config.replaced import INSTEAD
@@ -208,8 +208,16 @@ class SparsityConfig(Group, prefix="sparsity."):
 
     target: Sparsity = 0.5
     """Fraction of the scope's parameters to remove, inside (0, 1)."""
-    scope: Literal["ffn", "attention+ffn"] = "ffn"
-    """ffn: whole FFN neurons. attention+ffn: whole KV groups too, in the same budget."""
+    scope: Annotated[
+        Literal["ffn", "attention+ffn", "ffn+blocks", "attention+ffn+blocks"],
+        BeforeValidator(lambda given: "+".join(sorted(str(given).split("+"), key="attention+ffn+blocks".find))),
+    ] = "ffn"
+    """ffn: whole FFN neurons. attention: whole KV groups too. blocks: whole blocks too. All in one budget."""
+    block_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of the target that whole blocks take at most; units of the other blocks make up the rest."""
+    block_choice: Literal["loss", "influence"] = "loss"
+    """Which blocks go. loss: the one without which the loss on a window of each of --corpora.drift is lowest, then
+    again with it gone. influence: those that turn hidden states of the scoring corpus least (ShortGPT)."""
     allocation: Text = "learned"
     """How sparsity is allocated. learned: one threshold per module, trained around the frozen model. Without learning:
     uniform (every block alike), global (scores standardised per block, one threshold: FLAP), owl (blocks with more
@@ -253,3 +261,5 @@ class SparsityConfig(Group, prefix="sparsity."):
             raise UserError(f"--sparsity.start: expected an allocation by blocks, such as uniform, got '{self.start}'.")
         if self.uniform_width and (self.protect or rule.whole_blocks):
             raise UserError("--sparsity.uniform_width: expected it without --sparsity.protect and allocation depth.")
+        if "blocks" in self.scope and rule.whole_blocks:
+            raise UserError(f"--sparsity.scope {self.scope}: expected it without blocks, which allocation depth takes.")

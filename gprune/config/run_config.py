@@ -171,7 +171,7 @@ class RunConfig(Group):
     @property
     def attention(self) -> bool:
         """Whether KV groups are in scope."""
-        return self.sparsity.scope == "attention+ffn"
+        return "attention" in self.sparsity.scope
 
     @property
     def needs(self) -> frozenset[str]:
@@ -206,10 +206,10 @@ class RunConfig(Group):
     @property
     def roles(self) -> dict[str, list[str]]:
         """Corpora whose train text this run reads, by what it reads them for; roles it does not play are empty."""
-        c, recovery = self.corpora, recovery_of(self.recovery)
+        c, recovery, scope = self.corpora, recovery_of(self.recovery), self.sparsity.scope
         return {
             "score": [c.score],
-            "drift": c.drift if self.gprune else [],
+            "drift": c.drift if self.gprune or ("blocks" in scope and self.sparsity.block_choice == "loss") else [],
             "learn": c.learn if self.learns else [],
             "recover": c.recover if recovery.needs or recovery.learns else [],
         }
@@ -260,6 +260,8 @@ class RunConfig(Group):
                 del plain[group][name]
         if not self.options:
             del plain["options"]
+        if "blocks" not in self.sparsity.scope:
+            del plain["sparsity"]["block_share"], plain["sparsity"]["block_choice"]
         plain["run"] = {"seed": self.run.seed}
         plain["trainer"] = {"world_size": self.processes, "precision": self.trainer.precision} | self.trainer.unusual
         return plain

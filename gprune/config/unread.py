@@ -19,10 +19,12 @@ def switched_off(c: RunConfig) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
 
     Of recoveries that are registered from Python nothing is said: nobody knows what they read.
     """
-    chain = set(c.recovery.split("+"))
+    chain, s = set(c.recovery.split("+")), c.sparsity
     solved = chain <= {"none", "bias", "least_squares", "least_squares_sequential"}
-    yield "--gprune false", not c.gprune, ("partition", "reliability", "corpora.drift", *LEARNING)
-    yield f"--sparsity.allocation {c.sparsity.allocation}", not c.learns, LEARNING
+    yield "--gprune false", not c.gprune, ("partition", "reliability", *LEARNING)
+    yield "--gprune false", not c.roles["drift"], ("corpora.drift",)
+    yield f"--sparsity.scope {s.scope}", "blocks" not in s.scope, ("sparsity.block_share", "sparsity.block_choice")
+    yield f"--sparsity.allocation {s.allocation}", not c.learns, LEARNING
     yield "--reliability.switch false", not c.reliability.switch, SWITCHING
     yield f"--recovery {c.recovery}", not c.roles["recover"], ("corpora.recover",)
     yield f"--recovery {c.recovery}", chain <= {"none", "bias", "distill"}, ("ridge",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gprune.config import RunConfig
 from gprune.recoveries import recovery_of
+from gprune.sparsity.budget import UnitCosts
 
 KEPT = 2**32  # bytes of what the dense model makes of one text that are kept for rows that learn, or are evaluated
 
@@ -18,7 +19,7 @@ def keeps(cfg: RunConfig, tokens: int, hidden_size: int) -> bool:
     return tokens * hidden_size * (4 if cfg.model.dtype == "float32" else 2) <= KEPT
 
 
-def tokens_by_step(cfg: RunConfig, hidden_size: int) -> dict[int, tuple[int, int]]:
+def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[int, tuple[int, int]]:
     """(forward, forward and backward) tokens of each step of the method that takes some, at most."""
     c, e, s, taught = cfg.corpora, cfg.evaluation, cfg.sparsity, keeps_taught(cfg, hidden_size)
     text, fresh = len(c.recover) * c.num_samples * c.seq_len, fresh_tokens(cfg)
@@ -31,6 +32,8 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int) -> dict[int, tuple[int, int
     if cfg.learns:
         learning = s.epochs * len(c.learn) * (c.learn_samples or c.num_samples) * c.seq_len
         curve = ((s.epochs + 1) + 2 + len(e.curve)) * development
+    open_blocks, rounds = len(costs.neurons) - len(costs.protected), len(costs.gone) if s.block_choice == "loss" else 0
+    tried = sum(range(open_blocks, open_blocks - rounds, -1)) * len(c.drift) * c.seq_len
     evaluated = evaluated_tokens(cfg)  # by each model
     times = 1 if keeps(cfg, evaluated, hidden_size) else 2  # of each row, and the dense model's beside it
     early = 1 + times * sum(recovery == "none" for _, recovery in cfg.stages) if cfg.evaluates_early else 0
@@ -50,6 +53,7 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int) -> dict[int, tuple[int, int
         trained[step] += recovered[1]
     return {
         1: (calibration - saliency, saliency),
+        2: (tried, 0),
         7: (curve + learning * (s.loss == "kl"), learning),
         9: (forward[9], trained[9]),
         10: (forward[10], trained[10]),

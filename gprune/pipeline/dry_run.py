@@ -31,6 +31,7 @@ def describe(plan: Plan) -> str:
     lines = {
         "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.costs.neurons)} blocks",
         "scope": f"{cfg.sparsity.scope}: {budget.costs.total:,} parameters in units",
+        "blocks": f"{len(budget.costs.gone)} go as a whole" if "blocks" in cfg.sparsity.scope else "",
         "removes": f"{budget.target:,} parameters: {share:.1%} of the scope, {of_model:.1%} of the model",
         "widths": expected_widths(cfg, budget),
         "exports": f"{left:,} parameters: {left * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}",
@@ -67,7 +68,7 @@ def expected_widths(cfg: RunConfig, budget: Budget) -> str:
     """Neurons and KV groups that blocks keep if every module is equally sparse."""
     if ALLOCATION[cfg.base_allocation].whole_blocks:
         return "whole blocks go, and part of one"
-    costs = budget.costs
+    costs = (budget := budget.rest).costs
     neurons, groups = ([fractional_ranks(torch.arange(n)) for n in kind] for kind in (costs.neurons, costs.groups))
     masks = keep_masks(budget, [r.repeat(e) for r, e in zip(neurons, costs.of_experts, strict=True)], groups)
     n, g = ([int(mask.sum()) for mask in of_blocks] for of_blocks in (masks.ffn, masks.attention))

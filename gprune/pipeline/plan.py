@@ -77,15 +77,15 @@ def check(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> Plan:
     dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
     check_stored(dense, config.name_or_path)
     blocks, s = blocks_of(dense), cfg.sparsity
-    costs = unit_costs(blocks, scope=s.scope, protect=s.protect, uniform=s.uniform_width)
-    budget = Budget.of(costs, s.target, s.width_multiple)
+    how = {"protect": s.protect, "uniform": s.uniform_width, "block_share": s.block_share}
+    budget = Budget.of(unit_costs(blocks, scope=s.scope, **how), s.target, s.width_multiple)
     if ALLOCATION[cfg.base_allocation].whole_blocks:
         check_depth(blocks, budget)
     if cfg.learns:
         for sparsity in cfg.evaluation.curve:
             budget.at(sparsity)
     check_blocks(cfg, blocks, config)
-    return Plan(cfg, dense, budget, device, tokens_by_step(cfg, config.hidden_size))
+    return Plan(cfg, dense, budget, device, tokens_by_step(cfg, config.hidden_size, budget.costs))
 
 
 def device_for(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.device:

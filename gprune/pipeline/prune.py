@@ -1,7 +1,7 @@
 """prune(cfg): generalization-aware structured pruning, step by step.
 
  1 statistics   one pass per corpus: what enters every down and output projection
- 2 importance   a score per unit and corpus
+ 2 importance   a score per unit and corpus; which blocks go as a whole, if any may
  3 drift        how much ranks vary between corpora, beside what sampling alone would do
  4 partition    neurons of a block into modules: parameter similarity and drift
  5 refinement   soft assignments under a differentiable objective (a LightningModule)
@@ -29,7 +29,7 @@ from gprune.pipeline.partition import assess, measure_drift, partition
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import opened
 from gprune.pipeline.save import save
-from gprune.pipeline.sparsity import base_masks, learn_sparsity, score
+from gprune.pipeline.sparsity import base_masks, learn_sparsity, score, without_blocks
 from gprune.runs.results import PruningResult
 
 
@@ -53,6 +53,7 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> PruningResult:
     with opened(cfg, callbacks) as run:  # plan, model, tokenizer, text, blocks, budget
         statistics = calibrate(run)  # 1
         scores = score(run, statistics)  # 2
+        run = without_blocks(run, statistics)
         masks = base_masks(run, statistics, scores)  # by stage: `base`, `averaged` and `gprune`
         modules = thresholds = None
         if cfg.gprune:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from gprune.calibration.statistics import CorpusStatistics, pooled
+from gprune.evaluation.perplexity import perplexity
 from gprune.importance.scores import Scores, score_units
 from gprune.models.masks import Masks
 from gprune.partition.modules import ModuleRanks, Modules
 from gprune.pipeline.run import Run
 from gprune.registry import LEARNER
 from gprune.sparsity.allocation import ALLOCATION, allocate, module_thresholds
-from gprune.sparsity.budget import Budget
+from gprune.sparsity.budget import Budget, least_missed
+from gprune.sparsity.gates import bypassed
 from gprune.sparsity.returned import checked_masks, checked_pair
 from gprune.sparsity.thresholds import (
     Thresholds,
@@ -35,6 +39,27 @@ def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Scores:
 def _scored(run: Run, statistics: CorpusStatistics) -> Scores:
     cfg = run.cfg
     return score_units(cfg.importance, run.blocks, statistics, seed=cfg.run.seed, attention=cfg.attention)
+
+
+def without_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
+    """The run whose budget knows the blocks that go as a whole; the same run where none may."""
+    cfg, s = run.cfg, run.cfg.sparsity
+    if "blocks" not in s.scope:
+        return run
+
+    def loss(gone: list[int]) -> float:
+        texts = (run.text.train[corpus] for corpus in cfg.corpora.drift)
+        with bypassed(run.model, gone):
+            return sum(perplexity(run.model, replace(w, tokens=w.tokens[:1])).nll for w in texts)
+
+    def chosen() -> dict[str, Tensor]:
+        if s.block_choice == "influence":
+            return {"gone": statistics[cfg.corpora.score].influence.argsort(stable=True)}
+        return {"gone": torch.tensor(least_missed(run.budget, loss), dtype=torch.long)}
+
+    budget = run.budget.without(run.folder.tensors("blocks", chosen)["gone"].tolist())
+    run.step(2, f"Whole blocks that go: {', '.join(map(str, budget.costs.gone)) or 'none fits its share'}")
+    return replace(run, plan=replace(run.plan, budget=budget))
 
 
 def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores) -> dict[str, Masks]:

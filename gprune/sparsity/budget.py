@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate
@@ -68,6 +68,7 @@ class UnitCosts:
 
     def fitting(self, blocks: Sequence[int], target: int) -> tuple[int, ...]:
         """Those of these blocks, first one first, that fit the share of a target for whole blocks."""
+        blocks = [b for b in blocks if b not in self.protected]
         spent = accumulate(self.block[b] for b in blocks)
         return tuple(blocks[: sum(parameters <= Fraction(str(self.block_share)) * target for parameters in spent)])
 
@@ -81,15 +82,10 @@ class UnitCosts:
 
 
 def unit_costs(
-    blocks: Sequence[Block],
-    *,
-    scope: str,
-    protect: Sequence[int] = (),
-    uniform: bool = False,
-    block_share: float = 0.25,
-) -> UnitCosts:
+    blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = (), uniform: bool = False, block_share: float = 1.0
+) -> UnitCosts:  # fmt: skip
     """Costs of a model's units for a `--sparsity.scope`; blocks to `protect` may be counted from the end (-1)."""
-    depth = len(blocks)
+    depth, whole = len(blocks), "blocks" in scope
     for index in protect:
         if not -depth <= index < depth:
             raise UserError(
@@ -103,7 +99,8 @@ def unit_costs(
         attention="attention" in scope,
         experts=tuple(b.experts for b in blocks),
         block=tuple(b.cost for b in blocks),
-        block_share=block_share if "blocks" in scope else 0.0,
+        block_share=block_share if whole else 0.0,
+        gone=tuple(range(depth)) if whole else (),  # the first that fit stand in until they are chosen
         protected=frozenset(index % depth for index in protect),
         uniform=uniform,
     )
@@ -165,3 +162,11 @@ class Budget:
     def sparsity(self) -> float:
         """Fraction of the scope's parameters that has to go."""
         return self.target / self.costs.total if self.asked is None else self.asked
+
+
+def least_missed(budget: Budget, loss: Callable[[list[int]], float]) -> list[int]:
+    """Blocks that go as a whole, as many as fit: the one without which the loss is lowest, then again with it gone."""
+    costs, gone, depth = budget.costs, [], range(len(budget.costs.neurons))
+    while fit := [b for b in depth if b not in gone and b in costs.fitting([*gone, b], budget.target)]:
+        gone.append(min(fit, key=lambda b: loss([*gone, b])))
+    return gone
