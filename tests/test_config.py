@@ -103,7 +103,10 @@ def test_a_setting_is_the_same_by_all_ways(name, value, tmp_path):
         ("ridge", 1e31, "--ridge: expected 1e+30 or less, got 1e+31."),
         ("sparsity.target", 0, "--sparsity.target: expected more than 0, got 0."),
         ("sparsity.target", True, "--sparsity.target: expected a number, got True."),
-        ("sparsity.scope", "mlp", "--sparsity.scope: expected 'ffn' or 'attention+ffn', got 'mlp'."),
+        ("sparsity.scope", "mlp",
+         "--sparsity.scope: expected 'ffn', 'attention+ffn', 'ffn+blocks' or 'attention+ffn+blocks', got 'mlp'."),
+        ("sparsity.scope", "blocks+attention", "--sparsity.scope: expected 'ffn', 'attention+ffn', 'ffn+blocks' or"),
+        ("sparsity.block_share", 1.5, "--sparsity.block_share: expected 1 or less, got 1.5."),
         ("sparsity.epochs", 2.5, "--sparsity.epochs: expected a whole number, got 2.5."),
         ("sparsity.options", {"spread": "wide"}, "--sparsity.options.spread: expected a number, got 'wide'."),
         ("distill.tokens", 10**13, "--distill.tokens: expected 1000000000000 or less, got 10000000000000."),
@@ -160,6 +163,8 @@ def test_a_misspelt_name_is_refused_by_all_ways(name, said, tmp_path):
          "--sparsity.options: expected options of 'owl' (multiple, spread), got 'multiples'"),
         ({"sparsity.options.spread": 0.1}, "--sparsity.options: expected options of 'uniform' (none), got 'spread'"),
         ({"sparsity.allocation": "depth"}, "--sparsity.allocation depth: has no modules; expected --gprune false"),
+        ({"sparsity": {"allocation": "depth", "scope": "blocks+ffn"}, "gprune": False},
+         "--sparsity.scope ffn+blocks: expected it without blocks, which allocation depth takes"),
         ({"corpora.drift": []}, "--corpora.drift: expected at least one corpus"),
         ({"corpora.evaluate": ["wiki", "wiki"]}, "--corpora.evaluate: a corpus is named twice"),
         ({"reliability.metric": "wifv"}, "--reliability.metric: expected an activation-free metric (magnitude,"),
@@ -240,13 +245,23 @@ def test_equal_settings_share_a_name_and_different_ones_do_not():
         {"partition.method": "random"}, {"reliability.switch": False}, {"recovery": "least_squares"}, {"ridge": 0.1},
         {"sparsity.loss": "kl"}, {"sparsity.offset_learning_rate": 0.2}, {"corpora.learn_samples": 16},
         {"reliability.everywhere": True}, {"sparsity.centred": False}, {"evaluation.split": "development"},
-        {"evaluation.num_samples": 9}, {"trainer.devices": 2},
+        {"evaluation.num_samples": 9}, {"trainer.devices": 2}, {"sparsity.scope": "ffn+blocks"},
+        {"sparsity.scope": "ffn+blocks", "sparsity.block_share": 0.5},
+        {"sparsity.scope": "ffn+blocks", "sparsity.block_choice": "influence"},
     ]  # fmt: skip
     names = [configured(change).run_name for change in changes]
     assert names == [configured(change).run_name for change in changes]
     assert len(set(names)) == len(names)
     assert configured({"importance": "wifv"}).run_name.startswith("smollm2-135m-gprune-wifv-0.5-")
     assert configured({"gprune": False}).run_name.startswith("smollm2-135m-base-")
+
+
+def test_kinds_of_units_have_one_order_and_only_blocks_bring_their_settings():
+    """Records of the two old scopes are found by settings that know nothing of blocks."""
+    old, new = (configured({"sparsity.scope": scope}) for scope in ("ffn+attention", "blocks+ffn+attention"))
+    assert (old.sparsity.scope, new.sparsity.scope) == ("attention+ffn", "attention+ffn+blocks")
+    assert new.settings()["sparsity"].keys() - old.settings()["sparsity"].keys() == {"block_share", "block_choice"}
+    assert old.settings() == configured({"sparsity": {"scope": "attention+ffn", "block_share": 0.5}}).settings()
 
 
 @pytest.mark.parametrize(

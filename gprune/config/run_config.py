@@ -254,14 +254,13 @@ class RunConfig(Group):
         where weights lie meanwhile.
         """
         out = {"model": {"max_memory", "shard"}, "corpora": {"collect"}}
+        out |= {} if "blocks" in self.sparsity.scope else {"sparsity": {"block_share", "block_choice"}}
         plain = self.model_dump(exclude=out | dict.fromkeys(("logging", "export", "dry_run", "plan"), True))
         for group, name in STAGES.items():
             if plain[group][name] == type(getattr(self, group)).model_fields[name].default:
                 del plain[group][name]
         if not self.options:
             del plain["options"]
-        if "blocks" not in self.sparsity.scope:
-            del plain["sparsity"]["block_share"], plain["sparsity"]["block_choice"]
         plain["run"] = {"seed": self.run.seed}
         plain["trainer"] = {"world_size": self.processes, "precision": self.trainer.precision} | self.trainer.unusual
         return plain

@@ -171,9 +171,8 @@ def outlier_weighted(
             A = getattr(block, part).weight.detach().float().cpu().abs() * channel.total.mean_sq.sqrt().float()
             shares.append((multiple * A.mean() < A).double().mean())
         D = torch.stack(shares)
-        of_stay = D[budget.costs.stay]
-        low, width = of_stay.min(), of_stay.max() - of_stay.min()
-        D = (D - low) / width * 2 * spread if width > 0 else torch.zeros_like(D)
+        low, high = D[budget.costs.stay].aminmax()
+        D = (D - low) / (high - low) * 2 * spread if high > low else torch.zeros_like(D)
         return budget.sparsity - (D - D[budget.costs.stay].mean())
 
     parts = zip(_ranks(scores, blocks), (sparsities("ffn", "down"), sparsities("attention", "output")), strict=True)

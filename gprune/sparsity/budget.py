@@ -150,8 +150,6 @@ class Budget:
     def rest(self) -> Budget:
         """What whole blocks leave of the target, for the units of the blocks that stay."""
         costs = self.costs
-        if not costs.gone:
-            return self
         kinds = costs.neuron, costs.group, costs.neurons, costs.groups, costs.of_experts
         neuron, group, neurons, groups, experts = ([of_block[b] for b in costs.stay] for of_block in kinds)
         protected = frozenset(costs.stay.index(b) for b in costs.protected)

@@ -124,8 +124,7 @@ def bypassed(model: PreTrainedModel, gone: Iterable[int]) -> Iterator[PreTrained
 
     with ExitStack() as taken_off:
         for block in gone:
-            layer = decoder_layers(model)[block]
-            taken_off.callback(layer.register_forward_hook(skip, with_kwargs=True).remove)
+            taken_off.callback(decoder_layers(model)[block].register_forward_hook(skip, with_kwargs=True).remove)
         yield model
 
 

@@ -28,7 +28,7 @@ from tests import tiny_run
 from tests.conftest import make_tiny_llama
 from tests.export.test_hf import LLAMA3_ROPE
 from tests.export.test_hf import make_pruned as pruned_llama
-from tests.models.test_surgery import random_masks
+from tests.models.test_surgery import depth, random_masks
 from tests.tiny_families import make_tiny, some_masks
 from tests.tiny_run import tiny_tokenizer
 
@@ -108,6 +108,13 @@ def test_every_number_is_there_once_in_the_right_order(variant, shape, tmp_path)
         if "attn_q" in name or "attn_k" in name:
             got = in_order_of_transformers(got, model.config.head_dim)
         np.testing.assert_array_equal(got, want)
+
+
+def test_a_block_that_is_gone_leaves_layers_that_are_numbered_anew(tmp_path):
+    model = prune(make_pruned(), depth(make_pruned(), 1, narrow=True))
+    keys, tensors = written(model, tmp_path, type="f32")
+    assert (keys["deci.block_count"], keys["deci.feed_forward_length"]) == (2, [1, 31])
+    assert set(tensors) == set(expected_tensors(model))
 
 
 def test_keys_of_unequal_blocks_are_per_layer(tmp_path):

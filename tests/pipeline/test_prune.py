@@ -212,6 +212,7 @@ SWITCHES = {
     "started": "--sparsity.start=global",
     "protected": "--sparsity.protect=[0]",
     "attention_both": "--sparsity.learn=both --sparsity.scope=attention+ffn",
+    "blocks": "--sparsity.scope=attention+ffn+blocks --sparsity.block_share=0.8 --sparsity.protect=[0]",
     "bias": "--recovery=bias",
     "least_squares": "--recovery=least_squares",
     "width_multiple": "--sparsity.width_multiple=4 --sparsity.learn=offsets",
@@ -314,6 +315,30 @@ def test_attention_in_scope_removes_groups_in_the_base_too(switched, world):
     # offsets are taken up like thresholds
     again = world.run(result.path.parent, *SWITCHES["attention_both"].split(), name="attention_both")
     assert again.masks == result.masks
+
+
+@pytest.mark.slow
+def test_whole_blocks_go_in_the_budget_and_the_rest_is_learned(switched, world, dense, token_batch):
+    result = switched("blocks")
+    gone = [b for b, stays in enumerate(result.masks.blocks) if not stays]
+    assert gone in ([1], [2])  # block 0 is protected
+    assert [masks_of(result, "base").blocks, masks_of(result, "averaged").blocks] == [result.masks.blocks] * 2
+    assert "\n50.12% of attention+ffn+blocks removed" in repr(result)
+    # two candidates, a window of each of three corpora: counted, foreseen, and paid once
+    paid = json.loads((result.path / "manifest.json").read_text())["steps"]["blocks"]
+    assert paid["forward_tokens"] == check(result.config).tokens[2][0] == 2 * 3 * 32
+    assert result.summary["forward_tokens"] <= check(result.config).forward_tokens
+    for file in ("metrics.json", "thresholds.safetensors"):
+        (result.path / file).unlink()
+    again = world.run(result.path.parent, *SWITCHES["blocks"].split(), name="blocks")
+    assert again.masks == result.masks
+    assert json.loads((result.path / "manifest.json").read_text())["steps"]["blocks"] == paid
+    with masked(dense, result.masks), torch.inference_mode():
+        expected = dense(token_batch).logits
+    assert torch.allclose(expected, again.model(token_batch).logits, atol=1e-4)
+    exported = AutoModelForCausalLM.from_pretrained(result.path / "model", trust_remote_code=True)
+    assert exported.config.num_hidden_layers == 2
+    assert torch.allclose(expected, exported(token_batch).logits, atol=1e-4)
 
 
 def test_uniform_width_is_a_stock_model(switched):

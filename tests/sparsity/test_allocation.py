@@ -14,8 +14,9 @@ from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation
-from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.budget import Budget, least_missed, unit_costs
 from gprune.sparsity.cut import keep_masks
+from gprune.sparsity.gates import bypassed
 from tests import tiny_run
 from tests.calibration.test_collector import batches, recorded
 from tests.conftest import collect, make_tiny_llama
@@ -294,6 +295,30 @@ def test_depth_removes_exactly_whole_blocks_where_they_are_the_target(influence,
     masks = depth(model, scores, with_influence(statistics, influence), cost)
     assert masks.blocks == stays
     assert unit_costs(blocks_of(model), scope="ffn").removed(masks) == cost
+
+
+@pytest.mark.parametrize(("share", "protect", "count"), [(0.9, [], 3), (0.45, [-1], 1), (0.1, [], 0)])
+def test_blocks_are_chosen_by_the_loss_of_the_model_that_lacks_them(share, protect, count, uneven):
+    """Greedily, as long as one fits; against models whose decoder has these layers no more."""
+    model, ids = uneven[0], torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(4))
+    blocks = blocks_of(model)
+    budget = Budget.of(unit_costs(blocks, scope="ffn+blocks", protect=protect, block_share=share), 0.7)
+
+    def loss(lm) -> float:
+        return float(lm(ids, labels=ids).loss)
+
+    def bypassing(gone: list[int]) -> float:
+        with bypassed(model, gone):
+            return loss(model)
+
+    expected, left = [], share * 0.7 * sum(b.cost for b in blocks)
+    while fit := [b for b in range(4 - len(protect)) if b not in expected and blocks[b].cost <= left]:
+        masks = {b: [[torch.full((n,), i not in (*expected, b)) for i, n in enumerate(sizes)] for sizes in (
+            [c.neurons for c in blocks], [c.kv_groups for c in blocks])] for b in fit}  # fmt: skip
+        expected.append(min(fit, key=lambda b: loss(prune(model, Masks(*masks[b])))))
+        left -= blocks[expected[-1]].cost
+    assert least_missed(budget, bypassing) == expected
+    assert len(expected) == count
 
 
 def test_depth_narrows_its_last_block_to_a_multiple(tiny_model, token_batch):
