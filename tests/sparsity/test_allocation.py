@@ -297,12 +297,12 @@ def test_depth_removes_exactly_whole_blocks_where_they_are_the_target(influence,
     assert unit_costs(blocks_of(model), scope="ffn").removed(masks) == cost
 
 
-@pytest.mark.parametrize(("share", "protect", "count"), [(0.9, [], 3), (0.45, [-1], 1), (0.1, [], 0)])
-def test_blocks_are_chosen_by_the_loss_of_the_model_that_lacks_them(share, protect, count, uneven):
+@pytest.mark.parametrize(("share", "protect"), [(0.9, []), (0.6, [-1]), (0.1, [])])
+def test_blocks_are_chosen_by_the_loss_of_the_model_that_lacks_them(share, protect, uneven):
     """Greedily, as long as one fits; against models whose decoder has these layers no more."""
     model, ids = uneven[0], torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(4))
     blocks = blocks_of(model)
-    budget = Budget.of(unit_costs(blocks, scope="ffn+blocks", protect=protect, block_share=share), 0.7)
+    budget = Budget.of(unit_costs(blocks, scope="ffn+blocks", protect=protect, block_share=share), 0.45)
 
     def loss(lm) -> float:
         return float(lm(ids, labels=ids).loss)
@@ -311,14 +311,14 @@ def test_blocks_are_chosen_by_the_loss_of_the_model_that_lacks_them(share, prote
         with bypassed(model, gone):
             return loss(model)
 
-    expected, left = [], share * 0.7 * sum(b.cost for b in blocks)
+    expected, left = [], share * 0.45 * sum(b.cost for b in blocks)
     while fit := [b for b in range(4 - len(protect)) if b not in expected and blocks[b].cost <= left]:
         masks = {b: [[torch.full((n,), i not in (*expected, b)) for i, n in enumerate(sizes)] for sizes in (
             [c.neurons for c in blocks], [c.kv_groups for c in blocks])] for b in fit}  # fmt: skip
         expected.append(min(fit, key=lambda b: loss(prune(model, Masks(*masks[b])))))
         left -= blocks[expected[-1]].cost
     assert least_missed(budget, bypassing) == expected
-    assert len(expected) == count
+    assert bool(expected) == (share > 0.1)
 
 
 def test_depth_narrows_its_last_block_to_a_multiple(tiny_model, token_batch):
