@@ -37,11 +37,12 @@ from gprune.recoveries.least_squares import ridge_correction
 
 
 def lost(masks: Masks) -> list[tuple[str, ...]]:
-    """For each block, the output projections that stay and lose channels, in the order of computation."""
-    blocks = zip(masks.attention, masks.ffn, masks.blocks, strict=True)
+    """For each block that stays, the output projections that lose channels, in the order of computation; behind blocks
+    that are gone `down` too, whatever it keeps."""
+    blocks = zip(masks.attention, masks.ffn, masks.blocks, [True, *masks.blocks[:-1]], strict=True)
     return [
-        tuple(part for part, mask in (("output", groups), ("down", neurons)) if stays and not bool(mask.all()))
-        for groups, neurons, stays in blocks
+        tuple(part for part, same in (("output", groups.all()), ("down", neurons.all() and near)) if stays and not same)
+        for groups, neurons, stays, near in blocks
     ]
 
 
@@ -54,7 +55,7 @@ class PrunedPrefix:
 
     Args:
         model: dense, without experts; left as it is, and its weights may be offloaded.
-        masks: of both kinds; later blocks make up for blocks that the masks drop.
+        masks: of both kinds; the next block, and later ones, make up for blocks that the masks drop.
         windows: the text, (B, T) int64 token ids each.
         ridge: lambda over the mean diagonal of G.
     """
