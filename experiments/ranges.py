@@ -63,7 +63,7 @@ def main(args: Sequence[str]) -> int:
     """Print the table of a list; returns 0."""
     listing = Listing.read(*args)
     kept = [(row, record) for row in listing.rows if (record := record_of(row)) is not None]
-    print(range_table(GROUPS[listing.path.stem], [as_run(*one, listing.seen) for one in kept]).shown())
+    print(range_table(GROUPS[listing.path.stem], [as_run(*one, listing.content.seen) for one in kept]).shown())
     return 0
 
 

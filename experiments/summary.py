@@ -77,7 +77,7 @@ Lines = dict[tuple[str, str], list[tuple[float, Estimate]]]
 def runs_of(name: str) -> list[FinishedRun]:
     """The rows of a list that have run, by its path below `experiments`."""
     listing = Listing.read(HERE / name)
-    return [as_run(row, content, listing.seen) for row in listing.rows if (content := record_of(row)) is not None]
+    return [as_run(row, kept, listing.content.seen) for row in listing.rows if (kept := record_of(row)) is not None]
 
 
 def by_budget(lists: Mapping[str, Collection[str] | None]) -> Lines:

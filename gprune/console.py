@@ -69,8 +69,7 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
         except UserError as error:
             return fail(str(error), alone=error.alone)
         except KeyboardInterrupt:
-            with no_interrupts():
-                return fail(f"Interrupted{stopped}", 130)
+            return fail(f"Interrupted{stopped}", 130)
         except SystemExit as error:
             if error.code == 129:
                 return fail(f"Hung up{stopped}", 129)
@@ -141,19 +140,6 @@ def _signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def no_interrupts() -> Iterator[None]:
-    """Ignore Ctrl-C as long as the context lasts."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def leave(code: int) -> NoReturn:

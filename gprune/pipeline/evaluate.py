@@ -239,18 +239,14 @@ def summarise(
     if stopped := run.folder.manifest.get("stopped"):
         summary["stopped"] = stopped  # stages that a callback has ended early
     run.folder.update_manifest(summary=summary, widths=widths(pruned))
-    pictures, made_up = [], f"`gprune report {run.folder.path}` writes"
+    made_up = f"`gprune report {run.folder.path}` writes"
     with dispensable("a model card", f"{made_up} it"):
         write_card(run.folder, run.cfg, records)
     with dispensable("figures", f"{made_up} them"):
-        pictures = write_figures(run.folder / "figures", records, modules, masks)
-    columns = ["stage", "recovery", "corpus", "seen", "perplexity", "nll", "tokens"]
-    steps = run.folder.manifest["steps"]
-    numbers = run_numbers(records, summary, steps, run.cfg.own_row)
+        write_figures(run.folder / "figures", records, modules, masks)
     with dispensable("its results in the tracker", "metrics.json has them"):
-        tracking.log_table(run.loggers, "perplexity", [{c: r[c] for c in columns} for r in records])
-        tracking.log_numbers(run.loggers, numbers)
-        tracking.log_images(run.loggers, pictures)
+        steps = run.folder.manifest["steps"]
+        tracking.log_numbers(run.loggers, run_numbers(records, summary, steps, run.cfg.own_row))
     # Last: a run whose metrics.json has a summary, and all rows, is finished, and is not logged again.
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
     return summary

@@ -162,13 +162,12 @@ class Run:
             row: of the run's table, whose model learns: its curves bear the name.
             kwargs: of the Trainer.
         """
-        cfg, t, limit = self.cfg, self.cfg.trainer, self.cfg.trainer.limit_train_batches
+        cfg, t = self.cfg, self.cfg.trainer
         saving = Checkpoints(self.folder, name, stage, self.meter, 60 * cfg.run.checkpoint_minutes)
         data = CorpusDataModule(train=text, batch_size=batch_size or cfg.corpora.batch_size, seed=cfg.run.seed)
         trainer = self.trainer(
             what, name=name, callbacks=[StepCurves(), *callbacks, saving], precision=t.precision,
-            limit_train_batches=limit if limit is None or limit < 1 else int(limit), max_steps=t.max_steps or -1,
-            **kwargs,
+            max_steps=t.max_steps or -1, **kwargs,
         )  # fmt: skip
         if (checkpoint := saving.usable()) is not None:
             log.info("Going on from %s; what is computed again since then counts once", checkpoint)

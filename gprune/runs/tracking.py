@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -130,20 +129,6 @@ def how_to_look(folder: Path, tracker: str) -> str:
     if tracker == "wandb" and latest.exists():
         return f"`wandb leet run {latest}` shows them in the terminal"
     return f"{folder / 'csv'} has them"
-
-
-@rank_zero_only
-def log_table(loggers: Sequence[Logger], key: str, rows: Sequence[dict[str, Any]]) -> None:
-    """A table of flat rows that share their columns, in their order, where the tracker has tables."""
-    for logger in of_wandb(loggers):
-        logger.log_table(key, columns=list(rows[0]), data=[list(row.values()) for row in rows])
-
-
-@rank_zero_only
-def log_images(loggers: Sequence[Logger], paths: Sequence[Path]) -> None:
-    """Figures as images under `figures/<stem>`."""
-    for logger in of_wandb(loggers):
-        logger.log_metrics({f"figures/{path.stem}": wandb.Image(str(path)) for path in paths})
 
 
 @rank_zero_only

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging as messages
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import wandb
 from lightning.pytorch.utilities import rank_zero_only
 
 from gprune.config import LoggingConfig
-from gprune.console import no_interrupts
 from gprune.errors import UserError, first_line
 
 log = messages.getLogger("gprune")
@@ -93,7 +92,8 @@ def taken_up(folder: Path, known: Mapping[str, Any]) -> Iterator[wandb.Run | Non
 def _begun(folder: Path | str, *, latest: bool = True, **settings: Any) -> Iterator[wandb.Run | None]:
     """A run of our own, finished when the context is left; `latest`: `wandb/latest-run` leads to it."""
     folder = Path(os.environ.get("WANDB_DIR") or folder)
-    folder.mkdir(parents=True, exist_ok=True)  # else W&B writes into a temporary one
+    with suppress(OSError):  # W&B writes into a temporary one then
+        folder.mkdir(parents=True, exist_ok=True)
     run = _started(
         dir=folder,
         resume="allow",  # offline it is noted for `wandb sync`
@@ -107,9 +107,7 @@ def _begun(folder: Path | str, *, latest: bool = True, **settings: Any) -> Itera
     finally:
         if run is not None:
             try:
-                # Offline it takes a second, in which a second Ctrl-C would get a line of W&B's.
-                with no_interrupts() if run.offline else nullcontext():
-                    run.finish(exit_code=exit_code)
+                run.finish(exit_code=exit_code)
             except Exception:  # its service has died, and would be asked again
                 with suppress(Exception):
                     wandb.teardown()

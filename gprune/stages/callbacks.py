@@ -24,7 +24,7 @@ from gprune.models.offload import gathered, is_sharded
 from gprune.partition.modules import Modules
 from gprune.partition.reliability import module_means
 from gprune.runs.results import key_part
-from gprune.runs.tracking import log_scalars, log_table
+from gprune.runs.tracking import log_scalars
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.gates import masked
 
@@ -227,14 +227,10 @@ def log_perplexities(
 
 
 def log_modules(loggers: Sequence[Logger], modules: Modules, masks: Masks) -> None:
-    """Log the table `modules`, and for each module the scalars of its row.
-
-    A module's sparsity is the fraction of its neurons that the masks remove.
-    """
+    """Log what was measured of each module, and its sparsity, the fraction of its neurons that the masks remove."""
     removed = [module_means(~keep, y) for keep, y in zip(masks.ffn, modules.labels, strict=True)]
-    rows = [row | {"sparsity": float(removed[row["block"]][row["module"]])} for row in modules.rows()]
-    log_table(loggers, "modules", rows)
     names = ("sensitivity", "noise_floor", "agreement", "sparsity")
-    for step, row in enumerate(rows):
+    for step, row in enumerate(modules.rows()):
+        row["sparsity"] = float(removed[row["block"]][row["module"]])
         scalars = {f"modules/{name}": float(row[name]) for name in names if row[name] is not None}
         log_scalars(loggers, {"modules/index": float(step)} | scalars, step=step)

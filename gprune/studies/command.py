@@ -19,7 +19,7 @@ examples:
   export GPRUNE_DATA_DIR=mirrors
   gprune study experiments/questions/parts.yaml             prints token-hours, runs, prints tables
   gprune study experiments/questions/parts.yaml --table     from the records that are kept
-  gprune study mine.yaml --records results                  a list of your own, which may have a `grid`
+  gprune study mine.yaml --records results                  a list of your own
   gprune study LIST --seeds 0 1 2 --only paper best -- --corpora.num_samples=8
   gprune study LIST -- --logging.mode=online                each row a run of W&B, in the group LIST (default: offline)
 

@@ -5,11 +5,9 @@ A list is a YAML file with the keys of `Content`. Files that it names are looked
 
 from __future__ import annotations
 
-import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -49,8 +47,6 @@ class Tasks(Shape):
     limit: int | None = None
     seq_len: int | list[int] | None = None
     dtype: str | None = None
-    seeds: list[int] | None = None
-    """Only the rows of these seeds are measured."""
 
 
 class RowContent(BaseModel):
@@ -69,11 +65,8 @@ class Content(Shape):
     """Files of settings, under all rows."""
     common: dict[str, Any] = {}
     """Settings of all rows."""
-    grid: dict[str, list[Any]] = {}
-    """Every row once for each combination of these, such as sparsity.target: [0.2, 0.5]. Other keys of the list
-    may name a row as `rows` does, and mean all of them."""
     reference: Name | None = None
-    """The row whose stage `base` all others are divided by that have as few parameters; in a grid, several."""
+    """The row whose stage `base` all others are divided by that have as few parameters."""
     compare: list[Pair] = []
     """Pairs of stages, such as ['a: gprune', 'b: base']."""
     controls: Names = []
@@ -99,16 +92,6 @@ class Content(Shape):
                 raise UserError(f"{key}: expected rows ({', '.join(self.rows)}), got '{unknown[0]}'")
         return self
 
-    @property
-    def points(self) -> dict[str, dict[str, Any]]:
-        """All combinations of the grid's values by what each adds to the name of a row, as ', target 0.2'."""
-        points = {}
-        for values in itertools.product(*self.grid.values()):
-            texts = [value if isinstance(value, str) else json.dumps(value, default=str) for value in values]
-            name = "".join(f", {s.rpartition('.')[2]} {text}" for s, text in zip(self.grid, texts, strict=True))
-            points[name] = dict(zip(self.grid, values, strict=True))
-        return points
-
 
 @dataclass(frozen=True)
 class Row:
@@ -122,7 +105,6 @@ class Row:
     masks: bool = True  # keep masks
     records: Path = OTHER_RECORDS  # the folder of what came out
     study: str = ""  # name of the list
-    point: dict[str, Any] = field(default_factory=dict)  # of the grid
 
     @cached_property
     def config(self) -> RunConfig:
@@ -131,10 +113,8 @@ class Row:
 
     @property
     def wanted_tasks(self) -> dict[str, Any]:
-        """The tasks of the list, as plain data; empty if it asks for none, or with other seeds only."""
-        if self.tasks is None or (self.tasks.seeds is not None and self.seed not in self.tasks.seeds):
-            return {}
-        return self.tasks.model_dump(exclude_none=True, exclude={"seeds"})
+        """The tasks of the list, as plain data; empty if it asks for none."""
+        return {} if self.tasks is None else self.tasks.model_dump(exclude_none=True)
 
 
 @dataclass(frozen=True)
@@ -142,12 +122,8 @@ class Listing:
     """A list file that has been read."""
 
     path: Path
-    about: str
+    content: Content
     rows: list[Row]
-    reference: list[str]  # names of rows
-    compare: list[list[str]]
-    tables: list[str]
-    seen: list[str] | None  # None: each row's own
 
     @classmethod
     def read(
@@ -164,24 +140,11 @@ class Listing:
         """
         path = Path(path)
         content = read_content(path)
-
         ours = path.resolve().is_relative_to(EXPERIMENTS)
         folder = Path(records) if records is not None else EXPERIMENTS / "records" if ours else OTHER_RECORDS
         masks = content.masks or not ours
         shared = {"tasks": content.tasks, "masks": masks, "records": folder, "study": path.stem}
-        rows = _rows(path, content, seeds or content.seeds, flags, **shared)
-        return cls(
-            path=path,
-            about=content.about or path.stem,
-            rows=list(rows),
-            reference=[f"{content.reference}{point}" for point in content.points if content.reference is not None],
-            compare=[
-                [stage.replace(": ", f"{point}: ", 1) for stage in pair]
-                for pair in content.compare for point in content.points
-            ],
-            tables=content.tables,
-            seen=content.seen,
-        )  # fmt: skip
+        return cls(path, content, list(_rows(path, content, seeds or content.seeds, flags, **shared)))
 
 
 def read_content(path: Path) -> Content:
@@ -200,24 +163,19 @@ def read_content(path: Path) -> Content:
 
 
 def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[str], **shared: Any) -> Iterator[Row]:
-    """Every row with every seed, at every point of the grid; `shared` are fields that are the same in all."""
+    """Every row with every seed; `shared` are fields that are the same in all."""
     own = read_flags(flags)
     protocol = [_shared(path.parent / name) for name in content.protocol]
     for seed in dict.fromkeys(seeds):
         for name, given in content.rows.items():
-            where, row = f"List '{path}', row '{name}'", given or RowContent()
+            where, row, merged = f"List '{path}', row '{name}'", given or RowContent(), {}
             configs = [_shared(path.parent / file) for file in row.config]
-            for point, of_grid in content.points.items():
-                merged: dict[str, Any] = {}
-                for layer in (*protocol, *configs, OWN, content.common, row.model_extra, of_grid):
-                    for one in layer.items():  # a YAML merge may give a setting by two names: the later one counts
-                        overlay(merged, dict([one]), where)
-                _check_settings(where, merged, own)
-                overlay(merged, own, where)
-                yield Row(
-                    f"{name}{point}", seed, merged | {"run.seed": seed}, control=name in content.controls,
-                    point=of_grid, **shared,
-                )  # fmt: skip
+            for layer in (*protocol, *configs, OWN, content.common, row.model_extra):
+                for one in layer.items():  # a YAML merge may give a setting by two names: the later one counts
+                    overlay(merged, dict([one]), where)
+            _check_settings(where, merged, own)
+            overlay(merged, own, where)
+            yield Row(name, seed, merged | {"run.seed": seed}, control=name in content.controls, **shared)
 
 
 def _shared(path: Path) -> dict[str, Any]:

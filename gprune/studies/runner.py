@@ -125,14 +125,20 @@ def finish(listing: Listing, chosen: Sequence[Row], ran: Sequence[tuple[Row, Mad
         started = time.monotonic()
         measure_tasks(row, folder, record)
         say_kept(row, started, "tasks ")
-    wanted = [row for row in listing.rows if row in chosen or row.name in listing.reference]
+    wanted = [row for row in listing.rows if row in chosen or row.name == listing.content.reference]
     done = [(row, record) for row in wanted if (record := record_of(row)) is not None]
     if not done:
         say(f"\n{listing.path}: no records yet.\n")
         return
     report = reported(listing, done)
     tables = tables_of(listing, report)
-    say("\n" + "\n\n".join([f"**{listing.about}**", *(t.shown() for t in tables), *report.protocols()]) + "\n")
+    say(
+        "\n"
+        + "\n\n".join(
+            [f"**{listing.content.about or listing.path.stem}**", *(t.shown() for t in tables), *report.protocols()]
+        )
+        + "\n"
+    )
     if options.costs:
         steps = {f"{row.name}, seed {row.seed}: {step}": used for row, r in done for step, used in r["steps"].items()}
         say("\n" + cost_table(steps).shown() + "\n")

@@ -22,23 +22,18 @@ Done = Sequence[tuple[Row, dict[str, Any]]]  # rows that have run, with their re
 
 def reported(listing: Listing, done: Done) -> Report:
     """The report of finished rows; rows that differ in seed alone are one."""
-    runs = [as_run(row, kept, listing.seen) for row, kept in done]
+    content = listing.content
+    runs = [as_run(row, kept, content.seen) for row, kept in done]
     _check_text(done)
-    return of_runs(runs, bases=_bases(listing, runs, done), seen=listing.seen)
+    return of_runs(runs, bases=_bases(content.reference, runs), seen=content.seen)
 
 
-def _bases(listing: Listing, runs: Sequence[FinishedRun], done: Done) -> dict[Path, FinishedRun] | None:
-    """By path of a run: the reference of its own seed and point of the grid, if that has as few parameters."""
-    if not listing.reference:
+def _bases(reference: str | None, runs: Sequence[FinishedRun]) -> dict[Path, FinishedRun] | None:
+    """By path of a run: the reference of its own seed, if that has as few parameters."""
+    if reference is None:
         return None
-    points = {row.name: row.point for row, _ in done}
-    return {
-        run.path: other
-        for other in runs
-        if other.name in listing.reference
-        for run in runs
-        if (run.seed, points[run.name]) == (other.seed, points[other.name]) and as_small(run, other)
-    }
+    bases = {run.seed: run for run in runs if run.name == reference}
+    return {run.path: base for run in runs if (base := bases.get(run.seed)) is not None and as_small(run, base)}
 
 
 def _check_text(done: Done) -> None:
@@ -62,12 +57,12 @@ def tables_of(listing: Listing, report: Report) -> list[Table]:
     """Means and ratios, perplexities, comparisons, tasks: those that the list asks for and that have rows."""
     runs = report.runs
     own = comparison_table(listing, runs), task_table(listing, runs)
-    return [t for t in (*(t for t in report.tables if t.name in listing.tables), *own) if t.rows]
+    return [t for t in (*(t for t in report.tables if t.name in listing.content.tables), *own) if t.rows]
 
 
 def comparison_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
     """A row for every pair of stages that the list compares and whose rows have run."""
-    ratios = {f"{a} / {b}": ratios_of(runs, a, b) for a, b in listing.compare}
+    ratios = {f"{a} / {b}": ratios_of(runs, a, b) for a, b in listing.content.compare}
     rows = [[pair, len(of_pair), pooled(of_pair)] for pair, of_pair in ratios.items() if of_pair is not None]
     none = "No ratio: the two have no seed in common, or were evaluated on other windows."
     columns = ["unseen perplexity of", "seeds", "ratio"]
@@ -77,7 +72,7 @@ def comparison_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
 def task_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
     """A row for every pair that the list compares and every seed whose tasks both have, a column for each task."""
     rows: list[tuple[str, int, dict[str, str]]] = []
-    for a, b in listing.compare:
+    for a, b in listing.content.compare:
         (a_runs, a_stage), (b_runs, b_stage) = (_stage(runs, name) for name in (a, b))
         by_seed = {r.seed: of_stage(r.evaluation, b_stage) for r in b_runs}
         for r in a_runs:

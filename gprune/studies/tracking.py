@@ -20,7 +20,6 @@ from gprune.report import Report, Table
 from gprune.report.records import run_numbers
 from gprune.runs.results import key_part
 from gprune.storage.files import key_of
-from gprune.storage.yaml_text import to_yaml
 from gprune.studies.archive import of_tasks
 from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing, Row
 from gprune.studies.tables import Done
@@ -95,7 +94,7 @@ def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
 
 
 def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Sequence[Table], report: Report) -> None:
-    """The list as a run of type `study`: tables, compared pairs, figures, and the list as an artifact.
+    """The list as a run of type `study`: its rows' settings, tables, compared pairs and figures.
 
     Other tables, or of other rows, are another run.
     """
@@ -109,7 +108,7 @@ def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Seque
     if _is_logged(folder, id):
         return
     logging = first.model_copy(update={"name": _words(shlex.join([stem, *flags]))[:128]})
-    config = {"about": listing.about, "rows": list(rows), "reference": listing.reference, "seen": listing.seen}
+    config = {"rows": rows} | {name: getattr(listing.content, name) for name in ("about", "reference", "seen")}
     about = {"name": stem, "group": stem, "job_type": "study", "tags": [stem], "config": config}
     with wandb_run(folder, logging, id=id, **about) as run, TemporaryDirectory() as drawn:
         if run is None:
@@ -121,11 +120,6 @@ def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Seque
         for pair, _, ratio in (row for table in tables if table.name == "compare" for row in table.rows):
             of_pair = {} if ratio is None else ratio._asdict()
             run.summary.update({f"compare/{key_part(pair)}/{name}": value for name, value in of_pair.items()})
-        artifact = wandb.Artifact(key_part(stem), type="list")
-        artifact.add_file(str(listing.path))
-        with artifact.new_file("rows.yaml") as file:
-            file.write(to_yaml(rows))
-        run.log_artifact(artifact)
 
 
 def _words(name: str) -> str:

@@ -77,19 +77,7 @@ def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
     assert [(row.name, row.seed, row.control) for row in found.rows] == [
         ("1", 4, True), ("0.5", 4, False), ("1", 5, True), ("0.5", 5, False)
     ]  # fmt: skip
-    assert found.reference == ["0.5"]
-
-
-def test_a_grid_has_every_row_at_every_point(bench):
-    grid = {"sparsity.target": [0.3, 0.5], "importance": ["wifv", "wanda_sp"]}
-    path = bench.write("grid", {"plain": {"gprune": False}, "ours": {}}, grid=grid, reference="plain",
-                       compare=[["ours: gprune", "plain: base"]])  # fmt: skip
-    points = [f"target {target}, importance {metric}" for target in (0.3, 0.5) for metric in ("wifv", "wanda_sp")]
-    listing = Listing.read(path)
-    assert [row.name for row in listing.rows] == [f"{row}, {point}" for row in ("plain", "ours") for point in points]
-    assert [row.config.sparsity.target for row in listing.rows] == [0.3, 0.3, 0.5, 0.5] * 2
-    assert listing.compare == [[f"ours, {point}: gprune", f"plain, {point}: base"] for point in points]
-    assert listing.reference == [f"plain, {point}" for point in points]
+    assert found.content.reference == "0.5"
 
 
 # --- what is refused --------------------------------------------------------------------------------------------
@@ -115,7 +103,7 @@ def test_a_grid_has_every_row_at_every_point(bench):
         ("rows: {a: {run.seed: 5}}\n", ["row 'a'", "--seeds", "got --run.seed"]),
         ("rows: {a: {}, b: {}}\ncommon: {run: {name: x}}\n", ["row 'a'", "expected no --run.name"]),
         ("rows: {a: {dry_run: true}}\n", ["expected no --dry_run"]),
-        ("rows: {a: {}}\ngrid: {model: [{trust_remote_code: true}]}\n", ["row 'a'", "behind --"]),
+        ("rows: {a: {model: {trust_remote_code: true}}}\n", ["row 'a'", "behind --"]),
         # rows that there are not
         ("rows: {a: {}}\nreference: b\n", ["reference", "(a)", "'b'"]),
         ("rows: {a: {}}\ncompare: [['a: gprune', 'b: base']]\n", ["compare", "(a)", "'b'"]),

@@ -66,8 +66,7 @@ def test_rows_and_their_list_are_runs_under_their_own_names(bench, ran, nothing_
         }
     whole = found["all"]
     assert (whole.about["job_type"], whole.about["run_group"]) == ("study", "ablations")
-    (artifact,) = [one for one in whole.artifacts if one["type"] == "list"]
-    assert [file["path"] for file in artifact["manifest"]["contents"]] == ["ablations.yaml", "rows.yaml"]
+    assert whole.config["rows"] == {f"{row.name}, seed 0": row.settings for row, _ in done}
     (row,) = comparison_table(listing, reported(listing, done).runs).rows
     numbers = {name: value for name, value in whole.summary.items() if name.startswith("compare/")}
     assert sorted(numbers.values()) == pytest.approx(sorted(row[2]))
