@@ -61,5 +61,5 @@ def run(args: Sequence[str] | None) -> str:
         f"Everything is in {result.path}"
         + (", and its page is report.html" if (result.path / "report.html").exists() else "")
         + ("" if cfg.export.format == "none" else f"; the model in {result.path / 'model'}, in {exported}")
-        + f".\nCurves: {how_to_look(result.path, cfg.logging.resolved_tracker)}.\n"
+        + f".\nCurves: {how_to_look(result.path)}.\n"
     )

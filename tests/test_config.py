@@ -134,7 +134,7 @@ def test_a_wrong_value_is_refused_in_the_same_words_by_all_ways(name, value, sai
         ("sparsity.targt", "there is no setting 'sparsity.targt'; did you mean 'target'?"),
         ("run.zzz", "there is no setting 'run.zzz'; expected one of dir, name, seed, checkpoint_minutes."),
         ("sparsty", "there is no setting 'sparsty'; did you mean 'sparsity'?"),
-        ("trainer.logger", "there is no setting 'trainer.logger' here; expected --logging.tracker and --logging.mode."),
+        ("trainer.logger", "there is no setting 'trainer.logger' here; expected --logging.mode, of W&B."),
         ("seed", "there is no setting 'seed' here; expected --run.seed."),
     ],
 )

@@ -8,7 +8,7 @@ INSTEAD = {
     "import": "--import as a flag of the command: a file runs nobody's code",
     "trainer.max_epochs": "--sparsity.epochs (thresholds), --partition.steps (refinement), --distill.tokens",
     "trainer.max_time": "--trainer.callbacks '[{class_path: Timer, init_args: {duration: 00:12:00:00}}]'",
-    "trainer.logger": "--logging.tracker and --logging.mode",
+    "trainer.logger": "--logging.mode, of W&B",
     "trainer.accumulate_grad_batches": "--distill.accumulate, or the callback GradientAccumulationScheduler",
     "trainer.val_check_interval": "--distill.points",
     "trainer.limit_val_batches": "--evaluation.development_samples",

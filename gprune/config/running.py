@@ -80,10 +80,8 @@ class EvaluationConfig(Group, prefix="evaluation."):
 
 
 class LoggingConfig(Group, prefix="logging."):
-    """Where curves go."""
+    """Where curves go. A CSV file is always written; these are the flags of Weights & Biases."""
 
-    tracker: Literal["wandb", "csv"] = "wandb"
-    """wandb: Weights & Biases. csv: only the CSV file, which is always written."""
     mode: Literal["offline", "online", "disabled"] | None = None
     """Of W&B. Default: $WANDB_MODE, else offline: no account needed; `wandb leet run` shows every curve."""
     project: WandbName | None = None
@@ -113,11 +111,6 @@ class LoggingConfig(Group, prefix="logging."):
     def resolved_group(self) -> str | None:
         """The flag, else $WANDB_RUN_GROUP."""
         return self.group or os.environ.get("WANDB_RUN_GROUP") or None
-
-    @property
-    def resolved_tracker(self) -> str:
-        """csv, too, where W&B is disabled."""
-        return "csv" if self.tracker == "wandb" and self.resolved_mode == "disabled" else self.tracker
 
 
 class ClassPath(BaseModel, strict=True, extra="forbid"):

@@ -123,10 +123,10 @@ def of_row(loggers: Sequence[Logger], row: str, stage: str) -> Iterator[None]:
             logger.row = ""
 
 
-def how_to_look(folder: Path, tracker: str) -> str:
+def how_to_look(folder: Path) -> str:
     """The command that shows the curves of a run, without an account."""
     latest = Path(os.environ.get("WANDB_DIR") or folder) / "wandb" / "latest-run"
-    if tracker == "wandb" and latest.exists():
+    if latest.exists():
         return f"`wandb leet run {latest}` shows them in the terminal"
     return f"{folder / 'csv'} has them"
 

@@ -42,12 +42,12 @@ def wandb_run(
         id: equal ids are one run, also in several files: `wandb sync` puts them together.
 
     Yields:
-        wandb.Run, or None: with another tracker, in other processes than the first, and where W&B cannot start.
+        wandb.Run, or None: where it is disabled, in other processes than the first, and where W&B cannot start.
 
     Raises:
         UserError: online without an account.
     """
-    if logging.resolved_tracker != "wandb" or rank_zero_only.rank != 0:
+    if logging.resolved_mode == "disabled" or rank_zero_only.rank != 0:
         yield None
         return
     if wandb.run is not None:

@@ -60,7 +60,7 @@ def log(listing: Listing, done: Done, flags: Sequence[str], report: Report, tabl
     Returns:
         The folder that `wandb leet` shows; None where W&B tracks no row.
     """
-    tracked = [(row, record) for row, record in done if row.config.logging.resolved_tracker == "wandb"]
+    tracked = [(row, record) for row, record in done if row.config.logging.resolved_mode != "disabled"]
     if not tracked:
         return None
     with beside_records(tracked[0][0]) as folder:

@@ -61,8 +61,8 @@ def start(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
 
     @contextmanager
-    def enter(tracker):
-        cfg, folder = RunConfig(logging={"tracker": tracker}), RunFolder(tmp_path, key="abc")
+    def enter():
+        cfg, folder = RunConfig(), RunFolder(tmp_path, key="abc")
         with folder.opened(cfg.settings(), ""), tracking(folder, cfg) as loggers:
             yield loggers
 
@@ -200,7 +200,7 @@ def test_an_open_run_is_logged_into_and_stays_open_as_it_was(world, tmp_path, mo
 
 @pytest.mark.slow
 def test_a_tracker_that_is_lost_in_the_middle_costs_a_line(start, tmp_path, caplog):
-    with start("wandb") as loggers:
+    with start() as loggers:
         log_scalars(loggers, {"a": 1.0}, step=0)
         for child in psutil.Process().children(recursive=True):
             if "wandb-core" in child.name():
@@ -243,11 +243,11 @@ def test_offline_is_the_default_and_the_environment_is_heard(world, tmp_path, mo
 def test_an_exception_closes_the_run_as_failed_and_the_command_that_shows_curves_names_it(start, tmp_path, monkeypatch):
     codes, finish = [], wandb.Run.finish
     monkeypatch.setattr(wandb.Run, "finish", lambda self, exit_code=None: (codes.append(exit_code), finish(self))[1])
-    with pytest.raises(ZeroDivisionError), start("wandb"):
+    with pytest.raises(ZeroDivisionError), start():
         raise ZeroDivisionError
     assert (wandb.run, codes) == (None, [1])
-    assert str(tmp_path / "csv") in how_to_look(tmp_path, "csv")
-    command = how_to_look(tmp_path, "wandb").split("`")[1]
+    assert str(tmp_path / "none/csv") in how_to_look(tmp_path / "none")
+    command = how_to_look(tmp_path).split("`")[1]
     assert command == f"wandb leet run {tmp_path / 'wandb/latest-run'}"
     assert len(list((tmp_path / "wandb/latest-run").glob("*.wandb"))) == 1
 
