@@ -94,7 +94,7 @@ def log_evaluation(run: Path, records: Sequence[dict[str, Any]]) -> None:
     """Add records to the summary of the W&B run in which a run was logged, if it was."""
     if not (known := RunFolder(run).manifest.get("wandb")):
         return
-    from gprune.runs.wandb_runs import taken_up
+    from gprune.runs.tracking import taken_up
 
     with taken_up(run, known) as tracked:
         if tracked is not None:

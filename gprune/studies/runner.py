@@ -27,18 +27,14 @@ from gprune.report.records import cost_table
 from gprune.runs import schema
 from gprune.runs.folder import RunFolder
 from gprune.storage.files import read_json, write_json
-from gprune.studies.archive import dense_path, learned_tokens, path_of, plain, read, record_of, write
+from gprune.studies.archive import dense_path, learned_tokens, packed, path_of, plain, read, record_of, write
 from gprune.studies.listing import Listing, Row, parts_of
-from gprune.studies.packing import packed
 from gprune.studies.tables import reported, tables_of
 from gprune.studies.tracking import beside_records, log, named
-
-Made = tuple[Path, dict[str, Any]]  # a run's folder and record
 
 
 def work(options: Namespace) -> None:
     """Run, then print; options as the command line of `gprune study` gives them."""
-    waiting = []  # lists whose rows have run
     for path in options.lists:
         listing = Listing.read(path, seeds=options.seeds, flags=options.flags, records=options.records)
         names = dict.fromkeys(row.name for row in listing.rows)
@@ -46,34 +42,33 @@ def work(options: Namespace) -> None:
             raise UserError(f"--only: expected rows of {path} ({', '.join(names)}), got '{unknown[0]}'.")
         chosen = parts_of([row for row in listing.rows if row.name in (options.only or names)], options.part)
         pending = [row for row in chosen if record_of(row) is None]
-        ran = run_all(pending) if pending and not options.table else []
-        waiting.append((listing, chosen, ran))
-    if process_index() == 0:  # the others are through: none waits for tasks of hours, until torch gives them up
-        for listing, chosen, ran in waiting:
-            finish(listing, chosen, ran, options)
+        if pending and not options.table:
+            run_all(pending)
+        if process_index() == 0:  # of processes that Lightning has started with the same command
+            finish(listing, chosen, options)
 
 
-def run_all(pending: Sequence[Row]) -> list[tuple[Row, Made]]:
-    """Say what it will cost, run each row, and say when its record is kept.
-
-    Returns:
-        Rows whose tasks are still to be measured, with what `run` gave.
-    """
+def run_all(pending: Sequence[Row]) -> None:
+    """Say what it will cost, run each row and measure its tasks, and say when its record is kept."""
     for row in pending:
         if row.wanted_tasks:
             measurement.check(asked_of(row))
-    first = process_index() == 0  # of processes that Lightning has started with the same command
+            if row.config.processes > 1:  # the others would wait for hours, until torch gives them up
+                raise UserError(f"Row '{row.name}': expected one process for tasks, got {row.config.processes}.")
+    first = process_index() == 0
     if first:
         say(token_hours(pending) + "\n")
-    ran = []
     for row in pending:
         started = time.monotonic()
-        ran.append((row, run(row)))
+        folder, record = run(row)
         if processes()[1] > 1:  # the record is there for all of them, whatever list asks for it next
             torch.distributed.barrier()
         if first:
             say_kept(row, started)
-    return [(row, made) for row, made in ran if row.wanted_tasks]
+        if row.wanted_tasks:
+            started = time.monotonic()
+            measure_tasks(row, folder, record)
+            say_kept(row, started, "tasks ")
 
 
 def token_hours(pending: Sequence[Row]) -> str:
@@ -87,7 +82,7 @@ def token_hours(pending: Sequence[Row]) -> str:
     )
 
 
-def run(row: Row) -> Made:
+def run(row: Row) -> tuple[Path, dict[str, Any]]:
     """Run one configuration and keep what came out.
 
     Returns:
@@ -119,12 +114,8 @@ def run(row: Row) -> Made:
     return result.path, record
 
 
-def finish(listing: Listing, chosen: Sequence[Row], ran: Sequence[tuple[Row, Made]], options: Namespace) -> None:
-    """Measure the tasks of rows that have run, and print and draw what a list's rows have given."""
-    for row, (folder, record) in ran:
-        started = time.monotonic()
-        measure_tasks(row, folder, record)
-        say_kept(row, started, "tasks ")
+def finish(listing: Listing, chosen: Sequence[Row], options: Namespace) -> None:
+    """Print and draw what a list's rows have given."""
     wanted = [row for row in listing.rows if row in chosen or row.name == listing.content.reference]
     done = [(row, record) for row in wanted if (record := record_of(row)) is not None]
     if not done:

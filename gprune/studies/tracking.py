@@ -76,8 +76,7 @@ def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
 
     `record` is true in the configuration of what is logged from a record.
     """
-    from gprune.runs.tracking import about, id_of
-    from gprune.runs.wandb_runs import wandb_run
+    from gprune.runs.tracking import about, id_of, wandb_run
 
     cfg = named(row)
     id = id_of(key_of(settings=cfg.settings() | {"inputs": record["inputs"]}), cfg)
@@ -100,7 +99,7 @@ def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Seque
     """
     import wandb
 
-    from gprune.runs.wandb_runs import wandb_run
+    from gprune.runs.tracking import wandb_run
 
     stem, first = _words(listing.path.stem), listing.rows[0].config.logging
     rows = {f"{row.name}, seed {row.seed}": row.settings for row in listing.rows}

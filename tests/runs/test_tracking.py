@@ -21,8 +21,7 @@ from gprune.config import LoggingConfig, RunConfig
 from gprune.config.parse import parse
 from gprune.pipeline.prune import prune
 from gprune.runs.folder import RunFolder
-from gprune.runs.tracking import how_to_look, log_numbers, log_scalars, tracking
-from gprune.runs.wandb_runs import wandb_run
+from gprune.runs.tracking import how_to_look, log_numbers, log_scalars, tracking, wandb_run
 from tests import tiny_run, tracked
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gprune.models.masks import Masks
-from gprune.studies import archive, listing, packing
+from gprune.studies import archive, listing
 from gprune.studies.archive import record_of
 from tests.studies.workbench import ROWS
 
@@ -92,8 +92,8 @@ NUMBERS = st.fixed_dictionaries(
 
 @given(numbers=st.lists(NUMBERS, max_size=8))
 def test_what_is_the_same_in_several_numbers_is_kept_once_and_comes_back(numbers):
-    content = json.loads(json.dumps({"name": "x", "records": packing.folded(numbers)}))
-    assert packing.unfolded(content) == {"name": "x", "records": numbers}
+    content = json.loads(json.dumps({"name": "x", "records": archive.folded(numbers)}))
+    assert archive.unfolded(content) == {"name": "x", "records": numbers}
     for stage in content["records"]["stages"]:
         assert len(stage["each"]) < 2 or not any(
             all(name in own and own[name] == value for own in stage["each"]) for name, value in stage["each"][0].items()
@@ -107,6 +107,6 @@ def test_packed_masks_come_back(data, depth):
         return [torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in sizes]
 
     masks = Masks(drawn(), drawn())
-    again = packing.unpacked(json.loads(json.dumps(packing.packed(masks))))
+    again = archive.unpacked(json.loads(json.dumps(archive.packed(masks))))
     assert again == masks
     assert all(m.dtype == torch.bool for m in (*again.ffn, *again.attention))

@@ -71,7 +71,7 @@ def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
     path.write_text("".join(f"{key}:\n" for key in empty) + "about: x\nrows: {a: , b: {}}\n")
     found = Listing.read(path)
     path.write_text("about: x\nrows: {a: {}, b: {}}\n")
-    assert Listing.read(path) == found
+    assert Listing.read(path).rows == found.rows
     path.write_text("rows: {1: {}, 0.5: {}}\ncontrols: [1]\nreference: 0.5\nseeds: [4, 4, 5]\n")
     found = Listing.read(path)
     assert [(row.name, row.seed, row.control) for row in found.rows] == [

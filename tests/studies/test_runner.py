@@ -6,12 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 
 import gprune
 from gprune.benchmarks import measurement
 from gprune.errors import UserError
-from gprune.studies import archive, packing, runner
+from gprune.studies import archive, runner
 from gprune.studies.archive import record_of
 from tests.studies.workbench import ROWS, cells
 
@@ -23,7 +22,7 @@ def test_it_runs_keeps_records_and_prints(bench, first):
         assert f"{row.name}, seed 0: " in out
         record = record_of(row)
         result = gprune.load_run(Path(row.config.run.dir) / row.config.run_name)
-        assert packing.unpacked(record["masks"]) == result.masks
+        assert archive.unpacked(record["masks"]) == result.masks
         assert record["settings"] == row.config.settings()
         rounded = [r | {"window_nll": [round(v, 4) for v in r["window_nll"]]} for r in result.records]
         assert record["records"] == rounded
@@ -156,22 +155,10 @@ def test_a_list_that_wants_masks_keeps_the_tasks_and_one_that_wants_tasks_the_ma
     assert len([*(tmp_path / "runs").iterdir()]) == 1
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_of_several_processes_none_waits_for_tasks(bench, measured, monkeypatch, capsys, index, tmp_path):
-    """Which may take longer than torch lets a process wait: all rows come first, also of lists with the same rows."""
-    calls, configs = measured
-    met = []
-    monkeypatch.setattr(runner, "processes", lambda: (index, 2))
-    monkeypatch.setattr(runner, "process_index", lambda: index)
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: met.append((len(configs), len(calls))))
-    row = {"mended": MENDED["mended"]}
-    paths = [bench.write(f"limit{n}", row, tasks={"names": ["piqa"], "limit": n}) for n in (4, 9)]
-    said = bench(capsys, *paths, "--records", tmp_path)
-    assert met == [(1, 0), (2, 0)]
-    assert [stages for *_, stages in calls] == [[["dense"], ["base"]] * 2, []][index]
-    assert said.count("mended, seed 0: tasks") == 2 * (index == 0)
-    kept = [record_of(row) for path in paths for row in bench.rows(path, records=tmp_path)]
-    assert [record and record["tasks"]["limit"] for record in kept] == [[4, 9], [None, None]][index]
+def test_tasks_of_several_processes_are_refused_before_anything_runs(bench, measured, capsys):
+    path = bench.write("several", MENDED, tasks={"names": ["piqa"]}, common={"trainer.devices": 2})
+    assert "expected one process for tasks, got 2" in bench.refused(capsys, path)
+    assert measured == ([], [])
 
 
 def test_rows_are_compared_on_tasks_pair_by_pair(bench, measured, capsys, tmp_path):
@@ -199,7 +186,7 @@ def test_tasks_that_fail_leave_the_run_and_tasks_that_cannot_be_measured_run_not
     def fails(*_, **__):
         raise UserError("no such task")
 
-    tasks = {"names": ["piqa"], "seeds": None}  # null: of all seeds
+    tasks = {"names": ["piqa"]}
     path = bench.write("failing", {"plain": {"gprune": False}}, tasks=tasks, common={"ridge": 0.4})
     monkeypatch.setattr(measurement, "evaluate", fails)
     assert "no such task" in bench.refused(capsys, path)
