@@ -191,7 +191,7 @@ def test_gemma_runs_end_to_end_with_bos(tmp_path):
         "--run.name=auto", f"--run.dir={tmp_path}", "--logging.mode=disabled", "--model.name=gemma-3-270m",
         "--gprune=false", "--sparsity.target=0.3", "--evaluation.controls=[]", "--corpora.score=python_docs",
         "--corpora.evaluate=[python_docs]", "--corpora.num_samples=2", "--corpora.seq_len=64",
-        "--evaluation.num_samples=2", "--evaluation.seq_len=64", "--evaluation.samples=0", "--recovery=none",
+        "--evaluation.num_samples=2", "--evaluation.seq_len=64", "--recovery=none",
     ]  # fmt: skip
     assert main(flags) == 0
     run = load_run(tmp_path / "auto")
