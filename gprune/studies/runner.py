@@ -60,14 +60,14 @@ def run_all(pending: Sequence[Row]) -> None:
         say(token_hours(pending) + "\n")
     for row in pending:
         started = time.monotonic()
-        folder, record = run(row)
+        made = run(row)
         if processes()[1] > 1:  # the record is there for all of them, whatever list asks for it next
             torch.distributed.barrier()
         if first:
             say_kept(row, started)
         if row.wanted_tasks:
             started = time.monotonic()
-            measure_tasks(row, folder, record)
+            measure_tasks(row, *made)
             say_kept(row, started, "tasks ")
 
 
