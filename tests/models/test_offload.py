@@ -296,6 +296,8 @@ def test_a_run_with_most_of_the_model_on_disk_is_the_same_run(world, tmp_path, m
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     away = world.run(tmp_path, *FLAGS, *placement(model), name="away")
     assert_same_run(away, whole)
+    distances = ([r["kl"] for r in run.records if r["stage"] != "dense"] for run in (away, whole))
+    assert next(distances) == pytest.approx(next(distances), rel=1e-4)  # the head is away: all logits, or none
     assert away.summary["parameters_before"] == whole.summary["parameters_before"]
     assert (tmp_path / "away" / "model" / "model.safetensors.index.json").exists()
     checks = read_json(tmp_path / "away" / "manifest.json")["logits"]
@@ -391,7 +393,8 @@ def test_a_model_sharded_over_two_processes_learns_the_same(accelerator, world, 
     for mine, theirs in zip(sharded.thresholds, whole.thresholds, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert sharded.masks == whole.masks
-    assert [r["nll"] for r in sharded.records] == [r["nll"] for r in whole.records]  # recovered from files, too
+    for name in ("nll", "kl", "agreement"):  # recovered from files, too
+        assert [r.get(name) for r in sharded.records] == [r.get(name) for r in whole.records]
     whole, sharded = (read_json(tmp_path / name / "manifest.json") for name in results)
     assert sharded["learning"] == whole["learning"]  # with the curves
     for step in ("thresholds", "evaluate"):  # the first process's part, which is the larger one
