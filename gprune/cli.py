@@ -31,7 +31,7 @@ def run(args: Sequence[str] | None) -> str:
     if idle := unread(cfg, flags_of(args)):
         log.warning("Given, and not read by this run: %s", idle)
     if not cfg.dry_run:  # before what takes seconds to import
-        log.info("%s: removing %.3g %% of %s", cfg.model.name, 100 * cfg.sparsity.target, cfg.sparsity.scope)
+        log.info("%s: pruning %s, target %s", cfg.model.name, cfg.sparsity.scope, cfg.sparsity.target)
         log.info("Into %s", cfg.folder)
     quiet()
     from lightning.pytorch.utilities.rank_zero import rank_zero_only

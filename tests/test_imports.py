@@ -62,7 +62,7 @@ def imported(code: str, *args: str, tmp_path: Path) -> tuple[str, set[str]]:
         (TRAIN, ["--print_config"], ["target: 0.5"]),
         (TRAIN, ["--sparsity.start", "owl", "--recovery", "distil"], ["Did you mean 'distill'?"]),
         (IMPORTED + COMMANDS, list(command.COMMANDS), [f"usage: gprune {name}" for name in command.COMMANDS]),
-        (IMPORTED + FIRST_LINE, ["--run.name", "first"], ["smollm2-135m: removing 50 % of ffn"]),
+        (IMPORTED + FIRST_LINE, ["--run.name", "first"], ["smollm2-135m: pruning ffn, target 0.5"]),
         (IMPORTED + OWN + MAIN, ["--importance", "mine", "--print_config"], ["importance: mine"]),
     ],
     ids=["help", "settings", "refusal", "commands", "first line", "own metric"],

@@ -49,12 +49,12 @@ def subjects_of(
         settings = {"dtype": getattr(torch, dtype or "float32"), "trust_remote_code": trust_remote_code}
         return [Subject(about, lambda: load_model(name, **settings))], None, None
     run = finished(path)
-    settings, sparsity, label = run.settings, run.settings["sparsity"], model_label(run.settings["model"]["name"])
+    settings, label = run.settings, model_label(run.settings["model"]["name"])
     if settings["recovery"] != "none" and not (path / "model" / "config.json").is_file():
         raise UserError(f"The run '{path}' recovered, and kept no model (--export none); repeat it with --export hf.")
     loading = (path, settings, getattr(torch, dtype or settings["model"]["dtype"]), trust_remote_code)
     after = {"model": label, "stage": run.final, "recovery": settings["recovery"]}
-    after |= {"sparsity": sparsity["target"], "scope": sparsity["scope"]}
+    after |= {"sparsity": run.records[-1]["sparsity"], "scope": settings["sparsity"]["scope"]}
     subjects = [Subject(after, lambda: _load_pruned(*loading))]
     if dense:
         before = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}

@@ -14,11 +14,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
-from gprune.checks import AtLeast1, AtLeast2, AtLeast8, Memory, NonNegative, Positive, Quantile, Sparsity, Text, refusal
+from gprune.checks import AtLeast1, AtLeast2, AtLeast8, Memory, NonNegative, Positive, Quantile, Text, refusal
 from gprune.config.replaced import INSTEAD
 from gprune.errors import UserError, nearest
 from gprune.importance.metrics import IMPORTANCE
 from gprune.sparsity.allocation import ALLOCATION
+from gprune.sparsity.target import Asked, Target
 
 # What modules may switch to besides activation-free metrics: the base metric seen through all drift corpora, as the
 # mean of its ranks or scored on their pooled statistics.
@@ -206,8 +207,11 @@ class ReliabilityConfig(Group, prefix="reliability."):
 class SparsityConfig(Group, prefix="sparsity."):
     """How much goes, from where, and how the sparsity of each module is found."""
 
-    target: Sparsity = 0.5
-    """Fraction of the scope's parameters to remove, inside (0, 1)."""
+    target: Asked = 0.5
+    """How much goes: 0.5 of the scope's parameters, 30% of all, or until 95M or 200MiB (as exported) are left."""
+    cost: Text | None = None
+    """What the target counts, in place of what its unit says: parameters, kv_cache (numbers per token), or what is
+    registered from Python."""
     scope: Annotated[
         Literal["ffn", "attention+ffn", "ffn+blocks", "attention+ffn+blocks"],
         BeforeValidator(lambda given: "+".join(sorted(str(given).split("+"), key="attention+ffn+blocks".find))),
@@ -263,3 +267,8 @@ class SparsityConfig(Group, prefix="sparsity."):
             raise UserError("--sparsity.uniform_width: expected it without --sparsity.protect and allocation depth.")
         if "blocks" in self.scope and rule.whole_blocks:
             raise UserError(f"--sparsity.scope {self.scope}: expected it without blocks, which allocation depth takes.")
+
+    @property
+    def currency(self) -> str:
+        """What the target counts: `bytes`, or a registered cost."""
+        return self.cost or ("bytes" if Target.of(self.target).unit == "bytes" else "parameters")

@@ -261,6 +261,8 @@ class RunConfig(Group):
                 del plain[group][name]
         if not self.options:
             del plain["options"]
+        if self.sparsity.cost is None:
+            del plain["sparsity"]["cost"]
         plain["run"] = {"seed": self.run.seed}
         plain["trainer"] = {"world_size": self.processes, "precision": self.trainer.precision} | self.trainer.unusual
         return plain
@@ -282,4 +284,5 @@ class RunConfig(Group):
             return self.run.name
         digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:8]
         model = os.path.basename(os.path.normpath(self.model.name))
-        return f"{model[:100]}-{self.final}-{self.importance}-{self.sparsity.target:g}-{digest}"
+        spelt = f"{target:g}" if isinstance(target := self.sparsity.target, float) else target.replace("%", "pct")
+        return f"{model[:100]}-{self.final}-{self.importance}-{spelt}-{digest}"

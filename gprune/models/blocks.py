@@ -7,7 +7,7 @@ saved form are made of slices alone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
@@ -132,15 +132,17 @@ class Block:
     @property
     def neuron_cost(self) -> int:
         """Parameters that go when one neuron goes, from all experts at once."""
-        return self._unit_cost("ffn", self.neurons)
+        return self.unit_cost("ffn")
 
     @property
     def group_cost(self) -> int:
         """Parameters that go when one KV group goes."""
-        return self._unit_cost("attention", self.kv_groups)
+        return self.unit_cost("attention")
 
-    def _unit_cost(self, kind: str, units: int) -> int:
-        return sum(self.parameter(s).numel() // units for s in self.slices if s.kind == kind)
+    def unit_cost(self, kind: str, weight: Callable[[Tensor], int] = lambda parameter: 1) -> int:
+        """What goes with a neuron (`ffn`) or a KV group (`attention`), by what each number of a parameter weighs."""
+        units = self.neurons if kind == "ffn" else self.kv_groups
+        return sum(weight(p) * (p.numel() // units) for p in (self.parameter(s) for s in self.slices if s.kind == kind))
 
     def parameter(self, place: Slice) -> nn.Parameter:
         """The parameter that a slice is of."""

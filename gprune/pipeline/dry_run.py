@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 
 from gprune.config import RunConfig
 from gprune.corpora import lies_here
-from gprune.importance.scores import fractional_ranks
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import locate_model
 from gprune.pipeline.cost import calibration_tokens, passes
@@ -20,21 +19,22 @@ from gprune.pipeline.memory import memory_line
 from gprune.pipeline.plan import Plan
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget
-from gprune.sparsity.cut import keep_masks
+from gprune.sparsity.cut import uniform_masks
 
 
 def describe(plan: Plan) -> str:
     """A line for each property of the run, ready to be printed."""
     cfg, budget = plan.cfg, plan.budget
-    parameters, share = plan.skeleton.num_parameters(), cfg.sparsity.target
-    of_model, left, dtype = budget.target / parameters, parameters - budget.target, plan.exported_dtype
+    parameters, scope, dtype = plan.skeleton.num_parameters(), budget.costs.in_parameters.total, plan.exported_dtype
+    left = parameters - plan.removed
     lines = {
         "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.costs.neurons)} blocks",
-        "scope": f"{cfg.sparsity.scope}: {budget.costs.total:,} parameters in units",
+        "scope": f"{cfg.sparsity.scope}: {scope:,} parameters in units",
         "blocks": f"{len(budget.costs.gone)} go as a whole" if "blocks" in cfg.sparsity.scope else "",
-        "removes": f"{budget.target:,} parameters: {share:.1%} of the scope, {of_model:.1%} of the model",
+        "removes": f"{plan.removed:,} parameters: {plan.removed / scope:.1%} of the scope, "
+        f"{plan.removed / parameters:.1%} of the model",
         "widths": expected_widths(cfg, budget),
-        "exports": f"{left:,} parameters: {left * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}",
+        "exports": f"{left:,} parameters: {left * getattr(torch, dtype).itemsize / 2**20:,.1f} MiB in {dtype}",
         "text": counted_text(plan),
         "evaluates": f"{1 + len(cfg.stages)} models on {len(cfg.corpora.evaluate)} corpora",
         "forward": f"at most {plan.forward_tokens:,} tokens; fewer where the cache has results",
@@ -68,9 +68,7 @@ def expected_widths(cfg: RunConfig, budget: Budget) -> str:
     """Neurons and KV groups that blocks keep if every module is equally sparse."""
     if ALLOCATION[cfg.base_allocation].whole_blocks:
         return "whole blocks go, and part of one"
-    costs = (budget := budget.rest).costs
-    neurons, groups = ([fractional_ranks(torch.arange(n)) for n in kind] for kind in (costs.neurons, costs.groups))
-    masks = keep_masks(budget, [r.repeat(e) for r, e in zip(neurons, costs.of_experts, strict=True)], groups)
+    costs, masks = budget.rest.costs, uniform_masks(budget.rest)
     n, g = ([int(mask.sum()) for mask in of_blocks] for of_blocks in (masks.ffn, masks.attention))
     kept = f"{min(n)} to {max(n)} of {max(costs.neurons)} neurons and {min(g)} to {max(g)} of {max(costs.groups)}"
     return f"{kept} KV groups per block, at uniform sparsity"

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel
 
 from gprune.calibration.statistics import CorpusStatistics
-from gprune.config import RunConfig
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
 from gprune.errors import dispensable
@@ -86,7 +85,7 @@ def evaluate(
             model = spread(run, model)
             results = [measure(run, model, w, name) for w in run.text.test]
             pairs = zip(results, run.text.test, strict=True)
-            records += [record(cfg, row, result, w, leaked[w.corpus]) for result, w in pairs]
+            records += [record(run, row, result, w, leaked[w.corpus]) for result, w in pairs]
             write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
     if early and measures and not run.folder.finished:
         log.info("Before recovery:\n\n%s\n", result_table(records).shown())
@@ -169,7 +168,7 @@ def measured(
 
 
 def record(
-    cfg: RunConfig, row: tuple[str, str], result: PerplexityResult, w: Windows, leak: tuple[bool, float]
+    run: Run, row: tuple[str, str], result: PerplexityResult, w: Windows, leak: tuple[bool, float]
 ) -> dict[str, Any]:
     """One number with everything needed to repeat it.
 
@@ -177,7 +176,7 @@ def record(
         row: stage and recovery.
         leak: whether the corpus counts as seen, and its share of leaked 13-grams.
     """
-    stage, recovery = row
+    (stage, recovery), cfg = row, run.cfg
     dense, gprune = stage == "dense", stage == "gprune"
     switch, learned = cfg.reliability, gprune and cfg.learns
     return {
@@ -193,7 +192,7 @@ def record(
         "recovery": recovery,
         "ridge": cfg.ridge if recovery_of(recovery).needs else None,
         **{n: dict(s) if n in recovery.split("+") else None for n, s in cfg.recovery_settings.items()},
-        "sparsity": 0.0 if dense else cfg.sparsity.target,
+        "sparsity": 0.0 if dense else run.budget.sparsity,
         "scope": cfg.sparsity.scope,
         "model": model_label(cfg.model.name),
         "corpora": cfg.roles,
@@ -222,13 +221,13 @@ def summarise(
     Args:
         masks: of the final stage, and `pruned` its model.
     """
-    before, after = run.model.num_parameters(), pruned.num_parameters()
+    before, after, units = run.model.num_parameters(), pruned.num_parameters(), run.budget.costs.in_parameters
     means = {
         row_name(*row): {name: v if math.isfinite(v) else None for name, v in values.items()}  # JSON has no NaN
         for row, values in means_and_gaps(records).items()
     }
     summary = {
-        "sparsity_of_scope": run.budget.costs.removed(masks) / run.budget.costs.total,
+        "sparsity_of_scope": units.removed(masks) / units.total,
         "sparsity_of_model": 1 - after / before,
         "parameters_before": before,
         "parameters_after": after,

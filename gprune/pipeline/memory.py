@@ -56,7 +56,7 @@ def peaks_of(plan: Plan) -> dict[str, float]:
     evaluated = evaluated_tokens(cfg)
     H, V, C, L = config.hidden_size, config.vocab_size, max(b.output.in_features for b in blocks), len(blocks)
     N = max(costs.neurons) * min(getattr(config, "num_experts_per_tok", 1), blocks[0].experts)
-    kept, left = 1 - plan.budget.target / costs.total, plan.skeleton.num_parameters() - plan.budget.target
+    kept, left = 1 - plan.removed / costs.in_parameters.total, plan.skeleton.num_parameters() - plan.removed
     batch, step = (math.ceil(n / cfg.processes) * cfg.corpora.seq_len for n in (cfg.corpora.batch_size, d.batch_size))
     corpora, gram = max(1, len(cfg.calibration)), gram_bytes(blocks) if "gram" in cfg.collects else 0
     walked = walks(plan.skeleton, corpora=corpora, gram=gram > 0)
@@ -66,7 +66,7 @@ def peaks_of(plan: Plan) -> dict[str, float]:
         """Logits of a chunk, and float32 terms of as many rows as are computed at once."""
         return V * (CHUNK * width * (1 + teacher) + (ROWS if cpu else CHUNK) * (8 + 12 * teacher))
 
-    dense = w * (left + plan.budget.target) + held
+    dense = w * (left + plan.removed) + held
     forecasts = w * H * evaluated * (cpu and keeps(cfg, evaluated, H))  # on a GPU they are in the host's memory
     # Beside a row's model: the dense one, and the final one.
     others = dense + w * left * (len(cfg.stages) > 1) + forecasts
@@ -74,7 +74,7 @@ def peaks_of(plan: Plan) -> dict[str, float]:
     sums = gram / L + cpu * w * H * cfg.corpora.num_samples * cfg.corpora.seq_len if walked else gram * (not cpu)
     calibrate = dense + sums + batch * ((26 if gram else 2 * w + 8) * N + 4 * H)
     if "saliency" in cfg.collects:
-        calibrate = learn + 8 * costs.total
+        calibrate = learn + 8 * costs.in_parameters.total
     peaks = {"calibrate": calibrate} | ({"learn": learn} if cfg.learns else {})
     method = recovery_of(cfg.recovery)
     if method.learns:
@@ -99,7 +99,7 @@ def learned_numbers(plan: Plan, kept: float) -> float:
     d, blocks = plan.cfg.distill, blocks_of(plan.skeleton)
     parts = [part for block in blocks for part in block.parts.values()]
     return {
-        "all": sum(block.cost for block in blocks) - plan.budget.target,
+        "all": sum(block.cost for block in blocks) - plan.removed,
         "mlp": kept * sum(block.neuron_cost * block.neurons for block in blocks),
         "lora": d.rank * sum(part.in_features + part.out_features for part in parts),
     }[d.targets]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from gprune.runs.trainer import check_trainer
 from gprune.runs.user_callbacks import callbacks_of_stage
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.cost import COST, Price, weighed
+from gprune.sparsity.cut import uniform_masks
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,12 @@ class Plan:
 
     cfg: RunConfig
     skeleton: PreTrainedModel  # the dense model without weights
-    budget: Budget
     device: torch.device
-    tokens: dict[int, tuple[int, int]]  # (forward, forward and backward) by step, at most
+
+    @cached_property
+    def tokens(self) -> dict[int, tuple[int, int]]:
+        """(forward, forward and backward) by step, at most."""
+        return tokens_by_step(self.cfg, self.skeleton.config.hidden_size, self.budget.costs)
 
     @property
     def at_hand(self) -> bool:
@@ -47,6 +53,28 @@ class Plan:
         m, published = self.cfg.model, self.skeleton.config.dtype  # None where the config does not say
         own = m.dtype == "float32" and m.device_map is None and published in (torch.bfloat16, torch.float16)
         return self.cfg.export.dtype or (str(published).removeprefix("torch.") if own else m.dtype)
+
+    @cached_property
+    def budget(self) -> Budget:
+        """How much has to go; a UserError where it cannot."""
+        s, blocks = self.cfg.sparsity, blocks_of(self.skeleton)
+        price = self.priced(s.currency)
+        how = {"protect": s.protect, "uniform": s.uniform_width, "block_share": s.block_share, "price": price}
+        costs = unit_costs(blocks, scope=s.scope, **how)
+        return Budget.of(costs, s.target, s.width_multiple)
+
+    def priced(self, currency: str) -> Price:
+        """Prices in a registered currency, or `bytes` of what is exported (GGUF: float16, and float32 for vectors)."""
+        blocks, gguf = blocks_of(self.skeleton), self.cfg.export.format == "gguf"
+        size = getattr(torch, self.exported_dtype).itemsize
+        of_bytes = partial(weighed, weight=lambda p: (2 if p.ndim > 1 else 4) if gguf else size)
+        costs = (of_bytes if currency == "bytes" else COST[currency])(self.skeleton, blocks)
+        return Price.by_unit(costs, [b.neurons for b in blocks], [b.kv_groups for b in blocks])
+
+    @cached_property
+    def removed(self) -> int:
+        """Parameters that go if every block is equally sparse: of budgets in other currencies an estimate."""
+        return self.budget.costs.in_parameters.removed(uniform_masks(self.budget))
 
     @property
     def forward_tokens(self) -> int:
@@ -76,16 +104,16 @@ def check(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> Plan:
     config = read_config(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
     dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
     check_stored(dense, config.name_or_path)
-    blocks, s = blocks_of(dense), cfg.sparsity
-    how = {"protect": s.protect, "uniform": s.uniform_width, "block_share": s.block_share}
-    budget = Budget.of(unit_costs(blocks, scope=s.scope, **how), s.target, s.width_multiple)
+    blocks = blocks_of(dense)
+    plan = Plan(cfg, dense, device)
+    budget = plan.budget
     if ALLOCATION[cfg.base_allocation].whole_blocks:
-        check_depth(blocks, budget)
+        check_depth(budget)
     if cfg.learns:
         for sparsity in cfg.evaluation.curve:
             budget.at(sparsity)
     check_blocks(cfg, blocks, config)
-    return Plan(cfg, dense, budget, device, tokens_by_step(cfg, config.hidden_size, budget.costs))
+    return plan
 
 
 def device_for(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.device:
@@ -126,13 +154,13 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
         )
 
 
-def check_depth(blocks: Sequence[Block], budget: Budget) -> None:
+def check_depth(budget: Budget) -> None:
     """Raise UserError unless whole blocks can meet the target with one left."""
     protected = budget.costs.protected
-    gone = [block.cost for block in blocks if block.index not in protected]
+    gone = [cost for b, cost in enumerate(budget.costs.prices.blocks) if b not in protected]
     removable = sum(gone) - (0 if protected else max(gone))
     if budget.target > removable:
         raise UserError(
-            f"--sparsity.target: {budget.target:,} parameters cannot go as whole blocks (--sparsity.allocation depth): "
+            f"--sparsity.target: {budget.target:,} cannot go as whole blocks (--sparsity.allocation depth): "
             f"at most {removable:,} can while one block stays; ask for less."
         )

@@ -119,7 +119,7 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
     cfg, s = run.cfg, run.cfg.sparsity
     options = cfg.options.get(s.learner, {})
     stage = LEARNER[s.learner](run.model, modules.ranks, start, run.budget, s, cfg.model.shard, **options)
-    budgets = {s.target: run.budget} | {v: run.budget.at(v) for v in cfg.evaluation.curve if v != s.target}
+    budgets = {run.budget.sparsity: run.budget} | {v: run.budget.at(v) for v in cfg.evaluation.curve if v != s.target}
 
     def masks_at(budget: Budget) -> Masks:
         return checked_masks(LEARNER, s.learner, stage.masks(budget), budget)

@@ -79,7 +79,7 @@ def section(run: FinishedRun) -> dict[str, Any]:
     asked, summary, last = s["sparsity"], run.summary, (run.final, s["recovery"])
     target, removed = (
         removed_in_words(share, asked["scope"], asked["allocation"], **digits)
-        for share, digits in ((asked["target"], {"digits": 0}), (summary["sparsity_of_scope"], {}))
+        for share, digits in ((run.records[-1]["sparsity"], {"digits": 0}), (summary["sparsity_of_scope"], {}))
     )
     means, steps = means_and_gaps(run.records), manifest.get("steps", {})
     return {

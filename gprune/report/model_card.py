@@ -66,7 +66,7 @@ def model_card(
 
 # {label}, structurally pruned
 
-{cfg.sparsity.target:.0%} of the parameters in scope `{cfg.sparsity.scope}` removed by {method}: importance
+{records[-1]["sparsity"]:.0%} of the parameters in scope `{cfg.sparsity.scope}` removed by {method}: importance
 `{cfg.importance}` scored on {in_markdown(score)}, {drift}allocation `{allocation}`{recovery}, seed {cfg.run.seed}.
 Weights in {dtype or cfg.model.dtype}; pruned and measured in {cfg.model.dtype}.
 The method is our reading of GPrune-LLM (arXiv 2603.13418).

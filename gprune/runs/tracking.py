@@ -101,7 +101,7 @@ def about(cfg: RunConfig) -> dict[str, Any]:
         "name": cfg.run_name,
         "group": os.path.basename(os.path.normpath(cfg.model.name)),
         "job_type": cfg.final,
-        "tags": [cfg.importance, s.scope, s.allocation, cfg.partition.method, f"target {s.target:g}"],
+        "tags": [cfg.importance, s.scope, s.allocation, cfg.partition.method, f"target {s.target}"],
         "config": cfg.resolved(),
     }
 

@@ -196,16 +196,17 @@ def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block],
 
     masks = Masks([torch.ones(b.experts * b.neurons, dtype=torch.bool) for b in blocks],
                   [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip
-    left = budget.target
+    left, prices = budget.target, budget.costs.prices
     for index in statistics.influence.argsort(stable=True).tolist():
         block = blocks[index]
         if left <= 0 or index in budget.costs.protected:
             continue
-        kept = max(block.neurons + -left // block.neuron_cost, 0) // budget.width_multiple * budget.width_multiple
-        if left >= block.cost or kept == 0:
+        table, grid = prices.neurons[index], range(0, block.neurons, budget.width_multiple)
+        kept = max((width for width in grid if table[-1] - table[width] >= left), default=0)
+        if left >= prices.blocks[index] or kept == 0:
             masks.ffn[index][:] = False
             masks.attention[index][:] = False
-            left -= block.cost
+            left -= prices.blocks[index]
         else:
             masks.ffn[index] = top_of_experts(scores.ffn[index], kept, experts=block.experts)
             break

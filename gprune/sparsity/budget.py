@@ -1,23 +1,26 @@
-"""The budget: the cost of every unit, and the number of parameters that have to go; counted, never estimated."""
+"""The budget: the cost of every unit, its parameters, and how much has to go; counted, never estimated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from itertools import accumulate
 
 from gprune.errors import UserError
 from gprune.models.blocks import Block
 from gprune.models.masks import Masks
+from gprune.sparsity.cost import Price
+from gprune.sparsity.target import Target
 
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """Parameters per unit, and numbers of units, per block.
+    """Parameters per unit, numbers of units, and what units cost in the currency of the budget, per block.
 
     Where a block has experts, its neurons go in *slots*: slot j is the j-th neuron of every expert, in the order of
-    each expert's own margins, so that experts stay equally wide. A slot costs the parameters of all its neurons.
+    each expert's own margins, so that experts stay equally wide. A slot has the parameters of all its neurons.
     """
 
     neuron: list[int]  # parameters of a neuron or slot
@@ -31,6 +34,18 @@ class UnitCosts:
     block: tuple[int, ...] = ()  # parameters of a whole block, norms included
     block_share: float = 0.0  # of a target, that whole blocks may take; 0: they are not in scope
     gone: tuple[int, ...] = ()  # blocks that go as a whole, in the order in which they were chosen
+    price: Price | None = None  # None: parameters are the currency
+
+    @cached_property
+    def prices(self) -> Price:
+        """What blocks cost in the budget's currency, by what they keep."""
+        costs = [*zip(self.neuron, self.group, self.block or self.group, strict=True)]
+        return self.price or Price.by_unit((costs, 0), self.neurons, self.groups)
+
+    @property
+    def in_parameters(self) -> UnitCosts:
+        """The same units, their parameters being what they cost."""
+        return replace(self, price=None)
 
     @property
     def stay(self) -> list[int]:
@@ -44,33 +59,33 @@ class UnitCosts:
 
     @property
     def total(self) -> int:
-        """Parameters of all units in the scope (biases of down and output projections belong to no neuron or group)."""
+        """Cost of all units in the scope (biases of down and output projections belong to no neuron or group)."""
         if self.block_share:
-            return sum(self.block)
-        units = zip(self.neuron, self.neurons, self.group, self.groups, strict=True)
-        return sum(neuron * n + self.attention * group * g for neuron, n, group, g in units)
+            return sum(self.prices.blocks)
+        return sum(n[-1] + self.attention * g[-1] for n, g in zip(self.prices.neurons, self.prices.groups, strict=True))
 
     def removable(self, width_multiple: int) -> int:
-        """Parameters that can go while each open block that stays keeps `width_multiple` neurons and one KV group."""
-        return sum(self.block[b] for b in self.gone) + sum(
-            self.neuron[b] * (self.neurons[b] - width_multiple) + self.attention * self.group[b] * (self.groups[b] - 1)
+        """Cost that can go while each open block that stays keeps `width_multiple` neurons and one KV group."""
+        p = self.prices
+        return sum(p.blocks[b] for b in self.gone) + sum(
+            p.neurons[b][-1] - p.neurons[b][width_multiple] + self.attention * (p.groups[b][-1] - p.groups[b][1])
             for b in self.stay if b not in self.protected
         )  # fmt: skip
 
     def removed(self, masks: Masks) -> int:
-        """Parameters that the masks remove: units where a block stays, and all of a block that goes, norms included."""
-        removed = 0
+        """Cost that the masks remove: of units where a block stays, and of all of a block that goes, norms included."""
+        removed, p = 0, self.prices
         for b, stays in enumerate(masks.blocks):
-            neurons, groups = (int((~kind[b]).sum()) for kind in (masks.ffn, masks.attention))
-            units = neurons // self.of_experts[b] * self.neuron[b] + groups * self.group[b]
-            removed += units if stays else self.block[b]
+            neurons, groups = (int(kind[b].sum()) for kind in (masks.ffn, masks.attention))
+            tables = (p.neurons[b], neurons // self.of_experts[b]), (p.groups[b], groups)
+            removed += sum(table[-1] - table[kept] for table, kept in tables) if stays else p.blocks[b]
         return removed
 
     def fitting(self, blocks: Sequence[int], target: int) -> tuple[int, ...]:
         """Those of these blocks, first one first, that fit the share of a target for whole blocks."""
         blocks = [b for b in blocks if b not in self.protected]
-        spent = accumulate(self.block[b] for b in blocks)
-        return tuple(blocks[: sum(parameters <= Fraction(str(self.block_share)) * target for parameters in spent)])
+        spent = accumulate(self.prices.blocks[b] for b in blocks)
+        return tuple(blocks[: sum(cost <= Fraction(str(self.block_share)) * target for cost in spent)])
 
     def with_gone(self, masks: Masks) -> Masks:
         """Masks of all blocks, from masks of those that stay."""
@@ -82,7 +97,8 @@ class UnitCosts:
 
 
 def unit_costs(
-    blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = (), uniform: bool = False, block_share: float = 1.0
+    blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = (), uniform: bool = False,
+    block_share: float = 1.0, price: Price | None = None,
 ) -> UnitCosts:  # fmt: skip
     """Costs of a model's units for a `--sparsity.scope`; blocks to `protect` may be counted from the end (-1)."""
     depth, whole = len(blocks), "blocks" in scope
@@ -103,21 +119,22 @@ def unit_costs(
         gone=tuple(range(depth)) if whole else (),  # the first that fit stand in until they are chosen
         protected=frozenset(index % depth for index in protect),
         uniform=uniform,
+        price=price,
     )
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The number of parameters that have to go, the units they may come from, and the grid of widths."""
+    """How much has to go, the units it may come from, and the grid of widths."""
 
     costs: UnitCosts
-    target: int  # parameters to remove
+    target: int  # to remove, in the currency of the costs
     width_multiple: int = 1  # widths that change end up on multiples of it
-    asked: float | None = None  # the sparsity that `target` was rounded up from
+    asked: float | str | None = None  # what `target` was rounded up from
 
     @classmethod
-    def of(cls, costs: UnitCosts, sparsity: float, width_multiple: int = 1, *, flag: str = "sparsity.target") -> Budget:
-        """The budget for a `sparsity` in (0, 1), in parameters of the scope, rounded up.
+    def of(cls, costs: UnitCosts, asked: float | str, width_multiple: int = 1, flag: str = "sparsity.target") -> Budget:
+        """The budget for what `--sparsity.target` says, such as a share in (0, 1) of the scope's cost, rounded up.
 
         Of the blocks that are to go as a whole, as many go, first chosen first, as fit their share of it.
 
@@ -127,16 +144,17 @@ class Budget:
         """
         if width_multiple > (narrow := min(costs.neurons)):  # of all blocks
             raise UserError(f"--sparsity.width_multiple: expected 1 to {narrow} neurons, got {width_multiple}.")
-        # exact: 0.1 of 30 is 3, where float multiplication and ceil would say 4
-        target = int(-(-Fraction(str(sparsity)) * costs.total // 1))
+        goal, total, model = Target.of(asked), costs.total, costs.prices.model
+        if (target := goal.removes(total, model)) < 1:
+            raise UserError(f"--{flag}: {asked} takes nothing from a scope of {total:,} in a model of {model:,}.")
         costs = replace(costs, gone=costs.fitting(costs.gone, target))
         removable = costs.removable(width_multiple)
         if target > removable:
             raise UserError(
-                f"--{flag}: {sparsity} cannot be reached: a block keeps {width_multiple} neurons and a KV group, and "
-                f"{len(costs.protected)} keep all, so at most {removable / costs.total:.4f} can go; ask for less."
+                f"--{flag}: {asked} cannot be reached: a block keeps {width_multiple} neurons and a KV group, and "
+                f"{len(costs.protected)} keep all, so expected {goal.limit(removable, total, model)}."
             )
-        return cls(costs, target, width_multiple, sparsity)
+        return cls(costs, target, width_multiple, asked)
 
     def at(self, sparsity: float) -> Budget:
         """The budget of the same units and grid at another sparsity, one of `--evaluation.curve`."""
@@ -144,22 +162,24 @@ class Budget:
 
     def without(self, blocks: Sequence[int]) -> Budget:
         """This budget with those of these blocks gone, first one first, that fit their share."""
-        return Budget.of(replace(self.costs, gone=tuple(blocks)), self.sparsity, self.width_multiple)
+        return Budget.of(replace(self.costs, gone=tuple(blocks)), self.asked or self.sparsity, self.width_multiple)
 
     @property
     def rest(self) -> Budget:
         """What whole blocks leave of the target, for the units of the blocks that stay."""
-        costs = self.costs
-        kinds = costs.neuron, costs.group, costs.neurons, costs.groups, costs.of_experts
-        neuron, group, neurons, groups, experts = ([of_block[b] for b in costs.stay] for of_block in kinds)
-        protected = frozenset(costs.stay.index(b) for b in costs.protected)
-        left = UnitCosts(neuron, group, neurons, groups, costs.attention, tuple(experts), protected, costs.uniform)
-        return Budget(left, self.target - sum(costs.block[b] for b in costs.gone), self.width_multiple)
+        costs, p = self.costs, self.costs.prices
+        kinds = costs.neuron, costs.group, costs.neurons, costs.groups, costs.of_experts, p.neurons, p.groups, p.blocks
+        neuron, group, neurons, groups, experts, *price = ([kind[b] for b in costs.stay] for kind in kinds)
+        protected, price = frozenset(costs.stay.index(b) for b in costs.protected), Price(*price)
+        left = UnitCosts(
+            neuron, group, neurons, groups, costs.attention, tuple(experts), protected, costs.uniform, price=price
+        )
+        return Budget(left, self.target - sum(p.blocks[b] for b in costs.gone), self.width_multiple)
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the scope's parameters that has to go."""
-        return self.target / self.costs.total if self.asked is None else self.asked
+        """Fraction of the scope's cost that has to go."""
+        return self.asked if isinstance(self.asked, float) else self.target / self.costs.total
 
 
 def least_missed(budget: Budget, loss: Callable[[list[int]], float]) -> list[int]:

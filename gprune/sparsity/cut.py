@@ -1,17 +1,19 @@
 """Cut: from margins to keep masks that meet the budget exactly.
 
 A unit's *margin* is logit(p_i) - t_m: its rank inside its module against the module's threshold. Units go in order
-of margin, smallest first, over the whole model, until the counted parameters reach the target.
+of margin, smallest first, over the whole model, until what they cost, counted, reaches the target.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from gprune.importance.scores import fractional_ranks
 from gprune.models.masks import Masks
 from gprune.sparsity.budget import Budget
 
@@ -65,6 +67,12 @@ def _take_until(keys: Tensor, cost: Tensor, target: int | Tensor) -> Tensor:
     return torch.empty_like(keys, dtype=torch.bool).scatter_(0, order, before < target)
 
 
+def _step_costs(table: Sequence[int], gone: Tensor) -> Tensor:
+    """int64 costs of a block's steps, from its table of `Price` and the units that are gone after each step."""
+    costs = torch.tensor([table[-1 - n] for n in [0, *gone.tolist()]])
+    return costs[:-1] - costs[1:]
+
+
 class Cut:
     """`keep_masks` for one budget, to call again and again: on the device of the margins, and without waiting for it.
 
@@ -88,21 +96,22 @@ class Cut:
         costs, step = budget.costs, budget.width_multiple
         self.slots, self.groups = Segments(costs.neurons, device), Segments(costs.groups, device)
         removable = [0 if b in costs.protected else N - step for b, N in enumerate(costs.neurons)]
-        self.fillable = sum(c * n for c, n in zip(costs.neuron, removable, strict=True))
+        self.fillable = sum(t[-1] - t[-1 - n] for t, n in zip(costs.prices.neurons, removable, strict=True))
         # Of each step, block by block: neurons of the block that are gone after it.
         gone = [torch.arange(n % step or step, n + 1, step) if n else torch.arange(0) for n in removable]
         steps = [len(g) for g in gone]
         sizes = torch.cat([g.diff(prepend=g.new_zeros(1)) for g in gone])
+        cost = torch.cat([_step_costs(table, g) for table, g in zip(costs.prices.neurons, gone, strict=True)])
         ends = torch.cat([start + g - 1 for start, g in zip(self.slots.starts, gone, strict=True)])
-        # Of each step, (steps,): its neurons, the place of its last one in `Segments.sort`, its block, its parameters.
-        self.size, self.end = (t.to(device, non_blocking=True) for t in (sizes, ends))
+        # Of each step, (steps,): its neurons, the place of its last one in `Segments.sort`, its cost, its block.
+        self.size, self.end, self.cost = (t.to(device, non_blocking=True) for t in (sizes, ends, cost))
         self.step_block = repeated(range(len(steps)), steps, device)
-        self.cost = self.size * repeated(costs.neuron, steps, device)
         removable = [0 if b in costs.protected else n - 1 for b, n in enumerate(costs.groups)]  # the best one stays
         pairs = zip(self.groups.starts, removable, strict=True)
         ends = torch.cat([torch.arange(start, start + n) for start, n in pairs])
         self.group_end = ends.to(device, non_blocking=True)
-        self.group_cost = repeated(costs.group, removable, device)
+        pairs = zip(costs.prices.groups, removable, strict=True)
+        self.group_cost = torch.cat([_step_costs(table, torch.arange(1, n + 1)) for table, n in pairs]).to(device)
 
     def __call__(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None) -> Masks:
         """Masks from margins, see `keep_masks`."""
@@ -150,7 +159,7 @@ class Cut:
 def keep_masks(
     budget: Budget, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None
 ) -> Masks:
-    """Remove units in order of margin (ties by block, then index) until `budget.target` parameters are gone.
+    """Remove units in order of margin (ties by block, then index) until their cost reaches `budget.target`.
 
     With attention in scope, the KV groups that the common order of all units would remove go first. Neurons fill the
     rest, so the overshoot is less than one neuron (one step of `width_multiple` neurons), and no group is removed only
@@ -172,6 +181,13 @@ def keep_masks(
     return Cut(budget, neuron_margins[0].device)(neuron_margins, group_margins)
 
 
+def uniform_masks(budget: Budget) -> Masks:
+    """The masks that meet a budget if every block is equally sparse, whatever the units: to expect sizes by."""
+    costs = budget.costs
+    neurons, groups = ([fractional_ranks(torch.arange(n)) for n in kind] for kind in (costs.neurons, costs.groups))
+    return keep_masks(budget, [r.repeat(e) for r, e in zip(neurons, costs.of_experts, strict=True)], groups)
+
+
 def equal_widths(
     budget: Budget, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None
 ) -> Masks:
@@ -180,14 +196,18 @@ def equal_widths(
     With attention in scope every block keeps as many KV groups as blocks of free shapes would keep on average, and the
     width of the FFN makes up for the rest.
     """
-    costs, target, width_multiple = budget.costs, budget.target, budget.width_multiple
+    costs, target, width_multiple, prices = budget.costs, budget.target, budget.width_multiple, budget.costs.prices
+    narrow, wide = min(costs.neurons), max(costs.neurons)
+    # a width that nothing asks to change need not lie on the grid
+    grid = [wide] * (narrow == wide) + [*range(narrow // width_multiple * width_multiple, 0, -width_multiple)]
+
+    def gone(tables: Sequence[Sequence[int]], kept: int) -> int:
+        """The cost that goes where every block keeps so many units."""
+        return sum(table[-1] - table[kept] for table in tables)
 
     def widest(left: int) -> int:
-        """The widest FFN that removes `left` parameters: a neuron of width costs the sum over blocks."""
-        whole = sum(c * n for c, n in zip(costs.neuron, costs.neurons, strict=True))
-        width = min((whole - max(left, 0)) // sum(costs.neuron), *costs.neurons)
-        # a width that nothing asks to change need not lie on the grid
-        return width if width == max(costs.neurons) else width // width_multiple * width_multiple
+        """The widest FFN by which the cost `left` goes; 0 where none is narrow enough."""
+        return [*grid, 0][bisect_left(grid, left, key=lambda width: gone(prices.neurons, width))]
 
     device = neuron_margins[0].device
     attention = [torch.ones(n, dtype=torch.bool, device=device) for n in costs.groups]
@@ -196,17 +216,15 @@ def equal_widths(
         kept = int(torch.cat(keep_masks(free, neuron_margins, group_margins).attention).sum())
         groups = max(1, min(round(kept / len(costs.groups)), *costs.groups))
 
-        def gone(groups: int) -> int:
-            return sum(c * (n - groups) for c, n in zip(costs.group, costs.groups, strict=True))
-
-        while groups > 1 and widest(target - gone(groups)) < width_multiple:  # more than the FFN can make up for
+        left = {kept: target - gone(prices.groups, kept) for kept in range(1, min(costs.groups) + 1)}
+        while groups > 1 and widest(left[groups]) < width_multiple:  # more than the FFN can make up for
             groups -= 1
-        fillable = sum(c * (n - width_multiple) for c, n in zip(costs.neuron, costs.neurons, strict=True))
+        fillable = gone(prices.neurons, width_multiple)
         # Groups that go beyond the target stay, as long as neurons can fill the gap.
-        while groups < min(costs.groups) and gone(groups) > target and target - gone(groups + 1) <= fillable:
+        while left[groups] < 0 and left.get(groups + 1, fillable + 1) <= fillable:
             groups += 1
         attention = [top_of_experts(m, groups) for m in group_margins]
-        target -= gone(groups)
+        target = left[groups]
     width = widest(target)
     ffn = [top_of_experts(m, width, experts=e) for m, e in zip(neuron_margins, costs.of_experts, strict=True)]
     return Masks(ffn, attention)

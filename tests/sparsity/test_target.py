@@ -1,0 +1,182 @@
+"""Budgets in what the user pays in: what is accepted, and that every currency is met, to the unit."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gprune.config import RunConfig
+from gprune.config.parse import parse
+from gprune.errors import UserError
+from gprune.importance.scores import score_units
+from gprune.models.blocks import blocks_of
+from gprune.models.surgery import prune
+from gprune.sparsity.allocation import allocate
+from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
+from gprune.sparsity.cost import COST, Price, weighed
+from gprune.sparsity.cut import keep_masks
+from gprune.sparsity.returned import checked_masks
+from gprune.sparsity.target import Target
+from tests.built_in import scratch
+from tests.conftest import collect, make_tiny_llama
+
+
+@pytest.mark.parametrize(
+    ("asked", "unit", "number"),
+    [
+        (0.1, "share", Fraction(1, 10)), (1e-9, "share", Fraction(1, 10**9)), ("30%", "%", Fraction(3, 10)),
+        ("95M", "parameters", 95 * 10**6), ("1.5B", "parameters", 15 * 10**8), (95000000, "parameters", 95 * 10**6),
+        ("200MiB", "bytes", 200 * 2**20), ("1.5GB", "bytes", 15 * 10**8), ("3KiB", "bytes", 3072),
+    ],
+)  # fmt: skip
+def test_what_is_asked_for_is_read_once_and_for_all(asked, unit, number):
+    target = Target.of(asked)
+    assert (target.unit, target.number) == (unit, number)
+    assert Target.of(target.asked) == target
+    kept = parse(["--sparsity.target", str(asked)]).sparsity.target
+    assert kept == (asked if unit == "share" else str(asked))
+
+
+NONSENSE = ["-3M", "1e400", "200 MiB", "30 %", "0%", "100%", "half", "%", "M", "0M", "3", "1e3M", "٣M", "5TiB"]
+
+
+@pytest.mark.parametrize("asked", [*NONSENSE, 0, 1, 1.5, -1, True, None, [0.5], float("nan"), float("inf"), 10**20])
+def test_nonsense_is_refused_in_one_line(asked):
+    with pytest.raises(UserError, match=r"\A--sparsity\.target: expected a share .* got .*\.\Z"):
+        RunConfig(sparsity={"target": asked})
+
+
+def test_a_new_unit_leaves_old_runs_where_they_are():
+    assert (
+        RunConfig(sparsity={"target": 0.4}).settings()["sparsity"].keys() == RunConfig().settings()["sparsity"].keys()
+    )
+    assert "cost" not in RunConfig().settings()["sparsity"]
+    assert RunConfig(sparsity={"target": "30%", "cost": "kv_cache"}).settings()["sparsity"]["cost"] == "kv_cache"
+
+
+# --- every currency, to the unit --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scored():
+    """A tiny model of 4 KV groups, statistics and scores."""
+    model = make_tiny_llama(num_key_value_heads=4)
+    tokens = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(1))
+    statistics = collect(model, [{"input_ids": tokens, "index": torch.arange(6)}])
+    return model, statistics, score_units("wanda_sp", blocks_of(model), statistics, attention=True)
+
+
+def priced(model, name: str, **weights) -> Price:
+    blocks = blocks_of(model)
+    costs = weighed(model, blocks, **weights) if weights else COST[name](model, blocks)
+    return Price.by_unit(costs, [b.neurons for b in blocks], [b.kv_groups for b in blocks])
+
+
+def curved(model) -> Price:
+    """What is the more the wider it is, in irregular steps, some of which cost nothing."""
+    generator = torch.Generator().manual_seed(3)
+
+    def table(units: int) -> list[int]:
+        return [0, *torch.randint(0, 90, (units,), generator=generator).cumsum(0).tolist()]
+
+    blocks = blocks_of(model)
+    tables = [table(b.neurons) for b in blocks], [table(b.kv_groups) for b in blocks]
+    return Price(*tables, [n[-1] + g[-1] + 7 for n, g in zip(*tables, strict=True)], 500)
+
+
+@pytest.mark.parametrize("name", ["uniform", "global", "owl"])
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize(("asked", "cost"), [
+    ("30%", "parameters"), ("24K", "parameters"), ("60KiB", "bytes"), (0.4, "kv_cache"), (0.4, "curved"),
+    ("20%", "curved"),
+])  # fmt: skip
+def test_every_currency_is_met_to_the_step_by_every_allocation(asked, cost, uniform, name, scored):
+    model, statistics, scores = scored
+    blocks = blocks_of(model)
+    size = {"weight": lambda p: 4 if p.ndim < 2 else 2} if cost == "bytes" else {}
+    price = curved(model) if cost == "curved" else priced(model, cost, **size)
+    costs = unit_costs(blocks, scope="attention+ffn", uniform=uniform, price=price)
+    for multiple in (1, 8):
+        budget = Budget.of(costs, asked, multiple)
+        masks = allocate(name, scores, statistics, blocks, budget)
+        checked_masks(COST, name, masks, budget)  # at least the target, and less than a step more
+        small = prune(model, masks)
+        left, number = price.model - costs.removed(masks), Target.of(asked).number
+        if cost == "bytes":
+            assert left == sum(p.numel() * size["weight"](p) for p in small.parameters()) <= number
+        if cost == "parameters":
+            assert left == small.num_parameters() <= (number if asked == "24K" else (1 - number) * price.model)
+        if cost == "kv_cache":
+            assert all(bool(m.all()) for m in masks.ffn)  # neurons hold none of it
+        assert costs.in_parameters.removed(masks) == model.num_parameters() - small.num_parameters()
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_masks_by_a_cost_of_widths_are_those_of_the_rule_written_down(data):
+    """One step at a time: the lowest margin next, until what the tables say has gone."""
+    neurons = data.draw(st.lists(st.integers(2, 12), min_size=1, max_size=3))
+    tables = [[0, *torch.tensor(data.draw(st.lists(st.integers(0, 9), min_size=n, max_size=n))).cumsum(0).tolist()]
+              for n in neurons]  # fmt: skip
+    ones = [1] * len(neurons)
+    price = Price(tables, [[0, 0]] * len(neurons), [t[-1] for t in tables])
+    costs = UnitCosts(ones, ones, neurons, ones, attention=False, price=price)
+    most = costs.removable(1)
+    target = data.draw(st.integers(1, most)) if most else 0
+    margins = [torch.tensor(data.draw(st.lists(st.integers(-3, 3), min_size=n, max_size=n))).double() for n in neurons]
+    masks = keep_masks(Budget(costs, target), margins)
+    order = sorted((float(m[i]), b, i) for b, m in enumerate(margins) for i in range(len(m)))
+    gone, spent = [0] * len(neurons), 0
+    for _, b, _ in order:
+        if spent < target and gone[b] < neurons[b] - 1:
+            spent += tables[b][-1 - gone[b]] - tables[b][-2 - gone[b]]
+            gone[b] += 1
+    assert [int((~m).sum()) for m in masks.ffn] == gone
+    assert costs.removed(masks) == spent >= target
+
+
+def test_a_cost_of_parameters_gives_the_masks_of_no_cost(scored):
+    model, statistics, scores = scored
+    blocks = blocks_of(model)
+    for scope, share in (("ffn", 0.41), ("attention+ffn", 0.29)):
+        plain, priced_costs = (unit_costs(blocks, scope=scope, price=p) for p in (None, priced(model, "parameters")))
+        one, other = (
+            allocate("global", scores, statistics, blocks, Budget.of(c, share)) for c in (plain, priced_costs)
+        )
+        assert one == other
+        assert plain.removed(one) == priced_costs.removed(one)
+
+
+@pytest.mark.parametrize(
+    ("asked", "cost", "said"),
+    [
+        ("200M", "parameters", "takes nothing from a scope of 13,824 in a model of"),
+        (0.3, "kv_cache", "takes nothing from a scope of 0 in a model of 96"),
+        ("90%", "parameters", r"expected at most \d\d\.\d\d%\."),
+        ("2K", "parameters", r"expected at least \d+,\d{3}\."),
+        ("30%", "kv_cache", r"expected at most 0\.00%\."),
+    ],
+)  # fmt: skip
+def test_more_than_there_is_says_what_there_is(asked, cost, said, tiny_model):
+    costs = unit_costs(blocks_of(tiny_model), scope="ffn", price=priced(tiny_model, cost))
+    with pytest.raises(UserError, match=f"^--sparsity.target: {asked} .*{said}"):
+        Budget.of(costs, asked)
+
+
+def test_a_cost_that_a_notebook_registers_is_what_the_budget_counts(scored):
+    model, _, _ = scored
+    with scratch(COST):
+
+        @COST.register("groups_alone")
+        def groups_alone(model, blocks):
+            return [(0, 1, b.kv_groups) for b in blocks], 0
+
+        costs = unit_costs(blocks_of(model), scope="attention+ffn", price=priced(model, "groups_alone"))
+        margins = [torch.zeros(48)] * 3, [torch.arange(4.0)] * 3
+        masks = keep_masks(Budget.of(costs, "50%"), *margins)
+        assert [int(m.sum()) for m in masks.attention] == [2, 2, 2]
+        assert RunConfig(sparsity={"target": 0.5, "cost": "groups_alone"}).sparsity.currency == "groups_alone"
