@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class Plan:
     cfg: RunConfig
     skeleton: PreTrainedModel  # the dense model without weights
     device: torch.device
+    budget: Budget | None = None  # None while this is planned
 
     @cached_property
     def tokens(self) -> dict[int, tuple[int, int]]:
@@ -54,9 +55,8 @@ class Plan:
         own = m.dtype == "float32" and m.device_map is None and published in (torch.bfloat16, torch.float16)
         return self.cfg.export.dtype or (str(published).removeprefix("torch.") if own else m.dtype)
 
-    @cached_property
-    def budget(self) -> Budget:
-        """How much has to go; a UserError where it cannot."""
+    def asked(self) -> Budget:
+        """The budget that is asked for; a UserError where it cannot be."""
         s, blocks = self.cfg.sparsity, blocks_of(self.skeleton)
         price = self.priced(s.currency)
         how = {"protect": s.protect, "uniform": s.uniform_width, "block_share": s.block_share, "price": price}
@@ -106,7 +106,7 @@ def check(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> Plan:
     check_stored(dense, config.name_or_path)
     blocks = blocks_of(dense)
     plan = Plan(cfg, dense, device)
-    budget = plan.budget
+    plan = replace(plan, budget=(budget := plan.asked()))
     if ALLOCATION[cfg.base_allocation].whole_blocks:
         check_depth(budget)
     if cfg.learns:
