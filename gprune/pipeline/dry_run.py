@@ -34,7 +34,7 @@ def describe(plan: Plan) -> str:
         "removes": f"{plan.removed:,} parameters: {plan.removed / scope:.1%} of the scope, "
         f"{plan.removed / parameters:.1%} of the model",
         "widths": expected_widths(cfg, budget),
-        "exports": f"{left:,} parameters: {left * getattr(torch, dtype).itemsize / 2**20:,.1f} MiB in {dtype}",
+        "exports": f"{left:,} parameters: {left * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}",
         "text": counted_text(plan),
         "evaluates": f"{1 + len(cfg.stages)} models on {len(cfg.corpora.evaluate)} corpora",
         "forward": f"at most {plan.forward_tokens:,} tokens; fewer where the cache has results",

@@ -91,7 +91,7 @@ def curved(model) -> Price:
 @pytest.mark.parametrize("name", ["uniform", "global", "owl"])
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize(("asked", "cost"), [
-    ("30%", "parameters"), ("24K", "parameters"), ("60KiB", "bytes"), (0.4, "kv_cache"), (0.4, "curved"),
+    ("30%", "parameters"), ("24K", "parameters"), ("40KiB", "bytes"), (0.4, "kv_cache"), (0.4, "curved"),
     ("20%", "curved"),
 ])  # fmt: skip
 def test_every_currency_is_met_to_the_step_by_every_allocation(asked, cost, uniform, name, scored):
