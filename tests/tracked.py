@@ -12,13 +12,13 @@ from wandb.util import get_core_path
 
 
 def read(file: Path) -> SimpleNamespace:
-    """Its `about` (name, group, tags ...), `config`, `history` by row, `summary`, `axes` by pattern.
+    """Its `about` (name, group, tags ...), `config`, `history` by row, `summary`, `axes` by pattern, `artifacts`.
 
     A file that was not closed is read as far as it goes; `exit_code` is None then.
     """
     command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", file, file.parent]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    found = SimpleNamespace(about={}, config={}, history=[], summary={}, axes={}, exit_code=None)
+    found = SimpleNamespace(about={}, config={}, history=[], summary={}, axes={}, artifacts=[], exit_code=None)
     for record in map(json.loads, lines):
         content: dict[str, Any] = record.get(record["type"], {})
         if record["type"] == "run":
@@ -32,6 +32,8 @@ def read(file: Path) -> SimpleNamespace:
             found.summary |= content.get("update", {})
         elif record["type"] == "metric" and "step_metric" in content:
             found.axes[content.get("glob_name") or content["name"]] = content["step_metric"]
+        elif record["type"] == "artifact":
+            found.artifacts.append(content)
         elif record["type"] == "exit":
             found.exit_code = content["exit_code"]
     return found

@@ -92,6 +92,8 @@ class LoggingConfig(Group, prefix="logging."):
     """W&B group; default: $WANDB_RUN_GROUP, else the model's name, which groups ablations of one model."""
     tags: list[Annotated[Text, Field(min_length=1, max_length=64)]] = Field([])
     """W&B tags beside metric, scope, allocation, partition and target; default: $WANDB_TAGS."""
+    artifacts: list[Literal["masks", "model"]] = Field([])
+    """W&B artifacts of the finished run, read by gprune.load_run("wandb:..."). masks: all but the model. model: all."""
 
     def model_post_init(self, _: Any) -> None:
         if self.resolved_mode not in ("offline", "online", "disabled"):

@@ -243,11 +243,14 @@ def summarise(
         write_card(run.folder, run.cfg, records)
     with dispensable("figures", f"{made_up} them"):
         write_figures(run.folder / "figures", records, modules, masks)
+    numbers = run_numbers(records, summary, run.folder.manifest["steps"], run.cfg.own_row)
     with dispensable("its results in the tracker", "metrics.json has them"):
-        steps = run.folder.manifest["steps"]
-        tracking.log_numbers(run.loggers, run_numbers(records, summary, steps, run.cfg.own_row))
+        tracking.log_numbers(run.loggers, numbers)
     # Last: a run whose metrics.json has a summary, and all rows, is finished, and is not logged again.
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
+    kept = {name: value for name, value in numbers.items() if name.startswith(("final/", "sparsity_of"))}
+    with dispensable("artifacts", "its folder has what they hold"):
+        tracking.log_artifacts(run.loggers, run.folder.path, run.cfg, kept)
     return summary
 
 

@@ -205,9 +205,16 @@ def load_run(path: Path | str) -> PruningResult:
     name keeps. `model` and `tokenizer` are None after `--export none` (`gprune.apply_masks(dense, result.masks)` makes
     the pruned model again, without recovery).
 
+    Args:
+        path: the folder, or `wandb:entity/project/artifact:version`, an artifact of `--logging.artifacts`.
+
     Raises:
         UserError: as `read_run`, and for settings, statistics, thresholds or a model that are not the run's.
     """
+    if str(path).startswith("wandb:"):
+        from gprune.runs.tracking import downloaded
+
+        path = downloaded(str(path).removeprefix("wandb:"))
     run = finished(path)
     cfg = config_of(run)
     run = _with_tensors(run)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gprune.config import LoggingConfig, RunConfig
 from gprune.errors import UserError, dispensable, first_line
 from gprune.runs.folder import RunFolder
 from gprune.runs.results import key_part
+from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of
 
 log = messages.getLogger("gprune")
@@ -32,6 +34,7 @@ AXES = {
     "curve/*": "curve/sparsity",
     "modules/*": "modules/index",
 }
+FOLDER = ("*.json", "config.yaml", "*.safetensors", "masks/*", "statistics/*")  # what `load_run` reads, but the model
 UPLOAD_SECONDS = 600  # that the end of a run waits for W&B; what is left lies in the folder for `wandb sync`
 
 
@@ -155,6 +158,40 @@ def log_numbers(loggers: Sequence[Logger], numbers: Mapping[str, float]) -> None
     log_scalars(loggers, {name: value for name, value in numbers.items() if name.startswith("final/")}, step=0)
     for logger in of_wandb(loggers):
         logger.tell(lambda run: run.summary.update(dict(numbers)))
+
+
+@rank_zero_only
+def log_artifacts(loggers: Sequence[Logger], folder: Path, cfg: RunConfig, metadata: Mapping[str, Any]) -> None:
+    """The run folder as artifacts of W&B, such as `smollm2-135m-masks`, whose versions are runs of one dense model.
+
+    Args:
+        metadata: tells versions apart, beside the budget.
+    """
+    model = os.path.basename(os.path.normpath(cfg.model.name))
+    about = {"model": model, "run": cfg.run_name, "budget": cfg.sparsity.target, **metadata}
+    for kind in cfg.logging.artifacts:
+        patterns = FOLDER if kind == "masks" else (*FOLDER, "model/**/*")
+        for logger in of_wandb(loggers):
+            artifact = wandb.Artifact(key_part(f"{model}-{kind}"), type=kind, metadata=about)
+            for path in sorted(path for name in patterns for path in folder.glob(name) if path.is_file()):
+                # Tensors are uploaded from where they lie; of what may be written again there is a copy.
+                policy = "immutable" if path.suffix == ".safetensors" else "mutable"
+                artifact.add_file(str(path), name=str(path.relative_to(folder)), policy=policy, skip_cache=True)
+            logger.tell(methodcaller("log_artifact", artifact))
+
+
+def downloaded(name: str) -> Path:
+    """The folder of an artifact, by `entity/project/artifact:version`, in the cache.
+
+    Raises:
+        UserError: without an account, network, or such an artifact.
+    """
+    try:
+        artifact = wandb.Api().artifact(name)
+        return Path(artifact.download(root=str(cache_dir() / "artifacts" / artifact.digest)))
+    except (wandb.errors.Error, ValueError, OSError) as error:
+        expected = "expected an artifact, entity/project/artifact:version, and an account (`wandb login`)"
+        raise UserError(f"wandb:{name}: {expected}: {first_line(error)}") from error
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
 
 
 def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Sequence[Table], report: Report) -> None:
-    """The list as a run of type `study`: its rows' settings, tables, compared pairs and figures.
+    """The list as a run of type `study`: its rows' settings, tables, compared pairs, figures, and the list as an artifact.
 
     Other tables, or of other rows, are another run.
     """
@@ -119,6 +119,9 @@ def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Seque
         for pair, _, ratio in (row for table in tables if table.name == "compare" for row in table.rows):
             of_pair = {} if ratio is None else ratio._asdict()
             run.summary.update({f"compare/{key_part(pair)}/{name}": value for name, value in of_pair.items()})
+        artifact = wandb.Artifact(key_part(stem), type="list")
+        artifact.add_file(str(listing.path))
+        run.log_artifact(artifact)
 
 
 def _words(name: str) -> str:

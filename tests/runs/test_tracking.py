@@ -19,8 +19,10 @@ import wandb
 from gprune.benchmarks.measurement import log_evaluation
 from gprune.config import LoggingConfig, RunConfig
 from gprune.config.parse import parse
+from gprune.errors import UserError
 from gprune.pipeline.prune import prune
 from gprune.runs.folder import RunFolder
+from gprune.runs.results import load_run
 from gprune.runs.tracking import how_to_look, log_numbers, log_scalars, tracking, wandb_run
 from tests import tiny_run, tracked
 
@@ -30,6 +32,7 @@ def told(world, tmp_path_factory):
     """A run that says offline although the environment says disabled, the flag wins; and what W&B's file has of it."""
     runs = tmp_path_factory.mktemp("runs")
     flags = ["--logging.mode=offline", "--logging.group=tiny", "--logging.tags=[ours]", "--sparsity.epochs=3"]
+    flags.append("--logging.artifacts=[masks,model]")
     with (
         pytest.MonkeyPatch.context() as patch,
         tiny_run.isolated(runs / "cache", WANDB_MODE="disabled"),
@@ -134,6 +137,32 @@ def test_wandb_knows_config_group_job_type_and_tags(told):
     assert (about["display_name"], about["run_group"], about["job_type"]) == ("run", "tiny", "gprune")
     assert {"wanda_sp", "ffn", "learned", "refined", "target 0.5", "ours"} == set(about["tags"])
     assert told.exit_code == 0
+
+
+def test_an_artifact_is_what_load_run_reads(told, tmp_path):
+    """The files that W&B would upload, laid out as a download would."""
+    masks, model = (made for made in told.artifacts if made["type"] in ("masks", "model"))
+    assert [made["name"] for made in (masks, model)] == ["tiny-llama-masks", "tiny-llama-model"]
+    metadata = json.loads(masks["metadata"])
+    assert metadata["budget"] == 0.5
+    assert metadata["final/unseen_over_base"] == told.summary["final/unseen_over_base"]
+    for made in (masks, model):
+        for entry in made["manifest"]["contents"]:
+            path = tmp_path / made["type"] / entry["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(entry["local_path"], path)
+        loaded = load_run(tmp_path / made["type"])
+        assert loaded.masks == told.run.masks
+        assert loaded.records == told.run.records
+        assert (loaded.model is None) is (made is masks)
+
+
+def test_an_artifact_that_cannot_be_read_is_refused_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"^wandb:a/b/c:v0: expected an artifact, .*wandb login.*$"):
+        load_run("wandb:a/b/c:v0")
 
 
 def test_an_evaluation_is_in_the_run_that_it_is_of(told):
