@@ -8,7 +8,6 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import huggingface_hub
 
@@ -25,7 +24,6 @@ class HubCorpus:
     name: str  # in gprune
     path: str  # on the hub
     config: str | None = None
-    parquet: str | None = None  # files of the hub's conversion; `{split}` is replaced
     text: str = "{text}"  # format string over the row's columns
     test: str | None = "test"  # the hub's name of the test split; None: there is only "train", which is cut 70/30
     limit: int | None = None  # rows to stream, of data sets too large to fetch; None fetches the split
@@ -42,20 +40,9 @@ def join_articles(lines: list[str]) -> list[str]:
     return ["".join(article) for article in articles if "".join(article).strip()]
 
 
-def join_sentences(sentences: list[str], per_document: int = 20) -> list[str]:
-    """Documents of so many sentences each, from the Penn Treebank's sentences."""
-    starts = range(0, len(sentences), per_document)
-    return ["\n".join(sentences[start : start + per_document]) for start in starts]
-
-
 HUB_CORPORA = (
     HubCorpus("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", documents=join_articles),
     HubCorpus("c4", "allenai/c4", "en", test="validation", limit=2000),
-    # The data set's own repository is a script; the hub keeps a parquet conversion of it on a branch.
-    HubCorpus(
-        "ptb", "ptb-text-only/ptb_text_only", parquet="penn_treebank/{split}/*.parquet", text="{sentence}",
-        documents=join_sentences,
-    ),
     HubCorpus("alpaca", "tatsu-lab/alpaca", text="Instruction: {instruction}\n{input}\nResponse: {output}", test=None),
     HubCorpus("gsm8k", "openai/gsm8k", "main", text="Question: {question}\nAnswer: {answer}"),
     HubCorpus("codeparrot", "codeparrot/codeparrot-clean-valid", text="{content}", test=None, limit=2000),
@@ -69,14 +56,10 @@ def load_hub(record: HubCorpus, split: str) -> list[str]:
     import datasets  # takes a second, and only hub corpora need it
 
     wanted = record.test if split == "test" else "train"
-    source: dict[str, Any] = {"path": record.path, "name": record.config}
-    if record.parquet:
-        files = f"hf://datasets/{record.path}@refs%2Fconvert%2Fparquet/{record.parquet.format(split=wanted)}"
-        source = {"path": "parquet", "data_files": {wanted: files}}
     mirror = f"a mirror into $GPRUNE_DATA_DIR/corpora/{record.name}/{split}.jsonl (an object with 'text' per line), "
     remedy = f"{mirror}name a text file, or use an embedded corpus such as 'wiki'"
     with had_from_hub(f"Corpus '{record.name}'", remedy), offline_if_unreachable():
-        rows = datasets.load_dataset(**source, split=wanted, streaming=record.limit is not None)
+        rows = datasets.load_dataset(record.path, record.config, split=wanted, streaming=record.limit is not None)
         texts = [record.text.format(**row) for row in itertools.islice(rows, record.limit)]
     return [document for document in record.documents(texts) if document.strip()]
 

@@ -1,9 +1,8 @@
-"""Figures over several runs: means, ratios, sparsity per block, what they learned."""
+"""Figures over several runs: ratios, sparsity per block, what they learned."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -23,36 +22,30 @@ LEARNED = {
 
 
 @style()
-def means_figure(rows: Sequence[tuple[str, Estimate | None, Estimate | None]]) -> Figure:
-    """Geometric-mean perplexity over seen (hollow square) and unseen (disc) text with intervals, a line per row."""
-    figure, axes = canvas(_width(rows), 1.2 + 0.32 * len(rows))
-    for which, (label, colour, marker, face, shift) in enumerate(
-        (("seen text", "#E69F00", "s", "white", -0.13), ("unseen text", "#0072B2", "o", "#0072B2", 0.13))
-    ):
-        points = [(y + shift, row[1 + which]) for y, row in enumerate(rows) if row[1 + which] is not None]
-        _intervals(axes, points, label=label, color=colour, marker=marker, mfc=face)
-    _rows_of(axes, [row[0] for row in rows], "perplexity, geometric mean, 95 % interval")
-    figure.legend(loc="outside right center")
-    return figure
-
-
-@style()
 def ratio_figure(rows: Sequence[tuple[str, Estimate]], *, base: str) -> Figure:
     """Perplexity on unseen text, divided by the base metric's, with paired intervals; left of the line is better."""
-    figure, axes = canvas(_width(rows), 1.2 + 0.3 * len(rows))
+    figure, axes = canvas(4.5 + 0.07 * max(len(label) for label, _ in rows), 1.2 + 0.3 * len(rows))
     draw_ratios(axes, rows, base=base)
     return figure
 
 
 def draw_ratios(axes: Axes, rows: Sequence[tuple[str, Estimate]], *, base: str) -> None:
     """`ratio_figure`, on axes that are there."""
-    _intervals(axes, list(enumerate(ratio for _, ratio in rows)), color="#0072B2", marker="o", mfc="#0072B2")
+    ratios = [ratio for _, ratio in rows]
+    axes.errorbar(
+        [ratio.value for ratio in ratios], range(len(rows)), xerr=distances(ratios), ls="none", ms=5, capsize=2.5,
+        lw=1.2, color="#0072B2", marker="o",
+    )  # fmt: skip
     for y, (_, ratio) in enumerate(rows):
         axes.annotate(
             f"{ratio.value:.2f}", (ratio.value, y), (0, 5), textcoords="offset points", ha="center", fontsize=7
         )
     axes.axvline(1, color="black", lw=0.8)
-    _rows_of(axes, [row[0] for row in rows], f"unseen perplexity / {base}, 95 % interval")
+    axes.set(xscale="log", xlabel=f"unseen perplexity / {base}, 95 % interval")
+    plain_ticks(axes.xaxis)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x")
 
 
 @style()
@@ -95,26 +88,3 @@ def learning_figure(curves: Mapping[str, pd.DataFrame]) -> Figure | None:
     drawn = {line.get_label(): line for axes in figure.axes for line in axes.lines}
     figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3)
     return figure
-
-
-def _width(rows: Sequence[tuple[Any, ...]]) -> float:
-    """Inches, with room for the longest label."""
-    return 4.5 + 0.07 * max(len(row[0]) for row in rows)
-
-
-def _intervals(axes: Axes, points: Sequence[tuple[float, Estimate]], **style: Any) -> None:
-    """Points (y, estimate) with horizontal intervals where there are some."""
-    estimates = [estimate for _, estimate in points]
-    heights = [y for y, _ in points]
-    axes.errorbar(
-        [e.value for e in estimates], heights, xerr=distances(estimates), ls="none", ms=5, capsize=2.5, lw=1.2, **style
-    )
-
-
-def _rows_of(axes: Axes, labels: Sequence[str], measured: str) -> None:
-    """Rows with these labels, the first on top, over a logarithmic axis of what is measured."""
-    axes.set(xscale="log", xlabel=measured)
-    plain_ticks(axes.xaxis)
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.grid(axis="x")

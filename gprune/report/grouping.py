@@ -44,14 +44,6 @@ def with_distinct_names(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
     return [replace(run, name=f"{run.name}, seed {run.seed}") if shared[run.name] > 1 else run for run in runs]
 
 
-def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Names for figures, without the model that all begin with and without hashes; whole if two would be equal."""
-    heads = {name.split("-gprune-")[0].split("-base-")[0] for name in names}
-    cut = len(next(iter(heads))) + 1 if len(heads) == 1 and not heads & set(names) else 0
-    short = {name: re.sub(r"-[0-9a-f]{8}(?=, seed |$)", "", name[cut:]) for name in names}
-    return short if len(set(short.values())) == len(short) else {name: name for name in names}
-
-
 @dataclass(frozen=True)
 class Group:
     """Runs that differ in seed alone; most often one.

@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 
 from gprune.errors import one_line
 from gprune.report.benchmark_table import evaluation_table
-from gprune.report.comparison_figures import learning_figure, means_figure, ratio_figure, sparsity_lines
+from gprune.report.comparison_figures import learning_figure, ratio_figure, sparsity_lines
 from gprune.report.curves import read_curves
-from gprune.report.grouping import Group, groups, read_runs, settings_table, short_names, with_distinct_names
+from gprune.report.grouping import Group, groups, read_runs, settings_table, with_distinct_names
 from gprune.report.perplexity_tables import comparison_table, distance_table, perplexity_table, summary_table
 from gprune.report.records import caption
 from gprune.report.run_figures import write_figures
@@ -31,7 +31,7 @@ from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
 
-FIGURES = ("means", "ratios", "learning", "sparsity", "perplexity", "heterogeneity")
+FIGURES = ("ratios", "learning", "sparsity", "perplexity", "heterogeneity")
 SIDE_BY_SIDE = 40  # runs: beyond, pairs and figures take minutes, and nobody reads them
 
 
@@ -86,18 +86,14 @@ class Report:
         if self.many:
             return {}
         runs = self.named_runs
-        short = short_names([run.name for run in (*runs, *self.groups, *([self.base] if self.base else []))])
-        # Of the summary's rows: run, stage, seeds, seen, unseen, gap, unseen / dense, unseen / base. One dense row.
-        dense, *others = self.tables[0].rows
-        rows = [(_label(_shortened(row[0], short), row[1]), *row[3:]) for row in others if row[1] != "dense"]
-        figures = {"means": means_figure([("dense", *dense[3:5]), *(row[:3] for row in rows)])}
-        if ratios := [(label, ratio) for label, *_, ratio in rows if ratio is not None]:
-            base = _label(short[self.base.name], "base") if self.base else "base"
-            figures["ratios"] = ratio_figure(ratios, base=base)
-        curves = {short[run.name]: read_curves(run.path) for run in runs}
+        figures = {}
+        # Of the summary's rows: run, stage, seeds, seen, unseen, gap, unseen / dense, unseen / base.
+        if ratios := [(_label(*row[:2]), row[-1]) for row in self.tables[0].rows if row[-1] is not None]:
+            figures["ratios"] = ratio_figure(ratios, base=_label(self.base.name, "base") if self.base else "base")
+        curves = {run.name: read_curves(run.path) for run in runs}
         if len(runs) > 1 and (learned := learning_figure(curves)) is not None:
             figures["learning"] = learned
-        masks = {short[run.name]: run.masks for run in runs if run.masks is not None}
+        masks = {run.name: run.masks for run in runs if run.masks is not None}
         if len(runs) > 1 and masks:
             figures["sparsity"] = sparsity_lines(masks)
         about = caption([r for run in self.runs for r in run.records])
@@ -130,13 +126,6 @@ class Report:
     def draw(self, folder: Path, formats: Sequence[str] = FORMATS, *, prefix: str = "") -> list[Path]:
         """Files of the figures over all runs."""
         return [p for name, figure in self.figures().items() for p in save(figure, folder, prefix + name, formats)]
-
-
-def _shortened(names: str, short: Mapping[str, str]) -> str:
-    """What the summary calls a run, or several that have the same row, by short names."""
-    for name in sorted(short, key=len, reverse=True):
-        names = names.replace(name, short[name])
-    return names
 
 
 def _label(run: str, stage: str) -> str:

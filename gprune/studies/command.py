@@ -42,7 +42,7 @@ def parser() -> Parser:
     )
     made.add_argument("--table", action="store_true", help="print what is there; run nothing")
     made.add_argument("--costs", action="store_true", help="print seconds, tokens and memory of each step as well")
-    made.add_argument("--figures", metavar="FOLDER", help="draw means, ratios and sparsity per block into this folder")
+    made.add_argument("--figures", metavar="FOLDER", help="draw ratios and sparsity per block into this folder")
     return made
 
 

@@ -93,7 +93,7 @@ def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
 
 
 def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Sequence[Table], report: Report) -> None:
-    """The list as a run of type `study`: its rows' settings, tables, compared pairs, figures, and the list as an artifact.
+    """The list as a run of type `study`: rows' settings, tables, compared pairs, figures, and the list as an artifact.
 
     Other tables, or of other rows, are another run.
     """

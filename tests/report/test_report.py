@@ -31,7 +31,7 @@ from gprune.report.benchmark_table import evaluation_table
 from gprune.report.command import default_output, main
 from gprune.report.comparison_figures import learning_figure, ratio_figure, sparsity_lines
 from gprune.report.curves import curve_figures
-from gprune.report.grouping import read_runs, short_names
+from gprune.report.grouping import read_runs
 from gprune.report.model_card import model_card
 from gprune.report.records import result_table, unseen_ratios
 from gprune.report.run_figures import perplexity_figure
@@ -274,8 +274,6 @@ def test_the_dense_row_is_there_once(run):
     assert [cells[1] for cells in table.tables[0].rows].count("dense") == 2  # means over other sets of corpora
     assert [c.rstrip("*)").endswith("(") for c in table.tables[1].columns[3:]] == [False, True, True]
     assert row(table.tables[0], "third", "gprune")["unseen"] is None
-    labels = [text.get_text() for text in table.figures()["means"].axes[0].get_yticklabels()]
-    assert labels.count("dense") == 1  # a figure has one, that of the first run
 
 
 def test_in_which_flags_runs_differ_stands_first(run):
@@ -304,8 +302,8 @@ def test_rows_that_are_equal_in_several_runs_stand_once(run):
         assert {"base", "averaged", "base + bias", "gprune"} <= set(by_stage)
     base = row(made.tables[0], "one; other", "averaged")
     assert base == row(report.make([run]).tables[0], "one", "averaged") | {"run": "one; other"}
-    labels = [text.get_text() for text in made.figures()["means"].axes[0].get_yticklabels()]
-    assert labels.count("one; other: base") == 1
+    labels = [text.get_text() for text in made.figures()["ratios"].axes[0].get_yticklabels()]
+    assert labels.count("one; other: averaged") == 1
     assert {cells[0] for cells in report.make([run, moved.parent / "other"]).tables[0].rows} >= {"all runs"}
     pair = read_runs([run, run.parent / "other"])
     apart = report.of_runs(pair, bases={pair[0].path: pair[0], pair[1].path: read_runs([moved])[0]})
@@ -461,14 +459,6 @@ def test_csv_and_markdown_say_the_same():
     assert second == ["c", "", "", "", "", "2.0", "", ""]
 
 
-def test_short_names_stay_apart():
-    names = ["m-gprune-wifv-0.5-48e06596", "m-gprune-obs-0.5-4988edf0"]
-    assert list(short_names(names).values()) == ["gprune-wifv-0.5", "gprune-obs-0.5"]
-    twice = ["m-gprune-wifv-0.5-48e06596", "m-gprune-wifv-0.5-00000000"]
-    assert short_names(twice) == {name: name for name in twice}
-    assert short_names(["one"]) == {"one": "one"}
-
-
 def test_files_are_called_by_as_much_of_their_path_as_tells_them_apart():
     called = {
         "wiki": "wiki", "/home/me/text/one.txt": "one.txt", "/home/me/text/two.txt": "text/two.txt",
@@ -506,7 +496,6 @@ def test_every_axis_is_labelled(run):
     axes = {name: figure.axes[0] for name, figure in figures.items()}
     labels = {name: (one.get_xlabel(), one.get_ylabel()) for name, one in axes.items()}
     assert labels == {
-        "means": ("perplexity, geometric mean, 95 % interval", ""),
         "ratios": ("unseen perplexity / base, 95 % interval", ""),
         "sparsity": ("block", "fraction of neurons removed"),
     }
@@ -559,7 +548,7 @@ def test_a_report_of_several_runs_and_nothing_of_the_one_before_it(run, tmp_path
     assert default_output([str(run), str(other)]) == run.parent / "report"
     assert main([str(other), "--base", str(run), "--output", str(output)]) == 0
     assert "the stage `base` of one" in capsys.readouterr().out
-    names = ("means", "ratios", "perplexity", "sparsity", "heterogeneity")
+    names = ("ratios", "perplexity", "sparsity", "heterogeneity")
     assert written(output) == (
         {"report.md", "tables/mine.csv"}
         | {f"tables/{t}.csv" for t in ("summary", "perplexity")}

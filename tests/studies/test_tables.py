@@ -141,10 +141,10 @@ def test_rows_are_divided_by_the_reference_if_that_has_as_few_parameters(bench, 
 
 def test_figures_are_drawn_from_records(bench, first, capsys, tmp_path, nothing_runs):
     bench(capsys, first[0], "--table", "--figures", tmp_path)
-    assert {f"first-{name}.png" for name in ("means", "ratios", "sparsity")} <= {p.name for p in tmp_path.iterdir()}
+    assert {f"first-{name}.png" for name in ("ratios", "sparsity")} <= {p.name for p in tmp_path.iterdir()}
 
 
 def test_records_without_masks_are_left_out_of_figures_of_masks(bench, first):
     listing, done = bench.done(first[0])
     report = tables.reported(listing, [(row, record | {"masks": None}) for row, record in done])
-    assert set(report.figures()) == {"means", "ratios"}
+    assert set(report.figures()) == {"ratios"}
