@@ -28,6 +28,7 @@ from gprune.runs import schema
 from gprune.runs.folder import RunFolder, differences
 from gprune.sparsity.allocation import removed_in_words
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
+from gprune.storage.cache import cache_dir
 from gprune.storage.files import file_hashes, inspected_json, key_of, read_tensors
 from gprune.storage.reading import expanded
 from gprune.storage.yaml_text import read_yaml
@@ -212,9 +213,7 @@ def load_run(path: Path | str) -> PruningResult:
         UserError: as `read_run`, and for settings, statistics, thresholds or a model that are not the run's.
     """
     if str(path).startswith("wandb:"):
-        from gprune.runs.tracking import downloaded
-
-        path = downloaded(str(path).removeprefix("wandb:"))
+        path = _downloaded(str(path).removeprefix("wandb:"))
     run = finished(path)
     cfg = config_of(run)
     run = _with_tensors(run)
@@ -226,6 +225,18 @@ def load_run(path: Path | str) -> PruningResult:
     return PruningResult(
         run.path, cfg, run.masks, run.modules, thresholds, statistics, run.records, run.summary, *_exported(run)
     )
+
+
+def _downloaded(name: str) -> Path:
+    """The folder of an artifact, by `entity/project/artifact:version`, in the cache; a UserError without an account."""
+    import wandb  # takes a second, and only artifacts need it
+
+    try:
+        artifact = wandb.Api().artifact(name)
+        return Path(artifact.download(root=str(cache_dir() / "artifacts" / artifact.digest)))
+    except (wandb.errors.Error, ValueError, OSError) as error:
+        expected = "expected an artifact, entity/project/artifact:version, and an account (`wandb login`)"
+        raise UserError(f"wandb:{name}: {expected}: {first_line(error)}") from error
 
 
 def exported_model(run: Path) -> Path:

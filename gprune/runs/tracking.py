@@ -20,7 +20,6 @@ from gprune.config import LoggingConfig, RunConfig
 from gprune.errors import UserError, dispensable, first_line
 from gprune.runs.folder import RunFolder
 from gprune.runs.results import key_part
-from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of
 
 log = messages.getLogger("gprune")
@@ -178,20 +177,6 @@ def log_artifacts(loggers: Sequence[Logger], folder: Path, cfg: RunConfig, metad
                 policy = "immutable" if path.suffix == ".safetensors" else "mutable"
                 artifact.add_file(str(path), name=str(path.relative_to(folder)), policy=policy, skip_cache=True)
             logger.tell(methodcaller("log_artifact", artifact))
-
-
-def downloaded(name: str) -> Path:
-    """The folder of an artifact, by `entity/project/artifact:version`, in the cache.
-
-    Raises:
-        UserError: without an account, network, or such an artifact.
-    """
-    try:
-        artifact = wandb.Api().artifact(name)
-        return Path(artifact.download(root=str(cache_dir() / "artifacts" / artifact.digest)))
-    except (wandb.errors.Error, ValueError, OSError) as error:
-        expected = "expected an artifact, entity/project/artifact:version, and an account (`wandb login`)"
-        raise UserError(f"wandb:{name}: {expected}: {first_line(error)}") from error
 
 
 @contextmanager
