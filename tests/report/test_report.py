@@ -492,8 +492,7 @@ def test_an_estimate_just_outside_its_interval_is_drawn():
 
 def test_every_axis_is_labelled(run):
     made = report.make([run, another(run, "two", seed=1), another(run, "three", setting=0.5)])
-    figures = made.figures()
-    axes = {name: figure.axes[0] for name, figure in figures.items()}
+    axes = {name: figure.axes[0] for name, figure in made.figures().items()}
     labels = {name: (one.get_xlabel(), one.get_ylabel()) for name, one in axes.items()}
     assert labels == {
         "ratios": ("unseen perplexity / base, 95 % interval", ""),

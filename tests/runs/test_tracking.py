@@ -151,8 +151,7 @@ def test_an_artifact_is_what_load_run_reads(told, tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(entry["local_path"], path)
         loaded = load_run(tmp_path / made["type"])
-        assert loaded.masks == told.run.masks
-        assert loaded.records == told.run.records
+        assert (loaded.masks, loaded.records) == (told.run.masks, told.run.records)
         assert (loaded.model is None) is (made is masks)
 
 

@@ -139,9 +139,7 @@ def test_rows_are_divided_by_the_reference_if_that_has_as_few_parameters(bench, 
     assert ratio("plain") == ratio("larger") == ""
 
 
-def test_figures_are_drawn_from_records_and_those_of_masks_where_there_are_some(
-    bench, first, capsys, tmp_path, nothing_runs
-):
+def test_figures_are_drawn_from_records_with_masks_or_without(bench, first, capsys, tmp_path, nothing_runs):
     bench(capsys, first[0], "--table", "--figures", tmp_path)
     assert {f"first-{name}.png" for name in ("ratios", "sparsity")} <= {p.name for p in tmp_path.iterdir()}
     listing, done = bench.done(first[0])
