@@ -12,6 +12,7 @@ from pydantic import AfterValidator, ByteSize, Field, TypeAdapter, ValidationErr
 from gprune.errors import UserError
 
 MOST = 10**12  # of any count, and 1e30 of any other number: beyond it are typing errors, and what overflows
+AtLeast0 = Annotated[int, Field(ge=0, le=MOST)]
 AtLeast1 = Annotated[int, Field(ge=1, le=MOST)]
 AtLeast2 = Annotated[int, Field(ge=2, le=MOST)]
 AtLeast8 = Annotated[int, Field(ge=8, le=MOST)]

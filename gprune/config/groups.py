@@ -208,7 +208,8 @@ class SparsityConfig(Group, prefix="sparsity."):
     """How much goes, from where, and how the sparsity of each module is found."""
 
     target: Asked = 0.5
-    """How much goes: 0.5 of the scope's parameters, 30% of all, or until 95M or 200MiB (as exported) are left."""
+    """How much goes: 0.5 of the scope's parameters, 30% of all, until 95M or 200MiB (as exported) are left, or until
+    the model is 1.4x as fast in the setting of --speed."""
     cost: Text | None = None
     """What the target counts, in place of what its unit says: parameters, kv_cache (numbers per token), or what is
     registered from Python."""
@@ -270,5 +271,5 @@ class SparsityConfig(Group, prefix="sparsity."):
 
     @property
     def currency(self) -> str:
-        """What the target counts: `bytes`, or a registered cost."""
-        return self.cost or ("bytes" if Target.of(self.target).unit == "bytes" else "parameters")
+        """What the target counts: `bytes`, `seconds`, or a registered cost."""
+        return self.cost or {"x": "seconds", "bytes": "bytes"}.get(Target.of(self.target).unit, "parameters")

@@ -195,7 +195,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         settings: as `RunConfig.settings` gives them; what no flag says, such as `inputs`, is left alone.
     """
     cfg = RunConfig()
-    for group, expected in (cfg.settings() | ({"options": {}} if "options" in settings else {})).items():
+    for group, expected in (cfg.settings() | {name: {} for name in ("options", "speed") if name in settings}).items():
         value, part = settings.get(group), getattr(cfg, group)
         if group not in GROUPS:
             setattr(cfg, group, value)

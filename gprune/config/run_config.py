@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field
 
-from gprune.checks import NonNegative, Positive, Text, check_options
+from gprune.checks import AtLeast0, AtLeast1, Few, NonNegative, Positive, Text, check_options
 from gprune.config.groups import CorporaConfig, Group, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
 from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.corpora.load import check_corpus, identity
@@ -41,6 +41,17 @@ class ExportConfig(Group, prefix="export.", plain_setting="format"):
     published. Perplexity is that of the weights in --model.dtype."""
 
 
+class SpeedConfig(Group, prefix="speed."):
+    """The setting of a target such as 1.4x: as transformers generates, on this machine, in --model.dtype."""
+
+    batch: Few = 1
+    """Prompts at once."""
+    prompt: AtLeast1 = 128
+    """Tokens of each prompt (prefill)."""
+    generate: AtLeast0 = 32
+    """Tokens after the one that follows the prompt (decoding); 0: the speed of prefill alone."""
+
+
 class PlanConfig(Group, prefix="plan."):
     """The machine that `--dry_run true` plans for, in place of the one at hand."""
 
@@ -66,6 +77,7 @@ class RunConfig(Group):
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     reliability: ReliabilityConfig = Field(default_factory=ReliabilityConfig)
     sparsity: SparsityConfig = Field(default_factory=SparsityConfig)
+    speed: SpeedConfig = Field(default_factory=SpeedConfig)
     recovery: Annotated[Text, BeforeValidator(joined)] = "least_squares+distill"
     """How the pruned model is repaired: one recovery, or a chain such as [least_squares,distill]. none: the paper's
     method. bias: means of what was removed. least_squares: output projections solved again on the dense model's
@@ -109,6 +121,11 @@ class RunConfig(Group):
                 raise UserError(f"--distill.tokens: expected {least} tokens or more, got {d.tokens:,}.")
             if self.evaluation.split == "development" and d.keep == "best":
                 raise UserError("--evaluation.split development: expected test with --distill.keep best.")
+        if self.sparsity.currency == "seconds" and (processes > 1 or m.device_map is not None):
+            said = "expected one process and no --model.device_map for a speed"
+            raise UserError(
+                f"--sparsity.target {self.sparsity.target}: {said}; --dry_run true says how many parameters."
+            )
         if m.shard and processes < 2:
             raise UserError("--model.shard: expected two or more processes (--trainer.devices, .num_nodes), got one.")
         if m.device_map is not None and processes > 1:
@@ -261,6 +278,8 @@ class RunConfig(Group):
                 del plain[group][name]
         if not self.options:
             del plain["options"]
+        if self.sparsity.currency != "seconds":
+            del plain["speed"]
         if self.sparsity.cost is None:
             del plain["sparsity"]["cost"]
         plain["run"] = {"seed": self.run.seed}

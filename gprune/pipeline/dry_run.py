@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
 from torch.utils.benchmark import Timer
 from transformers import AutoTokenizer
 
+from gprune.benchmarks.speed import price_by
 from gprune.config import RunConfig
 from gprune.corpora import lies_here
 from gprune.models.blocks import blocks_of
@@ -33,6 +35,7 @@ def describe(plan: Plan) -> str:
         "blocks": f"{len(budget.costs.gone)} go as a whole" if "blocks" in cfg.sparsity.scope else "",
         "removes": f"{plan.removed:,} parameters: {plan.removed / scope:.1%} of the scope, "
         f"{plan.removed / parameters:.1%} of the model",
+        "speed": predicted_speed(plan),
         "widths": expected_widths(cfg, budget),
         "exports": f"{left:,} parameters: {left * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}",
         "text": counted_text(plan),
@@ -62,6 +65,15 @@ def counted_text(plan: Plan) -> str:
     prepare_text(cfg, tokenizer, plan.skeleton.get_input_embeddings().num_embeddings, without=elsewhere)
     said = f"{len(corpora) - len(elsewhere)} corpora have as many windows as are asked for"
     return f"{said}; not counted, as they are not on this machine: {', '.join(elsewhere)}" if elsewhere else said
+
+
+def predicted_speed(plan: Plan) -> str:
+    """How many times as fast the table says that the pruned model is, at uniform sparsity, if there is a table."""
+    if not plan.at_hand or plan.speed is None:
+        return "not measured; --sparsity.target 1.2x measures it"
+    price = price_by(plan.speed, blocks_of(plan.skeleton))
+    gone = replace(plan.budget.costs, price=price).removed(uniform_masks(plan.budget))
+    return f"{price.model / (price.model - gone):.2f}x, predicted for {plan.cfg.speed}"
 
 
 def expected_widths(cfg: RunConfig, budget: Budget) -> str:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel
 
+from gprune.benchmarks.speed import seconds
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
@@ -33,6 +34,7 @@ from gprune.report.records import means_and_gaps, result_table, run_numbers, uns
 from gprune.report.run_figures import write_figures
 from gprune.runs import schema, tracking
 from gprune.runs.results import row_name
+from gprune.sparsity.target import Target
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
@@ -213,6 +215,15 @@ def record(
     }
 
 
+def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
+    """Times as fast: asked, predicted by the table, and got, measured beside the dense model; and the table."""
+    costs, asked = run.budget.costs, Target.of(run.cfg.sparsity.target).number
+    (before, after), spread = seconds([run.model, pruned], **run.cfg.speed.model_dump())
+    predicted = costs.prices.model / (costs.prices.model - costs.removed(masks))
+    reached = {"asked": float(asked), "predicted": predicted, "got": before / after, "spread": spread}
+    return reached | {"seconds": [before, after], "table": run.plan.speed}
+
+
 def summarise(
     run: Run, records: Sequence[dict[str, Any]], masks: Masks, pruned: PreTrainedModel, modules: Modules | None
 ) -> dict[str, Any]:
@@ -235,6 +246,9 @@ def summarise(
         "unseen_over_base": unseen_ratios(records),
         **run.folder.total_tokens(),
     }
+    if run.cfg.sparsity.currency == "seconds":
+        summary["speed"] = run.folder.manifest.get("summary", {}).get("speed") or speed_reached(run, masks, pruned)
+        log.info("asked {asked:.2f}x, predicted {predicted:.2f}x, got {got:.2f}x".format(**summary["speed"]))
     if stopped := run.folder.manifest.get("stopped"):
         summary["stopped"] = stopped  # stages that a callback has ended early
     run.folder.update_manifest(summary=summary, widths=widths(pruned))

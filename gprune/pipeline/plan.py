@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -11,6 +12,7 @@ import torch
 from lightning import Callback
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from gprune.benchmarks.speed import Table, price_by, speed_table
 from gprune.calibration.saliency import salient_parts
 from gprune.config import RunConfig
 from gprune.errors import UserError
@@ -21,7 +23,7 @@ from gprune.models.folders import check_stored
 from gprune.models.loading import read_config, skeleton
 from gprune.pipeline.cost import tokens_by_step
 from gprune.recoveries import recovery_of
-from gprune.runs.trainer import check_trainer
+from gprune.runs.trainer import check_trainer, multiplying
 from gprune.runs.user_callbacks import callbacks_of_stage
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget, unit_costs
@@ -58,7 +60,7 @@ class Plan:
     def asked(self) -> Budget:
         """The budget that is asked for; a UserError where it cannot be."""
         s, blocks = self.cfg.sparsity, blocks_of(self.skeleton)
-        price = self.priced(s.currency)
+        price = price_by(self.speed, blocks) if s.currency == "seconds" else self.priced(s.currency)
         how = {"protect": s.protect, "uniform": s.uniform_width, "block_share": s.block_share, "price": price}
         costs = unit_costs(blocks, scope=s.scope, **how)
         return Budget.of(costs, s.target, s.width_multiple)
@@ -75,6 +77,18 @@ class Plan:
     def removed(self) -> int:
         """Parameters that go if every block is equally sparse: of budgets in other currencies an estimate."""
         return self.budget.costs.in_parameters.removed(uniform_masks(self.budget))
+
+    @cached_property
+    def speed(self) -> Table | None:
+        """The table of this machine in the setting of `--speed`: measured for a target of speed, else cached."""
+        cfg, most = self.cfg, getattr(self.skeleton.config, "max_position_embeddings", math.inf)
+        length, measure = cfg.speed.prompt + cfg.speed.generate, cfg.sparsity.currency == "seconds"
+        if measure and (length > most or not self.at_hand):
+            expected = f"at most {most} positions, and a device in this machine"
+            raise UserError(f"--speed.prompt, --speed.generate: expected {expected}, got {length} on {self.device}.")
+        with multiplying(cfg.trainer.float32_matmul_precision):
+            dtype, setting = getattr(torch, cfg.model.dtype), cfg.speed.model_dump()
+            return speed_table(self.skeleton, self.device, dtype, setting, measure=measure)
 
     @property
     def forward_tokens(self) -> int:

@@ -13,10 +13,10 @@ from pydantic import BeforeValidator
 from gprune.checks import shown
 from gprune.errors import UserError
 
-FORM = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(%|[KMB]|[KMG]i?B|)")
+FORM = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(%|x|[KMB]|[KMG]i?B|)")
 SIZES = {f"{letter}{i}B": base**n for i, base in (("", 1000), ("i", 1024)) for n, letter in enumerate("KMG", start=1)}
 LEFT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9} | SIZES
-FORMS = "a share of the scope inside (0, 1), 30% of all parameters, or 95M or 200MiB that are left"
+FORMS = "a share of the scope inside (0, 1), 30% of all parameters, 95M or 200MiB that are left, or 1.4x as fast"
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Target:
     """What has to go of what a model costs."""
 
     asked: float | str  # as settings have it
-    number: Fraction  # a share, or what is left
-    unit: str  # `share` of the scope, `%` of the model; or `parameters`, `bytes` that are left
+    number: Fraction  # a share, what is left, or how many times as fast
+    unit: str  # `share` of the scope, `%` of the model, `x`; or `parameters`, `bytes` that are left
 
     @classmethod
     def of(cls, asked: float | str) -> Target:
@@ -36,22 +36,23 @@ class Target:
         number, unit = (Fraction(parts[1]), parts[2]) if parts else (Fraction(0), "%")
         if unit in LEFT and (left := number * LEFT[unit]) >= 1000:
             return cls(str(asked), left, "bytes" if unit in SIZES else "parameters")
-        if unit == "%" and 0 < number < 100:
-            return cls(asked, number / 100, unit)
+        if (unit == "%" and 0 < number < 100) or (unit == "x" and 1 < number <= 1000):
+            return cls(asked, number / (100 if unit == "%" else 1), unit)
         raise UserError(f"--sparsity.target: expected {FORMS}, got {shown(asked)}.")
 
     def removes(self, scope: int, model: int) -> int:
         """What has to go, rounded up, where scope and model cost so much."""
         if self.unit in ("share", "%"):
             return math.ceil(self.number * (scope if self.unit == "share" else model))
-        return model - math.floor(self.number)
+        return model - math.floor(model / self.number if self.unit == "x" else self.number)
 
     def limit(self, most: int, scope: int, model: int) -> str:
         """What the target can be where no more than `most` can go, in its unit."""
         left = model - most
         if self.unit in ("parameters", "bytes"):
             return f"at least {left:,}" if self.unit == "parameters" else f"at least {left / 2**20:.1f}MiB"
-        return f"at most {most / max(scope, 1):.4f}" if self.unit == "share" else f"at most {most / model:.2%}"
+        x = f"{model / max(left, 1):.2f}x" if self.unit == "x" else f"{most / model:.2%}"
+        return f"at most {most / max(scope, 1):.4f}" if self.unit == "share" else f"at most {x}"
 
 
 Asked = Annotated[float | str, BeforeValidator(lambda asked: Target.of(asked).asked)]  # the type of the setting

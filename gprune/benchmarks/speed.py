@@ -1,0 +1,129 @@
+"""How long a model takes on this machine, by the widths of its blocks: a table, measured once for each setting.
+
+A setting is a batch of prompts, and tokens that follow: seconds = prefill + tokens x a step of decoding. Layers are
+timed one behind the other, as in the model: the weights of one alone would stay in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.isotonic import isotonic_regression
+from torch.utils.benchmark import Timer
+from transformers import GenerationConfig, PreTrainedModel
+
+from gprune.models.blocks import Block, blocks_of, decoder_layers
+from gprune.models.copies import copy_without_hooks
+from gprune.models.masks import Masks
+from gprune.models.offload import device_of
+from gprune.models.surgery import prune, widths
+from gprune.sparsity.cost import Price
+from gprune.sparsity.cut import top_of_experts
+from gprune.storage.cache import cache_dir
+from gprune.storage.files import key_of, read_json, write_json
+
+log = logging.getLogger("gprune")
+STEPS = 8  # of decoding that are timed
+ROUNDS, LONG = (2, 12), 25.0  # least and most, and seconds after which none begins
+NOISY = 0.2  # a difference of repeats that is said
+Table = dict[str, Any]  # seconds of a block by `neurons` and by `groups`, as pairs; of the `rest`; `spread` of repeats
+
+
+def speed_table(
+    dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, setting: Mapping[str, int], *, measure: bool
+) -> Table | None:
+    """The table of this machine for a model without weights: the cache's, or measured; None if neither."""
+    machine = [platform.node(), platform.processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__]
+    machine += [device.type == "cuda" and torch.cuda.get_device_name(device), torch.get_float32_matmul_precision()]
+    shapes = {name: list(parameter.shape) for name, parameter in dense.named_parameters()}
+    key = key_of(machine=machine, shapes=shapes, dtype=str(dtype), setting=dict(setting))
+    path = cache_dir() / "speed" / f"{key}.json"
+    if (table := read_json(path)) is None and measure:
+        log.info("Measuring how fast this machine is by widths, once for these shapes and this setting")
+        write_json(path, table := measured(dense, device, dtype, setting))
+        if table["spread"] > NOISY:
+            log.warning("Repeats of the measured speed differ by %.0f %%: the machine is busy.", 100 * table["spread"])
+    return table
+
+
+def price_by(table: Table, blocks: Sequence[Block]) -> Price:
+    """Picoseconds of blocks by what they keep: between the measured widths they are linear."""
+
+    def saved(line: Sequence[tuple[int, float]], most: int) -> list[int]:
+        kept, taken = zip(*line, strict=True)
+        taken = np.interp(range(most + 1), kept, isotonic_regression(taken))  # narrower is no slower, but for noise
+        return [round(1e12 * (seconds - taken[0])) for seconds in taken]
+
+    tables = [(saved(table["neurons"], b.neurons), saved(table["groups"], b.kv_groups)) for b in blocks]
+    units = [neurons[-1] + groups[-1] for neurons, groups in tables]
+    fixed = max(0, round(1e12 * table["neurons"][-1][1]) - max(units))
+    return Price(*zip(*tables, strict=True), [fixed + cost for cost in units], round(1e12 * table["rest"]))
+
+
+@torch.no_grad()
+def measured(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, setting: Mapping[str, int]) -> Table:
+    """The table, measured on random weights."""
+    whole = copy.deepcopy(dense).to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    for tensor in (*whole.parameters(), *whole.buffers()):
+        tensor.copy_(torch.randn(tensor.shape).mul(0.02))
+    N, G = (max(of_blocks) for of_blocks in widths(whole).values())
+    neurons, groups = (sorted({1, *(max(1, n * part // 4) for part in range(1, 5))}) for n in (N, G))
+    models = [*(shrunk(whole, n, G) for n in neurons), *(shrunk(whole, N, g) for g in groups[:-1]), shrunk(whole, N, G)]
+    layers = decoder_layers(models[-1])
+    depth, layers._modules = len(layers), {}
+    (*taken, rest), spread = seconds(models, **setting)
+    of_block = [max((t - rest) / depth, 1e-12) for t in taken]
+    by_groups = [*of_block[len(neurons) :], of_block[len(neurons) - 1]]
+    lines = {"neurons": [*zip(neurons, of_block, strict=False)], "groups": [*zip(groups, by_groups, strict=True)]}
+    return lines | {"rest": rest, "spread": spread}
+
+
+def shrunk(whole: PreTrainedModel, neurons: int, groups: int) -> PreTrainedModel:
+    """A model with narrower blocks in the memory of the whole one: what its weights are does not matter."""
+    blocks = blocks_of(whole)
+    ffn = [
+        top_of_experts(torch.zeros(b.experts * b.neurons), min(neurons, b.neurons), experts=b.experts) for b in blocks
+    ]
+    small = prune(sharing(whole), Masks(ffn, [torch.arange(b.kv_groups) < groups for b in blocks]), inplace=True)
+    for mine, own in zip(small.parameters(), whole.parameters(), strict=True):
+        mine.data = own.data.flatten()[: mine.numel()].view(mine.shape)
+    return small
+
+
+def sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with the same tensors, without hooks, that writes as many tokens as it is asked for."""
+    copied = copy_without_hooks(model, {id(p): p for p in model.parameters()})
+    copied.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    return copied
+
+
+@torch.no_grad()
+def seconds(models: Sequence[PreTrainedModel], *, batch: int, prompt: int, generate: int) -> tuple[list[float], float]:
+    """Seconds of each model in this setting, and by how much repeats differ: the slowest over the fastest, less 1.
+
+    As transformers generates, greedily: the fastest of several rounds, in each of which all models take turns, so that
+    what else runs on the machine meets them alike. A step of decoding is the mean of the first ones.
+    """
+    models = [sharing(model) for model in models]
+    ids = torch.ones(batch, prompt, dtype=torch.long, device=device_of(models[0]))
+    rounds, began, lengths = [], time.monotonic(), (1, 1 + STEPS) if generate else (1,)
+
+    def taken(model: PreTrainedModel, tokens: int) -> float:
+        work = {"generate": model.generate, "ids": ids, "mask": torch.ones_like(ids), "tokens": tokens}
+        statement, threads = "generate(ids, attention_mask=mask, max_new_tokens=tokens)", torch.get_num_threads()
+        return Timer(statement, globals=work, num_threads=threads).blocked_autorange(min_run_time=0.05).median
+
+    while len(rounds) < ROUNDS[0] or (len(rounds) < ROUNDS[1] and time.monotonic() - began < LONG):
+        rounds.append([[taken(model, tokens) for tokens in lengths] for model in models])
+    repeats = torch.tensor(rounds, dtype=torch.float64)  # (rounds, models, lengths)
+    best = repeats.amin(0)
+    total = best[:, 0] + generate * (best[:, -1] - best[:, 0]).clamp(min=0) / STEPS
+    return total.tolist(), float((repeats.amax(0) / best - 1).median())
