@@ -1,0 +1,77 @@
+"""The table of speed: measured once for a machine and a setting, and met by a budget."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from gprune.benchmarks import speed
+from gprune.errors import UserError
+from gprune.models.blocks import blocks_of
+from gprune.models.copies import without_weights
+from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.cut import keep_masks
+from tests.conftest import make_tiny_llama
+
+SETTING = {"batch": 1, "prompt": 8, "generate": 2}
+TABLE = {"neurons": [[1, 1e-3], [24, 3e-3], [48, 4e-3]], "groups": [[1, 3e-3], [2, 4e-3]], "rest": 2e-3, "spread": 0.0}
+
+
+@pytest.fixture
+def measuring(monkeypatch, tmp_path):
+    """Counts measurements, which take no time."""
+    made = []
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(speed, "measured", lambda *_: made.append(1) or json.loads(json.dumps(TABLE)))
+    return made
+
+
+def table(measure=True, **more):
+    dense = without_weights(make_tiny_llama())
+    return speed.speed_table(dense, torch.device("cpu"), torch.float32, SETTING | more, measure=measure)
+
+
+def test_a_table_is_measured_once_for_a_machine_and_a_setting(measuring, tmp_path, monkeypatch):
+    assert table(measure=False) is None
+    assert table() == table() == table(measure=False) == TABLE
+    assert len(measuring) == 1
+    table(prompt=9)
+    monkeypatch.setattr(speed.platform, "node", lambda: "elsewhere")
+    assert table(measure=False) is None
+    table()
+    assert len(measuring) == 3
+
+
+@pytest.mark.parametrize("damage", [lambda t: t[:40], lambda t: t.replace("0.002", "0.001"), lambda t: ""])
+def test_a_damaged_or_edited_table_is_measured_anew(damage, measuring, tmp_path):
+    table()
+    (path,) = (tmp_path / "speed").glob("*.json")
+    path.write_text(damage(path.read_text()))
+    assert table() == TABLE
+    assert len(measuring) == 2
+
+
+def test_a_speed_is_met_to_the_step_or_says_what_is_reached():
+    blocks = blocks_of(make_tiny_llama())
+    costs = unit_costs(blocks, scope="attention+ffn", price=speed.price_by(TABLE, blocks))
+    assert costs.prices.model == 14 * 10**9  # picoseconds of three blocks and the rest
+    budget = Budget.of(costs, "1.4x")
+    masks = keep_masks(budget, [torch.arange(48.0)] * 3, [torch.arange(2.0)] * 3)
+    left = costs.prices.model - costs.removed(masks)
+    assert 0 <= costs.prices.model / 1.4 - left < 10**9  # a KV group, the dearest unit
+    with pytest.raises(UserError, match=r"^--sparsity.target: 9x .* expected at most \d\.\d\dx\."):
+        Budget.of(costs, "9x")
+
+
+@pytest.mark.slow
+def test_a_measured_table_has_all_widths(monkeypatch):
+    monkeypatch.setattr(speed, "LONG", 0.1)
+    dense = without_weights(make_tiny_llama())
+    measured = speed.measured(dense, torch.device("cpu"), torch.float32, SETTING)
+    assert [n for n, _ in measured["neurons"]] == [1, 12, 24, 36, 48]
+    assert [g for g, _ in measured["groups"]] == [1, 2]
+    price = speed.price_by(measured, blocks_of(dense))
+    assert all(a <= b for table in (*price.neurons, *price.groups) for a, b in itertools.pairwise(table))
