@@ -57,7 +57,8 @@ def run(args: Sequence[str] | None) -> str:
         f"\n{result_table(result.records).shown()}\n\n"
         f"Removed {removed}, {s['sparsity_of_model']:.2%} of the model: "
         f"{s['parameters_before']:,} -> {s['parameters_after']:,} parameters.\n"
-        f"Tokens{whose}: {s['forward_tokens']:,} forward, {s['forward_backward_tokens']:,} forward and backward.\n"
+        + (f"{s['speed']['said']}\n" if "speed" in s else "")
+        + f"Tokens{whose}: {s['forward_tokens']:,} forward, {s['forward_backward_tokens']:,} forward and backward.\n"
         f"Everything is in {result.path}"
         + (", and its page is report.html" if (result.path / "report.html").exists() else "")
         + ("" if cfg.export.format == "none" else f"; the model in {result.path / 'model'}, in {exported}")

@@ -33,7 +33,7 @@ from gprune.storage.files import key_of, read_json, write_json
 log = logging.getLogger("gprune")
 STEPS = 8  # of decoding that are timed
 ROUNDS, LONG = (2, 12), 25.0  # least and most, and seconds after which none begins
-NOISY = 0.2  # a difference of repeats that is said
+NOISY = 0.2  # from which on a difference of repeats is said
 Table = dict[str, Any]  # seconds of a block by `neurons` and by `groups`, as pairs; of the `rest`; `spread` of repeats
 
 
@@ -49,8 +49,6 @@ def speed_table(
     if (table := read_json(path)) is None and measure:
         log.info("Measuring how fast this machine is by widths, once for these shapes and this setting")
         write_json(path, table := measured(dense, device, dtype, setting))
-        if table["spread"] > NOISY:
-            log.warning("Repeats of the measured speed differ by %.0f %%: the machine is busy.", 100 * table["spread"])
     return table
 
 
@@ -78,12 +76,13 @@ def measured(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, s
     neurons, groups = (sorted({1, *(max(1, n * part // 4) for part in range(1, 5))}) for n in (N, G))
     models = [*(shrunk(whole, n, G) for n in neurons), *(shrunk(whole, N, g) for g in groups[:-1]), shrunk(whole, N, G)]
     layers = decoder_layers(models[-1])
-    depth, layers._modules = len(layers), {}
+    depth = len(layers)
+    del layers[:]  # the last model is what is never pruned
     (*taken, rest), spread = seconds(models, **setting)
     of_block = [max((t - rest) / depth, 1e-12) for t in taken]
     by_groups = [*of_block[len(neurons) :], of_block[len(neurons) - 1]]
-    lines = {"neurons": [*zip(neurons, of_block, strict=False)], "groups": [*zip(groups, by_groups, strict=True)]}
-    return lines | {"rest": rest, "spread": spread}
+    of_neurons, of_groups = zip(neurons, of_block, strict=False), zip(groups, by_groups, strict=True)
+    return {"neurons": [*map(list, of_neurons)], "groups": [*map(list, of_groups)], "rest": rest, "spread": spread}
 
 
 def shrunk(whole: PreTrainedModel, neurons: int, groups: int) -> PreTrainedModel:
@@ -102,7 +101,7 @@ def sharing(model: PreTrainedModel) -> PreTrainedModel:
     """A copy with the same tensors, without hooks, that writes as many tokens as it is asked for."""
     copied = copy_without_hooks(model, {id(p): p for p in model.parameters()})
     copied.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
-    return copied
+    return copied.eval()
 
 
 @torch.no_grad()
@@ -126,4 +125,6 @@ def seconds(models: Sequence[PreTrainedModel], *, batch: int, prompt: int, gener
     repeats = torch.tensor(rounds, dtype=torch.float64)  # (rounds, models, lengths)
     best = repeats.amin(0)
     total = best[:, 0] + generate * (best[:, -1] - best[:, 0]).clamp(min=0) / STEPS
-    return total.tolist(), float((repeats.amax(0) / best - 1).median())
+    if (spread := float((repeats.amax(0) / best - 1).median())) > NOISY:
+        log.warning("Repeats of a measured speed differ by %.0f %%: the machine is busy.", 100 * spread)
+    return total.tolist(), spread

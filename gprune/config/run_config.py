@@ -51,6 +51,10 @@ class SpeedConfig(Group, prefix="speed."):
     generate: AtLeast0 = 32
     """Tokens after the one that follows the prompt (decoding); 0: the speed of prefill alone."""
 
+    def __str__(self) -> str:
+        decode = f", decode {self.generate}" if self.generate else ""
+        return f"prefill {self.prompt} tokens{decode}, batch {self.batch}"
+
 
 class PlanConfig(Group, prefix="plan."):
     """The machine that `--dry_run true` plans for, in place of the one at hand."""
@@ -122,10 +126,8 @@ class RunConfig(Group):
             if self.evaluation.split == "development" and d.keep == "best":
                 raise UserError("--evaluation.split development: expected test with --distill.keep best.")
         if self.sparsity.currency == "seconds" and (processes > 1 or m.device_map is not None):
-            said = "expected one process and no --model.device_map for a speed"
-            raise UserError(
-                f"--sparsity.target {self.sparsity.target}: {said}; --dry_run true says how many parameters."
-            )
+            asked = f"--sparsity.target {self.sparsity.target}"
+            raise UserError(f"{asked}: expected one process, and no --model.device_map, where speed is measured.")
         if m.shard and processes < 2:
             raise UserError("--model.shard: expected two or more processes (--trainer.devices, .num_nodes), got one.")
         if m.device_map is not None and processes > 1:

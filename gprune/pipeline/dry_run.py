@@ -73,7 +73,7 @@ def predicted_speed(plan: Plan) -> str:
         return "not measured; --sparsity.target 1.2x measures it"
     price = price_by(plan.speed, blocks_of(plan.skeleton))
     gone = replace(plan.budget.costs, price=price).removed(uniform_masks(plan.budget))
-    return f"{price.model / (price.model - gone):.2f}x, predicted for {plan.cfg.speed}"
+    return f"{price.model / (price.model - gone):.2f}x of dense by the table ({plan.cfg.speed})"
 
 
 def expected_widths(cfg: RunConfig, budget: Budget) -> str:

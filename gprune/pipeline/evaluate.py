@@ -34,7 +34,6 @@ from gprune.report.records import means_and_gaps, result_table, run_numbers, uns
 from gprune.report.run_figures import write_figures
 from gprune.runs import schema, tracking
 from gprune.runs.results import row_name
-from gprune.sparsity.target import Target
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
@@ -216,12 +215,16 @@ def record(
 
 
 def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
-    """Times as fast: asked, predicted by the table, and got, measured beside the dense model; and the table."""
-    costs, asked = run.budget.costs, Target.of(run.cfg.sparsity.target).number
+    """Times as fast as dense: asked, predicted by the table, and got, measured beside it; in words, and the table."""
+    costs, model = run.budget.costs, run.budget.costs.prices.model
     (before, after), spread = seconds([run.model, pruned], **run.cfg.speed.model_dump())
-    predicted = costs.prices.model / (costs.prices.model - costs.removed(masks))
-    reached = {"asked": float(asked), "predicted": predicted, "got": before / after, "spread": spread}
-    return reached | {"seconds": [before, after], "table": run.plan.speed}
+    threads = torch.get_num_threads()
+    on = f"{threads} thread{'s' if threads > 1 else ''}" if run.model.device.type == "cpu" else "one GPU"
+    asked, predicted = (model / (model - gone) for gone in (run.budget.target, costs.removed(masks)))
+    reached = {"asked": asked, "predicted": predicted, "got": before / after}
+    said = ", ".join(f"{name} {times:.2f}x" for name, times in reached.items())
+    reached |= {"said": f"Speed: {said} of dense ({run.cfg.speed}, {on})."}
+    return reached | {"spread": spread, "seconds": [before, after], "table": run.plan.speed}
 
 
 def summarise(
@@ -248,7 +251,7 @@ def summarise(
     }
     if run.cfg.sparsity.currency == "seconds":
         summary["speed"] = run.folder.manifest.get("summary", {}).get("speed") or speed_reached(run, masks, pruned)
-        log.info("asked {asked:.2f}x, predicted {predicted:.2f}x, got {got:.2f}x".format(**summary["speed"]))
+        log.info("%s", summary["speed"]["said"])
     if stopped := run.folder.manifest.get("stopped"):
         summary["stopped"] = stopped  # stages that a callback has ended early
     run.folder.update_manifest(summary=summary, widths=widths(pruned))

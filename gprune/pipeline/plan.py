@@ -83,9 +83,10 @@ class Plan:
         """The table of this machine in the setting of `--speed`: measured for a target of speed, else cached."""
         cfg, most = self.cfg, getattr(self.skeleton.config, "max_position_embeddings", math.inf)
         length, measure = cfg.speed.prompt + cfg.speed.generate, cfg.sparsity.currency == "seconds"
-        if measure and (length > most or not self.at_hand):
-            expected = f"at most {most} positions, and a device in this machine"
-            raise UserError(f"--speed.prompt, --speed.generate: expected {expected}, got {length} on {self.device}.")
+        if measure and length > most:
+            raise UserError(f"--speed.prompt, --speed.generate: expected at most {most:,} positions, got {length:,}.")
+        if measure and not self.at_hand:
+            raise UserError(f"--sparsity.target {cfg.sparsity.target}: expected a GPU to measure on, got none here.")
         with multiplying(cfg.trainer.float32_matmul_precision):
             dtype, setting = getattr(torch, cfg.model.dtype), cfg.speed.model_dump()
             return speed_table(self.skeleton, self.device, dtype, setting, measure=measure)

@@ -26,14 +26,16 @@ RESULTS = "## Perplexity"  # the heading
 def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, Any]]) -> None:
     """Write the card of the model that a run exported, if it did, and the card's hash into the manifest."""
     if (model := folder / "model").is_dir():
-        card = model_card(cfg, records, stock=not any(model.glob("*.py")), dtype=folder.manifest.get("exported_dtype"))
+        manifest, stock = folder.manifest, not any(model.glob("*.py"))
+        speed = manifest.get("summary", {}).get("speed", {"said": ""})["said"]
+        card = model_card(cfg, records, stock=stock, dtype=manifest.get("exported_dtype"), speed=speed)
         with replacing(model / "README.md") as new:
             new.write_text(card, encoding="utf-8")
         folder.update_manifest(model=file_hashes(model, "README.md"))
 
 
 def model_card(
-    cfg: RunConfig, records: Sequence[dict[str, Any]], *, stock: bool = False, dtype: str | None = None
+    cfg: RunConfig, records: Sequence[dict[str, Any]], *, stock: bool = False, dtype: str | None = None, speed: str = ""
 ) -> str:
     """README.md of the exported folder: what it is, how it was made, what it scores, how to load it.
 
@@ -41,6 +43,7 @@ def model_card(
         records: of `metrics.json`.
         stock: whether the folder is a stock model, without code of its own.
         dtype: of the exported weights; None for that of the run.
+        speed: that was asked for and reached, in words.
     """
     code = (
         "All blocks have the same shape: a stock model, which needs no code of its own."
@@ -48,6 +51,7 @@ def model_card(
         else "`modeling_pruned.py` is the code that is run: one short file. Where `gprune` is installed, "
         "`gprune.register()`\nmakes `trust_remote_code` unnecessary."
     )
+    speed = f"\n{speed}" if speed else ""
     embedded = EMBEDDED_MODELS.get(cfg.model.name)
     licence = embedded.license if embedded else "that of the base model"
     notice = f" {embedded.notice}" if embedded and embedded.notice else ""
@@ -69,7 +73,7 @@ def model_card(
 {records[-1]["sparsity"]:.0%} of the parameters in scope `{cfg.sparsity.scope}` removed by {method}: importance
 `{cfg.importance}` scored on {in_markdown(score)}, {drift}allocation `{allocation}`{recovery}, seed {cfg.run.seed}.
 Weights in {dtype or cfg.model.dtype}; pruned and measured in {cfg.model.dtype}.
-The method is our reading of GPrune-LLM (arXiv 2603.13418).
+The method is our reading of GPrune-LLM (arXiv 2603.13418).{speed}
 
 Base model: {label}. Licence: {licence}.{notice}
 

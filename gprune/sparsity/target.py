@@ -51,7 +51,7 @@ class Target:
         left = model - most
         if self.unit in ("parameters", "bytes"):
             return f"at least {left:,}" if self.unit == "parameters" else f"at least {left / 2**20:.1f}MiB"
-        x = f"{model / max(left, 1):.2f}x" if self.unit == "x" else f"{most / model:.2%}"
+        x = f"{100 * model // max(left, 1) / 100:.2f}x" if self.unit == "x" else f"{most / model:.2%}"
         return f"at most {most / max(scope, 1):.4f}" if self.unit == "share" else f"at most {x}"
 
 

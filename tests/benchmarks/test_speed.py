@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
 
 from gprune.benchmarks import speed
+from gprune.cli import main
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.copies import without_weights
@@ -75,3 +77,31 @@ def test_a_measured_table_has_all_widths(monkeypatch):
     assert [g for g, _ in measured["groups"]] == [1, 2]
     price = speed.price_by(measured, blocks_of(dense))
     assert all(a <= b for table in (*price.neurons, *price.groups) for a, b in itertools.pairwise(table))
+
+
+FLAGS = ("--sparsity.target=1.05x", "--speed.prompt=8", "--speed.generate=2", "--gprune=false")
+SAID = (
+    r"Speed: asked 1\.05x, predicted \d+\.\d\dx, got \d+\.\d\dx of dense \(prefill 8 tokens, decode 2, batch 1, .*\)\."
+)
+
+
+@pytest.mark.slow
+def test_a_run_says_asked_predicted_and_got_and_goes_on_by_its_table(world, tmp_path, capsys, monkeypatch, caplog):
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(speed, "LONG", 0.1)
+    monkeypatch.setattr(speed, "NOISY", -1.0)
+    ran = world.run(tmp_path, *FLAGS)
+    (said,) = re.findall(SAID, capsys.readouterr().out)
+    assert ran.summary["speed"]["said"] == said
+    assert said in (tmp_path / "run/model/README.md").read_text()
+    assert ran.summary["speed"]["predicted"] >= 1.05
+    assert "the machine is busy" in caplog.text
+    (tmp_path / "run/metrics.json").unlink()
+    monkeypatch.setattr(speed, "measured", None)  # nothing calls it again
+    again = world.run(tmp_path, *FLAGS)
+    assert (again.masks, again.summary["speed"]) == (ran.masks, ran.summary["speed"])
+
+
+def test_a_setting_beyond_the_positions_is_refused(world, tmp_path, capsys):
+    assert main(world.args(tmp_path, *FLAGS, "--speed.prompt=999")) == 2
+    assert "expected at most 256 positions, got 1,001." in capsys.readouterr().err

@@ -41,7 +41,10 @@ def test_what_is_asked_for_is_read_once_and_for_all(asked, unit, number):
     assert kept == (asked if unit == "share" else str(asked))
 
 
-NONSENSE = ["-3M", "1e400", "200 MiB", "30 %", "0%", "100%", "half", "%", "M", "0M", "3", "1e3M", "٣M", "5TiB"]
+NONSENSE = [
+    "-3M", "1e400", "200 MiB", "30 %", "0%", "100%", "half", "%", "M", "0M", "3", "1e3M", "٣M", "5TiB", "0x",
+    "1x", "0.9x", "x", "2X",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("asked", [*NONSENSE, 0, 1, 1.5, -1, True, None, [0.5], float("nan"), float("inf"), 10**20])
