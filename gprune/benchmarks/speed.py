@@ -53,10 +53,16 @@ def speed_table(
 
 
 def price_by(table: Table, blocks: Sequence[Block]) -> Price:
-    """Picoseconds of blocks by what they keep: between the measured widths they are linear."""
+    """Picoseconds of blocks by what they keep: linear between the measured widths.
 
-    def saved(line: Sequence[tuple[int, float]], most: int) -> list[int]:
-        kept, taken = zip(*line, strict=True)
+    Where all points lie as near to one line as repeats to each other, it is that line: the points differ by noise.
+    """
+
+    def saved(points: Sequence[tuple[int, float]], most: int) -> list[int]:
+        kept, taken = zip(*points, strict=True)
+        line = np.polyval(np.polyfit(kept, taken, min(1, len(kept) - 1)), kept)
+        if np.abs(taken / line - 1).max() <= table["spread"]:
+            taken = line
         taken = np.interp(range(most + 1), kept, isotonic_regression(taken))  # narrower is no slower, but for noise
         return [round(1e12 * (seconds - taken[0])) for seconds in taken]
 

@@ -60,6 +60,7 @@ def test_a_speed_is_met_to_the_step_or_says_what_is_reached():
     blocks = blocks_of(make_tiny_llama())
     costs = unit_costs(blocks, scope="attention+ffn", price=speed.price_by(TABLE, blocks))
     assert costs.prices.model == 14 * 10**9  # picoseconds of three blocks and the rest
+    assert speed.price_by(TABLE | {"spread": 0.2}, blocks).neurons[0][24] < 15 * 10**8  # on a line, as points are noisy
     budget = Budget.of(costs, "1.4x")
     masks = keep_masks(budget, [torch.arange(48.0)] * 3, [torch.arange(2.0)] * 3)
     left = costs.prices.model - costs.removed(masks)
