@@ -123,15 +123,8 @@ def fit_once(run: Run, path: str, row: Stage) -> Callable[..., None]:
         what: str, stage: L.LightningModule, *, batch_size: int | None = None, clip: float | None = None,
         accumulate: int = 1, points: int = 4, keep: str = "last",
     ) -> None:  # fmt: skip
-        """Train a stage once through the recovery's text, unless an earlier sitting did.
-
-        Args:
-            what: is said in the progress bar and the log.
-            batch_size: in place of `--corpora.batch_size`.
-            clip: the largest norm of the gradient.
-            accumulate: batches whose gradients make one step.
-            points, keep: as in `--distill`; for stages that have a `student`.
-        """
+        """Train a stage once through the recovery's text, unless an earlier sitting did; `points` and `keep` are for
+        stages that have a `student`, as in `--distill`."""
         number, strategy = next(calls), t.strategy
         name = f"{path}-{type(stage).__name__}-{number}".removesuffix("-0")
         if run.cfg.model.shard and is_overridden("configure_model", stage):  # it shards what learns

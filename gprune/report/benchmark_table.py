@@ -21,21 +21,21 @@ def evaluation_table(records: Sequence[Record]) -> Table:
     for r in sorted(shown, key=lambda r: (r["kind"] != "zero_shot", r["task"], r["stage"] != "dense")):
         reference = dense.get(_identity(r)) if r["stage"] != "dense" else None
         rows.append([r["task"], r["run"], row_name(r["stage"], r.get("recovery") or "none"), *_numbers(r, reference)])
+    header = ["task", "run", "stage", "split", "n", "acc or perplexity", "acc_norm", "against dense", "flips"]
+    flips = "Flips: answers other than the dense model's; - right there and wrong here, + the reverse. "
+    if all(row[8] is None for row in rows):
+        rows, header, flips = [row[:8] + row[9:] for row in rows], header[:8], ""
     return Table(
         "evaluation",
         "Zero-shot accuracy and WikiText-2",
-        [
-            "task", "run", "stage", "split", "n", "acc or perplexity", "acc_norm", "against dense", "flips",
-            "standard protocol", "note",
-        ],
+        [*header, "standard protocol", "note"],
         rows,
         note="Accuracy +- standard error; perplexity with a 95 % interval. n: questions, or predicted tokens. Against "
         "dense, paired over questions or windows: accuracy minus the dense model's +- standard error; perplexity over "
-        "the dense model's with a 95 % interval. Flips: answers other than the dense model's; - right there and wrong "
-        "here, + the reverse. Standard protocol: all questions of the split with lm_eval's own "
-        "prompts, or all windows; other numbers are never to be set beside published figures, nor is any number of a "
-        "de-quantised model.",
-    )  # fmt: skip
+        "the dense model's with a 95 % interval. "
+        f"{flips}Standard protocol: all questions of the split with lm_eval's own prompts, or all windows; other "
+        "numbers are never to be set beside published figures, nor is any number of a de-quantised model.",
+    )
 
 
 def against(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, str]:

@@ -25,13 +25,9 @@ def parser() -> Parser:
     """The command line."""
     made = Parser("gprune report", description=ABOUT, epilog=EXAMPLES)
     made.add_argument("runs", metavar="RUN", nargs="+", help="a finished run's folder")
-    made.add_argument(
-        "--output", metavar="FOLDER", help="(default: report/ in the run, or beside the runs if there are several)"
-    )
+    made.add_argument("--output", metavar="FOLDER", help="(default: report/ in the run, or beside several)")
     made.add_argument("--html", metavar="FILE", help="write one page with everything, and nothing else")
-    made.add_argument(
-        "--base", metavar="RUN", help="divide by this run's base metric (default: each run's own base metric)"
-    )
+    made.add_argument("--base", metavar="RUN", help="divide by this run's base metric (default: each run's own)")
     return made
 
 

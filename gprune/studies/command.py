@@ -36,9 +36,7 @@ def parser() -> Parser:
     made.add_argument("--only", nargs="+", metavar="ROW", help="run and print these rows only (default: all)")
     made.add_argument("--part", metavar="I/N", help="run every N-th row from the I-th on: one machine's share")
     made.add_argument(
-        "--records",
-        metavar="FOLDER",
-        help="what came out of each row (default: runs/records; experiments/records for the lists in experiments)",
+        "--records", metavar="FOLDER", help="(default: runs/records; experiments/records for lists there)"
     )
     made.add_argument("--table", action="store_true", help="print what is there; run nothing")
     made.add_argument("--costs", action="store_true", help="print seconds, tokens and memory of each step as well")
