@@ -551,7 +551,7 @@ def test_a_report_of_several_runs_and_nothing_of_the_one_before_it(run, tmp_path
     names = ("ratios", "perplexity", "sparsity", "heterogeneity")
     assert written(output) == (
         {"report.md", "tables/mine.csv"}
-        | {f"tables/{t}.csv" for t in ("summary", "perplexity")}
+        | {f"tables/{t}.csv" for t in ("summary", "perplexity", "distance")}
         | {f"figures/{n}.{kind}" for n in names for kind in ("png", "svg")}
     )
 

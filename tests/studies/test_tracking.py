@@ -71,7 +71,7 @@ def test_rows_and_their_list_are_runs_under_their_own_names(bench, ran, nothing_
     numbers = {name: value for name, value in whole.summary.items() if name.startswith("compare/")}
     assert sorted(numbers.values()) == pytest.approx(sorted(row[2]))
     tables = {name.split("/")[1].split(".")[0] for name in whole.summary if name.startswith("tables/")}
-    assert tables == {"summary", "perplexity", "compare"}
+    assert tables == {"summary", "perplexity", "distance", "compare"}
     (entry,) = whole.artifacts[-1]["manifest"]["contents"]
     assert Path(entry["local_path"]).read_text() == path.read_text()
     assert "WANDB_DIR" not in os.environ
