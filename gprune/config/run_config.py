@@ -109,6 +109,7 @@ class RunConfig(Group):
     def model_post_init(self, _: Any) -> None:
         """Raise UserError for settings that cannot go together."""
         self._check_options()
+        _ = IMPORTANCE[self.importance]  # refuses a metric that is not registered
         m, d, drift, processes = self.model, self.distill, self.corpora.drift, self.processes
         allocation, whole_blocks = self.base_allocation, ALLOCATION[self.base_allocation].whole_blocks
         if self.gprune and whole_blocks:
