@@ -30,8 +30,7 @@ HINTS = {
 }
 GONE = {  # settings of earlier versions, at the values that stand for what is done now; at any where that is all one
     "corpora.separator": "blank", "distill.hidden": 0.0, "partition.subtract_noise": False, "sparsity.schedule": [],
-    "evaluation.samples": ..., "logging.tracker": ..., "trainer.limit_train_batches": None,
-    "trainer.profiler": ..., "trainer.detect_anomaly": ...,
+    "evaluation.samples": ..., "logging.tracker": ...,
 }  # fmt: skip
 
 

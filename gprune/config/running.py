@@ -147,10 +147,16 @@ class TrainerConfig(Group, prefix="trainer."):
     """Steps from one point of a curve to the next. Default: 1, and 10 in the refinement."""
     gradient_clip_val: Positive | None = None
     """Largest norm of the gradient, in stages that set none of their own (distill has --distill.clip). Default: any."""
+    limit_train_batches: Positive | None = None
+    """Batches per epoch of stages that learn from text: a number, or below 1 a share. Default: all."""
+    profiler: Literal["simple", "advanced", "pytorch"] | None = None
+    """Lightning's profiler of this name, whose reports go into profiles/ of the run, a file per stage."""
     max_steps: AtLeast1 | None = None
     """Optimizer steps after which stages that learn from text end, if their text has more. Default: all."""
     deterministic: bool = False
     """torch.use_deterministic_algorithms in stages: on a GPU the same bits each time, for more time."""
+    detect_anomaly: bool = False
+    """End with the operation whose gradient is NaN, where there is one. Slow."""
 
     @property
     def lightning(self) -> dict[str, Any]:
@@ -160,7 +166,7 @@ class TrainerConfig(Group, prefix="trainer."):
     @property
     def unusual(self) -> dict[str, Any]:
         """What can change a result and is not its default, which no settings of earlier runs name."""
-        names = ("callbacks", "gradient_clip_val", "max_steps", "deterministic")
+        names = ("callbacks", "gradient_clip_val", "limit_train_batches", "max_steps", "deterministic")
         return self.model_dump(include={*names, "float32_matmul_precision"}, exclude_defaults=True)
 
 

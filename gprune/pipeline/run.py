@@ -31,7 +31,7 @@ from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
 from gprune.runs.progress import StageBar
 from gprune.runs.tracking import of_row, tracking
-from gprune.runs.trainer import multiplying, plain_interrupts
+from gprune.runs.trainer import PROFILERS, multiplying, plain_interrupts
 from gprune.runs.user_callbacks import Witness, callbacks_of_stage, retell
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
@@ -126,11 +126,7 @@ class Run:
         log.info("%s", self.screen.step(number, what))
 
     def trainer(self, what: str, *, name: str = "", callbacks: Sequence[L.Callback] = (), **kwargs: Any) -> L.Trainer:
-        """A fresh Trainer for one stage, with the caller's callbacks before those of the stage.
-
-        Args:
-            what: is said in the progress bar and the log; without a `name`, its first word names the stage's files.
-        """
+        """A fresh Trainer for one stage. Bar and log say `what`, whose first word names its files without a `name`."""
         log.info("%s", what)
         t, name = self.cfg.trainer, name or what.split()[0].lower()
         brought = callbacks_of_stage(self.callbacks, t.callbacks, self.folder / f"checkpoints/{name}")
@@ -141,7 +137,8 @@ class Run:
         return L.Trainer(
             accelerator=t.accelerator, devices=t.devices, num_nodes=t.num_nodes,
             logger=self.loggers, callbacks=callbacks, default_root_dir=self.folder.path,
-            deterministic=t.deterministic or None,
+            deterministic=t.deterministic or None, detect_anomaly=t.detect_anomaly,
+            profiler=t.profiler and PROFILERS[t.profiler](self.folder / "profiles", name.replace("/", "-")),
             # Our samplers shard exactly; Lightning's would repeat windows to fill up the last batch.
             use_distributed_sampler=False,
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),  # else Lightning brings its own
@@ -162,12 +159,12 @@ class Run:
             row: of the run's table, whose model learns: its curves bear the name.
             kwargs: of the Trainer.
         """
-        cfg, t = self.cfg, self.cfg.trainer
+        cfg, t, limit = self.cfg, self.cfg.trainer, self.cfg.trainer.limit_train_batches
         saving = Checkpoints(self.folder, name, stage, self.meter, 60 * cfg.run.checkpoint_minutes)
         data = CorpusDataModule(train=text, batch_size=batch_size or cfg.corpora.batch_size, seed=cfg.run.seed)
         trainer = self.trainer(
-            what, name=name, callbacks=[StepCurves(), *callbacks, saving], precision=t.precision,
-            max_steps=t.max_steps or -1, **kwargs,
+            what, name=name, callbacks=[StepCurves(), *callbacks, saving], precision=t.precision, **kwargs,
+            limit_train_batches=limit if limit is None or limit < 1 else int(limit), max_steps=t.max_steps or -1,
         )  # fmt: skip
         if (checkpoint := saving.usable()) is not None:
             log.info("Going on from %s; what is computed again since then counts once", checkpoint)

@@ -16,16 +16,12 @@ asks for it. Run folders share calibration through the cache."""
 EXAMPLES = """Flags of train.py come after --, and last in every row.
 
 examples:
-  export GPRUNE_DATA_DIR=mirrors
   gprune study experiments/questions/parts.yaml             prints token-hours, runs, prints tables
   gprune study experiments/questions/parts.yaml --table     from the records that are kept
   gprune study mine.yaml --records results                  a list of your own
   gprune study LIST --seeds 0 1 2 --only paper best -- --corpora.num_samples=8
   gprune study LIST -- --logging.mode=online                each row a run of W&B, in the group LIST (default: offline)
-
-On a cluster each share of the rows is a job of its own, in any order, on any node with the same checkout:
-  parallel gprune study LIST --part {}/8 ::: 1 2 3 4 5 6 7 8                GNU parallel
-  sbatch --array=1-8 --wrap 'gprune study LIST --part $SLURM_ARRAY_TASK_ID/8'"""
+  gprune study LIST --part 1/8                              one of eight machines' share (docs/experiments.md)"""
 
 
 def parser() -> Parser:

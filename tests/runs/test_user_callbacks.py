@@ -64,7 +64,7 @@ def stages_of(steps):
 def test_callbacks_of_lightning_serve_every_stage_and_write_into_the_run(world, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    more = ("--recovery=distill", "--distill.tokens=512", "--sparsity.epochs=4")
+    more = ("--recovery=distill", "--distill.tokens=512", "--sparsity.epochs=4", "--trainer.profiler=simple")
     own, lambdas = Steps(), []
     brought = [own, LambdaCallback(on_test_start=lambda trainer, pl_module: lambdas.append(pl_module))]
     cfg = parse(flags(world, tmp_path, *more, callbacks=OF_LIGHTNING))
@@ -75,6 +75,7 @@ def test_callbacks_of_lightning_serve_every_stage_and_write_into_the_run(world, 
     assert result.summary["stopped"] == {"thresholds": {"batches": 2, "planned": 8}}
     manifest = json.loads((result.path / "manifest.json").read_text())
     assert manifest["learning"]["steps"] == 1  # of two batches
+    assert len(list((result.path / "profiles").iterdir())) == 4
     with next(result.path.glob("csv/*/metrics.csv")).open() as file:
         columns = next(csv.reader(file))
     curves = ("lr-Adam", "lr-AdamW/gprune", "DeviceStatsMonitor.on_train_batch_end/gprune")
@@ -173,13 +174,17 @@ def test_trainer_arguments_hold_in_the_stages_that_they_are_for(world, tmp_path)
     prune(cfg, callbacks=[LambdaCallback(on_train_batch_end=look)])
     assert seen == {"AssignmentRefinement": [(True, 2, True)] * 20, "ThresholdLearning": [(True, 2, True)]}
     assert not torch.are_deterministic_algorithms_enabled()
+    more = ("--trainer.limit_train_batches=1", "--sparsity.epochs=2")
+    result = prune(parse(flags(world, tmp_path, *more, name="few")))
+    assert json.loads((result.path / "manifest.json").read_text())["learning"]["steps"] == 2  # one of each epoch
 
 
 def test_settings_name_what_may_change_a_result_and_no_default():
     plain = RunConfig().settings()
     assert set(plain["trainer"]) == {"world_size", "precision"}
-    assert parse(["--trainer.log_every_n_steps=5"]).settings() == plain
-    changing = ["--trainer.max_steps=3", "--trainer.gradient_clip_val=1"]
+    watching = ["--trainer.log_every_n_steps=5", "--trainer.profiler=simple", "--trainer.detect_anomaly=true"]
+    assert parse(watching).settings() == plain
+    changing = ["--trainer.max_steps=3", "--trainer.limit_train_batches=0.5", "--trainer.gradient_clip_val=1"]
     changing += ["--trainer.deterministic=true", "--trainer.callbacks=[{class_path: Timer}]"]
     for flag in changing:
         settings = parse([flag]).settings()
