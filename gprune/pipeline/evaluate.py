@@ -63,7 +63,7 @@ def evaluate(
     cfg, dense, early = run.cfg, ("dense", "none"), pruned is None
     run.step(9 if early else 10, "Evaluating what is not recovered" if early else "Evaluating")
     rows = [row for row in [dense, *cfg.stages] if not early or row[1] == "none"]
-    records: list[dict[str, Any]] = run.folder.metrics.get("records", [])
+    records: list[dict[str, Any]] = of_first(run.folder.metrics.get("records", []))
     done = {(r["stage"], r["recovery"]) for r in records}
     # Without an initialised process group, rank 0 evaluates alone.
     measures = processes()[1] > 1 or rank_zero_only.rank == 0
@@ -105,6 +105,14 @@ def leaks(run: Run) -> dict[str, tuple[bool, float]]:
     return by_corpus
 
 
+def of_first(seen: Any) -> Any:
+    """What the first process sees, for all that compute together: others may not see yet a file that it has written."""
+    held = [seen]
+    if processes()[1] > 1:
+        torch.distributed.broadcast_object_list(held)
+    return held[0]
+
+
 def spread(run: Run, model: PreTrainedModel) -> PreTrainedModel:
     """The model, or with `--model.shard` a copy whose layers processes share."""
     world = processes()[1]
@@ -124,11 +132,8 @@ def dense_perplexity(run: Run, model: PreTrainedModel, windows: Windows, name: s
         device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul,
     )  # fmt: skip
     path = cache_dir() / "evaluations" / f"{key}.json"
-    cached = [read_json(path, check=schema.Measured.problem)]
-    if processes()[1] > 1:  # one process may see a file that another has not seen yet
-        torch.distributed.broadcast_object_list(cached)
-    if cached[0] is not None:
-        return PerplexityResult(**cached[0])
+    if (cached := of_first(read_json(path, check=schema.Measured.problem))) is not None:
+        return PerplexityResult(**cached)
     result = forecast(run, model, windows, name)
     write_json(path, {name: value for name, value in vars(result).items() if value is not None})
     return result
