@@ -341,13 +341,16 @@ def test_the_experiment_of_a_large_model(monkeypatch, capsys):
 GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs, or one process has all of the model")
 
 
-# A run that notes how many numbers a sharded copy has on this process, and sends all Gram matrices through files.
+# A run that notes how many numbers a sharded copy has on this process, sends all Gram matrices through files, and whose
+# first process is late with `metrics.json`: the other is to ask it for what is done, not the disk.
 SHARDED = """
 import sys
+import time
 from pathlib import Path
 import torch
 import gprune.calibration.layerwise
 from gprune.cli import main
+from gprune.pipeline import evaluate
 from gprune.stages import base
 
 def noted(*args):
@@ -356,6 +359,11 @@ def noted(*args):
     Path(sys.argv[1], f"{args[1]}.{torch.distributed.get_rank()}").write_text(str(here))
     return copy
 
+def late(*args, write=evaluate.write_json, **marks):
+    time.sleep(1 - torch.distributed.get_rank())
+    write(*args, **marks)
+
+evaluate.write_json = late
 sharded_copy, base.sharded_copy, gprune.calibration.layerwise.GRAMS_IN_MEMORY = base.sharded_copy, noted, 1
 if __name__ == "__main__":
     raise SystemExit(main(sys.argv[2:]))
