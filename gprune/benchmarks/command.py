@@ -1,18 +1,19 @@
-"""`gprune evaluate`: zero-shot accuracy and WikiText-2 perplexity of a run, a model folder or any model by name."""
+"""`gprune evaluate`: zero-shot accuracy, WikiText-2 perplexity and speed of a run, a model folder or any model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gprune.benchmarks.settings import WIKITEXT, Benchmarks, benchmarks
+from gprune.benchmarks.settings import SPEED, WIKITEXT, Benchmarks, benchmarks
 from gprune.console import Parser, guarded, quiet
 from gprune.storage.reading import expanded
 
-ABOUT = f"""Zero-shot accuracy and WikiText-2 perplexity of a run, a model folder or any model by name.
+ABOUT = f"""Zero-shot accuracy, WikiText-2 perplexity and speed of a run, a model folder or any model by name.
 
 Tasks are multiple-choice tasks of EleutherAI's lm_eval, or of local files in $GPRUNE_DATA_DIR/tasks; {WIKITEXT} is the
-perplexity in the convention of the literature. Records go into evaluation.json in the run, where `gprune report` finds
-them, each as soon as it is there."""
+perplexity in the convention of the literature, {SPEED} prefill, decoding and the time to the first token on this
+machine, with --dense in turns. Records go into evaluation.json in the run, where `gprune report` finds them, each as
+soon as it is there."""
 
 EXAMPLES = """examples:
   gprune evaluate runs/NAME --tasks piqa,arc_easy,wikitext2 --dense
@@ -59,7 +60,8 @@ def run(args: Sequence[str]) -> str:
 
     records, path = evaluate(model, asked, dense=dense, output=None if output is None else expanded(output))
     from gprune.report.benchmark_table import evaluation_table
+    from gprune.report.throughput_table import throughput_table
 
-    table = evaluation_table(records)
+    tables = [table.shown() for table in (evaluation_table(records), throughput_table(records)) if table.rows]
     where = f"\nRecords are in {path}.\n" if path else ""
-    return f"\n{table.shown()}\n" + where
+    return "".join(f"\n{table}\n" for table in tables) + where

@@ -9,24 +9,27 @@ from typing import Any
 
 import torch
 
-from gprune.benchmarks.settings import WIKITEXT, Benchmarks
+from gprune.benchmarks.settings import SPEED, WIKITEXT, Benchmarks
 from gprune.benchmarks.subjects import Loaded, subjects_of
 from gprune.benchmarks.tasks import require_lm_eval
+from gprune.benchmarks.throughput import throughput
 from gprune.benchmarks.wikitext2 import wikitext2_perplexity
 from gprune.benchmarks.zero_shot import zero_shot
 from gprune.errors import dispensable
+from gprune.report.model_card import write_card
 from gprune.runs.folder import RunFolder
-from gprune.runs.results import key_part, read_evaluation
+from gprune.runs.results import config_of, finished, key_part, read_evaluation
 from gprune.storage.files import key_of, write_json
 from gprune.storage.reading import expanded
 
 log = logging.getLogger("gprune")
-NUMBERS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "perplexity")  # of records, as W&B gets them
+# Of records, as W&B gets them.
+NUMBERS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "perplexity", "prefill", "decode", "first_token")
 
 
 def check(asked: Benchmarks) -> None:
     """Raise UserError, before a model is loaded or a list of rows runs, where a package is missing for the tasks."""
-    if any(name != WIKITEXT for name in asked.tasks):
+    if not {*asked.tasks} <= {WIKITEXT, SPEED}:
         require_lm_eval()
 
 
@@ -57,14 +60,28 @@ def evaluate(
     if output is not None:
         read_evaluation(output, run=key)  # what is no such file is not written over
     records: list[dict[str, Any]] = []
-    for subject in subjects if pruned else subjects[:1]:
+    subjects = subjects if pruned else subjects[:1]
+    device, tasks = "cuda" if torch.cuda.is_available() else "cpu", dict.fromkeys(asked.tasks)
+    timed = tasks.pop(SPEED, SPEED) is None
+    for subject in subjects if tasks else ():
         loaded, tokenizer = subject.load()
-        loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-        for task in dict.fromkeys(asked.tasks):
+        loaded = loaded.to(device)
+        for task in tasks:
             log.info("Evaluating %s", task)
             records += [r | subject.about | about for r in _measured((loaded, tokenizer), task, asked)]
             if output is not None:
                 keep(output, records, run=key)
+    if timed:
+        log.info("Evaluating %s", SPEED)
+        models = [subject.load()[0].to(device) for subject in subjects]  # all at once, as they take turns
+        numbers = throughput(models, batches=asked.speed_batch, prompt=asked.speed_prompt)
+        records += [r | subject.about | about for subject, own in zip(subjects, numbers, strict=True) for r in own]
+        if output is not None:
+            keep(output, records, run=key)
+    if timed and key is not None:
+        with dispensable("throughput in the model card", "the same command writes it"):
+            run = finished(folder)
+            write_card(RunFolder(folder), config_of(run), run.records)
     if of_run:
         with dispensable("its numbers in W&B", "evaluation.json has them"):
             log_evaluation(folder, records)
@@ -103,10 +120,11 @@ def log_evaluation(run: Path, records: Sequence[dict[str, Any]]) -> None:
 
 def task_numbers(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """What W&B gets of records: `final/<task>/acc` and so on of the run's own model, `rows/dense/<task>/...` of the
-    dense one; a perplexity has the length of its windows behind the task."""
+    dense one; behind the task a perplexity has the length of its windows, a speed its batch."""
     numbers = {}
     for r in records:
         place = "rows/dense" if r["stage"] == "dense" else "final"
-        task = f"{key_part(r['task'])}/{r['seq_len']}" if r["kind"] == "perplexity" else key_part(r["task"])
+        part = r["seq_len"] if r["kind"] == "perplexity" else r.get("batch")
+        task = key_part(r["task"]) + ("" if part is None else f"/{part}")
         numbers |= {f"{place}/{task}/{name}": r[name] for name in NUMBERS if r.get(name) is not None}
     return numbers

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from gprune.checks import AtLeast1, AtLeast2, refusal
+from gprune.checks import AtLeast1, AtLeast2, Few, refusal
 from gprune.errors import UserError
 
 WIKITEXT = "wikitext2"
+SPEED = "speed"
 
 
 @dataclass(frozen=True, config=ConfigDict(use_attribute_docstrings=True))
@@ -18,7 +19,7 @@ class Benchmarks:
     """What is measured, and how: the flags of `gprune evaluate`, with their help."""
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("piqa", "arc_easy")
-    """multiple-choice tasks by name, and wikitext2"""
+    """multiple-choice tasks by name, wikitext2, and speed"""
     limit: AtLeast1 | None = None
     """first questions or windows of each task (default: all)"""
     seq_len: Annotated[tuple[AtLeast2, ...], Field(min_length=1)] = (2048,)
@@ -27,6 +28,10 @@ class Benchmarks:
     """opens each window of wikitext2: auto (as the tokenizer does before a text), always or never"""
     batch_size: AtLeast1 = 4
     """choices per forward pass; more than a few do not pay on a CPU"""
+    speed_batch: Annotated[tuple[Few, ...], Field(min_length=1)] = (1, 8)
+    """prompts at once of speed, a number for each"""
+    speed_prompt: AtLeast1 = 128
+    """tokens of each prompt of speed"""
     source: Literal["auto", "hub", "local"] = "auto"
     """of tasks: hub, local, or auto: the hub if it answers"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,7 +84,8 @@ def measured(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, s
     layers = decoder_layers(models[-1])
     depth = len(layers)
     del layers[:]  # the last model is what is never pruned
-    (*taken, rest), spread = seconds(models, **setting)
+    taken, spread = seconds(models, **setting)
+    *taken, rest = (t.whole for t in taken)
     of_block = [max((t - rest) / depth, 1e-12) for t in taken]
     by_groups = [*of_block[len(neurons) :], of_block[len(neurons) - 1]]
     of_neurons, of_groups = zip(neurons, of_block, strict=False), zip(groups, by_groups, strict=True)
@@ -110,8 +111,23 @@ def sharing(model: PreTrainedModel) -> PreTrainedModel:
     return copied.eval()
 
 
+class Taken(NamedTuple):
+    """Seconds of a model in a setting."""
+
+    first: float  # prefill: until all prompts have their first token
+    step: float  # decoding: until all have one more; 0 where nothing is generated
+    whole: float
+
+
+def machine_of(device: torch.device) -> str:
+    """What computes, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{(n := torch.get_num_threads())} thread{'s' if n > 1 else ''} of {platform.machine()}"
+
+
 @torch.no_grad()
-def seconds(models: Sequence[PreTrainedModel], *, batch: int, prompt: int, generate: int) -> tuple[list[float], float]:
+def seconds(models: Sequence[PreTrainedModel], *, batch: int, prompt: int, generate: int) -> tuple[list[Taken], float]:
     """Seconds of each model in this setting, and by how much repeats differ: the slowest over the fastest, less 1.
 
     As transformers generates, greedily: the fastest of several rounds, in each of which all models take turns, so that
@@ -130,7 +146,7 @@ def seconds(models: Sequence[PreTrainedModel], *, batch: int, prompt: int, gener
         rounds.append([[taken(model, tokens) for tokens in lengths] for model in models])
     repeats = torch.tensor(rounds, dtype=torch.float64)  # (rounds, models, lengths)
     best = repeats.amin(0)
-    total = best[:, 0] + generate * (best[:, -1] - best[:, 0]).clamp(min=0) / STEPS
+    first, step = best[:, 0], (best[:, -1] - best[:, 0]).clamp(min=0) / STEPS
     if (spread := float((repeats.amax(0) / best - 1).median())) > NOISY:
         log.warning("Repeats of a measured speed differ by %.0f %%: the machine is busy.", 100 * spread)
-    return total.tolist(), spread
+    return [Taken(*of) for of in torch.stack([first, step, first + generate * step], dim=1).tolist()], spread

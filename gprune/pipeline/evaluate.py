@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel
 
-from gprune.benchmarks.speed import seconds
+from gprune.benchmarks.speed import machine_of, seconds
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
@@ -222,13 +222,12 @@ def record(
 def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
     """Times as fast as dense: asked, predicted by the table, and got, measured beside it; in words, and the table."""
     costs, model = run.budget.costs, run.budget.costs.prices.model
-    (before, after), spread = seconds([run.model, pruned], **run.cfg.speed.model_dump())
-    threads = torch.get_num_threads()
-    on = f"{threads} thread{'s' if threads > 1 else ''}" if run.model.device.type == "cpu" else "one GPU"
+    taken, spread = seconds([run.model, pruned], **run.cfg.speed.model_dump())
+    before, after = (of.whole for of in taken)
     asked, predicted = (model / (model - gone) for gone in (run.budget.target, costs.removed(masks)))
     reached = {"asked": asked, "predicted": predicted, "got": before / after}
     said = ", ".join(f"{name} {times:.2f}x" for name, times in reached.items())
-    reached |= {"said": f"Speed: {said} of dense ({run.cfg.speed}, {on})."}
+    reached |= {"said": f"Speed: {said} of dense ({run.cfg.speed}, {machine_of(run.model.device)})."}
     return reached | {"spread": spread, "seconds": [before, after], "table": run.plan.speed}
 
 

@@ -15,6 +15,7 @@ def evaluation_table(records: Sequence[Record]) -> Table:
     Args:
         records: as in `evaluation.json`, with `run` and `stage` in each.
     """
+    records = [r for r in records if r["kind"] != "speed"]
     dense = {_identity(r): r for r in reversed(records) if r["stage"] == "dense"}  # the first, where runs share it
     shown = [r for r in records if r["stage"] != "dense" or dense[_identity(r)] is r]
     rows: list[list[Cell]] = []
@@ -40,7 +41,8 @@ def evaluation_table(records: Sequence[Record]) -> Table:
 
 def against(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, str]:
     """By task, one model's records against another's: difference of accuracy or ratio of perplexity, paired."""
-    others = {_identity(r): r for r in theirs}
+    ours, others = ([r for r in own if r["kind"] != "speed"] for own in (ours, theirs))
+    others = {_identity(r): r for r in others}
     pairs = [(r, others[_identity(r)]) for r in ours if _identity(r) in others]
     return {r["task"] + (f", {r['seq_len']}" if "seq_len" in r else ""): _against(r, other) for r, other in pairs}
 

@@ -16,7 +16,9 @@ from gprune.errors import one_line
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
 from gprune.report.records import result_table
 from gprune.report.table import in_markdown
+from gprune.report.throughput_table import throughput_table
 from gprune.runs.folder import RunFolder
+from gprune.runs.results import read_evaluation
 from gprune.storage.files import file_hashes, replacing
 from gprune.storage.reading import expanded
 
@@ -29,6 +31,8 @@ def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, An
         manifest, stock = folder.manifest, not any(model.glob("*.py"))
         speed = manifest.get("summary", {}).get("speed", {"said": ""})["said"]
         card = model_card(cfg, records, stock=stock, dtype=manifest.get("exported_dtype"), speed=speed)
+        if (timed := throughput_table(read_evaluation(folder / "evaluation.json"))).rows:
+            card += f"\n## {timed.title}\n\n{timed.to_text()}\n"
         with replacing(model / "README.md") as new:
             new.write_text(card, encoding="utf-8")
         folder.update_manifest(model=file_hashes(model, "README.md"))

@@ -27,6 +27,7 @@ from gprune.report.records import caption
 from gprune.report.run_figures import write_figures
 from gprune.report.style import FORMATS, save, titled
 from gprune.report.table import Table, TableName, in_markdown
+from gprune.report.throughput_table import throughput_table
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
@@ -166,6 +167,6 @@ def of_runs(
     if 1 < len(runs) <= SIDE_BY_SIDE:
         tables += [comparison_table(rows), settings_table(rows)]
     if evaluated := [r | {"run": run.name} for run in with_distinct_names(runs) for r in run.evaluation]:
-        tables.append(evaluation_table(evaluated))
+        tables += [t for t in (evaluation_table(evaluated), throughput_table(evaluated)) if t.rows]
     of_rows = {base.name: base for base in (bases or {}).values()}  # rows of several budgets have a base each
     return Report(list(runs), rows, tables, *of_rows.values() if len(of_rows) == 1 else (None,))

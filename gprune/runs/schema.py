@@ -20,6 +20,7 @@ Count = Annotated[int, Field(ge=0, le=10**18)]
 Length = Annotated[int, Field(ge=2, le=10**9)]  # tokens of a window
 Digits = Annotated[str, Field(pattern="^[01]*$")]  # of questions, whether the answer is right
 Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0, le=1e300)]
 
 
 class Shape(BaseModel):
@@ -206,7 +207,18 @@ class Wikitext(Benchmark, Measured):
     seq_len: Length
 
 
-Evaluated = list[Annotated[ZeroShot | Wikitext, Field(discriminator="kind")]]
+class Speed(Benchmark):
+    """Throughput in tokens per second, of a batch together, and seconds to the first token."""
+
+    kind: Literal["speed"]
+    batch: Count
+    prefill: Rate
+    decode: Rate | None
+    first_token: Rate
+    rounds: Text  # the same of all that were measured in turns
+
+
+Evaluated = list[Annotated[ZeroShot | Wikitext | Speed, Field(discriminator="kind")]]
 
 
 class Evaluation(Shape):

@@ -16,7 +16,7 @@ import torch
 
 import gprune
 from gprune.benchmarks import measurement
-from gprune.benchmarks.settings import Benchmarks, benchmarks
+from gprune.benchmarks.settings import SPEED, Benchmarks, benchmarks
 from gprune.config import ExportConfig
 from gprune.console import process_index, say
 from gprune.errors import UserError, dispensable
@@ -150,14 +150,16 @@ def say_kept(row: Row, started: float, what: str = "") -> None:
 def measure_tasks(row: Row, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Measure the tasks that the list asks for on a finished run, and keep them in its record, which is returned.
 
-    Those of the dense model, by its fingerprint, are kept for all rows.
+    Those of the dense model, by its fingerprint, are kept for all rows; where speed is among them, it takes turns with
+    each row's own.
     """
     asked, shared = asked_of(row), dense_path(row, record["inputs"]["model"])
+    beside = SPEED in asked.tasks
     with beside_records(row):
-        if not (read_json(shared, check=schema.Evaluation.problem) or {}).get("records"):
+        if not beside and not (read_json(shared, check=schema.Evaluation.problem) or {}).get("records"):
             measured, _ = measurement.evaluate(str(folder), asked, dense=True, pruned=False)
             write_json(shared, {"records": list(map(rounded, measured))})  # now: the rest may take an hour
-        measured, _ = measurement.evaluate(str(folder), asked)
+        measured, _ = measurement.evaluate(str(folder), asked, dense=beside)
     record = record | {"tasks": row.wanted_tasks, "evaluation": list(map(rounded, measured))}
     write(path_of(row), record)  # asked again: another list may have written its own tasks beside it
     return record

@@ -155,6 +155,11 @@ def test_without_lm_eval_one_line_says_what_to_install_and_wikitext2_is_measured
         (["{run}", "--tasks", "wikitext2", "--seq_len", "99999"], "--seq_len: expected 2 to"),
         (["{run}", "--seq_len", "32,many"], "--seq_len[1]: expected a valid integer"),
         (["{run}", "--seq_len", "32,1"], "--seq_len[1]: expected 2 or more"),
+        (
+            ["{run}", "--tasks", "speed", "--speed_prompt", "249"],
+            "--speed_prompt: expected at most 248 tokens, got 249.",
+        ),
+        (["{run}", "--tasks", "speed", "--speed_batch", "1,0"], "--speed_batch[1]: expected 1"),
         (["{run}", "--colour", "red"], "unrecognized arguments"),
         ([], "required: MODEL"),
         (["{tmp}", "--tasks", "wikitext2"], "is no run of gprune's"),
