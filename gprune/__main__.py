@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from gprune.console import Parser, guarded, leave
 
-# By name: the room whose `command.py` has the command line and the work, and a line of help.
+# By name: the room whose `command.py` has the command line, the work and how it ends early, and a line of help.
 COMMANDS = {
     "report": ("gprune.report", "tables and figures from finished runs"),
     "export": ("gprune.export", "the pruned model in the format another program reads"),
@@ -30,9 +30,14 @@ def main(args: Sequence[str] | None = None) -> int:
     """Do what the command line says; returns the exit code, as `guarded`."""
     args = list(sys.argv[1:] if args is None else args)
     if args and args[0] in COMMANDS:
-        room, _ = COMMANDS[args[0]]
-        return importlib.import_module(f"{room}.command").main(args[1:])
+        return run(args[0], args[1:])
     return guarded("gprune", lambda: str(parser().parse_args(args[:1])))
+
+
+def run(name: str, args: Sequence[str]) -> int:
+    """Do what the command of this name says with its own arguments; returns the exit code, as `guarded`."""
+    command = importlib.import_module(f"{COMMANDS[name][0]}.command")
+    return guarded(f"gprune {name}", lambda: command.run(args), **command.ENDS)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,12 @@ import yaml
 from pyarrow import parquet
 
 from gprune import cli
-from gprune.benchmarks.command import main as evaluate
+from gprune.__main__ import run as command
 from gprune.config import RunConfig, flat
 from gprune.corpora.local import load_files
 from gprune.errors import UserError
-from gprune.export.command import main as export
-from gprune.report.command import main as report
 from gprune.runs.results import load_run
 from gprune.storage.files import json_hash
-from gprune.studies.command import main as study
 from tests import made_up
 
 Outcome = tuple[int, list[str]]
@@ -139,9 +136,9 @@ def sound(result: Outcome) -> bool:
 # --- surfaces: each makes something in a folder, hands it over, and gives the outcome -----------------------------
 
 READERS: dict[str, Callable[[Path], int | None]] = {  # of run folders
-    "report": lambda run: report([str(run)]),
-    "export": lambda run: export([str(run), "--unchecked"]),
-    "evaluate": lambda run: evaluate([str(run), "--tasks", "wikitext2"]),
+    "report": lambda run: command("report", [str(run)]),
+    "export": lambda run: command("export", [str(run), "--unchecked"]),
+    "evaluate": lambda run: command("evaluate", [str(run), "--tasks", "wikitext2"]),
     "load_run": lambda run: load_run(run) and 0,
 }
 
@@ -194,7 +191,7 @@ def lists(rng: Random, folder: Path) -> Outcome:
         "tables": ["summary"], "tasks": {"names": ["piqa"], "limit": 5}, "controls": ["a"],
     }  # fmt: skip
     _write_yaml(rng, folder / "list.yaml", content)
-    return outcome(lambda: study([str(folder / "list.yaml"), "--table"]))
+    return outcome(lambda: command("study", [str(folder / "list.yaml"), "--table"]))
 
 
 def _write_yaml(rng: Random, file: Path, content: Any) -> None:

@@ -12,12 +12,10 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from gprune import cli
-from gprune.benchmarks import command as evaluation
+from gprune import __main__, cli
 from gprune.benchmarks import measurement
 from gprune.errors import one_line
 from gprune.report import Estimate, Report, Table
-from gprune.report.command import main as report_main
 from gprune.screen import Screen
 from tests import made_up
 from tests.tiny_run import isolated, on_a_terminal
@@ -169,8 +167,8 @@ def commands(tmp_path, monkeypatch):
     with isolated(tmp_path / "cache"):
         yield {
             "train.py": lambda: cli.main([f"--run.dir={tmp_path}", "--logging.mode=disabled"]),
-            "gprune report": lambda: report_main([str(run)]),
-            "gprune evaluate": lambda: evaluation.main(["a model", "--tasks", "piqa"]),
+            "gprune report": lambda: __main__.run("report", [str(run)]),
+            "gprune evaluate": lambda: __main__.run("evaluate", ["a model", "--tasks", "piqa"]),
         }
 
 

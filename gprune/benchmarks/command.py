@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gprune.benchmarks.settings import SPEED, WIKITEXT, Benchmarks, benchmarks
-from gprune.console import Parser, guarded, quiet
+from gprune.console import Parser, quiet
 from gprune.storage.reading import expanded
 
 ABOUT = f"""Zero-shot accuracy, WikiText-2 perplexity and speed of a run, a model folder or any model by name.
@@ -19,6 +19,10 @@ EXAMPLES = """examples:
   gprune evaluate runs/NAME --tasks piqa,arc_easy,wikitext2 --dense
   gprune evaluate smollm2-135m --tasks piqa --limit 200
   gprune evaluate runs/NAME/model --tasks wikitext2 --seq_len 2048,128 --output numbers.json"""
+ENDS = {
+    "stopped": ". Tasks that were finished are kept.",
+    "memory": "; lower --batch_size or --seq_len.",
+}  # as for `guarded`
 
 
 def parser() -> Parser:
@@ -42,12 +46,6 @@ def parser() -> Parser:
 def listed(text: str) -> list[str]:
     """The parts between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def main(args: Sequence[str]) -> int:
-    """Returns the exit code, as `guarded`."""
-    return guarded("gprune evaluate", lambda: run(args), stopped=". Tasks that were finished are kept.",
-                   memory="; lower --batch_size or --seq_len.")  # fmt: skip
 
 
 def run(args: Sequence[str]) -> str:

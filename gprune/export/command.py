@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gprune.console import Parser, guarded, quiet
+from gprune.console import Parser, quiet
 from gprune.export.convert import QUANTISED, TYPES, export, model_folder
 
 ABOUT = """Write the model of a finished run in the format another program reads: one GGUF file for llama.cpp.
@@ -17,6 +17,7 @@ examples:
   gprune export runs/NAME                              runs/NAME/model-f16.gguf
   gprune export runs/NAME --type q8_0 --overwrite      8-bit matrices, in the place of a former export
   gprune export runs/NAME/model --output small.gguf    a model folder, written where you say"""
+ENDS = {"stopped": "; nothing was written.", "memory": "; the model is loaded whole."}  # as for `guarded`
 
 
 def parser() -> Parser:
@@ -29,12 +30,6 @@ def parser() -> Parser:
     command_line.add_argument("--type", default="f16", help=f"of the matrices: {types} (default: %(default)s)")
     command_line.add_argument("--unchecked", action="store_true", help="do not ask for a llama.cpp build")
     return command_line
-
-
-def main(args: Sequence[str]) -> int:
-    """Returns the exit code, as `guarded`."""
-    return guarded("gprune export", lambda: run(args), stopped="; nothing was written.",
-                   memory="; the model is loaded whole.")  # fmt: skip
 
 
 def run(args: Sequence[str]) -> str:

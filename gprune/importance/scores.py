@@ -63,33 +63,27 @@ def generator_for(seed: int, block: int, kind: str) -> torch.Generator:
 
 
 def score_units(
-    name: str,
-    blocks: Sequence[Block],
-    statistics: CorpusStatistics,
-    *,
-    seed: int = 0,
-    half: int | None = None,
-    attention: bool = True,
+    name: str, blocks: Sequence[Block], statistics: CorpusStatistics, *, seed: int = 0, attention: bool = True
 ) -> Scores:
-    """Importance of every unit by the metric `name`, from all tokens of a corpus or from one half of them.
+    """Importance of every unit by the metric `name`.
 
     Args:
         statistics: of one corpus or of several pooled, with saliency if the metric needs it.
-        half: 0 or 1 for half of the tokens, None for all.
         attention: False where KV groups are out of scope; their scores are then 0.
     """
-
-    def moments(kind: str, block: Block) -> Moments:
-        channel = getattr(statistics, kind)[block.index]
-        return channel.total if half is None else channel.half(half)
 
     def channel_scores(block: Block) -> Tensor:
         if not attention:
             return torch.zeros(block.kv_groups, dtype=torch.float64)
         generator = generator_for(seed, block.index, "attention")
-        return score_channels(name, attention_weights(block), moments("attention", block), generator)
+        moments = statistics.attention[block.index].total
+        return score_channels(name, attention_weights(block), moments, generator)
 
-    ffn = [score_ffn(name, b, ffn_weights(b), moments("ffn", b), generator_for(seed, b.index, "ffn")) for b in blocks]
+    def neuron_scores(block: Block) -> Tensor:
+        moments, generator = statistics.ffn[block.index].total, generator_for(seed, block.index, "ffn")
+        return score_ffn(name, block, ffn_weights(block), moments, generator)
+
+    ffn = [neuron_scores(b) for b in blocks]
     channels = [channel_scores(b) for b in blocks]
     groups = [reduce(c, "(g c) -> g", "sum", g=b.kv_groups) for c, b in zip(channels, blocks, strict=True)]
     return Scores(ffn, groups, channels)

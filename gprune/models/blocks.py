@@ -129,18 +129,8 @@ class Block:
         """Parameters that go when the whole block goes."""
         return sum(parameter.numel() for parameter in self.layer.parameters())
 
-    @property
-    def neuron_cost(self) -> int:
-        """Parameters that go when one neuron goes, from all experts at once."""
-        return self.unit_cost("ffn")
-
-    @property
-    def group_cost(self) -> int:
-        """Parameters that go when one KV group goes."""
-        return self.unit_cost("attention")
-
     def unit_cost(self, kind: str, weight: Callable[[Tensor], int] = lambda parameter: 1) -> int:
-        """What goes with a neuron (`ffn`) or a KV group (`attention`), by what each number of a parameter weighs."""
+        """Parameters that go with a neuron (`ffn`; of all experts) or a KV group (`attention`), or what they weigh."""
         units = self.neurons if kind == "ffn" else self.kv_groups
         return sum(weight(p) * (p.numel() // units) for p in (self.parameter(s) for s in self.slices if s.kind == kind))
 

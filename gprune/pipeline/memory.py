@@ -100,6 +100,6 @@ def learned_numbers(plan: Plan, kept: float) -> float:
     parts = [part for block in blocks for part in block.parts.values()]
     return {
         "all": sum(block.cost for block in blocks) - plan.removed,
-        "mlp": kept * sum(block.neuron_cost * block.neurons for block in blocks),
+        "mlp": kept * sum(block.unit_cost("ffn") * block.neurons for block in blocks),
         "lora": d.rank * sum(part.in_features + part.out_features for part in parts),
     }[d.targets]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from gprune.console import Parser, guarded, quiet
+from gprune.console import Parser, quiet
 from gprune.storage.reading import expanded
 
 ABOUT = """Tables (Markdown, CSV) and figures (PNG, SVG) from finished runs.
@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   gprune report runs/a runs/b runs/c --output compared           three runs side by side
   gprune report runs/a runs/b --html compared.html               one page, whose tables can be sorted
   gprune report runs/ours runs/theirs --base runs/theirs         all divided by one base metric"""
+ENDS = {}  # as for `guarded`
 
 
 def parser() -> Parser:
@@ -29,11 +30,6 @@ def parser() -> Parser:
     made.add_argument("--html", metavar="FILE", help="write one page with everything, and nothing else")
     made.add_argument("--base", metavar="RUN", help="divide by this run's base metric (default: each run's own)")
     return made
-
-
-def main(args: Sequence[str]) -> int:
-    """Returns the exit code, as `guarded`."""
-    return guarded("gprune report", lambda: run(args))
 
 
 def run(args: Sequence[str]) -> str:

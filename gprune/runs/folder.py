@@ -14,6 +14,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from gprune.config import flat
 from gprune.errors import UserError
 from gprune.runs import schema
 from gprune.storage.cache import disk_errors
@@ -24,15 +25,11 @@ from gprune.storage.reading import unsafe_entries
 SCRATCH = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as `storage.files` names a folder for what is not whole yet
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """'sparsity.target: 0.5 there, 0.3 here' for every leaf in which two nested dictionaries differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for name in sorted({*old, *new})
-            for line in differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
-        ]
-    return [] if old == new else [f"{prefix}: {old} there, {new} here"]
+    there, here = flat(old), flat(new)
+    names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+    return [f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names]
 
 
 class RunFolder:

@@ -108,8 +108,8 @@ def unit_costs(
                 f"--sparsity.protect: expected blocks from {-depth} to {depth - 1}, got {index}; the model has {depth}."
             )
     return UnitCosts(
-        neuron=[b.neuron_cost for b in blocks],
-        group=[b.group_cost for b in blocks],
+        neuron=[b.unit_cost("ffn") for b in blocks],
+        group=[b.unit_cost("attention") for b in blocks],
         neurons=[b.neurons for b in blocks],
         groups=[b.kv_groups for b in blocks],
         attention="attention" in scope,

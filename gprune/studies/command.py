@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 
-from gprune.console import Parser, guarded, quiet
+from gprune.console import Parser, quiet
 
 ABOUT = """Run a list of configurations, keep what came out, print tables. What a list is: gprune/studies/listing.py.
 
@@ -22,6 +22,7 @@ examples:
   gprune study LIST --seeds 0 1 2 --only paper best -- --corpora.num_samples=8
   gprune study LIST -- --logging.mode=online                each row a run of W&B, in the group LIST (default: offline)
   gprune study LIST --part 1/8                              one of eight machines' share (docs/experiments.md)"""
+ENDS = {"stopped": ". Rows that were finished are kept."}  # as for `guarded`
 
 
 def parser() -> Parser:
@@ -44,11 +45,6 @@ def arguments(given: Sequence[str]) -> Namespace:
     """Options, and as `flags` what comes after `--` (argparse gives that to LIST, or refuses it behind options)."""
     own, flags = (given, []) if "--" not in given else (given[: given.index("--")], given[given.index("--") + 1 :])
     return Namespace(**vars(parser().parse_args(own)), flags=list(flags))
-
-
-def main(args: Sequence[str]) -> int:
-    """Returns the exit code, as `guarded`."""
-    return guarded("gprune study", lambda: run(args), stopped=". Rows that were finished are kept.")
 
 
 def run(args: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from gprune.benchmarks.command import main
+from gprune.__main__ import run as command
 from gprune.benchmarks.zero_shot import zero_shot
 from gprune.evaluation.intervals import paired_difference
 from tests import tiny_run
@@ -48,7 +48,7 @@ def quiet_world(finished, monkeypatch):
 def perplexity_of(*places: Path, **options: Path) -> int:
     """The exit code of `gprune evaluate` on WikiText-2 in windows of 32 tokens."""
     more = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return main([*map(str, places), "--tasks", "wikitext2", "--seq_len", "32", *more])
+    return command("evaluate", [*map(str, places), "--tasks", "wikitext2", "--seq_len", "32", *more])
 
 
 def records_in(path: Path) -> list[dict]:
@@ -58,7 +58,7 @@ def records_in(path: Path) -> list[dict]:
 def test_a_runs_model_and_its_dense_model(quiet_world, capsys):
     needs_lm_eval()
     run = quiet_world.runs / "kept"
-    assert main([str(run), "--tasks", "mine,wikitext2", "--seq_len", "32", "--dense"]) == 0
+    assert command("evaluate", [str(run), "--tasks", "mine,wikitext2", "--seq_len", "32", "--dense"]) == 0
     out = capsys.readouterr().out
     found = {(r["stage"], r["task"]): r for r in records_in(run / "evaluation.json")}
     assert set(found) == {(stage, task) for stage in ("dense", "gprune") for task in ("mine", "wikitext2")}
@@ -78,9 +78,9 @@ def test_records_are_kept_and_replaced_by_protocol(quiet_world):
     path = quiet_world.runs / "kept" / "evaluation.json"
     for seq_len, limit, expected in ((32, 2, 1), (32, 2, 1), (16, 2, 2), (32, 3, 3)):
         args = ["--tasks", "wikitext2", "--seq_len", str(seq_len), "--limit", str(limit)]
-        assert main([str(path.parent), *args]) == 0
+        assert command("evaluate", [str(path.parent), *args]) == 0
         assert len(records_in(path)) == expected
-    assert main([str(path.parent), "--tasks", "wikitext2", "--seq_len", "32,16,32", "--limit", "3"]) == 0
+    assert command("evaluate", [str(path.parent), "--tasks", "wikitext2", "--seq_len", "32,16,32", "--limit", "3"]) == 0
     assert [r["seq_len"] for r in records_in(path)[-2:]] == [32, 16]
     assert len(records_in(path)) == 4  # 32 in the place of the same
 
@@ -132,7 +132,7 @@ def test_a_model_that_is_not_the_runs_is_refused(quiet_world, capsys, tmp_path):
     assert perplexity_of(changed) == 2
     assert "is not what the run left there" in capsys.readouterr().err
     by_hand(changed, lambda settings: settings["inputs"].update(model="another"))
-    assert main([str(changed), "--tasks", "wikitext2", "--seq_len", "32", "--dense"]) == 2
+    assert command("evaluate", [str(changed), "--tasks", "wikitext2", "--seq_len", "32", "--dense"]) == 2
     assert "has other weights than the model that" in capsys.readouterr().err
     assert not (changed / "evaluation.json").exists()
 
@@ -141,7 +141,7 @@ def test_without_lm_eval_one_line_says_what_to_install_and_wikitext2_is_measured
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert perplexity_of(quiet_world.runs / "kept") == 0
     monkeypatch.setattr("gprune.benchmarks.subjects.load_model", lambda *_, **__: pytest.fail("loaded a model first"))
-    assert main([str(quiet_world.runs / "kept"), "--tasks", "piqa"]) == 2
+    assert command("evaluate", [str(quiet_world.runs / "kept"), "--tasks", "piqa"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "pip install 'gprune[lm-eval]'" in line
 
@@ -171,6 +171,6 @@ def test_without_lm_eval_one_line_says_what_to_install_and_wikitext2_is_measured
 def test_one_line_and_exit_2(args, message, quiet_world, capsys, tmp_path):
     (tmp_path / "manifest.json").write_text('{"settings": {}}')
     (tmp_path / "empty").mkdir()
-    assert main([arg.format(run=quiet_world.runs / "kept", tmp=tmp_path) for arg in args]) == 2
+    assert command("evaluate", [arg.format(run=quiet_world.runs / "kept", tmp=tmp_path) for arg in args]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line

@@ -12,8 +12,8 @@ from pathlib import Path
 import gguf
 import pytest
 
+from gprune.__main__ import run as command
 from gprune.export import convert, export, gguf_check, hf
-from gprune.export.command import main
 from gprune.export.convert import load_folder
 from tests import made_up
 from tests.export.test_gguf import as_in_llama_cpp, byte_tokenizer, make_pruned
@@ -51,7 +51,7 @@ def listing(folder):
 
 def refused(capsys, *args, code=2):
     """The one line on stderr of a command that exits with `code`."""
-    assert main([str(arg) for arg in args]) == code
+    assert command("export", [str(arg) for arg in args]) == code
     output = capsys.readouterr()
     (line,) = output.err.splitlines()
     assert "Wrote" not in output.out
@@ -61,7 +61,7 @@ def refused(capsys, *args, code=2):
 
 def test_files_lie_beside_the_model_unless_told_otherwise(run, tmp_path, capsys):
     before = listing(run)
-    assert main([str(run), "--unchecked"]) == 0
+    assert command("export", [str(run), "--unchecked"]) == 0
     output = capsys.readouterr()
     assert output.out.splitlines()[-1] == f"Wrote {run / 'model-f16.gguf'}"
     assert not output.err
@@ -91,7 +91,7 @@ def test_a_file_gets_its_name_only_where_a_build_agrees(run, monkeypatch, capsys
     refused(capsys, run, "--overwrite")
     assert path.read_text() == FORMER
     computed(lambda logprobs: logprobs)
-    assert main([str(run), "--overwrite"]) == 0
+    assert command("export", [str(run), "--overwrite"]) == 0
     assert "Checked in llama.cpp on 256 tokens: KL" in capsys.readouterr().out
     assert path.read_bytes().startswith(b"GGUF\x03")
     assert listing(run) == before | {"model-f16.gguf"}

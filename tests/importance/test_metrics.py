@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -181,8 +182,12 @@ class Shared:
         self.statistics = functools.cache(lambda shape, size: everything(self.model(shape), self.tokens, size))
         self.raw = functools.cache(lambda shape, half: raw_of(self.model(shape), self.tokens, half))
 
-    def scored(self, name: str, shape: int, size: int, **options) -> list[torch.Tensor]:
-        return scored(name, self.model(shape), self.statistics(shape, size), **options)
+    def scored(self, name: str, shape: int, size: int, *, half: int | None = None) -> list[torch.Tensor]:
+        statistics = self.statistics(shape, size)
+        if half is not None:
+            halves = {k: [SimpleNamespace(total=c.half(half)) for c in getattr(statistics, k)] for k in BOTH}
+            statistics = SimpleNamespace(**halves)
+        return scored(name, self.model(shape), statistics)
 
 
 @pytest.fixture(scope="module")

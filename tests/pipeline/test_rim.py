@@ -15,10 +15,10 @@ import matplotlib
 import pytest
 from transformers import AutoModelForCausalLM
 
+from gprune.__main__ import run as command
 from gprune.errors import UserError, dispensable
 from gprune.export.hf import save_pruned
 from gprune.models.loading import load_model
-from gprune.report.command import main as report
 from gprune.report.run_figures import perplexity_figure
 from gprune.report.style import save
 from gprune.runs.results import load_run
@@ -71,7 +71,7 @@ def test_a_run_is_whole_without_figures_card_and_page(tmp_path, monkeypatch, cap
         assert (again.records, again.masks) == (whole.records, whole.masks)
         for path in blocked:
             path.rmdir() if path.is_dir() else path.unlink()
-        assert report([str(whole.path)]) == 0
+        assert command("report", [str(whole.path)]) == 0
         assert (whole.path / "figures/perplexity.png").is_file()
         assert (whole.path / "model/README.md").read_text() == card
         assert "<svg" in (whole.path / "report.html").read_text()

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from gprune import report
+from gprune.__main__ import run as command
 from gprune.report import html
-from gprune.report.command import main
 from gprune.report.curves import curve_figures, line_of, read_curves
 from tests import tiny_run
 
@@ -45,7 +45,7 @@ def compared(runs):
     """The page of both."""
     path = runs[0].path.parent / "compared.html"
     with tiny_run.isolated(path.parent / "cache"):
-        assert main([*(str(run.path) for run in runs), "--html", str(path)]) == 0
+        assert command("report", [*(str(run.path) for run in runs), "--html", str(path)]) == 0
     return path
 
 

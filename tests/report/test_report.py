@@ -20,6 +20,7 @@ from PIL import Image
 from scipy import stats
 
 from gprune import report
+from gprune.__main__ import run as command
 from gprune.config import RunConfig
 from gprune.config.groups import CorporaConfig, ModelConfig
 from gprune.config.running import EvaluationConfig
@@ -28,7 +29,7 @@ from gprune.errors import UserError
 from gprune.evaluation.intervals import mean_per_token, paired_difference, paired_ratio
 from gprune.models.masks import Masks
 from gprune.report.benchmark_table import evaluation_table
-from gprune.report.command import default_output, main
+from gprune.report.command import default_output
 from gprune.report.comparison_figures import learning_figure, ratio_figure, sparsity_lines
 from gprune.report.curves import curve_figures
 from gprune.report.grouping import read_runs
@@ -524,7 +525,7 @@ def written(folder: Path) -> set[str]:
 @pytest.mark.slow
 def test_what_the_command_writes(run, capsys):
     made, output = report.make([run]), run / "report"
-    assert main([str(run)]) == 0
+    assert command("report", [str(run)]) == 0
     out = capsys.readouterr().out
     assert made.tables[0].to_markdown() in out
     assert made.tables[0].to_markdown() in (output / "report.md").read_text()
@@ -546,7 +547,7 @@ def test_a_report_of_several_runs_and_nothing_of_the_one_before_it(run, tmp_path
     (output / "tables" / "mine.csv").write_text("kept")
     assert written(output) >= {"tables/comparison.csv", "figures/sparsity.png"}
     assert default_output([str(run), str(other)]) == run.parent / "report"
-    assert main([str(other), "--base", str(run), "--output", str(output)]) == 0
+    assert command("report", [str(other), "--base", str(run), "--output", str(output)]) == 0
     assert "the stage `base` of one" in capsys.readouterr().out
     names = ("ratios", "perplexity", "sparsity", "heterogeneity")
     assert written(output) == (
@@ -588,7 +589,7 @@ def test_a_folder_that_cannot_be_reported_on_is_one_line(file, damage, message, 
 
 def refused(args: list[str], capsys) -> str:
     """The one line on stderr."""
-    assert main(args) == 2
+    assert command("report", args) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("gprune report: ")
     return line

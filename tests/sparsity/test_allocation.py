@@ -267,13 +267,13 @@ def test_depth_removes_blocks_by_influence_and_meets_the_budget(protected, uneve
         if narrowed:
             (b,) = narrowed
             assert b == order[len(gone)]
-            assert over < blocks[b].neuron_cost
+            assert over < blocks[b].unit_cost("ffn")
             assert bool(masks.attention[b].all())
             dropped, kept = scores.ffn[b][~masks.ffn[b]], scores.ffn[b][masks.ffn[b]]
             assert dropped.max() <= kept.min()
         else:  # short of the last block by more than its FFN has to give while one neuron stays
             last = blocks[order[len(gone) - 1]]
-            assert over < last.cost - last.neuron_cost * (last.neurons - 1)
+            assert over < last.cost - last.unit_cost("ffn") * (last.neurons - 1)
         for b in protected:
             assert bool(masks.ffn[b].all())
             assert bool(masks.attention[b].all())
@@ -324,7 +324,7 @@ def test_depth_narrows_its_last_block_to_a_multiple(tiny_model, token_batch):
     blocks = blocks_of(tiny_model)
     statistics = collect(tiny_model, batches(token_batch, 6))
     scores = score_units("wanda_sp", blocks, statistics)
-    cost, neuron = blocks[0].cost, blocks[0].neuron_cost
+    cost, neuron = blocks[0].cost, blocks[0].unit_cost("ffn")
     masks = depth(tiny_model, scores, statistics, cost + 5 * neuron, width_multiple=16)
     assert sorted(int(m.sum()) for m in masks.ffn) == [0, 32, 48]
     removed = tiny_model.num_parameters() - prune(tiny_model, masks).num_parameters()

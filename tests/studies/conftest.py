@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import gprune
-from gprune.studies import command
+from gprune.__main__ import run as command
 from tests import tiny_run
 from tests.studies.workbench import COMPARE, ROWS, Workbench
 
@@ -28,7 +28,7 @@ def first(bench):
     with pytest.MonkeyPatch.context() as patch:
         written = []
         patch.setattr(sys.stdout, "write", written.append)
-        assert command.main([str(path), "--records", str(bench.records)]) == 0
+        assert command("study", [str(path), "--records", str(bench.records)]) == 0
     return path, "".join(written)
 
 

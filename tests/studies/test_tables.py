@@ -6,11 +6,12 @@ import re
 
 import pytest
 
+from gprune.__main__ import run as command
 from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_ratio
 from gprune.report.perplexity_tables import over_seeds
 from gprune.report.table import Estimate
-from gprune.studies import command, tables
+from gprune.studies import tables
 from gprune.studies.archive import record_of
 from tests.studies.workbench import COMPARE, ROWS, cells, unseen
 from tests.tiny_run import on_a_terminal
@@ -50,7 +51,7 @@ def test_one_division_into_seen_and_unseen_for_all_rows(bench, first):
 
 def test_a_terminal_shows_bold_headers(bench, first):
     args = [str(first[0]), "--table", "--costs", "--records", str(bench.records)]
-    text = on_a_terminal(lambda: command.main(args), 100)
+    text = on_a_terminal(lambda: command("study", args), 100)
     assert re.search(r"\x1b\[1m *peak MiB", text)
     assert "\\x1b" not in text
 

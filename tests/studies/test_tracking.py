@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from gprune.__main__ import run as command
 from gprune.config import LoggingConfig
-from gprune.studies import command, tracking
+from gprune.studies import tracking
 from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing
 from gprune.studies.tables import comparison_table, reported
 from tests import tiny_run, tracked
@@ -40,7 +41,7 @@ def ran(bench):
 
 
 def tracking_main(path: Path, records: Path, *flags: str) -> int:
-    return command.main([str(path), "--records", str(records), *OFFLINE, *flags])
+    return command("study", [str(path), "--records", str(records), *OFFLINE, *flags])
 
 
 @pytest.mark.slow

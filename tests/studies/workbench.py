@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from gprune.__main__ import run as command
 from gprune.models.masks import Masks
 from gprune.runs.results import FinishedRun
-from gprune.studies import command
 from gprune.studies.archive import record_of
 from gprune.studies.listing import Listing, Row
 from tests import tiny_run
@@ -46,7 +46,7 @@ class Workbench:
         arguments = [*map(str, arguments)]
         own = [] if "--records" in arguments else ["--records", str(self.records)]
         at = arguments.index("--") if "--" in arguments else len(arguments)
-        if code := command.main([*arguments[:at], *own, *arguments[at:]]):
+        if code := command("study", [*arguments[:at], *own, *arguments[at:]]):
             raise SystemExit(code)
         return capsys.readouterr().out
 
