@@ -25,7 +25,8 @@ class Forecast(NamedTuple):
     final hidden states, and W the head that both have,
         KL(q || p) = sum_v q_v (z_v - y_v) - log sum_v exp z_v + log sum_v exp y_v,
     whose first sum is m (x - x') / s, with m = sum_v q_v W_v: the other model takes H products for it, in place of V H
-    for z. That needs logits that are linear, W x / s, and not rounded. Else x is kept, and z computed again.
+    for z. That needs logits that are linear, W x / s. Else x is kept, and z computed again. Where logits are rounded,
+    such as to bfloat16, the first sum is of those that are not.
     """
 
     states: Tensor  # (T - 1, H): m, or x
@@ -36,8 +37,7 @@ class Forecast(NamedTuple):
     def of(cls, model: PreTrainedModel, logits: Tensor, hidden: Tensor, log_sum: Tensor) -> Forecast:
         """The dense model's own, of logits (T - 1, V), which are written over, hidden states and log sum exp."""
         head, transform, top = model.get_output_embeddings(), LogitTransform.of(model), logits.argmax(-1)
-        exact = head.weight.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-        if not exact or transform.softcap is not None or head.weight.is_meta:  # offloaded: the head alone fetches it
+        if transform.softcap is not None or head.weight.is_meta:  # offloaded: the head alone fetches it
             return cls(hidden.cpu(), top.cpu(), None)
         for part in logits.split(rows_at_once(logits)):
             part.copy_(part.softmax(-1))

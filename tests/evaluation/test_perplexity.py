@@ -83,14 +83,16 @@ def test_the_distance_is_that_of_all_logits_in_float64(family, dtype):
     plain, own = perplexity(dense, windows, batch_size=3), perplexity(dense, windows, batch_size=3, forecasts=forecasts)
     assert own == plain
     assert own.kl is None
-    assert all((f.rest is None) == (dtype == torch.bfloat16 or family == "gemma2") for f in forecasts)
+    assert all((f.rest is None) == (family == "gemma2") for f in forecasts)
     found = perplexity(other, windows, batch_size=2, forecasts=forecasts)
     assert replace(found, kl=None, window_kl=None, agreement=None, window_agreement=None) == perplexity(
         other, windows, batch_size=2
     )
-    np.testing.assert_allclose(found.window_kl, kl.sum(1), rtol=1e-4)
+    # Of rounded logits, the mean under the dense model is that of logits that are not.
+    near = 1e-4 if dtype == torch.float32 or family == "gemma2" else 1e-2
+    np.testing.assert_allclose(found.window_kl, kl.sum(1), rtol=near)
     assert found.window_agreement == same.sum(1).tolist()
-    assert (found.kl, found.agreement) == pytest.approx((kl.mean().item(), same.double().mean().item()), rel=1e-4)
+    assert (found.kl, found.agreement) == pytest.approx((kl.mean().item(), same.double().mean().item()), rel=near)
     assert found.kl > 1e-3
     zero = perplexity(dense, windows, batch_size=3, forecasts=forecasts)
     assert (zero.kl, zero.agreement) == (pytest.approx(0, abs=1e-9), 1)
