@@ -12,7 +12,7 @@ from gprune.console import Parser, guarded, leave
 COMMANDS = {
     "report": ("gprune.report", "tables and figures from finished runs"),
     "export": ("gprune.export", "the pruned model in the format another program reads"),
-    "evaluate": ("gprune.benchmarks", "zero-shot accuracy and WikiText-2 perplexity of a run or a model"),
+    "evaluate": ("gprune.benchmarks", "tasks, perplexity and speed of a run or a model"),
     "study": ("gprune.studies", "a list of configurations, run and tabulated"),
 }
 

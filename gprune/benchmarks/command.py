@@ -1,19 +1,19 @@
-"""`gprune evaluate`: zero-shot accuracy, WikiText-2 perplexity and speed of a run, a model folder or any model."""
+"""`gprune evaluate`: tasks, perplexity and speed of a run, a model folder or any model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gprune.benchmarks.settings import SPEED, WIKITEXT, Benchmarks, benchmarks
+from gprune.benchmarks.settings import SPEED, TEXTS, Benchmarks, benchmarks
 from gprune.console import Parser, quiet
 from gprune.storage.reading import expanded
 
-ABOUT = f"""Zero-shot accuracy, WikiText-2 perplexity and speed of a run, a model folder or any model by name.
+ABOUT = f"""Tasks, perplexity and speed of a run, a model folder or any model by name.
 
-Tasks are multiple-choice tasks of EleutherAI's lm_eval, or of local files in $GPRUNE_DATA_DIR/tasks; {WIKITEXT} is the
-perplexity in the convention of the literature, {SPEED} prefill, decoding and the time to the first token on this
-machine, with --dense in turns. Records go into evaluation.json in the run, where `gprune report` finds them, each as
-soon as it is there."""
+Tasks are those of EleutherAI's lm_eval, with its own data or local files in $GPRUNE_DATA_DIR/tasks.
+{" and ".join(TEXTS)} are perplexities in the conventions of the literature, {SPEED} is prefill, decoding and
+the time to the first token on this machine, with --dense in turns. Records go into evaluation.json in the run, where
+`gprune report` finds them, each as soon as it is there."""
 
 EXAMPLES = """examples:
   gprune evaluate runs/NAME --tasks piqa,arc_easy,wikitext2 --dense

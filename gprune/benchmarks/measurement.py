@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from gprune.benchmarks.settings import SPEED, WIKITEXT, Benchmarks
+from gprune.benchmarks.literature import literature_perplexity
+from gprune.benchmarks.settings import SPEED, TEXTS, Benchmarks
 from gprune.benchmarks.subjects import Loaded, subjects_of
 from gprune.benchmarks.tasks import require_lm_eval
 from gprune.benchmarks.throughput import throughput
-from gprune.benchmarks.wikitext2 import wikitext2_perplexity
 from gprune.benchmarks.zero_shot import zero_shot
 from gprune.errors import dispensable
 from gprune.report.model_card import write_card
@@ -29,7 +29,7 @@ NUMBERS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "perplexity", "pr
 
 def check(asked: Benchmarks) -> None:
     """Raise UserError, before a model is loaded or a list of rows runs, where a package is missing for the tasks."""
-    if not {*asked.tasks} <= {WIKITEXT, SPEED}:
+    if not {*asked.tasks} <= {*TEXTS, SPEED}:
         require_lm_eval()
 
 
@@ -89,11 +89,11 @@ def evaluate(
 
 
 def _measured(loaded: Loaded, task: str, asked: Benchmarks) -> list[dict[str, Any]]:
-    """The records of one task; a group of tasks, and WikiText-2 in windows of several lengths, has several."""
-    if task != WIKITEXT:
+    """The records of one task; a group of tasks, and a text in windows of several lengths, has several."""
+    if task not in TEXTS:
         return zero_shot(*loaded, [task], limit=asked.limit, batch_size=asked.batch_size, source=asked.source)
     lengths = dict.fromkeys(asked.seq_len)
-    return [wikitext2_perplexity(*loaded, seq_len=n, bos=asked.bos, limit=asked.limit) for n in lengths]
+    return [literature_perplexity(*loaded, task, seq_len=n, bos=asked.bos, limit=asked.limit) for n in lengths]
 
 
 def keep(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = None) -> None:

@@ -11,6 +11,7 @@ from gprune.checks import AtLeast1, AtLeast2, Few, refusal
 from gprune.errors import UserError
 
 WIKITEXT = "wikitext2"
+TEXTS = {WIKITEXT: "WikiText-2", "c4": "C4"}  # whose perplexity the literature reports
 SPEED = "speed"
 
 
@@ -19,13 +20,13 @@ class Benchmarks:
     """What is measured, and how: the flags of `gprune evaluate`, with their help."""
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("piqa", "arc_easy")
-    """multiple-choice tasks by name, wikitext2, and speed"""
+    """tasks by name, wikitext2, c4, and speed"""
     limit: AtLeast1 | None = None
     """first questions or windows of each task (default: all)"""
     seq_len: Annotated[tuple[AtLeast2, ...], Field(min_length=1)] = (2048,)
-    """tokens per window of wikitext2, a number for each"""
+    """tokens per window of wikitext2 and c4, a number for each"""
     bos: Literal["auto", "always", "never"] = "auto"
-    """opens each window of wikitext2: auto (as the tokenizer does before a text), always or never"""
+    """opens each window of wikitext2 and c4: auto (as the tokenizer does before a text), always or never"""
     batch_size: AtLeast1 = 4
     """choices per forward pass; more than a few do not pay on a CPU"""
     speed_batch: Annotated[tuple[Few, ...], Field(min_length=1)] = (1, 8)

@@ -1,4 +1,4 @@
-"""The table of `evaluation.json`: zero-shot accuracy and WikiText-2 perplexity, against the dense model."""
+"""The table of `evaluation.json`: tasks and perplexity, against the dense model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gprune.runs.results import Record, row_name
 
 
 def evaluation_table(records: Sequence[Record]) -> Table:
-    """Zero-shot accuracies and WikiText-2 perplexity; differences to the dense model are paired, where it is there.
+    """Accuracies and perplexities; differences to the dense model are paired, where it is there.
 
     Args:
         records: as in `evaluation.json`, with `run` and `stage` in each.
@@ -28,7 +28,7 @@ def evaluation_table(records: Sequence[Record]) -> Table:
         rows, header, flips = [row[:8] + row[9:] for row in rows], header[:8], ""
     return Table(
         "evaluation",
-        "Zero-shot accuracy and WikiText-2",
+        "Tasks and perplexity",
         [*header, "standard protocol", "note"],
         rows,
         note="Accuracy +- standard error; perplexity with a 95 % interval. n: questions, or predicted tokens. Against "

@@ -199,7 +199,7 @@ class ZeroShot(Benchmark):
 
 
 class Wikitext(Benchmark, Measured):
-    """Perplexity on WikiText-2."""
+    """Perplexity on WikiText-2 or C4."""
 
     kind: Literal["perplexity"]
     low: Number

@@ -1,7 +1,8 @@
-"""WikiText-2 in the convention of the literature, against the usual script written out."""
+"""WikiText-2 and C4 in the conventions of the literature, against the usual script written out."""
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import math
@@ -15,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers.processors import TemplateProcessing
 
-from gprune.benchmarks import wikitext2 as wikitext
-from gprune.benchmarks.wikitext2 import join_lines, literature_windows, wikitext2_perplexity
+from gprune.benchmarks import literature
+from gprune.benchmarks.literature import join_lines, literature_perplexity, literature_windows
 from gprune.errors import UserError
 from tests.conftest import make_tiny_llama
 from tests.tiny_run import WORDS, tiny_tokenizer
@@ -36,8 +37,8 @@ def raw(tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     path.write_text("".join(lines), encoding="utf-8")
     monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr(wikitext, "offline_if_unreachable", no_hub)
-    monkeypatch.setattr(wikitext, "CHARACTERS", len(join_lines("".join(lines))))
+    monkeypatch.setattr(literature, "offline_if_unreachable", no_hub)
+    monkeypatch.setattr(literature, "CHARACTERS", len(join_lines("".join(lines))))
     return path
 
 
@@ -58,13 +59,13 @@ def test_lines_keep_their_end_and_blank_ones_are_empty(raw):
 
 
 def test_the_mirror_has_the_rows_of_the_data_set():
-    path = Path(os.environ.get("GPRUNE_DATA_DIR", "")) / wikitext.MIRROR
+    path = Path(os.environ.get("GPRUNE_DATA_DIR", "")) / literature.MIRROR
     if not os.environ.get("GPRUNE_DATA_DIR") or not path.is_file():
         pytest.skip("no $GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw")
     raw = path.read_text(encoding="utf-8")
     assert len(rows_of_the_data_set(raw)) == 4358
-    assert wikitext.wikitext2() == "\n\n".join(rows_of_the_data_set(raw))
-    assert len(wikitext.wikitext2()) == wikitext.CHARACTERS
+    assert literature.wikitext2() == "\n\n".join(rows_of_the_data_set(raw))
+    assert len(literature.wikitext2()) == literature.CHARACTERS
 
 
 def test_windows_are_whole_in_order_and_open_with_bos_as_the_tokenizer_does():
@@ -96,7 +97,7 @@ def usual_script(model, tokenizer, text: str, seq_len: int) -> float:
 @pytest.mark.parametrize("seq_len", [16, 128])
 def test_perplexity_is_that_of_the_usual_script(seq_len, raw):
     model, tokenizer = make_tiny_llama(), tiny_tokenizer()
-    record = wikitext2_perplexity(model, tokenizer, seq_len=seq_len)
+    record = literature_perplexity(model, tokenizer, seq_len=seq_len)
     expected = usual_script(model, tokenizer, join_lines(raw.read_text()), seq_len)
     assert record["perplexity"] == pytest.approx(expected, rel=1e-6)
     assert record["low"] < record["perplexity"] < record["high"]
@@ -106,20 +107,20 @@ def test_perplexity_is_that_of_the_usual_script(seq_len, raw):
 
 
 def test_the_protocol_is_in_the_record(raw):
-    whole = wikitext2_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32)
+    whole = literature_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32)
     stamp = {"seq_len": 32, "stride": 32, "bos": False, "join": "\n\n", "split": "test", "dtype": "float32"}
     assert stamp.items() <= whole.items()
     assert whole["standard_protocol"]
-    part = wikitext2_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32, limit=3)
+    part = literature_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32, limit=3)
     assert not part["standard_protocol"]
     assert "only the first 3 windows" in part["note"]
     assert part["window_nll"] == pytest.approx(whole["window_nll"][:3], rel=1e-6)
     assert part["content_hash"] != whole["content_hash"]
-    assert wikitext2_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32, limit=10**6)["standard_protocol"]
+    assert literature_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32, limit=10**6)["standard_protocol"]
     raw.write_text("".join(raw.read_text().splitlines(keepends=True)[:-3]))
-    short = wikitext2_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32)
+    short = literature_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32)
     assert not short["standard_protocol"]
-    assert f"of {wikitext.CHARACTERS:,} characters" in short["note"]
+    assert f"of {literature.CHARACTERS:,} characters" in short["note"]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_the_protocol_is_in_the_record(raw):
 def test_arguments_that_cannot_be(more, message, raw):
     raw.write_text("a few words\n")
     with pytest.raises(UserError, match=message):
-        wikitext2_perplexity(make_tiny_llama(), tiny_tokenizer(), **({"seq_len": 32} | more))
+        literature_perplexity(make_tiny_llama(), tiny_tokenizer(), **({"seq_len": 32} | more))
 
 
 def test_without_mirror_and_hub_one_line_says_where_the_file_goes(raw, monkeypatch):
@@ -145,7 +146,55 @@ def test_without_mirror_and_hub_one_line_says_where_the_file_goes(raw, monkeypat
     raw.unlink()
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError, match=r"corpora/wikitext2/wiki\.test\.raw") as error:
-        wikitext.wikitext2()
+        literature.wikitext2()
     assert "second line" not in str(error.value)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"text": ["", " a \n", "b\n"]})
-    assert wikitext.wikitext2() == "\n\n a \n\n\nb\n"
+    assert literature.wikitext2() == "\n\n a \n\n\nb\n"
+
+
+@pytest.fixture
+def shard(tmp_path, monkeypatch):
+    """C4's documents, one more than are read, in a file of the shard's name."""
+    rng = np.random.default_rng(1)
+    texts = [" ".join(rng.choice(WORDS, 9)) for _ in range(literature.DOCUMENTS + 1)]
+    path = tmp_path / "corpora" / "c4" / literature.SHARD
+    path.parent.mkdir(parents=True)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text, "url": "u"}) + "\n" for text in texts)
+    monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
+    return path, texts
+
+
+def test_c4_is_the_usual_scripts_256_windows_of_1100_documents(shard):
+    model, tokenizer, (_, texts) = make_tiny_llama(), tiny_tokenizer(), shard
+    record = literature_perplexity(model, tokenizer, "c4", seq_len=16)
+    text = " ".join(" ".join(texts[:1100]).split()[: 256 * 16])  # a word is a token
+    assert record["perplexity"] == pytest.approx(usual_script(model, tokenizer, text, 16), rel=1e-6)
+    assert (record["windows"], record["task"], record["split"], record["join"]) == (256, "c4", "validation", " ")
+    assert record["standard_protocol"]
+    assert "SparseGPT and Wanda: up to 256 windows of the first 1,100 documents" in record["note"]
+    whole = literature_perplexity(model, tokenizer, "c4", seq_len=128)
+    assert whole["windows"] == 1100 * 9 // 128  # all that there are
+    assert whole["standard_protocol"]
+    assert literature_perplexity(model, tokenizer, "c4", seq_len=16, limit=3)["note"].startswith("only the first 3 win")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no gzip", "expected the first validation shard of C4, but it cannot be read"),
+        (gzip.compress(b'{"text": "ban"}\n{"text": 1}\n'), r"json\.gz:2: expected an object with a string field"),
+        (gzip.compress(b'{"text": "ban"}\n' * 9)[:-9], "cannot be read"),
+    ],
+)
+def test_a_shard_that_is_none_is_one_line(content, message, shard):
+    shard[0].write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        literature_perplexity(make_tiny_llama(), tiny_tokenizer(), "c4", seq_len=16)
+
+
+def test_a_shard_with_fewer_documents_is_said(shard):
+    shard[0].write_bytes(gzip.compress(b'{"text": "ban ben bin bor ban ben bin"}\n' * 9))
+    record = literature_perplexity(make_tiny_llama(), tiny_tokenizer(), "c4", seq_len=16)
+    assert not record["standard_protocol"]
+    assert record["note"].startswith("9 of 1,100 documents; ")

@@ -1,0 +1,151 @@
+"""Perplexity on WikiText-2 and C4 in the conventions of the pruning and quantisation literature.
+
+WikiText-2: the raw test file line by line, each line with its line end, a blank line as the empty string, joined by two
+line ends. (With GPT-2's vocabulary the text is 287,644 tokens.)
+
+C4: the first 1,100 documents of the validation shard `en/c4-validation.00000-of-00008.json.gz` of allenai/c4, joined by
+a space; the first 256 windows, as in the scripts of SparseGPT and Wanda, and GPTQ's `c4-new` (its `c4` draws windows).
+
+Both: tokenised as one string; windows of 2048 tokens (128 in old tables) that do not overlap; the last partial window
+dropped. BOS opens each window where the tokenizer puts one before a text, and no window otherwise. Scripts that let a
+Llama tokenizer put it before the whole text alone have it in the first window only.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import math
+import os
+import re
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gprune.benchmarks.settings import TEXTS, WIKITEXT
+from gprune.corpora.hub import had_from_hub, offline_if_unreachable
+from gprune.corpora.local import text_of
+from gprune.corpora.windows import JOIN, Bos, Sample, Windows, check_tokens, make_windows, opening
+from gprune.errors import UserError, quoting
+from gprune.evaluation.intervals import mean_perplexity
+from gprune.evaluation.perplexity import perplexity
+from gprune.screen import Screen
+from gprune.storage.reading import expanded, needed_text
+
+MIRROR = "corpora/wikitext2/wiki.test.raw"
+CHARACTERS = 1_294_336  # of WikiText-2, as it is joined
+SHARD = "c4-validation.00000-of-00008.json.gz"
+DOCUMENTS, WINDOWS = 1100, 256  # of C4
+
+
+def join_lines(raw: str) -> str:
+    """The text that is scored, from the content of `wiki.test.raw`."""
+    # Not splitlines(), which also cuts at characters that are no line ends here.
+    lines = re.findall(r"[^\n]*\n|[^\n]+", raw)
+    return JOIN.join(line if line.strip() else "" for line in lines)
+
+
+def wikitext2() -> str:
+    """The text that is scored, from `$GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw` or the hub."""
+    root = os.environ.get("GPRUNE_DATA_DIR")
+    if root and (path := expanded(root) / MIRROR).is_file():
+        return join_lines(needed_text(path, "WikiText-2's raw test file"))
+    import datasets
+
+    with had_from_hub("WikiText-2", f"the raw test file into $GPRUNE_DATA_DIR/{MIRROR}"), offline_if_unreachable():
+        return JOIN.join(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"])
+
+
+def c4() -> list[str]:
+    """The documents that are scored, from the shard in `$GPRUNE_DATA_DIR/corpora/c4`, under its name, or the hub."""
+    root = os.environ.get("GPRUNE_DATA_DIR")
+    if root and (path := expanded(root) / "corpora/c4" / SHARD).is_file():
+        unread = quoting(f"{path}: expected the first validation shard of C4, but it cannot be read (", ").")
+        with unread, gzip.open(path, "rt", encoding="utf-8") as file:
+            lines = enumerate(itertools.islice(file, DOCUMENTS), 1)
+            return [text_of(json.loads(line), f"{path}:{i}") for i, line in lines]
+    import datasets
+
+    with had_from_hub("C4", f"the shard into $GPRUNE_DATA_DIR/corpora/c4/{SHARD}"), offline_if_unreachable():
+        files = {"validation": f"en/{SHARD}"}
+        rows = datasets.load_dataset("allenai/c4", data_files=files, split="validation", streaming=True)
+        return [row["text"] for row in itertools.islice(rows, DOCUMENTS)]
+
+
+def literature_windows(
+    text: str, tokenizer: PreTrainedTokenizerBase, task: str = WIKITEXT, *, seq_len: int, bos: Bos = "auto"
+) -> Windows:
+    """(n, seq_len) tokens: all whole windows in order, of C4 the first 256."""
+    sample = Sample(None, seq_len, shuffle=False, bos=opening(tokenizer, bos), flags=("--limit", "--seq_len"))
+    every = make_windows([text], tokenizer, sample, corpus=task, split="test" if task == WIKITEXT else "validation")
+    return every if task == WIKITEXT else replace(every, tokens=every.tokens[:WINDOWS])
+
+
+def literature_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str = WIKITEXT,
+    *,
+    seq_len: int = 2048,
+    bos: Bos = "auto",
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """One record: perplexity on the text with a 95 % interval over windows, and its protocol.
+
+    Args:
+        task: wikitext2 or c4.
+        bos: whether BOS opens each window, as in `opening`.
+        limit: the first so many windows; None for all. With a limit the number stands beside nobody's.
+
+    Raises:
+        UserError: for windows longer than the model's positions, and for text that cannot be had.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or seq_len
+    if not 2 <= seq_len <= positions:
+        raise UserError(f"--seq_len: expected 2 to {positions} tokens (the model's positions), got {seq_len}.")
+    text, join, note, missing = _convention(task)
+    every = literature_windows(text, tokenizer, task, seq_len=seq_len, bos=bos)
+    windows = replace(every, tokens=every.tokens[:limit])
+    check_tokens(windows, tokenizer, model.get_input_embeddings().num_embeddings)
+    batch_size = max(1, 2048 // seq_len)
+    with Screen() as screen:
+        advance = screen.bar(f"Perplexity on {TEXTS[task]}", math.ceil(len(windows.tokens) / batch_size))
+        result = perplexity(model, windows, batch_size=batch_size, progress=advance)
+    _, low, high = mean_perplexity({task: result.window_nll}, seq_len - 1)
+    if len(windows.tokens) < len(every.tokens):
+        missing = [f"only the first {len(windows.tokens)} windows", *missing]
+    return {
+        "kind": "perplexity",
+        "task": task,
+        "split": windows.split,
+        "perplexity": result.perplexity,
+        "low": low,
+        "high": high,
+        "nll": result.nll,
+        "tokens": result.tokens,
+        "windows": len(windows.tokens),
+        "window_nll": result.window_nll,
+        "seq_len": seq_len,
+        "stride": seq_len,
+        "bos": windows.bos,
+        "join": join,
+        "limit": limit,
+        "standard_protocol": not missing,
+        "note": "; ".join([*missing, note]),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "content_hash": windows.content_hash,
+    }
+
+
+def _convention(task: str) -> tuple[str, str, str, list[str]]:
+    """Of a text: itself, what joins its parts, what is said of the convention, and of what is missing."""
+    if task == WIKITEXT:
+        text = wikitext2()
+        missing = [] if len(text) == CHARACTERS else [f"{len(text):,} of {CHARACTERS:,} characters"]
+        return text, JOIN, "the convention of the literature", missing
+    documents = c4()
+    missing = [] if len(documents) == DOCUMENTS else [f"{len(documents):,} of {DOCUMENTS:,} documents"]
+    note = f"the convention of SparseGPT and Wanda: up to {WINDOWS} windows of the first {DOCUMENTS:,} documents"
+    return " ".join(documents), " ", note, missing
