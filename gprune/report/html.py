@@ -77,10 +77,8 @@ def section(run: FinishedRun) -> dict[str, Any]:
     manifest, s, model = RunFolder(run.path).manifest, run.settings, run.path / "model"
     method = "gprune" if s["gprune"] else "the base metric alone"
     asked, summary, last = s["sparsity"], run.summary, (run.final, s["recovery"])
-    target, removed = (
-        removed_in_words(share, asked["scope"], asked["allocation"], **digits)
-        for share, digits in ((run.records[-1]["sparsity"], {"digits": 0}), (summary["sparsity_of_scope"], {}))
-    )
+    of_scope = (summary["sparsity_of_scope"], asked["scope"], asked["allocation"])
+    target, removed = (removed_in_words(*of_scope, digits=digits) for digits in (0, 2))
     means, steps = means_and_gaps(run.records), manifest.get("steps", {})
     return {
         "name": run.name,

@@ -68,13 +68,14 @@ def model_card(
     score, drift = labels[cfg.corpora.score], ", ".join(in_markdown(labels[corpus]) for corpus in cfg.roles["drift"])
     drift = f"drift measured on {drift},\n" if drift else ""
     allocation = cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation
+    removed = f"{records[-1]['sparsity']:.0%} of the {cfg.sparsity.currency.replace('_', ' ')}"
     return f"""---
 {_metadata(cfg).to_yaml()}
 ---
 
 # {label}, structurally pruned
 
-{records[-1]["sparsity"]:.0%} of the parameters in scope `{cfg.sparsity.scope}` removed by {method}: importance
+{removed} in scope `{cfg.sparsity.scope}` removed by {method}: importance
 `{cfg.importance}` scored on {in_markdown(score)}, {drift}allocation `{allocation}`{recovery}, seed {cfg.run.seed}.
 Weights in {dtype or cfg.model.dtype}; pruned and measured in {cfg.model.dtype}.
 The method is our reading of GPrune-LLM (arXiv 2603.13418).{speed}
