@@ -17,6 +17,7 @@ from gprune.config.groups import CorporaConfig, SparsityConfig
 from gprune.config.parse import GROUPS, HINTS
 from gprune.config.replaced import INSTEAD
 from gprune.config.running import LoggingConfig, RunFolderConfig, TrainerConfig
+from gprune.config.unread import unread
 from gprune.errors import UserError
 from gprune.registry import Registry
 from gprune.storage.yaml_text import to_yaml
@@ -327,3 +328,12 @@ def test_numbers_and_paths_of_libraries_are_plain():
     assert (cfg.corpora.recover, cfg.recovery) == (["wiki", "web"], "least_squares+distill")
     assert {type(v) for v in (cfg.importance, cfg.corpora.learn[0], cfg.run.dir)} == {str}
     assert (type(cfg.ridge), type(cfg.gprune), type(cfg.sparsity.epochs)) == (float, bool, int)
+
+
+def test_a_target_of_speed_takes_the_width_multiple_of_the_machine_and_no_other_setting_changes():
+    multiples = [({}, 1), ({"target": "1.4x"}, None), ({"target": "1.4x", "width_multiple": 4}, 4)]
+    multiples += [({"width_multiple": "auto"}, None), ({"target": "1.4x", "cost": "kv_cache"}, 1)]
+    for given, multiple in multiples:
+        cfg = configured({"sparsity": given})
+        assert cfg.settings()["sparsity"]["width_multiple"] == multiple
+        assert ("speed" in cfg.settings()) == (not unread(cfg, ["speed.batch"])) == (multiple != 1)

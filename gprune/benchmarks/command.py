@@ -58,8 +58,7 @@ def run(args: Sequence[str]) -> str:
 
     records, path = evaluate(model, asked, dense=dense, output=None if output is None else expanded(output))
     from gprune.report.benchmark_table import evaluation_table
-    from gprune.report.throughput_table import throughput_table
 
-    tables = [table.shown() for table in (evaluation_table(records), throughput_table(records)) if table.rows]
+    table = evaluation_table(records)
     where = f"\nRecords are in {path}.\n" if path else ""
-    return "".join(f"\n{table}\n" for table in tables) + where
+    return f"\n{table.shown()}\n" + where

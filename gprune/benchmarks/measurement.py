@@ -11,9 +11,9 @@ import torch
 
 from gprune.benchmarks.literature import literature_perplexity
 from gprune.benchmarks.settings import SPEED, TEXTS, Benchmarks
+from gprune.benchmarks.speed import throughput
 from gprune.benchmarks.subjects import Loaded, subjects_of
 from gprune.benchmarks.tasks import require_lm_eval
-from gprune.benchmarks.throughput import throughput
 from gprune.benchmarks.zero_shot import zero_shot
 from gprune.errors import dispensable
 from gprune.report.model_card import write_card
@@ -23,8 +23,7 @@ from gprune.storage.files import key_of, write_json
 from gprune.storage.reading import expanded
 
 log = logging.getLogger("gprune")
-# Of records, as W&B gets them.
-NUMBERS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "perplexity", "prefill", "decode", "first_token")
+NUMBERS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "perplexity", "tokens_per_second", "seconds")
 
 
 def check(asked: Benchmarks) -> None:
@@ -60,9 +59,8 @@ def evaluate(
     if output is not None:
         read_evaluation(output, run=key)  # what is no such file is not written over
     records: list[dict[str, Any]] = []
-    subjects = subjects if pruned else subjects[:1]
-    device, tasks = "cuda" if torch.cuda.is_available() else "cpu", dict.fromkeys(asked.tasks)
-    timed = tasks.pop(SPEED, SPEED) is None
+    subjects, device = subjects if pruned else subjects[:1], "cuda" if torch.cuda.is_available() else "cpu"
+    tasks = [task for task in dict.fromkeys(asked.tasks) if task != SPEED]
     for subject in subjects if tasks else ():
         loaded, tokenizer = subject.load()
         loaded = loaded.to(device)
@@ -71,19 +69,18 @@ def evaluate(
             records += [r | subject.about | about for r in _measured((loaded, tokenizer), task, asked)]
             if output is not None:
                 keep(output, records, run=key)
-    if timed:
+    if SPEED in asked.tasks:
         log.info("Evaluating %s", SPEED)
         models = [subject.load()[0].to(device) for subject in subjects]  # all at once, as they take turns
         numbers = throughput(models, batches=asked.speed_batch, prompt=asked.speed_prompt)
         records += [r | subject.about | about for subject, own in zip(subjects, numbers, strict=True) for r in own]
         if output is not None:
             keep(output, records, run=key)
-    if timed and key is not None:
-        with dispensable("throughput in the model card", "the same command writes it"):
-            run = finished(folder)
-            write_card(RunFolder(folder), config_of(run), run.records)
     if of_run:
-        with dispensable("its numbers in W&B", "evaluation.json has them"):
+        with dispensable("its numbers in the model card or in W&B", "evaluation.json has them"):
+            if SPEED in asked.tasks:
+                run = finished(folder)
+                write_card(RunFolder(folder), config_of(run), run.records)
             log_evaluation(folder, records)
     return records, output
 
@@ -119,7 +116,7 @@ def log_evaluation(run: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def task_numbers(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What W&B gets of records: `final/<task>/acc` and so on of the run's own model, `rows/dense/<task>/...` of the
+    """`NUMBERS` of records, as W&B gets them: `final/<task>/acc` of the run's own model, `rows/dense/<task>/acc` of the
     dense one; behind the task a perplexity has the length of its windows, a speed its batch."""
     numbers = {}
     for r in records:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from sklearn.isotonic import isotonic_regression
 from torch.utils.benchmark import Timer
 from transformers import GenerationConfig, PreTrainedModel
 
+from gprune.benchmarks.settings import SPEED
+from gprune.errors import UserError
 from gprune.models.blocks import Block, blocks_of, decoder_layers
 from gprune.models.copies import copy_without_hooks
 from gprune.models.masks import Masks
@@ -34,7 +37,10 @@ log = logging.getLogger("gprune")
 STEPS = 8  # of decoding that are timed
 ROUNDS, LONG = (2, 12), 25.0  # least and most, and seconds after which none begins
 NOISY = 0.2  # from which on a difference of repeats is said
-Table = dict[str, Any]  # seconds of a block by `neurons` and by `groups`, as pairs; of the `rest`; `spread` of repeats
+MULTIPLES = (1, 8, 16, 32, 64, 128)  # that `best_multiple` chooses from
+# Seconds of a block by `neurons`, by `groups`, by neurons on `multiples`, as pairs; of the `rest`; `spread` of repeats
+Table = dict[str, Any]
+Times = tuple[list[float], list[float], list[float]]  # of each model: seconds to the first token, of a step, of all
 
 
 def speed_table(
@@ -44,7 +50,7 @@ def speed_table(
     machine = [platform.node(), platform.processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__]
     machine += [device.type == "cuda" and torch.cuda.get_device_name(device), torch.get_float32_matmul_precision()]
     shapes = {name: list(parameter.shape) for name, parameter in dense.named_parameters()}
-    key = key_of(machine=machine, shapes=shapes, dtype=str(dtype), setting=dict(setting))
+    key = key_of(machine=machine, shapes=shapes, dtype=str(dtype), setting=dict(setting), multiples=MULTIPLES)
     path = cache_dir() / "speed" / f"{key}.json"
     if (table := read_json(path)) is None and measure:
         log.info("Measuring how fast this machine is by widths, once for these shapes and this setting")
@@ -72,24 +78,39 @@ def price_by(table: Table, blocks: Sequence[Block]) -> Price:
     return Price(*zip(*tables, strict=True), [fixed + cost for cost in units], round(1e12 * table["rest"]))
 
 
+def best_multiple(table: Table) -> int:
+    """The smallest of `MULTIPLES` at which this machine loses nothing; says so.
+
+    A width's neurons cost what its block takes beyond a block of one neuron. What each costs more than at the best
+    multiple is lost, unless repeats of one measurement differ by as much.
+    """
+    one, points, noise = table["neurons"][0][1], table["multiples"], table["spread"]
+    least = min((taken - one) / neurons for neurons, taken in points)
+    lost = {max(m for m in MULTIPLES if n % m == 0): ((t - one) / n - least) * n / t for n, t in points}
+    best = min(multiple for multiple, share in lost.items() if share <= noise)
+    shares = ", ".join(f"{multiple}: {share:.1%}" for multiple, share in lost.items())
+    log.info("Widths on multiples of %d: it loses nothing here (lost: %s; repeats: %.1f %%)", best, shares, 100 * noise)
+    return best
+
+
 @torch.no_grad()
 def measured(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, setting: Mapping[str, int]) -> Table:
     """The table, measured on random weights."""
     whole = copy.deepcopy(dense).to(dtype).to_empty(device=device).eval().requires_grad_(False)
     for tensor in (*whole.parameters(), *whole.buffers()):
         tensor.copy_(torch.randn(tensor.shape).mul(0.02))
-    N, G = (max(of_blocks) for of_blocks in widths(whole).values())
+    (N, G), narrow = (max(of_blocks) for of_blocks in widths(whole).values()), min(widths(whole)["neurons"])
     neurons, groups = (sorted({1, *(max(1, n * part // 4) for part in range(1, 5))}) for n in (N, G))
-    models = [*(shrunk(whole, n, G) for n in neurons), *(shrunk(whole, N, g) for g in groups[:-1]), shrunk(whole, N, G)]
-    layers = decoder_layers(models[-1])
-    depth = len(layers)
-    del layers[:]  # the last model is what is never pruned
-    taken, spread = seconds(models, **setting)
-    *taken, rest = (t.whole for t in taken)
-    of_block = [max((t - rest) / depth, 1e-12) for t in taken]
-    by_groups = [*of_block[len(neurons) :], of_block[len(neurons) - 1]]
-    of_neurons, of_groups = zip(neurons, of_block, strict=False), zip(groups, by_groups, strict=True)
-    return {"neurons": [*map(list, of_neurons)], "groups": [*map(list, of_groups)], "rest": rest, "spread": spread}
+    odd = (m * (2 * round(3 * narrow / m / 8 - 0.5) + 1) for m in MULTIPLES)  # odd multiples, near three quarters
+    sizes = {"neurons": [(n, G) for n in neurons], "groups": [(N, g) for g in groups]}
+    sizes["multiples"] = [(n, G) for n in odd if 0 < n <= narrow]
+    models = {size: shrunk(whole, *size) for of in sizes.values() for size in of}
+    depth, unpruned = len(decoder_layers(whole)), shrunk(whole, N, G)
+    del decoder_layers(unpruned)[:]  # what is never pruned is left
+    (_, _, (*taken, rest)), spread = seconds([*models.values(), unpruned], **setting)
+    of_block = {size: max((t - rest) / depth, 1e-12) for size, t in zip(models, taken, strict=True)}
+    table = {kind: [[size[kind == "groups"], of_block[size]] for size in of] for kind, of in sizes.items()}
+    return table | {"rest": rest, "spread": spread}
 
 
 def shrunk(whole: PreTrainedModel, neurons: int, groups: int) -> PreTrainedModel:
@@ -111,24 +132,14 @@ def sharing(model: PreTrainedModel) -> PreTrainedModel:
     return copied.eval()
 
 
-class Taken(NamedTuple):
-    """Seconds of a model in a setting."""
-
-    first: float  # prefill: until all prompts have their first token
-    step: float  # decoding: until all have one more; 0 where nothing is generated
-    whole: float
-
-
 def machine_of(device: torch.device) -> str:
     """What computes, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{(n := torch.get_num_threads())} thread{'s' if n > 1 else ''} of {platform.machine()}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
 
 
 @torch.no_grad()
-def seconds(models: Sequence[PreTrainedModel], *, batch: int, prompt: int, generate: int) -> tuple[list[Taken], float]:
-    """Seconds of each model in this setting, and by how much repeats differ: the slowest over the fastest, less 1.
+def seconds(models: Sequence[PreTrainedModel], *, batch: int, prompt: int, generate: int) -> tuple[Times, float]:
+    """`Times` of the models, and by how much repeats differ: the slowest over the fastest, less 1.
 
     As transformers generates, greedily: the fastest of several rounds, in each of which all models take turns, so that
     what else runs on the machine meets them alike. A step of decoding is the mean of the first ones.
@@ -149,4 +160,32 @@ def seconds(models: Sequence[PreTrainedModel], *, batch: int, prompt: int, gener
     first, step = best[:, 0], (best[:, -1] - best[:, 0]).clamp(min=0) / STEPS
     if (spread := float((repeats.amax(0) / best - 1).median())) > NOISY:
         log.warning("Repeats of a measured speed differ by %.0f %%: the machine is busy.", 100 * spread)
-    return [Taken(*of) for of in torch.stack([first, step, first + generate * step], dim=1).tolist()], spread
+    return (first.tolist(), step.tolist(), (first + generate * step).tolist()), spread
+
+
+def throughput(models: Sequence[PreTrainedModel], *, batches: Sequence[int], prompt: int) -> list[list[dict[str, Any]]]:
+    """Records of the task `speed` of each model: `prefill`, whose seconds are those to the first token, and `decode`.
+
+    Tokens per second are of a batch together. Numbers of the same `rounds`, in which models took turns, may be divided.
+
+    Raises:
+        UserError: for more tokens than the models have positions.
+    """
+    most = min(getattr(model.config, "max_position_embeddings", math.inf) for model in models) - STEPS
+    if prompt > most:
+        raise UserError(f"--speed_prompt: expected at most {most:,} tokens, got {prompt:,}.")
+    machine, records = machine_of(device_of(models[0])), [[] for _ in models]
+    for batch in dict.fromkeys(batches):
+        (first, step, _), spread = seconds(models, batch=batch, prompt=prompt, generate=STEPS)
+        shared = {
+            "kind": SPEED, "split": "none", "batch": batch, "prompt": prompt, "spread": spread,
+            "standard_protocol": False, "note": f"prompts of {prompt} tokens, {machine}",
+            "rounds": key_of(first=first, step=step)[:16],
+            "content_hash": key_of(machine=[machine, platform.node()], batch=batch, prompt=prompt)[:16],
+        }  # fmt: skip
+        for i, model in enumerate(models):
+            shared["dtype"] = str(model.dtype).removeprefix("torch.")
+            for task, tokens, spent in (("prefill", batch * prompt, first[i]), ("decode", batch, step[i])):
+                if spent:  # steps that cannot be told from the prefill before them have no speed
+                    records[i].append(shared | {"task": task, "tokens_per_second": tokens / spent, "seconds": spent})
+    return records

@@ -126,9 +126,8 @@ class RunConfig(Group):
                 raise UserError(f"--distill.tokens: expected {least} tokens or more, got {d.tokens:,}.")
             if self.evaluation.split == "development" and d.keep == "best":
                 raise UserError("--evaluation.split development: expected test with --distill.keep best.")
-        if self.sparsity.currency == "seconds" and (processes > 1 or m.device_map is not None):
-            asked = f"--sparsity.target {self.sparsity.target}"
-            raise UserError(f"{asked}: expected one process, and no --model.device_map, where speed is measured.")
+        if (flag := self.timed_for) and (processes > 1 or m.device_map is not None):
+            raise UserError(f"{flag}: expected one process, and no --model.device_map, where speed is measured.")
         if m.shard and processes < 2:
             raise UserError("--model.shard: expected two or more processes (--trainer.devices, .num_nodes), got one.")
         if m.device_map is not None and processes > 1:
@@ -165,6 +164,13 @@ class RunConfig(Group):
     def processes(self) -> int:
         """Processes on all nodes."""
         return self.trainer.devices * self.trainer.num_nodes
+
+    @property
+    def timed_for(self) -> str:
+        """The flag for which this machine's speed by widths is measured; empty where none is."""
+        s = self.sparsity
+        asked = f"--sparsity.target {s.target}" if s.currency == "seconds" else ""
+        return asked or ("" if s.width_multiple else "--sparsity.width_multiple auto")
 
     @property
     def learns(self) -> bool:
@@ -281,7 +287,7 @@ class RunConfig(Group):
                 del plain[group][name]
         if not self.options:
             del plain["options"]
-        if self.sparsity.currency != "seconds":
+        if not self.timed_for:
             del plain["speed"]
         if self.sparsity.cost is None:
             del plain["sparsity"]["cost"]

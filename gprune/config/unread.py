@@ -32,7 +32,7 @@ def switched_off(c: RunConfig) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
     yield f"--distill.targets {c.distill.targets}", c.distill.targets != "lora", ("distill.rank",)
     yield "--export none", c.export.format == "none", ("export.dtype",)
     yield "--dry_run false", not c.dry_run, ("plan",)
-    yield f"--sparsity.target {c.sparsity.target}", not (c.sparsity.currency == "seconds" or c.dry_run), ("speed",)
+    yield f"--sparsity.target {c.sparsity.target}", not (c.timed_for or c.dry_run), ("speed",)
 
 
 def unread(cfg: RunConfig, names: Iterable[str]) -> str:

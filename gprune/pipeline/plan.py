@@ -12,7 +12,7 @@ import torch
 from lightning import Callback
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gprune.benchmarks.speed import Table, price_by, speed_table
+from gprune.benchmarks.speed import Table, best_multiple, price_by, speed_table
 from gprune.calibration.saliency import salient_parts
 from gprune.config import RunConfig
 from gprune.errors import UserError
@@ -63,7 +63,7 @@ class Plan:
         price = price_by(self.speed, blocks) if s.currency == "seconds" else self.priced(s.currency)
         how = {"protect": s.protect, "uniform": s.uniform_width, "block_share": s.block_share, "price": price}
         costs = unit_costs(blocks, scope=s.scope, **how)
-        return Budget.of(costs, s.target, s.width_multiple)
+        return Budget.of(costs, s.target, s.width_multiple or best_multiple(self.speed))
 
     def priced(self, currency: str) -> Price:
         """Prices in a registered currency, or `bytes` of what is exported (GGUF: float16, and float32 for vectors)."""
@@ -80,13 +80,13 @@ class Plan:
 
     @cached_property
     def speed(self) -> Table | None:
-        """The table of this machine in the setting of `--speed`: measured for a target of speed, else cached."""
+        """The table of this machine in the setting of `--speed`: measured where the run needs it, else cached."""
         cfg, most = self.cfg, getattr(self.skeleton.config, "max_position_embeddings", math.inf)
-        length, measure = cfg.speed.prompt + cfg.speed.generate, cfg.sparsity.currency == "seconds"
+        length, measure = cfg.speed.prompt + cfg.speed.generate, bool(cfg.timed_for)
         if measure and length > most:
             raise UserError(f"--speed.prompt, --speed.generate: expected at most {most:,} positions, got {length:,}.")
         if measure and not self.at_hand:
-            raise UserError(f"--sparsity.target {cfg.sparsity.target}: expected a GPU to measure on, got none here.")
+            raise UserError(f"{cfg.timed_for}: expected a GPU to measure on, got none here.")
         with multiplying(cfg.trainer.float32_matmul_precision):
             dtype, setting = getattr(torch, cfg.model.dtype), cfg.speed.model_dump()
             return speed_table(self.skeleton, self.device, dtype, setting, measure=measure)

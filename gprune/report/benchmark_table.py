@@ -15,11 +15,12 @@ def evaluation_table(records: Sequence[Record]) -> Table:
     Args:
         records: as in `evaluation.json`, with `run` and `stage` in each.
     """
-    records = [r for r in records if r["kind"] != "speed"]
     dense = {_identity(r): r for r in reversed(records) if r["stage"] == "dense"}  # the first, where runs share it
     shown = [r for r in records if r["stage"] != "dense" or dense[_identity(r)] is r]
     rows: list[list[Cell]] = []
-    for r in sorted(shown, key=lambda r: (r["kind"] != "zero_shot", r["task"], r["stage"] != "dense")):
+    for r in sorted(
+        shown, key=lambda r: (r["kind"] != "zero_shot", r["task"], r.get("batch", 0), r["stage"] != "dense")
+    ):
         reference = dense.get(_identity(r)) if r["stage"] != "dense" else None
         rows.append([r["task"], r["run"], row_name(r["stage"], r.get("recovery") or "none"), *_numbers(r, reference)])
     header = ["task", "run", "stage", "split", "n", "acc or perplexity", "acc_norm", "against dense", "flips"]
@@ -41,16 +42,22 @@ def evaluation_table(records: Sequence[Record]) -> Table:
 
 def against(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, str]:
     """By task, one model's records against another's: difference of accuracy or ratio of perplexity, paired."""
-    ours, others = ([r for r in own if r["kind"] != "speed"] for own in (ours, theirs))
-    others = {_identity(r): r for r in others}
+    others = {_identity(r): r for r in theirs}
     pairs = [(r, others[_identity(r)]) for r in ours if _identity(r) in others]
     return {r["task"] + (f", {r['seq_len']}" if "seq_len" in r else ""): _against(r, other) for r, other in pairs}
+
+
+def rated(r: Record) -> str:
+    """The numbers of a speed."""
+    return f"{r['tokens_per_second']:.1f} tokens/s, {r['seconds']:.3f} s"
 
 
 def _against(r: Record, other: Record) -> str:
     if r["kind"] == "perplexity":
         nll = ({"": record["window_nll"]} for record in (r, other))
         return "x {:.3f} [{:.3f}, {:.3f}]".format(*paired_ratio(*nll, r["seq_len"] - 1))
+    if r["kind"] == "speed":
+        return f"x {r['tokens_per_second'] / other['tokens_per_second']:.3f}"
     scored = "correct" if "correct" in r else "correct_norm"  # some of lm_eval's tasks have acc_norm alone
     digits = ([c == "1" for c in record[scored]] for record in (r, other))
     return _with_error(*paired_difference(*digits), sign="+")
@@ -72,7 +79,7 @@ def _with_error(value: float | None, error: float | None, sign: str = "") -> str
 
 def _identity(r: Record) -> tuple[Cell, ...]:
     """What two records share that answer the same questions, or read the same windows, with one model and dtype."""
-    parts = len(r["window_nll"]) if r["kind"] == "perplexity" else r["questions"]
+    parts = r.get("rounds") or (len(r["window_nll"]) if r["kind"] == "perplexity" else r["questions"])
     return (r["kind"], parts, "correct" in r, *(r.get(name) for name in ("task", "content_hash", "dtype", "model")))
 
 
@@ -83,5 +90,7 @@ def _numbers(r: Record, dense: Record | None) -> list[Cell]:
     if r["kind"] == "perplexity":
         about, n = [*about, f"windows of {r['seq_len']} tokens"], "tokens"
         values[0] = f"{r['perplexity']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+    if r["kind"] == "speed":
+        n, values[0] = "batch", rated(r)
     standard, note = "yes" if r["standard_protocol"] else "no", f"{', '.join([*about, r['dtype']])}: {r['note']}"
     return [r["split"], r[n], *values, dense and _against(r, dense), dense and _flips(r, dense), standard, note]

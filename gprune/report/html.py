@@ -47,7 +47,7 @@ def make_up(report: Report) -> None:
     """Write figures, model card and page of a single run, as it does itself, where its folder lacks them."""
     (run,) = report.runs
     if not any(run.path.glob("figures/*.png")):
-        write_figures(run.path / "figures", run.records, run.modules, run.masks)
+        write_figures(run.path / "figures", run.records, run.modules, run.masks, run.summary)
     card = run.path / "model/README.md"
     if card.is_file() and RESULTS not in card.read_text(encoding="utf-8"):
         write_card(RunFolder(run.path), config_of(run), run.records)
@@ -91,7 +91,7 @@ def section(run: FinishedRun) -> dict[str, Any]:
         "ratio": (summary.get("unseen_over_base") or {}).get(row_name(*last)),
         "steps": steps,
         "result": result_table(run.records),
-        "figures": drawn(run_figures(run.records, run.modules, run.masks), run.name) if run.masks else [],
+        "figures": drawn(run_figures(run.records, run.modules, run.masks, summary), run.name) if run.masks else [],
         "curves": drawn(curve_figures(read_curves(run.path)), f"{run.name} curves"),
         "labels": corpus_labels(r["corpus"] for r in run.records),
         "settings": to_yaml({name: value for name, value in s.items() if name != "inputs"}),

@@ -14,11 +14,11 @@ from gprune.config import RunConfig
 from gprune.corpora.load import corpus_labels
 from gprune.errors import one_line
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
+from gprune.report.benchmark_table import against, rated
 from gprune.report.records import result_table
 from gprune.report.table import in_markdown
-from gprune.report.throughput_table import throughput_table
 from gprune.runs.folder import RunFolder
-from gprune.runs.results import read_evaluation
+from gprune.runs.results import Record, read_evaluation
 from gprune.storage.files import file_hashes, replacing
 from gprune.storage.reading import expanded
 
@@ -29,17 +29,16 @@ def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, An
     """Write the card of the model that a run exported, if it did, and the card's hash into the manifest."""
     if (model := folder / "model").is_dir():
         manifest, stock = folder.manifest, not any(model.glob("*.py"))
-        speed = manifest.get("summary", {}).get("speed", {"said": ""})["said"]
-        card = model_card(cfg, records, stock=stock, dtype=manifest.get("exported_dtype"), speed=speed)
-        if (timed := throughput_table(read_evaluation(folder / "evaluation.json"))).rows:
-            card += f"\n## {timed.title}\n\n{timed.to_text()}\n"
+        said = manifest.get("summary", {}).get("speed", {}).get("said")
+        card = model_card(cfg, records, stock=stock, dtype=manifest.get("exported_dtype"))
+        card += speed(read_evaluation(folder / "evaluation.json"), said)
         with replacing(model / "README.md") as new:
             new.write_text(card, encoding="utf-8")
         folder.update_manifest(model=file_hashes(model, "README.md"))
 
 
 def model_card(
-    cfg: RunConfig, records: Sequence[dict[str, Any]], *, stock: bool = False, dtype: str | None = None, speed: str = ""
+    cfg: RunConfig, records: Sequence[dict[str, Any]], *, stock: bool = False, dtype: str | None = None
 ) -> str:
     """README.md of the exported folder: what it is, how it was made, what it scores, how to load it.
 
@@ -47,7 +46,6 @@ def model_card(
         records: of `metrics.json`.
         stock: whether the folder is a stock model, without code of its own.
         dtype: of the exported weights; None for that of the run.
-        speed: that was asked for and reached, in words.
     """
     code = (
         "All blocks have the same shape: a stock model, which needs no code of its own."
@@ -55,7 +53,6 @@ def model_card(
         else "`modeling_pruned.py` is the code that is run: one short file. Where `gprune` is installed, "
         "`gprune.register()`\nmakes `trust_remote_code` unnecessary."
     )
-    speed = f"\n{speed}" if speed else ""
     embedded = EMBEDDED_MODELS.get(cfg.model.name)
     licence = embedded.license if embedded else "that of the base model"
     notice = f" {embedded.notice}" if embedded and embedded.notice else ""
@@ -78,7 +75,7 @@ def model_card(
 {removed} in scope `{cfg.sparsity.scope}` removed by {method}: importance
 `{cfg.importance}` scored on {in_markdown(score)}, {drift}allocation `{allocation}`{recovery}, seed {cfg.run.seed}.
 Weights in {dtype or cfg.model.dtype}; pruned and measured in {cfg.model.dtype}.
-The method is our reading of GPrune-LLM (arXiv 2603.13418).{speed}
+The method is our reading of GPrune-LLM (arXiv 2603.13418).
 
 Base model: {label}. Licence: {licence}.{notice}
 
@@ -88,6 +85,16 @@ Base model: {label}. Licence: {licence}.{notice}
 
 {code}
 {_results(cfg, records, labels)}"""
+
+
+def speed(records: Sequence[Record], said: str | None) -> str:
+    """The section on speed: what was asked for and reached, in words, and what `gprune evaluate` has measured."""
+    dense = [r for r in records if r["stage"] == "dense"]
+    lines = [f"{said}\n"] if said else []
+    for r in (r for r in records if r["kind"] == "speed" and r["stage"] != "dense"):
+        over = "".join(f", {ratio} of dense" for ratio in against([r], dense).values())
+        lines.append(f"- {r['task']}, batch {r['batch']}: {rated(r)}{over} ({r['dtype']}, {r['note']})")
+    return "\n".join(["\n## Speed\n", *lines, ""]) if lines else ""
 
 
 def loading_code(place: str, *, stock: bool) -> str:

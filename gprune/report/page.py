@@ -27,12 +27,11 @@ from gprune.report.records import caption
 from gprune.report.run_figures import write_figures
 from gprune.report.style import FORMATS, save, titled
 from gprune.report.table import Table, TableName, in_markdown
-from gprune.report.throughput_table import throughput_table
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
 
-FIGURES = ("ratios", "learning", "sparsity", "perplexity", "heterogeneity")
+FIGURES = ("ratios", "learning", "sparsity", "perplexity", "heterogeneity", "speed")
 SIDE_BY_SIDE = 40  # runs: beyond, pairs and figures take minutes, and nobody reads them
 
 
@@ -57,7 +56,8 @@ class Report:
         parts = [f"## {t.title}\n\n{text(t)}\n" for t in self.read_tables]
         if self.many:
             parts.append(f"More than {SIDE_BY_SIDE} runs: pairs and figures are left out.\n")
-        return "\n".join([*parts, *(f"{line(protocol)}\n" for protocol in self.protocols())])
+        speeds = [f"{run.name}: {run.summary['speed']['said']}" for run in self.runs if "speed" in run.summary]
+        return "\n".join([*parts, *(f"{line(said)}\n" for said in (*speeds, *self.protocols()))])
 
     @property
     def read_tables(self) -> list[Table]:
@@ -117,7 +117,8 @@ class Report:
                 temporary.write_text(text, encoding="utf-8")
         drawn = self.draw(folder / "figures", formats)
         if len(self.runs) == 1 and (run := self.runs[0]).masks is not None:  # each of several has its own in its folder
-            drawn += write_figures(folder / "figures", run.records, run.modules, run.masks, formats)
+            about = run.records, run.modules, run.masks, run.summary
+            drawn += write_figures(folder / "figures", *about, formats=formats)
         ours = {folder / "tables" / f"{name}.csv" for name in get_args(TableName)}
         ours |= {folder / "figures" / f"{name}.{suffix}" for name in FIGURES for suffix in FORMATS}
         for path in ours - {*texts, *drawn}:
@@ -167,6 +168,6 @@ def of_runs(
     if 1 < len(runs) <= SIDE_BY_SIDE:
         tables += [comparison_table(rows), settings_table(rows)]
     if evaluated := [r | {"run": run.name} for run in with_distinct_names(runs) for r in run.evaluation]:
-        tables += [t for t in (evaluation_table(evaluated), throughput_table(evaluated)) if t.rows]
+        tables.append(evaluation_table(evaluated))
     of_rows = {base.name: base for base in (bases or {}).values()}  # rows of several budgets have a base each
     return Report(list(runs), rows, tables, *of_rows.values() if len(of_rows) == 1 else (None,))

@@ -1,9 +1,10 @@
-"""Figures of one run: perplexity over dense, rank drift of its modules, sparsity per block."""
+"""Figures of one run: perplexity over dense, rank drift of its modules, sparsity per block, the table of speed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -102,19 +103,33 @@ def sparsity_figure(masks: Masks, labels: Sequence[Tensor] | None) -> Figure:
     return figure
 
 
-def run_figures(records: Sequence[Record], modules: Modules | None, masks: Masks) -> dict[str, Figure]:
+@style()
+def speed_figure(table: dict[str, Any]) -> Figure:
+    """Milliseconds of a block by the neurons, and by the KV groups, that it keeps, and of what is never pruned."""
+    figure = Figure(figsize=(9, 3.4))
+    panels = {"neurons": "FFN neurons", "groups": "KV groups"}
+    for axes, (kind, units) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+        kept, seconds = np.transpose(table[kind])
+        axes.plot(kept, 1000 * seconds, marker="o", ms=4, color=COLOURS["gprune"], label="a block")
+        axes.axhline(1000 * table["rest"], ls="--", color=OTHER, label="what is never pruned")
+        axes.set(xlabel=f"{units} that a block keeps", ylabel="milliseconds", ylim=0)
+        axes.grid(axis="y")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    return figure
+
+
+def run_figures(records: Sequence[Record], modules: Modules | None, masks: Masks, summary: dict) -> dict[str, Figure]:
     """All figures that one run has data for, by name."""
     labels = None if modules is None else modules.labels
     figures = {"perplexity": perplexity_figure(records), "sparsity": sparsity_figure(masks, labels)}
     if modules is not None and len(modules.drift[0].ranks) > 1:
         figures["heterogeneity"] = heterogeneity_figure(modules)
+    if "speed_table" in summary:
+        figures["speed"] = speed_figure(summary["speed_table"])
     about = caption(records)
     return {name: titled(figure, about) for name, figure in figures.items()}
 
 
-def write_figures(
-    folder: Path, records: Sequence[Record], modules: Modules | None, masks: Masks, formats: Sequence[str] = ("png",)
-) -> list[Path]:
-    """Files of `run_figures`."""
-    figures = run_figures(records, modules, masks)
-    return [path for name, figure in figures.items() for path in save(figure, folder, name, formats)]
+def write_figures(folder: Path, *about: Any, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Files of `run_figures`, with its arguments."""
+    return [path for name, figure in run_figures(*about).items() for path in save(figure, folder, name, formats)]

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from gprune.errors import one_line, printable
 
-TableName = Literal["comparison", "distance", "evaluation", "perplexity", "settings", "summary", "throughput"]
+TableName = Literal["comparison", "distance", "evaluation", "perplexity", "settings", "summary"]  # of a report
 
 
 class Estimate(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from gprune.checks import refusal
+from gprune.checks import Positive, refusal
 from gprune.config import check_settings, of_today
 from gprune.errors import UserError
 
@@ -19,8 +19,8 @@ Number = Annotated[float, Field(ge=-1e300, le=1e300)]
 Count = Annotated[int, Field(ge=0, le=10**18)]
 Length = Annotated[int, Field(ge=2, le=10**9)]  # tokens of a window
 Digits = Annotated[str, Field(pattern="^[01]*$")]  # of questions, whether the answer is right
+Points = Annotated[list[Annotated[tuple[Number, Number], Field(strict=False)]], Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(gt=0, le=1e300)]
 
 
 class Shape(BaseModel):
@@ -107,6 +107,14 @@ class Ratio(Shape):
     high: Number
 
 
+class SpeedTable(Shape):
+    """Seconds of a block by what it keeps, and of what is never pruned."""
+
+    neurons: Points
+    groups: Points
+    rest: Number
+
+
 class Summary(Shape):
     """The headline of `metrics.json`."""
 
@@ -118,6 +126,7 @@ class Summary(Shape):
     forward_backward_tokens: Count
     learned_tokens: Count = 0  # of a row of a list: forward and backward, without those of scores and controls
     unseen_over_base: dict[Text, Ratio] | None = None
+    speed_table: SpeedTable | None = None
 
 
 class Metrics(Shape):
@@ -208,13 +217,12 @@ class Wikitext(Benchmark, Measured):
 
 
 class Speed(Benchmark):
-    """Throughput in tokens per second, of a batch together, and seconds to the first token."""
+    """Tokens per second of a batch together, and seconds to the first token or of a step."""
 
     kind: Literal["speed"]
     batch: Count
-    prefill: Rate
-    decode: Rate | None
-    first_token: Rate
+    tokens_per_second: Positive
+    seconds: Positive
     rounds: Text  # the same of all that were measured in turns
 
 

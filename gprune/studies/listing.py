@@ -25,7 +25,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"  # of a clone
 OTHER_RECORDS = Path("runs/records")
 # Numbers do not depend on these: a row is the same row with and without them.
 OWN = {"export": "none", "run.dir": "runs/experiments"}
-TABLES = ("summary", "perplexity", "distance", "evaluation", "throughput")
+TABLES = ("summary", "perplexity", "distance", "evaluation")
 
 # YAML reads some names as numbers.
 Name = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name)]
@@ -47,8 +47,6 @@ class Tasks(Shape):
     limit: int | None = None
     seq_len: int | list[int] | None = None
     dtype: str | None = None
-    speed_batch: list[int] | None = None
-    speed_prompt: int | None = None
 
 
 class RowContent(BaseModel):

@@ -9,17 +9,21 @@ import re
 import pytest
 import torch
 
+from gprune import report
 from gprune.benchmarks import speed
 from gprune.cli import main
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.copies import without_weights
+from gprune.report.run_figures import speed_figure
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
+from tests import tiny_run
 from tests.conftest import make_tiny_llama
 
 SETTING = {"batch": 1, "prompt": 8, "generate": 2}
 TABLE = {"neurons": [[1, 1e-3], [24, 3e-3], [48, 4e-3]], "groups": [[1, 3e-3], [2, 4e-3]], "rest": 2e-3, "spread": 0.0}
+TABLE["multiples"] = [[37, 4.7e-3], [40, 3.4e-3], [48, 3.88e-3]]  # 0.1 ms a neuron beyond the first, 0.06, 0.06
 
 
 @pytest.fixture
@@ -76,6 +80,7 @@ def test_a_measured_table_has_all_widths(monkeypatch):
     measured = speed.measured(dense, torch.device("cpu"), torch.float32, SETTING)
     assert [n for n, _ in measured["neurons"]] == [1, 12, 24, 36, 48]
     assert [g for g, _ in measured["groups"]] == [1, 2]
+    assert [n for n, _ in measured["multiples"]] == [37, 40, 48, 32]  # odd multiples of 1, 8, 16 and 32 near 36
     price = speed.price_by(measured, blocks_of(dense))
     assert all(a <= b for table in (*price.neurons, *price.groups) for a, b in itertools.pairwise(table))
 
@@ -94,12 +99,57 @@ def test_a_run_says_asked_predicted_and_got_and_goes_on_by_its_table(measuring, 
     (said,) = set(re.findall(SAID, out := capsys.readouterr().out))  # in the log, and in the last lines
     assert ran.summary["speed"]["said"] == said
     assert said in (tmp_path / "run/model/README.md").read_text()
+    assert f"run: {said}" in report.make([tmp_path / "run"]).to_markdown()
     assert ran.summary["speed"]["predicted"] >= 1.05
     assert "the machine is busy" in out
     (tmp_path / "run/metrics.json").unlink()
     again = world.run(tmp_path, *FLAGS)
     assert (again.masks, len(measuring)) == (ran.masks, 1)
     assert again.summary["speed"] == ran.summary["speed"]
+
+
+@pytest.mark.parametrize(("spread", "multiple"), [(0.0, 8), (0.3, 8), (0.32, 1)])
+def test_auto_is_the_smallest_multiple_whose_loss_repeats_would_hide(spread, multiple):
+    """Of a block of 37 neurons, 37 x 0.04 ms of 4.7 ms, 31.5 %, is lost."""
+    assert speed.best_multiple(TABLE | {"spread": spread}) == multiple
+
+
+def test_auto_without_a_speed_measures_the_table_too_and_says_what_it_took(
+    measuring, world, tmp_path, capsys, monkeypatch
+):
+    tiny_run.quick(monkeypatch)
+    flags = ("--sparsity.width_multiple=auto", "--gprune=false", "--sparsity.target=30%")
+    assert main(world.args(tmp_path, *flags, "--dry_run=true")) == 0
+    assert "Widths on multiples of 8: it loses nothing here (lost: 1: 31.5%, 8: 0.0%, " in capsys.readouterr().out
+    result = world.run(tmp_path, *flags)
+    assert all(int(mask.sum()) % 8 == 0 for mask in result.masks.ffn)
+    assert (result.summary["speed_table"], "speed" in result.summary, len(measuring)) == (TABLE, False, 1)
+    assert (tmp_path / "run/figures/speed.png").exists()
+    (tmp_path / "run/metrics.json").write_text(
+        json.dumps({"records": result.records, "summary": result.summary | {"speed_table": {"neurons": [[1]]}}})
+    )
+    with pytest.raises(UserError, match=r"summary\.speed_table\.neurons\[0\]"):
+        report.make([tmp_path / "run"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--sparsity.width_multiple=automatic", "expected a whole number, got 'automatic'"),
+        ("--sparsity.width_multiple=0", "expected 1 or more, got 0"),
+        ("--trainer.devices=2", "--sparsity.width_multiple auto: expected one process"),
+    ],
+)
+def test_bad_multiples_end_in_one_line(flag, message, world, tmp_path, capsys):
+    assert main(world.args(tmp_path, "--sparsity.width_multiple=auto", flag)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_figure_has_blocks_by_both_units_and_what_is_never_pruned():
+    figure = speed_figure(TABLE)
+    lines = [[line.get_xydata().tolist() for line in axes.get_lines()] for axes in figure.axes]
+    assert [of[0] for of in lines] == [[[n, 1000 * t] for n, t in TABLE[kind]] for kind in ("neurons", "groups")]
+    assert all({y for _, y in of[1]} == {2.0} for of in lines)
 
 
 def test_a_setting_beyond_the_positions_is_refused(world, tmp_path, capsys):
