@@ -24,6 +24,7 @@ from gprune.sparsity.target import Asked, Target
 # What modules may switch to besides activation-free metrics: the base metric seen through all drift corpora, as the
 # mean of its ranks or scored on their pooled statistics.
 CONSENSUS, AVERAGED = SEVERAL = ("consensus", "averaged")
+AUTO = BeforeValidator(lambda given: None if given == "auto" else given)  # null in files
 PLACES = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|(cuda|xpu|npu|mps)(:[0-9]{1,3})?")
 
 
@@ -235,17 +236,12 @@ class SparsityConfig(Group, prefix="sparsity."):
     (largest distance of a block's sparsity from the target; 0.08)."""
     protect: list[int] = Field([])
     """Blocks that keep everything, -1 being the last one. LLM-Pruner keeps [0,1,2,-1]."""
-    width_multiple: Annotated[AtLeast1 | None, BeforeValidator(lambda given: None if given == "auto" else given)] = (
-        Field(
-            default_factory=lambda given: (
-                None if str(given.get("target")).endswith("x") and not given.get("cost") else 1
-            )
-        )
+    width_multiple: Annotated[AtLeast1 | None, AUTO] = Field(
+        default_factory=lambda given: None if str(given.get("target")).endswith("x") and not given.get("cost") else 1
     )
     """Widths end up on multiples of this: 64 or 128 suit matrix-multiply tiles and serving kernels (128 if quantised),
     32 the blocks of q8_0, 8 the grouped kernels of experts. auto, or null: the smallest of 1, 8, 16, ... 128 at which
-    this machine loses nothing, measured as for a target of speed, whose default it is. The overshoot is less than one
-    step."""
+    this machine loses nothing, by the table of a target of speed (its default). The overshoot is below a step."""
     uniform_width: bool = False
     """Give every block the same width and as many KV groups, the widest that reach the target: a stock model without
     code of its own, if the family's config can hold the sizes (gpt2, opt and gpt_neox: not fewer heads)."""

@@ -104,15 +104,16 @@ def sparsity_figure(masks: Masks, labels: Sequence[Tensor] | None) -> Figure:
 
 
 @style()
-def speed_figure(table: dict[str, Any]) -> Figure:
-    """Milliseconds of a block by the neurons, and by the KV groups, that it keeps, and of what is never pruned."""
+def speed_figure(table: dict[str, Any], depth: int) -> Figure:
+    """Milliseconds of all blocks by the neurons, and by the KV groups, that each keeps, and of what is never pruned."""
     figure = Figure(figsize=(9, 3.4))
     panels = {"neurons": "FFN neurons", "groups": "KV groups"}
     for axes, (kind, units) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
         kept, seconds = np.transpose(table[kind])
-        axes.plot(kept, 1000 * seconds, marker="o", ms=4, color=COLOURS["gprune"], label="a block")
+        axes.plot(kept, 1000 * depth * seconds, marker="o", ms=4, color=COLOURS["gprune"], label=f"{depth} blocks")
         axes.axhline(1000 * table["rest"], ls="--", color=OTHER, label="what is never pruned")
-        axes.set(xlabel=f"{units} that a block keeps", ylabel="milliseconds", ylim=0)
+        axes.set(xlabel=f"{units} that each block keeps", ylabel="milliseconds", xticks=kept, ylim=0)
+        axes.label_outer()
         axes.grid(axis="y")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     return figure
@@ -125,7 +126,7 @@ def run_figures(records: Sequence[Record], modules: Modules | None, masks: Masks
     if modules is not None and len(modules.drift[0].ranks) > 1:
         figures["heterogeneity"] = heterogeneity_figure(modules)
     if "speed_table" in summary:
-        figures["speed"] = speed_figure(summary["speed_table"])
+        figures["speed"] = speed_figure(summary["speed_table"], len(masks.ffn))
     about = caption(records)
     return {name: titled(figure, about) for name, figure in figures.items()}
 

@@ -146,9 +146,9 @@ def test_bad_multiples_end_in_one_line(flag, message, world, tmp_path, capsys):
 
 
 def test_the_figure_has_blocks_by_both_units_and_what_is_never_pruned():
-    figure = speed_figure(TABLE)
+    figure = speed_figure(TABLE, 3)
     lines = [[line.get_xydata().tolist() for line in axes.get_lines()] for axes in figure.axes]
-    assert [of[0] for of in lines] == [[[n, 1000 * t] for n, t in TABLE[kind]] for kind in ("neurons", "groups")]
+    assert [of[0] for of in lines] == [[[n, 3000 * t] for n, t in TABLE[kind]] for kind in ("neurons", "groups")]
     assert all({y for _, y in of[1]} == {2.0} for of in lines)
 
 

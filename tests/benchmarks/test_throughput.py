@@ -7,8 +7,8 @@ import json
 import pytest
 
 from gprune import report
+from gprune.__main__ import run as command
 from gprune.benchmarks import speed
-from gprune.benchmarks.command import main
 from gprune.benchmarks.measurement import task_numbers
 from gprune.runs.results import load_run
 from gprune.studies.archive import record_of
@@ -33,7 +33,7 @@ def timed(monkeypatch):
 def evaluated(capsys, *args) -> dict[str, list[str]]:
     """Numbers and ratios of the table by task, stage and batch."""
     capsys.readouterr()
-    assert main([str(args[0]), "--tasks", "speed", *args[1:]]) == 0
+    assert command("evaluate", [str(args[0]), "--tasks", "speed", *args[1:]]) == 0
     rows = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     return {" ".join((row[0], row[2], row[4])): [row[5], row[7]] for row in rows[1:]}
 
