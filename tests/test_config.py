@@ -108,14 +108,14 @@ def test_a_setting_is_the_same_by_all_ways(name, value, tmp_path):
          "--sparsity.scope: expected 'ffn', 'attention+ffn', 'ffn+blocks' or 'attention+ffn+blocks', got 'mlp'."),
         ("sparsity.scope", "blocks+attention", "--sparsity.scope: expected 'ffn', 'attention+ffn', 'ffn+blocks' or"),
         ("sparsity.block_share", 1.5, "--sparsity.block_share: expected 1 or less, got 1.5."),
-        ("sparsity.epochs", 2.5, "--sparsity.epochs: expected a whole number, got 2.5."),
-        ("sparsity.options", {"spread": "wide"}, "--sparsity.options.spread: expected a number, got 'wide'."),
+        ("sparsity.epochs", 2.5, "--sparsity.epochs: expected a valid integer, got 2.5."),
+        ("sparsity.options", {"spread": "wide"}, "--sparsity.options.spread: expected a valid number, got 'wide'."),
         ("distill.tokens", 10**13, "--distill.tokens: expected 1000000000000 or less, got 10000000000000."),
-        ("corpora.drift", "wiki", "--corpora.drift: expected a list, got 'wiki'."),
+        ("corpora.drift", "wiki", "--corpora.drift: expected a valid list, got 'wiki'."),
         ("corpora.collect", ["gram", "x"], "--corpora.collect[1]: expected 'gram' or 'saliency', got 'x'."),
-        ("gprune", 1, "--gprune: expected true or false, got 1."),
+        ("gprune", 1, "--gprune: expected a valid boolean, got 1."),
         ("run.seed", 2**32, "--run.seed: expected less than 4294967296, got 4294967296."),
-        ("run.dir", ["runs"], "--run.dir: expected text, got ['runs']."),
+        ("run.dir", ["runs"], "--run.dir: expected a valid string, got ['runs']."),
         ("logging.tags", [""], "--logging.tags[0]: String should have at least 1 character, got ''."),
         ("logging.project", "a/b", "--logging.project: String should match pattern '^[^/"),
     ],
@@ -189,7 +189,7 @@ def test_what_was_assigned_is_checked_again():
     cfg.gprune = False
     cfg.validate()
     cfg.corpora.drift.append(3)
-    with pytest.raises(UserError, match=r"--corpora\.drift\[3\]: expected text, got 3"):
+    with pytest.raises(UserError, match=r"--corpora\.drift\[3\]: expected a valid string, got 3"):
         cfg.validate()
 
 
@@ -300,7 +300,7 @@ class Odd:
     ("call", "said"),
     [
         (lambda: RunConfig(sparsity=CorporaConfig()), "--sparsity: expected values by name, got CorporaConfig"),
-        (lambda: RunConfig(ridge=Odd()), "--ridge: expected a number, got <"),
+        (lambda: RunConfig(ridge=Odd()), "--ridge: expected a valid number, got <"),
         (lambda: SparsityConfig(target=np.array([0.5])), "--sparsity.target: expected a share of the scope"),
         (lambda: gprune.prune({}), "prune: expected a RunConfig"),
         (lambda: gprune.load_run(None), "Expected the path of a run folder"),

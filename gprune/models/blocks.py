@@ -60,10 +60,6 @@ class Block:
             return self.parts.get(name)
         raise AttributeError(name)
 
-    def parts_of(self, kind: str) -> list[Part | ExpertPart]:
-        """The weight matrices of `ffn` or of `attention`."""
-        return [self.parts[name] for name in PARTS[kind] if name in self.parts]
-
     def module(self, path: str | None) -> nn.Module | None:
         """The layer's module at a path of the family's record."""
         return None if path is None else attrgetter(path)(self.layer)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from gprune.benchmarks.speed import price_by
 from gprune.config import RunConfig
 from gprune.corpora import lies_here
-from gprune.models.blocks import blocks_of
+from gprune.models.blocks import PARTS, blocks_of
 from gprune.models.loading import locate_model
 from gprune.pipeline.cost import calibration_tokens, passes
 from gprune.pipeline.inputs import prepare_text
@@ -112,7 +112,8 @@ def flops(plan: Plan) -> float:
     token = 2.0 * config.vocab_size * config.hidden_size
     for block in blocks:
         ffn, attention = (
-            sum(part.out_features * part.in_features for part in block.parts_of(kind)) for kind in ("ffn", "attention")
+            sum(part.out_features * part.in_features for name, part in block.parts.items() if name in names)
+            for names in (PARTS["ffn"], PARTS["attention"])
         )
         active = min(getattr(config, "num_experts_per_tok", 1), block.experts) / block.experts
         token += 2 * (attention + ffn * active) + 4 * cfg.corpora.seq_len * block.output.in_features

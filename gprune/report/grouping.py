@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path, PurePath
@@ -46,14 +45,15 @@ def with_distinct_names(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in seed alone; most often one.
-
-    The name is the run's own or, of several, the common prefix of the runs' names and the settings that differ from
-    those of other groups with this prefix.
-    """
+    """Runs that differ in seed alone; most often one."""
 
     runs: list[FinishedRun]
-    name: str
+
+    @property
+    def name(self) -> str:
+        """The run's own or, of several, the first one's, and how many they are."""
+        name, seeds = self.runs[0].name, len(self.runs)
+        return name if seeds == 1 else f"{name} ({seeds} seeds)"
 
 
 def groups(runs: Sequence[FinishedRun]) -> list[Group]:
@@ -68,34 +68,13 @@ def groups(runs: Sequence[FinishedRun]) -> list[Group]:
         settings = run.all_but_seed
         times[settings, run.seed] += 1
         by_settings[settings, times[settings, run.seed]].append(run)
-    by_prefix: dict[str, list[FinishedRun]] = defaultdict(list)  # the first run of each group of several
-    for members in by_settings.values():
-        if len(members) > 1:
-            by_prefix[_prefix(members)].append(members[0])
-    return [Group(_seen_together(members), _name(members, by_prefix)) for members in by_settings.values()]
+    return [Group(_seen_together(members)) for members in by_settings.values()]
 
 
 def _seen_together(runs: list[FinishedRun]) -> list[FinishedRun]:
     """The runs, where a corpus that one of them has seen is seen in all."""
     seen = {r["corpus"] for run in runs for r in run.records if r["seen"]}
     return [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
-
-
-def _prefix(runs: Sequence[FinishedRun]) -> str:
-    """The common prefix of the runs' names, without the hash at the end of default ones."""
-    names = [re.sub(r"-[0-9a-f]{8}$", "", run.name) for run in runs]
-    common = os.path.commonprefix(names).rstrip("-_. ")  # noqa: RUF071 (names, not paths)
-    return common.removesuffix("seed").rstrip("-_. ") or names[0]
-
-
-def _name(runs: Sequence[FinishedRun], by_prefix: Mapping[str, Sequence[FinishedRun]]) -> str:
-    """The run's own or, of several, their prefix and the settings in which groups with this prefix differ."""
-    if len(runs) == 1:
-        return runs[0].name
-    prefix = _prefix(runs)
-    own, *others = (flags(run) for run in (runs[0], *by_prefix[prefix]))
-    different = [f", {name}={own[name]}" for name in own if any(other.get(name) != own[name] for other in others)]
-    return f"{prefix}{''.join(different)} ({len(runs)} seeds)"
 
 
 def flags(run: FinishedRun) -> dict[str, Any]:

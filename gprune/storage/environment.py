@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import resource
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -17,14 +18,7 @@ PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "w
 
 def peak_memory() -> dict[str, int]:
     """Peak memory of this process so far, MiB: resident, and where there are GPUs allocated on the fullest of them."""
-    if platform.system() == "Windows":
-        import psutil
-
-        peak = psutil.Process().memory_info().peak_wset
-    else:
-        import resource  # which Windows lacks
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     memory = {"peak_memory_mib": round(peak / 2**20)}
     if torch.cuda.is_initialized():
         devices = range(torch.cuda.device_count())

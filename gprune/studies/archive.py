@@ -39,7 +39,7 @@ def default_settings() -> dict[str, Any]:
 
 def record_of(row: Row) -> dict[str, Any] | None:
     """The record of the row's settings, if it has the tasks and the masks that the list asks for."""
-    _, record = _stored(row)
+    _, record = stored(row)
     return record if record is not None and _serves(row, record) else None
 
 
@@ -69,17 +69,12 @@ def write(path: Path, record: dict[str, Any]) -> None:
     write_json(path, record | {"records": folded(record["records"])}, width=WIDTH)
 
 
-def path_of(row: Row) -> Path:
-    """Where a row's record is, under whatever name another list gave the row; or where it will be.
+def stored(row: Row) -> tuple[Path, dict[str, Any] | None]:
+    """Where a row's record is, under whatever name another list gave the row, or where it will be; and the record.
 
     Named for people, and told apart by a hash of the settings that are not the defaults, so that a new setting, at its
     default, leaves the names of records what they were. A record with other tasks is never written over.
     """
-    return _stored(row)[0]
-
-
-def _stored(row: Row) -> tuple[Path, dict[str, Any] | None]:
-    """`path_of` the row, and the record of its settings that lies there: each file is read once."""
     default, settings = flat(default_settings()), plain(row.config.settings())
     unusual = {name: value for name, value in flat(settings).items() if value != default.get(name)}
     key = key_of(format=FORMAT, settings=unusual)[:10]
@@ -126,7 +121,7 @@ def as_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> Fini
             f"which shares text with what it used; add it to `seen` ({', '.join(seen)})."
         )
     return FinishedRun(
-        path=path_of(row),
+        path=stored(row)[0],
         name=row.name,
         settings=record["settings"] | {"inputs": record["inputs"]},
         records=records,

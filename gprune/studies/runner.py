@@ -27,7 +27,7 @@ from gprune.report.records import cost_table
 from gprune.runs import schema
 from gprune.runs.folder import RunFolder
 from gprune.storage.files import read_json, write_json
-from gprune.studies.archive import dense_path, learned_tokens, packed, path_of, plain, read, record_of, write
+from gprune.studies.archive import dense_path, learned_tokens, packed, plain, record_of, stored, write
 from gprune.studies.listing import Listing, Row, parts_of
 from gprune.studies.tables import reported, tables_of
 from gprune.studies.tracking import beside_records, log, named
@@ -89,7 +89,7 @@ def run(row: Row) -> tuple[Path, dict[str, Any]]:
         The run's folder, and the record; an empty one in other processes than the first, which keeps it.
     """
     cfg = named(row)
-    before = read(path_of(row)) or {"masks": None}  # of another list, which wants other things of this row
+    before = stored(row)[1] or {"masks": None}  # of another list, which wants other things of this row
     if row.wanted_tasks and cfg.recovery != "none":  # masks do not hold what recovery changed
         cfg = cfg.model_copy(update={"export": ExportConfig(format="hf", dtype=cfg.model.dtype)})
     with beside_records(row):
@@ -110,7 +110,7 @@ def run(row: Row) -> tuple[Path, dict[str, Any]]:
         "records": [rounded(r) for r in result.records],
     }
     record |= {name: before[name] for name in ("tasks", "evaluation") if name in before}
-    write(path_of(row), record)
+    write(stored(row)[0], record)
     return result.path, record
 
 
@@ -161,7 +161,7 @@ def measure_tasks(row: Row, folder: Path, record: dict[str, Any]) -> dict[str, A
             write_json(shared, {"records": list(map(rounded, measured))})  # now: the rest may take an hour
         measured, _ = measurement.evaluate(str(folder), asked, dense=beside)
     record = record | {"tasks": row.wanted_tasks, "evaluation": list(map(rounded, measured))}
-    write(path_of(row), record)  # asked again: another list may have written its own tasks beside it
+    write(stored(row)[0], record)  # asked again: another list may have written its own tasks beside it
     return record
 
 

@@ -14,7 +14,7 @@ from gprune.report.perplexity_tables import pooled, ratio_to
 from gprune.report.records import by_stage
 from gprune.report.table import Estimate, Table
 from gprune.runs.results import FinishedRun, Record, row_name
-from gprune.studies.archive import as_run, path_of
+from gprune.studies.archive import as_run, stored
 from gprune.studies.listing import Listing, Row
 
 Done = Sequence[tuple[Row, dict[str, Any]]]  # rows that have run, with their records
@@ -49,7 +49,7 @@ def _check_text(done: Done) -> None:
             if before != digest:
                 raise UserError(
                     f"Rows '{other.name}' and '{row.name}' have read other text as {role}: remove the outdated "
-                    f"record ({path_of(other).name} or {path_of(row).name}) and its run folder, and run it again."
+                    f"record ({stored(other)[0].name} or {stored(row)[0].name}) and its run folder, and run it again."
                 )
 
 

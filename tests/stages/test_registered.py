@@ -133,7 +133,7 @@ def test_settings_of_runs_without_them_are_what_they_were():
         ({"sparsity.learner": "plain", "options.plain.rat": 1},
          "--options.plain: expected options of 'plain' (rate, kind), got 'rat'."),
         ({"sparsity.learner": "plain", "options.plain.rate": 0}, "--options.plain.rate: expected more than 0, got 0."),
-        ({"sparsity.learner": "plain", "options.plain.kind": 1}, "--options.plain.kind: expected text, got 1."),
+        ({"sparsity.learner": "plain", "options.plain.kind": 1}, "--options.plain.kind: expected a valid string"),
         ({"options.soft_assignment.tau": 1},
          "--options.soft_assignment: expected options of 'soft_assignment' (final_tau), got 'tau'."),
         ({"options": {"x": 1}}, "--options.x: expected values by name, got 1."),

@@ -110,7 +110,7 @@ def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
         ("rows: {a: {}}\ncontrols: [b]\n", ["controls", "(a)", "'b'"]),
         # types
         ("rows: {a: {}}\ncommon: [x]\n", ["common", "by name"]),
-        ("rows: {a: {}}\nseeds: [a]\n", ["seeds[0]", "a whole number", "'a'"]),
+        ("rows: {a: {}}\nseeds: [a]\n", ["seeds[0]", "a valid integer", "'a'"]),
         ("rows: {a: {}}\ntables: [perplexities]\n", ["tables[0]", "comparison", "perplexities"]),
         ("rows: {a: {}}\ncompare: [['a: gprune']]\n", ["compare[0]", "2 items"]),
         ("rows: {a: {}}\ntasks: {names: []}\n", ["tasks.names", "at least 1"]),
