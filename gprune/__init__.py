@@ -16,7 +16,7 @@ from gprune.config import RunConfig
 from gprune.corpora.load import CORPORA
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE, metric
-from gprune.lazy import later
+from gprune.imports import later
 from gprune.models.families import FAMILIES, Family
 from gprune.recoveries import RECOVERY, recovery
 from gprune.registry import CALIBRATOR, LEARNER, REFINER
@@ -37,15 +37,4 @@ __all__ = [
     "Masks", "PruningResult", "RunConfig", "UserError", "allocation", "apply_masks", "calibrator", "learner",
     "load_run", "masked", "metric", "prune", "recovery", "refiner", "register",
 ]  # fmt: skip
-__getattr__, __dir__ = later(
-    __name__,
-    {
-        "Masks": "gprune.models.masks:Masks",
-        "PruningResult": "gprune.runs.results:PruningResult",
-        "apply_masks": "gprune.export.hf:apply_masks",
-        "load_run": "gprune.runs.results:load_run",
-        "masked": "gprune.sparsity.gates:masked",
-        "prune": "gprune.pipeline.prune:prune",
-        "register": "gprune.models.loading:register",
-    },
-)
+__getattr__, __dir__ = later(__name__)

@@ -19,8 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn, TextIO
 
 from gprune.errors import UserError, printable
-from gprune.imports import Import
-from gprune.lazy import import_matplotlib
+from gprune.imports import Import, import_matplotlib
 
 BOLD = re.compile(r"(\x1b\[[01]m)")  # on and off: all that rich adds to a table, whose cells are printable already
 

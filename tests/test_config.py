@@ -12,12 +12,11 @@ import torch
 import yaml
 
 import gprune
+from gprune.cli import unread
 from gprune.config import RunConfig, check_settings, configured, parse
-from gprune.config.groups import CorporaConfig, SparsityConfig
+from gprune.config.groups import INSTEAD, CorporaConfig, SparsityConfig
 from gprune.config.parse import GROUPS, HINTS
-from gprune.config.replaced import INSTEAD
 from gprune.config.running import LoggingConfig, RunFolderConfig, TrainerConfig
-from gprune.config.unread import unread
 from gprune.errors import UserError
 from gprune.registry import Registry
 from gprune.storage.yaml_text import to_yaml

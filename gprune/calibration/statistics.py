@@ -83,8 +83,7 @@ class Moments:
 
     def copied(self) -> Moments:
         """A copy that can be written into; the Gram matrix is shared."""
-        own = copy.deepcopy(replace(self, gram_source=None))
-        return replace(own, gram_source=self.gram_source)
+        return copy.deepcopy(self, {id(self.gram_source): self.gram_source})
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(getattr(self, name) + getattr(other, name) for name in SUMS))
@@ -150,8 +149,7 @@ class CorpusStatistics:
 
     def copied(self) -> CorpusStatistics:
         """A copy that can be written into; Gram matrices are shared."""
-        own = {name: t if kind_of(name) == "gram" else t.clone() for name, t in self.tensors().items()}
-        return self.from_tensors(own)
+        return copy.deepcopy(self, {id(c.gram): c.gram for c in (*self.ffn, *self.attention)})
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> CorpusStatistics:

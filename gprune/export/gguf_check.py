@@ -24,28 +24,7 @@ from gprune.errors import UserError
 log = logging.getLogger("gprune")
 
 # Text with what tokenizers differ in: digits, blanks, other scripts, code, contractions.
-CHECK_TEXT = """\
-The lighthouse at the end of the harbour was built in 1872, and for almost ninety years somebody climbed its 147
-steps every evening to light the lamp. When the keeper retired, the town didn't look for another one: an electric
-motor turned the lens, and a clock switched it on. People said they'd miss the old man's stories more than his light.
-He told them to anyone who'd listen - about the storm of '09, the whale that followed a ferry, and the winter in which
-the sea froze   so hard that   children walked to the island.
-
-def mean(values: list[float]) -> float:
-\tif not values:
-\t\treturn 0.0
-    total = sum(v ** 2 for v in values)  # 3.14159 and 1,000,000
-    return total / len(values)
-
-Prices rose by 12.5% (from $1,024 to $1,152) between 2019 and 2023;  100 of them fell.   7 did not change at all.
-Äpfel und Öl, naïve café, Привет мир, 漢字とかな, x² + y² = z², 🙂 done!!! See https://example.org/a_b?c=d&e=5 ...
-
-Water boils at a lower temperature on a mountain than it does at the shore, because the air above presses on it less.
-A cook who moves from the coast to the hills has to learn this again with every pot of beans. The same law lets an
-engineer boil sea water with little heat: she lowers the pressure, catches the steam, and what condenses is sweet
-enough to drink. In both cases nothing about the water itself has changed; what has changed is how hard it is for a
-molecule to leave the others behind.
-"""
+CHECK_TEXT = Path(__file__).with_name("check_text.txt").read_text(encoding="utf-8")
 CHECK_TOKENS = 512
 
 # Largest mean KL(model || file), nats per token. SmolLM2-135M, dense and pruned, was seen at 5e-9 (f32), 7e-5 (f16) and

@@ -12,9 +12,8 @@ from gprune.models.blocks import decoder_layers
 from gprune.models.offload import device_of
 from gprune.pipeline.run import Run
 from gprune.registry import CALIBRATOR
-from gprune.runs.meeting import Meeting
 from gprune.runs.results import corpus_file
-from gprune.runs.trainer import check_trainer
+from gprune.runs.trainer import Meeting, check_trainer
 
 log = logging.getLogger("gprune")
 

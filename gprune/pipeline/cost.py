@@ -38,10 +38,7 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
     times = 1 if keeps(cfg, evaluated, hidden_size) else 2  # of each row, and the dense model's beside it
     early = 1 + times * sum(recovery == "none" for _, recovery in cfg.stages) if cfg.evaluates_early else 0
     late = 1 + times * len(cfg.stages) - early
-    forward = {
-        9: 3 * compared_tokens(cfg) + early * evaluated,
-        10: late * evaluated,
-    }
+    forward = {9: 3 * compared_tokens(cfg) + early * evaluated, 10: late * evaluated}
     trained = {9: 0, 10: 0}
     for row in cfg.stages:
         final = row == cfg.own_row  # the first that learns

@@ -16,13 +16,7 @@ from gprune.importance.scores import Scores, fractional_ranks, generator_for, sc
 from gprune.importance.weights import ffn_weights
 from gprune.models.blocks import Block
 from gprune.models.offload import device_of
-from gprune.partition.drift import (
-    half_agreement,
-    kendall_agreement,
-    module_agreements,
-    noise_floor,
-    rank_drift,
-)
+from gprune.partition.drift import half_agreement, kendall_agreement, module_agreements, noise_floor, rank_drift
 from gprune.partition.initial import initial_partition, parameter_embedding, same_sizes_by_drift, shuffled_partition
 from gprune.partition.modules import Drift, ModuleRanks, Modules
 from gprune.partition.objective import refinement_inputs

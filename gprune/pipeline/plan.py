@@ -16,7 +16,7 @@ from gprune.benchmarks.speed import Table, best_multiple, price_by, speed_table
 from gprune.calibration.saliency import salient_parts
 from gprune.config import RunConfig
 from gprune.errors import UserError
-from gprune.export.convert import LLAMA_CPP, has_llama_cpp
+from gprune.export.convert import check_type
 from gprune.export.gguf_writer import check_expressible
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.folders import check_stored
@@ -146,11 +146,7 @@ def device_for(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.device:
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
     """Raise UserError where this model's blocks or positions, or this machine, cannot do what the flags ask for."""
     if cfg.export.format == "gguf":
-        if not has_llama_cpp():
-            raise UserError(
-                f"--export gguf: expected a llama.cpp build to check the file with; got none. Run `pip install "
-                f"{LLAMA_CPP}`, or take --export hf, and then `gprune export` with --unchecked."
-            )
+        check_type("f16", unchecked=False)
         check_expressible(blocks, config)
     if cfg.model.device_map is not None and cfg.export.dtype not in (None, cfg.model.dtype):
         raise UserError(

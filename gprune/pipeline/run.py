@@ -29,9 +29,8 @@ from gprune.pipeline.inputs import Text, load, prepare_text
 from gprune.pipeline.plan import Plan, check
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
-from gprune.runs.progress import StageBar
 from gprune.runs.tracking import of_row, tracking
-from gprune.runs.trainer import PROFILERS, multiplying, plain_interrupts
+from gprune.runs.trainer import PROFILERS, StageBar, multiplying, plain_interrupts
 from gprune.runs.user_callbacks import Witness, callbacks_of_stage, retell
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget

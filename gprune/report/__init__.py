@@ -2,20 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from gprune.lazy import later
+from gprune.imports import later
 
 if TYPE_CHECKING:
     from gprune.report.page import Report, make, of_runs
     from gprune.report.table import Estimate, Table
 
 __all__ = ["Estimate", "Report", "Table", "make", "of_runs"]
-__getattr__, __dir__ = later(
-    __name__,
-    {
-        "Estimate": "gprune.report.table:Estimate",
-        "Report": "gprune.report.page:Report",
-        "Table": "gprune.report.table:Table",
-        "make": "gprune.report.page:make",
-        "of_runs": "gprune.report.page:of_runs",
-    },
-)
+__getattr__, __dir__ = later(__name__)

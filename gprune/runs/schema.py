@@ -124,7 +124,6 @@ class Summary(Shape):
     parameters_after: Count
     forward_tokens: Count
     forward_backward_tokens: Count
-    learned_tokens: Count = 0  # of a row of a list: forward and backward, without those of scores and controls
     unseen_over_base: dict[Text, Ratio] | None = None
     speed_table: SpeedTable | None = None
 

@@ -1,4 +1,5 @@
-"""Lightning's Trainer, fit for people: settings refused before anything is computed, and a Ctrl-C that stays one."""
+"""Lightning's Trainer, fit for people: settings refused before anything is computed, a Ctrl-C that stays one, a bar;
+and where processes of one run agree what is still to be computed."""
 
 from __future__ import annotations
 
@@ -14,11 +15,12 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
 from gprune.console import quieted
 from gprune.errors import UserError
+from gprune.screen import Advance, Screen
 
 log = logging.getLogger("gprune")
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
@@ -107,3 +109,71 @@ def plain_interrupts() -> Iterator[None]:
             raise
         signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
+
+
+class StageBar(ProgressBar):
+    """The bar of a stage on a screen: how far all of its epochs are, its loss, and the tokens that all devices take."""
+
+    def __init__(self, screen: Screen, what: str):
+        super().__init__()
+        self.screen, self.what = screen, what
+        self.advance: Advance = lambda *_: None
+
+    def disable(self) -> None:
+        """Nothing to do in other processes than the first: a screen knows which process it belongs to."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        batches = int(trainer.num_training_batches * trainer.max_epochs)
+        self.advance = self.screen.bar(self.what, batches, done=trainer.fit_loop.total_batch_idx + 1)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.advance = self.screen.bar(self.what, int(sum(trainer.num_test_batches)))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        shown = trainer.progress_bar_metrics.items()
+        self.advance(_tokens(batch, trainer), ", ".join(f"{name} {value:.3f}" for name, value in shown))
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self.advance(_tokens(batch, trainer))
+
+
+def _tokens(batch: Any, trainer: L.Trainer) -> int:
+    """Of a batch of text over all processes; 0 for a batch of anything else."""
+    return batch["input_ids"].numel() * trainer.world_size if isinstance(batch, dict) and "input_ids" in batch else 0
+
+
+class Meeting(L.LightningModule):
+    """`trainer.test(meeting)` brings all processes together; `lacking` then says what any of them lacks.
+
+    What each process sees for itself on a disk may be there a moment later: decided alone, one would compute what
+    others wait for elsewhere.
+
+    Args:
+        key: of the run that this process is at.
+
+    Raises:
+        UserError: in `setup`, if another process is at another run.
+    """
+
+    def __init__(self, key: str | None, lacking: Sequence[bool]):
+        super().__init__()
+        self.key, self.lacking = key, list(lacking)
+
+    def setup(self, stage: str) -> None:
+        strategy = self.trainer.strategy
+        elsewhere, *self.lacking = (
+            strategy.reduce_boolean_decision(mine, all=False)
+            for mine in (strategy.broadcast(self.key) != self.key, *self.lacking)
+        )
+        if elsewhere:
+            raise UserError("The processes of this run are at different runs of a list; run the same command again.")
+
+    def test_dataloader(self) -> list[Any]:
+        return []
+
+    def test_step(self) -> None:
+        """Never called: nothing is tested."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import functools
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,10 @@ FORMAT = 4  # of the names of records, which stay when the format of caches chan
 CONTROL = "control"  # what tables call the result of a row that the list names as a control
 
 
-def plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as JSON gives them back."""
-    return json.loads(json.dumps(settings))
-
-
 @functools.cache
 def default_settings() -> dict[str, Any]:
     """The settings of a run without flags."""
-    return plain(RunConfig().settings())
+    return RunConfig().settings()
 
 
 def record_of(row: Row) -> dict[str, Any] | None:
@@ -75,7 +69,7 @@ def stored(row: Row) -> tuple[Path, dict[str, Any] | None]:
     Named for people, and told apart by a hash of the settings that are not the defaults, so that a new setting, at its
     default, leaves the names of records what they were. A record with other tasks is never written over.
     """
-    default, settings = flat(default_settings()), plain(row.config.settings())
+    default, settings = flat(default_settings()), row.config.settings()
     unusual = {name: value for name, value in flat(settings).items() if value != default.get(name)}
     key = key_of(format=FORMAT, settings=unusual)[:10]
     there = [(path, read(path)) for path in sorted((row.records / "runs").glob(f"*-{key}*.json"))]

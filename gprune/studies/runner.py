@@ -27,7 +27,7 @@ from gprune.report.records import cost_table
 from gprune.runs import schema
 from gprune.runs.folder import RunFolder
 from gprune.storage.files import read_json, write_json
-from gprune.studies.archive import dense_path, learned_tokens, packed, plain, record_of, stored, write
+from gprune.studies.archive import dense_path, learned_tokens, packed, record_of, stored, write
 from gprune.studies.listing import Listing, Row, parts_of
 from gprune.studies.tables import reported, tables_of
 from gprune.studies.tracking import beside_records, log, named
@@ -100,7 +100,7 @@ def run(row: Row) -> tuple[Path, dict[str, Any]]:
     summary = {k: v for k, v in result.summary.items() if k not in ("geometric_means", "unseen_over_base")}
     record = {
         "name": row.name,
-        "settings": plain(cfg.settings()),
+        "settings": cfg.settings(),
         "inputs": manifest["settings"]["inputs"],
         "environment": manifest["environment"],
         "steps": manifest["steps"],

@@ -266,14 +266,14 @@ def test_a_run_writes_a_gguf_file_too(world, tmp_path):
 
 
 def test_a_run_that_could_write_no_gguf_file_is_refused_before_it_starts(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("gprune.pipeline.plan.has_llama_cpp", lambda: True)
+    monkeypatch.setattr("gprune.export.convert.has_llama_cpp", lambda: True)
     args = world("qwen3").args(tmp_path / "runs", "--export=gguf")
     monkeypatch.setattr("gprune.pipeline.inputs.load_model", lambda *_, **__: pytest.fail("loaded"))
     assert main(args) == 2
     assert "this 'qwen3' has weights beside Llama's" in capsys.readouterr().err
-    monkeypatch.setattr("gprune.pipeline.plan.has_llama_cpp", lambda: False)
+    monkeypatch.setattr("gprune.export.convert.has_llama_cpp", lambda: False)
     assert main(args) == 2
-    assert "--export gguf: expected a llama.cpp build" in capsys.readouterr().err
+    assert "Export: expected a llama.cpp build" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

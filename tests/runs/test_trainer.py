@@ -19,9 +19,7 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.models.surgery import prune
-from gprune.runs.meeting import Meeting
-from gprune.runs.progress import StageBar
-from gprune.runs.trainer import RANKS, check_trainer
+from gprune.runs.trainer import RANKS, Meeting, StageBar, check_trainer
 from gprune.screen import Screen
 from gprune.stages.distillation import DistillationStage
 from tests import tiny_run
