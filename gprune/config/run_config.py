@@ -39,6 +39,8 @@ class ExportConfig(Group, prefix="export.", plain_setting="format"):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the exported weights. Default: --model.dtype, or for a run in float32 the dtype in which the model is
     published. Perplexity is that of the weights in --model.dtype."""
+    type: Literal["f32", "f16", "q8_0"] = "f16"
+    """Of the matrices in the GGUF file; vectors are f32."""
 
 
 class SpeedConfig(Group, prefix="speed."):
@@ -291,6 +293,8 @@ class RunConfig(Group):
             del plain["speed"]
         if self.sparsity.cost is None:
             del plain["sparsity"]["cost"]
+        if self.sparsity.currency == "bytes":
+            plain["export"] = self.export.model_dump()
         plain["run"] = {"seed": self.run.seed}
         plain["trainer"] = {"world_size": self.processes, "precision": self.trainer.precision} | self.trainer.unusual
         return plain

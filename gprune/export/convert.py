@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LLAMA_CPP = "llama-cpp-py-sync"  # a package with a ready-built llama.cpp, which runs in a process of its own
-TYPES = ("f32", "f16", "q8_0")
+TYPES = {"f32": 32, "f16": 16, "q8_0": 8.5}  # bits of a weight
 QUANTISED = ("q4_k_m",)  # by llama.cpp's own quantiser, from f16
 
 

@@ -16,7 +16,7 @@ from gprune.benchmarks.speed import Table, best_multiple, price_by, speed_table
 from gprune.calibration.saliency import salient_parts
 from gprune.config import RunConfig
 from gprune.errors import UserError
-from gprune.export.convert import check_type
+from gprune.export.convert import TYPES, check_type
 from gprune.export.gguf_writer import check_expressible
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.folders import check_stored
@@ -29,6 +29,7 @@ from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cost import COST, Price, weighed
 from gprune.sparsity.cut import uniform_masks
+from gprune.sparsity.target import HALF_BITS
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,19 @@ class Plan:
         price = price_by(self.speed, blocks) if s.currency == "seconds" else self.priced(s.currency)
         how = {"protect": s.protect, "uniform": s.uniform_width, "block_share": s.block_share, "price": price}
         costs = unit_costs(blocks, scope=s.scope, **how)
-        return Budget.of(costs, s.target, s.width_multiple or best_multiple(self.speed))
+        multiple, export = s.width_multiple or best_multiple(self.speed), self.cfg.export
+        if (export.format, export.type) == ("gguf", "q8_0") and multiple % 32:
+            raise UserError(
+                f"--export.type q8_0: expected --sparsity.width_multiple 32, or 64 and so on, got {multiple}."
+            )
+        return Budget.of(costs, s.target, multiple)
 
     def priced(self, currency: str) -> Price:
-        """Prices in a registered currency, or `bytes` of what is exported (GGUF: float16, and float32 for vectors)."""
-        blocks, gguf = blocks_of(self.skeleton), self.cfg.export.format == "gguf"
-        size = getattr(torch, self.exported_dtype).itemsize
-        of_bytes = partial(weighed, weight=lambda p: (2 if p.ndim > 1 else 4) if gguf else size)
+        """Prices in a registered currency, or half bits of what is exported, for `bytes`."""
+        blocks, export = blocks_of(self.skeleton), self.cfg.export
+        size = getattr(torch, self.exported_dtype).itemsize * HALF_BITS
+        matrix, vector = (int(2 * TYPES[export.type]), 64) if export.format == "gguf" else (size, size)
+        of_bytes = partial(weighed, weight=lambda p: matrix if p.ndim > 1 else vector)
         costs = (of_bytes if currency == "bytes" else COST[currency])(self.skeleton, blocks)
         return Price.by_unit(costs, [b.neurons for b in blocks], [b.kv_groups for b in blocks])
 
@@ -146,7 +153,7 @@ def device_for(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.device:
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
     """Raise UserError where this model's blocks or positions, or this machine, cannot do what the flags ask for."""
     if cfg.export.format == "gguf":
-        check_type("f16", unchecked=False)
+        check_type(cfg.export.type, unchecked=False)
         check_expressible(blocks, config)
     if cfg.model.device_map is not None and cfg.export.dtype not in (None, cfg.model.dtype):
         raise UserError(

@@ -64,11 +64,11 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
                 )
                 run.folder.update_manifest(model=file_hashes(folder), replace=True, exported_dtype=dtype)
         run.folder.update_manifest(logits=checks)
-    gguf = run.folder / "model-f16.gguf"
+    gguf = run.folder / f"model-{cfg.export.type}.gguf"
     if cfg.export.format == "gguf" and not gguf.exists():
         log.info("Writing %s and checking that llama.cpp computes the same", gguf)
         with run.folder.step("export_gguf"):
-            export(folder, gguf)
+            export(folder, gguf, type=cfg.export.type)
 
 
 def save_masks(run: Run, masks: Mapping[str, Masks]) -> None:

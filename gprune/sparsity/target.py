@@ -16,6 +16,7 @@ from gprune.errors import UserError
 FORM = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(%|x|[KMB]|[KMG]i?B|)")
 SIZES = {f"{letter}{i}B": base**n for i, base in (("", 1000), ("i", 1024)) for n, letter in enumerate("KMG", start=1)}
 LEFT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9} | SIZES
+HALF_BITS = 16  # of a byte, which budgets of bytes count: GGUF's q8_0 has 8.5 bits a weight
 FORMS = "a share of the scope inside (0, 1), 30% of all parameters, 95M or 200MiB that are left, or 1.4x as fast"
 
 
@@ -44,13 +45,14 @@ class Target:
         """What has to go, rounded up, where scope and model cost so much."""
         if self.unit in ("share", "%"):
             return math.ceil(self.number * (scope if self.unit == "share" else model))
-        return model - math.floor(model / self.number if self.unit == "x" else self.number)
+        left = {"x": model / self.number, "bytes": self.number * HALF_BITS}.get(self.unit, self.number)
+        return model - math.floor(left)
 
     def limit(self, most: int, scope: int, model: int) -> str:
         """What the target can be where no more than `most` can go, in its unit."""
         left = model - most
         if self.unit in ("parameters", "bytes"):
-            return f"at least {left:,}" if self.unit == "parameters" else f"at least {left / 2**20:.1f}MiB"
+            return f"at least {left:,}" if self.unit == "parameters" else f"at least {left / HALF_BITS / 2**20:.1f}MiB"
         x = f"{100 * model // max(left, 1) / 100:.2f}x" if self.unit == "x" else f"{most / model:.2%}"
         return f"at most {most / max(scope, 1):.4f}" if self.unit == "share" else f"at most {x}"
 

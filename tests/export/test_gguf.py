@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from gprune.cli import main
+from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.export import export, gguf_check, gguf_writer
 from gprune.export.convert import LLAMA_CPP, QUANTISED, TYPES, has_llama_cpp, load_folder
@@ -23,6 +24,8 @@ from gprune.models import embedded as assets
 from gprune.models import gguf as reading
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
+from gprune.pipeline.plan import check
+from gprune.sparsity.target import HALF_BITS
 from gprune.storage import wheels
 from tests import tiny_run
 from tests.conftest import make_tiny_llama
@@ -253,16 +256,36 @@ def world(tmp_path):
 
 @needs_llama_cpp
 @pytest.mark.slow
-def test_a_run_writes_a_gguf_file_too(world, tmp_path):
-    flags = ("--export=gguf", "--sparsity.scope=attention+ffn")
+def test_a_run_writes_a_gguf_file_too_of_as_many_bytes_as_are_asked_for(world, tmp_path):
+    flags = ("--sparsity.target=700KB", "--export=gguf", "--sparsity.scope=attention+ffn")
     llama = world("llama")
-    run = llama.run(tmp_path / "runs", *flags)
-    assert {"model", "model-f16.gguf"} <= {path.name for path in run.path.iterdir()}
-    (run.path / "model-f16.gguf").unlink()  # lost: the same command writes it again, and nothing else
+    run, name = llama.run(tmp_path / "runs", *flags), "model-f16.gguf"
+    assert {"model", name} <= {path.name for path in run.path.iterdir()}
+    weights = sum(t.n_bytes for t in gguf.GGUFReader(run.path / name).tensors)
+    assert 0 <= 700_000 - weights < 66_000  # the largest unit is a KV group
+    (run.path / name).unlink()  # lost: the same command writes it again, and nothing else
     manifest = json.loads((run.path / "manifest.json").read_text())
     llama.run(tmp_path / "runs", *flags)
-    assert (run.path / "model-f16.gguf").is_file()
+    assert (run.path / name).is_file()
     assert json.loads((run.path / "manifest.json").read_text())["logits"] == manifest["logits"]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_budget_of_bytes_counts_those_of_the_file(kind, world, tmp_path, monkeypatch):
+    monkeypatch.setattr("gprune.export.convert.has_llama_cpp", lambda: True)
+    llama = world("llama")
+    args = llama.args(tmp_path, "--export=gguf", f"--export.type={kind}", "--sparsity.width_multiple=32")
+    model = AutoModelForCausalLM.from_pretrained(llama.model)
+    write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type=kind)
+    weights = sum(t.n_bytes for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors)
+    assert check(parse(args)).priced("bytes").model == HALF_BITS * weights
+
+
+def test_rows_that_q8_0_cannot_divide_are_refused(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("gprune.export.convert.has_llama_cpp", lambda: True)
+    args = world("llama").args(tmp_path / "runs", "--export=gguf", "--export.type=q8_0")
+    assert main(args) == 2
+    assert "expected --sparsity.width_multiple 32, or 64 and so on, got 1." in capsys.readouterr().err
 
 
 def test_a_run_that_could_write_no_gguf_file_is_refused_before_it_starts(world, tmp_path, monkeypatch, capsys):

@@ -20,7 +20,7 @@ from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
 from gprune.sparsity.cost import COST, Price, weighed
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.returned import checked_masks
-from gprune.sparsity.target import Target
+from gprune.sparsity.target import HALF_BITS, Target
 from tests.built_in import scratch
 from tests.conftest import collect, make_tiny_llama
 
@@ -58,6 +58,9 @@ def test_a_new_unit_leaves_old_runs_where_they_are():
         RunConfig(sparsity={"target": 0.4}).settings()["sparsity"].keys() == RunConfig().settings()["sparsity"].keys()
     )
     assert "cost" not in RunConfig().settings()["sparsity"]
+    assert "export" not in RunConfig().settings()
+    bytes_of = [RunConfig(sparsity={"target": "9MiB"}, export={"dtype": dtype}) for dtype in ("float32", "float16")]
+    assert bytes_of[0].run_name != bytes_of[1].run_name  # other units go
     assert RunConfig(sparsity={"target": "30%", "cost": "kv_cache"}).settings()["sparsity"]["cost"] == "kv_cache"
 
 
@@ -100,7 +103,7 @@ def curved(model) -> Price:
 def test_every_currency_is_met_to_the_step_by_every_allocation(asked, cost, uniform, name, scored):
     model, statistics, scores = scored
     blocks = blocks_of(model)
-    size = {"weight": lambda p: 4 if p.ndim < 2 else 2} if cost == "bytes" else {}
+    size = {"weight": lambda p: HALF_BITS * (4 if p.ndim < 2 else 2)} if cost == "bytes" else {}
     price = curved(model) if cost == "curved" else priced(model, cost, **size)
     costs = unit_costs(blocks, scope="attention+ffn", uniform=uniform, price=price)
     for multiple in (1, 8):
@@ -110,7 +113,7 @@ def test_every_currency_is_met_to_the_step_by_every_allocation(asked, cost, unif
         small = prune(model, masks)
         left, number = price.model - costs.removed(masks), Target.of(asked).number
         if cost == "bytes":
-            assert left == sum(p.numel() * size["weight"](p) for p in small.parameters()) <= number
+            assert left == sum(p.numel() * size["weight"](p) for p in small.parameters()) <= HALF_BITS * number
         if cost == "parameters":
             assert left == small.num_parameters() <= (number if asked == "24K" else (1 - number) * price.model)
         if cost == "kv_cache":
