@@ -32,9 +32,7 @@ class AnswerLM(HFLM):
         # A copy, since HFLM gives the tokenizer a token for padding.
         super().__init__(model, backend="causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
-    def _loglikelihood_tokens(
-        self, requests: list[Request], disable_tqdm: bool = False, **_: Any
-    ) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding gives it) of each continuation."""
         same_input = defaultdict(list)  # one pass serves all continuations that differ in their last token
         for i, (_, context, continuation) in enumerate(requests):
@@ -70,16 +68,12 @@ class AnswerLM(HFLM):
         return F.log_softmax(logits, -1, dtype=torch.float32)
 
     def _model_generate(self, context: Tensor, **options: Any) -> Tensor:
-        """(batch, length + generated) int64 from `context` (batch, length), padded on the left."""
+        """(batch, length + generated) int64, of a context (batch, length) padded on the left; refuses NaN, which is the
+        largest of logits."""
         self._check(context)
-        return super()._model_generate(context, logits_processor=LogitsProcessorList([_checked]), **options)
+        finite = [lambda _, logits: require_finite("logit came up in generation", logits.amax(-1)) or logits]
+        return super()._model_generate(context, logits_processor=LogitsProcessorList(finite), **options)
 
     def _check(self, tokens: Tensor) -> None:
         if int(tokens.max()) >= self.model.get_input_embeddings().num_embeddings:
             raise UserError(f"The tokenizer makes tokens that the model has no embeddings for ({int(tokens.max())}).")
-
-
-def _checked(_: Tensor, logits: Tensor) -> Tensor:
-    """Logits (batch, vocabulary), of which generation takes the largest, and NaN as readily."""
-    require_finite("logit came up in a generated answer", logits.amax(-1))
-    return logits

@@ -13,9 +13,7 @@ Llama tokenizer put it before the whole text alone have it in the first window o
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import json
 import math
 import os
 import re
@@ -25,8 +23,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.benchmarks.settings import TEXTS, WIKITEXT
+from gprune.console import quieted
 from gprune.corpora.hub import had_from_hub, offline_if_unreachable
-from gprune.corpora.local import text_of
 from gprune.corpora.windows import JOIN, Bos, Sample, Windows, check_tokens, make_windows, opening
 from gprune.errors import UserError, quoting
 from gprune.evaluation.intervals import mean_perplexity
@@ -58,25 +56,20 @@ def wikitext2() -> str:
         return JOIN.join(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"])
 
 
-def c4() -> list[str]:
-    """The documents that are scored, from the shard in `$GPRUNE_DATA_DIR/corpora/c4`, under its name, or the hub."""
-    root = os.environ.get("GPRUNE_DATA_DIR")
-    if root and (path := expanded(root) / "corpora/c4" / SHARD).is_file():
-        unread = quoting(f"{path}: expected the first validation shard of C4, but it cannot be read (", ").")
-        with unread, gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = enumerate(itertools.islice(file, DOCUMENTS), 1)
-            return [text_of(json.loads(line), f"{path}:{i}") for i, line in lines]
+def c4() -> tuple[str, int]:
+    """The text that is scored, of how many documents; from the shard in `$GPRUNE_DATA_DIR/corpora/c4`, or the hub."""
     import datasets
 
-    with had_from_hub("C4", f"the shard into $GPRUNE_DATA_DIR/corpora/c4/{SHARD}"), offline_if_unreachable():
-        files = {"validation": f"en/{SHARD}"}
-        rows = datasets.load_dataset("allenai/c4", data_files=files, split="validation", streaming=True)
-        return [row["text"] for row in itertools.islice(rows, DOCUMENTS)]
+    path = expanded(os.environ.get("GPRUNE_DATA_DIR", "")) / "corpora/c4" / SHARD
+    source, file = ("json", str(path)) if path.is_file() else ("allenai/c4", f"en/{SHARD}")
+    unread = quoting(f"C4 could not be read from {file} (", f"). Put it into $GPRUNE_DATA_DIR/corpora/c4/{SHARD}.")
+    with unread, quieted("datasets") if source == "json" else offline_if_unreachable():
+        rows = datasets.load_dataset(source, data_files={"validation": file}, split="validation", streaming=True)
+        texts = [row["text"] for row in itertools.islice(rows, DOCUMENTS)]
+        return " ".join(texts), len(texts)
 
 
-def literature_windows(
-    text: str, tokenizer: PreTrainedTokenizerBase, task: str = WIKITEXT, *, seq_len: int, bos: Bos = "auto"
-) -> Windows:
+def literature_windows(text: str, tokenizer: PreTrainedTokenizerBase, task: str, *, seq_len: int, bos: Bos) -> Windows:
     """(n, seq_len) tokens: all whole windows in order, of C4 the first 256."""
     sample = Sample(None, seq_len, shuffle=False, bos=opening(tokenizer, bos), flags=("--limit", "--seq_len"))
     every = make_windows([text], tokenizer, sample, corpus=task, split="test" if task == WIKITEXT else "validation")
@@ -145,7 +138,7 @@ def _convention(task: str) -> tuple[str, str, str, list[str]]:
         text = wikitext2()
         missing = [] if len(text) == CHARACTERS else [f"{len(text):,} of {CHARACTERS:,} characters"]
         return text, JOIN, "the convention of the literature", missing
-    documents = c4()
-    missing = [] if len(documents) == DOCUMENTS else [f"{len(documents):,} of {DOCUMENTS:,} documents"]
+    text, documents = c4()
+    missing = [] if documents == DOCUMENTS else [f"{documents:,} of {DOCUMENTS:,} documents"]
     note = f"the convention of SparseGPT and Wanda: up to {WINDOWS} windows of the first {DOCUMENTS:,} documents"
-    return " ".join(documents), " ", note, missing
+    return text, " ", note, missing

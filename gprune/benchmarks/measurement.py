@@ -23,7 +23,8 @@ from gprune.storage.files import key_of, write_json
 from gprune.storage.reading import expanded
 
 log = logging.getLogger("gprune")
-NUMBERS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "perplexity", "tokens_per_second", "seconds")
+NUMBERS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "exact_match", "exact_match_stderr", "perplexity")
+NUMBERS += ("tokens_per_second", "seconds")
 
 
 def check(asked: Benchmarks) -> None:

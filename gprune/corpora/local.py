@@ -93,17 +93,16 @@ def _read(path: Path) -> Iterator[str]:
 
         with ParquetFile(path) as file:
             for batch in file.iter_batches(columns=["text"]):
-                yield from (text_of({"text": t}, str(path)) for t in batch["text"].to_pylist() if t is not None)
+                yield from (_text_of({"text": t}, str(path)) for t in batch["text"].to_pylist() if t is not None)
         return
     with path.open(encoding="utf-8") as file:
         if path.suffix.lower() == ".txt":
             yield from split_text(file.read(2 * MOST))
         else:
-            yield from (text_of(json.loads(line), f"{path}:{n}") for n, line in enumerate(file, 1) if line.strip())
+            yield from (_text_of(json.loads(line), f"{path}:{n}") for n, line in enumerate(file, 1) if line.strip())
 
 
-def text_of(row: object, where: str) -> str:
-    """The document of a row of JSON; a UserError that begins with `where` for a row without one."""
+def _text_of(row: object, where: str) -> str:
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise UserError(f"{where}: expected an object with a string field 'text', got {row!r:.100}.")

@@ -86,7 +86,8 @@ def _identity(r: Record) -> tuple[Cell, ...]:
 def _numbers(r: Record, dense: Record | None) -> list[Cell]:
     """The cells of a record after its name: split, n, number, acc_norm, difference to dense, protocol, note."""
     about, n = [r["source"]] if "source" in r else [], "questions"
-    values = [_with_error(r.get(metric), r.get(f"{metric}_stderr")) for metric in ("acc", "acc_norm")]
+    main = "acc" if r.get("exact_match") is None else "exact_match"
+    values = [_with_error(r.get(metric), r.get(f"{metric}_stderr")) for metric in (main, "acc_norm")]
     if r["kind"] == "perplexity":
         about, n = [*about, f"windows of {r['seq_len']} tokens"], "tokens"
         values[0] = f"{r['perplexity']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"

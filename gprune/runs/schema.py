@@ -186,7 +186,7 @@ class Benchmark(Shape):
 
 
 class ZeroShot(Benchmark):
-    """Accuracy on a task."""
+    """Accuracy on a task, or exact match."""
 
     kind: Literal["zero_shot"]
     questions: Count
@@ -196,7 +196,10 @@ class ZeroShot(Benchmark):
     acc_norm_stderr: Number | None
     correct: Digits = ""
     correct_norm: Digits = ""
-    answers: list[Count] | None = None  # the most likely choice of each question
+    exact_match: Share | None = None
+    exact_match_stderr: Number | None = None
+    perplexity: Number | None = None  # of what a context is to be continued with
+    answers: list[Count] | list[str] | None = None  # the most likely choice of each question, or what was generated
 
     @model_validator(mode="after")
     def check_answers(self) -> Self:

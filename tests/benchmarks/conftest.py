@@ -18,6 +18,13 @@ def needs_lm_eval():
     return pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -e '.[lm-eval]'")
 
 
+def manager_of(*folders: str):
+    """lm_eval's, of the tasks in a few of its folders, since it takes seconds to read all."""
+    root = Path(needs_lm_eval().__file__).parent / "tasks"
+    manager = pytest.importorskip("lm_eval.tasks").TaskManager
+    return manager(include_defaults=False, include_path=[str(root / name) for name in folders])
+
+
 def sentence(rng: np.random.Generator, words: int) -> str:
     return " ".join(rng.choice(WORDS, words))
 

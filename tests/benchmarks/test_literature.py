@@ -74,10 +74,10 @@ def test_windows_are_whole_in_order_and_open_with_bos_as_the_tokenizer_does():
     plain = tokenizer(text).input_ids
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     assert tokenizer(text).input_ids[0] == 1
-    windows = literature_windows(text, tokenizer, seq_len=16)
+    windows = literature_windows(text, tokenizer, "wikitext2", seq_len=16, bos="auto")
     assert windows.tokens.tolist() == [[1, *plain[i : i + 15]] for i in range(0, 90, 15)]
-    for without in (literature_windows(text, tokenizer, seq_len=16, bos="never"),
-                    literature_windows(text, tiny_tokenizer(), seq_len=16)):  # fmt: skip
+    for without in (literature_windows(text, tokenizer, "wikitext2", seq_len=16, bos="never"),
+                    literature_windows(text, tiny_tokenizer(), "wikitext2", seq_len=16, bos="auto")):  # fmt: skip
         assert without.tokens.tolist() == [plain[i : i + 16] for i in range(0, 96, 16)]
 
 
@@ -165,36 +165,34 @@ def shard(tmp_path, monkeypatch):
     return path, texts
 
 
-def test_c4_is_the_usual_scripts_256_windows_of_1100_documents(shard):
-    model, tokenizer, (_, texts) = make_tiny_llama(), tiny_tokenizer(), shard
-    record = literature_perplexity(model, tokenizer, "c4", seq_len=16)
-    text = " ".join(" ".join(texts[:1100]).split()[: 256 * 16])  # a word is a token
-    assert record["perplexity"] == pytest.approx(usual_script(model, tokenizer, text, 16), rel=1e-6)
-    assert (record["windows"], record["task"], record["split"], record["join"]) == (256, "c4", "validation", " ")
+def test_c4_is_the_usual_scripts_first_windows_of_1100_documents(shard, monkeypatch):
+    assert (literature.DOCUMENTS, literature.WINDOWS) == (1100, 256)
+    monkeypatch.setattr(literature, "WINDOWS", 16)
+    model, tokenizer, (path, texts) = make_tiny_llama(), tiny_tokenizer(), shard
+    record = literature_perplexity(model, tokenizer, "c4", seq_len=32)
+    text = " ".join(" ".join(texts[:1100]).split()[: 16 * 32])  # a word is a token
+    assert record["perplexity"] == pytest.approx(usual_script(model, tokenizer, text, 32), rel=1e-6)
+    assert (record["windows"], record["task"], record["split"], record["join"]) == (16, "c4", "validation", " ")
     assert record["standard_protocol"]
-    assert "SparseGPT and Wanda: up to 256 windows of the first 1,100 documents" in record["note"]
-    whole = literature_perplexity(model, tokenizer, "c4", seq_len=128)
-    assert whole["windows"] == 1100 * 9 // 128  # all that there are
-    assert whole["standard_protocol"]
-    assert literature_perplexity(model, tokenizer, "c4", seq_len=16, limit=3)["note"].startswith("only the first 3 win")
+    assert "SparseGPT and Wanda: up to 16 windows of the first 1,100 documents" in record["note"]
+    path.write_bytes(gzip.compress(b'{"text": "ban ben bin bor ban ben bin"}\n' * 9))
+    part = literature_perplexity(model, tokenizer, "c4", seq_len=16, limit=2)
+    assert part["note"].startswith("only the first 2 windows; 9 of 1,100 documents; ")
+    assert not part["standard_protocol"]
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content",
     [
-        (b"no gzip", "expected the first validation shard of C4, but it cannot be read"),
-        (gzip.compress(b'{"text": "ban"}\n{"text": 1}\n'), r"json\.gz:2: expected an object with a string field"),
-        (gzip.compress(b'{"text": "ban"}\n' * 9)[:-9], "cannot be read"),
+        b"no gzip", gzip.compress(b'{"text": "ban"}\n{"text": [1]}\n'), gzip.compress(b'{"url": "u"}\n'),
+        gzip.compress(b'{"text": "ban"}\n' * 9)[:-9],
     ],
-)
-def test_a_shard_that_is_none_is_one_line(content, message, shard):
+)  # fmt: skip
+def test_a_shard_that_is_none_is_one_line_and_without_it_the_hub_is_asked(content, shard, monkeypatch):
     shard[0].write_bytes(content)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"C4 could not be read from .*json\.gz \("):
         literature_perplexity(make_tiny_llama(), tiny_tokenizer(), "c4", seq_len=16)
-
-
-def test_a_shard_with_fewer_documents_is_said(shard):
-    shard[0].write_bytes(gzip.compress(b'{"text": "ban ben bin bor ban ben bin"}\n' * 9))
-    record = literature_perplexity(make_tiny_llama(), tiny_tokenizer(), "c4", seq_len=16)
-    assert not record["standard_protocol"]
-    assert record["note"].startswith("9 of 1,100 documents; ")
+    shard[0].unlink()
+    monkeypatch.setattr(literature, "offline_if_unreachable", no_hub)
+    monkeypatch.setattr("datasets.load_dataset", lambda path, **_: [{"text": path}] * 2000)
+    assert literature.c4() == (" ".join(["allenai/c4"] * 1100), 1100)

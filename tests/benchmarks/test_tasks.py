@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from gprune.benchmarks import tasks
 from gprune.errors import UserError
-from tests.benchmarks.conftest import hub, needs_lm_eval, pairs, questions, write_task
+from tests.benchmarks.conftest import hub, manager_of, needs_lm_eval, pairs, questions, write_task
 
 # --- local files
 
@@ -47,36 +46,27 @@ def test_names_do_not_lead_out_of_the_folder_and_the_test_split_comes_first(data
     write_task(data / "tasks" / "x", "secret", "test", questions(2))
     for name in ("x/tasks/secret", "../tasks/mine", ".", "", "/etc"):
         assert tasks.local_file(name) is None
-    assert tasks.local_tasks() == ["arc_easy", "blimp", "mine", "piqa", "sciq"]
     write_task(data, "mine", "validation", questions(2))
     assert tasks.local_file("mine").name == "test.jsonl"
 
 
 def test_only_all_questions_of_lm_evals_task_are_standard(data, monkeypatch):
-    assert not any(tasks.load_tasks(name, "local")[0].complete for name in tasks.local_tasks())
+    assert not any(tasks.load_tasks(name, "local")[0].complete for name in ("piqa", "arc_easy", "sciq", "blimp"))
     rows = questions(12)
     scored = tasks.content_hash(([(row["prompt"], f" {c}") for c in row["choices"]], row["label"]) for row in rows)
-    monkeypatch.setitem(tasks.KNOWN, "piqa", ("1.0", "lm_eval's prompts", scored))
+    monkeypatch.setitem(tasks.WHOLE, "piqa", scored)
     (whole,) = tasks.load_tasks("piqa", "local")
-    assert (whole.complete, whole.version, whole.note) == (True, "1.0", "lm_eval's prompts")
+    assert (whole.complete, whole.task.VERSION, whole.note) == (True, "1.0", "lm_eval's prompts")
     first, *others = rows
     other_prompt, other_label = first | {"prompt": "Q: other\nA:"}, first | {"label": (first["label"] + 1) % 3}
     for changed in (others, [*others, first], [other_prompt, *others], [other_label, *others]):
         write_task(data, "piqa", "validation", changed)
         (part,) = tasks.load_tasks("piqa", "local")
         assert not part.complete
-        assert f"{len(changed)} questions that are not all of lm_eval's" in part.note
+        assert f"{len(changed)} questions, not known to be all of lm_eval's" in part.note
 
 
 # --- lm_eval's own task on the same questions
-
-
-def own_yaml(task: str) -> dict:
-    """lm_eval's own configuration of a task."""
-    import yaml
-
-    (path,) = (Path(needs_lm_eval().__file__).parent / "tasks").rglob(f"{task}.yaml")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def as_on_the_hub(task: str, row: dict) -> dict:
@@ -92,16 +82,10 @@ def as_on_the_hub(task: str, row: dict) -> dict:
 def own_task(task: str, rows: list[dict]):
     """lm_eval's own task, with these questions in place of those on the hub."""
     import datasets
-    from lm_eval.api.task import ConfigurableTask
 
-    config = own_yaml(task)
-    split = config["test_split"] or config["validation_split"]
     columns = datasets.Dataset.from_list([as_on_the_hub(task, row) for row in rows])
-    for name in ("dataset_path", "dataset_name", "training_split", "tag"):
-        config.pop(name, None)
-    return ConfigurableTask(
-        config=config | {"custom_dataset": lambda **_: dict.fromkeys(("validation", split), columns)}
-    )
+    own = {"task": task, "custom_dataset": lambda **_: dict.fromkeys(("train", "validation", "test"), columns)}
+    return manager_of("piqa", "arc").load([{"group": "own", "task": [own]}])["tasks"][task]
 
 
 def requests_of(task) -> list[tuple[str, str]]:
@@ -119,7 +103,7 @@ def test_local_questions_are_scored_as_lm_evals_own(task, data):
     assert requests_of(local.task) == requests_of(own)  # character for character
     assert requests_of(local.task)[0][1].startswith(" ")
     assert list(local.task._metric_fn_list) == list(own._metric_fn_list) == ["acc", "acc_norm"]
-    assert tasks.KNOWN[task][0] == str(own_yaml(task)["metadata"]["version"])
+    assert str(own.VERSION) == "1.0"  # as whole files have
 
 
 @pytest.mark.slow
@@ -133,7 +117,7 @@ def test_the_questions_of_the_mirror_are_lm_evals(task):
     choices, requests = [own.doc_to_choice(doc) for doc in own.eval_docs], iter(requests_of(own))
     labels = [own.doc_to_target(doc) for doc in own.eval_docs]
     scored = [([next(requests) for _ in each], label) for each, label in zip(choices, labels, strict=True)]
-    assert tasks.content_hash(scored) == tasks.KNOWN[task][2]
+    assert tasks.content_hash(scored) == tasks.WHOLE[task]
     assert tasks.local_task(path).complete
 
 
@@ -154,17 +138,16 @@ class Manager:
         return {"tasks": dict.fromkeys(names, self.task)}
 
 
-def fake_task(output_type="multiple_choice", metrics=None, process_results=None) -> SimpleNamespace:
-    config = SimpleNamespace(
-        test_split=None, validation_split="validation", metric_list=metrics, process_results=process_results
-    )
-    return SimpleNamespace(task_name="cola", OUTPUT_TYPE=output_type, VERSION=1.0, config=config)
+def fake_task(output_type="multiple_choice", metrics=None, process_results=None, repeats=1) -> SimpleNamespace:
+    config = SimpleNamespace(process_results=process_results, repeats=repeats)
+    counted = dict.fromkeys(metrics or {"acc", "acc_norm"})
+    return SimpleNamespace(task_name="cola", OUTPUT_TYPE=output_type, config=config, aggregation=lambda: counted)
 
 
 def test_the_hub_comes_first_if_it_answers(data, monkeypatch):
     hub(monkeypatch, reachable=True, manager=Manager(fake_task()))
     (task,) = tasks.load_tasks("piqa", "auto")
-    assert (task.source, task.split, task.version, task.complete) == ("hub", "validation", "1.0", True)
+    assert (task.source, task.note, task.complete) == ("hub", "lm_eval's own task", True)
     assert tasks.load_tasks("piqa", "local")[0].source == "local"
     assert tasks.load_tasks("mine", "auto")[0].source == "local"  # lm_eval knows no such task
 
@@ -181,10 +164,12 @@ def test_without_the_hub_local_files_serve(reachable, data, monkeypatch):
     ("name", "source", "task", "message"),
     [
         ("pica", "auto", {}, "Unknown task 'pica'"),
-        ("piqa2", "local", {}, "No local files for task 'piqa2'. .*: arc_easy, blimp, mine, piqa, sciq"),
-        ("gsm8k", "hub", {"output_type": "generate_until"}, "'cola' is of type generate_until .* expected multiple"),
-        ("piqa", "hub", {"metrics": [{"metric": "mcc"}]}, "'cola' .* counts mcc; expected"),
+        ("piqa2", "local", {}, r"'piqa2' has no local files: expected \$GPRUNE_DATA_DIR/tasks/piqa2/test\.jsonl"),
+        ("gsm8k", "hub", {"output_type": "loglikelihood_rolling"}, r"'cola' \(loglikelihood_rolling\) counts"),
+        ("gsm8k", "hub", {"output_type": "generate_until"}, "counts acc.* in a way of its own; expected acc"),
+        ("piqa", "hub", {"metrics": ["mcc"]}, "'cola' .* counts mcc in a way"),
         ("piqa", "hub", {"process_results": dict}, "Task 'cola' .* expected"),
+        ("piqa", "hub", {"repeats": 3}, "Task 'cola' .* expected"),
     ],
 )  # fmt: skip
 def test_tasks_that_cannot_be(name, source, task, message, data, monkeypatch):

@@ -1,0 +1,145 @@
+"""lm_eval's own tasks on rows in local files, against lm_eval with its own model and its own reading of the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from gprune.benchmarks import tasks
+from gprune.benchmarks.zero_shot import zero_shot
+from gprune.errors import UserError
+from gprune.report.benchmark_table import evaluation_table
+from gprune.runs.schema import ZeroShot
+from tests.benchmarks.conftest import hub, manager_of, sentence, write_task
+from tests.conftest import make_tiny_llama
+from tests.tiny_run import SPECIAL, WORDS
+
+SPLIT = {"lambada_openai": "test", "hellaswag": "validation", "winogrande": "validation", "arc_challenge": "test"}
+
+
+def rows_of(task: str, n: int) -> list[dict]:
+    """Invented rows with the columns of the data set."""
+    rng = np.random.default_rng(n)
+    a, b, c, *ends = ([sentence(rng, words) for _ in range(n)] for words in (5, 1, 1, 2, 3, 1))
+    columns = {
+        "lambada_openai": lambda i: {"text": f"{a[i]} {b[i]}"},
+        "hellaswag": lambda i: {
+            "ind": i, "activity_label": b[i], "ctx_a": f"{a[i]}.", "ctx_b": c[i], "ctx": a[i], "split": "val",
+            "endings": [f"[step] {end[i]}" for end in (a, *ends)], "source_id": "s", "split_type": "indomain",
+            "label": str(i % 4),
+        },
+        "winogrande": lambda i: {
+            "sentence": f"{a[i]} _ {ends[0][i]}.", "option1": b[i], "option2": c[i], "answer": str(1 + i % 2),
+        },
+        "arc_challenge": lambda i: {
+            "id": f"q{i}", "question": a[i], "answerKey": "ABC"[i % 3],
+            "choices": {"text": [end[i] for end in ends], "label": ["A", "B", "C"]},
+        },
+        "gsm8k": lambda i: {"question": f"{a[i]} {i} ?", "answer": f"{b[i]} <<{i}+1={i + 1}>>\n#### {i + 1}"},
+    }  # fmt: skip
+    return [columns[task.removesuffix("_cot_self_consistency")](i) for i in range(n)]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token per number up to 77, per word of GSM8K's prompts, and for forty other words."""
+    words = [*SPECIAL, *map(str, range(78)), "####", "Question", "Answer", ":", "?", *WORDS[:40]]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def manager(tmp_path, monkeypatch):
+    """lm_eval's, a hub that does not answer, and rows of five tasks."""
+    made = manager_of("lambada", "hellaswag", "winogrande", "arc", "gsm8k")
+    hub(monkeypatch, reachable=False, manager=made)
+    monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
+    for task, split in [*SPLIT.items(), ("gsm8k", "train"), ("gsm8k", "test")]:
+        write_task(tmp_path, task, split, rows_of(task, 9 if split != "test" else 8))
+    return made
+
+
+def reference(manager, model, folder: Path, *names: str) -> dict:
+    """What lm_eval's command finds with the files as data sets."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    specs = []
+    for name in names:
+        own = {path.stem: str(path) for path in (folder / "tasks" / name).iterdir()}
+        files = dict.fromkeys(("train", "validation", "test"), next(iter(own.values()))) | own
+        kwargs = {"data_files": files, "cache_dir": str(folder / "cache")}
+        specs += [{"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": kwargs}]
+    lm, group = HFLM(pretrained=model, tokenizer=tokenizer(), backend="causal", batch_size=3), {"group": "own"}
+    return simple_evaluate(lm, tasks=[group | {"task": specs}], task_manager=manager, bootstrap_iters=0)["results"]
+
+
+@pytest.mark.slow
+def test_numbers_are_lm_evals(manager, tmp_path):
+    model, rows = make_tiny_llama(), rows_of("lambada_openai", 8)
+    for row in rows[::2]:  # end as the model goes on
+        context = row["text"].rsplit(" ", 1)[0]
+        best = model(torch.tensor([tokenizer()(context).input_ids])).logits[0, -1].argmax()
+        row["text"] = f"{context} {tokenizer().decode(best)}"
+    write_task(tmp_path, "lambada_openai", "test", rows)
+    theirs = reference(manager, model, tmp_path, *SPLIT)
+    records = zero_shot(model, tokenizer(), [*SPLIT], batch_size=2, source="local")
+    assert records[0]["correct"] == "10101010"
+    for ours in records:
+        expected = {m: theirs[ours["task"]].get(f"{m},none", 0) for m in ("acc", "acc_norm", "perplexity")}
+        assert {m: ours.get(m) or 0 for m in expected} == pytest.approx(expected, rel=1e-5)
+        assert (ours["split"], ours["num_fewshot"], ours["source"]) == (SPLIT[ours["task"]], 0, "local")
+        ZeroShot.model_validate(ours | {"stage": "model"})
+
+
+@pytest.mark.slow
+def test_generated_answers_are_lm_evals(manager, tmp_path):
+    """With five examples from the training rows, by both filters; half of the rows expect what the model says."""
+    model, rows = make_tiny_llama(max_position_embeddings=512), rows_of("gsm8k", 4)
+    for _ in range(2):
+        write_task(tmp_path, "gsm8k", "test", rows)
+        records = zero_shot(model, tokenizer(), ["gsm8k"], source="local")
+        for row, answer in zip(rows[::2], records[1]["answers"][::2], strict=True):
+            row["answer"] = f"ban\n#### {answer}"
+    theirs = reference(manager, model, tmp_path, "gsm8k")["gsm8k"]
+    for record, name in zip(records, ("strict-match", "flexible-extract"), strict=True):
+        assert (record["task"], record["num_fewshot"], record["acc"]) == (f"gsm8k/{name}", 5, None)
+        assert record["exact_match"] == theirs[f"exact_match,{name}"] == record["correct"].count("1") / 4
+        ZeroShot.model_validate(record | {"stage": "model"})
+    assert record["correct"] == "1010"
+    dense = record | {"run": "r", "model": "tiny", "stage": "dense"}
+    pruned = dense | {"stage": "gprune", "answers": ["?", *dense["answers"][1:]], "correct": "0010"}
+    (_, cells) = evaluation_table([dense, pruned]).rows
+    assert cells[5:9] == ["0.500 +- 0.289", None, "-0.250 +- 0.250", "25.0%: -25.0% +0.0%"]
+
+
+def test_generation_refuses_what_is_no_number(manager):
+    model = make_tiny_llama(max_position_embeddings=512)
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    with pytest.raises(UserError, match="non-finite logit came up in generation"):
+        zero_shot(model, tokenizer(), ["gsm8k"], limit=1, source="local")
+
+
+@pytest.mark.parametrize(
+    ("task", "split", "rows", "message"),
+    [
+        ("gsm8k", "test", [*rows_of("gsm8k", 1), {"question": "q"}], "gsm8k: expected rows of lm_eval's .*'answer'"),
+        ("gsm8k", "train", rows_of("gsm8k", 2), "'gsm8k': expected rows that .* 5 examples in train.jsonl"),
+        ("winogrande", "validation", [row | {"answer": "3"} for row in rows_of("winogrande", 1)], "expected rows"),
+        ("lambada_openai", "test", [{"text": "\ud800 a"}], "lambada_openai: expected rows of lm_eval's"),
+        ("gsm8k_cot_self_consistency", "test", rows_of("gsm8k", 2), "counts exact_match in a way of its own"),
+        ("sciq", "test", [{"support": "s"}], r"sciq/test\.jsonl:1: expected .* or a row of lm_eval's"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_none_of_the_task_are_one_line(task, split, rows, message, manager, tmp_path, monkeypatch):
+    monkeypatch.setitem(tasks.WHOLE, "hellaswag", 9)
+    assert (tasks.load_tasks("hellaswag", "local")[0].note) == "lm_eval's own task"
+    write_task(tmp_path, task, split, rows)
+    with pytest.raises(UserError, match=message):
+        zero_shot(make_tiny_llama(), tokenizer(), [task], source="local")
