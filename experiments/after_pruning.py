@@ -83,14 +83,14 @@ def in_transformers(model: PreTrainedModel) -> Callable[[Windows], float]:
     return lambda windows: perplexity(model.eval(), windows).perplexity
 
 
-def in_llama_cpp(path: Path, windows: Windows) -> float:
-    """Each window alone in the context, scored from its second token, as `gprune.evaluation.perplexity` does."""
+def in_llama_cpp(path: Path, windows: Windows) -> list[float]:
+    """Nats of each window, alone in the context, from its second token on, as `gprune.evaluation.perplexity` does."""
     from gprune.export.llamacpp import logprobs_of, opened  # which gprune itself runs in a process of its own
 
     ids = windows.tokens.numpy()
     model = opened({"model": str(path), "threads": torch.get_num_threads()}, ids.shape[1])
     steps = range(ids.shape[1] - 1)
-    return math.exp(-np.mean([logprobs_of(model, own.tolist())[steps, own[1:]] for own in ids]))
+    return [-float(logprobs_of(model, own.tolist())[steps, own[1:]].sum()) for own in ids]
 
 
 def quantised_rows(name: str, folder: Path, text: Text, scratch: Path) -> list[Row]:
@@ -98,7 +98,7 @@ def quantised_rows(name: str, folder: Path, text: Text, scratch: Path) -> list[R
     rows = []
     for kind in GGUF_TYPES:
         path = export(folder, type=kind, output=scratch / f"{name.replace(' ', '-').replace(',', '')}-{kind}.gguf")
-        measure = lambda windows, path=path: in_llama_cpp(path, windows)  # noqa: E731
+        measure = lambda w, path=path: math.exp(np.mean(in_llama_cpp(path, w)) / (w.tokens.shape[1] - 1))  # noqa: E731
         rows.append(Row.measured(f"{name}, GGUF {kind}", path, text, measure))
     return rows
 

@@ -143,10 +143,7 @@ def curve_figure(lines: Lines, **labels: str) -> Figure:
     return figure
 
 
-def draw_curves(
-    axes: Axes, lines: Lines, *, over: str, ticks: str,
-    reference: str,
-) -> None:  # fmt: skip
+def draw_curves(axes: Axes, lines: Lines, *, over: str, ticks: str, reference: str) -> None:
     """Unseen perplexity over a reference's, against a number, with paired intervals; lower is better.
 
     Args:

@@ -6,7 +6,7 @@ import shlex
 import pytest
 import yaml
 
-from experiments import ranges, stability
+from experiments import stability
 from gprune.__main__ import main
 from tests.tiny_run import ROOT
 
@@ -14,7 +14,6 @@ PAGES = sorted((ROOT / "experiments/questions").glob("*.md"))
 LISTS = [p for p in sorted((ROOT / "experiments").glob("**/*.yaml")) if "rows" in yaml.safe_load(p.read_text())]
 COMMANDS = {
     "gprune": main,
-    "python -m experiments.ranges": ranges.main,
     "python -m experiments.stability": stability.main,
 }
 OUTPUT = re.compile(rf"<!-- ({'|'.join(COMMANDS)}) (.*?) -->\n\n(.*?)\n\n<!-- end of its output -->", re.DOTALL)

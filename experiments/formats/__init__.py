@@ -1,1 +1,0 @@
-"""What we export, and who can read it. `python -m experiments.formats --help`."""

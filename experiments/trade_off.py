@@ -1,0 +1,121 @@
+"""Prune or quantise? What the rows of a list lose, and the dense model in fewer bits, against speed and size.
+
+    pip install llama-cpp-py-sync        # without it GGUF files have their sizes alone
+    python -m experiments.trade_off experiments/questions/trade_off.yaml FOLDER
+
+Prints a table, and draws trade-off.png and .svg into FOLDER. How many times as fast a prompt of 128 tokens and 32 more
+are: rows over the dense model that took turns with them in transformers, GGUF files over f16 in llama.cpp.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from transformers import AutoTokenizer
+
+from experiments.after_pruning import GGUF_TYPES, in_llama_cpp
+from experiments.summary import DENSE, Lines, draw_curves, runs_of
+from gprune.console import Parser, guarded, quiet
+from gprune.corpora.load import load_corpus
+from gprune.corpora.windows import Sample, make_windows, opening
+from gprune.errors import UserError
+from gprune.export import export
+from gprune.export.convert import TYPES, has_llama_cpp
+from gprune.models.loading import locate_model
+from gprune.report.records import by_stage, unseen_ratio
+from gprune.report.style import FORMATS, save, style
+from gprune.report.table import Cell, Estimate, Table
+from gprune.runs.results import FinishedRun
+
+PROMPT, GENERATE = 128, 32
+COLUMNS = ["", "unseen / dense", "times as fast", "MiB"]
+
+
+def pruned(run: FinishedRun) -> list[Cell]:
+    """`COLUMNS` of a row of the list."""
+    seconds = {(r["stage"] == "dense", r["task"]): r["seconds"] for r in run.evaluation if r.get("batch") == 1}
+    dense, own = (seconds[of, "prefill"] + GENERATE * seconds[of, "decode"] for of in (True, False))
+    ratio = unseen_ratio(run.records, list(by_stage(run.records))[-1], run.records, DENSE)
+    return [run.name, ratio, dense / own, run.summary["parameters_after"] * 2 / 2**20]
+
+
+def quantised(run: FinishedRun, scratch: Path) -> list[list[Cell]]:
+    """`COLUMNS` of the dense model of a row as GGUF files."""
+    folder, here = locate_model(run.settings["model"]["name"]), has_llama_cpp()
+    types = [kind for kind in GGUF_TYPES if here or kind in TYPES]
+    files = [export(folder, scratch / f"{kind}.gguf", type=kind, unchecked=not here) for kind in types]
+    seconds = seconds_in_llama_cpp(files) if here else []
+    faster = [seconds[0] / own for own in seconds] or [None] * len(files)
+    ratios = [ratio_in_llama_cpp(run, file) if here else None for file in files]
+    sizes = [file.stat().st_size / 2**20 for file in files]
+    return [[f"dense, GGUF {kind}", *of] for kind, *of in zip(types, ratios, faster, sizes, strict=True)]
+
+
+def ratio_in_llama_cpp(run: FinishedRun, file: Path) -> Estimate | None:
+    """Unseen perplexity of a file over that of the row's dense model, on the same windows."""
+    own, tokenizer = [], AutoTokenizer.from_pretrained(locate_model(run.settings["model"]["name"]))
+    for r in (r for r in run.records if r["stage"] == "dense" and not r["seen"]):
+        sample = Sample(len(r["window_nll"]), r["seq_len"], bos=opening(tokenizer, run.settings["corpora"]["bos"]))
+        w = make_windows(load_corpus(r["corpus"], r["split"]), tokenizer, sample, corpus=r["corpus"], split=r["split"])
+        own.append(r | {"content_hash": w.content_hash, "window_nll": in_llama_cpp(file, w)})
+    return unseen_ratio(own, DENSE, run.records, DENSE)
+
+
+def seconds_in_llama_cpp(files: Sequence[Path]) -> list[float]:
+    """Of a prompt and the tokens after it, the fastest of four rounds in which the files take turns."""
+    from gprune.export.llamacpp import opened  # which gprune itself runs in a process of its own
+
+    models = [opened({"model": str(f), "threads": torch.get_num_threads()}, PROMPT + GENERATE) for f in files]
+
+    def seconds(model: object) -> float:
+        began = time.perf_counter()
+        model._clear_context_state()
+        for at in (0, *range(PROMPT, PROMPT + GENERATE)):
+            model._eval_tokens([1] * (1 if at else PROMPT), at)
+        return time.perf_counter() - began
+
+    rounds = [[seconds(model) for model in models] for _ in range(4)]
+    return [min(own) for own in zip(*rounds, strict=True)]
+
+
+@style()
+def drawn(rows: Sequence[Sequence[Cell]]) -> Figure:
+    """Two panels: unseen perplexity over dense against speed, and against size; a line for what names begin with."""
+    figure = Figure(figsize=(10, 4.2))
+    for axes, column in zip(figure.subplots(1, 2, sharey=True), (2, 3), strict=True):
+        lines: Lines = {}
+        for row in sorted((row for row in rows if None not in row), key=lambda row: row[column]):
+            line, _, name = row[0].partition(", ")
+            lines.setdefault((line, ""), []).append((row[column], row[1]))
+            axes.annotate(name, (row[column], row[1].value), (4, 4), textcoords="offset points", fontsize=7)
+        draw_curves(axes, lines, over=COLUMNS[column], ticks="{x:g}", reference="dense")
+        axes.xaxis.set_major_locator(MaxNLocator())
+    axes.legend()
+    return figure
+
+
+def work(arguments: Sequence[str] | None = None) -> str:
+    """What the command prints."""
+    parser = Parser("python -m experiments.trade_off", description=__doc__)
+    parser.add_argument("list", metavar="LIST")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the figure goes")
+    options = parser.parse_args(arguments)
+    quiet()
+    if not (runs := runs_of(str(Path(options.list).resolve()))):
+        raise UserError(f"{options.list}: expected records of its rows, got none; run `gprune study` with it.")
+    with tempfile.TemporaryDirectory(prefix="trade-off-") as scratch:
+        rows = [*map(pruned, runs), *quantised(runs[0], Path(scratch))]
+    table = Table("trade_off", "", COLUMNS, rows, {"unseen / dense": 3}, "MiB: weights in 16 bits, or the file.")
+    files = save(drawn(rows), options.folder, "trade-off", FORMATS)
+    return f"{table.shown()}\n\nDrawn: {', '.join(map(str, files))}.\n"
+
+
+if __name__ == "__main__":
+    sys.exit(guarded("experiments.trade_off", work))

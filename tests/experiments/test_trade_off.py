@@ -1,0 +1,63 @@
+"""Rows of a list and GGUF files, by what they lose, how fast they are and what they weigh."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from experiments import trade_off
+from gprune.__main__ import main
+from gprune.export.convert import has_llama_cpp
+from gprune.report.table import Estimate
+from tests.studies.workbench import fake_run
+
+LIST = {
+    "common": {
+        "model.name": "tiny-random", "gprune": False, "recovery": "none", "logging.mode": "disabled",
+        "corpora": {"score": "python_docs", "evaluate": ["python_code"], "num_samples": 4, "seq_len": 64},
+        "evaluation": {"num_samples": 3, "seq_len": 64},
+    },
+    "tasks": {"names": ["speed"]}, "rows": {f"share, {n} %": {"sparsity.target": n / 100} for n in (20, 50)},
+}  # fmt: skip
+
+
+def test_a_row_is_as_fast_as_a_prompt_and_what_follows_it():
+    run = fake_run("share, 20 %", {"dense": {"a": [20.0, 30.0]}, "base": {"a": [22.0, 33.0]}})
+    taken = {("dense", "prefill"): 4.0, ("dense", "decode"): 0.5, ("base", "prefill"): 2.0, ("base", "decode"): 0.25}
+    records = [{"stage": s, "task": t, "batch": b, "seconds": v * b} for (s, t), v in taken.items() for b in (1, 8)]
+    run = replace(run, evaluation=records, summary={"parameters_after": 2**20})
+    name, ratio, faster, mib = trade_off.pruned(run)
+    assert (name, ratio.value, faster, mib) == ("share, 20 %", pytest.approx(math.exp(0.25)), 2.0, 2.0)
+
+
+def test_each_panel_has_the_points_of_all_that_were_measured():
+    rows = [["share, 50 %", Estimate(2.0, 1.9, 2.1), 1.4, 90.0], ["share, 20 %", Estimate(1.2, 1.1, 1.3), 1.1, 110.0]]
+    rows += [["dense, GGUF q8_0", Estimate(1.01, 1.0, 1.02), 1.5, 140.0], ["dense, GGUF q4_k_m", None, None, 100.0]]
+    panels = trade_off.drawn(rows).axes
+    points = [[c.lines[0].get_xydata().tolist() for c in axes.containers] for axes in panels]
+    assert points[0] == [[[1.1, 1.2], [1.4, 2.0]], [[1.5, 1.01]]]
+    assert points[1] == [[[90.0, 2.0], [110.0, 1.2]], [[140.0, 1.01]]]
+    assert [text.get_text() for text in panels[0].texts] == ["20 %", "50 %", "GGUF q8_0"]
+
+
+@pytest.mark.slow
+def test_a_list_beside_its_dense_model_in_fewer_bits(tmp_path, monkeypatch):
+    """Without llama.cpp files have sizes alone; in it, f16 loses nothing on the row's own windows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "list.yaml"
+    path.write_text(yaml.safe_dump(LIST, sort_keys=False))
+    assert main(["study", str(path)]) == 0
+    lines = [line for line in trade_off.work([str(path), str(tmp_path)]).splitlines() if line.startswith("| ")]
+    cells = {row[0]: row[1:] for row in ([c.strip() for c in line.strip("|").split("|")] for line in lines)}
+    assert list(cells)[1:5] == ["share, 20 %", "share, 50 %", "dense, GGUF f16", "dense, GGUF q8_0"]
+    assert float(cells["dense, GGUF q8_0"][2]) < float(cells["dense, GGUF f16"][2])
+    assert (tmp_path / "trade-off.png").exists()
+    f16 = cells["dense, GGUF f16"]
+    if has_llama_cpp():
+        assert [float(cell.split()[0]) for cell in f16[:2]] == [pytest.approx(1, abs=0.01), 1]
+    else:
+        assert f16[:2] == ["", ""]
