@@ -67,9 +67,7 @@ BY_TOKENS = {  # rows of questions/distill.yaml
     "gates": ["gates", "gates, then 49k", "gates, then 147k", "gates, then 344k"],
     "paper": ["paper, least squares", "paper, then 49k", "paper, then 344k"],
 }
-AXES = {
-    "over": "thousands of tokens learned from, forward and backward", "ticks": "{x:.0f}", "reference": "dense",
-}  # fmt: skip
+AXES = {"over": "thousands of tokens learned from, forward and backward", "ticks": "{x:.0f}", "reference": "dense"}
 Lines = dict[tuple[str, str], list[tuple[float, Estimate]]]
 
 

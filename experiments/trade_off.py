@@ -30,19 +30,20 @@ from gprune.export import export
 from gprune.export.convert import TYPES, has_llama_cpp
 from gprune.models.loading import locate_model
 from gprune.report.records import by_stage, unseen_ratio
-from gprune.report.style import FORMATS, save, style
+from gprune.report.style import FORMATS, save, style, titled
 from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.results import FinishedRun
 
 PROMPT, GENERATE = 128, 32
 COLUMNS = ["", "unseen / dense", "times as fast", "MiB"]
+NOTE = "Rows: in transformers, weights in 16 bits. GGUF: in llama.cpp over f16 there, the file."
 
 
 def pruned(run: FinishedRun) -> list[Cell]:
     """`COLUMNS` of a row of the list."""
     seconds = {(r["stage"] == "dense", r["task"]): r["seconds"] for r in run.evaluation if r.get("batch") == 1}
     dense, own = (seconds[of, "prefill"] + GENERATE * seconds[of, "decode"] for of in (True, False))
-    ratio = unseen_ratio(run.records, list(by_stage(run.records))[-1], run.records, DENSE)
+    ratio = unseen_ratio(run.records, list(by_stage(run.records, "window_nll"))[-1], run.records, DENSE)
     return [run.name, ratio, dense / own, run.summary["parameters_after"] * 2 / 2**20]
 
 
@@ -81,24 +82,25 @@ def seconds_in_llama_cpp(files: Sequence[Path]) -> list[float]:
             model._eval_tokens([1] * (1 if at else PROMPT), at)
         return time.perf_counter() - began
 
-    rounds = [[seconds(model) for model in models] for _ in range(4)]
-    return [min(own) for own in zip(*rounds, strict=True)]
+    return [min(own) for own in zip(*([seconds(model) for model in models] for _ in range(4)), strict=True)]
 
 
 @style()
 def drawn(rows: Sequence[Sequence[Cell]]) -> Figure:
     """Two panels: unseen perplexity over dense against speed, and against size; a line for what names begin with."""
-    figure = Figure(figsize=(10, 4.2))
+    figure, shown = Figure(figsize=(10, 4.2)), [row for row in rows if None not in row]
     for axes, column in zip(figure.subplots(1, 2, sharey=True), (2, 3), strict=True):
-        lines: Lines = {}
-        for row in sorted((row for row in rows if None not in row), key=lambda row: row[column]):
+        lines: Lines = {(row[0].partition(", ")[0], ""): [] for row in shown}
+        for row in sorted(shown, key=lambda row: row[column]):
             line, _, name = row[0].partition(", ")
-            lines.setdefault((line, ""), []).append((row[column], row[1]))
-            axes.annotate(name, (row[column], row[1].value), (4, 4), textcoords="offset points", fontsize=7)
+            lines[line, ""].append((row[column], row[1]))
+            place = (4, -12 if [*lines].index((line, "")) % 2 else 4)  # two lines may meet
+            axes.annotate(name, (row[column], row[1].value), place, textcoords="offset points", fontsize=7)
         draw_curves(axes, lines, over=COLUMNS[column], ticks="{x:g}", reference="dense")
         axes.xaxis.set_major_locator(MaxNLocator())
-    axes.legend()
-    return figure
+        axes.label_outer()
+    axes.legend(loc="upper right")
+    return titled(figure, NOTE)
 
 
 def work(arguments: Sequence[str] | None = None) -> str:
@@ -112,7 +114,7 @@ def work(arguments: Sequence[str] | None = None) -> str:
         raise UserError(f"{options.list}: expected records of its rows, got none; run `gprune study` with it.")
     with tempfile.TemporaryDirectory(prefix="trade-off-") as scratch:
         rows = [*map(pruned, runs), *quantised(runs[0], Path(scratch))]
-    table = Table("trade_off", "", COLUMNS, rows, {"unseen / dense": 3}, "MiB: weights in 16 bits, or the file.")
+    table = Table("trade_off", "", COLUMNS, rows, {"unseen / dense": 3}, NOTE)
     files = save(drawn(rows), options.folder, "trade-off", FORMATS)
     return f"{table.shown()}\n\nDrawn: {', '.join(map(str, files))}.\n"
 

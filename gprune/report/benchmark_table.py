@@ -18,9 +18,8 @@ def evaluation_table(records: Sequence[Record]) -> Table:
     dense = {_identity(r): r for r in reversed(records) if r["stage"] == "dense"}  # the first, where runs share it
     shown = [r for r in records if r["stage"] != "dense" or dense[_identity(r)] is r]
     rows: list[list[Cell]] = []
-    for r in sorted(
-        shown, key=lambda r: (r["kind"] != "zero_shot", r["task"], r.get("batch", 0), r["stage"] != "dense")
-    ):
+    # Where a batch was timed, the dense model stays beside the one that it took turns with.
+    for r in sorted(shown, key=lambda r: (r["kind"] != "zero_shot", r["task"], r.get("batch", r["stage"] != "dense"))):
         reference = dense.get(_identity(r)) if r["stage"] != "dense" else None
         rows.append([r["task"], r["run"], row_name(r["stage"], r.get("recovery") or "none"), *_numbers(r, reference)])
     header = ["task", "run", "stage", "split", "n", "acc or perplexity", "acc_norm", "against dense", "flips"]

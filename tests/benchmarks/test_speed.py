@@ -135,7 +135,7 @@ def test_auto_without_a_speed_measures_the_table_too_and_says_what_it_took(
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--sparsity.width_multiple=automatic", "expected a whole number, got 'automatic'"),
+        ("--sparsity.width_multiple=automatic", "expected a valid integer, got 'automatic'"),
         ("--sparsity.width_multiple=0", "expected 1 or more, got 0"),
         ("--trainer.devices=2", "--sparsity.width_multiple auto: expected one process"),
     ],
