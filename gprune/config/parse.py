@@ -28,10 +28,8 @@ GROUPS: dict[str, type[Group]] = {
 HINTS = {
     f"{kind.prefix}{n}": hint for kind in (RunConfig, *GROUPS.values()) for n, hint in get_type_hints(kind).items()
 }
-GONE = {  # settings of earlier versions, at the values that stand for what is done now; at any where that is all one
-    "corpora.separator": "blank", "distill.hidden": 0.0, "partition.subtract_noise": False, "sparsity.schedule": [],
-    "evaluation.samples": ..., "logging.tracker": ...,
-}  # fmt: skip
+# Settings of earlier versions, at the values that stand for what is done now; at any where that is all one.
+GONE = {"distill.hidden": 0.0, "evaluation.samples": ..., "logging.tracker": ...}
 
 
 def parse(args: Sequence[str] | None = None) -> RunConfig:
@@ -232,12 +230,9 @@ def parser() -> Parser:
         section = made if part is cfg else made.add_argument_group(title.rstrip("."), about)
         for name, info in type(part).model_fields.items():
             if (flag := f"{part.prefix}{name}") not in GROUPS:
-                section.add_argument(
-                    f"--{flag}",
-                    metavar=_placeholder(name, HINTS[flag]),
-                    default=SUPPRESS if getattr(part, name) is None else getattr(part, name),
-                    help=" ".join((info.description or "").split()).replace("%", "%%"),
-                )
+                usual = SUPPRESS if getattr(part, name) is None else getattr(part, name)
+                about = " ".join((info.description or "").split()).replace("%", "%%")
+                section.add_argument(f"--{flag}", metavar=_placeholder(name, HINTS[flag]), default=usual, help=about)
     return made
 
 

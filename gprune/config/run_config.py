@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, ByteSize, Field
 from gprune.checks import AtLeast0, AtLeast1, Few, NonNegative, Positive, Text, check_options
 from gprune.config.groups import CorporaConfig, Group, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
 from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
-from gprune.corpora.load import check_corpus, identity
+from gprune.corpora.load import identity, source_of
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
 from gprune.recoveries import RECOVERY, recovery_of
@@ -21,12 +21,6 @@ from gprune.sparsity.allocation import ALLOCATION
 
 # Stages that others may take the place of, by the groups that name them: in the keys of what is kept where they do.
 STAGES = {"corpora": "calibrator", "partition": "refiner", "sparsity": "learner"}
-
-
-def joined(chain: Any) -> Any:
-    """A chain of recoveries as one name, `least_squares+distill`; what is no list of names as it is."""
-    names = isinstance(chain, list) and all(isinstance(name, str) for name in chain)
-    return "+".join(chain) or "none" if names else chain
 
 
 class ExportConfig(Group, prefix="export.", plain_setting="format"):
@@ -84,7 +78,9 @@ class RunConfig(Group):
     reliability: ReliabilityConfig = Field(default_factory=ReliabilityConfig)
     sparsity: SparsityConfig = Field(default_factory=SparsityConfig)
     speed: SpeedConfig = Field(default_factory=SpeedConfig)
-    recovery: Annotated[Text, BeforeValidator(joined)] = "least_squares+distill"
+    recovery: Annotated[
+        Text, BeforeValidator(lambda chain: "+".join(map(str, chain)) or "none" if isinstance(chain, list) else chain)
+    ] = "least_squares+distill"
     """How the pruned model is repaired: one recovery, or a chain such as [least_squares,distill]. none: the paper's
     method. bias: means of what was removed. least_squares: output projections solved again on the dense model's
     activations. least_squares_sequential: the same block by block, on the activations of the blocks pruned and
@@ -257,7 +253,7 @@ class RunConfig(Group):
     def check_names(self) -> None:
         """Look every corpus name up, without reading text."""
         for name in dict.fromkeys([*self.used, *self.corpora.evaluate]):
-            check_corpus(name)
+            source_of(name)
         for role in ("drift", "learn", "recover", "evaluate"):
             names: dict[str, str] = {}
             for name in getattr(self.corpora, role):

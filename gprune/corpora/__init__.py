@@ -2,10 +2,10 @@
 
 from gprune.corpora.embedded import EMBEDDED_CORPORA, EXLLAMAV2
 from gprune.corpora.hub import HUB_CORPORA
-from gprune.corpora.load import CORPORA, check_corpus, identity, load_corpus
+from gprune.corpora.load import CORPORA, identity, load_corpus, source_of
 from gprune.storage.wheels import cached_wheels
 
-__all__ = ["CORPORA", "check_corpus", "identity", "lies_here", "load_corpus"]
+__all__ = ["CORPORA", "identity", "lies_here", "load_corpus", "source_of"]
 
 
 def lies_here(name: str) -> bool:

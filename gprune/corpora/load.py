@@ -29,7 +29,7 @@ CORPORA: Registry[Corpus] = Registry("corpus")
 
 def read_corpus(name: str, half: str) -> list[str]:
     """The documents of "train", development text included, or of "test"; a UserError for what is no list of text."""
-    source = _source(name)
+    source = source_of(name)
     with CORPORA.running(name):
         documents = source(half)
     if not isinstance(documents, list) or not all(isinstance(document, str) for document in documents):
@@ -61,13 +61,11 @@ def load_corpus(name: str, split: str, *, read: Callable[[str, str], list[str]] 
     return documents
 
 
-def check_corpus(name: str) -> None:
-    """Raise a UserError for a name that `load_corpus` cannot resolve, without reading text."""
-    _source(name)
+def source_of(name: str) -> Corpus:
+    """The function that returns the "train" or "test" documents of `name`, development text included.
 
-
-def _source(name: str) -> Corpus:
-    """The function that returns the "train" or "test" documents of `name`, development text included."""
+    Reads no text. Raises UserError for a name that stands for nothing.
+    """
     place = _place(name)
     if place is None and name in CORPORA:
         return CORPORA[name]

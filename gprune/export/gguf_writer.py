@@ -106,12 +106,10 @@ def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig) -> None
     """Refuse what llama.cpp's graphs of `llama` and `deci` compute differently."""
     for block in blocks:
         if (reason := unlike_llama(config, block)) is not None:
-            stock = (
-                "--sparsity.uniform_width true and --sparsity.scope ffn, a stock model for llama.cpp's own converter"
-            )
             raise UserError(
                 f"Export: a GGUF file with layers of different widths computes as Llama does, but this "
-                f"'{config.model_type}' {reason}. Export to hf, or prune with {stock}."
+                f"'{config.model_type}' {reason}. Export to hf; or, for llama.cpp's own converter, prune with "
+                f"--sparsity.uniform_width true and --sparsity.scope ffn, to a stock model."
             )
 
 

@@ -9,7 +9,8 @@ from unittest.mock import patch
 
 import gguf as library
 import torch
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.console import quieted
@@ -19,17 +20,10 @@ LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-WORDS: dict[str, pre_tokenizers.PreTokenizer] = {
-    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "smollm": pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
-    "llama-bpe": pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    ),
+WORDS: dict[str, PreTokenizer] = {
+    "gpt-2": ByteLevel(add_prefix_space=False),
+    "smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
+    "llama-bpe": Sequence([Split(Regex(LLAMA3_WORDS), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]),
 }
 WHOLE_WORDS = ("llama-bpe",)  # names of ways in which a whole word that is a token is taken before any merge
 
@@ -77,13 +71,10 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     The file holds only a name for that. transformers knows some names, and for others, such as SmolLM2's, silently cuts
     as GPT-2 does: blanks before a digit then become other tokens than the model was trained on.
     """
-    Keys = library.Keys
-    keys = library.GGUFReader(path).fields
-    byte_level = keys[Keys.Tokenizer.MODEL].contents() == "gpt2"
-    name = keys[Keys.Tokenizer.PRE].contents() if byte_level else None
-    words = WORDS[name] if byte_level else None
+    keys, fields = library.Keys.Tokenizer, library.GGUFReader(path).fields
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if words is not None:
-        tokenizer.backend_tokenizer.pre_tokenizer = words
+    if fields[keys.MODEL].contents() == "gpt2":
+        name = fields[keys.PRE].contents()
+        tokenizer.backend_tokenizer.pre_tokenizer = WORDS[name]
         tokenizer.backend_tokenizer.model.ignore_merges = name in WHOLE_WORDS
     return tokenizer

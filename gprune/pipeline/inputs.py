@@ -24,33 +24,25 @@ log = logging.getLogger("gprune")
 
 def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
     """Raise UserError where a gradient is asked of a model whose weights are fetched for each pass."""
-    gradients = {
-        "--sparsity.allocation learned": cfg.learns,
-        f"--importance {cfg.importance}": "saliency" in cfg.collects,
-    }
-    asked = [flag for flag, needed in gradients.items() if needed]
-    if asked and not cfg.model.shard and is_offloaded(model):
+    asked = "--sparsity.allocation learned" if cfg.learns else f"--importance {cfg.importance}"
+    if (cfg.learns or "saliency" in cfg.collects) and not cfg.model.shard and is_offloaded(model):
         raise UserError(
-            f"{asked[0]}: weights that do not fit --model.max_memory are fetched for each forward pass, without "
+            f"{asked}: weights that do not fit --model.max_memory are fetched for each forward pass, without "
             f"gradients; give the model more memory, or use --sparsity.allocation uniform and --importance wanda_sp."
         )
 
 
 def load(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen model, on the trainer's device unless `device_map` places it, and its tokenizer."""
-    log.info("Loading %s", cfg.model.name)
-    model, tokenizer = load_model(
-        cfg.model.name,
-        dtype=getattr(torch, cfg.model.dtype),
-        device_map=cfg.model.device_map,
-        max_memory=cfg.model.max_memory,
-        trust_remote_code=cfg.model.trust_remote_code,
-    )
+    m = cfg.model
+    log.info("Loading %s", m.name)
+    settings = m.model_dump(include={"device_map", "max_memory", "trust_remote_code"})
+    model, tokenizer = load_model(m.name, dtype=getattr(torch, m.dtype), **settings)
     check_backward(cfg, model)
     if cfg.export.format == "gguf":
         tokenizer_keys(tokenizer, model.get_input_embeddings().num_embeddings)  # refuses what GGUF has no words for
     # To be sharded it stays on the CPU: each process takes its part from there.
-    return model if cfg.model.device_map or cfg.model.shard else model.to(device), tokenizer
+    return model if m.device_map or m.shard else model.to(device), tokenizer
 
 
 @dataclass(frozen=True)

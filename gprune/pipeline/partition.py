@@ -74,16 +74,10 @@ def partitioned(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
     """The partition, computed; the controls take the refined sizes."""
     p, seed = run.cfg.partition, run.cfg.run.seed
     log.info("Partitioning %d blocks into modules", len(run.blocks))
-    embeddings = [
-        parameter_embedding(ffn_weights(b, device_of(b.layer)), dim=p.embedding_dim, seed=seed) for b in run.blocks
-    ]
-    labels = [
-        initial_partition(
-            e, d.drift, num_modules=p.num_modules, similarity_weight=p.similarity_weight,
-            drift_weight=p.drift_weight, seed=seed,
-        )
-        for e, d in zip(embeddings, drift, strict=True)
-    ]  # fmt: skip
+    weights = (ffn_weights(block, device_of(block.layer)) for block in run.blocks)
+    embeddings = [parameter_embedding(of_block, dim=p.embedding_dim, seed=seed) for of_block in weights]
+    how = p.model_dump(include={"num_modules", "similarity_weight", "drift_weight"}) | {"seed": seed}
+    labels = [initial_partition(e, d.drift, **how) for e, d in zip(embeddings, drift, strict=True)]
     if p.method != "initial":
         labels = refine(run, embeddings, drift, labels)
     if p.method == "random":

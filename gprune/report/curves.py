@@ -34,9 +34,7 @@ CURVES = {
 
 def read_curves(run: Path) -> pd.DataFrame:
     """What a run logged, a row per call; of several sittings one after the other; empty where there is nothing."""
-    files = sorted(
-        run.glob("csv/version_*/metrics.csv"), key=lambda file: int(re.sub(r"\D", "", file.parent.name) or 0)
-    )
+    files = sorted(run.glob("csv/version_*/metrics.csv"), key=lambda f: int(re.sub(r"\D", "", f.parent.name) or 0))
     frames = []
     for file in files:
         try:
@@ -73,10 +71,8 @@ def own_row(frame: pd.DataFrame) -> str:
 
 def line_of(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
     """(x, y) of a metric, sorted by x, none where it is missing; what a later sitting has computed again counts."""
-    points = (
-        frame.reindex(columns=[axis, name]).apply(pd.to_numeric, errors="coerce").dropna().set_axis(["x", "y"], axis=1)
-    )
-    return points.drop_duplicates("x", keep="last").sort_values("x")
+    points = frame.reindex(columns=[axis, name]).apply(pd.to_numeric, errors="coerce").dropna()
+    return points.set_axis(["x", "y"], axis=1).drop_duplicates("x", keep="last").sort_values("x")
 
 
 @style()

@@ -149,10 +149,7 @@ def make(paths: Sequence[Path | str], *, base: Path | str | None = None) -> Repo
 
 
 def of_runs(
-    runs: Sequence[FinishedRun],
-    *,
-    bases: Mapping[Path, FinishedRun] | None = None,
-    seen: Sequence[str] | None = None,
+    runs: Sequence[FinishedRun], *, bases: Mapping[Path, FinishedRun] | None = None, seen: Sequence[str] | None = None
 ) -> Report:
     """All tables of runs that have been read, wherever from.
 

@@ -112,15 +112,10 @@ def comparison_table(groups: Sequence[Group]) -> Table:
         if (ratio := pooled(ratios)) is not None:
             names = (f"{g.name}: {row_name(*stages(g.runs[0])[-1])}" for g in (a, b))
             rows.append([*names, len(ratios), ratio])
-    return Table(
-        "comparison",
-        "Pruned models, pair by pair",
-        ["unseen perplexity of", "over that of", "seeds", "ratio"],
-        rows,
-        {"ratio": 3},
-        "Over text unseen by both. In brackets 95 % intervals: Student's t, paired over the windows of a single "
-        "pair; over several seeds where there are some.",
-    )
+    columns, title = ["unseen perplexity of", "over that of", "seeds", "ratio"], "Pruned models, pair by pair"
+    note = "Over text unseen by both. In brackets 95 % intervals: Student's t, paired over the windows of a single "
+    note += "pair; over several seeds where there are some."
+    return Table("comparison", title, columns, rows, {"ratio": 3}, note)
 
 
 def perplexity_table(groups: Sequence[Group], *, seen: Sequence[str] | None = None) -> Table:
@@ -135,15 +130,10 @@ def perplexity_table(groups: Sequence[Group], *, seen: Sequence[str] | None = No
 
     labels = corpus_labels(corpora)
     stars = ["(*)" if c in mixed else "*" if used[c] else "" for c in corpora]
-    return Table(
-        "perplexity",
-        "Perplexity by corpus",
-        ["run", "stage", "seeds", *(labels[c] + star for c, star in zip(corpora, stars, strict=True))],
-        _rows(groups, numbers),
-        note="* seen: the corpus, in other documents, was used by the run; (*) by some of the runs."
-        if seen is None
-        else f"* seen. {_division(seen)}",
-    )
+    columns = ["run", "stage", "seeds", *(labels[c] + star for c, star in zip(corpora, stars, strict=True))]
+    used_by = "* seen: the corpus, in other documents, was used by the run; (*) by some of the runs."
+    note = used_by if seen is None else f"* seen. {_division(seen)}"
+    return Table("perplexity", "Perplexity by corpus", columns, _rows(groups, numbers), note=note)
 
 
 def _division(seen: Sequence[str] | None) -> str:

@@ -140,14 +140,8 @@ def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = N
         columns += ["KL", "agreement"]
         note += " KL(dense || row) in nats per token, and how often both have the same most likely token: unseen text."
     rows = [row(*key, values) for key, values in by_stage(records).items()]
-    return Table(
-        "result",
-        "Perplexity by corpus",
-        columns,
-        rows,
-        dict.fromkeys(("gap", "unseen / base", "KL", "agreement"), 3),
-        note,
-    )
+    digits = dict.fromkeys(("gap", "unseen / base", "KL", "agreement"), 3)
+    return Table("result", "Perplexity by corpus", columns, rows, digits, note)
 
 
 def cost_table(steps: Mapping[str, Mapping[str, float]]) -> Table:

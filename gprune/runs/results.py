@@ -123,11 +123,9 @@ class PruningResult:
     def __repr__(self) -> str:
         lines, s = [f"PruningResult({str(self.path)!r})"], self.summary
         if s:
-            asked = self.config.sparsity
-            lines.append(
-                f"{removed_in_words(s['sparsity_of_scope'], asked.scope, asked.allocation)} removed, "
-                f"{s['sparsity_of_model']:.2%} of the model: {s['parameters_before']:,} -> {s['parameters_after']:,}"
-            )
+            asked, sizes = self.config.sparsity, f"{s['parameters_before']:,} -> {s['parameters_after']:,}"
+            removed = removed_in_words(s["sparsity_of_scope"], asked.scope, asked.allocation)
+            lines.append(f"{removed} removed, {s['sparsity_of_model']:.2%} of the model: {sizes}")
         if self.records:
             lines += self.table().to_string(float_format="{:.2f}".format, max_rows=7).splitlines()
         return "\n".join(lines)

@@ -41,7 +41,7 @@ def _serves(row: Row, record: dict[str, Any]) -> bool:
     """Whether a record of the row's settings has the tasks, the dense model's too, and the masks that are asked for."""
     if row.masks and record["masks"] is None:
         return False
-    asked = row.wanted_tasks
+    asked = row.tasks
     return not asked or (asked == record.get("tasks") and any(r["stage"] == "dense" for r in of_tasks(row, record)))
 
 
@@ -74,7 +74,7 @@ def stored(row: Row) -> tuple[Path, dict[str, Any] | None]:
     key = key_of(format=FORMAT, settings=unusual)[:10]
     there = [(path, read(path)) for path in sorted((row.records / "runs").glob(f"*-{key}*.json"))]
     own = [(path, record) for path, record in there if record is not None and record["settings"] == settings]
-    own = [(p, r) for p, r in own if row.wanted_tasks in ({}, r.get("tasks", row.wanted_tasks))]
+    own = [(p, r) for p, r in own if row.tasks in ({}, r.get("tasks", row.tasks))]
     if own:  # several: of lists with other tasks, of which one may have masks and another none
         return min(own, key=lambda one: not _serves(row, one[1]))
     slug = "-".join("".join(c if c.isalnum() else " " for c in row.name.lower()).split())
@@ -86,13 +86,13 @@ def stored(row: Row) -> tuple[Path, dict[str, Any] | None]:
 
 def dense_path(row: Row, model: str) -> Path:
     """Where the row's tasks, measured on its dense model of this fingerprint, are kept for all rows."""
-    key = key_of(format=FORMAT, model=[model, row.config.model.dtype], tasks=row.wanted_tasks)
+    key = key_of(format=FORMAT, model=[model, row.config.model.dtype], tasks=row.tasks)
     return row.records / "dense" / f"{key}.json"
 
 
 def of_tasks(row: Row, record: dict[str, Any]) -> list[Record]:
     """Results of the row's tasks, the dense model's first; empty where the list asks for none, or nobody ran them."""
-    if not (row.wanted_tasks and record.get("evaluation")):
+    if not (row.tasks and record.get("evaluation")):
         return []
     dense = read_json(dense_path(row, record["inputs"]["model"]), check=schema.Evaluation.problem) or {"records": []}
     return dense["records"] + record["evaluation"]
@@ -161,13 +161,11 @@ def _shared(records: Sequence[Record]) -> tuple[Record, list[Record]]:
 
 def packed(masks: Masks) -> dict[str, dict[str, Any]]:
     """Masks as base64 of their bits: 8 kB for 46,080 neurons."""
-    return {
-        kind: {
-            "sizes": [len(m) for m in masks_of_kind],
-            "bits": base64.b64encode(np.packbits(torch.cat(masks_of_kind).numpy())).decode(),
-        }
-        for kind, masks_of_kind in (("ffn", masks.ffn), ("attention", masks.attention))
-    }
+    parts = {}
+    for kind, of_kind in vars(masks).items():
+        bits = np.packbits(torch.cat(of_kind).numpy())
+        parts[kind] = {"sizes": [len(m) for m in of_kind], "bits": base64.b64encode(bits).decode()}
+    return parts
 
 
 def unpacked(content: dict[str, dict[str, Any]]) -> Masks:

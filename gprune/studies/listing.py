@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from gprune.benchmarks.settings import Benchmarks, benchmarks
 from gprune.checks import refusal
 from gprune.config import CONSENT, RunConfig, configured, read_flags, read_settings
 from gprune.config.parse import overlay
@@ -38,15 +39,6 @@ class Shape(BaseModel):
     """Keys of the types that are declared, and no others."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class Tasks(Shape):
-    """What `gprune evaluate` measures on the model of every row."""
-
-    names: Annotated[Names, Field(min_length=1)]
-    limit: int | None = None
-    seq_len: int | list[int] | None = None
-    dtype: str | None = None
 
 
 class RowContent(BaseModel):
@@ -76,13 +68,14 @@ class Content(Shape):
     """Of the report's, those to print."""
     masks: bool = False
     """Keep masks with the records of a list in `experiments/`, as others do: `python -m experiments.stability`."""
-    tasks: Tasks | None = None
+    tasks: dict[str, Any] = {}
+    """What `gprune evaluate` measures on the model of every row: `names`, and flags of it such as `limit`."""
     seen: Names | None = None
     """Corpora that count as seen in every row; by default each row's own."""
 
     @model_validator(mode="after")
     def check_rows(self) -> Self:
-        """Raise UserError for a key that names a row that there is not."""
+        """Raise UserError for a key that names a row that there is not, and for tasks that cannot be measured."""
         for key, wanted in (
             ("controls", self.controls),
             ("reference", [] if self.reference is None else [self.reference]),
@@ -90,6 +83,8 @@ class Content(Shape):
         ):
             if unknown := [name for name in wanted if name not in self.rows]:
                 raise UserError(f"{key}: expected rows ({', '.join(self.rows)}), got '{unknown[0]}'")
+        if self.tasks:
+            asked_of(self.tasks)
         return self
 
 
@@ -100,7 +95,7 @@ class Row:
     name: str
     seed: int
     settings: dict[str, Any]  # by dotted name, those that the list and the command line give
-    tasks: Tasks | None = None
+    tasks: dict[str, Any] = field(default_factory=dict)  # empty if the list asks for none
     control: bool = False  # gprune's machinery with nothing learned: no result of the method's
     masks: bool = True  # keep masks
     records: Path = OTHER_RECORDS  # the folder of what came out
@@ -110,11 +105,6 @@ class Row:
     def config(self) -> RunConfig:
         """Raises UserError, with the row's name, for what train.py would refuse."""
         return configured(self.settings, where=f"Row '{self.name}'")
-
-    @property
-    def wanted_tasks(self) -> dict[str, Any]:
-        """The tasks of the list, as plain data; empty if it asks for none."""
-        return {} if self.tasks is None else self.tasks.model_dump(exclude_none=True)
 
 
 @dataclass(frozen=True)
@@ -159,7 +149,15 @@ def read_content(path: Path) -> Content:
     try:
         return Content.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"List '{path}', {refusal(error)}.") from error
+        raise UserError(f"List '{path}', {refusal(error).removesuffix('.')}.") from error
+
+
+def asked_of(tasks: Mapping[str, Any], **others: Any) -> Benchmarks:
+    """The tasks of a list as `gprune evaluate` takes them; raises UserError for what cannot be measured."""
+    own = dict(tasks) | others
+    if isinstance(own.get("seq_len"), int):
+        own["seq_len"] = [own["seq_len"]]
+    return benchmarks(tasks=own.pop("names", ()), **own)
 
 
 def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[str], **shared: Any) -> Iterator[Row]:

@@ -16,7 +16,7 @@ import torch
 
 import gprune
 from gprune.benchmarks import measurement
-from gprune.benchmarks.settings import SPEED, Benchmarks, benchmarks
+from gprune.benchmarks.settings import SPEED
 from gprune.config import ExportConfig
 from gprune.console import process_index, say
 from gprune.errors import UserError, dispensable
@@ -28,7 +28,7 @@ from gprune.runs import schema
 from gprune.runs.folder import RunFolder
 from gprune.storage.files import read_json, write_json
 from gprune.studies.archive import dense_path, learned_tokens, packed, record_of, stored, write
-from gprune.studies.listing import Listing, Row, parts_of
+from gprune.studies.listing import Listing, Row, asked_of, parts_of
 from gprune.studies.tables import reported, tables_of
 from gprune.studies.tracking import beside_records, log, named
 
@@ -51,8 +51,8 @@ def work(options: Namespace) -> None:
 def run_all(pending: Sequence[Row]) -> None:
     """Say what it will cost, run each row and measure its tasks, and say when its record is kept."""
     for row in pending:
-        if row.wanted_tasks:
-            measurement.check(asked_of(row))
+        if row.tasks:
+            measurement.check(asked_of(row.tasks, trust_remote_code=row.config.model.trust_remote_code))
             if row.config.processes > 1:  # the others would wait for hours, until torch gives them up
                 raise UserError(f"Row '{row.name}': expected one process for tasks, got {row.config.processes}.")
     first = process_index() == 0
@@ -65,7 +65,7 @@ def run_all(pending: Sequence[Row]) -> None:
             torch.distributed.barrier()
         if first:
             say_kept(row, started)
-        if row.wanted_tasks:
+        if row.tasks:
             started = time.monotonic()
             measure_tasks(row, *made)
             say_kept(row, started, "tasks ")
@@ -75,7 +75,7 @@ def token_hours(pending: Sequence[Row]) -> str:
     """Tokens that are still to be computed, at most, and how long their matrix products take on this machine."""
     plans = [check(row.config) for row in pending]
     forward, backward = sum(p.forward_tokens for p in plans), sum(p.forward_backward_tokens for p in plans)
-    tasks = ", tasks not counted" if any(row.wanted_tasks for row in pending) else ""
+    tasks = ", tasks not counted" if any(row.tasks for row in pending) else ""
     return (
         f"{len(pending)} configurations: at most {forward:,} tokens forward and {backward:,} forward and backward, "
         f"shared passes counted for each{tasks}; {compute_time(*plans)}"
@@ -90,7 +90,7 @@ def run(row: Row) -> tuple[Path, dict[str, Any]]:
     """
     cfg = named(row)
     before = stored(row)[1] or {"masks": None}  # of another list, which wants other things of this row
-    if row.wanted_tasks and cfg.recovery != "none":  # masks do not hold what recovery changed
+    if row.tasks and cfg.recovery != "none":  # masks do not hold what recovery changed
         cfg = cfg.model_copy(update={"export": ExportConfig(format="hf", dtype=cfg.model.dtype)})
     with beside_records(row):
         result = gprune.prune(cfg)
@@ -123,13 +123,8 @@ def finish(listing: Listing, chosen: Sequence[Row], options: Namespace) -> None:
         return
     report = reported(listing, done)
     tables = tables_of(listing, report)
-    say(
-        "\n"
-        + "\n\n".join(
-            [f"**{listing.content.about or listing.path.stem}**", *(t.shown() for t in tables), *report.protocols()]
-        )
-        + "\n"
-    )
+    about = f"**{listing.content.about or listing.path.stem}**"
+    say("\n" + "\n\n".join([about, *(t.shown() for t in tables), *report.protocols()]) + "\n")
     if options.costs:
         steps = {f"{row.name}, seed {row.seed}: {step}": used for row, r in done for step, used in r["steps"].items()}
         say("\n" + cost_table(steps).shown() + "\n")
@@ -153,24 +148,17 @@ def measure_tasks(row: Row, folder: Path, record: dict[str, Any]) -> dict[str, A
     Those of the dense model, by its fingerprint, are kept for all rows; where speed is among them, it takes turns with
     each row's own.
     """
-    asked, shared = asked_of(row), dense_path(row, record["inputs"]["model"])
+    asked = asked_of(row.tasks, trust_remote_code=row.config.model.trust_remote_code)
+    shared = dense_path(row, record["inputs"]["model"])
     beside = SPEED in asked.tasks
     with beside_records(row):
         if not beside and not (read_json(shared, check=schema.Evaluation.problem) or {}).get("records"):
             measured, _ = measurement.evaluate(str(folder), asked, dense=True, pruned=False)
             write_json(shared, {"records": list(map(rounded, measured))})  # now: the rest may take an hour
         measured, _ = measurement.evaluate(str(folder), asked, dense=beside)
-    record = record | {"tasks": row.wanted_tasks, "evaluation": list(map(rounded, measured))}
+    record = record | {"tasks": row.tasks, "evaluation": list(map(rounded, measured))}
     write(stored(row)[0], record)  # asked again: another list may have written its own tasks beside it
     return record
-
-
-def asked_of(row: Row) -> Benchmarks:
-    """The row's tasks as `gprune evaluate` takes them; raises UserError for what cannot be measured."""
-    own = row.wanted_tasks
-    if isinstance(own.get("seq_len"), int):
-        own["seq_len"] = [own["seq_len"]]
-    return benchmarks(tasks=own.pop("names"), trust_remote_code=row.config.model.trust_remote_code, **own)
 
 
 def rounded(record: dict[str, Any]) -> dict[str, Any]:

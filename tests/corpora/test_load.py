@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gprune.corpora.embedded import EMBEDDED_CORPORA
-from gprune.corpora.load import CORPORA, SPLITS, check_corpus, identity, load_corpus
+from gprune.corpora.load import CORPORA, SPLITS, identity, load_corpus, source_of
 from gprune.errors import UserError
 from tests import built_in
 
@@ -77,11 +77,11 @@ def test_names_do_not_lead_out_of_the_mirror(name, data_dir, tmp_path, monkeypat
 def test_unknown_name_lists_what_there_is(data_dir):
     write_jsonl(data_dir / "corpora" / "local_one" / "train.jsonl", ["a"])
     with pytest.raises(UserError, match=r"Unknown corpus 'c5'.*python_docs.*local_one"):
-        check_corpus("c5")
+        source_of("c5")
     with pytest.raises(UserError, match="no such file"):
-        check_corpus("nowhere/text.txt")
+        source_of("nowhere/text.txt")
     for name in (*CORPORA, "local_one"):
-        check_corpus(name)
+        source_of(name)
 
 
 def test_unknown_split():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from gprune.corpora import local
-from gprune.corpora.load import check_corpus, load_corpus
+from gprune.corpora.load import load_corpus, source_of
 from gprune.corpora.local import contiguous_split, load_files, split_text
 from gprune.errors import UserError
 
@@ -71,7 +71,7 @@ def test_what_is_no_corpus_is_named_with_its_file(row, tmp_path):
         parquet.write_table(pyarrow.table(content), tmp_path / name)
     else:
         (tmp_path / name).write_bytes(content)
-    check_corpus(str(tmp_path / name))  # reads no text
+    source_of(str(tmp_path / name))  # reads no text
     with pytest.raises(UserError, match=expected) as error:
         load_files(tmp_path / name, "train")
     assert name in str(error.value)

@@ -113,8 +113,8 @@ def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
         ("rows: {a: {}}\nseeds: [a]\n", ["seeds[0]", "a valid integer", "'a'"]),
         ("rows: {a: {}}\ntables: [perplexities]\n", ["tables[0]", "comparison", "perplexities"]),
         ("rows: {a: {}}\ncompare: [['a: gprune']]\n", ["compare[0]", "2 items"]),
-        ("rows: {a: {}}\ntasks: {names: []}\n", ["tasks.names", "at least 1"]),
-        ("rows: {a: {}}\ntasks: {names: [piqa], limt: 100}\n", ["tasks.limt", "100"]),
+        ("rows: {a: {}}\ntasks: {names: []}\n", ["--tasks", "at least 1"]),
+        ("rows: {a: {}}\ntasks: {names: [piqa], limt: 100}\n", ["--limt", "100"]),
     ],
 )  # fmt: skip
 def test_a_bad_list_is_one_line(content, words, bench, capsys, nothing_runs):

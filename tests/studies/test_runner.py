@@ -106,7 +106,7 @@ def measured(monkeypatch, bench):
 
 def with_tasks(row):
     folder, record = runner.run(row)
-    return runner.measure_tasks(row, folder, record) if row.wanted_tasks else record
+    return runner.measure_tasks(row, folder, record) if row.tasks else record
 
 
 MENDED = {"plain": {"gprune": False}, "mended": {"gprune": False, "recovery": "bias"}}
