@@ -108,8 +108,8 @@ def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig) -> None
         if (reason := unlike_llama(config, block)) is not None:
             raise UserError(
                 f"Export: a GGUF file with layers of different widths computes as Llama does, but this "
-                f"'{config.model_type}' {reason}. Export to hf; or, for llama.cpp's own converter, prune with "
-                f"--sparsity.uniform_width true and --sparsity.scope ffn, to a stock model."
+                f"'{config.model_type}' {reason}. Export to hf, or prune with --sparsity.uniform_width true and "
+                f"--sparsity.scope ffn, a stock model for llama.cpp's own converter."
             )
 
 

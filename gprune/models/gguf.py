@@ -72,9 +72,10 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     as GPT-2 does: blanks before a digit then become other tokens than the model was trained on.
     """
     keys, fields = library.Keys.Tokenizer, library.GGUFReader(path).fields
+    name = fields[keys.PRE].contents() if fields[keys.MODEL].contents() == "gpt2" else None
+    words = None if name is None else WORDS[name]
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if fields[keys.MODEL].contents() == "gpt2":
-        name = fields[keys.PRE].contents()
-        tokenizer.backend_tokenizer.pre_tokenizer = WORDS[name]
+    if words is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = words
         tokenizer.backend_tokenizer.model.ignore_merges = name in WHOLE_WORDS
     return tokenizer
