@@ -74,7 +74,7 @@ def test_a_list_measures_each_row_beside_the_dense_model(bench, timed, capsys):
     path = bench.write("fast", {"plain": {"gprune": False}}, tasks={"names": ["speed"]})
     out = bench(capsys, path)
     assert timed == [(2, 1, 128), (2, 8, 128)]
-    assert out.count("| x 2.000 |") == 4
+    assert out.count(" x 2.000 |") == 4
     (row,) = bench.rows(path)
     assert [r["stage"] for r in record_of(row)["evaluation"]] == ["dense"] * 4 + ["base"] * 4
 
