@@ -15,7 +15,7 @@ TEXTS = {WIKITEXT: "WikiText-2", "c4": "C4"}  # whose perplexity the literature 
 SPEED = "speed"
 
 
-@dataclass(frozen=True, config=ConfigDict(use_attribute_docstrings=True))
+@dataclass(frozen=True, config=ConfigDict(use_attribute_docstrings=True, extra="forbid"))
 class Benchmarks:
     """What is measured, and how: the flags of `gprune evaluate`, with their help."""
 

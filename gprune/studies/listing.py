@@ -155,9 +155,10 @@ def read_content(path: Path) -> Content:
 def asked_of(tasks: Mapping[str, Any], **others: Any) -> Benchmarks:
     """The tasks of a list as `gprune evaluate` takes them; raises UserError for what cannot be measured."""
     own = dict(tasks) | others
+    own["tasks"] = own.pop("names", ())
     if isinstance(own.get("seq_len"), int):
         own["seq_len"] = [own["seq_len"]]
-    return benchmarks(tasks=own.pop("names", ()), **own)
+    return benchmarks(**own)
 
 
 def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[str], **shared: Any) -> Iterator[Row]:
