@@ -69,8 +69,8 @@ def zero_shot(
             shots = task.config.num_fewshot or 0 if task.OUTPUT_TYPE == "generate_until" else 0
             task.set_config(key="num_fewshot", value=shots)
             task.set_fewshot_seed(1234)  # lm_eval's
-            expected = f"expected rows that prompts can be made of, and {shots} examples in train.jsonl"
-            with quoting(f"Task '{name}': {expected} (", ")."):
+            expected = "rows that prompts can be made of" + (f" and {shots} examples in train.jsonl" if shots else "")
+            with quoting(f"Task '{name}': expected {expected} (", ")."):
                 task.build_all_requests(limit=limit)
             task.build_all_requests = lambda **_: None  # which lm_eval would do again
         outcome = evaluate(
