@@ -29,7 +29,10 @@ HINTS = {
     f"{kind.prefix}{n}": hint for kind in (RunConfig, *GROUPS.values()) for n, hint in get_type_hints(kind).items()
 }
 # Settings of earlier versions, at the values that stand for what is done now; at any where that is all one.
-GONE = {"distill.hidden": 0.0, "evaluation.samples": ..., "logging.tracker": ...}
+GONE = {
+    "corpora.separator": "blank", "distill.hidden": 0.0, "partition.subtract_noise": False, "sparsity.schedule": [],
+    "evaluation.samples": ..., "logging.tracker": ...,
+}  # fmt: skip
 
 
 def parse(args: Sequence[str] | None = None) -> RunConfig:

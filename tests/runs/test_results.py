@@ -82,6 +82,7 @@ def test_a_run_from_before_relative_step_sizes_is_read(recovered, tmp_path):
     for settings in (manifest["settings"], config):
         del settings["distill"]["absolute_learning_rate"]
         settings["distill"] |= {"learning_rate": 0.0005, "hidden": 0.0}
+        settings["sparsity"]["schedule"] = []
     config["evaluation"]["samples"], config["logging"]["artifacts"] = 7, ["masks"]
     key = key_of(settings=manifest["settings"])
     write_json(folder / "manifest.json", manifest)
