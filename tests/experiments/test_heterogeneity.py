@@ -13,7 +13,8 @@ from scipy.stats import f_oneway, kendalltau
 
 import gprune
 from experiments import heterogeneity
-from gprune.importance.scores import fractional_ranks, score_units
+from gprune.importance.scores import fractional_ranks, score_ffn
+from gprune.importance.weights import ffn_weights
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
 from gprune.partition.drift import noise_floor, rank_drift
@@ -69,7 +70,13 @@ def agreement_of_halves(folder) -> list[float]:
     model, _ = load_model(result.config.model.name)
     found = []
     for statistics in result.statistics.values():
-        one, two = (score_units("wanda_sp", blocks_of(model), statistics, half=half).ffn for half in (0, 1))
+        one, two = (
+            [
+                score_ffn("wanda_sp", b, ffn_weights(b), statistics.ffn[b.index].half(half), torch.Generator())
+                for b in blocks_of(model)
+            ]
+            for half in (0, 1)
+        )
         found.append([kendalltau(a, b).statistic for a, b in zip(one, two, strict=True)])
     return np.mean(found, axis=0).tolist()
 
