@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import logging
 import pkgutil
@@ -16,8 +17,9 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from pydantic import ValidationError, validate_call
 
-from gprune.checks import require
+from gprune.checks import refusal, require
 from gprune.config.running import ClassPath
 from gprune.errors import UserError, first_line
 
@@ -53,11 +55,11 @@ def _is_of_lightning(callback: L.Callback) -> bool:
 
 
 def made(described: ClassPath) -> L.Callback:
-    """A callback by its class path.
+    """A callback by its class path, its arguments as their annotations want them.
 
     Raises:
         UserError: for a path that leads to no class of callbacks, or into a package that nobody has imported (a file of
-            flags runs no code), and for what the class raises.
+            flags runs no code), and for arguments that do not fit.
     """
     path, where = described.class_path, f"--trainer.callbacks: {described.class_path}"
     path = path if "." in path else f"{LIGHTNING}.{path}"
@@ -67,7 +69,13 @@ def made(described: ClassPath) -> L.Callback:
         kind = pkgutil.resolve_name(path)
         if not issubclass(kind, L.Callback):
             raise TypeError("expected a subclass of lightning.pytorch.Callback")
-        return kind(**described.init_args)
+        if not inspect.isfunction(kind.__init__):  # it has none of its own
+            return kind(**described.init_args)
+        callback = kind.__new__(kind)
+        validate_call(kind.__init__, config={"arbitrary_types_allowed": True})(callback, **described.init_args)
+        return callback
+    except ValidationError as error:
+        raise UserError(f"{where}, {refusal(error, 'init_args.')}.") from error
     except Exception as error:  # whatever the class raises
         raise UserError(f"{where}: {type(error).__name__}: {first_line(error)}") from error
 
