@@ -187,6 +187,7 @@ def test_c4_is_the_usual_scripts_first_windows_of_1100_documents(shard, monkeypa
         b"no gzip", gzip.compress(b'{"text": "ban"}\n{"text": [1]}\n'), gzip.compress(b'{"url": "u"}\n'),
         gzip.compress(b'{"text": "ban"}\n' * 9)[:-9],
     ],
+    ids=["plain", "number", "no text", "truncated"],
 )  # fmt: skip
 def test_a_shard_that_is_none_is_one_line_and_without_it_the_hub_is_asked(content, shard, monkeypatch):
     shard[0].write_bytes(content)
