@@ -29,6 +29,8 @@ Sizes = TypeAdapter(dict[str, Annotated[ByteSize, Field(gt=0, lt=10**15)]])
 
 EXPECTED = {  # by pydantic's type of an error, where its own words are no better
     "missing": "a value",
+    "missing_argument": "a value",
+    "unexpected_keyword_argument": "no such argument",
     "greater_than": "more than {gt}",
     "greater_than_equal": "{ge} or more",
     "less_than_equal": "{le} or less",

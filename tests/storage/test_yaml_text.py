@@ -84,7 +84,7 @@ SECRET = "root:x:0:0\n"
 FILES = {  # content of a --config file -> what the line names
     "a file behind a group": ("model: SECRET", ("model",)),
     "a file behind config": ("config: SECRET", ("config",)),
-    "a file behind a value": ("corpora: {num_samples: SECRET}", ("corpora.num_samples", "whole number")),
+    "a file behind a value": ("corpora: {num_samples: SECRET}", ("corpora.num_samples", "valid integer")),
     "nested and dotted": ("sparsity: {target: 0.3}\nsparsity.target: 0.4", ("sparsity.target", "twice")),
     "a class to call": ("sparsity: {class_path: os.system, init_args: {command: touch RAN}}", ("class_path",)),
     "no mapping": ("[a]", ("expected settings",)),
