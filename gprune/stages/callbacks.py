@@ -42,6 +42,7 @@ class StepCurves(L.Callback):
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """Note the step size and the norm of the gradient."""
         group, stage = optimizer.param_groups[0], curves_of(pl_module)
         if hasattr(pl_module, "gradient_norm"):
             norm = pl_module.gradient_norm()
