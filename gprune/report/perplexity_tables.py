@@ -48,11 +48,13 @@ def stages(run: FinishedRun) -> list[Stage]:
     return list(by_stage(run.records))
 
 
-def ratio_to(run: FinishedRun, stage: Stage, other: FinishedRun, reference: Stage) -> Estimate | None:
+def ratio_to(
+    run: FinishedRun, stage: Stage, other: FinishedRun, reference: Stage, number: str = "nll"
+) -> Estimate | None:
     """`unseen_ratio` of a stage of one run to a stage of another; None for a stage to itself."""
     if run.path.resolve() == other.path.resolve() and stage == reference:
         return None
-    return unseen_ratio(run.records, stage, other.records, reference)
+    return unseen_ratio(run.records, stage, other.records, reference, number)
 
 
 def summary_table(

@@ -69,17 +69,24 @@ def distance(records: Sequence[Record], stage: Stage) -> dict[str, Estimate | No
     return {name: Estimate(*mean_per_token(of, records[0]["seq_len"] - 1)) for name, of in sums.items()}
 
 
-def unseen_ratio(records: Sequence[Record], stage: Stage, others: Sequence[Record], other: Stage) -> Estimate | None:
+def unseen_ratio(
+    records: Sequence[Record], stage: Stage, others: Sequence[Record], other: Stage, number: str = "nll"
+) -> Estimate | None:
     """Perplexity of `stage` over that of `other` in `others`, as geometric means over text that neither has seen.
 
-    The 95 % interval is paired over windows. None without such text, and where the windows are not the same.
+    The 95 % interval is paired over windows. None without such text or `number`, and where windows are not the same.
+
+    Args:
+        number: nll; or kl, for the ratio of exp(KL(dense || row)).
     """
     there = records_of(others, other)
     here = {c: r for c, r in records_of(records, stage, seen=False).items() if c not in there or not there[c]["seen"]}
     if not here or any(c not in there or there[c]["content_hash"] != r["content_hash"] for c, r in here.items()):
         return None
-    nll = ({corpus: r["window_nll"] for corpus, r in own.items()} for own in (here, there))
-    return Estimate(*paired_ratio(*nll, records[0]["seq_len"] - 1))
+    sums = [{c: own[c].get(f"window_{number}") for c in here} for own in (here, there)]
+    if any(None in of.values() for of in sums):
+        return None
+    return Estimate(*paired_ratio(*sums, records[0]["seq_len"] - 1))
 
 
 def unseen_ratios(records: Sequence[Record]) -> dict[str, dict[str, float]]:

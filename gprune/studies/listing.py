@@ -79,7 +79,7 @@ class Content(Shape):
         for key, wanted in (
             ("controls", self.controls),
             ("reference", [] if self.reference is None else [self.reference]),
-            ("compare", [stage.partition(": ")[0] for pair in self.compare for stage in pair]),
+            ("compare", [stage.rpartition(": ")[0] for pair in self.compare for stage in pair]),
         ):
             if unknown := [name for name in wanted if name not in self.rows]:
                 raise UserError(f"{key}: expected rows ({', '.join(self.rows)}), got '{unknown[0]}'")

@@ -62,11 +62,15 @@ def tables_of(listing: Listing, report: Report) -> list[Table]:
 
 def comparison_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
     """A row for every pair of stages that the list compares and whose rows have run."""
-    ratios = {f"{a} / {b}": ratios_of(runs, a, b) for a, b in listing.content.compare}
-    rows = [[pair, len(of_pair), pooled(of_pair)] for pair, of_pair in ratios.items() if of_pair is not None]
+    pairs = {(a, b): ratios for a, b in listing.content.compare if (ratios := ratios_of(runs, a, b)) is not None}
+    rows = [[" / ".join(p), len(of), pooled(of), pooled(ratios_of(runs, *p, "kl"))] for p, of in pairs.items()]
     none = "No ratio: the two have no seed in common, or were evaluated on other windows."
-    columns = ["unseen perplexity of", "seeds", "ratio"]
-    return Table("compare", "Comparisons", columns, rows, {"ratio": 3}, none if any(not row[1] for row in rows) else "")
+    columns, note = ["unseen perplexity of", "seeds", "ratio", "of exp(KL)"], [none] * any(not row[1] for row in rows)
+    if all(row[-1] is None for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    else:
+        note.append("exp(KL): of KL(dense || row) per token on the same windows.")
+    return Table("compare", "Comparisons", columns, rows, dict.fromkeys(columns[2:], 3), " ".join(note))
 
 
 def task_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
@@ -90,8 +94,8 @@ def of_stage(records: Sequence[Record], stage: tuple[str, str]) -> list[Record]:
     return [r for r in records if (r["stage"], r.get("recovery") or "none") == stage]
 
 
-def ratios_of(runs: Sequence[FinishedRun], a: str, b: str) -> list[Estimate] | None:
-    """Unseen geometric mean of one stage over another's, `row: stage` each, for every seed that both have.
+def ratios_of(runs: Sequence[FinishedRun], a: str, b: str, number: str = "nll") -> list[Estimate] | None:
+    """`unseen_ratio` of one stage to another's, `row: stage` each, for every seed that both have.
 
     Returns:
         None where a row has not run; an empty list unless all are of the same windows.
@@ -100,12 +104,12 @@ def ratios_of(runs: Sequence[FinishedRun], a: str, b: str) -> list[Estimate] | N
     if not a_runs or not b_runs:
         return None
     by_seed = {r.seed: r for r in b_runs}
-    ratios = [ratio_to(r, a_stage, by_seed[r.seed], b_stage) for r in a_runs if r.seed in by_seed]
+    ratios = [ratio_to(r, a_stage, by_seed[r.seed], b_stage, number) for r in a_runs if r.seed in by_seed]
     return [] if any(ratio is None for ratio in ratios) else ratios
 
 
 def _stage(runs: Sequence[FinishedRun], name: str) -> tuple[list[FinishedRun], tuple[str, str]]:
-    row, _, stage = name.partition(": ")
+    row, _, stage = name.rpartition(": ")
     members = [r for r in runs if r.name == row]
     stages = {row_name(*key): key for r in members for key in by_stage(r.records)}
     if members and stage not in stages:

@@ -116,9 +116,10 @@ def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Seque
         logged = {f"tables/{n}": wandb.Table(head, cells, allow_mixed_types=True) for n, (head, *cells) in wide.items()}
         figures = report.draw(Path(drawn), ["png"])
         run.log(logged | {f"figures/{path.stem}": wandb.Image(str(path)) for path in figures})
-        for pair, _, ratio in (row for table in tables if table.name == "compare" for row in table.rows):
-            of_pair = {} if ratio is None else ratio._asdict()
-            run.summary.update({f"compare/{key_part(pair)}/{name}": value for name, value in of_pair.items()})
+        for pair, _, *ratios in (row for table in tables if table.name == "compare" for row in table.rows):
+            for kind, ratio in zip(("", "exp_kl/"), ratios, strict=False):
+                of_pair = {} if ratio is None else ratio._asdict()
+                run.summary.update({f"compare/{key_part(pair)}/{kind}{name}": v for name, v in of_pair.items()})
         artifact = wandb.Artifact(key_part(stem), type="list")
         artifact.add_file(str(listing.path))
         run.log_artifact(artifact)

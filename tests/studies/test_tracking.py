@@ -19,7 +19,7 @@ from gprune.studies.tables import comparison_table, reported
 from tests import tiny_run, tracked
 
 ROWS = {"base": {"gprune": False}, "no: switch/50 %": {"reliability.switch": False}}
-COMPARE = [["base: base", "base: dense"]]
+COMPARE = [["no: switch/50 %: gprune", "base: base"]]
 
 
 def logged(folder: Path) -> dict[str, SimpleNamespace]:
@@ -70,7 +70,8 @@ def test_rows_and_their_list_are_runs_under_their_own_names(bench, ran, nothing_
     assert whole.config["rows"]["no: switch/50 %, seed 0"]["reliability.switch"] is False
     (row,) = comparison_table(listing, reported(listing, done).runs).rows
     numbers = {name: value for name, value in whole.summary.items() if name.startswith("compare/")}
-    assert sorted(numbers.values()) == pytest.approx(sorted(row[2]))
+    assert sorted(numbers.values()) == pytest.approx(sorted([*row[2], *row[3]]))
+    assert {name.split("/")[-2] for name in numbers} > {"exp_kl"}
     tables = {name.split("/")[1].split(".")[0] for name in whole.summary if name.startswith("tables/")}
     assert tables == {"summary", "perplexity", "distance", "compare"}
     (entry,) = whole.artifacts[-1]["manifest"]["contents"]

@@ -66,9 +66,9 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
-def unseen(record: Mapping[str, Any], stage: str) -> dict[str, list[float]]:
-    """Losses of windows by corpus that the run has not used."""
-    return {r["corpus"]: r["window_nll"] for r in record["records"] if r["stage"] == stage and not r["seen"]}
+def unseen(record: Mapping[str, Any], stage: str, number: str = "window_nll") -> dict[str, list[float]]:
+    """Losses of windows, or their other `number`, by corpus that the run has not used."""
+    return {r["corpus"]: r[number] for r in record["records"] if r["stage"] == stage and not r["seen"]}
 
 
 def fake_run(
