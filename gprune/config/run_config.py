@@ -274,8 +274,8 @@ class RunConfig(Group):
     def settings(self) -> dict[str, Any]:
         """Everything that can change a result, as plain data: what two runs must share to share a folder.
 
-        Left out: where results go, how they are logged and shown, what is exported, what is collected for others, and
-        where weights lie meanwhile.
+        Left out: where results go, how they are logged and shown, what is exported (but for a target in bytes), what is
+        collected for others, `max_memory` and `shard`.
         """
         out = {"model": {"max_memory", "shard"}, "corpora": {"collect"}}
         out |= {} if "blocks" in self.sparsity.scope else {"sparsity": {"block_share", "block_choice"}}

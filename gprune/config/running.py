@@ -40,7 +40,7 @@ class DistillConfig(Group, prefix="distill."):
     cross_entropy: NonNegative = 0.0
     """Weight of the next token's cross-entropy. With --distill.kl 0 it is plain fine-tuning."""
     clip: Positive = 1.0
-    """Largest norm of the gradient, each tensor's times its size; with an absolute step size of the plain gradient."""
+    """Largest norm of the gradient, each tensor's times its size unless --distill.absolute_learning_rate is given."""
     rank: AtLeast1 = 8
     """lora: rank of the adapters."""
     accumulate: AtLeast1 = 1
@@ -93,7 +93,8 @@ class LoggingConfig(Group, prefix="logging."):
     tags: list[Annotated[Text, Field(min_length=1, max_length=64)]] = Field([])
     """W&B tags beside metric, scope, allocation, partition and target; default: $WANDB_TAGS."""
     artifacts: list[Literal["masks", "model"]] = Field([])
-    """W&B artifacts of the finished run, read by gprune.load_run("wandb:..."). masks: all but the model. model: all."""
+    """W&B artifacts of the finished run, read by gprune.load_run("wandb:..."). masks: what that needs but the
+    model. model: all."""
 
     def model_post_init(self, _: Any) -> None:
         if self.resolved_mode not in ("offline", "online", "disabled"):
@@ -146,7 +147,7 @@ class TrainerConfig(Group, prefix="trainer."):
     log_every_n_steps: AtLeast1 | None = None
     """Steps from one point of a curve to the next. Default: 1, and 10 in the refinement."""
     gradient_clip_val: Positive | None = None
-    """Largest norm of the gradient, in stages that set none of their own (distill has --distill.clip). Default: any."""
+    """Largest norm of the gradient, in stages without a limit of their own (distill: --distill.clip). Default: none."""
     limit_train_batches: Positive | None = None
     """Batches per epoch of stages that learn from text: a number, or below 1 a share. Default: all."""
     profiler: Literal["simple", "advanced", "pytorch"] | None = None

@@ -65,7 +65,7 @@ class DistillationStage(FrozenLMStage):
     Args:
         dense: the teacher, frozen; its weights may lie on several devices, or off them.
         student: pruned; changed in place, and moved to the trainer's device as a whole.
-        settings: the flags of `--distill`, checked by `DistillConfig.refuse`; `tokens` is that of the text.
+        settings: the flags of `--distill`; `tokens` is that of the text.
         shard: shard the layers of both over all processes while it learns.
         kept: the final hidden states of `dense` by batch of tokens, which it reads and adds to.
         count: takes off the tokens of states that are computed again, where another row has counted them.
