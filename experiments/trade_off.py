@@ -36,7 +36,7 @@ from gprune.runs.results import FinishedRun
 
 PROMPT, GENERATE = 128, 32
 COLUMNS = ["", "unseen / dense", "times as fast", "MiB"]
-NOTE = "Rows: in transformers, weights in 16 bits. GGUF: in llama.cpp over f16 there, the file."
+NOTE = "Rows: timed in transformers in their list's dtype; MiB of 16 bits. GGUF: in llama.cpp over f16 there, the file."
 
 
 def pruned(run: FinishedRun) -> list[Cell]:

@@ -88,7 +88,7 @@ def switched_off(c: RunConfig) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
     yield f"--recovery {c.recovery}", chain <= {"none", "bias", "distill"}, ("ridge",)
     yield f"--recovery {c.recovery}", solved, ("distill",)
     yield f"--distill.targets {c.distill.targets}", c.distill.targets != "lora", ("distill.rank",)
-    yield "--export none", c.export.format == "none", ("export.dtype",)
+    yield "--export none", c.export.format == "none" and s.currency != "bytes", ("export.dtype",)
     yield f"--export {c.export.format}", c.export.format != "gguf", ("export.type",)
     yield "--dry_run false", not c.dry_run, ("plan",)
     yield f"--sparsity.target {c.sparsity.target}", not (c.timed_for or c.dry_run), ("speed",)

@@ -329,6 +329,17 @@ def test_numbers_and_paths_of_libraries_are_plain():
     assert (type(cfg.ridge), type(cfg.gprune), type(cfg.sparsity.epochs)) == (float, bool, int)
 
 
+def test_a_budget_of_bytes_is_told_apart_by_what_a_byte_holds_alone():
+    def of(**export):
+        return configured({"sparsity": {"target": "200MiB"}, "export": export}).settings()
+
+    assert of(format="hf") == of(format="none") == of(format="hf", type="q8_0")
+    priced = ({}, {"dtype": "float16"}, {"format": "gguf"}, {"format": "gguf", "type": "q8_0"})
+    assert len({str(of(**export)) for export in priced}) == 4
+    with pytest.raises(UserError, match=r"target 9KiB: expected it without --sparsity\.cost kv_cache"):
+        configured({"sparsity": {"target": "9KiB", "cost": "kv_cache"}})
+
+
 def test_a_target_of_speed_takes_the_width_multiple_of_the_machine_and_no_other_setting_changes():
     multiples = [({}, 1), ({"target": "1.4x"}, None), ({"target": "1.4x", "width_multiple": 4}, 4)]
     multiples += [({"width_multiple": "auto"}, None), ({"target": "1.4x", "cost": "kv_cache"}, 1)]

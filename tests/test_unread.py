@@ -11,6 +11,8 @@ from tests import tiny_run
     ("flags", "said"),
     [
         ("--distill.rank=8", "--distill.rank (--distill.targets all)"),
+        ("--export=none --export.dtype=float16", "--export.dtype (--export none)"),
+        ("--export=none --export.dtype=float16 --sparsity.target=400KiB", ""),
         ("--gprune=false --sparsity.epochs=1 --partition.steps=3 --recovery=none --distill.kl=1 --ridge=1",
          "--partition.steps, --sparsity.epochs (--gprune false); --ridge, --distill.kl (--recovery none)"),
         ("--reliability.switch=false --reliability.metric=random --sparsity.allocation=owl --sparsity.loss=kl",

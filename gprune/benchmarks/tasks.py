@@ -31,7 +31,7 @@ log = logging.getLogger("gprune")
 # By type of a task, what is counted of its questions; of loglikelihood, whether greedy decoding gives the text.
 COUNTED = {"multiple_choice": ("acc", "acc_norm"), "loglikelihood": ("acc",), "generate_until": ("exact_match",)}
 # Of whole splits: the number of rows, or `content_hash` of local questions with lm_eval's prompts.
-WHOLE = {"lambada_openai": 5153, "hellaswag": 10042, "winogrande": 1267, "arc_challenge": 1172, "gsm8k": 1319}
+WHOLE = {"lambada_openai": 5153, "hellaswag": 10042, "winogrande": 1267, "arc_challenge": 1172, "gsm8k": (1319, 7473)}
 WHOLE |= {"piqa": "f230db808510ef88", "arc_easy": "16b23eecab0a5935"}
 PART = "not known to be all of lm_eval's, and never to be set beside published figures"
 
@@ -157,7 +157,8 @@ def _of_rows(folder: Path) -> LoadedTask:
             splits[path.stem] = datasets.Dataset.from_dict({key: [row[key] for row in rows] for key in rows[0]})
         (task,) = _manager().load([{"group": "local", "task": [own]}])["tasks"].values()
     n = len(task.eval_docs)
-    return _admitted(task, "local", "" if n == WHOLE.get(folder.name) else f" on {n:,} rows, {PART}")
+    counted = n if task.OUTPUT_TYPE != "generate_until" else (n, len(splits["train"]))  # its worked examples
+    return _admitted(task, "local", "" if counted == WHOLE.get(folder.name) else f" on {n:,} rows, {PART}")
 
 
 def _rows(path: Path) -> dict[str, dict[str, Any]]:

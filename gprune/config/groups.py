@@ -289,6 +289,8 @@ class SparsityConfig(Group, prefix="sparsity."):
             raise UserError("--sparsity.uniform_width: expected it without --sparsity.protect and allocation depth.")
         if "blocks" in self.scope and rule.whole_blocks:
             raise UserError(f"--sparsity.scope {self.scope}: expected it without blocks, which allocation depth takes.")
+        if self.cost and Target.of(self.target).unit == "bytes":
+            raise UserError(f"--sparsity.target {self.target}: expected it without --sparsity.cost {self.cost}.")
 
     @property
     def currency(self) -> str:

@@ -290,7 +290,8 @@ class RunConfig(Group):
         if self.sparsity.cost is None:
             del plain["sparsity"]["cost"]
         if self.sparsity.currency == "bytes":
-            plain["export"] = self.export.model_dump()
+            of_gguf = set() if self.export.format == "gguf" else {"format", "type"}
+            plain["export"] = self.export.model_dump(exclude=of_gguf)
         plain["run"] = {"seed": self.run.seed}
         plain["trainer"] = {"world_size": self.processes, "precision": self.trainer.precision} | self.trainer.unusual
         return plain

@@ -195,7 +195,8 @@ def save_pruned(
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         (new / "README.md").write_text(CARD, encoding="utf-8")
-        if others := [path.name for path in before if not (new / path.name).exists()]:
+        others = [p.name for p in before if not (p.match("model*.safetensors*") or (new / p.name).exists())]
+        if others:
             raise UserError(f"Export: '{folder}' holds {others[0]}, which would be lost; move it away.")
     log.info("wrote %s", folder)
     return folder

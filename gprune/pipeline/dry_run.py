@@ -46,7 +46,7 @@ def describe(plan: Plan) -> str:
         "memory": memory_line(plan),
         "results": cfg.folder,
     }
-    return "\n".join(f"{name:12} {line}" for name, line in lines.items())
+    return "\n".join(f"{name:12} {line}" for name, line in lines.items() if line)
 
 
 def counted_text(plan: Plan) -> str:

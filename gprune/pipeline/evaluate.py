@@ -200,6 +200,7 @@ def record(
         **{n: dict(s) if n in recovery.split("+") else None for n, s in cfg.recovery_settings.items()},
         "sparsity": 0.0 if dense else run.budget.sparsity,
         "scope": cfg.sparsity.scope,
+        **({} if cfg.sparsity.currency == "parameters" else {"cost": cfg.sparsity.currency}),
         "model": model_label(cfg.model.name),
         "corpora": cfg.roles,
         "corpus": w.corpus,

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gprune.benchmarks.speed import Table, best_multiple, price_by, speed_table
 from gprune.calibration.saliency import salient_parts
 from gprune.config import RunConfig
-from gprune.errors import UserError
+from gprune.errors import UserError, quoting
 from gprune.export.convert import TYPES, check_type
 from gprune.export.gguf_writer import check_expressible
 from gprune.models.blocks import Block, blocks_of
@@ -77,8 +77,9 @@ class Plan:
         size = getattr(torch, self.exported_dtype).itemsize * HALF_BITS
         matrix, vector = (int(2 * TYPES[export.type]), 64) if export.format == "gguf" else (size, size)
         of_bytes = partial(weighed, weight=lambda p: matrix if p.ndim > 1 else vector)
-        costs = (of_bytes if currency == "bytes" else COST[currency])(self.skeleton, blocks)
-        return Price.by_unit(costs, [b.neurons for b in blocks], [b.kv_groups for b in blocks])
+        with quoting(f"Cost '{currency}': expected whole numbers of each block's neuron, KV group and all (", ")."):
+            costs = (of_bytes if currency == "bytes" else COST[currency])(self.skeleton, blocks)
+            return Price.by_unit(costs, [b.neurons for b in blocks], [b.kv_groups for b in blocks])
 
     @cached_property
     def removed(self) -> int:
@@ -127,8 +128,9 @@ def check(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> Plan:
     dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
     check_stored(dense, config.name_or_path)
     blocks = blocks_of(dense)
-    plan = Plan(cfg, dense, device)
-    plan = replace(plan, budget=(budget := plan.asked()))
+    first = Plan(cfg, dense, device)
+    plan = replace(first, budget=(budget := first.asked()))
+    vars(plan).update(vars(first) | vars(plan))  # and the table of speed that was read, or measured
     if ALLOCATION[cfg.base_allocation].whole_blocks:
         check_depth(budget)
     if cfg.learns:

@@ -193,6 +193,8 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
     inputs = {"model": fingerprint(model), "text": text.hashes()}
     if callbacks:  # class, and Lightning's key of its state
         inputs["callbacks"] = [f"{type(one).__module__}.{one.state_key}" for one in callbacks]
+    if cfg.timed_for:  # another machine's table is another budget
+        inputs["speed"] = key_of(table=plan.speed)
     settings = cfg.settings() | {"inputs": inputs}
     folder = RunFolder(cfg.folder, meter.counts, key=key_of(settings=settings))
     work = {step: passes(*tokens) for step, tokens in plan.tokens.items()}

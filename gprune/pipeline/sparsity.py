@@ -118,6 +118,10 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
     """
     cfg, s = run.cfg, run.cfg.sparsity
     options = cfg.options.get(s.learner, {})
+    for kind in start:  # a block that is gone, and that a point of the curve keeps, is as sparse there as others are
+        mean = torch.cat([kind[b] for b in run.budget.costs.stay]).mean()
+        for b in run.budget.costs.gone:
+            kind[b] = torch.full_like(kind[b], mean)
     stage = LEARNER[s.learner](run.model, modules.ranks, start, run.budget, s, cfg.model.shard, **options)
     budgets = {run.budget.sparsity: run.budget} | {v: run.budget.at(v) for v in cfg.evaluation.curve if v != s.target}
 

@@ -43,7 +43,8 @@ def against(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, str]:
     """By task, one model's records against another's: difference of accuracy or ratio of perplexity, paired."""
     others = {_identity(r): r for r in theirs}
     pairs = [(r, others[_identity(r)]) for r in ours if _identity(r) in others]
-    return {r["task"] + (f", {r['seq_len']}" if "seq_len" in r else ""): _against(r, other) for r, other in pairs}
+    of = {"seq_len": ", {}", "batch": ", batch {}"}
+    return {r["task"] + "".join(s.format(r[n]) for n, s in of.items() if n in r): _against(r, o) for r, o in pairs}
 
 
 def rated(r: Record) -> str:

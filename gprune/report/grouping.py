@@ -68,13 +68,12 @@ def groups(runs: Sequence[FinishedRun]) -> list[Group]:
         settings = run.all_but_seed
         times[settings, run.seed] += 1
         by_settings[settings, times[settings, run.seed]].append(run)
-    return [Group(_seen_together(members)) for members in by_settings.values()]
-
-
-def _seen_together(runs: list[FinishedRun]) -> list[FinishedRun]:
-    """The runs, where a corpus that one of them has seen is seen in all."""
-    seen = {r["corpus"] for run in runs for r in run.records if r["seen"]}
-    return [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
+    groups = []
+    for members in by_settings.values():  # a corpus that one of them has seen is seen in all
+        seen = {r["corpus"] for run in members for r in run.records if r["seen"]}
+        of_all = ([r | {"seen": r["corpus"] in seen} for r in run.records] for run in members)
+        groups.append(Group([replace(run, records=of) for run, of in zip(members, of_all, strict=True)]))
+    return groups
 
 
 def flags(run: FinishedRun) -> dict[str, Any]:

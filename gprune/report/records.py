@@ -34,9 +34,10 @@ def caption(records: Sequence[Record]) -> str:
     pruned = [r for r in records if r["stage"] != "dense"]
     text = {name: ", ".join(dict.fromkeys(str(r[name]) for r in pruned)) for name in names}
     budgets = sorted({r["sparsity"] for r in pruned})
-    removed = " to ".join(f"{100 * share:g}" for share in dict.fromkeys((budgets[0], budgets[-1])))
+    removed = " to ".join(f"{100 * share:.3g}" for share in dict.fromkeys((budgets[0], budgets[-1])))
+    of = ", ".join(dict.fromkeys(f"the {r['cost']} of " if "cost" in r else "" for r in pruned))
     return (
-        f"{text['model']}\n{removed} % of {text['scope']} removed by {text['importance']}\n"
+        f"{text['model']}\n{removed} % of {of}{text['scope']} removed by {text['importance']}\n"
         f"{text['split']} text, windows of {text['seq_len']} tokens, {text['dtype']}"
     )
 

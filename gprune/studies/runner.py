@@ -91,7 +91,9 @@ def run(row: Row) -> tuple[Path, dict[str, Any]]:
     cfg = named(row)
     before = stored(row)[1] or {"masks": None}  # of another list, which wants other things of this row
     if row.tasks and cfg.recovery != "none":  # masks do not hold what recovery changed
-        cfg = cfg.model_copy(update={"export": ExportConfig(format="hf", dtype=cfg.model.dtype)})
+        own, of_bytes = cfg.export, cfg.sparsity.currency == "bytes"  # a budget of what is exported
+        hf = ExportConfig(format="hf", dtype=own.dtype if of_bytes else cfg.model.dtype)
+        cfg = cfg.model_copy(update={"export": own if of_bytes and own.format == "gguf" else hf})
     with beside_records(row):
         result = gprune.prune(cfg)
     if process_index() != 0:

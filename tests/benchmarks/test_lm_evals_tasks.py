@@ -98,7 +98,7 @@ def test_numbers_are_lm_evals(manager, tmp_path):
 
 
 @pytest.mark.slow
-def test_generated_answers_are_lm_evals(manager, tmp_path):
+def test_generated_answers_are_lm_evals(manager, tmp_path, monkeypatch):
     """With five examples from the training rows, by both filters; half of the rows expect what the model says."""
     model, rows = make_tiny_llama(max_position_embeddings=512), rows_of("gsm8k", 4)
     for _ in range(2):
@@ -112,6 +112,10 @@ def test_generated_answers_are_lm_evals(manager, tmp_path):
         assert record["exact_match"] == theirs[f"exact_match,{name}"] == record["correct"].count("1") / 4
         ZeroShot.model_validate(record | {"stage": "model"})
     assert record["correct"] == "1010"
+    for examples, whole in ((9, True), (10, False)):  # of other training rows the prompt is another
+        monkeypatch.setitem(tasks.WHOLE, "gsm8k", (4, examples))
+        of_rows = zero_shot(model, tokenizer(), ["gsm8k"], limit=None, source="local")
+        assert {r["standard_protocol"] for r in of_rows} == {whole}
     dense = record | {"run": "r", "model": "tiny", "stage": "dense"}
     pruned = dense | {"stage": "gprune", "answers": ["?", *dense["answers"][1:]], "correct": "0010"}
     (_, cells) = evaluation_table([dense, pruned]).rows

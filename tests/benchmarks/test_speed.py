@@ -106,6 +106,11 @@ def test_a_run_says_asked_predicted_and_got_and_goes_on_by_its_table(measuring, 
     again = world.run(tmp_path, *FLAGS)
     assert (again.masks, len(measuring)) == (ran.masks, 1)
     assert again.summary["speed"] == ran.summary["speed"]
+    # another machine's table is another budget, which is not mixed with this one's
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(speed, "measured", lambda *_: TABLE | {"rest": 3e-3})
+    assert main(world.args(tmp_path, *FLAGS)) == 2
+    assert "holds a run with other settings: inputs.speed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("spread", "multiple"), [(0.0, 8), (0.3, 8), (0.32, 1)])

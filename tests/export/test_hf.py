@@ -274,6 +274,12 @@ def test_a_taken_folder_is_kept_until_a_whole_one_may_take_its_place(tmp_path, t
     assert torch.equal(load(folder)(token_batch).logits, first(token_batch).logits)
     hf.save_pruned(second, None, folder, overwrite=True)
     assert torch.equal(load(folder)(token_batch).logits, second(token_batch).logits)
+    monkeypatch.setattr(hf, "SHARD", 20_000)  # files by other names
+    hf.save_pruned(first, None, folder, overwrite=True)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    monkeypatch.undo()
+    hf.save_pruned(second, None, folder, overwrite=True)
+    assert [path.name for path in folder.glob("*.safetensors*")] == ["model.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from scipy.stats import rankdata
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -322,6 +323,9 @@ def test_whole_blocks_go_in_the_budget_and_the_rest_is_learned(switched, world, 
     result = switched("blocks")
     gone = [b for b, stays in enumerate(result.masks.blocks) if not stays]
     assert gone in ([1], [2])  # block 0 is protected
+    thresholds = load_file(result.path / "thresholds.safetensors")
+    # as others are, where a point of the curve keeps it
+    assert abs(thresholds[f"ffn.{gone[0]}"]).max() < 3 < torch.logit(torch.tensor(47.75 / 48))
     assert [masks_of(result, "base").blocks, masks_of(result, "averaged").blocks] == [result.masks.blocks] * 2
     assert "\n50.12% of attention+ffn+blocks removed" in repr(result)
     # two candidates, a window of each of three corpora: counted, foreseen, and paid once

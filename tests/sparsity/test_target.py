@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gprune.cli import main
 from gprune.config import RunConfig
 from gprune.config.parse import parse
 from gprune.errors import UserError
@@ -186,3 +187,13 @@ def test_a_cost_that_a_notebook_registers_is_what_the_budget_counts(scored):
         masks = keep_masks(Budget.of(costs, "50%"), *margins)
         assert [int(m.sum()) for m in masks.attention] == [2, 2, 2]
         assert RunConfig(sparsity={"target": 0.5, "cost": "groups_alone"}).sparsity.currency == "groups_alone"
+
+
+@pytest.mark.parametrize(
+    "costs", [lambda model, blocks: [(1.5, 1, 3)], lambda model, blocks: ([(1, 1, 4)] * 9, 0), "a"]
+)
+def test_a_cost_that_is_none_is_one_line_with_its_name(costs, world, tmp_path, capsys):
+    with scratch(COST):
+        COST.register("odd")(costs)
+        assert main(world.args(tmp_path, "--sparsity.cost=odd")) == 2
+    assert "Cost 'odd': expected whole numbers of each block's neuron, KV group and all (" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 import gprune
 from gprune.benchmarks import measurement
 from gprune.errors import UserError
+from gprune.report.records import caption
 from gprune.studies import archive, runner
 from gprune.studies.archive import record_of
 from tests.studies.workbench import ROWS, cells
@@ -140,6 +141,16 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     for row in bench.rows(path):
         assert archive.stored(row)[0] != others[row.name][0]
         assert record_of(row)["tasks"]["limit"] == 4
+
+
+def test_tasks_of_a_budget_of_bytes_are_of_the_row_that_asks_for_it(bench, measured):
+    tasks, rows = {"names": ["piqa"], "limit": 4}, {"mended": MENDED["mended"] | {"sparsity.target": "80KiB"}}
+    (row,) = bench.rows(bench.write("bytes", rows, tasks=tasks))
+    record = with_tasks(row)
+    assert record["settings"] == row.config.settings()
+    assert record_of(row) is not None
+    assert {r.get("cost") for r in record["records"]} == {"bytes"}
+    assert "of the bytes of ffn removed" in caption(record["records"])
 
 
 def test_a_list_that_wants_masks_keeps_the_tasks_and_one_that_wants_tasks_the_masks(bench, measured, tmp_path):
