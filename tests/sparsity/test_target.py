@@ -189,11 +189,9 @@ def test_a_cost_that_a_notebook_registers_is_what_the_budget_counts(scored):
         assert RunConfig(sparsity={"target": 0.5, "cost": "groups_alone"}).sparsity.currency == "groups_alone"
 
 
-@pytest.mark.parametrize(
-    "costs", [lambda model, blocks: [(1.5, 1, 3)], lambda model, blocks: ([(1, 1, 4)] * 9, 0), "a"]
-)
+@pytest.mark.parametrize("costs", [(1.5, 2, 3), ([(1, 1, 4)] * 9, 0), ([(1.5, 1, 4)] * 3, 0)])
 def test_a_cost_that_is_none_is_one_line_with_its_name(costs, world, tmp_path, capsys):
     with scratch(COST):
-        COST.register("odd")(costs)
+        COST.register("odd")(lambda model, blocks: costs)
         assert main(world.args(tmp_path, "--sparsity.cost=odd")) == 2
     assert "Cost 'odd': expected whole numbers of each block's neuron, KV group and all (" in capsys.readouterr().err
