@@ -88,14 +88,16 @@ def seconds_in_llama_cpp(files: Sequence[Path]) -> list[float]:
 @style()
 def drawn(rows: Sequence[Sequence[Cell]]) -> Figure:
     """Two panels: unseen perplexity over dense against speed, and against size; a line for what names begin with."""
-    figure, shown = Figure(figsize=(10, 4.2)), [row for row in rows if None not in row]
+    figure = Figure(figsize=(10, 4.2))
     for axes, column in zip(figure.subplots(1, 2, sharey=True), (2, 3), strict=True):
-        lines: Lines = {(row[0].partition(", ")[0], ""): [] for row in shown}
-        for row in sorted(shown, key=lambda row: row[column]):
+        lines: Lines = {(row[0].partition(", ")[0], ""): [] for row in rows if None not in row}
+        for row in sorted((row for row in rows if None not in row), key=lambda row: row[column]):
             line, _, name = row[0].partition(", ")
             lines[line, ""].append((row[column], row[1]))
-            place = (4, -12 if [*lines].index((line, "")) % 2 else 4)  # two lines may meet
-            axes.annotate(name, (row[column], row[1].value), place, textcoords="offset points", fontsize=7)
+            if (line, column) != ("speed", 3):  # which is no size
+                at = (4, -12) if line in ("distilled", "dense") else (-4 if column == 2 else 4, 4)  # lines meet
+                side = {"ha": "right" if at[0] < 0 else "left", "textcoords": "offset points"}
+                axes.annotate(name, (row[column], row[1].value), at, fontsize=7, **side)
         draw_curves(axes, lines, over=COLUMNS[column], ticks="{x:g}", reference="dense")
         axes.xaxis.set_major_locator(MaxNLocator())
         axes.label_outer()
@@ -114,9 +116,9 @@ def work(arguments: Sequence[str] | None = None) -> str:
         raise UserError(f"{options.list}: expected records of its rows, got none; run `gprune study` with it.")
     with tempfile.TemporaryDirectory(prefix="trade-off-") as scratch:
         rows = [*map(pruned, runs), *quantised(runs[0], Path(scratch))]
-    table = Table("trade_off", "", COLUMNS, rows, {"unseen / dense": 3}, NOTE)
     files = save(drawn(rows), options.folder, "trade-off", FORMATS)
-    return f"{table.shown()}\n\nDrawn: {', '.join(map(str, files))}.\n"
+    table = Table("trade_off", "", COLUMNS, rows, {"unseen / dense": 3}, NOTE).shown()
+    return f"{table}\n\nDrawn: {', '.join(map(str, files))}.\n"
 
 
 if __name__ == "__main__":

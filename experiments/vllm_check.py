@@ -36,8 +36,7 @@ def prompt_logprobs(folder: Path, ids: list[int]) -> tuple[list[float], list[int
     (answer,) = model.generate([{"prompt_token_ids": ids}], settings, use_tqdm=False)
     places = list(zip(ids, answer.prompt_logprobs, strict=True))[1:]
     own = [place[token].logprob for token, place in places]
-    first = [next(token for token, entry in place.items() if entry.rank == 1) for _, place in places]
-    return own, first, architecture(model)
+    return own, [next(token for token, entry in of.items() if entry.rank == 1) for _, of in places], architecture(model)
 
 
 def architecture(model) -> str:
