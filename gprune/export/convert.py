@@ -85,7 +85,7 @@ def check_type(type: str, *, unchecked: bool) -> None:
     if type not in (*TYPES, *QUANTISED):
         raise UserError(f"Unknown GGUF type '{type}'. Available: {', '.join((*TYPES, *QUANTISED))}.")
     if not has_llama_cpp() and (type in QUANTISED or not unchecked):
-        use = f"quantise to {type}" if type in QUANTISED else "check the file (gprune export --unchecked does not)"
+        use = f"quantise to {type}" if type in QUANTISED else "check the file (--unchecked of gprune export skips it)"
         raise UserError(f"Export: expected a llama.cpp build to {use}; got none. Run `pip install {LLAMA_CPP}`.")
 
 
