@@ -88,10 +88,10 @@ def seconds_in_llama_cpp(files: Sequence[Path]) -> list[float]:
 @style()
 def drawn(rows: Sequence[Sequence[Cell]]) -> Figure:
     """Two panels: unseen perplexity over dense against speed, and against size; a line for what names begin with."""
-    figure = Figure(figsize=(10, 4.2))
+    figure, shown = Figure(figsize=(10, 4.2)), [row for row in rows if None not in row]
     for axes, column in zip(figure.subplots(1, 2, sharey=True), (2, 3), strict=True):
-        lines: Lines = {(row[0].partition(", ")[0], ""): [] for row in rows if None not in row}
-        for row in sorted((row for row in rows if None not in row), key=lambda row: row[column]):
+        lines: Lines = {(row[0].partition(", ")[0], ""): [] for row in shown}
+        for row in sorted(shown, key=lambda row: row[column]):
             line, _, name = row[0].partition(", ")
             lines[line, ""].append((row[column], row[1]))
             if (line, column) != ("speed", 3):  # which is no size
@@ -116,9 +116,9 @@ def work(arguments: Sequence[str] | None = None) -> str:
         raise UserError(f"{options.list}: expected records of its rows, got none; run `gprune study` with it.")
     with tempfile.TemporaryDirectory(prefix="trade-off-") as scratch:
         rows = [*map(pruned, runs), *quantised(runs[0], Path(scratch))]
+    table = Table("trade_off", "", COLUMNS, rows, {"unseen / dense": 3}, NOTE)
     files = save(drawn(rows), options.folder, "trade-off", FORMATS)
-    table = Table("trade_off", "", COLUMNS, rows, {"unseen / dense": 3}, NOTE).shown()
-    return f"{table}\n\nDrawn: {', '.join(map(str, files))}.\n"
+    return f"{table.shown()}\n\nDrawn: {', '.join(map(str, files))}.\n"
 
 
 if __name__ == "__main__":

@@ -282,6 +282,7 @@ class SparsityConfig(Group, prefix="sparsity."):
     """What learns. straight_through: gates that are hard forward and soft backward. Or one registered from Python."""
 
     def model_post_init(self, _: Any) -> None:
+        """Raise UserError for flags that do not go together."""
         rule, start = ALLOCATION[self.allocation], ALLOCATION[self.start]
         if start.modules or start.whole_blocks:
             raise UserError(f"--sparsity.start: expected an allocation by blocks, such as uniform, got '{self.start}'.")

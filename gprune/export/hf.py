@@ -195,8 +195,7 @@ def save_pruned(
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         (new / "README.md").write_text(CARD, encoding="utf-8")
-        others = [p.name for p in before if not (p.match("model*.safetensors*") or (new / p.name).exists())]
-        if others:
+        if others := [p.name for p in before if not (p.match("model*.safetensors*") or (new / p.name).exists())]:
             raise UserError(f"Export: '{folder}' holds {others[0]}, which would be lost; move it away.")
     log.info("wrote %s", folder)
     return folder

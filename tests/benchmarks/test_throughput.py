@@ -10,6 +10,7 @@ from gprune import report
 from gprune.__main__ import run as command
 from gprune.benchmarks import speed
 from gprune.benchmarks.measurement import task_numbers
+from gprune.report.benchmark_table import rated
 from gprune.runs.results import load_run
 from gprune.studies.archive import record_of
 from tests import tiny_run
@@ -85,9 +86,9 @@ def test_two_models_take_turns(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(speed, "LONG", 0.1)
     world.run(tmp_path, "--gprune=false")
     rows = evaluated(capsys, tmp_path / "run", "--dense", "--speed_prompt", "200", "--speed_batch", "2")
-    (prefill, first), (decode, step) = (
-        map(float, rows[f"{task} base 2"][0].removesuffix(" s").split(" tokens/s, ")) for task in ("prefill", "decode")
-    )
-    assert first == pytest.approx(400 / prefill, rel=0.2, abs=6e-4)
-    assert step == pytest.approx(2 / decode, rel=0.2, abs=6e-4)  # seconds have three digits
+    records = json.loads((tmp_path / "run/evaluation.json").read_text())["records"]
+    own = {r["task"]: (r["tokens_per_second"], r["seconds"]) for r in records if r["stage"] == "base"}  # not rounded
+    for task, tokens in (("prefill", 400), ("decode", 2)):
+        assert own[task][0] == pytest.approx(tokens / own[task][1], rel=0.2)
+        assert rows[f"{task} base 2"][0] == rated(dict(zip(("tokens_per_second", "seconds"), own[task], strict=True)))
     assert all(0.2 < float(ratio.removeprefix("x ")) < 5 for name, (_, ratio) in rows.items() if "base" in name)

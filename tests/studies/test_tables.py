@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 
 from gprune.__main__ import run as command
@@ -69,9 +70,10 @@ def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
     by_stage = {(row[0], row[1]): row for row in table.rows}
     assert by_stage["plain (3 seeds)", "base"][2] == by_stage["wifv (3 seeds)", "base"][2] == 3
     pairs = [[record for row, record in done if row.seed == seed] for seed in (0, 1, 2)]
-    ratios = [paired_ratio(unseen(b, "base"), unseen(a, "base"), 31)[0] for a, b in pairs]
+    numbers = [(unseen(b, "base", n), unseen(a, "base", n)) for n in ("window_nll", "window_kl") for a, b in pairs]
+    ratios, distances = np.reshape([paired_ratio(*both, 31)[0] for both in numbers], (2, 3)).tolist()
     (compared,) = tables.comparison_table(listing, tables.reported(listing, done).runs).rows
-    assert compared[:-1] == ["wifv: base / plain: base", 3, over_seeds(ratios)]
+    assert compared == ["wifv: base / plain: base", 3, over_seeds(ratios), over_seeds(distances)]
     assert len(set(ratios)) == 3
     # each seed is divided by the reference's run of that seed alone
     column = table.columns.index("unseen / base")
@@ -104,7 +106,7 @@ def test_pairs_whose_rows_have_not_run_wait_and_those_without_common_windows_hav
     listing, done = bench.done(bench.write("apart", ROWS | {"later": {"sparsity.target": 0.1}}, compare=compare))
     table = tables.comparison_table(listing, tables.reported(listing, done).runs)
     assert [row[:2] for row in table.rows] == [["ours: gprune / plain: base", 1]]
-    assert table.note.startswith("exp(KL)")
+    assert table.note == "exp(KL): of KL(dense || row) per token on the same windows."
     other = [
         (row, record | {"records": [r | {"content_hash": "elsewhere"} for r in record["records"]]})
         if row.name == "plain" else (row, record) for row, record in done
