@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, ByteSize, Field, TypeAdapter, ValidationError
@@ -91,25 +91,41 @@ Memory = Annotated[dict[Text, Text], AfterValidator(lambda sizes: memory_limits(
 
 
 def option_types(entry: Any) -> dict[str, Any]:
-    """Types by name of an entry's options, the keyword-only parameters of its function or constructors.
+    """Types by name of the keyword-only parameters of a function, or of a class and those that its `**kwargs` reach.
 
     They are as annotated, `Positive` for instance; without an annotation a number.
     """
     types: dict[str, Any] = {}
     for owner in entry.__mro__ if isinstance(entry, type) else [entry]:
         function = vars(owner).get("__init__") if isinstance(owner, type) else owner
-        for p in inspect.signature(function).parameters.values() if function else ():
+        if function is None:
+            continue
+        parameters = inspect.signature(function).parameters.values()
+        for p in parameters:
             hint = p.annotation
             if isinstance(hint, str):  # of a file with `from __future__ import annotations`
                 hint = (vars(builtins) | function.__globals__).get(hint, float)
             if p.kind is p.KEYWORD_ONLY:
                 types.setdefault(p.name, float if hint is p.empty else hint)
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
     return types
 
 
-def check_options(flag: str, name: str, entry: Any, options: Mapping[str, Any]) -> None:
-    """Raise UserError, which begins with the flag, for what is no option of an entry, or of another type or range."""
-    known = option_types(entry)
+def accepted(entry: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings that a function or class takes as keyword-only parameters, by name."""
+    return {name: settings[name] for name in option_types(entry) if name in settings}
+
+
+def check_options(
+    flag: str, name: str, entry: Any, options: Mapping[str, Any], *, settings: Collection[str] = ()
+) -> None:
+    """Raise UserError, which begins with the flag, for what is no option of an entry, or of another type or range.
+
+    Args:
+        settings: parameters of the entry that flags of their own set.
+    """
+    known = {option: kind for option, kind in option_types(entry).items() if option not in settings}
     if unknown := [option for option in options if option not in known]:
         raise UserError(f"{flag}: expected options of '{name}' ({', '.join(known) or 'none'}), got '{unknown[0]}'.")
     for option, value in options.items():

@@ -137,16 +137,21 @@ class RunConfig(Group):
 
     def _check_options(self) -> None:
         """Raise UserError for a stage that nobody has registered, and for options that the run does not have."""
-        used: dict[str, Any] = dict.fromkeys(self.recovery.split("+"), RECOVERY)
-        used |= {self.partition.refiner: REFINER, self.sparsity.learner: LEARNER, self.corpora.calibrator: CALIBRATOR}
+        used: dict[str, Any] = {name: (RECOVERY, ()) for name in self.recovery.split("+")}
+        used |= {
+            self.partition.refiner: (REFINER, type(self.partition).model_fields),
+            self.sparsity.learner: (LEARNER, {*type(self.sparsity).model_fields, "shard"}),
+            self.corpora.calibrator: (CALIBRATOR, ()),
+        }
         check_options("--sparsity.options", (a := self.base_allocation), ALLOCATION[a], self.sparsity.options)
-        for name, registry in used.items():
+        for name, (registry, _) in used.items():
             registry.check(name)
         for name, options in self.options.items():
             if name not in used:
                 raise UserError(f"--options: expected names that the run uses ({', '.join(used)}), got '{name}'.")
-            entry = used[name][name]
-            check_options(f"--options.{name}", name, getattr(entry, "origin", entry), options)
+            registry, settings = used[name]
+            entry = getattr(registry[name], "origin", registry[name])
+            check_options(f"--options.{name}", name, entry, options, settings=settings)
 
     @property
     def final(self) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gprune.corpora.windows import Windows
+from gprune.errors import UserError
 
 
 class TokenDataset(Dataset):
@@ -23,6 +24,7 @@ class TokenDataset(Dataset):
 
     def __init__(self, windows: Sequence[Windows]):
         self.tokens = torch.cat([w.tokens for w in windows])
+        self.corpora = [w.corpus for w in windows]
         # First and second half, not in turn: neighbouring windows often come from one piece of text, and halves that
         # share pieces would agree better than two samples of the corpus do.
         self.half = [int(2 * i >= len(w.tokens)) for w in windows for i in range(len(w.tokens))]
@@ -42,9 +44,10 @@ class TokenDataset(Dataset):
 class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
     """Batches of (index, weight); the global batches are the same whatever the number of processes.
 
-    Rank r takes `batch[r::world_size]` of each global batch. A rank without a share gets the batch's first window with
-    weight 0, so that all ranks take equally many steps (otherwise collectives would hang) and weighted sums count every
-    window once.
+    Rank r takes `batch[r::world_size]` of each global batch. With `whole` it takes every `world_size`-th batch instead,
+    so that a batch has the same windows, and the same bits, for every number of processes. A rank without a share gets
+    the first window of a batch with weight 0, so that all ranks take equally many steps (otherwise collectives would
+    hang) and weighted sums count every window once.
     """
 
     num_windows: int
@@ -53,6 +56,7 @@ class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
     rank: int = 0
     world_size: int = 1
     shuffle: bool = False
+    whole: bool = False
     seed: int = 0
     epoch: int = field(default=0, init=False)
     served: int = field(default=0, init=False)  # batches of this epoch so far
@@ -68,18 +72,20 @@ class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
         return self
 
     def __len__(self) -> int:
-        return math.ceil(self.num_windows / self.batch_size)
+        batches = math.ceil(self.num_windows / self.batch_size)
+        return math.ceil(batches / self.world_size) if self.whole else batches
 
     def __iter__(self) -> Iterator[list[tuple[int, float]]]:
         order = np.arange(self.num_windows)
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_windows)
         self.served, self.skip = self.skip, 0
-        for start in range(self.served * self.batch_size, self.num_windows, self.batch_size):
+        while self.served < len(self):
+            number = self.served * self.world_size + self.rank if self.whole else self.served
+            batch = order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
+            share = batch if self.whole else batch[self.rank :: self.world_size]
             self.served += 1
-            batch = order[start : start + self.batch_size].tolist()
-            share = batch[self.rank :: self.world_size]
-            yield [(index, 1.0) for index in share] or [(batch[0], 0.0)]
+            yield [(index, 1.0) for index in share] or [(int((batch or order)[0]), 0.0)]
 
 
 class ResumableLoader(DataLoader):
@@ -93,26 +99,51 @@ class ResumableLoader(DataLoader):
 
 
 class CorpusDataModule(LightningDataModule):
-    """One shuffled loader over all training windows; one loader per test corpus, in order.
+    """One shuffled loader over all training windows; one loader per validation corpus and per test corpus, in order.
 
     It shards by itself, so use it with `Trainer(use_distributed_sampler=False)`.
+
+    Args:
+        train: text to learn from, of all corpora.
+        validation: development text, for the perplexity that stages log while they learn.
+        test: text to calibrate on.
+        batch_size: windows per training or test step, over all processes.
+        validation_batch_size: windows per validation step of one process; by default `batch_size`.
+        seed: of the order of the training windows.
+
+    Raises:
+        UserError: for a corpus without windows.
     """
 
-    def __init__(self, *, train: Sequence[Windows] = (), test: Sequence[Windows] = (), batch_size: int, seed: int):
+    def __init__(
+        self, *, train: Sequence[Windows] = (), validation: Sequence[Windows] = (), test: Sequence[Windows] = (),
+        batch_size: int, validation_batch_size: int | None = None, seed: int,
+    ):  # fmt: skip
         super().__init__()
-        self.train, self.test = tuple(train), tuple(test)
-        self.batch_size, self.seed = batch_size, seed
+        self.train, self.validation, self.test = tuple(train), tuple(validation), tuple(test)
+        self.batch_size, self.validation_batch_size, self.seed = batch_size, validation_batch_size or batch_size, seed
+        for windows in (*self.train, *self.validation, *self.test):
+            if not len(windows.tokens):
+                raise UserError(f"Corpus '{windows.corpus}': expected at least one window of text, got none.")
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train, shuffle=True)
 
-    def test_dataloader(self) -> list[DataLoader]:
-        return [self._loader([windows], shuffle=False) for windows in self.test]
+    def val_dataloader(self) -> list[DataLoader]:
+        return [self._loader([windows], whole=True) for windows in self.validation]
 
-    def _loader(self, windows: Sequence[Windows], *, shuffle: bool) -> DataLoader:
+    def test_dataloader(self) -> list[DataLoader]:
+        return [self._loader([windows]) for windows in self.test]
+
+    def _loader(self, windows: Sequence[Windows], *, shuffle: bool = False, whole: bool = False) -> DataLoader:
         dataset = TokenDataset(windows)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = ShardedBatchSampler(
-            len(dataset), self.batch_size, rank=rank, world_size=world_size, shuffle=shuffle, seed=self.seed
+            len(dataset), self.validation_batch_size if whole else self.batch_size, rank=rank, world_size=world_size,
+            shuffle=shuffle, whole=whole, seed=self.seed,
+        )  # fmt: skip
+        # An iterator draws a number from a generator, which is of its own here: measuring must not change what is drawn.
+        drawn = torch.Generator() if whole else None
+        return (DataLoader if whole else ResumableLoader)(
+            dataset, batch_sampler=sampler, num_workers=0, generator=drawn
         )
-        return ResumableLoader(dataset, batch_sampler=sampler, num_workers=0)

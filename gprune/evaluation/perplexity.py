@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 from transformers import PreTrainedModel
 
 from gprune.corpora.windows import Windows
@@ -108,13 +110,70 @@ def perplexity(
         torch.distributed.all_gather_object(by_process, by_process[rank])
     scores = torch.cat([by_process[i % world][i // world] for i in range(len(batches))])
     window_nll = scores[:, 0].contiguous()  # the bits of a sum depend on it
-    require_finite("loss came up in evaluation", window_nll)
     tokens = windows.tokens[:, 1:].numel()
-    nll = float(window_nll.sum()) / tokens
-    if nll > 700:  # exp would overflow
-        raise UserError(f"The mean loss on {windows.corpus} is {nll:.0f} nats per token; the model is broken.")
+    nll = mean_nll(window_nll, tokens, windows.corpus)
     distance = [part for sums in scores.T[1:] for part in (float(sums.sum()) / tokens, sums.tolist())]
     return PerplexityResult(math.exp(nll), nll, tokens, window_nll.tolist(), *distance)
+
+
+def mean_nll(window_nll: Tensor, tokens: int, corpus: str) -> float:
+    """Mean negative log-likelihood in nats per token, from the sums of windows (n,) float64 over `tokens` tokens.
+
+    Raises:
+        UserError: for a loss that is not finite, and for a mean whose exp would overflow.
+    """
+    require_finite("loss came up in evaluation", window_nll)
+    nll = float(window_nll.sum()) / tokens
+    if nll > 700:
+        raise UserError(f"The mean loss on {corpus} is {nll:.0f} nats per token; the model is broken.")
+    return nll
+
+
+class WindowPerplexity(Metric):
+    """Perplexity of a corpus from its windows: exp of the mean next-token cross-entropy, as `perplexity` computes it.
+
+    The sum of each window is kept with the window's index and summed in the order of the text. So the result has the
+    same bits for every number of processes. `torchmetrics.text.Perplexity` adds batches as they come, in float32.
+
+    Args:
+        corpus: for errors.
+    """
+
+    full_state_update = False
+
+    def __init__(self, corpus: str = "text"):
+        super().__init__()
+        self.corpus = corpus
+        for state in ("nll", "index", "tokens"):
+            self.add_state(state, [], dist_reduce_fx="cat")
+
+    def update(self, nll: Tensor, tokens: Tensor, index: Tensor) -> None:
+        """Add a batch of windows.
+
+        Args:
+            nll: (B,) float64, the negative log-likelihood of each window, summed over its predicted tokens, in nats.
+            tokens: (B,) int64, how many tokens of each window are predicted; 0 for a window that only fills a batch.
+            index: (B,) int64, places of the windows in the corpus.
+        """
+        for state, value in (("nll", nll), ("tokens", tokens), ("index", index)):
+            getattr(self, state).append(value)
+
+    def compute(self) -> Tensor:
+        """() float64.
+
+        Raises:
+            UserError: for a loss that is not finite, and for a mean whose exp would overflow.
+        """
+        nll, tokens, index = (dim_zero_cat(state).cpu() for state in (self.nll, self.tokens, self.index))
+        order = index.argsort(stable=True)
+        order = order[tokens[order] > 0]
+        mean = mean_nll(nll[order], int(tokens.sum()), self.corpus)
+        return torch.tensor(math.exp(mean), dtype=torch.float64)
+
+
+def window_losses(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """(B,) float64: each window's negative log-likelihood in nats, summed over its tokens 2..T; tokens (B, T) int64."""
+    return _scores(model, tokens)[:, 0].contiguous()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gprune.calibration.statistics import CorpusStatistics, Moments, pooled
+from gprune.checks import accepted
 from gprune.config.groups import AVERAGED, CONSENSUS
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
@@ -92,8 +93,9 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
     run.step(5, "Refining")
     p = run.cfg.partition
     inputs = refinement_inputs(embeddings, [d.drift for d in drift], [d.ranks for d in drift])
-    stage = REFINER[p.refiner](inputs, labels, p, **run.cfg.options.get(p.refiner, {}))
-    run.trainer("Refining modules", max_epochs=1, log_every_n_steps=10).fit(stage)
+    refiner, options = REFINER[p.refiner], run.cfg.options.get(p.refiner, {})
+    stage = refiner(inputs, labels, **accepted(refiner, dict(p)) | options)
+    run.trainer("Refining modules", stage, max_epochs=1, log_every_n_steps=10, val_check_interval=0.25).fit(stage)
     pairs = zip(stage.labels(), labels, strict=True)
     refined = [REFINER.checked(p.refiner, "labels", y, old.shape, of="whole numbers") for y, old in pairs]
     if any(y.min() < 0 or not torch.bincount(y).all() for y in refined):

@@ -124,13 +124,15 @@ class Run:
         """A step of the method begins: say so, in the log and on the screen."""
         log.info("%s", self.screen.step(number, what))
 
-    def trainer(self, what: str, *, name: str = "", callbacks: Sequence[L.Callback] = (), **kwargs: Any) -> L.Trainer:
+    def trainer(
+        self, what: str, stage: L.LightningModule, *, name: str = "", callbacks: Sequence[L.Callback] = (), **kwargs: Any
+    ) -> L.Trainer:
         """A fresh Trainer for one stage. Bar and log say `what`, whose first word names its files without a `name`."""
         log.info("%s", what)
         t, name = self.cfg.trainer, name or what.split()[0].lower()
-        brought = callbacks_of_stage(self.callbacks, t.callbacks, self.folder / f"checkpoints/{name}")
+        own = self.callbacks.of_stage(stage, self.folder / f"checkpoints/{name}")
         witness = Witness(lambda how_far: self.folder.update_manifest(stopped={name: how_far}))
-        callbacks = [*brought, witness, *callbacks, StageBar(self.screen, what)]
+        callbacks = [*own, witness, *callbacks, StageBar(self.screen, what)]
         kwargs["gradient_clip_val"] = kwargs.get("gradient_clip_val") or t.gradient_clip_val
         kwargs["log_every_n_steps"] = t.log_every_n_steps or kwargs.get("log_every_n_steps", 1)
         return L.Trainer(
@@ -147,29 +149,48 @@ class Run:
 
     def fit(
         self, name: str, what: str, stage: L.LightningModule, text: Sequence[Windows], *,
-        batch_size: int | None = None, callbacks: Sequence[L.Callback] = (), row: str = "", **kwargs: Any,
-    ) -> L.Trainer:  # fmt: skip
-        """Train a stage on text, from its last checkpoint if a killed sitting left one.
+        batch_size: int | None = None, callbacks: Sequence[L.Callback] = (), row: str = "", control: bool = False,
+        val_check_interval: float = 1.0, **kwargs: Any,
+    ) -> tuple[L.Trainer, CorpusDataModule]:  # fmt: skip
+        """Train a stage on text, from its last checkpoint if an earlier session left one.
 
-        The checkpoint stays until what was learned is written to the folder, under the stage's name.
+        The checkpoint stays until what was learned is written to the folder, under the stage's name. Development text
+        is measured before the first step, by the validation loop, and after the last step.
 
         Args:
             name: of the stage in the run folder.
-            row: of the run's table, whose model learns: its curves bear the name.
+            row: of the run's table, whose model learns: its curves have the name.
+            control: whether that row is not the run's own.
+            val_check_interval: of the Trainer, unless `--trainer.val_check_interval` is given.
             kwargs: of the Trainer.
+
+        Returns:
+            The Trainer and the data, for further validation.
         """
         cfg, t, limit = self.cfg, self.cfg.trainer, self.cfg.trainer.limit_train_batches
         saving = Checkpoints(self.folder, name, stage, self.meter, 60 * cfg.run.checkpoint_minutes)
-        data = CorpusDataModule(train=text, batch_size=batch_size or cfg.corpora.batch_size, seed=cfg.run.seed)
+        validates = is_overridden("validation_step", stage)
+        data = CorpusDataModule(
+            train=text, validation=self.text.development if validates else (),
+            batch_size=batch_size or cfg.corpora.batch_size, validation_batch_size=cfg.corpora.batch_size,
+            seed=cfg.run.seed,
+        )  # fmt: skip
         trainer = self.trainer(
-            what, name=name, callbacks=[StepCurves(), *callbacks, saving], precision=t.precision, **kwargs,
+            what, stage, name=name, callbacks=[StepCurves(), *callbacks, saving], precision=t.precision,
             limit_train_batches=limit if limit is None or limit < 1 else int(limit), max_steps=t.max_steps or -1,
+            val_check_interval=t.val_check_interval or val_check_interval, fast_dev_run=t.fast_dev_run,
+            inference_mode=False, **kwargs,
         )  # fmt: skip
         if (checkpoint := saving.usable()) is not None:
-            log.info("Going on from %s; what is computed again since then counts once", checkpoint)
-        with self.folder.part(name), of_row(self.loggers, row, curves_of(stage)):
+            log.info("Resuming from %s; what is computed again since then counts once", checkpoint)
+        with self.folder.part(name), of_row(self.loggers, row, curves_of(stage), control=control):
+            if checkpoint is None and validates:
+                trainer.validate(stage, data, verbose=False)
             trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
-        return trainer
+            if validates and saving.validated_at != trainer.global_step:
+                trainer.validate(stage, data, verbose=False)
+        self.callbacks.keep(trainer)
+        return trainer, data
 
 
 @contextmanager

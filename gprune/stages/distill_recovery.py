@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from gprune.checks import accepted
 from gprune.config import DistillConfig
 from gprune.errors import UserError
 from gprune.recoveries.contract import Material, Recovery, recovery
@@ -42,11 +43,12 @@ class Distill(Recovery):
         s = self.settings
         remove_hook_from_submodules(pruned)  # of a dense model on several devices: what learns lies on one
         count = material.count if material.paid else None
-        stage = DistillationStage(material.dense, pruned, s, shard=material.shard, kept=material.taught, count=count)
+        stage = DistillationStage(
+            material.dense, pruned, shard=material.shard, kept=material.taught, count=count,
+            **accepted(DistillationStage, dict(s)),
+        )  # fmt: skip
         what = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"
-        material.fit(
-            what, stage, clip=s.clip, batch_size=s.batch_size, accumulate=s.accumulate, points=s.points, keep=s.keep
-        )
+        material.fit(what, stage, clip=s.clip, batch_size=s.batch_size, accumulate=s.accumulate, keep=s.keep)
         return stage.finished()
 
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:

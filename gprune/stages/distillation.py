@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gprune.config import DistillConfig
+from gprune.config.running import RELATIVE_RATE
 from gprune.models.losses import LogitTransform, final_hidden, frozen_head_losses
 from gprune.models.offload import gathered
-from gprune.stages.base import FrozenLMStage, require_finite_loss, saved_settings
+from gprune.stages.base import FrozenLMStage, require_finite_loss
 from gprune.stages.student import Student
 
 log = logging.getLogger("gprune")
@@ -65,22 +65,35 @@ class DistillationStage(FrozenLMStage):
     Args:
         dense: the teacher, frozen; its weights may lie on several devices, or off them.
         student: pruned; changed in place, and moved to the trainer's device as a whole.
-        settings: the flags of `--distill`; `tokens` is that of the text.
-        shard: shard the layers of both over all processes while it learns.
-        kept: the final hidden states of `dense` by batch of tokens, which it reads and adds to.
-        count: takes off the tokens of states that are computed again, where another row has counted them.
+        targets: what is trained: `mlp` (the FFN's weights), `all` (every weight of the decoder layers) or `lora`.
+        rank: of the adapters of `lora`.
+        learning_rate: AdamW's peak step size, relative to the root mean square of each tensor.
+        absolute_learning_rate: the same in the units of the weights; if given, `learning_rate` is ignored.
+        warmup: the share of the steps in which the step size rises.
+        weight_decay: of AdamW.
+        kl: the weight of the divergence from the dense model.
+        cross_entropy: the weight of the next token's cross-entropy.
+        checkpointing: recompute the activations of each layer in the backward pass.
+        shard: shard the layers of both over all processes while the student learns.
+        kept: the final hidden states of `dense` by batch of tokens, which this stage reads and adds to.
+        count: called with minus the tokens of states that are computed again, where another row has counted them.
     """
 
     purpose, curves = "distillation", "distill"
 
     def __init__(
-        self, dense: PreTrainedModel, student: PreTrainedModel, settings: DistillConfig | Mapping | None = None, *,
-        shard: bool = False, kept: dict[bytes, Tensor] | None = None, count: Callable[[int], None] | None = None,
+        self, dense: PreTrainedModel, student: PreTrainedModel, *, targets: Literal["mlp", "all", "lora"] = "all",
+        rank: int = 8, learning_rate: float = RELATIVE_RATE, absolute_learning_rate: float | None = None,
+        warmup: float = 0.1, weight_decay: float = 0.0, kl: float = 1.0, cross_entropy: float = 0.0,
+        checkpointing: bool = False, shard: bool = False, kept: dict[bytes, Tensor] | None = None,
+        count: Callable[[int], None] | None = None,
     ):  # fmt: skip
         super().__init__(dense, shard=shard)
+        self.save_hyperparameters(ignore=["dense", "student", "shard", "kept", "count"], logger=False)
         self._kept, self._count = kept, count
-        self.settings = saved_settings(self, DistillConfig, settings, ignore=("dense", "student", "kept", "count"))
-        self._student = Student(student, self.settings)
+        self.learning_rate, self.absolute_learning_rate = learning_rate, absolute_learning_rate
+        self.warmup, self.weight_decay, self.kl, self.cross_entropy = warmup, weight_decay, kl, cross_entropy
+        self._student = Student(student, targets=targets, rank=rank, checkpointing=checkpointing)
         self.learned = self._student.learned
         self.proportion = Proportion()
         self._norm: Tensor | None = None  # of the gradient, while a step is taken
@@ -89,6 +102,11 @@ class DistillationStage(FrozenLMStage):
     def student(self) -> PreTrainedModel:
         """The pruned model, whose weights are what learns."""
         return self._student.model
+
+    @property
+    def measured_model(self) -> PreTrainedModel:
+        """The student: its perplexity is what development text shows."""
+        return self.student
 
     def finished(self) -> PreTrainedModel:
         """The student as a plain frozen model, with what was learned in its weights."""
@@ -130,21 +148,20 @@ class DistillationStage(FrozenLMStage):
     @property
     def sizes(self) -> list[float]:
         """What the step size of each tensor is relative to, in the order of `learned`."""
-        absolute = self.settings.absolute_learning_rate is not None
+        absolute = self.absolute_learning_rate is not None
         return [1.0 if absolute else self._student.sizes[name] for name in self.learned]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, whose step size rises in the first `warmup` of the steps and then falls to 0."""
-        s, steps = self.settings, self.trainer.estimated_stepping_batches
-        rate = s.absolute_learning_rate or s.learning_rate
+        steps, rate = self.trainer.estimated_stepping_batches, self.absolute_learning_rate or self.learning_rate
         groups = []
         for parameter, size in zip(self.learned.values(), self.sizes, strict=True):
             unit = size or 1.0  # a tensor of zeros has no size, and stays
-            rest = {"weight_decay": s.weight_decay / unit, "eps": 1e-8 / unit}
+            rest = {"weight_decay": self.weight_decay / unit, "eps": 1e-8 / unit}
             groups.append({"params": [parameter], "lr": rate * size, "size": size, **rest})
         fused = self.trainer.strategy.root_device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=fused)
-        rising = max(1, math.ceil(s.warmup * steps))
+        rising = max(1, math.ceil(self.warmup * steps))
 
         def factor(step: int) -> float:
             return min((step + 1) / rising, (steps - step) / max(1, steps - rising), 1.0)
@@ -175,24 +192,26 @@ class DistillationStage(FrozenLMStage):
                 parameter.grad.mul_(gradient_clip_val / (norm + 1e-6))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["proportion"] = vars(self.proportion)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         vars(self.proportion).update(checkpoint["proportion"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch by KL and cross-entropy, as weighed, () float32."""
-        ids, s = batch["input_ids"], self.settings
-        dense = self._taught(ids).flatten(0, 1) if s.kl else None
+        ids = batch["input_ids"]
+        dense = self._taught(ids).flatten(0, 1) if self.kl else None
         hidden = final_hidden(self.student, ids).flatten(0, 1)
         head, transform = self.student.get_output_embeddings(), LogitTransform.of(self.student)
         losses = torch.zeros(len(ids), device=hidden.device)
-        for weight, targets in ((s.kl, dense), (s.cross_entropy, ids[:, 1:].flatten())):
+        for weight, targets in ((self.kl, dense), (self.cross_entropy, ids[:, 1:].flatten())):
             if weight:
                 targets = targets.to(hidden.device, hidden.dtype if targets.is_floating_point() else None)
                 of_tokens = frozen_head_losses(hidden, head.weight, head.bias, targets, transform)
                 losses = losses + weight * of_tokens.view(len(ids), -1).mean(1)
-        return self.batch_loss(losses, batch.get("weight"), "distill/loss", finite=False)
+        return self.batch_loss(losses, batch, "distill/loss", finite=False)
 
     @torch.no_grad()
     def _taught(self, ids: Tensor) -> Tensor:

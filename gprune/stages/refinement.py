@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gprune.config import PartitionConfig
 from gprune.partition.initial import merge_small, minimum_size
-from gprune.partition.objective import TERMS, RefinementInputs, partition_objective
-from gprune.stages.base import require_finite_loss, saved_settings
+from gprune.partition.objective import RefinementInputs, partition_objective
+from gprune.stages.base import require_finite_loss
 
 
 class AssignmentRefinement(L.LightningModule):
@@ -25,24 +22,33 @@ class AssignmentRefinement(L.LightningModule):
     2 for a neuron's own module and 0 elsewhere: high enough to keep the first partition's structure, low
     enough for gradients to move neurons.
 
+    Validation logs `partition/agreement`: the consistency C of the hard labels, 0 for a random partition.
+
     Args:
         inputs: of all blocks.
         labels: of the first partition, (N,) int64 per block.
-        settings: the flags of `--partition` that say how it is refined.
+        steps: optimizer steps.
+        learning_rate: Adam's step size.
+        similarity_weight: w_s; and `drift_weight` w_d, `consistency_weight` w_c, `balance_weight` w_b, `entropy_weight`
+            w_e.
+        final_tau: tau at the last step.
     """
 
+    curves = "partition"
+
     def __init__(
-        self,
-        inputs: RefinementInputs,
-        labels: list[Tensor],
-        settings: PartitionConfig | Mapping | None = None,
-        *,
-        final_tau: float = 0.2,
-    ):
+        self, inputs: RefinementInputs, labels: list[Tensor], *, steps: int = 120, learning_rate: float = 0.05,
+        similarity_weight: float = 1.0, drift_weight: float = 1.0, consistency_weight: float = 2.0,
+        balance_weight: float = 0.1, entropy_weight: float = 0.1, final_tau: float = 0.2,
+    ):  # fmt: skip
         super().__init__()
-        self.inputs, self.start, self.final_tau = inputs, labels, final_tau
-        self.settings = s = saved_settings(self, PartitionConfig, settings, ignore=("inputs", "labels"))
-        self.weights = {term: getattr(s, f"{term}_weight") for term in TERMS}
+        self.save_hyperparameters(ignore=["inputs", "labels"], logger=False)
+        self.inputs, self.start = inputs, labels
+        self.steps, self.learning_rate, self.final_tau = steps, learning_rate, final_tau
+        self.weights = {
+            "similarity": similarity_weight, "drift": drift_weight, "consistency": consistency_weight,
+            "balance": balance_weight, "entropy": entropy_weight,
+        }  # fmt: skip
         K = 1 + max(int(y.max()) for y in labels)
         A = torch.zeros(*inputs.valid.shape, K)
         for block, y in zip(A, labels, strict=True):
@@ -53,17 +59,25 @@ class AssignmentRefinement(L.LightningModule):
 
     @property
     def tau(self) -> float:
-        return self.final_tau ** (self.global_step / max(self.settings.steps - 1, 1))
+        return self.final_tau ** (self.global_step / max(self.steps - 1, 1))
 
     def setup(self, stage: str) -> None:
         self.inputs = self.inputs.to(self.trainer.strategy.root_device)
 
     def train_dataloader(self) -> DataLoader:
         # The loader only counts steps: every step sees all neurons of all blocks.
-        return DataLoader(range(self.settings.steps), batch_size=1)
+        return DataLoader(range(self.steps), batch_size=1)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(range(1), generator=torch.Generator())  # an iterator must not draw from the global generator
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        hard = 1e4 * F.one_hot(self.logits.argmax(-1), self.logits.shape[-1])  # a softmax of 0 and 1
+        terms = partition_objective(hard, 1.0, self.inputs, self.weights)
+        self.log("partition/agreement", terms["consistency"].mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam([self.logits], lr=self.settings.learning_rate)
+        return torch.optim.Adam([self.logits], lr=self.learning_rate)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         by_block = partition_objective(self.logits, self.tau, self.inputs, self.weights)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from gprune.config import DistillConfig
 from gprune.models.blocks import Block, Part, blocks_of, decoder_layers
 from gprune.models.copies import without_weights
 from gprune.models.offload import gathered
@@ -31,11 +30,16 @@ class Student:
 
     Args:
         model: changed in place.
-        settings: the flags of `--distill`: `targets`, `rank` and `checkpointing`.
+        targets: `mlp`: the FFN's weights; `all`: every weight of the decoder layers; `lora`: adapters.
+        rank: of the adapters.
+        checkpointing: recompute the activations of each layer in the backward pass.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: DistillConfig):
-        self.model, self.settings = model, settings
+    def __init__(
+        self, model: PreTrainedModel, *, targets: Literal["mlp", "all", "lora"] = "all", rank: int = 8,
+        checkpointing: bool = False,
+    ):  # fmt: skip
+        self.model, self.targets, self.rank, self.checkpointing = model, targets, rank, checkpointing
         self.learned = nn.ParameterDict()
         self._sizes: dict[str, Tensor] = {}
         self._paths: list[tuple[int, str]] = []  # of weights that learn: the layer, and the name in it
@@ -46,14 +50,14 @@ class Student:
         self._merge: Callable[[], PreTrainedModel] | None = None  # multiplies adapters into the weights
         for parameter in model.parameters():  # steps of AdamW are smaller than what bfloat16 tells apart
             parameter.data = parameter.data.float()
-        if settings.targets == "lora":
+        if targets == "lora":
             self._learn_adapters()
         else:
             self._take_apart()
             self._learn_weights()
         sizes = [size.to(next(iter(self._sizes.values())).device) for size in self._sizes.values()]
         self.sizes = dict(zip(self._sizes, torch.stack(sizes).tolist(), strict=True))  # the host waits once
-        if settings.checkpointing:
+        if checkpointing:
             self._recompute()
 
     @property
@@ -73,7 +77,7 @@ class Student:
             for name, parameter in block.layer.named_parameters():
                 host = name.rpartition(".parametrizations." if ".parametrizations." in name else ".")[0]
                 tied = any(parameter is other for other in self.learned.values())  # with another layer's
-                if not tied and (self.settings.targets == "all" or host in ffn):
+                if not tied and (self.targets == "all" or host in ffn):
                     self._learn(f"{block.index}.{name}", parameter)
                     self._paths.append((block.index, name))
 
@@ -99,13 +103,13 @@ class Student:
         parametrize.register_parametrization(host, name, pieces.to(getattr(host, name).device))
 
     def _learn_adapters(self) -> None:
-        """PEFT's adapters of rank `settings.rank` on the linear layers of blocks."""
+        """PEFT's adapters of rank `rank` on the linear layers of blocks."""
         import peft
 
         blocks = blocks_of(self.model)
         hosts = {id(part.host) for block in blocks for part in block.parts.values() if isinstance(part, Part)}
         names = [name for name, module in self.model.named_modules() if id(module) in hosts]
-        rank, fused = self.settings.rank, {host: rows for block in blocks for host, rows in fused_rows(block).items()}
+        rank, fused = self.rank, {host: rows for block in blocks for host, rows in fused_rows(block).items()}
         config = peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=names,
             fan_in_fan_out=blocks[0].family.transposed,
@@ -164,7 +168,7 @@ class Student:
     def plain(self) -> PreTrainedModel:
         """The model with what was learned in its weights: frozen, without hooks, in the dtypes that it came in."""
         self._undo.close()
-        if self.settings.checkpointing:
+        if self.checkpointing:
             _checkpointing(self.model, "disable")()
         for host in [module for module in self.model.modules() if parametrize.is_parametrized(module)]:
             for name in list(host.parametrizations):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gprune.config import SparsityConfig
 from gprune.models.losses import final_hidden, next_token_losses
 from gprune.models.masks import Masks
 from gprune.partition.modules import ModuleRanks
@@ -16,7 +16,7 @@ from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import Cut, cut_margin
 from gprune.sparsity.gates import bypassed, gated, soft_gate, straight_through
 from gprune.sparsity.thresholds import Thresholds, masks_from_thresholds, unit_margins
-from gprune.stages.base import FrozenLMStage, saved_settings
+from gprune.stages.base import FrozenLMStage
 
 
 class ThresholdLearning(FrozenLMStage):
@@ -45,30 +45,35 @@ class ThresholdLearning(FrozenLMStage):
         ranks: of units inside their modules.
         start: thresholds to begin with, such as `start_thresholds`.
         budget: the number of parameters that have to go.
-        settings: the flags of `--sparsity` that say what is learned, by which loss and how fast.
+        learn: what is learned: `thresholds`, `offsets` or `both`.
+        loss: `cross_entropy` of the next token, or `kl`: the divergence from the dense model.
+        learning_rate: Adam's step size of the thresholds, in logits.
+        offset_learning_rate: Adam's step size of the offsets, in logits.
+        offset_limit: the largest offset, in logits.
+        centred: subtract the mean gradient over units.
         shard: shard the model over processes while it learns.
     """
 
     purpose, curves = "threshold learning", "learn"
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        ranks: ModuleRanks,
-        start: Thresholds,
-        budget: Budget,
-        settings: SparsityConfig | Mapping | None = None,
-        shard: bool = False,
-    ):
+        self, model: PreTrainedModel, ranks: ModuleRanks, start: Thresholds, budget: Budget, *,
+        learn: Literal["thresholds", "offsets", "both"] = "thresholds",
+        loss: Literal["cross_entropy", "kl"] = "cross_entropy", learning_rate: float = 0.1,
+        offset_learning_rate: float = 0.05, offset_limit: float = 1.2, centred: bool = True, shard: bool = False,
+    ):  # fmt: skip
         super().__init__(model, shard=shard)
+        self.save_hyperparameters(ignore=["model", "ranks", "start", "budget", "shard"], logger=False)
         self._ranks, self.budget = ranks, budget
-        self.settings = saved_settings(self, SparsityConfig, settings, ignore=("model", "ranks", "start", "budget"))
+        self.learn, self.loss, self.centred = learn, loss, centred
+        self.learning_rate, self.offset_learning_rate = learning_rate, offset_learning_rate
+        self.offset_limit = offset_limit
         self._cut: Cut | None = None  # of the budget, on the device of the thresholds
         ffn, attention = start
-        moves = self.settings.learn != "offsets"
+        moves = learn != "offsets"
         self.ffn_thresholds = nn.ParameterList(nn.Parameter(t.float(), requires_grad=moves) for t in ffn)
         self.ffn_offsets = nn.ParameterList(
-            nn.Parameter(torch.zeros(len(p))) for p in (ranks.ffn if self.settings.learn != "thresholds" else ())
+            nn.Parameter(torch.zeros(len(p))) for p in (ranks.ffn if learn != "thresholds" else ())
         )
         # Thresholds of KV groups always exist, but they are learned only in scope.
         self.attention_thresholds = nn.ParameterList(
@@ -77,9 +82,8 @@ class ThresholdLearning(FrozenLMStage):
         for b in budget.costs.gone:  # nothing depends on them
             for learned in (self.ffn_thresholds, self.ffn_offsets, self.attention_thresholds):
                 learned[b : b + 1].requires_grad_(False)
-        self.ffn_gates: list[Tensor | None] = []
-        self.attention_gates: list[Tensor | None] | None = [] if budget.costs.attention else None
-        self.refresh_gates()
+        self.ffn_gates: list[Tensor] = []
+        self.attention_gates: list[Tensor] | None = [] if budget.costs.attention else None
 
     @property
     def ranks(self) -> ModuleRanks:
@@ -114,7 +118,7 @@ class ThresholdLearning(FrozenLMStage):
         return self._cut(neurons, groups)
 
     def refresh_gates(self) -> None:
-        """Recompute the gates, in place in the lists that `gates.gated` reads."""
+        """Compute the gates of a training step: (N,) for the neurons of each block, (G,) for its KV groups."""
         hard, ranks, moved = self.masks(), self.ranks, self.moved_ranks.ffn
         neurons, groups = self._at_the_cut(hard)
         parts = zip(hard.ffn, moved, neurons, ranks.labels, ranks.sizes, strict=True)
@@ -122,11 +126,6 @@ class ThresholdLearning(FrozenLMStage):
         if self.attention_gates is not None:
             parts = zip(hard.attention, ranks.attention, groups, strict=True)
             self.attention_gates[:] = [straight_through(h, _group_gate(p.float(), t)) for h, p, t in parts]
-
-    def open_gates(self) -> None:
-        """Let everything through, as the dense model does, until the gates are refreshed."""
-        for gates in (self.ffn_gates, self.attention_gates or []):
-            gates[:] = [None] * len(gates)
 
     def _at_the_cut(self, hard: Masks) -> Thresholds:
         """The thresholds by which soft gates are steepest where the budget cuts.
@@ -143,35 +142,33 @@ class ThresholdLearning(FrozenLMStage):
             for kind in kinds
         )
 
-    def on_fit_start(self) -> None:
-        """Apply the gates to the model, until the fit ends."""
-        self.hooks.enter_context(gated(self.lm, self.ffn_gates, self.attention_gates))
-
-    def on_fit_end(self) -> None:
-        self.hooks.close()
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         thresholds = [p for p in (*self.ffn_thresholds, *self.attention_thresholds) if p.requires_grad]
         groups = [
-            {"params": thresholds, "lr": self.settings.learning_rate},
-            {"params": list(self.ffn_offsets), "lr": self.settings.offset_learning_rate},
+            {"params": thresholds, "lr": self.learning_rate},
+            {"params": list(self.ffn_offsets), "lr": self.offset_learning_rate},
         ]
         return torch.optim.Adam([group for group in groups if group["params"]])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """() float32: the loss of the gated model on a batch, by cross-entropy or KL, as `--sparsity.loss` says."""
         ids, teacher = batch["input_ids"], None
-        if self.settings.loss == "kl":
-            self.open_gates()
+        if self.loss == "kl":
             with torch.no_grad():
                 teacher = final_hidden(self.lm, ids)
-        self.refresh_gates()  # for a fresh graph: the last step has used up its own
-        with bypassed(self.lm, self.budget.costs.gone):
+        self.refresh_gates()  # a fresh graph: the last step has used up its own
+        gates = gated(self.lm, self.ffn_gates, self.attention_gates)
+        with bypassed(self.lm, self.budget.costs.gone), gates:
             losses = next_token_losses(self.lm, ids, teacher=teacher)
-        return self.batch_loss(losses, batch.get("weight"), "learn/loss")
+        return self.batch_loss(losses, batch, "learn/loss")
+
+    def axes(self) -> dict[str, float]:
+        """The axes of every stage, and epochs so far as `learn/epoch`."""
+        steps = self.global_step and self.trainer.estimated_stepping_batches / max(self.trainer.max_epochs or 1, 1)
+        return super().axes() | {"learn/epoch": self.global_step / (steps or 1)}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.settings.centred:
+        if self.centred:
             self.centre()
 
     @torch.no_grad()
@@ -198,7 +195,7 @@ class ThresholdLearning(FrozenLMStage):
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             for offsets in self.ffn_offsets:
-                offsets.clamp_(-self.settings.offset_limit, self.settings.offset_limit)
+                offsets.clamp_(-self.offset_limit, self.offset_limit)
         self.recentre(self.masks())
 
     @torch.no_grad()
