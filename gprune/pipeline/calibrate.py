@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 
+from torch import Tensor
+
 from gprune.calibration.layerwise import walks
-from gprune.calibration.statistics import CorpusStatistics, kind_of
+from gprune.calibration.statistics import CorpusStatistics, StoredGram, kind_of
 from gprune.calibration.statistics_cache import StatisticsCache
 from gprune.corpora.loaders import CorpusDataModule
-from gprune.models.blocks import decoder_layers
+from gprune.models.blocks import Block, decoder_layers
 from gprune.models.offload import device_of
 from gprune.pipeline.run import Run
 from gprune.registry import CALIBRATOR
@@ -70,11 +72,17 @@ def collect(run: Run, corpora: list[str], cache: StatisticsCache) -> dict[str, C
     cfg = run.cfg
     collected = ["moments", *sorted(cfg.collects)]
     saliency = cache.scopes if "saliency" in collected else ()
+
+    def store(corpus: str, block: Block, grams: dict[str, Tensor]) -> dict[str, StoredGram]:
+        if block.index == 0:  # of each corpus, before anything of it is shared
+            run.check_weights(f"calibration on {corpus}")
+        return cache.store(corpus, block, grams)
+
     with run.folder.step("calibrate"):
         name = cfg.corpora.calibrator
         stage = CALIBRATOR[name](
             run.model, corpora, gram="gram" in collected, saliency=saliency, walk=cache.walked_blocks is not None,
-            store=cache.store, shard=cfg.model.shard, **cfg.options.get(name, {}),
+            store=store, shard=cfg.model.shard, **cfg.options.get(name, {}),
         )  # fmt: skip
         data = CorpusDataModule(
             test=[run.text.train[c] for c in corpora], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gprune.config import RunConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
+from gprune.errors import UserError
 from gprune.evaluation.perplexity import Forecast
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
@@ -124,12 +125,25 @@ class Run:
         """A step of the method begins: say so, in the log and on the screen."""
         log.info("%s", self.screen.step(number, what))
 
+    def check_weights(self, stage: str) -> None:
+        """Raise UserError if a callback has changed the frozen model in this stage.
+
+        Other runs share what is computed from the model, by the fingerprint that it had when this run began.
+        """
+        given = [f"--trainer.callbacks {path.class_path}" for path in self.cfg.trainer.callbacks]
+        given += [type(one).__name__ for one in self.callbacks]
+        if given and fingerprint(self.model) != self.fingerprint:
+            raise UserError(
+                f"The frozen model changed during {stage}: one of the callbacks ({', '.join(given)}) has written to "
+                f"its weights, which other runs share the statistics of; expected it to change a copy."
+            )
+
     def trainer(self, what: str, *, name: str = "", callbacks: Sequence[L.Callback] = (), **kwargs: Any) -> L.Trainer:
         """A fresh Trainer for one stage. Bar and log say `what`, whose first word names its files without a `name`."""
         log.info("%s", what)
         t, name = self.cfg.trainer, name or what.split()[0].lower()
         brought = callbacks_of_stage(self.callbacks, t.callbacks, self.folder / f"checkpoints/{name}")
-        witness = Witness(lambda how_far: self.folder.update_manifest(stopped={name: how_far}))
+        witness = Witness(lambda how_far: self.folder.update_manifest(stopped={name: how_far}), self.check_weights)
         callbacks = [*brought, witness, *callbacks, StageBar(self.screen, what)]
         kwargs["gradient_clip_val"] = kwargs.get("gradient_clip_val") or t.gradient_clip_val
         kwargs["log_every_n_steps"] = t.log_every_n_steps or kwargs.get("log_every_n_steps", 1)
@@ -206,6 +220,6 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
     ):  # fmt: skip
         try:
             yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, callbacks)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             retell(error)
             raise

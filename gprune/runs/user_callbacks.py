@@ -6,8 +6,6 @@ import copy
 import inspect
 import itertools
 import logging
-import pkgutil
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,9 +17,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pydantic import ValidationError, validate_call
 
-from gprune.checks import refusal, require
+from gprune.checks import refusal, require, shown
 from gprune.config.running import ClassPath
 from gprune.errors import UserError, first_line
+from gprune.imports import loaded
 
 log = logging.getLogger("gprune")
 LIGHTNING = "lightning.pytorch.callbacks"
@@ -55,36 +54,46 @@ def _is_of_lightning(callback: L.Callback) -> bool:
 
 
 def made(described: ClassPath) -> L.Callback:
-    """A callback by its class path, its arguments as their annotations want them.
+    """Make a callback from its class path and arguments, which are converted to the types of their annotations.
 
     Raises:
-        UserError: for a path that leads to no class of callbacks, or into a package that nobody has imported (a file of
-            flags runs no code), and for arguments that do not fit.
+        UserError: for a path that is not a callback class of a loaded module (a file of flags imports no code), for
+            arguments that do not fit, and for whatever the constructor raises, SystemExit included.
     """
-    path, where = described.class_path, f"--trainer.callbacks: {described.class_path}"
-    path = path if "." in path else f"{LIGHTNING}.{path}"
-    if (package := path.partition(".")[0]) not in sys.modules:
-        raise UserError(f"{where}: expected a class of an imported module; add --import {package}.")
+    flag = f"--trainer.callbacks: {described.class_path}"
+    name = described.class_path
     try:
-        kind = pkgutil.resolve_name(path)
-        if not issubclass(kind, L.Callback):
+        kind = loaded(name if "." in name else f"{LIGHTNING}.{name}")
+    except UserError as error:
+        raise UserError(f"--trainer.callbacks: {error}") from error
+    try:
+        if not (isinstance(kind, type) and issubclass(kind, L.Callback)):
             raise TypeError("expected a subclass of lightning.pytorch.Callback")
-        if not inspect.isfunction(kind.__init__):  # it has none of its own
-            return kind(**described.init_args)
-        callback = kind.__new__(kind)
-        validate_call(kind.__init__, config={"arbitrary_types_allowed": True})(callback, **described.init_args)
+        if inspect.isfunction(kind.__init__):
+            callback = kind.__new__(kind)
+            validate_call(kind.__init__, config={"arbitrary_types_allowed": True})(callback, **described.init_args)
+        else:  # the class has no constructor of its own
+            callback = kind(**described.init_args)
+        if not isinstance(callback, L.Callback):
+            raise TypeError(f"expected an object of lightning.pytorch.Callback, got {shown(callback)}")
         return callback
     except ValidationError as error:
-        raise UserError(f"{where}, {refusal(error, 'init_args.')}.") from error
-    except Exception as error:  # whatever the class raises
-        raise UserError(f"{where}: {type(error).__name__}: {first_line(error)}") from error
+        raise UserError(f"{flag}, {refusal(error, 'init_args.')}.") from error
+    except (Exception, SystemExit) as error:  # whatever the class raises
+        raise UserError(f"{flag}: {type(error).__name__}: {first_line(error)}") from error
 
 
 class Witness(L.Callback):
-    """Behind the caller's callbacks: notes a stage that was stopped, and refuses a changed batch of calibration."""
+    """Placed after the caller's callbacks: records a stopped stage, and refuses changed text or weights.
 
-    def __init__(self, note: Callable[[dict[str, int]], None]):
-        self.note = note  # called with how far a stopped stage has come
+    Args:
+        note: called with the number of batches done and planned of a stage that was stopped early.
+        check_weights: called with the name of a stage after all other callbacks have finished with it. It raises
+            UserError if the frozen model was changed.
+    """
+
+    def __init__(self, note: Callable[[dict[str, int]], None], check_weights: Callable[[str], None]):
+        self.note, self.check_weights = note, check_weights
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         done, planned = trainer.fit_loop.total_batch_idx + 1, int(trainer.num_training_batches * trainer.max_epochs)
@@ -98,10 +107,25 @@ class Witness(L.Callback):
         tokens = trainer.test_dataloaders[dataloader_idx].dataset.tokens
         if not torch.equal(batch["input_ids"].cpu(), tokens[batch["index"].cpu()]):
             raise UserError("A callback has changed a batch of calibration, whose statistics other runs share.")
+        if batch_idx == 0:  # of each corpus: a change may be undone when the stage ends
+            self.check_weights(type(pl_module).__name__)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.check_weights(type(pl_module).__name__)
 
 
-def retell(error: Exception) -> None:
-    """Raise UserError for what a callback not of ours has raised, with its class, or what a Trainer refuses."""
+def retell(error: Exception | SystemExit) -> None:
+    """Raise UserError for what a callback not of ours has raised, with its class, or what a Trainer refuses.
+
+    SystemExit is an error like any other here, because a run that ends without a word looks finished; except for
+    signals and Ctrl-C, which the command line reports.
+    """
+    if isinstance(error, SystemExit) and (
+        error.code in (129, 143)
+        or type(error).__name__ == "SIGTERMException"  # Lightning's
+        or isinstance(error.__context__, KeyboardInterrupt)
+    ):
+        return
     frames = [] if isinstance(error, UserError) else list(traceback.walk_tb(error.__traceback__))
     for (caller, _), (hook, line) in itertools.pairwise(frames):
         callback, trainer = caller.f_locals.get("callback"), caller.f_locals.get("trainer")
@@ -113,3 +137,6 @@ def retell(error: Exception) -> None:
             raise UserError(f"Callback {who} in {when} of {stage}: {what}. The same command goes on.") from error
     if isinstance(error, MisconfigurationException):
         raise UserError(f"--trainer: Lightning refuses it: {first_line(error)}") from error
+    if isinstance(error, SystemExit):
+        where, line = frames[-1][0].f_code.co_filename, frames[-1][1]
+        raise UserError(f"SystemExit: {first_line(error)} ({where}, line {line}) ended the run.") from error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import itertools
 import json
+import sys
 
 import lightning as L
 import pytest
@@ -48,6 +50,40 @@ class Steps(L.Callback):
 
     def load_state_dict(self, state):
         self.steps = state["steps"]
+
+
+class Pretender(L.Callback):
+    """Its objects are no callbacks."""
+
+    def __new__(cls):
+        return 7
+
+
+class Leaver(L.Callback):
+    """Its constructor ends the process."""
+
+    def __init__(self):
+        raise SystemExit(7)
+
+
+class Changer(L.Callback):
+    """Changes the frozen model in a hook of a stage, past the version counters of its tensors."""
+
+    def __init__(self, hook: str, stage: str = "CalibrationStage"):
+        setattr(self, hook, self.change)
+        self.stage = stage
+
+    def change(self, trainer, pl_module, *_, by=2.0, **__):
+        if type(pl_module).__name__ == self.stage:
+            for p in pl_module.lm.parameters():
+                p.data.mul_(by)
+
+
+class Borrower(Changer):
+    """Undoes its change when the stage ends."""
+
+    def on_test_end(self, trainer, pl_module):
+        self.change(trainer, pl_module, by=0.5)
 
 
 def flags(world, folder, *more, callbacks=(), name="run"):
@@ -117,8 +153,13 @@ def test_objects_of_ones_own_are_shared_by_stages_and_those_with_the_state_of_a_
 @pytest.mark.parametrize(
     ("path", "args", "said"),
     [
-        ("lightning.pytorch.callbacks.EarlyStoping", {}, "AttributeError: module 'lightning.pytorch.callbacks' has no"),
-        ("made_up_package.Thing", {}, "add --import made_up_package"),
+        ("lightning.pytorch.callbacks.EarlyStoping", {}, "no 'EarlyStoping'; did you mean 'EarlyStopping'?"),
+        ("made_up_package.Thing", {}, "module 'made_up_package' is not loaded; add --import made_up_package."),
+        ("mpl_toolkits.evil.A", {}, "module 'mpl_toolkits.evil' is not loaded; add --import mpl_toolkits.evil."),
+        ("unittest.__main__.A", {}, "module 'unittest.__main__' is not loaded"),
+        ("numpy.f2py.__main__.A", {}, "module 'numpy.f2py.__main__' is not loaded"),
+        (f"{__name__}.Pretender", {}, "expected an object of lightning.pytorch.Callback, got 7"),
+        (f"{__name__}.Leaver", {}, "Leaver: SystemExit: 7"),
         ("torch.nn.Linear", {}, "expected a subclass of lightning.pytorch.Callback"),
         ("EarlyStopping", {}, "EarlyStopping, init_args.monitor: expected a value, got none."),
         ("EarlyStopping", {"monitor": "x", "patience": "many"}, "init_args.patience: expected a valid integer"),
@@ -159,6 +200,67 @@ def test_batches_of_calibration_may_not_be_changed_and_those_of_training_may(wor
     cfg = parse(flags(world, tmp_path, name="shortened"))
     path = prune(cfg, callbacks=[LambdaCallback(on_train_batch_start=shorten)]).path
     assert json.loads((path / "manifest.json").read_text())["steps"]["thresholds"]["forward_backward_tokens"] == 8 * 8
+
+
+@pytest.mark.parametrize(
+    ("hook", "kind"),
+    [("on_test_start", Changer), ("on_test_batch_end", Changer), ("teardown", Changer), ("on_test_start", Borrower)],
+)
+def test_statistics_of_a_model_that_a_callback_has_changed_are_not_shared(hook, kind, world, tmp_path):
+    with tiny_run.isolated(tmp_path / "cache"):
+        said = rf"^The frozen model changed during CalibrationStage: one of the callbacks \(Steps, {kind.__name__}\)"
+        cfg = parse(flags(world, tmp_path, "--corpora.num_samples=3"))
+        with pytest.raises(UserError, match=said):
+            prune(cfg, callbacks=[Steps(), kind(hook)])
+        assert not list((tmp_path / "cache").rglob("statistics/*"))
+        assert not list((tmp_path / "cache").rglob("evaluations/*"))
+
+
+def test_gram_matrices_of_a_changed_model_are_not_shared_either(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("gprune.pipeline.calibrate.walks", lambda *_, **__: True)
+    with tiny_run.isolated(tmp_path / "cache"):
+        cfg = parse(
+            flags(
+                world,
+                tmp_path,
+                "--recovery=least_squares",
+                "--gprune=false",
+                f"--corpora.recover={world.names('alpha')}",
+            )
+        )
+        with pytest.raises(UserError, match=r"^The frozen model changed during calibration on .*alpha"):
+            prune(cfg, callbacks=[Changer("on_test_batch_end")])
+        assert not list((tmp_path / "cache").rglob("statistics/*"))
+
+
+def test_weights_that_change_in_learning_are_laid_to_the_callbacks_and_to_no_metric(world, tmp_path):
+    with tiny_run.isolated(tmp_path / "cache"):
+        cfg = parse(flags(world, tmp_path))
+        with pytest.raises(UserError, match=r"^The frozen model changed during ThresholdLearning: .*\(Changer\)"):
+            prune(cfg, callbacks=[Changer("on_train_batch_end", "ThresholdLearning")])
+        assert not list((tmp_path / "cache").rglob("evaluations/*"))
+
+
+@pytest.mark.parametrize("code", [0, 7, None])
+def test_a_callback_that_ends_the_process_is_named(code, world, tmp_path):
+    def leave(trainer, pl_module):
+        raise SystemExit(code)
+
+    said = rf"^Callback LambdaCallback in on_train_start of AssignmentRefinement: SystemExit: {code} "
+    with pytest.raises(UserError, match=said):
+        prune(parse(flags(world, tmp_path)), callbacks=[LambdaCallback(on_train_start=leave)])
+
+
+def test_a_class_path_runs_no_code_of_the_working_folder(world, tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "mpl_toolkits_of_mine"
+    folder.mkdir()
+    (folder / "evil.py").write_text("raise SystemExit(0)")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module(folder.name)  # as mpl_toolkits is: a namespace package, loaded
+    described = [{"class_path": f"{folder.name}.evil.A"}]
+    assert tiny_run.main(flags(world, tmp_path / "runs", callbacks=described)) == 2
+    assert "is not loaded; add --import mpl_toolkits_of_mine.evil." in capfd.readouterr().err
+    assert f"{folder.name}.evil" not in sys.modules
 
 
 def test_trainer_arguments_hold_in_the_stages_that_they_are_for(world, tmp_path):
