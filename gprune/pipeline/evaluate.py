@@ -132,7 +132,7 @@ def dense_perplexity(run: Run, model: PreTrainedModel, windows: Windows, name: s
         device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul,
     )  # fmt: skip
     path = cache_dir() / "evaluations" / f"{key}.json"
-    if (cached := of_first(read_json(path, check=schema.Measured.problem))) is not None:
+    if (cached := of_first(read_json(path, check=schema.Measured.problem, sealed=True))) is not None:
         return PerplexityResult(**cached)
     result = forecast(run, model, windows, name)
     write_json(path, {name: value for name, value in vars(result).items() if value is not None})
