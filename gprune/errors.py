@@ -58,7 +58,7 @@ def nearest(name: object, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of a library's error, to be quoted in one of ours, and the next if it ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:500]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gprune.errors import UserError, first_line
+from gprune.errors import UserError, first_line, nearest
 
 IMPORTED: list[str] = []  # as they were named; a run notes them
 
@@ -35,6 +35,25 @@ def use(name: str) -> None:
         raise UserError(f"--import {name}: expected a name of its own; {module.__name__} is another module already.")
     if name not in IMPORTED:
         IMPORTED.append(name)
+
+
+def loaded(path: str) -> Any:
+    """Return what a dotted path, such as `lightning.pytorch.callbacks.Timer`, names in a loaded module.
+
+    Nothing is imported and no code runs, not even a module's `__getattr__`: the path may come from a file that somebody
+    else has written.
+
+    Raises:
+        UserError: if the module is not loaded, or has no such name.
+    """
+    module, _, name = path.rpartition(".")
+    if sys.modules.get(module) is None:
+        raise UserError(f"{path}: module '{module}' is not loaded; add --import {module or name}.")
+    names = vars(sys.modules[module])
+    if name not in names:
+        hint = f"; did you mean '{near}'?" if (near := nearest(name, names)) else "."
+        raise UserError(f"{path}: module '{module}' defines no '{name}'{hint}")
+    return names[name]
 
 
 class Import(argparse.Action):

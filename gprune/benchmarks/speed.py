@@ -28,6 +28,7 @@ from gprune.models.copies import copy_without_hooks
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
 from gprune.models.surgery import prune, widths
+from gprune.runs.schema import MeasuredSpeed
 from gprune.sparsity.cost import Price
 from gprune.sparsity.cut import top_of_experts
 from gprune.storage.cache import cache_dir
@@ -52,7 +53,7 @@ def speed_table(
     shapes = {name: list(parameter.shape) for name, parameter in dense.named_parameters()}
     key = key_of(machine=machine, shapes=shapes, dtype=str(dtype), setting=dict(setting), multiples=MULTIPLES)
     path = cache_dir() / "speed" / f"{key}.json"
-    if (table := read_json(path)) is None and measure:
+    if (table := read_json(path, check=MeasuredSpeed.problem, sealed=True)) is None and measure:
         log.info("Measuring how fast this machine is by widths, once for these shapes and this setting")
         write_json(path, table := measured(dense, device, dtype, setting))
     return table

@@ -30,7 +30,8 @@ HINTS = {
 }
 # Settings of earlier versions, at the values that stand for what is done now; at any where that is all one.
 GONE = {
-    "corpora.separator": "blank", "distill.hidden": 0.0, "partition.subtract_noise": False, "sparsity.schedule": [],
+    "corpora.separator": "blank", "distill.hidden": 0.0, "distill.points": 4,
+    "partition.subtract_noise": False, "sparsity.schedule": [],
     "evaluation.samples": ..., "logging.tracker": ...,
 }  # fmt: skip
 

@@ -137,7 +137,7 @@ class RunConfig(Group):
 
     def _check_options(self) -> None:
         """Raise UserError for a stage that nobody has registered, and for options that the run does not have."""
-        used: dict[str, Any] = {name: (RECOVERY, ()) for name in self.recovery.split("+")}
+        used: dict[str, Any] = dict.fromkeys(self.recovery.split("+"), (RECOVERY, ()))
         used |= {
             self.partition.refiner: (REFINER, type(self.partition).model_fields),
             self.sparsity.learner: (LEARNER, {*type(self.sparsity).model_fields, "shard"}),

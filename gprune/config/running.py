@@ -47,8 +47,6 @@ class DistillConfig(Group, prefix="distill."):
     """Batches per optimizer step."""
     checkpointing: bool = False
     """Recompute the activations of each layer in the backward pass, to save memory."""
-    points: AtLeast1 = 4
-    """Measurements of development perplexity during training, equally spaced, beside one at the start."""
     keep: Literal["last", "best"] = "last"
     """Which weights are kept: those of the last step, or of the measurement with the lowest perplexity."""
 
@@ -144,6 +142,9 @@ class TrainerConfig(Group, prefix="trainer."):
     callbacks: list[ClassPath] = Field([])
     """Lightning callbacks of every stage, made anew for each: [{class_path: lightning.pytorch.callbacks.EarlyStopping,
     init_args: {monitor: learn/loss, strict: false}}]. Classes of other packages need --import."""
+    logger: list[ClassPath] = Field([])
+    """Lightning loggers beside CSV and W&B, such as [{class_path: TensorBoardLogger}] or MLFlowLogger. They write into
+    the run's folder unless `save_dir` is given. Classes of other packages need --import."""
     log_every_n_steps: AtLeast1 | None = None
     """Steps from one point of a curve to the next. Default: 1, and 10 in the refinement."""
     gradient_clip_val: Positive | None = None
@@ -154,10 +155,22 @@ class TrainerConfig(Group, prefix="trainer."):
     """Lightning's profiler of this name, whose reports go into profiles/ of the run, a file per stage."""
     max_steps: AtLeast1 | None = None
     """Optimizer steps after which stages that learn from text end, if their text has more. Default: all."""
+    val_check_interval: Annotated[int | float, Field(gt=0)] | None = None
+    """How often development perplexity is measured while a stage learns from text: every so many batches, or below 1
+    after each such share of them. Default: after each epoch of thresholds, after each quarter of a distillation."""
+    fast_dev_run: bool = False
+    """Learn from one batch in each stage, without curves and checkpoints, to find errors. The rest of the run is as
+    always."""
     deterministic: bool = False
     """torch.use_deterministic_algorithms in stages: on a GPU the same bits each time, for more time."""
     detect_anomaly: bool = False
     """End with the operation whose gradient is NaN, where there is one. Slow."""
+
+    def model_post_init(self, _: Any) -> None:
+        if isinstance(every := self.val_check_interval, float) and every > 1:
+            raise UserError(
+                f"--trainer.val_check_interval must be a number of batches, or a share from 0 to 1; got {every:g}."
+            )
 
     @property
     def lightning(self) -> dict[str, Any]:
@@ -167,7 +180,10 @@ class TrainerConfig(Group, prefix="trainer."):
     @property
     def unusual(self) -> dict[str, Any]:
         """What can change a result and is not its default, which no settings of earlier runs name."""
-        names = ("callbacks", "gradient_clip_val", "limit_train_batches", "max_steps", "deterministic")
+        names = (
+            "callbacks", "gradient_clip_val", "limit_train_batches", "max_steps", "deterministic", "val_check_interval",
+            "fast_dev_run",
+        )  # fmt: skip
         return self.model_dump(include={*names, "float32_matmul_precision"}, exclude_defaults=True)
 
 

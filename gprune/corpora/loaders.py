@@ -122,6 +122,8 @@ class CorpusDataModule(LightningDataModule):
         super().__init__()
         self.train, self.validation, self.test = tuple(train), tuple(validation), tuple(test)
         self.batch_size, self.validation_batch_size, self.seed = batch_size, validation_batch_size or batch_size, seed
+        if not self.validation:  # not overridden: Lightning warns of an empty list of loaders
+            self.val_dataloader = super().val_dataloader
         for windows in (*self.train, *self.validation, *self.test):
             if not len(windows.tokens):
                 raise UserError(f"Corpus '{windows.corpus}': expected at least one window of text, got none.")
@@ -142,7 +144,7 @@ class CorpusDataModule(LightningDataModule):
             len(dataset), self.validation_batch_size if whole else self.batch_size, rank=rank, world_size=world_size,
             shuffle=shuffle, whole=whole, seed=self.seed,
         )  # fmt: skip
-        # An iterator draws a number from a generator, which is of its own here: measuring must not change what is drawn.
+        # An iterator draws a number from a generator: from one of its own, so that measuring changes nothing else.
         drawn = torch.Generator() if whole else None
         return (DataLoader if whole else ResumableLoader)(
             dataset, batch_sampler=sampler, num_workers=0, generator=drawn

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+
+from lightning.fabric import Fabric
+from torch import Tensor
 
 from gprune.calibration.layerwise import walks
-from gprune.calibration.statistics import CorpusStatistics, kind_of
+from gprune.calibration.statistics import CorpusStatistics, StoredGram, kind_of
 from gprune.calibration.statistics_cache import StatisticsCache
 from gprune.corpora.loaders import CorpusDataModule
-from gprune.models.blocks import decoder_layers
+from gprune.errors import UserError
+from gprune.models.blocks import Block, decoder_layers
 from gprune.models.offload import device_of
 from gprune.pipeline.run import Run
 from gprune.registry import CALIBRATOR
 from gprune.runs.results import corpus_file
-from gprune.runs.trainer import Meeting, check_trainer
+from gprune.runs.trainer import check_trainer
 
 log = logging.getLogger("gprune")
 
@@ -25,8 +30,7 @@ def calibrate(run: Run) -> dict[str, CorpusStatistics]:
     statistics = {corpus: cache.read(corpus, ["moments", *sorted(cfg.needs)]) for corpus in cfg.calibration}
     lacking = [of_corpus is None for of_corpus in statistics.values()]
     if cfg.processes > 1:  # another run may be filling the cache meanwhile
-        run.trainer("Bringing processes together").test(meeting := Meeting(run.folder.key, lacking), verbose=False)
-        lacking = meeting.lacking
+        lacking = agreed(run, lacking)
     missing = [corpus for corpus, lacks in zip(statistics, lacking, strict=True) if lacks]
     if missing:
         statistics |= collect(run, missing, cache)
@@ -39,6 +43,25 @@ def calibrate(run: Run) -> dict[str, CorpusStatistics]:
             small = {name: t for name, t in statistics[corpus].tensors().items() if kind_of(name) != "gram"}
             run.folder.write(copy, small, {"corpus": corpus})
     return statistics
+
+
+def agreed(run: Run, lacking: Sequence[bool]) -> list[bool]:
+    """Launch the processes of the run, and return what any of them lacks.
+
+    Each process sees the disk for itself, perhaps a moment later. Deciding alone, one would compute a corpus while
+    another waits for it elsewhere.
+
+    Raises:
+        UserError: if the processes are at different runs of a list.
+    """
+    t = run.cfg.trainer
+    fabric = Fabric(accelerator=t.accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=t.strategy)
+    fabric.launch()
+    lacks = (fabric.broadcast(run.folder.key) != run.folder.key, *lacking)
+    elsewhere, *lacking = (fabric.strategy.reduce_boolean_decision(mine, all=False) for mine in lacks)
+    if elsewhere:
+        raise UserError("The processes of this run are at different runs of a list; run the same command again.")
+    return lacking
 
 
 def statistics_cache(run: Run) -> StatisticsCache:
@@ -70,16 +93,22 @@ def collect(run: Run, corpora: list[str], cache: StatisticsCache) -> dict[str, C
     cfg = run.cfg
     collected = ["moments", *sorted(cfg.collects)]
     saliency = cache.scopes if "saliency" in collected else ()
+
+    def store(corpus: str, block: Block, grams: dict[str, Tensor]) -> dict[str, StoredGram]:
+        if block.index == 0:  # of each corpus, before anything of it is shared
+            run.check_weights(f"calibration on {corpus}")
+        return cache.store(corpus, block, grams)
+
     with run.folder.step("calibrate"):
         name = cfg.corpora.calibrator
         stage = CALIBRATOR[name](
             run.model, corpora, gram="gram" in collected, saliency=saliency, walk=cache.walked_blocks is not None,
-            store=cache.store, shard=cfg.model.shard, **cfg.options.get(name, {}),
+            store=store, shard=cfg.model.shard, **cfg.options.get(name, {}),
         )  # fmt: skip
         data = CorpusDataModule(
             test=[run.text.train[c] for c in corpora], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
         )
-        trainer = run.trainer(f"Calibrating on {', '.join(corpora)}", inference_mode=not saliency)
+        trainer = run.trainer(f"Calibrating on {', '.join(corpora)}", stage, inference_mode=not saliency)
         with run.folder.part(*corpora):  # which have as many tokens each
             trainer.test(stage, data, verbose=False)
     for corpus in corpora:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from gprune.config import RunConfig
+from gprune.errors import UserError
 from gprune.recoveries import recovery_of
 from gprune.sparsity.budget import UnitCosts
 
@@ -30,8 +33,9 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
     saliency = calibration if "saliency" in cfg.collects else 0
     learning = curve = 0
     if cfg.learns:
-        learning = s.epochs * len(c.learn) * (c.learn_samples or c.num_samples) * c.seq_len
-        curve = ((s.epochs + 1) + 2 + len(e.curve)) * development
+        learning = s.epochs * learned_windows(cfg) * c.seq_len
+        of_epochs = measurements(*validation_interval(cfg, learned_windows(cfg), c.batch_size, 1.0), epochs=s.epochs)
+        curve = (1 + of_epochs + 2 + len(e.curve)) * development
     open_blocks, rounds = len(costs.neurons) - len(costs.protected), len(costs.gone) if s.block_choice == "loss" else 0
     tried = sum(range(open_blocks, open_blocks - rounds, -1)) * len(c.drift) * c.seq_len
     evaluated = evaluated_tokens(cfg)  # by each model
@@ -46,7 +50,10 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
         recovered = recovery.tokens(text, fresh, attention=cfg.attention)
         if taught and recovery.taught and not final:
             forward[step] -= fresh
-        forward[step] += recovered[0] + learns[row[1]] * (1 + cfg.distill.points) * development
+        forward[step] += recovered[0]
+        if learns[row[1]]:
+            points = measurements(*validation_interval(cfg, fresh // c.seq_len, cfg.distill.batch_size, 0.25))
+            forward[step] += (1 + points) * development
         trained[step] += recovered[1]
     return {
         1: (calibration - saliency, saliency),
@@ -55,6 +62,41 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
         9: (forward[9], trained[9]),
         10: (forward[10], trained[10]),
     }
+
+
+def learned_windows(cfg: RunConfig) -> int:
+    """Windows of one epoch of threshold learning."""
+    c = cfg.corpora
+    return len(c.learn) * (c.learn_samples or c.num_samples)
+
+
+def validation_interval(cfg: RunConfig, windows: int, batch_size: int, share: float) -> tuple[int, int]:
+    """Batches of an epoch, and after how many of them development perplexity is measured.
+
+    Args:
+        windows: of an epoch.
+        share: of the epoch, unless `--trainer.val_check_interval` is given.
+
+    Raises:
+        UserError: for an interval of more batches than there are.
+    """
+    t, batches = cfg.trainer, math.ceil(windows / batch_size)
+    if limit := t.limit_train_batches:
+        batches = min(batches, int(limit)) if limit >= 1 else max(1, int(batches * limit))
+    every = t.val_check_interval or share
+    if isinstance(every, float):
+        return batches, math.ceil(batches * every)
+    if every > batches:
+        raise UserError(
+            f"--trainer.val_check_interval must be at most {batches}, the batches of an epoch of a stage that learns, "
+            f"or a share from 0 to 1; got {every}."
+        )
+    return batches, every
+
+
+def measurements(batches: int, every: int, *, epochs: int = 1) -> int:
+    """Measurements of development perplexity after the one at the start: the last one after the last step."""
+    return epochs * (batches // every) + bool(batches % every)
 
 
 def compared_tokens(cfg: RunConfig) -> int:

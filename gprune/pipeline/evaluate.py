@@ -132,7 +132,7 @@ def dense_perplexity(run: Run, model: PreTrainedModel, windows: Windows, name: s
         device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul,
     )  # fmt: skip
     path = cache_dir() / "evaluations" / f"{key}.json"
-    if (cached := of_first(read_json(path, check=schema.Measured.problem))) is not None:
+    if (cached := of_first(read_json(path, check=schema.Measured.problem, sealed=True))) is not None:
         return PerplexityResult(**cached)
     result = forecast(run, model, windows, name)
     write_json(path, {name: value for name, value in vars(result).items() if value is not None})
@@ -269,6 +269,8 @@ def summarise(
     numbers = run_numbers(records, summary, run.folder.manifest["steps"], run.cfg.own_row)
     with dispensable("its results in the tracker", "metrics.json has them"):
         tracking.log_numbers(run.loggers, numbers)
+        figures = sorted((run.folder / "figures").glob("*.png"))
+        tracking.log_pictures(run.loggers, figures, result_table(records).to_markdown())
     # Last: a run whose metrics.json has a summary, and all rows, is finished, and is not logged again.
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
     kept = {name: value for name, value in numbers.items() if name.startswith(("final/", "sparsity_of"))}

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 
 import torch
 from lightning import Callback
@@ -24,7 +23,7 @@ from gprune.models.loading import read_config, skeleton
 from gprune.pipeline.cost import tokens_by_step
 from gprune.recoveries import recovery_of
 from gprune.runs.trainer import check_trainer, multiplying
-from gprune.runs.user_callbacks import callbacks_of_stage
+from gprune.runs.user_callbacks import UserCallbacks
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cost import COST, Price, weighed
@@ -110,20 +109,21 @@ class Plan:
         return sum(trained for _, trained in self.tokens.values())
 
 
-def check(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> Plan:
+def check(cfg: RunConfig, callbacks: UserCallbacks | None = None) -> Plan:
     """Refuse before anything is loaded, and plan.
 
     The model is built from its configuration on the meta device: shapes without weights.
 
     Args:
-        callbacks: that the caller brings, beside those of `--trainer.callbacks`.
+        callbacks: the caller's; None for those of `--trainer.callbacks` alone.
 
     Raises:
         UserError: for settings, a device or a model that cannot be.
     """
     cfg.validate()
     cfg.check_names()
-    device = device_for(cfg, callbacks_of_stage(callbacks, cfg.trainer.callbacks, Path()))
+    callbacks = callbacks or UserCallbacks(paths=cfg.trainer.callbacks)
+    device = device_for(cfg, callbacks.of_stage(None))
     config = read_config(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
     dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
     check_stored(dense, config.name_or_path)
@@ -137,6 +137,7 @@ def check(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> Plan:
         for sparsity in cfg.evaluation.curve:
             budget.at(sparsity)
     check_blocks(cfg, blocks, config)
+    _ = plan.tokens  # refuses an interval of validation that no stage has
     return plan
 
 

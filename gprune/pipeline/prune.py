@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning import Callback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from gprune.checks import require
@@ -33,13 +34,15 @@ from gprune.pipeline.sparsity import base_masks, learn_sparsity, score, without_
 from gprune.runs.results import PruningResult
 
 
-def prune(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> PruningResult:
-    """Run the whole method, or take up where an earlier run of the same settings stopped.
+def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | Sequence[Logger] = ()) -> PruningResult:
+    """Run the whole method, or resume an earlier run of the same settings.
 
     Args:
         cfg: every setting; `RunConfig()` prunes half of SmolLM2-135M's FFN neurons.
-        callbacks: Lightning callbacks of all stages, which know them by the type of the module. Own ones are the same
-            object in each; each stage gets a copy of what inherits from one of Lightning's.
+        callbacks: Lightning callbacks for the Trainers of all stages, beside those of `--trainer.callbacks`. An object
+            of your own class is the same in each. Of an object that inherits from one of Lightning's each stage has a
+            copy; the object ends with the state of the last of the run's own stages (`best_model_path`).
+        logger: Lightning loggers for all stages, beside CSV and W&B.
 
     Returns:
         Masks, modules, thresholds, statistics, records and the pruned model.
@@ -50,7 +53,7 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> PruningResult:
     require(cfg, RunConfig, "prune: expected a RunConfig, such as gprune.RunConfig(sparsity={'target': 0.3})")
     if cfg.dry_run:
         raise UserError("dry_run: expected false where a run is asked for; `python train.py --dry_run true` plans it.")
-    with opened(cfg, callbacks) as run:  # plan, model, tokenizer, text, blocks, budget
+    with opened(cfg, callbacks, logger) as run:  # plan, model, tokenizer, text, blocks, budget
         statistics = calibrate(run)  # 1
         scores = score(run, statistics)  # 2
         run = without_blocks(run, statistics)

@@ -7,7 +7,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -25,7 +25,7 @@ from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline.run import Run
 from gprune.recoveries import Material, recovery_of
 from gprune.recoveries.contract import Revise, tuned
-from gprune.stages.callbacks import DevelopmentCurve
+from gprune.stages.callbacks import BestWeights
 from gprune.storage.files import content_hash
 
 Stage = tuple[str, str]  # of the run's table: whose masks, and the recovery
@@ -121,24 +121,31 @@ def fit_once(run: Run, path: str, row: Stage) -> Callable[..., None]:
 
     def fit(
         what: str, stage: L.LightningModule, *, batch_size: int | None = None, clip: float | None = None,
-        accumulate: int = 1, points: int = 4, keep: str = "last",
+        accumulate: int = 1, keep: Literal["last", "best"] = "last",
     ) -> None:  # fmt: skip
-        """Train a stage once through the recovery's text, unless an earlier sitting did; `points` and `keep` are for
-        stages that have a `student`, as in `--distill`."""
+        """Train a stage once through the recovery's text, unless an earlier session did.
+
+        Args:
+            what: what the log and the progress bar say.
+            batch_size: windows per step; by default `--corpora.batch_size`.
+            clip: the largest norm of the gradient.
+            accumulate: batches per optimizer step.
+            keep: which weights are kept, as in `--distill.keep`.
+        """
         number, strategy = next(calls), t.strategy
         name = f"{path}-{type(stage).__name__}-{number}".removesuffix("-0")
         if run.cfg.model.shard and is_overridden("configure_model", stage):  # it shards what learns
             strategy = ModelParallelStrategy(t.devices * t.num_nodes, 1, save_distributed_checkpoint=False)
         if (learned := run.folder.read(name)) is None:  # the step that shrinks or evaluates counts its cost
-            curve = DevelopmentCurve(
-                run.text.development, points=points, keep=keep, batch_size=c.batch_size,
-                tokens_before=run.learning_tokens if row == run.cfg.own_row else None,
-            )  # fmt: skip
+            best = BestWeights()
+            stage.tokens_before = run.learning_tokens if row == run.cfg.own_row else 0
             run.fit(
                 name, what, stage, run.text.fresh or [run.text.train[corpus] for corpus in c.recover],
                 batch_size=batch_size, max_epochs=1, gradient_clip_val=clip, accumulate_grad_batches=accumulate,
-                callbacks=[curve] if hasattr(stage, "student") else [], strategy=strategy, row=row[0],
+                callbacks=[best], strategy=strategy, row=row[0], control=row != run.cfg.own_row,
+                measured_after=0.25,
             )  # fmt: skip
+            best.restore(stage, keep=keep)
             learned = {key: value.detach().cpu().clone() for key, value in stage.state_dict().items()}
             run.folder.write(name, learned)
             run.folder.note()

@@ -8,33 +8,38 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gprune.checks import require
 from gprune.config import RunConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
+from gprune.errors import UserError
 from gprune.evaluation.perplexity import Forecast
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
-from gprune.pipeline.cost import keeps_taught, passes
+from gprune.pipeline.cost import keeps_taught, passes, validation_interval
 from gprune.pipeline.inputs import Text, load, prepare_text
 from gprune.pipeline.plan import Plan, check
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
-from gprune.runs.tracking import of_row, tracking
+from gprune.runs.tracking import made_loggers, of_row, tracking
 from gprune.runs.trainer import PROFILERS, StageBar, multiplying, plain_interrupts
-from gprune.runs.user_callbacks import Witness, callbacks_of_stage, retell
+from gprune.runs.user_callbacks import UserCallbacks, Witness, retell
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
-from gprune.stages.callbacks import StepCurves, curves_of
+from gprune.stages.base import curves_of
+from gprune.stages.callbacks import StepCurves
 from gprune.storage.files import key_of
 from gprune.storage.yaml_text import to_yaml
 
@@ -94,7 +99,7 @@ class Run:
     meter: TokenMeter
     fingerprint: str  # of the model
     screen: Screen
-    callbacks: Sequence[L.Callback]  # that the caller brings, beside those of `--trainer.callbacks`
+    callbacks: UserCallbacks
     forecasts: dict[str, list[Forecast]] = field(default_factory=dict)  # by hash of windows; empty where none is kept
 
     @property
@@ -124,14 +129,26 @@ class Run:
         """A step of the method begins: say so, in the log and on the screen."""
         log.info("%s", self.screen.step(number, what))
 
+    def check_weights(self, stage: str) -> None:
+        """Raise UserError if a callback has changed the frozen model in this stage.
+
+        Other runs share what is computed from the model, by the fingerprint that it had when this run began.
+        """
+        if self.callbacks.names and fingerprint(self.model) != self.fingerprint:
+            raise UserError(
+                f"The frozen model changed during {stage}: one of the callbacks ({self.callbacks.names}) has written "
+                f"to its weights, which other runs share the statistics of; expected it to change a copy."
+            )
+
     def trainer(
-        self, what: str, stage: L.LightningModule, *, name: str = "", callbacks: Sequence[L.Callback] = (), **kwargs: Any
-    ) -> L.Trainer:
+        self, what: str, stage: L.LightningModule, *, name: str = "", callbacks: Sequence[L.Callback] = (),
+        **kwargs: Any,
+    ) -> L.Trainer:  # fmt: skip
         """A fresh Trainer for one stage. Bar and log say `what`, whose first word names its files without a `name`."""
         log.info("%s", what)
         t, name = self.cfg.trainer, name or what.split()[0].lower()
         own = self.callbacks.of_stage(stage, self.folder / f"checkpoints/{name}")
-        witness = Witness(lambda how_far: self.folder.update_manifest(stopped={name: how_far}))
+        witness = Witness(lambda how_far: self.folder.update_manifest(stopped={name: how_far}), self.check_weights)
         callbacks = [*own, witness, *callbacks, StageBar(self.screen, what)]
         kwargs["gradient_clip_val"] = kwargs.get("gradient_clip_val") or t.gradient_clip_val
         kwargs["log_every_n_steps"] = t.log_every_n_steps or kwargs.get("log_every_n_steps", 1)
@@ -150,7 +167,7 @@ class Run:
     def fit(
         self, name: str, what: str, stage: L.LightningModule, text: Sequence[Windows], *,
         batch_size: int | None = None, callbacks: Sequence[L.Callback] = (), row: str = "", control: bool = False,
-        val_check_interval: float = 1.0, **kwargs: Any,
+        measured_after: float = 1.0, **kwargs: Any,
     ) -> tuple[L.Trainer, CorpusDataModule]:  # fmt: skip
         """Train a stage on text, from its last checkpoint if an earlier session left one.
 
@@ -161,7 +178,8 @@ class Run:
             name: of the stage in the run folder.
             row: of the run's table, whose model learns: its curves have the name.
             control: whether that row is not the run's own.
-            val_check_interval: of the Trainer, unless `--trainer.val_check_interval` is given.
+            measured_after: the share of an epoch after which development text is measured, unless
+                `--trainer.val_check_interval` is given.
             kwargs: of the Trainer.
 
         Returns:
@@ -175,10 +193,12 @@ class Run:
             batch_size=batch_size or cfg.corpora.batch_size, validation_batch_size=cfg.corpora.batch_size,
             seed=cfg.run.seed,
         )  # fmt: skip
+        windows = sum(len(w.tokens) for w in text)
+        _, every = validation_interval(cfg, windows, data.batch_size, measured_after)
         trainer = self.trainer(
             what, stage, name=name, callbacks=[StepCurves(), *callbacks, saving], precision=t.precision,
             limit_train_batches=limit if limit is None or limit < 1 else int(limit), max_steps=t.max_steps or -1,
-            val_check_interval=t.val_check_interval or val_check_interval, fast_dev_run=t.fast_dev_run,
+            val_check_interval=every, fast_dev_run=t.fast_dev_run,
             inference_mode=False, **kwargs,
         )  # fmt: skip
         if (checkpoint := saving.usable()) is not None:
@@ -187,24 +207,32 @@ class Run:
             if checkpoint is None and validates:
                 trainer.validate(stage, data, verbose=False)
             trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
-            if validates and saving.validated_at != trainer.global_step:
+            if validates and getattr(stage, "measured_at", None) != trainer.global_step:
                 trainer.validate(stage, data, verbose=False)
-        self.callbacks.keep(trainer)
+        if not control:
+            self.callbacks.keep_state()
         return trainer, data
 
 
 @contextmanager
-def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run]:
+def opened(
+    cfg: RunConfig, callbacks: Sequence[L.Callback] = (), logger: Logger | Sequence[Logger] = ()
+) -> Iterator[Run]:
     """Plan, load model and text, open (or take up) the run folder and the loggers, seed everything, count tokens.
 
     Args:
-        callbacks: that the caller brings, beside those of `--trainer.callbacks`.
+        callbacks: the caller's, beside those of `--trainer.callbacks`.
+        logger: the caller's, beside CSV, W&B and those of `--trainer.logger`.
 
     Raises:
         UserError: for settings, a model or text that cannot be; if the folder holds a run with other settings, is in
             use by another process, or cannot be written; for what a callback that is not ours raises.
     """
-    plan = check(cfg, callbacks)
+    own, given = UserCallbacks(callbacks, cfg.trainer.callbacks), [logger] if isinstance(logger, Logger) else logger
+    for one in given:
+        require(one, Logger, "logger: expected objects of lightning.pytorch.loggers.Logger")
+    given = [*given, *made_loggers(cfg.trainer.logger, Path(cfg.folder))]
+    plan = check(cfg, own)
     model, tokenizer = load(cfg, plan.device)
     log.info("Reading %d corpora", len({*cfg.used, *cfg.corpora.evaluate}))
     text = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
@@ -222,11 +250,11 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
     screen = Screen(work, meter.work)
     with (
         folder.opened(settings, to_yaml(cfg.resolved())), plain_interrupts(),
-        tracking(folder, cfg) as loggers, screen, meter.hooks,
+        tracking(folder, cfg, given) as loggers, screen, meter.hooks,
         multiplying(cfg.trainer.float32_matmul_precision),
     ):  # fmt: skip
         try:
-            yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, callbacks)
-        except Exception as error:
-            retell(error)
+            yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, own)
+        except (Exception, SystemExit) as error:
+            retell(error, own)
             raise

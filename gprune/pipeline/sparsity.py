@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from gprune.calibration.statistics import CorpusStatistics, pooled
+from gprune.checks import accepted
 from gprune.evaluation.perplexity import perplexity
 from gprune.importance.scores import Scores, score_units
 from gprune.models.masks import Masks
 from gprune.partition.modules import ModuleRanks, Modules
+from gprune.partition.reliability import module_means
 from gprune.pipeline.run import Run
 from gprune.registry import LEARNER
+from gprune.runs.tracking import log_scalars
 from gprune.sparsity.allocation import ALLOCATION, allocate, module_thresholds
 from gprune.sparsity.budget import Budget, least_missed
 from gprune.sparsity.gates import bypassed
@@ -27,7 +31,7 @@ from gprune.sparsity.thresholds import (
     start_thresholds,
     thresholds_from_named,
 )
-from gprune.stages.callbacks import PerplexityCurve, log_modules
+from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
 
 
 def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Scores:
@@ -110,7 +114,7 @@ def masks_of(run: Run, ranks: ModuleRanks, tensors: Mapping[str, Tensor]) -> Mas
 
 
 def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, Tensor]:
-    """Step 7, computed: fit the learner under the callback that measures.
+    """Step 7, computed: fit the learner, with its masks applied whenever development text is measured.
 
     Returns:
         Thresholds, and offsets where they were learned, by the names under which they are saved; of a learner whose
@@ -122,21 +126,24 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
         mean = torch.cat([kind[b] for b in run.budget.costs.stay]).mean()
         for b in run.budget.costs.gone:
             kind[b] = torch.full_like(kind[b], mean)
-    stage = LEARNER[s.learner](run.model, modules.ranks, start, run.budget, s, cfg.model.shard, **options)
+    learner, settings = LEARNER[s.learner], dict(s) | {"shard": cfg.model.shard}
+    stage = learner(run.model, modules.ranks, start, run.budget, **accepted(learner, settings) | options)
     budgets = {run.budget.sparsity: run.budget} | {v: run.budget.at(v) for v in cfg.evaluation.curve if v != s.target}
 
     def masks_at(budget: Budget) -> Masks:
         return checked_masks(LEARNER, s.learner, stage.masks(budget), budget)
 
-    text = run.text.development
-    curve = PerplexityCurve(run.model, text, masks_at, budgets=budgets, batch_size=cfg.corpora.batch_size)
+    curve, apply = PerplexityCurve(), ApplyMasks(lambda: masks_at(run.budget))
     numbers = sum(p.numel() for p in stage.parameters() if p.requires_grad)
     what = f"Learning {numbers} {'thresholds' if s.learn == 'thresholds' else 'numbers'}"
-    trainer = run.fit("thresholds", what, stage, run.text.learn, max_epochs=s.epochs, callbacks=[curve])
+    trainer, data = run.fit("thresholds", what, stage, run.text.learn, max_epochs=s.epochs, callbacks=[curve, apply])
+    if curve.by_step:
+        masks_by_sparsity = {0.0: None} | {sparsity: masks_at(budget) for sparsity, budget in budgets.items()}
+        curve.against_sparsity(trainer, stage, data, masks_by_sparsity)
     run.folder.update_manifest(
         learning={
             "steps": trainer.global_step,
-            "development_perplexity_by_epoch": curve.by_epoch,
+            "development_perplexity_by_epoch": list(curve.by_step.values()),
             "development_perplexity_by_sparsity": {f"{k:g}": v for k, v in sorted(curve.by_sparsity.items())},
         }
     )
@@ -148,3 +155,13 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
     tensors = named_thresholds(checked_pair(LEARNER, s.learner, "thresholds", thresholds, sizes))
     tensors |= {f"offsets.{b}": o.detach().cpu() for b, o in enumerate(getattr(stage, "offsets", None) or ())}
     return tensors if masks_of(run, modules.ranks, tensors) == masks else tensors | kept
+
+
+def log_modules(loggers: Sequence[Logger], modules: Modules, masks: Masks) -> None:
+    """Log what was measured of each module, and its sparsity, the fraction of its neurons that the masks remove."""
+    removed = [module_means(~keep, y) for keep, y in zip(masks.ffn, modules.labels, strict=True)]
+    names = ("sensitivity", "noise_floor", "agreement", "sparsity")
+    for step, row in enumerate(modules.rows()):
+        row["sparsity"] = float(removed[row["block"]][row["module"]])
+        scalars = {f"modules/{name}": float(row[name]) for name in names if row[name] is not None}
+        log_scalars(loggers, {"modules/index": float(step)} | scalars, step=step)

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from gprune.runs.folder import RunFolder
 from gprune.storage.files import UNUSABLE, key_of, replacing
@@ -68,9 +69,23 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save a checkpoint behind a whole step, once `seconds` have passed."""
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not stepped or trainer.is_last_batch:  # half a sum of gradients is in no checkpoint
+        """Save a checkpoint behind a whole step, once `seconds` have passed.
+
+        A step that validation follows is saved behind the validation: Lightning does not make up for one that a resumed
+        run has left out.
+        """
+        self._stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        validates = trainer.enable_validation and (batch_idx + 1) % trainer.val_check_batch == 0
+        if not validates:
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: L.Trainer) -> None:
+        # No checkpoint holds half a sum of gradients.
+        if not self._stepped or trainer.is_last_batch or trainer.fast_dev_run:
             return
         due = time.monotonic() - self._last >= self.seconds
         if trainer.strategy.reduce_boolean_decision(due, all=False):  # processes have clocks of their own

@@ -115,6 +115,24 @@ class SpeedTable(Shape):
     rest: Number
 
 
+class MeasuredSpeed(SpeedTable):
+    """A table as the cache has it, which prices are interpolated from."""
+
+    multiples: Points
+    spread: Annotated[float, Field(ge=0, le=1e300)]
+
+    @model_validator(mode="after")
+    def check_widths(self) -> Self:
+        """Widths rise, as interpolation expects, and take time."""
+        for name in ("neurons", "groups"):
+            kept = [width for width, _ in getattr(self, name)]
+            if kept != sorted(set(kept)):
+                raise UserError(f"{name}: expected rising widths, got {kept}")
+        if any(taken <= 0 or width < 1 for width, taken in [*self.neurons, *self.groups, *self.multiples]):
+            raise UserError("neurons, groups, multiples: expected widths of 1 or more, and seconds above 0")
+        return self
+
+
 class Summary(Shape):
     """The headline of `metrics.json`."""
 

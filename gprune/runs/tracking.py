@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import logging as messages
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from gprune.config import LoggingConfig, RunConfig
+from gprune.config import LoggingConfig, RunConfig, flat
+from gprune.config.running import ClassPath
 from gprune.errors import UserError, dispensable, first_line
 from gprune.runs.folder import RunFolder
 from gprune.runs.results import key_part
+from gprune.runs.user_callbacks import class_of, made
 from gprune.storage.files import key_of
 
 log = messages.getLogger("gprune")
@@ -37,21 +41,28 @@ FOLDER = ("*.json", "config.yaml", "*.safetensors", "masks/*", "statistics/*")  
 UPLOAD_SECONDS = 600  # that the end of a run waits for W&B; what is left lies in the folder for `wandb sync`
 
 
-class _OfRow:
-    """A logger whose curves bear the name of the row that learns: `distill/loss` is logged as `distill/<row>/loss`."""
+class _ByRow:
+    """`log_metrics` of a logger, with the row of the run's table whose model learns in the names of curves.
 
-    row = ""
+    `distill/loss` becomes `distill/<row>/loss`. Development perplexity keeps its name for the run's own model and
+    becomes `controls/<row>/perplexity` for a control.
+    """
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        of_row = rf"\g<0>/{self.row}" if self.row else r"\g<0>"
-        super().log_metrics({OF_STAGE.sub(of_row, key): value for key, value in metrics.items()}, step)
+    row, control = "", False
+
+    def __init__(self, log_metrics: Callable[..., None]):
+        self.log_metrics = log_metrics
+
+    def __call__(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        self.log_metrics({self.named(key): value for key, value in metrics.items()}, step)
+
+    def named(self, key: str) -> str:
+        if self.control and key.startswith("development/"):
+            return key.replace("development", f"controls/{self.row}", 1)
+        return OF_STAGE.sub(rf"\g<0>/{self.row}", key) if self.row else key
 
 
-class _CSV(_OfRow, CSVLogger):
-    pass
-
-
-class _Wandb(_OfRow, WandbLogger):
+class _Wandb(WandbLogger):
     """One that may fail: the run goes on without it."""
 
     lost = False
@@ -73,27 +84,51 @@ def of_wandb(loggers: Sequence[Logger]) -> list[_Wandb]:
 
 
 @contextmanager
-def tracking(folder: RunFolder, cfg: RunConfig) -> Iterator[list[Logger]]:
-    """A CSVLogger and, unless `--logging` says otherwise, a WandbLogger; closed when the context is left.
+def tracking(folder: RunFolder, cfg: RunConfig, own: Sequence[Logger] = ()) -> Iterator[list[Logger]]:
+    """Open the loggers of a run: CSV, W&B unless `--logging` disables it, and the caller's; close them on leaving.
 
-    None for a run that is finished, which is read and not logged again.
+    A finished run has none: it is read and not logged again.
+
+    Args:
+        own: the caller's Lightning loggers.
     """
     if folder.finished:
         yield []
         return
-    # Without a version of its own, a run taken up again would delete the curves of its earlier sittings.
-    loggers = [_CSV(folder.path, name="csv")]
-    with wandb_run(folder.path, cfg.logging, id=id_of(folder.key, cfg), **about(cfg)) as run:
+    # Without a version of its own, a resumed run would delete the curves of its earlier sessions.
+    loggers: list[Logger] = [CSVLogger(folder.path, name="csv")]
+    with wandb_run(folder.path, cfg.logging, id=id_of(folder.key, cfg), **about(cfg)) as run, ExitStack() as undo:
         if run is not None:
             # With a run of its own, WandbLogger would pass wandb.init an option that wandb 0.31 warns about on stderr.
             loggers.append(_Wandb(save_dir=folder.path, project=run.project, experiment=run))
             known = {name: getattr(run, name) or None for name in TAKEN_UP_BY}
             folder.update_manifest(wandb=known | {"mode": run.settings.mode})
+        for logger in own:
+            logger.log_hyperparams(flat(cfg.resolved()))
+        loggers += own
+        for logger in loggers:
+            logger.log_metrics = _ByRow(logger.log_metrics)
+            undo.callback(delattr, logger, "log_metrics")
         try:
             yield loggers
         finally:
             for logger in loggers:
                 logger.save()  # what was logged after the last Trainer is still in memory
+
+
+def made_loggers(paths: Sequence[ClassPath], folder: Path) -> list[Logger]:
+    """The loggers of `--trainer.logger`; one that writes files, and was not told where, writes into this folder.
+
+    Raises:
+        UserError: as `made`.
+    """
+    loggers = []
+    for described in paths:
+        taken = inspect.signature(class_of(described, "--trainer.logger", Logger)).parameters
+        place = {"save_dir": str(folder)} if "save_dir" in taken else {}
+        described = described.model_copy(update={"init_args": place | described.init_args})
+        loggers.append(made(described, "--trainer.logger", Logger))
+    return loggers
 
 
 def about(cfg: RunConfig) -> dict[str, Any]:
@@ -118,22 +153,26 @@ def id_of(key: str, cfg: RunConfig) -> str:
 
 
 @contextmanager
-def of_row(loggers: Sequence[Logger], row: str, stage: str) -> Iterator[None]:
-    """All that is logged meanwhile is of this row of the run's table; of none where the name is empty.
+def of_row(loggers: Sequence[Logger], row: str, stage: str, *, control: bool = False) -> Iterator[None]:
+    """Name all that is logged meanwhile for this row of the run's table; an empty name changes nothing.
 
     Args:
-        stage: what the stage's curves begin with; they are drawn against its tokens.
+        stage: the prefix of the stage's curves, which are drawn against its tokens.
+        control: whether the row is not the run's own.
     """
     curves = f"{stage}/{key_part(row)}"
     for logger in loggers:
-        logger.row = key_part(row)
+        logger.log_metrics.row, logger.log_metrics.control = key_part(row), control
+    axes = {f"{curves}/*": f"{curves}/tokens"}
+    if control:
+        axes[f"controls/{key_part(row)}/*"] = f"controls/{key_part(row)}/tokens"
     for logger in of_wandb(loggers) if row else ():
-        logger.tell(partial(draw, axes={f"{curves}/*": f"{curves}/tokens"}))
+        logger.tell(partial(draw, axes=axes))
     try:
         yield
     finally:
         for logger in loggers:
-            logger.row = ""
+            logger.log_metrics.row, logger.log_metrics.control = "", False
 
 
 def how_to_look(folder: Path) -> str:
@@ -157,6 +196,25 @@ def log_numbers(loggers: Sequence[Logger], numbers: Mapping[str, float]) -> None
     log_scalars(loggers, {name: value for name, value in numbers.items() if name.startswith("final/")}, step=0)
     for logger in of_wandb(loggers):
         logger.tell(lambda run: run.summary.update(dict(numbers)))
+
+
+@rank_zero_only
+def log_pictures(loggers: Sequence[Logger], figures: Sequence[Path], table: str) -> None:
+    """Figures (PNG files) and the table of results (Markdown), for loggers that take them: W&B, TensorBoard, MLflow."""
+    for logger in loggers:
+        experiment = None if isinstance(logger, _Wandb) else logger.experiment
+        if isinstance(logger, _Wandb):
+            images = {f"figures/{path.stem}": wandb.Image(str(path)) for path in figures}
+            logger.tell(lambda run, images=images: run.log(images))
+        elif hasattr(experiment, "add_image"):
+            for path in figures:
+                pixels = (matplotlib.image.imread(path)[..., :3] * 255).astype("uint8")
+                experiment.add_image(f"figures/{path.stem}", pixels, dataformats="HWC")
+            experiment.add_text("results", table)
+        elif hasattr(experiment, "log_artifact"):
+            for path in figures:
+                experiment.log_artifact(logger.run_id, str(path), "figures")
+            experiment.log_text(logger.run_id, table, "results.md")
 
 
 @rank_zero_only

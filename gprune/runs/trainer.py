@@ -1,5 +1,4 @@
-"""Lightning's Trainer, fit for people: settings refused before anything is computed, a Ctrl-C that stays one, a bar;
-and where processes of one run agree what is still to be computed."""
+"""Lightning's Trainer: settings refused before anything is computed, Ctrl-C as KeyboardInterrupt, a progress bar."""
 
 from __future__ import annotations
 
@@ -144,36 +143,3 @@ class StageBar(ProgressBar):
 def _tokens(batch: Any, trainer: L.Trainer) -> int:
     """Of a batch of text over all processes; 0 for a batch of anything else."""
     return batch["input_ids"].numel() * trainer.world_size if isinstance(batch, dict) and "input_ids" in batch else 0
-
-
-class Meeting(L.LightningModule):
-    """`trainer.test(meeting)` brings all processes together; `lacking` then says what any of them lacks.
-
-    What each process sees for itself on a disk may be there a moment later: decided alone, one would compute what
-    others wait for elsewhere.
-
-    Args:
-        key: of the run that this process is at.
-
-    Raises:
-        UserError: in `setup`, if another process is at another run.
-    """
-
-    def __init__(self, key: str | None, lacking: Sequence[bool]):
-        super().__init__()
-        self.key, self.lacking = key, list(lacking)
-
-    def setup(self, stage: str) -> None:
-        strategy = self.trainer.strategy
-        elsewhere, *self.lacking = (
-            strategy.reduce_boolean_decision(mine, all=False)
-            for mine in (strategy.broadcast(self.key) != self.key, *self.lacking)
-        )
-        if elsewhere:
-            raise UserError("The processes of this run are at different runs of a list; run the same command again.")
-
-    def test_dataloader(self) -> list[Any]:
-        return []
-
-    def test_step(self) -> None:
-        """Never called: nothing is tested."""

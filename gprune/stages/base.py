@@ -41,11 +41,11 @@ class FrozenLMStage(L.LightningModule):
     `EarlyStopping(monitor="development/perplexity")` and `ModelCheckpoint` work with every stage.
 
     Attributes:
-        curves: the prefix of the names under which a stage logs its training, such as `learn` in `learn/loss`; by default
-            the name of the class.
+        curves: the prefix of the names under which a stage logs its training, such as `learn` in `learn/loss`; by
+            default the name of the class.
         tokens: that the stage has learned from, over all processes.
         tokens_before: that the same model has learned from in earlier stages, for the axis `development/tokens`.
-        development: perplexity by corpus, as the last validation measured it.
+        development: perplexity by corpus, as the last validation measured it, after optimizer step `measured_at`.
         measured_as: the prefix of the names under which validation logs; `curve` while masks of several sparsities are
             compared.
     """
@@ -53,7 +53,7 @@ class FrozenLMStage(L.LightningModule):
     purpose = "this stage"  # what it does, for errors
     last_loss = float("nan")  # of the global batch
     tokens = tokens_before = 0
-    measured_as = "development"
+    measured_as, measured_at = "development", None
 
     def __init__(self, model: PreTrainedModel, *, shard: bool = False):
         super().__init__()
@@ -143,6 +143,7 @@ class FrozenLMStage(L.LightningModule):
         values = {f"{name}/{key_part(labels[corpus])}": value for corpus, value in self.development.items()}
         values[name] = geometric_mean(self.development.values())
         if self.measured_as == "development":
+            self.measured_at = self.global_step
             values |= self.axes()
         log_exactly(self, values)
 

@@ -99,7 +99,7 @@ class PerplexityCurve(L.Callback):
             log_exactly(pl_module, self._point)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if pl_module.development and not (self._point or trainer.sanity_checking):
+        if getattr(pl_module, "development", None) and not (self._point or trainer.sanity_checking):
             self.by_step[trainer.global_step] = pl_module.development
 
     def against_sparsity(
@@ -141,7 +141,7 @@ class BestWeights(PerplexityCurve):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         super().on_validation_end(trainer, pl_module)
-        *earlier, now = self.means.values() or [math.inf]
+        *earlier, now = self.means.values()
         if not earlier or now < min(earlier):
             self.best = {name: gathered(value).detach().cpu().clone() for name, value in pl_module.state_dict().items()}
 

@@ -3,7 +3,7 @@
 Nothing is ever unpickled. Of several processes only the first writes; all of them read. Whatever is written lies in a
 scratch folder beside its place until it is whole, and is renamed then. A file carries the hash of its content, its name
 and, where it belongs to one run, that run's key, so that a truncated, altered or foreign file is noticed and computed
-again, never silently used. JSON without a checksum, as somebody writes it by hand, is taken as it is.
+again, never silently used. JSON without a checksum, as somebody writes it by hand, is accepted, except in the cache.
 """
 
 from __future__ import annotations
@@ -131,23 +131,32 @@ def _lines(content: Any, width: int, margin: str = "") -> str:
     return f"{text[0]}\n" + ",\n".join(entries) + f"\n{margin}{text[-1]}"
 
 
-def read_json(path: Path, *, run: str | None = None, check: Callable[[Any], str | None] | None = None) -> Any:
+def read_json(path: Path, **how: Any) -> Any:
     """As `inspected_json`, with one warning in place of the reason, and none where there is no file."""
-    content, reason = inspected_json(path, run=run, check=check)
+    content, reason = inspected_json(path, **how)
     if reason not in (None, MISSING):
         log.warning(UNUSABLE, path, reason)
     return content
 
 
 def inspected_json(
-    path: Path, *, run: str | None = None, check: Callable[[Any], str | None] | None = None
+    path: Path,
+    *,
+    run: str | None = None,
+    check: Callable[[Any], str | None] | None = None,
+    sealed: bool = False,
 ) -> tuple[Any, str | None]:
     """The content and None; or None and why it is not usable: missing (`MISSING`), not whole, altered, or foreign.
 
-    `run`: the key of the run that it has to belong to, if it says whose it is. `check` says what else is wrong.
+    Args:
+        run: the key of the run that it has to belong to, if it says whose it is.
+        check: says what else is wrong.
+        sealed: whether a checksum is required, as in the cache, where nobody writes by hand.
     """
     try:
         content = json.loads(read_text(path))
+        if sealed and not (isinstance(content, dict) and "checksum" in content):
+            raise ValueError("it has no checksum")
         if isinstance(content, dict) and "checksum" in content:
             if content.pop("checksum") != json_hash(content, path.name):
                 raise ValueError("its content does not match its checksum")

@@ -18,6 +18,7 @@ from gprune.models.copies import without_weights
 from gprune.report.run_figures import speed_figure
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
+from gprune.storage.files import write_json
 from tests import tiny_run
 from tests.conftest import make_tiny_llama
 
@@ -51,11 +52,35 @@ def test_a_table_is_measured_once_for_a_machine_and_a_setting(measuring, tmp_pat
     assert len(measuring) == 3
 
 
-@pytest.mark.parametrize("damage", [lambda t: t[:40], lambda t: t.replace("0.002", "0.001"), lambda t: ""])
+def sealed(**changed):
+    """A table that is not as the cache has it, with the checksum of its content."""
+
+    def edit(path):
+        write_json(path, TABLE | changed)
+        return path.read_text()
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.read_text()[:40],
+        lambda path: path.read_text().replace("0.002", "0.001"),
+        lambda path: "",
+        lambda path: "[]",
+        lambda path: '{"neurons": "x"}',
+        lambda path: json.dumps(TABLE),
+        sealed(neurons="x"),
+        sealed(groups=[[2, 4e-3], [1, 3e-3]]),
+        sealed(neurons=[[1, 1e-3], [48, 0.0]]),
+        sealed(spread=None),
+    ],
+)
 def test_a_damaged_or_edited_table_is_measured_anew(damage, measuring, tmp_path):
     table()
     (path,) = (tmp_path / "speed").glob("*.json")
-    path.write_text(damage(path.read_text()))
+    path.write_text(damage(path))
     assert table() == TABLE
     assert len(measuring) == 2
 

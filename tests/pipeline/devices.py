@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gprune.calibration.layerwise import Walk
 from gprune.calibration.statistics import CorpusStatistics
-from gprune.config import DistillConfig, SparsityConfig
+from gprune.config import DistillConfig
 from gprune.corpora.windows import Windows
 from gprune.evaluation.perplexity import perplexity
 from gprune.export import hf
@@ -93,7 +93,7 @@ def learn(place: Place, *, attention: bool, steps: int = STEPS, **how: Any) -> l
     ranks = ModuleRanks(p, labels, groups)
     budget = Budget.of(unit_costs(blocks, scope="attention+ffn" if attention else "ffn"), 0.4)
     start = start_thresholds(keep_masks(budget, p, groups), ranks)
-    stage = ThresholdLearning(place.model, ranks, start, budget, SparsityConfig(**{"centred": False} | how))
+    stage = ThresholdLearning(place.model, ranks, start, budget, **{"centred": False} | how)
     train(stage, DataLoader(place.batches(steps), batch_size=None))
     return [t.detach().cpu() for t in stage.state_dict().values()]
 

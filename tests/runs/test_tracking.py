@@ -77,7 +77,7 @@ def test_perplexity_is_a_curve_against_tokens_and_against_sparsity_from_the_dens
     by_epoch, by_sparsity = (learning[f"development_perplexity_by_{axis}"] for axis in ("epoch", "sparsity"))
     for corpus in by_epoch[0]:
         name = Path(corpus).name
-        assert curves[f"learn/perplexity/{name}"] == [(i * epoch, y[corpus]) for i, y in enumerate(by_epoch)]
+        assert curves[f"development/perplexity/{name}"] == [(i * epoch, y[corpus]) for i, y in enumerate(by_epoch)]
         points = curves[f"curve/perplexity/{name}"]
         assert [x for x, _ in points] == [0.0, 0.25, 0.5]
         assert [y for _, y in points] == pytest.approx([values[corpus] for values in by_sparsity.values()])

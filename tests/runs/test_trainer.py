@@ -14,12 +14,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from gprune.config import DistillConfig
+from gprune.config import RunConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.models.surgery import prune
-from gprune.runs.trainer import RANKS, Meeting, StageBar, check_trainer
+from gprune.pipeline import calibrate
+from gprune.runs.trainer import RANKS, StageBar, check_trainer
 from gprune.screen import Screen
 from gprune.stages.distillation import DistillationStage
 from tests import tiny_run
@@ -60,7 +61,7 @@ def test_a_rank_that_was_left_over_in_a_fresh_process(tmp_path):
 
 
 @pytest.mark.parametrize(("of_the_first", "lacking"), [("one", [False, True]), ("another", None)])
-def test_processes_meet_at_one_run(of_the_first, lacking):
+def test_processes_agree_on_what_any_of_them_lacks(of_the_first, lacking, monkeypatch):
     """A stand-in for the first of two processes: it lacks the second thing, and is at a run of its own."""
 
     class Strategy:
@@ -70,12 +71,12 @@ def test_processes_meet_at_one_run(of_the_first, lacking):
         def reduce_boolean_decision(self, mine, all):
             return mine or next(others)
 
-    others = iter([False, False, True])
-    meeting = Meeting("one", [False, False])
-    meeting._trainer = SimpleNamespace(strategy=Strategy())
+    others, strategy = iter([False, False, True]), Strategy()
+    fabric = SimpleNamespace(launch=lambda: None, broadcast=strategy.broadcast, strategy=strategy)
+    monkeypatch.setattr(calibrate, "Fabric", lambda **_: fabric)
+    run = SimpleNamespace(cfg=RunConfig(), folder=SimpleNamespace(key="one"))
     with nullcontext() if lacking else pytest.raises(UserError, match="at different runs of a list"):
-        meeting.setup("test")
-        assert meeting.lacking == lacking
+        assert calibrate.agreed(run, [False, False]) == lacking
 
 
 def test_the_bar_says_what_is_going_on_and_how_fast(tiny_model):
@@ -87,7 +88,7 @@ def test_the_bar_says_what_is_going_on_and_how_fast(tiny_model):
             console.print(screen)
             said.append([line for line in console.file.getvalue().splitlines() if line.strip()][-1])
 
-    stage = DistillationStage(tiny_model, prune(tiny_model, some_masks(tiny_model, attention=False)), DistillConfig())
+    stage = DistillationStage(tiny_model, prune(tiny_model, some_masks(tiny_model, attention=False)))
     text = [Windows("demo", "train", torch.arange(64).view(4, 16))]
     screen = Screen(console=console)
     trainer = L.Trainer(

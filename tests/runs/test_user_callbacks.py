@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import itertools
 import json
+import sys
 
 import lightning as L
 import pytest
@@ -15,7 +17,7 @@ from gprune.config import RunConfig, check_settings, parse
 from gprune.errors import UserError
 from gprune.pipeline.prune import prune
 from gprune.runs.results import load_run
-from gprune.runs.user_callbacks import callbacks_of_stage
+from gprune.runs.user_callbacks import UserCallbacks
 from tests import tiny_run
 
 pytestmark = pytest.mark.usefixtures("shared_cache")
@@ -50,6 +52,40 @@ class Steps(L.Callback):
         self.steps = state["steps"]
 
 
+class Pretender(L.Callback):
+    """Its objects are no callbacks."""
+
+    def __new__(cls):
+        return 7
+
+
+class Leaver(L.Callback):
+    """Its constructor ends the process."""
+
+    def __init__(self):
+        raise SystemExit(7)
+
+
+class Changer(L.Callback):
+    """Changes the frozen model in a hook of a stage, past the version counters of its tensors."""
+
+    def __init__(self, hook: str, stage: str = "CalibrationStage"):
+        setattr(self, hook, self.change)
+        self.stage = stage
+
+    def change(self, trainer, pl_module, *_, by=2.0, **__):
+        if type(pl_module).__name__ == self.stage:
+            for p in pl_module.lm.parameters():
+                p.data.mul_(by)
+
+
+class Borrower(Changer):
+    """Undoes its change when the stage ends."""
+
+    def on_test_end(self, trainer, pl_module):
+        self.change(trainer, pl_module, by=0.5)
+
+
 def flags(world, folder, *more, callbacks=(), name="run"):
     some = [f"--trainer.callbacks={json.dumps(callbacks)}"] if callbacks else []
     return world.args(folder, "--export=none", "--evaluation.controls=[]", *some, *more, name=name)
@@ -75,7 +111,8 @@ def test_callbacks_of_lightning_serve_every_stage_and_write_into_the_run(world, 
     assert result.summary["stopped"] == {"thresholds": {"batches": 2, "planned": 8}}
     manifest = json.loads((result.path / "manifest.json").read_text())
     assert manifest["learning"]["steps"] == 1  # of two batches
-    assert len(list((result.path / "profiles").iterdir())) == 4
+    stages = [path.name.split("-")[0] for path in (result.path / "profiles").iterdir()]
+    assert sorted(stages) == ["fit", "fit", "fit", "test", "validate", "validate"]
     with next(result.path.glob("csv/*/metrics.csv")).open() as file:
         columns = next(csv.reader(file))
     curves = ("lr-Adam", "lr-AdamW/gprune", "DeviceStatsMonitor.on_train_batch_end/gprune")
@@ -107,18 +144,41 @@ def test_a_callback_that_raises_is_named_and_the_run_goes_on_with_its_state(worl
 def test_objects_of_ones_own_are_shared_by_stages_and_those_with_the_state_of_a_fit_are_not(tmp_path):
     own, stopping, saving = Steps(), EarlyStopping("learn/loss"), ModelCheckpoint()
     brought = [own, stopping, saving]
-    (first, *copies), second = (callbacks_of_stage(brought, [], tmp_path / name) for name in ("first", "second"))
+    callbacks, stage = UserCallbacks(brought), type("Stage", (L.LightningModule,), {"curves": "learn"})()
+    (first, *copies), second = (callbacks.of_stage(stage, tmp_path / name) for name in ("first", "second"))
     assert first is second[0] is own
     assert not {*map(id, copies)} & {*map(id, [*second, stopping, saving])}
     assert [c[2].dirpath for c in ([own, *copies], second)] == [str(tmp_path / name) for name in ("first", "second")]
     assert saving.dirpath is None
+    second[2].best_model_path = "best"
+    callbacks.keep_state()
+    assert saving.best_model_path == "best"  # the state of the last stage
+    assert UserCallbacks(brought).of_stage(stage)[2].best_model_path == ""  # the next run begins as it was given
+
+
+@pytest.mark.parametrize(
+    ("monitor", "stages"),
+    [
+        ("learn/loss", ["learn"]), ("development/perplexity", ["learn", "distill"]),
+        ("partition/agreement", ["partition"]), ("mine", ["partition", "learn", "distill"]),
+    ],
+)  # fmt: skip
+def test_a_callback_serves_the_stages_that_log_what_it_monitors(monitor, stages):
+    made = {name: type("Stage", (L.LightningModule,), {"curves": name})() for name in ("partition", "learn", "distill")}
+    callbacks = UserCallbacks([EarlyStopping(monitor)])
+    assert [name for name, stage in made.items() if callbacks.of_stage(stage)] == stages
 
 
 @pytest.mark.parametrize(
     ("path", "args", "said"),
     [
-        ("lightning.pytorch.callbacks.EarlyStoping", {}, "AttributeError: module 'lightning.pytorch.callbacks' has no"),
-        ("made_up_package.Thing", {}, "add --import made_up_package"),
+        ("lightning.pytorch.callbacks.EarlyStoping", {}, "no 'EarlyStoping'; did you mean 'EarlyStopping'?"),
+        ("made_up_package.Thing", {}, "module 'made_up_package' is not loaded; add --import made_up_package."),
+        ("mpl_toolkits.evil.A", {}, "module 'mpl_toolkits.evil' is not loaded; add --import mpl_toolkits.evil."),
+        ("unittest.__main__.A", {}, "module 'unittest.__main__' is not loaded"),
+        ("numpy.f2py.__main__.A", {}, "module 'numpy.f2py.__main__' is not loaded"),
+        (f"{__name__}.Pretender", {}, "expected an object of lightning.pytorch.Callback, got 7"),
+        (f"{__name__}.Leaver", {}, "Leaver: SystemExit: 7"),
         ("torch.nn.Linear", {}, "expected a subclass of lightning.pytorch.Callback"),
         ("EarlyStopping", {}, "EarlyStopping, init_args.monitor: expected a value, got none."),
         ("EarlyStopping", {"monitor": "x", "patience": "many"}, "init_args.patience: expected a valid integer"),
@@ -144,7 +204,7 @@ def test_what_a_callback_of_lightning_refuses_is_one_line_of_its_own_words(world
     assert tiny_run.main(flags(world, tmp_path, STOPPING)) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1
-    said = "EarlyStopping in on_train_epoch_end of AssignmentRefinement: RuntimeError: Early stopping"
+    said = "EarlyStopping in on_validation_end of AssignmentRefinement: RuntimeError: Early stopping"
     assert all(words in error for words in (said, "`val_loss`", "`partition/total`")), error
 
 
@@ -159,6 +219,67 @@ def test_batches_of_calibration_may_not_be_changed_and_those_of_training_may(wor
     cfg = parse(flags(world, tmp_path, name="shortened"))
     path = prune(cfg, callbacks=[LambdaCallback(on_train_batch_start=shorten)]).path
     assert json.loads((path / "manifest.json").read_text())["steps"]["thresholds"]["forward_backward_tokens"] == 8 * 8
+
+
+@pytest.mark.parametrize(
+    ("hook", "kind"),
+    [("on_test_start", Changer), ("on_test_batch_end", Changer), ("teardown", Changer), ("on_test_start", Borrower)],
+)
+def test_statistics_of_a_model_that_a_callback_has_changed_are_not_shared(hook, kind, world, tmp_path):
+    with tiny_run.isolated(tmp_path / "cache"):
+        said = rf"^The frozen model changed during CalibrationStage: one of the callbacks \(Steps, {kind.__name__}\)"
+        cfg = parse(flags(world, tmp_path, "--corpora.num_samples=3"))
+        with pytest.raises(UserError, match=said):
+            prune(cfg, callbacks=[Steps(), kind(hook)])
+        assert not list((tmp_path / "cache").rglob("statistics/*"))
+        assert not list((tmp_path / "cache").rglob("evaluations/*"))
+
+
+def test_gram_matrices_of_a_changed_model_are_not_shared_either(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("gprune.pipeline.calibrate.walks", lambda *_, **__: True)
+    with tiny_run.isolated(tmp_path / "cache"):
+        cfg = parse(
+            flags(
+                world,
+                tmp_path,
+                "--recovery=least_squares",
+                "--gprune=false",
+                f"--corpora.recover={world.names('alpha')}",
+            )
+        )
+        with pytest.raises(UserError, match=r"^The frozen model changed during calibration on .*alpha"):
+            prune(cfg, callbacks=[Changer("on_test_batch_end")])
+        assert not list((tmp_path / "cache").rglob("statistics/*"))
+
+
+def test_weights_that_change_in_learning_are_laid_to_the_callbacks_and_to_no_metric(world, tmp_path):
+    with tiny_run.isolated(tmp_path / "cache"):
+        cfg = parse(flags(world, tmp_path))
+        with pytest.raises(UserError, match=r"^The frozen model changed during ThresholdLearning: .*\(Changer\)"):
+            prune(cfg, callbacks=[Changer("on_train_batch_end", "ThresholdLearning")])
+        assert not list((tmp_path / "cache").rglob("evaluations/*"))
+
+
+@pytest.mark.parametrize("code", [0, 7, None])
+def test_a_callback_that_ends_the_process_is_named(code, world, tmp_path):
+    def leave(trainer, pl_module):
+        raise SystemExit(code)
+
+    said = rf"^Callback LambdaCallback in on_train_start of AssignmentRefinement: SystemExit: {code} "
+    with pytest.raises(UserError, match=said):
+        prune(parse(flags(world, tmp_path)), callbacks=[LambdaCallback(on_train_start=leave)])
+
+
+def test_a_class_path_runs_no_code_of_the_working_folder(world, tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "mpl_toolkits_of_mine"
+    folder.mkdir()
+    (folder / "evil.py").write_text("raise SystemExit(0)")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module(folder.name)  # as mpl_toolkits is: a namespace package, loaded
+    described = [{"class_path": f"{folder.name}.evil.A"}]
+    assert tiny_run.main(flags(world, tmp_path / "runs", callbacks=described)) == 2
+    assert "is not loaded; add --import mpl_toolkits_of_mine.evil." in capfd.readouterr().err
+    assert f"{folder.name}.evil" not in sys.modules
 
 
 def test_trainer_arguments_hold_in_the_stages_that_they_are_for(world, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import itertools
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from gprune.config import DistillConfig, RunConfig
 from gprune.errors import UserError
+from gprune.evaluation.perplexity import WindowPerplexity
 from gprune.models.blocks import blocks_of
 from gprune.models.parts import ExpertPart
 from gprune.models.surgery import prune
@@ -22,7 +24,6 @@ from gprune.pipeline.plan import check
 from gprune.recoveries import RECOVERY, Recovery, recovery, recovery_of
 from gprune.runs import folder
 from gprune.runs.results import load_run
-from gprune.stages import callbacks
 from gprune.stages.distill_recovery import Distill
 from gprune.stages.distillation import DistillationStage
 from gprune.storage.files import read_tensors
@@ -57,7 +58,7 @@ def test_it_ends_nearer_to_the_dense_model_as_a_plain_one(targets, problem):
     before = {name: t.clone() for name, t in dense.state_dict().items()}
     plain = {name: t.clone() for name, t in pruned.state_dict().items()}
     start = divergence(dense, pruned, tokens)
-    stage = DistillationStage(dense, pruned, DistillConfig(targets=targets, learning_rate=0.02))
+    stage = DistillationStage(dense, pruned, targets=targets, learning_rate=0.02)
     assert divergence(dense, stage.student, tokens) == pytest.approx(start, rel=1e-5)  # nothing is learned yet
     fitted(stage, tokens, epochs=8)
     with torch.no_grad():
@@ -79,8 +80,8 @@ def test_it_ends_nearer_to_the_dense_model_as_a_plain_one(targets, problem):
 @pytest.mark.parametrize(("kl", "cross_entropy"), [(1, 0), (1, 0.5), (0, 2)])
 def test_the_loss_is_the_sum_of_its_terms(kl, cross_entropy, problem):
     dense, pruned, tokens = problem
-    settings = DistillConfig(learning_rate=1e-9, kl=kl, cross_entropy=cross_entropy)
-    trainer = fitted(DistillationStage(dense, pruned, settings), tokens, batch_size=len(tokens))
+    settings = {"learning_rate": 1e-9, "kl": kl, "cross_entropy": cross_entropy}
+    trainer = fitted(DistillationStage(dense, pruned, **settings), tokens, batch_size=len(tokens))
     with torch.no_grad():
         expected = kl * divergence(dense, pruned, tokens) + cross_entropy * float(pruned(tokens, labels=tokens).loss)
     assert float(trainer.callback_metrics["distill/loss"]) == pytest.approx(expected, rel=1e-4)
@@ -100,7 +101,7 @@ def test_what_saves_memory_or_time_learns_the_same(settings, family, problem):
         own = {name: value for name, value in more.items() if name == "checkpointing"}
         pruned = prune(dense, some_masks(dense, attention=True))
         before = {name: t.clone() for name, t in pruned.state_dict().items()}
-        stage = DistillationStage(dense, pruned, DistillConfig(learning_rate=1e-3, warmup=0.5, **own))
+        stage = DistillationStage(dense, pruned, learning_rate=1e-3, warmup=0.5, **own)
         how = {"precision": more.get("precision", "32-true"), "accumulate_grad_batches": more.get("accumulate", 1)}
         trainer = fitted(stage, tokens, batch_size=4 // more.get("accumulate", 1), **how)
         assert trainer.global_step == 2
@@ -123,7 +124,7 @@ def test_other_families_learn_too(family, targets):
     dense = make_tiny(family)
     pruned, tokens = prune(dense, some_masks(dense, attention=False)), sampled_tokens(dense)
     start = divergence(dense, pruned, tokens)
-    stage = DistillationStage(dense, pruned, DistillConfig(targets=targets, learning_rate=0.01))
+    stage = DistillationStage(dense, pruned, targets=targets, learning_rate=0.01)
     fitted(stage, tokens, epochs=4)
     assert divergence(dense, stage.finished(), tokens) < start
 
@@ -133,7 +134,7 @@ def test_other_families_learn_too(family, targets):
 def test_it_learns_in_float32_what_is_stored_in_fewer_bits(dtype, finest, targets, problem):
     dense, pruned, tokens = (part.to(dtype) if isinstance(part, torch.nn.Module) else part for part in problem)
     plain = {name: t.clone() for name, t in pruned.state_dict().items()}
-    stage = DistillationStage(dense, pruned, DistillConfig(targets=targets, learning_rate=1e-3))
+    stage = DistillationStage(dense, pruned, targets=targets, learning_rate=1e-3)
     fitted(stage, tokens)
     assert {parameter.dtype for parameter in stage.learned.values()} == {torch.float32}
     # less than the stored dtype tells apart beside 1, and yet not lost
@@ -269,10 +270,10 @@ def test_a_run_distils_every_row_and_takes_up_what_was_learned(
 
 
 def test_the_plan_counts_the_measurements_of_a_run(undisturbed):
-    """At the start and at four points, on a window of each of three corpora, beside the teacher's 576 tokens."""
+    """At the start and after 3, 6 and 9 batches, on a window of each of three corpora, beside the teacher's tokens."""
     steps = json.loads((undisturbed.path / "manifest.json").read_text())["steps"]
     forward, _ = check(undisturbed.config).tokens[9]
-    assert forward - 3 * 32 == steps["shrink"]["forward_tokens"] == 576 + 5 * 3 * 32  # 3 x 32: the check of the export
+    assert forward - 3 * 32 == steps["shrink"]["forward_tokens"] == 576 + 4 * 3 * 32  # 3 x 32: the check of the export
 
 
 class KilledError(Exception):
@@ -341,7 +342,7 @@ def test_a_recovery_may_train_in_two_phases(world, tmp_path, quick, monkeypatch)
 
     class Phase(DistillationStage):
         def on_train_end(self):
-            trained.append(self.settings.targets)
+            trained.append(self.hparams.targets)
 
     @recovery("two_phases")
     class TwoPhases(Recovery):
@@ -349,7 +350,7 @@ def test_a_recovery_may_train_in_two_phases(world, tmp_path, quick, monkeypatch)
 
         def tune(self, material, pruned):
             for targets in ("mlp", "all"):
-                stage = Phase(material.dense, pruned, DistillConfig(targets=targets, learning_rate=0.01))
+                stage = Phase(material.dense, pruned, targets=targets, learning_rate=0.01)
                 material.fit("Phase", stage)
                 pruned = stage.finished()
             return pruned
@@ -397,22 +398,25 @@ def test_a_checkpoint_that_is_not_what_was_left_is_not_taken(undisturbed, world,
 @pytest.mark.parametrize(("keep", "last", "point"), [("last", 4.5, 3), ("last", 6, 1), ("best", 4.5, 1)])
 def test_the_curve_is_logged_and_decides_what_is_kept(keep, last, point, world, tmp_path, quick, monkeypatch, capsys):
     """What ends above where it began is not handed on."""
-    alpha, real, students = str(world.corpora["alpha"]), callbacks.perplexities, []
+    students, real = [], DistillationStage.on_validation_epoch_end
 
-    def perplexities(student, windows, batch_size):
-        assert sorted(real(student, windows, batch_size)) == sorted(map(str, map(world.corpora.get, tiny_run.SEEN)))
-        students.append({name: t.clone() for name, t in student.state_dict().items()})
-        return {alpha: [5.0, 3.0, 4.0, last][len(students) - 1]}
+    def measured(stage):
+        students.append({name: t.clone() for name, t in stage.student.state_dict().items()})
+        real(stage)
+        assert sorted(stage.development) == sorted(map(str, map(world.corpora.get, tiny_run.SEEN)))
 
-    monkeypatch.setattr(callbacks, "perplexities", perplexities)
-    result = world.run(tmp_path, *FLAGS, *ALONE[:2], f"--distill.keep={keep}", "--distill.points=3")
+    monkeypatch.setattr(DistillationStage, "on_validation_epoch_end", measured)
+    points = [5.0, 3.0, 4.0, last]
+    monkeypatch.setattr(WindowPerplexity, "compute", lambda _: torch.tensor(points[len(students) - 1]))
+    flags = [f"--distill.keep={keep}", "--trainer.val_check_interval=3"]
+    result = world.run(tmp_path, *FLAGS, *ALONE[:2], *flags)
     worse = (
         "Development perplexity ends at 6, where it began at 5: went back to step 3, with 3; lower --distill.learning"
     )
     assert (worse in " ".join(capsys.readouterr().out.split())) is (last == 6)
     rows = [row for file in (result.path / "csv").rglob("metrics.csv") for row in csv.DictReader(file.open())]
-    of_row, of_run, shares = f"{CURVES}/perplexity/alpha.txt", "development/perplexity", [0, 192, 384, 576]
-    for axis, name in ((f"{CURVES}/tokens", of_row), ("development/tokens", of_run)):
+    shares, names = [0, 192, 384, 576], ["development/perplexity", "development/perplexity/alpha.txt"]
+    for axis, name in itertools.product((f"{CURVES}/tokens", "development/tokens"), names):
         curve = [(float(row[axis]), round(float(row[name]), 9)) for row in rows if row.get(name)]
         assert curve == list(zip(shares, [5, 3, 4, last], strict=True))
     steps = [row for row in rows if row[f"{CURVES}/loss"]]
@@ -479,7 +483,7 @@ def test_models_that_compute_the_same_learn_the_same(family, parts, targets):
         assert start < 1e-9
         pruned = prune(model, some_masks(dense, attention=False))
         torch.manual_seed(0)
-        stage = DistillationStage(model, pruned, DistillConfig(targets=targets, learning_rate=0.01))
+        stage = DistillationStage(model, pruned, targets=targets, learning_rate=0.01)
         fitted(stage, tokens, epochs=2)
         ends.append(divergence(model, stage.finished(), tokens))
     assert ends[1] == pytest.approx(ends[0], rel=1e-3 if targets == "all" else 0.02)
@@ -495,7 +499,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_several_in_a_row_end_learning
             loss = super().training_step(batch, batch_idx)
             return loss * (math.nan if batch_idx in bad else 1)
 
-    stage = Broken(dense, pruned, DistillConfig(learning_rate=0.01))
+    stage = Broken(dense, pruned, learning_rate=0.01)
     windows = tokens[:1].repeat(9 if len(bad) > 1 else 6, 1)
     start = divergence(dense, pruned, tokens[:1])
     trainer = fitted(stage, windows, batch_size=1)
@@ -506,7 +510,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_several_in_a_row_end_learning
 
 def test_nothing_finite_is_one_line(problem):
     dense, pruned, tokens = problem
-    stage = DistillationStage(dense, pruned, DistillConfig(learning_rate=0.01))
+    stage = DistillationStage(dense, pruned, learning_rate=0.01)
     with torch.no_grad():
         pruned.model.layers[0].mlp.up_proj.weight[0] = math.nan
     with pytest.raises(UserError, match="The loss of distillation is nan; expected a finite number"):
@@ -518,7 +522,7 @@ def test_a_tensor_of_zeros_stays_and_one_rate_is_enough(problem):
     with torch.no_grad():
         pruned.model.layers[0].mlp.up_proj.weight.zero_()
         pruned.model.layers[1].input_layernorm.weight.fill_(1e4)
-    stage = DistillationStage(dense, pruned, DistillConfig(learning_rate=0.01, weight_decay=0.1))
+    stage = DistillationStage(dense, pruned, learning_rate=0.01, weight_decay=0.1)
     fitted(stage, tokens)
     after = stage.finished().state_dict()
     assert not after["model.layers.0.mlp.up_proj.weight"].any()
@@ -530,7 +534,7 @@ def test_a_tensor_of_zeros_stays_and_one_rate_is_enough(problem):
 def test_a_part_that_is_frozen_stays_and_one_window_is_a_step(problem):
     dense, pruned, tokens = problem
     start, before = divergence(dense, pruned, tokens[:1]), copy.deepcopy(pruned.model.layers[0].state_dict())
-    stage = DistillationStage(dense, pruned, DistillConfig(learning_rate=0.01, weight_decay=0.1))
+    stage = DistillationStage(dense, pruned, learning_rate=0.01, weight_decay=0.1)
     stage.student.model.layers[0].requires_grad_(False)
     assert fitted(stage, tokens[:1]).global_step == 1
     assert_same_tensors(stage.finished().model.layers[0].state_dict(), before)
@@ -542,7 +546,7 @@ def test_weights_that_layers_share_learn_once(tiny_model):
     first, last = (student.model.layers[i].self_attn for i in (0, 2))
     first.o_proj.weight = last.o_proj.weight
     start = divergence(tiny_model, student, tokens)
-    stage = DistillationStage(tiny_model, student, DistillConfig(learning_rate=0.01))
+    stage = DistillationStage(tiny_model, student, learning_rate=0.01)
     fitted(stage, tokens)
     assert stage.finished().model.layers[0].self_attn.o_proj.weight is last.o_proj.weight
     assert divergence(tiny_model, stage.finished(), tokens) < start
@@ -564,7 +568,6 @@ def test_a_rate_of_ten_hands_on_what_it_began_with(world, tmp_path, quick, capsy
 DYING = """
 import sys
 from gprune.cli import main
-from gprune.stages import callbacks
 from gprune.stages.distill_recovery import Distill
 from gprune.stages.distillation import DistillationStage
 import tests.tiny_run, pytest
@@ -575,13 +578,11 @@ def step(*args):
         raise SystemExit(9)
     return real(*args) * (float("nan") if args[2] == 1 else 1)
 DistillationStage.training_step = step
-measure, measured = callbacks.DevelopmentCurve._measure, callbacks.perplexities
-def noted(self, trainer, stage):
-    callbacks.at = trainer.global_step
-    return measure(self, trainer, stage)
-def best_after_two(*args):
-    return {name: 5.0 + abs(callbacks.at - 2) for name in measured(*args)}
-callbacks.DevelopmentCurve._measure, callbacks.perplexities = noted, best_after_two
+ended = DistillationStage.on_validation_epoch_end
+def best_after_two(self):
+    ended(self)
+    self.development = {name: 5.0 + abs(self.global_step - 2) for name in self.development}
+DistillationStage.on_validation_epoch_end = best_after_two
 raise SystemExit(main(sys.argv[2:]))
 """
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from gprune.config import PartitionConfig
 from gprune.partition.initial import minimum_size
 from gprune.partition.objective import refinement_inputs
 from gprune.stages.refinement import AssignmentRefinement
@@ -47,7 +46,7 @@ def planted(sizes: list[int], modules: list[int], seed: int, wrong: float = 0.3)
 
 
 def refinement(inputs, start, kind=AssignmentRefinement, final_tau=0.2, **settings):
-    return kind(inputs, start, PartitionConfig(**settings), final_tau=final_tau)
+    return kind(inputs, start, final_tau=final_tau, **settings)
 
 
 def refine(inputs, start, **options) -> AssignmentRefinement:

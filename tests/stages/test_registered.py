@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 import gprune
 from gprune.checks import Positive
-from gprune.config import DistillConfig, RunConfig, configured
+from gprune.config import RunConfig, configured
 from gprune.errors import UserError
 from gprune.models.losses import next_token_losses
 from gprune.models.masks import Masks
@@ -36,9 +36,9 @@ class Plain(L.LightningModule):
 
     made: tuple = ()
 
-    def __init__(self, model, ranks, start, budget, settings, shard=False, *, rate: Positive = 0.1, kind: str = "a"):
+    def __init__(self, model, ranks, start, budget, *, epochs: int, rate: Positive = 0.1, kind: str = "a"):
         super().__init__()
-        type(self).made += ((rate, kind, settings.epochs),)
+        type(self).made += ((rate, kind, epochs),)
         self.model, self.ranks, self.rate = (model,), ranks, rate
         self.shifts = torch.nn.ParameterList(torch.zeros(len(p)) for p in ranks.ffn)
 
@@ -70,7 +70,7 @@ def test_a_run_of_stages_of_ones_own(own, world, cache, tmp_path, monkeypatch):
     @gprune.refiner("swapped")
     class Swapped(AssignmentRefinement):
         def labels(self):
-            seen.append(("steps", self.settings.steps, self.final_tau))
+            seen.append(("steps", self.steps, self.final_tau))
             return [int(y.max()) - y for y in self.start]
 
     @gprune.calibrator("doubled")
@@ -196,14 +196,14 @@ def test_thresholds_learn_under_any_trainer_and_come_back(tiny_model, tmp_path):
     made = make_stage(tiny_model, centred=True, lr=0.5)
     start = [t.detach().clone() for t in made.ffn_thresholds], [t.detach().clone() for t in made.attention_thresholds]
     things = {"model": tiny_model, "ranks": made.ranks, "start": start, "budget": made.budget}
-    stage, hooks = Tempered(**things, settings=made.settings, beta=0.5), Hooks()
+    stage, hooks = Tempered(**things, learning_rate=0.5, loss="kl", beta=0.5), Hooks()
     trainer = trainer_of(hooks)
     trainer.fit(stage, windows_of(tiny_model))
-    assert (hooks.count, hooks_of(tiny_model)) == (3, 0)  # each block is gated once
+    assert (hooks.count, hooks_of(tiny_model)) == (0, 0)  # gates are on the model inside a training step alone
     assert stage.masks() != made.masks()
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     back = Tempered.load_from_checkpoint(tmp_path / "a.ckpt", **things)
-    assert (back.masks(), back.settings, back.beta) == (stage.masks(), made.settings, 0.5)
+    assert (back.masks(), back.learning_rate, back.loss, back.beta) == (stage.masks(), 0.5, "kl", 0.5)
 
 
 def test_a_refinement_comes_back(tmp_path):
@@ -213,7 +213,7 @@ def test_a_refinement_comes_back(tmp_path):
     trainer.fit(stage)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     back = AssignmentRefinement.load_from_checkpoint(tmp_path / "a.ckpt", inputs=inputs, labels=start)
-    assert (back.settings.steps, back.final_tau) == (30, 0.5)
+    assert (back.steps, back.final_tau) == (30, 0.5)
     assert all(torch.equal(a, b) for a, b in zip(back.labels(), stage.labels(), strict=True))
 
 
@@ -221,11 +221,11 @@ def test_a_distillation_comes_back(tiny_model, tmp_path):
     def pruned():
         return prune(tiny_model, some_masks(tiny_model, attention=False))
 
-    stage, trainer = DistillationStage(tiny_model, pruned(), DistillConfig(learning_rate=0.01)), trainer_of()
+    stage, trainer = DistillationStage(tiny_model, pruned(), learning_rate=0.01), trainer_of()
     trainer.fit(stage, windows_of(tiny_model))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     back = DistillationStage.load_from_checkpoint(tmp_path / "a.ckpt", dense=tiny_model, student=pruned())
-    assert back.settings == stage.settings
+    assert back.hparams == stage.hparams
     ours, theirs = (one.finished().state_dict() for one in (stage, back))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert not torch.equal(ours["model.layers.0.mlp.up_proj.weight"], pruned().model.layers[0].mlp.up_proj.weight)

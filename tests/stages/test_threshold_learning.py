@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from gprune.config import SparsityConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.importance.scores import fractional_ranks
@@ -103,7 +102,7 @@ def make_stage(
     budget = Budget.of(costs, sparsity, width_multiple).without(gone)
     start = start_thresholds(base_masks(budget, scores, group_scores), ranks)
     options = {"centred": False, "offset_learning_rate": lr, "offset_limit": 9.0} | options
-    return ThresholdLearning(model, ranks, start, budget, SparsityConfig(learning_rate=lr, **options))
+    return ThresholdLearning(model, ranks, start, budget, learning_rate=lr, **options)
 
 
 def sampled_tokens(model, windows: int = 8, length: int = 24, seed: int = 0) -> torch.Tensor:
@@ -199,6 +198,7 @@ def test_offsets_let_neurons_change_places_inside_their_modules(tiny_model):
 def test_centred_gradients_move_no_units_alike(learn, uniform, scope, tiny_model):
     """The mean over units is gone, for neurons their block's where blocks are equally wide; differences are left."""
     stage = make_stage(tiny_model, learn=learn, uniform=uniform, scope=scope, centred=True)
+    stage.refresh_gates()
     with gated(tiny_model, stage.ffn_gates, stage.attention_gates):
         next_token_losses(tiny_model, sampled_tokens(tiny_model)).mean().backward()
     sizes = [torch.bincount(y).double() for y in stage.ranks.labels]
@@ -233,7 +233,7 @@ def test_centred_thresholds_learn_where_all_would_move_alike(tiny_model):
     for centred in (False, True):
         made = make_stage(tiny_model)
         start = tuple([torch.zeros(n) for _ in range(3)] for n in (K, 1))
-        stage = Toy(tiny_model, made.ranks, start, made.budget, SparsityConfig(learning_rate=0.4, centred=centred))
+        stage = Toy(tiny_model, made.ranks, start, made.budget, learning_rate=0.4, centred=centred)
         first = stage.masks()
         trainer_of().fit(stage, data_of(tokens))
         changed[centred] = [int(m.sum()) - int(f.sum()) for m, f in zip(stage.masks().ffn, first.ffn, strict=True)]
@@ -313,7 +313,22 @@ def test_an_exception_inside_fit_leaves_no_hooks(hook, tiny_model, token_batch):
 
     with pytest.raises(RuntimeError, match="stop"):
         trainer_of(type("Failing", (L.Callback,), {hook: fail})()).fit(make_stage(tiny_model), data_of(tokens))
-    assert hooks == [3]  # the gates were on
+    assert hooks == [0]  # gates are on the model inside a training step alone
+    assert hooks_of(tiny_model) == 0
+    assert torch.equal(tiny_model(token_batch).logits, dense)
+
+
+def test_an_exception_inside_a_gated_forward_pass_leaves_no_hooks(tiny_model, token_batch, monkeypatch):
+    dense, hooks = tiny_model(token_batch).logits, []
+
+    def fail(*_args, **_kwargs):
+        hooks.append(hooks_of(tiny_model))
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr("gprune.stages.threshold_learning.next_token_losses", fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer_of().fit(make_stage(tiny_model), data_of(sampled_tokens(tiny_model)))
+    assert hooks == [3]  # one on each block
     assert hooks_of(tiny_model) == 0
     assert torch.equal(tiny_model(token_batch).logits, dense)
 
@@ -340,6 +355,7 @@ def test_the_gradient_is_that_of_hard_gates_times_the_slope_of_soft_ones(seed, t
     """By the chain rule: stock transformers in float64 with gates as leaves, and the slope by its formula."""
     tokens = sampled_tokens(tiny_model, seed=seed)
     stage = make_stage(tiny_model, sparsity=0.3, scope="attention+ffn", seed=seed)
+    stage.refresh_gates()
     with gated(tiny_model, stage.ffn_gates, stage.attention_gates):
         next_token_losses(tiny_model, tokens).mean().backward()
     double, masks = make_tiny_llama().double(), stage.masks()
