@@ -20,14 +20,14 @@ log = logging.getLogger("gprune")
 CURVES = {
     "Loss while sparsity is learned": ("step", "step", "learn/loss", "loss, nats"),
     "Development perplexity while sparsity is learned": (
-        "learn/epoch", "epoch", "learn/perplexity/*", "perplexity under masks",
+        "learn/epoch", "epoch", "development/perplexity/*", "perplexity under masks",
     ),
     "Development perplexity against sparsity": (
         "curve/sparsity", "share of the scope removed", "curve/perplexity/*", "perplexity under masks",
     ),
     "Loss of distillation": ("distill/*/tokens", "tokens learned from", "distill/*/loss", "loss, nats"),
     "Development perplexity while distilling": (
-        "distill/<row>/tokens", "tokens learned from", "distill/<row>/perplexity/*", "perplexity",
+        "distill/<row>/tokens", "tokens learned from", "development/perplexity/*", "perplexity",
     ),
 }  # fmt: skip
 
