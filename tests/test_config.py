@@ -165,6 +165,8 @@ def test_a_misspelt_name_is_refused_by_all_ways(name, said, tmp_path):
         ({"sparsity.allocation": "depth"}, "--sparsity.allocation depth: has no modules; expected --gprune false"),
         ({"sparsity": {"allocation": "depth", "scope": "blocks+ffn"}, "gprune": False},
          "--sparsity.scope ffn+blocks: expected it without blocks, which allocation depth takes"),
+        ({"sparsity.cost": "parametres"},
+         "--sparsity.cost: Unknown cost 'parametres'. Did you mean 'parameters'? Available: parameters, kv_cache"),
         ({"corpora.drift": []}, "--corpora.drift: expected at least one corpus"),
         ({"corpora.evaluate": ["wiki", "wiki"]}, "--corpora.evaluate: a corpus is named twice"),
         ({"reliability.metric": "wifv"}, "--reliability.metric: expected an activation-free metric (magnitude,"),

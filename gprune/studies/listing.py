@@ -15,7 +15,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gprune.benchmarks.settings import Benchmarks, benchmarks
-from gprune.checks import refusal
+from gprune.checks import Text, refusal
 from gprune.config import CONSENT, RunConfig, configured, read_flags, read_settings
 from gprune.config.parse import overlay
 from gprune.errors import UserError
@@ -29,7 +29,7 @@ OWN = {"export": "none", "run.dir": "runs/experiments"}
 TABLES = ("summary", "perplexity", "distance", "evaluation")
 
 # YAML reads some names as numbers.
-Name = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name)]
+Name = Annotated[Text, BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name)]
 Names = list[Name]
 Files = Annotated[Names, BeforeValidator(lambda files: [files] if isinstance(files, str) else files)]
 Pair = Annotated[Names, Field(min_length=2, max_length=2)]

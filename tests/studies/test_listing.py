@@ -92,6 +92,7 @@ def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
         ("rows: [", ["YAML", "bad.yaml", "line 1"]),
         ("rows: {a: {}}\n1: {}\n", ["1"]),
         ("rows: {a: 3}\n", ["rows.a", "got 3"]),
+        ('rows: {"a\\nb": {}}\n', ["rows", "should match pattern", r"'a\nb'"]),
         # settings
         ("rows: {a: {sparsity.target: 2}}\n", ["Row 'a'", "sparsity.target", "got 2"]),
         ("rows: {a: {sparsity.aim: 0.2}}\n", ["row 'a'", "sparsity.aim"]),
