@@ -40,7 +40,7 @@ INSTEAD = {  # of flags of Lightning's that have other names here, for who tries
     "trainer.val_check_interval": "--distill.points",
     "trainer.limit_val_batches": "--evaluation.development_samples",
     "trainer.limit_test_batches": "--evaluation.num_samples and --corpora.num_samples",
-    "trainer.fast_dev_run": "--config experiments/smoke.yaml, or --dry_run true",
+    "trainer.fast_dev_run": "--config smoke, or --dry_run true",
     "trainer.default_root_dir": "--run.dir",
     "trainer.enable_checkpointing": "--run.checkpoint_minutes",
 }

@@ -60,8 +60,8 @@ def test_later_settings_win_protocol_file_common_row_and_command_line(bench):
 
 
 def test_rows_of_a_protocol_with_a_name_have_names_of_their_own(bench):
-    rows = {"a": {}, "b": {"gprune": False}, "c": {"config": str(EXPERIMENTS / "smoke.yaml"), "ridge": 1}}
-    path = bench.write("named", rows, protocol=str(EXPERIMENTS / "smoke.yaml"))
+    rows = {"a": {}, "b": {"gprune": False}, "c": {"config": "smoke", "ridge": 1}}
+    path = bench.write("named", rows, protocol="smoke")
     assert len({row.config.folder for row in bench.rows(path, seeds=[0, 1])}) == 6
 
 
