@@ -1,4 +1,4 @@
-"""What is done with finished runs, beside train.py: `gprune COMMAND ...`, or `python -m gprune COMMAND ...`."""
+"""All commands: `gprune COMMAND ...`, or `python -m gprune COMMAND ...`. `train.py` is `gprune prune`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from collections.abc import Sequence
 
 from gprune.console import Parser, guarded, leave
 
-# By name: the room whose `command.py` has the command line, the work and how it ends early, and a line of help.
+# By name: the module with `run`, which does the work, and `ENDS`, how it ends early; and a line of help.
 COMMANDS = {
-    "report": ("gprune.report", "tables and figures from finished runs"),
-    "export": ("gprune.export", "the pruned model in the format another program reads"),
-    "evaluate": ("gprune.benchmarks", "tasks, perplexity and speed of a run or a model"),
-    "study": ("gprune.studies", "a list of configurations, run and tabulated"),
+    "prune": ("gprune.cli", "a model, as flags and --config files say"),
+    "report": ("gprune.report.command", "tables and figures from finished runs"),
+    "export": ("gprune.export.command", "the pruned model in the format another program reads"),
+    "evaluate": ("gprune.benchmarks.command", "tasks, perplexity and speed of a run or a model"),
+    "study": ("gprune.studies.command", "a list of configurations, run and tabulated"),
 }
 
 
 def parser() -> Parser:
     """The command line as far as the name of the command."""
     lines = "\n".join(f"  {name:10}{about}" for name, (_, about) in COMMANDS.items())
-    about = f"What is done with finished runs; train.py makes them.\n\ncommands:\n{lines}"
+    about = f"Prune a language model, and work with finished runs.\n\ncommands:\n{lines}"
     made = Parser("gprune", usage="gprune COMMAND ...", description=about)
     made.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of these; COMMAND --help says more")
     return made
@@ -36,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def run(name: str, args: Sequence[str]) -> int:
     """Do what the command of this name says with its own arguments; returns the exit code, as `guarded`."""
-    command = importlib.import_module(f"{COMMANDS[name][0]}.command")
+    command = importlib.import_module(COMMANDS[name][0])
     return guarded(f"gprune {name}", lambda: command.run(args), **command.ENDS)
 
 

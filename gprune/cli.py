@@ -1,4 +1,4 @@
-"""The command line of train.py: flags and YAML to a run, and the table at the end."""
+"""The command line of `train.py` and `gprune prune`: flags and YAML to a run, and the table at the end."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ LEARNING = (
     "sparsity.centred", "sparsity.learning_rate", "sparsity.learner", "sparsity.offset_learning_rate",
     "sparsity.offset_limit",
 )  # fmt: skip
+ENDS = {  # as for `guarded`
+    "stopped": ". What was finished is kept; the same command takes up from there.",
+    "memory": "; lower --corpora.batch_size or --corpora.seq_len.",
+}
 SWITCHING = tuple(f"reliability.{name}" for name in ("everywhere", "metric", "sensitivity_quantile", "score_quantile"))
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run `train.py`; returns the exit code: 0, 2 for something the caller can put right, 130 for Ctrl-C."""
-    return guarded(
-        "train.py",
-        lambda: run(args),
-        stopped=". What was finished is kept; the same command takes up from there.",
-        memory="; lower --corpora.batch_size or --corpora.seq_len.",
-    )
+    return guarded("train.py", lambda: run(args, prog="train.py"), **ENDS)
 
 
-def run(args: Sequence[str] | None) -> str:
+def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
     """Prune as the flags say; returns what is printed: the table of the first process, nothing of the others."""
     args = list(sys.argv[1:] if args is None else args)
-    cfg = parse(args)
+    cfg = parse(args, prog)
     speak()
     if idle := unread(cfg, flags_of(args)):
         log.warning("Given, and not read by this run: %s", idle)

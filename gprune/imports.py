@@ -7,6 +7,7 @@ import ast
 import importlib
 import inspect
 import os
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,10 @@ def use(name: str) -> None:
         UserError: for whatever is raised meanwhile.
     """
     file = Path(name).expanduser().absolute() if name.endswith(".py") else None
+    if file is None and Path(name).name != name:
+        raise UserError(f"--import {name}: expected the name of a module, or the path of a .py file.")
+    if file is not None:
+        _check_file(name, file)
     sys.path.insert(0, str(Path.cwd() if file is None else file.parent))
     try:
         module = importlib.import_module(name if file is None else file.stem)
@@ -35,6 +40,20 @@ def use(name: str) -> None:
         raise UserError(f"--import {name}: expected a name of its own; {module.__name__} is another module already.")
     if name not in IMPORTED:
         IMPORTED.append(name)
+
+
+def _check_file(name: str, file: Path) -> None:
+    """Raise UserError for what is not a file, or has a name that Python cannot import."""
+    try:
+        regular = stat.S_ISREG(file.stat().st_mode)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--import {name}: {getattr(error, 'strerror', None) or error}.") from error
+    if not regular:
+        raise UserError(f"--import {name}: expected a .py file, got something else of that name.")
+    if "." in file.stem:
+        raise UserError(
+            f"--import {name}: expected a file name without dots before .py, as '{file.stem}' is no module."
+        )
 
 
 def loaded(path: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,11 @@ from gprune.registry import Registry
 from gprune.storage.yaml_text import to_yaml
 
 ROOT = Path(__file__).parent.parent
-YAML = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "experiments").rglob("*.yaml")}
+YAML = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for folder in ("experiments", "gprune")
+    for path in (ROOT / folder).rglob("*.yaml")
+}
 
 
 def test_only_the_same_function_takes_a_name_again():
@@ -165,6 +170,8 @@ def test_a_misspelt_name_is_refused_by_all_ways(name, said, tmp_path):
         ({"sparsity.allocation": "depth"}, "--sparsity.allocation depth: has no modules; expected --gprune false"),
         ({"sparsity": {"allocation": "depth", "scope": "blocks+ffn"}, "gprune": False},
          "--sparsity.scope ffn+blocks: expected it without blocks, which allocation depth takes"),
+        ({"sparsity.cost": "parametres"},
+         "--sparsity.cost: Unknown cost 'parametres'. Did you mean 'parameters'? Available: parameters, kv_cache"),
         ({"corpora.drift": []}, "--corpora.drift: expected at least one corpus"),
         ({"corpora.evaluate": ["wiki", "wiki"]}, "--corpora.evaluate: a corpus is named twice"),
         ({"reliability.metric": "wifv"}, "--reliability.metric: expected an activation-free metric (magnitude,"),
@@ -289,6 +296,26 @@ def test_train_text_that_calibrates_is_not_measured_on():
 def test_every_file_of_flags_that_ships_parses(path):
     """Of lists and sweeps other tests parse every row."""
     assert (parse(["--config", str(ROOT / path)]) == RunConfig()) == path.endswith("/default.yaml")
+
+
+@pytest.mark.parametrize("name", ["best", "gates", "paper", "protocol", "smoke"])
+def test_shipped_configurations_are_known_by_name_and_a_file_of_that_path_comes_first(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    by_path = parse(["--config", str(ROOT / f"gprune/configs/{name}.yaml")])
+    assert parse(["--config", name]) == by_path != RunConfig()
+    (tmp_path / name).mkdir()  # a folder is no file of flags
+    assert parse([f"--config={name}"]) == by_path
+    (tmp_path / name).rmdir()
+    (tmp_path / name).write_text("ridge: 0.5")
+    assert parse(["--config", name]) == RunConfig(ridge=0.5)
+    assert parse(["--config", f"./{name}"]) == RunConfig(ridge=0.5)
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["gprune"]
+    assert "configs/*.yaml" in package
+
+
+def test_a_misspelt_configuration_is_told_the_names_that_ship():
+    with pytest.raises(UserError, match=r"or one of best, gates, paper, protocol, smoke; got 'bset': No such file"):
+        parse(["--config", "bset"])
 
 
 class Odd:

@@ -63,11 +63,20 @@ def test_a_run_says_what_it_needs_where_that_is_not_registered(here, monkeypatch
         ("nowhere_at_all", "", "--import nowhere_at_all: ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("raises", "1 / 0", "--import raises: ZeroDivisionError: division by zero"),
         ("raises", "raise SystemExit(3)", "--import raises: SystemExit: 3"),
+        ("./nowhere.py", "", r"--import ./nowhere.py: No such file or directory\.$"),
+        ("./plugins/", "", "--import ./plugins/: expected the name of a module, or the path of a .py file."),
+        ("./folder.py", "", "--import ./folder.py: expected a .py file, got something else of that name."),
+        ("./loop.py", "", "--import ./loop.py: Too many levels of symbolic links."),
+        ("./my.raises.py", "", "--import ./my.raises.py: expected a file name without dots before .py"),
         ("./json.py", "", "--import ./json.py: expected a name of its own; json is another module already."),
     ],
 )
 def test_a_module_that_cannot_be_imported_is_one_line(name, content, said, here):
     (here / f"{name.removesuffix('.py') if 'json' in name else 'raises'}.py").write_text(content)
+    (here / "my.raises.py").touch()
+    (here / "loop.py").symlink_to(here / "loop.py")
+    for folder in ("plugins", "folder.py"):
+        (here / folder).mkdir()
     with pytest.raises(UserError, match=said):
         parse(["--import", name])
 

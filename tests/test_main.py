@@ -31,15 +31,35 @@ def helped(capsys, *args: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", command.COMMANDS)
+WITH_PARSERS = [name for name in command.COMMANDS if name != "prune"]  # whose flags are settings
+
+
+def test_help_of_prune_is_that_of_train_py(capsys):
+    text = helped(capsys, "prune")
+    assert text.startswith("usage: gprune prune [--config FILE] [--FLAG VALUE ...]")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    ours = capsys.readouterr().out
+    assert ours.startswith("usage: train.py ")
+    assert text.partition("\n")[2] == ours.partition("\n")[2]
+
+
+def test_prune_is_train_py_by_another_name(capsys):
+    assert command.main(["prune", "--config", "smoke", "--model.name=nothing"]) == 2
+    assert capsys.readouterr().err.startswith("gprune prune: --model.name: 'nothing' is neither")
+    assert command.main(["prune", "--colour", "red"]) == 2
+    assert capsys.readouterr().err.startswith("gprune prune: --colour: there is no setting 'colour'")
+
+
+@pytest.mark.parametrize("name", WITH_PARSERS)
 def test_help_of_a_command_has_examples_and_tells_every_default(name, capsys):
-    room, about = command.COMMANDS[name]
+    module, about = command.COMMANDS[name]
     assert re.search(rf"\n  {name} +{re.escape(about)}\n", helped(capsys))
     text = helped(capsys, name)
     assert text.startswith(f"usage: gprune {name} ")
     assert f"\n  gprune {name} " in text.partition("examples:")[2]
     assert max(map(len, text.splitlines())) <= 120
-    for action in importlib.import_module(f"{room}.command").parser()._actions:
+    for action in importlib.import_module(module).parser()._actions:
         assert action.help
         if action.default not in (None, False, argparse.SUPPRESS):
             assert "(default: " in action.help, action.option_strings
@@ -49,15 +69,15 @@ def test_help_of_a_command_has_examples_and_tells_every_default(name, capsys):
     ("args", "line"),
     [
         *(([name, "x", "--colour", "red"], f" {name}: unrecognized arguments: --colour red; see --help.")
-          for name in command.COMMANDS),
+          for name in WITH_PARSERS),
         ([], ": the following arguments are required: COMMAND; see --help."),
-        (["exprot"], ": argument COMMAND: invalid choice: 'exprot' (choose from 'report', 'export', 'evaluate', "
-                     "'study'); see --help."),
+        (["exprot"], ": argument COMMAND: invalid choice: 'exprot' (choose from 'prune', 'report', 'export', "
+                     "'evaluate', 'study'); see --help."),
     ],
 )  # fmt: skip
 def test_what_is_no_command_and_no_flag_is_one_line(args, line, capsys):
     assert command.main(args) == 2
-    plain = line.replace("'report', 'export', 'evaluate', 'study'", "report, export, evaluate, study")
+    plain = line.replace("'prune', 'report', 'export', 'evaluate', 'study'", "prune, report, export, evaluate, study")
     assert capsys.readouterr().err in {f"gprune{line}\n", f"gprune{plain}\n"}  # as of Python 3.13.1
 
 

@@ -11,21 +11,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 import gprune
 from gprune.__main__ import COMMANDS
+from gprune.benchmarks.measurement import task_numbers
 from gprune.calibration.statistics import Moments
 from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
 from gprune.models.families import FAMILIES
 from gprune.models.loading import load_model
 from gprune.models.surgery import prune
+from gprune.pipeline.plan import check
 from gprune.recoveries import RECOVERY
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.gates import masked
 from tests import built_in, tiny_run
-from tests.stages.test_threshold_learning import make_stage
+from tests.stages.test_threshold_learning import make_stage, trainer_of
 from tests.tiny_families import make_tiny, some_masks
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +126,22 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
 
 
+def test_keys_of_speed_that_the_page_names_are_written():
+    shared = {"kind": "speed", "stage": "base", "batch": 8, "tokens_per_second": 1.0, "seconds": 1.0}
+    written = task_numbers([shared | {"task": task} for task in ("prefill", "decode")])
+    named = re.findall(r"`(final/(?:speed|prefill|decode)/[^`]*)`", PAGES["docs/experiments.md"])
+    assert {key.replace("<batch>", "8") for key in named} <= written.keys()
+    assert named
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_distil_by_relative_step_sizes(path):
+    """1e-4 was a step size in units of weights; of a relative one it is a sixteenth of the default."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert not re.search(r"distill\.[^\n]*learning_rate[^\n]*1e-4", code)
+
+
 def test_the_readme_names_all_notebooks_and_pages():
     for path in (*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "docs").glob("*.md")):
         assert f"]({path.relative_to(ROOT)})" in README, path
@@ -213,6 +233,11 @@ def test_the_recipe_for_another_optimizer_is_a_learner_with_an_option(tiny_model
     assert (group["momentum"], group["lr"], len(group["params"])) == (0.5, 0.25, 3)
 
 
+def batches(ids, *weights, times=1):
+    return DataLoader([{"input_ids": ids, "weight": torch.tensor(weights)}] * times, batch_size=None)
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode")  # of Lightning, which the command line keeps quiet
 def test_the_recipe_for_a_stage_recovers_the_whole_model_in_a_run(world, tmp_path):
     Distillation = run_block('recovery("distil")')["Distillation"]
     dense = load_model(str(world.model))[0]
@@ -220,24 +245,33 @@ def test_the_recipe_for_a_stage_recovers_the_whole_model_in_a_run(world, tmp_pat
     masks = some_masks(dense, attention=False)
     stage = Distillation(dense, prune(dense, masks))
     assert {name.partition(".")[0] for name in stage.state_dict()} == {"student"}  # the dense model stays outside
-    optimizer, losses = stage.configure_optimizers(), []
-    for _ in range(4):
-        optimizer.zero_grad()
-        loss = stage.training_step({"input_ids": ids}, 0)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = []
+    noted = LambdaCallback(on_train_batch_end=lambda *_: losses.append(stage.last_loss))
+    trainer_of(noted).fit(stage, batches(ids, 1.0, 1.0, times=4))
     assert losses == sorted(losses, reverse=True)
+    ids[1], first = 5, losses[0]  # a window that does not count
+    stage.student = prune(dense, masks).requires_grad_()
+    trainer_of(noted).fit(stage, batches(ids, 1.0, 0.0))
+    alone = Distillation(dense, prune(dense, masks))
+    trainer_of().fit(alone, batches(ids[:1], 1.0))
+    assert losses[-1] == pytest.approx(alone.last_loss) != first
 
-    run = world.run(
+    flags = world.args(
         tmp_path, "--gprune=false", "--recovery=distil", "--sparsity.protect=[0]", "--evaluation.controls=[]",
-        "--corpora.num_samples=2",
+        "--distill.tokens=1536",
     )  # fmt: skip
+    planned = check(gprune.config.parse(flags)).tokens
+    assert sum(trained for _, trained in planned.values()) == 1536
+    assert tiny_run.main(flags) == 0
+    run = gprune.load_run(tmp_path / "run")
     untouched, tuned = (blocks_of(model)[0].down.weight for model in (dense, run.model))
     assert untouched.shape == tuned.shape  # the block is protected: what differs was learned
     assert not torch.equal(untouched, tuned)
     assert {r["recovery"] for r in run.records if r["stage"] == "base"} == {"distil"}
-    assert run.summary["forward_backward_tokens"] == 3 * 2 * 32  # corpora, windows, tokens: the pruned model learns
+    assert run.summary["forward_backward_tokens"] == 3 * 16 * 32  # corpora, windows, tokens: the pruned model learns
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["summary"]["forward_tokens"] <= sum(
+        forward for forward, _ in planned.values()
+    )
 
 
 @pytest.mark.parametrize("family", ["seed_oss", "starcoder2"])

@@ -15,9 +15,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
 from gprune.checks import AtLeast1, AtLeast2, AtLeast8, Memory, NonNegative, Positive, Quantile, Text, refusal
-from gprune.errors import UserError, nearest
+from gprune.errors import UnregisteredError, UserError, nearest
 from gprune.importance.metrics import IMPORTANCE
 from gprune.sparsity.allocation import ALLOCATION
+from gprune.sparsity.cost import COST
 from gprune.sparsity.target import Asked, Target
 
 # What modules may switch to besides activation-free metrics: the base metric seen through all drift corpora, as the
@@ -288,6 +289,11 @@ class SparsityConfig(Group, prefix="sparsity."):
             raise UserError("--sparsity.uniform_width: expected it without --sparsity.protect and allocation depth.")
         if "blocks" in self.scope and rule.whole_blocks:
             raise UserError(f"--sparsity.scope {self.scope}: expected it without blocks, which allocation depth takes.")
+        if self.cost is not None:
+            try:
+                COST.check(self.cost)
+            except UnregisteredError as error:
+                raise UnregisteredError(f"--sparsity.cost: {error}") from error
         if self.cost and Target.of(self.target).unit == "bytes":
             raise UserError(f"--sparsity.target {self.target}: expected it without --sparsity.cost {self.cost}.")
 

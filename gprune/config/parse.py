@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import sys
 from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from gprune.errors import UserError
 from gprune.imports import use
 from gprune.storage.yaml_text import load_yaml, read_yaml, reason, to_yaml
 
+SHIPPED = Path(__file__).parents[1] / "configs"  # configurations that --config knows by name
 CONSENT = "model.trust_remote_code"
 GROUPS: dict[str, type[Group]] = {
     name: info.annotation for name, info in RunConfig.model_fields.items() if hasattr(info.annotation, "prefix")
@@ -36,18 +38,19 @@ GONE = {
 }  # fmt: skip
 
 
-def parse(args: Sequence[str] | None = None) -> RunConfig:
+def parse(args: Sequence[str] | None = None, prog: str = "train.py") -> RunConfig:
     """The configuration that flags of train.py describe; `--help` and `--print_config` print, and exit.
 
     Args:
         args: flags; None for those of this process.
+        prog: the command that `--help` shows: `train.py`, or `gprune prune`.
 
     Raises:
         UserError: naming the flag or the file, what was expected and what came.
     """
     args = list(sys.argv[1:] if args is None else args)
     if not {"-h", "--help"}.isdisjoint(args):
-        parser().parse_args(["--help"])
+        parser(prog).parse_args(["--help"])
     cfg = configured(read_flags([arg for arg in args if arg != "--print_config"]))
     if "--print_config" in args:
         say(to_yaml(cfg.model_dump()))
@@ -158,13 +161,22 @@ def _value(flag: str, text: str) -> Any:
     return text if is_text and not isinstance(value, list | None) else value
 
 
-def read_settings(path: Path | str) -> dict[str, Any]:
-    """Settings of train.py by dotted name, as a YAML file holds them.
+def read_settings(name: Path | str, folder: Path | str = "") -> dict[str, Any]:
+    """Settings of train.py by dotted name, from a YAML file or a shipped configuration.
+
+    Args:
+        name: path of a file, seen from `folder`; or `best`, `gates`, `paper`, `protocol` or `smoke`, if there is no
+            such file.
 
     Raises:
-        UserError: for a file that is none, an unknown setting, one that is there twice, or a group with a plain value.
+        UserError: if the file is missing or not YAML, a setting is unknown or repeated, or a group has a plain value.
     """
-    content = read_yaml(path, "--config: expected a YAML file of flags, got", pipe=True)
+    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
+    path = os.path.join(folder, name)
+    if name in shipped and not (os.path.exists(path) and not os.path.isdir(path)):
+        path = shipped[name]
+    what = f"--config: expected a YAML file of flags, or one of {', '.join(shipped)}; got"
+    content = read_yaml(path, what, pipe=True)
     if not isinstance(content, dict | None):
         # Without what is there: a list from elsewhere may name any file of this machine.
         raise UserError(f"--config: expected settings such as `sparsity: {{target: 0.5}}` in {path}, got none.")
@@ -221,11 +233,12 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Descriptions as they were written, and the default of each flag."""
 
 
-def parser() -> Parser:
+def parser(prog: str = "train.py") -> Parser:
     """The help of train.py: a section for each group of flags, from names, types, defaults and docstrings."""
-    usage = "train.py [--config FILE] [--FLAG VALUE ...]"
-    made = Parser("train.py", usage=usage, description=inspect.getdoc(RunConfig), formatter_class=_Help)
-    files = "A YAML file of flags; several merge in order."
+    usage = f"{prog} [--config FILE] [--FLAG VALUE ...]"
+    made = Parser(prog, usage=usage, description=inspect.getdoc(RunConfig), formatter_class=_Help)
+    names = ", ".join(file.stem for file in sorted(SHIPPED.glob("*.yaml")))
+    files = f"A YAML file of flags, or the name of one that ships: {names}. Several merge in order."
     made.add_argument("--config", metavar="FILE", default=SUPPRESS, help=files)
     made.add_argument("--print_config", action="version", help="Print all settings as such a file, and stop.")
     cfg = RunConfig()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -95,11 +96,24 @@ def _read(path: Path) -> Iterator[str]:
             for batch in file.iter_batches(columns=["text"]):
                 yield from (_text_of({"text": t}, str(path)) for t in batch["text"].to_pylist() if t is not None)
         return
-    with path.open(encoding="utf-8") as file:
-        if path.suffix.lower() == ".txt":
+    if path.suffix.lower() == ".txt":
+        with path.open(encoding="utf-8-sig") as file:  # without a byte order mark
             yield from split_text(file.read(2 * MOST))
-        else:
-            yield from (_text_of(json.loads(line), f"{path}:{n}") for n, line in enumerate(file, 1) if line.strip())
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line := line.removeprefix(BOM_UTF8).strip():
+                yield _document(line, path, number)
+
+
+def _document(line: bytes, path: Path, number: int) -> str:
+    """The document on a line of a .jsonl file; a UserError names the line."""
+    with quoting(f"Corpus file '{path}', line {number}, cannot be read as jsonl: ", "."):
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except json.JSONDecodeError as error:  # its own message counts lines inside this one
+            raise ValueError(f"{error.msg} at column {error.colno}") from error
+        return _text_of(row, f"{path}:{number}")
 
 
 def _text_of(row: object, where: str) -> str:

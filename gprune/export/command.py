@@ -26,8 +26,9 @@ def parser() -> Parser:
     command_line.add_argument("run", metavar="RUN", help="a finished run, or a model folder")
     command_line.add_argument("--output", metavar="PATH", help="the file to write (default: beside the model)")
     command_line.add_argument("--overwrite", action="store_true", help="replace a GGUF file")
-    types = ", ".join((*TYPES, *QUANTISED))
-    command_line.add_argument("--type", default="f16", help=f"of the matrices: {types} (default: %(default)s)")
+    command_line.add_argument(
+        "--type", type=str.lower, choices=(*TYPES, *QUANTISED), default="f16", help="of the matrices (default: f16)"
+    )
     command_line.add_argument("--unchecked", action="store_true", help="do not ask for a llama.cpp build")
     return command_line
 

@@ -102,14 +102,23 @@ def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
     return general | {f"{arch}.{key}": value for key, value in own.items()}
 
 
-def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig) -> None:
-    """Refuse what llama.cpp's graphs of `llama` and `deci` compute differently."""
+def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig, *, uniform: bool) -> None:
+    """Refuse what llama.cpp's graphs of `llama` and `deci` compute differently.
+
+    Args:
+        uniform: whether all blocks of the model to be exported have the same widths.
+    """
+    remedy = (
+        "Export to hf; as its layers have equal widths, llama.cpp's own converter may read the folder."
+        if uniform
+        else "Export to hf, or prune with --sparsity.uniform_width true and --sparsity.scope ffn, a stock model for "
+        "llama.cpp's own converter."
+    )
     for block in blocks:
         if (reason := unlike_llama(config, block)) is not None:
             raise UserError(
-                f"Export: a GGUF file with layers of different widths computes as Llama does, but this "
-                f"'{config.model_type}' {reason}. Export to hf, or prune with --sparsity.uniform_width true and "
-                f"--sparsity.scope ffn, a stock model for llama.cpp's own converter."
+                f"Export: a GGUF file of gprune computes as Llama does, but this '{config.model_type}' {reason}. "
+                f"{remedy}"
             )
 
 
@@ -151,7 +160,7 @@ def write_gguf(
     Raises:
         UserError: for a model or tokenizer that llama.cpp does not run, or weights beyond float16.
     """
-    check_expressible(blocks_of(model), model.config)
+    check_expressible(blocks_of(model), model.config, uniform=architecture(model) == "llama")
     keys = model_keys(model, name, type)
     keys |= tokenizer_keys(tokenizer, model.get_decoder().embed_tokens.num_embeddings)
     types = {tensor_name: stored_type(tensor, type) for tensor_name, tensor in tensors(model)}

@@ -27,7 +27,7 @@ def calibrate(run: Run) -> dict[str, CorpusStatistics]:
     """Statistics by corpus, from the cache where model, text and kind of statistics are the same."""
     run.step(1, "Calibrating")
     cfg, cache = run.cfg, statistics_cache(run)
-    statistics = {corpus: cache.read(corpus, ["moments", *sorted(cfg.needs)]) for corpus in cfg.calibration}
+    statistics = {corpus: cache.read(corpus, ["moments", *sorted(cfg.collects)]) for corpus in cfg.calibration}
     lacking = [of_corpus is None for of_corpus in statistics.values()]
     if cfg.processes > 1:  # another run may be filling the cache meanwhile
         lacking = agreed(run, lacking)

@@ -157,7 +157,7 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
     """Raise UserError where this model's blocks or positions, or this machine, cannot do what the flags ask for."""
     if cfg.export.format == "gguf":
         check_type(cfg.export.type, unchecked=False)
-        check_expressible(blocks, config)
+        check_expressible(blocks, config, uniform=cfg.sparsity.uniform_width)
     if cfg.model.device_map is not None and cfg.export.dtype not in (None, cfg.model.dtype):
         raise UserError(
             f"--export.dtype {cfg.export.dtype}: expected {cfg.model.dtype}, that of --model.dtype, with "

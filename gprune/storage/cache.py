@@ -32,6 +32,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        places = "a run's results: --run.dir; an export: --output; caches: $GPRUNE_CACHE"
+        places = "a run's results: --run.dir; records: --records; an export: --output; caches: $GPRUNE_CACHE"
         remedy = f"Free space or choose another place ({places}); what was finished is kept."
         raise UserError(f"Cannot write {path}: {reason}. {remedy}") from error

@@ -13,16 +13,17 @@ from gprune.storage.reading import read_text
 
 BYTES, NODES = 2**18, 20_000  # of one document; the longest list that ships has 6,000 bytes
 TAG = "tag:yaml.org,2002:"
+TIME = re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?$")  # YAML 1.1 reads 200:00 as 200 x 60, a number
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses repeated keys, leaves dates as text, and reads 1e-3 as a number.
+    """SafeLoader that refuses repeated keys, leaves dates and times as text, and reads 1e-3 as a number.
 
     A few aliases of aliases can stand for gigabytes, so each alias counts as the nodes that it stands for.
     """
 
     yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != f"{TAG}timestamp"]
+        first: [(f"{TAG}str", TIME), *((tag, pattern) for tag, pattern in resolvers if tag != f"{TAG}timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 

@@ -1,6 +1,7 @@
 """List files: rows of settings by name, with the protocol they share. `gprune study` runs them.
 
-A list is a YAML file with the keys of `Content`. Files that it names are looked for from its own folder.
+A list is a YAML file with the keys of `Content`. Files that it names are looked for from its own folder, then by
+name among the configurations that ship (`--config`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gprune.benchmarks.settings import Benchmarks, benchmarks
-from gprune.checks import refusal
+from gprune.checks import Text, refusal
 from gprune.config import CONSENT, RunConfig, configured, read_flags, read_settings
 from gprune.config.parse import overlay
 from gprune.errors import UserError
@@ -29,7 +30,7 @@ OWN = {"export": "none", "run.dir": "runs/experiments"}
 TABLES = ("summary", "perplexity", "distance", "evaluation")
 
 # YAML reads some names as numbers.
-Name = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name)]
+Name = Annotated[Text, BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name)]
 Names = list[Name]
 Files = Annotated[Names, BeforeValidator(lambda files: [files] if isinstance(files, str) else files)]
 Pair = Annotated[Names, Field(min_length=2, max_length=2)]
@@ -164,11 +165,11 @@ def asked_of(tasks: Mapping[str, Any], **others: Any) -> Benchmarks:
 def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[str], **shared: Any) -> Iterator[Row]:
     """Every row with every seed; `shared` are fields that are the same in all."""
     own = read_flags(flags)
-    protocol = [_shared(path.parent / name) for name in content.protocol]
+    protocol = [_shared(name, path.parent) for name in content.protocol]
     for seed in dict.fromkeys(seeds):
         for name, given in content.rows.items():
             where, row, merged = f"List '{path}', row '{name}'", given or RowContent(), {}
-            configs = [_shared(path.parent / file) for file in row.config]
+            configs = [_shared(file, path.parent) for file in row.config]
             for layer in (*protocol, *configs, OWN, content.common, row.model_extra):
                 for one in layer.items():  # a YAML merge may give a setting by two names: the later one counts
                     overlay(merged, dict([one]), where)
@@ -177,9 +178,9 @@ def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[st
             yield Row(name, seed, merged | {"run.seed": seed}, control=name in content.controls, **shared)
 
 
-def _shared(path: Path) -> dict[str, Any]:
+def _shared(file: str, folder: Path) -> dict[str, Any]:
     """Settings of a file without the name of its run: the runs of rows have names of their own."""
-    return {name: value for name, value in read_settings(path).items() if name != "run.name"}
+    return {name: value for name, value in read_settings(file, folder).items() if name != "run.name"}
 
 
 def _check_settings(where: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -26,7 +26,8 @@ from gprune.pipeline.plan import check
 from gprune.report.records import cost_table
 from gprune.runs import schema
 from gprune.runs.folder import RunFolder
-from gprune.storage.files import read_json, write_json
+from gprune.storage.cache import disk_errors
+from gprune.storage.files import read_json, scratch_folder, write_json
 from gprune.studies.archive import dense_path, learned_tokens, packed, record_of, stored, write
 from gprune.studies.listing import Listing, Row, asked_of, parts_of
 from gprune.studies.tables import reported, tables_of
@@ -49,13 +50,20 @@ def work(options: Namespace) -> None:
 
 
 def run_all(pending: Sequence[Row]) -> None:
-    """Say what it will cost, run each row and measure its tasks, and say when its record is kept."""
+    """Say what it will cost, run each row and measure its tasks, and say when its record is kept.
+
+    Raises:
+        UserError: before anything runs, if a record could not be written or a row cannot be measured.
+    """
+    first = process_index() == 0
     for row in pending:
+        if first:
+            with disk_errors(path := stored(row)[0]), scratch_folder(path):
+                pass
         if row.tasks:
             measurement.check(asked_of(row.tasks, trust_remote_code=row.config.model.trust_remote_code))
             if row.config.processes > 1:  # the others would wait for hours, until torch gives them up
                 raise UserError(f"Row '{row.name}': expected one process for tasks, got {row.config.processes}.")
-    first = process_index() == 0
     if first:
         say(token_hours(pending) + "\n")
     for row in pending:

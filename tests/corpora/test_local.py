@@ -47,15 +47,25 @@ def test_no_more_is_read_than_a_corpus_can_need(name, tmp_path, monkeypatch, cap
     assert "the first 10,000 characters are read" in caplog.text
 
 
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "one\n\ntwo\n"), ("a.jsonl", '{"text": "one\\n\\ntwo"}')])
+def test_a_byte_order_mark_is_not_part_of_the_first_document(name, content, tmp_path):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert local._read_all([tmp_path / name]) == ["one\n\ntwo"]
+
+
 FILES = {  # name and content of a file -> what the error says
     "nothing": ("x.jsonl", b"", "holds no text"),
     "blanks": ("x.jsonl", b'{"text": "  "}\n', "holds no text"),
     "another field": ("x.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r":2: expected an object.*got {'body': 'b'}"),
     "a list": ("x.jsonl", b"[1]\n", r"got \[1\]"),
     "an object": ("x.jsonl", b'{"text": {}}\n', "got {'text': {}}"),
-    "no JSON": ("x.jsonl", b'{"text": "a"\n', "cannot be read as jsonl"),
-    "no UTF-8": ("x.jsonl", b'{"text": "\xff"}\n', "cannot be read as jsonl"),
-    "half a character": ("x.jsonl", b'{"text": "\\ud800"}\n', "cannot be read as jsonl"),
+    "no JSON": (
+        "x.jsonl",
+        b'{"text": "a"}\n\n{"text": "a"\n',
+        "line 3, cannot be read as jsonl: Expecting.* at column 13",
+    ),
+    "no UTF-8": ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2, cannot be read as jsonl: 'utf-8'"),
+    "half a character": ("x.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2, cannot be read as jsonl"),
     "deep": ("x.jsonl", b"[" * 50_000 + b"\n", "cannot be read as jsonl"),
     "no parquet": ("x.parquet", b"no parquet", "cannot be read as parquet"),
     "another column": ("x.parquet", {"body": ["a"]}, "cannot be read as parquet: .*text"),

@@ -69,6 +69,8 @@ def test_files_lie_beside_the_model_unless_told_otherwise(run, tmp_path, capsys)
     fields = gguf.GGUFReader(run / "model-f16.gguf").fields
     assert fields["general.name"].contents() == "mine"
     assert fields["deci.feed_forward_length"].contents() == [1, 32, 47]
+    assert command("export", [str(run), "--unchecked", "--type", "F32"]) == 0
+    assert (run / "model-f32.gguf").is_file()
     moved = Path(shutil.copytree(run / "model", tmp_path / "other"))
     assert export(moved, unchecked=True, type="q8_0") == tmp_path / "other-q8_0.gguf"
     assert export(str(moved), str(tmp_path / "a name.bin"), unchecked=True) == tmp_path / "a name.bin"
@@ -102,7 +104,7 @@ def test_a_file_gets_its_name_only_where_a_build_agrees(run, monkeypatch, capsys
     [
         ([], r"expected a llama.cpp build to check the file \(--unchecked .*`pip install llama-cpp-py-sync`"),
         (["--unchecked", "--type", "q4_k_m"], "expected a llama.cpp build to quantise to q4_k_m; got none"),
-        (["--unchecked", "--type", "q4"], "Unknown GGUF type 'q4'. Available: f32, f16, q8_0, q4_k_m."),
+        (["--unchecked", "--type", "q4"], r"--type: invalid choice: 'q4' \(choose from '?f32'?, '?f16"),
         (["--unchecked", "--output", "no/such/folder/x"], "in a folder that exists"),
         (["--unchecked", "--output", "DIARY"], "exists already"),
         (["--unchecked", "--output", "DIARY", "--overwrite"], "exists already"),
@@ -178,9 +180,10 @@ def test_a_wrong_flag_does_not_wait_for_heavy_modules():
     code = (
         "import sys, types; g = types.ModuleType('gprune'); g.__path__ = ['gprune']; sys.modules['gprune'] = g\n"
         "from gprune.__main__ import main\n"
-        "assert main(['export', 'x', '--colour', 'red']) == main(['export', 'no/such/run']) == 2\n"
+        "for args in (['x', '--colour', 'red'], ['no/such/run'], ['.', '--type', 'q9']):\n"
+        "    assert main(['export', *args]) == 2\n"
         "print(*{'torch', 'transformers', 'gguf', 'numpy'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "", done.stderr
-    assert done.stderr.count("gprune export: ") == done.stderr.count("\n") == 2
+    assert done.stderr.count("gprune export: ") == done.stderr.count("\n") == 3

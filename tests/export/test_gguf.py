@@ -215,8 +215,13 @@ DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "f
     ],
 )
 def test_what_llama_cpp_computes_differently_is_refused_by_name(family, settings, message, tmp_path):
+    model = make_tiny(family, **settings)
+    with pytest.raises(
+        UserError, match=rf"this '{family}' {message}.*\. Export to hf; as its layers have equal widths"
+    ):
+        write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf")
     with pytest.raises(UserError, match=f"this '{family}' {message}.* Export to hf, or prune with"):
-        write_gguf(make_tiny(family, **settings), byte_tokenizer(), tmp_path / "m.gguf")
+        gguf_writer.check_expressible(blocks_of(model), model.config, uniform=False)
     assert not (tmp_path / "m.gguf").exists()
 
 
@@ -224,7 +229,7 @@ def test_a_layer_without_ffn_is_refused():
     model = make_pruned()
     model.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 0), requires_grad=False)
     with pytest.raises(UserError, match="this 'llama' has no FFN or no attention in layer 1"):
-        gguf_writer.check_expressible(blocks_of(model), model.config)
+        gguf_writer.check_expressible(blocks_of(model), model.config, uniform=False)
 
 
 @needs_llama_cpp

@@ -473,6 +473,11 @@ def test_several_metrics_share_one_pass_and_have_the_bits_of_their_own(world, tm
     later = {"wanda_sp": ("--recovery=least_squares",), "taylor": ("--recovery=least_squares",)}
     collected = digests(shared / "statistics", "*.safetensors")
     assert len(collected) == 3 * 3  # corpora, kinds
+    with monkeypatch.context() as patch:  # also where the cache has what the run itself needs
+        patch.setenv("GPRUNE_CACHE", str(tmp_path / "twice"))
+        world.run(tmp_path, *nothing, name="moments")
+        world.run(tmp_path, "--corpora.collect=[gram,saliency]", *nothing, name="second")
+    assert len(digests(tmp_path / "twice/statistics", "*.safetensors")) == 3 * 3
     for metric, flags in later.items():
         flags = ("--gprune=false", "--export=none", f"--importance={metric}", *flags)
         with counted_forwards() as forwards:

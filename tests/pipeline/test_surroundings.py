@@ -36,7 +36,7 @@ def command(folder: Path, *program: object) -> list[object]:
         sys.executable,
         *(program or ["train.py"]),
         "--config",
-        "experiments/smoke.yaml",
+        "smoke",
         f"--run.dir={folder / 'runs'}",
     ]
 

@@ -60,8 +60,8 @@ def test_later_settings_win_protocol_file_common_row_and_command_line(bench):
 
 
 def test_rows_of_a_protocol_with_a_name_have_names_of_their_own(bench):
-    rows = {"a": {}, "b": {"gprune": False}, "c": {"config": str(EXPERIMENTS / "smoke.yaml"), "ridge": 1}}
-    path = bench.write("named", rows, protocol=str(EXPERIMENTS / "smoke.yaml"))
+    rows = {"a": {}, "b": {"gprune": False}, "c": {"config": "smoke", "ridge": 1}}
+    path = bench.write("named", rows, protocol="smoke")
     assert len({row.config.folder for row in bench.rows(path, seeds=[0, 1])}) == 6
 
 
@@ -92,6 +92,7 @@ def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
         ("rows: [", ["YAML", "bad.yaml", "line 1"]),
         ("rows: {a: {}}\n1: {}\n", ["1"]),
         ("rows: {a: 3}\n", ["rows.a", "got 3"]),
+        ('rows: {"a\\nb": {}}\n', ["rows", "should match pattern", r"'a\nb'"]),
         # settings
         ("rows: {a: {sparsity.target: 2}}\n", ["Row 'a'", "sparsity.target", "got 2"]),
         ("rows: {a: {sparsity.aim: 0.2}}\n", ["row 'a'", "sparsity.aim"]),

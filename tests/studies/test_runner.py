@@ -166,6 +166,14 @@ def test_a_list_that_wants_masks_keeps_the_tasks_and_one_that_wants_tasks_the_ma
     assert len([*(tmp_path / "runs").iterdir()]) == 1
 
 
+def test_records_that_cannot_be_written_are_refused_before_anything_runs(bench, measured, capsys, tmp_path):
+    (tmp_path / "a file").touch()
+    said = bench.refused(capsys, bench.write("nowhere", MENDED), "--records", tmp_path / "a file")
+    assert f"Cannot write {tmp_path / 'a file'}" in said
+    assert "--records" in said
+    assert measured == ([], [])
+
+
 def test_tasks_of_several_processes_are_refused_before_anything_runs(bench, measured, capsys):
     path = bench.write("several", MENDED, tasks={"names": ["piqa"]}, common={"trainer.devices": 2})
     assert "expected one process for tasks, got 2" in bench.refused(capsys, path)
