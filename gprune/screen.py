@@ -1,6 +1,7 @@
-"""Progress in a terminal: the step, a bar, tokens per second, and the time left.
+"""Progress in a terminal: one bar for the whole run, with the step, its tokens per second, and the time left.
 
-Nothing is shown if stdout is no terminal, and by other processes than the first; the log has the steps.
+Lightning's progress bars belong to one Trainer each, and a run has several. Nothing is shown if stdout is not a
+terminal, and by other ranks than 0; the log has the steps.
 """
 
 from __future__ import annotations
@@ -16,86 +17,70 @@ from rich.table import Column
 from gprune.console import process_index
 from gprune.errors import one_line
 
-Advance = Callable[..., None]  # after a batch: its tokens over all processes, and a note
-
 
 class Screen:
-    """Bars of one run, or of one evaluation; a context.
+    """The bar of one run, or of one evaluation; a context manager.
 
     Args:
-        work: planned work by number of the step, in any unit; None if there are no steps.
-        worked: work so far, in that unit.
-        console: where to show it, for tests; by default stdout, if that is a terminal.
+        work: planned work by number of the step, in any unit.
+        worked: work so far, in that unit; by default the tokens that `advance` has been given.
+        console: by default stdout, if it is a terminal.
     """
 
     def __init__(
-        self,
-        work: Mapping[int, float] | None = None,
-        worked: Callable[[], float] = lambda: 0.0,
-        *,
-        console: Console | None = None,
+        self, work: Mapping[int, float], worked: Callable[[], float] | None = None, *, console: Console | None = None
     ):
-        self._shares, self._worked = dict(work or {}), worked
-        self._number = 0  # of the step that goes on
+        self._work, self._tokens, self._before = dict(work), 0, 0
+        self._worked = worked or (lambda: self._tokens)
+        self._number, self._title, self._began = 0, "", time.monotonic()
         console = console or Console(file=sys.stdout)
-        self.bars = _Bars(
-            TextColumn(
-                "{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
-            ),
-            BarColumn(bar_width=14),
+        title = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        self.bar = _Bar(
+            TextColumn("{task.description}", markup=False, table_column=title), BarColumn(bar_width=14),
             TextColumn("{task.fields[speed]}", "cyan", "right", table_column=Column(min_width=15, no_wrap=True)),
             TimeRemainingColumn(), console=console, expand=True, transient=True, speed_estimate_period=600,
             disable=not console.is_terminal or console.is_jupyter or process_index() != 0,
         )  # fmt: skip
-        planned = sum(self._shares.values())
-        self._run = self.bars.add_task("run", total=planned, visible=planned > 0, speed="")
-        self._step = self.bars.add_task("", total=None, visible=False, speed="")
+        self.bar.add_task("", total=sum(self._work.values()), speed="")
 
     def __enter__(self) -> Screen:
-        self.bars.start()
+        self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bars.stop()
+        self.bar.stop()
 
     def step(self, number: int, what: str) -> str:
-        """A step begins, and the one before has ended; returns its title, such as `step 3/10 Measuring drift`."""
-        if number != self._number:  # else another part of the same
-            self._number, left = number, sum(work for step, work in self._shares.items() if step >= number)
+        """Begin a step; return its title, such as `step 3/10 Measuring drift`."""
+        if number != self._number:  # else another part of the same step
+            self._number, left = number, sum(work for step, work in self._work.items() if step >= number)
             # Steps may have taken less than was planned. Not by `update`, which would forget the speed.
-            self.bars.tasks[self._run].total = self._worked() + left
-        return self._show(what)
+            self.bar.tasks[0].total = self._worked() + left
+        return self.begin(what)
 
-    def bar(self, what: str, batches: int, *, done: int = 0) -> Advance:
-        """A bar of so many batches in the place of the step's own, until the next one.
+    def begin(self, what: str) -> str:
+        """Begin a part of the step, whose speed is shown; return its title."""
+        self._title = one_line(f"step {self._number}/{max(self._work)} {what}" if self._number else what)
+        self._began, self._before = time.monotonic(), self._tokens
+        self.bar.update(self.bar.tasks[0].id, description=self._title, speed="")
+        return self._title
 
-        Returns:
-            What is to be called after each batch with its tokens, and a note for people, such as the loss.
-        """
-        title, tokens, started = self._show(what, batches, done), 0, time.monotonic()
-
-        def advance(more: int = 0, note: str = "") -> None:
-            nonlocal tokens
-            tokens += more
-            speed = f"{tokens / max(time.monotonic() - started, 1e-9):,.0f} tokens/s" if tokens else ""
-            described = f"{title}, {note}" if note else title
-            self.bars.update(self._step, advance=1, description=described, speed=speed)
-            self.bars.update(self._run, completed=self._worked())
-
-        return advance
-
-    def _show(self, what: str, batches: int | None = None, done: int = 0) -> str:
-        title = one_line(f"step {self._number}/{max(self._shares, default=0)} {what}" if self._number else what)
-        self.bars.reset(self._step, total=batches, completed=done, description=title, visible=True, speed="")
-        return title
+    def advance(self, tokens: int = 0, note: str = "") -> None:
+        """Show a finished batch: its tokens over all ranks, and a note such as the loss."""
+        self._tokens += tokens
+        rate = (self._tokens - self._before) / max(time.monotonic() - self._began, 1e-9)
+        self.bar.update(
+            self.bar.tasks[0].id, completed=self._worked(), speed=f"{rate:,.0f} tokens/s" if rate else "",
+            description=f"{self._title}, {note}" if note else self._title,
+        )  # fmt: skip
 
     def __rich__(self) -> RenderableType:
         """What a terminal shows at this moment."""
-        return self.bars.get_renderable()
+        return self.bar.get_renderable()
 
 
-class _Bars(Progress):
-    """Bars, and an empty line for `^C`: behind a full line its echo would take one more, and a bar would never go."""
+class _Bar(Progress):
+    """A bar, and an empty line for `^C`: behind a full line its echo would take one more, and a bar would never go."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         return *super().get_renderables(), ""

@@ -139,7 +139,7 @@ def test_a_wrong_value_is_refused_in_the_same_words_by_all_ways(name, value, sai
         ("sparsity.targt", "there is no setting 'sparsity.targt'; did you mean 'target'?"),
         ("run.zzz", "there is no setting 'run.zzz'; expected one of dir, name, seed, checkpoint_minutes."),
         ("sparsty", "there is no setting 'sparsty'; did you mean 'sparsity'?"),
-        ("trainer.logger", "there is no setting 'trainer.logger' here; expected --logging.mode, of W&B."),
+        ("distill.points", "there is no setting 'distill.points' here; expected --trainer.val_check_interval."),
         ("seed", "there is no setting 'seed' here; expected --run.seed."),
     ],
 )

@@ -14,7 +14,6 @@ Llama tokenizer put it before the whole text alone have it in the first window o
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import re
 from dataclasses import replace
@@ -103,9 +102,9 @@ def literature_perplexity(
     windows = replace(every, tokens=every.tokens[:limit])
     check_tokens(windows, tokenizer, model.get_input_embeddings().num_embeddings)
     batch_size = max(1, 2048 // seq_len)
-    with Screen() as screen:
-        advance = screen.bar(f"Perplexity on {TEXTS[task]}", math.ceil(len(windows.tokens) / batch_size))
-        result = perplexity(model, windows, batch_size=batch_size, progress=advance)
+    with Screen({0: windows.tokens.numel()}) as screen:
+        screen.begin(f"Perplexity on {TEXTS[task]}")
+        result = perplexity(model, windows, batch_size=batch_size, progress=screen.advance)
     _, low, high = mean_perplexity({task: result.window_nll}, seq_len - 1)
     if len(windows.tokens) < len(every.tokens):
         missing = [f"only the first {len(windows.tokens)} windows", *missing]

@@ -86,7 +86,7 @@ def perplexity(
 
     Args:
         model: in eval mode, within the caller's `masked` context if it is to be masked.
-        progress: is called after each batch with its tokens, such as what `Screen.bar` gives.
+        progress: is called after each batch with its tokens, such as `Screen.advance`.
         shared: share the batches out over processes, which all have to call this function with the same model, whole
             or spread over them. Batches are those of one process, and so are the bits of the result.
         forecasts: of the dense model, to which this one is compared; an empty list gets this model's. A process has

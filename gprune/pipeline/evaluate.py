@@ -166,9 +166,8 @@ def measured(
     Args:
         dense: `forecasts` of `perplexity`.
     """
-    batch_size = run.cfg.corpora.batch_size
-    batches = math.ceil(len(windows.tokens) / batch_size / processes()[1])
-    advance = run.screen.bar(f"Evaluating {name} on {windows.corpus}", batches)
+    batch_size, advance = run.cfg.corpora.batch_size, run.screen.advance
+    run.screen.begin(f"Evaluating {name} on {windows.corpus}")
     with run.folder.part(f"{name} on {windows.corpus}"):
         return perplexity(model, windows, batch_size=batch_size, progress=advance, shared=True, forecasts=dense)
 

@@ -19,7 +19,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 
 from gprune.console import quieted
 from gprune.errors import UserError
-from gprune.screen import Advance, Screen
+from gprune.screen import Screen
 
 log = logging.getLogger("gprune")
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
@@ -111,35 +111,26 @@ def plain_interrupts() -> Iterator[None]:
 
 
 class StageBar(ProgressBar):
-    """The bar of a stage on a screen: how far all of its epochs are, its loss, and the tokens that all devices take."""
+    """Shows the batches of a stage, and its loss, on the screen of the run."""
 
     def __init__(self, screen: Screen, what: str):
         super().__init__()
         self.screen, self.what = screen, what
-        self.advance: Advance = lambda *_: None
 
     def disable(self) -> None:
-        """Nothing to do in other processes than the first: a screen knows which process it belongs to."""
+        """No-op: a screen shows nothing on other ranks than 0."""
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        batches = int(trainer.num_training_batches * trainer.max_epochs)
-        self.advance = self.screen.bar(self.what, batches, done=trainer.fit_loop.total_batch_idx + 1)
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.advance = self.screen.bar(self.what, int(sum(trainer.num_test_batches)))
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.screen.begin(self.what)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        shown = trainer.progress_bar_metrics.items()
-        self.advance(_tokens(batch, trainer), ", ".join(f"{name} {value:.3f}" for name, value in shown))
-
-    def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        self.advance(_tokens(batch, trainer))
+        """Show the tokens of the batch over all ranks; a batch of the refinement has none."""
+        tokens = batch["input_ids"].numel() * trainer.world_size if isinstance(batch, dict) else 0
+        self.screen.advance(
+            tokens, ", ".join(f"{name} {value:.3f}" for name, value in trainer.progress_bar_metrics.items())
+        )
 
-
-def _tokens(batch: Any, trainer: L.Trainer) -> int:
-    """Of a batch of text over all processes; 0 for a batch of anything else."""
-    return batch["input_ids"].numel() * trainer.world_size if isinstance(batch, dict) and "input_ids" in batch else 0
+    on_test_batch_end = on_validation_batch_end = on_train_batch_end

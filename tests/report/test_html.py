@@ -103,9 +103,9 @@ def test_the_curve_is_the_runs_own_however_sittings_went():
     frame = pd.DataFrame(
         {
             f"{control}/tokens": nan * 6 + [8.0, 16], f"{control}/loss": nan * 6 + [7.0, 6],
-            f"{control}/perplexity/a": nan * 6 + [70.0, 60],
+            "controls/base_distill/perplexity/a": nan * 6 + [70.0, 60],
             f"{own}/tokens": [0.0, 8, 16, 8, 16, 24, *nan, *nan], f"{own}/loss": [5.0, 4, 3.1, 4, 3, 2, *nan, *nan],
-            f"{own}/perplexity/a": [9.0, 8, 7, 8, 7, 6, *nan, *nan],
+            "development/perplexity/a": [9.0, 8, 7, 8, 7, 6, *nan, *nan],
         }
     )  # fmt: skip
     assert line_of(frame, f"{own}/tokens", f"{own}/loss").to_numpy().tolist() == [[0, 5], [8, 4], [16, 3], [24, 2]]

@@ -500,7 +500,7 @@ def test_every_axis_is_labelled(run):
 def test_files_far_down_leave_figures_their_width(run):
     """A path for a label squeezed the axes to nothing, about which matplotlib warns, and warnings are errors here."""
     far = "/srv/" + 8 * "a/long/way/" + "down/"
-    frame = pd.DataFrame({"learn/epoch": [0, 1]} | {f"learn/perplexity/{far}{c}.txt": [9.0, 8.0] for c in "abc"})
+    frame = pd.DataFrame({"learn/epoch": [0, 1]} | {f"development/perplexity/{far}{c}.txt": [9.0, 8.0] for c in "abc"})
     (curves,) = curve_figures(frame).values()
     records = json.loads((run / "metrics.json").read_text())["records"]
     points = perplexity_figure([r | {"corpus": far + Path(r["corpus"]).name} for r in records])

@@ -90,7 +90,7 @@ def test_the_bar_says_what_is_going_on_and_how_fast(tiny_model):
 
     stage = DistillationStage(tiny_model, prune(tiny_model, some_masks(tiny_model, attention=False)))
     text = [Windows("demo", "train", torch.arange(64).view(4, 16))]
-    screen = Screen(console=console)
+    screen = Screen({0: 64}, console=console)
     trainer = L.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
         use_distributed_sampler=False, callbacks=[StageBar(screen, "Distilling 3 numbers"), Look()],
