@@ -113,6 +113,7 @@ def _write_block(
 def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
     """Take the blocks out of the decoder that do not stay, and their entries out of the config."""
     config, layers = model.config, decoder_layers(model)
+    before = skeleton(copy.deepcopy(config), type(model))
     kept = [index for index, keep in enumerate(stays) if keep]
     remaining = nn.ModuleList(layers[index] for index in kept)
     setattr(model.get_decoder(), family_of(config.model_type).layers, remaining)
@@ -122,6 +123,9 @@ def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
                 module.layer_idx = index
     content = config.to_dict()  # plain here, whatever transformers makes of the attributes
     table = content.get("per_layer_config")
+    if (step := content.get("decoder_sparse_step", 1)) > 1:  # which layers have experts follows from their numbers
+        dense = [i for i in range(len(stays)) if (i + 1) % step or i in content["mlp_only_layers"]]
+        content["mlp_only_layers"], config.decoder_sparse_step = dense, 1
     config.num_hidden_layers = len(remaining)
     for name, value in content.items():
         if name.endswith("_only_layers") and value:  # numbers of layers
@@ -131,6 +135,39 @@ def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
     if table:  # pruned before: each layer's own values move along
         values = {int(index): value for index, value in table.items()}
         config.per_layer_config = {str(new): values[old] for new, old in enumerate(kept) if old in values}
+    _check_numbering(before, skeleton(copy.deepcopy(config), type(model)), kept)
+
+
+def _check_numbering(before: PreTrainedModel, after: PreTrainedModel, kept: list[int]) -> None:
+    """Raise UserError unless every layer that stays is built the same under its new number.
+
+    Some models compute from the numbers of layers: GPT-2 may divide attention by them. Loaded again, such a model
+    would compute something else.
+
+    Args:
+        before: without weights, from the config that has all layers.
+        after: from the config without the others.
+        kept: the former numbers of layers that stay.
+    """
+    for new, old in enumerate(kept):
+        was, now = (_built(decoder_layers(model)[index]) for model, index in ((before, old), (after, new)))
+        if was != now:
+            name = next(name for name in was | now if was.get(name) != now.get(name))
+            raise UserError(
+                f"model_type '{before.config.model_type}' computes from the numbers of its layers, which change when "
+                f"whole blocks go: {name} of layer {old} is {was.get(name)}, and {now.get(name)} as layer {new}. Use "
+                f"--sparsity.scope without blocks, and no --sparsity.allocation depth."
+            )
+
+
+def _built(layer: nn.Module) -> dict[str, object]:
+    """What a layer's constructor has made: shapes, and plain attributes except the number of the layer."""
+    made: dict[str, object] = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    for path, module in layer.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, bool | int | float | str | tuple) and name != "layer_idx":
+                made[f"{path}.{name}".removeprefix(".")] = value
+    return made
 
 
 def check_masks(model: PreTrainedModel, masks: Masks) -> None:

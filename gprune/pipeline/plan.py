@@ -20,6 +20,8 @@ from gprune.export.gguf_writer import check_expressible
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.folders import check_stored
 from gprune.models.loading import read_config, skeleton
+from gprune.models.masks import Masks
+from gprune.models.surgery import prune
 from gprune.pipeline.cost import tokens_by_step
 from gprune.recoveries import recovery_of
 from gprune.runs.trainer import check_trainer, multiplying
@@ -131,8 +133,10 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None) -> Plan:
     first = Plan(cfg, dense, device)
     plan = replace(first, budget=(budget := first.asked()))
     vars(plan).update(vars(first) | vars(plan))  # and the table of speed that was read, or measured
-    if ALLOCATION[cfg.base_allocation].whole_blocks:
+    if depth := ALLOCATION[cfg.base_allocation].whole_blocks:
         check_depth(budget)
+    if depth or budget.costs.gone:
+        check_renumbering(dense, budget)
     if cfg.learns:
         for sparsity in cfg.evaluation.curve:
             budget.at(sparsity)
@@ -173,6 +177,14 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
             f"--corpora.seq_len, --evaluation.seq_len: expected at most {config.max_position_embeddings} tokens, the "
             f"positions that model_type '{config.model_type}' has learned, got {longest}."
         )
+
+
+def check_renumbering(dense: PreTrainedModel, budget: Budget) -> None:
+    """Raise UserError if this model's other layers would change without the first block that may go."""
+    blocks = blocks_of(dense)
+    first = min(b.index for b in blocks if b.index not in budget.costs.protected)
+    sizes = [b.experts * b.neurons for b in blocks], [b.kv_groups for b in blocks]
+    prune(dense, Masks(*([torch.full((n,), b != first) for b, n in enumerate(kind)] for kind in sizes)))
 
 
 def check_depth(budget: Budget) -> None:

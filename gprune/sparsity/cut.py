@@ -7,7 +7,7 @@ of margin, smallest first, over the whole model, until what they cost, counted, 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -230,15 +230,33 @@ def equal_widths(
     return Masks(ffn, attention)
 
 
-def cut_margin(masks: Masks, neuron_margins: Sequence[Tensor], of_experts: Sequence[int] | None = None) -> Tensor:
-    """The largest margin among removed neurons, (): where the budget cuts the common order. 0 if none is removed.
+def cut_margin(
+    masks: Masks,
+    neuron_margins: Sequence[Tensor],
+    of_experts: Sequence[int] | None = None,
+    group_margins: Sequence[Tensor] = (),
+) -> Tensor:
+    """Return the margin at which the budget cuts the common order of units, ().
 
-    Where a block has experts (`of_experts`: how many, by block), slots are cut, of which each loses as many.
+    It is the largest margin among removed neurons. If no neuron is removed, because only KV groups cost something, it
+    is the largest among removed KV groups; if none is removed either, 0.
+
+    Args:
+        masks: that meet the budget.
+        neuron_margins: (N,) or (E x N,) of each block.
+        of_experts: experts of each block; slots are cut there, of which each expert loses as many. None: no experts.
+        group_margins: (G,) of each block; may be empty.
     """
     parts = [
         (slot_margins(m, e), keep if e == 1 else keep.view(e, -1).sort(1).values[0])
         for m, keep, e in zip(neuron_margins, masks.ffn, of_experts or [1] * len(masks.ffn), strict=True)
     ]
-    # A block that keeps nothing has gone as a whole, whatever its margins.
-    largest = torch.cat([m.masked_fill(keep | ~keep.any(), -torch.inf) for m, keep in parts]).max()
-    return largest.masked_fill(largest == -torch.inf, 0.0)
+
+    def largest(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        # A block that keeps nothing has gone as a whole, whatever its margins.
+        return torch.cat([m.masked_fill(keep | ~keep.any(), -torch.inf) for m, keep in parts]).max()
+
+    cut = largest(parts)
+    if group_margins:
+        cut = torch.where(cut == -torch.inf, largest(zip(group_margins, masks.attention, strict=True)), cut)
+    return cut.masked_fill(cut == -torch.inf, 0.0)

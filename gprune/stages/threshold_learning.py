@@ -201,8 +201,8 @@ class ThresholdLearning(FrozenLMStage):
     @torch.no_grad()
     def recentre(self, hard: Masks) -> None:
         """Shift all thresholds by the same amount until the budget cuts at margin 0; the masks `hard` do not change."""
-        neurons, _ = unit_margins(self.moved_ranks, self.thresholds)
-        shift = cut_margin(hard, neurons, self.budget.costs.of_experts)
+        neurons, groups = unit_margins(self.moved_ranks, self.thresholds)
+        shift = cut_margin(hard, neurons, self.budget.costs.of_experts, groups)
         for t in (*self.ffn_thresholds, *self.attention_thresholds):
             t += shift.to(t.dtype)
 

@@ -7,7 +7,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from gprune.errors import UserError
+from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune, widths
@@ -136,7 +139,7 @@ def depth(model: nn.Module, *gone: int, narrow: bool = False) -> Masks:
     def keep(count: int, stays: bool) -> torch.Tensor:
         return torch.tensor([stays and not (narrow and i % 3 == 1) for i in range(count)])
 
-    sizes = [(b.index not in gone, b.neurons, b.kv_groups) for b in blocks_of(model)]
+    sizes = [(b.index not in gone, b.experts * b.neurons, b.kv_groups) for b in blocks_of(model)]
     return Masks([keep(n, stays) for stays, n, _ in sizes], [keep(g, stays) for stays, _, g in sizes])
 
 
@@ -179,6 +182,28 @@ def test_layers_that_stay_are_numbered_anew_and_keep_their_type():
     for new, old in enumerate((1, 3)):
         for name, parameter in pruned.model.layers[new].named_parameters():
             assert torch.equal(parameter, before[f"model.layers.{old}.{name}"])
+
+
+def test_experts_in_every_second_layer_stay_where_they_are(tmp_path, token_batch):
+    model = make_tiny("qwen3_moe", num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3])
+    assert [b.has_experts for b in blocks_of(model)] == [False, True, False, False, False, True]
+    masks = depth(model, 0, 4)
+    pruned = prune(model, masks)
+    assert (pruned.config.mlp_only_layers, pruned.config.decoder_sparse_step) == ([1, 2], 1)
+    with masked(model, masks):
+        assert (pruned(token_batch).logits - model(token_batch).logits).abs().max() <= 1e-4
+    again = AutoModelForCausalLM.from_pretrained(save_pruned(pruned, None, tmp_path / "model"))
+    assert torch.equal(again(token_batch).logits, pruned(token_batch).logits)
+
+
+def test_a_model_that_computes_from_the_numbers_of_its_layers_keeps_all_of_them(token_batch):
+    model = make_tiny("gpt2", num_hidden_layers=4, scale_attn_by_inverse_layer_idx=True)
+    said = r"^model_type 'gpt2' computes from .*: attn\.scaling of layer 2 is 0\.1\d+, and 0\.1\d+ as layer 1\."
+    with pytest.raises(UserError, match=said):
+        prune(model, depth(model, 1))
+    masks = depth(model, 3)  # no other layer gets another number
+    with masked(model, masks):
+        assert (prune(model, masks)(token_batch).logits - model(token_batch).logits).abs().max() <= 1e-4
 
 
 def test_pruned_without_a_block_and_then_again_equals_pruned_once(token_batch):

@@ -17,6 +17,7 @@ import torch
 from gprune.runs.results import load_run
 from gprune.storage import wheels
 from tests import tiny_run
+from tests.tiny_families import make_tiny
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +72,16 @@ FLAGS = {  # flags -> what the line names; types and ranges are those of `tests/
     "--run.name=/tmp/elsewhere": ("run.name",),
     "--run.name=..": ("run.name",),
 }
+
+
+@pytest.mark.parametrize(
+    "flags", ["--sparsity.scope=ffn+blocks --sparsity.block_share=0.8", "--sparsity.allocation=depth --gprune=false"]
+)
+def test_whole_blocks_of_a_model_that_computes_from_their_numbers(flags, refused, tmp_path):
+    make_tiny("gpt2", neurons=tiny_run.NEURONS, scale_attn_by_inverse_layer_idx=True).save_pretrained(tmp_path / "gpt2")
+    tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    line = refused(f"--model.name={tmp_path / 'gpt2'}", *flags.split())
+    assert "model_type 'gpt2' computes from the numbers of its layers" in line
 
 
 @pytest.mark.parametrize("flags", FLAGS)

@@ -16,6 +16,7 @@ from gprune.models.masks import Masks
 from gprune.partition.modules import ModuleRanks
 from gprune.partition.reliability import within_module_ranks
 from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
+from gprune.sparsity.cost import COST, Price
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import gated, masked
 from gprune.sparsity.thresholds import masks_from_thresholds, start_thresholds
@@ -348,6 +349,27 @@ def test_recentring_changes_no_mask_and_cuts_at_zero(scope, uniform, tiny_model)
         parts = zip(stage.ranks.ffn, stage.ffn_thresholds, stage.ranks.labels, masks.ffn, strict=True)
         removed = torch.cat([(torch.logit(p) - t.detach().double()[y])[~keep] for p, t, y, keep in parts])
         assert abs(float(removed.max())) < 1e-5
+
+
+def test_recentring_cuts_at_zero_among_kv_groups_where_they_alone_cost_something(tiny_model):
+    """Of a cost of the KV cache no neuron goes; thresholds drifted away from the cut, where soft gates are steepest."""
+    blocks = blocks_of(tiny_model)
+    neurons, groups = [b.neurons for b in blocks], [b.kv_groups for b in blocks]
+    price = Price.by_unit(COST["kv_cache"](tiny_model, blocks), neurons, groups)
+    made = make_stage(tiny_model, scope="attention+ffn")
+    budget = Budget.of(unit_costs(blocks, scope="attention+ffn", price=price), 0.3)
+    stage = ThresholdLearning(tiny_model, made.ranks, made.thresholds, budget, made.settings)
+    with torch.no_grad():
+        for t in (*stage.ffn_thresholds, *stage.attention_thresholds):
+            t += 3
+    masks = stage.masks()
+    assert all(keep.all() for keep in masks.ffn)
+    assert sum(int((~keep).sum()) for keep in masks.attention) == 2
+    stage.recentre(masks)
+    assert stage.masks() == masks
+    parts = zip(stage.ranks.attention, stage.attention_thresholds, masks.attention, strict=True)
+    removed = torch.cat([(torch.logit(p) - t.detach().double())[~keep] for p, t, keep in parts])
+    assert abs(float(removed.max())) < 1e-5
 
 
 @pytest.mark.parametrize("seed", range(2))
