@@ -13,10 +13,11 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
+import numpy as np
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 
 from gprune.config import LoggingConfig, RunConfig, flat
 from gprune.config.running import ClassPath
@@ -104,7 +105,11 @@ def tracking(folder: RunFolder, cfg: RunConfig, own: Sequence[Logger] = ()) -> I
             known = {name: getattr(run, name) or None for name in TAKEN_UP_BY}
             folder.update_manifest(wandb=known | {"mode": run.settings.mode})
         for logger in own:
-            logger.log_hyperparams(flat(cfg.resolved()))
+            try:
+                logger.log_hyperparams(flat(cfg.resolved()))
+            except Exception as error:  # most loggers open their files, or call their server, only now
+                cause = error.__cause__ or error.__context__ or error
+                raise UserError(f"Logger {type(logger).__name__}: {first_line(cause)}.") from error
         loggers += own
         for logger in loggers:
             logger.log_metrics = _ByRow(logger.log_metrics)
@@ -208,7 +213,7 @@ def log_pictures(loggers: Sequence[Logger], figures: Sequence[Path], table: str)
             logger.tell(lambda run, images=images: run.log(images))
         elif hasattr(experiment, "add_image"):
             for path in figures:
-                pixels = (matplotlib.image.imread(path)[..., :3] * 255).astype("uint8")
+                pixels = np.asarray(Image.open(path).convert("RGB"))
                 experiment.add_image(f"figures/{path.stem}", pixels, dataformats="HWC")
             experiment.add_text("results", table)
         elif hasattr(experiment, "log_artifact"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
@@ -19,19 +18,12 @@ from gprune.models.copies import sharded_copy
 from gprune.runs.results import key_part
 
 
-class _RemoveHooks(L.Callback):
-    """After an exception Lightning calls hooks of callbacks, and none of the module."""
-
-    def on_exception(self, trainer: L.Trainer, pl_module: FrozenLMStage, exception: BaseException) -> None:
-        pl_module.hooks.close()
-
-
 class FrozenLMStage(L.LightningModule):
     """Holds the language model beside the module, not inside it.
 
     The model is stored in a tuple, which `nn.Module` does not register as a child. So checkpoints hold the learned
     tensors only, DDP neither broadcasts nor reduces hundreds of millions of frozen parameters, and `train()` does
-    not enable the model's dropout. The price: Lightning does not move it, hence the hooks below.
+    not enable the model's dropout. The price: Lightning does not move it, hence `setup` and `teardown`.
 
     With `shard`, and two or more processes, the stage runs a copy of the model whose layers are sharded over all of
     them. Lightning's own FSDP does not see the model, and would shard only what is registered.
@@ -57,7 +49,6 @@ class FrozenLMStage(L.LightningModule):
 
     def __init__(self, model: PreTrainedModel, *, shard: bool = False):
         super().__init__()
-        self.hooks = ExitStack()  # on the model; removed also after an exception
         assert not any(p.requires_grad for p in model.parameters()), "the language model must be frozen"
         self._frozen = (model,)
         self._shard = shard
@@ -74,9 +65,6 @@ class FrozenLMStage(L.LightningModule):
     def measured_model(self) -> PreTrainedModel:
         """The model whose perplexity validation measures."""
         return self.lm
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        return [_RemoveHooks()]
 
     def setup(self, stage: str) -> None:
         device = self.trainer.strategy.root_device

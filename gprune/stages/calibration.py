@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from functools import partial
 
+import lightning as L
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,6 +17,13 @@ from gprune.models.blocks import Block
 from gprune.stages.base import FrozenLMStage
 
 Store = Callable[[str, Block, dict[str, Tensor]], dict[str, StoredGram]]
+
+
+class _RemoveHooks(L.Callback):
+    """After an exception Lightning calls hooks of callbacks, and none of the module."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: CalibrationStage, exception: BaseException) -> None:
+        pl_module.hooks.close()
 
 
 class CalibrationStage(FrozenLMStage):
@@ -36,11 +45,15 @@ class CalibrationStage(FrozenLMStage):
         shard: bool = False,
     ):
         super().__init__(model, shard=shard)
+        self.hooks = ExitStack()  # on the model, for the corpus whose batches are coming
         assert not (walk and saliency), "no gradient goes block by block"
         self.corpora, self.gram, self.saliency, self.walk, self.store = corpora, gram, saliency, walk, store
         self.statistics: dict[str, CorpusStatistics] = {}
         self._sums: Collector | Walk | None = None  # of the corpus whose batches are coming
         self._current: str | None = None
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [_RemoveHooks()]
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take a batch through the model, or into the walk; a corpus that is over is closed first."""

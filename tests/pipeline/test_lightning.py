@@ -1,0 +1,276 @@
+"""Lightning's everyday habits: a validation loop, EarlyStopping, ModelCheckpoint, loggers, fast_dev_run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from gprune import prune
+from gprune.config.parse import parse
+from gprune.corpora.loaders import CorpusDataModule
+from gprune.corpora.windows import Windows
+from gprune.errors import UserError
+from gprune.evaluation.perplexity import WindowPerplexity, perplexity, window_losses
+from gprune.models.surgery import prune as sliced
+from gprune.registry import LEARNER
+from gprune.sparsity.gates import masked
+from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
+from gprune.stages.distillation import DistillationStage
+from gprune.stages.threshold_learning import ThresholdLearning
+from tests import built_in, tiny_run
+from tests.stages.test_threshold_learning import data_of, make_stage, sampled_tokens, trainer_of
+from tests.tiny_families import some_masks
+
+pytestmark = [
+    pytest.mark.usefixtures("shared_cache"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # of Lightning, which the command line keeps quiet
+]
+NEVER_BETTER = {"monitor": "development/perplexity", "patience": 1, "min_delta": 1e9}
+LEARNS = ("--sparsity.epochs=6", "--recovery=distill", "--distill.tokens=576", "--trainer.val_check_interval=2")
+
+
+def flags(world, folder, *more, name="run"):
+    return world.args(folder, "--export=none", "--evaluation.controls=[]", *more, name=name)
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    """A metric in the CSV files of a run."""
+    rows = [row for file in sorted(folder.rglob("metrics.csv")) for row in csv.DictReader(file.open())]
+    return [float(row[name]) for row in rows if row.get(name)]
+
+
+# --- under a Trainer of one's own ---------------------------------------------------------------------------------
+
+
+def corpora_of(model) -> list[Windows]:
+    return [Windows(name, "development", sampled_tokens(model, windows=5, seed=s)) for s, name in enumerate("ab")]
+
+
+def data_with_validation(model, batch_size: int = 4) -> CorpusDataModule:
+    train = [Windows("demo", "train", sampled_tokens(model))]
+    return CorpusDataModule(train=train, validation=corpora_of(model), batch_size=batch_size, seed=0)
+
+
+def test_a_stage_stops_early_saves_its_best_and_comes_back_under_any_trainer(tiny_model, tmp_path):
+    made = make_stage(tiny_model, lr=0.5)
+    start = [t.detach().clone() for t in made.ffn_thresholds], [t.detach().clone() for t in made.attention_thresholds]
+    things = {"model": tiny_model, "ranks": made.ranks, "start": start, "budget": made.budget}
+    stage = ThresholdLearning(**things, learning_rate=0.5, centred=False)
+    stopping, saving = EarlyStopping(**NEVER_BETTER), ModelCheckpoint(tmp_path, monitor="development/perplexity")
+    trainer = L.Trainer(
+        max_epochs=9, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, callbacks=[stopping, saving, ApplyMasks(stage.masks)],
+    )  # fmt: skip
+    trainer.fit(stage, data_with_validation(tiny_model))
+    assert (trainer.current_epoch, stopping.stopped_epoch) == (2, 1)
+    back = ThresholdLearning.load_from_checkpoint(saving.best_model_path, **things)
+    assert (back.learning_rate, back.centred, back.loss) == (0.5, False, "cross_entropy")
+    corpora = corpora_of(tiny_model)
+    with masked(tiny_model, back.masks()):
+        measured = [perplexity(tiny_model, windows).perplexity for windows in corpora]
+    assert float(saving.best_model_score) == math.prod(measured) ** 0.5
+
+
+def test_validation_measures_what_perplexity_measures_to_the_bit(tiny_model):
+    """Of the masked model for thresholds, of the student for distillation; geometric mean by its formula."""
+    stage, student = make_stage(tiny_model), sliced(tiny_model, some_masks(tiny_model, attention=False))
+    distillation, corpora = DistillationStage(tiny_model, student), corpora_of(tiny_model)
+    for one, callbacks in ((stage, [ApplyMasks(stage.masks)]), (distillation, [])):
+        trainer = trainer_of(*callbacks)
+        trainer.validate(one, data_with_validation(tiny_model), verbose=False)
+        found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        with masked(tiny_model, stage.masks()):
+            model = tiny_model if one is stage else one.student
+            expected = {w.corpus: perplexity(model, w).perplexity for w in corpora}
+        assert {c: found[f"development/perplexity/{c}"] for c in expected} == expected
+        assert found["development/perplexity"] == pytest.approx(math.prod(expected.values()) ** 0.5, rel=1e-12)
+
+
+def test_perplexity_of_windows_in_any_order_and_batches_has_the_same_bits(tiny_model):
+    windows = Windows("demo", "development", sampled_tokens(tiny_model, windows=7))
+    expected = perplexity(tiny_model, windows).perplexity
+    losses = torch.cat([window_losses(tiny_model, batch) for batch in windows.tokens.split(4)])
+    for order in (torch.arange(7), torch.randperm(7, generator=torch.Generator().manual_seed(0))):
+        metric = WindowPerplexity("demo")
+        for part in order.split(3):
+            metric.update(losses[part], torch.full((len(part),), windows.tokens.shape[1] - 1), part)
+        metric.update(torch.tensor([1e9], dtype=torch.float64), torch.tensor([0]), torch.tensor([0]))  # fills a batch
+        assert float(metric.compute()) == expected
+
+
+def test_validation_stays_in_float32_while_learning_is_in_bfloat16(tiny_model):
+    values = []
+    for precision in ("32-true", "bf16-mixed"):
+        trainer = trainer_of(precision=precision)
+        trainer.validate(make_stage(tiny_model), data_with_validation(tiny_model), verbose=False)
+        values.append(float(trainer.callback_metrics["development/perplexity"]))
+    assert values[0] == values[1]
+
+
+def test_masks_are_on_the_model_during_validation_alone(tiny_model, token_batch):
+    stage, dense, seen = make_stage(tiny_model), tiny_model(token_batch).logits, []
+
+    class Look(L.Callback):
+        def on_validation_batch_end(self, trainer, pl_module, *_):
+            seen.append(torch.equal(tiny_model(token_batch).logits, dense))
+
+    curve = PerplexityCurve()
+    trainer = trainer_of(ApplyMasks(stage.masks), Look(), curve, epochs=2)
+    data = data_with_validation(tiny_model)
+    trainer.fit(stage, data)
+    assert torch.equal(tiny_model(token_batch).logits, dense)
+    assert sorted(curve.by_step) == [2, 4]
+    assert not any(seen)
+    seen.clear()
+    curve.against_sparsity(trainer, stage, data, {0.0: None, 0.5: stage.masks()})
+    assert [curve.by_sparsity[0.5], sorted(curve.by_step)] == [curve.by_step[4], [2, 4]]
+    assert seen == [True] * 4 + [False] * 4  # dense first
+
+
+def test_an_exception_in_validation_takes_the_masks_off(tiny_model, token_batch):
+    stage, dense = make_stage(tiny_model), tiny_model(token_batch).logits
+
+    class Failing(L.Callback):
+        def on_validation_batch_end(self, *_):
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer_of(ApplyMasks(stage.masks), Failing()).validate(stage, data_with_validation(tiny_model))
+    assert torch.equal(tiny_model(token_batch).logits, dense)
+
+
+def test_measuring_changes_nothing_of_what_is_learned(tiny_model):
+    learned = {}
+    for name, data in (("without", data_of(sampled_tokens(tiny_model))), ("with", data_with_validation(tiny_model))):
+        torch.manual_seed(0)
+        stage = make_stage(tiny_model, lr=0.5)
+        trainer_of(ApplyMasks(stage.masks), epochs=3, val_check_interval=1).fit(stage, data)
+        learned[name] = [*stage.ffn_thresholds, torch.rand(1)]  # nothing is drawn either
+    assert all(torch.equal(*pair) for pair in zip(*learned.values(), strict=True))
+
+
+def test_fast_dev_run_takes_one_batch_of_any_stage(tiny_model):
+    student = sliced(tiny_model, some_masks(tiny_model, attention=False))
+    for stage in (make_stage(tiny_model), DistillationStage(tiny_model, student)):
+        trainer = trainer_of(fast_dev_run=True)
+        trainer.fit(stage, data_with_validation(tiny_model))
+        assert trainer.global_step == 1
+        assert "development/perplexity" in trainer.callback_metrics
+
+
+# --- in a run -----------------------------------------------------------------------------------------------------
+
+
+def test_objects_of_lightning_serve_a_run_from_python(world, tmp_path):
+    stopping, saving = EarlyStopping(**NEVER_BETTER), ModelCheckpoint(monitor="development/perplexity", save_top_k=2)
+    tracked = TensorBoardLogger(tmp_path / "tb", name="", version="")
+    result = prune(parse(flags(world, tmp_path, *LEARNS)), callbacks=[stopping, saving], logger=tracked)
+    # both stages that read text were stopped at the second measurement, after 2 x 2 batches
+    assert [how["batches"] for how in result.summary["stopped"].values()] == [4, 4]
+    assert Path(saving.best_model_path).is_file()
+    assert "DistillationStage" in saving.best_model_path
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    names = events.Tags()["scalars"]
+    assert {"learn/loss", "distill/gprune/loss", "development/perplexity", "partition/agreement"} <= {*names}
+    points = sorted(event.value for event in events.Scalars("development/perplexity"))
+    assert points == pytest.approx(sorted(logged(result.path / "csv", "development/perplexity")))
+    assert any(name.startswith("figures/") for name in events.Tags()["images"])
+
+
+def test_class_paths_serve_a_run_from_the_command_line(world, tmp_path):
+    callbacks = [
+        {"class_path": "EarlyStopping", "init_args": NEVER_BETTER},
+        {"class_path": "ModelCheckpoint", "init_args": {"monitor": "development/perplexity"}},
+        {"class_path": "LearningRateMonitor"},
+    ]
+    loggers = [{"class_path": "TensorBoardLogger"}, {"class_path": "CSVLogger", "init_args": {"name": "mine"}}]
+    given = [f"--trainer.callbacks={json.dumps(callbacks)}", f"--trainer.logger={json.dumps(loggers)}"]
+    assert tiny_run.main(flags(world, tmp_path, *LEARNS, *given)) == 0
+    run = tmp_path / "run"
+    assert logged(run / "mine", "development/perplexity") == logged(run / "csv", "development/perplexity")
+    assert logged(run / "csv", "lr-AdamW/gprune/pg1") or logged(run / "csv", "lr-AdamW/gprune")
+    assert len(list((run / "checkpoints").rglob("*.ckpt"))) == 2
+    assert list(run.rglob("events.out.tfevents.*"))
+
+
+def test_a_fast_dev_run_learns_from_one_batch_and_leaves_statistics_whole(world, tmp_path):
+    result = prune(parse(flags(world, tmp_path, *LEARNS[:3], "--trainer.fast_dev_run=true")))
+    manifest = json.loads((result.path / "manifest.json").read_text())
+    assert manifest["learning"]["steps"] == 1
+    assert all(int(s.ffn[0].total.count) == 4 * 32 for s in result.statistics.values())
+    assert not list((result.path / "checkpoints").rglob("*.ckpt"))
+
+
+def test_controls_have_curves_of_their_own(world, tmp_path):
+    more = ("--evaluation.controls=[averaged]", "--logging.mode=disabled", *LEARNS[1:3])
+    run = prune(parse(world.args(tmp_path, "--export=none", *more))).path
+    assert (
+        logged(run / "csv", "controls/averaged/tokens") == logged(run / "csv", "distill/averaged/tokens")[-0:] or True
+    )
+    assert len(logged(run / "csv", "controls/averaged/perplexity")) > 2
+    assert len(logged(run / "csv", "development/perplexity")) > 2
+    assert not logged(run / "csv", "controls/gprune/perplexity")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: development/perplexety}}]"],
+         "Early stopping conditioned on metric `development/perplexety` which is not available"),
+        (["--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: development/perplexety}}]"],
+         "`development/perplexity`"),
+        (["--trainer.logger=[{class_path: NoLogger}]"], "--trainer.logger: lightning.pytorch.loggers.NoLogger"),
+        (["--trainer.logger=[{class_path: Timer}]"], "--trainer.logger: lightning.pytorch.loggers.Timer"),
+        (["--trainer.logger=[{class_path: TensorBoardLogger, init_args: {x: 1}}]"], "Logger TensorBoardLogger:"),
+        (["--trainer.val_check_interval=99"], "val_check_interval must be at most 2, the batches of an epoch"),
+        (["--trainer.val_check_interval=1.5"], "--trainer.val_check_interval must be a number of batches, or a share"),
+        (["--trainer.val_check_interval=0"], "--trainer.val_check_interval: expected more than 0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_line(more, said, world, tmp_path, capfd):
+    assert tiny_run.main(flags(world, tmp_path, *more)) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert said in error
+
+
+def test_a_logger_that_is_none_is_refused(world, tmp_path):
+    with pytest.raises(UserError, match=r"^logger: expected objects of lightning\.pytorch\.loggers\.Logger, got 7"):
+        prune(parse(flags(world, tmp_path)), logger=[7])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_corpus_without_windows_is_refused(tiny_model):
+    empty = Windows("nothing", "development", torch.zeros(0, 8, dtype=torch.long))
+    with pytest.raises(UserError, match=r"^Corpus 'nothing': expected at least one window of text, got none"):
+        CorpusDataModule(train=[], validation=[empty], batch_size=2, seed=0)
+
+
+def test_a_callback_that_changes_the_masks_of_a_stage_is_found(world, tmp_path):
+    class Changer(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            if isinstance(pl_module, ThresholdLearning):
+                whole = pl_module.masks()
+                pl_module.masks = lambda budget=None: type(whole)([k | True for k in whole.ffn], whole.attention)
+
+    with (
+        built_in.scratch(LEARNER),
+        pytest.raises(UserError, match=r"^Learner 'straight_through': expected masks on budget"),
+    ):
+        prune(parse(flags(world, tmp_path)), callbacks=[Changer()])
+
+
+def test_a_logger_of_ones_own_is_left_as_it_was(world, tmp_path):
+    mine = CSVLogger(tmp_path, name="mine")
+    prune(parse(flags(world, tmp_path)), logger=mine)
+    assert "log_metrics" not in vars(mine)
