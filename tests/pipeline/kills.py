@@ -294,7 +294,7 @@ def tiny(folder: Path) -> list[str]:
 
     world = tiny_run.make_world(folder)
     own = ("--run.dir", "--run.name")
-    learns = ["--recovery=[least_squares,distill]", "--distill.tokens=960", "--distill.points=2"]
+    learns = ["--recovery=[least_squares,distill]", "--distill.tokens=960", "--trainer.val_check_interval=0.5"]
     more = [*learns, "--sparsity.epochs=2", "--run.checkpoint_minutes=0"]
     return [flag for flag in world.args(folder, *more) if not flag.startswith(own)]
 
