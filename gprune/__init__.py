@@ -36,4 +36,8 @@ __all__ = [
     "Masks", "PruningResult", "RunConfig", "UserError", "allocation", "apply_masks", "calibrator", "learner",
     "load_run", "masked", "metric", "prune", "recovery", "refiner", "register",
 ]  # fmt: skip
-__getattr__, __dir__ = later(__name__)
+__getattr__, __dir__ = later(__name__, {
+    "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "apply_masks": "gprune.export.hf",
+    "load_run": "gprune.runs.results", "masked": "gprune.sparsity.gates", "prune": "gprune.pipeline.prune",
+    "register": "gprune.models.loading",
+})  # fmt: skip
