@@ -19,7 +19,7 @@ from gprune.importance.metrics import IMPORTANCE, metric
 from gprune.imports import later
 from gprune.models.families import FAMILIES, Family
 from gprune.recoveries import RECOVERY, recovery
-from gprune.registry import CALIBRATOR, LEARNER, REFINER
+from gprune.registry import CALIBRATOR, LEARNER, REFINER, calibrator, learner, refiner
 from gprune.sparsity.allocation import ALLOCATION, allocation
 
 if TYPE_CHECKING:
@@ -30,11 +30,14 @@ if TYPE_CHECKING:
     from gprune.runs.results import PruningResult, load_run
     from gprune.sparsity.gates import masked
 
-calibrator, learner, refiner = CALIBRATOR.register, LEARNER.register, REFINER.register
 __version__ = "0.1.0"
 __all__ = [
     "ALLOCATION", "CALIBRATOR", "CORPORA", "FAMILIES", "IMPORTANCE", "LEARNER", "RECOVERY", "REFINER", "Family",
     "Masks", "PruningResult", "RunConfig", "UserError", "allocation", "apply_masks", "calibrator", "learner",
     "load_run", "masked", "metric", "prune", "recovery", "refiner", "register",
 ]  # fmt: skip
-__getattr__, __dir__ = later(__name__)
+__getattr__, __dir__ = later(__name__, {
+    "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "apply_masks": "gprune.export.hf",
+    "load_run": "gprune.runs.results", "masked": "gprune.sparsity.gates", "prune": "gprune.pipeline.prune",
+    "register": "gprune.models.loading",
+})  # fmt: skip

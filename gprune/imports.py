@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
-import inspect
 import os
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +80,13 @@ class Import(argparse.Action):
         use(values)
 
 
-def later(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package, by its `__name__`.
+def later(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return `__getattr__` and `__dir__` of a package: names that are imported when they are first used.
 
-    What it imports `if TYPE_CHECKING:` is imported when it is used; its `__all__` is what `dir` lists.
+    Args:
+        package: its `__name__`.
+        places: name -> the module that defines it.
     """
-    (typed,) = (part for part in ast.parse(inspect.getsource(sys.modules[package])).body if isinstance(part, ast.If))
-    places = {name.name: line.module for line in typed.body for name in line.names}
 
     def load(name: str) -> Any:
         if name not in places:

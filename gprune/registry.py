@@ -47,7 +47,7 @@ class Registry(Generic[T]):
         if not (isinstance(name, str) and NAME.fullmatch(name)):
             raise UserError(f"A name of {self.kind}: expected letters, digits, _, - and dots, got {name!r:.100}.")
 
-        def file(entry: T) -> T:
+        def decorate(entry: T) -> T:
             if self.asked and not isinstance(entry, str) and not callable(getattr(entry, self.asked, None)):
                 raise UserError(f"{self.kind} '{name}': expected a class with the method {self.asked}, got {entry!r}.")
             taken = self._entries.setdefault(name, entry)
@@ -56,7 +56,7 @@ class Registry(Generic[T]):
             self._entries[name] = entry
             return entry
 
-        return file
+        return decorate
 
     def check(self, name: str) -> None:
         """Raise UserError for a name that is not there, without importing what is."""
@@ -127,3 +127,88 @@ def _origin(entry: object) -> tuple[str, str]:
 REFINER: Registry[Any] = Registry("refiner", "labels")  # --partition.refiner
 LEARNER: Registry[Any] = Registry("learner", "masks")  # --sparsity.learner
 CALIBRATOR: Registry[Any] = Registry("calibrator", "test_step")  # --corpora.calibrator
+
+
+def refiner(name: str) -> Callable[[T], T]:
+    """Register a LightningModule that refines modules of neurons, as the value `name` of `--partition.refiner`.
+
+    The run makes `Class(inputs, labels, settings, **options)`, fits it on its own `train_dataloader`, and calls
+    `labels()`.
+
+    - inputs: `partition.objective.RefinementInputs` of B blocks, padded to N neurons: embedding (B, N, E), drift
+      (B, N, 1), shifts (B, N, D) and valid (B, N), all float32.
+    - labels: of the first partition, (N,) int64 of each block, modules 0 to K - 1.
+    - settings: the flags of `--partition`.
+    - options: keyword-only parameters, which `--options.NAME.OPTION` sets.
+    - labels() -> list of (N,) int64, one per block: modules from 0 to K - 1, each with a neuron at least.
+
+    Example:
+
+        import gprune
+        from gprune.stages.refinement import AssignmentRefinement
+
+        @gprune.refiner("merged")
+        class Merged(AssignmentRefinement):
+            def labels(self):
+                return [y // 2 for y in super().labels()]  # modules 0 and 1 become one, then 2 and 3, ...
+    """
+    return REFINER.register(name)
+
+
+def learner(name: str) -> Callable[[T], T]:
+    """Register a LightningModule that learns what to keep, as the value `name` of `--sparsity.learner`.
+
+    The run makes `Class(model, ranks, start, budget, settings, shard, **options)`, fits it on the text of
+    `--corpora.learn`, and calls `masks(budget)`. Its `training_step` gets batches with `input_ids` (B, T) int64 and
+    `weight` (B,) float32, which is 0 for a window that only fills up a batch.
+
+    - model: the frozen language model; a stage must not train it.
+    - ranks: `partition.modules.ModuleRanks`: ffn, p (N,) float64 in (0, 1) of each block; labels, (N,) int64;
+      attention, p (G,) of KV groups.
+    - start: thresholds to begin with, (K,) float64 of each block's modules, and (1,) of its KV groups.
+    - budget: `sparsity.budget.Budget`, what has to go; settings: the flags of `--sparsity`; shard: whether the model's
+      layers are to be shared by processes.
+    - options: keyword-only parameters, which `--options.NAME.OPTION` sets.
+    - masks(budget) -> `models.masks.Masks` that meet this budget; also called for the sparsities of
+      `--evaluation.curve`. Optional: the attribute `thresholds`, as `start`.
+
+    Example:
+
+        import gprune
+        import torch
+        from gprune.stages.threshold_learning import ThresholdLearning
+
+        @gprune.learner("plain_sgd")
+        class PlainSgd(ThresholdLearning):
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=1.0)
+    """
+    return LEARNER.register(name)
+
+
+def calibrator(name: str) -> Callable[[T], T]:
+    """Register a LightningModule that collects statistics, as the value `name` of `--corpora.calibrator`.
+
+    The run makes `Class(model, corpora, gram=, saliency=, walk=, store=, shard=, **options)`, tests it
+    (`trainer.test`) with a loader for each corpus, and reads `statistics`. Its `test_step(batch, batch_idx,
+    dataloader_idx)` gets `input_ids` (B, T) int64, and of each window `half` (0 or 1) and `weight`.
+
+    - model: the frozen language model; corpora: their names, in the order of the loaders.
+    - gram: whether Gram matrices are needed; saliency: scopes (`ffn`, `attention`) whose gradients are needed.
+    - walk, store: whether Gram matrices are collected block by block, and the function that keeps a block's.
+    - shard: whether the model's layers are to be shared by processes.
+    - options: keyword-only parameters, which `--options.NAME.OPTION` sets.
+    - statistics: dict of `calibration.statistics.CorpusStatistics` by corpus.
+
+    Example:
+
+        import gprune
+        from gprune.stages.calibration import CalibrationStage
+
+        @gprune.calibrator("every_second")
+        class EverySecond(CalibrationStage):
+            def test_step(self, batch, batch_idx, dataloader_idx=0):
+                if batch_idx % 2 == 0:
+                    super().test_step(batch, batch_idx, dataloader_idx)
+    """
+    return CALIBRATOR.register(name)

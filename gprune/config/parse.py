@@ -30,8 +30,8 @@ GROUPS: dict[str, type[Group]] = {
 HINTS = {
     f"{kind.prefix}{n}": hint for kind in (RunConfig, *GROUPS.values()) for n, hint in get_type_hints(kind).items()
 }
-# Settings of earlier versions, at the values that stand for what is done now; at any where that is all one.
-GONE = {
+# Settings removed since earlier versions, with the value that matches today's behaviour (`...`: any value does).
+REMOVED = {
     "corpora.separator": "blank", "distill.hidden": 0.0, "distill.points": 4,
     "partition.subtract_noise": False, "sparsity.schedule": [],
     "evaluation.samples": ..., "logging.tracker": ...,
@@ -185,20 +185,21 @@ def read_settings(name: Path | str, folder: Path | str = "") -> dict[str, Any]:
     return settings
 
 
-def of_today(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that an earlier version stored, nested, as this version has them.
+def migrated(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings that an earlier version stored, as this version has them.
 
-    Its `distill.learning_rate` was in the units of the weights. What is gone is left out, at a value in `GONE`.
+    A `distill.learning_rate` of earlier versions was in the units of the weights. Settings in `REMOVED` are left out if
+    they have the value there.
     """
-    today = {group: dict(value) if isinstance(value, dict) else value for group, value in settings.items()}
-    for name, value in GONE.items():
+    current = {group: dict(value) if isinstance(value, dict) else value for group, value in settings.items()}
+    for name, value in REMOVED.items():
         group, _, setting = name.partition(".")
-        if isinstance(own := today.get(group), dict) and value in (..., own.get(setting)):
+        if isinstance(own := current.get(group), dict) and value in (..., own.get(setting)):
             own.pop(setting, None)
-    distill = today.get("distill")
+    distill = current.get("distill")
     if isinstance(distill, dict) and "learning_rate" in distill and "absolute_learning_rate" not in distill:
         distill["absolute_learning_rate"], distill["learning_rate"] = distill["learning_rate"], RELATIVE_RATE
-    return today
+    return current
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

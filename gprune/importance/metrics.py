@@ -34,7 +34,26 @@ IMPORTANCE: Registry[Callable[..., Tensor]] = Registry("importance metric")
 def metric(
     name: str, *, activation_free: bool = False, needs: Collection[str] = ()
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register `function(weights, moments, generator) -> (C,) scores` under `name`.
+    """Register an importance metric, a function of one projection, as the value `name` of `--importance`.
+
+    It is called as `function(weights, moments, generator)` for the C neurons (or attention channels) of a block, and
+    returns their scores, (C,) of any float dtype, finite; the smallest are removed first.
+
+    - weights: `importance.weights.UnitWeights`, float32: output (H, C), the columns that write to the H hidden
+      dimensions, and inputs, a tuple of (C, H): gate and up rows, or value rows of attention.
+    - moments: `calibration.statistics.Moments` of what enters the output projection, float64: count (), the tokens;
+      sum, sum_sq, mean, mean_sq and variance (C,); saliency (C,) if the metric needs it.
+    - generator: `torch.Generator` of this block, for metrics that draw numbers.
+
+    Nothing may be changed in place.
+
+    Example:
+
+        import gprune
+
+        @gprune.metric("energy")
+        def energy(weights, moments, generator):
+            return weights.output.norm(dim=0) * moments.mean_sq.sqrt()
 
     Args:
         name: the value of `--importance`.
@@ -45,13 +64,13 @@ def metric(
     if unknown := set(needs) - {"saliency"}:
         raise ValueError(f"metric '{name}': needs expected to be of saliency, got {sorted(unknown)}.")
 
-    def file(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         function.activation_free = activation_free
         function.needs = frozenset(needs)
         function.drift = "act_norm" if activation_free else name
         return IMPORTANCE.register(name)(function)
 
-    return file
+    return decorate
 
 
 # Activations

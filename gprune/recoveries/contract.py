@@ -248,7 +248,29 @@ class Projection(Recovery):
 
 
 def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool = True) -> Callable[[Any], Any]:
-    """Register a class of `Recovery`, or a function of one projection `(weight, keep, moments, ridge)`.
+    """Register a recovery, a function of one projection or a class of `Recovery`, as a value `name` of `--recovery`.
+
+    A function is called as `function(weight, keep, moments, ridge, **options)` for each output projection that lost
+    channels, and returns `(new weight, bias)`; the bias may be None.
+
+    - weight: (H, C) float32, of the dense model; keep: (C,) bool, True = keep.
+    - moments: `calibration.statistics.Moments` of the C channels over `--corpora.recover`, float64: mean, mean_sq and
+      variance (C,), and gram (C, C) float32 if needed.
+    - ridge: `--ridge`.
+    - new weight: (H, kept); bias: (H,), added to the projection's output.
+
+    A class overrides `revise` (a block at a time) or `tune` (the whole model, for instance by `material.fit` of a
+    LightningModule); `Recovery` describes them. Its `learns` says that it trains on `--distill.tokens` of text, and
+    `tokens` how many pass through the model.
+
+    Example:
+
+        from gprune import recovery
+
+        @recovery("rescaled")
+        def rescaled(weight, keep, moments, ridge):
+            energy = moments.mean_sq.to(weight)
+            return weight[:, keep] * (energy.sum() / energy[keep].sum()).sqrt(), None
 
     Args:
         name: the value of `--recovery`.
@@ -258,7 +280,7 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
     if unknown := set(needs) - set(NEEDS):
         raise ValueError(f"recovery '{name}': needs expected to be of {', '.join(NEEDS)}, got {sorted(unknown)}.")
 
-    def file(entry: Any) -> Any:
+    def decorate(entry: Any) -> Any:
         """Put the class or function into `RECOVERY` under its name, and give it back."""
         if not (issubclass(entry, Recovery) if isinstance(entry, type) else callable(entry)):
             raise UserError(f"Recovery '{name}': expected a function or a class of Recovery, got {shown(entry)}.")
@@ -273,7 +295,7 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
         RECOVERY.register(name)(made())
         return entry
 
-    return file
+    return decorate
 
 
 recovery("none")(Recovery)

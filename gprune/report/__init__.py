@@ -9,4 +9,7 @@ if TYPE_CHECKING:
     from gprune.report.table import Estimate, Table
 
 __all__ = ["Estimate", "Report", "Table", "make", "of_runs"]
-__getattr__, __dir__ = later(__name__)
+__getattr__, __dir__ = later(__name__, {
+    "Estimate": "gprune.report.table", "Report": "gprune.report.page", "Table": "gprune.report.table",
+    "make": "gprune.report.page", "of_runs": "gprune.report.page",
+})  # fmt: skip

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.checks import require
-from gprune.config import RunConfig, configured, of_today
+from gprune.config import RunConfig, configured, migrated
 from gprune.errors import UnregisteredError, UserError, first_line
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
@@ -148,7 +148,7 @@ def finished(path: Path | str) -> FinishedRun:
     if why or manifest["settings"].get("inputs") is None:
         why = f"manifest.json: {why or 'nothing has begun'}"
         raise UserError(f"'{path}' is no run of gprune's, or one of an older version ({why}).")
-    settings, key = of_today(manifest["settings"]), key_of(settings=manifest["settings"])
+    settings, key = migrated(manifest["settings"]), key_of(settings=manifest["settings"])
     metrics, why = inspected_json(place / "metrics.json", run=key, check=schema.Metrics.problem)
     if why or metrics.get("summary") is None:
         why = f"metrics.json: {why or 'no summary yet'}"
@@ -266,7 +266,7 @@ def config_of(run: FinishedRun) -> RunConfig:
         settings = read_yaml(file, "expected YAML in")  # not a pipe, as `read_settings` would take it
         if not isinstance(settings, dict):
             raise UserError("it holds no settings.")
-        cfg = configured(of_today(settings), where="its settings")
+        cfg = configured(migrated(settings), where="its settings")
         if changed := differences(run.settings, cfg.settings() | {"inputs": run.settings["inputs"]}):
             raise UserError(f"{changed[0]}.")
     except UnregisteredError as error:

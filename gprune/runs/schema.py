@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gprune.checks import Positive, refusal
-from gprune.config import check_settings, of_today
+from gprune.config import check_settings, migrated
 from gprune.errors import UserError
 
 Text = Annotated[str, Field(max_length=4096)]
@@ -168,7 +168,7 @@ class Settings(Shape):
 
 def _of_this_version(settings: Any) -> Any:
     try:
-        check_settings(of_today(settings if isinstance(settings, dict) else {}))
+        check_settings(migrated(settings if isinstance(settings, dict) else {}))
     except UserError as error:
         raise UserError(f"settings: {str(error).rstrip('.')}") from error
     return settings

@@ -38,9 +38,24 @@ ALLOCATION: Registry[Rule] = Registry("allocation")
 def allocation(
     name: str, *, modules: bool = False, learned: bool = False, whole_blocks: bool = False
 ) -> Callable[[Rule], Rule]:
-    """Register `function(scores, statistics, blocks, budget, **options)` under `name`; it returns margins or masks.
+    """Register a rule that spreads the sparsity over blocks, as the value `name` of `--sparsity.allocation`.
 
-    Options are the function's keyword-only parameters, numbers that `--sparsity.options` sets.
+    It is called as `function(scores, statistics, blocks, budget, **options)`, and returns margins, of which the
+    smallest are removed until the budget is met, or `models.masks.Masks` that meet it.
+
+    - scores: `importance.scores.Scores`, float64: ffn, (N,) of each block's neurons; attention, (G,) of its KV groups.
+    - statistics: `calibration.statistics.CorpusStatistics` of the scoring corpus.
+    - blocks: `models.blocks.Block` of the dense model; budget: `sparsity.budget.Budget`.
+    - options: keyword-only parameters, numbers that `--sparsity.options.OPTION` sets.
+    - margins: a pair of lists, as scores.ffn and scores.attention, of any float dtype, finite.
+
+    Example:
+
+        from gprune import allocation
+
+        @allocation("powers")
+        def powers(scores, statistics, blocks, budget, *, power=2.0):
+            return [s**power for s in scores.ffn], [s**power for s in scores.attention]
 
     Args:
         name: the value of `--sparsity.allocation`.
@@ -50,12 +65,12 @@ def allocation(
         whole_blocks: the rule removes whole blocks, and there are no modules.
     """
 
-    def file(function: Rule) -> Rule:
+    def decorate(function: Rule) -> Rule:
         ALLOCATION.register(name)(function)
         function.modules, function.learned, function.whole_blocks = modules, learned, whole_blocks
         return function
 
-    return file
+    return decorate
 
 
 def allocate(

@@ -63,8 +63,8 @@ class FrozenLMStage(L.LightningModule):
 
     @property
     def measured_model(self) -> PreTrainedModel:
-        """The model whose perplexity validation measures."""
-        return self.lm
+        """The model whose perplexity validation measures: the stage's `student`, or the frozen model."""
+        return getattr(self, "student", self.lm)
 
     def setup(self, stage: str) -> None:
         device = self.trainer.strategy.root_device

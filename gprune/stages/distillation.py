@@ -103,11 +103,6 @@ class DistillationStage(FrozenLMStage):
         """The pruned model, whose weights are what learns."""
         return self._student.model
 
-    @property
-    def measured_model(self) -> PreTrainedModel:
-        """The student: its perplexity is what development text shows."""
-        return self.student
-
     def finished(self) -> PreTrainedModel:
         """The student as a plain frozen model, with what was learned in its weights."""
         return self._student.plain()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gprune.config import RunConfig, flat, of_today
+from gprune.config import RunConfig, flat, migrated
 from gprune.errors import UserError
 from gprune.models.masks import Masks
 from gprune.runs import schema
@@ -48,12 +48,12 @@ def _serves(row: Row, record: dict[str, Any]) -> bool:
 def read(path: Path) -> dict[str, Any] | None:
     """A record as `write` was given it; None, with one warning unless it is missing, for what is none.
 
-    Settings are those `of_today`; one that did not exist yet has its default's value.
+    Its settings are `migrated`; one that did not exist yet has its default's value.
     """
     content = read_json(path, check=lambda content: schema.Study.problem(unfolded(content)))
     if content is None:
         return None
-    settings, default = of_today(content["settings"]), default_settings()
+    settings, default = migrated(content["settings"]), default_settings()
     groups = {name: group | settings.get(name, {}) for name, group in default.items() if isinstance(group, dict)}
     return unfolded(content) | {"settings": default | settings | groups}
 
