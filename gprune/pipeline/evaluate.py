@@ -250,7 +250,7 @@ def summarise(
         "parameters_before": before,
         "parameters_after": after,
         "geometric_means": means,
-        "unseen_over_base": unseen_ratios(records),
+        "unseen_over_base_same_recovery": unseen_ratios(records),
         **run.folder.total_tokens(),
     }
     if run.cfg.timed_for:

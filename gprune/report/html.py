@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,19 @@ from gprune.corpora.load import corpus_labels
 from gprune.models.embedded import model_label
 from gprune.report.curves import curve_figures, read_curves
 from gprune.report.model_card import RESULTS, loading_code, write_card
-from gprune.report.records import cost_table, means_and_gaps, result_table
+from gprune.report.records import (
+    SAME_RECOVERY,
+    UNRECOVERED,
+    Stage,
+    cost_table,
+    means_and_gaps,
+    result_table,
+    unseen_ratios,
+)
 from gprune.report.run_figures import run_figures, write_figures
 from gprune.report.style import style
 from gprune.runs.folder import RunFolder
-from gprune.runs.results import FinishedRun, config_of, row_name
+from gprune.runs.results import FinishedRun, Record, config_of, row_name
 from gprune.sparsity.allocation import removed_in_words
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
@@ -88,7 +96,7 @@ def section(run: FinishedRun) -> dict[str, Any]:
         "removed": removed,
         "dense": means["dense", "none"],
         "pruned": means[last],
-        "ratio": (summary.get("unseen_over_base") or {}).get(row_name(*last)),
+        "ratios": ratios_to_base(run.records, last),
         "steps": steps,
         "result": result_table(run.records),
         "figures": drawn(run_figures(run.records, run.modules, run.masks, summary), run.name) if run.masks else [],
@@ -100,6 +108,13 @@ def section(run: FinishedRun) -> dict[str, Any]:
         "load": loading_code(str(model), stock=not any(model.glob("*.py"))) if model.is_dir() else "",
         "here": shlex.quote(str(run.path)),
     }
+
+
+def ratios_to_base(records: Sequence[Record], row: Stage) -> dict[str, dict[str, float]]:
+    """By name, the ratios of a row to `base`: both of them for a recovered row, for others the one that there is."""
+    names = {UNRECOVERED: False} | ({} if row[1] == "none" else {SAME_RECOVERY: True})
+    ratios = {name: unseen_ratios(records, same_recovery=same).get(row_name(*row)) for name, same in names.items()}
+    return {name: ratio for name, ratio in ratios.items() if ratio is not None}
 
 
 def drawn(figures: Mapping[str, Figure], name: str) -> list[tuple[str, Markup, bool]]:

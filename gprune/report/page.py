@@ -65,6 +65,12 @@ class Report:
         return sorted((t for t in self.tables if t.rows), key=lambda table: table.name != "settings")
 
     @property
+    def _divisor(self) -> str:
+        """What the ratios of the summary are divided by, in words."""
+        words = self.tables[0].columns[-1].removeprefix("unseen / ")
+        return f"{words} of {self.base.name}" if self.base is not None and self.base.name != "base" else words
+
+    @property
     def many(self) -> bool:
         """Whether there are too many runs to compare them pair by pair, or to draw them."""
         return len(self.runs) > SIDE_BY_SIDE
@@ -88,9 +94,9 @@ class Report:
             return {}
         runs = self.named_runs
         figures = {}
-        # Of the summary's rows: run, stage, seeds, seen, unseen, gap, unseen / dense, unseen / base.
+        # Of the summary's rows: run, stage, seeds, seen, unseen, gap, unseen / dense, ratio to base.
         if ratios := [(_label(*row[:2]), row[-1]) for row in self.tables[0].rows if row[-1] is not None]:
-            figures["ratios"] = ratio_figure(ratios, base=_label(self.base.name, "base") if self.base else "base")
+            figures["ratios"] = ratio_figure(ratios, base=self._divisor)
         curves = {run.name: read_curves(run.path) for run in runs}
         if len(runs) > 1 and (learned := learning_figure(curves)) is not None:
             figures["learning"] = learned

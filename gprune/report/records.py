@@ -12,6 +12,9 @@ from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.results import Record, key_part, row_name
 
 Stage = tuple[str, str]  # stage, recovery
+# The two ratios to the base metric, as tables name them. They differ only for rows that were recovered.
+SAME_RECOVERY = "unseen / base, same recovery"
+UNRECOVERED = "unseen / unrecovered base"
 
 
 def by_stage(records: Sequence[Record], number: str = "perplexity") -> dict[Stage, dict[str, Any]]:
@@ -90,12 +93,17 @@ def unseen_ratio(
     return Estimate(*paired_ratio(*sums, records[0]["seq_len"] - 1))
 
 
-def unseen_ratios(records: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """`unseen_ratio` of each pruned row to `base` with the same recovery: {row: {ratio, low, high}}."""
+def unseen_ratios(records: Sequence[Record], *, same_recovery: bool = True) -> dict[str, dict[str, float]]:
+    """`unseen_ratio` of each pruned row to `base`: {row: {ratio, low, high}}.
+
+    Args:
+        same_recovery: divide by `base` after the recovery of the row. Otherwise divide by `base` without any recovery.
+    """
     ratios = {}
     for stage, recovery in by_stage(records):
-        ratio = unseen_ratio(records, (stage, recovery), records, ("base", recovery))
-        if stage not in ("dense", "base") and ratio is not None:
+        base = ("base", recovery if same_recovery else "none")
+        ratio = None if stage == "dense" else unseen_ratio(records, (stage, recovery), records, base)
+        if (stage, recovery) != base and ratio is not None:
             ratios[row_name(stage, recovery)] = {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
     return ratios
 
@@ -105,12 +113,16 @@ def run_numbers(
 ) -> dict[str, float]:
     """What trackers sort runs by, under keys that do not depend on settings, but for the names of rows and corpora.
 
-    `final/...` is the run's own row: `unseen`, `seen`, `gap`, `unseen_kl`, `unseen_agreement`, `unseen_over_base`, and
-    `perplexity/<corpus>`, `kl/<corpus>`, `agreement/<corpus>`, those that are defined; `rows/<row>/...` the same of
-    every row. `parameters_after` and other numbers are those of the summary, `steps/<step>/...` seconds, tokens and
-    peak memory in MiB.
+    `final/...` is the run's own row: `unseen`, `seen`, `gap`, `unseen_kl`, `unseen_agreement`,
+    `unseen_over_base_same_recovery`, `unseen_over_unrecovered_base`, and `perplexity/<corpus>`, `kl/<corpus>`,
+    `agreement/<corpus>`, those that are defined; `rows/<row>/...` the same of every row. `parameters_after` and other
+    numbers are those of the summary, `steps/<step>/...` seconds, tokens and peak memory in MiB.
     """
-    means, ratios, flat = means_and_gaps(records), unseen_ratios(records), {}
+    means, flat = means_and_gaps(records), {}
+    ratios = {
+        "unseen_over_base_same_recovery": unseen_ratios(records),
+        "unseen_over_unrecovered_base": unseen_ratios(records, same_recovery=False),
+    }
     labels = corpus_labels(r["corpus"] for r in records)
     for row in means:
         name = row_name(*row)
@@ -118,8 +130,7 @@ def run_numbers(
         for corpus, r in records_of(records, row).items():
             of_corpus = {name: r.get(name) for name in ("perplexity", "kl", "agreement")}
             numbers |= {f"{name}/{key_part(labels[corpus])}": v for name, v in of_corpus.items() if v is not None}
-        if name in ratios:
-            numbers["unseen_over_base"] = ratios[name]["ratio"]
+        numbers |= {key: of_rows[name]["ratio"] for key, of_rows in ratios.items() if name in of_rows}
         for prefix in (f"rows/{key_part(name)}", "final")[: 1 + (row == final)]:
             flat |= {f"{prefix}/{key}": value for key, value in numbers.items() if math.isfinite(value)}
     flat |= {name: value for name, value in summary.items() if isinstance(value, int | float)}
@@ -142,13 +153,13 @@ def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = N
         ratio = Estimate(*ratios[name].values()) if name in ratios else None
         return [name, *numbers[:-2], ratio, *numbers[-2:]][: len(columns)]
 
-    columns = ["", *(labels[c] + ("*" if seen[c] else "") for c in corpora), "seen", "unseen", "gap", "unseen / base"]
+    columns = ["", *(labels[c] + ("*" if seen[c] else "") for c in corpora), "seen", "unseen", "gap", SAME_RECOVERY]
     note = "* seen: the corpus, in other documents, was used by the run. Perplexity, lower is better."
     if any(of_row["unseen_kl"] == of_row["unseen_kl"] for of_row in means.values()):
         columns += ["KL", "agreement"]
         note += " KL(dense || row) in nats per token, and how often both have the same most likely token: unseen text."
     rows = [row(*key, values) for key, values in by_stage(records).items()]
-    digits = dict.fromkeys(("gap", "unseen / base", "KL", "agreement"), 3)
+    digits = dict.fromkeys(("gap", SAME_RECOVERY, "KL", "agreement"), 3)
     return Table("result", "Perplexity by corpus", columns, rows, digits, note)
 
 

@@ -99,7 +99,8 @@ def run(row: Row) -> tuple[Path, dict[str, Any]]:
     if process_index() != 0:
         return result.path, {}
     manifest = RunFolder(result.path).manifest
-    summary = {k: v for k, v in result.summary.items() if k not in ("geometric_means", "unseen_over_base")}
+    derived = ("geometric_means", "unseen_over_base_same_recovery")  # computed from the records again
+    summary = {k: v for k, v in result.summary.items() if k not in derived}
     record = {
         "name": row.name,
         "settings": cfg.settings(),

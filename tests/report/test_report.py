@@ -28,13 +28,14 @@ from gprune.corpora.load import corpus_labels
 from gprune.errors import UserError
 from gprune.evaluation.intervals import mean_per_token, paired_difference, paired_ratio
 from gprune.models.masks import Masks
+from gprune.report import html
 from gprune.report.benchmark_table import evaluation_table
 from gprune.report.command import default_output
 from gprune.report.comparison_figures import learning_figure, ratio_figure, sparsity_lines
 from gprune.report.curves import curve_figures
 from gprune.report.grouping import read_runs
 from gprune.report.model_card import model_card
-from gprune.report.records import result_table, unseen_ratios
+from gprune.report.records import result_table, run_numbers, unseen_ratios
 from gprune.report.run_figures import perplexity_figure
 from gprune.report.style import LINES
 from gprune.report.table import Estimate, Table
@@ -141,17 +142,37 @@ def test_numbers_of_one_run_are_those_of_its_records(run):
         assert found["unseen / dense"].value == pytest.approx(unseen / dense_unseen, rel=1e-9)
         assert found["gap"].value == pytest.approx((unseen / dense_unseen) / (seen / dense_seen), rel=1e-9)
         base = geometric(records_of(run, "base", recovery, seen=False))
-        assert found["unseen / base"].value == pytest.approx(unseen / base, rel=1e-9)
+        assert found["unseen / base, same recovery"].value == pytest.approx(unseen / base, rel=1e-9)
         nll = (
             {r["corpus"]: r["window_nll"] for r in records_of(run, s, recovery, seen=False)} for s in ("gprune", "base")
         )
-        assert found["unseen / base"] == Estimate(*paired_ratio(*nll, 31))
+        assert found["unseen / base, same recovery"] == Estimate(*paired_ratio(*nll, 31))
         own = unseen_ratios(json.loads((run / "metrics.json").read_text())["records"])[stage]
-        assert tuple(own.values()) == found["unseen / base"]
-    assert row(table, "one", "base")["unseen / base"] is None
+        assert tuple(own.values()) == found["unseen / base, same recovery"]
+    assert row(table, "one", "base")["unseen / base, same recovery"] is None
     dense = table.rows[0]
     assert dense[0] == records_of(run, "dense")[0]["model"]
     assert dense[5:] == [None, None, None]
+
+
+def test_the_two_ratios_to_base_have_names_of_their_own(run):
+    """A recovered row over base as it is, and over base after the same recovery: tables, page and W&B's keys agree."""
+    base = {recovery: geometric(records_of(run, "base", recovery, seen=False)) for recovery in ("none", "bias")}
+    own = geometric(records_of(run, "gprune", "bias", seen=False))
+    expected = {"same": own / base["bias"], "unrecovered": own / base["none"]}
+    assert expected["same"] != pytest.approx(expected["unrecovered"], rel=1e-3)
+    same, unrecovered = (report.make([run], base=of).tables[0] for of in (None, run))
+    found = row(same, "one", "gprune + bias")["unseen / base, same recovery"]
+    assert found.value == pytest.approx(expected["same"], rel=1e-9)
+    found = row(unrecovered, "one", "gprune + bias")["unseen / unrecovered base"]
+    assert found.value == pytest.approx(expected["unrecovered"], rel=1e-9)
+    metrics = json.loads((run / "metrics.json").read_text())
+    numbers = run_numbers(metrics["records"], metrics["summary"], {}, ("gprune", "bias"))
+    assert numbers["final/unseen_over_base_same_recovery"] == pytest.approx(expected["same"], rel=1e-9)
+    assert numbers["final/unseen_over_unrecovered_base"] == pytest.approx(expected["unrecovered"], rel=1e-9)
+    page = html.page(report.make([run]))
+    for name, ratio in (("base, same recovery", "same"), ("unrecovered base", "unrecovered")):
+        assert f"<dt>unseen / {name}</dt><dd><strong>{expected[ratio]:.3f}</strong>" in page
 
 
 def test_the_distance_is_that_of_the_records_and_old_records_have_none(run):
@@ -165,7 +186,7 @@ def test_the_distance_is_that_of_the_records_and_old_records_have_none(run):
         assert found.low < found.value < found.high
     records = json.loads((run / "metrics.json").read_text())["records"]
     printed = result_table(records)
-    assert printed.columns[-3:] == ["unseen / base", "KL", "agreement"]
+    assert printed.columns[-3:] == ["unseen / base, same recovery", "KL", "agreement"]
     assert max(map(len, printed.to_terminal(80).splitlines())) <= 80
     for r in records:
         for name in ("kl", "window_kl", "agreement", "window_agreement"):
@@ -205,7 +226,7 @@ def test_seeds_become_mean_and_interval(run):
     np.testing.assert_allclose(found["unseen"], np.exp([logs.mean(), low, high]), rtol=1e-9)
     # base moves with gprune here, so the ratio does not vary
     ratio = unseen_ratios(json.loads((run / "metrics.json").read_text())["records"])["gprune"]["ratio"]
-    np.testing.assert_allclose(found["unseen / base"], [ratio] * 3, rtol=1e-9)
+    np.testing.assert_allclose(found["unseen / base, same recovery"], [ratio] * 3, rtol=1e-9)
     dense = made.tables[0].rows[0]
     assert (dense[1], dense[2]) == ("dense", None)
     assert dense[4].low < dense[4].value < dense[4].high  # the same windows for every seed: an interval over windows
@@ -320,10 +341,10 @@ def test_learning_curves_of_several_runs_are_one_figure():
 
 def test_another_run_can_be_the_base(run):
     other = another(run, "other", setting=0.5, shift=0.3)
-    found = row(report.make([other], base=run).tables[0], "other", "gprune")["unseen / base"]
+    found = row(report.make([other], base=run).tables[0], "other", "gprune")["unseen / unrecovered base"]
     ratio = geometric(records_of(other, "gprune", seen=False)) / geometric(records_of(run, "base", seen=False))
     assert found.value == pytest.approx(ratio, rel=1e-9)
-    assert row(report.make([run], base=run).tables[0], "one", "base")["unseen / base"] is None
+    assert row(report.make([run], base=run).tables[0], "one", "base")["unseen / unrecovered base"] is None
     unseen = records_of(run, "base", seen=False)[0]["corpus"]
 
     def elsewhere(metrics):
@@ -332,7 +353,7 @@ def test_another_run_can_be_the_base(run):
                 r["content_hash"] = "other windows"
 
     edit(run / "metrics.json", elsewhere)
-    assert row(report.make([other], base=run).tables[0], "other", "gprune")["unseen / base"] is None
+    assert row(report.make([other], base=run).tables[0], "other", "gprune")["unseen / unrecovered base"] is None
 
 
 def test_pairs_are_compared_on_text_that_both_have_not_seen(run):
@@ -490,7 +511,7 @@ def test_every_axis_is_labelled(run):
     axes = {name: figure.axes[0] for name, figure in made.figures().items()}
     labels = {name: (one.get_xlabel(), one.get_ylabel()) for name, one in axes.items()}
     assert labels == {
-        "ratios": ("unseen perplexity / base, 95 % interval", ""),
+        "ratios": ("unseen perplexity / base, same recovery; 95 % interval", ""),
         "sparsity": ("block", "fraction of neurons removed"),
     }
     assert len(axes["sparsity"].lines) == 3
