@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from gprune.console import Parser, guarded, quiet
 from gprune.report.comparison_figures import draw_ratios
 from gprune.report.perplexity_tables import pooled, ratio_to
-from gprune.report.records import by_stage
 from gprune.report.style import FORMATS, LINES, canvas, distances, plain_ticks, save, style, titled
 from gprune.report.table import Estimate
+from gprune.runs.numbers import by_stage
 from gprune.runs.results import FinishedRun
 from gprune.studies.archive import CONTROL, as_run, record_of
 from gprune.studies.listing import Listing

@@ -30,10 +30,10 @@ from gprune.pipeline.run import Run
 from gprune.recoveries import recovery_of
 from gprune.report import html, page
 from gprune.report.model_card import write_card
-from gprune.report.records import means_and_gaps, result_table, run_numbers, unseen_ratios
+from gprune.report.records import result_table
 from gprune.report.run_figures import write_figures
 from gprune.runs import schema, tracking
-from gprune.runs.results import row_name
+from gprune.runs.numbers import means_and_gaps, row_name, run_numbers, unseen_ratios
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 

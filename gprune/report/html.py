@@ -18,19 +18,12 @@ from gprune.corpora.load import corpus_labels
 from gprune.models.embedded import model_label
 from gprune.report.curves import curve_figures, read_curves
 from gprune.report.model_card import RESULTS, loading_code, write_card
-from gprune.report.records import (
-    SAME_RECOVERY,
-    UNRECOVERED,
-    Stage,
-    cost_table,
-    means_and_gaps,
-    result_table,
-    unseen_ratios,
-)
+from gprune.report.records import SAME_RECOVERY, UNRECOVERED, cost_table, result_table
 from gprune.report.run_figures import run_figures, write_figures
 from gprune.report.style import style
 from gprune.runs.folder import RunFolder
-from gprune.runs.results import FinishedRun, Record, config_of, row_name
+from gprune.runs.numbers import Record, Stage, means_and_gaps, row_name, unseen_ratios
+from gprune.runs.results import FinishedRun, config_of
 from gprune.sparsity.allocation import removed_in_words
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
 from gprune.runs import schema
 from gprune.runs.folder import RunFolder, differences
+from gprune.runs.numbers import Record, row_name
 from gprune.sparsity.allocation import removed_in_words
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
 from gprune.storage.cache import cache_dir
@@ -33,7 +33,6 @@ from gprune.storage.files import file_hashes, inspected_json, key_of, read_tenso
 from gprune.storage.reading import expanded
 from gprune.storage.yaml_text import read_yaml
 
-Record = dict[str, Any]  # one number with its protocol, as in metrics.json
 STAGES = ("base", "averaged", "gprune")  # of the pruned model
 
 if TYPE_CHECKING:
@@ -77,16 +76,6 @@ class FinishedRun:
         plain["inputs"].pop("text", None)  # the sample of calibration text goes with the seed
         text = sorted({(r["corpus"], r["content_hash"]) for r in self.records})
         return json.dumps([plain, text], sort_keys=True)
-
-
-def row_name(stage: str, recovery: str) -> str:
-    """What tables call a stage of a run: its name, and its recovery where it has one."""
-    return stage if recovery == "none" else f"{stage} + {recovery}"
-
-
-def key_part(name: str) -> str:
-    """A name as a part of a key: `gprune + least_squares+distill` is `gprune_least_squares_distill`."""
-    return re.sub(r"[^\w.-]+", "_", name)
 
 
 @dataclass(repr=False)

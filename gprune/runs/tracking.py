@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from gprune.config import LoggingConfig, RunConfig
 from gprune.errors import UserError, dispensable, first_line
 from gprune.runs.folder import RunFolder
-from gprune.runs.results import key_part
+from gprune.runs.numbers import key_part
 from gprune.storage.files import key_of
 
 log = messages.getLogger("gprune")

@@ -23,7 +23,7 @@ from gprune.models.masks import Masks
 from gprune.models.offload import gathered, is_sharded
 from gprune.partition.modules import Modules
 from gprune.partition.reliability import module_means
-from gprune.runs.results import key_part
+from gprune.runs.numbers import key_part
 from gprune.runs.tracking import log_scalars
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.gates import masked

@@ -16,7 +16,8 @@ from gprune.config import RunConfig, flat, of_today
 from gprune.errors import UserError
 from gprune.models.masks import Masks
 from gprune.runs import schema
-from gprune.runs.results import FinishedRun, Record
+from gprune.runs.numbers import Record
+from gprune.runs.results import FinishedRun
 from gprune.storage.files import key_of, read_json, write_json
 from gprune.studies.listing import Row
 

@@ -11,9 +11,9 @@ from gprune.report import Report, of_runs
 from gprune.report.benchmark_table import against
 from gprune.report.grouping import as_small
 from gprune.report.perplexity_tables import pooled, ratio_to
-from gprune.report.records import by_stage
 from gprune.report.table import Estimate, Table
-from gprune.runs.results import FinishedRun, Record, row_name
+from gprune.runs.numbers import Record, by_stage, row_name
+from gprune.runs.results import FinishedRun
 from gprune.studies.archive import as_run, stored
 from gprune.studies.listing import Listing, Row
 

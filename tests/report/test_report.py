@@ -35,10 +35,11 @@ from gprune.report.comparison_figures import learning_figure, ratio_figure, spar
 from gprune.report.curves import curve_figures
 from gprune.report.grouping import read_runs
 from gprune.report.model_card import model_card
-from gprune.report.records import result_table, run_numbers, unseen_ratios
+from gprune.report.records import result_table
 from gprune.report.run_figures import perplexity_figure
 from gprune.report.style import LINES
 from gprune.report.table import Estimate, Table
+from gprune.runs.numbers import run_numbers, unseen_ratios
 from gprune.storage.files import read_tensors, write_tensors
 from tests import tiny_run
 from tests.tiny_run import isolated
