@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from gprune.console import Parser, guarded, leave
 
-# By name: the room whose `command.py` has the command line, the work and how it ends early, and a line of help.
+# By name: the module that has the command line, the work and how it ends early, and a line of help.
 COMMANDS = {
-    "report": ("gprune.report", "tables and figures from finished runs"),
-    "export": ("gprune.export", "the pruned model in the format another program reads"),
-    "evaluate": ("gprune.benchmarks", "tasks, perplexity and speed of a run or a model"),
-    "study": ("gprune.studies", "a list of configurations, run and tabulated"),
+    "report": ("gprune.studies.report_command", "tables and figures from finished runs"),
+    "export": ("gprune.export.command", "the pruned model in the format another program reads"),
+    "evaluate": ("gprune.benchmarks.command", "tasks, perplexity and speed of a run or a model"),
+    "study": ("gprune.studies.command", "a list of configurations, run and tabulated"),
 }
 
 
@@ -36,7 +36,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def run(name: str, args: Sequence[str]) -> int:
     """Do what the command of this name says with its own arguments; returns the exit code, as `guarded`."""
-    command = importlib.import_module(f"{COMMANDS[name][0]}.command")
+    command = importlib.import_module(COMMANDS[name][0])
     return guarded(f"gprune {name}", lambda: command.run(args), **command.ENDS)
 
 

@@ -33,13 +33,13 @@ def helped(capsys, *args: str) -> str:
 
 @pytest.mark.parametrize("name", command.COMMANDS)
 def test_help_of_a_command_has_examples_and_tells_every_default(name, capsys):
-    room, about = command.COMMANDS[name]
+    module, about = command.COMMANDS[name]
     assert re.search(rf"\n  {name} +{re.escape(about)}\n", helped(capsys))
     text = helped(capsys, name)
     assert text.startswith(f"usage: gprune {name} ")
     assert f"\n  gprune {name} " in text.partition("examples:")[2]
     assert max(map(len, text.splitlines())) <= 120
-    for action in importlib.import_module(f"{room}.command").parser()._actions:
+    for action in importlib.import_module(module).parser()._actions:
         assert action.help
         if action.default not in (None, False, argparse.SUPPRESS):
             assert "(default: " in action.help, action.option_strings

@@ -17,17 +17,23 @@ from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.reading import expanded
 
 
-def read_runs(paths: Sequence[Path | str]) -> list[FinishedRun]:
+def read_runs(paths: Sequence[Path | str | FinishedRun]) -> list[FinishedRun]:
     """Several finished runs, each once, under names that tell them apart.
 
-    A name is the folder's own; where two folders share theirs, all are named from the folder they have in common.
+    A name is the folder's own; where two folders share theirs, all are named from the folder they have in common. Runs
+    that have been read, such as records of rows, keep their names and come behind the folders.
     """
+    read = {(run.path.resolve(), run.name): run for run in paths if isinstance(run, FinishedRun)}
+    paths = [path for path in paths if not isinstance(path, FinishedRun)]
+    if not paths:
+        return list(read.values())
     folders = {expanded(path).resolve(): path for path in paths}
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         top = os.path.commonpath([folder.parent for folder in folders])
         names = [os.path.relpath(folder, top) for folder in folders]
-    return [replace(read_run(path), name=name) for path, name in zip(folders.values(), names, strict=True)]
+    found = [replace(read_run(path), name=name) for path, name in zip(folders.values(), names, strict=True)]
+    return [*found, *read.values()]
 
 
 def as_small(run: FinishedRun, other: FinishedRun) -> bool:
@@ -87,12 +93,12 @@ def settings_table(groups: Sequence[Group]) -> Table:
     different = [
         name for name in dict.fromkeys(chain(*settings)) if any(s.get(name) != settings[0].get(name) for s in settings)
     ]
-    rows = [[name, *(_in_words(s.get(name)) for s in settings)] for name in different]
+    rows = [[name, *(in_words(s.get(name)) for s in settings)] for name in different]
     return Table("settings", "Settings that differ", ["flag", *(group.name for group in groups)], rows)
 
 
-def _in_words(value: Any) -> str:
+def in_words(value: Any) -> str:
     """A setting as a flag has it, and paths by their last part."""
     if isinstance(value, list):
-        return ", ".join(map(_in_words, value))
+        return ", ".join(map(in_words, value))
     return PurePath(value).name if isinstance(value, str) else json.dumps(value)

@@ -75,12 +75,12 @@ def page(report: Report) -> str:
 
 def section(run: FinishedRun) -> dict[str, Any]:
     """What the page says of one run."""
-    manifest, s, model = RunFolder(run.path).manifest, run.settings, run.path / "model"
+    s, model = run.settings, run.path / "model"
     method = "gprune" if s["gprune"] else "the base metric alone"
     asked, summary, last = s["sparsity"], run.summary, (run.final, s["recovery"])
     of_scope = (summary["sparsity_of_scope"], asked["scope"], asked["allocation"])
     target, removed = (removed_in_words(*of_scope, digits=digits) for digits in (0, 2))
-    means, steps = means_and_gaps(run.records), manifest.get("steps", {})
+    means = means_and_gaps(run.records)
     return {
         "name": run.name,
         "title": f"{target} removed from {model_label(s['model']['name'])}",
@@ -90,16 +90,17 @@ def section(run: FinishedRun) -> dict[str, Any]:
         "dense": means["dense", "none"],
         "pruned": means[last],
         "ratios": ratios_to_base(run.records, last),
-        "steps": steps,
+        "steps": run.steps,
         "result": result_table(run.records),
         "figures": drawn(run_figures(run.records, run.modules, run.masks, summary), run.name) if run.masks else [],
         "curves": drawn(curve_figures(read_curves(run.path)), f"{run.name} curves"),
         "labels": corpus_labels(r["corpus"] for r in run.records),
         "settings": to_yaml({name: value for name, value in s.items() if name != "inputs"}),
-        "cost": cost_table(steps),
-        "environment": manifest.get("environment") or {},
+        "cost": cost_table(run.steps),
+        "environment": run.environment,
         "load": loading_code(str(model), stock=not any(model.glob("*.py"))) if model.is_dir() else "",
         "here": shlex.quote(str(run.path)),
+        "folder": run.path.is_dir(),  # not the record of a row
     }
 
 

@@ -81,12 +81,19 @@ class Report:
         return with_distinct_names(self.runs)
 
     def protocols(self) -> list[str]:
-        """One line per protocol by which the numbers were measured."""
-        return sorted({
+        """One line per protocol by which the numbers were measured, and one with the precision of training."""
+        measured = sorted({
             f"Protocol: {r['model']}; windows of {r['seq_len']} tokens, stride {r['stride']}, "
             f"{'with' if r['bos'] else 'no'} BOS, {r['dtype']}, {r['split']} text, scope {r['scope']}."
             for run in self.runs for r in run.records
         })  # fmt: skip
+        trained: dict[str, list[str]] = {}
+        for group in self.groups:
+            precision = group.runs[0].settings.get("trainer", {}).get("precision", "unknown")
+            trained.setdefault(precision, []).append(group.name)
+        usual, *others = sorted(trained, key=lambda precision: -len(trained[precision]))
+        named = (f"; {precision}: {', '.join(trained[precision])}" for precision in others)
+        return [*measured, f"Precision of training: {usual}{''.join(named)}."]
 
     def figures(self) -> dict[str, Figure]:
         """Figures over all runs, by name; none of many."""
@@ -141,17 +148,21 @@ def _label(run: str, stage: str) -> str:
     return run if run == stage else f"{run}: {stage}"
 
 
-def make(paths: Sequence[Path | str], *, base: Path | str | None = None) -> Report:
+def make(paths: Sequence[Path | str | FinishedRun], *, base: Path | str | FinishedRun | None = None) -> Report:
     """Read the runs and make all tables.
 
     Args:
+        paths: folders of runs, or runs that have been read.
         base: a run whose stage `base` all others are divided by; None for each run's own.
 
     Raises:
         UserError: for a folder that is no finished run.
     """
     runs = read_runs(paths)
-    return of_runs(runs, bases=None if base is None else dict.fromkeys((run.path for run in runs), read_run(base)))
+    if base is None:
+        return of_runs(runs)
+    divisor = base if isinstance(base, FinishedRun) else read_run(base)
+    return of_runs(runs, bases=dict.fromkeys((run.path for run in runs), divisor))
 
 
 def of_runs(

@@ -30,7 +30,6 @@ from gprune.evaluation.intervals import mean_per_token, paired_difference, paire
 from gprune.models.masks import Masks
 from gprune.report import html
 from gprune.report.benchmark_table import evaluation_table
-from gprune.report.command import default_output
 from gprune.report.comparison_figures import learning_figure, ratio_figure, sparsity_lines
 from gprune.report.curves import curve_figures
 from gprune.report.grouping import read_runs
@@ -41,6 +40,7 @@ from gprune.report.style import LINES
 from gprune.report.table import Estimate, Table
 from gprune.runs.numbers import run_numbers, unseen_ratios
 from gprune.storage.files import read_tensors, write_tensors
+from gprune.studies.report_command import default_output
 from tests import tiny_run
 from tests.tiny_run import isolated
 
@@ -561,7 +561,7 @@ def test_a_report_of_several_runs_and_nothing_of_the_one_before_it(run, tmp_path
     report.make([run, other]).write(output, ("png",))
     (output / "tables" / "mine.csv").write_text("kept")
     assert written(output) >= {"tables/comparison.csv", "figures/sparsity.png"}
-    assert default_output([str(run), str(other)]) == run.parent / "report"
+    assert default_output([run, other]) == run.parent / "report"
     assert command("report", [str(other), "--base", str(run), "--output", str(output)]) == 0
     assert "the stage `base` of one" in capsys.readouterr().out
     names = ("ratios", "perplexity", "sparsity", "heterogeneity")
