@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from gprune.config import flat
 from gprune.report.table import Table
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.reading import expanded
+
+HASH = re.compile(r"-[0-9a-f]{8}$")  # at the end of a name that `RunConfig.run_name` makes
 
 
 def read_runs(paths: Sequence[Path | str | FinishedRun]) -> list[FinishedRun]:
@@ -49,6 +52,34 @@ def with_distinct_names(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
     return [replace(run, name=f"{run.name}, seed {run.seed}") if shared[run.name] > 1 else run for run in runs]
 
 
+def named_by_difference(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
+    """Runs whose names end in a hash, as gprune names them, under the settings in which they differ from the others.
+
+    Of these settings a name has as few as tell all runs apart, seeds aside: `importance flap, target 0.3`. A name that
+    somebody chose stays.
+    """
+    settings = {run.all_but_seed: flags(run) for run in runs}
+    words = dict.fromkeys(settings, "")
+    for flag, short in _short(dict.fromkeys(chain(*settings.values()))).items():
+        finer = {
+            key: ", ".join(filter(None, (words[key], f"{short} {in_words(own.get(flag))}")))
+            for key, own in settings.items()
+        }
+        if len(set(finer.values())) > len(set(words.values())):
+            words = finer
+    names = [words[run.all_but_seed] or HASH.sub("", run.name) if HASH.search(run.name) else run.name for run in runs]
+    if len(runs) == 1 or len({(name, run.seed) for name, run in zip(names, runs, strict=True)}) < len(runs):
+        return list(runs)
+    return [replace(run, name=name) for name, run in zip(names, runs, strict=True)]
+
+
+def _short(names: Iterable[str]) -> dict[str, str]:
+    """By flag, its last part, or the whole flag where another flag ends in the same part."""
+    names = list(names)
+    ends = Counter(name.rpartition(".")[2] for name in names)
+    return {name: end if ends[end := name.rpartition(".")[2]] == 1 else name for name in names}
+
+
 @dataclass(frozen=True)
 class Group:
     """Runs that differ in seed alone; most often one."""
@@ -75,7 +106,9 @@ def groups(runs: Sequence[FinishedRun]) -> list[Group]:
         times[settings, run.seed] += 1
         by_settings[settings, times[settings, run.seed]].append(run)
     groups = []
-    for members in by_settings.values():  # a corpus that one of them has seen is seen in all
+    for members in by_settings.values():
+        members.sort(key=lambda run: run.seed)  # the same sums in whatever order runs are given
+        # a corpus that one of them has seen is seen in all
         seen = {r["corpus"] for run in members for r in run.records if r["seen"]}
         of_all = ([r | {"seen": r["corpus"] in seen} for r in run.records] for run in members)
         groups.append(Group([replace(run, records=of) for run, of in zip(members, of_all, strict=True)]))

@@ -65,7 +65,7 @@ def page(report: Report) -> str:
     several = len(report.runs) > 1
     runs = [section(run) for run in report.named_runs]
     return templates.get_template("page.html").render(
-        title=", ".join(group.name for group in report.groups) if several else runs[0]["title"],
+        title=report.title if several else runs[0]["title"],
         tables=report.read_tables,
         figures=drawn(report.figures(), "all") if several else [],
         protocols=report.protocols(),
@@ -77,10 +77,11 @@ def section(run: FinishedRun) -> dict[str, Any]:
     """What the page says of one run."""
     s, model = run.settings, run.path / "model"
     method = "gprune" if s["gprune"] else "the base metric alone"
-    asked, summary, last = s["sparsity"], run.summary, (run.final, s["recovery"])
+    asked, summary = s["sparsity"], run.summary
     of_scope = (summary["sparsity_of_scope"], asked["scope"], asked["allocation"])
     target, removed = (removed_in_words(*of_scope, digits=digits) for digits in (0, 2))
     means = means_and_gaps(run.records)
+    last = list(means)[-1]  # the run's own result, which lists may call a control
     return {
         "name": run.name,
         "title": f"{target} removed from {model_label(s['model']['name'])}",

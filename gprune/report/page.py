@@ -21,7 +21,7 @@ from gprune.errors import one_line
 from gprune.report.benchmark_table import evaluation_table
 from gprune.report.comparison_figures import learning_figure, ratio_figure, sparsity_lines
 from gprune.report.curves import read_curves
-from gprune.report.grouping import Group, groups, read_runs, settings_table, with_distinct_names
+from gprune.report.grouping import Group, groups, named_by_difference, read_runs, settings_table, with_distinct_names
 from gprune.report.perplexity_tables import comparison_table, distance_table, perplexity_table, summary_table
 from gprune.report.records import caption
 from gprune.report.run_figures import write_figures
@@ -32,6 +32,7 @@ from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
 
 FIGURES = ("ratios", "learning", "sparsity", "perplexity", "heterogeneity", "speed")
+TITLE = 80  # characters
 SIDE_BY_SIDE = 40  # runs: beyond, pairs and figures take minutes, and nobody reads them
 
 
@@ -63,6 +64,16 @@ class Report:
     def read_tables(self) -> list[Table]:
         """The tables that are not empty: first in what the runs differ."""
         return sorted((t for t in self.tables if t.rows), key=lambda table: table.name != "settings")
+
+    @property
+    def title(self) -> str:
+        """What is compared: names of a few runs, or how many there are and in which flags they differ."""
+        names = [one_line(group.name) for group in self.groups]
+        flags = [str(row[0]) for table in self.tables if table.name == "settings" for row in table.rows]
+        if not flags or len(", ".join(names)) <= TITLE:
+            return ", ".join(names) if len(", ".join(names)) <= TITLE else f"{len(names)} runs"
+        more = f" and {len(flags) - 3} more flags" if len(flags) > 3 else ""
+        return f"{len(names)} runs that differ in {', '.join(flags[:3])}{more}"
 
     @property
     def _divisor(self) -> str:
@@ -122,8 +133,7 @@ class Report:
             UserError: for a folder that cannot be written.
         """
         folder = expanded(folder)
-        title = in_markdown(", ".join(one_line(group.name) for group in self.groups))
-        texts = {folder / "report.md": f"# {title}\n\n{self.to_markdown()}"}
+        texts = {folder / "report.md": f"# {in_markdown(self.title)}\n\n{self.to_markdown()}"}
         texts |= {folder / "tables" / f"{t.name}.csv": t.to_csv() for t in self.tables if t.rows}
         for path, text in texts.items():
             with replacing(path) as temporary:
@@ -158,7 +168,7 @@ def make(paths: Sequence[Path | str | FinishedRun], *, base: Path | str | Finish
     Raises:
         UserError: for a folder that is no finished run.
     """
-    runs = read_runs(paths)
+    runs = named_by_difference(read_runs(paths))
     if base is None:
         return of_runs(runs)
     divisor = base if isinstance(base, FinishedRun) else read_run(base)

@@ -304,6 +304,44 @@ def test_in_which_flags_runs_differ_stands_first(run):
     ]
 
 
+HASHED = "tiny-gprune-wanda_sp-0.5-"
+
+
+def test_runs_with_names_of_gprunes_are_named_by_what_differs(run):
+    """No hash in the title or in a row; a name that somebody chose stays."""
+    runs = [another(run, f"{HASHED}{i:08x}", seed=i % 2, setting=ridge) for i, ridge in enumerate((0.1, 0.1, 0.5))]
+    made = report.make(runs)
+    assert [group.name for group in made.groups] == ["ridge 0.1 (2 seeds)", "ridge 0.5"]
+    assert made.title == "ridge 0.1 (2 seeds), ridge 0.5"
+    assert HASHED not in made.to_markdown()
+    for run_of_two in runs[:2], [runs[0], another(runs[1], f"{HASHED}{9:08x}", seed=2)]:
+        (group,) = report.make(run_of_two).groups
+        assert group.name == f"{HASHED.removesuffix('-')} (2 seeds)"
+    assert [group.name for group in report.make([run, runs[2]]).groups] == ["one", "ridge 0.5"]
+    assert report.make(runs[:1]).groups[0].name == runs[0].name
+    copy = another(runs[0], f"{HASHED}{7:08x}")
+    assert len({group.name for group in report.make([runs[0], copy]).groups}) == 2
+
+
+def test_a_title_of_many_runs_says_in_which_flags_they_differ(run):
+    runs = [another(run, f"a name that takes some room {i}", setting=0.1 * i) for i in range(1, 5)]
+    assert report.make(runs).title == "4 runs that differ in ridge"
+
+
+def test_rows_are_equal_whatever_the_order_of_seeds(run):
+    """Means over seeds add up in one order, so that the controls of two runs are one row."""
+    ones = [another(run, f"one-{s}", seed=s, shift=0.137 * s) for s in range(3)]
+    others = [another(run, f"other-{s}", seed=s, shift=0.137 * s, setting=0.5) for s in (2, 0, 1)]
+    table = report.make([*ones, *others]).tables[0]
+    stages = [cells[1] for cells in table.rows]
+    assert {stage: stages.count(stage) for stage in ("base", "averaged", "base + bias")} == dict.fromkeys(
+        ("base", "averaged", "base + bias"), 1
+    )
+    assert [cells[3:] for cells in table.rows] == [
+        cells[3:] for cells in report.make([*reversed(ones), *others]).tables[0].rows
+    ]
+
+
 def test_rows_that_are_equal_in_several_runs_stand_once(run):
     """What a run is about has a row of its own, and so has what differs in one number."""
     moved = another(run, "moved", setting=0.7, shift=0.1)
