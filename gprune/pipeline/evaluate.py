@@ -223,7 +223,7 @@ def record(
 def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
     """Times as fast as dense: asked, predicted by the table, and got, measured beside it; in words."""
     costs, model = run.budget.costs, run.budget.costs.prices.model
-    (_, _, (before, after)), spread = seconds([run.model, pruned], **run.cfg.speed.model_dump())
+    (_, _, (before, after)), spread = seconds([run.model, pruned], **run.cfg.speed.setting())
     asked, predicted = (model / (model - gone) for gone in (run.budget.target, costs.removed(masks)))
     reached = {"asked": asked, "predicted": predicted, "got": before / after}
     said = ", ".join(f"{name} {times:.2f}x" for name, times in reached.items())

@@ -12,7 +12,7 @@ import torch
 from lightning import Callback
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gprune.benchmarks.speed import Table, best_multiple, price_by, speed_table
+from gprune.benchmarks.speed import SPEED_TABLE, Table, best_multiple, price_by, speed_table
 from gprune.calibration.saliency import salient_parts
 from gprune.config import RunConfig
 from gprune.errors import UserError, quoting
@@ -96,8 +96,9 @@ class Plan:
         if measure and not self.at_hand:
             raise UserError(f"{cfg.timed_for}: expected a GPU to measure on, got none here.")
         with multiplying(cfg.trainer.float32_matmul_precision):
-            dtype, setting = getattr(torch, cfg.model.dtype), cfg.speed.model_dump()
-            return speed_table(self.skeleton, self.device, dtype, setting, measure=measure)
+            dtype, setting = getattr(torch, cfg.model.dtype), cfg.speed.setting()
+            how = {"measure": measure, "again": cfg.speed.measure, "own": Path(cfg.folder) / SPEED_TABLE}
+            return speed_table(self.skeleton, self.device, dtype, setting, **how)
 
     @property
     def forward_tokens(self) -> int:

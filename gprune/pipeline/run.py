@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gprune.benchmarks.speed import SPEED_TABLE, keep_table, speed_key
 from gprune.config import RunConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
@@ -204,6 +205,9 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
         tracking(folder, cfg) as loggers, screen, meter.hooks,
         multiplying(cfg.trainer.float32_matmul_precision),
     ):  # fmt: skip
+        if cfg.timed_for and not folder.finished:
+            timed = plan.skeleton, plan.device, getattr(torch, cfg.model.dtype), cfg.speed.setting()
+            keep_table(plan.speed, speed_key(*timed), folder / SPEED_TABLE)
         try:
             yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, callbacks)
         except Exception as error:
