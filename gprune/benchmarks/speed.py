@@ -141,14 +141,16 @@ def best_multiple(table: Table) -> int:
     """The smallest of `MULTIPLES` at which this machine loses nothing; says so.
 
     A width's neurons cost what its block takes beyond a block of one neuron. What each costs more than at the best
-    multiple is lost, unless repeats of one measurement differ by as much. A noisy table hides no more than `NOISY`.
+    multiple is lost, unless repeats of one measurement differ by as much. A noisy table hides no more than `NOISY`, and
+    asks for no step above 16, which might make a target impossible.
     """
     one, points, noise = table["neurons"][0][1], table["multiples"], table["spread"]
     least = min((taken - one) / neurons for neurons, taken in points)
     lost = {max(m for m in MULTIPLES if n % m == 0): ((t - one) / n - least) * n / t for n, t in points}
-    best = min(multiple for multiple, share in lost.items() if share <= min(noise, NOISY))
+    known = {multiple: share for multiple, share in lost.items() if noise <= NOISY or multiple <= 16}
+    best = min((m for m, share in known.items() if share <= min(noise, NOISY)), default=min(known, key=known.get))
     shares = ", ".join(f"{multiple}: {share:.1%}" for multiple, share in lost.items())
-    what = "lose nothing" if round(lost[best], 3) == 0 else f"lose {lost[best]:.1%}, less than repeats differ by,"
+    what = "lose nothing" if round(lost[best], 3) == 0 else f"lose {lost[best]:.1%}"
     log.info("Widths on multiples of %d %s here (lost: %s; repeats: %.1f %%)", best, what, shares, 100 * noise)
     return best
 

@@ -9,20 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import t as student
 
 Nll = Mapping[str, list[float]]  # corpus -> summed negative log-likelihood per window, nats
-
-
-class Estimate(NamedTuple):
-    """A number with its 95 % interval, if it has one."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 def geometric_mean(values: Iterable[float]) -> float:

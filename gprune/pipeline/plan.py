@@ -69,7 +69,21 @@ class Plan:
             raise UserError(
                 f"--export.type q8_0: expected --sparsity.width_multiple 32, or 64 and so on, got {multiple}."
             )
-        return Budget.of(costs, s.target, multiple)
+        try:
+            return Budget.of(costs, s.target, multiple)
+        except UserError as error:
+            if s.currency == "bytes" and (narrower := self.narrower_export):
+                raise UserError(f"{str(error).removesuffix('.')}; {narrower}.") from error
+            raise
+
+    @property
+    def narrower_export(self) -> str:
+        """The flag with which the same weights take fewer bytes, in words; empty if there is none."""
+        export = self.cfg.export
+        if export.format == "gguf":
+            of_type = {"f32": "f16", "f16": "q8_0 --sparsity.width_multiple 32"}.get(export.type)
+            return f"with --export.type {of_type} they take about half" if of_type else ""
+        return "with --export.dtype bfloat16 they take half" if self.exported_dtype == "float32" else ""
 
     def priced(self, currency: str) -> Price:
         """Prices in a registered currency, or half bits of what is exported, for `bytes`."""

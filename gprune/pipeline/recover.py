@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from transformers import PreTrainedModel
 
 from gprune.calibration.statistics import CorpusStatistics, pooled
+from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_weights
@@ -121,10 +122,16 @@ def fit_once(run: Run, path: str, row: Stage) -> Callable[..., None]:
 
     def fit(
         what: str, stage: L.LightningModule, *, batch_size: int | None = None, clip: float | None = None,
-        accumulate: int = 1, points: int = 4, keep: str = "last",
+        accumulate: int = 1, points: int = 4, keep: str = "last", **unknown: Any,
     ) -> None:  # fmt: skip
-        """Train a stage once through the recovery's text, unless an earlier sitting did; `points` and `keep` are for
-        stages that have a `student`, as in `--distill`."""
+        """Train a stage on the recovery's text, unless an earlier session did; `points` and `keep` are for stages that
+        have a `student`, as in `--distill`. Raises UserError for an argument that there is not."""
+        if unknown:
+            known = "batch_size, clip, accumulate, points, keep"
+            raise UserError(
+                f"material.fit: expected arguments among {known}; got {', '.join(unknown)}. A stage sees its text once: "
+                f"`--distill.tokens` says how much."
+            )
         number, strategy = next(calls), t.strategy
         name = f"{path}-{type(stage).__name__}-{number}".removesuffix("-0")
         if run.cfg.model.shard and is_overridden("configure_model", stage):  # it shards what learns

@@ -205,6 +205,7 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
         tracking(folder, cfg) as loggers, screen, meter.hooks,
         multiplying(cfg.trainer.float32_matmul_precision),
     ):  # fmt: skip
+        log.info("Into %s", folder.path)
         if cfg.timed_for and not folder.finished:
             timed = plan.skeleton, plan.device, getattr(torch, cfg.model.dtype), cfg.speed.setting()
             keep_table(plan.speed, speed_key(*timed), folder / SPEED_TABLE)

@@ -18,7 +18,7 @@ from scipy.stats import t as student
 
 from gprune.corpora.load import corpus_labels
 from gprune.errors import UserError
-from gprune.evaluation.intervals import Estimate
+from gprune.evaluation.estimate import Estimate
 from gprune.report.grouping import Group
 from gprune.report.records import SAME_RECOVERY, UNRECOVERED
 from gprune.report.table import Cell, Table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gprune.corpora.load import corpus_labels
-from gprune.evaluation.intervals import Estimate
+from gprune.evaluation.estimate import Estimate
 from gprune.report.table import Cell, Table
 from gprune.runs.numbers import Record, by_stage, means_and_gaps, row_name, unseen_ratios
 

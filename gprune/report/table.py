@@ -18,7 +18,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from gprune.errors import one_line, printable
-from gprune.evaluation.intervals import Estimate
+from gprune.evaluation.estimate import Estimate
 
 TableName = Literal["comparison", "distance", "evaluation", "perplexity", "settings", "summary"]  # of a report
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gprune.corpora.load import corpus_labels
-from gprune.evaluation.intervals import Estimate, mean_perplexity
+from gprune.evaluation.estimate import Estimate
+from gprune.evaluation.intervals import mean_perplexity
 from gprune.runs.numbers import DENSE, Record, Stage, by_stage, estimates, key_part, records_of
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gprune.corpora.load import corpus_labels
+from gprune.evaluation.estimate import Estimate
 from gprune.evaluation.intervals import (
-    Estimate,
     generalisation_gap,
     geometric_mean,
     mean_per_token,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -285,4 +286,10 @@ def _exported(run: FinishedRun) -> tuple[PreTrainedModel | None, PreTrainedToken
     try:
         return load_weights(place, dtype="auto", **no_code), AutoTokenizer.from_pretrained(place, **no_code)
     except Exception as error:  # safetensors, tokenizers and transformers each raise their own
+        imports = [str(name) for name in run.environment.get("imports") or ()]
+        if unknown := [name for name in imports if Path(name).stem not in sys.modules and name not in sys.modules]:
+            raise UserError(
+                f"{place} cannot be loaded: the run imported {', '.join(unknown)}, which may register its model's "
+                f"family. Import it first: --import {unknown[0]}, or in Python import it and call gprune.register()."
+            ) from error
         raise UserError(f"{place} cannot be loaded: {first_line(error)} Run the same command again.") from error

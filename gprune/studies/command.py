@@ -76,6 +76,10 @@ def run(args: Sequence[str]) -> str:
     """Do what the arguments ask for; tables are printed as they become ready, so nothing comes back."""
     options = arguments(args)
     check_output(options)
+    from gprune.studies.listing import Listing
+
+    for path in options.lists:  # what is wrong with a list needs none of what takes seconds to import
+        Listing.read(path, seeds=options.seeds, flags=options.flags, records=options.records)
     quiet()
     from gprune.studies.runner import work
 

@@ -168,8 +168,9 @@ def test_a_run_says_asked_predicted_and_got_and_goes_on_by_its_table(measuring, 
     [
         (4.7e-3, 0.0, 8, "multiples of 8 lose nothing here (lost: 1: 31.5%, 8: 0.0%, 16: 0.0%; repeats: 0.0 %)"),
         (4.7e-3, 0.4, 8, "multiples of 8 lose nothing here (lost: 1: 31.5%, "),  # noise hides no more than a tenth
+        (4.7e-3, 0.99, 8, "multiples of 8 lose nothing here"),
         (3.4e-3, 0.05, 8, "multiples of 8 lose nothing here (lost: 1: 5.3%, "),
-        (3.4e-3, 0.06, 1, "multiples of 1 lose 5.3%, less than repeats differ by, here (lost: 1: 5.3%, "),
+        (3.4e-3, 0.06, 1, "multiples of 1 lose 5.3% here (lost: 1: 5.3%, "),
     ],
 )
 def test_auto_is_the_smallest_multiple_whose_loss_repeats_would_hide(taken, spread, multiple, said, caplog):
@@ -178,6 +179,12 @@ def test_auto_is_the_smallest_multiple_whose_loss_repeats_would_hide(taken, spre
     with caplog.at_level("INFO", logger="gprune"):
         assert speed.best_multiple(TABLE | {"spread": spread, "multiples": of_37}) == multiple
     assert said in caplog.text
+
+
+def test_a_noisy_table_asks_for_no_wide_steps():
+    multiples = [[37, 2.7e-3], [40, 6.4e-3], [48, 6.4e-3], [32, 4.2e-3], [64, 3e-3]]
+    noisy = TABLE | {"spread": 0.99, "multiples": multiples}
+    assert [speed.best_multiple(noisy), speed.best_multiple(noisy | {"spread": 0.01})] == [1, 64]
 
 
 def test_auto_without_a_speed_measures_the_table_too_and_says_what_it_took(
