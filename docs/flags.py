@@ -9,8 +9,8 @@ from pathlib import Path
 from gprune.benchmarks import command as evaluate
 from gprune.config.parse import parser as train
 from gprune.export import command as export
-from gprune.report import command as report
 from gprune.studies import command as study
+from gprune.studies import report_command as report
 
 HEAD = """# Flags
 

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from gprune.console import Parser, guarded, quiet
 from gprune.report.comparison_figures import draw_ratios
 from gprune.report.perplexity_tables import pooled, ratio_to
-from gprune.report.records import by_stage
 from gprune.report.style import FORMATS, LINES, canvas, distances, plain_ticks, save, style, titled
 from gprune.report.table import Estimate
+from gprune.runs.numbers import by_stage
 from gprune.runs.results import FinishedRun
 from gprune.studies.archive import CONTROL, as_run, record_of
 from gprune.studies.listing import Listing
@@ -126,7 +126,7 @@ def over_base() -> Lines:
 
 
 def parts() -> list[tuple[str, Estimate]]:
-    """Perplexity of the headline's rows over the base metric's, over seeds."""
+    """Perplexity of the headline's rows over that of unrecovered base, over seeds."""
     runs = runs_of("headline.yaml")
     by_part = [(label, ratios_of(runs, stage, "base: base")) for stage, label in PARTS.items()]
     return [("the base metric", Estimate(1.0)), *((label, pooled(ratios)) for label, ratios in by_part if ratios)]
@@ -181,7 +181,7 @@ def drawn() -> Figure:
     second.sharex(removed)
     second.sharey(removed)
     draw_curves(tokens, by_tokens(), **AXES)
-    draw_ratios(added, parts(), base="base metric")
+    draw_ratios(added, parts(), base="unrecovered base")
     for axes, title in (
         (removed, "What is removed: SmolLM2-135M"),
         (second, "What is removed: Gemma-3-270M"),
@@ -204,7 +204,7 @@ def work(arguments: Sequence[str] | None = None) -> str:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the figures go")
     folder = parser.parse_args(arguments).folder
     quiet()
-    removed = {"over": "parameters of the scope removed", "ticks": "{x:.0%}", "reference": "base metric alone"}
+    removed = {"over": "parameters of the scope removed", "ticks": "{x:.0%}", "reference": "unrecovered base"}
     figures = {
         "summary": drawn(),
         "distill-tokens": curve_figure(by_tokens(), **AXES),

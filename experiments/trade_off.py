@@ -29,9 +29,9 @@ from gprune.errors import UserError
 from gprune.export import export
 from gprune.export.convert import TYPES, has_llama_cpp
 from gprune.models.loading import locate_model
-from gprune.report.records import by_stage, unseen_ratio
 from gprune.report.style import FORMATS, save, style, titled
 from gprune.report.table import Cell, Estimate, Table
+from gprune.runs.numbers import by_stage, unseen_ratio
 from gprune.runs.results import FinishedRun
 
 PROMPT, GENERATE = 128, 32

@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     from gprune.pipeline.prune import prune
     from gprune.runs.results import PruningResult, load_run
     from gprune.sparsity.gates import masked
+    from gprune.studies.result import StudyResult, load_study
 
 __version__ = "0.1.0"
 __all__ = [
     "ALLOCATION", "CALIBRATOR", "CORPORA", "FAMILIES", "IMPORTANCE", "LEARNER", "RECOVERY", "REFINER", "Family",
-    "Masks", "PruningResult", "RunConfig", "UserError", "allocation", "apply_masks", "calibrator", "learner",
-    "load_run", "masked", "metric", "prune", "recovery", "refiner", "register",
+    "Masks", "PruningResult", "RunConfig", "StudyResult", "UserError", "allocation", "apply_masks", "calibrator",
+    "learner", "load_run", "load_study", "masked", "metric", "prune", "recovery", "refiner", "register",
 ]  # fmt: skip
 __getattr__, __dir__ = later(__name__, {
     "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "apply_masks": "gprune.export.hf",

@@ -11,7 +11,7 @@ from gprune.console import Parser, guarded, leave
 # By name: the module with `run`, which does the work, and `ENDS`, how it ends early; and a line of help.
 COMMANDS = {
     "prune": ("gprune.cli", "a model, as flags and --config files say"),
-    "report": ("gprune.report.command", "tables and figures from finished runs"),
+    "report": ("gprune.studies.report_command", "tables and figures from finished runs"),
     "export": ("gprune.export.command", "the pruned model in the format another program reads"),
     "evaluate": ("gprune.benchmarks.command", "tasks, perplexity and speed of a run or a model"),
     "study": ("gprune.studies.command", "a list of configurations, run and tabulated"),

@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from gprune.config import RunConfig
 from gprune.config.parse import flags_of, parse
-from gprune.console import guarded, quiet, speak
+from gprune.console import guarded, process_index, quiet, speak
+from gprune.errors import UserError
+from gprune.models.names import check_model_name
+from gprune.storage.cache import check_writable
 
 log = logging.getLogger("gprune")
 LEARNING = (
@@ -35,9 +39,9 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
     speak()
     if idle := unread(cfg, flags_of(args)):
         log.warning("Given, and not read by this run: %s", idle)
+    check_early(cfg)
     if not cfg.dry_run:  # before what takes seconds to import
         log.info("%s: pruning %s, target %s", cfg.model.name, cfg.sparsity.scope, cfg.sparsity.target)
-        log.info("Into %s", cfg.folder)
     quiet()
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -69,6 +73,20 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
         + ("" if cfg.export.format == "none" else f"; the model in {result.path / 'model'}, in {exported}")
         + f".\nCurves: {how_to_look(result.path)}.\n"
     )
+
+
+def check_early(cfg: RunConfig) -> None:
+    """Raise UserError for what can be known without loading libraries for many seconds: names, folder, accelerator."""
+    cfg.validate()
+    cfg.check_names()
+    check_model_name(cfg.model.name)
+    if not cfg.dry_run and process_index() == 0:
+        check_writable(Path(cfg.folder))
+    if cfg.trainer.accelerator == "gpu" and not cfg.dry_run:
+        import torch
+
+        if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+            raise UserError("--trainer.accelerator gpu: PyTorch finds no GPU here; expected cpu or auto.")
 
 
 def switched_off(c: RunConfig) -> Iterator[tuple[str, bool, tuple[str, ...]]]:

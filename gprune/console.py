@@ -86,8 +86,10 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
             if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
                 return fail(f"Out of memory{memory}", alone=True)
             left = "by peer" in str(error) or re.fullmatch(r"Dist\w*Error", type(error).__name__)  # torch.distributed's
-            if process_index() == 0 or not left:
+            if not left:
                 raise
+            if process_index() == 0:
+                return fail(f"Another process of this run has ended; its own error, if any, is above{stopped}")
             return 2  # the first process has left, and has said why
     return 0
 

@@ -50,7 +50,7 @@ ANSWERS = {  # a record of `evaluation.json`
 }  # fmt: skip
 SUMMARY = {
     "sparsity_of_scope": 0.5, "sparsity_of_model": 0.25, "parameters_before": 100, "parameters_after": 75,
-    "geometric_means": {}, "unseen_over_base": {}, "forward_tokens": 10, "forward_backward_tokens": 0,
+    "geometric_means": {}, "unseen_over_base_same_recovery": {}, "forward_tokens": 10, "forward_backward_tokens": 0,
 }  # fmt: skip
 
 

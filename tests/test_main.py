@@ -208,6 +208,16 @@ def test_of_several_processes_the_first_speaks_unless_one_fails_alone(capsys, mo
     assert capsys.readouterr().err == "a verb: Out of memory.\n"
 
 
+def test_the_first_process_says_in_one_line_that_another_has_ended(capsys, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "here")
+    monkeypatch.setenv("RANK", "0")
+    assert failing(RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer")) == 2
+    said = "a verb: Another process of this run has ended; its own error, if any, is above.\n"
+    assert capsys.readouterr().err == said
+    with pytest.raises(RuntimeError, match="a bug"):
+        failing(RuntimeError("a bug"))
+
+
 def test_libraries_speak_again_afterwards(capsys):
     logger = logging.getLogger("some.library")
     logger.setLevel(logging.INFO)

@@ -18,7 +18,8 @@ from gprune.benchmarks.zero_shot import zero_shot
 from gprune.errors import dispensable
 from gprune.report.model_card import write_card
 from gprune.runs.folder import RunFolder
-from gprune.runs.results import config_of, finished, key_part, read_evaluation
+from gprune.runs.numbers import key_part
+from gprune.runs.results import config_of, finished, read_evaluation
 from gprune.storage.files import key_of, write_json
 from gprune.storage.reading import expanded
 

@@ -13,6 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,28 +36,86 @@ from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
 log = logging.getLogger("gprune")
+SPEED_TABLE = "speed.json"  # in a run's folder
 STEPS = 8  # of decoding that are timed
 ROUNDS, LONG = (2, 12), 25.0  # least and most, and seconds after which none begins
-NOISY = 0.2  # from which on a difference of repeats is said
+NOISY = 0.1  # a difference of repeats above it is logged, and a table with it is measured again
+DAY = 86_400.0  # seconds after which a table is measured again
 MULTIPLES = (1, 8, 16, 32, 64, 128)  # that `best_multiple` chooses from
 # Seconds of a block by `neurons`, by `groups`, by neurons on `multiples`, as pairs; of the `rest`; `spread` of repeats
 Table = dict[str, Any]
 Times = tuple[list[float], list[float], list[float]]  # of each model: seconds to the first token, of a step, of all
 
 
-def speed_table(
-    dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, setting: Mapping[str, int], *, measure: bool
-) -> Table | None:
-    """The table of this machine for a model without weights: the cache's, or measured; None if neither."""
+_checked: set[Path] = set()  # tables that this process has measured, or compared with the machine as it is now
+
+
+def speed_key(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, setting: Mapping[str, int]) -> str:
+    """A key of everything that a table depends on: machine, threads, versions, shapes, dtype and setting."""
     machine = [platform.node(), platform.processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__]
     machine += [device.type == "cuda" and torch.cuda.get_device_name(device), torch.get_float32_matmul_precision()]
     shapes = {name: list(parameter.shape) for name, parameter in dense.named_parameters()}
-    key = key_of(machine=machine, shapes=shapes, dtype=str(dtype), setting=dict(setting), multiples=MULTIPLES)
+    return key_of(machine=machine, shapes=shapes, dtype=str(dtype), setting=dict(setting), multiples=MULTIPLES)
+
+
+def speed_table(
+    dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, setting: Mapping[str, int], *, measure: bool,
+    again: bool = False, own: Path | None = None,
+) -> Table | None:  # fmt: skip
+    """The table of this machine for a model without weights: the cache's, or measured; None if neither.
+
+    Where a table is to be spent (`measure`), one in the cache is measured again if `outdated` finds a reason.
+
+    Args:
+        again: measure in any case.
+        own: where `keep_table` keeps the table of a run; a run that has begun on this machine resumes with that table.
+    """
+    key = speed_key(dense, device, dtype, setting)
+    if own is not None and (kept := read_json(own)) and kept["key"] == key:
+        return kept["table"]
     path = cache_dir() / "speed" / f"{key}.json"
-    if (table := read_json(path, check=MeasuredSpeed.problem, sealed=True)) is None and measure:
-        log.info("Measuring how fast this machine is by widths, once for these shapes and this setting")
+    if (table := read_json(path, check=MeasuredSpeed.problem, sealed=True)) is None and not measure:
+        return None
+    why = "once for these shapes and this setting"
+    if table is not None and measure:
+        why = outdated(table, path, dense, device, dtype, setting, again=again)
+    if measure and why:
+        log.info("Measuring how fast this machine is by widths, %s", why)
         write_json(path, table := measured(dense, device, dtype, setting))
+        if table["spread"] > NOISY:
+            log.warning("The table of speed is noisy (%.0f %%): the next run measures again.", 100 * table["spread"])
+        _checked.add(path)
     return table
+
+
+def outdated(
+    table: Table, path: Path, dense: PreTrainedModel, device: torch.device, dtype: torch.dtype,
+    setting: Mapping[str, int], *, again: bool,
+) -> str | None:  # fmt: skip
+    """Why a table of the cache is measured again, in words; None if it holds.
+
+    Asked for, noisy, older than a day, or wrong about the dense model: one point is measured to compare.
+    """
+    if again:
+        return "again, as --speed.measure asks"
+    if path in _checked:
+        return None
+    if table["spread"] > NOISY:
+        return f"again: repeats of the former table differed by {table['spread']:.0%}"
+    if (age := time.time() - path.stat().st_mtime) > DAY:
+        return f"again: the former table is {age / DAY:.0f} days old"
+    log.info("Comparing the table of speed with one measurement of the dense model")
+    taken = dense_seconds(dense, device, dtype, setting)
+    ratio = taken / (len(decoder_layers(dense)) * table["neurons"][-1][1] + table["rest"])
+    _checked.add(path)
+    if abs(ratio - 1) > max(NOISY, 2 * table["spread"]):
+        return f"again: the dense model takes {ratio:.2f} times as long as by the former table"
+    return None
+
+
+def keep_table(table: Table, key: str, file: Path) -> None:
+    """Keep the table with which a run begins: when the run resumes, its budget is the same."""
+    write_json(file, {"key": key, "table": table})
 
 
 def price_by(table: Table, blocks: Sequence[Block]) -> Price:
@@ -83,23 +142,42 @@ def best_multiple(table: Table) -> int:
     """The smallest of `MULTIPLES` at which this machine loses nothing; says so.
 
     A width's neurons cost what its block takes beyond a block of one neuron. What each costs more than at the best
-    multiple is lost, unless repeats of one measurement differ by as much.
+    multiple is lost, unless repeats of one measurement differ by as much. A noisy table hides no more than `NOISY`, and
+    asks for no step above 16, which might make a target impossible.
     """
     one, points, noise = table["neurons"][0][1], table["multiples"], table["spread"]
     least = min((taken - one) / neurons for neurons, taken in points)
     lost = {max(m for m in MULTIPLES if n % m == 0): ((t - one) / n - least) * n / t for n, t in points}
-    best = min(multiple for multiple, share in lost.items() if share <= noise)
+    known = {multiple: share for multiple, share in lost.items() if noise <= NOISY or multiple <= 16}
+    best = min((m for m, share in known.items() if share <= min(noise, NOISY)), default=min(known, key=known.get))
     shares = ", ".join(f"{multiple}: {share:.1%}" for multiple, share in lost.items())
-    log.info("Widths on multiples of %d: it loses nothing here (lost: %s; repeats: %.1f %%)", best, shares, 100 * noise)
+    what = "lose nothing" if round(lost[best], 3) == 0 else f"lose {lost[best]:.1%}"
+    log.info("Widths on multiples of %d %s here (lost: %s; repeats: %.1f %%)", best, what, shares, 100 * noise)
     return best
+
+
+@torch.no_grad()
+def random_model(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of these shapes with random weights."""
+    whole = copy.deepcopy(dense).to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    for tensor in (*whole.parameters(), *whole.buffers()):
+        tensor.copy_(torch.randn(tensor.shape).mul(0.02))
+    return whole
+
+
+@torch.no_grad()
+def dense_seconds(
+    dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, setting: Mapping[str, int]
+) -> float:
+    """Seconds of the dense model in a setting, measured in the fewest rounds."""
+    (_, _, (taken,)), _ = seconds([random_model(dense, device, dtype)], long=0, **setting)
+    return taken
 
 
 @torch.no_grad()
 def measured(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, setting: Mapping[str, int]) -> Table:
     """The table, measured on random weights."""
-    whole = copy.deepcopy(dense).to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    for tensor in (*whole.parameters(), *whole.buffers()):
-        tensor.copy_(torch.randn(tensor.shape).mul(0.02))
+    whole = random_model(dense, device, dtype)
     (N, G), narrow = (max(of_blocks) for of_blocks in widths(whole).values()), min(widths(whole)["neurons"])
     neurons, groups = (sorted({1, *(max(1, n * part // 4) for part in range(1, 5))}) for n in (N, G))
     odd = (m * (2 * round(3 * narrow / m / 8 - 0.5) + 1) for m in MULTIPLES)  # odd multiples, near three quarters
@@ -139,12 +217,18 @@ def machine_of(device: torch.device) -> str:
 
 
 @torch.no_grad()
-def seconds(models: Sequence[PreTrainedModel], *, batch: int, prompt: int, generate: int) -> tuple[Times, float]:
+def seconds(
+    models: Sequence[PreTrainedModel], *, batch: int, prompt: int, generate: int, long: float | None = None
+) -> tuple[Times, float]:
     """`Times` of the models, and by how much repeats differ: the slowest over the fastest, less 1.
 
     As transformers generates, greedily: the fastest of several rounds, in each of which all models take turns, so that
     what else runs on the machine meets them alike. A step of decoding is the mean of the first ones.
+
+    Args:
+        long: seconds after which no round begins, but for the first two; `LONG` by default.
     """
+    long = LONG if long is None else long
     models = [sharing(model) for model in models]
     ids = torch.ones(batch, prompt, dtype=torch.long, device=device_of(models[0]))
     rounds, began, lengths = [], time.monotonic(), (1, 1 + STEPS) if generate else (1,)
@@ -154,7 +238,7 @@ def seconds(models: Sequence[PreTrainedModel], *, batch: int, prompt: int, gener
         statement, threads = "generate(ids, attention_mask=mask, max_new_tokens=tokens)", torch.get_num_threads()
         return Timer(statement, globals=work, num_threads=threads).blocked_autorange(min_run_time=0.05).median
 
-    while len(rounds) < ROUNDS[0] or (len(rounds) < ROUNDS[1] and time.monotonic() - began < LONG):
+    while len(rounds) < ROUNDS[0] or (len(rounds) < ROUNDS[1] and time.monotonic() - began < long):
         rounds.append([[taken(model, tokens) for tokens in lengths] for model in models])
     repeats = torch.tensor(rounds, dtype=torch.float64)  # (rounds, models, lengths)
     best = repeats.amin(0)

@@ -46,6 +46,12 @@ class SpeedConfig(Group, prefix="speed."):
     """Tokens of each prompt (prefill)."""
     generate: AtLeast0 = 32
     """Tokens after the one that follows the prompt (decoding); 0: the speed of prefill alone."""
+    measure: bool = False
+    """Measure this machine's table of speed again, whatever the cache has; a run that has begun resumes by its own."""
+
+    def setting(self) -> dict[str, int]:
+        """What is timed."""
+        return self.model_dump(exclude={"measure"})
 
     def __str__(self) -> str:
         decode = f", decode {self.generate}" if self.generate else ""
@@ -292,6 +298,8 @@ class RunConfig(Group):
             del plain["options"]
         if not self.timed_for:
             del plain["speed"]
+        else:
+            plain["speed"] = self.speed.setting()  # the table is an input of the run, however it was measured
         if self.sparsity.cost is None:
             del plain["sparsity"]["cost"]
         if self.sparsity.currency == "bytes":

@@ -22,6 +22,7 @@ from gprune.storage.reading import expanded
 
 SPLITS = ("train", "development", "test")
 DEVELOPMENT_EVERY = 10
+DOWNLOADED = ("code_github", "stackexchange")  # of `experiments/protocol.yaml`, and in no registry
 
 Corpus = Callable[[str], list[str]]
 CORPORA: Registry[Corpus] = Registry("corpus")
@@ -74,6 +75,7 @@ def source_of(name: str) -> Corpus:
         raise UserError(
             f"Unknown corpus '{name}'. Available: {', '.join(CORPORA)}; mirrors under $GPRUNE_DATA_DIR/corpora: "
             f"{', '.join(mirrors) or 'none'}; or a path to {', '.join(SUFFIXES)} files."
+            + (f" In a clone, python -m experiments.corpora downloads {name}." if name in DOWNLOADED else "")
         )
     if not place.exists():
         raise UserError(f"Corpus '{name}' looks like a path, but there is no such file or folder.")

@@ -165,7 +165,8 @@ def write_gguf(
     keys |= tokenizer_keys(tokenizer, model.get_decoder().embed_tokens.num_embeddings)
     types = {tensor_name: stored_type(tensor, type) for tensor_name, tensor in tensors(model)}
     if odd := [tensor_name for tensor_name, kind in types.items() if type == "q8_0" and kind.name == "F16"]:
-        log.info("q8_0 takes rows of multiples of 32 numbers; in float16 instead: %s", ", ".join(odd))
+        remedy = "pruned with --sparsity.width_multiple 32 they would be in 8 bits"
+        log.info("q8_0 takes rows of multiples of 32 numbers; in float16 instead (%s): %s", remedy, ", ".join(odd))
     writer = GGUFWriter(path, architecture(model))
     try:
         for key, value in keys.items():

@@ -32,6 +32,7 @@ from gprune.models import embedded as assets
 from gprune.models import modeling_pruned
 from gprune.models.families import FAMILIES, family_of
 from gprune.models.folders import check_folder, check_sizes, check_stored
+from gprune.models.names import check_model_name
 from gprune.models.offload import StoredWeights, offload_folder
 from gprune.storage.files import as_bytes
 from gprune.storage.reading import expanded
@@ -80,12 +81,8 @@ def locate_model(name: str) -> str:
     if name in assets.EMBEDDED_MODELS:
         return str(assets.embedded_model_dir(name))
     path = expanded(name)
-    if path.is_dir():
-        return str(path)
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        known = f"an embedded model ({', '.join(assets.EMBEDDED_MODELS)})"
-        raise UserError(f"--model.name: '{name}' is neither {known}, nor a model folder, nor a hub id 'owner/name'.")
-    return name
+    check_model_name(name)
+    return str(path) if path.is_dir() else name
 
 
 def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:

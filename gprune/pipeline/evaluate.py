@@ -30,10 +30,10 @@ from gprune.pipeline.run import Run
 from gprune.recoveries import recovery_of
 from gprune.report import html, page
 from gprune.report.model_card import write_card
-from gprune.report.records import means_and_gaps, result_table, run_numbers, unseen_ratios
+from gprune.report.records import result_table
 from gprune.report.run_figures import write_figures
 from gprune.runs import schema, tracking
-from gprune.runs.results import row_name
+from gprune.runs.numbers import means_and_gaps, row_name, run_numbers, unseen_ratios
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
@@ -222,7 +222,7 @@ def record(
 def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
     """Times as fast as dense: asked, predicted by the table, and got, measured beside it; in words."""
     costs, model = run.budget.costs, run.budget.costs.prices.model
-    (_, _, (before, after)), spread = seconds([run.model, pruned], **run.cfg.speed.model_dump())
+    (_, _, (before, after)), spread = seconds([run.model, pruned], **run.cfg.speed.setting())
     asked, predicted = (model / (model - gone) for gone in (run.budget.target, costs.removed(masks)))
     reached = {"asked": asked, "predicted": predicted, "got": before / after}
     said = ", ".join(f"{name} {times:.2f}x" for name, times in reached.items())
@@ -249,7 +249,7 @@ def summarise(
         "parameters_before": before,
         "parameters_after": after,
         "geometric_means": means,
-        "unseen_over_base": unseen_ratios(records),
+        "unseen_over_base_same_recovery": unseen_ratios(records),
         **run.folder.total_tokens(),
     }
     if run.cfg.timed_for:

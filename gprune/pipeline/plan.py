@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 from lightning import Callback
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gprune.benchmarks.speed import Table, best_multiple, price_by, speed_table
+from gprune.benchmarks.speed import SPEED_TABLE, Table, best_multiple, price_by, speed_table
 from gprune.calibration.saliency import salient_parts
 from gprune.config import RunConfig
 from gprune.errors import UserError, quoting
@@ -70,7 +71,21 @@ class Plan:
             raise UserError(
                 f"--export.type q8_0: expected --sparsity.width_multiple 32, or 64 and so on, got {multiple}."
             )
-        return Budget.of(costs, s.target, multiple)
+        try:
+            return Budget.of(costs, s.target, multiple)
+        except UserError as error:
+            if s.currency == "bytes" and (narrower := self.narrower_export):
+                raise UserError(f"{str(error).removesuffix('.')}; {narrower}.") from error
+            raise
+
+    @property
+    def narrower_export(self) -> str:
+        """The flag with which the same weights take fewer bytes, in words; empty if there is none."""
+        export = self.cfg.export
+        if export.format == "gguf":
+            of_type = {"f32": "f16", "f16": "q8_0 --sparsity.width_multiple 32"}.get(export.type)
+            return f"with --export.type {of_type} they take about half" if of_type else ""
+        return "with --export.dtype bfloat16 they take half" if self.exported_dtype == "float32" else ""
 
     def priced(self, currency: str) -> Price:
         """Prices in a registered currency, or half bits of what is exported, for `bytes`."""
@@ -97,8 +112,9 @@ class Plan:
         if measure and not self.at_hand:
             raise UserError(f"{cfg.timed_for}: expected a GPU to measure on, got none here.")
         with multiplying(cfg.trainer.float32_matmul_precision):
-            dtype, setting = getattr(torch, cfg.model.dtype), cfg.speed.model_dump()
-            return speed_table(self.skeleton, self.device, dtype, setting, measure=measure)
+            dtype, setting = getattr(torch, cfg.model.dtype), cfg.speed.setting()
+            how = {"measure": measure, "again": cfg.speed.measure, "own": Path(cfg.folder) / SPEED_TABLE}
+            return speed_table(self.skeleton, self.device, dtype, setting, **how)
 
     @property
     def forward_tokens(self) -> int:

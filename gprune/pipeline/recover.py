@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from transformers import PreTrainedModel
 
 from gprune.calibration.statistics import CorpusStatistics, pooled
+from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_weights
@@ -121,7 +122,7 @@ def fit_once(run: Run, path: str, row: Stage) -> Callable[..., None]:
 
     def fit(
         what: str, stage: L.LightningModule, *, batch_size: int | None = None, clip: float | None = None,
-        accumulate: int = 1, keep: Literal["last", "best"] = "last",
+        accumulate: int = 1, keep: Literal["last", "best"] = "last", **unknown: Any,
     ) -> None:  # fmt: skip
         """Train a stage once through the recovery's text, unless an earlier session did.
 
@@ -131,7 +132,15 @@ def fit_once(run: Run, path: str, row: Stage) -> Callable[..., None]:
             clip: the largest norm of the gradient.
             accumulate: batches per optimizer step.
             keep: which weights are kept, as in `--distill.keep`.
+
+        Raises:
+            UserError: for an argument that there is not.
         """
+        if unknown:
+            raise UserError(
+                f"material.fit: expected arguments among batch_size, clip, accumulate, keep; got {', '.join(unknown)}. "
+                f"A stage sees its text once: `--distill.tokens` says how much."
+            )
         number, strategy = next(calls), t.strategy
         name = f"{path}-{type(stage).__name__}-{number}".removesuffix("-0")
         if run.cfg.model.shard and is_overridden("configure_model", stage):  # it shards what learns

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gprune.benchmarks.speed import SPEED_TABLE, keep_table, speed_key
 from gprune.checks import require
 from gprune.config import RunConfig
 from gprune.corpora.loaders import CorpusDataModule
@@ -253,6 +254,10 @@ def opened(
         tracking(folder, cfg, given) as loggers, screen, meter.hooks,
         multiplying(cfg.trainer.float32_matmul_precision),
     ):  # fmt: skip
+        log.info("Into %s", folder.path)
+        if cfg.timed_for and not folder.finished:
+            timed = plan.skeleton, plan.device, getattr(torch, cfg.model.dtype), cfg.speed.setting()
+            keep_table(plan.speed, speed_key(*timed), folder / SPEED_TABLE)
         try:
             yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, own)
         except (Exception, SystemExit) as error:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from gprune.evaluation.intervals import paired_difference, paired_ratio
 from gprune.report.table import Cell, Table
-from gprune.runs.results import Record, row_name
+from gprune.runs.numbers import Record, row_name
 
 
 def evaluation_table(records: Sequence[Record]) -> Table:

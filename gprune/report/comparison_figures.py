@@ -41,7 +41,7 @@ def draw_ratios(axes: Axes, rows: Sequence[tuple[str, Estimate]], *, base: str) 
             f"{ratio.value:.2f}", (ratio.value, y), (0, 5), textcoords="offset points", ha="center", fontsize=7
         )
     axes.axvline(1, color="black", lw=0.8)
-    axes.set(xscale="log", xlabel=f"unseen perplexity / {base}, 95 % interval")
+    axes.set(xscale="log", xlabel=f"unseen perplexity / {base}; 95 % interval")
     plain_ticks(axes.xaxis)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,18 +17,26 @@ from gprune.report.table import Table
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.reading import expanded
 
+HASH = re.compile(r"-[0-9a-f]{8}$")  # at the end of a name that `RunConfig.run_name` makes
 
-def read_runs(paths: Sequence[Path | str]) -> list[FinishedRun]:
+
+def read_runs(paths: Sequence[Path | str | FinishedRun]) -> list[FinishedRun]:
     """Several finished runs, each once, under names that tell them apart.
 
-    A name is the folder's own; where two folders share theirs, all are named from the folder they have in common.
+    A name is the folder's own; where two folders share theirs, all are named from the folder they have in common. Runs
+    that have been read, such as records of rows, keep their names and come behind the folders.
     """
+    read = {(run.path.resolve(), run.name): run for run in paths if isinstance(run, FinishedRun)}
+    paths = [path for path in paths if not isinstance(path, FinishedRun)]
+    if not paths:
+        return list(read.values())
     folders = {expanded(path).resolve(): path for path in paths}
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         top = os.path.commonpath([folder.parent for folder in folders])
         names = [os.path.relpath(folder, top) for folder in folders]
-    return [replace(read_run(path), name=name) for path, name in zip(folders.values(), names, strict=True)]
+    found = [replace(read_run(path), name=name) for path, name in zip(folders.values(), names, strict=True)]
+    return [*found, *read.values()]
 
 
 def as_small(run: FinishedRun, other: FinishedRun) -> bool:
@@ -41,6 +50,34 @@ def with_distinct_names(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
     runs = list(runs)
     shared = Counter(run.name for run in runs)
     return [replace(run, name=f"{run.name}, seed {run.seed}") if shared[run.name] > 1 else run for run in runs]
+
+
+def named_by_difference(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
+    """Runs whose names end in a hash, as gprune names them, under the settings in which they differ from the others.
+
+    Of these settings a name has as few as tell all runs apart, seeds aside: `importance flap, target 0.3`. A name that
+    somebody chose stays.
+    """
+    settings = {run.all_but_seed: flags(run) for run in runs}
+    words = dict.fromkeys(settings, "")
+    for flag, short in _short(dict.fromkeys(chain(*settings.values()))).items():
+        finer = {
+            key: ", ".join(filter(None, (words[key], f"{short} {in_words(own.get(flag))}")))
+            for key, own in settings.items()
+        }
+        if len(set(finer.values())) > len(set(words.values())):
+            words = finer
+    names = [words[run.all_but_seed] or HASH.sub("", run.name) if HASH.search(run.name) else run.name for run in runs]
+    if len(runs) == 1 or len({(name, run.seed) for name, run in zip(names, runs, strict=True)}) < len(runs):
+        return list(runs)
+    return [replace(run, name=name) for name, run in zip(names, runs, strict=True)]
+
+
+def _short(names: Iterable[str]) -> dict[str, str]:
+    """By flag, its last part, or the whole flag where another flag ends in the same part."""
+    names = list(names)
+    ends = Counter(name.rpartition(".")[2] for name in names)
+    return {name: end if ends[end := name.rpartition(".")[2]] == 1 else name for name in names}
 
 
 @dataclass(frozen=True)
@@ -69,7 +106,9 @@ def groups(runs: Sequence[FinishedRun]) -> list[Group]:
         times[settings, run.seed] += 1
         by_settings[settings, times[settings, run.seed]].append(run)
     groups = []
-    for members in by_settings.values():  # a corpus that one of them has seen is seen in all
+    for members in by_settings.values():
+        members.sort(key=lambda run: run.seed)  # the same sums in whatever order runs are given
+        # a corpus that one of them has seen is seen in all
         seen = {r["corpus"] for run in members for r in run.records if r["seen"]}
         of_all = ([r | {"seen": r["corpus"] in seen} for r in run.records] for run in members)
         groups.append(Group([replace(run, records=of) for run, of in zip(members, of_all, strict=True)]))
@@ -87,12 +126,12 @@ def settings_table(groups: Sequence[Group]) -> Table:
     different = [
         name for name in dict.fromkeys(chain(*settings)) if any(s.get(name) != settings[0].get(name) for s in settings)
     ]
-    rows = [[name, *(_in_words(s.get(name)) for s in settings)] for name in different]
+    rows = [[name, *(in_words(s.get(name)) for s in settings)] for name in different]
     return Table("settings", "Settings that differ", ["flag", *(group.name for group in groups)], rows)
 
 
-def _in_words(value: Any) -> str:
+def in_words(value: Any) -> str:
     """A setting as a flag has it, and paths by their last part."""
     if isinstance(value, list):
-        return ", ".join(map(_in_words, value))
+        return ", ".join(map(in_words, value))
     return PurePath(value).name if isinstance(value, str) else json.dumps(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,12 @@ from gprune.corpora.load import corpus_labels
 from gprune.models.embedded import model_label
 from gprune.report.curves import curve_figures, read_curves
 from gprune.report.model_card import RESULTS, loading_code, write_card
-from gprune.report.records import cost_table, means_and_gaps, result_table
+from gprune.report.records import SAME_RECOVERY, UNRECOVERED, cost_table, result_table
 from gprune.report.run_figures import run_figures, write_figures
 from gprune.report.style import style
 from gprune.runs.folder import RunFolder
-from gprune.runs.results import FinishedRun, config_of, row_name
+from gprune.runs.numbers import Record, Stage, means_and_gaps, row_name, unseen_ratios
+from gprune.runs.results import FinishedRun, config_of
 from gprune.sparsity.allocation import removed_in_words
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
@@ -64,7 +65,7 @@ def page(report: Report) -> str:
     several = len(report.runs) > 1
     runs = [section(run) for run in report.named_runs]
     return templates.get_template("page.html").render(
-        title=", ".join(group.name for group in report.groups) if several else runs[0]["title"],
+        title=report.title if several else runs[0]["title"],
         tables=report.read_tables,
         figures=drawn(report.figures(), "all") if several else [],
         protocols=report.protocols(),
@@ -74,12 +75,13 @@ def page(report: Report) -> str:
 
 def section(run: FinishedRun) -> dict[str, Any]:
     """What the page says of one run."""
-    manifest, s, model = RunFolder(run.path).manifest, run.settings, run.path / "model"
+    s, model = run.settings, run.path / "model"
     method = "gprune" if s["gprune"] else "the base metric alone"
-    asked, summary, last = s["sparsity"], run.summary, (run.final, s["recovery"])
+    asked, summary = s["sparsity"], run.summary
     of_scope = (summary["sparsity_of_scope"], asked["scope"], asked["allocation"])
     target, removed = (removed_in_words(*of_scope, digits=digits) for digits in (0, 2))
-    means, steps = means_and_gaps(run.records), manifest.get("steps", {})
+    means = means_and_gaps(run.records)
+    last = list(means)[-1]  # the run's own result, which lists may call a control
     return {
         "name": run.name,
         "title": f"{target} removed from {model_label(s['model']['name'])}",
@@ -88,18 +90,26 @@ def section(run: FinishedRun) -> dict[str, Any]:
         "removed": removed,
         "dense": means["dense", "none"],
         "pruned": means[last],
-        "ratio": (summary.get("unseen_over_base") or {}).get(row_name(*last)),
-        "steps": steps,
+        "ratios": ratios_to_base(run.records, last),
+        "steps": run.steps,
         "result": result_table(run.records),
         "figures": drawn(run_figures(run.records, run.modules, run.masks, summary), run.name) if run.masks else [],
         "curves": drawn(curve_figures(read_curves(run.path)), f"{run.name} curves"),
         "labels": corpus_labels(r["corpus"] for r in run.records),
         "settings": to_yaml({name: value for name, value in s.items() if name != "inputs"}),
-        "cost": cost_table(steps),
-        "environment": manifest.get("environment") or {},
+        "cost": cost_table(run.steps),
+        "environment": run.environment,
         "load": loading_code(str(model), stock=not any(model.glob("*.py"))) if model.is_dir() else "",
         "here": shlex.quote(str(run.path)),
+        "folder": run.path.is_dir(),  # not the record of a row
     }
+
+
+def ratios_to_base(records: Sequence[Record], row: Stage) -> dict[str, dict[str, float]]:
+    """By name, the ratios of a row to `base`: both of them for a recovered row, for others the one that there is."""
+    names = {UNRECOVERED: False} | ({} if row[1] == "none" else {SAME_RECOVERY: True})
+    ratios = {name: unseen_ratios(records, same_recovery=same).get(row_name(*row)) for name, same in names.items()}
+    return {name: ratio for name, ratio in ratios.items() if ratio is not None}
 
 
 def drawn(figures: Mapping[str, Figure], name: str) -> list[tuple[str, Markup, bool]]:

@@ -18,7 +18,8 @@ from gprune.report.benchmark_table import against, rated
 from gprune.report.records import result_table
 from gprune.report.table import in_markdown
 from gprune.runs.folder import RunFolder
-from gprune.runs.results import Record, read_evaluation
+from gprune.runs.numbers import Record
+from gprune.runs.results import read_evaluation
 from gprune.storage.files import file_hashes, replacing
 from gprune.storage.reading import expanded
 

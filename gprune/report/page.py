@@ -21,7 +21,7 @@ from gprune.errors import one_line
 from gprune.report.benchmark_table import evaluation_table
 from gprune.report.comparison_figures import learning_figure, ratio_figure, sparsity_lines
 from gprune.report.curves import read_curves
-from gprune.report.grouping import Group, groups, read_runs, settings_table, with_distinct_names
+from gprune.report.grouping import Group, groups, named_by_difference, read_runs, settings_table, with_distinct_names
 from gprune.report.perplexity_tables import comparison_table, distance_table, perplexity_table, summary_table
 from gprune.report.records import caption
 from gprune.report.run_figures import write_figures
@@ -32,6 +32,7 @@ from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
 
 FIGURES = ("ratios", "learning", "sparsity", "perplexity", "heterogeneity", "speed")
+TITLE = 80  # characters
 SIDE_BY_SIDE = 40  # runs: beyond, pairs and figures take minutes, and nobody reads them
 
 
@@ -65,6 +66,22 @@ class Report:
         return sorted((t for t in self.tables if t.rows), key=lambda table: table.name != "settings")
 
     @property
+    def title(self) -> str:
+        """What is compared: names of a few runs, or how many there are and in which flags they differ."""
+        names = [one_line(group.name) for group in self.groups]
+        flags = [str(row[0]) for table in self.tables if table.name == "settings" for row in table.rows]
+        if not flags or len(", ".join(names)) <= TITLE:
+            return ", ".join(names) if len(", ".join(names)) <= TITLE else f"{len(names)} runs"
+        more = f" and {len(flags) - 3} more flags" if len(flags) > 3 else ""
+        return f"{len(names)} runs that differ in {', '.join(flags[:3])}{more}"
+
+    @property
+    def _divisor(self) -> str:
+        """What the ratios of the summary are divided by, in words."""
+        words = self.tables[0].columns[-1].removeprefix("unseen / ")
+        return f"{words} of {self.base.name}" if self.base is not None and self.base.name != "base" else words
+
+    @property
     def many(self) -> bool:
         """Whether there are too many runs to compare them pair by pair, or to draw them."""
         return len(self.runs) > SIDE_BY_SIDE
@@ -75,12 +92,19 @@ class Report:
         return with_distinct_names(self.runs)
 
     def protocols(self) -> list[str]:
-        """One line per protocol by which the numbers were measured."""
-        return sorted({
+        """One line per protocol by which the numbers were measured, and one with the precision of training."""
+        measured = sorted({
             f"Protocol: {r['model']}; windows of {r['seq_len']} tokens, stride {r['stride']}, "
             f"{'with' if r['bos'] else 'no'} BOS, {r['dtype']}, {r['split']} text, scope {r['scope']}."
             for run in self.runs for r in run.records
         })  # fmt: skip
+        trained: dict[str, list[str]] = {}
+        for group in self.groups:
+            precision = group.runs[0].settings.get("trainer", {}).get("precision", "unknown")
+            trained.setdefault(precision, []).append(group.name)
+        usual, *others = sorted(trained, key=lambda precision: -len(trained[precision]))
+        named = (f"; {precision}: {', '.join(trained[precision])}" for precision in others)
+        return [*measured, f"Precision of training: {usual}{''.join(named)}."]
 
     def figures(self) -> dict[str, Figure]:
         """Figures over all runs, by name; none of many."""
@@ -88,9 +112,9 @@ class Report:
             return {}
         runs = self.named_runs
         figures = {}
-        # Of the summary's rows: run, stage, seeds, seen, unseen, gap, unseen / dense, unseen / base.
+        # Of the summary's rows: run, stage, seeds, seen, unseen, gap, unseen / dense, ratio to base.
         if ratios := [(_label(*row[:2]), row[-1]) for row in self.tables[0].rows if row[-1] is not None]:
-            figures["ratios"] = ratio_figure(ratios, base=_label(self.base.name, "base") if self.base else "base")
+            figures["ratios"] = ratio_figure(ratios, base=self._divisor)
         curves = {run.name: read_curves(run.path) for run in runs}
         if len(runs) > 1 and (learned := learning_figure(curves)) is not None:
             figures["learning"] = learned
@@ -109,8 +133,7 @@ class Report:
             UserError: for a folder that cannot be written.
         """
         folder = expanded(folder)
-        title = in_markdown(", ".join(one_line(group.name) for group in self.groups))
-        texts = {folder / "report.md": f"# {title}\n\n{self.to_markdown()}"}
+        texts = {folder / "report.md": f"# {in_markdown(self.title)}\n\n{self.to_markdown()}"}
         texts |= {folder / "tables" / f"{t.name}.csv": t.to_csv() for t in self.tables if t.rows}
         for path, text in texts.items():
             with replacing(path) as temporary:
@@ -135,17 +158,21 @@ def _label(run: str, stage: str) -> str:
     return run if run == stage else f"{run}: {stage}"
 
 
-def make(paths: Sequence[Path | str], *, base: Path | str | None = None) -> Report:
+def make(paths: Sequence[Path | str | FinishedRun], *, base: Path | str | FinishedRun | None = None) -> Report:
     """Read the runs and make all tables.
 
     Args:
+        paths: folders of runs, or runs that have been read.
         base: a run whose stage `base` all others are divided by; None for each run's own.
 
     Raises:
         UserError: for a folder that is no finished run.
     """
-    runs = read_runs(paths)
-    return of_runs(runs, bases=None if base is None else dict.fromkeys((run.path for run in runs), read_run(base)))
+    runs = named_by_difference(read_runs(paths))
+    if base is None:
+        return of_runs(runs)
+    divisor = base if isinstance(base, FinishedRun) else read_run(base)
+    return of_runs(runs, bases=dict.fromkeys((run.path for run in runs), divisor))
 
 
 def of_runs(

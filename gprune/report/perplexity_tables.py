@@ -18,11 +18,12 @@ from scipy.stats import t as student
 
 from gprune.corpora.load import corpus_labels
 from gprune.errors import UserError
-from gprune.evaluation.intervals import mean_perplexity, paired_gap
+from gprune.evaluation.estimate import Estimate
 from gprune.report.grouping import Group
-from gprune.report.records import Stage, by_stage, distance, records_of, unseen_ratio
-from gprune.report.table import Cell, Estimate, Table
-from gprune.runs.results import FinishedRun, row_name
+from gprune.report.records import SAME_RECOVERY, UNRECOVERED
+from gprune.report.table import Cell, Table
+from gprune.runs.numbers import DENSE, Record, Stage, by_stage, distance, estimates, records_of, row_name, unseen_ratio
+from gprune.runs.results import FinishedRun
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
@@ -60,11 +61,11 @@ def ratio_to(
 def summary_table(
     groups: Sequence[Group], bases: Mapping[Path, FinishedRun] | None = None, *, seen: Sequence[str] | None = None
 ) -> Table:
-    """A row per group and stage: geometric means over seen and unseen corpora, gap, unseen over dense and over base.
+    """A row per group and stage: geometric means over seen and unseen corpora, gap, unseen over dense and over `base`.
 
     Args:
-        bases: by path of a run, the run whose stage `base` is the divisor; a run that is missing has no ratio. None:
-            each run's own `base`, with the same recovery.
+        bases: by path of a run, the run whose stage `base`, without recovery, is the divisor; a run that is missing
+            has no ratio. None: each run's own `base`, with the recovery of the row. The column's name says which.
         seen: the corpora that count as seen in every row, for the note, since the runs' records say it already; None:
             each run's own.
     """
@@ -78,12 +79,13 @@ def summary_table(
     base = (
         f"the stage `base` of {', '.join(by_name)}" if by_name else "the run that rows are divided by is not there yet"
     )
+    ratio = SAME_RECOVERY if bases is None else UNRECOVERED
     return Table(
         "summary",
         "Geometric means, gap and ratios",
-        ["run", "stage", "seeds", "seen", "unseen", "gap", "unseen / dense", "unseen / base"],
+        ["run", "stage", "seeds", "seen", "unseen", "gap", "unseen / dense", ratio],
         _rows(groups, lambda run, stage: _numbers(run, stage, bases)),
-        {"gap": 3, "unseen / dense": 3, "unseen / base": 3},
+        {"gap": 3, "unseen / dense": 3, ratio: 3},
         "Perplexity, lower is better. In brackets 95 % intervals: Student's t over windows (paired, for ratios) of "
         "a single run; over seeds, which have the same windows, where there are several. gap: (unseen pruned "
         "/ dense) / (seen pruned / dense). " + _division(seen) + ("" if bases is None else f" base: {base}."),
@@ -148,17 +150,17 @@ def _division(seen: Sequence[str] | None) -> str:
 
 
 def _numbers(run: FinishedRun, stage: Stage, bases: Mapping[Path, FinishedRun] | None) -> list[Estimate | None]:
-    """seen, unseen, gap, unseen / dense, unseen / base of one run; means and gap with intervals over windows."""
-    other, recovery = (run, stage[1]) if bases is None else (bases.get(run.path), "none")
-    predicted, seen = run.records[0]["seq_len"] - 1, {r["corpus"]: r["seen"] for r in run.records}
-    nll = by_stage(run.records, "window_nll")
-    parts = [{c: values for c, values in nll[stage].items() if seen[c] == kind} for kind in (True, False)]
-    means = [Estimate(*mean_perplexity(part, predicted)) if part else None for part in parts]
-    if stage[0] == "dense":
-        return [*means, None, None, None]
-    gap = Estimate(*paired_gap(nll[stage], nll["dense", "none"], seen, predicted)) if all(parts) else None
-    over_base = None if other is None else ratio_to(run, stage, other, ("base", recovery))
-    return [*means, gap, ratio_to(run, stage, run, ("dense", "none")), over_base]
+    """seen, unseen, gap, unseen / dense and the ratio to base of one run; means and gap with intervals over windows."""
+    found = estimates(run.records, stage, base_of(run, bases))
+    names = ("seen", "unseen", "gap", "unseen_over_dense")
+    ratio = "unseen_over_base_same_recovery" if bases is None else "unseen_over_unrecovered_base"
+    return [*(found[name] for name in names), None if stage == DENSE else found[ratio]]
+
+
+def base_of(run: FinishedRun, bases: Mapping[Path, FinishedRun] | None) -> Sequence[Record] | None:
+    """Records of the run whose `base` is the divisor: the run's own by default, None where the run has no divisor."""
+    other = run if bases is None else bases.get(run.path)
+    return run.records if other is not None and other.path.resolve() == run.path.resolve() else other and other.records
 
 
 def _rows(

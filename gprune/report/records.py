@@ -1,31 +1,17 @@
-"""Records of one run, as in `metrics.json`: by stage, divided by the base metric, and as the table of the run."""
+"""Tables of one run: its result, from the records of `metrics.json`, and the cost of its steps."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from gprune.corpora.load import corpus_labels
-from gprune.evaluation.intervals import generalisation_gap, geometric_mean, mean_per_token, paired_ratio
-from gprune.report.table import Cell, Estimate, Table
-from gprune.runs.results import Record, key_part, row_name
+from gprune.evaluation.estimate import Estimate
+from gprune.report.table import Cell, Table
+from gprune.runs.numbers import Record, by_stage, means_and_gaps, row_name, unseen_ratios
 
-Stage = tuple[str, str]  # stage, recovery
-
-
-def by_stage(records: Sequence[Record], number: str = "perplexity") -> dict[Stage, dict[str, Any]]:
-    """(stage, recovery) -> corpus -> what the record has as `number`, in the order of the records."""
-    table: dict[Stage, dict[str, Any]] = {}
-    for r in records:
-        table.setdefault((r["stage"], r["recovery"]), {})[r["corpus"]] = r[number]
-    return table
-
-
-def records_of(records: Sequence[Record], stage: Stage, *, seen: bool | None = None) -> dict[str, Record]:
-    """By corpus, the records of a stage; of seen or unseen corpora only, unless `seen` is None."""
-    own = [r for r in records if (r["stage"], r["recovery"]) == stage]
-    return {r["corpus"]: r for r in own if seen is None or r["seen"] == seen}
+# The two ratios to the base metric, as tables name them. They differ only for rows that were recovered.
+SAME_RECOVERY = "unseen / base, same recovery"
+UNRECOVERED = "unseen / unrecovered base"
 
 
 def caption(records: Sequence[Record]) -> str:
@@ -40,90 +26,6 @@ def caption(records: Sequence[Record]) -> str:
         f"{text['model']}\n{removed} % of {of}{text['scope']} removed by {text['importance']}\n"
         f"{text['split']} text, windows of {text['seq_len']} tokens, {text['dtype']}"
     )
-
-
-def means_and_gaps(records: Sequence[Record]) -> dict[Stage, dict[str, float]]:
-    """(stage, recovery) -> geometric means over `seen` and `unseen` corpora, the generalisation `gap`, and means over
-    unseen corpora of how far a row is from dense: `unseen_kl` in nats per token, `unseen_agreement`.
-
-    NaN is what is undefined: means over no corpora, the gap of the dense model to itself, and what was not measured.
-    """
-    table, seen = by_stage(records), {r["corpus"]: r["seen"] for r in records}
-    dense = table[("dense", "none")]
-    return {
-        (stage, recovery): {
-            "seen": geometric_mean(v for c, v in values.items() if seen[c]),
-            "unseen": geometric_mean(v for c, v in values.items() if not seen[c]),
-            "gap": float("nan") if stage == "dense" else generalisation_gap(values, dense, seen),
-            **{f"unseen_{n}": e.value if e else math.nan for n, e in distance(records, (stage, recovery)).items()},
-        }
-        for (stage, recovery), values in table.items()
-    }
-
-
-def distance(records: Sequence[Record], stage: Stage) -> dict[str, Estimate | None]:
-    """How far from dense a stage is on unseen text, `kl` and `agreement`; None without text, or in old records."""
-    own = records_of(records, stage, seen=False)
-    if not own or any(r.get("kl") is None for r in own.values()):
-        return {"kl": None, "agreement": None}
-    sums = {name: {c: r[f"window_{name}"] for c, r in own.items()} for name in ("kl", "agreement")}
-    return {name: Estimate(*mean_per_token(of, records[0]["seq_len"] - 1)) for name, of in sums.items()}
-
-
-def unseen_ratio(
-    records: Sequence[Record], stage: Stage, others: Sequence[Record], other: Stage, number: str = "nll"
-) -> Estimate | None:
-    """Perplexity of `stage` over that of `other` in `others`, as geometric means over text that neither has seen.
-
-    The 95 % interval is paired over windows. None without such text or `number`, and where windows are not the same.
-
-    Args:
-        number: nll; or kl, for the ratio of exp(KL(dense || row)).
-    """
-    there = records_of(others, other)
-    here = {c: r for c, r in records_of(records, stage, seen=False).items() if c not in there or not there[c]["seen"]}
-    if not here or any(c not in there or there[c]["content_hash"] != r["content_hash"] for c, r in here.items()):
-        return None
-    sums = [{c: own[c].get(f"window_{number}") for c in here} for own in (here, there)]
-    if any(None in of.values() for of in sums):
-        return None
-    return Estimate(*paired_ratio(*sums, records[0]["seq_len"] - 1))
-
-
-def unseen_ratios(records: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """`unseen_ratio` of each pruned row to `base` with the same recovery: {row: {ratio, low, high}}."""
-    ratios = {}
-    for stage, recovery in by_stage(records):
-        ratio = unseen_ratio(records, (stage, recovery), records, ("base", recovery))
-        if stage not in ("dense", "base") and ratio is not None:
-            ratios[row_name(stage, recovery)] = {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
-    return ratios
-
-
-def run_numbers(
-    records: Sequence[Record], summary: Mapping[str, Any], steps: Mapping[str, Mapping[str, float]], final: Stage
-) -> dict[str, float]:
-    """What trackers sort runs by, under keys that do not depend on settings, but for the names of rows and corpora.
-
-    `final/...` is the run's own row: `unseen`, `seen`, `gap`, `unseen_kl`, `unseen_agreement`, `unseen_over_base`, and
-    `perplexity/<corpus>`, `kl/<corpus>`, `agreement/<corpus>`, those that are defined; `rows/<row>/...` the same of
-    every row. `parameters_after` and other numbers are those of the summary, `steps/<step>/...` seconds, tokens and
-    peak memory in MiB.
-    """
-    means, ratios, flat = means_and_gaps(records), unseen_ratios(records), {}
-    labels = corpus_labels(r["corpus"] for r in records)
-    for row in means:
-        name = row_name(*row)
-        numbers = dict(means[row])
-        for corpus, r in records_of(records, row).items():
-            of_corpus = {name: r.get(name) for name in ("perplexity", "kl", "agreement")}
-            numbers |= {f"{name}/{key_part(labels[corpus])}": v for name, v in of_corpus.items() if v is not None}
-        if name in ratios:
-            numbers["unseen_over_base"] = ratios[name]["ratio"]
-        for prefix in (f"rows/{key_part(name)}", "final")[: 1 + (row == final)]:
-            flat |= {f"{prefix}/{key}": value for key, value in numbers.items() if math.isfinite(value)}
-    flat |= {name: value for name, value in summary.items() if isinstance(value, int | float)}
-    return flat | {f"steps/{step}/{name}": value for step, costs in steps.items() for name, value in costs.items()}
 
 
 def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = None) -> Table:
@@ -142,13 +44,13 @@ def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = N
         ratio = Estimate(*ratios[name].values()) if name in ratios else None
         return [name, *numbers[:-2], ratio, *numbers[-2:]][: len(columns)]
 
-    columns = ["", *(labels[c] + ("*" if seen[c] else "") for c in corpora), "seen", "unseen", "gap", "unseen / base"]
+    columns = ["", *(labels[c] + ("*" if seen[c] else "") for c in corpora), "seen", "unseen", "gap", SAME_RECOVERY]
     note = "* seen: the corpus, in other documents, was used by the run. Perplexity, lower is better."
     if any(of_row["unseen_kl"] == of_row["unseen_kl"] for of_row in means.values()):
         columns += ["KL", "agreement"]
         note += " KL(dense || row) in nats per token, and how often both have the same most likely token: unseen text."
     rows = [row(*key, values) for key, values in by_stage(records).items()]
-    digits = dict.fromkeys(("gap", "unseen / base", "KL", "agreement"), 3)
+    digits = dict.fromkeys(("gap", SAME_RECOVERY, "KL", "agreement"), 3)
     return Table("result", "Perplexity by corpus", columns, rows, digits, note)
 
 

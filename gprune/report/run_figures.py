@@ -14,10 +14,10 @@ from gprune.corpora.load import corpus_labels
 from gprune.evaluation.intervals import paired_ratio
 from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
-from gprune.report.records import by_stage, caption
+from gprune.report.records import caption
 from gprune.report.style import COLOURS, LETTER, MARKERS, OTHER, canvas, distances, plain_ticks, save, style, titled
 from gprune.report.table import Estimate
-from gprune.runs.results import Record, row_name
+from gprune.runs.numbers import Record, by_stage, row_name
 
 
 @style()

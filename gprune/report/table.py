@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -18,16 +18,9 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from gprune.errors import one_line, printable
+from gprune.evaluation.estimate import Estimate
 
 TableName = Literal["comparison", "distance", "evaluation", "perplexity", "settings", "summary"]  # of a report
-
-
-class Estimate(NamedTuple):
-    """A number with its 95 % interval, if it has one."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 # What Markdown does not take as text: a `*` at the end of a name, `_` inside it and most brackets it does.

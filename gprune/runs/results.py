@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,8 +24,9 @@ from gprune.errors import UnregisteredError, UserError, first_line
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
-from gprune.runs import schema
+from gprune.runs import frames, schema
 from gprune.runs.folder import RunFolder, differences
+from gprune.runs.numbers import Record, row_name
 from gprune.sparsity.allocation import removed_in_words
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
 from gprune.storage.cache import cache_dir
@@ -33,7 +34,6 @@ from gprune.storage.files import file_hashes, inspected_json, key_of, read_tenso
 from gprune.storage.reading import expanded
 from gprune.storage.yaml_text import read_yaml
 
-Record = dict[str, Any]  # one number with its protocol, as in metrics.json
 STAGES = ("base", "averaged", "gprune")  # of the pruned model
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class FinishedRun:
     masks: Masks | None = None  # of the final stage; None where they were not read, or nobody kept them
     modules: Modules | None = None  # None for a base run as well
     evaluation: list[Record] = field(default_factory=list)  # of `gprune evaluate`; empty where nobody ran it
+    steps: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # seconds, tokens, memory of each step
+    environment: Mapping[str, Any] = field(default_factory=dict)  # versions and machine
     key: str | None = None  # what its files bear
 
     @property
@@ -79,16 +81,6 @@ class FinishedRun:
         return json.dumps([plain, text], sort_keys=True)
 
 
-def row_name(stage: str, recovery: str) -> str:
-    """What tables call a stage of a run: its name, and its recovery where it has one."""
-    return stage if recovery == "none" else f"{stage} + {recovery}"
-
-
-def key_part(name: str) -> str:
-    """A name as a part of a key: `gprune + least_squares+distill` is `gprune_least_squares_distill`."""
-    return re.sub(r"[^\w.-]+", "_", name)
-
-
 @dataclass(repr=False)
 class PruningResult:
     """Everything a run found. `model` is the pruned model, really smaller."""
@@ -105,19 +97,25 @@ class PruningResult:
     tokenizer: PreTrainedTokenizerBase | None
 
     def to_frame(self) -> pandas.DataFrame:
-        """A row per record, with `row`, the name that tables give it, in front."""
-        import pandas
+        """A line for each stage of the run, its own result last: all numbers, with the ends of 95 % intervals.
 
-        frame = pandas.DataFrame(self.records)
-        frame.insert(0, "row", [row_name(r["stage"], r["recovery"]) for r in self.records])
-        return frame
+        The columns are `frames.COLUMNS` and those of the corpora, the same as in `StudyResult.to_frame`, so the frames
+        of several runs can be concatenated. `unseen_over_unrecovered_base` divides by this run's own `base`.
+        """
+        settings, steps = self.config.settings(), RunFolder(self.path).manifest.get("steps", {})
+        of_run = {"row": self.path.name, "record": str(self.path / "metrics.json")}
+        made = frames.lines(self.records, settings, self.summary, steps, base=self.records)
+        return frames.frame([of_run | line for line in made])
 
     def table(self) -> pandas.DataFrame:
         """Perplexity by row of the run's table and corpus; corpora whose text the run has read are starred."""
-        frame = self.to_frame()
-        frame["corpus"] = [f"{r['corpus']}*" if r["seen"] else r["corpus"] for r in self.records]
-        table = frame.pivot(index="row", columns="corpus", values="perplexity")
-        order = [list(dict.fromkeys(frame[name])) for name in ("row", "corpus")]
+        import pandas
+
+        numbers = pandas.DataFrame(self.records)
+        numbers["row"] = [row_name(r["stage"], r["recovery"]) for r in self.records]
+        numbers["corpus"] = [f"{r['corpus']}*" if r["seen"] else r["corpus"] for r in self.records]
+        table = numbers.pivot(index="row", columns="corpus", values="perplexity")
+        order = [list(dict.fromkeys(numbers[name])) for name in ("row", "corpus")]
         return table.loc[order[0], order[1]].rename_axis(index=None, columns=None)
 
     def __repr__(self) -> str:
@@ -153,7 +151,10 @@ def finished(path: Path | str) -> FinishedRun:
     if why or metrics.get("summary") is None:
         why = f"metrics.json: {why or 'no summary yet'}"
         raise UserError(f"The run '{path}' is not finished; run the same command again ({why}).")
-    return FinishedRun(place, place.resolve().name, settings, metrics["records"], metrics["summary"], key=key)
+    return FinishedRun(
+        place, place.resolve().name, settings, metrics["records"], metrics["summary"], steps=manifest["steps"],
+        environment=manifest.get("environment") or {}, key=key,
+    )  # fmt: skip
 
 
 def read_run(path: Path | str) -> FinishedRun:
@@ -285,4 +286,10 @@ def _exported(run: FinishedRun) -> tuple[PreTrainedModel | None, PreTrainedToken
     try:
         return load_weights(place, dtype="auto", **no_code), AutoTokenizer.from_pretrained(place, **no_code)
     except Exception as error:  # safetensors, tokenizers and transformers each raise their own
+        imports = [str(name) for name in run.environment.get("imports") or ()]
+        if unknown := [name for name in imports if Path(name).stem not in sys.modules and name not in sys.modules]:
+            raise UserError(
+                f"{place} cannot be loaded: the run imported {', '.join(unknown)}, which may register its model's "
+                f"family. Import it first: --import {unknown[0]}, or in Python import it and call gprune.register()."
+            ) from error
         raise UserError(f"{place} cannot be loaded: {first_line(error)} Run the same command again.") from error

@@ -142,7 +142,7 @@ class Summary(Shape):
     parameters_after: Count
     forward_tokens: Count
     forward_backward_tokens: Count
-    unseen_over_base: dict[Text, Ratio] | None = None
+    unseen_over_base_same_recovery: dict[Text, Ratio] | None = None
     speed_table: SpeedTable | None = None
 
 

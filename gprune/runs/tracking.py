@@ -23,7 +23,7 @@ from gprune.config import LoggingConfig, RunConfig, flat
 from gprune.config.running import ClassPath
 from gprune.errors import UserError, dispensable, first_line
 from gprune.runs.folder import RunFolder
-from gprune.runs.results import key_part
+from gprune.runs.numbers import key_part
 from gprune.runs.user_callbacks import class_of, made
 from gprune.storage.files import key_of
 

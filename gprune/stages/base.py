@@ -15,7 +15,7 @@ from gprune.errors import UserError
 from gprune.evaluation.intervals import geometric_mean
 from gprune.evaluation.perplexity import WindowPerplexity, window_losses
 from gprune.models.copies import sharded_copy
-from gprune.runs.results import key_part
+from gprune.runs.numbers import key_part
 
 
 class FrozenLMStage(L.LightningModule):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,13 @@ def cache_dir() -> Path:
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError unless a folder, or the first one above it that exists, can be written; nothing stays there."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with disk_errors(folder), tempfile.TemporaryDirectory(prefix=".gprune-", dir=place):
+        pass
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import base64
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from gprune.config import RunConfig, flat, migrated
 from gprune.errors import UserError
 from gprune.models.masks import Masks
 from gprune.runs import schema
-from gprune.runs.results import FinishedRun, Record
+from gprune.runs.numbers import Record
+from gprune.runs.results import FinishedRun
 from gprune.storage.files import key_of, read_json, write_json
 from gprune.studies.listing import Row
 
@@ -98,8 +100,22 @@ def of_tasks(row: Row, record: dict[str, Any]) -> list[Record]:
     return dense["records"] + record["evaluation"]
 
 
+def run_of(path: Path, record: dict[str, Any]) -> FinishedRun:
+    """A record as reports read runs, under its own name."""
+    return FinishedRun(
+        path=path,
+        name=record["name"],
+        settings=record["settings"] | {"inputs": record["inputs"]},
+        records=record["records"],
+        summary=record["summary"],
+        masks=None if record["masks"] is None else unpacked(record["masks"]),
+        steps=record["steps"],
+        environment=record.get("environment") or {},
+    )
+
+
 def as_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> FinishedRun:
-    """A record as reports read runs.
+    """`run_of` a row's record, with the row's name, its tasks and, for a control, the stage `control`.
 
     Raises:
         UserError: for a record that has seen what the list calls unseen.
@@ -114,15 +130,8 @@ def as_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> Fini
             f"Row '{row.name}': expected text that the list calls unseen, got {extra[0]}, which the run used, or "
             f"which shares text with what it used; add it to `seen` ({', '.join(seen)})."
         )
-    return FinishedRun(
-        path=stored(row)[0],
-        name=row.name,
-        settings=record["settings"] | {"inputs": record["inputs"]},
-        records=records,
-        summary=record["summary"],
-        masks=None if record["masks"] is None else unpacked(record["masks"]),
-        evaluation=[r | {"run": row.name} for r in evaluation],
-    )
+    evaluation = [r | {"run": row.name} for r in evaluation]
+    return replace(run_of(stored(row)[0], record), name=row.name, records=records, evaluation=evaluation)
 
 
 def learned_tokens(steps: Mapping[str, Mapping[str, float]]) -> int:

@@ -30,7 +30,9 @@ from gprune.storage.cache import disk_errors
 from gprune.storage.files import read_json, scratch_folder, write_json
 from gprune.studies.archive import dense_path, learned_tokens, packed, record_of, stored, write
 from gprune.studies.listing import Listing, Row, asked_of, parts_of
-from gprune.studies.tables import reported, tables_of
+from gprune.studies.output import notes_of, title_of
+from gprune.studies.output import write as write_output
+from gprune.studies.result import StudyResult, chosen, of_listing
 from gprune.studies.tracking import beside_records, log, named
 
 
@@ -38,15 +40,12 @@ def work(options: Namespace) -> None:
     """Run, then print; options as the command line of `gprune study` gives them."""
     for path in options.lists:
         listing = Listing.read(path, seeds=options.seeds, flags=options.flags, records=options.records)
-        names = dict.fromkeys(row.name for row in listing.rows)
-        if unknown := [name for name in options.only or () if name not in names]:
-            raise UserError(f"--only: expected rows of {path} ({', '.join(names)}), got '{unknown[0]}'.")
-        chosen = parts_of([row for row in listing.rows if row.name in (options.only or names)], options.part)
-        pending = [row for row in chosen if record_of(row) is None]
-        if pending and not options.table:
+        rows = parts_of(chosen(listing, options.only), options.part)
+        pending = [row for row in rows if record_of(row) is None]
+        if pending and not (options.table or options.files):
             run_all(pending)
         if process_index() == 0:  # of processes that Lightning has started with the same command
-            finish(listing, chosen, options)
+            finish(of_listing(listing, rows), options)
 
 
 def run_all(pending: Sequence[Row]) -> None:
@@ -107,7 +106,8 @@ def run(row: Row) -> tuple[Path, dict[str, Any]]:
     if process_index() != 0:
         return result.path, {}
     manifest = RunFolder(result.path).manifest
-    summary = {k: v for k, v in result.summary.items() if k not in ("geometric_means", "unseen_over_base")}
+    derived = ("geometric_means", "unseen_over_base_same_recovery")  # computed from the records again
+    summary = {k: v for k, v in result.summary.items() if k not in derived}
     record = {
         "name": row.name,
         "settings": cfg.settings(),
@@ -124,17 +124,23 @@ def run(row: Row) -> tuple[Path, dict[str, Any]]:
     return result.path, record
 
 
-def finish(listing: Listing, chosen: Sequence[Row], options: Namespace) -> None:
-    """Print and draw what a list's rows have given."""
-    wanted = [row for row in listing.rows if row in chosen or row.name == listing.content.reference]
-    done = [(row, record) for row in wanted if (record := record_of(row)) is not None]
+def finish(study: StudyResult, options: Namespace) -> None:
+    """Print, write and draw what a list's rows have given."""
+    listing, done = study.listing, study.done
+    if options.files:
+        say(f"\n{study.files().shown()}\n")
     if not done:
+        if options.output:
+            raise UserError(f"--output {options.output}: expected a list with records; {listing.path} has none yet.")
         say(f"\n{listing.path}: no records yet.\n")
         return
-    report = reported(listing, done)
-    tables = tables_of(listing, report)
-    about = f"**{listing.content.about or listing.path.stem}**"
-    say("\n" + "\n\n".join([about, *(t.shown() for t in tables), *report.protocols()]) + "\n")
+    if options.files and not (options.table or options.output):
+        return
+    report, tables = study.report, study.tables
+    say("\n" + "\n\n".join([f"**{title_of(study)}**", *(t.shown() for t in tables), *notes_of(study)]) + "\n")
+    if options.output:
+        write_output(study, Path(options.output))
+        say(f"\nWrote {options.output}.\n")
     if options.costs:
         steps = {f"{row.name}, seed {row.seed}: {step}": used for row, r in done for step, used in r["steps"].items()}
         say("\n" + cost_table(steps).shown() + "\n")

@@ -11,9 +11,9 @@ from gprune.report import Report, of_runs
 from gprune.report.benchmark_table import against
 from gprune.report.grouping import as_small
 from gprune.report.perplexity_tables import pooled, ratio_to
-from gprune.report.records import by_stage
 from gprune.report.table import Estimate, Table
-from gprune.runs.results import FinishedRun, Record, row_name
+from gprune.runs.numbers import Record, by_stage, row_name
+from gprune.runs.results import FinishedRun
 from gprune.studies.archive import as_run, stored
 from gprune.studies.listing import Listing, Row
 
@@ -25,10 +25,10 @@ def reported(listing: Listing, done: Done) -> Report:
     content = listing.content
     runs = [as_run(row, kept, content.seen) for row, kept in done]
     _check_text(done)
-    return of_runs(runs, bases=_bases(content.reference, runs), seen=content.seen)
+    return of_runs(runs, bases=bases_of(content.reference, runs), seen=content.seen)
 
 
-def _bases(reference: str | None, runs: Sequence[FinishedRun]) -> dict[Path, FinishedRun] | None:
+def bases_of(reference: str | None, runs: Sequence[FinishedRun]) -> dict[Path, FinishedRun] | None:
     """By path of a run: the reference of its own seed, if that has as few parameters."""
     if reference is None:
         return None

@@ -17,8 +17,7 @@ from typing import Any
 from gprune.benchmarks.measurement import task_numbers
 from gprune.config import RunConfig
 from gprune.report import Report, Table
-from gprune.report.records import run_numbers
-from gprune.runs.results import key_part
+from gprune.runs.numbers import key_part, run_numbers
 from gprune.storage.files import key_of
 from gprune.studies.archive import of_tasks
 from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing, Row

@@ -124,7 +124,7 @@ def test_a_budget_as_an_agent_starts_it(tmp_path, monkeypatch):
     assert (told.about["run_id"], told.about["sweep_id"]) == ("given", "sweep")
     # The sweep's own entry stands beside ours, which are nested.
     assert told.config["sparsity.target"] == told.config["sparsity"]["target"] == point["sparsity.target"]
-    ratios = json.loads((run / "metrics.json").read_text())["summary"]["unseen_over_base"]
+    ratios = json.loads((run / "metrics.json").read_text())["summary"]["unseen_over_base_same_recovery"]
     for path in SWEEPS:
         metric = read(path)["metric"]
         assert metric["goal"] == "minimize"  # perplexity over that of the base metric

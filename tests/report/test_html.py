@@ -178,3 +178,19 @@ def test_a_click_sorts_a_table(browser, compared):
     page.keyboard.press("Enter")
     assert head.get_attribute("aria-sort") == "ascending"
     page.close()
+
+
+def test_tables_are_whole_on_a_screen_and_say_so_where_they_scroll_on_a_phone(browser, compared):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(compared.as_uri())
+    boxes = page.locator(".wide:has(table):visible")
+    wider = "all => all.map(box => box.scrollWidth > box.clientWidth + 1)"
+    assert not any(boxes.evaluate_all(wider))
+    ratio = page.locator("td small").first
+    assert ratio.inner_text().startswith("[")
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_function("document.querySelectorAll('.wide.more').length > 0")
+    hints = boxes.evaluate_all("all => all.map(box => getComputedStyle(box, '::before').content.includes('sideways'))")
+    assert hints == boxes.evaluate_all(wider)
+    assert any(hints)
+    page.close()

@@ -28,17 +28,19 @@ from gprune.corpora.load import corpus_labels
 from gprune.errors import UserError
 from gprune.evaluation.intervals import mean_per_token, paired_difference, paired_ratio
 from gprune.models.masks import Masks
+from gprune.report import html
 from gprune.report.benchmark_table import evaluation_table
-from gprune.report.command import default_output
 from gprune.report.comparison_figures import learning_figure, ratio_figure, sparsity_lines
 from gprune.report.curves import curve_figures
 from gprune.report.grouping import read_runs
 from gprune.report.model_card import model_card
-from gprune.report.records import result_table, unseen_ratios
+from gprune.report.records import result_table
 from gprune.report.run_figures import perplexity_figure
 from gprune.report.style import LINES
 from gprune.report.table import Estimate, Table
+from gprune.runs.numbers import run_numbers, unseen_ratios
 from gprune.storage.files import read_tensors, write_tensors
+from gprune.studies.report_command import default_output
 from tests import tiny_run
 from tests.tiny_run import isolated
 
@@ -141,17 +143,37 @@ def test_numbers_of_one_run_are_those_of_its_records(run):
         assert found["unseen / dense"].value == pytest.approx(unseen / dense_unseen, rel=1e-9)
         assert found["gap"].value == pytest.approx((unseen / dense_unseen) / (seen / dense_seen), rel=1e-9)
         base = geometric(records_of(run, "base", recovery, seen=False))
-        assert found["unseen / base"].value == pytest.approx(unseen / base, rel=1e-9)
+        assert found["unseen / base, same recovery"].value == pytest.approx(unseen / base, rel=1e-9)
         nll = (
             {r["corpus"]: r["window_nll"] for r in records_of(run, s, recovery, seen=False)} for s in ("gprune", "base")
         )
-        assert found["unseen / base"] == Estimate(*paired_ratio(*nll, 31))
+        assert found["unseen / base, same recovery"] == Estimate(*paired_ratio(*nll, 31))
         own = unseen_ratios(json.loads((run / "metrics.json").read_text())["records"])[stage]
-        assert tuple(own.values()) == found["unseen / base"]
-    assert row(table, "one", "base")["unseen / base"] is None
+        assert tuple(own.values()) == found["unseen / base, same recovery"]
+    assert row(table, "one", "base")["unseen / base, same recovery"] is None
     dense = table.rows[0]
     assert dense[0] == records_of(run, "dense")[0]["model"]
     assert dense[5:] == [None, None, None]
+
+
+def test_the_two_ratios_to_base_have_names_of_their_own(run):
+    """A recovered row over base as it is, and over base after the same recovery: tables, page and W&B's keys agree."""
+    base = {recovery: geometric(records_of(run, "base", recovery, seen=False)) for recovery in ("none", "bias")}
+    own = geometric(records_of(run, "gprune", "bias", seen=False))
+    expected = {"same": own / base["bias"], "unrecovered": own / base["none"]}
+    assert expected["same"] != pytest.approx(expected["unrecovered"], rel=1e-3)
+    same, unrecovered = (report.make([run], base=of).tables[0] for of in (None, run))
+    found = row(same, "one", "gprune + bias")["unseen / base, same recovery"]
+    assert found.value == pytest.approx(expected["same"], rel=1e-9)
+    found = row(unrecovered, "one", "gprune + bias")["unseen / unrecovered base"]
+    assert found.value == pytest.approx(expected["unrecovered"], rel=1e-9)
+    metrics = json.loads((run / "metrics.json").read_text())
+    numbers = run_numbers(metrics["records"], metrics["summary"], {}, ("gprune", "bias"))
+    assert numbers["final/unseen_over_base_same_recovery"] == pytest.approx(expected["same"], rel=1e-9)
+    assert numbers["final/unseen_over_unrecovered_base"] == pytest.approx(expected["unrecovered"], rel=1e-9)
+    page = html.page(report.make([run]))
+    for name, ratio in (("base, same recovery", "same"), ("unrecovered base", "unrecovered")):
+        assert f"<dt>unseen / {name}</dt><dd><strong>{expected[ratio]:.3f}</strong>" in page
 
 
 def test_the_distance_is_that_of_the_records_and_old_records_have_none(run):
@@ -165,7 +187,7 @@ def test_the_distance_is_that_of_the_records_and_old_records_have_none(run):
         assert found.low < found.value < found.high
     records = json.loads((run / "metrics.json").read_text())["records"]
     printed = result_table(records)
-    assert printed.columns[-3:] == ["unseen / base", "KL", "agreement"]
+    assert printed.columns[-3:] == ["unseen / base, same recovery", "KL", "agreement"]
     assert max(map(len, printed.to_terminal(80).splitlines())) <= 80
     for r in records:
         for name in ("kl", "window_kl", "agreement", "window_agreement"):
@@ -205,7 +227,7 @@ def test_seeds_become_mean_and_interval(run):
     np.testing.assert_allclose(found["unseen"], np.exp([logs.mean(), low, high]), rtol=1e-9)
     # base moves with gprune here, so the ratio does not vary
     ratio = unseen_ratios(json.loads((run / "metrics.json").read_text())["records"])["gprune"]["ratio"]
-    np.testing.assert_allclose(found["unseen / base"], [ratio] * 3, rtol=1e-9)
+    np.testing.assert_allclose(found["unseen / base, same recovery"], [ratio] * 3, rtol=1e-9)
     dense = made.tables[0].rows[0]
     assert (dense[1], dense[2]) == ("dense", None)
     assert dense[4].low < dense[4].value < dense[4].high  # the same windows for every seed: an interval over windows
@@ -282,6 +304,44 @@ def test_in_which_flags_runs_differ_stands_first(run):
     ]
 
 
+HASHED = "tiny-gprune-wanda_sp-0.5-"
+
+
+def test_runs_with_names_of_gprunes_are_named_by_what_differs(run):
+    """No hash in the title or in a row; a name that somebody chose stays."""
+    runs = [another(run, f"{HASHED}{i:08x}", seed=i % 2, setting=ridge) for i, ridge in enumerate((0.1, 0.1, 0.5))]
+    made = report.make(runs)
+    assert [group.name for group in made.groups] == ["ridge 0.1 (2 seeds)", "ridge 0.5"]
+    assert made.title == "ridge 0.1 (2 seeds), ridge 0.5"
+    assert HASHED not in made.to_markdown()
+    for run_of_two in runs[:2], [runs[0], another(runs[1], f"{HASHED}{9:08x}", seed=2)]:
+        (group,) = report.make(run_of_two).groups
+        assert group.name == f"{HASHED.removesuffix('-')} (2 seeds)"
+    assert [group.name for group in report.make([run, runs[2]]).groups] == ["one", "ridge 0.5"]
+    assert report.make(runs[:1]).groups[0].name == runs[0].name
+    copy = another(runs[0], f"{HASHED}{7:08x}")
+    assert len({group.name for group in report.make([runs[0], copy]).groups}) == 2
+
+
+def test_a_title_of_many_runs_says_in_which_flags_they_differ(run):
+    runs = [another(run, f"a name that takes some room {i}", setting=0.1 * i) for i in range(1, 5)]
+    assert report.make(runs).title == "4 runs that differ in ridge"
+
+
+def test_rows_are_equal_whatever_the_order_of_seeds(run):
+    """Means over seeds add up in one order, so that the controls of two runs are one row."""
+    ones = [another(run, f"one-{s}", seed=s, shift=0.137 * s) for s in range(3)]
+    others = [another(run, f"other-{s}", seed=s, shift=0.137 * s, setting=0.5) for s in (2, 0, 1)]
+    table = report.make([*ones, *others]).tables[0]
+    stages = [cells[1] for cells in table.rows]
+    assert {stage: stages.count(stage) for stage in ("base", "averaged", "base + bias")} == dict.fromkeys(
+        ("base", "averaged", "base + bias"), 1
+    )
+    assert [cells[3:] for cells in table.rows] == [
+        cells[3:] for cells in report.make([*reversed(ones), *others]).tables[0].rows
+    ]
+
+
 def test_rows_that_are_equal_in_several_runs_stand_once(run):
     """What a run is about has a row of its own, and so has what differs in one number."""
     moved = another(run, "moved", setting=0.7, shift=0.1)
@@ -320,10 +380,10 @@ def test_learning_curves_of_several_runs_are_one_figure():
 
 def test_another_run_can_be_the_base(run):
     other = another(run, "other", setting=0.5, shift=0.3)
-    found = row(report.make([other], base=run).tables[0], "other", "gprune")["unseen / base"]
+    found = row(report.make([other], base=run).tables[0], "other", "gprune")["unseen / unrecovered base"]
     ratio = geometric(records_of(other, "gprune", seen=False)) / geometric(records_of(run, "base", seen=False))
     assert found.value == pytest.approx(ratio, rel=1e-9)
-    assert row(report.make([run], base=run).tables[0], "one", "base")["unseen / base"] is None
+    assert row(report.make([run], base=run).tables[0], "one", "base")["unseen / unrecovered base"] is None
     unseen = records_of(run, "base", seen=False)[0]["corpus"]
 
     def elsewhere(metrics):
@@ -332,7 +392,7 @@ def test_another_run_can_be_the_base(run):
                 r["content_hash"] = "other windows"
 
     edit(run / "metrics.json", elsewhere)
-    assert row(report.make([other], base=run).tables[0], "other", "gprune")["unseen / base"] is None
+    assert row(report.make([other], base=run).tables[0], "other", "gprune")["unseen / unrecovered base"] is None
 
 
 def test_pairs_are_compared_on_text_that_both_have_not_seen(run):
@@ -490,7 +550,7 @@ def test_every_axis_is_labelled(run):
     axes = {name: figure.axes[0] for name, figure in made.figures().items()}
     labels = {name: (one.get_xlabel(), one.get_ylabel()) for name, one in axes.items()}
     assert labels == {
-        "ratios": ("unseen perplexity / base, 95 % interval", ""),
+        "ratios": ("unseen perplexity / base, same recovery; 95 % interval", ""),
         "sparsity": ("block", "fraction of neurons removed"),
     }
     assert len(axes["sparsity"].lines) == 3
@@ -539,7 +599,7 @@ def test_a_report_of_several_runs_and_nothing_of_the_one_before_it(run, tmp_path
     report.make([run, other]).write(output, ("png",))
     (output / "tables" / "mine.csv").write_text("kept")
     assert written(output) >= {"tables/comparison.csv", "figures/sparsity.png"}
-    assert default_output([str(run), str(other)]) == run.parent / "report"
+    assert default_output([run, other]) == run.parent / "report"
     assert command("report", [str(other), "--base", str(run), "--output", str(output)]) == 0
     assert "the stage `base` of one" in capsys.readouterr().out
     names = ("ratios", "perplexity", "sparsity", "heterogeneity")

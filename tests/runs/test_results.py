@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import gprune
 from gprune.errors import UserError
 from gprune.report.grouping import groups, read_runs, settings_table
 from gprune.runs.folder import RunFolder
+from gprune.runs.frames import COLUMNS
 from gprune.storage.files import key_of, read_json, read_tensors, write_json, write_tensors
 from gprune.storage.yaml_text import read_yaml, to_yaml
 from tests import tiny_run
@@ -30,8 +33,7 @@ def test_a_result_shows_itself_in_ten_lines_and_as_tables(recovered):
     assert len(shown) <= 10
     assert str(recovered.path) in shown[0]
     assert "50.00% of ffn removed" in shown[1]
-    frame, table = recovered.to_frame(), recovered.table()
-    assert len(frame) == len(recovered.records)
+    table = recovered.table()
     assert list(table.index) == [
         "dense",
         "base",
@@ -43,6 +45,35 @@ def test_a_result_shows_itself_in_ten_lines_and_as_tables(recovered):
     assert first["seen"]
     assert table.loc["dense", f"{first['corpus']}*"] == first["perplexity"]
     assert recovered._repr_html_().count("<tr") == 1 + len(table)
+
+
+def test_the_frame_of_a_result_has_the_numbers_of_its_tables(recovered):
+    frame = recovered.to_frame()
+    assert list(frame["stage"] + "+" + frame["recovery"]) == list(
+        dict.fromkeys(f"{r['stage']}+{r['recovery']}" for r in recovered.records)
+    )
+    assert list(frame.columns[: len(COLUMNS)]) == COLUMNS
+    means = recovered.summary["geometric_means"]
+    own, dense = frame.iloc[-1], frame.iloc[0]
+    assert (own["stage"], own["recovery"], own["precision"]) == ("gprune", "bias", "32-true")
+    for name in ("seen", "unseen", "gap", "unseen_kl", "unseen_agreement"):
+        assert own[name] == pytest.approx(means["gprune + bias"][name], rel=1e-9)
+        assert own[f"{name}_low"] < own[name] < own[f"{name}_high"]
+    ratio = recovered.summary["unseen_over_base_same_recovery"]["gprune + bias"]
+    found = own[[f"unseen_over_base_same_recovery{end}" for end in ("", "_low", "_high")]]
+    assert found.to_list() == pytest.approx([ratio["ratio"], ratio["low"], ratio["high"]], rel=1e-9)
+    assert own["unseen_over_unrecovered_base"] == pytest.approx(
+        means["gprune + bias"]["unseen"] / means["base"]["unseen"], rel=1e-9
+    )
+    assert own["unseen_dense"] == dense["unseen"] == pytest.approx(means["dense"]["unseen"], rel=1e-9)
+    assert own["parameters_after"] == recovered.summary["parameters_after"]
+    assert own["seconds"] > 0
+    assert pd.isna(dense["parameters_after"])  # which is of the run's own result
+    assert pd.isna(dense["gap"])
+    for r in recovered.records:
+        (line,) = frame[(frame["stage"] == r["stage"]) & (frame["recovery"] == r["recovery"])].to_dict("records")
+        assert line[f"perplexity/{Path(r['corpus']).name}"] == r["perplexity"]
+    assert own["record"] == str(recovered.path / "metrics.json")
 
 
 def test_taking_a_run_up_removes_what_writers_left_and_nothing_of_the_users(recovered, tmp_path):

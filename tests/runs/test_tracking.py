@@ -100,11 +100,12 @@ def test_wandb_is_told_what_the_csv_says(told):
 def test_a_run_table_has_the_runs_numbers_under_keys_that_hold_still(told):
     run, summary = told.run, told.summary
     means = run.summary["geometric_means"]
-    ratio = run.summary["unseen_over_base"]["gprune"]["ratio"]
+    ratio = run.summary["unseen_over_base_same_recovery"]["gprune"]["ratio"]
     for kind in ("seen", "unseen", "gap", "unseen_kl", "unseen_agreement"):
         assert summary[f"final/{kind}"] == summary[f"rows/gprune/{kind}"] == means["gprune"][kind]
         assert summary[f"rows/averaged/{kind}"] == means["averaged"][kind]
-    assert summary["final/unseen_over_base"] == ratio
+    assert summary["final/unseen_over_base_same_recovery"] == ratio
+    assert summary["final/unseen_over_unrecovered_base"] == ratio  # nothing was recovered
     for record in run.records:
         row, corpus = f"rows/{record['stage']}", Path(record["corpus"]).name
         assert summary[f"{row}/perplexity/{corpus}"] == record["perplexity"]
@@ -144,7 +145,8 @@ def test_an_artifact_is_what_load_run_reads(told, tmp_path):
     masks, model = (made for made in told.artifacts if made["type"] in ("masks", "model"))
     assert [made["name"] for made in (masks, model)] == ["tiny-llama-masks", "tiny-llama-model"]
     about = json.loads(masks["metadata"])
-    assert (about["budget"], about["final/unseen_over_base"]) == (0.5, told.summary["final/unseen_over_base"])
+    key = "final/unseen_over_base_same_recovery"
+    assert (about["budget"], about[key]) == (0.5, told.summary[key])
     for made in (masks, model):
         for entry in made["manifest"]["contents"]:
             path = tmp_path / made["type"] / entry["path"]

@@ -45,7 +45,7 @@ def test_one_division_into_seen_and_unseen_for_all_rows(bench, first):
     nll = {row.name: {epsilon: unseen(record, stage)[epsilon]}
            for (row, record), stage in zip(done, ("base", "gprune", "gprune"), strict=True)}  # fmt: skip
     table = report.tables[0]
-    found = {tuple(row[:2]): row[table.columns.index("unseen / base")] for row in table.rows}
+    found = {tuple(row[:2]): row[table.columns.index("unseen / unrecovered base")] for row in table.rows}
     assert found["ours", "gprune"] == Estimate(*paired_ratio(nll["ours"], nll["plain"], 31))
     notes = [table.note for table in tables.tables_of(listing, report)]
     assert any("In every row alpha.txt, delta.txt count as seen" in note for note in notes)
@@ -76,7 +76,7 @@ def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
     assert compared == ["wifv: base / plain: base", 3, over_seeds(ratios), over_seeds(distances)]
     assert len(set(ratios)) == 3
     # each seed is divided by the reference's run of that seed alone
-    column = table.columns.index("unseen / base")
+    column = table.columns.index("unseen / unrecovered base")
     assert by_stage["wifv (3 seeds)", "base"][column] == over_seeds(ratios)
     assert by_stage["plain (3 seeds)", "base"][column] is None
     for missing, there in ((("plain", 2), False), (("wifv", 2), True)):
@@ -97,7 +97,7 @@ def test_costs_of_every_step_are_printed(bench, first, capsys, nothing_runs):
 
 def test_a_list_says_which_tables_it_wants(bench, first, capsys):
     out = bench(capsys, bench.write("wanted", {"plain": ROWS["plain"]}, tables=["perplexity"]))
-    assert "unseen / base" not in out
+    assert "unrecovered base" not in out
     assert "* seen: the corpus" in out
 
 

@@ -1,0 +1,18 @@
+"""What `--model.name` can be, checked without PyTorch, so that a wrong name is refused at once."""
+
+from __future__ import annotations
+
+from gprune.errors import UserError
+from gprune.storage.reading import expanded
+
+EMBEDDED = ("smollm2-135m", "gemma-3-270m", "tiny-random")  # the keys of `embedded.EMBEDDED_MODELS`
+
+
+def check_model_name(name: str) -> None:
+    """Raise UserError for a name that is no embedded model, no folder and no id of the hub."""
+    path = expanded(name)
+    if name in EMBEDDED or path.is_dir():
+        return
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        known = f"an embedded model ({', '.join(EMBEDDED)})"
+        raise UserError(f"--model.name: '{name}' is neither {known}, nor a model folder, nor a hub id 'owner/name'.")

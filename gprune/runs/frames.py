@@ -1,0 +1,104 @@
+"""Numbers of runs as a pandas DataFrame: a line for each stage of each run, with one stable set of columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gprune.corpora.load import corpus_labels
+from gprune.evaluation.estimate import Estimate
+from gprune.evaluation.intervals import mean_perplexity
+from gprune.runs.numbers import DENSE, Record, Stage, by_stage, estimates, key_part, records_of
+
+if TYPE_CHECKING:
+    import pandas
+
+ESTIMATES = (
+    "unseen", "seen", "gap", "unseen_over_dense", "unseen_over_unrecovered_base", "unseen_over_base_same_recovery",
+    "unseen_kl", "unseen_agreement",
+)  # fmt: skip
+WITH_INTERVALS = [column for name in ESTIMATES for column in (name, f"{name}_low", f"{name}_high")]
+SUMMARY = (
+    "sparsity_of_scope", "sparsity_of_model", "parameters_before", "parameters_after", "forward_tokens",
+    "forward_backward_tokens",
+)  # fmt: skip
+SPEEDS = ("asked", "predicted", "got")
+ABOUT = ("model", "dtype", "precision", "scope", "target", "importance", "allocation")
+# Columns of every frame. Columns of corpora, settings and tasks come behind them, and `record` is the last one.
+COLUMNS = [
+    "row", "seed", "stage", "recovery", *WITH_INTERVALS, "unseen_dense", "seen_dense", *SUMMARY, "seconds",
+    "peak_memory_mib", *(f"speed_{name}" for name in SPEEDS), *ABOUT, "seen_corpora",
+]  # fmt: skip
+Line = dict[str, Any]
+
+
+def lines(
+    records: Sequence[Record], settings: Mapping[str, Any], summary: Mapping[str, Any],
+    steps: Mapping[str, Mapping[str, float]], *, base: Sequence[Record] | None, labels: Mapping[str, str] | None = None,
+) -> list[Line]:  # fmt: skip
+    """A line for each stage of a run, its own result last. Numbers that are not defined are missing.
+
+    Sizes, tokens, seconds and speed are those of the run's own result, so other stages have none.
+
+    Args:
+        records: as in `metrics.json`; `settings` and `summary` as in `FinishedRun`, `steps` as in the manifest.
+        base: as for `numbers.estimates`.
+        labels: what corpora are called in columns; by default their `corpus_labels`.
+    """
+    stages = list(by_stage(records))
+    labels = labels or corpus_labels(r["corpus"] for r in records)
+    made = [_of_stage(records, stage, settings, base, labels) for stage in stages]
+    made[-1] |= {name: summary[name] for name in SUMMARY}
+    made[-1] |= {f"speed_{name}": summary["speed"][name] for name in SPEEDS if "speed" in summary}
+    made[-1]["seconds"] = sum(step.get("seconds", 0) for step in steps.values()) if steps else math.nan
+    made[-1]["peak_memory_mib"] = max((step.get("peak_memory_mib", 0) for step in steps.values()), default=math.nan)
+    return made
+
+
+def frame(lines: Sequence[Line]) -> pandas.DataFrame:
+    """The lines under `COLUMNS` and whatever other columns a line has: empty where a line does not have one."""
+    import pandas
+
+    more = dict.fromkeys(name for line in lines for name in line if name not in COLUMNS and name != "record")
+    return pandas.DataFrame(lines, columns=[*COLUMNS, *more, "record"])
+
+
+def _of_stage(
+    records: Sequence[Record], stage: Stage, settings: Mapping[str, Any], base: Sequence[Record] | None,
+    labels: Mapping[str, str],
+) -> Line:  # fmt: skip
+    own = records_of(records, stage)
+    first = next(iter(own.values()))
+    dense = estimates(records, DENSE, None)
+    pruned = stage != DENSE
+    line = {"seed": settings["run"]["seed"], "stage": stage[0], "recovery": stage[1]}
+    for name, estimate in estimates(records, stage, base).items():
+        line |= _columns(name, estimate)
+    line |= {f"{name}_dense": dense[name].value for name in ("unseen", "seen") if dense[name] is not None}
+    line |= {
+        "model": first["model"],
+        "dtype": first["dtype"],
+        "precision": settings["trainer"]["precision"],
+        "scope": settings["sparsity"]["scope"] if pruned else None,
+        "target": settings["sparsity"]["target"] if pruned else None,
+        "importance": first.get("importance"),
+        "allocation": first.get("allocation"),
+        "seen_corpora": ", ".join(labels[corpus] for corpus, r in own.items() if r["seen"]),
+    }
+    return line | dict(_of_corpora(own, labels))
+
+
+def _of_corpora(own: Mapping[str, Record], labels: Mapping[str, str]) -> Iterator[tuple[str, float]]:
+    for corpus, r in own.items():
+        label = key_part(labels[corpus])
+        interval = Estimate(*mean_perplexity({corpus: r["window_nll"]}, r["seq_len"] - 1))
+        yield from _columns(f"perplexity/{label}", interval._replace(value=r["perplexity"])).items()
+        yield from ((f"{name}/{label}", r[name]) for name in ("kl", "agreement") if r.get(name) is not None)
+
+
+def _columns(name: str, estimate: Estimate | None) -> dict[str, float]:
+    """The number, and behind it the ends of its interval."""
+    if estimate is None:
+        return {}
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

@@ -1,0 +1,91 @@
+"""The results of a list as a file: lines for programs (.csv, .json), or tables for people (.md, .tex, .html)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+
+from gprune.report.table import Table, in_markdown
+from gprune.storage.files import replacing
+from gprune.studies.result import StudyResult
+
+LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)  # fmt: skip
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>{title}</title></head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
+
+
+def write(study: StudyResult, path: Path) -> None:
+    """Write the file, whole or not at all, in the format that its suffix names."""
+    text = WRITERS[path.suffix.lower()](study)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def title_of(study: StudyResult) -> str:
+    """What the list is about, in its own words."""
+    return study.listing.content.about or study.listing.path.stem
+
+
+def notes_of(study: StudyResult) -> list[str]:
+    """What is said below the tables: the protocols, and which rows have no record."""
+    return [*study.report.protocols(), *filter(None, [study.missing_in_words])]
+
+
+def _csv(study: StudyResult) -> str:
+    return study.to_frame().to_csv(index=False, lineterminator="\n")
+
+
+def _json(study: StudyResult) -> str:
+    return study.to_frame().to_json(orient="records", indent=1, double_precision=15, force_ascii=False) + "\n"
+
+
+def _markdown(study: StudyResult) -> str:
+    tables = (f"## {table.title}\n\n{table.to_text()}" for table in study.tables)
+    return "\n\n".join([f"# {in_markdown(title_of(study))}", *tables, *map(in_markdown, notes_of(study))]) + "\n"
+
+
+def _latex(study: StudyResult) -> str:
+    """A table environment each; of the package booktabs."""
+
+    def of(table: Table) -> str:
+        frame = _texts(table)
+        caption = " ".join(filter(None, [f"{table.title}.", table.note])).translate(LATEX)
+        return frame.to_latex(
+            index=False, escape=True, caption=caption, label=f"tab:{study.listing.path.stem}-{table.name}",
+            column_format="l" + "r" * (len(frame.columns) - 1),
+        )  # fmt: skip
+
+    notes = (f"% {note}\n" for note in (title_of(study), *notes_of(study)))
+    return "".join(" ".join(note.splitlines()) + "\n" for note in notes) + "\n" + "\n".join(map(of, study.tables))
+
+
+def _html(study: StudyResult) -> str:
+    def of(table: Table) -> str:
+        note = f"<p>{escape(table.note)}</p>\n" if table.note else ""
+        return f"<h2>{escape(table.title)}</h2>\n{_texts(table).to_html(index=False, border=0)}\n{note}"
+
+    body = [*map(of, study.tables), *(f"<p>{escape(note)}</p>" for note in notes_of(study))]
+    return PAGE.format(title=escape(title_of(study)), body="\n".join(body))
+
+
+def _texts(table: Table):
+    """The cells as people read them."""
+    import pandas
+
+    return pandas.DataFrame(table.texts(), columns=table.columns)
+
+
+WRITERS: dict[str, Callable[[StudyResult], str]] = {
+    ".csv": _csv, ".json": _json, ".md": _markdown, ".tex": _latex, ".html": _html,
+}  # fmt: skip

@@ -1,0 +1,170 @@
+"""What the records of a list hold: `gprune.load_study("mine.yaml").to_frame()`, and the tables of `gprune study`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gprune.benchmarks.measurement import task_numbers
+from gprune.config import flat
+from gprune.corpora.load import corpus_labels
+from gprune.errors import UserError
+from gprune.report import Report, Table
+from gprune.report.grouping import in_words
+from gprune.report.perplexity_tables import base_of
+from gprune.runs import frames
+from gprune.runs.results import FinishedRun
+from gprune.studies.archive import of_tasks, record_of, stored
+from gprune.studies.listing import Listing, Row
+from gprune.studies.tables import bases_of, reported, tables_of
+
+if TYPE_CHECKING:
+    import pandas
+
+log = logging.getLogger("gprune")
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """Rows of a list, with the records of those that have run.
+
+    Attributes:
+        listing: the list as it was read.
+        rows: the chosen rows, one for each name and seed.
+        done: those that have a record, with the record.
+    """
+
+    listing: Listing
+    rows: list[Row]
+    done: list[tuple[Row, dict[str, Any]]]
+
+    @property
+    def missing(self) -> list[Row]:
+        """Rows without a record, or whose record lacks the tasks or the masks that the list asks for."""
+        there = {(row.name, row.seed) for row, _ in self.done}
+        return [row for row in self.rows if (row.name, row.seed) not in there]
+
+    @property
+    def missing_in_words(self) -> str:
+        """One line that names the rows and seeds without a record; empty if there is none."""
+        if not (missing := self.missing):
+            return ""
+        seeds: dict[str, list[int]] = {}
+        for row in missing:
+            seeds.setdefault(row.name, []).append(row.seed)
+        named = (f"{name} (seed{'s' * (len(of) > 1)} {', '.join(map(str, of))})" for name, of in seeds.items())
+        return f"Without a record, so left out: {len(missing)} of {len(self.rows)} rows and seeds: {'; '.join(named)}."
+
+    @cached_property
+    def report(self) -> Report:
+        """Tables and figures of the rows that have a record; seeds of a row are one."""
+        return reported(self.listing, self.done)
+
+    @property
+    def runs(self) -> list[FinishedRun]:
+        """The rows that have a record as reports read runs, in the order of the list."""
+        by_name = {(run.name, run.seed): run for group in self.report.groups for run in group.runs}
+        return [by_name[row.name, row.seed] for row, _ in self.done]
+
+    @cached_property
+    def tables(self) -> list[Table]:
+        """The tables that the list asks for and that have rows."""
+        return tables_of(self.listing, self.report)
+
+    def files(self) -> Table:
+        """For each row and seed the precision in which it was trained, and the file of its record."""
+        found = {(row.name, row.seed): stored(row)[0] for row, _ in self.done}
+        records = {(row.name, row.seed): record for row, record in self.done}
+        cells = [
+            [
+                row.name, row.seed, row.config.model.dtype, row.config.trainer.precision,
+                str(found.get((row.name, row.seed), "none")),
+                (records.get((row.name, row.seed), {}).get("environment") or {}).get("git_revision"),
+            ]
+            for row in self.rows
+        ]  # fmt: skip
+        columns = ["row", "seed", "weights", "precision of training", "record", "commit"]
+        return Table("files", "Records", columns, cells)
+
+    def to_frame(self, *, stages: bool = False) -> pandas.DataFrame:
+        """A line for each row and seed that has a record: the row's own result, with the ends of 95 % intervals.
+
+        Behind the columns of `frames.COLUMNS` come those of the corpora, the settings in which rows of the list differ
+        (by flag, such as `sparsity.target`), numbers of tasks (`tasks/piqa/acc`), and `record`, the record's file. The
+        columns do not depend on which rows have run, except for corpora and tasks.
+
+        Args:
+            stages: a line for each other stage of the rows too, such as `dense` and controls.
+        """
+        runs = self.runs
+        bases = bases_of(self.listing.content.reference, runs)
+        labels = corpus_labels({r["corpus"] for run in runs for r in run.records})
+        differing = self._differing_settings()
+        made = []
+        for run, (row, record) in zip(runs, self.done, strict=True):
+            lines = frames.lines(
+                run.records, run.settings, run.summary, run.steps, base=base_of(run, bases), labels=labels
+            )
+            tasks = task_numbers(of_tasks(row, record))
+            for line, prefix in ((lines[0], "rows/dense/"), (lines[-1], "final/")):
+                own = {name: value for name, value in tasks.items() if name.startswith(prefix)}
+                line |= {f"tasks/{name.removeprefix(prefix)}": value for name, value in own.items()}
+            own = {"row": row.name, "record": str(run.path)}
+            made += [own | line | differing[row.name] for line in (lines if stages else lines[-1:])]
+        return frames.frame(made)
+
+    def _differing_settings(self) -> dict[str, dict[str, Any]]:
+        """By name of a row, the settings by flag in which any rows of the whole list differ; not the seed."""
+        settings = {row.name: flat(row.config.settings()) for row in self.listing.rows}
+        flags = [flag for flag in dict.fromkeys(chain(*settings.values())) if flag != "run.seed"]
+        first = next(iter(settings.values()))
+        differ = [flag for flag in flags if any(own.get(flag) != first.get(flag) for own in settings.values())]
+        return {name: {flag: _plain(own.get(flag)) for flag in differ} for name, own in settings.items()}
+
+
+def _plain(value: Any) -> str | int | float | bool | None:
+    """A setting as a cell of a frame."""
+    return value if isinstance(value, str | int | float | None) else in_words(value)
+
+
+def load_study(
+    path: Path | str, *, seeds: Sequence[int] | None = None, rows: Iterable[str] | None = None,
+    records: Path | str | None = None, flags: Sequence[str] = (),
+) -> StudyResult:  # fmt: skip
+    """The records of a list. Nothing runs, and no model is loaded. A warning names rows and seeds without a record.
+
+    Args:
+        path: the list, a YAML file.
+        seeds: of all rows; by default the list's own.
+        rows: names of the rows to read; by default all of them.
+        records: the folder of the records; by default where `gprune study` keeps those of this list.
+        flags: of `train.py`, such as `["--sparsity.target=0.3"]`, as behind `--` of `gprune study`.
+
+    Raises:
+        UserError: for a list that cannot be read, and for rows that the list does not have.
+    """
+    listing = Listing.read(path, seeds=seeds, flags=flags, records=records)
+    study = of_listing(listing, chosen(listing, rows))
+    if study.missing:
+        log.warning("%s", study.missing_in_words)
+    return study
+
+
+def chosen(listing: Listing, names: Iterable[str] | None) -> list[Row]:
+    """The rows of these names, all of them by default; a UserError for a name that the list does not have."""
+    known = dict.fromkeys(row.name for row in listing.rows)
+    wanted = list(known if names is None else names)
+    if unknown := [name for name in wanted if name not in known]:
+        raise UserError(f"Expected rows of {listing.path} ({', '.join(known)}), got '{unknown[0]}'.")
+    return [row for row in listing.rows if row.name in wanted]
+
+
+def of_listing(listing: Listing, rows: Sequence[Row]) -> StudyResult:
+    """The records of chosen rows, and of the row that the list divides by."""
+    wanted = [row for row in listing.rows if row in rows or row.name == listing.content.reference]
+    return StudyResult(listing, wanted, [(row, record) for row in wanted if (record := record_of(row)) is not None])

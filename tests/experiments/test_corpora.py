@@ -1,0 +1,120 @@
+"""The folder of standard corpora: rows of the `datasets` library become its documents, and hashes are compared."""
+
+from __future__ import annotations
+
+import re
+
+import datasets
+import pytest
+
+from experiments import corpora
+from gprune.corpora.load import load_corpus
+from gprune.corpora.windows import Sample, make_windows
+from tests.tiny_run import WORDS, tiny_tokenizer
+
+LINES = [
+    "", " = First = \n", "", " text of it \n", "", " = = Section = = \n", "", " = 1 rad and k = \n", " more \n", "",
+    " = Second One = \n", "", " the rest \n", "",
+]  # fmt: skip
+
+
+def words(seed: int, documents: int = 40) -> list[str]:
+    return [" ".join(WORDS[(seed + 7 * i + j * j) % len(WORDS)] for j in range(90)) for i in range(documents)]
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """`datasets.load_dataset` with rows of our own, and what it was asked for; and the tiny tokenizer."""
+    asked = []
+
+    def load_dataset(path, name=None, *, split, data_files=None):
+        asked.append((path, name, split, data_files))
+        if path == "Salesforce/wikitext":
+            return [{"text": line} for line in LINES]
+        if path == "openai/gsm8k":
+            return [{"question": text, "answer": f"{split} {i}"} for i, text in enumerate(words(3))]
+        return [{"text": text, "meta": {}} for text in words(len(asked))]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(corpora, "embedded_model_dir", lambda name: name)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda place: tiny_tokenizer())
+    return asked
+
+
+def records(folder, **hashes: str) -> dict[corpora.Recorded, set[str]]:
+    return {corpora.Recorded(name, "test", 2, 16, 0): {hash} for name, hash in hashes.items()}
+
+
+def expected(texts: list[str]) -> str:
+    return make_windows(texts, tiny_tokenizer(), Sample(2, 16), corpus="x", split="test").content_hash
+
+
+def test_rows_become_the_folder_that_runs_read(library, tmp_path, monkeypatch):
+    gsm8k = [f"Question: {text}\nAnswer: test {i}" for i, text in enumerate(words(3))]
+    monkeypatch.setattr(corpora, "recorded", lambda: records(tmp_path, gsm8k=expected(gsm8k)))
+    assert "as in the records" in corpora.work(["--output", str(tmp_path / "data")])
+    assert {path.name for path in (tmp_path / "data/corpora").iterdir()} == set(corpora.SOURCES)
+    monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path / "data"))
+    assert load_corpus("gsm8k", "test") == gsm8k
+    sources = [(path, name, split) for path, name, split, _ in library if path != "json"]
+    assert sources == [
+        (*of, split)
+        for of in (("Salesforce/wikitext", "wikitext-2-raw-v1"), ("openai/gsm8k", "main"))
+        for split in ("train", "test")
+    ]
+    (url,) = next(files for path, *_, files in library if path == "json").values()
+    assert re.fullmatch(r"https://raw\.githubusercontent\.com/.*/c4-rp/sample_c4-rp1\.jsonl", url)
+
+
+def test_other_text_than_the_records_have_is_one_line_and_named(library, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(corpora, "recorded", lambda: records(tmp_path, gsm8k="0" * 16, c4=expected(words(4))))
+    monkeypatch.setattr("sys.argv", ["corpora", "--output", str(tmp_path)])
+    assert corpora.main() == 2
+    out, err = capsys.readouterr()
+    assert err.endswith("expected the text of the committed records, got other text of gsm8k (test).\n")
+    assert err.count("\n") == 1
+    assert [line.split("|")[7].strip() for line in out.splitlines() if line.startswith("| ")][1:] == ["NO", "yes"]
+
+
+def test_articles_begin_at_titles_and_not_at_formulas():
+    train, test = corpora.wikitext_articles(LINES, LINES)
+    first = " = First = \n{0} text of it \n{0} = = Section = = \n{0} = 1 rad and k = \n more \n{0}"
+    assert train == [first.format("").removesuffix("\n"), " = Second One = \n the rest \n"]
+    assert test[0] == first.format(" \n").removesuffix("\n")
+    assert len(test) == 2
+
+
+def test_the_first_megabyte_of_whole_lines_is_read(monkeypatch):
+    monkeypatch.setattr(corpora, "MOST", len("".join(LINES[:9]).encode()) + 3)
+    train, test = corpora.wikitext_articles(LINES, LINES)
+    assert train == ["".join(LINES[:9])]
+    assert len(test) == 2
+
+
+def test_a_document_is_there_once():
+    assert corpora.distinct(["a", "b", "a"], ["c", "b", "c"]) == (["a", "b"], ["c"])
+
+
+def test_no_network_and_a_folder_that_lacks_a_corpus_are_one_line(tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    for arguments, said in (
+        (["--output", str(tmp_path)], "Corpus 'wikitext2' could not be had from the Hugging Face hub (no route"),
+        (["--output", str(tmp_path), "--check"], "--check: expected the corpus wikitext2 in"),
+    ):
+        monkeypatch.setattr("sys.argv", ["corpora", *arguments])
+        assert corpora.main() == 2
+        assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_committed_records_agree_with_one_another():
+    """One hash for each sample of windows: all records have read the same text."""
+    found = corpora.recorded()
+    assert {(what.corpus, what.split) for what in found} >= {
+        ("wikitext2", "train"), ("wikitext2", "test"), ("c4", "train"), ("code_github", "train"),
+        ("stackexchange", "test"), ("gsm8k", "test"),
+    }  # fmt: skip
+    assert {len(hashes) for hashes in found.values()} == {1}

@@ -1,0 +1,207 @@
+"""Results of lists as frames and files, against the records; what is missing has a name."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import gprune
+from gprune.__main__ import run as command
+from gprune.errors import UserError
+from gprune.evaluation.intervals import paired_ratio
+from gprune.runs.frames import COLUMNS
+from gprune.studies import output
+from gprune.studies.archive import stored
+from tests.studies.workbench import ROWS, cells, unseen
+
+TIMES = {".csv", ".json", ".md", ".tex", ".html"}
+
+
+@pytest.fixture(scope="module")
+def study(bench, first):
+    return gprune.load_study(first[0], records=bench.records)
+
+
+def test_a_frame_has_a_line_for_each_row_and_seed_with_the_numbers_of_its_record(bench, first, study):
+    frame = study.to_frame()
+    assert list(frame["row"]) == list(ROWS)
+    assert list(frame.columns[: len(COLUMNS)]) == COLUMNS
+    by_row = frame.set_index("row")
+    done = {row.name: (row, record) for row, record in study.done}
+    plain = unseen(done["plain"][1], "base")
+    for name, (row, record) in done.items():
+        line, stage = by_row.loc[name], "base" if name == "plain" else "gprune"
+        own = unseen(record, stage)
+        assert line["unseen"] == pytest.approx(np.exp(np.mean([np.mean(v) / 31 for v in own.values()])), rel=1e-6)
+        assert line["parameters_after"] == record["summary"]["parameters_after"]
+        assert line["seconds"] == pytest.approx(sum(step["seconds"] for step in record["steps"].values()))
+        assert (line["stage"], line["precision"], line["record"]) == (stage, "32-true", str(stored(row)[0]))
+        ratio = [line[f"unseen_over_unrecovered_base{end}"] for end in ("", "_low", "_high")]
+        if name == "plain":  # the reference
+            assert all(math.isnan(number) for number in ratio)
+        else:
+            assert ratio == pytest.approx(paired_ratio(own, plain, 31), rel=1e-9)
+        for r in record["records"]:
+            if r["stage"] == stage:
+                label = r["corpus"].rpartition("/")[2]
+                assert line[f"perplexity/{label}"] == r["perplexity"]
+
+
+def test_a_frame_names_the_settings_in_which_rows_differ_and_no_others(study):
+    differ = study.to_frame().set_index("row")[["gprune", "sparsity.epochs", "reliability.switch"]]
+    assert differ.loc["plain", "gprune"] == False  # noqa: E712 - numpy's
+    assert list(differ["sparsity.epochs"]) == [1, 1, 2]
+    assert "importance" in COLUMNS
+    assert not [name for name in study.to_frame().columns[len(COLUMNS) :] if name.startswith(("corpora.", "run."))]
+
+
+def test_all_stages_are_lines_if_asked_for(study):
+    frame = study.to_frame(stages=True)
+    assert list(frame[frame["row"] == "ours"]["stage"]) == ["dense", "base", "averaged", "gprune"]
+    dense = frame[frame["stage"] == "dense"]
+    assert dense["unseen"].nunique() == 1
+    assert dense["gap"].isna().all()
+    pd.testing.assert_frame_equal(
+        frame.groupby("row", sort=False).tail(1)[COLUMNS].reset_index(drop=True), study.to_frame()[COLUMNS],
+        check_dtype=False,
+    )  # fmt: skip
+
+
+def test_columns_do_not_depend_on_the_rows_that_were_chosen(bench, first, study):
+    one = gprune.load_study(first[0], records=bench.records, rows=["plain"]).to_frame()
+    assert list(one.columns) == list(study.to_frame().columns)
+    with pytest.raises(UserError, match=r"Expected rows of .*first\.yaml \(plain, ours, other\), got 'mine'"):
+        gprune.load_study(first[0], rows=["mine"])
+
+
+def test_rows_and_seeds_without_a_record_are_named(bench, first, capsys, nothing_runs, caplog):
+    path = bench.write("gaps", ROWS | {"later": {"sparsity.target": 0.1}}, seeds=[0, 7], reference="plain")
+    out = bench(capsys, path, "--table")
+    said = "Without a record, so left out: 5 of 8 rows and seeds: later (seeds 0, 7); plain (seed 7); ours (seed 7); "
+    assert said + "other (seed 7)." in out
+    with caplog.at_level("WARNING", logger="gprune"):
+        missing = gprune.load_study(path, records=bench.records).missing
+    assert [(row.name, row.seed) for row in missing] == [
+        ("later", 0), ("plain", 7), ("ours", 7), ("other", 7), ("later", 7),
+    ]  # fmt: skip
+    capsys.readouterr()
+    assert "Without a record" not in bench(capsys, first[0], "--table")
+
+
+def test_files_name_the_record_of_each_row_and_seed_and_run_nothing(bench, first, capsys, nothing_runs):
+    path = bench.write("files", ROWS, seeds=[0, 7])
+    lines = [cells(line) for line in bench(capsys, path, "--files").splitlines() if line.startswith("| ")]
+    found = {(line[0], line[1]): line for line in lines[1:]}
+    for row in bench.rows(path):
+        line = found[row.name, str(row.seed)]
+        assert line[2:4] == ["float32", "32-true"]
+        assert line[4] == (str(stored(row)[0]) if row.seed == 0 else "none")
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize("suffix", sorted(TIMES))
+def test_the_results_are_written_in_every_format(bench, first, study, capsys, tmp_path, suffix, nothing_runs):
+    path = tmp_path / f"new/t{suffix}"
+    out = bench(capsys, first[0], "--table", "--output", path)
+    assert f"Wrote {path}." in out
+    text = path.read_text(encoding="utf-8")
+    frame = study.to_frame()
+    if suffix == ".csv":
+        read = pd.read_csv(path)
+        assert list(read.columns) == list(frame.columns)
+        assert list(read["unseen_over_unrecovered_base_low"].dropna()) == list(
+            frame["unseen_over_unrecovered_base_low"].dropna()
+        )
+        assert len(list(csv.reader(text.splitlines()))) == 1 + len(frame)
+    elif suffix == ".json":
+        read = json.loads(text)
+        assert [line["row"] for line in read] == list(frame["row"])
+        assert [line["unseen"] for line in read] == pytest.approx(list(frame["unseen"]), rel=1e-12)
+        assert read[0]["unseen_over_unrecovered_base"] is None
+    else:
+        shown = study.report.tables[0]
+        for number in (cell for line in shown.texts() for cell in line if "[" in cell):
+            assert number in text
+        assert "Precision of training: 32-true." in text
+        mark = {".md": "| run ", ".tex": r"\toprule", ".html": "<table"}[suffix]
+        assert text.count(mark) >= 2
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_names_are_escaped_in_latex_and_html(study):
+    odd = r"50 % & <b>_{x}"
+    table = study.tables[0]
+    renamed = type(table)(**vars(table) | {"rows": [[odd, *cells[1:]] for cells in table.rows], "note": odd})
+    other = replace(study)
+    vars(other)["tables"] = [renamed]  # where the property keeps them
+    assert output.WRITERS[".tex"](other).count(r"50 \% \& <b>\_\{x\}") >= 2
+    page = output.WRITERS[".html"](other)
+    assert "<b>" not in page
+    assert page.count("50 % &amp; &lt;b&gt;_{x}") >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("t.xlsx", r"--output must end in one of \.csv, \.json, \.md, \.tex, \.html; got '.*t\.xlsx'\."),
+        ("t", r"--output must end in one of"),
+        ("folder.csv", r"--output must be a file in a folder; '.*folder\.csv' is not\."),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_anything_runs(bench, capsys, tmp_path, name, said, nothing_runs):
+    (tmp_path / "folder.csv").mkdir()
+    path = bench.write("never", {"new": {"sparsity.target": 0.2}})
+    assert re.search(said, bench.refused(capsys, path, "--output", tmp_path / name))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder.csv"]
+
+
+def test_one_output_takes_one_list_that_has_records(bench, first, capsys, tmp_path, nothing_runs):
+    path = bench.write("empty", {"new": {"sparsity.target": 0.2}})
+    assert "one list; got 2 lists" in bench.refused(capsys, first[0], path, "--output", tmp_path / "t.csv")
+    assert "none yet" in bench.refused(capsys, path, "--table", "--output", tmp_path / "t.csv")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_made_leaves_the_former_one(bench, first, capsys, tmp_path, monkeypatch, nothing_runs):
+    path = tmp_path / "t.csv"
+    path.write_text("former")
+
+    def broken(study):
+        raise OSError(28, "No space left on device", "t.csv")
+
+    monkeypatch.setitem(output.WRITERS, ".csv", broken)
+    bench.refused(capsys, first[0], "--table", "--output", path)
+    assert path.read_text() == "former"
+    assert [file.name for file in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_a_report_takes_records_and_names_of_rows(bench, first, study, capsys, tmp_path):
+    row, record = study.done[1]
+    args = ["--records", str(bench.records), "--output", str(tmp_path / "report")]
+    named = [f"{first[0]}:plain", f"{first[0]}:ours"]
+    assert command("report", [*named, *args, "--base", named[0]]) == 0
+    out = capsys.readouterr().out
+    found: dict[tuple[str, ...], list[str]] = {}
+    for line in out.partition("## Perplexity by corpus")[0].splitlines():
+        found[tuple(cells(line)[:2])] = cells(line)
+    expected = study.report.tables[0]
+    for line, texts in zip(expected.rows, expected.texts(), strict=True):
+        if line[1] == "gprune" and line[0] == "ours":
+            assert found["ours", "gprune"] == texts
+    assert command("report", [str(stored(row)[0]), *args]) == 0  # a record, by its file
+    assert f"{record['records'][-1]['perplexity']:.2f}" in capsys.readouterr().out
+    for arguments, said in (
+        ([f"{first[0]}:mine"], "got 'mine'"),
+        ([f"{tmp_path / 'no.yaml'}:mine"], "Expected a list, but there is no file"),
+        ([str(tmp_path / "no.json")], "Expected a record, but there is no file"),
+        ([str(first[0]), "--base", str(first[0])], "expected one run, got 3"),
+    ):
+        assert command("report", [*arguments, *args]) == 2
+        assert said in capsys.readouterr().err
