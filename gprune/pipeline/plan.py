@@ -23,6 +23,7 @@ from gprune.models.folders import check_stored
 from gprune.models.loading import read_config, skeleton
 from gprune.pipeline.cost import tokens_by_step
 from gprune.recoveries import recovery_of
+from gprune.runs.precision import settled
 from gprune.runs.trainer import check_trainer, multiplying
 from gprune.runs.user_callbacks import callbacks_of_stage
 from gprune.sparsity.allocation import ALLOCATION
@@ -40,6 +41,7 @@ class Plan:
     skeleton: PreTrainedModel  # the dense model without weights
     device: torch.device
     budget: Budget | None = None  # None while this is planned
+    why_precision: str = ""  # in words
 
     @cached_property
     def tokens(self) -> dict[int, tuple[int, int]]:
@@ -110,13 +112,17 @@ class Plan:
         return sum(trained for _, trained in self.tokens.values())
 
 
-def check(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> Plan:
+def check(cfg: RunConfig, callbacks: Sequence[Callback] = (), *, together: bool = False) -> Plan:
     """Refuse before anything is loaded, and plan.
 
     The model is built from its configuration on the meta device: shapes without weights.
 
     Args:
         callbacks: that the caller brings, beside those of `--trainer.callbacks`.
+        together: let the processes of several nodes agree on a precision.
+
+    Returns:
+        The plan; its `cfg` has the precision of the hardware in place of `auto`.
 
     Raises:
         UserError: for settings, a device or a model that cannot be.
@@ -128,7 +134,8 @@ def check(cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> Plan:
     dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
     check_stored(dense, config.name_or_path)
     blocks = blocks_of(dense)
-    first = Plan(cfg, dense, device)
+    cfg, why = settled(cfg, device, together=together)
+    first = Plan(cfg, dense, device, why_precision=why)
     plan = replace(first, budget=(budget := first.asked()))
     vars(plan).update(vars(first) | vars(plan))  # and the table of speed that was read, or measured
     if ALLOCATION[cfg.base_allocation].whole_blocks:

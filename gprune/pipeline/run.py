@@ -183,7 +183,8 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
         UserError: for settings, a model or text that cannot be; if the folder holds a run with other settings, is in
             use by another process, or cannot be written; for what a callback that is not ours raises.
     """
-    plan = check(cfg, callbacks)
+    asked, plan = cfg.trainer.precision, check(cfg, callbacks, together=True)
+    cfg = plan.cfg
     model, tokenizer = load(cfg, plan.device)
     log.info("Reading %d corpora", len({*cfg.used, *cfg.corpora.evaluate}))
     text = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
@@ -204,6 +205,9 @@ def opened(cfg: RunConfig, callbacks: Sequence[L.Callback] = ()) -> Iterator[Run
         tracking(folder, cfg) as loggers, screen, meter.hooks,
         multiplying(cfg.trainer.float32_matmul_precision),
     ):  # fmt: skip
+        if asked == "auto" and not (folder.finished or folder.manifest.get("precision")):
+            folder.update_manifest(precision={"asked": asked, "because": plan.why_precision})
+        log.info("Learning in %s (%s)", cfg.trainer.precision, plan.why_precision)
         try:
             yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, callbacks)
         except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from gprune.config.groups import Group
 from gprune.errors import UserError
 from gprune.models.copies import sharded_copy
+from gprune.stages.autocast import Autocast
 
 G = TypeVar("G", bound=Group)
 
@@ -61,6 +62,7 @@ class FrozenLMStage(L.LightningModule):
         self._frozen = (model,)
         self._shard = shard
         self._copy: tuple[PreTrainedModel, ...] = ()  # sharded, while the stage runs
+        self.autocast = Autocast()
 
     @property
     def lm(self) -> PreTrainedModel:
@@ -80,9 +82,17 @@ class FrozenLMStage(L.LightningModule):
 
     def teardown(self, stage: str) -> None:
         self._copy = ()
+        self.autocast.clear()
         if not self._shard:
             # Lightning has moved all that is registered to the CPU, which may be only some weights of a student.
             self.to(self.trainer.strategy.root_device, non_blocking=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.autocast.in_float32:
+            checkpoint["in_float32"] = True
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.autocast.in_float32 = checkpoint.get("in_float32", False)
 
     def batch_loss(self, losses: Tensor, weight: Tensor | None, name: str, *, finite: bool = True) -> Tensor:
         """The loss of a step from the losses of its windows, logged under `name` as the mean of the global batch.

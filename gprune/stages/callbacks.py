@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -97,7 +98,7 @@ class PerplexityCurve(L.Callback):
         if open_gates := getattr(pl_module, "open_gates", None):
             open_gates()  # gates that are applied would come on top
         with masked(model, masks):
-            self.by_epoch.append(perplexities(model, self.windows, self.batch_size))
+            self.by_epoch.append(self._measured(trainer, pl_module, model))
         tokens = tokens_so_far(trainer)
         axes = {"learn/epoch": float(epoch), "learn/tokens": tokens}
         log_perplexities(trainer, "learn", axes, self.by_epoch[-1], trainer.global_step, development_tokens=tokens)
@@ -106,12 +107,15 @@ class PerplexityCurve(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Runs when all gates are taken off."""
         model = getattr(pl_module, "lm", self.model)
-        self.by_sparsity[0.0] = perplexities(model, self.windows, self.batch_size)
+        self.by_sparsity[0.0] = self._measured(trainer, pl_module, model)
         for sparsity, budget in self.budgets.items():
             with masked(model, self.masks(budget)) as lm:
-                self.by_sparsity[sparsity] = perplexities(lm, self.windows, self.batch_size)
+                self.by_sparsity[sparsity] = self._measured(trainer, pl_module, lm)
         for step, (sparsity, values) in enumerate(sorted(self.by_sparsity.items())):
             log_perplexities(trainer, "curve", {"curve/sparsity": sparsity}, values, step)
+
+    def _measured(self, trainer: L.Trainer, stage: L.LightningModule, model: PreTrainedModel) -> dict[str, float]:
+        return measured_as_learned(trainer, stage, model, self.windows, self.batch_size)
 
 
 class DevelopmentCurve(L.Callback):
@@ -173,7 +177,7 @@ class DevelopmentCurve(L.Callback):
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.windows:
             return
-        values = perplexities(pl_module.student, self.windows, self.batch_size)
+        values = measured_as_learned(trainer, pl_module, pl_module.student, self.windows, self.batch_size)
         tokens, stage = tokens_so_far(trainer), curves_of(pl_module)
         of_run = None if self.tokens_before is None else self.tokens_before + tokens
         axis = {f"{stage}/tokens": tokens}
@@ -196,6 +200,14 @@ def _sharded_as(value: Tensor, whole: Tensor) -> Tensor:
 def perplexities(model: PreTrainedModel, windows: Sequence[Windows], batch_size: int) -> dict[str, float]:
     """Perplexity by corpus; all processes have to ask for it."""
     return {w.corpus: perplexity(model, w, batch_size=batch_size, shared=True).perplexity for w in windows}
+
+
+def measured_as_learned(
+    trainer: L.Trainer, stage: L.LightningModule, model: PreTrainedModel, windows: Sequence[Windows], batch_size: int
+) -> dict[str, float]:
+    """`perplexities` in the precision in which the stage learns, if the stage is a `FrozenLMStage`."""
+    measure = partial(perplexities, model, windows, batch_size)
+    return stage.autocast.measured(trainer, stage, measure, model) if hasattr(stage, "autocast") else measure()
 
 
 def tokens_so_far(trainer: L.Trainer) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -175,14 +176,21 @@ class DistillationStage(FrozenLMStage):
                 parameter.grad.mul_(gradient_clip_val / (norm + 1e-6))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["proportion"] = vars(self.proportion)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         vars(self.proportion).update(checkpoint["proportion"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch by KL and cross-entropy, as weighed, () float32."""
-        ids, s = batch["input_ids"], self.settings
+        losses = self.autocast.losses(self, partial(self._losses, batch["input_ids"]), self.lm, self.student)
+        return self.batch_loss(losses, batch.get("weight"), "distill/loss", finite=False)
+
+    def _losses(self, ids: Tensor) -> Tensor:
+        """The loss of each window, (B, T) -> (B,) float32."""
+        s = self.settings
         dense = self._taught(ids).flatten(0, 1) if s.kl else None
         hidden = final_hidden(self.student, ids).flatten(0, 1)
         head, transform = self.student.get_output_embeddings(), LogitTransform.of(self.student)
@@ -192,14 +200,14 @@ class DistillationStage(FrozenLMStage):
                 targets = targets.to(hidden.device, hidden.dtype if targets.is_floating_point() else None)
                 of_tokens = frozen_head_losses(hidden, head.weight, head.bias, targets, transform)
                 losses = losses + weight * of_tokens.view(len(ids), -1).mean(1)
-        return self.batch_loss(losses, batch.get("weight"), "distill/loss", finite=False)
+        return losses
 
     @torch.no_grad()
     def _taught(self, ids: Tensor) -> Tensor:
         """The teacher's final hidden states, (B, T - 1, H) in its dtype: those that were kept, or computed."""
         if self._kept is None:
             return final_hidden(self.lm, ids)
-        key = ids.cpu().numpy().tobytes()
+        key = ids.cpu().numpy().tobytes() + b"float32" * self.autocast.in_float32
         if key not in self._kept:
             self._kept[key] = final_hidden(self.lm, ids).cpu()
             if self._count is not None:

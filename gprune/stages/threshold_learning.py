@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -160,15 +161,19 @@ class ThresholdLearning(FrozenLMStage):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """() float32: the loss of the gated model on a batch, by cross-entropy or KL, as `--sparsity.loss` says."""
-        ids, teacher = batch["input_ids"], None
+        losses = self.autocast.losses(self, partial(self._losses, batch["input_ids"]), self.lm)
+        return self.batch_loss(losses, batch.get("weight"), "learn/loss")
+
+    def _losses(self, ids: Tensor) -> Tensor:
+        """The loss of each window, (B, T) -> (B,) float32."""
+        teacher = None
         if self.settings.loss == "kl":
             self.open_gates()
             with torch.no_grad():
                 teacher = final_hidden(self.lm, ids)
         self.refresh_gates()  # for a fresh graph: the last step has used up its own
         with bypassed(self.lm, self.budget.costs.gone):
-            losses = next_token_losses(self.lm, ids, teacher=teacher)
-        return self.batch_loss(losses, batch.get("weight"), "learn/loss")
+            return next_token_losses(self.lm, ids, teacher=teacher)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.settings.centred:
