@@ -99,7 +99,7 @@ class World:
             "--recovery=none", "--partition.num_modules=4", "--partition.steps=20", "--sparsity.epochs=1",
             "--evaluation.num_samples=2", "--evaluation.seq_len=32", "--evaluation.development_samples=1",
             "--evaluation.curve=[0.25]", "--logging.mode=disabled",
-            "--trainer.accelerator=cpu",
+            "--trainer.accelerator=cpu", "--trainer.precision=32-true",  # the same bits on every processor
             f"--run.dir={runs}", f"--run.name={name}", *more,
         ]  # fmt: skip
 

@@ -1,17 +1,23 @@
-"""How fast is the pruned model? Ratios measured side by side in one run, as Markdown tables.
+"""How fast is the pruned model, and gprune? Ratios measured side by side in one run, as Markdown tables.
 
     OMP_NUM_THREADS=1 python -m experiments.bench inference                # random masks, some minutes on one core
     python -m experiments.bench inference --run runs/NAME                  # dense against what a run has pruned
     python -m experiments.bench inference --device cuda --dtype bfloat16 --model HUB/ID
     python -m experiments.bench inference --small                          # tiny shapes: only tries it
+    python -m experiments.bench learning --seq_len 256 --batch_sizes 1 4   # a learning step beside a bare one
+    python -m experiments.bench run --repeats 1 -- --logging.mode disabled # train.py in 32-true and in auto
 
-Prefill, decoding, memory and file size of the dense and the pruned model, beside the bound that FLOPs give.
+inference: prefill, decoding, memory and file size of the dense and the pruned model, beside the bound that FLOPs give.
+learning: steps of distillation (windows: the first of --batch_sizes) and of thresholds (the last one) beside bare steps
+under bfloat16 autocast, and evaluation beside calibration. run: seconds, results and plans of whole runs; flags behind
+-- are those of train.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
@@ -20,14 +26,18 @@ from gprune.console import Parser, guarded, quiet
 from gprune.errors import UserError
 
 from .inference import inference
+from .learning import learning, whole_runs
 from .models import DTYPES, Settings
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def parser() -> Parser:
     """The command line."""
     default = Settings()
     flags = Parser("python -m experiments.bench", description=__doc__)
-    flags.add_argument("what", choices=("inference",))
+    flags.add_argument("what", choices=("inference", "learning", "run"))
+    flags.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of all threads, where others compute too")
     flags.add_argument("--small", action="store_true", help="tiny shapes, on which figures mean nothing")
     flags.add_argument("--model", default=default.model, help="embedded name, folder or hub id, or `tiny`")
     flags.add_argument("--run", help="a finished run, or a pruned model folder (dense: --model)")
@@ -70,11 +80,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print Markdown; returns the exit code, as `guarded`."""
 
     def work() -> str:
-        args = parser().parse_args(arguments)
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        own, train = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
+        args = parser().parse_args(own)
+        if train and args.what != "run":
+            raise UserError(f"--: expected flags of train.py for `run` alone, got {' '.join(train)}.")
         settings = settings_of(args)
         quiet()
         if args.threads:
             torch.set_num_threads(args.threads)
+        if args.what == "run":
+            return "\n".join(map(str, whole_runs(train, settings.repeats)))
+        if args.what == "learning":
+            return "\n".join(map(str, learning(settings, CLOCKS[args.clock])))
         return "\n".join(map(str, inference(settings)))
 
     return guarded("experiments.bench", work)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 
 from gprune.checks import AtLeast1, AtLeast8, Few, NonNegative, Positive, Quantile, Seed, Sparsity, Text
 from gprune.config.groups import Group
@@ -121,6 +121,21 @@ class ClassPath(BaseModel, strict=True, extra="forbid"):
     init_args: dict[Text, JsonValue] = {}
 
 
+def precision_named(given: Any) -> Any:
+    """A precision by its full name. Raises UserError for one of Lightning's that no stage can learn in."""
+    reasons = {
+        "bf16-true": "steps of AdamW are smaller than what bfloat16 weights tell apart",
+        "16-mixed": "float16 overflows without scaled losses, which the stages do not have",
+        "64-true": "nothing here needs float64",
+    }
+    name = {"bf16": "bf16-mixed", "32": "32-true", "16": "16-mixed", "16-true": "16-mixed", "64": "64-true"}.get(
+        str(given), given
+    )
+    if (reason := reasons.get(str(name))) is not None:
+        raise UserError(f"--trainer.precision: expected auto, 32-true or bf16-mixed, got {given!r}: {reason}.")
+    return name
+
+
 class TrainerConfig(Group, prefix="trainer."):
     """Flags of Lightning's Trainer. Each stage has one: calibration, refinement, threshold learning, and recoveries
     that learn."""
@@ -136,9 +151,11 @@ class TrainerConfig(Group, prefix="trainer."):
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """torch's setting of this name. high: matrix products of float32 in TF32 on GPUs that have it, several times
     faster; medium: in bfloat16."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Precision in which thresholds and recoveries are trained; statistics and evaluation use --model.dtype.
-    bf16-mixed: matrix products in bfloat16 (autocast), several times faster on a GPU, or a CPU with AMX."""
+    precision: Annotated[Literal["auto", "32-true", "bf16-mixed"], BeforeValidator(precision_named)] = "auto"
+    """Precision in which thresholds and recoveries learn; statistics and evaluation use --model.dtype. bf16-mixed:
+    matrix products in bfloat16 (autocast), several times faster on GPUs of compute capability 8 and above and on CPUs
+    with AMX, and slower elsewhere. auto: bf16-mixed on that hardware, 32-true elsewhere and with --model.dtype float16;
+    a run that has begun keeps its precision, and rows of a list use 32-true unless they name another precision."""
     callbacks: list[ClassPath] = Field([])
     """Lightning callbacks of every stage, made anew for each: [{class_path: lightning.pytorch.callbacks.EarlyStopping,
     init_args: {monitor: learn/loss, strict: false}}]. Classes of other packages need --import."""
@@ -175,7 +192,8 @@ class TrainerConfig(Group, prefix="trainer."):
     @property
     def lightning(self) -> dict[str, Any]:
         """What Lightning's Trainer is told."""
-        return {n: getattr(self, n) for n in ("accelerator", "devices", "num_nodes", "strategy", "precision")}
+        asked = {n: getattr(self, n) for n in ("accelerator", "devices", "num_nodes", "strategy", "precision")}
+        return asked | ({"precision": "32-true"} if self.precision == "auto" else {})  # until the hardware is known
 
     @property
     def unusual(self) -> dict[str, Any]:

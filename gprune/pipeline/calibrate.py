@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from lightning.fabric import Fabric
 from torch import Tensor
 
 from gprune.calibration.layerwise import walks
@@ -18,7 +17,7 @@ from gprune.models.offload import device_of
 from gprune.pipeline.run import Run
 from gprune.registry import CALIBRATOR
 from gprune.runs.results import corpus_file
-from gprune.runs.trainer import check_trainer
+from gprune.runs.trainer import check_trainer, launched
 
 log = logging.getLogger("gprune")
 
@@ -54,9 +53,7 @@ def agreed(run: Run, lacking: Sequence[bool]) -> list[bool]:
     Raises:
         UserError: if the processes are at different runs of a list.
     """
-    t = run.cfg.trainer
-    fabric = Fabric(accelerator=t.accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=t.strategy)
-    fabric.launch()
+    fabric = launched(run.cfg.trainer)
     lacks = (fabric.broadcast(run.folder.key) != run.folder.key, *lacking)
     elsewhere, *lacking = (fabric.strategy.reduce_boolean_decision(mine, all=False) for mine in lacks)
     if elsewhere:

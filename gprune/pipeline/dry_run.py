@@ -39,6 +39,7 @@ def describe(plan: Plan) -> str:
         "widths": expected_widths(cfg, budget),
         "exports": f"{left:,} parameters: {left * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}",
         "text": counted_text(plan),
+        "learns in": f"{cfg.trainer.precision} ({plan.why_precision})",
         "evaluates": f"{1 + len(cfg.stages)} models on {len(cfg.corpora.evaluate)} corpora",
         "forward": f"at most {plan.forward_tokens:,} tokens; fewer where the cache has results",
         "and backward": f"{plan.forward_backward_tokens:,} tokens",

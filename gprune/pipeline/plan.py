@@ -25,6 +25,7 @@ from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 from gprune.pipeline.cost import tokens_by_step
 from gprune.recoveries import recovery_of
+from gprune.runs.precision import settled
 from gprune.runs.trainer import check_trainer, multiplying
 from gprune.runs.user_callbacks import UserCallbacks
 from gprune.sparsity.allocation import ALLOCATION
@@ -42,6 +43,7 @@ class Plan:
     skeleton: PreTrainedModel  # the dense model without weights
     device: torch.device
     budget: Budget | None = None  # None while this is planned
+    why_precision: str = ""  # in words
 
     @cached_property
     def tokens(self) -> dict[int, tuple[int, int]]:
@@ -127,13 +129,17 @@ class Plan:
         return sum(trained for _, trained in self.tokens.values())
 
 
-def check(cfg: RunConfig, callbacks: UserCallbacks | None = None) -> Plan:
+def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: bool = False) -> Plan:
     """Refuse before anything is loaded, and plan.
 
     The model is built from its configuration on the meta device: shapes without weights.
 
     Args:
         callbacks: the caller's; None for those of `--trainer.callbacks` alone.
+        together: let the processes of several nodes agree on a precision.
+
+    Returns:
+        The plan; its `cfg` has the precision of the hardware in place of `auto`.
 
     Raises:
         UserError: for settings, a device or a model that cannot be.
@@ -146,7 +152,8 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None) -> Plan:
     dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
     check_stored(dense, config.name_or_path)
     blocks = blocks_of(dense)
-    first = Plan(cfg, dense, device)
+    cfg, why = settled(cfg, device, together=together)
+    first = Plan(cfg, dense, device, why_precision=why)
     plan = replace(first, budget=(budget := first.asked()))
     vars(plan).update(vars(first) | vars(plan))  # and the table of speed that was read, or measured
     if depth := ALLOCATION[cfg.base_allocation].whole_blocks:

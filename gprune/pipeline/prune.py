@@ -79,6 +79,6 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
             with dispensable("a page", f"`gprune report {run.folder.path}` writes it"):
                 write_pages(run)
         return PruningResult(
-            path=run.folder.path, config=cfg, masks=final, modules=modules, thresholds=thresholds,
+            path=run.folder.path, config=run.cfg, masks=final, modules=modules, thresholds=thresholds,
             statistics=statistics, records=records, summary=summary, model=portable(pruned), tokenizer=run.tokenizer,
         )  # fmt: skip

@@ -233,7 +233,8 @@ def opened(
     for one in given:
         require(one, Logger, "logger: expected objects of lightning.pytorch.loggers.Logger")
     given = [*given, *made_loggers(cfg.trainer.logger, Path(cfg.folder))]
-    plan = check(cfg, own)
+    asked, plan = cfg.trainer.precision, check(cfg, own, together=True)
+    cfg = plan.cfg
     model, tokenizer = load(cfg, plan.device)
     log.info("Reading %d corpora", len({*cfg.used, *cfg.corpora.evaluate}))
     text = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
@@ -258,6 +259,9 @@ def opened(
         if cfg.timed_for and not folder.finished:
             timed = plan.skeleton, plan.device, getattr(torch, cfg.model.dtype), cfg.speed.setting()
             keep_table(plan.speed, speed_key(*timed), folder / SPEED_TABLE)
+        if asked == "auto" and not (folder.finished or folder.manifest.get("precision")):
+            folder.update_manifest(precision={"asked": asked, "because": plan.why_precision})
+        log.info("Learning in %s (%s)", cfg.trainer.precision, plan.why_precision)
         try:
             yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, own)
         except (Exception, SystemExit) as error:

@@ -182,6 +182,7 @@ class Manifest(Shape):
     environment: dict[Text, Any] | None = None
     model: dict[Text, Text] | None = None
     learning: dict[Text, Any] | None = None
+    precision: dict[Text, Text] | None = None  # what was asked for, if that was `auto`, and why it became what it is
     wandb: dict[Text, Text | None] | None = None  # the run there, if it is logged there
     parts: dict[Text, dict[Text, Count]] | None = None  # tokens of parts of steps
     checkpoints: dict[Text, list[Text]] | None = None  # hashes, by what learns

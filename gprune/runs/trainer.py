@@ -12,11 +12,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
+from gprune.config.running import TrainerConfig
 from gprune.console import quieted
 from gprune.errors import UserError
 from gprune.screen import Screen
@@ -78,6 +80,14 @@ def _alone(processes: int) -> str | None:
         met = {"TORCHELASTIC_RUN_ID", "MASTER_ADDR"} & env.keys()
         numbered = [] if met else numbered + [name for name in RANKS[:1] if name in env]
     return f"{numbered[0]}={env[numbered[0]]} says that this process is one of several" if numbered else None
+
+
+def launched(trainer: TrainerConfig) -> Fabric:
+    """Launch the processes of a run, unless they are, and return what they communicate with."""
+    t = trainer
+    fabric = Fabric(accelerator=t.accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=t.strategy)
+    fabric.launch()
+    return fabric
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,7 @@ from gprune.evaluation.intervals import geometric_mean
 from gprune.evaluation.perplexity import WindowPerplexity, window_losses
 from gprune.models.copies import sharded_copy
 from gprune.runs.numbers import key_part
+from gprune.stages.autocast import Autocast
 
 
 class FrozenLMStage(L.LightningModule):
@@ -55,6 +57,7 @@ class FrozenLMStage(L.LightningModule):
         self._copy: tuple[PreTrainedModel, ...] = ()  # sharded, while the stage runs
         self._perplexities: list[WindowPerplexity] = []  # by validation loader; not registered, so not in checkpoints
         self.development: dict[str, float] = {}
+        self.autocast = Autocast()
 
     @property
     def lm(self) -> PreTrainedModel:
@@ -76,6 +79,7 @@ class FrozenLMStage(L.LightningModule):
 
     def teardown(self, stage: str) -> None:
         self._copy = ()
+        self.autocast.clear()
         if not self._shard:
             # Lightning has moved all that is registered to the CPU, which may be only some weights of a student.
             self.to(self.trainer.strategy.root_device, non_blocking=True)
@@ -114,9 +118,8 @@ class FrozenLMStage(L.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure a batch of development text: `input_ids` (B, T) int64, optionally `index` and `weight` (B,)."""
         ids = batch["input_ids"]
-        # Evaluation is in the dtype of the model also where training is in mixed precision.
-        with torch.autocast(ids.device.type, enabled=False):
-            nll = window_losses(self.measured_model, ids).to(self.device)
+        model = self.measured_model
+        nll = self.autocast.losses(self, partial(window_losses, model, ids), model).to(self.device)
         index = batch.get("index", batch_idx * len(ids) + torch.arange(len(ids), device=nll.device))
         counted = batch.get("weight", torch.ones_like(nll)).to(nll.device) > 0
         self._perplexities[dataloader_idx].update(nll, counted * (ids.shape[1] - 1), index)
@@ -140,10 +143,10 @@ class FrozenLMStage(L.LightningModule):
         return {"development/tokens": float(self.tokens_before + self.tokens), f"{curves_of(self)}/tokens": self.tokens}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["learned_tokens"] = self.tokens
+        checkpoint["learned_tokens"], checkpoint["in_float32"] = self.tokens, self.autocast.in_float32
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.tokens = checkpoint["learned_tokens"]
+        self.tokens, self.autocast.in_float32 = checkpoint["learned_tokens"], checkpoint["in_float32"]
 
 
 def curves_of(stage: L.LightningModule) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any, Literal
 
@@ -196,7 +197,11 @@ class DistillationStage(FrozenLMStage):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch by KL and cross-entropy, as weighed, () float32."""
-        ids = batch["input_ids"]
+        losses = self.autocast.losses(self, partial(self._losses, batch["input_ids"]), self.lm, self.student)
+        return self.batch_loss(losses, batch, "distill/loss", finite=False)
+
+    def _losses(self, ids: Tensor) -> Tensor:
+        """The loss of each window, (B, T) -> (B,) float32."""
         dense = self._taught(ids).flatten(0, 1) if self.kl else None
         hidden = final_hidden(self.student, ids).flatten(0, 1)
         head, transform = self.student.get_output_embeddings(), LogitTransform.of(self.student)
@@ -206,14 +211,14 @@ class DistillationStage(FrozenLMStage):
                 targets = targets.to(hidden.device, hidden.dtype if targets.is_floating_point() else None)
                 of_tokens = frozen_head_losses(hidden, head.weight, head.bias, targets, transform)
                 losses = losses + weight * of_tokens.view(len(ids), -1).mean(1)
-        return self.batch_loss(losses, batch, "distill/loss", finite=False)
+        return losses
 
     @torch.no_grad()
     def _taught(self, ids: Tensor) -> Tensor:
         """The teacher's final hidden states, (B, T - 1, H) in its dtype: those that were kept, or computed."""
         if self._kept is None:
             return final_hidden(self.lm, ids)
-        key = ids.cpu().numpy().tobytes()
+        key = ids.cpu().numpy().tobytes() + b"float32" * self.autocast.in_float32
         if key not in self._kept:
             self._kept[key] = final_hidden(self.lm, ids).cpu()
             if self._count is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -152,15 +153,19 @@ class ThresholdLearning(FrozenLMStage):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """() float32: the loss of the gated model on a batch, by cross-entropy or KL, as `--sparsity.loss` says."""
-        ids, teacher = batch["input_ids"], None
+        losses = self.autocast.losses(self, partial(self._losses, batch["input_ids"]), self.lm)
+        return self.batch_loss(losses, batch, "learn/loss")
+
+    def _losses(self, ids: Tensor) -> Tensor:
+        """The loss of each window, (B, T) -> (B,) float32."""
+        teacher = None
         if self.loss == "kl":
             with torch.no_grad():
                 teacher = final_hidden(self.lm, ids)
         self.refresh_gates()  # a fresh graph: the last step has used up its own
         gates = gated(self.lm, self.ffn_gates, self.attention_gates)
         with bypassed(self.lm, self.budget.costs.gone), gates:
-            losses = next_token_losses(self.lm, ids, teacher=teacher)
-        return self.batch_loss(losses, batch, "learn/loss")
+            return next_token_losses(self.lm, ids, teacher=teacher)
 
     def axes(self) -> dict[str, float]:
         """The axes of every stage, and epochs so far as `learn/epoch`."""

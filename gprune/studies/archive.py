@@ -20,7 +20,7 @@ from gprune.runs import schema
 from gprune.runs.numbers import Record
 from gprune.runs.results import FinishedRun
 from gprune.storage.files import key_of, read_json, write_json
-from gprune.studies.listing import Row
+from gprune.studies.listing import LISTED_PRECISION, Row
 
 WIDTH = 1000  # characters of a line
 FORMAT = 4  # of the names of records, which stay when the format of caches changes
@@ -29,8 +29,8 @@ CONTROL = "control"  # what tables call the result of a row that the list names 
 
 @functools.cache
 def default_settings() -> dict[str, Any]:
-    """The settings of a run without flags."""
-    return RunConfig().settings()
+    """The settings of a run without flags, in the precision of rows that name none."""
+    return RunConfig(trainer={"precision": LISTED_PRECISION}).settings()
 
 
 def record_of(row: Row) -> dict[str, Any] | None:

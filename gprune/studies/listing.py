@@ -27,6 +27,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"  # of a clone
 OTHER_RECORDS = Path("runs/records")
 # Numbers do not depend on these: a row is the same row with and without them.
 OWN = {"export": "none", "run.dir": "runs/experiments"}
+LISTED_PRECISION = "32-true"  # of rows that name none: a row means the same on every machine
 TABLES = ("summary", "perplexity", "distance", "evaluation")
 
 # YAML reads some names as numbers.
@@ -104,8 +105,15 @@ class Row:
 
     @cached_property
     def config(self) -> RunConfig:
-        """Raises UserError, with the row's name, for what train.py would refuse."""
-        return configured(self.settings, where=f"Row '{self.name}'")
+        """Raises UserError, with the row's name, for what train.py would refuse, and for a precision of `auto`."""
+        where = f"Row '{self.name}'"
+        cfg = configured({"trainer.precision": LISTED_PRECISION} | self.settings, where=where)
+        if cfg.trainer.precision == "auto":
+            raise UserError(
+                f"{where}: --trainer.precision: expected 32-true or bf16-mixed in a list, whose records serve every "
+                "machine, got auto."
+            )
+        return cfg
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def test_all_ablations_are_rows_of_their_list():
     files = {path.stem for path in (EXPERIMENTS / "ablations").glob("*.yaml")}
     assert {row.name for row in listing.rows} == files - {"base"} | {"base", "default"}
     files = [f"--config={EXPERIMENTS / name}.yaml" for name in ("default", "method")]
-    default = parse([*files, "--evaluation.controls=[averaged]"])
+    default = parse([*files, "--evaluation.controls=[averaged]", "--trainer.precision=32-true"])
     assert listing.rows[1].config.settings() == default.settings()
 
 

@@ -1,0 +1,294 @@
+"""A learning step of gprune beside a bare one under bfloat16 autocast, and a whole run in both precisions.
+
+A bare step is what a plain loop in PyTorch does: forward, loss over all logits, backward, AdamW. Both distil the same
+pruned model from the same dense one; for thresholds the dense model is frozen, and its input has a gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gprune.calibration.collector import Collector
+from gprune.config import DistillConfig
+from gprune.corpora.loaders import CorpusDataModule
+from gprune.corpora.windows import Windows
+from gprune.errors import UserError
+from gprune.evaluation.intervals import geometric_mean
+from gprune.evaluation.perplexity import perplexity
+from gprune.models.blocks import blocks_of
+from gprune.partition.modules import ModuleRanks
+from gprune.runs.precision import multiplies_bfloat16
+from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.thresholds import start_thresholds
+from gprune.stages.callbacks import StepCurves
+from gprune.stages.distillation import DistillationStage
+from gprune.stages.threshold_learning import ThresholdLearning
+from gprune.storage.cache import cache_dir
+
+from .measure import Table, in_turn
+from .models import Settings, pair_of, random_masks, tokens
+
+STEP, RUN, EVALUATION, PLAN = 1.15, 0.55, 0.8, 0.25  # goals
+ROOT = Path(__file__).parents[2]
+
+
+class Steps(L.Callback):
+    """A fit in a thread of its own, which takes one step of the Trainer for each call, loggers' curves included."""
+
+    def __init__(self, stage: L.LightningModule, data: L.LightningDataModule, device: torch.device, precision: str):
+        self.error: BaseException | None = None
+        self.ended, self.go, self.done = False, threading.Semaphore(0), threading.Semaphore(0)
+        trainer = L.Trainer(
+            accelerator=device.type, devices=1, precision=precision, max_epochs=10**6, logger=False,
+            enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+            use_distributed_sampler=False, callbacks=[StepCurves(), self], log_every_n_steps=1,
+        )  # fmt: skip
+        self.thread = threading.Thread(target=self._fit, args=(trainer, stage, data), daemon=True)
+
+    def _fit(self, *fit: Any) -> None:
+        trainer, stage, data = fit
+        try:
+            trainer.fit(stage, data)
+        except BaseException as error:
+            self.error = error
+        self.done.release()
+
+    def begin(self) -> None:
+        """Go to the beginning of the first step."""
+        self.thread.start()
+        self._wait()
+
+    def __call__(self) -> None:
+        """Go from the beginning of a step to that of the next one."""
+        self.go.release()
+        self._wait()
+
+    def _wait(self) -> None:
+        self.done.acquire()
+        if self.error is not None:
+            raise self.error
+        assert self.thread.is_alive(), "the fit has ended"
+
+    def end(self) -> None:
+        """Let the fit end."""
+        if self.thread.is_alive():
+            self.ended = True
+            self.go.release()
+            self.thread.join()
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> int | None:
+        self.done.release()
+        self.go.acquire()
+        trainer.should_stop = self.ended
+        return -1 if self.ended else None
+
+
+def learning(settings: Settings, clock: Callable[[], float] = time.perf_counter) -> list[Table]:
+    """Steps of distillation and of threshold learning beside bare ones, and evaluation beside calibration."""
+    pair, device = pair_of(settings), settings.device
+    dense, pruned = pair.models.values()
+    kept = [settings.batch_sizes[0], settings.batch_sizes[-1]]  # windows of a step: distillation, thresholds
+    rows = []
+    for name, batch, bare, make in (
+        ("distillation", kept[0], bare_distillation, distillation),
+        ("thresholds", kept[1], bare_thresholds, thresholds),
+    ):
+        ids = tokens(dense, batch, settings.seq_len, settings.seed)
+        text = [Windows("random", "train", tokens(dense, 8 * batch, settings.seq_len, settings.seed).cpu())]
+        steps = {p: make(dense, pruned, settings, text, batch, p) for p in ("bf16-mixed", "32-true")}
+        calls: dict[str, Callable[[], object]] = {"bare": bare(dense, pruned, ids), **steps}
+        try:
+            for step in steps.values():
+                step.begin()
+            timing = in_turn(calls, settings.repeats, device, clock=clock)
+        finally:
+            for step in steps.values():
+                step.end()
+        over = timing.ratio("bf16-mixed", "bare")
+        row = [f"{name}, {batch} x {settings.seq_len} tokens", *(timing.median(key) for key in calls), over]
+        row += [timing.range("bf16-mixed", "bare"), STEP, over <= STEP, timing.ratio("bf16-mixed", "32-true")]
+        rows.append(row)
+    protocol = settings.protocol(dense, pair.how)
+    header = ["", "bare, s", "bf16-mixed, s", "32-true, s", "bf16-mixed / bare", "rounds", "goal", "met"]
+    return [
+        Table("Learning, a step", f"{protocol} {hardware(device)}", [*header, "bf16-mixed / 32-true"], rows),
+        passes(settings, dense, pruned, protocol, clock),
+    ]
+
+
+def passes(
+    settings: Settings, dense: PreTrainedModel, pruned: PreTrainedModel, protocol: str, clock: Callable[[], float]
+) -> Table:
+    """Calibration, and evaluation of the dense model and of a row beside its forecasts, in --dtype."""
+    text = Windows("random", "test", tokens(dense, settings.batch_sizes[-1], settings.seq_len, settings.seed).cpu())
+    halves, forecasts = torch.arange(len(text.tokens)) % 2, []
+    perplexity(dense, text, forecasts=forecasts)
+
+    def calibrate() -> None:
+        with Collector(dense, gram=True) as collector:
+            collector.observe(text.tokens.to(settings.device), halves.to(settings.device))
+
+    calls: dict[str, Callable[[], object]] = {
+        "calibration": calibrate, "dense": lambda: perplexity(dense, text, forecasts=[]),
+        "row": lambda: perplexity(pruned, text, forecasts=forecasts),
+    }  # fmt: skip
+    timing, count = in_turn(calls, settings.repeats, settings.device, clock=clock), text.tokens.numel()
+    rates = {name: count / timing.median(name) for name in calls}
+    # As the default run's first table: the dense model and three rows.
+    share = 4 * timing.median("calibration") / (timing.median("dense") + 3 * timing.median("row"))
+    header = ["calibration, tokens/s", "dense, tokens/s", "row, tokens/s", "evaluation / calibration", "goal", "met"]
+    return Table(
+        "Passes", f"{protocol} Evaluation: the dense model with its forecasts, and three rows with KL.", header,
+        [[*rates.values(), share, EVALUATION, share >= EVALUATION]],
+    )  # fmt: skip
+
+
+def distillation(
+    dense: PreTrainedModel, pruned: PreTrainedModel, settings: Settings, text: list[Windows], batch: int, precision: str
+) -> Steps:
+    """Steps of a `DistillationStage`, the teacher's pass included."""
+    stage = DistillationStage(dense, copy.deepcopy(pruned), DistillConfig())
+    return Steps(stage, CorpusDataModule(train=text, batch_size=batch, seed=settings.seed), settings.device, precision)
+
+
+def thresholds(
+    dense: PreTrainedModel, pruned: PreTrainedModel, settings: Settings, text: list[Windows], batch: int, precision: str
+) -> Steps:
+    """Steps of `ThresholdLearning` with eight modules in each block, ranked at random."""
+    masks, generator = random_masks(dense, settings), torch.Generator().manual_seed(settings.seed)
+    budget = Budget.of(unit_costs(blocks_of(dense), scope="ffn"), settings.sparsity, settings.width_multiple)
+
+    def ranks(count: int) -> Tensor:
+        return (torch.randperm(count, generator=generator).double() + 0.5) / count
+
+    labels = [torch.arange(len(mask)) % min(8, len(mask)) for mask in masks.ffn]
+    modules = ModuleRanks([ranks(len(mask)) for mask in masks.ffn], labels, [ranks(len(m)) for m in masks.attention])
+    # A copy: gates of another stage would act on this one too.
+    stage = ThresholdLearning(copy.deepcopy(dense), modules, start_thresholds(masks, modules), budget)
+    return Steps(stage, CorpusDataModule(train=text, batch_size=batch, seed=settings.seed), settings.device, precision)
+
+
+def bare_distillation(dense: PreTrainedModel, pruned: PreTrainedModel, ids: Tensor) -> Callable[[], None]:
+    """A step that distils by autocast alone: both models' logits, KL, backward, fused AdamW."""
+    student = copy.deepcopy(pruned).float()
+    learned = list(student.get_decoder().layers.parameters())
+    optimizer = torch.optim.AdamW([p.requires_grad_() for p in learned], lr=1e-9, fused=True)
+
+    def step() -> None:
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            with torch.no_grad():
+                wanted = dense(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            ours = student(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            loss = F.kl_div(ours.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean")
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def bare_thresholds(dense: PreTrainedModel, pruned: PreTrainedModel, ids: Tensor) -> Callable[[], None]:
+    """Forward and backward through the frozen dense model by autocast alone, down to its first layer's input."""
+    embedded = dense.get_input_embeddings()(ids).detach().requires_grad_()
+
+    def step() -> None:
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            logits = dense(inputs_embeds=embedded, use_cache=False).logits[:, :-1].flatten(0, 1)
+            loss = F.cross_entropy(logits.float(), ids[:, 1:].flatten())
+        loss.backward()
+        embedded.grad = None
+
+    return step
+
+
+def hardware(device: torch.device) -> str:
+    """What `--trainer.precision auto` is here, in a sentence."""
+    fast, why = multiplies_bfloat16(device)
+    return f"`--trainer.precision auto` is {'bf16-mixed' if fast else '32-true'} here: {why}."
+
+
+def whole_runs(flags: list[str], repeats: int) -> list[Table]:
+    """`train.py` with these flags in 32-true and in `auto`, in turn, each with an empty cache of statistics.
+
+    Raises:
+        UserError: for a run that fails.
+    """
+    rows = []
+    for turn in range(repeats):
+        order = ("32-true", "auto")[:: -1 if turn % 2 else 1]
+        made = {precision: one_run(flags, precision) for precision in order}
+        for precision in ("32-true", "auto"):
+            run, base = made[precision], made["32-true"]
+            over, beside = run["seconds"] / base["seconds"], run["unseen"] / base["unseen"]
+            planned = run["planned"] / run["seconds"]
+            rows.append([
+                f"{precision} ({run['precision']}), {turn}", run["seconds"], over, run["unseen"], beside,
+                run["evaluation"], run["planned"], planned, abs(planned - 1) <= PLAN,
+            ])  # fmt: skip
+    header = ["", "run, s", "over 32-true", "unseen / base", "over 32-true", "evaluation / calibration", "planned, s"]
+    note = f"Goals: {RUN} of 32-true, unseen / base within 2 %, {EVALUATION}, planned within 25 %."
+    about = f"`train.py {' '.join(flags)}`, {torch.get_num_threads()} threads. {note}"
+    return [Table("A whole run", f"{about} {hardware(torch.device('cpu'))}", [*header, "planned / run", "met"], rows)]
+
+
+def one_run(flags: list[str], precision: str) -> dict[str, Any]:
+    """Seconds of a run from its manifest, its result, and the seconds that a dry run plans for it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = Path(scratch) / "cache"
+        cache.mkdir()
+        for kept in ("models", "wheels"):  # what a first run would download
+            (cache_dir() / kept).mkdir(parents=True, exist_ok=True)
+            (cache / kept).symlink_to(cache_dir() / kept)
+        own = ["--trainer.precision", precision, "--run.dir", scratch, "--run.name", "run"]
+
+        def train(*more: str) -> str:
+            done = subprocess.run(
+                [sys.executable, "train.py", *flags, *own, *more], cwd=ROOT, capture_output=True, text=True,
+                check=False, env=os.environ | {"GPRUNE_CACHE": str(cache), "PYTHONPATH": str(ROOT)},
+            )  # fmt: skip
+            if done.returncode:
+                raise UserError(f"train.py ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+            return done.stdout
+
+        planned = re.search(r"FLOP: (?:(\d+) days?, )?(\d+):(\d+):(\d+)", train("--dry_run", "true"))
+        days, hours, minutes, seconds = (int(part or 0) for part in planned.groups())
+        train()
+        folder = Path(scratch) / "run"
+        manifest = json.loads((folder / "manifest.json").read_text())
+        records = json.loads((folder / "metrics.json").read_text())["records"]
+    steps = manifest["steps"]
+
+    def speed(name: str) -> float | None:
+        return steps[name]["forward_tokens"] / steps[name]["seconds"] if name in steps else None
+
+    final = records[-1]["stage"], records[-1]["recovery"]
+    unseen = {
+        row: geometric_mean(r["perplexity"] for r in records if (r["stage"], r["recovery"]) == row and not r["seen"])
+        for row in (("base", "none"), final)
+    }
+    evaluation, calibration = speed("evaluate_unrecovered"), speed("calibrate")
+    return {
+        "seconds": sum(step["seconds"] for step in steps.values()),
+        "precision": manifest["settings"]["trainer"]["precision"],
+        "unseen": unseen[final] / unseen["base", "none"],
+        "evaluation": evaluation and calibration and evaluation / calibration,
+        "planned": timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds(),
+    }
