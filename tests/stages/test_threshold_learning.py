@@ -358,7 +358,7 @@ def test_recentring_cuts_at_zero_among_kv_groups_where_they_alone_cost_something
     price = Price.by_unit(COST["kv_cache"](tiny_model, blocks), neurons, groups)
     made = make_stage(tiny_model, scope="attention+ffn")
     budget = Budget.of(unit_costs(blocks, scope="attention+ffn", price=price), 0.3)
-    stage = ThresholdLearning(tiny_model, made.ranks, made.thresholds, budget, made.settings)
+    stage = ThresholdLearning(tiny_model, made.ranks, made.thresholds, budget)
     with torch.no_grad():
         for t in (*stage.ffn_thresholds, *stage.attention_thresholds):
             t += 3
