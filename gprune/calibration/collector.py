@@ -27,6 +27,7 @@ from gprune.calibration.saliency import StreamingGradients, channel_saliency, sa
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.experts import watch_experts
+from gprune.models.lookup import decoder_of
 from gprune.models.losses import next_token_losses
 from gprune.models.offload import device_of
 
@@ -82,7 +83,7 @@ class Collector:
             for scope, part in OUTPUT_PROJECTIONS.items():
                 metric, host = self.metrics[scope][index], block.parts[part].host
                 if isinstance(metric, StreamingExpertMoments):
-                    self._handles.append(watch_experts(host, partial(self._see_expert, metric)))
+                    self._handles.append(watch_experts(host, partial(self._see_expert, metric), block.family.expert_down))
                 else:
                     self._handles.append(host.register_forward_pre_hook(partial(self._see_input, metric)))
             see_layer = partial(self._see_layer, self.turns[index])
@@ -149,7 +150,7 @@ class Collector:
                 next_token_losses(self.model, input_ids.clone()).sum().backward()
         else:
             with torch.no_grad():
-                self.model.get_decoder()(input_ids=input_ids, use_cache=False)
+                decoder_of(self.model)(input_ids=input_ids, use_cache=False)
 
     def compute(self) -> CorpusStatistics:
         """Statistics of all batches, summed over processes; they share the Gram matrices of the sums."""

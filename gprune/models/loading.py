@@ -30,8 +30,9 @@ from gprune.console import quieted
 from gprune.errors import UserError, first_line, quoting
 from gprune.models import embedded as assets
 from gprune.models import modeling_pruned
-from gprune.models.families import FAMILIES, family_of
+from gprune.models.families import FAMILIES, PRUNED
 from gprune.models.folders import check_folder, check_sizes, check_stored
+from gprune.models.lookup import family_of_config
 from gprune.models.offload import StoredWeights, offload_folder
 from gprune.storage.files import as_bytes
 from gprune.storage.reading import expanded
@@ -42,16 +43,23 @@ log = logging.getLogger("gprune")
 def register() -> None:
     """Let transformers' Auto classes load our exports without remote code. Calling it again changes nothing."""
     for family in FAMILIES:
-        config, base, causal = pruned_classes(family)
-        AutoConfig.register(config.model_type, config, exist_ok=True)
+        register_type(family)
+
+
+def register_type(model_type: str) -> None:
+    """Let transformers' Auto classes load exports of one type."""
+    config, base, causal = pruned_classes(model_type)
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    if base is not None:
         AutoModel.register(config, base, exist_ok=True)
-        AutoModelForCausalLM.register(config, causal, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal, exist_ok=True)
 
 
 def pruned_classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]:
     """The pruned config, base model and causal language model of a family."""
-    stock = CONFIG_MAPPING[family].__name__, MODEL_MAPPING_NAMES[family], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
-    return tuple(getattr(modeling_pruned, f"Pruned{name}") for name in stock)
+    base = MODEL_MAPPING_NAMES.get(family)
+    stock = CONFIG_MAPPING[family].__name__, base, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
+    return tuple(getattr(modeling_pruned, f"Pruned{name}") if isinstance(name, str) else None for name in stock)
 
 
 @torch.no_grad()
@@ -96,8 +104,11 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     with quoting(f"--model.name: no usable configuration for '{name}': ", expected):
         check_folder(location)
         check_sizes(PreTrainedConfig.get_config_dict(location)[0], name)
+        named = PreTrainedConfig.get_config_dict(location)[0].get("model_type")
+        if isinstance(named, str) and named.startswith(PRUNED) and named.removeprefix(PRUNED) in CONFIG_MAPPING:
+            register_type(named.removeprefix(PRUNED))
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
-        family_of(config.model_type)
+        family_of_config(config)
     return config
 
 

@@ -61,7 +61,7 @@ def _ffn_gate(block: Block, gates: Sequence[Tensor | None]) -> RemovableHandle |
         return None if gate is None else x * gate.view(block.experts, -1)[expert].to(x)
 
     if block.has_experts:
-        return watch_experts(block.down.host, expert_gate)
+        return watch_experts(block.down.host, expert_gate, block.family.expert_down)
     return _multiply(block.down.host, _channels(gates, block.index))
 
 
