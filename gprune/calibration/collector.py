@@ -67,7 +67,8 @@ class Collector:
                     if part == "down" and block.has_experts:
                         sums = StreamingExpertMoments(block.experts, block.neurons, gram=gram, **options)
                     else:
-                        sums = StreamingMoments(block.parts[part].in_features, gram=gram, **options)
+                        channels = block.parts[part].in_features if part in block.parts else 0
+                        sums = StreamingMoments(channels, gram=gram, **options)
                     self.metrics[scope].append(sums)
                 self.turns.append(StreamingTurn())
                 for scope, gradients in self.gradients.items():
@@ -81,7 +82,12 @@ class Collector:
     def __enter__(self) -> Collector:
         for index, block in enumerate(self.blocks):
             for scope, part in OUTPUT_PROJECTIONS.items():
-                metric, host = self.metrics[scope][index], block.parts[part].host
+                metric = self.metrics[scope][index]
+                if part not in block.parts:  # no such units: their tokens are counted nevertheless
+                    count = partial(self._see_tokens, metric)
+                    self._handles.append(block.layer.register_forward_hook(count, with_kwargs=True))
+                    continue
+                host = block.parts[part].host
                 if isinstance(metric, StreamingExpertMoments):
                     self._handles.append(watch_experts(host, partial(self._see_expert, metric), block.family.expert_down))
                 else:
@@ -106,6 +112,12 @@ class Collector:
         x = self._by_window(inputs[0].detach())
         metric.update(x, self._half.to(x.device), self._weight.to(x.device))
 
+    def _see_tokens(
+        self, metric: StreamingMoments, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
+    ) -> None:
+        x = self._by_window((args[0] if args else kwargs["hidden_states"]).detach())[..., :0]
+        metric.update(x, self._half.to(x.device), self._weight.to(x.device))
+
     def _see_expert(self, metric: StreamingExpertMoments, x: Tensor, expert: int, tokens: Tensor) -> None:
         window = tokens // self._length
         metric.update(x.detach(), expert, self._half.to(x.device)[window], self._weight.to(x.device)[window])
@@ -118,6 +130,7 @@ class Collector:
         self, metric: StreamingTurn, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         before = args[0] if args else kwargs["hidden_states"]
+        output = output[0] if isinstance(output, tuple) else output  # of layers that return their attention too
         # The layer's input may still lie on the device of the layer before it.
         metric.update(before.detach().to(output.device), output.detach(), self._weight.to(output.device))
 

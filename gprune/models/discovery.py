@@ -150,7 +150,7 @@ class Discovery:
     def record(self) -> Family:
         """The record; UserError where no part of the model can be pruned."""
         self._check_forward()
-        base = Family(self.name, layers=self.layers_path, found=True, up=None, down=None, query=None, output=None)
+        base = Family(self.name, layers=self.layers_path, decoder=self.decoder_path, found=True, up=None, down=None, query=None, output=None)
         found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
         failed = []
         with _separable_norms(self.layers):
@@ -196,23 +196,33 @@ class Discovery:
     def decoder(self) -> nn.Module:
         """What turns ids into the hidden states that the head reads."""
         decoder = self.model.get_decoder()
-        return decoder if decoder is not None else self.model.base_model
+        return decoder if isinstance(decoder, PreTrainedModel) else self.model.base_model
+
+    @property
+    def decoder_path(self) -> str | None:
+        """Where the model has it; None for what `get_decoder` returns."""
+        if self.decoder is self.model.get_decoder():
+            return None
+        return next(path for path, module in self.model.named_modules() if module is self.decoder) or None
 
     @cached_property
     def layers_path(self) -> str:
         """Where the decoder has its layers."""
         lists = [
             (path, module) for path, module in self.decoder.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) and self._are_layers(module)
+            if isinstance(module, nn.ModuleList) and len(module) and len(list(module[0].modules())) > 3
         ]  # fmt: skip
+        called: set[str] = set()
+        with ExitStack() as stack:  # a vision tower's layers see no text
+            for path, module in lists:
+                stack.callback(module[0].register_forward_hook(lambda *_, path=path: called.add(path)).remove)
+            self.logits()
+        lists = [row for row in lists if row[0] in called]
+        depth = getattr(self.config, "num_hidden_layers", None)
+        lists = [row for row in lists if len(row[1]) == depth] or lists
         if not lists:
             raise UserError(f"Model type '{self.name}': no nn.ModuleList of decoder layers was found. {REMEDY}.")
         return max(lists, key=lambda row: sum(p.numel() for p in row[1].parameters()))[0]
-
-    def _are_layers(self, module: nn.ModuleList) -> bool:
-        """Whether modules take hidden states (B, T, H) in turn: there is one for each layer of the configuration."""
-        depth = getattr(self.config, "num_hidden_layers", None)
-        return depth is None or len(module) == depth
 
     @cached_property
     def layers(self) -> nn.ModuleList:
@@ -244,7 +254,10 @@ class Discovery:
 
     @cached_property
     def _before(self) -> list[dict[tuple[str, int], Tensor]]:
-        return [_live(own) for own in self._gradients()]
+        # Key biases shift all scores of a token alike: their gradients are zero but for rounding.
+        gradients = self._gradients()
+        least = [1e-6 * max((float(g.abs().max()) for g in own.values()), default=0.0) for own in gradients]
+        return [_live(own, least=bound) for own, bound in zip(gradients, least, strict=True)]
 
     def _vanish(self, places: Mapping[int, tuple[Tensor, int]], columns: Tensor, skip: str) -> dict[int, Rows]:
         """Rows of each layer whose gradient vanishes with these columns at zero; `places`: weight and dimension."""
@@ -719,13 +732,13 @@ class Discovery:
                 fields["norm_offset"] = self._offset(self.layers[index].get_submodule(path))
                 break
         fields |= self._logit_transform() | self._config_keys(found)
-        return Family(**{name: getattr(base, name) for name in ("model_type", "layers", "found")} | {
+        return Family(**{name: getattr(base, name) for name in ("model_type", "layers", "decoder", "found")} | {
             "gate": None, "up": None, "down": None, "query": None, "key": None, "value": None, "output": None,
             "ffn_norm": None, "attention_norm": None} | fields)  # fmt: skip
 
     def _config_keys(self, found: tuple[list[dict[str, Any]], list[dict[str, Any]]]) -> dict[str, Any]:
         """Keys of the configuration that have the sizes of units; a stock folder can be written by them."""
-        trial = Family(self.name, layers=self.layers_path, found=True, kinds=cached_records.frozen(found))
+        trial = Family(self.name, layers=self.layers_path, decoder=self.decoder_path, found=True, kinds=cached_records.frozen(found))
         remember(self.model, trial)
         blocks = blocks_of(self.model)
         neurons = {block.neurons for block in blocks if block.neurons}
@@ -800,7 +813,7 @@ class Discovery:
         return True
 
     def _trial(self, base: Family, kinds: Any) -> Family:
-        return Family(base.model_type, layers=base.layers, found=True, kinds=cached_records.frozen(kinds))
+        return Family(base.model_type, layers=base.layers, decoder=base.decoder, found=True, kinds=cached_records.frozen(kinds))
 
     def _agrees_whole(self, record: Family) -> bool:
         with suppress(Exception):
@@ -885,13 +898,14 @@ def _tensor(out: Any) -> Tensor:
     return out if isinstance(out, Tensor) else _tensor(out[0])
 
 
-def _live(gradients: Mapping[str, Tensor]) -> dict[tuple[str, int], Tensor]:
-    """Of each parameter and dimension, which indices have a gradient that is not zero."""
+def _live(gradients: Mapping[str, Tensor], *, least: float = 0.0) -> dict[tuple[str, int], Tensor]:
+    """Of each parameter and dimension, which indices have a gradient that is larger than this."""
     live = {}
     for name, gradient in gradients.items():
         for dim in range(gradient.dim()):
             others = [d for d in range(gradient.dim()) if d != dim]
-            live[name, dim] = (gradient != 0).sum(others) > 0 if others else gradient != 0
+            large = gradient.abs() > least
+            live[name, dim] = large.any(others) if others else large
     return live
 
 

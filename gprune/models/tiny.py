@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ VOCABULARY, POSITIONS, EXPERTS, ROUTED, LAYERS = 136, 128, 4, 2, 4
 
 # Name of a field (the whole of it) -> its value in a tiny configuration; the first rule that matches counts.
 RULES: tuple[tuple[str, int], ...] = (
+    (r".*_group_vocab|.*vocab_size_base|.*_vocab_size.*", VOCABULARY),
+    (r"n_(input|output)_layers", 1),
+    (r".*_(cycles|loops)", 2),
+    (r"mamba_d_ssm|mamba_intermediate_size", 2 * HIDDEN),
     (r"(?:.*_)?vocab_size(_per_layer_input)?|ngram_size|entity_vocab_size", VOCABULARY),
     (r"(n|num|kv|encoder|decoder)_.*shared_layers|num_nextn_predict_layers|num_mtp_layers|num_memory_layers", 0),
     (r"(num_)?(hidden|decoder|encoder)_?layers|num_hidden_layers|n_layers?|num_layers|num_blocks|num_encoder_layers"
@@ -68,11 +72,8 @@ KINDS = re.compile(r".*layer.*(types?|pattern)|.*block_types?|.*pattern|attentio
 PER_LAYER = re.compile(r".*layers?.*|.*types|.*windows?|.*pattern|.*sparsity.*|.*widths?|.*(intermediate|heads).*")
 
 
-def shrunk(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig:
+def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     """A tiny configuration of the same class with the same structure; the argument is left as it is.
-
-    Args:
-        overrides: fields of the text model that get these values instead.
 
     Raises:
         Exception: of whatever class, if the class refuses the sizes.
@@ -80,12 +81,7 @@ def shrunk(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig:
     content = copy.deepcopy(config.to_dict())
     for name in ("quantization_config", "architectures", "auto_map", "transformers_version", "_name_or_path"):
         content.pop(name, None)
-    text = config.get_text_config(decoder=True)
     _shrink(content, config)
-    own = content
-    if text is not config:
-        own = next((content[name] for name in config.sub_configs if getattr(config, name, None) is text), content)
-    own.update(overrides)
     made = type(config)(**content)
     made.dtype = torch.float32
     return made
@@ -108,8 +104,12 @@ def _depth(content: Mapping[str, Any]) -> int | None:
 
 def _chosen(content: Mapping[str, Any], depth: int) -> list[int]:
     """The layers that stay: the first of each kind, and the first ones up to `LAYERS`, in order."""
-    kinds = [tuple(map(str, row)) for row in zip(*_lists(content, depth).values(), strict=True)] or [()] * depth
-    chosen = sorted({kinds.index(kind) for kind in kinds})[: 2 * LAYERS]
+    lists = _lists(content, depth)
+    table = {int(index): value for index, value in (content.get("per_layer_config") or {}).items()}
+    kinds = [(*(str(values[i]) for values in lists.values()), str(table.get(i))) for i in range(depth)]
+    chosen = {kinds.index(kind) for kind in kinds}
+    chosen |= {i for i, kind in enumerate(kinds) if "hybrid" in kind and kinds[:i].count(kind) == 1}  # they share
+    chosen = sorted(chosen)[: 2 * LAYERS]
     others = [index for index in range(depth) if index not in chosen]
     return sorted([*chosen, *others[: max(0, min(LAYERS, depth) - len(chosen))]])
 
@@ -124,7 +124,7 @@ def _lists(content: Mapping[str, Any], depth: int) -> dict[str, list[Any]]:
 
 def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
     """Make the sizes of one configuration small, in place, and those of the configurations in it."""
-    depth = _depth(content)
+    depth, before = _depth(content), dict(content)
     dense = {n: v for n, v in content.items() if re.fullmatch(r"(mlp_only|dense|moe|full_attn).*(idxs|layers)", n)}
     if depth:
         lists, chosen = _lists(content, depth), _chosen(content, depth)
@@ -133,9 +133,13 @@ def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
         for name, values in dense.items():
             if isinstance(values, list) and name not in lists and all(isinstance(v, int) for v in values):
                 content[name] = [new for new, old in enumerate(chosen) if old in values]
+    if depth and content.get("per_layer_config"):
+        table = {int(index): value for index, value in content["per_layer_config"].items()}
+        smaller = {i: {n: _smaller(n, v) for n, v in own.items()} for i, own in table.items()}
+        content["per_layer_config"] = {new: smaller[old] for new, old in enumerate(chosen) if old in smaller}
     for name, value in content.items():
         if isinstance(value, dict):
-            sub = getattr(config, name, None)
+            sub = config.__dict__.get(name)
             if isinstance(sub, PreTrainedConfig):
                 _shrink(value, sub)
             elif name in ("ffn_config", "attn_config"):
@@ -148,17 +152,16 @@ def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
         for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers"):
             if isinstance(content.get(name), int):
                 content[name] = len(chosen)
-    heads, groups = (next((content[n] for n in names if n in content), None) for names in _HEAD_NAMES)
-    if heads and groups and isinstance(groups, int):
-        before = [next((getattr(config, n) for n in names if hasattr(config, n)), None) for names in _HEAD_NAMES]
-        if before[0] and before[0] == before[1]:  # one key/value head per query head
-            for name in _HEAD_NAMES[1]:
-                if name in content:
-                    content[name] = heads
-        if before[1] == 1:
-            for name in _HEAD_NAMES[1]:
-                if name in content:
-                    content[name] = 1
+        if "n_recurrent_layers" in content:
+            content["n_recurrent_layers"] = len(chosen) - 2
+    if "mamba_headdim" in content and "n_mamba_heads" in content:
+        content["n_mamba_heads"] = 2 * HIDDEN // HEAD_DIM
+    if "expand" in content and isinstance(content.get("num_heads"), int) and "state_size" in content:
+        content["num_heads"] = 2 * HIDDEN // HEAD_DIM
+    heads, groups = (next((before[n] for n in names if type(before.get(n)) is int), 0) for names in _HEAD_NAMES)
+    for name in _HEAD_NAMES[1]:
+        if name in content and groups and groups in (1, heads):  # one key/value head for all query heads, or for each
+            content[name] = 1 if groups == 1 else next(content[n] for n in _HEAD_NAMES[0] if n in content)
 
 
 _HEAD_NAMES = (
@@ -185,9 +188,3 @@ def _token(name: str, value: Any) -> Any:
         return [small] * min(1, len(value))
     return value if value is None or not isinstance(value, int) or value < 0 else small
 
-
-def fields_of(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
-    """Plain fields of the text model's configuration."""
-    for name, value in config.get_text_config(decoder=True).to_dict().items():
-        if isinstance(value, (bool, int, float)):
-            yield name, value

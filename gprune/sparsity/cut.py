@@ -95,7 +95,7 @@ class Cut:
         self.costs, self.budget = budget.costs, (budget := budget.rest)
         costs, step = budget.costs, budget.width_multiple
         self.slots, self.groups = Segments(costs.neurons, device), Segments(costs.groups, device)
-        removable = [0 if b in costs.protected else N - step for b, N in enumerate(costs.neurons)]
+        removable = [0 if b in costs.protected else max(0, N - step) for b, N in enumerate(costs.neurons)]
         self.fillable = sum(t[-1] - t[-1 - n] for t, n in zip(costs.prices.neurons, removable, strict=True))
         # Of each step, block by block: neurons of the block that are gone after it.
         gone = [torch.arange(n % step or step, n + 1, step) if n else torch.arange(0) for n in removable]
@@ -106,7 +106,7 @@ class Cut:
         # Of each step, (steps,): its neurons, the place of its last one in `Segments.sort`, its cost, its block.
         self.size, self.end, self.cost = (t.to(device, non_blocking=True) for t in (sizes, ends, cost))
         self.step_block = repeated(range(len(steps)), steps, device)
-        removable = [0 if b in costs.protected else n - 1 for b, n in enumerate(costs.groups)]  # the best one stays
+        removable = [0 if b in costs.protected else max(0, n - 1) for b, n in enumerate(costs.groups)]  # the best one stays
         pairs = zip(self.groups.starts, removable, strict=True)
         ends = torch.cat([torch.arange(start, start + n) for start, n in pairs])
         self.group_end = ends.to(device, non_blocking=True)

@@ -48,9 +48,9 @@ def gated(model: PreTrainedModel, ffn: Gates, attention: Gates = None) -> Iterat
     """
     with ExitStack() as taken_off:
         for block in blocks_of(model):
-            if ffn is not None:
+            if ffn is not None and block.down is not None:
                 taken_off.callback(_ffn_gate(block, ffn).remove)
-            for handle in () if attention is None else _attention_gates(block, attention):
+            for handle in () if attention is None or block.output is None else _attention_gates(block, attention):
                 taken_off.callback(handle.remove)
         yield model
 
