@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ REMEDY = (
     "Give it a record by hand: docs/extend.md, 'A model family', shows how, in a file that --import names; or choose a "
     "type of the table in docs/architectures.md"
 )
+COUNT = re.compile("head|group|kv")  # in names of what a configuration has several of
 Rows = dict[tuple[str, int], Tensor]  # parameter of a layer, dimension -> indices along it
 
 
@@ -474,7 +476,8 @@ class Discovery:
         """Kinds of attention whose output projection this is: with the smallest block of columns for which rows of
         query, key and value vanish."""
         left = dict(places)
-        for width in (size // n for n in range(size // 2, 1, -1) if size % n == 0):
+        counts = {v for n, v in self.config.to_dict().items() if type(v) is int and COUNT.search(n) and "dim" not in n}
+        for width in (size // n for n in sorted(counts, reverse=True) if 1 < n < size and size % n == 0):
             if not left:
                 return
             found = self._vanish(left, torch.arange(width), path)

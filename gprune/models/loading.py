@@ -34,6 +34,7 @@ from gprune.models.families import FAMILIES, PRUNED
 from gprune.models.folders import check_folder, check_sizes, check_stored
 from gprune.models.lookup import family_of_config
 from gprune.models.offload import StoredWeights, offload_folder
+from gprune.models.structure import check_structure
 from gprune.storage.files import as_bytes
 from gprune.storage.reading import expanded
 
@@ -159,7 +160,9 @@ def load_weights(
         UserError: where weights of the model are missing, which transformers would draw at random, or quantised.
     """
     config = read_config(str(location), trust_remote_code=trust_remote_code)
-    check_stored(skeleton(config, trust_remote_code=trust_remote_code), location)
+    dense = skeleton(config, trust_remote_code=trust_remote_code)
+    check_structure(dense)
+    check_stored(dense, location)
     settings = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     with ExitStack() as removal:
         if device_map is not None:

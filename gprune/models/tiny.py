@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from gprune.models.modeling_pruned import PREFIX
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, NEURONS, EXPERT_NEURONS, SHARED_NEURONS = 48, 6, 3, 8, 44, 20, 28
-VOCABULARY, POSITIONS, EXPERTS, ROUTED, LAYERS = 136, 128, 4, 2, 4
+VOCABULARY, POSITIONS, EXPERTS, ROUTED, LAYERS = 136, 128, 4, 2, 3
 
 # Name of a field (the whole of it) -> its value in a tiny configuration; the first rule that matches counts.
 RULES: tuple[tuple[str, int], ...] = (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,8 +120,9 @@ def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | No
 def bypassed(model: PreTrainedModel, gone: Iterable[int]) -> Iterator[PreTrainedModel]:
     """Let these blocks return their input while the context lasts."""
 
-    def skip(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        return args[0] if args else kwargs["hidden_states"]
+    def skip(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     with ExitStack() as taken_off:
         for block in gone:
