@@ -152,12 +152,12 @@ def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
         for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers"):
             if isinstance(content.get(name), int):
                 content[name] = len(chosen)
-        if "n_recurrent_layers" in content:
-            content["n_recurrent_layers"] = len(chosen) - 2
     if "mamba_headdim" in content and "n_mamba_heads" in content:
         content["n_mamba_heads"] = 2 * HIDDEN // HEAD_DIM
     if "expand" in content and isinstance(content.get("num_heads"), int) and "state_size" in content:
         content["num_heads"] = 2 * HIDDEN // HEAD_DIM
+    if "num_hidden_layers" in content and "n_recurrent_layers" in content:
+        content["n_recurrent_layers"] = content["num_hidden_layers"] - 2
     heads, groups = (next((before[n] for n in names if type(before.get(n)) is int), 0) for names in _HEAD_NAMES)
     for name in _HEAD_NAMES[1]:
         if name in content and groups and groups in (1, heads):  # one key/value head for all query heads, or for each

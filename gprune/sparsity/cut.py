@@ -197,13 +197,13 @@ def equal_widths(
     width of the FFN makes up for the rest.
     """
     costs, target, width_multiple, prices = budget.costs, budget.target, budget.width_multiple, budget.costs.prices
-    narrow, wide = min(costs.neurons), max(costs.neurons)
+    narrow, wide = min(filter(None, costs.neurons)), max(costs.neurons)
     # a width that nothing asks to change need not lie on the grid
     grid = [wide] * (narrow == wide) + [*range(narrow // width_multiple * width_multiple, 0, -width_multiple)]
 
     def gone(tables: Sequence[Sequence[int]], kept: int) -> int:
         """The cost that goes where every block keeps so many units."""
-        return sum(table[-1] - table[kept] for table in tables)
+        return sum(table[-1] - table[min(kept, len(table) - 1)] for table in tables)
 
     def widest(left: int) -> int:
         """The widest FFN by which the cost `left` goes; 0 where none is narrow enough."""
@@ -214,19 +214,21 @@ def equal_widths(
     if costs.attention:
         free = replace(budget, costs=replace(costs, uniform=False))
         kept = int(torch.cat(keep_masks(free, neuron_margins, group_margins).attention).sum())
-        groups = max(1, min(round(kept / len(costs.groups)), *costs.groups))
+        some = [n for n in costs.groups if n]  # of blocks that have attention to prune
+        groups = max(1, min(round(kept / len(some)), *some))
 
-        left = {kept: target - gone(prices.groups, kept) for kept in range(1, min(costs.groups) + 1)}
+        left = {kept: target - gone(prices.groups, kept) for kept in range(1, min(some) + 1)}
         while groups > 1 and widest(left[groups]) < width_multiple:  # more than the FFN can make up for
             groups -= 1
         fillable = gone(prices.neurons, width_multiple)
         # Groups that go beyond the target stay, as long as neurons can fill the gap.
         while left[groups] < 0 and left.get(groups + 1, fillable + 1) <= fillable:
             groups += 1
-        attention = [top_of_experts(m, groups) for m in group_margins]
+        attention = [top_of_experts(m, groups) if len(m) else m.bool() for m in group_margins]
         target = left[groups]
     width = widest(target)
-    ffn = [top_of_experts(m, width, experts=e) for m, e in zip(neuron_margins, costs.of_experts, strict=True)]
+    pairs = zip(neuron_margins, costs.of_experts, strict=True)
+    ffn = [top_of_experts(m, width, experts=e) if len(m) else m.bool() for m, e in pairs]
     return Masks(ffn, attention)
 
 
