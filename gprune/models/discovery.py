@@ -387,6 +387,9 @@ class Discovery:
         weights = [key for key in layouts if layer.get_parameter(key[0]).dim() == 3]
         if len(weights) not in (1, 2):
             return None
+        # Without a gate up and down look alike from their gradients; only down enters linearly.
+        if not self._is_affine([layer.get_parameter(path)], lambda t: t, lambda: self._output_of(index, experts)):
+            return None
         short = {name: name.removeprefix(f"{experts}.") for name in (path, *names)}
         size = layer.get_parameter(path).shape
         dim = next(d for d in (2, 1) if size[d] != self.hidden_size)
