@@ -24,14 +24,19 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from gprune.errors import UserError, first_line
 from gprune.models import cached_records
 from gprune.models.blocks import HEADS, blocks_of
 from gprune.models.families import Family
-from gprune.models.lookup import remember
+from gprune.models.lookup import auto_of, remember
 from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import PREFIX, find
 from gprune.models.surgery import prune
@@ -87,9 +92,8 @@ def check_supported(config: PreTrainedConfig) -> None:
 
 def has_class(config: PreTrainedConfig) -> bool:
     """Whether transformers has a causal language model for this configuration's class."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    return type(stock_config(config)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    stock = type(stock_config(config))
+    return stock in MODEL_FOR_CAUSAL_LM_MAPPING or stock in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
@@ -103,7 +107,7 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
             setattr(config, name, "eager")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().float()
+        model = auto_of(config).from_config(config, dtype=torch.float32).eval().float()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point():

@@ -17,13 +17,18 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from gprune.checks import memory_limits
 from gprune.console import quieted
@@ -32,7 +37,7 @@ from gprune.models import embedded as assets
 from gprune.models import modeling_pruned
 from gprune.models.families import FAMILIES, PRUNED
 from gprune.models.folders import check_folder, check_sizes, check_stored
-from gprune.models.lookup import family_of_config
+from gprune.models.lookup import auto_of, family_of_config
 from gprune.models.offload import StoredWeights, offload_folder
 from gprune.models.structure import check_structure
 from gprune.storage.files import as_bytes
@@ -49,17 +54,19 @@ def register() -> None:
 
 def register_type(model_type: str) -> None:
     """Let transformers' Auto classes load exports of one type."""
-    config, base, causal = pruned_classes(model_type)
+    config, base, complete = pruned_classes(model_type)
     AutoConfig.register(config.model_type, config, exist_ok=True)
     if base is not None:
         AutoModel.register(config, base, exist_ok=True)
-    AutoModelForCausalLM.register(config, causal, exist_ok=True)
+    causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    (AutoModelForCausalLM if causal else AutoModelForImageTextToText).register(config, complete, exist_ok=True)
 
 
 def pruned_classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]:
     """The pruned config, base model and causal language model of a family."""
     base = MODEL_MAPPING_NAMES.get(family)
-    stock = CONFIG_MAPPING[family].__name__, base, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
+    complete = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family]
+    stock = CONFIG_MAPPING[family].__name__, base, complete
     return tuple(getattr(modeling_pruned, f"Pruned{name}") if isinstance(name, str) else None for name in stock)
 
 
@@ -120,7 +127,7 @@ def skeleton(
     with quoting("--model.name: the configuration describes no model: "), torch.device("meta"):
         if model_class is not None:
             return model_class(config)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return auto_of(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -172,7 +179,7 @@ def load_weights(
         if not usable_generation_config(location):
             settings["generation_config"] = GenerationConfig.from_model_config(config)
         with quieted("accelerate.big_modeling"):  # it warns that parameters are offloaded, which was asked for
-            model, report = AutoModelForCausalLM.from_pretrained(location, **settings)
+            model, report = auto_of(config).from_pretrained(location, **settings)
         check_complete(report, location)
         check_not_quantised(model, location)
         weakref.finalize(model, removal.pop_all().close)

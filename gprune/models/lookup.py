@@ -5,12 +5,31 @@ from __future__ import annotations
 import json
 from operator import attrgetter
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from gprune.models.families import FAMILIES, PRUNED, Family
 
 RECORD = "_gprune_record"  # attribute of a model, so that a second look-up is free and copies have it
 _known: dict[tuple[type, str], Family] = {}  # records that this process has discovered or read
+
+
+def auto_of(config: PreTrainedConfig) -> type:
+    """The Auto class that loads models of a configuration: for text, or else for images and text."""
+    with_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if with_images and not is_causal(config) else AutoModelForCausalLM
+
+
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Whether AutoModelForCausalLM knows a configuration's class, or its code comes with the checkpoint."""
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def family_of(model: PreTrainedModel) -> Family:

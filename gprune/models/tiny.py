@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -137,6 +137,9 @@ def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
         table = {int(index): value for index, value in content["per_layer_config"].items()}
         smaller = {i: {n: _smaller(n, v) for n, v in own.items()} for i, own in table.items()}
         content["per_layer_config"] = {new: smaller[old] for new, old in enumerate(chosen) if old in smaller}
+    for rope in _dicts_with(content, "mrope_section"):
+        if rope["mrope_section"] is not None:  # half of a head's size in three parts
+            rope["mrope_section"] = [2, 1, 1]
     for name, value in content.items():
         if isinstance(value, dict):
             sub = config.__dict__.get(name)
@@ -162,6 +165,15 @@ def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
     for name in _HEAD_NAMES[1]:
         if name in content and groups and groups in (1, heads):  # one key/value head for all query heads, or for each
             content[name] = 1 if groups == 1 else next(content[n] for n in _HEAD_NAMES[0] if n in content)
+
+
+def _dicts_with(content: Any, key: str) -> Iterator[dict[str, Any]]:
+    """The dictionaries in a configuration that have a key, at any depth."""
+    if isinstance(content, dict):
+        if key in content:
+            yield content
+        for value in content.values():
+            yield from _dicts_with(value, key)
 
 
 _HEAD_NAMES = (
