@@ -223,7 +223,10 @@ def passed(row: Mapping[str, Any]) -> bool:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as Markdown."""
-    lines = ["| type | FFN | attention | masked = sliced | budget | generation | reloaded | seconds |", "|" + "---|" * 8]
+    lines = [
+        "| type | FFN | attention | masked = sliced | budget | generation | reloaded | seconds |",
+        "|" + "---|" * 8,
+    ]
     for row in rows:
         if not passed(row):
             continue

@@ -89,7 +89,9 @@ class Collector:
                     continue
                 host = block.parts[part].host
                 if isinstance(metric, StreamingExpertMoments):
-                    self._handles.append(watch_experts(host, partial(self._see_expert, metric), block.family.expert_down))
+                    self._handles.append(
+                        watch_experts(host, partial(self._see_expert, metric), block.family.expert_down)
+                    )
                 else:
                     self._handles.append(host.register_forward_pre_hook(partial(self._see_input, metric)))
             see_layer = partial(self._see_layer, self.turns[index])

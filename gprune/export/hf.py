@@ -35,7 +35,7 @@ from gprune.errors import UserError
 from gprune.export.reload import aligned
 from gprune.models import modeling_pruned
 from gprune.models.blocks import blocks_of, decoder_layers
-from gprune.models.loading import pruned_classes, register, skeleton
+from gprune.models.loading import pruned_classes, register_type, skeleton
 from gprune.models.lookup import family_of, remember
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, is_offloaded, lend_all
@@ -165,7 +165,7 @@ def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> P
         model: of a supported family, pruned or not, once or twice. An offloaded one gives a model that is only saved.
         dtype: of the weights, which are copied where they have another one; None or that of an offloaded model.
     """
-    register()  # for a family whose record came after the import
+    register_type(family_of(model).model_type)  # whose record came after the import, or was discovered
     exportable = stock_skeleton(model) or pruned_skeleton(model)
     exportable.load_state_dict(model.state_dict(), strict=True, assign=True)
     exportable.tie_weights()

@@ -217,7 +217,11 @@ class Block:
         """The layer's sizes by the config's own keys; of a discovered type by names of our own as well."""
         sizes = {"neurons": self.neurons, "heads": self.heads}
         if self.family.found:
-            sizes |= {"kv_groups": self.kv_groups, "channels": self.channels, "kv_channels": self.kv_groups * self.head_dim}
+            sizes |= {
+                "kv_groups": self.kv_groups,
+                "channels": self.channels,
+                "kv_channels": self.kv_groups * self.head_dim,
+            }
             keys = (self.family.width, "neurons"), (HEADS, "heads"), (self.family.kv_heads, "kv_groups")
             return sizes | {key: sizes[own] for key, own in keys if key and sizes[own]}
         if self.family.kv_heads is not None:
@@ -264,7 +268,8 @@ def _found_block(index: int, layer: nn.Module, family: Family, config: PreTraine
 def _has(layer: nn.Module, kind: Mapping[str, Any]) -> bool:
     """Whether a layer has the modules of a kind of FFN or attention, of the same classes."""
     return all(
-        (type(module).__name__.removeprefix("Parametrized") if (module := _at(layer, path)) is not None else None) == name
+        (type(module).__name__.removeprefix("Parametrized") if (module := _at(layer, path)) is not None else None)
+        == name
         for path, name in kind["classes"].items()
     )
 

@@ -83,5 +83,7 @@ def _is_value(name: str, value: Any) -> bool:
             if pairs else (lambda v: isinstance(v, str))  # fmt: skip
         return isinstance(value, dict) and all(isinstance(k, str) and good(v) for k, v in value.items())
     if name == "expert_down":
-        return isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int
+        return (
+            isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int
+        )
     return value is None or type(value) in (str, bool, float, int)

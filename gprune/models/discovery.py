@@ -63,7 +63,9 @@ def discover(config: PreTrainedConfig) -> Family:
     try:
         tiny = shrunk(stock_config(config))
     except Exception as error:
-        raise UserError(f"Model type '{name}': no tiny copy can be configured: {first_line(error)}. {REMEDY}.") from error
+        raise UserError(
+            f"Model type '{name}': no tiny copy can be configured: {first_line(error)}. {REMEDY}."
+        ) from error
     if (record := cached_records.read(tiny)) is None:
         record = discovered(tiny)
         cached_records.write(tiny, record)
@@ -82,7 +84,9 @@ def check_supported(config: PreTrainedConfig) -> None:
             "float32, bfloat16 or float16. Prune those, and quantise what is left."
         )
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"Model type '{name}' is an encoder-decoder; expected a decoder alone, which predicts next tokens.")
+        raise UserError(
+            f"Model type '{name}' is an encoder-decoder; expected a decoder alone, which predicts next tokens."
+        )
     if not has_class(config):
         raise UserError(
             f"Model type '{name}' has no class of transformers that predicts next tokens (AutoModelForCausalLM); expected "
@@ -156,7 +160,16 @@ class Discovery:
     def record(self) -> Family:
         """The record; UserError where no part of the model can be pruned."""
         self._check_forward()
-        base = Family(self.name, layers=self.layers_path, decoder=self.decoder_path, found=True, up=None, down=None, query=None, output=None)
+        base = Family(
+            self.name,
+            layers=self.layers_path,
+            decoder=self.decoder_path,
+            found=True,
+            up=None,
+            down=None,
+            query=None,
+            output=None,
+        )
         found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
         failed = []
         with _separable_norms(self.layers):
@@ -185,11 +198,17 @@ class Discovery:
         try:
             first, second = self.logits(), self.logits()
         except Exception as error:
-            raise UserError(f"Model type '{self.name}': a tiny copy does not run: {first_line(error)}. {REMEDY}.") from error
+            raise UserError(
+                f"Model type '{self.name}': a tiny copy does not run: {first_line(error)}. {REMEDY}."
+            ) from error
         if not torch.equal(first, second):
-            raise UserError(f"Model type '{self.name}': two forward passes differ, so no check could tell what pruning does.")
+            raise UserError(
+                f"Model type '{self.name}': two forward passes differ, so no check could tell what pruning does."
+            )
         if not first.isfinite().all():
-            raise UserError(f"Model type '{self.name}': a tiny copy with random weights gives infinite logits. {REMEDY}.")
+            raise UserError(
+                f"Model type '{self.name}': a tiny copy with random weights gives infinite logits. {REMEDY}."
+            )
         changed = self.ids.clone()
         changed[:, -1] = (changed[:, -1] + 1) % 100
         if (self.logits(changed)[:, :-4] - first[:, :-4]).abs().max() > 1e-3 * first.abs().max():
@@ -318,7 +337,7 @@ class Discovery:
             else:
                 for name, parameter in module.named_parameters(recurse=False):
                     if parameter.dim() == 3 and parameter.shape[0] > 1 and H in parameter.shape[1:]:
-                        E, a, b = parameter.shape
+                        _E, a, b = parameter.shape
                         if a != b:
                             yield f"{path}.{name}" if path else name, parameter, 2 if a == H else 1
 
@@ -366,7 +385,7 @@ class Discovery:
             return None
         kind: dict[str, Any] = {"down": down}
         if len(hosts) == 2:
-            up = self._affine(index, hosts, _common(hosts + [down]), down)
+            up = self._affine(index, hosts, _common([*hosts, down]), down)
             kind |= {"up": up, "gate": next(host for host in hosts if host != up)}
         elif " " in layouts[weights[0]]:
             order = self._fused_order(index, hosts[0], layouts[weights[0]], _common([*hosts, down]), down)
@@ -429,7 +448,9 @@ class Discovery:
         handle.remove()
         return seen[0]
 
-    def _is_affine(self, tensors: Sequence[Tensor], pick: Callable[[Tensor], Tensor], measure: Callable[[], Tensor]) -> bool:
+    def _is_affine(
+        self, tensors: Sequence[Tensor], pick: Callable[[Tensor], Tensor], measure: Callable[[], Tensor]
+    ) -> bool:
         """Whether what is measured is affine in a scale of the picked entries of tensors."""
         with torch.no_grad():
             saved = [t.clone() for t in tensors]
@@ -464,14 +485,14 @@ class Discovery:
         """`gate | up` or `up | gate` (or unit by unit): what enters linearly is up."""
         module = self.layers[index].get_submodule(host)
         transposed = isinstance(module, Conv1D)
-        second = lambda t: _second(t, layout, int(transposed) if t.dim() > 1 else 0)  # noqa: E731
+        second = lambda t: _second(t, layout, int(transposed) if t.dim() > 1 else 0)
         tensors = [t for t in (module.weight, module.bias) if t is not None]
         affine = self._is_affine(tensors, second, lambda: self._input_of(index, down))
         return layout if affine else " ".join(reversed(layout.split(" ")))
 
     def _fused_order_of_experts(self, index: int, name: str, dim: int, layout: str, experts: str) -> str:
         parameter = self.layers[index].get_parameter(name)
-        second = lambda t: _second(t, layout, dim)  # noqa: E731
+        second = lambda t: _second(t, layout, dim)
         affine = self._is_affine([parameter], second, lambda: self._output_of(index, experts))
         return layout if affine else " ".join(reversed(layout.split(" ")))
 
@@ -488,11 +509,17 @@ class Discovery:
             if not left:
                 return
             found = self._vanish(left, torch.arange(width), path)
-            likely = {i: rows for i, rows in found.items() if sum(len(r) for (n, _), r in rows.items() if n.endswith("weight")) > width}
+            likely = {
+                i: rows
+                for i, rows in found.items()
+                if sum(len(r) for (n, _), r in rows.items() if n.endswith("weight")) > width
+            }
             if not likely:
                 continue
             own = {i: left[i] for i in likely}
-            shifted = [self._vanish(own, columns, path) for columns in (torch.arange(1, width), torch.arange(width - 1))]
+            shifted = [
+                self._vanish(own, columns, path) for columns in (torch.arange(1, width), torch.arange(width - 1))
+            ]
             for index, rows in likely.items():
                 values = {key: {*shifted[0][index].get(key, torch.empty(0)).tolist(),
                                 *shifted[1][index].get(key, torch.empty(0)).tolist()} for key in rows}  # fmt: skip
@@ -519,8 +546,14 @@ class Discovery:
             roles[host] = [
                 "query" if int(i) in local[host] else "value" if int(i) in values[key] else "key" for i in found
             ]
-        by_role: dict[str, list[str]] = {role: [h for h in hosts if role in roles[h]] for role in ("query", "key", "value")}
-        if any(not by_role[role] for role in ("key", "value", "query")) or len(by_role["key"]) > 1 or len(by_role["value"]) > 1:
+        by_role: dict[str, list[str]] = {
+            role: [h for h in hosts if role in roles[h]] for role in ("query", "key", "value")
+        }
+        if (
+            any(not by_role[role] for role in ("key", "value", "query"))
+            or len(by_role["key"]) > 1
+            or len(by_role["value"]) > 1
+        ):
             return None
         queries = sorted(by_role["query"], key=lambda host: ("q" not in host.rpartition(".")[2], -hosts[host].numel()))
         chosen = {"query": queries[0], "key": by_role["key"][0], "value": by_role["value"][0]}
@@ -540,7 +573,10 @@ class Discovery:
         kind["extras"] = {}
         for (name, dim), found in rows.items():
             if name not in known:
-                if found.tolist() != list(range(len(found))) or len(found) * groups != layer.get_parameter(name).shape[dim]:
+                if (
+                    found.tolist() != list(range(len(found)))
+                    or len(found) * groups != layer.get_parameter(name).shape[dim]
+                ):
                     return None
                 kind["extras"][name] = [dim, "attention"]
         for role, name in (("query_norm", "query"), ("key_norm", "key")):
@@ -561,9 +597,9 @@ class Discovery:
         """The path of a norm over all heads at once whose weights are among these parameters."""
         for name in extras:
             path, _, own = name.rpartition(".")
-            if own == "weight" and _is_norm(layer.get_submodule(path)) and layer.get_parameter(name).shape == (length,):
-                if path.rpartition(".")[2].startswith(role[0]):
-                    return path
+            over_all = own == "weight" and layer.get_parameter(name).shape == (length,)
+            if over_all and _is_norm(layer.get_submodule(path)) and path.rpartition(".")[2].startswith(role[0]):
+                return path
         return None
 
     def _local_rows(self, index: int, output: str, hosts: Sequence[str]) -> dict[str, set[int]] | None:
@@ -571,11 +607,15 @@ class Discovery:
         layer, seen = self.layers[index], {}
         with ExitStack() as stack:
             for host in hosts:
+
                 def keep(_m: nn.Module, _i: Any, out: Tensor, host: str = host) -> None:
                     seen[host] = out
+
                 stack.callback(layer.get_submodule(host).register_forward_hook(keep).remove)
+
             def keep_input(_m: nn.Module, inputs: Any) -> None:
                 seen[""] = inputs[0]
+
             stack.callback(layer.get_submodule(output).register_forward_pre_hook(keep_input).remove)
             with torch.enable_grad():
                 self.model(input_ids=self.ids, use_cache=False)
@@ -625,9 +665,9 @@ class Discovery:
             if isinstance(module, (nn.Linear, Conv1D)):
                 continue
             for name, value in vars(module).items():
-                if type(value) is int and not name.startswith("_") and value in sizes and name != "layer_idx":
-                    if not (name.startswith("num_key_value_groups") or "hidden_size" in name):
-                        kind["attributes"][".".join(p for p in (owner, path, name) if p)] = sizes[value]
+                fixed = name.startswith(("_", "num_key_value_groups", "layer_idx")) or "hidden_size" in name
+                if type(value) is int and value in sizes and not fixed:
+                    kind["attributes"][".".join(p for p in (owner, path, name) if p)] = sizes[value]
         return kind
 
     def _norms(self, index: int, host: str, output: str) -> tuple[str | None, str | None, bool]:
@@ -639,17 +679,22 @@ class Discovery:
         with ExitStack() as stack:
             for path, module in layer.named_modules():
                 if _is_norm(module):
+
                     def note(_m: nn.Module, _i: Any, out: Any, path: str = path) -> None:
                         order.append(path)
                         keep.append(_tensor(out))
                         produced[keep[-1].data_ptr()] = path
+
                     stack.callback(module.register_forward_hook(note).remove)
+
             def enters(_m: nn.Module, args: Any, kwargs: Any) -> None:
                 x = args[0] if args else kwargs.get("hidden_states")
                 if isinstance(x, Tensor):
                     places.setdefault("before", produced.get(x.data_ptr()))
+
             def leaves(_m: nn.Module, _i: Any, out: Any) -> None:
                 places["after"] = len(order)
+
             stack.callback(layer.get_submodule(host).register_forward_pre_hook(enters, with_kwargs=True).remove)
             stack.callback(layer.get_submodule(output).register_forward_hook(leaves).remove)
             self.logits()
@@ -662,6 +707,7 @@ class Discovery:
         results: list[Tensor] = []
         shift: Tensor | None = None
         for scale in (0.0, 1.0):
+
             def move(_m: nn.Module, _i: Any, out: Any, scale: float = scale) -> Any:
                 nonlocal shift
                 y = _tensor(out)
@@ -669,6 +715,7 @@ class Discovery:
                     shift = torch.randn(y.shape, generator=generator)
                 moved = y + scale * shift
                 return (moved, *out[1:]) if isinstance(out, tuple) else moved
+
             with ExitStack() as stack:
                 stack.callback(layer.get_submodule(output).register_forward_hook(move).remove)
                 stack.callback(layer.register_forward_hook(lambda _m, _i, out: results.append(_tensor(out))).remove)
@@ -694,6 +741,7 @@ class Discovery:
         for scale in (0.0, 1.0):
             seen: dict[str, Tensor] = {}
             on = [False]
+
             def move(_m: nn.Module, _i: Any, out: Any, scale: float = scale, on: list[bool] = on) -> Any:
                 nonlocal shift
                 y = _tensor(out)
@@ -702,13 +750,18 @@ class Discovery:
                 on[0] = True
                 moved = y + scale * shift
                 return (moved, *out[1:]) if isinstance(out, tuple) else moved
+
             with ExitStack() as stack:
                 stack.callback(layer.get_submodule(output).register_forward_hook(move).remove)
                 for path, module in layer.named_modules():
                     if _is_norm(module):
-                        def note(_m: nn.Module, args: Any, path: str = path, seen: dict = seen, on: list[bool] = on) -> None:
+
+                        def note(
+                            _m: nn.Module, args: Any, path: str = path, seen: dict = seen, on: list[bool] = on
+                        ) -> None:
                             if on[0] and args:
                                 seen.setdefault(path, args[0])
+
                         stack.callback(module.register_forward_pre_hook(note).remove)
                 self.logits()
             inputs.append(seen)
@@ -748,13 +801,21 @@ class Discovery:
 
     def _config_keys(self, found: tuple[list[dict[str, Any]], list[dict[str, Any]]]) -> dict[str, Any]:
         """Keys of the configuration that have the sizes of units; a stock folder can be written by them."""
-        trial = Family(self.name, layers=self.layers_path, decoder=self.decoder_path, found=True, kinds=cached_records.frozen(found))
+        trial = Family(
+            self.name,
+            layers=self.layers_path,
+            decoder=self.decoder_path,
+            found=True,
+            kinds=cached_records.frozen(found),
+        )
         remember(self.model, trial)
         blocks = blocks_of(self.model)
         neurons = {block.neurons for block in blocks if block.neurons}
         groups = {block.kv_groups for block in blocks if block.kv_groups}
         plain = {n: v for n, v in self.config.to_dict().items() if type(v) is int}
-        width = [n for n, v in plain.items() if {v} == neurons and any(w in n for w in ("inter", "ffn", "inner", "d_ff"))]
+        width = [
+            n for n, v in plain.items() if {v} == neurons and any(w in n for w in ("inter", "ffn", "inner", "d_ff"))
+        ]
         kv = [n for n, v in plain.items() if {v} == groups and any(w in n for w in ("kv", "key_value", "multi_query"))]
         return {"width": width[0] if width else "", "kv_heads": kv[0] if kv else None} | self._positions()
 
@@ -823,7 +884,9 @@ class Discovery:
         return True
 
     def _trial(self, base: Family, kinds: Any) -> Family:
-        return Family(base.model_type, layers=base.layers, decoder=base.decoder, found=True, kinds=cached_records.frozen(kinds))
+        return Family(
+            base.model_type, layers=base.layers, decoder=base.decoder, found=True, kinds=cached_records.frozen(kinds)
+        )
 
     def _agrees_whole(self, record: Family) -> bool:
         with suppress(Exception):
@@ -854,7 +917,11 @@ def random_masks(model: PreTrainedModel, seed: int = 5) -> Masks:
     ffn, attention = [], []
     for block in blocks_of(model):
         order = torch.rand(block.experts, block.neurons, generator=generator).argsort(1)
-        ffn.append((order >= min(block.neurons - 1, 3 + block.index)).flatten() if block.neurons else torch.ones(0, dtype=torch.bool))
+        ffn.append(
+            (order >= min(block.neurons - 1, 3 + block.index)).flatten()
+            if block.neurons
+            else torch.ones(0, dtype=torch.bool)
+        )
         keep = torch.ones(block.kv_groups, dtype=torch.bool)
         if block.kv_groups > 1:
             keep[block.index % block.kv_groups] = False
@@ -891,8 +958,10 @@ def _separable_norms(layers: nn.ModuleList) -> Iterator[None]:
         for layer in layers:
             for path, module in layer.named_modules():
                 if "." in path and _is_norm(module):
+
                     def forward(x: Tensor, *rest: Any, module: nn.Module = module, **named: Any) -> Tensor:
                         return x * module.weight
+
                     module.__dict__["forward"] = forward
                     stack.callback(module.__dict__.pop, "forward")
         yield
@@ -976,4 +1045,14 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 VERSION = transformers.__version__
-__all__ = ["HEADS", "VERSION", "Discovery", "check_supported", "discover", "discovered", "find", "random_masks", "tiny_model"]
+__all__ = [
+    "HEADS",
+    "VERSION",
+    "Discovery",
+    "check_supported",
+    "discover",
+    "discovered",
+    "find",
+    "random_masks",
+    "tiny_model",
+]

@@ -53,7 +53,7 @@ def watch_experts(experts: nn.Module, watcher: Watcher, down: tuple[str, int] = 
     if "watchers" not in own:
         before = {"forward": own["forward"]} if "forward" in own else {}
         run = _run if plain(experts) else partial(_run_as_stored, down[0])
-        forward = lambda *inputs, **named: run(experts, *inputs, **named)  # noqa: E731
+        forward = lambda *inputs, **named: run(experts, *inputs, **named)
         own |= {"watchers": [], "before": before, "forward": forward}
     own["watchers"].append(watcher)
     return Watch(experts, watcher)
@@ -138,7 +138,9 @@ class _Products(TorchFunctionMode):
     def _taken(self, args: Any, kwargs: Any, result: Tensor) -> None:
         index = args[-1] if len(args) > 1 else kwargs.get("index")
         if id(args[0]) in self.experts:
-            if (isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)) and not isinstance(index, bool):
+            if (isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)) and not isinstance(
+                index, bool
+            ):
                 self._keep(result, int(index))
             return
         index = index[0] if isinstance(index, tuple) and index else index

@@ -57,7 +57,9 @@ class Family:
     layout: Mapping[str, str] = field(default_factory=dict)  # fused module -> order of parts: "gate | up" or "gate up"
     expert_rows: Mapping[str, tuple[int, str]] = field(default_factory=lambda: {"gate_up_proj": (1, "gate | up")})
     expert_down: tuple[str, int] = ("down_proj", 2)  # stacked tensor, and the dimension of neurons
-    extras: Mapping[str, tuple[int, str]] = field(default_factory=dict)  # other parameters -> dim and `ffn`, `attention`
+    extras: Mapping[str, tuple[int, str]] = field(
+        default_factory=dict
+    )  # other parameters -> dim and `ffn`, `attention`
     kinds: tuple[tuple[Mapping[str, Any], ...], ...] = ()  # alternatives for FFN and attention, where layers differ
     found: bool = False  # discovered; a saved folder then names every size, and not the keys of a config
     plain_head: bool = True  # logits are those of head times hidden states, divided or capped

@@ -107,7 +107,7 @@ class ExpertPart:
     @property
     def in_features(self) -> int:
         """Columns, those of all experts side by side in `down`."""
-        E, H, N = self.shape
+        E, _H, N = self.shape
         return E * N if self.name == "down" else N
 
     @property

@@ -18,7 +18,9 @@ from gprune.models.losses import LogitTransform
 from gprune.models.modeling_pruned import find
 
 BUILT_IN: Mapping[str, Family] = MappingProxyType(dict(FAMILIES))
-REMEDY = "Correct the record (docs/extend.md, 'A model family'), or leave it out: gprune then looks for the structure itself"
+REMEDY = (
+    "Correct the record (docs/extend.md, 'A model family'), or leave it out: gprune then looks for the structure itself"
+)
 
 
 def check_structure(model: PreTrainedModel) -> None:
@@ -32,9 +34,13 @@ def check_structure(model: PreTrainedModel) -> None:
         _check_paths(name, record, layer)
     for block in blocks_of(model):
         if why := _unfit(block):
-            raise _wrong(name, f"layer {block.index}: {why}") if not record.found else UserError(
-                f"Model type '{name}': the structure that was found on a tiny copy does not fit layer {block.index} of this "
-                f"model: {why}. Give it a record by hand: docs/extend.md, 'A model family', in a file that --import names."
+            raise (
+                _wrong(name, f"layer {block.index}: {why}")
+                if not record.found
+                else UserError(
+                    f"Model type '{name}': the structure that was found on a tiny copy does not fit layer {block.index} of this "
+                    f"model: {why}. Give it a record by hand: docs/extend.md, 'A model family', in a file that --import names."
+                )
             )
     if not any(block.neurons for block in blocks_of(model)):
         raise UserError(f"Model type '{name}': no layer of this model has the FFN that was found on a tiny copy of it.")
@@ -67,7 +73,9 @@ def check_by_copy(config: PreTrainedConfig) -> None:
         hidden = decoder_of(model)(input_ids=looked.ids, use_cache=False).last_hidden_state
         ours = LogitTransform.of(model)(model.get_output_embeddings()(hidden))
     if (ours - logits).abs().max() > 1e-3 * logits.abs().max():
-        raise _wrong(name, "logits are not head times hidden states; it needs logits_scaling, logits_multiplier or softcap")
+        raise _wrong(
+            name, "logits are not head times hidden states; it needs logits_scaling, logits_multiplier or softcap"
+        )
     for block in blocks_of(model)[:1]:
         _check_norms(name, looked, block)
 

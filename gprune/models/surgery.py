@@ -28,8 +28,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gprune.errors import UserError
 from gprune.models.blocks import Block, Slice, blocks_of, decoder_layers
 from gprune.models.copies import copy_without_hooks
-from gprune.models.lookup import decoder_of, family_of
 from gprune.models.loading import skeleton
+from gprune.models.lookup import decoder_of, family_of
 from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import experts_aligned, find, tell_layer, tell_sizes
 from gprune.models.offload import lend, lend_all, stored

@@ -199,4 +199,3 @@ def _token(name: str, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [small] * min(1, len(value))
     return value if value is None or not isinstance(value, int) or value < 0 else small
-

@@ -46,7 +46,9 @@ class Plan:
     @cached_property
     def tokens(self) -> dict[int, tuple[int, int]]:
         """(forward, forward and backward) by step, at most."""
-        return tokens_by_step(self.cfg, self.skeleton.config.get_text_config(decoder=True).hidden_size, self.budget.costs)
+        return tokens_by_step(
+            self.cfg, self.skeleton.config.get_text_config(decoder=True).hidden_size, self.budget.costs
+        )
 
     @property
     def at_hand(self) -> bool:

@@ -106,7 +106,9 @@ class Cut:
         # Of each step, (steps,): its neurons, the place of its last one in `Segments.sort`, its cost, its block.
         self.size, self.end, self.cost = (t.to(device, non_blocking=True) for t in (sizes, ends, cost))
         self.step_block = repeated(range(len(steps)), steps, device)
-        removable = [0 if b in costs.protected else max(0, n - 1) for b, n in enumerate(costs.groups)]  # the best one stays
+        removable = [
+            0 if b in costs.protected else max(0, n - 1) for b, n in enumerate(costs.groups)
+        ]  # the best one stays
         pairs = zip(self.groups.starts, removable, strict=True)
         ends = torch.cat([torch.arange(start, start + n) for start, n in pairs])
         self.group_end = ends.to(device, non_blocking=True)
