@@ -27,6 +27,7 @@ from gprune.calibration.saliency import StreamingGradients, channel_saliency, sa
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.experts import watch_experts
+from gprune.models.lookup import decoder_of
 from gprune.models.losses import next_token_losses
 from gprune.models.offload import device_of
 
@@ -66,7 +67,8 @@ class Collector:
                     if part == "down" and block.has_experts:
                         sums = StreamingExpertMoments(block.experts, block.neurons, gram=gram, **options)
                     else:
-                        sums = StreamingMoments(block.parts[part].in_features, gram=gram, **options)
+                        channels = block.parts[part].in_features if part in block.parts else 0
+                        sums = StreamingMoments(channels, gram=gram, **options)
                     self.metrics[scope].append(sums)
                 self.turns.append(StreamingTurn())
                 for scope, gradients in self.gradients.items():
@@ -80,9 +82,16 @@ class Collector:
     def __enter__(self) -> Collector:
         for index, block in enumerate(self.blocks):
             for scope, part in OUTPUT_PROJECTIONS.items():
-                metric, host = self.metrics[scope][index], block.parts[part].host
+                metric = self.metrics[scope][index]
+                if part not in block.parts:  # no such units: their tokens are counted nevertheless
+                    count = partial(self._see_tokens, metric)
+                    self._handles.append(block.layer.register_forward_hook(count, with_kwargs=True))
+                    continue
+                host = block.parts[part].host
                 if isinstance(metric, StreamingExpertMoments):
-                    self._handles.append(watch_experts(host, partial(self._see_expert, metric)))
+                    self._handles.append(
+                        watch_experts(host, partial(self._see_expert, metric), block.family.expert_down)
+                    )
                 else:
                     self._handles.append(host.register_forward_pre_hook(partial(self._see_input, metric)))
             see_layer = partial(self._see_layer, self.turns[index])
@@ -105,6 +114,12 @@ class Collector:
         x = self._by_window(inputs[0].detach())
         metric.update(x, self._half.to(x.device), self._weight.to(x.device))
 
+    def _see_tokens(
+        self, metric: StreamingMoments, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
+    ) -> None:
+        x = self._by_window((args[0] if args else kwargs["hidden_states"]).detach())[..., :0]
+        metric.update(x, self._half.to(x.device), self._weight.to(x.device))
+
     def _see_expert(self, metric: StreamingExpertMoments, x: Tensor, expert: int, tokens: Tensor) -> None:
         window = tokens // self._length
         metric.update(x.detach(), expert, self._half.to(x.device)[window], self._weight.to(x.device)[window])
@@ -117,6 +132,7 @@ class Collector:
         self, metric: StreamingTurn, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         before = args[0] if args else kwargs["hidden_states"]
+        output = output[0] if isinstance(output, tuple) else output  # of layers that return their attention too
         # The layer's input may still lie on the device of the layer before it.
         metric.update(before.detach().to(output.device), output.detach(), self._weight.to(output.device))
 
@@ -149,7 +165,7 @@ class Collector:
                 next_token_losses(self.model, input_ids.clone()).sum().backward()
         else:
             with torch.no_grad():
-                self.model.get_decoder()(input_ids=input_ids, use_cache=False)
+                decoder_of(self.model)(input_ids=input_ids, use_cache=False)
 
     def compute(self) -> CorpusStatistics:
         """Statistics of all batches, summed over processes; they share the Gram matrices of the sums."""

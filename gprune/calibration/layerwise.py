@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from gprune.calibration.collector import Collector
 from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_bytes
 from gprune.models.blocks import Block, blocks_of, decoder_layers
+from gprune.models.lookup import decoder_of
 from gprune.models.losses import LogitTransform
 from gprune.models.offload import device_of, is_offloaded, resident
 
@@ -78,7 +79,7 @@ class Walk:
             return hidden
 
         with self._standing_aside(note):
-            self.model.get_decoder()(input_ids=input_ids, use_cache=False)
+            decoder_of(self.model)(input_ids=input_ids, use_cache=False)
         arguments = [(args, kwargs) for _, args, kwargs in seen]
         self.calls.append(Call(input_ids, seen[0][0].cpu(), arguments, half, weight))
 
@@ -128,7 +129,7 @@ class Walk:
             device = device_of(head)
             with self._standing_aside(lambda *_, hidden=call.hidden, device=device: hidden.to(device)):
                 # Not by a call, whose hooks would count these tokens a second time.
-                decoded = self.model.get_decoder().forward(input_ids=call.input_ids, use_cache=False)
+                decoded = decoder_of(self.model).forward(input_ids=call.input_ids, use_cache=False)
             yield transform(head(decoded.last_hidden_state))
 
     @contextmanager

@@ -69,7 +69,9 @@ def weight_saliency(weight: Tensor, count: Tensor, gradient: Tensor, *, columns:
 
 def channel_saliency(block: Block, kind: str, metrics: Mapping[str, StreamingGradients]) -> tuple[Tensor, ...]:
     """Terms of a block's neurons (`ffn`) or attention channels, for half 0, half 1 and the whole corpus."""
-    heads = block.channels_per_group // block.head_dim
+    heads = max(1, block.channels_per_group // block.head_dim)
+    if not salient_parts(block, kind):
+        return (torch.zeros(0, dtype=torch.float64),) * 3
     by_part = []
     for name, part in salient_parts(block, kind).items():
         terms = weight_saliency(part.weight, *metrics[name].compute(), columns=name in ("down", "output"))

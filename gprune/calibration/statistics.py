@@ -201,4 +201,4 @@ def gram_bytes(blocks: Sequence[Block]) -> int:
     """Bytes of one corpus's Gram matrices: 4 (E N^2 + C^2) per block, with E experts (1 if dense) of N neurons and C
     attention channels; 485 MB + 67 MB for a block of Llama-2-7B.
     """
-    return sum(4 * (b.experts * b.neurons**2 + b.output.in_features**2) for b in blocks)
+    return sum(4 * (b.experts * b.neurons**2 + b.channels**2) for b in blocks)

@@ -34,8 +34,9 @@ from gprune.checks import memory_limits, require
 from gprune.errors import UserError
 from gprune.export.reload import aligned
 from gprune.models import modeling_pruned
-from gprune.models.blocks import blocks_of
-from gprune.models.loading import pruned_classes, register, skeleton
+from gprune.models.blocks import blocks_of, decoder_layers
+from gprune.models.loading import pruned_classes, register_type, skeleton
+from gprune.models.lookup import family_of, remember
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, is_offloaded, lend_all
 from gprune.models.surgery import prune
@@ -59,6 +60,8 @@ def stock_values(model: PreTrainedModel) -> dict[str, Any]:
     """What the config of the dense stock model says, with the size of a head and the dtype spelled out."""
     (first, *_) = blocks_of(model)
     carried = {key: value for key, value in model.config.to_dict().items() if key not in NOT_CARRIED}
+    if first.family.found:
+        return carried | {"dtype": model.dtype}
     return carried | {"head_dim": first.head_dim, "dtype": model.dtype}
 
 
@@ -66,6 +69,8 @@ def stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
     """A stock model in the shapes of `model`, without weights; None where blocks differ or no config can say how."""
     blocks = blocks_of(model)
     family, sizes = blocks[0].family, blocks[0].config_values
+    if family.found:
+        return _found_stock_skeleton(model)
     if any(block.config_values != sizes for block in blocks) or not modeling_pruned.experts_aligned(model):
         return None
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -81,6 +86,8 @@ def pruned_skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """The pruned class of the model's family in the shapes of `model`, without weights."""
     blocks, values = blocks_of(model), stock_values(model)
     family = blocks[0].family
+    if family.found:
+        return _found_skeleton(model)
     dense = blocks_of(skeleton(CONFIG_MAPPING[family.model_type](**values)))
     layout: dict[str, Any] = {"layers": family.layers, "sizes": {}, "attributes": {}}
     table = {}
@@ -96,6 +103,61 @@ def pruned_skeleton(model: PreTrainedModel) -> PreTrainedModel:
     return skeleton(config_class(**values, added_biases=[], **own), model_class)
 
 
+def _dense_skeleton(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
+    """The stock model of a discovered type that a pruned one came from, without weights."""
+    record = family_of(model)
+    values = stock_values(model)
+    text = values if model.config.get_text_config(decoder=True) is model.config else _text_values(model, values)
+    text.update(settings)
+    config = CONFIG_MAPPING[record.model_type](**values)
+    config._attn_implementation = model.config._attn_implementation
+    stock = skeleton(config)
+    remember(stock, record)
+    return stock
+
+
+def _text_values(model: PreTrainedModel, values: dict[str, Any]) -> dict[str, Any]:
+    """The part of a composite configuration's values that describes the text model."""
+    text = model.config.get_text_config(decoder=True)
+    return next(values[name] for name in model.config.sub_configs if getattr(model.config, name, None) is text)
+
+
+def _found_stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
+    """A stock model of a discovered type in the shapes of `model`, if all blocks are alike and the config has keys for
+    their sizes; else None."""
+    blocks, shapes = blocks_of(model), {name: tensor.shape for name, tensor in model.state_dict().items()}
+    values = [{key: size for key, size in b.config_values.items() if hasattr(model.config, key)} for b in blocks]
+    alike = [own for own in values if own]
+    if any(own != alike[0] for own in alike) or not modeling_pruned.experts_aligned(model):
+        return None
+    with suppress(Exception):  # of any type: a class may refuse these sizes
+        stock = _dense_skeleton(model, alike[0] if alike else {})
+        if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
+            heads = [(block.heads, block.kv_groups) for block in blocks]
+            if [(block.heads, block.kv_groups) for block in blocks_of(stock)] == heads:
+                return stock
+    return None
+
+
+def _found_skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """The pruned class of a discovered type in the shapes of `model`, without weights; every size is written out."""
+    blocks, record, own = blocks_of(model), family_of(model), {}
+    stock = _dense_skeleton(model, {})
+    for block, dense in zip(blocks, blocks_of(stock), strict=True):
+        places = {place.path: [place.dim, block.parameter(place).shape[place.dim]] for place in block.slices}
+        attributes = {path: modeling_pruned.size(terms, block.sizes) for path, terms in block.attributes.items()}
+        added = [part for part in ("down", "output") if part in block.parts and block.parts[part].bias is not None]
+        own[str(block.index)] = {
+            "sizes": places, "attributes": attributes, "values": block.config_values,
+            "added_biases": [getattr(block.family, p) for p in added if dense.parts[p].bias is None],
+        }  # fmt: skip
+    path = next(path for path, module in stock.named_modules() if module is decoder_layers(stock))
+    config_class, _, model_class = pruned_classes(record.model_type)
+    made = skeleton(config_class(**stock_values(model), pruned_layout={"layers": path, "own": own}), model_class)
+    remember(made, record)
+    return made
+
+
 def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The same network as the class that is saved, a stock one where that can be; weights are shared, not copied.
 
@@ -103,7 +165,7 @@ def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> P
         model: of a supported family, pruned or not, once or twice. An offloaded one gives a model that is only saved.
         dtype: of the weights, which are copied where they have another one; None or that of an offloaded model.
     """
-    register()  # for a family whose record came after the import
+    register_type(family_of(model).model_type)  # whose record came after the import, or was discovered
     exportable = stock_skeleton(model) or pruned_skeleton(model)
     exportable.load_state_dict(model.state_dict(), strict=True, assign=True)
     exportable.tie_weights()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 
 def aligned(model: torch.nn.Module) -> None:
@@ -33,7 +33,10 @@ def main(request: dict[str, Any]) -> None:
     settings = request["load"]
     if settings["max_memory"] is not None:
         settings["max_memory"] = dict(settings["max_memory"])
-    model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype="auto", trust_remote_code=True, **settings)
+    config = AutoConfig.from_pretrained(request["folder"], trust_remote_code=True)
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
+    model = auto.from_pretrained(request["folder"], dtype="auto", trust_remote_code=True, **settings)
     model.eval()
     if settings.get("device_map") is None:
         model = model.to(request["device"])

@@ -73,19 +73,22 @@ def score_units(
     """
 
     def channel_scores(block: Block) -> Tensor:
-        if not attention:
+        if not attention or block.output is None:
             return torch.zeros(block.kv_groups, dtype=torch.float64)
         generator = generator_for(seed, block.index, "attention")
         moments = statistics.attention[block.index].total
         return score_channels(name, attention_weights(block), moments, generator)
 
     def neuron_scores(block: Block) -> Tensor:
+        if block.down is None:
+            return torch.zeros(0, dtype=torch.float64)
         moments, generator = statistics.ffn[block.index].total, generator_for(seed, block.index, "ffn")
         return score_ffn(name, block, ffn_weights(block), moments, generator)
 
     ffn = [neuron_scores(b) for b in blocks]
     channels = [channel_scores(b) for b in blocks]
-    groups = [reduce(c, "(g c) -> g", "sum", g=b.kv_groups) for c, b in zip(channels, blocks, strict=True)]
+    pairs = zip(channels, blocks, strict=True)
+    groups = [reduce(c, "(g c) -> g", "sum", g=b.kv_groups) if b.kv_groups else c for c, b in pairs]
     return Scores(ffn, groups, channels)
 
 
@@ -97,6 +100,8 @@ def fractional_ranks(scores: Tensor, *, groups: int = 1, ties: Literal["average"
         ties: what equal scores get, such as those of neurons that never fire: their average rank, or one each, in
             order, so that any share of a block can go.
     """
+    if not scores.shape[-1]:  # a block without such units
+        return scores.detach().cpu().double()
     scores = scores.detach().cpu().double().unflatten(-1, (groups, -1))
     ranks = rankdata(scores.numpy(), method=ties, axis=-1)  # from 1
     return torch.from_numpy((ranks - 0.5) / scores.shape[-1]).flatten(-2)

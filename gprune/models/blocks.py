@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from einops import repeat
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from gprune.models.families import Family, family_of
-from gprune.models.parts import PARTS, ExpertPart, Part, parts_of
+from gprune.models.families import Family
+from gprune.models.lookup import decoder_of, family_of
+from gprune.models.modeling_pruned import find
+from gprune.models.parts import PARTS, ExpertPart, Part, names_in, parts_of
 
 HEADS = "num_attention_heads"
 
@@ -92,27 +95,32 @@ class Block:
     @property
     def experts(self) -> int:
         """Experts of the FFN; 1 where there are none."""
-        return len(self.down.host.down_proj) if self.has_experts else 1
+        return self.down.shape[0] if self.has_experts else 1
 
     @property
     def neurons(self) -> int:
-        """The width of the FFN, of each expert where there are experts."""
-        return self.down.in_features // self.experts
+        """The width of the FFN, of each expert where there are experts; 0 where no FFN can be pruned."""
+        return 0 if self.down is None else self.down.in_features // self.experts
 
     @property
     def heads(self) -> int:
-        """Query heads."""
-        return self.output.in_features // self.head_dim
+        """Query heads; 0 where no attention can be pruned."""
+        return 0 if self.output is None else self.output.in_features // self.head_dim
 
     @property
     def kv_groups(self) -> int:
-        """Key and value heads, each with the query heads that share it."""
-        return self.key.out_features // self.head_dim
+        """Key and value heads, each with the query heads that share it; 0 where no attention can be pruned."""
+        return 0 if self.output is None else self.value.out_features // self.head_dim
 
     @property
     def channels_per_group(self) -> int:
         """Columns of the output projection (= query heads x head_dim) that belong to one KV group."""
-        return self.output.in_features // self.kv_groups
+        return 0 if self.output is None else self.output.in_features // self.kv_groups
+
+    @property
+    def channels(self) -> int:
+        """Columns of the output projection; 0 where no attention can be pruned."""
+        return 0 if self.output is None else self.output.in_features
 
     def per_query_head(self, values: Tensor) -> Tensor:
         """Values of key/value rows, (kv_groups x head_dim, ...), repeated for the query heads that share each row:
@@ -127,7 +135,7 @@ class Block:
 
     def unit_cost(self, kind: str, weight: Callable[[Tensor], int] = lambda parameter: 1) -> int:
         """Parameters that go with a neuron (`ffn`; of all experts) or a KV group (`attention`), or what they weigh."""
-        units = self.neurons if kind == "ffn" else self.kv_groups
+        units = max(1, self.neurons if kind == "ffn" else self.kv_groups)
         return sum(weight(p) * (p.numel() // units) for p in (self.parameter(s) for s in self.slices if s.kind == kind))
 
     def parameter(self, place: Slice) -> nn.Parameter:
@@ -137,33 +145,58 @@ class Block:
     @cached_property
     def slices(self) -> tuple[Slice, ...]:
         """Every parameter that pruning makes smaller."""
-        family, d, N = self.family, self.head_dim, torch.arange(self.neurons)
-        query = torch.arange(self.kv_groups).repeat_interleave(self.channels_per_group), {"heads": d}
-        key = torch.arange(self.kv_groups).repeat_interleave(d), {"kv_groups": d}
+        family, N, slices = self.family, torch.arange(self.neurons), []
+        dim = {path: (int(part.transposed), int(not part.transposed)) for path, part in self._by_path.items()}
         if self.has_experts:
-            slices = [
-                Slice(f"{family.experts}.gate_up_proj", 1, "ffn", N.repeat(2), {"neurons": 2}),
-                Slice(f"{family.experts}.down_proj", 2, "ffn", N, {"neurons": 1}),
-            ]
-        else:
+            for tensor, (along, layout) in family.expert_rows.items():
+                units = torch.cat([N.repeat_interleave(len(names.split())) for names in layout.split("|")])
+                size = {"neurons": len(names_in(layout))}
+                slices.append(Slice(f"{family.experts}.{tensor}", along, "ffn", units, size))
+            tensor, along = family.expert_down
+            slices.append(Slice(f"{family.experts}.{tensor}", along, "ffn", N, {"neurons": 1}))
+        elif self.down is not None:
             neurons = N, {"neurons": 1}
-            slices = self._rows("ffn", {"gate": neurons, "up": neurons})
-            slices.append(Slice(f"{family.down}.weight", int(not family.transposed), "ffn", *neurons))
-        slices += self._rows("attention", {"query": query, "key": key, "value": key})
-        norms = ((family.query_norm, query), (family.key_norm, key))
-        slices += [Slice(f"{path}.weight", 0, "attention", *own) for path, own in norms if path is not None]
-        return (*slices, Slice(f"{family.output}.weight", int(not family.transposed), "attention", *query))
+            slices += self._rows("ffn", {"gate": neurons, "up": neurons})
+            slices.append(Slice(f"{family.down}.weight", dim[family.down][1], "ffn", *neurons))
+        if self.output is None:
+            return tuple(slices)
+        groups = torch.arange(self.kv_groups)
+        query = groups.repeat_interleave(self.channels_per_group), {"heads": self.head_dim}
+        own = {"query": self._of_groups(self.query.out_features)}
+        own |= {name: self._of_groups(self.parts[name].out_features, "kv_groups") for name in ("key", "value")}
+        slices += self._rows("attention", own)
+        for path, (along, kind) in family.extras.items():
+            if (parameter := self._parameter(path)) is not None:
+                slices.append(Slice(path, along, kind, *self._of_groups(parameter.shape[along])))
+        norms = ((family.query_norm, own["query"]), (family.key_norm, own["key"]))
+        slices += [Slice(f"{path}.weight", 0, "attention", *sizes) for path, sizes in norms if path is not None]
+        return (*slices, Slice(f"{family.output}.weight", dim[family.output][1], "attention", *query))
+
+    @property
+    def _by_path(self) -> dict[str, Part]:
+        """A part of each module that holds some, by the path of the module."""
+        return {getattr(self.family, name): part for name, part in self.parts.items() if isinstance(part, Part)}
+
+    def _parameter(self, path: str) -> nn.Parameter | None:
+        """A parameter by its path in the layer; None where this layer does not have it."""
+        module, name = find(self.layer, path)
+        return getattr(module, name, None)
+
+    def _of_groups(self, length: int, unit: str = "heads") -> tuple[Tensor, dict[str, int]]:
+        """Units and sizes of rows that belong to KV groups in equal parts, group by group."""
+        units = torch.arange(self.kv_groups).repeat_interleave(length // self.kv_groups)
+        return units, {unit: length // (self.heads if unit == "heads" else self.kv_groups)}
 
     def _rows(self, kind: str, own: Mapping[str, tuple[Tensor, dict[str, int]]]) -> list[Slice]:
         """Slices of the modules whose rows belong to units; `own`: units and sizes of each part, fused or not."""
         slices, paths = [], {name: getattr(self.family, name) for name in own if name in self.parts}
         for path in dict.fromkeys(paths.values()):
             names = [name for name in paths if paths[name] == path]
-            units = torch.cat([own[name][0] for name in names])
-            if len(names) > 1:
+            units, part = torch.cat([own[name][0] for name in names]), self.parts[names[0]]
+            if part.rows is not None:
                 units = units[torch.cat([self.parts[name].rows for name in names]).argsort()]
             sizes = dict(sum((Counter(own[name][1]) for name in names), Counter()))
-            slices.append(Slice(f"{path}.weight", int(self.family.transposed), kind, units, sizes))
+            slices.append(Slice(f"{path}.weight", int(part.transposed), kind, units, sizes))
             if self.module(path).bias is not None:
                 slices.append(Slice(f"{path}.bias", 0, kind, units, sizes))
         return slices
@@ -171,6 +204,8 @@ class Block:
     def config_terms(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Multiples of `neurons`, `heads`, `kv_groups` and `channels` as multiples of the config's own keys."""
         width = self.family.width if self.has_experts or self.family.experts is None else "intermediate_size"
+        if self.family.found:
+            return dict(sizes)
         keys = {"neurons": width, "heads": HEADS, "kv_groups": self.family.kv_heads or HEADS, "channels": HEADS}
         terms: Counter[str] = Counter()
         for name, times in sizes.items():
@@ -179,11 +214,24 @@ class Block:
 
     @property
     def config_values(self) -> dict[str, int]:
-        """The layer's sizes by the config's own keys."""
+        """The layer's sizes by the config's own keys; of a discovered type by names of our own as well."""
         sizes = {"neurons": self.neurons, "heads": self.heads}
+        if self.family.found:
+            sizes |= {
+                "kv_groups": self.kv_groups,
+                "channels": self.channels,
+                "kv_channels": self.kv_groups * self.head_dim,
+            }
+            keys = (self.family.width, "neurons"), (HEADS, "heads"), (self.family.kv_heads, "kv_groups")
+            return sizes | {key: sizes[own] for key, own in keys if key and sizes[own]}
         if self.family.kv_heads is not None:
             sizes["kv_groups"] = self.kv_groups
         return self.config_terms(sizes)
+
+    @property
+    def sizes(self) -> SimpleNamespace:
+        """The layer's sizes by the names that `attributes` uses."""
+        return SimpleNamespace(**self.config_values)
 
     @property
     def attributes(self) -> dict[str, dict[str, int]]:
@@ -193,12 +241,47 @@ class Block:
 
 def blocks_of(model: PreTrainedModel) -> list[Block]:
     """The blocks of a supported model, first layer first."""
-    family, config = family_of(model.config.model_type), model.config
+    family, config = family_of(model), model.config.get_text_config(decoder=True)
+    if family.kinds:
+        return [_found_block(index, layer, family, config) for index, layer in enumerate(decoder_layers(model))]
     # `or` keeps it lazy: to read a global head count is an error where layers differ in heads.
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return [Block(index, layer, family, head_dim) for index, layer in enumerate(decoder_layers(model))]
 
 
+def _found_block(index: int, layer: nn.Module, family: Family, config: PreTrainedConfig) -> Block:
+    """A block of a type whose layers may differ: with the first kind of FFN and of attention that the layer has."""
+    chosen = [next((kind for kind in kinds if _has(layer, kind)), {}) for kinds in family.kinds]
+    own = {name: value for kind in chosen for name, value in kind.items() if name != "classes"}
+    for name in ("layout", "attributes", "extras"):
+        own[name] = {path: value for kind in chosen for path, value in kind.get(name, {}).items()}
+    own = {"gate": None, "up": None, "down": None, "query": None, "key": None, "value": None, "output": None} | own
+    record = replace(family, kinds=(), **own)
+    head_dim = 1
+    if record.output is not None:
+        module, name = find(layer, record.head_dim or "")
+        head_dim = getattr(module, name, None) or getattr(config, "head_dim", None)
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    return Block(index, layer, record, head_dim)
+
+
+def _has(layer: nn.Module, kind: Mapping[str, Any]) -> bool:
+    """Whether a layer has the modules of a kind of FFN or attention, of the same classes."""
+    return all(
+        (type(module).__name__.removeprefix("Parametrized") if (module := _at(layer, path)) is not None else None)
+        == name
+        for path, name in kind["classes"].items()
+    )
+
+
+def _at(layer: nn.Module, path: str) -> nn.Module | None:
+    """The module of a layer at a path; the layer itself at an empty one."""
+    if not path:
+        return layer
+    module, name = find(layer, path)
+    return getattr(module, name, None)
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a supported model, as its decoder holds them."""
-    return getattr(model.get_decoder(), family_of(model.config.model_type).layers)
+    return attrgetter(family_of(model).layers)(decoder_of(model))

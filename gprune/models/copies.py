@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from gprune.models.blocks import decoder_layers
 from gprune.models.loading import skeleton
+from gprune.models.lookup import decoder_of
 from gprune.models.offload import stored
 
 
@@ -59,7 +60,7 @@ def sharded_copy(model: PreTrainedModel, device: torch.device, processes: int) -
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     copied.tie_weights()
     # Hooks that count the model's tokens count the copy's too.
-    ours, theirs = copied.get_decoder(), model.get_decoder()
+    ours, theirs = decoder_of(copied), decoder_of(model)
     for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
         setattr(ours, hooks, getattr(theirs, hooks))
     return copied.requires_grad_(False)

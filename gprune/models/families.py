@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gprune.errors import UserError
-
 PRUNED = "pruned_"  # our own export writes this before the family's name as its model_type
 
 
@@ -28,14 +26,14 @@ class Family:
     layers: str = "layers"  # of the decoder
     # FFN. A path through `experts` stands for the stacked tensors gate_up_proj (E, 2N, H) and down_proj (E, H, N).
     gate: str | None = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
+    up: str | None = "mlp.up_proj"
+    down: str | None = "mlp.down_proj"  # None: no FFN that can be pruned
     experts: str | None = None  # layers without experts have gate, up and down
     # Attention
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
-    output: str = "self_attn.o_proj"
+    query: str | None = "self_attn.q_proj"
+    key: str | None = "self_attn.k_proj"
+    value: str | None = "self_attn.v_proj"
+    output: str | None = "self_attn.o_proj"  # None: no attention whose KV groups can be pruned
     interleaved: bool = False  # fused query, key and value lie head by head
     transposed: bool = False  # weights are stored (inputs, outputs): Conv1D
     query_norm: str | None = None  # a norm over all heads at once, which shrinks with them;
@@ -53,6 +51,19 @@ class Family:
     learned_positions: bool = False  # no text may be longer than max_position_embeddings
     logits_scaling: str | None = None  # the key of what the logits are divided by
     softcap: str | None = None  # the key of the limit c in c tanh(logits / c)
+    # What discovery finds and no record in this file needs (`gprune.models.discovery`)
+    decoder: str | None = None  # a path in the model; None: what `get_decoder` returns
+    head_dim: str | None = None  # the layer's attribute with the size of a value head; None: the config has it
+    layout: Mapping[str, str] = field(default_factory=dict)  # fused module -> order of parts: "gate | up" or "gate up"
+    expert_rows: Mapping[str, tuple[int, str]] = field(default_factory=lambda: {"gate_up_proj": (1, "gate | up")})
+    expert_down: tuple[str, int] = ("down_proj", 2)  # stacked tensor, and the dimension of neurons
+    extras: Mapping[str, tuple[int, str]] = field(
+        default_factory=dict
+    )  # other parameters -> dim and `ffn`, `attention`
+    kinds: tuple[tuple[Mapping[str, Any], ...], ...] = ()  # alternatives for FFN and attention, where layers differ
+    found: bool = False  # discovered; a saved folder then names every size, and not the keys of a config
+    plain_head: bool = True  # logits are those of head times hidden states, divided or capped
+    logits_multiplier: str | None = None  # the key of what the logits are multiplied by
     # Attributes in which stock code keeps sizes: path -> `heads`, `kv_groups`, `channels` (heads x head_dim), `neurons`
     attributes: Mapping[str, str] = field(default_factory=dict)
     # Families with the same arithmetic whose config allows shapes that this one refuses -> settings it then needs
@@ -114,12 +125,3 @@ FAMILIES: dict[str, Family] = {
         Family("olmoe", **EXPERTS, **HEADS_NORMED_TOGETHER),
     )
 }  # fmt: skip
-
-
-def family_of(model_type: str) -> Family:
-    """The record for `model_type`. A model that gprune exported has the record of its family."""
-    name = model_type.removeprefix(PRUNED)
-    if name not in FAMILIES:
-        add = "To add it, put a Family record with the paths of its projections into gprune.models.families.FAMILIES"
-        raise UserError(f"Model family '{model_type}' is not supported. Available: {', '.join(FAMILIES)}. {add}.")
-    return FAMILIES[name]

@@ -17,23 +17,30 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from gprune.checks import memory_limits
 from gprune.console import quieted
 from gprune.errors import UserError, first_line, quoting
 from gprune.models import embedded as assets
 from gprune.models import modeling_pruned
-from gprune.models.families import FAMILIES, family_of
+from gprune.models.families import FAMILIES, PRUNED
 from gprune.models.folders import check_folder, check_sizes, check_stored
+from gprune.models.lookup import auto_of, family_of_config
 from gprune.models.names import check_model_name
 from gprune.models.offload import StoredWeights, offload_folder
+from gprune.models.structure import check_structure
 from gprune.storage.files import as_bytes
 from gprune.storage.reading import expanded
 
@@ -43,16 +50,25 @@ log = logging.getLogger("gprune")
 def register() -> None:
     """Let transformers' Auto classes load our exports without remote code. Calling it again changes nothing."""
     for family in FAMILIES:
-        config, base, causal = pruned_classes(family)
-        AutoConfig.register(config.model_type, config, exist_ok=True)
+        register_type(family)
+
+
+def register_type(model_type: str) -> None:
+    """Let transformers' Auto classes load exports of one type."""
+    config, base, complete = pruned_classes(model_type)
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    if base is not None:
         AutoModel.register(config, base, exist_ok=True)
-        AutoModelForCausalLM.register(config, causal, exist_ok=True)
+    causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    (AutoModelForCausalLM if causal else AutoModelForImageTextToText).register(config, complete, exist_ok=True)
 
 
 def pruned_classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]:
     """The pruned config, base model and causal language model of a family."""
-    stock = CONFIG_MAPPING[family].__name__, MODEL_MAPPING_NAMES[family], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
-    return tuple(getattr(modeling_pruned, f"Pruned{name}") for name in stock)
+    base = MODEL_MAPPING_NAMES.get(family)
+    complete = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family]
+    stock = CONFIG_MAPPING[family].__name__, base, complete
+    return tuple(getattr(modeling_pruned, f"Pruned{name}") if isinstance(name, str) else None for name in stock)
 
 
 @torch.no_grad()
@@ -93,8 +109,11 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     with quoting(f"--model.name: no usable configuration for '{name}': ", expected):
         check_folder(location)
         check_sizes(PreTrainedConfig.get_config_dict(location)[0], name)
+        named = PreTrainedConfig.get_config_dict(location)[0].get("model_type")
+        if isinstance(named, str) and named.startswith(PRUNED) and named.removeprefix(PRUNED) in CONFIG_MAPPING:
+            register_type(named.removeprefix(PRUNED))
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
-        family_of(config.model_type)
+        family_of_config(config)
     return config
 
 
@@ -105,7 +124,7 @@ def skeleton(
     with quoting("--model.name: the configuration describes no model: "), torch.device("meta"):
         if model_class is not None:
             return model_class(config)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return auto_of(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -145,7 +164,9 @@ def load_weights(
         UserError: where weights of the model are missing, which transformers would draw at random, or quantised.
     """
     config = read_config(str(location), trust_remote_code=trust_remote_code)
-    check_stored(skeleton(config, trust_remote_code=trust_remote_code), location)
+    dense = skeleton(config, trust_remote_code=trust_remote_code)
+    check_structure(dense)
+    check_stored(dense, location)
     settings = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     with ExitStack() as removal:
         if device_map is not None:
@@ -155,7 +176,7 @@ def load_weights(
         if not usable_generation_config(location):
             settings["generation_config"] = GenerationConfig.from_model_config(config)
         with quieted("accelerate.big_modeling"):  # it warns that parameters are offloaded, which was asked for
-            model, report = AutoModelForCausalLM.from_pretrained(location, **settings)
+            model, report = auto_of(config).from_pretrained(location, **settings)
         check_complete(report, location)
         check_not_quantised(model, location)
         weakref.finalize(model, removal.pop_all().close)

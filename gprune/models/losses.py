@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gprune.models.families import family_of
+from gprune.models.lookup import decoder_of, family_of
 
 CHUNK = 256  # tokens of one matrix product
 ROWS = 32  # tokens of an element-wise step over logits: on a CPU so few stay in its cache, three times as fast
@@ -32,11 +32,11 @@ class LogitTransform:
     @classmethod
     def of(cls, model: PreTrainedModel) -> LogitTransform:
         """A model's own, by the keys that its family's record names."""
-        family, config = family_of(model.config.model_type), model.config
-        return cls(
-            getattr(config, family.logits_scaling) if family.logits_scaling else 1.0,
-            getattr(config, family.softcap) if family.softcap else None,
-        )
+        family, config = family_of(model), model.config.get_text_config(decoder=True)
+        scaling = getattr(config, family.logits_scaling) if family.logits_scaling else 1.0
+        if family.logits_multiplier:
+            scaling = 1 / getattr(config, family.logits_multiplier)
+        return cls(scaling, getattr(config, family.softcap) if family.softcap else None)
 
     def __call__(self, product: Tensor) -> Tensor:
         """The logits, in the dtype of the product."""
@@ -132,7 +132,7 @@ def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Ten
 
 def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """The hidden states that predict tokens 2..T of each window: (B, T - 1, H) in the model's dtype."""
-    return model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+    return decoder_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
 
 
 @torch.no_grad()

@@ -19,8 +19,10 @@ class Masks:
 
     @property
     def blocks(self) -> list[bool]:
-        """Whether each block stays. A block that keeps no neuron and no KV group goes as a whole, norms included."""
-        return torch.stack([f.any() | a.any() for f, a in zip(self.ffn, self.attention, strict=True)]).tolist()
+        """Whether each block stays. A block that keeps no neuron and no KV group goes as a whole, norms included; one
+        that has neither stays."""
+        pairs = zip(self.ffn, self.attention, strict=True)
+        return torch.stack([f.any() | a.any() | (len(f) + len(a) == 0) for f, a in pairs]).tolist()
 
     def channels(self, block: Block) -> dict[str, Tensor]:
         """Kept columns of a block's down and output projection: (experts x neurons,) and (heads x head_dim,) bool."""

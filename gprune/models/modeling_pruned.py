@@ -10,6 +10,9 @@ per_layer_config  what a layer has different from the global values: widths, hea
 pruned_layout     `layers`: where the decoder holds them
                   `sizes`: parameter of a layer -> [dim, {config key: n}]: along dim it has the sum of n x value
                   `attributes`: what stock code reads sizes from -> {config key: n}, the same sum
+                  `own`: of a type without a table of config keys, in place of both: number of a layer -> its `sizes`
+                  (parameter -> [dim, size]), `attributes` (path -> value), `values` (config key -> value) and
+                  `added_biases`
 """
 
 import copy
@@ -18,10 +21,15 @@ from operator import attrgetter
 import torch
 import transformers
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 PREFIX = "pruned_"
+AUTO = {  # the Auto classes that load a folder, and their tables: type -> stock class
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForImageTextToText": getattr(modeling_auto, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", {}),
+}
 
 
 class PrunedConfig:
@@ -36,11 +44,10 @@ class PrunedConfig:
         output |= rope_of_older(output)
         # Written whole each time: saving a model by itself records only the class that is being saved.
         module, family = __name__.rsplit(".", 1)[-1], self.model_type.removeprefix(PREFIX)
-        output["auto_map"] = {
-            "AutoConfig": f"{module}.{type(self).__name__}",
-            "AutoModel": f"{module}.Pruned{MODEL_MAPPING_NAMES[family]}",
-            "AutoModelForCausalLM": f"{module}.Pruned{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]}",
-        }
+        output["auto_map"] = {"AutoConfig": f"{module}.{type(self).__name__}"}
+        for auto, names in AUTO.items():
+            if isinstance(names.get(family), str):
+                output["auto_map"][auto] = f"{module}.Pruned{names[family]}"
         return output
 
 
@@ -70,10 +77,16 @@ class PrunedModel:
         for module in self.modules():
             if getattr(module, "config", None) is dense and "RotaryEmbedding" not in type(module).__name__:
                 module.config = config
-        decoder, place = self.get_decoder(), config.pruned_layout["layers"]
-        layers = getattr(decoder if hasattr(decoder, place) else self.base_model, place)  # the latter before 5
-        for layer, own in zip(layers, layer_configs(config), strict=True):
-            cut(layer, config, own)
+        layout = config.pruned_layout
+        if "own" in layout:
+            text = config.get_text_config(decoder=True)
+            for index, layer in enumerate(attrgetter(layout["layers"])(self)):
+                cut_to(layer, text, layout["own"][str(index)])
+        else:
+            decoder, place = self.get_decoder(), layout["layers"]
+            layers = getattr(decoder if hasattr(decoder, place) else self.base_model, place)  # the latter before 5
+            for layer, own in zip(layers, layer_configs(config), strict=True):
+                cut(layer, config, own)
         if not experts_aligned(self):
             config._experts_implementation = "eager"
 
@@ -123,6 +136,24 @@ def cut(layer, config, own):
         linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
     keys = {key for _, terms in layout["sizes"].values() for key in terms}
     tell_layer(layer, config, {key: getattr(own, key, None) for key in keys}, layout["attributes"])
+
+
+def cut_to(layer, config, own):
+    """Give a dense layer the sizes that are written out for it."""
+    for path, (dim, length) in own["sizes"].items():
+        module, name = find(layer, path)
+        parameter = getattr(module, name)
+        smaller = parameter.detach().narrow(dim, 0, length).clone()
+        setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
+        tell_sizes(module)
+    for path in own["added_biases"]:
+        linear = attrgetter(path)(layer)
+        rows = linear.weight.shape[1 if isinstance(linear, Conv1D) else 0]
+        linear.bias = nn.Parameter(linear.weight.new_zeros(rows))
+    for path, value in own["attributes"].items():
+        module, name = find(layer, path)
+        setattr(module, name, value)
+    tell_layer(layer, config, own["values"], {})
 
 
 def size(terms, own):
@@ -185,7 +216,8 @@ def __getattr__(name):
         config = f"Pruned{stock.config_class.__name__}"
         config_class = globals().get(config) or __getattr__(config)
         made = type(name, (PrunedModel, stock), body | {"config_class": config_class})
-        auto = "AutoModel" if stock.__name__ in MODEL_MAPPING_NAMES.values() else "AutoModelForCausalLM"
+        names = (auto for auto, known in AUTO.items() if stock.__name__ in known.values())
+        auto = next(names, "AutoModelForCausalLM")
     made.register_for_auto_class(auto)  # so that save_pretrained copies this file along
     globals()[name] = made
     return made

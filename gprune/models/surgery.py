@@ -28,10 +28,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gprune.errors import UserError
 from gprune.models.blocks import Block, Slice, blocks_of, decoder_layers
 from gprune.models.copies import copy_without_hooks
-from gprune.models.families import family_of
 from gprune.models.loading import skeleton
+from gprune.models.lookup import decoder_of, family_of
 from gprune.models.masks import Masks
-from gprune.models.modeling_pruned import experts_aligned, tell_layer, tell_sizes
+from gprune.models.modeling_pruned import experts_aligned, find, tell_layer, tell_sizes
 from gprune.models.offload import lend, lend_all, stored
 
 
@@ -54,7 +54,7 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
         model = copy_without_hooks(model, {id(parameter): parameter for parameter in shared})
     for block, stays in zip(blocks_of(model), masks.blocks, strict=True):
         if stays:
-            _slice_block(block, model.config, masks)
+            _slice_block(block, model.config.get_text_config(decoder=True), masks)
     if not all(masks.blocks):
         _drop_blocks(model, masks.blocks)
     if not experts_aligned(model):
@@ -112,11 +112,12 @@ def _write_block(
 
 def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
     """Take the blocks out of the decoder that do not stay, and their entries out of the config."""
-    config, layers = model.config, decoder_layers(model)
-    before = skeleton(copy.deepcopy(config), type(model))
+    config, layers = model.config.get_text_config(decoder=True), decoder_layers(model)
+    before = skeleton(copy.deepcopy(model.config), type(model))
     kept = [index for index, keep in enumerate(stays) if keep]
     remaining = nn.ModuleList(layers[index] for index in kept)
-    setattr(model.get_decoder(), family_of(config.model_type).layers, remaining)
+    holder, name = find(decoder_of(model), family_of(model).layers)
+    setattr(holder, name, remaining)
     for index, layer in enumerate(remaining):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):  # where the KV cache keeps a layer's states
@@ -182,7 +183,7 @@ def check_masks(model: PreTrainedModel, masks: Masks) -> None:
     if not any(masks.blocks):
         raise UserError(f"masks: expected at least 1 of {len(blocks)} blocks kept, got 0.")
     for block, ffn, attention in zip(blocks, masks.ffn, masks.attention, strict=True):
-        if ffn.any() != attention.any():
+        if len(ffn) and len(attention) and ffn.any() != attention.any():
             raise UserError(f"masks of block {block.index}: expected units kept of both scopes, or of none.")
         counts = set(ffn.view(block.experts, -1).sum(1).tolist())
         if len(counts) > 1:

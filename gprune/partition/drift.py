@@ -59,5 +59,6 @@ def half_agreement(half_ranks: Tensor) -> Tensor:
 def module_agreements(scores: Tensor, labels: Tensor) -> Tensor:
     """Kendall agreement inside each module: scores (D, N), labels (N,) in [0, K) -> (K,) float64, NaN if undefined."""
     return torch.tensor(
-        [kendall_agreement(scores[:, labels == k]) for k in range(int(labels.max()) + 1)], dtype=torch.float64
+        [kendall_agreement(scores[:, labels == k]) for k in range(int(labels.max()) + 1 if len(labels) else 0)],
+        dtype=torch.float64,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gprune.partition.reliability import ModuleReliability
+from gprune.partition.reliability import ModuleReliability, count_modules
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ModuleRanks:
     @property
     def modules(self) -> list[int]:
         """K, the number of modules of each block."""
-        return [int(y.max()) + 1 for y in self.labels]
+        return [count_modules(y) for y in self.labels]
 
     @cached_property
     def logits(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -26,9 +26,14 @@ class ModuleReliability:
     switched: Tensor  # (K,) bool: sensitive, weakly activated, and sensitive beyond noise
 
 
+def count_modules(labels: Tensor) -> int:
+    """Modules of labels (N,) in [0, K): K, or 0 for a block without neurons."""
+    return int(labels.max()) + 1 if len(labels) else 0
+
+
 def module_means(values: Tensor, labels: Tensor) -> Tensor:
     """Mean of values (N,) inside each module, (K,) float64; labels (N,) in [0, K)."""
-    K = int(labels.max()) + 1
+    K = count_modules(labels)
     total = torch.zeros(K, dtype=torch.float64).index_add_(0, labels, values.double())
     return total / torch.bincount(labels, minlength=K)
 

@@ -90,7 +90,7 @@ def expected_widths(cfg: RunConfig, budget: Budget) -> str:
 def compute_time(*plans: Plan) -> str:
     """FLOPs, and the time that they take at the speed of this machine's matrix products of the first plan's sizes."""
     plan = plans[0]
-    cfg, config, total = plan.cfg, plan.skeleton.config, sum(map(flops, plans))
+    cfg, config, total = plan.cfg, plan.skeleton.config.get_text_config(decoder=True), sum(map(flops, plans))
     if cfg.plan.tflops:
         reached, how = 1e12 * cfg.plan.tflops, "--plan.tflops"
     elif plan.at_hand:
@@ -109,7 +109,7 @@ def flops(plan: Plan) -> float:
     A multiply-add counts 2. A token forward: 2 x weights of the blocks (of experts, the active ones), 4 T C for
     attention over T tokens, and 2 V H for the head. Backward: twice that. Gram matrices: two thirds of 2 (N^2 + C^2).
     """
-    cfg, config, blocks = plan.cfg, plan.skeleton.config, blocks_of(plan.skeleton)
+    cfg, config, blocks = plan.cfg, plan.skeleton.config.get_text_config(decoder=True), blocks_of(plan.skeleton)
     token = 2.0 * config.vocab_size * config.hidden_size
     for block in blocks:
         ffn, attention = (
@@ -117,10 +117,10 @@ def flops(plan: Plan) -> float:
             for names in (PARTS["ffn"], PARTS["attention"])
         )
         active = min(getattr(config, "num_experts_per_tok", 1), block.experts) / block.experts
-        token += 2 * (attention + ffn * active) + 4 * cfg.corpora.seq_len * block.output.in_features
+        token += 2 * (attention + ffn * active) + 4 * cfg.corpora.seq_len * block.channels
     total = passes(plan.forward_tokens, plan.forward_backward_tokens) * token
     if "gram" in cfg.collects:
-        total += calibration_tokens(cfg) * sum(4 / 3 * (b.neurons**2 + b.output.in_features**2) for b in blocks)
+        total += calibration_tokens(cfg) * sum(4 / 3 * (b.neurons**2 + b.channels**2) for b in blocks)
     return total
 
 

@@ -144,7 +144,11 @@ def forecast(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> P
 
     What is kept counts as one pass, that of the dense row, though the cache spared it or a later sitting repeats it.
     """
-    if not (all_kept := keeps(run.cfg, evaluated_tokens(run.cfg), run.model.config.hidden_size)):
+    if not (
+        all_kept := keeps(
+            run.cfg, evaluated_tokens(run.cfg), run.model.config.get_text_config(decoder=True).hidden_size
+        )
+    ):
         run.forecasts.clear()
     kept = run.forecasts.setdefault(windows.content_hash, [])
     with run.folder.step("evaluate_unrecovered" if all_kept and run.cfg.evaluates_early else "evaluate"):

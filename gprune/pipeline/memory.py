@@ -51,11 +51,12 @@ def peaks_of(plan: Plan) -> dict[str, float]:
 
     H is the hidden size, N the neurons that a token passes in the widest block, C its attention channels, V the words.
     """
-    cfg, config, costs, blocks = plan.cfg, plan.skeleton.config, plan.budget.costs, blocks_of(plan.skeleton)
+    cfg, costs, blocks = plan.cfg, plan.budget.costs, blocks_of(plan.skeleton)
+    config = plan.skeleton.config.get_text_config(decoder=True)
     d, cpu, w = cfg.distill, plan.device.type == "cpu", getattr(torch, cfg.model.dtype).itemsize
     evaluated = evaluated_tokens(cfg)
-    H, V, C, L = config.hidden_size, config.vocab_size, max(b.output.in_features for b in blocks), len(blocks)
-    N = max(costs.neurons) * min(getattr(config, "num_experts_per_tok", 1), blocks[0].experts)
+    H, V, C, L = config.hidden_size, config.vocab_size, max(b.channels for b in blocks), len(blocks)
+    N = max(costs.neurons) * min(getattr(config, "num_experts_per_tok", 1), max(b.experts for b in blocks))
     kept, left = 1 - plan.removed / costs.in_parameters.total, plan.skeleton.num_parameters() - plan.removed
     batch, step = (math.ceil(n / cfg.processes) * cfg.corpora.seq_len for n in (cfg.corpora.batch_size, d.batch_size))
     corpora, gram = max(1, len(cfg.calibration)), gram_bytes(blocks) if "gram" in cfg.collects else 0

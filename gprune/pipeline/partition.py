@@ -46,6 +46,9 @@ def measure_drift(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[
 
 def _drift_of(run: Run, block: Block, statistics: Sequence[CorpusStatistics]) -> Drift:
     """Rank drift of one block's neurons between corpora, and its noise floor."""
+    if block.down is None:
+        none = torch.zeros(len(statistics), 0, dtype=torch.float64)
+        return Drift(none, none, none[0], none[0], torch.tensor(float("nan"), dtype=torch.float64))
     name, weights = IMPORTANCE[run.cfg.importance].drift, ffn_weights(block)
     channels = [s.ffn[block.index] for s in statistics]
 
@@ -72,20 +75,23 @@ def partition(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
 
 
 def partitioned(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
-    """The partition, computed; the controls take the refined sizes."""
+    """The partition, computed; the controls take the refined sizes. Blocks without an FFN have no labels."""
     p, seed = run.cfg.partition, run.cfg.run.seed
-    log.info("Partitioning %d blocks into modules", len(run.blocks))
-    weights = (ffn_weights(block, device_of(block.layer)) for block in run.blocks)
+    own = [block.index for block in run.blocks if block.neurons]
+    log.info("Partitioning %d blocks into modules", len(own))
+    weights = (ffn_weights(run.blocks[b], device_of(run.blocks[b].layer)) for b in own)
+    drift = [drift[b] for b in own]
     embeddings = [parameter_embedding(of_block, dim=p.embedding_dim, seed=seed) for of_block in weights]
     how = p.model_dump(include={"num_modules", "similarity_weight", "drift_weight"}) | {"seed": seed}
     labels = [initial_partition(e, d.drift, **how) for e, d in zip(embeddings, drift, strict=True)]
     if p.method != "initial":
         labels = refine(run, embeddings, drift, labels)
     if p.method == "random":
-        labels = [shuffled_partition(y, seed=seed + 7919 * b) for b, y in enumerate(labels)]
+        labels = [shuffled_partition(y, seed=seed + 7919 * b) for b, y in zip(own, labels, strict=True)]
     if p.method == "drift_only":
         labels = [same_sizes_by_drift(y, d.drift) for y, d in zip(labels, drift, strict=True)]
-    return labels
+    none, found = torch.zeros(0, dtype=torch.long), dict(zip(own, labels, strict=True))
+    return [found.get(b, none) for b in range(len(run.blocks))]
 
 
 def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: list[Tensor]) -> list[Tensor]:

@@ -21,7 +21,9 @@ from gprune.export.gguf_writer import check_expressible
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.folders import check_stored
 from gprune.models.loading import read_config, skeleton
+from gprune.models.lookup import family_of
 from gprune.models.masks import Masks
+from gprune.models.structure import check_by_copy, check_structure
 from gprune.models.surgery import prune
 from gprune.pipeline.cost import tokens_by_step
 from gprune.recoveries import recovery_of
@@ -48,7 +50,9 @@ class Plan:
     @cached_property
     def tokens(self) -> dict[int, tuple[int, int]]:
         """(forward, forward and backward) by step, at most."""
-        return tokens_by_step(self.cfg, self.skeleton.config.hidden_size, self.budget.costs)
+        return tokens_by_step(
+            self.cfg, self.skeleton.config.get_text_config(decoder=True).hidden_size, self.budget.costs
+        )
 
     @property
     def at_hand(self) -> bool:
@@ -150,8 +154,20 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     device = device_for(cfg, callbacks.of_stage(None))
     config = read_config(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
     dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
+    check_by_copy(config)
+    check_structure(dense)
     check_stored(dense, config.name_or_path)
     blocks = blocks_of(dense)
+    if "attention" in cfg.sparsity.scope and not any(block.kv_groups for block in blocks):
+        raise UserError(
+            f"--sparsity.scope {cfg.sparsity.scope}: no KV groups that can be removed were found in model type "
+            f"'{config.model_type}'; expected ffn."
+        )
+    if not family_of(dense).plain_head:
+        raise UserError(
+            f"Model type '{config.model_type}': its logits do not follow from head times hidden states, so perplexity "
+            "cannot be measured; gprune.apply_masks can prune it. See docs/extend.md, 'A model family'."
+        )
     cfg, why = settled(cfg, device, together=together)
     first = Plan(cfg, dense, device, why_precision=why)
     plan = replace(first, budget=(budget := first.asked()))

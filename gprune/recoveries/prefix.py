@@ -41,7 +41,11 @@ def lost(masks: Masks) -> list[tuple[str, ...]]:
     that are gone `down` too, whatever it keeps."""
     blocks = zip(masks.attention, masks.ffn, masks.blocks, [True, *masks.blocks[:-1]], strict=True)
     return [
-        tuple(part for part, same in (("output", groups.all()), ("down", neurons.all() and near)) if stays and not same)
+        tuple(
+            part
+            for part, same in (("output", groups.all()), ("down", (neurons.all() and near) or not len(neurons)))
+            if stays and not same
+        )
         for groups, neurons, stays, near in blocks
     ]
 

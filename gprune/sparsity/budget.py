@@ -68,7 +68,8 @@ class UnitCosts:
         """Cost that can go while each open block that stays keeps `width_multiple` neurons and one KV group."""
         p = self.prices
         return sum(p.blocks[b] for b in self.gone) + sum(
-            p.neurons[b][-1] - p.neurons[b][width_multiple] + self.attention * (p.groups[b][-1] - p.groups[b][1])
+            p.neurons[b][-1] - p.neurons[b][min(width_multiple, self.neurons[b])]
+            + self.attention * (p.groups[b][-1] - p.groups[b][min(1, self.groups[b])])
             for b in self.stay if b not in self.protected
         )  # fmt: skip
 
@@ -83,7 +84,7 @@ class UnitCosts:
 
     def fitting(self, blocks: Sequence[int], target: int) -> tuple[int, ...]:
         """Those of these blocks, first one first, that fit the share of a target for whole blocks."""
-        blocks = [b for b in blocks if b not in self.protected]
+        blocks = [b for b in blocks if b not in self.protected and self.neurons[b] + self.groups[b]]
         spent = accumulate(self.prices.blocks[b] for b in blocks)
         return tuple(blocks[: sum(cost <= Fraction(str(self.block_share)) * target for cost in spent)])
 
@@ -142,7 +143,7 @@ class Budget:
             UserError: for a width multiple that does not fit; and naming `--flag`, for a target that the rule of one
                 unit per block (one `width_multiple` of neurons, one KV group) makes impossible.
         """
-        if width_multiple > (narrow := min(costs.neurons)):  # of all blocks
+        if width_multiple > (narrow := min(filter(None, costs.neurons))):  # of all blocks that have an FFN
             raise UserError(f"--sparsity.width_multiple: expected 1 to {narrow} neurons, got {width_multiple}.")
         goal, total, model = Target.of(asked), costs.total, costs.prices.model
         if (target := goal.removes(total, model)) < 1:

@@ -95,7 +95,7 @@ class Cut:
         self.costs, self.budget = budget.costs, (budget := budget.rest)
         costs, step = budget.costs, budget.width_multiple
         self.slots, self.groups = Segments(costs.neurons, device), Segments(costs.groups, device)
-        removable = [0 if b in costs.protected else N - step for b, N in enumerate(costs.neurons)]
+        removable = [0 if b in costs.protected else max(0, N - step) for b, N in enumerate(costs.neurons)]
         self.fillable = sum(t[-1] - t[-1 - n] for t, n in zip(costs.prices.neurons, removable, strict=True))
         # Of each step, block by block: neurons of the block that are gone after it.
         gone = [torch.arange(n % step or step, n + 1, step) if n else torch.arange(0) for n in removable]
@@ -106,7 +106,9 @@ class Cut:
         # Of each step, (steps,): its neurons, the place of its last one in `Segments.sort`, its cost, its block.
         self.size, self.end, self.cost = (t.to(device, non_blocking=True) for t in (sizes, ends, cost))
         self.step_block = repeated(range(len(steps)), steps, device)
-        removable = [0 if b in costs.protected else n - 1 for b, n in enumerate(costs.groups)]  # the best one stays
+        removable = [
+            0 if b in costs.protected else max(0, n - 1) for b, n in enumerate(costs.groups)
+        ]  # the best one stays
         pairs = zip(self.groups.starts, removable, strict=True)
         ends = torch.cat([torch.arange(start, start + n) for start, n in pairs])
         self.group_end = ends.to(device, non_blocking=True)
@@ -197,13 +199,13 @@ def equal_widths(
     width of the FFN makes up for the rest.
     """
     costs, target, width_multiple, prices = budget.costs, budget.target, budget.width_multiple, budget.costs.prices
-    narrow, wide = min(costs.neurons), max(costs.neurons)
+    narrow, wide = min(filter(None, costs.neurons)), max(costs.neurons)
     # a width that nothing asks to change need not lie on the grid
     grid = [wide] * (narrow == wide) + [*range(narrow // width_multiple * width_multiple, 0, -width_multiple)]
 
     def gone(tables: Sequence[Sequence[int]], kept: int) -> int:
         """The cost that goes where every block keeps so many units."""
-        return sum(table[-1] - table[kept] for table in tables)
+        return sum(table[-1] - table[min(kept, len(table) - 1)] for table in tables)
 
     def widest(left: int) -> int:
         """The widest FFN by which the cost `left` goes; 0 where none is narrow enough."""
@@ -214,19 +216,21 @@ def equal_widths(
     if costs.attention:
         free = replace(budget, costs=replace(costs, uniform=False))
         kept = int(torch.cat(keep_masks(free, neuron_margins, group_margins).attention).sum())
-        groups = max(1, min(round(kept / len(costs.groups)), *costs.groups))
+        some = [n for n in costs.groups if n]  # of blocks that have attention to prune
+        groups = max(1, min(round(kept / len(some)), *some))
 
-        left = {kept: target - gone(prices.groups, kept) for kept in range(1, min(costs.groups) + 1)}
+        left = {kept: target - gone(prices.groups, kept) for kept in range(1, min(some) + 1)}
         while groups > 1 and widest(left[groups]) < width_multiple:  # more than the FFN can make up for
             groups -= 1
         fillable = gone(prices.neurons, width_multiple)
         # Groups that go beyond the target stay, as long as neurons can fill the gap.
         while left[groups] < 0 and left.get(groups + 1, fillable + 1) <= fillable:
             groups += 1
-        attention = [top_of_experts(m, groups) for m in group_margins]
+        attention = [top_of_experts(m, groups) if len(m) else m.bool() for m in group_margins]
         target = left[groups]
     width = widest(target)
-    ffn = [top_of_experts(m, width, experts=e) for m, e in zip(neuron_margins, costs.of_experts, strict=True)]
+    pairs = zip(neuron_margins, costs.of_experts, strict=True)
+    ffn = [top_of_experts(m, width, experts=e) if len(m) else m.bool() for m, e in pairs]
     return Masks(ffn, attention)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,9 +49,9 @@ def gated(model: PreTrainedModel, ffn: Gates, attention: Gates = None) -> Iterat
     """
     with ExitStack() as taken_off:
         for block in blocks_of(model):
-            if ffn is not None:
+            if ffn is not None and block.down is not None:
                 taken_off.callback(_ffn_gate(block, ffn).remove)
-            for handle in () if attention is None else _attention_gates(block, attention):
+            for handle in () if attention is None or block.output is None else _attention_gates(block, attention):
                 taken_off.callback(handle.remove)
         yield model
 
@@ -61,7 +62,7 @@ def _ffn_gate(block: Block, gates: Sequence[Tensor | None]) -> RemovableHandle |
         return None if gate is None else x * gate.view(block.experts, -1)[expert].to(x)
 
     if block.has_experts:
-        return watch_experts(block.down.host, expert_gate)
+        return watch_experts(block.down.host, expert_gate, block.family.expert_down)
     return _multiply(block.down.host, _channels(gates, block.index))
 
 
@@ -119,8 +120,9 @@ def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | No
 def bypassed(model: PreTrainedModel, gone: Iterable[int]) -> Iterator[PreTrainedModel]:
     """Let these blocks return their input while the context lasts."""
 
-    def skip(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        return args[0] if args else kwargs["hidden_states"]
+    def skip(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     with ExitStack() as taken_off:
         for block in gone:

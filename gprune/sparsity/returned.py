@@ -61,7 +61,9 @@ def checked_masks(registry: Registry, name: str, value: Any, budget: Budget, *, 
     masks = Masks(*checked_pair(registry, name, "masks", (value.ffn, value.attention), (neurons, costs.groups), "bool"))
     over = sum if costs.uniform else max  # where all blocks are equally wide, a step goes in each of them
     kinds = [(rest.prices.neurons, budget.width_multiple), *[(rest.prices.groups, 1)] * costs.attention]
-    step = max(over(max(b - a for a, b in zip(t, t[size:], strict=False)) for t in kind) for kind, size in kinds)
+    step = max(
+        over(max((b - a for a, b in zip(t, t[size:], strict=False)), default=0) for t in kind) for kind, size in kinds
+    )
     removed, target = costs.removed(masks), budget.target
     if exact and not target <= removed < target + step:
         expected = f"{target:,} removed, and less than {step:,} more"

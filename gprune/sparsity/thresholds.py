@@ -22,7 +22,7 @@ def start_thresholds(masks: Masks, ranks: ModuleRanks) -> Thresholds:
     """
 
     def thresholds(keep: Tensor, labels: Tensor, K: int) -> Tensor:
-        n = torch.bincount(labels, minlength=K).double()
+        n = torch.bincount(labels, minlength=K).double().clamp_min(1)  # no KV groups: the threshold of none is finite
         removed = torch.bincount(labels[~keep], minlength=K).double()
         return torch.logit(removed.clamp(min=torch.tensor(0.25), max=n - 0.25) / n)
 

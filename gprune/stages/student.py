@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from gprune.models.blocks import Block, Part, blocks_of, decoder_layers
 from gprune.models.copies import without_weights
+from gprune.models.modeling_pruned import find
 from gprune.models.offload import gathered
+from gprune.models.parts import names_in, part_rows
 
 if TYPE_CHECKING:  # not every build of torch has it
     from torch.distributed.device_mesh import DeviceMesh
@@ -92,12 +95,15 @@ class Student:
         """Let the parts that a block stores in one tensor learn as tensors of their own, until `plain`."""
         for block in blocks_of(self.model):
             for host, rows in fused_rows(block).items():
-                self._register(host, "weight", Pieces(rows, int(block.family.transposed)))
+                self._register(host, "weight", Pieces(rows, int(isinstance(host, Conv1D))))
                 if host.bias is not None:
                     self._register(host, "bias", Pieces(rows, 0))
             if block.has_experts:
-                N = block.neurons
-                self._register(block.down.host, "gate_up_proj", Pieces([torch.arange(N), torch.arange(N, 2 * N)], 1))
+                for tensor, (dim, layout) in block.family.expert_rows.items():
+                    if len(names := names_in(layout)) > 1:  # gate and up in one tensor
+                        host, name = find(block.down.host, tensor)
+                        rows = part_rows(layout, dict.fromkeys(names, block.neurons), block.neurons)
+                        self._register(host, name, Pieces(list(rows.values()), dim))
 
     def _register(self, host: nn.Module, name: str, pieces: Pieces) -> None:
         parametrize.register_parametrization(host, name, pieces.to(getattr(host, name).device))

@@ -1,0 +1,303 @@
+"""Try every causal language model type of transformers on a tiny random model, and write the table of them.
+
+    python -m experiments.architectures                        # all types; about 15 minutes on one core
+    python -m experiments.architectures qwen3_next gpt_oss     # some types, printed
+    python -m experiments.architectures --write                # all, into docs/architectures.md
+
+A tiny model is made from the default configuration of the type (`DEFAULTS` has what some need beyond it), with other
+widths and other weights than the copy that discovery looks at. Of each type the table says:
+
+FFN, attention   what was found: separate or fused, experts, KV groups
+agrees           logits of the masked and of the sliced model: largest difference over largest logit
+budget           whether the parameters that went are those that the budget counts
+generation       whether greedy generation with a cache gives the same tokens masked and sliced
+reloaded         the largest difference of logits of the saved model in a process without gprune: 0.0
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from gprune.errors import UserError, first_line
+from gprune.export.hf import save_pruned
+from gprune.models.blocks import blocks_of
+from gprune.models.discovery import random_masks, tiny_model
+from gprune.models.families import FAMILIES
+from gprune.models.lookup import family_of
+from gprune.models.surgery import prune
+from gprune.models.tiny import EXPERT_NEURONS, NEURONS, SHARED_NEURONS, shrunk
+from gprune.sparsity.budget import unit_costs
+from gprune.sparsity.gates import masked
+
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
+LIMIT = 90  # seconds for one type
+SLIDING = {"rope_type": "default", "rope_theta": 10000.0}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": SLIDING, "sliding_attention": SLIDING}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 16, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "hunyuan_v1_dense": {"head_dim": 128, "num_key_value_heads": 8},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_key_value_heads": 8},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "xmod": {"default_language": "en_XX"},
+}
+
+
+def default_config(model_type: str) -> PreTrainedConfig:
+    """The default configuration of a type, as a decoder where it may also be an encoder."""
+    config = CONFIG_MAPPING[model_type](**DEFAULTS.get(model_type, {}))
+    for name, value in (("is_decoder", True), ("is_encoder_decoder", False)):
+        if isinstance(config.__dict__.get(name), bool):
+            setattr(config, name, value)
+    return config
+
+
+def example(model_type: str) -> PreTrainedModel:
+    """A tiny random model of a type, wider than the copies that discovery makes."""
+    config = shrunk(default_config(model_type))
+    for own in (config, *(v for v in vars(config).values() if isinstance(v, PreTrainedConfig))):
+        for name, value in list(vars(own).items()):
+            if type(value) is int and value in (NEURONS, EXPERT_NEURONS, SHARED_NEURONS) and "size" in name + "size":
+                setattr(own, name, value + 4)
+    return tiny_model(config, seed=7).requires_grad_(False)
+
+
+def described(model: PreTrainedModel) -> tuple[str, str]:
+    """What was found of a model's FFN and attention."""
+    ffn: dict[str, int] = {}
+    attention: dict[str, int] = {}
+    for block in blocks_of(model):
+        if block.has_experts:
+            word = f"{block.experts} experts"
+        elif block.down is None:
+            word = "none"
+        else:
+            fused = block.parts["up"].rows is not None
+            word = "up, down" if block.gate is None else "gate and up fused" if fused else "gate, up, down"
+        ffn[word] = ffn.get(word, 0) + 1
+        groups = "none" if block.output is None else "heads" if block.heads == block.kv_groups else "KV groups"
+        attention[groups] = attention.get(groups, 0) + 1
+    depth = len(blocks_of(model))
+    said = [", ".join(w if n == depth else f"{w} ({n} of {depth})" for w, n in own.items()) for own in (ffn, attention)]
+    return said[0], said[1]
+
+
+def row_of(model_type: str, folder: Path) -> dict[str, Any]:
+    """One row of the table; the pruned model is saved below `folder`, its logits beside it."""
+    row: dict[str, Any] = {"type": model_type, "record": model_type in FAMILIES}
+    try:
+        model = example(model_type)
+    except Exception as error:
+        return row | {"reason": f"no tiny model: {first_line(error)}", "built": False}
+    row["built"] = True
+    try:
+        started = time.process_time()  # of one core, whatever else runs
+        family_of(model)
+        row["seconds"] = round(time.process_time() - started, 1)
+        row["ffn"], row["attention"] = described(model)
+        row |= _compared(model, folder / model_type)
+    except TimeoutError:
+        raise
+    except UserError as error:
+        row["reason"] = str(error)
+    except Exception as error:
+        row["reason"] = f"{type(error).__name__}: {first_line(error)}"
+    return row
+
+
+def _compared(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    """Masked against sliced, the budget and generation; the sliced model is saved."""
+    blocks, masks, found = blocks_of(model), random_masks(model), {}
+    ids = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        dense = model(input_ids=ids, use_cache=False).logits
+        with masked(model, masks):
+            expected = model(input_ids=ids, use_cache=False).logits
+        small = prune(model, masks)
+        logits = small(input_ids=ids, use_cache=False).logits
+    found["moved"] = float((expected - dense).abs().max() / dense.abs().max())
+    found["agrees"] = float((expected - logits).abs().max() / expected.abs().max())
+    gone = model.num_parameters() - small.num_parameters()
+    costs = unit_costs(blocks, scope="attention+ffn")
+    found["budget"] = gone == costs.removed(masks)
+    try:
+        settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        with masked(model, masks):
+            wanted = model.generate(ids[:, :9], **settings)
+        found["generation"] = torch.equal(wanted, small.generate(ids[:, :9], **settings))
+    except Exception as error:
+        found["generation"] = f"{type(error).__name__}: {first_line(error)}"
+    save_pruned(small, None, folder)
+    save_file({"logits": logits.contiguous(), "input_ids": ids}, folder / "expected.safetensors")
+    return found
+
+
+LOADER = """
+import json, sys, warnings, logging
+warnings.simplefilter("ignore")
+from pathlib import Path
+import torch, transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+transformers.logging.set_verbosity_error()
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    try:
+        want = load_file(folder / "expected.safetensors")
+        auto = AutoModelForImageTextToText if (folder / "images").exists() else AutoModelForCausalLM
+        model = auto.from_pretrained(folder, trust_remote_code=True, attn_implementation="eager").eval()
+        logits = want.pop("logits")
+        with torch.no_grad():
+            got = model(**want, use_cache=False).logits
+        result = float((got - logits).abs().max() / logits.abs().max())
+    except Exception as error:
+        result = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    print("ROW", json.dumps([folder.name, result]), flush=True)
+assert "gprune" not in sys.modules
+"""
+
+
+def reloaded(folder: Path) -> dict[str, Any]:
+    """The largest difference of logits of every saved model, in one process that cannot import gprune."""
+    script = folder.parent / "load.py"
+    script.write_text(LOADER)
+    done = subprocess.run(
+        [sys.executable, "-P", str(script), str(folder)], cwd=folder.parent, capture_output=True, text=True, check=False
+    )
+    rows = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")]
+    return dict(rows)
+
+
+def measured(types: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of the table."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError
+
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="gprune-architectures-") as scratch:
+        folder = Path(scratch) / "models"
+        folder.mkdir()
+        signal.signal(signal.SIGALRM, late)
+        for name in types:
+            signal.alarm(LIMIT)
+            try:
+                row = row_of(name, folder)
+            except TimeoutError:
+                row = {"type": name, "record": name in FAMILIES, "built": True, "reason": f"not done in {LIMIT} s"}
+            signal.alarm(0)
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            if not (folder / name / "expected.safetensors").exists():
+                shutil.rmtree(folder / name, ignore_errors=True)
+        differences = reloaded(folder)
+    for row in rows:
+        if row["type"] in differences:
+            row["reloaded"] = differences[row["type"]]
+    return rows
+
+
+def passed(row: Mapping[str, Any]) -> bool:
+    """Whether a type is pruned in its FFN, masked = sliced = reloaded."""
+    return row.get("reloaded") == 0.0 and row.get("agrees", 1) <= 1e-4 and row.get("ffn") != "none" and row["budget"]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| type | FFN | attention | masked = sliced | budget | generation | reloaded | seconds |",
+        "|" + "---|" * 8,
+    ]
+    for row in rows:
+        if not passed(row):
+            continue
+        generation = {True: "same", False: "differs"}.get(row["generation"], "no")
+        lines.append(
+            f"| `{row['type']}`{' (record)' if row['record'] else ''} | {row['ffn']} | {row['attention']} | "
+            f"{row['agrees']:.0e} | {'exact' if row['budget'] else 'no'} | {generation} | same bits | {row['seconds']} |"
+        )
+    return "\n".join(lines)
+
+
+def reasons(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Types that are not pruned, and why not."""
+    lines = ["| type | why not |", "|---|---|"]
+    for row in rows:
+        if not passed(row):
+            why = row.get("reason")
+            if why is None:
+                got = {n: row.get(n) for n in ("agrees", "budget", "reloaded")}
+                why = ", ".join(f"{name}: {value}" for name, value in got.items())
+            short = str(why).replace("|", "/").split(" Give it a record")[0]
+            lines.append(f"| `{row['type']}` | {short} |")
+    return "\n".join(lines)
+
+
+def page(rows: Sequence[Mapping[str, Any]]) -> str:
+    """docs/architectures.md."""
+    good = [row for row in rows if passed(row)]
+    heads = [row for row in good if row["attention"] != "none"]
+    built = [row for row in rows if row["built"]]
+    seconds = sorted(row["seconds"] for row in good if not row["record"])
+    return (
+        "# Every causal type of transformers\n\n"
+        "Made by `python -m experiments.architectures --write` on tiny random models, one for each of the "
+        f"{len(rows)} types that `AutoModelForCausalLM` of transformers {transformers.__version__} knows; "
+        f"{len(built)} of them can be built tiny. *{len(good)} are pruned in the FFN, {len(heads)} of them in KV groups "
+        "or heads as well*: the masked, the sliced and the reloaded model compute the same logits. Reloading is in a "
+        "process without gprune. A type with *(record)* is in `gprune/models/families.py`; the structure of the others "
+        f"is discovered, in {seconds[len(seconds) // 2] if seconds else 0} s (median) and at most "
+        f"{seconds[-1] if seconds else 0} s on one core, and read from the cache afterwards. Where experts and shared "
+        "experts are in one layer, experts are pruned and shared experts stay.\n\n"
+        f"{table(rows)}\n\n## Not pruned\n\n{reasons(rows)}\n"
+    )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("types", nargs="*", help="model types; by default all")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    parser.add_argument("--rows", type=Path, help="write the rows as JSON, or add to those that are there")
+    parser.add_argument("--from-rows", action="store_true", help="make the page from --rows alone")
+    settings = parser.parse_args(args)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("gprune").setLevel(logging.ERROR)
+    known = {}
+    if settings.rows and settings.rows.exists():
+        known = {row["type"]: row for row in json.loads(settings.rows.read_text())}
+    types = settings.types or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    rows = [] if settings.from_rows else measured(types)
+    known |= {row["type"]: row for row in rows}
+    rows = [known[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in known]
+    if settings.rows:
+        settings.rows.write_text(json.dumps(rows, indent=1))
+    text = page(rows)
+    if settings.write:
+        PAGE.write_text(text)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

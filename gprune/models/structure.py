@@ -1,0 +1,126 @@
+"""Check a record against a model before anything is learned: paths and sizes on the model without weights, and what a
+record by hand says of norms and logits on a tiny random copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from gprune.errors import UserError, first_line, nearest
+from gprune.models.blocks import Block, blocks_of
+from gprune.models.families import FAMILIES, PRUNED, Family
+from gprune.models.lookup import decoder_of, family_of
+from gprune.models.losses import LogitTransform
+from gprune.models.modeling_pruned import find
+
+BUILT_IN: Mapping[str, Family] = MappingProxyType(dict(FAMILIES))
+REMEDY = (
+    "Correct the record (docs/extend.md, 'A model family'), or leave it out: gprune then looks for the structure itself"
+)
+
+
+def check_structure(model: PreTrainedModel) -> None:
+    """Raise UserError unless the record of a model's type fits all of its layers; the model may be without weights."""
+    name, record = model.config.model_type, family_of(model)
+    try:
+        layers = [block.layer for block in blocks_of(model)]
+    except AttributeError as error:
+        raise _wrong(name, f"its decoder has no layers '{record.layers}'") from error
+    for layer in layers[:1] if not record.kinds else []:
+        _check_paths(name, record, layer)
+    for block in blocks_of(model):
+        if why := _unfit(block):
+            raise (
+                _wrong(name, f"layer {block.index}: {why}")
+                if not record.found
+                else UserError(
+                    f"Model type '{name}': the structure that was found on a tiny copy does not fit layer {block.index} of this "
+                    f"model: {why}. Give it a record by hand: docs/extend.md, 'A model family', in a file that --import names."
+                )
+            )
+    if not any(block.neurons for block in blocks_of(model)):
+        raise UserError(f"Model type '{name}': no layer of this model has the FFN that was found on a tiny copy of it.")
+
+
+def check_by_copy(config: PreTrainedConfig) -> None:
+    """Check a record that is not gprune's own on a tiny random copy; a UserError names what it has wrong."""
+    name = config.model_type.removeprefix(PRUNED)
+    if name not in FAMILIES or BUILT_IN.get(name) is FAMILIES[name]:
+        return
+    from gprune.models.discovery import Discovery, tiny_model
+    from gprune.models.tiny import shrunk, stock_config
+
+    try:
+        model = tiny_model(shrunk(stock_config(config)))
+        looked = Discovery(model)
+        looked._check_forward()
+    except Exception:  # a class that cannot be made small has its record checked by shapes alone
+        return
+    check_structure(model)
+    record = family_of(model)
+    try:
+        same = looked._sliced_agrees(record)
+    except Exception as error:
+        raise _wrong(name, f"a tiny copy cannot be sliced: {first_line(error)}") from error
+    if not same:
+        raise _wrong(name, "the masked and the sliced tiny copy do not compute the same; a parameter may be missing")
+    with torch.no_grad():
+        logits = looked.logits()
+        hidden = decoder_of(model)(input_ids=looked.ids, use_cache=False).last_hidden_state
+        ours = LogitTransform.of(model)(model.get_output_embeddings()(hidden))
+    if (ours - logits).abs().max() > 1e-3 * logits.abs().max():
+        raise _wrong(
+            name, "logits are not head times hidden states; it needs logits_scaling, logits_multiplier or softcap"
+        )
+    for block in blocks_of(model)[:1]:
+        _check_norms(name, looked, block)
+
+
+def _check_norms(name: str, looked: object, block: Block) -> None:
+    """Raise UserError where the record of a layer is wrong about a norm that its FFN's output or input passes."""
+    if block.down is not None and not block.has_experts:
+        direct = looked._direct(block.index, block.family.down)
+        if direct != block.joins_residual("down"):
+            said = "needs after_ffn" if not direct else "has after_ffn, but nothing follows the FFN"
+            raise _wrong(name, f"it {said}: a norm between the output of the FFN and the residual")
+    if block.ffn_norm is not None and isinstance(getattr(block.ffn_norm, "weight", None), nn.Parameter):
+        offset = looked._offset(block.ffn_norm)
+        if offset != block.family.norm_offset:
+            raise _wrong(name, f"it needs norm_offset={offset}: the norms multiply by {offset} + weight")
+
+
+def _wrong(name: str, why: str) -> UserError:
+    return UserError(f"The Family record of model type '{name}' is wrong: {why}. {REMEDY}.")
+
+
+def _check_paths(name: str, record: Family, layer: nn.Module) -> None:
+    """Raise UserError for a path of a record by hand that the first layer does not have."""
+    known = [path for path, _ in layer.named_modules() if path]
+    fields = ["query", "key", "value", "output", "query_norm", "key_norm", "ffn_norm", "attention_norm"]
+    fields += ["after_ffn", "after_attention"]
+    module, own = find(layer, record.experts or "")
+    if not hasattr(module, own):
+        fields += ["gate", "up", "down"]
+    for field in fields:
+        path = getattr(record, field)
+        if path is not None and path not in known:
+            close = nearest(path, known)
+            meant = f"; did you mean '{close}'?" if close else f"; it has {', '.join(known)}"
+            raise _wrong(name, f"{field}='{path}' is no module of a {type(layer).__name__}{meant}")
+
+
+def _unfit(block: Block) -> str | None:
+    """What of a block's sizes does not divide or agree; None if all is well."""
+    if block.output is not None:
+        columns, rows = block.output.in_features, block.value.out_features
+        if not block.kv_groups or rows % block.head_dim or columns % block.head_dim or columns % block.kv_groups:
+            return f"{columns} attention channels and {rows} value rows do not divide into heads of {block.head_dim}"
+    for place in block.slices:
+        parameter = block.parameter(place)
+        if parameter.shape[place.dim] != len(place.units):
+            return f"'{place.path}' has {parameter.shape[place.dim]} rows, where {len(place.units)} belong to its units"
+    return None

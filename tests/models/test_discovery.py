@@ -1,0 +1,313 @@
+"""Types without a record: their structure is found, and masked, sliced and reloaded models agree."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BartConfig, BertConfig, PreTrainedModel
+
+from experiments.architectures import DEFAULTS, default_config, example
+from gprune.errors import UserError
+from gprune.export.hf import save_pruned
+from gprune.models import cached_records, discovery, lookup
+from gprune.models.blocks import blocks_of
+from gprune.models.discovery import Discovery, discovered, random_masks, tiny_model
+from gprune.models.families import FAMILIES, Family
+from gprune.models.lookup import family_of, remember
+from gprune.models.losses import iter_logits
+from gprune.models.structure import check_by_copy
+from gprune.models.surgery import prune
+from gprune.models.tiny import ROUTED, shrunk
+from gprune.sparsity.budget import unit_costs
+from gprune.sparsity.gates import masked
+from tests import tiny_run
+from tests.conftest import collect
+
+# Of different structure: separate and fused, interleaved and stacked experts, biases and sinks, norms of all heads,
+# latent and linear attention, Mamba, convolution, dense layers between experts, parallel blocks, layers without an FFN.
+QUICK = ("gemma", "starcoder2", "stablelm", "gpt_oss", "cohere2", "openai-gpt", "persimmon", "glm4")
+MORE = (
+    "falcon", "gptj", "phi", "mpt", "bloom", "qwen3_next", "qwen2_moe", "deepseek_v3", "llama4_text", "granitemoe",
+    "nemotron_h", "lfm2", "minimax_m2", "olmo3", "bert", "modernbert-decoder", "xglm",
+)  # fmt: skip
+GROUPS = {"gemma", "starcoder2", "stablelm", "gpt_oss", "cohere2", "openai-gpt", "persimmon", "glm4", "gptj", "phi",
+          "olmo3", "minimax_m2", "bert", "xglm"}  # fmt: skip
+
+
+def types(quick: tuple[str, ...], more: tuple[str, ...]) -> list:
+    return [*quick, *(pytest.param(name, marks=pytest.mark.slow) for name in more)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(lookup, "_known", {})
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("model_type", types(QUICK, MORE))
+def test_a_type_without_a_record_is_pruned_and_saved(model_type, ids, tmp_path):
+    assert model_type not in FAMILIES
+    model = example(model_type)
+    dense, blocks, masks = logits(model, ids), blocks_of(model), random_masks(model)
+    with masked(model, masks):
+        expected = logits(model, ids)
+    assert torch.equal(logits(model, ids), dense)
+    assert (expected - dense).abs().max() > 1e-3 * dense.abs().max()
+    small = prune(model, masks)
+    sliced = logits(small, ids)
+    torch.testing.assert_close(sliced, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+    gone = model.num_parameters() - small.num_parameters()
+    assert gone == unit_costs(blocks, scope="attention+ffn").removed(masks) > 0
+    assert any(block.neurons for block in blocks)
+    assert any(block.kv_groups for block in blocks) or model_type not in GROUPS
+    save_pruned(small, None, tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
+    assert type(again).__name__.startswith("Pruned")
+    assert torch.equal(logits(again, ids), sliced)
+    twice = prune(again, random_masks(again))
+    assert twice.num_parameters() < again.num_parameters()
+
+
+def test_statistics_of_experts_equal_a_reference(ids):
+    """Of gpt_oss, with biases and gate and up in turn: activations from the experts' inputs, expert by expert."""
+    model, calls = example("gpt_oss"), []
+    handles = [
+        block.down.host.register_forward_pre_hook(lambda m, inputs: calls.append((m, *inputs)))
+        for block in blocks_of(model)
+    ]
+    logits(model, ids)
+    for handle in handles:
+        handle.remove()
+    found = collect(model, [{"input_ids": ids, "index": torch.arange(len(ids))}])
+    assert len(calls) == len(found.ffn) > 0
+    for (module, hidden, routed, _), channels in zip(calls, found.ffn, strict=True):
+        hidden = hidden.flatten(0, -2)
+        for expert in range(4):
+            tokens = (routed == expert).any(-1).flatten().nonzero()[:, 0]
+            gate_up = hidden[tokens] @ module.gate_up_proj[expert] + module.gate_up_proj_bias[expert]
+            x, mine = module._apply_gate(gate_up).double(), channels.total.of_expert(expert, 4)
+            assert (mine.count == len(tokens)).all()
+            torch.testing.assert_close(mine.sum_sq, x.square().sum(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["granitemoe", "nemotron_h", "qwen3_next"])
+def test_each_token_is_counted_by_the_experts_that_it_is_routed_to(model_type, ids):
+    model = example(model_type)
+    found = collect(model, [{"input_ids": ids, "index": torch.arange(len(ids))}])
+    counted = [
+        channels.total.count.view(block.experts, -1)[:, 0].sum()
+        for block, channels in zip(blocks_of(model), found.ffn, strict=True)
+        if block.has_experts
+    ]
+    assert counted
+    assert all(count == ROUTED * ids.numel() for count in counted)
+
+
+@pytest.mark.parametrize("model_type", types(("stablelm",), ("cohere2", "openai-gpt", "phi", "bloom")))
+def test_statistics_equal_those_of_plain_hooks(model_type, ids):
+    model, seen = example(model_type), {}
+    handles = []
+    for block in blocks_of(model):
+        for scope, part in (("ffn", "down"), ("attention", "output")):
+            if part in block.parts:
+
+                def keep(_m: nn.Module, x: tuple, place: tuple = (scope, block.index)) -> None:
+                    seen[place] = x[0].detach().double().flatten(0, -2)
+
+                handles.append(block.parts[part].host.register_forward_pre_hook(keep))
+    logits(model, ids)
+    for handle in handles:
+        handle.remove()
+    found = collect(model, [{"input_ids": ids, "index": torch.arange(len(ids))}])
+    assert seen
+    for (scope, index), x in seen.items():
+        torch.testing.assert_close(getattr(found, scope)[index].total.sum_sq, x.square().sum(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "family", [f if f in ("llama", "gpt2") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
+def test_discovery_finds_what_the_record_says(family):
+    """Parts, slices, norms, and what is done to logits: the same tensors as by the record that is in gprune."""
+    config = shrunk(default_config(family))
+    model = tiny_model(config)
+    by_hand, record = blocks_of(model), discovered(config)
+    other = copy.deepcopy(model)
+    del FAMILIES[family]
+    try:
+        remember(other, record)
+        found = blocks_of(other)
+    finally:
+        FAMILIES[family] = by_hand[0].family
+    assert len(found) == len(by_hand)
+    for ours, theirs in zip(found, by_hand, strict=True):
+        assert list(ours.parts) == list(theirs.parts)
+        for name, part in ours.parts.items():
+            assert torch.equal(part.weight, theirs.parts[name].weight), name
+        assert {s.path: (s.dim, s.kind, s.units.tolist()) for s in ours.slices} == {
+            s.path: (s.dim, s.kind, s.units.tolist()) for s in theirs.slices
+        }
+        for part in ("down", "output"):
+            assert ours.joins_residual(part) == theirs.joins_residual(part), part
+        for norm in ("ffn_norm", "attention_norm"):
+            mine, his = getattr(ours, norm), getattr(theirs, norm)
+            assert (mine is None) == (his is None), norm
+            assert mine is None or torch.equal(mine.weight, his.weight), norm
+        mine = set(ours.attributes)
+        assert mine <= set(theirs.attributes)
+    his = by_hand[0].family
+    for name in ("norm_offset", "softcap", "logits_scaling", "learned_positions", "layers"):
+        asked = None if name == "softcap" and not getattr(config, his.softcap or "", None) else getattr(his, name)
+        assert getattr(record, name) == asked, name
+
+
+def test_the_record_comes_from_the_cache_the_second_time(monkeypatch):
+    config = CONFIG_MAPPING["gemma"]()
+    found = discovery.discover(config)
+    monkeypatch.setattr(discovery, "discovered", lambda _: pytest.fail("looked for again"))
+    assert discovery.discover(config) == found
+
+
+@pytest.mark.parametrize("change", ["kinds", "layers", "extras", "all"])
+def test_a_damaged_record_in_the_cache_is_found_again(change):
+    config = shrunk(CONFIG_MAPPING["gemma"]())
+    record = discovered(config)
+    content = json.loads(json.dumps(asdict(record)))
+    assert cached_records.from_json({"record": content}) == record
+    damaged = {"kinds": [["x"], {}], "layers": ["h"], "extras": {"a": [1, 2]}}
+    wrong = [] if change == "all" else content | {change: damaged[change]}
+    assert cached_records.from_json({"record": wrong}) is None
+
+
+def test_the_callers_random_numbers_stay_as_they_were():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    discovered(shrunk(CONFIG_MAPPING["gemma"]()))
+    assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.parametrize("model_type", types(("cohere2",), ("gemma", "falcon_h1", "granitemoe", "gpt_oss")))
+def test_logits_of_perplexity_are_the_models_own(model_type, ids):
+    model = example(model_type)
+    ours = torch.cat([own for own, _, _ in iter_logits(model, ids)])
+    torch.testing.assert_close(ours, logits(model, ids)[:, :-1], atol=1e-4, rtol=1e-4)
+
+
+# What cannot be pruned
+
+
+def encoder_decoder() -> BartConfig:
+    return BartConfig()
+
+
+def quantised():
+    config = CONFIG_MAPPING["gemma"]()
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    return config
+
+
+def without_causal_class():
+    return CONFIG_MAPPING["vit"]()
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (encoder_decoder, "is an encoder-decoder"),
+        (quantised, r"the checkpoint is quantised \(gptq\)"),
+        (without_causal_class, "has no class of transformers that predicts next tokens"),
+        (BertConfig, "is an encoder as it is configured"),
+        (CONFIG_MAPPING["mamba"], "found 3 layers in 'layers' of the tiny copy, but"),
+    ],
+)
+def test_a_type_that_cannot_be_pruned_is_refused_in_one_line(config, reason):
+    with pytest.raises(UserError, match=reason) as caught:
+        discovery.discover(config())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_forward_pass_that_is_not_deterministic_is_refused():
+    model = tiny_model(shrunk(CONFIG_MAPPING["gemma"]()))
+    model.model.layers[0].mlp.register_forward_hook(lambda _m, _i, out: out + torch.randn_like(out))
+    with pytest.raises(UserError, match="two forward passes differ"):
+        Discovery(model).record()
+
+
+def test_a_layer_list_that_is_no_module_list_is_refused():
+    model = tiny_model(shrunk(CONFIG_MAPPING["gemma"]()))
+    model.model.layers = nn.Sequential(*model.model.layers)
+    with pytest.raises(UserError, match=r"no nn\.ModuleList of decoder layers was found.*docs/extend\.md.*--import"):
+        Discovery(model).record()
+
+
+# Records by hand
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (Family("gemma", up="mlp.wrong"), r"up='mlp\.wrong' is no module of a GemmaDecoderLayer"),
+        (Family("gemma", layers="h"), "its decoder has no layers 'h'"),
+        (Family("gemma"), r"it needs norm_offset=1\.0"),
+        (Family("glm4", gate="mlp.gate_up_proj", up="mlp.gate_up_proj"), "it needs after_ffn"),
+        (Family("cohere2", ffn_norm="input_layernorm"), "logits are not head times hidden states"),
+        (Family("stablelm", value="self_attn.o_proj", key="self_attn.o_proj"), "o_proj"),
+    ],
+)
+def test_a_wrong_record_is_refused_by_what_is_wrong(record, reason, monkeypatch):
+    monkeypatch.setitem(FAMILIES, record.model_type, record)
+    with pytest.raises(UserError, match=reason) as caught:
+        check_by_copy(CONFIG_MAPPING[record.model_type]())
+    assert "docs/extend.md" in str(caught.value)
+
+
+def test_a_right_record_by_hand_is_taken(monkeypatch):
+    record = Family("gemma", norm_offset=1.0)
+    monkeypatch.setitem(FAMILIES, "gemma", record)
+    check_by_copy(CONFIG_MAPPING["gemma"]())
+    assert family_of(example("gemma")) is record
+
+
+# The whole run
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("discovery")
+    return tiny_run.make_world(folder).corpora
+
+
+@pytest.mark.parametrize("model_type", types(("stablelm",), ("qwen3_next", "gpt_oss", "nemotron_h")))
+def test_a_run_from_the_command_line(model_type, corpora, tmp_path, monkeypatch):
+    tiny_run.quick(monkeypatch)
+    example(model_type).save_pretrained(tmp_path / "model")
+    tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
+    with tiny_run.isolated(tmp_path / "cache"):
+        world = tiny_run.World(Path(tmp_path / "model"), corpora)
+        result = world.run(tmp_path, "--sparsity.scope=attention+ffn", "--recovery=least_squares")
+    checks = json.loads((tmp_path / "run" / "manifest.json").read_text())["logits"]
+    assert checks["sliced_minus_reloaded"] == 0.0
+    assert checks["masked_minus_sliced"] <= 1e-4
+    assert result.summary["parameters_after"] < result.summary["parameters_before"]
+
+
+def test_every_exception_of_the_table_is_a_type():
+    assert set(DEFAULTS) <= set(CONFIG_MAPPING)
