@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelChec
 
 from gprune.config import RunConfig, check_settings, parse
 from gprune.errors import UserError
+from gprune.importance import metric
 from gprune.pipeline.prune import prune
 from gprune.runs.results import load_run
 from gprune.runs.user_callbacks import UserCallbacks
@@ -268,6 +269,16 @@ def test_a_callback_that_ends_the_process_is_named(code, world, tmp_path):
     said = rf"^Callback LambdaCallback in on_train_start of AssignmentRefinement: SystemExit: {code} "
     with pytest.raises(UserError, match=said):
         prune(parse(flags(world, tmp_path)), callbacks=[LambdaCallback(on_train_start=leave)])
+
+
+@pytest.mark.usefixtures("scratch_registry")
+def test_a_metric_that_ends_the_process_is_an_error_too(world, tmp_path):
+    @metric("leaving", activation_free=True)
+    def leaving(weights, moments, generator):
+        raise SystemExit(0)
+
+    with pytest.raises(UserError, match=r"^SystemExit: 0 \(.*test_user_callbacks\.py, line \d+\) ended the run\.$"):
+        prune(parse(flags(world, tmp_path, "--importance=leaving", "--gprune=false")))
 
 
 def test_a_class_path_runs_no_code_of_the_working_folder(world, tmp_path, monkeypatch, capfd):
