@@ -129,8 +129,8 @@ def fit_once(run: Run, path: str, row: Stage) -> Callable[..., None]:
         if unknown:
             known = "batch_size, clip, accumulate, points, keep"
             raise UserError(
-                f"material.fit: expected arguments among {known}; got {', '.join(unknown)}. A stage sees its text once: "
-                f"`--distill.tokens` says how much."
+                f"material.fit: expected arguments among {known}; got {', '.join(unknown)}. A stage trains for one "
+                f"epoch; --distill.tokens sets how much text it has."
             )
         number, strategy = next(calls), t.strategy
         name = f"{path}-{type(stage).__name__}-{number}".removesuffix("-0")
