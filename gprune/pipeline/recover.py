@@ -139,7 +139,7 @@ def fit_once(run: Run, path: str, row: Stage) -> Callable[..., None]:
         if unknown:
             raise UserError(
                 f"material.fit: expected arguments among batch_size, clip, accumulate, keep; got {', '.join(unknown)}. "
-                f"A stage sees its text once: `--distill.tokens` says how much."
+                f"A stage trains for one epoch; --distill.tokens sets how much text it has."
             )
         number, strategy = next(calls), t.strategy
         name = f"{path}-{type(stage).__name__}-{number}".removesuffix("-0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from gprune.calibration.statistics import ChannelStatistics, Moments
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
+from gprune.pipeline.recover import fit_once
 from gprune.recoveries import RECOVERY, Material, recovery
 from gprune.recoveries.contract import Projection
 from tests.calibration.test_collector import batches, recorded
@@ -187,3 +189,10 @@ def test_a_bias_of_experts_is_refused_and_not_dropped(problem):
         found.solve(weight, keep, experts, experts=2)
     plain = Projection(lambda weight, keep, moments, ridge: (weight[:, keep], None), needs=("moments",), experts=True)
     assert torch.equal(plain.solve(weight, keep, experts, experts=2)[0], weight[:, keep])
+
+
+def test_an_argument_that_fit_does_not_have_is_one_line():
+    run = SimpleNamespace(cfg=SimpleNamespace(corpora=None, trainer=None))
+    fit = fit_once(run, "recovery/mine", ("gprune", "mine"))
+    with pytest.raises(UserError, match=r"^material\.fit: expected arguments among batch_size, .*; got max_epochs\."):
+        fit("Healing", None, max_epochs=3)

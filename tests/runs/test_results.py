@@ -131,3 +131,25 @@ def test_a_run_from_before_relative_step_sizes_is_read(recovered, tmp_path):
     write_json(folder / "manifest.json", manifest)
     with pytest.raises(UserError, match=r"older version .*which differ in distill\.hidden\)"):
         gprune.load_run(folder)
+
+
+def test_a_run_whose_import_is_missing_says_so_in_one_line(recovered, tmp_path, monkeypatch):
+    """Its model may be of a family that the module registers; transformers speaks of custom code."""
+    folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "of a family"))
+    (folder / "model").mkdir()
+    environment = folder.manifest["environment"] | {"imports": ["no_such_families", "json"]}
+    folder.update_manifest(environment=environment)
+
+    def refuse(*_, **__):
+        raise ValueError("The repository contains custom code which must be executed")
+
+    monkeypatch.setattr("gprune.runs.results.load_weights", refuse)
+    with pytest.raises(UserError) as error:
+        gprune.load_run(folder.path)
+    said = str(error.value)
+    assert "the run imported no_such_families, which may register its model's family" in said
+    assert "--import no_such_families" in said
+    assert "custom code" not in said
+    folder.update_manifest(environment=environment | {"imports": ["json"]})
+    with pytest.raises(UserError, match="contains custom code"):
+        gprune.load_run(folder.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
 import pytest
@@ -16,6 +17,7 @@ from gprune.errors import UserError
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
+from gprune.pipeline.plan import check
 from gprune.sparsity.allocation import allocate
 from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
 from gprune.sparsity.cost import COST, Price, weighed
@@ -195,3 +197,18 @@ def test_a_cost_that_is_none_is_one_line_with_its_name(costs, world, tmp_path, c
         COST.register("odd")(lambda model, blocks: costs)
         assert main(world.args(tmp_path, "--sparsity.cost=odd")) == 2
     assert "Cost 'odd': expected whole numbers of each block's neuron, KV group and all (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("export", "way_out"),
+    [
+        ({"format": "hf", "dtype": "float32"}, "; with --export.dtype bfloat16 they take half."),
+        ({"format": "hf", "dtype": "bfloat16"}, "."),
+        ({"format": "gguf"}, "; with --export.type q8_0 --sparsity.width_multiple 32 they take about half."),
+    ],
+)
+def test_bytes_that_do_not_fit_name_the_way_out(export, way_out):
+    sparsity = {"target": "100KiB", "width_multiple": 32}
+    with pytest.raises(UserError) as error:
+        check(RunConfig(model={"name": "tiny-random"}, export=export, sparsity=sparsity))
+    assert re.search(r"100KiB cannot be reached: .* at least [\d.]+MiB(.*)$", str(error.value))[1] == way_out

@@ -197,6 +197,12 @@ def test_a_report_takes_records_and_names_of_rows(bench, first, study, capsys, t
             assert found["ours", "gprune"] == texts
     assert command("report", [str(stored(row)[0]), *args]) == 0  # a record, by its file
     assert f"{record['records'][-1]['perplexity']:.2f}" in capsys.readouterr().out
+    page = tmp_path / "rows.html"
+    assert command("report", [*named, "--records", str(bench.records), "--html", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "<title>plain, ours</title>" in text
+    assert "config.yaml" not in text  # which a record has not
+    capsys.readouterr()
     for arguments, said in (
         ([f"{first[0]}:mine"], "got 'mine'"),
         ([f"{tmp_path / 'no.yaml'}:mine"], "Expected a list, but there is no file"),
