@@ -132,14 +132,13 @@ CALIBRATOR: Registry[Any] = Registry("calibrator", "test_step")  # --corpora.cal
 def refiner(name: str) -> Callable[[T], T]:
     """Register a LightningModule that refines modules of neurons, as the value `name` of `--partition.refiner`.
 
-    The run makes `Class(inputs, labels, settings, **options)`, fits it on its own `train_dataloader`, and calls
-    `labels()`.
+    The run makes `Class(inputs, labels, **options)`, fits it on its own `train_dataloader`, and calls `labels()`.
 
     - inputs: `partition.objective.RefinementInputs` of B blocks, padded to N neurons: embedding (B, N, E), drift
       (B, N, 1), shifts (B, N, D) and valid (B, N), all float32.
     - labels: of the first partition, (N,) int64 of each block, modules 0 to K - 1.
-    - settings: the flags of `--partition`.
-    - options: keyword-only parameters, which `--options.NAME.OPTION` sets.
+    - options: keyword-only parameters. One that is named like a flag of `--partition`, such as `learning_rate`, gets
+      the value of that flag; `--options.NAME.OPTION` sets the others.
     - labels() -> list of (N,) int64, one per block: modules from 0 to K - 1, each with a neuron at least.
 
     Example:
@@ -158,17 +157,18 @@ def refiner(name: str) -> Callable[[T], T]:
 def learner(name: str) -> Callable[[T], T]:
     """Register a LightningModule that learns what to keep, as the value `name` of `--sparsity.learner`.
 
-    The run makes `Class(model, ranks, start, budget, settings, shard, **options)`, fits it on the text of
-    `--corpora.learn`, and calls `masks(budget)`. Its `training_step` gets batches with `input_ids` (B, T) int64 and
-    `weight` (B,) float32, which is 0 for a window that only fills up a batch.
+    The run makes `Class(model, ranks, start, budget, **options)`, fits it on the text of `--corpora.learn`, and calls
+    `masks(budget)`. Its `training_step` gets batches with `input_ids` (B, T) int64 and `weight` (B,) float32, which is
+    0 for a window that only fills a batch. A class with a `validation_step`, such as every `FrozenLMStage`, is
+    validated on development text, with its masks on the model.
 
     - model: the frozen language model; a stage must not train it.
     - ranks: `partition.modules.ModuleRanks`: ffn, p (N,) float64 in (0, 1) of each block; labels, (N,) int64;
       attention, p (G,) of KV groups.
     - start: thresholds to begin with, (K,) float64 of each block's modules, and (1,) of its KV groups.
-    - budget: `sparsity.budget.Budget`, what has to go; settings: the flags of `--sparsity`; shard: whether the model's
-      layers are to be shared by processes.
-    - options: keyword-only parameters, which `--options.NAME.OPTION` sets.
+    - budget: `sparsity.budget.Budget`, what has to go.
+    - options: keyword-only parameters. One that is named like a flag of `--sparsity`, such as `epochs`, gets the value
+      of that flag, and `shard` that of `--model.shard`; `--options.NAME.OPTION` sets the others.
     - masks(budget) -> `models.masks.Masks` that meet this budget; also called for the sparsities of
       `--evaluation.curve`. Optional: the attribute `thresholds`, as `start`.
 
