@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import functools
 import json
 import os
 import re
@@ -91,7 +92,7 @@ def test_old_noisy_and_wrong_tables_are_measured_again_and_any_on_request(measur
 def test_one_measurement_of_the_dense_model_is_near_the_tables(monkeypatch):
     """Within a factor of two, in the time of this process: the machine may do other things meanwhile."""
     monkeypatch.setattr(speed, "LONG", 0.1)
-    monkeypatch.setattr(time, "perf_counter", time.process_time)
+    monkeypatch.setattr(speed, "Timer", functools.partial(speed.Timer, timer=time.process_time))
     dense = without_weights(make_tiny_llama())
     of = dense, torch.device("cpu"), torch.float32, SETTING
     made = speed.measured(*of)
