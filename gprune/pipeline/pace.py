@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.config import DistillConfig
 from gprune.corpora.windows import Windows
+from gprune.errors import first_line
 from gprune.evaluation.perplexity import Forecast, perplexity
 from gprune.models.autocast import CastWeights
 from gprune.models.blocks import blocks_of
@@ -30,6 +32,7 @@ from gprune.sparsity.cut import uniform_masks
 from gprune.sparsity.gates import gated
 from gprune.stages.student import Student
 
+log = logging.getLogger("gprune")
 MEASURED = 2  # blocks that are built, at random
 MOST = 3 * 10**8  # numbers in them, the embeddings and the head: with more, a dry run would take minutes itself
 
@@ -54,7 +57,11 @@ def run_seconds(plan: Plan) -> float | None:
     too_many = numbers + 2 * config.vocab_size * config.hidden_size > MOST
     if too_many or not plan.at_hand or cfg.model.device_map is not None or ALLOCATION[cfg.base_allocation].whole_blocks:
         return None
-    dense, pruned = _paces(plan)
+    try:
+        dense, pruned = _paces(plan)
+    except Exception as error:  # a model's own code raises what it likes; a plan does without its pace
+        log.debug("The time of two blocks cannot be measured: %s", first_line(error))
+        return None
     (calibrated, salient), (tried, _), (curve, learned) = (plan.tokens[step] for step in (1, 2, 7))
     seconds = (calibrated + tried) * dense.forward + salient * dense.learned
     if "gram" in cfg.collects:
