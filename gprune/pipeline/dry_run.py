@@ -18,6 +18,7 @@ from gprune.models.loading import locate_model
 from gprune.pipeline.cost import calibration_tokens, passes
 from gprune.pipeline.inputs import prepare_text
 from gprune.pipeline.memory import memory_line
+from gprune.pipeline.pace import run_seconds
 from gprune.pipeline.plan import Plan
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget
@@ -88,11 +89,22 @@ def expected_widths(cfg: RunConfig, budget: Budget) -> str:
 
 
 def compute_time(*plans: Plan) -> str:
-    """FLOPs, and the time that they take at the speed of this machine's matrix products of the first plan's sizes."""
+    """FLOPs, and the time that they take on this machine.
+
+    Measured on two blocks of the model in the precisions of the run; of large models, or with --plan.tflops, from the
+    speed of matrix products of the first plan's sizes alone.
+    """
     plan = plans[0]
     cfg, config, total = plan.cfg, plan.skeleton.config.get_text_config(decoder=True), sum(map(flops, plans))
     if cfg.plan.tflops:
         reached, how = 1e12 * cfg.plan.tflops, "--plan.tflops"
+    elif None not in (measured := [run_seconds(one) for one in plans]):
+        precisions = dict.fromkeys([cfg.model.dtype, cfg.trainer.precision])
+        time = timedelta(seconds=math.ceil(sum(measured)))
+        return (
+            f"at most {total:.2e} FLOP: {time} by two blocks measured on {plan.device} ({', '.join(precisions)}); "
+            "reading, writing and solving least squares come on top"
+        )
     elif plan.at_hand:
         shape = max(plan.budget.costs.neurons), config.hidden_size
         reached = speed(plan.device, getattr(torch, cfg.model.dtype), shape)

@@ -12,6 +12,7 @@ import torch
 
 from gprune.calibration.layerwise import walks
 from gprune.calibration.statistics import gram_bytes
+from gprune.models.autocast import cast_numbers
 from gprune.models.blocks import blocks_of
 from gprune.models.losses import CHUNK, ROWS
 from gprune.pipeline.cost import evaluated_tokens, keeps
@@ -71,7 +72,9 @@ def peaks_of(plan: Plan) -> dict[str, float]:
     forecasts = w * H * evaluated * (cpu and keeps(cfg, evaluated, H))  # on a GPU they are in the host's memory
     # Beside a row's model: the dense one, and the final one.
     others = dense + w * left * (len(cfg.stages) > 1) + forecasts
-    learn = dense + L * batch * (8 * H + 4 * w * (N + C)) + head(w, teacher=cfg.sparsity.loss == "kl")
+    autocast = cfg.trainer.precision == "bf16-mixed"
+    copies = 2 * cast_numbers(plan.skeleton) * (autocast and w == 4)  # of frozen weights, in bfloat16
+    learn = dense + copies + L * batch * (8 * H + 4 * w * (N + C)) + head(w, teacher=cfg.sparsity.loss == "kl")
     sums = gram / L + cpu * w * H * cfg.corpora.num_samples * cfg.corpora.seq_len if walked else gram * (not cpu)
     calibrate = dense + sums + batch * ((26 if gram else 2 * w + 8) * N + 4 * H)
     if "saliency" in cfg.collects:
@@ -85,7 +88,8 @@ def peaks_of(plan: Plan) -> dict[str, float]:
         # On a GPU AdamW steps all parameters at once, by a copy of them.
         most = max(activations + head(4, teacher=True), 0 if cpu else 4 * learned)
         best = 4 * learned * cpu  # a copy of the best weights so far, in the host's memory
-        peaks["recover"] = others + held / corpora + 4 * left + 12 * learned + best + most
+        cast = copies + autocast * 2 * (H * V + learned)  # of the student: the head, and what learns for one step
+        peaks["recover"] = others + held / corpora + 4 * left + 12 * learned + best + most + cast
     elif method.needs:
         n, k = max(costs.neurons), kept * max(costs.neurons)
         solving = 4 * n**2 + 8 * k**2 + (n - k) * (4 * n + 12 * k)

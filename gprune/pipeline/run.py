@@ -261,7 +261,7 @@ def opened(
             keep_table(plan.speed, speed_key(*timed), folder / SPEED_TABLE)
         if asked == "auto" and not (folder.finished or folder.manifest.get("precision")):
             folder.update_manifest(precision={"asked": asked, "because": plan.why_precision})
-        log.info("Learning in %s (%s)", cfg.trainer.precision, plan.why_precision)
+        log.info("Precision of learning: %s (%s)", cfg.trainer.precision, plan.why_precision)
         try:
             yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, own)
         except (Exception, SystemExit) as error:

@@ -165,3 +165,22 @@ def test_what_cannot_be_is_one_line(arguments, message, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("experiments.bench: ")
     assert message in line
+
+
+@pytest.mark.slow
+def test_learning_steps_beside_bare_ones(capsys):
+    assert main(["learning", "--small", "--repeats", "1", "--clock", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "`--trainer.precision auto` is " in out
+    for step in ("distillation, 1 x 16 tokens", "thresholds, 8 x 16 tokens"):
+        bare, mixed, full, over, goal, gained = numbers(out, step)
+        assert (over, gained, goal) == (
+            pytest.approx(mixed / bare, rel=2e-3),
+            pytest.approx(mixed / full, rel=2e-3),
+            1.15,
+        )
+
+
+def test_flags_of_train_are_for_whole_runs_alone(capsys):
+    assert main(["learning", "--small", "--", "--recovery", "none"]) == 2
+    assert "expected flags of train.py for `run` alone, got --recovery none" in capsys.readouterr().err

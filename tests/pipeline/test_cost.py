@@ -8,7 +8,8 @@ import torch
 from experiments.bench.measure import flops as counted
 from gprune.config.parse import parse
 from gprune.models.losses import next_token_losses
-from gprune.pipeline.dry_run import flops, speed
+from gprune.pipeline import pace
+from gprune.pipeline.dry_run import compute_time, flops, speed
 from gprune.pipeline.plan import check
 from tests.tiny_families import make_tiny
 
@@ -42,3 +43,45 @@ def test_learning_costs_at_most_three_passes(tiny_model, tmp_path):
 
 def test_speed_is_measured():
     assert 1e6 < speed(torch.device("cpu"), torch.float32, (64, 64), seconds=0.02) < 1e14
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_time_is_that_of_two_blocks_scaled_to_the_model(family, precision, tmp_path, monkeypatch):
+    """Each call takes a second for a block and one for the head: by the numbers of calls time is known exactly."""
+    plan = planned(make_tiny(family), tmp_path, f"--trainer.precision={precision}", "--recovery=distill")
+    blocks = plan.skeleton.config.num_hidden_layers
+    calls = []
+
+    def seconds(call, device, **_):
+        call()  # it works for the family
+        calls.append(call)
+        # In `per_token` the whole is measured first, then all blocks of it.
+        return 1.0 + pace.MEASURED if len(calls) % 2 else float(pace.MEASURED)
+
+    monkeypatch.setattr(pace, "_seconds", seconds)
+    monkeypatch.setattr(pace, "_MEASURED", {})
+    dense, pruned = pace._paces(plan)
+    c, tokens = plan.cfg, plan.cfg.corpora.batch_size * plan.cfg.evaluation.seq_len
+    for one, trained in ((dense, c.corpora.batch_size * 64), (pruned, c.distill.batch_size * 64)):
+        assert one == pytest.approx(
+            (blocks / tokens, (blocks + 1) / tokens, (blocks + 1) / tokens, blocks / tokens, (blocks + 1) / trained)
+        )
+
+
+def test_time_grows_with_the_text_that_is_learned_from(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(pace, "_MEASURED", {})
+    flags = ("--recovery=distill", "--trainer.precision=32-true")
+    less, more = (planned(tiny_model, tmp_path, *flags, f"--distill.tokens={tokens}") for tokens in (12_288, 122_880))
+    few, many = pace.run_seconds(less), pace.run_seconds(more)  # of one measurement
+    dense, pruned = pace._paces(less)
+    rows = sum(recovery == "distill" for _, recovery in less.cfg.stages)
+    added = less.cfg.distilled_windows * 9 * 3 * 64
+    assert many - few == pytest.approx(added * (rows * pruned.learned + dense.taught), rel=1e-6)
+
+
+def test_time_of_a_large_model_is_not_measured(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(pace, "MOST", 1000)
+    plan = planned(tiny_model, tmp_path)
+    assert pace.run_seconds(plan) is None
+    assert "the speed of matrix products of float32 on cpu" in compute_time(plan)

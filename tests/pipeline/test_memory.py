@@ -55,6 +55,7 @@ class Live(TorchDispatchMode):
     "flags",
     [
         ("--evaluation.controls=[base]",),
+        ("--evaluation.controls=[base]", "--trainer.precision=bf16-mixed"),
         ("--model.dtype=bfloat16", "--recovery=distill", "--distill.targets=mlp", "--sparsity.scope=attention+ffn"),
         ("--importance=taylor", "--recovery=least_squares", "--gprune=false"),
     ],

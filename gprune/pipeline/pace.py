@@ -1,0 +1,212 @@
+"""How long a run takes: seconds per token of passes and of learning steps, measured on a few blocks of the model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from gprune.config import DistillConfig
+from gprune.corpora.windows import Windows
+from gprune.errors import first_line
+from gprune.evaluation.perplexity import Forecast, perplexity
+from gprune.models.autocast import CastWeights
+from gprune.models.blocks import blocks_of
+from gprune.models.losses import final_hidden, next_token_losses
+from gprune.models.masks import Masks
+from gprune.models.surgery import prune
+from gprune.pipeline.cost import calibration_tokens, evaluated_tokens, fresh_tokens, keeps_taught
+from gprune.pipeline.plan import Plan
+from gprune.recoveries import recovery_of
+from gprune.sparsity.allocation import ALLOCATION
+from gprune.sparsity.cut import uniform_masks
+from gprune.sparsity.gates import gated
+from gprune.stages.student import Student
+
+log = logging.getLogger("gprune")
+MEASURED = 2  # blocks that are built, at random
+MOST = 3 * 10**8  # numbers in them, the embeddings and the head: with more, a dry run would take minutes itself
+
+
+class Pace(NamedTuple):
+    """Seconds per token of one model."""
+
+    forward: float  # through the blocks, in --model.dtype
+    evaluated: float  # the same, and the head with its softmax and KL
+    developed: float  # as evaluated, in the precision of learning
+    taught: float  # through the blocks in the precision of learning, without gradients
+    learned: float  # forward and backward, with the step of the optimizer
+
+
+def run_seconds(plan: Plan) -> float | None:
+    """Seconds that the passes, the learning and the Gram matrices of a run take on this machine; None if not measured.
+
+    Not counted: reading, writing, and solving least squares.
+    """
+    cfg, config = plan.cfg, plan.skeleton.config
+    numbers = sum(block.cost for block in blocks_of(plan.skeleton)) / config.num_hidden_layers * MEASURED
+    too_many = numbers + 2 * config.vocab_size * config.hidden_size > MOST
+    if too_many or not plan.at_hand or cfg.model.device_map is not None or ALLOCATION[cfg.base_allocation].whole_blocks:
+        return None
+    try:
+        dense, pruned = _paces(plan)
+    except Exception as error:  # a model's own code raises what it likes; a plan does without its pace
+        log.debug("The time of two blocks cannot be measured: %s", first_line(error))
+        return None
+    (calibrated, salient), (tried, _), (curve, learned) = (plan.tokens[step] for step in (1, 2, 7))
+    seconds = (calibrated + tried) * dense.forward + salient * dense.learned
+    if "gram" in cfg.collects:
+        seconds += calibration_tokens(cfg) * _gram_seconds(plan)
+    teacher = learned if cfg.sparsity.loss == "kl" else 0
+    seconds += (curve - teacher) * dense.developed + teacher * dense.taught + learned * dense.learned
+    forward, trained = (sum(plan.tokens[step][kind] for step in (9, 10)) for kind in (0, 1))
+    rows = evaluated_tokens(cfg) * len(cfg.stages)
+    of_dense = min(max(0, forward - rows), evaluated_tokens(cfg))
+    distilled = sum(recovery_of(recovery).taught for _, recovery in cfg.stages)
+    teacher = fresh_tokens(cfg) * (min(1, distilled) if keeps_taught(cfg, config.hidden_size) else distilled)
+    rest = max(0, forward - rows - of_dense - teacher)  # development text
+    seconds += rows * pruned.evaluated + of_dense * dense.evaluated + teacher * dense.taught
+    return (seconds + rest * pruned.developed + trained * pruned.learned) / cfg.processes
+
+
+def _paces(plan: Plan) -> tuple[Pace, Pace]:
+    """Of the dense model with frozen weights that learns gates, and of a pruned one whose weights learn."""
+    cfg = plan.cfg
+    kept = 1 - plan.removed / plan.budget.costs.in_parameters.total
+    batches = cfg.corpora.batch_size, cfg.distill.batch_size, cfg.corpora.seq_len, cfg.evaluation.seq_len
+    setting = cfg.model.name, cfg.model.dtype, cfg.trainer.precision, *batches, round(kept, 2)
+    if setting not in _MEASURED:
+        _MEASURED[setting] = _measured(plan)
+    return _MEASURED[setting]
+
+
+_MEASURED: dict[tuple, tuple[Pace, Pace]] = {}  # rows of a list share a measurement
+
+
+def _measured(plan: Plan) -> tuple[Pace, Pace]:
+    cfg, budget = plan.cfg, plan.budget
+    dtype, vocabulary = getattr(torch, cfg.model.dtype), plan.skeleton.config.vocab_size
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        dense = type(plan.skeleton)(_fewer_blocks(plan.skeleton.config)).to(plan.device, dtype)
+        dense = dense.eval().requires_grad_(False)
+        masks = uniform_masks(budget)
+        few = Masks(masks.ffn[:MEASURED], masks.attention[:MEASURED])
+        small = prune(dense, few)
+
+        def windows(count: int, length: int) -> Tensor:
+            return torch.randint(vocabulary, (count, length), device=plan.device)
+
+        text = windows(cfg.corpora.batch_size, cfg.evaluation.seq_len)
+        batch, step = (windows(n, cfg.corpora.seq_len) for n in (cfg.corpora.batch_size, cfg.distill.batch_size))
+    forecasts: list[Forecast] = []
+    perplexity(dense, Windows("random", "test", text.cpu()), forecasts=forecasts)
+    steps = {"dense": _gated_step(dense, batch), "pruned": _student_step(small, step, cfg.distill)}
+    paces, scale = [], plan.skeleton.config.num_hidden_layers / MEASURED
+    for name, model, beside, trained in (("dense", dense, [], batch), ("pruned", small, forecasts, step)):
+
+        def evaluate(model: PreTrainedModel = model, beside: list[Forecast] = beside) -> None:
+            perplexity(model, Windows("random", "test", text.cpu()), forecasts=beside)
+
+        def forward(model: PreTrainedModel = model) -> None:
+            with torch.no_grad():
+                final_hidden(model, text)
+
+        def per_token(whole: Callable[[], object], body: Callable[[], object], tokens: int) -> tuple[float, float]:
+            """Seconds per token of all blocks and what is beside them, and of all blocks."""
+            most, least = _seconds(whole, plan.device), _seconds(body, plan.device)
+            return (max(0.0, most - least) + scale * least) / tokens, scale * least / tokens
+
+        evaluated, alone = per_token(evaluate, forward, text.numel())
+        with _learning(plan, model):
+            developed, taught = per_token(evaluate, forward, text.numel())
+            learned, _ = per_token(partial(steps[name], True), partial(steps[name], False), trained.numel())
+        paces.append(Pace(alone, evaluated, developed, taught, learned))
+    return tuple(paces)
+
+
+def _fewer_blocks(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of a model of `MEASURED` blocks."""
+    few, blocks = copy.deepcopy(config), config.num_hidden_layers
+    few.num_hidden_layers = min(MEASURED, blocks)
+    for name, value in list(vars(few).items()):
+        if isinstance(value, list) and len(value) == blocks:  # such as layer_types
+            setattr(few, name, value[:MEASURED])
+    return few
+
+
+@contextmanager
+def _learning(plan: Plan, model: PreTrainedModel) -> Iterator[None]:
+    """The precision in which stages learn, with copies of frozen weights."""
+    if plan.cfg.trainer.precision != "bf16-mixed":
+        yield
+        return
+    with torch.autocast(plan.device.type, torch.bfloat16), CastWeights(model).applied():
+        yield
+
+
+def _gated_step(model: PreTrainedModel, ids: Tensor) -> Callable[[bool], None]:
+    """A step that learns gates of a frozen model; without the head, the loss is of its hidden states."""
+    blocks = blocks_of(model)
+    gates = [torch.ones(b.neurons * b.experts, device=ids.device, requires_grad=True) for b in blocks]
+
+    def step(head: bool) -> None:
+        with torch.enable_grad(), gated(model, gates):
+            (next_token_losses(model, ids) if head else final_hidden(model, ids).float()).mean().backward()
+
+    return step
+
+
+def _student_step(model: PreTrainedModel, ids: Tensor, settings: DistillConfig) -> Callable[[bool], None]:
+    """A step that distils a copy of a model from its own hidden states, with AdamW."""
+    with torch.enable_grad():
+        student = Student(copy.deepcopy(model), settings)
+    learned = list(student.learned.values())
+    with torch.no_grad():
+        teacher = final_hidden(student.model, ids)
+    optimizer = torch.optim.AdamW(learned, lr=1e-12, fused=ids.device.type in ("cpu", "cuda"))
+
+    def step(head: bool) -> None:
+        with torch.enable_grad():
+            if head:
+                losses = next_token_losses(student.model, ids, teacher=teacher)
+            else:
+                losses = final_hidden(student.model, ids).float()
+            losses.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _gram_seconds(plan: Plan) -> float:
+    """Seconds per token of all Gram matrices, float32: two thirds of a product of the inputs with themselves."""
+    widest = max(block.neurons for block in blocks_of(plan.skeleton))
+    inputs = torch.ones(512, widest, device=plan.device)
+    squares = sum(b.neurons**2 * b.experts + b.output.in_features**2 for b in blocks_of(plan.skeleton))
+    return 2 / 3 * _seconds(lambda: inputs.T @ inputs, plan.device) / len(inputs) * squares / widest**2
+
+
+def _seconds(call: Callable[[], object], device: torch.device, *, at_least: float = 0.15) -> float:
+    """The median time of a call, repeated for so many seconds, at least three times."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    call()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < at_least:
+        start = now()
+        call()
+        times.append(now() - start)
+    return median(times)

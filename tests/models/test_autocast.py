@@ -1,0 +1,64 @@
+"""Copies of frozen weights under autocast: the bits of autocast alone, and weights that are put back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gprune.models.autocast import CastWeights, cast_numbers
+from gprune.models.losses import next_token_losses
+from gprune.sparsity.gates import gated
+
+
+def step(model, ids, copies=None):
+    """Losses, and the gradient of a gate of the last block."""
+    gate = torch.ones(model.config.intermediate_size, requires_grad=True)
+    gates = [None] * (model.config.num_hidden_layers - 1) + [gate]
+    with torch.autocast("cpu", torch.bfloat16), gated(model, gates):
+        if copies is None:
+            losses = next_token_losses(model, ids)
+        else:
+            with copies.applied():
+                losses = next_token_losses(model, ids)
+    losses.mean().backward()  # outside of the context: it reads what the forward pass has saved
+    return losses.detach(), gate.grad
+
+
+def test_copies_give_the_bits_of_autocast_and_are_made_once(tiny_model):
+    ids = torch.arange(24).view(2, 12)
+    copies = CastWeights(tiny_model)
+    alone, first = step(tiny_model, ids), step(tiny_model, ids, copies)
+    held = {key: copy for key, (_, _, copy) in copies._copies.items()}
+    second = step(tiny_model, ids, copies)
+    for made in (first, second):
+        assert all(torch.equal(a, b) for a, b in zip(alone, made, strict=True))
+    assert all(copies._copies[key][2] is copy for key, copy in held.items())
+    assert sum(copy.numel() for copy in held.values()) == cast_numbers(tiny_model) > 0
+    assert {p.dtype for p in tiny_model.parameters()} == {torch.float32}
+
+
+def test_a_weight_that_has_changed_is_cast_again(tiny_model):
+    ids = torch.arange(24).view(2, 12)
+    copies = CastWeights(tiny_model)
+    before, _ = step(tiny_model, ids, copies)
+    tiny_model.get_output_embeddings().weight.mul_(2)
+    after, _ = step(tiny_model, ids, copies)
+    assert torch.equal(after, step(tiny_model, ids)[0])
+    assert not torch.equal(after, before)
+
+
+def test_weights_that_learn_and_float32_have_no_copies(tiny_model):
+    copies = CastWeights(tiny_model)
+    weight = tiny_model.get_output_embeddings().weight
+    with copies.applied():
+        assert tiny_model.get_output_embeddings().weight is weight
+    weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16), copies.applied():
+        assert tiny_model.get_output_embeddings().weight is weight
+        assert tiny_model.get_decoder().layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
+
+
+def test_an_exception_puts_the_weights_back(tiny_model):
+    with pytest.raises(KeyError), torch.autocast("cpu", torch.bfloat16), CastWeights(tiny_model).applied():
+        raise KeyError
+    assert tiny_model.get_decoder().layers[0].mlp.down_proj.weight.dtype == torch.float32

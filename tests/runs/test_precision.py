@@ -1,0 +1,151 @@
+"""What `--trainer.precision auto` becomes, on simulated hardware."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import gprune
+from gprune.config import RunConfig
+from gprune.errors import UserError
+from gprune.pipeline.plan import check
+from gprune.runs import precision
+from gprune.runs.precision import multiplies_bfloat16, settled
+from gprune.studies.listing import Row
+from tests import tiny_run
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+FAST, SLOW = (True, "a processor of a test"), (False, "a processor of a test")
+
+
+@pytest.fixture
+def hardware(monkeypatch):
+    """Sets what the hardware is said to be."""
+
+    def pretend(found):
+        monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: found)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast", "said"),
+    [([(8, 0)], True, "8.0"), ([(9, 0), (7, 5)], False, "7.5"), ([(7, 0)], False, "7.0")],
+)
+def test_gpus_multiply_bfloat16_from_capability_8_on_and_the_weakest_decides(capabilities, fast, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert multiplies_bfloat16(CUDA) == (fast, f"a GPU of compute capability {said}")
+
+
+@pytest.mark.parametrize(
+    ("amx", "limit", "expected"),
+    [
+        (True, None, (True, "a processor with AMX")),
+        (True, "default", (True, "a processor with AMX")),
+        (True, "AVX512_CORE_AMX", (True, "a processor with AMX")),
+        (True, "AVX512_CORE_BF16", (False, "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16")),
+        (False, None, (False, "a processor without AMX")),
+    ],
+)
+def test_processors_multiply_bfloat16_with_amx_alone(amx, limit, expected, monkeypatch):
+    monkeypatch.setattr(precision, "_has_amx", lambda: amx)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    if limit is None:
+        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    else:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert multiplies_bfloat16(CPU) == expected
+
+
+@pytest.mark.parametrize(("found", "chosen"), [(FAST, "bf16-mixed"), (SLOW, "32-true")])
+def test_auto_becomes_the_precision_of_the_hardware_under_one_name(found, chosen, hardware):
+    hardware(found)
+    asked = RunConfig()
+    cfg, why = settled(asked, CPU)
+    assert (cfg.trainer.precision, why) == (chosen, "a processor of a test")
+    assert (asked.trainer.precision, cfg.folder) == ("auto", asked.folder)
+    assert cfg.settings()["trainer"]["precision"] == chosen
+    named, why = settled(RunConfig(trainer={"precision": "32-true"}), CPU)
+    assert (named.trainer.precision, named.run.name, why) == ("32-true", None, "--trainer.precision")
+
+
+def test_float16_weights_learn_in_float32(hardware):
+    hardware(FAST)
+    cfg, why = settled(RunConfig(model={"dtype": "float16"}, gprune=False), CPU)
+    assert cfg.trainer.precision == "32-true"
+    assert "--model.dtype float16" in why
+
+
+@pytest.mark.parametrize(("given", "becomes"), [("bf16", "bf16-mixed"), ("32", "32-true"), (32, "32-true")])
+def test_short_names_of_a_precision_are_understood(given, becomes):
+    assert RunConfig(trainer={"precision": given}).trainer.precision == becomes
+
+
+@pytest.mark.parametrize(
+    ("given", "why"), [("bf16-true", "AdamW"), ("16-mixed", "overflows"), (16, "overflows"), ("64-true", "float64")]
+)
+def test_a_precision_that_no_stage_learns_in_is_refused_with_a_reason(given, why):
+    with pytest.raises(UserError, match=f"--trainer.precision: expected auto, 32-true or bf16-mixed, got .*: .*{why}"):
+        RunConfig(trainer={"precision": given})
+
+
+def test_rows_of_a_list_do_not_depend_on_the_hardware():
+    assert Row("one", 0, {}).config.trainer.precision == "32-true"
+    assert Row("one", 0, {"trainer.precision": "bf16"}).config.trainer.precision == "bf16-mixed"
+    with pytest.raises(UserError, match=r"Row 'one': --trainer.precision: expected 32-true or bf16-mixed in a list"):
+        _ = Row("one", 0, {"trainer.precision": "auto"}).config
+
+
+@pytest.mark.parametrize(
+    ("here", "elsewhere", "began", "chosen"),
+    [(FAST, False, None, "bf16-mixed"), (FAST, True, None, "32-true"), (SLOW, False, "bf16-mixed", "bf16-mixed")],
+)
+def test_processes_of_unlike_nodes_take_the_weakest(here, elsewhere, began, chosen, hardware, monkeypatch):
+    """A stand-in for the group: whether another process lacks bfloat16, and what rank 0 has begun with."""
+    hardware(here)
+
+    def trainer(**asked):
+        assert asked["num_nodes"] == 2
+        return SimpleNamespace(
+            test=lambda meeting, verbose: meeting.lacking.__setitem__(0, meeting.lacking[0] or elsewhere)
+        )
+
+    monkeypatch.setattr(precision.L, "Trainer", trainer)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda held: held.__setitem__(0, began))
+    cfg = RunConfig(trainer={"num_nodes": 2, "strategy": "ddp"})
+    assert settled(cfg, CPU, together=True)[0].trainer.precision == chosen
+
+
+def test_a_run_keeps_on_other_hardware_the_precision_that_it_began_with(tmp_path, hardware, capsys):
+    world = tiny_run.make_world(tmp_path)
+    flags = ["--trainer.precision=auto", "--export=none", "--evaluation.controls=[]", "--evaluation.curve=[]"]
+    with tiny_run.isolated(tmp_path / "cache"):
+        hardware(FAST)
+        first = world.run(tmp_path / "runs", *flags)
+        assert "Precision of learning: bf16-mixed (a processor of a test)" in capsys.readouterr().out
+        manifest = json.loads((first.path / "manifest.json").read_text())
+        assert manifest["settings"]["trainer"]["precision"] == "bf16-mixed"
+        assert manifest["precision"] == {"asked": "auto", "because": "a processor of a test"}
+        assert {r["precision"] for r in first.records} == {"bf16-mixed"}
+        assert first.config.trainer.precision == "bf16-mixed"
+        (first.path / "metrics.json").unlink()  # as if it had been killed
+        hardware(SLOW)
+        again = world.run(tmp_path / "runs", *flags)
+        assert "Precision of learning: bf16-mixed (as the run began)" in capsys.readouterr().out
+    assert [r["nll"] for r in again.records] == [r["nll"] for r in first.records]
+    assert again.masks == first.masks
+
+
+def test_the_plan_has_the_precision_of_the_hardware(tmp_path, hardware):
+    world = tiny_run.make_world(tmp_path)
+    hardware(SLOW)
+    with tiny_run.isolated(tmp_path / "cache"):
+        cfg = gprune.config.parse(world.args(tmp_path, "--trainer.precision=auto"))
+        plan = check(cfg)
+    assert (plan.cfg.trainer.precision, plan.why_precision) == ("32-true", "a processor of a test")
