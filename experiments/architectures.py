@@ -21,6 +21,7 @@ import contextlib
 import inspect
 import json
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -257,6 +258,7 @@ def measured(types: Sequence[str], *, vision: bool = False) -> list[dict[str, An
 
     rows = []
     with tempfile.TemporaryDirectory(prefix="gprune-architectures-") as scratch:
+        os.environ["GPRUNE_CACHE"] = f"{scratch}/cache"  # so that every structure is found anew
         folder = Path(scratch) / "models"
         folder.mkdir()
         signal.signal(signal.SIGALRM, late)
@@ -309,7 +311,7 @@ def reasons(rows: Sequence[Mapping[str, Any]]) -> str:
             if why is None:
                 got = {n: row.get(n) for n in ("agrees", "budget", "reloaded")}
                 why = ", ".join(f"{name}: {value}" for name, value in got.items())
-            short = str(why).replace("|", "/").split(" Give it a record")[0]
+            short = str(why).replace("|", "/").split(" Give it a record")[0][:240]
             lines.append(f"| `{row['type']}` | {short} |")
     return "\n".join(lines)
 

@@ -66,8 +66,9 @@ def pruned_classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrained
     """The pruned config, base model and causal language model of a family."""
     base = MODEL_MAPPING_NAMES.get(family)
     complete = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family]
-    stock = CONFIG_MAPPING[family].__name__, base, complete
-    return tuple(getattr(modeling_pruned, f"Pruned{name}") if isinstance(name, str) else None for name in stock)
+    config = f"Pruned{CONFIG_MAPPING[family].__name__}"
+    names = [modeling_pruned.pruned_name(name, config) if isinstance(name, str) else None for name in (base, complete)]
+    return tuple(None if name is None else getattr(modeling_pruned, name) for name in (config, *names))
 
 
 @torch.no_grad()
