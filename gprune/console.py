@@ -161,7 +161,7 @@ class StdoutHandler(logging.StreamHandler):
     def format(self, record: logging.LogRecord) -> str:
         return printable_or_bold(super().format(record))
 
-    def handleError(self, record: logging.LogRecord) -> NoReturn:
+    def handleError(self, record: logging.LogRecord) -> NoReturn:  # noqa: N802
         """An output that nobody reads ends the run, where logging would print a traceback for each line."""
         raise
 

@@ -72,7 +72,7 @@ def import_matplotlib() -> None:
             del sys.modules[name]  # it has been imported by half
         before = os.environ.copy()
         os.environ |= {"MPLBACKEND": "", "MATPLOTLIBRC": os.devnull}
-        import matplotlib
+        import matplotlib  # noqa: F401
 
         os.environ.clear()
         os.environ.update(before)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import gprune.pipeline.prune
+import gprune.pipeline.prune  # noqa: F401 - all that runs import, before `pytest_collection_finish`
 from gprune.calibration.collector import Collector
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.importance import IMPORTANCE

@@ -214,7 +214,7 @@ def pretend() -> Iterator[Devices]:
         optimizers = sys.modules["torch.optim.optimizer"]  # of which torch.optim takes the name away
         patch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: [TYPE, "cpu"])
         patch.setattr(CPUAccelerator, "setup_device", lambda self, device: None)
-        chosen = lambda self: SingleDeviceStrategy(torch.device(TYPE, 0))
+        chosen = lambda self: SingleDeviceStrategy(torch.device(TYPE, 0))  # noqa: E731
         patch.setattr(_AcceleratorConnector, "_choose_strategy", chosen)
         # As with CUDA, a module that moves keeps its parameters, and so moves them wherever else they are held.
         patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)

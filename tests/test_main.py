@@ -191,7 +191,7 @@ def test_of_several_processes_the_first_speaks_unless_one_fails_alone(capsys, mo
 def test_libraries_speak_again_afterwards(capsys):
     logger = logging.getLogger("some.library")
     logger.setLevel(logging.INFO)
-    with pytest.raises(KeyError), quieted("some.library", stderr=True):
+    with pytest.raises(KeyError), quieted("some.library", stderr=True):  # noqa: PT012
         assert logger.level == logging.ERROR
         sys.stderr.write("a bar")
         raise KeyError

@@ -49,7 +49,7 @@ class LoadedTask:
 def require_lm_eval() -> str:
     """Version of lm_eval; a UserError where it is not installed."""
     try:
-        import lm_eval
+        import lm_eval  # noqa: F401
     except ImportError as error:
         raise UserError("Zero-shot tasks need lm_eval, which is not there: pip install 'gprune[lm-eval]'.") from error
     return version("lm_eval")

@@ -39,7 +39,6 @@ from gprune.models.families import FAMILIES, PRUNED
 from gprune.models.folders import check_folder, check_sizes, check_stored
 from gprune.models.lookup import auto_of, family_of_config
 from gprune.models.offload import StoredWeights, offload_folder
-from gprune.models.structure import check_structure
 from gprune.storage.files import as_bytes
 from gprune.storage.reading import expanded
 
@@ -168,9 +167,7 @@ def load_weights(
         UserError: where weights of the model are missing, which transformers would draw at random, or quantised.
     """
     config = read_config(str(location), trust_remote_code=trust_remote_code)
-    dense = skeleton(config, trust_remote_code=trust_remote_code)
-    check_structure(dense)
-    check_stored(dense, location)
+    check_stored(skeleton(config, trust_remote_code=trust_remote_code), location)
     settings = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     with ExitStack() as removal:
         if device_map is not None:

@@ -161,7 +161,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     width = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:
-        cells = (cell.rjust(w) if c else cell.ljust(w) for c, (cell, w) in enumerate(zip(row, width)))
+        cells = (cell.rjust(w) if c else cell.ljust(w) for c, (cell, w) in enumerate(zip(row, width)))  # noqa: B905
         return f"| {' | '.join(cells)} |"
 
     rule = "|" + "|".join("-" * (w + 2) if c == 0 else "-" * (w + 1) + ":" for c, w in enumerate(width)) + "|"

@@ -107,7 +107,7 @@ def draw_margins(data, lengths: list[int]) -> list[torch.Tensor]:
 def problems(draw, width_multiples=(1, 4, 8), scopes=(False, True), smallest=1, largest=30):
     width_multiple = draw(st.sampled_from(width_multiples))
     depth = draw(st.integers(1, 4))
-    lists = lambda numbers: st.lists(numbers, min_size=depth, max_size=depth)
+    lists = lambda numbers: st.lists(numbers, min_size=depth, max_size=depth)  # noqa: E731
     neurons = draw(lists(st.integers(max(width_multiple, smallest), largest)))
     attention = draw(st.sampled_from(scopes))
     costs = UnitCosts(

@@ -66,7 +66,7 @@ def test_modes_of_files_follow_the_umask(umask, mode, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_breaks_off_leaves_the_old_one(kind, error, tmp_path):
     put(kind, tmp_path / "thing", "old")
-    with pytest.raises(type(error)), replacing(tmp_path / "thing") as place:
+    with pytest.raises(type(error)), replacing(tmp_path / "thing") as place:  # noqa: PT012
         put(kind, place, "half")
         raise error
     assert said(kind, tmp_path / "thing") == "old"
@@ -101,7 +101,7 @@ def fail_renames(monkeypatch, which):
 def test_what_cannot_be_put_back_at_once_is_kept_and_put_back_by_the_next_write(tmp_path, monkeypatch):
     """As after a kill between the two renames."""
     put("folder", tmp_path / "thing", "old")
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="Cannot write"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="Cannot write"):  # noqa: PT012
         fail_renames(patch, {2, 3})
         with replacing(tmp_path / "thing") as place:
             put("folder", place, "new")

@@ -27,7 +27,7 @@ def test_it_runs_keeps_records_and_prints(bench, first):
         assert record["settings"] == row.config.settings()
         rounded = [r | {"window_nll": [round(v, 4) for v in r["window_nll"]]} for r in result.records]
         assert record["records"] == rounded
-        assert record["inputs"]["model"] and record["environment"]["packages"]["torch"]
+        assert record["inputs"]["model"] and record["environment"]["packages"]["torch"]  # noqa: PT018
         assert {"evaluate", "save_and_check"} <= set(record["steps"])
         assert (record["learning"] is None) == (row.name == "plain")
     table = [line for line in out.splitlines() if line.startswith("| ")]
