@@ -17,8 +17,11 @@ reloaded         the largest difference of logits of the saved model in a proces
 from __future__ import annotations
 
 import argparse
+import contextlib
+import inspect
 import json
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -26,13 +29,14 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -52,6 +56,8 @@ LIMIT = 90  # seconds for one type
 SLIDING = {"rope_type": "default", "rope_theta": 10000.0}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": SLIDING, "sliding_attention": SLIDING}},
+    "llava_next": {"image_grid_pinpoints": [[32, 32]]},
+    "llava_onevision": {"image_grid_pinpoints": [[32, 32]]},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 16, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "hunyuan_v1_dense": {"head_dim": 128, "num_key_value_heads": 8},
@@ -61,6 +67,57 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
     "xmod": {"default_language": "en_XX"},
 }
+
+
+VISION = (
+    "aya_vision", "gemma3", "got_ocr2", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3",
+    "paligemma", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+)  # fmt: skip
+
+
+def pictures(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """What models take for one picture, in the forms that transformers has."""
+    vision, generator = getattr(model.config, "vision_config", None), torch.Generator().manual_seed(2)
+    size = getattr(vision, "image_size", None) or 32
+    size = size if isinstance(size, int) else size[0]
+    sizes = torch.tensor([[size, size]])
+    for shape in ((1, 3, size, size), (1, 1, 3, size, size), (1, 2, 3, size, size)):
+        pixels = torch.randn(shape, generator=generator)
+        yield {"pixel_values": pixels}
+        yield {"pixel_values": pixels, "image_sizes": sizes}
+    patch, frames = getattr(vision, "patch_size", None), getattr(vision, "temporal_patch_size", None)
+    if isinstance(patch, int) and isinstance(frames, int):
+        pixels = torch.randn(16, 3 * frames * patch**2, generator=generator)
+        yield {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+
+
+@torch.no_grad()
+def with_picture(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """Arguments of a forward pass with one picture that changes the logits; None if no form is accepted."""
+    config = model.config
+    token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    for picture in pictures(model):
+        with contextlib.suppress(Exception):  # of whatever class, for the forms of other types
+            count = len(_features(model.get_image_features(**picture)))
+            ids = torch.tensor([[3, 4, *[token] * count, 5, 6, 7]])
+            arguments = {"input_ids": ids, **picture}
+            if "mm_token_type_ids" in inspect.signature(type(model).forward).parameters:
+                arguments["mm_token_type_ids"] = (ids == token).long()
+            own = model(**arguments).logits
+            other = model(**arguments | {"pixel_values": picture["pixel_values"].flip(-1) / 2}).logits
+            if (own - other).abs().max() > 1e-4:
+                return arguments
+    return None
+
+
+def _features(found: Any) -> Tensor:
+    """Image features (n, H) in what `get_image_features` returns."""
+    for name in ("pooler_output", "last_hidden_state"):
+        if getattr(found, name, None) is not None:
+            found = getattr(found, name)
+    if isinstance(found, (list, tuple)):
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in found])
+    return found.reshape(-1, found.shape[-1])
 
 
 def default_config(model_type: str) -> PreTrainedConfig:
@@ -102,7 +159,7 @@ def described(model: PreTrainedModel) -> tuple[str, str]:
     return said[0], said[1]
 
 
-def row_of(model_type: str, folder: Path) -> dict[str, Any]:
+def row_of(model_type: str, folder: Path, *, vision: bool = False) -> dict[str, Any]:
     """One row of the table; the pruned model is saved below `folder`, its logits beside it."""
     row: dict[str, Any] = {"type": model_type, "record": model_type in FAMILIES}
     try:
@@ -115,7 +172,7 @@ def row_of(model_type: str, folder: Path) -> dict[str, Any]:
         family_of(model)
         row["seconds"] = round(time.process_time() - started, 1)
         row["ffn"], row["attention"] = described(model)
-        row |= _compared(model, folder / model_type)
+        row |= _compared(model, folder / model_type, vision=vision)
     except TimeoutError:
         raise
     except UserError as error:
@@ -125,16 +182,19 @@ def row_of(model_type: str, folder: Path) -> dict[str, Any]:
     return row
 
 
-def _compared(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+def _compared(model: PreTrainedModel, folder: Path, *, vision: bool = False) -> dict[str, Any]:
     """Masked against sliced, the budget and generation; the sliced model is saved."""
     blocks, masks, found = blocks_of(model), random_masks(model), {}
     ids = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(1))
+    inputs = with_picture(model) if vision else {"input_ids": ids}
+    if inputs is None:
+        return {"reason": "no picture that the tiny model takes was made"}
     with torch.no_grad():
-        dense = model(input_ids=ids, use_cache=False).logits
+        dense = model(**inputs, use_cache=False).logits
         with masked(model, masks):
-            expected = model(input_ids=ids, use_cache=False).logits
+            expected = model(**inputs, use_cache=False).logits
         small = prune(model, masks)
-        logits = small(input_ids=ids, use_cache=False).logits
+        logits = small(**inputs, use_cache=False).logits
     found["moved"] = float((expected - dense).abs().max() / dense.abs().max())
     found["agrees"] = float((expected - logits).abs().max() / expected.abs().max())
     gone = model.num_parameters() - small.num_parameters()
@@ -148,7 +208,10 @@ def _compared(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     except Exception as error:
         found["generation"] = f"{type(error).__name__}: {first_line(error)}"
     save_pruned(small, None, folder)
-    save_file({"logits": logits.contiguous(), "input_ids": ids}, folder / "expected.safetensors")
+    tensors = {name: value.contiguous() for name, value in inputs.items()}
+    save_file(tensors | {"logits": logits.contiguous()}, folder / "expected.safetensors")
+    if vision:
+        (folder / "images").touch()
     return found
 
 
@@ -187,7 +250,7 @@ def reloaded(folder: Path) -> dict[str, Any]:
     return dict(rows)
 
 
-def measured(types: Sequence[str]) -> list[dict[str, Any]]:
+def measured(types: Sequence[str], *, vision: bool = False) -> list[dict[str, Any]]:
     """The rows of the table."""
 
     def late(*_: Any) -> None:
@@ -195,13 +258,14 @@ def measured(types: Sequence[str]) -> list[dict[str, Any]]:
 
     rows = []
     with tempfile.TemporaryDirectory(prefix="gprune-architectures-") as scratch:
+        os.environ["GPRUNE_CACHE"] = f"{scratch}/cache"  # so that every structure is found anew
         folder = Path(scratch) / "models"
         folder.mkdir()
         signal.signal(signal.SIGALRM, late)
         for name in types:
             signal.alarm(LIMIT)
             try:
-                row = row_of(name, folder)
+                row = row_of(name, folder, vision=vision)
             except TimeoutError:
                 row = {"type": name, "record": name in FAMILIES, "built": True, "reason": f"not done in {LIMIT} s"}
             signal.alarm(0)
@@ -233,7 +297,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         generation = {True: "same", False: "differs"}.get(row["generation"], "no")
         lines.append(
             f"| `{row['type']}`{' (record)' if row['record'] else ''} | {row['ffn']} | {row['attention']} | "
-            f"{row['agrees']:.0e} | {'exact' if row['budget'] else 'no'} | {generation} | same bits | {row['seconds']} |"
+            f"{row['agrees']:.0e} | exact | {generation} | same bits | {row['seconds']} |"
         )
     return "\n".join(lines)
 
@@ -247,12 +311,12 @@ def reasons(rows: Sequence[Mapping[str, Any]]) -> str:
             if why is None:
                 got = {n: row.get(n) for n in ("agrees", "budget", "reloaded")}
                 why = ", ".join(f"{name}: {value}" for name, value in got.items())
-            short = str(why).replace("|", "/").split(" Give it a record")[0]
+            short = str(why).replace("|", "/").split(" Give it a record")[0][:240]
             lines.append(f"| `{row['type']}` | {short} |")
     return "\n".join(lines)
 
 
-def page(rows: Sequence[Mapping[str, Any]]) -> str:
+def page(rows: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]]) -> str:
     """docs/architectures.md."""
     good = [row for row in rows if passed(row)]
     heads = [row for row in good if row["attention"] != "none"]
@@ -262,20 +326,24 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         "# Every causal type of transformers\n\n"
         "Made by `python -m experiments.architectures --write` on tiny random models, one for each of the "
         f"{len(rows)} types that `AutoModelForCausalLM` of transformers {transformers.__version__} knows; "
-        f"{len(built)} of them can be built tiny. *{len(good)} are pruned in the FFN, {len(heads)} of them in KV groups "
-        "or heads as well*: the masked, the sliced and the reloaded model compute the same logits. Reloading is in a "
+        f"{len(built)} of them can be built tiny. *{len(good)} are pruned in the FFN, {len(heads)} of them in KV "
+        "groups or heads as well*: the masked, the sliced and the reloaded model compute the same logits. Reloading is in a "
         "process without gprune. A type with *(record)* is in `gprune/models/families.py`; the structure of the others "
         f"is discovered, in {seconds[len(seconds) // 2] if seconds else 0} s (median) and at most "
         f"{seconds[-1] if seconds else 0} s on one core, and read from the cache afterwards. Where experts and shared "
         "experts are in one layer, experts are pruned and shared experts stay.\n\n"
-        f"{table(rows)}\n\n## Not pruned\n\n{reasons(rows)}\n"
+        f"{table(rows)}\n\n## With images\n\n"
+        "Types that take images are pruned in their language model, on text. Logits are compared on a random picture "
+        "and a few words; *reloaded* is `AutoModelForImageTextToText` on the saved folder.\n\n"
+        f"{table(images)}\n\n## Not pruned\n\n{reasons([*rows, *images])}\n"
     )
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("types", nargs="*", help="model types; by default all")
+    parser.add_argument("types", nargs="*", help="model types; by default all, and those with images")
+    parser.add_argument("--images", action="store_true", help="only the types with images")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     parser.add_argument("--rows", type=Path, help="write the rows as JSON, or add to those that are there")
     parser.add_argument("--from-rows", action="store_true", help="make the page from --rows alone")
@@ -285,14 +353,18 @@ def main(args: Sequence[str] | None = None) -> int:
     logging.getLogger("gprune").setLevel(logging.ERROR)
     known = {}
     if settings.rows and settings.rows.exists():
-        known = {row["type"]: row for row in json.loads(settings.rows.read_text())}
+        known = json.loads(settings.rows.read_text())
     types = settings.types or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    rows = [] if settings.from_rows else measured(types)
-    known |= {row["type"]: row for row in rows}
-    rows = [known[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in known]
+    if settings.images:
+        known |= {f"{row['type']} (images)": row for row in measured(settings.types or VISION, vision=True)}
+    elif not settings.from_rows:
+        known |= {row["type"]: row for row in measured(types)}
+        if not settings.types:
+            known |= {f"{row['type']} (images)": row for row in measured(VISION, vision=True)}
     if settings.rows:
-        settings.rows.write_text(json.dumps(rows, indent=1))
-    text = page(rows)
+        settings.rows.write_text(json.dumps(known, indent=1))
+    rows = [known[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in known]
+    text = page(rows, [row for name, row in known.items() if "(images)" in name])
     if settings.write:
         PAGE.write_text(text)
     print(text)

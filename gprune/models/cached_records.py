@@ -79,11 +79,15 @@ def _is_value(name: str, value: Any) -> bool:
         return value == {}
     if name in MAPPINGS:
         pairs = name in ("extras", "expert_rows")
-        good = (lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and type(v[0]) is int and isinstance(v[1], str)) \
-            if pairs else (lambda v: isinstance(v, str))  # fmt: skip
+        good = _is_place if pairs else lambda v: isinstance(v, str)
         return isinstance(value, dict) and all(isinstance(k, str) and good(v) for k, v in value.items())
     if name == "expert_down":
         return (
             isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int
         )
     return value is None or type(value) in (str, bool, float, int)
+
+
+def _is_place(value: Any) -> bool:
+    """Whether a value is a dimension and a word, as JSON has them."""
+    return isinstance(value, (list, tuple)) and len(value) == 2 and type(value[0]) is int and isinstance(value[1], str)

@@ -32,7 +32,10 @@ def copy_without_hooks(model: PreTrainedModel, memo: dict[int, object]) -> PreTr
     """A deep copy of a model, whose hooks stay with the original; `memo` as for `copy.deepcopy`."""
     for module in model.modules():
         memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():  # transformers then puts its hooks, by which it returns hidden states, on the copy
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
+    return copied
 
 
 @torch.no_grad()

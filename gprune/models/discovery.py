@@ -78,10 +78,11 @@ def check_supported(config: PreTrainedConfig) -> None:
     name = config.model_type.removeprefix(PREFIX)
     if getattr(config, "quantization_config", None) is not None:
         method = config.quantization_config
-        method = method.get("quant_method") if isinstance(method, Mapping) else getattr(method, "quant_method", None)
+        values = method if isinstance(method, Mapping) else vars(method)
+        method = values.get("quant_method")
         raise UserError(
-            f"Model type '{name}': the checkpoint is quantised ({getattr(method, 'value', method)}); expected weights in "
-            "float32, bfloat16 or float16. Prune those, and quantise what is left."
+            f"Model type '{name}': the checkpoint is quantised ({getattr(method, 'value', method)}); expected weights "
+            "in float32, bfloat16 or float16. Prune those, and quantise what is left."
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
@@ -89,8 +90,8 @@ def check_supported(config: PreTrainedConfig) -> None:
         )
     if not has_class(config):
         raise UserError(
-            f"Model type '{name}' has no class of transformers that predicts next tokens (AutoModelForCausalLM); expected "
-            f"a decoder. {REMEDY}."
+            f"Model type '{name}' has no class in transformers that predicts next tokens (AutoModelForCausalLM); "
+            f"expected a decoder. {REMEDY}."
         )
 
 
@@ -131,7 +132,7 @@ def discovered(config: PreTrainedConfig) -> Family:
 
 @dataclass
 class Discovery:
-    """Finds the record of a tiny random model, which is changed while it is looked at and is itself again afterwards."""
+    """Finds the record of a tiny random model, which is changed meanwhile and is itself again afterwards."""
 
     model: PreTrainedModel
     ids: Tensor = field(init=False)
@@ -174,17 +175,17 @@ class Discovery:
         failed = []
         with _separable_norms(self.layers):
             candidates = list(self._candidates())
-        for scope, kind, weight in sorted(candidates, key=lambda row: -row[2]):
+        for scope, kind, _ in sorted(candidates, key=lambda row: -row[2]):
             kinds = ((kind,), ()) if scope == "ffn" else ((), (kind,))
             if self._agrees(base, kinds, kind):
                 found[scope == "attention"].append(kind)
             else:
                 failed.append(kind.get("experts") or kind.get("down") or kind.get("output"))
         if not found[0] and not found[1]:
-            why = f"candidates {', '.join(failed)} do not compute the same when they are sliced" if failed else "no FFN"
+            why = f"{', '.join(failed)} compute something else when they are sliced" if failed else "no FFN"
             raise UserError(
                 f"Model type '{self.name}': found {len(self.layers)} layers in '{self.layers_path}' of the tiny copy, but "
-                f"{why} whose units can be removed. {REMEDY}."
+                f"{why}; expected an FFN whose neurons can be removed. {REMEDY}."
             )
         if not found[0]:
             raise UserError(f"Model type '{self.name}': no FFN was found in '{self.layers_path}'. {REMEDY}.")
@@ -213,8 +214,8 @@ class Discovery:
         changed[:, -1] = (changed[:, -1] + 1) % 100
         if (self.logits(changed)[:, :-4] - first[:, :-4]).abs().max() > 1e-3 * first.abs().max():
             raise UserError(
-                f"Model type '{self.name}' is an encoder as it is configured: later tokens change what is predicted from "
-                "earlier ones; expected a decoder (some types have is_decoder in config.json)."
+                f"Model type '{self.name}' is an encoder as it is configured: later tokens change what is predicted "
+                "from earlier ones; expected a decoder (some types have is_decoder in config.json)."
             )
 
     @cached_property
@@ -485,14 +486,20 @@ class Discovery:
         """`gate | up` or `up | gate` (or unit by unit): what enters linearly is up."""
         module = self.layers[index].get_submodule(host)
         transposed = isinstance(module, Conv1D)
-        second = lambda t: _second(t, layout, int(transposed) if t.dim() > 1 else 0)
+
+        def second(t: Tensor) -> Tensor:
+            return _second(t, layout, int(transposed) if t.dim() > 1 else 0)
+
         tensors = [t for t in (module.weight, module.bias) if t is not None]
         affine = self._is_affine(tensors, second, lambda: self._input_of(index, down))
         return layout if affine else " ".join(reversed(layout.split(" ")))
 
     def _fused_order_of_experts(self, index: int, name: str, dim: int, layout: str, experts: str) -> str:
         parameter = self.layers[index].get_parameter(name)
-        second = lambda t: _second(t, layout, dim)
+
+        def second(t: Tensor) -> Tensor:
+            return _second(t, layout, dim)
+
         affine = self._is_affine([parameter], second, lambda: self._output_of(index, experts))
         return layout if affine else " ".join(reversed(layout.split(" ")))
 

@@ -53,7 +53,10 @@ def watch_experts(experts: nn.Module, watcher: Watcher, down: tuple[str, int] = 
     if "watchers" not in own:
         before = {"forward": own["forward"]} if "forward" in own else {}
         run = _run if plain(experts) else partial(_run_as_stored, down[0])
-        forward = lambda *inputs, **named: run(experts, *inputs, **named)
+
+        def forward(*inputs: Any, **named: Any) -> Tensor:
+            return run(experts, *inputs, **named)
+
         own |= {"watchers": [], "before": before, "forward": forward}
     own["watchers"].append(watcher)
     return Watch(experts, watcher)

@@ -40,7 +40,6 @@ from gprune.models.folders import check_folder, check_sizes, check_stored
 from gprune.models.lookup import auto_of, family_of_config
 from gprune.models.names import check_model_name
 from gprune.models.offload import StoredWeights, offload_folder
-from gprune.models.structure import check_structure
 from gprune.storage.files import as_bytes
 from gprune.storage.reading import expanded
 
@@ -67,8 +66,9 @@ def pruned_classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrained
     """The pruned config, base model and causal language model of a family."""
     base = MODEL_MAPPING_NAMES.get(family)
     complete = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family]
-    stock = CONFIG_MAPPING[family].__name__, base, complete
-    return tuple(getattr(modeling_pruned, f"Pruned{name}") if isinstance(name, str) else None for name in stock)
+    config = f"Pruned{CONFIG_MAPPING[family].__name__}"
+    names = [modeling_pruned.pruned_name(name, config) if isinstance(name, str) else None for name in (base, complete)]
+    return tuple(None if name is None else getattr(modeling_pruned, name) for name in (config, *names))
 
 
 @torch.no_grad()
@@ -164,9 +164,7 @@ def load_weights(
         UserError: where weights of the model are missing, which transformers would draw at random, or quantised.
     """
     config = read_config(str(location), trust_remote_code=trust_remote_code)
-    dense = skeleton(config, trust_remote_code=trust_remote_code)
-    check_structure(dense)
-    check_stored(dense, location)
+    check_stored(skeleton(config, trust_remote_code=trust_remote_code), location)
     settings = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     with ExitStack() as removal:
         if device_map is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from operator import attrgetter
 
 from transformers import (
@@ -51,11 +52,10 @@ def family_of_config(config: PreTrainedConfig) -> Family:
     name = config.model_type.removeprefix(PRUNED)
     if name in FAMILIES:
         return FAMILIES[name]
-    from gprune.models.discovery import discover  # which builds models, whose records are looked up here
-
     key = type(config), json.dumps(config.to_dict(), sort_keys=True, default=str)
     if key not in _known:
-        _known[key] = discover(config)
+        # By name: discovery builds models, whose records are looked up here.
+        _known[key] = import_module("gprune.models.discovery").discover(config)
     return _known[key]
 
 

@@ -47,8 +47,16 @@ class PrunedConfig:
         output["auto_map"] = {"AutoConfig": f"{module}.{type(self).__name__}"}
         for auto, names in AUTO.items():
             if isinstance(names.get(family), str):
-                output["auto_map"][auto] = f"{module}.Pruned{names[family]}"
+                output["auto_map"][auto] = f"{module}.{pruned_name(names[family], type(self).__name__)}"
         return output
+
+
+def pruned_name(stock, config):
+    """The name of the pruned class of a stock model class that is built from a pruned config class; some types share
+    the model class of another type and have a config class of their own."""
+    known = getattr(transformers, stock, None)
+    own = getattr(getattr(known, "config_class", None), "__name__", None)
+    return f"Pruned{stock}" if own is None or f"Pruned{own}" == config else f"Pruned{stock}Of{config}"
 
 
 def rope_of_older(settings):
@@ -205,7 +213,8 @@ class LayerConfig:
 
 def __getattr__(name):
     """The pruned class of any stock class that transformers knows by the rest of its name, made when asked for."""
-    stock = getattr(transformers, name.removeprefix("Pruned"), None) if name.startswith("Pruned") else None
+    stock_name, _, of_config = name.removeprefix("Pruned").partition("OfPruned")
+    stock = getattr(transformers, stock_name, None) if name.startswith("Pruned") else None
     if not isinstance(stock, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     body = {"__module__": __name__, "__doc__": f"{stock.__name__} with layers of different width."}
@@ -213,7 +222,7 @@ def __getattr__(name):
         made = type(name, (PrunedConfig, stock), body | {"model_type": PREFIX + stock.model_type})
         auto = "AutoConfig"
     else:
-        config = f"Pruned{stock.config_class.__name__}"
+        config = f"Pruned{of_config or stock.config_class.__name__}"
         config_class = globals().get(config) or __getattr__(config)
         made = type(name, (PrunedModel, stock), body | {"config_class": config_class})
         names = (auto for auto, known in AUTO.items() if stock.__name__ in known.values())

@@ -33,14 +33,13 @@ def check_structure(model: PreTrainedModel) -> None:
     for layer in layers[:1] if not record.kinds else []:
         _check_paths(name, record, layer)
     for block in blocks_of(model):
-        if why := _unfit(block):
-            raise (
-                _wrong(name, f"layer {block.index}: {why}")
-                if not record.found
-                else UserError(
-                    f"Model type '{name}': the structure that was found on a tiny copy does not fit layer {block.index} of this "
-                    f"model: {why}. Give it a record by hand: docs/extend.md, 'A model family', in a file that --import names."
-                )
+        if (why := _unfit(block)) and not record.found:
+            raise _wrong(name, f"layer {block.index}: {why}")
+        if why:
+            raise UserError(
+                f"Model type '{name}': the structure that was found on a tiny copy does not fit layer {block.index} of "
+                f"this model: {why}. Give it a record by hand: docs/extend.md, 'A model family', in a file that "
+                "--import names."
             )
     if not any(block.neurons for block in blocks_of(model)):
         raise UserError(f"Model type '{name}': no layer of this model has the FFN that was found on a tiny copy of it.")

@@ -24,6 +24,7 @@ VOCABULARY, POSITIONS, EXPERTS, ROUTED, LAYERS = 136, 128, 4, 2, 3
 RULES: tuple[tuple[str, int], ...] = (
     (r".*_group_vocab|.*vocab_size_base|.*_vocab_size.*", VOCABULARY),
     (r"n_(input|output)_layers", 1),
+    (r"mm_tokens_per_image", 4),
     (r".*_(cycles|loops)", 2),
     (r"mamba_d_ssm|mamba_intermediate_size", 2 * HIDDEN),
     (r"(?:.*_)?vocab_size(_per_layer_input)?|ngram_size|entity_vocab_size", VOCABULARY),

@@ -427,12 +427,12 @@ def worlds(tmp_path_factory):
 
 @pytest.mark.parametrize("overrides", [{"logits_scaling": 1.0}, {}], ids=["by_1", "by_4"])
 def test_a_family_that_scales_its_logits_is_refused_where_it_does(overrides, worlds, tmp_path, monkeypatch, capsys):
-    """Added by its record alone: perplexity would be that of other logits, without a word."""
+    """By its record alone: perplexity would be that of other logits, without a word."""
     tiny_run.quick(monkeypatch)
     monkeypatch.setitem(FAMILIES, "granite", Family("granite"))
     args = worlds("granite", **overrides).args(tmp_path, "--gprune=false", "--evaluation.controls=[]")
     assert tiny_run.main([*args, "--export=none"]) == (0 if overrides else 2)
-    assert ("'granite' scales logits in a way that gprune does not know" in capsys.readouterr().err) is (not overrides)
+    assert ("'granite' is wrong: logits are not head times hidden states" in capsys.readouterr().err) is (not overrides)
 
 
 # One family of each kind: gated, ungated and stored transposed, and with experts.
@@ -492,5 +492,5 @@ def test_an_unsupported_model_is_refused_before_anything_is_loaded(tmp_path, mon
     monkeypatch.setattr(
         "gprune.models.loading.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded")
     )
-    with pytest.raises(UserError, match=r"Model family 'bert' is not supported\. Available: llama, .*Family record"):
+    with pytest.raises(UserError, match=r"Model type 'bert' is an encoder as it is configured"):
         read_config(str(tmp_path))
