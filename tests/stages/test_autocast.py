@@ -8,27 +8,29 @@ import lightning as L
 import pytest
 import torch
 
-from gprune.config import DistillConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
-from gprune.stages.callbacks import DevelopmentCurve
 from gprune.stages.distillation import DistillationStage
 from tests.tiny_families import some_masks
 
 SAID = "The loss of distillation is not finite in bfloat16: learning in float32 instead."
 
 
-def distilled(dense, *, precision, callbacks=()):
-    """What a student has learned from eight windows, and its stage."""
-    stage = DistillationStage(dense, prune(dense, some_masks(dense, attention=False)), DistillConfig())
+def distilled(dense, *, precision, measured=False):
+    """What a student has learned from eight windows, `measured` on development text before, and its stage."""
+    stage = DistillationStage(dense, prune(dense, some_masks(dense, attention=False)))
     text = [Windows("demo", "train", torch.arange(128).view(8, 16))]
+    development = [Windows("demo", "development", torch.arange(32).view(2, 16))] if measured else []
+    data = CorpusDataModule(train=text, validation=development, batch_size=2, seed=0)
     trainer = L.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
-        enable_progress_bar=False, use_distributed_sampler=False, precision=precision, callbacks=list(callbacks),
+        enable_progress_bar=False, use_distributed_sampler=False, precision=precision,
     )  # fmt: skip
-    trainer.fit(stage, CorpusDataModule(train=text, batch_size=2, seed=0))
+    if measured:
+        trainer.validate(stage, data, verbose=False)
+    trainer.fit(stage, data)
     return {name: t.clone() for name, t in stage.state_dict().items()}, stage
 
 
@@ -51,16 +53,11 @@ def overflowing(tiny_model):
 
 @pytest.mark.parametrize("measured", [False, True])
 def test_losses_that_bfloat16_cannot_hold_are_learned_in_float32(measured, overflowing, caplog):
-    def curve():
-        return (
-            [DevelopmentCurve([Windows("demo", "train", torch.arange(32).view(2, 16))], points=1)] if measured else []
-        )
-
     with caplog.at_level(logging.WARNING, logger="gprune"):
-        learned, stage = distilled(overflowing, precision="bf16-mixed", callbacks=curve())
+        learned, stage = distilled(overflowing, precision="bf16-mixed", measured=measured)
     assert said(caplog) == [SAID]
     assert stage.autocast.in_float32
-    expected, other = distilled(overflowing, precision="32-true", callbacks=curve())
+    expected, other = distilled(overflowing, precision="32-true", measured=measured)
     assert not other.autocast.in_float32
     assert all(torch.equal(learned[name], t) for name, t in expected.items())
 
