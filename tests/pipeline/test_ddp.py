@@ -90,6 +90,16 @@ def test_the_numbers_agree_and_where_nothing_was_learned_they_are_the_same_bits(
             assert ("kl" in mine) == (mine["stage"] == "base")
 
 
+def test_development_perplexity_agrees_to_the_digits_that_are_printed(runs):
+    """The validation loop, with a window of each corpus; the same bits where nothing was learned."""
+    one, two = (read_json(runs[n] / "manifest.json")["learning"] for n in ("one", "two"))
+    dense, *others = (f"development_perplexity_by_{axis}" for axis in ("sparsity", "epoch"))
+    assert one[dense]["0"] == two[dense]["0"]
+    assert one[others[0]][0] == two[others[0]][0]  # the masks at the start
+    for mine, theirs in zip(one[others[0]], two[others[0]], strict=True):
+        assert {c: f"{v:.2f}" for c, v in mine.items()} == {c: f"{v:.2f}" for c, v in theirs.items()}
+
+
 def test_statistics_agree(runs):
     worst = 0.0
     for file in sorted((runs["one"] / "statistics").iterdir()):
