@@ -184,8 +184,8 @@ class Discovery:
         if not found[0] and not found[1]:
             why = f"{', '.join(failed)} compute something else when they are sliced" if failed else "no FFN"
             raise UserError(
-                f"Model type '{self.name}': found {len(self.layers)} layers in '{self.layers_path}' of the tiny copy, but "
-                f"{why}; expected an FFN whose neurons can be removed. {REMEDY}."
+                f"Model type '{self.name}': found {len(self.layers)} layers in '{self.layers_path}' of the tiny copy, "
+                f"but {why}; expected an FFN whose neurons can be removed. {REMEDY}."
             )
         if not found[0]:
             raise UserError(f"Model type '{self.name}': no FFN was found in '{self.layers_path}'. {REMEDY}.")
