@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from gprune.errors import UserError, first_line
+from gprune.errors import UserError, first_line, quoting
 from gprune.models import cached_records
 from gprune.models.blocks import HEADS, blocks_of
 from gprune.models.families import Family
@@ -127,7 +127,8 @@ def discovered(config: PreTrainedConfig) -> Family:
         model = tiny_model(config)
     except Exception as error:
         raise UserError(f"Model type '{name}': a tiny copy cannot be made: {first_line(error)}. {REMEDY}.") from error
-    return Discovery(model).record()
+    with quoting(f"Model type '{name}': its structure was not found: ", f". {REMEDY}."):
+        return Discovery(model).record()
 
 
 @dataclass
@@ -184,8 +185,8 @@ class Discovery:
         if not found[0] and not found[1]:
             why = f"{', '.join(failed)} compute something else when they are sliced" if failed else "no FFN"
             raise UserError(
-                f"Model type '{self.name}': found {len(self.layers)} layers in '{self.layers_path}' of the tiny copy, but "
-                f"{why}; expected an FFN whose neurons can be removed. {REMEDY}."
+                f"Model type '{self.name}': found {len(self.layers)} layers in '{self.layers_path}' of the tiny copy, "
+                f"but {why}; expected an FFN whose neurons can be removed. {REMEDY}."
             )
         if not found[0]:
             raise UserError(f"Model type '{self.name}': no FFN was found in '{self.layers_path}'. {REMEDY}.")
