@@ -204,6 +204,39 @@ def test_class_paths_serve_a_run_from_the_command_line(world, tmp_path):
     assert list(run.rglob("events.out.tfevents.*"))
 
 
+@pytest.mark.parametrize(("kind", "life"), [(ThresholdLearning, 4), (DistillationStage, 4)])
+def test_a_run_that_stops_early_is_killed_and_resumed_to_the_same_bits(kind, life, world, tmp_path, monkeypatch):
+    """Killed in place of a training step: after a validation, and before the stage is stopped by the next one."""
+
+    class KilledError(Exception):
+        pass
+
+    def run(name):
+        saving = ModelCheckpoint(monitor="development/perplexity")
+        more = (*LEARNS, "--run.checkpoint_minutes=0")
+        callbacks = [EarlyStopping(**NEVER_BETTER | {"patience": 2}), saving]
+        return prune(parse(flags(world, tmp_path, *more, name=name)), callbacks=callbacks), saving
+
+    expected, best = run("undisturbed")
+    left, real = iter(range(life - 1)), kind.training_step
+
+    def training_step(self, *args):
+        if next(left, None) is None:
+            raise KilledError
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "training_step", training_step)
+        with pytest.raises(KilledError):
+            run("killed")
+    resumed, again = run("killed")
+    assert resumed.summary["stopped"] == expected.summary["stopped"]
+    assert [r["nll"] for r in resumed.records] == [r["nll"] for r in expected.records]
+    assert float(again.best_model_score) == float(best.best_model_score)
+    pairs = zip(resumed.thresholds[0], expected.thresholds[0], strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
 def test_a_fast_dev_run_learns_from_one_batch_and_leaves_statistics_whole(world, tmp_path):
     result = prune(parse(flags(world, tmp_path, *LEARNS[:3], "--trainer.fast_dev_run=true")))
     manifest = json.loads((result.path / "manifest.json").read_text())
