@@ -74,7 +74,8 @@ def peaks_of(plan: Plan) -> dict[str, float]:
     others = dense + w * left * (len(cfg.stages) > 1) + forecasts
     autocast = cfg.trainer.precision == "bf16-mixed"
     copies = 2 * cast_numbers(plan.skeleton) * (autocast and w == 4)  # of frozen weights, in bfloat16
-    learn = dense + copies + L * batch * (8 * H + 4 * w * (N + C)) + head(w, teacher=cfg.sparsity.loss == "kl")
+    a = 2 if autocast else w  # of activations
+    learn = dense + copies + L * batch * (8 * H + 4 * a * (N + C)) + head(a, teacher=cfg.sparsity.loss == "kl")
     sums = gram / L + cpu * w * H * cfg.corpora.num_samples * cfg.corpora.seq_len if walked else gram * (not cpu)
     calibrate = dense + sums + batch * ((26 if gram else 2 * w + 8) * N + 4 * H)
     if "saliency" in cfg.collects:
