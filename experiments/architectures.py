@@ -324,7 +324,7 @@ def page(rows: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]])
     seconds = sorted(row["seconds"] for row in good if not row["record"])
     return (
         "# Every causal type of transformers\n\n"
-        "Made by `python -m experiments.architectures --write` on tiny random models, one for each of the "
+        "Made by `python -m experiments.architectures` on tiny random models, one for each of the "
         f"{len(rows)} types that `AutoModelForCausalLM` of transformers {transformers.__version__} knows; "
         f"{len(built)} of them can be built tiny. *{len(good)} are pruned in the FFN, {len(heads)} of them in KV "
         "groups or heads as well*: the masked, the sliced and the reloaded model compute the same logits. Reloading "

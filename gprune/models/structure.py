@@ -33,7 +33,10 @@ def check_structure(model: PreTrainedModel) -> None:
     for layer in layers[:1] if not record.kinds else []:
         _check_paths(name, record, layer)
     for block in blocks_of(model):
-        if (why := _unfit(block)) and not record.found:
+        why = _unfit(block)
+        if why and BUILT_IN.get(record.model_type) is record:
+            raise UserError(f"--model.name: layer {block.index} of this '{name}' model cannot be pruned: {why}.")
+        if why and not record.found:
             raise _wrong(name, f"layer {block.index}: {why}")
         if why:
             raise UserError(

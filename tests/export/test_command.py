@@ -138,7 +138,7 @@ def test_models_that_cannot_be_written_are_named(run, tmp_path, capsys):
     config, weights = run / "model" / "config.json", run / "model" / "model.safetensors"
     before, content = listing(run), config.read_text()
     config.write_text(json.dumps({"model_type": "bert"}))
-    assert "Model family 'bert' is not supported" in refused(capsys, run, "--unchecked")
+    assert "Model type 'bert' is an encoder" in refused(capsys, run, "--unchecked")
     config.write_text(content)
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "cannot be loaded" in refused(capsys, run, "--unchecked")
