@@ -64,7 +64,7 @@ class _ByRow:
 
 
 class _Wandb(WandbLogger):
-    """One that may fail: the run goes on without it."""
+    """A WandbLogger whose failures do not stop the run."""
 
     lost = False
 

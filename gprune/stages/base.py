@@ -32,13 +32,13 @@ class FrozenLMStage(L.LightningModule):
 
     Validation measures the perplexity of `measured_model` on the windows of each validation loader. It is logged as
     `development/perplexity/<corpus>`, with the geometric mean over corpora as `development/perplexity`, so
-    `EarlyStopping(monitor="development/perplexity")` and `ModelCheckpoint` work with every stage.
+    `EarlyStopping(monitor="development/perplexity")` and `ModelCheckpoint` work with stages that inherit this class.
 
     Attributes:
         curves: the prefix of the names under which a stage logs its training, such as `learn` in `learn/loss`; by
             default the name of the class.
-        tokens: that the stage has learned from, over all processes.
-        tokens_before: that the same model has learned from in earlier stages, for the axis `development/tokens`.
+        tokens: number of tokens that the stage has learned from, over all processes.
+        tokens_before: the same of earlier stages with this model, for the axis `development/tokens`.
         development: perplexity by corpus, as the last validation measured it, after optimizer step `measured_at`.
         measured_as: the prefix of the names under which validation logs; `curve` while masks of several sparsities are
             compared.

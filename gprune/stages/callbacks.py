@@ -41,7 +41,7 @@ class StepCurves(L.Callback):
         else:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        rate = group["lr"] / (group.get("size") or 1)  # of a relative step size, that without units
+        rate = group["lr"] / (group.get("size") or 1)  # for relative step sizes the dimensionless rate
         pl_module.log_dict({f"{stage}/gradient_norm": gathered(norm), f"{stage}/learning_rate": float(rate)})
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
