@@ -102,7 +102,7 @@ def _is_of_lightning(callback: L.Callback) -> bool:
 
 
 def _is_logged(callback: L.Callback, stage: L.LightningModule) -> bool:
-    """Whether a stage may log the name that a callback monitors; False if the name belongs to another built-in stage."""
+    """Whether a stage may log the name that a callback monitors; a name of another built-in stage it does not."""
     prefix = (getattr(callback, "monitor", None) or "").partition("/")[0]
     own = getattr(stage, "curves", type(stage).__name__)
     return prefix not in PREFIXES or prefix == own or (prefix == "development" and own != "partition")
