@@ -132,7 +132,7 @@ class Collector:
         self, metric: StreamingTurn, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         before = args[0] if args else kwargs["hidden_states"]
-        output = output[0] if isinstance(output, tuple) else output  # of layers that return their attention too
+        output = output if isinstance(output, Tensor) else output[0]  # some layers return their attention too
         # The layer's input may still lie on the device of the layer before it.
         metric.update(before.detach().to(output.device), output.detach(), self._weight.to(output.device))
 

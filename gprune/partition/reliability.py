@@ -62,7 +62,8 @@ def assess_reliability(
     scores = [module_means(r, y) for r, y in zip(ranks, labels, strict=True)]
     sensitivity = [module_means(d, y) for d, y in zip(drifts, labels, strict=True)]
     noise = [module_means(f, y) for f, y in zip(floors, labels, strict=True)]
-    standard = [(s - d.mean()) / d.std().clamp_min(1e-12) for s, d in zip(sensitivity, drifts, strict=True)]
+    pairs = zip(sensitivity, drifts, strict=True)
+    standard = [(s - d.mean()) / d.std().clamp_min(1e-12) if len(d) else s for s, d in pairs]  # some have no FFN
     high = torch.cat(standard).quantile(sensitivity_quantile)
     low = torch.cat(scores).quantile(score_quantile)
     reliability = []

@@ -122,7 +122,7 @@ def bypassed(model: PreTrainedModel, gone: Iterable[int]) -> Iterator[PreTrained
 
     def skip(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return hidden if isinstance(output, Tensor) else type(output)([hidden, *output[1:]])
 
     with ExitStack() as taken_off:
         for block in gone:
