@@ -65,7 +65,9 @@ class TokenMeter:
         return handle
 
     def _count(self, _module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        tokens = (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel()
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else next(iter(args), None)
+        # A model that takes images gives its language model embeddings (B, T, H).
+        tokens = ids.numel() if ids is not None else kwargs["inputs_embeds"].shape[:2].numel()
         self.add(*((0, tokens) if torch.is_grad_enabled() else (tokens, 0)))
 
     def add(self, forward: int, forward_backward: int = 0) -> None:
@@ -124,7 +126,7 @@ class Run:
     @cached_property
     def taught(self) -> dict[bytes, Tensor] | None:
         """`Material.taught` of all rows; None where it is not kept."""
-        return {} if keeps_taught(self.cfg, self.model.config.hidden_size) else None
+        return {} if keeps_taught(self.cfg, self.model.config.get_text_config(decoder=True).hidden_size) else None
 
     def step(self, number: int, what: str) -> None:
         """A step of the method begins: say so, in the log and on the screen."""
