@@ -40,5 +40,5 @@ __all__ = [
 __getattr__, __dir__ = later(__name__, {
     "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "apply_masks": "gprune.export.hf",
     "load_run": "gprune.runs.results", "masked": "gprune.sparsity.gates", "prune": "gprune.pipeline.prune",
-    "register": "gprune.models.loading",
+    "register": "gprune.models.loading", "StudyResult": "gprune.studies.result", "load_study": "gprune.studies.result",
 })  # fmt: skip

@@ -174,7 +174,7 @@ class TrainerConfig(Group, prefix="trainer."):
     """Optimizer steps after which stages that learn from text end, if their text has more. Default: all."""
     val_check_interval: Annotated[int | float, Field(gt=0)] | None = None
     """How often development perplexity is measured while a stage learns from text: every so many batches, or below 1
-    after each such share of them. Default: after each epoch of thresholds, after each quarter of a distillation."""
+    after each such share of them. Default: after each epoch of thresholds, and up to four times in a distillation."""
     fast_dev_run: bool = False
     """Learn from one batch in each stage, without curves and checkpoints, to find errors. The rest of the run is as
     always."""

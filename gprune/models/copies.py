@@ -62,11 +62,14 @@ def sharded_copy(model: PreTrainedModel, device: torch.device, processes: int) -
             _fill(module, source.get_submodule(path), device)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     copied.tie_weights()
-    # Hooks that count the model's tokens count the copy's too.
-    ours, theirs = decoder_of(copied), decoder_of(model)
-    for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
-        setattr(ours, hooks, getattr(theirs, hooks))
+    share_hooks(decoder_of(copied), decoder_of(model))
     return copied.requires_grad_(False)
+
+
+def share_hooks(copied: nn.Module, module: nn.Module) -> None:
+    """Let hooks that run before a module, such as those that count tokens, run before its copy too."""
+    for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        setattr(copied, hooks, getattr(module, hooks))
 
 
 def _fill(module: nn.Module, source: nn.Module, device: torch.device) -> None:

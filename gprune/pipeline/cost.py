@@ -52,7 +52,9 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
             forward[step] -= fresh
         forward[step] += recovered[0]
         if learns[row[1]]:
-            points = measurements(*validation_interval(cfg, fresh // c.seq_len, cfg.distill.batch_size, 0.25))
+            d = cfg.distill
+            interval = validation_interval(cfg, fresh // c.seq_len, d.batch_size, 0.25, accumulate=d.accumulate)
+            points = measurements(*interval)
             forward[step] += (1 + points) * development
         trained[step] += recovered[1]
     return {
@@ -70,28 +72,36 @@ def learned_windows(cfg: RunConfig) -> int:
     return len(c.learn) * (c.learn_samples or c.num_samples)
 
 
-def validation_interval(cfg: RunConfig, windows: int, batch_size: int, share: float) -> tuple[int, int]:
-    """Batches of an epoch, and after how many of them development perplexity is measured.
+def validation_interval(
+    cfg: RunConfig, windows: int, batch_size: int, share: float, *, accumulate: int = 1
+) -> tuple[int, int]:
+    """Batches of an epoch, and after how many of them, in whole steps, development perplexity is measured.
 
     Args:
         windows: of an epoch.
         share: of the epoch, unless `--trainer.val_check_interval` is given.
+        accumulate: batches of an optimizer step.
 
     Raises:
-        UserError: for an interval of more batches than there are.
+        UserError: for an interval of more batches than there are, and for a share of the batches that is none.
     """
     t, batches = cfg.trainer, math.ceil(windows / batch_size)
     if limit := t.limit_train_batches:
-        batches = min(batches, int(limit)) if limit >= 1 else max(1, int(batches * limit))
+        all_batches, batches = batches, min(batches, int(limit)) if limit >= 1 else int(batches * limit)
+        if not batches:
+            raise UserError(
+                f"--trainer.limit_train_batches must leave at least 1 of the {all_batches} batches of an epoch of each "
+                f"stage that learns; got {limit:g}."
+            )
     every = t.val_check_interval or share
     if isinstance(every, float):
-        return batches, math.ceil(batches * every)
+        every = math.ceil(batches * every - 1e-9)
     if every > batches:
         raise UserError(
             f"--trainer.val_check_interval must be at most {batches}, the batches of an epoch of a stage that learns, "
             f"or a share from 0 to 1; got {every}."
         )
-    return batches, every
+    return batches, min(batches, accumulate * math.ceil(every / accumulate))
 
 
 def measurements(batches: int, every: int, *, epochs: int = 1) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from gprune.checks import accepted
 from gprune.config import DistillConfig
 from gprune.corpora.windows import Windows
 from gprune.errors import first_line
@@ -168,7 +169,7 @@ def _gated_step(model: PreTrainedModel, ids: Tensor) -> Callable[[bool], None]:
 def _student_step(model: PreTrainedModel, ids: Tensor, settings: DistillConfig) -> Callable[[bool], None]:
     """A step that distils a copy of a model from its own hidden states, with AdamW."""
     with torch.enable_grad():
-        student = Student(copy.deepcopy(model), settings)
+        student = Student(copy.deepcopy(model), **accepted(Student, dict(settings)))
     learned = list(student.learned.values())
     with torch.no_grad():
         teacher = final_hidden(student.model, ids)

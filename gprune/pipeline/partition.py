@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from gprune.calibration.statistics import CorpusStatistics, Moments, pooled
@@ -101,7 +102,9 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
     inputs = refinement_inputs(embeddings, [d.drift for d in drift], [d.ranks for d in drift])
     refiner, options = REFINER[p.refiner], run.cfg.options.get(p.refiner, {})
     stage = refiner(inputs, labels, **accepted(refiner, dict(p)) | options)
-    run.trainer("Refining modules", stage, max_epochs=1, log_every_n_steps=10, val_check_interval=0.25).fit(stage)
+    often = {"val_check_interval": 0.25} if is_overridden("validation_step", stage) else {}
+    run.trainer("Refining modules", stage, role="partition", max_epochs=1, log_every_n_steps=10, **often).fit(stage)
+    run.callbacks.keep_state()
     pairs = zip(stage.labels(), labels, strict=True)
     refined = [REFINER.checked(p.refiner, "labels", y, old.shape, of="whole numbers") for y, old in pairs]
     if any(y.min() < 0 or not torch.bincount(y).all() for y in refined):

@@ -146,15 +146,15 @@ def fit_once(run: Run, path: str, row: Stage) -> Callable[..., None]:
         if run.cfg.model.shard and is_overridden("configure_model", stage):  # it shards what learns
             strategy = ModelParallelStrategy(t.devices * t.num_nodes, 1, save_distributed_checkpoint=False)
         if (learned := run.folder.read(name)) is None:  # the step that shrinks or evaluates counts its cost
-            best = BestWeights()
-            stage.tokens_before = run.learning_tokens if row == run.cfg.own_row else 0
+            best = BestWeights() if hasattr(stage, "student") else None
             run.fit(
                 name, what, stage, run.text.fresh or [run.text.train[corpus] for corpus in c.recover],
                 batch_size=batch_size, max_epochs=1, gradient_clip_val=clip, accumulate_grad_batches=accumulate,
-                callbacks=[best], strategy=strategy, row=row[0], control=row != run.cfg.own_row,
+                callbacks=[best] if best else [], strategy=strategy, row=row[0], control=row != run.cfg.own_row,
                 measured_after=0.25,
             )  # fmt: skip
-            best.restore(stage, keep=keep)
+            if best:
+                best.restore(stage, keep=keep)
             learned = {key: value.detach().cpu().clone() for key, value in stage.state_dict().items()}
             run.folder.write(name, learned)
             run.folder.note()

@@ -118,11 +118,6 @@ class Run:
         """The model's."""
         return blocks_of(self.model)
 
-    @property
-    def learning_tokens(self) -> int:
-        """Tokens that thresholds learn from."""
-        return sum(w.tokens.numel() for w in self.text.learn) * self.cfg.sparsity.epochs if self.cfg.learns else 0
-
     @cached_property
     def taught(self) -> dict[bytes, Tensor] | None:
         """`Material.taught` of all rows; None where it is not kept."""
@@ -144,13 +139,18 @@ class Run:
             )
 
     def trainer(
-        self, what: str, stage: L.LightningModule, *, name: str = "", callbacks: Sequence[L.Callback] = (),
-        **kwargs: Any,
+        self, what: str, stage: L.LightningModule, *, name: str = "", role: str = "",
+        callbacks: Sequence[L.Callback] = (), **kwargs: Any,
     ) -> L.Trainer:  # fmt: skip
-        """A fresh Trainer for one stage. Bar and log say `what`, whose first word names its files without a `name`."""
+        """A fresh Trainer for one stage.
+
+        Args:
+            what: what bar and log say; the first word names the files of the stage if there is no `name`.
+            role: the prefix of what the built-in stage in this place logs, such as `learn`.
+        """
         log.info("%s", what)
         t, name = self.cfg.trainer, name or what.split()[0].lower()
-        own = self.callbacks.of_stage(stage, self.folder / f"checkpoints/{name}")
+        own = self.callbacks.of_stage(stage, role, self.folder / f"checkpoints/{name}")
         witness = Witness(lambda how_far: self.folder.update_manifest(stopped={name: how_far}), self.check_weights)
         callbacks = [*own, witness, *callbacks, StageBar(self.screen, what)]
         kwargs["gradient_clip_val"] = kwargs.get("gradient_clip_val") or t.gradient_clip_val
@@ -170,7 +170,7 @@ class Run:
     def fit(
         self, name: str, what: str, stage: L.LightningModule, text: Sequence[Windows], *,
         batch_size: int | None = None, callbacks: Sequence[L.Callback] = (), row: str = "", control: bool = False,
-        measured_after: float = 1.0, **kwargs: Any,
+        role: str = "", measured_after: float = 1.0, **kwargs: Any,
     ) -> tuple[L.Trainer, CorpusDataModule]:  # fmt: skip
         """Train a stage on text, from its last checkpoint if an earlier session left one.
 
@@ -181,6 +181,7 @@ class Run:
             name: of the stage in the run folder.
             row: of the run's table, whose model learns: its curves have the name.
             control: whether that row is not the run's own.
+            role: as in `trainer`.
             measured_after: the share of an epoch after which development text is measured, unless
                 `--trainer.val_check_interval` is given.
             kwargs: of the Trainer.
@@ -190,19 +191,22 @@ class Run:
         """
         cfg, t, limit = self.cfg, self.cfg.trainer, self.cfg.trainer.limit_train_batches
         saving = Checkpoints(self.folder, name, stage, self.meter, 60 * cfg.run.checkpoint_minutes)
-        validates = is_overridden("validation_step", stage)
+        validates = is_overridden("validation_step", stage) and bool(self.text.development)
         data = CorpusDataModule(
             train=text, validation=self.text.development if validates else (),
             batch_size=batch_size or cfg.corpora.batch_size, validation_batch_size=cfg.corpora.batch_size,
             seed=cfg.run.seed,
         )  # fmt: skip
-        windows = sum(len(w.tokens) for w in text)
-        _, every = validation_interval(cfg, windows, data.batch_size, measured_after)
+        if validates:
+            windows, accumulate = sum(len(w.tokens) for w in text), kwargs.get("accumulate_grad_batches", 1)
+            batches = validation_interval(cfg, windows, data.batch_size, measured_after, accumulate=accumulate)
+            kwargs["val_check_interval"] = batches[1]
+        learned = {} if control else self.folder.manifest.get("learned_tokens", {})
+        stage.tokens_before = sum(tokens for part, tokens in learned.items() if part != name)
         trainer = self.trainer(
-            what, stage, name=name, callbacks=[StepCurves(), *callbacks, saving], precision=t.precision,
+            what, stage, name=name, role=role, callbacks=[StepCurves(), *callbacks, saving], precision=t.precision,
             limit_train_batches=limit if limit is None or limit < 1 else int(limit), max_steps=t.max_steps or -1,
-            val_check_interval=every, fast_dev_run=t.fast_dev_run,
-            inference_mode=False, **kwargs,
+            fast_dev_run=t.fast_dev_run, inference_mode=False, **kwargs,
         )  # fmt: skip
         if (checkpoint := saving.usable()) is not None:
             log.info("Resuming from %s; what is computed again since then counts once", checkpoint)
@@ -212,8 +216,10 @@ class Run:
             trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
             if validates and getattr(stage, "measured_at", None) != trainer.global_step:
                 trainer.validate(stage, data, verbose=False)
+        self.check_weights(type(stage).__name__)
         if not control:
             self.callbacks.keep_state()
+            self.folder.update_manifest(learned_tokens={name: getattr(stage, "tokens", 0)})
         return trainer, data
 
 

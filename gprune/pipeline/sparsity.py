@@ -136,10 +136,13 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
     curve, apply = PerplexityCurve(), ApplyMasks(lambda: masks_at(run.budget))
     numbers = sum(p.numel() for p in stage.parameters() if p.requires_grad)
     what = f"Learning {numbers} {'thresholds' if s.learn == 'thresholds' else 'numbers'}"
-    trainer, data = run.fit("thresholds", what, stage, run.text.learn, max_epochs=s.epochs, callbacks=[curve, apply])
+    trainer, data = run.fit(
+        "thresholds", what, stage, run.text.learn, role="learn", max_epochs=s.epochs, callbacks=[curve, apply]
+    )
     if curve.by_step:
         masks_by_sparsity = {0.0: None} | {sparsity: masks_at(budget) for sparsity, budget in budgets.items()}
         curve.against_sparsity(trainer, stage, data, masks_by_sparsity)
+        run.check_weights(type(stage).__name__)
     run.folder.update_manifest(
         learning={
             "steps": trainer.global_step,

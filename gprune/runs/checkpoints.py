@@ -84,8 +84,8 @@ class Checkpoints(Checkpoint):
             self._save_if_due(trainer)
 
     def _save_if_due(self, trainer: L.Trainer) -> None:
-        # No checkpoint holds half a sum of gradients.
-        if not self._stepped or trainer.is_last_batch or trainer.fast_dev_run:
+        # No checkpoint holds half a sum of gradients, or a stage that has been told to stop: Lightning would go on.
+        if not self._stepped or trainer.should_stop or trainer.is_last_batch or trainer.fast_dev_run:
             return
         due = time.monotonic() - self._last >= self.seconds
         if trainer.strategy.reduce_boolean_decision(due, all=False):  # processes have clocks of their own

@@ -186,6 +186,7 @@ class Manifest(Shape):
     wandb: dict[Text, Text | None] | None = None  # the run there, if it is logged there
     parts: dict[Text, dict[Text, Count]] | None = None  # tokens of parts of steps
     checkpoints: dict[Text, list[Text]] | None = None  # hashes, by what learns
+    learned_tokens: dict[Text, Count] | None = None  # that the run's own model has learned from, by stage
 
 
 class Benchmark(Shape):

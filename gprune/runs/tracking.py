@@ -114,11 +114,8 @@ def tracking(folder: RunFolder, cfg: RunConfig, own: Sequence[Logger] = ()) -> I
         for logger in loggers:
             logger.log_metrics = _ByRow(logger.log_metrics)
             undo.callback(delattr, logger, "log_metrics")
-        try:
-            yield loggers
-        finally:
-            for logger in loggers:
-                logger.save()  # what was logged after the last Trainer is still in memory
+            undo.callback(logger.save)  # what was logged after the last Trainer is still in memory
+        yield loggers
 
 
 def made_loggers(paths: Sequence[ClassPath], folder: Path) -> list[Logger]:
@@ -216,7 +213,7 @@ def log_pictures(loggers: Sequence[Logger], figures: Sequence[Path], table: str)
                 pixels = np.asarray(Image.open(path).convert("RGB"))
                 experiment.add_image(f"figures/{path.stem}", pixels, dataformats="HWC")
             experiment.add_text("results", table)
-        elif hasattr(experiment, "log_artifact"):
+        elif hasattr(experiment, "log_artifact") and hasattr(logger, "run_id"):
             for path in figures:
                 experiment.log_artifact(logger.run_id, str(path), "figures")
             experiment.log_text(logger.run_id, table, "results.md")

@@ -138,7 +138,8 @@ class StageBar(ProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Show the tokens of the batch over all ranks; a batch of the refinement has none."""
-        tokens = batch["input_ids"].numel() * trainer.world_size if isinstance(batch, dict) else 0
+        is_text = isinstance(batch, dict) and "input_ids" in batch
+        tokens = batch["input_ids"].numel() * trainer.world_size if is_text else 0
         self.screen.advance(
             tokens, ", ".join(f"{name} {value:.3f}" for name, value in trainer.progress_bar_metrics.items())
         )

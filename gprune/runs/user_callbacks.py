@@ -51,7 +51,13 @@ class UserCallbacks:
         self.given, self.paths = list(given), list(paths)
         for one in self.given:
             if _is_of_lightning(one):
-                _AS_GIVEN.setdefault(one, copy.deepcopy(one))
+                try:
+                    _AS_GIVEN.setdefault(one, copy.deepcopy(one))
+                except Exception as error:  # a lock, an open file
+                    kind = type(one).__name__
+                    raise UserError(
+                        f"callbacks: {kind} cannot be copied for each stage: {first_line(error)}"
+                    ) from error
         self._used: list[tuple[L.Callback, L.Callback]] = []  # given, and what the last stage had in its place
         self.stage = ""  # class of the last stage
         self.made = self.of_stage(None)  # also refuses what cannot be made
@@ -64,15 +70,17 @@ class UserCallbacks:
             + [type(one).__name__ for one in self.given]
         )
 
-    def of_stage(self, stage: L.LightningModule | None, folder: Path = Path()) -> list[L.Callback]:
-        """The callbacks for one stage. A ModelCheckpoint without a folder of its own writes into this one.
+    def of_stage(self, stage: L.LightningModule | None, role: str = "", folder: Path = Path()) -> list[L.Callback]:
+        """The callbacks for one stage, which may take the place of our stage that logs under the prefix `role`.
+
+        A ModelCheckpoint without a folder of its own writes into `folder`.
 
         A callback that monitors a name of another stage, such as `learn/loss`, is left out.
         """
         self.stage = type(stage).__name__
         pairs = [(one, copy.deepcopy(_AS_GIVEN[one]) if one in _AS_GIVEN else one) for one in self.given]
         pairs += [(one, one) for one in map(made, self.paths)]
-        self._used = [(one, used) for one, used in pairs if stage is None or _is_logged(used, stage)]
+        self._used = [(one, used) for one, used in pairs if stage is None or _is_logged(used, stage, role)]
         for _, used in self._used:
             if isinstance(used, ModelCheckpoint) and used.dirpath is None:
                 used.dirpath = str(folder)
@@ -101,11 +109,11 @@ def _is_of_lightning(callback: L.Callback) -> bool:
     return any(c.__module__.startswith(LIGHTNING[L.Callback]) for c in type(callback).__mro__ if c is not L.Callback)
 
 
-def _is_logged(callback: L.Callback, stage: L.LightningModule) -> bool:
+def _is_logged(callback: L.Callback, stage: L.LightningModule, role: str) -> bool:
     """Whether a stage may log the name that a callback monitors; a name of another built-in stage it does not."""
     prefix = (getattr(callback, "monitor", None) or "").partition("/")[0]
-    own = getattr(stage, "curves", type(stage).__name__)
-    return prefix not in PREFIXES or prefix == own or (prefix == "development" and own != "partition")
+    own = (role, getattr(stage, "curves", role))
+    return prefix not in PREFIXES or prefix in own or (prefix == "development" and "partition" not in own)
 
 
 def class_of(described: ClassPath, flag: str, base: type) -> type:

@@ -27,10 +27,13 @@ class Autocast:
         self.in_float32 = False
         self._casts: dict[int, CastWeights] = {}  # by the id of the model
 
-    def losses(self, stage: L.LightningModule, compute: Callable[[], Tensor], *models: PreTrainedModel) -> Tensor:
+    def losses(
+        self, stage: L.LightningModule, compute: Callable[[], Tensor], *models: PreTrainedModel, always: bool = False
+    ) -> Tensor:
         """Return `compute()`, the losses (B,) of a batch, with copies of the frozen weights of `models`.
 
-        If any is not finite before the first optimizer step, on any process, warn and go on in float32.
+        If any is not finite before the first optimizer step (`always`: at any step), on any process, warn and go on in
+        float32.
         """
         device = stage.trainer.strategy.root_device.type
         if not torch.is_autocast_enabled(device):
@@ -38,7 +41,7 @@ class Autocast:
         if not self.in_float32:
             with self.cast(*models):
                 losses = compute()
-            if stage.trainer.global_step > 0:  # without a look at the values, for which a GPU would have to wait
+            if stage.trainer.global_step > 0 and not always:
                 return losses
             if stage.trainer.strategy.reduce_boolean_decision(bool(losses.isfinite().all()), all=True):
                 return losses

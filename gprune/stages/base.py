@@ -72,6 +72,8 @@ class FrozenLMStage(L.LightningModule):
     def setup(self, stage: str) -> None:
         device = self.trainer.strategy.root_device
         if self._shard and self.trainer.world_size > 1:
+            if stage == "validate" and self.measured_model is not self.lm:
+                return  # the student alone is measured
             self._copy = (sharded_copy(self._frozen[0], device, self.trainer.world_size),)
         # An offloaded or sharded model has a place for every layer already.
         elif not self._shard and getattr(self.lm, "hf_device_map", None) is None:
@@ -119,7 +121,7 @@ class FrozenLMStage(L.LightningModule):
         """Measure a batch of development text: `input_ids` (B, T) int64, optionally `index` and `weight` (B,)."""
         ids = batch["input_ids"]
         model = self.measured_model
-        nll = self.autocast.losses(self, partial(window_losses, model, ids), model).to(self.device)
+        nll = self.autocast.losses(self, partial(window_losses, model, ids), model, always=True).to(self.device)
         index = batch.get("index", batch_idx * len(ids) + torch.arange(len(ids), device=nll.device))
         counted = batch.get("weight", torch.ones_like(nll)).to(nll.device) > 0
         self._perplexities[dataloader_idx].update(nll, counted * (ids.shape[1] - 1), index)

@@ -65,7 +65,7 @@ class ApplyMasks(L.Callback):
         self._applied = ExitStack()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if (masks := self.masks()) is not None:
+        if hasattr(pl_module, "measured_model") and (masks := self.masks()) is not None:
             self._applied.enter_context(masked(pl_module.measured_model, masks))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -141,8 +141,8 @@ class BestWeights(PerplexityCurve):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         super().on_validation_end(trainer, pl_module)
-        *earlier, now = self.means.values()
-        if not earlier or now < min(earlier):
+        *earlier, now = self.means.values() or [math.nan]
+        if self.by_step and (not earlier or now < min(earlier)):
             self.best = {name: gathered(value).detach().cpu().clone() for name, value in pl_module.state_dict().items()}
 
     @torch.no_grad()

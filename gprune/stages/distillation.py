@@ -180,7 +180,7 @@ class DistillationStage(FrozenLMStage):
         norm, self._norm = float(self.gradient_norm()), None
         if not self.proportion.holds(self.last_loss, norm):
             optimizer.zero_grad(set_to_none=True)  # AdamW steps over what has no gradient
-            if self.proportion.in_a_row == IN_A_ROW:
+            if self.proportion.in_a_row >= IN_A_ROW:
                 require_finite_loss(self.last_loss if self.proportion.norms else math.nan, "The loss of distillation")
                 self.trainer.should_stop = True
         elif gradient_clip_val and norm > gradient_clip_val:

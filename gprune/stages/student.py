@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gprune.models.blocks import Block, Part, blocks_of, decoder_layers
-from gprune.models.copies import without_weights
+from gprune.models.copies import share_hooks, without_weights
+from gprune.models.lookup import decoder_of
 from gprune.models.modeling_pruned import find
 from gprune.models.offload import gathered
 from gprune.models.parts import names_in, part_rows
@@ -167,6 +168,7 @@ class Student:
                 parent = whole.get_submodule(path)
                 getattr(parent, kind)[leaf] = nn.Parameter(value) if kind == "_parameters" else value
         whole.tie_weights()
+        share_hooks(decoder_of(whole), decoder_of(self.model))
         self.model, self._unsharded = whole.requires_grad_(False), None
         self._learn_again()
 

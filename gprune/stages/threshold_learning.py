@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal
@@ -169,8 +170,10 @@ class ThresholdLearning(FrozenLMStage):
 
     def axes(self) -> dict[str, float]:
         """The axes of every stage, and epochs so far as `learn/epoch`."""
-        steps = self.global_step and self.trainer.estimated_stepping_batches / max(self.trainer.max_epochs or 1, 1)
-        return super().axes() | {"learn/epoch": self.global_step / (steps or 1)}
+        trainer, epochs = self.trainer, 0.0
+        if self.global_step:  # else a Trainer may not have seen the training text yet
+            epochs = self.global_step / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        return super().axes() | {"learn/epoch": epochs}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.centred:

@@ -155,12 +155,12 @@ def load_study(
     return study
 
 
-def chosen(listing: Listing, names: Iterable[str] | None) -> list[Row]:
-    """The rows of these names, all of them by default; a UserError for a name that the list does not have."""
+def chosen(listing: Listing, names: Iterable[str] | None, *, what: str = "rows") -> list[Row]:
+    """The rows of these names, by default all; a UserError, which begins with `what`, for a name that is not there."""
     known = dict.fromkeys(row.name for row in listing.rows)
     wanted = list(known if names is None else names)
     if unknown := [name for name in wanted if name not in known]:
-        raise UserError(f"Expected rows of {listing.path} ({', '.join(known)}), got '{unknown[0]}'.")
+        raise UserError(f"{what}: expected rows of {listing.path} ({', '.join(known)}), got '{unknown[0]}'.")
     return [row for row in listing.rows if row.name in wanted]
 
 

@@ -40,7 +40,7 @@ def work(options: Namespace) -> None:
     """Run, then print; options as the command line of `gprune study` gives them."""
     for path in options.lists:
         listing = Listing.read(path, seeds=options.seeds, flags=options.flags, records=options.records)
-        rows = parts_of(chosen(listing, options.only), options.part)
+        rows = parts_of(chosen(listing, options.only, what="--only"), options.part)
         pending = [row for row in rows if record_of(row) is None]
         if pending and not (options.table or options.files):
             run_all(pending)

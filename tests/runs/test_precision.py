@@ -110,14 +110,12 @@ def test_processes_of_unlike_nodes_take_the_weakest(here, elsewhere, began, chos
     """A stand-in for the group: whether another process lacks bfloat16, and what rank 0 has begun with."""
     hardware(here)
 
-    def trainer(**asked):
-        assert asked["num_nodes"] == 2
-        return SimpleNamespace(
-            test=lambda meeting, verbose: meeting.lacking.__setitem__(0, meeting.lacking[0] or elsewhere)
-        )
+    def launched(trainer):
+        assert trainer.num_nodes == 2
+        strategy = SimpleNamespace(reduce_boolean_decision=lambda mine, all: mine or elsewhere)
+        return SimpleNamespace(strategy=strategy, broadcast=lambda mine: began)
 
-    monkeypatch.setattr(precision.L, "Trainer", trainer)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda held: held.__setitem__(0, began))
+    monkeypatch.setattr(precision, "launched", launched)
     cfg = RunConfig(trainer={"num_nodes": 2, "strategy": "ddp"})
     assert settled(cfg, CPU, together=True)[0].trainer.precision == chosen
 

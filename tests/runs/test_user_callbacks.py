@@ -146,7 +146,7 @@ def test_objects_of_ones_own_are_shared_by_stages_and_those_with_the_state_of_a_
     own, stopping, saving = Steps(), EarlyStopping("learn/loss"), ModelCheckpoint()
     brought = [own, stopping, saving]
     callbacks, stage = UserCallbacks(brought), type("Stage", (L.LightningModule,), {"curves": "learn"})()
-    (first, *copies), second = (callbacks.of_stage(stage, tmp_path / name) for name in ("first", "second"))
+    (first, *copies), second = (callbacks.of_stage(stage, "learn", tmp_path / name) for name in ("first", "second"))
     assert first is second[0] is own
     assert not {*map(id, copies)} & {*map(id, [*second, stopping, saving])}
     assert [c[2].dirpath for c in ([own, *copies], second)] == [str(tmp_path / name) for name in ("first", "second")]
@@ -167,7 +167,7 @@ def test_objects_of_ones_own_are_shared_by_stages_and_those_with_the_state_of_a_
 def test_a_callback_serves_the_stages_that_log_what_it_monitors(monitor, stages):
     made = {name: type("Stage", (L.LightningModule,), {"curves": name})() for name in ("partition", "learn", "distill")}
     callbacks = UserCallbacks([EarlyStopping(monitor)])
-    assert [name for name, stage in made.items() if callbacks.of_stage(stage)] == stages
+    assert [name for name, stage in made.items() if callbacks.of_stage(stage, name)] == stages
 
 
 @pytest.mark.parametrize(

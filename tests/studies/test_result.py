@@ -77,7 +77,7 @@ def test_all_stages_are_lines_if_asked_for(study):
 def test_columns_do_not_depend_on_the_rows_that_were_chosen(bench, first, study):
     one = gprune.load_study(first[0], records=bench.records, rows=["plain"]).to_frame()
     assert list(one.columns) == list(study.to_frame().columns)
-    with pytest.raises(UserError, match=r"Expected rows of .*first\.yaml \(plain, ours, other\), got 'mine'"):
+    with pytest.raises(UserError, match=r"rows: expected rows of .*first\.yaml \(plain, ours, other\), got 'mine'"):
         gprune.load_study(first[0], rows=["mine"])
 
 
