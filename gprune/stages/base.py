@@ -37,8 +37,7 @@ class FrozenLMStage(L.LightningModule):
     Attributes:
         curves: the prefix of the names under which a stage logs its training, such as `learn` in `learn/loss`; by
             default the name of the class.
-        tokens: number of tokens that the stage has learned from, over all processes.
-        tokens_before: the same of earlier stages with this model, for the axis `development/tokens`.
+        tokens_before: tokens that earlier stages have learned from with this model, for the axis `development/tokens`.
         development: perplexity by corpus, as the last validation measured it, after optimizer step `measured_at`.
         measured_as: the prefix of the names under which validation logs; `curve` while masks of several sparsities are
             compared.
@@ -46,7 +45,7 @@ class FrozenLMStage(L.LightningModule):
 
     purpose = "this stage"  # what it does, for errors
     last_loss = float("nan")  # of the global batch
-    tokens = tokens_before = 0
+    tokens_before = 0
     measured_as, measured_at = "development", None
 
     def __init__(self, model: PreTrainedModel, *, shard: bool = False):
@@ -55,6 +54,7 @@ class FrozenLMStage(L.LightningModule):
         self._frozen = (model,)
         self._shard = shard
         self._copy: tuple[PreTrainedModel, ...] = ()  # sharded, while the stage runs
+        self._tokens: Tensor | int = 0  # on the device, so that a step does not wait for it
         self._perplexities: list[WindowPerplexity] = []  # by validation loader; not registered, so not in checkpoints
         self.development: dict[str, float] = {}
         self.autocast = Autocast()
@@ -63,6 +63,11 @@ class FrozenLMStage(L.LightningModule):
     def lm(self) -> PreTrainedModel:
         """The language model, or its sharded copy while there is one."""
         return (*self._copy, *self._frozen)[0]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that the stage has learned from, over all processes."""
+        return int(self._tokens)
 
     @property
     def measured_model(self) -> PreTrainedModel:
@@ -101,7 +106,7 @@ class FrozenLMStage(L.LightningModule):
         """
         weight = batch.get("weight", torch.ones_like(losses))
         windows = self.trainer.strategy.reduce(weight.sum(), reduce_op="sum")
-        self.tokens += round(float(windows)) * batch["input_ids"].shape[1]
+        self._tokens = self._tokens + windows.detach().double() * batch["input_ids"].shape[1]
         loss = (losses * (weight * self.trainer.world_size / windows).to(losses)).sum()
         value = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
         self.last_loss = float(value)
@@ -148,7 +153,7 @@ class FrozenLMStage(L.LightningModule):
         checkpoint["learned_tokens"], checkpoint["in_float32"] = self.tokens, self.autocast.in_float32
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.tokens, self.autocast.in_float32 = checkpoint["learned_tokens"], checkpoint["in_float32"]
+        self._tokens, self.autocast.in_float32 = checkpoint["learned_tokens"], checkpoint["in_float32"]
 
 
 def curves_of(stage: L.LightningModule) -> str:
