@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.errors import UserError
+from gprune.models.elsewhere import load_elsewhere
 from gprune.models.embedded import model_label
 from gprune.models.loading import fingerprint, load_model
 from gprune.models.surgery import prune
@@ -75,9 +76,13 @@ def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust
 
 
 def _load_pruned(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
-    """The exported folder; without one, the dense model under the masks, the same where nothing recovers."""
+    """The exported folder; without one, the model made elsewhere, or the dense model under the masks, which is the same
+    where nothing recovers."""
     if (run / "model" / "config.json").is_file():
         return load_model(str(exported_model(run)), dtype=dtype)
+    if (other := settings["model"].get("made_elsewhere")) is not None:
+        model, tokenizer = load_elsewhere(other, dtype=dtype, trust_remote_code=trust_remote_code)
+        return model, tokenizer
     masks = read_run(run).masks
     model, tokenizer = load_dense(run, settings, dtype, trust_remote_code)
     return prune(model, masks), tokenizer

@@ -25,6 +25,7 @@ from gprune.models.lookup import family_of
 from gprune.models.masks import Masks
 from gprune.models.structure import check_by_copy, check_structure
 from gprune.models.surgery import prune
+from gprune.pipeline import elsewhere
 from gprune.pipeline.cost import tokens_by_step
 from gprune.recoveries import recovery_of
 from gprune.runs.precision import settled
@@ -180,6 +181,8 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
         for sparsity in cfg.evaluation.curve:
             budget.at(sparsity)
     check_blocks(cfg, blocks, config)
+    if cfg.model.made_elsewhere is not None:
+        elsewhere.refuse(cfg, dense, device)
     _ = plan.tokens  # refuses an interval of validation that no stage has
     return plan
 
