@@ -55,7 +55,9 @@ def subjects_of(
         raise UserError(f"The run '{path}' recovered, and kept no model (--export none); repeat it with --export hf.")
     loading = (path, settings, getattr(torch, dtype or settings["model"]["dtype"]), trust_remote_code)
     after = {"model": label, "stage": run.final, "recovery": settings["recovery"]}
-    after |= {"sparsity": run.records[-1]["sparsity"], "scope": settings["sparsity"]["scope"]}
+    ours = run.final != "model"  # of a model made elsewhere nothing is known
+    after |= {"sparsity": run.records[-1]["sparsity"] if ours else None}
+    after |= {"scope": settings["sparsity"]["scope"] if ours else None}
     subjects = [Subject(after, lambda: _load_pruned(*loading))]
     if dense:
         before = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}

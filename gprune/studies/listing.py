@@ -56,7 +56,7 @@ class RowContent(BaseModel):
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that the row itself gives."""
-        if isinstance(self.model, str):
+        if isinstance(self.model, str) and not self.model.lstrip().startswith("{"):  # settings may be YAML in a string
             return {MADE_ELSEWHERE: self.model, "recovery": "none"} | self.model_extra
         return self.model_extra | ({} if self.model is None else {"model": self.model})
 

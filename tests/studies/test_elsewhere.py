@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import gprune
+from gprune.__main__ import run as command
+from gprune.benchmarks.subjects import subjects_of
 from gprune.studies.archive import record_of, run_of
-from tests import tiny_run
+from tests import tiny_run, tracked
 from tests.studies.workbench import cells
 
 PLAIN = {"plain": {"gprune": False}}
@@ -157,18 +160,40 @@ def test_another_tokenizer_has_its_own_perplexity_and_nothing_that_compares_toke
     assert "another output embedding" in bench.refused(capsys, taught)
 
 
-def test_tasks_are_of_the_model_itself(bench, exported, folders):
-    """And of its export where it has learned."""
-    from gprune.benchmarks.subjects import subjects_of
-    from gprune.studies import runner
+def test_tasks_are_of_the_model_itself_or_of_what_it_has_learned(bench, exported, folders, capsys, monkeypatch):
+    monkeypatch.setattr("gprune.benchmarks.speed.ROUNDS", (1, 1))
+    tasks = {"names": ["speed"], "speed_batch": [1], "speed_prompt": 8}
+    learned = {"model": str(exported[0]), "recovery": "distill", "distill.tokens": 96}
+    rows = {"gpt": {"model": str(other_model(folders / "for tasks"))}, "learned": learned}
+    path = bench.write("tasked", rows, tasks=tasks)
+    bench(capsys, path)
+    _, done = bench.done(path)
+    for row, record in done:
+        assert {r["stage"] for r in record["evaluation"]} == {"dense", "model"}
+        (before, after), _, _ = subjects_of(row.config.folder, dense=True)
+        assert type(before.load()[0]).__name__ == "LlamaForCausalLM"
+        model = after.load()[0]
+        assert model.num_parameters() == record["summary"]["parameters_after"]
+        assert (type(model).__name__ == "GPT2LMHeadModel") == (row.name == "gpt")
+    assert (Path(done[1][0].config.folder) / "model/config.json").is_file()
+    card = (Path(done[1][0].config.folder) / "model/README.md").read_text()
+    assert "A model that gprune did not prune" in card
+    frame = gprune.load_study(path, records=bench.records).to_frame()
+    assert frame["tasks/prefill/1/tokens_per_second"].notna().all()
 
-    other = other_model(folders / "for tasks")
-    (row,) = bench.rows(bench.write("tasked", {"gpt": {"model": str(other)}}))
-    folder, _ = runner.run(row)
-    (before, after), _, _ = subjects_of(str(folder), dense=True)
-    assert (before.about["stage"], after.about["stage"]) == ("dense", "model")
-    assert type(after.load()[0]).__name__ == "GPT2LMHeadModel"
-    assert type(before.load()[0]).__name__ == "LlamaForCausalLM"
+
+@pytest.mark.slow
+def test_such_a_row_is_a_run_of_wandb(bench, exported):
+    path = bench.write("logged", {"theirs": {"model": str(exported[0])}}, common={"corpora.batch_size": 2})
+    arguments = [str(path), "--records", str(bench.records), "--", "--logging.mode=offline"]
+    assert command("study", arguments) == 0
+    found = {file.parent.name.split("-")[3].partition("_")[0]: tracked.read(file)
+             for file in tracked.files(bench.records / "logged")}  # fmt: skip
+    assert found.keys() == {"theirs", "all"}
+    assert found["theirs"].about["job_type"] == "model"
+    assert {"logged", "theirs", "made elsewhere"} <= set(found["theirs"].about["tags"])
+    assert found["theirs"].summary["final/unseen_kl"] > 0
+    assert found["theirs"].config["model"]["made_elsewhere"] == str(exported[0])
 
 
 # --- what is refused, in one line and before any row runs ----------------------------------------------------------
@@ -196,9 +221,11 @@ def biased(weights):
 @pytest.mark.parametrize(
     ("change", "config", "said"),
     [
-        (without("mlp.up_proj.weight", "mlp.down_proj.weight"), {}, "has no weights for 2 parameters, such as model.layers.1.mlp.down"),
-        (narrower, {}, "1 weights of other shapes than its config.json says, such as model.layers.1.mlp.down_proj.weight: expected (32, 160), got (32, 159)"),
-        (biased, {}, "1 weights without a place in the model of its config.json, such as model.layers.1.mlp.down_proj.bias"),
+        (without("mlp.up_proj.weight", "mlp.down_proj.weight"), {},
+         f"has no weights for 2 parameters, such as {LAYER}mlp.down_proj.weight"),
+        (narrower, {}, f"of other shapes than its config.json says, such as {LAYER}mlp.down_proj.weight: "
+         "expected (32, 160), got (32, 159)"),
+        (biased, {}, f"without a place in the model of its config.json, such as {LAYER}mlp.down_proj.bias"),
         (None, {"num_hidden_layers": 9}, "has no weights for"),
         (None, {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "is quantised"),
         (None, {"model_type": "unheard_of"}, "unheard_of"),
@@ -267,4 +294,4 @@ def test_the_group_of_settings_stays_what_it_was(bench):
     one, two = bench.rows(bench.write("two ways", rows))
     assert one.config.settings() == two.config.settings()
     assert one.config.settings()["model"]["made_elsewhere"] == "there"
-    assert not one.masks and not two.masks
+    assert [one.masks, two.masks] == [False, False]
