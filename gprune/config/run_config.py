@@ -114,7 +114,7 @@ class RunConfig(Group):
     def model_post_init(self, _: Any) -> None:
         """Raise UserError for settings that cannot go together."""
         if self.model.made_elsewhere is not None:
-            self._measure_only()
+            self.measure_only()
         self._check_options()
         _ = IMPORTANCE[self.importance]  # refuses a metric that is not registered
         m, d, drift, processes = self.model, self.distill, self.corpora.drift, self.processes
@@ -144,7 +144,7 @@ class RunConfig(Group):
             if m.device_map != "cpu" and set(m.max_memory or ()) != {"cpu"}:
                 raise UserError(f"{where} expected --model.max_memory with a limit for cpu alone, got --model.shard.")
 
-    def _measure_only(self) -> None:
+    def measure_only(self) -> None:
         """Reset what prunes to the defaults, so that equal measurements of a model made elsewhere are equal settings.
 
         Raises:

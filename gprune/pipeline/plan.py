@@ -150,6 +150,8 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
         UserError: for settings, a device or a model that cannot be.
     """
     cfg.validate()
+    if cfg.model.made_elsewhere is not None:
+        cfg.measure_only()  # it may have been assigned after the rest
     cfg.check_names()
     callbacks = callbacks or UserCallbacks(paths=cfg.trainer.callbacks)
     device = device_for(cfg, callbacks.of_stage(None))

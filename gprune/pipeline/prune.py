@@ -72,7 +72,8 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
             evaluate(run, statistics, masks)  # the method alone, and its controls
         final = masks[run.cfg.final]
         own_masks = None if cfg.final == "model" else final
-        run.step(9, "Pruning" if cfg.recovery == "none" else "Pruning and recovering")
+        made = "Pruning" if own_masks else f"Reading {cfg.model.made_elsewhere}"
+        run.step(9, made if cfg.recovery == "none" else f"{made} and recovering")
         with run.folder.step("shrink"):
             pruned = shrink(run, final, statistics)
         first, summary = rank_zero_only.rank == 0, {}
@@ -83,7 +84,9 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
             summary = summarise(run, records, own_masks, pruned, modules)
             with dispensable("a page", f"`gprune report {run.folder.path}` writes it"):
                 write_pages(run)
+        known = run.cfg.own_row == ("model", "none")  # the model, and its tokenizer, are in a folder of their own
+        small, tokenizer = (None, None) if known else (portable(pruned), run.tokenizer)
         return PruningResult(
             path=run.folder.path, config=run.cfg, masks=own_masks, modules=modules, thresholds=thresholds,
-            statistics=statistics, records=records, summary=summary, model=portable(pruned), tokenizer=run.tokenizer,
+            statistics=statistics, records=records, summary=summary, model=small, tokenizer=tokenizer,
         )  # fmt: skip

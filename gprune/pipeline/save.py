@@ -48,12 +48,12 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
         pruned: the result, recovered as asked.
         masks: by stage.
     """
+    if run.cfg.own_row == ("model", "none"):  # it is in a folder of its own already
+        return
     if run.cfg.final != "model":
         save_masks(run, masks)
     cfg, folder, manifest = run.cfg, run.folder / "model", run.folder.manifest
-    # A model made elsewhere is in a folder of its own already, unless it has learned.
-    exports = cfg.export.format != "none" and cfg.own_row != ("model", "none")
-    written = manifest.get("exported_dtype", cfg.model.dtype)
+    exports, written = cfg.export.format != "none", manifest.get("exported_dtype", cfg.model.dtype)
     changed = cfg.export.dtype not in (None, written)  # a finished export keeps its dtype, unless another one is named
     if "logits" not in manifest or (exports and (changed or manifest.get("model") != file_hashes(folder))):
         run.step(9, "Checking the pruned model")

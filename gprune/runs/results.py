@@ -85,7 +85,8 @@ class FinishedRun:
 
 @dataclass(repr=False)
 class PruningResult:
-    """Everything a run found. `model` is the pruned model, really smaller."""
+    """Everything a run found. `model` is the pruned model, really smaller; None if the run measured a model made
+    elsewhere."""
 
     path: Path
     config: RunConfig

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 import gprune
 from gprune.__main__ import run as command
 from gprune.benchmarks.subjects import subjects_of
+from gprune.config import parse
 from gprune.studies.archive import record_of, run_of
 from tests import tiny_run, tracked
 from tests.studies.workbench import cells
@@ -160,6 +161,20 @@ def test_another_tokenizer_has_its_own_perplexity_and_nothing_that_compares_toke
     assert "another output embedding" in bench.refused(capsys, taught)
 
 
+def test_a_model_that_gprune_cannot_prune_is_measured(bench, folders, capsys):
+    """Without attention, FFN or anything that gprune knows; and it cannot be distilled, in one line."""
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=128, hidden_size=16, state_size=4, num_hidden_layers=1)
+    MambaForCausalLM(config).save_pretrained(folders / "mamba")
+    tiny_run.tiny_tokenizer().save_pretrained(folders / "mamba")
+    path = bench.write("unknown", {"mamba": {"model": str(folders / "mamba")}})
+    bench(capsys, path)
+    _, ((_, record),) = bench.done(path)
+    assert all(r["kl"] > 0 for r in record["records"] if r["stage"] == "model")
+    learns = {"model": str(folders / "mamba"), "recovery": "distill", "distill.tokens": 96}
+    assert "mamba" in bench.refused(capsys, bench.write("taught mamba", {"mamba": learns}))
+
+
 def test_tasks_are_of_the_model_itself_or_of_what_it_has_learned(bench, exported, folders, capsys, monkeypatch):
     monkeypatch.setattr("gprune.benchmarks.speed.ROUNDS", (1, 1))
     tasks = {"names": ["speed"], "speed_batch": [1], "speed_prompt": 8}
@@ -241,18 +256,57 @@ def test_a_folder_that_does_not_load_as_it_was_saved_is_refused(
     assert said in line
 
 
-def test_code_of_a_model_needs_the_same_consent_as_ours(bench, folders, nothing_runs, capsys):
-    folder = saved(
-        bench, folders, "code", model_type="own_code",
-        auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
-    )  # fmt: skip
-    (folder / "code.py").write_text("raise SystemExit('it ran')")
+CODE = """from transformers import LlamaConfig, LlamaForCausalLM
+
+class Config(LlamaConfig):
+    model_type = "own_code"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+AUTO = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+
+
+def test_code_of_a_model_needs_the_same_consent_as_ours(bench, folders, capsys):
+    folder = saved(bench, folders, "code", model_type="own_code", auto_map=AUTO)
+    (folder / "code.py").write_text(CODE)
     row = {"coded": {"model": str(folder)}}
-    said = bench.refused(capsys, bench.write("coded", row))
+    path = bench.write("coded", row)
+    said = bench.refused(capsys, path)
     assert "brings Python code of its own" in said
     assert "--model.trust_remote_code=true" in said
     in_list = bench.write("consent", {"coded": row["coded"] | {"model.trust_remote_code": True}})
     assert "expected --model.trust_remote_code=true behind --, got it in a list" in bench.refused(capsys, in_list)
+    bench(capsys, path, "--", "--model.trust_remote_code=true")
+    (consented,) = bench.rows(path, flags=["--model.trust_remote_code=true"])
+    assert max(r["kl"] for r in record_of(consented)["records"] if r["stage"] == "model") < 1e-9
+
+
+@pytest.mark.parametrize("how", ["several files", "pickled"])
+def test_other_files_of_weights_are_checked_and_read_too(bench, folders, how, capsys):
+    folder = saved(bench, folders, how)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if how == "pickled":
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        names = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(weights))}
+        for file in set(names.values()):
+            part = {name: weights[name] for name, of in names.items() if of == file}
+            save_file(part, folder / file, metadata={"format": "pt"})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    bench(capsys, path := bench.write(how, {how: {"model": str(folder)}}))
+    _, ((_, record),) = bench.done(path)
+    assert max(r["kl"] for r in record["records"] if r["stage"] == "model") < 1e-9
+
+
+def test_assigned_in_python_it_is_measured_and_not_pruned(bench, tmp_path):
+    cfg = parse(bench.world.args(tmp_path))
+    cfg.model.made_elsewhere = str(bench.world.model)
+    result = gprune.prune(cfg)
+    assert (result.masks, result.model, result.modules) == (None, None, None)
+    assert result.summary["parameters_after"] == result.summary["parameters_before"]
+    assert result.table().index.tolist() == ["dense", "model"]
 
 
 def test_what_is_no_model_or_too_large_is_refused(bench, folders, nothing_runs, capsys):
