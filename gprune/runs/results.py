@@ -127,8 +127,9 @@ class PruningResult:
             asked, sizes = self.config.sparsity, f"{s['parameters_before']:,} -> {s['parameters_after']:,}"
             removed = "made elsewhere"
             if "sparsity_of_scope" in s:
-                removed = f"{removed_in_words(s['sparsity_of_scope'], asked.scope, asked.allocation)} removed"
-            lines.append(f"{removed}, {s['sparsity_of_model']:.2%} of the model: {sizes}")
+                of_scope = removed_in_words(s["sparsity_of_scope"], asked.scope, asked.allocation)
+                removed = f"{of_scope} removed, {s['sparsity_of_model']:.2%} of the model"
+            lines.append(f"{removed}: {sizes}")
         if self.records:
             lines += self.table().to_string(float_format="{:.2f}".format, max_rows=7).splitlines()
         return "\n".join(lines)

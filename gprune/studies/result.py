@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gprune.benchmarks.measurement import task_numbers
-from gprune.config import flat
+from gprune.config import applied
 from gprune.corpora.load import corpus_labels
 from gprune.errors import UserError
 from gprune.report import Report, Table
@@ -131,7 +131,7 @@ class StudyResult:
 
     def _differing_settings(self) -> dict[str, dict[str, Any]]:
         """By name of a row, the settings by flag in which any rows of the whole list differ; not the seed."""
-        settings = {row.name: flat(row.config.settings()) for row in self.listing.rows}
+        settings = {row.name: applied(row.config.settings()) for row in self.listing.rows}
         flags = [flag for flag in dict.fromkeys(chain(*settings.values())) if flag != "run.seed"]
         first = next(iter(settings.values()))
         differ = [flag for flag in flags if any(own.get(flag) != first.get(flag) for own in settings.values())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from gprune.studies.archive import record_of, run_of
 from tests import tiny_run, tracked
 from tests.studies.workbench import cells
 
-PLAIN = {"plain": {"gprune": False}}
+PLAIN = {"plain": {"gprune": False, "importance": "magnitude"}}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,8 @@ def folders(bench, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(bench, folders):
     """The model that the row `plain` makes, exported as a folder, and the run that made it."""
-    result = bench.world.run(folders / "runs", "--gprune=false", "--export=hf", "--export.dtype=float32", name="plain")
+    flags = ("--gprune=false", "--importance=magnitude", "--export=hf", "--export.dtype=float32")
+    result = bench.world.run(folders / "runs", *flags, name="plain")
     return result.path / "model", result
 
 
@@ -49,11 +51,20 @@ def saved(bench, folders, name, change=None, **config):
     return folder
 
 
-def test_our_own_model_as_a_row_has_the_numbers_of_the_row_that_made_it(bench, exported, capsys):
-    folder, made = exported
-    rows = PLAIN | {"theirs": {"model": str(folder)}}
+@pytest.fixture(scope="module")
+def together(bench, exported):
+    """A list with the row `plain`, and its model as a row of its own, and what its run printed."""
+    rows = PLAIN | {"theirs": {"model": str(exported[0])}}
     path = bench.write("ours back", rows, compare=[["theirs: model", "plain: base"]], reference="plain")
-    out = bench(capsys, path)
+    with pytest.MonkeyPatch.context() as patch:
+        written = []
+        patch.setattr(sys.stdout, "write", written.append)
+        assert command("study", [str(path), "--records", str(bench.records)]) == 0
+    return path, "".join(written)
+
+
+def test_our_own_model_as_a_row_has_the_numbers_of_the_row_that_made_it(bench, exported, together):
+    (_, made), (path, out) = exported, together
     _, ((_, plain), (row, theirs)) = bench.done(path)
     ours = [r for r in plain["records"] if r["stage"] == "base"]
     back = [r for r in theirs["records"] if r["stage"] == "model"]
@@ -76,9 +87,9 @@ def test_our_own_model_as_a_row_has_the_numbers_of_the_row_that_made_it(bench, e
     assert "Another tokenizer" not in out
 
 
-def test_such_a_row_is_read_like_any_other(bench, exported, nothing_runs, capsys, tmp_path):
+def test_such_a_row_is_read_like_any_other(bench, together, nothing_runs, capsys, tmp_path):
     """From its record alone: frames, files, the report, and the run folder."""
-    test_path = bench.folder / "ours back.yaml"
+    test_path = together[0]
     study = gprune.load_study(test_path, records=bench.records)
     frame = study.to_frame().set_index("row")
     assert frame.loc["theirs", "stage"] == "model"
@@ -87,6 +98,7 @@ def test_such_a_row_is_read_like_any_other(bench, exported, nothing_runs, capsys
     assert frame.loc["theirs", "gap"] == pytest.approx(frame.loc["plain", "gap"], rel=1e-4)
     assert frame.loc["theirs", "unseen_over_unrecovered_base"] == pytest.approx(1, rel=1e-4)
     assert frame.loc["theirs", ["target", "importance", "scope"]].isna().all()
+    assert frame.loc["plain", "importance"] == "magnitude"
     for suffix in (".csv", ".json", ".md", ".tex", ".html"):
         bench(capsys, test_path, "--table", "--output", tmp_path / f"t{suffix}")
         assert "theirs" in (tmp_path / f"t{suffix}").read_text()
@@ -298,6 +310,16 @@ def test_other_files_of_weights_are_checked_and_read_too(bench, folders, how, ca
     bench(capsys, path := bench.write(how, {how: {"model": str(folder)}}))
     _, ((_, record),) = bench.done(path)
     assert max(r["kl"] for r in record["records"] if r["stage"] == "model") < 1e-9
+
+
+def test_the_command_line_measures_it_without_a_list(bench, exported, folders, capsys):
+    made = bench.world.run(folders / "runs", f"--model.made_elsewhere={exported[0]}", "--ridge=0.5", name="given")
+    out = capsys.readouterr().out
+    assert f"Made elsewhere: {made.summary['parameters_before']:,} -> {made.summary['parameters_after']:,}" in out
+    assert "--ridge (--model.made_elsewhere)" in out  # ignored
+    assert "Removed" not in out
+    assert "the model in" not in out  # none was exported
+    assert repr(made).splitlines()[1].startswith("made elsewhere: ")
 
 
 def test_assigned_in_python_it_is_measured_and_not_pruned(bench, tmp_path):
