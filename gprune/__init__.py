@@ -38,7 +38,7 @@ __all__ = [
     "learner", "load_run", "load_study", "masked", "metric", "prune", "recovery", "refiner", "register",
 ]  # fmt: skip
 __getattr__, __dir__ = later(__name__, {
-    "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "apply_masks": "gprune.export.hf",
-    "load_run": "gprune.runs.results", "masked": "gprune.sparsity.gates", "prune": "gprune.pipeline.prune",
-    "register": "gprune.models.loading", "StudyResult": "gprune.studies.result", "load_study": "gprune.studies.result",
+    "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "StudyResult": "gprune.studies.result",
+    "apply_masks": "gprune.export.hf", "load_run": "gprune.runs.results", "load_study": "gprune.studies.result",
+    "masked": "gprune.sparsity.gates", "prune": "gprune.pipeline.prune", "register": "gprune.models.loading",
 })  # fmt: skip

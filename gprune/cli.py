@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gprune.config import RunConfig
 from gprune.config.parse import flags_of, parse
+from gprune.config.run_config import NOT_OF_OTHERS
 from gprune.console import guarded, process_index, quiet, speak
 from gprune.errors import UserError
 from gprune.models.names import check_model_name
@@ -41,7 +42,10 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
         log.warning("Given, and not read by this run: %s", idle)
     check_early(cfg)
     if not cfg.dry_run:  # before what takes seconds to import
-        log.info("%s: pruning %s, target %s", cfg.model.name, cfg.sparsity.scope, cfg.sparsity.target)
+        if (other := cfg.model.made_elsewhere) is not None:
+            log.info("%s: measuring %s beside it", cfg.model.name, other)
+        else:
+            log.info("%s: pruning %s, target %s", cfg.model.name, cfg.sparsity.scope, cfg.sparsity.target)
     quiet()
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -60,17 +64,23 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
         return ""
     s = result.summary
     whose = " of the first process, which has its share of the text" if cfg.processes > 1 else ""
-    removed = removed_in_words(s["sparsity_of_scope"], cfg.sparsity.scope, cfg.sparsity.allocation)
+    removed = "Made elsewhere"  # not by removing units of the dense model, as far as is known
+    if "sparsity_of_scope" in s:
+        scoped = s["sparsity_of_scope"], cfg.sparsity.scope, cfg.sparsity.allocation
+        removed = f"Removed {removed_in_words(*scoped)}, {s['sparsity_of_model']:.2%} of the model"
     exported = RunFolder(result.path).manifest.get("exported_dtype", cfg.model.dtype)
     return (
         f"\n{result_table(result.records).shown()}\n\n"
-        f"Removed {removed}, {s['sparsity_of_model']:.2%} of the model: "
-        f"{s['parameters_before']:,} -> {s['parameters_after']:,} parameters.\n"
+        f"{removed}: {s['parameters_before']:,} -> {s['parameters_after']:,} parameters.\n"
         + (f"{s['speed']['said']}\n" if "speed" in s else "")
         + f"Tokens{whose}: {s['forward_tokens']:,} forward, {s['forward_backward_tokens']:,} forward and backward.\n"
         f"Everything is in {result.path}"
         + (", and its page is report.html" if (result.path / "report.html").exists() else "")
-        + ("" if cfg.export.format == "none" else f"; the model in {result.path / 'model'}, in {exported}")
+        + (
+            ""
+            if cfg.export.format == "none" or cfg.own_row == ("model", "none")
+            else f"; the model in {result.path / 'model'}, in {exported}"
+        )
         + f".\nCurves: {how_to_look(result.path)}.\n"
     )
 
@@ -95,6 +105,7 @@ def switched_off(c: RunConfig) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
     Of recoveries that are registered from Python nothing is said: nobody knows what they read.
     """
     chain, s = set(c.recovery.split("+")), c.sparsity
+    yield "--model.made_elsewhere", c.final == "model", ("gprune", *NOT_OF_OTHERS)
     solved = chain <= {"none", "bias", "least_squares", "least_squares_sequential"}
     yield "--gprune false", not c.gprune, ("partition", "reliability", *LEARNING)
     yield "--gprune false", not c.roles["drift"], ("corpora.drift",)

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.errors import UserError
+from gprune.models.elsewhere import load_elsewhere
 from gprune.models.embedded import model_label
 from gprune.models.loading import fingerprint, load_model
 from gprune.models.surgery import prune
@@ -54,7 +55,9 @@ def subjects_of(
         raise UserError(f"The run '{path}' recovered, and kept no model (--export none); repeat it with --export hf.")
     loading = (path, settings, getattr(torch, dtype or settings["model"]["dtype"]), trust_remote_code)
     after = {"model": label, "stage": run.final, "recovery": settings["recovery"]}
-    after |= {"sparsity": run.records[-1]["sparsity"], "scope": settings["sparsity"]["scope"]}
+    ours = run.final != "model"  # of a model made elsewhere nothing is known
+    after |= {"sparsity": run.records[-1]["sparsity"] if ours else None}
+    after |= {"scope": settings["sparsity"]["scope"] if ours else None}
     subjects = [Subject(after, lambda: _load_pruned(*loading))]
     if dense:
         before = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
@@ -75,9 +78,13 @@ def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust
 
 
 def _load_pruned(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
-    """The exported folder; without one, the dense model under the masks, the same where nothing recovers."""
+    """The exported folder; without one, the model made elsewhere, or the dense model under the masks, which is the same
+    where nothing recovers."""
     if (run / "model" / "config.json").is_file():
         return load_model(str(exported_model(run)), dtype=dtype)
+    if (other := settings["model"].get("made_elsewhere")) is not None:
+        model, tokenizer = load_elsewhere(other, dtype=dtype, trust_remote_code=trust_remote_code)
+        return model, tokenizer
     masks = read_run(run).masks
     model, tokenizer = load_dense(run, settings, dtype, trust_remote_code)
     return prune(model, masks), tokenizer

@@ -1,12 +1,23 @@
 """Every flag of train.py, with its help; start with `run.py`."""
 
 from gprune.config.groups import CorporaConfig, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
-from gprune.config.parse import CONSENT, check_settings, configured, flat, migrated, parse, read_flags, read_settings
+from gprune.config.parse import (
+    CONSENT,
+    applied,
+    check_settings,
+    configured,
+    flat,
+    migrated,
+    parse,
+    read_flags,
+    read_settings,
+)
 from gprune.config.run_config import ExportConfig, RunConfig
 from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
 
 __all__ = [
     "CONSENT", "CorporaConfig", "DistillConfig", "EvaluationConfig", "ExportConfig", "LoggingConfig",
     "ModelConfig", "PartitionConfig", "ReliabilityConfig", "RunConfig", "RunFolderConfig", "SparsityConfig",
-    "TrainerConfig", "check_settings", "configured", "flat", "migrated", "parse", "read_flags", "read_settings",
+    "TrainerConfig", "applied", "check_settings", "configured", "flat", "migrated", "parse", "read_flags",
+    "read_settings",
 ]  # fmt: skip

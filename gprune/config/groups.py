@@ -113,6 +113,9 @@ class ModelConfig(Group, prefix="model."):
 
     name: Text = "smollm2-135m"
     """Embedded name (smollm2-135m, gemma-3-270m, tiny-random), local Hugging Face folder, or hub id."""
+    made_elsewhere: Text | None = None
+    """Measure this model in place of pruning one: a folder or hub id of any causal language model, such as one that
+    another tool has pruned. `name` is the dense model that it is compared with. Takes --recovery none or distill."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the frozen weights; statistics are summed in float64."""
     device_map: Text | None = None

@@ -15,7 +15,7 @@ import yaml
 
 from gprune.checks import shown
 from gprune.config.groups import Group
-from gprune.config.run_config import RunConfig
+from gprune.config.run_config import NOT_OF_OTHERS, RunConfig
 from gprune.config.running import RELATIVE_RATE
 from gprune.console import Parser, say
 from gprune.errors import UserError
@@ -228,6 +228,13 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = isinstance(value, dict) and value
         leaves |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
     return leaves
+
+
+def applied(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run by dotted name, without those that a model made elsewhere ignores."""
+    other = settings.get("model", {}).get("made_elsewhere") is not None
+    off = ("gprune", *NOT_OF_OTHERS) if other else ()
+    return {name: value for name, value in flat(settings).items() if name.partition(".")[0] not in off}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

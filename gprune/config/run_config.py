@@ -20,6 +20,7 @@ from gprune.registry import CALIBRATOR, LEARNER, REFINER
 from gprune.sparsity.allocation import ALLOCATION
 
 # Stages that others may take the place of, by the groups that name them: in the keys of what is kept where they do.
+NOT_OF_OTHERS = ("importance", "partition", "reliability", "sparsity", "ridge")  # what --model.made_elsewhere ignores
 STAGES = {"corpora": "calibrator", "partition": "refiner", "sparsity": "learner"}
 
 
@@ -112,6 +113,8 @@ class RunConfig(Group):
 
     def model_post_init(self, _: Any) -> None:
         """Raise UserError for settings that cannot go together."""
+        if self.model.made_elsewhere is not None:
+            self.measure_only()
         self._check_options()
         _ = IMPORTANCE[self.importance]  # refuses a metric that is not registered
         m, d, drift, processes = self.model, self.distill, self.corpora.drift, self.processes
@@ -141,6 +144,23 @@ class RunConfig(Group):
             if m.device_map != "cpu" and set(m.max_memory or ()) != {"cpu"}:
                 raise UserError(f"{where} expected --model.max_memory with a limit for cpu alone, got --model.shard.")
 
+    def measure_only(self) -> None:
+        """Reset what prunes to the defaults, so that equal measurements of a model made elsewhere are equal settings.
+
+        Raises:
+            UserError: for what needs gprune's own masks or statistics, and for several processes.
+        """
+        fields = type(self).model_fields
+        defaults = {name: fields[name].get_default(call_default_factory=True) for name in NOT_OF_OTHERS}
+        self.__dict__.update(defaults | {"gprune": False})
+        where = f"--model.made_elsewhere {self.model.made_elsewhere}:"
+        if self.recovery not in ("none", "distill"):
+            raise UserError(f"{where} expected --recovery none or distill, got {self.recovery}.")
+        if self.processes > 1 or self.model.shard or self.model.device_map is not None:
+            raise UserError(f"{where} expected one process, and no --model.device_map.")
+        if self.dry_run or self.export.format == "gguf":
+            raise UserError(f"{where} expected neither --dry_run true nor --export gguf.")
+
     def _check_options(self) -> None:
         """Raise UserError for a stage that nobody has registered, and for options that the run does not have."""
         used: dict[str, Any] = dict.fromkeys(self.recovery.split("+"), (RECOVERY, ()))
@@ -161,8 +181,9 @@ class RunConfig(Group):
 
     @property
     def final(self) -> str:
-        """The stage that the run is about: `gprune`, or `base` where the base metric is alone."""
-        return "gprune" if self.gprune else "base"
+        """The stage that the run is about: `gprune`, `base` where the base metric is alone, or `model` for a model that
+        was made elsewhere."""
+        return "model" if self.model.made_elsewhere is not None else "gprune" if self.gprune else "base"
 
     @property
     def own_row(self) -> tuple[str, str]:
@@ -211,6 +232,8 @@ class RunConfig(Group):
     @property
     def needs(self) -> frozenset[str]:
         """What of `calibration.statistics.EXTRAS` the run reads."""
+        if self.final == "model":
+            return frozenset()
         names = {self.importance}
         if self.gprune:
             names |= {IMPORTANCE[self.importance].drift, self.reliability.metric}
@@ -225,7 +248,7 @@ class RunConfig(Group):
     @property
     def stages(self) -> list[tuple[str, str]]:
         """(stage, recovery) of every row of the result table after `dense`."""
-        names, controls = ["base"], self.evaluation.controls
+        names, controls = [self.final], self.evaluation.controls
         if self.gprune:
             names = [name for name in ("base", "averaged") if name in controls] + ["gprune"]
         recoveries = [self.recovery]
@@ -252,6 +275,8 @@ class RunConfig(Group):
     @property
     def calibration(self) -> list[str]:
         """Every corpus that statistics are collected on, each once, in a fixed order."""
+        if self.final == "model":
+            return []
         roles = self.roles
         recover = roles["recover"] if recovery_of(self.recovery).needs - {"text"} else []
         return list(dict.fromkeys([*roles["score"], *roles["drift"], *recover]))
@@ -305,6 +330,8 @@ class RunConfig(Group):
         if self.sparsity.currency == "bytes":
             of_gguf = set() if self.export.format == "gguf" else {"format", "type"}
             plain["export"] = self.export.model_dump(exclude=of_gguf)
+        if self.model.made_elsewhere is None:
+            del plain["model"]["made_elsewhere"]
         plain["run"] = {"seed": self.run.seed}
         plain["trainer"] = {"world_size": self.processes, "precision": self.trainer.precision} | self.trainer.unusual
         return plain
@@ -326,5 +353,7 @@ class RunConfig(Group):
             return self.run.name
         digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:8]
         model = os.path.basename(os.path.normpath(self.model.name))
+        if (other := self.model.made_elsewhere) is not None:
+            return f"{os.path.basename(os.path.normpath(other))[:100]}-beside-{model[:100]}-{digest}"
         spelt = f"{target:g}" if isinstance(target := self.sparsity.target, float) else target.replace("%", "pct")
         return f"{model[:100]}-{self.final}-{self.importance}-{spelt}-{digest}"

@@ -101,8 +101,9 @@ def locate_model(name: str) -> str:
     return str(path) if path.is_dir() else name
 
 
-def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read a model's configuration alone; a UserError for a family that is not supported, or sizes out of range."""
+def read_config(name: str, *, trust_remote_code: bool = False, prunable: bool = True) -> PreTrainedConfig:
+    """Read a model's configuration alone; a UserError for sizes out of range and, unless `prunable` is false, for a
+    family that is not supported."""
     location = locate_model(name)
     register()  # for a family whose record came after the import
     expected = " Expected a causal language model; without network use an embedded model or a local folder."
@@ -113,7 +114,8 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
         if isinstance(named, str) and named.startswith(PRUNED) and named.removeprefix(PRUNED) in CONFIG_MAPPING:
             register_type(named.removeprefix(PRUNED))
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
-        family_of_config(config)
+        if prunable:
+            family_of_config(config)
     return config
 
 
@@ -150,6 +152,7 @@ def load_weights(
     device_map: str | None = None,
     max_memory: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
+    prunable: bool = True,
 ) -> PreTrainedModel:
     """A frozen causal language model from a folder or the hub, in eval mode.
 
@@ -159,11 +162,12 @@ def load_weights(
     Args:
         device_map: handed to transformers as it is.
         max_memory: sizes by `cpu` or device number; weights beyond them stay on disk.
+        prunable: whether gprune has to know the model's structure.
 
     Raises:
         UserError: where weights of the model are missing, which transformers would draw at random, or quantised.
     """
-    config = read_config(str(location), trust_remote_code=trust_remote_code)
+    config = read_config(str(location), trust_remote_code=trust_remote_code, prunable=prunable)
     check_stored(skeleton(config, trust_remote_code=trust_remote_code), location)
     settings = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     with ExitStack() as removal:

@@ -39,7 +39,8 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
     open_blocks, rounds = len(costs.neurons) - len(costs.protected), len(costs.gone) if s.block_choice == "loss" else 0
     tried = sum(range(open_blocks, open_blocks - rounds, -1)) * len(c.drift) * c.seq_len
     evaluated = evaluated_tokens(cfg)  # by each model
-    times = 1 if keeps(cfg, evaluated, hidden_size) else 2  # of each row, and the dense model's beside it
+    once = keeps(cfg, evaluated, hidden_size) and cfg.final != "model"
+    times = 1 if once else 2  # of each row, and the dense model's beside it
     early = 1 + times * sum(recovery == "none" for _, recovery in cfg.stages) if cfg.evaluates_early else 0
     late = 1 + times * len(cfg.stages) - early
     forward = {9: 3 * compared_tokens(cfg) + early * evaluated, 10: late * evaluated}

@@ -16,6 +16,7 @@ from gprune.calibration.statistics import CorpusStatistics
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
 from gprune.errors import dispensable
+from gprune.evaluation.distance import measured_apart
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity, processes
 from gprune.models.copies import sharded_copy
@@ -79,13 +80,17 @@ def evaluate(
                     model = shrink(run, masks[row[0]], statistics, row=row)
             if not measures:
                 continue
-            if row != dense:
+            if row[0] not in ("dense", "model"):
                 run.meter.watch(model)
             name = row_name(*row)
-            measure = dense_perplexity if row == dense else compared if same_head(model, run.model) else measured
+            text = run.text.test
+            if row[0] == "model":
+                measure, text = apart, run.own_text
+            else:
+                measure = dense_perplexity if row == dense else compared if same_head(model, run.model) else measured
             model = spread(run, model)
-            results = [measure(run, model, w, name) for w in run.text.test]
-            pairs = zip(results, run.text.test, strict=True)
+            results = [measure(run, model, w, name) for w in text]
+            pairs = zip(results, text, strict=True)
             records += [record(run, row, result, w, leaked[w.corpus]) for result, w in pairs]
             write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
     if early and measures and not run.folder.finished:
@@ -176,6 +181,19 @@ def measured(
         return perplexity(model, windows, batch_size=batch_size, progress=advance, shared=True, forecasts=dense)
 
 
+def apart(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
+    """As `compared`, of a model made elsewhere; without a distance where it has windows of its own."""
+
+    def advance(tokens: int) -> None:
+        run.meter.add(tokens)
+        run.screen.advance(tokens)
+
+    run.screen.begin(f"Evaluating {name} on {windows.corpus}")
+    dense = run.model if any(windows is of_dense for of_dense in run.text.test) else None
+    with run.folder.part(f"{name} on {windows.corpus}"):
+        return measured_apart(model, windows, dense, progress=advance)
+
+
 def record(
     run: Run, row: tuple[str, str], result: PerplexityResult, w: Windows, leak: tuple[bool, float]
 ) -> dict[str, Any]:
@@ -186,12 +204,13 @@ def record(
         leak: whether the corpus counts as seen, and its share of leaked 13-grams.
     """
     (stage, recovery), cfg = row, run.cfg
-    dense, gprune = stage == "dense", stage == "gprune"
-    switch, learned = cfg.reliability, gprune and cfg.learns
+    gprune = stage == "gprune"
+    switch, learned, ours = cfg.reliability, gprune and cfg.learns, stage not in ("dense", "model")
+    removed = run.budget.sparsity if ours else 0.0
     return {
         "stage": stage,
-        "importance": None if dense else cfg.importance,
-        "allocation": None if dense else cfg.sparsity.allocation if gprune else cfg.base_allocation,
+        "importance": cfg.importance if ours else None,
+        "allocation": None if not ours else cfg.sparsity.allocation if gprune else cfg.base_allocation,
         "partition": cfg.partition.method if gprune else None,
         "switch": switch.switch and len(cfg.corpora.drift) > 1 if gprune else None,
         "switch_to": switch.metric if gprune else None,
@@ -201,8 +220,8 @@ def record(
         "recovery": recovery,
         "ridge": cfg.ridge if recovery_of(recovery).needs else None,
         **{n: dict(s) if n in recovery.split("+") else None for n, s in cfg.recovery_settings.items()},
-        "sparsity": 0.0 if dense else run.budget.sparsity,
-        "scope": cfg.sparsity.scope,
+        "sparsity": removed,
+        "scope": "model" if cfg.final == "model" else cfg.sparsity.scope,
         **({} if cfg.sparsity.currency == "parameters" else {"cost": cfg.sparsity.currency}),
         "model": model_label(cfg.model.name),
         "corpora": cfg.roles,
@@ -235,12 +254,12 @@ def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, 
 
 
 def summarise(
-    run: Run, records: Sequence[dict[str, Any]], masks: Masks, pruned: PreTrainedModel, modules: Modules | None
+    run: Run, records: Sequence[dict[str, Any]], masks: Masks | None, pruned: PreTrainedModel, modules: Modules | None
 ) -> dict[str, Any]:
     """The run's headline: sparsities reached, means, gaps and ratios; into manifest, metrics.json, W&B and figures.
 
     Args:
-        masks: of the final stage, and `pruned` its model.
+        masks: of the final stage, and `pruned` its model. None for a model made elsewhere.
     """
     before, after, units = run.model.num_parameters(), pruned.num_parameters(), run.budget.costs.in_parameters
     means = {
@@ -248,7 +267,7 @@ def summarise(
         for row, values in means_and_gaps(records).items()
     }
     summary = {
-        "sparsity_of_scope": units.removed(masks) / units.total,
+        **({} if masks is None else {"sparsity_of_scope": units.removed(masks) / units.total}),
         "sparsity_of_model": 1 - after / before,
         "parameters_before": before,
         "parameters_after": after,
@@ -263,7 +282,7 @@ def summarise(
         log.info("%s", summary["speed"]["said"])
     if stopped := run.folder.manifest.get("stopped"):
         summary["stopped"] = stopped  # stages that a callback has ended early
-    run.folder.update_manifest(summary=summary, widths=widths(pruned))
+    run.folder.update_manifest(summary=summary, **({} if masks is None else {"widths": widths(pruned)}))
     made_up = f"`gprune report {run.folder.path}` writes"
     with dispensable("a model card", f"{made_up} it"):
         write_card(run.folder, run.cfg, records)

@@ -25,6 +25,7 @@ from gprune.models.lookup import family_of
 from gprune.models.masks import Masks
 from gprune.models.structure import check_by_copy, check_structure
 from gprune.models.surgery import prune
+from gprune.pipeline import elsewhere
 from gprune.pipeline.cost import tokens_by_step
 from gprune.recoveries import recovery_of
 from gprune.runs.precision import settled
@@ -149,6 +150,8 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
         UserError: for settings, a device or a model that cannot be.
     """
     cfg.validate()
+    if cfg.model.made_elsewhere is not None:
+        cfg.measure_only()  # it may have been assigned after the rest
     cfg.check_names()
     callbacks = callbacks or UserCallbacks(paths=cfg.trainer.callbacks)
     device = device_for(cfg, callbacks.of_stage(None))
@@ -180,6 +183,8 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
         for sparsity in cfg.evaluation.curve:
             budget.at(sparsity)
     check_blocks(cfg, blocks, config)
+    if cfg.model.made_elsewhere is not None:
+        elsewhere.refuse(cfg, dense, device)
     _ = plan.tokens  # refuses an interval of validation that no stage has
     return plan
 

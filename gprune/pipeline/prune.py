@@ -24,6 +24,7 @@ from gprune.checks import require
 from gprune.config import RunConfig
 from gprune.errors import UserError, dispensable
 from gprune.export.hf import portable
+from gprune.models.masks import Masks
 from gprune.pipeline.calibrate import calibrate
 from gprune.pipeline.evaluate import evaluate, summarise, write_pages
 from gprune.pipeline.partition import assess, measure_drift, partition
@@ -54,11 +55,14 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
     if cfg.dry_run:
         raise UserError("dry_run: expected false where a run is asked for; `python train.py --dry_run true` plans it.")
     with opened(cfg, callbacks, logger) as run:  # plan, model, tokenizer, text, blocks, budget
-        statistics = calibrate(run)  # 1
-        scores = score(run, statistics)  # 2
-        run = without_blocks(run, statistics)
-        masks = base_masks(run, statistics, scores)  # by stage: `base`, `averaged` and `gprune`
         modules = thresholds = None
+        if cfg.final == "model":  # made elsewhere: measured, and perhaps distilled
+            statistics, masks = {}, {"model": Masks([], [])}
+        else:
+            statistics = calibrate(run)  # 1
+            scores = score(run, statistics)  # 2
+            run = without_blocks(run, statistics)
+            masks = base_masks(run, statistics, scores)  # by stage: `base`, `averaged` and `gprune`
         if cfg.gprune:
             drift = measure_drift(run, statistics)  # 3
             labels = partition(run, drift)  # 4, 5
@@ -67,7 +71,9 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
         if cfg.evaluates_early:
             evaluate(run, statistics, masks)  # the method alone, and its controls
         final = masks[run.cfg.final]
-        run.step(9, "Pruning" if cfg.recovery == "none" else "Pruning and recovering")
+        own_masks = None if cfg.final == "model" else final
+        made = "Pruning" if own_masks else f"Reading {cfg.model.made_elsewhere}"
+        run.step(9, made if cfg.recovery == "none" else f"{made} and recovering")
         with run.folder.step("shrink"):
             pruned = shrink(run, final, statistics)
         first, summary = rank_zero_only.rank == 0, {}
@@ -75,10 +81,12 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
             save(run, pruned, masks)
         records = evaluate(run, statistics, masks, pruned)  # 10
         if first:
-            summary = summarise(run, records, final, pruned, modules)
+            summary = summarise(run, records, own_masks, pruned, modules)
             with dispensable("a page", f"`gprune report {run.folder.path}` writes it"):
                 write_pages(run)
+        known = run.cfg.own_row == ("model", "none")  # the model, and its tokenizer, are in a folder of their own
+        small, tokenizer = (None, None) if known else (portable(pruned), run.tokenizer)
         return PruningResult(
-            path=run.folder.path, config=run.cfg, masks=final, modules=modules, thresholds=thresholds,
-            statistics=statistics, records=records, summary=summary, model=portable(pruned), tokenizer=run.tokenizer,
+            path=run.folder.path, config=run.cfg, masks=own_masks, modules=modules, thresholds=thresholds,
+            statistics=statistics, records=records, summary=summary, model=small, tokenizer=tokenizer,
         )  # fmt: skip

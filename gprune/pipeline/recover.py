@@ -23,6 +23,7 @@ from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
 from gprune.models.offload import free_memory, is_offloaded, offload_folder
 from gprune.models.surgery import prune, prune_to_files
+from gprune.pipeline import elsewhere
 from gprune.pipeline.run import Run
 from gprune.recoveries import Material, recovery_of
 from gprune.recoveries.contract import Revise, tuned
@@ -44,15 +45,19 @@ def shrink(
     Args:
         masks: what stays.
         statistics: by corpus; those of `corpora.recover` are read.
-        row: the stage whose masks these are, and a recovery: a name in `RECOVERY`, or several joined by `+`. None for
-            the run's own.
+        row: the stage whose masks these are (`model`: made elsewhere, without masks), and a recovery: a name in
+            `RECOVERY`, or several joined by `+`. None for the run's own.
     """
     free_memory(run.plan.device)
     row = row or run.cfg.own_row
     material = material_of(run, masks, statistics, row)
     name, method = row[1], recovery_of(row[1], run.cfg.recovery_settings)
     revise = method.revise(material)
-    if is_offloaded(run.model):
+    if run.cfg.final == "model":
+        small, _ = elsewhere.load(run.cfg, run.plan.device)
+        if name == "none":
+            return small
+    elif is_offloaded(run.model):
         # What learns lies on one device, in memory.
         small = _sliced_to_files(run, masks, revise, {} if method.learns else placement(run))
     else:

@@ -29,6 +29,7 @@ from gprune.errors import UserError
 from gprune.evaluation.perplexity import Forecast
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
+from gprune.pipeline import elsewhere
 from gprune.pipeline.cost import keeps_taught, passes, validation_interval
 from gprune.pipeline.inputs import Text, load, prepare_text
 from gprune.pipeline.plan import Plan, check
@@ -103,6 +104,7 @@ class Run:
     fingerprint: str  # of the model
     screen: Screen
     callbacks: UserCallbacks
+    own_text: list[Windows] | None = None  # what a model made elsewhere is measured on: `text.test` in its own tokens
     forecasts: dict[str, list[Forecast]] = field(default_factory=dict)  # by hash of windows; empty where none is kept
 
     @property
@@ -250,6 +252,13 @@ def opened(
     meter = TokenMeter()
     meter.watch(model)
     inputs = {"model": fingerprint(model), "text": text.hashes()}
+    own_text = None
+    if cfg.model.made_elsewhere is not None:
+        other, own_tokenizer = elsewhere.load(cfg, plan.device)
+        elsewhere.check_teachable(cfg, other, model)
+        own_text = elsewhere.text_for(cfg, other, own_tokenizer, tokenizer, text.test)
+        inputs["made_elsewhere"] = fingerprint(other)
+        del other  # each row loads its own
     if callbacks:  # class, and Lightning's key of its state
         inputs["callbacks"] = [f"{type(one).__module__}.{one.state_key}" for one in callbacks]
     if cfg.timed_for:  # another machine's table is another budget
@@ -271,7 +280,7 @@ def opened(
             folder.update_manifest(precision={"asked": asked, "because": plan.why_precision})
         log.info("Precision of learning: %s (%s)", cfg.trainer.precision, plan.why_precision)
         try:
-            yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, own)
+            yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, own, own_text)
         except (Exception, SystemExit) as error:
             retell(error, own)
             raise

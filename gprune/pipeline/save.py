@@ -48,14 +48,17 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
         pruned: the result, recovered as asked.
         masks: by stage.
     """
-    save_masks(run, masks)
+    if run.cfg.own_row == ("model", "none"):  # it is in a folder of its own already
+        return
+    if run.cfg.final != "model":
+        save_masks(run, masks)
     cfg, folder, manifest = run.cfg, run.folder / "model", run.folder.manifest
     exports, written = cfg.export.format != "none", manifest.get("exported_dtype", cfg.model.dtype)
     changed = cfg.export.dtype not in (None, written)  # a finished export keeps its dtype, unless another one is named
     if "logits" not in manifest or (exports and (changed or manifest.get("model") != file_hashes(folder))):
         run.step(9, "Checking the pruned model")
         with run.folder.step("save_and_check"), multiplying("highest"):  # as the process that reloads it
-            checks = check_slices(run, pruned, masks[cfg.final])
+            checks = {} if cfg.final == "model" else check_slices(run, pruned, masks[cfg.final])
             if exports:
                 dtype = run.plan.exported_dtype
                 save_pruned(pruned, run.tokenizer, folder, overwrite=True, dtype=getattr(torch, dtype))

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
-from gprune.config import flat
+from gprune.config import applied
 from gprune.report.table import Table
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.reading import expanded
@@ -117,7 +117,7 @@ def groups(runs: Sequence[FinishedRun]) -> list[Group]:
 
 def flags(run: FinishedRun) -> dict[str, Any]:
     """The run's settings by flag, but for its folder and its seed."""
-    return flat({group: values for group, values in run.settings.items() if group not in ("inputs", "run")})
+    return applied({group: values for group, values in run.settings.items() if group not in ("inputs", "run")})
 
 
 def settings_table(groups: Sequence[Group]) -> Table:

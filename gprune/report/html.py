@@ -78,14 +78,20 @@ def section(run: FinishedRun) -> dict[str, Any]:
     s, model = run.settings, run.path / "model"
     method = "gprune" if s["gprune"] else "the base metric alone"
     asked, summary = s["sparsity"], run.summary
-    of_scope = (summary["sparsity_of_scope"], asked["scope"], asked["allocation"])
-    target, removed = (removed_in_words(*of_scope, digits=digits) for digits in (0, 2))
+    if (other := s["model"].get("made_elsewhere")) is not None:
+        title, removed = f"{model_label(other)} beside {model_label(s['model']['name'])}", "made elsewhere"
+        about = f"Made elsewhere, recovery {s['recovery']}, seed {run.seed}."
+    else:
+        of_scope = (summary["sparsity_of_scope"], asked["scope"], asked["allocation"])
+        target, removed = (removed_in_words(*of_scope, digits=digits) for digits in (0, 2))
+        title = f"{target} removed from {model_label(s['model']['name'])}"
+        about = f"Pruned by {method}, importance {s['importance']}, recovery {s['recovery']}, seed {run.seed}."
     means = means_and_gaps(run.records)
     last = list(means)[-1]  # the run's own result, which lists may call a control
     return {
         "name": run.name,
-        "title": f"{target} removed from {model_label(s['model']['name'])}",
-        "about": f"Pruned by {method}, importance {s['importance']}, recovery {s['recovery']}, seed {run.seed}.",
+        "title": title,
+        "about": about,
         "summary": summary,
         "removed": removed,
         "dense": means["dense", "none"],

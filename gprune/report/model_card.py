@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -67,17 +67,22 @@ def model_card(
     drift = f"drift measured on {drift},\n" if drift else ""
     allocation = cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation
     removed = f"{records[-1]['sparsity']:.0%} of the {cfg.sparsity.currency.replace('_', ' ')}"
+    heading, verb = "structurally pruned", "pruned and measured"
+    made = f"""{removed} in scope `{cfg.sparsity.scope}` removed by {method}: importance
+`{cfg.importance}` scored on {in_markdown(score)}, {drift}allocation `{allocation}`{recovery}, seed {cfg.run.seed}."""
+    credit = "The method is our reading of GPrune-LLM (arXiv 2603.13418).\n"
+    if (other := cfg.model.made_elsewhere) is not None:
+        heading, verb, credit = "made elsewhere", "recovered and measured", ""
+        made = f"A model that gprune did not prune (`{PurePath(other).name}`){recovery}, seed {cfg.run.seed}."
     return f"""---
 {_metadata(cfg).to_yaml()}
 ---
 
-# {label}, structurally pruned
+# {label}, {heading}
 
-{removed} in scope `{cfg.sparsity.scope}` removed by {method}: importance
-`{cfg.importance}` scored on {in_markdown(score)}, {drift}allocation `{allocation}`{recovery}, seed {cfg.run.seed}.
-Weights in {dtype or cfg.model.dtype}; pruned and measured in {cfg.model.dtype}.
-The method is our reading of GPrune-LLM (arXiv 2603.13418).
-
+{made}
+Weights in {dtype or cfg.model.dtype}; {verb} in {cfg.model.dtype}.
+{credit}
 Base model: {label}. Licence: {licence}.{notice}
 
 ```python

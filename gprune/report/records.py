@@ -22,6 +22,8 @@ def caption(records: Sequence[Record]) -> str:
     budgets = sorted({r["sparsity"] for r in pruned})
     removed = " to ".join(f"{100 * share:.3g}" for share in dict.fromkeys((budgets[0], budgets[-1])))
     of = ", ".join(dict.fromkeys(f"the {r['cost']} of " if "cost" in r else "" for r in pruned))
+    if all(r["stage"] == "model" for r in pruned):
+        return f"beside {text['model']}\n{text['split']} text, windows of {text['seq_len']} tokens, {text['dtype']}"
     return (
         f"{text['model']}\n{removed} % of {of}{text['scope']} removed by {text['importance']}\n"
         f"{text['split']} text, windows of {text['seq_len']} tokens, {text['dtype']}"

@@ -119,10 +119,14 @@ def speed_figure(table: dict[str, Any], depth: int) -> Figure:
     return figure
 
 
-def run_figures(records: Sequence[Record], modules: Modules | None, masks: Masks, summary: dict) -> dict[str, Figure]:
+def run_figures(
+    records: Sequence[Record], modules: Modules | None, masks: Masks | None, summary: dict
+) -> dict[str, Figure]:
     """All figures that one run has data for, by name."""
     labels = None if modules is None else modules.labels
-    figures = {"perplexity": perplexity_figure(records), "sparsity": sparsity_figure(masks, labels)}
+    figures = {"perplexity": perplexity_figure(records)}
+    if masks is not None:
+        figures["sparsity"] = sparsity_figure(masks, labels)
     if modules is not None and len(modules.drift[0].ranks) > 1:
         figures["heterogeneity"] = heterogeneity_figure(modules)
     if "speed_table" in summary:

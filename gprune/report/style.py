@@ -26,8 +26,8 @@ STYLE = matplotlib.rcParamsDefault | {  # whatever the user's matplotlibrc says
 }  # fmt: skip
 LETTER = 0.08  # inches that a letter of a label takes, at most
 # By stage; base and averaged are equally light, so every stage has its own marker too.
-COLOURS = {"dense": "#999999", "base": "#E69F00", "averaged": "#56B4E9", "gprune": "#0072B2"}
-MARKERS = {"base": "s", "averaged": "^", "gprune": "o"}
+COLOURS = {"dense": "#999999", "base": "#E69F00", "averaged": "#56B4E9", "gprune": "#0072B2", "model": "#CC79A7"}
+MARKERS = {"base": "s", "averaged": "^", "gprune": "o", "model": "D"}
 OTHER = "#CC79A7"
 # lightness falls along the list, and with the dashes and markers a line is known in grey print
 LINES = (

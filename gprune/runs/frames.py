@@ -49,7 +49,7 @@ def lines(
     stages = list(by_stage(records))
     labels = labels or corpus_labels(r["corpus"] for r in records)
     made = [_of_stage(records, stage, settings, base, labels) for stage in stages]
-    made[-1] |= {name: summary[name] for name in SUMMARY}
+    made[-1] |= {name: summary.get(name) for name in SUMMARY}
     made[-1] |= {f"speed_{name}": summary["speed"][name] for name in SPEEDS if "speed" in summary}
     made[-1]["seconds"] = sum(step.get("seconds", 0) for step in steps.values()) if steps else math.nan
     made[-1]["peak_memory_mib"] = max((step.get("peak_memory_mib", 0) for step in steps.values()), default=math.nan)
@@ -71,7 +71,7 @@ def _of_stage(
     own = records_of(records, stage)
     first = next(iter(own.values()))
     dense = estimates(records, DENSE, None)
-    pruned = stage != DENSE
+    pruned = stage[0] not in ("dense", "model")
     line = {"seed": settings["run"]["seed"], "stage": stage[0], "recovery": stage[1]}
     for name, estimate in estimates(records, stage, base).items():
         line |= _columns(name, estimate)

@@ -59,11 +59,19 @@ def means_and_gaps(records: Sequence[Record]) -> dict[Stage, dict[str, float]]:
         (stage, recovery): {
             "seen": geometric_mean(v for c, v in values.items() if seen[c]),
             "unseen": geometric_mean(v for c, v in values.items() if not seen[c]),
-            "gap": float("nan") if stage == "dense" else generalisation_gap(values, dense, seen),
+            "gap": generalisation_gap(values, dense, seen)
+            if stage != "dense" and on_same_windows(records, (stage, recovery))
+            else float("nan"),
             **{f"unseen_{n}": e.value if e else math.nan for n, e in distance(records, (stage, recovery)).items()},
         }
         for (stage, recovery), values in table.items()
     }
+
+
+def on_same_windows(records: Sequence[Record], stage: Stage) -> bool:
+    """Whether a stage was measured on the dense model's windows; a model made elsewhere may have another tokenizer."""
+    own, dense = ({r["corpus"]: r["content_hash"] for r in records_of(records, s).values()} for s in (stage, DENSE))
+    return own == dense
 
 
 def distance(records: Sequence[Record], stage: Stage) -> dict[str, Estimate | None]:
@@ -151,7 +159,7 @@ def estimates(records: Sequence[Record], stage: Stage, base: Sequence[Record] | 
     nll = by_stage(records, "window_nll")
     parts = [{c: values for c, values in nll[stage].items() if seen[c] == kind} for kind in (True, False)]
     means = [Estimate(*mean_perplexity(part, predicted)) if part else None for part in parts]
-    gap = all(parts) and stage != DENSE
+    gap = all(parts) and stage != DENSE and on_same_windows(records, stage)
 
     def over(others: Sequence[Record] | None, other: Stage) -> Estimate | None:
         same = others is records and stage == other

@@ -64,6 +64,8 @@ class FinishedRun:
     @property
     def final(self) -> str:
         """The stage the run was about."""
+        if self.settings["model"].get("made_elsewhere") is not None:
+            return "model"
         return "gprune" if self.settings["gprune"] else "base"
 
     @property
@@ -83,11 +85,12 @@ class FinishedRun:
 
 @dataclass(repr=False)
 class PruningResult:
-    """Everything a run found. `model` is the pruned model, really smaller."""
+    """Everything a run found. `model` is the pruned model, really smaller; None if the run measured a model made
+    elsewhere."""
 
     path: Path
     config: RunConfig
-    masks: Masks
+    masks: Masks | None  # None for a model made elsewhere
     modules: Modules | None  # None for a base run
     thresholds: Thresholds | None  # logits per module, per block: neurons, KV groups; None where none were learned
     statistics: Mapping[str, CorpusStatistics]  # by corpus
@@ -122,8 +125,11 @@ class PruningResult:
         lines, s = [f"PruningResult({str(self.path)!r})"], self.summary
         if s:
             asked, sizes = self.config.sparsity, f"{s['parameters_before']:,} -> {s['parameters_after']:,}"
-            removed = removed_in_words(s["sparsity_of_scope"], asked.scope, asked.allocation)
-            lines.append(f"{removed} removed, {s['sparsity_of_model']:.2%} of the model: {sizes}")
+            removed = "made elsewhere"
+            if "sparsity_of_scope" in s:
+                of_scope = removed_in_words(s["sparsity_of_scope"], asked.scope, asked.allocation)
+                removed = f"{of_scope} removed, {s['sparsity_of_model']:.2%} of the model"
+            lines.append(f"{removed}: {sizes}")
         if self.records:
             lines += self.table().to_string(float_format="{:.2f}".format, max_rows=7).splitlines()
         return "\n".join(lines)
@@ -168,6 +174,8 @@ def read_run(path: Path | str) -> FinishedRun:
 
 
 def _with_tensors(run: FinishedRun) -> FinishedRun:
+    if run.final == "model":  # made elsewhere, without masks
+        return run
     masks = Masks.from_tensors(_tensors(run, f"masks/{run.final}"))
     modules = Modules.from_tensors(_tensors(run, "modules")) if run.final == "gprune" else None
     if modules is not None and [y.shape for y in modules.labels] != [m.shape for m in masks.ffn]:

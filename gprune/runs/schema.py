@@ -66,7 +66,7 @@ class Measured(Shape):
 class Record(Measured):
     """A number of `metrics.json` with its protocol."""
 
-    stage: Literal["dense", "base", "averaged", "gprune"]
+    stage: Literal["dense", "base", "averaged", "gprune", "model"]
     recovery: Text
     corpus: Text
     seen: bool
@@ -84,14 +84,21 @@ class Record(Measured):
 
 
 def _of_one_run(records: list[Record]) -> list[Record]:
-    """Raise UserError unless each number is there once, and every row is on the dense model's windows."""
+    """Raise UserError unless each number is there once, and every row is on the dense model's windows.
+
+    A model made elsewhere may have another tokenizer, and so other windows of the same text.
+    """
     rows: dict[tuple[str, str], dict[str, tuple[Any, ...]]] = {}
     for r in records:
         row = rows.setdefault((r.stage, r.recovery), {})
         if r.corpus in row:
             raise UserError(f"records: expected each corpus once in a row, got '{r.corpus}' twice")
         row[r.corpus] = r.content_hash, r.seen, r.seq_len, len(r.window_nll)
-    if any(row != rows.get(("dense", "none")) for row in rows.values()):
+    dense = rows.get(("dense", "none"), {})
+    text = {corpus: seen for corpus, (_, seen, *_) in dense.items()}
+    others = [{c: seen for c, (_, seen, *_) in row.items()} for key, row in rows.items() if key[0] == "model"]
+    ours = [row for key, row in rows.items() if key[0] != "model"]
+    if not dense or any(row != dense for row in ours) or any(row != text for row in others):
         raise UserError("records: expected every row on the windows of the dense model")
     return records
 
@@ -136,8 +143,9 @@ class MeasuredSpeed(SpeedTable):
 class Summary(Shape):
     """The headline of `metrics.json`."""
 
-    sparsity_of_scope: Annotated[float, Field(ge=0)]  # whole blocks may take more along than the scope has
-    sparsity_of_model: Share
+    # Whole blocks may take more along than the scope has. None for a model made elsewhere.
+    sparsity_of_scope: Annotated[float, Field(ge=0)] | None = None
+    sparsity_of_model: Annotated[float, Field(ge=-1e300, le=1)]  # below 0 for a larger model made elsewhere
     parameters_before: Count
     parameters_after: Count
     forward_tokens: Count

@@ -135,12 +135,13 @@ def made_loggers(paths: Sequence[ClassPath], folder: Path) -> list[Logger]:
 
 def about(cfg: RunConfig) -> dict[str, Any]:
     """What `wandb_run` is told of a run with these settings, but for its id."""
-    s = cfg.sparsity
+    s, ours = cfg.sparsity, cfg.final != "model"
+    tags = [cfg.importance, s.scope, s.allocation, cfg.partition.method, f"target {s.target}"]
     return {
         "name": cfg.run_name,
         "group": os.path.basename(os.path.normpath(cfg.model.name)),
         "job_type": cfg.final,
-        "tags": [cfg.importance, s.scope, s.allocation, cfg.partition.method, f"target {s.target}"],
+        "tags": tags if ours else ["made elsewhere"],
         "config": cfg.resolved(),
     }
 

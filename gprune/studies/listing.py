@@ -28,6 +28,7 @@ OTHER_RECORDS = Path("runs/records")
 # Numbers do not depend on these: a row is the same row with and without them.
 OWN = {"export": "none", "run.dir": "runs/experiments"}
 LISTED_PRECISION = "32-true"  # of rows that name none: a row means the same on every machine
+MADE_ELSEWHERE = "model.made_elsewhere"
 TABLES = ("summary", "perplexity", "distance", "evaluation")
 
 # YAML reads some names as numbers.
@@ -44,10 +45,20 @@ class Shape(BaseModel):
 
 
 class RowContent(BaseModel):
-    """Settings of `train.py`, nested or dotted, and `config`: files to start from."""
+    """Settings of `train.py`, nested or dotted; `config`: files to start from; `model`: a model made elsewhere."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
     config: Files = []
+    model: Text | dict[str, Any] | None = None
+    """A folder or hub id: any causal language model, which is measured in place of one that gprune prunes. Or settings
+    of the group `model`."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that the row itself gives."""
+        if isinstance(self.model, str) and not self.model.lstrip().startswith("{"):  # settings may be YAML in a string
+            return {MADE_ELSEWHERE: self.model, "recovery": "none"} | self.model_extra
+        return self.model_extra | ({} if self.model is None else {"model": self.model})
 
 
 class Content(Shape):
@@ -99,7 +110,7 @@ class Row:
     settings: dict[str, Any]  # by dotted name, those that the list and the command line give
     tasks: dict[str, Any] = field(default_factory=dict)  # empty if the list asks for none
     control: bool = False  # gprune's machinery with nothing learned: no result of the method's
-    masks: bool = True  # keep masks
+    masks: bool = True  # keep masks, which a model made elsewhere does not have
     records: Path = OTHER_RECORDS  # the folder of what came out
     study: str = ""  # name of the list
 
@@ -178,12 +189,13 @@ def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[st
         for name, given in content.rows.items():
             where, row, merged = f"List '{path}', row '{name}'", given or RowContent(), {}
             configs = [_shared(file, path.parent) for file in row.config]
-            for layer in (*protocol, *configs, OWN, content.common, row.model_extra):
+            for layer in (*protocol, *configs, OWN, content.common, row.settings):
                 for one in layer.items():  # a YAML merge may give a setting by two names: the later one counts
                     overlay(merged, dict([one]), where)
             _check_settings(where, merged, own)
             overlay(merged, own, where)
-            yield Row(name, seed, merged | {"run.seed": seed}, control=name in content.controls, **shared)
+            fields = shared | {"masks": shared["masks"] and MADE_ELSEWHERE not in merged}
+            yield Row(name, seed, merged | {"run.seed": seed}, control=name in content.controls, **fields)
 
 
 def _shared(file: str, folder: Path) -> dict[str, Any]:

@@ -38,8 +38,8 @@ def title_of(study: StudyResult) -> str:
 
 
 def notes_of(study: StudyResult) -> list[str]:
-    """What is said below the tables: the protocols, and which rows have no record."""
-    return [*study.report.protocols(), *filter(None, [study.missing_in_words])]
+    """What is said below the tables: the protocols, rows of another tokenizer, and which rows have no record."""
+    return [*study.report.protocols(), *filter(None, [study.other_tokens_in_words, study.missing_in_words])]
 
 
 def _csv(study: StudyResult) -> str:

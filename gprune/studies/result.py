@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gprune.benchmarks.measurement import task_numbers
-from gprune.config import flat
+from gprune.config import applied
 from gprune.corpora.load import corpus_labels
 from gprune.errors import UserError
 from gprune.report import Report, Table
 from gprune.report.grouping import in_words
 from gprune.report.perplexity_tables import base_of
 from gprune.runs import frames
+from gprune.runs.numbers import by_stage, on_same_windows
 from gprune.runs.results import FinishedRun
 from gprune.studies.archive import of_tasks, record_of, stored
 from gprune.studies.listing import Listing, Row
@@ -59,6 +60,16 @@ class StudyResult:
             seeds.setdefault(row.name, []).append(row.seed)
         named = (f"{name} (seed{'s' * (len(of) > 1)} {', '.join(map(str, of))})" for name, of in seeds.items())
         return f"Without a record, so left out: {len(missing)} of {len(self.rows)} rows and seeds: {'; '.join(named)}."
+
+    @property
+    def other_tokens_in_words(self) -> str:
+        """One line that names the rows whose model has another tokenizer than the dense one; empty if there is none."""
+        made = [(row.name, record["records"]) for row, record in self.done]
+        apart = [n for n, of in made if any(not on_same_windows(of, stage) for stage in by_stage(of))]
+        if not apart:
+            return ""
+        names = ", ".join(dict.fromkeys(apart))
+        return f"Another tokenizer, so no KL, agreement, gap or ratio, and a perplexity of other tokens: {names}."
 
     @cached_property
     def report(self) -> Report:
@@ -120,7 +131,7 @@ class StudyResult:
 
     def _differing_settings(self) -> dict[str, dict[str, Any]]:
         """By name of a row, the settings by flag in which any rows of the whole list differ; not the seed."""
-        settings = {row.name: flat(row.config.settings()) for row in self.listing.rows}
+        settings = {row.name: applied(row.config.settings()) for row in self.listing.rows}
         flags = [flag for flag in dict.fromkeys(chain(*settings.values())) if flag != "run.seed"]
         first = next(iter(settings.values()))
         differ = [flag for flag in flags if any(own.get(flag) != first.get(flag) for own in settings.values())]

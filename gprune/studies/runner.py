@@ -116,7 +116,7 @@ def run(row: Row) -> tuple[Path, dict[str, Any]]:
         "steps": manifest["steps"],
         "summary": summary | {"learned_tokens": learned_tokens(manifest["steps"])},
         "learning": manifest.get("learning"),
-        "masks": packed(result.masks) if row.masks or before["masks"] else None,
+        "masks": packed(result.masks) if result.masks and (row.masks or before["masks"]) else None,
         "records": [rounded(r) for r in result.records],
     }
     record |= {name: before[name] for name in ("tasks", "evaluation") if name in before}

@@ -1,0 +1,87 @@
+"""Models made elsewhere: any causal language model, which is read back as strictly as gprune's own exports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from gprune.console import quieted
+from gprune.errors import UserError, quoting
+from gprune.models.folders import check_stored
+from gprune.models.loading import check_complete, load_model, locate_model, read_config, skeleton
+from gprune.models.lookup import auto_of
+
+FLAG = "--model.made_elsewhere"
+
+
+def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Refuse a model that does not load exactly as it was saved, before any weight is in memory.
+
+    Only the headers of the weight files are read. A model on the hub is downloaded.
+
+    Returns:
+        The model on the meta device: shapes without weights.
+
+    Raises:
+        UserError: one line. For weights that are missing, which transformers would initialise at random; for weights of
+            another shape, or without a place in the model, which transformers would drop; for quantised weights; for
+            code that nobody has consented to run; for a folder without a model or a tokenizer.
+    """
+    consent = {"trust_remote_code": trust_remote_code}
+    with _named(name):
+        location = locate_model(name)
+        check_consent(name, location, trust_remote_code)
+        config = read_config(name, **consent, prunable=False)
+        if getattr(config, "quantization_config", None):
+            expected = "expected weights in float32, bfloat16 or float16"
+            raise UserError(f"{FLAG}: '{name}' is quantised; {expected}.")
+        check_stored(skeleton(config, **consent), location)
+        settings: dict[str, Any] = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
+        with quieted("transformers"):  # its table of missing weights, which follow in one line
+            model, report = auto_of(config).from_pretrained(location, **consent, **settings)
+        check_complete(report | {"unexpected_keys": ()}, location)
+        if mismatched := sorted(report["mismatched_keys"]):
+            weight, stored, asked = mismatched[0]
+            of = f"'{location}' has {len(mismatched)} weights of other shapes than its config.json says"
+            raise UserError(f"{FLAG}: {of}, such as {weight}: expected {tuple(asked)}, got {tuple(stored)}.")
+        if unknown := sorted(report["unexpected_keys"]):
+            of = f"'{location}' has {len(unknown)} weights without a place in the model of its config.json"
+            said = f"{of}, such as {unknown[0]}; loaded without them it would be another model"
+            raise UserError(f"{FLAG}: {said}. Save it with its own code (auto_map).")
+        if type(AutoTokenizer.from_pretrained(location, **consent)("a")["input_ids"]) is not list:
+            raise UserError(f"{FLAG}: '{name}' has no usable tokenizer.")
+    return model
+
+
+def check_consent(name: str, location: str, given: bool) -> None:
+    """Raise UserError for a model that is nothing without its own code, unless the user consents to run that code."""
+    try:
+        content = PreTrainedConfig.get_config_dict(location)[0]
+    except Exception:  # of any class: reading the configuration says what is wrong
+        return
+    if not given and content.get("auto_map") and content.get("model_type") not in CONFIG_MAPPING:
+        read = "once you have read that code, add --model.trust_remote_code=true (of a list: behind --)"
+        raise UserError(f"{FLAG}: '{name}' brings Python code of its own; {read}.")
+
+
+def load_elsewhere(name: str, **settings: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A frozen causal language model and its tokenizer, as `load_model`, whether gprune can prune it or not.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    with _named(name):
+        return load_model(name, **settings, prunable=False)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Let errors name the flag that the model was given by."""
+    try:
+        with quoting(f"{FLAG}: '{name}' cannot be loaded: "):
+            yield
+    except UserError as error:
+        raise UserError(str(error).replace("--model.name:", f"{FLAG}:", 1)) from error

@@ -1,0 +1,55 @@
+"""Perplexity and distance of a model with another head, or a padded vocabulary, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gprune.corpora.windows import Windows
+from gprune.evaluation.distance import measured_apart
+from gprune.evaluation.perplexity import perplexity
+from tests.conftest import make_tiny_llama
+
+
+def in_float64(model, tokens, words=None):
+    """(B, T - 1, V) log-probabilities over the first `words` tokens."""
+    return model(tokens).logits[:, :-1, :words].double().log_softmax(-1)
+
+
+@pytest.fixture
+def other():
+    """A model with other weights everywhere, its head included."""
+    model = make_tiny_llama(tie_word_embeddings=False)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def test_kl_and_agreement_beside_a_model_with_another_head_are_those_of_float64(tiny_model, other, token_batch):
+    p, q = in_float64(other, token_batch), in_float64(tiny_model, token_batch)
+    kl, same = (q.exp() * (q - p)).sum(-1), p.argmax(-1) == q.argmax(-1)
+    result = measured_apart(other, Windows("demo", "test", token_batch), tiny_model)
+    assert result.kl == pytest.approx(float(kl.mean()), rel=1e-4)
+    assert result.window_kl == pytest.approx(kl.sum(-1).tolist(), rel=1e-4)
+    assert result.window_agreement == same.double().sum(-1).tolist()
+    assert 0 < result.agreement < 1
+    assert kl.mean() > 0.01
+
+
+def test_perplexity_is_that_of_our_own_rows(other, token_batch):
+    windows, done = Windows("demo", "test", token_batch), []
+    ours, apart = perplexity(other, windows), measured_apart(other, windows, progress=done.append)
+    assert apart.window_nll == pytest.approx(ours.window_nll, rel=1e-6)
+    assert (apart.perplexity, apart.tokens) == (pytest.approx(ours.perplexity, rel=1e-6), ours.tokens)
+    assert apart.kl is None
+    assert done == [token_batch.shape[1]] * len(token_batch)
+
+
+def test_of_a_padded_vocabulary_the_tokens_that_both_have_are_compared(tiny_model, token_batch):
+    padded = make_tiny_llama(vocab_size=tiny_model.config.vocab_size + 8, tie_word_embeddings=True)
+    words, windows = tiny_model.config.vocab_size, Windows("demo", "test", token_batch)
+    p, q = in_float64(padded, token_batch, words), in_float64(tiny_model, token_batch)
+    result = measured_apart(padded, windows, tiny_model)
+    assert result.kl == pytest.approx(float((q.exp() * (q - p)).sum(-1).mean()), rel=1e-4)
+    assert result.nll == pytest.approx(perplexity(padded, windows).nll, rel=1e-6)  # of all its tokens

@@ -1,0 +1,373 @@
+"""Rows `model: FOLDER`: a model made elsewhere is measured by the protocol of the list, beside gprune's own rows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+
+import gprune
+from gprune.__main__ import run as command
+from gprune.benchmarks.subjects import subjects_of
+from gprune.config import parse
+from gprune.studies.archive import record_of, run_of
+from tests import tiny_run, tracked
+from tests.studies.workbench import cells
+
+PLAIN = {"plain": {"gprune": False, "importance": "magnitude"}}
+
+
+@pytest.fixture(scope="module")
+def folders(bench, tmp_path_factory):
+    """Where models made elsewhere are saved."""
+    return tmp_path_factory.mktemp("elsewhere")
+
+
+@pytest.fixture(scope="module")
+def exported(bench, folders):
+    """The model that the row `plain` makes, exported as a folder, and the run that made it."""
+    flags = ("--gprune=false", "--importance=magnitude", "--export=hf", "--export.dtype=float32")
+    result = bench.world.run(folders / "runs", *flags, name="plain")
+    return result.path / "model", result
+
+
+def saved(bench, folders, name, change=None, **config):
+    """A copy of the dense model's folder whose weights, and config.json, are changed."""
+    folder = folders / name
+    shutil.copytree(bench.world.model, folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    if change is not None:
+        change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(bench, exported):
+    """A list with the row `plain`, and its model as a row of its own, and what its run printed."""
+    rows = PLAIN | {"theirs": {"model": str(exported[0])}}
+    path = bench.write("ours back", rows, compare=[["theirs: model", "plain: base"]], reference="plain")
+    with pytest.MonkeyPatch.context() as patch:
+        written = []
+        patch.setattr(sys.stdout, "write", written.append)
+        assert command("study", [str(path), "--records", str(bench.records)]) == 0
+    return path, "".join(written)
+
+
+def test_our_own_model_as_a_row_has_the_numbers_of_the_row_that_made_it(bench, exported, together):
+    (_, made), (path, out) = exported, together
+    _, ((_, plain), (row, theirs)) = bench.done(path)
+    ours = [r for r in plain["records"] if r["stage"] == "base"]
+    back = [r for r in theirs["records"] if r["stage"] == "model"]
+    assert [r["corpus"] for r in back] == [r["corpus"] for r in ours]
+    for one, two in zip(ours, back, strict=True):
+        for number in ("nll", "kl", "agreement"):
+            assert two[number] == pytest.approx(one[number], rel=1e-4, abs=1e-6)
+        assert (two["seen"], two["content_hash"]) == (one["seen"], one["content_hash"])
+    assert max(r["kl"] for r in back) > 0
+    for number in ("parameters_before", "parameters_after", "sparsity_of_model"):
+        assert theirs["summary"][number] == plain["summary"][number] == made.summary[number]
+    assert "sparsity_of_scope" not in theirs["summary"]
+    assert theirs["masks"] is None
+    assert row.config.sparsity == type(row.config.sparsity)()  # what prunes does not count
+    lines = [cells(line) for line in out.splitlines() if line.startswith("| ")]
+    (ratio,) = [line for line in lines if line[0] == "theirs: model / plain: base"]
+    assert ratio[2].startswith("1.000")
+    (summary,) = [line for line in lines if line[:2] == ["theirs", "model"] and len(line) == 8]
+    assert summary[5] != ""  # the gap
+    assert "Another tokenizer" not in out
+
+
+def test_such_a_row_is_read_like_any_other(bench, together, nothing_runs, capsys, tmp_path):
+    """From its record alone: frames, files, the report, and the run folder."""
+    test_path = together[0]
+    study = gprune.load_study(test_path, records=bench.records)
+    frame = study.to_frame().set_index("row")
+    assert frame.loc["theirs", "stage"] == "model"
+    assert frame.loc["theirs", "model.made_elsewhere"].endswith("model")
+    assert frame.loc["theirs", "unseen_kl"] == pytest.approx(frame.loc["plain", "unseen_kl"], rel=1e-4)
+    assert frame.loc["theirs", "gap"] == pytest.approx(frame.loc["plain", "gap"], rel=1e-4)
+    assert frame.loc["theirs", "unseen_over_unrecovered_base"] == pytest.approx(1, rel=1e-4)
+    assert frame.loc["theirs", ["target", "importance", "scope"]].isna().all()
+    assert frame.loc["plain", "importance"] == "magnitude"
+    for suffix in (".csv", ".json", ".md", ".tex", ".html"):
+        bench(capsys, test_path, "--table", "--output", tmp_path / f"t{suffix}")
+        assert "theirs" in (tmp_path / f"t{suffix}").read_text()
+    from gprune.__main__ import run as command
+
+    assert (
+        command("report", [f"{test_path}:theirs", "--records", str(bench.records), "--html", str(tmp_path / "r.html")])
+        == 0
+    )
+    assert "Made elsewhere" in (tmp_path / "r.html").read_text()
+    (row,) = [row for row in study.rows if row.name == "theirs"]
+    loaded = gprune.load_run(row.config.folder)
+    assert loaded.masks is None
+    assert loaded.config.final == "model"
+    assert "made elsewhere" in repr(loaded)
+    assert run_of(tmp_path, record_of(row)).final == "model"
+
+
+def test_the_dense_model_is_at_no_distance_from_itself(bench, capsys):
+    path = bench.write("itself", {"itself": {"model": str(bench.world.model)}})
+    bench(capsys, path)
+    _, ((_, record),) = bench.done(path)
+    dense, same = ([r for r in record["records"] if r["stage"] == stage] for stage in ("dense", "model"))
+    for one, two in zip(dense, same, strict=True):
+        assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
+        assert two["kl"] == pytest.approx(0, abs=1e-9)
+        assert two["agreement"] == 1
+    assert record["summary"]["sparsity_of_model"] == 0
+
+
+def test_distilled_it_comes_nearer_to_the_dense_model(bench, exported, capsys):
+    distil = {"recovery": "distill", "distill.tokens": 96 * 32, "distill.learning_rate": 0.02}
+    path = bench.write("distilled", {"theirs": {"model": str(exported[0]), **distil}})
+    bench(capsys, path)
+    _, ((_, record),) = bench.done(path)
+    kl = {recovery: [r["kl"] for r in record["records"] if (r["stage"], r["recovery"]) == ("model", recovery)]
+          for recovery in ("none", "distill")}  # fmt: skip
+    assert len(kl["none"]) == len(kl["distill"]) == 3
+    assert sum(kl["distill"]) < sum(kl["none"])
+    assert record["summary"]["learned_tokens"] > 0
+
+
+def other_model(folder):
+    """A GPT-2 with a vocabulary of its own."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=90, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *tiny_run.WORDS[:80]])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_another_tokenizer_has_its_own_perplexity_and_nothing_that_compares_tokens(bench, folders, capsys):
+    folder = other_model(folders / "other")
+    path = bench.write("tokens", PLAIN | {"gpt": {"model": str(folder)}}, reference="plain")
+    out = bench(capsys, path)
+    _, (_, (_, record)) = bench.done(path)
+    own = [r for r in record["records"] if r["stage"] == "model"]
+    assert [r["corpus"] for r in own] == [r["corpus"] for r in record["records"] if r["stage"] == "dense"]
+    assert all(r["perplexity"] > 1 and r.get("kl") is None for r in own)
+    assert "Another tokenizer, so no KL, agreement, gap or ratio, and a perplexity of other tokens: gpt." in out
+    frame = gprune.load_study(path, records=bench.records).to_frame().set_index("row")
+    missing = ["unseen_kl", "unseen_agreement", "gap", "unseen_over_dense", "unseen_over_unrecovered_base"]
+    assert frame.loc["gpt", missing].isna().all()
+    assert frame.loc["gpt", ["unseen", "seen"]].notna().all()
+    assert frame.loc["plain", "gap"] > 0
+    taught = bench.write("taught", {"gpt": {"model": str(folder), "recovery": "distill", "distill.tokens": 96}})
+    assert "another output embedding" in bench.refused(capsys, taught)
+
+
+def test_a_model_that_gprune_cannot_prune_is_measured(bench, folders, capsys):
+    """Without attention, FFN or anything that gprune knows; and it cannot be distilled, in one line."""
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=128, hidden_size=16, state_size=4, num_hidden_layers=1)
+    MambaForCausalLM(config).save_pretrained(folders / "mamba")
+    tiny_run.tiny_tokenizer().save_pretrained(folders / "mamba")
+    path = bench.write("unknown", {"mamba": {"model": str(folders / "mamba")}})
+    bench(capsys, path)
+    _, ((_, record),) = bench.done(path)
+    assert all(r["kl"] > 0 for r in record["records"] if r["stage"] == "model")
+    learns = {"model": str(folders / "mamba"), "recovery": "distill", "distill.tokens": 96}
+    assert "mamba" in bench.refused(capsys, bench.write("taught mamba", {"mamba": learns}))
+
+
+def test_tasks_are_of_the_model_itself_or_of_what_it_has_learned(bench, exported, folders, capsys, monkeypatch):
+    monkeypatch.setattr("gprune.benchmarks.speed.ROUNDS", (1, 1))
+    tasks = {"names": ["speed"], "speed_batch": [1], "speed_prompt": 8}
+    learned = {"model": str(exported[0]), "recovery": "distill", "distill.tokens": 96}
+    rows = {"gpt": {"model": str(other_model(folders / "for tasks"))}, "learned": learned}
+    path = bench.write("tasked", rows, tasks=tasks)
+    bench(capsys, path)
+    _, done = bench.done(path)
+    for row, record in done:
+        assert {r["stage"] for r in record["evaluation"]} == {"dense", "model"}
+        (before, after), _, _ = subjects_of(row.config.folder, dense=True)
+        assert type(before.load()[0]).__name__ == "LlamaForCausalLM"
+        model = after.load()[0]
+        assert model.num_parameters() == record["summary"]["parameters_after"]
+        assert (type(model).__name__ == "GPT2LMHeadModel") == (row.name == "gpt")
+    assert (Path(done[1][0].config.folder) / "model/config.json").is_file()
+    card = (Path(done[1][0].config.folder) / "model/README.md").read_text()
+    assert "A model that gprune did not prune" in card
+    frame = gprune.load_study(path, records=bench.records).to_frame()
+    assert frame["tasks/prefill/1/tokens_per_second"].notna().all()
+
+
+@pytest.mark.slow
+def test_such_a_row_is_a_run_of_wandb(bench, exported):
+    path = bench.write("logged", {"theirs": {"model": str(exported[0])}}, common={"corpora.batch_size": 2})
+    arguments = [str(path), "--records", str(bench.records), "--", "--logging.mode=offline"]
+    assert command("study", arguments) == 0
+    found = {file.parent.name.split("-")[3].partition("_")[0]: tracked.read(file)
+             for file in tracked.files(bench.records / "logged")}  # fmt: skip
+    assert found.keys() == {"theirs", "all"}
+    assert found["theirs"].about["job_type"] == "model"
+    assert {"logged", "theirs", "made elsewhere"} <= set(found["theirs"].about["tags"])
+    assert found["theirs"].summary["final/unseen_kl"] > 0
+    assert found["theirs"].config["model"]["made_elsewhere"] == str(exported[0])
+
+
+# --- what is refused, in one line and before any row runs ----------------------------------------------------------
+
+
+LAYER = "model.layers.1."
+
+
+def without(*names):
+    def change(weights):
+        for name in names:
+            del weights[LAYER + name]
+
+    return change
+
+
+def narrower(weights):
+    weights[LAYER + "mlp.down_proj.weight"] = weights[LAYER + "mlp.down_proj.weight"][:, 1:].contiguous()
+
+
+def biased(weights):
+    weights[LAYER + "mlp.down_proj.bias"] = torch.ones(32)
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "said"),
+    [
+        (without("mlp.up_proj.weight", "mlp.down_proj.weight"), {},
+         f"has no weights for 2 parameters, such as {LAYER}mlp.down_proj.weight"),
+        (narrower, {}, f"of other shapes than its config.json says, such as {LAYER}mlp.down_proj.weight: "
+         "expected (32, 160), got (32, 159)"),
+        (biased, {}, f"without a place in the model of its config.json, such as {LAYER}mlp.down_proj.bias"),
+        (None, {"num_hidden_layers": 9}, "has no weights for"),
+        (None, {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "is quantised"),
+        (None, {"model_type": "unheard_of"}, "unheard_of"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_does_not_load_as_it_was_saved_is_refused(
+    bench, folders, request, change, config, said, nothing_runs, capsys
+):
+    folder = saved(bench, folders, request.node.callspec.id, change, **config)
+    path = bench.write("broken", {"first": {"gprune": False, "ridge": 0.9}, "broken": {"model": str(folder)}})
+    line = bench.refused(capsys, path)
+    assert "--model.made_elsewhere: " in line
+    assert said in line
+
+
+CODE = """from transformers import LlamaConfig, LlamaForCausalLM
+
+class Config(LlamaConfig):
+    model_type = "own_code"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+AUTO = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+
+
+def test_code_of_a_model_needs_the_same_consent_as_ours(bench, folders, capsys):
+    folder = saved(bench, folders, "code", model_type="own_code", auto_map=AUTO)
+    (folder / "code.py").write_text(CODE)
+    row = {"coded": {"model": str(folder)}}
+    path = bench.write("coded", row)
+    said = bench.refused(capsys, path)
+    assert "brings Python code of its own" in said
+    assert "--model.trust_remote_code=true" in said
+    in_list = bench.write("consent", {"coded": row["coded"] | {"model.trust_remote_code": True}})
+    assert "expected --model.trust_remote_code=true behind --, got it in a list" in bench.refused(capsys, in_list)
+    bench(capsys, path, "--", "--model.trust_remote_code=true")
+    (consented,) = bench.rows(path, flags=["--model.trust_remote_code=true"])
+    assert max(r["kl"] for r in record_of(consented)["records"] if r["stage"] == "model") < 1e-9
+
+
+@pytest.mark.parametrize("how", ["several files", "pickled"])
+def test_other_files_of_weights_are_checked_and_read_too(bench, folders, how, capsys):
+    folder = saved(bench, folders, how)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if how == "pickled":
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        names = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(weights))}
+        for file in set(names.values()):
+            part = {name: weights[name] for name, of in names.items() if of == file}
+            save_file(part, folder / file, metadata={"format": "pt"})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    bench(capsys, path := bench.write(how, {how: {"model": str(folder)}}))
+    _, ((_, record),) = bench.done(path)
+    assert max(r["kl"] for r in record["records"] if r["stage"] == "model") < 1e-9
+
+
+def test_the_command_line_measures_it_without_a_list(bench, exported, folders, capsys):
+    made = bench.world.run(folders / "runs", f"--model.made_elsewhere={exported[0]}", "--ridge=0.5", name="given")
+    out = capsys.readouterr().out
+    assert f"Made elsewhere: {made.summary['parameters_before']:,} -> {made.summary['parameters_after']:,}" in out
+    assert "--ridge (--model.made_elsewhere)" in out  # ignored
+    assert "Removed" not in out
+    assert "the model in" not in out  # none was exported
+    assert repr(made).splitlines()[1].startswith("made elsewhere: ")
+
+
+def test_assigned_in_python_it_is_measured_and_not_pruned(bench, tmp_path):
+    cfg = parse(bench.world.args(tmp_path))
+    cfg.model.made_elsewhere = str(bench.world.model)
+    result = gprune.prune(cfg)
+    assert (result.masks, result.model, result.modules) == (None, None, None)
+    assert result.summary["parameters_after"] == result.summary["parameters_before"]
+    assert result.table().index.tolist() == ["dense", "model"]
+
+
+def test_what_is_no_model_or_too_large_is_refused(bench, folders, nothing_runs, capsys):
+    gone = bench.write("gone", {"gone": {"model": str(folders / "nowhere")}})
+    assert "nowhere" in bench.refused(capsys, gone)
+    bare = saved(bench, folders, "bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    assert "tokenizer" in bench.refused(capsys, bench.write("bare", {"bare": {"model": str(bare)}}))
+    large = bench.write(
+        "large", {"large": {"model": str(bench.world.model)}}, common={"plan.memory": "100KiB", "corpora.bos": "never"}
+    )
+    assert "is larger than memory" in bench.refused(capsys, large)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"recovery": "least_squares"}, "expected --recovery none or distill, got least_squares"),
+        ({"export": "gguf"}, "--export gguf"),
+        ({"trainer.devices": 2}, "expected one process"),
+        ({"model.made_elsewhere": 3}, "made_elsewhere"),
+    ],
+)
+def test_settings_that_need_our_own_masks_are_refused(bench, more, said, nothing_runs, capsys):
+    path = bench.write("needy", {"theirs": {"model": str(bench.world.model)} | more})
+    assert said in bench.refused(capsys, path)
+
+
+def test_the_group_of_settings_stays_what_it_was(bench):
+    """`model:` with settings below it is not a model made elsewhere; both ways of writing it are one row."""
+    (group,) = bench.rows(bench.write("group", {"x": {"model": {"dtype": "bfloat16"}}}))
+    assert group.config.model.dtype == "bfloat16"
+    assert group.config.model.made_elsewhere is None
+    rows = {
+        "a": {"model": "there"},
+        "b": {"model": {"made_elsewhere": "there"}, "recovery": "none", "importance": "taylor"},
+    }
+    one, two = bench.rows(bench.write("two ways", rows))
+    assert one.config.settings() == two.config.settings()
+    assert one.config.settings()["model"]["made_elsewhere"] == "there"
+    assert [one.masks, two.masks] == [False, False]
