@@ -316,7 +316,7 @@ def test_the_command_line_measures_it_without_a_list(bench, exported, folders, c
     made = bench.world.run(folders / "runs", f"--model.made_elsewhere={exported[0]}", "--ridge=0.5", name="given")
     out = capsys.readouterr().out
     assert f"Made elsewhere: {made.summary['parameters_before']:,} -> {made.summary['parameters_after']:,}" in out
-    assert "--ridge (--model.made_elsewhere)" in out  # ignored
+    assert "--ridge, --sparsity.epochs (--model.made_elsewhere)" in out  # ignored
     assert "Removed" not in out
     assert "the model in" not in out  # none was exported
     assert repr(made).splitlines()[1].startswith("made elsewhere: ")
@@ -334,6 +334,10 @@ def test_assigned_in_python_it_is_measured_and_not_pruned(bench, tmp_path):
 def test_what_is_no_model_or_too_large_is_refused(bench, folders, nothing_runs, capsys):
     gone = bench.write("gone", {"gone": {"model": str(folders / "nowhere")}})
     assert "nowhere" in bench.refused(capsys, gone)
+    (folders / "a run").mkdir()
+    (folders / "a run/manifest.json").write_text("{}")
+    run = bench.write("a run", {"run": {"model": str(folders / "a run")}})
+    assert "is a run of gprune; expected a model folder, such as" in bench.refused(capsys, run)
     bare = saved(bench, folders, "bare")
     for file in bare.glob("tokenizer*"):
         file.unlink()
