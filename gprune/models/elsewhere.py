@@ -13,6 +13,7 @@ from gprune.errors import UserError, quoting
 from gprune.models.folders import check_stored
 from gprune.models.loading import check_complete, load_model, locate_model, read_config, skeleton
 from gprune.models.lookup import auto_of
+from gprune.storage.reading import expanded
 
 FLAG = "--model.made_elsewhere"
 
@@ -33,6 +34,8 @@ def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrained
     consent = {"trust_remote_code": trust_remote_code}
     with _named(name):
         location = locate_model(name)
+        if (expanded(name) / "manifest.json").is_file():
+            raise UserError(f"{FLAG}: '{name}' is a run of gprune; expected a model folder, such as {name}/model.")
         check_consent(name, location, trust_remote_code)
         config = read_config(name, **consent, prunable=False)
         if getattr(config, "quantization_config", None):

@@ -335,6 +335,10 @@ def test_assigned_in_python_it_is_measured_and_not_pruned(bench, tmp_path):
 def test_what_is_no_model_or_too_large_is_refused(bench, folders, nothing_runs, capsys):
     gone = bench.write("gone", {"gone": {"model": str(folders / "nowhere")}})
     assert "nowhere" in bench.refused(capsys, gone)
+    (folders / "a run").mkdir()
+    (folders / "a run/manifest.json").write_text("{}")
+    run = bench.write("a run", {"run": {"model": str(folders / "a run")}})
+    assert "is a run of gprune; expected a model folder, such as" in bench.refused(capsys, run)
     bare = saved(bench, folders, "bare")
     for file in bare.glob("tokenizer*"):
         file.unlink()
