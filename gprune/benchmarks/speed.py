@@ -71,7 +71,7 @@ def speed_table(
         own: where `keep_table` keeps the table of a run; a run that has begun on this machine resumes with that table.
     """
     key = speed_key(dense, device, dtype, setting)
-    if own is not None and (kept := read_json(own)) and kept["key"] == key:
+    if own is not None and (kept := read_json(own, check=_not_kept, sealed=True)) and kept["key"] == key:
         return kept["table"]
     path = cache_dir() / "speed" / f"{key}.json"
     if (table := read_json(path, check=MeasuredSpeed.problem, sealed=True)) is None and not measure:
@@ -116,6 +116,13 @@ def outdated(
 def keep_table(table: Table, key: str, file: Path) -> None:
     """Keep the table with which a run begins: when the run resumes, its budget is the same."""
     write_json(file, {"key": key, "table": table})
+
+
+def _not_kept(content: Any) -> str | None:
+    """Why the content of a file is not what `keep_table` writes; None if it is."""
+    if not isinstance(content, dict) or not {"key", "table"} <= content.keys():
+        return "not a table of speed"
+    return MeasuredSpeed.problem(content["table"])
 
 
 def price_by(table: Table, blocks: Sequence[Block]) -> Price:

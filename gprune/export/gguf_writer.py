@@ -130,6 +130,8 @@ def unlike_llama(config: PreTrainedConfig, block: Block) -> str | None:
         return "has no gate"
     if block.ffn_norm is None or block.attention_norm is None or block.family.norm_offset:
         return "normalises elsewhere or otherwise"
+    if block.family.found:
+        return "has no record in gprune, so nobody has compared it with llama.cpp"
     if block.family.logits_scaling:
         return "scales its logits, and what goes into them"
     if config.hidden_act not in ("silu", "swish"):

@@ -22,13 +22,19 @@ MAPPINGS = {"layout", "extras", "attributes", "expert_rows", "classes"}
 def place(config: PreTrainedConfig) -> Path:
     """Where the record of a tiny configuration is stored."""
     settings = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    key = key_of(kind=type(config).__name__, settings=settings, transformers=transformers.__version__, format=FORMAT)
+    kind = f"{type(config).__module__}.{type(config).__qualname__}"
+    key = key_of(kind=kind, settings=settings, transformers=transformers.__version__, format=FORMAT)
     return cache_dir() / "structures" / f"{key}.json"
 
 
 def read(config: PreTrainedConfig) -> Family | None:
-    """The record in the cache; None if there is none or what is there is no record."""
-    content = read_json(place(config))
+    """The record in the cache; None if there is none, if what is there is no record, and for classes of other packages.
+
+    Code that the caller has imported may change between two runs.
+    """
+    if type(config).__module__.partition(".")[0] != "transformers":
+        return None
+    content = read_json(place(config), sealed=True)
     return None if content is None else from_json(content)
 
 

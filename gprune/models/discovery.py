@@ -111,7 +111,7 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
         with suppress(Exception):
             setattr(config, name, "eager")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # of the CPU alone, whose state is restored
         model = auto_of(config).from_config(config, dtype=torch.float32).eval().float()
         with torch.no_grad():
             for parameter in model.parameters():

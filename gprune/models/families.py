@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 PRUNED = "pruned_"  # our own export writes this before the family's name as its model_type
@@ -125,3 +126,4 @@ FAMILIES: dict[str, Family] = {
         Family("olmoe", **EXPERTS, **HEADS_NORMED_TOGETHER),
     )
 }  # fmt: skip
+BUILT_IN: Mapping[str, Family] = MappingProxyType(dict(FAMILIES))  # before anybody adds a record

@@ -3,21 +3,17 @@ record by hand says of norms and logits on a tiny random copy."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.errors import UserError, first_line, nearest
 from gprune.models.blocks import Block, blocks_of
-from gprune.models.families import FAMILIES, PRUNED, Family
+from gprune.models.families import BUILT_IN, FAMILIES, PRUNED, Family
 from gprune.models.lookup import decoder_of, family_of
 from gprune.models.losses import LogitTransform
 from gprune.models.modeling_pruned import find
 
-BUILT_IN: Mapping[str, Family] = MappingProxyType(dict(FAMILIES))
 REMEDY = (
     "Correct the record (docs/extend.md, 'A model family'), or leave it out: gprune then looks for the structure itself"
 )

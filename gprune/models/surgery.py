@@ -29,7 +29,7 @@ from gprune.errors import UserError
 from gprune.models.blocks import Block, Slice, blocks_of, decoder_layers
 from gprune.models.copies import copy_without_hooks
 from gprune.models.loading import skeleton
-from gprune.models.lookup import decoder_of, family_of
+from gprune.models.lookup import decoder_of, family_of, remember
 from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import experts_aligned, find, tell_layer, tell_sizes
 from gprune.models.offload import lend, lend_all, stored
@@ -136,7 +136,14 @@ def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
     if table:  # pruned before: each layer's own values move along
         values = {int(index): value for index, value in table.items()}
         config.per_layer_config = {str(new): values[old] for new, old in enumerate(kept) if old in values}
-    _check_numbering(before, skeleton(copy.deepcopy(config), type(model)), kept)
+    layout = getattr(model.config, "pruned_layout", None)
+    if layout and "own" in layout:  # the sizes of each layer of a pruned type without a record
+        own = {str(new): layout["own"][str(old)] for new, old in enumerate(kept)}
+        model.config.pruned_layout = {**layout, "own": own}
+    after = skeleton(copy.deepcopy(model.config), type(model))
+    for one in (before, after):  # a type without a record is not looked at again with another number of layers
+        remember(one, family_of(model))
+    _check_numbering(before, after, kept)
 
 
 def _check_numbering(before: PreTrainedModel, after: PreTrainedModel, kept: list[int]) -> None:

@@ -36,6 +36,14 @@ def refuse(cfg: RunConfig, dense: PreTrainedModel, device: torch.device) -> None
     if needed > memory:
         have = f"it and the dense model need {needed / GIB:,.2f} GiB in {cfg.model.dtype}, of {memory / GIB:,.2f}"
         raise UserError(f"{FLAG}: '{name}' is larger than memory: {have}; try --model.dtype bfloat16.")
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    tables = [module.num_embeddings for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    learned = any(positions <= rows <= positions + 8 for rows in tables)  # OPT's has two rows more
+    if learned and cfg.evaluation.seq_len > positions:
+        raise UserError(
+            f"--evaluation.seq_len must be at most {positions}, the positions that '{name}' has learned; got "
+            f"{cfg.evaluation.seq_len}."
+        )
     if recovery_of(cfg.recovery).learns:
         check_structure(model)
         if not family_of(model).plain_head:
@@ -83,7 +91,8 @@ def text_for(
         UserError: for another tokenizer where the model is to learn from the dense one, and for a tokenizer of another
             model.
     """
-    own = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings).test
+    others = [corpus for corpus in cfg.used if corpus not in cfg.corpora.evaluate]
+    own = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings, without=others).test
     same = tokenizer.get_vocab() == dense.get_vocab()
     if same and [w.content_hash for w in own] == [w.content_hash for w in test]:
         return test

@@ -53,20 +53,20 @@ def run_seconds(plan: Plan) -> float | None:
 
     Not counted: reading, writing, and solving least squares.
     """
-    cfg, config = plan.cfg, plan.skeleton.config
+    cfg, config = plan.cfg, plan.skeleton.config.get_text_config(decoder=True)
     numbers = sum(block.cost for block in blocks_of(plan.skeleton)) / config.num_hidden_layers * MEASURED
     too_many = numbers + 2 * config.vocab_size * config.hidden_size > MOST
     if too_many or not plan.at_hand or cfg.model.device_map is not None or ALLOCATION[cfg.base_allocation].whole_blocks:
         return None
     try:
         dense, pruned = _paces(plan)
+        gram = _gram_seconds(plan) if "gram" in cfg.collects else 0.0
     except Exception as error:  # a model's own code raises what it likes; a plan does without its pace
         log.debug("The time of two blocks cannot be measured: %s", first_line(error))
         return None
     (calibrated, salient), (tried, _), (curve, learned) = (plan.tokens[step] for step in (1, 2, 7))
     seconds = (calibrated + tried) * dense.forward + salient * dense.learned
-    if "gram" in cfg.collects:
-        seconds += calibration_tokens(cfg) * _gram_seconds(plan)
+    seconds += calibration_tokens(cfg) * gram
     teacher = learned if cfg.sparsity.loss == "kl" else 0
     seconds += (curve - teacher) * dense.developed + teacher * dense.taught + learned * dense.learned
     forward, trained = (sum(plan.tokens[step][kind] for step in (9, 10)) for kind in (0, 1))
@@ -84,7 +84,11 @@ def _paces(plan: Plan) -> tuple[Pace, Pace]:
     cfg = plan.cfg
     kept = 1 - plan.removed / plan.budget.costs.in_parameters.total
     batches = cfg.corpora.batch_size, cfg.distill.batch_size, cfg.corpora.seq_len, cfg.evaluation.seq_len
-    setting = cfg.model.name, cfg.model.dtype, cfg.trainer.precision, *batches, round(kept, 2)
+    d = cfg.distill
+    setting = (
+        cfg.model.name, cfg.model.dtype, cfg.trainer.precision, *batches, round(kept, 2), cfg.sparsity.scope, d.targets,
+        d.rank, d.checkpointing,
+    )  # fmt: skip
     if setting not in _MEASURED:
         _MEASURED[setting] = _measured(plan)
     return _MEASURED[setting]
@@ -95,7 +99,7 @@ _MEASURED: dict[tuple, tuple[Pace, Pace]] = {}  # rows of a list share a measure
 
 def _measured(plan: Plan) -> tuple[Pace, Pace]:
     cfg, budget = plan.cfg, plan.budget
-    dtype, vocabulary = getattr(torch, cfg.model.dtype), plan.skeleton.config.vocab_size
+    dtype, vocabulary = getattr(torch, cfg.model.dtype), plan.skeleton.config.get_text_config(decoder=True).vocab_size
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         dense = type(plan.skeleton)(_fewer_blocks(plan.skeleton.config)).to(plan.device, dtype)
         dense = dense.eval().requires_grad_(False)
@@ -111,7 +115,7 @@ def _measured(plan: Plan) -> tuple[Pace, Pace]:
     forecasts: list[Forecast] = []
     perplexity(dense, Windows("random", "test", text.cpu()), forecasts=forecasts)
     steps = {"dense": _gated_step(dense, batch), "pruned": _student_step(small, step, cfg.distill)}
-    paces, scale = [], plan.skeleton.config.num_hidden_layers / MEASURED
+    paces, scale = [], len(blocks_of(plan.skeleton)) / MEASURED
     for name, model, beside, trained in (("dense", dense, [], batch), ("pruned", small, forecasts, step)):
 
         def evaluate(model: PreTrainedModel = model, beside: list[Forecast] = beside) -> None:
@@ -192,7 +196,7 @@ def _gram_seconds(plan: Plan) -> float:
     """Seconds per token of all Gram matrices, float32: two thirds of a product of the inputs with themselves."""
     widest = max(block.neurons for block in blocks_of(plan.skeleton))
     inputs = torch.ones(512, widest, device=plan.device)
-    squares = sum(b.neurons**2 * b.experts + b.output.in_features**2 for b in blocks_of(plan.skeleton))
+    squares = sum(b.neurons**2 * b.experts + b.channels**2 for b in blocks_of(plan.skeleton))
     return 2 / 3 * _seconds(lambda: inputs.T @ inputs, plan.device) / len(inputs) * squares / widest**2
 
 

@@ -28,6 +28,7 @@ from gprune.runs import schema
 from gprune.runs.folder import RunFolder
 from gprune.storage.cache import disk_errors
 from gprune.storage.files import read_json, scratch_folder, write_json
+from gprune.storage.reading import expanded
 from gprune.studies.archive import dense_path, learned_tokens, packed, record_of, stored, write
 from gprune.studies.listing import Listing, Row, asked_of, parts_of
 from gprune.studies.output import notes_of, title_of
@@ -139,7 +140,7 @@ def finish(study: StudyResult, options: Namespace) -> None:
     report, tables = study.report, study.tables
     say("\n" + "\n\n".join([f"**{title_of(study)}**", *(t.shown() for t in tables), *notes_of(study)]) + "\n")
     if options.output:
-        write_output(study, Path(options.output))
+        write_output(study, expanded(options.output))
         say(f"\nWrote {options.output}.\n")
     if options.costs:
         steps = {f"{row.name}, seed {row.seed}: {step}": used for row, r in done for step, used in r["steps"].items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -312,3 +314,24 @@ def test_a_run_from_the_command_line(model_type, corpora, tmp_path, monkeypatch)
 
 def test_every_exception_of_the_table_is_a_type():
     assert set(DEFAULTS) <= set(CONFIG_MAPPING)
+
+
+LATE = """
+from gprune.models.families import FAMILIES, Family
+FAMILIES["granite"] = Family("granite")  # without the scale of its logits
+from transformers import GraniteConfig
+from gprune.errors import UserError
+from gprune.models.structure import check_by_copy
+try:
+    check_by_copy(GraniteConfig())
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_record_by_hand_in_place_of_ours_is_checked_in_a_fresh_process(tmp_path):
+    """Whatever is imported before or after it was added."""
+    env = tiny_run.environment(tmp_path / "cache")
+    done = subprocess.run([sys.executable, "-c", LATE], cwd=tiny_run.ROOT, env=env, capture_output=True, text=True)
+    assert "granite" in done.stdout, done.stderr
