@@ -323,7 +323,7 @@ from transformers import GraniteConfig
 from gprune.errors import UserError
 from gprune.models.structure import check_by_copy
 try:
-    check_by_copy(GraniteConfig())
+    check_by_copy(GraniteConfig(logits_scaling=4.0))
 except UserError as error:
     print(error)
 """
