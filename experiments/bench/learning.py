@@ -27,7 +27,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gprune.calibration.collector import Collector
-from gprune.config import DistillConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
@@ -165,7 +164,7 @@ def distillation(
     dense: PreTrainedModel, pruned: PreTrainedModel, settings: Settings, text: list[Windows], batch: int, precision: str
 ) -> Steps:
     """Steps of a `DistillationStage`, the teacher's pass included."""
-    stage = DistillationStage(dense, copy.deepcopy(pruned), DistillConfig())
+    stage = DistillationStage(dense, copy.deepcopy(pruned))
     return Steps(stage, CorpusDataModule(train=text, batch_size=batch, seed=settings.seed), settings.device, precision)
 
 

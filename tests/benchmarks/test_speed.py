@@ -81,6 +81,7 @@ def test_old_noisy_and_wrong_tables_are_measured_again_and_any_on_request(measur
     monkeypatch.setattr(speed, "dense_seconds", lambda *_: pytest.fail("a table of this process is compared"))
     table()
     monkeypatch.setattr(speed, "measured", lambda *_: measuring.append(1) or TABLE | {"spread": 0.24})
+    caplog.clear()  # of what other tests let through
     with caplog.at_level("INFO", logger="gprune"):
         assert [in_another_process(again=True), in_another_process()] == [1, 1]
     said = [record.message for record in caplog.records]
