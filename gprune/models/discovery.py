@@ -387,10 +387,10 @@ class Discovery:
             return None
         kind: dict[str, Any] = {"down": down}
         if len(hosts) == 2:
-            up = self._affine(index, hosts, _common([*hosts, down]), down)
+            up = self._affine(index, hosts, down)
             kind |= {"up": up, "gate": next(host for host in hosts if host != up)}
         elif " " in layouts[weights[0]]:
-            order = self._fused_order(index, hosts[0], layouts[weights[0]], _common([*hosts, down]), down)
+            order = self._fused_order(index, hosts[0], layouts[weights[0]], down)
             kind |= {"up": hosts[0], "gate": hosts[0]} | ({"layout": {hosts[0]: order}} if order != "gate | up" else {})
         else:
             kind |= {"up": hosts[0], "gate": None}
@@ -467,7 +467,7 @@ class Discovery:
         first, second = values[1] - values[0], values[2] - values[1]
         return bool((first - second).abs().max() <= 1e-4 * (first.abs().max() + second.abs().max()) + 1e-7)
 
-    def _affine(self, index: int, hosts: Sequence[str], common: str, down: str) -> str:
+    def _affine(self, index: int, hosts: Sequence[str], down: str) -> str:
         """Which of two modules enters the neuron linearly: up; the other one is the gate."""
         for host in hosts:
             module = self.layers[index].get_submodule(host)
@@ -483,7 +483,7 @@ class Discovery:
                 return name
         return names[-1]
 
-    def _fused_order(self, index: int, host: str, layout: str, common: str, down: str) -> str:
+    def _fused_order(self, index: int, host: str, layout: str, down: str) -> str:
         """`gate | up` or `up | gate` (or unit by unit): what enters linearly is up."""
         module = self.layers[index].get_submodule(host)
         transposed = isinstance(module, Conv1D)
@@ -730,16 +730,13 @@ class Discovery:
                 self.logits()
         if shift is None or len(results) != 2 or results[0].numel() != shift.numel():
             return False
-        if self._feeds_another(index, output):
+        # If a later norm reads the sum that this projection is added to, as an FFN's reads attention's, the sum and not
+        # the layer's output tells.
+        if self._sum_has(index, output):
             return True
         difference = (results[1] - results[0]).flatten()
         factor = (difference @ shift.flatten()) / (shift.flatten() @ shift.flatten())
         return bool((difference - factor * shift.flatten()).abs().max() <= 1e-3 * difference.abs().max())
-
-    def _feeds_another(self, index: int, output: str) -> bool:
-        """Whether the rest of the layer reads the sum that this projection is added to, as an FFN reads attention's:
-        then the sum, and not the layer's output, has to be looked at. True if the sum has the projection's output."""
-        return self._sum_has(index, output)
 
     def _sum_has(self, index: int, output: str) -> bool:
         """Whether some later norm of the layer reads a sum that moves by what the projection's output moves."""

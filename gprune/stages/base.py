@@ -75,6 +75,7 @@ class FrozenLMStage(L.LightningModule):
         return getattr(self, "student", self.lm)
 
     def setup(self, stage: str) -> None:
+        """Move the frozen model to the trainer's device, or make its sharded copy."""
         device = self.trainer.strategy.root_device
         if self._shard and self.trainer.world_size > 1:
             if stage == "validate" and self.measured_model is not self.lm:
