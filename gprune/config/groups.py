@@ -229,7 +229,9 @@ class SparsityConfig(Group, prefix="sparsity."):
 
     target: Asked = 0.5
     """How much goes: 0.5 of the scope's parameters, 30% of all, until 95M or 200MiB (as exported) are left, or until
-    the model is 1.4x as fast in the setting of --speed."""
+    the model is 1.4x as fast in the setting of --speed. Or how much worse the model may become: +5% removes as much as
+    keeps perplexity on development text, after --recovery, at most 5 % above dense (3% is a share of all parameters,
+    +3% a quality)."""
     cost: Text | None = None
     """What the target counts, in place of what its unit says: parameters, kv_cache (numbers per token), or what is
     registered from Python."""
@@ -299,6 +301,12 @@ class SparsityConfig(Group, prefix="sparsity."):
                 raise UnregisteredError(f"--sparsity.cost: {error}") from error
         if self.cost and Target.of(self.target).unit == "bytes":
             raise UserError(f"--sparsity.target {self.target}: expected it without --sparsity.cost {self.cost}.")
+
+    @property
+    def quality(self) -> float | None:
+        """The share of the dense perplexity that the target allows on top of it; None for a target in other units."""
+        target = Target.of(self.target)
+        return float(target.number) if target.unit == "quality" else None
 
     @property
     def currency(self) -> str:

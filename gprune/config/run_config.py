@@ -133,6 +133,11 @@ class RunConfig(Group):
                 raise UserError(f"--distill.tokens: expected {least} tokens or more, got {d.tokens:,}.")
             if self.evaluation.split == "development" and d.keep == "best":
                 raise UserError("--evaluation.split development: expected test with --distill.keep best.")
+        if self.sparsity.quality and self.evaluation.development_samples < 2:
+            raise UserError(
+                f"--sparsity.target {self.sparsity.target}: expected two or more --evaluation.development_samples, of "
+                f"which the interval of a quality is made, got {self.evaluation.development_samples}."
+            )
         if (flag := self.timed_for) and (processes > 1 or m.device_map is not None):
             raise UserError(f"{flag}: expected one process, and no --model.device_map, where speed is measured.")
         if m.shard and processes < 2:
@@ -271,6 +276,19 @@ class RunConfig(Group):
             "learn": c.learn if self.learns else [],
             "recover": c.recover if recovery.needs or recovery.learns else [],
         }
+
+    @property
+    def developed(self) -> list[str]:
+        """Corpora whose development text is measured: of a target in quality all that the run reads, else those that
+        something is learned on."""
+        roles = self.roles
+        recover = roles["recover"] if recovery_of(self.recovery).learns else []
+        return list(dict.fromkeys(self.used if self.sparsity.quality else [*roles["learn"], *recover]))
+
+    @property
+    def unlearned_recovery(self) -> str:
+        """The links of `--recovery` that train nothing, by which a target in quality is searched for; perhaps none."""
+        return "+".join(one for one in self.recovery.split("+") if not recovery_of(one).learns) or "none"
 
     @property
     def calibration(self) -> list[str]:

@@ -9,12 +9,15 @@ from gprune.errors import UserError
 from gprune.recoveries import recovery_of
 from gprune.sparsity.budget import UnitCosts
 
+TRIES, LEARNED_TRIES = 12, 4  # models that a search for a quality measures at most, if they are trained: about 4, 2
 KEPT = 2**32  # bytes of what the dense model makes of one text that are kept for rows that learn, or are evaluated
 
 
 def keeps_taught(cfg: RunConfig, hidden_size: int) -> bool:
-    """Whether several rows learn from one text, and what the dense model makes of it is small enough to keep."""
-    return sum(recovery_of(row[1]).learns for row in cfg.stages) > 1 and keeps(cfg, fresh_tokens(cfg), hidden_size)
+    """Whether several models learn from one text, and what the dense model makes of it is small enough to keep."""
+    models = sum(recovery_of(row[1]).learns for row in cfg.stages)
+    several = models > 1 or (models and cfg.sparsity.quality)
+    return bool(several) and keeps(cfg, fresh_tokens(cfg), hidden_size)
 
 
 def keeps(cfg: RunConfig, tokens: int, hidden_size: int) -> bool:
@@ -27,8 +30,7 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
     c, e, s, taught = cfg.corpora, cfg.evaluation, cfg.sparsity, keeps_taught(cfg, hidden_size)
     text, fresh = len(c.recover) * c.num_samples * c.seq_len, fresh_tokens(cfg)
     learns = {recovery: recovery_of(recovery).learns for _, recovery in cfg.stages}
-    corpora = {*cfg.roles["learn"], *(c.recover if any(learns.values()) else ())}
-    development = len(corpora) * e.development_samples * c.seq_len
+    development = development_tokens(cfg)
     calibration = calibration_tokens(cfg)
     saliency = calibration if "saliency" in cfg.collects else 0
     learning = curve = 0
@@ -43,16 +45,24 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
     times = 1 if once else 2  # of each row, and the dense model's beside it
     early = 1 + times * sum(recovery == "none" for _, recovery in cfg.stages) if cfg.evaluates_early else 0
     late = 1 + times * len(cfg.stages) - early
-    forward = {9: 3 * compared_tokens(cfg) + early * evaluated, 10: late * evaluated}
-    trained = {9: 0, 10: 0}
-    for row in cfg.stages:
-        final = row == cfg.own_row  # the first that learns
-        step, recovery = 9 if final else 10, recovery_of(row[1], cfg.recovery_settings)
+    forward = {8: 0, 9: 3 * compared_tokens(cfg) + early * evaluated, 10: late * evaluated}
+    trained = {8: 0, 9: 0, 10: 0}
+    # Step, recovery, and whether it pays for the teacher's pass: the run's own row does, or the first that is tried.
+    models = [(9 if row == cfg.own_row else 10, row[1], row == cfg.own_row) for row in cfg.stages]
+    if s.quality:
+        forward[8] = (1 + searches(cfg) * TRIES) * development
+        models += [(8, cfg.unlearned_recovery, False)] * (searches(cfg) * TRIES)
+        if learns[cfg.recovery]:  # the run's own model is one of those that are tried
+            forward[8] += LEARNED_TRIES * development
+            models = [model for model in models if model[0] != 9]
+            models += [(8, cfg.recovery, number == 0) for number in range(LEARNED_TRIES)]
+    for step, name, pays in models:
+        recovery = recovery_of(name, cfg.recovery_settings)
         recovered = recovery.tokens(text, fresh, attention=cfg.attention)
-        if taught and recovery.taught and not final:
+        if taught and recovery.taught and not pays:
             forward[step] -= fresh
         forward[step] += recovered[0]
-        if learns[row[1]]:
+        if recovery.learns:
             d = cfg.distill
             interval = validation_interval(cfg, fresh // c.seq_len, d.batch_size, 0.25, accumulate=d.accumulate)
             points = measurements(*interval)
@@ -62,9 +72,22 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
         1: (calibration - saliency, saliency),
         2: (tried, 0),
         7: (curve + learning * (s.loss == "kl"), learning),
+        **({8: (forward[8], trained[8])} if s.quality else {}),
         9: (forward[9], trained[9]),
         10: (forward[10], trained[10]),
     }
+
+
+def searches(cfg: RunConfig) -> int:
+    """Searches of a target in quality whose models are not trained: of the run's own row, of controls, and of the share
+    at which thresholds are learned, which is that of a control if there is one."""
+    controls = {stage for stage, _ in cfg.stages} - {cfg.final}
+    return 1 + max(len(controls), int(cfg.learns))
+
+
+def development_tokens(cfg: RunConfig) -> int:
+    """Tokens of the development text."""
+    return len(cfg.developed) * cfg.evaluation.development_samples * cfg.corpora.seq_len
 
 
 def learned_windows(cfg: RunConfig) -> int:

@@ -15,11 +15,12 @@ from gprune.config import RunConfig
 from gprune.corpora import lies_here
 from gprune.models.blocks import PARTS, blocks_of
 from gprune.models.loading import locate_model
-from gprune.pipeline.cost import calibration_tokens, passes
+from gprune.pipeline.cost import LEARNED_TRIES, TRIES, calibration_tokens, development_tokens, passes, searches
 from gprune.pipeline.inputs import prepare_text
 from gprune.pipeline.memory import memory_line
 from gprune.pipeline.pace import run_seconds
 from gprune.pipeline.plan import Plan
+from gprune.recoveries import recovery_of
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks
@@ -27,18 +28,24 @@ from gprune.sparsity.cut import uniform_masks
 
 def describe(plan: Plan) -> str:
     """A line for each property of the run, ready to be printed."""
-    cfg, budget = plan.cfg, plan.budget
+    cfg, budget, quality = plan.cfg, plan.budget, plan.cfg.sparsity.quality
+    most = plan.removed
+    if quality:  # the run finds the share; costs are counted as if hardly anything were removed
+        plan = replace(plan, budget=budget.removing(budget.step))
     parameters, scope, dtype = plan.skeleton.num_parameters(), budget.costs.in_parameters.total, plan.exported_dtype
     left = parameters - plan.removed
     lines = {
         "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.costs.neurons)} blocks",
         "scope": f"{cfg.sparsity.scope}: {scope:,} parameters in units",
         "blocks": f"{len(budget.costs.gone)} go as a whole" if "blocks" in cfg.sparsity.scope else "",
-        "removes": f"{plan.removed:,} parameters: {plan.removed / scope:.1%} of the scope, "
+        "removes": f"at most {most:,} parameters: the run finds the share that keeps {cfg.sparsity.target}"
+        if quality
+        else f"{plan.removed:,} parameters: {plan.removed / scope:.1%} of the scope, "
         f"{plan.removed / parameters:.1%} of the model",
-        "speed": predicted_speed(plan),
-        "widths": expected_widths(cfg, budget),
-        "exports": f"{left:,} parameters: {left * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}",
+        "quality": searched(cfg) if quality else "",
+        "speed": "" if quality else predicted_speed(plan),
+        "widths": "" if quality else expected_widths(cfg, budget),
+        "exports": f"{'at most ' if quality else ''}{left:,} parameters: {left * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}",
         "text": counted_text(plan),
         "learns in": f"{cfg.trainer.precision} ({plan.why_precision})",
         "evaluates": f"{1 + len(cfg.stages)} models on {len(cfg.corpora.evaluate)} corpora",
@@ -49,6 +56,14 @@ def describe(plan: Plan) -> str:
         "results": cfg.folder,
     }
     return "\n".join(f"{name:12} {line}" for name, line in lines.items() if line)
+
+
+def searched(cfg: RunConfig) -> str:
+    """What finding the share takes, in words."""
+    found = f"at most {searches(cfg) * TRIES} models after {cfg.unlearned_recovery}, usually a third of them"
+    if recovery_of(cfg.recovery).learns:
+        found += f", and {LEARNED_TRIES} after {cfg.recovery}, usually 2"
+    return f"{found}, each on {development_tokens(cfg):,} tokens of development text ({', '.join(cfg.developed)})"
 
 
 def counted_text(plan: Plan) -> str:

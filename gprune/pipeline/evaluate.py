@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
 from gprune.errors import dispensable
 from gprune.evaluation.distance import measured_apart
+from gprune.evaluation.intervals import geometric_mean
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity, processes
+from gprune.evaluation.tolerance import largest_share
 from gprune.models.copies import sharded_copy
 from gprune.models.embedded import model_label
 from gprune.models.masks import Masks
@@ -31,7 +33,7 @@ from gprune.pipeline.run import Run
 from gprune.recoveries import recovery_of
 from gprune.report import html, page
 from gprune.report.model_card import write_card
-from gprune.report.records import result_table
+from gprune.report.records import quality_table, result_table
 from gprune.report.run_figures import write_figures
 from gprune.runs import schema, tracking
 from gprune.runs.numbers import means_and_gaps, row_name, run_numbers, unseen_ratios
@@ -39,6 +41,7 @@ from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
 log = logging.getLogger("gprune")
+TOLERATED = 3, 10  # percent of perplexity above dense
 LEARN = ("learn", "loss", "epochs", "centred", "learner")  # what of `--sparsity` a number says of learned masks
 
 
@@ -130,8 +133,14 @@ def same_head(model: PreTrainedModel, other: PreTrainedModel) -> bool:
     return torch.equal(ours, theirs.to(ours.device))
 
 
-def dense_perplexity(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
-    """As `measured`, of the dense model: shared between runs of the same model and text."""
+def dense_perplexity(
+    run: Run, model: PreTrainedModel, windows: Windows, name: str, *, measure: Callable[..., PerplexityResult] | None = None
+) -> PerplexityResult:  # fmt: skip
+    """As `measured`, of the dense model: shared between runs of the same model and text.
+
+    Args:
+        measure: what measures it where no run has; by default `forecast`.
+    """
     key = key_of(
         model=run.fingerprint, text=windows.content_hash, dtype=run.cfg.model.dtype,
         device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul,
@@ -139,7 +148,7 @@ def dense_perplexity(run: Run, model: PreTrainedModel, windows: Windows, name: s
     path = cache_dir() / "evaluations" / f"{key}.json"
     if (cached := of_first(read_json(path, check=schema.Measured.problem, sealed=True))) is not None:
         return PerplexityResult(**cached)
-    result = forecast(run, model, windows, name)
+    result = (measure or forecast)(run, model, windows, name)
     write_json(path, {name: value for name, value in vars(result).items() if value is not None})
     return result
 
@@ -253,13 +262,31 @@ def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, 
     return reached | {"said": said, "spread": spread, "seconds": [before, after]}
 
 
+def tolerated_shares(run: Run) -> dict[str, Any] | None:
+    """How much can go before masks alone cost 3 % and 10 % of development perplexity, in words too.
+
+    By interpolation of the curve that learning has measured; None without one.
+    """
+    curve = run.folder.manifest.get("learning", {}).get("development_perplexity_by_sparsity") or {}
+    means = {float(share): geometric_mean(of.values()) for share, of in curve.items() if of}
+    shares = {percent: largest_share(means, 1 + percent / 100) for percent in TOLERATED}
+    if None in shares.values():
+        return None
+    words = (f"within {p} % {'of dense ' * (p == TOLERATED[0])}up to {share}" for p, share in shares.items())
+    unrecovered = "" if run.cfg.recovery == "none" else ", by masks without recovery"
+    said = f"Development perplexity stays {', '.join(words)} of {run.cfg.sparsity.scope}{unrecovered}."
+    return {"said": said, "shares": {str(p): share.value for p, share in shares.items()}}
+
+
 def summarise(
-    run: Run, records: Sequence[dict[str, Any]], masks: Masks | None, pruned: PreTrainedModel, modules: Modules | None
-) -> dict[str, Any]:
+    run: Run, records: Sequence[dict[str, Any]], masks: Masks | None, pruned: PreTrainedModel, modules: Modules | None,
+    quality: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The run's headline: sparsities reached, means, gaps and ratios; into manifest, metrics.json, W&B and figures.
 
     Args:
         masks: of the final stage, and `pruned` its model. None for a model made elsewhere.
+        quality: what was reached of a target in quality, with a line in words as `said`.
     """
     before, after, units = run.model.num_parameters(), pruned.num_parameters(), run.budget.costs.in_parameters
     means = {
@@ -280,6 +307,12 @@ def summarise(
     if run.cfg.sparsity.currency == "seconds":
         summary["speed"] = run.folder.manifest.get("summary", {}).get("speed") or speed_reached(run, masks, pruned)
         log.info("%s", summary["speed"]["said"])
+    if quality:
+        summary["quality"] = quality
+        log.info("%s\n\n%s\n", quality["said"], quality_table({run.folder.path.name: summary}).shown())
+    if tolerated := tolerated_shares(run):
+        summary["tolerated"] = tolerated
+        log.info("%s", tolerated["said"])
     if stopped := run.folder.manifest.get("stopped"):
         summary["stopped"] = stopped  # stages that a callback has ended early
     run.folder.update_manifest(summary=summary, **({} if masks is None else {"widths": widths(pruned)}))

@@ -54,7 +54,7 @@ class Text:
     learn: list[Windows]
     # One per recovery corpus, for recoveries that learn: windows for `--distill.tokens`, likewise.
     fresh: list[Windows]
-    development: list[Windows]  # one per corpus that something is learned on
+    development: list[Windows]  # one per corpus of `RunConfig.developed`
     test: list[Windows]  # one per evaluated corpus, of `evaluation.split`
 
     @property
@@ -97,7 +97,6 @@ def prepare_text(
     }
     calibrated = dict.fromkeys([*cfg.calibration, *cfg.roles["recover"]])
     recovered = cfg.roles["recover"] if recovery_of(cfg.recovery).learns else []
-    developed = dict.fromkeys([*cfg.roles["learn"], *recovered])
     # A corpus may have several roles, lie behind a network, and return other text when it is asked again.
     read = functools.cache(read_corpus)
 
@@ -113,6 +112,6 @@ def prepare_text(
         train={w.corpus: w for w in windows(calibrated, "train", "train")},
         learn=[*windows(cfg.roles["learn"], "train", "learn")],
         fresh=[*windows(recovered, "train", "fresh")],
-        development=[*windows(developed, "development", "development")],
+        development=[*windows(cfg.developed, "development", "development")],
         test=[*windows(c.evaluate, e.split, "test")],
     )

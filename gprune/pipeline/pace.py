@@ -69,6 +69,8 @@ def run_seconds(plan: Plan) -> float | None:
     seconds += calibration_tokens(cfg) * gram
     teacher = learned if cfg.sparsity.loss == "kl" else 0
     seconds += (curve - teacher) * dense.developed + teacher * dense.taught + learned * dense.learned
+    forward, trained = plan.tokens.get(8, (0, 0))  # models that are tried for a quality
+    seconds += forward * pruned.evaluated + trained * pruned.learned
     forward, trained = (sum(plan.tokens[step][kind] for step in (9, 10)) for kind in (0, 1))
     rows = evaluated_tokens(cfg) * len(cfg.stages)
     of_dense = min(max(0, forward - rows), evaluated_tokens(cfg))

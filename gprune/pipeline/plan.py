@@ -15,6 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gprune.benchmarks.speed import SPEED_TABLE, Table, best_multiple, price_by, speed_table
 from gprune.calibration.saliency import salient_parts
 from gprune.config import RunConfig
+from gprune.corpora import lies_here
+from gprune.corpora.load import load_corpus
 from gprune.errors import UserError, quoting
 from gprune.export.convert import TYPES, check_type
 from gprune.export.gguf_writer import check_expressible
@@ -35,7 +37,7 @@ from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cost import COST, Price, weighed
 from gprune.sparsity.cut import uniform_masks
-from gprune.sparsity.target import HALF_BITS
+from gprune.sparsity.target import HALF_BITS, Target
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,9 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     if cfg.model.made_elsewhere is not None:
         cfg.measure_only()  # it may have been assigned after the rest
     cfg.check_names()
+    if cfg.sparsity.quality:
+        for corpus in filter(lies_here, cfg.developed):
+            load_corpus(corpus, "development")  # refuses a corpus without
     callbacks = callbacks or UserCallbacks(paths=cfg.trainer.callbacks)
     device = device_for(cfg, callbacks.of_stage(None))
     config = read_config(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
@@ -173,10 +178,9 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
         )
     cfg, why = settled(cfg, device, together=together)
     first = Plan(cfg, dense, device, why_precision=why)
-    plan = replace(first, budget=(budget := first.asked()))
+    budget, depth = first.asked(), ALLOCATION[cfg.base_allocation].whole_blocks
+    plan = replace(first, budget=(budget := within_depth(budget) if depth else budget))
     vars(plan).update(vars(first) | vars(plan))  # and the table of speed that was read, or measured
-    if depth := ALLOCATION[cfg.base_allocation].whole_blocks:
-        check_depth(budget)
     if depth or budget.costs.gone:
         check_renumbering(dense, budget)
     if cfg.learns:
@@ -231,13 +235,20 @@ def check_renumbering(dense: PreTrainedModel, budget: Budget) -> None:
     prune(dense, Masks(*([torch.full((n,), b != first) for b, n in enumerate(kind)] for kind in sizes)))
 
 
-def check_depth(budget: Budget) -> None:
-    """Raise UserError unless whole blocks can meet the target with one left."""
+def within_depth(budget: Budget) -> Budget:
+    """The budget, or for a quality the largest one, that whole blocks can meet with one left.
+
+    Raises:
+        UserError: if they cannot meet the target.
+    """
     protected = budget.costs.protected
     gone = [cost for b, cost in enumerate(budget.costs.prices.blocks) if b not in protected]
     removable = sum(gone) - (0 if protected else max(gone))
+    if Target.of(budget.asked).unit == "quality":
+        return replace(budget.removing(min(budget.target, removable)), asked=budget.asked)
     if budget.target > removable:
         raise UserError(
             f"--sparsity.target: {budget.target:,} cannot go as whole blocks (--sparsity.allocation depth): "
             f"at most {removable:,} can while one block stays; ask for less."
         )
+    return budget

@@ -28,10 +28,11 @@ from gprune.models.masks import Masks
 from gprune.pipeline.calibrate import calibrate
 from gprune.pipeline.evaluate import evaluate, summarise, write_pages
 from gprune.pipeline.partition import assess, measure_drift, partition
+from gprune.pipeline.quality import at_first_share, at_share_found, quality_reached
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import opened
 from gprune.pipeline.save import save
-from gprune.pipeline.sparsity import base_masks, learn_sparsity, score, without_blocks
+from gprune.pipeline.sparsity import base_masks, learn_sparsity, meet_budget, score, without_blocks
 from gprune.runs.results import PruningResult
 
 
@@ -62,12 +63,15 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
             statistics = calibrate(run)  # 1
             scores = score(run, statistics)  # 2
             run = without_blocks(run, statistics)
-            masks = base_masks(run, statistics, scores)  # by stage: `base`, `averaged` and `gprune`
-        if cfg.gprune:
-            drift = measure_drift(run, statistics)  # 3
-            labels = partition(run, drift)  # 4, 5
-            modules = assess(run, statistics, scores, drift, labels)  # 6
-            thresholds, masks["gprune"] = learn_sparsity(run, modules, masks["base"])  # 7, 8
+            masks_of = base_masks(run, statistics, scores)  # by stage: `base`, `averaged` and `gprune`
+            if cfg.gprune:
+                drift = measure_drift(run, statistics)  # 3
+                labels = partition(run, drift)  # 4, 5
+                modules = assess(run, statistics, scores, drift, labels)  # 6
+                learning = at_first_share(run, statistics, masks_of)
+                masks_of["gprune"] = learn_sparsity(learning, modules, masks_of["base"])  # 7
+            run = at_share_found(run, statistics, masks_of)  # the same run, unless the target is a quality
+            thresholds, masks = meet_budget(run, masks_of)  # 8
         if cfg.evaluates_early:
             evaluate(run, statistics, masks)  # the method alone, and its controls
         final = masks[run.cfg.final]
@@ -81,7 +85,7 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
             save(run, pruned, masks)
         records = evaluate(run, statistics, masks, pruned)  # 10
         if first:
-            summary = summarise(run, records, own_masks, pruned, modules)
+            summary = summarise(run, records, own_masks, pruned, modules, quality_reached(run, records))
             with dispensable("a page", f"`gprune report {run.folder.path}` writes it"):
                 write_pages(run)
         known = run.cfg.own_row == ("model", "none")  # the model, and its tokenizer, are in a folder of their own

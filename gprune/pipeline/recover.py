@@ -35,8 +35,9 @@ Stage = tuple[str, str]  # of the run's table: whose masks, and the recovery
 
 @torch.no_grad()
 def shrink(
-    run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], *, row: Stage | None = None
-) -> PreTrainedModel:
+    run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], *, row: Stage | None = None,
+    trial: int | None = None,
+) -> PreTrainedModel:  # fmt: skip
     """A copy of the dense model with smaller weights, recovered as asked.
 
     An offloaded model is written block by block below the cache, and its copy is loaded as the model was. Under ddp
@@ -47,10 +48,12 @@ def shrink(
         statistics: by corpus; those of `corpora.recover` are read.
         row: the stage whose masks these are (`model`: made elsewhere, without masks), and a recovery: a name in
             `RECOVERY`, or several joined by `+`. None for the run's own.
+        trial: the number, from 0, of a model that is tried to find the share that keeps a quality. Its curves have a
+            name of their own; what it learns is kept by its masks, so the run's own model finds it.
     """
     free_memory(run.plan.device)
     row = row or run.cfg.own_row
-    material = material_of(run, masks, statistics, row)
+    material = material_of(run, masks, statistics, row, trial)
     name, method = row[1], recovery_of(row[1], run.cfg.recovery_settings)
     revise = method.revise(material)
     if run.cfg.final == "model":
@@ -96,7 +99,9 @@ def placement(run: Run) -> dict[str, Any]:
     return {} if m.device_map is None else {"device_map": m.device_map, "max_memory": m.max_memory}
 
 
-def material_of(run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], row: Stage) -> Material:
+def material_of(
+    run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], row: Stage, trial: int | None
+) -> Material:
     """What the recovery of a row works with: the statistics and the text of `corpora.recover` that it needs."""
     cfg, method = run.cfg, recovery_of(row[1])
     corpora = cfg.corpora.recover
@@ -110,20 +115,27 @@ def material_of(run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistic
         count=run.meter.add,
         fresh=run.text.fresh if method.learns else (),
         settings=cfg.recovery_settings,
-        fit=fit_once(run, f"recovery/{row[1]}-{content_hash(masks.tensors())[:8]}", row),
+        fit=fit_once(run, learned_file(masks, row[1]), row, trial),
         shard=cfg.model.shard,
         taught=run.taught,
-        paid=row != cfg.own_row,
+        # The first model that is tried pays for the teacher; where none is, the run's own row does.
+        paid=trial > 0 if trial is not None else row != cfg.own_row,
     )
 
 
-def fit_once(run: Run, path: str, row: Stage) -> Callable[..., None]:
+def learned_file(masks: Masks, recovery: str) -> str:
+    """How the names of the files begin, in the run folder, that hold what a recovery of a pruned model has learned."""
+    return f"recovery/{recovery}-{content_hash(masks.tensors())[:8]}"
+
+
+def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Callable[..., None]:
     """`Material.fit` of one pruned model: trains each stage once, also if the process is killed in between.
 
     What a stage has learned is kept in the run folder, and a recovery that is taken up gets it back. The names of files
     begin with `path`, and are numbered in the order of calls, which is the same each time.
     """
     calls, c, t = itertools.count(), run.cfg.corpora, run.cfg.trainer
+    name_of_curves = row[0] if trial is None else f"{row[0]} trial {trial + 1}"
 
     def fit(
         what: str, stage: L.LightningModule, *, batch_size: int | None = None, clip: float | None = None,
@@ -155,8 +167,8 @@ def fit_once(run: Run, path: str, row: Stage) -> Callable[..., None]:
             run.fit(
                 name, what, stage, run.text.fresh or [run.text.train[corpus] for corpus in c.recover],
                 batch_size=batch_size, max_epochs=1, gradient_clip_val=clip, accumulate_grad_batches=accumulate,
-                callbacks=[best] if best else [], strategy=strategy, row=row[0], control=row != run.cfg.own_row,
-                measured_after=0.25,
+                callbacks=[best] if best else [], strategy=strategy, row=name_of_curves,
+                control=trial is not None or row != run.cfg.own_row, measured_after=0.25,
             )  # fmt: skip
             if best:
                 best.restore(stage, keep=keep)

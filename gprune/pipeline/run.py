@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,7 @@ class Run:
     callbacks: UserCallbacks
     own_text: list[Windows] | None = None  # what a model made elsewhere is measured on: `text.test` in its own tokens
     forecasts: dict[str, list[Forecast]] = field(default_factory=dict)  # by hash of windows; empty where none is kept
+    teacher_states: dict[bytes, Tensor] = field(default_factory=dict)  # of `taught`
 
     @property
     def cfg(self) -> RunConfig:
@@ -120,10 +121,15 @@ class Run:
         """The model's."""
         return blocks_of(self.model)
 
-    @cached_property
+    @property
     def taught(self) -> dict[bytes, Tensor] | None:
         """`Material.taught` of all rows; None where it is not kept."""
-        return {} if keeps_taught(self.cfg, self.model.config.get_text_config(decoder=True).hidden_size) else None
+        kept = keeps_taught(self.cfg, self.model.config.get_text_config(decoder=True).hidden_size)
+        return self.teacher_states if kept else None
+
+    def within(self, budget: Budget) -> Run:
+        """This run with another budget of its units."""
+        return replace(self, plan=replace(self.plan, budget=budget))
 
     def step(self, number: int, what: str) -> None:
         """A step of the method begins: say so, in the log and on the screen."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from lightning.pytorch.loggers import Logger
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gprune.calibration.statistics import CorpusStatistics, pooled
 from gprune.checks import accepted
+from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity
 from gprune.importance.scores import Scores, score_units
 from gprune.models.masks import Masks
@@ -32,6 +33,8 @@ from gprune.sparsity.thresholds import (
     thresholds_from_named,
 )
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
+
+MasksOf = Callable[[Budget], Masks]  # the masks of a stage, as a function of the budget
 
 
 def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Scores:
@@ -63,27 +66,67 @@ def without_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
 
     budget = run.budget.without(run.folder.tensors("blocks", chosen)["gone"].tolist())
     run.step(2, f"Whole blocks that go: {', '.join(map(str, budget.costs.gone)) or 'none fits its share'}")
-    return replace(run, plan=replace(run.plan, budget=budget))
+    return run.within(budget)
 
 
-def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores) -> dict[str, Masks]:
+def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores) -> dict[str, MasksOf]:
     """Masks of the base metric alone, its sparsity spread over blocks by `--sparsity.allocation` (or `.start`).
 
     Returns:
-        `base`, by `scores`; and `averaged`, where it is a row of the table: by the same metric on all drift
-        corpora together.
+        Functions of a budget: `base`, by `scores`; and `averaged`, where it is a row of the table: by the same metric
+        on all drift corpora together.
     """
     cfg = run.cfg
     allocated = functools.partial(allocate, cfg.base_allocation, **cfg.sparsity.options)
-    masks = {"base": allocated(scores, statistics[cfg.corpora.score], run.blocks, run.budget)}
+
+    def of(scores: Scores, statistics: CorpusStatistics) -> MasksOf:
+        made: dict[int, Masks] = {}
+
+        def masks(budget: Budget) -> Masks:
+            if budget.target not in made:
+                made[budget.target] = allocated(scores, statistics, run.blocks, budget)
+            return made[budget.target]
+
+        return masks
+
+    masks_of = {"base": of(scores, statistics[cfg.corpora.score])}
     if "averaged" in dict(cfg.stages):
         pool = pooled(statistics[corpus] for corpus in cfg.corpora.drift)
-        masks["averaged"] = allocated(_scored(run, pool), pool, run.blocks, run.budget)
-    return masks
+        masks_of["averaged"] = of(_scored(run, pool), pool)
+    return masks_of
 
 
-def learn_sparsity(run: Run, modules: Modules, base: Masks) -> tuple[Thresholds | None, Masks]:
-    """Steps 7 and 8: thresholds per module, if there are any, and the masks that meet the budget.
+@dataclass(frozen=True)
+class ModuleMasks:
+    """The masks of modules as a function of a budget: what step 7 has found.
+
+    Attributes:
+        modules: the modules.
+        thresholds: by budget, thresholds, offsets and masks by the names under which they are saved.
+        learned: the budget at which the thresholds were learned; None where they are not.
+    """
+
+    modules: Modules
+    thresholds: Callable[[Budget], dict[str, Tensor]]
+    learned: Budget | None = None
+
+    def __call__(self, budget: Budget) -> Masks:
+        """The masks of the thresholds at this budget, unless the learner's own are kept beside them.
+
+        Raises:
+            UserError: for the learner's own masks at another budget than that of learning.
+        """
+        masks = saved_masks(self.modules.ranks, tensors := self.thresholds(budget), budget)
+        if self.learned is not None and budget.target != self.learned.target and "masks.ffn.0" in tensors:
+            raise UserError(
+                "--sparsity.target: the learner's masks do not follow from its thresholds, so they cannot be cut at "
+                "the share that keeps a quality; expected a share, such as 0.3."
+            )
+        return masks
+
+
+def learn_sparsity(run: Run, modules: Modules, base: MasksOf) -> ModuleMasks:
+    """Step 7: thresholds per module, which give masks for any budget; learned at the budget of the run, if they are.
 
     Args:
         base: masks of the base metric. Where the allocation is no rule for modules, every module keeps as much as they
@@ -93,24 +136,33 @@ def learn_sparsity(run: Run, modules: Modules, base: Masks) -> tuple[Thresholds 
     rule = ALLOCATION[name]
     run.step(7, "Learning sparsity" if rule.learned else "Allocating sparsity")
 
-    def compute() -> dict[str, Tensor]:
-        start = module_thresholds(name, base, ranks) if rule.modules else start_thresholds(base, ranks)
-        return fit_thresholds(run, modules, start) if rule.learned else named_thresholds(start)
+    def start(budget: Budget) -> Thresholds:
+        return module_thresholds(name, base(budget), ranks) if rule.modules else start_thresholds(base(budget), ranks)
 
-    tensors = run.folder.tensors("thresholds", compute)
+    if not rule.learned:
+        return ModuleMasks(modules, lambda budget: named_thresholds(start(budget)))
+    tensors = run.folder.tensors("thresholds", lambda: fit_thresholds(run, modules, start(run.budget)))
+    return ModuleMasks(modules, lambda _: tensors, run.budget)
+
+
+def meet_budget(run: Run, masks_of: Mapping[str, MasksOf]) -> tuple[Thresholds | None, dict[str, Masks]]:
+    """Step 8: the thresholds of modules, if there are any, and the masks of every stage that meet the budget."""
     run.step(8, "Meeting the budget")
-    masks = masks_of(run, ranks, tensors)
-    log_modules(run.loggers, modules, masks)
+    masks = {stage: of(run.budget) for stage, of in masks_of.items()}
+    if not isinstance(ours := masks_of.get("gprune"), ModuleMasks):
+        return None, masks
+    tensors = run.folder.tensors("thresholds", lambda: ours.thresholds(run.budget))
+    log_modules(run.loggers, ours.modules, masks["gprune"])
     return thresholds_from_named(tensors), masks
 
 
-def masks_of(run: Run, ranks: ModuleRanks, tensors: Mapping[str, Tensor]) -> Masks:
+def saved_masks(ranks: ModuleRanks, tensors: Mapping[str, Tensor], budget: Budget) -> Masks:
     """The masks that step 7 has found: those of its thresholds and offsets, unless its own are kept beside them."""
     if own := {name.removeprefix("masks."): t for name, t in tensors.items() if name.startswith("masks.")}:
         return Masks.from_tensors(own)
     if "offsets.0" in tensors:
         ranks = ranks.moved([tensors[f"offsets.{b}"] for b in range(len(ranks.ffn))])
-    return masks_from_thresholds(ranks, thresholds_from_named(tensors), run.budget)
+    return masks_from_thresholds(ranks, thresholds_from_named(tensors), budget)
 
 
 def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, Tensor]:
@@ -157,7 +209,7 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
     sizes = [modules.ranks.modules, [1] * len(run.blocks)]
     tensors = named_thresholds(checked_pair(LEARNER, s.learner, "thresholds", thresholds, sizes))
     tensors |= {f"offsets.{b}": o.detach().cpu() for b, o in enumerate(getattr(stage, "offsets", None) or ())}
-    return tensors if masks_of(run, modules.ranks, tensors) == masks else tensors | kept
+    return tensors if saved_masks(modules.ranks, tensors, run.budget) == masks else tensors | kept
 
 
 def log_modules(loggers: Sequence[Logger], modules: Modules, masks: Masks) -> None:

@@ -18,7 +18,7 @@ from gprune.corpora.load import corpus_labels
 from gprune.models.embedded import model_label
 from gprune.report.curves import curve_figures, read_curves
 from gprune.report.model_card import RESULTS, loading_code, write_card
-from gprune.report.records import SAME_RECOVERY, UNRECOVERED, cost_table, result_table
+from gprune.report.records import SAME_RECOVERY, UNRECOVERED, cost_table, quality_table, result_table
 from gprune.report.run_figures import run_figures, write_figures
 from gprune.report.style import style
 from gprune.runs.folder import RunFolder
@@ -99,6 +99,7 @@ def section(run: FinishedRun) -> dict[str, Any]:
         "ratios": ratios_to_base(run.records, last),
         "steps": run.steps,
         "result": result_table(run.records),
+        "quality": quality_table({run.name: summary}),
         "figures": drawn(run_figures(run.records, run.modules, run.masks, summary), run.name) if run.masks else [],
         "curves": drawn(curve_figures(read_curves(run.path)), f"{run.name} curves"),
         "labels": corpus_labels(r["corpus"] for r in run.records),

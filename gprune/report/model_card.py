@@ -30,8 +30,10 @@ def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, An
     """Write the card of the model that a run exported, if it did, and the card's hash into the manifest."""
     if (model := folder / "model").is_dir():
         manifest, stock = folder.manifest, not any(model.glob("*.py"))
-        said = manifest.get("summary", {}).get("speed", {}).get("said")
+        summary = manifest.get("summary", {})
+        said, quality = (summary.get(name, {}).get("said") for name in ("speed", "quality"))
         card = model_card(cfg, records, stock=stock, dtype=manifest.get("exported_dtype"))
+        card += f"\n{quality}\n" if quality else ""
         card += speed(read_evaluation(folder / "evaluation.json"), said)
         with replacing(model / "README.md") as new:
             new.write_text(card, encoding="utf-8")

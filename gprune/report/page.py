@@ -23,7 +23,7 @@ from gprune.report.comparison_figures import learning_figure, ratio_figure, spar
 from gprune.report.curves import read_curves
 from gprune.report.grouping import Group, groups, named_by_difference, read_runs, settings_table, with_distinct_names
 from gprune.report.perplexity_tables import comparison_table, distance_table, perplexity_table, summary_table
-from gprune.report.records import caption
+from gprune.report.records import caption, quality_table
 from gprune.report.run_figures import write_figures
 from gprune.report.style import FORMATS, save, titled
 from gprune.report.table import Table, TableName, in_markdown
@@ -57,8 +57,11 @@ class Report:
         parts = [f"## {t.title}\n\n{text(t)}\n" for t in self.read_tables]
         if self.many:
             parts.append(f"More than {SIDE_BY_SIDE} runs: pairs and figures are left out.\n")
-        speeds = [f"{run.name}: {run.summary['speed']['said']}" for run in self.runs if "speed" in run.summary]
-        return "\n".join([*parts, *(f"{line(said)}\n" for said in (*speeds, *self.protocols()))])
+        lines = [
+            f"{run.name}: {run.summary[name]['said']}"
+            for name in ("speed", "quality", "tolerated") for run in self.runs if name in run.summary
+        ]  # fmt: skip
+        return "\n".join([*parts, *(f"{line(said)}\n" for said in (*lines, *self.protocols()))])
 
     @property
     def read_tables(self) -> list[Table]:
@@ -189,6 +192,7 @@ def of_runs(
         runs = [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
     rows = groups(runs)
     tables = [summary_table(rows, bases, seen=seen), perplexity_table(rows, seen=seen), distance_table(rows)]
+    tables.append(quality_table({run.name: run.summary for run in with_distinct_names(runs)}))
     if 1 < len(runs) <= SIDE_BY_SIDE:
         tables += [comparison_table(rows), settings_table(rows)]
     if evaluated := [r | {"run": run.name} for run in with_distinct_names(runs) for r in run.evaluation]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gprune.corpora.load import corpus_labels
 from gprune.evaluation.estimate import Estimate
@@ -12,6 +13,7 @@ from gprune.runs.numbers import Record, by_stage, means_and_gaps, row_name, unse
 # The two ratios to the base metric, as tables name them. They differ only for rows that were recovered.
 SAME_RECOVERY = "unseen / base, same recovery"
 UNRECOVERED = "unseen / unrecovered base"
+KEPT_OF_BASE = "kept / base, same recovery"
 
 
 def caption(records: Sequence[Record]) -> str:
@@ -68,3 +70,44 @@ def cost_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
     ]
     note = "peak MiB: the process's highest so far, so that a step may show that of one before it."
     return Table("cost", "Cost by step", ["step", *columns.values()], rows, {"seconds": 1}, note)
+
+
+def quality_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What was asked, predicted and got, and how many parameters each row keeps at the same quality.
+
+    Args:
+        summaries: by name of a run; those without a target in quality have no rows. The names are shown where there are
+            several.
+    """
+    rows: list[list[Cell]] = []
+    for run, summary in summaries.items():
+        quality = summary.get("quality") or {"rows": []}
+        kept = {r["row"]: r.get("parameters") for r in quality["rows"]}
+        for r in quality["rows"]:
+            name, _, recovery = r["row"].partition(" + ")
+            of_base = kept.get(row_name("base", recovery or "none"))
+            parameters, own = r.get("parameters"), r is quality["rows"][-1]
+            ratio = parameters / of_base if parameters and of_base and name != "base" else None
+            unseen = [quality.get(end) for end in ("unseen", "unseen_low", "unseen_high")] if own else [None]
+            cells = [quality["asked"] * 100, r["row"], parameters, 100 * r["share"] if parameters else None, ratio]
+            ends = [r.get(end) for end in ("got", "low", "high")]
+            cells += [_above([r.get("predicted")]), _above(ends), _above(unseen), r["models"]]
+            rows.append([run, *cells] if len(summaries) > 1 else cells)
+    columns = ["asked, %", "row", "parameters kept", "removed, %", KEPT_OF_BASE, "predicted, %", "development, %",
+               "unseen, %", "models tried"]  # fmt: skip
+    note = (
+        "Each row at a share of its own: the largest found whose development perplexity, above dense, is at most what "
+        "was asked. Controls, and a first search, are without training. A row without numbers keeps this quality by no "
+        "cut. Other tables have all rows at the share of the run's own, which is the last row here. In brackets 95 % "
+        "intervals: Student's t over windows, paired."
+    )
+    columns = ["run", *columns] if len(summaries) > 1 else columns
+    return Table("quality", "Parameters at the same quality", columns, rows, {"asked, %": 1, KEPT_OF_BASE: 3}, note)
+
+
+def _above(ratios: Sequence[float | None]) -> Cell:
+    """A ratio to dense, or one with its interval, as percent above 1."""
+    if ratios[0] is None:
+        return None
+    percent = [100 * (ratio - 1) for ratio in ratios]
+    return Estimate(*percent) if len(percent) == 3 else percent[0]

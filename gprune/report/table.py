@@ -20,7 +20,9 @@ from rich.text import Text
 from gprune.errors import one_line, printable
 from gprune.evaluation.estimate import Estimate
 
-TableName = Literal["comparison", "distance", "evaluation", "perplexity", "settings", "summary"]  # of a report
+TableName = Literal[
+    "comparison", "distance", "evaluation", "perplexity", "quality", "settings", "summary"
+]  # of a report
 
 
 # What Markdown does not take as text: a `*` at the end of a name, `_` inside it and most brackets it does.

@@ -24,11 +24,12 @@ SUMMARY = (
     "forward_backward_tokens",
 )  # fmt: skip
 SPEEDS = ("asked", "predicted", "got")
+QUALITIES = ("asked", "predicted", "got", "low", "high")  # got, with its interval, on development text
 ABOUT = ("model", "dtype", "precision", "scope", "target", "importance", "allocation")
 # Columns of every frame. Columns of corpora, settings and tasks come behind them, and `record` is the last one.
 COLUMNS = [
     "row", "seed", "stage", "recovery", *WITH_INTERVALS, "unseen_dense", "seen_dense", *SUMMARY, "seconds",
-    "peak_memory_mib", *(f"speed_{name}" for name in SPEEDS), *ABOUT, "seen_corpora",
+    "peak_memory_mib", *(f"speed_{name}" for name in SPEEDS), *(f"quality_{name}" for name in QUALITIES), *ABOUT, "seen_corpora",
 ]  # fmt: skip
 Line = dict[str, Any]
 
@@ -39,7 +40,7 @@ def lines(
 ) -> list[Line]:  # fmt: skip
     """A line for each stage of a run, its own result last. Numbers that are not defined are missing.
 
-    Sizes, tokens, seconds and speed are those of the run's own result, so other stages have none.
+    Sizes, tokens, seconds, speed and quality (shares of the dense perplexity above it) are those of the run's own result, so other stages have none.
 
     Args:
         records: as in `metrics.json`; `settings` and `summary` as in `FinishedRun`, `steps` as in the manifest.
@@ -51,6 +52,9 @@ def lines(
     made = [_of_stage(records, stage, settings, base, labels) for stage in stages]
     made[-1] |= {name: summary.get(name) for name in SUMMARY}
     made[-1] |= {f"speed_{name}": summary["speed"][name] for name in SPEEDS if "speed" in summary}
+    if quality := summary.get("quality"):  # asked is how far above dense; the others are over dense
+        above = {name: None if quality[name] is None else quality[name] - 1 for name in QUALITIES[1:]}
+        made[-1] |= {f"quality_{name}": value for name, value in {"asked": quality["asked"], **above}.items()}
     made[-1]["seconds"] = sum(step.get("seconds", 0) for step in steps.values()) if steps else math.nan
     made[-1]["peak_memory_mib"] = max((step.get("peak_memory_mib", 0) for step in steps.values()), default=math.nan)
     return made

@@ -126,7 +126,7 @@ def run_numbers(
     `final/...` is the run's own row: `unseen`, `seen`, `gap`, `unseen_kl`, `unseen_agreement`,
     `unseen_over_base_same_recovery`, `unseen_over_unrecovered_base`, and `perplexity/<corpus>`, `kl/<corpus>`,
     `agreement/<corpus>`, those that are defined; `rows/<row>/...` the same of every row. `parameters_after` and other
-    numbers are those of the summary, `steps/<step>/...` seconds, tokens and peak memory in MiB.
+    numbers are those of the summary, `quality/...` those of a target in quality, `steps/<step>/...` seconds, tokens and peak memory in MiB.
     """
     means, flat = means_and_gaps(records), {}
     ratios = {
@@ -144,6 +144,8 @@ def run_numbers(
         for prefix in (f"rows/{key_part(name)}", "final")[: 1 + (row == final)]:
             flat |= {f"{prefix}/{key}": value for key, value in numbers.items() if math.isfinite(value)}
     flat |= {name: value for name, value in summary.items() if isinstance(value, int | float)}
+    reached = summary.get("quality") or {}
+    flat |= {f"quality/{name}": value for name, value in reached.items() if type(value) is float}
     return flat | {f"steps/{step}/{name}": value for step, costs in steps.items() for name, value in costs.items()}
 
 

@@ -140,6 +140,63 @@ class MeasuredSpeed(SpeedTable):
         return self
 
 
+class SameQuality(Shape):
+    """What a row keeps at the quality that was asked for; without numbers where no cut keeps it."""
+
+    row: Text
+    models: Count  # that were measured
+    share: Share | None = None
+    parameters: Count | None = None
+    predicted: Number | None = None  # perplexity over dense on development text, as are the following
+    got: Number | None = None
+    low: Number | None = None
+    high: Number | None = None
+
+    @model_validator(mode="after")
+    def check_numbers(self) -> Self:
+        """All numbers are there, except `predicted`, or none."""
+        numbers = [self.share, self.parameters, self.got, self.low, self.high]
+        if None in numbers and numbers != [None] * len(numbers):
+            raise UserError("expected share, parameters, got, low and high together")
+        return self
+
+
+class Reached(Shape):
+    """What a search for a quality has found; the run's own row is the last one."""
+
+    asked: Annotated[float, Field(gt=0, le=10)]
+    largest: bool  # whether it is the largest cut that the units allow
+    rows: Annotated[list[SameQuality], Field(min_length=1)]
+
+
+class Trials(Shape):
+    """`quality.json`: what models that were tried make of each development text, by recovery and hash of masks."""
+
+    measured: dict[Text, Annotated[list[Measured], Field(min_length=1)]] = {}
+    reached: Reached | None = None
+
+
+class Quality(Reached):
+    """What a summary says of a target in quality."""
+
+    predicted: Number | None
+    got: Number
+    low: Number
+    high: Number
+    share: Share
+    unseen: Number | None = None
+    unseen_low: Number | None = None
+    unseen_high: Number | None = None
+    said: Text
+
+
+class Said(Shape):
+    """A line for people, and the numbers in it."""
+
+    said: Text
+    shares: dict[Text, Share]
+
+
 class Summary(Shape):
     """The headline of `metrics.json`."""
 
@@ -152,6 +209,8 @@ class Summary(Shape):
     forward_backward_tokens: Count
     unseen_over_base_same_recovery: dict[Text, Ratio] | None = None
     speed_table: SpeedTable | None = None
+    quality: Quality | None = None
+    tolerated: Said | None = None
 
 
 class Metrics(Shape):

@@ -137,6 +137,8 @@ class Budget:
     def of(cls, costs: UnitCosts, asked: float | str, width_multiple: int = 1, flag: str = "sparsity.target") -> Budget:
         """The budget for what `--sparsity.target` says, such as a share in (0, 1) of the scope's cost, rounded up.
 
+        For a quality it is the largest budget that these units allow: a run finds the one that keeps the quality.
+
         Of the blocks that are to go as a whole, as many go, first chosen first, as fit their share of it.
 
         Raises:
@@ -146,7 +148,9 @@ class Budget:
         if width_multiple > (narrow := min(filter(None, costs.neurons))):  # of all blocks that have an FFN
             raise UserError(f"--sparsity.width_multiple: expected 1 to {narrow} neurons, got {width_multiple}.")
         goal, total, model = Target.of(asked), costs.total, costs.prices.model
-        if (target := goal.removes(total, model)) < 1:
+        if goal.unit == "quality" and (largest := cls(costs, 0, width_multiple, asked).largest()).target:
+            return largest
+        if goal.unit == "quality" or (target := goal.removes(total, model)) < 1:
             raise UserError(f"--{flag}: {asked} takes nothing from a scope of {total:,} in a model of {model:,}.")
         costs = replace(costs, gone=costs.fitting(costs.gone, target))
         removable = costs.removable(width_multiple)
@@ -164,6 +168,32 @@ class Budget:
     def without(self, blocks: Sequence[int]) -> Budget:
         """This budget with those of these blocks gone, first one first, that fit their share."""
         return Budget.of(replace(self.costs, gone=tuple(blocks)), self.asked or self.sparsity, self.width_multiple)
+
+    def removing(self, target: int) -> Budget:
+        """The budget of the same units and grid that removes this cost, which the units allow."""
+        costs = replace(self.costs, gone=self.costs.fitting(self.costs.gone, target))
+        return Budget(costs, target, self.width_multiple)
+
+    def largest(self) -> Budget:
+        """The largest budget of the same units and grid.
+
+        How much can go depends on the whole blocks that go, and they on how much has to go: from above, the first cost
+        that the blocks that fit its share allow.
+        """
+        target, allowed = 0, self.costs.total
+        while target != allowed:
+            target, gone = allowed, self.costs.fitting(self.costs.gone, allowed)
+            allowed = min(target, replace(self.costs, gone=gone).removable(self.width_multiple))
+        return replace(self.removing(target), asked=self.asked)
+
+    @property
+    def step(self) -> int:
+        """The smallest cost by which masks differ, such as that of `width_multiple` neurons of one block, or of all."""
+        p, costs = self.costs.prices, self.costs
+        tables = [(table, min(self.width_multiple, len(table) - 1)) for table in p.neurons]
+        tables += [(table, 1) for table in p.groups if costs.attention]
+        steps = [table[size] - table[0] for table, size in tables if size]
+        return (sum if costs.uniform else min)([cost for cost in steps if cost > 0] or [1])
 
     @property
     def rest(self) -> Budget:

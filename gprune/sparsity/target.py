@@ -1,4 +1,4 @@
-"""What `--sparsity.target` asks for: a share, or what the user pays in; parsed, and counted in whole numbers."""
+"""What `--sparsity.target` asks for: a share, what the user pays in, or a quality; parsed, and counted in whole numbers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from gprune.checks import shown
 from gprune.errors import UserError
 
 FORM = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(%|x|[KMB]|[KMG]i?B|)")
+QUALITY = re.compile(r"\+([0-9]{1,4}(?:\.[0-9]{1,9})?)%")
+WORST = 1000  # percent above the dense perplexity that may be asked for: beyond, models say nothing of a text
 SIZES = {f"{letter}{i}B": base**n for i, base in (("", 1000), ("i", 1024)) for n, letter in enumerate("KMG", start=1)}
 LEFT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9} | SIZES
 HALF_BITS = 16  # of a byte, which budgets of bytes count: GGUF's q8_0 has 8.5 bits a weight
-FORMS = "a share of the scope inside (0, 1), 30% of all parameters, 95M or 200MiB that are left, or 1.4x as fast"
+FORMS = (
+    "one of: a share of the scope inside (0, 1), 30% of all parameters, 95M or 200MiB that are left, 1.4x as fast, or "
+    "+5%, a perplexity at most so far above dense (above +0% to +1000%)"
+)
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,16 @@ class Target:
     """What has to go of what a model costs."""
 
     asked: float | str  # as settings have it
-    number: Fraction  # a share, what is left, or how many times as fast
-    unit: str  # `share` of the scope, `%` of the model, `x`; or `parameters`, `bytes` that are left
+    number: Fraction  # a share, what is left, how many times as fast, or a share of the dense perplexity
+    unit: str  # `share` of the scope, `%` of the model, `x`; `parameters`, `bytes` that are left; or `quality`
 
     @classmethod
     def of(cls, asked: float | str) -> Target:
         """Parse a number or text; a UserError in one line for what no budget can be."""
         if type(asked) in (int, float) and 0 < asked < 1:
             return cls(asked, Fraction(str(asked)), "share")  # 0.1 of 30 is 3: as it is written, not as it is stored
+        if isinstance(asked, str) and (rise := QUALITY.fullmatch(asked)) and 0 < Fraction(rise[1]) <= WORST:
+            return cls(asked, Fraction(rise[1]) / 100, "quality")
         parts = FORM.fullmatch(str(asked) if type(asked) in (int, str) else "")
         number, unit = (Fraction(parts[1]), parts[2]) if parts else (Fraction(0), "%")
         if unit in LEFT and (left := number * LEFT[unit]) >= 1000:

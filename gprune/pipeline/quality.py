@@ -1,0 +1,250 @@
+"""A target in quality: the largest cut whose model, recovered as asked, keeps development perplexity near dense.
+
+The share is found by measuring models on development text. Masks of any share follow from one calibration: by scores, or
+by the thresholds that were learned at a first share. So there are up to four searches, each by `largest_within`:
+
+1. for the share at which thresholds are learned: the control `averaged`, or `base`, after the links of `--recovery` that
+   train nothing;
+2. for the same of each control, to say how many parameters the same quality needs without modules;
+3. for the run's own masks, after those links: often this is the recovery that was asked for, and the end;
+4. else from there on with the recovery that was asked for, in few steps.
+
+Every model is measured once. What was measured is kept in `quality.json` of the run folder, and a search that is resumed
+reads it there, so it takes the same way to the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gprune.calibration.statistics import CorpusStatistics
+from gprune.errors import UserError
+from gprune.evaluation.intervals import paired_ratio
+from gprune.evaluation.perplexity import PerplexityResult
+from gprune.models.masks import Masks
+from gprune.pipeline.cost import LEARNED_TRIES, TRIES
+from gprune.pipeline.evaluate import dense_perplexity, measured, of_first, spread
+from gprune.pipeline.recover import Stage, learned_file, shrink
+from gprune.pipeline.run import Run
+from gprune.pipeline.sparsity import MasksOf
+from gprune.recoveries import recovery_of
+from gprune.runs import schema
+from gprune.runs.numbers import Record, estimates, row_name
+from gprune.sparsity.budget import Budget
+from gprune.sparsity.search import Found, largest_within
+from gprune.storage.files import content_hash, read_json, write_json
+
+log = logging.getLogger("gprune")
+FILE = "quality.json"
+FIRST = 0.1  # share of the scope that is tried first
+EXPONENT = 1.5  # of the rise of log perplexity with the share, until two models say more
+# What of the rise that is asked for may stay unused: a share of it, and of the dense perplexity.
+UNUSED = 0.02, 0.001
+UNUSED_LEARNED = 0.1, 0.005  # where each model has to be trained
+
+
+class Trials:
+    """Models of a run that are tried, with their perplexity on development text.
+
+    Args:
+        run: its budget is the largest that its units allow.
+        statistics: by corpus.
+    """
+
+    def __init__(self, run: Run, statistics: Mapping[str, CorpusStatistics]):
+        self.run, self.statistics, self.asked = run, statistics, run.cfg.sparsity.quality
+        self.file = run.folder / FILE
+        known = read_json(self.file, run=run.folder.key, check=schema.Trials.problem) or {}
+        self.measured: dict[str, list[dict[str, Any]]] = of_first(known.get("measured", {}))
+        self.trained: dict[str, Masks] = {}  # models that learn, by key, in the order in which they are tried
+        with run.folder.step("quality"):
+            model = spread(run, run.model)
+            self.dense = [dense_perplexity(run, model, w, "dense", measure=measured) for w in run.text.development]
+        self.step = run.budget.step
+        self.most = math.ceil(run.budget.target / self.step)
+
+    def budget(self, cut: int) -> Budget:
+        """The budget of so many of the smallest steps, at most the largest budget."""
+        return self.run.budget.removing(min(cut * self.step, self.run.budget.target))
+
+    def results(self, masks: Masks, row: Stage, budget: Budget) -> list[PerplexityResult]:
+        """What a model, recovered, makes of each development text; measured unless it was before."""
+        run, key = self.run, f"{row[1]} {content_hash(masks.tensors())}"
+        learns = recovery_of(row[1]).learns
+        if learns:
+            self.trained.setdefault(key, masks)
+        if key not in self.measured:
+            name = f"{row_name(*row)} less {budget.target:,}"
+            with run.folder.step("quality"), run.folder.part(name):
+                trial = list(self.trained).index(key) if learns else None
+                model = spread(run, shrink(run, masks, self.statistics, row=row, trial=trial))
+                run.meter.watch(model)
+                results = [measured(run, model, w, name) for w in run.text.development]
+            self.measured[key] = [{n: v for n, v in vars(r).items() if v is not None} for r in results]
+            self.write(measured=self.measured)
+            rise = math.expm1(self.rise(results))
+            log.info("%s without %.4g%% of %s: %+.2f%% of dense development perplexity",
+                     row_name(*row), 100 * budget.sparsity, run.cfg.sparsity.scope, 100 * rise)  # fmt: skip
+        return [PerplexityResult(**of_text) for of_text in self.measured[key]]
+
+    def write(self, **entries: Any) -> None:
+        """Add entries to the file, unless the run is finished, which is only read."""
+        if not self.run.folder.finished:
+            known = read_json(self.file, run=self.run.folder.key, check=schema.Trials.problem) or {}
+            write_json(self.file, known | entries, run=self.run.folder.key)
+
+    def rise(self, results: Sequence[PerplexityResult]) -> float:
+        """log of the geometric mean over corpora of perplexity over that of the dense model."""
+        return sum(r.nll - d.nll for r, d in zip(results, self.dense, strict=True)) / len(self.dense)
+
+    def interval(self, results: Sequence[PerplexityResult]) -> tuple[float, float, float]:
+        """exp of `rise` with its 95 % interval, paired over windows."""
+        text = self.run.text.development
+        own, dense = ({w.corpus: r.window_nll for w, r in zip(text, of, strict=True)} for of in (results, self.dense))
+        return paired_ratio(own, dense, text[0].tokens.shape[1] - 1)
+
+    def search(
+        self, row: Stage, masks_of: MasksOf, *, after: Found | None = None, expected: float | None = None
+    ) -> Found:
+        """The largest cut of a row that keeps the quality.
+
+        Args:
+            after: an earlier search of similar models, at whose cut this one begins.
+            expected: the rise that there is reason to expect there.
+        """
+        learns = recovery_of(row[1]).learns
+        share, of_dense = UNUSED_LEARNED if learns else UNUSED
+
+        def rise(cut: int) -> float:
+            budget = self.budget(cut)
+            return self.rise(self.results(masks_of(budget), row, budget))
+
+        begun = after is not None and after.best is not None
+        first = after.best.cut if begun else round(FIRST * self.run.budget.costs.total / self.step)
+        return largest_within(
+            rise, math.log1p(self.asked), self.most, first=first, expected=expected,
+            exponent=after.exponent(EXPONENT) if begun else EXPONENT, unused=min(share, of_dense / self.asked),
+            tries=LEARNED_TRIES if learns else TRIES,
+        )  # fmt: skip
+
+    def controls(self, masks_of: Mapping[str, MasksOf]) -> dict[str, Found]:
+        """Searches for the controls, `averaged` first. Thresholds are learned at the share of the first one."""
+        cfg = self.run.cfg
+        rows = {stage for stage, _ in cfg.stages} - {cfg.final}
+        names = [name for name in ("averaged", "base") if name in masks_of and (name in rows or cfg.learns)]
+        names = [name for i, name in enumerate(names) if name in rows or i == 0]
+        found: dict[str, Found] = {}
+        for name in names:
+            row = name, cfg.unlearned_recovery
+            found[name] = self.search(row, masks_of[name], after=next(iter(found.values()), None))
+        return found
+
+
+def at_first_share(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
+    """The run at the budget of which thresholds are learned: its own, or for a quality that of the first control."""
+    cfg = run.cfg
+    if not (cfg.sparsity.quality and cfg.learns):
+        return run
+    run.step(7, "Finding the share at which sparsity is learned")
+    trials = Trials(run, statistics)
+    first = "averaged" if "averaged" in masks_of else "base"
+    best = trials.search((first, cfg.unlearned_recovery), masks_of[first]).best
+    return run.within(trials.budget(best.cut if best else 1))
+
+
+def at_share_found(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
+    """The run at the largest budget that keeps the quality; the same run where the target is no quality.
+
+    Raises:
+        UserError: if not even the smallest cut keeps it.
+    """
+    cfg, s = run.cfg, run.cfg.sparsity
+    if not s.quality:
+        return run
+    run.step(8, "Finding the share that keeps the quality")
+    trials = Trials(run, statistics)
+    final, unlearned = masks_of[cfg.final], (cfg.final, cfg.unlearned_recovery)
+    controls = trials.controls(masks_of)
+    found = searched = trials.search(unlearned, final, after=next(iter(controls.values()), None))
+    if unlearned != cfg.own_row:
+        expected = searched.best.rise if searched.best else None
+        found = trials.search(cfg.own_row, final, after=searched, expected=expected)
+    if found.best is None:
+        least = trials.budget(1)
+        worse = trials.interval(trials.results(final(least), cfg.own_row, least))[0]
+        raise UserError(
+            f"--sparsity.target {s.target}: even the smallest cut, {least.costs.removed(final(least)):,} "
+            f"{s.currency.replace('_', ' ')}, costs {_percent(worse)} of dense perplexity on development text; expected "
+            f"more than that, or more --evaluation.development_samples."
+        )
+    rows = {(name, unlearned[1]): one for name, one in controls.items()} | {unlearned: searched, cfg.own_row: found}
+    listed = [stage for stage, _ in cfg.stages]
+    same = [_needed(trials, row, one, masks_of[row[0]]) for row, one in rows.items() if row[0] in listed]
+    reached = {"asked": s.quality, "largest": found.best.cut == trials.most, "rows": same}
+    if reached["largest"]:
+        log.warning("The largest cut that is allowed keeps %s of dense development perplexity: it is taken.", s.target)
+    trials.write(reached=reached)
+    _forget(trials, found, final)
+    return run.within(trials.budget(found.best.cut))
+
+
+def _needed(trials: Trials, row: Stage, found: Found, masks_of: MasksOf) -> dict[str, Any]:
+    """How many parameters a row keeps at the quality that was asked for; without numbers where no cut keeps it."""
+    run, name = trials.run, row_name(*row)
+    if found.best is None:
+        return {"row": name, "models": len(found.points)}
+    budget = trials.budget(found.best.cut)
+    masks = masks_of(budget)
+    units = run.budget.costs.in_parameters
+    got, low, high = trials.interval(trials.results(masks, row, budget))
+    predicted = found.best.predicted
+    return {
+        "row": name,
+        "models": len(found.points),
+        "share": run.budget.costs.removed(masks) / run.budget.costs.total,
+        "parameters": run.model.num_parameters() - units.removed(masks),
+        "predicted": None if predicted is None else math.exp(predicted),
+        "got": got,
+        "low": low,
+        "high": high,
+    }
+
+
+def _forget(trials: Trials, found: Found, masks_of: MasksOf) -> None:
+    """Remove what models have learned that were tried and are not the run's own."""
+    run, name = trials.run, trials.run.cfg.recovery
+    own = learned_file(masks_of(trials.budget(found.best.cut)), name)
+    for path in {learned_file(masks, name) for masks in trials.trained.values()} - {own}:
+        for file in (run.folder / path).parent.glob(f"{(run.folder / path).name}-*.safetensors"):
+            file.unlink(missing_ok=True)
+
+
+def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any] | None:
+    """Perplexity over dense: asked, predicted and got, on development and on unseen text; in words too.
+
+    None for a run whose target is no quality.
+    """
+    if not run.cfg.sparsity.quality:
+        return None
+    reached = read_json(run.folder / FILE, run=run.folder.key, check=schema.Trials.problem)["reached"]
+    own, unseen = reached["rows"][-1], estimates(records, run.cfg.own_row, None)["unseen_over_dense"]
+    numbers = {name: own[name] for name in ("predicted", "got", "low", "high", "share")}
+    got = f"{_percent(own['got'])} [{_percent(own['low'])}, {_percent(own['high'])}]"
+    said = [f"Quality: asked at most {run.cfg.sparsity.target} of dense perplexity on development text"]
+    said += [f"predicted {_percent(own['predicted'])}"] if own["predicted"] else []
+    said += [f"got {got}"]
+    if unseen is not None:
+        numbers |= {"unseen": unseen.value, "unseen_low": unseen.low, "unseen_high": unseen.high}
+        ends = _percent(unseen.low), _percent(unseen.high)
+        said += [f"on unseen text {_percent(unseen.value)} [{ends[0]}, {ends[1]}]"]
+    limit = "; the largest cut that is allowed" if reached["largest"] else ""
+    removed = f"removed {own['share']:.2%} of {run.cfg.sparsity.scope}{limit}"
+    return reached | numbers | {"said": f"{', '.join([*said, removed])}."}
+
+
+def _percent(ratio: float) -> str:
+    """A ratio to dense as what it is above 1."""
+    return f"{100 * (ratio - 1):+.2f}%"
