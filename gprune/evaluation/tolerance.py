@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -14,7 +15,8 @@ class UpTo(NamedTuple):
     at_least: bool
 
     def __str__(self) -> str:
-        return f"{'at least ' * self.at_least}{100 * self.value:.2g} %"
+        digits = 1 if self.value < 0.01 else 0
+        return f"{'at least ' * self.at_least}{100 * self.value:.{digits}f} %"
 
 
 def largest_share(perplexity: Mapping[float, float], ratio: float) -> UpTo | None:
@@ -35,7 +37,7 @@ def largest_share(perplexity: Mapping[float, float], ratio: float) -> UpTo | Non
     if len(shares) < 2 or shares[0] != 0:
         return None
     limit, rise = math.log(ratio), 0.0
-    for before, share in zip(shares, shares[1:], strict=False):
+    for before, share in itertools.pairwise(shares):
         last, rise = rise, max(rise, math.log(perplexity[share] / perplexity[0]))
         if rise > limit:
             return UpTo(before + (share - before) * (limit - last) / (rise - last), False)

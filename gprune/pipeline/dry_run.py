@@ -45,7 +45,8 @@ def describe(plan: Plan) -> str:
         "quality": searched(cfg) if quality else "",
         "speed": "" if quality else predicted_speed(plan),
         "widths": "" if quality else expected_widths(cfg, budget),
-        "exports": f"{'at most ' if quality else ''}{left:,} parameters: {left * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}",
+        "exports": f"{'at most ' if quality else ''}{left:,} parameters: "
+        f"{left * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}",
         "text": counted_text(plan),
         "learns in": f"{cfg.trainer.precision} ({plan.why_precision})",
         "evaluates": f"{1 + len(cfg.stages)} models on {len(cfg.corpora.evaluate)} corpora",

@@ -134,7 +134,8 @@ def same_head(model: PreTrainedModel, other: PreTrainedModel) -> bool:
 
 
 def dense_perplexity(
-    run: Run, model: PreTrainedModel, windows: Windows, name: str, *, measure: Callable[..., PerplexityResult] | None = None
+    run: Run, model: PreTrainedModel, windows: Windows, name: str, *,
+    measure: Callable[..., PerplexityResult] | None = None,
 ) -> PerplexityResult:  # fmt: skip
     """As `measured`, of the dense model: shared between runs of the same model and text.
 
@@ -272,9 +273,11 @@ def tolerated_shares(run: Run) -> dict[str, Any] | None:
     shares = {percent: largest_share(means, 1 + percent / 100) for percent in TOLERATED}
     if None in shares.values():
         return None
-    words = (f"within {p} % {'of dense ' * (p == TOLERATED[0])}up to {share}" for p, share in shares.items())
-    unrecovered = "" if run.cfg.recovery == "none" else ", by masks without recovery"
-    said = f"Development perplexity stays {', '.join(words)} of {run.cfg.sparsity.scope}{unrecovered}."
+    (least, first), *others = shares.items()
+    words = [f"within {least} % of dense up to {first} of {run.cfg.sparsity.scope}"]
+    words += [f"within {percent} % up to {share}" for percent, share in others if share != first]
+    unrecovered = "" if run.cfg.recovery == "none" else ", under masks without recovery"
+    said = f"Development perplexity stays {', '.join(words)}{unrecovered}."
     return {"said": said, "shares": {str(p): share.value for p, share in shares.items()}}
 
 

@@ -1,16 +1,16 @@
 """A target in quality: the largest cut whose model, recovered as asked, keeps development perplexity near dense.
 
-The share is found by measuring models on development text. Masks of any share follow from one calibration: by scores, or
-by the thresholds that were learned at a first share. So there are up to four searches, each by `largest_within`:
+The share is found by measuring models on development text. Masks of any share follow from one calibration: from scores,
+or from thresholds that were learned at a first share. There are up to four searches, each by `largest_within`:
 
-1. for the share at which thresholds are learned: the control `averaged`, or `base`, after the links of `--recovery` that
-   train nothing;
-2. for the same of each control, to say how many parameters the same quality needs without modules;
-3. for the run's own masks, after those links: often this is the recovery that was asked for, and the end;
-4. else from there on with the recovery that was asked for, in few steps.
+1. For the share at which thresholds are learned: of the control `averaged`, else of `base`, recovered by the links of
+   `--recovery` that train nothing.
+2. For each control, recovered in the same way, to report how many parameters it needs for the same quality.
+3. For the run's own masks, recovered in the same way. If `--recovery` trains nothing, this is the result.
+4. From there on for the run's own masks with `--recovery` as it was asked for, in few steps.
 
-Every model is measured once. What was measured is kept in `quality.json` of the run folder, and a search that is resumed
-reads it there, so it takes the same way to the same bits.
+Every model is measured once. Measurements are stored in `quality.json` of the run folder and read from there when a run
+resumes, so that a resumed search takes the same steps to the same bits.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ def at_share_found(run: Run, statistics: Mapping[str, CorpusStatistics], masks_o
         worse = trials.interval(trials.results(final(least), cfg.own_row, least))[0]
         raise UserError(
             f"--sparsity.target {s.target}: even the smallest cut, {least.costs.removed(final(least)):,} "
-            f"{s.currency.replace('_', ' ')}, costs {_percent(worse)} of dense perplexity on development text; expected "
-            f"more than that, or more --evaluation.development_samples."
+            f"{s.currency.replace('_', ' ')}, changes perplexity on development text by {_percent(worse)} of dense; "
+            f"expected a target above that."
         )
     rows = {(name, unlearned[1]): one for name, one in controls.items()} | {unlearned: searched, cfg.own_row: found}
     listed = [stage for stage, _ in cfg.stages]

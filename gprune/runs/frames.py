@@ -29,7 +29,8 @@ ABOUT = ("model", "dtype", "precision", "scope", "target", "importance", "alloca
 # Columns of every frame. Columns of corpora, settings and tasks come behind them, and `record` is the last one.
 COLUMNS = [
     "row", "seed", "stage", "recovery", *WITH_INTERVALS, "unseen_dense", "seen_dense", *SUMMARY, "seconds",
-    "peak_memory_mib", *(f"speed_{name}" for name in SPEEDS), *(f"quality_{name}" for name in QUALITIES), *ABOUT, "seen_corpora",
+    "peak_memory_mib", *(f"speed_{name}" for name in SPEEDS), *(f"quality_{name}" for name in QUALITIES), *ABOUT,
+    "seen_corpora",
 ]  # fmt: skip
 Line = dict[str, Any]
 
@@ -40,7 +41,8 @@ def lines(
 ) -> list[Line]:  # fmt: skip
     """A line for each stage of a run, its own result last. Numbers that are not defined are missing.
 
-    Sizes, tokens, seconds, speed and quality (shares of the dense perplexity above it) are those of the run's own result, so other stages have none.
+    Sizes, tokens, seconds, speed and quality (development perplexity above dense, as a share of it) are those of the
+    run's own result, so other stages have none.
 
     Args:
         records: as in `metrics.json`; `settings` and `summary` as in `FinishedRun`, `steps` as in the manifest.

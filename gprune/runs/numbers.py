@@ -126,7 +126,8 @@ def run_numbers(
     `final/...` is the run's own row: `unseen`, `seen`, `gap`, `unseen_kl`, `unseen_agreement`,
     `unseen_over_base_same_recovery`, `unseen_over_unrecovered_base`, and `perplexity/<corpus>`, `kl/<corpus>`,
     `agreement/<corpus>`, those that are defined; `rows/<row>/...` the same of every row. `parameters_after` and other
-    numbers are those of the summary, `quality/...` those of a target in quality, `steps/<step>/...` seconds, tokens and peak memory in MiB.
+    numbers are those of the summary, `quality/...` those of a target in quality, `steps/<step>/...` seconds, tokens and
+    peak memory in MiB.
     """
     means, flat = means_and_gaps(records), {}
     ratios = {

@@ -1,4 +1,4 @@
-"""What `--sparsity.target` asks for: a share, what the user pays in, or a quality; parsed, and counted in whole numbers."""
+"""What `--sparsity.target` asks for: a share, what the user pays in, or a quality; parsed, counted in whole numbers."""
 
 from __future__ import annotations
 
