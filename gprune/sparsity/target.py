@@ -15,13 +15,13 @@ from gprune.errors import UserError
 
 FORM = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(%|x|[KMB]|[KMG]i?B|)")
 QUALITY = re.compile(r"\+([0-9]{1,4}(?:\.[0-9]{1,9})?)%")
-WORST = 1000  # percent above the dense perplexity that may be asked for: beyond, models say nothing of a text
+WORST = 1000  # percent above the dense perplexity that may be asked for
 SIZES = {f"{letter}{i}B": base**n for i, base in (("", 1000), ("i", 1024)) for n, letter in enumerate("KMG", start=1)}
 LEFT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9} | SIZES
 HALF_BITS = 16  # of a byte, which budgets of bytes count: GGUF's q8_0 has 8.5 bits a weight
 FORMS = (
-    "one of: a share of the scope inside (0, 1), 30% of all parameters, 95M or 200MiB that are left, 1.4x as fast, or "
-    "+5%, a perplexity at most so far above dense (above +0% to +1000%)"
+    "a share of the scope inside (0, 1), 30% of all parameters, 95M or 200MiB that are left, 1.4x as fast, or +5% for a "
+    "perplexity at most so far above dense (up to +1000%)"
 )
 
 

@@ -47,7 +47,7 @@ from gprune.storage import files as artifacts
 ROOT = Path(__file__).parents[2]
 IN_THE_BOX = (
     *("opened", "calibrate", "score", "base_masks", "measure_drift", "partition", "assess", "learn_sparsity"),
-    *("shrink", "save", "evaluate", "summarise"),
+    *("at_first_share", "at_share_found", "meet_budget", "shrink", "save", "evaluate", "summarise"),
 )
 STEPS = {"load": opening, "prepare_text": opening} | dict.fromkeys(IN_THE_BOX, pipeline)  # where each is looked up
 BATCHES = (

@@ -1,0 +1,40 @@
+"""How much can go before perplexity rises by so much: interpolation of a curve over shares."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gprune.evaluation.tolerance import largest_share
+
+
+@given(st.lists(st.floats(-0.2, 1.0), min_size=1, max_size=6), st.floats(1.01, 3.0))
+def test_the_share_is_that_of_a_fine_scan_of_the_monotone_line(rises, ratio):
+    shares = np.arange(len(rises) + 1) / 10
+    logs = np.concatenate([[0], np.cumsum(rises)])
+    found = largest_share(dict(zip(shares, 20 * np.exp(logs), strict=True)), ratio)
+    fine = np.linspace(0, shares[-1], 20_001)
+    line = np.interp(fine, shares, np.maximum.accumulate(logs))
+    within = fine[line <= np.log(ratio)]
+    assert found.value == pytest.approx(within[-1], abs=1e-4)
+    assert found.at_least == bool(np.maximum.accumulate(logs)[-1] <= np.log(ratio))
+
+
+def test_a_curve_that_bends_upwards_is_not_overestimated():
+    def curve(share):
+        return 15 * np.exp(3 * share**1.8)
+
+    found = largest_share({share: curve(share) for share in (0.0, 0.2, 0.35, 0.5)}, 1.1)
+    assert curve(found.value) < 1.1 * 15
+
+
+@pytest.mark.parametrize("curve", [{}, {0.0: 12.0}, {0.2: 12.0, 0.5: 30.0}])
+def test_without_the_dense_model_or_another_point_there_is_no_share(curve):
+    assert largest_share(curve, 1.1) is None
+
+
+def test_in_words():
+    curve = {0.0: 10.0, 0.2: 12.0, 0.5: 40.0}
+    assert [str(largest_share(curve, ratio)) for ratio in (1.0002, 1.1, 9.0)] == ["0.0 %", "10 %", "at least 50 %"]
