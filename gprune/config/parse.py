@@ -123,6 +123,7 @@ def read_flags(args: Sequence[str]) -> dict[str, Any]:
             whoever hands over a file does not consent for whoever runs it.
     """
     settings: dict[str, Any] = {}
+    targets: list[str] = []
     left = iter(args)
     for arg in left:
         flag, given, text = arg.partition("=")
@@ -141,6 +142,11 @@ def read_flags(args: Sequence[str]) -> dict[str, Any]:
             overlay(settings, content, f"--config {text}")
         else:
             overlay(settings, {name: _value(flag, text)}, flag)
+            targets += [text] * (name == "sparsity.target")
+    if len(kinds := {text[:1] == "+": text for text in targets}) > 1:  # of other flags that are repeated the last wins
+        raise UserError(
+            f"--sparsity.target: expected a quality or an amount, got both, {' and '.join(kinds.values())}."
+        )
     return settings
 
 

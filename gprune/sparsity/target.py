@@ -20,8 +20,8 @@ SIZES = {f"{letter}{i}B": base**n for i, base in (("", 1000), ("i", 1024)) for n
 LEFT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9} | SIZES
 HALF_BITS = 16  # of a byte, which budgets of bytes count: GGUF's q8_0 has 8.5 bits a weight
 FORMS = (
-    "a share of the scope inside (0, 1), 30% of all parameters, 95M or 200MiB that are left, 1.4x as fast, or +5% for a "
-    "perplexity at most so far above dense (up to +1000%)"
+    "a share of the scope inside (0, 1), 30% of all parameters, 95M or 200MiB that are left, 1.4x as fast, or +5% for "
+    "a perplexity at most so far above dense (up to +1000%)"
 )
 
 

@@ -1,23 +1,31 @@
-"""A target in quality: the largest cut that keeps development perplexity near dense, on a tiny model that was trained."""
+"""A target in quality: the largest cut that keeps development perplexity near dense, on a tiny trained model."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
+import statistics
 from contextlib import contextmanager
 
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from gprune import report
+from gprune.config.parse import parse
 from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, make_windows
+from gprune.evaluation.tolerance import largest_share
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
 from gprune.pipeline import quality
+from gprune.pipeline.plan import check
+from gprune.report import html
+from gprune.runs.results import load_run
 from gprune.sparsity.allocation import allocate
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.gates import masked
@@ -98,7 +106,7 @@ def asking(target, *more):
 
 @torch.no_grad()
 def log_perplexity(world, corpora, model) -> float:
-    """log of the geometric mean over corpora of perplexity on development text, by the model's own logits in float64."""
+    """log of the geometric mean over corpora of perplexity on development text, in float64 from the model's logits."""
     tokenizer, losses = tiny_run.tiny_tokenizer(), []
     for corpus in corpora:
         sample = Sample(DEVELOPMENT, 32, bos=None, flags=("", ""))
@@ -151,3 +159,200 @@ def test_after_training_the_quality_is_kept_and_nothing_is_trained_twice(trained
         again = trained.run(tmp_path, *flags)
     assert again.summary == result.summary
     assert sum(seen) < 500, "a finished run is read"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--sparsity.width_multiple=16"],
+        ["--sparsity.scope=attention+ffn"],
+        ["--sparsity.scope=attention+ffn", "--sparsity.cost=kv_cache"],
+        ["--sparsity.scope=ffn+blocks"],
+        ["--sparsity.uniform_width=true"],
+        ["--sparsity.allocation=global"],
+        ["--sparsity.protect=[0,-1]"],
+        ["--gprune=false", "--sparsity.allocation=depth"],
+        ["--sparsity.learn=both"],
+        ["--recovery=least_squares_sequential"],
+        ["--recovery=bias"],
+    ],
+    ids=lambda flags: flags[-1],
+)
+def test_it_joins_with_what_else_decides_on_the_masks(flags, trained, dense, tmp_path):
+    result = trained.run(tmp_path, *asking("+15%", *flags))
+    found, corpora = result.summary["quality"], tiny_run.SEEN if result.config.gprune else ["alpha"]
+    rise = log_perplexity(trained, corpora, result.model) - log_perplexity(trained, corpora, dense)
+    assert math.exp(rise) == pytest.approx(found["got"], rel=1e-4)
+    assert found["got"] <= 1.15
+    last = found["rows"][-1]
+    assert last["parameters"] == result.summary["parameters_after"] or "bias" in flags[-1]
+    widths = {int(keep.sum()) for keep in result.masks.ffn} - {tiny_run.NEURONS}
+    if "width_multiple" in flags[0]:
+        assert widths and not any(width % 16 for width in widths)
+    if "uniform" in flags[0]:
+        assert len(widths) == 1
+    if "protect" in flags[0]:
+        assert bool(result.masks.ffn[0].all() and result.masks.ffn[-1].all()) and widths
+    if "kv_cache" in flags[-1]:
+        assert not widths and sum(int((~keep).sum()) for keep in result.masks.attention) == found["share"] * 6
+
+
+def test_thresholds_are_learned_at_the_share_of_the_averaged_control(trained, tmp_path, monkeypatch):
+    budgets = []
+    from gprune.pipeline import sparsity
+
+    learn = sparsity.fit_thresholds
+    monkeypatch.setattr(sparsity, "fit_thresholds", lambda run, *args: budgets.append(run.budget) or learn(run, *args))
+    result = trained.run(tmp_path, *asking("+15%"))
+    averaged, base, own = result.summary["quality"]["rows"]
+    assert [row["row"] for row in (averaged, base, own)] == ["averaged", "base", "gprune"]
+    assert [budget.sparsity for budget in budgets] == [pytest.approx(averaged["share"])]
+    assert result.thresholds is not None and own["models"] >= 1
+
+
+class Killed(BaseException):
+    """What ends a process, and no code catches."""
+
+
+@pytest.mark.parametrize("after", [1, 4, 9])
+def test_a_run_that_is_killed_while_it_searches_ends_with_the_same_bits(after, trained, tmp_path, monkeypatch):
+    flags = asking(
+        "+10%", "--recovery=[least_squares,distill]", "--distill.tokens=1536", "--evaluation.controls=[base]"
+    )
+    undisturbed = trained.run(tmp_path, *flags, name="undisturbed")
+    calls, shrink = [], quality.shrink
+
+    def dying(*args, **kwargs):
+        calls.append(kwargs)
+        if len(calls) > after:
+            raise Killed
+        return shrink(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(quality, "shrink", dying)
+        trained.run(tmp_path, *flags)
+    with counted_stages() as stages:
+        resumed = trained.run(tmp_path, *flags)
+    assert resumed.summary["quality"] == undisturbed.summary["quality"]
+    for name in ("masks/*.safetensors", "thresholds.safetensors", "recovery/*"):
+        ours, theirs = (contents(result.path, name) for result in (resumed, undisturbed))
+        assert ours == theirs, name
+    assert resumed.records == undisturbed.records
+    assert [resumed.summary[n] for n in TOKENS] == [undisturbed.summary[n] for n in TOKENS]
+    assert "CalibrationStage" not in stages
+
+
+TOKENS = ("forward_tokens", "forward_backward_tokens")
+
+
+def contents(folder, pattern):
+    """The tensors of files by name; not the keys of runs in them."""
+    return {file.name: {k: v.tolist() for k, v in load_file(file).items()} for file in sorted(folder.glob(pattern))}
+
+
+def test_the_dense_model_is_measured_once_for_all_runs(trained, tmp_path):
+    first, second = ([*asking(target, "--gprune=false", "--evaluation.seq_len=24")] for target in ("+12%", "+13%"))
+    trained.run(tmp_path, *first, name="first")
+    with counted_forwards() as seen:
+        result = trained.run(tmp_path, *second, name="second")
+    tried = result.summary["quality"]["rows"][0]["models"] * DEVELOPMENT * 32
+    evaluated = 3 * 2 * 24
+    checked = 3 * 24
+    assert sum(seen) <= tried + 2 * evaluated + checked
+
+
+def test_the_smallest_cut_may_cost_too_much(trained, tmp_path, capsys):
+    args = trained.args(tmp_path, *asking("+0.0000001%", "--gprune=false", "--sparsity.width_multiple=128"))
+    capsys.readouterr()
+    assert tiny_run.main(args) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "even the smallest cut, 3,072 parameters, changes perplexity on development text by +" in error
+    assert not (tmp_path / "run/masks").exists()
+
+
+def test_the_largest_cut_may_keep_the_quality(trained, tmp_path):
+    result = trained.run(tmp_path, *asking("+1000%", "--gprune=false"))
+    found = result.summary["quality"]
+    assert found["largest"] and "the largest cut that is allowed" in found["said"]
+    assert [int(keep.sum()) for keep in result.masks.ffn] == [1, 1, 1]
+
+
+REFUSED = {
+    "--sparsity.target=+0%": "got '+0%'",
+    "--sparsity.target=-5%": "got '-5%'",
+    "--sparsity.target=+5": "got 5",
+    "--sparsity.target=+1e9%": "got '+1e9%'",
+    "--sparsity.target=+1001%": "got '+1001%'",
+    "--sparsity.target=+5% --sparsity.target=1.4x": "got both, +5% and 1.4x",
+    "--sparsity.target=[+5%,1.4x]": "got",
+    "--sparsity.target=+5% --evaluation.development_samples=1": "two or more --evaluation.development_samples",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_what_no_target_can_be_is_refused_before_anything_is_read(flags, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gprune.pipeline.run.load", lambda *_: pytest.fail("a model was loaded"))
+    capsys.readouterr()
+    assert tiny_run.main(trained.args(tmp_path / "runs", *flags.split())) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and REFUSED[flags] in error and "--sparsity.target" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_corpus_without_development_text_is_refused_before_a_model_is_loaded(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gprune.pipeline.run.load", lambda *_: pytest.fail("a model was loaded"))
+    few = tmp_path / "few.txt"
+    few.write_text("\n\n".join(["bana bani bano banu " * 200] * 5))
+    assert tiny_run.main(trained.args(tmp_path / "runs", *asking("+5%", f"--corpora.score={few}"))) == 2
+    assert "has no development documents" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_what_the_search_takes(trained, tmp_path, capsys):
+    flags = asking("+5%", "--recovery=[least_squares,distill]", "--distill.tokens=1536", "--dry_run=true")
+    assert tiny_run.main(trained.args(tmp_path, *flags)) == 0
+    said = capsys.readouterr().out
+    assert "the run finds the share that keeps +5%" in said
+    assert "at most 36 models after least_squares" in said
+    assert f"each on {3 * DEVELOPMENT * 32:,} tokens of development text" in said
+
+
+@pytest.mark.parametrize("recovery", ["none", "[least_squares,distill]"])
+def test_tokens_that_a_run_takes_are_at_most_those_that_were_planned(recovery, trained, tmp_path):
+    flags = asking("+10%", f"--recovery={recovery}", "--distill.tokens=1536")
+    plan = check(parse(trained.args(tmp_path, *flags)))
+    summary = trained.run(tmp_path, *flags).summary
+    assert 0 < summary["forward_tokens"] <= plan.forward_tokens
+    assert summary["forward_backward_tokens"] <= plan.forward_backward_tokens
+
+
+def test_what_was_reached_is_in_every_result(trained, tmp_path):
+    result = trained.run(tmp_path, *asking("+10%", "--sparsity.target=+10%"))
+    found, frame = result.summary["quality"], result.to_frame()
+    assert frame["quality_got"].iloc[-1] == pytest.approx(found["got"] - 1)
+    assert frame["quality_asked"].iloc[-1] == 0.1
+    assert frame["quality_got"].iloc[:-1].isna().all()
+    assert load_run(result.path).summary == result.summary
+    made = report.make([result.path])
+    assert found["said"] in made.to_markdown().replace("\\", "")
+    (table,) = (t for t in made.tables if t.name == "quality")
+    assert [row[1] for row in table.rows] == ["averaged", "base", "gprune"]
+    assert table.rows[-1][2] == result.summary["parameters_after"]
+    assert table.rows[-1][4] == pytest.approx(table.rows[-1][2] / table.rows[1][2])
+    page = html.page(made)
+    assert found["said"] in page and "Parameters at the same quality" in page
+
+
+def test_a_run_of_another_target_says_how_much_little_loss_allows(trained, tmp_path):
+    curve = "--evaluation.curve=[0.1,0.2,0.4]"
+    result = trained.run(tmp_path, curve, "--evaluation.development_samples=4")
+    learning = json.loads((result.path / "manifest.json").read_text())["learning"]
+    points = learning["development_perplexity_by_sparsity"]
+    means = {float(share): statistics.geometric_mean(of.values()) for share, of in points.items()}
+    shares = result.summary["tolerated"]["shares"]
+    for percent, share in shares.items():
+        assert share == largest_share(means, 1 + int(percent) / 100).value
+    assert result.summary["tolerated"]["said"].startswith("Development perplexity stays within 3 % of dense up to")
+    assert "quality" not in result.summary
+    alone = trained.run(tmp_path, "--gprune=false", name="alone")
+    assert "tolerated" not in alone.summary, "there is no curve"
