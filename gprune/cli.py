@@ -11,6 +11,7 @@ from gprune.config import RunConfig
 from gprune.config.parse import flags_of, parse
 from gprune.config.run_config import NOT_OF_OTHERS
 from gprune.console import guarded, process_index, quiet, speak
+from gprune.corpora import lies_here, load_corpus
 from gprune.errors import UserError
 from gprune.models.names import check_model_name
 from gprune.storage.cache import check_writable
@@ -90,6 +91,9 @@ def check_early(cfg: RunConfig) -> None:
     cfg.validate()
     cfg.check_names()
     check_model_name(cfg.model.name)
+    if cfg.sparsity.quality:
+        for corpus in filter(lies_here, cfg.developed):
+            load_corpus(corpus, "development")  # refuses a corpus that has none
     if not cfg.dry_run and process_index() == 0:
         check_writable(Path(cfg.folder))
     if cfg.trainer.accelerator == "gpu" and not cfg.dry_run:

@@ -15,8 +15,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gprune.benchmarks.speed import SPEED_TABLE, Table, best_multiple, price_by, speed_table
 from gprune.calibration.saliency import salient_parts
 from gprune.config import RunConfig
-from gprune.corpora import lies_here
-from gprune.corpora.load import load_corpus
 from gprune.errors import UserError, quoting
 from gprune.export.convert import TYPES, check_type
 from gprune.export.gguf_writer import check_expressible
@@ -155,9 +153,6 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     if cfg.model.made_elsewhere is not None:
         cfg.measure_only()  # it may have been assigned after the rest
     cfg.check_names()
-    if cfg.sparsity.quality:
-        for corpus in filter(lies_here, cfg.developed):
-            load_corpus(corpus, "development")  # refuses a corpus without
     callbacks = callbacks or UserCallbacks(paths=cfg.trainer.callbacks)
     device = device_for(cfg, callbacks.of_stage(None))
     config = read_config(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
