@@ -189,10 +189,10 @@ class Budget:
     @property
     def step(self) -> int:
         """The smallest cost by which masks differ, such as that of `width_multiple` neurons of one block, or of all."""
-        p, costs = self.costs.prices, self.costs
-        tables = [(table, min(self.width_multiple, len(table) - 1)) for table in p.neurons]
-        tables += [(table, 1) for table in p.groups if costs.attention]
-        steps = [table[size] - table[0] for table, size in tables if size]
+        p, costs, grid = self.costs.prices, self.costs, self.width_multiple
+        odd = [(len(table) - 1) % grid or grid for table in p.neurons]  # neurons of the first step, onto the grid
+        tables = [*zip(p.neurons, odd, strict=True), *((table, 1) for table in p.groups if costs.attention)]
+        steps = [table[-1] - table[-1 - size] for table, size in tables if size < len(table)]
         return (sum if costs.uniform else min)([cost for cost in steps if cost > 0] or [1])
 
     @property

@@ -220,6 +220,8 @@ def test_a_run_that_is_killed_while_it_searches_ends_with_the_same_bits(after, t
     flags = asking(
         "+10%", "--recovery=[least_squares,distill]", "--distill.tokens=1536", "--evaluation.controls=[base]"
     )
+    warm = asking("+50%", "--gprune=false", "--recovery=least_squares")  # measures the dense model for all
+    trained.run(tmp_path, *warm, name="warm")
     undisturbed = trained.run(tmp_path, *flags, name="undisturbed")
     calls, shrink = [], quality.shrink
 
