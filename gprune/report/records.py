@@ -89,11 +89,11 @@ def quality_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
             parameters, own = r.get("parameters"), r is quality["rows"][-1]
             ratio = parameters / of_base if parameters and of_base and name != "base" else None
             unseen = [quality.get(end) for end in ("unseen", "unseen_low", "unseen_high")] if own else [None]
-            cells = [quality["asked"] * 100, r["row"], parameters, 100 * r["share"] if parameters else None, ratio]
+            cells = [r["row"], quality["asked"] * 100, parameters, 100 * r["share"] if parameters else None, ratio]
             ends = [r.get(end) for end in ("got", "low", "high")]
             cells += [_above([r.get("predicted")]), _above(ends), _above(unseen), r["models"]]
             rows.append([run, *cells] if len(summaries) > 1 else cells)
-    columns = ["asked, %", "row", "parameters kept", "removed, %", KEPT_OF_BASE, "predicted, %", "development, %",
+    columns = ["row", "asked, %", "parameters kept", "removed, %", KEPT_OF_BASE, "predicted, %", "development, %",
                "unseen, %", "models tried"]  # fmt: skip
     note = (
         "Each row at a share of its own: the largest found whose development perplexity, above dense, is at most what "

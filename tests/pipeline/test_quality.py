@@ -340,7 +340,7 @@ def test_what_was_reached_is_in_every_result(trained, tmp_path):
     made = report.make([result.path])
     assert found["said"] in made.to_markdown().replace("\\", "")
     (table,) = (t for t in made.tables if t.name == "quality")
-    assert [row[1] for row in table.rows] == ["averaged", "base", "gprune"]
+    assert [row[0] for row in table.rows] == ["averaged", "base", "gprune"]
     assert table.rows[-1][2] == result.summary["parameters_after"]
     assert table.rows[-1][4] == pytest.approx(table.rows[-1][2] / table.rows[1][2])
     page = html.page(made)
