@@ -263,12 +263,13 @@ def test_the_dense_model_is_measured_once_for_all_runs(trained, tmp_path):
 
 
 def test_the_smallest_cut_may_cost_too_much(trained, tmp_path, capsys):
-    args = trained.args(tmp_path, *asking("+0.0000001%", "--gprune=false", "--sparsity.width_multiple=128"))
+    grid = "--gprune=false", "--sparsity.width_multiple=128", "--sparsity.uniform_width=true"
+    args = trained.args(tmp_path, *asking("+0.0000001%", *grid))
     capsys.readouterr()
     assert tiny_run.main(args) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "even the smallest cut, 3,072 parameters, changes perplexity on development text by +" in error
+    assert "even the smallest cut, 9,216 parameters, changes perplexity on development text by +" in error
     assert not (tmp_path / "run/masks").exists()
 
 
