@@ -362,3 +362,15 @@ def test_a_run_of_another_target_says_how_much_little_loss_allows(trained, tmp_p
     assert "quality" not in result.summary
     alone = trained.run(tmp_path, "--gprune=false", name="alone")
     assert "tolerated" not in alone.summary, "there is no curve"
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_share_of_one(trained, tmp_path):
+    flags = asking("+15%", "--recovery=[least_squares,distill]", "--distill.tokens=1536")
+    flags += ["--evaluation.controls=[base]", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    first, second = tiny_run.train(trained.args(tmp_path, *flags), tmp_path, processes=2)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    found = load_run(tmp_path / "run").summary["quality"]
+    alone = trained.run(tmp_path, *flags[:-2], name="alone").summary["quality"]
+    assert found["got"] <= 1.15
+    assert found["rows"][0] == alone["rows"][0], "what learns nothing has the same bits"
