@@ -17,10 +17,8 @@ from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
 from gprune.errors import dispensable
 from gprune.evaluation.distance import measured_apart
-from gprune.evaluation.intervals import geometric_mean
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity, processes
-from gprune.evaluation.tolerance import largest_share
 from gprune.models.copies import sharded_copy
 from gprune.models.embedded import model_label
 from gprune.models.masks import Masks
@@ -41,7 +39,6 @@ from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
 log = logging.getLogger("gprune")
-TOLERATED = 3, 10  # percent of perplexity above dense
 LEARN = ("learn", "loss", "epochs", "centred", "learner")  # what of `--sparsity` a number says of learned masks
 
 
@@ -263,33 +260,15 @@ def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, 
     return reached | {"said": said, "spread": spread, "seconds": [before, after]}
 
 
-def tolerated_shares(run: Run) -> dict[str, Any] | None:
-    """How much can go before masks alone cost 3 % and 10 % of development perplexity, in words too.
-
-    By interpolation of the curve that learning has measured; None without one.
-    """
-    curve = run.folder.manifest.get("learning", {}).get("development_perplexity_by_sparsity") or {}
-    means = {float(share): geometric_mean(of.values()) for share, of in curve.items() if of}
-    shares = {percent: largest_share(means, 1 + percent / 100) for percent in TOLERATED}
-    if None in shares.values():
-        return None
-    (least, first), *others = shares.items()
-    words = [f"within {least} % of dense up to {first} of {run.cfg.sparsity.scope}"]
-    words += [f"within {percent} % up to {share}" for percent, share in others if share != first]
-    unrecovered = "" if run.cfg.recovery == "none" else ", under masks without recovery"
-    said = f"Development perplexity stays {', '.join(words)}{unrecovered}."
-    return {"said": said, "shares": {str(p): share.value for p, share in shares.items()}}
-
-
 def summarise(
     run: Run, records: Sequence[dict[str, Any]], masks: Masks | None, pruned: PreTrainedModel, modules: Modules | None,
-    quality: dict[str, Any] | None = None,
+    quality: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """The run's headline: sparsities reached, means, gaps and ratios; into manifest, metrics.json, W&B and figures.
 
     Args:
         masks: of the final stage, and `pruned` its model. None for a model made elsewhere.
-        quality: what was reached of a target in quality, with a line in words as `said`.
+        quality: entries of the summary, as `pipeline.quality` makes them.
     """
     before, after, units = run.model.num_parameters(), pruned.num_parameters(), run.budget.costs.in_parameters
     means = {
@@ -310,12 +289,11 @@ def summarise(
     if run.cfg.sparsity.currency == "seconds":
         summary["speed"] = run.folder.manifest.get("summary", {}).get("speed") or speed_reached(run, masks, pruned)
         log.info("%s", summary["speed"]["said"])
-    if quality:
-        summary["quality"] = quality
-        log.info("%s\n\n%s\n", quality["said"], quality_table({run.folder.path.name: summary}).shown())
-    if tolerated := tolerated_shares(run):
-        summary["tolerated"] = tolerated
-        log.info("%s", tolerated["said"])
+    summary |= quality
+    for entry in quality.values():
+        log.info("%s", entry["said"])
+    if "quality" in quality:
+        log.info("%s:\n\n%s\n", (table := quality_table({run.folder.path.name: summary})).title, table.shown())
     if stopped := run.folder.manifest.get("stopped"):
         summary["stopped"] = stopped  # stages that a callback has ended early
     run.folder.update_manifest(summary=summary, **({} if masks is None else {"widths": widths(pruned)}))
@@ -328,13 +306,20 @@ def summarise(
     with dispensable("its results in the tracker", "metrics.json has them"):
         tracking.log_numbers(run.loggers, numbers)
         figures = sorted((run.folder / "figures").glob("*.png"))
-        tracking.log_pictures(run.loggers, figures, result_table(records).to_markdown())
+        tracking.log_pictures(run.loggers, figures, "\n\n".join(results_in_words(run, records, summary)))
     # Last: a run whose metrics.json has a summary, and all rows, is finished, and is not logged again.
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
     kept = {name: value for name, value in numbers.items() if name.startswith(("final/", "sparsity_of"))}
     with dispensable("artifacts", "its folder has what they hold"):
         tracking.log_artifacts(run.loggers, run.folder.path, run.cfg, kept)
     return summary
+
+
+def results_in_words(run: Run, records: Sequence[dict[str, Any]], summary: Mapping[str, Any]) -> list[str]:
+    """Paragraphs in Markdown: the table of results, and what the summary says of a quality."""
+    quality = quality_table({run.folder.path.name: summary})
+    said = [summary[name]["said"] for name in ("quality", "tolerated") if name in summary]
+    return [result_table(records).to_markdown(), *said, *([quality.to_markdown()] if quality.rows else [])]
 
 
 def write_pages(run: Run) -> None:

@@ -7,7 +7,7 @@
  5 refinement   soft assignments under a differentiable objective (a LightningModule)
  6 reliability  sensitive, weakly activated modules rank by an activation-free metric
  7 sparsity     one threshold per module, learned around the frozen model (a LightningModule)
- 8 budget       keep masks that remove exactly what was asked for
+ 8 budget       keep masks that remove exactly what was asked for, or as much as keeps a quality
  9 pruning      smaller weights; recovery if asked for
 10 evaluation   dense, controls and gprune, on seen and unseen text
 """
@@ -28,7 +28,7 @@ from gprune.models.masks import Masks
 from gprune.pipeline.calibrate import calibrate
 from gprune.pipeline.evaluate import evaluate, summarise, write_pages
 from gprune.pipeline.partition import assess, measure_drift, partition
-from gprune.pipeline.quality import at_first_share, at_share_found, quality_reached
+from gprune.pipeline.quality import at_first_share, at_share_found, quality_entries
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import opened
 from gprune.pipeline.save import save
@@ -85,7 +85,7 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
             save(run, pruned, masks)
         records = evaluate(run, statistics, masks, pruned)  # 10
         if first:
-            summary = summarise(run, records, own_masks, pruned, modules, quality_reached(run, records))
+            summary = summarise(run, records, own_masks, pruned, modules, quality_entries(run, records))
             with dispensable("a page", f"`gprune report {run.folder.path}` writes it"):
                 write_pages(run)
         known = run.cfg.own_row == ("model", "none")  # the model, and its tokenizer, are in a folder of their own

@@ -22,8 +22,9 @@ from typing import Any
 
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.errors import UserError
-from gprune.evaluation.intervals import paired_ratio
+from gprune.evaluation.intervals import geometric_mean, paired_ratio
 from gprune.evaluation.perplexity import PerplexityResult
+from gprune.evaluation.tolerance import largest_share
 from gprune.models.masks import Masks
 from gprune.pipeline.cost import LEARNED_TRIES, TRIES
 from gprune.pipeline.evaluate import dense_perplexity, measured, of_first, spread
@@ -39,6 +40,7 @@ from gprune.storage.files import content_hash, read_json, write_json
 
 log = logging.getLogger("gprune")
 FILE = "quality.json"
+TOLERATED = 3, 10  # percent of perplexity above dense
 FIRST = 0.1  # share of the scope that is tried first
 EXPONENT = 1.5  # of the rise of log perplexity with the share, until two models say more
 # What of the rise that is asked for may stay unused: a share of it, and of the dense perplexity. The curve of SmolLM2
@@ -221,6 +223,31 @@ def _forget(trials: Trials, found: Found, masks_of: MasksOf) -> None:
     for path in {learned_file(masks, name) for masks in trials.trained.values()} - {own}:
         for file in (run.folder / path).parent.glob(f"{(run.folder / path).name}-*.safetensors"):
             file.unlink(missing_ok=True)
+
+
+def quality_entries(run: Run, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """What the summary says of quality, each with a line in words as `said`: `quality`, what was reached of a target in
+    quality; `tolerated`, how much can go at little loss. Those that the run has."""
+    entries = {"quality": quality_reached(run, records), "tolerated": tolerated_shares(run)}
+    return {name: entry for name, entry in entries.items() if entry}
+
+
+def tolerated_shares(run: Run) -> dict[str, Any] | None:
+    """How much can go before masks alone cost 3 % and 10 % of development perplexity, in words too.
+
+    By interpolation of the curve that learning has measured; None without one.
+    """
+    curve = run.folder.manifest.get("learning", {}).get("development_perplexity_by_sparsity") or {}
+    means = {float(share): geometric_mean(of.values()) for share, of in curve.items() if of}
+    shares = {percent: largest_share(means, 1 + percent / 100) for percent in TOLERATED}
+    if None in shares.values():
+        return None
+    (least, first), *others = shares.items()
+    words = [f"within {least} % of dense up to {first} of {run.cfg.sparsity.scope}"]
+    words += [f"within {percent} % up to {share}" for percent, share in others if share != first]
+    unrecovered = "" if run.cfg.recovery == "none" else ", under masks without recovery"
+    said = f"Development perplexity stays {', '.join(words)}{unrecovered}."
+    return {"said": said, "shares": {str(p): share.value for p, share in shares.items()}}
 
 
 def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any] | None:
