@@ -55,8 +55,8 @@ class Found:
     def _floored(self, rise: float) -> float:
         return max(rise, FLOOR * self.limit)
 
-    def proposal(self, aim: float, usual: float) -> tuple[int, float]:
-        """The next cut to measure, and the rise to expect there.
+    def proposal(self, aim: float, usual: float, most: int) -> tuple[int, float]:
+        """The next cut to measure, at most `most`, and the rise to expect there.
 
         Rises are taken for a power of the cut: between a cut within the limit and one above it for the power that goes
         through both, else for that of `exponent`.
@@ -72,7 +72,7 @@ class Found:
         rise, power = self._floored(at.rise), self.exponent(usual)
         times, least = (aim / rise) ** (1 / power), 1 + LEAST * 2 ** min(len(self.points) - 1, 10)
         if best is not None:
-            cut = max(at.cut + 1, round(at.cut * min(GROWTH, max(least, times))))
+            cut = min(most, max(at.cut + 1, round(at.cut * min(GROWTH, max(least, times)))))
         else:
             cut = max(1, min(at.cut - 1, round(at.cut * min(1 / least, times))))
         return cut, rise * (cut / at.cut) ** power
@@ -121,5 +121,4 @@ def largest_within(
             or (tries is not None and len(found.points) >= tries)
         ):
             return found
-        cut, expected = found.proposal(limit * (1 - unused / 2), exponent)
-        cut = min(most, cut)
+        cut, expected = found.proposal(limit * (1 - unused / 2), exponent, most)
