@@ -133,6 +133,7 @@ class CorpusStatistics:
     ffn: list[ChannelStatistics]
     attention: list[ChannelStatistics]
     turned: Tensor  # (blocks,) float64: sum over tokens of 1 - cos(a block's input, its output)
+    errors: Tensor | None = None  # (blocks, widths) float64, of `calibration.errors`; for rules that ask for it
 
     @property
     def influence(self) -> Tensor:

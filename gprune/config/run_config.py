@@ -125,8 +125,8 @@ class RunConfig(Group):
             raise UserError(f"--partition.method drift_only: expected two or more --corpora.drift, got {drift}.")
         if self.gprune and self.reliability.everywhere and len(drift) < 2:
             raise UserError(f"--reliability.everywhere true: expected two or more --corpora.drift, got {drift}.")
-        if m.dtype == "float16" and (self.learns or "saliency" in self.collects):
-            raise UserError("--model.dtype float16: expected bfloat16 or float32 for thresholds and Taylor metrics.")
+        if m.dtype == "float16" and self.backward:
+            raise UserError(f"--model.dtype float16: expected bfloat16 or float32 for {self.backward}.")
         if recovery_of(self.recovery).learns:
             if self.distilled_windows < 1:
                 least = f"a window of each of --corpora.recover, {len(self.corpora.recover) * self.corpora.seq_len:,}"
@@ -140,6 +140,8 @@ class RunConfig(Group):
             )
         if (flag := self.timed_for) and (processes > 1 or m.device_map is not None):
             raise UserError(f"{flag}: expected one process, and no --model.device_map, where speed is measured.")
+        if m.shard and self.measures_errors:
+            raise UserError(f"--model.shard true: expected another rule than --sparsity.allocation {allocation}.")
         if m.shard and processes < 2:
             raise UserError("--model.shard: expected two or more processes (--trainer.devices, .num_nodes), got one.")
         if m.device_map is not None and processes > 1:
@@ -213,6 +215,20 @@ class RunConfig(Group):
         return self.gprune and ALLOCATION[self.sparsity.allocation].learned
 
     @property
+    def backward(self) -> str:
+        """The flag that has the frozen model go backward, in words; empty where none does."""
+        if self.learns:
+            return f"--sparsity.allocation {self.sparsity.allocation}"
+        if "saliency" in self.collects:
+            return f"--importance {self.importance}"
+        return f"--sparsity.allocation {self.base_allocation}" if self.measures_errors else ""
+
+    @property
+    def measures_errors(self) -> bool:
+        """Whether the allocation reads what errors of blocks cost."""
+        return self.final != "model" and ALLOCATION[self.base_allocation].errors
+
+    @property
     def base_allocation(self) -> str:
         """How the base metric's sparsity is spread over blocks: in its own rows, and where learning starts."""
         s = self.sparsity
@@ -242,7 +258,7 @@ class RunConfig(Group):
         names = {self.importance}
         if self.gprune:
             names |= {IMPORTANCE[self.importance].drift, self.reliability.metric}
-        gram = recovery_of(self.recovery).needs & {"gram"}
+        gram = recovery_of(self.recovery).needs & {"gram"} | ({"gram"} if self.measures_errors else set())
         return gram.union(*(IMPORTANCE[name].needs for name in names if name in IMPORTANCE))
 
     @property

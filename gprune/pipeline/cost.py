@@ -10,6 +10,7 @@ from gprune.recoveries import recovery_of
 from gprune.sparsity.budget import UnitCosts
 
 TRIES, LEARNED_TRIES = 12, 4  # models that a search for a quality measures at most, if they are trained: about 4, 2
+ERROR_TOKENS = 2048  # of each corpus on which errors are measured; 16,384 choose no better
 KEPT = 2**32  # bytes of what the dense model makes of one text that are kept for rows that learn, or are evaluated
 
 
@@ -70,12 +71,26 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
         trained[step] += recovered[1]
     return {
         1: (calibration - saliency, saliency),
-        2: (tried, 0),
+        2: (tried, error_tokens(cfg)),
         7: (curve + learning * (s.loss == "kl"), learning),
         **({8: (forward[8], trained[8])} if s.quality else {}),
         9: (forward[9], trained[9]),
         10: (forward[10], trained[10]),
     }
+
+
+def error_windows(cfg: RunConfig) -> int:
+    """Windows of each corpus on which the errors of blocks are measured: of 2,048 tokens together, or one."""
+    return min(cfg.corpora.num_samples, max(1, ERROR_TOKENS // cfg.corpora.seq_len))
+
+
+def error_tokens(cfg: RunConfig) -> int:
+    """Tokens on which the errors of blocks are measured, for all rows whose allocation asks for them."""
+    if not cfg.measures_errors:
+        return 0
+    drift = len(cfg.corpora.drift)
+    corpora = (drift if cfg.gprune else 1) + drift * ("averaged" in dict(cfg.stages))
+    return corpora * error_windows(cfg) * cfg.corpora.seq_len
 
 
 def searches(cfg: RunConfig) -> int:

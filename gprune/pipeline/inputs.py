@@ -24,10 +24,9 @@ log = logging.getLogger("gprune")
 
 def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
     """Raise UserError where a gradient is asked of a model whose weights are fetched for each pass."""
-    asked = "--sparsity.allocation learned" if cfg.learns else f"--importance {cfg.importance}"
-    if (cfg.learns or "saliency" in cfg.collects) and not cfg.model.shard and is_offloaded(model):
+    if cfg.backward and not cfg.model.shard and is_offloaded(model):
         raise UserError(
-            f"{asked}: weights that do not fit --model.max_memory are fetched for each forward pass, without "
+            f"{cfg.backward}: weights that do not fit --model.max_memory are fetched for each forward pass, without "
             f"gradients; give the model more memory, or use --sparsity.allocation uniform and --importance wanda_sp."
         )
 

@@ -15,7 +15,7 @@ from gprune.calibration.statistics import gram_bytes
 from gprune.models.autocast import cast_numbers
 from gprune.models.blocks import blocks_of
 from gprune.models.losses import CHUNK, ROWS
-from gprune.pipeline.cost import evaluated_tokens, keeps
+from gprune.pipeline.cost import error_tokens, evaluated_tokens, keeps
 from gprune.pipeline.plan import Plan
 from gprune.recoveries import recovery_of
 
@@ -80,6 +80,8 @@ def peaks_of(plan: Plan) -> dict[str, float]:
     calibrate = dense + sums + batch * ((26 if gram else 2 * w + 8) * N + 4 * H)
     if "saliency" in cfg.collects:
         calibrate = learn + 8 * costs.in_parameters.total
+    if cfg.measures_errors:  # beside a backward pass, what enters the FFN's output projections
+        calibrate = max(calibrate, learn + 2 * L * N * error_tokens(cfg))
     peaks = {"calibrate": calibrate} | ({"learn": learn} if cfg.learns else {})
     method = recovery_of(cfg.recovery)
     if method.learns:

@@ -64,8 +64,8 @@ def run_seconds(plan: Plan) -> float | None:
     except Exception as error:  # a model's own code raises what it likes; a plan does without its pace
         log.debug("The time of two blocks cannot be measured: %s", first_line(error))
         return None
-    (calibrated, salient), (tried, _), (curve, learned) = (plan.tokens[step] for step in (1, 2, 7))
-    seconds = (calibrated + tried) * dense.forward + salient * dense.learned
+    (calibrated, salient), (tried, erred), (curve, learned) = (plan.tokens[step] for step in (1, 2, 7))
+    seconds = (calibrated + tried) * dense.forward + (salient + erred) * dense.learned
     seconds += calibration_tokens(cfg) * gram
     teacher = learned if cfg.sparsity.loss == "kl" else 0
     seconds += (curve - teacher) * dense.developed + teacher * dense.taught + learned * dense.learned

@@ -13,6 +13,7 @@ from lightning import Callback
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.benchmarks.speed import SPEED_TABLE, Table, best_multiple, price_by, speed_table
+from gprune.calibration.errors import check_dense
 from gprune.calibration.saliency import salient_parts
 from gprune.config import RunConfig
 from gprune.errors import UserError, quoting
@@ -214,6 +215,8 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
     if "saliency" in cfg.collects:
         for block in blocks:
             salient_parts(block, "ffn")  # refuses experts
+    if cfg.measures_errors:
+        check_dense(blocks)
     longest = max(cfg.corpora.seq_len, cfg.evaluation.seq_len)
     if blocks[0].family.learned_positions and longest > config.max_position_embeddings:
         raise UserError(

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from gprune.calibration.errors import block_errors
 from gprune.calibration.statistics import CorpusStatistics, pooled
 from gprune.checks import accepted
 from gprune.errors import UserError
@@ -18,6 +19,7 @@ from gprune.importance.scores import Scores, score_units
 from gprune.models.masks import Masks
 from gprune.partition.modules import ModuleRanks, Modules
 from gprune.partition.reliability import module_means
+from gprune.pipeline.cost import error_windows
 from gprune.pipeline.run import Run
 from gprune.registry import LEARNER
 from gprune.runs.tracking import log_scalars
@@ -78,9 +80,12 @@ def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Sco
     """
     cfg = run.cfg
     allocated = functools.partial(allocate, cfg.base_allocation, **cfg.sparsity.options)
+    measured = cfg.measures_errors
 
-    def of(scores: Scores, statistics: CorpusStatistics) -> MasksOf:
+    def of(name: str, scores: Scores, statistics: CorpusStatistics, corpora: Sequence[str]) -> MasksOf:
         made: dict[int, Masks] = {}
+        if measured:
+            statistics = replace(statistics, errors=errors_of(run, name, scores, statistics, corpora))
 
         def masks(budget: Budget) -> Masks:
             if budget.target not in made:
@@ -89,11 +94,31 @@ def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Sco
 
         return masks
 
-    masks_of = {"base": of(scores, statistics[cfg.corpora.score])}
+    drift = cfg.corpora.drift
+    read = (
+        drift if measured and cfg.gprune else [cfg.corpora.score]
+    )  # modules are as wide as `base` where a rule says so
+    masks_of = {"base": of("base", scores, pooled(statistics[corpus] for corpus in read), read)}
     if "averaged" in dict(cfg.stages):
-        pool = pooled(statistics[corpus] for corpus in cfg.corpora.drift)
-        masks_of["averaged"] = of(_scored(run, pool), pool)
+        pool = pooled(statistics[corpus] for corpus in drift)
+        masks_of["averaged"] = of("averaged", _scored(run, pool), pool, drift)
     return masks_of
+
+
+def errors_of(run: Run, name: str, scores: Scores, statistics: CorpusStatistics, corpora: Sequence[str]) -> Tensor:
+    """`calibration.errors.block_errors` of the neurons in the order of these scores, once for each run and `name`.
+
+    The text is that of these corpora, `error_windows` windows of each.
+    """
+    size, length = run.cfg.corpora.batch_size, run.cfg.corpora.seq_len
+    windows = error_windows(run.cfg)
+    batches = [ids for corpus in corpora for ids in run.text.train[corpus].tokens[:windows].split(size)]
+
+    def compute() -> dict[str, Tensor]:
+        run.step(2, f"Measuring what errors of {name} cost, on {len(corpora) * windows * length:,} tokens")
+        return {"errors": block_errors(run.model, scores.ffn, statistics, batches, ridge=run.cfg.ridge)}
+
+    return run.folder.tensors(f"errors_{name}", compute)["errors"]
 
 
 @dataclass(frozen=True)

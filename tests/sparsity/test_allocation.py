@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.stats import rankdata
 
+from gprune.calibration.errors import block_errors
 from gprune.importance.scores import Scores, score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
@@ -39,8 +40,14 @@ def spiky():
     """Model, tokens, statistics and wanda_sp scores."""
     model = spiky_model()
     tokens = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(1))
-    statistics = collect(model, batches(tokens, 6))
-    return model, tokens, statistics, score_units("wanda_sp", blocks_of(model), statistics)
+    return model, tokens, *measured(model, tokens)
+
+
+def measured(model, tokens):
+    """Statistics with all that a rule may read, and wanda_sp scores."""
+    statistics = collect(model, batches(tokens, 6), gram=True)
+    scores = score_units("wanda_sp", blocks_of(model), statistics)
+    return replace(statistics, errors=block_errors(model, scores.ffn, statistics, tokens.split(2))), scores
 
 
 def half(model) -> Budget:
@@ -149,8 +156,7 @@ def test_a_dead_block_leaves_every_margin_finite(name, token_batch):
     model = spiky_model()
     model.model.layers[1].mlp.gate_proj.weight.data.zero_()
     model.model.layers[1].self_attn.v_proj.weight.data.zero_()
-    statistics = collect(model, batches(token_batch, 6))
-    scores = score_units("wanda_sp", blocks_of(model), statistics)
+    statistics, scores = measured(model, token_batch)
     assert bool((scores.ffn[1] == 0).all())
     neurons, groups = ALLOCATION[name](scores, statistics, blocks_of(model), half(model))
     assert all(bool(torch.isfinite(m).all()) for m in [*neurons, *groups])

@@ -1,0 +1,108 @@
+"""What errors of blocks cost the loss: against token by token computations in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from gprune.calibration.errors import LEVELS, block_errors, errors_by_width, tokens_with_gradients
+from gprune.importance.scores import score_units
+from gprune.models.blocks import blocks_of
+from gprune.sparsity.allocation import ALLOCATION, allocate
+from gprune.sparsity.budget import Budget, unit_costs
+from tests.calibration.test_collector import batches
+from tests.conftest import collect, hooks_of, make_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A tiny model, its tokens, statistics with Gram matrices, and act_norm scores."""
+    model = make_tiny_llama()
+    tokens = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(1))
+    statistics = collect(model, batches(tokens, 6), gram=True)
+    return model, tokens, statistics, score_units("act_norm", blocks_of(model), statistics)
+
+
+def test_errors_are_those_of_least_squares_token_by_token():
+    generator = torch.Generator().manual_seed(0)
+    N, H, n, ridge = 24, 10, 200, 0.01
+    weight, x = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((H, N), (n, N)))
+    energy = torch.rand(n, generator=generator, dtype=torch.float64)
+    gram = x.T @ x
+    found = errors_by_width(weight, gram, x, energy, ridge=ridge)
+    for level in range(LEVELS + 1):
+        K = level * N // LEVELS
+        damping = ridge * gram.diagonal().mean() * torch.eye(K, dtype=torch.float64)
+        own = weight[:, :K] + (weight[:, K:] @ gram[K:, :K]) @ torch.linalg.inv(gram[:K, :K] + damping)
+        error = x @ weight.T - x[:, :K] @ own.T
+        assert found[level] == pytest.approx(float((error.square().sum(1) * energy).mean()), rel=1e-4, abs=1e-9)
+
+
+def test_energies_are_squared_gradients_of_each_windows_loss(measured):
+    model, tokens, *_ = measured
+    found = tokens_with_gradients(model, tokens.split(2))
+    assert hooks_of(model) == 0
+    exact = make_tiny_llama().double()
+    added = [torch.zeros(6, 32, 32, dtype=torch.float64, requires_grad=True) for _ in exact.model.layers]
+    inputs = []
+    for layer, shift in zip(exact.model.layers, added, strict=True):
+        layer.mlp.down_proj.register_forward_hook(lambda _m, i, o, shift=shift: (inputs.append(i[0]), o + shift)[1])
+    logits = exact(input_ids=tokens).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").div(31).backward()
+    for (x, energy), shift, entered in zip(found, added, inputs, strict=True):
+        assert x.dtype == torch.bfloat16
+        torch.testing.assert_close(x.double(), entered.flatten(0, 1).detach(), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(energy.double(), shift.grad.flatten(0, 1).square().sum(1), rtol=1e-3, atol=1e-12)
+
+
+def test_no_other_widths_have_a_smaller_sum_of_errors(measured):
+    """At a strength of 1, on errors that are convex, against all widths that cost the same."""
+    model, _, statistics, scores = measured
+    blocks = blocks_of(model)
+    generator = torch.Generator().manual_seed(2)
+    steps = torch.rand(len(blocks), LEVELS, generator=generator, dtype=torch.float64).sort(1, descending=True).values
+    errors = torch.cat([steps.flip(1).cumsum(1).flip(1), torch.zeros(len(blocks), 1, dtype=torch.float64)], 1)
+    statistics = type(statistics)(statistics.ffn, statistics.attention, statistics.turned, errors)
+    budget = Budget.of(unit_costs(blocks, scope="ffn"), 0.5)
+    masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=1.0)
+    widths = [int(keep.sum()) for keep in masks.ffn]
+    assert sum(widths) == sum(b.neurons for b in blocks) // 2
+    N = blocks[0].neurons
+
+    def cost(widths) -> float:
+        """Errors between levels lie on straight lines."""
+        return sum(
+            float(
+                e[int(w * LEVELS // N)]
+                + (w * LEVELS / N - w * LEVELS // N) * (e[min(LEVELS, w * LEVELS // N + 1)] - e[w * LEVELS // N])
+            )
+            for e, w in zip(errors, widths, strict=True)
+        )
+
+    levels = [N * level // LEVELS for level in range(LEVELS + 1)]
+    best = min(cost(w) for w in itertools.product(levels, repeat=len(blocks)) if sum(w) == sum(widths))
+    # Prices change inside a level too, so that widths lie between levels.
+    assert cost(widths) <= best + 0.05 * float(errors[:, 0].sum())
+    uniform = allocate("uniform", scores, statistics, blocks, budget)
+    assert cost(widths) < cost([int(keep.sum()) for keep in uniform.ffn])
+    assert allocate("reconstruction", scores, statistics, blocks, budget, strength=0.0) == uniform
+
+
+def test_a_block_without_influence_goes_first(measured):
+    model, tokens, statistics, scores = measured
+    model = make_tiny_llama()
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(1e-4)
+    errors = block_errors(model, scores.ffn, statistics, tokens.split(2))
+    assert errors.shape == (3, LEVELS + 1)
+    assert (errors[:, :-1] >= errors[:, 1:] * (1 - 1e-6)).all()
+    assert (errors[:, -1] == 0).all()
+    blocks, statistics = (
+        blocks_of(model),
+        type(statistics)(statistics.ffn, statistics.attention, statistics.turned, errors),
+    )
+    budget = Budget.of(unit_costs(blocks, scope="ffn"), 1 / 3)
+    masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=1.0)
+    assert [int(keep.sum()) for keep in masks.ffn] == [47, 1, 48]  # each block keeps a neuron
+    assert ALLOCATION["reconstruction"].errors
