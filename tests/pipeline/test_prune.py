@@ -210,6 +210,7 @@ SWITCHES = {
     "uniform": "--sparsity.allocation=uniform",
     "global": "--sparsity.allocation=global",
     "owl": "--sparsity.allocation=owl",
+    "reconstruction": "--sparsity.allocation=reconstruction --recovery=least_squares",
     "started": "--sparsity.start=global",
     "protected": "--sparsity.protect=[0]",
     "attention_both": "--sparsity.learn=both --sparsity.scope=attention+ffn",
@@ -511,6 +512,25 @@ def test_dry_run_bounds_the_tokens_of_a_gradient_metric(world, tmp_path, monkeyp
     bound = check(cached.config)
     assert cached.summary["forward_backward_tokens"] == 0 < bound.forward_backward_tokens == calibrated // 3
     assert cached.summary["forward_tokens"] <= bound.forward_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gprune_", ["true", "false"])
+def test_reconstruction_takes_what_its_plan_says_and_the_same_masks_when_taken_up(gprune_, world, tmp_path):
+    flags = ["--sparsity.allocation=reconstruction", "--recovery=least_squares", f"--gprune={gprune_}"]
+    result = world.run(tmp_path, *flags)
+    plan = check(result.config)
+    drift, averaged = len(result.config.corpora.drift), gprune_ == "true"
+    windows = min(4, 2048 // 32) * ((1 + averaged) * drift if averaged else 1)
+    assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == windows * 32
+    assert result.summary["forward_tokens"] <= plan.forward_tokens
+    widths = [int(keep.sum()) for keep in result.masks.ffn]
+    assert len({*widths}) > 1
+    assert sum(widths) == result.masks.ffn[0].numel() * len(widths) // 2
+    assert (result.path / "errors_base.safetensors").is_file()
+    (result.path / "metrics.json").unlink()
+    again = world.run(tmp_path, *flags)
+    assert again.masks == result.masks
 
 
 @pytest.mark.slow
