@@ -3,15 +3,14 @@
     python -m experiments.peers.llm_pruner --clone LLM-Pruner --windows FILE --output FOLDER
 
 The peer's importance and its copy of Torch-Pruning score and slice; as in its `llama3.py`, the model is the one of
-transformers, block-wise, with `param_first`. Its default is ten sentences of 64 tokens (`--windows` decides here) and
-layers 3 to 30 with attention; here the FFN of every block loses a half.
+transformers, block-wise, with `param_first`. Its default is ten examples of 64 tokens (here all windows, unless
+`--examples` and `--length` say otherwise) and layers 3 to 30 with attention; here the FFN of every block loses a half.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 from collections.abc import Iterable
 
 from torch import nn
@@ -26,10 +25,11 @@ PEER = common.Peer(
 def prune(args: argparse.Namespace) -> None:
     """Prune, and write the folder."""
     work = common.Work(PEER, args)
-    model, windows = work.model, work.calibration.windows
-    sys.path.insert(0, str(work.clone))
-    # The package imports pruners of models with remote code; the one for Llama is all that is needed
-    common.stand_in("LLMPruner.pruner", __path__=[str(work.clone / "LLMPruner/pruner")])
+    model, windows = work.model, [w[:, : args.length] for w in work.calibration.windows[: args.examples]]
+    work.record.calibration_tokens = sum(window.numel() for window in windows)
+    # Without the packages' own imports: models with remote code and their tokenizers, of which nothing is needed
+    for package in ("LLMPruner", "LLMPruner.pruner"):
+        common.stand_in(package, __path__=[str(work.clone / package.replace(".", "/"))])
     tp = importlib.import_module("LLMPruner.torch_pruning")
     own = importlib.import_module("LLMPruner.pruner.hf_llama_pruner")
     width = common.width_for(model, work.parameters)
@@ -52,7 +52,10 @@ def prune(args: argparse.Namespace) -> None:
 
 def main(args: Iterable[str] | None = None) -> None:
     """Run the driver."""
-    common.run(prune, common.parser(PEER, __doc__), args)
+    flags = common.parser(PEER, __doc__)
+    flags.add_argument("--examples", type=int, help="windows that are read; default: all")
+    flags.add_argument("--length", type=int, help="tokens that are read of each; default: all")
+    common.run(prune, flags, args)
 
 
 if __name__ == "__main__":
