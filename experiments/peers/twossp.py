@@ -88,7 +88,9 @@ def main(args: Iterable[str] | None = None) -> None:
     """Run the driver."""
     flags = common.parser(PEER, __doc__)
     flags.add_argument("--attention", type=int, help="attention modules to remove; default: the peer's formula")
-    flags.add_argument("--second", type=int, default=12, help="windows of the second stage; its default: 2,048 tokens")
+    flags.add_argument(
+        "--second", type=int, default=4, help="windows of the second stage: 2,048 tokens, as the peer's default"
+    )
     common.run(prune, flags, args)
 
 
