@@ -123,14 +123,17 @@ def read_windows(path: Path) -> Calibration:
     return Calibration(model, corpora)
 
 
-def parser(peer: Peer, description: str) -> argparse.ArgumentParser:
-    """The flags of every driver."""
+def parser(peer: Peer, description: str, *, mixed: bool = True) -> argparse.ArgumentParser:
+    """The flags of every driver; `mixed`: whether its peer may compute matrix products in bfloat16."""
     flags = argparse.ArgumentParser(prog=f"python -m experiments.peers.{peer.name}", description=description)
     flags.add_argument("--clone", type=Path, required=True, help=f"of {peer.repository} at {peer.commit[:8]}")
     flags.add_argument("--windows", type=Path, required=True, help="written by `python -m experiments.peers windows`")
     flags.add_argument("--output", type=Path, required=True, help="folder for the pruned model; must not exist")
     flags.add_argument("--model", help="folder of the dense model; by default the one that the windows were cut for")
     flags.add_argument("--parameters", type=int, help="at least as many stay; default: without half of the FFN")
+    if mixed:
+        what = "of matrix products (autocast); several times as fast on processors with AMX"
+        flags.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help=what)
     return flags
 
 
@@ -148,6 +151,7 @@ class Work:
             raise stop(f"--model: '{self.source}' has no config.json; expected the folder of the dense model.")
         self.model = load(self.source)
         self.parameters = args.parameters or without_half_of_ffn(self.model)
+        self.autocast = getattr(args, "precision", "float32") == "bfloat16"
         settings = {k: v for k, v in vars(args).items() if k not in ("clone", "windows", "output", "model")}
         self.record = Record(
             peer=asdict(peer), model=self.source.name, windows=args.windows.name,
@@ -160,7 +164,8 @@ class Work:
     def timed(self) -> Iterator[None]:
         """Count the seconds of the block as the peer's."""
         cpu, wall = time.process_time(), time.perf_counter()
-        yield
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            yield
         self.record.cpu_seconds += time.process_time() - cpu
         self.record.wall_seconds += time.perf_counter() - wall
 

@@ -67,7 +67,7 @@ def prune(args: argparse.Namespace) -> None:
                 removed += group
             cut[f"attention.{index}"] = attn
         cut[f"model.layers.{index}.{name}.weight"] = linear.weight.data.contiguous()
-        cut[f"model.layers.{index}.{name}.bias"] = linear.bias.data
+        cut[f"model.layers.{index}.{name}.bias"] = linear.bias.data.float()
 
     flap.compress = compress
     for layer in model.model.layers:

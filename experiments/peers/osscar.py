@@ -50,7 +50,7 @@ def prune(args: argparse.Namespace) -> None:
 
 def main(args: Iterable[str] | None = None) -> None:
     """Run the driver."""
-    flags = common.parser(PEER, __doc__)
+    flags = common.parser(PEER, __doc__, mixed=False)
     flags.add_argument("--update_iter", type=int, default=10, help="neurons that go at a time")
     flags.add_argument("--lambda2", type=float, default=1e-2, help="ridge, over the mean of the diagonal")
     common.run(prune, flags, args)
