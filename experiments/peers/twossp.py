@@ -8,6 +8,8 @@ three values and a plain 0 there, for transformers before 4.48 and for Llama; th
 and None, as today's layers expect. The second stage computes on CUDA. What is needed for evaluation alone (lm_eval) is
 not imported.
 
+The peer rounds the width of the FFN, so up to half a neuron of every block may be missing from `--parameters`.
+
 What it saves does not load: whole projections are missing, and transformers fills them at random. No class of
 transformers has layers without attention, so the folder holds zeros in their place: output, query, key and value
 projections, which also have no gradient, so they stay zero in training. `parameters_after` does not count them.

@@ -211,7 +211,7 @@ def test_a_folder_that_no_driver_wrote_is_refused(tmp_path, capsys):
 
 def test_committed_records_are_of_the_commits_that_the_drivers_ask_for():
     rows = table().rows
-    assert len(rows) >= 9
+    assert rows
     for row in rows:
         name, commit = row[1].split()
         source = (tiny_run.ROOT / f"experiments/peers/{name}.py").read_text()
