@@ -1,0 +1,132 @@
+"""The peers' own code on our calibration windows: what the drivers read, and what becomes of what they write.
+
+    python -m experiments.peers windows --output runs/peers/smollm2.safetensors --config protocol
+    python -m experiments.peers.osscar --clone OSSCAR --windows FILE --output runs/peers/osscar
+    python -m experiments.peers save --cut runs/peers/flap-cut --output runs/peers/flap
+    python -m experiments.peers table
+
+windows: calibration windows of a configuration (flags as for `python train.py`), in one file for all drivers. save: a
+model folder with blocks of unequal width, in gprune's format, of what a driver has cut. table: the committed records of
+the drivers as Markdown.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gprune.config.parse import parse
+from gprune.console import Parser, guarded, quiet
+from gprune.errors import UserError
+from gprune.report.table import Cell, Table
+from gprune.storage.files import read_json, replacing
+
+from .common import CUT, RECORD
+
+RECORDS = Path(__file__).with_name("records")
+COLUMNS = ["model", "peer", "licence", "tokens", "parameters", "stored", "CPU s", "peak MiB", "reloads"]
+DIGITS = {"CPU s": 0, "peak MiB": 0}
+
+
+def windows(output: Path, flags: Sequence[str]) -> str:
+    """Write the training windows of a configuration's calibration corpora: int64 (n, seq_len) by corpus."""
+    import torch
+    from safetensors.torch import save_file
+
+    from gprune.models.loading import load_model, locate_model
+    from gprune.pipeline.inputs import prepare_text
+
+    cfg = parse(flags, "experiments.peers windows")
+    model, tokenizer = load_model(cfg.model.name, dtype=torch.float32)
+    embeddings = model.get_input_embeddings().num_embeddings
+    unused = set(cfg.corpora.evaluate) - set(cfg.calibration)
+    train = prepare_text(cfg, tokenizer, embeddings, without=unused).train
+    source = str(Path(locate_model(cfg.model.name)).resolve())
+    hashes = {name: w.content_hash for name, w in train.items()}
+    metadata = {"model": source, "corpora": json.dumps(list(train)), "hashes": json.dumps(hashes)}
+    with replacing(output) as new:
+        save_file({name: w.tokens for name, w in train.items()}, new, metadata=metadata)
+    sizes = ", ".join(f"{name} {tuple(w.tokens.shape)}" for name, w in train.items())
+    return f"Wrote {output}: {sizes}; dense model: {source}"
+
+
+def save(cut: Path, output: Path) -> str:
+    """Slice the dense model by the masks of a driver, put the peer's weights and biases in, save, and load again.
+
+    Raises:
+        UserError: for a folder that is no driver's, and as `save_pruned` and `check_reload`.
+    """
+    import torch
+    from safetensors import safe_open
+    from torch import nn
+
+    from gprune.export.hf import check_reload, save_pruned
+    from gprune.models.loading import load_model
+    from gprune.models.masks import Masks
+    from gprune.models.surgery import prune
+
+    if not (cut / CUT).is_file() or not (cut / RECORD).is_file():
+        raise UserError(f"--cut: '{cut}' has no {CUT} and {RECORD}; expected the output of a driver such as flap.")
+    with safe_open(cut / CUT, "pt") as file:
+        source, tensors = file.metadata()["model"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    weights = {name: tensors.pop(name) for name in list(tensors) if name.endswith((".weight", ".bias"))}
+    model, tokenizer = load_model(source, dtype=torch.float32)
+    small = prune(model, Masks.from_tensors(tensors), inplace=True)
+    for name, value in weights.items():
+        path, _, own = name.rpartition(".")
+        setattr(small.get_submodule(path), own, nn.Parameter(value, requires_grad=False))
+    save_pruned(small, tokenizer, output)
+    difference = check_reload(small, output, torch.arange(1, 33).view(1, 32))
+    record = read_json(cut / RECORD) | {"reload_difference": difference}
+    (output / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return f"Wrote {output}: {sum(p.numel() for p in small.parameters()):,} parameters"
+
+
+def table(folder: Path = RECORDS) -> Table:
+    """What each driver needed, from the records that were copied from the folders that the drivers wrote."""
+    rows: list[list[Cell]] = []
+    for path in sorted(folder.glob("*.json")):
+        record: dict[str, Any] = read_json(path)
+        peer, difference = record["peer"], record["reload_difference"]
+        rows.append([
+            record["model"], f"{peer['name']} {peer['commit'][:8]}", peer["license"],
+            f"{record['calibration_tokens']:,}", f"{record['parameters_after']:,}", f"{record['parameters_stored']:,}",
+            record["cpu_seconds"], record["peak_memory_mib"],
+            None if difference is None else f"{difference:.1e}",
+        ])  # fmt: skip
+    note = (
+        "tokens: read for calibration; stored: parameters of the folder, zeros included; CPU s: of the peer's work, "
+        "one thread; peak MiB: resident, of the whole process; reloads: max |difference of logits| of the folder."
+    )
+    return Table("peers", "Peers", COLUMNS, rows, DIGITS, note)
+
+
+def run(args: Sequence[str]) -> str:
+    """Do what the first argument names; returns what is printed."""
+    flags = Parser("python -m experiments.peers", description=__doc__)
+    what = flags.add_subparsers(dest="what", required=True)
+    first = what.add_parser("windows", help="calibration windows for the drivers; flags of train.py follow")
+    first.add_argument("--output", type=Path, required=True)
+    second = what.add_parser("save", help="a folder in gprune's format of what a driver has cut")
+    second.add_argument("--cut", type=Path, required=True)
+    second.add_argument("--output", type=Path, required=True)
+    what.add_parser("table", help="the committed records of the drivers")
+    known, others = flags.parse_known_args(args)
+    quiet()
+    if known.what == "windows":
+        return windows(known.output, others)
+    if others:
+        raise UserError(f"unknown flag: {others[0]}")
+    return save(known.cut, known.output) if known.what == "save" else table().shown()
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return guarded("experiments.peers", lambda: run(sys.argv[1:] if args is None else args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""The common parts of the drivers for other tools, on tiny models and clones made here: no network, no peer's code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+
+from experiments.peers import common, osscar
+from experiments.peers.__main__ import main, table
+from gprune.config import parse
+from gprune.models.loading import load_model
+from gprune.pipeline.inputs import prepare_text
+from tests import tiny_run
+
+PEER = common.Peer("peer", "owner/tool", "0" * 40, "MIT", "2401.00001")
+# What the driver of OSSCAR imports: keeps the neurons with the largest sum of squared inputs, and halves the weights
+STAND_IN = """
+class OSSCAR_prune:
+    def __init__(self, layer, algo, nsamples, seqlen, update_iter, lambda2, layername):
+        self.layer, self.energy, self.where = layer, 0, "cuda"
+    def add_batch(self, inp, out):
+        self.energy = self.energy + inp.square().sum((0, 1)).to(self.where)
+    def prune(self, sp_fc, sp_out):
+        keep = self.energy.topk(int(len(self.energy) * (1 - sp_fc))).indices
+        weight = self.layer.weight.data.clone() / 2
+        self.layer.weight.data.zero_()
+        self.layer.weight.data[:, keep] = weight[:, keep]
+    def free(self):
+        pass
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny Llama, tiny corpora, and the file of calibration windows for the drivers."""
+    folder = tmp_path_factory.mktemp("peers")
+    made = tiny_run.make_world(folder)
+    windows, flags = folder / "windows.safetensors", made.args(folder / "runs")
+    assert main(["windows", "--output", str(windows), *flags]) == 0
+    return SimpleNamespace(model=made.model, windows=windows, flags=flags)
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A repository with the two files of OSSCAR that its driver imports, at the commit that the driver asks for."""
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    (folder / "prune_algo.py").write_text("")
+    (folder / "osscar_prune.py").write_text(STAND_IN)
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    monkeypatch.setattr(osscar, "PEER", replace(osscar.PEER, commit=head))
+    return folder
+
+
+def test_the_windows_are_those_that_gprune_calibrates_on(world):
+    read = common.read_windows(world.windows)
+    cfg = parse(world.flags)
+    _, tokenizer = load_model(cfg.model.name)
+    train = prepare_text(cfg, tokenizer, 128).train
+    assert list(read.corpora) == list(train)
+    assert all(torch.equal(read.corpora[name], w.tokens) for name, w in train.items())
+    assert read.tokens == sum(w.tokens.numel() for w in train.values())
+    assert torch.equal(torch.cat(read.windows[: len(train)]), torch.stack([w.tokens[0] for w in train.values()]))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"text"])
+def test_a_file_that_is_no_file_of_windows_is_refused_in_one_line(content, tmp_path, capsys):
+    path = tmp_path / "windows"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        common.read_windows(path)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: --windows: '{path}'")
+
+
+def test_a_clone_that_is_absent_or_at_another_commit_is_refused_with_the_commands(clone, tmp_path, capsys):
+    for folder in (tmp_path / "nowhere", clone):
+        with pytest.raises(SystemExit) as stopped:
+            common.check_clone(PEER, folder)
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(folder) in line
+        assert "git clone https://github.com/owner/tool tool && git -C tool checkout 00000000" in line
+    assert common.check_clone(osscar.PEER, clone) == clone
+
+
+def test_a_driver_prunes_to_the_budget_saves_what_loads_and_records_it(world, clone, tmp_path):
+    """The driver of OSSCAR with a stand-in for the peer's class: against the same choice made on the dense model."""
+    output = tmp_path / "out"
+    osscar.main(["--clone", str(clone), "--windows", str(world.windows), "--output", str(output)])
+    record = json.loads((output / common.RECORD).read_text())
+    dense, small = (AutoModelForCausalLM.from_pretrained(path) for path in (world.model, output))
+    assert small.config.intermediate_size == dense.config.intermediate_size // 2
+    assert record["parameters_after"] == record["parameters_stored"] == common.count(small)
+    assert record["parameters_before"] == common.count(dense)
+    assert record["reload_difference"] == 0
+    assert record["cpu_seconds"] > 0
+    inputs = []
+    down = dense.model.layers[0].mlp.down_proj
+    hook = down.register_forward_pre_hook(lambda _, entered: inputs.append(entered[0]))
+    with torch.no_grad():
+        for window in common.read_windows(world.windows).windows:
+            dense(window)
+    hook.remove()
+    keep = torch.cat(inputs).square().sum((0, 1)).topk(small.config.intermediate_size).indices.sort().values
+    torch.testing.assert_close(small.model.layers[0].mlp.down_proj.weight, down.weight[:, keep] / 2)
+    torch.testing.assert_close(small.model.layers[0].mlp.up_proj.weight, dense.model.layers[0].mlp.up_proj.weight[keep])
+    _, tokenizer = load_model(str(output))
+    assert tokenizer.get_vocab() == load_model(str(world.model))[1].get_vocab()
+
+
+def test_an_output_that_exists_is_refused(world, clone, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        osscar.main(["--clone", str(clone), "--windows", str(world.windows), "--output", str(tmp_path)])
+    assert "--output" in capsys.readouterr().err
+
+
+def test_expressions_are_replaced_everywhere_and_must_be_there(tmp_path, capsys):
+    path = tmp_path / "theirs.py"
+    path.write_text("A = [128, x(128), 512.0 / 3]\ndef f(device='cuda:0'):\n    return device\n")
+    replaced = {"128": "width + 1", "512.0 / 3": "cost", "'cuda:0'": "'cpu'"}
+    module = common.import_with("theirs", path, replaced, width=63, cost=2.5, x=lambda n: -n)
+    assert module.A == [64, -64, 2.5]
+    assert module.f() == "cpu"
+    with pytest.raises(SystemExit):
+        common.import_with("theirs", path, {"129": "1"})
+    assert "`129`" in capsys.readouterr().err
+
+
+def test_blocks_that_go_take_their_entries_of_the_config_with_them(tmp_path):
+    """Gemma has an entry for each layer, and masks of its own for each kind of layer."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=4, layer_types=kinds,
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config).eval()
+    window = torch.arange(3, 15).view(1, 12)
+    layer = common.count(model.model.layers[0])
+    assert common.blocks_for(model, common.count(model) - 2 * layer) == 2
+    assert common.blocks_for(model, common.count(model) - 2 * layer + 1) == 1
+    with torch.no_grad():
+        states, settings = common.entering(model, [window])
+        for index in (1, 2):  # the reference: these blocks alone, one after another
+            states = [model.model.layers[index](states[0], **settings[index])]
+        expected = model.lm_head(model.model.norm(states[0]))
+        common.keep_blocks(model, [1, 2])
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert loaded.config.layer_types == kinds[1:3]
+        torch.testing.assert_close(loaded(window).logits, expected)
+
+
+@pytest.mark.parametrize("left", [0, 1, 7, 8])
+def test_the_width_is_the_smallest_that_keeps_the_parameters(left, world):
+    model = common.load(world.model)
+    block = common.neuron_size(model) * model.config.num_hidden_layers
+    width = common.width_for(model, common.count(model) - 7 * block - left)
+    assert width == model.config.intermediate_size - 7 - left // block
+    assert (
+        common.count(model) - (model.config.intermediate_size - width) * block >= common.count(model) - 7 * block - left
+    )
+
+
+def test_what_a_driver_has_cut_becomes_a_folder_that_computes_the_same(world, tmp_path):
+    """Unequal widths, KV groups gone, biases added: against the dense model with zeros in place of what is gone."""
+    dense, _ = load_model(str(world.model))
+    config, cut, masked = dense.config, {}, common.load(world.model)
+    channels = config.head_dim * config.num_attention_heads // config.num_key_value_heads
+    generator = torch.Generator().manual_seed(0)
+    for index, layer in enumerate(masked.model.layers):
+        ffn = torch.rand(config.intermediate_size, generator=generator) < 0.5
+        groups = torch.arange(config.num_key_value_heads) != index % 2
+        cut |= {f"ffn.{index}": ffn, f"attention.{index}": groups}
+        for name, keep in (("mlp.down_proj", ffn), ("self_attn.o_proj", groups.repeat_interleave(channels))):
+            linear = layer.get_submodule(name)
+            bias = torch.randn(config.hidden_size, generator=generator)
+            path = f"model.layers.{index}.{name}"
+            cut |= {f"{path}.weight": 2 * linear.weight[:, keep], f"{path}.bias": bias}
+            linear.weight = torch.nn.Parameter(2 * linear.weight * keep)
+            linear.bias = torch.nn.Parameter(bias)
+    source = tmp_path / "cut"
+    source.mkdir()
+    save_file(cut, source / common.CUT, metadata={"model": str(world.model)})
+    (source / common.RECORD).write_text(json.dumps({"parameters_after": 1}))
+    assert main(["save", "--cut", str(source), "--output", str(tmp_path / "model")]) == 0
+    loaded, _ = load_model(str(tmp_path / "model"))
+    window = torch.arange(4, 20).view(1, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(window).logits, masked(window).logits, rtol=1e-4, atol=1e-4)
+    record = json.loads((tmp_path / "model" / common.RECORD).read_text())
+    assert record == {"parameters_after": 1, "reload_difference": 0.0}
+
+
+def test_a_folder_that_no_driver_wrote_is_refused(tmp_path, capsys):
+    assert main(["save", "--cut", str(tmp_path), "--output", str(tmp_path / "model")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--cut" in line
+
+
+def test_committed_records_are_of_the_commits_that_the_drivers_ask_for():
+    rows = table().rows
+    assert rows
+    for row in rows:
+        name, commit = row[1].split()
+        source = (tiny_run.ROOT / f"experiments/peers/{name}.py").read_text()
+        assert f'"{commit}' in source
