@@ -248,13 +248,15 @@ class SparsityConfig(Group, prefix="sparsity."):
     allocation: Text = "learned"
     """How sparsity is allocated. learned: one threshold per module, trained around the frozen model. Without learning:
     uniform (every block alike), global (scores standardised per block, one threshold: FLAP), owl (blocks with more
-    outliers lose less), depth (whole blocks by influence: ShortGPT; needs --gprune false); each module then loses as
-    much as the base metric takes from it. equal: every module of the model loses the same fraction."""
+    outliers lose less), reconstruction (blocks lose what costs the loss least behind least squares, by gradients on a
+    little text), depth (whole blocks by influence: ShortGPT; needs --gprune false); each module then loses as much as
+    the base metric takes from it. equal: every module of the model loses the same fraction."""
     start: Text = "uniform"
     """The base metric's allocation if --sparsity.allocation is learned or equal; learning starts from it."""
     options: dict[Text, float] = Field({})
     """Options of the allocation. owl: multiple (outliers are above this multiple of their block's mean; 5) and spread
-    (largest distance of a block's sparsity from the target; 0.08)."""
+    (largest distance of a block's sparsity from the target; 0.08). reconstruction: strength (how far blocks may differ:
+    0 is uniform, 1 as the estimate has it; 0.75)."""
     protect: list[int] = Field([])
     """Blocks that keep everything, -1 being the last one. LLM-Pruner keeps [0,1,2,-1]."""
     width_multiple: Annotated[AtLeast1 | None, AUTO] = Field(
