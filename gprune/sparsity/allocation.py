@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -239,16 +238,9 @@ def _prices(errors: Tensor, neurons: int) -> Tensor:
     """
     import numpy
     import torch
+    from scipy.optimize import isotonic_regression
 
-    points = list(enumerate(errors.tolist()))
-    hull: list[tuple[int, float]] = []
-    for x, y in points:
-        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-1][0]) >= (y - hull[-1][1]) * (
-            hull[-1][0] - hull[-2][0]
-        ):
-            hull.pop()
-        hull.append((x, y))
-    steps = [(a[1] - b[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(hull) for _ in range(b[0] - a[0])]
+    steps = isotonic_regression((errors[:-1] - errors[1:]).numpy(), increasing=False).x  # the slopes of the hull
     # Between the middles of two steps log prices change linearly, so that neurons of a block have different prices.
     middles = (numpy.arange(len(steps)) + 0.5) / len(steps)
     places = (numpy.arange(neurons) + 0.5) / neurons
