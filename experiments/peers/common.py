@@ -106,6 +106,9 @@ def check_clone(peer: Peer, clone: Path) -> Path:
     head = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     if head != peer.commit:
         raise stop(f"--clone: '{clone}' is at {head[:8] or 'no commit'}; {expected}")
+    command = ["git", "-C", str(clone), "status", "--porcelain", "--untracked-files=no"]
+    if changed := subprocess.run(command, capture_output=True, text=True, check=False).stdout.split():
+        raise stop(f"--clone: '{clone}' has files that were changed, such as {changed[1]}; {expected}")
     return clone.resolve()
 
 
@@ -229,8 +232,14 @@ def neuron_size(model: PreTrainedModel) -> int:
 
 def width_for(model: PreTrainedModel, parameters: int) -> int:
     """The fewest neurons of every block with which at least so many parameters stay."""
-    layer = model.config.num_hidden_layers * neuron_size(model)
-    return model.config.intermediate_size - (count(model) - parameters) // layer
+    layer, full = model.config.num_hidden_layers * neuron_size(model), model.config.intermediate_size
+    width = full - (count(model) - parameters) // layer
+    if not 0 < width <= full:
+        least = count(model) - (full - 1) * layer
+        raise stop(
+            f"--parameters: expected {least:,} to {count(model):,} with a neuron in each block, got {parameters:,}."
+        )
+    return width
 
 
 @torch.no_grad()

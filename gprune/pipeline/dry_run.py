@@ -63,7 +63,7 @@ def searched(cfg: RunConfig) -> str:
     """What finding the share takes, in words."""
     found = f"at most {searches(cfg) * TRIES} models after {cfg.unlearned_recovery}, usually a third of them"
     if recovery_of(cfg.recovery).learns:
-        found += f", and {LEARNED_TRIES} after {cfg.recovery}, usually 2"
+        found += f", and {LEARNED_TRIES} after {cfg.recovery}, usually 2, or more while none keeps the quality"
     return f"{found}, each on {development_tokens(cfg):,} tokens of development text ({', '.join(cfg.developed)})"
 
 

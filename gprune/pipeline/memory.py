@@ -81,7 +81,8 @@ def peaks_of(plan: Plan) -> dict[str, float]:
     if "saliency" in cfg.collects:
         calibrate = learn + 8 * costs.in_parameters.total
     if cfg.measures_errors:  # beside a backward pass, what enters the FFN's output projections
-        calibrate = max(calibrate, learn + 2 * L * N * error_tokens(cfg))
+        kept_tokens = 2 * L * N * error_tokens(cfg)
+        calibrate = max(calibrate, learn + kept_tokens, dense + kept_tokens + 40 * N**2)
     peaks = {"calibrate": calibrate} | ({"learn": learn} if cfg.learns else {})
     method = recovery_of(cfg.recovery)
     if method.learns:

@@ -36,6 +36,10 @@ from gprune.sparsity.thresholds import (
 )
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
 
+OWN_MASKS = (
+    "--sparsity.target: the learner's masks do not follow from its thresholds, so they cannot be cut at the share that "
+    "keeps a quality; expected a share, such as 0.3."
+)
 MasksOf = Callable[[Budget], Masks]  # the masks of a stage, as a function of the budget
 
 
@@ -76,32 +80,33 @@ def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Sco
 
     Returns:
         Functions of a budget: `base`, by `scores`; and `averaged`, where it is a row of the table: by the same metric
-        on all drift corpora together.
+        on all drift corpora together. An allocation that reads errors measures those of `base` on all drift corpora
+        too if there are modules, which take their widths from it.
     """
     cfg = run.cfg
     allocated = functools.partial(allocate, cfg.base_allocation, **cfg.sparsity.options)
     measured = cfg.measures_errors
 
-    def of(name: str, scores: Scores, statistics: CorpusStatistics, corpora: Sequence[str]) -> MasksOf:
+    def of(name: str, scores: Scores, corpora: Sequence[str]) -> MasksOf:
         made: dict[int, Masks] = {}
-        if measured:
-            statistics = replace(statistics, errors=errors_of(run, name, scores, statistics, corpora))
+
+        def pool() -> CorpusStatistics:
+            """Anew each time: its Gram matrices are as large as those of a corpus."""
+            return pooled(statistics[corpus] for corpus in corpora)
+
+        errors = errors_of(run, name, scores, pool(), corpora) if measured else None
 
         def masks(budget: Budget) -> Masks:
             if budget.target not in made:
-                made[budget.target] = allocated(scores, statistics, run.blocks, budget)
+                made[budget.target] = allocated(scores, replace(pool(), errors=errors), run.blocks, budget)
             return made[budget.target]
 
         return masks
 
     drift = cfg.corpora.drift
-    read = (
-        drift if measured and cfg.gprune else [cfg.corpora.score]
-    )  # modules are as wide as `base` where a rule says so
-    masks_of = {"base": of("base", scores, pooled(statistics[corpus] for corpus in read), read)}
+    masks_of = {"base": of("base", scores, drift if measured and cfg.gprune else [cfg.corpora.score])}
     if "averaged" in dict(cfg.stages):
-        pool = pooled(statistics[corpus] for corpus in drift)
-        masks_of["averaged"] = of("averaged", _scored(run, pool), pool, drift)
+        masks_of["averaged"] = of("averaged", _scored(run, pooled(statistics[corpus] for corpus in drift)), drift)
     return masks_of
 
 
@@ -143,10 +148,7 @@ class ModuleMasks:
         """
         masks = saved_masks(self.modules.ranks, tensors := self.thresholds(budget), budget)
         if self.learned is not None and budget.target != self.learned.target and "masks.ffn.0" in tensors:
-            raise UserError(
-                "--sparsity.target: the learner's masks do not follow from its thresholds, so they cannot be cut at "
-                "the share that keeps a quality; expected a share, such as 0.3."
-            )
+            raise UserError(OWN_MASKS)
         return masks
 
 
@@ -167,6 +169,8 @@ def learn_sparsity(run: Run, modules: Modules, base: MasksOf) -> ModuleMasks:
     if not rule.learned:
         return ModuleMasks(modules, lambda budget: named_thresholds(start(budget)))
     tensors = run.folder.tensors("thresholds", lambda: fit_thresholds(run, modules, start(run.budget)))
+    if run.cfg.sparsity.quality and "masks.ffn.0" in tensors:
+        raise UserError(OWN_MASKS)
     return ModuleMasks(modules, lambda _: tensors, run.budget)
 
 

@@ -209,25 +209,33 @@ def reconstruction(
     """m_i = r_i - S_b: block b loses the fraction S_b whose error costs the loss least, on one scale for all blocks.
 
     `statistics.errors` estimates what each block's error costs at a few widths (`calibration.errors`). On the lower
-    convex hull of these points every neuron has a price, what its error adds for each of its parameters; neurons go in
-    the order of prices over the whole model. So block b would lose the fraction S*_b. S_b = S + `strength` (S*_b - S),
-    S the sparsity, since the estimate holds near the dense model alone: at a strength of 1 blocks early in the model
-    lose nothing. KV groups go as by `uniform`. Our own; chosen on development text of two models.
+    convex hull of these points every neuron has a price, what its error adds by what it costs in the budget; neurons
+    go in the order of prices over the whole model. So block b would lose the fraction S*_b. S_b = S + `strength`
+    (S*_b - S), S the sparsity, since the estimate holds near the dense model alone: at a strength of 1 blocks early in
+    the model lose nothing. KV groups go as by `uniform`. Behind other recoveries than least squares, or none, the
+    estimate is the same. Our own; chosen on development text of two models.
     """
     import torch
 
-    errors, costs = statistics.errors, budget.costs
-    prices = {b: _prices(errors[b], costs.neurons[b]) / max(1, costs.neuron[b]) for b in costs.stay if costs.neurons[b]}
-    joined = torch.cat(list(prices.values()))
-    cost = torch.cat([torch.full((len(of),), float(costs.neuron[b])) for b, of in prices.items()])
-    order = joined.argsort(stable=True)
-    goes = torch.zeros(len(joined), dtype=torch.bool)
-    goes[order] = cost[order].cumsum(0) - cost[order] / 2 < budget.sparsity * cost.sum()
-    shares = [budget.sparsity] * len(blocks)
-    for b, of in zip(prices, goes.split([len(of) for of in prices.values()]), strict=True):
-        shares[b] += strength * (float(of.double().mean()) - budget.sparsity)
+    errors, rest = statistics.errors, budget.rest
+    costs = {b: budget.costs.prices.neurons[b] for b in budget.costs.stay}
+    costs = {b: (table[-1] - table[0]) / max(1, budget.costs.neurons[b]) for b, table in costs.items()}
+    all_neurons = sum(cost * budget.costs.neurons[b] for b, cost in costs.items())
+    costs = {b: cost for b, cost in costs.items() if cost and b not in budget.costs.protected}
+    prices = {b: _prices(errors[b], budget.costs.neurons[b]) / cost for b, cost in costs.items()}
     ffn, attention = _ranks(scores, blocks)
-    return [r - S for r, S in zip(ffn, shares, strict=True)], [r - budget.sparsity for r in attention]
+    share = rest.target / rest.costs.total  # of neurons and KV groups of blocks that stay, protected ones included
+    shares = [share] * len(blocks)
+    if prices:
+        joined = torch.cat(list(prices.values()))
+        cost = torch.cat([torch.full((len(of),), costs[b], dtype=torch.float64) for b, of in prices.items()])
+        order = joined.argsort(stable=True)
+        goes = torch.zeros(len(joined), dtype=torch.bool)
+        goes[order] = cost[order].cumsum(0) - cost[order] / 2 < share * all_neurons
+        mean = min(1.0, share * all_neurons / float(cost.sum()))
+        for b, of in zip(prices, goes.split([len(of) for of in prices.values()]), strict=True):
+            shares[b] = mean + strength * (float(of.double().mean()) - mean)
+    return [r - S for r, S in zip(ffn, shares, strict=True)], [r - share for r in attention]
 
 
 def _prices(errors: Tensor, neurons: int) -> Tensor:

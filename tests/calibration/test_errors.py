@@ -106,3 +106,15 @@ def test_a_block_without_influence_goes_first(measured):
     masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=1.0)
     assert [int(keep.sum()) for keep in masks.ffn] == [47, 1, 48]  # each block keeps a neuron
     assert ALLOCATION["reconstruction"].errors
+
+
+def test_blocks_that_are_protected_take_no_part(measured):
+    """A cheap block that may not go leaves what it would have lost to the others, in the order of their prices."""
+    model, _, statistics, scores = measured
+    blocks = blocks_of(model)
+    steps = torch.tensor([[1e-6] * LEVELS, [1.0] * LEVELS, [3.0] * LEVELS], dtype=torch.float64)
+    errors = torch.cat([steps.flip(1).cumsum(1).flip(1), torch.zeros(3, 1, dtype=torch.float64)], 1)
+    statistics = type(statistics)(statistics.ffn, statistics.attention, statistics.turned, errors)
+    budget = Budget.of(unit_costs(blocks, scope="ffn", protect=[0]), 0.25)
+    masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=1.0)
+    assert [int(keep.sum()) for keep in masks.ffn] == [48, 12, 48]
