@@ -43,11 +43,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from gprune.errors import UserError, first_line
 from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
-from gprune.models.discovery import random_masks, tiny_model
+from gprune.models.discovery.agreement import random_masks
 from gprune.models.families import FAMILIES
 from gprune.models.lookup import family_of
 from gprune.models.surgery import prune
-from gprune.models.tiny import EXPERT_NEURONS, NEURONS, SHARED_NEURONS, shrunk
+from gprune.models.tiny import EXPERT_NEURONS, NEURONS, SHARED_NEURONS, shrunk, tiny_model
 from gprune.sparsity.budget import unit_costs
 from gprune.sparsity.gates import masked
 

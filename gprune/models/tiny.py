@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from gprune.models.lookup import auto_of
 from gprune.models.modeling_pruned import PREFIX
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, NEURONS, EXPERT_NEURONS, SHARED_NEURONS = 48, 6, 3, 8, 44, 20, 28
@@ -86,6 +88,25 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     made = type(config)(**content)
     made.dtype = torch.float32
     return made
+
+
+def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A random model of a tiny configuration, on the CPU in float32; the caller's random numbers stay as they were.
+
+    Weights are large, so that every part counts, and norms and biases are random too.
+    """
+    config = copy.deepcopy(config)
+    for name in ("_attn_implementation", "_experts_implementation"):
+        with suppress(Exception):
+            setattr(config, name, "eager")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # of the CPU alone, whose state is restored
+        model = auto_of(config).from_config(config, dtype=torch.float32).eval().float()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.is_floating_point():
+                    parameter.add_(torch.randn(parameter.shape) * (0.2 if parameter.dim() > 1 else 0.3))
+    return model
 
 
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -17,15 +17,17 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BartConfig, BertC
 from experiments.architectures import DEFAULTS, default_config, example
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
-from gprune.models import cached_records, discovery, lookup
+from gprune.models import cached_records, lookup
 from gprune.models.blocks import blocks_of
-from gprune.models.discovery import Discovery, discovered, random_masks, tiny_model
+from gprune.models.discovery import record as discovery
+from gprune.models.discovery.agreement import random_masks
+from gprune.models.discovery.record import discovered, record_of
 from gprune.models.families import FAMILIES, Family
 from gprune.models.lookup import family_of, remember
 from gprune.models.losses import iter_logits
 from gprune.models.structure import check_by_copy
 from gprune.models.surgery import prune
-from gprune.models.tiny import ROUTED, shrunk
+from gprune.models.tiny import ROUTED, shrunk, tiny_model
 from gprune.sparsity.budget import unit_costs
 from gprune.sparsity.gates import masked
 from tests import tiny_run
@@ -251,14 +253,14 @@ def test_a_forward_pass_that_is_not_deterministic_is_refused():
     model = tiny_model(shrunk(CONFIG_MAPPING["gemma"]()))
     model.model.layers[0].mlp.register_forward_hook(lambda _m, _i, out: out + torch.randn_like(out))
     with pytest.raises(UserError, match="two forward passes differ"):
-        Discovery(model).record()
+        record_of(model)
 
 
 def test_a_layer_list_that_is_no_module_list_is_refused():
     model = tiny_model(shrunk(CONFIG_MAPPING["gemma"]()))
     model.model.layers = nn.Sequential(*model.model.layers)
     with pytest.raises(UserError, match=r"no nn\.ModuleList of decoder layers was found.*docs/extend\.md.*--import"):
-        Discovery(model).record()
+        record_of(model)
 
 
 # Records by hand
