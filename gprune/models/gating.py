@@ -19,6 +19,7 @@ from gprune.models.blocks import Block, blocks_of, decoder_layers
 from gprune.models.experts import Watch, watch_experts
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
+from gprune.models.outputs import with_hidden
 
 Gates = Sequence[Tensor | None] | None  # one per block; None lets everything through
 
@@ -104,8 +105,7 @@ def bypassed(model: PreTrainedModel, gone: Iterable[int]) -> Iterator[PreTrained
     """Let these blocks return their input while the context lasts."""
 
     def skip(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return hidden if isinstance(output, Tensor) else type(output)([hidden, *output[1:]])
+        return with_hidden(output, args[0] if args else kwargs["hidden_states"])
 
     with ExitStack() as taken_off:
         for block in gone:

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gprune.errors import UserError, first_line
+from gprune.models.outputs import hidden_in, with_hidden
 
 TOKENS = (2, 32)  # windows and tokens of the text that the model reads
 REMEDY = (
@@ -215,8 +216,7 @@ def shifted(module: nn.Module, shift: Tensor):
     """Add a tensor to the hidden states that a module returns, while the context lasts."""
 
     def move(_module: nn.Module, _inputs: Any, out: Any) -> Any:
-        moved = hidden_in(out) + shift
-        return moved if isinstance(out, Tensor) else type(out)([moved, *out[1:]])
+        return with_hidden(out, hidden_in(out) + shift)
 
     handle = module.register_forward_hook(move)
     try:
@@ -256,11 +256,6 @@ def is_linear(module: nn.Module) -> bool:
 def row_dim(module: nn.Module) -> int:
     """The dimension of a linear layer's weight that has its outputs."""
     return int(isinstance(module, Conv1D))
-
-
-def hidden_in(out: Any) -> Tensor:
-    """The hidden states in what a module returns."""
-    return out if isinstance(out, Tensor) else hidden_in(out[0])
 
 
 def _live(gradients: Mapping[str, Tensor], *, least: float = 0.0) -> dict[tuple[str, int], Tensor]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gprune.models.discovery.probe import Probe, hidden_in, is_linear, is_norm, owner_of, shifted
+from gprune.models.discovery.probe import Probe, is_linear, is_norm, owner_of, shifted
+from gprune.models.outputs import hidden_in
 
 
 def completed(
