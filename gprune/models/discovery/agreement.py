@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gprune.errors import first_line
 from gprune.models.blocks import blocks_of
 from gprune.models.discovery.probe import Probe
+from gprune.models.experts import watch_experts
 from gprune.models.families import Family
 from gprune.models.gating import masked
 from gprune.models.lookup import remember
@@ -18,8 +21,8 @@ from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 
 log = logging.getLogger("gprune")
-NOISE = 1e-5  # largest difference by rounding alone, of the largest logit
-SMALL = 0.02  # of what the mask changes, for a difference between masked and sliced
+NOISE = 1e-4  # of the largest logit: less may be rounding; types of transformers move by 0.07 and more
+SMALL = 1e-3  # of what a mask changes: types of transformers differ by 2e-5 and less
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,26 @@ def agreement(probe: Probe, record: Family) -> Agreement:
 def agrees(probe: Probe, record: Family) -> bool:
     """Whether a record is right; False where the model cannot be sliced by it at all."""
     try:
-        return agreement(probe, record).holds
+        return agreement(probe, record).holds and watchers_get_tokens(probe)
     except Exception as error:
         log.debug("%s: %s", record, first_line(error))
         return False
+
+
+def watchers_get_tokens(probe: Probe) -> bool:
+    """Whether watchers of experts are told which tokens their activations are of: nothing changes before the token from
+    which on a watcher zeroes them, and something afterwards."""
+    experts = [block for block in blocks_of(probe.model) if block.has_experts]
+    first = probe.ids.numel() * 3 // 4
+
+    def only_before(x: Tensor, _expert: int, tokens: Tensor) -> Tensor:
+        return x * (tokens < first)[:, None]
+
+    with ExitStack() as watches:
+        for block in experts:
+            watches.callback(watch_experts(block.down.host, only_before, block.family.expert_down).remove)
+        changed = (probe.logits() - probe.dense).abs().flatten(0, 1).amax(-1) > NOISE * probe.dense.abs().max()
+    return not experts or bool(changed[first:].any() and not changed[:first].any())
 
 
 def random_masks(model: PreTrainedModel, seed: int = 5) -> Masks:

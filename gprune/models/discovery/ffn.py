@@ -35,8 +35,8 @@ def _dense(probe: Probe, index: int, path: str, layouts: dict[str, tuple[int, st
     """An FFN of linear layers."""
     layer, down = probe.layers[index], owner_of(path)
     hosts = [owner_of(n) for n in layouts if n.endswith(".weight") and is_linear(layer.get_submodule(owner_of(n)))]
-    if any(owner_of(name) not in hosts for name in layouts):
-        return None  # a norm over neurons, whose statistics change when neurons go
+    if not probe.is_called(index, down) or any(owner_of(name) not in hosts for name in layouts):
+        return None  # the latter: a norm over neurons, whose statistics change when neurons go
     weights = {f"{host}.weight": layouts[f"{host}.weight"] for host in hosts}
     if (roles := _roles(probe, index, weights, lambda: probe.entering(index, down))) is None:
         return None
@@ -51,7 +51,7 @@ def _dense(probe: Probe, index: int, path: str, layouts: dict[str, tuple[int, st
 def _experts(probe: Probe, index: int, path: str, layouts: dict[str, tuple[int, str]]) -> dict[str, Any] | None:
     """Experts whose projections are stacked in tensors (E, n, H) or (E, H, n)."""
     layer = probe.layers[index]
-    if not (experts := common_module([path, *layouts])):
+    if not (experts := common_module([path, *layouts])) or not probe.is_called(index, experts):
         return None
 
     def output() -> Tensor:

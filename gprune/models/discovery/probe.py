@@ -126,6 +126,10 @@ class Probe:
         """`calls` of modules of a layer, by their paths in it; '' is the layer."""
         return self.calls({path: self.layers[index].get_submodule(path) for path in paths}, **settings)
 
+    def is_called(self, index: int, path: str) -> bool:
+        """Whether hooks on a module of a layer run; some classes only read the weights of a module."""
+        return bool(self.in_layer(index, [path]))
+
     def returned(self, index: int, path: str) -> Tensor:
         """What a module of a layer returns for the text."""
         return self.in_layer(index, [path])[0].returned
