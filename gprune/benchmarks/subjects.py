@@ -73,8 +73,8 @@ def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust
 
 
 def _unchanged(
-    load: Callable[..., Loaded], name: str, settings: Mapping[str, Any], expected: str, what: str, *, dtype: torch.dtype,
-    trust_remote_code: bool,
+    load: Callable[..., Loaded], name: str, settings: Mapping[str, Any], expected: str, what: str, *,
+    dtype: torch.dtype, trust_remote_code: bool,
 ) -> Loaded:  # fmt: skip
     """A model by name and its tokenizer; UserError unless its fingerprint, in the run's dtype, is the expected one."""
     model, tokenizer = load(name, dtype=getattr(torch, settings["model"]["dtype"]), trust_remote_code=trust_remote_code)

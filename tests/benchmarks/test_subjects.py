@@ -40,7 +40,7 @@ def test_a_model_made_elsewhere_that_has_changed_since_is_refused(dtype, tmp_pat
         (subject,), _, _ = subjects_of(str(run), dtype=dtype)
         model, _ = subject.load()
         assert model.dtype == getattr(torch, dtype or "float32")
-        changed, tokenizer = load_model(str(other))
+        changed, _ = load_model(str(other))
         changed.lm_head.weight[0, 0] += 1
         changed.save_pretrained(other)
         with pytest.raises(UserError, match="has other weights than the model made elsewhere that"):
