@@ -53,9 +53,11 @@ def _kind(
     them, or not in a known order."""
     layer, output, groups = probe.layers[index], owner_of(path), size // width
     linear = {path: module for path, module in layer.named_modules() if is_linear(module)}
-    hosts = {path: rows[key] for path, m in linear.items() if (key := (f"{path}.weight", row_dim(m))) in rows}
-    if (local := _rows_of_own_token(probe, index, output, list(hosts))) is None:
-        return None
+    owners = dict.fromkeys(owner_of(name) for name, _ in rows)
+    local = _rows_of_own_token(probe, index, output, [path for path in owners if path in linear])
+    # Others come later: rows of a neuron that by chance no token reaches any more.
+    rows = {key: r for key, r in rows.items() if (owner := owner_of(key[0])) not in linear or owner in local}
+    hosts = {path: rows[key] for path in local if (key := (f"{path}.weight", row_dim(linear[path]))) in rows}
     roles: dict[str, list[str]] = {}
     for host, found in hosts.items():
         of_value = values[f"{host}.weight", row_dim(layer.get_submodule(host))]
@@ -127,28 +129,24 @@ def _norm_over_heads(layer: nn.Module, extras: Mapping[str, Any], length: int, r
     return None
 
 
-def _rows_of_own_token(probe: Probe, index: int, output: str, hosts: Sequence[str]) -> dict[str, set[int]] | None:
-    """Of each module, which outputs reach attention's output at their own token alone: those of queries. None if
-    attention does not compute them in one graph."""
+def _rows_of_own_token(probe: Probe, index: int, output: str, hosts: Sequence[str]) -> dict[str, set[int]]:
+    """Of each module that attention's output depends on, which outputs reach it at their own token alone: those of
+    queries."""
     calls = probe.in_layer(index, [*hosts, output], gradients=True)
     seen = {
         call.path: call for call in calls
     }  # the last ones: recurrent types may compute the others without gradients
-    if set(seen) != {*hosts, output}:
-        return None
     B, T = probe.ids.shape
-    try:
-        last = seen[output].entering.reshape(B, T, -1)[:, -1]
-        returned = [seen[host].returned for host in hosts]
-        gradients = torch.autograd.grad(last.square().sum(), returned, allow_unused=True)
-    except RuntimeError:
-        return None
+    if output not in seen or not seen[output].entering.requires_grad:
+        return {}
+    last = seen[output].entering.reshape(B, T, -1)[:, -1]
+    returned = {host: seen[host].returned for host in hosts if host in seen and seen[host].returned.requires_grad}
+    gradients = torch.autograd.grad(last.square().sum(), list(returned.values()), allow_unused=True) if returned else ()
     found = {}
-    for host, gradient in zip(hosts, gradients, strict=True):
-        if gradient is None or gradient.numel() % (B * T):
-            return None
-        others = gradient.reshape(B, T, -1)[:, :-1].abs().amax((0, 1))
-        found[host] = set((others == 0).nonzero().flatten().tolist())
+    for host, gradient in zip(returned, gradients, strict=True):
+        if gradient is not None and gradient.numel() % (B * T) == 0:
+            others = gradient.reshape(B, T, -1)[:, :-1].abs().amax((0, 1))
+            found[host] = set((others == 0).nonzero().flatten().tolist())
     return found
 
 

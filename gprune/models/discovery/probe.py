@@ -231,17 +231,17 @@ def shifted(module: nn.Module, shift: Tensor):
 
 @contextmanager
 def separable_norms(layers: nn.ModuleList):
-    """Let norms inside attention and FFN only multiply by their weights while the context lasts: a norm over all heads
-    would let each head use the rows of all others."""
+    """Let no gradient pass the statistics of norms inside attention and FFN while the context lasts: by those of a norm
+    over all heads each head would use the rows of all others."""
 
-    def only_weights(module: nn.Module) -> Callable[..., Tensor]:
-        return lambda x, *_rest, **_named: x * module.weight
+    def separable(module: nn.Module) -> Callable[..., Tensor]:
+        return lambda x, *_rest, **_named: x * module.weight / x.detach().square().mean(-1, keepdim=True).sqrt()
 
     with ExitStack() as stack:
         for layer in layers:
             for path, module in layer.named_modules():
                 if "." in path and is_norm(module):
-                    module.__dict__["forward"] = only_weights(module)
+                    module.__dict__["forward"] = separable(module)
                     stack.callback(module.__dict__.pop, "forward")
         yield
 
