@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from gprune.benchmarks.speed import price_by
 from gprune.config import RunConfig
 from gprune.corpora import lies_here
-from gprune.models.blocks import PARTS, blocks_of
+from gprune.models.blocks import PARTS, blocks_of, unpruned
 from gprune.models.loading import locate_model
 from gprune.pipeline.cost import calibration_tokens, passes
 from gprune.pipeline.inputs import prepare_text
@@ -38,6 +38,7 @@ def describe(plan: Plan) -> str:
         f"{plan.removed / parameters:.1%} of the model",
         "speed": predicted_speed(plan),
         "widths": expected_widths(cfg, budget),
+        "stays": what_stays(plan),
         "exports": f"{left:,} parameters: {left * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}",
         "text": counted_text(plan),
         "learns in": f"{cfg.trainer.precision} ({plan.why_precision})",
@@ -86,6 +87,20 @@ def expected_widths(cfg: RunConfig, budget: Budget) -> str:
     n, g = ([int(mask.sum()) for mask in of_blocks] for of_blocks in (masks.ffn, masks.attention))
     kept = f"{min(n)} to {max(n)} of {max(costs.neurons)} neurons and {min(g)} to {max(g)} of {max(costs.groups)}"
     return f"{kept} KV groups per block, at uniform sparsity"
+
+
+def what_stays(plan: Plan) -> str:
+    """What of the layers' FFNs and attention is not pruned, and how large it is; '' where all of it is."""
+    costs, model = plan.budget.costs, plan.skeleton
+    lacking = [("FFN", costs.neurons)] + [("attention", costs.groups)] * ("attention" in plan.cfg.sparsity.scope)
+    said = [
+        f"{name} of {missing} of {len(units)} layers, without units that can be removed"
+        for name, units in lacking if (missing := sum(n == 0 for n in units))
+    ]  # fmt: skip
+    for path, (layers, parameters) in unpruned(model).items():
+        share = parameters / model.num_parameters()
+        said.append(f"{path} in {layers} layers, beside a larger one: {share:.1%} of the model")
+    return "; ".join(said)
 
 
 def compute_time(*plans: Plan) -> str:

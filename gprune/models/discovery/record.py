@@ -62,7 +62,7 @@ def discovered(tiny: PreTrainedConfig) -> Family:
     """The record of a tiny configuration's type; UserError as for `discover`."""
     with quoting(f"Model type '{tiny.model_type}': a tiny copy cannot be made: ", f". {REMEDY}."):
         model = tiny_model(tiny)
-    with quoting(f"Model type '{tiny.model_type}': its structure was not found: ", f". {REMEDY}."):
+    with quoting(f"Model type '{tiny.model_type}': its structure was not found: ", f". {REMEDY}."), torch.enable_grad():
         return record_of(model)
 
 
