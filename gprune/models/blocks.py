@@ -69,23 +69,18 @@ class Block:
 
     @property
     def ffn_norm(self) -> nn.Module | None:
-        """The norm before gate and up. Where norms follow the residual sum (OPT-350m) that is attention's."""
-        return self.module(self.family.ffn_norm if self._norms_before else self.family.attention_norm)
+        """The norm before gate and up."""
+        return self.module(self.family.ffn_norm)
 
     @property
     def attention_norm(self) -> nn.Module | None:
         """The norm before query, key and value; None where norms follow the residual sum: it is the last layer's."""
-        return self.module(self.family.attention_norm) if self._norms_before else None
-
-    @property
-    def _norms_before(self) -> bool:
-        flag = self.family.norms_before
-        return flag is None or getattr(self.layer, flag)
+        return self.module(self.family.attention_norm)
 
     def joins_residual(self, part: str) -> bool:
         """Whether the output of `down` or `output` is added to the residual directly, without a norm between."""
         norm = self.family.after_ffn if part == "down" else self.family.after_attention
-        return norm is None and self._norms_before
+        return norm is None
 
     @property
     def has_experts(self) -> bool:

@@ -32,6 +32,7 @@ from gprune.sparsity.budget import unit_costs
 from gprune.sparsity.gates import masked
 from tests import tiny_run
 from tests.conftest import collect
+from tests.models.records_by_hand import BY_HAND
 
 # Of different structure: separate and fused, interleaved and stacked experts, biases and sinks, norms of all heads,
 # latent and linear attention, Mamba, convolution, dense layers between experts, parallel blocks, layers without an FFN.
@@ -146,21 +147,17 @@ def test_statistics_equal_those_of_plain_hooks(model_type, ids):
 
 
 @pytest.mark.parametrize(
-    "family", [f if f in ("llama", "gpt2") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+    "family", [f if f in ("llama", "gpt2") else pytest.param(f, marks=pytest.mark.slow) for f in BY_HAND]
 )
-def test_discovery_finds_what_the_record_says(family):
-    """Parts, slices, norms, and what is done to logits: the same tensors as by the record that is in gprune."""
+def test_discovery_finds_what_a_record_by_hand_says(family, monkeypatch):
+    """Parts, slices, norms, and what is done to logits: the same tensors."""
+    monkeypatch.setattr(lookup, "FAMILIES", {})
     config = shrunk(default_config(family))
-    model = tiny_model(config)
-    by_hand, record = blocks_of(model), discovered(config)
-    other, records = copy.deepcopy(model), dict(FAMILIES)  # whose order pages depend on
-    del FAMILIES[family]
-    try:
-        remember(other, record)
-        found = blocks_of(other)
-    finally:
-        FAMILIES.clear()
-        FAMILIES.update(records)
+    record, model = discovered(config), tiny_model(config)
+    other = copy.deepcopy(model)
+    remember(model, BY_HAND[family])
+    remember(other, record)
+    by_hand, found = blocks_of(model), blocks_of(other)
     assert len(found) == len(by_hand)
     for ours, theirs in zip(found, by_hand, strict=True):
         assert list(ours.parts) == list(theirs.parts)

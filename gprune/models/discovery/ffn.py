@@ -10,20 +10,20 @@ from torch import Tensor
 from gprune.models.discovery.probe import Probe, Rows, common_module, is_linear, owner_of, row_dim
 from gprune.models.discovery.surroundings import completed
 
-LAYOUTS = {(1,): "up", (2, 3): "gate up"}  # rows of neuron 1 -> order of the parts; and (1, 1 + N): gate | up
 
-
-def ffn_kind(probe: Probe, index: int, path: str, size: int, rows: Rows) -> dict[str, Any] | None:
+def ffn_kind(probe: Probe, index: int, path: str, size: int, neuron: int, rows: Rows) -> dict[str, Any] | None:
     """The kind of FFN with this output projection; None if its rows are in no known order.
 
     Args:
         path: of the output projection, a parameter of layer number `index`.
-        size: neurons.
-        rows: what belongs to neuron 1.
+        size: number of neurons.
+        neuron: one of them.
+        rows: what belongs to it.
     """
-    layer, layouts = probe.layers[index], {}
+    layer, layouts, j = probe.layers[index], {}, neuron
+    orders = {(j,): "up", (j, j + size): "gate | up", (2 * j, 2 * j + 1): "gate up"}
     for (name, dim), found in rows.items():
-        order = (LAYOUTS | {(1, 1 + size): "gate | up"}).get(tuple(found.tolist()))
+        order = orders.get(tuple(found.tolist()))
         if order is None or layer.get_parameter(name).shape[dim] != size * len(found) or name in layouts:
             return None
         layouts[name] = dim, order

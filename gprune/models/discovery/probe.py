@@ -174,6 +174,11 @@ class Probe:
             found[index] = rows
         return found
 
+    def live(self, index: int, name: str, dim: int) -> Tensor:
+        """Which indices of a parameter of a layer have a gradient, (size along dim,) bool."""
+        size = self.layers[index].get_parameter(name).shape[dim]
+        return self._before[index].get((name, dim), torch.zeros(size, dtype=torch.bool))
+
     @cached_property
     def _before(self) -> list[dict[tuple[str, int], Tensor]]:
         # Key biases shift all scores of a token alike: their gradients are zero but for rounding.
@@ -216,13 +221,9 @@ class Probe:
 
 
 @contextmanager
-def shifted(module: nn.Module, shift: Tensor):
-    """Add a tensor to the hidden states that a module returns, while the context lasts."""
-
-    def move(_module: nn.Module, _inputs: Any, out: Any) -> Any:
-        return with_hidden(out, hidden_in(out) + shift)
-
-    handle = module.register_forward_hook(move)
+def changed(module: nn.Module, change: Callable[[Tensor], Tensor]):
+    """Change the hidden states that a module returns, while the context lasts."""
+    handle = module.register_forward_hook(lambda _module, _inputs, out: with_hidden(out, change(hidden_in(out))))
     try:
         yield
     finally:

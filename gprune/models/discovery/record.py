@@ -141,14 +141,20 @@ def kinds_at(probe: Probe, path: str, places: Mapping[int, tuple[Tensor, int]]) 
     """Kinds of FFN or attention with this output projection: scope, number of the layer, fields of a record."""
     weight, dim = next(iter(places.values()))
     size = weight.shape[dim]
-    one, half = (probe.vanishing(places, torch.arange(1, 1 + n), path) for n in (1, size // 2))
+    live = {index: probe.live(index, path, dim) for index in places}  # not the columns of a ReLU that no token reaches
+    in_all = torch.stack(list(live.values())).all(0)
+    neuron = int(in_all[1:].int().argmax()) + 1
+    one, half = (
+        probe.vanishing(places, torch.arange(*ends), path) for ends in ((neuron, neuron + 1), (1, 1 + size // 2))
+    )
     rest = {}
     for index, rows in one.items():
         # Of an FFN each neuron has rows of its own: with half of the columns as many vanish for each.
-        of_neurons = rows and {key: len(r) * (size // 2) for key, r in rows.items()} == {
+        neurons = int(live[index][1 : 1 + size // 2].sum())
+        of_neurons = rows and {key: len(r) * neurons for key, r in rows.items()} == {
             key: len(r) for key, r in half[index].items()
         }
-        if of_neurons and (kind := ffn_kind(probe, index, path, size, rows)) is not None:
+        if of_neurons and (kind := ffn_kind(probe, index, path, size, neuron, rows)) is not None:
             yield "ffn", index, kind
         elif weight.dim() == 2:
             rest[index] = places[index]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gprune.models.discovery.probe import Probe, is_linear, is_norm, owner_of, shifted
+from gprune.models.discovery.probe import Probe, changed, is_linear, is_norm, owner_of
 from gprune.models.outputs import hidden_in
 
 
@@ -54,35 +54,26 @@ def norms_around(probe: Probe, index: int, host: str, output: str) -> tuple[str 
 
 
 def joins_residual(probe: Probe, index: int, output: str) -> bool:
-    """Whether an output projection's output is added to the residual, times a number, without a norm between.
+    """Whether an output projection's output is added to the residual, times a number, without a norm before or after.
 
-    It is moved by random numbers. They appear, times a number, in what a later norm of the layer reads beside the
-    residual, as an FFN's norm reads attention's output, or in the output of the layer.
+    With random numbers added to that output, and every later norm of the layer held at what it returned without them,
+    the output of the layer moves by the same numbers, times a number.
     """
     layer = probe.layers[index]
     norms, module = _norms(layer), layer.get_submodule(output)
-    paths = dict.fromkeys([output, *norms, ""])
-    still = _since(probe.in_layer(index, paths), output)
-    if not still or sum(call.path == "" for call in still) != 1:
+    still = probe.in_layer(index, dict.fromkeys([output, *norms, ""]))
+    paths = [call.path for call in still]
+    if output not in paths or paths.count("") != 1:
         return False
-    y = still[0].returned
-    shift = torch.randn(y.shape, generator=torch.Generator().manual_seed(4))
-    with shifted(module, shift):
-        moved = _since(probe.in_layer(index, paths), output)
-    first = {call.path: call for call in reversed(moved)}
-    for call in still[1:]:
-        a, b = (call.returned, first[""].returned) if call.path == "" else (call.entering, first[call.path].entering)
-        if a is None or a.numel() != shift.numel():
-            continue
-        beside = call.path == "" or not _multiple(a, y)  # a norm between reads the output alone
-        if beside and bool((b - a).abs().max() > 0) and _multiple(b - a, shift):
-            return True
-    return False
-
-
-def _since(calls: list, output: str) -> list:
-    """Calls from the first one of the output projection on; of norms that read something only afterwards."""
-    return calls[next((place for place, call in enumerate(calls) if call.path == output), len(calls)) :]
+    first = paths.index(output)
+    later = {call.path: call.returned for call in reversed(still[first + 1 :]) if call.path}
+    shift = torch.randn(still[first].returned.shape, generator=torch.Generator().manual_seed(4))
+    with ExitStack() as hooks:
+        hooks.enter_context(changed(module, lambda y: y + shift))
+        for path, returned in later.items():
+            hooks.enter_context(changed(layer.get_submodule(path), lambda _, returned=returned: returned))
+        moved = probe.returned(index, "") - still[-1].returned
+    return moved.numel() == shift.numel() and bool(moved.abs().max() > 0) and _multiple(moved, shift)
 
 
 def _multiple(x: Tensor, of: Tensor) -> bool:
