@@ -63,7 +63,7 @@ def joins_residual(probe: Probe, index: int, output: str) -> bool:
     norms, module = _norms(layer), layer.get_submodule(output)
     still = probe.in_layer(index, dict.fromkeys([output, *norms, ""]))
     paths = [call.path for call in still]
-    if output not in paths or paths.count("") != 1:
+    if paths.count(output) != 1 or paths.count("") != 1:
         return False
     first = paths.index(output)
     later = {call.path: call.returned for call in reversed(still[first + 1 :]) if call.path}
