@@ -46,8 +46,8 @@ def check_structure(model: PreTrainedModel) -> None:
             here = f"'{place.path}' of layer {block.index}"
             if (other := owners.setdefault(id(block.parameter(place)), here)) != here:
                 raise UserError(
-                    f"Model type '{name}': {here} and {other} are one tensor, so that a unit of one would take weights of "
-                    "the other along; expected layers with weights of their own."
+                    f"Model type '{name}': {here} and {other} are one tensor, so that a unit of one would take weights "
+                    "of the other along; expected layers with weights of their own."
                 )
     if not any(block.neurons for block in blocks_of(model)):
         raise UserError(f"Model type '{name}': no layer of this model has the FFN that was found on a tiny copy of it.")
