@@ -13,14 +13,12 @@ def table() -> str:
     for family in FAMILIES.values():
         gated = "gate and up fused, down" if family.gate == family.up else "gate, up, down"
         ffn = "experts, stacked" if family.experts else gated if family.gate else "up, down (no gate)"
-        fusion = "q, k, v fused, head by head" if family.interleaved else "q, k, v fused"
-        attention = fusion if family.query == family.key else "q, k, v apart"
+        attention = "q, k, v fused" if family.query == family.key else "q, k, v apart"
         attention += ", KV groups" if family.kv_heads else ", one KV head per query head"
         norms = " and ".join(word for word, norm in (("before", family.ffn_norm), ("after", family.after_ffn)) if norm)
         if family.query_norm:
             norms += ", over all heads"
         features = {
-            "weights transposed": family.transposed,
             "learned positions": family.learned_positions,
             "logits divided": family.logits_scaling,
             "logits capped": family.softcap,

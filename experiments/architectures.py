@@ -10,7 +10,9 @@ widths and other weights than the copy that discovery looks at. Of each type the
 FFN, attention   what was found: separate or fused, experts, KV groups
 agrees           logits of the masked and of the sliced model: largest difference over largest logit
 budget           whether the parameters that went are those that the budget counts
-generation       whether greedy generation with a cache gives the same tokens masked and sliced
+stays            an FFN or attention beside a larger one of its layer: its share of the tiny model's parameters
+generation       whether greedy generation with a cache gives the same tokens masked and sliced; *dense fails* where the
+                 dense model cannot generate either
 reloaded         the largest difference of logits of the saved model in a process without gprune: 0.0
 """
 
@@ -42,12 +44,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from gprune.errors import UserError, first_line
 from gprune.export.hf import save_pruned
-from gprune.models.blocks import blocks_of
-from gprune.models.discovery import random_masks, tiny_model
+from gprune.models.blocks import blocks_of, unpruned
+from gprune.models.discovery.agreement import random_masks
 from gprune.models.families import FAMILIES
 from gprune.models.lookup import family_of
 from gprune.models.surgery import prune
-from gprune.models.tiny import EXPERT_NEURONS, NEURONS, SHARED_NEURONS, shrunk
+from gprune.models.tiny import EXPERT_NEURONS, NEURONS, SHARED_NEURONS, shrunk, tiny_model
 from gprune.sparsity.budget import unit_costs
 from gprune.sparsity.gates import masked
 
@@ -55,11 +57,13 @@ PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 LIMIT = 90  # seconds for one type
 SLIDING = {"rope_type": "default", "rope_theta": 10000.0}
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": SLIDING, "sliding_attention": SLIDING}},
     "llava_next": {"image_grid_pinpoints": [[32, 32]]},
     "llava_onevision": {"image_grid_pinpoints": [[32, 32]]},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 16, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "granitemoehybrid": {"layer_types": (["mamba"] * 3 + ["attention"]) * 8},
     "hunyuan_v1_dense": {"head_dim": 128, "num_key_value_heads": 8},
     "hunyuan_v1_moe": {"head_dim": 128, "num_key_value_heads": 8},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
@@ -172,6 +176,7 @@ def row_of(model_type: str, folder: Path, *, vision: bool = False) -> dict[str, 
         family_of(model)
         row["seconds"] = round(time.process_time() - started, 1)
         row["ffn"], row["attention"] = described(model)
+        row["stays"] = {path: n / model.num_parameters() for path, (_, n) in unpruned(model).items()}
         row |= _compared(model, folder / model_type, vision=vision)
     except TimeoutError:
         raise
@@ -200,13 +205,15 @@ def _compared(model: PreTrainedModel, folder: Path, *, vision: bool = False) -> 
     gone = model.num_parameters() - small.num_parameters()
     costs = unit_costs(blocks, scope="attention+ffn")
     found["budget"] = gone == costs.removed(masks)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     try:
-        settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        model.generate(ids[:, :9], **settings)
+    except Exception as error:  # of any class: of the type, and not of its pruning
+        found["generation"] = f"dense fails: {first_line(error)}"
+    else:
         with masked(model, masks):
             wanted = model.generate(ids[:, :9], **settings)
         found["generation"] = torch.equal(wanted, small.generate(ids[:, :9], **settings))
-    except Exception as error:
-        found["generation"] = f"{type(error).__name__}: {first_line(error)}"
     save_pruned(small, None, folder)
     tensors = {name: value.contiguous() for name, value in inputs.items()}
     save_file(tensors | {"logits": logits.contiguous()}, folder / "expected.safetensors")
@@ -288,15 +295,16 @@ def passed(row: Mapping[str, Any]) -> bool:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| type | FFN | attention | masked = sliced | budget | generation | reloaded | seconds |",
-        "|" + "---|" * 8,
+        "| type | FFN | attention | stays | masked = sliced | budget | generation | reloaded | seconds |",
+        "|" + "---|" * 9,
     ]
     for row in rows:
         if not passed(row):
             continue
-        generation = {True: "same", False: "differs"}.get(row["generation"], "no")
+        generation = {True: "same", False: "differs"}.get(row["generation"], "dense fails")
+        stays = ", ".join(f"{path} {share:.0%}" for path, share in row["stays"].items())
         lines.append(
-            f"| `{row['type']}`{' (record)' if row['record'] else ''} | {row['ffn']} | {row['attention']} | "
+            f"| `{row['type']}`{' (record)' if row['record'] else ''} | {row['ffn']} | {row['attention']} | {stays} | "
             f"{row['agrees']:.0e} | exact | {generation} | same bits | {row['seconds']} |"
         )
     return "\n".join(lines)
@@ -316,6 +324,12 @@ def reasons(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def failures(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Types whose dense model does not generate, and why."""
+    failing = {row["type"]: row["generation"] for row in rows if passed(row) and type(row["generation"]) is str}
+    return "\n".join(f"- `{name}`: {why.removeprefix('dense fails: ')}" for name, why in failing.items())
+
+
 def page(rows: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]]) -> str:
     """docs/architectures.md."""
     good = [row for row in rows if passed(row)]
@@ -331,9 +345,12 @@ def page(rows: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]])
         "is in a process without gprune. A type with *(record)* is in `gprune/models/families.py`; the structure of "
         "the others "
         f"is discovered, in {seconds[len(seconds) // 2] if seconds else 0} s (median) and at most "
-        f"{seconds[-1] if seconds else 0} s on one core, and read from the cache afterwards. Where experts and shared "
-        "experts are in one layer, experts are pruned and shared experts stay.\n\n"
-        f"{table(rows)}\n\n## With images\n\n"
+        f"{seconds[-1] if seconds else 0} s on one core, and read from the cache afterwards. Where a layer has several "
+        "FFNs, such as experts and shared experts, the largest is pruned; *stays* has the others, with their share of "
+        "the tiny model's parameters (`--dry_run true` prints the share of a real one).\n\n"
+        f"{table(rows)}\n\n"
+        "*dense fails*: `generate` of transformers fails on the tiny model before anything is pruned:\n\n"
+        f"{failures(rows)}\n\n## With images\n\n"
         "Types that take images are pruned in their language model, on text. Logits are compared on a random picture "
         "and a few words; *reloaded* is `AutoModelForImageTextToText` on the saved folder.\n\n"
         f"{table(images)}\n\n## Not pruned\n\n{reasons([*rows, *images])}\n"

@@ -1,4 +1,4 @@
-"""A tiny random model of every family that has a record, from the configuration class that transformers has for it."""
+"""Tiny random models of sixteen families, from the configuration classes that transformers has for them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from gprune.models.blocks import blocks_of
-from gprune.models.families import FAMILIES
 from gprune.models.masks import Masks
 from gprune.sparsity.cut import top_of_experts
 
+TYPES = (
+    "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma2", "gemma3_text", "olmo2", "phi3", "opt",
+    "gpt_neox", "gpt2", "mixtral", "qwen3_moe", "olmoe",
+)  # fmt: skip
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "olmoe")
+WIDTHS = {"opt": "ffn_dim", "gpt2": "n_inner", "qwen3_moe": "moe_intermediate_size"}  # other than intermediate_size
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -39,16 +44,16 @@ SIZES = {
 
 def make_tiny(family: str, *, neurons: int = 48, **overrides: Any) -> PreTrainedModel:
     """A random model in float32, frozen; random biases and norms too, so that forgetting one shows."""
-    config_class, record = CONFIG_MAPPING[family], FAMILIES[family]
+    config_class, offset = CONFIG_MAPPING[family], float(family.startswith("gemma"))
     known = config_class()
     settings = {name: value for name, value in SIZES.items() if hasattr(known, name)}
-    settings |= {"intermediate_size": neurons, record.width: neurons}
+    settings |= {"intermediate_size": neurons, WIDTHS.get(family, "intermediate_size"): neurons}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_class(**settings | overrides)).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         # Large weights: with the usual 0.02 a random model's logits hardly depend on the FFN at all.
-        scale, centre = (0.25, 0.0) if parameter.dim() > 1 or name.endswith("bias") else (0.3, 1 - record.norm_offset)
+        scale, centre = (0.25, 0.0) if parameter.dim() > 1 or name.endswith("bias") else (0.3, 1 - offset)
         parameter.copy_(centre + scale * torch.randn(parameter.shape, generator=generator))
     return model
 

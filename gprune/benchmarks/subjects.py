@@ -67,13 +67,22 @@ def subjects_of(
 
 def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded:
     """The model that a run pruned, in any dtype, frozen, and its tokenizer; refused where its weights have changed."""
-    m = settings["model"]
-    model, tokenizer = load_model(m["name"], dtype=getattr(torch, m["dtype"]), trust_remote_code=trust_remote_code)
-    if fingerprint(model) != settings["inputs"]["model"]:
-        raise UserError(f"'{m['name']}' has other weights than the model that '{run}' pruned; repeat the run.")
+    name = settings["model"]["name"]
+    was = settings["inputs"]["model"], f"the model that '{run}' pruned"
+    return _unchanged(load_model, name, settings, *was, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _unchanged(
+    load: Callable[..., Loaded], name: str, settings: Mapping[str, Any], expected: str, what: str, *,
+    dtype: torch.dtype, trust_remote_code: bool,
+) -> Loaded:  # fmt: skip
+    """A model by name and its tokenizer; UserError unless its fingerprint, in the run's dtype, is the expected one."""
+    model, tokenizer = load(name, dtype=getattr(torch, settings["model"]["dtype"]), trust_remote_code=trust_remote_code)
+    if fingerprint(model) != expected:
+        raise UserError(f"'{name}' has other weights than {what}; repeat the run.")
     if model.dtype != dtype:
         # Loaded again, since `.to` would round the frequencies of the rotary embedding as well.
-        model, _ = load_model(m["name"], dtype=dtype, trust_remote_code=trust_remote_code)
+        model, _ = load(name, dtype=dtype, trust_remote_code=trust_remote_code)
     return model, tokenizer
 
 
@@ -83,8 +92,8 @@ def _load_pruned(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, tru
     if (run / "model" / "config.json").is_file():
         return load_model(str(exported_model(run)), dtype=dtype)
     if (other := settings["model"].get("made_elsewhere")) is not None:
-        model, tokenizer = load_elsewhere(other, dtype=dtype, trust_remote_code=trust_remote_code)
-        return model, tokenizer
+        was = settings["inputs"]["made_elsewhere"], f"the model made elsewhere that '{run}' measured"
+        return _unchanged(load_elsewhere, other, settings, *was, dtype=dtype, trust_remote_code=trust_remote_code)
     masks = read_run(run).masks
     model, tokenizer = load_dense(run, settings, dtype, trust_remote_code)
     return prune(model, masks), tokenizer

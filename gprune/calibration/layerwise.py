@@ -19,14 +19,18 @@ from typing import Any
 import torch
 from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.calibration.collector import Collector
 from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_bytes
+from gprune.errors import UserError, first_line
 from gprune.models.blocks import Block, blocks_of, decoder_layers
-from gprune.models.lookup import decoder_of
+from gprune.models.families import BUILT_IN
+from gprune.models.lookup import decoder_of, family_of_config
 from gprune.models.losses import LogitTransform
 from gprune.models.offload import device_of, is_offloaded, resident
+from gprune.models.outputs import hidden_in, with_hidden
+from gprune.models.tiny import shrunk, stock_config, tiny_model
 
 GRAMS_IN_MEMORY = 4 * 2**30  # bytes; if a run's Gram matrices take more, they go to files block by block
 Store = Callable[[Block, dict[str, Tensor]], dict[str, StoredGram]]
@@ -35,6 +39,31 @@ Store = Callable[[Block, dict[str, Tensor]], dict[str, StoredGram]]
 def walks(model: PreTrainedModel, *, corpora: int, gram: bool, sharded: bool = False) -> bool:
     """Whether calibration goes block by block: the model is offloaded, not sharded, or Gram matrices exceed memory."""
     return (is_offloaded(model) and not sharded) or (gram and corpora * gram_bytes(blocks_of(model)) > GRAMS_IN_MEMORY)
+
+
+def check_walk(config: PreTrainedConfig) -> None:
+    """Raise UserError for a type that computes something else layer by layer, as a tiny random copy shows: layers that
+    pass more than hidden states on, or that are called more than once. Types with a record of gprune's own pass."""
+    if family_of_config(config) in BUILT_IN.values():
+        return
+    try:
+        model = tiny_model(shrunk(stock_config(config)))
+    except Exception:  # a class that cannot be made small
+        return
+    ids = torch.arange(3, 27).view(2, 12)
+    why = "the result is another one"
+    try:
+        walk = Walk(model)
+        walk.add(ids)
+        logits, expected = next(walk.logits()), model(input_ids=ids, use_cache=False).logits
+        if (logits - expected).abs().max() <= 1e-4 * expected.abs().max():
+            return
+    except Exception as error:
+        why = first_line(error)
+    raise UserError(
+        f"Model type '{config.model_type}' cannot be computed layer by layer ({why}), which offloaded weights, Gram "
+        "matrices beyond memory and --recovery least_squares_sequential need; use more memory or another --recovery."
+    )
 
 
 @dataclass
@@ -52,7 +81,11 @@ class Call:
         the layer's device; its weights have to be there."""
         device = device_of(layer)
         args, kwargs = send_to_device(self.arguments[index], device)  # noted on the device of the dense layer
-        return layer(hidden.to(device), *args, **kwargs)
+        return hidden_in(layer(hidden.to(device), *args, **kwargs))
+
+
+class _Left(Exception):  # noqa: N818 - no error
+    """A forward pass was left on purpose, with what a layer returned."""
 
 
 @dataclass
@@ -68,6 +101,7 @@ class Walk:
     model: PreTrainedModel
     calls: list[Call] = field(default_factory=list)
     _pool: dict[tuple, list[Tensor]] = field(default_factory=dict)  # noted tensors, without duplicates
+    _form: Any = None  # what a layer returns: hidden states, or a tuple or list with them
 
     @torch.no_grad()
     def add(self, input_ids: Tensor, half: Tensor | None = None, weight: Tensor | None = None) -> None:
@@ -78,10 +112,29 @@ class Walk:
             seen.append((hidden, *recursively_apply(self._shared, (args, kwargs))))
             return hidden
 
+        if self._form is None:
+            self._form = self._returned_by_first_layer(input_ids[:1])
         with self._standing_aside(note):
             decoder_of(self.model)(input_ids=input_ids, use_cache=False)
         arguments = [(args, kwargs) for _, args, kwargs in seen]
         self.calls.append(Call(input_ids, seen[0][0].cpu(), arguments, half, weight))
+
+    def _returned_by_first_layer(self, input_ids: Tensor) -> Any:
+        """What the first layer returns; the decoder is left behind it."""
+        layer = decoder_layers(self.model)[0]
+
+        def leave(_layer: nn.Module, _inputs: Any, out: Any) -> None:
+            raise _Left(out)
+
+        handle = layer.register_forward_hook(leave)
+        try:
+            with resident(layer):  # not by a call, whose hooks would count these tokens
+                decoder_of(self.model).forward(input_ids=input_ids, use_cache=False)
+        except _Left as left:
+            return left.args[0]
+        finally:
+            handle.remove()
+        raise AssertionError("the decoder does not call its first layer")
 
     def _shared(self, tensor: Tensor) -> Tensor:
         """An earlier tensor that equals this one, or this one."""
@@ -138,9 +191,9 @@ class Walk:
         layers = decoder_layers(self.model)
         before = [layer.__dict__.get("forward") for layer in layers]  # accelerate puts its own there
 
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.pop("hidden_states")
-            return stand_in(hidden, args[1:], kwargs)
+            return with_hidden(self._form, stand_in(hidden, args[1:], kwargs))
 
         for layer in layers:
             layer.__dict__["forward"] = forward

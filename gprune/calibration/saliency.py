@@ -69,13 +69,27 @@ def weight_saliency(weight: Tensor, count: Tensor, gradient: Tensor, *, columns:
 
 def channel_saliency(block: Block, kind: str, metrics: Mapping[str, StreamingGradients]) -> tuple[Tensor, ...]:
     """Terms of a block's neurons (`ffn`) or attention channels, for half 0, half 1 and the whole corpus."""
-    heads = max(1, block.channels_per_group // block.head_dim)
     if not salient_parts(block, kind):
         return (torch.zeros(0, dtype=torch.float64),) * 3
     by_part = []
     for name, part in salient_parts(block, kind).items():
         terms = weight_saliency(part.weight, *metrics[name].compute(), columns=name in ("down", "output"))
-        if name in ("key", "value"):  # the query heads of a group share its rows
-            terms = tuple(block.per_query_head(term) / heads for term in terms)
+        if name in ("query", "key", "value"):
+            terms = tuple(_by_channel(block, name, term) for term in terms)
         by_part.append(terms)
     return tuple(sum(parts[1:], start=parts[0]) for parts in zip(*by_part, strict=True))
+
+
+def _by_channel(block: Block, name: str, rows: Tensor) -> Tensor:
+    """Terms of the rows of query, key or value as terms of attention channels, (heads x head_dim,).
+
+    A head may have several rows for each channel, such as a query and its gate, which are added; or rows that are no
+    multiple of them, as in latent attention, whose sum is spread. The query heads of a group share its key and value.
+    """
+    per_head = rows.view(block.heads if name == "query" else block.kv_groups, -1)
+    if per_head.shape[1] % block.head_dim == 0:
+        per_head = per_head.unflatten(1, (-1, block.head_dim)).sum(1)
+    else:
+        per_head = (per_head.sum(1, keepdim=True) / block.head_dim).expand(-1, block.head_dim)
+    channels = per_head.flatten()
+    return channels if name == "query" else block.per_query_head(channels) / (block.heads // block.kv_groups)

@@ -7,7 +7,7 @@ saved form are made of slices alone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
@@ -69,23 +69,18 @@ class Block:
 
     @property
     def ffn_norm(self) -> nn.Module | None:
-        """The norm before gate and up. Where norms follow the residual sum (OPT-350m) that is attention's."""
-        return self.module(self.family.ffn_norm if self._norms_before else self.family.attention_norm)
+        """The norm before gate and up."""
+        return self.module(self.family.ffn_norm)
 
     @property
     def attention_norm(self) -> nn.Module | None:
         """The norm before query, key and value; None where norms follow the residual sum: it is the last layer's."""
-        return self.module(self.family.attention_norm) if self._norms_before else None
-
-    @property
-    def _norms_before(self) -> bool:
-        flag = self.family.norms_before
-        return flag is None or getattr(self.layer, flag)
+        return self.module(self.family.attention_norm)
 
     def joins_residual(self, part: str) -> bool:
         """Whether the output of `down` or `output` is added to the residual directly, without a norm between."""
         norm = self.family.after_ffn if part == "down" else self.family.after_attention
-        return norm is None and self._norms_before
+        return norm is None
 
     @property
     def has_experts(self) -> bool:
@@ -252,6 +247,32 @@ def blocks_of(model: PreTrainedModel) -> list[Block]:
 def _found_block(index: int, layer: nn.Module, family: Family, config: PreTrainedConfig) -> Block:
     """A block of a type whose layers may differ: with the first kind of FFN and of attention that the layer has."""
     chosen = [next((kind for kind in kinds if _has(layer, kind)), {}) for kinds in family.kinds]
+    return _block_of(index, layer, family, config, chosen)
+
+
+def unpruned(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """FFNs and attention that could be pruned and stay, beside a larger one of the layer: experts and shared experts.
+
+    Returns:
+        Path of the output projection in a layer -> layers that have it, and parameters of its units in all of them.
+    """
+    family, config = family_of(model), model.config.get_text_config(decoder=True)
+    found: dict[str, tuple[int, int]] = {}
+    for index, layer in enumerate(decoder_layers(model)):
+        for scope, kinds in zip(PARTS, family.kinds, strict=False):
+            for kind in [kind for kind in kinds if _has(layer, kind)][1:]:
+                block = _block_of(index, layer, family, config, [kind])
+                path = block.family.experts or block.family.down or block.family.output
+                layers, parameters = found.get(path, (0, 0))
+                units = block.neurons if scope == "ffn" else block.kv_groups
+                found[path] = layers + 1, parameters + units * block.unit_cost(scope)
+    return found
+
+
+def _block_of(
+    index: int, layer: nn.Module, family: Family, config: PreTrainedConfig, chosen: Sequence[Mapping[str, Any]]
+) -> Block:
+    """A block with these kinds of FFN and attention."""
     own = {name: value for kind in chosen for name, value in kind.items() if name != "classes"}
     for name in ("layout", "attributes", "extras"):
         own[name] = {path: value for kind in chosen for path, value in kind.get(name, {}).items()}

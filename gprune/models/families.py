@@ -35,8 +35,6 @@ class Family:
     key: str | None = "self_attn.k_proj"
     value: str | None = "self_attn.v_proj"
     output: str | None = "self_attn.o_proj"  # None: no attention whose KV groups can be pruned
-    interleaved: bool = False  # fused query, key and value lie head by head
-    transposed: bool = False  # weights are stored (inputs, outputs): Conv1D
     query_norm: str | None = None  # a norm over all heads at once, which shrinks with them;
     key_norm: str | None = None  # not a norm over each head by itself, which keeps its size
     # Norms: before the projections, and between an output projection and the residual
@@ -45,7 +43,6 @@ class Family:
     after_ffn: str | None = None
     after_attention: str | None = None
     norm_offset: float = 0.0  # the norm multiplies by this + weight
-    norms_before: str | None = None  # the layer's attribute that is False where norms follow the residual sum
     # Configuration
     width: str = "intermediate_size"  # the key that says how wide the FFN, or an expert, is
     kv_heads: str | None = "num_key_value_heads"  # None: one key/value head per query head
@@ -71,21 +68,6 @@ class Family:
     same_as: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def fused(path: str) -> dict[str, str]:
-    """The paths of query, key and value that are one module."""
-    return {"query": path, "key": path, "value": path}
-
-
-GEMMA = {
-    "ffn_norm": "pre_feedforward_layernorm",
-    "after_ffn": "post_feedforward_layernorm",
-    "after_attention": "post_attention_layernorm",
-    "norm_offset": 1.0,
-    "softcap": "final_logit_softcapping",
-}
-HEADS_NORMED_TOGETHER = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
-EXPERTS = {"experts": "mlp.experts", "attributes": {"mlp.experts.intermediate_dim": "neurons"}}
-
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -95,35 +77,6 @@ FAMILIES: dict[str, Family] = {
         Family("qwen2"),
         Family("qwen3"),
         Family("smollm3"),
-        Family("granite", logits_scaling="logits_scaling"),
-        Family("gemma2", **GEMMA),
-        Family("gemma3_text", **GEMMA),
-        Family(
-            "olmo2", ffn_norm=None, attention_norm=None, after_ffn="post_feedforward_layernorm",
-            after_attention="post_attention_layernorm", **HEADS_NORMED_TOGETHER,
-        ),
-        Family(
-            "phi3", gate="mlp.gate_up_proj", up="mlp.gate_up_proj",
-            **fused("self_attn.qkv_proj"), attributes={"self_attn.num_key_value_heads": "kv_groups"},
-        ),
-        Family(
-            "opt", gate=None, up="fc1", down="fc2", output="self_attn.out_proj",
-            ffn_norm="final_layer_norm", attention_norm="self_attn_layer_norm", norms_before="do_layer_norm_before",
-            width="ffn_dim", kv_heads=None, learned_positions=True, attributes={"self_attn.num_heads": "heads"},
-        ),
-        Family(
-            "gpt_neox", gate=None, up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h",
-            **fused("attention.query_key_value"), interleaved=True, output="attention.dense", kv_heads=None,
-        ),
-        Family(
-            "gpt2", layers="h", gate=None, up="mlp.c_fc", down="mlp.c_proj",
-            **fused("attn.c_attn"), output="attn.c_proj", transposed=True, ffn_norm="ln_2", attention_norm="ln_1",
-            width="n_inner", kv_heads=None, learned_positions=True,
-            attributes={"attn.num_heads": "heads", "attn.split_size": "channels"},
-        ),
-        Family("mixtral", **EXPERTS),
-        Family("qwen3_moe", width="moe_intermediate_size", **EXPERTS),
-        Family("olmoe", **EXPERTS, **HEADS_NORMED_TOGETHER),
     )
-}  # fmt: skip
+}
 BUILT_IN: Mapping[str, Family] = MappingProxyType(dict(FAMILIES))  # before anybody adds a record

@@ -55,7 +55,7 @@ def family_of_config(config: PreTrainedConfig) -> Family:
     key = type(config), json.dumps(config.to_dict(), sort_keys=True, default=str)
     if key not in _known:
         # By name: discovery builds models, whose records are looked up here.
-        _known[key] = import_module("gprune.models.discovery").discover(config)
+        _known[key] = import_module("gprune.models.discovery.record").discover(config)
     return _known[key]
 
 

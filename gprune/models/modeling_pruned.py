@@ -99,6 +99,12 @@ class PrunedModel:
             config._experts_implementation = "eager"
 
     @classmethod
+    def is_custom_code(cls):
+        """False: weights are initialised by the stock class. transformers would leave out what custom code computes for
+        modules without parameters of their own, such as buffers of layers that the decoder fills."""
+        return False
+
+    @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
         """Refuses what transformers only warns of: weights that the folder has under other names would be random."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)

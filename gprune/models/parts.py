@@ -152,7 +152,7 @@ def layouts(family: Family) -> dict[str, str]:
     if family.gate is not None and family.gate == family.up:
         found.setdefault(family.up, "gate | up")
     if family.query is not None and family.query == family.key:
-        found.setdefault(family.query, "query key value" if family.interleaved else "query | key | value")
+        found.setdefault(family.query, "query | key | value")
     return found
 
 
@@ -162,7 +162,7 @@ def parts_of(layer: nn.Module, family: Family, head_dim: int) -> dict[str, Part 
 
     def part(name: str, rows: Tensor | None = None) -> Part:
         host = attrgetter(getattr(family, name))(layer)
-        return Part(host, rows, family.transposed or isinstance(host, Conv1D))
+        return Part(host, rows, isinstance(host, Conv1D))
 
     def fused(path: str, sizes: Mapping[str, int], units: int) -> dict[str, Part]:
         return {name: part(name, rows) for name, rows in part_rows(orders[path], sizes, units).items()}

@@ -40,6 +40,15 @@ def check_structure(model: PreTrainedModel) -> None:
                 f"this model: {why}. Give it a record by hand: docs/extend.md, 'A model family', in a file that "
                 "--import names."
             )
+    owners: dict[int, str] = {}
+    for block in blocks_of(model):
+        for place in block.slices:
+            here = f"'{place.path}' of layer {block.index}"
+            if (other := owners.setdefault(id(block.parameter(place)), here)) != here:
+                raise UserError(
+                    f"Model type '{name}': {here} and {other} are one tensor, so that a unit of one would take weights "
+                    "of the other along; expected layers with weights of their own."
+                )
     if not any(block.neurons for block in blocks_of(model)):
         raise UserError(f"Model type '{name}': no layer of this model has the FFN that was found on a tiny copy of it.")
 
@@ -49,44 +58,46 @@ def check_by_copy(config: PreTrainedConfig) -> None:
     name = config.model_type.removeprefix(PRUNED)
     if name not in FAMILIES or BUILT_IN.get(name) is FAMILIES[name]:
         return
-    from gprune.models.discovery import Discovery, tiny_model
-    from gprune.models.tiny import shrunk, stock_config
+    from gprune.models.discovery.agreement import agreement
+    from gprune.models.discovery.probe import Probe
+    from gprune.models.tiny import shrunk, stock_config, tiny_model
 
     try:
         model = tiny_model(shrunk(stock_config(config)))
-        looked = Discovery(model)
-        looked._check_forward()
+        probe = Probe(model)
+        probe.check_forward()
     except Exception:  # a class that cannot be made small has its record checked by shapes alone
         return
     check_structure(model)
     record = family_of(model)
     try:
-        same = looked._sliced_agrees(record)
+        same = agreement(probe, record).holds
     except Exception as error:
         raise _wrong(name, f"a tiny copy cannot be sliced: {first_line(error)}") from error
     if not same:
         raise _wrong(name, "the masked and the sliced tiny copy do not compute the same; a parameter may be missing")
     with torch.no_grad():
-        logits = looked.logits()
-        hidden = decoder_of(model)(input_ids=looked.ids, use_cache=False).last_hidden_state
+        hidden = decoder_of(model)(input_ids=probe.ids, use_cache=False).last_hidden_state
         ours = LogitTransform.of(model)(model.get_output_embeddings()(hidden))
-    if (ours - logits).abs().max() > 1e-3 * logits.abs().max():
+    if (ours - probe.dense).abs().max() > 1e-3 * probe.dense.abs().max():
         raise _wrong(
             name, "logits are not head times hidden states; it needs logits_scaling, logits_multiplier or softcap"
         )
     for block in blocks_of(model)[:1]:
-        _check_norms(name, looked, block)
+        _check_norms(name, probe, block)
 
 
-def _check_norms(name: str, looked: object, block: Block) -> None:
+def _check_norms(name: str, probe: object, block: Block) -> None:
     """Raise UserError where the record of a layer is wrong about a norm that its FFN's output or input passes."""
+    from gprune.models.discovery.surroundings import joins_residual, norm_offset
+
     if block.down is not None and not block.has_experts:
-        direct = looked._direct(block.index, block.family.down)
+        direct = joins_residual(probe, block.index, block.family.down)
         if direct != block.joins_residual("down"):
             said = "needs after_ffn" if not direct else "has after_ffn, but nothing follows the FFN"
             raise _wrong(name, f"it {said}: a norm between the output of the FFN and the residual")
     if block.ffn_norm is not None and isinstance(getattr(block.ffn_norm, "weight", None), nn.Parameter):
-        offset = looked._offset(block.ffn_norm)
+        offset = norm_offset(block.ffn_norm)
         if offset != block.family.norm_offset:
             raise _wrong(name, f"it needs norm_offset={offset}: the norms multiply by {offset} + weight")
 

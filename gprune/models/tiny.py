@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from gprune.models.lookup import auto_of
 from gprune.models.modeling_pruned import PREFIX
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, NEURONS, EXPERT_NEURONS, SHARED_NEURONS = 48, 6, 3, 8, 44, 20, 28
@@ -70,6 +72,7 @@ RULES: tuple[tuple[str, int], ...] = (
 COMPILED = tuple((re.compile(pattern), value) for pattern, value in RULES)
 TOKENS = re.compile(r"(.*_)?(token_id|token_index|tokens?_ids?)")
 KINDS = re.compile(r".*layer.*(types?|pattern)|.*block_types?|.*pattern|attention_types|.*_types")
+NUMBERS = re.compile(r"(mlp_only|dense|moe|full_attn|attn).*(idxs|indices|layers)")
 PER_LAYER = re.compile(r".*layers?.*|.*types|.*windows?|.*pattern|.*sparsity.*|.*widths?|.*(intermediate|heads).*")
 
 
@@ -86,6 +89,25 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     made = type(config)(**content)
     made.dtype = torch.float32
     return made
+
+
+def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A random model of a tiny configuration, on the CPU in float32; the caller's random numbers stay as they were.
+
+    Weights are large, so that every part counts, and norms and biases are random too.
+    """
+    config = copy.deepcopy(config)
+    for name in ("_attn_implementation", "_experts_implementation"):
+        with suppress(Exception):
+            setattr(config, name, "eager")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # of the CPU alone, whose state is restored
+        model = auto_of(config).from_config(config, dtype=torch.float32).eval().float()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.is_floating_point():
+                    parameter.add_(torch.randn(parameter.shape) * (0.2 if parameter.dim() > 1 else 0.3))
+    return model
 
 
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -107,7 +129,11 @@ def _chosen(content: Mapping[str, Any], depth: int) -> list[int]:
     """The layers that stay: the first of each kind, and the first ones up to `LAYERS`, in order."""
     lists = _lists(content, depth)
     table = {int(index): value for index, value in (content.get("per_layer_config") or {}).items()}
-    kinds = [(*(str(values[i]) for values in lists.values()), str(table.get(i))) for i in range(depth)]
+    numbered = _numbered(content, lists).values()
+    kinds = [
+        (*(str(values[i]) for values in lists.values()), str(table.get(i)), *(i in own for own in numbered))
+        for i in range(depth)
+    ]
     chosen = {kinds.index(kind) for kind in kinds}
     chosen |= {i for i, kind in enumerate(kinds) if "hybrid" in kind and kinds[:i].count(kind) == 1}  # they share
     chosen = sorted(chosen)[: 2 * LAYERS]
@@ -123,17 +149,29 @@ def _lists(content: Mapping[str, Any], depth: int) -> dict[str, list[Any]]:
     }
 
 
+def _numbered(content: Mapping[str, Any], lists: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Lists with the numbers of some layers, such as those with attention."""
+    return {
+        name: value
+        for name, value in content.items()
+        if name not in lists and NUMBERS.fullmatch(name) and isinstance(value, list)
+        and all(isinstance(number, int) for number in value)
+    }  # fmt: skip
+
+
 def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
     """Make the sizes of one configuration small, in place, and those of the configurations in it."""
     depth, before = _depth(content), dict(content)
-    dense = {n: v for n, v in content.items() if re.fullmatch(r"(mlp_only|dense|moe|full_attn).*(idxs|layers)", n)}
     if depth:
         lists, chosen = _lists(content, depth), _chosen(content, depth)
         for name, values in lists.items():
             content[name] = [_smaller(name, values[index]) for index in chosen]
-        for name, values in dense.items():
-            if isinstance(values, list) and name not in lists and all(isinstance(v, int) for v in values):
-                content[name] = [new for new, old in enumerate(chosen) if old in values]
+        for name, values in _numbered(content, lists).items():
+            content[name] = [new for new, old in enumerate(chosen) if old in values]
+        for name in [name for name in content if name.endswith("_layer_period")]:  # layers of both kinds stay
+            offset = name.replace("_period", "_offset")
+            if content[name] > 2 and content.get(offset, depth) < depth:
+                content[name], content[offset] = 2, 1
     if depth and content.get("per_layer_config"):
         table = {int(index): value for index, value in content["per_layer_config"].items()}
         smaller = {i: {n: _smaller(n, v) for n, v in own.items()} for i, own in table.items()}

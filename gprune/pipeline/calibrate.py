@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from gprune.calibration.layerwise import walks
+from gprune.calibration.layerwise import check_walk, walks
 from gprune.calibration.statistics import CorpusStatistics, StoredGram, kind_of
 from gprune.calibration.statistics_cache import StatisticsCache
 from gprune.corpora.loaders import CorpusDataModule
@@ -67,6 +67,8 @@ def statistics_cache(run: Run) -> StatisticsCache:
     by_block = "saliency" not in cfg.collects and walks(
         run.model, corpora=len(cfg.calibration), gram="gram" in cfg.collects, sharded=cfg.model.shard
     )
+    if by_block:
+        check_walk(run.model.config)
     # Other statistics than ours have keys of their own.
     other = cfg.settings()["corpora"].get("calibrator")
     own = {"calibrator": other, "options": cfg.options.get(other, {})} if other else {}

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from gprune.benchmarks.speed import price_by
 from gprune.config import RunConfig
 from gprune.corpora import lies_here
-from gprune.models.blocks import PARTS, blocks_of
+from gprune.models.blocks import PARTS, blocks_of, unpruned
 from gprune.models.loading import locate_model
 from gprune.pipeline.cost import LEARNED_TRIES, TRIES, calibration_tokens, development_tokens, passes, searches
 from gprune.pipeline.inputs import prepare_text
@@ -45,6 +45,7 @@ def describe(plan: Plan) -> str:
         "quality": searched(cfg) if quality else "",
         "speed": "" if quality else predicted_speed(plan),
         "widths": "" if quality else expected_widths(cfg, budget),
+        "stays": what_stays(plan),
         "exports": f"{'at most ' if quality else ''}{left:,} parameters: "
         f"{left * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}",
         "text": counted_text(plan),
@@ -102,6 +103,20 @@ def expected_widths(cfg: RunConfig, budget: Budget) -> str:
     n, g = ([int(mask.sum()) for mask in of_blocks] for of_blocks in (masks.ffn, masks.attention))
     kept = f"{min(n)} to {max(n)} of {max(costs.neurons)} neurons and {min(g)} to {max(g)} of {max(costs.groups)}"
     return f"{kept} KV groups per block, at uniform sparsity"
+
+
+def what_stays(plan: Plan) -> str:
+    """What of the layers' FFNs and attention is not pruned, and how large it is; '' where all of it is."""
+    costs, model = plan.budget.costs, plan.skeleton
+    lacking = [("FFN", costs.neurons)] + [("attention", costs.groups)] * ("attention" in plan.cfg.sparsity.scope)
+    said = [
+        f"{name} of {missing} of {len(units)} layers, without units that can be removed"
+        for name, units in lacking if (missing := sum(n == 0 for n in units))
+    ]  # fmt: skip
+    for path, (layers, parameters) in unpruned(model).items():
+        share = parameters / model.num_parameters()
+        said.append(f"{path} in {layers} layers, beside a larger one: {share:.1%} of the model")
+    return "; ".join(said)
 
 
 def compute_time(*plans: Plan) -> str:

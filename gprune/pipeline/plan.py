@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.benchmarks.speed import SPEED_TABLE, Table, best_multiple, price_by, speed_table
 from gprune.calibration.errors import check_dense
+from gprune.calibration.layerwise import check_walk, walks
 from gprune.calibration.saliency import salient_parts
 from gprune.config import RunConfig
 from gprune.errors import UserError, quoting
@@ -183,6 +184,9 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
         for sparsity in cfg.evaluation.curve:
             budget.at(sparsity)
     check_blocks(cfg, blocks, config)
+    by_block = walks(dense, corpora=len(cfg.calibration), gram="gram" in cfg.collects, sharded=cfg.model.shard)
+    if by_block or not recovery_of(cfg.recovery, cfg.recovery_settings).sharded:
+        check_walk(config)
     if cfg.model.made_elsewhere is not None:
         elsewhere.refuse(cfg, dense, device)
     _ = plan.tokens  # refuses an interval of validation that no stage has

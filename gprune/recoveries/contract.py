@@ -88,7 +88,7 @@ class Recovery:
     learns = False  # whether it trains on text of its own
     taught = False  # whether the dense model's pass over that text is kept in `Material.taught` for other rows
     experts = True  # whether it can recover experts
-    sharded = True  # whether it works while the dense model is sharded over processes
+    sharded = True  # whether it works while the dense model is sharded over processes: False if it goes layer by layer
     origin: Any = None  # the class or function that was registered; its keyword-only parameters are options
     made: Callable[..., Recovery]  # makes the same recovery with options
 
@@ -133,6 +133,7 @@ class Chain(Recovery):
         self.recoveries = [recovery_of(name, settings) for name in names]
         self.needs = frozenset().union(*(one.needs for one in self.recoveries))
         self.learns, self.taught = (any(getattr(one, name) for one in self.recoveries) for name in ("learns", "taught"))
+        self.sharded = all(one.sharded for one in self.recoveries)
         late = [one.name for one in self.recoveries[1:] if type(one).revise is not Recovery.revise]
         if len(set(names)) < len(names) or "none" in names or late:
             why = f"'{late[0]}' goes block by block, which only the first can" if late else "each once, and none alone"

@@ -258,7 +258,8 @@ def cut_margin(
 
     def largest(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         # A block that keeps nothing has gone as a whole, whatever its margins.
-        return torch.cat([m.masked_fill(keep | ~keep.any(), -torch.inf) for m, keep in parts]).max()
+        kept = [m.masked_fill(keep | ~keep.any(), -torch.inf) for m, keep in parts]
+        return torch.cat([*kept, kept[0].new_full((1,), -torch.inf)]).max()  # there may be no units of a kind
 
     cut = largest(parts)
     if group_margins:

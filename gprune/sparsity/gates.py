@@ -1,25 +1,13 @@
-"""Gates on a running model: soft gates, by which thresholds are learned, and masks, as if the model were pruned.
-
-Hooks exist only inside context managers; weights are never touched.
-"""
+"""Soft gates, by which thresholds are learned; gates and masks on a running model are in `gprune.models.gating`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
-from gprune.models.blocks import Block, blocks_of, decoder_layers
-from gprune.models.experts import Watch, watch_experts
-from gprune.models.masks import Masks
-from gprune.models.offload import device_of
+from gprune.models.gating import bypassed, gated, masked
 
-Gates = Sequence[Tensor | None] | None  # one per block; None lets everything through
+__all__ = ["bypassed", "gated", "masked", "soft_gate", "straight_through"]
 
 
 def soft_gate(p: Tensor, thresholds: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
@@ -38,108 +26,3 @@ def soft_gate(p: Tensor, thresholds: Tensor, labels: Tensor, sizes: Tensor) -> T
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """The value of `hard` with the gradient of `soft` (Bengio et al., arXiv 1308.3432)."""
     return (soft - soft.detach()) + hard.to(soft.dtype)  # in this order the value is exactly 0 or 1
-
-
-@contextmanager
-def gated(model: PreTrainedModel, ffn: Gates, attention: Gates = None) -> Iterator[PreTrainedModel]:
-    """Multiply each block's FFN channels by its gate (N,), or (E x N,) with experts, and its KV groups by a gate (G,).
-
-    A norm over all heads is computed over the heads that the gate lets through. The lists are read at every forward
-    pass, so gates may be replaced in place between steps. Leaving, also by an exception, restores the model to the bit.
-    """
-    with ExitStack() as taken_off:
-        for block in blocks_of(model):
-            if ffn is not None and block.down is not None:
-                taken_off.callback(_ffn_gate(block, ffn).remove)
-            for handle in () if attention is None or block.output is None else _attention_gates(block, attention):
-                taken_off.callback(handle.remove)
-        yield model
-
-
-def _ffn_gate(block: Block, gates: Sequence[Tensor | None]) -> RemovableHandle | Watch:
-    def expert_gate(x: Tensor, expert: int, tokens: Tensor) -> Tensor | None:
-        gate = gates[block.index]
-        return None if gate is None else x * gate.view(block.experts, -1)[expert].to(x)
-
-    if block.has_experts:
-        return watch_experts(block.down.host, expert_gate, block.family.expert_down)
-    return _multiply(block.down.host, _channels(gates, block.index))
-
-
-def _attention_gates(block: Block, gates: Sequence[Tensor | None]) -> Iterator[RemovableHandle]:
-    query = _channels(gates, block.index, repeats=block.channels_per_group)
-    yield _multiply(block.output.host, query)
-    if block.family.query_norm is not None:
-        yield from _renormalise(block.module(block.family.query_norm), query)
-    if block.family.key_norm is not None:
-        key = _channels(gates, block.index, repeats=block.head_dim)
-        yield from _renormalise(block.module(block.family.key_norm), key)
-
-
-def _channels(gates: Sequence[Tensor | None], index: int, *, repeats: int = 1) -> Callable[[Tensor], Tensor | None]:
-    """A function that returns the present gate of each channel of x, in the dtype and on the device of x."""
-
-    def gate_for(x: Tensor) -> Tensor | None:
-        gate = gates[index]
-        return None if gate is None else gate.to(x).repeat_interleave(repeats) if repeats > 1 else gate.to(x)
-
-    return gate_for
-
-
-def _multiply(module: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    def before(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        gate = gate_for(inputs[0])
-        return inputs if gate is None else (inputs[0] * gate, *inputs[1:])
-
-    return module.register_forward_pre_hook(before)
-
-
-def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | None]) -> Iterator[RemovableHandle]:
-    """Turn a root-mean-square norm over all heads into the norm over the heads that stay.
-
-    Of n channels the gate g lets m = sum g through. With c = sqrt(n / m), rms(x_kept) = rms(c g x): so the norm gets
-    c g x, returns c x_kept / rms(x_kept), and its output is divided by c.
-    """
-
-    def scale(gate: Tensor) -> Tensor:
-        return (len(gate) / gate.sum().clamp_min(1)).sqrt()
-
-    def before(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        gate = gate_for(inputs[0])
-        return inputs if gate is None else (inputs[0] * gate * scale(gate), *inputs[1:])
-
-    def after(_module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        gate = gate_for(output)
-        return output if gate is None else output / scale(gate)
-
-    yield norm.register_forward_pre_hook(before)
-    yield norm.register_forward_hook(after)
-
-
-@contextmanager
-def bypassed(model: PreTrainedModel, gone: Iterable[int]) -> Iterator[PreTrainedModel]:
-    """Let these blocks return their input while the context lasts."""
-
-    def skip(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return hidden if isinstance(output, Tensor) else type(output)([hidden, *output[1:]])
-
-    with ExitStack() as taken_off:
-        for block in gone:
-            taken_off.callback(decoder_layers(model)[block].register_forward_hook(skip, with_kwargs=True).remove)
-        yield model
-
-
-@contextmanager
-def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
-    """Let the model compute as if it were pruned while the context lasts. A block without units returns its input."""
-    blocks = blocks_of(model)
-    whole = bool(torch.stack([m.all() for m in masks.attention]).all())
-    # Moved once, and not at every forward pass.
-    ffn, groups = (
-        [m.to(device_of(block.layer)) for m, block in zip(kind, blocks, strict=True)]
-        for kind in (masks.ffn, masks.attention)
-    )
-    gone = [b for b, stays in enumerate(masks.blocks) if not stays]
-    with bypassed(model, gone), gated(model, ffn, None if whole else groups):
-        yield model

@@ -119,7 +119,7 @@ class Student:
         rank, fused = self.rank, {host: rows for block in blocks for host, rows in fused_rows(block).items()}
         config = peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=names,
-            fan_in_fan_out=blocks[0].family.transposed,
+            fan_in_fan_out=any(part.transposed for part in blocks[0].parts.values() if isinstance(part, Part)),
         )  # fmt: skip
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PEFT's, about transformers
             adapted = peft.get_peft_model(self.model, config)

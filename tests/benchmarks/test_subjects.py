@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from gprune.benchmarks.subjects import load_dense
+from gprune.benchmarks.subjects import load_dense, subjects_of
 from gprune.errors import UserError
+from gprune.models.loading import load_model
 from tests import tiny_run
 
 CODE = "from pathlib import Path\nPath({ran!r}).touch()\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
@@ -25,3 +26,22 @@ def test_a_manifest_that_trusts_code_is_not_believed(tmp_path):
     with pytest.raises(UserError, match=r"^--model\.name: no usable configuration"):
         load_dense(tmp_path, {"model": model, "inputs": {"model": "x"}}, torch.float32)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_model_made_elsewhere_that_has_changed_since_is_refused(dtype, tmp_path, monkeypatch):
+    tiny_run.quick(monkeypatch)
+    run = tmp_path / "runs" / "run"
+    with tiny_run.isolated(tmp_path / "cache"):
+        world = tiny_run.make_world(tmp_path)
+        other = tiny_run.save_tiny_model(tmp_path / "other")
+        world.run(run.parent, f"--model.made_elsewhere={other}")
+        assert not (run / "model").exists()
+        (subject,), _, _ = subjects_of(str(run), dtype=dtype)
+        model, _ = subject.load()
+        assert model.dtype == getattr(torch, dtype or "float32")
+        changed, _ = load_model(str(other))
+        changed.lm_head.weight[0, 0] += 1
+        changed.save_pretrained(other)
+        with pytest.raises(UserError, match="has other weights than the model made elsewhere that"):
+            subject.load()

@@ -13,14 +13,13 @@ from gprune.calibration.projections import OUTPUT_PROJECTIONS
 from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_bytes, pooled
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
-from gprune.models.families import FAMILIES
 from gprune.sparsity.gates import masked
 from gprune.storage.files import read_tensors, write_tensors
 from tests import tiny_run
 from tests.conftest import collect
-from tests.tiny_families import make_tiny, some_masks
+from tests.tiny_families import TYPES, WITH_EXPERTS, make_tiny, some_masks
 
-EXPERTS = [name for name, family in FAMILIES.items() if family.experts]
+EXPERTS = WITH_EXPERTS
 
 
 def batches(seed: int = 1) -> list[dict[str, torch.Tensor]]:
@@ -46,7 +45,7 @@ def assert_same_bits(one: CorpusStatistics, two: CorpusStatistics) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TYPES)
 def test_statistics_are_the_same_bits(family):
     model = make_tiny(family)
     expected = collect(model, batches(), gram=True)
@@ -55,7 +54,7 @@ def test_statistics_are_the_same_bits(family):
     assert not any("forward" in module.__dict__ for module in model.modules())  # nothing is left behind
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TYPES)
 def test_logits_are_the_models_own_with_masks_too(family):
     model, batch = make_tiny(family), batches()[0]["input_ids"]
     walk = Walk(model)

@@ -17,19 +17,22 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BartConfig, BertC
 from experiments.architectures import DEFAULTS, default_config, example
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
-from gprune.models import cached_records, discovery, lookup
+from gprune.models import cached_records, lookup
 from gprune.models.blocks import blocks_of
-from gprune.models.discovery import Discovery, discovered, random_masks, tiny_model
+from gprune.models.discovery import record as discovery
+from gprune.models.discovery.agreement import random_masks
+from gprune.models.discovery.record import discovered, record_of
 from gprune.models.families import FAMILIES, Family
 from gprune.models.lookup import family_of, remember
 from gprune.models.losses import iter_logits
 from gprune.models.structure import check_by_copy
 from gprune.models.surgery import prune
-from gprune.models.tiny import ROUTED, shrunk
+from gprune.models.tiny import ROUTED, shrunk, tiny_model
 from gprune.sparsity.budget import unit_costs
 from gprune.sparsity.gates import masked
 from tests import tiny_run
 from tests.conftest import collect
+from tests.models.records_by_hand import BY_HAND
 
 # Of different structure: separate and fused, interleaved and stacked experts, biases and sinks, norms of all heads,
 # latent and linear attention, Mamba, convolution, dense layers between experts, parallel blocks, layers without an FFN.
@@ -144,21 +147,17 @@ def test_statistics_equal_those_of_plain_hooks(model_type, ids):
 
 
 @pytest.mark.parametrize(
-    "family", [f if f in ("llama", "gpt2") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+    "family", [f if f in ("llama", "gpt2") else pytest.param(f, marks=pytest.mark.slow) for f in BY_HAND]
 )
-def test_discovery_finds_what_the_record_says(family):
-    """Parts, slices, norms, and what is done to logits: the same tensors as by the record that is in gprune."""
+def test_discovery_finds_what_a_record_by_hand_says(family, monkeypatch):
+    """Parts, slices, norms, and what is done to logits: the same tensors."""
+    monkeypatch.setattr(lookup, "FAMILIES", {})
     config = shrunk(default_config(family))
-    model = tiny_model(config)
-    by_hand, record = blocks_of(model), discovered(config)
-    other, records = copy.deepcopy(model), dict(FAMILIES)  # whose order pages depend on
-    del FAMILIES[family]
-    try:
-        remember(other, record)
-        found = blocks_of(other)
-    finally:
-        FAMILIES.clear()
-        FAMILIES.update(records)
+    record, model = discovered(config), tiny_model(config)
+    other = copy.deepcopy(model)
+    remember(model, BY_HAND[family])
+    remember(other, record)
+    by_hand, found = blocks_of(model), blocks_of(other)
     assert len(found) == len(by_hand)
     for ours, theirs in zip(found, by_hand, strict=True):
         assert list(ours.parts) == list(theirs.parts)
@@ -251,14 +250,14 @@ def test_a_forward_pass_that_is_not_deterministic_is_refused():
     model = tiny_model(shrunk(CONFIG_MAPPING["gemma"]()))
     model.model.layers[0].mlp.register_forward_hook(lambda _m, _i, out: out + torch.randn_like(out))
     with pytest.raises(UserError, match="two forward passes differ"):
-        Discovery(model).record()
+        record_of(model)
 
 
 def test_a_layer_list_that_is_no_module_list_is_refused():
     model = tiny_model(shrunk(CONFIG_MAPPING["gemma"]()))
     model.model.layers = nn.Sequential(*model.model.layers)
     with pytest.raises(UserError, match=r"no nn\.ModuleList of decoder layers was found.*docs/extend\.md.*--import"):
-        Discovery(model).record()
+        record_of(model)
 
 
 # Records by hand

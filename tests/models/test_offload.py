@@ -23,7 +23,6 @@ from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.experts import watch_experts
-from gprune.models.families import FAMILIES
 from gprune.models.loading import fingerprint, load_weights
 from gprune.models.offload import (
     StoredWeights,
@@ -41,7 +40,7 @@ from tests import tiny_run
 from tests.calibration.test_layerwise import assert_same_bits, assert_same_run, batches, walk_over
 from tests.conftest import collect
 from tests.models.test_families import EXPERTS
-from tests.tiny_families import make_tiny, some_masks
+from tests.tiny_families import TYPES, make_tiny, some_masks
 
 ROOT = Path(__file__).parents[2]
 AUTO = "--model.device_map=auto"
@@ -83,7 +82,7 @@ def ids() -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TYPES)
 def test_an_offloaded_model_is_the_same_model(family, placed, ids):
     whole, away = placed(family)
     assert is_offloaded(away)
@@ -109,7 +108,7 @@ def test_an_offloaded_model_is_the_same_model(family, placed, ids):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TYPES)
 def test_an_offloaded_model_is_pruned_into_the_same_folder(family, placed, ids, tmp_path):
     whole, away = placed(family)
     masks = some_masks(whole, attention=True)

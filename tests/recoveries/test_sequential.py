@@ -15,7 +15,6 @@ from gprune.cli import main
 from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of, decoder_layers
-from gprune.models.families import FAMILIES
 from gprune.models.masks import Masks
 from gprune.models.offload import is_offloaded
 from gprune.models.surgery import prune, prune_to_files
@@ -26,9 +25,9 @@ from gprune.storage.files import read_json
 from tests import tiny_run
 from tests.calibration.test_layerwise import assert_same_run
 from tests.conftest import collect
-from tests.tiny_families import make_tiny, some_masks
+from tests.tiny_families import TYPES, WITH_EXPERTS, make_tiny, some_masks
 
-DENSE = [name for name, family in FAMILIES.items() if not family.experts]
+DENSE = [name for name in TYPES if name not in WITH_EXPERTS]
 RIDGE = 0.01
 
 
@@ -81,7 +80,8 @@ def trace(model, layer, paths: dict[str, str], ids: list[torch.Tensor]) -> dict[
 
 def solved_by_lstsq(model, masks: Masks, ids: list[torch.Tensor], target: str = "residual", ridge: float = RIDGE):
     """The pruned model in float64, its projections solved one after the other."""
-    family = FAMILIES[model.config.model_type]
+    block = blocks_of(model)[0]
+    family = block.family
     dense = prune(model, Masks(*([torch.ones_like(m) for m in kind] for kind in (masks.ffn, masks.attention)))).double()
     small = prune(model, masks).double()
     paths = {"output": family.output, "down": family.down}
@@ -94,7 +94,7 @@ def solved_by_lstsq(model, masks: Masks, ids: list[torch.Tensor], target: str = 
             there = trace(small, layer, paths, ids)
             wanted = trace(dense, decoder_layers(dense)[index], paths, ids)
             host = attrgetter(paths[part])(layer)
-            W = (host.weight.T if family.transposed else host.weight).numpy()
+            W = (host.weight.T if block.output.transposed else host.weight).numpy()
             y = wanted[f"y {part}"]
             if target == "residual" and normed[part] is None:
                 scale = getattr(layer, "residual_multiplier", 1.0)
@@ -108,7 +108,7 @@ def solved_by_lstsq(model, masks: Masks, ids: list[torch.Tensor], target: str = 
             lam = ridge * np.square(x).sum(0).mean()
             A = np.vstack([x, np.sqrt(lam) * np.eye(x.shape[1])])
             V = np.linalg.lstsq(A, np.vstack([y, np.sqrt(lam) * W.T]), rcond=None)[0].T
-            host.weight.copy_(torch.from_numpy(V.T if family.transposed else V))
+            host.weight.copy_(torch.from_numpy(V.T if block.output.transposed else V))
     return small
 
 
@@ -126,7 +126,8 @@ def test_against_stacked_rows_and_whole_forward_passes(family):
     expected = weights(solved_by_lstsq(model, masks, ids))
     plain, found = weights(prune(model, masks)), weights(recovered(model, masks, ids, ridge=RIDGE))
     assert_near(found, expected)
-    solved, record = {name for name, tensor in found.items() if not torch.equal(tensor, plain[name])}, FAMILIES[family]
+    solved = {name for name, tensor in found.items() if not torch.equal(tensor, plain[name])}
+    record = blocks_of(make_tiny(family))[0].family
     # Of the second block every neuron stays, and every group: it keeps its weights.
     prefix = f"{model.base_model_prefix}.{'decoder.' * (family == 'opt')}{record.layers}."
     assert solved == {f"{prefix}{i}.{path}.weight" for i in (0, 2) for path in (record.down, record.output)}

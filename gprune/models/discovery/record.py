@@ -1,0 +1,227 @@
+"""Discover the structure of a type that has no record, on a tiny random copy of its class.
+
+Set one column of an output projection to zero: every row of a parameter whose gradient was not zero before, and is
+exactly zero now, belongs to the unit of that column, since nothing else can use it. One column is enough for a neuron
+of an FFN. For attention, the smallest block of columns for which rows of query, key and value vanish is a KV group.
+
+`record_of` is the method. What is found is sliced on the tiny copy and has to compute what the copy computes under a
+mask of the same units; a candidate that does not is left alone. So a record holds nothing that was not checked.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from gprune.errors import UserError, quoting
+from gprune.models import cached_records
+from gprune.models.blocks import blocks_of
+from gprune.models.discovery.agreement import agrees
+from gprune.models.discovery.attention import attention_kinds
+from gprune.models.discovery.ffn import ffn_kind
+from gprune.models.discovery.probe import REMEDY, Probe, is_linear, owner_of, row_dim, separable_norms
+from gprune.models.discovery.surroundings import logit_transform, norm_offset
+from gprune.models.families import Family
+from gprune.models.lookup import remember
+from gprune.models.modeling_pruned import PREFIX
+from gprune.models.tiny import shrunk, stock_config, tiny_model
+
+log = logging.getLogger("gprune")
+Kind = dict[str, Any]  # fields of a record for one kind of FFN or attention
+
+
+def discover(config: PreTrainedConfig) -> Family:
+    """The record of a configuration's type, from the cache or found now.
+
+    Raises:
+        UserError: one line with what was found, what did not agree, and what to do.
+    """
+    check_supported(config)
+    with quoting(f"Model type '{name_of(config)}': no tiny copy can be configured: ", f". {REMEDY}."):
+        tiny = shrunk(stock_config(config))
+    if (record := cached_records.read(tiny)) is None:
+        record = discovered(tiny)
+        cached_records.write(tiny, record)
+        log.info("found the structure of model type '%s' on a tiny copy", record.model_type)
+    return record
+
+
+def discovered(tiny: PreTrainedConfig) -> Family:
+    """The record of a tiny configuration's type; UserError as for `discover`."""
+    with quoting(f"Model type '{tiny.model_type}': a tiny copy cannot be made: ", f". {REMEDY}."):
+        model = tiny_model(tiny)
+    with quoting(f"Model type '{tiny.model_type}': its structure was not found: ", f". {REMEDY}."), torch.enable_grad():
+        return record_of(model)
+
+
+def record_of(model: PreTrainedModel) -> Family:
+    """The record of a tiny random model; UserError where no FFN can be pruned.
+
+    1. Every weight that returns hidden states may be an output projection.
+    2. Rows that vanish with one of its columns are a neuron's; rows that vanish with a block of columns are a KV
+       group's. Together with the norms around them they are a candidate (`candidates`).
+    3. A candidate is kept if the masked and the sliced model agree.
+    4. The kept ones are one record, with what the head does to hidden states, which has to agree as a whole.
+    """
+    probe = Probe(model)
+    probe.check_forward()
+    base = Family(
+        probe.name, layers=probe.layers_path, decoder=probe.decoder_path, found=True,
+        **dict.fromkeys((*PATHS, "ffn_norm", "attention_norm")),
+    )  # fmt: skip
+    with separable_norms(probe.layers):
+        proposed = sorted(candidates(probe), key=lambda row: -row[2])
+    kept: dict[str, list[Kind]] = {"ffn": [], "attention": []}
+    refused = []
+    for scope, kind, _ in proposed:
+        alone = {"ffn": [], "attention": []} | {scope: [kind]}
+        if agrees(probe, with_kinds(base, alone)):
+            drop_needless_attributes(probe, base, kind, alone)
+            kept[scope].append(kind)
+        else:
+            refused.append(kind.get("experts") or kind.get("down") or kind["output"])
+    if not kept["ffn"]:
+        why = f"{', '.join(refused)} compute something else when they are sliced" if refused else "no FFN"
+        raise UserError(
+            f"Model type '{probe.name}': found {len(probe.layers)} layers in '{probe.layers_path}' of the tiny copy, "
+            f"but {why}; expected an FFN whose neurons can be removed. {REMEDY}."
+        )
+    record = replace(with_kinds(base, kept), **around(probe, kept), **sizes_in_config(probe, with_kinds(base, kept)))
+    if not agrees(probe, record):
+        raise UserError(f"Model type '{probe.name}': the parts that were found do not agree together. {REMEDY}.")
+    return record
+
+
+PATHS = ("gate", "up", "down", "query", "key", "value", "output")  # of a record; each kind has its own
+
+
+def candidates(probe: Probe) -> Iterator[tuple[str, Kind, int]]:
+    """Every kind of FFN or attention that may be one: its scope, fields of a record, and size of its projection."""
+    alike: dict[tuple[Any, ...], dict[int, tuple[Tensor, int]]] = {}  # layers with the same output projection
+    for index, layer in enumerate(probe.layers):
+        for path, weight, dim in output_projections(layer, probe.hidden_size):
+            owner = type(layer.get_submodule(owner_of(owner_of(path)))).__name__
+            alike.setdefault((path, owner, weight.shape), {})[index] = (weight, dim)
+    seen: set[str] = set()
+    for (path, _, _), places in alike.items():
+        for scope, index, kind in kinds_at(probe, path, places):
+            if (text := json.dumps(kind, sort_keys=True)) not in seen:
+                seen.add(text)
+                yield scope, kind, places[index][0].numel()
+
+
+def output_projections(layer: nn.Module, hidden_size: int) -> Iterator[tuple[str, Tensor, int]]:
+    """Weights of a layer that may be output projections, with the dimension of their columns."""
+    for path, module in layer.named_modules():
+        if is_linear(module):
+            rows = row_dim(module)
+            if module.weight.shape[rows] == hidden_size and module.weight.shape[1 - rows] > 1:
+                yield f"{path}.weight", module.weight, 1 - rows
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and parameter.shape[0] > 1 and hidden_size in parameter.shape[1:]:
+                _E, a, b = parameter.shape
+                if a != b:
+                    yield f"{path}.{name}".lstrip("."), parameter, 2 if a == hidden_size else 1
+
+
+def kinds_at(probe: Probe, path: str, places: Mapping[int, tuple[Tensor, int]]) -> Iterator[tuple[str, int, Kind]]:
+    """Kinds of FFN or attention with this output projection: scope, number of the layer, fields of a record."""
+    weight, dim = next(iter(places.values()))
+    size = weight.shape[dim]
+    live = {index: probe.live(index, path, dim) for index in places}  # not the columns of a ReLU that no token reaches
+    in_all = torch.stack(list(live.values())).all(0)
+    neuron = int(in_all[1:].int().argmax()) + 1
+    one, half = (
+        probe.vanishing(places, torch.arange(*ends), path) for ends in ((neuron, neuron + 1), (1, 1 + size // 2))
+    )
+    rest = {}
+    for index, rows in one.items():
+        # Of an FFN each neuron has rows of its own: with half of the columns as many vanish for each.
+        neurons = int(live[index][1 : 1 + size // 2].sum())
+        of_neurons = rows and {key: len(r) * neurons for key, r in rows.items()} == {
+            key: len(r) for key, r in half[index].items()
+        }
+        if of_neurons and (kind := ffn_kind(probe, index, path, size, neuron, rows)) is not None:
+            yield "ffn", index, kind
+        elif weight.dim() == 2:
+            rest[index] = places[index]
+    if rest:
+        for index, kind in attention_kinds(probe, path, rest, size):
+            yield "attention", index, kind
+
+
+def with_kinds(base: Family, kinds: Mapping[str, list[Kind]]) -> Family:
+    """A record with these kinds of FFN and attention."""
+    return replace(base, kinds=cached_records.frozen((kinds["ffn"], kinds["attention"])))
+
+
+def drop_needless_attributes(probe: Probe, base: Family, kind: Kind, kinds: Mapping[str, list[Kind]]) -> None:
+    """Leave out attributes with sizes that the model computes the same without."""
+    for path in list(kind["attributes"]):
+        meaning = kind["attributes"].pop(path)
+        if not agrees(probe, with_kinds(base, kinds)):
+            kind["attributes"][path] = meaning
+
+
+def around(probe: Probe, kinds: Mapping[str, list[Kind]]) -> dict[str, Any]:
+    """Fields of a record for what surrounds the layers' parts: norms, positions and the head."""
+    found: dict[str, Any] = logit_transform(probe)
+    for path in (kind["ffn_norm"] for kind in kinds["ffn"]):
+        layer = next((layer for layer in probe.layers if path and dict(layer.named_modules()).get(path)), None)
+        if layer is not None and isinstance(getattr(layer.get_submodule(path), "weight", None), Tensor):
+            found["norm_offset"] = norm_offset(layer.get_submodule(path))
+            break
+    limit = getattr(probe.config, "max_position_embeddings", None)
+    tables = [m.num_embeddings for m in probe.decoder.modules() if isinstance(m, nn.Embedding) and type(limit) is int]
+    return found | {"learned_positions": any(limit <= rows <= limit + 2 for rows in tables)}
+
+
+def sizes_in_config(probe: Probe, record: Family) -> dict[str, Any]:
+    """Keys of the configuration that have the sizes of units; a stock folder can be written by them."""
+    remember(probe.model, record)
+    blocks = blocks_of(probe.model)
+    sizes = {n: v for n, v in probe.config.to_dict().items() if type(v) is int}
+
+    def key(counts: set[int], words: tuple[str, ...]) -> str | None:
+        return next((n for n, v in sizes.items() if {v} == counts and any(word in n for word in words)), None)
+
+    width = key({block.neurons for block in blocks if block.neurons}, ("inter", "ffn", "inner", "d_ff"))
+    groups = {block.kv_groups for block in blocks if block.kv_groups}
+    return {"width": width or "", "kv_heads": key(groups, ("kv", "key_value", "multi_query"))}
+
+
+def name_of(config: PreTrainedConfig) -> str:
+    """The type of a configuration, of the stock class where gprune exported it."""
+    return config.model_type.removeprefix(PREFIX)
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Raise UserError for a configuration that no decoder of next tokens is made from."""
+    named = f"Model type '{name_of(config)}'"
+    if (method := getattr(config, "quantization_config", None)) is not None:
+        method = (method if isinstance(method, Mapping) else vars(method)).get("quant_method")
+        raise UserError(
+            f"{named}: the checkpoint is quantised ({getattr(method, 'value', method)}); expected weights in float32, "
+            "bfloat16 or float16. Prune those, and quantise what is left."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{named} is an encoder-decoder; expected a decoder alone, which predicts next tokens.")
+    stock = type(stock_config(config))
+    if stock not in MODEL_FOR_CAUSAL_LM_MAPPING and stock not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise UserError(
+            f"{named} has no class in transformers that predicts next tokens (AutoModelForCausalLM); expected a "
+            f"decoder. {REMEDY}."
+        )

@@ -1,0 +1,128 @@
+"""What surrounds a projection: norms, the residual, attributes with sizes; and what the head does to hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gprune.models.discovery.probe import Probe, changed, is_linear, is_norm, owner_of
+from gprune.models.outputs import hidden_in
+
+
+def completed(
+    probe: Probe, index: int, kind: dict[str, Any], scope: str, hosts: Sequence[str], output: str,
+    sizes: Mapping[int, str],
+) -> dict[str, Any]:  # fmt: skip
+    """A kind with its norms, the attributes that keep sizes, and the classes by which its layers are known.
+
+    Args:
+        kind: fields of a record.
+        scope: `ffn` or `attention`.
+        hosts: modules that read the hidden states; the norm before them is looked for.
+        output: the output projection, or the experts.
+        sizes: values of attributes that change when units go -> what they count.
+    """
+    layer = probe.layers[index]
+    owner = kind.get("experts") or owner_of(output)
+    paths = [path for path in (*hosts, output, owner) if path] + ([] if owner else [""])
+    kind["classes"] = {path: type(layer.get_submodule(path)).__name__ for path in dict.fromkeys(paths)}
+    before, after = norms_around(probe, index, hosts[0], output)
+    kind[f"{scope}_norm"] = before
+    kind[f"after_{scope}"] = None if joins_residual(probe, index, output) else after or output
+    kind["attributes"] = {}
+    for path, module in layer.get_submodule(owner).named_modules():
+        for name, value in {} if is_linear(module) else vars(module).items():
+            fixed = name.startswith(("_", "num_key_value_groups", "layer_idx")) or "hidden_size" in name
+            if type(value) is int and value in sizes and not fixed:
+                kind["attributes"][".".join(p for p in (owner, path, name) if p)] = sizes[value]
+    return kind
+
+
+def norms_around(probe: Probe, index: int, host: str, output: str) -> tuple[str | None, str | None]:
+    """The norm whose output a module reads, and the first norm after the output projection."""
+    norms = _norms(probe.layers[index])
+    calls = probe.in_layer(index, dict.fromkeys([*norms, host, output]))
+    x = next((call.entering for call in calls if call.path == host), None)
+    produced = {call.returned.data_ptr(): call.path for call in calls if call.path in norms}
+    left = next((place for place, call in enumerate(calls) if call.path == output), len(calls))
+    after = next((call.path for call in calls[left:] if call.path in norms), None)
+    return None if x is None else produced.get(x.data_ptr()), after
+
+
+def joins_residual(probe: Probe, index: int, output: str) -> bool:
+    """Whether an output projection's output is added to the residual, times a number, without a norm before or after.
+
+    With random numbers added to that output, and every later norm of the layer held at what it returned without them,
+    the output of the layer moves by the same numbers, times a number.
+    """
+    layer = probe.layers[index]
+    norms, module = _norms(layer), layer.get_submodule(output)
+    still = probe.in_layer(index, dict.fromkeys([output, *norms, ""]))
+    paths = [call.path for call in still]
+    if paths.count(output) != 1 or paths.count("") != 1:
+        return False
+    first = paths.index(output)
+    later = {call.path: call.returned for call in reversed(still[first + 1 :]) if call.path}
+    shift = torch.randn(still[first].returned.shape, generator=torch.Generator().manual_seed(4))
+    with ExitStack() as hooks:
+        hooks.enter_context(changed(module, lambda y: y + shift))
+        for path, returned in later.items():
+            hooks.enter_context(changed(layer.get_submodule(path), lambda _, returned=returned: returned))
+        moved = probe.returned(index, "") - still[-1].returned
+    return moved.numel() == shift.numel() and bool(moved.abs().max() > 0) and _multiple(moved, shift)
+
+
+def _multiple(x: Tensor, of: Tensor) -> bool:
+    """Whether a tensor is another one times a number."""
+    x, of = x.flatten(), of.flatten()
+    return bool((x - (x @ of) / (of @ of) * of).abs().max() <= 1e-3 * x.abs().max())
+
+
+def _norms(layer: nn.Module) -> list[str]:
+    return [path for path, module in layer.named_modules() if is_norm(module)]
+
+
+def norm_offset(norm: nn.Module) -> float:
+    """1.0 where a norm multiplies by 1 + its weight, else 0.0."""
+    with torch.no_grad():
+        before = norm.weight.clone()
+        norm.weight.zero_()
+        x = torch.randn(1, 1, len(before), generator=torch.Generator().manual_seed(0))
+        out = hidden_in(norm(x)) - (0 if getattr(norm, "bias", None) is None else norm.bias)
+        norm.weight.copy_(before)
+    return float(bool(out.abs().max() > 1e-3))
+
+
+def logit_transform(probe: Probe) -> dict[str, Any]:
+    """How the model's logits follow from head times hidden states, by the keys of its configuration."""
+    unknown = {"plain_head": False}
+    product = None
+    with suppress(Exception), torch.no_grad():
+        hidden = probe.decoder(input_ids=probe.ids, use_cache=False).last_hidden_state
+        product = probe.model.get_output_embeddings()(hidden)
+    logits = probe.dense
+    if product is None or product.shape != logits.shape:
+        return unknown
+    numbers = {n: float(v) for n, v in probe.config.to_dict().items() if type(v) in (int, float) and v > 0}
+    if _close(logits, product):
+        named = [n for n in numbers if n in ("logits_scaling", "logit_scale", "logits_scale") and numbers[n] == 1]
+        return {"logits_scaling": named[0]} if named == ["logits_scaling"] else {}
+    keys = [n for n in numbers if any(word in n for word in ("log", "head", "scal", "cap", "mult"))]
+    for name in keys:
+        if _close(logits, product / numbers[name]):
+            return {"logits_scaling": name}
+        if _close(logits, product * numbers[name]):
+            return {"logits_multiplier": name}
+    for name in keys:
+        c = numbers[name]
+        if _close(logits, (product / c).tanh() * c):
+            return {"softcap": name}
+    return unknown
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-4 * a.abs().max())

@@ -1,0 +1,71 @@
+"""Discovered types after pruning: fine-tuned, adapted, merged, saved by themselves, and read without gprune."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import gprune
+from experiments.architectures import LOADER, example
+from gprune.calibration.saliency import channel_saliency
+from gprune.models.blocks import blocks_of
+from gprune.models.discovery.agreement import random_masks
+from tests import tiny_run
+
+IDS = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.slow
+def test_tuned_adapted_and_merged_models_load_without_gprune(tmp_path):
+    """One with stacked experts, one hybrid with linear attention and shared experts."""
+    for model_type in ("gpt_oss", "qwen3_next"):
+        model = example(model_type)
+        small = gprune.apply_masks(model, random_masks(model)).requires_grad_(True)
+        before = small(IDS, use_cache=False).logits.detach()
+        small(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        torch.optim.SGD(small.parameters(), lr=1e-2).step()
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+        merged = peft.get_peft_model(small.requires_grad_(False), lora).merge_and_unload().eval()
+        logits = merged(IDS, use_cache=False).logits.detach().contiguous()
+        assert not torch.allclose(logits, before)
+        merged.save_pretrained(tmp_path / "models" / model_type)
+        save_file({"input_ids": IDS, "logits": logits}, tmp_path / "models" / model_type / "expected.safetensors")
+    (tmp_path / "load.py").write_text(LOADER)
+    done = subprocess.run(
+        [sys.executable, "-P", "load.py", "models"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=tiny_run.environment(tmp_path / "cache", HF_MODULES_CACHE=str(tmp_path / "modules")),
+    )  # fmt: skip
+    rows = [line for line in done.stdout.splitlines() if line.startswith("ROW")]
+    assert rows == ['ROW ["gpt_oss", 0.0]', 'ROW ["qwen3_next", 0.0]'], done.stderr[-2000:]
+
+
+class Sums:
+    """Gradients of one window, as `StreamingGradients` has them."""
+
+    def __init__(self, gradient: torch.Tensor):
+        self.gradient = gradient
+
+    def compute(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor([1.0, 1.0]), torch.stack([self.gradient, self.gradient])
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "deepseek_v3"])
+def test_saliency_counts_every_row_of_a_head(model_type):
+    """A gate beside each query, and key heads larger than value heads: no row is lost, whatever its channel."""
+    (block, *_) = [block for block in blocks_of(example(model_type)) if block.output is not None]
+    generator, total = torch.Generator().manual_seed(0), torch.zeros(())
+    metrics = {}
+    for name in ("query", "key", "value", "output"):
+        weight = block.parts[name].weight
+        gradient = torch.randn(weight.shape, generator=generator)
+        metrics[name] = Sums(gradient)
+        total = total + (weight * gradient).abs().double().sum()
+    whole = channel_saliency(block, "attention", metrics)[2]
+    assert whole.shape == (block.channels,)
+    torch.testing.assert_close(whole.sum(), total, rtol=1e-6, atol=0)
+    assert block.query.out_features > block.channels or block.key.out_features > block.value.out_features

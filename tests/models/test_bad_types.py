@@ -1,0 +1,87 @@
+"""Types and checkpoints that cannot be pruned: one line that says why, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from experiments.architectures import default_config
+from gprune.errors import UserError
+from gprune.models.discovery.record import discover
+from gprune.models.structure import check_structure
+from gprune.models.tiny import shrunk, tiny_model
+from tests import tiny_run
+
+CODE = """
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own_type"
+
+class OwnForCausalLM(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = nn.Linear(4, 4)
+        self.post_init()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny_run.save_tiny_model(tmp_path / "model")
+
+
+def refusal(folder, tmp_path, capsys, *more: str) -> str:
+    """What the command line prints of a model folder, as its only line on stderr."""
+    tiny_run.write_corpus(tmp_path / "alpha.txt", seed=1)
+    args = [f"--model.name={folder}", f"--run.dir={tmp_path / 'runs'}", "--logging.mode=disabled", *more]
+    with tiny_run.isolated(tmp_path / "cache"):
+        assert tiny_run.main(args) == 2
+    assert not (tmp_path / "runs").exists()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "Model type" in line or "--model" in line]
+    return line
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "bitnet"])
+def test_a_quantised_checkpoint_is_refused(method, folder, tmp_path, capsys):
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "gemma", "architectures": ["x"]}
+    options = {"gptq": {"bits": 4}, "awq": {"bits": 4}, "bitsandbytes": {"load_in_4bit": True}, "bitnet": {}}[method]
+    config["quantization_config"] = {"quant_method": method, **options}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert f"the checkpoint is quantised ({method})" in refusal(folder, tmp_path, capsys)
+
+
+def test_a_type_that_only_its_own_code_knows_is_refused(folder, tmp_path, capsys):
+    own = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own_type", "auto_map": own}))
+    (folder / "code.py").write_text(CODE)
+    line = refusal(folder, tmp_path, capsys, "--model.trust_remote_code=true")
+    assert "Model type 'own_type' has no class in transformers that predicts next tokens" in line
+    assert "docs/extend.md" in line
+
+
+def test_a_class_that_breaks_when_it_is_made_small_is_refused():
+    with pytest.raises(UserError, match=r"^Model type 'xlstm': a tiny copy does not run: .*docs/extend\.md"):
+        discover(default_config("xlstm"))
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    """By the real model's shapes, where the tiny copy was well."""
+    model = tiny_model(shrunk(CONFIG_MAPPING["gemma"]()))
+    check_structure(model)
+    model.model.layers[1].self_attn.v_proj.weight.data = model.model.layers[1].self_attn.v_proj.weight.data[:-3]
+    with pytest.raises(UserError, match=r"does not fit layer 1 of this model: .* do not divide into heads of 8"):
+        check_structure(model)
+
+
+def test_tied_experts_are_refused():
+    model = tiny_model(shrunk(CONFIG_MAPPING["gpt_oss"]()))
+    first, second = (layer.mlp.experts for layer in model.model.layers[:2])
+    second.down_proj = first.down_proj
+    with pytest.raises(UserError, match=r"'mlp\.experts\.down_proj' of layer 1 and '.*' of layer 0 are one tensor"):
+        check_structure(model)

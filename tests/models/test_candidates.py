@@ -1,0 +1,82 @@
+"""What looks like a unit and is not one is left alone: wrong candidates, on tiny models that were made so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+from gprune.errors import UserError
+from gprune.models import experts
+from gprune.models.blocks import blocks_of
+from gprune.models.discovery.agreement import Agreement
+from gprune.models.discovery.record import record_of
+from gprune.models.lookup import remember
+from gprune.models.tiny import shrunk, tiny_model
+
+
+def tiny(model_type: str = "gemma") -> PreTrainedModel:
+    return tiny_model(shrunk(CONFIG_MAPPING[model_type]()))
+
+
+def with_mlp(forward) -> PreTrainedModel:
+    """A tiny Gemma whose FFNs compute something else."""
+    model = tiny()
+    base = type(model.model.layers[0].mlp)
+    made = type(base.__name__, (base,), {"forward": forward})
+    for layer in model.model.layers:
+        layer.mlp.__class__ = made
+    return model
+
+
+def faint_and_by_width(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Divided by its own width, and so faint that the logits of any two masks are within 1e-3."""
+    hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+    return 2e-3 * mlp.down_proj(hidden) / hidden.shape[-1]
+
+
+def two_gates(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.act_fn(mlp.up_proj(x)))
+
+
+def without_calling_down(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return (mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)) @ mlp.down_proj.weight.T
+
+
+@pytest.mark.parametrize("forward", [faint_and_by_width, two_gates, without_calling_down])
+def test_an_ffn_that_cannot_be_sliced_or_masked_is_not_found(forward):
+    with pytest.raises(UserError, match=r"found 3 layers in 'layers' of the tiny copy, but .*; expected an FFN"):
+        record_of(with_mlp(forward))
+
+
+def test_a_difference_counts_by_what_the_mask_changes():
+    assert Agreement(moved=0.5, differs=1e-4).holds
+    assert not Agreement(moved=1e-3, differs=1e-4).holds
+    assert not Agreement(moved=0.0, differs=0.0).holds
+
+
+def blind(_experts: nn.Module, _watcher: experts.Watcher, _down: tuple[str, int]) -> experts.Watch:
+    return experts.Watch(nn.Module(), _watcher)
+
+
+def mixing_up_tokens(watch):
+    def mixed(host: nn.Module, watcher: experts.Watcher, down: tuple[str, int]) -> experts.Watch:
+        return watch(host, lambda x, expert, tokens: watcher(x, expert, tokens.flip(0)), down)
+
+    return mixed
+
+
+@pytest.mark.parametrize("broken", [blind, mixing_up_tokens(experts.watch_experts)])
+def test_experts_that_cannot_be_watched_are_left_alone(broken, monkeypatch):
+    """Such as those of a class that computes its products in a kernel of its own."""
+    model = tiny("deepseek_v3")
+    record = record_of(model)
+    assert any("experts" in kind for kind in record.kinds[0])
+    for module in ("gprune.models.gating", "gprune.models.discovery.agreement"):
+        monkeypatch.setattr(f"{module}.watch_experts", broken)
+    record = record_of(model)
+    assert record.kinds[0]
+    assert not any("experts" in kind for kind in record.kinds[0])
+    remember(model, record)
+    assert not any(block.has_experts for block in blocks_of(model))
