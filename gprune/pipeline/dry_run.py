@@ -99,9 +99,10 @@ def expected_widths(cfg: RunConfig, budget: Budget) -> str:
     """Neurons and KV groups that blocks keep if every module is equally sparse."""
     if ALLOCATION[cfg.base_allocation].whole_blocks:
         return "whole blocks go, and part of one"
-    costs, masks = budget.rest.costs, uniform_masks(budget.rest)
+    masks = uniform_masks(budget.rest)
     n, g = ([int(mask.sum()) for mask in of_blocks] for of_blocks in (masks.ffn, masks.attention))
-    kept = f"{min(n)} to {max(n)} of {max(costs.neurons)} neurons and {min(g)} to {max(g)} of {max(costs.groups)}"
+    neurons, groups = max(map(len, masks.ffn)), max(map(len, masks.attention))
+    kept = f"{min(n)} to {max(n)} of {neurons} neurons and {min(g)} to {max(g)} of {groups}"
     return f"{kept} KV groups per block, at uniform sparsity"
 
 

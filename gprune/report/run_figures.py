@@ -84,14 +84,14 @@ def heterogeneity_figure(modules: Modules) -> Figure:
 
 @style()
 def sparsity_figure(masks: Masks, labels: Sequence[Tensor] | None) -> Figure:
-    """Fraction of neurons removed per block, and per module where there are modules."""
+    """Fraction of neurons removed per block, and per module where there are modules; a block without FFN has no bar."""
     figure, axes = canvas(9, 3.4)
-    per_block = [float((~m).float().mean()) for m in masks.ffn]
+    per_block = [float((~m).float().mean()) if len(m) else 0.0 for m in masks.ffn]
     axes.bar(range(len(per_block)), per_block, color="#BFDDF0", label="block")
     if labels is not None:
         x, y, size = [], [], []
         for b, (m, modules) in enumerate(zip(masks.ffn, labels, strict=True)):
-            for k in range(int(modules.max()) + 1):
+            for k in modules.unique().tolist():
                 x.append(b)
                 y.append(float((~m[modules == k]).float().mean()))
                 size.append(int((modules == k).sum()))

@@ -181,6 +181,7 @@ class Student:
         for host in [module for module in self.model.modules() if parametrize.is_parametrized(module)]:
             for name in list(host.parametrizations):
                 parametrize.remove_parametrizations(host, name, leave_parametrized=True)
+                setattr(host, name, nn.Parameter(getattr(host, name)))  # of several pieces PyTorch leaves a buffer
         if self._merge is not None:
             self.model = self._merge()
         for name, parameter in self.model.named_parameters():

@@ -69,3 +69,23 @@ def test_saliency_counts_every_row_of_a_head(model_type):
     assert whole.shape == (block.channels,)
     torch.testing.assert_close(whole.sum(), total, rtol=1e-6, atol=0)
     assert block.query.out_features > block.channels or block.key.out_features > block.value.out_features
+
+
+KERNEL = """
+import sys
+from transformers import AutoModelForCausalLM
+print(AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).config._experts_implementation)
+"""
+
+
+def test_experts_are_computed_by_the_same_kernel_without_gprune(tmp_path, monkeypatch):
+    """transformers reads the source file of a class to tell whether its experts have another kernel."""
+    model = example("gpt_oss")
+    masks = random_masks(model)
+    for index, (block, ffn) in enumerate(zip(blocks_of(model), masks.ffn, strict=True)):
+        ffn.view(block.experts, -1)[:] = torch.arange(block.neurons) < (16 if index else 8)
+    gprune.apply_masks(model, masks).save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    command = [sys.executable, "-P", "-c", KERNEL, str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == model.get_correct_experts_implementation(None) != "eager"

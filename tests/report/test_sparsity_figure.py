@@ -1,0 +1,17 @@
+"""The figure of removed neurons, where layers differ."""
+
+from __future__ import annotations
+
+import torch
+
+from gprune.models.masks import Masks
+from gprune.report.run_figures import sparsity_figure
+
+
+def test_a_block_without_an_ffn_has_no_bar():
+    ffn = [torch.tensor([True, False, False, True]), torch.zeros(0, dtype=torch.bool)]
+    masks = Masks(ffn, [torch.zeros(0, dtype=torch.bool)] * 2)
+    (axes,) = sparsity_figure(masks, [torch.tensor([0, 0, 1, 1]), torch.zeros(0, dtype=torch.int64)]).axes
+    assert [bar.get_height() for bar in axes.patches] == [0.5, 0.0]
+    (points,) = axes.collections
+    assert points.get_offsets().tolist() == [[0, 0.5], [0, 0.5]]
