@@ -1,12 +1,12 @@
-"""What a block's pruning costs the loss: the error that least squares leaves, weighted by gradients.
+"""Errors of blocks: how much the loss rises when neurons of a block go, estimated for several widths.
 
-Neurons leave a block in a given order. With the K last of them kept, least squares gives the best output projection V
-on these, and each token t keeps the error r_t = W x_t - V x_t,K, (H,). Had the loss no other terms than those of second
-order, its Fisher information in place of the curvature, and errors no preferred direction, r_t would cost
+Neurons go in a given order. With the K last of them kept, least squares gives the best output projection V on these, and
+each token t keeps the error r_t = W x_t - V x_t,K, (H,). To second order, with the Fisher information in place of the
+curvature, and for errors of random direction, r_t costs the loss
 
     E(K) = mean over tokens of ||r_t||^2 ||g_t||^2,    g_t = gradient of the loss by the output of the projection,
 
-in the same unit in every block. The gradient matters most for the first token of a window: it holds most of the energy
+so errors of different blocks can be compared. The gradient matters most for the first token of a window: it holds most of the energy
 of the activations, and next to nothing depends on it. A thousand tokens of each corpus are enough.
 """
 
@@ -30,7 +30,7 @@ LEVELS = 8  # widths of a block whose errors are computed lie N / LEVELS apart
 
 
 def check_dense(blocks: Sequence[Block]) -> None:
-    """Raise UserError for blocks with experts, of whose tokens no gradient is known."""
+    """Raise UserError for blocks with experts: errors are measured of dense FFNs alone."""
     if any(block.has_experts for block in blocks):
         raise UserError(
             f"--sparsity.allocation reconstruction: expected dense blocks, got experts of model_type "
