@@ -1,13 +1,13 @@
 """Errors of blocks: how much the loss rises when neurons of a block go, estimated for several widths.
 
-Neurons go in a given order. With the K last of them kept, least squares gives the best output projection V on these, and
-each token t keeps the error r_t = W x_t - V x_t,K, (H,). To second order, with the Fisher information in place of the
-curvature, and for errors of random direction, r_t costs the loss
+Neurons go in a given order. With the K last of them kept, least squares gives the best output projection V on these,
+and each token t keeps the error r_t = W x_t - V x_t,K, (H,). To second order, with the Fisher information in place of
+the curvature, and for errors of random direction, the loss rises in proportion to
 
     E(K) = mean over tokens of ||r_t||^2 ||g_t||^2,    g_t = gradient of the loss by the output of the projection,
 
-so errors of different blocks can be compared. The gradient matters most for the first token of a window: it holds most of the energy
-of the activations, and next to nothing depends on it. A thousand tokens of each corpus are enough.
+so errors of different blocks can be compared. The gradient matters most for the first token of a window: it holds most
+of the energy of the activations, and next to nothing depends on it. Two thousand tokens of each corpus are enough.
 """
 
 from __future__ import annotations

@@ -213,8 +213,7 @@ def reconstruction(
     go in the order of prices over the whole model. So block b would lose the fraction S*_b. S_b = S + `strength`
     (S*_b - S), S the sparsity, since the estimate holds near the dense model alone: at a strength of 1 blocks early in
     the model lose nothing. KV groups go as by `uniform`. Behind other recoveries than least squares, or none, the
-    estimate is the same. Our own; the
-    strength was chosen on development text of SmolLM2.
+    estimate is the same. Our own; the strength was chosen on development text of SmolLM2.
     """
     import torch
 
