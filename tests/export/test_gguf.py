@@ -210,7 +210,7 @@ DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "f
         ("gemma2", {}, "normalises elsewhere"),
         ("gpt2", {}, "has no gate"),
         ("mixtral", {}, "has experts"),
-        ("granite", {}, "scales its logits"),
+        ("granite", {}, "has no record in gprune"),
         ("smollm3", {"no_rope_layers": [1, 0, 1]}, "has layers without rotation"),
     ],
 )

@@ -373,4 +373,8 @@ def test_two_processes_find_the_share_of_one(trained, tmp_path):
     found = load_run(tmp_path / "run").summary["quality"]
     alone = trained.run(tmp_path, *flags[:-2], name="alone").summary["quality"]
     assert found["got"] <= 1.15
-    assert found["rows"][0] == alone["rows"][0], "what learns nothing has the same bits"
+    mine, theirs = found["rows"][0], alone["rows"][0]
+    assert mine.keys() == theirs.keys()
+    assert mine["parameters"] == theirs["parameters"]
+    for name in ("got", "low", "high", "predicted"):  # Gram matrices that processes add up have other last bits
+        assert mine[name] == pytest.approx(theirs[name], rel=1e-6)

@@ -41,7 +41,8 @@ class Probe:
     model: PreTrainedModel
 
     def __post_init__(self) -> None:
-        self.ids = torch.randint(3, 100, TOKENS, generator=torch.Generator().manual_seed(1))
+        words = min(100, max(4, getattr(self.config, "vocab_size", 100)))  # few where tokens are letters
+        self.ids = torch.randint(3, words, TOKENS, generator=torch.Generator().manual_seed(1))
 
     @property
     def name(self) -> str:
