@@ -172,6 +172,12 @@ class Work:
         self.record.cpu_seconds += time.process_time() - cpu
         self.record.wall_seconds += time.perf_counter() - wall
 
+    def save_narrowed(self, model: PreTrainedModel, width: int) -> None:
+        """As `save`, of a model that was given gradients and an FFN of this width."""
+        model.zero_grad(set_to_none=True)
+        tell_width(model.requires_grad_(False), width)
+        self.save(model)
+
     def save(self, model: PreTrainedModel, *, removed: int = 0, notes: Sequence[str] = ()) -> None:
         """Write the model as a stock Hugging Face folder, load it again, compare logits, and write the record.
 

@@ -45,9 +45,7 @@ def prune(args: argparse.Namespace) -> None:
         )  # fmt: skip
         common.accumulate_gradients(model, windows)
         pruner.step()
-    model.zero_grad(set_to_none=True)
-    common.tell_width(model.requires_grad_(False), width)
-    work.save(model)
+    work.save_narrowed(model, width)
 
 
 def main(args: Iterable[str] | None = None) -> None:

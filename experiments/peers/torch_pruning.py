@@ -41,9 +41,7 @@ def prune(args: argparse.Namespace) -> None:
             output_transform=lambda output: output.logits,
         )  # fmt: skip
         pruner.step()
-    model.zero_grad(set_to_none=True)
-    common.tell_width(model.requires_grad_(False), width)
-    work.save(model)
+    work.save_narrowed(model, width)
 
 
 def main(args: Iterable[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.errors import UserError, require_finite
 from gprune.models.blocks import Block, blocks_of
-from gprune.models.losses import next_token_losses
+from gprune.models.losses import differentiable, next_token_losses
 from gprune.models.offload import device_of
 
 LEVELS = 8  # widths of a block whose errors are computed lie N / LEVELS apart
@@ -61,9 +61,7 @@ def tokens_with_gradients(model: PreTrainedModel, batches: Sequence[Tensor]) -> 
         output.register_hook(keep)
 
     with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
-        # Weights must not ask for a gradient, so the embedding's output does.
-        embedding = model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_())
-        hooks.callback(embedding.remove)
+        hooks.callback(differentiable(model).remove)
         for block in blocks:
             if block.down is not None:
                 host = block.parts["down"].host

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from gprune.models.lookup import decoder_of, family_of
@@ -128,6 +129,12 @@ def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Ten
     hidden, targets = (t.to(head.weight.device) for t in (final_hidden(model, input_ids).flatten(0, 1), targets))
     losses = frozen_head_losses(hidden, head.weight, head.bias, targets, LogitTransform.of(model))
     return losses.view(len(input_ids), -1).mean(1)
+
+
+def differentiable(model: PreTrainedModel) -> RemovableHandle:
+    """Let activations ask for gradients while frozen weights do not, by the embedding's output, until the handle is
+    removed."""
+    return model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
 
 
 def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:

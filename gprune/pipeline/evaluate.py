@@ -137,7 +137,7 @@ def dense_perplexity(
     """As `measured`, of the dense model: shared between runs of the same model and text.
 
     Args:
-        measure: what measures it where no run has; by default `forecast`.
+        measure: the function that measures the model unless the cache has its result; by default `forecast`.
     """
     key = key_of(
         model=run.fingerprint, text=windows.content_hash, dtype=run.cfg.model.dtype,

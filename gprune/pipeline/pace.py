@@ -182,6 +182,7 @@ def _student_step(model: PreTrainedModel, ids: Tensor, settings: DistillConfig) 
     optimizer = torch.optim.AdamW(learned, lr=1e-12, fused=ids.device.type in ("cpu", "cuda"))
 
     def step(head: bool) -> None:
+        """One step, from the KL behind the head, or from the hidden states alone."""
         with torch.enable_grad():
             if head:
                 losses = next_token_losses(student.model, ids, teacher=teacher)

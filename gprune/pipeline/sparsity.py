@@ -36,10 +36,6 @@ from gprune.sparsity.thresholds import (
 )
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
 
-OWN_MASKS = (
-    "--sparsity.target: the learner's masks do not follow from its thresholds, so they cannot be cut at the share that "
-    "keeps a quality; expected a share, such as 0.3."
-)
 MasksOf = Callable[[Budget], Masks]  # the masks of a stage, as a function of the budget
 
 
@@ -88,6 +84,7 @@ def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Sco
     measured = cfg.measures_errors
 
     def of(name: str, scores: Scores, corpora: Sequence[str]) -> MasksOf:
+        """Masks by these scores, with the statistics of these corpora."""
         made: dict[int, Masks] = {}
 
         def pool() -> CorpusStatistics:
@@ -133,23 +130,14 @@ class ModuleMasks:
     Attributes:
         modules: the modules.
         thresholds: by budget, thresholds, offsets and masks by the names under which they are saved.
-        learned: the budget at which the thresholds were learned; None where they are not.
     """
 
     modules: Modules
     thresholds: Callable[[Budget], dict[str, Tensor]]
-    learned: Budget | None = None
 
     def __call__(self, budget: Budget) -> Masks:
-        """The masks of the thresholds at this budget, unless the learner's own are kept beside them.
-
-        Raises:
-            UserError: for the learner's own masks at another budget than that of learning.
-        """
-        masks = saved_masks(self.modules.ranks, tensors := self.thresholds(budget), budget)
-        if self.learned is not None and budget.target != self.learned.target and "masks.ffn.0" in tensors:
-            raise UserError(OWN_MASKS)
-        return masks
+        """The masks of the thresholds at this budget, unless the learner's own are kept beside them."""
+        return saved_masks(self.modules.ranks, self.thresholds(budget), budget)
 
 
 def learn_sparsity(run: Run, modules: Modules, base: MasksOf) -> ModuleMasks:
@@ -158,6 +146,9 @@ def learn_sparsity(run: Run, modules: Modules, base: MasksOf) -> ModuleMasks:
     Args:
         base: masks of the base metric. Where the allocation is no rule for modules, every module keeps as much as they
             keep of it; learning starts there too.
+
+    Raises:
+        UserError: where the target is a quality, for a learner whose masks do not follow from its thresholds.
     """
     name, ranks = run.cfg.sparsity.allocation, modules.ranks
     rule = ALLOCATION[name]
@@ -170,8 +161,11 @@ def learn_sparsity(run: Run, modules: Modules, base: MasksOf) -> ModuleMasks:
         return ModuleMasks(modules, lambda budget: named_thresholds(start(budget)))
     tensors = run.folder.tensors("thresholds", lambda: fit_thresholds(run, modules, start(run.budget)))
     if run.cfg.sparsity.quality and "masks.ffn.0" in tensors:
-        raise UserError(OWN_MASKS)
-    return ModuleMasks(modules, lambda _: tensors, run.budget)
+        raise UserError(
+            "--sparsity.target: the learner's masks do not follow from its thresholds, so they cannot be cut at the "
+            "share that keeps a quality; expected a share, such as 0.3."
+        )
+    return ModuleMasks(modules, lambda _: tensors)
 
 
 def meet_budget(run: Run, masks_of: Mapping[str, MasksOf]) -> tuple[Thresholds | None, dict[str, Masks]]:

@@ -19,12 +19,7 @@ from gprune.storage import wheels
 from tests import tiny_run
 from tests.tiny_families import make_tiny
 
-
-@pytest.fixture(autouse=True)
-def _isolated(cache, monkeypatch):
-    tiny_run.quick(monkeypatch)
-    with tiny_run.isolated(cache):
-        yield
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 @pytest.fixture

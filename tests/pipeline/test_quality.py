@@ -72,11 +72,7 @@ def trained(tmp_path_factory) -> World:
     return World(place, corpora)
 
 
-@pytest.fixture(autouse=True)
-def _isolated(cache, monkeypatch):
-    tiny_run.quick(monkeypatch)
-    with tiny_run.isolated(cache):
-        yield
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 @pytest.fixture
