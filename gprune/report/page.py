@@ -161,19 +161,22 @@ def _label(run: str, stage: str) -> str:
     return run if run == stage else f"{run}: {stage}"
 
 
-def make(paths: Sequence[Path | str | FinishedRun], *, base: Path | str | FinishedRun | None = None) -> Report:
+def make(
+    paths: Sequence[Path | str | FinishedRun],
+    *, base: Path | str | FinishedRun | Mapping[Path, FinishedRun] | None = None,
+) -> Report:  # fmt: skip
     """Read the runs and make all tables.
 
     Args:
         paths: folders of runs, or runs that have been read.
-        base: a run whose stage `base` all others are divided by; None for each run's own.
+        base: a run whose stage `base` all others are divided by, or such a run by path; None for each run's own.
 
     Raises:
         UserError: for a folder that is no finished run.
     """
     runs = named_by_difference(read_runs(paths))
-    if base is None:
-        return of_runs(runs)
+    if base is None or isinstance(base, Mapping):
+        return of_runs(runs, bases=base)
     divisor = base if isinstance(base, FinishedRun) else read_run(base)
     return of_runs(runs, bases=dict.fromkeys((run.path for run in runs), divisor))
 

@@ -13,6 +13,7 @@ from gprune.storage.reading import expanded
 
 if TYPE_CHECKING:
     from gprune.runs.results import FinishedRun
+    from gprune.studies.result import StudyResult
 
 ABOUT = """Tables (Markdown, CSV) and figures (PNG, SVG) from finished runs, and from records that gprune study keeps.
 
@@ -37,7 +38,8 @@ def parser() -> Parser:
     made.add_argument("--output", metavar="FOLDER", help="(default: report/ in the run, or beside several)")
     made.add_argument("--html", metavar="FILE", help="write one page with everything, and nothing else")
     made.add_argument(
-        "--base", metavar="RUN", help="divide by this run's unrecovered base (default: each run's own base)"
+        "--base", metavar="RUN",
+        help="divide by this run's unrecovered base (default: the reference of the list, or each run's own base)",
     )
     made.add_argument("--records", metavar="FOLDER", help="where the records of a list are (default: as gprune study)")
     return made
@@ -52,7 +54,11 @@ def run(args: Sequence[str]) -> str:
     from gprune.report import html, page
 
     runs = [run for name in options.runs for run in runs_of(name, options.records)]
-    made = page.make(runs, base=None if options.base is None else base_run(options.base, options.records))
+    if options.base is None:
+        base = references(options.runs, options.records)
+    else:
+        base = base_run(options.base, options.records)
+    made = page.make(runs, base=base)
     if options.html is not None:
         return f"{made.shown()}\nWrote {html.write(made, options.html)}.\n"
     paths = made.write(options.output or default_output([run.path for run in made.runs]))
@@ -84,13 +90,9 @@ def check_exists(name: str) -> None:
 def runs_of(name: str, records: str | None) -> Iterator[Path | FinishedRun]:
     """What an argument names: the folder of a run, or runs as they are read from records."""
     from gprune.studies.archive import read, run_of
-    from gprune.studies.listing import Listing
-    from gprune.studies.result import chosen, of_listing
 
     if (listed := of_list(name)) is not None:
-        listing = Listing.read(expanded(listed[0]), records=records)
-        rows = chosen(listing, None if listed[1] is None else [listed[1]])
-        study = of_listing(listing, rows)
+        study = study_of(*listed, records)
         found = [run for run in study.runs if listed[1] in (None, run.name)]
         if not found:
             raise UserError(f"{name}: expected rows that have records; `gprune study {listed[0]}` runs them.")
@@ -102,6 +104,28 @@ def runs_of(name: str, records: str | None) -> Iterator[Path | FinishedRun]:
         yield run_of(path, record)
     else:
         yield expanded(name)
+
+
+def study_of(path: str, row: str | None, records: str | None) -> StudyResult:
+    """The records of one row of a list, by default of all, with those of the list's reference."""
+    from gprune.studies.listing import Listing
+    from gprune.studies.result import chosen, of_listing
+
+    listing = Listing.read(expanded(path), records=records)
+    return of_listing(listing, chosen(listing, None if row is None else [row]))
+
+
+def references(names: Sequence[str], records: str | None) -> dict[Path, FinishedRun] | None:
+    """By path of a run, the reference of its list; None unless every argument names rows of a list that has one."""
+    from gprune.studies.tables import bases_of
+
+    found: dict[Path, FinishedRun] = {}
+    for name in names:
+        study = None if (listed := of_list(name)) is None else study_of(*listed, records)
+        if study is None or (bases := bases_of(study.listing.content.reference, study.runs)) is None:
+            return None
+        found |= bases
+    return found
 
 
 def base_run(name: str, records: str | None) -> Path | FinishedRun:

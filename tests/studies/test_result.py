@@ -62,6 +62,15 @@ def test_a_frame_names_the_settings_in_which_rows_differ_and_no_others(study):
     assert not [name for name in study.to_frame().columns[len(COLUMNS) :] if name.startswith(("corpora.", "run."))]
 
 
+def test_a_report_on_a_row_divides_by_the_reference_of_its_list(bench, first, study, tmp_path):
+    line = study.to_frame().set_index("row").loc["ours"]
+    args = [f"{first[0]}:ours", "--records", str(bench.records), "--output", str(tmp_path)]
+    assert command("report", args) == 0
+    table = pd.read_csv(tmp_path / "tables" / "summary.csv")
+    ratio = table[table["stage"] == "gprune"]["unseen / unrecovered base"].item()
+    assert float(ratio) == pytest.approx(line["unseen_over_unrecovered_base"], rel=1e-6)
+
+
 def test_all_stages_are_lines_if_asked_for(study):
     frame = study.to_frame(stages=True)
     assert list(frame[frame["row"] == "ours"]["stage"]) == ["dense", "base", "averaged", "gprune"]
