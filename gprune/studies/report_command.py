@@ -38,7 +38,8 @@ def parser() -> Parser:
     made.add_argument("--output", metavar="FOLDER", help="(default: report/ in the run, or beside several)")
     made.add_argument("--html", metavar="FILE", help="write one page with everything, and nothing else")
     made.add_argument(
-        "--base", metavar="RUN",
+        "--base",
+        metavar="RUN",
         help="divide by this run's unrecovered base (default: the reference of the list, or each run's own base)",
     )
     made.add_argument("--records", metavar="FOLDER", help="where the records of a list are (default: as gprune study)")
