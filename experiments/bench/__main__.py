@@ -5,12 +5,12 @@
     python -m experiments.bench inference --device cuda --dtype bfloat16 --model HUB/ID
     python -m experiments.bench inference --small                          # tiny shapes: only tries it
     python -m experiments.bench learning --seq_len 256 --batch_sizes 1 4   # a learning step beside a bare one
-    python -m experiments.bench run --repeats 1 -- --logging.mode disabled # train.py in 32-true and in auto
+    python -m experiments.bench run --repeats 1 -- --logging.mode disabled # train.py in 32-true, auto, bfloat16
 
 inference: prefill, decoding, memory and file size of the dense and the pruned model, beside the bound that FLOPs give.
 learning: steps of distillation (windows: the first of --batch_sizes) and of thresholds (the last one) beside bare steps
-under bfloat16 autocast, and evaluation beside calibration. run: seconds, results and plans of whole runs; flags behind
--- are those of train.py.
+under bfloat16 autocast, and evaluation beside calibration. run: seconds, results and plans of whole runs in three
+precisions; flags behind -- are those of train.py.
 """
 
 from __future__ import annotations

@@ -46,6 +46,12 @@ from .measure import Table, in_turn
 from .models import Settings, pair_of, random_masks, tokens
 
 STEP, RUN, EVALUATION, PLAN = 1.15, 0.55, 0.8, 0.25  # goals
+# Whole runs: a name, and its flags. `--model.dtype` is the precision of statistics and evaluation too.
+PRECISIONS = (
+    ("32-true", ("--trainer.precision", "32-true")),
+    ("auto", ("--trainer.precision", "auto")),
+    ("auto, weights in bfloat16", ("--trainer.precision", "auto", "--model.dtype", "bfloat16")),
+)
 ROOT = Path(__file__).parents[2]
 
 
@@ -225,21 +231,21 @@ def hardware(device: torch.device) -> str:
 
 
 def whole_runs(flags: list[str], repeats: int) -> list[Table]:
-    """`train.py` with these flags in 32-true and in `auto`, in turn, each with an empty cache of statistics.
+    """`train.py` with these flags in several precisions, in turn, each with an empty cache of statistics.
 
     Raises:
         UserError: for a run that fails.
     """
     rows = []
     for turn in range(repeats):
-        order = ("32-true", "auto")[:: -1 if turn % 2 else 1]
-        made = {precision: one_run(flags, precision) for precision in order}
-        for precision in ("32-true", "auto"):
-            run, base = made[precision], made["32-true"]
+        order = PRECISIONS[:: -1 if turn % 2 else 1]
+        made = {name: one_run([*flags, *precision]) for name, precision in order}
+        for name, _ in PRECISIONS:
+            run, base = made[name], made["32-true"]
             over, beside = run["seconds"] / base["seconds"], run["unseen"] / base["unseen"]
             planned = run["planned"] / run["seconds"]
             rows.append([
-                f"{precision} ({run['precision']}), {turn}", run["seconds"], over, run["unseen"], beside,
+                f"{name} ({run['precision']}), {turn}", run["seconds"], over, run["unseen"], beside,
                 run["evaluation"], run["planned"], planned, abs(planned - 1) <= PLAN,
             ])  # fmt: skip
     header = ["", "run, s", "over 32-true", "unseen / base", "over 32-true", "evaluation / calibration", "planned, s"]
@@ -248,7 +254,7 @@ def whole_runs(flags: list[str], repeats: int) -> list[Table]:
     return [Table("A whole run", f"{about} {hardware(torch.device('cpu'))}", [*header, "planned / run", "met"], rows)]
 
 
-def one_run(flags: list[str], precision: str) -> dict[str, Any]:
+def one_run(flags: list[str]) -> dict[str, Any]:
     """Seconds of a run from its manifest, its result, and the seconds that a dry run plans for it."""
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch) / "cache"
@@ -256,7 +262,7 @@ def one_run(flags: list[str], precision: str) -> dict[str, Any]:
         for kept in ("models", "wheels"):  # what a first run would download
             (cache_dir() / kept).mkdir(parents=True, exist_ok=True)
             (cache / kept).symlink_to(cache_dir() / kept)
-        own = ["--trainer.precision", precision, "--run.dir", scratch, "--run.name", "run"]
+        own = ["--run.dir", scratch, "--run.name", "run"]
 
         def train(*more: str) -> str:
             done = subprocess.run(
