@@ -231,6 +231,26 @@ def test_only_what_is_needed_goes_through_the_pruned_layers(kept, attention, pas
     assert prefix.tokens == passes * 10 * 24
 
 
+@pytest.mark.parametrize("ridge", [0.0, RIDGE])
+def test_idle_neurons_and_fewer_tokens_than_neurons_end_in_the_least_correction(ridge):
+    """Singular Gram matrices: what is kept of idle neurons keeps its weights, and the text itself is met."""
+    model, ids = make_tiny("llama"), [windows()[0][:1, :10]]
+    model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    model.model.layers[1].mlp.up_proj.weight.data[::3] = 0
+    masks = some_masks(model, (20, 30, 24), attention=True)
+    plain, small = weights(prune(model, masks)), recovered(model, masks, ids, ridge=ridge)
+    found = weights(small)
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    down = "model.layers.{}.mlp.down_proj.weight".format
+    assert torch.equal(found[down(0)], plain[down(0)])
+    idle = ~small.model.layers[1].mlp.up_proj.weight.any(1)
+    assert 0 < idle.sum() < len(idle)
+    assert torch.equal(found[down(1)][:, idle], plain[down(1)][:, idle])
+    assert not torch.equal(found[down(1)], plain[down(1)])
+    ends = [errors(model, m, ids)[0] for m in (prune(model, masks), small)]
+    assert ends[1] < 0.1 * ends[0]
+
+
 def test_what_is_not_finite_is_one_line():
     model = make_tiny("llama")
     model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
