@@ -12,6 +12,7 @@ of the energy of the activations, and next to nothing depends on it. Two thousan
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -20,11 +21,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gprune.calibration.moments import add_gram, fill_gram
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.errors import UserError, require_finite
+from gprune.models.autocast import CastWeights
+from gprune.models.bfloat16 import fast_products
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.losses import differentiable, next_token_losses
 from gprune.models.offload import device_of
+
+log = logging.getLogger("gprune")
 
 LEVELS = 8  # widths of a block whose errors are computed lie N / LEVELS apart
 
@@ -38,18 +44,21 @@ def check_dense(blocks: Sequence[Block]) -> None:
         )
 
 
-def tokens_with_gradients(model: PreTrainedModel, batches: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def tokens_with_gradients(
+    model: PreTrainedModel, batches: Sequence[Tensor], *, bfloat16: bool = False
+) -> list[tuple[Tensor, Tensor]]:
     """What enters each output projection of an FFN, and how much the loss depends on what leaves it.
 
     Args:
         model: dense and frozen.
         batches: (B, T) int64 token ids each.
+        bfloat16: multiply matrices in bfloat16 (autocast); in float32 nevertheless if a loss is not finite then.
 
     Returns:
         For each block (n, N) bfloat16 activations of all n tokens and (n,) float32 ||g_t||^2 on the CPU; the loss is a
         window's mean next-token cross-entropy in nats. Two empty tensors for a block without an FFN.
     """
-    blocks = blocks_of(model)
+    blocks, device = blocks_of(model), device_of(model)
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in blocks]
 
     def see(index: int, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -60,6 +69,7 @@ def tokens_with_gradients(model: PreTrainedModel, batches: Sequence[Tensor]) -> 
 
         output.register_hook(keep)
 
+    casts = CastWeights(model)
     with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
         hooks.callback(differentiable(model).remove)
         for block in blocks:
@@ -67,38 +77,51 @@ def tokens_with_gradients(model: PreTrainedModel, batches: Sequence[Tensor]) -> 
                 host = block.parts["down"].host
                 hooks.callback(host.register_forward_hook(partial(see, block.index)).remove)
         for ids in batches:
-            next_token_losses(model, ids.to(device_of(model)).clone()).sum().backward()
+            ids = ids.to(device).clone()
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), casts.applied():
+                losses = next_token_losses(model, ids)
+            if bfloat16 and not losses.isfinite().all():
+                log.warning("A loss is not finite in bfloat16: errors of blocks are measured in float32 instead.")
+                bfloat16, losses = False, next_token_losses(model, ids)
+            losses.sum().backward()
     empty = torch.zeros(0, 0, dtype=torch.bfloat16), torch.zeros(0)
     return [tuple(torch.cat(part) for part in zip(*of, strict=True)) if of else empty for of in seen]
 
 
 @torch.no_grad()
 def errors_by_width(weight: Tensor, gram: Tensor, x: Tensor, energy: Tensor, *, ridge: float) -> Tensor:
-    """E(K) at K = 0, N / LEVELS, ..., N kept neurons, (LEVELS + 1,) float64, the last of them 0.
+    """E(K) at K = 0, N / LEVELS, ..., N kept neurons, (LEVELS + 1,) float64 on the CPU, the last of them 0.
+
+    One factor serves all widths. With G + lambda I = L L^T, P = W L, and R the N - K neurons that go, the error of
+    token t is r_t = P_R (L^-1 x_t)_R, since a leading part of L is the factor of the leading part of the matrix. So
+
+        E(K) = sum over i, j in R of (P^T P)_ij (L^-1 S L^-T)_ij,    S = mean over tokens of x_t x_t^T ||g_t||^2.
 
     Args:
-        weight: W (H, N); gram: sum of x x^T over the calibration text, (N, N); x: (n, N) tokens. All of them with
-            neurons in the order in which they leave, the last one first.
+        weight: W (H, N); gram: G, the sum of x x^T over the calibration text, (N, N); x: (n, N) tokens. All of them
+            with neurons in the order in which they leave, the last one first.
         energy: ||g_t||^2 of these tokens, (n,).
         ridge: lambda of least squares over the mean diagonal of `gram`.
+
+    Raises:
+        UserError: if an activation or a gradient is not finite.
     """
     N = weight.shape[1]
-    weight, gram, x = weight.double(), gram.double(), x.float()
-    weighted = (x * energy.float()[:, None]).T @ x / max(1, len(x))
+    weighted = torch.zeros(N, N, device=weight.device)
+    scaled = x.float() * (energy.float() / max(1, len(x))).sqrt()[:, None]
+    with fast_products(x):  # which rounds them to bfloat16 again: errors change by some 1e-4 of themselves
+        add_gram(weighted, scaled)
+    fill_gram(weighted)
     require_finite("activation or gradient came up while errors were measured", weighted)
-    damped = gram.clone()
-    damped.diagonal().add_(max(ridge, torch.finfo(torch.float32).eps * N) * gram.diagonal().mean().clamp_min(1e-12))
-    factor = torch.linalg.cholesky(damped)  # its leading parts are the factors of the leading parts of the matrix
-    errors = torch.zeros(LEVELS + 1, dtype=torch.float64)
-    for level in range(LEVELS):
-        K = level * N // LEVELS
-        error = weight
-        if K:
-            correction = torch.cholesky_solve((weight[:, K:] @ gram[K:, :K]).T, factor[:K, :K]).T
-            error = torch.cat([-correction, weight[:, K:]], 1)
-        error = error.float()
-        errors[level] = ((error @ weighted) * error).sum(dtype=torch.float64)
-    return errors
+    damped = gram.double()
+    damping = max(ridge, torch.finfo(torch.float32).eps * N) * damped.diagonal().mean().clamp_min(1e-12)
+    factor = torch.linalg.cholesky(damped + damping * torch.eye(N, device=damped.device)).float()
+    whitened = torch.linalg.solve_triangular(factor, weighted, upper=False)
+    whitened = torch.linalg.solve_triangular(factor, whitened.T, upper=False)  # S is symmetric
+    P = weight.float() @ factor
+    products = (P.T @ P).mul_(whitened)
+    widths = [level * N // LEVELS for level in range(LEVELS + 1)]
+    return torch.stack([products[K:, K:].sum(dtype=torch.float64) for K in widths]).cpu()
 
 
 def block_errors(
@@ -108,23 +131,26 @@ def block_errors(
     batches: Sequence[Tensor],
     *,
     ridge: float = 0.01,
+    bfloat16: bool = False,
 ) -> Tensor:
-    """E(K) of every block, (blocks, LEVELS + 1) float64, as `errors_by_width` gives it.
+    """E(K) of every block, (blocks, LEVELS + 1) float64 on the CPU, as `errors_by_width` gives it.
 
     Args:
         model: dense and frozen, its weights in memory.
         scores: (N,) of each block's neurons, of which the smallest leave first.
         statistics: with Gram matrices.
         batches: the tokens, (B, T) int64 each, to go through the model and back.
+        bfloat16: as for `tokens_with_gradients`.
     """
     blocks, errors = blocks_of(model), []
-    for block, of_block, (x, energy) in zip(blocks, scores, tokens_with_gradients(model, batches), strict=True):
+    tokens = tokens_with_gradients(model, batches, bfloat16=bfloat16)
+    for block, of_block, (x, energy) in zip(blocks, scores, tokens, strict=True):
         if block.down is None:
             errors.append(torch.zeros(LEVELS + 1, dtype=torch.float64))
             continue
         weight, gram = block.down.weight.detach(), statistics.ffn[block.index].total.gram
         assert gram is not None, "errors are measured behind least squares, which needs Gram matrices"
-        order = of_block.argsort(descending=True, stable=True)
-        weight = weight.float().cpu()[:, order]
-        errors.append(errors_by_width(weight, gram.cpu()[order][:, order], x[:, order], energy, ridge=ridge))
+        order = of_block.argsort(descending=True, stable=True).to(weight.device)
+        gram, x, energy = (tensor.to(weight.device) for tensor in (gram, x, energy))
+        errors.append(errors_by_width(weight[:, order], gram[order][:, order], x[:, order], energy, ridge=ridge))
     return torch.stack(errors)

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from gprune.calibration.statistics import SUMS, ChannelStatistics, Moments
 from gprune.errors import require_finite
+from gprune.models.bfloat16 import fast_products
 
 
 def _panels(channels: int, width: int = 192) -> list[slice]:
@@ -61,7 +62,7 @@ class StreamingMoments(_Sums):
 
     def update(self, x: Tensor, half: Tensor, weight: Tensor) -> None:
         """Add activations x (B, T, C) of windows that belong to `half` (B,) in {0, 1}; `weight` (B,) in {0, 1}."""
-        x = x.float()
+        entered, x = x, x.float()
         assign = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)  # (half, window)
         assign[half, torch.arange(len(x), device=x.device)] = weight.double()
         self.count += assign.sum(1) * x.shape[1]
@@ -69,7 +70,8 @@ class StreamingMoments(_Sums):
         # Plain sums: an einsum or a vector norm over the middle dimension takes ten times as long on a CPU.
         self.sum_sq += assign @ x.square().sum(1).double()
         if self.with_gram:
-            add_gram(self.gram, (x * weight[:, None, None]).flatten(0, 1))
+            with fast_products(entered):
+                add_gram(self.gram, (x * weight[:, None, None]).flatten(0, 1))
 
     def compute(self) -> dict[str, Tensor]:
         """The accumulated sums by name: `count` (2,), the others (2, C), and `gram` (C, C) if asked for."""

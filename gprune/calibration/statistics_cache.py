@@ -7,7 +7,7 @@ are collected block by block (`gprune.calibration.layerwise`) have a file per bl
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class StatisticsCache:
     bits: Mapping[str, Any]  # everything else that determines the numbers, down to their last bits
     scopes: Collection[str]  # scopes (`ffn`, `attention`) whose saliency is collected
     walked_blocks: int | None  # number of blocks where Gram matrices are collected block by block, else None
+    gram_bits: Mapping[str, Any] = field(default_factory=dict)  # as `bits`, of Gram matrices alone
 
     def read(self, corpus: str, kinds: Collection[str]) -> CorpusStatistics | None:
         """The statistics of a corpus; None unless all kinds are there, and whole."""
@@ -61,5 +62,7 @@ class StatisticsCache:
         return StoredGram(((self._path(corpus, ["gram", kind, block]), "gram"),))
 
     def _path(self, corpus: str, kind: str | list[str | int]) -> Path:
+        own = self.gram_bits if kind == "gram" or kind[0] == "gram" else {}
         kind = ["taylor", *self.scopes] if kind == "saliency" else kind
-        return cache_dir() / "statistics" / f"{key_of(text=self.texts[corpus], kind=kind, **self.bits)}.safetensors"
+        key = key_of(text=self.texts[corpus], kind=kind, **self.bits, **own)
+        return cache_dir() / "statistics" / f"{key}.safetensors"

@@ -152,10 +152,11 @@ class TrainerConfig(Group, prefix="trainer."):
     """torch's setting of this name. high: matrix products of float32 in TF32 on GPUs that have it, several times
     faster; medium: in bfloat16."""
     precision: Annotated[Literal["auto", "32-true", "bf16-mixed"], BeforeValidator(precision_named)] = "auto"
-    """Precision in which thresholds and recoveries learn; statistics and evaluation use --model.dtype. bf16-mixed:
-    matrix products in bfloat16 (autocast), several times faster on GPUs of compute capability 8 and above and on CPUs
-    with AMX, and slower elsewhere. auto: bf16-mixed on that hardware, 32-true elsewhere and with --model.dtype float16;
-    a run that has begun keeps its precision, and rows of a list use 32-true unless they name another precision."""
+    """Precision in which thresholds and recoveries learn, and errors of blocks are measured (--sparsity.allocation
+    reconstruction); statistics and evaluation use --model.dtype. bf16-mixed: matrix products in bfloat16 (autocast),
+    several times faster on GPUs of compute capability 8 and above and on CPUs with AMX, and slower elsewhere. auto:
+    bf16-mixed on that hardware, 32-true elsewhere and with --model.dtype float16; a run that has begun keeps its
+    precision, and rows of a list use 32-true unless they name another precision."""
     callbacks: list[ClassPath] = Field([])
     """Lightning callbacks of every stage, made anew for each: [{class_path: lightning.pytorch.callbacks.EarlyStopping,
     init_args: {monitor: learn/loss, strict: false}}]. Classes of other packages need --import."""

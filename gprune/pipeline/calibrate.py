@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from gprune.calibration.layerwise import check_walk, walks
@@ -12,6 +13,7 @@ from gprune.calibration.statistics import CorpusStatistics, StoredGram, kind_of
 from gprune.calibration.statistics_cache import StatisticsCache
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.errors import UserError
+from gprune.models.bfloat16 import has_fast_products
 from gprune.models.blocks import Block, decoder_layers
 from gprune.models.offload import device_of
 from gprune.pipeline.run import Run
@@ -84,6 +86,7 @@ def statistics_cache(run: Run) -> StatisticsCache:
         },
         scopes=("ffn", "attention") if cfg.attention else ("ffn",),
         walked_blocks=len(decoder_layers(run.model)) if by_block else None,
+        gram_bits={"products": "bfloat16"} if has_fast_products(getattr(torch, cfg.model.dtype), device) else {},
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from gprune.report.model_card import write_card
 from gprune.report.records import quality_table, result_table
 from gprune.report.run_figures import write_figures
 from gprune.runs import schema, tracking
+from gprune.runs.folder import of_first
 from gprune.runs.numbers import means_and_gaps, row_name, run_numbers, unseen_ratios
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
@@ -108,14 +109,6 @@ def leaks(run: Run) -> dict[str, tuple[bool, float]]:
         if share > SEEN_ABOVE and not named:
             log.warning("%s shares %.1f%% of its 13-grams with used text: counted as seen.", w.corpus, 100 * share)
     return by_corpus
-
-
-def of_first(seen: Any) -> Any:
-    """What the first process sees, for all that compute together: others may not see yet a file that it has written."""
-    held = [seen]
-    if processes()[1] > 1:
-        torch.distributed.broadcast_object_list(held)
-    return held[0]
 
 
 def spread(run: Run, model: PreTrainedModel) -> PreTrainedModel:

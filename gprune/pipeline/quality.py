@@ -27,12 +27,13 @@ from gprune.evaluation.perplexity import PerplexityResult
 from gprune.evaluation.tolerance import largest_share
 from gprune.models.masks import Masks
 from gprune.pipeline.cost import LEARNED_TRIES, TRIES
-from gprune.pipeline.evaluate import dense_perplexity, measured, of_first, spread
+from gprune.pipeline.evaluate import dense_perplexity, measured, spread
 from gprune.pipeline.recover import Stage, learned_file, shrink
 from gprune.pipeline.run import Run
 from gprune.pipeline.sparsity import MasksOf
 from gprune.recoveries import recovery_of
 from gprune.runs import schema
+from gprune.runs.folder import of_first
 from gprune.runs.numbers import Record, estimates, row_name
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.search import Found, largest_within

@@ -110,15 +110,18 @@ def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Sco
 def errors_of(run: Run, name: str, scores: Scores, statistics: CorpusStatistics, corpora: Sequence[str]) -> Tensor:
     """`calibration.errors.block_errors` of the neurons in the order of these scores, once for each run and `name`.
 
-    The text is that of these corpora, `error_windows` windows of each.
+    The text is that of these corpora, `error_windows` windows of each. A float32 model computes in the precision of
+    learning, which is part of the run's key.
     """
-    size, length = run.cfg.corpora.batch_size, run.cfg.corpora.seq_len
-    windows = error_windows(run.cfg)
+    cfg, windows = run.cfg, error_windows(run.cfg)
+    size, length = cfg.corpora.batch_size, cfg.corpora.seq_len
+    bfloat16 = cfg.model.dtype == "float32" and cfg.trainer.precision == "bf16-mixed"
     batches = [ids for corpus in corpora for ids in run.text.train[corpus].tokens[:windows].split(size)]
 
     def compute() -> dict[str, Tensor]:
         run.step(2, f"Measuring what errors of {name} cost, on {len(corpora) * windows * length:,} tokens")
-        return {"errors": block_errors(run.model, scores.ffn, statistics, batches, ridge=run.cfg.ridge)}
+        errors = block_errors(run.model, scores.ffn, statistics, batches, ridge=cfg.ridge, bfloat16=bfloat16)
+        return {"errors": errors}
 
     return run.folder.tensors(f"errors_{name}", compute)["errors"]
 

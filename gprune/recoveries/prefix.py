@@ -14,8 +14,10 @@ since the norm's output is not linear in V. A block's attention comes before its
 and W_K x + bias contain it, so that it cancels in E. Our reading: the paper recovers nothing. All tokens of all corpora
 count equally.
 
-G and E are summed in float32 and solved in float64. Hidden states lie on the CPU in the model's dtype. The cost is one
-pass through the dense layers, one through the pruned layers, and one more through these for each projection of a block.
+G and E are summed in float32 and solved in float64; of a bfloat16 model, on a CPU with AMX, the error y* - W_K x is
+rounded to bfloat16 in E. Hidden states lie on the CPU in the model's dtype, and so does what enters the projection that
+is solved last. The cost is one pass through the dense layers, and one through the pruned layers for each projection of
+a block; where a norm stands behind the FFN, or `down` keeps its weights, one more.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from transformers import PreTrainedModel
 from gprune.calibration.layerwise import Walk
 from gprune.calibration.moments import add_gram, fill_gram
 from gprune.errors import require_finite
+from gprune.models.bfloat16 import fast_products
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, resident
@@ -103,9 +106,11 @@ class PrunedPrefix:
         home = device_of(block.layer)
         block.layer.to(device_of(dense.layer))  # where the layer's other arguments are
         try:
+            # With `down` solved, and no norm behind it, what it adds to the stream is exchanged without another pass.
+            exchanged = "down" in self.lost[dense.index] and block.joins_residual("down") and dense.index < self.last
             for part in self.lost[dense.index]:
-                self._solve(part, block, dense.index, targets[part])
-            if dense.index < self.last:
+                self._solve(part, block, dense.index, targets[part], exchange=exchanged and part == "down")
+            if dense.index < self.last and not exchanged:
                 for i, hidden in enumerate(self.hidden):
                     self.hidden[i] = self._through(block, dense.index, i, hidden).cpu()
         finally:
@@ -123,23 +128,34 @@ class PrunedPrefix:
                 call.hidden = after.cpu()
         return targets
 
-    def _solve(self, part: str, block: Block, index: int, targets: list[Tensor]) -> None:
-        """Take the pruned stream through a block with its present weights, and solve one of its projections."""
+    def _solve(self, part: str, block: Block, index: int, targets: list[Tensor], *, exchange: bool) -> None:
+        """Take the pruned stream through a block with its present weights, and solve one of its projections.
+
+        With `exchange`, for `down`, the stream is then the one behind the block, with the new weights.
+        """
         place, device = block.parts[part], device_of(block.layer)
         gram = torch.zeros(place.in_features, place.in_features, device=device)
         cross = torch.zeros(place.out_features, place.in_features, device=device)
+        entered = []  # the projection, of each batch
         with watched(block, (part,)) as seen:
             for i, (hidden, target) in enumerate(zip(self.hidden, targets, strict=True)):
                 after = self._through(block, index, i, hidden)
                 x, y = seen[part]
-                x = x.flatten(0, -2).float()
+                if exchange:
+                    entered.append(x.cpu())
+                    self.hidden[i] = (after.float() - y.reshape(after.shape).float() * self.scale).to(after.dtype).cpu()
+                rows = x.flatten(0, -2).float()
                 error = (target.to(device).float() - self._behind(block, part, y, hidden, after).float()) / self.scale
-                add_gram(gram, x)
-                cross.addmm_(error.T, x)
+                with fast_products(x):
+                    add_gram(gram, rows)
+                    cross.addmm_(error.T, rows)
         require_finite(f"activation came up in block {index} of the pruned model", gram, cross)
         fill_gram(gram)
         correction = ridge_correction(gram.double(), cross.double(), self.ridge)
         place.set((place.weight.double() + correction).to(place.weight.dtype), None)
+        for i, x in enumerate(entered):
+            before = self.hidden[i].to(device)
+            self.hidden[i] = (before + place.host(x.to(device)).reshape(before.shape) * self.scale).cpu()
 
     def _behind(self, block: Block, part: str, output: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """What has to equal the dense model's behind a projection, (tokens, H): the stream, or the projection's output.

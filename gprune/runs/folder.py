@@ -11,11 +11,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from gprune.config import flat
 from gprune.errors import UserError
+from gprune.evaluation.perplexity import processes
 from gprune.runs import schema
 from gprune.storage.cache import disk_errors
 from gprune.storage.environment import environment, peak_memory
@@ -30,6 +32,17 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     there, here = flat(old), flat(new)
     names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
     return [f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names]
+
+
+def of_first(seen: Any) -> Any:
+    """Broadcast rank 0's value to all processes that compute together.
+
+    Others may not see yet a file that rank 0 has written, and on GPUs the same computation may round differently.
+    """
+    held = [seen]
+    if processes()[1] > 1:
+        torch.distributed.broadcast_object_list(held)
+    return held[0]
 
 
 class RunFolder:
@@ -189,11 +202,14 @@ class RunFolder:
         return {kind: int(sum(step.get(kind, 0) for step in steps)) for kind in self.count_tokens()}
 
     def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors of a finished step, or those of `compute()`, saved."""
-        tensors = self.read(name)
+        """The tensors of a finished step, or those of `compute()`, saved; on all processes those of rank 0.
+
+        All processes have to call it, and all of them compute, since a step may need them together.
+        """
+        tensors = of_first(self.read(name))
         if tensors is None:
             with self.step(name):
-                tensors = compute()
+                tensors = of_first(compute())
             self.write(name, tensors)
         return tensors
 

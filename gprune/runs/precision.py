@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
 from gprune.config import RunConfig
+from gprune.models.bfloat16 import multiplies_bfloat16
 from gprune.runs import schema
 from gprune.runs.trainer import launched
 from gprune.storage.files import read_json
 
 Precision = Literal["32-true", "bf16-mixed"]
-
-
-def multiplies_bfloat16(device: torch.device) -> tuple[bool, str]:
-    """Whether matrix products are faster here in bfloat16 than in float32, and what says so.
-
-    Of GPUs those of compute capability 8 and above, where all that this process sees have it. Of processors those with
-    AMX. AVX512-BF16 alone is not enough: on Sapphire Rapids without AMX (`ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`)
-    products of SmolLM2's sizes take 1.4 to 1.9 times as long in bfloat16 as in float32.
-    """
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            return True, "taken for granted of a GPU that is planned for"
-        if torch.version.hip:
-            return True, "a GPU of AMD"
-        least = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
-        return least >= (8, 0), f"a GPU of compute capability {least[0]}.{least[1]}"
-    if device.type != "cpu" or not _has_amx():
-        return False, f"{'a processor' if device.type == 'cpu' else device.type} without AMX"
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
-    if limit not in ("", "ALL", "DEFAULT") and "AMX" not in limit:
-        return False, f"ONEDNN_MAX_CPU_ISA={limit}"
-    return True, "a processor with AMX"
-
-
-def _has_amx() -> bool:
-    """Whether the processor has tiles of bfloat16, and torch the library that uses them."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if hasattr(torch.cpu, "get_capabilities"):
-        return bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # torch 2.6
 
 
 def settled(cfg: RunConfig, device: torch.device, *, together: bool = False) -> tuple[RunConfig, str]:

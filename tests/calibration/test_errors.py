@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from gprune.calibration import errors as errors_module
 from gprune.calibration.errors import LEVELS, block_errors, errors_by_width, tokens_with_gradients
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
@@ -38,6 +39,61 @@ def test_errors_are_those_of_least_squares_token_by_token():
         own = weight[:, :K] + (weight[:, K:] @ gram[K:, :K]) @ torch.linalg.inv(gram[:K, :K] + damping)
         error = x @ weight.T - x[:, :K] @ own.T
         assert found[level] == pytest.approx(float((error.square().sum(1) * energy).mean()), rel=1e-4, abs=1e-9)
+
+
+def reference(weight, x, energy, ridge, floor):
+    """E(K) token by token in float64, with the damping that `floor`, a share of the trace, is the least of."""
+    N, gram, errors = x.shape[1], x.T @ x, []
+    damping = max(max(ridge, floor * N) * float(gram.diagonal().mean()), 1e-15)
+    for level in range(LEVELS + 1):
+        K = level * N // LEVELS
+        inverse = torch.linalg.pinv(gram[:K, :K] + damping * torch.eye(K, dtype=torch.float64), hermitian=True)
+        own = weight[:, :K] + (weight[:, K:] @ gram[K:, :K]) @ inverse
+        errors.append(float(((x @ weight.T - x[:, :K] @ own.T).square().sum(1) * energy).mean()))
+    return torch.tensor(errors, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.01])
+@pytest.mark.parametrize(
+    "case", ["idle neurons", "all idle", "fewer tokens than neurons", "equal neurons", "one token"]
+)
+def test_singular_gram_matrices_have_the_errors_of_damped_least_squares(case, ridge):
+    generator = torch.Generator().manual_seed(0)
+    n = {"few tokens": 7, "one token": 1}.get(case, 100)
+    weight, x = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((5, 32), (n, 32)))
+    energy = torch.rand(n, generator=generator, dtype=torch.float64)
+    if case == "idle neurons":
+        x[:, ::3] = 0
+    if case == "all idle":
+        x[:] = 0
+    if case == "equal neurons":
+        x[:, 1::2] = x[:, ::2]
+    found = errors_by_width(weight, (x.T @ x).float(), x, energy, ridge=ridge)
+    expected = reference(weight, x, energy, ridge, torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6 * float(expected[0]))
+
+
+def test_bfloat16_finds_nearly_the_same_errors(measured):
+    model, tokens, statistics, scores = measured
+    exact = block_errors(model, scores.ffn, statistics, tokens.split(2))
+    found = block_errors(model, scores.ffn, statistics, tokens.split(2), bfloat16=True)
+    assert hooks_of(model) == 0
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert not torch.equal(found, exact)
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0)
+
+
+def test_a_loss_that_is_not_finite_in_bfloat16_is_measured_in_float32(measured, monkeypatch, caplog):
+    model, tokens, statistics, scores = measured
+    exact = block_errors(model, scores.ffn, statistics, tokens.split(2))
+    losses = errors_module.next_token_losses
+
+    def overflowing(*args):
+        return losses(*args) * (torch.inf if torch.is_autocast_enabled("cpu") else 1)
+
+    monkeypatch.setattr(errors_module, "next_token_losses", overflowing)
+    assert torch.equal(block_errors(model, scores.ffn, statistics, tokens.split(2), bfloat16=True), exact)
+    assert caplog.text.count("not finite in bfloat16") == 1
 
 
 def test_energies_are_squared_gradients_of_each_windows_loss(measured):
@@ -106,6 +162,33 @@ def test_a_block_without_influence_goes_first(measured):
     masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=1.0)
     assert [int(keep.sum()) for keep in masks.ffn] == [47, 1, 48]  # each block keeps a neuron
     assert ALLOCATION["reconstruction"].errors
+
+
+def idle_model():
+    """All neurons of block 0 are idle, and a third of block 1's; so little text that every Gram matrix is singular."""
+    model = make_tiny_llama()
+    model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    model.model.layers[1].mlp.up_proj.weight.data[::3] = 0
+    return model, torch.randint(3, 128, (2, 8), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("strength", [0.75, 1.0])
+def test_idle_neurons_and_fewer_tokens_than_neurons_end_in_masks_on_budget(strength):
+    model, tokens = idle_model()
+    blocks, statistics = blocks_of(model), collect(model, batches(tokens, 2), gram=True)
+    scores = score_units("act_norm", blocks, statistics)
+    errors = block_errors(model, scores.ffn, statistics, [tokens], ridge=0.0)
+    assert errors.isfinite().all()
+    assert (errors[0] == 0).all()
+    assert errors[1, 0] > errors[1, LEVELS // 2] >= 0
+    statistics = type(statistics)(statistics.ffn, statistics.attention, statistics.turned, errors)
+    budget = Budget.of(unit_costs(blocks, scope="ffn"), 1 / 3)
+    masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=strength)
+    widths = [int(keep.sum()) for keep in masks.ffn]
+    assert sum(widths) == 2 * 48
+    assert widths[0] == min(widths)  # what costs nothing goes first
+    assert widths[0] == 1 or strength < 1
+    assert masks.ffn[1][1::3].all() or strength < 1  # of block 1 the idle neurons at most
 
 
 def test_blocks_that_are_protected_take_no_part(measured):

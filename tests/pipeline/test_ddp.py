@@ -192,6 +192,43 @@ def test_statistics_that_one_process_alone_finds_are_collected_by_all(world, tmp
     assert read_json(tmp_path / "after/manifest.json")["steps"]["calibrate"]["forward_tokens"] > 0
 
 
+# A run in which the processes measure other errors of blocks, as rounding may do it; each notes its masks.
+APART = """
+import sys
+from pathlib import Path
+import torch
+from gprune.cli import main
+from gprune.pipeline import sparsity
+from gprune.pipeline import prune as pipeline
+
+def apart(*args, measure=sparsity.block_errors, **how):
+    errors = measure(*args, **how)
+    return errors.flip(0) if torch.distributed.get_rank() else errors
+
+def noted(run, masks_of, meet=pipeline.meet_budget):
+    thresholds, masks = meet(run, masks_of)
+    widths = [int(keep.sum()) for keep in masks["base"].ffn]
+    Path(sys.argv[1], f"widths.{torch.distributed.get_rank()}").write_text(str(widths))
+    return thresholds, masks
+
+sparsity.block_errors, pipeline.meet_budget = apart, noted
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[2:]))
+"""
+
+
+def test_processes_that_measure_other_errors_of_blocks_have_the_masks_of_the_first(world, tmp_path):
+    (tmp_path / "apart.py").write_text(APART)
+    flags = ["--gprune=false", "--export=none", "--sparsity.allocation=reconstruction", "--recovery=least_squares"]
+    args = [str(tmp_path), *world.args(tmp_path, *flags, *TWO)]
+    done, _ = tiny_run.train(args, tmp_path, processes=2, script=tmp_path / "apart.py")
+    assert done.returncode == 0, done.stderr
+    first, second = ((tmp_path / f"widths.{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    errors = read_tensors(tmp_path / "run/errors_base.safetensors")["errors"]
+    assert not torch.equal(errors, errors.flip(0))  # each on its own, the two would have cut other widths
+
+
 def test_an_error_in_two_processes_is_still_one_line(world, tmp_path):
     broken = shutil.copytree(world.model, tmp_path / "model")
     poison(broken)

@@ -11,9 +11,11 @@ import torch
 import gprune
 from gprune.config import RunConfig
 from gprune.errors import UserError
+from gprune.models import bfloat16
+from gprune.models.bfloat16 import multiplies_bfloat16
 from gprune.pipeline.plan import check
 from gprune.runs import precision
-from gprune.runs.precision import multiplies_bfloat16, settled
+from gprune.runs.precision import settled
 from gprune.studies.listing import Row
 from tests import tiny_run
 
@@ -54,7 +56,7 @@ def test_gpus_multiply_bfloat16_from_capability_8_on_and_the_weakest_decides(cap
     ],
 )
 def test_processors_multiply_bfloat16_with_amx_alone(amx, limit, expected, monkeypatch):
-    monkeypatch.setattr(precision, "_has_amx", lambda: amx)
+    monkeypatch.setattr(bfloat16, "_has_amx", lambda: amx)
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     if limit is None:
         monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)

@@ -1,0 +1,122 @@
+"""Greedy removal against all choices of neurons, on a tiny block in float64."""
+
+from __future__ import annotations
+
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gprune import imports
+from gprune.cli import main
+from gprune.runs.results import load_run
+from gprune.sparsity.allocation import ALLOCATION
+from tests import built_in, tiny_run
+
+with built_in.scratch(ALLOCATION):  # tests over every allocation are not to meet this one
+    from experiments.greedy import removal_order
+
+RIDGE = 0.01
+
+
+def block(seed: int, *, neurons: int = 10, tokens: int = 40, orthogonal: bool = False):
+    """W (4, N), and x (tokens, N) whose neurons are correlated, or orthogonal, and of unequal size."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, x, mix = (
+        torch.randn(*size, generator=generator, dtype=torch.float64)
+        for size in ((4, neurons), (tokens, neurons), (neurons, neurons))
+    )
+    x = torch.linalg.qr(x).Q if orthogonal else x @ mix
+    return weight, x * torch.rand(neurons, generator=generator, dtype=torch.float64)
+
+
+def error(weight: torch.Tensor, x: torch.Tensor, gone: tuple[int, ...], ridge: float = RIDGE) -> float:
+    """What is left without these neurons: rows of x and of the ridge, stacked, and solved by NumPy."""
+    W, N = weight.numpy(), x.shape[1]
+    rows = np.vstack([x.numpy(), np.sqrt(ridge * np.square(x.numpy()).sum(0).mean()) * np.eye(N)])
+    kept = [n for n in range(N) if n not in gone]
+    y = rows @ W.T
+    V = np.linalg.lstsq(rows[:, kept], y, rcond=None)[0]
+    return float(np.square(y - rows[:, kept] @ V).sum())
+
+
+def order_of(weight, x, removed: int, ridge: float = RIDGE) -> list[int]:
+    return removal_order(weight, x.T @ x, removed, ridge=ridge).tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_step_removes_what_adds_least_to_the_error(seed):
+    weight, x = block(seed)
+    order = order_of(weight, x, 6)
+    assert sorted(order) == list(range(10))
+    for k in range(6):
+        gone = tuple(order[:k])
+        costs = {j: error(weight, x, (*gone, j)) for j in range(10) if j not in gone}
+        assert order[k] == min(costs, key=costs.get)
+    gone = tuple(order[:6])
+    costs = [error(weight, x, (*gone, j)) for j in order[6:]]
+    assert costs == sorted(costs)  # those that stay, in the order of what they would cost
+
+
+def test_the_greedy_choice_is_mostly_the_best_of_all_choices():
+    """Of the 252 sets of five neurons out of ten, of twelve blocks: the best of ten, and never 2.5 times its error."""
+    ratios, typical = [], []
+    for seed in range(12):
+        weight, x = block(seed)
+        errors = [error(weight, x, gone) for gone in combinations(range(10), 5)]
+        ratios.append(error(weight, x, tuple(order_of(weight, x, 5)[:5])) / min(errors))
+        typical.append(float(np.median(errors)) / min(errors))
+    assert min(ratios) >= 1 - 1e-9
+    assert sum(ratio <= 1 + 1e-9 for ratio in ratios) == 10
+    assert max(ratios) <= 2.5
+    assert min(typical) >= 2.5  # of a set drawn at random
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_orthogonal_neurons_the_greedy_choice_is_the_best(seed):
+    weight, x = block(seed, orthogonal=True)
+    order = order_of(weight, x, 5)
+    best = min(combinations(range(10), 5), key=lambda gone: error(weight, x, gone))
+    assert set(order[:5]) == set(best)
+    energy = x.square().sum(0)
+    alone = (energy + RIDGE * energy.mean()) * weight.square().sum(0)
+    assert order == alone.argsort().tolist()
+
+
+def test_idle_and_equal_neurons_go_first():
+    """Singular Gram matrices, without a ridge: neurons that are idle, and one of two that are equal, cost nothing."""
+    weight, x = block(0, neurons=12, tokens=200)
+    x[:, [2, 7]] = 0
+    x[:, 5] = x[:, 4]
+    order = order_of(weight, x, 6, ridge=0.0)
+    assert sorted(order) == list(range(12))
+    assert {2, 7} < set(order[:3]) < {2, 7, 4, 5}
+    few = order_of(weight, x[:3], 11, ridge=0.0)  # fewer tokens than neurons
+    assert sorted(few) == list(range(12))
+
+
+@pytest.fixture
+def imported(monkeypatch):
+    """What `--import` changes is forgotten."""
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(imports, "IMPORTED", [])
+    with built_in.scratch(ALLOCATION):
+        yield
+    sys.modules.pop("greedy", None)
+
+
+def test_a_run_takes_the_same_share_of_every_block(tmp_path, monkeypatch, imported, capsys):
+    world = tiny_run.make_world(tmp_path)
+    tiny_run.quick(monkeypatch)
+    script = Path(__file__).parents[2] / "experiments/greedy.py"
+    flags = [f"--import={script}", "--sparsity.allocation=greedy", "--gprune=false", "--export=none"]
+    with tiny_run.isolated(tmp_path / "cache"):
+        assert main(world.args(tmp_path, *flags, "--recovery=least_squares")) == 0
+        widths = [int(keep.sum()) for keep in load_run(tmp_path / "run").masks.ffn]
+        assert max(widths) - min(widths) <= 1
+        capsys.readouterr()
+        assert main(world.args(tmp_path, *flags, name="none")) == 2
+        assert "expected --sparsity.scope ffn, dense blocks and --recovery least_squares" in capsys.readouterr().err

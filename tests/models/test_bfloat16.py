@@ -1,0 +1,70 @@
+"""Products of bfloat16 numbers: as precise as in float32, wherever they are computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gprune.calibration.moments import StreamingMoments, add_gram, fill_gram
+from gprune.models import bfloat16
+from gprune.models.bfloat16 import fast_products, has_fast_products
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _no_limit(monkeypatch):
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    """Numbers of very different size, with outliers, as activations have."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, generator=generator)
+    x[..., 3] *= 1000
+    return x * torch.rand(shape[-1], generator=generator)
+
+
+def test_gram_matrices_of_bfloat16_numbers_have_the_precision_of_float32():
+    x = numbers(2000, 200).bfloat16()
+    exact, gram = x.double().T @ x.double(), torch.zeros(200, 200)
+    with fast_products(x):
+        add_gram(gram, x.float())
+    fill_gram(gram)
+    scale = exact.diagonal().sqrt()
+    assert ((gram - exact) / scale[:, None] / scale).abs().max() <= 1e-5  # bfloat16 itself has 4e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_statistics_of_any_dtype_have_the_precision_of_float32(dtype):
+    x = numbers(3, 500, 200).to(dtype)
+    sums = StreamingMoments(200, gram=True)
+    sums.update(x, torch.zeros(3, dtype=torch.long), torch.tensor([1.0, 0.0, 1.0]))
+    counted = x[[0, 2]].flatten(0, 1).double()
+    exact, gram = counted.T @ counted, sums.compute()["gram"]
+    scale = exact.diagonal().sqrt()
+    assert ((gram - exact) / scale[:, None] / scale).abs().max() <= 1e-5
+
+
+def test_only_bfloat16_numbers_on_a_processor_with_amx_are_multiplied_in_it(monkeypatch):
+    seen = []
+    for amx in (True, False):
+        monkeypatch.setattr(bfloat16, "_has_amx", lambda amx=amx: amx)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            with fast_products(torch.zeros(1, dtype=dtype)):
+                seen.append(torch.get_float32_matmul_precision())
+            assert torch.get_float32_matmul_precision() == "highest"
+    assert seen == ["medium"] + ["highest"] * 5
+    monkeypatch.setattr(bfloat16, "_has_amx", lambda: True)
+    assert has_fast_products(torch.bfloat16, CPU)
+    assert not has_fast_products(torch.bfloat16, CUDA)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    assert not has_fast_products(torch.bfloat16, CPU)
+
+
+def test_the_precision_of_products_is_put_back_after_an_error(monkeypatch):
+    monkeypatch.setattr(bfloat16, "_has_amx", lambda: True)
+    with pytest.raises(ValueError, match="inside"), fast_products(torch.zeros(1, dtype=torch.bfloat16)):
+        raise ValueError("inside")
+    assert torch.get_float32_matmul_precision() == "highest"
