@@ -71,8 +71,8 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
         trained[step] += recovered[1]
     return {
         1: (calibration - saliency, saliency),
-        2: (tried, error_tokens(cfg)),
-        7: (curve + learning * (s.loss == "kl"), learning),
+        2: (tried, error_tokens(cfg, "base", "averaged")),
+        7: (curve + learning * (s.loss == "kl"), learning + error_tokens(cfg, "modules")),
         **({8: (forward[8], trained[8])} if s.quality else {}),
         9: (forward[9], trained[9]),
         10: (forward[10], trained[10]),
@@ -84,12 +84,21 @@ def error_windows(cfg: RunConfig) -> int:
     return min(cfg.corpora.num_samples, max(1, ERROR_TOKENS // cfg.corpora.seq_len))
 
 
-def error_tokens(cfg: RunConfig) -> int:
-    """Tokens on which the errors of blocks are measured, for all rows whose allocation asks for them."""
+def measured_for(cfg: RunConfig) -> dict[str, list[str]]:
+    """The corpora on which errors of blocks are measured, by the masks that they are for: `base`, `averaged`, `modules`."""
     if not cfg.measures_errors:
-        return 0
-    drift = len(cfg.corpora.drift)
-    corpora = (drift if cfg.gprune else 1) + drift * ("averaged" in dict(cfg.stages))
+        return {}
+    rows, drift = dict(cfg.stages), cfg.corpora.drift
+    first = (
+        cfg.learns and bool(cfg.sparsity.quality) and "averaged" not in rows
+    )  # the share to learn at is that of base
+    needed = {"base": "base" in rows or first, "averaged": "averaged" in rows, "modules": cfg.gprune}
+    return {name: [cfg.corpora.score] if name == "base" else drift for name, need in needed.items() if need}
+
+
+def error_tokens(cfg: RunConfig, *names: str) -> int:
+    """Tokens on which errors of blocks are measured for masks of these names of `measured_for`."""
+    corpora = sum(len(corpora) for name, corpora in measured_for(cfg).items() if name in names)
     return corpora * error_windows(cfg) * cfg.corpora.seq_len
 
 

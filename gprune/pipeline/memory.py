@@ -15,7 +15,7 @@ from gprune.calibration.statistics import gram_bytes
 from gprune.models.autocast import cast_numbers
 from gprune.models.blocks import blocks_of
 from gprune.models.losses import CHUNK, ROWS
-from gprune.pipeline.cost import error_tokens, evaluated_tokens, keeps
+from gprune.pipeline.cost import error_tokens, evaluated_tokens, keeps, measured_for
 from gprune.pipeline.plan import Plan
 from gprune.recoveries import recovery_of
 
@@ -81,7 +81,7 @@ def peaks_of(plan: Plan) -> dict[str, float]:
     if "saliency" in cfg.collects:
         calibrate = learn + 8 * costs.in_parameters.total
     if cfg.measures_errors:  # beside a backward pass, what enters the FFN's output projections
-        kept_tokens = 2 * L * N * error_tokens(cfg)
+        kept_tokens = 2 * L * N * max(error_tokens(cfg, name) for name in measured_for(cfg))
         calibrate = max(calibrate, learn + kept_tokens, dense + kept_tokens + 40 * N**2)
     peaks = {"calibrate": calibrate} | ({"learn": learn} if cfg.learns else {})
     method = recovery_of(cfg.recovery)

@@ -69,7 +69,7 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
                 labels = partition(run, drift)  # 4, 5
                 modules = assess(run, statistics, scores, drift, labels)  # 6
                 learning = at_first_share(run, statistics, masks_of)
-                masks_of["gprune"] = learn_sparsity(learning, modules, masks_of["base"])  # 7
+                masks_of["gprune"] = learn_sparsity(learning, statistics, scores, modules, masks_of.get("base"))  # 7
             run = at_share_found(run, statistics, masks_of)  # the same run, unless the target is a quality
             thresholds, masks = meet_budget(run, masks_of)  # 8
         if cfg.evaluates_early:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,7 @@ from gprune.importance.scores import Scores, score_units
 from gprune.models.masks import Masks
 from gprune.partition.modules import ModuleRanks, Modules
 from gprune.partition.reliability import module_means
-from gprune.pipeline.cost import error_windows
+from gprune.pipeline.cost import error_windows, measured_for
 from gprune.pipeline.run import Run
 from gprune.registry import LEARNER
 from gprune.runs.tracking import log_scalars
@@ -75,51 +74,60 @@ def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Sco
     """Masks of the base metric alone, its sparsity spread over blocks by `--sparsity.allocation` (or `.start`).
 
     Returns:
-        Functions of a budget: `base`, by `scores`; and `averaged`, where it is a row of the table: by the same metric
-        on all drift corpora together. An allocation that reads errors measures those of `base` on all drift corpora
-        too if there are modules, which take their widths from it.
+        Functions of a budget: `base`, by `scores`, unless errors of blocks would be measured for it alone; and
+        `averaged`, where it is a row of the table: by the same metric on all drift corpora together.
     """
-    cfg = run.cfg
-    allocated = functools.partial(allocate, cfg.base_allocation, **cfg.sparsity.options)
-    measured = cfg.measures_errors
-
-    def of(name: str, scores: Scores, corpora: Sequence[str]) -> MasksOf:
-        """Masks by these scores, with the statistics of these corpora."""
-        made: dict[int, Masks] = {}
-
-        def pool() -> CorpusStatistics:
-            """Anew each time: its Gram matrices are as large as those of a corpus."""
-            return pooled(statistics[corpus] for corpus in corpora)
-
-        errors = errors_of(run, name, scores, pool(), corpora) if measured else None
-
-        def masks(budget: Budget) -> Masks:
-            if budget.target not in made:
-                made[budget.target] = allocated(scores, replace(pool(), errors=errors), run.blocks, budget)
-            return made[budget.target]
-
-        return masks
-
-    drift = cfg.corpora.drift
-    masks_of = {"base": of("base", scores, drift if measured and cfg.gprune else [cfg.corpora.score])}
+    cfg, masks_of = run.cfg, {}
+    if not cfg.measures_errors or "base" in measured_for(cfg):
+        masks_of["base"] = allocated(run, "base", scores, statistics, [cfg.corpora.score])
     if "averaged" in dict(cfg.stages):
-        masks_of["averaged"] = of("averaged", _scored(run, pooled(statistics[corpus] for corpus in drift)), drift)
+        averaged = _scored(run, pooled(statistics[corpus] for corpus in cfg.corpora.drift))
+        masks_of["averaged"] = allocated(run, "averaged", averaged, statistics, cfg.corpora.drift)
     return masks_of
 
 
-def errors_of(run: Run, name: str, scores: Scores, statistics: CorpusStatistics, corpora: Sequence[str]) -> Tensor:
+def allocated(
+    run: Run, name: str, scores: Scores, statistics: Mapping[str, CorpusStatistics], corpora: Sequence[str]
+) -> MasksOf:
+    """Masks by scores, their sparsity spread over blocks by `--sparsity.allocation` (or `.start`).
+
+    Args:
+        name: `base`, `averaged` or `modules`, for errors that the allocation may read.
+        corpora: whose statistics, pooled, the allocation reads.
+    """
+    cfg, made = run.cfg, {}
+
+    def pool() -> CorpusStatistics:
+        """Anew each time: its Gram matrices are as large as those of a corpus."""
+        return pooled(statistics[corpus] for corpus in corpora)
+
+    errors = errors_of(run, name, scores, pool()) if cfg.measures_errors else None
+
+    def masks(budget: Budget) -> Masks:
+        if budget.target not in made:
+            read = replace(pool(), errors=errors)
+            made[budget.target] = allocate(
+                cfg.base_allocation, scores, read, run.blocks, budget, **cfg.sparsity.options
+            )
+        return made[budget.target]
+
+    return masks
+
+
+def errors_of(run: Run, name: str, scores: Scores, statistics: CorpusStatistics) -> Tensor:
     """`calibration.errors.block_errors` of the neurons in the order of these scores, once for each run and `name`.
 
-    The text is that of these corpora, `error_windows` windows of each. A float32 model computes in the precision of
-    learning, which is part of the run's key.
+    The text is that of `cost.measured_for`, `error_windows` windows of each corpus. A float32 model computes in the
+    precision of learning, which is part of the run's key.
     """
-    cfg, windows = run.cfg, error_windows(run.cfg)
+    cfg, windows, corpora = run.cfg, error_windows(run.cfg), measured_for(run.cfg)[name]
     size, length = cfg.corpora.batch_size, cfg.corpora.seq_len
     bfloat16 = cfg.model.dtype == "float32" and cfg.trainer.precision == "bf16-mixed"
     batches = [ids for corpus in corpora for ids in run.text.train[corpus].tokens[:windows].split(size)]
 
     def compute() -> dict[str, Tensor]:
-        run.step(2, f"Measuring what errors of {name} cost, on {len(corpora) * windows * length:,} tokens")
+        step = 7 if name == "modules" else 2
+        run.step(step, f"Measuring what errors of {name} cost, on {len(corpora) * windows * length:,} tokens")
         errors = block_errors(run.model, scores.ffn, statistics, batches, ridge=cfg.ridge, bfloat16=bfloat16)
         return {"errors": errors}
 
@@ -143,12 +151,16 @@ class ModuleMasks:
         return saved_masks(self.modules.ranks, self.thresholds(budget), budget)
 
 
-def learn_sparsity(run: Run, modules: Modules, base: MasksOf) -> ModuleMasks:
+def learn_sparsity(
+    run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores, modules: Modules, base: MasksOf | None
+) -> ModuleMasks:
     """Step 7: thresholds per module, which give masks for any budget; learned at the budget of the run, if they are.
 
     Args:
-        base: masks of the base metric. Where the allocation is no rule for modules, every module keeps as much as they
-            keep of it; learning starts there too.
+        scores: of the base metric.
+        base: its masks. Where the allocation is no rule for modules, every module keeps as much as they keep of it;
+            learning starts there too. An allocation that reads errors gets those of modules in place of these masks,
+            since neurons of modules leave in another order.
 
     Raises:
         UserError: where the target is a quality, for a learner whose masks do not follow from its thresholds.
@@ -156,6 +168,8 @@ def learn_sparsity(run: Run, modules: Modules, base: MasksOf) -> ModuleMasks:
     name, ranks = run.cfg.sparsity.allocation, modules.ranks
     rule = ALLOCATION[name]
     run.step(7, "Learning sparsity" if rule.learned else "Allocating sparsity")
+    if run.cfg.measures_errors:
+        base = allocated(run, "modules", replace(scores, ffn=ranks.ffn), statistics, run.cfg.corpora.drift)
 
     def start(budget: Budget) -> Thresholds:
         return module_thresholds(name, base(budget), ranks) if rule.modules else start_thresholds(base(budget), ranks)
