@@ -85,7 +85,7 @@ def error_windows(cfg: RunConfig) -> int:
 
 
 def measured_for(cfg: RunConfig) -> dict[str, list[str]]:
-    """The corpora on which errors of blocks are measured, by the masks that they are for: `base`, `averaged`, `modules`."""
+    """Corpora on which errors of blocks are measured, by the masks (`base`, `averaged`, `modules`) that read them."""
     if not cfg.measures_errors:
         return {}
     rows, drift = dict(cfg.stages), cfg.corpora.drift
