@@ -1,12 +1,12 @@
 """Greedy removal with compensation, as an allocation: is it better than scores of neurons, behind least squares?
 
-    python train.py --config protocol untrained --model.name smollm2-135m --import experiments/greedy.py \\
+    python train.py --config protocol --config untrained --model.name smollm2-135m --import experiments/greedy.py \\
         --sparsity.allocation greedy --evaluation.controls [averaged] --recovery least_squares
 
 In each block, one neuron after the other goes: the one whose loss raises the error of the output projection least, once
 the neurons that stay have made up for it. OSSCAR (arXiv 2403.12983), ZipLM (2302.04089) and SlimGPT (2412.18110) remove
 by this objective. Blocks lose the same fraction each. The rows `base` and `averaged` have these masks, from the Gram
-matrices of `corpora.score` and of `corpora.drift`; a row `gprune` ranks by its metric, as ever.
+matrices of `corpora.score` and of `corpora.drift`; the row `gprune` ranks by the metric, here averaged `act_norm`.
 """
 
 from __future__ import annotations
