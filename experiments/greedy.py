@@ -1,12 +1,12 @@
 """Greedy removal with compensation, as an allocation: is it better than scores of neurons, behind least squares?
 
-    python train.py --config protocol untrained --model.name smollm2-135m --import experiments/greedy.py \\
+    python train.py --config protocol --config untrained --model.name smollm2-135m --import experiments/greedy.py \\
         --sparsity.allocation greedy --evaluation.controls [averaged] --recovery least_squares
 
 In each block, one neuron after the other goes: the one whose loss raises the error of the output projection least, once
 the neurons that stay have made up for it. OSSCAR (arXiv 2403.12983), ZipLM (2302.04089) and SlimGPT (2412.18110) remove
 by this objective. Blocks lose the same fraction each. The rows `base` and `averaged` have these masks, from the Gram
-matrices of `corpora.score` and of `corpora.drift`; a row `gprune` ranks by its metric, as ever.
+matrices of `corpora.score` and of `corpora.drift`; the row `gprune` ranks by the metric, here averaged `act_norm`.
 """
 
 from __future__ import annotations
@@ -35,27 +35,29 @@ def removal_order(weight: Tensor, gram: Tensor, removed: int, *, ridge: float) -
         E(R) = min over V of tr (W - V) A (W - V)^T = tr W_R (M_RR)^-1 W_R^T,    A = G + lambda I,  M = A^-1,
 
     where V is zero in the neurons R that are gone. With the V and M that R leaves, neuron j adds ||V_j||^2 / M_jj; then
-    V becomes V - V_j M_j / M_jj, and M becomes M - M_j M_j^T / M_jj. Of M only the diagonal is kept: a column is made
-    when its neuron goes, from the columns before. About 2 N removed (H + removed) operations, in float64.
+    V becomes V - V_j M_j / M_jj, and M becomes M - M_j M_j^T / M_jj. Of both only the diagonal of M and the squared
+    norms of V are kept: V_j and M_j are made when j goes, from those that went before. float64.
 
     Args:
         weight: W (H, N); gram: G, the sum of x x^T, (N, N).
         ridge: lambda over the mean diagonal of G.
     """
-    A, V = gram.double(), weight.double().clone()
-    N = len(A)
-    damping = max(ridge, torch.finfo(torch.float32).eps * N) * A.diagonal().mean().clamp_min(1e-12)
+    A, W = gram.double(), weight.double()
+    (H, N), damping = W.shape, max(ridge, torch.finfo(torch.float32).eps * len(A))
+    damping *= float(A.diagonal().mean().clamp_min(1e-12))
     M = torch.cholesky_inverse(torch.linalg.cholesky(A + damping * torch.eye(N, dtype=A.dtype)))
-    left, columns, order = M.diagonal().clone(), torch.zeros(removed, N, dtype=A.dtype), []
-    gone = torch.zeros(N, dtype=torch.bool)
-    for k in range(removed):
-        j = int((V.square().sum(0) / left).masked_fill_(gone, math.inf).argmin())
-        columns[k] = (M[j] - columns[:k, j] @ columns[:k]) / left[j].sqrt()
-        V.addr_(V[:, j] / left[j].sqrt(), columns[k], alpha=-1)
-        left = (left - columns[k].square()).clamp_min(torch.finfo(A.dtype).tiny)
-        gone[j] = True
+    left, norms, gone = M.diagonal().clone(), W.square().sum(0), torch.zeros(N, dtype=torch.bool)  # of M and V
+    rows, columns, order = torch.zeros(removed, N, dtype=A.dtype), torch.zeros(removed, H, dtype=A.dtype), []
+    for k in range(removed):  # V = W - columns^T rows, M = A^-1 - rows^T rows
+        j = int((norms / left).masked_fill_(gone, math.inf).argmin())
+        column = (W[:, j] - rows[:k, j] @ columns[:k]) / left[j].sqrt()
+        of_m, of_v = torch.stack([rows[:k, j], columns[:k] @ column]) @ rows[:k]
+        row = (M[j] - of_m) / left[j].sqrt()
+        norms = (norms - 2 * row * (column @ W - of_v) + row.square() * column.square().sum()).clamp_min(0)
+        left = (left - row.square()).clamp_min(torch.finfo(A.dtype).tiny)
+        rows[k], columns[k], gone[j] = row, column, True
         order.append(j)
-    rest = (V.square().sum(0) / left).masked_fill_(gone, math.inf).argsort(stable=True)[: N - removed]
+    rest = (norms / left).masked_fill_(gone, math.inf).argsort(stable=True)[: N - removed]
     return torch.cat([torch.tensor(order, dtype=torch.long), rest])
 
 
