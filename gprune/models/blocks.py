@@ -79,8 +79,11 @@ class Block:
 
     def joins_residual(self, part: str) -> bool:
         """Whether the output of `down` or `output` is added to the residual directly, without a norm between."""
-        norm = self.family.after_ffn if part == "down" else self.family.after_attention
-        return norm is None
+        return self.norm_behind(part) is None
+
+    def norm_behind(self, part: str) -> nn.Module | None:
+        """The norm between `down` or `output` and the residual."""
+        return self.module(self.family.after_ffn if part == "down" else self.family.after_attention)
 
     @property
     def has_experts(self) -> bool:

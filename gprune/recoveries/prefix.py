@@ -9,8 +9,17 @@ it are pruned and recovered, a projection that lost channels gets the weights
 
 with x_t (K,) the kept channels as the pruned model computes them, W_K (H, K) their dense weights, and y*_t the output
 with which the pruned residual stream equals the dense one right behind the projection, all earlier errors corrected.
-Where a norm stands between projection and residual (`Block.joins_residual`), y*_t is the dense projection's output,
-since the norm's output is not linear in V. A block's attention comes before its FFN. A bias does not change: both y*
+
+Where an RMS norm n(y) = g y / rms(y) stands between projection and residual (Gemma 2 and 3), V solves the same problem
+for x_t / r_t and
+
+    y*_t = (g d_t + m y^d_t / r_t) / (g^2 + m),    r_t = rms of the dense projection's output y^d_t,
+
+with d_t what the norm has to return for equal streams, and m a tenth of the median of g^2. So errors count as they
+enter the stream, and channels of little gain stay near the dense output instead of making up for what they hardly
+reach. Behind any other norm y*_t is the dense projection's output.
+
+A block's attention comes before its FFN. A bias does not change: both y*
 and W_K x + bias contain it, so that it cancels in E. Our reading: the paper recovers nothing. All tokens of all corpora
 count equally.
 
@@ -51,6 +60,10 @@ def lost(masks: Masks) -> list[tuple[str, ...]]:
         )
         for groups, neurons, stays, near in blocks
     ]
+
+
+# Of one batch: the dense stream behind a projection, (tokens, H), and the output of the projection if a norm follows
+Target = tuple[Tensor, Tensor | None]
 
 
 class PrunedPrefix:
@@ -116,19 +129,21 @@ class PrunedPrefix:
         finally:
             block.layer.to(home)
 
-    def _pass_dense(self, block: Block) -> dict[str, list[Tensor]]:
-        """Take the dense stream through a block; returns targets of its projections, (tokens, H) of each batch."""
+    def _pass_dense(self, block: Block) -> dict[str, list[Target]]:
+        """Take the dense stream through a block; returns targets of its projections, one of each batch."""
         parts = self.lost[block.index]
-        targets: dict[str, list[Tensor]] = {part: [] for part in parts}
+        targets: dict[str, list[Target]] = {part: [] for part in parts}
         with resident(block.layer), watched(block, parts) as seen:
             for call in self.calls:
                 after = call.through(block.layer, block.index, call.hidden)
                 for part in parts:
-                    targets[part].append(self._behind(block, part, seen[part][1], call.hidden, after).cpu())
+                    output = seen[part][1]
+                    stream = self._behind(block, part, output, call.hidden, after)
+                    targets[part].append((stream.cpu(), None if block.joins_residual(part) else output.cpu()))
                 call.hidden = after.cpu()
         return targets
 
-    def _solve(self, part: str, block: Block, index: int, targets: list[Tensor], *, exchange: bool) -> None:
+    def _solve(self, part: str, block: Block, index: int, targets: list[Target], *, exchange: bool) -> None:
         """Take the pruned stream through a block with its present weights, and solve one of its projections.
 
         With `exchange`, for `down`, the stream is then the one behind the block, with the new weights.
@@ -137,15 +152,27 @@ class PrunedPrefix:
         gram = torch.zeros(place.in_features, place.in_features, device=device)
         cross = torch.zeros(place.out_features, place.in_features, device=device)
         entered = []  # the projection, of each batch
+        norm = block.norm_behind(part)
+        gain = None if norm is None else gain_of(norm, place.out_features, like=gram)
+        damping = None if gain is None else 0.1 * gain.square().median()
         with watched(block, (part,)) as seen:
-            for i, (hidden, target) in enumerate(zip(self.hidden, targets, strict=True)):
+            for i, (hidden, (stream, output)) in enumerate(zip(self.hidden, targets, strict=True)):
                 after = self._through(block, index, i, hidden)
                 x, y = seen[part]
                 if exchange:
                     entered.append(x.cpu())
                     self.hidden[i] = (after.float() - y.reshape(after.shape).float() * self.scale).to(after.dtype).cpu()
                 rows = x.flatten(0, -2).float()
-                error = (target.to(device).float() - self._behind(block, part, y, hidden, after).float()) / self.scale
+                error = (stream.to(device).float() - self._behind(block, part, y, hidden, after).float()) / self.scale
+                if norm is not None:
+                    wanted, y = output.to(device).flatten(0, -2).float(), y.flatten(0, -2)
+                    if gain is None:
+                        error = wanted - y.float()
+                    else:
+                        size = wanted.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+                        returned = norm(y).float() + error  # what the norm has to return
+                        wanted = (gain * returned + damping * wanted / size) / (gain.square() + damping)
+                        rows, error = rows / size, wanted - y.float() / size
                 with fast_products(x):
                     add_gram(gram, rows)
                     cross.addmm_(error.T, rows)
@@ -158,18 +185,28 @@ class PrunedPrefix:
             self.hidden[i] = (before + place.host(x.to(device)).reshape(before.shape) * self.scale).cpu()
 
     def _behind(self, block: Block, part: str, output: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """What has to equal the dense model's behind a projection, (tokens, H): the stream, or the projection's output.
+        """The residual stream behind a projection, (tokens, H).
 
         `before` enters the block, and `after` leaves it, with both parts where attention and FFN stand side by side.
         """
+        if part == "down":
+            return after.flatten(0, -2)
         if not block.joins_residual(part):
-            return output.flatten(0, -2)
-        stream = after if part == "down" else before.to(output.device).reshape(output.shape) + output * self.scale
-        return stream.flatten(0, -2)
+            output = block.norm_behind(part)(output)
+        return (before.to(output.device).reshape(output.shape) + output * self.scale).flatten(0, -2)
 
     def _through(self, block: Block, index: int, batch: int, hidden: Tensor) -> Tensor:
         self.tokens += hidden.shape[0] * hidden.shape[1]
         return self.calls[batch].through(block.layer, index, hidden)
+
+
+def gain_of(norm: nn.Module, width: int, *, like: Tensor) -> Tensor | None:
+    """g of a norm n(y) = g y / rms(y), (width,) float32, found by calling the norm; None for a norm of another form."""
+    dtype = next((parameter.dtype for parameter in norm.parameters()), like.dtype)
+    ones = torch.ones(1, width, dtype=dtype, device=like.device)
+    signs = ones * (1 - 2 * (torch.arange(width, device=like.device) % 2)).to(dtype)
+    gain = norm(ones)
+    return gain[0].float() if torch.equal(norm(signs), gain * signs) else None
 
 
 @contextmanager

@@ -95,16 +95,29 @@ def solved_by_lstsq(model, masks: Masks, ids: list[torch.Tensor], target: str = 
             wanted = trace(dense, decoder_layers(dense)[index], paths, ids)
             host = attrgetter(paths[part])(layer)
             W = (host.weight.T if block.output.transposed else host.weight).numpy()
-            y = wanted[f"y {part}"]
-            if target == "residual" and normed[part] is None:
+            y, x = wanted[f"y {part}"], there[f"x {part}"]
+            if target == "residual":
                 scale = getattr(layer, "residual_multiplier", 1.0)
+
+                def entered(part, y, layer=layer):
+                    """What a projection's output adds to the stream: itself, or what its norm makes of it."""
+                    return attrgetter(normed[part])(layer)(torch.from_numpy(y)).numpy() if normed[part] else y
+
                 r_d, r_p = wanted["before"], there["before"]
                 if part == "down":
-                    r_d, r_p = r_d + scale * wanted["y output"], r_p + scale * there["y output"]
-                y = (r_d + scale * y - r_p) / scale
+                    r_d = r_d + scale * entered("output", wanted["y output"])
+                    r_p = r_p + scale * entered("output", there["y output"])
+                missing = (r_d + scale * entered(part, y) - r_p) / scale
+                if normed[part] is None:
+                    y = missing
+                else:
+                    size = np.sqrt(np.square(y).mean(1, keepdims=True))
+                    unit = np.ones((1, y.shape[1]))
+                    g = entered(part, unit)  # of an RMS norm, whose input has a root mean square of 1
+                    m = 0.1 * np.sort(np.square(g).ravel())[(g.size - 1) // 2]
+                    x, y = x / size, (g * missing + m * y / size) / (g**2 + m)
             if host.bias is not None:
                 y = y - host.bias.numpy()
-            x = there[f"x {part}"]
             lam = ridge * np.square(x).sum(0).mean()
             A = np.vstack([x, np.sqrt(lam) * np.eye(x.shape[1])])
             V = np.linalg.lstsq(A, np.vstack([y, np.sqrt(lam) * W.T]), rcond=None)[0].T
