@@ -14,8 +14,8 @@ from gprune.studies import report_command as report
 
 HEAD = """# Flags
 
-What `--help` says, made from it by `python docs/flags.py`. Nested flags are nested in a YAML file of `--config`:
-`--sparsity.target 0.3` is `sparsity: {target: 0.3}`.
+All flags with their defaults and help texts, generated from `--help` by `python docs/flags.py`. In a YAML file of
+`--config`, nested flags are nested mappings: `--sparsity.target 0.3` is `sparsity: {target: 0.3}`.
 """
 
 

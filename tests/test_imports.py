@@ -119,12 +119,3 @@ def test_no_public_name_hides_a_package():
 
 def test_type_checkers_may_read_the_package():
     assert (Path(gprune.__file__).parent / "py.typed").is_file()
-
-
-@pytest.mark.slow
-def test_libraries_say_nothing_that_were_not_imported_before(tmp_path):
-    run = ["train.py", "--model.name", "tiny-random", "--run.dir", str(tmp_path), "--gprune", "false"]
-    done = subprocess.run(
-        [sys.executable, *run], cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=True
-    )
-    assert not re.search("GPU available|Tip:|LOCAL_RANK", done.stdout + done.stderr)

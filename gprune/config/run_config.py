@@ -79,8 +79,8 @@ class RunConfig(Group):
     model: ModelConfig = Field(default_factory=ModelConfig)
     corpora: CorporaConfig = Field(default_factory=CorporaConfig)
     importance: Text = "wanda_sp"
-    """Base importance metric, or one registered from Python. From activations: wanda_sp, wifv, ifv, act_norm; from
-    gradients: taylor; from weights alone: magnitude, magnitude_down; random as a control."""
+    """Base importance metric, or one registered from Python. From activations: wanda_sp, wifv, ifv, wifn, act_norm;
+    from gradients: taylor; from weights alone: magnitude, magnitude_down; random as a control."""
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     reliability: ReliabilityConfig = Field(default_factory=ReliabilityConfig)
     sparsity: SparsityConfig = Field(default_factory=SparsityConfig)

@@ -103,6 +103,17 @@ def ifv(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> T
     return moments.variance
 
 
+@metric("wifn")
+def wifn(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """s_j = (||X_j||_2 * mean_i |W_ij|)^2 / n, FLAP's weighted input feature norm (arXiv 2312.11983).
+
+    The mean over rows is that of the authors' repository. So is the square, which it applies to attention channels
+    before their scores are added up to those of heads. Neurons of a block have the same order as by `wanda_sp`; KV
+    groups can have another order because of the square.
+    """
+    return (moments.mean_sq.sqrt() * weights.output.abs().mean(0)).square()
+
+
 @metric("act_norm")
 def act_norm(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
     """s_j = ||X_j||_2 / sqrt(n): root mean square activation, weights ignored."""

@@ -159,6 +159,7 @@ REFERENCES: dict[str, Callable[[Raw], np.ndarray]] = {
     "wanda_sp": lambda r: np.sqrt((r.x**2).mean(0)) * np.abs(r.W).sum(0),
     "wifv": lambda r: ((r.x - r.x.mean(0)) ** 2).mean(0) * (r.W**2).sum(0),
     "ifv": lambda r: ((r.x - r.x.mean(0)) ** 2).mean(0),
+    "wifn": lambda r: (np.sqrt((r.x**2).mean(0)) * np.abs(r.W).mean(0)) ** 2,
     "act_norm": lambda r: np.sqrt((r.x**2).mean(0)),
     "taylor": lambda r: per_vector(r, lambda w, g: np.abs(w * g.mean(0)).sum()),
     "magnitude": lambda r: norms(r.W, 0) * np.prod([norms(rows, 1) for rows in r.rows], axis=0),
@@ -221,6 +222,12 @@ def test_metrics_equal_the_formula(name, shape, shared):
     mine = shared.scored(name, shape, 4)
     assert [len(s) for s in mine] == [48] * 3 + [shared.model(shape).config.num_key_value_heads] * 3
     assert_scores(name, mine, reference_scores(shared.raw(shape, None), name))
+
+
+def test_wifn_orders_neurons_as_wanda_sp_does(shared):
+    """A mean in place of a sum, and a square, change no order of scores that are not negative."""
+    wifn, wanda_sp = (shared.scored(name, 0, 4)[:3] for name in ("wifn", "wanda_sp"))  # neurons of three blocks
+    assert all(torch.equal(a.argsort(), b.argsort()) for a, b in zip(wifn, wanda_sp, strict=True))
 
 
 @pytest.mark.parametrize("name", REFERENCES)
