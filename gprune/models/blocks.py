@@ -7,9 +7,10 @@ saved form are made of slices alone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
@@ -40,17 +41,23 @@ class Slice:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer.
+    """An FFN and an attention of a decoder layer, or one of them: the unit that masks, statistics and modules speak of.
+
+    Most layers are one block. A layer with several FFNs, such as experts and shared experts, is as many blocks: the
+    first one has the layer's attention and whatever is not pruned, norms included.
 
     A *neuron* j is row j of gate and up and column j of down, in every expert where there are experts; a *KV group* g
     is key/value head g with the query heads that share it, i.e. `channels_per_group` consecutive columns of the
     output projection.
     """
 
-    index: int
+    index: int  # position among the blocks of the model
+    layer_index: int  # number of the decoder layer
     layer: nn.Module
-    family: Family
+    family: Family  # of a layer with several blocks, the record of this one
     head_dim: int
+    order: int = 0  # position among the blocks of its layer
+    beside: tuple[Block, ...] = ()  # of the first block of a layer: the other ones
 
     @cached_property
     def parts(self) -> dict[str, Part | ExpertPart]:
@@ -125,8 +132,15 @@ class Block:
 
     @property
     def cost(self) -> int:
-        """Parameters that go when the whole block goes."""
-        return sum(parameter.numel() for parameter in self.layer.parameters())
+        """Parameters that go when the whole block goes, with all others of its layer."""
+        return self.whole_cost()
+
+    def whole_cost(self, weight: Callable[[Tensor], int] = lambda parameter: 1) -> int:
+        """`cost`, or what these parameters weigh: those of a layer are shared out between its blocks."""
+        if self.order == 0:
+            layer = sum(weight(parameter) * parameter.numel() for parameter in self.layer.parameters())
+            return layer - sum(block.whole_cost(weight) for block in self.beside)
+        return self.neurons * self.unit_cost("ffn", weight) + self.kv_groups * self.unit_cost("attention", weight)
 
     def unit_cost(self, kind: str, weight: Callable[[Tensor], int] = lambda parameter: 1) -> int:
         """Parameters that go with a neuron (`ffn`; of all experts) or a KV group (`attention`), or what they weigh."""
@@ -225,7 +239,7 @@ class Block:
 
     @property
     def sizes(self) -> SimpleNamespace:
-        """The layer's sizes by the names that `attributes` uses."""
+        """The block's sizes by the names that `attributes` uses."""
         return SimpleNamespace(**self.config_values)
 
     @property
@@ -241,7 +255,20 @@ def blocks_of(model: PreTrainedModel) -> list[Block]:
         return [_found_block(index, layer, family, config) for index, layer in enumerate(decoder_layers(model))]
     # `or` keeps it lazy: to read a global head count is an error where layers differ in heads.
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return [Block(index, layer, family, head_dim) for index, layer in enumerate(decoder_layers(model))]
+    return [Block(index, index, layer, family, head_dim) for index, layer in enumerate(decoder_layers(model))]
+
+
+def layer_values(blocks: Sequence[Block]) -> dict[str, int]:
+    """`Block.config_values` of a layer, from all of its blocks; the first one's where several have one key."""
+    values: dict[str, int] = {}
+    for block in reversed(blocks):
+        values |= block.config_values
+    return values
+
+
+def by_layer(blocks: Iterable[Block]) -> list[list[Block]]:
+    """The blocks of each layer, first layer first."""
+    return [list(own) for _, own in groupby(blocks, key=lambda block: block.layer_index)]
 
 
 def _found_block(index: int, layer: nn.Module, family: Family, config: PreTrainedConfig) -> Block:
@@ -283,7 +310,7 @@ def _block_of(
         module, name = find(layer, record.head_dim or "")
         head_dim = getattr(module, name, None) or getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    return Block(index, layer, record, head_dim)
+    return Block(index, index, layer, record, head_dim)
 
 
 def _has(layer: nn.Module, kind: Mapping[str, Any]) -> bool:

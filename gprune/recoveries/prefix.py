@@ -10,8 +10,9 @@ it are pruned and recovered, a projection that lost channels gets the weights
 with x_t (K,) the kept channels as the pruned model computes them, W_K (H, K) their dense weights, and y*_t the output
 with which the pruned residual stream equals the dense one right behind the projection, all earlier errors corrected.
 Where a norm stands between projection and residual (`Block.joins_residual`), y*_t is the dense projection's output,
-since the norm's output is not linear in V. A block's attention comes before its FFN. A bias does not change: both y*
-and W_K x + bias contain it, so that it cancels in E. Our reading: the paper recovers nothing. All tokens of all corpora
+since the norm's output is not linear in V. So it is in layers of several blocks, where more stands between one
+projection and the end of the layer. A block's attention comes before its FFN. A bias does not change: both y* and
+W_K x + bias contain it, so that it cancels in E. Our reading: the paper recovers nothing. All tokens of all corpora
 count equally.
 
 G and E are summed in float32 and solved in float64. Hidden states lie on the CPU in the model's dtype. The cost is one
@@ -20,7 +21,7 @@ pass through the dense layers, one through the pruned layers, and one more throu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -30,16 +31,18 @@ from transformers import PreTrainedModel
 from gprune.calibration.layerwise import Walk
 from gprune.calibration.moments import add_gram, fill_gram
 from gprune.errors import require_finite
-from gprune.models.blocks import Block, blocks_of
+from gprune.models.blocks import Block, blocks_of, by_layer
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, resident
 from gprune.recoveries.least_squares import ridge_correction
 
 
-def lost(masks: Masks) -> list[tuple[str, ...]]:
+def lost(masks: Masks, alone: Sequence[bool] | None = None) -> list[tuple[str, ...]]:
     """For each block that stays, the output projections that lose channels, in the order of computation; behind blocks
-    that are gone `down` too, whatever it keeps."""
-    blocks = zip(masks.attention, masks.ffn, masks.blocks, [True, *masks.blocks[:-1]], strict=True)
+    that are gone `down` too, whatever it keeps, if the block is `alone` in its layer (by default each is)."""
+    near = [True, *masks.blocks[:-1]]
+    near = near if alone is None else [stays or not only for stays, only in zip(near, alone, strict=True)]
+    blocks = zip(masks.attention, masks.ffn, masks.blocks, near, strict=True)
     return [
         tuple(
             part
@@ -68,7 +71,10 @@ class PrunedPrefix:
     def __init__(self, model: PreTrainedModel, masks: Masks, windows: Iterable[Tensor], *, ridge: float = 0.01):
         self.blocks = blocks_of(model)
         assert not any(block.has_experts for block in self.blocks), "experts are not recovered along the prefix"
-        self.ridge, self.lost = ridge, lost(masks)
+        layers = by_layer(self.blocks)
+        self.alone = [len(own) == 1 for own in layers for _ in own]  # of each block, whether its layer has no other
+        self.ends = [block is own[-1] for own in layers for block in own]  # whether it is the last one of its layer
+        self.ridge, self.lost = ridge, lost(masks, self.alone)
         self.scale = getattr(self.blocks[0].layer, "residual_multiplier", 1.0)  # Granite's, of what joins the residual
         # Before the first block that differs both streams are the same; after the last projection nothing is needed.
         self.first = min((i for i, b in enumerate(self.lost) if b or not masks.blocks[i]), default=len(self.lost))
@@ -77,7 +83,8 @@ class PrunedPrefix:
         for ids in windows:
             walk.add(ids.to(device_of(model)))
         self.calls = walk.calls  # of each batch; `hidden`, (B, T, H), is the dense stream
-        self.passed = 0  # blocks that the dense stream has been through
+        self.passed = 0  # layers that the dense stream has been through
+        self.targets: dict[int, dict[str, list[Tensor]]] = {}  # of each block of the last layer passed, by part
         self.hidden = [call.hidden for call in self.calls]  # (B, T, H) each, the pruned stream
         self.tokens = 0  # sum over passes through pruned layers
 
@@ -94,49 +101,54 @@ class PrunedPrefix:
         """
         if dense.index > self.last:
             return
-        for passed in self.blocks[self.passed : dense.index + 1]:
-            targets = self._pass_dense(passed)
-        self.passed = dense.index + 1
-        if dense.index < self.first:
+        for passed in by_layer(self.blocks)[self.passed : dense.layer_index + 1]:
+            self.targets = self._pass_dense(passed)
+        self.passed = dense.layer_index + 1
+        if dense.layer_index < self.blocks[self.first].layer_index:
             self.hidden = [call.hidden for call in self.calls]
             return
         home = device_of(block.layer)
         block.layer.to(device_of(dense.layer))  # where the layer's other arguments are
         try:
             for part in self.lost[dense.index]:
-                self._solve(part, block, dense.index, targets[part])
-            if dense.index < self.last:
+                self._solve(part, block, dense, self.targets[dense.index][part])
+            if self.ends[dense.index] and dense.index < self.last:
                 for i, hidden in enumerate(self.hidden):
-                    self.hidden[i] = self._through(block, dense.index, i, hidden).cpu()
+                    self.hidden[i] = self._through(block, dense.layer_index, i, hidden).cpu()
         finally:
             block.layer.to(home)
 
-    def _pass_dense(self, block: Block) -> dict[str, list[Tensor]]:
-        """Take the dense stream through a block; returns targets of its projections, (tokens, H) of each batch."""
-        parts = self.lost[block.index]
-        targets: dict[str, list[Tensor]] = {part: [] for part in parts}
-        with resident(block.layer), watched(block, parts) as seen:
+    def _pass_dense(self, blocks: Sequence[Block]) -> dict[int, dict[str, list[Tensor]]]:
+        """Take the dense stream through the blocks of a layer; returns targets of the projections of each, by its
+        index: (tokens, H) of each batch."""
+        layer, index = blocks[0].layer, blocks[0].layer_index
+        targets = {block.index: {part: [] for part in self.lost[block.index]} for block in blocks}
+        with resident(layer), ExitStack() as hooks:
+            seen = {block.index: hooks.enter_context(watched(block, targets[block.index])) for block in blocks}
             for call in self.calls:
-                after = call.through(block.layer, block.index, call.hidden)
-                for part in parts:
-                    targets[part].append(self._behind(block, part, seen[part][1], call.hidden, after).cpu())
+                after = call.through(layer, index, call.hidden)
+                for block in blocks:
+                    for part, of_part in targets[block.index].items():
+                        output = seen[block.index][part][1]
+                        of_part.append(self._behind(block, part, output, call.hidden, after).cpu())
                 call.hidden = after.cpu()
         return targets
 
-    def _solve(self, part: str, block: Block, index: int, targets: list[Tensor]) -> None:
+    def _solve(self, part: str, block: Block, dense: Block, targets: list[Tensor]) -> None:
         """Take the pruned stream through a block with its present weights, and solve one of its projections."""
         place, device = block.parts[part], device_of(block.layer)
+        scale = self.scale if self._joins(dense, part) else 1.0
         gram = torch.zeros(place.in_features, place.in_features, device=device)
         cross = torch.zeros(place.out_features, place.in_features, device=device)
         with watched(block, (part,)) as seen:
             for i, (hidden, target) in enumerate(zip(self.hidden, targets, strict=True)):
-                after = self._through(block, index, i, hidden)
+                after = self._through(block, dense.layer_index, i, hidden)
                 x, y = seen[part]
                 x = x.flatten(0, -2).float()
-                error = (target.to(device).float() - self._behind(block, part, y, hidden, after).float()) / self.scale
+                error = (target.to(device).float() - self._behind(dense, part, y, hidden, after).float()) / scale
                 add_gram(gram, x)
                 cross.addmm_(error.T, x)
-        require_finite(f"activation came up in block {index} of the pruned model", gram, cross)
+        require_finite(f"activation came up in block {dense.index} of the pruned model", gram, cross)
         fill_gram(gram)
         correction = ridge_correction(gram.double(), cross.double(), self.ridge)
         place.set((place.weight.double() + correction).to(place.weight.dtype), None)
@@ -146,10 +158,14 @@ class PrunedPrefix:
 
         `before` enters the block, and `after` leaves it, with both parts where attention and FFN stand side by side.
         """
-        if not block.joins_residual(part):
+        if not self._joins(block, part):
             return output.flatten(0, -2)
         stream = after if part == "down" else before.to(output.device).reshape(output.shape) + output * self.scale
         return stream.flatten(0, -2)
+
+    def _joins(self, block: Block, part: str) -> bool:
+        """Whether the residual stream is compared, and not the projection's output."""
+        return self.alone[block.index] and block.joins_residual(part)
 
     def _through(self, block: Block, index: int, batch: int, hidden: Tensor) -> Tensor:
         self.tokens += hidden.shape[0] * hidden.shape[1]

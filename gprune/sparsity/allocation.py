@@ -273,16 +273,19 @@ def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block],
     masks = Masks([torch.ones(b.experts * b.neurons, dtype=torch.bool) for b in blocks],
                   [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip
     left, prices = budget.target, budget.costs.prices
-    for index in statistics.influence.argsort(stable=True).tolist():
-        block = blocks[index]
-        if left <= 0 or index in budget.costs.protected:
+    own_layer = {b: own for own in budget.costs.by_layer for b in own}  # its blocks turn hidden states alike
+    for layer in {own_layer[b][0]: own_layer[b] for b in statistics.influence.argsort(stable=True).tolist()}.values():
+        if left <= 0 or not budget.costs.protected.isdisjoint(layer):
             continue
+        index = max(layer, key=lambda b: prices.neurons[b][-1])  # whose FFN is the largest
+        block, whole = blocks[index], sum(prices.blocks[b] for b in layer)
         table, grid = prices.neurons[index], range(0, block.neurons, budget.width_multiple)
         kept = max((width for width in grid if table[-1] - table[width] >= left), default=0)
-        if left >= prices.blocks[index] or kept == 0:
-            masks.ffn[index][:] = False
-            masks.attention[index][:] = False
-            left -= prices.blocks[index]
+        if left >= whole or kept == 0:
+            for b in layer:
+                masks.ffn[b][:] = False
+                masks.attention[b][:] = False
+            left -= whole
         else:
             masks.ffn[index] = top_of_experts(scores.ffn[index], kept, experts=block.experts)
             break
