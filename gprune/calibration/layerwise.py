@@ -26,7 +26,7 @@ from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_byt
 from gprune.errors import UserError, first_line
 from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers
 from gprune.models.families import BUILT_IN
-from gprune.models.lookup import decoder_of, family_of_config
+from gprune.models.lookup import decoder_of, family_of_config, remember
 from gprune.models.losses import LogitTransform
 from gprune.models.offload import device_of, is_offloaded, resident
 from gprune.models.outputs import hidden_in, with_hidden
@@ -44,12 +44,13 @@ def walks(model: PreTrainedModel, *, corpora: int, gram: bool, sharded: bool = F
 def check_walk(config: PreTrainedConfig) -> None:
     """Raise UserError for a type that computes something else layer by layer, as a tiny random copy shows: layers that
     pass more than hidden states on, or that are called more than once. Types with a record of gprune's own pass."""
-    if family_of_config(config) in BUILT_IN.values():
+    if (record := family_of_config(config)) in BUILT_IN.values():
         return
     try:
         model = tiny_model(shrunk(stock_config(config)))
     except Exception:  # a class that cannot be made small
         return
+    remember(model, record)  # a class from elsewhere would have its structure looked for again
     ids = torch.arange(3, 27).view(2, 12)
     why = "the result is another one"
     try:

@@ -123,15 +123,13 @@ def _text_values(model: PreTrainedModel, values: dict[str, Any]) -> dict[str, An
 
 
 def _found_stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
-    """A stock model of a discovered type in the shapes of `model`, if all blocks are alike and the config has keys for
-    their sizes; else None."""
+    """A stock model of a discovered type in the shapes of `model`, if the config has a key for each size; else None."""
     blocks, shapes = blocks_of(model), {name: tensor.shape for name, tensor in model.state_dict().items()}
-    values = [{key: size for key, size in b.config_values.items() if hasattr(model.config, key)} for b in blocks]
-    alike = [own for own in values if own]
-    if any(own != alike[0] for own in alike) or not modeling_pruned.experts_aligned(model):
-        return None
+    pairs = {(k, size) for block in blocks for k, size in block.config_values.items() if hasattr(model.config, k)}
+    if len(sizes := dict(pairs)) < len(pairs) or not modeling_pruned.experts_aligned(model):
+        return None  # the former: a key with several values
     with suppress(Exception):  # of any type: a class may refuse these sizes
-        stock = _dense_skeleton(model, alike[0] if alike else {})
+        stock = _dense_skeleton(model, sizes)
         if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
             heads = [(block.heads, block.kv_groups) for block in blocks]
             if [(block.heads, block.kv_groups) for block in blocks_of(stock)] == heads:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, zip_longest
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
@@ -252,7 +252,10 @@ def blocks_of(model: PreTrainedModel) -> list[Block]:
     """The blocks of a supported model, first layer first."""
     family, config = family_of(model), model.config.get_text_config(decoder=True)
     if family.kinds:
-        return [_found_block(index, layer, family, config) for index, layer in enumerate(decoder_layers(model))]
+        blocks: list[Block] = []
+        for number, layer in enumerate(decoder_layers(model)):
+            blocks += _found_blocks(len(blocks), number, layer, family, config)
+        return blocks
     # `or` keeps it lazy: to read a global head count is an error where layers differ in heads.
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return [Block(index, index, layer, family, head_dim) for index, layer in enumerate(decoder_layers(model))]
@@ -271,46 +274,77 @@ def by_layer(blocks: Iterable[Block]) -> list[list[Block]]:
     return [list(own) for _, own in groupby(blocks, key=lambda block: block.layer_index)]
 
 
-def _found_block(index: int, layer: nn.Module, family: Family, config: PreTrainedConfig) -> Block:
-    """A block of a type whose layers may differ: with the first kind of FFN and of attention that the layer has."""
-    chosen = [next((kind for kind in kinds if _has(layer, kind)), {}) for kinds in family.kinds]
-    return _block_of(index, layer, family, config, chosen)
+def _found_blocks(
+    first: int, number: int, layer: nn.Module, family: Family, config: PreTrainedConfig
+) -> list[Block]:  # fmt: skip
+    """The blocks of layer `number` of a type whose layers may differ, the first one at position `first`."""
+    ffn, attention = ([kind for kind, stays in kinds_of(layer, kinds) if stays is None] for kinds in family.kinds)
+    beside: list[Block] = []
+    for order, chosen in reversed(list(enumerate(zip_longest(ffn, attention, fillvalue={})))):
+        own = _record_of(family, chosen)
+        rest = tuple(beside) if order == 0 else ()
+        beside.insert(0, Block(first + order, number, layer, own, _head_dim(layer, own, config), order, rest))
+    return beside or [Block(first, number, layer, _record_of(family, ()), 1)]
 
 
-def unpruned(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """FFNs and attention that could be pruned and stay, beside a larger one of the layer: experts and shared experts.
+def kinds_of(layer: nn.Module, kinds: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str | None]]:
+    """The kinds of FFN, or of attention, that a layer has, each with the reason why it stays, or None if it is pruned.
 
-    Returns:
-        Path of the output projection in a layer -> layers that have it, and parameters of its units in all of them.
+    Of several with the same output projection the first one counts, and the first one of a layer is always pruned.
     """
+    own: dict[str, Mapping[str, Any]] = {}
+    for kind in kinds:
+        if _has(layer, kind):
+            own.setdefault(output_of(kind), kind)
+    return [(kind, kind.get("stays") if number else None) for number, kind in enumerate(own.values())]
+
+
+def output_of(kind: Mapping[str, Any]) -> str:
+    """The path of the output projection, or of the experts, of a kind of FFN or attention."""
+    return kind.get("experts") or kind.get("down") or kind["output"]
+
+
+@dataclass
+class Staying:
+    """An FFN or attention that is not pruned."""
+
+    why: str
+    layers: int = 0  # that have it
+    parameters: int = 0  # of its units, in all of them
+
+
+def unpruned(model: PreTrainedModel) -> dict[str, Staying]:
+    """FFNs and attention that have units and stay beside a larger one of the layer, by the output projection's path."""
     family, config = family_of(model), model.config.get_text_config(decoder=True)
-    found: dict[str, tuple[int, int]] = {}
-    for index, layer in enumerate(decoder_layers(model)):
+    found: dict[str, Staying] = {}
+    for layer in decoder_layers(model):
         for scope, kinds in zip(PARTS, family.kinds, strict=False):
-            for kind in [kind for kind in kinds if _has(layer, kind)][1:]:
-                block = _block_of(index, layer, family, config, [kind])
-                path = block.family.experts or block.family.down or block.family.output
-                layers, parameters = found.get(path, (0, 0))
-                units = block.neurons if scope == "ffn" else block.kv_groups
-                found[path] = layers + 1, parameters + units * block.unit_cost(scope)
+            for kind, why in kinds_of(layer, kinds):
+                if why is not None:
+                    record = _record_of(family, [kind])
+                    block = Block(0, 0, layer, record, _head_dim(layer, record, config))
+                    one = found.setdefault(output_of(kind), Staying(why))
+                    one.layers += 1
+                    one.parameters += (block.neurons if scope == "ffn" else block.kv_groups) * block.unit_cost(scope)
     return found
 
 
-def _block_of(
-    index: int, layer: nn.Module, family: Family, config: PreTrainedConfig, chosen: Sequence[Mapping[str, Any]]
-) -> Block:
-    """A block with these kinds of FFN and attention."""
+def _record_of(family: Family, chosen: Sequence[Mapping[str, Any]]) -> Family:
+    """The record of one block, with these kinds of FFN and attention."""
     own = {name: value for kind in chosen for name, value in kind.items() if name != "classes"}
     for name in ("layout", "attributes", "extras"):
         own[name] = {path: value for kind in chosen for path, value in kind.get(name, {}).items()}
     own = {"gate": None, "up": None, "down": None, "query": None, "key": None, "value": None, "output": None} | own
-    record = replace(family, kinds=(), **own)
-    head_dim = 1
-    if record.output is not None:
-        module, name = find(layer, record.head_dim or "")
-        head_dim = getattr(module, name, None) or getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    return Block(index, index, layer, record, head_dim)
+    return replace(family, kinds=(), **own)
+
+
+def _head_dim(layer: nn.Module, record: Family, config: PreTrainedConfig) -> int:
+    """The size of a value head of a block with this record; 1 without attention."""
+    if record.output is None:
+        return 1
+    module, name = find(layer, record.head_dim or "")
+    head_dim = getattr(module, name, None) or getattr(config, "head_dim", None)
+    return head_dim or config.hidden_size // config.num_attention_heads
 
 
 def _has(layer: nn.Module, kind: Mapping[str, Any]) -> bool:

@@ -122,10 +122,6 @@ def _drop_layers(model: PreTrainedModel, stays: list[bool]) -> None:
     remaining = nn.ModuleList(layers[index] for index in kept)
     holder, name = find(decoder_of(model), family_of(model).layers)
     setattr(holder, name, remaining)
-    for index, layer in enumerate(remaining):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # where the KV cache keeps a layer's states
-                module.layer_idx = index
     content = config.to_dict()  # plain here, whatever transformers makes of the attributes
     table = content.get("per_layer_config")
     if (step := content.get("decoder_sparse_step", 1)) > 1:  # which layers have experts follows from their numbers
@@ -148,6 +144,11 @@ def _drop_layers(model: PreTrainedModel, stays: list[bool]) -> None:
     for one in (before, after):  # a type without a record is not looked at again with another number of layers
         remember(one, family_of(model))
     _check_numbering(before, after, kept)
+    for layer, built in zip(remaining, decoder_layers(after), strict=True):
+        made = dict(built.named_modules())
+        for path, module in layer.named_modules():
+            if hasattr(module, "layer_idx"):  # where the KV cache keeps a layer's states
+                module.layer_idx = made[path].layer_idx
 
 
 def _check_numbering(before: PreTrainedModel, after: PreTrainedModel, kept: list[int]) -> None:
@@ -183,7 +184,7 @@ def _built(layer: nn.Module) -> dict[str, object]:
 
 
 def check_masks(model: PreTrainedModel, masks: Masks) -> None:
-    """Raise UserError unless masks are bool, fit the present widths, and keep units of all kinds in a layer or of none."""
+    """Raise UserError unless masks are bool, fit the widths, and keep some units of all blocks of a layer or none."""
     blocks = blocks_of(model)
     sizes = {"ffn": [b.experts * b.neurons for b in blocks], "attention": [b.kv_groups for b in blocks]}
     for scope, expected in sizes.items():

@@ -114,9 +114,9 @@ def what_stays(plan: Plan) -> str:
         f"{name} of {missing} of {len(costs.by_layer)} layers, without units that can be removed"
         for name, units in lacking if (missing := sum(not any(units[b] for b in own) for own in costs.by_layer))
     ]  # fmt: skip
-    for path, (layers, parameters) in unpruned(model).items():
-        share = parameters / model.num_parameters()
-        said.append(f"{path} in {layers} layers, beside a larger one: {share:.1%} of the model")
+    for path, staying in unpruned(model).items():
+        share = staying.parameters / model.num_parameters()
+        said.append(f"{path} in {staying.layers} layers ({staying.why}): {share:.1%} of the model")
     return "; ".join(said)
 
 

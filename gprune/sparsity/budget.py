@@ -132,7 +132,7 @@ def unit_costs(
     for index in protect:
         if not -depth <= index < depth:
             raise UserError(
-                f"--sparsity.protect: expected blocks from {-depth} to {depth - 1}, got {index}; the model has {depth}."
+                f"--sparsity.protect: expected layers from {-depth} to {depth - 1}, got {index}; the model has {depth}."
             )
     kept = {index % depth for index in protect}
     return UnitCosts(
