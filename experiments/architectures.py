@@ -10,8 +10,8 @@ widths and other weights than the copy that discovery looks at. Of each type the
 FFN, attention   what was found: separate or fused, experts, KV groups
 agrees           logits of the masked and of the sliced model: largest difference over largest logit
 budget           whether the parameters that went are those that the budget counts
-stays            an FFN beside a larger one of its layer that adds nothing to the residual, such as a router's: its share
-                 of the tiny model's parameters
+stays            an FFN beside a larger one of its layer that adds nothing to the residual, such as a router's: its
+                 share of the tiny model's parameters
 generation       whether greedy generation with a cache gives the same tokens masked and sliced; *dense fails* where the
                  dense model cannot generate either
 reloaded         the largest difference of logits of the saved model in a process without gprune: 0.0

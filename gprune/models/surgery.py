@@ -144,11 +144,11 @@ def _drop_layers(model: PreTrainedModel, stays: list[bool]) -> None:
     for one in (before, after):  # a type without a record is not looked at again with another number of layers
         remember(one, family_of(model))
     _check_numbering(before, after, kept)
-    for layer, built in zip(remaining, decoder_layers(after), strict=True):
+    for index, (layer, built) in enumerate(zip(remaining, decoder_layers(after), strict=True)):
         made = dict(built.named_modules())
         for path, module in layer.named_modules():
             if hasattr(module, "layer_idx"):  # where the KV cache keeps a layer's states
-                module.layer_idx = made[path].layer_idx
+                module.layer_idx = getattr(made.get(path), "layer_idx", index)
 
 
 def _check_numbering(before: PreTrainedModel, after: PreTrainedModel, kept: list[int]) -> None:
