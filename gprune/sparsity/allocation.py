@@ -157,7 +157,8 @@ def standardised(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[
         # by rounding, equal numbers can have a standard deviation above 0
         return (s - s.mean()) / std if std > 0 and s.min() < s.max() else s.new_zeros(s.shape)
 
-    groups = [z(c).view(len(g), -1).mean(1) for c, g in zip(scores.channels, scores.attention, strict=True)]
+    pairs = zip(scores.channels, scores.attention, strict=True)
+    groups = [z(c).view(len(g), -1).mean(1) if len(g) else g for c, g in pairs]
     return [z(s) for s in scores.ffn], groups
 
 
@@ -183,14 +184,15 @@ def outlier_weighted(
 
     def sparsities(kind: str, part: str) -> Tensor:
         """S_b of each block, (L,) float64, by what enters `down` (kind `ffn`) or `output` (`attention`)."""
-        shares = []
+        D = torch.zeros(len(blocks), dtype=torch.float64)
+        stay = [b for b in budget.costs.stay if part in blocks[b].parts]
         for block, channel in zip(blocks, getattr(statistics, kind), strict=True):
-            A = getattr(block, part).weight.detach().float().cpu().abs() * channel.total.mean_sq.sqrt().float()
-            shares.append((multiple * A.mean() < A).double().mean())
-        D = torch.stack(shares)
-        low, high = D[budget.costs.stay].aminmax()
+            if part in block.parts:
+                A = block.parts[part].weight.detach().float().cpu().abs() * channel.total.mean_sq.sqrt().float()
+                D[block.index] = (multiple * A.mean() < A).double().mean()
+        low, high = D[stay].aminmax() if stay else (0.0, 0.0)
         D = (D - low) / (high - low) * 2 * spread if high > low else torch.zeros_like(D)
-        return budget.sparsity - (D - D[budget.costs.stay].mean())
+        return budget.sparsity - (D - D[stay].mean())
 
     parts = zip(_ranks(scores, blocks), (sparsities("ffn", "down"), sparsities("attention", "output")), strict=True)
     ffn, attention = ([r - S for r, S in zip(ranks, by_block, strict=True)] for ranks, by_block in parts)

@@ -7,6 +7,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from gprune.models.lookup import remember
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune, prune_to_files
 from gprune.models.tiny import tiny_model
+from gprune.pipeline.dry_run import what_stays
 from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Material
 from gprune.recoveries.prefix import PrunedPrefix
@@ -99,6 +101,13 @@ def statistics_of(model, **collects):
     return collector.compute()
 
 
+def planned(model) -> SimpleNamespace:
+    """What `what_stays` reads of a plan with attention in scope."""
+    budget = SimpleNamespace(costs=unit_costs(blocks_of(model), scope="attention+ffn"))
+    sparsity = SimpleNamespace(scope="attention+ffn")
+    return SimpleNamespace(budget=budget, skeleton=model, cfg=SimpleNamespace(sparsity=sparsity))
+
+
 def without_layers(model, *gone: int) -> Masks:
     """Masks that keep all of the other layers."""
     blocks = blocks_of(model)
@@ -115,6 +124,7 @@ def test_each_ffn_of_a_layer_is_a_block_and_the_first_has_the_attention(shared):
     assert [b.has_experts for b in blocks] == [True, False] * 3
     assert [b.kv_groups > 0 for b in blocks] == [True, False] * 3
     assert unpruned(shared) == {}
+    assert what_stays(planned(shared)) == ""  # a block without attention is no layer without attention
     for own, layer in zip(by_layer(blocks), layers, strict=True):
         assert all(block.layer is layer for block in own)
         assert sum(block.cost for block in own) == sum(p.numel() for p in layer.parameters())
@@ -135,8 +145,10 @@ def test_a_network_inside_a_router_stays_and_is_named(tmp_path):
     """Zaya's router is an FFN: it says which expert computes, and adds nothing to the residual."""
     with tiny_run.isolated(tmp_path):
         model = example("zaya")
-        found = unpruned(model)
+        found, said = unpruned(model), what_stays(planned(model))
     ((path, staying),) = found.items()
+    share = staying.parameters / model.num_parameters()
+    assert said.endswith(f"{path} in 3 layers (its output does not join the residual): {share:.1%} of the model")
     assert "router" in path
     assert "does not join the residual" in staying.why
     assert staying.parameters > 0
@@ -228,6 +240,16 @@ def test_whole_layers_are_chosen_by_the_loss_of_the_model_without_them(shared):
     chosen = budget.without([3, 0])  # in an order of blocks; the target has room for one layer
     assert chosen.costs.gone == (2, 3)
     assert chosen.costs.gone_layers == [1]
+
+
+@pytest.mark.parametrize("rule", ["uniform", "global", "owl"])
+def test_allocations_meet_the_budget_where_blocks_have_no_attention(rule, shared):
+    blocks, statistics = blocks_of(shared), statistics_of(shared)
+    costs = unit_costs(blocks, scope="attention+ffn")
+    scores = score_units("wanda_sp", blocks, statistics, attention=True)
+    masks = allocate(rule, scores, statistics, blocks, Budget.of(costs, 0.4))
+    gone = shared.num_parameters() - prune(shared, masks).num_parameters()
+    assert 0 <= gone - Budget.of(costs, 0.4).target < max(costs.neuron)
 
 
 @pytest.mark.parametrize("extra", [0, 2000])
