@@ -355,21 +355,25 @@ def test_a_student_learns_the_weights_of_every_ffn_once(targets, shared):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model_type", "flags"),
+    ("model_type", "layers", "flags"),
     [
-        ("qwen2_moe", ["--sparsity.scope=attention+ffn+blocks", "--recovery=[least_squares,distill]"]),
-        ("deepseek_v3", ["--sparsity.scope=ffn", "--recovery=least_squares"]),
-        ("llama4_text", ["--sparsity.scope=attention+ffn", "--recovery=distill"]),
+        (
+            "qwen2_moe", 2,
+            ["--sparsity.scope=attention+ffn+blocks", "--sparsity.block_share=1", "--sparsity.block_choice=influence",
+             "--sparsity.target=0.5", "--recovery=[least_squares,distill]", "--distill.tokens=512"],
+        ),
+        ("deepseek_v3", 3, ["--sparsity.scope=ffn", "--sparsity.target=0.4", "--recovery=least_squares"]),
     ],
-)
-def test_a_run_from_the_command_line(model_type, flags, tmp_path, monkeypatch):
+)  # fmt: skip
+def test_a_run_from_the_command_line(model_type, layers, flags, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     example(model_type).save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
     with tiny_run.isolated(tmp_path / "cache"):
         corpora = tiny_run.make_world(tmp_path).corpora
-        result = tiny_run.World(Path(tmp_path / "model"), corpora).run(tmp_path, "--sparsity.target=0.4", *flags)
+        result = tiny_run.World(Path(tmp_path / "model"), corpora).run(tmp_path, "--evaluation.controls=[]", *flags)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["logits"]["sliced_minus_reloaded"] == 0.0
     assert manifest["logits"]["masked_minus_sliced"] <= 1e-4
-    assert len(manifest["widths"]["neurons"]) > result.model.config.num_hidden_layers
+    assert result.model.config.num_hidden_layers == layers
+    assert len(manifest["widths"]["neurons"]) == 2 * layers - (model_type == "deepseek_v3")  # its first layer is dense
