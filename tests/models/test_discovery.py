@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BartConfig, BertConfig, PreTrainedModel
 
 from experiments.architectures import DEFAULTS, default_config, example
+from gprune.calibration.layerwise import check_walk
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models import cached_records, lookup
@@ -185,6 +186,13 @@ def test_the_record_comes_from_the_cache_the_second_time(monkeypatch):
     found = discovery.discover(config)
     monkeypatch.setattr(discovery, "discovered", lambda _: pytest.fail("looked for again"))
     assert discovery.discover(config) == found
+
+
+def test_the_check_layer_by_layer_takes_the_record_that_was_found(monkeypatch):
+    config = CONFIG_MAPPING["gemma"]()
+    lookup.family_of_config(config)
+    monkeypatch.setattr(discovery, "discover", lambda _: pytest.fail("looked for again"))
+    check_walk(config)
 
 
 @pytest.mark.parametrize("change", ["kinds", "layers", "extras", "all"])

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from experiments.architectures import example
+from gprune.benchmarks.speed import price_by
 from gprune.calibration.collector import Collector
 from gprune.calibration.layerwise import Walk
 from gprune.errors import UserError
@@ -266,6 +267,17 @@ def test_depth_removes_layers_and_narrows_the_largest_ffn_of_one(extra, shared):
     assert bool(masks.ffn[0].all()) == (extra == 0)
     assert all(masks.ffn[b].all() for b in (1, 4, 5))
     assert target <= costs.removed(masks) < target + costs.neuron[0]
+
+
+def test_the_seconds_of_a_layer_are_divided_between_its_ffns(shared):
+    neurons, groups = [[1, 1.0], [16, 2.0], [32, 3.5]], [[1, 3.0], [6, 3.5]]
+    blocks, table = blocks_of(shared), {"neurons": neurons, "groups": groups, "rest": 0.5, "spread": 0.0}
+    price = price_by(table, blocks)
+    for own in by_layer(blocks):
+        assert sum(price.blocks[b.index] for b in own) == pytest.approx(3.5e12)
+        saved = [price.neurons[b.index][-1] / b.neurons for b in own]  # of a neuron, experts having most parameters
+        assert saved[0] > saved[1] > 0
+    assert price.model == pytest.approx(11e12)
 
 
 def test_stock_class_where_its_configuration_has_a_key_for_each_width(shared, tmp_path):
