@@ -20,6 +20,7 @@ from einops import repeat
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from gprune.errors import UserError
 from gprune.models.families import Family
 from gprune.models.lookup import decoder_of, family_of
 from gprune.models.modeling_pruned import find
@@ -267,6 +268,19 @@ def layer_values(blocks: Sequence[Block]) -> dict[str, int]:
     for block in reversed(blocks):
         values |= block.config_values
     return values
+
+
+def check_untied(model: PreTrainedModel) -> None:
+    """Raise UserError if two layers share a tensor that units are sliced from."""
+    owners: dict[int, str] = {}
+    for block in blocks_of(model):
+        for place in block.slices:
+            here = f"'{place.path}' of layer {block.layer_index}"
+            if (other := owners.setdefault(id(block.parameter(place)), here)) != here:
+                raise UserError(
+                    f"Model type '{model.config.model_type}': {here} and {other} are one tensor, so that a unit of one "
+                    "would take weights of the other along; expected layers with weights of their own."
+                )
 
 
 def by_layer(blocks: Iterable[Block]) -> list[list[Block]]:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.errors import UserError, first_line, nearest
-from gprune.models.blocks import Block, blocks_of
+from gprune.models.blocks import Block, blocks_of, check_untied
 from gprune.models.families import BUILT_IN, FAMILIES, PRUNED, Family
 from gprune.models.lookup import decoder_of, family_of
 from gprune.models.losses import LogitTransform
@@ -41,15 +41,7 @@ def check_structure(model: PreTrainedModel) -> None:
                 "family', in a file that "
                 "--import names."
             )
-    owners: dict[int, str] = {}
-    for block in blocks_of(model):
-        for place in block.slices:
-            here = f"'{place.path}' of layer {block.layer_index}"
-            if (other := owners.setdefault(id(block.parameter(place)), here)) != here:
-                raise UserError(
-                    f"Model type '{name}': {here} and {other} are one tensor, so that a unit of one would take weights "
-                    "of the other along; expected layers with weights of their own."
-                )
+    check_untied(model)
     if not any(block.neurons for block in blocks_of(model)):
         raise UserError(f"Model type '{name}': no layer of this model has the FFN that was found on a tiny copy of it.")
 

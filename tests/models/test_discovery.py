@@ -246,6 +246,7 @@ def without_causal_class():
         (without_causal_class, "has no class in transformers that predicts next tokens"),
         (BertConfig, "is an encoder as it is configured"),
         (CONFIG_MAPPING["mamba"], "found 3 layers in 'layers' of the tiny copy, but"),
+        pytest.param(CONFIG_MAPPING["zamba"], r"of layer \d are one tensor", marks=pytest.mark.slow),
     ],
 )
 def test_a_type_that_cannot_be_pruned_is_refused_in_one_line(config, reason):

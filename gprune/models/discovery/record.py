@@ -27,7 +27,7 @@ from transformers import (
 
 from gprune.errors import UserError, quoting
 from gprune.models import cached_records
-from gprune.models.blocks import blocks_of, by_layer, kinds_of, output_of
+from gprune.models.blocks import blocks_of, by_layer, check_untied, kinds_of, output_of
 from gprune.models.discovery.agreement import agrees
 from gprune.models.discovery.attention import attention_kinds
 from gprune.models.discovery.ffn import ffn_kind
@@ -109,6 +109,7 @@ def record_of(model: PreTrainedModel) -> Family:
         record = whole_record(probe, base, kept)
         if not agrees(probe, record):
             raise UserError(f"Model type '{probe.name}': the parts that were found do not agree together. {REMEDY}.")
+    check_untied(probe.model)
     return record
 
 
