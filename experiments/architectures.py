@@ -10,7 +10,8 @@ widths and other weights than the copy that discovery looks at. Of each type the
 FFN, attention   what was found: separate or fused, experts, KV groups
 agrees           logits of the masked and of the sliced model: largest difference over largest logit
 budget           whether the parameters that went are those that the budget counts
-stays            an FFN or attention beside a larger one of its layer: its share of the tiny model's parameters
+stays            an FFN beside a larger one of its layer that adds nothing to the residual, such as a router's: its
+                 share of the tiny model's parameters
 generation       whether greedy generation with a cache gives the same tokens masked and sliced; *dense fails* where the
                  dense model cannot generate either
 reloaded         the largest difference of logits of the saved model in a process without gprune: 0.0
@@ -44,7 +45,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from gprune.errors import UserError, first_line
 from gprune.export.hf import save_pruned
-from gprune.models.blocks import blocks_of, unpruned
+from gprune.models.blocks import Block, blocks_of, by_layer, unpruned
 from gprune.models.discovery.agreement import random_masks
 from gprune.models.families import FAMILIES
 from gprune.models.lookup import family_of
@@ -147,20 +148,24 @@ def described(model: PreTrainedModel) -> tuple[str, str]:
     """What was found of a model's FFN and attention."""
     ffn: dict[str, int] = {}
     attention: dict[str, int] = {}
-    for block in blocks_of(model):
-        if block.has_experts:
-            word = f"{block.experts} experts"
-        elif block.down is None:
-            word = "none"
-        else:
-            fused = block.parts["up"].rows is not None
-            word = "up, down" if block.gate is None else "gate and up fused" if fused else "gate, up, down"
-        ffn[word] = ffn.get(word, 0) + 1
-        groups = "none" if block.output is None else "heads" if block.heads == block.kv_groups else "KV groups"
-        attention[groups] = attention.get(groups, 0) + 1
-    depth = len(blocks_of(model))
+    layers = by_layer(blocks_of(model))
+    for own in layers:
+        words = [_ffn_in_words(block) for block in own if block.down is not None]
+        groups = ["heads" if b.heads == b.kv_groups else "KV groups" for b in own if b.output is not None]
+        for said, counts in ((words, ffn), (groups, attention)):
+            word = " + ".join(said) or "none"
+            counts[word] = counts.get(word, 0) + 1
+    depth = len(layers)
     said = [", ".join(w if n == depth else f"{w} ({n} of {depth})" for w, n in own.items()) for own in (ffn, attention)]
     return said[0], said[1]
+
+
+def _ffn_in_words(block: Block) -> str:
+    """How a block stores its FFN."""
+    if block.has_experts:
+        return f"{block.experts} experts"
+    fused = block.parts["up"].rows is not None
+    return "up, down" if block.gate is None else "gate and up fused" if fused else "gate, up, down"
 
 
 def row_of(model_type: str, folder: Path, *, vision: bool = False) -> dict[str, Any]:
@@ -176,7 +181,7 @@ def row_of(model_type: str, folder: Path, *, vision: bool = False) -> dict[str, 
         family_of(model)
         row["seconds"] = round(time.process_time() - started, 1)
         row["ffn"], row["attention"] = described(model)
-        row["stays"] = {path: n / model.num_parameters() for path, (_, n) in unpruned(model).items()}
+        row["stays"] = {p: s.parameters / model.num_parameters() for p, s in unpruned(model).items()}
         row |= _compared(model, folder / model_type, vision=vision)
     except TimeoutError:
         raise
@@ -346,8 +351,9 @@ def page(rows: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]])
         "the others "
         f"is discovered, in {seconds[len(seconds) // 2] if seconds else 0} s (median) and at most "
         f"{seconds[-1] if seconds else 0} s on one core, and read from the cache afterwards. Where a layer has several "
-        "FFNs, such as experts and shared experts, the largest is pruned; *stays* has the others, with their share of "
-        "the tiny model's parameters (`--dry_run true` prints the share of a real one).\n\n"
+        "FFNs, such as experts and shared experts, all are pruned (`+`); *stays* has those that add nothing to the "
+        "residual, such as a router's, with their share of the tiny model's parameters (`--dry_run true` prints the "
+        "share of a real one).\n\n"
         f"{table(rows)}\n\n"
         "*dense fails*: `generate` of transformers fails on the tiny model before anything is pruned:\n\n"
         f"{failures(rows)}\n\n## With images\n\n"

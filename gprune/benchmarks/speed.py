@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from gprune.benchmarks.settings import SPEED
 from gprune.errors import UserError
-from gprune.models.blocks import Block, blocks_of, decoder_layers
+from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers
 from gprune.models.copies import copy_without_hooks
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
@@ -129,20 +129,33 @@ def price_by(table: Table, blocks: Sequence[Block]) -> Price:
     """Picoseconds of blocks by what they keep: linear between the measured widths.
 
     Where all points lie as near to one line as repeats to each other, it is that line: the points differ by noise.
+    Blocks of one layer, whose widths were measured together, share its seconds in proportion to their parameters.
     """
 
-    def saved(points: Sequence[tuple[int, float]], most: int) -> list[int]:
+    def saved(points: Sequence[tuple[int, float]], most: int, share: float = 1.0) -> list[int]:
         kept, taken = zip(*points, strict=True)
         line = np.polyval(np.polyfit(kept, taken, min(1, len(kept) - 1)), kept)
         if np.abs(taken / line - 1).max() <= table["spread"]:
             taken = line
         taken = np.interp(range(most + 1), kept, isotonic_regression(taken))  # narrower is no slower, but for noise
-        return [round(1e12 * (seconds - taken[0])) for seconds in taken]
+        return [round(1e12 * share * (seconds - taken[0])) for seconds in taken]
 
-    tables = [(saved(table["neurons"], b.neurons), saved(table["groups"], b.kv_groups)) for b in blocks]
+    shares = [[_share(b, own, kind) for own in by_layer(blocks) for b in own] for kind in ("ffn", "attention")]
+    tables = [
+        (saved(table["neurons"], b.neurons, of_ffn), saved(table["groups"], b.kv_groups, of_attention))
+        for b, of_ffn, of_attention in zip(blocks, *shares, strict=True)
+    ]
     units = [neurons[-1] + groups[-1] for neurons, groups in tables]
-    fixed = max(0, round(1e12 * table["neurons"][-1][1]) - max(units))
-    return Price(*zip(*tables, strict=True), [fixed + cost for cost in units], round(1e12 * table["rest"]))
+    of_layers = [sum(units[b.index] for b in own) for own in by_layer(blocks)]
+    fixed = max(0, round(1e12 * table["neurons"][-1][1]) - max(of_layers))
+    whole = [cost + fixed * (b.order == 0) for b, cost in zip(blocks, units, strict=True)]
+    return Price(*zip(*tables, strict=True), whole, round(1e12 * table["rest"]))
+
+
+def _share(block: Block, of_layer: Sequence[Block], kind: str) -> float:
+    """A block's share of the parameters of all units of this kind in its layer; 1 where it is alone."""
+    counts = [b.unit_cost(kind) * (b.neurons if kind == "ffn" else b.kv_groups) for b in of_layer]
+    return counts[block.order] / (sum(counts) or 1) if len(counts) > 1 else 1.0
 
 
 def best_multiple(table: Table) -> int:

@@ -24,9 +24,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gprune.calibration.collector import Collector
 from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_bytes
 from gprune.errors import UserError, first_line
-from gprune.models.blocks import Block, blocks_of, decoder_layers
+from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers
 from gprune.models.families import BUILT_IN
-from gprune.models.lookup import decoder_of, family_of_config
+from gprune.models.lookup import decoder_of, family_of_config, remember
 from gprune.models.losses import LogitTransform
 from gprune.models.offload import device_of, is_offloaded, resident
 from gprune.models.outputs import hidden_in, with_hidden
@@ -44,12 +44,13 @@ def walks(model: PreTrainedModel, *, corpora: int, gram: bool, sharded: bool = F
 def check_walk(config: PreTrainedConfig) -> None:
     """Raise UserError for a type that computes something else layer by layer, as a tiny random copy shows: layers that
     pass more than hidden states on, or that are called more than once. Types with a record of gprune's own pass."""
-    if family_of_config(config) in BUILT_IN.values():
+    if (record := family_of_config(config)) in BUILT_IN.values():
         return
     try:
         model = tiny_model(shrunk(stock_config(config)))
     except Exception:  # a class that cannot be made small
         return
+    remember(model, record)  # a class from elsewhere would have its structure looked for again
     ids = torch.arange(3, 27).view(2, 12)
     why = "the result is another one"
     try:
@@ -146,37 +147,39 @@ class Walk:
         return tensor
 
     @torch.no_grad()
-    def _pass(self, block: Block, collector: Collector | None = None) -> None:
-        """Take all batches through a block whose weights are there; a collector is told of each."""
+    def _pass(self, layer: nn.Module, index: int, collector: Collector | None = None) -> None:
+        """Take all batches through layer number `index`, whose weights are there; a collector is told of each."""
         for call in self.calls:
             if collector is not None:
                 collector.expect(call.input_ids.shape[1], call.half, call.weight)
-            call.hidden = call.through(block.layer, block.index, call.hidden).cpu()
+            call.hidden = call.through(layer, index, call.hidden).cpu()
 
     def statistics(self, *, gram: bool = False, store: Store | None = None) -> CorpusStatistics:
         """Statistics of all batches, the same bits as `Collector`'s, summed over processes; `store` writes one block's
         Gram matrices, by kind, and returns their places."""
         ffn, attention, turned = [], [], []
-        for block in blocks_of(self.model):
-            with resident(block.layer), Collector(self.model, gram=gram, blocks=[block]) as collector:
-                self._pass(block, collector)
+        for index, blocks in enumerate(by_layer(blocks_of(self.model))):
+            layer = blocks[0].layer
+            with resident(layer), Collector(self.model, gram=gram, blocks=blocks) as collector:
+                self._pass(layer, index, collector)
             statistics = collector.compute()
             collector.release()
-            own = {"ffn": statistics.ffn[0], "attention": statistics.attention[0]}
-            if gram and store is not None:
-                places = store(block, {kind: channels.gram for kind, channels in own.items()})
-                own = {kind: replace(channels, gram=places[kind]) for kind, channels in own.items()}
-            ffn.append(own["ffn"])
-            attention.append(own["attention"])
+            for block, *channels in zip(blocks, statistics.ffn, statistics.attention, strict=True):
+                own = dict(zip(("ffn", "attention"), channels, strict=True))
+                if gram and store is not None:
+                    places = store(block, {kind: channels.gram for kind, channels in own.items()})
+                    own = {kind: replace(channels, gram=places[kind]) for kind, channels in own.items()}
+                ffn.append(own["ffn"])
+                attention.append(own["attention"])
             turned.append(statistics.turned)
         return CorpusStatistics(ffn, attention, torch.cat(turned))
 
     @torch.no_grad()
     def logits(self) -> Iterator[Tensor]:
         """The model's logits of each batch, (B, T, V) in its dtype; hooks on its layers take effect."""
-        for block in blocks_of(self.model):
-            with resident(block.layer):
-                self._pass(block)
+        for index, layer in enumerate(decoder_layers(self.model)):
+            with resident(layer):
+                self._pass(layer, index)
         head, transform = self.model.get_output_embeddings(), LogitTransform.of(self.model)
         for call in self.calls:
             device = device_of(head)

@@ -258,7 +258,7 @@ class SparsityConfig(Group, prefix="sparsity."):
     (largest distance of a block's sparsity from the target; 0.08). reconstruction: strength (how far blocks may differ:
     0 is uniform, 1 as the estimate has it; 0.75)."""
     protect: list[int] = Field([])
-    """Blocks that keep everything, -1 being the last one. LLM-Pruner keeps [0,1,2,-1]."""
+    """Decoder layers that keep everything, -1 being the last one. LLM-Pruner keeps [0,1,2,-1]."""
     width_multiple: Annotated[AtLeast1 | None, AUTO] = Field(
         default_factory=lambda given: None if str(given.get("target")).endswith("x") and not given.get("cost") else 1
     )

@@ -49,7 +49,7 @@ def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     if (factors := rope_factors(model)) is not None:
         yield "rope_freqs.weight", factors
     for block in blocks_of(model):
-        here = f"blk.{block.index}"
+        here = f"blk.{block.layer_index}"
         yield f"{here}.attn_norm.weight", block.attention_norm.weight
         yield f"{here}.ffn_norm.weight", block.ffn_norm.weight
         for name, part_name in PARTS.items():
@@ -149,7 +149,7 @@ def unlike_llama(config: PreTrainedConfig, block: Block) -> str | None:
     if 0 in (getattr(config, "no_rope_layers", None) or ()):
         return "has layers without rotation"
     if not (block.neurons and block.kv_groups):  # where a size is 0, llama.cpp skips more than the FFN or attention
-        return f"has no FFN or no attention in layer {block.index}"
+        return f"has no FFN or no attention in layer {block.layer_index}"
     return None
 
 

@@ -34,7 +34,7 @@ from gprune.checks import memory_limits, require
 from gprune.errors import UserError
 from gprune.export.reload import aligned
 from gprune.models import modeling_pruned
-from gprune.models.blocks import blocks_of, decoder_layers
+from gprune.models.blocks import blocks_of, by_layer, decoder_layers, layer_values
 from gprune.models.loading import pruned_classes, register_type, skeleton
 from gprune.models.lookup import family_of, remember
 from gprune.models.masks import Masks
@@ -97,7 +97,7 @@ def pruned_skeleton(model: PreTrainedModel) -> PreTrainedModel:
         added = [part for part in ("down", "output") if block.parts[part].bias is not None]
         biases = [getattr(family, part) for part in added if stock.parts[part].bias is None]
         own = block.config_values | {"added_biases": biases}
-        table[str(block.index)] = {key: value for key, value in own.items() if value != values.get(key, [])}
+        table[str(block.layer_index)] = {key: value for key, value in own.items() if value != values.get(key, [])}
     config_class, _, model_class = pruned_classes(family.model_type)
     own = {"pruned_layout": layout, "per_layer_config": {index: own for index, own in table.items() if own}}
     return skeleton(config_class(**values, added_biases=[], **own), model_class)
@@ -123,15 +123,13 @@ def _text_values(model: PreTrainedModel, values: dict[str, Any]) -> dict[str, An
 
 
 def _found_stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
-    """A stock model of a discovered type in the shapes of `model`, if all blocks are alike and the config has keys for
-    their sizes; else None."""
+    """A stock model of a discovered type in the shapes of `model`, if the config has a key for each size; else None."""
     blocks, shapes = blocks_of(model), {name: tensor.shape for name, tensor in model.state_dict().items()}
-    values = [{key: size for key, size in b.config_values.items() if hasattr(model.config, key)} for b in blocks]
-    alike = [own for own in values if own]
-    if any(own != alike[0] for own in alike) or not modeling_pruned.experts_aligned(model):
-        return None
+    pairs = {(k, size) for block in blocks for k, size in block.config_values.items() if hasattr(model.config, k)}
+    if len(sizes := dict(pairs)) < len(pairs) or not modeling_pruned.experts_aligned(model):
+        return None  # the former: a key with several values
     with suppress(Exception):  # of any type: a class may refuse these sizes
-        stock = _dense_skeleton(model, alike[0] if alike else {})
+        stock = _dense_skeleton(model, sizes)
         if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
             heads = [(block.heads, block.kv_groups) for block in blocks]
             if [(block.heads, block.kv_groups) for block in blocks_of(stock)] == heads:
@@ -143,14 +141,19 @@ def _found_skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """The pruned class of a discovered type in the shapes of `model`, without weights; every size is written out."""
     blocks, record, own = blocks_of(model), family_of(model), {}
     stock = _dense_skeleton(model, {})
-    for block, dense in zip(blocks, blocks_of(stock), strict=True):
-        places = {place.path: [place.dim, block.parameter(place).shape[place.dim]] for place in block.slices}
-        attributes = {path: modeling_pruned.size(terms, block.sizes) for path, terms in block.attributes.items()}
-        added = [part for part in ("down", "output") if part in block.parts and block.parts[part].bias is not None]
-        own[str(block.index)] = {
-            "sizes": places, "attributes": attributes, "values": block.config_values,
-            "added_biases": [getattr(block.family, p) for p in added if dense.parts[p].bias is None],
-        }  # fmt: skip
+    of_stock = blocks_of(stock)
+    for index, of_layer in enumerate(by_layer(blocks)):
+        sizes: dict[str, list[int]] = {}
+        attributes: dict[str, int] = {}
+        biases: list[str] = []
+        for block in of_layer:
+            sizes |= {place.path: [place.dim, block.parameter(place).shape[place.dim]] for place in block.slices}
+            attributes |= {path: modeling_pruned.size(terms, block.sizes) for path, terms in block.attributes.items()}
+            added = [part for part in ("down", "output") if part in block.parts and block.parts[part].bias is not None]
+            dense = of_stock[block.index].parts
+            biases += [getattr(block.family, part) for part in added if dense[part].bias is None]
+        values = layer_values(of_layer)
+        own[str(index)] = {"sizes": sizes, "attributes": attributes, "values": values, "added_biases": biases}
     path = next(path for path, module in stock.named_modules() if module is decoder_layers(stock))
     config_class, _, model_class = pruned_classes(record.model_type)
     made = skeleton(config_class(**stock_values(model), pruned_layout={"layers": path, "own": own}), model_class)
@@ -267,7 +270,7 @@ def shard_size(model: PreTrainedModel) -> int:
     """Bytes of a shard of weights: `SHARD`, or about a block of an offloaded model, as it has little in memory."""
     if not is_offloaded(model):
         return SHARD
-    layers = [sum(p.numel() * p.element_size() for p in block.layer.parameters()) for block in blocks_of(model)]
+    layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in decoder_layers(model)]
     return min(SHARD, max(*layers, *(p.numel() * p.element_size() for p in model.parameters())))
 
 

@@ -7,9 +7,10 @@ saved form are made of slices alone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby, zip_longest
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from einops import repeat
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from gprune.errors import UserError
 from gprune.models.families import Family
 from gprune.models.lookup import decoder_of, family_of
 from gprune.models.modeling_pruned import find
@@ -40,17 +42,23 @@ class Slice:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer.
+    """An FFN and an attention of a decoder layer, or one of them: the unit that masks, statistics and modules speak of.
+
+    Most layers are one block. A layer with several FFNs, such as experts and shared experts, is as many blocks: the
+    first one has the layer's attention and whatever is not pruned, norms included.
 
     A *neuron* j is row j of gate and up and column j of down, in every expert where there are experts; a *KV group* g
     is key/value head g with the query heads that share it, i.e. `channels_per_group` consecutive columns of the
     output projection.
     """
 
-    index: int
+    index: int  # position among the blocks of the model
+    layer_index: int  # number of the decoder layer
     layer: nn.Module
-    family: Family
+    family: Family  # of a layer with several blocks, the record of this one
     head_dim: int
+    order: int = 0  # position among the blocks of its layer
+    beside: tuple[Block, ...] = ()  # of the first block of a layer: the other ones
 
     @cached_property
     def parts(self) -> dict[str, Part | ExpertPart]:
@@ -128,8 +136,15 @@ class Block:
 
     @property
     def cost(self) -> int:
-        """Parameters that go when the whole block goes."""
-        return sum(parameter.numel() for parameter in self.layer.parameters())
+        """Parameters that go when the whole block goes, with all others of its layer."""
+        return self.whole_cost()
+
+    def whole_cost(self, weight: Callable[[Tensor], int] = lambda parameter: 1) -> int:
+        """`cost`, or what these parameters weigh: those of a layer are shared out between its blocks."""
+        if self.order == 0:
+            layer = sum(weight(parameter) * parameter.numel() for parameter in self.layer.parameters())
+            return layer - sum(block.whole_cost(weight) for block in self.beside)
+        return self.neurons * self.unit_cost("ffn", weight) + self.kv_groups * self.unit_cost("attention", weight)
 
     def unit_cost(self, kind: str, weight: Callable[[Tensor], int] = lambda parameter: 1) -> int:
         """Parameters that go with a neuron (`ffn`; of all experts) or a KV group (`attention`), or what they weigh."""
@@ -228,7 +243,7 @@ class Block:
 
     @property
     def sizes(self) -> SimpleNamespace:
-        """The layer's sizes by the names that `attributes` uses."""
+        """The block's sizes by the names that `attributes` uses."""
         return SimpleNamespace(**self.config_values)
 
     @property
@@ -241,52 +256,112 @@ def blocks_of(model: PreTrainedModel) -> list[Block]:
     """The blocks of a supported model, first layer first."""
     family, config = family_of(model), model.config.get_text_config(decoder=True)
     if family.kinds:
-        return [_found_block(index, layer, family, config) for index, layer in enumerate(decoder_layers(model))]
+        blocks: list[Block] = []
+        for number, layer in enumerate(decoder_layers(model)):
+            blocks += _found_blocks(len(blocks), number, layer, family, config)
+        return blocks
     # `or` keeps it lazy: to read a global head count is an error where layers differ in heads.
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return [Block(index, layer, family, head_dim) for index, layer in enumerate(decoder_layers(model))]
+    return [Block(index, index, layer, family, head_dim) for index, layer in enumerate(decoder_layers(model))]
 
 
-def _found_block(index: int, layer: nn.Module, family: Family, config: PreTrainedConfig) -> Block:
-    """A block of a type whose layers may differ: with the first kind of FFN and of attention that the layer has."""
-    chosen = [next((kind for kind in kinds if _has(layer, kind)), {}) for kinds in family.kinds]
-    return _block_of(index, layer, family, config, chosen)
+def layer_values(blocks: Sequence[Block]) -> dict[str, int]:
+    """`Block.config_values` of a layer, from all of its blocks; the first one's where several have one key."""
+    values: dict[str, int] = {}
+    for block in reversed(blocks):
+        values |= block.config_values
+    return values
 
 
-def unpruned(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """FFNs and attention that could be pruned and stay, beside a larger one of the layer: experts and shared experts.
+def check_untied(model: PreTrainedModel) -> None:
+    """Raise UserError if two layers share a tensor that units are sliced from."""
+    owners: dict[int, str] = {}
+    for block in blocks_of(model):
+        for place in block.slices:
+            here = f"'{place.path}' of layer {block.layer_index}"
+            if (other := owners.setdefault(id(block.parameter(place)), here)) != here:
+                raise UserError(
+                    f"Model type '{model.config.model_type}': {here} and {other} are one tensor, so that a unit of one "
+                    "would take weights of the other along; expected layers with weights of their own."
+                )
 
-    Returns:
-        Path of the output projection in a layer -> layers that have it, and parameters of its units in all of them.
+
+def by_layer(blocks: Iterable[Block]) -> list[list[Block]]:
+    """The blocks of each layer, first layer first."""
+    return [list(own) for _, own in groupby(blocks, key=lambda block: block.layer_index)]
+
+
+def _found_blocks(
+    first: int, number: int, layer: nn.Module, family: Family, config: PreTrainedConfig
+) -> list[Block]:  # fmt: skip
+    """The blocks of layer `number` of a type whose layers may differ, the first one at position `first`."""
+    ffn, attention = ([kind for kind, stays in kinds_of(layer, kinds) if stays is None] for kinds in family.kinds)
+    beside: list[Block] = []
+    for order, chosen in reversed(list(enumerate(zip_longest(ffn, attention, fillvalue={})))):
+        own = _record_of(family, chosen)
+        rest = tuple(beside) if order == 0 else ()
+        beside.insert(0, Block(first + order, number, layer, own, _head_dim(layer, own, config), order, rest))
+    return beside or [Block(first, number, layer, _record_of(family, ()), 1)]
+
+
+def kinds_of(layer: nn.Module, kinds: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str | None]]:
+    """The kinds of FFN, or of attention, that a layer has, each with the reason why it stays, or None if it is pruned.
+
+    Of several with the same output projection the first one counts, and the first one of a layer is always pruned.
     """
+    own: dict[str, Mapping[str, Any]] = {}
+    for kind in kinds:
+        if _has(layer, kind):
+            own.setdefault(output_of(kind), kind)
+    return [(kind, kind.get("stays") if number else None) for number, kind in enumerate(own.values())]
+
+
+def output_of(kind: Mapping[str, Any]) -> str:
+    """The path of the output projection, or of the experts, of a kind of FFN or attention."""
+    return kind.get("experts") or kind.get("down") or kind["output"]
+
+
+@dataclass
+class Staying:
+    """An FFN or attention that is not pruned."""
+
+    why: str
+    layers: int = 0  # that have it
+    parameters: int = 0  # of its units, in all of them
+
+
+def unpruned(model: PreTrainedModel) -> dict[str, Staying]:
+    """FFNs and attention that have units and stay beside a larger one of the layer, by the output projection's path."""
     family, config = family_of(model), model.config.get_text_config(decoder=True)
-    found: dict[str, tuple[int, int]] = {}
-    for index, layer in enumerate(decoder_layers(model)):
+    found: dict[str, Staying] = {}
+    for layer in decoder_layers(model):
         for scope, kinds in zip(PARTS, family.kinds, strict=False):
-            for kind in [kind for kind in kinds if _has(layer, kind)][1:]:
-                block = _block_of(index, layer, family, config, [kind])
-                path = block.family.experts or block.family.down or block.family.output
-                layers, parameters = found.get(path, (0, 0))
-                units = block.neurons if scope == "ffn" else block.kv_groups
-                found[path] = layers + 1, parameters + units * block.unit_cost(scope)
+            for kind, why in kinds_of(layer, kinds):
+                if why is not None:
+                    record = _record_of(family, [kind])
+                    block = Block(0, 0, layer, record, _head_dim(layer, record, config))
+                    one = found.setdefault(output_of(kind), Staying(why))
+                    one.layers += 1
+                    one.parameters += (block.neurons if scope == "ffn" else block.kv_groups) * block.unit_cost(scope)
     return found
 
 
-def _block_of(
-    index: int, layer: nn.Module, family: Family, config: PreTrainedConfig, chosen: Sequence[Mapping[str, Any]]
-) -> Block:
-    """A block with these kinds of FFN and attention."""
+def _record_of(family: Family, chosen: Sequence[Mapping[str, Any]]) -> Family:
+    """The record of one block, with these kinds of FFN and attention."""
     own = {name: value for kind in chosen for name, value in kind.items() if name != "classes"}
     for name in ("layout", "attributes", "extras"):
         own[name] = {path: value for kind in chosen for path, value in kind.get(name, {}).items()}
     own = {"gate": None, "up": None, "down": None, "query": None, "key": None, "value": None, "output": None} | own
-    record = replace(family, kinds=(), **own)
-    head_dim = 1
-    if record.output is not None:
-        module, name = find(layer, record.head_dim or "")
-        head_dim = getattr(module, name, None) or getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    return Block(index, layer, record, head_dim)
+    return replace(family, kinds=(), **own)
+
+
+def _head_dim(layer: nn.Module, record: Family, config: PreTrainedConfig) -> int:
+    """The size of a value head of a block with this record; 1 without attention."""
+    if record.output is None:
+        return 1
+    module, name = find(layer, record.head_dim or "")
+    head_dim = getattr(module, name, None) or getattr(config, "head_dim", None)
+    return head_dim or config.hidden_size // config.num_attention_heads
 
 
 def _has(layer: nn.Module, kind: Mapping[str, Any]) -> bool:

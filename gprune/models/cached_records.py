@@ -15,7 +15,7 @@ from gprune.models.families import Family
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
-FORMAT = 5  # raise it when discovery finds other things
+FORMAT = 6  # raise it when discovery finds other things
 MAPPINGS = {"layout", "extras", "attributes", "expert_rows", "classes"}
 
 

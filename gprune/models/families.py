@@ -58,7 +58,9 @@ class Family:
     extras: Mapping[str, tuple[int, str]] = field(
         default_factory=dict
     )  # other parameters -> dim and `ffn`, `attention`
-    kinds: tuple[tuple[Mapping[str, Any], ...], ...] = ()  # alternatives for FFN and attention, where layers differ
+    # Kinds of FFN and of attention, largest first, as fields of a record: a layer has each whose modules it has.
+    kinds: tuple[tuple[Mapping[str, Any], ...], ...] = ()
+    stays: str | None = None  # of a kind: why it is not pruned beside a larger one of its layer
     found: bool = False  # discovered; a saved folder then names every size, and not the keys of a config
     plain_head: bool = True  # logits are those of head times hidden states, divided or capped
     logits_multiplier: str | None = None  # the key of what the logits are multiplied by

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from gprune.models.blocks import Block, blocks_of, decoder_layers
+from gprune.models.blocks import Block, blocks_of
 from gprune.models.experts import Watch, watch_experts
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
@@ -102,14 +102,15 @@ def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | No
 
 @contextmanager
 def bypassed(model: PreTrainedModel, gone: Iterable[int]) -> Iterator[PreTrainedModel]:
-    """Let these blocks return their input while the context lasts."""
+    """Let the layers of these blocks return their input while the context lasts."""
 
     def skip(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         return with_hidden(output, args[0] if args else kwargs["hidden_states"])
 
     with ExitStack() as taken_off:
-        for block in gone:
-            taken_off.callback(decoder_layers(model)[block].register_forward_hook(skip, with_kwargs=True).remove)
+        blocks = blocks_of(model) if (gone := list(gone)) else []
+        for layer in {blocks[index].layer_index: blocks[index].layer for index in gone}.values():
+            taken_off.callback(layer.register_forward_hook(skip, with_kwargs=True).remove)
         yield model
 
 

@@ -19,8 +19,8 @@ class Masks:
 
     @property
     def blocks(self) -> list[bool]:
-        """Whether each block stays. A block that keeps no neuron and no KV group goes as a whole, norms included; one
-        that has neither stays."""
+        """Whether each block stays. A block that keeps no neuron and no KV group goes as a whole, norms included, as do
+        all other blocks of its layer; one that has neither stays."""
         pairs = zip(self.ffn, self.attention, strict=True)
         return torch.stack([f.any() | a.any() | (len(f) + len(a) == 0) for f, a in pairs]).tolist()
 

@@ -126,7 +126,9 @@ class PrunedModel:
 
 def experts_aligned(model):
     """Whether the experts' widths suit grouped kernels, which want rows of 16 bytes: multiples of 8 do in any dtype."""
-    return all(parameter.shape[-1] % 8 == 0 for parameter in model.parameters() if parameter.dim() == 3)
+    convolutions = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv1d)}
+    stacked = (p for p in model.parameters() if p.dim() == 3 and id(p) not in convolutions)
+    return all(parameter.shape[-1] % 8 == 0 for parameter in stacked)
 
 
 def layer_configs(config):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.errors import UserError, first_line, nearest
-from gprune.models.blocks import Block, blocks_of
+from gprune.models.blocks import Block, blocks_of, check_untied
 from gprune.models.families import BUILT_IN, FAMILIES, PRUNED, Family
 from gprune.models.lookup import decoder_of, family_of
 from gprune.models.losses import LogitTransform
@@ -31,24 +31,17 @@ def check_structure(model: PreTrainedModel) -> None:
     for block in blocks_of(model):
         why = _unfit(block)
         if why and BUILT_IN.get(record.model_type) is record:
-            raise UserError(f"--model.name: layer {block.index} of this '{name}' model cannot be pruned: {why}.")
+            raise UserError(f"--model.name: layer {block.layer_index} of this '{name}' model cannot be pruned: {why}.")
         if why and not record.found:
-            raise _wrong(name, f"layer {block.index}: {why}")
+            raise _wrong(name, f"layer {block.layer_index}: {why}")
         if why:
             raise UserError(
-                f"Model type '{name}': the structure that was found on a tiny copy does not fit layer {block.index} of "
-                f"this model: {why}. Give it a record by hand: docs/extend.md, 'A model family', in a file that "
+                f"Model type '{name}': the structure that was found on a tiny copy does not fit layer "
+                f"{block.layer_index} of this model: {why}. Give it a record by hand: docs/extend.md, 'A model "
+                "family', in a file that "
                 "--import names."
             )
-    owners: dict[int, str] = {}
-    for block in blocks_of(model):
-        for place in block.slices:
-            here = f"'{place.path}' of layer {block.index}"
-            if (other := owners.setdefault(id(block.parameter(place)), here)) != here:
-                raise UserError(
-                    f"Model type '{name}': {here} and {other} are one tensor, so that a unit of one would take weights "
-                    "of the other along; expected layers with weights of their own."
-                )
+    check_untied(model)
     if not any(block.neurons for block in blocks_of(model)):
         raise UserError(f"Model type '{name}': no layer of this model has the FFN that was found on a tiny copy of it.")
 
@@ -92,7 +85,7 @@ def _check_norms(name: str, probe: object, block: Block) -> None:
     from gprune.models.discovery.surroundings import joins_residual, norm_offset
 
     if block.down is not None and not block.has_experts:
-        direct = joins_residual(probe, block.index, block.family.down)
+        direct = joins_residual(probe, block.layer_index, block.family.down)
         if direct != block.joins_residual("down"):
             said = "needs after_ffn" if not direct else "has after_ffn, but nothing follows the FFN"
             raise _wrong(name, f"it {said}: a norm between the output of the FFN and the residual")

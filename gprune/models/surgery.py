@@ -7,14 +7,14 @@ from the shapes, or reads it from attributes that the family's record names, whi
 dense numbers: the weights tell the true widths (`gprune.models.blocks.blocks_of`), and `gprune.export` writes them for
 other programs. `save_pretrained` can be called on what `gprune.export.hf.portable` makes of the result.
 
-Experts of one block end up equally wide, each with its own neurons, so that their tensors stay stacked. A block whose
+Experts of one block end up equally wide, each with its own neurons, so that their tensors stay stacked. A layer whose
 masks keep nothing goes as a whole, norms included: the decoder has a layer fewer.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.errors import UserError
-from gprune.models.blocks import Block, Slice, blocks_of, decoder_layers
+from gprune.models.blocks import Block, Slice, blocks_of, by_layer, decoder_layers, layer_values
 from gprune.models.copies import copy_without_hooks
 from gprune.models.loading import skeleton
 from gprune.models.lookup import decoder_of, family_of, remember
@@ -52,11 +52,12 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
         # The copy shares the weights that are sliced anyway, until their smaller version replaces them.
         shared = [block.parameter(place) for block in blocks_of(model) for place in block.slices]
         model = copy_without_hooks(model, {id(parameter): parameter for parameter in shared})
-    for block, stays in zip(blocks_of(model), masks.blocks, strict=True):
-        if stays:
-            _slice_block(block, model.config.get_text_config(decoder=True), masks)
-    if not all(masks.blocks):
-        _drop_blocks(model, masks.blocks)
+    layers, stays = by_layer(blocks_of(model)), masks.blocks
+    for blocks in layers:
+        if stays[blocks[0].index]:
+            _slice_layer(blocks, model.config.get_text_config(decoder=True), masks)
+    if not all(stays):
+        _drop_layers(model, [stays[blocks[0].index] for blocks in layers])
     if not experts_aligned(model):
         model.config._experts_implementation = "eager"  # grouped kernels would refuse these widths
     elif not was_aligned:  # an earlier pruning has set it
@@ -68,7 +69,7 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
 def prune_to_files(
     model: PreTrainedModel, masks: Masks, folder: Path, revise: Callable[[Block, Block], None] | None = None
 ) -> PreTrainedModel:
-    """`prune` for an offloaded model: block by block, each into a file of its own, with one block in memory.
+    """`prune` for an offloaded model: layer by layer, each into a file of its own, with one layer in memory.
 
     Args:
         folder: where the files go; they stay for as long as the result is read.
@@ -86,42 +87,41 @@ def prune_to_files(
     prune(small, masks, inplace=True)
     lend_all(small, model)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = [dense for dense, stays in zip(blocks_of(model), masks.blocks, strict=True) if stays]
-    for dense, block in zip(kept, blocks_of(small), strict=True):
-        _write_block(dense, block, masks, folder / f"{block.index}.safetensors", revise)
+    stays = masks.blocks
+    kept = [blocks for blocks in by_layer(blocks_of(model)) if stays[blocks[0].index]]
+    for index, (dense, blocks) in enumerate(zip(kept, by_layer(blocks_of(small)), strict=True)):
+        _write_layer(dense, blocks, masks, folder / f"{index}.safetensors", revise)
     return small
 
 
-def _write_block(
-    dense: Block, block: Block, masks: Masks, path: Path, revise: Callable[[Block, Block], None] | None
-) -> None:
-    """Fill a block without weights, revise it, write it, and leave it without weights again."""
-    places = {place.path: place for place in dense.slices}
-    for name, _ in list(dense.layer.named_parameters()):
-        place, (owner, _, own) = places.get(name), name.rpartition(".")
-        whole = stored(dense.layer.get_submodule(owner), own).detach()
-        value = whole.clone() if place is None else _sliced(dense, place, masks, whole)
-        setattr(block.layer.get_submodule(owner), own, nn.Parameter(value.cpu().contiguous(), requires_grad=False))
-    if revise is not None:
-        revise(dense, block)
-    weights = {name: parameter.detach() for name, parameter in block.layer.named_parameters()}
+def _write_layer(
+    dense: Sequence[Block], blocks: Sequence[Block], masks: Masks, path: Path,
+    revise: Callable[[Block, Block], None] | None,
+) -> None:  # fmt: skip
+    """Fill the blocks of a layer without weights, revise and write them, and leave them without weights again."""
+    places = {place.path: (block, place) for block in dense for place in block.slices}
+    whole, layer = dense[0].layer, blocks[0].layer
+    for name, _ in list(whole.named_parameters()):
+        owner, _, own = name.rpartition(".")
+        value = stored(whole.get_submodule(owner), own).detach()
+        value = _sliced(*places[name], masks, value) if name in places else value.clone()
+        setattr(layer.get_submodule(owner), own, nn.Parameter(value.cpu().contiguous(), requires_grad=False))
+    for pair in zip(dense, blocks, strict=True) if revise is not None else ():
+        revise(*pair)
+    weights = {name: parameter.detach() for name, parameter in layer.named_parameters()}
     save_file(weights, path)
-    block.layer.to("meta")
-    lend(block.layer, OffloadedWeightsLoader(index={name: {"safetensors_file": path} for name in weights}))
+    layer.to("meta")
+    lend(layer, OffloadedWeightsLoader(index={name: {"safetensors_file": path} for name in weights}))
 
 
-def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
-    """Take the blocks out of the decoder that do not stay, and their entries out of the config."""
+def _drop_layers(model: PreTrainedModel, stays: list[bool]) -> None:
+    """Take the layers out of the decoder that do not stay, and their entries out of the config."""
     config, layers = model.config.get_text_config(decoder=True), decoder_layers(model)
     before = skeleton(copy.deepcopy(model.config), type(model))
     kept = [index for index, keep in enumerate(stays) if keep]
     remaining = nn.ModuleList(layers[index] for index in kept)
     holder, name = find(decoder_of(model), family_of(model).layers)
     setattr(holder, name, remaining)
-    for index, layer in enumerate(remaining):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # where the KV cache keeps a layer's states
-                module.layer_idx = index
     content = config.to_dict()  # plain here, whatever transformers makes of the attributes
     table = content.get("per_layer_config")
     if (step := content.get("decoder_sparse_step", 1)) > 1:  # which layers have experts follows from their numbers
@@ -144,6 +144,11 @@ def _drop_blocks(model: PreTrainedModel, stays: list[bool]) -> None:
     for one in (before, after):  # a type without a record is not looked at again with another number of layers
         remember(one, family_of(model))
     _check_numbering(before, after, kept)
+    for index, (layer, built) in enumerate(zip(remaining, decoder_layers(after), strict=True)):
+        made = dict(built.named_modules())
+        for path, module in layer.named_modules():
+            if hasattr(module, "layer_idx"):  # where the KV cache keeps a layer's states
+                module.layer_idx = getattr(made.get(path), "layer_idx", index)
 
 
 def _check_numbering(before: PreTrainedModel, after: PreTrainedModel, kept: list[int]) -> None:
@@ -179,7 +184,7 @@ def _built(layer: nn.Module) -> dict[str, object]:
 
 
 def check_masks(model: PreTrainedModel, masks: Masks) -> None:
-    """Raise UserError unless masks are bool, fit the present widths, and keep units of both scopes or of none."""
+    """Raise UserError unless masks are bool, fit the widths, and keep some units of all blocks of a layer or none."""
     blocks = blocks_of(model)
     sizes = {"ffn": [b.experts * b.neurons for b in blocks], "attention": [b.kv_groups for b in blocks]}
     for scope, expected in sizes.items():
@@ -195,6 +200,11 @@ def check_masks(model: PreTrainedModel, masks: Masks) -> None:
         counts = set(ffn.view(block.experts, -1).sum(1).tolist())
         if len(counts) > 1:
             raise UserError(f"masks.ffn[{block.index}]: expected as many neurons in every expert, got {counts}.")
+    stays = masks.blocks
+    for own in by_layer(blocks):
+        if len({stays[block.index] for block in own}) > 1:
+            numbers = f"{own[0].index} to {own[-1].index}, of layer {own[0].layer_index}"
+            raise UserError(f"masks of blocks {numbers}: expected units kept of all of them, or of none.")
 
 
 def widths(model: PreTrainedModel) -> dict[str, list[int]]:
@@ -203,16 +213,19 @@ def widths(model: PreTrainedModel) -> dict[str, list[int]]:
     return {"neurons": [b.neurons for b in blocks], "kv_groups": [b.kv_groups for b in blocks]}
 
 
-def _slice_block(block: Block, config: PreTrainedConfig, masks: Masks) -> None:
-    """Make a block of a model smaller, in place, and tell its modules their new sizes."""
-    for place in block.slices:
-        path, _, name = place.path.rpartition(".")
-        module, parameter = block.module(path), block.parameter(place)
-        smaller = _sliced(block, place, masks, stored(module, name).detach())
-        setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
-        tell_sizes(module)
-    smaller = replace(block)  # as its weights are now
-    tell_layer(block.layer, config, smaller.config_values, smaller.attributes)
+def _slice_layer(blocks: Sequence[Block], config: PreTrainedConfig, masks: Masks) -> None:
+    """Make the blocks of a layer smaller, in place, and tell its modules their new sizes."""
+    for block in blocks:
+        for place in block.slices:
+            path, _, name = place.path.rpartition(".")
+            module, parameter = block.module(path), block.parameter(place)
+            smaller = _sliced(block, place, masks, stored(module, name).detach())
+            setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
+            tell_sizes(module)
+    blocks = [replace(block) for block in blocks]  # as their weights are now
+    values = layer_values(blocks)
+    for block in reversed(blocks):  # `attributes` of each are multiples of its own sizes; those of the first one stay
+        tell_layer(block.layer, config, values | block.config_values, block.attributes)
 
 
 def _sliced(block: Block, place: Slice, masks: Masks, parameter: Tensor) -> Tensor:

@@ -196,6 +196,9 @@ def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
                 content[name] = len(chosen)
     if "mamba_headdim" in content and "n_mamba_heads" in content:
         content["n_mamba_heads"] = 2 * HIDDEN // HEAD_DIM
+    if "attention_hidden_size" in content and before["attention_hidden_size"] == 2 * before.get("hidden_size", 0):
+        content["attention_hidden_size"] = 2 * HIDDEN  # Zamba attends over hidden states beside the embeddings
+        content["attention_head_dim"] = 2 * HIDDEN // content["num_attention_heads"]
     if "expand" in content and isinstance(content.get("num_heads"), int) and "state_size" in content:
         content["num_heads"] = 2 * HIDDEN // HEAD_DIM
     if "num_hidden_layers" in content and "n_recurrent_layers" in content:

@@ -14,7 +14,7 @@ from gprune.calibration.statistics_cache import StatisticsCache
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.errors import UserError
 from gprune.models.bfloat16 import has_fast_products
-from gprune.models.blocks import Block, decoder_layers
+from gprune.models.blocks import Block
 from gprune.models.offload import device_of
 from gprune.pipeline.run import Run
 from gprune.registry import CALIBRATOR
@@ -85,7 +85,7 @@ def statistics_cache(run: Run) -> StatisticsCache:
             "halves": "first and second", **cfg.matmul, **own,
         },
         scopes=("ffn", "attention") if cfg.attention else ("ffn",),
-        walked_blocks=len(decoder_layers(run.model)) if by_block else None,
+        walked_blocks=len(run.blocks) if by_block else None,
         gram_bits={"products": "bfloat16"} if has_fast_products(getattr(torch, cfg.model.dtype), device) else {},
     )  # fmt: skip
 

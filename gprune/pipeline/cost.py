@@ -39,7 +39,8 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
         learning = s.epochs * learned_windows(cfg) * c.seq_len
         of_epochs = measurements(*validation_interval(cfg, learned_windows(cfg), c.batch_size, 1.0), epochs=s.epochs)
         curve = (1 + of_epochs + 2 + len(e.curve)) * development
-    open_blocks, rounds = len(costs.neurons) - len(costs.protected), len(costs.gone) if s.block_choice == "loss" else 0
+    open_blocks = sum(costs.protected.isdisjoint(own) for own in costs.by_layer)
+    rounds = len(costs.gone_layers) if s.block_choice == "loss" else 0
     tried = sum(range(open_blocks, open_blocks - rounds, -1)) * len(c.drift) * c.seq_len
     evaluated = evaluated_tokens(cfg)  # by each model
     once = keeps(cfg, evaluated, hidden_size) and cfg.final != "model"

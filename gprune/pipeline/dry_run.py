@@ -35,9 +35,9 @@ def describe(plan: Plan) -> str:
     parameters, scope, dtype = plan.skeleton.num_parameters(), budget.costs.in_parameters.total, plan.exported_dtype
     left = parameters - plan.removed
     lines = {
-        "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.costs.neurons)} blocks",
+        "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.costs.by_layer)} blocks",
         "scope": f"{cfg.sparsity.scope}: {scope:,} parameters in units",
-        "blocks": f"{len(budget.costs.gone)} go as a whole" if "blocks" in cfg.sparsity.scope else "",
+        "blocks": f"{len(budget.costs.gone_layers)} go as a whole" if "blocks" in cfg.sparsity.scope else "",
         "removes": f"at most {most:,} parameters: the run finds the share that keeps {cfg.sparsity.target}"
         if quality
         else f"{plan.removed:,} parameters: {plan.removed / scope:.1%} of the scope, "
@@ -111,12 +111,12 @@ def what_stays(plan: Plan) -> str:
     costs, model = plan.budget.costs, plan.skeleton
     lacking = [("FFN", costs.neurons)] + [("attention", costs.groups)] * ("attention" in plan.cfg.sparsity.scope)
     said = [
-        f"{name} of {missing} of {len(units)} layers, without units that can be removed"
-        for name, units in lacking if (missing := sum(n == 0 for n in units))
+        f"{name} of {missing} of {len(costs.by_layer)} layers, without units that can be removed"
+        for name, units in lacking if (missing := sum(not any(units[b] for b in own) for own in costs.by_layer))
     ]  # fmt: skip
-    for path, (layers, parameters) in unpruned(model).items():
-        share = parameters / model.num_parameters()
-        said.append(f"{path} in {layers} layers, beside a larger one: {share:.1%} of the model")
+    for path, staying in unpruned(model).items():
+        share = staying.parameters / model.num_parameters()
+        said.append(f"{path} in {staying.layers} layers ({staying.why}): {share:.1%} of the model")
     return "; ".join(said)
 
 

@@ -13,7 +13,7 @@ import torch
 from gprune.calibration.layerwise import walks
 from gprune.calibration.statistics import gram_bytes
 from gprune.models.autocast import cast_numbers
-from gprune.models.blocks import blocks_of
+from gprune.models.blocks import blocks_of, by_layer
 from gprune.models.losses import CHUNK, ROWS
 from gprune.pipeline.cost import error_tokens, evaluated_tokens, keeps, measured_for
 from gprune.pipeline.plan import Plan
@@ -50,14 +50,15 @@ def memory_line(plan: Plan) -> str:
 def peaks_of(plan: Plan) -> dict[str, float]:
     """Bytes by step: of each device, or of all processes where they share the memory of a CPU.
 
-    H is the hidden size, N the neurons that a token passes in the widest block, C its attention channels, V the words.
+    H is the hidden size, N the neurons that a token passes in the widest layer, C its attention channels, V the words.
     """
     cfg, costs, blocks = plan.cfg, plan.budget.costs, blocks_of(plan.skeleton)
     config = plan.skeleton.config.get_text_config(decoder=True)
     d, cpu, w = cfg.distill, plan.device.type == "cpu", getattr(torch, cfg.model.dtype).itemsize
     evaluated = evaluated_tokens(cfg)
-    H, V, C, L = config.hidden_size, config.vocab_size, max(b.channels for b in blocks), len(blocks)
-    N = max(costs.neurons) * min(getattr(config, "num_experts_per_tok", 1), max(b.experts for b in blocks))
+    H, V, C, L = config.hidden_size, config.vocab_size, max(b.channels for b in blocks), len(costs.by_layer)
+    routed = getattr(config, "num_experts_per_tok", None) or 1
+    N = max(sum(b.neurons * min(routed, b.experts) for b in own) for own in by_layer(blocks))
     kept, left = 1 - plan.removed / costs.in_parameters.total, plan.skeleton.num_parameters() - plan.removed
     batch, step = (math.ceil(n / cfg.processes) * cfg.corpora.seq_len for n in (cfg.corpora.batch_size, d.batch_size))
     corpora, gram = max(1, len(cfg.calibration)), gram_bytes(blocks) if "gram" in cfg.collects else 0

@@ -106,7 +106,8 @@ def _measured(plan: Plan) -> tuple[Pace, Pace]:
         dense = type(plan.skeleton)(_fewer_blocks(plan.skeleton.config)).to(plan.device, dtype)
         dense = dense.eval().requires_grad_(False)
         masks = uniform_masks(budget)
-        few = Masks(masks.ffn[:MEASURED], masks.attention[:MEASURED])
+        count = sum(len(own) for own in budget.costs.by_layer[:MEASURED])  # blocks
+        few = Masks(masks.ffn[:count], masks.attention[:count])
         small = prune(dense, few)
 
         def windows(count: int, length: int) -> Tensor:
@@ -117,7 +118,7 @@ def _measured(plan: Plan) -> tuple[Pace, Pace]:
     forecasts: list[Forecast] = []
     perplexity(dense, Windows("random", "test", text.cpu()), forecasts=forecasts)
     steps = {"dense": _gated_step(dense, batch), "pruned": _student_step(small, step, cfg.distill)}
-    paces, scale = [], len(blocks_of(plan.skeleton)) / MEASURED
+    paces, scale = [], len(budget.costs.by_layer) / MEASURED
     for name, model, beside, trained in (("dense", dense, [], batch), ("pruned", small, forecasts, step)):
 
         def evaluate(model: PreTrainedModel = model, beside: list[Forecast] = beside) -> None:

@@ -232,9 +232,9 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
 def check_renumbering(dense: PreTrainedModel, budget: Budget) -> None:
     """Raise UserError if this model's other layers would change without the first block that may go."""
     blocks = blocks_of(dense)
-    first = min(b.index for b in blocks if b.index not in budget.costs.protected)
-    sizes = [b.experts * b.neurons for b in blocks], [b.kv_groups for b in blocks]
-    prune(dense, Masks(*([torch.full((n,), b != first) for b, n in enumerate(kind)] for kind in sizes)))
+    first = min(b.layer_index for b in blocks if b.index not in budget.costs.protected)
+    ffn = [torch.full((b.experts * b.neurons,), b.layer_index != first) for b in blocks]
+    prune(dense, Masks(ffn, [torch.full((b.kv_groups,), b.layer_index != first) for b in blocks]))
 
 
 def within_depth(budget: Budget) -> Budget:
@@ -243,8 +243,8 @@ def within_depth(budget: Budget) -> Budget:
     Raises:
         UserError: if they cannot meet the target.
     """
-    protected = budget.costs.protected
-    gone = [cost for b, cost in enumerate(budget.costs.prices.blocks) if b not in protected]
+    protected, prices = budget.costs.protected, budget.costs.prices.blocks
+    gone = [sum(prices[b] for b in own) for own in budget.costs.by_layer if protected.isdisjoint(own)]
     removable = sum(gone) - (0 if protected else max(gone))
     if Target.of(budget.asked).unit == "quality":
         return replace(budget.removing(min(budget.target, removable)), asked=budget.asked)

@@ -66,7 +66,7 @@ def without_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
         return {"gone": torch.tensor(least_missed(run.budget, loss), dtype=torch.long)}
 
     budget = run.budget.without(run.folder.tensors("blocks", chosen)["gone"].tolist())
-    run.step(2, f"Whole blocks that go: {', '.join(map(str, budget.costs.gone)) or 'none fits its share'}")
+    run.step(2, f"Whole blocks that go: {', '.join(map(str, budget.costs.gone_layers)) or 'none fits its share'}")
     return run.within(budget)
 
 

@@ -17,7 +17,8 @@ for x_t / r_t and
 
 with d_t what the norm has to return for equal streams, and m a tenth of the median of g^2. So errors count as they
 enter the stream, and channels of little gain stay near the dense output instead of making up for what they hardly
-reach. Behind any other norm y*_t is the dense projection's output.
+reach. Behind any other norm, and in layers of several blocks, where more stands between one projection and the end of
+the layer, y*_t is the dense projection's output.
 
 A block's attention comes before its FFN. A bias does not change: both y*
 and W_K x + bias contain it, so that it cancels in E. Our reading: the paper recovers nothing. All tokens of all corpora
@@ -31,7 +32,7 @@ a block; where a norm stands behind the FFN, or `down` keeps its weights, one mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -42,16 +43,18 @@ from gprune.calibration.layerwise import Walk
 from gprune.calibration.moments import add_gram, fill_gram
 from gprune.errors import require_finite
 from gprune.models.bfloat16 import fast_products
-from gprune.models.blocks import Block, blocks_of
+from gprune.models.blocks import Block, blocks_of, by_layer
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, resident
 from gprune.recoveries.least_squares import ridge_correction
 
 
-def lost(masks: Masks) -> list[tuple[str, ...]]:
+def lost(masks: Masks, alone: Sequence[bool] | None = None) -> list[tuple[str, ...]]:
     """For each block that stays, the output projections that lose channels, in the order of computation; behind blocks
-    that are gone `down` too, whatever it keeps."""
-    blocks = zip(masks.attention, masks.ffn, masks.blocks, [True, *masks.blocks[:-1]], strict=True)
+    that are gone `down` too, whatever it keeps, if the block is `alone` in its layer (by default each is)."""
+    near = [True, *masks.blocks[:-1]]
+    near = near if alone is None else [stays or not only for stays, only in zip(near, alone, strict=True)]
+    blocks = zip(masks.attention, masks.ffn, masks.blocks, near, strict=True)
     return [
         tuple(
             part
@@ -62,7 +65,7 @@ def lost(masks: Masks) -> list[tuple[str, ...]]:
     ]
 
 
-# Of one batch: the dense stream behind a projection, (tokens, H), and the output of the projection if a norm follows
+# Of one batch: the dense stream behind a projection, (tokens, H), and the output of the projection if that is fitted
 Target = tuple[Tensor, Tensor | None]
 
 
@@ -84,7 +87,10 @@ class PrunedPrefix:
     def __init__(self, model: PreTrainedModel, masks: Masks, windows: Iterable[Tensor], *, ridge: float = 0.01):
         self.blocks = blocks_of(model)
         assert not any(block.has_experts for block in self.blocks), "experts are not recovered along the prefix"
-        self.ridge, self.lost = ridge, lost(masks)
+        layers = by_layer(self.blocks)
+        self.alone = [len(own) == 1 for own in layers for _ in own]  # of each block, whether its layer has no other
+        self.ends = [block is own[-1] for own in layers for block in own]  # whether it is the last one of its layer
+        self.ridge, self.lost = ridge, lost(masks, self.alone)
         self.scale = getattr(self.blocks[0].layer, "residual_multiplier", 1.0)  # Granite's, of what joins the residual
         # Before the first block that differs both streams are the same; after the last projection nothing is needed.
         self.first = min((i for i, b in enumerate(self.lost) if b or not masks.blocks[i]), default=len(self.lost))
@@ -93,7 +99,8 @@ class PrunedPrefix:
         for ids in windows:
             walk.add(ids.to(device_of(model)))
         self.calls = walk.calls  # of each batch; `hidden`, (B, T, H), is the dense stream
-        self.passed = 0  # blocks that the dense stream has been through
+        self.passed = 0  # layers that the dense stream has been through
+        self.targets: dict[int, dict[str, list[Target]]] = {}  # of each block of the last layer passed, by part
         self.hidden = [call.hidden for call in self.calls]  # (B, T, H) each, the pruned stream
         self.tokens = 0  # sum over passes through pruned layers
 
@@ -110,40 +117,45 @@ class PrunedPrefix:
         """
         if dense.index > self.last:
             return
-        for passed in self.blocks[self.passed : dense.index + 1]:
-            targets = self._pass_dense(passed)
-        self.passed = dense.index + 1
-        if dense.index < self.first:
+        for passed in by_layer(self.blocks)[self.passed : dense.layer_index + 1]:
+            self.targets = self._pass_dense(passed)
+        self.passed = dense.layer_index + 1
+        if dense.layer_index < self.blocks[self.first].layer_index:
             self.hidden = [call.hidden for call in self.calls]
             return
         home = device_of(block.layer)
         block.layer.to(device_of(dense.layer))  # where the layer's other arguments are
         try:
             # With `down` solved, and no norm behind it, what it adds to the stream is exchanged without another pass.
-            exchanged = "down" in self.lost[dense.index] and block.joins_residual("down") and dense.index < self.last
+            ends = self.ends[dense.index] and dense.index < self.last
+            exchanged = ends and "down" in self.lost[dense.index] and self._joins(dense, "down")
             for part in self.lost[dense.index]:
-                self._solve(part, block, dense.index, targets[part], exchange=exchanged and part == "down")
-            if dense.index < self.last and not exchanged:
+                targets = self.targets[dense.index][part]
+                self._solve(part, block, dense, targets, exchange=exchanged and part == "down")
+            if ends and not exchanged:
                 for i, hidden in enumerate(self.hidden):
-                    self.hidden[i] = self._through(block, dense.index, i, hidden).cpu()
+                    self.hidden[i] = self._through(block, dense.layer_index, i, hidden).cpu()
         finally:
             block.layer.to(home)
 
-    def _pass_dense(self, block: Block) -> dict[str, list[Target]]:
-        """Take the dense stream through a block; returns targets of its projections, one of each batch."""
-        parts = self.lost[block.index]
-        targets: dict[str, list[Target]] = {part: [] for part in parts}
-        with resident(block.layer), watched(block, parts) as seen:
+    def _pass_dense(self, blocks: Sequence[Block]) -> dict[int, dict[str, list[Target]]]:
+        """Take the dense stream through the blocks of a layer; returns targets of the projections of each, by its
+        index, one of each batch."""
+        layer, index = blocks[0].layer, blocks[0].layer_index
+        targets = {block.index: {part: [] for part in self.lost[block.index]} for block in blocks}
+        with resident(layer), ExitStack() as hooks:
+            seen = {block.index: hooks.enter_context(watched(block, targets[block.index])) for block in blocks}
             for call in self.calls:
-                after = call.through(block.layer, block.index, call.hidden)
-                for part in parts:
-                    output = seen[part][1]
-                    stream = self._behind(block, part, output, call.hidden, after)
-                    targets[part].append((stream.cpu(), None if block.joins_residual(part) else output.cpu()))
+                after = call.through(layer, index, call.hidden)
+                for block in blocks:
+                    for part, of_part in targets[block.index].items():
+                        output = seen[block.index][part][1]
+                        stream = self._behind(block, part, output, call.hidden, after)
+                        of_part.append((stream.cpu(), None if self._joins(block, part) else output.cpu()))
                 call.hidden = after.cpu()
         return targets
 
-    def _solve(self, part: str, block: Block, index: int, targets: list[Target], *, exchange: bool) -> None:
+    def _solve(self, part: str, block: Block, dense: Block, targets: list[Target], *, exchange: bool) -> None:
         """Take the pruned stream through a block with its present weights, and solve one of its projections.
 
         With `exchange`, for `down`, the stream is then the one behind the block, with the new weights.
@@ -152,19 +164,19 @@ class PrunedPrefix:
         gram = torch.zeros(place.in_features, place.in_features, device=device)
         cross = torch.zeros(place.out_features, place.in_features, device=device)
         entered = []  # the projection, of each batch
-        norm = block.norm_behind(part)
+        norm = block.norm_behind(part) if self.alone[dense.index] else None
         gain = None if norm is None else gain_of(norm, place.out_features, like=gram)
         damping = None if gain is None else 0.1 * gain.square().median()
         with watched(block, (part,)) as seen:
             for i, (hidden, (stream, output)) in enumerate(zip(self.hidden, targets, strict=True)):
-                after = self._through(block, index, i, hidden)
+                after = self._through(block, dense.layer_index, i, hidden)
                 x, y = seen[part]
                 if exchange:
                     entered.append(x.cpu())
                     self.hidden[i] = (after.float() - y.reshape(after.shape).float() * self.scale).to(after.dtype).cpu()
                 rows = x.flatten(0, -2).float()
                 error = (stream.to(device).float() - self._behind(block, part, y, hidden, after).float()) / self.scale
-                if norm is not None:
+                if output is not None:
                     wanted, y = output.to(device).flatten(0, -2).float(), y.flatten(0, -2)
                     if gain is None:
                         error = wanted - y.float()
@@ -176,7 +188,7 @@ class PrunedPrefix:
                 with fast_products(x):
                     add_gram(gram, rows)
                     cross.addmm_(error.T, rows)
-        require_finite(f"activation came up in block {index} of the pruned model", gram, cross)
+        require_finite(f"activation came up in block {dense.index} of the pruned model", gram, cross)
         fill_gram(gram)
         correction = ridge_correction(gram.double(), cross.double(), self.ridge)
         place.set((place.weight.double() + correction).to(place.weight.dtype), None)
@@ -194,6 +206,10 @@ class PrunedPrefix:
         if not block.joins_residual(part):
             output = block.norm_behind(part)(output)
         return (before.to(output.device).reshape(output.shape) + output * self.scale).flatten(0, -2)
+
+    def _joins(self, block: Block, part: str) -> bool:
+        """Whether the residual stream alone is compared, and not the projection's output."""
+        return self.alone[block.index] and block.joins_residual(part)
 
     def _through(self, block: Block, index: int, batch: int, hidden: Tensor) -> Tensor:
         self.tokens += hidden.shape[0] * hidden.shape[1]

@@ -26,7 +26,7 @@ class SequentialLeastSquares(Recovery):
         def revise(dense: Block, block: Block) -> None:
             prefix.recover(dense, block)
             if dense.index == prefix.last:
-                material.count(prefix.tokens // len(material.masks.ffn))
+                material.count(prefix.tokens // (1 + prefix.blocks[-1].layer_index))
 
         return revise
 

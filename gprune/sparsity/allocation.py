@@ -157,7 +157,8 @@ def standardised(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[
         # by rounding, equal numbers can have a standard deviation above 0
         return (s - s.mean()) / std if std > 0 and s.min() < s.max() else s.new_zeros(s.shape)
 
-    groups = [z(c).view(len(g), -1).mean(1) for c, g in zip(scores.channels, scores.attention, strict=True)]
+    pairs = zip(scores.channels, scores.attention, strict=True)
+    groups = [z(c).view(len(g), -1).mean(1) if len(g) else g for c, g in pairs]
     return [z(s) for s in scores.ffn], groups
 
 
@@ -183,14 +184,15 @@ def outlier_weighted(
 
     def sparsities(kind: str, part: str) -> Tensor:
         """S_b of each block, (L,) float64, by what enters `down` (kind `ffn`) or `output` (`attention`)."""
-        shares = []
+        D = torch.zeros(len(blocks), dtype=torch.float64)
+        stay = [b for b in budget.costs.stay if part in blocks[b].parts]
         for block, channel in zip(blocks, getattr(statistics, kind), strict=True):
-            A = getattr(block, part).weight.detach().float().cpu().abs() * channel.total.mean_sq.sqrt().float()
-            shares.append((multiple * A.mean() < A).double().mean())
-        D = torch.stack(shares)
-        low, high = D[budget.costs.stay].aminmax()
+            if part in block.parts:
+                A = block.parts[part].weight.detach().float().cpu().abs() * channel.total.mean_sq.sqrt().float()
+                D[block.index] = (multiple * A.mean() < A).double().mean()
+        low, high = D[stay].aminmax() if stay else (0.0, 0.0)
         D = (D - low) / (high - low) * 2 * spread if high > low else torch.zeros_like(D)
-        return budget.sparsity - (D - D[budget.costs.stay].mean())
+        return budget.sparsity - (D - D[stay].mean())
 
     parts = zip(_ranks(scores, blocks), (sparsities("ffn", "down"), sparsities("attention", "output")), strict=True)
     ffn, attention = ([r - S for r, S in zip(ranks, by_block, strict=True)] for ranks, by_block in parts)
@@ -273,16 +275,19 @@ def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block],
     masks = Masks([torch.ones(b.experts * b.neurons, dtype=torch.bool) for b in blocks],
                   [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip
     left, prices = budget.target, budget.costs.prices
-    for index in statistics.influence.argsort(stable=True).tolist():
-        block = blocks[index]
-        if left <= 0 or index in budget.costs.protected:
+    own_layer = {b: own for own in budget.costs.by_layer for b in own}  # its blocks turn hidden states alike
+    for layer in {own_layer[b][0]: own_layer[b] for b in statistics.influence.argsort(stable=True).tolist()}.values():
+        if left <= 0 or not budget.costs.protected.isdisjoint(layer):
             continue
+        index = max(layer, key=lambda b: prices.neurons[b][-1])  # whose FFN is the largest
+        block, whole = blocks[index], sum(prices.blocks[b] for b in layer)
         table, grid = prices.neurons[index], range(0, block.neurons, budget.width_multiple)
         kept = max((width for width in grid if table[-1] - table[width] >= left), default=0)
-        if left >= prices.blocks[index] or kept == 0:
-            masks.ffn[index][:] = False
-            masks.attention[index][:] = False
-            left -= prices.blocks[index]
+        if left >= whole or kept == 0:
+            for b in layer:
+                masks.ffn[b][:] = False
+                masks.attention[b][:] = False
+            left -= whole
         else:
             masks.ffn[index] = top_of_experts(scores.ffn[index], kept, experts=block.experts)
             break

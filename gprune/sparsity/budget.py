@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 from gprune.errors import UserError
-from gprune.models.blocks import Block
+from gprune.models.blocks import Block, by_layer
 from gprune.models.masks import Masks
 from gprune.sparsity.cost import Price
 from gprune.sparsity.target import Target
@@ -34,6 +34,7 @@ class UnitCosts:
     block: tuple[int, ...] = ()  # parameters of a whole block, norms included
     block_share: float = 0.0  # of a target, that whole blocks may take; 0: they are not in scope
     gone: tuple[int, ...] = ()  # blocks that go as a whole, in the order in which they were chosen
+    layers: tuple[int, ...] = ()  # number of each block's layer, which goes with all of its blocks; empty: one each
     price: Price | None = None  # None: parameters are the currency
 
     @cached_property
@@ -51,6 +52,25 @@ class UnitCosts:
     def stay(self) -> list[int]:
         """Blocks that do not go as a whole."""
         return [b for b in range(len(self.neurons)) if b not in self.gone]
+
+    @cached_property
+    def by_layer(self) -> list[list[int]]:
+        """The blocks of each layer."""
+        layers = self.layers or range(len(self.neurons))
+        return [[b for b, _ in own] for _, own in groupby(enumerate(layers), key=lambda pair: pair[1])]
+
+    @property
+    def gone_layers(self) -> list[int]:
+        """Layers that go as a whole, in the order in which they were chosen."""
+        return list(dict.fromkeys(next(i for i, own in enumerate(self.by_layer) if b in own) for b in self.gone))
+
+    @property
+    def open_layers(self) -> list[list[int]]:
+        """The blocks of each layer that may go as a whole: one that is not protected and has units."""
+        return [
+            own for own in self.by_layer
+            if not self.protected.intersection(own) and any(self.neurons[b] + self.groups[b] for b in own)
+        ]  # fmt: skip
 
     @property
     def of_experts(self) -> tuple[int, ...]:
@@ -83,10 +103,12 @@ class UnitCosts:
         return removed
 
     def fitting(self, blocks: Sequence[int], target: int) -> tuple[int, ...]:
-        """Those of these blocks, first one first, that fit the share of a target for whole blocks."""
-        blocks = [b for b in blocks if b not in self.protected and self.neurons[b] + self.groups[b]]
-        spent = accumulate(self.prices.blocks[b] for b in blocks)
-        return tuple(blocks[: sum(cost <= Fraction(str(self.block_share)) * target for cost in spent)])
+        """Blocks of the layers that these are of, first one first, that fit the share of a target for whole blocks."""
+        layer_of = {b: own for own in self.open_layers for b in own}
+        layers = list({own[0]: own for own in (layer_of[b] for b in blocks if b in layer_of)}.values())
+        spent = accumulate(sum(self.prices.blocks[b] for b in own) for own in layers)
+        fit = layers[: sum(cost <= Fraction(str(self.block_share)) * target for cost in spent)]
+        return tuple(b for own in fit for b in own)
 
     def with_gone(self, masks: Masks) -> Masks:
         """Masks of all blocks, from masks of those that stay."""
@@ -101,13 +123,18 @@ def unit_costs(
     blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = (), uniform: bool = False,
     block_share: float = 1.0, price: Price | None = None,
 ) -> UnitCosts:  # fmt: skip
-    """Costs of a model's units for a `--sparsity.scope`; blocks to `protect` may be counted from the end (-1)."""
-    depth, whole = len(blocks), "blocks" in scope
+    """Costs of a model's units for a `--sparsity.scope`.
+
+    Args:
+        protect: layers whose blocks keep everything; they may be counted from the end (-1).
+    """
+    depth, whole = len(by_layer(blocks)), "blocks" in scope
     for index in protect:
         if not -depth <= index < depth:
             raise UserError(
-                f"--sparsity.protect: expected blocks from {-depth} to {depth - 1}, got {index}; the model has {depth}."
+                f"--sparsity.protect: expected layers from {-depth} to {depth - 1}, got {index}; the model has {depth}."
             )
+    kept = {index % depth for index in protect}
     return UnitCosts(
         neuron=[b.unit_cost("ffn") for b in blocks],
         group=[b.unit_cost("attention") for b in blocks],
@@ -117,10 +144,11 @@ def unit_costs(
         experts=tuple(b.experts for b in blocks),
         block=tuple(b.cost for b in blocks),
         block_share=block_share if whole else 0.0,
-        gone=tuple(range(depth)) if whole else (),  # the first that fit stand in until they are chosen
-        protected=frozenset(index % depth for index in protect),
+        gone=tuple(range(len(blocks))) if whole else (),  # the first that fit stand in until they are chosen
+        protected=frozenset(b.index for b in blocks if b.layer_index in kept),
         uniform=uniform,
         price=price,
+        layers=tuple(b.layer_index for b in blocks),
     )
 
 
@@ -214,8 +242,12 @@ class Budget:
 
 
 def least_missed(budget: Budget, loss: Callable[[list[int]], float]) -> list[int]:
-    """Blocks that go as a whole, as many as fit: the one without which the loss is lowest, then again with it gone."""
-    costs, gone, depth = budget.costs, [], range(len(budget.costs.neurons))
-    while fit := [b for b in depth if b not in gone and b in costs.fitting([*gone, b], budget.target)]:
-        gone.append(min(fit, key=lambda b: loss([*gone, b])))
+    """Blocks that go as a whole, as many as fit: those of the layer without which the loss is lowest, then again with
+    it gone."""
+    costs, gone = budget.costs, []
+    while fit := [
+        own for own in costs.by_layer
+        if own[0] not in gone and own[0] in costs.fitting([*gone, own[0]], budget.target)
+    ]:  # fmt: skip
+        gone += min(fit, key=lambda own: loss([*gone, *own]))
     return gone

@@ -42,7 +42,7 @@ class Price:
 @COST.register("parameters")
 def weighed(model: Any, blocks: Sequence[Any], weight: Callable[[Any], int] = lambda parameter: 1) -> Costs:
     """Parameters, or what their numbers weigh."""
-    all_of, *whole = (sum(weight(p) * p.numel() for p in m.parameters()) for m in (model, *(b.layer for b in blocks)))
+    all_of, whole = sum(weight(p) * p.numel() for p in model.parameters()), [b.whole_cost(weight) for b in blocks]
     units = [[b.unit_cost(kind, weight) for b in blocks] for kind in ("ffn", "attention")]
     return [*zip(*units, whole, strict=True)], all_of - sum(whole)
 

@@ -82,8 +82,8 @@ class Student:
                 host = name.rpartition(".parametrizations." if ".parametrizations." in name else ".")[0]
                 tied = any(parameter is other for other in self.learned.values())  # with another layer's
                 if not tied and (self.targets == "all" or host in ffn):
-                    self._learn(f"{block.index}.{name}", parameter)
-                    self._paths.append((block.index, name))
+                    self._learn(f"{block.layer_index}.{name}", parameter)
+                    self._paths.append((block.layer_index, name))
 
     def _learn_again(self) -> None:
         """Register weights that have taken the places of those that learned."""

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BartConfig, BertConfig, PreTrainedModel
 
 from experiments.architectures import DEFAULTS, default_config, example
+from gprune.calibration.layerwise import check_walk
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models import cached_records, lookup
@@ -187,6 +188,13 @@ def test_the_record_comes_from_the_cache_the_second_time(monkeypatch):
     assert discovery.discover(config) == found
 
 
+def test_the_check_layer_by_layer_takes_the_record_that_was_found(monkeypatch):
+    config = CONFIG_MAPPING["gemma"]()
+    lookup.family_of_config(config)
+    monkeypatch.setattr(discovery, "discover", lambda _: pytest.fail("looked for again"))
+    check_walk(config)
+
+
 @pytest.mark.parametrize("change", ["kinds", "layers", "extras", "all"])
 def test_a_damaged_record_in_the_cache_is_found_again(change):
     config = shrunk(CONFIG_MAPPING["gemma"]())
@@ -238,6 +246,7 @@ def without_causal_class():
         (without_causal_class, "has no class in transformers that predicts next tokens"),
         (BertConfig, "is an encoder as it is configured"),
         (CONFIG_MAPPING["mamba"], "found 3 layers in 'layers' of the tiny copy, but"),
+        pytest.param(CONFIG_MAPPING["zamba"], r"of layer \d are one tensor", marks=pytest.mark.slow),
     ],
 )
 def test_a_type_that_cannot_be_pruned_is_refused_in_one_line(config, reason):

@@ -13,6 +13,7 @@ from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
+from gprune.models.modeling_pruned import experts_aligned
 from gprune.models.surgery import prune, widths
 from gprune.sparsity.gates import masked
 from tests.conftest import make_tiny_llama
@@ -242,3 +243,10 @@ def test_experts_pruned_again_to_widths_of_grouped_kernels_use_them_again():
     assert cut(odd, 16).config._experts_implementation == default
     model.config._experts_implementation = "eager"  # as somebody wants it
     assert cut(model, 16).config._experts_implementation == "eager"
+
+
+@pytest.mark.parametrize(("width", "aligned"), [(16, True), (12, False)])
+def test_a_convolution_does_not_keep_experts_from_grouped_kernels(width, aligned):
+    model = nn.ModuleDict({"convolution": nn.Conv1d(8, 8, 4, groups=8)})
+    model.register_parameter("down_proj", nn.Parameter(torch.zeros(4, 32, width)))
+    assert experts_aligned(model) == aligned

@@ -67,7 +67,7 @@ def test_width_multiples_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("index", [3, -4, 99])
 def test_protecting_a_block_that_there_is_not_is_refused(index, tiny_model):
-    with pytest.raises(UserError, match=rf"--sparsity\.protect: expected blocks from -3 to 2, got {index}; .* has 3"):
+    with pytest.raises(UserError, match=rf"--sparsity\.protect: expected layers from -3 to 2, got {index}; .* has 3"):
         unit_costs(blocks_of(tiny_model), scope="ffn", protect=[0, index])
 
 

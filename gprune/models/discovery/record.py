@@ -27,12 +27,12 @@ from transformers import (
 
 from gprune.errors import UserError, quoting
 from gprune.models import cached_records
-from gprune.models.blocks import blocks_of
+from gprune.models.blocks import blocks_of, by_layer, check_untied, kinds_of, output_of
 from gprune.models.discovery.agreement import agrees
 from gprune.models.discovery.attention import attention_kinds
 from gprune.models.discovery.ffn import ffn_kind
 from gprune.models.discovery.probe import REMEDY, Probe, is_linear, owner_of, row_dim, separable_norms
-from gprune.models.discovery.surroundings import logit_transform, norm_offset
+from gprune.models.discovery.surroundings import logit_transform, norm_offset, why_it_stays
 from gprune.models.families import Family
 from gprune.models.lookup import remember
 from gprune.models.modeling_pruned import PREFIX
@@ -73,7 +73,8 @@ def record_of(model: PreTrainedModel) -> Family:
     2. Rows that vanish with one of its columns are a neuron's; rows that vanish with a block of columns are a KV
        group's. Together with the norms around them they are a candidate (`candidates`).
     3. A candidate is kept if the masked and the sliced model agree.
-    4. The kept ones are one record, with what the head does to hidden states, which has to agree as a whole.
+    4. The kept ones are one record, with what the head does to hidden states, which has to agree as a whole. Beside the
+       largest FFN of a layer others may have to stay (`why_it_stays`).
     """
     probe = Probe(model)
     probe.check_forward()
@@ -91,17 +92,46 @@ def record_of(model: PreTrainedModel) -> Family:
             drop_needless_attributes(probe, base, kind, alone)
             kept[scope].append(kind)
         else:
-            refused.append(kind.get("experts") or kind.get("down") or kind["output"])
+            refused.append(output_of(kind))
     if not kept["ffn"]:
         why = f"{', '.join(refused)} compute something else when they are sliced" if refused else "no FFN"
         raise UserError(
             f"Model type '{probe.name}': found {len(probe.layers)} layers in '{probe.layers_path}' of the tiny copy, "
             f"but {why}; expected an FFN whose neurons can be removed. {REMEDY}."
         )
-    record = replace(with_kinds(base, kept), **around(probe, kept), **sizes_in_config(probe, with_kinds(base, kept)))
+    for scope, index, kind in beside_larger_ones(probe, kept):
+        if scope == "ffn" and (why := why_it_stays(probe, index, kind)) is not None:
+            kind["stays"] = why
+    record = whole_record(probe, base, kept)
     if not agrees(probe, record):
-        raise UserError(f"Model type '{probe.name}': the parts that were found do not agree together. {REMEDY}.")
+        for _, _, kind in beside_larger_ones(probe, kept):
+            kind["stays"] = "it does not agree together with a larger one of its layer"
+        record = whole_record(probe, base, kept)
+        if not agrees(probe, record):
+            raise UserError(f"Model type '{probe.name}': the parts that were found do not agree together. {REMEDY}.")
+    check_untied(probe.model)
     return record
+
+
+def beside_larger_ones(probe: Probe, kept: Mapping[str, list[Kind]]) -> Iterator[tuple[str, int, Kind]]:
+    """Kinds that are not the largest of their scope in some layer, each once: scope, number of the layer, the kind."""
+    seen: list[Kind] = []
+    for index, layer in enumerate(probe.layers):
+        for scope, kinds in kept.items():
+            for kind, _ in kinds_of(layer, kinds)[1:]:
+                if not any(kind is other for other in seen):
+                    seen.append(kind)
+                    yield scope, index, kind
+
+
+def whole_record(probe: Probe, base: Family, kept: Mapping[str, list[Kind]]) -> Family:
+    """The record with these kinds, sizes by the keys of the configuration, and what surrounds the layers' parts."""
+    for kind in kept["ffn"]:
+        kind.pop("width", None)
+    sizes = sizes_in_config(probe, with_kinds(base, kept))
+    for kind, key in zip(kept["ffn"], sizes.pop("widths"), strict=True):
+        kind |= {"width": key}
+    return replace(with_kinds(base, kept), **around(probe, kept), **sizes)
 
 
 PATHS = ("gate", "up", "down", "query", "key", "value", "output")  # of a record; each kind has its own
@@ -190,7 +220,8 @@ def around(probe: Probe, kinds: Mapping[str, list[Kind]]) -> dict[str, Any]:
 
 
 def sizes_in_config(probe: Probe, record: Family) -> dict[str, Any]:
-    """Keys of the configuration that have the sizes of units; a stock folder can be written by them."""
+    """Keys of the configuration that have the sizes of units; a stock folder can be written by them. `widths` has the
+    key of each kind of FFN."""
     remember(probe.model, record)
     blocks = blocks_of(probe.model)
     sizes = {n: v for n, v in probe.config.to_dict().items() if type(v) is int}
@@ -198,9 +229,14 @@ def sizes_in_config(probe: Probe, record: Family) -> dict[str, Any]:
     def key(counts: set[int], words: tuple[str, ...]) -> str | None:
         return next((n for n, v in sizes.items() if {v} == counts and any(word in n for word in words)), None)
 
-    width = key({block.neurons for block in blocks if block.neurons}, ("inter", "ffn", "inner", "d_ff"))
+    counts: list[set[int]] = [set() for _ in record.kinds[0]]
+    for own, layer in zip(by_layer(blocks), probe.layers, strict=True):
+        pruned = [kind for kind, stays in kinds_of(layer, record.kinds[0]) if stays is None]
+        for block, kind in zip(own, pruned, strict=False):
+            counts[record.kinds[0].index(kind)].add(block.neurons)
+    widths = [key(of_kind, ("inter", "ffn", "inner", "d_ff")) or "" for of_kind in counts]
     groups = {block.kv_groups for block in blocks if block.kv_groups}
-    return {"width": width or "", "kv_heads": key(groups, ("kv", "key_value", "multi_query"))}
+    return {"width": "", "widths": widths, "kv_heads": key(groups, ("kv", "key_value", "multi_query"))}
 
 
 def name_of(config: PreTrainedConfig) -> str:

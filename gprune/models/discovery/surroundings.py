@@ -59,12 +59,41 @@ def joins_residual(probe: Probe, index: int, output: str) -> bool:
     With random numbers added to that output, and every later norm of the layer held at what it returned without them,
     the output of the layer moves by the same numbers, times a number.
     """
+    moved, shift = _moved(probe, index, output)
+    return 0 < moved.numel() == shift.numel() and bool(moved.abs().max() > 0) and _multiple(moved, shift)
+
+
+def why_it_stays(probe: Probe, index: int, kind: Mapping[str, Any]) -> str | None:
+    """Why an FFN beside a larger one of its layer is not pruned; None if nothing speaks against it.
+
+    Its neurons are judged by what enters its output projection, for all tokens, and by what this adds to the residual:
+    directly, times a number for each token (a gate), or behind a norm. A small network inside a norm or a router
+    changes what others compute.
+    """
+    experts, output = kind.get("experts"), kind.get("experts") or kind["down"]
+    calls = probe.in_layer(index, [output])
+    if experts is None and (len(calls) != 1 or calls[0].returned.numel() != probe.ids.numel() * probe.hidden_size):
+        return "it does not see all tokens once"
+    moved, shift = _moved(probe, index, output)
+    if not moved.numel() or not shift.numel() or moved.numel() % shift.numel():
+        return "its output does not join the residual"
+    each = shift.reshape(-1, 1, shift.shape[-1])  # a token; some types have several residual streams
+    streams = moved.reshape(len(each), -1, shift.shape[-1])
+    times = (streams * each).sum(-1, keepdim=True) / each.square().sum(-1, keepdim=True)
+    if bool((streams - times * each).abs().max() <= 1e-3 * moved.abs().max()):
+        return None
+    return "its output does not join the residual"
+
+
+def _moved(probe: Probe, index: int, output: str) -> tuple[Tensor, Tensor]:
+    """By how much the output of a layer moves when random numbers are added to what a module of it returns, later norms
+    held; and these numbers. Both are empty where the module or the layer is not called exactly once."""
     layer = probe.layers[index]
     norms, module = _norms(layer), layer.get_submodule(output)
     still = probe.in_layer(index, dict.fromkeys([output, *norms, ""]))
     paths = [call.path for call in still]
     if paths.count(output) != 1 or paths.count("") != 1:
-        return False
+        return torch.zeros(0), torch.zeros(0)
     first = paths.index(output)
     later = {call.path: call.returned for call in reversed(still[first + 1 :]) if call.path}
     shift = torch.randn(still[first].returned.shape, generator=torch.Generator().manual_seed(4))
@@ -72,8 +101,7 @@ def joins_residual(probe: Probe, index: int, output: str) -> bool:
         hooks.enter_context(changed(module, lambda y: y + shift))
         for path, returned in later.items():
             hooks.enter_context(changed(layer.get_submodule(path), lambda _, returned=returned: returned))
-        moved = probe.returned(index, "") - still[-1].returned
-    return moved.numel() == shift.numel() and bool(moved.abs().max() > 0) and _multiple(moved, shift)
+        return probe.returned(index, "") - still[-1].returned, shift
 
 
 def _multiple(x: Tensor, of: Tensor) -> bool:
