@@ -15,7 +15,7 @@ from gprune.benchmarks.speed import throughput
 from gprune.benchmarks.subjects import Loaded, subjects_of
 from gprune.benchmarks.tasks import require_lm_eval
 from gprune.benchmarks.zero_shot import zero_shot
-from gprune.errors import dispensable
+from gprune.errors import optional_output
 from gprune.report.model_card import write_card
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import key_part
@@ -79,7 +79,7 @@ def evaluate(
         if output is not None:
             keep(output, records, run=key)
     if of_run:
-        with dispensable("its numbers in the model card or in W&B", "evaluation.json has them"):
+        with optional_output("its numbers in the model card or in W&B", "evaluation.json has them"):
             if SPEED in asked.tasks:
                 run = finished(folder)
                 write_card(RunFolder(folder), config_of(run), run.records)

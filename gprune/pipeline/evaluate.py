@@ -15,7 +15,7 @@ from gprune.benchmarks.speed import machine_of, seconds
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
-from gprune.errors import dispensable
+from gprune.errors import optional_output
 from gprune.evaluation.distance import measured_apart
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity, processes
@@ -298,19 +298,19 @@ def summarise(
         summary["stopped"] = stopped  # stages that a callback has ended early
     run.folder.update_manifest(summary=summary, **({} if masks is None else {"widths": widths(pruned)}))
     made_up = f"`gprune report {run.folder.path}` writes"
-    with dispensable("a model card", f"{made_up} it"):
+    with optional_output("a model card", f"{made_up} it"):
         write_card(run.folder, run.cfg, records)
-    with dispensable("figures", f"{made_up} them"):
+    with optional_output("figures", f"{made_up} them"):
         write_figures(run.folder / "figures", records, modules, masks, summary)
     numbers = run_numbers(records, summary, run.folder.manifest["steps"], run.cfg.own_row)
-    with dispensable("its results in the tracker", "metrics.json has them"):
+    with optional_output("its results in the tracker", "metrics.json has them"):
         tracking.log_numbers(run.loggers, numbers)
         figures = sorted((run.folder / "figures").glob("*.png"))
         tracking.log_pictures(run.loggers, figures, "\n\n".join(results_in_words(run, records, summary)))
     # Last: a run whose metrics.json has a summary, and all rows, is finished, and is not logged again.
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
     kept = {name: value for name, value in numbers.items() if name.startswith(("final/", "sparsity_of"))}
-    with dispensable("artifacts", "its folder has what they hold"):
+    with optional_output("artifacts", "its folder has what they hold"):
         tracking.log_artifacts(run.loggers, run.folder.path, run.cfg, kept)
     return summary
 

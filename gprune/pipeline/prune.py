@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from gprune.checks import require
 from gprune.config import RunConfig
-from gprune.errors import UserError, dispensable
+from gprune.errors import UserError, optional_output
 from gprune.export.hf import portable
 from gprune.models.masks import Masks
 from gprune.pipeline.calibrate import calibrate
@@ -52,7 +52,7 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
     Raises:
         UserError: one line that says what was expected, what came and what to do.
     """
-    require(cfg, RunConfig, "prune: expected a RunConfig, such as gprune.RunConfig(sparsity={'target': 0.3})")
+    require(cfg, RunConfig, "The configuration must be a RunConfig, such as gprune.RunConfig(importance='wifv')")
     if cfg.dry_run:
         raise UserError("dry_run: expected false where a run is asked for; `python train.py --dry_run true` plans it.")
     with opened(cfg, callbacks, logger) as run:  # plan, model, tokenizer, text, blocks, budget
@@ -86,7 +86,7 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
         records = evaluate(run, statistics, masks, pruned)  # 10
         if first:
             summary = summarise(run, records, own_masks, pruned, modules, quality_entries(run, records))
-            with dispensable("a page", f"`gprune report {run.folder.path}` writes it"):
+            with optional_output("a page", f"`gprune report {run.folder.path}` writes it"):
                 write_pages(run)
         known = run.cfg.own_row == ("model", "none")  # the model, and its tokenizer, are in a folder of their own
         small, tokenizer = (None, None) if known else (portable(pruned), run.tokenizer)

@@ -247,7 +247,7 @@ def opened(
     """
     own, given = UserCallbacks(callbacks, cfg.trainer.callbacks), [logger] if isinstance(logger, Logger) else logger
     for one in given:
-        require(one, Logger, "logger: expected objects of lightning.pytorch.loggers.Logger")
+        require(one, Logger, "Loggers must be objects of lightning.pytorch.loggers.Logger")
     given = [*given, *made_loggers(cfg.trainer.logger, Path(cfg.folder))]
     asked, plan = cfg.trainer.precision, check(cfg, own, together=True)
     cfg = plan.cfg

@@ -144,7 +144,7 @@ def finished(path: Path | str) -> FinishedRun:
     Raises:
         UserError: for a folder that is no run of gprune's, one that is not finished, or a file that is another run's.
     """
-    require(path, (str, os.PathLike), "Expected the path of a run folder")
+    require(path, (str, os.PathLike), "The run must be the path of a run folder")
     place = expanded(path)
     if not place.is_dir():
         raise UserError(f"Expected a run folder, but there is no folder '{path}'.")

@@ -21,7 +21,7 @@ from PIL import Image
 
 from gprune.config import LoggingConfig, RunConfig, flat
 from gprune.config.running import ClassPath
-from gprune.errors import UserError, dispensable, first_line
+from gprune.errors import UserError, first_line, optional_output
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import key_part
 from gprune.runs.user_callbacks import class_of, made
@@ -75,7 +75,7 @@ class _Wandb(WandbLogger):
         """Call a function of the W&B run, unless W&B has failed before."""
         if not self.lost:
             self.lost = True
-            with dispensable("what W&B would show from now on", "csv/ has its curves"):
+            with optional_output("what W&B would show from now on", "csv/ has its curves"):
                 what(self.experiment)
                 self.lost = False
 

@@ -47,7 +47,7 @@ class UserCallbacks:
 
     def __init__(self, given: Sequence[L.Callback] = (), paths: Sequence[ClassPath] = ()):
         for one in given:
-            require(one, L.Callback, "callbacks: expected objects of lightning.pytorch.Callback")
+            require(one, L.Callback, "Callbacks must be objects of lightning.pytorch.Callback")
         self.given, self.paths = list(given), list(paths)
         for one in self.given:
             if _is_of_lightning(one):

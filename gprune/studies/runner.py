@@ -18,8 +18,8 @@ import gprune
 from gprune.benchmarks import measurement
 from gprune.benchmarks.settings import SPEED
 from gprune.config import ExportConfig
-from gprune.console import process_index, say
-from gprune.errors import UserError, dispensable
+from gprune.console import process_index, write_stdout
+from gprune.errors import UserError, optional_output
 from gprune.evaluation.perplexity import processes
 from gprune.pipeline.dry_run import compute_time
 from gprune.pipeline.plan import check
@@ -65,7 +65,7 @@ def run_all(pending: Sequence[Row]) -> None:
             if row.config.processes > 1:  # the others would wait for hours, until torch gives them up
                 raise UserError(f"Row '{row.name}': expected one process for tasks, got {row.config.processes}.")
     if first:
-        say(token_hours(pending) + "\n")
+        write_stdout(token_hours(pending) + "\n")
     for row in pending:
         started = time.monotonic()
         made = run(row)
@@ -129,34 +129,34 @@ def finish(study: StudyResult, options: Namespace) -> None:
     """Print, write and draw what a list's rows have given."""
     listing, done = study.listing, study.done
     if options.files:
-        say(f"\n{study.files().shown()}\n")
+        write_stdout(f"\n{study.files().shown()}\n")
     if not done:
         if options.output:
             raise UserError(f"--output {options.output}: expected a list with records; {listing.path} has none yet.")
-        say(f"\n{listing.path}: no records yet.\n")
+        write_stdout(f"\n{listing.path}: no records yet.\n")
         return
     if options.files and not (options.table or options.output):
         return
     report, tables = study.report, study.tables
-    say("\n" + "\n\n".join([f"**{title_of(study)}**", *(t.shown() for t in tables), *notes_of(study)]) + "\n")
+    write_stdout("\n" + "\n\n".join([f"**{title_of(study)}**", *(t.shown() for t in tables), *notes_of(study)]) + "\n")
     if options.output:
         write_output(study, expanded(options.output))
-        say(f"\nWrote {options.output}.\n")
+        write_stdout(f"\nWrote {options.output}.\n")
     if options.costs:
         steps = {f"{row.name}, seed {row.seed}: {step}": used for row, r in done for step, used in r["steps"].items()}
-        say("\n" + cost_table(steps).shown() + "\n")
+        write_stdout("\n" + cost_table(steps).shown() + "\n")
     if options.figures:
         report.draw(Path(options.figures), prefix=f"{listing.path.stem}-")
     if options.table:
         return
-    with dispensable("some runs of W&B", "the same command logs them"):
+    with optional_output("some runs of W&B", "the same command logs them"):
         if (folder := log(listing, done, options.flags, report, tables)) is not None:
-            say(f"\nW&B: `wandb leet {folder}` shows these rows beside each other.\n")
+            write_stdout(f"\nW&B: `wandb leet {folder}` shows these rows beside each other.\n")
 
 
 def say_kept(row: Row, started: float, what: str = "") -> None:
     """Say how many seconds a row, or its tasks, took, and that they are on the disk."""
-    say(f"{row.name}, seed {row.seed}: {what}{time.monotonic() - started:.0f} s, kept\n")
+    write_stdout(f"{row.name}, seed {row.seed}: {what}{time.monotonic() - started:.0f} s, kept\n")
 
 
 def measure_tasks(row: Row, folder: Path, record: dict[str, Any]) -> dict[str, Any]:

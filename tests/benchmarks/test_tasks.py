@@ -29,7 +29,9 @@ def test_a_line_that_is_no_question_is_named(line, data):
         tasks.load_tasks("mine", "local")
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"", "empty file"), (b"\xe9", "expected .* but it cannot be read")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "empty file"), (b"\xe9", "Cannot read .*must hold a question per line")]
+)
 def test_a_file_without_questions_is_one_line(content, message, data):
     (data / "tasks" / "mine" / "test.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -156,7 +158,7 @@ def test_the_hub_comes_first_if_it_answers(data, monkeypatch):
 def test_without_the_hub_local_files_serve(reachable, data, monkeypatch):
     hub(monkeypatch, reachable=reachable, manager=Manager())
     assert tasks.load_tasks("piqa", "auto")[0].source == "local"
-    with pytest.raises(UserError, match=r"could not be had from the Hugging Face hub \(Couldn't reach it\)"):
+    with pytest.raises(UserError, match=r"Cannot download task .* from the Hugging Face hub: Couldn't reach it\."):
         tasks.load_tasks("piqa", "hub")
 
 

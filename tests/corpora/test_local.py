@@ -54,8 +54,8 @@ def test_a_byte_order_mark_is_not_part_of_the_first_document(name, content, tmp_
 
 
 FILES = {  # name and content of a file -> what the error says
-    "nothing": ("x.jsonl", b"", "holds no text"),
-    "blanks": ("x.jsonl", b'{"text": "  "}\n', "holds no text"),
+    "nothing": ("x.jsonl", b"", "got no text"),
+    "blanks": ("x.jsonl", b'{"text": "  "}\n', "got no text"),
     "another field": ("x.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r":2: expected an object.*got {'body': 'b'}"),
     "a list": ("x.jsonl", b"[1]\n", r"got \[1\]"),
     "an object": ("x.jsonl", b'{"text": {}}\n', "got {'text': {}}"),

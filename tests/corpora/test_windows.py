@@ -60,7 +60,7 @@ def test_windows_are_the_same_in_every_run_and_their_hash_tells_how_they_are_cut
 
 
 def test_too_little_text_says_how_much_there_is():
-    with pytest.raises(UserError, match=r"'demo' \(test\) has 3 windows of 32 tokens, but 4 were asked.*num_samp"):
+    with pytest.raises(UserError, match=r"'demo' \(test\) must have 4 windows of 32 tokens; got 3\..*num_samp"):
         windows_of(TEXTS[:1], num_samples=4, split="test")
     with pytest.raises(UserError, match=r"has 0 windows.*--corpora\.seq_len"):
         windows_of(TEXTS[:1], num_samples=None, seq_len=101)
@@ -192,7 +192,7 @@ def test_bos_takes_the_first_place_of_every_window():
     assert len({plain.content_hash, opened.content_hash, windows_of(shuffle=False).content_hash}) == 3
     sampled = windows_of(bos=3001).tokens
     assert len(sampled[:, 1:].unique()) == 310
-    with pytest.raises(UserError, match=r"has 96 windows of 32 tokens, but 97 were asked"):
+    with pytest.raises(UserError, match=r"must have 97 windows of 32 tokens; got 96\."):
         windows_of(bos=3001, num_samples=97)
 
 

@@ -586,7 +586,7 @@ def test_a_plan_refuses_the_text_that_the_run_refuses_and_says_what_it_did_not_r
         assert tiny_run.main(world.args(tmp_path / "runs", *flags)) == 2
         ends.append(capsys.readouterr().err.splitlines()[-1])
     assert ends[0] == ends[1]
-    assert "100000 were asked for" in ends[1]
+    assert "must have 100000 windows" in ends[1]
     assert tiny_run.main(world.args(tmp_path / "runs", "--corpora.evaluate=[c4,stories]", "--dry_run=true")) == 0
     assert "; not counted, as they are not on this machine: c4, stories\n" in capsys.readouterr().out
 

@@ -391,7 +391,7 @@ def test_a_checkpoint_that_is_not_what_was_left_is_not_taken(undisturbed, world,
         place.write_bytes(damaged) if isinstance(damaged, bytes) else torch.save(damaged, place)
         capsys.readouterr()
         again = world.run(tmp_path / "copy", *flags)
-        assert capsys.readouterr().out.count("is not usable (not what this stage of this run has left)") == 1
+        assert capsys.readouterr().out.count("the file is not the checkpoint that this stage saved") == 1
         assert [r["nll"] for r in again.records] == [r["nll"] for r in undisturbed.records]
         assert again.summary["forward_backward_tokens"] == undisturbed.summary["forward_backward_tokens"]
         shutil.rmtree(tmp_path / "copy")
