@@ -79,7 +79,7 @@ def evaluate(
         if output is not None:
             keep(output, records, run=key)
     if of_run:
-        with optional_output("its numbers in the model card or in W&B", "evaluation.json has them"):
+        with optional_output("numbers to the model card or to W&B", "evaluation.json has them"):
             if SPEED in asked.tasks:
                 run = finished(folder)
                 write_card(RunFolder(folder), config_of(run), run.records)
@@ -110,9 +110,9 @@ def log_evaluation(run: Path, records: Sequence[dict[str, Any]]) -> None:
     """Add records to the summary of the W&B run in which a run was logged, if it was."""
     if not (known := RunFolder(run).manifest.get("wandb")):
         return
-    from gprune.runs.tracking import taken_up
+    from gprune.runs.tracking import resumed_run
 
-    with taken_up(run, known) as tracked:
+    with resumed_run(run, known) as tracked:
         if tracked is not None:
             tracked.summary.update(task_numbers(records))
 

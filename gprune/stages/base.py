@@ -1,4 +1,4 @@
-"""FrozenLMStage: base class of stages, a LightningModule with a frozen language model that is never trained or saved."""
+"""FrozenLMStage, the base class of stages: a LightningModule with a frozen language model that is not saved."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class FrozenLMStage(L.LightningModule):
         self._perplexities = [WindowPerplexity(name).to(self.device) for name in names]
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update perplexity by a batch of development text: `input_ids` (B, T) int64, optionally `index`, `weight` (B,)."""
+        """Update perplexity by a development batch: `input_ids` (B, T) int64, optionally `index` and `weight` (B,)."""
         ids = batch["input_ids"]
         model = self.measured_model
         nll = self.autocast.losses(self, partial(window_losses, model, ids), model, always=True).to(self.device)

@@ -143,7 +143,7 @@ class BestWeights(PerplexityCurve):
             self.best = {name: gathered(value).detach().cpu().clone() for name, value in pl_module.state_dict().items()}
 
     @torch.no_grad()
-    def restore(self, stage: L.LightningModule, *, keep: str) -> None:
+    def load_best(self, stage: L.LightningModule, *, keep: str) -> None:
         """Load the best weights if `keep` is `best`, or if perplexity rose during training."""
         steps, means = list(self.means), list(self.means.values())
         worse = bool(means) and not means[-1] <= means[0]

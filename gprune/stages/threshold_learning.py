@@ -210,7 +210,7 @@ class ThresholdLearning(FrozenLMStage):
 
     @torch.no_grad()
     def recentre(self, hard: Masks) -> None:
-        """Shift all thresholds by the same amount so that the budget cuts at margin 0. The masks `hard` do not change."""
+        """Shift all thresholds by the same amount so that the budget cuts at margin 0, without changing `hard`."""
         neurons, groups = unit_margins(self.moved_ranks, self.thresholds)
         shift = cut_margin(hard, neurons, self.budget.costs.of_experts, groups)
         for t in (*self.ffn_thresholds, *self.attention_thresholds):

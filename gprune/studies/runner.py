@@ -149,7 +149,7 @@ def finish(study: StudyResult, options: Namespace) -> None:
         report.draw(Path(options.figures), prefix=f"{listing.path.stem}-")
     if options.table:
         return
-    with optional_output("some runs of W&B", "the same command logs them"):
+    with optional_output("some runs to W&B", "the same command logs them"):
         if (folder := log(listing, done, options.flags, report, tables)) is not None:
             write_stdout(f"\nW&B: `wandb leet {folder}` shows these rows beside each other.\n")
 

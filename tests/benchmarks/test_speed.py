@@ -188,7 +188,7 @@ def test_a_run_says_asked_predicted_and_got_and_goes_on_by_its_table(measuring, 
     # another machine's table is another budget, which is not mixed with this one's
     monkeypatch.setattr(speed.platform, "node", lambda: "elsewhere")
     assert main(world.args(tmp_path, *FLAGS)) == 2
-    assert "holds a run with other settings: inputs.speed" in capsys.readouterr().err
+    assert "it has a run with other settings: inputs.speed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

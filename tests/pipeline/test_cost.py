@@ -57,10 +57,10 @@ def test_time_is_that_of_two_blocks_scaled_to_the_model(family, precision, tmp_p
         call()  # it works for the family
         calls.append(call)
         # In `per_token` the whole is measured first, then all blocks of it.
-        return 1.0 + pace.MEASURED if len(calls) % 2 else float(pace.MEASURED)
+        return 1.0 + pace.TIMED_BLOCKS if len(calls) % 2 else float(pace.TIMED_BLOCKS)
 
     monkeypatch.setattr(pace, "_seconds", seconds)
-    monkeypatch.setattr(pace, "_MEASURED", {})
+    monkeypatch.setattr(pace, "_PACES", {})
     dense, pruned = pace._paces(plan)
     c, tokens = plan.cfg, plan.cfg.corpora.batch_size * plan.cfg.evaluation.seq_len
     for one, trained in ((dense, c.corpora.batch_size * 64), (pruned, c.distill.batch_size * 64)):
@@ -70,7 +70,7 @@ def test_time_is_that_of_two_blocks_scaled_to_the_model(family, precision, tmp_p
 
 
 def test_time_grows_with_the_text_that_is_learned_from(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(pace, "_MEASURED", {})
+    monkeypatch.setattr(pace, "_PACES", {})
     flags = ("--recovery=distill", "--trainer.precision=32-true")
     less, more = (planned(tiny_model, tmp_path, *flags, f"--distill.tokens={tokens}") for tokens in (12_288, 122_880))
     few, many = pace.run_seconds(less), pace.run_seconds(more)  # of one measurement
