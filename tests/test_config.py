@@ -315,7 +315,7 @@ def test_shipped_configurations_are_known_by_name_and_a_file_of_that_path_comes_
 
 def test_a_misspelt_configuration_is_told_the_names_that_ship():
     with pytest.raises(
-        UserError, match=r"or one of best, gates, paper, protocol, smoke, untrained; got 'bset': No such file"
+        UserError, match=r"or one of best, gates, paper, protocol, smoke, untrained; got 'bset' \(No such file"
     ):
         parse(["--config", "bset"])
 

@@ -90,7 +90,7 @@ def by_model(tiny, spoil):
 
 SURFACES = {
     "Importance metric 'mine' must give scores": by_metric,
-    "Allocation 'mine': expected Masks, or margins": by_margins,
+    "Allocation 'mine' must give Masks, or margins": by_margins,
     "Allocation 'mine' must give thresholds": by_thresholds,
     "Recovery 'mine' must give a weight": by_projection,
     "Recovery 'mine' must give model.layers.0.mlp.down_proj.weight": by_model,
@@ -171,7 +171,7 @@ def test_a_metric_may_count():
 def test_margins_that_are_no_lists_of_blocks(returned, tiny):
     model, statistics, scores, budget = tiny
     allocation("mine")(lambda s, *_: returned((s.ffn, s.attention)))
-    with pytest.raises(UserError, match=r"^Allocation 'mine': expected Masks, or margins .* of 3 blocks, got "):
+    with pytest.raises(UserError, match=r"^Allocation 'mine'.* Masks, or margins .* of 3 blocks.* got "):
         allocate("mine", scores, statistics, blocks_of(model), budget)
 
 

@@ -25,7 +25,7 @@ from tests.benchmarks.conftest import hub, manager_of, needs_lm_eval, pairs, que
 def test_a_line_that_is_no_question_is_named(line, data):
     with (data / "tasks" / "mine" / "test.jsonl").open("ab") as file:
         file.write(line + b"\n")
-    with pytest.raises(UserError, match=r"mine/test\.jsonl:13: expected"):
+    with pytest.raises(UserError, match=r"mine/test\.jsonl:13: The line must be"):
         tasks.load_tasks("mine", "local")
 
 
@@ -166,12 +166,12 @@ def test_without_the_hub_local_files_serve(reachable, data, monkeypatch):
     ("name", "source", "task", "message"),
     [
         ("pica", "auto", {}, "Unknown task 'pica'"),
-        ("piqa2", "local", {}, r"'piqa2' has no local files: expected \$GPRUNE_DATA_DIR/tasks/piqa2/test\.jsonl"),
-        ("gsm8k", "hub", {"output_type": "loglikelihood_rolling"}, r"'cola' \(loglikelihood_rolling\) counts"),
-        ("gsm8k", "hub", {"output_type": "generate_until"}, "counts acc.* in a way of its own; expected acc"),
-        ("piqa", "hub", {"metrics": ["mcc"]}, "'cola' .* counts mcc in a way"),
-        ("piqa", "hub", {"process_results": dict}, "Task 'cola' .* expected"),
-        ("piqa", "hub", {"repeats": 3}, "Task 'cola' .* expected"),
+        ("piqa2", "local", {}, r"'piqa2' needs the local file \$GPRUNE_DATA_DIR/tasks/piqa2/test\.jsonl"),
+        ("gsm8k", "hub", {"output_type": "loglikelihood_rolling"}, r"'cola' \(loglikelihood_rolling\) must have"),
+        ("gsm8k", "hub", {"output_type": "generate_until"}, "must have lm_eval.s metric acc, .*; got its own acc"),
+        ("piqa", "hub", {"metrics": ["mcc"]}, "'cola' .* got its own mcc"),
+        ("piqa", "hub", {"process_results": dict}, "Task 'cola' .* must have lm_eval's metric"),
+        ("piqa", "hub", {"repeats": 3}, "Task 'cola' .* must have lm_eval's metric"),
     ],
 )  # fmt: skip
 def test_tasks_that_cannot_be(name, source, task, message, data, monkeypatch):

@@ -108,7 +108,7 @@ def test_no_file_consents_to_run_code(tmp_path):
     (tmp_path / "list.yaml").write_text("rows: {a: {model.trust_remote_code: true}}")
     with pytest.raises(UserError, match=r"model\.trust_remote_code must be given as a flag"):
         parse(["--config", str(tmp_path / "a.yaml")])
-    with pytest.raises(UserError, match=r"--model\.trust_remote_code must be followed by a value"):
+    with pytest.raises(UserError, match=r"--model\.trust_remote_code=true must be given after --"):
         Listing.read(tmp_path / "list.yaml")
     consent = "--model.trust_remote_code=true"
     assert parse([consent, "--config", str(tmp_path / "a.yaml")]).model.trust_remote_code

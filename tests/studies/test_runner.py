@@ -176,7 +176,7 @@ def test_records_that_cannot_be_written_are_refused_before_anything_runs(bench, 
 
 def test_tasks_of_several_processes_are_refused_before_anything_runs(bench, measured, capsys):
     path = bench.write("several", MENDED, tasks={"names": ["piqa"]}, common={"trainer.devices": 2})
-    assert "expected one process for tasks, got 2" in bench.refused(capsys, path)
+    assert "must have one process for tasks; got 2" in bench.refused(capsys, path)
     assert measured == ([], [])
 
 

@@ -49,7 +49,7 @@ def test_one_division_into_seen_and_unseen_for_all_rows(bench, first):
     assert found["ours", "gprune"] == Estimate(*paired_ratio(nll["ours"], nll["plain"], 31))
     notes = [table.note for table in tables.tables_of(listing, report)]
     assert any("In every row alpha.txt, delta.txt count as seen" in note for note in notes)
-    with pytest.raises(UserError, match=r"Row 'plain': expected text that the list calls unseen, got .*alpha"):
+    with pytest.raises(UserError, match=r"Row 'plain': The key seen must include .*alpha"):
         tables.reported(*bench.done(bench.write("hidden", ROWS, seen=[delta])))
 
 
@@ -115,7 +115,7 @@ def test_pairs_whose_rows_have_not_run_wait_and_those_without_common_windows_hav
     table = tables.comparison_table(listing, runs)
     assert table.rows == [["ours: gprune / plain: base", 0, None]]
     assert table.note == "No ratio: the two have no seed in common, or were evaluated on other windows."
-    with pytest.raises(UserError, match=r"stage of 'ours' \(dense, base, averaged, gprune\), got 'best'"):
+    with pytest.raises(UserError, match=r"stage of 'ours' \(dense, base, averaged, gprune\); got 'best'"):
         tables.ratios_of(runs, "ours: best", "ours: base")
 
 
@@ -123,7 +123,7 @@ def test_rows_that_have_read_other_text_are_refused_unless_their_models_differ(b
     listing, ((row, record), *others) = bench.done(first[0])
     role = next(iter(record["inputs"]["text"]))
     inputs = record["inputs"] | {"text": record["inputs"]["text"] | {role: "other"}}
-    with pytest.raises(UserError, match=rf"have read other text as {role}: remove the outdated record"):
+    with pytest.raises(UserError, match=rf"have read different text as {role}. Remove the outdated record"):
         tables.reported(listing, [*others, (row, record | {"inputs": inputs})])
     another = record | {"inputs": inputs | {"model": "another"}}  # two models cut text in two ways
     assert len(tables.reported(listing, [*others, (row, another)]).runs) == 3
