@@ -28,7 +28,7 @@ NUMBERS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "exact_match", "e
 NUMBERS += ("tokens_per_second", "seconds")
 
 
-def check(asked: Benchmarks) -> None:
+def check_tasks(asked: Benchmarks) -> None:
     """Raise UserError if the tasks need lm_eval and it is not installed."""
     if not {*asked.tasks} <= {*TEXTS, SPEED}:
         require_lm_eval()
@@ -52,7 +52,7 @@ def evaluate(
     Raises:
         UserError: if lm_eval is missing, a model, task or data cannot be loaded, or `output` is not a file of records.
     """
-    check(asked)
+    check_tasks(asked)
     subjects, default, key = subjects_of(
         model, dense=dense, dtype=asked.dtype, trust_remote_code=asked.trust_remote_code
     )

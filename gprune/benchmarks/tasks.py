@@ -135,7 +135,7 @@ def local_task(path: Path) -> LoadedTask:
     if pairs:  # interleave paradigms, so that any limit covers all of them
         turns: dict[str, Iterator[int]] = defaultdict(itertools.count)
         rows.sort(key=lambda row: next(turns[row["paradigm"]]))
-    scored = content_hash(([(row["prompt"], f" {c}") for c in row["choices"]], row["label"]) for row in rows)
+    scored = questions_hash(([(row["prompt"], f" {c}") for c in row["choices"]], row["label"]) for row in rows)
     whole = scored == WHOLE.get(name)
     config = {
         "task": name, "custom_dataset": lambda **_: {split: datasets.Dataset.from_list(rows)},
@@ -192,7 +192,7 @@ def _question(row: dict[str, Any], where: str) -> dict[str, Any]:
     return own
 
 
-def content_hash(questions: Iterable[tuple[list[tuple[str, str]], int]]) -> str:
+def questions_hash(questions: Iterable[tuple[list[tuple[str, str]], int]]) -> str:
     """Hash of everything that is scored: (context, continuation) of each choice, and the label, of each question."""
     scored = [[[list(choice) for choice in choices], label] for choices, label in questions]
     return hashlib.sha256(json.dumps(scored).encode()).hexdigest()[:16]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.benchmarks.tasks import COUNTED, LoadedTask, content_hash, load_tasks, require_lm_eval
+from gprune.benchmarks.tasks import COUNTED, LoadedTask, load_tasks, questions_hash, require_lm_eval
 from gprune.console import quieted
 from gprune.corpora.windows import opening
 from gprune.errors import quoting, require_finite
@@ -131,5 +131,5 @@ def task_record(loaded: LoadedTask, samples: Sequence[dict[str, Any]]) -> dict[s
         **numbers,
         "standard_protocol": loaded.complete and not partial,
         "note": (f"only the first {len(samples)} questions; " if partial else "") + loaded.note,
-        "content_hash": content_hash(zip((s["arguments"] for s in samples), labels, strict=True)),
+        "content_hash": questions_hash(zip((s["arguments"] for s in samples), labels, strict=True)),
     }

@@ -71,7 +71,7 @@ def make_windows(
     pieces, seq_len = list(texts), sample.seq_len - (sample.bos is not None)
     if sample.shuffle:
         # About 4 characters make a token, so 8 x seq_len characters make about two windows.
-        pieces = [piece for text in texts for piece in cut(text, limit=8 * seq_len)]
+        pieces = [piece for text in texts for piece in cut_text(text, limit=8 * seq_len)]
         order = np.random.default_rng(sample.seed).permutation(len(pieces))
         pieces = [pieces[i] for i in order]
     needed = None if sample.num_samples is None else sample.num_samples * seq_len
@@ -114,7 +114,7 @@ def check_tokens(windows: Windows, tokenizer: PreTrainedTokenizerBase, embedding
         )
 
 
-def cut(text: str, limit: int) -> Iterator[str]:
+def cut_text(text: str, limit: int) -> Iterator[str]:
     """Cut text into pieces of at most `limit` characters, at the last line end (or space) in a piece's second half."""
     start = 0
     while len(text) - start > limit:

@@ -60,7 +60,7 @@ def _memory(device: torch.device) -> float:
     return math.prod(map(os.sysconf, ("SC_PHYS_PAGES", "SC_PAGE_SIZE")))
 
 
-def load(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_other(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the frozen model on a device, and its tokenizer."""
     settings = {"dtype": getattr(torch, cfg.model.dtype), "trust_remote_code": cfg.model.trust_remote_code}
     model, tokenizer = load_elsewhere(cfg.model.made_elsewhere, **settings)

@@ -31,7 +31,7 @@ def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
         )
 
 
-def load(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_dense(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the frozen model, on the Trainer's device unless there is a `device_map`, and its tokenizer."""
     m = cfg.model
     log.info("Loading %s", m.name)

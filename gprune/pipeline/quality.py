@@ -60,7 +60,7 @@ class Trials:
     def __init__(self, run: Run, statistics: Mapping[str, CorpusStatistics]):
         self.run, self.statistics, self.asked = run, statistics, run.cfg.sparsity.quality
         self.file = run.folder / FILE
-        known = read_json(self.file, run=run.folder.key, check=schema.Trials.problem) or {}
+        known = read_json(self.file, run=run.folder.key, check=schema.QualityTrials.problem) or {}
         self.measured: dict[str, list[dict[str, Any]]] = broadcast(known.get("measured", {}))
         self.trained: dict[str, Masks] = {}  # key -> masks of trials that are trained, in order
         with run.folder.step("quality"):
@@ -98,7 +98,7 @@ class Trials:
     def write(self, **entries: Any) -> None:
         """Add entries to `quality.json`, unless the run is finished."""
         if not self.run.folder.finished:
-            known = read_json(self.file, run=self.run.folder.key, check=schema.Trials.problem) or {}
+            known = read_json(self.file, run=self.run.folder.key, check=schema.QualityTrials.problem) or {}
             write_json(self.file, known | entries, run=self.run.folder.key)
 
     def rise(self, results: Sequence[PerplexityResult]) -> float:
@@ -266,7 +266,7 @@ def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any] | Non
     """
     if not run.cfg.sparsity.quality:
         return None
-    reached = read_json(run.folder / FILE, run=run.folder.key, check=schema.Trials.problem)["reached"]
+    reached = read_json(run.folder / FILE, run=run.folder.key, check=schema.QualityTrials.problem)["reached"]
     own, unseen = reached["rows"][-1], estimates(records, run.cfg.own_row, None)["unseen_over_dense"]
     numbers = {name: own[name] for name in ("predicted", "got", "low", "high", "share")}
     got = f"{_percent(own['got'])} [{_percent(own['low'])}, {_percent(own['high'])}]"

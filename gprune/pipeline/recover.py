@@ -58,7 +58,7 @@ def shrink(
     name, method = row[1], recovery_of(row[1], run.cfg.recovery_settings)
     revise = method.revise(material)
     if run.cfg.final == "model":
-        small, _ = elsewhere.load(run.cfg, run.plan.device)
+        small, _ = elsewhere.load_other(run.cfg, run.plan.device)
         if name == "none":
             return small
     elif is_offloaded(run.model):

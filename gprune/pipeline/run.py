@@ -31,7 +31,7 @@ from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
 from gprune.pipeline import elsewhere
 from gprune.pipeline.cost import keeps_taught, passes, validation_interval
-from gprune.pipeline.inputs import Text, load, prepare_text
+from gprune.pipeline.inputs import Text, load_dense, prepare_text
 from gprune.pipeline.plan import Plan, check
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
@@ -265,7 +265,7 @@ def opened(
     given = [*given, *made_loggers(cfg.trainer.logger, Path(cfg.folder))]
     asked, plan = cfg.trainer.precision, check(cfg, own, together=True)
     cfg = plan.cfg
-    model, tokenizer = load(cfg, plan.device)
+    model, tokenizer = load_dense(cfg, plan.device)
     log.info("Reading %d corpora", len({*cfg.used, *cfg.corpora.evaluate}))
     text = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
     L.seed_everything(cfg.run.seed, verbose=False)
@@ -274,7 +274,7 @@ def opened(
     inputs = {"model": fingerprint(model), "text": text.hashes()}
     own_text = None
     if cfg.model.made_elsewhere is not None:
-        other, own_tokenizer = elsewhere.load(cfg, plan.device)
+        other, own_tokenizer = elsewhere.load_other(cfg, plan.device)
         elsewhere.check_teachable(cfg, other, model)
         own_text = elsewhere.text_for(cfg, other, own_tokenizer, tokenizer, text.test)
         inputs["made_elsewhere"] = fingerprint(other)

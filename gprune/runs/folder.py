@@ -25,7 +25,7 @@ from gprune.storage.reading import unsafe_entries
 SCRATCH = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of scratch folders of `storage.files`
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """List the leaves in which two nested dictionaries differ, as 'sparsity.target: 0.5 there, 0.3 here'."""
     there, here = flat(old), flat(new)
     names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
@@ -101,7 +101,7 @@ class RunFolder:
             if path.parent.relative_to(self.path.resolve()).parts[:1] != ("wandb",):  # W&B creates such links
                 raise UserError(f"{cannot}: {path} is {what}. Remove it, or choose another --run.name.")
         manifest, why = inspected_json(file, check=schema.Manifest.problem) if used else (None, None)
-        changed = differences(manifest["settings"], settings) if manifest else []
+        changed = changed_settings(manifest["settings"], settings) if manifest else []
         remedy = "Choose another --run.name, or remove the folder"
         if changed and ((self / "metrics.json").exists() or any(self.path.rglob("*.safetensors"))):
             raise UserError(f"{cannot}: it has a run with other settings: {'; '.join(changed[:3])}. {remedy}.")

@@ -25,7 +25,7 @@ from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
 from gprune.runs import frames, schema
-from gprune.runs.folder import RunFolder, differences
+from gprune.runs.folder import RunFolder, changed_settings
 from gprune.runs.numbers import Record, row_name
 from gprune.sparsity.allocation import removed_in_words
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
@@ -278,13 +278,13 @@ def config_of(run: FinishedRun) -> RunConfig:
         if not isinstance(settings, dict):
             raise UserError("The file must hold settings.")
         cfg = configured(migrated(settings))
-        if changed := differences(run.settings, cfg.settings() | {"inputs": run.settings["inputs"]}):
+        if changed := changed_settings(run.settings, cfg.settings() | {"inputs": run.settings["inputs"]}):
             raise UserError(f"The settings must be those of manifest.json; they differ in {changed[0]}.")
     except UnregisteredError as error:
         modules = (RunFolder(run.path).manifest["environment"] or {}).get("imports") or ["the module that registers it"]
         raise UserError(f"{run.path}: {error} Register it first: import {', '.join(map(str, modules))}.") from error
     except UserError as error:
-        raise UserError(f"{file}: The file was altered. {error} Run the same command again.") from error
+        raise UserError(f"Cannot read {file}, which was altered: {error} Run the same command again.") from error
     return cfg
 
 

@@ -169,7 +169,7 @@ class Reached(Schema):
     rows: Annotated[list[SameQuality], Field(min_length=1)]
 
 
-class Trials(Schema):
+class QualityTrials(Schema):
     """`quality.json`: perplexity of tried models on development text, by recovery and hash of the masks."""
 
     measured: dict[Text, Annotated[list[Measured], Field(min_length=1)]] = {}
@@ -234,10 +234,7 @@ class Settings(Schema):
 
 
 def _of_this_version(settings: Any) -> Any:
-    try:
-        check_settings(migrated(settings if isinstance(settings, dict) else {}))
-    except UserError as error:
-        raise UserError(f"settings: {error}") from error
+    check_settings(migrated(settings if isinstance(settings, dict) else {}))
     return settings
 
 

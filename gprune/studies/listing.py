@@ -218,7 +218,7 @@ def _check_settings(where: str, given: Mapping[str, Any], own: Mapping[str, Any]
         raise UserError(f"{where}: --{CONSENT}=true must be given after -- on the command line, not in a list.")
 
 
-def parts_of(rows: Sequence[Row], part: str | None) -> list[Row]:
+def select_part(rows: Sequence[Row], part: str | None) -> list[Row]:
     """Select every n-th row from the i-th on, for `part` i/n.
 
     The rows are all rows of a list, so that the parts of several machines do not depend on which rows are finished.

@@ -30,7 +30,7 @@ from gprune.storage.cache import disk_errors
 from gprune.storage.files import read_json, scratch_folder, write_json
 from gprune.storage.reading import expanded
 from gprune.studies.archive import dense_path, find_record, learned_tokens, packed, record_of, write_record
-from gprune.studies.listing import Listing, Row, asked_of, parts_of
+from gprune.studies.listing import Listing, Row, asked_of, select_part
 from gprune.studies.output import notes_of, title_of, write_results
 from gprune.studies.result import StudyResult, chosen, of_listing
 from gprune.studies.tracking import beside_records, log, named
@@ -40,7 +40,7 @@ def work(options: Namespace) -> None:
     """Run the rows of the lists and print the results. `options` are the parsed arguments of `gprune study`."""
     for path in options.lists:
         listing = Listing.read(path, seeds=options.seeds, flags=options.flags, records=options.records)
-        rows = parts_of(chosen(listing, options.only, what="--only"), options.part)
+        rows = select_part(chosen(listing, options.only, what="--only"), options.part)
         pending = [row for row in rows if record_of(row) is None]
         if pending and not (options.table or options.files):
             run_all(pending)
@@ -60,7 +60,7 @@ def run_all(pending: Sequence[Row]) -> None:
             with disk_errors(path := find_record(row)[0]), scratch_folder(path):
                 pass
         if row.tasks:
-            measurement.check(asked_of(row.tasks, trust_remote_code=row.config.model.trust_remote_code))
+            measurement.check_tasks(asked_of(row.tasks, trust_remote_code=row.config.model.trust_remote_code))
             if row.config.processes > 1:  # other processes would wait until torch's timeout
                 raise UserError(f"Row '{row.name}' must have one process for tasks; got {row.config.processes}.")
     if first:

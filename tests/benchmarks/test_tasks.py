@@ -55,7 +55,7 @@ def test_names_do_not_lead_out_of_the_folder_and_the_test_split_comes_first(data
 def test_only_all_questions_of_lm_evals_task_are_standard(data, monkeypatch):
     assert not any(tasks.load_tasks(name, "local")[0].complete for name in ("piqa", "arc_easy", "sciq", "blimp"))
     rows = questions(12)
-    scored = tasks.content_hash(([(row["prompt"], f" {c}") for c in row["choices"]], row["label"]) for row in rows)
+    scored = tasks.questions_hash(([(row["prompt"], f" {c}") for c in row["choices"]], row["label"]) for row in rows)
     monkeypatch.setitem(tasks.WHOLE, "piqa", scored)
     (whole,) = tasks.load_tasks("piqa", "local")
     assert (whole.complete, whole.task.VERSION, whole.note) == (True, "1.0", "lm_eval's prompts")
@@ -119,7 +119,7 @@ def test_the_questions_of_the_mirror_are_lm_evals(task):
     choices, requests = [own.doc_to_choice(doc) for doc in own.eval_docs], iter(requests_of(own))
     labels = [own.doc_to_target(doc) for doc in own.eval_docs]
     scored = [([next(requests) for _ in each], label) for each, label in zip(choices, labels, strict=True)]
-    assert tasks.content_hash(scored) == tasks.WHOLE[task]
+    assert tasks.questions_hash(scored) == tasks.WHOLE[task]
     assert tasks.local_task(path).complete
 
 

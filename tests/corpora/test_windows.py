@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gprune.corpora.loaders import CorpusDataModule, ShardedBatchSampler, TokenDataset
-from gprune.corpora.windows import Sample, Windows, cut, make_windows, opening
+from gprune.corpora.windows import Sample, Windows, cut_text, make_windows, opening
 from gprune.errors import UserError
 
 
@@ -72,7 +72,7 @@ def test_too_little_text_says_how_much_there_is():
 
 @given(st.text(alphabet="ab \n", max_size=300), st.integers(2, 40))
 def test_cut_loses_only_one_separator_per_cut(text, limit):
-    pieces = list(cut(text, limit))
+    pieces = list(cut_text(text, limit))
     assert all(len(piece) <= limit for piece in pieces)
     assert "".join(pieces).replace(" ", "").replace("\n", "") == text.replace(" ", "").replace("\n", "")
     assert len(text) - sum(map(len, pieces)) < len(pieces)

@@ -198,7 +198,7 @@ def other_target(file: Path) -> None:
 
 
 DAMAGED, NO_RUN, NO_MODEL = "manifest.json is damaged", "not a gprune run", "files were changed after the export"
-LINK, ALTERED = "is a link out of the folder", r"config\.yaml: The file was altered"
+LINK, ALTERED = "is a link out of the folder", r"config\.yaml, which was altered"
 RUNS: dict[str, tuple[Callable[[Path], object], str | None, str | None]] = {
     **{f"manifest: {damage.__name__}": (at("manifest.json", damage), DAMAGED, NO_RUN) for damage in DAMAGES},
     "manifest: a list": (written("manifest.json", "[]"), DAMAGED, NO_RUN),
