@@ -74,7 +74,7 @@ def named_by_difference(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
 
 
 def _short(names: Iterable[str]) -> dict[str, str]:
-    """By flag, its last part, or the whole flag where another flag ends in the same part."""
+    """Return flag -> short name: its last part, or the whole flag if the last part is not unique."""
     names = list(names)
     ends = Counter(name.rpartition(".")[2] for name in names)
     return {name: end if ends[end := name.rpartition(".")[2]] == 1 else name for name in names}
@@ -88,7 +88,7 @@ class SeedGroup:
 
     @property
     def name(self) -> str:
-        """The run's own or, of several, the first one's, and how many they are."""
+        """Name of the run or, for several, of the first run, with the number of seeds."""
         name, seeds = self.runs[0].name, len(self.runs)
         return name if seeds == 1 else f"{name} ({seeds} seeds)"
 
