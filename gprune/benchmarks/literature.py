@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.benchmarks.settings import TEXTS, WIKITEXT
 from gprune.console import quieted
-from gprune.corpora.hub import downloading, offline_if_unreachable
+from gprune.corpora.hub import had_from_hub, offline_if_unreachable
 from gprune.corpora.windows import JOIN, Bos, Sample, Windows, check_tokens, make_windows, opening
 from gprune.errors import UserError, quoting
 from gprune.evaluation.intervals import mean_perplexity
@@ -52,7 +52,7 @@ def wikitext2() -> str:
         return join_lines(needed_text(path, "WikiText-2's raw test file"))
     import datasets
 
-    with downloading("WikiText-2", f"the raw test file into $GPRUNE_DATA_DIR/{MIRROR}"), offline_if_unreachable():
+    with had_from_hub("WikiText-2", f"the raw test file into $GPRUNE_DATA_DIR/{MIRROR}"), offline_if_unreachable():
         return JOIN.join(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"])
 
 

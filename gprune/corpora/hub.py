@@ -58,13 +58,13 @@ def load_hub(record: HubCorpus, split: str) -> list[str]:
     wanted = record.test if split == "test" else "train"
     mirror = f"a mirror into $GPRUNE_DATA_DIR/corpora/{record.name}/{split}.jsonl (an object with 'text' per line), "
     remedy = f"{mirror}name a text file, or use an embedded corpus such as 'wiki'"
-    with downloading(f"corpus '{record.name}'", remedy), offline_if_unreachable():
+    with had_from_hub(f"corpus '{record.name}'", remedy), offline_if_unreachable():
         rows = datasets.load_dataset(record.path, record.config, split=wanted, streaming=record.limit is not None)
         texts = [record.text.format(**row) for row in itertools.islice(rows, record.limit)]
     return [document for document in record.documents(texts) if document.strip()]
 
 
-def downloading(what: str, remedy: str) -> contextlib.AbstractContextManager[None]:
+def had_from_hub(what: str, remedy: str) -> contextlib.AbstractContextManager[None]:
     """Context that converts errors of datasets, fsspec, the hub and the HTTP client to UserError.
 
     Args:
