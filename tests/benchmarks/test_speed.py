@@ -38,7 +38,7 @@ def measuring(monkeypatch, tmp_path):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path))
     monkeypatch.setattr(speed, "_checked", set())
     monkeypatch.setattr(speed, "dense_seconds", lambda *_: DENSE)
-    monkeypatch.setattr(speed, "measured", lambda *_: made.append(1) or json.loads(json.dumps(TABLE)))
+    monkeypatch.setattr(speed, "measure_table", lambda *_: made.append(1) or json.loads(json.dumps(TABLE)))
     return made
 
 
@@ -80,7 +80,7 @@ def test_old_noisy_and_wrong_tables_are_measured_again_and_any_on_request(measur
         assert in_another_process() == times, ratio
     monkeypatch.setattr(speed, "dense_seconds", lambda *_: pytest.fail("a table of this process is compared"))
     table()
-    monkeypatch.setattr(speed, "measured", lambda *_: measuring.append(1) or TABLE | {"spread": 0.24})
+    monkeypatch.setattr(speed, "measure_table", lambda *_: measuring.append(1) or TABLE | {"spread": 0.24})
     caplog.clear()  # of what other tests let through
     with caplog.at_level("INFO", logger="gprune"):
         assert [in_another_process(again=True), in_another_process()] == [1, 1]
@@ -182,7 +182,7 @@ def test_a_run_says_asked_predicted_and_got_and_goes_on_by_its_table(measuring, 
     assert again.summary["speed"] == ran.summary["speed"]
     # with its own table it resumes, though the cache is gone, and though the table is to be measured again
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr(speed, "measured", lambda *_: TABLE | {"rest": 3e-3})
+    monkeypatch.setattr(speed, "measure_table", lambda *_: TABLE | {"rest": 3e-3})
     (tmp_path / "run/metrics.json").unlink()
     assert world.run(tmp_path, *FLAGS, "--speed.measure=true").masks == ran.masks
     # another machine's table is another budget, which is not mixed with this one's

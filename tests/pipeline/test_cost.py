@@ -9,7 +9,7 @@ from experiments.bench.measure import flops as counted
 from gprune.config.parse import parse
 from gprune.models.losses import next_token_losses
 from gprune.pipeline import pace
-from gprune.pipeline.dry_run import compute_time, flops, speed
+from gprune.pipeline.dry_run import compute_time, flops, matmul_flops
 from gprune.pipeline.plan import check
 from tests.tiny_families import make_tiny
 
@@ -42,7 +42,7 @@ def test_learning_costs_at_most_three_passes(tiny_model, tmp_path):
 
 
 def test_speed_is_measured():
-    assert 1e6 < speed(torch.device("cpu"), torch.float32, (64, 64), seconds=0.02) < 1e14
+    assert 1e6 < matmul_flops(torch.device("cpu"), torch.float32, (64, 64), seconds=0.02) < 1e14
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "mixtral"])
